@@ -1,0 +1,253 @@
+//! What an administrator may write in `/etc/driftd/driftd.toml`.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Kind;
+
+/// The settings. Every field has a default that works on a stock containerd
+/// node, so an empty file is a good file. An unknown field is an error: a
+/// misspelt safety setting must not be ignored in silence.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where baselines and the history are kept.
+    pub state_dir: PathBuf,
+    /// The Unix socket on which driftd serves its API.
+    pub socket: PathBuf,
+    pub containerd: Containerd,
+    pub baseline: Baseline,
+    pub watch: Watch,
+    pub history: History,
+    pub respond: Respond,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Containerd {
+    /// Sockets on which containerd serves its gRPC API. One that is not there
+    /// yet is waited for.
+    pub sockets: Vec<PathBuf>,
+    /// containerd namespaces that are not watched.
+    pub exclude_namespaces: BTreeSet<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Baseline {
+    /// Threads that hash layers; 0 means one per processor.
+    pub threads: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Watch {
+    /// How long a written file must be left alone before it is judged. A file
+    /// that is executed is judged at once.
+    #[serde(with = "duration")]
+    pub settle: Duration,
+    /// How often a container's upperdir is walked. A walk that takes long is
+    /// made less often, so that sweeping never takes more than 2 % of a
+    /// processor.
+    #[serde(with = "duration")]
+    pub sweep_interval: Duration,
+    /// Files larger than this are reported without a hash.
+    pub max_hash_bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct History {
+    /// How long findings are kept after they were last seen.
+    #[serde(with = "duration")]
+    pub retention: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Respond {
+    /// Kinds of finding on which driftd kills the container by itself. Empty:
+    /// driftd only reports.
+    pub kill_on: BTreeSet<Kind>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            state_dir: "/var/lib/driftd".into(),
+            socket: DEFAULT_SOCKET.into(),
+            containerd: Containerd::default(),
+            baseline: Baseline { threads: 0 },
+            watch: Watch::default(),
+            history: History { retention: Duration::from_secs(30 * 24 * 60 * 60) },
+            respond: Respond::default(),
+        }
+    }
+}
+
+impl Default for Containerd {
+    fn default() -> Containerd {
+        Containerd {
+            sockets: vec!["/run/containerd/containerd.sock".into()],
+            exclude_namespaces: BTreeSet::new(),
+        }
+    }
+}
+
+impl Default for Baseline {
+    fn default() -> Baseline {
+        Config::default().baseline
+    }
+}
+
+impl Default for History {
+    fn default() -> History {
+        Config::default().history
+    }
+}
+
+impl Default for Watch {
+    fn default() -> Watch {
+        Watch {
+            settle: Duration::from_secs(1),
+            sweep_interval: Duration::from_secs(30),
+            max_hash_bytes: 1 << 30,
+        }
+    }
+}
+
+pub const DEFAULT_SOCKET: &str = "/run/driftd/driftd.sock";
+pub const DEFAULT_FILE: &str = "/etc/driftd/driftd.toml";
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read the settings {}", file.display())]
+    Unreadable { file: PathBuf, source: std::io::Error },
+    #[error("the settings {} are wrong: {}", file.display(), message)]
+    Invalid { file: PathBuf, message: String },
+}
+
+impl Config {
+    /// Reads the settings. Without a file named by the operator, the default
+    /// file may be missing: then the defaults apply.
+    pub fn load(file: Option<&Path>) -> Result<Config, Error> {
+        let (file, required) = match file {
+            Some(file) => (file, true),
+            None => (Path::new(DEFAULT_FILE), false),
+        };
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(err) if !required && err.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Config::default());
+            }
+            Err(source) => return Err(Error::Unreadable { file: file.into(), source }),
+        };
+        Config::parse(&text)
+            .map_err(|message| Error::Invalid { file: file.into(), message })
+    }
+
+    /// Parses and checks settings; the error says what is wrong and where.
+    pub fn parse(text: &str) -> Result<Config, String> {
+        let config: Config = toml::from_str(text).map_err(|err| err.to_string())?;
+        if config.containerd.sockets.is_empty() {
+            return Err("containerd.sockets is empty: name at least one socket".into());
+        }
+        for (name, path) in [("state_dir", &config.state_dir), ("socket", &config.socket)]
+            .into_iter()
+            .chain(config.containerd.sockets.iter().map(|socket| ("containerd.sockets", socket)))
+        {
+            if !path.is_absolute() {
+                return Err(format!("{name} = {path:?} is not an absolute path"));
+            }
+        }
+        if config.watch.sweep_interval < Duration::from_secs(1) {
+            return Err("watch.sweep_interval is below 1s".into());
+        }
+        Ok(config)
+    }
+}
+
+/// Durations as people write them: `500ms`, `30s`, `30d`.
+mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(
+        duration: &Duration,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let signed = jiff::SignedDuration::try_from(*duration).map_err(serde::ser::Error::custom)?;
+        serializer.serialize_str(&format!("{signed:#}"))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Duration, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        super::parse_duration(&text).map_err(D::Error::custom)
+    }
+}
+
+/// Reads a duration such as `500ms`, `1h 30m` or `30d` (a day is 24 hours).
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let explain = |err: &dyn std::fmt::Display| {
+        format!("`{}` is no duration such as 500ms, 30s, 12h or 30d: {err}", text.escape_debug())
+    };
+    let span: jiff::Span = text.parse().map_err(|err| explain(&err))?;
+    let signed = span
+        .to_duration(jiff::SpanRelativeTo::days_are_24_hours())
+        .map_err(|err| explain(&err))?;
+    Duration::try_from(signed).map_err(|err| explain(&err))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../systemd/driftd.toml");
+
+    #[test]
+    fn the_shipped_file_is_the_default() {
+        assert_eq!(Config::parse(SHIPPED).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_shipped_file_names_every_setting() {
+        let every = toml::to_string(&Config::default()).unwrap();
+        for line in every.lines().filter(|line| line.contains(" = ")) {
+            let setting = line.split(" = ").next().unwrap();
+            assert!(SHIPPED.contains(&format!("{setting} = ")), "driftd.toml lacks {setting}");
+        }
+    }
+
+    #[test]
+    fn an_empty_file_is_a_good_file() {
+        assert_eq!(Config::parse("").unwrap(), Config::default());
+        assert_eq!(Config::parse("[watch]\nsettle = \"2s\"").unwrap().watch.settle.as_secs(), 2);
+    }
+
+    #[test]
+    fn a_misspelt_setting_is_refused_by_name() {
+        let err = Config::parse("[respond]\nkil_on = []").unwrap_err();
+        assert!(err.contains("kil_on") && err.contains("kill_on"), "{err}");
+    }
+
+    #[test]
+    fn a_kind_that_does_not_exist_is_refused_by_name() {
+        let err = Config::parse("[respond]\nkill_on = [\"exec.nwe\"]").unwrap_err();
+        assert!(err.contains("exec.nwe"), "{err}");
+    }
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        assert_eq!(parse_duration("500ms").unwrap(), Duration::from_millis(500));
+        assert_eq!(parse_duration("30d").unwrap(), Duration::from_secs(30 * 86400));
+        assert!(parse_duration("soon").is_err());
+        assert!(parse_duration("-1s").is_err());
+    }
+}

@@ -1,0 +1,155 @@
+//! Is the view complete? Every way to see less has a stable name, a counter and
+//! one planned reaction.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// Ways in which the daemon can see or keep less than it should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Failure {
+    /// The kernel dropped fanotify events (`FAN_Q_OVERFLOW`).
+    KernelQueueOverflow,
+    /// More executed files waited to be hashed than may wait.
+    ContentQueueFull,
+    /// More processes waited to be looked at than may wait.
+    ProcessQueueFull,
+    /// More observations waited for the pipeline than may wait.
+    PipelineFull,
+    /// A fanotify event could not be read or understood.
+    EventUnreadable,
+    /// The overlay of a container could not be marked.
+    MarkRefused,
+    /// A directory of the upperdir could not be walked.
+    ScanIncomplete,
+    /// The event stream of containerd ended.
+    ContainerdLost,
+    /// An image could not be resolved or its layers not be read.
+    BaselineUnavailable,
+    /// A baseline file did not match its checksum and was set aside.
+    BaselineCorrupt,
+    /// More observations waited for a baseline than may wait.
+    BaselineBacklogFull,
+    /// The history could not be written.
+    HistoryWrite,
+}
+
+/// What is done about a [`Failure`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reaction {
+    /// Scan the affected containers again: files are not lost for good.
+    Rescan,
+    /// Try again, by itself, until it works.
+    Retry,
+    /// Go on, and say in `status` that the view is incomplete.
+    Degrade,
+}
+
+impl Failure {
+    pub const ALL: [Failure; 12] = [
+        Failure::KernelQueueOverflow,
+        Failure::ContentQueueFull,
+        Failure::ProcessQueueFull,
+        Failure::PipelineFull,
+        Failure::EventUnreadable,
+        Failure::MarkRefused,
+        Failure::ScanIncomplete,
+        Failure::ContainerdLost,
+        Failure::BaselineUnavailable,
+        Failure::BaselineCorrupt,
+        Failure::BaselineBacklogFull,
+        Failure::HistoryWrite,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Failure::KernelQueueOverflow => "kernel_queue_overflow",
+            Failure::ContentQueueFull => "content_queue_full",
+            Failure::ProcessQueueFull => "process_queue_full",
+            Failure::PipelineFull => "pipeline_full",
+            Failure::EventUnreadable => "event_unreadable",
+            Failure::MarkRefused => "mark_refused",
+            Failure::ScanIncomplete => "scan_incomplete",
+            Failure::ContainerdLost => "containerd_lost",
+            Failure::BaselineUnavailable => "baseline_unavailable",
+            Failure::BaselineCorrupt => "baseline_corrupt",
+            Failure::BaselineBacklogFull => "baseline_backlog_full",
+            Failure::HistoryWrite => "history_write",
+        }
+    }
+
+    pub fn reaction(self) -> Reaction {
+        match self {
+            Failure::KernelQueueOverflow
+            | Failure::ContentQueueFull
+            | Failure::ProcessQueueFull
+            | Failure::PipelineFull
+            | Failure::EventUnreadable
+            | Failure::BaselineBacklogFull => Reaction::Rescan,
+            Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
+                Reaction::Retry
+            }
+            Failure::MarkRefused | Failure::ScanIncomplete | Failure::BaselineUnavailable => {
+                Reaction::Degrade
+            }
+        }
+    }
+}
+
+/// The counters, one per failure, shared by every thread.
+#[derive(Debug, Default)]
+pub struct Health {
+    counts: [AtomicU64; Failure::ALL.len()],
+    /// Permission events answered: the gate's progress.
+    pub gate_answers: AtomicU64,
+    /// Turns of the gate's loop; it turns at least every quarter of a second.
+    pub gate_turns: AtomicU64,
+    /// Writes of files that are no programs: seen, counted, not reported.
+    pub data_writes: AtomicU64,
+}
+
+impl Health {
+    /// Counts a failure and hands back what to do about it, so that no caller
+    /// can do one without the other.
+    #[must_use]
+    pub fn record(&self, failure: Failure) -> Reaction {
+        self.counts[failure as usize].fetch_add(1, Ordering::Relaxed);
+        failure.reaction()
+    }
+
+    pub fn count(&self, failure: Failure) -> u64 {
+        self.counts[failure as usize].load(Ordering::Relaxed)
+    }
+
+    /// Every failure that has happened, with its count.
+    pub fn losses(&self) -> Vec<Loss> {
+        Failure::ALL
+            .into_iter()
+            .map(|failure| Loss { name: failure.name().into(), count: self.count(failure) })
+            .filter(|loss| loss.count > 0)
+            .collect()
+    }
+}
+
+/// A failure's name and how often it happened since the daemon started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Loss {
+    pub name: String,
+    pub count: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_failure_has_its_own_counter_and_name() {
+        let health = Health::default();
+        for failure in Failure::ALL {
+            let _ = health.record(failure);
+            assert_eq!(health.count(failure), 1, "{}", failure.name());
+        }
+        let names: std::collections::BTreeSet<_> = Failure::ALL.map(Failure::name).into();
+        assert_eq!(names.len(), Failure::ALL.len());
+    }
+}

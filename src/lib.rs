@@ -1,0 +1,31 @@
+//! driftd keeps running containers equal to their images.
+//!
+//! The rooms, in the order in which data flows; ARCHITECTURE.md has the map.
+
+pub mod model;
+
+pub mod sys;
+
+pub mod containerd;
+pub mod watch;
+
+pub mod baseline;
+pub mod detect;
+pub mod inventory;
+pub mod policy;
+
+pub mod pipeline;
+
+pub mod respond;
+
+pub mod history;
+
+pub mod api;
+
+pub mod health;
+
+pub mod config;
+pub mod daemon;
+pub mod guardian;
+
+pub mod cli;

@@ -1,0 +1,133 @@
+//! Containers and the images they were made from.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ChainId, DiffId, ManifestDigest, printable};
+
+/// A container's name on this node: containerd's namespace and the container's
+/// ID in it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ContainerId {
+    pub namespace: Arc<str>,
+    pub id: Arc<str>,
+}
+
+impl ContainerId {
+    pub fn new(namespace: &str, id: &str) -> ContainerId {
+        ContainerId { namespace: namespace.into(), id: id.into() }
+    }
+}
+
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!(
+            "{}/{}",
+            printable(self.namespace.as_bytes()),
+            printable(self.id.as_bytes())
+        ))
+    }
+}
+
+impl fmt::Debug for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A container as its runtime describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Container {
+    pub id: ContainerId,
+    /// The containerd socket that knows this container.
+    pub endpoint: Arc<str>,
+    /// The runtime's name, e.g. `io.containerd.runc.v2`.
+    pub runtime: String,
+    pub labels: BTreeMap<String, String>,
+    pub pod: Option<Pod>,
+    pub image: ImageReference,
+    pub snapshotter: String,
+    pub snapshot_key: String,
+    /// The layers below the container's own, bottom first. The truth is the
+    /// active snapshot's parent chain, not the image's name.
+    pub layers: Vec<Layer>,
+    /// Where the container's overlay keeps its files, if it is an overlay.
+    pub rootfs: Option<OverlayDirs>,
+    /// The running task; `None` for a container that is not running.
+    pub task: Option<Task>,
+    /// Why no baseline can be had for this container, if that is known already.
+    pub no_baseline: Option<String>,
+}
+
+impl Container {
+    /// The identity of all layers together; `None` without layers.
+    pub fn chain_id(&self) -> Option<ChainId> {
+        self.layers.last().map(|layer| layer.chain_id)
+    }
+}
+
+/// Kubernetes' name for a container, from the CRI's labels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+    /// The container's name in the pod.
+    pub container: Option<String>,
+}
+
+/// The image a container says it was made from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageReference {
+    pub name: Option<String>,
+    pub manifest_digest: Option<ManifestDigest>,
+    pub chain_id: Option<ChainId>,
+}
+
+/// What names a layer's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LayerId {
+    Diff(DiffId),
+    /// Of a layer whose diff ID nobody can tell any more, because the image's
+    /// config is gone while a container still uses its snapshots.
+    Chain(ChainId),
+}
+
+impl fmt::Display for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LayerId::Diff(diff_id) => write!(f, "{diff_id}"),
+            LayerId::Chain(chain_id) => write!(f, "chain-{chain_id}"),
+        }
+    }
+}
+
+/// One layer of a container's rootfs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    pub id: LayerId,
+    /// The identity of this layer with all below it: its snapshot's name.
+    pub chain_id: ChainId,
+    /// Where the snapshotter has unpacked it.
+    pub directory: PathBuf,
+}
+
+/// An overlay's directories on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OverlayDirs {
+    pub upperdir: PathBuf,
+    /// Topmost first, as in the mount option.
+    pub lowerdirs: Vec<PathBuf>,
+}
+
+/// A running task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// The init process, in the host's pid namespace.
+    pub pid: u32,
+    pub paused: bool,
+}

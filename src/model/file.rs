@@ -1,0 +1,222 @@
+//! What a file is, as a baseline recorded it or as an observation saw it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Blake3Hash, Sha256Hash};
+
+/// What kind of inode a path names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileType {
+    Regular,
+    Directory,
+    Symlink,
+    CharDevice,
+    BlockDevice,
+    Fifo,
+    Socket,
+}
+
+/// What a regular file's first bytes say it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// An ELF file the kernel or the dynamic linker can run: `ET_EXEC` or `ET_DYN`.
+    Elf,
+    /// An ELF file that cannot run: an object file or a core dump.
+    ElfObject,
+    /// `#!` and an interpreter.
+    Script,
+    Data,
+    Empty,
+    /// Nobody looked, or the file could not be read.
+    Unknown,
+}
+
+impl Format {
+    /// How many bytes `sniff` wants to see.
+    pub const HEAD: usize = 18;
+
+    /// Judges a file by its first `HEAD` bytes (fewer if the file is shorter).
+    pub fn sniff(head: &[u8]) -> Format {
+        const EI_DATA: usize = 5;
+        const ELFDATA2MSB: u8 = 2;
+        match head {
+            [] => Format::Empty,
+            [b'#', b'!', ..] => Format::Script,
+            [0x7f, b'E', b'L', b'F', ..] => {
+                // e_type, at offset 16 in the byte order that e_ident names.
+                let e_type = match head.get(16..18) {
+                    Some(raw) if head[EI_DATA] == ELFDATA2MSB => {
+                        u16::from_be_bytes([raw[0], raw[1]])
+                    }
+                    Some(raw) => u16::from_le_bytes([raw[0], raw[1]]),
+                    None => return Format::Data,
+                };
+                match e_type {
+                    2 | 3 => Format::Elf,
+                    _ => Format::ElfObject,
+                }
+            }
+            _ => Format::Data,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Elf => "elf",
+            Format::ElfObject => "elf_object",
+            Format::Script => "script",
+            Format::Data => "data",
+            Format::Empty => "empty",
+            Format::Unknown => "unknown",
+        }
+    }
+}
+
+/// The content of a regular file, or why it is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    Hashed { blake3: Blake3Hash, sha256: Sha256Hash },
+    Unhashed(Unhashed),
+}
+
+/// Why a file's content was not hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unhashed {
+    /// Not a regular file.
+    NotRegular,
+    /// Neither a program by its first bytes nor executable by its mode.
+    NotAProgram,
+    /// Larger than the setting `watch.max_hash_bytes`.
+    Size,
+    /// It could not be opened or read, or changed while it was read.
+    Unreadable,
+}
+
+impl Unhashed {
+    pub fn name(self) -> &'static str {
+        match self {
+            Unhashed::NotRegular => "not_regular",
+            Unhashed::NotAProgram => "not_a_program",
+            Unhashed::Size => "size",
+            Unhashed::Unreadable => "unreadable",
+        }
+    }
+}
+
+/// Set-user-ID, set-group-ID.
+pub const SETUID: u32 = 0o4000;
+pub const SETGID: u32 = 0o2000;
+
+/// One file as it was found: facts only.
+#[derive(Clone, PartialEq, Eq)]
+pub struct FileState {
+    pub file_type: FileType,
+    /// `Unknown` for anything that is not a regular file.
+    pub format: Format,
+    /// Permission bits with setuid, setgid and sticky (`st_mode & 0o7777`).
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: u64,
+    /// The raw `security.capability` xattr.
+    pub capability: Option<Box<[u8]>>,
+    pub content: Content,
+    /// No name leads to the inode any more (`st_nlink == 0`).
+    pub deleted: bool,
+}
+
+impl FileState {
+    pub fn blake3(&self) -> Option<Blake3Hash> {
+        match self.content {
+            Content::Hashed { blake3, .. } => Some(blake3),
+            Content::Unhashed(_) => None,
+        }
+    }
+
+    /// Whether this is something that can be run: an ELF program or library, or
+    /// an executable script. A mode bit alone does not make data a program.
+    pub fn is_program(&self) -> bool {
+        self.file_type == FileType::Regular && is_program(self.format, self.mode)
+    }
+}
+
+/// Whether a regular file of this format and mode is a program.
+pub fn is_program(format: Format, mode: u32) -> bool {
+    match format {
+        Format::Elf => true,
+        Format::Script => mode & 0o111 != 0,
+        Format::ElfObject | Format::Data | Format::Empty | Format::Unknown => false,
+    }
+}
+
+/// Whether running a file with this mode changes the user or group. Without the
+/// group's execute bit, setgid once meant mandatory locking and grants nothing.
+pub fn grants_identity(mode: u32) -> bool {
+    mode & SETUID != 0 || mode & (SETGID | 0o010) == (SETGID | 0o010)
+}
+
+impl fmt::Debug for FileState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} {} {:04o} {}:{} {} bytes {:?}",
+            self.file_type,
+            self.format.name(),
+            self.mode,
+            self.uid,
+            self.gid,
+            self.size,
+            self.content
+        )?;
+        if self.capability.is_some() {
+            f.write_str(" with capabilities")?;
+        }
+        if self.deleted {
+            f.write_str(" deleted")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn elf(e_type: u8) -> Vec<u8> {
+        let mut head = b"\x7fELF\x02\x01\x01".to_vec();
+        head.resize(16, 0);
+        head.extend([e_type, 0]);
+        head
+    }
+
+    #[test]
+    fn only_elf_that_can_run_is_a_program() {
+        assert_eq!(Format::sniff(&elf(2)), Format::Elf);
+        assert_eq!(Format::sniff(&elf(3)), Format::Elf);
+        assert_eq!(Format::sniff(&elf(1)), Format::ElfObject);
+        assert_eq!(Format::sniff(&elf(4)), Format::ElfObject, "b20: a core dump is data");
+        assert_eq!(Format::sniff(b"\x7fELF"), Format::Data);
+        assert_eq!(Format::sniff(b"#!/bin/sh"), Format::Script);
+        assert_eq!(Format::sniff(b""), Format::Empty);
+    }
+
+    #[test]
+    fn a_mode_bit_alone_makes_no_program() {
+        assert!(!is_program(Format::Data, 0o755), "b18");
+        assert!(is_program(Format::Elf, 0o644));
+        assert!(is_program(Format::Script, 0o700));
+        assert!(!is_program(Format::Script, 0o644));
+    }
+
+    #[test]
+    fn setgid_without_group_execute_grants_nothing() {
+        assert!(grants_identity(0o4755));
+        assert!(grants_identity(0o2755));
+        assert!(!grants_identity(0o2644));
+    }
+}

@@ -1,0 +1,420 @@
+//! Findings: how a container departs from its image. The serde form of
+//! [`Finding`] is the published JSON schema `driftd.finding/v1`, and what the
+//! history stores.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Blake3Hash, ContainerId, FileType, Format, ImageReference, Pod, Process, ProcessIdentity,
+    RootfsPath, Sha256Hash,
+};
+
+/// The finding schema's name, in every finding's JSON.
+pub const SCHEMA: &str = "driftd.finding/v1";
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $severity:ident, $technique:literal, $tactic:literal;)*) => {
+        /// What a finding says. Names are stable.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Kind {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Kind {
+            pub const ALL: &'static [Kind] = &[$(Kind::$variant,)*];
+
+            pub fn name(self) -> &'static str {
+                match self { $(Kind::$variant => $name,)* }
+            }
+
+            /// The severity unless a rule of `detect` raises it.
+            pub fn severity(self) -> Severity {
+                match self { $(Kind::$variant => Severity::$severity,)* }
+            }
+
+            /// MITRE ATT&CK for this kind.
+            pub fn attack(self) -> Attack {
+                match self {
+                    $(Kind::$variant => Attack { technique: $technique.into(), tactic: $tactic.into() },)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// Executed; neither its path nor its content is in the image.
+    ExecNew = "exec.new", Critical, "T1059", "TA0002";
+    /// Executed; the path is in the image with other content.
+    ExecModified = "exec.modified", Critical, "T1554", "TA0003";
+    /// Executed; the content is in the image at another path.
+    ExecRelocated = "exec.relocated", Medium, "T1036", "TA0005";
+    /// An executed script (`#!`, or text a shell ran), new or modified.
+    ExecScript = "exec.script", High, "T1059.004", "TA0002";
+    /// A new program, not (yet) run.
+    FileAdded = "file.added", Low, "T1105", "TA0011";
+    /// A program of the image with other content, not (yet) run.
+    FileModified = "file.modified", Medium, "T1554", "TA0003";
+    /// Content of the image at a new path, not run.
+    FileRelocated = "file.relocated", Info, "T1036", "TA0005";
+    /// A program of the image that is gone.
+    FileRemoved = "file.removed", Low, "T1070.004", "TA0005";
+    /// Setuid, setgid or a file capability that the image does not give.
+    FilePrivileged = "file.privileged", High, "T1548.001", "TA0004";
+    /// Somebody or something entered the container, with a terminal.
+    SessionInteractive = "session.interactive", Medium, "T1609", "TA0002";
+    /// The same without a terminal.
+    SessionExec = "session.exec", Info, "T1609", "TA0002";
+}
+
+impl Kind {
+    /// Whether the finding is about a file being run.
+    pub fn is_exec(self) -> bool {
+        self.name().starts_with("exec.")
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    Info,
+    Low,
+    Medium,
+    High,
+    Critical,
+}
+
+impl Severity {
+    pub const ALL: &'static [Severity] =
+        &[Severity::Info, Severity::Low, Severity::Medium, Severity::High, Severity::Critical];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Severity::Info => "info",
+            Severity::Low => "low",
+            Severity::Medium => "medium",
+            Severity::High => "high",
+            Severity::Critical => "critical",
+        }
+    }
+}
+
+/// A word that names no kind, severity or the like.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{word}` is no {what} (known: {known})")]
+pub struct UnknownName {
+    word: String,
+    what: &'static str,
+    known: String,
+}
+
+macro_rules! by_name {
+    ($type:ident, $what:literal) => {
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.name())
+            }
+        }
+
+        impl FromStr for $type {
+            type Err = UnknownName;
+            fn from_str(word: &str) -> Result<$type, UnknownName> {
+                $type::ALL.iter().copied().find(|one| one.name() == word).ok_or_else(|| {
+                    UnknownName {
+                        word: crate::model::printable(word.as_bytes()),
+                        what: $what,
+                        known: $type::ALL
+                            .iter()
+                            .map(|one| one.name())
+                            .collect::<Vec<_>>()
+                            .join(", "),
+                    }
+                })
+            }
+        }
+    };
+}
+by_name!(Kind, "finding kind");
+by_name!(Severity, "severity");
+by_name!(Disposition, "disposition");
+
+impl Serialize for Kind {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Kind {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Kind, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// MITRE ATT&CK identifiers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attack {
+    pub technique: String,
+    pub tactic: String,
+}
+
+/// A finding's name: the same container, kind, path and content (for a session:
+/// the same process) always give the same one, so that a scan after a restart
+/// recognises what was told already.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct FindingId(pub [u8; 16]);
+
+/// What, besides container and kind, makes a finding this one.
+#[derive(Clone, Debug)]
+pub enum Subject<'a> {
+    File { path: &'a RootfsPath, content: Option<Blake3Hash> },
+    Process(ProcessIdentity),
+}
+
+impl FindingId {
+    pub fn new(container: &ContainerId, kind: Kind, subject: &Subject<'_>) -> FindingId {
+        let mut hasher = blake3::Hasher::new();
+        // Each part is preceded by its length, so that no two lists of parts collide.
+        let mut part = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        part(container.namespace.as_bytes());
+        part(container.id.as_bytes());
+        part(kind.name().as_bytes());
+        match subject {
+            Subject::File { path, content } => {
+                part(path.as_bytes());
+                part(content.as_ref().map_or(&[], |hash| &hash.0[..]));
+            }
+            Subject::Process(identity) => {
+                part(&identity.pid.to_le_bytes());
+                part(&identity.start_time.to_le_bytes());
+            }
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        FindingId(id)
+    }
+}
+
+impl fmt::Display for FindingId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for FindingId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for FindingId {
+    type Err = UnknownName;
+    fn from_str(text: &str) -> Result<FindingId, UnknownName> {
+        let bad = || UnknownName {
+            word: crate::model::printable(text.as_bytes()),
+            what: "finding",
+            known: "32 hexadecimal digits, see `driftd findings`".into(),
+        };
+        if text.len() != 32 || !text.is_ascii() {
+            return Err(bad());
+        }
+        let mut id = [0; 16];
+        for (index, byte) in id.iter_mut().enumerate() {
+            *byte =
+                u8::from_str_radix(&text[index * 2..index * 2 + 2], 16).map_err(|_| bad())?;
+        }
+        Ok(FindingId(id))
+    }
+}
+
+impl From<FindingId> for String {
+    fn from(id: FindingId) -> String {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for FindingId {
+    type Error = UnknownName;
+    fn try_from(text: String) -> Result<FindingId, UnknownName> {
+        text.parse()
+    }
+}
+
+/// How a container departs from its image, with everything known about it.
+///
+/// Absent means null in JSON, never a missing key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Finding {
+    /// Always [`SCHEMA`].
+    pub schema: String,
+    pub id: FindingId,
+    /// 1 when first told, one more each time it is told again.
+    pub revision: u64,
+    pub kind: Kind,
+    pub severity: Severity,
+    pub first_seen: Timestamp,
+    pub last_seen: Timestamp,
+    /// How often it was seen.
+    pub count: u64,
+    /// Who saw it first: `gate`, `change` or `scan`.
+    pub source: String,
+    pub node: String,
+    /// The container manager: `containerd`.
+    pub runtime: String,
+    pub container: ContainerEvidence,
+    pub image: ImageReference,
+    /// The file as it is; null for sessions.
+    pub file: Option<FileEvidence>,
+    /// The file as the image has it.
+    pub expected: Option<Expected>,
+    pub process: Option<Process>,
+    /// The name under which the file was called, where it differs (a symlink).
+    pub invoked_as: Option<String>,
+    /// The session finding whose process tree this belongs to.
+    pub session: Option<FindingId>,
+    /// The earlier finding about the same file and content (written, then run).
+    pub story: Option<FindingId>,
+    pub verdict: Verdict,
+    /// What a response did; null while none was asked for.
+    pub outcome: Option<Outcome>,
+    pub attack: Attack,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerEvidence {
+    #[serde(flatten)]
+    pub id: ContainerId,
+    pub labels: BTreeMap<String, String>,
+    pub pod: Option<Pod>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEvidence {
+    #[serde(flatten)]
+    pub path: RootfsPath,
+    pub file_type: FileType,
+    /// What the first bytes say it is.
+    #[serde(rename = "type")]
+    pub format: Format,
+    /// Octal, four digits.
+    pub mode: String,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: u64,
+    /// The `security.capability` xattr, in hexadecimal.
+    pub capability: Option<String>,
+    pub blake3: Option<Blake3Hash>,
+    pub sha256: Option<Sha256Hash>,
+    /// Why there is no hash: `size`, `unreadable`, `not_regular`, `not_a_program`.
+    pub unhashed: Option<String>,
+    pub deleted: bool,
+    /// `overlay`.
+    pub filesystem: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expected {
+    /// Where the image has this path or, for a relocated file, this content.
+    #[serde(flatten)]
+    pub path: RootfsPath,
+    pub blake3: Option<Blake3Hash>,
+    pub sha256: Option<Sha256Hash>,
+    pub mode: String,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: u64,
+    pub capability: Option<String>,
+    /// The layer that holds it: its diff ID.
+    pub layer: String,
+}
+
+/// What the policy says should be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Disposition {
+    Report,
+    Kill,
+}
+
+impl Disposition {
+    pub const ALL: &'static [Disposition] = &[Disposition::Report, Disposition::Kill];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Disposition::Report => "report",
+            Disposition::Kill => "kill",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    pub disposition: Disposition,
+    /// The response this asks for: `kill`; null when only reported.
+    pub action: Option<String>,
+    /// Which setting decided; null for the default.
+    pub rule: Option<String>,
+    /// How many times the policy has been replaced since the daemon started.
+    pub policy_generation: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// `kill`, `pause` or `resume`.
+    pub action: String,
+    pub succeeded: bool,
+    /// What happened, in words; the error if it failed.
+    pub message: String,
+    pub at: Timestamp,
+}
+
+/// `mode` as JSON and tables show it.
+pub fn octal(mode: u32) -> String {
+    format!("{mode:04o}")
+}
+
+/// Bytes in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a String cannot fail");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for kind in Kind::ALL {
+            assert_eq!(kind.name().parse(), Ok(*kind));
+        }
+        let err = "exec.odd".parse::<Kind>().unwrap_err().to_string();
+        assert!(err.starts_with("`exec.odd` is no finding kind (known: exec.new"), "{err}");
+    }
+
+    #[test]
+    fn the_same_subject_is_the_same_finding() {
+        let container = ContainerId::new("default", "c1");
+        let path = RootfsPath::new("/tmp/x").unwrap();
+        let id = |kind, content| {
+            FindingId::new(&container, kind, &Subject::File { path: &path, content })
+        };
+        let content = Some(Blake3Hash([1; 32]));
+        assert_eq!(id(Kind::ExecNew, content), id(Kind::ExecNew, content));
+        assert_ne!(id(Kind::ExecNew, content), id(Kind::ExecNew, None));
+        assert_ne!(id(Kind::ExecNew, content), id(Kind::FileAdded, content));
+        let id = id(Kind::ExecNew, content);
+        assert_eq!(id.to_string().parse(), Ok(id));
+    }
+}

@@ -1,0 +1,21 @@
+//! The nouns of driftd: what a file, a container, a process, an observation and
+//! a finding are. No I/O, no clock, and nothing here depends on another room.
+
+pub mod container;
+pub mod digest;
+pub mod file;
+pub mod finding;
+pub mod observation;
+pub mod path;
+pub mod process;
+
+pub use container::{Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task};
+pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
+pub use file::{Content, FileState, FileType, Format, Unhashed};
+pub use finding::{
+    Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
+    Verdict,
+};
+pub use observation::{Fact, LowerTwin, Observation, Source};
+pub use path::{HostilePath, RootfsPath, printable};
+pub use process::{Ancestor, Process, ProcessIdentity};

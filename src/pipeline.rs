@@ -1,0 +1,1 @@
+//! The one loop that owns driftd's mutable state.

@@ -1,0 +1,6 @@
+//! The only room that speaks to the kernel in its own words.
+//!
+//! Everything `unsafe` in driftd is in this folder. Each file wraps one kernel
+//! interface, takes and returns owned Rust types, and decides nothing: no
+//! policy, no retries, no logging. The rest of the crate denies `unsafe_code`.
+#![allow(unsafe_code)]
