@@ -149,8 +149,7 @@ fn same(known: &Known, state: &FileState) -> bool {
 }
 
 fn known_program(known: &Known) -> bool {
-    known.entry.file_type == FileType::Regular
-        && is_program(known.entry.format, known.entry.mode)
+    known.entry.file_type == FileType::Regular && is_program(known.entry.format, known.entry.mode)
 }
 
 /// Where the image has this content. An empty file is everywhere and nowhere.
@@ -179,9 +178,9 @@ fn in_world_writable_directory(image: &ImageBaseline, path: &RootfsPath) -> bool
     match image.get(&parent) {
         Some(known) => known.entry.mode & 0o002 != 0,
         // Made by the container; its mode is not known here, its usual place is.
-        None => ["/tmp", "/var/tmp", "/dev/shm"].iter().any(|usual| {
-            RootfsPath::new(usual).is_ok_and(|usual| parent.is_within(&usual))
-        }),
+        None => ["/tmp", "/var/tmp", "/dev/shm"]
+            .iter()
+            .any(|usual| RootfsPath::new(usual).is_ok_and(|usual| parent.is_within(&usual))),
     }
 }
 
@@ -190,7 +189,10 @@ fn in_world_writable_directory(image: &ImageBaseline, path: &RootfsPath) -> bool
 /// a reader of a process list is misled.
 fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[Known]) -> bool {
     let name = path.file_name();
-    if origins.iter().any(|origin| origin.entry.path.file_name() == name) {
+    let own_name = origins.iter().any(|origin| origin.entry.path.file_name() == name)
+        // The image itself gives this name here, as a symlink.
+        || image.get(path).is_some();
+    if own_name {
         return false;
     }
     let in_image = PROGRAM_DIRECTORIES.iter().any(|directory| {
@@ -215,9 +217,31 @@ const TOOLS: &[&str] = &[
 /// blinds or cripples.
 fn is_guard(name: &[u8]) -> bool {
     const GUARDS: &[&str] = &[
-        "aide", "ash", "auditctl", "auditd", "ausearch", "bash", "clamdscan", "clamscan", "dash",
-        "dumpcap", "fail2ban-server", "falco", "ip6tables", "iptables", "lsof", "nft", "osqueryd",
-        "ps", "rkhunter", "sh", "ss", "strace", "tcpdump", "tripwire", "zsh",
+        "aide",
+        "ash",
+        "auditctl",
+        "auditd",
+        "ausearch",
+        "bash",
+        "clamdscan",
+        "clamscan",
+        "dash",
+        "dumpcap",
+        "fail2ban-server",
+        "falco",
+        "ip6tables",
+        "iptables",
+        "lsof",
+        "nft",
+        "osqueryd",
+        "ps",
+        "rkhunter",
+        "sh",
+        "ss",
+        "strace",
+        "tcpdump",
+        "tripwire",
+        "zsh",
     ];
     GUARDS.iter().any(|guard| guard.as_bytes() == name)
         || name.starts_with(b"ld-linux")
@@ -265,8 +289,7 @@ fn privileged(known: Option<Known>, state: &FileState) -> Option<Judgement> {
         && (!grants_identity(expected_mode)
             || state.mode & 0o6000 & !(expected_mode & 0o6000) != 0);
     let expected_capability = known.as_ref().and_then(|known| known.entry.capability.as_ref());
-    let capability =
-        state.capability.is_some() && state.capability.as_ref() != expected_capability;
+    let capability = state.capability.is_some() && state.capability.as_ref() != expected_capability;
     (identity || capability).then(|| judgement(Kind::FilePrivileged, known))
 }
 
@@ -279,13 +302,13 @@ mod tests {
     use crate::model::{Content, Process, ProcessIdentity, Sha256Hash};
 
     const IMAGE: &str = "
-/bin 755 dir -
-/tmp 1777 dir -
+/bin 755 dir
+/tmp 1777 dir
 /bin/busybox 755 elf busybox
 /bin/sh 777 symlink busybox
 /bin/ls 755 elf ls
 /bin/su 4755 elf su
-/usr/bin 755 dir -
+/usr/bin 755 dir
 /usr/bin/curl 755 elf curl
 /usr/sbin/auditctl 755 elf auditctl
 /usr/lib/python3/a.py 644 data a
@@ -386,7 +409,10 @@ mod tests {
             "Modified: file.modified medium from /usr/bin/curl",
         );
         // Its own path promised curl, so that the content is ls's is no excuse.
-        check("exec /usr/bin/curl 755 elf ls", "Modified: exec.modified critical from /usr/bin/curl");
+        check(
+            "exec /usr/bin/curl 755 elf ls",
+            "Modified: exec.modified critical from /usr/bin/curl",
+        );
     }
 
     #[test]
@@ -417,10 +443,7 @@ mod tests {
         check("write /bin/ls 4755 elf ls", "Metadata: file.privileged high from /bin/ls");
         check("write /bin/su 4755 elf su", "Metadata: ");
         check("write /bin/su 6755 elf su", "Metadata: file.privileged high from /bin/su");
-        check(
-            "write /tmp/x 4755 elf evil",
-            "Added: file.added low, file.privileged high",
-        );
+        check("write /tmp/x 4755 elf evil", "Added: file.added low, file.privileged high");
         check("write /tmp/d 2644 data text", "Added: ");
     }
 

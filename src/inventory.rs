@@ -90,11 +90,7 @@ impl Entry {
 
     /// The findings about `path`, of any content.
     pub fn about(&self, path: &RootfsPath) -> impl Iterator<Item = &Finding> {
-        self.by_path
-            .get(path)
-            .into_iter()
-            .flatten()
-            .filter_map(|id| self.findings.get(id))
+        self.by_path.get(path).into_iter().flatten().filter_map(|id| self.findings.get(id))
     }
 
     /// The findings about exactly this content at `path`.
@@ -103,9 +99,8 @@ impl Entry {
         path: &RootfsPath,
         content: Option<Blake3Hash>,
     ) -> impl Iterator<Item = &Finding> {
-        self.about(path).filter(move |finding| {
-            finding.file.as_ref().is_some_and(|file| file.blake3 == content)
-        })
+        self.about(path)
+            .filter(move |finding| finding.file.as_ref().is_some_and(|file| file.blake3 == content))
     }
 
     pub fn chain_id(&self) -> Option<ChainId> {
@@ -174,9 +169,8 @@ impl Inventory {
             Some((namespace, id)) => (Some(namespace), id),
             None => (None, text),
         };
-        let in_namespace = |known: &&ContainerId| {
-            namespace.is_none_or(|namespace| *known.namespace == *namespace)
-        };
+        let in_namespace =
+            |known: &&ContainerId| namespace.is_none_or(|namespace| *known.namespace == *namespace);
         let candidates = || self.entries.keys().filter(in_namespace);
         let exact: Vec<_> = candidates().filter(|known| *known.id == *id).collect();
         if !exact.is_empty() || id.is_empty() {

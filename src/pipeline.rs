@@ -65,7 +65,10 @@ pub enum Question {
     Status(oneshot::Sender<Status>),
     Containers(oneshot::Sender<Vec<ContainerView>>),
     /// Answered when the scan that this starts is over.
-    Diff { container: String, reply: oneshot::Sender<Result<Diff, LookupError>> },
+    Diff {
+        container: String,
+        reply: oneshot::Sender<Result<Diff, LookupError>>,
+    },
     /// Answered when the response was carried out and recorded.
     Respond {
         container: String,
@@ -75,7 +78,10 @@ pub enum Question {
         reply: oneshot::Sender<Result<Response, LookupError>>,
     },
     /// Which one container a person means.
-    Lookup { container: String, reply: oneshot::Sender<Result<ContainerId, LookupError>> },
+    Lookup {
+        container: String,
+        reply: oneshot::Sender<Result<ContainerId, LookupError>>,
+    },
 }
 
 /// The loop's own part of the status.
@@ -278,9 +284,7 @@ impl State {
                 entry.baseline = BaselineState::None(reason);
                 None
             }
-            (BaselineState::Ready(baseline), Some(chain_id))
-                if baseline.chain_id() == chain_id =>
-            {
+            (BaselineState::Ready(baseline), Some(chain_id)) if baseline.chain_id() == chain_id => {
                 None
             }
             (BaselineState::Pending(pending), Some(chain_id)) if *pending == chain_id => None,
@@ -353,10 +357,8 @@ impl State {
             }
         }
         for (id, entry) in self.inventory.iter_mut() {
-            let ours = entry
-                .container
-                .as_ref()
-                .is_some_and(|container| *container.endpoint == *endpoint);
+            let ours =
+                entry.container.as_ref().is_some_and(|container| *container.endpoint == *endpoint);
             if ours && entry.pid.is_some() && !std::mem::take(&mut entry.fresh) {
                 effects.push(Effect::Watch(Command::Scan { container: id.clone(), ticket: None }));
             }
@@ -426,9 +428,11 @@ impl State {
                 if let Some(pending) = ticket.and_then(|ticket| self.diffs.remove(&ticket)) {
                     pending.answer(complete);
                 }
-                if self.inventory.get(&container).is_some_and(|entry| {
-                    entry.removed && matches!(entry.watch, WatchState::No)
-                }) {
+                if self
+                    .inventory
+                    .get(&container)
+                    .is_some_and(|entry| entry.removed && matches!(entry.watch, WatchState::No))
+                {
                     self.inventory.remove(&container);
                 }
             }
@@ -469,7 +473,9 @@ impl State {
             return;
         };
         let path = match &observation.fact {
-            Fact::Executed { path, .. } | Fact::Present { path, .. } | Fact::Absent { path } => path,
+            Fact::Executed { path, .. } | Fact::Present { path, .. } | Fact::Absent { path } => {
+                path
+            }
             Fact::SessionOpened { .. } => return,
         };
         let Some(assessment) = detect::assess(baseline, &observation.fact) else { return };
@@ -537,13 +543,8 @@ impl State {
             }
             Fact::Absent { path } => {
                 self.mark_deleted(&observation.container, path, None, true, effects);
-                let evidence = Evidence {
-                    path,
-                    state: None,
-                    lower: None,
-                    process: None,
-                    invoked_as: None,
-                };
+                let evidence =
+                    Evidence { path, state: None, lower: None, process: None, invoked_as: None };
                 self.tell(observation, &assessment, &evidence, effects);
             }
             Fact::SessionOpened { .. } => unreachable!("handled above"),
@@ -593,7 +594,8 @@ impl State {
             let kind = judgement.kind;
             let subject = Subject::File { path: evidence.path, content };
             let id = FindingId::new(&observation.container, kind, &subject);
-            let is_write = matches!(kind, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated);
+            let is_write =
+                matches!(kind, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated);
             if is_write
                 && !entry.findings.contains_key(&id)
                 && entry.about_content(evidence.path, content).any(|told| told.kind.is_exec())
@@ -658,12 +660,10 @@ impl State {
             // However often a shell re-executes itself, it is one session.
             return;
         }
-        let kind =
-            if process.tty.is_some() { Kind::SessionInteractive } else { Kind::SessionExec };
+        let kind = if process.tty.is_some() { Kind::SessionInteractive } else { Kind::SessionExec };
         let id = FindingId::new(container, kind, &Subject::Process(process.identity));
         let judgement = Judgement { kind, severity: kind.severity(), expected: None };
-        let mut finding =
-            new_finding(&self.node, &self.policy, entry, observation, id, &judgement);
+        let mut finding = new_finding(&self.node, &self.policy, entry, observation, id, &judgement);
         finding.process = Some(process.clone());
         finding.session = Some(id);
         entry.insert_finding(finding);
@@ -715,8 +715,7 @@ impl State {
             }
         }
         let asked = self.responses.iter().position(|pending| {
-            pending.container == response.container
-                && pending.requested_at == response.requested_at
+            pending.container == response.container && pending.requested_at == response.requested_at
         });
         if let Some(index) = asked {
             let _ = self.responses.swap_remove(index).reply.send(Ok(response));
@@ -958,15 +957,14 @@ fn removed_evidence(path: &RootfsPath, known: &Known) -> FileEvidence {
 fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>) -> Expected {
     // A baseline keeps no SHA-256; what has the expected BLAKE3 has it.
     let sha256 = known.entry.blake3.and_then(|blake3| {
-        lower
-            .filter(|twin| twin.blake3 == blake3)
-            .map(|twin| twin.sha256)
-            .or_else(|| match state.map(|state| state.content) {
+        lower.filter(|twin| twin.blake3 == blake3).map(|twin| twin.sha256).or_else(|| {
+            match state.map(|state| state.content) {
                 Some(Content::Hashed { blake3: actual, sha256 }) if actual == blake3 => {
                     Some(sha256)
                 }
                 _ => None,
-            })
+            }
+        })
     });
     Expected {
         path: known.entry.path.clone(),
@@ -984,8 +982,7 @@ fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>)
 fn view(entry: &Entry) -> Option<ContainerView> {
     let mut container = entry.container.clone().filter(|_| !entry.removed)?;
     if container.task.map(|task| task.pid) != entry.pid {
-        container.task =
-            entry.pid.map(|pid| crate::model::Task { pid, paused: false });
+        container.task = entry.pid.map(|pid| crate::model::Task { pid, paused: false });
     }
     let problem = match (&entry.watch, &entry.baseline) {
         (WatchState::Refused(reason), _)

@@ -12,5 +12,10 @@ pub enum Record {
     Finding(Box<Finding>),
     Response(Box<Response>),
     /// Something was not seen: a named loss.
-    Gap { name: String, container: Option<ContainerId>, detail: String, at: Timestamp },
+    Gap {
+        name: String,
+        container: Option<ContainerId>,
+        detail: String,
+        at: Timestamp,
+    },
 }

@@ -8,8 +8,8 @@ use crate::model::{
 };
 
 const IMAGE: &str = "
-/bin 755 dir -
-/tmp 1777 dir -
+/bin 755 dir
+/tmp 1777 dir
 /bin/busybox 755 elf busybox
 /bin/ls 755 elf ls
 /usr/bin/curl 755 elf curl
@@ -32,8 +32,7 @@ struct Node {
 impl Node {
     fn new(respond: Respond, known: Vec<Finding>) -> Node {
         let policy = Policy { generation: 1, respond };
-        let state =
-            State::new("node".into(), policy, Arc::default(), known, Timestamp::UNIX_EPOCH);
+        let state = State::new("node".into(), policy, Arc::default(), known, Timestamp::UNIX_EPOCH);
         Node {
             state,
             clock: 0,
@@ -410,10 +409,7 @@ fn what_a_listing_does_not_name_is_gone() {
 fn a_task_is_marked_before_its_record_is_known() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 7, rootfs: None }));
-    assert_eq!(
-        node.commands,
-        [Command::Attach { container: id("c1"), pid: 7, rootfs: None }]
-    );
+    assert_eq!(node.commands, [Command::Attach { container: id("c1"), pid: 7, rootfs: None }]);
     node.play("attached c1\nexec c1 /tmp/x evil\nstart c1\nbaseline")
         .expect(&["exec.new /tmp/x x1 r1"]);
 }

@@ -26,11 +26,18 @@ pub enum Report {
         before_start: bool,
     },
     /// The container cannot be watched, or not any more.
-    NotAttached { container: ContainerId, reason: String },
+    NotAttached {
+        container: ContainerId,
+        reason: String,
+    },
     Observed(Observation),
     /// Some of what a scan found; a scan reports every entry of the upperdir
     /// that is not a plain directory.
-    ScanBatch { container: ContainerId, ticket: Option<u64>, observations: Vec<Observation> },
+    ScanBatch {
+        container: ContainerId,
+        ticket: Option<u64>,
+        observations: Vec<Observation>,
+    },
     /// The scan is over.
     Scanned {
         container: ContainerId,
@@ -40,5 +47,9 @@ pub enum Report {
     },
     /// Something was not seen. `container` is `None` when it may be any of them.
     /// The watchers have already asked themselves for the rescan.
-    Lost { failure: Failure, container: Option<ContainerId>, detail: String },
+    Lost {
+        failure: Failure,
+        container: Option<ContainerId>,
+        detail: String,
+    },
 }
