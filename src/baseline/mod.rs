@@ -18,6 +18,7 @@ use crate::model::ChainId;
 pub mod layer;
 pub mod merge;
 mod text;
+pub mod walk;
 
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
