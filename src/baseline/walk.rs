@@ -34,11 +34,11 @@ use crate::model::{Blake3Hash, FileType, Format, RootfsPath};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "cannot open the layer directory {} (was the image removed or its layer cleaned up? pull the image again): {source}",
+        "cannot open the layer directory {} (was the image removed or its layer cleaned up? pull the image again)",
         directory.display()
     )]
     Directory { directory: PathBuf, source: Errno },
-    #[error("cannot {doing} {path} in the layer directory {}: {source}", directory.display())]
+    #[error("cannot {doing} {path} in the layer directory {}", directory.display())]
     Entry { directory: PathBuf, path: RootfsPath, doing: &'static str, source: Errno },
     #[error(
         "{path} in the layer directory {} changed while it was read; a layer that still changes has no baseline",
@@ -79,7 +79,7 @@ pub fn walk(
         links: Mutex::default(),
         failure: OnceLock::new(),
     };
-    pool.scope(|scope| walk.visit(scope, RootfsPath::root()));
+    pool.scope(|scope| walk.visit(scope, &RootfsPath::root()));
     pool.install(|| walk.look_back());
     walk.finish()
 }
@@ -139,6 +139,7 @@ impl PartialEq for Moment {
 }
 
 /// Why one entry ends the walk; the walk adds where it was.
+#[derive(Clone, Copy)]
 enum Trouble {
     Failed(&'static str, Errno),
     Changed,
@@ -164,14 +165,14 @@ struct Name {
 
 impl<'a> Walk<'a> {
     /// Reads one directory and leaves what is in it to whoever has time.
-    fn visit<'s>(&'s self, scope: &rayon::Scope<'s>, path: RootfsPath) {
+    fn visit<'s>(&'s self, scope: &rayon::Scope<'s>, path: &RootfsPath) {
         if self.is_over() {
             return;
         }
-        match self.read_directory(&path) {
+        match self.read_directory(path) {
             Ok((directory, files, directories)) => {
                 for child in directories {
-                    scope.spawn(move |scope| self.visit(scope, child));
+                    scope.spawn(move |scope| self.visit(scope, &child));
                 }
                 // Last in, first out: a thread reads the files before it goes on
                 // to the directories, so that few directories are open at once.
