@@ -688,3 +688,319 @@ impl<'a> Record<'a> {
         if self.is_opaque() { LayerEntry::OpaqueDirectory(file) } else { LayerEntry::File(file) }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::baseline::blake3_of;
+    use crate::model::{ChainId, DiffId};
+
+    const ID: LayerId = LayerId::Diff(DiffId([7; 32]));
+
+    /// Few names, so that layers meet; `a-` and `a!` sort before `a/` byte by byte.
+    const NAMES: [&str; 5] = ["a", "a-", "b", "a!", "\u{e9}"];
+
+    /// All paths that [`any_layer`] can make, but for the root.
+    pub(in crate::baseline) fn every_path() -> Vec<RootfsPath> {
+        let mut paths = vec![RootfsPath::root()];
+        for depth in 0..3 {
+            let parents: Vec<RootfsPath> = paths
+                .iter()
+                .filter(|path| path.relative().split(|&byte| byte == b'/').count() >= depth)
+                .cloned()
+                .collect();
+            for parent in parents {
+                paths.extend(NAMES.map(|name| parent.join(name.as_bytes()).unwrap()));
+            }
+        }
+        paths.sort();
+        paths.dedup();
+        paths
+    }
+
+    fn any_path() -> impl Strategy<Value = RootfsPath> {
+        proptest::collection::vec(proptest::sample::select(&NAMES[..]), 1..4)
+            .prop_map(|names| RootfsPath::new(names.join("/")).unwrap())
+    }
+
+    fn any_entry() -> impl Strategy<Value = LayerEntry> {
+        let modes = proptest::sample::select(vec![0o755, 0o644, 0o4755, 0o1777]);
+        let words = proptest::sample::select(vec!["x", "y", ""]);
+        let extra = proptest::option::of(proptest::collection::vec(any::<u8>(), 0..20));
+        (any_path(), 0..9_u8, modes, words, extra, any::<(u32, u32)>()).prop_map(
+            |(path, kind, mode, word, extra, (uid, gid))| {
+                let plain = FileEntry {
+                    path: path.clone(),
+                    file_type: FileType::Directory,
+                    format: Format::Unknown,
+                    mode,
+                    uid,
+                    gid,
+                    size: 0,
+                    blake3: None,
+                    capability: None,
+                    link_target: None,
+                    device: None,
+                };
+                let device = Some(Device { major: uid, minor: gid });
+                match kind {
+                    0 | 1 => LayerEntry::Whiteout(path),
+                    2 => LayerEntry::OpaqueDirectory(plain),
+                    3 => LayerEntry::File(plain),
+                    4 => LayerEntry::File(FileEntry {
+                        file_type: FileType::Symlink,
+                        link_target: Some(extra.unwrap_or_default().into()),
+                        ..plain
+                    }),
+                    5 => LayerEntry::File(FileEntry {
+                        file_type: FileType::BlockDevice,
+                        device,
+                        ..plain
+                    }),
+                    6 => LayerEntry::File(FileEntry { file_type: FileType::Fifo, ..plain }),
+                    _ => LayerEntry::File(FileEntry {
+                        file_type: FileType::Regular,
+                        format: if word == "x" { Format::Elf } else { Format::Script },
+                        size: u64::from(gid) << 8,
+                        blake3: Some(blake3_of(word)),
+                        capability: extra.map(Into::into),
+                        ..plain
+                    }),
+                }
+            },
+        )
+    }
+
+    /// A layer as a tree: what would lie below something that is no directory is
+    /// left out, and missing directories are put in.
+    pub(in crate::baseline) fn any_layer() -> impl Strategy<Value = Vec<LayerEntry>> {
+        proptest::collection::vec(any_entry(), 0..12).prop_map(|entries| {
+            let directory = |path: RootfsPath| {
+                LayerEntry::File(FileEntry {
+                    path,
+                    file_type: FileType::Directory,
+                    format: Format::Unknown,
+                    mode: 0o755,
+                    uid: 0,
+                    gid: 0,
+                    size: 0,
+                    blake3: None,
+                    capability: None,
+                    link_target: None,
+                    device: None,
+                })
+            };
+            let is_directory = |entry: &LayerEntry| match entry {
+                LayerEntry::Whiteout(_) => false,
+                LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) => {
+                    file.file_type == FileType::Directory
+                }
+            };
+            let root = RootfsPath::root();
+            let mut tree = BTreeMap::from([(root.clone(), directory(root))]);
+            for entry in entries {
+                let path = entry.path().clone();
+                let above: Vec<_> =
+                    std::iter::successors(path.parent(), RootfsPath::parent).collect();
+                let blocked = above
+                    .iter()
+                    .any(|path| tree.get(path).is_some_and(|known| !is_directory(known)));
+                if blocked || tree.keys().any(|known| *known != path && known.is_within(&path)) {
+                    continue;
+                }
+                for path in above {
+                    tree.entry(path.clone()).or_insert_with(|| directory(path));
+                }
+                tree.insert(path, entry);
+            }
+            tree.into_values().collect()
+        })
+    }
+
+    fn written(entries: &[LayerEntry]) -> Vec<u8> {
+        write(ID, entries.to_vec(), Vec::new()).unwrap()
+    }
+
+    fn read_back(layer: &LayerBaseline) -> Vec<LayerEntry> {
+        layer.entries().map(Record::to_entry).collect()
+    }
+
+    /// Asks everything that can be asked.
+    fn ask_everything(layer: &LayerBaseline) {
+        for path in every_path() {
+            let _ = layer.get(&path).map(Record::to_entry);
+            let _ = layer.below(&path).map(Record::to_entry).count();
+        }
+        for word in ["x", "y", ""] {
+            let _ = layer.with_content(&blake3_of(word)).map(Record::to_entry).count();
+        }
+        let _ = layer.with_content(&Blake3Hash([0; 32])).count();
+        let _ = read_back(layer);
+    }
+
+    fn seal(bytes: &mut [u8]) {
+        if let Some(end) = bytes.len().checked_sub(CHECKSUM) {
+            let checksum = blake3::hash(&bytes[..end]);
+            bytes[end..].copy_from_slice(checksum.as_bytes());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(entries in any_layer()) {
+            let layer = LayerBaseline::from_bytes(written(&entries)).unwrap();
+            let mut sorted = entries.clone();
+            sorted.sort_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
+            prop_assert_eq!(layer.id(), ID);
+            prop_assert_eq!(read_back(&layer), sorted.clone());
+            for path in every_path() {
+                let expected = sorted.iter().find(|entry| *entry.path() == path).cloned();
+                prop_assert_eq!(layer.get(&path).map(Record::to_entry), expected);
+                let below: Vec<_> = sorted
+                    .iter()
+                    .filter(|entry| *entry.path() != path && entry.path().is_within(&path))
+                    .cloned()
+                    .collect();
+                prop_assert_eq!(layer.below(&path).map(Record::to_entry).collect::<Vec<_>>(), below);
+            }
+            for word in ["x", "y", "", "none"] {
+                let hash = blake3_of(word);
+                let expected: Vec<_> = sorted
+                    .iter()
+                    .filter(|entry| matches!(entry, LayerEntry::File(file) if file.blake3 == Some(hash)))
+                    .cloned()
+                    .collect();
+                let found: Vec<_> = layer.with_content(&hash).map(Record::to_entry).collect();
+                prop_assert_eq!(found, expected);
+            }
+        }
+
+        #[test]
+        fn a_changed_byte_is_noticed(
+            entries in any_layer(), at: proptest::sample::Index, by in 1..=255_u8,
+        ) {
+            let mut bytes = written(&entries);
+            let at = at.index(bytes.len());
+            bytes[at] ^= by;
+            prop_assert!(LayerBaseline::from_bytes(bytes).is_err());
+        }
+
+        #[test]
+        fn a_file_cut_short_is_noticed(entries in any_layer(), at: proptest::sample::Index) {
+            let mut bytes = written(&entries);
+            bytes.truncate(at.index(bytes.len()));
+            prop_assert!(LayerBaseline::from_bytes(bytes).is_err());
+        }
+
+        /// Bytes that somebody made to look right must not stop the daemon.
+        #[test]
+        fn no_look_up_panics_whatever_the_file_holds(
+            entries in any_layer(),
+            changes in proptest::collection::vec(
+                (any::<proptest::sample::Index>(), any::<u8>()), 1..8,
+            ),
+        ) {
+            let mut bytes = written(&entries);
+            for (at, byte) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            seal(&mut bytes);
+            if let Ok(layer) = LayerBaseline::from_bytes(bytes) {
+                ask_everything(&layer);
+            }
+        }
+
+        #[test]
+        fn random_bytes_are_no_layer(mut bytes: Vec<u8>) {
+            seal(&mut bytes);
+            prop_assert!(LayerBaseline::from_bytes(bytes).is_err());
+        }
+    }
+
+    #[track_caller]
+    fn check_order(one: &str, other: &str) {
+        assert_eq!(compare_paths(one.as_bytes(), other.as_bytes()), Ordering::Less);
+        assert_eq!(compare_paths(other.as_bytes(), one.as_bytes()), Ordering::Greater);
+        assert_eq!(compare_paths(one.as_bytes(), one.as_bytes()), Ordering::Equal);
+    }
+
+    #[test]
+    fn a_directory_is_followed_by_its_subtree() {
+        check_order("/", "/a");
+        check_order("/a", "/a/b");
+        check_order("/a/b", "/a-b");
+        check_order("/a/b", "/a!");
+        check_order("/a/z", "/ab");
+    }
+
+    fn entries_of(text: &str) -> Vec<LayerEntry> {
+        crate::baseline::text::entries(text, &mut BTreeMap::new())
+    }
+
+    #[track_caller]
+    fn check_refused(entries: Vec<LayerEntry>, expected: &str) {
+        let err = write(ID, entries, Vec::new()).unwrap_err();
+        assert_eq!(err.to_string(), expected);
+    }
+
+    #[test]
+    fn entries_that_are_no_tree_are_refused() {
+        check_refused(vec![], "it has no root directory");
+        check_refused(
+            entries_of("/a 644 data x").into_iter().chain(entries_of("/a 644 data y")).collect(),
+            "/ is named twice",
+        );
+        let orphan = |entry: &LayerEntry| entry.path().as_bytes() != b"/a";
+        check_refused(
+            entries_of("/a/b 644 data x").into_iter().filter(orphan).collect(),
+            "/a/b is in a directory that is missing",
+        );
+        let mut below_a_file = entries_of("/a/b 644 data x");
+        below_a_file.retain(orphan);
+        below_a_file.extend(entries_of("/a 644 data x").into_iter().filter(|entry| !orphan(entry)));
+        check_refused(below_a_file, "/a/b is in a directory that is missing");
+    }
+
+    #[test]
+    fn a_later_version_is_named_as_such() {
+        let mut bytes = written(&entries_of("/a 644 data x"));
+        bytes[header::VERSION] = 2;
+        seal(&mut bytes);
+        assert_eq!(LayerBaseline::from_bytes(bytes).unwrap_err(), Invalid::Version(2));
+    }
+
+    #[test]
+    fn a_layer_without_a_diff_id_keeps_its_name() {
+        let id = LayerId::Chain(ChainId([3; 32]));
+        let bytes = write(id, entries_of(""), Vec::new()).unwrap();
+        assert_eq!(LayerBaseline::from_bytes(bytes).unwrap().id(), id);
+    }
+
+    #[test]
+    fn every_type_and_format_has_a_code() {
+        let types = KINDS.map(|(_, file_type)| match file_type {
+            FileType::Regular
+            | FileType::Directory
+            | FileType::Symlink
+            | FileType::CharDevice
+            | FileType::BlockDevice
+            | FileType::Fifo
+            | FileType::Socket => code_of(&KINDS, &file_type),
+        });
+        assert_eq!(types, [1, 2, 3, 4, 5, 6, 7]);
+        let formats = FORMATS.map(|(_, format)| match format {
+            Format::Unknown
+            | Format::Elf
+            | Format::ElfObject
+            | Format::Script
+            | Format::Data
+            | Format::Empty => code_of(&FORMATS, &format),
+        });
+        assert_eq!(formats, [0, 1, 2, 3, 4, 5]);
+    }
+}

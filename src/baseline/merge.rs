@@ -306,7 +306,14 @@ fn floor_below(floor: usize, number: usize, record: Record<'_>) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::baseline::layer;
+    use crate::baseline::layer::tests::{any_layer, every_path};
+    use crate::model::DiffId;
 
     fn path(text: &str) -> RootfsPath {
         RootfsPath::new(text).unwrap()
@@ -331,7 +338,7 @@ mod tests {
     fn the_upper_layer_wins() {
         let image = ImageBaseline::from_text(&["/bin/ls 755 elf old", "/bin/ls 755 elf new"]);
         let known = image.get(&path("/bin/ls")).unwrap();
-        assert_eq!(known.entry.blake3, Some(super::super::blake3_of("new")));
+        assert_eq!(known.entry.blake3, Some(crate::baseline::blake3_of("new")));
         assert_eq!(known.layer, image.layers()[1]);
         assert_eq!(image.totals(), Totals { files: 1, bytes: 3 });
     }
@@ -372,12 +379,12 @@ mod tests {
             "- /bin/b\n/bin/c 755 elf other\n/a 755 elf same",
         ]);
         let paths = |limit| -> Vec<String> {
-            let found = image.with_content(&super::super::blake3_of("same"), limit);
+            let found = image.with_content(&crate::baseline::blake3_of("same"), limit);
             found.iter().map(|known| known.entry.path.to_string()).collect()
         };
         assert_eq!(paths(10), ["/a", "/bin/a", "/x"]);
         assert_eq!(paths(2), ["/a", "/bin/a"]);
-        assert_eq!(image.with_content(&super::super::blake3_of("none"), 10), []);
+        assert_eq!(image.with_content(&crate::baseline::blake3_of("none"), 10), []);
     }
 
     #[test]
@@ -389,5 +396,81 @@ mod tests {
         let has = |text| image.has_program_below(&path(text));
         assert!(has("/") && has("/usr") && has("/usr/bin") && has("/usr/bin/ls"));
         assert!(!has("/etc") && !has("/opt") && !has("/srv") && !has("/none") && !has("/us"));
+    }
+
+    /// What overlayfs shows, said slowly: each layer is laid over the ones
+    /// below it.
+    fn model(layers: &[Vec<LayerEntry>]) -> Vec<(usize, FileEntry)> {
+        let mut shown: BTreeMap<RootfsPath, (usize, FileEntry)> = BTreeMap::new();
+        for (number, entries) in layers.iter().enumerate() {
+            // In the order of paths, so that what an entry hides is of lower layers.
+            let mut entries: Vec<&LayerEntry> = entries.iter().collect();
+            entries.sort_by_key(|entry| entry.path().clone());
+            for entry in entries {
+                let path = entry.path();
+                let (shows, merges) = match entry {
+                    LayerEntry::Whiteout(_) => (None, false),
+                    LayerEntry::OpaqueDirectory(file) => (Some(file), false),
+                    LayerEntry::File(file) => (Some(file), file.file_type == FileType::Directory),
+                };
+                if !merges {
+                    shown.retain(|known, _| !known.is_within(path));
+                }
+                if let Some(file) = shows {
+                    shown.insert(path.clone(), (number, file.clone()));
+                }
+            }
+        }
+        let mut shown: Vec<_> = shown.into_values().collect();
+        shown.sort_by(|(_, a), (_, b)| compare_paths(a.path.as_bytes(), b.path.as_bytes()));
+        shown
+    }
+
+    proptest! {
+        #[test]
+        fn merging_shows_what_overlayfs_would(
+            layers in proptest::collection::vec(any_layer(), 0..5),
+        ) {
+            let id = |number: usize| LayerId::Diff(DiffId([u8::try_from(number).unwrap(); 32]));
+            let known = |(number, entry): &(usize, FileEntry)| Known {
+                entry: entry.clone(),
+                layer: id(*number),
+            };
+            let image = ImageBaseline::new(
+                ChainId([0; 32]),
+                layers.iter().enumerate().map(|(number, entries)| {
+                    let bytes = layer::write(id(number), entries.clone(), Vec::new()).unwrap();
+                    (id(number), Arc::new(LayerBaseline::from_bytes(bytes).unwrap()))
+                }).collect(),
+            );
+            let shown = model(&layers);
+
+            let all: Vec<Known> = shown.iter().map(known).collect();
+            prop_assert_eq!(image.files().collect::<Vec<_>>(), all.clone());
+            for path in every_path() {
+                let expected = all.iter().find(|known| known.entry.path == path).cloned();
+                prop_assert_eq!(image.get(&path), expected);
+                let programs = all.iter().any(|known| {
+                    known.entry.file_type == FileType::Regular
+                        && is_program(known.entry.format, known.entry.mode)
+                        && known.entry.path.is_within(&path)
+                });
+                prop_assert_eq!(image.has_program_below(&path), programs, "{}", path);
+            }
+            for word in ["x", "y", "", "none"] {
+                let hash = crate::baseline::blake3_of(word);
+                let expected: Vec<Known> =
+                    all.iter().filter(|known| known.entry.blake3 == Some(hash)).cloned().collect();
+                prop_assert_eq!(&image.with_content(&hash, usize::MAX), &expected);
+                prop_assert_eq!(&image.with_content(&hash, 1)[..], &expected[..expected.len().min(1)]);
+            }
+            let files: Vec<_> =
+                all.iter().filter(|known| known.entry.file_type == FileType::Regular).collect();
+            let totals = Totals {
+                files: files.len() as u64,
+                bytes: files.iter().map(|known| known.entry.size).sum(),
+            };
+            prop_assert_eq!(image.totals(), totals);
+        }
     }
 }

@@ -17,10 +17,15 @@ use crate::model::ChainId;
 
 pub mod layer;
 pub mod merge;
+pub mod recorder;
+pub mod store;
 mod text;
+pub mod walk;
 
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
+pub use recorder::{Job, Recorder};
+pub use store::{ImageName, ImageRecord, Store};
 
 #[doc(hidden)]
 pub use text::blake3_of;
