@@ -85,7 +85,9 @@ pub enum Decoded<Fd> {
     Notification(Event<Fd>),
     Overflow,
     /// An event that carries no descriptor: nothing to look at and nothing to answer.
-    WithoutFile { mask: u64 },
+    WithoutFile {
+        mask: u64,
+    },
 }
 
 /// The buffer is not what fanotify(7) says. The kernel never does this; after
@@ -123,7 +125,8 @@ pub fn decode<Fd>(
     let mut rest = bytes;
     while !rest.is_empty() {
         let left = rest.len();
-        let Some(event_len) = bytes_at(rest, offset_of!(Metadata, event_len)).map(u32::from_ne_bytes)
+        let Some(event_len) =
+            bytes_at(rest, offset_of!(Metadata, event_len)).map(u32::from_ne_bytes)
         else {
             return (decoded, Err(Malformed::Length { event_len: 0, left }));
         };
@@ -179,8 +182,7 @@ pub fn decode<Fd>(
 fn pidfd_record(mut records: &[u8]) -> Option<RawFd> {
     loop {
         let [info_type] = bytes_at(records, offset_of!(InfoHeader, info_type))?;
-        let len: usize =
-            u16::from_ne_bytes(bytes_at(records, offset_of!(InfoHeader, len))?).into();
+        let len: usize = u16::from_ne_bytes(bytes_at(records, offset_of!(InfoHeader, len))?).into();
         if len < INFO_HEADER_LEN || len > records.len() {
             return None;
         }
@@ -306,12 +308,19 @@ impl Group {
             .map_err(io::Error::from)
     }
 
-    /// Reads what is there. `WouldBlock` if that is nothing.
+    /// Reads what is there, at most `bytes` of it; `WouldBlock` if there is
+    /// nothing.
+    ///
+    /// The kernel opens a descriptor (or two) for every event of one read, and
+    /// when we have no more to give it, it drops a notification in silence and
+    /// *denies* a permission. Whoever reads keeps `bytes` small enough.
     pub fn read<'group>(
         &'group self,
         buffer: &mut Buffer,
+        bytes: usize,
     ) -> Result<Vec<Incoming<'group>>, ReadError> {
-        let read = rustix::io::read(&self.fanotify, &mut buffer.0[..])
+        let bytes = bytes.min(buffer.0.len());
+        let read = rustix::io::read(&self.fanotify, &mut buffer.0[..bytes])
             .map_err(|errno| ReadError::Os(errno.into()))?;
         let (decoded, outcome) = decode(&buffer.0[..read], |fd| {
             // SAFETY: the kernel has just opened `fd` for us as part of this
@@ -471,10 +480,7 @@ mod tests {
         let mut records = record(200, b"from the future");
         records.extend(pidfd(8));
         let expected = Event { file: 7, pid: 1, pidfd: Some(8), mask: libc::FAN_CLOSE_WRITE };
-        check(
-            &event(libc::FAN_CLOSE_WRITE, 7, 1, &records),
-            &[Decoded::Notification(expected)],
-        );
+        check(&event(libc::FAN_CLOSE_WRITE, 7, 1, &records), &[Decoded::Notification(expected)]);
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct Stat {
     pub links: u32,
     /// What a device node stands for: major and minor.
     pub node: (u32, u32),
+    /// Which mount it was reached through; `None` before Linux 5.8.
+    pub mount: Option<u64>,
 }
 
 impl Stat {
@@ -55,12 +57,12 @@ impl From<Statx> for Stat {
             seconds: time.tv_sec,
             nanoseconds: time.tv_nsec,
         };
-        let has_birth = StatxFlags::from_bits_retain(statx.stx_mask).contains(StatxFlags::BTIME);
+        let known = StatxFlags::from_bits_retain(statx.stx_mask);
         let mode = u32::from(statx.stx_mode);
         Stat {
             device: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
             inode: statx.stx_ino,
-            born: has_birth.then(|| time(statx.stx_btime)),
+            born: known.contains(StatxFlags::BTIME).then(|| time(statx.stx_btime)),
             changed: time(statx.stx_ctime),
             modified: time(statx.stx_mtime),
             file_type: match rustix::fs::FileType::from_raw_mode(mode) {
@@ -79,11 +81,13 @@ impl From<Statx> for Stat {
             size: statx.stx_size,
             links: statx.stx_nlink,
             node: (statx.stx_rdev_major, statx.stx_rdev_minor),
+            mount: known.contains(StatxFlags::MNT_ID).then_some(statx.stx_mnt_id),
         }
     }
 }
 
-const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
+const WANTED: StatxFlags =
+    StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// What an open file is.
 pub fn stat(fd: impl AsFd) -> io::Result<Stat> {
@@ -106,6 +110,13 @@ pub fn stat_path(path: impl rustix::path::Arg) -> io::Result<Stat> {
 pub fn open_directory(path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Opens the root directory of a process, as a place to look from. Keep it only
+/// for a moment: it keeps a container's mount busy.
+pub fn open_root(link: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(link, flags, Mode::empty())?)
 }
 
 /// The one way to open what a container may have put there: below `directory`,

@@ -62,7 +62,8 @@ impl Stat {
         let comm = text.get(open + 1..close)?;
         let pid = str::from_utf8(text.get(..open)?).ok()?.trim().parse().ok()?;
         // After the name come fields 3, 4, 5 …
-        let fields: Vec<&str> = str::from_utf8(text.get(close + 1..)?).ok()?.split_ascii_whitespace().collect();
+        let fields: Vec<&str> =
+            str::from_utf8(text.get(close + 1..)?).ok()?.split_ascii_whitespace().collect();
         let field = |number: usize| fields.get(number - 3).copied();
         let address = |number| field(number).and_then(|field| field.parse().ok()).unwrap_or(0);
         Some(Stat {
@@ -189,9 +190,17 @@ impl Handle {
 
     /// Names the pid namespace this process is in.
     pub fn pid_namespace(&self) -> io::Result<u64> {
+        self.namespace("ns/pid")
+    }
+
+    /// Names the mount namespace this process is in.
+    pub fn mount_namespace(&self) -> io::Result<u64> {
+        self.namespace("ns/mnt")
+    }
+
+    fn namespace(&self, link: &str) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt as _;
-        // O_PATH would give the link's own inode.
-        let file = self.process.open_relative("ns/pid").map_err(into_io)?;
+        let file = self.process.open_relative(link).map_err(into_io)?;
         Ok(file.metadata()?.ino())
     }
 
@@ -277,8 +286,7 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
         }
         child_start_time = stat.identity.start_time;
         parent = stat.parent;
-        let outside =
-            pid_namespace.is_some() && handle.pid_namespace().ok() != pid_namespace;
+        let outside = pid_namespace.is_some() && handle.pid_namespace().ok() != pid_namespace;
         chain.push(handle);
         if outside {
             break;
