@@ -472,3 +472,69 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
     }
     Ok(old.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Finding;
+
+    fn finding(number: usize, revision: u64) -> Record {
+        let mut finding: Finding =
+            serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap();
+        finding.id.0[..8].copy_from_slice(&(number as u64).to_be_bytes());
+        finding.revision = revision;
+        Record::Finding(Box::new(finding))
+    }
+
+    fn gap(detail: &str) -> Record {
+        Record::Gap {
+            name: "pipeline_full".into(),
+            container: None,
+            detail: detail.into(),
+            at: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn held(pending: &Pending) -> Vec<Record> {
+        pending.records.iter().flatten().cloned().collect()
+    }
+
+    #[test]
+    fn a_finding_that_waits_is_replaced_by_its_next_revision() {
+        let mut pending = Pending::default();
+        for record in [finding(1, 1), finding(2, 1), finding(1, 2), gap("x"), finding(1, 3)] {
+            assert_eq!(pending.push(record), None);
+        }
+        assert_eq!(held(&pending), [finding(2, 1), gap("x"), finding(1, 3)]);
+        assert_eq!(pending.len(), 3);
+    }
+
+    #[test]
+    fn a_full_memory_drops_gaps_first_then_the_oldest() {
+        let mut pending = Pending::default();
+        pending.push(finding(0, 1));
+        pending.push(gap("x"));
+        for number in 1..PENDING - 1 {
+            assert_eq!(pending.push(finding(number, 1)), None);
+        }
+        assert_eq!(pending.push(finding(PENDING, 1)), Some(1));
+        assert_eq!(pending.push(finding(PENDING + 1, 1)), Some(2));
+        // Known already: nothing more is held.
+        assert_eq!(pending.push(finding(PENDING + 1, 2)), None);
+        let held = held(&pending);
+        assert_eq!(held.len(), PENDING);
+        assert_eq!(held.first(), Some(&finding(1, 1)), "the gap went first, then the oldest");
+        assert_eq!(held.last(), Some(&finding(PENDING + 1, 2)));
+    }
+
+    #[test]
+    fn a_finding_revised_for_ever_behind_one_that_stays_takes_no_memory() {
+        let mut pending = Pending::default();
+        pending.push(gap("stays"));
+        for revision in 0..5 * PENDING as u64 {
+            pending.push(finding(1, revision));
+        }
+        assert_eq!(held(&pending), [gap("stays"), finding(1, 5 * PENDING as u64 - 1)]);
+        assert!(pending.records.len() <= 2 * PENDING + 1, "{}", pending.records.len());
+    }
+}
