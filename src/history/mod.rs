@@ -29,7 +29,7 @@ mod reader;
 mod schema;
 mod writer;
 
-pub use reader::{Filter, FindingLookup, FindingsPage, Followed, PageToken, Reader};
+pub use reader::{BadPageToken, Filter, FindingLookup, FindingsPage, Followed, PageToken, Reader};
 pub use writer::Writer;
 
 /// The history's file in the state directory.

@@ -19,6 +19,9 @@ use crate::respond::Response;
 /// Idle connections that are kept for the next question.
 const IDLE: usize = 8;
 
+/// Most JSON on one page: below the 4 MiB that a gRPC client takes by default.
+const PAGE_BYTES: usize = 2 << 20;
+
 /// Which findings are asked for. The default is all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
@@ -83,8 +86,8 @@ pub struct Followed {
     pub cursor: u64,
     /// Whether more is there already.
     pub more: bool,
-    /// Records after the cursor asked for have been pruned.
-    pub pruned: bool,
+    /// Some records up to this cursor have been pruned.
+    pub pruned_through: u64,
 }
 
 /// What a finding's ID, or the beginning of one, leads to.
@@ -108,7 +111,7 @@ impl Reader {
         Reader { path, idle: Arc::default() }
     }
 
-    /// One page of at most `limit` findings.
+    /// One page of at most `limit` findings; fewer if they are large.
     pub fn findings(
         &self,
         filter: &Filter,
@@ -132,14 +135,16 @@ impl Reader {
             let mut query = connection.prepare_cached(&sql).map_err(&failed)?;
             let mut rows = query.query(params_from_iter(&conditions.values)).map_err(&failed)?;
             let mut findings: Vec<Finding> = Vec::new();
-            let mut last_seen = 0;
+            let (mut last_seen, mut bytes) = (0, 0);
             while let Some(row) = rows.next().map_err(&failed)? {
-                if findings.len() == limit {
+                if findings.len() == limit || bytes > PAGE_BYTES {
                     let next = findings.last().map(|last| PageToken { last_seen, id: last.id });
                     return Ok(FindingsPage { findings, next });
                 }
                 findings.push(json::finding(row, 0, 1, &self.path)?);
                 last_seen = row.get(2).map_err(&failed)?;
+                bytes +=
+                    row.get_ref(1).and_then(|text| Ok(text.as_str()?.len())).map_err(&failed)?;
             }
             Ok(FindingsPage { findings, next: None })
         })
@@ -180,6 +185,11 @@ impl Reader {
                 .map(i64::unsigned_abs)
                 .map_err(Error::sql("read", &self.path))
         })
+    }
+
+    /// The newest cursor there is.
+    pub fn newest(&self) -> Result<u64, Error> {
+        self.ask(|connection| newest_seq(connection).map_err(Error::sql("read", &self.path)))
     }
 
     /// Up to `limit` records after `cursor` that concern `filter`, and how far
@@ -229,7 +239,7 @@ impl Reader {
                 records: Vec::new(),
                 cursor: newest.max(cursor),
                 more: false,
-                pruned: pruned_through > position,
+                pruned_through: pruned_through.unsigned_abs(),
             };
             while let Some(row) = rows.next().map_err(&failed)? {
                 if followed.records.len() == limit {
