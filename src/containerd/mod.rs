@@ -1,5 +1,7 @@
 //! What runs on this node, as containerd tells it (async).
 
+pub mod describe;
+
 use std::sync::Arc;
 
 use crate::model::{Container, ContainerId, OverlayDirs};
