@@ -1,1 +1,20 @@
-fn main(){}
+use std::process::ExitCode;
+
+use driftd::cli::exit::Exit;
+use driftd::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    let cli = match Cli::from_command_line() {
+        Ok(cli) => cli,
+        Err(exit) => return exit.into(),
+    };
+    match cli.run() {
+        Ok(exit) => exit.into(),
+        // Whoever read our output wanted no more of it: `driftd findings | head`.
+        Err(err) if cli::is_broken_pipe(&err) => Exit::Clean.into(),
+        Err(err) => {
+            eprintln!("error: {err:#}");
+            cli::exit_of(&err).into()
+        }
+    }
+}
