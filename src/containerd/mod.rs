@@ -25,6 +25,8 @@
 //! own queue has overflowed, when an event could not be read, and every minute:
 //! shims forget the events of the time in which containerd was down.
 
+pub mod describe;
+
 mod connection;
 mod containers;
 mod endpoint;
