@@ -2,7 +2,7 @@
 //! hold. Hashed by the descriptor that the kernel opened for the event, so that
 //! no rename can put another file in its place.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +12,12 @@ use super::gate::Execution;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
+use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{Fact, HostilePath, RootfsPath, Source};
-use crate::sys::file;
+use crate::sys::file::{self, Stat};
+use crate::sys::overlay;
+use crate::sys::procfs::Handle;
 
 /// How long an execve may take before its arguments are not waited for.
 const PATIENCE: Duration = Duration::from_millis(2);
@@ -54,7 +57,7 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
     let Executing { process, exec_name } = executing;
 
-    let path = match event_path(&file, &stat) {
+    let path = match event_path(&watched, &file, &stat, caller.pid) {
         Ok(path) => path,
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -85,10 +88,13 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     shared.mark_for_sweep(&watched);
 }
 
-/// The path of an event's file in its container.
+/// The path of an event's file in its container: as the overlay has it, by
+/// whichever mount it was reached.
 pub(super) fn event_path(
-    file: &std::os::fd::OwnedFd,
-    stat: &file::Stat,
+    watched: &Watched,
+    file: &OwnedFd,
+    stat: &Stat,
+    pid: u32,
 ) -> Result<RootfsPath, UnknownPath> {
     let name = file::name_of(file.as_fd())?;
     let mut name = name.as_slice();
@@ -99,7 +105,22 @@ pub(super) fn event_path(
     if !name.starts_with(b"/") {
         return Err(UnknownPath::NotAbsolute);
     }
-    Ok(RootfsPath::new(name)?)
+    if stat.mount.is_some()
+        && stat.mount != watched.mount
+        && let Some(inside) = through_another_mount(name, stat, pid)
+    {
+        return Ok(RootfsPath::new(inside)?);
+    }
+    Ok(RootfsPath::new(overlay::strip_directory(name, &watched.root_name).unwrap_or(name))?)
+}
+
+/// A file reached through the runtime's own mount on the host, or a bind mount
+/// or a mount namespace that the container made.
+fn through_another_mount(name: &[u8], stat: &Stat, pid: u32) -> Option<Vec<u8>> {
+    [std::process::id(), pid].into_iter().find_map(|pid| {
+        let mountinfo = Handle::open(pid).ok()?.mountinfo().ok()?;
+        overlay::find_place(&mountinfo, stat.mount?)?.inside(name)
+    })
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -84,7 +84,7 @@ impl Feed {
         if !stat.is_regular() || stat.links == 0 {
             return;
         }
-        let path = match event_path(&file, &stat) {
+        let path = match event_path(&watched, &file, &stat, pid) {
             Ok(path) => path,
             Err(why) => {
                 let detail = format!("the path of a written file cannot be told: {why}");
