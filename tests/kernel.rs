@@ -9,6 +9,7 @@ use std::fs;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -295,7 +296,8 @@ impl Node {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let Ok(report) = self.reports.recv_deadline(deadline) else {
-                panic!("waited in vain for {what}; told: {:#?}", self.told);
+                let told: Vec<String> = self.told.iter().map(summary).collect();
+                panic!("waited in vain for {what}; told: {told:#?}");
             };
             let found = look(&report);
             self.told.push(report);
@@ -397,6 +399,30 @@ impl Drop for Node {
     }
 }
 
+/// A report in a line. Without the processes: their ancestors are the machine's.
+fn summary(report: &Report) -> String {
+    let fact = |fact: &Fact| match fact {
+        Fact::Executed { path, invoked_as, .. } => format!("executed {path} as {invoked_as:?}"),
+        Fact::Present { path, state, lower, writer } => {
+            let (lower, writer) = (lower.is_some(), writer.is_some());
+            format!("present {path} {state:?} lower={lower} writer={writer}")
+        }
+        Fact::Absent { path } => format!("absent {path}"),
+        Fact::SessionOpened { process } => format!("session {:?}", process.argv),
+    };
+    match report {
+        Report::Observed(observation) => fact(&observation.fact),
+        Report::ScanBatch { ticket, observations, .. } => {
+            let facts: Vec<String> = observations.iter().map(|seen| fact(&seen.fact)).collect();
+            format!("batch {ticket:?} {facts:?}")
+        }
+        Report::Attached { .. }
+        | Report::NotAttached { .. }
+        | Report::Scanned { .. }
+        | Report::Lost { .. } => format!("{report:?}"),
+    }
+}
+
 struct Executed {
     state: FileState,
     process: Arc<Process>,
@@ -456,7 +482,8 @@ fn a_dropped_program_is_seen_with_its_path_and_hash_and_the_image_is_silent() {
     assert_eq!(state.blake3(), Some(blake3));
     assert_eq!((state.format, state.mode, state.deleted), (Format::Elf, 0o755, false));
     assert_eq!((invoked_as, process.uid), (None, Some(0)));
-    assert!(process.ancestors.iter().any(|parent| parent.identity.pid == std::process::id()));
+    // The shell is outside already, being in the host's mount namespace.
+    assert_eq!(process.ancestors.len(), 1);
     let blake3 = container.drop_program("/tmp/sleep");
     container.shell("/tmp/sleep 0");
     assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
@@ -633,7 +660,7 @@ fn a_program_reached_through_a_bind_mount_is_told_by_its_own_path() {
     let mut node = Node::start();
     node.attach(&container);
     container.drop_program("/tmp/true");
-    let script = "mount --bind \"$0/tmp\" \"$0/mnt\" && chroot \"$0\" /mnt/true";
+    let script = "mount --bind \"$0/tmp\" \"$0/mnt\" && chroot \"$0\" /mnt/true; sleep 1";
     run(&[
         OsStr::new("unshare"),
         "--mount".as_ref(),
@@ -702,7 +729,7 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
     });
     assert_eq!(present, BTreeMap::from([("/bin/true".to_owned(), (Format::Data, true))]));
     assert_eq!(absent, BTreeSet::from(["/tmp/gone".to_owned()]));
-    assert_eq!(node.health.data_writes.load(Ordering::Relaxed), 2);
+    assert_eq!(node.health.data_writes.load(Ordering::Relaxed), 1);
 }
 
 #[test]
@@ -712,7 +739,8 @@ fn a_metadata_only_copy_is_hashed_through_the_merged_view() {
     node.attach(&container);
     container.shell("chmod 700 /bin/true");
     let raw = fs::metadata(container.upper().join("bin/true")).unwrap();
-    assert_eq!(raw.blocks(), 0, "the kernel copied the content, so this would prove nothing");
+    let stored = raw.blocks() * 512;
+    assert!(stored < raw.size(), "the kernel copied the content, so this would prove nothing");
     let upper = node.walk(&container);
     assert_eq!(upper.same_as_image, ["/bin/true"]);
     assert_eq!(upper.get("/bin/true").mode, 0o700);
@@ -789,12 +817,13 @@ fn sessions_are_told_once_and_before_what_they_do() {
 fn a_runtimes_init_is_a_session_by_its_name() {
     let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
     // What runc calls itself until it becomes the session's command.
-    let runtime = container.merged().join("tmp/runc:[2:INIT]");
-    fs::write(&runtime, "#!/bin/sh\nexec /bin/sleep 3600\n").unwrap();
-    fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
+    let runtime = container.dir.path().join("runc:[2:INIT]");
+    fs::copy(BUSYBOX, &runtime).unwrap();
     let mut node = Node::start();
     node.attach(&container);
-    let child = Family(container.command(&["/tmp/runc:[2:INIT]"]).spawn().unwrap());
+    let mut command = Command::new(runtime);
+    command.arg0("chroot").arg(container.merged()).args(["/bin/sleep", "3600"]);
+    let child = Family(command.stdin(Stdio::null()).spawn().unwrap());
     let process = node.until_observed("the session", |observation| match &observation.fact {
         Fact::SessionOpened { process } => Some(process.clone()),
         _ => None,

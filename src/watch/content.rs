@@ -40,7 +40,10 @@ pub(super) fn run(shared: &Shared, executions: &Receiver<Execution>) {
 fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     let Execution { watched, file, stat, caller, at } = execution;
 
-    // The process first: it may live for a millisecond.
+    // What may be gone in a millisecond comes first: the process, and before it
+    // the mounts that only it may have.
+    let parent = caller.stat.as_ref().map(|stat| stat.parent);
+    let path = event_path(&watched, &file, &stat, caller.pid, parent);
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -57,7 +60,7 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
     let Executing { process, exec_name } = executing;
 
-    let path = match event_path(&watched, &file, &stat, caller.pid) {
+    let path = match path {
         Ok(path) => path,
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -95,6 +98,7 @@ pub(super) fn event_path(
     file: &OwnedFd,
     stat: &Stat,
     pid: u32,
+    parent: Option<u32>,
 ) -> Result<RootfsPath, UnknownPath> {
     let name = file::name_of(file.as_fd())?;
     let mut name = name.as_slice();
@@ -105,22 +109,23 @@ pub(super) fn event_path(
     if !name.starts_with(b"/") {
         return Err(UnknownPath::NotAbsolute);
     }
-    if stat.mount.is_some()
+    let below_root = overlay::strip_directory(name, &watched.root_name);
+    if let Some(mount) = stat.mount
         && stat.mount != watched.mount
-        && let Some(inside) = through_another_mount(name, stat, pid)
     {
-        return Ok(RootfsPath::new(inside)?);
+        // Reached through the runtime's own mount on the host, or through a bind
+        // mount or a mount namespace that the container made.
+        let viewers = [Some(std::process::id()), Some(pid), parent];
+        let inside = viewers.into_iter().flatten().find_map(|viewer| {
+            let mountinfo = Handle::open(viewer).ok()?.mountinfo().ok()?;
+            let place = overlay::find_place(&mountinfo, mount)?;
+            place.inside(name).or_else(|| place.inside(below_root?))
+        });
+        if let Some(inside) = inside {
+            return Ok(RootfsPath::new(inside)?);
+        }
     }
-    Ok(RootfsPath::new(overlay::strip_directory(name, &watched.root_name).unwrap_or(name))?)
-}
-
-/// A file reached through the runtime's own mount on the host, or a bind mount
-/// or a mount namespace that the container made.
-fn through_another_mount(name: &[u8], stat: &Stat, pid: u32) -> Option<Vec<u8>> {
-    [std::process::id(), pid].into_iter().find_map(|pid| {
-        let mountinfo = Handle::open(pid).ok()?.mountinfo().ok()?;
-        overlay::find_place(&mountinfo, stat.mount?)?.inside(name)
-    })
+    Ok(RootfsPath::new(below_root.unwrap_or(name))?)
 }
 
 #[derive(Debug, thiserror::Error)]
