@@ -272,9 +272,16 @@ fn parse_uid(status: &[u8]) -> Option<u32> {
 }
 
 /// The parents of a process, nearest first, up to and including the first one
-/// outside `pid_namespace`. A parent is younger than its child only if its pid
-/// has been used again, so there the chain ends.
+/// outside `pid_namespace`, or, for containers that share the host's, in the
+/// mount namespace of the host's init or our own: what is above is the host's
+/// business. A parent is
+/// younger than its child only if its pid has been used again, so there the chain
+/// ends.
 pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
+    let host: Vec<u64> = [1, std::process::id()]
+        .into_iter()
+        .filter_map(|pid| Handle::open(pid).and_then(|host| host.mount_namespace()).ok())
+        .collect();
     let mut chain: Vec<Handle> = Vec::new();
     let mut child_start_time = stat.identity.start_time;
     let mut parent = stat.parent;

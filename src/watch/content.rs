@@ -2,7 +2,7 @@
 //! hold. Hashed by the descriptor that the kernel opened for the event, so that
 //! no rename can put another file in its place.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +12,12 @@ use super::gate::Execution;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
+use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{Fact, HostilePath, RootfsPath, Source};
-use crate::sys::file;
+use crate::sys::file::{self, Stat};
+use crate::sys::overlay;
+use crate::sys::procfs::Handle;
 
 /// How long an execve may take before its arguments are not waited for.
 const PATIENCE: Duration = Duration::from_millis(2);
@@ -37,7 +40,10 @@ pub(super) fn run(shared: &Shared, executions: &Receiver<Execution>) {
 fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     let Execution { watched, file, stat, caller, at } = execution;
 
-    // The process first: it may live for a millisecond.
+    // What may be gone in a millisecond comes first: the process, and before it
+    // the mounts that only it may have.
+    let parent = caller.stat.as_ref().map(|stat| stat.parent);
+    let path = event_path(&watched, &file, &stat, caller.pid, parent);
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -54,7 +60,7 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
     let Executing { process, exec_name } = executing;
 
-    let path = match event_path(&file, &stat) {
+    let path = match path {
         Ok(path) => path,
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -85,10 +91,14 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     shared.mark_for_sweep(&watched);
 }
 
-/// The path of an event's file in its container.
+/// The path of an event's file in its container: as the overlay has it, by
+/// whichever mount it was reached.
 pub(super) fn event_path(
-    file: &std::os::fd::OwnedFd,
-    stat: &file::Stat,
+    watched: &Watched,
+    file: &OwnedFd,
+    stat: &Stat,
+    pid: u32,
+    parent: Option<u32>,
 ) -> Result<RootfsPath, UnknownPath> {
     let name = file::name_of(file.as_fd())?;
     let mut name = name.as_slice();
@@ -99,7 +109,23 @@ pub(super) fn event_path(
     if !name.starts_with(b"/") {
         return Err(UnknownPath::NotAbsolute);
     }
-    Ok(RootfsPath::new(name)?)
+    let below_root = overlay::strip_directory(name, &watched.root_name);
+    if let Some(mount) = stat.mount
+        && stat.mount != watched.mount
+    {
+        // Reached through the runtime's own mount on the host, or through a bind
+        // mount or a mount namespace that the container made.
+        let viewers = [Some(std::process::id()), Some(pid), parent];
+        let inside = viewers.into_iter().flatten().find_map(|viewer| {
+            let mountinfo = Handle::open(viewer).ok()?.mountinfo().ok()?;
+            let place = overlay::find_place(&mountinfo, mount)?;
+            place.inside(name).or_else(|| place.inside(below_root?))
+        });
+        if let Some(inside) = inside {
+            return Ok(RootfsPath::new(inside)?);
+        }
+    }
+    Ok(RootfsPath::new(below_root.unwrap_or(name))?)
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -79,12 +79,10 @@ impl Feed {
     fn written(&mut self, file: OwnedFd, pid: u32) {
         let Ok(stat) = file::stat(&file) else { return };
         let Some(watched) = self.shared.table.owner(&stat) else { return };
-        // Of a file without a name there is nothing to find later; if it is
-        // executed all the same, the gate sees it.
-        if !stat.is_regular() || stat.links == 0 {
+        if !stat.is_regular() {
             return;
         }
-        let path = match event_path(&file, &stat) {
+        let path = match event_path(&watched, &file, &stat, pid, None) {
             Ok(path) => path,
             Err(why) => {
                 let detail = format!("the path of a written file cannot be told: {why}");

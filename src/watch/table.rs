@@ -20,6 +20,9 @@ pub(super) struct Watched {
     /// layers are on several filesystems.
     pub(super) device: u64,
     pub(super) mount: Option<u64>,
+    /// What the kernel calls the root directory when we ask: `/` for a pivoted
+    /// root, a directory of the host for a mere chroot.
+    pub(super) root_name: Vec<u8>,
     pub(super) pid_namespace: Option<u64>,
     pub(super) mount_namespace: Option<u64>,
     layers: OnceLock<Layers>,
@@ -56,6 +59,7 @@ impl Watched {
         container: ContainerId,
         init: ProcessIdentity,
         root: &file::Stat,
+        root_name: Vec<u8>,
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
     ) -> Watched {
@@ -64,6 +68,7 @@ impl Watched {
             init,
             device: root.device,
             mount: root.mount,
+            root_name,
             pid_namespace,
             mount_namespace,
             layers: OnceLock::new(),
