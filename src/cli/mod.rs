@@ -135,7 +135,7 @@ impl Cli {
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),
             Command::Guardian { daemon } => {
-                let ended = crate::guardian::watch_over(daemon).context("the guardian failed")?;
+                let ended = crate::guardian::watch_over(daemon)?;
                 Ok(match ended {
                     crate::guardian::Ended::DaemonGone => Exit::Clean,
                     crate::guardian::Ended::Killed => Exit::Failed,
