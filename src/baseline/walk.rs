@@ -65,7 +65,8 @@ pub fn walk(
     progress: Option<&Progress>,
     stop: &AtomicBool,
 ) -> Result<Vec<LayerEntry>, Error> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // The way to the layer is the snapshotter's: Docker names layers by symlinks.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
         .map_err(|source| Error::Directory { directory: directory.into(), source })?;
     let walk = Walk {
