@@ -65,5 +65,6 @@ impl Recorder {
     pub fn unrecorded(&self, ids: &[LayerId]) -> Vec<LayerId> {
         ids.to_vec()
     }
+    pub fn image_names(&self, _endpoint: &str, _listed: Vec<(ImageName, ChainId)>) {}
     pub fn image_removed(&self, _namespace: &str, _name: &str) {}
 }
