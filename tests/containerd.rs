@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use driftd::baseline::{ImageBaseline, Job, Progress};
+use driftd::baseline::{ImageBaseline, ImageName, Job, Progress};
 use driftd::config;
 use driftd::containerd::{Change, Containerd, Error, Recording};
 use driftd::health::{Failure, Health};
@@ -358,6 +358,8 @@ struct Recorder(Arc<Mutex<Recorded>>);
 struct Recorded {
     known: HashSet<LayerId>,
     jobs: Vec<Submitted>,
+    /// All names, as last told.
+    listed: Vec<String>,
     removed: Vec<String>,
 }
 
@@ -385,6 +387,12 @@ impl Recording for Recorder {
     fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
         let recorded = self.0.lock().unwrap();
         layers.iter().filter(|layer| !recorded.known.contains(layer)).copied().collect()
+    }
+
+    fn image_names(&self, _endpoint: &str, listed: Vec<(ImageName, ChainId)>) {
+        let mut names: Vec<String> = listed.into_iter().map(|(image, _)| image.name).collect();
+        names.sort();
+        self.0.lock().unwrap().listed = names;
     }
 
     fn image_removed(&self, _namespace: &str, name: &str) {
@@ -589,7 +597,7 @@ fn an_imported_image_is_recorded_layer_by_layer_and_nothing_stays_behind() {
     node.ctr(&["images", "remove", &single.name]);
     wait_for("the name is forgotten", || {
         let removed = driftd.recorder.0.lock().unwrap().removed.clone();
-        if removed == [single.name.clone()] { Ok(()) } else { Err(removed) }
+        if removed.contains(&single.name) { Ok(()) } else { Err(removed) }
     });
     driftd.until_problems(&[]);
     assert_eq!(driftd.health.losses(), []);
@@ -683,6 +691,7 @@ fn a_crash_of_containerd_loses_nothing() {
     node.run(&image, &goes);
     let mut driftd = Driftd::start(&node);
     assert_eq!(driftd.until_listed(), [default(&goes), default(&stays)]);
+    assert_eq!(driftd.recorder.0.lock().unwrap().listed, std::slice::from_ref(&image.name));
     let before = driftd.record(&stays);
     assert!(before.task.is_some(), "{before:?}");
     let victim = driftd.record(&goes).task.unwrap().pid;
@@ -771,7 +780,7 @@ fn a_container_whose_image_is_gone_keeps_its_layers() {
     node.ctr(&["images", "remove", "--sync", &image.name]);
     wait_for("the image is gone", || {
         let removed = driftd.recorder.0.lock().unwrap().removed.clone();
-        if removed == [image.name.clone()] { Ok(()) } else { Err(removed) }
+        if removed.contains(&image.name) { Ok(()) } else { Err(removed) }
     });
     // Whoever has seen the image remembers its diff IDs.
     node.ctr(&["tasks", "pause", &id]);
@@ -786,6 +795,21 @@ fn a_container_whose_image_is_gone_keeps_its_layers() {
     assert_eq!(layer_ids(&listed), [image.layer_ids()[0], LayerId::Chain(image.chain()[1])]);
     assert_eq!(listed.rootfs, container.rootfs);
     assert_eq!(listed.no_baseline, None);
+}
+
+#[test]
+fn what_a_dead_driftd_left_behind_is_cleared_away() {
+    // No process has a pid above the kernel's limit.
+    const STALE: &str = "driftd-view-4194999-0-0";
+    let node = Node::started();
+    node.ctr(&["leases", "create", "--id", STALE]);
+    node.ctr(&["leases", "create", "--id", "somebody-elses"]);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    wait_for("only the other lease is left", || {
+        let leases = node.lines(&["leases", "list", "--quiet"]);
+        if leases == ["somebody-elses"] { Ok(()) } else { Err(leases) }
+    });
 }
 
 #[test]
@@ -872,7 +896,7 @@ fn a_snapshotter_without_layers_is_said_in_words() {
     assert_eq!(container.rootfs, None);
     assert_eq!(
         container.no_baseline.as_deref(),
-        Some("snapshotter native is not supported yet: it mounts one directory, not an overlay")
+        Some("snapshotter native is not supported yet: it keeps whole copies, not layers")
     );
     driftd.until_problems(&[
         "snapshotter native is not supported yet: it keeps whole copies, not layers",
