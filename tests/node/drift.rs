@@ -41,8 +41,7 @@ fn a01_added_then_new(node: &Node) -> anyhow::Result<()> {
     let added = only(&findings, "file.added")?["id"].clone();
 
     container.sh("/tmp/x")?;
-    let findings =
-        container.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
+    let findings = container.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["story"], added, "{run:#}");
     assert_eq!(run["file"]["blake3"], only(&findings, "file.added")?["file"]["blake3"]);
@@ -99,10 +98,8 @@ fn overwrite_curl(node: &Node, afterwards: &str) -> anyhow::Result<()> {
 fn a05_one_byte(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     // Whether the patched program still works is of no interest.
-    container.sh(
-        "printf '\\220' | dd of=/usr/sbin/nginx bs=1 seek=4096 conv=notrunc\n\
-         /usr/sbin/nginx -v || true",
-    )?;
+    container.sh("printf '\\220' | dd of=/usr/sbin/nginx bs=1 seek=4096 conv=notrunc\n\
+         /usr/sbin/nginx -v || true")?;
     let findings = container.told(&["critical exec.modified /usr/sbin/nginx"])?;
     let modified = only(&findings, "exec.modified")?;
     assert_eq!(modified["file"]["size"], modified["expected"]["size"], "{modified:#}");
@@ -111,10 +108,8 @@ fn a05_one_byte(node: &Node) -> anyhow::Result<()> {
 
 fn a06_renamed_over(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    container.sh(
-        "cp /usr/bin/python3 /tmp/p; printf x >> /tmp/p\n\
-         mv /tmp/p /usr/bin/python3; /usr/bin/python3",
-    )?;
+    container.sh("cp /usr/bin/python3 /tmp/p; printf x >> /tmp/p\n\
+         mv /tmp/p /usr/bin/python3; /usr/bin/python3")?;
     container.told(&["critical exec.modified /usr/bin/python3"]).map(drop)
 }
 
@@ -196,10 +191,11 @@ fn a28_interactive(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     // `script` gives ctr the terminal that a person at a keyboard has.
     let ctr = format!(
-        "{} --address {} --namespace {} task exec -t --exec-id person {} /bin/sh",
+        "{} --address {} --namespace {} task exec --fifo-dir {} -t --exec-id person {} /bin/sh",
         programs::find("ctr")?.display(),
         node.path("containerd.sock").display(),
         node.namespace,
+        node.path("fifo").display(),
         container.id,
     );
     let mut person = Command::new(programs::find("script")?)
@@ -230,7 +226,9 @@ fn a28_interactive(node: &Node) -> anyhow::Result<()> {
 
 fn a29_exec(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    node.ctr(&["task", "exec", "--exec-id", "copy", &container.id, "/bin/cat", "/etc/passwd"])?;
+    let fifo = node.path("fifo");
+    let exec = ["task", "exec", "--fifo-dir", &fifo.to_string_lossy(), "--exec-id", "copy"];
+    node.ctr(&[&exec[..], &[&container.id, "/bin/cat", "/etc/passwd"]].concat())?;
     let findings = container.told(&["info session.exec"])?;
     let session = only(&findings, "session.exec")?;
     assert_eq!(session["process"]["tty"], serde_json::Value::Null, "{session:#}");

@@ -60,9 +60,11 @@ impl Layer {
     fn link(mut self, kind: EntryType, path: &str, target: &str) -> Layer {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
-        header.set_mode(0o777);
+        // A hard link's header is applied to the file that it links to.
+        header.set_mode(0o755);
         header.set_uid(0);
         header.set_gid(0);
+        header.set_mtime(1_600_000_000);
         header.set_size(0);
         self.tar
             .append_link(&mut header, path.trim_start_matches('/'), target)

@@ -33,6 +33,8 @@ pub(crate) struct Bench {
     pub(crate) payload: Payload,
     pub(crate) workbench: PathBuf,
     pub(crate) digests: Digests,
+    /// A copy of the daemon's program where every user may run it.
+    pub(crate) driftd: PathBuf,
 }
 
 static BENCH: OnceLock<Result<Bench, String>> = OnceLock::new();
@@ -57,7 +59,9 @@ fn make_bench() -> anyhow::Result<Bench> {
     let payload = Payload::compile(scratch.path())?;
     let workbench = scratch.path().join("workbench.tar");
     let digests = programs::write_workbench(&workbench, &payload)?;
-    Ok(Bench { scratch, payload, workbench, digests })
+    let driftd = scratch.path().join("driftd");
+    fs::copy(env!("CARGO_BIN_EXE_driftd"), &driftd)?;
+    Ok(Bench { scratch, payload, workbench, digests, driftd })
 }
 
 /// A directory on a filesystem that can be an overlay's upper layer, which an
@@ -289,10 +293,7 @@ sweep_interval = "1h"
     /// A command of driftd's client, not yet run.
     pub(crate) fn driftd_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_driftd"));
-        command
-            .args(arguments)
-            .env("DRIFTD_SOCKET", self.path("driftd.sock"))
-            .stdin(Stdio::null());
+        command.args(arguments).env("DRIFTD_SOCKET", self.path("driftd.sock")).stdin(Stdio::null());
         command
     }
 
@@ -408,6 +409,16 @@ sweep_interval = "1h"
         }
         self.unmount_leftovers();
         remove_cgroups(&self.namespace);
+        // Made by runc and ctr for this namespace; what others use is not empty.
+        for directory in [
+            format!("/run/containerd/runc/{}", self.namespace),
+            "/run/containerd/runc".into(),
+            "/run/containerd/fifo".into(),
+            "/run/containerd/s".into(),
+            "/run/containerd".into(),
+        ] {
+            let _ = fs::remove_dir(directory);
+        }
     }
 
     fn unmount_leftovers(&self) {
@@ -466,9 +477,7 @@ fn processes_naming(directory: &Path) -> Vec<Pid> {
 /// runc removes a container's cgroup and leaves the namespace's behind.
 fn remove_cgroups(namespace: &str) {
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
-    for root in
-        hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")])
-    {
+    for root in hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]) {
         let _ = fs::remove_dir(root.join(namespace));
     }
 }
@@ -605,7 +614,11 @@ impl Running<'_> {
         let deadline = Instant::now() + within;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            ensure!(!left.is_zero(), "{}: command {number} did not end in {within:?}", container.id);
+            ensure!(
+                !left.is_zero(),
+                "{}: command {number} did not end in {within:?}",
+                container.id
+            );
             let fd = nix::poll::PollFd::new(
                 std::os::fd::AsFd::as_fd(&container.done),
                 nix::poll::PollFlags::POLLIN,

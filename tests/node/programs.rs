@@ -111,7 +111,11 @@ pub(crate) fn write_workbench(file: &Path, payload: &Payload) -> anyhow::Result<
         .directory("/var", 0o755)
         .directory("/var/log", 0o755)
         .directory("/.control", 0o755)
-        .file("/etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/app:/bin/sh\n")
+        .file(
+            "/etc/passwd",
+            0o644,
+            b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/app:/bin/sh\n",
+        )
         .file("/etc/group", 0o644, b"root:x:0:\napp:x:1000:\n")
         .file("/etc/app.conf", 0o644, b"listen = 80\n")
         // Hidden by the layers above.
