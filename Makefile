@@ -6,27 +6,35 @@ CARGO   ?= cargo
 bindir     = $(PREFIX)/bin
 mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
-# systemd and driftd look for these here, whatever the prefix is.
-unitdir    = /usr/lib/systemd/system
+unitdir    = $(PREFIX)/lib/systemd/system
+# driftd looks for its settings here, whatever the prefix is.
 confdir    = /etc/driftd
+# Writing below DESTDIR is the caller's own affair.
+INSTALLER  = $(if $(DESTDIR),,$(SUDO))
 
-# sudo has its own PATH; the toolchain of whoever called it is found all the same.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
+# Building needs no root; installing packages and running containers does. So
+# `make` is called by whoever builds, and asks for root where it needs it.
+SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
+AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env"')
+
 .DEFAULT_GOAL := help
-.PHONY: help setup build test check bench demo install uninstall clean
+.PHONY: help setup build test check bench demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## installs what building and testing need and this machine lacks (root, Debian or Ubuntu)
-	@scripts/setup
+setup: ## installs what building and testing need and this machine lacks (Debian or Ubuntu)
+	@command -v $(CARGO) >/dev/null || { \
+		echo "Rust is not installed: see https://rustup.rs (rust-toolchain.toml names the version)" >&2; exit 1; }
+	@scripts/setup --check || $(SUDO) scripts/setup
 
 build: ## builds driftd for development
 	$(CARGO) build --locked
 
-test: setup ## installs what is missing and runs every test (root: containers are started)
-	$(CARGO) test --locked
+test: setup ## installs what is missing and runs every test (as root: containers are started)
+	$(CARGO) test --locked $(AS_ROOT)
 
 check: ## format, lints and dependencies
 	$(CARGO) fmt --check
@@ -37,15 +45,18 @@ check: ## format, lints and dependencies
 		echo "dependencies were not checked: cargo-deny is missing (cargo install --locked cargo-deny)"; \
 	fi
 
-bench: setup ## the README's numbers, measured on this machine (root)
-	$(CARGO) bench --locked
+bench: setup ## the README's numbers, measured on this machine (as root)
+	$(CARGO) bench --locked $(AS_ROOT)
 
-demo: setup ## drift in a container and what driftd says about it, in under a minute (root)
+demo: setup ## drift in a container and what driftd says about it, in under a minute (as root)
 	$(CARGO) build --locked
-	@scripts/demo
+	@$(SUDO) scripts/demo
 
 install: ## installs a release build, the unit, the settings, the man page and completions
 	$(CARGO) build --locked --release
+	$(INSTALLER) $(MAKE) --no-print-directory install-files PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
+
+install-files:
 	install -D -m 0755 target/release/driftd $(DESTDIR)$(bindir)/driftd
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
 	sed 's|/usr/bin/driftd|$(bindir)/driftd|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
@@ -68,11 +79,11 @@ install: ## installs a release build, the unit, the settings, the man page and c
 	@echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"
 
 uninstall: ## removes what install has put there, and keeps settings and history
-	rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 \
+	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
-	rm -rf $(DESTDIR)$(docdir)
+	$(INSTALLER) rm -rf $(DESTDIR)$(docdir)
 	@echo "kept: $(DESTDIR)$(confdir) and $(DESTDIR)/var/lib/driftd"
 
 clean: ## removes what was built

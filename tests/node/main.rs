@@ -41,7 +41,7 @@ fn main() -> ExitCode {
 }
 
 fn prerequisites() -> anyhow::Result<()> {
-    anyhow::ensure!(nix::unistd::geteuid().is_root(), "not root (run: sudo make test)");
+    anyhow::ensure!(nix::unistd::geteuid().is_root(), "not root (run: make test)");
     for program in ["containerd", "containerd-shim-runc-v2", "runc", "ctr", "busybox", "gcc", "ldd"]
     {
         programs::find(program)?;
