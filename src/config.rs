@@ -146,8 +146,7 @@ impl Config {
             }
             Err(source) => return Err(Error::Unreadable { file: file.into(), source }),
         };
-        Config::parse(&text)
-            .map_err(|message| Error::Invalid { file: file.into(), message })
+        Config::parse(&text).map_err(|message| Error::Invalid { file: file.into(), message })
     }
 
     /// Parses and checks settings; the error says what is wrong and where.
@@ -181,7 +180,8 @@ mod duration {
         duration: &Duration,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
-        let signed = jiff::SignedDuration::try_from(*duration).map_err(serde::ser::Error::custom)?;
+        let signed =
+            jiff::SignedDuration::try_from(*duration).map_err(serde::ser::Error::custom)?;
         serializer.serialize_str(&format!("{signed:#}"))
     }
 
@@ -199,9 +199,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         format!("`{}` is no duration such as 500ms, 30s, 12h or 30d: {err}", text.escape_debug())
     };
     let span: jiff::Span = text.parse().map_err(|err| explain(&err))?;
-    let signed = span
-        .to_duration(jiff::SpanRelativeTo::days_are_24_hours())
-        .map_err(|err| explain(&err))?;
+    let signed =
+        span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).map_err(|err| explain(&err))?;
     Duration::try_from(signed).map_err(|err| explain(&err))
 }
 

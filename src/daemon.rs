@@ -1,1 +1,177 @@
-//! (stub)
+//! Starts every room, and stops them all when the first one ends.
+//!
+//! Nothing here is clever on purpose: this file is the map of what runs.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use crossbeam_channel::bounded;
+use jiff::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::baseline::{Recorder, Store};
+use crate::cli::exit::Exit;
+use crate::config::Config;
+use crate::containerd::Containerd;
+use crate::health::Health;
+use crate::history::History;
+use crate::pipeline::{self, Inputs, Outputs, State};
+use crate::policy::Policy;
+use crate::watch::Watch;
+use crate::{api, guardian, respond};
+
+/// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// The daemon, in the foreground, until it is asked to stop.
+pub fn run(config: Config) -> anyhow::Result<Exit> {
+    anyhow::ensure!(
+        rustix::process::geteuid().is_root(),
+        "driftd run needs root: fanotify and other processes' files are root's (try: sudo)"
+    );
+    create_private(&config.state_dir)?;
+    let health = Arc::new(Health::default());
+
+    // The guardian comes before the gate: from its first answer on, the gate is watched.
+    let (mut guardian, heartbeat) = guardian::start().context("cannot start the guardian")?;
+
+    let history = History::open(&config.state_dir)?;
+    let findings = history.load_findings().context("cannot read the history")?;
+    let store = Arc::new(Store::open(&config.state_dir, health.clone())?);
+
+    let (report_sender, reports) = bounded(16_384);
+    let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
+    let writer = history.start(config.history.retention, health.clone());
+
+    let (news_sender, news) = bounded(1024);
+    let recorder =
+        Recorder::start(store.clone(), config.baseline.threads, news_sender, health.clone());
+
+    let (change_sender, changes) = bounded(4096);
+    let (question_sender, questions) = bounded(64);
+    let (response_sender, responses) = bounded(256);
+    let (order_sender, orders) = tokio::sync::mpsc::channel(256);
+    let (stop_sender, stop) = bounded(0);
+    let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let policy = Policy { generation: 1, respond: config.respond.clone() };
+    let state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
+    let inputs = Inputs { changes, reports, news, questions, responses, stop };
+    let outputs = Outputs {
+        commands: watch.commands(),
+        recorder: recorder.clone(),
+        records: writer.records(),
+        orders: order_sender,
+    };
+    let (pipeline_ended_sender, pipeline_ended) = tokio::sync::oneshot::channel();
+    let pipeline = thread::Builder::new()
+        .name("pipeline".into())
+        .spawn(move || {
+            // Dropped when the loop returns, and when it panics.
+            let _ended: tokio::sync::oneshot::Sender<()> = pipeline_ended_sender;
+            pipeline::run(state, &inputs, &outputs);
+        })
+        .context("cannot start the pipeline's thread")?;
+
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("async")
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+    let reason = runtime.block_on(async {
+        let containerd =
+            Containerd::start(&config.containerd, change_sender, recorder.clone(), health.clone());
+        tokio::spawn(respond::run(orders, containerd.clone(), response_sender));
+        let server = api::Server::bind(
+            &config.socket,
+            api::Backend {
+                node,
+                questions: question_sender,
+                reader: writer.reader(),
+                committed: writer.committed(),
+                health: health.clone(),
+                store,
+                recorder: recorder.clone(),
+                containerd,
+            },
+        )?;
+        tokio::spawn(feed_watchdog(health.clone()));
+        // Without systemd there is nobody to tell, which is no error.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        tracing::info!(socket = %config.socket.display(), "driftd is watching");
+
+        let guardian_ended = tokio::task::spawn_blocking(move || guardian.wait());
+        let reason = tokio::select! {
+            result = server.serve(asked_to_stop()) => result.context("the API server failed"),
+            _ = pipeline_ended => Err(anyhow::anyhow!("the pipeline ended")),
+            status = guardian_ended => Err(anyhow::anyhow!(
+                "the guardian ended ({status:?}): without it a stuck driftd would freeze containers"
+            )),
+        };
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        reason
+    });
+
+    // The gate first: from here on the kernel answers by itself. Then from left to
+    // right, so that what was seen is still judged and kept.
+    let stopped = thread::spawn(move || {
+        watch.stop();
+        drop(stop_sender);
+        let _ = pipeline.join();
+        recorder.stop();
+        writer.stop();
+    });
+    let deadline = std::time::Instant::now() + GRACE;
+    while !stopped.is_finished() && std::time::Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    if !stopped.is_finished() {
+        tracing::warn!(grace = ?GRACE, "gave up waiting for the history to be written");
+    }
+    runtime.shutdown_background();
+    reason.map(|()| Exit::Clean)
+}
+
+/// systemd asks with SIGTERM, a person at a terminal with SIGINT.
+async fn asked_to_stop() {
+    let asked = async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            result = tokio::signal::ctrl_c() => result,
+        }
+    };
+    match asked.await {
+        Ok(()) => tracing::info!("asked to stop"),
+        Err(err) => tracing::error!(%err, "cannot listen for signals; stopping"),
+    }
+}
+
+/// Tells systemd's watchdog that we live, as long as the gate's loop turns.
+async fn feed_watchdog(health: Arc<Health>) {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    let mut ticks = tokio::time::interval(limit / 3);
+    let mut seen = health.gate_turns.load(Ordering::Relaxed);
+    loop {
+        ticks.tick().await;
+        let turns = health.gate_turns.load(Ordering::Relaxed);
+        if turns != seen {
+            seen = turns;
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+    }
+}
+
+/// Baselines and findings tell an attacker what is watched: they are root's.
+fn create_private(directory: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("cannot create the state directory {}", directory.display()))
+}

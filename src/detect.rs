@@ -1,1 +1,466 @@
-//! (stub)
+//! Says how a fact departs from the image.
+//!
+//! Pure: no clock, no disk, no lock. A false "no drift" is the costly mistake,
+//! so anything that is not provably the image's own file counts as drift. Three
+//! outcomes by path and content decide: the image's own content at its own path
+//! (silent, whatever its owner, mode or time), other content at a path of the
+//! image, and content of the image at a path that the image does not have.
+
+use crate::baseline::{ImageBaseline, Known};
+use crate::model::file::{grants_identity, is_program};
+use crate::model::{Fact, FileState, FileType, Format, Kind, RootfsPath, Severity};
+
+/// How one path of a container differs from its image, drift or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Added,
+    /// Other content, or data, whose content is not compared.
+    Modified,
+    Removed,
+    /// Same content; mode, owner, time or an attribute differ.
+    Metadata,
+    /// Content of the image at a new path.
+    Relocated,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug)]
+pub struct Judgement {
+    pub kind: Kind,
+    pub severity: Severity,
+    /// What the image has instead: at the path or, for relocated content, where
+    /// the content belongs.
+    pub expected: Option<Known>,
+}
+
+/// What is to be said about one fact.
+#[derive(Clone, Debug)]
+pub struct Assessment {
+    pub change: Change,
+    /// Empty when the difference is no drift.
+    pub judgements: Vec<Judgement>,
+}
+
+/// Judges a fact about a file. A session is no fact about a file: `None`.
+pub fn assess(image: &ImageBaseline, fact: &Fact) -> Option<Assessment> {
+    match fact {
+        Fact::Executed { path, state, .. } => Some(assess_executed(image, path, state)),
+        Fact::Present { path, state, .. } => Some(assess_present(image, path, state)),
+        Fact::Absent { path } => Some(assess_absent(image, path)),
+        Fact::SessionOpened { .. } => None,
+    }
+}
+
+fn assess_executed(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -> Assessment {
+    let known = image.get(path);
+    let (change, main) = if let Some(known) = known.as_ref().filter(|known| same(known, state)) {
+        debug_assert_eq!(known.entry.file_type, FileType::Regular);
+        (Change::Metadata, None)
+    } else {
+        // Text without `#!` that was executed is run by the shell that tried.
+        let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
+        match (known.clone().filter(occupies), origin(image, state)) {
+            // A symlink of the image that became a copy of one of its programs:
+            // the path promised a name, not a content.
+            (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
+                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+            }
+            (Some(known), _) => {
+                let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
+                (Change::Modified, Some(judgement(kind, Some(known))))
+            }
+            (None, Some(origin)) => {
+                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+            }
+            (None, None) => {
+                let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
+                (Change::Added, Some(judgement(kind, None)))
+            }
+        }
+    };
+    let privileged = privileged(known, state);
+    Assessment { change, judgements: main.into_iter().chain(privileged).collect() }
+}
+
+fn assess_present(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -> Assessment {
+    let known = image.get(path);
+    let Some(expected) = known.clone().filter(occupies) else {
+        let (change, main) = match origin(image, state).filter(|_| state.is_program()) {
+            Some(origin) => {
+                (Change::Relocated, Some(relocated(image, Kind::FileRelocated, path, origin)))
+            }
+            None if state.is_program() => (Change::Added, Some(judgement(Kind::FileAdded, None))),
+            None => (Change::Added, None),
+        };
+        let privileged = privileged(known, state);
+        return Assessment { change, judgements: main.into_iter().chain(privileged).collect() };
+    };
+    let (change, main) = if same(&expected, state) {
+        (Change::Metadata, None)
+    } else if known_program(&expected) || state.is_program() {
+        match origin(image, state).filter(|_| expected.entry.file_type == FileType::Symlink) {
+            Some(origin) => {
+                (Change::Relocated, Some(relocated(image, Kind::FileRelocated, path, origin)))
+            }
+            None => (Change::Modified, Some(judgement(Kind::FileModified, Some(expected)))),
+        }
+    } else {
+        (Change::Modified, None)
+    };
+    let privileged = privileged(known, state);
+    Assessment { change, judgements: main.into_iter().chain(privileged).collect() }
+}
+
+fn assess_absent(image: &ImageBaseline, path: &RootfsPath) -> Assessment {
+    let known = image.get(path);
+    let removed = known.filter(|known| match known.entry.file_type {
+        FileType::Regular => known_program(known),
+        FileType::Directory => image.has_program_below(path),
+        FileType::Symlink => leads_to_program(image, path),
+        FileType::CharDevice | FileType::BlockDevice | FileType::Fifo | FileType::Socket => false,
+    });
+    let judgements = removed.map(|known| {
+        let severity = if is_guard(path.file_name()) {
+            Severity::Medium
+        } else {
+            Kind::FileRemoved.severity()
+        };
+        Judgement { kind: Kind::FileRemoved, severity, expected: Some(known) }
+    });
+    Assessment { change: Change::Removed, judgements: judgements.into_iter().collect() }
+}
+
+fn judgement(kind: Kind, expected: Option<Known>) -> Judgement {
+    Judgement { kind, severity: kind.severity(), expected }
+}
+
+/// Whether the image has a file here that another file can take the place of. A
+/// directory of the image promises nothing about a file at its path.
+fn occupies(known: &Known) -> bool {
+    known.entry.file_type != FileType::Directory
+}
+
+/// Whether both are known to hold the same bytes. Unknown is not "same".
+fn same(known: &Known, state: &FileState) -> bool {
+    known.entry.file_type == FileType::Regular
+        && state.file_type == FileType::Regular
+        && known.entry.blake3.is_some()
+        && known.entry.blake3 == state.blake3()
+}
+
+fn known_program(known: &Known) -> bool {
+    known.entry.file_type == FileType::Regular && is_program(known.entry.format, known.entry.mode)
+}
+
+/// Where the image has this content. An empty file is everywhere and nowhere.
+fn origin(image: &ImageBaseline, state: &FileState) -> Option<Vec<Known>> {
+    let blake3 = state.blake3().filter(|_| state.size > 0)?;
+    // Names of one program: as many as a reader or the applet rule could want.
+    const NAMES: usize = 512;
+    Some(image.with_content(&blake3, NAMES)).filter(|origins| !origins.is_empty())
+}
+
+fn relocated(
+    image: &ImageBaseline,
+    kind: Kind,
+    path: &RootfsPath,
+    origins: Vec<Known>,
+) -> Judgement {
+    let disguised = kind == Kind::ExecRelocated
+        && (in_world_writable_directory(image, path) || takes_a_name(image, path, &origins));
+    let severity = if disguised { Severity::High } else { kind.severity() };
+    Judgement { kind, severity, expected: origins.into_iter().next() }
+}
+
+/// Whether everybody may write into the directory that holds `path`.
+fn in_world_writable_directory(image: &ImageBaseline, path: &RootfsPath) -> bool {
+    let Some(parent) = path.parent() else { return false };
+    match image.get(&parent) {
+        Some(known) => known.entry.mode & 0o002 != 0,
+        // Made by the container; its mode is not known here, its usual place is.
+        None => ["/tmp", "/var/tmp", "/dev/shm"]
+            .iter()
+            .any(|usual| RootfsPath::new(usual).is_ok_and(|usual| parent.is_within(&usual))),
+    }
+}
+
+/// Whether `path` has the name of another program than the one whose content it
+/// has: a program that acts by its name (busybox) then does something else, and
+/// a reader of a process list is misled.
+fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[Known]) -> bool {
+    let name = path.file_name();
+    let own_name = origins.iter().any(|origin| origin.entry.path.file_name() == name)
+        // The image itself gives this name here, as a symlink.
+        || image.get(path).is_some();
+    if own_name {
+        return false;
+    }
+    let in_image = PROGRAM_DIRECTORIES.iter().any(|directory| {
+        RootfsPath::new(directory)
+            .and_then(|directory| directory.join(name))
+            .is_ok_and(|there| image.get(&there).is_some())
+    });
+    in_image || TOOLS.iter().any(|tool| tool.as_bytes() == name)
+}
+
+const PROGRAM_DIRECTORIES: &[&str] =
+    &["/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"];
+
+/// Tools that move data, open shells or change privileges, by the names under
+/// which busybox and its like offer them.
+const TOOLS: &[&str] = &[
+    "ash", "bash", "curl", "dash", "ftpget", "ftpput", "nc", "ncat", "netcat", "perl", "python",
+    "python3", "sh", "socat", "ssh", "su", "sudo", "telnet", "tftp", "wget", "zsh",
+];
+
+/// Shells, the dynamic linker, and programs that watch or guard: removing one
+/// blinds or cripples.
+fn is_guard(name: &[u8]) -> bool {
+    const GUARDS: &[&str] = &[
+        "aide",
+        "ash",
+        "auditctl",
+        "auditd",
+        "ausearch",
+        "bash",
+        "clamdscan",
+        "clamscan",
+        "dash",
+        "dumpcap",
+        "fail2ban-server",
+        "falco",
+        "ip6tables",
+        "iptables",
+        "lsof",
+        "nft",
+        "osqueryd",
+        "ps",
+        "rkhunter",
+        "sh",
+        "ss",
+        "strace",
+        "tcpdump",
+        "tripwire",
+        "zsh",
+    ];
+    GUARDS.iter().any(|guard| guard.as_bytes() == name)
+        || name.starts_with(b"ld-linux")
+        || name.starts_with(b"ld-musl")
+}
+
+/// Whether a symlink of the image leads to one of its programs. Followed inside
+/// the image only, and not for ever.
+fn leads_to_program(image: &ImageBaseline, path: &RootfsPath) -> bool {
+    let mut path = path.clone();
+    for _ in 0..8 {
+        let Some(known) = image.get(&path) else { return false };
+        match (known.entry.file_type, known.entry.link_target) {
+            (FileType::Regular, _) => {
+                return is_program(known.entry.format, known.entry.mode);
+            }
+            (FileType::Symlink, Some(target)) => match resolve(&path, &target) {
+                Some(next) => path = next,
+                None => return false,
+            },
+            _ => return false,
+        }
+    }
+    false
+}
+
+/// Where a symlink at `link` points, by its text alone.
+fn resolve(link: &RootfsPath, target: &[u8]) -> Option<RootfsPath> {
+    let base = if target.starts_with(b"/") { RootfsPath::root() } else { link.parent()? };
+    target.split(|&byte| byte == b'/').try_fold(base, |at, component| match component {
+        b"" | b"." => Some(at),
+        b".." => Some(at.parent().unwrap_or_else(RootfsPath::root)),
+        name => at.join(name).ok(),
+    })
+}
+
+/// A way to more rights that the image does not give at this path.
+fn privileged(known: Option<Known>, state: &FileState) -> Option<Judgement> {
+    if state.file_type != FileType::Regular {
+        return None;
+    }
+    let known = known.filter(|known| known.entry.file_type == FileType::Regular);
+    let expected_mode = known.as_ref().map_or(0, |known| known.entry.mode);
+    let identity = grants_identity(state.mode)
+        && (!grants_identity(expected_mode)
+            || state.mode & 0o6000 & !(expected_mode & 0o6000) != 0);
+    let expected_capability = known.as_ref().and_then(|known| known.entry.capability.as_ref());
+    let capability = state.capability.is_some() && state.capability.as_ref() != expected_capability;
+    (identity || capability).then(|| judgement(Kind::FilePrivileged, known))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::baseline::blake3_of;
+    use crate::model::{Content, Process, ProcessIdentity, Sha256Hash};
+
+    const IMAGE: &str = "
+/bin 755 dir
+/tmp 1777 dir
+/bin/busybox 755 elf busybox
+/bin/sh 777 symlink busybox
+/bin/ls 755 elf ls
+/bin/su 4755 elf su
+/usr/bin 755 dir
+/usr/bin/curl 755 elf curl
+/usr/sbin/auditctl 755 elf auditctl
+/usr/lib/python3/a.py 644 data a
+/opt/tool/run 755 script run
+/etc/app.conf 644 data conf
+/docker-entrypoint.sh 755 script entry
+";
+
+    fn state(mode: u32, format: &str, content: &str) -> FileState {
+        let format = match format {
+            "elf" => Format::Elf,
+            "script" => Format::Script,
+            "data" => Format::Data,
+            other => panic!("bad format {other}"),
+        };
+        FileState {
+            file_type: FileType::Regular,
+            format,
+            mode,
+            uid: 0,
+            gid: 0,
+            size: content.len() as u64,
+            capability: None,
+            content: Content::Hashed { blake3: blake3_of(content), sha256: Sha256Hash([0; 32]) },
+            deleted: false,
+        }
+    }
+
+    fn fact(line: &str) -> Fact {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let path = || RootfsPath::new(words[1]).unwrap();
+        let state = || state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4]);
+        match words[0] {
+            "exec" => Fact::Executed {
+                path: path(),
+                state: state(),
+                lower: None,
+                process: Arc::new(Process {
+                    identity: ProcessIdentity { pid: 1, start_time: 1 },
+                    exe: None,
+                    argv: None,
+                    uid: None,
+                    tty: None,
+                    ancestors: Vec::new(),
+                }),
+                invoked_as: None,
+            },
+            "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
+            "remove" => Fact::Absent { path: path() },
+            other => panic!("bad verb {other}"),
+        }
+    }
+
+    /// The one place that knows how to call `assess`; the tests below are data.
+    #[track_caller]
+    fn check(event: &str, expected: &str) {
+        let image = ImageBaseline::from_text(&[IMAGE]);
+        let assessment = assess(&image, &fact(event)).unwrap();
+        let said: Vec<String> = assessment
+            .judgements
+            .iter()
+            .map(|judgement| {
+                let from = judgement
+                    .expected
+                    .as_ref()
+                    .map_or(String::new(), |known| format!(" from {}", known.entry.path));
+                format!("{} {}{from}", judgement.kind, judgement.severity)
+            })
+            .collect();
+        assert_eq!(format!("{:?}: {}", assessment.change, said.join(", ")), expected, "{event}");
+    }
+
+    #[test]
+    fn a_program_the_image_lacks() {
+        check("write /tmp/x 755 elf evil", "Added: file.added low");
+        check("write /tmp/x 644 elf evil", "Added: file.added low");
+        check("exec /tmp/x 755 elf evil", "Added: exec.new critical");
+        check("exec /tmp/s 755 script evil", "Added: exec.script high");
+        check("exec /tmp/s 755 data evil", "Added: exec.script high");
+    }
+
+    #[test]
+    fn a_program_of_the_image_with_other_content() {
+        check(
+            "write /usr/bin/curl 755 elf evil",
+            "Modified: file.modified medium from /usr/bin/curl",
+        );
+        check(
+            "exec /usr/bin/curl 755 elf evil",
+            "Modified: exec.modified critical from /usr/bin/curl",
+        );
+        check(
+            "exec /docker-entrypoint.sh 755 script evil",
+            "Modified: exec.script high from /docker-entrypoint.sh",
+        );
+        check(
+            "write /usr/bin/curl 644 data text",
+            "Modified: file.modified medium from /usr/bin/curl",
+        );
+        // Its own path promised curl, so that the content is ls's is no excuse.
+        check(
+            "exec /usr/bin/curl 755 elf ls",
+            "Modified: exec.modified critical from /usr/bin/curl",
+        );
+    }
+
+    #[test]
+    fn content_of_the_image_at_a_new_path() {
+        check("write /bin/.cache-ls 755 elf ls", "Relocated: file.relocated info from /bin/ls");
+        check("exec /bin/.cache-ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
+        check("exec /tmp/ls 755 elf ls", "Relocated: exec.relocated high from /bin/ls");
+        check("exec /bin/nc 755 elf busybox", "Relocated: exec.relocated high from /bin/busybox");
+        check("exec /opt/curl 755 elf busybox", "Relocated: exec.relocated high from /bin/busybox");
+    }
+
+    #[test]
+    fn the_same_content_at_its_own_path_is_silent() {
+        check("write /bin/ls 700 elf ls", "Metadata: ");
+        check("exec /bin/ls 755 elf ls", "Metadata: ");
+        check("exec /opt/tool/run 755 script run", "Metadata: ");
+    }
+
+    #[test]
+    fn data_is_no_drift() {
+        check("write /etc/app.conf 644 data other", "Modified: ");
+        check("write /var/lib/x.csv 755 data odd", "Added: ");
+        check("write /tmp/note.sh 644 script text", "Added: ");
+    }
+
+    #[test]
+    fn rights_that_the_image_does_not_give() {
+        check("write /bin/ls 4755 elf ls", "Metadata: file.privileged high from /bin/ls");
+        check("write /bin/su 4755 elf su", "Metadata: ");
+        check("write /bin/su 6755 elf su", "Metadata: file.privileged high from /bin/su");
+        check("write /tmp/x 4755 elf evil", "Added: file.added low, file.privileged high");
+        check("write /tmp/d 2644 data text", "Added: ");
+    }
+
+    #[test]
+    fn what_is_gone() {
+        check("remove /bin/ls", "Removed: file.removed low from /bin/ls");
+        check("remove /usr/sbin/auditctl", "Removed: file.removed medium from /usr/sbin/auditctl");
+        check("remove /bin/sh", "Removed: file.removed medium from /bin/sh");
+        check("remove /opt", "Removed: file.removed low from /opt");
+        check("remove /etc/app.conf", "Removed: ");
+        check("remove /usr/lib/python3", "Removed: ");
+        check("remove /tmp/never-was", "Removed: ");
+    }
+
+    #[test]
+    fn a_symlink_that_became_a_copy_is_relocated() {
+        check("exec /bin/sh 755 elf busybox", "Relocated: exec.relocated medium from /bin/busybox");
+        check("exec /bin/sh 755 elf evil", "Modified: exec.modified critical from /bin/sh");
+    }
+}

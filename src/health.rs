@@ -32,6 +32,8 @@ pub enum Failure {
     BaselineBacklogFull,
     /// The history could not be written.
     HistoryWrite,
+    /// More responses were asked for than may wait.
+    ResponseQueueFull,
 }
 
 /// What is done about a [`Failure`].
@@ -46,7 +48,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 12] = [
+    pub const ALL: [Failure; 13] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -59,6 +61,7 @@ impl Failure {
         Failure::BaselineCorrupt,
         Failure::BaselineBacklogFull,
         Failure::HistoryWrite,
+        Failure::ResponseQueueFull,
     ];
 
     pub fn name(self) -> &'static str {
@@ -75,6 +78,7 @@ impl Failure {
             Failure::BaselineCorrupt => "baseline_corrupt",
             Failure::BaselineBacklogFull => "baseline_backlog_full",
             Failure::HistoryWrite => "history_write",
+            Failure::ResponseQueueFull => "response_queue_full",
         }
     }
 
@@ -89,9 +93,10 @@ impl Failure {
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry
             }
-            Failure::MarkRefused | Failure::ScanIncomplete | Failure::BaselineUnavailable => {
-                Reaction::Degrade
-            }
+            Failure::MarkRefused
+            | Failure::ScanIncomplete
+            | Failure::BaselineUnavailable
+            | Failure::ResponseQueueFull => Reaction::Degrade,
         }
     }
 }

@@ -1,1 +1,207 @@
-//! (stub)
+//! The containers driftd knows, and what it knows about each. Owned and changed
+//! by the pipeline alone.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::baseline::ImageBaseline;
+use crate::model::{
+    Blake3Hash, ChainId, Container, ContainerId, Finding, FindingId, Kind, Observation,
+    ProcessIdentity, RootfsPath,
+};
+
+/// Everything about one container.
+#[derive(Debug, Default)]
+pub struct Entry {
+    /// The runtime's record; a task may be seen before it.
+    pub container: Option<Container>,
+    /// The init process, while it runs.
+    pub pid: Option<u32>,
+    pub baseline: BaselineState,
+    pub watch: WatchState,
+    /// Its record is gone; forgotten once the last scan is over.
+    pub removed: bool,
+    /// Attached since the last listing began: no extra scan is due.
+    pub fresh: bool,
+    /// The task for which a kill was ordered already.
+    pub kill_ordered_for: Option<u32>,
+    pub findings: HashMap<FindingId, Finding>,
+    /// The findings about each path.
+    by_path: HashMap<RootfsPath, Vec<FindingId>>,
+    /// Session roots and their findings.
+    pub sessions: Vec<(ProcessIdentity, FindingId)>,
+    /// Seen before the baseline was there.
+    pub backlog: VecDeque<Observation>,
+}
+
+/// Where a container's baseline stands.
+#[derive(Debug, Default)]
+pub enum BaselineState {
+    /// Nothing was asked yet: the runtime's record is not there.
+    #[default]
+    Unknown,
+    Pending(ChainId),
+    Ready(Arc<ImageBaseline>),
+    /// Tried and failed; tried again at the next listing.
+    Failed(ChainId, String),
+    /// There cannot be one.
+    None(String),
+}
+
+impl BaselineState {
+    pub fn describe(&self) -> String {
+        match self {
+            BaselineState::Unknown | BaselineState::Pending(_) => "pending".into(),
+            BaselineState::Ready(_) => "ready".into(),
+            BaselineState::Failed(_, reason) | BaselineState::None(reason) => {
+                format!("none: {reason}")
+            }
+        }
+    }
+}
+
+/// Whether the gate watches a container.
+#[derive(Debug, Default)]
+pub enum WatchState {
+    #[default]
+    No,
+    Asked,
+    Attached {
+        before_start: bool,
+    },
+    Refused(String),
+}
+
+impl Entry {
+    pub fn insert_finding(&mut self, finding: Finding) {
+        if let Some(file) = &finding.file {
+            let ids = self.by_path.entry(file.path.clone()).or_default();
+            if !ids.contains(&finding.id) {
+                ids.push(finding.id);
+            }
+        }
+        if matches!(finding.kind, Kind::SessionInteractive | Kind::SessionExec)
+            && let Some(process) = &finding.process
+        {
+            self.sessions.push((process.identity, finding.id));
+        }
+        self.findings.insert(finding.id, finding);
+    }
+
+    /// The findings about `path`, of any content.
+    pub fn about(&self, path: &RootfsPath) -> impl Iterator<Item = &Finding> {
+        self.by_path.get(path).into_iter().flatten().filter_map(|id| self.findings.get(id))
+    }
+
+    /// The findings about exactly this content at `path`.
+    pub fn about_content(
+        &self,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+    ) -> impl Iterator<Item = &Finding> {
+        self.about(path)
+            .filter(move |finding| finding.file.as_ref().is_some_and(|file| file.blake3 == content))
+    }
+
+    pub fn chain_id(&self) -> Option<ChainId> {
+        self.container.as_ref().and_then(Container::chain_id)
+    }
+
+    pub fn is_attached(&self) -> bool {
+        matches!(self.watch, WatchState::Attached { .. })
+    }
+}
+
+/// All containers.
+#[derive(Debug, Default)]
+pub struct Inventory {
+    entries: BTreeMap<ContainerId, Entry>,
+    /// What the history tells of containers that have not shown up yet.
+    remembered: HashMap<ContainerId, Vec<Finding>>,
+}
+
+impl Inventory {
+    /// Starts with what was told before the daemon was restarted.
+    pub fn with_history(findings: Vec<Finding>) -> Inventory {
+        let mut inventory = Inventory::default();
+        for finding in findings {
+            inventory.remembered.entry(finding.container.id.clone()).or_default().push(finding);
+        }
+        inventory
+    }
+
+    pub fn get(&self, id: &ContainerId) -> Option<&Entry> {
+        self.entries.get(id)
+    }
+
+    pub fn get_mut(&mut self, id: &ContainerId) -> Option<&mut Entry> {
+        self.entries.get_mut(id)
+    }
+
+    /// The entry of a container; a new one remembers what the history knows.
+    pub fn entry(&mut self, id: &ContainerId) -> &mut Entry {
+        let remembered = &mut self.remembered;
+        self.entries.entry(id.clone()).or_insert_with(|| {
+            let mut entry = Entry::default();
+            for finding in remembered.remove(id).unwrap_or_default() {
+                entry.insert_finding(finding);
+            }
+            entry
+        })
+    }
+
+    pub fn remove(&mut self, id: &ContainerId) {
+        self.entries.remove(id);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&ContainerId, &Entry)> {
+        self.entries.iter()
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&ContainerId, &mut Entry)> {
+        self.entries.iter_mut()
+    }
+
+    /// The containers a person may mean by `text`: an ID, NAMESPACE/ID, or the
+    /// beginning of an ID. An exact match is the only match.
+    pub fn matching(&self, text: &str) -> Vec<&ContainerId> {
+        let (namespace, id) = match text.split_once('/') {
+            Some((namespace, id)) => (Some(namespace), id),
+            None => (None, text),
+        };
+        let in_namespace =
+            |known: &&ContainerId| namespace.is_none_or(|namespace| *known.namespace == *namespace);
+        let candidates = || self.entries.keys().filter(in_namespace);
+        let exact: Vec<_> = candidates().filter(|known| *known.id == *id).collect();
+        if !exact.is_empty() || id.is_empty() {
+            return exact;
+        }
+        candidates().filter(|known| known.id.starts_with(id)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, expected: &[&str]) {
+        let mut inventory = Inventory::default();
+        for (namespace, id) in [("default", "web"), ("default", "web2"), ("k8s.io", "web")] {
+            inventory.entry(&ContainerId::new(namespace, id));
+        }
+        let found: Vec<String> =
+            inventory.matching(text).into_iter().map(ToString::to_string).collect();
+        assert_eq!(found, expected, "{text}");
+    }
+
+    #[test]
+    fn a_container_is_found_by_id_namespace_or_prefix() {
+        check("web2", &["default/web2"]);
+        check("web", &["default/web", "k8s.io/web"]);
+        check("k8s.io/web", &["k8s.io/web"]);
+        check("default/we", &["default/web", "default/web2"]);
+        check("db", &[]);
+        check("", &[]);
+    }
+}

@@ -1,10 +1,62 @@
 //! The one loop that owns driftd's mutable state.
+//!
+//! ```text
+//!  containerd ── Change ──┐
+//!  baseline ──── News ────┤                     ┌─ Record ──> history ──> api
+//!  watch ─────── Report ──┼─> Input ─> [State] ─┼─ Order ───> respond
+//!  api ───────── Question ┤                     ├─ Job ─────> baseline
+//!  respond ───── Response ┘                     └─ Command ─> watch
+//! ```
+//!
+//! [`State::handle`] is pure apart from the clock it is given: an input in,
+//! effects out. [`run`] carries the effects out and does nothing else. When the
+//! history falls behind, the loop waits for it rather than drop a finding; the
+//! watchers, which must never wait, then find their channel full and ask
+//! themselves for a rescan.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
-use crate::model::{Container, ContainerId, Kind, RootfsPath, Severity};
-use crate::respond::{Action, Response};
+use crate::baseline::{ImageBaseline, Job, Known, News, Recorder};
+use crate::containerd::Change;
+use crate::detect::{self, Assessment, Judgement};
+use crate::health::{Failure, Health};
+use crate::history::Record;
+use crate::inventory::{BaselineState, Entry, Inventory, WatchState};
+use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
+use crate::model::{
+    ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
+    Finding, FindingId, Kind, LowerTwin, Observation, Process, RootfsPath, Severity, Source,
+};
+use crate::policy::Policy;
+use crate::respond::{Action, Order, Response};
+use crate::watch::{Command, Report};
+
+/// Everything that can make the loop do something. The list is closed: to know
+/// what driftd reacts to, read this enum.
+#[derive(Debug)]
+pub enum Input {
+    Node(Change),
+    Baseline(News),
+    Watch(Report),
+    Asked(Question),
+    Responded(Response),
+}
+
+/// Everything the loop can make others do.
+#[derive(Debug)]
+pub enum Effect {
+    Watch(Command),
+    RecordBaseline(Job),
+    /// Forget baselines that neither an image nor one of these chains needs.
+    CollectBaselines(HashSet<ChainId>),
+    Record(Record),
+    Respond(Order),
+}
 
 /// What the API asks of the loop. Replies are sent from the loop; an asker that
 /// has gone is no error.
@@ -13,7 +65,10 @@ pub enum Question {
     Status(oneshot::Sender<Status>),
     Containers(oneshot::Sender<Vec<ContainerView>>),
     /// Answered when the scan that this starts is over.
-    Diff { container: String, reply: oneshot::Sender<Result<Diff, LookupError>> },
+    Diff {
+        container: String,
+        reply: oneshot::Sender<Result<Diff, LookupError>>,
+    },
     /// Answered when the response was carried out and recorded.
     Respond {
         container: String,
@@ -23,7 +78,10 @@ pub enum Question {
         reply: oneshot::Sender<Result<Response, LookupError>>,
     },
     /// Which one container a person means.
-    Lookup { container: String, reply: oneshot::Sender<Result<ContainerId, LookupError>> },
+    Lookup {
+        container: String,
+        reply: oneshot::Sender<Result<ContainerId, LookupError>>,
+    },
 }
 
 /// The loop's own part of the status.
@@ -74,15 +132,7 @@ pub struct Difference {
     pub finding: Option<(Kind, Severity)>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DifferenceKind {
-    Added,
-    Modified,
-    Removed,
-    /// Same content; mode, owner, time or an attribute differ.
-    Metadata,
-    Relocated,
-}
+pub use crate::detect::Change as DifferenceKind;
 
 /// Why a question about one container has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -96,3 +146,929 @@ pub enum LookupError {
     #[error("driftd is stopping")]
     Stopping,
 }
+
+/// How many observations of one container may wait for its baseline.
+const BACKLOG: usize = 8192;
+/// How many differences one answer may hold.
+const MAX_DIFFERENCES: usize = 100_000;
+
+/// The state and the rules by which it changes.
+#[derive(Debug)]
+pub struct State {
+    node: String,
+    started_at: Timestamp,
+    policy: Policy,
+    health: Arc<Health>,
+    inventory: Inventory,
+    /// The baselines of the containers that run.
+    baselines: HashMap<ChainId, Arc<ImageBaseline>>,
+    endpoints: BTreeMap<Arc<str>, Option<String>>,
+    next_ticket: u64,
+    diffs: HashMap<u64, PendingDiff>,
+    responses: Vec<PendingResponse>,
+    /// When each loss was last written to the history: a flood of one loss is
+    /// one gap a second, the counters have the rest.
+    gaps: HashMap<&'static str, Timestamp>,
+}
+
+#[derive(Debug)]
+struct PendingDiff {
+    container: ContainerId,
+    differences: Vec<Difference>,
+    truncated: bool,
+    reply: oneshot::Sender<Result<Diff, LookupError>>,
+}
+
+#[derive(Debug)]
+struct PendingResponse {
+    container: ContainerId,
+    requested_at: Timestamp,
+    reply: oneshot::Sender<Result<Response, LookupError>>,
+}
+
+impl State {
+    pub fn new(
+        node: String,
+        policy: Policy,
+        health: Arc<Health>,
+        known: Vec<Finding>,
+        now: Timestamp,
+    ) -> State {
+        State {
+            node,
+            started_at: now,
+            policy,
+            health,
+            inventory: Inventory::with_history(known),
+            baselines: HashMap::new(),
+            endpoints: BTreeMap::new(),
+            next_ticket: 1,
+            diffs: HashMap::new(),
+            responses: Vec::new(),
+            gaps: HashMap::new(),
+        }
+    }
+
+    /// Reacts to one input.
+    pub fn handle(&mut self, input: Input, now: Timestamp, effects: &mut Vec<Effect>) {
+        match input {
+            Input::Node(change) => self.node_changed(change, now, effects),
+            Input::Baseline(news) => self.baseline_changed(news, now, effects),
+            Input::Watch(report) => self.watched(report, now, effects),
+            Input::Asked(question) => self.asked(question, now, effects),
+            Input::Responded(response) => self.responded(response, effects),
+        }
+    }
+
+    // ---- the node
+
+    fn node_changed(&mut self, change: Change, now: Timestamp, effects: &mut Vec<Effect>) {
+        match change {
+            Change::Connected { endpoint } => {
+                self.endpoints.insert(endpoint, None);
+            }
+            Change::Disconnected { endpoint, reason } => {
+                let was_connected =
+                    self.endpoints.insert(endpoint.clone(), Some(reason.clone())) == Some(None);
+                if was_connected {
+                    let detail = format!("{endpoint}: {reason}");
+                    self.gap(Failure::ContainerdLost, None, detail, now, effects);
+                }
+            }
+            Change::TaskCreated { container, pid, rootfs } => {
+                let entry = self.inventory.entry(&container);
+                entry.removed = false;
+                entry.pid = Some(pid);
+                entry.watch = WatchState::Asked;
+                entry.fresh = true;
+                effects.push(Effect::Watch(Command::Attach { container, pid, rootfs }));
+            }
+            Change::Container(container) => self.container_changed(*container, effects),
+            Change::TaskExited { container } => self.task_exited(&container, effects),
+            Change::Removed { container } => {
+                self.task_exited(&container, effects);
+                self.forget(&container, effects);
+            }
+            Change::Listed { endpoint, containers } => self.listed(&endpoint, &containers, effects),
+        }
+    }
+
+    fn container_changed(&mut self, container: Container, effects: &mut Vec<Effect>) {
+        let id = container.id.clone();
+        let entry = self.inventory.entry(&id);
+        entry.removed = false;
+        if let Some(task) = container.task {
+            let rootfs_is_news = container.rootfs.is_some()
+                && entry.container.as_ref().is_none_or(|known| known.rootfs.is_none());
+            if entry.pid != Some(task.pid) || matches!(entry.watch, WatchState::No) {
+                entry.pid = Some(task.pid);
+                entry.watch = WatchState::Asked;
+                entry.fresh = true;
+            }
+            if entry.fresh || rootfs_is_news || matches!(entry.watch, WatchState::Refused(_)) {
+                let rootfs = container.rootfs.clone();
+                effects.push(Effect::Watch(Command::Attach {
+                    container: id.clone(),
+                    pid: task.pid,
+                    rootfs,
+                }));
+            }
+        }
+        let chain_id = container.chain_id();
+        let wanted = match (&entry.baseline, chain_id) {
+            (_, None) => {
+                let reason = container
+                    .no_baseline
+                    .clone()
+                    .unwrap_or_else(|| "the runtime names no layers".to_owned());
+                entry.baseline = BaselineState::None(reason);
+                None
+            }
+            (BaselineState::Ready(baseline), Some(chain_id)) if baseline.chain_id() == chain_id => {
+                None
+            }
+            (BaselineState::Pending(pending), Some(chain_id)) if *pending == chain_id => None,
+            (_, Some(chain_id)) => Some(chain_id),
+        };
+        let layers = container.layers.clone();
+        entry.container = Some(container);
+        if let Some(chain_id) = wanted {
+            entry.baseline = BaselineState::Pending(chain_id);
+            effects.push(Effect::RecordBaseline(Job {
+                image: None,
+                container: Some(id),
+                layers,
+                progress: None,
+                done: None,
+            }));
+        }
+    }
+
+    fn task_exited(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
+        let Some(entry) = self.inventory.get_mut(id) else { return };
+        if entry.pid.take().is_some() {
+            entry.watch = WatchState::No;
+            if let Some(container) = &mut entry.container {
+                container.task = None;
+            }
+            effects.push(Effect::Watch(Command::Detach { container: id.clone() }));
+        }
+    }
+
+    /// The container's record is gone. What its last scan still finds is judged
+    /// with the baseline it had, so the entry stays until that scan is over.
+    fn forget(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
+        if let Some(entry) = self.inventory.get_mut(id) {
+            entry.removed = true;
+            effects.push(Effect::CollectBaselines(self.chains_in_use()));
+        }
+    }
+
+    fn chains_in_use(&self) -> HashSet<ChainId> {
+        self.inventory
+            .iter()
+            .filter(|(_, entry)| !entry.removed)
+            .filter_map(|(_, entry)| entry.chain_id())
+            .collect()
+    }
+
+    fn listed(&mut self, endpoint: &str, listed: &[ContainerId], effects: &mut Vec<Effect>) {
+        let listed: HashSet<&ContainerId> = listed.iter().collect();
+        let gone: Vec<ContainerId> = self
+            .inventory
+            .iter()
+            .filter(|(id, entry)| {
+                !listed.contains(id)
+                    && entry
+                        .container
+                        .as_ref()
+                        .is_some_and(|container| *container.endpoint == *endpoint)
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in gone {
+            let forgotten = self.inventory.get(&id).is_some_and(|entry| entry.removed);
+            if forgotten {
+                // Its last scan was never reported; nothing more will come.
+                self.inventory.remove(&id);
+            } else {
+                self.task_exited(&id, effects);
+                self.forget(&id, effects);
+            }
+        }
+        for (id, entry) in self.inventory.iter_mut() {
+            let ours =
+                entry.container.as_ref().is_some_and(|container| *container.endpoint == *endpoint);
+            if ours && entry.pid.is_some() && !std::mem::take(&mut entry.fresh) {
+                effects.push(Effect::Watch(Command::Scan { container: id.clone(), ticket: None }));
+            }
+        }
+        let in_use = self.chains_in_use();
+        self.baselines.retain(|chain_id, _| in_use.contains(chain_id));
+    }
+
+    // ---- baselines
+
+    fn baseline_changed(&mut self, news: News, now: Timestamp, effects: &mut Vec<Effect>) {
+        match news {
+            News::Ready { chain_id, baseline } => {
+                let waiting: Vec<ContainerId> = self
+                    .inventory
+                    .iter()
+                    .filter(|(_, entry)| entry.chain_id() == Some(chain_id))
+                    .map(|(id, _)| id.clone())
+                    .collect();
+                if !waiting.is_empty() {
+                    self.baselines.insert(chain_id, baseline.clone());
+                }
+                for id in waiting {
+                    let entry = self.inventory.entry(&id);
+                    entry.baseline = BaselineState::Ready(baseline.clone());
+                    for observation in std::mem::take(&mut entry.backlog) {
+                        self.judge(&observation, now, effects);
+                    }
+                }
+            }
+            News::Failed { chain_id, reason } => {
+                for (_, entry) in self.inventory.iter_mut() {
+                    if entry.chain_id() == Some(chain_id)
+                        && !matches!(entry.baseline, BaselineState::Ready(_))
+                    {
+                        entry.baseline = BaselineState::Failed(chain_id, reason.clone());
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- what the watchers tell
+
+    fn watched(&mut self, report: Report, now: Timestamp, effects: &mut Vec<Effect>) {
+        match report {
+            Report::Attached { container, before_start } => {
+                if let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.watch = WatchState::Attached { before_start };
+                }
+            }
+            Report::NotAttached { container, reason } => {
+                if let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.watch = WatchState::Refused(reason);
+                }
+            }
+            Report::Observed(observation) => self.judge(&observation, now, effects),
+            Report::ScanBatch { ticket, observations, .. } => {
+                for observation in observations {
+                    if let Some(ticket) = ticket {
+                        self.note_difference(ticket, &observation);
+                    }
+                    self.judge(&observation, now, effects);
+                }
+            }
+            Report::Scanned { container, ticket, complete } => {
+                if let Some(pending) = ticket.and_then(|ticket| self.diffs.remove(&ticket)) {
+                    pending.answer(complete);
+                }
+                if self
+                    .inventory
+                    .get(&container)
+                    .is_some_and(|entry| entry.removed && matches!(entry.watch, WatchState::No))
+                {
+                    self.inventory.remove(&container);
+                }
+            }
+            Report::Lost { failure, container, detail } => {
+                self.gap(failure, container, detail, now, effects);
+            }
+        }
+    }
+
+    fn gap(
+        &mut self,
+        failure: Failure,
+        container: Option<ContainerId>,
+        detail: String,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
+        let told = self.gaps.get(failure.name());
+        if told.is_some_and(|told| now.duration_since(*told) < QUIET) {
+            return;
+        }
+        self.gaps.insert(failure.name(), now);
+        effects.push(Effect::Record(Record::Gap {
+            name: failure.name().to_owned(),
+            container,
+            detail,
+            at: now,
+        }));
+    }
+
+    fn note_difference(&mut self, ticket: u64, observation: &Observation) {
+        let Some(pending) = self.diffs.get_mut(&ticket) else { return };
+        let Some(Entry { baseline: BaselineState::Ready(baseline), .. }) =
+            self.inventory.get(&observation.container)
+        else {
+            pending.truncated = true;
+            return;
+        };
+        let path = match &observation.fact {
+            Fact::Executed { path, .. } | Fact::Present { path, .. } | Fact::Absent { path } => {
+                path
+            }
+            Fact::SessionOpened { .. } => return,
+        };
+        let Some(assessment) = detect::assess(baseline, &observation.fact) else { return };
+        if pending.differences.len() == MAX_DIFFERENCES {
+            pending.truncated = true;
+            return;
+        }
+        pending.differences.push(Difference {
+            path: path.clone(),
+            change: assessment.change,
+            finding: assessment
+                .judgements
+                .iter()
+                .map(|judgement| (judgement.kind, judgement.severity))
+                .max_by_key(|(_, severity)| *severity),
+        });
+    }
+
+    /// Turns one fact into findings.
+    fn judge(&mut self, observation: &Observation, now: Timestamp, effects: &mut Vec<Effect>) {
+        // Attaching comes after the entry, so a container we do not know is one
+        // that has already gone.
+        let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+        if let Fact::SessionOpened { process } = &observation.fact {
+            self.session_opened(&observation.container, process, observation, effects);
+            return;
+        }
+        let baseline = match &entry.baseline {
+            BaselineState::Ready(baseline) => baseline.clone(),
+            BaselineState::None(_) => return,
+            BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Failed(..) => {
+                if entry.backlog.len() < BACKLOG {
+                    entry.backlog.push_back(observation.clone());
+                } else {
+                    let _ = self.health.record(Failure::BaselineBacklogFull);
+                    let container = observation.container.clone();
+                    let detail = format!("more than {BACKLOG} observations wait");
+                    self.gap(Failure::BaselineBacklogFull, Some(container), detail, now, effects);
+                }
+                return;
+            }
+        };
+        let Some(assessment) = detect::assess(&baseline, &observation.fact) else { return };
+        match &observation.fact {
+            Fact::Executed { path, state, lower, process, invoked_as } => {
+                let evidence = Evidence {
+                    path,
+                    state: Some(state),
+                    lower: lower.as_ref(),
+                    process: Some(process),
+                    invoked_as: invoked_as.as_deref(),
+                };
+                self.tell(observation, &assessment, &evidence, effects);
+            }
+            Fact::Present { path, state, lower, writer } => {
+                self.mark_deleted(&observation.container, path, state.blake3(), false, effects);
+                let evidence = Evidence {
+                    path,
+                    state: Some(state),
+                    lower: lower.as_ref(),
+                    process: writer.as_deref(),
+                    invoked_as: None,
+                };
+                self.tell(observation, &assessment, &evidence, effects);
+            }
+            Fact::Absent { path } => {
+                self.mark_deleted(&observation.container, path, None, true, effects);
+                let evidence =
+                    Evidence { path, state: None, lower: None, process: None, invoked_as: None };
+                self.tell(observation, &assessment, &evidence, effects);
+            }
+            Fact::SessionOpened { .. } => unreachable!("handled above"),
+        }
+    }
+
+    /// An executed file was removed, or is back.
+    fn mark_deleted(
+        &mut self,
+        container: &ContainerId,
+        path: &RootfsPath,
+        content: Option<crate::model::Blake3Hash>,
+        deleted: bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let changed: Vec<FindingId> = entry
+            .about(path)
+            .filter(|finding| {
+                finding.kind.is_exec()
+                    && finding.file.as_ref().is_some_and(|file| {
+                        file.deleted != deleted && (deleted || file.blake3 == content)
+                    })
+            })
+            .map(|finding| finding.id)
+            .collect();
+        for id in changed {
+            let Some(finding) = entry.findings.get_mut(&id) else { continue };
+            if let Some(file) = &mut finding.file {
+                file.deleted = deleted;
+            }
+            finding.revision += 1;
+            effects.push(Effect::Record(Record::Finding(Box::new(finding.clone()))));
+        }
+    }
+
+    fn tell(
+        &mut self,
+        observation: &Observation,
+        assessment: &Assessment,
+        evidence: &Evidence<'_>,
+        effects: &mut Vec<Effect>,
+    ) {
+        for judgement in &assessment.judgements {
+            let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+            let content = evidence.state.and_then(FileState::blake3);
+            let kind = judgement.kind;
+            let subject = Subject::File { path: evidence.path, content };
+            let id = FindingId::new(&observation.container, kind, &subject);
+            let is_write =
+                matches!(kind, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated);
+            if is_write
+                && !entry.findings.contains_key(&id)
+                && entry.about_content(evidence.path, content).any(|told| told.kind.is_exec())
+            {
+                // Written, and run before it settled: the exec's finding tells it.
+                continue;
+            }
+            if let Some(finding) = entry.findings.get_mut(&id) {
+                if observation.source == Source::Scan {
+                    // What a scan finds again was told already.
+                    continue;
+                }
+                finding.count += 1;
+                finding.revision += 1;
+                finding.last_seen = finding.last_seen.max(observation.at);
+                if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
+                    file.deleted = state.deleted;
+                }
+            } else {
+                let story = if kind.is_exec() {
+                    entry
+                        .about_content(evidence.path, content)
+                        .filter(|told| !told.kind.is_exec() && told.kind != Kind::FilePrivileged)
+                        .map(|told| told.id)
+                        .next()
+                } else {
+                    None
+                };
+                let mut finding =
+                    new_finding(&self.node, &self.policy, entry, observation, id, judgement);
+                finding.file = evidence.state.map(|state| file_evidence(evidence.path, state));
+                finding.expected = judgement
+                    .expected
+                    .as_ref()
+                    .map(|known| expected(known, evidence.lower, evidence.state));
+                if finding.file.is_none() {
+                    // A removed file is known by what was expected in its place.
+                    finding.file = judgement
+                        .expected
+                        .as_ref()
+                        .map(|known| removed_evidence(evidence.path, known));
+                }
+                finding.process = evidence.process.cloned();
+                finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
+                finding.session = evidence.process.and_then(|process| session_of(entry, process));
+                finding.story = story;
+                entry.insert_finding(finding);
+            }
+            self.publish(&observation.container, id, observation.at, effects);
+        }
+    }
+
+    fn session_opened(
+        &mut self,
+        container: &ContainerId,
+        process: &Process,
+        observation: &Observation,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        if entry.sessions.iter().any(|(identity, _)| *identity == process.identity) {
+            // However often a shell re-executes itself, it is one session.
+            return;
+        }
+        let kind = if process.tty.is_some() { Kind::SessionInteractive } else { Kind::SessionExec };
+        let id = FindingId::new(container, kind, &Subject::Process(process.identity));
+        let judgement = Judgement { kind, severity: kind.severity(), expected: None };
+        let mut finding = new_finding(&self.node, &self.policy, entry, observation, id, &judgement);
+        finding.process = Some(process.clone());
+        finding.session = Some(id);
+        entry.insert_finding(finding);
+        self.publish(container, id, observation.at, effects);
+    }
+
+    /// Hands a finding's newest revision on, and answers it as the policy says.
+    fn publish(
+        &mut self,
+        container: &ContainerId,
+        id: FindingId,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let Some(finding) = entry.findings.get(&id) else { return };
+        effects.push(Effect::Record(Record::Finding(Box::new(finding.clone()))));
+        if finding.verdict.disposition == Disposition::Kill
+            && entry.pid.is_some()
+            && entry.kill_ordered_for != entry.pid
+        {
+            entry.kill_ordered_for = entry.pid;
+            effects.push(Effect::Respond(Order {
+                container: container.clone(),
+                action: Action::Kill,
+                reason: format!("{} {}", finding.kind, finding.id),
+                requested_by: "setting respond.kill_on".into(),
+                requested_at: now,
+                finding: Some(id),
+            }));
+        }
+    }
+
+    // ---- responses
+
+    fn responded(&mut self, response: Response, effects: &mut Vec<Effect>) {
+        effects.push(Effect::Record(Record::Response(Box::new(response.clone()))));
+        if let Some(id) = response.finding
+            && let Some(entry) = self.inventory.get_mut(&response.container)
+        {
+            if !response.outcome.succeeded {
+                // The next sighting may ask again.
+                entry.kill_ordered_for = None;
+            }
+            if let Some(finding) = entry.findings.get_mut(&id) {
+                finding.outcome = Some(response.outcome.clone());
+                finding.revision += 1;
+                effects.push(Effect::Record(Record::Finding(Box::new(finding.clone()))));
+            }
+        }
+        let asked = self.responses.iter().position(|pending| {
+            pending.container == response.container && pending.requested_at == response.requested_at
+        });
+        if let Some(index) = asked {
+            let _ = self.responses.swap_remove(index).reply.send(Ok(response));
+        }
+    }
+
+    // ---- questions
+
+    fn asked(&mut self, question: Question, now: Timestamp, effects: &mut Vec<Effect>) {
+        // Whoever asked may have gone: a reply nobody takes is no error.
+        match question {
+            Question::Status(reply) => {
+                let _ = reply.send(self.status());
+            }
+            Question::Containers(reply) => {
+                let views = self.inventory.iter().filter_map(|(_, entry)| view(entry)).collect();
+                let _ = reply.send(views);
+            }
+            Question::Lookup { container, reply } => {
+                let _ = reply.send(self.lookup(&container));
+            }
+            Question::Diff { container, reply } => match self.diffable(&container) {
+                Err(err) => {
+                    let _ = reply.send(Err(err));
+                }
+                Ok(container) => {
+                    let ticket = self.next_ticket;
+                    self.next_ticket += 1;
+                    self.diffs.retain(|_, pending| !pending.reply.is_closed());
+                    self.diffs.insert(
+                        ticket,
+                        PendingDiff {
+                            container: container.clone(),
+                            differences: Vec::new(),
+                            truncated: false,
+                            reply,
+                        },
+                    );
+                    effects.push(Effect::Watch(Command::Scan { container, ticket: Some(ticket) }));
+                }
+            },
+            Question::Respond { container, action, reason, requested_by, reply } => {
+                match self.lookup(&container) {
+                    Err(err) => {
+                        let _ = reply.send(Err(err));
+                    }
+                    Ok(container) => {
+                        self.responses.retain(|pending| !pending.reply.is_closed());
+                        self.responses.push(PendingResponse {
+                            container: container.clone(),
+                            requested_at: now,
+                            reply,
+                        });
+                        effects.push(Effect::Respond(Order {
+                            container,
+                            action,
+                            reason,
+                            requested_by,
+                            requested_at: now,
+                            finding: None,
+                        }));
+                    }
+                }
+            }
+        }
+    }
+
+    fn lookup(&self, text: &str) -> Result<ContainerId, LookupError> {
+        let text_safe = || crate::model::printable(text.as_bytes());
+        match self.inventory.matching(text)[..] {
+            [] => Err(LookupError::Unknown(text_safe())),
+            [id] => Ok(id.clone()),
+            ref several => Err(LookupError::Ambiguous(text_safe(), several.len())),
+        }
+    }
+
+    fn diffable(&self, text: &str) -> Result<ContainerId, LookupError> {
+        let id = self.lookup(text)?;
+        let entry = self.inventory.get(&id).ok_or(LookupError::Unknown(text.to_owned()))?;
+        let refuse = |reason: String| Err(LookupError::NotWatched(id.to_string(), reason));
+        match (&entry.watch, &entry.baseline) {
+            (WatchState::No, _) => refuse("it is not running".into()),
+            (WatchState::Refused(reason), _) => refuse(reason.clone()),
+            (WatchState::Asked | WatchState::Attached { .. }, BaselineState::Ready(_)) => Ok(id),
+            (_, baseline) => refuse(format!("its baseline is {}", baseline.describe())),
+        }
+    }
+
+    fn status(&self) -> Status {
+        let mut problems = Vec::new();
+        let mut endpoints = Vec::new();
+        for (socket, lost) in &self.endpoints {
+            if let Some(reason) = lost {
+                problems.push(format!("not connected to {socket}: {reason}"));
+            }
+            endpoints.push(EndpointView {
+                socket: socket.to_string(),
+                connected: lost.is_none(),
+                reason: lost.clone().unwrap_or_default(),
+            });
+        }
+        let (mut watched, mut waiting) = (0, 0);
+        for (id, entry) in self.inventory.iter().filter(|(_, entry)| entry.pid.is_some()) {
+            match &entry.watch {
+                WatchState::Attached { .. } => watched += 1,
+                WatchState::Refused(reason) => {
+                    problems.push(format!("container {id} is not watched: {reason}"));
+                }
+                WatchState::No | WatchState::Asked => (),
+            }
+            match &entry.baseline {
+                BaselineState::Unknown | BaselineState::Pending(_) => waiting += 1,
+                BaselineState::Failed(_, reason) | BaselineState::None(reason) => {
+                    problems.push(format!("container {id} has no baseline: {reason}"));
+                }
+                BaselineState::Ready(_) => (),
+            }
+        }
+        Status {
+            started_at: self.started_at,
+            endpoints,
+            containers_watched: watched,
+            containers_waiting: waiting,
+            problems,
+        }
+    }
+}
+
+impl PendingDiff {
+    fn answer(mut self, complete: bool) {
+        self.differences.sort_by(|one, other| one.path.cmp(&other.path));
+        let _ = self.reply.send(Ok(Diff {
+            container: self.container,
+            differences: self.differences,
+            incomplete: self.truncated || !complete,
+        }));
+    }
+}
+
+/// What a file finding is made of besides the judgement.
+struct Evidence<'a> {
+    path: &'a RootfsPath,
+    state: Option<&'a FileState>,
+    lower: Option<&'a LowerTwin>,
+    process: Option<&'a Process>,
+    invoked_as: Option<&'a str>,
+}
+
+fn new_finding(
+    node: &str,
+    policy: &Policy,
+    entry: &Entry,
+    observation: &Observation,
+    id: FindingId,
+    judgement: &Judgement,
+) -> Finding {
+    let container = entry.container.as_ref();
+    let mut image = container.map(|container| container.image.clone()).unwrap_or_default();
+    image.chain_id = image.chain_id.or_else(|| entry.chain_id());
+    Finding {
+        schema: SCHEMA.to_owned(),
+        id,
+        revision: 1,
+        kind: judgement.kind,
+        severity: judgement.severity,
+        first_seen: observation.at,
+        last_seen: observation.at,
+        count: 1,
+        source: observation.source.name().to_owned(),
+        node: node.to_owned(),
+        runtime: "containerd".to_owned(),
+        container: ContainerEvidence {
+            id: observation.container.clone(),
+            labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
+            pod: container.and_then(|container| container.pod.clone()),
+        },
+        image,
+        file: None,
+        expected: None,
+        process: None,
+        invoked_as: None,
+        session: None,
+        story: None,
+        verdict: policy.decide(judgement.kind),
+        outcome: None,
+        attack: judgement.kind.attack(),
+    }
+}
+
+fn session_of(entry: &Entry, process: &Process) -> Option<FindingId> {
+    entry
+        .sessions
+        .iter()
+        .find(|(identity, _)| process.descends_from(*identity))
+        .map(|(_, finding)| *finding)
+}
+
+fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
+    let (blake3, sha256, unhashed) = match state.content {
+        Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
+        Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
+    };
+    FileEvidence {
+        path: path.clone(),
+        file_type: state.file_type,
+        format: state.format,
+        mode: octal(state.mode),
+        uid: state.uid,
+        gid: state.gid,
+        size: state.size,
+        capability: state.capability.as_deref().map(hex),
+        blake3,
+        sha256,
+        unhashed,
+        deleted: state.deleted,
+        filesystem: "overlay".to_owned(),
+    }
+}
+
+/// The file that is gone, as the image has it.
+fn removed_evidence(path: &RootfsPath, known: &Known) -> FileEvidence {
+    FileEvidence {
+        path: path.clone(),
+        file_type: known.entry.file_type,
+        format: known.entry.format,
+        mode: octal(known.entry.mode),
+        uid: known.entry.uid,
+        gid: known.entry.gid,
+        size: known.entry.size,
+        capability: known.entry.capability.as_deref().map(hex),
+        blake3: None,
+        sha256: None,
+        unhashed: None,
+        deleted: true,
+        filesystem: "overlay".to_owned(),
+    }
+}
+
+fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>) -> Expected {
+    // A baseline keeps no SHA-256; what has the expected BLAKE3 has it.
+    let sha256 = known.entry.blake3.and_then(|blake3| {
+        lower.filter(|twin| twin.blake3 == blake3).map(|twin| twin.sha256).or_else(|| {
+            match state.map(|state| state.content) {
+                Some(Content::Hashed { blake3: actual, sha256 }) if actual == blake3 => {
+                    Some(sha256)
+                }
+                _ => None,
+            }
+        })
+    });
+    Expected {
+        path: known.entry.path.clone(),
+        blake3: known.entry.blake3,
+        sha256,
+        mode: octal(known.entry.mode),
+        uid: known.entry.uid,
+        gid: known.entry.gid,
+        size: known.entry.size,
+        capability: known.entry.capability.as_deref().map(hex),
+        layer: known.layer.to_string(),
+    }
+}
+
+fn view(entry: &Entry) -> Option<ContainerView> {
+    let mut container = entry.container.clone().filter(|_| !entry.removed)?;
+    if container.task.map(|task| task.pid) != entry.pid {
+        container.task = entry.pid.map(|pid| crate::model::Task { pid, paused: false });
+    }
+    let problem = match (&entry.watch, &entry.baseline) {
+        (WatchState::Refused(reason), _)
+        | (_, BaselineState::Failed(_, reason) | BaselineState::None(reason)) => {
+            Some(reason.clone())
+        }
+        _ => None,
+    };
+    Some(ContainerView {
+        baseline: entry.baseline.describe(),
+        watched: entry.is_attached(),
+        armed_before_start: matches!(entry.watch, WatchState::Attached { before_start: true }),
+        problem,
+        findings: entry.findings.len() as u64,
+        container,
+    })
+}
+
+/// The loop's channels.
+#[derive(Debug)]
+pub struct Inputs {
+    pub changes: Receiver<Change>,
+    pub reports: Receiver<Report>,
+    pub news: Receiver<News>,
+    pub questions: Receiver<Question>,
+    pub responses: Receiver<Response>,
+    /// Closed when the daemon stops.
+    pub stop: Receiver<std::convert::Infallible>,
+}
+
+#[derive(Debug)]
+pub struct Outputs {
+    pub commands: Sender<Command>,
+    pub recorder: Recorder,
+    pub records: Sender<Record>,
+    pub orders: tokio::sync::mpsc::Sender<Order>,
+}
+
+/// Runs until it is stopped.
+pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
+    let mut effects = Vec::new();
+    loop {
+        // Biased: a new container must be marked within milliseconds, however
+        // many observations wait.
+        let input = crossbeam_channel::select_biased! {
+            recv(inputs.stop) -> _ => return,
+            recv(inputs.changes) -> change => change.map(Input::Node),
+            recv(inputs.news) -> news => news.map(Input::Baseline),
+            recv(inputs.responses) -> response => response.map(Input::Responded),
+            recv(inputs.questions) -> question => question.map(Input::Asked),
+            recv(inputs.reports) -> report => report.map(Input::Watch),
+        };
+        // A sender is gone only when the daemon is stopping.
+        let Ok(input) = input else { return };
+        state.handle(input, Timestamp::now(), &mut effects);
+        for effect in effects.drain(..) {
+            if !carry_out(effect, outputs, &state.health) {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether the loop may go on.
+fn carry_out(effect: Effect, outputs: &Outputs, health: &Health) -> bool {
+    match effect {
+        Effect::Watch(command) => outputs.commands.send(command).is_ok(),
+        Effect::RecordBaseline(job) => {
+            outputs.recorder.submit(job);
+            true
+        }
+        Effect::CollectBaselines(in_use) => {
+            outputs.recorder.collect(in_use);
+            true
+        }
+        // Waits for the history: see the module's head.
+        Effect::Record(record) => outputs.records.send(record).is_ok(),
+        Effect::Respond(order) => {
+            if let Err(err) = outputs.orders.try_send(order) {
+                let _ = health.record(Failure::ResponseQueueFull);
+                tracing::error!(%err, "a response was not carried out");
+            }
+            true
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

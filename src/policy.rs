@@ -1,1 +1,53 @@
-//! (stub)
+//! What should be done about a finding. Pure: the settings in, a verdict out.
+
+use crate::config::Respond;
+use crate::model::{Disposition, Kind, Verdict};
+
+/// The rules in force, with the number of times they have been replaced: one
+/// decision sees one policy, and its verdict can say which one.
+#[derive(Debug, Clone, Default)]
+pub struct Policy {
+    pub generation: u64,
+    pub respond: Respond,
+}
+
+impl Policy {
+    pub fn decide(&self, kind: Kind) -> Verdict {
+        let kill = self.respond.kill_on.contains(&kind);
+        Verdict {
+            disposition: if kill { Disposition::Kill } else { Disposition::Report },
+            action: kill.then(|| "kill".to_owned()),
+            rule: kill.then(|| "respond.kill_on".to_owned()),
+            policy_generation: self.generation,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn out_of_the_box_it_only_reports() {
+        let policy = Policy::default();
+        for kind in Kind::ALL {
+            assert_eq!(policy.decide(*kind).disposition, Disposition::Report, "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_chosen_kind_kills_and_says_which_setting_decided() {
+        let respond = Respond { kill_on: [Kind::ExecNew].into() };
+        let policy = Policy { generation: 3, respond };
+        assert_eq!(
+            policy.decide(Kind::ExecNew),
+            Verdict {
+                disposition: Disposition::Kill,
+                action: Some("kill".into()),
+                rule: Some("respond.kill_on".into()),
+                policy_generation: 3,
+            }
+        );
+        assert_eq!(policy.decide(Kind::FileAdded).disposition, Disposition::Report);
+    }
+}

@@ -1,8 +1,51 @@
 //! What runs on this node, as containerd tells it (async).
+//!
+//! ```text
+//!  socket ── events ──> read ── queue ──> dispatch ──────── outbox ── Change ──> pipeline
+//!                                            │ look again      ^
+//!                                            ├──> describe ────┘ (containers, tasks, snapshots)
+//!                                            └──> images ── Job ──> baseline's recorder
+//! ```
+//!
+//! # Why nothing is lost
+//! containerd replays no event, and `subscribe()` returns only with the first
+//! one, so there is no moment at which "subscribed" is known. Therefore a marker
+//! of our own is published (an empty event under a topic that only we filter
+//! for; it changes nothing in containerd) until it comes back on the stream.
+//! From then on the subscription is in place, and only then is everything
+//! listed: what happened before the marker is in the list, what happens after
+//! it is on the stream, and what is in both is told twice to nobody, because
+//! the outbox compares. If the marker does not come back, the list is made all
+//! the same and made again with the first event.
+//!
+//! Events and lists meet in the outbox, which refuses an answer that was asked
+//! for before its container's last event. The end of the stream, an error on it
+//! or a containerd that does not answer for ten seconds end the connection; the
+//! next one starts anew, with a marker and a list. A list is also made when our
+//! own queue has overflowed, when an event could not be read, and every minute:
+//! shims forget the events of the time in which containerd was down.
 
+mod connection;
+mod containers;
+mod endpoint;
+mod events;
+mod images;
+mod manifests;
+mod outbox;
+mod snapshots;
+mod tasks;
+
+use std::fmt;
 use std::sync::Arc;
 
-use crate::model::{Container, ContainerId, OverlayDirs};
+use crossbeam_channel::Sender;
+
+use self::endpoint::Endpoint;
+use self::images::Trouble;
+use crate::baseline::{Job, Progress, Recorder};
+use crate::config;
+use crate::health::Health;
+use crate::model::{ChainId, Container, ContainerId, LayerId, OverlayDirs, printable};
 
 /// One change on the node. containerd replays nothing, so after every
 /// (re)connection everything is listed anew and [`Change::Listed`] ends the list.
@@ -40,4 +83,186 @@ pub enum Change {
         endpoint: Arc<str>,
         containers: Vec<ContainerId>,
     },
+}
+
+/// Who makes baselines of the images that containerd has.
+pub trait Recording: Send + Sync + 'static {
+    /// May wait for room.
+    fn submit(&self, job: Job);
+    /// Those of `layers` whose directories would have to be read.
+    fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId>;
+    /// There is no image of this name any more.
+    fn image_removed(&self, namespace: &str, name: &str);
+}
+
+impl Recording for Recorder {
+    fn submit(&self, job: Job) {
+        Recorder::submit(self, job);
+    }
+
+    fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
+        Recorder::unrecorded(self, layers)
+    }
+
+    fn image_removed(&self, namespace: &str, name: &str) {
+        Recorder::image_removed(self, namespace, name);
+    }
+}
+
+/// An image without a baseline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageProblem {
+    pub endpoint: Arc<str>,
+    pub namespace: String,
+    pub name: String,
+    /// What the reason is about: a blob, or a stack of layers.
+    pub digest: String,
+    pub reason: String,
+}
+
+/// Why something asked of containerd could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("no containerd knows the container {0} (see: driftd containers)")]
+    UnknownContainer(ContainerId),
+    #[error("containerd at {socket} is not connected")]
+    NotConnected { socket: String },
+    #[error("containerd at {socket} refused: {reason}")]
+    Refused { socket: String, reason: String },
+    #[error("containerd has no image `{name}` (see: ctr -n NAMESPACE images ls)")]
+    UnknownImage { name: String },
+    #[error("the image `{name}` is not unpacked: start a container of it, or pull it again")]
+    NotUnpacked { name: String },
+    #[error("the image `{name}` cannot be recorded: {reason} ({digest})")]
+    Unresolvable { name: String, digest: String, reason: String },
+}
+
+/// The containerds of this node. Clones are handles to the same.
+#[derive(Clone)]
+pub struct Containerd {
+    endpoints: Arc<[Arc<Endpoint>]>,
+}
+
+impl fmt::Debug for Containerd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.endpoints.iter().map(|endpoint| endpoint.name())).finish()
+    }
+}
+
+impl Containerd {
+    /// Follows every socket of the settings, each in tasks of its own, until the
+    /// runtime or the receiver of the changes is gone. Must be called within a
+    /// tokio runtime.
+    pub fn start(
+        settings: &config::Containerd,
+        changes: &Sender<Change>,
+        recorder: impl Recording,
+        health: &Arc<Health>,
+    ) -> Containerd {
+        let recorder: Arc<dyn Recording> = Arc::new(recorder);
+        let endpoints: Arc<[Arc<Endpoint>]> = settings
+            .sockets
+            .iter()
+            .map(|socket| {
+                Arc::new(Endpoint::new(
+                    socket,
+                    &settings.exclude_namespaces,
+                    changes.clone(),
+                    Arc::clone(&recorder),
+                    Arc::clone(health),
+                ))
+            })
+            .collect();
+        for endpoint in endpoints.iter() {
+            tokio::spawn(Arc::clone(endpoint).run());
+        }
+        Containerd { endpoints }
+    }
+
+    /// Kills all processes of a container; what happened, in words.
+    pub async fn kill(&self, container: &ContainerId) -> Result<String, Error> {
+        let (endpoint, namespace) = self.find(container).await?;
+        let outcome = tasks::kill(&namespace, &container.id).await;
+        outcome.map_err(|status| endpoint.refused(&status))
+    }
+
+    /// Freezes a container; what happened, in words.
+    pub async fn pause(&self, container: &ContainerId) -> Result<String, Error> {
+        let (endpoint, namespace) = self.find(container).await?;
+        let outcome = tasks::pause(&namespace, &container.id).await;
+        outcome.map_err(|status| endpoint.refused(&status))
+    }
+
+    /// Thaws a container; what happened, in words.
+    pub async fn resume(&self, container: &ContainerId) -> Result<String, Error> {
+        let (endpoint, namespace) = self.find(container).await?;
+        let outcome = tasks::resume(&namespace, &container.id).await;
+        outcome.map_err(|status| endpoint.refused(&status))
+    }
+
+    /// Has the image `name` recorded, in whichever namespace it is, and waits
+    /// for it.
+    pub async fn record_image(
+        &self,
+        name: &str,
+        progress: Arc<Progress>,
+    ) -> Result<ChainId, Error> {
+        let printed = || printable(name.as_bytes());
+        let mut unreachable = None;
+        for endpoint in self.endpoints.iter() {
+            let namespaces = match endpoint.namespaces().await {
+                Ok(namespaces) => namespaces,
+                Err(error) => {
+                    unreachable = Some(error);
+                    continue;
+                }
+            };
+            for namespace in namespaces {
+                let outcome =
+                    endpoint.images.record_now(&namespace, name, Some(Arc::clone(&progress)));
+                return Err(match outcome.await {
+                    Ok(chain_id) => return Ok(chain_id),
+                    Err(Trouble::Unknown) => continue,
+                    Err(Trouble::Interrupted(status)) => endpoint.refused(&status),
+                    Err(Trouble::NotUnpacked(_)) => Error::NotUnpacked { name: printed() },
+                    Err(Trouble::Bad { digest, reason }) => {
+                        Error::Unresolvable { name: printed(), digest, reason }
+                    }
+                });
+            }
+        }
+        Err(unreachable.unwrap_or_else(|| Error::UnknownImage { name: printed() }))
+    }
+
+    /// The images that have no baseline, and why.
+    pub fn image_problems(&self) -> Vec<ImageProblem> {
+        self.endpoints.iter().flat_map(|endpoint| endpoint.images.problems()).collect()
+    }
+
+    /// Which containerd has this container.
+    async fn find(
+        &self,
+        container: &ContainerId,
+    ) -> Result<(&Endpoint, connection::Namespace), Error> {
+        let mut unreachable = None;
+        for endpoint in self.endpoints.iter() {
+            if endpoint.knows(container).await {
+                return Ok((endpoint, endpoint.namespace(&container.namespace)?));
+            }
+            // It may have been created this very moment, or not be listed yet.
+            let asked = match endpoint.namespace(&container.namespace) {
+                Ok(namespace) => (containers::get(&namespace, &container.id).await, namespace),
+                Err(error) => {
+                    unreachable = Some(error);
+                    continue;
+                }
+            };
+            match asked {
+                (Ok(Some(_)), namespace) => return Ok((endpoint, namespace)),
+                (Ok(None), _) => (),
+                (Err(status), _) => unreachable = Some(endpoint.refused(&status)),
+            }
+        }
+        Err(unreachable.unwrap_or_else(|| Error::UnknownContainer(container.clone())))
+    }
 }

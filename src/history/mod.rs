@@ -1,16 +1,187 @@
 //! What happened, kept (SQLite).
+//!
+//! One thread owns the only connection that writes. Records come in through a
+//! bounded channel, are committed in groups, and only then are they told to
+//! anybody: what a follower or a page has shown survives a `kill -9` and a loss
+//! of power.
+//!
+//! ```text
+//! pipeline ─ Record ─> writer ─ commit ─> history.db <─ Reader (read-only connections)
+//!                         └──── newest sequence number ──> followers
+//! ```
+//!
+//! The file's format is described in docs/history-format.md, so that it can be
+//! read with `sqlite3` and without driftd.
+
+use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use rusqlite::{Connection, OpenFlags};
 
 use crate::model::{ContainerId, Finding};
 use crate::respond::Response;
 
+mod json;
+mod reader;
+mod schema;
+mod writer;
+
+pub use reader::{BadPageToken, Filter, FindingLookup, FindingsPage, Followed, PageToken, Reader};
+pub use writer::Writer;
+
+/// The history's file in the state directory.
+pub const FILE: &str = "history.db";
+
+/// The newest format this driftd writes and reads.
+pub const FORMAT: i64 = schema::MIGRATIONS.len() as i64;
+
 /// One line of the history, in the order in which the pipeline decided it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Record {
     /// A finding's newest revision.
     Finding(Box<Finding>),
     Response(Box<Response>),
     /// Something was not seen: a named loss.
-    Gap { name: String, container: Option<ContainerId>, detail: String, at: Timestamp },
+    Gap {
+        name: String,
+        container: Option<ContainerId>,
+        detail: String,
+        at: Timestamp,
+    },
+}
+
+/// Why the history cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "the history {} has format {found}, and this driftd knows formats up to {supported} \
+         (install the newer driftd again, or move the history aside: {})",
+        path.display(), move_aside(path)
+    )]
+    NewerFormat { path: PathBuf, found: i64, supported: i64 },
+    #[error(
+        "another driftd uses the state directory {} (stop it first: systemctl stop driftd, \
+         or name another directory with --state-dir)",
+        path.display()
+    )]
+    Locked { path: PathBuf },
+    #[error(
+        "the history {} is damaged: {detail} (driftd never deletes it; move it aside and start \
+         again: {})",
+        path.display(), move_aside(path)
+    )]
+    Corrupt { path: PathBuf, detail: String },
+    #[error(
+        "{} is a database of some other program (move it aside, or name another directory with \
+         --state-dir)",
+        path.display()
+    )]
+    Foreign { path: PathBuf },
+    #[error("cannot {what} {}", path.display())]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {what} the history {}", path.display())]
+    Sql { what: &'static str, path: PathBuf, source: rusqlite::Error },
+}
+
+/// The command that keeps a history as evidence and lets driftd begin a new one.
+fn move_aside(path: &Path) -> String {
+    let aside = path.with_extension("aside");
+    format!("mkdir {0} && mv {1} {1}-* {0}/", aside.display(), path.display())
+}
+
+impl Error {
+    fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Io { what, path: path.into(), source }
+    }
+
+    /// Tells damage, which needs a person, from what may pass by itself.
+    fn sql(what: &'static str, path: &Path) -> impl Fn(rusqlite::Error) -> Error {
+        move |source| match source.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => {
+                Error::Corrupt { path: path.into(), detail: source.to_string() }
+            }
+            _ => Error::Sql { what, path: path.into(), source },
+        }
+    }
+}
+
+/// The open history, before its thread is started.
+#[derive(Debug)]
+pub struct History {
+    connection: Connection,
+    path: PathBuf,
+    /// Held, not used: it keeps a second driftd away from the state directory.
+    lock: File,
+}
+
+impl History {
+    /// Opens or creates `<state_dir>/history.db` and brings it to [`FORMAT`].
+    /// Changes nothing in a file that it refuses.
+    pub fn open(state_dir: &Path) -> Result<History, Error> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(state_dir)
+            .map_err(Error::io("create the state directory", state_dir))?;
+        let lock = lock(state_dir)?;
+
+        let path = state_dir.join(FILE);
+        // SQLite gives its side files the mode of the database.
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|file| file.set_permissions(Permissions::from_mode(0o600)))
+            .map_err(Error::io("open the history", &path))?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut connection =
+            Connection::open_with_flags(&path, flags).map_err(Error::sql("open", &path))?;
+        schema::prepare(&mut connection, &path)?;
+        Ok(History { connection, path, lock })
+    }
+
+    /// The newest revision of every finding.
+    pub fn load_findings(&self) -> Result<Vec<Finding>, Error> {
+        let failed = Error::sql("read", &self.path);
+        let mut query =
+            self.connection.prepare("SELECT id, json FROM finding ORDER BY id").map_err(&failed)?;
+        let mut rows = query.query([]).map_err(&failed)?;
+        let mut findings = Vec::new();
+        while let Some(row) = rows.next().map_err(&failed)? {
+            findings.push(json::finding(row, 0, 1, &self.path)?);
+        }
+        Ok(findings)
+    }
+}
+
+fn lock(state_dir: &Path) -> Result<File, Error> {
+    let path = state_dir.join("lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(Error::io("open the lock", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: state_dir.into() }),
+        Err(TryLockError::Error(source)) => Err(Error::io("lock", &path)(source)),
+    }
+}
+
+/// The format of the history in `state_dir` without opening it for writing;
+/// `None` when there is none yet.
+pub fn format_of(state_dir: &Path) -> Result<Option<i64>, Error> {
+    let path = state_dir.join(FILE);
+    if !path.try_exists().map_err(Error::io("look for the history", &path))? {
+        return Ok(None);
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection =
+        Connection::open_with_flags(&path, flags).map_err(Error::sql("open", &path))?;
+    schema::check(&connection, &path).map(Some)
 }

@@ -228,8 +228,7 @@ impl FromStr for FindingId {
         }
         let mut id = [0; 16];
         for (index, byte) in id.iter_mut().enumerate() {
-            *byte =
-                u8::from_str_radix(&text[index * 2..index * 2 + 2], 16).map_err(|_| bad())?;
+            *byte = u8::from_str_radix(&text[index * 2..index * 2 + 2], 16).map_err(|_| bad())?;
         }
         Ok(FindingId(id))
     }

@@ -9,7 +9,9 @@ pub mod observation;
 pub mod path;
 pub mod process;
 
-pub use container::{Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task};
+pub use container::{
+    Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
+};
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileType, Format, Unhashed};
 pub use finding::{

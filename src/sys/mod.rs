@@ -4,3 +4,9 @@
 //! interface, takes and returns owned Rust types, and decides nothing: no
 //! policy, no retries, no logging. The rest of the crate denies `unsafe_code`.
 #![allow(unsafe_code)]
+
+pub mod fanotify;
+pub mod file;
+pub mod map;
+pub mod overlay;
+pub mod procfs;

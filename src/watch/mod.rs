@@ -1,7 +1,46 @@
 //! Facts, as they happen: the gate, the change feed, scans.
+//!
+//! Plain threads, because disks and the kernel block:
+//!
+//! ```text
+//! Command ─> control ── marks ──> kernel
+//!                │                  │ exec?                │ closed after writing
+//!                │                  v                      v
+//!                │                gate ──> content       feed
+//!                │                  └────> processes       │ dirty paths
+//!                └──── orders ────> scan <────────────────┘
+//!                                     └── everyone's Report ──> pipeline
+//! ```
+//!
+//! Nobody here waits for the pipeline but the scan thread; the others count what
+//! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
-use crate::health::Failure;
+mod content;
+mod control;
+mod feed;
+mod gate;
+mod lower;
+mod process;
+mod processes;
+mod scan;
+mod sessions;
+mod shared;
+mod state;
+mod table;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Sender, bounded};
+
+use self::shared::Shared;
+use crate::config;
+use crate::health::{Failure, Health};
 use crate::model::{ContainerId, Observation, OverlayDirs};
+use crate::sys::fanotify::{self, Group};
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,11 +65,18 @@ pub enum Report {
         before_start: bool,
     },
     /// The container cannot be watched, or not any more.
-    NotAttached { container: ContainerId, reason: String },
+    NotAttached {
+        container: ContainerId,
+        reason: String,
+    },
     Observed(Observation),
     /// Some of what a scan found; a scan reports every entry of the upperdir
     /// that is not a plain directory.
-    ScanBatch { container: ContainerId, ticket: Option<u64>, observations: Vec<Observation> },
+    ScanBatch {
+        container: ContainerId,
+        ticket: Option<u64>,
+        observations: Vec<Observation>,
+    },
     /// The scan is over.
     Scanned {
         container: ContainerId,
@@ -40,5 +86,137 @@ pub enum Report {
     },
     /// Something was not seen. `container` is `None` when it may be any of them.
     /// The watchers have already asked themselves for the rescan.
-    Lost { failure: Failure, container: Option<ContainerId>, detail: String },
+    Lost {
+        failure: Failure,
+        container: Option<ContainerId>,
+        detail: String,
+    },
+}
+
+/// Why the watchers cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Fanotify(#[from] fanotify::Error),
+    #[error("cannot start the thread `{name}`: {source}")]
+    Thread { name: &'static str, source: io::Error },
+}
+
+/// How many executed files may wait to be hashed. Each keeps two descriptors.
+const CONTENT_QUEUE: usize = 1024;
+const PROCESS_QUEUE: usize = 8 * 1024;
+const COMMAND_QUEUE: usize = 4 * 1024;
+const ORDER_QUEUE: usize = 4 * 1024;
+
+/// Descriptors for everything but the content queue: what one read of each group
+/// brings, a walk's directories, and the rest of the daemon.
+const OTHER_DESCRIPTORS: u64 = 2048;
+
+/// The watchers' threads.
+#[derive(Debug)]
+pub struct Watch {
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
+impl Watch {
+    /// Starts watching, of nothing yet. The gate writes a byte to `heartbeat`, the
+    /// non-blocking end of a pipe, at least every quarter of a second.
+    pub fn start(
+        settings: &config::Watch,
+        reports: Sender<Report>,
+        health: Arc<Health>,
+        heartbeat: Option<OwnedFd>,
+    ) -> Result<Watch, Error> {
+        fanotify::probe()?;
+        let gate = Arc::new(Group::gate()?);
+        let feed = Arc::new(Group::feed()?);
+        let (wake_scan, wake) = bounded(1);
+        let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
+        let (commands, receive_commands) = bounded(COMMAND_QUEUE);
+        let (orders, receive_orders) = bounded(ORDER_QUEUE);
+        let (content, receive_content) = bounded(content_queue());
+        let (processes, receive_processes) = bounded(PROCESS_QUEUE);
+
+        let mut watch = Watch { shared: shared.clone(), commands, threads: Vec::new() };
+        let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
+        watch.spawn("scan", || scan.run())?;
+        let ours = shared.clone();
+        watch.spawn("content", move || content::run(&ours, &receive_content))?;
+        let ours = shared.clone();
+        watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let thread = gate::Gate {
+            group: gate.clone(),
+            shared: shared.clone(),
+            content,
+            processes,
+            heartbeat,
+        };
+        watch.spawn("gate", || thread.run())?;
+        let thread =
+            feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
+        watch.spawn("feed", || thread.run())?;
+        let thread = control::Control {
+            shared,
+            gate,
+            feed,
+            commands: receive_commands,
+            orders,
+            unsent: VecDeque::new(),
+        };
+        watch.spawn("control", || thread.run())?;
+        Ok(watch)
+    }
+
+    /// On an error, what was started ends by itself when `self` is dropped.
+    fn spawn(
+        &mut self,
+        name: &'static str,
+        run: impl FnOnce() + Send + 'static,
+    ) -> Result<(), Error> {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+        self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
+        Ok(())
+    }
+
+    pub fn commands(&self) -> Sender<Command> {
+        self.commands.clone()
+    }
+
+    /// Ends the threads. With them the fanotify groups are closed, and the kernel
+    /// allows every exec that still waits.
+    pub fn stop(mut self) {
+        self.shared.stop();
+        for thread in self.threads.drain(..) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if thread.join().is_err() {
+                tracing::error!(thread = name, "a watcher's thread had ended by a panic");
+                let _ = self.shared.health.record(Failure::EventUnreadable);
+            }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.stop();
+    }
+}
+
+/// How many executed files may wait, given the descriptors that we may open.
+fn content_queue() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // The soft limit is for programs that use select(2).
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 2;
+    usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

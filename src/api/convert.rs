@@ -1,0 +1,591 @@
+//! Model to proto and back, and nothing else.
+
+use jiff::Timestamp;
+
+use super::proto;
+use crate::model::finding::ContainerEvidence;
+use crate::model::{
+    self, Ancestor, Attack, ContainerId, Expected, FileEvidence, FileType, Finding, Format,
+    ImageReference, Outcome, Pod, Process, ProcessIdentity, RootfsPath, Severity, Verdict,
+};
+use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
+use crate::respond::Action;
+
+/// A message that this version of driftd cannot read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` is missing or not understood{detail} (is the other side another version?)")]
+pub struct Malformed {
+    field: &'static str,
+    detail: String,
+}
+
+fn missing(field: &'static str) -> Malformed {
+    Malformed { field, detail: String::new() }
+}
+
+fn malformed<E: std::fmt::Display>(field: &'static str) -> impl Fn(E) -> Malformed {
+    move |err| Malformed { field, detail: format!(": {err}") }
+}
+
+// ---- findings
+
+pub fn finding_to_proto(finding: Finding) -> proto::Finding {
+    let Finding {
+        schema: _,
+        id,
+        revision,
+        kind,
+        severity,
+        first_seen,
+        last_seen,
+        count,
+        source,
+        node,
+        runtime,
+        container,
+        image,
+        file,
+        expected,
+        process,
+        invoked_as,
+        session,
+        story,
+        verdict,
+        outcome,
+        attack,
+    } = finding;
+    proto::Finding {
+        id: id.to_string(),
+        revision,
+        kind: kind.name().into(),
+        severity: severity_to_proto(severity).into(),
+        first_seen: Some(time_to_proto(first_seen)),
+        last_seen: Some(time_to_proto(last_seen)),
+        count,
+        source,
+        node,
+        runtime,
+        namespace: container.id.namespace.to_string(),
+        container: container.id.id.to_string(),
+        labels: container.labels.into_iter().collect(),
+        pod: container.pod.map(pod_to_proto),
+        image: Some(image_to_proto(&image)),
+        file: file.map(file_to_proto),
+        expected: expected.map(expected_to_proto),
+        process: process.map(process_to_proto),
+        invoked_as,
+        session: session.map(|id| id.to_string()),
+        story: story.map(|id| id.to_string()),
+        verdict: Some(proto::Verdict {
+            disposition: verdict.disposition.name().into(),
+            action: verdict.action,
+            rule: verdict.rule,
+            policy_generation: verdict.policy_generation,
+        }),
+        outcome: outcome.map(outcome_to_proto),
+        attack: Some(proto::Attack { technique: attack.technique, tactic: attack.tactic }),
+    }
+}
+
+pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed> {
+    let severity = finding.severity();
+    let proto::Finding {
+        id,
+        revision,
+        kind,
+        severity: _,
+        first_seen,
+        last_seen,
+        count,
+        source,
+        node,
+        runtime,
+        namespace,
+        container,
+        labels,
+        pod,
+        image,
+        file,
+        expected,
+        process,
+        invoked_as,
+        session,
+        story,
+        verdict,
+        outcome,
+        attack,
+    } = finding;
+    let verdict = verdict.ok_or_else(|| missing("verdict"))?;
+    let attack = attack.ok_or_else(|| missing("attack"))?;
+    let id_of = |field, text: Option<String>| {
+        text.map(|text| text.parse().map_err(malformed(field))).transpose()
+    };
+    Ok(Finding {
+        schema: model::finding::SCHEMA.into(),
+        id: id.parse().map_err(malformed("id"))?,
+        revision,
+        kind: kind.parse().map_err(malformed("kind"))?,
+        severity: severity_from_proto(severity).ok_or_else(|| missing("severity"))?,
+        first_seen: time_from_proto("first_seen", first_seen)?,
+        last_seen: time_from_proto("last_seen", last_seen)?,
+        count,
+        source,
+        node,
+        runtime,
+        container: ContainerEvidence {
+            id: ContainerId::new(&namespace, &container),
+            labels: labels.into_iter().collect(),
+            pod: pod.map(pod_from_proto),
+        },
+        image: image_from_proto(image.unwrap_or_default())?,
+        file: file.map(file_from_proto).transpose()?,
+        expected: expected.map(expected_from_proto).transpose()?,
+        process: process.map(process_from_proto),
+        invoked_as,
+        session: id_of("session", session)?,
+        story: id_of("story", story)?,
+        verdict: Verdict {
+            disposition: verdict.disposition.parse().map_err(malformed("disposition"))?,
+            action: verdict.action,
+            rule: verdict.rule,
+            policy_generation: verdict.policy_generation,
+        },
+        outcome: outcome.map(outcome_from_proto).transpose()?,
+        attack: Attack { technique: attack.technique, tactic: attack.tactic },
+    })
+}
+
+fn file_to_proto(file: FileEvidence) -> proto::File {
+    proto::File {
+        path: file.path.as_bytes().to_vec(),
+        file_type: file_type_name(file.file_type).into(),
+        format: file.format.name().into(),
+        mode: file.mode,
+        uid: file.uid,
+        gid: file.gid,
+        size: file.size,
+        capability: file.capability,
+        blake3: file.blake3.map(|hash| hash.to_string()),
+        sha256: file.sha256.map(|hash| hash.to_string()),
+        unhashed: file.unhashed,
+        deleted: file.deleted,
+        filesystem: file.filesystem,
+    }
+}
+
+fn file_from_proto(file: proto::File) -> Result<FileEvidence, Malformed> {
+    Ok(FileEvidence {
+        path: RootfsPath::new(file.path).map_err(malformed("file.path"))?,
+        file_type: FILE_TYPES
+            .into_iter()
+            .find(|one| file_type_name(*one) == file.file_type)
+            .ok_or_else(|| missing("file.file_type"))?,
+        format: FORMATS
+            .into_iter()
+            .find(|one| one.name() == file.format)
+            .ok_or_else(|| missing("file.format"))?,
+        mode: file.mode,
+        uid: file.uid,
+        gid: file.gid,
+        size: file.size,
+        capability: file.capability,
+        blake3: parsed("file.blake3", file.blake3)?,
+        sha256: parsed("file.sha256", file.sha256)?,
+        unhashed: file.unhashed,
+        deleted: file.deleted,
+        filesystem: file.filesystem,
+    })
+}
+
+fn expected_to_proto(expected: Expected) -> proto::ExpectedFile {
+    proto::ExpectedFile {
+        path: expected.path.as_bytes().to_vec(),
+        blake3: expected.blake3.map(|hash| hash.to_string()),
+        sha256: expected.sha256.map(|hash| hash.to_string()),
+        mode: expected.mode,
+        uid: expected.uid,
+        gid: expected.gid,
+        size: expected.size,
+        capability: expected.capability,
+        layer: expected.layer,
+    }
+}
+
+fn expected_from_proto(expected: proto::ExpectedFile) -> Result<Expected, Malformed> {
+    Ok(Expected {
+        path: RootfsPath::new(expected.path).map_err(malformed("expected.path"))?,
+        blake3: parsed("expected.blake3", expected.blake3)?,
+        sha256: parsed("expected.sha256", expected.sha256)?,
+        mode: expected.mode,
+        uid: expected.uid,
+        gid: expected.gid,
+        size: expected.size,
+        capability: expected.capability,
+        layer: expected.layer,
+    })
+}
+
+fn process_to_proto(process: Process) -> proto::Process {
+    proto::Process {
+        pid: process.identity.pid,
+        start_time: process.identity.start_time,
+        exe: process.exe,
+        argv: process.argv.map(|values| proto::Arguments { values }),
+        uid: process.uid,
+        tty: process.tty,
+        ancestors: process
+            .ancestors
+            .into_iter()
+            .map(|ancestor| proto::Ancestor {
+                pid: ancestor.identity.pid,
+                start_time: ancestor.identity.start_time,
+                exe: ancestor.exe,
+                argv: ancestor.argv.map(|values| proto::Arguments { values }),
+            })
+            .collect(),
+    }
+}
+
+fn process_from_proto(process: proto::Process) -> Process {
+    let identity = |pid, start_time| ProcessIdentity { pid, start_time };
+    Process {
+        identity: identity(process.pid, process.start_time),
+        exe: process.exe,
+        argv: process.argv.map(|argv| argv.values),
+        uid: process.uid,
+        tty: process.tty,
+        ancestors: process
+            .ancestors
+            .into_iter()
+            .map(|ancestor| Ancestor {
+                identity: identity(ancestor.pid, ancestor.start_time),
+                exe: ancestor.exe,
+                argv: ancestor.argv.map(|argv| argv.values),
+            })
+            .collect(),
+    }
+}
+
+pub fn outcome_to_proto(outcome: Outcome) -> proto::Outcome {
+    proto::Outcome {
+        action: outcome.action,
+        succeeded: outcome.succeeded,
+        message: outcome.message,
+        at: Some(time_to_proto(outcome.at)),
+    }
+}
+
+pub fn outcome_from_proto(outcome: proto::Outcome) -> Result<Outcome, Malformed> {
+    Ok(Outcome {
+        action: outcome.action,
+        succeeded: outcome.succeeded,
+        message: outcome.message,
+        at: time_from_proto("outcome.at", outcome.at)?,
+    })
+}
+
+// ---- containers
+
+fn pod_to_proto(pod: Pod) -> proto::Pod {
+    proto::Pod {
+        namespace: pod.namespace,
+        name: pod.name,
+        uid: pod.uid,
+        container: pod.container.unwrap_or_default(),
+    }
+}
+
+pub fn pod_from_proto(pod: proto::Pod) -> Pod {
+    Pod { namespace: pod.namespace, name: pod.name, uid: pod.uid, container: filled(pod.container) }
+}
+
+fn image_to_proto(image: &ImageReference) -> proto::Image {
+    proto::Image {
+        name: image.name.clone().unwrap_or_default(),
+        manifest_digest: image.manifest_digest.map(|id| id.to_string()).unwrap_or_default(),
+        chain_id: image.chain_id.map(|id| id.to_string()).unwrap_or_default(),
+    }
+}
+
+pub fn image_from_proto(image: proto::Image) -> Result<ImageReference, Malformed> {
+    Ok(ImageReference {
+        name: filled(image.name),
+        manifest_digest: parsed("image.manifest_digest", filled(image.manifest_digest))?,
+        chain_id: parsed("image.chain_id", filled(image.chain_id))?,
+    })
+}
+
+pub fn container_to_proto(view: ContainerView) -> proto::Container {
+    let ContainerView { container, baseline, watched, armed_before_start, problem, findings } =
+        view;
+    proto::Container {
+        namespace: container.id.namespace.to_string(),
+        id: container.id.id.to_string(),
+        runtime: container.runtime,
+        image: Some(image_to_proto(&container.image)),
+        pod: container.pod.map(pod_to_proto),
+        labels: container.labels.into_iter().collect(),
+        pid: container.task.map_or(0, |task| task.pid),
+        paused: container.task.is_some_and(|task| task.paused),
+        baseline,
+        watched,
+        armed_before_start,
+        problem: problem.unwrap_or_default(),
+        findings,
+        snapshotter: container.snapshotter,
+    }
+}
+
+pub fn endpoint_to_proto(endpoint: EndpointView) -> proto::Endpoint {
+    proto::Endpoint {
+        socket: endpoint.socket,
+        connected: endpoint.connected,
+        reason: endpoint.reason,
+    }
+}
+
+pub fn difference_to_proto(difference: &Difference) -> proto::Difference {
+    use proto::difference::Change;
+    let change = match difference.change {
+        DifferenceKind::Added => Change::Added,
+        DifferenceKind::Modified => Change::Modified,
+        DifferenceKind::Removed => Change::Removed,
+        DifferenceKind::Metadata => Change::Metadata,
+        DifferenceKind::Relocated => Change::Relocated,
+    };
+    proto::Difference {
+        path: difference.path.as_bytes().to_vec(),
+        change: change.into(),
+        kind: difference.finding.map(|(kind, _)| kind.name().to_owned()).unwrap_or_default(),
+        severity: difference
+            .finding
+            .map_or(proto::Severity::Unspecified, |(_, severity)| severity_to_proto(severity))
+            .into(),
+    }
+}
+
+pub fn difference_from_proto(difference: &proto::Difference) -> Result<Difference, Malformed> {
+    use proto::difference::Change;
+    let finding = match difference.kind.as_str() {
+        "" => None,
+        kind => Some((
+            kind.parse().map_err(malformed("difference.kind"))?,
+            severity_from_proto(difference.severity())
+                .ok_or_else(|| missing("difference.severity"))?,
+        )),
+    };
+    Ok(Difference {
+        path: RootfsPath::new(&difference.path).map_err(malformed("difference.path"))?,
+        change: match difference.change() {
+            Change::Unspecified => return Err(missing("difference.change")),
+            Change::Added => DifferenceKind::Added,
+            Change::Modified => DifferenceKind::Modified,
+            Change::Removed => DifferenceKind::Removed,
+            Change::Metadata => DifferenceKind::Metadata,
+            Change::Relocated => DifferenceKind::Relocated,
+        },
+        finding,
+    })
+}
+
+// ---- words
+
+pub fn severity_to_proto(severity: Severity) -> proto::Severity {
+    match severity {
+        Severity::Info => proto::Severity::Info,
+        Severity::Low => proto::Severity::Low,
+        Severity::Medium => proto::Severity::Medium,
+        Severity::High => proto::Severity::High,
+        Severity::Critical => proto::Severity::Critical,
+    }
+}
+
+pub fn severity_from_proto(severity: proto::Severity) -> Option<Severity> {
+    match severity {
+        proto::Severity::Unspecified => None,
+        proto::Severity::Info => Some(Severity::Info),
+        proto::Severity::Low => Some(Severity::Low),
+        proto::Severity::Medium => Some(Severity::Medium),
+        proto::Severity::High => Some(Severity::High),
+        proto::Severity::Critical => Some(Severity::Critical),
+    }
+}
+
+pub fn action_to_proto(action: Action) -> proto::Action {
+    match action {
+        Action::Kill => proto::Action::Kill,
+        Action::Pause => proto::Action::Pause,
+        Action::Resume => proto::Action::Resume,
+    }
+}
+
+pub fn action_from_proto(action: proto::Action) -> Option<Action> {
+    match action {
+        proto::Action::Unspecified => None,
+        proto::Action::Kill => Some(Action::Kill),
+        proto::Action::Pause => Some(Action::Pause),
+        proto::Action::Resume => Some(Action::Resume),
+    }
+}
+
+const FILE_TYPES: [FileType; 7] = [
+    FileType::Regular,
+    FileType::Directory,
+    FileType::Symlink,
+    FileType::CharDevice,
+    FileType::BlockDevice,
+    FileType::Fifo,
+    FileType::Socket,
+];
+
+/// The same words as in JSON.
+pub fn file_type_name(file_type: FileType) -> &'static str {
+    match file_type {
+        FileType::Regular => "regular",
+        FileType::Directory => "directory",
+        FileType::Symlink => "symlink",
+        FileType::CharDevice => "char_device",
+        FileType::BlockDevice => "block_device",
+        FileType::Fifo => "fifo",
+        FileType::Socket => "socket",
+    }
+}
+
+const FORMATS: [Format; 6] =
+    [Format::Elf, Format::ElfObject, Format::Script, Format::Data, Format::Empty, Format::Unknown];
+
+pub fn time_to_proto(time: Timestamp) -> prost_types::Timestamp {
+    let nanoseconds = time.as_nanosecond();
+    // Both quotient and remainder fit: jiff's times end in the year 9999.
+    prost_types::Timestamp {
+        seconds: i64::try_from(nanoseconds.div_euclid(1_000_000_000)).unwrap_or(i64::MAX),
+        nanos: i32::try_from(nanoseconds.rem_euclid(1_000_000_000)).unwrap_or(0),
+    }
+}
+
+pub fn time_from_proto(
+    field: &'static str,
+    time: Option<prost_types::Timestamp>,
+) -> Result<Timestamp, Malformed> {
+    let time = time.ok_or_else(|| missing(field))?;
+    Timestamp::new(time.seconds, time.nanos).map_err(malformed(field))
+}
+
+fn parsed<T>(field: &'static str, text: Option<String>) -> Result<Option<T>, Malformed>
+where
+    T: std::str::FromStr,
+    T::Err: std::fmt::Display,
+{
+    text.map(|text| text.parse().map_err(malformed(field))).transpose()
+}
+
+/// Proto's empty text is "none" for names that are never empty.
+fn filled(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Kind;
+
+    fn sample() -> Finding {
+        serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap()
+    }
+
+    #[track_caller]
+    fn check(finding: &Finding) {
+        use prost::Message as _;
+        let wire = finding_to_proto(finding.clone()).encode_to_vec();
+        let read = proto::Finding::decode(&wire[..]).unwrap();
+        assert_eq!(finding_from_proto(read).as_ref(), Ok(finding));
+    }
+
+    #[test]
+    fn a_finding_survives_the_wire() {
+        let full = sample();
+        check(&full);
+
+        let mut bare = full.clone();
+        (bare.file, bare.expected, bare.process) = (None, None, None);
+        (bare.session, bare.outcome, bare.container.pod) = (None, None, None);
+        bare.image = ImageReference::default();
+        check(&bare);
+
+        let mut answered = full.clone();
+        answered.outcome = Some(Outcome {
+            action: "kill".into(),
+            succeeded: false,
+            message: "no such task".into(),
+            at: Timestamp::new(-1, -5).unwrap(),
+        });
+        answered.story = Some(answered.id);
+        answered.invoked_as = Some("/bin/x".into());
+        check(&answered);
+
+        // Unknown arguments are not the same as no arguments.
+        let mut silent = full;
+        silent.process.as_mut().unwrap().argv = Some(vec![]);
+        check(&silent);
+        silent.process.as_mut().unwrap().argv = None;
+        check(&silent);
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_survive_the_wire_and_json() {
+        let mut finding = sample();
+        let odd = RootfsPath::new(b"/tmp/\xff\x1b[2J\n\\x".as_slice()).unwrap();
+        finding.file.as_mut().unwrap().path = odd.clone();
+        finding.expected.as_mut().unwrap().path = odd;
+        check(&finding);
+        let json = serde_json::to_string(&finding).unwrap();
+        assert_eq!(serde_json::from_str::<Finding>(&json).unwrap(), finding);
+    }
+
+    #[test]
+    fn every_word_survives_the_wire() {
+        for kind in Kind::ALL {
+            for severity in Severity::ALL {
+                let mut finding = sample();
+                (finding.kind, finding.severity) = (*kind, *severity);
+                check(&finding);
+            }
+        }
+        for file_type in FILE_TYPES {
+            let json = serde_json::to_value(file_type).unwrap();
+            assert_eq!(json, file_type_name(file_type));
+            for format in FORMATS {
+                let mut finding = sample();
+                let file = finding.file.as_mut().unwrap();
+                (file.file_type, file.format) = (file_type, format);
+                check(&finding);
+            }
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_not_understood_names_the_field() {
+        let mut message = finding_to_proto(sample());
+        message.kind = "exec.odd".into();
+        let err = finding_from_proto(message).unwrap_err().to_string();
+        assert!(err.starts_with("`kind` is missing or not understood: `exec.odd`"), "{err}");
+    }
+
+    #[test]
+    fn a_difference_survives_the_wire() {
+        for change in [
+            DifferenceKind::Added,
+            DifferenceKind::Modified,
+            DifferenceKind::Removed,
+            DifferenceKind::Metadata,
+            DifferenceKind::Relocated,
+        ] {
+            for finding in [None, Some((Kind::FileAdded, Severity::Low))] {
+                let path = RootfsPath::new(b"/\xfe").unwrap();
+                let difference = Difference { path, change, finding };
+                let message = difference_to_proto(&difference);
+                assert_eq!(difference_from_proto(&message), Ok(difference));
+            }
+        }
+    }
+}

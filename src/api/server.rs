@@ -1,0 +1,164 @@
+//! The Unix socket: who may reach it, and that there is only one of us on it.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown,
+};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::unistd::Group;
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::service::InterceptorLayer;
+use tonic::transport::Server;
+
+use super::peer;
+use super::proto;
+use super::proto::drift_service_server::DriftServiceServer;
+use super::service::{Backend, Service};
+
+/// How long calls may still take when driftd stops.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why the API cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "another driftd serves {} (stop it first: systemctl stop driftd, or name another socket \
+         with --socket)",
+        socket.display()
+    )]
+    InUse { socket: PathBuf },
+    #[error("{} is there and is no socket (remove it, or name another with --socket)", path.display())]
+    NotASocket { path: PathBuf },
+    #[error("cannot {what} {}", path.display())]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("the API's server has failed")]
+    Server(#[from] tonic::transport::Error),
+}
+
+fn failed<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
+    move |source| Error::Io { what, path: path.into(), source }
+}
+
+/// The socket, before anything is served on it. Removes it when dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    name: SocketName,
+}
+
+/// The name of our socket, as long as it is ours.
+#[derive(Debug)]
+struct SocketName {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == self.inode);
+        if ours {
+            // Left behind, the next start removes it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Listener {
+    /// Creates the socket, and its directory if need be. A socket on which
+    /// nobody listens any more is replaced.
+    pub fn bind(path: &Path) -> Result<Listener, Error> {
+        if let Some(directory) = path.parent() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(directory)
+                .map_err(failed("create the directory", directory))?;
+        }
+        remove_stale(path)?;
+        let socket = UnixListener::bind(path).map_err(|err| match err.kind() {
+            io::ErrorKind::AddrInUse => Error::InUse { socket: path.into() },
+            _ => failed("listen on", path)(err),
+        })?;
+        // Until here only root can connect: the umask takes the write bits of others.
+        if let Ok(Some(group)) = Group::from_name(peer::GROUP) {
+            chown(path, None, Some(group.gid.as_raw()))
+                .map_err(failed("give to the group driftd", path))?;
+        }
+        fs::set_permissions(path, Permissions::from_mode(0o660))
+            .map_err(failed("set the mode of", path))?;
+        let found = fs::symlink_metadata(path).map_err(failed("look at", path))?;
+        socket.set_nonblocking(true).map_err(failed("listen on", path))?;
+        let name = SocketName { path: path.into(), inode: (found.dev(), found.ino()) };
+        Ok(Listener { socket, name })
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), Error> {
+    match fs::symlink_metadata(path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(err) => return Err(failed("look at", path)(err)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(Error::NotASocket { path: path.into() });
+        }
+        Ok(_) => (),
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(Error::InUse { socket: path.into() }),
+        Err(err) if err.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed("remove the stale socket", path))
+        }
+        Err(err) => Err(failed("find out who serves", path)(err)),
+    }
+}
+
+/// Serves until `shutdown` is done, then lets calls end for [`GRACE`].
+pub async fn serve(
+    listener: Listener,
+    backend: Backend,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), Error> {
+    let Listener { socket, name } = listener;
+    let socket =
+        tokio::net::UnixListener::from_std(socket).map_err(failed("listen on", &name.path))?;
+    let (stop, stopping) = watch::channel(false);
+
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    health_reporter.set_serving::<DriftServiceServer<Service>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the descriptor sets are compiled into this program");
+    let service = DriftServiceServer::new(Service { backend, stopping: stopping.clone() });
+
+    let mut until = stopping.clone();
+    let server = Server::builder()
+        .layer(InterceptorLayer::new(peer::check))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(service)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async move {
+            // An error means that `stop` is gone, which is the end too.
+            let _ = until.wait_for(|stopping| *stopping).await;
+        });
+    let end = async {
+        shutdown.await;
+        health_reporter.set_not_serving::<DriftServiceServer<Service>>().await;
+        stop.send_replace(true);
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        result = server => result.map_err(Error::from),
+        () = end => {
+            tracing::warn!("some calls did not end in {GRACE:?}");
+            Ok(())
+        }
+    }
+}

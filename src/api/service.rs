@@ -1,0 +1,423 @@
+//! Answers to the calls of `driftd.v1.DriftService`.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam_channel::{Sender, TrySendError};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::baselines::{self, RecordImage};
+use super::follow::Follower;
+use super::peer::Peer;
+use super::proto::drift_service_server::DriftService;
+use super::{convert, proto};
+use crate::baseline::{self, Progress};
+use crate::health::Health;
+use crate::history::{self, Filter, FindingLookup};
+use crate::model::{ContainerId, printable};
+use crate::pipeline::{LookupError, Question};
+
+/// Findings on one page at most, and unless asked otherwise.
+const PAGE: usize = 1000;
+/// Messages that may wait for a slow client.
+const STREAM: usize = 64;
+/// How long the pipeline may be too busy to take a question.
+const BUSY: Duration = Duration::from_secs(5);
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// The longest reason that is kept, in bytes.
+const MAX_REASON: usize = 4096;
+
+/// What the service asks.
+#[derive(Clone)]
+pub struct Backend {
+    /// This node's name.
+    pub node: String,
+    pub questions: Sender<Question>,
+    pub history: history::Reader,
+    /// The newest sequence number in the history.
+    pub committed: watch::Receiver<u64>,
+    pub health: Arc<Health>,
+    pub baselines: Arc<baseline::Store>,
+    pub recorder: baseline::Recorder,
+    pub images: Arc<dyn RecordImage>,
+}
+
+impl fmt::Debug for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backend").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+pub(super) struct Service {
+    pub(super) backend: Backend,
+    /// Becomes true when driftd stops.
+    pub(super) stopping: watch::Receiver<bool>,
+}
+
+/// Runs what blocks (a disk) where it holds up no other call.
+pub(super) async fn unblock<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work).await.map_err(|err| Status::internal(err.to_string()))
+}
+
+pub(super) fn history_failed(err: &history::Error) -> Status {
+    tracing::error!("the history cannot be read: {err}");
+    Status::internal(err.to_string())
+}
+
+fn lookup_failed(err: &LookupError) -> Status {
+    match err {
+        LookupError::Unknown(_) => Status::not_found(err.to_string()),
+        LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
+        LookupError::NotWatched(..) => Status::failed_precondition(err.to_string()),
+        LookupError::Stopping => Status::unavailable(err.to_string()),
+    }
+}
+
+impl Service {
+    /// Asks the pipeline. It is never held up by an asker: the channel is bounded.
+    async fn ask<T>(
+        &self,
+        question: impl FnOnce(oneshot::Sender<T>) -> Question,
+    ) -> Result<T, Status> {
+        let (reply, answer) = oneshot::channel();
+        let questions = &self.backend.questions;
+        match questions.try_send(question(reply)) {
+            Ok(()) => (),
+            Err(TrySendError::Full(question)) => {
+                let questions = questions.clone();
+                unblock(move || questions.send_timeout(question, BUSY)).await?.map_err(|_| {
+                    Status::unavailable("driftd is too busy to answer, try again in a moment")
+                })?;
+            }
+            Err(TrySendError::Disconnected(_)) => {
+                return Err(lookup_failed(&LookupError::Stopping));
+            }
+        }
+        answer.await.map_err(|_| lookup_failed(&LookupError::Stopping))
+    }
+
+    /// Which container a person means: one that is watched, or one that is
+    /// gone and left findings.
+    async fn resolve(&self, text: String) -> Result<ContainerId, Status> {
+        let live = self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?;
+        let (reader, wanted) = (self.backend.history.clone(), text.clone());
+        let mut candidates = unblock(move || reader.containers(&wanted))
+            .await?
+            .map_err(|err| history_failed(&err))?;
+        match live {
+            Ok(container) => candidates.push(container),
+            Err(LookupError::Unknown(_) | LookupError::NotWatched(..)) => (),
+            Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
+                return Err(lookup_failed(&err));
+            }
+        }
+        candidates.sort();
+        candidates.dedup();
+        if candidates.iter().any(|container| *container.id == *text) {
+            candidates.retain(|container| *container.id == *text);
+        }
+        let text = printable(text.as_bytes());
+        match candidates.len() {
+            0 => Err(lookup_failed(&LookupError::Unknown(text))),
+            1 => Ok(candidates.remove(0)),
+            several => Err(lookup_failed(&LookupError::Ambiguous(text, several))),
+        }
+    }
+
+    async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {
+        let filter = filter.unwrap_or_default();
+        let minimum_severity = convert::severity_from_proto(filter.minimum_severity());
+        let time = |field, time: Option<prost_types::Timestamp>| match time {
+            None => Ok(None),
+            some => convert::time_from_proto(field, some)
+                .map(Some)
+                .map_err(|err| Status::invalid_argument(err.to_string())),
+        };
+        Ok(Filter {
+            container: match filter.container {
+                text if text.is_empty() => None,
+                text => Some(self.resolve(text).await?),
+            },
+            image: (!filter.image.is_empty()).then_some(filter.image),
+            kinds: filter.kinds.iter().map(|kind| kind.parse()).collect::<Result<_, _>>().map_err(
+                |err: crate::model::finding::UnknownName| Status::invalid_argument(err.to_string()),
+            )?,
+            minimum_severity,
+            since: time("since", filter.since)?,
+            until: time("until", filter.until)?,
+        })
+    }
+}
+
+type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl DriftService for Service {
+    async fn get_status(
+        &self,
+        _: Request<proto::GetStatusRequest>,
+    ) -> Result<Response<proto::GetStatusResponse>, Status> {
+        let status = self.ask(Question::Status).await?;
+        let (store, reader) = (self.backend.baselines.clone(), self.backend.history.clone());
+        let (baselines, findings) = unblock(move || (store.images().len(), reader.count())).await?;
+        let health = &self.backend.health;
+        let mut problems = status.problems;
+        let findings = findings.unwrap_or_else(|err| {
+            problems.push(err.to_string());
+            0
+        });
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(proto::GetStatusResponse {
+            version: env!("CARGO_PKG_VERSION").into(),
+            node: self.backend.node.clone(),
+            started_at: Some(convert::time_to_proto(status.started_at)),
+            complete: problems.is_empty(),
+            problems,
+            endpoints: status.endpoints.into_iter().map(convert::endpoint_to_proto).collect(),
+            containers_watched: status.containers_watched,
+            baselines: count(baselines),
+            baselines_pending: status
+                .containers_waiting
+                .saturating_add(count(self.backend.recorder.pending())),
+            findings,
+            gate_answers: health.gate_answers.load(Ordering::Relaxed),
+            data_writes: health.data_writes.load(Ordering::Relaxed),
+            losses: health
+                .losses()
+                .into_iter()
+                .map(|loss| proto::Loss { name: loss.name, count: loss.count })
+                .collect(),
+        }))
+    }
+
+    async fn list_containers(
+        &self,
+        _: Request<proto::ListContainersRequest>,
+    ) -> Result<Response<proto::ListContainersResponse>, Status> {
+        let views = self.ask(Question::Containers).await?;
+        let containers = views.into_iter().map(convert::container_to_proto).collect();
+        Ok(Response::new(proto::ListContainersResponse { containers }))
+    }
+
+    async fn diff_container(
+        &self,
+        request: Request<proto::DiffContainerRequest>,
+    ) -> Result<Response<proto::DiffContainerResponse>, Status> {
+        let container = request.into_inner().container;
+        let diff = self
+            .ask(|reply| Question::Diff { container, reply })
+            .await?
+            .map_err(|err| lookup_failed(&err))?;
+        Ok(Response::new(proto::DiffContainerResponse {
+            namespace: diff.container.namespace.to_string(),
+            id: diff.container.id.to_string(),
+            differences: diff.differences.iter().map(convert::difference_to_proto).collect(),
+            incomplete: diff.incomplete,
+        }))
+    }
+
+    async fn list_baselines(
+        &self,
+        _: Request<proto::ListBaselinesRequest>,
+    ) -> Result<Response<proto::ListBaselinesResponse>, Status> {
+        let store = self.backend.baselines.clone();
+        let baselines = unblock(move || baselines::list(&store)).await?;
+        Ok(Response::new(proto::ListBaselinesResponse { baselines }))
+    }
+
+    type ExportBaselineStream = Stream<proto::BaselineFile>;
+
+    async fn export_baseline(
+        &self,
+        request: Request<proto::ExportBaselineRequest>,
+    ) -> Result<Response<Self::ExportBaselineStream>, Status> {
+        let image = request.into_inner().image;
+        let store = self.backend.baselines.clone();
+        let baseline = unblock(move || {
+            let record = store.find(&image)?;
+            store.image(record.chain_id)?.ok_or(baseline::Error::Unknown(image))
+        })
+        .await?
+        .map_err(|err| baselines::refusal(&err))?;
+        let (client, stream) = mpsc::channel(STREAM);
+        tokio::task::spawn_blocking(move || {
+            for known in baseline.files() {
+                if client.blocking_send(Ok(baselines::file_to_proto(known))).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type RecordBaselineStream = Stream<proto::RecordBaselineProgress>;
+
+    async fn record_baseline(
+        &self,
+        request: Request<proto::RecordBaselineRequest>,
+    ) -> Result<Response<Self::RecordBaselineStream>, Status> {
+        let image = request.into_inner().image;
+        let backend = self.backend.clone();
+        let (client, stream) = mpsc::channel(STREAM);
+        tokio::spawn(async move {
+            let progress = Arc::new(Progress::default());
+            let recording: Pin<Box<_>> = backend.images.record_image(&image, Arc::clone(&progress));
+            let last = tell_progress(recording, &progress, &client).await;
+            let last = match last {
+                None => return,
+                Some(Err(err)) => Err(Status::failed_precondition(err)),
+                Some(Ok(chain_id)) => {
+                    let store = backend.baselines.clone();
+                    let found = unblock(move || {
+                        let record = store.find(&chain_id.to_string())?;
+                        Ok(baselines::baseline_to_proto(&store, record))
+                    });
+                    match found.await {
+                        Ok(Ok(baseline)) => Ok(proto::RecordBaselineProgress {
+                            baseline: Some(baseline),
+                            ..progress_to_proto(&progress)
+                        }),
+                        Ok(Err(err)) => Err(baselines::refusal(&err)),
+                        Err(status) => Err(status),
+                    }
+                }
+            };
+            // The client may be gone; the baseline is recorded all the same.
+            let _ = client.send(last).await;
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn list_findings(
+        &self,
+        request: Request<proto::ListFindingsRequest>,
+    ) -> Result<Response<proto::ListFindingsResponse>, Status> {
+        let request = request.into_inner();
+        let filter = self.filter(request.filter).await?;
+        let after =
+            match request.page_token.as_str() {
+                "" => None,
+                token => Some(token.parse().map_err(|err: history::BadPageToken| {
+                    Status::invalid_argument(err.to_string())
+                })?),
+            };
+        let limit = match request.page_size {
+            0 => PAGE,
+            size => usize::try_from(size).unwrap_or(PAGE).min(PAGE),
+        };
+        let reader = self.backend.history.clone();
+        let page = unblock(move || reader.findings(&filter, after, limit))
+            .await?
+            .map_err(|err| history_failed(&err))?;
+        Ok(Response::new(proto::ListFindingsResponse {
+            findings: page.findings.into_iter().map(convert::finding_to_proto).collect(),
+            next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
+        }))
+    }
+
+    async fn get_finding(
+        &self,
+        request: Request<proto::GetFindingRequest>,
+    ) -> Result<Response<proto::GetFindingResponse>, Status> {
+        let id = request.into_inner().id;
+        let shown = printable(id.as_bytes());
+        let reader = self.backend.history.clone();
+        let found =
+            unblock(move || reader.finding(&id)).await?.map_err(|err| history_failed(&err))?;
+        match found {
+            FindingLookup::Found(finding) => Ok(Response::new(proto::GetFindingResponse {
+                finding: Some(convert::finding_to_proto(*finding)),
+            })),
+            FindingLookup::Unknown => {
+                Err(Status::not_found(format!("no finding `{shown}` (see: driftd findings)")))
+            }
+            FindingLookup::Ambiguous(count) => Err(Status::invalid_argument(format!(
+                "`{shown}` could be {count} findings: write more of the ID"
+            ))),
+        }
+    }
+
+    type FollowFindingsStream = Stream<proto::FollowFindingsResponse>;
+
+    async fn follow_findings(
+        &self,
+        request: Request<proto::FollowFindingsRequest>,
+    ) -> Result<Response<Self::FollowFindingsStream>, Status> {
+        let request = request.into_inner();
+        let filter = self.filter(request.filter).await?;
+        let (client, stream) = mpsc::channel(STREAM);
+        let follower = Follower {
+            reader: self.backend.history.clone(),
+            filter,
+            committed: self.backend.committed.clone(),
+            stopping: self.stopping.clone(),
+            client,
+        };
+        tokio::spawn(follower.run(request.after_cursor));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn respond(
+        &self,
+        request: Request<proto::RespondRequest>,
+    ) -> Result<Response<proto::RespondResponse>, Status> {
+        let requested_by = request
+            .extensions()
+            .get::<Peer>()
+            .map(ToString::to_string)
+            .ok_or_else(|| Status::permission_denied("it is not known who is asking"))?;
+        let request = request.into_inner();
+        let action = convert::action_from_proto(request.action()).ok_or_else(|| {
+            Status::invalid_argument("the action is missing: kill, pause or resume")
+        })?;
+        let reason = request.reason.trim().to_owned();
+        if reason.is_empty() || reason.len() > MAX_REASON {
+            return Err(Status::invalid_argument(format!(
+                "a response needs a reason, of at most {MAX_REASON} bytes: it is kept in the history"
+            )));
+        }
+        let container = request.container;
+        let response = self
+            .ask(|reply| Question::Respond { container, action, reason, requested_by, reply })
+            .await?
+            .map_err(|err| lookup_failed(&err))?;
+        Ok(Response::new(proto::RespondResponse {
+            namespace: response.container.namespace.to_string(),
+            container: response.container.id.to_string(),
+            outcome: Some(convert::outcome_to_proto(response.outcome)),
+        }))
+    }
+}
+
+fn progress_to_proto(progress: &Progress) -> proto::RecordBaselineProgress {
+    proto::RecordBaselineProgress {
+        files_done: progress.files_done.load(Ordering::Relaxed),
+        bytes_done: progress.bytes_done.load(Ordering::Relaxed),
+        layers_done: progress.layers_done.load(Ordering::Relaxed),
+        layers_total: progress.layers_total.load(Ordering::Relaxed),
+        baseline: None,
+    }
+}
+
+/// Waits for the recording and tells the client how far it is. `None` when the
+/// client has gone.
+async fn tell_progress<T>(
+    mut recording: Pin<Box<dyn Future<Output = T> + Send + '_>>,
+    progress: &Progress,
+    client: &mpsc::Sender<Result<proto::RecordBaselineProgress, Status>>,
+) -> Option<T> {
+    let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+    loop {
+        tokio::select! {
+            done = &mut recording => return Some(done),
+            _ = ticks.tick() => client.send(Ok(progress_to_proto(progress))).await.ok()?,
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! The one thread that makes baselines, and the pool that hashes for it.
+//!
+//! Whoever submits a job never waits. Containers go before images: their
+//! findings are waiting. A layer that is recorded is never read again.
+
+use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, select_biased};
+
+use super::store::{ImageName, Store};
+use super::walk::walk;
+use super::{ImageBaseline, News, Progress};
+use crate::health::{Failure, Health};
+use crate::model::{ChainId, ContainerId, Layer, LayerId};
+
+/// A stack of layers somebody wants the baseline of.
+pub struct Job {
+    /// The image's name, if the job is for an image.
+    pub image: Option<ImageName>,
+    /// The container that waits for it, if the job is for a container.
+    pub container: Option<ContainerId>,
+    /// Bottom first. A directory need not exist if its layer is recorded.
+    pub layers: Vec<Layer>,
+    pub progress: Option<Arc<Progress>>,
+    /// Called when the job is over, on the recorder's thread.
+    pub done: Option<Done>,
+}
+
+pub type Done = Box<dyn FnOnce(Result<Arc<ImageBaseline>, String>) + Send>;
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job")
+            .field("image", &self.image)
+            .field("container", &self.container)
+            .field("layers", &self.layers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Job {
+    fn chain_id(&self) -> Option<ChainId> {
+        self.layers.last().map(|layer| layer.chain_id)
+    }
+}
+
+/// How many jobs may wait: more than a node has images or containers.
+const QUEUE: usize = 4096;
+
+/// How much less urgent than the node's own work hashing is.
+const NICE: i32 = 10;
+
+/// What the thread is told besides the containers' jobs, in order.
+enum Order {
+    Record(Job),
+    SetNames { endpoint: String, listed: Vec<(ImageName, ChainId)> },
+    ImageRemoved { namespace: String, name: String },
+    Collect { in_use: HashSet<ChainId> },
+}
+
+/// A handle to the recording thread.
+#[derive(Clone)]
+pub struct Recorder {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Recorder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Recorder({} pending)", self.pending())
+    }
+}
+
+struct Shared {
+    store: Arc<Store>,
+    health: Arc<Health>,
+    urgent: Sender<Job>,
+    orders: Sender<Order>,
+    pending: AtomicUsize,
+    /// Chains whose jobs found the queue full; the thread tells of them.
+    turned_away: Mutex<HashMap<ChainId, String>>,
+    stop: AtomicBool,
+    /// Nothing is ever sent; that it is gone ends the thread's waiting.
+    running: Mutex<Option<Sender<Infallible>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Recorder {
+    /// Starts the thread. `threads` of 0 means one hashing thread per processor.
+    pub fn start(
+        store: Arc<Store>,
+        threads: usize,
+        news: Sender<News>,
+        health: Arc<Health>,
+    ) -> Recorder {
+        let (urgent, urgent_jobs) = bounded(QUEUE);
+        let (orders, ordered) = bounded(QUEUE);
+        let (running, stopped) = bounded(0);
+        let shared = Arc::new(Shared {
+            store,
+            health,
+            urgent,
+            orders,
+            pending: AtomicUsize::new(0),
+            turned_away: Mutex::default(),
+            stop: AtomicBool::new(false),
+            running: Mutex::new(Some(running)),
+            thread: Mutex::default(),
+        });
+        let worker = Worker {
+            shared: Arc::clone(&shared),
+            urgent: urgent_jobs,
+            orders: ordered,
+            stopped,
+            news,
+            threads,
+            pool: None,
+        };
+        let thread = std::thread::Builder::new()
+            .name("recorder".into())
+            .spawn(move || worker.run())
+            .expect("a thread can be started when the daemon starts");
+        *lock(&shared.thread) = Some(thread);
+        Recorder { shared }
+    }
+
+    /// Asks for a baseline. [`News`] and `done` tell how it went; a job whose
+    /// chain is recorded is news as well.
+    pub fn submit(&self, job: Job) {
+        self.shared.pending.fetch_add(1, Ordering::Relaxed);
+        let refused = if job.container.is_some() {
+            self.shared.urgent.try_send(job).err().map(|err| (is_full(&err), err.into_inner()))
+        } else {
+            let sent = self.shared.orders.try_send(Order::Record(job));
+            sent.err().and_then(|err| {
+                let full = is_full(&err);
+                match err.into_inner() {
+                    Order::Record(job) => Some((full, job)),
+                    Order::SetNames { .. } | Order::ImageRemoved { .. } | Order::Collect { .. } => {
+                        None
+                    }
+                }
+            })
+        };
+        let Some((full, job)) = refused else { return };
+        self.shared.pending.fetch_sub(1, Ordering::Relaxed);
+        let reason = if full {
+            format!("{QUEUE} baselines are waiting to be recorded already; it is tried again")
+        } else {
+            "driftd is being stopped".to_owned()
+        };
+        let _degrade = self.shared.health.record(Failure::BaselineUnavailable);
+        if let Some(chain_id) = job.chain_id() {
+            lock(&self.shared.turned_away).insert(chain_id, reason.clone());
+        }
+        if let Some(done) = job.done {
+            done(Err(reason));
+        }
+    }
+
+    /// Which of these layers would have to be read from their directories.
+    pub fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
+        let missing = |id: &LayerId| !self.shared.store.has_layer(*id).unwrap_or(false);
+        layers.iter().copied().filter(missing).collect()
+    }
+
+    /// All images that one socket of containerd has now.
+    pub fn image_names(&self, endpoint: &str, listed: Vec<(ImageName, ChainId)>) {
+        self.order(Order::SetNames { endpoint: endpoint.to_owned(), listed });
+    }
+
+    /// An image was removed; its baseline stays while it is in use.
+    pub fn image_removed(&self, namespace: &str, name: &str) {
+        let (namespace, name) = (namespace.to_owned(), name.to_owned());
+        self.order(Order::ImageRemoved { namespace, name });
+    }
+
+    /// Forgets what has no name and is not in use.
+    pub fn collect(&self, in_use: HashSet<ChainId>) {
+        self.order(Order::Collect { in_use });
+    }
+
+    fn order(&self, order: Order) {
+        if self.shared.orders.try_send(order).is_err() {
+            // The next list of images, or the next collection, says it again.
+            tracing::warn!("the recorder is too busy to keep the names of images up to date");
+        }
+    }
+
+    /// Jobs that are not over.
+    pub fn pending(&self) -> usize {
+        self.shared.pending.load(Ordering::Relaxed)
+    }
+
+    pub fn store(&self) -> &Arc<Store> {
+        &self.shared.store
+    }
+
+    /// Ends the thread, in the middle of a layer if need be, and waits for it.
+    pub fn stop(self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        drop(lock(&self.shared.running).take());
+        if let Some(thread) = lock(&self.shared.thread).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the recorder has panicked");
+        }
+    }
+}
+
+fn is_full<T>(err: &TrySendError<T>) -> bool {
+    match err {
+        TrySendError::Full(_) => true,
+        TrySendError::Disconnected(_) => false,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that can panic runs under these locks.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the thread owns.
+struct Worker {
+    shared: Arc<Shared>,
+    urgent: Receiver<Job>,
+    orders: Receiver<Order>,
+    stopped: Receiver<Infallible>,
+    news: Sender<News>,
+    threads: usize,
+    /// Only while there is work: an idle node pays for no threads.
+    pool: Option<rayon::ThreadPool>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        lower_priority();
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            self.tell_turned_away();
+            if self.urgent.is_empty() && self.orders.is_empty() {
+                self.pool = None;
+            }
+            select_biased! {
+                recv(self.stopped) -> _ => break,
+                recv(self.urgent) -> job => match job {
+                    Ok(job) => self.record(job),
+                    Err(_) => break,
+                },
+                recv(self.orders) -> order => match order {
+                    Ok(order) => self.follow(order),
+                    Err(_) => break,
+                },
+            }
+        }
+        let orders = self.orders.try_iter().filter_map(|order| match order {
+            Order::Record(job) => Some(job),
+            Order::SetNames { .. } | Order::ImageRemoved { .. } | Order::Collect { .. } => None,
+        });
+        for job in self.urgent.try_iter().chain(orders) {
+            self.shared.pending.fetch_sub(1, Ordering::Relaxed);
+            if let Some(done) = job.done {
+                done(Err("driftd is being stopped".into()));
+            }
+        }
+    }
+
+    fn follow(&mut self, order: Order) {
+        let store = &self.shared.store;
+        let result = match order {
+            Order::Record(job) => return self.record(job),
+            Order::SetNames { endpoint, listed } => store.set_names(&endpoint, &listed),
+            Order::ImageRemoved { namespace, name } => store.remove_name(&namespace, &name),
+            Order::Collect { in_use } => store.collect(&in_use).map(|collected| {
+                if collected.images + collected.layers > 0 {
+                    tracing::info!(
+                        images = collected.images,
+                        layers = collected.layers,
+                        "forgot baselines that nobody uses"
+                    );
+                }
+            }),
+        };
+        if let Err(err) = result {
+            // What is on disk is then older than what is in memory, until the
+            // next change of the same image or the next list.
+            tracing::warn!("{}", in_full(&err));
+        }
+    }
+
+    fn record(&mut self, job: Job) {
+        let Job { image, container, layers, progress, done } = job;
+        let result = self.baseline_of(image.as_ref(), &layers, progress.as_deref());
+        if let Err(reason) = &result {
+            let _degrade = self.shared.health.record(Failure::BaselineUnavailable);
+            tracing::warn!(
+                image = image.map(|image| crate::model::printable(image.name.as_bytes())),
+                container = container.map(|container| container.to_string()),
+                "no baseline: {reason}"
+            );
+        }
+        if let Some(layer) = layers.last() {
+            let chain_id = layer.chain_id;
+            self.tell(match &result {
+                Ok(baseline) => News::Ready { chain_id, baseline: Arc::clone(baseline) },
+                Err(reason) => News::Failed { chain_id, reason: reason.clone() },
+            });
+        }
+        self.shared.pending.fetch_sub(1, Ordering::Relaxed);
+        if let Some(done) = done {
+            done(result);
+        }
+    }
+
+    fn baseline_of(
+        &mut self,
+        image: Option<&ImageName>,
+        layers: &[Layer],
+        progress: Option<&Progress>,
+    ) -> Result<Arc<ImageBaseline>, String> {
+        let Some(chain_id) = layers.last().map(|layer| layer.chain_id) else {
+            return Err("there are no layers".into());
+        };
+        if let Some(progress) = progress {
+            let total = u32::try_from(layers.len()).unwrap_or(u32::MAX);
+            progress.layers_total.store(total, Ordering::Relaxed);
+        }
+        let store = Arc::clone(&self.shared.store);
+        if let Some(baseline) = store.image(chain_id).map_err(|err| in_full(&err))? {
+            if let Some(progress) = progress {
+                let total = progress.layers_total.load(Ordering::Relaxed);
+                progress.layers_done.store(total, Ordering::Relaxed);
+            }
+            if let Some(image) = image {
+                store.name_image(chain_id, image).map_err(|err| in_full(&err))?;
+            }
+            return Ok(baseline);
+        }
+
+        // Held open until the image holds them, so that each is checked once.
+        let mut held = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let mut known = store.layer(layer.id).map_err(|err| in_full(&err))?;
+            if known.is_none() {
+                self.record_layer(layer, progress)?;
+                known = store.layer(layer.id).map_err(|err| in_full(&err))?;
+            }
+            held.push(known);
+            if let Some(progress) = progress {
+                progress.layers_done.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let ids = layers.iter().map(|layer| layer.id).collect();
+        store
+            .write_image(chain_id, ids, image)
+            .map_err(|err| in_full(&err))?
+            .ok_or_else(|| "a layer's baseline was lost while it was recorded".into())
+    }
+
+    fn record_layer(&mut self, layer: &Layer, progress: Option<&Progress>) -> Result<(), String> {
+        let pool = match self.pool.take() {
+            Some(pool) => pool,
+            None => hashing_pool(self.threads).map_err(|err| in_full(&err))?,
+        };
+        let pool = self.pool.insert(pool);
+        let entries = walk(pool, &layer.directory, progress, &self.shared.stop)
+            .map_err(|err| format!("layer {}: {}", layer.id, in_full(&err)))?;
+        self.shared.store.write_layer(layer.id, entries).map_err(|err| in_full(&err))
+    }
+
+    fn tell_turned_away(&self) {
+        let turned_away = std::mem::take(&mut *lock(&self.shared.turned_away));
+        for (chain_id, reason) in turned_away {
+            self.tell(News::Failed { chain_id, reason });
+        }
+    }
+
+    /// Waits for the pipeline, but not for ever when both are being stopped.
+    fn tell(&self, news: News) {
+        select! {
+            // Nobody listens any more: there is nobody to tell.
+            send(self.news, news) -> _ => (),
+            recv(self.stopped) -> _ => (),
+        }
+    }
+}
+
+/// The threads that read and hash.
+pub fn hashing_pool(threads: usize) -> Result<rayon::ThreadPool, rayon::ThreadPoolBuildError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|number| format!("hash-{number}"))
+        .start_handler(|_| lower_priority())
+        .build()
+}
+
+/// Of the calling thread. Best effort: a baseline at the usual priority is a
+/// baseline all the same.
+fn lower_priority() {
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
+}
+
+/// An error with its causes, for people.
+fn in_full(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(err) = cause {
+        text = format!("{text}: {err}");
+        cause = err.source();
+    }
+    text
+}

@@ -1,0 +1,594 @@
+//! The baselines of this node, on disk.
+//!
+//! ```text
+//! baselines/                             0700, root's
+//!   layers/<diff ID in hex>.layer        one layer, whatever images use it
+//!   layers/chain-<chain ID in hex>.layer a layer whose diff ID nobody knows
+//!   images/<chain ID in hex>.json        what an image is called, and its layers
+//! ```
+//!
+//! A file is written under another name, synced, and renamed: under its own name
+//! it is whole and never changes. Only the recorder's thread writes.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::layer::{self, LayerBaseline, LayerEntry, OpenError, WriteError, parse_layer_id};
+use super::merge::{ImageBaseline, Totals};
+use crate::health::{Failure, Health};
+use crate::model::{ChainId, LayerId, ManifestDigest, printable};
+
+/// What an image is called in one of containerd's namespaces.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ImageName {
+    pub namespace: String,
+    pub name: String,
+    pub manifest_digest: Option<ManifestDigest>,
+}
+
+impl ImageName {
+    fn is(&self, namespace: &str, name: &str) -> bool {
+        self.namespace == namespace && self.name == name
+    }
+}
+
+fn give_name(names: &mut Vec<ImageName>, name: &ImageName) {
+    names.retain(|known| !known.is(&name.namespace, &name.name));
+    names.push(name.clone());
+    names.sort();
+}
+
+/// A stack of layers that is recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageRecord {
+    pub chain_id: ChainId,
+    /// Empty when the image was removed, or only containers ever named it.
+    pub names: Vec<ImageName>,
+    /// Of the manifest it was last seen with.
+    pub manifest_digest: Option<ManifestDigest>,
+    /// Bottom first.
+    pub layers: Vec<LayerId>,
+    pub recorded_at: Timestamp,
+    pub totals: Totals,
+}
+
+/// Why the store cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot use the baseline directory {} (driftd must be root, and the disk writable)", path.display())]
+    Directory { path: PathBuf, source: io::Error },
+    #[error("cannot read the baseline {} (to record it anew, remove it)", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write the baseline {} (is the disk full? try: df {})", path.display(), path.parent().unwrap_or(path).display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("layer {id} cannot be a baseline: {reason}")]
+    Refused { id: LayerId, reason: String },
+}
+
+/// Why no image was found by what somebody typed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    #[error("no baseline of an image `{text}` (try: driftd baseline ls)")]
+    Unknown { text: String },
+    #[error("`{text}` may be any of: {} (name one of these)", candidates.join(", "))]
+    Ambiguous { text: String, candidates: Vec<String> },
+}
+
+/// All baselines of this node.
+#[derive(Debug)]
+pub struct Store {
+    layers: PathBuf,
+    images: PathBuf,
+    health: Arc<Health>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    records: BTreeMap<ChainId, ImageRecord>,
+    open_layers: HashMap<LayerId, Weak<LayerBaseline>>,
+    open_images: HashMap<ChainId, Weak<ImageBaseline>>,
+    /// Layers whose files were whole when they were last looked at.
+    sound: HashSet<LayerId>,
+    /// Which socket of containerd listed a name, by namespace and name. Not
+    /// kept: after a restart, the first list that lacks a name removes it, and
+    /// the next that has it brings it back.
+    listed_by: HashMap<(String, String), String>,
+}
+
+/// What [`Store::collect`] has removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    pub images: usize,
+    pub layers: usize,
+}
+
+const LAYER_SUFFIX: &str = ".layer";
+const IMAGE_SUFFIX: &str = ".json";
+const UNFINISHED_SUFFIX: &str = ".tmp";
+const CORRUPT_SUFFIX: &str = ".corrupt";
+
+impl Store {
+    /// Opens the store in `directory`, and makes it if it is not there.
+    pub fn open(directory: &Path, health: Arc<Health>) -> Result<Store, Error> {
+        let (layers, images) = (directory.join("layers"), directory.join("images"));
+        for path in [directory, &layers, &images] {
+            make_private(path)
+                .and_then(|()| remove_unfinished(path))
+                .map_err(|source| Error::Directory { path: path.into(), source })?;
+        }
+        let store = Store { layers, images, health, state: Mutex::default() };
+        let records = store.load_records()?;
+        store.state().records = records;
+        Ok(store)
+    }
+
+    /// Every recorded image, by name.
+    pub fn images(&self) -> Vec<ImageRecord> {
+        let mut records: Vec<ImageRecord> = self.state().records.values().cloned().collect();
+        records.sort_by(|a, b| (&a.names, a.chain_id).cmp(&(&b.names, b.chain_id)));
+        records
+    }
+
+    /// The image that somebody means: by its name (`busybox` is
+    /// `docker.io/library/busybox:latest`), its manifest digest, its chain ID, or
+    /// the beginning of either.
+    pub fn find(&self, text: &str) -> Result<ImageRecord, FindError> {
+        let state = self.state();
+        let wanted = full_name(text);
+        let by_name = |record: &&ImageRecord| {
+            record.names.iter().any(|image| image.name == text || full_name(&image.name) == wanted)
+        };
+        let hex = text.strip_prefix("sha256:").unwrap_or(text).to_ascii_lowercase();
+        let is_prefix = hex.len() >= 4 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let by_digest = |record: &&ImageRecord| {
+            let digests = record.names.iter().filter_map(|image| image.manifest_digest);
+            let digests = digests.chain(record.manifest_digest).map(|digest| digest.hex());
+            is_prefix
+                && digests.chain([record.chain_id.hex()]).any(|digest| digest.starts_with(&hex))
+        };
+
+        let mut found: Vec<&ImageRecord> = state.records.values().filter(by_name).collect();
+        if found.is_empty() {
+            found = state.records.values().filter(by_digest).collect();
+        }
+        let text = printable(text.as_bytes());
+        match found[..] {
+            [] => Err(FindError::Unknown { text }),
+            [record] => Ok(record.clone()),
+            _ => Err(FindError::Ambiguous {
+                text,
+                candidates: found.iter().map(|record| record.chain_id.to_string()).collect(),
+            }),
+        }
+    }
+
+    /// The layers of a chain that is recorded, bottom first.
+    pub fn layers_of(&self, chain_id: ChainId) -> Option<Vec<LayerId>> {
+        self.state().records.get(&chain_id).map(|record| record.layers.clone())
+    }
+
+    /// The baseline of a chain; `None` if it is not recorded, or not whole any
+    /// more.
+    pub fn image(&self, chain_id: ChainId) -> Result<Option<Arc<ImageBaseline>>, Error> {
+        if let Some(image) = self.state().open_images.get(&chain_id).and_then(Weak::upgrade) {
+            return Ok(Some(image));
+        }
+        match self.layers_of(chain_id) {
+            Some(layers) => self.assemble(chain_id, &layers),
+            None => Ok(None),
+        }
+    }
+
+    fn assemble(
+        &self,
+        chain_id: ChainId,
+        ids: &[LayerId],
+    ) -> Result<Option<Arc<ImageBaseline>>, Error> {
+        let mut layers = Vec::with_capacity(ids.len());
+        for id in ids {
+            let Some(layer) = self.layer(*id)? else { return Ok(None) };
+            layers.push((*id, layer));
+        }
+        let image = Arc::new(ImageBaseline::new(chain_id, layers));
+        self.state().open_images.insert(chain_id, Arc::downgrade(&image));
+        Ok(Some(image))
+    }
+
+    /// One layer; `None` if it is not recorded. A file that is not whole is set
+    /// aside, so that the layer can be recorded again.
+    pub fn layer(&self, id: LayerId) -> Result<Option<Arc<LayerBaseline>>, Error> {
+        if let Some(layer) = self.state().open_layers.get(&id).and_then(Weak::upgrade) {
+            return Ok(Some(layer));
+        }
+        let path = self.layer_path(id);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                self.state().sound.remove(&id);
+                return Ok(None);
+            }
+            Err(source) => return Err(Error::Read { path, source }),
+        };
+        let why = match LayerBaseline::open(&file) {
+            Ok(layer) if layer.id() == id => {
+                let layer = Arc::new(layer);
+                let mut state = self.state();
+                state.sound.insert(id);
+                state.open_layers.insert(id, Arc::downgrade(&layer));
+                return Ok(Some(layer));
+            }
+            Ok(layer) => format!("it holds layer {}", layer.id()),
+            Err(OpenError::Invalid(invalid)) => invalid.to_string(),
+            Err(OpenError::Io(source)) => return Err(Error::Read { path, source }),
+        };
+        self.state().sound.remove(&id);
+        self.set_aside(&path, &why)?;
+        Ok(None)
+    }
+
+    /// Whether a layer is recorded and whole.
+    pub fn has_layer(&self, id: LayerId) -> Result<bool, Error> {
+        if self.state().sound.contains(&id) && self.layer_path(id).exists() {
+            return Ok(true);
+        }
+        Ok(self.layer(id)?.is_some())
+    }
+
+    /// Writes a layer, durably.
+    pub fn write_layer(&self, id: LayerId, entries: Vec<LayerEntry>) -> Result<(), Error> {
+        let path = self.layer_path(id);
+        write_whole(&path, |file| layer::write(id, entries, file).map(drop)).map_err(
+            |err| match err {
+                WriteError::Io(source) => Error::Write { path, source },
+                WriteError::Refused(reason) => Error::Refused { id, reason },
+            },
+        )
+    }
+
+    /// Records that these layers, bottom first, are an image; a name that
+    /// another image had is this one's now. `None` if a layer is not here.
+    pub fn write_image(
+        &self,
+        chain_id: ChainId,
+        layers: Vec<LayerId>,
+        name: Option<&ImageName>,
+    ) -> Result<Option<Arc<ImageBaseline>>, Error> {
+        let Some(image) = self.assemble(chain_id, &layers)? else { return Ok(None) };
+        let known = self.state().records.get(&chain_id).cloned();
+        let (mut names, mut manifest_digest) = match known {
+            Some(known) => (known.names, known.manifest_digest),
+            None => (Vec::new(), None),
+        };
+        if let Some(name) = name {
+            give_name(&mut names, name);
+            manifest_digest = name.manifest_digest.or(manifest_digest);
+        }
+        let recorded_at = Timestamp::now();
+        let totals = image.totals();
+        let record = ImageRecord { chain_id, names, manifest_digest, layers, recorded_at, totals };
+        self.write_record(&record)?;
+        self.state().records.insert(chain_id, record);
+        if let Some(name) = name {
+            self.name_image(chain_id, name)?;
+        }
+        Ok(Some(image))
+    }
+
+    /// Gives a recorded image a name, and takes it from any other.
+    pub fn name_image(&self, chain_id: ChainId, name: &ImageName) -> Result<(), Error> {
+        let mut changed = Vec::new();
+        for record in self.state().records.values_mut() {
+            let before = (record.names.clone(), record.manifest_digest);
+            if record.chain_id == chain_id {
+                give_name(&mut record.names, name);
+                record.manifest_digest = name.manifest_digest.or(record.manifest_digest);
+            } else {
+                record.names.retain(|known| !known.is(&name.namespace, &name.name));
+            }
+            if before != (record.names.clone(), record.manifest_digest) {
+                changed.push(record.clone());
+            }
+        }
+        changed.iter().try_for_each(|record| self.write_record(record))
+    }
+
+    /// What one socket of containerd lists; names of its that are not listed
+    /// any more are gone.
+    pub fn set_names(&self, endpoint: &str, listed: &[(ImageName, ChainId)]) -> Result<(), Error> {
+        let names: HashSet<(&str, &str)> = listed
+            .iter()
+            .map(|(image, _)| (image.namespace.as_str(), image.name.as_str()))
+            .collect();
+        let mut gone = Vec::new();
+        {
+            let mut state = self.state();
+            let State { records, listed_by, .. } = &mut *state;
+            for image in records.values().flat_map(|record| &record.names) {
+                let key = (image.namespace.clone(), image.name.clone());
+                let is_ours = listed_by.get(&key).is_none_or(|by| by == endpoint);
+                if is_ours && !names.contains(&(image.namespace.as_str(), image.name.as_str())) {
+                    gone.push(key);
+                }
+            }
+            for (image, _) in listed {
+                let key = (image.namespace.clone(), image.name.clone());
+                listed_by.insert(key, endpoint.to_owned());
+            }
+        }
+        for (namespace, name) in gone {
+            self.remove_name(&namespace, &name)?;
+        }
+        for (image, chain_id) in listed {
+            self.name_image(*chain_id, image)?;
+        }
+        Ok(())
+    }
+
+    /// An image was removed. What was recorded stays until it is collected.
+    pub fn remove_name(&self, namespace: &str, name: &str) -> Result<(), Error> {
+        let mut changed = Vec::new();
+        {
+            let mut state = self.state();
+            state.listed_by.remove(&(namespace.to_owned(), name.to_owned()));
+            for record in state.records.values_mut() {
+                let before = record.names.len();
+                record.names.retain(|image| !image.is(namespace, name));
+                if record.names.len() != before {
+                    changed.push(record.clone());
+                }
+            }
+        }
+        changed.iter().try_for_each(|record| self.write_record(record))
+    }
+
+    /// Forgets images that have no name and that nobody uses, and then layers
+    /// of no image.
+    pub fn collect(&self, in_use: &HashSet<ChainId>) -> Result<Collected, Error> {
+        let mut state = self.state();
+        state.open_layers.retain(|_, layer| layer.strong_count() > 0);
+        state.open_images.retain(|_, image| image.strong_count() > 0);
+        let State { records, open_images, open_layers, sound, .. } = &mut *state;
+        let forgotten: Vec<ChainId> = records
+            .values()
+            .filter(|record| {
+                record.names.is_empty()
+                    && !in_use.contains(&record.chain_id)
+                    && !open_images.contains_key(&record.chain_id)
+            })
+            .map(|record| record.chain_id)
+            .collect();
+        let mut collected = Collected { images: forgotten.len(), layers: 0 };
+        for chain_id in forgotten {
+            remove(&self.image_path(chain_id))?;
+            records.remove(&chain_id);
+        }
+        let needed: HashSet<LayerId> =
+            records.values().flat_map(|record| record.layers.iter().copied()).collect();
+        for (path, stem) in files_in(&self.layers, LAYER_SUFFIX)? {
+            // A file of another name is not ours to remove.
+            let Some(id) = layer_of_stem(&stem) else { continue };
+            if !needed.contains(&id) && !open_layers.contains_key(&id) {
+                remove(&path)?;
+                sound.remove(&id);
+                collected.layers += 1;
+            }
+        }
+        Ok(collected)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change leaves the state whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn layer_path(&self, id: LayerId) -> PathBuf {
+        let stem = match id {
+            LayerId::Diff(diff_id) => diff_id.hex(),
+            LayerId::Chain(chain_id) => format!("chain-{}", chain_id.hex()),
+        };
+        self.layers.join(stem + LAYER_SUFFIX)
+    }
+
+    fn image_path(&self, chain_id: ChainId) -> PathBuf {
+        self.images.join(chain_id.hex() + IMAGE_SUFFIX)
+    }
+
+    fn write_record(&self, record: &ImageRecord) -> Result<(), Error> {
+        let path = self.image_path(record.chain_id);
+        let json = serde_json::to_vec_pretty(&RecordJson::from(record))
+            .expect("a record has only text for keys");
+        write_whole(&path, |file| file.write_all(&json))
+            .map_err(|source| Error::Write { path, source })
+    }
+
+    fn load_records(&self) -> Result<BTreeMap<ChainId, ImageRecord>, Error> {
+        let mut records = BTreeMap::new();
+        for (path, stem) in files_in(&self.images, IMAGE_SUFFIX)? {
+            let json =
+                fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+            let record = serde_json::from_slice::<RecordJson>(&json)
+                .map_err(|err| err.to_string())
+                .and_then(ImageRecord::try_from);
+            match record {
+                Ok(record) if record.chain_id.hex() == stem => {
+                    records.insert(record.chain_id, record);
+                }
+                Ok(record) => self.set_aside(&path, &format!("it holds {}", record.chain_id))?,
+                Err(why) => self.set_aside(&path, &why)?,
+            }
+        }
+        Ok(records)
+    }
+
+    /// Keeps a file that is not what it should be, under another name.
+    fn set_aside(&self, path: &Path, why: &str) -> Result<(), Error> {
+        let _retry = self.health.record(Failure::BaselineCorrupt);
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(CORRUPT_SUFFIX);
+        tracing::warn!(
+            file = %path.display(),
+            "a baseline file was set aside and will be recorded again: {why}"
+        );
+        match fs::rename(path, &aside) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Write { path: path.into(), source })
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+/// The name in full, as containerd keeps it.
+fn full_name(name: &str) -> String {
+    let (registry, rest) = match name.split_once('/') {
+        Some((first, rest)) if first.contains(['.', ':']) || first == "localhost" => {
+            (first, rest.to_owned())
+        }
+        Some(_) => ("docker.io", name.to_owned()),
+        None => ("docker.io", format!("library/{name}")),
+    };
+    let last = rest.rsplit('/').next().unwrap_or_default();
+    let tag = if last.contains([':', '@']) { "" } else { ":latest" };
+    format!("{registry}/{rest}{tag}")
+}
+
+fn layer_of_stem(stem: &str) -> Option<LayerId> {
+    match stem.strip_prefix("chain-") {
+        Some(hex) => parse_layer_id(&format!("chain-sha256:{hex}")),
+        None => parse_layer_id(&format!("sha256:{stem}")),
+    }
+}
+
+// ---- the file system
+
+fn make_private(directory: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o700))
+}
+
+/// What a crash or a full disk has left half written.
+fn remove_unfinished(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.to_str().is_some_and(|path| path.ends_with(UNFINISHED_SUFFIX)) {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The files with this suffix, and their names without it.
+fn files_in(directory: &Path, suffix: &str) -> Result<Vec<(PathBuf, String)>, Error> {
+    let unreadable = |source| Error::Directory { path: directory.into(), source };
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let stem = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_suffix(suffix));
+        if let Some(stem) = stem.map(str::to_owned) {
+            files.push((path, stem));
+        }
+    }
+    Ok(files)
+}
+
+fn remove(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(Error::Write { path: path.into(), source })
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Writes a file that is there whole or not at all, also when power fails.
+fn write_whole<E: From<io::Error>>(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(UNFINISHED_SUFFIX);
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&unfinished)?;
+        write(&mut file)?;
+        file.sync_all()?;
+        fs::rename(&unfinished, path)?;
+        // The name itself is kept by the directory.
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+        Ok(())
+    })();
+    if written.is_err() {
+        // Best effort: what stays is removed when the store is opened again.
+        let _ = fs::remove_file(&unfinished);
+    }
+    written
+}
+
+// ---- images/*.json
+
+const SCHEMA: &str = "driftd.image/v1";
+
+#[derive(Serialize, Deserialize)]
+struct RecordJson {
+    schema: String,
+    chain_id: ChainId,
+    names: Vec<ImageName>,
+    manifest_digest: Option<ManifestDigest>,
+    layers: Vec<String>,
+    recorded_at: Timestamp,
+    totals: Totals,
+}
+
+impl From<&ImageRecord> for RecordJson {
+    fn from(record: &ImageRecord) -> RecordJson {
+        RecordJson {
+            schema: SCHEMA.into(),
+            chain_id: record.chain_id,
+            names: record.names.clone(),
+            manifest_digest: record.manifest_digest,
+            layers: record.layers.iter().map(ToString::to_string).collect(),
+            recorded_at: record.recorded_at,
+            totals: record.totals,
+        }
+    }
+}
+
+impl TryFrom<RecordJson> for ImageRecord {
+    type Error = String;
+
+    fn try_from(json: RecordJson) -> Result<ImageRecord, String> {
+        if json.schema != SCHEMA {
+            return Err(format!(
+                "its schema is {}; this driftd knows {SCHEMA}",
+                printable(json.schema.as_bytes())
+            ));
+        }
+        let layer = |text: &String| {
+            parse_layer_id(text)
+                .ok_or_else(|| format!("`{}` is no layer", printable(text.as_bytes())))
+        };
+        Ok(ImageRecord {
+            chain_id: json.chain_id,
+            names: json.names,
+            manifest_digest: json.manifest_digest,
+            layers: json.layers.iter().map(layer).collect::<Result<_, _>>()?,
+            recorded_at: json.recorded_at,
+            totals: json.totals,
+        })
+    }
+}

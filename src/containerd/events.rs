@@ -1,0 +1,281 @@
+//! containerd's events, decoded. Pure: values in, values out.
+
+use containerd_client::events::{
+    ContainerCreate, ContainerDelete, ContainerUpdate, SnapshotCommit, TaskCreate, TaskDelete,
+    TaskExit, TaskPaused, TaskResumed,
+};
+use containerd_client::services::v1::{ImageCreate, ImageDelete, ImageUpdate};
+use containerd_client::types::Envelope;
+use prost::Message;
+
+use super::snapshots;
+use crate::model::{ChainId, ContainerId, OverlayDirs};
+
+/// What an event says, as far as driftd cares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    TaskCreated {
+        container: ContainerId,
+        pid: u32,
+        rootfs: Option<OverlayDirs>,
+    },
+    /// The init process has ended, not merely a process entered later.
+    TaskExited {
+        container: ContainerId,
+    },
+    /// The container's record or its task's state is another one now.
+    ContainerChanged {
+        container: ContainerId,
+    },
+    ContainerRemoved {
+        container: ContainerId,
+    },
+    ImageChanged {
+        namespace: String,
+        name: String,
+    },
+    ImageRemoved {
+        namespace: String,
+        name: String,
+    },
+    /// A layer has been unpacked.
+    LayerCommitted {
+        namespace: String,
+        chain_id: ChainId,
+    },
+    /// Our own marker: the subscription is in place.
+    Marker,
+}
+
+impl Event {
+    /// The containerd namespace it happened in; `None` for our own marker.
+    pub(super) fn namespace(&self) -> Option<&str> {
+        match self {
+            Event::TaskCreated { container, .. }
+            | Event::TaskExited { container }
+            | Event::ContainerChanged { container }
+            | Event::ContainerRemoved { container } => Some(&container.namespace),
+            Event::ImageChanged { namespace, .. }
+            | Event::ImageRemoved { namespace, .. }
+            | Event::LayerCommitted { namespace, .. } => Some(namespace),
+            Event::Marker => None,
+        }
+    }
+}
+
+/// What the subscription asks for. What is not named here (above all the exec
+/// events of health probes) is neither sent nor decoded. List items are OR'ed.
+pub(super) fn filters(marker: &str) -> Vec<String> {
+    [
+        "/tasks/create",
+        "/tasks/exit",
+        "/tasks/delete",
+        "/tasks/paused",
+        "/tasks/resumed",
+        "/containers/create",
+        "/containers/update",
+        "/containers/delete",
+        "/images/create",
+        "/images/update",
+        "/images/delete",
+        "/snapshot/commit",
+        marker,
+    ]
+    .into_iter()
+    .map(|topic| format!("topic==\"{topic}\""))
+    .collect()
+}
+
+/// `Ok(None)` for an event that says nothing driftd needs.
+///
+/// containerd's type URLs have no `/` (`containerd.events.TaskCreate`), which
+/// `Any::to_msg` refuses; so the last path segment is compared.
+pub(super) fn decode(
+    envelope: &Envelope,
+    marker: &str,
+) -> Result<Option<Event>, prost::DecodeError> {
+    if envelope.topic == marker {
+        return Ok(Some(Event::Marker));
+    }
+    let Some(any) = &envelope.event else { return Ok(None) };
+    let value = any.value.as_slice();
+    let type_name = any.type_url.rsplit('/').next().unwrap_or_default();
+    let container = |id: &str| ContainerId::new(&envelope.namespace, id);
+    let namespace = || envelope.namespace.clone();
+
+    let event = match type_name {
+        "containerd.events.TaskCreate" => {
+            let event = TaskCreate::decode(value)?;
+            Event::TaskCreated {
+                container: container(&event.container_id),
+                pid: event.pid,
+                rootfs: snapshots::overlay_dirs(&event.rootfs),
+            }
+        }
+        "containerd.events.TaskExit" => {
+            let event = TaskExit::decode(value)?;
+            if event.id != event.container_id {
+                return Ok(None);
+            }
+            Event::TaskExited { container: container(&event.container_id) }
+        }
+        // Not an exit of its own: it may come late, after the next task's
+        // creation, or not at all. The record is asked for instead.
+        "containerd.events.TaskDelete" => {
+            let event = TaskDelete::decode(value)?;
+            Event::ContainerChanged { container: container(&event.container_id) }
+        }
+        "containerd.events.TaskPaused" => Event::ContainerChanged {
+            container: container(&TaskPaused::decode(value)?.container_id),
+        },
+        "containerd.events.TaskResumed" => Event::ContainerChanged {
+            container: container(&TaskResumed::decode(value)?.container_id),
+        },
+        "containerd.events.ContainerCreate" => {
+            Event::ContainerChanged { container: container(&ContainerCreate::decode(value)?.id) }
+        }
+        "containerd.events.ContainerUpdate" => {
+            Event::ContainerChanged { container: container(&ContainerUpdate::decode(value)?.id) }
+        }
+        "containerd.events.ContainerDelete" => {
+            Event::ContainerRemoved { container: container(&ContainerDelete::decode(value)?.id) }
+        }
+        "containerd.services.images.v1.ImageCreate" => {
+            Event::ImageChanged { namespace: namespace(), name: ImageCreate::decode(value)?.name }
+        }
+        "containerd.services.images.v1.ImageUpdate" => {
+            Event::ImageChanged { namespace: namespace(), name: ImageUpdate::decode(value)?.name }
+        }
+        "containerd.services.images.v1.ImageDelete" => {
+            Event::ImageRemoved { namespace: namespace(), name: ImageDelete::decode(value)?.name }
+        }
+        "containerd.events.SnapshotCommit" => {
+            match SnapshotCommit::decode(value)?.name.parse() {
+                Ok(chain_id) => Event::LayerCommitted { namespace: namespace(), chain_id },
+                // Somebody's own snapshot, not an image's layer.
+                Err(_) => return Ok(None),
+            }
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(event))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use containerd_client::types::Mount;
+
+    use super::*;
+
+    const MARKER: &str = "/driftd/subscribed/1";
+
+    fn envelope(topic: &str, type_url: &str, event: &impl Message) -> Envelope {
+        Envelope {
+            timestamp: None,
+            namespace: "k8s.io".into(),
+            topic: topic.into(),
+            event: Some(prost_types::Any {
+                type_url: type_url.into(),
+                value: event.encode_to_vec(),
+            }),
+        }
+    }
+
+    #[track_caller]
+    fn check(type_url: &str, event: &impl Message, expected: Option<Event>) {
+        assert_eq!(decode(&envelope("/topic", type_url, event), MARKER), Ok(expected));
+    }
+
+    fn container() -> ContainerId {
+        ContainerId::new("k8s.io", "c1")
+    }
+
+    #[test]
+    fn a_created_task_names_its_overlay() {
+        let event = TaskCreate {
+            container_id: "c1".into(),
+            pid: 42,
+            rootfs: vec![Mount {
+                r#type: "overlay".into(),
+                source: "overlay".into(),
+                target: String::new(),
+                options: vec![
+                    "index=off".into(),
+                    "workdir=/s/3/work".into(),
+                    "upperdir=/s/3/fs".into(),
+                    "lowerdir=/s/2/fs:/s/1/fs".into(),
+                ],
+            }],
+            ..TaskCreate::default()
+        };
+        let rootfs = Some(OverlayDirs {
+            upperdir: "/s/3/fs".into(),
+            lowerdirs: ["/s/2/fs", "/s/1/fs"].map(PathBuf::from).into(),
+        });
+        let expected = Event::TaskCreated { container: container(), pid: 42, rootfs };
+        check("containerd.events.TaskCreate", &event, Some(expected.clone()));
+        check("type.googleapis.com/containerd.events.TaskCreate", &event, Some(expected));
+    }
+
+    #[test]
+    fn only_the_end_of_init_ends_a_task() {
+        let exit =
+            |id: &str| TaskExit { container_id: "c1".into(), id: id.into(), ..TaskExit::default() };
+        let ended = Event::TaskExited { container: container() };
+        check("containerd.events.TaskExit", &exit("c1"), Some(ended));
+        check("containerd.events.TaskExit", &exit("some-exec"), None);
+    }
+
+    #[test]
+    fn images_live_in_another_proto_package() {
+        let name = "docker.io/library/busybox:1".to_owned();
+        let event = ImageCreate { name: name.clone(), ..ImageCreate::default() };
+        let changed = Event::ImageChanged { namespace: "k8s.io".into(), name };
+        check("containerd.services.images.v1.ImageCreate", &event, Some(changed));
+        check("containerd.events.ImageCreate", &event, None);
+    }
+
+    #[test]
+    fn only_committed_layers_count() {
+        let chain_id = ChainId([7; 32]);
+        let commit = |name: String| SnapshotCommit { name, ..SnapshotCommit::default() };
+        check(
+            "containerd.events.SnapshotCommit",
+            &commit(chain_id.to_string()),
+            Some(Event::LayerCommitted { namespace: "k8s.io".into(), chain_id }),
+        );
+        check("containerd.events.SnapshotCommit", &commit("mine".into()), None);
+    }
+
+    #[test]
+    fn the_marker_is_known_by_its_topic() {
+        let marker = envelope(MARKER, "google.protobuf.Empty", &());
+        assert_eq!(decode(&marker, MARKER), Ok(Some(Event::Marker)));
+        assert_eq!(decode(&marker, "/driftd/subscribed/2"), Ok(None));
+    }
+
+    #[test]
+    fn a_broken_event_is_an_error_and_an_unknown_one_is_not() {
+        let mut broken = envelope("/tasks/create", "containerd.events.TaskCreate", &());
+        broken.event.as_mut().unwrap().value = vec![0xff; 3];
+        assert!(decode(&broken, MARKER).is_err(), "{broken:?}");
+        check("containerd.events.TaskOOM", &(), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_decoder_panic(value: Vec<u8>, which in 0..4_usize) {
+            let type_url = [
+                "containerd.events.TaskCreate",
+                "containerd.events.SnapshotCommit",
+                "containerd.services.images.v1.ImageUpdate",
+                "containerd.events.ContainerUpdate",
+            ][which];
+            let mut event = envelope("/x", type_url, &());
+            event.event.as_mut().unwrap().value = value;
+            let _ = decode(&event, MARKER);
+        }
+    }
+}

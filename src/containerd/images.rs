@@ -1,0 +1,735 @@
+//! Images: from a name to the layers it stands for, and to their recording.
+//!
+//! Everything is keyed by digest. An event or a list only says *look at this
+//! name again*; looking twice does no harm and, when nothing has changed, costs
+//! one call. An image whose layers are not unpacked yet waits until its top
+//! layer is committed (or the next list).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use containerd_client::services::v1::{
+    GetImageRequest, Image, InfoRequest, ListImagesRequest, ReadContentRequest,
+};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinSet;
+use tonic::Status;
+
+use super::connection::{Namespace, found, interrupted, words};
+use super::manifests::{self, Descriptor, Document, brief};
+use super::snapshots::{self, Held, View};
+use super::{ImageProblem, Recording};
+use crate::baseline::{ImageName, Job, Progress};
+use crate::health::{Failure, Health};
+use crate::model::{ChainId, DiffId, Layer, LayerId, ManifestDigest, printable};
+
+/// Images whose layers are being recorded at the same time.
+const RECORDINGS: usize = 4;
+/// Images whose manifests are being read at the same time.
+const LOOKS: usize = 8;
+const INDEX_DEPTH: u32 = 3;
+/// containerd's default snapshotter, when nothing says which one unpacked.
+const DEFAULT_SNAPSHOTTER: &str = "overlayfs";
+/// On the config blob: which snapshotter has unpacked the image, as which chain.
+const UNPACKED_LABEL: &str = "containerd.io/gc.ref.snapshot.";
+
+/// What one containerd's images are. Survives connections: content has not
+/// changed because a socket was closed.
+pub(super) struct Images {
+    endpoint: Arc<str>,
+    recorder: Arc<dyn Recording>,
+    health: Arc<Health>,
+    held: Arc<Held>,
+    recordings: Semaphore,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    names: HashMap<Key, Standing>,
+    /// By target digest.
+    facts: HashMap<String, Arc<Facts>>,
+    layers: HashMap<ChainId, Below>,
+    /// One recording per stack of layers at a time: the next one finds it done.
+    turns: HashMap<ChainId, Arc<tokio::sync::Mutex<()>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    namespace: Arc<str>,
+    name: String,
+}
+
+/// How far one image name is.
+#[derive(Debug)]
+struct Standing {
+    target: Option<Descriptor>,
+    last_heard: Instant,
+    state: Readiness,
+    /// Somebody is looking at it.
+    busy: bool,
+    /// ... and has to look again.
+    again: bool,
+}
+
+impl Standing {
+    fn new() -> Standing {
+        Standing {
+            target: None,
+            last_heard: Instant::now(),
+            state: Readiness::New,
+            busy: false,
+            again: false,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Readiness {
+    New,
+    /// Not unpacked: a job is submitted as soon as this chain is there.
+    Waiting(ChainId),
+    Recorded {
+        target: String,
+    },
+    /// A chart, a signature: nothing to compare a container with.
+    NoImage,
+    Problem {
+        digest: String,
+        reason: String,
+    },
+}
+
+/// What a chain ID stands for.
+#[derive(Clone, Copy, Debug)]
+struct Below {
+    parent: Option<ChainId>,
+    /// `None` if it is known from a snapshot only.
+    diff_id: Option<DiffId>,
+}
+
+/// What an image's blobs say.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub(super) manifest_digest: ManifestDigest,
+    config_digest: String,
+    /// Bottom first; empty for what is no image.
+    diff_ids: Vec<DiffId>,
+    /// Of the same length.
+    chain: Vec<ChainId>,
+}
+
+impl Facts {
+    pub(super) fn chain_id(&self) -> Option<ChainId> {
+        self.chain.last().copied()
+    }
+}
+
+/// Why an image could not be looked at.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The connection failed; nothing was learnt.
+    Interrupted(Status),
+    /// There is no image of this name (any more).
+    Unknown,
+    NotUnpacked(ChainId),
+    /// Something about the blob `digest` is wrong.
+    Bad {
+        digest: String,
+        reason: String,
+    },
+}
+
+impl Trouble {
+    /// What a failing call for the blob `digest` means.
+    fn of(status: Status, digest: &str) -> Trouble {
+        if interrupted(&status) {
+            Trouble::Interrupted(status)
+        } else {
+            Trouble::Bad { digest: digest.into(), reason: words(&status) }
+        }
+    }
+}
+
+impl Images {
+    pub(super) fn new(
+        endpoint: Arc<str>,
+        recorder: Arc<dyn Recording>,
+        health: Arc<Health>,
+    ) -> Images {
+        Images {
+            endpoint,
+            recorder,
+            health,
+            held: Arc::default(),
+            recordings: Semaphore::new(RECORDINGS),
+            state: Mutex::default(),
+        }
+    }
+
+    pub(super) fn held(&self) -> &Held {
+        &self.held
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    // --- what containers ask ---
+
+    pub(super) fn diff_id(&self, chain_id: ChainId) -> Option<DiffId> {
+        let state = self.state();
+        match state.layers.get(&chain_id) {
+            Some(Below { diff_id: Some(diff_id), .. }) => Some(*diff_id),
+            // The chain of a single layer is that layer.
+            Some(Below { parent: None, .. }) => Some(DiffId(chain_id.0)),
+            Some(_) | None => None,
+        }
+    }
+
+    /// `None` if nothing is known of this chain, `Some(None)` if it is a bottom layer.
+    pub(super) fn parent(&self, chain_id: ChainId) -> Option<Option<ChainId>> {
+        self.state().layers.get(&chain_id).map(|below| below.parent)
+    }
+
+    pub(super) fn learn_parent(&self, chain_id: ChainId, parent: Option<ChainId>) {
+        self.state().layers.entry(chain_id).or_insert(Below { parent, diff_id: None });
+    }
+
+    /// Learns the layers of an image a container was made from. That the image
+    /// is gone or broken is no error here.
+    pub(super) async fn look_at(&self, namespace: &Namespace, name: &str) -> Result<(), Status> {
+        match self.look_up(namespace, name).await {
+            Err(Trouble::Interrupted(status)) => Err(status),
+            Ok(_) | Err(Trouble::Unknown | Trouble::NotUnpacked(_) | Trouble::Bad { .. }) => Ok(()),
+        }
+    }
+
+    /// The manifest digest of an image, if its layers are those of `chain_id`:
+    /// a name may have moved on since the container was made.
+    pub(super) async fn manifest_of(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+        chain_id: ChainId,
+    ) -> Result<Option<ManifestDigest>, Status> {
+        match self.look_up(namespace, name).await {
+            Err(Trouble::Interrupted(status)) => Err(status),
+            Ok(facts) if facts.chain_id() == Some(chain_id) => Ok(Some(facts.manifest_digest)),
+            Ok(_) | Err(Trouble::Unknown | Trouble::NotUnpacked(_) | Trouble::Bad { .. }) => {
+                Ok(None)
+            }
+        }
+    }
+
+    async fn look_up(&self, namespace: &Namespace, name: &str) -> Result<Arc<Facts>, Trouble> {
+        if name.is_empty() {
+            return Err(Trouble::Unknown);
+        }
+        let target = target(namespace, name).await?;
+        self.facts(namespace, &target).await
+    }
+
+    // --- following ---
+
+    /// Something has happened to this image name.
+    pub(super) fn changed(self: &Arc<Self>, namespace: &Namespace, name: &str) {
+        let key = Key { namespace: Arc::clone(&namespace.name), name: name.into() };
+        {
+            let mut state = self.state();
+            let standing = state.names.entry(key.clone()).or_insert_with(Standing::new);
+            standing.last_heard = Instant::now();
+            if standing.busy {
+                standing.again = true;
+                return;
+            }
+            standing.busy = true;
+        }
+        let images = Arc::clone(self);
+        let namespace = namespace.clone();
+        tokio::spawn(async move {
+            loop {
+                images.reconcile(&namespace, &key).await;
+                let mut state = images.state();
+                match state.names.get_mut(&key) {
+                    Some(standing) if standing.again => standing.again = false,
+                    Some(standing) => {
+                        standing.busy = false;
+                        break;
+                    }
+                    None => break,
+                }
+            }
+        });
+    }
+
+    /// The image's record is gone; what stands on its layers keeps them.
+    pub(super) fn removed(&self, namespace: &str, name: &str) {
+        self.state().names.remove(&Key { namespace: namespace.into(), name: name.into() });
+        self.recorder.image_removed(namespace, name);
+    }
+
+    /// A layer has been unpacked: whoever waited for it is looked at again.
+    pub(super) fn layer_committed(self: &Arc<Self>, namespace: &Namespace, chain_id: ChainId) {
+        let waiting: Vec<String> = self
+            .state()
+            .names
+            .iter()
+            .filter(|(key, standing)| {
+                key.namespace == namespace.name && standing.state == Readiness::Waiting(chain_id)
+            })
+            .map(|(key, _)| key.name.clone())
+            .collect();
+        for name in waiting {
+            self.changed(namespace, &name);
+        }
+    }
+
+    /// Takes in a full list of a namespace's images. Returns when the layers of
+    /// each are known; recording goes on behind.
+    pub(super) async fn list(self: &Arc<Self>, namespace: &Namespace) -> Result<(), Status> {
+        let asked = Instant::now();
+        let answer = namespace.images().list(ListImagesRequest::default()).await?;
+        let images = answer.into_inner().images;
+        let gone: Vec<String> = {
+            let listed: std::collections::HashSet<&str> =
+                images.iter().map(|image| image.name.as_str()).collect();
+            let state = self.state();
+            state
+                .names
+                .iter()
+                .filter(|(key, standing)| {
+                    key.namespace == namespace.name
+                        && standing.last_heard < asked
+                        && !listed.contains(key.name.as_str())
+                })
+                .map(|(key, _)| key.name.clone())
+                .collect()
+        };
+        for name in gone {
+            self.removed(&namespace.name, &name);
+        }
+        self.learn(namespace, &images).await;
+        for image in images {
+            if !self.is_settled(namespace, &image) {
+                self.changed(namespace, &image.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the images of namespaces that do not exist any more.
+    pub(super) fn retain_namespaces(&self, namespaces: &[String]) {
+        let gone: Vec<Key> = self
+            .state()
+            .names
+            .keys()
+            .filter(|key| !namespaces.iter().any(|namespace| **namespace == *key.namespace))
+            .cloned()
+            .collect();
+        for key in gone {
+            self.removed(&key.namespace, &key.name);
+        }
+    }
+
+    /// Learns the layers of many images at once. What goes wrong is found again,
+    /// and said, when each of them is looked at.
+    async fn learn(self: &Arc<Self>, namespace: &Namespace, images: &[Image]) {
+        let mut looks = JoinSet::new();
+        for target in images.iter().filter_map(|image| image.target.clone()).map(Descriptor::of) {
+            if self.state().facts.contains_key(&target.digest) {
+                continue;
+            }
+            if looks.len() == LOOKS {
+                let _ = looks.join_next().await;
+            }
+            let (images, namespace) = (Arc::clone(self), namespace.clone());
+            looks.spawn(async move {
+                let _ = images.facts(&namespace, &target).await;
+            });
+        }
+        while looks.join_next().await.is_some() {}
+    }
+
+    /// Whether there is nothing to do for an image as it was listed.
+    fn is_settled(&self, namespace: &Namespace, image: &Image) -> bool {
+        let key = Key { namespace: Arc::clone(&namespace.name), name: image.name.clone() };
+        let Some(target) = &image.target else { return true };
+        let state = self.state();
+        let Some(standing) = state.names.get(&key) else { return false };
+        match &standing.state {
+            Readiness::Recorded { target: recorded } => *recorded == target.digest,
+            Readiness::NoImage => {
+                standing.target.as_ref().is_some_and(|known| known.digest == target.digest)
+            }
+            Readiness::New | Readiness::Waiting(_) | Readiness::Problem { .. } => false,
+        }
+    }
+
+    /// Makes one image known to the recorder, or says why not.
+    async fn reconcile(&self, namespace: &Namespace, key: &Key) {
+        let target = match target(namespace, &key.name).await {
+            Ok(target) => target,
+            Err(Trouble::Unknown) => {
+                // Deleted meanwhile. Its event says the same; twice does no harm.
+                self.removed(&key.namespace, &key.name);
+                return;
+            }
+            // A connection that failed; the list after the next one looks again.
+            Err(_) => return,
+        };
+        if let Some(standing) = self.state().names.get_mut(key) {
+            standing.target = Some(target.clone());
+        }
+        let outcome = self.record(namespace, key, &target, None).await;
+        self.conclude(key, &outcome, &target);
+    }
+
+    /// Files how recording an image went.
+    fn conclude(&self, key: &Key, outcome: &Result<ChainId, Trouble>, target: &Descriptor) {
+        let next = match outcome {
+            Ok(_) => Readiness::Recorded { target: target.digest.clone() },
+            // The next list after the reconnection looks again.
+            Err(Trouble::Interrupted(_)) => return,
+            Err(Trouble::Unknown) => Readiness::NoImage,
+            Err(Trouble::NotUnpacked(chain_id)) => Readiness::Waiting(*chain_id),
+            Err(Trouble::Bad { digest, reason }) => {
+                Readiness::Problem { digest: digest.clone(), reason: reason.clone() }
+            }
+        };
+        let mut state = self.state();
+        let Some(standing) = state.names.get_mut(key) else {
+            // It was deleted while it was being recorded.
+            drop(state);
+            self.recorder.image_removed(&key.namespace, &key.name);
+            return;
+        };
+        if standing.state == next {
+            return;
+        }
+        standing.state = next.clone();
+        drop(state);
+        if let Readiness::Problem { digest, reason } = next {
+            let _degraded = self.health.record(Failure::BaselineUnavailable);
+            tracing::warn!(
+                namespace = %key.namespace,
+                image = printable(key.name.as_bytes()),
+                digest,
+                "no baseline for this image: {reason}"
+            );
+        }
+    }
+
+    /// Has the image `key` recorded and waits for it.
+    async fn record(
+        &self,
+        namespace: &Namespace,
+        key: &Key,
+        target: &Descriptor,
+        progress: Option<Arc<Progress>>,
+    ) -> Result<ChainId, Trouble> {
+        let facts = self.facts(namespace, target).await?;
+        let Some(chain_id) = facts.chain_id() else { return Err(Trouble::Unknown) };
+        // Told before the question, so that a commit between the two is heard.
+        self.wait_for(key, chain_id);
+        let snapshotter = unpacked_by(namespace, &facts, chain_id)
+            .await
+            .map_err(|status| Trouble::of(status, &facts.config_digest))?
+            .ok_or(Trouble::NotUnpacked(chain_id))?;
+
+        let turn = Arc::clone(self.state().turns.entry(chain_id).or_default());
+        let outcome = {
+            let _turn = turn.lock().await;
+            let _slot = self.recordings.acquire().await.expect("the semaphore is never closed");
+            self.record_layers(namespace, key, &facts, chain_id, &snapshotter, progress).await
+        };
+        drop(turn);
+        self.state().turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        outcome
+    }
+
+    async fn record_layers(
+        &self,
+        namespace: &Namespace,
+        key: &Key,
+        facts: &Facts,
+        chain_id: ChainId,
+        snapshotter: &str,
+        progress: Option<Arc<Progress>>,
+    ) -> Result<ChainId, Trouble> {
+        let bad =
+            |reason: String| Trouble::Bad { digest: facts.manifest_digest.to_string(), reason };
+        let ids: Vec<LayerId> = facts.diff_ids.iter().copied().map(LayerId::Diff).collect();
+        let recorder = Arc::clone(&self.recorder);
+        let unrecorded = tokio::task::spawn_blocking(move || recorder.unrecorded(&ids))
+            .await
+            .map_err(|err| bad(err.to_string()))?;
+
+        let (view, directories) = if unrecorded.is_empty() {
+            // Nothing will be read.
+            (None, vec![std::path::PathBuf::new(); facts.chain.len()])
+        } else {
+            let view = View::take(namespace, snapshotter, chain_id, &self.held)
+                .await
+                .map_err(|status| Trouble::of(status, &chain_id.to_string()))?
+                .ok_or(Trouble::NotUnpacked(chain_id))?;
+            match snapshots::layer_directories(&view.shape, facts.chain.len(), snapshotter) {
+                Ok(directories) => (Some(view), directories),
+                Err(reason) => {
+                    view.release().await;
+                    return Err(bad(reason));
+                }
+            }
+        };
+        let layers = facts
+            .diff_ids
+            .iter()
+            .zip(&facts.chain)
+            .zip(directories)
+            .map(|((&diff_id, &chain_id), directory)| Layer {
+                id: LayerId::Diff(diff_id),
+                chain_id,
+                directory,
+            })
+            .collect();
+        let (done, finished) = oneshot::channel();
+        let job = Job {
+            image: Some(ImageName {
+                namespace: key.namespace.to_string(),
+                name: key.name.clone(),
+                manifest_digest: Some(facts.manifest_digest),
+            }),
+            container: None,
+            layers,
+            progress,
+            done: Some(Box::new(move |outcome| {
+                let _ = done.send(outcome.map(|_| ()));
+            })),
+        };
+        let recorder = Arc::clone(&self.recorder);
+        // Handing over may wait for room.
+        let submitted = tokio::task::spawn_blocking(move || recorder.submit(job)).await;
+        let outcome = match submitted {
+            Ok(()) => match finished.await {
+                Ok(outcome) => outcome,
+                Err(_) => Err("the recorder has stopped".into()),
+            },
+            Err(err) => Err(err.to_string()),
+        };
+        if let Some(view) = view {
+            view.release().await;
+        }
+        outcome.map(|()| chain_id).map_err(bad)
+    }
+
+    /// Notes that `key` waits for its layers.
+    fn wait_for(&self, key: &Key, chain_id: ChainId) {
+        if let Some(standing) = self.state().names.get_mut(key) {
+            standing.state = Readiness::Waiting(chain_id);
+        }
+    }
+
+    // --- what people ask ---
+
+    /// Has an image recorded now, and waits for it.
+    pub(super) async fn record_now(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+        progress: Option<Arc<Progress>>,
+    ) -> Result<ChainId, Trouble> {
+        let target = target(namespace, name).await?;
+        let key = Key { namespace: Arc::clone(&namespace.name), name: name.into() };
+        self.state().names.entry(key.clone()).or_insert_with(Standing::new).target =
+            Some(target.clone());
+        let outcome = self.record(namespace, &key, &target, progress).await;
+        self.conclude(&key, &outcome, &target);
+        outcome
+    }
+
+    /// The images that have no baseline, and why.
+    pub(super) fn problems(&self) -> Vec<ImageProblem> {
+        let state = self.state();
+        let mut problems: Vec<ImageProblem> = state
+            .names
+            .iter()
+            .filter_map(|(key, standing)| {
+                let (digest, reason) = match &standing.state {
+                    Readiness::Problem { digest, reason } => (digest.clone(), reason.clone()),
+                    Readiness::Waiting(chain_id) if !standing.busy => (
+                        chain_id.to_string(),
+                        "it is not unpacked yet; it will be recorded when it is".into(),
+                    ),
+                    Readiness::New
+                    | Readiness::Waiting(_)
+                    | Readiness::Recorded { .. }
+                    | Readiness::NoImage => return None,
+                };
+                Some(ImageProblem {
+                    endpoint: Arc::clone(&self.endpoint),
+                    namespace: key.namespace.to_string(),
+                    name: key.name.clone(),
+                    digest,
+                    reason,
+                })
+            })
+            .collect();
+        problems.sort_by(|one, other| {
+            (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name))
+        });
+        problems
+    }
+
+    // --- blobs ---
+
+    /// What the blobs below `target` say; read once per target.
+    async fn facts(
+        &self,
+        namespace: &Namespace,
+        target: &Descriptor,
+    ) -> Result<Arc<Facts>, Trouble> {
+        if let Some(facts) = self.state().facts.get(&target.digest) {
+            return Ok(Arc::clone(facts));
+        }
+        let facts = Arc::new(read_facts(namespace, target).await?);
+        let mut state = self.state();
+        let mut parent = None;
+        for (&chain_id, &diff_id) in facts.chain.iter().zip(&facts.diff_ids) {
+            state.layers.insert(chain_id, Below { parent, diff_id: Some(diff_id) });
+            parent = Some(chain_id);
+        }
+        state.facts.insert(target.digest.clone(), Arc::clone(&facts));
+        Ok(facts)
+    }
+}
+
+async fn target(namespace: &Namespace, name: &str) -> Result<Descriptor, Trouble> {
+    let answer = namespace.images().get(GetImageRequest { name: name.into() }).await;
+    found(answer)
+        .map_err(|status| Trouble::of(status, ""))?
+        .and_then(|response| response.into_inner().image)
+        .and_then(|image| image.target)
+        .map(Descriptor::of)
+        .ok_or(Trouble::Unknown)
+}
+
+async fn read_facts(namespace: &Namespace, target: &Descriptor) -> Result<Facts, Trouble> {
+    let (manifest, config) = find_manifest(namespace, target).await?;
+    let bad = |digest: &str, reason: String| Trouble::Bad { digest: brief(digest), reason };
+    let manifest_digest =
+        manifest.parse::<ManifestDigest>().map_err(|err| bad(&manifest, err.to_string()))?;
+    let Some(bytes) = read(namespace, &config).await? else {
+        return Err(bad(&config.digest, missing("config")));
+    };
+    let diff_ids = manifests::diff_ids(&bytes)
+        .map_err(|reason| bad(&config.digest, format!("its config {reason}")))?
+        .unwrap_or_default();
+    let chain = ChainId::of_layers(&diff_ids);
+    Ok(Facts { manifest_digest, config_digest: config.digest, diff_ids, chain })
+}
+
+fn missing(what: &str) -> String {
+    format!("its {what} is missing from containerd's content store (pull the image again)")
+}
+
+/// Descends from an image's target to the manifest of this node's platform: its
+/// digest, and its config.
+async fn find_manifest(
+    namespace: &Namespace,
+    target: &Descriptor,
+) -> Result<(String, Descriptor), Trouble> {
+    // The best candidate is the last.
+    let mut candidates = vec![(target.clone(), 0)];
+    let mut first_missing = None;
+    while let Some((candidate, depth)) = candidates.pop() {
+        let Some(bytes) = read(namespace, &candidate).await? else {
+            // Of an index' platforms only the one that was pulled is there.
+            first_missing.get_or_insert(candidate.digest);
+            continue;
+        };
+        let bad = |reason: String| Trouble::Bad { digest: brief(&candidate.digest), reason };
+        let document =
+            manifests::document(&bytes).map_err(|reason| bad(format!("its manifest {reason}")))?;
+        match document {
+            Document::Manifest { config } => return Ok((candidate.digest, config)),
+            Document::Index(_) if depth == INDEX_DEPTH => {
+                return Err(bad(format!("its indexes are nested more than {INDEX_DEPTH} deep")));
+            }
+            Document::Index(entries) => {
+                let entries = manifests::candidates(entries, manifests::host());
+                candidates.extend(entries.into_iter().rev().map(|entry| (entry, depth + 1)));
+            }
+        }
+    }
+    Err(match first_missing {
+        Some(digest) => Trouble::Bad { digest: brief(&digest), reason: missing("manifest") },
+        None => {
+            let (os, architecture) = manifests::host();
+            Trouble::Bad {
+                digest: brief(&target.digest),
+                reason: format!("its index has no image for {os}/{architecture}"),
+            }
+        }
+    })
+}
+
+/// A blob, checked against its digest; `None` if it is not there.
+async fn read(namespace: &Namespace, blob: &Descriptor) -> Result<Option<Vec<u8>>, Trouble> {
+    let bad = |reason: String| Trouble::Bad { digest: brief(&blob.digest), reason };
+    let too_large = || bad(format!("it is larger than {} MiB", manifests::DOCUMENT_LIMIT >> 20));
+    if blob.size > manifests::DOCUMENT_LIMIT {
+        return Err(too_large());
+    }
+    let failed = |status| Trouble::of(status, &brief(&blob.digest));
+    let request = ReadContentRequest { digest: blob.digest.clone(), offset: 0, size: 0 };
+    let Some(answer) = found(namespace.content().read(request).await).map_err(failed)? else {
+        return Ok(None);
+    };
+    let mut stream = answer.into_inner();
+    let mut bytes = Vec::new();
+    loop {
+        match found(stream.message().await).map_err(failed)? {
+            Some(Some(part)) => bytes.extend_from_slice(&part.data),
+            Some(None) => break,
+            // The server streams, so that the blob is missing comes here.
+            None => return Ok(None),
+        }
+        if bytes.len() as u64 > manifests::DOCUMENT_LIMIT {
+            return Err(too_large());
+        }
+    }
+    let digest = format!("sha256:{}", ManifestDigest(Sha256::digest(&bytes).into()).hex());
+    if digest != blob.digest {
+        return Err(bad(format!("its content has another digest ({digest})")));
+    }
+    Ok(Some(bytes))
+}
+
+/// The snapshotter that holds these layers; `None` while none does.
+async fn unpacked_by(
+    namespace: &Namespace,
+    facts: &Facts,
+    chain_id: ChainId,
+) -> Result<Option<String>, Status> {
+    let request = InfoRequest { digest: facts.config_digest.clone() };
+    let labels = found(namespace.content().info(request).await)?
+        .and_then(|response| response.into_inner().info)
+        .map(|info| info.labels)
+        .unwrap_or_default();
+    let text = chain_id.to_string();
+    let mut snapshotters: Vec<&str> = labels
+        .iter()
+        .filter(|(_, chain)| **chain == text)
+        .filter_map(|(label, _)| label.strip_prefix(UNPACKED_LABEL))
+        .filter(|snapshotter| *snapshotter != DEFAULT_SNAPSHOTTER)
+        .collect();
+    snapshotters.sort_unstable();
+    for snapshotter in [DEFAULT_SNAPSHOTTER].into_iter().chain(snapshotters) {
+        if snapshots::is_unpacked(namespace, snapshotter, chain_id).await? {
+            return Ok(Some(snapshotter.to_owned()));
+        }
+    }
+    Ok(None)
+}

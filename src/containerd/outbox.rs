@@ -1,0 +1,405 @@
+//! Says to the pipeline what has changed, in an order that is true.
+//!
+//! Events tell what *happened*; records are *asked for* and take a while. A
+//! record asked for before an event and answered after it would take the event
+//! back. So every event moves a clock, an answer carries the clock's time at
+//! which it was asked for, and an answer older than its container's last event
+//! is refused: the asker asks again.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TrySendError};
+use tokio::sync::Mutex;
+
+use super::Change;
+use crate::model::{Container, ContainerId, OverlayDirs, Task};
+
+/// The pipeline is gone: driftd is stopping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stopped;
+
+/// When something was asked for, on the outbox's own clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Asked(u64);
+
+/// What became of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Taken,
+    /// Something has happened since it was asked for; ask again.
+    Outdated,
+    /// Taken, but it contradicts a recent event, which was believed instead.
+    AskAgainLater,
+}
+
+/// For this long the event "task created" is believed although containerd does
+/// not know the task: the shim publishes the event before containerd has filed it.
+const BELIEVE_EVENT: Duration = Duration::from_secs(5);
+/// The runtime must not be blocked by a crossbeam channel, and a change must not
+/// be dropped.
+const FULL_PAUSE: Duration = Duration::from_millis(2);
+
+#[derive(Debug)]
+pub(super) struct Outbox {
+    endpoint: Arc<str>,
+    changes: Sender<Change>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    clock: u64,
+    /// When the connection began: answers asked for on an earlier one may miss
+    /// what nobody heard of in between.
+    connected: u64,
+    containers: HashMap<ContainerId, Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The clock's time of its last event.
+    changed: u64,
+    removed: bool,
+    /// The task the pipeline was told of.
+    running: Option<u32>,
+    /// When an event said that this task was created.
+    created: Option<Instant>,
+    /// The record the pipeline has, while nothing has happened since.
+    sent: Option<Container>,
+}
+
+impl State {
+    /// Notes that something has happened to `container`.
+    fn event(&mut self, container: &ContainerId) -> &mut Known {
+        self.clock += 1;
+        let known = self.containers.entry(container.clone()).or_default();
+        known.changed = self.clock;
+        known.sent = None;
+        known
+    }
+
+    fn is_outdated(&self, asked: Asked, container: &ContainerId) -> bool {
+        let changed = self.containers.get(container).map_or(0, |known| known.changed);
+        asked.0 < changed.max(self.connected)
+    }
+}
+
+impl Outbox {
+    pub(super) fn new(endpoint: Arc<str>, changes: Sender<Change>) -> Outbox {
+        Outbox { endpoint, changes, state: Mutex::default() }
+    }
+
+    pub(super) async fn connected(&self) -> Result<(), Stopped> {
+        let mut state = self.state.lock().await;
+        state.clock += 1;
+        state.connected = state.clock;
+        for known in state.containers.values_mut() {
+            known.sent = None;
+        }
+        self.send(Change::Connected { endpoint: Arc::clone(&self.endpoint) }).await
+    }
+
+    pub(super) async fn disconnected(&self, reason: String) -> Result<(), Stopped> {
+        let _order = self.state.lock().await;
+        self.send(Change::Disconnected { endpoint: Arc::clone(&self.endpoint), reason }).await
+    }
+
+    pub(super) async fn task_created(
+        &self,
+        container: ContainerId,
+        pid: u32,
+        rootfs: Option<OverlayDirs>,
+    ) -> Result<(), Stopped> {
+        let mut state = self.state.lock().await;
+        let known = state.event(&container);
+        known.removed = false;
+        known.running = Some(pid);
+        known.created = Some(Instant::now());
+        self.send(Change::TaskCreated { container, pid, rootfs }).await
+    }
+
+    pub(super) async fn task_exited(&self, container: ContainerId) -> Result<(), Stopped> {
+        let mut state = self.state.lock().await;
+        let known = state.event(&container);
+        known.running = None;
+        known.created = None;
+        self.send(Change::TaskExited { container }).await
+    }
+
+    pub(super) async fn removed(&self, container: ContainerId) -> Result<(), Stopped> {
+        let mut state = self.state.lock().await;
+        let known = state.event(&container);
+        // What is left marks that answers from before are outdated.
+        *known = Known { changed: known.changed, removed: true, ..Known::default() };
+        self.send(Change::Removed { container }).await
+    }
+
+    /// Something else has happened to it: what was asked before is outdated.
+    pub(super) async fn changed(&self, container: &ContainerId) {
+        self.state.lock().await.event(container);
+    }
+
+    /// containerd has no such record (any more).
+    pub(super) async fn gone(
+        &self,
+        asked: Asked,
+        container: &ContainerId,
+    ) -> Result<Answer, Stopped> {
+        let mut state = self.state.lock().await;
+        if state.is_outdated(asked, container) {
+            return Ok(Answer::Outdated);
+        }
+        if state.containers.get(container).is_some_and(|known| !known.removed) {
+            let known = state.event(container);
+            *known = Known { changed: known.changed, removed: true, ..Known::default() };
+            self.send(Change::Removed { container: container.clone() }).await?;
+        }
+        Ok(Answer::Taken)
+    }
+
+    /// To be called before containerd is asked.
+    pub(super) async fn asking(&self) -> Asked {
+        Asked(self.state.lock().await.clock)
+    }
+
+    /// Sends a record, unless it is outdated or what the pipeline has already.
+    pub(super) async fn container(
+        &self,
+        asked: Asked,
+        mut container: Container,
+    ) -> Result<Answer, Stopped> {
+        let mut state = self.state.lock().await;
+        if state.is_outdated(asked, &container.id) {
+            return Ok(Answer::Outdated);
+        }
+        let known = state.containers.entry(container.id.clone()).or_default();
+        let mut answer = Answer::Taken;
+        if container.task.is_none()
+            && let (Some(pid), Some(created)) = (known.running, known.created)
+            && created.elapsed() < BELIEVE_EVENT
+        {
+            container.task = Some(Task { pid, paused: false });
+            answer = Answer::AskAgainLater;
+        }
+        known.removed = false;
+        if known.sent.as_ref() == Some(&container) {
+            return Ok(answer);
+        }
+        let pid = container.task.map(|task| task.pid);
+        if known.running.is_some() && known.running != pid {
+            // Its exit was not heard of.
+            self.send(Change::TaskExited { container: container.id.clone() }).await?;
+        }
+        known.running = pid;
+        known.sent = Some(container.clone());
+        self.send(Change::Container(Box::new(container))).await?;
+        Ok(answer)
+    }
+
+    /// Ends a list that was asked for at `asked`. What has come or gone by an
+    /// event since is added or left out, and what is in neither is forgotten.
+    pub(super) async fn listed(
+        &self,
+        asked: Asked,
+        listed: Vec<ContainerId>,
+    ) -> Result<(), Stopped> {
+        let mut state = self.state.lock().await;
+        let mut containers: HashSet<ContainerId> = listed.into_iter().collect();
+        state.containers.retain(|container, known| {
+            if known.changed > asked.0 {
+                if known.removed {
+                    containers.remove(container);
+                } else {
+                    containers.insert(container.clone());
+                }
+                true
+            } else {
+                !known.removed && containers.contains(container)
+            }
+        });
+        let mut containers: Vec<_> = containers.into_iter().collect();
+        containers.sort();
+        self.send(Change::Listed { endpoint: Arc::clone(&self.endpoint), containers }).await
+    }
+
+    /// Whether this container was heard of and not removed.
+    pub(super) async fn knows(&self, container: &ContainerId) -> bool {
+        self.state.lock().await.containers.get(container).is_some_and(|known| !known.removed)
+    }
+
+    async fn send(&self, mut change: Change) -> Result<(), Stopped> {
+        loop {
+            match self.changes.try_send(change) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Full(back)) => change = back,
+                Err(TrySendError::Disconnected(_)) => return Err(Stopped),
+            }
+            tokio::time::sleep(FULL_PAUSE).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::Receiver;
+
+    use super::*;
+    use crate::model::ImageReference;
+
+    fn id(name: &str) -> ContainerId {
+        ContainerId::new("default", name)
+    }
+
+    fn record(name: &str, task: Option<u32>) -> Container {
+        Container {
+            id: id(name),
+            endpoint: "test".into(),
+            runtime: "io.containerd.runc.v2".into(),
+            labels: [].into(),
+            pod: None,
+            image: ImageReference::default(),
+            snapshotter: "overlayfs".into(),
+            snapshot_key: name.into(),
+            layers: Vec::new(),
+            rootfs: None,
+            task: task.map(|pid| Task { pid, paused: false }),
+            no_baseline: None,
+        }
+    }
+
+    fn outbox() -> (Outbox, Receiver<Change>) {
+        let (changes, received) = crossbeam_channel::bounded(16);
+        (Outbox::new("test".into(), changes), received)
+    }
+
+    fn sent(received: &Receiver<Change>) -> Vec<Change> {
+        received.try_iter().collect()
+    }
+
+    fn container(name: &str, task: Option<u32>) -> Change {
+        Change::Container(Box::new(record(name, task)))
+    }
+
+    #[tokio::test]
+    async fn an_answer_does_not_take_an_event_back() {
+        let (outbox, received) = outbox();
+        let asked = outbox.asking().await;
+        outbox.task_created(id("c"), 7, None).await.unwrap();
+        outbox.task_exited(id("c")).await.unwrap();
+        let answer = outbox.container(asked, record("c", Some(7))).await;
+        assert_eq!(answer, Ok(Answer::Outdated));
+        let answer = outbox.container(outbox.asking().await, record("c", None)).await;
+        assert_eq!(answer, Ok(Answer::Taken));
+        assert_eq!(
+            sent(&received),
+            [
+                Change::TaskCreated { container: id("c"), pid: 7, rootfs: None },
+                Change::TaskExited { container: id("c") },
+                container("c", None),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_removed_container_stays_removed() {
+        let (outbox, received) = outbox();
+        let asked = outbox.asking().await;
+        outbox.removed(id("c")).await.unwrap();
+        let answer = outbox.container(asked, record("c", None)).await;
+        assert_eq!(answer, Ok(Answer::Outdated));
+        outbox.listed(asked, vec![id("c"), id("d")]).await.unwrap();
+        assert_eq!(
+            sent(&received),
+            [
+                Change::Removed { container: id("c") },
+                Change::Listed { endpoint: "test".into(), containers: vec![id("d")] },
+            ]
+        );
+        assert!(!outbox.knows(&id("c")).await);
+    }
+
+    #[tokio::test]
+    async fn what_comes_while_listing_is_not_called_gone() {
+        let (outbox, received) = outbox();
+        let asked = outbox.asking().await;
+        outbox.task_created(id("new"), 7, None).await.unwrap();
+        outbox.listed(asked, vec![id("old")]).await.unwrap();
+        assert_eq!(
+            sent(&received).last(),
+            Some(&Change::Listed {
+                endpoint: "test".into(),
+                containers: vec![id("new"), id("old")]
+            })
+        );
+    }
+
+    #[tokio::test]
+    async fn an_event_is_believed_before_a_record_that_lags() {
+        let (outbox, received) = outbox();
+        outbox.task_created(id("c"), 7, None).await.unwrap();
+        let answer = outbox.container(outbox.asking().await, record("c", None)).await;
+        assert_eq!(answer, Ok(Answer::AskAgainLater));
+        assert_eq!(sent(&received)[1..], [container("c", Some(7))]);
+    }
+
+    #[tokio::test]
+    async fn an_exit_that_was_not_heard_of_is_told() {
+        let (outbox, received) = outbox();
+        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        outbox.container(outbox.asking().await, record("c", Some(8))).await.unwrap();
+        assert_eq!(
+            sent(&received),
+            [
+                container("c", Some(7)),
+                Change::TaskExited { container: id("c") },
+                container("c", Some(8)),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn after_a_reconnection_everything_is_sent_again() {
+        let (outbox, received) = outbox();
+        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        outbox.connected().await.unwrap();
+        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        assert_eq!(
+            sent(&received),
+            [
+                container("c", Some(7)),
+                Change::Connected { endpoint: "test".into() },
+                container("c", Some(7)),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn an_answer_from_an_earlier_connection_is_outdated() {
+        let (outbox, received) = outbox();
+        let asked = outbox.asking().await;
+        outbox.connected().await.unwrap();
+        let answer = outbox.container(asked, record("c", Some(7))).await;
+        assert_eq!(answer, Ok(Answer::Outdated));
+        assert_eq!(sent(&received), [Change::Connected { endpoint: "test".into() }]);
+    }
+
+    #[tokio::test]
+    async fn a_late_event_does_not_bring_a_removed_container_back() {
+        let (outbox, received) = outbox();
+        outbox.container(outbox.asking().await, record("c", None)).await.unwrap();
+        outbox.gone(outbox.asking().await, &id("c")).await.unwrap();
+        outbox.changed(&id("c")).await;
+        outbox.gone(outbox.asking().await, &id("c")).await.unwrap();
+        assert_eq!(sent(&received), [container("c", None), Change::Removed { container: id("c") }]);
+    }
+
+    #[tokio::test]
+    async fn a_pipeline_that_is_gone_ends_it() {
+        let (outbox, received) = outbox();
+        drop(received);
+        assert_eq!(outbox.connected().await, Err(Stopped));
+    }
+}

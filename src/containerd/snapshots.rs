@@ -1,0 +1,430 @@
+//! Snapshots: which directories a snapshotter has made of a stack of layers.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use containerd_client::services::v1::snapshots::{
+    MountsRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest,
+};
+use containerd_client::services::v1::{
+    CreateRequest, DeleteRequest, ListRequest, ListResourcesRequest,
+};
+use containerd_client::types::Mount;
+use tonic::{Code, Status};
+
+use super::connection::{Namespace, found, words};
+use crate::model::{ChainId, OverlayDirs, printable};
+
+/// What a snapshotter says has to be mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    Overlay {
+        /// `None` for a view.
+        upperdir: Option<PathBuf>,
+        /// Topmost first.
+        lowerdirs: Vec<PathBuf>,
+    },
+    /// One directory.
+    Bind(PathBuf),
+    /// Something else, in words.
+    Other(String),
+}
+
+/// Reads mounts. Options that are not understood are none of our business:
+/// `uidmap=`, `index=off`, `volatile` and what kernels will bring.
+pub(super) fn shape(mounts: &[Mount]) -> Shape {
+    let mount = match mounts {
+        [mount] => mount,
+        [] => return Shape::Other("no mount at all".into()),
+        several => {
+            let types: Vec<_> =
+                several.iter().map(|mount| printable(mount.r#type.as_bytes())).collect();
+            return Shape::Other(format!("several mounts ({})", types.join(", ")));
+        }
+    };
+    match mount.r#type.as_str() {
+        "overlay" => {
+            let mut upperdir = None;
+            let mut lowerdirs = Vec::new();
+            for option in &mount.options {
+                match option.split_once('=') {
+                    Some(("upperdir", value)) => upperdir = Some(unescape(value)),
+                    Some(("lowerdir", value)) => lowerdirs.extend(split_lowerdirs(value)),
+                    Some(("lowerdir+", value)) => lowerdirs.push(PathBuf::from(value)),
+                    Some(_) | None => (),
+                }
+            }
+            let absolute = |path: &PathBuf| path.is_absolute();
+            if lowerdirs.is_empty() || !lowerdirs.iter().chain(&upperdir).all(absolute) {
+                return Shape::Other("an overlay without absolute directories".into());
+            }
+            Shape::Overlay { upperdir, lowerdirs }
+        }
+        "bind" => Shape::Bind(mount.source.clone().into()),
+        other => Shape::Other(format!("a mount of type `{}`", printable(other.as_bytes()))),
+    }
+}
+
+/// The overlay of a container, if these mounts are one that it can write to.
+pub(super) fn overlay_dirs(mounts: &[Mount]) -> Option<OverlayDirs> {
+    match shape(mounts) {
+        Shape::Overlay { upperdir: Some(upperdir), lowerdirs } => {
+            Some(OverlayDirs { upperdir, lowerdirs })
+        }
+        Shape::Overlay { upperdir: None, .. } | Shape::Bind(_) | Shape::Other(_) => None,
+    }
+}
+
+/// Splits `lowerdir`'s value at colons; overlayfs reads `\:` as a colon in a name.
+fn split_lowerdirs(value: &str) -> Vec<PathBuf> {
+    let mut directories = vec![String::new()];
+    let mut characters = value.chars();
+    while let Some(character) = characters.next() {
+        let directory = directories.last_mut().expect("there is always one");
+        match character {
+            '\\' => directory.extend(characters.next()),
+            ':' => directories.push(String::new()),
+            _ => directory.push(character),
+        }
+    }
+    directories.into_iter().filter(|text| !text.is_empty()).map(PathBuf::from).collect()
+}
+
+fn unescape(value: &str) -> PathBuf {
+    let mut text = String::with_capacity(value.len());
+    let mut characters = value.chars();
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' => text.extend(characters.next()),
+            _ => text.push(character),
+        }
+    }
+    text.into()
+}
+
+/// The directories of a stack of layers, bottom first, from a mount made of it;
+/// an error in words if this snapshotter does not keep one directory per layer.
+pub(super) fn layer_directories(
+    shape: &Shape,
+    layers: usize,
+    snapshotter: &str,
+) -> Result<Vec<PathBuf>, String> {
+    let unsupported = |what: String| {
+        format!("snapshotter {} is not supported yet: {what}", printable(snapshotter.as_bytes()))
+    };
+    match shape {
+        Shape::Overlay { lowerdirs, .. } if lowerdirs.len() == layers => {
+            Ok(lowerdirs.iter().rev().cloned().collect())
+        }
+        Shape::Overlay { lowerdirs, .. } => Err(unsupported(format!(
+            "its overlay has {} lower directories for {layers} layers",
+            lowerdirs.len()
+        ))),
+        // overlayfs gives a view of a single layer as a bind of that layer.
+        Shape::Bind(source) if layers == 1 && snapshotter != "native" => Ok(vec![source.clone()]),
+        Shape::Bind(_) => Err(unsupported("it keeps whole copies, not layers".into())),
+        Shape::Other(what) => Err(unsupported(format!("it gives {what}"))),
+    }
+}
+
+pub(super) async fn mounts(
+    namespace: &Namespace,
+    snapshotter: &str,
+    key: &str,
+) -> Result<Option<Shape>, Status> {
+    let request = MountsRequest { snapshotter: snapshotter.into(), key: key.into() };
+    let answer = found(namespace.snapshots().mounts(request).await)?;
+    Ok(answer.map(|response| shape(&response.into_inner().mounts)))
+}
+
+/// The name of the snapshot below `key`, empty if there is none; `None` if there
+/// is no snapshot `key`.
+pub(super) async fn parent(
+    namespace: &Namespace,
+    snapshotter: &str,
+    key: &str,
+) -> Result<Option<String>, Status> {
+    let request = StatSnapshotRequest { snapshotter: snapshotter.into(), key: key.into() };
+    let answer = found(namespace.snapshots().stat(request).await)?;
+    Ok(answer.and_then(|response| response.into_inner().info).map(|info| info.parent))
+}
+
+pub(super) async fn is_unpacked(
+    namespace: &Namespace,
+    snapshotter: &str,
+    chain_id: ChainId,
+) -> Result<bool, Status> {
+    use containerd_client::services::v1::snapshots::Kind;
+    let request =
+        StatSnapshotRequest { snapshotter: snapshotter.into(), key: chain_id.to_string() };
+    let answer = match found(namespace.snapshots().stat(request).await) {
+        // This containerd has no such snapshotter.
+        Err(status) if status.code() == Code::InvalidArgument => return Ok(false),
+        answer => answer?,
+    };
+    Ok(answer
+        .and_then(|response| response.into_inner().info)
+        .is_some_and(|info| info.kind() == Kind::Committed))
+}
+
+/// The IDs of our leases in use. A lease that is named after this process and
+/// not in here is left over from one that died.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    ids: std::sync::Mutex<std::collections::HashSet<String>>,
+    count: std::sync::atomic::AtomicU64,
+}
+
+/// Our leases and views begin with this; the process's pid follows.
+const PREFIX: &str = "driftd-view-";
+/// Longer than any recording takes; then containerd's garbage collector clears
+/// away what a dead driftd has left.
+const LEASE_HOURS: i64 = 1;
+
+impl Held {
+    fn ids(&self) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {
+        self.ids.lock().expect("no holder of this lock panics")
+    }
+
+    fn new_id(&self) -> String {
+        let number = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let id = format!(
+            "{PREFIX}{}-{}-{number}",
+            std::process::id(),
+            jiff::Timestamp::now().as_millisecond()
+        );
+        self.ids().insert(id.clone());
+        id
+    }
+
+    /// Whether a lease is left over from a driftd that is gone.
+    fn is_stale(&self, id: &str) -> bool {
+        let Some(rest) = id.strip_prefix(PREFIX) else { return false };
+        if self.ids().contains(id) {
+            return false;
+        }
+        match rest.split('-').next().and_then(|pid| pid.parse::<u32>().ok()) {
+            Some(pid) if pid == std::process::id() => true,
+            // A pid that now names another process only delays: the lease expires.
+            Some(pid) => !std::path::Path::new(&format!("/proc/{pid}")).exists(),
+            None => false,
+        }
+    }
+}
+
+/// A read-only view of a stack of layers, which keeps their directories while
+/// they are read. Given back with [`View::release`].
+#[derive(Debug)]
+pub(super) struct View {
+    namespace: Namespace,
+    snapshotter: String,
+    /// Of the lease and of the view.
+    id: String,
+    held: Arc<Held>,
+    pub(super) shape: Shape,
+}
+
+impl View {
+    /// `None` if the layers are not unpacked (any more).
+    pub(super) async fn take(
+        namespace: &Namespace,
+        snapshotter: &str,
+        chain_id: ChainId,
+        held: &Arc<Held>,
+    ) -> Result<Option<View>, Status> {
+        let id = held.new_id();
+        let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(LEASE_HOURS);
+        let lease = CreateRequest {
+            id: id.clone(),
+            labels: [("containerd.io/gc.expire".to_owned(), expires.to_string())].into(),
+        };
+        let mut view = View {
+            namespace: namespace.clone(),
+            snapshotter: snapshotter.into(),
+            id: id.clone(),
+            held: Arc::clone(held),
+            shape: Shape::Other("nothing yet".into()),
+        };
+        let request = ViewSnapshotRequest {
+            snapshotter: snapshotter.into(),
+            key: id.clone(),
+            parent: chain_id.to_string(),
+            labels: [].into(),
+        };
+        let answer = match namespace.leases().create(lease).await {
+            Ok(_) => match namespace.with_lease(&id) {
+                Ok(leased) => leased.snapshots().view(request).await,
+                Err(status) => Err(status),
+            },
+            Err(status) => Err(status),
+        };
+        match found(answer) {
+            Ok(Some(response)) => {
+                view.shape = shape(&response.into_inner().mounts);
+                Ok(Some(view))
+            }
+            Ok(None) => {
+                view.release().await;
+                Ok(None)
+            }
+            Err(status) => {
+                view.release().await;
+                Err(status)
+            }
+        }
+    }
+
+    pub(super) async fn release(self) {
+        remove_view(&self.namespace, &self.snapshotter, &self.id).await;
+        remove_lease(&self.namespace, &self.id).await;
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // Whatever became of it: it is not in use any more.
+        self.held.ids().remove(&self.id);
+    }
+}
+
+async fn remove_view(namespace: &Namespace, snapshotter: &str, key: &str) {
+    let request = RemoveSnapshotRequest { snapshotter: snapshotter.into(), key: key.into() };
+    if let Err(status) = found(namespace.snapshots().remove(request).await) {
+        tracing::debug!(key, reason = words(&status), "a view stays until its lease expires");
+    }
+}
+
+async fn remove_lease(namespace: &Namespace, id: &str) {
+    let request = DeleteRequest { id: id.into(), sync: false };
+    if let Err(status) = found(namespace.leases().delete(request).await) {
+        tracing::debug!(id, reason = words(&status), "a lease stays until it expires");
+    }
+}
+
+/// Gives back what an earlier driftd has left behind in this namespace.
+pub(super) async fn remove_stale_views(namespace: &Namespace, held: &Held) -> Result<(), Status> {
+    let request = ListRequest { filters: vec![format!("id~=\"^{PREFIX}\"")] };
+    let leases = namespace.leases().list(request).await?.into_inner().leases;
+    for lease in leases.into_iter().filter(|lease| held.is_stale(&lease.id)) {
+        tracing::info!(namespace = %namespace.name, lease = lease.id, "removing a stale view");
+        let request = ListResourcesRequest { id: lease.id.clone() };
+        let resources = namespace.leases().list_resources(request).await?.into_inner().resources;
+        for resource in resources {
+            if let Some(snapshotter) = resource.r#type.strip_prefix("snapshots/") {
+                remove_view(namespace, snapshotter, &resource.id).await;
+            }
+        }
+        remove_lease(namespace, &lease.id).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+        Mount {
+            r#type: kind.into(),
+            source: source.into(),
+            target: String::new(),
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+        }
+    }
+
+    fn paths(paths: &[&str]) -> Vec<PathBuf> {
+        paths.iter().map(PathBuf::from).collect()
+    }
+
+    #[test]
+    fn an_overlay_keeps_its_order_and_its_colons() {
+        let options = &[
+            "index=off",
+            "userxattr",
+            "uidmap=0:100000:65536",
+            "workdir=/s/9/work",
+            "upperdir=/s/9/f\\:s",
+            "lowerdir=/s/2/f\\:s:/s/1/b\\\\s",
+        ];
+        assert_eq!(
+            shape(&[mount("overlay", "overlay", options)]),
+            Shape::Overlay {
+                upperdir: Some("/s/9/f:s".into()),
+                lowerdirs: paths(&["/s/2/f:s", "/s/1/b\\s"]),
+            }
+        );
+    }
+
+    #[test]
+    fn lowerdirs_may_come_one_by_one() {
+        let options = &["lowerdir+=/s/2:x", "lowerdir+=/s/1", "datadir+=/d"];
+        assert_eq!(
+            shape(&[mount("overlay", "overlay", options)]),
+            Shape::Overlay { upperdir: None, lowerdirs: paths(&["/s/2:x", "/s/1"]) }
+        );
+    }
+
+    #[test]
+    fn layers_are_named_bottom_first() {
+        let view = Shape::Overlay { upperdir: None, lowerdirs: paths(&["/3", "/2", "/1"]) };
+        assert_eq!(layer_directories(&view, 3, "overlayfs"), Ok(paths(&["/1", "/2", "/3"])));
+        assert_eq!(
+            layer_directories(&view, 2, "overlayfs").unwrap_err(),
+            "snapshotter overlayfs is not supported yet: \
+             its overlay has 3 lower directories for 2 layers"
+        );
+    }
+
+    #[test]
+    fn a_view_of_one_layer_is_a_bind() {
+        let bind = shape(&[mount("bind", "/s/1/fs", &["ro", "rbind"])]);
+        assert_eq!(bind, Shape::Bind("/s/1/fs".into()));
+        assert_eq!(layer_directories(&bind, 1, "overlayfs"), Ok(paths(&["/s/1/fs"])));
+        assert_eq!(
+            layer_directories(&bind, 1, "native").unwrap_err(),
+            "snapshotter native is not supported yet: it keeps whole copies, not layers"
+        );
+    }
+
+    #[test]
+    fn what_is_no_overlay_is_said_in_words() {
+        let erofs = [mount("erofs", "/a", &[]), mount("format/mkdir/overlay", "overlay", &[])];
+        let shape = shape(&erofs);
+        assert_eq!(overlay_dirs(&erofs), None);
+        assert_eq!(
+            layer_directories(&shape, 1, "erofs").unwrap_err(),
+            "snapshotter erofs is not supported yet: \
+             it gives several mounts (erofs, format/mkdir/overlay)"
+        );
+    }
+
+    #[test]
+    fn a_relative_directory_is_refused() {
+        let overlay = mount("overlay", "overlay", &["lowerdir=l/ABC:l/DEF", "upperdir=/u"]);
+        assert_eq!(overlay_dirs(&[overlay]), None);
+    }
+
+    #[test]
+    fn only_what_a_dead_driftd_left_is_stale() {
+        let held = Held::default();
+        let own = held.new_id();
+        assert!(!held.is_stale(&own));
+        held.ids().remove(&own);
+        assert!(held.is_stale(&own), "{own}");
+        assert!(!held.is_stale("driftd-view-1-0-0"), "pid 1 is alive");
+        assert!(held.is_stale("driftd-view-4194999-0-0"));
+        assert!(!held.is_stale("somebody-elses"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn directories_survive_escaping(names in proptest::collection::vec("/[a-z:\\\\]{1,8}", 1..5)) {
+            let value: Vec<String> = names
+                .iter()
+                .map(|name| name.replace('\\', "\\\\").replace(':', "\\:"))
+                .collect();
+            let split = split_lowerdirs(&value.join(":"));
+            proptest::prop_assert_eq!(split, names.iter().map(PathBuf::from).collect::<Vec<_>>());
+        }
+    }
+}

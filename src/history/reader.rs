@@ -1,0 +1,405 @@
+//! Questions to the history, on read-only connections of their own: no reader
+//! ever waits for the writer, nor the writer for a reader.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rusqlite::types::Value;
+use rusqlite::{Connection, OpenFlags, params, params_from_iter};
+
+use super::writer::newest_seq;
+use super::{Error, Record, json};
+use crate::model::{ContainerId, Finding, FindingId, Kind, ManifestDigest, Severity};
+use crate::respond::Response;
+
+/// Idle connections that are kept for the next question.
+const IDLE: usize = 8;
+
+/// Most JSON on one page: below the 4 MiB that a gRPC client takes by default.
+const PAGE_BYTES: usize = 2 << 20;
+
+/// Which findings are asked for. The default is all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    pub container: Option<ContainerId>,
+    /// An image's name or manifest digest.
+    pub image: Option<String>,
+    /// Any of these kinds; empty means every kind.
+    pub kinds: Vec<Kind>,
+    pub minimum_severity: Option<Severity>,
+    /// Last seen at or after this time.
+    pub since: Option<Timestamp>,
+    /// First seen at or before this time.
+    pub until: Option<Timestamp>,
+}
+
+/// Where the next page begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageToken {
+    last_seen: i64,
+    id: FindingId,
+}
+
+/// Text that no page has handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the page token is not one that driftd gave out (leave it out to begin with the first page)"
+)]
+pub struct BadPageToken;
+
+impl fmt::Display for PageToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.last_seen, self.id)
+    }
+}
+
+impl FromStr for PageToken {
+    type Err = BadPageToken;
+
+    fn from_str(text: &str) -> Result<PageToken, BadPageToken> {
+        let (last_seen, id) = text.split_once('.').ok_or(BadPageToken)?;
+        Ok(PageToken {
+            last_seen: last_seen.parse().map_err(|_| BadPageToken)?,
+            id: id.parse().map_err(|_| BadPageToken)?,
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct FindingsPage {
+    /// Newest `last_seen` first.
+    pub findings: Vec<Finding>,
+    /// `None` on the last page.
+    pub next: Option<PageToken>,
+}
+
+/// What follows a cursor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Followed {
+    /// Oldest first, each with its cursor.
+    pub records: Vec<(u64, Record)>,
+    /// Everything up to here was looked at.
+    pub cursor: u64,
+    /// Whether more is there already.
+    pub more: bool,
+    /// Some records up to this cursor have been pruned.
+    pub pruned_through: u64,
+}
+
+/// What a finding's ID, or the beginning of one, leads to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FindingLookup {
+    Found(Box<Finding>),
+    Unknown,
+    /// How many findings begin like this.
+    Ambiguous(u64),
+}
+
+/// Reads the history. Clones share a few connections. Calls block.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    path: PathBuf,
+    idle: Arc<Mutex<Vec<Connection>>>,
+}
+
+impl Reader {
+    pub(super) fn new(path: PathBuf) -> Reader {
+        Reader { path, idle: Arc::default() }
+    }
+
+    /// One page of at most `limit` findings; fewer if they are large.
+    pub fn findings(
+        &self,
+        filter: &Filter,
+        after: Option<PageToken>,
+        limit: usize,
+    ) -> Result<FindingsPage, Error> {
+        let mut conditions = Conditions::of(filter, "");
+        if let Some(token) = after {
+            conditions.add(
+                "(last_seen, id) < (?, ?)",
+                [Value::Integer(token.last_seen), Value::Text(token.id.to_string())],
+            );
+        }
+        let sql = format!(
+            "SELECT id, json, last_seen FROM finding {} ORDER BY last_seen DESC, id DESC LIMIT {}",
+            conditions.sql(),
+            limit.saturating_add(1),
+        );
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection.prepare_cached(&sql).map_err(&failed)?;
+            let mut rows = query.query(params_from_iter(&conditions.values)).map_err(&failed)?;
+            let mut findings: Vec<Finding> = Vec::new();
+            let (mut last_seen, mut bytes) = (0, 0);
+            while let Some(row) = rows.next().map_err(&failed)? {
+                if findings.len() == limit || bytes > PAGE_BYTES {
+                    let next = findings.last().map(|last| PageToken { last_seen, id: last.id });
+                    return Ok(FindingsPage { findings, next });
+                }
+                findings.push(json::finding(row, 0, 1, &self.path)?);
+                last_seen = row.get(2).map_err(&failed)?;
+                bytes +=
+                    row.get_ref(1).and_then(|text| Ok(text.as_str()?.len())).map_err(&failed)?;
+            }
+            Ok(FindingsPage { findings, next: None })
+        })
+    }
+
+    /// The finding whose ID is `text` or begins with it.
+    pub fn finding(&self, text: &str) -> Result<FindingLookup, Error> {
+        let prefix = text.to_ascii_lowercase();
+        if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Ok(FindingLookup::Unknown);
+        }
+        // `g` sorts after every hexadecimal digit.
+        let beyond = format!("{prefix}g");
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT id, json, count(*) OVER () FROM finding WHERE id >= ? AND id < ? LIMIT 1",
+                )
+                .map_err(&failed)?;
+            let mut rows = query.query(params![prefix, beyond]).map_err(&failed)?;
+            let Some(row) = rows.next().map_err(&failed)? else {
+                return Ok(FindingLookup::Unknown);
+            };
+            match row.get::<_, i64>(2).map_err(&failed)? {
+                1 => json::finding(row, 0, 1, &self.path)
+                    .map(|finding| FindingLookup::Found(Box::new(finding))),
+                count => Ok(FindingLookup::Ambiguous(count.unsigned_abs())),
+            }
+        })
+    }
+
+    /// How many findings are kept.
+    pub fn count(&self) -> Result<u64, Error> {
+        self.ask(|connection| {
+            connection
+                .query_row("SELECT count(*) FROM finding", [], |row| row.get::<_, i64>(0))
+                .map(i64::unsigned_abs)
+                .map_err(Error::sql("read", &self.path))
+        })
+    }
+
+    /// The newest cursor there is.
+    pub fn newest(&self) -> Result<u64, Error> {
+        self.ask(|connection| newest_seq(connection).map_err(Error::sql("read", &self.path)))
+    }
+
+    /// Up to `limit` records after `cursor` that concern `filter`, and how far
+    /// that looked. A gap concerns a filter unless it is another container's; a
+    /// response concerns its container only.
+    pub fn after(&self, cursor: u64, filter: &Filter, limit: usize) -> Result<Followed, Error> {
+        let mut of_finding = Conditions::of(filter, "finding.");
+        let mut of_others = Conditions::default();
+        if let Some(container) = &filter.container {
+            of_others.add(
+                "(record.container IS NULL OR (record.container, record.namespace) = (?, ?))",
+                [
+                    Value::Text(container.id.to_string()),
+                    Value::Text(container.namespace.to_string()),
+                ],
+            );
+        }
+        of_finding.add("record.type = 'finding'", []);
+        of_others.add("record.type <> 'finding'", []);
+        let sql = format!(
+            "SELECT record.seq, record.type, coalesce(record.json, finding.json)
+             FROM record
+             LEFT JOIN finding ON record.type = 'finding' AND finding.id = record.finding
+             WHERE record.seq > ? AND (({}) OR ({}))
+             ORDER BY record.seq LIMIT {}",
+            of_finding.joined(),
+            of_others.joined(),
+            limit.saturating_add(1),
+        );
+        let position = i64::try_from(cursor).unwrap_or(i64::MAX);
+        let values: Vec<Value> = std::iter::once(Value::Integer(position))
+            .chain(of_finding.values)
+            .chain(of_others.values)
+            .collect();
+
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            // One transaction: rows, newest and pruned belong to the same moment.
+            let transaction = connection.transaction().map_err(&failed)?;
+            let newest = newest_seq(&transaction).map_err(&failed)?;
+            let pruned_through: i64 = transaction
+                .query_row("SELECT through FROM pruned", [], |row| row.get(0))
+                .map_err(&failed)?;
+            let mut query = transaction.prepare_cached(&sql).map_err(&failed)?;
+            let mut rows = query.query(params_from_iter(&values)).map_err(&failed)?;
+            let mut followed = Followed {
+                records: Vec::new(),
+                cursor: newest.max(cursor),
+                more: false,
+                pruned_through: pruned_through.unsigned_abs(),
+            };
+            while let Some(row) = rows.next().map_err(&failed)? {
+                if followed.records.len() == limit {
+                    followed.cursor = followed.records.last().map_or(cursor, |(seq, _)| *seq);
+                    followed.more = true;
+                    break;
+                }
+                let seq: i64 = row.get(0).map_err(&failed)?;
+                let kind: String = row.get(1).map_err(&failed)?;
+                followed
+                    .records
+                    .push((seq.unsigned_abs(), json::record(row, &kind, 2, &self.path)?));
+            }
+            Ok(followed)
+        })
+    }
+
+    /// The responses to a container, oldest first.
+    pub fn responses(&self, container: &ContainerId) -> Result<Vec<Response>, Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT json FROM record
+                     WHERE type = 'response' AND container = ? AND namespace = ? ORDER BY seq",
+                )
+                .map_err(&failed)?;
+            let mut rows =
+                query.query(params![&*container.id, &*container.namespace]).map_err(&failed)?;
+            let mut responses = Vec::new();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                if let Record::Response(response) = json::record(row, "response", 0, &self.path)? {
+                    responses.push(*response);
+                }
+            }
+            Ok(responses)
+        })
+    }
+
+    /// Every container with a finding that a person may mean by `text`: an ID,
+    /// `NAMESPACE/ID`, or the beginning of an ID. A whole ID beats a beginning.
+    pub fn containers(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
+        let whole = match text.split_once('/') {
+            Some((namespace, id)) => {
+                self.select_containers("container = ?1 AND namespace = ?2", &[id, namespace])?
+            }
+            None => self.select_containers("container = ?1", &[text])?,
+        };
+        if !whole.is_empty() || text.is_empty() || text.contains('/') {
+            return Ok(whole);
+        }
+        // The greatest character there is: the end of all texts that begin with `text`.
+        self.select_containers(
+            "container BETWEEN ?1 AND ?2",
+            &[text, &format!("{text}{}", char::MAX)],
+        )
+    }
+
+    fn select_containers(
+        &self,
+        condition: &str,
+        values: &[&str],
+    ) -> Result<Vec<ContainerId>, Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            connection
+                .prepare_cached(&format!(
+                    "SELECT DISTINCT namespace, container FROM finding WHERE {condition}
+                     ORDER BY namespace, container LIMIT 1000"
+                ))
+                .and_then(|mut query| {
+                    query
+                        .query_map(params_from_iter(values), |row| {
+                            Ok(ContainerId::new(
+                                &row.get::<_, String>(0)?,
+                                &row.get::<_, String>(1)?,
+                            ))
+                        })?
+                        .collect()
+                })
+                .map_err(&failed)
+        })
+    }
+
+    fn ask<T>(&self, ask: impl FnOnce(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+        let lock = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = lock().pop();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        let answer = ask(&mut connection);
+        let mut idle = lock();
+        if idle.len() < IDLE {
+            idle.push(connection);
+        }
+        answer
+    }
+
+    fn connect(&self) -> Result<Connection, Error> {
+        let failed = Error::sql("open", &self.path);
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags).map_err(&failed)?;
+        connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
+        Ok(connection)
+    }
+}
+
+/// Parts of a WHERE clause with the values of their placeholders.
+#[derive(Debug, Default)]
+struct Conditions {
+    parts: Vec<String>,
+    values: Vec<Value>,
+}
+
+impl Conditions {
+    /// `table` is put before every column's name, as in `finding.`.
+    fn of(filter: &Filter, table: &str) -> Conditions {
+        let mut all = Conditions::default();
+        if let Some(container) = &filter.container {
+            all.add(&format!("{table}container = ?"), [Value::Text(container.id.to_string())]);
+            all.add(
+                &format!("{table}namespace = ?"),
+                [Value::Text(container.namespace.to_string())],
+            );
+        }
+        if let Some(image) = &filter.image {
+            let column =
+                if image.parse::<ManifestDigest>().is_ok() { "manifest_digest" } else { "image" };
+            all.add(&format!("{table}{column} = ?"), [Value::Text(image.clone())]);
+        }
+        if !filter.kinds.is_empty() {
+            let placeholders = vec!["?"; filter.kinds.len()].join(", ");
+            all.add(
+                &format!("{table}kind IN ({placeholders})"),
+                filter.kinds.iter().map(|kind| Value::Text(kind.name().into())),
+            );
+        }
+        if let Some(severity) = filter.minimum_severity {
+            all.add(&format!("{table}severity >= ?"), [Value::Integer(severity as i64 + 1)]);
+        }
+        if let Some(since) = filter.since {
+            all.add(&format!("{table}last_seen >= ?"), [Value::Integer(since.as_microsecond())]);
+        }
+        if let Some(until) = filter.until {
+            all.add(&format!("{table}first_seen <= ?"), [Value::Integer(until.as_microsecond())]);
+        }
+        all
+    }
+
+    fn add(&mut self, part: &str, values: impl IntoIterator<Item = Value>) {
+        self.parts.push(part.to_owned());
+        self.values.extend(values);
+    }
+
+    fn joined(&self) -> String {
+        self.parts.join(" AND ")
+    }
+
+    fn sql(&self) -> String {
+        if self.parts.is_empty() { String::new() } else { format!("WHERE {}", self.joined()) }
+    }
+}

@@ -1,0 +1,117 @@
+//! The tables, and how an older file becomes a newer one.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+use super::{Error, FORMAT};
+
+/// `PRAGMA application_id`: "drft".
+const APPLICATION_ID: i64 = 0x6472_6674;
+
+/// What leads from format N to N + 1. An entry that was released never changes.
+pub(super) const MIGRATIONS: &[&str] = &["
+    CREATE TABLE finding (
+        id              TEXT PRIMARY KEY,
+        revision        INTEGER NOT NULL,
+        namespace       TEXT NOT NULL,
+        container       TEXT NOT NULL,
+        image           TEXT,
+        manifest_digest TEXT,
+        kind            TEXT NOT NULL,
+        severity        INTEGER NOT NULL CHECK (severity BETWEEN 1 AND 5),
+        first_seen      INTEGER NOT NULL,
+        last_seen       INTEGER NOT NULL,
+        count           INTEGER NOT NULL,
+        json            TEXT NOT NULL CHECK (json_valid(json))
+    ) STRICT;
+    CREATE INDEX finding_by_time      ON finding (last_seen, id);
+    CREATE INDEX finding_by_container ON finding (container, namespace, last_seen, id);
+    CREATE INDEX finding_by_kind      ON finding (kind, last_seen, id);
+    CREATE INDEX finding_by_image     ON finding (image, last_seen, id);
+    CREATE INDEX finding_by_digest    ON finding (manifest_digest, last_seen, id);
+
+    CREATE TABLE record (
+        seq       INTEGER PRIMARY KEY AUTOINCREMENT,
+        at        INTEGER NOT NULL,
+        type      TEXT NOT NULL CHECK (type IN ('finding', 'response', 'gap')),
+        finding   TEXT,
+        namespace TEXT,
+        container TEXT,
+        json      TEXT CHECK (json IS NULL OR json_valid(json)),
+        CHECK ((type = 'finding') = (json IS NULL)),
+        CHECK (type <> 'finding' OR finding IS NOT NULL)
+    ) STRICT;
+    CREATE UNIQUE INDEX record_of_finding   ON record (finding) WHERE type = 'finding';
+    CREATE        INDEX record_of_response  ON record (container, namespace, seq)
+                                               WHERE type = 'response';
+    CREATE        INDEX record_by_time      ON record (at);
+
+    CREATE TABLE pruned (
+        one     INTEGER PRIMARY KEY CHECK (one = 1),
+        through INTEGER NOT NULL
+    ) STRICT;
+    INSERT INTO pruned VALUES (1, 0);
+
+    CREATE VIEW timeline AS
+        SELECT record.seq,
+               strftime('%Y-%m-%dT%H:%M:%fZ', record.at / 1e6, 'unixepoch') AS at,
+               record.type, record.namespace, record.container,
+               finding.kind, finding.severity, record.finding,
+               coalesce(record.json, finding.json) AS json
+        FROM record
+        LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding';
+"];
+
+/// Whose file this is and in which format; refuses what is not ours or newer.
+pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, Error> {
+    let failed = Error::sql("read", path);
+    let pragma = |name| -> Result<i64, Error> {
+        connection.pragma_query_value(None, name, |row| row.get(0)).map_err(&failed)
+    };
+    let found = pragma("user_version")?;
+    let tables: i64 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+        .map_err(&failed)?;
+    if tables > 0 && pragma("application_id")? != APPLICATION_ID {
+        return Err(Error::Foreign { path: path.into() });
+    }
+    if found > FORMAT {
+        return Err(Error::NewerFormat { path: path.into(), found, supported: FORMAT });
+    }
+    Ok(found)
+}
+
+/// Makes `connection` the writer: checked, durable, in the newest format.
+pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Error> {
+    let found = check(connection, path)?;
+    let failed = Error::sql("prepare", path);
+
+    connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
+    let set = |name: &str, value: &str| {
+        connection.pragma_update_and_check(None, name, value, |_| Ok(())).or_else(
+            // A pragma that answers nothing has been set all the same.
+            |err| match err {
+                rusqlite::Error::QueryReturnedNoRows => Ok(()),
+                other => Err(other),
+            },
+        )
+    };
+    // Must come before the first table: what retention frees goes back to the disk.
+    set("auto_vacuum", "INCREMENTAL").map_err(&failed)?;
+    set("journal_mode", "WAL").map_err(&failed)?;
+    // In WAL, only FULL makes each commit durable against a loss of power.
+    set("synchronous", "FULL").map_err(&failed)?;
+    set("journal_size_limit", "16777216").map_err(&failed)?;
+    set("trusted_schema", "OFF").map_err(&failed)?;
+
+    let transaction = connection.transaction().map_err(&failed)?;
+    let done = usize::try_from(found).unwrap_or(0);
+    for migration in &MIGRATIONS[done.min(MIGRATIONS.len())..] {
+        transaction.execute_batch(migration).map_err(&failed)?;
+    }
+    transaction.pragma_update(None, "application_id", APPLICATION_ID).map_err(&failed)?;
+    transaction.pragma_update(None, "user_version", FORMAT).map_err(&failed)?;
+    transaction.commit().map_err(&failed)
+}

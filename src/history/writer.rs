@@ -1,0 +1,540 @@
+//! The thread that writes.
+//!
+//! A record that comes after a pause is committed at once; under load, commits
+//! are [`COMMIT_SPACING`] apart and hold up to [`BATCH`] records. Of a finding
+//! that was revised several times in one batch the last revision is stored, and
+//! of every finding only the newest revision is kept, so that a program that
+//! runs a thousand times a second cannot fill the disk.
+//!
+//! When a commit fails (the disk is full, or gone), the batch is kept and tried
+//! again. New records join it, up to [`PENDING`]; beyond that the oldest are
+//! dropped, gaps first, and a gap of its own says how many.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+use jiff::Timestamp;
+use rusqlite::{Connection, OptionalExtension as _, params};
+use tokio::sync::watch;
+
+use super::{History, Reader, Record, json};
+use crate::health::{Failure, Health};
+use crate::model::FindingId;
+
+/// Records that may wait in the channel; the pipeline blocks beyond that.
+const CHANNEL: usize = 1024;
+/// Most records in one commit.
+const BATCH: usize = 1000;
+/// Least time between two commits, unless a batch is full.
+const COMMIT_SPACING: Duration = Duration::from_millis(100);
+/// Most records kept in memory while the disk cannot be written.
+const PENDING: usize = 20_000;
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_LAST: Duration = Duration::from_secs(10);
+/// How often a commit is tried when driftd stops.
+const TRIES_AT_STOP: u32 = 3;
+const PRUNE_EVERY: Duration = Duration::from_secs(60 * 60);
+/// Most records one transaction prunes: new records never wait long behind it.
+const PRUNE_STEP: usize = 500;
+
+/// The running history.
+#[derive(Debug)]
+pub struct Writer {
+    records: Sender<Record>,
+    committed: watch::Receiver<u64>,
+    reader: Reader,
+    stop: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl History {
+    /// Starts the writing thread. Findings that were last seen longer than
+    /// `retention` ago are forgotten, now and then every hour.
+    pub fn start(self, retention: Duration, health: Arc<Health>) -> Writer {
+        let (records, incoming) = bounded(CHANNEL);
+        let (stop, stopping) = bounded(1);
+        let newest = newest_seq(&self.connection).unwrap_or(0);
+        let (committed_sender, committed) = watch::channel(newest);
+        let reader = Reader::new(self.path.clone());
+        let writing = Writing {
+            connection: self.connection,
+            path: self.path,
+            _lock: self.lock,
+            incoming,
+            stopping,
+            committed: committed_sender,
+            health,
+            retention,
+            pending: Pending::default(),
+            last_commit: None,
+            retry: None,
+            next_prune: Instant::now(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("history".into())
+            .spawn(move || writing.run())
+            .expect("a thread can be started while driftd starts");
+        Writer { records, committed, reader, stop, thread }
+    }
+}
+
+impl Writer {
+    /// Where the pipeline puts records. Blocks when the history cannot follow.
+    pub fn records(&self) -> Sender<Record> {
+        self.records.clone()
+    }
+
+    /// The newest committed sequence number.
+    pub fn committed(&self) -> watch::Receiver<u64> {
+        self.committed.clone()
+    }
+
+    pub fn reader(&self) -> Reader {
+        self.reader.clone()
+    }
+
+    /// Writes what was handed over and ends the thread.
+    pub fn stop(self) {
+        // The thread may have ended already; then there is nobody to tell.
+        let _ = self.stop.try_send(());
+        if self.thread.join().is_err() {
+            tracing::error!("the history's thread panicked");
+        }
+    }
+}
+
+struct Writing {
+    connection: Connection,
+    path: PathBuf,
+    _lock: std::fs::File,
+    incoming: Receiver<Record>,
+    stopping: Receiver<()>,
+    committed: watch::Sender<u64>,
+    health: Arc<Health>,
+    retention: Duration,
+    pending: Pending,
+    last_commit: Option<Instant>,
+    /// When to try again after a failed commit, and how long to wait after that.
+    retry: Option<(Instant, Duration)>,
+    next_prune: Instant,
+}
+
+enum Turn {
+    Due,
+    Received,
+    Stop,
+}
+
+impl Writing {
+    fn run(mut self) {
+        loop {
+            match self.wait() {
+                Turn::Received => (),
+                Turn::Due => {
+                    if !self.pending.is_empty() {
+                        self.commit();
+                    }
+                    // After a commit too, so that no load keeps old records for ever.
+                    if self.retry.is_none() && self.next_prune <= Instant::now() {
+                        self.prune();
+                    }
+                }
+                Turn::Stop => return self.finish(),
+            }
+        }
+    }
+
+    /// Waits for a record, for the time at which something is to be done, or for the end.
+    fn wait(&mut self) -> Turn {
+        let due = self.due();
+        let full = self.pending.len() >= BATCH && self.retry.is_none();
+        if full || due <= Instant::now() && self.incoming.is_empty() {
+            return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
+        }
+        select! {
+            recv(self.incoming) -> record => match record {
+                Ok(record) => {
+                    self.take(record);
+                    Turn::Received
+                }
+                Err(_) => Turn::Stop,
+            },
+            recv(self.stopping) -> _ => Turn::Stop,
+            default(due.saturating_duration_since(Instant::now())) => Turn::Due,
+        }
+    }
+
+    fn due(&self) -> Instant {
+        if self.pending.is_empty() {
+            return self.next_prune;
+        }
+        match (self.retry, self.last_commit) {
+            (Some((at, _)), _) => at,
+            (None, Some(last)) => last + COMMIT_SPACING,
+            (None, None) => Instant::now(),
+        }
+    }
+
+    fn take(&mut self, record: Record) {
+        if let Some(dropped) = self.pending.push(record) {
+            let _reaction = self.health.record(Failure::HistoryWrite);
+            tracing::error!(dropped, "the history cannot be written and its memory is full");
+        }
+    }
+
+    fn commit(&mut self) {
+        self.last_commit = Some(Instant::now());
+        match self.pending.write(&mut self.connection) {
+            Ok(newest) => {
+                if self.retry.take().is_some() {
+                    tracing::info!("the history can be written again");
+                }
+                self.pending = Pending::default();
+                self.committed.send_replace(newest);
+            }
+            Err(err) => {
+                // Reaction::Retry.
+                let _reaction = self.health.record(Failure::HistoryWrite);
+                let pause = self.retry.map_or(RETRY_FIRST, |(_, pause)| pause);
+                tracing::error!(
+                    history = %self.path.display(),
+                    waiting = self.pending.len(),
+                    "cannot write the history, trying again in {pause:?}: {err}"
+                );
+                self.retry = Some((Instant::now() + pause, (pause * 2).min(RETRY_LAST)));
+            }
+        }
+    }
+
+    fn finish(mut self) {
+        while let Ok(record) = self.incoming.try_recv() {
+            self.take(record);
+        }
+        for _ in 0..TRIES_AT_STOP {
+            if self.pending.is_empty() {
+                return;
+            }
+            self.commit();
+            if let Some((at, _)) = self.retry {
+                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+            }
+        }
+        if !self.pending.is_empty() {
+            tracing::error!(lost = self.pending.len(), "records were lost: no write succeeded");
+        }
+    }
+
+    /// Forgets some of what is too old; comes again at once while there is more.
+    fn prune(&mut self) {
+        match prune_step(&mut self.connection, self.retention) {
+            Ok(pruned) if pruned == PRUNE_STEP => (),
+            Ok(_) => self.next_prune = Instant::now() + PRUNE_EVERY,
+            Err(err) => {
+                let _reaction = self.health.record(Failure::HistoryWrite);
+                tracing::error!(history = %self.path.display(), "cannot prune the history: {err}");
+                self.next_prune = Instant::now() + PRUNE_EVERY;
+            }
+        }
+    }
+}
+
+/// Records that are not committed yet, in order; one per finding.
+#[derive(Debug, Default)]
+struct Pending {
+    /// `None` where a later revision of the same finding follows.
+    records: VecDeque<Option<Record>>,
+    /// How many records were ever removed from the front.
+    removed: usize,
+    /// Position in `records`, counted from the very first.
+    newest: HashMap<FindingId, usize>,
+    held: usize,
+    /// Records dropped for want of memory, and when the first one was.
+    dropped: Option<(u64, Timestamp)>,
+}
+
+impl Pending {
+    fn len(&self) -> usize {
+        self.held
+    }
+
+    fn is_empty(&self) -> bool {
+        self.held == 0
+    }
+
+    /// Adds a record. `Some(n)` when that made room by dropping the `n`th one.
+    fn push(&mut self, record: Record) -> Option<u64> {
+        if let Record::Finding(finding) = &record {
+            let position = self.removed + self.records.len();
+            if let Some(earlier) = self.newest.insert(finding.id, position) {
+                self.records[earlier - self.removed] = None;
+                self.held -= 1;
+            }
+        }
+        self.records.push_back(Some(record));
+        self.held += 1;
+        self.trim();
+        (self.held > PENDING).then(|| self.drop_one())
+    }
+
+    fn trim(&mut self) {
+        while self.records.front().is_some_and(Option::is_none) {
+            self.records.pop_front();
+            self.removed += 1;
+        }
+        // A finding that is revised over and over behind a record that stays.
+        if self.records.len() > 2 * PENDING.max(self.held) {
+            self.records.retain(Option::is_some);
+            self.removed = 0;
+            self.newest.clear();
+            for (position, record) in self.records.iter().enumerate() {
+                if let Some(Record::Finding(finding)) = record {
+                    self.newest.insert(finding.id, position);
+                }
+            }
+        }
+    }
+
+    fn drop_one(&mut self) -> u64 {
+        let is_gap = |record: &Option<Record>| matches!(record, Some(Record::Gap { .. }));
+        let victim = self
+            .records
+            .iter()
+            .position(is_gap)
+            .or_else(|| self.records.iter().position(Option::is_some))
+            .expect("more records are held than may be");
+        if let Some(Record::Finding(finding)) = self.records[victim].take() {
+            self.newest.remove(&finding.id);
+        }
+        self.held -= 1;
+        self.trim();
+        let (count, _) = self.dropped.get_or_insert_with(|| (0, Timestamp::now()));
+        *count += 1;
+        *count
+    }
+
+    /// Writes everything in one transaction; hands back the newest sequence number.
+    fn write(&self, connection: &mut Connection) -> rusqlite::Result<u64> {
+        let transaction = connection.transaction()?;
+        if let Some((count, at)) = self.dropped {
+            store(
+                &transaction,
+                &Record::Gap {
+                    name: Failure::HistoryWrite.name().into(),
+                    container: None,
+                    detail: format!(
+                        "{count} records were dropped while the history was not writable"
+                    ),
+                    at,
+                },
+            )?;
+        }
+        for record in self.records.iter().flatten() {
+            store(&transaction, record)?;
+        }
+        let newest = newest_seq(&transaction)?;
+        transaction.commit()?;
+        Ok(newest)
+    }
+}
+
+fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
+    let text =
+        json::text(record).map_err(|err| rusqlite::Error::ToSqlConversionFailure(Box::new(err)))?;
+    match record {
+        Record::Finding(finding) => {
+            let id = finding.id.to_string();
+            let (namespace, container) =
+                (&finding.container.id.namespace, &finding.container.id.id);
+            connection
+                .prepare_cached(
+                    "INSERT INTO finding (id, revision, namespace, container, image,
+                         manifest_digest, kind, severity, first_seen, last_seen, count, json)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
+                     ON CONFLICT (id) DO UPDATE SET
+                         revision = excluded.revision, image = excluded.image,
+                         manifest_digest = excluded.manifest_digest,
+                         severity = excluded.severity, first_seen = excluded.first_seen,
+                         last_seen = excluded.last_seen, count = excluded.count,
+                         json = excluded.json",
+                )?
+                .execute(params![
+                    id,
+                    sql_integer(finding.revision),
+                    namespace,
+                    container,
+                    finding.image.name,
+                    finding.image.manifest_digest.map(|digest| digest.to_string()),
+                    finding.kind.name(),
+                    finding.severity as i64 + 1,
+                    finding.first_seen.as_microsecond(),
+                    finding.last_seen.as_microsecond(),
+                    sql_integer(finding.count),
+                    text,
+                ])?;
+            connection
+                .prepare_cached("DELETE FROM record WHERE type = 'finding' AND finding = ?1")?
+                .execute([&id])?;
+            insert(
+                connection,
+                finding.last_seen,
+                "finding",
+                Some(&id),
+                Some(&finding.container.id),
+                None,
+            )
+        }
+        Record::Response(response) => {
+            let finding = response.finding.map(|id| id.to_string());
+            insert(
+                connection,
+                response.outcome.at,
+                "response",
+                finding.as_deref(),
+                Some(&response.container),
+                Some(&text),
+            )
+        }
+        Record::Gap { container, at, .. } => {
+            insert(connection, *at, "gap", None, container.as_ref(), Some(&text))
+        }
+    }
+}
+
+fn insert(
+    connection: &Connection,
+    at: Timestamp,
+    kind: &str,
+    finding: Option<&str>,
+    container: Option<&crate::model::ContainerId>,
+    json: Option<&str>,
+) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "INSERT INTO record (at, type, finding, namespace, container, json)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute(params![
+            at.as_microsecond(),
+            kind,
+            finding,
+            container.map(|id| &id.namespace),
+            container.map(|id| &id.id),
+            json,
+        ])?;
+    Ok(())
+}
+
+/// SQLite's integers are signed; no counter of ours gets that far.
+fn sql_integer(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// The newest sequence number ever given, even if its record is gone.
+pub(super) fn newest_seq(connection: &Connection) -> rusqlite::Result<u64> {
+    let newest: Option<i64> = connection
+        .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'record'")?
+        .query_row([], |row| row.get(0))
+        .optional()?;
+    Ok(newest.and_then(|seq| u64::try_from(seq).ok()).unwrap_or(0))
+}
+
+/// Forgets up to [`PRUNE_STEP`] records older than `retention`, with their
+/// findings, and says how many.
+fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Result<usize> {
+    let now = Timestamp::now().as_microsecond();
+    let cutoff = now.saturating_sub(i64::try_from(retention.as_micros()).unwrap_or(i64::MAX));
+    let transaction = connection.transaction()?;
+    let old: Vec<(i64, String, Option<String>)> = transaction
+        .prepare_cached("SELECT seq, type, finding FROM record WHERE at < ?1 ORDER BY at LIMIT ?2")?
+        .query_map(params![cutoff, PRUNE_STEP as i64], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+        })?
+        .collect::<rusqlite::Result<_>>()?;
+    for (seq, kind, finding) in &old {
+        if kind == "finding" {
+            transaction.prepare_cached("DELETE FROM finding WHERE id = ?1")?.execute([finding])?;
+        }
+        transaction.prepare_cached("DELETE FROM record WHERE seq = ?1")?.execute([seq])?;
+    }
+    if let Some(through) = old.iter().map(|(seq, ..)| seq).max() {
+        transaction.execute("UPDATE pruned SET through = max(through, ?1)", [through])?;
+    }
+    transaction.commit()?;
+    if !old.is_empty() {
+        // Steps through the result: each row frees one page.
+        let mut vacuum = connection.prepare_cached("PRAGMA incremental_vacuum(4096)")?;
+        let mut pages = vacuum.query([])?;
+        while pages.next()?.is_some() {}
+    }
+    Ok(old.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Finding;
+
+    fn finding(number: usize, revision: u64) -> Record {
+        let mut finding: Finding =
+            serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap();
+        finding.id.0[..8].copy_from_slice(&(number as u64).to_be_bytes());
+        finding.revision = revision;
+        Record::Finding(Box::new(finding))
+    }
+
+    fn gap(detail: &str) -> Record {
+        Record::Gap {
+            name: "pipeline_full".into(),
+            container: None,
+            detail: detail.into(),
+            at: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn held(pending: &Pending) -> Vec<Record> {
+        pending.records.iter().flatten().cloned().collect()
+    }
+
+    #[test]
+    fn a_finding_that_waits_is_replaced_by_its_next_revision() {
+        let mut pending = Pending::default();
+        for record in [finding(1, 1), finding(2, 1), finding(1, 2), gap("x"), finding(1, 3)] {
+            assert_eq!(pending.push(record), None);
+        }
+        assert_eq!(held(&pending), [finding(2, 1), gap("x"), finding(1, 3)]);
+        assert_eq!(pending.len(), 3);
+    }
+
+    #[test]
+    fn a_full_memory_drops_gaps_first_then_the_oldest() {
+        let mut pending = Pending::default();
+        pending.push(finding(0, 1));
+        pending.push(gap("x"));
+        for number in 1..PENDING - 1 {
+            assert_eq!(pending.push(finding(number, 1)), None);
+        }
+        assert_eq!(pending.push(finding(PENDING, 1)), Some(1));
+        assert_eq!(pending.push(finding(PENDING + 1, 1)), Some(2));
+        // Known already: nothing more is held.
+        assert_eq!(pending.push(finding(PENDING + 1, 2)), None);
+        let held = held(&pending);
+        assert_eq!(held.len(), PENDING);
+        assert_eq!(held.first(), Some(&finding(1, 1)), "the gap went first, then the oldest");
+        assert_eq!(held.last(), Some(&finding(PENDING + 1, 2)));
+    }
+
+    #[test]
+    fn a_finding_revised_for_ever_behind_one_that_stays_takes_no_memory() {
+        let mut pending = Pending::default();
+        pending.push(gap("stays"));
+        for revision in 0..5 * PENDING as u64 {
+            pending.push(finding(1, revision));
+        }
+        assert_eq!(held(&pending), [gap("stays"), finding(1, 5 * PENDING as u64 - 1)]);
+        assert!(pending.records.len() <= 2 * PENDING + 1, "{}", pending.records.len());
+    }
+}

@@ -1,0 +1,550 @@
+//! fanotify(7): groups, marks, and our own reader of the event stream.
+//!
+//! Who owns what: [`Group::read`] makes every descriptor that the kernel put
+//! into the buffer an [`OwnedFd`] before it returns, so none can leak or be
+//! closed twice. A permission event comes as a [`Permission`], which answers the
+//! kernel exactly once: with what its owner says, or with ALLOW when it is
+//! dropped. The event's descriptor stays open until after the answer, because
+//! the kernel finds the event by that number; a library that closes it earlier
+//! answers the wrong event (docs/adr/0003).
+
+use std::fmt;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
+
+/// Answers to a permission event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Allow,
+    Deny,
+}
+
+/// One event's descriptors and facts.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Event<Fd = OwnedFd> {
+    /// The file, opened by the kernel with the group's event flags.
+    pub file: Fd,
+    /// The process, in our pid namespace; 0 if it is not visible from there.
+    pub pid: u32,
+    /// The same process as a handle, if the group reports it and it still lived.
+    pub pidfd: Option<Fd>,
+    pub mask: u64,
+}
+
+/// What one read of a group brought.
+#[derive(Debug)]
+pub enum Incoming<'group> {
+    /// A process waits for the answer.
+    Permission(Permission<'group>),
+    /// Something has happened.
+    Notification(Event),
+    /// The kernel had to drop events (`FAN_Q_OVERFLOW`).
+    Overflow,
+}
+
+/// A process waiting for an answer, which it gets exactly once.
+#[derive(Debug)]
+pub struct Permission<'group> {
+    group: &'group Group,
+    // `None` only between `answer` taking it and the end of `self`.
+    event: Option<Event>,
+}
+
+impl Permission<'_> {
+    pub fn event(&self) -> &Event {
+        self.event.as_ref().expect("only `answer` takes it, and `answer` consumes self")
+    }
+
+    /// Answers and hands over the descriptors, which the kernel needs no more.
+    pub fn answer(mut self, answer: Answer) -> (Event, io::Result<()>) {
+        let event = self.event.take().expect("only `answer` takes it, and `answer` consumes self");
+        let written = self.group.respond(event.file.as_fd(), answer);
+        (event, written)
+    }
+}
+
+impl Drop for Permission<'_> {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            // Nothing can be done about a failure here: closing the group, which
+            // answers everything, is the owner's decision.
+            let _ = self.group.respond(event.file.as_fd(), Answer::Allow);
+        }
+    }
+}
+
+/// What an event in the buffer says, before anyone owns its descriptors.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decoded<Fd> {
+    Permission(Event<Fd>),
+    Notification(Event<Fd>),
+    Overflow,
+    /// An event that carries no descriptor: nothing to look at and nothing to answer.
+    WithoutFile {
+        mask: u64,
+    },
+}
+
+/// The buffer is not what fanotify(7) says. The kernel never does this; after
+/// it, no event boundary in the buffer can be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    #[error("fanotify's metadata has version {0}, and driftd knows only version 3")]
+    Version(u8),
+    #[error("a fanotify event says it is {event_len} bytes long where {left} bytes are left")]
+    Length { event_len: u32, left: usize },
+}
+
+type Metadata = libc::fanotify_event_metadata;
+type InfoHeader = libc::fanotify_event_info_header;
+
+const METADATA_LEN: usize = size_of::<Metadata>();
+const INFO_HEADER_LEN: usize = size_of::<InfoHeader>();
+const PERMISSION_EVENTS: u64 =
+    libc::FAN_OPEN_PERM | libc::FAN_ACCESS_PERM | libc::FAN_OPEN_EXEC_PERM;
+
+fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
+    bytes.get(offset..)?.first_chunk::<N>().copied()
+}
+
+/// Decodes what a read of a group returned.
+///
+/// Pure: `take_fd` is called once for every descriptor in the buffer, and is the
+/// only one to give the numbers a meaning. What was decoded before a malformed
+/// event is handed over all the same, because those descriptors are real.
+pub fn decode<Fd>(
+    bytes: &[u8],
+    mut take_fd: impl FnMut(RawFd) -> Fd,
+) -> (Vec<Decoded<Fd>>, Result<(), Malformed>) {
+    let mut decoded = Vec::with_capacity(bytes.len() / METADATA_LEN);
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let left = rest.len();
+        let Some(event_len) =
+            bytes_at(rest, offset_of!(Metadata, event_len)).map(u32::from_ne_bytes)
+        else {
+            return (decoded, Err(Malformed::Length { event_len: 0, left }));
+        };
+        let event_len_bytes = event_len as usize;
+        if event_len_bytes < METADATA_LEN || event_len_bytes > left {
+            return (decoded, Err(Malformed::Length { event_len, left }));
+        }
+        let (event, following) = rest.split_at(event_len_bytes);
+        rest = following;
+
+        let [vers] = bytes_at(event, offset_of!(Metadata, vers)).expect("inside the metadata");
+        if vers != libc::FANOTIFY_METADATA_VERSION {
+            return (decoded, Err(Malformed::Version(vers)));
+        }
+        let metadata_len = u16::from_ne_bytes(
+            bytes_at(event, offset_of!(Metadata, metadata_len)).expect("inside the metadata"),
+        ) as usize;
+        if metadata_len < METADATA_LEN || metadata_len > event_len_bytes {
+            return (decoded, Err(Malformed::Length { event_len, left }));
+        }
+        let mask = u64::from_ne_bytes(
+            bytes_at(event, offset_of!(Metadata, mask)).expect("inside the metadata"),
+        );
+        let fd = RawFd::from_ne_bytes(
+            bytes_at(event, offset_of!(Metadata, fd)).expect("inside the metadata"),
+        );
+        let pid = i32::from_ne_bytes(
+            bytes_at(event, offset_of!(Metadata, pid)).expect("inside the metadata"),
+        );
+
+        // A negative number is FAN_NOFD or an error, never a descriptor.
+        let file = (fd >= 0).then(|| take_fd(fd));
+        let pidfd = pidfd_record(&event[metadata_len..]).map(&mut take_fd);
+        decoded.push(match file {
+            _ if mask & libc::FAN_Q_OVERFLOW != 0 => Decoded::Overflow,
+            None => Decoded::WithoutFile { mask },
+            Some(file) => {
+                let event =
+                    Event { file, pid: u32::try_from(pid).unwrap_or_default(), pidfd, mask };
+                if mask & PERMISSION_EVENTS == 0 {
+                    Decoded::Notification(event)
+                } else {
+                    Decoded::Permission(event)
+                }
+            }
+        });
+    }
+    (decoded, Ok(()))
+}
+
+/// The descriptor in an event's pidfd record. Records of other types are
+/// skipped by their length; a record that lies about it ends the search.
+fn pidfd_record(mut records: &[u8]) -> Option<RawFd> {
+    loop {
+        let [info_type] = bytes_at(records, offset_of!(InfoHeader, info_type))?;
+        let len: usize = u16::from_ne_bytes(bytes_at(records, offset_of!(InfoHeader, len))?).into();
+        if len < INFO_HEADER_LEN || len > records.len() {
+            return None;
+        }
+        let (record, following) = records.split_at(len);
+        if info_type == libc::FAN_EVENT_INFO_TYPE_PIDFD {
+            let pidfd = RawFd::from_ne_bytes(bytes_at(record, INFO_HEADER_LEN)?);
+            // FAN_NOPIDFD and FAN_EPIDFD are negative: the process is gone.
+            return (pidfd >= 0).then_some(pidfd);
+        }
+        records = following;
+    }
+}
+
+/// Where events are read to. fanotify's structs want eight-byte alignment, and
+/// 64 KiB holds more than a thousand events.
+#[repr(C, align(8))]
+pub struct Buffer([u8; 64 * 1024]);
+
+impl Buffer {
+    pub fn new() -> Box<Buffer> {
+        Box::new(Buffer([0; _]))
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Buffer")
+    }
+}
+
+/// Why a group could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("this kernel has no fanotify (driftd needs CONFIG_FANOTIFY and Linux 5.4 or newer)")]
+    Missing,
+    #[error(
+        "the kernel refuses fanotify to this process: it must be root in the host's user \
+         namespace with CAP_SYS_ADMIN (try: sudo driftd run, or systemctl start driftd)"
+    )]
+    NotPermitted,
+    #[error(
+        "the kernel cannot ask before a program runs (driftd needs \
+         CONFIG_FANOTIFY_ACCESS_PERMISSIONS and Linux 5.0 or newer)"
+    )]
+    NoPermissionEvents,
+    #[error(
+        "no more fanotify groups can be made (see: sysctl fs.fanotify.max_user_groups, \
+         and the limit of open files)"
+    )]
+    TooMany,
+    #[error("cannot make a fanotify group: {0}")]
+    Other(#[source] io::Error),
+}
+
+/// A fanotify group.
+pub struct Group {
+    fanotify: Fanotify,
+    /// Whether events carry a pidfd (Linux 5.15, or 5.10.220).
+    pub reports_pidfd: bool,
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Group({})", self.fanotify.as_fd().as_raw_fd())
+    }
+}
+
+impl Group {
+    /// A group that is asked before a program runs. It must never hold
+    /// notification events too: a permission event that meets a full queue is
+    /// allowed in silence, so its queue has no limit.
+    pub fn gate() -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, true)
+    }
+
+    /// A group that is told of what has happened.
+    pub fn feed() -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_NOTIF, false)
+    }
+
+    /// Tries flags from rich to poor, since versions of kernels do not tell what
+    /// was ported back to them.
+    fn richest(class: InitFlags, want_pidfd: bool) -> Result<Group, Error> {
+        let flags = class
+            | InitFlags::FAN_CLOEXEC
+            | InitFlags::FAN_NONBLOCK
+            | InitFlags::FAN_UNLIMITED_QUEUE
+            | InitFlags::FAN_UNLIMITED_MARKS;
+        // O_NONBLOCK: the kernel opens the file for us, and a FIFO opened without
+        // it would wait for a writer inside our read.
+        let plain = EventFFlags::from_bits_retain(0)
+            | EventFFlags::O_LARGEFILE
+            | EventFFlags::O_CLOEXEC
+            | EventFFlags::O_NONBLOCK;
+        let mut refused = Errno::EINVAL;
+        for reports_pidfd in [true, false] {
+            if reports_pidfd && !want_pidfd {
+                continue;
+            }
+            let pidfd =
+                if reports_pidfd { InitFlags::FAN_REPORT_PIDFD } else { InitFlags::empty() };
+            for event_flags in [plain | EventFFlags::O_NOATIME, plain] {
+                match Fanotify::init(flags | pidfd, event_flags) {
+                    Ok(fanotify) => return Ok(Group { fanotify, reports_pidfd }),
+                    Err(Errno::EINVAL) => refused = Errno::EINVAL,
+                    Err(errno) => return Err(Error::from_init(errno)),
+                }
+            }
+        }
+        Err(Error::from_init(refused))
+    }
+
+    /// Marks the whole filesystem that `directory` is on.
+    pub fn mark_filesystem(&self, directory: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        // The empty path is not allowed, and "." below an O_PATH descriptor is it.
+        self.fanotify
+            .mark(
+                MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_FILESYSTEM,
+                MaskFlags::from_bits_retain(mask),
+                directory,
+                Some("."),
+            )
+            .map_err(io::Error::from)
+    }
+
+    /// Reads what is there, at most `bytes` of it; `WouldBlock` if there is
+    /// nothing.
+    ///
+    /// The kernel opens a descriptor (or two) for every event of one read, and
+    /// when we have no more to give it, it drops a notification in silence and
+    /// *denies* a permission. Whoever reads keeps `bytes` small enough.
+    pub fn read<'group>(
+        &'group self,
+        buffer: &mut Buffer,
+        bytes: usize,
+    ) -> Result<Vec<Incoming<'group>>, ReadError> {
+        let bytes = bytes.min(buffer.0.len());
+        let read = rustix::io::read(&self.fanotify, &mut buffer.0[..bytes])
+            .map_err(|errno| ReadError::Os(errno.into()))?;
+        let (decoded, outcome) = decode(&buffer.0[..read], |fd| {
+            // SAFETY: the kernel has just opened `fd` for us as part of this
+            // read; `decode` passes each number once, so this is its one owner.
+            unsafe { OwnedFd::from_raw_fd(fd) }
+        });
+        let incoming = decoded
+            .into_iter()
+            .filter_map(|decoded| match decoded {
+                Decoded::Permission(event) => {
+                    Some(Incoming::Permission(Permission { group: self, event: Some(event) }))
+                }
+                Decoded::Notification(event) => Some(Incoming::Notification(event)),
+                Decoded::Overflow => Some(Incoming::Overflow),
+                Decoded::WithoutFile { .. } => None,
+            })
+            .collect();
+        outcome.map_err(ReadError::Malformed)?;
+        Ok(incoming)
+    }
+
+    fn respond(&self, file: BorrowedFd<'_>, answer: Answer) -> io::Result<()> {
+        let response = match answer {
+            Answer::Allow => libc::FAN_ALLOW,
+            Answer::Deny => libc::FAN_DENY,
+        };
+        // struct fanotify_response: the event's descriptor, then the answer.
+        let mut bytes = [0; size_of::<libc::fanotify_response>()];
+        bytes[..4].copy_from_slice(&file.as_raw_fd().to_ne_bytes());
+        bytes[4..].copy_from_slice(&response.to_ne_bytes());
+        rustix::io::retry_on_intr(|| rustix::io::write(&self.fanotify, &bytes))?;
+        Ok(())
+    }
+}
+
+impl AsFd for Group {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fanotify.as_fd()
+    }
+}
+
+/// Why events could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("cannot read fanotify events: {0}")]
+    Os(#[source] io::Error),
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+}
+
+impl Error {
+    fn from_init(errno: Errno) -> Error {
+        match errno {
+            Errno::ENOSYS => Error::Missing,
+            Errno::EPERM => Error::NotPermitted,
+            Errno::EMFILE | Errno::ENFILE => Error::TooMany,
+            // The permission classes are the only flags that a kernel without
+            // them refuses after everything newer was left out.
+            errno => Error::Other(errno.into()),
+        }
+    }
+}
+
+/// What this kernel's fanotify offers to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Events of the gate name the process by a handle, not only by its pid.
+    pub pidfd: bool,
+}
+
+/// Tries what the watchers need; the error says in words what is missing.
+pub fn probe() -> Result<Capabilities, Error> {
+    let gate = Group::gate()?;
+    // A directory is never opened for execution, so this mark sees nothing.
+    match gate.fanotify.mark(
+        MarkFlags::FAN_MARK_ADD,
+        MaskFlags::FAN_OPEN_EXEC_PERM,
+        nix::fcntl::AT_FDCWD,
+        Some(Path::new("/")),
+    ) {
+        Ok(()) => (),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Err(Error::NoPermissionEvents),
+        Err(errno) => return Err(Error::Other(errno.into())),
+    }
+    Group::feed()?;
+    Ok(Capabilities { pidfd: gate.reports_pidfd })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An event as the kernel writes it.
+    fn event(mask: u64, fd: i32, pid: i32, records: &[u8]) -> Vec<u8> {
+        let len = u32::try_from(METADATA_LEN + records.len()).unwrap();
+        let mut bytes = len.to_ne_bytes().to_vec();
+        bytes.push(libc::FANOTIFY_METADATA_VERSION);
+        bytes.push(0);
+        bytes.extend(u16::try_from(METADATA_LEN).unwrap().to_ne_bytes());
+        bytes.extend(mask.to_ne_bytes());
+        bytes.extend(fd.to_ne_bytes());
+        bytes.extend(pid.to_ne_bytes());
+        bytes.extend(records);
+        bytes
+    }
+
+    fn record(info_type: u8, body: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![info_type, 0];
+        bytes.extend(u16::try_from(INFO_HEADER_LEN + body.len()).unwrap().to_ne_bytes());
+        bytes.extend(body);
+        bytes
+    }
+
+    fn pidfd(fd: i32) -> Vec<u8> {
+        record(libc::FAN_EVENT_INFO_TYPE_PIDFD, &fd.to_ne_bytes())
+    }
+
+    #[track_caller]
+    fn check(bytes: &[u8], expected: &[Decoded<i32>]) {
+        let (decoded, outcome) = decode(bytes, |fd| fd);
+        assert_eq!(outcome, Ok(()));
+        assert_eq!(decoded, expected);
+    }
+
+    #[test]
+    fn events_are_told_apart() {
+        let exec = libc::FAN_OPEN_EXEC_PERM;
+        let written = libc::FAN_CLOSE_WRITE;
+        let mut bytes = event(exec, 7, 42, &pidfd(8));
+        bytes.extend(event(written, 9, 43, &[]));
+        bytes.extend(event(libc::FAN_Q_OVERFLOW, libc::FAN_NOFD, 0, &[]));
+        check(
+            &bytes,
+            &[
+                Decoded::Permission(Event { file: 7, pid: 42, pidfd: Some(8), mask: exec }),
+                Decoded::Notification(Event { file: 9, pid: 43, pidfd: None, mask: written }),
+                Decoded::Overflow,
+            ],
+        );
+    }
+
+    #[test]
+    fn a_process_that_is_gone_has_no_pidfd() {
+        for gone in [libc::FAN_NOPIDFD, libc::FAN_EPIDFD] {
+            let expected = Event { file: 7, pid: 42, pidfd: None, mask: libc::FAN_OPEN_EXEC_PERM };
+            check(
+                &event(libc::FAN_OPEN_EXEC_PERM, 7, 42, &pidfd(gone)),
+                &[Decoded::Permission(expected)],
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_records_are_stepped_over() {
+        let mut records = record(200, b"from the future");
+        records.extend(pidfd(8));
+        let expected = Event { file: 7, pid: 1, pidfd: Some(8), mask: libc::FAN_CLOSE_WRITE };
+        check(&event(libc::FAN_CLOSE_WRITE, 7, 1, &records), &[Decoded::Notification(expected)]);
+    }
+
+    #[test]
+    fn a_name_in_a_record_is_never_taken_for_a_descriptor() {
+        // What makes fanotify-rs close descriptors of the process.
+        let name = record(2, b"\x01\0\0\0me-0 \x01\0\0\0");
+        let (decoded, outcome) =
+            decode(&event(libc::FAN_CREATE, libc::FAN_NOFD, 1, &name), |fd| -> () {
+                panic!("{fd} is no descriptor")
+            });
+        assert_eq!((decoded.len(), outcome), (1, Ok(())));
+    }
+
+    #[test]
+    fn a_truncated_event_is_refused_and_those_before_it_are_kept() {
+        let mut bytes = event(libc::FAN_CLOSE_WRITE, 7, 1, &[]);
+        bytes.extend(&event(libc::FAN_CLOSE_WRITE, 8, 1, &[])[..20]);
+        let (decoded, outcome) = decode(&bytes, |fd| fd);
+        assert_eq!(decoded.len(), 1);
+        assert_eq!(outcome, Err(Malformed::Length { event_len: 24, left: 20 }));
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let mut bytes = event(libc::FAN_CLOSE_WRITE, 7, 1, &[]);
+        bytes[offset_of!(Metadata, vers)] = 4;
+        let (decoded, outcome) = decode(&bytes, |fd| -> () { panic!("{fd} was trusted") });
+        assert_eq!((decoded, outcome), (vec![], Err(Malformed::Version(4))));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_decoded_or_refused(bytes: Vec<u8>) {
+            let _ = decode(&bytes, |fd| fd);
+        }
+
+        #[test]
+        fn nearly_valid_events_are_decoded_or_refused(
+            mask: u64, fd: i32, pid: i32, records: Vec<u8>, at in 0usize..64, byte: u8,
+        ) {
+            let mut bytes = event(mask, fd, pid, &records);
+            if let Some(place) = bytes.get_mut(at) {
+                *place = byte;
+            }
+            let mut taken = Vec::new();
+            let (decoded, _) = decode(&bytes, |fd| taken.push(fd));
+            prop_assert!(taken.iter().all(|fd| *fd >= 0));
+            prop_assert!(decoded.len() <= 1 && taken.len() <= 2);
+        }
+
+        #[test]
+        fn every_descriptor_is_taken_once(events in prop::collection::vec((0i32..1000, prop::option::of(0i32..1000)), 0..50)) {
+            let mut bytes = Vec::new();
+            let mut expected = Vec::new();
+            for (fd, pid_fd) in &events {
+                bytes.extend(event(libc::FAN_OPEN_EXEC_PERM, *fd, 1, &pid_fd.map(pidfd).unwrap_or_default()));
+                expected.push(*fd);
+                expected.extend(*pid_fd);
+            }
+            let mut taken = Vec::new();
+            let (decoded, outcome) = decode(&bytes, |fd| taken.push(fd));
+            prop_assert_eq!(outcome, Ok(()));
+            prop_assert_eq!(decoded.len(), events.len());
+            prop_assert_eq!(taken, expected);
+        }
+    }
+}

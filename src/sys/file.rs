@@ -1,0 +1,281 @@
+//! Files by descriptor: what they are, what they hold, how to open them without
+//! being led astray. Never by name twice.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+use sha2::Digest as _;
+
+use crate::model::{Blake3Hash, FileType, Format, Sha256Hash};
+
+/// A point in time as the filesystem says it: seconds and nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileTime {
+    pub seconds: i64,
+    pub nanoseconds: u32,
+}
+
+/// What statx(2) says of an inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stat {
+    pub device: u64,
+    pub inode: u64,
+    /// `None` where the filesystem keeps no birth time.
+    pub born: Option<FileTime>,
+    pub changed: FileTime,
+    pub modified: FileTime,
+    pub file_type: FileType,
+    /// Permission bits with setuid, setgid and sticky.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: u64,
+    pub links: u32,
+    /// What a device node stands for: major and minor.
+    pub node: (u32, u32),
+    /// Which mount it was reached through; `None` before Linux 5.8.
+    pub mount: Option<u64>,
+}
+
+impl Stat {
+    /// A character device 0:0 is how an overlay's upper layer says that a name
+    /// of the layers below is gone.
+    pub fn is_whiteout_device(&self) -> bool {
+        self.file_type == FileType::CharDevice && self.node == (0, 0)
+    }
+
+    pub fn is_regular(&self) -> bool {
+        self.file_type == FileType::Regular
+    }
+}
+
+impl From<Statx> for Stat {
+    fn from(statx: Statx) -> Stat {
+        let time = |time: rustix::fs::StatxTimestamp| FileTime {
+            seconds: time.tv_sec,
+            nanoseconds: time.tv_nsec,
+        };
+        let known = StatxFlags::from_bits_retain(statx.stx_mask);
+        let mode = u32::from(statx.stx_mode);
+        Stat {
+            device: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+            inode: statx.stx_ino,
+            born: known.contains(StatxFlags::BTIME).then(|| time(statx.stx_btime)),
+            changed: time(statx.stx_ctime),
+            modified: time(statx.stx_mtime),
+            file_type: match rustix::fs::FileType::from_raw_mode(mode) {
+                rustix::fs::FileType::RegularFile => FileType::Regular,
+                rustix::fs::FileType::Directory => FileType::Directory,
+                rustix::fs::FileType::Symlink => FileType::Symlink,
+                rustix::fs::FileType::CharacterDevice => FileType::CharDevice,
+                rustix::fs::FileType::BlockDevice => FileType::BlockDevice,
+                rustix::fs::FileType::Fifo => FileType::Fifo,
+                // statx knows no eighth type.
+                rustix::fs::FileType::Socket | rustix::fs::FileType::Unknown => FileType::Socket,
+            },
+            mode: mode & 0o7777,
+            uid: statx.stx_uid,
+            gid: statx.stx_gid,
+            size: statx.stx_size,
+            links: statx.stx_nlink,
+            node: (statx.stx_rdev_major, statx.stx_rdev_minor),
+            mount: known.contains(StatxFlags::MNT_ID).then_some(statx.stx_mnt_id),
+        }
+    }
+}
+
+const WANTED: StatxFlags =
+    StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
+
+/// What an open file is.
+pub fn stat(fd: impl AsFd) -> io::Result<Stat> {
+    Ok(rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, WANTED)?.into())
+}
+
+/// What a directory's entry is; a symlink itself, not its target.
+pub fn stat_at(directory: impl AsFd, name: impl rustix::path::Arg) -> io::Result<Stat> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    Ok(rustix::fs::statx(directory, name, flags, WANTED)?.into())
+}
+
+/// What a path of the host leads to, links followed. Not for paths that a
+/// container can choose.
+pub fn stat_path(path: impl rustix::path::Arg) -> io::Result<Stat> {
+    Ok(rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), WANTED)?.into())
+}
+
+/// Opens a directory of the host, as a place to look below.
+pub fn open_directory(path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Opens the root directory of a process, as a place to look from. Keep it only
+/// for a moment: it keeps a container's mount busy.
+pub fn open_root(link: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(link, flags, Mode::empty())?)
+}
+
+/// The one way to open what a container may have put there: below `directory`,
+/// through no symlink of any kind, onto no other mount.
+fn beneath(directory: impl AsFd, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    let path = if path.is_empty() { b"." } else { path };
+    // EAGAIN: a rename elsewhere raced with the look-up, which proves nothing.
+    let mut attempts = 0;
+    loop {
+        match rustix::fs::openat2(&directory, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        {
+            Err(Errno::AGAIN) if attempts < 16 => attempts += 1,
+            opened => return Ok(opened?),
+        }
+    }
+}
+
+/// Opens whatever is there, only to ask what it is.
+pub fn open_path_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<OwnedFd> {
+    beneath(directory, path, OFlags::PATH | OFlags::NOFOLLOW)
+}
+
+pub fn open_directory_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<OwnedFd> {
+    beneath(directory, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW)
+}
+
+/// Opens a file for reading and says what it is. It need not be a regular file:
+/// without O_NONBLOCK a FIFO would wait for a writer, so what was opened must be
+/// looked at before it is read.
+pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(OwnedFd, Stat)> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW;
+    let fd = match beneath(&directory, path, flags | OFlags::NOATIME) {
+        // O_NOATIME is for a file's owner and CAP_FOWNER.
+        Err(err) if err.raw_os_error() == Some(Errno::PERM.raw_os_error()) => {
+            beneath(directory, path, flags)?
+        }
+        opened => opened?,
+    };
+    let stat = stat(&fd)?;
+    Ok((fd, stat))
+}
+
+/// An extended attribute; `None` if there is none or the filesystem has none.
+pub fn xattr(fd: impl AsFd, name: &str) -> io::Result<Option<Box<[u8]>>> {
+    // Longer than any `security.capability` (24 bytes) and any redirect (a path).
+    let mut value = [0_u8; 4096];
+    match rustix::fs::fgetxattr(fd, name, &mut value[..]) {
+        Ok(len) => Ok(Some(value[..len].into())),
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The first bytes of a regular file, judged. The caller has looked: reading
+/// anything else could wait for ever.
+pub fn sniff(file: BorrowedFd<'_>) -> io::Result<Format> {
+    let mut head = [0; Format::HEAD];
+    let mut filled = 0;
+    while filled < head.len() {
+        let offset = filled as u64;
+        match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut head[filled..], offset))? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    Ok(Format::sniff(&head[..filled]))
+}
+
+/// Both hashes of a file's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hashes {
+    pub blake3: Blake3Hash,
+    pub sha256: Sha256Hash,
+}
+
+/// Reads a regular file once from its start, whatever the descriptor's position,
+/// for both hashes. `None` if it is longer than `limit`. A hole costs the
+/// reading of zeros, which is why there is a limit at all. The buffer is memory
+/// of ours: a container could truncate a mapped file under us.
+pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
+    let mut blake3 = blake3::Hasher::new();
+    let mut sha256 = sha2::Sha256::new();
+    let mut buffer = vec![0; 128 * 1024];
+    let mut offset = 0;
+    loop {
+        let read = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut buffer[..], offset))?;
+        if read == 0 {
+            break;
+        }
+        offset += read as u64;
+        if offset > limit {
+            return Ok(None);
+        }
+        blake3.update(&buffer[..read]);
+        sha256.update(&buffer[..read]);
+    }
+    Ok(Some(Hashes {
+        blake3: Blake3Hash(*blake3.finalize().as_bytes()),
+        sha256: Sha256Hash(sha256.finalize().into()),
+    }))
+}
+
+/// Where the kernel says an open file is: the link of /proc/self/fd.
+pub fn name_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::ffi::OsStringExt as _;
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    Ok(link.into_os_string().into_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_fifo_named_like_a_program_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().join("ls");
+        nix::unistd::mkfifo(&name, nix::sys::stat::Mode::from_bits_truncate(0o755)).unwrap();
+        let root = open_directory(dir.path()).unwrap();
+        let (_, stat) = open_file_beneath(&root, b"ls").unwrap();
+        assert_eq!(stat.file_type, FileType::Fifo);
+    }
+
+    #[test]
+    fn no_symlink_leads_out_or_anywhere() {
+        let dir = tempfile::tempdir().unwrap();
+        symlink("/", dir.path().join("root")).unwrap();
+        symlink("here", dir.path().join("link")).unwrap();
+        std::fs::write(dir.path().join("here"), "x").unwrap();
+        let root = open_directory(dir.path()).unwrap();
+        for path in [b"root/etc/passwd".as_slice(), b"root", b"link", b"../etc", b"/etc/passwd"] {
+            let err = open_file_beneath(&root, path).unwrap_err();
+            assert!(matches!(err.raw_os_error(), Some(libc::ELOOP | libc::EXDEV)), "{err}");
+        }
+        assert!(open_file_beneath(&root, b"here").unwrap().1.is_regular());
+    }
+
+    #[test]
+    fn both_hashes_come_from_one_reading() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().join("f");
+        let content: Vec<u8> = (0..300_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+        std::fs::write(&name, &content).unwrap();
+        std::fs::set_permissions(&name, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let file = std::fs::File::open(&name).unwrap();
+        let expected = Hashes {
+            blake3: Blake3Hash(*blake3::hash(&content).as_bytes()),
+            sha256: Sha256Hash(sha2::Sha256::digest(&content).into()),
+        };
+        assert_eq!(hash(file.as_fd(), 300_000).unwrap(), Some(expected));
+        assert_eq!(hash(file.as_fd(), 299_999).unwrap(), None);
+        assert_eq!(stat(&file).unwrap().mode, 0o640);
+        assert_eq!(sniff(file.as_fd()).unwrap(), Format::Data);
+    }
+}

@@ -1,0 +1,213 @@
+//! OverlayFS: what its mount options and extended attributes say.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+use super::file;
+use crate::model::OverlayDirs;
+
+const OVERLAYFS_SUPER_MAGIC: u64 = 0x794c_7630;
+
+/// Whether an open directory is on an overlay.
+pub fn is_overlay(fd: impl AsFd) -> io::Result<bool> {
+    let magic = rustix::fs::fstatfs(fd)?.f_type;
+    Ok(u64::try_from(magic) == Ok(OVERLAYFS_SUPER_MAGIC))
+}
+
+/// One of the overlay's own attributes on a file of its upper layer. Overlays
+/// mounted with `userxattr` keep them in the `user` namespace.
+///
+/// A container cannot set the `trusted` ones (the overlay hides them), but it
+/// can set the `user` ones on an overlay that does not use them. What they could
+/// hide or fake is therefore only believed if the mount says `userxattr`.
+fn attribute(fd: impl AsFd, name: &str, user: bool) -> io::Result<Option<Box<[u8]>>> {
+    let namespace = if user { "user" } else { "trusted" };
+    file::xattr(fd, &format!("{namespace}.overlay.{name}"))
+}
+
+/// What the overlay notes on a directory of its upper layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opacity {
+    /// The layers below show through.
+    Transparent,
+    /// Nothing of the layers below is visible in this directory.
+    Opaque,
+    /// As `Transparent`, but empty regular files may be whiteouts.
+    HoldsFileWhiteouts,
+}
+
+pub fn opacity(directory: impl AsFd, user: bool) -> io::Result<Opacity> {
+    Ok(match attribute(directory, "opaque", user)?.as_deref() {
+        Some(b"y") => Opacity::Opaque,
+        Some(b"x") => Opacity::HoldsFileWhiteouts,
+        Some(_) | None => Opacity::Transparent,
+    })
+}
+
+/// Whether an empty regular file is a whiteout.
+pub fn is_file_whiteout(fd: impl AsFd, user: bool) -> io::Result<bool> {
+    Ok(attribute(fd, "whiteout", user)?.is_some())
+}
+
+/// Whether an upper file holds only metadata, its content being in a layer below.
+pub fn is_metacopy(fd: impl AsFd, user: bool) -> io::Result<bool> {
+    Ok(attribute(fd, "metacopy", user)?.is_some())
+}
+
+/// Whether a directory was renamed with `redirect_dir`: what it shows comes from
+/// another path of the layers below, and is not in the upper layer.
+pub fn is_redirected(fd: impl AsFd, user: bool) -> io::Result<bool> {
+    Ok(attribute(fd, "redirect", user)?.is_some())
+}
+
+/// A mounted overlay, as /proc/PID/mountinfo describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    pub dirs: OverlayDirs,
+    /// Its attributes are in the `user` namespace.
+    pub userxattr: bool,
+}
+
+/// Finds the overlay with this device in a process's mountinfo.
+///
+/// Our own few lines and not the procfs crate's, because a container may mount
+/// something with a name that is not UTF-8, and must not lose its rootfs by it.
+pub fn find_in_mountinfo(mountinfo: &[u8], device: u64) -> Option<Mount> {
+    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        // ID, parent, device, root, mount point, options, tags…, "-", type, source, options
+        if *fields.get(2)? != device.as_bytes() {
+            return None;
+        }
+        let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
+        if *fields.get(dash + 1)? != b"overlay" {
+            return None;
+        }
+        parse_options(fields.get(dash + 3)?)
+    })
+}
+
+/// Reads an overlay's mount options as the kernel prints them: octal escapes
+/// from seq_file, and in a `lowerdir` list a backslash before `:` and `\`.
+fn parse_options(options: &[u8]) -> Option<Mount> {
+    let mut upperdir = None;
+    let mut lowerdirs: Vec<PathBuf> = Vec::new();
+    let mut userxattr = false;
+    for option in options.split(|&byte| byte == b',') {
+        let value = |name: &str| option.strip_prefix(name.as_bytes()).map(unescape_octal);
+        if let Some(value) = value("upperdir=") {
+            upperdir = Some(into_path(value));
+        } else if let Some(value) = value("lowerdir+=") {
+            lowerdirs.push(into_path(value));
+        } else if let Some(value) = value("lowerdir=") {
+            lowerdirs.extend(split_lowerdirs(&value));
+        } else if option == b"userxattr" {
+            userxattr = true;
+        }
+    }
+    let upperdir = upperdir?;
+    // containerd shortens a long list by mounting from the directory of all
+    // snapshots, with `lowerdir=12/fs:11/fs`.
+    if let Some(snapshots) = upperdir.parent().and_then(Path::parent) {
+        for lowerdir in &mut lowerdirs {
+            if lowerdir.is_relative() {
+                *lowerdir = snapshots.join(&lowerdir);
+            }
+        }
+    }
+    Some(Mount { dirs: OverlayDirs { upperdir, lowerdirs }, userxattr })
+}
+
+fn into_path(bytes: Vec<u8>) -> PathBuf {
+    std::ffi::OsString::from_vec(bytes).into()
+}
+
+fn unescape_octal(escaped: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(escaped.len());
+    let mut rest = escaped;
+    while let Some((&byte, after)) = rest.split_first() {
+        match after {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', following @ ..]
+                if byte == b'\\' =>
+            {
+                bytes.push((a - b'0') * 64 + (b - b'0') * 8 + (c - b'0'));
+                rest = following;
+            }
+            _ => {
+                bytes.push(byte);
+                rest = after;
+            }
+        }
+    }
+    bytes
+}
+
+/// Splits at colons that no backslash stands before. `::` before a data-only
+/// layer makes an empty name, which is left out.
+fn split_lowerdirs(list: &[u8]) -> Vec<PathBuf> {
+    let mut dirs = vec![Vec::new()];
+    let mut bytes = list.iter().copied();
+    while let Some(byte) = bytes.next() {
+        let last = dirs.last_mut().expect("it starts with one and only grows");
+        match byte {
+            b'\\' => last.extend(bytes.next()),
+            b':' => dirs.push(Vec::new()),
+            byte => last.push(byte),
+        }
+    }
+    dirs.into_iter()
+        .filter(|dir| !dir.is_empty())
+        .map(|dir| PathBuf::from(OsStr::from_bytes(&dir)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(major: u32, minor: u32) -> u64 {
+        rustix::fs::makedev(major, minor)
+    }
+
+    #[test]
+    fn the_root_overlay_is_found_among_hostile_mounts() {
+        let mountinfo = b"612 611 0:52 / / rw,relatime - overlay overlay rw,lowerdir=/s/2/fs:/s/1/fs,upperdir=/s/3/fs,workdir=/s/3/work,uuid=on\n\
+            613 612 0:60 / /\xff\\040x rw shared:1 - tmpfs  rw\n";
+        let mount = find_in_mountinfo(mountinfo, device(0, 52)).unwrap();
+        assert_eq!(
+            mount,
+            Mount {
+                dirs: OverlayDirs {
+                    upperdir: "/s/3/fs".into(),
+                    lowerdirs: vec!["/s/2/fs".into(), "/s/1/fs".into()],
+                },
+                userxattr: false,
+            }
+        );
+        assert_eq!(find_in_mountinfo(mountinfo, device(0, 60)), None);
+        assert_eq!(find_in_mountinfo(b"garbage\n\n1 2 0:1", device(0, 1)), None);
+    }
+
+    #[test]
+    fn every_spelling_of_lowerdirs_is_read() {
+        let check = |options: &str, expected: &[&str]| {
+            let mount = parse_options(format!("{options},upperdir=/s/3/fs").as_bytes()).unwrap();
+            let expected: Vec<PathBuf> = expected.iter().map(PathBuf::from).collect();
+            assert_eq!(mount.dirs.lowerdirs, expected, "{options}");
+        };
+        check("lowerdir=/a\\134:b:/c", &["/a:b", "/c"]);
+        check("lowerdir=/a\\040b:/c\\054d", &["/a b", "/c,d"]);
+        check("lowerdir+=/a:b,lowerdir+=/c", &["/a:b", "/c"]);
+        check("lowerdir=2/fs:1/fs", &["/s/2/fs", "/s/1/fs"]);
+        check("lowerdir=/a::/data", &["/a", "/data"]);
+    }
+
+    #[test]
+    fn an_overlay_without_an_upperdir_has_no_directories() {
+        assert_eq!(parse_options(b"ro,lowerdir=/a:/b"), None);
+    }
+}

@@ -1,0 +1,397 @@
+//! Facts about processes, from /proc, as bytes.
+//!
+//! A process's name, arguments and mounts are chosen by the container and need
+//! not be UTF-8. The procfs crate holds /proc/PID open for us, so that a pid
+//! used again cannot mix two processes, and reads what is numbers (auxv). Its
+//! parsers of `stat`, `status`, `cmdline` and `mountinfo` want UTF-8 and fail on
+//! hostile names, so those few fields are read here.
+//!
+//! A process that has vanished is an `Err` or a `None`, never a surprise.
+
+use std::fmt;
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
+use procfs::process::Process;
+
+use crate::model::ProcessIdentity;
+
+/// Bounds for what a process may make us read.
+pub const MAX_ARGUMENTS: usize = 128;
+pub const MAX_ARGUMENT_BYTES: usize = 4 * 1024;
+const MAX_CMDLINE_BYTES: u64 = 64 * 1024;
+const MAX_PATH: usize = 4096;
+const MAX_ANCESTORS: usize = 32;
+
+/// Where a program's arguments and environment lie in its memory. The kernel
+/// writes it anew, at random addresses, in every execve: a changed area means
+/// that another program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArgumentArea {
+    pub arguments: (u64, u64),
+    pub environment: (u64, u64),
+}
+
+impl ArgumentArea {
+    /// The kernel has written all of it: execve is past the point where the new
+    /// program's arguments can be read.
+    pub fn is_complete(&self) -> bool {
+        self.environment.1 != 0
+    }
+}
+
+/// What /proc/PID/stat says (proc_pid_stat(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    pub identity: ProcessIdentity,
+    pub comm: Box<[u8]>,
+    pub state: u8,
+    pub parent: u32,
+    pub session: u32,
+    pub tty_nr: i32,
+    pub area: ArgumentArea,
+}
+
+impl Stat {
+    pub fn parse(text: &[u8]) -> Option<Stat> {
+        // The name may hold spaces and parentheses: it ends at the last one.
+        let open = text.iter().position(|&byte| byte == b'(')?;
+        let close = text.iter().rposition(|&byte| byte == b')')?;
+        let comm = text.get(open + 1..close)?;
+        let pid = str::from_utf8(text.get(..open)?).ok()?.trim().parse().ok()?;
+        // After the name come fields 3, 4, 5 …
+        let fields: Vec<&str> =
+            str::from_utf8(text.get(close + 1..)?).ok()?.split_ascii_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).copied();
+        let address = |number| field(number).and_then(|field| field.parse().ok()).unwrap_or(0);
+        Some(Stat {
+            identity: ProcessIdentity { pid, start_time: field(22)?.parse().ok()? },
+            comm: comm.into(),
+            state: *field(3)?.as_bytes().first()?,
+            parent: field(4)?.parse().ok()?,
+            session: field(6)?.parse().unwrap_or(0),
+            tty_nr: field(7)?.parse().ok()?,
+            area: ArgumentArea {
+                arguments: (address(48), address(49)),
+                environment: (address(50), address(51)),
+            },
+        })
+    }
+
+    pub fn has_ended(&self) -> bool {
+        matches!(self.state, b'Z' | b'X' | b'x')
+    }
+
+    /// The controlling terminal's name.
+    pub fn tty(&self) -> Option<String> {
+        tty_name(self.tty_nr)
+    }
+}
+
+/// One read of /proc/PID/stat by pid alone: only where the process cannot end
+/// meanwhile, because it waits for our answer.
+pub fn read_stat(pid: u32) -> io::Result<Stat> {
+    let mut file = std::fs::File::open(format!("/proc/{pid}/stat"))?;
+    // 52 numbers of at most 20 digits and a name of at most 64 bytes.
+    let mut text = [0; 2048];
+    let len = file.read(&mut text)?;
+    Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The name of a terminal, from `tty_nr` (proc_pid_stat(5), field 7).
+pub fn tty_name(tty_nr: i32) -> Option<String> {
+    let number = tty_nr.cast_unsigned();
+    let major = (number >> 8) & 0xfff;
+    let minor = (number & 0xff) | ((number >> 12) & 0xf_ff00);
+    match (major, minor) {
+        (0, _) => None,
+        (4, 0..=63) => Some(format!("tty{minor}")),
+        (4, _) => Some(format!("ttyS{}", minor - 64)),
+        (5, 1) => Some("console".into()),
+        (136..=143, _) => Some(format!("pts/{}", (major - 136) * 256 + minor)),
+        _ => Some(format!("{major}:{minor}")),
+    }
+}
+
+/// One process, held by its directory in /proc.
+pub struct Handle {
+    process: Process,
+    /// As read when the handle was made.
+    stat: Stat,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Handle({})", self.process.pid)
+    }
+}
+
+impl Handle {
+    pub fn open(pid: u32) -> io::Result<Handle> {
+        let pid = i32::try_from(pid).map_err(|_| io::ErrorKind::NotFound)?;
+        if pid == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let process = Process::new(pid).map_err(into_io)?;
+        let stat = stat_of(&process)?;
+        Ok(Handle { process, stat })
+    }
+
+    /// Only if it still is this process.
+    pub fn open_exactly(identity: ProcessIdentity) -> io::Result<Handle> {
+        let handle = Handle::open(identity.pid)?;
+        if handle.stat.identity == identity {
+            Ok(handle)
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    pub fn identity(&self) -> ProcessIdentity {
+        self.stat.identity
+    }
+
+    /// As it was when the handle was made.
+    pub fn first_stat(&self) -> &Stat {
+        &self.stat
+    }
+
+    /// As it is now.
+    pub fn stat(&self) -> io::Result<Stat> {
+        stat_of(&self.process)
+    }
+
+    fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let file = self.process.open_relative(name).map_err(into_io)?;
+        let mut bytes = Vec::new();
+        file.take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The executable's path, ` (deleted)` and all.
+    pub fn exe(&self) -> io::Result<Vec<u8>> {
+        let path = self.process.exe().map_err(into_io)?;
+        Ok(path.into_os_string().into_vec())
+    }
+
+    /// Each argument; `None` for a process that has ended or has none.
+    pub fn arguments(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
+        let cmdline = self.read("cmdline", MAX_CMDLINE_BYTES)?;
+        Ok(split_arguments(&cmdline))
+    }
+
+    /// The effective user ID: with whose rights it acts.
+    pub fn uid(&self) -> io::Result<u32> {
+        let status = self.read("status", 16 * 1024)?;
+        parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Names the pid namespace this process is in.
+    pub fn pid_namespace(&self) -> io::Result<u64> {
+        self.namespace("ns/pid")
+    }
+
+    /// Names the mount namespace this process is in.
+    pub fn mount_namespace(&self) -> io::Result<u64> {
+        self.namespace("ns/mnt")
+    }
+
+    fn namespace(&self, link: &str) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = self.process.open_relative(link).map_err(into_io)?;
+        Ok(file.metadata()?.ino())
+    }
+
+    /// The path as it was given to execve, from the new program's own memory.
+    /// It lies right behind the environment; an address elsewhere is not
+    /// believed, since a program can change what /proc/PID/auxv shows.
+    pub fn exec_name(&self) -> io::Result<Option<Vec<u8>>> {
+        const AT_EXECFN: u64 = 31;
+        let auxv = self.process.auxv().map_err(into_io)?;
+        let Some(&address) = auxv.get(&AT_EXECFN) else { return Ok(None) };
+        let end = self.stat()?.area.environment.1;
+        if address < end || address - end > MAX_PATH as u64 {
+            return Ok(None);
+        }
+        let memory = self.process.mem().map_err(into_io)?;
+        let mut name = vec![0; MAX_PATH];
+        // A short read is fine: the name is the last thing on the stack.
+        let len = memory.read_at(&mut name, address)?;
+        name.truncate(len);
+        Ok(name.iter().position(|&byte| byte == 0).map(|end| {
+            name.truncate(end);
+            name
+        }))
+    }
+
+    pub fn mountinfo(&self) -> io::Result<Vec<u8>> {
+        self.read("mountinfo", 16 << 20)
+    }
+
+    /// Where this process's root directory is reached from here.
+    pub fn root_path(&self) -> PathBuf {
+        format!("/proc/{}/root", self.process.pid).into()
+    }
+}
+
+fn stat_of(process: &Process) -> io::Result<Stat> {
+    let mut file = process.open_relative("stat").map_err(into_io)?;
+    let mut text = [0; 2048];
+    let len = file.read(&mut text)?;
+    Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn into_io(err: procfs::ProcError) -> io::Error {
+    match err {
+        procfs::ProcError::Io(err, _) => err,
+        procfs::ProcError::NotFound(_) => io::ErrorKind::NotFound.into(),
+        procfs::ProcError::PermissionDenied(_) => io::ErrorKind::PermissionDenied.into(),
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+fn split_arguments(cmdline: &[u8]) -> Option<Vec<Vec<u8>>> {
+    if cmdline.is_empty() {
+        return None;
+    }
+    let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(cmdline);
+    let arguments = cmdline
+        .split(|&byte| byte == 0)
+        .take(MAX_ARGUMENTS)
+        .map(|argument| argument[..argument.len().min(MAX_ARGUMENT_BYTES)].to_vec());
+    Some(arguments.collect())
+}
+
+fn parse_uid(status: &[u8]) -> Option<u32> {
+    // The name, which comes first, cannot fake a line: the kernel escapes it.
+    let line = status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(b"Uid:"))?;
+    // Real, effective, saved, filesystem.
+    str::from_utf8(line).ok()?.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// The parents of a process, nearest first, up to and including the first one
+/// outside `pid_namespace`. A parent is younger than its child only if its pid
+/// has been used again, so there the chain ends.
+pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
+    let mut chain: Vec<Handle> = Vec::new();
+    let mut child_start_time = stat.identity.start_time;
+    let mut parent = stat.parent;
+    while chain.len() < MAX_ANCESTORS {
+        let Ok(handle) = Handle::open(parent) else { break };
+        let stat = handle.first_stat();
+        if stat.identity.start_time > child_start_time {
+            break;
+        }
+        child_start_time = stat.identity.start_time;
+        parent = stat.parent;
+        let outside = pid_namespace.is_some() && handle.pid_namespace().ok() != pid_namespace;
+        chain.push(handle);
+        if outside {
+            break;
+        }
+    }
+    chain
+}
+
+/// Every process there is. One that ends meanwhile is left out.
+pub fn all() -> io::Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    for process in procfs::process::all_processes().map_err(into_io)? {
+        if let Ok(process) = process {
+            pids.extend(u32::try_from(process.pid));
+        }
+    }
+    Ok(pids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(comm: &[u8], state: &str) -> Vec<u8> {
+        let mut text = b"42 (".to_vec();
+        text.extend(comm);
+        text.extend(format!(") {state} 7 42 42 34817 42 0 ").bytes());
+        // Fields 10 to 21, then the start time, then up to field 52.
+        text.extend("0 ".repeat(12).bytes());
+        text.extend(b"9001 ");
+        text.extend((23..=52).map(|number| format!("{number} ")).collect::<String>().bytes());
+        text
+    }
+
+    #[test]
+    fn a_name_cannot_forge_the_fields_behind_it() {
+        let comm = b"x) R 1 1 (\xff";
+        let expected = Stat {
+            identity: ProcessIdentity { pid: 42, start_time: 9001 },
+            comm: (*comm).into(),
+            state: b'S',
+            parent: 7,
+            session: 42,
+            tty_nr: 34817,
+            area: ArgumentArea { arguments: (48, 49), environment: (50, 51) },
+        };
+        assert_eq!(Stat::parse(&line(comm, "S")), Some(expected));
+    }
+
+    #[test]
+    fn terminals_are_named() {
+        assert_eq!(tty_name(0), None);
+        assert_eq!(tty_name(34817), Some("pts/1".into()));
+        assert_eq!(tty_name((136 << 8) | 0x2c | (1 << 20)), Some("pts/300".into()));
+        assert_eq!(tty_name((4 << 8) | 1), Some("tty1".into()));
+        assert_eq!(tty_name((5 << 8) | 1), Some("console".into()));
+        assert!(tty_name(i32::MIN).is_none());
+        assert!(tty_name(-1).is_some());
+    }
+
+    #[test]
+    fn arguments_are_bounded_and_need_not_be_text() {
+        assert_eq!(split_arguments(b""), None);
+        let expected = vec![b"sh".to_vec(), b"\xff".to_vec(), b"".to_vec()];
+        assert_eq!(split_arguments(b"sh\0\xff\0\0"), Some(expected));
+        let many = split_arguments(&b"a\0".repeat(1000)).unwrap();
+        assert_eq!(many.len(), MAX_ARGUMENTS);
+        assert_eq!(split_arguments(&[b'a'; 9000]).unwrap()[0].len(), MAX_ARGUMENT_BYTES);
+    }
+
+    #[test]
+    fn our_own_facts_are_read() {
+        let me = Handle::open(std::process::id()).unwrap();
+        assert_eq!(me.exe().unwrap(), std::env::current_exe().unwrap().into_os_string().into_vec());
+        let arguments: Vec<Vec<u8>> =
+            std::env::args_os().map(OsStringExt::into_vec).take(MAX_ARGUMENTS).collect();
+        assert_eq!(me.arguments().unwrap(), Some(arguments));
+        assert_eq!(me.uid().unwrap(), rustix::process::geteuid().as_raw());
+        assert!(me.exec_name().unwrap().is_some());
+        let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get();
+        let chain = ancestors(me.first_stat(), None);
+        assert_eq!(chain[0].identity().pid, u32::try_from(parent).unwrap());
+    }
+
+    #[test]
+    fn a_process_that_is_gone_is_an_error_and_no_surprise() {
+        let mut child = std::process::Command::new("/bin/true").spawn().unwrap();
+        let handle = Handle::open(child.id()).unwrap();
+        child.wait().unwrap();
+        assert!(handle.exe().is_err());
+        assert!(handle.stat().is_err());
+        assert!(Handle::open_exactly(handle.identity()).is_err());
+        assert!(Handle::open(0).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_a_stat_or_none(text: Vec<u8>) {
+            let _ = Stat::parse(&text);
+        }
+
+        #[test]
+        fn any_name_is_read_back(comm in proptest::collection::vec(1u8.., 0..16)) {
+            let stat = Stat::parse(&line(&comm, "R")).unwrap();
+            proptest::prop_assert_eq!(&*stat.comm, &comm[..]);
+        }
+    }
+}

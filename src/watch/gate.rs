@@ -1,0 +1,203 @@
+//! The gate: asked by the kernel before a program runs.
+//!
+//! While the kernel asks, a process of the container waits, so this thread does
+//! as little as can be: what the file is, who asks, the answer. Everything else
+//! is handed to other threads by channels that never make it wait, and what does
+//! not fit in them is a named loss.
+//!
+//! ```text
+//! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
+//!                              │
+//!                              ├── own layer ──> content thread (with the fd)
+//!                              └── image layer ─> processes thread (fd closed)
+//! ```
+//!
+//! If it cannot go on, the whole process ends: then the kernel allows what is
+//! pending, while a gate that is open and unread would stop every exec.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TrySendError};
+use jiff::Timestamp;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use super::process::Caller;
+use super::shared::Shared;
+use super::table::Watched;
+use crate::health::Failure;
+use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
+use crate::sys::{file, procfs};
+
+/// A file of a container's own layer that is being executed.
+#[derive(Debug)]
+pub(super) struct Execution {
+    pub(super) watched: Arc<Watched>,
+    pub(super) file: OwnedFd,
+    pub(super) stat: file::Stat,
+    pub(super) caller: Caller,
+    pub(super) at: Timestamp,
+}
+
+/// A process that executes a file of the image.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) watched: Arc<Watched>,
+    pub(super) caller: Caller,
+    pub(super) at: Timestamp,
+}
+
+/// The gate turns at least this often, with or without events.
+const TURN: Duration = Duration::from_millis(250);
+
+/// How much one read may bring: about a hundred events, each with two
+/// descriptors. With none left to open, the kernel denies.
+const READ_BYTES: usize = 4 * 1024;
+
+pub(super) struct Gate {
+    pub(super) group: Arc<Group>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) content: Sender<Execution>,
+    pub(super) processes: Sender<Seen>,
+    /// Who watches the gate's progress reads the other end. Non-blocking.
+    pub(super) heartbeat: Option<OwnedFd>,
+}
+
+/// Ends the process if the thread that holds this ends by a panic.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+impl Gate {
+    pub(super) fn run(self) {
+        let _abort = AbortOnPanic;
+        // Without CAP_SYS_NICE it runs like the others, only later under load.
+        let _ = rustix::process::setpriority_process(None, -10);
+        let mut buffer = Buffer::new();
+        let mut last_beat = None;
+        while !self.shared.is_stopping() {
+            self.wait();
+            self.shared.health.gate_turns.fetch_add(1, Ordering::Relaxed);
+            self.beat(&mut last_beat);
+            match self.group.read(&mut buffer, READ_BYTES) {
+                Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
+                Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
+                    Some(Errno::AGAIN | Errno::INTR) => (),
+                    Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => give_up(&err),
+                    // The event is used up. Nobody knows which container's it was.
+                    Some(_) => self.shared.lose(
+                        Failure::EventUnreadable,
+                        None,
+                        &format!("an event of the gate could not be opened: {err}"),
+                    ),
+                },
+                Err(ReadError::Malformed(err)) => give_up(&err),
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let mut fds = [PollFd::from_borrowed_fd(self.group.as_fd(), PollFlags::IN)];
+        let timeout = Timespec::try_from(TURN).expect("a quarter of a second fits");
+        // An error here (a signal) only means that the turn comes early.
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+    }
+
+    fn beat(&self, last: &mut Option<Instant>) {
+        let Some(heartbeat) = &self.heartbeat else { return };
+        if last.is_none_or(|last| last.elapsed() >= TURN / 4) {
+            // A full pipe means that the last beats were not read yet: they are there.
+            let _ = rustix::io::write(heartbeat, b".");
+            *last = Some(Instant::now());
+        }
+    }
+
+    fn take(&self, incoming: Incoming<'_>) {
+        match incoming {
+            Incoming::Permission(permission) => self.answer(permission),
+            Incoming::Overflow => self.shared.lose(
+                Failure::KernelQueueOverflow,
+                None,
+                "the kernel dropped events of the gate",
+            ),
+            // The gate asks for permission events only.
+            Incoming::Notification(_) => (),
+        }
+    }
+
+    fn answer(&self, permission: Permission<'_>) {
+        let event = permission.event();
+        let stat = file::stat(&event.file);
+        // The one look into /proc before the answer. It takes no lock that the
+        // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
+        // files beside it), and only now is the process certain to be there.
+        let caller = procfs::read_stat(event.pid).ok();
+        let at = Timestamp::now();
+        let (event, answered) = permission.answer(Answer::Allow);
+        self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
+        if let Err(err) = answered {
+            // ENOENT: the process was killed while it waited.
+            if err.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
+                give_up(&err);
+            }
+        }
+        match stat {
+            Ok(stat) => self.hand_on(event, stat, caller, at),
+            Err(err) => self.shared.lose(
+                Failure::EventUnreadable,
+                None,
+                &format!("an executed file could not be looked at: {err}"),
+            ),
+        }
+    }
+
+    fn hand_on(&self, event: Event, stat: file::Stat, caller: Option<procfs::Stat>, at: Timestamp) {
+        let owner = self.shared.table.owner(&stat).or_else(|| {
+            // Layers on several filesystems, in a mount namespace of its own.
+            let handle = procfs::Handle::open(event.pid).ok()?;
+            self.shared.table.by_pid_namespace(handle.pid_namespace().ok()?)
+        });
+        // Of a container that is not watched any more.
+        let Some(watched) = owner else { return };
+        let Event { file, pid, pidfd, .. } = event;
+        let caller = Caller { stat: caller, pid, pidfd };
+        if watched.is_upper(&stat) {
+            let execution = Execution { watched, file, stat, caller, at };
+            match self.content.try_send(execution) {
+                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                Err(TrySendError::Full(execution)) => self.shared.lose(
+                    Failure::ContentQueueFull,
+                    Some(&execution.watched),
+                    "too many executed files wait to be hashed",
+                ),
+            }
+        } else {
+            drop(file);
+            // The queue is long, and who waits in it is looked at by its start
+            // time: a descriptor each would be too many.
+            let caller = Caller { pidfd: None, ..caller };
+            match self.processes.try_send(Seen { watched, caller, at }) {
+                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                Err(TrySendError::Full(seen)) => self.shared.lose(
+                    Failure::ProcessQueueFull,
+                    Some(&seen.watched),
+                    "too many processes wait to be looked at",
+                ),
+            }
+        }
+    }
+}
+
+/// Execs would wait for ever at a gate that nobody can read or answer.
+fn give_up(err: &dyn std::fmt::Display) -> ! {
+    panic!("the gate cannot go on ({err}); driftd ends so that the kernel opens it");
+}

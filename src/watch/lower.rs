@@ -1,0 +1,186 @@
+//! What the image's layers hold below an upper file, straight from the
+//! directories that the snapshotter unpacked.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+use super::table::Layers;
+use crate::model::{FileType, Format, LowerTwin, RootfsPath};
+use crate::sys::file::{self, FileTime, Stat};
+use crate::sys::overlay::{self, Opacity};
+
+/// More twins than this are not remembered.
+const MAX_TWINS: usize = 16 * 1024;
+
+/// Hashes of lower files, by inode and ctime: layers do not change, and one file
+/// of an image is asked for by every container made from it.
+#[derive(Debug, Default)]
+pub(super) struct LowerTwins {
+    known: Mutex<HashMap<(u64, u64, FileTime), Option<Twin>>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Twin {
+    format: Format,
+    mode: u32,
+    hashes: Option<LowerTwin>,
+}
+
+impl LowerTwins {
+    /// The regular file that the layers hold at `path`, if it or the upper file
+    /// looks like a program.
+    pub(super) fn find(
+        &self,
+        layers: &Layers,
+        path: &RootfsPath,
+        upper_is_program: bool,
+        max_hash_bytes: u64,
+    ) -> Option<LowerTwin> {
+        let lower = at(layers, path).filter(|lower| lower.stat.is_regular())?;
+        let key = (lower.stat.device, lower.stat.inode, lower.stat.changed);
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
+        let wants = |twin: &Twin| upper_is_program || looks_like_program(twin.format, twin.mode);
+        match known {
+            Some(None) => return None,
+            Some(Some(twin)) if !wants(&twin) => return None,
+            Some(Some(Twin { hashes: Some(hashes), .. })) => return Some(hashes),
+            Some(Some(Twin { hashes: None, .. })) | None => (),
+        }
+        let twin = lower.read().map(|(file, stat)| {
+            let mut twin = Twin {
+                format: file::sniff(file.as_fd()).unwrap_or(Format::Unknown),
+                mode: stat.mode,
+                hashes: None,
+            };
+            if wants(&twin) && stat.size <= max_hash_bytes {
+                let hashes = file::hash(file.as_fd(), max_hash_bytes).ok().flatten();
+                twin.hashes =
+                    hashes.map(|hashes| LowerTwin { blake3: hashes.blake3, sha256: hashes.sha256 });
+            }
+            twin
+        });
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MAX_TWINS {
+            known.clear();
+        }
+        known.insert(key, twin);
+        twin.filter(wants)?.hashes
+    }
+}
+
+/// Whether a file's content is worth comparing: what is hashed of an upperdir.
+pub(super) fn looks_like_program(format: Format, mode: u32) -> bool {
+    mode & 0o111 != 0 || matches!(format, Format::Elf | Format::Script)
+}
+
+/// A name of the lower layers.
+struct Lower {
+    layer: OwnedFd,
+    path: Vec<u8>,
+    stat: Stat,
+}
+
+impl Lower {
+    fn read(&self) -> Option<(OwnedFd, Stat)> {
+        let opened = file::open_file_beneath(&self.layer, &self.path).ok()?;
+        opened.1.is_regular().then_some(opened)
+    }
+}
+
+/// Whether the layers hold a regular file at `path`.
+pub(super) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
+    at(layers, path).is_some_and(|lower| lower.stat.is_regular())
+}
+
+/// What the lower layers, merged, show at `path`.
+fn at(layers: &Layers, path: &RootfsPath) -> Option<Lower> {
+    for directory in &layers.dirs.lowerdirs {
+        let Ok(layer) = file::open_directory(directory) else { continue };
+        match file::open_path_beneath(&layer, path.relative()) {
+            Ok(fd) => {
+                let stat = file::stat(&fd).ok()?;
+                if stat.is_whiteout_device() {
+                    return None;
+                }
+                return Some(Lower { layer, path: path.relative().to_vec(), stat });
+            }
+            Err(err) if hides_what_is_below(&layer, path, &err, layers.userxattr) => return None,
+            Err(_) => (),
+        }
+    }
+    None
+}
+
+/// Whether a layer that has no `path` also hides it in the layers below: by a
+/// directory of the way that is opaque, or is no directory.
+fn hides_what_is_below(layer: &OwnedFd, path: &RootfsPath, err: &io::Error, user: bool) -> bool {
+    match err.raw_os_error() {
+        Some(libc::ENOENT) => (),
+        // A whiteout, a file or a symlink where the path wants a directory.
+        _ => return true,
+    }
+    let mut parent = path.parent();
+    while let Some(directory) = parent {
+        if let Ok(fd) = file::open_directory_beneath(layer, directory.relative()) {
+            if overlay::opacity(&fd, user).is_ok_and(|opacity| opacity == Opacity::Opaque) {
+                return true;
+            }
+        }
+        parent = directory.parent();
+    }
+    false
+}
+
+/// The names that the lower layers, merged, show directly in a directory. If
+/// they hold something else than a directory at `path`, that is the answer.
+pub(super) enum LowerNames {
+    NotADirectory,
+    Names(Vec<Vec<u8>>),
+}
+
+pub(super) fn names_in(layers: &Layers, path: &RootfsPath) -> LowerNames {
+    // Whether a name is visible: the topmost layer that has it decides.
+    let mut names: BTreeMap<Vec<u8>, bool> = BTreeMap::new();
+    let mut found_directory = false;
+    for directory in &layers.dirs.lowerdirs {
+        let Ok(layer) = file::open_directory(directory) else { continue };
+        let fd = match file::open_directory_beneath(&layer, path.relative()) {
+            Ok(fd) => fd,
+            Err(err) => {
+                let is_something = file::open_path_beneath(&layer, path.relative())
+                    .and_then(file::stat)
+                    .is_ok_and(|stat| {
+                        stat.file_type != FileType::Directory && !stat.is_whiteout_device()
+                    });
+                if is_something && !found_directory {
+                    return LowerNames::NotADirectory;
+                }
+                if hides_what_is_below(&layer, path, &err, layers.userxattr) {
+                    break;
+                }
+                continue;
+            }
+        };
+        found_directory = true;
+        let is_opaque =
+            overlay::opacity(&fd, layers.userxattr).is_ok_and(|opacity| opacity == Opacity::Opaque);
+        let Ok(entries) = rustix::fs::Dir::read_from(&fd) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_bytes();
+            if matches!(name, b"." | b"..") || names.contains_key(name) {
+                continue;
+            }
+            let is_visible =
+                !file::stat_at(&fd, entry.file_name()).is_ok_and(|stat| stat.is_whiteout_device());
+            names.insert(name.to_vec(), is_visible);
+        }
+        if is_opaque {
+            break;
+        }
+    }
+    LowerNames::Names(
+        names.into_iter().filter(|(_, is_visible)| *is_visible).map(|(name, _)| name).collect(),
+    )
+}

@@ -1,0 +1,174 @@
+//! What is told of a process, gathered while it may be ending.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::table::Watched;
+use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, printable};
+use crate::sys::procfs::{self, Handle, Stat};
+
+/// How often a process is looked at while its execve is under way.
+const STEP: Duration = Duration::from_micros(100);
+
+/// What the gate saw of a process: the caller of execve, before it became the
+/// new program.
+#[derive(Debug)]
+pub(super) struct Caller {
+    /// `None` if the process is not visible in our pid namespace.
+    pub(super) stat: Option<Stat>,
+    pub(super) pid: u32,
+    pub(super) pidfd: Option<OwnedFd>,
+}
+
+/// A process after its execve.
+#[derive(Debug)]
+pub(super) struct Executing {
+    pub(super) process: Process,
+    /// The path as it was given to execve.
+    pub(super) exec_name: Option<Vec<u8>>,
+}
+
+fn text(bytes: &[u8]) -> String {
+    printable(bytes)
+}
+
+fn texts(arguments: &[Vec<u8>]) -> Vec<String> {
+    arguments.iter().map(|argument| printable(argument)).collect()
+}
+
+/// Waits, for `patience` at most, until the caller has become the new program,
+/// and describes that. What is still the caller's own (the event comes before
+/// execve is over) is never told as the new program's: then it is `None`.
+pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration) -> Executing {
+    let Some(stat) = &caller.stat else {
+        return Executing {
+            process: Process {
+                identity: ProcessIdentity { pid: caller.pid, start_time: 0 },
+                exe: None,
+                argv: None,
+                uid: None,
+                tty: None,
+                ancestors: Vec::new(),
+            },
+            exec_name: None,
+        };
+    };
+    let mut executing = Executing {
+        process: Process {
+            identity: stat.identity,
+            exe: None,
+            argv: None,
+            uid: None,
+            tty: stat.tty(),
+            ancestors: Vec::new(),
+        },
+        exec_name: None,
+    };
+    if let Ok(handle) = Handle::open_exactly(stat.identity) {
+        executing.process.uid = handle.uid().ok();
+        let deadline = Instant::now() + patience;
+        while let Ok(now) = handle.stat() {
+            if now.has_ended() {
+                break;
+            }
+            if now.area.is_complete() && now.area != stat.area {
+                let exe = handle.exe().ok();
+                let argv = handle.arguments().ok().flatten();
+                let exec_name = handle.exec_name().ok().flatten();
+                let uid = handle.uid().ok();
+                // Unless it went on to a third program meanwhile.
+                if handle.stat().is_ok_and(|then| then.area == now.area) {
+                    executing.process.exe = exe.as_deref().map(text);
+                    executing.process.argv = argv.as_deref().map(texts);
+                    executing.process.uid = uid.or(executing.process.uid);
+                    executing.exec_name = exec_name;
+                }
+                break;
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            wait_or_end(caller, STEP);
+        }
+    }
+    executing.process.ancestors = ancestors(stat, watched.pid_namespace);
+    executing
+}
+
+/// Sleeps, but not longer than the process lives.
+fn wait_or_end(caller: &Caller, step: Duration) {
+    let Some(pidfd) = &caller.pidfd else {
+        std::thread::sleep(step);
+        return;
+    };
+    let mut fds =
+        [rustix::event::PollFd::from_borrowed_fd(pidfd.as_fd(), rustix::event::PollFlags::IN)];
+    let timeout = rustix::event::Timespec::try_from(step).expect("a fraction of a second fits");
+    if rustix::event::poll(&mut fds, Some(&timeout)).is_err() {
+        std::thread::sleep(step);
+    }
+}
+
+/// Describes a process that is not in the middle of anything we know of.
+pub(super) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
+    let stat = handle.first_stat();
+    Process {
+        identity: stat.identity,
+        exe: handle.exe().ok().as_deref().map(text),
+        argv: handle.arguments().ok().flatten().as_deref().map(texts),
+        uid: handle.uid().ok(),
+        tty: stat.tty(),
+        ancestors: ancestors(stat, watched.pid_namespace),
+    }
+}
+
+/// The process that closed a file it had written, if it can still be seen.
+pub(super) fn writer(pid: u32, watched: &Watched) -> Option<Arc<Process>> {
+    let handle = Handle::open(pid).ok()?;
+    Some(Arc::new(as_it_is(&handle, watched)))
+}
+
+fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Ancestor> {
+    procfs::ancestors(stat, pid_namespace)
+        .into_iter()
+        .map(|handle| Ancestor {
+            identity: handle.identity(),
+            exe: handle.exe().ok().as_deref().map(text),
+            argv: handle.arguments().ok().flatten().as_deref().map(texts),
+        })
+        .collect()
+}
+
+/// The name under which a program was called, where that says more than `path`.
+pub(super) fn invoked_as(exec_name: &[u8], path: &RootfsPath) -> Option<String> {
+    let is_the_same = if exec_name.starts_with(b"/") {
+        RootfsPath::new(exec_name).as_ref() == Ok(path)
+    } else {
+        // Relative to a directory that is not known here.
+        let name = exec_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+        name == path.file_name()
+    };
+    (!is_the_same && !exec_name.is_empty()).then(|| printable(exec_name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(exec_name: &str, path: &str, expected: Option<&str>) {
+        let path = RootfsPath::new(path).unwrap();
+        assert_eq!(invoked_as(exec_name.as_bytes(), &path).as_deref(), expected);
+    }
+
+    #[test]
+    fn another_name_is_told_and_another_spelling_is_not() {
+        check("/bin/ls", "/bin/busybox", Some("/bin/ls"));
+        check("/bin//busybox", "/bin/busybox", None);
+        check("./busybox", "/bin/busybox", None);
+        check("./ls", "/bin/busybox", Some("./ls"));
+        check("/proc/self/fd/3", "/tmp/x", Some("/proc/self/fd/3"));
+        check("", "/tmp/x", None);
+    }
+}

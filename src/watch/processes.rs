@@ -1,0 +1,75 @@
+//! Processes that come into a container from outside.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use jiff::Timestamp;
+
+use super::gate::Seen;
+use super::process;
+use super::shared::Shared;
+use super::table::Watched;
+use crate::model::{Fact, Source};
+use crate::sys::procfs::{self, Handle};
+
+/// How long a session's command is waited for.
+const PATIENCE: Duration = Duration::from_millis(2);
+const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(25);
+
+/// How often it is asked whether all processes are to be looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
+    let mut last_look = Instant::now();
+    while !shared.is_stopping() {
+        if last_look.elapsed() >= LOOK_EVERY {
+            last_look = Instant::now();
+            for watched in shared.table.all() {
+                if watched.take_process_scan() {
+                    find_open_sessions(shared, &watched);
+                }
+            }
+        }
+        match seen.recv_timeout(LOOK_EVERY) {
+            Ok(one) => {
+                let patience = if seen.is_empty() { PATIENCE_WHEN_IDLE } else { PATIENCE };
+                judge(shared, &one, patience);
+            }
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn judge(shared: &Shared, seen: &Seen, patience: Duration) {
+    let Some(stat) = &seen.caller.stat else { return };
+    // Held until the session is told, so that it is told before what it does.
+    let mut sessions = shared.sessions();
+    if sessions.opens(stat, &seen.watched) {
+        let executing = process::after_exec(&seen.caller, &seen.watched, patience);
+        let process = Arc::new(executing.process);
+        shared.observe(&seen.watched, seen.at, Source::Gate, Fact::SessionOpened { process });
+    }
+}
+
+/// Sessions that were there before the marks, or whose start was lost.
+fn find_open_sessions(shared: &Shared, watched: &Arc<Watched>) {
+    let Some(namespace) = watched.pid_namespace else { return };
+    let Ok(pids) = procfs::all() else { return };
+    for pid in pids {
+        let Ok(handle) = Handle::open(pid) else { continue };
+        // Containers of one pod may share a pid namespace, but not a mount namespace.
+        if handle.pid_namespace().ok() != Some(namespace)
+            || handle.mount_namespace().ok() != watched.mount_namespace
+        {
+            continue;
+        }
+        let mut sessions = shared.sessions();
+        if sessions.is_open(&handle, namespace, watched) {
+            let process = Arc::new(process::as_it_is(&handle, watched));
+            let fact = Fact::SessionOpened { process };
+            shared.observe(watched, Timestamp::now(), Source::Scan, fact);
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! An open file as the model's `FileState`.
+
+use std::os::fd::BorrowedFd;
+
+use super::lower::looks_like_program;
+use crate::model::{Content, FileState, FileType, Format, Unhashed};
+use crate::sys::file::{self, Stat};
+
+/// Which files' content is hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hashing {
+    /// It is being executed, so whatever it is.
+    Always,
+    /// Programs, by their first bytes or their mode.
+    Programs,
+}
+
+/// The state of something that is not a regular file, or cannot be opened.
+pub(super) fn unopened(stat: &Stat) -> FileState {
+    let why = match stat.file_type {
+        FileType::Regular => Unhashed::Unreadable,
+        _ => Unhashed::NotRegular,
+    };
+    FileState {
+        file_type: stat.file_type,
+        format: Format::Unknown,
+        mode: stat.mode,
+        uid: stat.uid,
+        gid: stat.gid,
+        size: stat.size,
+        capability: None,
+        content: Content::Unhashed(why),
+        deleted: stat.links == 0,
+    }
+}
+
+/// The state of an open file. `stat` is what its metadata is taken from, `file`
+/// its content: of a metadata-only copy they are two inodes.
+pub(super) fn of(
+    file: BorrowedFd<'_>,
+    stat: &Stat,
+    hashing: Hashing,
+    max_hash_bytes: u64,
+) -> FileState {
+    let mut state = unopened(stat);
+    if !stat.is_regular() {
+        return state;
+    }
+    state.capability = file::xattr(file, "security.capability").unwrap_or(None);
+    let Ok(format) = file::sniff(file) else { return state };
+    state.format = format;
+    state.content = match hashing {
+        Hashing::Programs if !looks_like_program(format, stat.mode) => {
+            Content::Unhashed(Unhashed::NotAProgram)
+        }
+        Hashing::Programs | Hashing::Always => content(file, max_hash_bytes),
+    };
+    state
+}
+
+fn content(file: BorrowedFd<'_>, max_hash_bytes: u64) -> Content {
+    // A file that changes while it is read has a hash that it never had.
+    for _ in 0..3 {
+        let Ok(before) = file::stat(file) else { break };
+        if before.size > max_hash_bytes {
+            return Content::Unhashed(Unhashed::Size);
+        }
+        let Ok(hashes) = file::hash(file, max_hash_bytes) else { break };
+        let Some(hashes) = hashes else { return Content::Unhashed(Unhashed::Size) };
+        if file::stat(file)
+            .is_ok_and(|after| (after.modified, after.size) == (before.modified, before.size))
+        {
+            return Content::Hashed { blake3: hashes.blake3, sha256: hashes.sha256 };
+        }
+    }
+    Content::Unhashed(Unhashed::Unreadable)
+}

@@ -1,0 +1,541 @@
+//! The history against what ends it: kills, a full disk, a second driftd, an
+//! older driftd, damage.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use driftd::health::{Failure, Health};
+use driftd::history::{self, Error, Filter, FindingLookup, History, Record, Writer};
+use driftd::model::{ContainerId, Finding, FindingId, Kind, Outcome, Severity};
+use driftd::respond::Response;
+use jiff::{Timestamp, ToSpan as _};
+
+const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// Long enough for a loaded machine; nothing waits this long when all is well.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn sample() -> Finding {
+    serde_json::from_str(include_str!("data/finding.json")).unwrap()
+}
+
+/// The finding number `number`, in its first revision, seen that many seconds ago.
+fn finding(number: u32, ago: i64) -> Finding {
+    let mut finding = sample();
+    finding.id.0[..4].copy_from_slice(&number.to_be_bytes());
+    finding.revision = 1;
+    finding.count = 1;
+    finding.last_seen = Timestamp::now() - ago.seconds();
+    finding.first_seen = finding.last_seen;
+    finding
+}
+
+fn record(finding: &Finding) -> Record {
+    Record::Finding(Box::new(finding.clone()))
+}
+
+fn start(state_dir: &Path) -> Writer {
+    start_with(state_dir, &Arc::new(Health::default()))
+}
+
+fn start_with(state_dir: &Path, health: &Arc<Health>) -> Writer {
+    History::open(state_dir).unwrap().start(RETENTION, health.clone())
+}
+
+/// Hands records over and waits until they are committed.
+fn write(writer: &Writer, records: Vec<Record>) {
+    let marker = format!("written {}", records.len());
+    for record in records {
+        writer.records().send(record).unwrap();
+    }
+    let gap = Record::Gap {
+        name: "marker".into(),
+        container: None,
+        detail: marker,
+        at: Timestamp::now(),
+    };
+    writer.records().send(gap.clone()).unwrap();
+    wait_for(writer, |records| records.contains(&gap));
+}
+
+#[track_caller]
+fn wait_for(writer: &Writer, mut seen: impl FnMut(&[Record]) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let all = writer.reader().after(0, &Filter::default(), 1_000_000).unwrap();
+        let records: Vec<Record> = all.records.into_iter().map(|(_, record)| record).collect();
+        if seen(&records) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not written in time, there is: {records:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn findings(writer: &Writer, filter: &Filter) -> Vec<FindingId> {
+    let page = writer.reader().findings(filter, None, 10_000).unwrap();
+    assert_eq!(page.next, None);
+    page.findings.iter().map(|finding| finding.id).collect()
+}
+
+fn response(container: &ContainerId) -> Response {
+    Response {
+        container: container.clone(),
+        reason: "a test \u{1b} says so".into(),
+        requested_by: "uid 0 pid 1 (/bin/sh)".into(),
+        requested_at: Timestamp::now(),
+        finding: Some(sample().id),
+        outcome: Outcome {
+            action: "kill".into(),
+            succeeded: true,
+            message: "killed".into(),
+            at: Timestamp::now(),
+        },
+    }
+}
+
+#[test]
+fn what_was_written_is_read_back_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let (first, second) = (finding(1, 10), finding(2, 5));
+    let response = response(&first.container.id);
+    let gap = Record::Gap {
+        name: "pipeline_full".into(),
+        container: Some(first.container.id.clone()),
+        detail: "7 observations".into(),
+        at: Timestamp::now(),
+    };
+    write(
+        &writer,
+        vec![
+            record(&first),
+            Record::Response(Box::new(response.clone())),
+            gap.clone(),
+            record(&second),
+        ],
+    );
+
+    let followed = writer.reader().after(0, &Filter::default(), 4).unwrap();
+    assert_eq!(
+        followed.records,
+        [
+            (1, record(&first)),
+            (2, Record::Response(Box::new(response.clone()))),
+            (3, gap),
+            (4, record(&second)),
+        ]
+    );
+    assert_eq!((followed.cursor, followed.more, followed.pruned_through), (4, true, 0));
+    assert_eq!(writer.reader().responses(&first.container.id).unwrap(), [response]);
+    assert_eq!(*writer.committed().borrow(), 5);
+    writer.stop();
+
+    let history = History::open(dir.path()).unwrap();
+    assert_eq!(history.load_findings().unwrap(), [first, second]);
+    let mode = |name: &str| {
+        use std::os::unix::fs::PermissionsExt as _;
+        dir.path().join(name).metadata().unwrap().permissions().mode() & 0o777
+    };
+    assert_eq!(mode("history.db"), 0o600);
+    assert_eq!(mode("history.db-wal"), 0o600);
+}
+
+#[test]
+fn only_the_newest_revision_of_a_finding_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let mut hot = finding(1, 0);
+    let other = finding(2, 0);
+    write(&writer, vec![record(&hot), record(&other)]);
+    for _ in 0..500 {
+        hot.revision += 1;
+        hot.count += 1;
+        writer.records().send(record(&hot)).unwrap();
+    }
+    write(&writer, vec![]);
+
+    assert_eq!(findings(&writer, &Filter::default()).len(), 2);
+    let after = writer.reader().after(3, &Filter::default(), 10).unwrap();
+    let records: Vec<Record> = after.records.into_iter().map(|(_, record)| record).collect();
+    assert_eq!(records.first(), Some(&record(&hot)), "a follower sees the newest revision, once");
+    assert_eq!(records.len(), 2, "and the marker: {records:?}");
+    writer.stop();
+}
+
+#[test]
+fn findings_come_in_pages_newest_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let all: Vec<Finding> = (0..25).map(|number| finding(number, i64::from(number / 3))).collect();
+    write(&writer, all.iter().map(record).collect());
+
+    let mut expected = all.clone();
+    expected.sort_by_key(|finding| (finding.last_seen.as_microsecond(), finding.id));
+    expected.reverse();
+    let (mut got, mut token) = (Vec::new(), None);
+    loop {
+        let page = writer.reader().findings(&Filter::default(), token, 10).unwrap();
+        got.extend(page.findings);
+        match page.next {
+            Some(next) => token = Some(next.to_string().parse().unwrap()),
+            None => break,
+        }
+    }
+    assert_eq!(got, expected);
+    writer.stop();
+}
+
+#[test]
+fn every_filter_leaves_out_what_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let plain = finding(1, 100);
+    let mut elsewhere = finding(2, 100);
+    elsewhere.container.id = ContainerId::new("default", "web");
+    let mut image = finding(3, 100);
+    image.image.name = Some("other:1".into());
+    image.image.manifest_digest = None;
+    let mut kind = finding(4, 100);
+    (kind.kind, kind.severity) = (Kind::FileAdded, Severity::Low);
+    let old = finding(5, 5000);
+    let every = [&plain, &elsewhere, &image, &kind, &old];
+    write(&writer, every.map(record).into());
+
+    let check = |filter: Filter, expected: &[&Finding]| {
+        let mut expected: Vec<FindingId> = expected.iter().map(|finding| finding.id).collect();
+        let mut listed = findings(&writer, &filter);
+        let followed = writer.reader().after(0, &filter, 100).unwrap();
+        let mut followed: Vec<FindingId> = followed
+            .records
+            .into_iter()
+            .filter_map(|(_, record)| match record {
+                Record::Finding(finding) => Some(finding.id),
+                Record::Response(_) | Record::Gap { .. } => None,
+            })
+            .collect();
+        expected.sort();
+        listed.sort();
+        followed.sort();
+        assert_eq!(listed, expected, "{filter:?}");
+        assert_eq!(followed, expected, "{filter:?}");
+    };
+    let none = Filter::default();
+    check(none.clone(), &every);
+    check(
+        Filter { container: Some(elsewhere.container.id.clone()), ..none.clone() },
+        &[&elsewhere],
+    );
+    check(Filter { image: Some("other:1".into()), ..none.clone() }, &[&image]);
+    let digest = plain.image.manifest_digest.unwrap().to_string();
+    check(Filter { image: Some(digest), ..none.clone() }, &[&plain, &elsewhere, &kind, &old]);
+    check(Filter { kinds: vec![Kind::FileAdded, Kind::ExecNew], ..none.clone() }, &[&kind]);
+    check(
+        Filter { minimum_severity: Some(Severity::Medium), ..none.clone() },
+        &[&plain, &elsewhere, &image, &old],
+    );
+    let hour_ago = Some(Timestamp::now() - 3600.seconds());
+    check(Filter { since: hour_ago, ..none.clone() }, &[&plain, &elsewhere, &image, &kind]);
+    check(Filter { until: hour_ago, ..none }, &[&old]);
+    writer.stop();
+}
+
+#[test]
+fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let (one, mut other) = (finding(0xab00_0000, 0), finding(0xab10_0000, 0));
+    other.container.id = ContainerId::new("default", "4f");
+    write(&writer, vec![record(&one), record(&other)]);
+
+    let reader = writer.reader();
+    let found = FindingLookup::Found(Box::new(one.clone()));
+    assert_eq!(reader.finding("AB0").unwrap(), found);
+    assert_eq!(reader.finding(&one.id.to_string()).unwrap(), found);
+    assert_eq!(reader.finding("ab").unwrap(), FindingLookup::Ambiguous(2));
+    assert_eq!(reader.finding("ac").unwrap(), FindingLookup::Unknown);
+    assert_eq!(reader.finding("%").unwrap(), FindingLookup::Unknown);
+
+    let (long, short) = (one.container.id.clone(), other.container.id.clone());
+    assert_eq!(reader.containers("4f1").unwrap(), [long.clone()]);
+    assert_eq!(reader.containers("4f").unwrap(), [short.clone()], "a whole ID beats a beginning");
+    assert_eq!(reader.containers("4").unwrap(), [short, long.clone()]);
+    assert_eq!(reader.containers(&format!("k8s.io/{}", long.id)).unwrap(), [long]);
+    assert_eq!(reader.containers("x").unwrap(), []);
+    writer.stop();
+}
+
+#[test]
+fn retention_forgets_the_old_and_tells_followers() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let old: Vec<Record> = (0..1200).map(|n| record(&finding(n, 40 * 24 * 60 * 60))).collect();
+    let young = finding(5000, 0);
+    write(&writer, old.into_iter().chain([record(&young)]).collect());
+    writer.stop();
+
+    // Retention runs when driftd starts.
+    let writer = start(dir.path());
+    let deadline = Instant::now() + PATIENCE;
+    while findings(&writer, &Filter::default()) != [young.id] {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let reader = writer.reader();
+    let resumed = reader.after(700, &Filter::default(), 10).unwrap();
+    assert_eq!(resumed.pruned_through, 1200);
+    assert_eq!(resumed.records[0], (1201, record(&young)));
+    writer.stop();
+}
+
+// ---- kill -9
+
+const APPEND_TO: &str = "DRIFTD_TEST_APPEND_TO";
+
+/// Appends until it is killed. Prints each record once a reader has seen it
+/// committed: that is the acknowledgement.
+#[test]
+#[ignore = "run by no_acknowledged_record_is_lost_to_kill_9 in a process of its own"]
+fn child_appends_until_it_is_killed() {
+    let Some(dir) = std::env::var_os(APPEND_TO) else { return };
+    let writer = start(Path::new(&dir));
+    let records = writer.records();
+    let base = u32::try_from(*writer.committed().borrow()).unwrap() * 1000;
+    std::thread::spawn(move || {
+        let mut hot = finding(u32::MAX, 0);
+        // Revisions go on where the last process stopped.
+        hot.revision = u64::from(base);
+        for number in 0.. {
+            hot.revision += 1;
+            hot.last_seen = Timestamp::now();
+            records.send(record(&finding(base + number, 0))).unwrap();
+            records.send(record(&hot)).unwrap();
+            if number % 7 == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    });
+    let mut cursor = *writer.committed().borrow();
+    let mut out = std::io::stdout().lock();
+    loop {
+        let followed = writer.reader().after(cursor, &Filter::default(), 1000).unwrap();
+        cursor = followed.cursor;
+        for (_, record) in followed.records {
+            if let Record::Finding(finding) = record {
+                writeln!(out, "ack {} {}", finding.id, finding.revision).unwrap();
+            }
+        }
+        out.flush().unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn no_acknowledged_record_is_lost_to_kill_9() {
+    const KILLS: u64 = 24;
+    let dir = tempfile::tempdir().unwrap();
+    let mut acknowledged: BTreeMap<FindingId, u64> = BTreeMap::new();
+    for kill in 0..KILLS {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_appends_until_it_is_killed", "--ignored", "--nocapture"])
+            .env(APPEND_TO, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).split(b'\n');
+        // Killed after a number of acknowledgements that differs each time, at an
+        // arbitrary moment of whatever the writer does then.
+        let mut left = 1 + (kill * 37) % 211;
+        let mut read = |line: Vec<u8>| {
+            let line = String::from_utf8(line).unwrap();
+            let Some(ack) = line.strip_prefix("ack ") else { return false };
+            let (id, revision) = ack.split_once(' ').unwrap();
+            acknowledged.insert(id.parse().unwrap(), revision.parse().unwrap());
+            true
+        };
+        while left > 0 {
+            let line = lines.next().expect("the child writes until it is killed").unwrap();
+            left -= u64::from(read(line));
+        }
+        std::thread::sleep(Duration::from_micros(kill * 7919 % 30_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let rest: Vec<Vec<u8>> = lines.map(Result::unwrap).collect();
+        // The last line may be torn: only the pipe's, and it is no acknowledgement.
+        for line in rest.iter().take(rest.len().saturating_sub(1)) {
+            read(line.clone());
+        }
+
+        // Reads every record's JSON; a torn one would be an error.
+        let history = History::open(dir.path()).unwrap();
+        let kept: BTreeMap<FindingId, u64> = history
+            .load_findings()
+            .unwrap()
+            .iter()
+            .map(|finding| (finding.id, finding.revision))
+            .collect();
+        for (id, revision) in &acknowledged {
+            let found = kept.get(id).copied();
+            assert!(found >= Some(*revision), "kill {kill}: {id} is {found:?}, told {revision}");
+        }
+    }
+    assert!(acknowledged.len() > 100, "{}", acknowledged.len());
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let verdict: String =
+        database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(verdict, "ok");
+}
+
+// ---- the disk
+
+/// A small file system of its own, unmounted at the end.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path, size: &str) -> SmallDisk {
+        run(
+            "mount",
+            &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", at.to_str().unwrap()],
+        );
+        SmallDisk(at.into())
+    }
+
+    fn grow(&self, size: &str) {
+        let options = format!("remount,size={size}");
+        run("mount", &["-o", &options, self.0.to_str().unwrap()]);
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[track_caller]
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}: {status} (this test needs root)");
+}
+
+#[test]
+fn a_full_disk_loses_nothing_and_writing_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::mount(dir.path(), "1m");
+    let health = Arc::new(Health::default());
+    let writer = start_with(dir.path(), &health);
+    let all: Vec<Finding> = (0..2000).map(|number| finding(number, 0)).collect();
+    for finding in &all {
+        writer.records().send(record(finding)).unwrap();
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while health.count(Failure::HistoryWrite) == 0 {
+        assert!(Instant::now() < deadline, "2000 findings fit on a disk of 1 MiB");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let told = *writer.committed().borrow();
+    let kept = writer.reader().after(0, &Filter::default(), 5000).unwrap();
+    assert_eq!(kept.cursor, told, "only what is committed is told");
+
+    disk.grow("64m");
+    write(&writer, vec![]);
+    let mut expected: Vec<FindingId> = all.iter().map(|finding| finding.id).collect();
+    let mut got = Vec::new();
+    let mut token = None;
+    loop {
+        let page = writer.reader().findings(&Filter::default(), token, 1000).unwrap();
+        got.extend(page.findings.iter().map(|finding| finding.id));
+        token = page.next;
+        if token.is_none() {
+            break;
+        }
+    }
+    expected.sort();
+    got.sort();
+    assert_eq!(got, expected);
+    writer.stop();
+}
+
+// ---- refusals
+
+#[track_caller]
+fn refusal(dir: &Path) -> Error {
+    History::open(dir).map(|_| ()).unwrap_err()
+}
+
+#[test]
+fn a_second_driftd_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let err = refusal(dir.path());
+    assert!(matches!(err, Error::Locked { .. }), "{err:?}");
+    assert_eq!(
+        err.to_string(),
+        format!(
+            "another driftd uses the state directory {} (stop it first: systemctl stop driftd, or \
+             name another directory with --state-dir)",
+            dir.path().display()
+        )
+    );
+    writer.stop();
+    History::open(dir.path()).unwrap();
+}
+
+#[test]
+fn a_history_of_a_newer_version_is_refused_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    start(dir.path()).stop();
+    let path = dir.path().join(history::FILE);
+    rusqlite::Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let err = refusal(dir.path());
+    assert!(matches!(err, Error::NewerFormat { found: 99, supported: history::FORMAT, .. }));
+    assert!(err.to_string().contains("mv "), "{err}");
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    assert!(
+        history::format_of(dir.path()).is_err_and(|err| matches!(err, Error::NewerFormat { .. }))
+    );
+}
+
+#[test]
+fn a_damaged_history_is_refused_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(history::FILE);
+    std::fs::write(&path, [b'x'; 8192]).unwrap();
+    let err = refusal(dir.path());
+    assert!(matches!(err, Error::Corrupt { .. }), "{err:?}");
+    assert!(err.to_string().contains("move it aside and start again: mkdir "), "{err}");
+    assert_eq!(std::fs::read(&path).unwrap(), [b'x'; 8192]);
+}
+
+#[test]
+fn damage_inside_the_tables_is_found_when_findings_are_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    write(&writer, (0..200).map(|number| record(&finding(number, 0))).collect());
+    writer.stop();
+    let path = dir.path().join(history::FILE);
+    let database = rusqlite::Connection::open(&path).unwrap();
+    database.pragma_update(None, "wal_checkpoint", "TRUNCATE").unwrap();
+    drop(database);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    for page in bytes[8192..middle].chunks_mut(4096) {
+        page[..512].fill(0xee);
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let err = History::open(dir.path()).and_then(|history| history.load_findings()).unwrap_err();
+    assert!(matches!(err, Error::Corrupt { .. }), "{err:?}");
+}
+
+#[test]
+fn a_database_of_another_program_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(history::FILE);
+    rusqlite::Connection::open(&path).unwrap().execute_batch("CREATE TABLE notes (text)").unwrap();
+    let err = refusal(dir.path());
+    assert!(matches!(err, Error::Foreign { .. }), "{err:?}");
+}
