@@ -41,7 +41,7 @@ pub fn run(config: Config) -> anyhow::Result<Exit> {
 
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
-    let store = Arc::new(Store::open(&config.state_dir, health.clone())?);
+    let store = Arc::new(Store::open(&config.state_dir.join("baselines"), health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
     let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
@@ -84,21 +84,19 @@ pub fn run(config: Config) -> anyhow::Result<Exit> {
         .context("cannot start the async runtime")?;
     let reason = runtime.block_on(async {
         let containerd =
-            Containerd::start(&config.containerd, change_sender, recorder.clone(), health.clone());
-        tokio::spawn(respond::run(orders, containerd.clone(), response_sender));
-        let server = api::Server::bind(
-            &config.socket,
-            api::Backend {
-                node,
-                questions: question_sender,
-                reader: writer.reader(),
-                committed: writer.committed(),
-                health: health.clone(),
-                store,
-                recorder: recorder.clone(),
-                containerd,
-            },
-        )?;
+            Containerd::start(&config.containerd, &change_sender, recorder.clone(), &health);
+        tokio::spawn(respond::run(containerd.clone(), orders, response_sender));
+        let listener = api::Listener::bind(&config.socket)?;
+        let backend = api::Backend {
+            node,
+            questions: question_sender,
+            history: writer.reader(),
+            committed: writer.committed(),
+            health: health.clone(),
+            baselines: store,
+            recorder: recorder.clone(),
+            images: Arc::new(containerd),
+        };
         tokio::spawn(feed_watchdog(health.clone()));
         // Without systemd there is nobody to tell, which is no error.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -106,7 +104,7 @@ pub fn run(config: Config) -> anyhow::Result<Exit> {
 
         let guardian_ended = tokio::task::spawn_blocking(move || guardian.wait());
         let reason = tokio::select! {
-            result = server.serve(asked_to_stop()) => result.context("the API server failed"),
+            result = api::serve(listener, backend, asked_to_stop()) => result.context("the API server failed"),
             _ = pipeline_ended => Err(anyhow::anyhow!("the pipeline ended")),
             status = guardian_ended => Err(anyhow::anyhow!(
                 "the guardian ended ({status:?}): without it a stuck driftd would freeze containers"

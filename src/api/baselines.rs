@@ -44,9 +44,7 @@ pub(super) fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) ->
     proto::Baseline {
         chain_id: record.chain_id.to_string(),
         manifest_digest: record
-            .names
-            .iter()
-            .find_map(|name| name.manifest_digest)
+            .manifest_digest
             .map(|digest| digest.to_string())
             .unwrap_or_default(),
         names: record.names.into_iter().map(|name| name.name).collect(),
@@ -74,9 +72,9 @@ pub(super) fn file_to_proto(known: Known) -> proto::BaselineFile {
     }
 }
 
-pub(super) fn refusal(err: &baseline::Error) -> tonic::Status {
+pub(super) fn not_found(err: &baseline::FindError) -> tonic::Status {
     match err {
-        baseline::Error::Unknown(_) => tonic::Status::not_found(err.to_string()),
-        baseline::Error::Ambiguous(..) => tonic::Status::invalid_argument(err.to_string()),
+        baseline::FindError::Unknown { .. } => tonic::Status::not_found(err.to_string()),
+        baseline::FindError::Ambiguous { .. } => tonic::Status::invalid_argument(err.to_string()),
     }
 }

@@ -241,11 +241,17 @@ impl DriftService for Service {
         let image = request.into_inner().image;
         let store = self.backend.baselines.clone();
         let baseline = unblock(move || {
-            let record = store.find(&image)?;
-            store.image(record.chain_id)?.ok_or(baseline::Error::Unknown(image))
+            let record = store.find(&image).map_err(|err| baselines::not_found(&err))?;
+            match store.image(record.chain_id) {
+                Ok(Some(baseline)) => Ok(baseline),
+                Ok(None) => Err(Status::failed_precondition(format!(
+                    "the baseline of {} is being recorded again",
+                    record.chain_id
+                ))),
+                Err(err) => Err(Status::internal(err.to_string())),
+            }
         })
-        .await?
-        .map_err(|err| baselines::refusal(&err))?;
+        .await??;
         let (client, stream) = mpsc::channel(STREAM);
         tokio::task::spawn_blocking(move || {
             for known in baseline.files() {
@@ -284,7 +290,7 @@ impl DriftService for Service {
                             baseline: Some(baseline),
                             ..progress_to_proto(&progress)
                         }),
-                        Ok(Err(err)) => Err(baselines::refusal(&err)),
+                        Ok(Err(err)) => Err(baselines::not_found(&err)),
                         Err(status) => Err(status),
                     }
                 }

@@ -25,7 +25,7 @@ pub mod walk;
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
 pub use recorder::{Job, Recorder};
-pub use store::{ImageName, ImageRecord, Store};
+pub use store::{FindError, ImageName, ImageRecord, Store};
 
 #[doc(hidden)]
 pub use text::blake3_of;

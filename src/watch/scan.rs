@@ -284,13 +284,12 @@ fn look(
     let parent = path.parent().unwrap_or_else(RootfsPath::root);
     // Not part of the question: without the upperdir nothing is known of the path.
     let upper = file::open_directory(&layers.dirs.upperdir)?;
-    let found = file::open_directory_beneath(&upper, parent.relative())
-        .and_then(|directory| {
-            let holds_file_whiteouts = overlay::opacity(&directory, layers.userxattr)
-                .is_ok_and(|opacity| opacity == Opacity::HoldsFileWhiteouts);
-            let stat = file::stat_at(&directory, path.file_name())?;
-            entry(shared, watched, layers, &directory, path, stat, holds_file_whiteouts)
-        });
+    let found = file::open_directory_beneath(&upper, parent.relative()).and_then(|directory| {
+        let holds_file_whiteouts = overlay::opacity(&directory, layers.userxattr)
+            .is_ok_and(|opacity| opacity == Opacity::HoldsFileWhiteouts);
+        let stat = file::stat_at(&directory, path.file_name())?;
+        entry(shared, watched, layers, &directory, path, stat, holds_file_whiteouts)
+    });
     match found {
         Ok(found) => Ok(Some(found)),
         Err(err) if gone(&err) => Ok(None),
