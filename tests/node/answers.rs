@@ -2,7 +2,7 @@
 //! stream, kill, pause and resume.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("the_gate_is_armed_when_a_container_starts", armed),
         trial("diff_tells_every_difference_and_exits_with_1", diff_tells),
         trial("findings_are_filtered_and_shown_whole", filtered_and_shown),
-        trial("a_follower_sees_findings_live_and_resumes", follow),
+        trial_alone("a_follower_sees_findings_live_and_resumes", "", follow),
         trial("kill_on_request_ends_the_container_and_is_recorded", kill_on_request),
         trial("pause_and_resume_are_carried_out_and_recorded", pause_and_resume),
         trial("a_response_needs_a_reason_and_a_known_container", response_refused),
@@ -68,7 +68,7 @@ fn export_equals_files(node: &Node) -> anyhow::Result<()> {
     wait_for("the baseline", || baseline_of(node, WORKBENCH))?;
     let output = node.driftd(&["baseline", "export", WORKBENCH])?;
     ensure!(output.status.success(), "{}", talk(&output));
-    let exported = checksums(&String::from_utf8(output.stdout)?, "")?;
+    let exported = checksums(&String::from_utf8(output.stdout)?, ".")?;
 
     let mounted = node.path("mounted");
     std::fs::create_dir(&mounted)?;
@@ -195,37 +195,87 @@ fn filtered_and_shown(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `driftd findings --follow`, line by line.
+struct Follower {
+    child: std::process::Child,
+    lines: std::sync::mpsc::Receiver<String>,
+}
+
+impl Follower {
+    fn start(node: &Node, more: &[&str]) -> anyhow::Result<Follower> {
+        let mut child = node
+            .driftd_command(&[&["findings", "--follow", "-o", "jsonl"], more].concat())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stdout = child.stdout.take().context("stdout is piped")?;
+        let (sender, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Follower { child, lines })
+    }
+
+    /// The next finding that is about a file of this path.
+    fn sees(&self, path: &str) -> anyhow::Result<Value> {
+        loop {
+            let line = self
+                .lines
+                .recv_timeout(crate::node::DEADLINE)
+                .with_context(|| format!("{path} was not followed"))?;
+            let told: Value = serde_json::from_str(&line)?;
+            if told["file"]["path"] == path {
+                return Ok(told);
+            }
+        }
+    }
+
+    /// Waits for the end of the stream, and hands back what was said about it.
+    fn ended(&mut self) -> anyhow::Result<String> {
+        let mut said = String::new();
+        self.child.stderr.take().context("stderr is piped")?.read_to_string(&mut said)?;
+        self.child.wait()?;
+        Ok(said)
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 fn follow(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("one")?;
     container.lay_payload("two")?;
-    let mut child = node
-        .driftd_command(&["findings", "--follow", "-o", "jsonl", "--container", &container.id])
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let stdout = child.stdout.take().context("stdout is piped")?;
-    let (lines, received) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            if lines.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    let next = || -> anyhow::Result<Value> {
-        let line = received.recv_timeout(crate::node::DEADLINE).context("nothing was followed")?;
-        Ok(serde_json::from_str(&line)?)
-    };
-    // A follower that has not connected yet would miss the first one.
-    std::thread::sleep(Duration::from_millis(500));
+    container.lay_payload("three")?;
+    let mut follower = Follower::start(node, &["--container", &container.id])?;
     container.sh("cp /.control/one /tmp/one; /tmp/one")?;
-    let first = next();
+    assert_eq!(follower.sees("/tmp/one")?["kind"], "exec.new");
     container.sh("cp /.control/two /tmp/two; /tmp/two")?;
-    let second = next();
-    child.kill()?;
-    child.wait()?;
-    assert_eq!(first?["file"]["path"], "/tmp/one");
-    assert_eq!(second?["file"]["path"], "/tmp/two");
+    assert_eq!(follower.sees("/tmp/two")?["kind"], "exec.new");
+
+    // When driftd stops, the stream says where it can be taken up again.
+    node.stop_driftd()?;
+    let said = follower.ended()?;
+    let cursor = said
+        .split("--after ")
+        .nth(1)
+        .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>())
+        .with_context(|| format!("no cursor was told: {said}"))?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    container.sh("cp /.control/three /tmp/three; /tmp/three")?;
+    let follower = Follower::start(node, &["--container", &container.id, "--after", &cursor])?;
+    let first = follower.lines.recv_timeout(crate::node::DEADLINE).context("nothing came")?;
+    let first: Value = serde_json::from_str(&first)?;
+    assert_eq!(first["file"]["path"], "/tmp/three", "{first:#}");
     Ok(())
 }
 

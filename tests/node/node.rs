@@ -258,7 +258,9 @@ sweep_interval = "1h"
             {
                 bail!("driftd ended instead: {}", status?);
             }
-            Ok(self.driftd(&["status"])?.status.success().then_some(()))
+            // 1 says that the view is not complete, for example without containerd.
+            let answered = matches!(self.driftd(&["status"])?.status.code(), Some(0 | 1));
+            Ok(answered.then_some(()))
         })
     }
 
@@ -349,7 +351,7 @@ sweep_interval = "1h"
 
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
-        let id = format!("c{}", self.next.fetch_add(1, Ordering::Relaxed));
+        let id = format!("c{:03}", self.next.fetch_add(1, Ordering::Relaxed));
         let control = self.path(&format!("control-{id}"));
         fs::create_dir(&control)?;
         let commands = control.join("commands");
