@@ -1,0 +1,90 @@
+# One front door. `make` alone says what there is.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+CARGO   ?= cargo
+bindir     = $(PREFIX)/bin
+mandir     = $(PREFIX)/share/man/man1
+docdir     = $(PREFIX)/share/doc/driftd
+unitdir    = $(PREFIX)/lib/systemd/system
+# driftd looks for its settings here, whatever the prefix is.
+confdir    = /etc/driftd
+# Writing below DESTDIR is the caller's own affair.
+INSTALLER  = $(if $(DESTDIR),,$(SUDO))
+
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+# Building needs no root; installing packages and running containers does. So
+# `make` is called by whoever builds, and asks for root where it needs it.
+SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
+AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env"')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test check bench demo install install-files uninstall clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## installs what building and testing need and this machine lacks (Debian or Ubuntu)
+	@command -v $(CARGO) >/dev/null || { \
+		echo "Rust is not installed: see https://rustup.rs (rust-toolchain.toml names the version)" >&2; exit 1; }
+	@scripts/setup --check || $(SUDO) scripts/setup
+
+build: ## builds driftd for development
+	$(CARGO) build --locked
+
+test: setup ## installs what is missing and runs every test (as root: containers are started)
+	$(CARGO) test --locked $(AS_ROOT)
+
+check: ## format, lints and dependencies
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- --deny warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+		$(CARGO) deny --offline check bans licenses sources; \
+	else \
+		echo "dependencies were not checked: cargo-deny is missing (cargo install --locked cargo-deny)"; \
+	fi
+
+bench: setup ## the README's numbers, measured on this machine (as root)
+	$(CARGO) bench --locked $(AS_ROOT)
+
+demo: setup ## drift in a container and what driftd says about it, in under a minute (as root)
+	$(CARGO) build --locked
+	@$(SUDO) scripts/demo
+
+install: ## installs a release build, the unit, the settings, the man page and completions
+	$(CARGO) build --locked --release
+	$(INSTALLER) $(MAKE) --no-print-directory install-files PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
+
+install-files:
+	install -D -m 0755 target/release/driftd $(DESTDIR)$(bindir)/driftd
+	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
+	sed 's|/usr/bin/driftd|$(bindir)/driftd|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
+	chmod 0644 $(DESTDIR)$(unitdir)/driftd.service
+	@# Settings that somebody has edited are theirs.
+	@if [ -e $(DESTDIR)$(confdir)/driftd.toml ] && ! cmp -s systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; then \
+		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml.new; \
+		echo "kept $(DESTDIR)$(confdir)/driftd.toml; the shipped settings are beside it, as driftd.toml.new"; \
+	else \
+		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; \
+	fi
+	target/release/driftd man > $(DESTDIR)$(mandir)/driftd.1
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	target/release/driftd completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd
+	target/release/driftd completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd
+	target/release/driftd completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
+	install -m 0644 README.md SECURITY.md LICENSE docs/*.md $(DESTDIR)$(docdir)/
+	@echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"
+
+uninstall: ## removes what install has put there, and keeps settings and history
+	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 \
+		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
+	$(INSTALLER) rm -rf $(DESTDIR)$(docdir)
+	@echo "kept: $(DESTDIR)$(confdir) and $(DESTDIR)/var/lib/driftd"
+
+clean: ## removes what was built
+	$(CARGO) clean

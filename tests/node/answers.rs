@@ -1,0 +1,380 @@
+//! What driftd knows, and what it does when asked: baselines, the findings
+//! stream, kill, pause and resume.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::image::Layer;
+use crate::node::{Node, bench, only, talk, wait_for, wait_within};
+use crate::programs::WORKBENCH;
+use crate::{trial, trial_alone};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("an_image_is_recorded_before_any_container_starts", recorded_at_import),
+        trial("an_exported_baseline_equals_the_files_of_the_image", export_equals_files),
+        trial("the_gate_is_armed_when_a_container_starts", armed),
+        trial("diff_tells_every_difference_and_exits_with_1", diff_tells),
+        trial("findings_are_filtered_and_shown_whole", filtered_and_shown),
+        trial_alone("a_follower_sees_findings_live_and_resumes", "", follow),
+        trial("kill_on_request_ends_the_container_and_is_recorded", kill_on_request),
+        trial("pause_and_resume_are_carried_out_and_recorded", pause_and_resume),
+        trial("a_response_needs_a_reason_and_a_known_container", response_refused),
+        trial_alone(
+            "a_setting_kills_on_a_new_program",
+            "[respond]\nkill_on = [\"exec.new\"]",
+            kill_by_setting,
+        ),
+        trial_alone("a_deleted_image_keeps_judging_its_container", "", deleted_image),
+    ]
+}
+
+fn baseline_of(node: &Node, image: &str) -> anyhow::Result<Option<Value>> {
+    let baselines = node.answer(&["baseline", "ls"])?;
+    Ok(baselines.into_iter().find(|baseline| {
+        baseline["state"] == "ready"
+            && baseline["names"]
+                .as_array()
+                .is_some_and(|names| names.iter().any(|name| name == image))
+    }))
+}
+
+fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
+    let image = "registry.test/never-started:1";
+    let digests = node.import_layers(
+        image,
+        vec![
+            Layer::new().file("/etc/one", 0o644, b"one"),
+            Layer::new().file("/bin/two", 0o755, b"#!/bin/sh\n").whiteout("/etc/one"),
+        ],
+    )?;
+    let baseline = wait_for("the baseline", || baseline_of(node, image))?;
+    assert_eq!(baseline["manifest_digest"], digests.manifest.as_str());
+    assert_eq!(baseline["layers"].as_array().map(Vec::len), Some(2), "{baseline:#}");
+    assert_eq!(baseline["files"], 1, "the whiteout hides the other: {baseline:#}");
+    Ok(())
+}
+
+/// What `baseline export` says, against what the files of the unpacked image say
+/// to an independent reader: `b3sum` where it is installed.
+fn export_equals_files(node: &Node) -> anyhow::Result<()> {
+    wait_for("the baseline", || baseline_of(node, WORKBENCH))?;
+    let output = node.driftd(&["baseline", "export", WORKBENCH])?;
+    ensure!(output.status.success(), "{}", talk(&output));
+    let exported = checksums(&String::from_utf8(output.stdout)?, ".")?;
+
+    let mounted = node.path("mounted");
+    std::fs::create_dir(&mounted)?;
+    node.ctr(&["images", "mount", WORKBENCH, &mounted.to_string_lossy()])?;
+    let read = hash_tree(&mounted);
+    node.ctr(&["images", "unmount", "--rm", &mounted.to_string_lossy()])?;
+
+    let read = read?;
+    ensure!(read.len() > 40, "the image has only {} files", read.len());
+    ensure!(!read.contains_key("/usr/bin/left-behind"), "the whiteout was not applied");
+    ensure!(!read.contains_key("/opt/old/tool"), "the opaque directory was not applied");
+    assert_eq!(exported, read);
+    Ok(())
+}
+
+/// `b3sum`'s own format: HASH, two spaces, PATH.
+fn checksums(text: &str, below: &str) -> anyhow::Result<BTreeMap<String, String>> {
+    text.lines()
+        .map(|line| {
+            let (hash, path) =
+                line.split_once("  ").with_context(|| format!("no checksum: {line:?}"))?;
+            let path = path.strip_prefix(below).unwrap_or(path);
+            Ok((path.to_owned(), hash.to_owned()))
+        })
+        .collect()
+}
+
+fn hash_tree(root: &Path) -> anyhow::Result<BTreeMap<String, String>> {
+    let files = std::process::Command::new("find")
+        .arg(root)
+        .args(["-type", "f", "-print0"])
+        .output()
+        .context("cannot run find")?;
+    let files: Vec<&str> =
+        str::from_utf8(&files.stdout)?.split('\0').filter(|file| !file.is_empty()).collect();
+    let root = root.to_str().context("a scratch directory is UTF-8")?;
+    if let Ok(b3sum) = crate::programs::find("b3sum") {
+        let output = std::process::Command::new(b3sum).args(&files).output()?;
+        return checksums(str::from_utf8(&output.stdout)?, root);
+    }
+    files
+        .into_iter()
+        .map(|file| {
+            let hash = blake3::hash(&std::fs::read(file)?).to_hex().to_string();
+            Ok((file.strip_prefix(root).unwrap_or(file).to_owned(), hash))
+        })
+        .collect()
+}
+
+/// Whether the gate was placed before the entry point ran is a race that
+/// containerd's events usually win; that it watches soon after is not.
+fn armed(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let known = node.answer(&["containers"])?;
+    let this = known.iter().find(|one| one["id"] == container.id.as_str());
+    let this = this.context("`driftd containers` does not know it")?;
+    assert_eq!(this["namespace"], node.namespace.as_str());
+    assert_eq!(this["image"]["name"], WORKBENCH);
+    assert_eq!(this["image"]["manifest_digest"], bench()?.digests.manifest.as_str());
+    assert_eq!(this["snapshotter"], "overlayfs");
+    ensure!(this["pid"].as_u64() > Some(0), "{this:#}");
+    Ok(())
+}
+
+fn diff_tells(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let clean = node.driftd(&["diff", &container.id])?;
+    assert_eq!(clean.status.code(), Some(0), "{}", talk(&clean));
+
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; cat /.control/x > /usr/bin/curl; cp /bin/ls /bin/sl\n\
+         rm /usr/bin/wget; chmod 0700 /usr/bin/app")?;
+    let output = node.driftd(&["diff", &container.id, "-o", "jsonl"])?;
+    assert_eq!(output.status.code(), Some(1), "{}", talk(&output));
+    let mut told: Vec<String> = String::from_utf8(output.stdout)?
+        .lines()
+        .map(|line| {
+            let line: Value = serde_json::from_str(line)?;
+            let word = |name: &str| line[name].as_str().unwrap_or("-").to_owned();
+            Ok(format!("{} {} {}", word("change"), word("path"), word("kind")))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    told.sort();
+    assert_eq!(
+        told,
+        [
+            "added /tmp/x file.added",
+            "metadata /usr/bin/app -",
+            "modified /usr/bin/curl file.modified",
+            "relocated /bin/sl file.relocated",
+            "removed /usr/bin/wget file.removed",
+        ]
+    );
+    Ok(())
+}
+
+fn filtered_and_shown(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x; rm /usr/bin/wget")?;
+    container.diff()?;
+    let findings =
+        container.told(&["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"])?;
+    let id = only(&findings, "exec.new")?["id"].as_str().context("no id")?.to_owned();
+
+    let of_kind =
+        node.answer(&["findings", "--container", &container.id, "--kind", "file.removed"])?;
+    assert_eq!(crate::node::summaries(&of_kind), ["low file.removed /usr/bin/wget"]);
+    let severe = node.answer(&["findings", "--container", &container.id, "--severity", "high"])?;
+    assert_eq!(crate::node::summaries(&severe), ["critical exec.new /tmp/x"]);
+    let output = node.driftd(&["findings", "--container", &container.id, "--exit-code"])?;
+    assert_eq!(output.status.code(), Some(1), "{}", talk(&output));
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(text.contains("exec.new") && text.contains("/tmp/x"), "{text}");
+
+    let shown = node.driftd(&["show", &id[..12], "-o", "json"])?;
+    assert_eq!(shown.status.code(), Some(0), "{}", talk(&shown));
+    let shown: Value = serde_json::from_slice(&shown.stdout)?;
+    assert_eq!(&shown, only(&findings, "exec.new")?);
+    assert_eq!(shown["schema"], "driftd.finding/v1");
+
+    let unknown = node.driftd(&["findings", "--kind", "exec.odd"])?;
+    assert_eq!(unknown.status.code(), Some(64), "{}", talk(&unknown));
+    Ok(())
+}
+
+/// `driftd findings --follow`, line by line.
+struct Follower {
+    child: std::process::Child,
+    lines: std::sync::mpsc::Receiver<String>,
+}
+
+impl Follower {
+    fn start(node: &Node, more: &[&str]) -> anyhow::Result<Follower> {
+        let mut child = node
+            .driftd_command(&[&["findings", "--follow", "-o", "jsonl"], more].concat())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stdout = child.stdout.take().context("stdout is piped")?;
+        let (sender, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Follower { child, lines })
+    }
+
+    /// The next finding that is about a file of this path.
+    fn sees(&self, path: &str) -> anyhow::Result<Value> {
+        loop {
+            let line = self
+                .lines
+                .recv_timeout(crate::node::DEADLINE)
+                .with_context(|| format!("{path} was not followed"))?;
+            let told: Value = serde_json::from_str(&line)?;
+            if told["file"]["path"] == path {
+                return Ok(told);
+            }
+        }
+    }
+
+    /// Waits for the end of the stream, and hands back what was said about it.
+    fn ended(&mut self) -> anyhow::Result<String> {
+        let mut said = String::new();
+        self.child.stderr.take().context("stderr is piped")?.read_to_string(&mut said)?;
+        self.child.wait()?;
+        Ok(said)
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn follow(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("one")?;
+    container.lay_payload("two")?;
+    container.lay_payload("three")?;
+    let mut follower = Follower::start(node, &["--container", &container.id])?;
+    container.sh("cp /.control/one /tmp/one; /tmp/one")?;
+    assert_eq!(follower.sees("/tmp/one")?["kind"], "exec.new");
+    container.sh("cp /.control/two /tmp/two; /tmp/two")?;
+    assert_eq!(follower.sees("/tmp/two")?["kind"], "exec.new");
+
+    // When driftd stops, the stream says where it can be taken up again.
+    node.stop_driftd()?;
+    let said = follower.ended()?;
+    let cursor = said
+        .split("--after ")
+        .nth(1)
+        .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>())
+        .with_context(|| format!("no cursor was told: {said}"))?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    container.sh("cp /.control/three /tmp/three; /tmp/three")?;
+    let follower = Follower::start(node, &["--container", &container.id, "--after", &cursor])?;
+    let first = follower.lines.recv_timeout(crate::node::DEADLINE).context("nothing came")?;
+    let first: Value = serde_json::from_str(&first)?;
+    assert_eq!(first["file"]["path"], "/tmp/three", "{first:#}");
+    Ok(())
+}
+
+fn kill_on_request(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
+    container.told(&["critical exec.new /tmp/x"])?;
+
+    let output = node.driftd(&["respond", "kill", &container.id, "--reason", "seen in a test"])?;
+    assert_eq!(output.status.code(), Some(0), "{}", talk(&output));
+    wait_for("the container to end", || Ok((!is_running(node, &container.id)?).then_some(())))?;
+
+    let findings = container.findings()?;
+    let outcome = &only(&findings, "exec.new")?["outcome"];
+    assert_eq!(outcome["action"], "kill", "{findings:#?}");
+    assert_eq!(outcome["succeeded"], true, "{findings:#?}");
+    Ok(())
+}
+
+fn pause_and_resume(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let respond = |action: &str| -> anyhow::Result<()> {
+        let output = node.driftd(&["respond", action, &container.id, "--reason", "a test"])?;
+        ensure!(output.status.code() == Some(0), "{}", talk(&output));
+        Ok(())
+    };
+    respond("pause")?;
+    let running = container.begin("true")?;
+    let listed = node.ctr(&["task", "ls"])?;
+    ensure!(state_in(&listed, &container.id) == Some("PAUSED"), "{listed}");
+    respond("resume")?;
+    running.finish(crate::node::DEADLINE)?;
+    container.told_nothing()
+}
+
+fn response_refused(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let output = node.driftd(&["respond", "kill", &container.id])?;
+    assert_eq!(output.status.code(), Some(64), "{}", talk(&output));
+    ensure!(talk(&output).contains("--reason"), "{}", talk(&output));
+    let output = node.driftd(&["respond", "kill", "no-such-container", "--reason", "test"])?;
+    assert_eq!(output.status.code(), Some(2), "{}", talk(&output));
+    ensure!(talk(&output).contains("no-such-container"), "{}", talk(&output));
+    ensure!(is_running(node, &container.id)?, "the container was killed after all");
+    Ok(())
+}
+
+fn kill_by_setting(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    // A modified file is not on the list.
+    container.lay_payload("x")?;
+    container.sh("cat /.control/x > /usr/bin/curl")?;
+    container.told(&["medium file.modified /usr/bin/curl"])?;
+    ensure!(is_running(node, &container.id)?, "killed for something that is not on the list");
+
+    container.lay("y", &bench()?.payload.marked("another"))?;
+    // The shell is killed before it can answer.
+    let _ = container.begin("cp /.control/y /tmp/y; /tmp/y; sleep 600")?;
+    wait_for("the container to end", || Ok((!is_running(node, &container.id)?).then_some(())))?;
+    let outcome = wait_within(Duration::from_secs(10), "the outcome", || {
+        let findings = container.findings()?;
+        let run = only(&findings, "exec.new")?.clone();
+        Ok((!run["outcome"].is_null()).then_some(run))
+    })?;
+    assert_eq!(outcome["outcome"]["action"], "kill", "{outcome:#}");
+    assert_eq!(outcome["outcome"]["succeeded"], true, "{outcome:#}");
+    assert_eq!(outcome["verdict"]["disposition"], "kill", "{outcome:#}");
+    assert_eq!(outcome["verdict"]["rule"], "respond.kill_on", "{outcome:#}");
+    Ok(())
+}
+
+fn deleted_image(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    node.ctr(&["images", "rm", "--sync", WORKBENCH])?;
+    wait_for("the name to go", || Ok(baseline_of(node, WORKBENCH)?.is_none().then_some(())))?;
+    container.sh("cp /bin/ls /bin/.cache-ls; /bin/.cache-ls; /usr/bin/app")?;
+    container.told(&["medium exec.relocated /bin/.cache-ls"])?;
+
+    // A restart changes nothing about it.
+    node.stop_driftd()?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    container.sh("cp /usr/bin/curl /tmp/copy; /tmp/copy")?;
+    container
+        .told(&["medium exec.relocated /bin/.cache-ls", "high exec.relocated /tmp/copy"])
+        .map(drop)
+}
+
+fn is_running(node: &Node, id: &str) -> anyhow::Result<bool> {
+    let listed = node.ctr(&["task", "ls"])?;
+    Ok(state_in(&listed, id) == Some("RUNNING"))
+}
+
+/// The state of a task in what `ctr task ls` prints.
+fn state_in<'a>(listed: &'a str, id: &str) -> Option<&'a str> {
+    listed
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find(|words| words.first() == Some(&id))
+        .and_then(|words| words.last().copied())
+}

@@ -1,0 +1,263 @@
+//! What an attacker or an operator does to a container, and what it must be
+//! called. Each trial also asserts that nothing else was told.
+
+use std::process::{Command, Stdio};
+
+use anyhow::ensure;
+use libtest_mimic::Trial;
+
+use crate::node::{Node, only};
+use crate::{programs, trial};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("a01_dropped_program_is_added_then_new", a01_added_then_new),
+        trial("a01_dropped_and_run_at_once_is_one_finding", a01_at_once),
+        trial("a02_copied_program_is_relocated", a02_copy),
+        trial("a04_overwritten_program_is_modified", a04_overwritten),
+        trial("a04_older_times_change_nothing", a04_with_older_times),
+        trial("a05_one_byte_patch_is_modified", a05_one_byte),
+        trial("a06_renamed_over_is_modified", a06_renamed_over),
+        trial("a07_script_is_the_subject_not_its_shell", a07_script),
+        trial("a14_running_and_deleted_is_new_and_deleted", a14_deleted),
+        trial("a20_symlink_is_followed_to_the_file", a20_symlink),
+        trial("a21_hard_link_of_an_image_program_is_relocated", a21_hard_link),
+        trial("a22_moved_program_is_removed_and_relocated", a22_moved),
+        trial("a23_removed_tools_are_told", a23_removed),
+        trial("a24_setuid_is_privileged", a24_setuid),
+        trial("a25_file_capability_is_privileged", a25_capability),
+        trial("a28_exec_with_terminal_is_one_interactive_session", a28_interactive),
+        trial("a29_exec_without_terminal_is_an_exec_session", a29_exec),
+        trial("a45_drift_in_one_container_never_marks_another", a45_two_containers),
+        trial("a_thousand_short_executions_are_a_thousand", a_thousand_executions),
+    ]
+}
+
+fn a01_added_then_new(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cat /.control/x > /tmp/x; chmod +x /tmp/x")?;
+    let findings = container.told(&["low file.added /tmp/x"])?;
+    let added = only(&findings, "file.added")?["id"].clone();
+
+    container.sh("/tmp/x")?;
+    let findings = container.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
+    let run = only(&findings, "exec.new")?;
+    assert_eq!(run["story"], added, "{run:#}");
+    assert_eq!(run["file"]["blake3"], only(&findings, "file.added")?["file"]["blake3"]);
+    assert_eq!(run["count"], 1, "{run:#}");
+    assert_eq!(run["attack"]["technique"], "T1059");
+    assert_eq!(run["image"]["name"], programs::WORKBENCH);
+    assert_eq!(run["expected"], serde_json::Value::Null);
+    ensure!(run["process"]["pid"].as_u64() > Some(0), "{run:#}");
+    ensure!(run["file"]["sha256"].as_str().is_some_and(|hash| hash.len() == 64), "{run:#}");
+    Ok(())
+}
+
+fn a01_at_once(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cat /.control/x > /tmp/x; chmod +x /tmp/x; /tmp/x")?;
+    container.told(&["critical exec.new /tmp/x"]).map(drop)
+}
+
+fn a02_copy(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("cp /bin/ls /bin/.cache-ls; /bin/.cache-ls")?;
+    let findings = container.told(&["medium exec.relocated /bin/.cache-ls"])?;
+    let relocated = only(&findings, "exec.relocated")?;
+    assert_eq!(relocated["expected"]["path"], "/bin/ls", "{relocated:#}");
+    assert_eq!(relocated["expected"]["blake3"], relocated["file"]["blake3"]);
+    Ok(())
+}
+
+fn a04_overwritten(node: &Node) -> anyhow::Result<()> {
+    overwrite_curl(node, "")
+}
+
+fn a04_with_older_times(node: &Node) -> anyhow::Result<()> {
+    overwrite_curl(node, "/usr/bin/touch -r /bin/sh /usr/bin/curl")
+}
+
+fn overwrite_curl(node: &Node, afterwards: &str) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh(&format!("cat /.control/x > /usr/bin/curl\n{afterwards}"))?;
+    let findings = container.told(&["medium file.modified /usr/bin/curl"])?;
+    let modified = only(&findings, "file.modified")?.clone();
+    assert_eq!(modified["expected"]["path"], "/usr/bin/curl");
+    assert_ne!(modified["expected"]["blake3"], modified["file"]["blake3"]);
+
+    container.sh("/usr/bin/curl http://x")?;
+    let findings = container
+        .told(&["medium file.modified /usr/bin/curl", "critical exec.modified /usr/bin/curl"])?;
+    assert_eq!(only(&findings, "exec.modified")?["story"], modified["id"]);
+    Ok(())
+}
+
+fn a05_one_byte(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    // Whether the patched program still works is of no interest.
+    container.sh("printf '\\220' | dd of=/usr/sbin/nginx bs=1 seek=4096 conv=notrunc\n\
+         /usr/sbin/nginx -v || true")?;
+    let findings = container.told(&["critical exec.modified /usr/sbin/nginx"])?;
+    let modified = only(&findings, "exec.modified")?;
+    assert_eq!(modified["file"]["size"], modified["expected"]["size"], "{modified:#}");
+    Ok(())
+}
+
+fn a06_renamed_over(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("cp /usr/bin/python3 /tmp/p; printf x >> /tmp/p\n\
+         mv /tmp/p /usr/bin/python3; /usr/bin/python3")?;
+    container.told(&["critical exec.modified /usr/bin/python3"]).map(drop)
+}
+
+fn a07_script(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("echo '#!/bin/sh' > /tmp/s; echo true >> /tmp/s; chmod +x /tmp/s; /tmp/s")?;
+    let findings = container.told(&["high exec.script /tmp/s"])?;
+    assert_eq!(only(&findings, "exec.script")?["file"]["type"], "script");
+    Ok(())
+}
+
+fn a14_deleted(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x 3000 & sleep 0.2; rm /tmp/x")?;
+    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let run = only(&findings, "exec.new")?;
+    assert_eq!(run["file"]["deleted"], true, "{run:#}");
+    Ok(())
+}
+
+fn a20_symlink(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; ln -sf /tmp/x /usr/local/bin/kubectl; kubectl")?;
+    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let run = only(&findings, "exec.new")?;
+    assert_eq!(run["invoked_as"], "/usr/local/bin/kubectl", "{run:#}");
+    Ok(())
+}
+
+fn a21_hard_link(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("ln /bin/busybox /tmp/sh2; /tmp/sh2 sh -c true || true")?;
+    container.told(&["high exec.relocated /tmp/sh2"]).map(drop)
+}
+
+fn a22_moved(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("mv /usr/bin/wget /usr/bin/.w; /usr/bin/.w http://x")?;
+    container
+        .told(&["low file.removed /usr/bin/wget", "medium exec.relocated /usr/bin/.w"])
+        .map(drop)
+}
+
+fn a23_removed(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("rm -f /usr/bin/auditctl /usr/sbin/tcpdump")?;
+    container.diff()?;
+    container
+        .told(&["medium file.removed /usr/bin/auditctl", "medium file.removed /usr/sbin/tcpdump"])
+        .map(drop)
+}
+
+fn a24_setuid(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("chmod u+s /bin/bash")?;
+    container.diff()?;
+    let findings = container.told(&["high file.privileged /bin/bash"])?;
+    let privileged = only(&findings, "file.privileged")?;
+    assert_eq!(privileged["file"]["mode"], "4755", "{privileged:#}");
+    assert_eq!(privileged["expected"]["mode"], "0755");
+    assert_eq!(privileged["file"]["blake3"], privileged["expected"]["blake3"]);
+    Ok(())
+}
+
+fn a25_capability(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("/usr/sbin/setcap cap_net_raw,cap_setuid+ep /usr/bin/python3")?;
+    container.diff()?;
+    let findings = container.told(&["high file.privileged /usr/bin/python3"])?;
+    let privileged = only(&findings, "file.privileged")?;
+    ensure!(privileged["file"]["capability"].is_string(), "{privileged:#}");
+    assert_eq!(privileged["expected"]["capability"], serde_json::Value::Null);
+    Ok(())
+}
+
+fn a28_interactive(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    // `script` gives ctr the terminal that a person at a keyboard has.
+    let ctr = format!(
+        "{} --address {} --namespace {} task exec --fifo-dir {} -t --exec-id person {} /bin/sh",
+        programs::find("ctr")?.display(),
+        node.path("containerd.sock").display(),
+        node.namespace,
+        node.path("fifo").display(),
+        container.id,
+    );
+    let mut person = Command::new(programs::find("script")?)
+        .args(["-qec", &ctr, "/dev/null"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut keyboard = person.stdin.take().expect("stdin is piped");
+    {
+        use std::io::Write as _;
+        // Sub-shells and a second shell in it are the same session.
+        keyboard.write_all(b"/bin/ls /\n(cat /etc/passwd)\n/bin/bash -c 'ls; true'\n")?;
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        keyboard.write_all(b"exec /bin/bash\nexit\n")?;
+    }
+    let findings = container.told(&["medium session.interactive"]);
+    drop(keyboard);
+    let _ = person.kill();
+    person.wait()?;
+    let findings = findings?;
+    let session = only(&findings, "session.interactive")?;
+    ensure!(session["process"]["tty"].as_str().is_some_and(|tty| tty.starts_with("pts/")));
+    assert_eq!(session["file"], serde_json::Value::Null);
+    assert_eq!(session["attack"]["technique"], "T1609");
+    Ok(())
+}
+
+fn a29_exec(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let fifo = node.path("fifo");
+    let exec = ["task", "exec", "--fifo-dir", &fifo.to_string_lossy(), "--exec-id", "copy"];
+    node.ctr(&[&exec[..], &[&container.id, "/bin/cat", "/etc/passwd"]].concat())?;
+    let findings = container.told(&["info session.exec"])?;
+    let session = only(&findings, "session.exec")?;
+    assert_eq!(session["process"]["tty"], serde_json::Value::Null, "{session:#}");
+    Ok(())
+}
+
+fn a45_two_containers(node: &Node) -> anyhow::Result<()> {
+    let (drifting, faithful) = (node.container()?, node.container()?);
+    drifting.lay_payload("x")?;
+    drifting.sh("cp /.control/x /tmp/x; /tmp/x")?;
+    faithful.sh("/bin/ls / >/dev/null; /usr/bin/app")?;
+    drifting.told(&["critical exec.new /tmp/x"])?;
+    faithful.told_nothing()
+}
+
+fn a_thousand_executions(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container
+        .begin(
+            "cp /.control/x /tmp/x; i=0\n\
+             while [ $i -lt 1000 ]; do /tmp/x; i=$((i+1)); done",
+        )?
+        .finish(std::time::Duration::from_secs(120))?;
+    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let run = only(&findings, "exec.new")?;
+    assert_eq!(run["count"], 1000, "{run:#}");
+    let mark = format!("{} {} x", node.namespace, container.id);
+    let content = crate::node::bench()?.payload.marked(&mark);
+    assert_eq!(run["file"]["blake3"], blake3::hash(&content).to_hex().as_str());
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! The daemon on a real node: a containerd of the tests' own, real containers,
+//! and the scenarios of drift and of ordinary life by their names.
+//!
+//! Needs root, fanotify, containerd and runc; `make setup` installs what is
+//! missing. Nothing is skipped when something is not there: the run fails and
+//! says what to do.
+
+mod answers;
+mod drift;
+mod image;
+mod node;
+mod ordinary;
+mod programs;
+mod trouble;
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context as _;
+use libtest_mimic::{Arguments, Failed, Trial};
+use node::{Node, lock};
+
+/// Containers start and settle; two at a time suit a machine with two processors.
+const TRIALS_AT_ONCE: usize = 2;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(TRIALS_AT_ONCE);
+    if !arguments.list
+        && let Err(err) = prerequisites()
+    {
+        eprintln!("the node tests cannot run: {err:#}");
+        return ExitCode::FAILURE;
+    }
+    tear_down_when_interrupted();
+    let trials = [drift::trials(), ordinary::trials(), answers::trials(), trouble::trials()];
+    let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
+    tear_down();
+    conclusion.exit_code()
+}
+
+fn prerequisites() -> anyhow::Result<()> {
+    anyhow::ensure!(nix::unistd::geteuid().is_root(), "not root (run: make test)");
+    for program in ["containerd", "containerd-shim-runc-v2", "runc", "ctr", "busybox", "gcc", "ldd"]
+    {
+        programs::find(program)?;
+    }
+    for program in ["script", "setcap", "setpriv"] {
+        programs::find(program)?;
+    }
+    nix::sys::fanotify::Fanotify::init(
+        nix::sys::fanotify::InitFlags::FAN_CLASS_CONTENT
+            | nix::sys::fanotify::InitFlags::FAN_CLOEXEC,
+        nix::sys::fanotify::EventFFlags::O_RDONLY,
+    )
+    .context("this kernel or container does not allow fanotify (CAP_SYS_ADMIN is needed)")?;
+    Ok(())
+}
+
+/// The node that most trials share; it starts when the first one asks for it.
+static SHARED: Mutex<Option<Arc<Node>>> = Mutex::new(None);
+
+fn shared() -> anyhow::Result<Arc<Node>> {
+    let mut shared = lock(&SHARED);
+    if let Some(node) = &*shared {
+        return Ok(Arc::clone(node));
+    }
+    let node = Node::start("")?;
+    *shared = Some(Arc::clone(&node));
+    Ok(node)
+}
+
+/// A trial on the shared node.
+fn trial(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || run(shared, test))
+}
+
+/// A trial on a node of its own, because it breaks or restarts something.
+/// `settings` are added to driftd's.
+fn trial_alone(
+    name: &'static str,
+    settings: &'static str,
+    test: fn(&Node) -> anyhow::Result<()>,
+) -> Trial {
+    Trial::test(name, move || run(|| Node::start(settings), test))
+}
+
+/// A trial that needs no node at all.
+fn trial_without_node(name: &'static str, test: fn() -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || test().map_err(|err| format!("{err:#}").into()))
+}
+
+fn run(
+    node: impl FnOnce() -> anyhow::Result<Arc<Node>>,
+    test: fn(&Node) -> anyhow::Result<()>,
+) -> Result<(), Failed> {
+    let node = node().map_err(|err| format!("{err:#}"))?;
+    match catch_unwind(AssertUnwindSafe(|| test(&node))) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(err)) => Err(format!("{err:#}\n{}", node.logs()).into()),
+        Err(panic) => {
+            eprintln!("{}", node.logs());
+            resume_unwind(panic)
+        }
+    }
+}
+
+fn tear_down() {
+    lock(&SHARED).take();
+    node::tear_down_everything();
+    node::remove_bench();
+}
+
+/// Ctrl-C leaves nothing behind either.
+fn tear_down_when_interrupted() {
+    std::thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let Ok(runtime) = runtime else { return };
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            tokio::select! {
+                _ = interrupt.recv() => (),
+                _ = terminate.recv() => (),
+            }
+            tear_down();
+            std::process::exit(130);
+        });
+    });
+}

@@ -1,0 +1,713 @@
+//! One containerd and one driftd in a scratch directory, and the containers in
+//! between. Whatever happens in a test, dropping a [`Node`] ends everything it
+//! started, by pid, and removes what it made.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::image::{self, Digests, Layer};
+use crate::programs::{self, Payload, WORKBENCH, find};
+
+/// How long anything that should happen may take on a busy machine.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+
+/// `watch.settle` in the tests: how long a written file must be left alone.
+pub(crate) const SETTLE: Duration = Duration::from_secs(1);
+
+/// What all nodes of one run share: the scratch directory and the image.
+pub(crate) struct Bench {
+    pub(crate) scratch: tempfile::TempDir,
+    pub(crate) payload: Payload,
+    pub(crate) workbench: PathBuf,
+    pub(crate) digests: Digests,
+    /// A copy of the daemon's program where every user may run it.
+    pub(crate) driftd: PathBuf,
+}
+
+static BENCH: OnceLock<Result<Bench, String>> = OnceLock::new();
+
+/// The bench, made when a test first asks for it.
+pub(crate) fn bench() -> anyhow::Result<&'static Bench> {
+    BENCH
+        .get_or_init(|| make_bench().map_err(|err| format!("{err:#}")))
+        .as_ref()
+        .map_err(|err| anyhow::anyhow!("{err}"))
+}
+
+/// A static is never dropped, so its directory is removed by hand.
+pub(crate) fn remove_bench() {
+    if let Some(Ok(bench)) = BENCH.get() {
+        let _ = fs::remove_dir_all(bench.scratch.path());
+    }
+}
+
+fn make_bench() -> anyhow::Result<Bench> {
+    let scratch = scratch_directory("driftd-node.")?;
+    let payload = Payload::compile(scratch.path())?;
+    let workbench = scratch.path().join("workbench.tar");
+    let digests = programs::write_workbench(&workbench, &payload)?;
+    let driftd = scratch.path().join("driftd");
+    fs::copy(env!("CARGO_BIN_EXE_driftd"), &driftd)?;
+    Ok(Bench { scratch, payload, workbench, digests, driftd })
+}
+
+/// A directory on a filesystem that can be an overlay's upper layer, which an
+/// overlay itself (`/tmp` of a build container) cannot.
+fn scratch_directory(prefix: &str) -> anyhow::Result<tempfile::TempDir> {
+    let candidates = [std::env::temp_dir(), "/var/tmp".into(), "/dev/shm".into()];
+    let parent = candidates
+        .iter()
+        .find(|directory| {
+            nix::sys::statfs::statfs(directory.as_path())
+                .is_ok_and(|fs| fs.filesystem_type() != nix::sys::statfs::OVERLAYFS_SUPER_MAGIC)
+        })
+        .context("neither the temporary directory, /var/tmp nor /dev/shm can hold an overlay")?;
+    let directory = tempfile::Builder::new().prefix(prefix).tempdir_in(parent)?;
+    // Tests as another user must be able to reach what lies in here.
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+    Ok(directory)
+}
+
+/// Every node there is, for a run that is interrupted.
+static NODES: Mutex<Vec<Weak<Node>>> = Mutex::new(Vec::new());
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// Ends everything that any test has started.
+pub(crate) fn tear_down_everything() {
+    let nodes = std::mem::take(&mut *lock(&NODES));
+    for node in nodes.iter().filter_map(Weak::upgrade) {
+        node.tear_down();
+        let _ = fs::remove_dir_all(node.directory.path());
+    }
+}
+
+/// A containerd of its own, with a driftd that watches it.
+pub(crate) struct Node {
+    pub(crate) directory: tempfile::TempDir,
+    containerd: Mutex<Option<Child>>,
+    driftd: Mutex<Option<Child>>,
+    /// containerd's namespace, and the name of the cgroup below which the
+    /// containers are: unique, so that two runs at once do not meet.
+    pub(crate) namespace: String,
+    containers: Mutex<Vec<String>>,
+    next: AtomicU32,
+}
+
+impl Node {
+    /// Starts both, with `settings` added to driftd's.
+    pub(crate) fn start(settings: &str) -> anyhow::Result<Arc<Node>> {
+        let node = Node::with_containerd()?;
+        node.write_settings(settings)?;
+        node.start_driftd()?;
+        Ok(node)
+    }
+
+    /// Starts containerd alone, with the workbench image in it.
+    pub(crate) fn with_containerd() -> anyhow::Result<Arc<Node>> {
+        let bench = bench()?;
+        let node = Arc::new(Node {
+            directory: scratch_directory("driftd-node.")?,
+            containerd: Mutex::new(None),
+            driftd: Mutex::new(None),
+            namespace: format!(
+                "driftd-test-{}-{}",
+                std::process::id(),
+                STARTED.fetch_add(1, Ordering::Relaxed)
+            ),
+            containers: Mutex::new(Vec::new()),
+            next: AtomicU32::new(1),
+        });
+        lock(&NODES).push(Arc::downgrade(&node));
+        node.write_settings("")?;
+        node.start_containerd()?;
+        node.import(&bench.workbench)?;
+        Ok(node)
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    // ---- containerd
+
+    /// Starts containerd and waits until it answers.
+    pub(crate) fn start_containerd(&self) -> anyhow::Result<()> {
+        let config = self.path("containerd.toml");
+        let directory = self.directory.path().display();
+        fs::write(
+            &config,
+            format!(
+                r#"version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = [
+  "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+  "io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp",
+]
+[grpc]
+  address = "{directory}/containerd.sock"
+[ttrpc]
+  address = "{directory}/containerd.sock.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+"#
+            ),
+        )?;
+        let log = append_to(&self.path("containerd.log"))?;
+        let child = Command::new(find("containerd")?)
+            .arg("--config")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start containerd")?;
+        *lock(&self.containerd) = Some(child);
+        wait_for("containerd to answer", || {
+            let output = self.ctr_command(&["version"])?.output()?;
+            Ok(output.status.success().then_some(()))
+        })
+    }
+
+    /// Ends containerd as a crash would. Containers go on under their shims.
+    pub(crate) fn crash_containerd(&self) -> anyhow::Result<()> {
+        let mut child = lock(&self.containerd).take().context("containerd is not running")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    fn ctr_command(&self, arguments: &[&str]) -> anyhow::Result<Command> {
+        let mut command = Command::new(find("ctr")?);
+        command
+            .arg("--address")
+            .arg(self.path("containerd.sock"))
+            .args(["--namespace", &self.namespace])
+            .args(arguments)
+            .stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// Runs `ctr` and hands back what it printed.
+    pub(crate) fn ctr(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.ctr_command(arguments)?.output().context("cannot run ctr")?;
+        ensure!(output.status.success(), "ctr {arguments:?} failed\n{}", talk(&output));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    pub(crate) fn import(&self, image: &Path) -> anyhow::Result<()> {
+        self.ctr(&["images", "import", &image.to_string_lossy()]).map(drop)
+    }
+
+    /// Writes a small image of its own and imports it.
+    pub(crate) fn import_layers(&self, name: &str, layers: Vec<Layer>) -> anyhow::Result<Digests> {
+        let file = self.path("image.tar");
+        let digests = image::write(&file, name, layers)?;
+        self.import(&file)?;
+        Ok(digests)
+    }
+
+    // ---- driftd
+
+    fn write_settings(&self, more: &str) -> anyhow::Result<()> {
+        let directory = self.directory.path().display();
+        // `more` may open a table of its own, so it comes last.
+        let text = format!(
+            r#"state_dir = "{directory}/driftd"
+socket = "{directory}/driftd.sock"
+[containerd]
+sockets = ["{directory}/containerd.sock"]
+[watch]
+settle = "1s"
+sweep_interval = "1h"
+{more}
+"#
+        );
+        fs::write(self.path("driftd.toml"), text)?;
+        Ok(())
+    }
+
+    /// Starts driftd and waits until it answers.
+    pub(crate) fn start_driftd(&self) -> anyhow::Result<()> {
+        let log = append_to(&self.path("driftd.log"))?;
+        let child = Command::new(env!("CARGO_BIN_EXE_driftd"))
+            .arg("run")
+            .arg("--config")
+            .arg(self.path("driftd.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start driftd")?;
+        *lock(&self.driftd) = Some(child);
+        wait_for("driftd to answer", || {
+            if let Some(status) = lock(&self.driftd).as_mut().and_then(|c| c.try_wait().transpose())
+            {
+                bail!("driftd ended instead: {}", status?);
+            }
+            // 1 says that the view is not complete, for example without containerd.
+            let answered = matches!(self.driftd(&["status"])?.status.code(), Some(0 | 1));
+            Ok(answered.then_some(()))
+        })
+    }
+
+    /// The daemon's pid.
+    pub(crate) fn driftd_pid(&self) -> anyhow::Result<Pid> {
+        let guard = lock(&self.driftd);
+        let child = guard.as_ref().context("driftd is not running")?;
+        Ok(Pid::from_raw(child.id().try_into()?))
+    }
+
+    /// Waits until driftd has ended and says how.
+    pub(crate) fn driftd_ended(&self, within: Duration) -> anyhow::Result<Option<Signal>> {
+        let status = wait_within(within, "driftd to end", || {
+            Ok(lock(&self.driftd).as_mut().context("driftd is not running")?.try_wait()?)
+        })?;
+        lock(&self.driftd).take();
+        Ok(status.signal().map(Signal::try_from).transpose()?)
+    }
+
+    /// `kill -9`, and nothing else.
+    pub(crate) fn crash_driftd(&self) -> anyhow::Result<()> {
+        kill(self.driftd_pid()?, Signal::SIGKILL)?;
+        self.driftd_ended(DEADLINE).map(drop)
+    }
+
+    /// Ends driftd as systemd would.
+    pub(crate) fn stop_driftd(&self) -> anyhow::Result<()> {
+        kill(self.driftd_pid()?, Signal::SIGTERM)?;
+        self.driftd_ended(DEADLINE).map(drop)
+    }
+
+    /// A command of driftd's client, not yet run.
+    pub(crate) fn driftd_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_driftd"));
+        command.args(arguments).env("DRIFTD_SOCKET", self.path("driftd.sock")).stdin(Stdio::null());
+        command
+    }
+
+    pub(crate) fn driftd(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        self.driftd_command(arguments).output().context("cannot run driftd")
+    }
+
+    /// What `driftd` answers, line by line as JSON.
+    pub(crate) fn answer(&self, arguments: &[&str]) -> anyhow::Result<Vec<Value>> {
+        let output = self.driftd(&[arguments, &["-o", "jsonl"]].concat())?;
+        ensure!(
+            matches!(output.status.code(), Some(0 | 1)),
+            "driftd {arguments:?} failed: {}\n{}",
+            output.status,
+            talk(&output)
+        );
+        String::from_utf8(output.stdout)?
+            .lines()
+            .map(|line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}")))
+            .collect()
+    }
+
+    /// One answer that is not a list.
+    pub(crate) fn status(&self) -> anyhow::Result<Value> {
+        let output = self.driftd(&["status", "-o", "json"])?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("`driftd status` gave no JSON\n{}", talk(&output)))
+    }
+
+    /// How often `name` was lost since driftd started.
+    pub(crate) fn losses(&self, name: &str) -> anyhow::Result<u64> {
+        let status = self.status()?;
+        let losses = status["losses"].as_array().context("status has no losses")?;
+        Ok(losses
+            .iter()
+            .find(|loss| loss["name"] == name)
+            .and_then(|loss| loss["count"].as_u64())
+            .unwrap_or(0))
+    }
+
+    // ---- containers
+
+    /// Starts a container of the workbench image and waits until it is watched.
+    pub(crate) fn container(&self) -> anyhow::Result<Container<'_>> {
+        self.container_of(WORKBENCH)
+    }
+
+    pub(crate) fn container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        let container = self.unwatched_container_of(image)?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
+    /// Starts a container and does not ask whether driftd has noticed.
+    pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        let id = format!("c{:03}", self.next.fetch_add(1, Ordering::Relaxed));
+        let control = self.path(&format!("control-{id}"));
+        fs::create_dir(&control)?;
+        let commands = control.join("commands");
+        let done = control.join("done");
+        for fifo in [&commands, &done] {
+            nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::S_IRWXU)?;
+        }
+        // Open for both directions, so that neither side ever waits for the other.
+        let both = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+        let (commands, done) = (both(&commands)?, both(&done)?);
+
+        lock(&self.containers).push(id.clone());
+        // What the tests do happens in children of init, because a process that
+        // comes from outside would be a session.
+        let init = "exec 9>/.control/done; exec </.control/commands; \
+                    while read -r n; do \
+                    ( . /.control/command.$n ) </dev/null >/.control/output.$n 2>&1; \
+                    echo \"$n $?\" >&9; done";
+        let mount = format!("type=bind,src={},dst=/.control,options=rbind:rw", control.display());
+        self.ctr(&["run", "-d", "--mount", &mount, image, &id, "/bin/sh", "-c", init])?;
+        Ok(Container { node: self, id, control, commands, done, next: AtomicU32::new(1) })
+    }
+
+    /// The last lines of both logs, for a test that failed.
+    pub(crate) fn logs(&self) -> String {
+        ["driftd.log", "containerd.log"]
+            .map(|name| {
+                let text = fs::read_to_string(self.path(name)).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                let tail = lines[lines.len().saturating_sub(40)..].join("\n");
+                format!("---- the end of {name}\n{tail}\n")
+            })
+            .concat()
+    }
+
+    /// Ends and removes everything. What is gone already is no error.
+    fn tear_down(&self) {
+        for id in std::mem::take(&mut *lock(&self.containers)) {
+            let quietly = |arguments: &[&str]| {
+                let done = self.ctr_command(arguments).and_then(|mut command| {
+                    Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).status()?)
+                });
+                done.is_ok_and(|status| status.success())
+            };
+            quietly(&["task", "resume", &id]);
+            quietly(&["task", "rm", "--force", &id]);
+            quietly(&["container", "rm", &id]);
+        }
+        for child in [&self.driftd, &self.containerd] {
+            if let Some(mut child) = lock(child).take() {
+                end(&mut child);
+            }
+        }
+        // A shim outlives its containerd; it names our socket or directory.
+        for shim in processes_naming(self.directory.path()) {
+            let _ = kill(shim, Signal::SIGKILL);
+        }
+        self.unmount_leftovers();
+        remove_cgroups(&self.namespace);
+        // Made by runc and ctr for this namespace; what others use is not empty.
+        for directory in [
+            format!("/run/containerd/runc/{}", self.namespace),
+            "/run/containerd/runc".into(),
+            "/run/containerd/fifo".into(),
+            "/run/containerd/s".into(),
+            "/run/containerd".into(),
+        ] {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+
+    fn unmount_leftovers(&self) {
+        let directory = self.directory.path().as_os_str().to_string_lossy().into_owned();
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let mut points: Vec<&str> = mounts
+            .lines()
+            .filter_map(|line| line.split(' ').nth(1))
+            .filter(|point| point.starts_with(&directory))
+            .collect();
+        points.reverse();
+        for point in points {
+            let _ = Command::new("umount").arg("--lazy").arg(point).status();
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.tear_down();
+    }
+}
+
+/// Asks a daemon to end and insists after a few seconds.
+fn end(child: &mut Child) {
+    if let Ok(pid) = child.id().try_into() {
+        let pid = Pid::from_raw(pid);
+        let _ = kill(pid, Signal::SIGTERM);
+        let _ = kill(pid, Signal::SIGCONT);
+    }
+    let ended = wait_within(Duration::from_secs(10), "a daemon to end", || Ok(child.try_wait()?));
+    if ended.is_err() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// Processes whose command line names `directory`: shims, and nothing else once
+/// both daemons have ended.
+fn processes_naming(directory: &Path) -> Vec<Pid> {
+    let needle = directory.as_os_str().as_encoded_bytes();
+    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    processes
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
+                line.windows(needle.len()).any(|window| window == needle)
+                    && line.windows(15).any(|window| window == b"containerd-shim")
+            })
+        })
+        .map(Pid::from_raw)
+        .collect()
+}
+
+/// runc removes a container's cgroup and leaves the namespace's behind.
+fn remove_cgroups(namespace: &str) {
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    for root in hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]) {
+        let _ = fs::remove_dir(root.join(namespace));
+    }
+}
+
+/// A running container whose init does what it is told through a pipe.
+pub(crate) struct Container<'a> {
+    pub(crate) node: &'a Node,
+    pub(crate) id: String,
+    /// `/.control` in the container: a directory of the host.
+    control: PathBuf,
+    commands: File,
+    done: File,
+    next: AtomicU32,
+}
+
+/// What a command in a container printed, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) status: i32,
+    pub(crate) output: String,
+}
+
+impl Container<'_> {
+    /// Lays a file where the container sees it as `/.control/NAME`: what a
+    /// scenario would have downloaded.
+    pub(crate) fn lay(&self, name: &str, content: &[u8]) -> anyhow::Result<()> {
+        let path = self.control.join(name);
+        fs::write(&path, content)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(())
+    }
+
+    /// Lays a program that no image has, and that differs from every other.
+    pub(crate) fn lay_payload(&self, name: &str) -> anyhow::Result<()> {
+        let mark = format!("{} {} {name}", self.node.namespace, self.id);
+        self.lay(name, &bench()?.payload.marked(&mark))
+    }
+
+    /// Runs shell commands as a descendant of init.
+    pub(crate) fn try_sh(&self, commands: &str) -> anyhow::Result<Ran> {
+        self.begin(commands)?.finish(DEADLINE)
+    }
+
+    /// Runs shell commands that must succeed, and hands back what they printed.
+    pub(crate) fn sh(&self, commands: &str) -> anyhow::Result<String> {
+        let ran = self.try_sh(&format!("set -e\n{commands}"))?;
+        ensure!(ran.status == 0, "in {}: {commands}\nended with {ran:?}", self.id);
+        Ok(ran.output)
+    }
+
+    /// Starts shell commands and does not wait for their end.
+    pub(crate) fn begin(&self, commands: &str) -> anyhow::Result<Running<'_>> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        fs::write(self.control.join(format!("command.{number}")), commands)?;
+        (&self.commands).write_all(format!("{number}\n").as_bytes())?;
+        Ok(Running { container: self, number })
+    }
+
+    pub(crate) fn wait_until_watched(&self) -> anyhow::Result<()> {
+        wait_for(&format!("driftd to watch {}", self.id), || {
+            let known = self.node.answer(&["containers"])?;
+            Ok(known
+                .iter()
+                .any(|container| {
+                    container["id"] == self.id.as_str()
+                        && container["watched"] == true
+                        && container["baseline"] == "ready"
+                })
+                .then_some(()))
+        })
+    }
+
+    /// Walks the container's own layer now; driftd has judged it when this ends.
+    pub(crate) fn diff(&self) -> anyhow::Result<Vec<Value>> {
+        self.node.answer(&["diff", &self.id])
+    }
+
+    /// This container's findings, oldest first.
+    pub(crate) fn findings(&self) -> anyhow::Result<Vec<Value>> {
+        let mut findings = self.node.answer(&["findings", "--container", &self.id])?;
+        findings.sort_by_key(|finding| finding["first_seen"].as_str().map(str::to_owned));
+        Ok(findings)
+    }
+
+    /// Waits until driftd has told exactly `expected`, each as `SEVERITY KIND
+    /// PATH`, and makes sure that nothing is added when all is settled.
+    pub(crate) fn told(&self, expected: &[&str]) -> anyhow::Result<Vec<Value>> {
+        let mut expected: Vec<String> = expected.iter().map(|line| (*line).to_owned()).collect();
+        expected.sort();
+        let (mut findings, mut lines) = (Vec::new(), Vec::new());
+        let waited = wait_for("the findings", || {
+            findings = self.findings()?;
+            lines = summaries(&findings);
+            Ok((lines == expected).then_some(()))
+        });
+        if waited.is_err() {
+            bail!("in {} was told {lines:#?}\nexpected {expected:#?}\n{findings:#?}", self.id);
+        }
+        thread::sleep(SETTLE + Duration::from_millis(200));
+        self.diff()?;
+        thread::sleep(Duration::from_millis(400));
+        findings = self.findings()?;
+        lines = summaries(&findings);
+        ensure!(
+            lines == expected,
+            "in {} was told, when all was settled, {lines:#?}\nexpected {expected:#?}\n{findings:#?}",
+            self.id
+        );
+        Ok(findings)
+    }
+
+    /// Makes sure that nothing is told, and that this is not because driftd is
+    /// blind: a canary dropped afterwards is the only finding.
+    pub(crate) fn told_nothing(&self) -> anyhow::Result<()> {
+        thread::sleep(SETTLE + Duration::from_millis(200));
+        self.diff()?;
+        self.lay_payload("canary")?;
+        self.sh("cp /.control/canary /tmp/canary; /tmp/canary")?;
+        self.told(&["critical exec.new /tmp/canary"]).map(drop)
+    }
+}
+
+/// A command that may still be running in a container.
+pub(crate) struct Running<'a> {
+    container: &'a Container<'a>,
+    number: u32,
+}
+
+impl Running<'_> {
+    pub(crate) fn finish(self, within: Duration) -> anyhow::Result<Ran> {
+        let Running { container, number } = self;
+        let wanted = format!("{number} ");
+        let mut line = String::new();
+        let deadline = Instant::now() + within;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(
+                !left.is_zero(),
+                "{}: command {number} did not end in {within:?}",
+                container.id
+            );
+            let fd = nix::poll::PollFd::new(
+                std::os::fd::AsFd::as_fd(&container.done),
+                nix::poll::PollFlags::POLLIN,
+            );
+            let timeout = nix::poll::PollTimeout::try_from(left)?;
+            if nix::poll::poll(&mut [fd], timeout)? == 0 {
+                continue;
+            }
+            let mut byte = [0];
+            (&container.done).read_exact(&mut byte)?;
+            if byte[0] != b'\n' {
+                line.push(char::from(byte[0]));
+                continue;
+            }
+            if let Some(status) = line.strip_prefix(&wanted) {
+                let output = fs::read(container.control.join(format!("output.{number}")))?;
+                return Ok(Ran {
+                    status: status.parse()?,
+                    output: String::from_utf8_lossy(&output).into_owned(),
+                });
+            }
+            line.clear();
+        }
+    }
+}
+
+/// Findings as `SEVERITY KIND PATH`, sorted.
+pub(crate) fn summaries(findings: &[Value]) -> Vec<String> {
+    let word = |value: &Value| value.as_str().unwrap_or("").to_owned();
+    let mut lines: Vec<String> = findings
+        .iter()
+        .map(|finding| {
+            let path = &finding["file"]["path"];
+            format!("{} {} {}", word(&finding["severity"]), word(&finding["kind"]), word(path))
+                .trim_end()
+                .to_owned()
+        })
+        .collect();
+    lines.sort();
+    lines
+}
+
+/// The one finding of this kind.
+pub(crate) fn only<'a>(findings: &'a [Value], kind: &str) -> anyhow::Result<&'a Value> {
+    let mut of_kind = findings.iter().filter(|finding| finding["kind"] == kind);
+    let one = of_kind.next().with_context(|| format!("no {kind} in {findings:#?}"))?;
+    ensure!(of_kind.next().is_none(), "more than one {kind} in {findings:#?}");
+    Ok(one)
+}
+
+/// Tries until there is an answer.
+pub(crate) fn wait_for<T>(
+    what: &str,
+    attempt: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    wait_within(DEADLINE, what, attempt)
+}
+
+pub(crate) fn wait_within<T>(
+    within: Duration,
+    what: &str,
+    mut attempt: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(answer) = attempt()? {
+            return Ok(answer);
+        }
+        ensure!(Instant::now() < deadline, "waited {within:?} for {what} in vain");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// What a command said, on both streams.
+pub(crate) fn talk(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+fn append_to(file: &Path) -> std::io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(file)
+}
+
+/// A test that panicked has left nothing half done that the others could trip over.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

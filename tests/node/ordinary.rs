@@ -1,0 +1,98 @@
+//! What healthy containers do all day. None of it is drift, and each trial ends
+//! with a canary that is, so that silence is never blindness.
+
+use libtest_mimic::Trial;
+
+use crate::node::Node;
+use crate::trial;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("b01_logs_are_appended_and_rotated", b01_logs),
+        trial("b03_python_caches_bytecode", b03_bytecode),
+        trial("b05_entrypoint_writes_configuration", b05_configuration),
+        trial("b07_sockets_pipes_and_pid_files", b07_sockets),
+        trial("b08_chmod_of_an_image_script", b08_chmod),
+        trial("b09_chown_of_image_programs", b09_chown),
+        trial("b10_touch_of_an_image_program", b10_touch),
+        trial("b11_opened_for_writing_and_not_written", b11_opened),
+        trial("b12_configuration_is_replaced_by_rename", b12_rename),
+        trial("b14_program_is_replaced_by_its_own_bytes", b14_same_bytes),
+        trial("b21_symlinks_over_logs_and_alternatives", b21_symlinks),
+    ]
+}
+
+/// Runs `commands` and expects that driftd has nothing to say.
+fn silent(node: &Node, commands: &str) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh(commands)?;
+    container.told_nothing()
+}
+
+fn b01_logs(node: &Node) -> anyhow::Result<()> {
+    silent(
+        node,
+        "echo one >> /var/log/app.log; echo two >> /var/log/app.log\n\
+         mv /var/log/app.log /var/log/app.log.1; gzip /var/log/app.log.1\n\
+         echo three >> /var/log/app.log",
+    )
+}
+
+fn b03_bytecode(node: &Node) -> anyhow::Result<()> {
+    silent(
+        node,
+        "mkdir -p /usr/lib/python3/__pycache__\n\
+         printf '\\247\\015\\015\\012\\000\\000\\000\\000' > /usr/lib/python3/__pycache__/m.cpython-311.pyc",
+    )
+}
+
+fn b05_configuration(node: &Node) -> anyhow::Result<()> {
+    silent(
+        node,
+        "sed 's/${PORT}/8080/' < /etc/nginx/default.conf.template > /etc/nginx/conf.d/default.conf\n\
+         ( exec /usr/sbin/nginx )",
+    )
+}
+
+fn b07_sockets(node: &Node) -> anyhow::Result<()> {
+    silent(
+        node,
+        "/usr/bin/app 1 /tmp/app.sock; mkfifo /tmp/queue; echo $$ > /run/app.pid\n\
+         [ -S /tmp/app.sock ]; [ -p /tmp/queue ]",
+    )
+}
+
+fn b08_chmod(node: &Node) -> anyhow::Result<()> {
+    silent(node, "chmod +x /docker-entrypoint.d/10-x.sh; /docker-entrypoint.d/10-x.sh")
+}
+
+fn b09_chown(node: &Node) -> anyhow::Result<()> {
+    silent(node, "chown -R app:app /app; /app/server")
+}
+
+fn b10_touch(node: &Node) -> anyhow::Result<()> {
+    silent(node, "/usr/bin/touch /usr/bin/app; /usr/bin/app")
+}
+
+fn b11_opened(node: &Node) -> anyhow::Result<()> {
+    silent(node, "exec 3<>/usr/bin/app; exec 3>&-; /usr/bin/app")
+}
+
+fn b12_rename(node: &Node) -> anyhow::Result<()> {
+    silent(node, "echo 'listen = 81' > /etc/app.conf.tmp; sync; mv /etc/app.conf.tmp /etc/app.conf")
+}
+
+fn b14_same_bytes(node: &Node) -> anyhow::Result<()> {
+    silent(
+        node,
+        "cp -p /usr/bin/app /usr/bin/app.new && mv /usr/bin/app.new /usr/bin/app; /usr/bin/app",
+    )
+}
+
+fn b21_symlinks(node: &Node) -> anyhow::Result<()> {
+    silent(
+        node,
+        "ln -sf /proc/1/fd/1 /var/log/nginx/access.log\n\
+         ln -sf /usr/bin/python3 /usr/bin/editor; /usr/bin/editor",
+    )
+}

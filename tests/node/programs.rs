@@ -1,0 +1,190 @@
+//! The programs that the tests drop, and the image they drop them into.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+
+use crate::image::{self, Digests, Layer};
+
+pub(crate) const WORKBENCH: &str = "registry.test/workbench:1";
+
+/// Sleeps `argv[1]` milliseconds (1 if absent) and says nothing. With a second
+/// argument it also leaves a Unix socket at that path.
+const PAYLOAD: &str = r#"
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+    if (argc > 2) {
+        struct sockaddr_un address = { .sun_family = AF_UNIX };
+        strncpy(address.sun_path, argv[2], sizeof address.sun_path - 1);
+        int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+        if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address))
+            return 1;
+    }
+    long milliseconds = argc > 1 ? strtol(argv[1], NULL, 10) : 1;
+    usleep(milliseconds * 1000);
+    return 0;
+}
+"#;
+
+/// A static program, compiled once. Every use appends its own trailing bytes, so
+/// that no two files are equal by accident.
+#[derive(Debug)]
+pub(crate) struct Payload {
+    bytes: Vec<u8>,
+}
+
+impl Payload {
+    pub(crate) fn compile(scratch: &Path) -> anyhow::Result<Payload> {
+        let source = scratch.join("payload.c");
+        let program = scratch.join("payload");
+        fs::write(&source, PAYLOAD)?;
+        let output = Command::new("gcc")
+            .args(["-static", "-Os", "-s", "-o"])
+            .arg(&program)
+            .arg(&source)
+            .output()
+            .context("cannot run gcc (run: make setup)")?;
+        ensure!(
+            output.status.success(),
+            "gcc -static failed (is libc6-dev installed? run: make setup)\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(Payload { bytes: fs::read(program)? })
+    }
+
+    /// This program, made different from every other by `mark`.
+    pub(crate) fn marked(&self, mark: &str) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        bytes.extend_from_slice(mark.as_bytes());
+        bytes
+    }
+}
+
+/// The applets that the image has as links to busybox.
+const APPLETS: &[&str] = &[
+    "cat", "chmod", "chown", "cp", "dd", "echo", "env", "gzip", "ln", "mkdir", "mkfifo", "mv",
+    "printf", "rm", "sed", "seq", "sh", "sleep", "sync", "true",
+];
+
+/// Programs that only have to be there, each with content of its own.
+const IMAGE_PROGRAMS: &[&str] = &[
+    "/usr/bin/app",
+    "/usr/bin/auditctl",
+    "/usr/bin/curl",
+    "/usr/bin/python3",
+    "/usr/bin/wget",
+    "/usr/sbin/nginx",
+    "/usr/sbin/tcpdump",
+    "/app/server",
+];
+
+/// Programs of this machine that go into the image with their libraries.
+const HOST_PROGRAMS: &[&str] = &["bash", "ls", "touch", "find", "setcap"];
+
+/// Writes the image the scenarios happen in: three layers, with hard links,
+/// symlinks, a whiteout and an opaque directory, and with real programs.
+pub(crate) fn write_workbench(file: &Path, payload: &Payload) -> anyhow::Result<Digests> {
+    let mut base = Layer::new()
+        .directory("/bin", 0o755)
+        .directory("/dev", 0o755)
+        .directory("/etc", 0o755)
+        .directory("/proc", 0o555)
+        .directory("/run", 0o755)
+        .directory("/sys", 0o555)
+        .directory("/tmp", 0o1777)
+        .directory("/usr", 0o755)
+        .directory("/usr/bin", 0o755)
+        .directory("/usr/sbin", 0o755)
+        .directory("/usr/local", 0o755)
+        .directory("/usr/local/bin", 0o755)
+        .directory("/usr/lib", 0o755)
+        .directory("/usr/lib/python3", 0o755)
+        .directory("/var", 0o755)
+        .directory("/var/log", 0o755)
+        .directory("/.control", 0o755)
+        .file(
+            "/etc/passwd",
+            0o644,
+            b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/app:/bin/sh\n",
+        )
+        .file("/etc/group", 0o644, b"root:x:0:\napp:x:1000:\n")
+        .file("/etc/app.conf", 0o644, b"listen = 80\n")
+        // Hidden by the layers above.
+        .file("/usr/bin/left-behind", 0o755, &payload.marked("left behind"))
+        .directory("/opt", 0o755)
+        .directory("/opt/old", 0o755)
+        .file("/opt/old/tool", 0o755, &payload.marked("old tool"));
+    let busybox = fs::read(find("busybox")?)?;
+    base = base.file("/bin/busybox", 0o755, &busybox);
+    for applet in APPLETS {
+        base = base.hard_link(&format!("/bin/{applet}"), "/bin/busybox");
+    }
+
+    let mut programs = Layer::new();
+    let mut libraries = BTreeSet::new();
+    for name in HOST_PROGRAMS {
+        let path = find(name)?;
+        libraries.extend(libraries_of(&path)?);
+        let mode = 0o755;
+        // At the place where the scenarios look for them, whatever the host does.
+        let place = match *name {
+            "bash" | "ls" => format!("/bin/{name}"),
+            "setcap" => format!("/usr/sbin/{name}"),
+            _ => format!("/usr/bin/{name}"),
+        };
+        programs = programs.file(&place, mode, &fs::read(&path)?);
+    }
+    for library in libraries {
+        programs = programs.host_file(&library)?;
+    }
+
+    let mut application = Layer::new()
+        .whiteout("/usr/bin/left-behind")
+        .directory("/opt/old", 0o755)
+        .opaque("/opt/old")
+        .file("/opt/old/tool-2", 0o755, &payload.marked("tool 2"))
+        .directory("/app", 0o755)
+        .directory("/etc/nginx", 0o755)
+        .directory("/etc/nginx/conf.d", 0o755)
+        .directory("/var/log/nginx", 0o755)
+        .file("/var/log/nginx/access.log", 0o644, b"")
+        .file("/etc/nginx/default.conf.template", 0o644, b"server { listen ${PORT}; }\n")
+        .directory("/docker-entrypoint.d", 0o755)
+        .file("/docker-entrypoint.d/10-x.sh", 0o644, b"#!/bin/sh\necho configured\n")
+        .symlink("/usr/bin/editor", "/usr/bin/app");
+    for path in IMAGE_PROGRAMS {
+        application = application.file(path, 0o755, &payload.marked(path));
+    }
+
+    Ok(image::write(file, WORKBENCH, vec![base, programs, application])?)
+}
+
+/// The libraries and the loader of a dynamic program, as `ldd` says.
+fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text
+        .lines()
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+        .map(PathBuf::from)
+        .collect())
+}
+
+/// A program of this machine.
+pub(crate) fn find(name: &str) -> anyhow::Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .map(|directory| directory.join(name))
+        .find(|candidate| candidate.is_file())
+        .with_context(|| format!("{name} is not installed (run: make setup)"))
+}

@@ -1,0 +1,76 @@
+//! The shipped unit, as systemd itself reads it.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+/// How much systemd thinks is left open to the service, in tenths. A daemon that
+/// needs fanotify and /proc as they are cannot be at zero; it must not grow.
+const EXPOSURE: &str = "45";
+
+const UNIT: &str = include_str!("../systemd/driftd.service");
+
+/// The unit with the program that was just built, because systemd looks whether
+/// it is there.
+fn unit() -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("driftd.service");
+    let installed = "ExecStart=/usr/bin/driftd run";
+    assert!(UNIT.contains(installed));
+    let built = format!("ExecStart={} run", env!("CARGO_BIN_EXE_driftd"));
+    std::fs::write(&file, UNIT.replace(installed, &built)).unwrap();
+    (directory, file)
+}
+
+fn systemd_analyze(arguments: &[&str]) -> Output {
+    let (_directory, unit) = unit();
+    Command::new("systemd-analyze")
+        .args(arguments)
+        .arg(unit)
+        .output()
+        .expect("cannot run systemd-analyze (run: make setup)")
+}
+
+#[track_caller]
+fn assert_clean(output: &Output) {
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{said}");
+    // `verify` reports an unknown setting and still ends well.
+    assert!(!said.contains("driftd.service:"), "{said}");
+}
+
+#[test]
+fn the_unit_is_understood_whole() {
+    assert_clean(&systemd_analyze(&["verify", "--man=no"]));
+}
+
+#[test]
+fn the_unit_leaves_no_more_open_than_it_did() {
+    let threshold = format!("--threshold={EXPOSURE}");
+    assert_clean(&systemd_analyze(&["security", "--offline=true", &threshold]));
+}
+
+#[test]
+fn the_unit_runs_no_directive_that_hides_containers() {
+    for hidden in [
+        "ProtectSystem=",
+        "PrivateTmp=",
+        "ProtectProc=",
+        "ProcSubset=",
+        "PrivateMounts=",
+        "ProtectHome=",
+        "PrivateDevices=",
+        "RootDirectory=",
+        "ReadOnlyPaths=",
+        "InaccessiblePaths=",
+        "ProtectKernelTunables=",
+        "ProtectControlGroups=",
+    ] {
+        assert!(!UNIT.lines().any(|line| line.starts_with(hidden)), "{hidden} is set");
+    }
+}

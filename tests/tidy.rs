@@ -1,0 +1,200 @@
+//! The architecture, as a test: who may know whom, and what may only happen in
+//! one place.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Who may know whom: a room may use the rooms beside it, and no other. Adding an
+/// arrow here is an architecture change; say why in ARCHITECTURE.md.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("model", &[]),
+    ("health", &[]),
+    ("sys", &["model"]),
+    ("config", &["model"]),
+    ("policy", &["config", "model"]),
+    ("baseline", &["health", "model", "sys"]),
+    ("containerd", &["baseline", "config", "health", "model"]),
+    ("watch", &["config", "health", "model", "sys"]),
+    ("detect", &["baseline", "model"]),
+    ("inventory", &["baseline", "model"]),
+    ("history", &["health", "model", "respond"]),
+    ("respond", &["containerd", "model"]),
+    (
+        "pipeline",
+        &[
+            "baseline",
+            "containerd",
+            "detect",
+            "health",
+            "history",
+            "inventory",
+            "model",
+            "policy",
+            "respond",
+            "watch",
+        ],
+    ),
+    ("api", &["baseline", "containerd", "health", "history", "model", "pipeline", "respond"]),
+    ("cli", &["api", "config", "containerd", "daemon", "history", "model", "sys", "watch"]),
+    ("guardian", &["sys"]),
+];
+
+/// These wire the rooms together and may know them all.
+const WIRING: &[&str] = &["daemon", "lib", "main"];
+
+/// Where waiting for sockets is done. Disks and the kernel have plain threads.
+const ASYNC: &[&str] = &["api", "cli", "containerd", "daemon", "main", "respond"];
+
+struct Source {
+    room: String,
+    file: PathBuf,
+    /// Without comments, and without what only tests see.
+    code: String,
+}
+
+fn sources() -> Vec<Source> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut directories = vec![src.clone()];
+    let mut sources = Vec::new();
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            let tests_only = path.file_stem().is_some_and(|stem| stem == "tests");
+            if path.extension().is_none_or(|extension| extension != "rs") || tests_only {
+                continue;
+            }
+            let file = path.strip_prefix(&src).unwrap().to_path_buf();
+            let first = file.components().next().unwrap();
+            let room = Path::new(&first).file_stem().unwrap().to_str().unwrap().to_owned();
+            let code = code_of(&fs::read_to_string(&path).unwrap());
+            sources.push(Source { room, file, code });
+        }
+    }
+    assert!(sources.len() > 20, "only {} files were found", sources.len());
+    sources
+}
+
+fn code_of(text: &str) -> String {
+    let production = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+    production
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// The rooms that `code` names: `crate::room`, `crate::{room, other::Thing}`.
+fn rooms_named_in(code: &str) -> BTreeSet<String> {
+    let word = |text: &str| -> String {
+        text.trim_start()
+            .chars()
+            .take_while(|character| character.is_alphanumeric() || *character == '_')
+            .collect()
+    };
+    let mut rooms = BTreeSet::new();
+    for rest in code.split("crate::").skip(1) {
+        let Some(group) = rest.strip_prefix('{') else {
+            rooms.insert(word(rest));
+            continue;
+        };
+        // The names at depth one of `{a, b::{c, d}, e}`.
+        let mut depth = 1;
+        rooms.insert(word(group));
+        for (index, character) in group.char_indices() {
+            match character {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                ',' if depth == 1 => {
+                    rooms.insert(word(&group[index + 1..]));
+                }
+                _ => (),
+            }
+            if depth == 0 {
+                break;
+            }
+        }
+    }
+    rooms.retain(|room| !room.is_empty());
+    rooms
+}
+
+#[test]
+fn rooms_only_know_the_rooms_they_may() {
+    let mut wrong = Vec::new();
+    for Source { room, file, code } in sources() {
+        if WIRING.contains(&room.as_str()) {
+            continue;
+        }
+        let Some((_, allowed)) = MAY_USE.iter().find(|(name, _)| *name == room) else {
+            wrong.push(format!("src/{room} is not in the table of tests/tidy.rs"));
+            continue;
+        };
+        for used in rooms_named_in(&code) {
+            let is_room =
+                MAY_USE.iter().any(|(name, _)| *name == used) || WIRING.contains(&used.as_str());
+            if is_room && used != room && !allowed.contains(&used.as_str()) {
+                wrong.push(format!(
+                    "src/{} uses crate::{used}, which ARCHITECTURE.md does not allow",
+                    file.display()
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[track_caller]
+fn assert_only_in(what: &str, rooms: &[&str], is_there: impl Fn(&str) -> bool) {
+    let elsewhere: Vec<String> = sources()
+        .iter()
+        .filter(|source| !rooms.contains(&source.room.as_str()) && is_there(&source.code))
+        .map(|source| format!("src/{}", source.file.display()))
+        .collect();
+    assert!(elsewhere.is_empty(), "{what} belongs in {rooms:?}, and is in {elsewhere:?}");
+}
+
+#[test]
+fn only_sys_is_unsafe() {
+    assert_only_in("unsafe code", &["sys"], |code| {
+        code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl")
+    });
+}
+
+#[test]
+fn only_rooms_with_sockets_are_async() {
+    assert_only_in("async code", ASYNC, |code| {
+        code.contains("async fn") || code.contains(".await")
+    });
+}
+
+#[test]
+fn only_the_client_prints() {
+    assert_only_in("printing", &["cli"], |code| {
+        ["println!", "print!", "stdout()"].iter().any(|word| code.contains(word))
+    });
+}
+
+#[test]
+fn only_the_history_knows_sqlite() {
+    assert_only_in("rusqlite", &["history"], |code| code.contains("rusqlite"));
+}
+
+#[test]
+fn generated_messages_stop_at_their_door() {
+    assert_only_in("containerd's proto", &["containerd"], |code| {
+        code.contains("containerd_client::")
+    });
+    assert_only_in("our proto", &["api", "cli"], |code| code.contains("api::v1"));
+}
+
+#[test]
+fn names_in_groups_are_found() {
+    let code = "use crate::{api, guardian::{self, Heart}, respond};\ncrate::model::Kind";
+    let rooms: Vec<String> = rooms_named_in(code).into_iter().collect();
+    assert_eq!(rooms, ["api", "guardian", "model", "respond"]);
+}
