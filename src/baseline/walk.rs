@@ -571,13 +571,15 @@ impl Attributes {
     }
 
     fn take(&mut self, file: BorrowedFd<'_>, names: &[u8]) -> Result<(), Trouble> {
-        // Mounts with `userxattr` keep overlay's attributes under `user.`.
+        // Not `user.overlay.*`: only overlays mounted with `userxattr`, which a root
+        // containerd does not do, read those, and anyone may set them. An image
+        // could hide its own files from its baseline with them.
         for name in names.split(|&byte| byte == 0) {
             match name {
-                b"trusted.overlay.opaque" | b"user.overlay.opaque" => {
+                b"trusted.overlay.opaque" => {
                     self.opaque |= value_of(file, name)?.as_deref() == Some(b"y");
                 }
-                b"trusted.overlay.whiteout" | b"user.overlay.whiteout" => self.whiteout = true,
+                b"trusted.overlay.whiteout" => self.whiteout = true,
                 b"security.capability" => self.capability = value_of(file, name)?,
                 b"trusted.overlay.redirect" => self.unsupported = Some("trusted.overlay.redirect"),
                 b"trusted.overlay.metacopy" => self.unsupported = Some("trusted.overlay.metacopy"),
