@@ -28,7 +28,9 @@ impl Drop for Running {
 }
 
 fn program(dir: &Path, name: &str) -> PathBuf {
-    let path = dir.join(name);
+    // busybox does what its name says, so it keeps its name.
+    fs::create_dir(dir.join(name)).unwrap();
+    let path = dir.join(name).join("busybox");
     fs::copy("/bin/busybox", &path).expect("/bin/busybox is missing (try: make setup)");
     path
 }

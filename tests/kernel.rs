@@ -87,7 +87,13 @@ impl Container {
         fs::create_dir(&own).unwrap();
         let mut mounts = Vec::new();
         if upper_on_tmpfs {
-            run(&[OsStr::new("mount"), "-t".as_ref(), "tmpfs".as_ref(), "none".as_ref(), own.as_ref()]);
+            run(&[
+                OsStr::new("mount"),
+                "-t".as_ref(),
+                "tmpfs".as_ref(),
+                "none".as_ref(),
+                own.as_ref(),
+            ]);
             mounts.push(own);
         }
         for name in ["own/upper", "own/work", "merged"] {
@@ -273,9 +279,7 @@ impl Node {
         let id = container.id.clone();
         self.order(Order::Attach { container: id.clone(), pid: container.pid, rootfs: None });
         let before_start = self.until("the container to be attached", |report| match report {
-            Report::Attached { container, before_start } if *container == id => {
-                Some(*before_start)
-            }
+            Report::Attached { container, before_start } if *container == id => Some(*before_start),
             Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
             _ => None,
         });
@@ -503,16 +507,15 @@ fn the_arguments_told_are_the_new_programs_and_not_its_callers() {
     // The caller is the same file: only the arguments differ.
     let child = container.command(&["/tmp/sh", "-c", "exec /tmp/sleep 30"]).spawn().unwrap();
     let child = Family(child);
-    let (process, invoked_as) = node.until_observed("the second program", |observation| {
-        match &observation.fact {
+    let (process, invoked_as) =
+        node.until_observed("the second program", |observation| match &observation.fact {
             Fact::Executed { process, invoked_as, .. }
                 if invoked_as.as_deref() == Some("/tmp/sleep") =>
             {
                 Some((process.clone(), invoked_as.clone()))
             }
             _ => None,
-        }
-    });
+        });
     assert_eq!(process.argv, Some(vec!["/tmp/sleep".into(), "30".into()]));
     assert!(process.exe.as_deref().is_some_and(|exe| exe.ends_with("/tmp/busybox")));
     assert_eq!(process.identity.pid, child.0.id());
@@ -590,10 +593,7 @@ fn what_the_overlay_hides_is_absent() {
     );
     let upper = node.walk(&container);
     assert_eq!(upper.names(), ["/opt/tool/new", "/tmp/moved"]);
-    assert_eq!(
-        upper.hidden(),
-        ["/bin/true", "/etc/config", "/opt/tool/readme", "/opt/tool/true"]
-    );
+    assert_eq!(upper.hidden(), ["/bin/true", "/etc/config", "/opt/tool/readme", "/opt/tool/true"]);
     assert_eq!(upper.get("/tmp/moved").blake3(), Some(hash_of(BUSYBOX)));
     assert!(upper.complete);
     node.assert_no_loss();
@@ -694,13 +694,12 @@ fn a_written_program_is_told_when_it_has_settled_and_by_whom() {
     // The shell itself writes here, and lives on.
     let script = "echo '#!/bin/sh' > /tmp/script; /bin/sleep 30; true";
     let child = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
-    let writer =
-        node.until_observed("the written script", |observation| match &observation.fact {
-            Fact::Present { path, writer, .. } if path.to_string() == "/tmp/script" => {
-                Some(writer.clone())
-            }
-            _ => None,
-        });
+    let writer = node.until_observed("the written script", |observation| match &observation.fact {
+        Fact::Present { path, writer, .. } if path.to_string() == "/tmp/script" => {
+            Some(writer.clone())
+        }
+        _ => None,
+    });
     assert_eq!(writer.map(|writer| writer.identity.pid), Some(child.0.id()));
     node.assert_no_loss();
 }
@@ -934,10 +933,7 @@ fn deny_is_answered_to_the_program_it_is_meant_for() {
 
 #[test]
 fn what_the_kernel_offers_is_probed() {
-    assert_eq!(
-        fanotify::probe().unwrap().pidfd,
-        Group::gate().unwrap().reports_pidfd
-    );
+    assert_eq!(fanotify::probe().unwrap().pidfd, Group::gate().unwrap().reports_pidfd);
 }
 
 #[test]

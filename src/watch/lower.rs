@@ -123,10 +123,10 @@ fn hides_what_is_below(layer: &OwnedFd, path: &RootfsPath, err: &io::Error, user
     }
     let mut parent = path.parent();
     while let Some(directory) = parent {
-        if let Ok(fd) = file::open_directory_beneath(layer, directory.relative()) {
-            if overlay::opacity(&fd, user).is_ok_and(|opacity| opacity == Opacity::Opaque) {
-                return true;
-            }
+        let opacity = file::open_directory_beneath(layer, directory.relative())
+            .and_then(|fd| overlay::opacity(&fd, user));
+        if opacity.is_ok_and(|opacity| opacity == Opacity::Opaque) {
+            return true;
         }
         parent = directory.parent();
     }

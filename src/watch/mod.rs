@@ -58,6 +58,7 @@ pub enum Command {
 
 /// What the watchers tell the pipeline.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "nearly every report is an observation")]
 pub enum Report {
     Attached {
         container: ContainerId,

@@ -264,6 +264,7 @@ fn settle(shared: &Shared) {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
 enum Found {
     Directory,
     Whiteout,
@@ -375,7 +376,7 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn run(&mut self, layers: &Layers) -> Result<(), Interrupted> {
         match file::open_directory(&layers.dirs.upperdir) {
-            Ok(upper) => self.directory(layers, upper, &RootfsPath::root(), 0)?,
+            Ok(upper) => self.directory(layers, &upper, &RootfsPath::root(), 0)?,
             Err(err) => self.note(format!(
                 "cannot open the upperdir {}: {err}",
                 layers.dirs.upperdir.display()
@@ -392,21 +393,23 @@ impl Walk<'_> {
     fn directory(
         &mut self,
         layers: &Layers,
-        directory: OwnedFd,
+        directory: &OwnedFd,
         path: &RootfsPath,
         depth: usize,
     ) -> Result<(), Interrupted> {
-        let opacity =
-            overlay::opacity(&directory, layers.userxattr).unwrap_or(Opacity::Transparent);
+        let opacity = overlay::opacity(directory, layers.userxattr).unwrap_or_else(|err| {
+            self.note(format!("cannot tell what {path} hides: {err}"));
+            Opacity::Transparent
+        });
         if opacity == Opacity::Opaque {
-            self.hidden(layers, &directory, path)?;
+            self.hidden(layers, directory, path)?;
         }
-        if overlay::is_redirected(&directory, layers.userxattr).unwrap_or(false) {
+        if overlay::is_redirected(directory, layers.userxattr).unwrap_or(false) {
             self.note(format!(
                 "the directory {path} was moved and shows image files from elsewhere"
             ));
         }
-        let entries = match Dir::read_from(&directory) {
+        let entries = match Dir::read_from(directory) {
             Ok(entries) => entries,
             Err(err) => {
                 self.note(format!("cannot list {path}: {err}"));
@@ -433,19 +436,19 @@ impl Walk<'_> {
                 continue;
             }
             // An entry that vanishes between listing and looking is no error.
-            match file::stat_at(&directory, listed.file_name()) {
+            match file::stat_at(directory, listed.file_name()) {
                 Ok(stat) if stat.file_type == FileType::Directory => {
                     if depth >= MAX_DEPTH {
                         self.note(format!("{child} is more than {MAX_DEPTH} directories deep"));
                         continue;
                     }
-                    match file::open_directory_beneath(&directory, name) {
-                        Ok(fd) => self.directory(layers, fd, &child, depth + 1)?,
+                    match file::open_directory_beneath(directory, name) {
+                        Ok(fd) => self.directory(layers, &fd, &child, depth + 1)?,
                         Err(err) if is_gone(&err) => (),
                         Err(err) => self.note(format!("cannot open {child}: {err}")),
                     }
                 }
-                Ok(stat) => self.entry(layers, &directory, child, stat, holds_file_whiteouts)?,
+                Ok(stat) => self.entry(layers, directory, child, stat, holds_file_whiteouts)?,
                 Err(err) if is_gone(&err) => (),
                 Err(err) => self.note(format!("cannot look at {child}: {err}")),
             }

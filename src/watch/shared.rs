@@ -135,6 +135,7 @@ impl Shared {
     }
 
     /// Sends without waiting and hands the report back if there is no room.
+    #[expect(clippy::result_large_err, reason = "the report is the caller's own, handed back")]
     pub(super) fn try_report(&self, report: Report) -> Result<(), Report> {
         match self.reports.try_send(report) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
