@@ -380,7 +380,7 @@ pub(super) mod tests {
     fn findings_as_people_see_them() {
         insta::assert_snapshot!(table(&samples(), &style(false)));
         insta::assert_snapshot!(table(&samples(), &style(true)));
-        let narrow = Style { width: Some(80), ..style(false) };
+        let narrow = Style { width: Some(140), ..style(true) };
         insta::assert_snapshot!(table(&samples(), &narrow));
         let lines: String = samples().iter().map(|finding| line(finding, false, false)).collect();
         insta::assert_snapshot!(lines);

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal as _, Write as _};
 
 use clap::ValueEnum;
-use comfy_table::{Cell, Color, ColumnConstraint, ContentArrangement, presets};
+use comfy_table::{Cell, Color, ColumnConstraint, ContentArrangement, Width, presets};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -160,6 +160,9 @@ pub(super) fn one<T: Serialize>(
 /// one looks for.
 const FLEXIBLE: [&str; 6] = ["PATH", "PATH/PROCESS", "IMAGE", "POD", "BASELINE", "PROBLEM"];
 
+/// No column is made narrower than this.
+const READABLE: u16 = 22;
+
 pub(super) fn table<T: Listed>(items: &[T], style: &Style) -> String {
     let mut table = comfy_table::Table::new();
     // Colour and width are decided by `style`, not found out again.
@@ -188,8 +191,12 @@ pub(super) fn table<T: Listed>(items: &[T], style: &Style) -> String {
     }
     for (column, name) in table.column_iter_mut().zip(T::header(style.wide)) {
         column.set_padding((0, 2));
-        if style.width.is_some() && !FLEXIBLE.contains(&name) {
-            column.set_constraint(ColumnConstraint::ContentWidth);
+        if style.width.is_some() {
+            column.set_constraint(if FLEXIBLE.contains(&name) {
+                ColumnConstraint::LowerBoundary(Width::Fixed(READABLE))
+            } else {
+                ColumnConstraint::ContentWidth
+            });
         }
     }
     let mut text = String::new();
