@@ -50,8 +50,7 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
         let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(stat, &watched));
         if opens {
             let executing = process::after_exec(&caller, &watched, patience);
-            let process = Arc::new(executing.process.clone());
-            shared.observe(&watched, at, Source::Gate, Fact::SessionOpened { process });
+            sessions.tell(shared, &watched, at, Source::Gate, executing.process.clone());
             Some(executing)
         } else {
             None
@@ -86,7 +85,7 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     // The overlay's marks do not see renames, removals and chmod; where drift is
     // executed, they are looked for soon.
     if !is_deleted {
-        shared.mark_dirty(&watched, path, None);
+        shared.mark_dirty(&watched, path, Source::Scan, None);
     }
     shared.mark_for_sweep(&watched);
 }

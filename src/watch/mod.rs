@@ -182,7 +182,10 @@ impl Watch {
         name: &'static str,
         run: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
-        let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+        let thread = std::thread::Builder::new().name(name.into()).spawn(|| {
+            let _abort = AbortOnPanic;
+            run();
+        });
         self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
         Ok(())
     }
@@ -196,11 +199,21 @@ impl Watch {
     pub fn stop(mut self) {
         self.shared.stop();
         for thread in self.threads.drain(..) {
-            let name = thread.thread().name().unwrap_or_default().to_owned();
-            if thread.join().is_err() {
-                tracing::error!(thread = name, "a watcher's thread had ended by a panic");
-                let _ = self.shared.health.record(Failure::EventUnreadable);
-            }
+            thread.join().expect("a watcher's panic ends the process");
+        }
+    }
+}
+
+/// Ends the process if the thread that holds this ends by a panic. A gate that is
+/// open and unread stops every exec, and without one of the others driftd would
+/// be blind and look healthy; when the process ends, the kernel opens the gate and
+/// whoever started driftd knows.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
         }
     }
 }
