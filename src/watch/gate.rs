@@ -8,7 +8,7 @@
 //! ```text
 //! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
 //!                              │
-//!                              ├── own layer ──> content thread (with the fd)
+//!                              ├── own layer ──> describe thread (with the fd)
 //!                              └── image layer ─> processes thread (fd closed)
 //! ```
 //!

@@ -4,11 +4,11 @@
 //!
 //! ```text
 //! Command ─> control ── marks ──> kernel
-//!                │                  │ exec?                │ closed after writing
-//!                │                  v                      v
-//!                │                gate ──> content       feed
-//!                │                  └────> processes       │ dirty paths
-//!                └──── orders ────> scan <────────────────┘
+//!                │                  │ exec?                     │ closed after writing
+//!                │                  v                           v
+//!                │                gate ─> describe ─> content   feed
+//!                │                  └───> processes           │ dirty paths
+//!                └──── orders ────> scan <─────────────────────┘
 //!                                     └── everyone's Report ──> pipeline
 //! ```
 //!
@@ -103,7 +103,7 @@ pub enum Error {
     Thread { name: &'static str, source: io::Error },
 }
 
-/// How many executed files may wait to be hashed. Each keeps two descriptors.
+/// How many executed files may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 4 * 1024;
@@ -143,14 +143,18 @@ impl Watch {
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
-        let (content, receive_content) = bounded(content_queue());
+        let content_queue = content_queue();
+        let (content, receive_content) = bounded(content_queue);
+        let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
         let mut watch = Watch { shared: shared.clone(), commands, threads: Vec::new() };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
-        watch.spawn("content", move || content::run(&ours, &receive_content))?;
+        watch.spawn("content", move || content::hash(&ours, &receive_described))?;
+        let ours = shared.clone();
+        watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
         let thread = gate::Gate {
@@ -231,6 +235,7 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 2;
+    // With a process's handle while that is described, then without.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 3;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }
