@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::Write as _;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
@@ -970,4 +971,64 @@ fn a_full_queue_is_an_overflow_and_not_an_event() {
     }
     let overflows = decoded.iter().filter(|event| **event == Decoded::Overflow).count();
     assert_eq!((overflows, decoded.len()), (1, limit + 1));
+}
+
+#[test]
+fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
+    let container = Container::start();
+    // What runc's init is called while it waits to become the entry point.
+    let init = container.merged().join("tmp/runc:[2:INIT]");
+    fs::write(&init, "#!/bin/sh\nread line\nexec /tmp/sleep 3600\n").unwrap();
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut init = container.command(&["/tmp/runc:[2:INIT]"]);
+    let mut init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
+    let pid = init.0.id();
+    wait_for("the init", || {
+        let comm = fs::read(format!("/proc/{pid}/comm")).unwrap();
+        (comm == b"runc:[2:INIT]\n").then_some(())
+    });
+    let blake3 = container.drop_program("/tmp/sleep");
+    let mut node = Node::start();
+    node.order(Order::Attach { container: container.id.clone(), pid, rootfs: None });
+    let before_start = node.until("the container to be attached", |report| match report {
+        Report::Attached { before_start, .. } => Some(*before_start),
+        _ => None,
+    });
+    assert!(before_start);
+    init.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
+    let walk = node.unordered_walk(&container.id);
+    assert_eq!(walk.names(), ["/tmp/runc:[2:INIT]", "/tmp/sleep"]);
+    let sessions = node.told.iter().filter(|report| summary(report).starts_with("session"));
+    assert_eq!(sessions.count(), 0, "init is no session");
+    node.assert_no_loss();
+}
+
+#[test]
+fn what_waits_at_the_gate_goes_on_when_the_watchers_stop() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    let script = "i=0; while [ $i -lt 300 ]; do /bin/true || exit 1; i=$((i+1)); done";
+    let mut busy = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
+    wait_for("the gate to be busy", || {
+        (node.health.gate_answers.load(Ordering::Relaxed) > 20).then_some(())
+    });
+    node.watch.take().unwrap().stop();
+    assert!(busy.0.wait().unwrap().success());
+}
+
+#[test]
+fn the_gate_beats_while_nothing_happens() {
+    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+    let (reader, writer) = nix::unistd::pipe2(flags).unwrap();
+    let (sender, _reports) = bounded(8);
+    let watch =
+        Watch::start(&settings(), sender, Arc::new(Health::default()), Some(writer)).unwrap();
+    let mut beats = 0;
+    wait_for("three beats", || {
+        beats += rustix::io::read(&reader, &mut [0; 64]).unwrap_or(0);
+        (beats >= 3).then_some(())
+    });
+    watch.stop();
 }

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use jiff::Timestamp;
 
 use super::gate::Execution;
 use super::process::{self, Executing};
@@ -24,12 +25,40 @@ const PATIENCE: Duration = Duration::from_millis(2);
 /// The same while nobody else waits.
 const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(25);
 
-pub(super) fn run(shared: &Shared, executions: &Receiver<Execution>) {
+/// An execution whose process has been described, and whose file is still to be
+/// hashed.
+#[derive(Debug)]
+pub(super) struct Described {
+    watched: Arc<Watched>,
+    path: RootfsPath,
+    file: OwnedFd,
+    stat: Stat,
+    executing: Executing,
+    at: Timestamp,
+}
+
+/// Describes processes. A thread of its own, because a process may live for less
+/// time than the file before it takes to hash.
+pub(super) fn describe(
+    shared: &Shared,
+    executions: &Receiver<Execution>,
+    described: &Sender<Described>,
+) {
+    // Without CAP_SYS_NICE it runs like the others, and is late more often.
+    let _ = rustix::process::setpriority_process(None, -5);
     while !shared.is_stopping() {
         match executions.recv_timeout(Duration::from_millis(250)) {
             Ok(execution) => {
                 let patience = if executions.is_empty() { PATIENCE_WHEN_IDLE } else { PATIENCE };
-                judge(shared, execution, patience);
+                let Some(execution) = describe_one(shared, execution, patience) else { continue };
+                match described.try_send(execution) {
+                    Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                    Err(TrySendError::Full(execution)) => shared.lose(
+                        Failure::ContentQueueFull,
+                        Some(&execution.watched),
+                        "too many executed files wait to be hashed",
+                    ),
+                }
             }
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
@@ -37,42 +66,53 @@ pub(super) fn run(shared: &Shared, executions: &Receiver<Execution>) {
     }
 }
 
-fn judge(shared: &Shared, execution: Execution, patience: Duration) {
+fn describe_one(shared: &Shared, execution: Execution, patience: Duration) -> Option<Described> {
     let Execution { watched, file, stat, caller, at } = execution;
 
-    // What may be gone in a millisecond comes first: the process, and before it
-    // the mounts that only it may have.
+    // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
     let path = event_path(&watched, &file, &stat, caller.pid, parent);
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
         let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(stat, &watched));
-        if opens {
+        opens.then(|| {
             let executing = process::after_exec(&caller, &watched, patience);
-            let process = Arc::new(executing.process.clone());
-            shared.observe(&watched, at, Source::Gate, Fact::SessionOpened { process });
-            Some(executing)
-        } else {
-            None
-        }
+            sessions.tell(shared, &watched, at, Source::Gate, executing.process.clone());
+            executing
+        })
     };
     let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
-    let Executing { process, exec_name } = executing;
-
-    let path = match path {
-        Ok(path) => path,
+    match path {
+        Ok(path) => Some(Described { watched, path, file, stat, executing, at }),
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
-            return;
+            None
         }
-    };
-    let state = state::of(file.as_fd(), &stat, Hashing::Always, shared.settings.max_hash_bytes);
+    }
+}
+
+/// Hashes what was executed.
+pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
+    while !shared.is_stopping() {
+        match described.recv_timeout(Duration::from_millis(250)) {
+            Ok(execution) => hash_one(shared, execution),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn hash_one(shared: &Shared, execution: Described) {
+    let Described { watched, path, file, stat, executing, at } = execution;
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let state = state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes);
     drop(file);
-    let lower = watched.layers().and_then(|layers| {
-        shared.lower_twins.find(layers, &path, true, shared.settings.max_hash_bytes)
-    });
+    let lower = watched
+        .layers()
+        .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+    let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
@@ -86,7 +126,7 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     // The overlay's marks do not see renames, removals and chmod; where drift is
     // executed, they are looked for soon.
     if !is_deleted {
-        shared.mark_dirty(&watched, path, None);
+        shared.mark_dirty(&watched, path, Source::Scan, None);
     }
     shared.mark_for_sweep(&watched);
 }

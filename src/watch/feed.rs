@@ -15,7 +15,7 @@ use super::process;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::health::Failure;
-use crate::model::{ContainerId, RootfsPath};
+use crate::model::{ContainerId, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::file;
 
@@ -96,13 +96,13 @@ impl Feed {
         drop(file);
         if is_program {
             let writer = process::writer(pid, &watched);
-            self.shared.mark_dirty(&watched, path, writer);
+            self.shared.mark_dirty(&watched, path, Source::Change, writer);
             return;
         }
         self.shared.health.data_writes.fetch_add(1, Ordering::Relaxed);
         // A program of the image that was overwritten with something else.
         if self.is_in_image(&watched, &path) {
-            self.shared.mark_dirty(&watched, path, None);
+            self.shared.mark_dirty(&watched, path, Source::Change, None);
         }
     }
 

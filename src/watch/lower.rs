@@ -89,6 +89,11 @@ impl Lower {
     }
 }
 
+/// Whether the layers hold anything at `path`.
+pub(super) fn holds(layers: &Layers, path: &RootfsPath) -> bool {
+    at(layers, path).is_some()
+}
+
 /// Whether the layers hold a regular file at `path`.
 pub(super) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular())

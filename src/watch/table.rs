@@ -50,6 +50,10 @@ impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
         let born = file::stat_path(&mount.dirs.upperdir).ok()?.born;
+        // A birth that is yet to come: the clock was set back, and files that are
+        // made now would look older than their layer.
+        let now = jiff::Timestamp::now().as_second();
+        let born = born.filter(|born| born.seconds <= now);
         Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born })
     }
 }
