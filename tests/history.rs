@@ -260,8 +260,12 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
     assert_eq!(reader.finding("%").unwrap(), FindingLookup::Unknown);
 
     let (long, short) = (one.container.id.clone(), other.container.id.clone());
-    assert_eq!(reader.containers("4f1").unwrap(), [long.clone()]);
-    assert_eq!(reader.containers("4f").unwrap(), [short.clone()], "a whole ID beats a beginning");
+    assert_eq!(reader.containers("4f1").unwrap(), std::slice::from_ref(&long));
+    assert_eq!(
+        reader.containers("4f").unwrap(),
+        std::slice::from_ref(&short),
+        "a whole ID beats a beginning"
+    );
     assert_eq!(reader.containers("4").unwrap(), [short, long.clone()]);
     assert_eq!(reader.containers(&format!("k8s.io/{}", long.id)).unwrap(), [long]);
     assert_eq!(reader.containers("x").unwrap(), []);
@@ -288,6 +292,33 @@ fn retention_forgets_the_old_and_tells_followers() {
     let resumed = reader.after(700, &Filter::default(), 10).unwrap();
     assert_eq!(resumed.pruned_through, 1200);
     assert_eq!(resumed.records[0], (1201, record(&young)));
+    writer.stop();
+}
+
+#[test]
+fn the_questions_in_the_format_s_document_have_answers() {
+    let document = include_str!("../docs/history-format.md");
+    let (_, rest) = document.split_once("```sql\n").unwrap();
+    let (questions, _) = rest.split_once("```").unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let finding = finding(1, 0);
+    write(
+        &writer,
+        vec![record(&finding), Record::Response(Box::new(response(&finding.container.id)))],
+    );
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let mut asked = 0;
+    for question in questions.split_inclusive(";\n") {
+        let rows = database
+            .prepare(question)
+            .and_then(|mut query| query.query_map([], |_| Ok(()))?.collect::<Result<Vec<_>, _>>())
+            .unwrap_or_else(|err| panic!("{question}: {err}"));
+        assert!(!rows.is_empty(), "{question}");
+        asked += 1;
+    }
+    assert_eq!(asked, 6);
     writer.stop();
 }
 
