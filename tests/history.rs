@@ -75,10 +75,17 @@ fn wait_for(writer: &Writer, mut seen: impl FnMut(&[Record]) -> bool) {
     }
 }
 
+/// The IDs of all findings, whatever the number of pages.
 fn findings(writer: &Writer, filter: &Filter) -> Vec<FindingId> {
-    let page = writer.reader().findings(filter, None, 10_000).unwrap();
-    assert_eq!(page.next, None);
-    page.findings.iter().map(|finding| finding.id).collect()
+    let (mut ids, mut token) = (Vec::new(), None);
+    loop {
+        let page = writer.reader().findings(filter, token, 1000).unwrap();
+        ids.extend(page.findings.iter().map(|finding| finding.id));
+        match page.next {
+            Some(next) => token = Some(next),
+            None => return ids,
+        }
+    }
 }
 
 fn response(container: &ContainerId) -> Response {
@@ -474,16 +481,7 @@ fn a_full_disk_loses_nothing_and_writing_goes_on() {
     disk.grow("64m");
     write(&writer, vec![]);
     let mut expected: Vec<FindingId> = all.iter().map(|finding| finding.id).collect();
-    let mut got = Vec::new();
-    let mut token = None;
-    loop {
-        let page = writer.reader().findings(&Filter::default(), token, 1000).unwrap();
-        got.extend(page.findings.iter().map(|finding| finding.id));
-        token = page.next;
-        if token.is_none() {
-            break;
-        }
-    }
+    let mut got = findings(&writer, &Filter::default());
     expected.sort();
     got.sort();
     assert_eq!(got, expected);
