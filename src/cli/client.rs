@@ -51,6 +51,7 @@ async fn connect(socket: &Path) -> anyhow::Result<Client> {
 }
 
 /// What the daemon's refusal means. Its words are for people already.
+#[expect(clippy::needless_pass_by_value, reason = "this is how `map_err` calls it")]
 pub(super) fn explain(status: Status) -> anyhow::Error {
     let message = safe(status.message());
     match status.code() {
