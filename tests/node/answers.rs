@@ -289,11 +289,26 @@ fn kill_on_request(node: &Node) -> anyhow::Result<()> {
     assert_eq!(output.status.code(), Some(0), "{}", talk(&output));
     wait_for("the container to end", || Ok((!is_running(node, &container.id)?).then_some(())))?;
 
-    let findings = container.findings()?;
-    let outcome = &only(&findings, "exec.new")?["outcome"];
-    assert_eq!(outcome["action"], "kill", "{findings:#?}");
-    assert_eq!(outcome["succeeded"], true, "{findings:#?}");
+    let responses = recorded_responses(node, &container.id)?;
+    let [kill] = &responses[..] else { anyhow::bail!("not one response: {responses:#?}") };
+    assert_eq!(kill["reason"], "seen in a test", "{kill:#}");
+    assert_eq!(kill["outcome"]["action"], "kill", "{kill:#}");
+    assert_eq!(kill["outcome"]["succeeded"], true, "{kill:#}");
     Ok(())
+}
+
+/// The responses to a container in the history, oldest first, as whoever opens
+/// the file with `sqlite3` reads them.
+fn recorded_responses(node: &Node, id: &str) -> anyhow::Result<Vec<Value>> {
+    let history = rusqlite::Connection::open_with_flags(
+        node.path("driftd/history.db"),
+        rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
+    )?;
+    let mut query = history.prepare(
+        "SELECT json FROM record WHERE type = 'response' AND container = ?1 ORDER BY seq",
+    )?;
+    let rows = query.query_map([id], |row| row.get::<_, String>(0))?;
+    rows.map(|row| Ok(serde_json::from_str(&row?)?)).collect()
 }
 
 fn pause_and_resume(node: &Node) -> anyhow::Result<()> {
@@ -309,6 +324,10 @@ fn pause_and_resume(node: &Node) -> anyhow::Result<()> {
     ensure!(state_in(&listed, &container.id) == Some("PAUSED"), "{listed}");
     respond("resume")?;
     running.finish(crate::node::DEADLINE)?;
+    let responses = recorded_responses(node, &container.id)?;
+    let actions: Vec<&Value> =
+        responses.iter().map(|response| &response["outcome"]["action"]).collect();
+    assert_eq!(actions, ["pause", "resume"], "{responses:#?}");
     container.told_nothing()
 }
 
