@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 use jiff::Timestamp;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::baseline::{ImageBaseline, Job, Known, News, Recorder};
@@ -30,7 +31,8 @@ use crate::inventory::{BaselineState, Entry, Inventory, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, Kind, LowerTwin, Observation, Process, RootfsPath, Severity, Source,
+    Finding, FindingId, Kind, LowerTwin, Observation, Outcome, Process, RootfsPath, Severity,
+    Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -1037,18 +1039,34 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
         };
         // A sender is gone only when the daemon is stopping.
         let Ok(input) = input else { return };
-        state.handle(input, Timestamp::now(), &mut effects);
-        for effect in effects.drain(..) {
-            if !carry_out(effect, outputs, &state.health) {
-                return;
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            state.handle(input, Timestamp::now(), &mut effects);
+            for effect in effects.drain(..) {
+                match carry_out(effect, outputs) {
+                    Carried::Out => (),
+                    Carried::Back(order) => {
+                        let _ = state.health.record(Failure::ResponseQueueFull);
+                        next = Some(Input::Responded(not_carried_out(order)));
+                    }
+                    Carried::Nowhere => return,
+                }
             }
         }
     }
 }
 
-/// Whether the loop may go on.
-fn carry_out(effect: Effect, outputs: &Outputs, health: &Health) -> bool {
-    match effect {
+/// What became of an effect.
+enum Carried {
+    Out,
+    /// Too many orders wait already.
+    Back(Order),
+    /// Its receiver is gone: the daemon is stopping.
+    Nowhere,
+}
+
+fn carry_out(effect: Effect, outputs: &Outputs) -> Carried {
+    let sent = match effect {
         Effect::Watch(command) => outputs.commands.send(command).is_ok(),
         Effect::RecordBaseline(job) => {
             outputs.recorder.submit(job);
@@ -1060,13 +1078,28 @@ fn carry_out(effect: Effect, outputs: &Outputs, health: &Health) -> bool {
         }
         // Waits for the history: see the module's head.
         Effect::Record(record) => outputs.records.send(record).is_ok(),
-        Effect::Respond(order) => {
-            if let Err(err) = outputs.orders.try_send(order) {
-                let _ = health.record(Failure::ResponseQueueFull);
-                tracing::error!(%err, "a response was not carried out");
-            }
-            true
-        }
+        Effect::Respond(order) => match outputs.orders.try_send(order) {
+            Ok(()) => true,
+            Err(TrySendError::Full(order)) => return Carried::Back(order),
+            Err(TrySendError::Closed(_)) => false,
+        },
+    };
+    if sent { Carried::Out } else { Carried::Nowhere }
+}
+
+fn not_carried_out(order: Order) -> Response {
+    Response {
+        container: order.container,
+        reason: order.reason,
+        requested_by: order.requested_by,
+        requested_at: order.requested_at,
+        finding: order.finding,
+        outcome: Outcome {
+            action: order.action.name().to_owned(),
+            succeeded: false,
+            message: "too many responses wait to be carried out".to_owned(),
+            at: Timestamp::now(),
+        },
     }
 }
 
