@@ -164,7 +164,10 @@ pub struct State {
     inventory: Inventory,
     /// The baselines of the containers that run.
     baselines: HashMap<ChainId, Arc<ImageBaseline>>,
+    /// Every socket of containerd, and why it is not connected.
     endpoints: BTreeMap<Arc<str>, Option<String>>,
+    /// Connected, and not listed since.
+    unlisted: HashSet<Arc<str>>,
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
     responses: Vec<PendingResponse>,
@@ -204,6 +207,7 @@ impl State {
             inventory: Inventory::with_history(known),
             baselines: HashMap::new(),
             endpoints: BTreeMap::new(),
+            unlisted: HashSet::new(),
             next_ticket: 1,
             diffs: HashMap::new(),
             responses: Vec::new(),
@@ -227,6 +231,7 @@ impl State {
     fn node_changed(&mut self, change: Change, now: Timestamp, effects: &mut Vec<Effect>) {
         match change {
             Change::Connected { endpoint } => {
+                self.unlisted.insert(endpoint.clone());
                 self.endpoints.insert(endpoint, None);
             }
             Change::Disconnected { endpoint, reason } => {
@@ -292,18 +297,11 @@ impl State {
             (BaselineState::Pending(pending), Some(chain_id)) if *pending == chain_id => None,
             (_, Some(chain_id)) => Some(chain_id),
         };
-        let layers = container.layers.clone();
-        entry.container = Some(container);
         if let Some(chain_id) = wanted {
             entry.baseline = BaselineState::Pending(chain_id);
-            effects.push(Effect::RecordBaseline(Job {
-                image: None,
-                container: Some(id),
-                layers,
-                progress: None,
-                done: None,
-            }));
+            effects.push(record_baseline(&container));
         }
+        entry.container = Some(container);
     }
 
     fn task_exited(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
@@ -322,6 +320,9 @@ impl State {
     fn forget(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
         if let Some(entry) = self.inventory.get_mut(id) {
             entry.removed = true;
+        }
+        // Only a node that is known whole says what nobody needs.
+        if self.unlisted.is_empty() && self.endpoints.values().all(Option::is_none) {
             effects.push(Effect::CollectBaselines(self.chains_in_use()));
         }
     }
@@ -358,10 +359,20 @@ impl State {
                 self.forget(&id, effects);
             }
         }
+        // While the connection was away anything may have happened; the lists that
+        // are made now and then only confirm what events have told.
+        let reconnected = self.unlisted.remove(endpoint);
         for (id, entry) in self.inventory.iter_mut() {
-            let ours =
-                entry.container.as_ref().is_some_and(|container| *container.endpoint == *endpoint);
-            if ours && entry.pid.is_some() && !std::mem::take(&mut entry.fresh) {
+            let Some(container) = &entry.container else { continue };
+            if *container.endpoint != *endpoint || entry.removed {
+                continue;
+            }
+            if let BaselineState::Failed(chain_id, _) = entry.baseline {
+                entry.baseline = BaselineState::Pending(chain_id);
+                effects.push(record_baseline(container));
+            }
+            let fresh = std::mem::take(&mut entry.fresh);
+            if entry.pid.is_some() && reconnected && !fresh {
                 effects.push(Effect::Watch(Command::Scan { container: id.clone(), ticket: None }));
             }
         }
@@ -855,6 +866,16 @@ impl PendingDiff {
             incomplete: self.truncated || !complete,
         }));
     }
+}
+
+fn record_baseline(container: &Container) -> Effect {
+    Effect::RecordBaseline(Job {
+        image: None,
+        container: Some(container.id.clone()),
+        layers: container.layers.clone(),
+        progress: None,
+        done: None,
+    })
 }
 
 /// What a file finding is made of besides the judgement.

@@ -172,6 +172,7 @@ impl DriftService for Service {
         let (baselines, findings) = unblock(move || (store.images().len(), reader.count())).await?;
         let health = &self.backend.health;
         let mut problems = status.problems;
+        problems.extend(self.backend.images.problems());
         let findings = findings.unwrap_or_else(|err| {
             problems.push(err.to_string());
             0
