@@ -34,6 +34,8 @@ pub enum Failure {
     HistoryWrite,
     /// More responses were asked for than may wait.
     ResponseQueueFull,
+    /// A container has more findings than are kept: a new one was not told.
+    FindingsFull,
 }
 
 /// What is done about a [`Failure`].
@@ -48,7 +50,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 13] = [
+    pub const ALL: [Failure; 14] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -62,6 +64,7 @@ impl Failure {
         Failure::BaselineBacklogFull,
         Failure::HistoryWrite,
         Failure::ResponseQueueFull,
+        Failure::FindingsFull,
     ];
 
     pub fn name(self) -> &'static str {
@@ -79,6 +82,7 @@ impl Failure {
             Failure::BaselineBacklogFull => "baseline_backlog_full",
             Failure::HistoryWrite => "history_write",
             Failure::ResponseQueueFull => "response_queue_full",
+            Failure::FindingsFull => "findings_full",
         }
     }
 
@@ -96,7 +100,8 @@ impl Failure {
             Failure::MarkRefused
             | Failure::ScanIncomplete
             | Failure::BaselineUnavailable
-            | Failure::ResponseQueueFull => Reaction::Degrade,
+            | Failure::ResponseQueueFull
+            | Failure::FindingsFull => Reaction::Degrade,
         }
     }
 }

@@ -10,6 +10,10 @@ use crate::model::{
     ProcessIdentity, RootfsPath,
 };
 
+/// Findings of one container that are kept in memory.
+pub const MAX_FINDINGS: usize = 32 * 1024;
+const MAX_SESSIONS: usize = 1024;
+
 /// Everything about one container.
 #[derive(Debug, Default)]
 pub struct Entry {
@@ -28,8 +32,8 @@ pub struct Entry {
     pub findings: HashMap<FindingId, Finding>,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
-    /// Session roots and their findings.
-    pub sessions: Vec<(ProcessIdentity, FindingId)>,
+    /// The newest session roots and their findings.
+    sessions: VecDeque<(ProcessIdentity, FindingId)>,
     /// Seen before the baseline was there.
     pub backlog: VecDeque<Observation>,
 }
@@ -83,9 +87,35 @@ impl Entry {
         if matches!(finding.kind, Kind::SessionInteractive | Kind::SessionExec)
             && let Some(process) = &finding.process
         {
-            self.sessions.push((process.identity, finding.id));
+            self.remember_session(process.identity, finding.id);
         }
         self.findings.insert(finding.id, finding);
+    }
+
+    /// A container that is probed every second has as many sessions; which drift
+    /// belongs to one is asked while it is young.
+    pub fn remember_session(&mut self, root: ProcessIdentity, finding: FindingId) {
+        if self.sessions.len() == MAX_SESSIONS {
+            self.sessions.pop_front();
+        }
+        self.sessions.push_back((root, finding));
+    }
+
+    /// The finding of the session whose root is `root`.
+    pub fn session(&self, root: ProcessIdentity) -> Option<FindingId> {
+        self.session_where(|known| known == root)
+    }
+
+    /// The newest session for whose root `belongs` says yes.
+    pub fn session_where(&self, belongs: impl Fn(ProcessIdentity) -> bool) -> Option<FindingId> {
+        self.sessions.iter().rev().find(|(root, _)| belongs(*root)).map(|(_, finding)| *finding)
+    }
+
+    /// Whether another finding of this kind may be kept. A container can make new
+    /// programs faster than anybody can read of them, and must not fill the
+    /// daemon's memory; what was run has more room than what only lies there.
+    pub fn has_room_for(&self, kind: Kind) -> bool {
+        self.findings.len() < if kind.is_exec() { MAX_FINDINGS } else { MAX_FINDINGS / 2 }
     }
 
     /// The findings about `path`, of any content.
@@ -148,6 +178,11 @@ impl Inventory {
             }
             entry
         })
+    }
+
+    /// Everything that runs has shown up: what is remembered of others is history.
+    pub fn forget_remembered(&mut self) {
+        self.remembered = HashMap::new();
     }
 
     pub fn remove(&mut self, id: &ContainerId) {

@@ -27,7 +27,7 @@ use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement};
 use crate::health::{Failure, Health};
 use crate::history::Record;
-use crate::inventory::{BaselineState, Entry, Inventory, WatchState};
+use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
@@ -322,9 +322,14 @@ impl State {
             entry.removed = true;
         }
         // Only a node that is known whole says what nobody needs.
-        if self.unlisted.is_empty() && self.endpoints.values().all(Option::is_none) {
+        if self.is_whole() {
             effects.push(Effect::CollectBaselines(self.chains_in_use()));
         }
+    }
+
+    /// Whether every containerd is connected and listed.
+    fn is_whole(&self) -> bool {
+        self.unlisted.is_empty() && self.endpoints.values().all(Option::is_none)
     }
 
     fn chains_in_use(&self) -> HashSet<ChainId> {
@@ -375,6 +380,9 @@ impl State {
             if entry.pid.is_some() && reconnected && !fresh {
                 effects.push(Effect::Watch(Command::Scan { container: id.clone(), ticket: None }));
             }
+        }
+        if self.is_whole() {
+            self.inventory.forget_remembered();
         }
         let in_use = self.chains_in_use();
         self.baselines.retain(|chain_id, _| in_use.contains(chain_id));
@@ -513,7 +521,7 @@ impl State {
         // that has already gone.
         let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
         if let Fact::SessionOpened { process } = &observation.fact {
-            self.session_opened(&observation.container, process, observation, effects);
+            self.session_opened(&observation.container, process, observation, now, effects);
             return;
         }
         let baseline = match &entry.baseline {
@@ -541,7 +549,7 @@ impl State {
                     process: Some(process),
                     invoked_as: invoked_as.as_deref(),
                 };
-                self.tell(observation, &assessment, &evidence, effects);
+                self.tell(observation, &assessment, &evidence, now, effects);
             }
             Fact::Present { path, state, lower, writer } => {
                 self.mark_deleted(&observation.container, path, state.blake3(), false, effects);
@@ -552,13 +560,13 @@ impl State {
                     process: writer.as_deref(),
                     invoked_as: None,
                 };
-                self.tell(observation, &assessment, &evidence, effects);
+                self.tell(observation, &assessment, &evidence, now, effects);
             }
             Fact::Absent { path } => {
                 self.mark_deleted(&observation.container, path, None, true, effects);
                 let evidence =
                     Evidence { path, state: None, lower: None, process: None, invoked_as: None };
-                self.tell(observation, &assessment, &evidence, effects);
+                self.tell(observation, &assessment, &evidence, now, effects);
             }
             Fact::SessionOpened { .. } => unreachable!("handled above"),
         }
@@ -599,6 +607,7 @@ impl State {
         observation: &Observation,
         assessment: &Assessment,
         evidence: &Evidence<'_>,
+        now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         for judgement in &assessment.judgements {
@@ -627,6 +636,9 @@ impl State {
                 if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
                     file.deleted = state.deleted;
                 }
+            } else if !entry.has_room_for(kind) {
+                self.findings_full(&observation.container, now, effects);
+                continue;
             } else {
                 let story = if kind.is_exec() {
                     entry
@@ -653,7 +665,9 @@ impl State {
                 }
                 finding.process = evidence.process.cloned();
                 finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
-                finding.session = evidence.process.and_then(|process| session_of(entry, process));
+                finding.session = evidence
+                    .process
+                    .and_then(|process| entry.session_where(|root| process.descends_from(root)));
                 finding.story = story;
                 entry.insert_finding(finding);
             }
@@ -666,21 +680,54 @@ impl State {
         container: &ContainerId,
         process: &Process,
         observation: &Observation,
+        now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         let Some(entry) = self.inventory.get_mut(container) else { return };
-        if entry.sessions.iter().any(|(identity, _)| *identity == process.identity) {
+        if entry.session(process.identity).is_some() {
             // However often a shell re-executes itself, it is one session.
             return;
         }
-        let kind = if process.tty.is_some() { Kind::SessionInteractive } else { Kind::SessionExec };
-        let id = FindingId::new(container, kind, &Subject::Process(process.identity));
-        let judgement = Judgement { kind, severity: kind.severity(), expected: None };
-        let mut finding = new_finding(&self.node, &self.policy, entry, observation, id, &judgement);
-        finding.process = Some(process.clone());
-        finding.session = Some(id);
-        entry.insert_finding(finding);
+        let (kind, subject) = if process.tty.is_some() {
+            (Kind::SessionInteractive, Subject::Process(process.identity))
+        } else {
+            let (exe, argv) = (process.exe.as_deref(), process.argv.as_deref());
+            (Kind::SessionExec, Subject::Command { exe, argv })
+        };
+        let id = FindingId::new(container, kind, &subject);
+        if let Some(finding) = entry.findings.get_mut(&id) {
+            if observation.source == Source::Scan {
+                // It may be the one that was told before a restart.
+                entry.remember_session(process.identity, id);
+                return;
+            }
+            finding.count += 1;
+            finding.revision += 1;
+            finding.last_seen = finding.last_seen.max(observation.at);
+            entry.remember_session(process.identity, id);
+        } else if !entry.has_room_for(kind) {
+            self.findings_full(container, now, effects);
+            return;
+        } else {
+            let judgement = Judgement { kind, severity: kind.severity(), expected: None };
+            let mut finding =
+                new_finding(&self.node, &self.policy, entry, observation, id, &judgement);
+            finding.process = Some(process.clone());
+            finding.session = Some(id);
+            entry.insert_finding(finding);
+        }
         self.publish(container, id, observation.at, effects);
+    }
+
+    fn findings_full(
+        &mut self,
+        container: &ContainerId,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let _ = self.health.record(Failure::FindingsFull);
+        let detail = format!("{MAX_FINDINGS} findings are kept, of programs that never ran half");
+        self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
     /// Hands a finding's newest revision on, and answers it as the policy says.
@@ -926,14 +973,6 @@ fn new_finding(
         outcome: None,
         attack: judgement.kind.attack(),
     }
-}
-
-fn session_of(entry: &Entry, process: &Process) -> Option<FindingId> {
-    entry
-        .sessions
-        .iter()
-        .find(|(identity, _)| process.descends_from(*identity))
-        .map(|(_, finding)| *finding)
 }
 
 fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {

@@ -172,8 +172,17 @@ pub struct FindingId(pub [u8; 16]);
 /// What, besides container and kind, makes a finding this one.
 #[derive(Clone, Debug)]
 pub enum Subject<'a> {
-    File { path: &'a RootfsPath, content: Option<Blake3Hash> },
+    File {
+        path: &'a RootfsPath,
+        content: Option<Blake3Hash>,
+    },
     Process(ProcessIdentity),
+    /// What is run, whoever runs it: a probe that comes every few seconds is one
+    /// finding with a count.
+    Command {
+        exe: Option<&'a str>,
+        argv: Option<&'a [String]>,
+    },
 }
 
 impl FindingId {
@@ -191,6 +200,10 @@ impl FindingId {
             Subject::File { path, content } => {
                 part(path.as_bytes());
                 part(content.as_ref().map_or(&[], |hash| &hash.0[..]));
+            }
+            Subject::Command { exe, argv } => {
+                part(exe.unwrap_or_default().as_bytes());
+                argv.unwrap_or_default().iter().for_each(|argument| part(argument.as_bytes()));
             }
             Subject::Process(identity) => {
                 part(&identity.pid.to_le_bytes());

@@ -319,6 +319,25 @@ fn one_session_is_one_finding_and_its_drift_names_it() {
 }
 
 #[test]
+fn a_probe_is_one_finding_with_a_count() {
+    let mut node = Node::running();
+    node.play("session c1 200 -\nsession c1 201 -\nsession c1 202 -\nsession c1 202 -")
+        .expect(&["session.exec pid 200 x3 r3"]);
+}
+
+#[test]
+fn a_flood_of_new_programs_fills_no_memory_and_hides_no_execution() {
+    let mut node = Node::running();
+    for number in 0..MAX_FINDINGS / 2 + 10 {
+        node.play(&format!("write c1 /tmp/x{number} evil{number}"));
+    }
+    assert_eq!(node.told.len(), MAX_FINDINGS / 2);
+    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(node.told.last().unwrap().kind, Kind::ExecNew);
+}
+
+#[test]
 fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
     let mut node = Node::running();
     let twin = |content| LowerTwin {
