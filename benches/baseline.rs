@@ -42,6 +42,8 @@ fn recording(quick: bool) -> anyhow::Result<()> {
         None => {
             let tree = scratch.path().join("tree");
             make_tree(&tree, if quick { 200 } else { 26_000 })?;
+            // Else our fsync waits for the tree as well.
+            nix::unistd::sync();
             tree
         }
     };

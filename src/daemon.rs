@@ -33,6 +33,7 @@ pub fn run(config: Config) -> anyhow::Result<Exit> {
         rustix::process::geteuid().is_root(),
         "driftd run needs root: fanotify and other processes' files are root's (try: sudo)"
     );
+    start_log();
     create_private(&config.state_dir)?;
     let health = Arc::new(Health::default());
 
@@ -161,6 +162,28 @@ async fn feed_watchdog(health: Arc<Health>) {
             seen = turns;
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
+    }
+}
+
+/// The log goes to standard error, where systemd takes it. `DRIFTD_LOG` chooses
+/// what is logged, in tracing's filter syntax.
+fn start_log() {
+    use std::io::IsTerminal as _;
+    use tracing_subscriber::EnvFilter;
+    use tracing_subscriber::filter::LevelFilter;
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .with_env_var("DRIFTD_LOG")
+        .from_env_lossy();
+    let log = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_env_filter(filter);
+    // The journal has its own clock.
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.without_time().init();
+    } else {
+        log.init();
     }
 }
 

@@ -1,21 +1,20 @@
 use std::process::ExitCode;
+
+use driftd::cli::exit::Exit;
+use driftd::cli::{self, Cli};
+
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    let mut args = std::env::args().skip(1);
-    match args.next().as_deref() {
-        Some("guardian") => {
-            driftd::guardian::watch_over(args.next().unwrap().parse().unwrap()).unwrap();
-            ExitCode::SUCCESS
+    let cli = match Cli::from_command_line() {
+        Ok(cli) => cli,
+        Err(exit) => return exit.into(),
+    };
+    match cli.run() {
+        Ok(exit) => exit.into(),
+        // Whoever read our output wanted no more of it: `driftd findings | head`.
+        Err(err) if cli::is_broken_pipe(&err) => Exit::Clean.into(),
+        Err(err) => {
+            eprintln!("error: {err:#}");
+            cli::exit_of(&err).into()
         }
-        _ => match driftd::daemon::run(
-            driftd::config::Config::load(args.next().map(std::path::PathBuf::from).as_deref())
-                .unwrap(),
-        ) {
-            Ok(e) => e.into(),
-            Err(e) => {
-                eprintln!("driftd: {e:#}");
-                ExitCode::from(2)
-            }
-        },
     }
 }

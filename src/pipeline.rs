@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 use jiff::Timestamp;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::baseline::{ImageBaseline, Job, Known, News, Recorder};
@@ -30,7 +31,8 @@ use crate::inventory::{BaselineState, Entry, Inventory, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, Kind, LowerTwin, Observation, Process, RootfsPath, Severity, Source,
+    Finding, FindingId, Kind, LowerTwin, Observation, Outcome, Process, RootfsPath, Severity,
+    Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -162,7 +164,10 @@ pub struct State {
     inventory: Inventory,
     /// The baselines of the containers that run.
     baselines: HashMap<ChainId, Arc<ImageBaseline>>,
+    /// Every socket of containerd, and why it is not connected.
     endpoints: BTreeMap<Arc<str>, Option<String>>,
+    /// Connected, and not listed since.
+    unlisted: HashSet<Arc<str>>,
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
     responses: Vec<PendingResponse>,
@@ -202,6 +207,7 @@ impl State {
             inventory: Inventory::with_history(known),
             baselines: HashMap::new(),
             endpoints: BTreeMap::new(),
+            unlisted: HashSet::new(),
             next_ticket: 1,
             diffs: HashMap::new(),
             responses: Vec::new(),
@@ -225,6 +231,7 @@ impl State {
     fn node_changed(&mut self, change: Change, now: Timestamp, effects: &mut Vec<Effect>) {
         match change {
             Change::Connected { endpoint } => {
+                self.unlisted.insert(endpoint.clone());
                 self.endpoints.insert(endpoint, None);
             }
             Change::Disconnected { endpoint, reason } => {
@@ -290,18 +297,11 @@ impl State {
             (BaselineState::Pending(pending), Some(chain_id)) if *pending == chain_id => None,
             (_, Some(chain_id)) => Some(chain_id),
         };
-        let layers = container.layers.clone();
-        entry.container = Some(container);
         if let Some(chain_id) = wanted {
             entry.baseline = BaselineState::Pending(chain_id);
-            effects.push(Effect::RecordBaseline(Job {
-                image: None,
-                container: Some(id),
-                layers,
-                progress: None,
-                done: None,
-            }));
+            effects.push(record_baseline(&container));
         }
+        entry.container = Some(container);
     }
 
     fn task_exited(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
@@ -320,6 +320,9 @@ impl State {
     fn forget(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
         if let Some(entry) = self.inventory.get_mut(id) {
             entry.removed = true;
+        }
+        // Only a node that is known whole says what nobody needs.
+        if self.unlisted.is_empty() && self.endpoints.values().all(Option::is_none) {
             effects.push(Effect::CollectBaselines(self.chains_in_use()));
         }
     }
@@ -356,10 +359,20 @@ impl State {
                 self.forget(&id, effects);
             }
         }
+        // While the connection was away anything may have happened; the lists that
+        // are made now and then only confirm what events have told.
+        let reconnected = self.unlisted.remove(endpoint);
         for (id, entry) in self.inventory.iter_mut() {
-            let ours =
-                entry.container.as_ref().is_some_and(|container| *container.endpoint == *endpoint);
-            if ours && entry.pid.is_some() && !std::mem::take(&mut entry.fresh) {
+            let Some(container) = &entry.container else { continue };
+            if *container.endpoint != *endpoint || entry.removed {
+                continue;
+            }
+            if let BaselineState::Failed(chain_id, _) = entry.baseline {
+                entry.baseline = BaselineState::Pending(chain_id);
+                effects.push(record_baseline(container));
+            }
+            let fresh = std::mem::take(&mut entry.fresh);
+            if entry.pid.is_some() && reconnected && !fresh {
                 effects.push(Effect::Watch(Command::Scan { container: id.clone(), ticket: None }));
             }
         }
@@ -855,6 +868,16 @@ impl PendingDiff {
     }
 }
 
+fn record_baseline(container: &Container) -> Effect {
+    Effect::RecordBaseline(Job {
+        image: None,
+        container: Some(container.id.clone()),
+        layers: container.layers.clone(),
+        progress: None,
+        done: None,
+    })
+}
+
 /// What a file finding is made of besides the judgement.
 struct Evidence<'a> {
     path: &'a RootfsPath,
@@ -1037,18 +1060,34 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
         };
         // A sender is gone only when the daemon is stopping.
         let Ok(input) = input else { return };
-        state.handle(input, Timestamp::now(), &mut effects);
-        for effect in effects.drain(..) {
-            if !carry_out(effect, outputs, &state.health) {
-                return;
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            state.handle(input, Timestamp::now(), &mut effects);
+            for effect in effects.drain(..) {
+                match carry_out(effect, outputs) {
+                    Carried::Out => (),
+                    Carried::Back(order) => {
+                        let _ = state.health.record(Failure::ResponseQueueFull);
+                        next = Some(Input::Responded(not_carried_out(order)));
+                    }
+                    Carried::Nowhere => return,
+                }
             }
         }
     }
 }
 
-/// Whether the loop may go on.
-fn carry_out(effect: Effect, outputs: &Outputs, health: &Health) -> bool {
-    match effect {
+/// What became of an effect.
+enum Carried {
+    Out,
+    /// Too many orders wait already.
+    Back(Order),
+    /// Its receiver is gone: the daemon is stopping.
+    Nowhere,
+}
+
+fn carry_out(effect: Effect, outputs: &Outputs) -> Carried {
+    let sent = match effect {
         Effect::Watch(command) => outputs.commands.send(command).is_ok(),
         Effect::RecordBaseline(job) => {
             outputs.recorder.submit(job);
@@ -1060,13 +1099,28 @@ fn carry_out(effect: Effect, outputs: &Outputs, health: &Health) -> bool {
         }
         // Waits for the history: see the module's head.
         Effect::Record(record) => outputs.records.send(record).is_ok(),
-        Effect::Respond(order) => {
-            if let Err(err) = outputs.orders.try_send(order) {
-                let _ = health.record(Failure::ResponseQueueFull);
-                tracing::error!(%err, "a response was not carried out");
-            }
-            true
-        }
+        Effect::Respond(order) => match outputs.orders.try_send(order) {
+            Ok(()) => true,
+            Err(TrySendError::Full(order)) => return Carried::Back(order),
+            Err(TrySendError::Closed(_)) => false,
+        },
+    };
+    if sent { Carried::Out } else { Carried::Nowhere }
+}
+
+fn not_carried_out(order: Order) -> Response {
+    Response {
+        container: order.container,
+        reason: order.reason,
+        requested_by: order.requested_by,
+        requested_at: order.requested_at,
+        finding: order.finding,
+        outcome: Outcome {
+            action: order.action.name().to_owned(),
+            succeeded: false,
+            message: "too many responses wait to be carried out".to_owned(),
+            at: Timestamp::now(),
+        },
     }
 }
 

@@ -165,11 +165,11 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::baseline::Job;
+    use crate::baseline::{ImageName, Job};
     use crate::config;
     use crate::containerd::Recording;
     use crate::health::Health;
-    use crate::model::LayerId;
+    use crate::model::{ChainId, LayerId};
 
     struct NoRecorder;
 
@@ -178,6 +178,7 @@ mod tests {
         fn unrecorded(&self, _layers: &[LayerId]) -> Vec<LayerId> {
             Vec::new()
         }
+        fn image_names(&self, _endpoint: &str, _listed: Vec<(ImageName, ChainId)>) {}
         fn image_removed(&self, _namespace: &str, _name: &str) {}
     }
 

@@ -75,10 +75,17 @@ fn wait_for(writer: &Writer, mut seen: impl FnMut(&[Record]) -> bool) {
     }
 }
 
+/// The IDs of all findings, whatever the number of pages.
 fn findings(writer: &Writer, filter: &Filter) -> Vec<FindingId> {
-    let page = writer.reader().findings(filter, None, 10_000).unwrap();
-    assert_eq!(page.next, None);
-    page.findings.iter().map(|finding| finding.id).collect()
+    let (mut ids, mut token) = (Vec::new(), None);
+    loop {
+        let page = writer.reader().findings(filter, token, 1000).unwrap();
+        ids.extend(page.findings.iter().map(|finding| finding.id));
+        match page.next {
+            Some(next) => token = Some(next),
+            None => return ids,
+        }
+    }
 }
 
 fn response(container: &ContainerId) -> Response {
@@ -260,8 +267,12 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
     assert_eq!(reader.finding("%").unwrap(), FindingLookup::Unknown);
 
     let (long, short) = (one.container.id.clone(), other.container.id.clone());
-    assert_eq!(reader.containers("4f1").unwrap(), [long.clone()]);
-    assert_eq!(reader.containers("4f").unwrap(), [short.clone()], "a whole ID beats a beginning");
+    assert_eq!(reader.containers("4f1").unwrap(), std::slice::from_ref(&long));
+    assert_eq!(
+        reader.containers("4f").unwrap(),
+        std::slice::from_ref(&short),
+        "a whole ID beats a beginning"
+    );
     assert_eq!(reader.containers("4").unwrap(), [short, long.clone()]);
     assert_eq!(reader.containers(&format!("k8s.io/{}", long.id)).unwrap(), [long]);
     assert_eq!(reader.containers("x").unwrap(), []);
@@ -288,6 +299,33 @@ fn retention_forgets_the_old_and_tells_followers() {
     let resumed = reader.after(700, &Filter::default(), 10).unwrap();
     assert_eq!(resumed.pruned_through, 1200);
     assert_eq!(resumed.records[0], (1201, record(&young)));
+    writer.stop();
+}
+
+#[test]
+fn the_questions_in_the_format_s_document_have_answers() {
+    let document = include_str!("../docs/history-format.md");
+    let (_, rest) = document.split_once("```sql\n").unwrap();
+    let (questions, _) = rest.split_once("```").unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let finding = finding(1, 0);
+    write(
+        &writer,
+        vec![record(&finding), Record::Response(Box::new(response(&finding.container.id)))],
+    );
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let mut asked = 0;
+    for question in questions.split_inclusive(";\n") {
+        let rows = database
+            .prepare(question)
+            .and_then(|mut query| query.query_map([], |_| Ok(()))?.collect::<Result<Vec<_>, _>>())
+            .unwrap_or_else(|err| panic!("{question}: {err}"));
+        assert!(!rows.is_empty(), "{question}");
+        asked += 1;
+    }
+    assert_eq!(asked, 6);
     writer.stop();
 }
 
@@ -443,16 +481,7 @@ fn a_full_disk_loses_nothing_and_writing_goes_on() {
     disk.grow("64m");
     write(&writer, vec![]);
     let mut expected: Vec<FindingId> = all.iter().map(|finding| finding.id).collect();
-    let mut got = Vec::new();
-    let mut token = None;
-    loop {
-        let page = writer.reader().findings(&Filter::default(), token, 1000).unwrap();
-        got.extend(page.findings.iter().map(|finding| finding.id));
-        token = page.next;
-        if token.is_none() {
-            break;
-        }
-    }
+    let mut got = findings(&writer, &Filter::default());
     expected.sort();
     got.sort();
     assert_eq!(got, expected);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{convert, proto};
 use crate::baseline::{self, ImageRecord, Known, Progress};
 use crate::containerd::Containerd;
-use crate::model::ChainId;
+use crate::model::{ChainId, printable};
 
 /// Who can bring in and record an image that is asked for by name. A trait, so
 /// that the API is tested without containerd.
@@ -17,6 +17,9 @@ pub trait RecordImage: Send + Sync {
         name: &'a str,
         progress: Arc<Progress>,
     ) -> Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>>;
+
+    /// Images that cannot be recorded, and why, in words.
+    fn problems(&self) -> Vec<String>;
 }
 
 impl RecordImage for Containerd {
@@ -28,6 +31,19 @@ impl RecordImage for Containerd {
         Box::pin(async move {
             Containerd::record_image(self, name, progress).await.map_err(|err| err.to_string())
         })
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let problems = self.image_problems().into_iter().map(|problem| {
+            format!(
+                "image {} in {} has no baseline: {} ({})",
+                printable(problem.name.as_bytes()),
+                printable(problem.namespace.as_bytes()),
+                printable(problem.reason.as_bytes()),
+                printable(problem.digest.as_bytes()),
+            )
+        });
+        problems.collect()
     }
 }
 

@@ -21,6 +21,7 @@ use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup};
 use crate::model::{ContainerId, printable};
 use crate::pipeline::{LookupError, Question};
+use crate::respond;
 
 /// Findings on one page at most, and unless asked otherwise.
 const PAGE: usize = 1000;
@@ -28,6 +29,8 @@ const PAGE: usize = 1000;
 const STREAM: usize = 64;
 /// How long the pipeline may be too busy to take a question.
 const BUSY: Duration = Duration::from_secs(5);
+/// How long the history may take to keep a response.
+const RECORDED_WITHIN: Duration = Duration::from_secs(10);
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// The longest reason that is kept, in bytes.
 const MAX_REASON: usize = 4096;
@@ -169,6 +172,7 @@ impl DriftService for Service {
         let (baselines, findings) = unblock(move || (store.images().len(), reader.count())).await?;
         let health = &self.backend.health;
         let mut problems = status.problems;
+        problems.extend(self.backend.images.problems());
         let findings = findings.unwrap_or_else(|err| {
             problems.push(err.to_string());
             0
@@ -394,11 +398,42 @@ impl DriftService for Service {
             .ask(|reply| Question::Respond { container, action, reason, requested_by, reply })
             .await?
             .map_err(|err| lookup_failed(&err))?;
+        self.wait_until_recorded(&response).await?;
         Ok(Response::new(proto::RespondResponse {
             namespace: response.container.namespace.to_string(),
             container: response.container.id.to_string(),
             outcome: Some(convert::outcome_to_proto(response.outcome)),
         }))
+    }
+}
+
+impl Service {
+    /// Whoever is told of a response finds it in the history, whatever happens to
+    /// driftd next.
+    async fn wait_until_recorded(&self, response: &respond::Response) -> Result<(), Status> {
+        let mut committed = self.backend.committed.clone();
+        let recorded = async {
+            loop {
+                committed.mark_unchanged();
+                let reader = self.backend.history.clone();
+                let container = response.container.clone();
+                let kept = unblock(move || reader.responses(&container))
+                    .await?
+                    .map_err(|err| history_failed(&err))?;
+                if kept.iter().any(|kept| kept.requested_at == response.requested_at) {
+                    return Ok(());
+                }
+                if committed.changed().await.is_err() {
+                    return Err(Status::unavailable("driftd is stopping"));
+                }
+            }
+        };
+        tokio::time::timeout(RECORDED_WITHIN, recorded).await.unwrap_or_else(|_| {
+            Err(Status::data_loss(format!(
+                "{} (but the history could not keep it; see: driftd status)",
+                response.outcome.message
+            )))
+        })
     }
 }
 

@@ -65,7 +65,8 @@ pub fn walk(
     progress: Option<&Progress>,
     stop: &AtomicBool,
 ) -> Result<Vec<LayerEntry>, Error> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // The way to the layer is the snapshotter's: Docker names layers by symlinks.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
         .map_err(|source| Error::Directory { directory: directory.into(), source })?;
     let walk = Walk {
@@ -570,13 +571,15 @@ impl Attributes {
     }
 
     fn take(&mut self, file: BorrowedFd<'_>, names: &[u8]) -> Result<(), Trouble> {
-        // Mounts with `userxattr` keep overlay's attributes under `user.`.
+        // Not `user.overlay.*`: only overlays mounted with `userxattr`, which a root
+        // containerd does not do, read those, and anyone may set them. An image
+        // could hide its own files from its baseline with them.
         for name in names.split(|&byte| byte == 0) {
             match name {
-                b"trusted.overlay.opaque" | b"user.overlay.opaque" => {
+                b"trusted.overlay.opaque" => {
                     self.opaque |= value_of(file, name)?.as_deref() == Some(b"y");
                 }
-                b"trusted.overlay.whiteout" | b"user.overlay.whiteout" => self.whiteout = true,
+                b"trusted.overlay.whiteout" => self.whiteout = true,
                 b"security.capability" => self.capability = value_of(file, name)?,
                 b"trusted.overlay.redirect" => self.unsupported = Some("trusted.overlay.redirect"),
                 b"trusted.overlay.metacopy" => self.unsupported = Some("trusted.overlay.metacopy"),
@@ -593,5 +596,325 @@ fn value_of(file: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Box<[u8]>>, Trou
         Ok(length) => Ok(Some(value[..length].into())),
         Err(Errno::NODATA) => Err(Trouble::Changed),
         Err(errno) => Err(Trouble::Failed("read the attributes of", errno)),
+    }
+}
+
+/// Needs root: device nodes, `trusted.` attributes and overlay mounts.
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::fs;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::net::UnixListener;
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{XattrFlags, makedev, mknodat, setxattr};
+
+    use super::*;
+    use crate::baseline::layer::{self, compare_paths};
+    use crate::baseline::recorder::hashing_pool;
+    use crate::baseline::{ImageBaseline, LayerBaseline, blake3_of};
+    use crate::model::{ChainId, DiffId, LayerId};
+
+    fn walked(directory: &Path) -> Result<Vec<LayerEntry>, Error> {
+        let pool = hashing_pool(2).unwrap();
+        let mut entries = walk(&pool, directory, None, &AtomicBool::new(false))?;
+        entries.sort_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
+        Ok(entries)
+    }
+
+    fn write(path: &Path, mode: u32, content: &str) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn node(path: &Path, file_type: rustix::fs::FileType, major: u32, minor: u32) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        mknodat(CWD, path, file_type, Mode::from_raw_mode(0o600), makedev(major, minor))
+            .expect("this test must run as root, with CAP_MKNOD");
+    }
+
+    fn whiteout(path: &Path) {
+        node(path, rustix::fs::FileType::CharacterDevice, 0, 0);
+    }
+
+    fn attribute(path: &Path, name: &str, value: &[u8]) {
+        setxattr(path, name, value, XattrFlags::empty())
+            .expect("this test must run as root, on a file system with trusted attributes");
+    }
+
+    fn path(text: impl AsRef<[u8]>) -> RootfsPath {
+        RootfsPath::new(text).unwrap()
+    }
+
+    fn directory(at: &str) -> FileEntry {
+        FileEntry {
+            path: path(at),
+            file_type: FileType::Directory,
+            format: Format::Unknown,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            blake3: None,
+            capability: None,
+            link_target: None,
+            device: None,
+        }
+    }
+
+    fn regular(at: impl AsRef<[u8]>, mode: u32, format: Format, content: &str) -> FileEntry {
+        FileEntry {
+            path: path(at),
+            file_type: FileType::Regular,
+            format,
+            mode,
+            size: content.len() as u64,
+            blake3: Some(blake3_of(content)),
+            ..directory("/")
+        }
+    }
+
+    /// `cap_net_raw` permitted and effective, as setcap(8) writes it.
+    const NET_RAW: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+    #[test]
+    fn everything_in_a_layer_is_told() {
+        let scratch = tempfile::tempdir().unwrap();
+        let at = |name: &str| scratch.path().join(name);
+        fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let long = "x".repeat(BUFFER * 2 + 1);
+        let elf = "\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0…";
+        write(&at("bin/ping"), 0o4755, elf);
+        attribute(&at("bin/ping"), "security.capability", &NET_RAW);
+        fs::hard_link(at("bin/ping"), at("bin/ping6")).unwrap();
+        write(&at("bin/run"), 0o755, "#!/bin/sh\n");
+        write(&at("data/long"), 0o600, &long);
+        write(&at("data/empty"), 0o644, "");
+        fs::write(scratch.path().join(OsStr::from_bytes(b"data/\xff\n")), "odd").unwrap();
+        symlink("/etc/passwd", at("data/link")).unwrap();
+        symlink("..", at("data/up")).unwrap();
+        node(&at("dev/fifo"), rustix::fs::FileType::Fifo, 0, 0);
+        node(&at("dev/null"), rustix::fs::FileType::CharacterDevice, 1, 3);
+        node(&at("dev/sda"), rustix::fs::FileType::BlockDevice, 8, 300);
+        drop(UnixListener::bind(at("dev/socket")).unwrap());
+        whiteout(&at("gone"));
+        write(&at("opaque/new"), 0o644, "new");
+        attribute(&at("opaque"), "trusted.overlay.opaque", b"y");
+        write(&at("xwhiteouts/gone"), 0o644, "");
+        attribute(&at("xwhiteouts"), "trusted.overlay.opaque", b"x");
+        attribute(&at("xwhiteouts/gone"), "trusted.overlay.whiteout", b"");
+
+        let ping = |name| FileEntry {
+            capability: Some(NET_RAW.into()),
+            ..regular(name, 0o4755, Format::Elf, elf)
+        };
+        let link = |name, target: &str| FileEntry {
+            file_type: FileType::Symlink,
+            mode: 0o777,
+            size: target.len() as u64,
+            link_target: Some(target.as_bytes().into()),
+            ..directory(name)
+        };
+        let special = |name, file_type, mode, device: Option<(u32, u32)>| FileEntry {
+            file_type,
+            mode,
+            device: device.map(|(major, minor)| Device { major, minor }),
+            ..directory(name)
+        };
+        let found = walked(scratch.path()).unwrap();
+        // What umask left of the socket's mode is not the point.
+        let socket = fs::metadata(at("dev/socket")).unwrap().permissions().mode() & 0o7777;
+        let mode = fs::metadata(scratch.path().join(OsStr::from_bytes(b"data/\xff\n")));
+        let odd = mode.unwrap().permissions().mode() & 0o7777;
+        assert_eq!(
+            found,
+            [
+                LayerEntry::File(directory("/")),
+                LayerEntry::File(directory("/bin")),
+                LayerEntry::File(ping("/bin/ping")),
+                LayerEntry::File(ping("/bin/ping6")),
+                LayerEntry::File(regular("/bin/run", 0o755, Format::Script, "#!/bin/sh\n")),
+                LayerEntry::File(directory("/data")),
+                LayerEntry::File(regular("/data/empty", 0o644, Format::Empty, "")),
+                LayerEntry::File(link("/data/link", "/etc/passwd")),
+                LayerEntry::File(regular("/data/long", 0o600, Format::Data, &long)),
+                LayerEntry::File(link("/data/up", "..")),
+                LayerEntry::File(regular(b"/data/\xff\n", odd, Format::Data, "odd")),
+                LayerEntry::File(directory("/dev")),
+                LayerEntry::File(special("/dev/fifo", FileType::Fifo, 0o600, None)),
+                LayerEntry::File(special("/dev/null", FileType::CharDevice, 0o600, Some((1, 3)))),
+                LayerEntry::File(special("/dev/sda", FileType::BlockDevice, 0o600, Some((8, 300)))),
+                LayerEntry::File(special("/dev/socket", FileType::Socket, socket, None)),
+                LayerEntry::Whiteout(path("/gone")),
+                LayerEntry::OpaqueDirectory(directory("/opaque")),
+                LayerEntry::File(regular("/opaque/new", 0o644, Format::Data, "new")),
+                LayerEntry::File(directory("/xwhiteouts")),
+                LayerEntry::Whiteout(path("/xwhiteouts/gone")),
+            ]
+        );
+    }
+
+    /// Unmounts when a test ends, however it ends.
+    struct Mount(PathBuf);
+
+    impl Drop for Mount {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(&self.0).status();
+        }
+    }
+
+    #[test]
+    fn an_image_is_what_the_kernel_shows_of_its_layers() {
+        let scratch = tempfile::tempdir().unwrap();
+        let at = |name: &str| scratch.path().join(name);
+        write(&at("0/kept/a"), 0o644, "a");
+        write(&at("0/kept/covered"), 0o644, "lower");
+        write(&at("0/removed/deep/b"), 0o644, "b");
+        write(&at("0/removed-not"), 0o644, "c");
+        write(&at("0/opaque/old"), 0o644, "old");
+        write(&at("0/opaque/sub/old"), 0o644, "old");
+        write(&at("0/replaced/c"), 0o644, "c");
+        write(&at("0/file"), 0o644, "file");
+        write(&at("0/back/old"), 0o644, "old");
+        write(&at("1/kept/covered"), 0o755, "upper");
+        whiteout(&at("1/removed"));
+        write(&at("1/opaque/sub/new"), 0o644, "new");
+        attribute(&at("1/opaque"), "trusted.overlay.opaque", b"y");
+        write(&at("1/replaced"), 0o644, "a file now");
+        fs::remove_file(at("1/replaced")).unwrap();
+        symlink("kept", at("1/replaced")).unwrap();
+        write(&at("1/file/now-a-directory"), 0o644, "x");
+        whiteout(&at("1/back"));
+        fs::create_dir_all(at("2/back")).unwrap();
+        write(&at("2/back/new"), 0o644, "new");
+        write(&at("2/opaque/newest"), 0o644, "newest");
+        whiteout(&at("2/never-was"));
+        whiteout(&at("2/kept/a"));
+        fs::create_dir(at("merged")).unwrap();
+        fs::create_dir(at("3")).unwrap();
+
+        let layers: Vec<_> = (0..3_u8)
+            .map(|number| {
+                let id = LayerId::Diff(DiffId([number; 32]));
+                let entries = walked(&at(&number.to_string())).unwrap();
+                let bytes = layer::write(id, entries, Vec::new()).unwrap();
+                (id, Arc::new(LayerBaseline::from_bytes(bytes).unwrap()))
+            })
+            .collect();
+        let image = ImageBaseline::new(ChainId([0; 32]), layers);
+
+        let base = scratch.path().display();
+        let status = Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o"])
+            .arg(format!("lowerdir={base}/2:{base}/1:{base}/0"))
+            .arg(at("merged"))
+            .status()
+            .unwrap();
+        assert!(status.success(), "this test must run as root, on a kernel with overlayfs");
+        let mount = Mount(at("merged"));
+        let shown: Vec<FileEntry> = walked(&mount.0)
+            .unwrap()
+            .into_iter()
+            .filter_map(|entry| match entry {
+                LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) => Some(file),
+                LayerEntry::Whiteout(_) => None,
+            })
+            .collect();
+        assert_eq!(image.files().map(|known| known.entry).collect::<Vec<_>>(), shown);
+        assert_eq!(shown.len(), 13);
+    }
+
+    #[test]
+    fn a_layer_that_is_gone_is_named_with_the_next_step() {
+        let scratch = tempfile::tempdir().unwrap();
+        let err = walked(&scratch.path().join("none")).unwrap_err();
+        assert!(matches!(err, Error::Directory { source: Errno::NOENT, .. }), "{err:?}");
+        assert!(err.to_string().contains("pull the image again"), "{err}");
+    }
+
+    #[test]
+    fn a_layer_whose_content_is_elsewhere_is_refused() {
+        let scratch = tempfile::tempdir().unwrap();
+        write(&scratch.path().join("a/b"), 0o644, "b");
+        attribute(&scratch.path().join("a"), "trusted.overlay.redirect", b"/c");
+        let err = walked(scratch.path()).unwrap_err();
+        assert!(
+            matches!(err, Error::Unsupported { attribute: "trusted.overlay.redirect", .. }),
+            "{err:?}"
+        );
+    }
+
+    #[test]
+    fn a_walk_that_is_stopped_tells_nothing() {
+        let scratch = tempfile::tempdir().unwrap();
+        write(&scratch.path().join("a"), 0o644, "a");
+        let pool = hashing_pool(1).unwrap();
+        let result = walk(&pool, scratch.path(), None, &AtomicBool::new(true));
+        assert!(matches!(result, Err(Error::Stopped)), "{result:?}");
+    }
+
+    #[test]
+    fn progress_counts_files_and_bytes() {
+        let scratch = tempfile::tempdir().unwrap();
+        for number in 0..50 {
+            write(&scratch.path().join(format!("d{}/{number}", number % 7)), 0o644, "12345");
+        }
+        let pool = hashing_pool(2).unwrap();
+        let progress = Progress::default();
+        walk(&pool, scratch.path(), Some(&progress), &AtomicBool::new(false)).unwrap();
+        assert_eq!(progress.files_done.load(Ordering::Relaxed), 50);
+        assert_eq!(progress.bytes_done.load(Ordering::Relaxed), 250);
+    }
+
+    /// Walks while `disturb` is at work, until a walk has failed.
+    #[track_caller]
+    fn check_noticed(disturb: impl Fn(&Path, u32) + Send + Sync) {
+        let scratch = tempfile::tempdir().unwrap();
+        for number in 0..500 {
+            write(&scratch.path().join(format!("d/{number}")), 0o644, &"x".repeat(10_000));
+        }
+        let over = AtomicBool::new(false);
+        let err = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for turn in 0.. {
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    disturb(scratch.path(), turn);
+                }
+            });
+            let deadline = Instant::now() + Duration::from_secs(30);
+            let err = loop {
+                match walked(scratch.path()) {
+                    Err(err) => break Some(err),
+                    Ok(_) if Instant::now() > deadline => break None,
+                    Ok(_) => (),
+                }
+            };
+            over.store(true, Ordering::Relaxed);
+            err
+        });
+        assert!(matches!(err, Some(Error::Changed { .. })), "{err:?}");
+    }
+
+    #[test]
+    fn a_file_that_changes_is_noticed() {
+        check_noticed(|directory, _| {
+            let file = fs::OpenOptions::new().append(true).open(directory.join("d/250"));
+            std::io::Write::write_all(&mut file.unwrap(), b"more").unwrap();
+        });
+    }
+
+    #[test]
+    fn names_that_come_and_go_are_noticed() {
+        check_noticed(|directory, turn| {
+            let name = directory.join("d").join(format!("new-{turn}"));
+            fs::write(&name, "new").unwrap();
+            fs::remove_file(name).unwrap();
+        });
     }
 }

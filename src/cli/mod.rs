@@ -1,3 +1,193 @@
-//! (stub)
+//! The command line: the daemon's start, and its client.
+//!
+//! Data goes to stdout, talk to stderr. Exit codes are in [`exit`].
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::config::{self, Config, DEFAULT_SOCKET};
+use exit::Exit;
 
 pub mod exit;
+
+mod baseline;
+mod client;
+mod containers;
+mod doctor;
+mod findings;
+mod output;
+mod respond;
+mod show;
+mod status;
+
+/// Keeps running containers equal to their images.
+#[derive(Debug, Parser)]
+#[command(
+    name = "driftd",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 answered, and clean; 1 answered, and there is drift; \
+                  2 could not answer; 64 usage or settings."
+)]
+pub struct Cli {
+    /// The Unix socket of driftd's API
+    #[arg(long, global = true, env = "DRIFTD_SOCKET", value_name = "SOCKET")]
+    socket: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon in the foreground
+    Run(Settings),
+    /// Find out what will work on this node, and what will not
+    Doctor(doctor::Doctor),
+    /// Say whether the view is complete
+    Status(status::Status),
+    /// List, show, record and export what images hold
+    #[command(subcommand)]
+    Baseline(baseline::Baseline),
+    /// List the containers that are watched
+    Containers(containers::Containers),
+    /// Show how a container differs from its image right now
+    Diff(containers::Diff),
+    /// List or follow what was found
+    Findings(findings::Findings),
+    /// Show one finding whole
+    Show(show::Show),
+    /// Answer drift in a container
+    #[command(subcommand)]
+    Respond(respond::Respond),
+    /// Print the completions of a shell
+    Completions { shell: clap_complete::Shell },
+    /// Print the manual page
+    Man {
+        /// Write the pages of every command into this directory instead
+        #[arg(long, value_name = "DIRECTORY")]
+        directory: Option<PathBuf>,
+    },
+    /// Watch over the daemon (started by the daemon itself)
+    #[command(hide = true)]
+    Guardian {
+        /// The daemon's pid: this process's parent
+        daemon: u32,
+    },
+}
+
+/// Where the settings come from, and what overrides them.
+#[derive(Debug, clap::Args)]
+struct Settings {
+    /// The settings [default: /etc/driftd/driftd.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A socket of containerd, instead of those in the settings (may be repeated)
+    #[arg(long, value_name = "SOCKET")]
+    containerd: Vec<PathBuf>,
+    /// Where baselines and the history are kept
+    #[arg(long, value_name = "DIRECTORY")]
+    state_dir: Option<PathBuf>,
+}
+
+impl Settings {
+    fn load(&self, socket: Option<&Path>) -> anyhow::Result<Config> {
+        let mut config = Config::load(self.config.as_deref())?;
+        if let Some(state_dir) = &self.state_dir {
+            config.state_dir = std::path::absolute(state_dir)?;
+        }
+        if let Some(socket) = socket {
+            config.socket = std::path::absolute(socket)?;
+        }
+        if !self.containerd.is_empty() {
+            config.containerd.sockets =
+                self.containerd.iter().map(std::path::absolute).collect::<io::Result<_>>()?;
+        }
+        Ok(config)
+    }
+}
+
+impl Cli {
+    /// Reads the command line. An error was told already; help is none.
+    pub fn from_command_line() -> Result<Cli, Exit> {
+        Cli::try_parse().map_err(|err| {
+            // Nobody reads it: then there is nothing more to say.
+            let _ = err.print();
+            if err.use_stderr() { Exit::Usage } else { Exit::Clean }
+        })
+    }
+
+    pub fn run(self) -> anyhow::Result<Exit> {
+        let socket = self.socket.as_deref();
+        let server = socket.unwrap_or(Path::new(DEFAULT_SOCKET));
+        match self.command {
+            Command::Run(settings) => crate::daemon::run(settings.load(socket)?),
+            Command::Doctor(doctor) => doctor.run(socket),
+            Command::Status(status) => status.run(server),
+            Command::Baseline(baseline) => baseline.run(server),
+            Command::Containers(containers) => containers.run(server),
+            Command::Diff(diff) => diff.run(server),
+            Command::Findings(findings) => findings.run(server),
+            Command::Show(show) => show.run(server),
+            Command::Respond(respond) => respond.run(server),
+            Command::Completions { shell } => completions(shell),
+            Command::Man { directory } => man(directory.as_deref()),
+            Command::Guardian { daemon } => {
+                let ended = crate::guardian::watch_over(daemon)?;
+                Ok(match ended {
+                    crate::guardian::Ended::DaemonGone => Exit::Clean,
+                    crate::guardian::Ended::Killed => Exit::Failed,
+                })
+            }
+        }
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<Exit> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "driftd", &mut script);
+    output::write(&script)?;
+    Ok(Exit::Clean)
+}
+
+fn man(directory: Option<&Path>) -> anyhow::Result<Exit> {
+    match directory {
+        Some(directory) => clap_mangen::generate_to(Cli::command(), directory)?,
+        None => {
+            let mut page = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+            output::write(&page)?;
+        }
+    }
+    Ok(Exit::Clean)
+}
+
+/// Whether `err` only says that nobody reads our output any more.
+pub fn is_broken_pipe(err: &anyhow::Error) -> bool {
+    err.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|err| err.kind() == io::ErrorKind::BrokenPipe)
+            || cause
+                .downcast_ref::<serde_json::Error>()
+                .is_some_and(|err| err.io_error_kind() == Some(io::ErrorKind::BrokenPipe))
+    })
+}
+
+/// Which exit code says what `err` is about.
+pub fn exit_of(err: &anyhow::Error) -> Exit {
+    match err.downcast_ref::<config::Error>() {
+        Some(_) => Exit::Usage,
+        None => Exit::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -10,6 +10,7 @@ use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::images_client::ImagesClient;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
@@ -138,6 +139,7 @@ impl Namespace {
     client!(content, ContentClient);
     client!(events, EventsClient);
     client!(images, ImagesClient);
+    client!(introspection, IntrospectionClient);
     client!(leases, LeasesClient);
     client!(snapshots, SnapshotsClient);
     client!(tasks, TasksClient);

@@ -149,9 +149,8 @@ async fn stack(
     images: &Images,
 ) -> Result<Result<Vec<ChainId>, String>, Status> {
     let mut chain: Vec<ChainId> = Vec::new();
-    let mut next = match snapshots::parent(namespace, snapshotter, key).await? {
-        Some(parent) => parent,
-        None => return Ok(Err("its snapshot is gone".into())),
+    let Some(mut next) = snapshots::parent(namespace, snapshotter, key).await? else {
+        return Ok(Err("its snapshot is gone".into()));
     };
     while !next.is_empty() {
         let Ok(chain_id) = next.parse::<ChainId>() else {
@@ -194,12 +193,6 @@ async fn layers(
 ) -> Result<Result<Vec<Layer>, String>, Status> {
     if chain.is_empty() {
         return Ok(Err("it was started from an image without layers".into()));
-    }
-    if let Shape::Bind(_) = shape {
-        return Ok(Err(format!(
-            "snapshotter {} is not supported yet: it mounts one directory, not an overlay",
-            printable(snapshotter.as_bytes())
-        )));
     }
     let directories = match snapshots::layer_directories(shape, chain.len(), snapshotter) {
         Ok(directories) => directories,

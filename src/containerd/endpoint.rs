@@ -425,6 +425,7 @@ impl Endpoint {
             self.list_containers(following, &namespace, &mut listed).await?;
         }
         self.images.retain_namespaces(&names);
+        self.images.tell_names();
         self.outbox.listed(asked, listed).await?;
         Ok(())
     }

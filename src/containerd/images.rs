@@ -7,10 +7,10 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::{
-    GetImageRequest, Image, InfoRequest, ListImagesRequest, ReadContentRequest,
+    GetImageRequest, Image, ListImagesRequest, ReadContentRequest,
 };
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{Semaphore, oneshot};
@@ -30,10 +30,12 @@ const RECORDINGS: usize = 4;
 /// Images whose manifests are being read at the same time.
 const LOOKS: usize = 8;
 const INDEX_DEPTH: u32 = 3;
-/// containerd's default snapshotter, when nothing says which one unpacked.
+/// When an image that could not be recorded is tried again without an event:
+/// at first, and at most.
+const FIRST_RETRY: Duration = Duration::from_secs(60);
+const LAST_RETRY: Duration = Duration::from_secs(3600);
+/// The snapshotter that is asked first: containerd's default.
 const DEFAULT_SNAPSHOTTER: &str = "overlayfs";
-/// On the config blob: which snapshotter has unpacked the image, as which chain.
-const UNPACKED_LABEL: &str = "containerd.io/gc.ref.snapshot.";
 
 /// What one containerd's images are. Survives connections: content has not
 /// changed because a socket was closed.
@@ -68,6 +70,11 @@ struct Standing {
     target: Option<Descriptor>,
     last_heard: Instant,
     state: Readiness,
+    /// After a failure: how long lists leave it alone, and since when.
+    patience: Duration,
+    failed: Instant,
+    /// What was last complained about: a digest and a reason.
+    complaint: Option<(String, String)>,
     /// Somebody is looking at it.
     busy: bool,
     /// ... and has to look again.
@@ -80,6 +87,9 @@ impl Standing {
             target: None,
             last_heard: Instant::now(),
             state: Readiness::New,
+            patience: Duration::ZERO,
+            failed: Instant::now(),
+            complaint: None,
             busy: false,
             again: false,
         }
@@ -114,7 +124,6 @@ struct Below {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Facts {
     pub(super) manifest_digest: ManifestDigest,
-    config_digest: String,
     /// Bottom first; empty for what is no image.
     diff_ids: Vec<DiffId>,
     /// Of the same length.
@@ -138,6 +147,11 @@ pub(super) enum Trouble {
     /// Something about the blob `digest` is wrong.
     Bad {
         digest: String,
+        reason: String,
+    },
+    /// The recorder gave up, and has counted and said so itself.
+    NotRecorded {
+        chain_id: ChainId,
         reason: String,
     },
 }
@@ -203,7 +217,13 @@ impl Images {
     pub(super) async fn look_at(&self, namespace: &Namespace, name: &str) -> Result<(), Status> {
         match self.look_up(namespace, name).await {
             Err(Trouble::Interrupted(status)) => Err(status),
-            Ok(_) | Err(Trouble::Unknown | Trouble::NotUnpacked(_) | Trouble::Bad { .. }) => Ok(()),
+            Ok(_)
+            | Err(
+                Trouble::Unknown
+                | Trouble::NotUnpacked(_)
+                | Trouble::Bad { .. }
+                | Trouble::NotRecorded { .. },
+            ) => Ok(()),
         }
     }
 
@@ -218,9 +238,13 @@ impl Images {
         match self.look_up(namespace, name).await {
             Err(Trouble::Interrupted(status)) => Err(status),
             Ok(facts) if facts.chain_id() == Some(chain_id) => Ok(Some(facts.manifest_digest)),
-            Ok(_) | Err(Trouble::Unknown | Trouble::NotUnpacked(_) | Trouble::Bad { .. }) => {
-                Ok(None)
-            }
+            Ok(_)
+            | Err(
+                Trouble::Unknown
+                | Trouble::NotUnpacked(_)
+                | Trouble::Bad { .. }
+                | Trouble::NotRecorded { .. },
+            ) => Ok(None),
         }
     }
 
@@ -313,14 +337,65 @@ impl Images {
         }
         self.learn(namespace, &images).await;
         for image in images {
-            if !self.is_settled(namespace, &image) {
+            let Some(target) = image.target else { continue };
+            let settled = self.listed(namespace, &image.name, Descriptor::of(target), asked);
+            if !settled {
                 self.changed(namespace, &image.name);
             }
         }
         Ok(())
     }
 
-    /// Forgets the images of namespaces that do not exist any more.
+    /// Files where a list says that a name points; whether nothing is to be done.
+    fn listed(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+        target: Descriptor,
+        asked: Instant,
+    ) -> bool {
+        let key = Key { namespace: Arc::clone(&namespace.name), name: name.into() };
+        let mut state = self.state();
+        let standing = state.names.entry(key).or_insert_with(Standing::new);
+        let same = standing.target.as_ref().is_some_and(|known| known.digest == target.digest);
+        let settled = match &standing.state {
+            Readiness::Recorded { target: recorded } => *recorded == target.digest,
+            Readiness::NoImage => same,
+            Readiness::Problem { .. } => same && standing.failed.elapsed() < standing.patience,
+            Readiness::New | Readiness::Waiting(_) => false,
+        };
+        // What an event has said since is newer.
+        if standing.target.is_none() || standing.last_heard < asked {
+            standing.target = Some(target);
+        }
+        settled
+    }
+
+    /// Tells the recorder which names there are, after a full list: so that it
+    /// forgets what was deleted while nobody listened.
+    ///
+    /// Said under the lock under which facts are learnt. A job is submitted only
+    /// after that, so a name that is missing here is named again by its job.
+    pub(super) fn tell_names(&self) {
+        let state = self.state();
+        let names = state
+            .names
+            .iter()
+            .filter_map(|(key, standing)| {
+                let facts = state.facts.get(&standing.target.as_ref()?.digest)?;
+                let image = ImageName {
+                    namespace: key.namespace.to_string(),
+                    name: key.name.clone(),
+                    manifest_digest: Some(facts.manifest_digest),
+                };
+                Some((image, facts.chain_id()?))
+            })
+            .collect();
+        self.recorder.image_names(&self.endpoint, names);
+    }
+
+    /// Forgets the images of namespaces that do not exist any more, and what
+    /// nobody's name points at.
     pub(super) fn retain_namespaces(&self, namespaces: &[String]) {
         let gone: Vec<Key> = self
             .state()
@@ -332,6 +407,15 @@ impl Images {
         for key in gone {
             self.removed(&key.namespace, &key.name);
         }
+        let mut state = self.state();
+        let State { names, facts, .. } = &mut *state;
+        let targets: std::collections::HashSet<&str> = names
+            .values()
+            .filter_map(|standing| standing.target.as_ref())
+            .map(|target| target.digest.as_str())
+            .collect();
+        // What the layers are stays known: containers outlive their images.
+        facts.retain(|target, _| targets.contains(target.as_str()));
     }
 
     /// Learns the layers of many images at once. What goes wrong is found again,
@@ -351,21 +435,6 @@ impl Images {
             });
         }
         while looks.join_next().await.is_some() {}
-    }
-
-    /// Whether there is nothing to do for an image as it was listed.
-    fn is_settled(&self, namespace: &Namespace, image: &Image) -> bool {
-        let key = Key { namespace: Arc::clone(&namespace.name), name: image.name.clone() };
-        let Some(target) = &image.target else { return true };
-        let state = self.state();
-        let Some(standing) = state.names.get(&key) else { return false };
-        match &standing.state {
-            Readiness::Recorded { target: recorded } => *recorded == target.digest,
-            Readiness::NoImage => {
-                standing.target.as_ref().is_some_and(|known| known.digest == target.digest)
-            }
-            Readiness::New | Readiness::Waiting(_) | Readiness::Problem { .. } => false,
-        }
     }
 
     /// Makes one image known to the recorder, or says why not.
@@ -398,6 +467,9 @@ impl Images {
             Err(Trouble::Bad { digest, reason }) => {
                 Readiness::Problem { digest: digest.clone(), reason: reason.clone() }
             }
+            Err(Trouble::NotRecorded { chain_id, reason }) => {
+                Readiness::Problem { digest: chain_id.to_string(), reason: reason.clone() }
+            }
         };
         let mut state = self.state();
         let Some(standing) = state.names.get_mut(key) else {
@@ -406,20 +478,28 @@ impl Images {
             self.recorder.image_removed(&key.namespace, &key.name);
             return;
         };
-        if standing.state == next {
+        if let Readiness::Problem { .. } = next {
+            standing.failed = Instant::now();
+            standing.patience = (standing.patience * 2).clamp(FIRST_RETRY, LAST_RETRY);
+        } else {
+            standing.patience = Duration::ZERO;
+        }
+        standing.state = next;
+        let Err(Trouble::Bad { digest, reason }) = outcome else { return };
+        // Once per image and reason, however often it is tried again.
+        let complaint = Some((digest.clone(), reason.clone()));
+        if standing.complaint == complaint {
             return;
         }
-        standing.state = next.clone();
+        standing.complaint = complaint;
         drop(state);
-        if let Readiness::Problem { digest, reason } = next {
-            let _degraded = self.health.record(Failure::BaselineUnavailable);
-            tracing::warn!(
-                namespace = %key.namespace,
-                image = printable(key.name.as_bytes()),
-                digest,
-                "no baseline for this image: {reason}"
-            );
-        }
+        let _degraded = self.health.record(Failure::BaselineUnavailable);
+        tracing::warn!(
+            namespace = %key.namespace,
+            image = printable(key.name.as_bytes()),
+            digest,
+            "no baseline for this image: {reason}"
+        );
     }
 
     /// Has the image `key` recorded and waits for it.
@@ -434,9 +514,9 @@ impl Images {
         let Some(chain_id) = facts.chain_id() else { return Err(Trouble::Unknown) };
         // Told before the question, so that a commit between the two is heard.
         self.wait_for(key, chain_id);
-        let snapshotter = unpacked_by(namespace, &facts, chain_id)
+        let snapshotter = unpacked_by(namespace, chain_id)
             .await
-            .map_err(|status| Trouble::of(status, &facts.config_digest))?
+            .map_err(|status| Trouble::of(status, &chain_id.to_string()))?
             .ok_or(Trouble::NotUnpacked(chain_id))?;
 
         let turn = Arc::clone(self.state().turns.entry(chain_id).or_default());
@@ -467,6 +547,9 @@ impl Images {
             .await
             .map_err(|err| bad(err.to_string()))?;
 
+        if let Err(reason) = snapshots::keeps_layers(snapshotter) {
+            return Err(bad(reason));
+        }
         let (view, directories) = if unrecorded.is_empty() {
             // Nothing will be read.
             (None, vec![std::path::PathBuf::new(); facts.chain.len()])
@@ -521,7 +604,7 @@ impl Images {
         if let Some(view) = view {
             view.release().await;
         }
-        outcome.map(|()| chain_id).map_err(bad)
+        outcome.map(|()| chain_id).map_err(|reason| Trouble::NotRecorded { chain_id, reason })
     }
 
     /// Notes that `key` waits for its layers.
@@ -627,7 +710,7 @@ async fn read_facts(namespace: &Namespace, target: &Descriptor) -> Result<Facts,
         .map_err(|reason| bad(&config.digest, format!("its config {reason}")))?
         .unwrap_or_default();
     let chain = ChainId::of_layers(&diff_ids);
-    Ok(Facts { manifest_digest, config_digest: config.digest, diff_ids, chain })
+    Ok(Facts { manifest_digest, diff_ids, chain })
 }
 
 fn missing(what: &str) -> String {
@@ -707,28 +790,18 @@ async fn read(namespace: &Namespace, blob: &Descriptor) -> Result<Option<Vec<u8>
     Ok(Some(bytes))
 }
 
-/// The snapshotter that holds these layers; `None` while none does.
-async fn unpacked_by(
-    namespace: &Namespace,
-    facts: &Facts,
-    chain_id: ChainId,
-) -> Result<Option<String>, Status> {
-    let request = InfoRequest { digest: facts.config_digest.clone() };
-    let labels = found(namespace.content().info(request).await)?
-        .and_then(|response| response.into_inner().info)
-        .map(|info| info.labels)
-        .unwrap_or_default();
-    let text = chain_id.to_string();
-    let mut snapshotters: Vec<&str> = labels
-        .iter()
-        .filter(|(_, chain)| **chain == text)
-        .filter_map(|(label, _)| label.strip_prefix(UNPACKED_LABEL))
-        .filter(|snapshotter| *snapshotter != DEFAULT_SNAPSHOTTER)
-        .collect();
-    snapshotters.sort_unstable();
-    for snapshotter in [DEFAULT_SNAPSHOTTER].into_iter().chain(snapshotters) {
-        if snapshots::is_unpacked(namespace, snapshotter, chain_id).await? {
-            return Ok(Some(snapshotter.to_owned()));
+/// The snapshotter that holds these layers; `None` while none does. The label
+/// that names it on the config blob is set only after the last layer's commit
+/// was told, so the snapshotters themselves are asked.
+async fn unpacked_by(namespace: &Namespace, chain_id: ChainId) -> Result<Option<String>, Status> {
+    if snapshots::is_unpacked(namespace, DEFAULT_SNAPSHOTTER, chain_id).await? {
+        return Ok(Some(DEFAULT_SNAPSHOTTER.into()));
+    }
+    for snapshotter in snapshots::snapshotters(namespace).await? {
+        if snapshotter != DEFAULT_SNAPSHOTTER
+            && snapshots::is_unpacked(namespace, &snapshotter, chain_id).await?
+        {
+            return Ok(Some(snapshotter));
         }
     }
     Ok(None)

@@ -25,6 +25,8 @@
 //! own queue has overflowed, when an event could not be read, and every minute:
 //! shims forget the events of the time in which containerd was down.
 
+pub mod describe;
+
 mod connection;
 mod containers;
 mod endpoint;
@@ -42,7 +44,7 @@ use crossbeam_channel::Sender;
 
 use self::endpoint::Endpoint;
 use self::images::Trouble;
-use crate::baseline::{Job, Progress, Recorder};
+use crate::baseline::{ImageName, Job, Progress, Recorder};
 use crate::config;
 use crate::health::Health;
 use crate::model::{ChainId, Container, ContainerId, LayerId, OverlayDirs, printable};
@@ -91,7 +93,9 @@ pub trait Recording: Send + Sync + 'static {
     fn submit(&self, job: Job);
     /// Those of `layers` whose directories would have to be read.
     fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId>;
-    /// There is no image of this name any more.
+    /// All images that one containerd has now. Must not wait.
+    fn image_names(&self, endpoint: &str, listed: Vec<(ImageName, ChainId)>);
+    /// There is no image of this name any more. Must not wait.
     fn image_removed(&self, namespace: &str, name: &str);
 }
 
@@ -102,6 +106,10 @@ impl Recording for Recorder {
 
     fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
         Recorder::unrecorded(self, layers)
+    }
+
+    fn image_names(&self, endpoint: &str, listed: Vec<(ImageName, ChainId)>) {
+        Recorder::image_names(self, endpoint, listed);
     }
 
     fn image_removed(&self, namespace: &str, name: &str) {
@@ -228,6 +236,11 @@ impl Containerd {
                     Err(Trouble::Bad { digest, reason }) => {
                         Error::Unresolvable { name: printed(), digest, reason }
                     }
+                    Err(Trouble::NotRecorded { chain_id, reason }) => Error::Unresolvable {
+                        name: printed(),
+                        digest: chain_id.to_string(),
+                        reason,
+                    },
                 });
             }
         }

@@ -7,7 +7,7 @@ use containerd_client::services::v1::snapshots::{
     MountsRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest,
 };
 use containerd_client::services::v1::{
-    CreateRequest, DeleteRequest, ListRequest, ListResourcesRequest,
+    CreateRequest, DeleteRequest, ListRequest, ListResourcesRequest, PluginsRequest,
 };
 use containerd_client::types::Mount;
 use tonic::{Code, Status};
@@ -109,22 +109,37 @@ pub(super) fn layer_directories(
     layers: usize,
     snapshotter: &str,
 ) -> Result<Vec<PathBuf>, String> {
-    let unsupported = |what: String| {
-        format!("snapshotter {} is not supported yet: {what}", printable(snapshotter.as_bytes()))
-    };
+    keeps_layers(snapshotter)?;
     match shape {
         Shape::Overlay { lowerdirs, .. } if lowerdirs.len() == layers => {
             Ok(lowerdirs.iter().rev().cloned().collect())
         }
-        Shape::Overlay { lowerdirs, .. } => Err(unsupported(format!(
-            "its overlay has {} lower directories for {layers} layers",
-            lowerdirs.len()
-        ))),
+        Shape::Overlay { lowerdirs, .. } => {
+            let count = lowerdirs.len();
+            let what = format!("its overlay has {count} lower directories for {layers} layers");
+            Err(unsupported(snapshotter, &what))
+        }
         // overlayfs gives a view of a single layer as a bind of that layer.
-        Shape::Bind(source) if layers == 1 && snapshotter != "native" => Ok(vec![source.clone()]),
-        Shape::Bind(_) => Err(unsupported("it keeps whole copies, not layers".into())),
-        Shape::Other(what) => Err(unsupported(format!("it gives {what}"))),
+        Shape::Bind(source) if layers == 1 => Ok(vec![source.clone()]),
+        Shape::Bind(_) => Err(unsupported(snapshotter, "it gives one directory, not an overlay")),
+        Shape::Other(what) => Err(unsupported(snapshotter, &format!("it gives {what}"))),
     }
+}
+
+/// Refuses snapshotters that keep whole copies or volumes by their names: with
+/// some of them, taking a view to find that out copies the image.
+pub(super) fn keeps_layers(snapshotter: &str) -> Result<(), String> {
+    match snapshotter {
+        "native" => Err(unsupported(snapshotter, "it keeps whole copies, not layers")),
+        "btrfs" | "zfs" | "devmapper" | "blockfile" => {
+            Err(unsupported(snapshotter, "it keeps volumes, not directories"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn unsupported(snapshotter: &str, what: &str) -> String {
+    format!("snapshotter {} is not supported yet: {what}", printable(snapshotter.as_bytes()))
 }
 
 pub(super) async fn mounts(
@@ -147,6 +162,19 @@ pub(super) async fn parent(
     let request = StatSnapshotRequest { snapshotter: snapshotter.into(), key: key.into() };
     let answer = found(namespace.snapshots().stat(request).await)?;
     Ok(answer.and_then(|response| response.into_inner().info).map(|info| info.parent))
+}
+
+/// The snapshotters that work on this containerd, sorted.
+pub(super) async fn snapshotters(namespace: &Namespace) -> Result<Vec<String>, Status> {
+    let request = PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".into()] };
+    let plugins = namespace.introspection().plugins(request).await?.into_inner().plugins;
+    let mut names: Vec<String> = plugins
+        .into_iter()
+        .filter(|plugin| plugin.init_err.is_none())
+        .map(|plugin| plugin.id)
+        .collect();
+    names.sort();
+    Ok(names)
 }
 
 pub(super) async fn is_unpacked(

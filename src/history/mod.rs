@@ -113,8 +113,7 @@ impl Error {
 pub struct History {
     connection: Connection,
     path: PathBuf,
-    /// Held, not used: it keeps a second driftd away from the state directory.
-    lock: File,
+    lock: StateLock,
 }
 
 impl History {
@@ -158,7 +157,21 @@ impl History {
     }
 }
 
-fn lock(state_dir: &Path) -> Result<File, Error> {
+/// Held, not used: it keeps a second driftd away from the state directory.
+#[derive(Debug)]
+struct StateLock(File);
+
+impl Drop for StateLock {
+    fn drop(&mut self) {
+        // Closing would not do: a child that is just being started has the file too,
+        // until it executes its program.
+        if let Err(err) = self.0.unlock() {
+            tracing::warn!("cannot unlock the state directory: {err}");
+        }
+    }
+}
+
+fn lock(state_dir: &Path) -> Result<StateLock, Error> {
     let path = state_dir.join("lock");
     let file = OpenOptions::new()
         .create(true)
@@ -167,7 +180,7 @@ fn lock(state_dir: &Path) -> Result<File, Error> {
         .open(&path)
         .map_err(Error::io("open the lock", &path))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(StateLock(file)),
         Err(TryLockError::WouldBlock) => Err(Error::Locked { path: state_dir.into() }),
         Err(TryLockError::Error(source)) => Err(Error::io("lock", &path)(source)),
     }

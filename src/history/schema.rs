@@ -26,11 +26,18 @@ pub(super) const MIGRATIONS: &[&str] = &["
         count           INTEGER NOT NULL,
         json            TEXT NOT NULL CHECK (json_valid(json))
     ) STRICT;
-    CREATE INDEX finding_by_time      ON finding (last_seen, id);
-    CREATE INDEX finding_by_container ON finding (container, namespace, last_seen, id);
-    CREATE INDEX finding_by_kind      ON finding (kind, last_seen, id);
-    CREATE INDEX finding_by_image     ON finding (image, last_seen, id);
-    CREATE INDEX finding_by_digest    ON finding (manifest_digest, last_seen, id);
+    -- Each ends with what else is filtered by, so that rows that do not match are
+    -- not read: they are large.
+    CREATE INDEX finding_by_time ON finding
+        (last_seen, id, first_seen, severity, kind);
+    CREATE INDEX finding_by_container ON finding
+        (container, namespace, last_seen, id, first_seen, severity, kind);
+    CREATE INDEX finding_by_kind ON finding
+        (kind, last_seen, id, first_seen);
+    CREATE INDEX finding_by_image ON finding
+        (image, last_seen, id, first_seen, severity, kind);
+    CREATE INDEX finding_by_digest ON finding
+        (manifest_digest, last_seen, id, first_seen, severity, kind);
 
     CREATE TABLE record (
         seq       INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
-use super::{History, Reader, Record, json};
+use super::{History, Reader, Record, StateLock, json};
 use crate::health::{Failure, Health};
 use crate::model::FindingId;
 
@@ -110,7 +110,7 @@ impl Writer {
 struct Writing {
     connection: Connection,
     path: PathBuf,
-    _lock: std::fs::File,
+    _lock: StateLock,
     incoming: Receiver<Record>,
     stopping: Receiver<()>,
     committed: watch::Sender<u64>,

@@ -391,6 +391,20 @@ fn after_containerd_was_lost_everything_is_scanned_again() {
     node.play("connected\ndisconnected\nconnected\nstart c1\nlist c1");
     assert_eq!(node.gaps, ["containerd_lost"]);
     assert_eq!(node.commands, [Command::Scan { container: id("c1"), ticket: None }]);
+    node.play("list c1\nlist c1");
+    assert_eq!(node.commands.len(), 1, "a list without a loss asks for no scan");
+}
+
+#[test]
+fn a_baseline_that_failed_is_asked_for_again() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nexec c1 /tmp/x evil");
+    let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
+    node.give(Input::Baseline(News::Failed { chain_id, reason: "the disk is full".into() }));
+    assert_eq!(node.state.status().problems.len(), 1);
+    node.play("list c1");
+    assert_eq!(node.jobs, 2);
+    node.play("baseline").expect(&["exec.new /tmp/x x1 r1"]);
 }
 
 #[test]

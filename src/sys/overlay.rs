@@ -91,6 +91,45 @@ pub fn find_in_mountinfo(mountinfo: &[u8], device: u64) -> Option<Mount> {
     })
 }
 
+/// A mount as one namespace sees it: which directory of its filesystem stands
+/// where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub root: Vec<u8>,
+    pub mount_point: Vec<u8>,
+}
+
+/// Finds a mount by its ID, which statx(2) tells of an open file.
+pub fn find_place(mountinfo: &[u8], mount: u64) -> Option<Place> {
+    let mount = mount.to_string();
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let mut fields = line.split(|&byte| byte == b' ');
+        if fields.next()? != mount.as_bytes() {
+            return None;
+        }
+        let root = unescape_octal(fields.nth(2)?);
+        Some(Place { root, mount_point: unescape_octal(fields.next()?) })
+    })
+}
+
+impl Place {
+    /// The path inside the filesystem, of a file seen at `name`.
+    pub fn inside(&self, name: &[u8]) -> Option<Vec<u8>> {
+        let below = strip_directory(name, &self.mount_point)?;
+        let mut path = self.root.clone();
+        path.push(b'/');
+        path.extend_from_slice(below);
+        Some(path)
+    }
+}
+
+/// `name` below `directory`; `None` if it is somewhere else.
+pub fn strip_directory<'a>(name: &'a [u8], directory: &[u8]) -> Option<&'a [u8]> {
+    let directory = directory.strip_suffix(b"/").unwrap_or(directory);
+    let below = name.strip_prefix(directory)?;
+    (below.is_empty() || below.starts_with(b"/")).then_some(below)
+}
+
 /// Reads an overlay's mount options as the kernel prints them: octal escapes
 /// from seq_file, and in a `lowerdir` list a backslash before `:` and `\`.
 fn parse_options(options: &[u8]) -> Option<Mount> {
@@ -190,6 +229,17 @@ mod tests {
         );
         assert_eq!(find_in_mountinfo(mountinfo, device(0, 60)), None);
         assert_eq!(find_in_mountinfo(b"garbage\n\n1 2 0:1", device(0, 1)), None);
+    }
+
+    #[test]
+    fn a_file_seen_through_a_bind_mount_has_the_path_it_has_inside() {
+        let mountinfo = b"12 11 0:52 /tmp/dir /a\\040b rw - overlay overlay rw\n";
+        let place = find_place(mountinfo, 12).unwrap();
+        assert_eq!(place.inside(b"/a b/x").as_deref(), Some(b"/tmp/dir//x".as_slice()));
+        assert_eq!(place.inside(b"/a bc/x"), None);
+        assert_eq!(find_place(mountinfo, 1), None);
+        let root = Place { root: b"/".to_vec(), mount_point: b"/".to_vec() };
+        assert_eq!(root.inside(b"/x").as_deref(), Some(b"///x".as_slice()));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use procfs::process::Process;
 
@@ -272,9 +273,13 @@ fn parse_uid(status: &[u8]) -> Option<u32> {
 }
 
 /// The parents of a process, nearest first, up to and including the first one
-/// outside `pid_namespace`. A parent is younger than its child only if its pid
-/// has been used again, so there the chain ends.
+/// outside `pid_namespace`, or, for containers that share the host's, in the
+/// mount namespace of the host's init or our own: what is above is the host's
+/// business. A parent is
+/// younger than its child only if its pid has been used again, so there the chain
+/// ends.
 pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
+    let host = host_mount_namespaces();
     let mut chain: Vec<Handle> = Vec::new();
     let mut child_start_time = stat.identity.start_time;
     let mut parent = stat.parent;
@@ -286,28 +291,39 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
         }
         child_start_time = stat.identity.start_time;
         parent = stat.parent;
-        let outside = pid_namespace.is_some() && handle.pid_namespace().ok() != pid_namespace;
+        let is_outside = (pid_namespace.is_some() && handle.pid_namespace().ok() != pid_namespace)
+            || handle.mount_namespace().is_ok_and(|namespace| host.contains(&namespace));
         chain.push(handle);
-        if outside {
+        if is_outside {
             break;
         }
     }
     chain
 }
 
+fn host_mount_namespaces() -> &'static [u64] {
+    static HOST: OnceLock<Vec<u64>> = OnceLock::new();
+    HOST.get_or_init(|| {
+        [1, std::process::id()]
+            .into_iter()
+            .filter_map(|pid| Handle::open(pid).and_then(|host| host.mount_namespace()).ok())
+            .collect()
+    })
+}
+
 /// Every process there is. One that ends meanwhile is left out.
 pub fn all() -> io::Result<Vec<u32>> {
     let mut pids = Vec::new();
-    for process in procfs::process::all_processes().map_err(into_io)? {
-        if let Ok(process) = process {
-            pids.extend(u32::try_from(process.pid));
-        }
+    for process in procfs::process::all_processes().map_err(into_io)?.flatten() {
+        pids.extend(u32::try_from(process.pid));
     }
     Ok(pids)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use super::*;
 
     fn line(comm: &[u8], state: &str) -> Vec<u8> {
@@ -376,10 +392,10 @@ mod tests {
         let mut child = std::process::Command::new("/bin/true").spawn().unwrap();
         let handle = Handle::open(child.id()).unwrap();
         child.wait().unwrap();
-        assert!(handle.exe().is_err());
-        assert!(handle.stat().is_err());
-        assert!(Handle::open_exactly(handle.identity()).is_err());
-        assert!(Handle::open(0).is_err());
+        assert_eq!(handle.exe().ok(), None);
+        assert_eq!(handle.stat().ok(), None);
+        assert!(Handle::open_exactly(handle.identity()).ok().is_none());
+        assert!(Handle::open(0).ok().is_none());
     }
 
     proptest::proptest! {

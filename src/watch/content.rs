@@ -2,31 +2,63 @@
 //! hold. Hashed by the descriptor that the kernel opened for the event, so that
 //! no rename can put another file in its place.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use jiff::Timestamp;
 
 use super::gate::Execution;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
+use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{Fact, HostilePath, RootfsPath, Source};
-use crate::sys::file;
+use crate::sys::file::{self, Stat};
+use crate::sys::overlay;
+use crate::sys::procfs::Handle;
 
 /// How long an execve may take before its arguments are not waited for.
 const PATIENCE: Duration = Duration::from_millis(2);
 /// The same while nobody else waits.
 const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(25);
 
-pub(super) fn run(shared: &Shared, executions: &Receiver<Execution>) {
+/// An execution whose process has been described, and whose file is still to be
+/// hashed.
+#[derive(Debug)]
+pub(super) struct Described {
+    watched: Arc<Watched>,
+    path: RootfsPath,
+    file: OwnedFd,
+    stat: Stat,
+    executing: Executing,
+    at: Timestamp,
+}
+
+/// Describes processes. A thread of its own, because a process may live for less
+/// time than the file before it takes to hash.
+pub(super) fn describe(
+    shared: &Shared,
+    executions: &Receiver<Execution>,
+    described: &Sender<Described>,
+) {
+    // Without CAP_SYS_NICE it runs like the others, and is late more often.
+    let _ = rustix::process::setpriority_process(None, -5);
     while !shared.is_stopping() {
         match executions.recv_timeout(Duration::from_millis(250)) {
             Ok(execution) => {
                 let patience = if executions.is_empty() { PATIENCE_WHEN_IDLE } else { PATIENCE };
-                judge(shared, execution, patience);
+                let Some(execution) = describe_one(shared, execution, patience) else { continue };
+                match described.try_send(execution) {
+                    Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                    Err(TrySendError::Full(execution)) => shared.lose(
+                        Failure::ContentQueueFull,
+                        Some(&execution.watched),
+                        "too many executed files wait to be hashed",
+                    ),
+                }
             }
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
@@ -34,39 +66,53 @@ pub(super) fn run(shared: &Shared, executions: &Receiver<Execution>) {
     }
 }
 
-fn judge(shared: &Shared, execution: Execution, patience: Duration) {
+fn describe_one(shared: &Shared, execution: Execution, patience: Duration) -> Option<Described> {
     let Execution { watched, file, stat, caller, at } = execution;
 
-    // The process first: it may live for a millisecond.
+    // The mounts by which the file was reached may be gone with the process.
+    let parent = caller.stat.as_ref().map(|stat| stat.parent);
+    let path = event_path(&watched, &file, &stat, caller.pid, parent);
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
         let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(stat, &watched));
-        if opens {
+        opens.then(|| {
             let executing = process::after_exec(&caller, &watched, patience);
-            let process = Arc::new(executing.process.clone());
-            shared.observe(&watched, at, Source::Gate, Fact::SessionOpened { process });
-            Some(executing)
-        } else {
-            None
-        }
+            sessions.tell(shared, &watched, at, Source::Gate, executing.process.clone());
+            executing
+        })
     };
     let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
-    let Executing { process, exec_name } = executing;
-
-    let path = match event_path(&file, &stat) {
-        Ok(path) => path,
+    match path {
+        Ok(path) => Some(Described { watched, path, file, stat, executing, at }),
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
-            return;
+            None
         }
-    };
-    let state = state::of(file.as_fd(), &stat, Hashing::Always, shared.settings.max_hash_bytes);
+    }
+}
+
+/// Hashes what was executed.
+pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
+    while !shared.is_stopping() {
+        match described.recv_timeout(Duration::from_millis(250)) {
+            Ok(execution) => hash_one(shared, execution),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn hash_one(shared: &Shared, execution: Described) {
+    let Described { watched, path, file, stat, executing, at } = execution;
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let state = state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes);
     drop(file);
-    let lower = watched.layers().and_then(|layers| {
-        shared.lower_twins.find(layers, &path, true, shared.settings.max_hash_bytes)
-    });
+    let lower = watched
+        .layers()
+        .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+    let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
@@ -80,15 +126,19 @@ fn judge(shared: &Shared, execution: Execution, patience: Duration) {
     // The overlay's marks do not see renames, removals and chmod; where drift is
     // executed, they are looked for soon.
     if !is_deleted {
-        shared.mark_dirty(&watched, path, None);
+        shared.mark_dirty(&watched, path, Source::Scan, None);
     }
     shared.mark_for_sweep(&watched);
 }
 
-/// The path of an event's file in its container.
+/// The path of an event's file in its container: as the overlay has it, by
+/// whichever mount it was reached.
 pub(super) fn event_path(
-    file: &std::os::fd::OwnedFd,
-    stat: &file::Stat,
+    watched: &Watched,
+    file: &OwnedFd,
+    stat: &Stat,
+    pid: u32,
+    parent: Option<u32>,
 ) -> Result<RootfsPath, UnknownPath> {
     let name = file::name_of(file.as_fd())?;
     let mut name = name.as_slice();
@@ -99,7 +149,23 @@ pub(super) fn event_path(
     if !name.starts_with(b"/") {
         return Err(UnknownPath::NotAbsolute);
     }
-    Ok(RootfsPath::new(name)?)
+    let below_root = overlay::strip_directory(name, &watched.root_name);
+    if let Some(mount) = stat.mount
+        && stat.mount != watched.mount
+    {
+        // Reached through the runtime's own mount on the host, or through a bind
+        // mount or a mount namespace that the container made.
+        let viewers = [Some(std::process::id()), Some(pid), parent];
+        let inside = viewers.into_iter().flatten().find_map(|viewer| {
+            let mountinfo = Handle::open(viewer).ok()?.mountinfo().ok()?;
+            let place = overlay::find_place(&mountinfo, mount)?;
+            place.inside(name).or_else(|| place.inside(below_root?))
+        });
+        if let Some(inside) = inside {
+            return Ok(RootfsPath::new(inside)?);
+        }
+    }
+    Ok(RootfsPath::new(below_root.unwrap_or(name))?)
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -123,6 +123,7 @@ impl Control {
             container.clone(),
             init.identity(),
             &stat,
+            file::name_of(root.as_fd()).map_err(Refusal::NoRoot)?,
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
         ));

@@ -15,7 +15,7 @@ use super::process;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::health::Failure;
-use crate::model::{ContainerId, RootfsPath};
+use crate::model::{ContainerId, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::file;
 
@@ -79,12 +79,10 @@ impl Feed {
     fn written(&mut self, file: OwnedFd, pid: u32) {
         let Ok(stat) = file::stat(&file) else { return };
         let Some(watched) = self.shared.table.owner(&stat) else { return };
-        // Of a file without a name there is nothing to find later; if it is
-        // executed all the same, the gate sees it.
-        if !stat.is_regular() || stat.links == 0 {
+        if !stat.is_regular() {
             return;
         }
-        let path = match event_path(&file, &stat) {
+        let path = match event_path(&watched, &file, &stat, pid, None) {
             Ok(path) => path,
             Err(why) => {
                 let detail = format!("the path of a written file cannot be told: {why}");
@@ -98,13 +96,13 @@ impl Feed {
         drop(file);
         if is_program {
             let writer = process::writer(pid, &watched);
-            self.shared.mark_dirty(&watched, path, writer);
+            self.shared.mark_dirty(&watched, path, Source::Change, writer);
             return;
         }
         self.shared.health.data_writes.fetch_add(1, Ordering::Relaxed);
         // A program of the image that was overwritten with something else.
         if self.is_in_image(&watched, &path) {
-            self.shared.mark_dirty(&watched, path, None);
+            self.shared.mark_dirty(&watched, path, Source::Change, None);
         }
     }
 

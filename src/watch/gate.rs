@@ -8,7 +8,7 @@
 //! ```text
 //! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
 //!                              │
-//!                              ├── own layer ──> content thread (with the fd)
+//!                              ├── own layer ──> describe thread (with the fd)
 //!                              └── image layer ─> processes thread (fd closed)
 //! ```
 //!
@@ -66,20 +66,8 @@ pub(super) struct Gate {
     pub(super) heartbeat: Option<OwnedFd>,
 }
 
-/// Ends the process if the thread that holds this ends by a panic.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
-        }
-    }
-}
-
 impl Gate {
     pub(super) fn run(self) {
-        let _abort = AbortOnPanic;
         // Without CAP_SYS_NICE it runs like the others, only later under load.
         let _ = rustix::process::setpriority_process(None, -10);
         let mut buffer = Buffer::new();

@@ -89,6 +89,11 @@ impl Lower {
     }
 }
 
+/// Whether the layers hold anything at `path`.
+pub(super) fn holds(layers: &Layers, path: &RootfsPath) -> bool {
+    at(layers, path).is_some()
+}
+
 /// Whether the layers hold a regular file at `path`.
 pub(super) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular())
@@ -123,10 +128,10 @@ fn hides_what_is_below(layer: &OwnedFd, path: &RootfsPath, err: &io::Error, user
     }
     let mut parent = path.parent();
     while let Some(directory) = parent {
-        if let Ok(fd) = file::open_directory_beneath(layer, directory.relative()) {
-            if overlay::opacity(&fd, user).is_ok_and(|opacity| opacity == Opacity::Opaque) {
-                return true;
-            }
+        let opacity = file::open_directory_beneath(layer, directory.relative())
+            .and_then(|fd| overlay::opacity(&fd, user));
+        if opacity.is_ok_and(|opacity| opacity == Opacity::Opaque) {
+            return true;
         }
         parent = directory.parent();
     }

@@ -4,11 +4,11 @@
 //!
 //! ```text
 //! Command ─> control ── marks ──> kernel
-//!                │                  │ exec?                │ closed after writing
-//!                │                  v                      v
-//!                │                gate ──> content       feed
-//!                │                  └────> processes       │ dirty paths
-//!                └──── orders ────> scan <────────────────┘
+//!                │                  │ exec?                     │ closed after writing
+//!                │                  v                           v
+//!                │                gate ─> describe ─> content   feed
+//!                │                  └───> processes           │ dirty paths
+//!                └──── orders ────> scan <─────────────────────┘
 //!                                     └── everyone's Report ──> pipeline
 //! ```
 //!
@@ -58,6 +58,7 @@ pub enum Command {
 
 /// What the watchers tell the pipeline.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "nearly every report is an observation")]
 pub enum Report {
     Attached {
         container: ContainerId,
@@ -102,7 +103,7 @@ pub enum Error {
     Thread { name: &'static str, source: io::Error },
 }
 
-/// How many executed files may wait to be hashed. Each keeps two descriptors.
+/// How many executed files may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 4 * 1024;
@@ -142,14 +143,18 @@ impl Watch {
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
-        let (content, receive_content) = bounded(content_queue());
+        let content_queue = content_queue();
+        let (content, receive_content) = bounded(content_queue);
+        let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
         let mut watch = Watch { shared: shared.clone(), commands, threads: Vec::new() };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
-        watch.spawn("content", move || content::run(&ours, &receive_content))?;
+        watch.spawn("content", move || content::hash(&ours, &receive_described))?;
+        let ours = shared.clone();
+        watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
         let thread = gate::Gate {
@@ -181,7 +186,10 @@ impl Watch {
         name: &'static str,
         run: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
-        let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+        let thread = std::thread::Builder::new().name(name.into()).spawn(|| {
+            let _abort = AbortOnPanic;
+            run();
+        });
         self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
         Ok(())
     }
@@ -195,11 +203,21 @@ impl Watch {
     pub fn stop(mut self) {
         self.shared.stop();
         for thread in self.threads.drain(..) {
-            let name = thread.thread().name().unwrap_or_default().to_owned();
-            if thread.join().is_err() {
-                tracing::error!(thread = name, "a watcher's thread had ended by a panic");
-                let _ = self.shared.health.record(Failure::EventUnreadable);
-            }
+            thread.join().expect("a watcher's panic ends the process");
+        }
+    }
+}
+
+/// Ends the process if the thread that holds this ends by a panic. A gate that is
+/// open and unread stops every exec, and without one of the others driftd would
+/// be blind and look healthy; when the process ends, the kernel opens the gate and
+/// whoever started driftd knows.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
         }
     }
 }
@@ -217,6 +235,7 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 2;
+    // With a process's handle while that is described, then without.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 3;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

@@ -66,7 +66,6 @@ pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration)
         exec_name: None,
     };
     if let Ok(handle) = Handle::open_exactly(stat.identity) {
-        executing.process.uid = handle.uid().ok();
         let deadline = Instant::now() + patience;
         while let Ok(now) = handle.stat() {
             if now.has_ended() {
@@ -76,12 +75,12 @@ pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration)
                 let exe = handle.exe().ok();
                 let argv = handle.arguments().ok().flatten();
                 let exec_name = handle.exec_name().ok().flatten();
-                let uid = handle.uid().ok();
-                // Unless it went on to a third program meanwhile.
-                if handle.stat().is_ok_and(|then| then.area == now.area) {
+                // Unless it has gone on to a third program meanwhile. That it has
+                // ended makes nothing untrue.
+                let then = handle.stat().ok().filter(|then| !then.has_ended());
+                if then.is_none_or(|then| then.area == now.area) {
                     executing.process.exe = exe.as_deref().map(text);
                     executing.process.argv = argv.as_deref().map(texts);
-                    executing.process.uid = uid.or(executing.process.uid);
                     executing.exec_name = exec_name;
                 }
                 break;
@@ -91,6 +90,7 @@ pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration)
             }
             wait_or_end(caller, STEP);
         }
+        executing.process.uid = handle.uid().ok();
     }
     executing.process.ancestors = ancestors(stat, watched.pid_namespace);
     executing

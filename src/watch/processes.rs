@@ -10,7 +10,7 @@ use super::gate::Seen;
 use super::process;
 use super::shared::Shared;
 use super::table::Watched;
-use crate::model::{Fact, Source};
+use crate::model::Source;
 use crate::sys::procfs::{self, Handle};
 
 /// How long a session's command is waited for.
@@ -48,8 +48,7 @@ fn judge(shared: &Shared, seen: &Seen, patience: Duration) {
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
         let executing = process::after_exec(&seen.caller, &seen.watched, patience);
-        let process = Arc::new(executing.process);
-        shared.observe(&seen.watched, seen.at, Source::Gate, Fact::SessionOpened { process });
+        sessions.tell(shared, &seen.watched, seen.at, Source::Gate, executing.process);
     }
 }
 
@@ -67,9 +66,8 @@ fn find_open_sessions(shared: &Shared, watched: &Arc<Watched>) {
         }
         let mut sessions = shared.sessions();
         if sessions.is_open(&handle, namespace, watched) {
-            let process = Arc::new(process::as_it_is(&handle, watched));
-            let fact = Fact::SessionOpened { process };
-            shared.observe(watched, Timestamp::now(), Source::Scan, fact);
+            let process = process::as_it_is(&handle, watched);
+            sessions.tell(shared, watched, Timestamp::now(), Source::Scan, process);
         }
     }
 }

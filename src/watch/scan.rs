@@ -70,6 +70,8 @@ struct Memory {
     cache: Cache,
     next_sweep: Instant,
     may_walk_from: Instant,
+    /// After a loss the walk is made sooner, but not without end.
+    may_rescan_from: Instant,
 }
 
 pub(super) struct Scan {
@@ -130,6 +132,7 @@ impl Scan {
                 cache: Cache::new(),
                 next_sweep: now + interval,
                 may_walk_from: now,
+                may_rescan_from: now,
             });
             if !Arc::ptr_eq(&memory.watched, watched) {
                 // The container runs anew.
@@ -146,10 +149,9 @@ impl Scan {
         let mut due = Vec::new();
         for watched in all {
             let memory = &self.memories[&watched.container];
-            if now < memory.may_walk_from {
-                continue;
-            }
-            if (has_room && watched.wants_rescan()) || memory.next_sweep <= now {
+            let is_lossy = has_room && watched.wants_rescan() && memory.may_rescan_from <= now;
+            let is_due = memory.next_sweep.max(memory.may_walk_from) <= now;
+            if is_lossy || is_due {
                 due.push(watched);
             }
         }
@@ -230,6 +232,7 @@ impl Scan {
                 cache: seen,
                 next_sweep: now + self.shared.settings.sweep_interval.max(rest),
                 may_walk_from: now + rest,
+                may_rescan_from: now + (now - started) * 2,
             },
         );
     }
@@ -241,20 +244,23 @@ fn settle(shared: &Shared) {
         if shared.is_stopping() {
             return;
         }
-        let DirtyPath { watched, writer, .. } = dirty;
+        let DirtyPath { watched, writer, source, .. } = dirty;
         let Some(layers) = watched.layers() else { continue };
-        // Whether the container or its owner removed it could not be told.
-        let absence_counts = || !watched.is_detaching();
-        let source = Source::Change;
+        let tell = |fact| {
+            shared.observe(&watched, Timestamp::now(), source, fact);
+        };
         match look(shared, &watched, layers, &path) {
             Ok(Some(Found::Entry { state, lower, .. })) => {
-                let fact = Fact::Present { path, state, lower, writer };
-                shared.observe(&watched, Timestamp::now(), source, fact);
+                tell(Fact::Present { path, state, lower, writer });
             }
-            Ok(Some(Found::Whiteout) | None) if absence_counts() => {
-                shared.observe(&watched, Timestamp::now(), source, Fact::Absent { path });
-            }
-            Ok(Some(Found::Directory | Found::Whiteout) | None) => (),
+            // Whether the container or its owner removed it cannot be told.
+            Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
+            Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path }),
+            // The image's own file shows through: executed before it was known
+            // which files are the image's.
+            Ok(None) if lower::holds(layers, &path) => (),
+            Ok(None) => tell(Fact::Absent { path }),
+            Ok(Some(Found::Directory)) => (),
             Err(_) if watched.is_detaching() => (),
             Err(err) => {
                 let detail = format!("the changed file {path} cannot be looked at: {err}");
@@ -264,6 +270,7 @@ fn settle(shared: &Shared) {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
 enum Found {
     Directory,
     Whiteout,
@@ -375,7 +382,7 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn run(&mut self, layers: &Layers) -> Result<(), Interrupted> {
         match file::open_directory(&layers.dirs.upperdir) {
-            Ok(upper) => self.directory(layers, upper, &RootfsPath::root(), 0)?,
+            Ok(upper) => self.directory(layers, &upper, &RootfsPath::root(), 0)?,
             Err(err) => self.note(format!(
                 "cannot open the upperdir {}: {err}",
                 layers.dirs.upperdir.display()
@@ -392,21 +399,23 @@ impl Walk<'_> {
     fn directory(
         &mut self,
         layers: &Layers,
-        directory: OwnedFd,
+        directory: &OwnedFd,
         path: &RootfsPath,
         depth: usize,
     ) -> Result<(), Interrupted> {
-        let opacity =
-            overlay::opacity(&directory, layers.userxattr).unwrap_or(Opacity::Transparent);
+        let opacity = overlay::opacity(directory, layers.userxattr).unwrap_or_else(|err| {
+            self.note(format!("cannot tell what {path} hides: {err}"));
+            Opacity::Transparent
+        });
         if opacity == Opacity::Opaque {
-            self.hidden(layers, &directory, path)?;
+            self.hidden(layers, directory, path)?;
         }
-        if overlay::is_redirected(&directory, layers.userxattr).unwrap_or(false) {
+        if overlay::is_redirected(directory, layers.userxattr).unwrap_or(false) {
             self.note(format!(
                 "the directory {path} was moved and shows image files from elsewhere"
             ));
         }
-        let entries = match Dir::read_from(&directory) {
+        let entries = match Dir::read_from(directory) {
             Ok(entries) => entries,
             Err(err) => {
                 self.note(format!("cannot list {path}: {err}"));
@@ -433,19 +442,19 @@ impl Walk<'_> {
                 continue;
             }
             // An entry that vanishes between listing and looking is no error.
-            match file::stat_at(&directory, listed.file_name()) {
+            match file::stat_at(directory, listed.file_name()) {
                 Ok(stat) if stat.file_type == FileType::Directory => {
                     if depth >= MAX_DEPTH {
                         self.note(format!("{child} is more than {MAX_DEPTH} directories deep"));
                         continue;
                     }
-                    match file::open_directory_beneath(&directory, name) {
-                        Ok(fd) => self.directory(layers, fd, &child, depth + 1)?,
+                    match file::open_directory_beneath(directory, name) {
+                        Ok(fd) => self.directory(layers, &fd, &child, depth + 1)?,
                         Err(err) if is_gone(&err) => (),
                         Err(err) => self.note(format!("cannot open {child}: {err}")),
                     }
                 }
-                Ok(stat) => self.entry(layers, &directory, child, stat, holds_file_whiteouts)?,
+                Ok(stat) => self.entry(layers, directory, child, stat, holds_file_whiteouts)?,
                 Err(err) if is_gone(&err) => (),
                 Err(err) => self.note(format!("cannot look at {child}: {err}")),
             }

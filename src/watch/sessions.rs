@@ -2,9 +2,13 @@
 //! namespace whose parent is not, and that is not the container's init.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
+use jiff::Timestamp;
+
+use super::shared::Shared;
 use super::table::Watched;
-use crate::model::ProcessIdentity;
+use crate::model::{Fact, Process, ProcessIdentity, Source};
 use crate::sys::procfs::{self, Handle, Stat};
 
 /// Half of how many processes are remembered.
@@ -32,6 +36,11 @@ impl Recent {
             self.old = std::mem::take(&mut self.young);
         }
         self.young.insert(identity);
+    }
+
+    fn remove(&mut self, identity: ProcessIdentity) {
+        self.young.remove(&identity);
+        self.old.remove(&identity);
     }
 
     fn contains(&mut self, identity: ProcessIdentity) -> bool {
@@ -108,6 +117,23 @@ impl Sessions {
         self.judged.insert(stat.identity);
         self.inside.insert(stat.identity);
         true
+    }
+
+    /// Tells that a session has opened. If that is lost, the next look at the
+    /// container's processes tells it again.
+    pub(super) fn tell(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        source: Source,
+        process: Process,
+    ) {
+        let identity = process.identity;
+        let fact = Fact::SessionOpened { process: Arc::new(process) };
+        if !shared.observe(watched, at, source, fact) {
+            self.judged.remove(identity);
+        }
     }
 
     fn has_parent_inside(&mut self, caller: &Stat) -> bool {

@@ -45,6 +45,8 @@ struct Dirty {
 pub(super) struct DirtyPath {
     pub(super) watched: Arc<Watched>,
     pub(super) writer: Option<Arc<Process>>,
+    /// `Change` if it was written, `Scan` if it was only executed.
+    pub(super) source: Source,
     first: Instant,
     last: Instant,
 }
@@ -87,23 +89,26 @@ impl Shared {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands an observation on without ever waiting.
+    /// Hands an observation on without ever waiting; false if it was lost.
     pub(super) fn observe(
         &self,
         watched: &Arc<Watched>,
         at: Timestamp,
         source: Source,
         fact: Fact,
-    ) {
+    ) -> bool {
         let observation = Observation { container: watched.container.clone(), at, source, fact };
         match self.reports.try_send(Report::Observed(observation)) {
             // Nobody listens any more: the daemon is ending.
-            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-            Err(TrySendError::Full(_)) => self.lose(
-                Failure::PipelineFull,
-                Some(watched),
-                "the pipeline has no room for an observation",
-            ),
+            Ok(()) | Err(TrySendError::Disconnected(_)) => true,
+            Err(TrySendError::Full(_)) => {
+                self.lose(
+                    Failure::PipelineFull,
+                    Some(watched),
+                    "the pipeline has no room for an observation",
+                );
+                false
+            }
         }
     }
 
@@ -135,6 +140,7 @@ impl Shared {
     }
 
     /// Sends without waiting and hands the report back if there is no room.
+    #[expect(clippy::result_large_err, reason = "the report is the caller's own, handed back")]
     pub(super) fn try_report(&self, report: Report) -> Result<(), Report> {
         match self.reports.try_send(report) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
@@ -177,6 +183,7 @@ impl Shared {
         &self,
         watched: &Arc<Watched>,
         path: RootfsPath,
+        source: Source,
         writer: Option<Arc<Process>>,
     ) {
         let now = Instant::now();
@@ -187,8 +194,12 @@ impl Shared {
             entry.last = now;
             entry.watched = watched.clone();
             entry.writer = writer.or(entry.writer.take());
+            if source == Source::Change {
+                entry.source = source;
+            }
         } else if !is_full {
-            let entry = DirtyPath { watched: watched.clone(), writer, first: now, last: now };
+            let entry =
+                DirtyPath { watched: watched.clone(), writer, source, first: now, last: now };
             dirty.paths.insert(key, entry);
         }
         drop(dirty);

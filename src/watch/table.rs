@@ -20,6 +20,9 @@ pub(super) struct Watched {
     /// layers are on several filesystems.
     pub(super) device: u64,
     pub(super) mount: Option<u64>,
+    /// What the kernel calls the root directory when we ask: `/` for a pivoted
+    /// root, a directory of the host for a mere chroot.
+    pub(super) root_name: Vec<u8>,
     pub(super) pid_namespace: Option<u64>,
     pub(super) mount_namespace: Option<u64>,
     layers: OnceLock<Layers>,
@@ -47,6 +50,10 @@ impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
         let born = file::stat_path(&mount.dirs.upperdir).ok()?.born;
+        // A birth that is yet to come: the clock was set back, and files that are
+        // made now would look older than their layer.
+        let now = jiff::Timestamp::now().as_second();
+        let born = born.filter(|born| born.seconds <= now);
         Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born })
     }
 }
@@ -56,6 +63,7 @@ impl Watched {
         container: ContainerId,
         init: ProcessIdentity,
         root: &file::Stat,
+        root_name: Vec<u8>,
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
     ) -> Watched {
@@ -64,6 +72,7 @@ impl Watched {
             init,
             device: root.device,
             mount: root.mount,
+            root_name,
             pid_namespace,
             mount_namespace,
             layers: OnceLock::new(),

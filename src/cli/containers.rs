@@ -1,0 +1,309 @@
+//! `driftd containers` and `driftd diff`
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::client::{explain, talk};
+use super::exit::Exit;
+use super::output::{Field, Listed, Listing, Style, list, safe};
+use crate::api::{convert, proto};
+use crate::model::{ContainerId, ImageReference, Kind, Pod, RootfsPath, Severity};
+use crate::pipeline::DifferenceKind;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Containers {
+    #[command(flatten)]
+    listing: Listing,
+}
+
+#[derive(Serialize)]
+struct ContainerJson {
+    schema: &'static str,
+    #[serde(flatten)]
+    id: ContainerId,
+    runtime: String,
+    snapshotter: String,
+    image: ImageReference,
+    pod: Option<Pod>,
+    labels: BTreeMap<String, String>,
+    /// Null when it is not running.
+    pid: Option<u32>,
+    paused: bool,
+    baseline: String,
+    watched: bool,
+    armed_before_start: bool,
+    problem: Option<String>,
+    findings: u64,
+}
+
+impl Containers {
+    pub(super) fn run(&self, socket: &Path) -> anyhow::Result<Exit> {
+        let containers = talk(socket, |mut client| async move {
+            let request = proto::ListContainersRequest {};
+            Ok(client.list_containers(request).await.map_err(explain)?.into_inner().containers)
+        })?;
+        let containers: Vec<ContainerJson> =
+            containers.into_iter().map(container_json).collect::<anyhow::Result<_>>()?;
+        list(&containers, &self.listing)?;
+        Ok(Exit::Clean)
+    }
+}
+
+fn container_json(container: proto::Container) -> anyhow::Result<ContainerJson> {
+    Ok(ContainerJson {
+        schema: "driftd.container/v1",
+        id: ContainerId::new(&container.namespace, &container.id),
+        runtime: container.runtime,
+        snapshotter: container.snapshotter,
+        image: convert::image_from_proto(container.image.unwrap_or_default())?,
+        pod: container.pod.map(convert::pod_from_proto),
+        labels: container.labels.into_iter().collect(),
+        pid: (container.pid != 0).then_some(container.pid),
+        paused: container.paused,
+        baseline: container.baseline,
+        watched: container.watched,
+        armed_before_start: container.armed_before_start,
+        problem: (!container.problem.is_empty()).then_some(container.problem),
+        findings: container.findings,
+    })
+}
+
+impl Listed for ContainerJson {
+    type Json<'a> = &'a ContainerJson;
+
+    fn json(&self) -> &ContainerJson {
+        self
+    }
+
+    fn name(&self) -> String {
+        self.id.to_string()
+    }
+
+    fn header(wide: bool) -> Vec<&'static str> {
+        let mut header = vec!["NAMESPACE", "CONTAINER", "IMAGE", "STATE", "BASELINE", "WATCHED"];
+        if wide {
+            header.extend(["POD", "PID", "RUNTIME", "SNAPSHOTTER", "PROBLEM"]);
+        }
+        header.push("FINDINGS");
+        header
+    }
+
+    fn row(&self, style: &Style) -> Vec<Field> {
+        let state = match (self.pid, self.paused) {
+            (None, _) => "stopped",
+            (Some(_), true) => "paused",
+            (Some(_), false) => "running",
+        };
+        let watched = match (self.watched, self.armed_before_start) {
+            (false, _) => "NO",
+            (true, true) => "before start",
+            (true, false) => "since found",
+        };
+        let mut row: Vec<Field> = vec![
+            safe(&self.id.namespace).into(),
+            style.id(&self.id.id).into(),
+            safe(self.image.name.as_deref().unwrap_or("-")).into(),
+            state.into(),
+            safe(&self.baseline).into(),
+            watched.into(),
+        ];
+        if style.wide {
+            row.extend([
+                Field::from(pod(self.pod.as_ref())),
+                self.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
+                safe(&self.runtime).into(),
+                safe(&self.snapshotter).into(),
+                safe(self.problem.as_deref().unwrap_or("-")).into(),
+            ]);
+        }
+        row.push(self.findings.to_string().into());
+        row
+    }
+}
+
+/// A pod as `kubectl` names it.
+pub(super) fn pod(pod: Option<&Pod>) -> String {
+    match pod {
+        None => String::new(),
+        Some(Pod { namespace, name, container, .. }) => {
+            let mut text = format!("{}/{}", safe(namespace), safe(name));
+            if let Some(container) = container {
+                text.push('/');
+                text.push_str(&safe(container));
+            }
+            text
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Diff {
+    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
+    container: String,
+    #[command(flatten)]
+    listing: Listing,
+}
+
+#[derive(Serialize)]
+struct DifferenceJson {
+    schema: &'static str,
+    container: ContainerId,
+    change: &'static str,
+    #[serde(flatten)]
+    path: RootfsPath,
+    /// Null when the difference is no drift.
+    kind: Option<Kind>,
+    severity: Option<Severity>,
+}
+
+impl Diff {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        let request = proto::DiffContainerRequest { container: self.container };
+        let diff = talk(socket, |mut client| async move {
+            Ok(client.diff_container(request).await.map_err(explain)?.into_inner())
+        })?;
+        let container = ContainerId::new(&diff.namespace, &diff.id);
+        let differences: Vec<DifferenceJson> = diff
+            .differences
+            .iter()
+            .map(|message| {
+                let difference = convert::difference_from_proto(message)?;
+                Ok(DifferenceJson {
+                    schema: "driftd.difference/v1",
+                    container: container.clone(),
+                    change: change_name(difference.change),
+                    path: difference.path,
+                    kind: difference.finding.map(|(kind, _)| kind),
+                    severity: difference.finding.map(|(_, severity)| severity),
+                })
+            })
+            .collect::<anyhow::Result<_>>()?;
+        list(&differences, &self.listing)?;
+
+        let drift = differences.iter().filter(|difference| difference.kind.is_some()).count();
+        eprintln!("{container}: {} differences, {drift} of them drift", differences.len());
+        if diff.incomplete {
+            eprintln!(
+                "warning: the container's own layer could not be read whole (see: driftd status)"
+            );
+        }
+        Ok(match (drift, diff.incomplete) {
+            (0, false) => Exit::Clean,
+            // Nothing was found in a part of it: that is no answer.
+            (0, true) => Exit::Failed,
+            (_, _) => Exit::Drift,
+        })
+    }
+}
+
+fn change_name(change: DifferenceKind) -> &'static str {
+    match change {
+        DifferenceKind::Added => "added",
+        DifferenceKind::Modified => "modified",
+        DifferenceKind::Removed => "removed",
+        DifferenceKind::Metadata => "metadata",
+        DifferenceKind::Relocated => "relocated",
+    }
+}
+
+impl Listed for DifferenceJson {
+    type Json<'a> = &'a DifferenceJson;
+
+    fn json(&self) -> &DifferenceJson {
+        self
+    }
+
+    fn name(&self) -> String {
+        self.path.to_string()
+    }
+
+    fn header(_wide: bool) -> Vec<&'static str> {
+        vec!["CHANGE", "SEVERITY", "KIND", "PATH"]
+    }
+
+    fn row(&self, _style: &Style) -> Vec<Field> {
+        vec![
+            self.change.into(),
+            Field::Severity(self.severity),
+            self.kind.map_or("-", Kind::name).into(),
+            self.path.to_string().into(),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::output::table;
+
+    fn sample(id: &str) -> ContainerJson {
+        ContainerJson {
+            schema: "driftd.container/v1",
+            id: ContainerId::new("k8s.io", id),
+            runtime: "io.containerd.runc.v2".into(),
+            snapshotter: "overlayfs".into(),
+            image: ImageReference {
+                name: Some("registry.example/shop:1.4".into()),
+                ..ImageReference::default()
+            },
+            pod: Some(Pod {
+                namespace: "prod".into(),
+                name: "shop-7d9f".into(),
+                uid: "u".into(),
+                container: Some("web".into()),
+            }),
+            labels: BTreeMap::from([("app".into(), "shop".into())]),
+            pid: Some(4242),
+            paused: false,
+            baseline: "ready".into(),
+            watched: true,
+            armed_before_start: true,
+            problem: None,
+            findings: 2,
+        }
+    }
+
+    fn style(wide: bool) -> Style {
+        Style {
+            wide,
+            no_trunc: false,
+            colour: false,
+            width: None,
+            now: jiff::Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn containers_as_people_see_them() {
+        let mut stopped = sample("web\u{1b}[2J");
+        (stopped.pid, stopped.watched, stopped.pod) = (None, false, None);
+        stopped.image.name = None;
+        stopped.baseline = "none: not an overlay".into();
+        stopped.problem = Some("stopped before it was found".into());
+        let containers = [sample(&"4f1c".repeat(16)), stopped];
+        insta::assert_snapshot!(table(&containers, &style(false)));
+        insta::assert_snapshot!(table(&containers, &style(true)));
+        insta::assert_snapshot!(serde_json::to_string_pretty(&containers[1]).unwrap());
+    }
+
+    #[test]
+    fn differences_as_people_see_them() {
+        let difference = |path: &[u8], change, kind: Option<Kind>| DifferenceJson {
+            schema: "driftd.difference/v1",
+            container: ContainerId::new("default", "web"),
+            change: change_name(change),
+            path: RootfsPath::new(path).unwrap(),
+            kind,
+            severity: kind.map(Kind::severity),
+        };
+        let differences = [
+            difference(b"/bin/sh", DifferenceKind::Metadata, None),
+            difference(b"/tmp/\xffx", DifferenceKind::Added, Some(Kind::FileAdded)),
+            difference(b"/usr/bin/curl", DifferenceKind::Modified, Some(Kind::FileModified)),
+        ];
+        insta::assert_snapshot!(table(&differences, &style(false)));
+        insta::assert_snapshot!(serde_json::to_string(&differences[1]).unwrap());
+    }
+}

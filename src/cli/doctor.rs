@@ -1,0 +1,363 @@
+//! `driftd doctor`: what will work on this node and what will not, before it
+//! matters. Looks only; changes nothing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use caps::{CapSet, Capability};
+use nix::unistd::{AccessFlags, Group, access};
+use serde::Serialize;
+
+use super::Settings;
+use super::exit::Exit;
+use super::output::{Format, json_line, safe, size, write};
+use crate::config::Config;
+use crate::containerd::describe::describe;
+use crate::{history, sys};
+
+/// How long a containerd may take to say what it is.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The oldest kernel with all that the gate needs.
+const OLDEST_KERNEL: (u32, u32) = (5, 4);
+/// Less free space than this is worth a warning.
+const LITTLE_SPACE: u64 = 1 << 30;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    settings: Settings,
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Result {
+    Ok,
+    /// driftd runs, but something is missing.
+    Warn,
+    /// driftd cannot do its work.
+    Fail,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Check {
+    schema: &'static str,
+    name: &'static str,
+    result: Result,
+    /// What was found and, unless all is well, what to do.
+    detail: String,
+}
+
+fn check(name: &'static str, result: Result, detail: impl Into<String>) -> Check {
+    Check { schema: "driftd.check/v1", name, result, detail: detail.into() }
+}
+
+impl Doctor {
+    pub(super) fn run(&self, socket: Option<&Path>) -> anyhow::Result<Exit> {
+        let config = self.settings.load(socket)?;
+        let mut checks = vec![kernel(), capabilities(), fanotify()];
+        checks.extend(fanotify_limits());
+        checks.push(overlay());
+        checks.extend(containerds(&config.containerd.sockets)?);
+        checks.push(state_dir(&config.state_dir));
+        checks.push(history_format(&config.state_dir));
+        checks.push(group());
+        checks.push(daemon(&config));
+        write(text(&checks, self.output)?.as_bytes())?;
+        let failed = checks.iter().any(|check| check.result == Result::Fail);
+        Ok(if failed { Exit::Failed } else { Exit::Clean })
+    }
+}
+
+fn text(checks: &[Check], format: Format) -> anyhow::Result<String> {
+    match format {
+        Format::Json => Ok(serde_json::to_string_pretty(checks)? + "\n"),
+        Format::Jsonl => checks.iter().map(json_line).collect(),
+        Format::Table | Format::Wide => Ok(checks
+            .iter()
+            .map(|check| {
+                let result = match check.result {
+                    Result::Ok => "OK",
+                    Result::Warn => "WARN",
+                    Result::Fail => "FAIL",
+                };
+                format!("{result:<5} {:<16} {}\n", check.name, safe(&check.detail))
+            })
+            .collect()),
+    }
+}
+
+fn kernel() -> Check {
+    match fs::read_to_string("/proc/sys/kernel/osrelease") {
+        Ok(release) => judge_kernel(release.trim()),
+        Err(err) => check("kernel", Result::Fail, format!("cannot read its version: {err}")),
+    }
+}
+
+fn judge_kernel(release: &str) -> Check {
+    let mut numbers =
+        release.split(|character: char| !character.is_ascii_digit()).map(str::parse::<u32>);
+    let (oldest_major, oldest_minor) = OLDEST_KERNEL;
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST_KERNEL => {
+            check("kernel", Result::Ok, format!("Linux {release}"))
+        }
+        (Some(Ok(_)), Some(Ok(_))) => check(
+            "kernel",
+            Result::Fail,
+            format!(
+                "Linux {release} is older than {oldest_major}.{oldest_minor} (install a newer kernel)"
+            ),
+        ),
+        (_, _) => check("kernel", Result::Warn, format!("`{release}` is no version that is known")),
+    }
+}
+
+/// What is needed of the kernel's privileges, and for what.
+const NEEDED: [(Capability, &str); 3] = [
+    (Capability::CAP_SYS_ADMIN, "to watch executions with fanotify"),
+    (Capability::CAP_SYS_PTRACE, "to look at the processes of containers"),
+    (Capability::CAP_DAC_READ_SEARCH, "to read the layers of images and containers"),
+];
+
+fn capabilities() -> Check {
+    let name = "capabilities";
+    let held = match caps::read(None, CapSet::Effective) {
+        Ok(held) => held,
+        Err(err) => return check(name, Result::Fail, format!("cannot be read: {err}")),
+    };
+    let missing: Vec<String> = NEEDED
+        .iter()
+        .filter(|(capability, _)| !held.contains(capability))
+        .map(|(capability, purpose)| format!("{capability} ({purpose})"))
+        .collect();
+    if missing.is_empty() {
+        check(name, Result::Ok, NEEDED.map(|(capability, _)| capability.to_string()).join(", "))
+    } else {
+        let missing = missing.join(", ");
+        check(name, Result::Fail, format!("missing: {missing} (run as root: sudo driftd doctor)"))
+    }
+}
+
+fn fanotify() -> Check {
+    match sys::fanotify::probe() {
+        Ok(found) if found.pidfd => {
+            check("fanotify", Result::Ok, "executions can be watched, each with a pidfd")
+        }
+        Ok(_) => check(
+            "fanotify",
+            Result::Warn,
+            "executions can be watched, but without pidfds: a process that ends at once may go \
+             unnamed (pidfds came with Linux 5.15)",
+        ),
+        Err(err) => check("fanotify", Result::Fail, err.to_string()),
+    }
+}
+
+fn fanotify_limits() -> Vec<Check> {
+    let limits = [
+        ("max_user_groups", 16, "driftd needs two groups"),
+        ("max_user_marks", 8192, "every container takes a mark, and its directories may"),
+        ("max_queued_events", 16_384, "a burst of writes beyond it means another scan"),
+    ];
+    limits
+        .into_iter()
+        .map(|(name, enough, purpose)| {
+            let file = format!("/proc/sys/fs/fanotify/{name}");
+            match fs::read_to_string(&file).map(|text| text.trim().parse::<u64>()) {
+                Ok(Ok(limit)) if limit >= enough => {
+                    check("fanotify limit", Result::Ok, format!("{name} = {limit}"))
+                }
+                Ok(Ok(limit)) => check(
+                    "fanotify limit",
+                    Result::Warn,
+                    format!(
+                        "{name} = {limit}, {purpose} (try: sysctl fs.fanotify.{name}={enough})"
+                    ),
+                ),
+                Ok(Err(err)) => check("fanotify limit", Result::Warn, format!("{file}: {err}")),
+                // Before Linux 5.13 the limits were built in.
+                Err(_) => check("fanotify limit", Result::Ok, format!("{name} is built in")),
+            }
+        })
+        .collect()
+}
+
+fn overlay() -> Check {
+    match fs::read_to_string("/proc/filesystems") {
+        Ok(all) if all.split_whitespace().any(|word| word == "overlay") => {
+            check("overlay", Result::Ok, "the kernel has it")
+        }
+        Ok(_) => check(
+            "overlay",
+            Result::Warn,
+            "not loaded: only containers on an overlay can be watched (try: modprobe overlay)",
+        ),
+        Err(err) => check("overlay", Result::Warn, format!("/proc/filesystems: {err}")),
+    }
+}
+
+fn containerds(sockets: &[PathBuf]) -> anyhow::Result<Vec<Check>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let checks = sockets
+        .iter()
+        .map(|socket| {
+            let shown = socket.display();
+            let answer =
+                runtime.block_on(async { tokio::time::timeout(PATIENCE, describe(socket)).await });
+            match answer {
+                Ok(Ok(found)) if found.snapshotters.iter().any(|name| name == "overlayfs") => {
+                    check(
+                        "containerd",
+                        Result::Ok,
+                        format!(
+                            "{shown}: version {}, snapshotters {}",
+                            found.version,
+                            found.snapshotters.join(", ")
+                        ),
+                    )
+                }
+                Ok(Ok(found)) => check(
+                    "containerd",
+                    Result::Warn,
+                    format!(
+                        "{shown}: version {}, without the overlayfs snapshotter (it has: {}): \
+                         only containers on an overlay can be watched",
+                        found.version,
+                        found.snapshotters.join(", ")
+                    ),
+                ),
+                Ok(Err(err)) => check(
+                    "containerd",
+                    Result::Fail,
+                    format!(
+                        "cannot be reached at {shown}: {err} (try: systemctl status containerd, or \
+                         name its socket with --containerd)"
+                    ),
+                ),
+                Err(_) => check(
+                    "containerd",
+                    Result::Fail,
+                    format!("{shown} does not answer (try: systemctl status containerd)"),
+                ),
+            }
+        })
+        .collect();
+    runtime.shutdown_background();
+    Ok(checks)
+}
+
+fn state_dir(state_dir: &Path) -> Check {
+    let name = "state directory";
+    // What is not there yet will be created in the nearest directory that is.
+    let Some(existing) = state_dir.ancestors().find(|directory| directory.exists()) else {
+        return check(name, Result::Fail, format!("{} cannot be looked at", state_dir.display()));
+    };
+    let shown = state_dir.display();
+    if !existing.is_dir() {
+        let detail =
+            format!("{} is no directory (name another with --state-dir)", existing.display());
+        return check(name, Result::Fail, detail);
+    }
+    if let Err(err) = access(existing, AccessFlags::W_OK | AccessFlags::X_OK) {
+        let detail = format!("{} cannot be written: {err} (run as root)", existing.display());
+        return check(name, Result::Fail, detail);
+    }
+    let suffix = if existing == state_dir { "" } else { ", to be created" };
+    match nix::sys::statvfs::statvfs(existing) {
+        Ok(disk) => {
+            let free = disk.blocks_available().saturating_mul(disk.fragment_size());
+            let detail = format!("{shown}{suffix}, {} free", size(free));
+            if free < LITTLE_SPACE {
+                check(name, Result::Warn, detail + " (make room: the history stops on a full disk)")
+            } else {
+                check(name, Result::Ok, detail)
+            }
+        }
+        Err(err) => {
+            check(name, Result::Warn, format!("{shown}{suffix}, free space unknown: {err}"))
+        }
+    }
+}
+
+fn history_format(state_dir: &Path) -> Check {
+    match history::format_of(state_dir) {
+        Ok(None) => check("history", Result::Ok, "none yet"),
+        Ok(Some(format)) => check("history", Result::Ok, format!("format {format}")),
+        Err(err) => {
+            let cause = std::error::Error::source(&err);
+            let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+            check("history", Result::Fail, format!("{err}{cause}"))
+        }
+    }
+}
+
+fn group() -> Check {
+    match Group::from_name("driftd") {
+        Ok(Some(_)) => check("group driftd", Result::Ok, "its members may use the API"),
+        Ok(None) => check(
+            "group driftd",
+            Result::Warn,
+            "not there: only root may use the API (try: groupadd --system driftd)",
+        ),
+        Err(err) => check("group driftd", Result::Warn, format!("cannot be looked up: {err}")),
+    }
+}
+
+fn daemon(config: &Config) -> Check {
+    let socket = config.socket.display();
+    match std::os::unix::net::UnixStream::connect(&config.socket) {
+        Ok(_) => check("daemon", Result::Ok, format!("runs and listens on {socket}")),
+        Err(err) => check(
+            "daemon",
+            Result::Warn,
+            format!("does not listen on {socket}: {err} (try: systemctl start driftd)"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_by_their_version() {
+        for (release, expected) in [
+            ("6.18.5", Result::Ok),
+            ("5.4.0-42-generic", Result::Ok),
+            ("5.3.18", Result::Fail),
+            ("4.19.0", Result::Fail),
+            ("odd", Result::Warn),
+        ] {
+            assert_eq!(judge_kernel(release).result, expected, "{release}");
+        }
+    }
+
+    #[test]
+    fn every_check_says_its_result_in_a_word() {
+        let checks = [
+            check("kernel", Result::Ok, "Linux 6.18"),
+            check("overlay", Result::Warn, "a\u{1b}[2J"),
+            check("history", Result::Fail, "damaged (move it)"),
+        ];
+        assert_eq!(
+            text(&checks, Format::Table).unwrap(),
+            "OK    kernel           Linux 6.18\n\
+             WARN  overlay          a\\u{1b}[2J\n\
+             FAIL  history          damaged (move it)\n"
+        );
+    }
+
+    #[test]
+    fn a_state_directory_that_is_not_there_yet_is_fine() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = state_dir(&dir.path().join("a/b"));
+        assert!(found.detail.contains(", to be created, "), "{found:?}");
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert_eq!(state_dir(&file.join("x")).result, Result::Fail);
+    }
+}

@@ -1,0 +1,80 @@
+//! `driftd respond`
+
+use std::path::Path;
+
+use clap::Subcommand;
+use serde::Serialize;
+
+use super::client::{explain, talk};
+use super::exit::Exit;
+use super::output::{Format, one, safe};
+use crate::api::{convert, proto};
+use crate::model::{ContainerId, Outcome};
+use crate::respond::Action;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Respond {
+    /// Kill every process of a container
+    Kill(Target),
+    /// Freeze a container, so that nothing in it runs
+    Pause(Target),
+    /// Thaw a paused container
+    Resume(Target),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Target {
+    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
+    container: String,
+    /// Why; it is kept in the history
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    reason: String,
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+}
+
+#[derive(Serialize)]
+struct ResponseJson {
+    schema: &'static str,
+    container: ContainerId,
+    reason: String,
+    outcome: Outcome,
+}
+
+impl Respond {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        let (action, target) = match self {
+            Respond::Kill(target) => (Action::Kill, target),
+            Respond::Pause(target) => (Action::Pause, target),
+            Respond::Resume(target) => (Action::Resume, target),
+        };
+        let request = proto::RespondRequest {
+            container: target.container,
+            action: convert::action_to_proto(action).into(),
+            reason: target.reason.clone(),
+        };
+        let response = talk(socket, |mut client| async move {
+            Ok(client.respond(request).await.map_err(explain)?.into_inner())
+        })?;
+        let outcome = response.outcome.ok_or_else(|| anyhow::anyhow!("driftd gave no outcome"))?;
+        let json = ResponseJson {
+            schema: "driftd.response/v1",
+            container: ContainerId::new(&response.namespace, &response.container),
+            reason: target.reason,
+            outcome: convert::outcome_from_proto(outcome)?,
+        };
+        one(&json, target.output, || text(&json))?;
+        Ok(if json.outcome.succeeded { Exit::Clean } else { Exit::Failed })
+    }
+}
+
+fn text(response: &ResponseJson) -> String {
+    let result = if response.outcome.succeeded { "done" } else { "FAILED" };
+    format!(
+        "{} {}: {result}: {}\n",
+        safe(&response.outcome.action),
+        response.container,
+        safe(&response.outcome.message)
+    )
+}

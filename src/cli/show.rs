@@ -1,0 +1,282 @@
+//! `driftd show`: one finding whole, for a person who must decide.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use jiff::Timestamp;
+
+use super::client::{explain, talk};
+use super::containers::pod;
+use super::exit::Exit;
+use super::findings::quoted;
+use super::output::{Format, age, one, safe, short, size, time};
+use crate::api::{convert, proto};
+use crate::model::{Expected, FileEvidence, FileType, Finding, Kind};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Show {
+    /// A finding's ID, or the beginning of it
+    finding: String,
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+}
+
+impl Show {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        let request = proto::GetFindingRequest { id: self.finding };
+        let finding = talk(socket, |mut client| async move {
+            Ok(client.get_finding(request).await.map_err(explain)?.into_inner().finding)
+        })?
+        .ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
+        let finding = convert::finding_from_proto(finding)?;
+        one(&finding, self.output, || text(&finding, Timestamp::now()))?;
+        Ok(Exit::Clean)
+    }
+}
+
+/// What a kind means, in a sentence.
+fn sentence(kind: Kind) -> &'static str {
+    match kind {
+        Kind::ExecNew => "A program was executed that is not in the image.",
+        Kind::ExecModified => "A program of the image was executed with other content.",
+        Kind::ExecRelocated => "A program of the image was executed from another path.",
+        Kind::ExecScript => "A script was executed that is not in the image, or was changed.",
+        Kind::FileAdded => "A program was written that is not in the image.",
+        Kind::FileModified => "A program of the image was changed.",
+        Kind::FileRelocated => "A file of the image was copied or moved to another path.",
+        Kind::FileRemoved => "A program of the image was removed.",
+        Kind::FilePrivileged => {
+            "A file has a setuid or setgid bit or a capability that the image does not give it."
+        }
+        Kind::SessionInteractive => "Somebody entered the container with a terminal.",
+        Kind::SessionExec => "Something entered the container, without a terminal.",
+    }
+}
+
+/// Lines with a label each; a label that repeats is left out.
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, label: &str, value: &str) {
+        writeln!(self.0, "{label:<11} {value}").expect("writing to a String cannot fail");
+    }
+}
+
+fn text(finding: &Finding, now: Timestamp) -> String {
+    let mut lines = Lines(format!(
+        "{} {}\n{}\n\n",
+        finding.severity.name().to_uppercase(),
+        finding.kind,
+        sentence(finding.kind)
+    ));
+    lines.add("Finding", &format!("{} (revision {})", finding.id, finding.revision));
+    let times = if finding.count == 1 { "once" } else { "times" };
+    let count = if finding.count == 1 { String::new() } else { format!("{} ", finding.count) };
+    lines.add("Seen", &format!("{count}{times}, by the {}", safe(&finding.source)));
+    lines.add("  first", &time(finding.first_seen));
+    lines.add("  last", &format!("{} ({})", time(finding.last_seen), age(now, finding.last_seen)));
+    lines.add("Node", &safe(&finding.node));
+    lines.add("Container", &finding.container.id.to_string());
+    if finding.container.pod.is_some() {
+        lines.add("Pod", &pod(finding.container.pod.as_ref()));
+    }
+    lines.add("Image", &safe(finding.image.name.as_deref().unwrap_or("unknown")));
+    if let Some(digest) = finding.image.manifest_digest {
+        lines.add("", &digest.to_string());
+    }
+
+    if let Some(expected) = &finding.expected {
+        add_expected(&mut lines, expected);
+    } else if finding.file.is_some() {
+        lines.add("Expected", "nothing: the image has no such file");
+    }
+    if let Some(file) = &finding.file {
+        add_file(&mut lines, file);
+        if let Some(expected) = &finding.expected {
+            lines.add("Differs in", &differences(expected, file));
+        }
+    }
+    if let Some(name) = &finding.invoked_as {
+        lines.add("Called as", &safe(name));
+    }
+    add_process(&mut lines, finding);
+    if let Some(session) = finding.session {
+        let id = session.to_string();
+        lines.add("Session", &format!("{id} (driftd show {})", short(&id)));
+    }
+    if let Some(story) = finding.story {
+        let id = story.to_string();
+        lines.add("Before", &format!("{id} (driftd show {})", short(&id)));
+    }
+    let rule = finding.verdict.rule.as_deref().unwrap_or("the default");
+    lines.add("Verdict", &format!("{}, by {}", finding.verdict.disposition, safe(rule)));
+    match &finding.outcome {
+        None => lines.add("Outcome", "none: nothing was done"),
+        Some(outcome) => {
+            let result = if outcome.succeeded { "done" } else { "FAILED" };
+            lines.add(
+                "Outcome",
+                &format!(
+                    "{} {result}: {} ({})",
+                    safe(&outcome.action),
+                    safe(&outcome.message),
+                    time(outcome.at)
+                ),
+            );
+        }
+    }
+    lines.add(
+        "ATT&CK",
+        &format!("{} ({})", safe(&finding.attack.technique), safe(&finding.attack.tactic)),
+    );
+    lines.0 + &next_steps(finding)
+}
+
+fn add_expected(lines: &mut Lines, expected: &Expected) {
+    lines.add("Expected", &expected.path.to_string());
+    lines.add(
+        "",
+        &format!(
+            "mode {}, owner {}:{}, {}",
+            safe(&expected.mode),
+            expected.uid,
+            expected.gid,
+            size(expected.size)
+        ),
+    );
+    add_content(lines, expected.blake3, expected.sha256, expected.capability.as_deref());
+    lines.add("", &format!("layer  {}", safe(&expected.layer)));
+}
+
+fn add_file(lines: &mut Lines, file: &FileEvidence) {
+    let deleted = if file.deleted { " (deleted)" } else { "" };
+    lines.add("Found", &format!("{}{deleted}", file.path));
+    lines.add(
+        "",
+        &format!(
+            "mode {}, owner {}:{}, {}, {}",
+            safe(&file.mode),
+            file.uid,
+            file.gid,
+            size(file.size),
+            match file.file_type {
+                FileType::Regular => file.format.name(),
+                other => convert::file_type_name(other),
+            },
+        ),
+    );
+    add_content(lines, file.blake3, file.sha256, file.capability.as_deref());
+    if let Some(reason) = &file.unhashed {
+        lines.add("", &format!("not hashed: {}", safe(reason)));
+    }
+}
+
+fn add_content(
+    lines: &mut Lines,
+    blake3: Option<crate::model::Blake3Hash>,
+    sha256: Option<crate::model::Sha256Hash>,
+    capability: Option<&str>,
+) {
+    if let Some(hash) = blake3 {
+        lines.add("", &format!("blake3 {hash}"));
+    }
+    if let Some(hash) = sha256 {
+        lines.add("", &format!("sha256 {hash}"));
+    }
+    if let Some(capability) = capability {
+        lines.add("", &format!("capability {}", safe(capability)));
+    }
+}
+
+fn differences(expected: &Expected, file: &FileEvidence) -> String {
+    let content = match (expected.blake3, file.blake3) {
+        (Some(one), Some(other)) => one != other,
+        // Sizes that differ prove it; equal ones say nothing.
+        (_, _) => expected.size != file.size,
+    };
+    let all = [
+        ("path", expected.path != file.path),
+        ("content", content),
+        ("mode", expected.mode != file.mode),
+        ("owner", (expected.uid, expected.gid) != (file.uid, file.gid)),
+        ("capability", expected.capability != file.capability),
+    ];
+    let names: Vec<&str> =
+        all.iter().filter(|(_, differs)| *differs).map(|(name, _)| *name).collect();
+    if names.is_empty() { "nothing".into() } else { names.join(", ") }
+}
+
+fn add_process(lines: &mut Lines, finding: &Finding) {
+    let Some(process) = &finding.process else { return };
+    let mut who = format!("pid {}", process.identity.pid);
+    if let Some(uid) = process.uid {
+        write!(who, ", uid {uid}").expect("writing to a String cannot fail");
+    }
+    if let Some(tty) = &process.tty {
+        write!(who, ", terminal {}", safe(tty)).expect("writing to a String cannot fail");
+    }
+    lines.add("Process", &who);
+    lines.add("", &program(process.exe.as_deref(), process.argv.as_deref()));
+    for ancestor in &process.ancestors {
+        let program = program(ancestor.exe.as_deref(), ancestor.argv.as_deref());
+        lines.add("  child of", &format!("pid {}, {program}", ancestor.identity.pid));
+    }
+}
+
+fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
+    let exe = exe.map_or_else(|| "a program that was gone too soon".to_owned(), safe);
+    match argv {
+        Some(argv) if !argv.is_empty() => format!("{exe}: {}", quoted(argv)),
+        _ => exe,
+    }
+}
+
+fn next_steps(finding: &Finding) -> String {
+    let container = shell_word(&short(&safe(&finding.container.id.id)));
+    let mut text =
+        format!("\nNext:\n  driftd diff {container}\n  driftd findings --container {container}\n");
+    let killed = finding
+        .outcome
+        .as_ref()
+        .is_some_and(|outcome| outcome.succeeded && outcome.action == "kill");
+    if !killed {
+        for action in ["pause", "kill"] {
+            writeln!(
+                text,
+                "  driftd respond {action} {container} --reason 'finding {}'",
+                short(&finding.id.to_string())
+            )
+            .expect("writing to a String cannot fail");
+        }
+    }
+    text
+}
+
+/// Text that a person may paste into a shell.
+fn shell_word(text: &str) -> String {
+    quoted(&[text.to_owned()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::findings::tests::samples;
+
+    #[test]
+    fn a_finding_as_a_person_sees_it() {
+        let now = "2026-11-20T10:08:30Z".parse().unwrap();
+        let [modified, session, hostile]: [Finding; 3] = samples().try_into().unwrap();
+        insta::assert_snapshot!(text(&modified, now));
+        insta::assert_snapshot!(text(&session, now));
+        insta::assert_snapshot!(text(&hostile, now));
+    }
+
+    #[test]
+    fn what_is_to_be_pasted_into_a_shell_is_one_word_there() {
+        assert_eq!(shell_word("k8s.io/4f"), "k8s.io/4f");
+        assert_eq!(shell_word("a;reboot"), "'a;reboot'");
+        assert_eq!(shell_word("a'b"), r"'a'\''b'");
+        assert_eq!(shell_word("$(x)"), "'$(x)'");
+    }
+}

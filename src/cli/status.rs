@@ -1,0 +1,160 @@
+//! `driftd status`
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::client::{explain, talk};
+use super::exit::Exit;
+use super::output::{Format, age, one, safe};
+use crate::api::{convert, proto};
+use crate::health::Loss;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+}
+
+#[derive(Serialize)]
+struct StatusJson {
+    schema: &'static str,
+    version: String,
+    node: String,
+    started_at: Timestamp,
+    complete: bool,
+    problems: Vec<String>,
+    endpoints: Vec<EndpointJson>,
+    containers_watched: u32,
+    baselines: u32,
+    baselines_pending: u32,
+    findings: u64,
+    gate_answers: u64,
+    data_writes: u64,
+    losses: Vec<Loss>,
+}
+
+#[derive(Serialize)]
+struct EndpointJson {
+    socket: String,
+    connected: bool,
+    reason: Option<String>,
+}
+
+impl Status {
+    pub(super) fn run(&self, socket: &Path) -> anyhow::Result<Exit> {
+        let status = talk(socket, |mut client| async move {
+            let request = proto::GetStatusRequest {};
+            Ok(client.get_status(request).await.map_err(explain)?.into_inner())
+        })?;
+        let status = StatusJson {
+            schema: "driftd.status/v1",
+            started_at: convert::time_from_proto("started_at", status.started_at)?,
+            version: status.version,
+            node: status.node,
+            complete: status.complete,
+            problems: status.problems,
+            endpoints: status
+                .endpoints
+                .into_iter()
+                .map(|endpoint| EndpointJson {
+                    socket: endpoint.socket,
+                    connected: endpoint.connected,
+                    reason: (!endpoint.reason.is_empty()).then_some(endpoint.reason),
+                })
+                .collect(),
+            containers_watched: status.containers_watched,
+            baselines: status.baselines,
+            baselines_pending: status.baselines_pending,
+            findings: status.findings,
+            gate_answers: status.gate_answers,
+            data_writes: status.data_writes,
+            losses: status
+                .losses
+                .into_iter()
+                .map(|loss| Loss { name: loss.name, count: loss.count })
+                .collect(),
+        };
+        one(&status, self.output, || text(&status, Timestamp::now()))?;
+        Ok(Exit::Clean)
+    }
+}
+
+fn text(status: &StatusJson, now: Timestamp) -> String {
+    let mut text = String::new();
+    let mut line = |label: &str, value: &str| {
+        writeln!(text, "{label:<12}{value}").expect("writing to a String cannot fail");
+    };
+    let view = if status.complete { "complete" } else { "INCOMPLETE" };
+    line("View", view);
+    for problem in &status.problems {
+        line("", &format!("- {}", safe(problem)));
+    }
+    line(
+        "driftd",
+        &format!(
+            "{} on {}, started {}",
+            safe(&status.version),
+            safe(&status.node),
+            age(now, status.started_at)
+        ),
+    );
+    for endpoint in &status.endpoints {
+        let state = match &endpoint.reason {
+            _ if endpoint.connected => "connected".to_owned(),
+            Some(reason) => format!("NOT CONNECTED: {}", safe(reason)),
+            None => "NOT CONNECTED".to_owned(),
+        };
+        line("containerd", &format!("{} {state}", safe(&endpoint.socket)));
+    }
+    line("Containers", &format!("{} watched", status.containers_watched));
+    line(
+        "Baselines",
+        &format!("{} recorded, {} waited for", status.baselines, status.baselines_pending),
+    );
+    line("Findings", &format!("{} kept (driftd findings)", status.findings));
+    line(
+        "Seen",
+        &format!("{} executions, {} writes of data", status.gate_answers, status.data_writes),
+    );
+    for loss in &status.losses {
+        line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_says_what_is_missing() {
+        let status = StatusJson {
+            schema: "driftd.status/v1",
+            version: "0.1.0".into(),
+            node: "node-1".into(),
+            started_at: Timestamp::from_second(1000).unwrap(),
+            complete: false,
+            problems: vec!["containerd at /run/a.sock cannot be reached".into()],
+            endpoints: vec![
+                EndpointJson {
+                    socket: "/run/a.sock".into(),
+                    connected: false,
+                    reason: Some("no such file".into()),
+                },
+                EndpointJson { socket: "/run/b.sock".into(), connected: true, reason: None },
+            ],
+            containers_watched: 3,
+            baselines: 2,
+            baselines_pending: 1,
+            findings: 7,
+            gate_answers: 1234,
+            data_writes: 9,
+            losses: vec![Loss { name: "pipeline_full".into(), count: 2 }],
+        };
+        insta::assert_snapshot!(text(&status, Timestamp::from_second(8200).unwrap()));
+    }
+}

@@ -1,0 +1,946 @@
+//! The containerd room against a real containerd: each test starts one of its
+//! own, in a scratch directory, and ends it. Needs root, containerd, runc, ctr
+//! and busybox-static; without them the tests fail and say so.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+use driftd::baseline::{ImageBaseline, ImageName, Job, Progress};
+use driftd::config;
+use driftd::containerd::{Change, Containerd, Error, Recording};
+use driftd::health::{Failure, Health};
+use driftd::model::{ChainId, Container, ContainerId, DiffId, LayerId, ManifestDigest};
+use sha2::{Digest as _, Sha256};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+// --- a containerd of our own ---
+
+struct Node {
+    directory: tempfile::TempDir,
+    containerd: Option<Child>,
+}
+
+impl Node {
+    /// A node whose containerd is not started yet.
+    fn new() -> Node {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "these tests start containerd and containers: run them as root"
+        );
+        let directory = tempfile::Builder::new().prefix("driftd-node-").tempdir().unwrap();
+        let node = Node { directory, containerd: None };
+        let at = |name: &str| node.path(name).display().to_string();
+        let settings = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = {:?}\n\
+             [plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n",
+            at("root"),
+            at("state"),
+            at("containerd.sock"),
+            at("opt")
+        );
+        std::fs::write(node.path("config.toml"), settings).unwrap();
+        node
+    }
+
+    fn started() -> Node {
+        let mut node = Node::new();
+        node.start();
+        node
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("containerd.sock")
+    }
+
+    fn start(&mut self) {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.path("containerd.log"))
+            .unwrap();
+        let child = Command::new("containerd")
+            .arg("-c")
+            .arg(self.path("config.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("containerd cannot be started (apt-get install containerd runc)");
+        self.containerd = Some(child);
+        wait_for("containerd answers", || {
+            self.ctr_output(&["version"]).map_err(|text| text + &self.log())
+        });
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("containerd.log")).unwrap_or_default()
+    }
+
+    /// `kill -9`.
+    fn crash(&mut self) {
+        let mut child = self.containerd.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn ctr_output(&self, arguments: &[&str]) -> Result<String, String> {
+        let output = Command::new("ctr")
+            .arg("--address")
+            .arg(self.socket())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("ctr cannot be run (apt-get install containerd)");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if output.status.success() {
+            Ok(text(&output.stdout))
+        } else {
+            Err(format!("ctr {arguments:?}: {}", text(&output.stderr)))
+        }
+    }
+
+    #[track_caller]
+    fn ctr(&self, arguments: &[&str]) -> String {
+        self.ctr_output(arguments).unwrap_or_else(|text| panic!("{text}{}", self.log()))
+    }
+
+    #[track_caller]
+    fn import(&self, image: &TestImage) {
+        self.import_with(image, &[]);
+    }
+
+    #[track_caller]
+    fn import_with(&self, image: &TestImage, arguments: &[&str]) {
+        let archive = self.path("image.tar");
+        image.write(&archive);
+        let archive = archive.to_str().unwrap().to_owned();
+        let mut all = vec!["images", "import"];
+        all.extend(arguments);
+        all.push(&archive);
+        self.ctr(&all);
+    }
+
+    /// Starts a container that sleeps.
+    #[track_caller]
+    fn run(&self, image: &TestImage, id: &str) {
+        self.run_with(image, id, &[]);
+    }
+
+    #[track_caller]
+    fn run_with(&self, image: &TestImage, id: &str, arguments: &[&str]) {
+        let mut all = vec!["run", "--detach", "--null-io"];
+        all.extend(arguments);
+        all.extend([image.name.as_str(), id, "/bin/busybox", "sleep", "600"]);
+        self.ctr(&all);
+    }
+
+    /// The first word of each line; nothing if the command fails.
+    fn lines(&self, arguments: &[&str]) -> Vec<String> {
+        self.ctr_output(arguments)
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if self.containerd.is_none() && self.path("root").exists() {
+            // A test failed while containerd was down: its shims must still go.
+            self.start();
+        }
+        if self.containerd.is_some() {
+            for namespace in self.lines(&["namespaces", "list", "--quiet"]) {
+                let within = |words: &[&str]| {
+                    let mut all = vec!["--namespace", namespace.as_str()];
+                    all.extend(words);
+                    self.lines(&all)
+                };
+                for task in within(&["tasks", "list", "--quiet"]) {
+                    within(&["tasks", "resume", &task]);
+                    within(&["tasks", "delete", "--force", &task]);
+                }
+                for container in within(&["containers", "list", "--quiet"]) {
+                    within(&["containers", "delete", &container]);
+                }
+            }
+        }
+        if let Some(mut child) = self.containerd.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // What a failed test has left mounted.
+        let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let root = self.directory.path().to_str().unwrap();
+        for mount_point in mountinfo.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+            if mount_point.starts_with(root) {
+                let _ = Command::new("umount").arg("--lazy").arg(mount_point).status();
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn wait_for<T, E: Debug>(what: &str, mut check: impl FnMut() -> Result<T, E>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match check() {
+            Ok(value) => return value,
+            Err(state) if Instant::now() > deadline => panic!("not in time: {what}; {state:?}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+// --- images ---
+
+struct TestImage {
+    name: String,
+    layers: Vec<Vec<u8>>,
+    /// Wrapped in an index with another platform and a provenance.
+    index: bool,
+}
+
+impl TestImage {
+    /// The first layer has busybox; each layer has files of its own.
+    fn new(name: &str, layers: &[&[(&str, &str)]]) -> TestImage {
+        let busybox = std::fs::read("/bin/busybox")
+            .expect("there is no /bin/busybox (apt-get install busybox-static)");
+        let layers = layers
+            .iter()
+            .enumerate()
+            .map(|(number, files)| {
+                let mut tar = tar::Builder::new(Vec::new());
+                if number == 0 {
+                    append(&mut tar, "bin/busybox", 0o755, &busybox);
+                }
+                for (path, content) in *files {
+                    append(&mut tar, path, 0o644, content.as_bytes());
+                }
+                tar.into_inner().unwrap()
+            })
+            .collect();
+        TestImage { name: format!("docker.io/test/{name}:1"), layers, index: false }
+    }
+
+    fn diff_ids(&self) -> Vec<DiffId> {
+        self.layers.iter().map(|layer| DiffId(Sha256::digest(layer).into())).collect()
+    }
+
+    fn chain(&self) -> Vec<ChainId> {
+        ChainId::of_layers(&self.diff_ids())
+    }
+
+    fn layer_ids(&self) -> Vec<LayerId> {
+        self.diff_ids().into_iter().map(LayerId::Diff).collect()
+    }
+
+    /// Config and manifest.
+    fn documents(&self) -> (Vec<u8>, Vec<u8>) {
+        let config = serde_json::json!({
+            "architecture": architecture(), "os": "linux", "config": {},
+            "rootfs": {"type": "layers", "diff_ids": self.diff_ids()},
+        });
+        let config = serde_json::to_vec(&config).unwrap();
+        let layers: Vec<_> = self
+            .layers
+            .iter()
+            .map(|layer| descriptor("application/vnd.oci.image.layer.v1.tar", layer))
+            .collect();
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
+            "layers": layers,
+        });
+        (config, serde_json::to_vec(&manifest).unwrap())
+    }
+
+    fn manifest_digest(&self) -> ManifestDigest {
+        ManifestDigest(Sha256::digest(self.documents().1).into())
+    }
+
+    /// An OCI layout, as `ctr images import` reads it.
+    fn write(&self, archive: &Path) {
+        let (config, manifest) = self.documents();
+        let mut blobs = self.layers.clone();
+        let mut top = descriptor(MANIFEST, &manifest);
+        if self.index {
+            let entry = |os: &str, architecture: &str, mut entry: serde_json::Value| {
+                entry["platform"] = serde_json::json!({"os": os, "architecture": architecture});
+                entry
+            };
+            let index = serde_json::json!({
+                "schemaVersion": 2,
+                "mediaType": "application/vnd.oci.image.index.v1+json",
+                "manifests": [
+                    entry("unknown", "unknown", descriptor(MANIFEST, b"provenance")),
+                    entry("linux", "s390x", descriptor(MANIFEST, b"not pulled")),
+                    entry("linux", architecture(), top),
+                ],
+            });
+            let index = serde_json::to_vec(&index).unwrap();
+            top = descriptor("application/vnd.oci.image.index.v1+json", &index);
+            blobs.push(index);
+        }
+        blobs.extend([config, manifest]);
+        top["annotations"] = serde_json::json!({"io.containerd.image.name": self.name});
+        let layout = serde_json::json!({"schemaVersion": 2, "manifests": [top]});
+
+        let mut tar = tar::Builder::new(std::fs::File::create(archive).unwrap());
+        append(&mut tar, "oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#);
+        append(&mut tar, "index.json", 0o644, &serde_json::to_vec(&layout).unwrap());
+        for blob in blobs {
+            let path = format!("blobs/sha256/{}", DiffId(Sha256::digest(&blob).into()).hex());
+            append(&mut tar, &path, 0o644, &blob);
+        }
+        tar.into_inner().unwrap();
+    }
+}
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+fn append(tar: &mut tar::Builder<impl std::io::Write>, path: &str, mode: u32, content: &[u8]) {
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(mode);
+    header.set_size(content.len() as u64);
+    tar.append_data(&mut header, path, content).unwrap();
+}
+
+fn descriptor(media_type: &str, blob: &[u8]) -> serde_json::Value {
+    serde_json::json!({
+        "mediaType": media_type,
+        "digest": DiffId(Sha256::digest(blob).into()),
+        "size": blob.len(),
+    })
+}
+
+// --- driftd's side ---
+
+/// What a job asked for, and what its directories held while it ran.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Submitted {
+    namespace: String,
+    name: String,
+    manifest_digest: Option<ManifestDigest>,
+    layers: Vec<LayerId>,
+    chain: Vec<ChainId>,
+    files: Vec<BTreeSet<String>>,
+}
+
+/// A recorder that only looks.
+#[derive(Clone, Default)]
+struct Recorder(Arc<Mutex<Recorded>>);
+
+#[derive(Default)]
+struct Recorded {
+    known: HashSet<LayerId>,
+    jobs: Vec<Submitted>,
+    /// All names, as last told.
+    listed: Vec<String>,
+    removed: Vec<String>,
+}
+
+impl Recording for Recorder {
+    fn submit(&self, job: Job) {
+        let image = job.image.unwrap();
+        let layers: Vec<LayerId> = job.layers.iter().map(|layer| layer.id).collect();
+        let chain: Vec<ChainId> = job.layers.iter().map(|layer| layer.chain_id).collect();
+        let baseline = ImageBaseline::new(*chain.last().unwrap(), Vec::new());
+        let submitted = Submitted {
+            namespace: image.namespace.to_string(),
+            name: image.name.to_string(),
+            manifest_digest: image.manifest_digest,
+            layers,
+            chain,
+            files: job.layers.iter().map(|layer| files_below(&layer.directory)).collect(),
+        };
+        let mut recorded = self.0.lock().unwrap();
+        recorded.known.extend(&submitted.layers);
+        recorded.jobs.push(submitted);
+        drop(recorded);
+        job.done.unwrap()(Ok(Arc::new(baseline)));
+    }
+
+    fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
+        let recorded = self.0.lock().unwrap();
+        layers.iter().filter(|layer| !recorded.known.contains(layer)).copied().collect()
+    }
+
+    fn image_names(&self, _endpoint: &str, listed: Vec<(ImageName, ChainId)>) {
+        let mut names: Vec<String> = listed.into_iter().map(|(image, _)| image.name).collect();
+        names.sort();
+        self.0.lock().unwrap().listed = names;
+    }
+
+    fn image_removed(&self, _namespace: &str, name: &str) {
+        self.0.lock().unwrap().removed.push(name.into());
+    }
+}
+
+fn files_below(root: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(&directory).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else {
+                found.insert(path.strip_prefix(root).unwrap().display().to_string());
+            }
+        }
+    }
+    found
+}
+
+struct Driftd {
+    runtime: tokio::runtime::Runtime,
+    containerd: Containerd,
+    changes: Receiver<Change>,
+    /// Everything received so far.
+    seen: Vec<Change>,
+    recorder: Recorder,
+    health: Arc<Health>,
+}
+
+impl Driftd {
+    fn start(node: &Node) -> Driftd {
+        Driftd::start_without(node, &[])
+    }
+
+    fn start_without(node: &Node, excluded: &[&str]) -> Driftd {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let settings = config::Containerd {
+            sockets: vec![node.socket()],
+            exclude_namespaces: excluded.iter().map(|&name| name.to_owned()).collect(),
+        };
+        let (sender, changes) = crossbeam_channel::bounded(8);
+        let (recorder, health) = (Recorder::default(), Arc::new(Health::default()));
+        let containerd = {
+            let _within = runtime.enter();
+            Containerd::start(&settings, &sender, recorder.clone(), &health)
+        };
+        Driftd { runtime, containerd, changes, seen: Vec::new(), recorder, health }
+    }
+
+    /// Receives until `wanted` picks something.
+    #[track_caller]
+    fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&Change) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let Ok(change) = self.changes.recv_deadline(deadline) else {
+                panic!("not in time: {what}; seen: {:#?}", self.seen);
+            };
+            let picked = wanted(&change);
+            self.seen.push(change);
+            if let Some(picked) = picked {
+                return picked;
+            }
+        }
+    }
+
+    #[track_caller]
+    fn until_seen(&mut self, expected: &Change) {
+        self.until(&format!("{expected:?}"), |change| (change == expected).then_some(()));
+    }
+
+    #[track_caller]
+    fn until_listed(&mut self) -> Vec<ContainerId> {
+        self.until("the list is complete", |change| match change {
+            Change::Listed { containers, .. } => Some(containers.clone()),
+            _ => None,
+        })
+    }
+
+    #[track_caller]
+    fn until_disconnected(&mut self) -> String {
+        self.until("the loss is told", |change| match change {
+            Change::Disconnected { reason, .. } => Some(reason.clone()),
+            _ => None,
+        })
+    }
+
+    #[track_caller]
+    fn until_container(
+        &mut self,
+        id: &str,
+        mut wanted: impl FnMut(&Container) -> bool,
+    ) -> Container {
+        self.until(&format!("the record of {id}"), |change| match change {
+            Change::Container(container) if &*container.id.id == id && wanted(container) => {
+                Some((**container).clone())
+            }
+            _ => None,
+        })
+    }
+
+    #[track_caller]
+    fn until_paused(&mut self, id: &str) -> Container {
+        self.until_container(id, |container| container.task.is_some_and(|task| task.paused))
+    }
+
+    /// The newest record received so far.
+    #[track_caller]
+    fn record(&self, id: &str) -> Container {
+        let newest = self.seen.iter().rev().find_map(|change| match change {
+            Change::Container(container) if &*container.id.id == id => Some((**container).clone()),
+            _ => None,
+        });
+        newest.unwrap_or_else(|| panic!("no record of {id}: {:#?}", self.seen))
+    }
+
+    /// Waits until `count` jobs were submitted.
+    #[track_caller]
+    fn jobs(&self, count: usize) -> Vec<Submitted> {
+        wait_for("images are recorded", || {
+            let jobs = self.recorder.0.lock().unwrap().jobs.clone();
+            if jobs.len() >= count { Ok(jobs) } else { Err(jobs) }
+        })
+    }
+
+    /// Waits until the reasons for having no baseline are these.
+    #[track_caller]
+    fn until_problems(&self, expected: &[&str]) {
+        wait_for("the images' problems are told", || {
+            let problems = self.containerd.image_problems();
+            let reasons: Vec<&str> =
+                problems.iter().map(|problem| problem.reason.as_str()).collect();
+            if reasons == expected { Ok(()) } else { Err(problems) }
+        });
+    }
+
+    fn record_image(&self, name: &str) -> Result<ChainId, Error> {
+        self.runtime.block_on(self.containerd.record_image(name, Arc::new(Progress::default())))
+    }
+}
+
+fn layer_ids(container: &Container) -> Vec<LayerId> {
+    container.layers.iter().map(|layer| layer.id).collect()
+}
+
+fn files(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|&name| name.to_owned()).collect()
+}
+
+/// Container IDs are cgroup names on the whole machine.
+fn unique(name: &str) -> String {
+    format!("driftd-test-{name}-{}", std::process::id())
+}
+
+fn default(id: &str) -> ContainerId {
+    ContainerId::new("default", id)
+}
+
+// --- the tests ---
+
+#[test]
+fn an_imported_image_is_recorded_layer_by_layer_and_nothing_stays_behind() {
+    let node = Node::started();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+
+    let mut image = TestImage::new("three", &[&[("a", "1")], &[("etc/b", "2")], &[("c", "3")]]);
+    image.index = true;
+    node.import(&image);
+    let expected = Submitted {
+        namespace: "default".into(),
+        name: image.name.clone(),
+        manifest_digest: Some(image.manifest_digest()),
+        layers: image.layer_ids(),
+        chain: image.chain(),
+        files: vec![files(&["a", "bin/busybox"]), files(&["etc/b"]), files(&["c"])],
+    };
+    assert_eq!(driftd.jobs(1), [expected]);
+
+    // A single layer: containerd gives a bind, not an overlay.
+    let single = TestImage::new("single", &[&[("only", "1")]]);
+    node.import(&single);
+    let jobs = driftd.jobs(2);
+    assert_eq!(jobs[1].layers, single.layer_ids());
+    assert_eq!(jobs[1].files, [files(&["bin/busybox", "only"])]);
+
+    wait_for("views and leases are given back", || {
+        let mut left = node.lines(&["snapshots", "list"]);
+        left.extend(node.lines(&["leases", "list", "--quiet"]));
+        left.retain(|name| name.contains("driftd"));
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    });
+
+    // Deleted: only the name goes.
+    node.ctr(&["images", "remove", &single.name]);
+    wait_for("the name is forgotten", || {
+        let removed = driftd.recorder.0.lock().unwrap().removed.clone();
+        if removed.contains(&single.name) { Ok(()) } else { Err(removed) }
+    });
+    driftd.until_problems(&[]);
+    assert_eq!(driftd.health.losses(), []);
+}
+
+#[test]
+fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
+    let node = Node::started();
+    let image = TestImage::new("life", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    assert_eq!(driftd.until_listed(), []);
+
+    let id = unique("life");
+    node.run(&image, &id);
+    let (pid, rootfs) = driftd.until("the task's creation", |change| match change {
+        Change::TaskCreated { container, pid, rootfs } if *container == default(&id) => {
+            Some((*pid, rootfs.clone()))
+        }
+        _ => None,
+    });
+    let rootfs = rootfs.expect("containerd's event names the overlay");
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!(container.task.map(|task| (task.pid, task.paused)), Some((pid, false)));
+    assert_eq!(container.rootfs, Some(rootfs.clone()));
+    assert_eq!(layer_ids(&container), image.layer_ids());
+    let directories: Vec<PathBuf> =
+        container.layers.iter().rev().map(|layer| layer.directory.clone()).collect();
+    assert_eq!(directories, rootfs.lowerdirs);
+    assert!(container.layers[0].directory.join("a").exists(), "{container:?}");
+    assert!(container.layers[1].directory.join("b").exists(), "{container:?}");
+    assert_eq!(container.image.name.as_deref(), Some(image.name.as_str()));
+    assert_eq!(container.image.manifest_digest, Some(image.manifest_digest()));
+    assert_eq!(container.image.chain_id, image.chain().last().copied());
+    assert_eq!(container.runtime, "io.containerd.runc.v2");
+    assert_eq!(container.snapshotter, "overlayfs");
+    assert_eq!(container.no_baseline, None);
+    assert_eq!(container.pod, None);
+
+    let container = default(&id);
+    let containerd = driftd.containerd.clone();
+    let act = |driftd: &Driftd, what: &str| {
+        driftd.runtime.block_on(async {
+            match what {
+                "pause" => containerd.pause(&container).await,
+                "resume" => containerd.resume(&container).await,
+                "kill" => containerd.kill(&container).await,
+                other => panic!("{other}"),
+            }
+        })
+    };
+    assert_eq!(act(&driftd, "resume").unwrap(), "it was not paused");
+    assert_eq!(act(&driftd, "pause").unwrap(), format!("paused (pid {pid})"));
+    driftd.until_paused(&id);
+    assert_eq!(act(&driftd, "pause").unwrap(), "it was paused already");
+    assert_eq!(act(&driftd, "resume").unwrap(), format!("resumed (pid {pid})"));
+    driftd.until_container(&id, |container| container.task.is_some_and(|task| !task.paused));
+    assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid}, exit status 137)"));
+    driftd.until_seen(&Change::TaskExited { container: container.clone() });
+    assert_eq!(act(&driftd, "kill").unwrap(), "it was not running: there was nothing to kill");
+
+    node.ctr(&["tasks", "delete", &id]);
+    node.ctr(&["containers", "delete", &id]);
+    driftd.until_seen(&Change::Removed { container: container.clone() });
+    let err = act(&driftd, "kill").unwrap_err();
+    assert!(matches!(err, Error::UnknownContainer(_)), "{err:?}");
+    assert_eq!(driftd.health.losses(), []);
+}
+
+#[test]
+fn a_kill_says_when_the_container_will_come_back_as_it_was() {
+    let node = Node::started();
+    let image = TestImage::new("back", &[&[]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let id = unique("back");
+    node.run_with(&image, &id, &["--label", "containerd.io/restart.status=running"]);
+    driftd.until_container(&id, |container| container.task.is_some());
+    let told = driftd.runtime.block_on(driftd.containerd.kill(&default(&id))).unwrap();
+    assert!(told.contains("will start it again with the same files"), "{told}");
+}
+
+#[test]
+fn a_crash_of_containerd_loses_nothing() {
+    let mut node = Node::started();
+    let image = TestImage::new("crash", &[&[], &[("b", "2")]]);
+    node.import(&image);
+    let (stays, goes) = (unique("stays"), unique("goes"));
+    node.run(&image, &stays);
+    node.run(&image, &goes);
+    let mut driftd = Driftd::start(&node);
+    assert_eq!(driftd.until_listed(), [default(&goes), default(&stays)]);
+    assert_eq!(driftd.recorder.0.lock().unwrap().listed, std::slice::from_ref(&image.name));
+    let before = driftd.record(&stays);
+    assert!(before.task.is_some(), "{before:?}");
+    let victim = driftd.record(&goes).task.unwrap().pid;
+
+    node.crash();
+    let reason = driftd.until_disconnected();
+    assert!(reason.starts_with("lost containerd at "), "{reason}");
+    assert_eq!(driftd.health.count(Failure::ContainerdLost), 1);
+    // While there is nobody to tell it.
+    let victim = nix::unistd::Pid::from_raw(i32::try_from(victim).unwrap());
+    nix::sys::signal::kill(victim, nix::sys::signal::Signal::SIGKILL).unwrap();
+    driftd.seen.clear();
+    node.start();
+    assert_eq!(driftd.until_listed(), [default(&goes), default(&stays)]);
+    let position = |wanted: &dyn Fn(&Change) -> bool| driftd.seen.iter().position(wanted);
+    let connected = position(&|change| matches!(change, Change::Connected { .. }));
+    let again = position(
+        &|change| matches!(change, Change::Container(record) if record.id == default(&stays)),
+    );
+    assert!(connected.is_some() && connected < again, "{:#?}", driftd.seen);
+    assert_eq!(driftd.record(&stays), before);
+    let exited = Change::TaskExited { container: default(&goes) };
+    if !driftd.seen.contains(&exited) {
+        driftd.until_seen(&exited);
+    }
+
+    // And it follows again.
+    let new = unique("new");
+    node.run(&image, &new);
+    driftd.until_container(&new, |container| container.task.is_some());
+}
+
+#[test]
+fn a_socket_that_appears_later_is_waited_for() {
+    let mut node = Node::new();
+    let mut driftd = Driftd::start(&node);
+    let reason = driftd.until_disconnected();
+    assert!(reason.starts_with("cannot reach containerd at "), "{reason}");
+    let err = driftd.runtime.block_on(driftd.containerd.kill(&default("c"))).unwrap_err();
+    assert!(matches!(err, Error::NotConnected { .. }), "{err:?}");
+    // Several tries later it was told once.
+    std::thread::sleep(Duration::from_millis(500));
+    node.start();
+    assert_eq!(driftd.until_listed(), []);
+    let again = Change::Disconnected { endpoint: node.socket().to_str().unwrap().into(), reason };
+    let told = driftd.seen.iter().filter(|change| **change == again).count();
+    assert_eq!(told, 1, "{:?}", driftd.seen);
+    assert_eq!(driftd.health.losses(), []);
+}
+
+#[test]
+fn a_missing_blob_stops_no_other_image() {
+    let node = Node::started();
+    let broken = TestImage::new("broken", &[&[("a", "broken")]]);
+    let whole = TestImage::new("whole", &[&[("a", "whole")]]);
+    node.import(&broken);
+    node.import(&whole);
+    let config = DiffId(Sha256::digest(broken.documents().0).into()).to_string();
+    node.ctr(&["content", "delete", &config]);
+
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    assert_eq!(driftd.jobs(1)[0].layers, whole.layer_ids());
+    driftd.until_problems(&[
+        "its config is missing from containerd's content store (pull the image again)",
+    ]);
+    let problem = &driftd.containerd.image_problems()[0];
+    assert_eq!((&problem.name, &problem.digest), (&broken.name, &config));
+    assert_eq!(driftd.health.count(Failure::BaselineUnavailable), 1);
+
+    // Brought in again, it is recorded.
+    node.import(&broken);
+    assert_eq!(driftd.jobs(2)[1].layers, broken.layer_ids());
+    driftd.until_problems(&[]);
+}
+
+#[test]
+fn a_container_whose_image_is_gone_keeps_its_layers() {
+    let node = Node::started();
+    let image = TestImage::new("gone", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&image);
+    let id = unique("gone");
+    node.run(&image, &id);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    node.ctr(&["images", "remove", "--sync", &image.name]);
+    wait_for("the image is gone", || {
+        let removed = driftd.recorder.0.lock().unwrap().removed.clone();
+        if removed.contains(&image.name) { Ok(()) } else { Err(removed) }
+    });
+    // Whoever has seen the image remembers its diff IDs.
+    node.ctr(&["tasks", "pause", &id]);
+    let container = driftd.until_paused(&id);
+    assert_eq!(layer_ids(&container), image.layer_ids());
+    assert_eq!(container.image.manifest_digest, None);
+
+    // Whoever has not, knows the bottom layer and names the rest by its chain.
+    let mut later = Driftd::start(&node);
+    later.until_listed();
+    let listed = later.record(&id);
+    assert_eq!(layer_ids(&listed), [image.layer_ids()[0], LayerId::Chain(image.chain()[1])]);
+    assert_eq!(listed.rootfs, container.rootfs);
+    assert_eq!(listed.no_baseline, None);
+}
+
+#[test]
+fn what_a_dead_driftd_left_behind_is_cleared_away() {
+    // No process has a pid above the kernel's limit.
+    const STALE: &str = "driftd-view-4194999-0-0";
+    let node = Node::started();
+    node.ctr(&["leases", "create", "--id", STALE]);
+    node.ctr(&["leases", "create", "--id", "somebody-elses"]);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    wait_for("only the other lease is left", || {
+        let leases = node.lines(&["leases", "list", "--quiet"]);
+        if leases == ["somebody-elses"] { Ok(()) } else { Err(leases) }
+    });
+}
+
+#[test]
+fn a_tag_that_moved_on_does_not_rename_a_running_container() {
+    let node = Node::started();
+    let old = TestImage::new("moving", &[&[("version", "1")]]);
+    let new = TestImage::new("moving", &[&[("version", "2")]]);
+    node.import(&old);
+    let id = unique("moving");
+    node.run(&old, &id);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    assert_eq!(driftd.record(&id).image.manifest_digest, Some(old.manifest_digest()));
+    driftd.jobs(1);
+    node.import(&new);
+    assert_eq!(driftd.jobs(2)[1].layers, new.layer_ids());
+    node.ctr(&["tasks", "pause", &id]);
+    let after = driftd.until_paused(&id);
+    assert_eq!(after.image.manifest_digest, None);
+    assert_eq!(after.image.chain_id, old.chain().last().copied());
+    assert_eq!(layer_ids(&after), old.layer_ids());
+}
+
+#[test]
+fn an_image_that_is_unpacked_later_is_recorded_then() {
+    let node = Node::started();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let image = TestImage::new("later", &[&[("a", "1")], &[("b", "2")]]);
+    node.import_with(&image, &["--no-unpack"]);
+    driftd.until_problems(&["it is not unpacked yet; it will be recorded when it is"]);
+    let err = driftd.record_image(&image.name).unwrap_err();
+    assert!(matches!(err, Error::NotUnpacked { .. }), "{err:?}");
+
+    node.run(&image, &unique("later"));
+    assert_eq!(driftd.jobs(1)[0].layers, image.layer_ids());
+    assert_eq!(driftd.record_image(&image.name).unwrap(), image.chain()[1]);
+    let err = driftd.record_image("no/such:1").unwrap_err();
+    assert!(matches!(err, Error::UnknownImage { .. }), "{err:?}");
+    driftd.until_problems(&[]);
+    assert_eq!(driftd.health.losses(), []);
+}
+
+#[test]
+fn namespaces_that_come_later_are_followed_and_excluded_ones_are_not() {
+    let node = Node::started();
+    let mut driftd = Driftd::start_without(&node, &["hidden"]);
+    driftd.until_listed();
+    let image = TestImage::new("namespaces", &[&[("a", "1")]]);
+    let archive = node.path("namespaces.tar");
+    image.write(&archive);
+    let archive = archive.to_str().unwrap();
+    let (hidden, id) = (unique("hidden"), unique("other"));
+    for (namespace, id) in [("hidden", &hidden), ("other", &id)] {
+        let name = image.name.as_str();
+        node.ctr(&["--namespace", namespace, "images", "import", archive]);
+        let mut run = vec!["--namespace", namespace, "run", "--detach", "--null-io"];
+        run.extend([name, id, "/bin/busybox", "sleep", "600"]);
+        node.ctr(&run);
+    }
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!(&*container.id.namespace, "other");
+    let namespaces: Vec<String> =
+        driftd.jobs(1).into_iter().map(|submitted| submitted.namespace).collect();
+    assert_eq!(namespaces, ["other"]);
+    let of_hidden: Vec<&Change> = driftd
+        .seen
+        .iter()
+        .filter(|change| format!("{change:?}").contains(hidden.as_str()))
+        .collect();
+    assert_eq!(of_hidden, Vec::<&Change>::new());
+}
+
+#[test]
+fn a_snapshotter_without_layers_is_said_in_words() {
+    let node = Node::started();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let image = TestImage::new("native", &[&[("a", "1")], &[("b", "2")]]);
+    // containerd 2's own import knows one snapshotter only; a run unpacks it.
+    node.import_with(&image, &["--no-unpack"]);
+    let id = unique("native");
+    node.run_with(&image, &id, &["--snapshotter", "native"]);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!(container.rootfs, None);
+    assert_eq!(
+        container.no_baseline.as_deref(),
+        Some("snapshotter native is not supported yet: it keeps whole copies, not layers")
+    );
+    driftd.until_problems(&[
+        "snapshotter native is not supported yet: it keeps whole copies, not layers",
+    ]);
+}
+
+#[test]
+fn no_container_is_missed_however_it_meets_the_connection() {
+    const CONTAINERS: usize = 6;
+    const CONNECTIONS: u64 = 4;
+    let node = Node::started();
+    let image = TestImage::new("meets", &[&[]]);
+    node.import(&image);
+    let ids: Vec<String> =
+        (0..CONTAINERS).map(|number| unique(&format!("meets-{number}"))).collect();
+    std::thread::scope(|scope| {
+        scope.spawn(|| ids.iter().for_each(|id| node.run(&image, id)));
+        // Each begins at another moment of what happens meanwhile.
+        for number in 0..CONNECTIONS {
+            let (node, ids) = (&node, &ids);
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(170 * number));
+                let mut driftd = Driftd::start(node);
+                let mut running: BTreeMap<ContainerId, bool> = BTreeMap::new();
+                driftd.until("all containers run", |change| {
+                    match change {
+                        Change::Container(container) => {
+                            running.insert(container.id.clone(), container.task.is_some());
+                        }
+                        Change::TaskExited { container } => {
+                            running.insert(container.clone(), false);
+                        }
+                        Change::Listed { containers, .. } => {
+                            running.retain(|container, _| containers.contains(container));
+                        }
+                        Change::Connected { .. }
+                        | Change::Disconnected { .. }
+                        | Change::TaskCreated { .. }
+                        | Change::Removed { .. } => (),
+                    }
+                    ids.iter().all(|id| running.get(&default(id)) == Some(&true)).then_some(())
+                });
+            });
+        }
+    });
+}

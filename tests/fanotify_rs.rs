@@ -1,0 +1,87 @@
+//! Executable evidence for docs/adr/0003: why driftd does not read fanotify
+//! events with fanotify-rs 0.3.1. Its `read_event` closes the event's descriptor
+//! before it returns. The next event then gets the same number, and the kernel,
+//! which finds the event to answer by that number, finds the older one.
+//!
+//! When this fails, upstream is fixed: read the decision again.
+//!
+//! Needs root and a static busybox (`make setup`), and fails without.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use fanotify::high_level::{Event, Fanotify, FanotifyMode, FanotifyResponse};
+use fanotify::low_level::FAN_OPEN_EXEC_PERM;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Ends what this test started, whatever happens.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn program(dir: &Path, name: &str) -> PathBuf {
+    // busybox does what its name says, so it keeps its name.
+    fs::create_dir(dir.join(name)).unwrap();
+    let path = dir.join(name).join("busybox");
+    fs::copy("/bin/busybox", &path).expect("/bin/busybox is missing (try: make setup)");
+    path
+}
+
+/// Runs `program` from a shell that says how it went, so that nothing in this
+/// process waits for the exec.
+fn start(program: &Path) -> Running {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "\"$0\" true && exit 0; exit 1"]).arg(program);
+    Running(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+}
+
+fn next_event(group: &Fanotify) -> Event {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(event) = group.read_event().into_iter().next() {
+            return event;
+        }
+        assert!(Instant::now() < deadline, "no exec came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn fanotify_rs_gives_the_verdict_of_one_program_to_another() {
+    assert!(rustix::process::geteuid().is_root(), "fanotify needs root: run this as root");
+    let dir = tempfile::tempdir().unwrap();
+    let evil = program(dir.path(), "evil");
+    let good = program(dir.path(), "good");
+    let group = Fanotify::new_nonblocking(FanotifyMode::CONTENT).unwrap();
+    for path in [&evil, &good] {
+        group.add_path(FAN_OPEN_EXEC_PERM, path).unwrap();
+    }
+
+    // Two programs wait for their verdicts, the evil one first.
+    let mut evil_running = start(&evil);
+    let evil_event = next_event(&group);
+    let mut good_running = start(&good);
+    let good_event = next_event(&group);
+    assert_eq!(Path::new(&evil_event.path), evil);
+    assert_eq!(Path::new(&good_event.path), good);
+    assert_eq!(evil_event.fd, good_event.fd, "two open events share a number");
+
+    group.send_response(good_event.fd, FanotifyResponse::Allow);
+    group.send_response(evil_event.fd, FanotifyResponse::Deny);
+
+    let evil_ran = evil_running.0.wait().unwrap().success();
+    let good_ran = good_running.0.wait().unwrap().success();
+    assert_eq!(
+        (evil_ran, good_ran),
+        (true, false),
+        "fanotify-rs answered the right events: it can be considered again"
+    );
+}

@@ -1,0 +1,1034 @@
+//! The watchers against the real kernel: overlays mounted here, programs run in
+//! them, and what the gate, the change feed and the walks say of it.
+//!
+//! Needs root, fanotify and a static busybox (`make setup`), and fails without.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, bounded};
+use driftd::config;
+use driftd::health::{Failure, Health};
+use driftd::model::{
+    Blake3Hash, ContainerId, Content, Fact, FileState, FileType, Format, Observation, Process,
+    RootfsPath, Source, Unhashed,
+};
+use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
+use driftd::watch::{Command as Order, Report, Watch};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const BUSYBOX: &str = "/bin/busybox";
+
+/// An overlay with a small image, and a process that has it as its root.
+struct Container {
+    dir: tempfile::TempDir,
+    init: Option<Child>,
+    /// The process in it, which may be a descendant of `init`.
+    pid: u32,
+    id: ContainerId,
+    mounts: Vec<PathBuf>,
+}
+
+fn run<S: AsRef<OsStr> + std::fmt::Debug>(words: &[S]) {
+    let output = Command::new(&words[0])
+        .args(&words[1..])
+        .output()
+        .unwrap_or_else(|err| panic!("cannot run {words:?}: {err} (try: make setup)"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?} failed: {stderr}");
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+}
+
+impl Container {
+    fn start() -> Container {
+        Container::with(&[], "", false)
+    }
+
+    /// `launch` comes before the command that starts the container's init.
+    fn with(launch: &[&str], mount_options: &str, upper_on_tmpfs: bool) -> Container {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests mount overlays: run them as root"
+        );
+        assert!(Path::new(BUSYBOX).exists(), "{BUSYBOX} is missing (try: make setup)");
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let lower = at("lower");
+        for name in ["bin", "tmp", "etc", "mnt", "opt/tool"] {
+            fs::create_dir_all(lower.join(name)).unwrap();
+        }
+        fs::copy(BUSYBOX, lower.join("bin/busybox")).unwrap();
+        for applet in ["sh", "sleep", "cat", "mv", "rm", "chmod", "touch", "cp", "mkdir"] {
+            symlink("busybox", lower.join("bin").join(applet)).unwrap();
+        }
+        fs::copy(BUSYBOX, lower.join("bin/true")).unwrap();
+        fs::copy(BUSYBOX, lower.join("opt/tool/true")).unwrap();
+        fs::write(lower.join("opt/tool/readme"), "read me").unwrap();
+        fs::write(lower.join("etc/config"), "setting").unwrap();
+        // Times of files are as coarse as the kernel's clock tick; a real image
+        // is older than its containers by more than that.
+        std::thread::sleep(Duration::from_millis(30));
+        let id = ContainerId::new("test", dir.path().file_name().unwrap().to_str().unwrap());
+        let own = at("own");
+        fs::create_dir(&own).unwrap();
+        let mut mounts = Vec::new();
+        if upper_on_tmpfs {
+            run(&[
+                OsStr::new("mount"),
+                "-t".as_ref(),
+                "tmpfs".as_ref(),
+                "none".as_ref(),
+                own.as_ref(),
+            ]);
+            mounts.push(own);
+        }
+        for name in ["own/upper", "own/work", "merged"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        let mut options = OsString::from("lowerdir=");
+        options.push(&lower);
+        options.push(",upperdir=");
+        options.push(at("own/upper"));
+        options.push(",workdir=");
+        options.push(at("own/work"));
+        options.push(mount_options);
+        let merged = at("merged");
+        run(&[
+            OsStr::new("mount"),
+            "-t".as_ref(),
+            "overlay".as_ref(),
+            "overlay".as_ref(),
+            "-o".as_ref(),
+            &options,
+            merged.as_ref(),
+        ]);
+        mounts.insert(0, merged.clone());
+        let mut container = Container { dir, init: None, pid: 0, id, mounts };
+        let mut words: Vec<&OsStr> = launch.iter().map(OsStr::new).collect();
+        words.extend([OsStr::new("chroot"), merged.as_os_str()]);
+        words.extend(["/bin/sleep", "3600"].map(OsStr::new));
+        let init = Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).spawn().unwrap();
+        let child = init.id();
+        container.init = Some(init);
+        container.pid = wait_for("the container's init", || {
+            descendants(child).into_iter().find(|pid| {
+                fs::read(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|line| line == b"/bin/sleep\x003600\0")
+            })
+        });
+        container
+    }
+
+    fn merged(&self) -> PathBuf {
+        self.dir.path().join("merged")
+    }
+
+    fn upper(&self) -> PathBuf {
+        self.dir.path().join("own/upper")
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("chroot");
+        command.arg(self.merged()).args(words).stdin(Stdio::null());
+        command
+    }
+
+    #[track_caller]
+    fn shell(&self, script: &str) {
+        let output = self.command(&["/bin/sh", "-c", script]).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "`{script}` failed: {stderr}");
+    }
+
+    /// Adds a program to the container's own layer: busybox with something
+    /// behind it that the image does not hold.
+    fn drop_program(&self, path: &str) -> Blake3Hash {
+        let target = self.merged().join(path.trim_start_matches('/'));
+        let mut content = fs::read(BUSYBOX).unwrap();
+        content.extend(path.bytes());
+        fs::write(&target, &content).unwrap();
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o755)).unwrap();
+        Blake3Hash(*blake3::hash(&content).as_bytes())
+    }
+
+    fn kill_init(&mut self) {
+        if let Some(mut init) = self.init.take() {
+            if self.pid != 0 {
+                kill(self.pid);
+            }
+            let _ = init.kill();
+            let _ = init.wait();
+        }
+    }
+
+    /// Unmounts everything, and fails if something is busy.
+    fn unmount(&mut self) {
+        for mount in self.mounts.drain(..) {
+            run(&[OsStr::new("umount"), mount.as_ref()]);
+        }
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        self.kill_init();
+        for mount in &self.mounts {
+            let status = Command::new("umount").arg("-l").arg(mount).status();
+            if !status.is_ok_and(|status| status.success()) {
+                eprintln!("{} is left mounted", mount.display());
+            }
+        }
+    }
+}
+
+fn descendants(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut next = 0;
+    while let Some(pid) = all.get(next).copied() {
+        next += 1;
+        let children =
+            fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        all.extend(children.split_ascii_whitespace().map(|pid| pid.parse::<u32>().unwrap()));
+    }
+    all
+}
+
+/// A process with its children, which must not outlive the test.
+struct Family(Child);
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        for pid in descendants(self.0.id()) {
+            kill(pid);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+#[track_caller]
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn hash_of(path: impl AsRef<Path>) -> Blake3Hash {
+    Blake3Hash(*blake3::hash(&fs::read(path).unwrap()).as_bytes())
+}
+
+fn path(text: &str) -> RootfsPath {
+    RootfsPath::new(text).unwrap()
+}
+
+/// Walks only when asked for, or after an exec.
+fn settings() -> config::Watch {
+    config::Watch {
+        settle: Duration::from_millis(100),
+        sweep_interval: Duration::from_secs(3600),
+        max_hash_bytes: 64 << 20,
+    }
+}
+
+/// The watchers, and everything they have told.
+struct Node {
+    watch: Option<Watch>,
+    reports: Receiver<Report>,
+    told: Vec<Report>,
+    health: Arc<Health>,
+    next_ticket: u64,
+}
+
+impl Node {
+    fn start() -> Node {
+        Node::with_room_for(64 * 1024)
+    }
+
+    fn with_room_for(reports: usize) -> Node {
+        let (sender, reports) = bounded(reports);
+        let health = Arc::new(Health::default());
+        let watch = Watch::start(&settings(), sender, health.clone(), None)
+            .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
+        Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
+    }
+
+    fn order(&self, order: Order) {
+        self.watch.as_ref().unwrap().commands().send(order).unwrap();
+    }
+
+    /// Attaches, waits for the first walk, and forgets what was told so far.
+    fn attach(&mut self, container: &Container) -> bool {
+        let id = container.id.clone();
+        self.order(Order::Attach { container: id.clone(), pid: container.pid, rootfs: None });
+        let before_start = self.until("the container to be attached", |report| match report {
+            Report::Attached { container, before_start } if *container == id => Some(*before_start),
+            Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
+            _ => None,
+        });
+        self.until("the first walk", |report| match report {
+            Report::Scanned { container, complete: true, .. } if *container == id => Some(()),
+            _ => None,
+        });
+        self.told.clear();
+        before_start
+    }
+
+    /// Looks through what was told, and what is told from now on.
+    #[track_caller]
+    fn until<T>(&mut self, what: &str, mut look: impl FnMut(&Report) -> Option<T>) -> T {
+        if let Some(found) = self.told.iter().find_map(&mut look) {
+            return found;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let Ok(report) = self.reports.recv_deadline(deadline) else {
+                let told: Vec<String> = self.told.iter().map(summary).collect();
+                panic!("waited in vain for {what}; told: {told:#?}");
+            };
+            let found = look(&report);
+            self.told.push(report);
+            if let Some(found) = found {
+                return found;
+            }
+        }
+    }
+
+    #[track_caller]
+    fn until_observed<T>(
+        &mut self,
+        what: &str,
+        mut look: impl FnMut(&Observation) -> Option<T>,
+    ) -> T {
+        self.until(what, |report| match report {
+            Report::Observed(observation) => look(observation),
+            _ => None,
+        })
+    }
+
+    #[track_caller]
+    fn until_executed(&mut self, wanted: &RootfsPath) -> Executed {
+        self.until_observed(&format!("{wanted} to be executed"), |observation| {
+            match &observation.fact {
+                Fact::Executed { path, state, process, invoked_as, .. } if path == wanted => {
+                    Some(Executed {
+                        state: state.clone(),
+                        process: process.clone(),
+                        invoked_as: invoked_as.clone(),
+                    })
+                }
+                _ => None,
+            }
+        })
+    }
+
+    fn executed_paths(&self) -> Vec<String> {
+        self.told
+            .iter()
+            .filter_map(|report| match report {
+                Report::Observed(Observation { fact: Fact::Executed { path, .. }, .. }) => {
+                    Some(path.to_string())
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Orders a walk: what the upperdir holds, and what it hides.
+    #[track_caller]
+    fn walk(&mut self, container: &Container) -> Upper {
+        self.next_ticket += 1;
+        let ticket = Some(self.next_ticket);
+        self.order(Order::Scan { container: container.id.clone(), ticket });
+        let complete = self.until("the walk to end", |report| match report {
+            Report::Scanned { ticket: this, complete, .. } if *this == ticket => Some(*complete),
+            _ => None,
+        });
+        let mut upper = Upper { complete, ..Upper::default() };
+        for report in &self.told {
+            if let Report::ScanBatch { ticket: this, observations, .. } = report
+                && *this == ticket
+            {
+                observations.iter().for_each(|observation| upper.take(observation));
+            }
+        }
+        upper
+    }
+
+    /// Waits for walks without a ticket until one has found something.
+    #[track_caller]
+    fn unordered_walk(&mut self, id: &ContainerId) -> Upper {
+        let mut upper = Upper::default();
+        self.until("a walk", |report| match report {
+            Report::ScanBatch { container, ticket: None, observations } if container == id => {
+                observations.iter().for_each(|observation| upper.take(observation));
+                None
+            }
+            Report::Scanned { container, ticket: None, .. } if container == id => {
+                (!upper.present.is_empty()).then_some(())
+            }
+            _ => None,
+        });
+        upper
+    }
+
+    #[track_caller]
+    fn assert_no_loss(&self) {
+        assert_eq!(self.health.losses(), []);
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            watch.stop();
+        }
+    }
+}
+
+/// A report in a line. Without the processes: their ancestors are the machine's.
+fn summary(report: &Report) -> String {
+    let fact = |fact: &Fact| match fact {
+        Fact::Executed { path, invoked_as, .. } => format!("executed {path} as {invoked_as:?}"),
+        Fact::Present { path, state, lower, writer } => {
+            let (lower, writer) = (lower.is_some(), writer.is_some());
+            format!("present {path} {state:?} lower={lower} writer={writer}")
+        }
+        Fact::Absent { path } => format!("absent {path}"),
+        Fact::SessionOpened { process } => format!("session {:?}", process.argv),
+    };
+    match report {
+        Report::Observed(observation) => fact(&observation.fact),
+        Report::ScanBatch { ticket, observations, .. } => {
+            let facts: Vec<String> = observations.iter().map(|seen| fact(&seen.fact)).collect();
+            format!("batch {ticket:?} {facts:?}")
+        }
+        Report::Attached { .. }
+        | Report::NotAttached { .. }
+        | Report::Scanned { .. }
+        | Report::Lost { .. } => format!("{report:?}"),
+    }
+}
+
+struct Executed {
+    state: FileState,
+    process: Arc<Process>,
+    invoked_as: Option<String>,
+}
+
+/// What a walk told.
+#[derive(Default)]
+struct Upper {
+    present: BTreeMap<RootfsPath, FileState>,
+    absent: BTreeSet<String>,
+    same_as_image: Vec<String>,
+    complete: bool,
+}
+
+impl Upper {
+    fn take(&mut self, observation: &Observation) {
+        match &observation.fact {
+            Fact::Present { path, state, lower, .. } => {
+                if lower.is_some_and(|lower| Some(lower.blake3) == state.blake3()) {
+                    self.same_as_image.push(path.to_string());
+                    self.same_as_image.sort();
+                }
+                self.present.insert(path.clone(), state.clone());
+            }
+            Fact::Absent { path } => {
+                self.absent.insert(path.to_string());
+            }
+            other @ (Fact::Executed { .. } | Fact::SessionOpened { .. }) => {
+                panic!("a walk told {other:?}")
+            }
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.present.keys().map(ToString::to_string).collect()
+    }
+
+    fn hidden(&self) -> Vec<&str> {
+        self.absent.iter().map(String::as_str).collect()
+    }
+
+    #[track_caller]
+    fn get(&self, wanted: &str) -> &FileState {
+        self.present.get(&path(wanted)).unwrap_or_else(|| panic!("no {wanted}: {:?}", self.names()))
+    }
+}
+
+#[test]
+fn a_dropped_program_is_seen_with_its_path_and_hash_and_the_image_is_silent() {
+    let container = Container::start();
+    let mut node = Node::start();
+    assert!(!node.attach(&container), "its entry point has long been running");
+    let blake3 = container.drop_program("/tmp/true");
+    container.shell("/bin/true; /bin/cat /etc/config; /tmp/true an argument; /bin/true");
+    let Executed { state, process, invoked_as } = node.until_executed(&path("/tmp/true"));
+    assert_eq!(state.blake3(), Some(blake3));
+    assert_eq!((state.format, state.mode, state.deleted), (Format::Elf, 0o755, false));
+    assert_eq!((invoked_as, process.uid), (None, Some(0)));
+    // The shell is outside already, being in the host's mount namespace.
+    assert_eq!(process.ancestors.len(), 1);
+    let blake3 = container.drop_program("/tmp/sleep");
+    container.shell("/tmp/sleep 0");
+    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
+    assert_eq!(node.executed_paths(), ["/tmp/true", "/tmp/sleep"], "the image's own are silent");
+    node.assert_no_loss();
+}
+
+#[test]
+fn the_arguments_told_are_the_new_programs_and_not_its_callers() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/busybox");
+    for name in ["sh", "sleep"] {
+        symlink("busybox", container.merged().join("tmp").join(name)).unwrap();
+    }
+    // The caller is the same file: only the arguments differ.
+    let child = container.command(&["/tmp/sh", "-c", "exec /tmp/sleep 30"]).spawn().unwrap();
+    let child = Family(child);
+    let (process, invoked_as) =
+        node.until_observed("the second program", |observation| match &observation.fact {
+            Fact::Executed { process, invoked_as, .. }
+                if invoked_as.as_deref() == Some("/tmp/sleep") =>
+            {
+                Some((process.clone(), invoked_as.clone()))
+            }
+            _ => None,
+        });
+    assert_eq!(process.argv, Some(vec!["/tmp/sleep".into(), "30".into()]));
+    assert!(process.exe.as_deref().is_some_and(|exe| exe.ends_with("/tmp/busybox")));
+    assert_eq!(process.identity.pid, child.0.id());
+    assert_eq!(invoked_as.as_deref(), Some("/tmp/sleep"));
+    assert_eq!(node.executed_paths(), ["/tmp/busybox", "/tmp/busybox"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_script_is_told_by_its_own_path_and_with_its_interpreters_arguments() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    let script = container.merged().join("tmp/script");
+    fs::write(&script, "#!/bin/sh\nexec /bin/sleep 30\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let _child = Family(container.command(&["/tmp/script", "now"]).spawn().unwrap());
+    let executed = node.until_executed(&path("/tmp/script"));
+    assert_eq!(executed.state.format, Format::Script);
+    assert_eq!(executed.state.blake3(), Some(hash_of(&script)));
+    assert_eq!(node.executed_paths(), ["/tmp/script"]);
+}
+
+#[test]
+fn a_thousand_executions_are_a_thousand_observations() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    let blake3 = container.drop_program("/tmp/true");
+    container.shell("i=0; while [ $i -lt 1000 ]; do /tmp/true; i=$((i+1)); done");
+    let mut executed = 0;
+    node.until_observed("a thousand executions", |observation| match &observation.fact {
+        Fact::Executed { path, state, .. } => {
+            assert_eq!((path.to_string().as_str(), state.blake3()), ("/tmp/true", Some(blake3)));
+            executed += 1;
+            (executed == 1000).then_some(())
+        }
+        _ => None,
+    });
+    node.assert_no_loss();
+    assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
+}
+
+#[test]
+fn what_changes_no_content_is_present_with_the_images_content() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell(
+        "chmod 700 /bin/true; touch /bin/busybox; exec 3<>/opt/tool/true; exec 3>&-; \
+         cp /etc/config /tmp/config; cat /tmp/config > /etc/config",
+    );
+    let upper = node.walk(&container);
+    assert_eq!(
+        upper.names(),
+        ["/bin/busybox", "/bin/true", "/etc/config", "/opt/tool/true", "/tmp/config"]
+    );
+    assert_eq!(upper.same_as_image, ["/bin/busybox", "/bin/true", "/opt/tool/true"]);
+    assert_eq!(upper.get("/bin/true").mode, 0o700);
+    assert_eq!(upper.get("/tmp/config").content, Content::Unhashed(Unhashed::NotAProgram));
+    assert!(upper.complete && upper.absent.is_empty());
+    let again = node.walk(&container);
+    assert_eq!(again.present, upper.present);
+    node.assert_no_loss();
+}
+
+#[test]
+fn what_the_overlay_hides_is_absent() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell(
+        "mv /bin/true /tmp/moved; rm -r /opt/tool; mkdir /opt/tool; \
+         cat /bin/busybox > /opt/tool/new; rm /etc/config; mkdir /etc/config",
+    );
+    let upper = node.walk(&container);
+    assert_eq!(upper.names(), ["/opt/tool/new", "/tmp/moved"]);
+    assert_eq!(upper.hidden(), ["/bin/true", "/etc/config", "/opt/tool/readme", "/opt/tool/true"]);
+    assert_eq!(upper.get("/tmp/moved").blake3(), Some(hash_of(BUSYBOX)));
+    assert!(upper.complete);
+    node.assert_no_loss();
+}
+
+#[test]
+fn hostile_files_neither_hang_nor_mislead_a_walk() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("chmod 755 /tmp");
+    let tmp = container.upper().join("tmp");
+    nix::unistd::mkfifo(&tmp.join("ls"), nix::sys::stat::Mode::from_bits_truncate(0o755)).unwrap();
+    symlink("/", tmp.join("root")).unwrap();
+    symlink("root", tmp.join("loop")).unwrap();
+    let sparse = fs::File::create(tmp.join("sparse")).unwrap();
+    sparse.set_len(10 << 30).unwrap();
+    sparse.set_permissions(fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(tmp.join(OsStr::from_bytes(b"\xff\x1b[2J")), "\x7fELF").unwrap();
+    let upper = node.walk(&container);
+    assert_eq!(
+        upper.names(),
+        ["/tmp/loop", "/tmp/ls", "/tmp/root", "/tmp/sparse", "/tmp/\\xff\\u{1b}[2J"]
+    );
+    assert_eq!(upper.get("/tmp/ls").file_type, FileType::Fifo);
+    assert_eq!(upper.get("/tmp/root").file_type, FileType::Symlink);
+    assert_eq!(upper.get("/tmp/sparse").content, Content::Unhashed(Unhashed::Size));
+    assert!(upper.complete);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_name_that_is_not_utf8_is_executed_and_told_whole() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    let name = OsStr::from_bytes(b"/tmp/ev\xffil (deleted)");
+    fs::copy(BUSYBOX, container.merged().join(OsStr::from_bytes(&name.as_bytes()[1..]))).unwrap();
+    // busybox knows no such applet, but it has been executed by then.
+    container.command(&[]).arg(name).output().unwrap();
+    let executed = node.until_executed(&RootfsPath::new(name.as_bytes()).unwrap());
+    assert!(!executed.state.deleted);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_deleted_program_is_told_as_deleted() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    let blake3 = container.drop_program("/tmp/program");
+    let name = container.merged().join("tmp/program");
+    let file = fs::File::open(&name).unwrap();
+    fs::remove_file(&name).unwrap();
+    let open = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    Command::new(open).output().unwrap();
+    let executed = node.until_executed(&path("/tmp/program"));
+    assert_eq!((executed.state.deleted, executed.state.blake3()), (true, Some(blake3)));
+}
+
+#[test]
+fn a_program_reached_through_a_bind_mount_is_told_by_its_own_path() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    let script = "mount --bind \"$0/tmp\" \"$0/mnt\" && chroot \"$0\" /mnt/true; sleep 1";
+    run(&[
+        OsStr::new("unshare"),
+        "--mount".as_ref(),
+        "sh".as_ref(),
+        "-c".as_ref(),
+        script.as_ref(),
+        container.merged().as_ref(),
+    ]);
+    let told = node.until_observed("the program", |observation| match &observation.fact {
+        Fact::Executed { path, .. } => Some(path.to_string()),
+        _ => None,
+    });
+    assert_eq!(told, "/tmp/true");
+}
+
+#[test]
+fn a_written_program_is_told_when_it_has_settled_and_by_whom() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("cat /bin/busybox > /tmp/program");
+    let (state, source) =
+        node.until_observed("the written program", |observation| match &observation.fact {
+            Fact::Present { path, state, .. } if path.to_string() == "/tmp/program" => {
+                Some((state.clone(), observation.source))
+            }
+            _ => None,
+        });
+    assert_eq!((state.blake3(), source), (Some(hash_of(BUSYBOX)), Source::Change));
+
+    // The shell itself writes here, and lives on.
+    let script = "echo '#!/bin/sh' > /tmp/script; /bin/sleep 30; true";
+    let child = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
+    let writer = node.until_observed("the written script", |observation| match &observation.fact {
+        Fact::Present { path, writer, .. } if path.to_string() == "/tmp/script" => {
+            Some(writer.clone())
+        }
+        _ => None,
+    });
+    assert_eq!(writer.map(|writer| writer.identity.pid), Some(child.0.id()));
+    node.assert_no_loss();
+}
+
+#[test]
+fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell(
+        "echo data > /tmp/log; echo broken > /bin/true; echo '#!' > /tmp/gone; rm /tmp/gone",
+    );
+    let mut present = BTreeMap::new();
+    let mut absent = BTreeSet::new();
+    node.until_observed("both changes", |observation| {
+        match &observation.fact {
+            Fact::Present { path, state, lower, .. } => {
+                present.insert(path.to_string(), (state.format, lower.is_some()));
+            }
+            Fact::Absent { path } => {
+                absent.insert(path.to_string());
+            }
+            Fact::Executed { .. } | Fact::SessionOpened { .. } => (),
+        }
+        (present.len() + absent.len() >= 2).then_some(())
+    });
+    assert_eq!(present, BTreeMap::from([("/bin/true".to_owned(), (Format::Data, true))]));
+    assert_eq!(absent, BTreeSet::from(["/tmp/gone".to_owned()]));
+    assert_eq!(node.health.data_writes.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_metadata_only_copy_is_hashed_through_the_merged_view() {
+    let container = Container::with(&[], ",metacopy=on", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("chmod 700 /bin/true");
+    let raw = fs::metadata(container.upper().join("bin/true")).unwrap();
+    let stored = raw.blocks() * 512;
+    assert!(stored < raw.size(), "the kernel copied the content, so this would prove nothing");
+    let upper = node.walk(&container);
+    assert_eq!(upper.same_as_image, ["/bin/true"]);
+    assert_eq!(upper.get("/bin/true").mode, 0o700);
+    node.assert_no_loss();
+}
+
+#[test]
+fn layers_on_two_filesystems_are_recognised_by_their_mount() {
+    let container = Container::with(&[], "", true);
+    let mut node = Node::start();
+    node.attach(&container);
+    let blake3 = container.drop_program("/tmp/true");
+    container.shell("/bin/true; /tmp/true");
+    assert_eq!(node.until_executed(&path("/tmp/true")).state.blake3(), Some(blake3));
+    assert_eq!(node.executed_paths(), ["/tmp/true"]);
+    assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
+}
+
+#[test]
+fn sessions_are_told_once_and_before_what_they_do() {
+    let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
+    let pid = container.pid.to_string();
+    let merged = container.merged();
+    let enter = |words: &[&str]| {
+        let mut command = Command::new("nsenter");
+        command.args(["--pid", "--target", &pid, "chroot"]).arg(&merged).args(words);
+        Family(command.stdin(Stdio::null()).spawn().unwrap())
+    };
+    let told = |observation: &Observation| match &observation.fact {
+        Fact::SessionOpened { process } => Some((observation.source, process.clone())),
+        _ => None,
+    };
+    // A session that was open before driftd came.
+    let early = enter(&["/bin/sleep", "3601"]);
+    let early_pid = wait_for("the early session", || {
+        descendants(early.0.id()).into_iter().find(|pid| {
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line == b"/bin/sleep\x003601\0")
+        })
+    });
+    let mut node = Node::start();
+    let id = container.id.clone();
+    node.order(Order::Attach { container: id, pid: container.pid, rootfs: None });
+    let (source, process) = node.until_observed("the early session", told);
+    assert_eq!((source, process.identity.pid), (Source::Scan, early_pid));
+    node.told.clear();
+
+    container.drop_program("/tmp/busybox");
+    symlink("busybox", container.merged().join("tmp/sh")).unwrap();
+    let late = enter(&["/tmp/sh", "-c", "/bin/true; /tmp/sh -c /bin/true; exec /bin/sleep 3602"]);
+    let mut executions = 0;
+    node.until_observed("its two programs", |observation| {
+        executions += usize::from(matches!(observation.fact, Fact::Executed { .. }));
+        (executions == 2).then_some(())
+    });
+    let order: Vec<&str> = node
+        .told
+        .iter()
+        .filter_map(|report| match report {
+            Report::Observed(Observation { fact: Fact::SessionOpened { .. }, .. }) => {
+                Some("session")
+            }
+            Report::Observed(Observation { fact: Fact::Executed { .. }, .. }) => Some("executed"),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(order, ["session", "executed", "executed"]);
+    let (source, process) = node.until_observed("the late session", told);
+    assert_eq!((source, process.tty.as_deref()), (Source::Gate, None));
+    assert_eq!(process.ancestors.last().map(|last| last.identity.pid), Some(late.0.id()));
+}
+
+#[test]
+fn a_runtimes_init_is_a_session_by_its_name() {
+    let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
+    // What runc calls itself until it becomes the session's command.
+    let runtime = container.dir.path().join("runc:[2:INIT]");
+    fs::copy(BUSYBOX, &runtime).unwrap();
+    let mut node = Node::start();
+    node.attach(&container);
+    let mut command = Command::new(runtime);
+    command.arg0("chroot").arg(container.merged()).args(["/bin/sleep", "3600"]);
+    let child = Family(command.stdin(Stdio::null()).spawn().unwrap());
+    let process = node.until_observed("the session", |observation| match &observation.fact {
+        Fact::SessionOpened { process } => Some(process.clone()),
+        _ => None,
+    });
+    assert_eq!(process.identity.pid, child.0.id());
+    assert_eq!(process.argv, Some(vec!["/bin/sleep".into(), "3600".into()]));
+}
+
+#[test]
+fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
+    let mut container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    container.shell("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    node.unordered_walk(&container.id);
+    node.told.clear();
+    container.kill_init();
+    container.unmount();
+    node.order(Order::Detach { container: container.id.clone() });
+    assert_eq!(node.unordered_walk(&container.id).names(), ["/tmp/true"]);
+    let complete = wait_for("the container to be forgotten", || {
+        (!node.walk(&container).complete).then_some(false)
+    });
+    assert!(!complete);
+    node.assert_no_loss();
+}
+
+#[test]
+fn what_is_no_container_is_not_attached_and_the_reason_is_told() {
+    let mut node = Node::start();
+    let mut refusal = |pid| {
+        let id = ContainerId::new("test", "none");
+        node.order(Order::Attach { container: id, pid, rootfs: None });
+        let reason = node.until("the refusal", |report| match report {
+            Report::NotAttached { reason, .. } => Some(reason.clone()),
+            _ => None,
+        });
+        node.told.clear();
+        reason
+    };
+    let reason = refusal(std::process::id());
+    assert!(reason.contains("not an overlay") || reason.contains("the host's own"), "{reason}");
+    assert_eq!(refusal(0), "its init process 0 is gone");
+}
+
+#[test]
+fn a_flood_is_a_named_loss_and_ends_in_a_walk() {
+    let container = Container::start();
+    let mut node = Node::with_room_for(8);
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    // Nobody reads the reports meanwhile.
+    container.shell("i=0; while [ $i -lt 50 ]; do /tmp/true; i=$((i+1)); done");
+    wait_for("the loss to be counted", || {
+        (node.health.count(Failure::PipelineFull) > 0).then_some(())
+    });
+    assert_eq!(node.unordered_walk(&container.id).names(), ["/tmp/true"]);
+}
+
+/// An exec that waits at a gate that nobody reads.
+fn blocked_exec(container: &Container, gate: &Group) -> Child {
+    let root = fs::File::open(container.merged()).unwrap();
+    gate.mark_filesystem(root.as_fd(), libc::FAN_OPEN_EXEC_PERM).unwrap();
+    let mut child = container.command(&["/bin/true"]).stderr(Stdio::null()).spawn().unwrap();
+    let mut fds = [rustix::event::PollFd::new(gate, rustix::event::PollFlags::IN)];
+    let timeout = rustix::event::Timespec { tv_sec: 30, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut fds, Some(&timeout)), Ok(1), "no exec came");
+    assert_eq!(child.try_wait().unwrap(), None, "it did not wait");
+    child
+}
+
+#[test]
+fn an_exec_that_waits_goes_on_when_the_gate_is_gone() {
+    let container = Container::start();
+    let gate = Group::gate().unwrap();
+    let mut child = blocked_exec(&container, &gate);
+    drop(gate);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_question_that_is_dropped_is_answered_with_allow() {
+    let container = Container::start();
+    let gate = Group::gate().unwrap();
+    let mut child = blocked_exec(&container, &gate);
+    let incoming = gate.read(&mut Buffer::new(), 4096).unwrap();
+    assert!(matches!(incoming[..], [Incoming::Permission(_)]), "{incoming:?}");
+    drop(incoming);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn deny_is_answered_to_the_program_it_is_meant_for() {
+    let container = Container::start();
+    let gate = Group::gate().unwrap();
+    let mut child = blocked_exec(&container, &gate);
+    for incoming in gate.read(&mut Buffer::new(), 4096).unwrap() {
+        let Incoming::Permission(permission) = incoming else { panic!("{incoming:?}") };
+        assert_eq!(permission.event().pid, child.id());
+        let (event, answered) = permission.answer(Answer::Deny);
+        answered.unwrap();
+        assert_eq!(event.pidfd.is_some(), gate.reports_pidfd);
+    }
+    assert!(!child.wait().unwrap().success());
+}
+
+#[test]
+fn what_the_kernel_offers_is_probed() {
+    assert_eq!(fanotify::probe().unwrap().pidfd, Group::gate().unwrap().reports_pidfd);
+}
+
+#[test]
+fn a_full_queue_is_an_overflow_and_not_an_event() {
+    use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
+    let container = Container::start();
+    // The feed's own queue has no limit, so this is a group that has one.
+    let group = Fanotify::init(
+        InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK,
+        EventFFlags::O_RDONLY | EventFFlags::O_CLOEXEC,
+    )
+    .unwrap();
+    group
+        .mark(
+            MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_FILESYSTEM,
+            MaskFlags::FAN_CLOSE_WRITE,
+            nix::fcntl::AT_FDCWD,
+            Some(&container.merged()),
+        )
+        .unwrap();
+    let limit: usize = fs::read_to_string("/proc/sys/fs/fanotify/max_queued_events")
+        .map_or(16384, |text| text.trim().parse().unwrap());
+    // A file each, because the kernel merges equal events.
+    for number in 0..limit + 10 {
+        fs::File::create(container.merged().join(format!("tmp/{number}"))).unwrap();
+    }
+    let mut decoded = Vec::new();
+    let mut bytes = vec![0; 4096];
+    while let Ok(read) = rustix::io::read(&group, &mut bytes[..]) {
+        let (events, outcome) =
+            fanotify::decode(&bytes[..read], |fd| nix::unistd::close(fd).unwrap());
+        outcome.unwrap();
+        decoded.extend(events);
+    }
+    let overflows = decoded.iter().filter(|event| **event == Decoded::Overflow).count();
+    assert_eq!((overflows, decoded.len()), (1, limit + 1));
+}
+
+#[test]
+fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
+    let container = Container::start();
+    // What runc's init is called while it waits to become the entry point.
+    let init = container.merged().join("tmp/runc:[2:INIT]");
+    fs::write(&init, "#!/bin/sh\nread line\nexec /tmp/sleep 3600\n").unwrap();
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut init = container.command(&["/tmp/runc:[2:INIT]"]);
+    let mut init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
+    let pid = init.0.id();
+    wait_for("the init", || {
+        let comm = fs::read(format!("/proc/{pid}/comm")).unwrap();
+        (comm == b"runc:[2:INIT]\n").then_some(())
+    });
+    let blake3 = container.drop_program("/tmp/sleep");
+    let mut node = Node::start();
+    node.order(Order::Attach { container: container.id.clone(), pid, rootfs: None });
+    let before_start = node.until("the container to be attached", |report| match report {
+        Report::Attached { before_start, .. } => Some(*before_start),
+        _ => None,
+    });
+    assert!(before_start);
+    init.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
+    let walk = node.unordered_walk(&container.id);
+    assert_eq!(walk.names(), ["/tmp/runc:[2:INIT]", "/tmp/sleep"]);
+    let sessions = node.told.iter().filter(|report| summary(report).starts_with("session"));
+    assert_eq!(sessions.count(), 0, "init is no session");
+    node.assert_no_loss();
+}
+
+#[test]
+fn what_waits_at_the_gate_goes_on_when_the_watchers_stop() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    let script = "i=0; while [ $i -lt 300 ]; do /bin/true || exit 1; i=$((i+1)); done";
+    let mut busy = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
+    wait_for("the gate to be busy", || {
+        (node.health.gate_answers.load(Ordering::Relaxed) > 20).then_some(())
+    });
+    node.watch.take().unwrap().stop();
+    assert!(busy.0.wait().unwrap().success());
+}
+
+#[test]
+fn the_gate_beats_while_nothing_happens() {
+    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+    let (reader, writer) = nix::unistd::pipe2(flags).unwrap();
+    let (sender, _reports) = bounded(8);
+    let watch =
+        Watch::start(&settings(), sender, Arc::new(Health::default()), Some(writer)).unwrap();
+    let mut beats = 0;
+    wait_for("three beats", || {
+        beats += rustix::io::read(&reader, &mut [0; 64]).unwrap_or(0);
+        (beats >= 3).then_some(())
+    });
+    watch.stop();
+}
