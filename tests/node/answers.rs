@@ -289,7 +289,7 @@ fn kill_on_request(node: &Node) -> anyhow::Result<()> {
     assert_eq!(output.status.code(), Some(0), "{}", talk(&output));
     wait_for("the container to end", || Ok((!is_running(node, &container.id)?).then_some(())))?;
 
-    let responses = recorded_responses(node, &container.id)?;
+    let responses = recorded_responses(node, &container.id, 1)?;
     let [kill] = &responses[..] else { anyhow::bail!("not one response: {responses:#?}") };
     assert_eq!(kill["reason"], "seen in a test", "{kill:#}");
     assert_eq!(kill["outcome"]["action"], "kill", "{kill:#}");
@@ -297,9 +297,9 @@ fn kill_on_request(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The responses to a container in the history, oldest first, as whoever opens
-/// the file with `sqlite3` reads them.
-fn recorded_responses(node: &Node, id: &str) -> anyhow::Result<Vec<Value>> {
+/// The `expected` number of responses to a container in the history, oldest first,
+/// as whoever opens the file with `sqlite3` reads them.
+fn recorded_responses(node: &Node, id: &str, expected: usize) -> anyhow::Result<Vec<Value>> {
     let history = rusqlite::Connection::open_with_flags(
         node.path("driftd/history.db"),
         rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
@@ -307,8 +307,12 @@ fn recorded_responses(node: &Node, id: &str) -> anyhow::Result<Vec<Value>> {
     let mut query = history.prepare(
         "SELECT json FROM record WHERE type = 'response' AND container = ?1 ORDER BY seq",
     )?;
-    let rows = query.query_map([id], |row| row.get::<_, String>(0))?;
-    rows.map(|row| Ok(serde_json::from_str(&row?)?)).collect()
+    wait_for("the responses to be recorded", || {
+        let rows = query.query_map([id], |row| row.get::<_, String>(0))?;
+        let responses: Vec<Value> =
+            rows.map(|row| Ok(serde_json::from_str(&row?)?)).collect::<anyhow::Result<_>>()?;
+        Ok((responses.len() >= expected).then_some(responses))
+    })
 }
 
 fn pause_and_resume(node: &Node) -> anyhow::Result<()> {
@@ -324,7 +328,7 @@ fn pause_and_resume(node: &Node) -> anyhow::Result<()> {
     ensure!(state_in(&listed, &container.id) == Some("PAUSED"), "{listed}");
     respond("resume")?;
     running.finish(crate::node::DEADLINE)?;
-    let responses = recorded_responses(node, &container.id)?;
+    let responses = recorded_responses(node, &container.id, 2)?;
     let actions: Vec<&Value> =
         responses.iter().map(|response| &response["outcome"]["action"]).collect();
     assert_eq!(actions, ["pause", "resume"], "{responses:#?}");
