@@ -15,7 +15,7 @@ mod trouble;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [drift::trials(), ordinary::trials(), answers::trials(), trouble::trials()];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
-    tear_down();
+    drop(tear_down());
     conclusion.exit_code()
 }
 
@@ -106,10 +106,15 @@ fn run(
     }
 }
 
-fn tear_down() {
-    lock(&SHARED).take();
+/// Whoever is second waits: an interrupted run ends when it is torn down.
+static TEARING_DOWN: Mutex<()> = Mutex::new(());
+
+fn tear_down() -> MutexGuard<'static, ()> {
+    let guard = lock(&TEARING_DOWN);
     node::tear_down_everything();
+    lock(&SHARED).take();
     node::remove_bench();
+    guard
 }
 
 /// Ctrl-C leaves nothing behind either.
@@ -128,7 +133,7 @@ fn tear_down_when_interrupted() {
                 _ = interrupt.recv() => (),
                 _ = terminate.recv() => (),
             }
-            tear_down();
+            let _guard = tear_down();
             std::process::exit(130);
         });
     });

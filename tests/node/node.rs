@@ -3,20 +3,22 @@
 //! started, by pid, and removes what it made.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use driftd::model::finding::hex;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
 use crate::image::{self, Digests, Layer};
 use crate::programs::{self, Payload, WORKBENCH, find};
@@ -50,7 +52,7 @@ pub(crate) fn bench() -> anyhow::Result<&'static Bench> {
 /// A static is never dropped, so its directory is removed by hand.
 pub(crate) fn remove_bench() {
     if let Some(Ok(bench)) = BENCH.get() {
-        let _ = fs::remove_dir_all(bench.scratch.path());
+        remove(bench.scratch.path());
     }
 }
 
@@ -84,13 +86,15 @@ fn scratch_directory(prefix: &str) -> anyhow::Result<tempfile::TempDir> {
 /// Every node there is, for a run that is interrupted.
 static NODES: Mutex<Vec<Weak<Node>>> = Mutex::new(Vec::new());
 static STARTED: AtomicU32 = AtomicU32::new(0);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Ends everything that any test has started.
+/// Ends everything that any test has started, and lets nothing start any more.
 pub(crate) fn tear_down_everything() {
+    INTERRUPTED.store(true, Ordering::SeqCst);
     let nodes = std::mem::take(&mut *lock(&NODES));
     for node in nodes.iter().filter_map(Weak::upgrade) {
         node.tear_down();
-        let _ = fs::remove_dir_all(node.directory.path());
+        remove(node.directory.path());
     }
 }
 
@@ -104,6 +108,8 @@ pub(crate) struct Node {
     pub(crate) namespace: String,
     containers: Mutex<Vec<String>>,
     next: AtomicU32,
+    /// Torn down: nothing may be started any more.
+    ended: AtomicBool,
 }
 
 impl Node {
@@ -129,8 +135,12 @@ impl Node {
             ),
             containers: Mutex::new(Vec::new()),
             next: AtomicU32::new(1),
+            ended: AtomicBool::new(false),
         });
-        lock(&NODES).push(Arc::downgrade(&node));
+        let mut nodes = lock(&NODES);
+        ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
+        nodes.push(Arc::downgrade(&node));
+        drop(nodes);
         node.write_settings("")?;
         node.start_containerd()?;
         node.import(&bench.workbench)?;
@@ -167,6 +177,8 @@ disabled_plugins = [
             ),
         )?;
         let log = append_to(&self.path("containerd.log"))?;
+        let mut containerd = lock(&self.containerd);
+        ensure!(!self.ended.load(Ordering::SeqCst), "interrupted");
         let child = Command::new(find("containerd")?)
             .arg("--config")
             .arg(&config)
@@ -175,7 +187,8 @@ disabled_plugins = [
             .stderr(log)
             .spawn()
             .context("cannot start containerd")?;
-        *lock(&self.containerd) = Some(child);
+        *containerd = Some(child);
+        drop(containerd);
         wait_for("containerd to answer", || {
             let output = self.ctr_command(&["version"])?.output()?;
             Ok(output.status.success().then_some(()))
@@ -191,6 +204,7 @@ disabled_plugins = [
     }
 
     fn ctr_command(&self, arguments: &[&str]) -> anyhow::Result<Command> {
+        ensure!(lock(&self.containerd).is_some(), "containerd is not running");
         let mut command = Command::new(find("ctr")?);
         command
             .arg("--address")
@@ -243,6 +257,8 @@ sweep_interval = "1h"
     /// Starts driftd and waits until it answers.
     pub(crate) fn start_driftd(&self) -> anyhow::Result<()> {
         let log = append_to(&self.path("driftd.log"))?;
+        let mut driftd = lock(&self.driftd);
+        ensure!(!self.ended.load(Ordering::SeqCst), "interrupted");
         let child = Command::new(env!("CARGO_BIN_EXE_driftd"))
             .arg("run")
             .arg("--config")
@@ -252,7 +268,8 @@ sweep_interval = "1h"
             .stderr(log)
             .spawn()
             .context("cannot start driftd")?;
-        *lock(&self.driftd) = Some(child);
+        *driftd = Some(child);
+        drop(driftd);
         wait_for("driftd to answer", || {
             if let Some(status) = lock(&self.driftd).as_mut().and_then(|c| c.try_wait().transpose())
             {
@@ -371,7 +388,9 @@ sweep_interval = "1h"
                     ( . /.control/command.$n ) </dev/null >/.control/output.$n 2>&1; \
                     echo \"$n $?\" >&9; done";
         let mount = format!("type=bind,src={},dst=/.control,options=rbind:rw", control.display());
-        self.ctr(&["run", "-d", "--mount", &mount, image, &id, "/bin/sh", "-c", init])?;
+        let fifo = self.path("fifo");
+        let options = ["run", "-d", "--fifo-dir", &fifo.to_string_lossy(), "--mount", &mount];
+        self.ctr(&[&options[..], &[image, &id, "/bin/sh", "-c", init]].concat())?;
         Ok(Container { node: self, id, control, commands, done, next: AtomicU32::new(1) })
     }
 
@@ -389,37 +408,45 @@ sweep_interval = "1h"
 
     /// Ends and removes everything. What is gone already is no error.
     fn tear_down(&self) {
-        for id in std::mem::take(&mut *lock(&self.containers)) {
+        self.ended.store(true, Ordering::SeqCst);
+        let containers = std::mem::take(&mut *lock(&self.containers));
+        for id in &containers {
             let quietly = |arguments: &[&str]| {
                 let done = self.ctr_command(arguments).and_then(|mut command| {
                     Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).status()?)
                 });
                 done.is_ok_and(|status| status.success())
             };
-            quietly(&["task", "resume", &id]);
-            quietly(&["task", "rm", "--force", &id]);
-            quietly(&["container", "rm", &id]);
+            quietly(&["task", "resume", id]);
+            quietly(&["task", "rm", "--force", id]);
+            quietly(&["container", "rm", id]);
         }
         for child in [&self.driftd, &self.containerd] {
             if let Some(mut child) = lock(child).take() {
                 end(&mut child);
             }
         }
-        // A shim outlives its containerd; it names our socket or directory.
-        for shim in processes_naming(self.directory.path()) {
-            let _ = kill(shim, Signal::SIGKILL);
+        // A shim outlives its containerd.
+        for left in processes_naming(self.directory.path()) {
+            let _ = kill(left, Signal::SIGKILL);
         }
+        end_cgroups(&self.namespace);
         self.unmount_leftovers();
-        remove_cgroups(&self.namespace);
-        // Made by runc and ctr for this namespace; what others use is not empty.
-        for directory in [
-            format!("/run/containerd/runc/{}", self.namespace),
-            "/run/containerd/runc".into(),
-            "/run/containerd/fifo".into(),
-            "/run/containerd/s".into(),
-            "/run/containerd".into(),
-        ] {
-            let _ = fs::remove_dir(directory);
+        self.remove_runtime_leftovers(&containers);
+    }
+
+    /// What runc and shims keep below `/run/containerd`, whatever the settings of
+    /// containerd say, and leave behind when they are killed.
+    fn remove_runtime_leftovers(&self, containers: &[String]) {
+        let _ = fs::remove_dir_all(format!("/run/containerd/runc/{}", self.namespace));
+        for id in containers {
+            let name = self.path("containerd.sock").join(&self.namespace).join(id);
+            let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
+            let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
+        }
+        // What others use is not empty.
+        for directory in ["runc", "fifo", "s", ""] {
+            let _ = fs::remove_dir(Path::new("/run/containerd").join(directory));
         }
     }
 
@@ -458,8 +485,8 @@ fn end(child: &mut Child) {
     }
 }
 
-/// Processes whose command line names `directory`: shims, and nothing else once
-/// both daemons have ended.
+/// Processes whose command line names `directory`, which is nobody else's: shims,
+/// and whatever was about to speak to a daemon that has ended.
 fn processes_naming(directory: &Path) -> Vec<Pid> {
     let needle = directory.as_os_str().as_encoded_bytes();
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
@@ -467,20 +494,55 @@ fn processes_naming(directory: &Path) -> Vec<Pid> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter(|pid: &i32| {
-            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-                line.windows(needle.len()).any(|window| window == needle)
-                    && line.windows(15).any(|window| window == b"containerd-shim")
-            })
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.windows(needle.len()).any(|window| window == needle))
         })
         .map(Pid::from_raw)
         .collect()
 }
 
-/// runc removes a container's cgroup and leaves the namespace's behind.
-fn remove_cgroups(namespace: &str) {
+/// Removes a directory into which a test may still be writing.
+fn remove(directory: &Path) {
+    for _ in 0..50 {
+        match fs::remove_dir_all(directory) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            _ => return,
+        }
+    }
+    eprintln!("could not remove {}", directory.display());
+}
+
+/// runc removes a container's cgroup and leaves the namespace's behind. A
+/// container whose shim was killed is still in its own.
+fn end_cgroups(namespace: &str) {
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
-    for root in hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]) {
-        let _ = fs::remove_dir(root.join(namespace));
+    let roots = hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
+    let ours: Vec<PathBuf> =
+        roots.map(|root| root.join(namespace)).filter(|ours| ours.is_dir()).collect();
+    let containers: Vec<PathBuf> = ours
+        .iter()
+        .flat_map(|ours| fs::read_dir(ours).into_iter().flatten().flatten())
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect();
+    let all_gone = wait_within(Duration::from_secs(5), "containers to end", || {
+        let mut alive = false;
+        for container in &containers {
+            let members = fs::read_to_string(container.join("cgroup.procs")).unwrap_or_default();
+            for pid in members.lines().filter_map(|line| line.parse().ok()) {
+                alive = true;
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        Ok((!alive).then_some(()))
+    });
+    if let Err(err) = all_gone {
+        eprintln!("{namespace}: {err}");
+    }
+    for directory in containers.iter().chain(&ours) {
+        let _ = fs::remove_dir(directory);
     }
 }
 
@@ -703,7 +765,7 @@ pub(crate) fn talk(output: &Output) -> String {
     )
 }
 
-fn append_to(file: &Path) -> std::io::Result<File> {
+fn append_to(file: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).open(file)
 }
 
