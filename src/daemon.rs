@@ -28,7 +28,7 @@ use crate::{api, guardian, respond};
 const GRACE: Duration = Duration::from_secs(10);
 
 /// The daemon, in the foreground, until it is asked to stop.
-pub fn run(config: Config) -> anyhow::Result<Exit> {
+pub fn run(config: &Config) -> anyhow::Result<Exit> {
     anyhow::ensure!(
         rustix::process::geteuid().is_root(),
         "driftd run needs root: fanotify and other processes' files are root's (try: sudo)"

@@ -136,6 +136,10 @@ impl api::RecordImage for NoImages {
         progress.layers_total.store(3, std::sync::atomic::Ordering::Relaxed);
         Box::pin(async move { Err(format!("no image `{name}` is known to containerd")) })
     }
+
+    fn problems(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 fn view() -> ContainerView {

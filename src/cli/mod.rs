@@ -123,7 +123,7 @@ impl Cli {
         let socket = self.socket.as_deref();
         let server = socket.unwrap_or(Path::new(DEFAULT_SOCKET));
         match self.command {
-            Command::Run(settings) => crate::daemon::run(settings.load(socket)?),
+            Command::Run(settings) => crate::daemon::run(&settings.load(socket)?),
             Command::Doctor(doctor) => doctor.run(socket),
             Command::Status(status) => status.run(server),
             Command::Baseline(baseline) => baseline.run(server),

@@ -117,7 +117,8 @@ mod tests {
     fn a_digest_survives_its_own_text() {
         let id = DiffId([0xab; 32]);
         assert_eq!(id.to_string().parse(), Ok(id));
-        assert!("sha512:00".parse::<DiffId>().is_err());
+        let err = "sha512:00".parse::<DiffId>().unwrap_err().to_string();
+        assert!(err.starts_with("`sha512:00` is not a diff ID"), "{err}");
     }
 
     #[test]
