@@ -38,7 +38,10 @@ fn a01_added_then_new(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container.sh("cat /.control/x > /tmp/x; chmod +x /tmp/x")?;
     let findings = container.told(&["low file.added /tmp/x"])?;
-    let added = only(&findings, "file.added")?["id"].clone();
+    let added = only(&findings, "file.added")?;
+    // A walk that finds it again has nothing to add.
+    assert_eq!((&added["count"], &added["revision"]), (&1.into(), &1.into()), "{added:#}");
+    let added = added["id"].clone();
 
     container.sh("/tmp/x")?;
     let findings = container.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
