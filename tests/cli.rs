@@ -608,6 +608,9 @@ fn containers_status_and_baselines_answer() {
 #[test]
 fn a_response_is_kept_with_who_asked_and_why() {
     let node = Node::start();
+    let drift = finding(1, 60);
+    node.found(std::slice::from_ref(&drift));
+    let id = drift.id.to_string();
     let done = node.run(&["respond", "kill", "web", "--reason", "  dropped a program "]);
     assert_eq!((done.code, done.talk.as_str()), (0, ""));
     assert_eq!(done.out, "kill default/web: done: as the script says\n");
@@ -615,15 +618,18 @@ fn a_response_is_kept_with_who_asked_and_why() {
     assert_eq!(failed.code, 2);
     assert_eq!(failed.out, "pause default/clean: FAILED: as the script says\n");
 
+    // Whoever was answered finds the response in the history: no waiting here.
     let web = ContainerId::new("default", "web");
     let reader = node.writer.as_ref().unwrap().reader();
-    wait_until(|| !reader.responses(&web).unwrap().is_empty());
     let responses = reader.responses(&web).unwrap();
     assert_eq!(responses.len(), 1);
     assert_eq!(responses[0].reason, "dropped a program");
     let by = &responses[0].requested_by;
     assert!(by.starts_with("uid 0 pid "), "{by} (this test needs root)");
     assert!(by.ends_with(&format!(" ({})", env!("CARGO_BIN_EXE_driftd"))), "{by}");
+    let shown = node.run(&["show", &id]).out;
+    assert!(shown.contains("Response    kill done: as the script says ("), "{shown}");
+    assert!(shown.contains("because dropped a program\n"), "{shown}");
 }
 
 // ---- following

@@ -9,7 +9,7 @@ use crate::model::{
     ImageReference, Outcome, Pod, Process, ProcessIdentity, RootfsPath, Severity, Verdict,
 };
 use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
-use crate::respond::Action;
+use crate::respond::{Action, Response};
 
 /// A message that this version of driftd cannot read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -282,6 +282,15 @@ pub fn outcome_from_proto(outcome: proto::Outcome) -> Result<Outcome, Malformed>
         message: outcome.message,
         at: time_from_proto("outcome.at", outcome.at)?,
     })
+}
+
+pub fn response_to_proto(response: Response) -> proto::Response {
+    proto::Response {
+        outcome: Some(outcome_to_proto(response.outcome)),
+        reason: response.reason,
+        requested_by: response.requested_by,
+        requested_at: Some(time_to_proto(response.requested_at)),
+    }
 }
 
 // ---- containers

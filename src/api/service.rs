@@ -34,6 +34,8 @@ const RECORDED_WITHIN: Duration = Duration::from_secs(10);
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// The longest reason that is kept, in bytes.
 const MAX_REASON: usize = 4096;
+/// Responses told with a finding.
+const MAX_RESPONSES: usize = 32;
 
 /// What the service asks.
 #[derive(Clone)]
@@ -339,12 +341,25 @@ impl DriftService for Service {
         let id = request.into_inner().id;
         let shown = printable(id.as_bytes());
         let reader = self.backend.history.clone();
-        let found =
-            unblock(move || reader.finding(&id)).await?.map_err(|err| history_failed(&err))?;
+        let found = unblock(move || {
+            let found = reader.finding(&id)?;
+            let responses = match &found {
+                FindingLookup::Found(finding) => reader.responses(&finding.container.id)?,
+                FindingLookup::Unknown | FindingLookup::Ambiguous(_) => Vec::new(),
+            };
+            Ok((found, responses))
+        });
+        let (found, mut responses) = found.await?.map_err(|err| history_failed(&err))?;
         match found {
-            FindingLookup::Found(finding) => Ok(Response::new(proto::GetFindingResponse {
-                finding: Some(convert::finding_to_proto(*finding)),
-            })),
+            FindingLookup::Found(finding) => {
+                responses.retain(|response| response.requested_at >= finding.first_seen);
+                let older = responses.len().saturating_sub(MAX_RESPONSES);
+                let responses = responses.into_iter().skip(older);
+                Ok(Response::new(proto::GetFindingResponse {
+                    finding: Some(convert::finding_to_proto(*finding)),
+                    responses: responses.map(convert::response_to_proto).collect(),
+                }))
+            }
             FindingLookup::Unknown => {
                 Err(Status::not_found(format!("no finding `{shown}` (see: driftd findings)")))
             }

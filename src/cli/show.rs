@@ -11,7 +11,7 @@ use super::exit::Exit;
 use super::findings::quoted;
 use super::output::{Format, age, one, safe, short, size, time};
 use crate::api::{convert, proto};
-use crate::model::{Expected, FileEvidence, FileType, Finding, Kind};
+use crate::model::{Expected, FileEvidence, FileType, Finding, Kind, Outcome};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Show {
@@ -25,12 +25,12 @@ pub(super) struct Show {
 impl Show {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
         let request = proto::GetFindingRequest { id: self.finding };
-        let finding = talk(socket, |mut client| async move {
-            Ok(client.get_finding(request).await.map_err(explain)?.into_inner().finding)
-        })?
-        .ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
+        let answer = talk(socket, |mut client| async move {
+            Ok(client.get_finding(request).await.map_err(explain)?.into_inner())
+        })?;
+        let finding = answer.finding.ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
         let finding = convert::finding_from_proto(finding)?;
-        one(&finding, self.output, || text(&finding, Timestamp::now()))?;
+        one(&finding, self.output, || text(&finding, &answer.responses, Timestamp::now()))?;
         Ok(Exit::Clean)
     }
 }
@@ -63,7 +63,7 @@ impl Lines {
     }
 }
 
-fn text(finding: &Finding, now: Timestamp) -> String {
+fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> String {
     let mut lines = Lines(format!(
         "{} {}\n{}\n\n",
         finding.severity.name().to_uppercase(),
@@ -112,25 +112,32 @@ fn text(finding: &Finding, now: Timestamp) -> String {
     let rule = finding.verdict.rule.as_deref().unwrap_or("the default");
     lines.add("Verdict", &format!("{}, by {}", finding.verdict.disposition, safe(rule)));
     match &finding.outcome {
-        None => lines.add("Outcome", "none: nothing was done"),
-        Some(outcome) => {
-            let result = if outcome.succeeded { "done" } else { "FAILED" };
-            lines.add(
-                "Outcome",
-                &format!(
-                    "{} {result}: {} ({})",
-                    safe(&outcome.action),
-                    safe(&outcome.message),
-                    time(outcome.at)
-                ),
-            );
-        }
+        None if responses.is_empty() => lines.add("Outcome", "none: nothing was done"),
+        // What was done to its container follows.
+        None => (),
+        Some(outcome) => lines.add("Outcome", &done(outcome)),
+    }
+    for response in responses {
+        let Some(outcome) =
+            response.outcome.clone().and_then(|outcome| convert::outcome_from_proto(outcome).ok())
+        else {
+            continue;
+        };
+        lines.add("Response", &done(&outcome));
+        lines.add("", &format!("asked by {}", safe(&response.requested_by)));
+        lines.add("", &format!("because {}", safe(&response.reason)));
     }
     lines.add(
         "ATT&CK",
         &format!("{} ({})", safe(&finding.attack.technique), safe(&finding.attack.tactic)),
     );
     lines.0 + &next_steps(finding)
+}
+
+fn done(outcome: &Outcome) -> String {
+    let result = if outcome.succeeded { "done" } else { "FAILED" };
+    let (action, message) = (safe(&outcome.action), safe(&outcome.message));
+    format!("{action} {result}: {message} ({})", time(outcome.at))
 }
 
 fn add_expected(lines: &mut Lines, expected: &Expected) {
@@ -267,9 +274,20 @@ mod tests {
     fn a_finding_as_a_person_sees_it() {
         let now = "2026-11-20T10:08:30Z".parse().unwrap();
         let [modified, session, hostile]: [Finding; 3] = samples().try_into().unwrap();
-        insta::assert_snapshot!(text(&modified, now));
-        insta::assert_snapshot!(text(&session, now));
-        insta::assert_snapshot!(text(&hostile, now));
+        let killed = proto::Response {
+            outcome: Some(convert::outcome_to_proto(Outcome {
+                action: "kill".into(),
+                succeeded: true,
+                message: "killed (pid 4100, exit status 137)".into(),
+                at: now,
+            })),
+            reason: "who is\x1b[2J this".into(),
+            requested_by: "uid 0 pid 77 (/usr/bin/driftd)".into(),
+            requested_at: Some(convert::time_to_proto(now)),
+        };
+        insta::assert_snapshot!(text(&modified, &[], now));
+        insta::assert_snapshot!(text(&session, &[killed], now));
+        insta::assert_snapshot!(text(&hostile, &[], now));
     }
 
     #[test]
