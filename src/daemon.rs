@@ -12,6 +12,7 @@ use anyhow::Context as _;
 use crossbeam_channel::bounded;
 use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
@@ -33,7 +34,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         rustix::process::geteuid().is_root(),
         "driftd run needs root: fanotify and other processes' files are root's (try: sudo)"
     );
-    start_log();
+    let _log = start_log();
     create_private(&config.state_dir)?;
     let health = Arc::new(Health::default());
 
@@ -166,8 +167,9 @@ async fn feed_watchdog(health: Arc<Health>) {
 }
 
 /// The log goes to standard error, where systemd takes it. `DRIFTD_LOG` chooses
-/// what is logged, in tracing's filter syntax.
-fn start_log() {
+/// what is logged, in tracing's filter syntax. A thread of its own writes it,
+/// until the guard is dropped: whoever reads standard error may be waiting for us.
+fn start_log() -> WorkerGuard {
     use std::io::IsTerminal as _;
     use tracing_subscriber::EnvFilter;
     use tracing_subscriber::filter::LevelFilter;
@@ -175,8 +177,9 @@ fn start_log() {
         .with_default_directive(LevelFilter::INFO.into())
         .with_env_var("DRIFTD_LOG")
         .from_env_lossy();
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
     let log = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter);
     // The journal has its own clock.
@@ -185,6 +188,7 @@ fn start_log() {
     } else {
         log.init();
     }
+    guard
 }
 
 /// Baselines and findings tell an attacker what is watched: they are root's.
