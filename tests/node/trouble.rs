@@ -192,6 +192,16 @@ fn stopped(node: &Node) -> anyhow::Result<()> {
     // The daemon's main process; the guardian is another one and is not stopped.
     let daemon = node.driftd_pid()?;
     kill(daemon, Signal::SIGSTOP)?;
+    // The signal stops one thread after the other; the gate's may be the last.
+    wait_for("every thread to stop", || {
+        for thread in fs::read_dir(format!("/proc/{daemon}/task"))? {
+            let stat = fs::read_to_string(thread?.path().join("stat"))?;
+            if !stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    })?;
     let began = Instant::now();
     let ran = container.begin("/usr/bin/app; /usr/bin/app")?.finish(Duration::from_secs(10));
     let took = began.elapsed();
