@@ -47,8 +47,13 @@ impl RecordImage for Containerd {
     }
 }
 
-pub(super) fn list(store: &baseline::Store) -> Vec<proto::Baseline> {
-    store.images().into_iter().map(|record| baseline_to_proto(store, record)).collect()
+/// All baselines, or the one that `image` names.
+pub(super) fn list(
+    store: &baseline::Store,
+    image: &str,
+) -> Result<Vec<proto::Baseline>, baseline::FindError> {
+    let records = if image.is_empty() { store.images() } else { vec![store.find(image)?] };
+    Ok(records.into_iter().map(|record| baseline_to_proto(store, record)).collect())
 }
 
 pub(super) fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) -> proto::Baseline {

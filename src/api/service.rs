@@ -231,10 +231,13 @@ impl DriftService for Service {
 
     async fn list_baselines(
         &self,
-        _: Request<proto::ListBaselinesRequest>,
+        request: Request<proto::ListBaselinesRequest>,
     ) -> Result<Response<proto::ListBaselinesResponse>, Status> {
         let store = self.backend.baselines.clone();
-        let baselines = unblock(move || baselines::list(&store)).await?;
+        let image = request.into_inner().image;
+        let baselines = unblock(move || baselines::list(&store, &image))
+            .await?
+            .map_err(|err| baselines::not_found(&err))?;
         Ok(Response::new(proto::ListBaselinesResponse { baselines }))
     }
 

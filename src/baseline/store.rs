@@ -75,7 +75,9 @@ pub enum Error {
 /// Why no image was found by what somebody typed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FindError {
-    #[error("no baseline of an image `{text}` (try: driftd baseline ls)")]
+    #[error(
+        "no baseline of `{text}` is known (see: driftd baseline ls; record it with: driftd baseline record IMAGE)"
+    )]
     Unknown { text: String },
     #[error("`{text}` may be any of: {} (name one of these)", candidates.join(", "))]
     Ambiguous { text: String, candidates: Vec<String> },

@@ -59,6 +59,14 @@ fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
     assert_eq!(baseline["manifest_digest"], digests.manifest.as_str());
     assert_eq!(baseline["layers"].as_array().map(Vec::len), Some(2), "{baseline:#}");
     assert_eq!(baseline["files"], 1, "the whiteout hides the other: {baseline:#}");
+    // Known by its name, and by the beginning of its digest.
+    let manifest = digests.manifest.trim_start_matches("sha256:");
+    for name in [image, &manifest[..12]] {
+        let shown = node.driftd(&["baseline", "show", name])?;
+        ensure!(shown.status.success(), "{name}: {}", talk(&shown));
+        let shown = String::from_utf8(shown.stdout)?;
+        ensure!(shown.contains(image) && shown.contains(manifest), "{name}: {shown}");
+    }
     Ok(())
 }
 
