@@ -207,19 +207,7 @@ fn look_up(image: &ImageBaseline) -> anyhow::Result<f64> {
 
 fn many_entries(layer: u32, files: u32) -> anyhow::Result<Vec<LayerEntry>> {
     let directory = |path: &str| -> anyhow::Result<FileEntry> {
-        Ok(FileEntry {
-            path: RootfsPath::new(path)?,
-            file_type: FileType::Directory,
-            format: Format::Unknown,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            size: 0,
-            blake3: None,
-            capability: None,
-            link_target: None,
-            device: None,
-        })
+        Ok(FileEntry::directory(RootfsPath::new(path)?, 0o755))
     };
     let mut entries = Vec::new();
     for path in ["/", "/usr", "/usr/lib", "/usr/lib/x86_64-linux-gnu"] {

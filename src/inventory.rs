@@ -133,6 +133,11 @@ impl Entry {
             .filter(move |finding| finding.file.as_ref().is_some_and(|file| file.blake3 == content))
     }
 
+    /// Whether this socket of containerd has the container.
+    pub fn belongs_to(&self, endpoint: &str) -> bool {
+        self.container.as_ref().is_some_and(|container| *container.endpoint == *endpoint)
+    }
+
     pub fn chain_id(&self) -> Option<ChainId> {
         self.container.as_ref().and_then(Container::chain_id)
     }

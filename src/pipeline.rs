@@ -22,7 +22,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::baseline::{ImageBaseline, Job, Known, News, Recorder};
+use crate::baseline::{Job, Known, News, Recorder};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement};
 use crate::health::{Failure, Health};
@@ -162,8 +162,6 @@ pub struct State {
     policy: Policy,
     health: Arc<Health>,
     inventory: Inventory,
-    /// The baselines of the containers that run.
-    baselines: HashMap<ChainId, Arc<ImageBaseline>>,
     /// Every socket of containerd, and why it is not connected.
     endpoints: BTreeMap<Arc<str>, Option<String>>,
     /// Connected, and not listed since.
@@ -205,7 +203,6 @@ impl State {
             policy,
             health,
             inventory: Inventory::with_history(known),
-            baselines: HashMap::new(),
             endpoints: BTreeMap::new(),
             unlisted: HashSet::new(),
             next_ticket: 1,
@@ -345,13 +342,7 @@ impl State {
         let gone: Vec<ContainerId> = self
             .inventory
             .iter()
-            .filter(|(id, entry)| {
-                !listed.contains(id)
-                    && entry
-                        .container
-                        .as_ref()
-                        .is_some_and(|container| *container.endpoint == *endpoint)
-            })
+            .filter(|(id, entry)| !listed.contains(id) && entry.belongs_to(endpoint))
             .map(|(id, _)| id.clone())
             .collect();
         for id in gone {
@@ -368,13 +359,15 @@ impl State {
         // are made now and then only confirm what events have told.
         let reconnected = self.unlisted.remove(endpoint);
         for (id, entry) in self.inventory.iter_mut() {
-            let Some(container) = &entry.container else { continue };
-            if *container.endpoint != *endpoint || entry.removed {
+            if !entry.belongs_to(endpoint) || entry.removed {
                 continue;
             }
-            if let BaselineState::Failed(chain_id, _) = entry.baseline {
-                entry.baseline = BaselineState::Pending(chain_id);
+            if let (BaselineState::Failed(chain_id, _), Some(container)) =
+                (&entry.baseline, &entry.container)
+            {
+                let chain_id = *chain_id;
                 effects.push(record_baseline(container));
+                entry.baseline = BaselineState::Pending(chain_id);
             }
             let fresh = std::mem::take(&mut entry.fresh);
             if entry.pid.is_some() && reconnected && !fresh {
@@ -384,8 +377,6 @@ impl State {
         if self.is_whole() {
             self.inventory.forget_remembered();
         }
-        let in_use = self.chains_in_use();
-        self.baselines.retain(|chain_id, _| in_use.contains(chain_id));
     }
 
     // ---- baselines
@@ -399,9 +390,6 @@ impl State {
                     .filter(|(_, entry)| entry.chain_id() == Some(chain_id))
                     .map(|(id, _)| id.clone())
                     .collect();
-                if !waiting.is_empty() {
-                    self.baselines.insert(chain_id, baseline.clone());
-                }
                 for id in waiting {
                     let entry = self.inventory.entry(&id);
                     entry.baseline = BaselineState::Ready(baseline.clone());

@@ -37,6 +37,25 @@ pub struct FileEntry {
     pub device: Option<Device>,
 }
 
+impl FileEntry {
+    /// A directory of root's; with other fields, a start for any other entry.
+    pub fn directory(path: RootfsPath, mode: u32) -> FileEntry {
+        FileEntry {
+            path,
+            file_type: FileType::Directory,
+            format: Format::Unknown,
+            mode,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            blake3: None,
+            capability: None,
+            link_target: None,
+            device: None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
     pub major: u32,
@@ -779,21 +798,7 @@ pub(super) mod tests {
     /// left out, and missing directories are put in.
     pub(in crate::baseline) fn any_layer() -> impl Strategy<Value = Vec<LayerEntry>> {
         proptest::collection::vec(any_entry(), 0..12).prop_map(|entries| {
-            let directory = |path: RootfsPath| {
-                LayerEntry::File(FileEntry {
-                    path,
-                    file_type: FileType::Directory,
-                    format: Format::Unknown,
-                    mode: 0o755,
-                    uid: 0,
-                    gid: 0,
-                    size: 0,
-                    blake3: None,
-                    capability: None,
-                    link_target: None,
-                    device: None,
-                })
-            };
+            let directory = |path: RootfsPath| LayerEntry::File(FileEntry::directory(path, 0o755));
             let is_directory = |entry: &LayerEntry| match entry {
                 LayerEntry::Whiteout(_) => false,
                 LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) => {

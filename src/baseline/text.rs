@@ -62,7 +62,7 @@ pub(super) fn entries(text: &str, directories: &mut BTreeMap<RootfsPath, u32>) -
     }
     for path in missing {
         let mode = directories.get(&path).copied().unwrap_or(0o755);
-        let implied = || LayerEntry::File(directory(path.clone(), mode));
+        let implied = || LayerEntry::File(FileEntry::directory(path.clone(), mode));
         found.entry(path.clone()).or_insert_with(implied);
     }
     for entry in found.values() {
@@ -86,13 +86,15 @@ fn parse(line: &str) -> Option<LayerEntry> {
     let mode = |text: &str| u32::from_str_radix(text, 8).ok();
     Some(match words[..] {
         ["-", name] => LayerEntry::Whiteout(path(name)?),
-        ["opaque", name, bits] => LayerEntry::OpaqueDirectory(directory(path(name)?, mode(bits)?)),
-        [name, bits, "dir"] => LayerEntry::File(directory(path(name)?, mode(bits)?)),
+        ["opaque", name, bits] => {
+            LayerEntry::OpaqueDirectory(FileEntry::directory(path(name)?, mode(bits)?))
+        }
+        [name, bits, "dir"] => LayerEntry::File(FileEntry::directory(path(name)?, mode(bits)?)),
         [name, bits, "symlink", target] => LayerEntry::File(FileEntry {
             file_type: FileType::Symlink,
             size: target.len() as u64,
             link_target: Some(target.as_bytes().into()),
-            ..directory(path(name)?, mode(bits)?)
+            ..FileEntry::directory(path(name)?, mode(bits)?)
         }),
         [name, bits, "empty"] => {
             LayerEntry::File(regular(path(name)?, mode(bits)?, Format::Empty, ""))
@@ -120,22 +122,6 @@ fn regular(path: RootfsPath, mode: u32, format: Format, content: &str) -> FileEn
         format,
         size: content.len() as u64,
         blake3: Some(blake3_of(content)),
-        ..directory(path, mode)
-    }
-}
-
-fn directory(path: RootfsPath, mode: u32) -> FileEntry {
-    FileEntry {
-        path,
-        file_type: FileType::Directory,
-        format: Format::Unknown,
-        mode,
-        uid: 0,
-        gid: 0,
-        size: 0,
-        blake3: None,
-        capability: None,
-        link_target: None,
-        device: None,
+        ..FileEntry::directory(path, mode)
     }
 }

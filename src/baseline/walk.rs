@@ -651,19 +651,7 @@ mod tests {
     }
 
     fn directory(at: &str) -> FileEntry {
-        FileEntry {
-            path: path(at),
-            file_type: FileType::Directory,
-            format: Format::Unknown,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            size: 0,
-            blake3: None,
-            capability: None,
-            link_target: None,
-            device: None,
-        }
+        FileEntry::directory(path(at), 0o755)
     }
 
     fn regular(at: impl AsRef<[u8]>, mode: u32, format: Format, content: &str) -> FileEntry {

@@ -1,6 +1,7 @@
 //! The loop's rules, by value: a script of inputs in, what was told out.
 
 use super::*;
+use crate::baseline::ImageBaseline;
 use crate::config::Respond;
 use crate::model::{
     Ancestor, FileType, Format, ImageReference, Layer, LayerId, Outcome, OverlayDirs,

@@ -78,6 +78,14 @@ fn same_as_before(before: &[Value], after: &[Value]) -> anyhow::Result<()> {
 
 const FLOOD: usize = 120;
 
+/// What was told when the flood is well under way.
+fn some_of_the_flood(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
+    wait_for("some drift", || {
+        let findings = container.findings()?;
+        Ok((findings.len() >= 20).then_some(findings))
+    })
+}
+
 /// Starts dropping and running `FLOOD` programs, each of its own content.
 fn flood(container: &Container<'_>) -> anyhow::Result<String> {
     container.lay_payload("x")?;
@@ -119,10 +127,7 @@ fn crashed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let commands = flood(&container)?;
     let running = container.begin(&commands)?;
-    let before = wait_for("some drift", || {
-        let findings = container.findings()?;
-        Ok((findings.len() >= 20).then_some(findings))
-    })?;
+    let before = some_of_the_flood(&container)?;
     node.crash_driftd()?;
     // The flood goes on: nothing blocks in a container without a driftd.
     thread::sleep(Duration::from_secs(1));
@@ -149,10 +154,7 @@ fn containerd_restarted(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let commands = flood(&container)?;
     let running = container.begin(&commands)?;
-    let before = wait_for("some drift", || {
-        let findings = container.findings()?;
-        Ok((findings.len() >= 20).then_some(findings))
-    })?;
+    let before = some_of_the_flood(&container)?;
     node.crash_containerd()?;
     wait_for("driftd to notice", || Ok((node.losses("containerd_lost")? > 0).then_some(())))?;
     node.start_containerd()?;
