@@ -143,7 +143,7 @@ fn record(tree: &Path, state: &Path) -> anyhow::Result<usize> {
     }
     let store = Store::open(state, Arc::new(Health::default()))?;
     let pool = hashing_pool(0)?;
-    let entries = walk(&pool, tree, None, &AtomicBool::new(false))?;
+    let entries = walk(&pool, tree, None, &AtomicBool::new(false))?.entries;
     let count = entries.len();
     store.write_layer(LayerId::Diff(LAYER), entries)?;
     store

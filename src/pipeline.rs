@@ -22,7 +22,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::baseline::{Job, Known, News, Recorder};
+use crate::baseline::{Job, Known, News, Proof, Recorder};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement};
 use crate::health::{Failure, Health};
@@ -383,7 +383,8 @@ impl State {
 
     fn baseline_changed(&mut self, news: News, now: Timestamp, effects: &mut Vec<Effect>) {
         match news {
-            News::Ready { chain_id, baseline } => {
+            News::Tampered { .. } => (),
+            News::Ready { chain_id, baseline, .. } => {
                 let waiting: Vec<ContainerId> = self
                     .inventory
                     .iter()
@@ -908,6 +909,7 @@ fn record_baseline(container: &Container) -> Effect {
         image: None,
         container: Some(container.id.clone()),
         layers: container.layers.clone(),
+        proof: Proof::Later,
         progress: None,
         done: None,
     })

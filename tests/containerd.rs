@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use driftd::baseline::{ImageBaseline, ImageName, Job, Progress};
+use driftd::baseline::{ImageBaseline, ImageName, Job, Progress, Recorded};
 use driftd::config;
 use driftd::containerd::{Change, Containerd, Error, Recording};
 use driftd::health::{Failure, Health};
@@ -375,13 +375,18 @@ impl Recording for Recorder {
             manifest_digest: image.manifest_digest,
             layers,
             chain,
-            files: job.layers.iter().map(|layer| files_below(&layer.directory)).collect(),
+            files: job
+                .layers
+                .iter()
+                .filter_map(|layer| layer.directory.as_deref())
+                .map(files_below)
+                .collect(),
         };
         let mut recorded = self.0.lock().unwrap();
         recorded.known.extend(&submitted.layers);
         recorded.jobs.push(submitted);
         drop(recorded);
-        job.done.unwrap()(Ok(Arc::new(baseline)));
+        job.done.unwrap()(Ok(Recorded { baseline: Arc::new(baseline), layers: Vec::new() }));
     }
 
     fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
@@ -625,10 +630,10 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     assert_eq!(container.rootfs, Some(rootfs.clone()));
     assert_eq!(layer_ids(&container), image.layer_ids());
     let directories: Vec<PathBuf> =
-        container.layers.iter().rev().map(|layer| layer.directory.clone()).collect();
+        container.layers.iter().rev().filter_map(|layer| layer.directory.clone()).collect();
     assert_eq!(directories, rootfs.lowerdirs);
-    assert!(container.layers[0].directory.join("a").exists(), "{container:?}");
-    assert!(container.layers[1].directory.join("b").exists(), "{container:?}");
+    assert!(directories[1].join("a").exists(), "{container:?}");
+    assert!(directories[0].join("b").exists(), "{container:?}");
     assert_eq!(container.image.name.as_deref(), Some(image.name.as_str()));
     assert_eq!(container.image.manifest_digest, Some(image.manifest_digest()));
     assert_eq!(container.image.chain_id, image.chain().last().copied());

@@ -10,10 +10,13 @@
 //! A layer is recorded once, whatever images use it. Nothing here judges a
 //! container: `detect` asks an [`ImageBaseline`] what a path should be.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::model::ChainId;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
 pub mod layer;
 pub mod merge;
@@ -30,17 +33,101 @@ pub use store::{FindError, ImageName, ImageRecord, Store};
 #[doc(hidden)]
 pub use text::blake3_of;
 
+/// Where the archives of layers are read.
+pub trait Blobs: Send + Sync {
+    /// The blob from its first byte on. May be called, and read, by a thread that
+    /// may block, and by no other. The error is a reason for people: the blob is
+    /// gone (`discard_unpacked_layers`), or containerd is.
+    fn open(&self, blob: &Blob) -> Result<Box<dyn Read + Send>, String>;
+}
+
+/// How far a baseline is proved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KnownBy {
+    /// Read from the directory that the snapshotter had unpacked.
+    Snapshot,
+    /// The blob has the digest that the manifest says, its content the diff ID
+    /// that the image's config says, and the baseline is the blob's.
+    Verified,
+}
+
+/// How much a job proves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Proof {
+    /// Records what is not recorded; the blobs are read later, in the background.
+    #[default]
+    Later,
+    /// Reads the blobs of layers that are not verified yet, now.
+    Blobs,
+    /// Reads all blobs and all directories again, now.
+    Deep,
+}
+
+/// What came of a job.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    pub baseline: Arc<ImageBaseline>,
+    /// Bottom first.
+    pub layers: Vec<LayerReport>,
+}
+
+/// How one layer's baseline is known, and what was compared with it just now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerReport {
+    pub id: LayerId,
+    pub known_by: KnownBy,
+    pub blob: Witness,
+    pub directory: Witness,
+    /// Of both witnesses; at most [`MAX_DIFFERENCES`].
+    pub differences: Vec<LayerDifference>,
+}
+
+/// What one of the two things that a layer's baseline can be compared with says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Witness {
+    NotAsked,
+    Same,
+    /// In so many places.
+    Differs(u64),
+    /// Why there is nothing to compare with.
+    Unavailable(String),
+}
+
+/// How many differences of one layer are told one by one.
+pub const MAX_DIFFERENCES: usize = 1000;
+
+/// Where what a layer holds differs from what its baseline says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerDifference {
+    pub path: RootfsPath,
+    /// As the baseline has it; `None`: it has no such path.
+    pub expected: Option<LayerEntry>,
+    /// As it is; `None`: it is not there.
+    pub found: Option<LayerEntry>,
+}
+
 /// Baselines have changed.
 #[derive(Debug, Clone)]
 pub enum News {
     Ready {
         chain_id: ChainId,
         baseline: Arc<ImageBaseline>,
+        /// When the layers' directories were last known to equal the baseline, in
+        /// their filesystem's time: a lower file with a later ctime was changed
+        /// since. `None`: nobody has looked yet.
+        unchanged_since: Option<FileTime>,
     },
     /// The recorder gave up on this stack of layers; the reason is for people.
-    Failed {
-        chain_id: ChainId,
-        reason: String,
+    Failed { chain_id: ChainId, reason: String },
+    /// What is on disk, or what the image's blob holds, is not what the baseline
+    /// said. `total` counts all differences; the list may be shorter.
+    Tampered {
+        layer: LayerId,
+        /// What was compared with the baseline, for people: a directory or a blob.
+        witness: String,
+        differences: Vec<LayerDifference>,
+        total: u64,
     },
 }
 

@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, select_
 
 use super::store::{ImageName, Store};
 use super::walk::walk;
-use super::{ImageBaseline, News, Progress};
+use super::{ImageBaseline, News, Progress, Proof, Recorded};
 use crate::health::{Failure, Health};
 use crate::model::{ChainId, ContainerId, Layer, LayerId};
 
@@ -26,12 +26,13 @@ pub struct Job {
     pub container: Option<ContainerId>,
     /// Bottom first. A directory need not exist if its layer is recorded.
     pub layers: Vec<Layer>,
+    pub proof: Proof,
     pub progress: Option<Arc<Progress>>,
     /// Called when the job is over, on the recorder's thread.
     pub done: Option<Done>,
 }
 
-pub type Done = Box<dyn FnOnce(Result<Arc<ImageBaseline>, String>) + Send>;
+pub type Done = Box<dyn FnOnce(Result<Recorded, String>) + Send>;
 
 impl fmt::Debug for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -292,7 +293,7 @@ impl Worker {
     }
 
     fn record(&mut self, job: Job) {
-        let Job { image, container, layers, progress, done } = job;
+        let Job { image, container, layers, proof: _, progress, done } = job;
         let result = self.baseline_of(image.as_ref(), &layers, progress.as_deref());
         if let Err(reason) = &result {
             let _degrade = self.shared.health.record(Failure::BaselineUnavailable);
@@ -307,12 +308,14 @@ impl Worker {
         if let Some(layer) = layers.last() {
             let chain_id = layer.chain_id;
             self.tell(match &result {
-                Ok(baseline) => News::Ready { chain_id, baseline: Arc::clone(baseline) },
+                Ok(baseline) => {
+                    News::Ready { chain_id, baseline: Arc::clone(baseline), unchanged_since: None }
+                }
                 Err(reason) => News::Failed { chain_id, reason: reason.clone() },
             });
         }
         if let Some(done) = done {
-            done(result);
+            done(result.map(|baseline| Recorded { baseline, layers: Vec::new() }));
         }
     }
 
@@ -367,8 +370,12 @@ impl Worker {
             None => hashing_pool(self.threads).map_err(|err| in_full(&err))?,
         };
         let pool = self.pool.insert(pool);
-        let entries = walk(pool, &layer.directory, progress, &self.shared.stop)
+        let Some(directory) = &layer.directory else {
+            return Err(format!("layer {} has no directory", layer.id));
+        };
+        let walked = walk(pool, directory, progress, &self.shared.stop)
             .map_err(|err| format!("layer {}: {}", layer.id, in_full(&err)))?;
+        let entries = walked.entries;
         self.shared.store.write_layer(layer.id, entries).map_err(|err| in_full(&err))
     }
 
@@ -462,12 +469,14 @@ mod tests {
             let layers = layers.iter().map(|number| Layer {
                 id: LayerId::Diff(DiffId([*number; 32])),
                 chain_id: chain(*number),
-                directory: self.layer_directory(*number),
+                directory: Some(self.layer_directory(*number)),
+                blob: None,
             });
             Job {
                 image: None,
                 container: None,
                 layers: layers.collect(),
+                proof: Proof::Later,
                 progress: None,
                 done: None,
             }
@@ -482,8 +491,9 @@ mod tests {
         #[track_caller]
         fn next(&self) -> Result<(ChainId, Arc<ImageBaseline>), (ChainId, String)> {
             match self.news.recv_timeout(SOON).expect("the recorder has news") {
-                News::Ready { chain_id, baseline } => Ok((chain_id, baseline)),
+                News::Ready { chain_id, baseline, .. } => Ok((chain_id, baseline)),
                 News::Failed { chain_id, reason } => Err((chain_id, reason)),
+                News::Tampered { layer, .. } => panic!("{layer} was not tampered with"),
             }
         }
     }
@@ -511,7 +521,7 @@ mod tests {
         });
         let (chain_id, baseline) = bench.next().unwrap();
         assert_eq!((chain_id, content_of(&baseline)), (chain(2), Some(blake3_of("2"))));
-        assert!(Arc::ptr_eq(&told.recv_timeout(SOON).unwrap().unwrap(), &baseline));
+        assert!(Arc::ptr_eq(&told.recv_timeout(SOON).unwrap().unwrap().baseline, &baseline));
         assert_eq!(progress.files_done.load(Ordering::Relaxed), 2);
         assert_eq!(progress.layers_done.load(Ordering::Relaxed), 2);
         assert_eq!(progress.layers_total.load(Ordering::Relaxed), 2);

@@ -28,7 +28,7 @@ use rustix::io::Errno;
 
 use super::Progress;
 use super::layer::{Device, FileEntry, LayerEntry, MAX_PATH};
-use crate::model::{Blake3Hash, FileType, Format, RootfsPath};
+use crate::model::{Blake3Hash, FileTime, FileType, Format, RootfsPath};
 
 /// Why a layer could not be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,16 @@ pub enum Error {
     Stopped,
 }
 
+/// What a walk found.
+#[derive(Debug)]
+pub struct Walked {
+    /// In no order.
+    pub entries: Vec<LayerEntry>,
+    /// The newest ctime of anything in the directory, itself included. What is
+    /// changed later has a later one.
+    pub newest_change: FileTime,
+}
+
 /// Reads everything in `directory`, on all threads of `pool`.
 ///
 /// `stop` ends the walk early.
@@ -64,7 +74,7 @@ pub fn walk(
     directory: &Path,
     progress: Option<&Progress>,
     stop: &AtomicBool,
-) -> Result<Vec<LayerEntry>, Error> {
+) -> Result<Walked, Error> {
     // The way to the layer is the snapshotter's: Docker names layers by symlinks.
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
@@ -82,7 +92,8 @@ pub fn walk(
     };
     pool.scope(|scope| walk.visit(scope, &RootfsPath::root()));
     pool.install(|| walk.look_back());
-    walk.finish()
+    let entries = walk.finish()?;
+    Ok(Walked { entries, newest_change: FileTime { seconds: 0, nanoseconds: 0 } })
 }
 
 /// How many files one thread takes at a time.
@@ -620,7 +631,7 @@ mod tests {
 
     fn walked(directory: &Path) -> Result<Vec<LayerEntry>, Error> {
         let pool = hashing_pool(2).unwrap();
-        let mut entries = walk(&pool, directory, None, &AtomicBool::new(false))?;
+        let mut entries = walk(&pool, directory, None, &AtomicBool::new(false))?.entries;
         entries.sort_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
         Ok(entries)
     }

@@ -208,7 +208,8 @@ async fn layers(
         .map(|(&chain_id, directory)| Layer {
             id: images.diff_id(chain_id).map_or(LayerId::Chain(chain_id), LayerId::Diff),
             chain_id,
-            directory,
+            directory: Some(directory),
+            blob: None,
         })
         .collect()))
 }

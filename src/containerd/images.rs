@@ -21,7 +21,7 @@ use super::connection::{Namespace, found, interrupted, words};
 use super::manifests::{self, Descriptor, Document, brief};
 use super::snapshots::{self, Held, View};
 use super::{ImageProblem, Recording};
-use crate::baseline::{ImageName, Job, Progress};
+use crate::baseline::{ImageName, Job, Progress, Proof};
 use crate::health::{Failure, Health};
 use crate::model::{ChainId, DiffId, Layer, LayerId, ManifestDigest, printable};
 
@@ -574,7 +574,8 @@ impl Images {
             .map(|((&diff_id, &chain_id), directory)| Layer {
                 id: LayerId::Diff(diff_id),
                 chain_id,
-                directory,
+                directory: Some(directory),
+                blob: None,
             })
             .collect();
         let (done, finished) = oneshot::channel();
@@ -586,6 +587,7 @@ impl Images {
             }),
             container: None,
             layers,
+            proof: Proof::Later,
             progress,
             done: Some(Box::new(move |outcome| {
                 let _ = done.send(outcome.map(|_| ()));

@@ -112,8 +112,25 @@ pub struct Layer {
     pub id: LayerId,
     /// The identity of this layer with all below it: its snapshot's name.
     pub chain_id: ChainId,
-    /// Where the snapshotter has unpacked it.
-    pub directory: PathBuf,
+    /// Where the snapshotter has unpacked it; `None` where it keeps no
+    /// directories of single layers.
+    pub directory: Option<PathBuf>,
+    /// The archive it was unpacked from, if containerd's content store had it
+    /// when it was last looked at.
+    pub blob: Option<Blob>,
+}
+
+/// A blob in a content store: a layer as it came from the registry.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Blob {
+    /// The containerd socket that has it.
+    pub endpoint: Arc<str>,
+    pub namespace: Arc<str>,
+    /// As the manifest names it: `sha256:…`.
+    pub digest: String,
+    pub media_type: String,
+    /// In bytes, as the manifest says.
+    pub size: u64,
 }
 
 /// An overlay's directories on the host.

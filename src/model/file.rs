@@ -6,6 +6,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{Blake3Hash, Sha256Hash};
 
+/// A point in time as the filesystem says it: seconds and nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FileTime {
+    pub seconds: i64,
+    pub nanoseconds: u32,
+}
+
 /// What kind of inode a path names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

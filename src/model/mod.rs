@@ -10,10 +10,10 @@ pub mod path;
 pub mod process;
 
 pub use container::{
-    Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
+    Blob, Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
-pub use file::{Content, FileState, FileType, Format, Unhashed};
+pub use file::{Content, FileState, FileTime, FileType, Format, Unhashed};
 pub use finding::{
     Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
     Verdict,

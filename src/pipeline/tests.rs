@@ -103,7 +103,11 @@ impl Node {
             }
             ["baseline"] => {
                 let baseline = Arc::new(ImageBaseline::from_text(&[IMAGE]));
-                Input::Baseline(News::Ready { chain_id: baseline.chain_id(), baseline })
+                Input::Baseline(News::Ready {
+                    chain_id: baseline.chain_id(),
+                    baseline,
+                    unchanged_since: None,
+                })
             }
             ["exec", _, _, content] => {
                 Input::Watch(Report::Observed(observed(Source::Gate, exec(path(), content))))
@@ -179,7 +183,12 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         image: ImageReference::default(),
         snapshotter: "overlayfs".into(),
         snapshot_key: name.into(),
-        layers: vec![Layer { id: LayerId::Chain(chain_id), chain_id, directory: "/lower".into() }],
+        layers: vec![Layer {
+            id: LayerId::Chain(chain_id),
+            chain_id,
+            directory: Some("/lower".into()),
+            blob: None,
+        }],
         rootfs: Some(OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] }),
         task: pid.map(|pid| Task { pid, paused: false }),
         no_baseline: None,

@@ -8,14 +8,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use sha2::Digest as _;
 
-use crate::model::{Blake3Hash, FileType, Format, Sha256Hash};
-
-/// A point in time as the filesystem says it: seconds and nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileTime {
-    pub seconds: i64,
-    pub nanoseconds: u32,
-}
+use crate::model::{Blake3Hash, FileTime, FileType, Format, Sha256Hash};
 
 /// What statx(2) says of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use super::table::Layers;
-use crate::model::{FileType, Format, LowerTwin, RootfsPath};
-use crate::sys::file::{self, FileTime, Stat};
+use crate::model::{FileTime, FileType, Format, LowerTwin, RootfsPath};
+use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
 
 /// More twins than this are not remembered.

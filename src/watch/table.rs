@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use crate::model::{ContainerId, OverlayDirs, ProcessIdentity};
-use crate::sys::file::{self, FileTime};
+use crate::model::{ContainerId, FileTime, OverlayDirs, ProcessIdentity};
+use crate::sys::file;
 use crate::sys::overlay;
 
 /// One container whose overlay carries our marks.
