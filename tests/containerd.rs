@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use driftd::baseline::{ImageBaseline, ImageName, Job, Progress, Recorded};
+use driftd::baseline::{self, ImageBaseline, ImageName, Job, Progress};
 use driftd::config;
 use driftd::containerd::{Change, Containerd, Error, Recording};
 use driftd::health::{Failure, Health};
@@ -386,7 +386,10 @@ impl Recording for Recorder {
         recorded.known.extend(&submitted.layers);
         recorded.jobs.push(submitted);
         drop(recorded);
-        job.done.unwrap()(Ok(Recorded { baseline: Arc::new(baseline), layers: Vec::new() }));
+        job.done.unwrap()(Ok(baseline::Recorded {
+            baseline: Arc::new(baseline),
+            layers: Vec::new(),
+        }));
     }
 
     fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
