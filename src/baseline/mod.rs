@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
+pub mod compare;
 pub mod layer;
 pub mod merge;
 pub mod recorder;
