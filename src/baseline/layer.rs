@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 
-use crate::model::{Blake3Hash, FileType, Format, LayerId, RootfsPath};
+use crate::model::{Blake3Hash, DiffId, FileType, Format, LayerId, RootfsPath};
 use crate::sys::map::{FileMap, map_immutable};
 
 /// A file, directory, link or device of an image.
@@ -291,7 +291,7 @@ impl<W: Read + Write + Seek, S: Read + Write + Seek> Writer<W, S> {
         let mut out = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
         let mut pool = self.pool.into_inner().map_err(io::IntoInnerError::into_error)?;
 
-        write_index(&mut out, self.records, self.hashed)?;
+        write_index(&mut out, self.records, self.hashed, SORTED_AT_ONCE)?;
         pool.rewind()?;
         io::copy(&mut BufReader::with_capacity(WRITE_BUFFER, pool), &mut out)?;
 
@@ -315,11 +315,12 @@ impl<W: Read + Write + Seek, S: Read + Write + Seek> Writer<W, S> {
 }
 
 /// Appends the content index. The hashes are fetched from the records, as often
-/// as needed, so that only a part of them is in memory.
+/// as needed, so that few of them are in memory: twice what is sorted `at_once`.
 fn write_index<W: Read + Write + Seek>(
     out: &mut W,
     records: u32,
     hashed: u32,
+    at_once: usize,
 ) -> Result<(), WriteError> {
     let mut index: Vec<u8> = Vec::with_capacity(hashed as usize * 4);
     let mut last: Option<([u8; 32], u32)> = None;
@@ -333,15 +334,15 @@ fn write_index<W: Read + Write + Seek>(
             let content = record[field::BLAKE3..].first_chunk().copied().unwrap_or_default();
             let key = (content, number);
             if record[field::KIND] == REGULAR && last.is_none_or(|last| key > last) {
-                if least.len() == 2 * SORTED_AT_ONCE {
-                    least.select_nth_unstable(SORTED_AT_ONCE);
-                    least.truncate(SORTED_AT_ONCE);
+                if least.len() == 2 * at_once {
+                    least.select_nth_unstable(at_once);
+                    least.truncate(at_once);
                 }
                 least.push(key);
             }
         }
         least.sort_unstable();
-        least.truncate(SORTED_AT_ONCE);
+        least.truncate(at_once);
         last = least.last().copied();
         index.extend(least.iter().flat_map(|(_, number)| number.to_le_bytes()));
         if last.is_none() {
@@ -526,6 +527,41 @@ impl std::ops::Deref for Bytes {
     }
 }
 
+/// The identity of a layer whose own is not read yet.
+const NOBODY: LayerId = LayerId::Diff(DiffId([0; 32]));
+
+/// The BLAKE3 hash of `bytes`, and what `work` returns meanwhile. A container
+/// waits for this, so that two processors share it if it is much.
+fn checksum_and<T>(bytes: &[u8], work: impl FnOnce() -> T) -> (blake3::Hash, T) {
+    use blake3::hazmat::{HasherExt as _, Mode, left_subtree_len, merge_subtrees_root};
+
+    // Below this, starting a thread costs more than it saves.
+    const MUCH: usize = 1 << 19;
+    let middle = usize::try_from(left_subtree_len(bytes.len().max(MUCH) as u64));
+    let Some((left, right)) = middle.ok().and_then(|middle| bytes.split_at_checked(middle)) else {
+        return (blake3::hash(bytes), work());
+    };
+    if right.is_empty() {
+        return (blake3::hash(bytes), work());
+    }
+    let subtree = |bytes: &[u8], offset: usize| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.set_input_offset(offset as u64).update(bytes).finalize_non_root()
+    };
+    std::thread::scope(|scope| {
+        let larger = || subtree(left, 0);
+        let helper = std::thread::Builder::new().spawn_scoped(scope, larger);
+        let right = subtree(right, left.len());
+        let done = work();
+        let left = match helper.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(left)) => left,
+            // There is no other thread to be had.
+            Ok(Err(_)) | Err(_) => larger(),
+        };
+        (merge_subtrees_root(&left, &right, Mode::Hash), done)
+    })
+}
+
 /// What one layer says about its paths. Opening checks the checksum, every
 /// offset and every code once, so that no look-up can fail.
 pub struct LayerBaseline {
@@ -575,26 +611,30 @@ impl LayerBaseline {
         if total != Some(end as u64) {
             return Err(Invalid::Length);
         }
-        if blake3::hash(&bytes[..end]).as_bytes() != &bytes[end..] {
-            return Err(Invalid::Checksum);
-        }
         let size = |length: u64| usize::try_from(length).map_err(|_| Invalid::Length);
         let records = HEADER..HEADER + size(records)?;
         let index = records.end..records.end + size(index)?;
         let pool = index.end..end;
 
-        let id = bytes[pool.clone()]
-            .get(..u32_at(&bytes, header::ID_LENGTH) as usize)
-            .ok_or(Invalid::Length)?;
-        let id = str::from_utf8(id)
-            .ok()
-            .and_then(parse_layer_id)
-            .ok_or_else(|| Invalid::Identity(crate::model::printable(id)))?;
-
-        let layer = LayerBaseline { bytes, id, records, index, pool };
-        layer.check_records()?;
-        layer.check_index()?;
-        Ok(layer)
+        let id_length = u32_at(&bytes, header::ID_LENGTH) as usize;
+        // Whatever the bytes are, looking at them is safe; so that is done while
+        // the checksum is computed, and told after it.
+        let layer = LayerBaseline { bytes, id: NOBODY, records, index, pool };
+        let checked = || {
+            let id = layer.bytes[layer.pool.clone()].get(..id_length).ok_or(Invalid::Length)?;
+            let id = str::from_utf8(id)
+                .ok()
+                .and_then(parse_layer_id)
+                .ok_or_else(|| Invalid::Identity(crate::model::printable(id)))?;
+            layer.check_records()?;
+            layer.check_index()?;
+            Ok(id)
+        };
+        let (checksum, checked) = checksum_and(&layer.bytes[..end], checked);
+        if checksum.as_bytes() != &layer.bytes[end..] {
+            return Err(Invalid::Checksum);
+        }
+        Ok(LayerBaseline { id: checked?, ..layer })
     }
 
     fn check_records(&self) -> Result<(), Invalid> {
@@ -974,6 +1014,26 @@ pub(super) mod tests {
             }
         }
 
+        /// The content index is made in passes, however few fit into one.
+        #[test]
+        fn the_content_index_is_the_same_in_any_number_of_passes(
+            entries in any_layer(), at_once in 1..4_usize,
+        ) {
+            let whole = written(&entries);
+            let layer = LayerBaseline::from_bytes(whole.clone()).unwrap();
+            let hashed = u32::try_from(layer.index().len()).unwrap();
+            let records = u32::try_from(layer.len()).unwrap();
+            let mut out = Cursor::new(whole[..layer.records.end].to_vec());
+            write_index(&mut out, records, hashed, at_once).unwrap();
+            prop_assert_eq!(out.get_ref(), &whole[..layer.index.end]);
+        }
+
+        #[test]
+        fn a_checksum_is_the_same_whoever_computes_it(length in 0..3_000_000_usize) {
+            let bytes = vec![7; length];
+            prop_assert_eq!(checksum_and(&bytes, || 1), (blake3::hash(&bytes), 1));
+        }
+
         #[test]
         fn a_changed_byte_is_noticed(
             entries in any_layer(), at: proptest::sample::Index, by in 1..=255_u8,
@@ -1055,10 +1115,80 @@ pub(super) mod tests {
             entries_of("/a/b 644 data x").into_iter().filter(orphan).collect(),
             "/a/b is in a directory that is missing",
         );
+        check_refused(
+            entries_of("/a 755 dir")
+                .into_iter()
+                .map(|entry| match entry {
+                    LayerEntry::File(file) => LayerEntry::File(FileEntry {
+                        blake3: Some(blake3_of("")),
+                        ..file
+                    }),
+                    other => other,
+                })
+                .collect(),
+            "/ is a file without a hash, or has a hash and is none",
+        );
         let mut below_a_file = entries_of("/a/b 644 data x");
         below_a_file.retain(orphan);
         below_a_file.extend(entries_of("/a 644 data x").into_iter().filter(|entry| !orphan(entry)));
         check_refused(below_a_file, "/a/b is in a directory that is missing");
+    }
+
+    #[test]
+    fn entries_that_come_one_by_one_come_in_order() {
+        let memory = || Cursor::new(Vec::new());
+        let mut writer = Writer::new(ID, memory(), memory()).unwrap();
+        let mut entries = entries_of("/a 644 data x\n/b 644 data x");
+        entries.swap(1, 2);
+        let result = entries.iter().try_for_each(|entry| writer.push(entry));
+        assert_eq!(result.unwrap_err().to_string(), "/a comes too late");
+    }
+
+    /// A layer whose checksum two threads share, with every kind of entry.
+    fn large_layer() -> Vec<u8> {
+        let mut text = "opaque /o 755\n- /w\n/l 777 symlink x\n/p 755 elf x cap=raw\n".to_owned();
+        for number in 0..8_000 {
+            text += &format!("/d{}/file-{number} 644 data {}\n", number % 50, number / 3);
+        }
+        written(&entries_of(&text))
+    }
+
+    #[test]
+    fn a_file_that_lost_its_end_is_no_layer() {
+        let whole = large_layer();
+        assert!(whole.len() > 1 << 19);
+        for part in 0..16 {
+            let mut cut = whole.clone();
+            cut.truncate(whole.len() / 16 * part);
+            let err = LayerBaseline::from_bytes(cut).unwrap_err();
+            assert_eq!(err, Invalid::Length, "cut at {part}/16");
+            let file = tempfile::tempfile().unwrap();
+            (&file).write_all(&whole[..whole.len() / 16 * part]).unwrap();
+            let err = LayerBaseline::open(&file).unwrap_err();
+            assert!(matches!(err, OpenError::Invalid(Invalid::Length)), "cut at {part}/16: {err}");
+        }
+        LayerBaseline::from_bytes(whole).unwrap();
+    }
+
+    /// A disk that loses the end of a file may leave zeros in its place.
+    #[test]
+    fn a_file_whose_end_is_zeros_is_no_layer() {
+        let whole = large_layer();
+        for part in 1..16 {
+            let mut cut = whole.clone();
+            cut[whole.len() / 16 * part..].fill(0);
+            assert_eq!(LayerBaseline::from_bytes(cut).unwrap_err(), Invalid::Checksum);
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_noticed_wherever_it_is() {
+        let whole = large_layer();
+        for at in (0..whole.len()).step_by(whole.len() / 64) {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 0x10;
+            LayerBaseline::from_bytes(flipped).unwrap_err();
+        }
     }
 
     #[test]
