@@ -27,8 +27,8 @@ pub mod walk;
 
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
-pub use recorder::{Job, Recorder};
-pub use store::{FindError, ImageName, ImageRecord, Store};
+pub use recorder::{Answer, Job, Queue, Recorder};
+pub use store::{Collected, FindError, ImageName, ImageRecord, Store};
 
 #[doc(hidden)]
 pub use text::blake3_of;
