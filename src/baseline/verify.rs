@@ -544,3 +544,6 @@ fn is_complete(found: &Found) -> bool {
         Found::NotProved(_) | Found::NotCompared(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests;
