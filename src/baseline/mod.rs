@@ -22,7 +22,10 @@ pub mod layer;
 pub mod merge;
 pub mod recorder;
 pub mod store;
+pub mod stream;
+mod tar;
 mod text;
+mod unpack;
 pub mod walk;
 
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
