@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, select, select_biased};
 use jiff::Timestamp;
 
-use super::compare::compare;
+use super::compare::Comparison;
 use super::proof::{Checked, LayerProof, unchanged_since};
 use super::store::{self, ImageName, Store};
 use super::stream::Limits;
@@ -26,10 +26,10 @@ use super::urgency::{Urgency, hashing_pool};
 use super::verify::{
     Agenda, Found, NO_BLOB, Outcome, Task, Unproved, Verifier, What, limits, of_the_layer, unpack,
 };
-use super::walk::{self, walk};
+use super::walk::{self, Reading, walk_to};
 use super::{
-    Blobs, Collected, ImageBaseline, KnownBy, LayerDifference, LayerEntry, LayerReport,
-    MAX_DIFFERENCES, News, Progress, Proof, Recorded, Witness,
+    Blobs, Collected, ImageBaseline, KnownBy, LayerBaseline, LayerDifference, LayerEntry,
+    LayerReport, MAX_DIFFERENCES, News, Progress, Proof, Recorded, Witness,
 };
 use crate::config;
 use crate::health::{Failure, Health};
@@ -424,6 +424,15 @@ struct Asked {
     done: Option<Done>,
 }
 
+/// Why what a directory holds was not kept.
+#[derive(Debug, thiserror::Error)]
+enum Reason {
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error(transparent)]
+    Walk(#[from] walk::Error),
+}
+
 /// Why a layer was not recorded.
 enum NotRecorded {
     /// Something else is more urgent.
@@ -805,10 +814,23 @@ impl Worker {
                 .map_err(|err| NotRecorded::Failed(in_full(&err)))?,
         };
         let pool = self.pool.insert(pool);
-        let walked = match walk(pool, directory, progress, &self.shared.interrupt) {
-            Ok(walked) => walked,
-            Err(walk::Error::Stopped) => return Err(NotRecorded::Interrupted),
-            Err(err) if layer.blob.is_some() => {
+        let store = Arc::clone(&self.shared.store);
+        // Read again because it was recorded as the bottom of an image: all that is
+        // known of it holds, except that it lacks what it hides.
+        let bottom = below.is_empty();
+        let before = store.proof(layer.id).filter(|proof| !proof.hides && !bottom);
+        let before = match (before, store.layer(layer.id)) {
+            (Some(proof), Ok(Some(known))) => Some((proof, known)),
+            (_, _) => None,
+        };
+        let recorded = store.record_layer(layer.id, |found| {
+            let interrupt = &self.shared.interrupt;
+            walk_to(pool, directory, &Reading::default(), progress, interrupt, found)
+        });
+        let newest_change = match recorded {
+            Ok(newest_change) => newest_change,
+            Err(Reason::Walk(walk::Error::Stopped)) => return Err(NotRecorded::Interrupted),
+            Err(Reason::Walk(err)) if layer.blob.is_some() => {
                 tracing::info!(
                     layer = %layer.id,
                     "recording from the blob, because its directory cannot be read: {}",
@@ -823,22 +845,20 @@ impl Worker {
             }
             Err(err) => return Err(NotRecorded::Failed(in_full(&err))),
         };
-        let bottom = below.is_empty();
-        let before = self.known_before(layer, directory, &walked.entries, bottom)?;
-        let written = self
-            .shared
-            .store
-            .write_layer(layer.id, walked.entries)
-            .map_err(|err| NotRecorded::Failed(in_full(&err)))?;
-        let mut proof = LayerProof {
-            hides: !bottom,
-            not_verified: layer.blob.is_none().then(|| NO_BLOB.into()),
-            ..before.unwrap_or_else(|| LayerProof::new(written.checksum(), layer.chain_id))
+        let failed = |err: store::Error| NotRecorded::Failed(in_full(&err));
+        let lost = || NotRecorded::Failed("it was not read back as it was written".to_owned());
+        let written = store.layer(layer.id).map_err(failed)?.ok_or_else(lost)?;
+        let before = before.filter(|(_, known)| self.still_holds(layer, directory, known, &written));
+        let mut proof = match before {
+            Some((proof, _)) => LayerProof { checksum: written.checksum(), ..proof },
+            None => LayerProof::new(written.checksum(), layer.chain_id),
         };
-        (proof.checksum, proof.recorded_in) = (written.checksum(), layer.chain_id);
+        proof.hides = !bottom;
+        proof.recorded_in = layer.chain_id;
+        proof.not_verified = layer.blob.is_none().then(|| NO_BLOB.to_owned());
         proof.set_directory(Checked {
             path: directory.to_owned(),
-            newest_change: walked.newest_change,
+            newest_change,
             checked_at: started,
             unchanged_at: started,
         });
@@ -846,34 +866,26 @@ impl Worker {
         Ok(())
     }
 
-    /// What was known of the layer when it was the bottom of an image, which is
-    /// why it is read again: all of it holds but what the layer hides.
-    fn known_before(
-        &mut self,
+    /// Whether what was recorded of a layer as the bottom of an image is what was
+    /// now recorded of it elsewhere, apart from what it hides.
+    ///
+    /// If not, two directories of one layer differ, and nothing here tells which
+    /// is right. The later one is needed; the blob, if there is one, will tell.
+    fn still_holds(
+        &self,
         layer: &Layer,
         directory: &Path,
-        entries: &[LayerEntry],
-        bottom: bool,
-    ) -> Result<Option<LayerProof>, NotRecorded> {
-        let store = &self.shared.store;
-        let Some(proof) = store.proof(layer.id).filter(|proof| !proof.hides && !bottom) else {
-            return Ok(None);
-        };
-        let known = store.layer(layer.id).map_err(|err| NotRecorded::Failed(in_full(&err)))?;
-        let Some(known) = known else { return Ok(None) };
-        let (differences, total) = of_the_layer(compare(&known, entries, true), false);
-        if total == 0 {
-            return Ok(Some(proof));
+        known: &LayerBaseline,
+        written: &LayerBaseline,
+    ) -> bool {
+        let mut comparison = Comparison::new(known, true);
+        written.entries().for_each(|record| comparison.found(&record.to_entry()));
+        let (differences, total) = of_the_layer(comparison.finish(), false);
+        if total > 0 {
+            let (layer, witness) = (layer.id, directory_name(directory));
+            self.tell(News::Tampered { layer, witness, differences, total });
         }
-        // Two directories of one layer differ. Nothing here tells which is right;
-        // the newer one is needed, and the blob, if there is one, will tell.
-        self.tell(News::Tampered {
-            layer: layer.id,
-            witness: directory_name(directory),
-            differences,
-            total,
-        });
-        Ok(None)
+        total == 0
     }
 
     fn read_blob(

@@ -267,23 +267,26 @@ impl Store {
             WriteError::Io(source) => Error::Write { path: path.clone(), source },
             WriteError::Refused(reason) => Error::Refused { id, reason },
         })?;
-        {
-            let mut state = self.state();
-            state.open_layers.remove(&id);
-            state.open_images.retain(|_, image| {
-                image.upgrade().is_some_and(|image| !image.layers().contains(&id))
-            });
-        }
-        let layer = self.layer(id)?.ok_or_else(|| Error::Refused {
+        self.replaced(id)?;
+        self.layer(id)?.ok_or_else(|| Error::Refused {
             id,
             reason: "it was not read back as it was written".into(),
-        })?;
-        let is_void = |proof: &LayerProof| proof.checksum != layer.checksum();
-        if self.proof(id).as_ref().is_some_and(is_void) {
-            self.state().proofs.remove(&id);
+        })
+    }
+
+    /// A layer has another file than before.
+    fn replaced(&self, id: LayerId) -> Result<(), Error> {
+        let checksum = checksum_of(&self.layer_path(id));
+        let mut state = self.state();
+        state.open_layers.remove(&id);
+        state.open_images.retain(|_, image| {
+            image.upgrade().is_some_and(|image| !image.layers().contains(&id))
+        });
+        if state.proofs.get(&id).is_some_and(|proof| checksum != Some(proof.checksum)) {
+            state.proofs.remove(&id);
             remove(&self.proof_path(id))?;
         }
-        Ok(layer)
+        Ok(())
     }
 
     /// What is known of a layer's file besides what it says.
@@ -352,10 +355,12 @@ impl Store {
             writer.finish()?;
             Ok(value)
         });
-        written.map_err(|err| match err {
+        let value = written.map_err(|err| match err {
             Filling::Ours(err) => fail(err).into(),
             Filling::Theirs(err) => err,
-        })
+        })?;
+        self.replaced(id)?;
+        Ok(value)
     }
 
     /// Records that these layers, bottom first, are an image; a name that
