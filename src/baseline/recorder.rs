@@ -672,8 +672,8 @@ impl Worker {
             }
         }
         if asked.is_ok() {
-            if container.is_some() {
-                self.look_at_directories(&layers);
+            if let (Some(_), Some(top)) = (&container, layers.last()) {
+                self.look_at_directories(top.chain_id);
             }
             self.prove_later(&layers);
         }
@@ -1001,29 +1001,32 @@ impl Worker {
         directories
     }
 
-    /// Has the directories of a container compared that nobody has read yet, or
-    /// not since the newest of its layers was unpacked.
-    fn look_at_directories(&self, layers: &[Layer]) {
-        let proofs: Vec<Option<LayerProof>> =
-            layers.iter().map(|layer| self.shared.store.proof(layer.id)).collect();
-        let checked: Vec<Option<&Checked>> = layers
-            .iter()
-            .zip(&proofs)
-            .map(|(layer, proof)| proof.as_ref()?.directory(directory_of(layer)?))
-            .collect();
-        let (_, stale) = unchanged_since(checked.iter().copied());
-        for (place, (layer, checked)) in layers.iter().zip(&checked).enumerate() {
-            let Some(directory) = directory_of(layer) else { continue };
-            let what = match checked {
-                None if self.given_up.contains(&(layer.id, directory.to_owned())) => continue,
-                None => What::Directory(directory.to_owned()),
-                Some(checked) if stale => What::Changes {
-                    directory: directory.to_owned(),
-                    since: checked.newest_change,
-                },
-                Some(_) => continue,
-            };
-            self.shared.agenda.add(task(layers, place, what));
+    /// Has the directories compared that containers have of this chain and that
+    /// nobody has read yet, or not since the newest of them was unpacked.
+    fn look_at_directories(&self, chain_id: ChainId) {
+        let store = &self.shared.store;
+        let mut known = Vec::new();
+        for user in self.users.values().filter(|user| user.chain_id == chain_id) {
+            for (place, layer) in user.layers.iter().enumerate() {
+                let Some(directory) = directory_of(layer) else { continue };
+                let proof = store.proof(layer.id);
+                match proof.as_ref().and_then(|proof| proof.directory(directory)) {
+                    Some(checked) => known.push((user, place, checked.clone())),
+                    None if self.given_up.contains(&(layer.id, directory.to_owned())) => (),
+                    None => {
+                        let what = What::Directory(directory.to_owned());
+                        self.shared.agenda.add(task(&user.layers, place, what));
+                    }
+                }
+            }
+        }
+        let since = unchanged_since(known.iter().map(|(_, _, checked)| Some(checked)));
+        for (user, place, checked) in &known {
+            if since.is_some_and(|since| checked.seen_until() < since.newest) {
+                let (directory, since) = (checked.path.clone(), checked.newest_change);
+                let what = What::Changes { directory, since };
+                self.shared.agenda.add(task(&user.layers, *place, what));
+            }
         }
     }
 
@@ -1105,7 +1108,7 @@ impl Worker {
                 report.unavailable(reason, &task);
             }
         }
-        self.tell_changed_since(id);
+        self.tell_changed_since(id, &task.what);
         if let Some(ticket) = task.ticket {
             self.answer(ticket, id, report);
         }
@@ -1307,7 +1310,7 @@ impl Worker {
                 proof.directory(directory_of(layer)?).cloned()
             })
             .collect();
-        unchanged_since(checked.iter().map(Option::as_ref)).0
+        unchanged_since(checked.iter().map(Option::as_ref)).map(|since| since.time)
     }
 
     fn tell_ready(&mut self, chain_id: ChainId, baseline: Arc<ImageBaseline>) {
@@ -1316,9 +1319,9 @@ impl Worker {
         self.tell(News::Ready { chain_id, baseline, unchanged_since });
     }
 
-    /// Tells the containers that have this layer if the time has changed up to
-    /// which their directories are known.
-    fn tell_changed_since(&mut self, id: LayerId) {
+    /// After a comparison with a layer: tells the containers that have it if the
+    /// time has changed up to which their directories are known.
+    fn tell_changed_since(&mut self, id: LayerId, what: &What) {
         let with = self.users.values().filter(|user| user.layers.iter().any(|layer| layer.id == id));
         let chains: HashSet<ChainId> = with.map(|user| user.chain_id).collect();
         for chain_id in chains {
@@ -1327,6 +1330,11 @@ impl Worker {
                 && let Ok(Some(baseline)) = self.shared.store.image(chain_id)
             {
                 self.tell_ready(chain_id, baseline);
+            }
+            match what {
+                What::Directory(_) | What::Again(_) => self.look_at_directories(chain_id),
+                // The end of it, also where a clock is wrong.
+                What::Changes { .. } | What::Blob => (),
             }
         }
     }

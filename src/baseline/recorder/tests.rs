@@ -25,7 +25,8 @@ impl Blobs for NoBlobs {
 }
 
 fn start(store: Arc<Store>, news: Sender<News>, health: Arc<Health>) -> Recorder {
-    let settings = config::Baseline { threads: 2, ..config::Baseline::default() };
+    let settings =
+        config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
     Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
 }
 

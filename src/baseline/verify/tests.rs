@@ -302,16 +302,18 @@ impl Bench {
         }
     }
 
-    /// Waits until it is known up to when the directories equal the baseline.
+    /// Waits until the directories are known to equal the baseline up to then.
     #[track_caller]
-    fn time_known(&self) -> FileTime {
-        loop {
-            if let (_, Some(time)) = self.ready()
-                && self.recorder.queue().verifying == 0
-            {
-                return time;
-            }
-        }
+    fn known_until(&self, time: FileTime) {
+        while self.ready().1 != Some(time) {}
+    }
+
+    /// Waits until the recorder has done what it was asked before.
+    #[track_caller]
+    fn wait(&self, layers: &[Layer]) {
+        self.asked(layers, Proof::Later).unwrap();
+        eventually("all comparisons", || self.recorder.queue().verifying == 0);
+        self.asked(layers, Proof::Later).unwrap();
     }
 
     #[track_caller]
@@ -770,7 +772,8 @@ fn a_container_is_told_up_to_when_its_layers_are_known() {
     bench.container("d", &stack);
     let (_, first) = bench.ready();
     assert!(first.unwrap() < newest_change(&stack), "{first:?}");
-    assert_eq!(bench.ready().1, Some(newest_change(&stack)));
+    bench.known_until(newest_change(&stack));
+    bench.wait(&stack);
     bench.nothing_tampered();
     let proof = bench.store.proof(layers[0].id).unwrap();
     let checked = proof.directory(directory(&layers[0])).unwrap();
@@ -815,7 +818,7 @@ fn the_same_layers_unpacked_elsewhere_are_compared_before_they_are_trusted() {
     tick();
     bench.container("d", &elsewhere);
     assert_eq!(bench.ready().1, None);
-    assert_eq!(bench.ready().1, Some(newest_change(&elsewhere)));
+    bench.known_until(newest_change(&elsewhere));
 
     let tampered = bench.layers("x", &[&base]);
     fs::write(directory(&tampered[0]).join("bin/evil"), "evil").unwrap();
@@ -831,18 +834,22 @@ fn a_directory_that_has_vanished_leaves_the_time_unknown() {
     let bench = bench();
     let base = archive(BASE);
     bench.asked(&bench.layers("a", &[&base]), Proof::Later).unwrap();
-    let elsewhere = bench.layers("b", &[&base]);
+    let mut elsewhere = bench.layers("b", &[&base]);
+    elsewhere[0].blob = None;
     fs::remove_dir_all(directory(&elsewhere[0])).unwrap();
     bench.ready();
     bench.container("c", &elsewhere);
     let (baseline, unchanged_since) = bench.ready();
     assert_eq!(unchanged_since, None);
     assert!(content(&baseline, "/bin/ls").is_some());
-    eventually("the look at nothing", || bench.recorder.queue().verifying == 0);
-    // Nobody looks again by himself.
+    bench.wait(&elsewhere);
+    // It is not looked for again and again.
     bench.container("c", &elsewhere);
-    assert_eq!(bench.ready().1, None);
+    bench.asked(&elsewhere, Proof::Later).unwrap();
     assert_eq!(bench.recorder.queue().verifying, 0);
+    for news in bench.news.try_iter() {
+        assert!(matches!(news, News::Ready { unchanged_since: None, .. }), "{news:?}");
+    }
 }
 
 // ---- periodically
@@ -859,7 +866,7 @@ fn directories_in_use_are_compared_again_within_the_period() {
     let layers = bench.layers("a", &[&base]);
     tick();
     bench.container("c", &layers);
-    bench.time_known();
+    bench.ready();
     let checked_at = || {
         let proof = bench.store.proof(layers[0].id).unwrap();
         proof.directory(directory(&layers[0])).map(|checked| checked.checked_at)
