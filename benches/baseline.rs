@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use driftd::baseline::recorder::hashing_pool;
+use driftd::baseline::urgency::hashing_pool;
 use driftd::baseline::walk::{Reading, walk_to};
 use driftd::baseline::{FileEntry, ImageBaseline, LayerEntry, Store};
 use driftd::health::Health;
@@ -142,7 +142,7 @@ fn record(tree: &Path, state: &Path) -> anyhow::Result<usize> {
         fs::remove_dir_all(state)?;
     }
     let store = Store::open(state, Arc::new(Health::default()))?;
-    let pool = hashing_pool(0)?;
+    let pool = hashing_pool(0, &Arc::default())?;
     let mut count = 0;
     let t = Instant::now();
     let stop = AtomicBool::new(false);

@@ -1095,12 +1095,12 @@ mod tests {
 
     use super::*;
     use crate::baseline::layer::{self, compare_paths};
-    use crate::baseline::recorder::hashing_pool;
+    use crate::baseline::urgency::hashing_pool;
     use crate::baseline::{ImageBaseline, LayerBaseline, blake3_of};
     use crate::model::{ChainId, DiffId, LayerId};
 
     fn walked(directory: &Path) -> Result<Vec<LayerEntry>, Error> {
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut entries = walk(&pool, directory, None, &AtomicBool::new(false))?.entries;
         entries.sort_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
         Ok(entries)
@@ -1321,7 +1321,7 @@ mod tests {
     fn a_walk_that_is_stopped_tells_nothing() {
         let scratch = tempfile::tempdir().unwrap();
         write(&scratch.path().join("a"), 0o644, "a");
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let result = walk(&pool, scratch.path(), None, &AtomicBool::new(true));
         assert!(matches!(result, Err(Error::Stopped)), "{result:?}");
     }
@@ -1703,7 +1703,7 @@ mod tests {
         for number in 0..50 {
             write(&scratch.path().join(format!("d{}/{number}", number % 7)), 0o644, "12345");
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let progress = Progress::default();
         walk(&pool, scratch.path(), Some(&progress), &AtomicBool::new(false)).unwrap();
         assert_eq!(progress.files_done.load(Ordering::Relaxed), 50);
