@@ -18,8 +18,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
+pub mod archive;
 pub mod layer;
 pub mod merge;
+#[doc(hidden)]
+pub mod oci;
 pub mod recorder;
 pub mod store;
 pub mod stream;
