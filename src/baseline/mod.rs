@@ -21,9 +21,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
+pub mod archive;
 pub mod compare;
 pub mod layer;
 pub mod merge;
+#[doc(hidden)]
+pub mod oci;
 pub mod proof;
 pub mod recorder;
 pub mod store;

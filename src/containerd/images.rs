@@ -738,7 +738,7 @@ async fn find_manifest(
         let document =
             manifests::document(&bytes).map_err(|reason| bad(format!("its manifest {reason}")))?;
         match document {
-            Document::Manifest { config } => return Ok((candidate.digest, config)),
+            Document::Manifest { config, .. } => return Ok((candidate.digest, config)),
             Document::Index(_) if depth == INDEX_DEPTH => {
                 return Err(bad(format!("its indexes are nested more than {INDEX_DEPTH} deep")));
             }
