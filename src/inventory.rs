@@ -153,6 +153,8 @@ pub struct Inventory {
     entries: BTreeMap<ContainerId, Entry>,
     /// What the history tells of containers that have not shown up yet.
     remembered: HashMap<ContainerId, Vec<Finding>>,
+    /// Findings about layers on disk, without a container.
+    pub of_layers: HashMap<FindingId, Finding>,
 }
 
 impl Inventory {
@@ -160,7 +162,14 @@ impl Inventory {
     pub fn with_history(findings: Vec<Finding>) -> Inventory {
         let mut inventory = Inventory::default();
         for finding in findings {
-            inventory.remembered.entry(finding.container.id.clone()).or_default().push(finding);
+            match finding.container_id().cloned() {
+                Some(container) => {
+                    inventory.remembered.entry(container).or_default().push(finding);
+                }
+                None => {
+                    inventory.of_layers.insert(finding.id, finding);
+                }
+            }
         }
         inventory
     }

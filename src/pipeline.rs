@@ -604,7 +604,7 @@ impl State {
             let content = evidence.state.and_then(FileState::blake3);
             let kind = judgement.kind;
             let subject = Subject::File { path: evidence.path, content };
-            let id = FindingId::new(&observation.container, kind, &subject);
+            let id = FindingId::new(Some(&observation.container), kind, &subject);
             let is_write =
                 matches!(kind, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated);
             if is_write
@@ -683,7 +683,7 @@ impl State {
             let (exe, argv) = (process.exe.as_deref(), process.argv.as_deref());
             (Kind::SessionExec, Subject::Command { exe, argv })
         };
-        let id = FindingId::new(container, kind, &subject);
+        let id = FindingId::new(Some(container), kind, &subject);
         if let Some(finding) = entry.findings.get_mut(&id) {
             if observation.source == Source::Scan {
                 // It may be the one that was told before a restart.
@@ -947,11 +947,11 @@ fn new_finding(
         source: observation.source.name().to_owned(),
         node: node.to_owned(),
         runtime: "containerd".to_owned(),
-        container: ContainerEvidence {
+        container: Some(ContainerEvidence {
             id: observation.container.clone(),
             labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
             pod: container.and_then(|container| container.pod.clone()),
-        },
+        }),
         image,
         file: None,
         expected: None,
@@ -962,6 +962,7 @@ fn new_finding(
         verdict: policy.decide(judgement.kind),
         outcome: None,
         attack: judgement.kind.attack(),
+        detail: None,
     }
 }
 

@@ -243,7 +243,7 @@ fn sample() -> Finding {
 fn finding(number: u8, ago: i64) -> Finding {
     let mut finding = sample();
     finding.id.0[0] = number;
-    finding.container.id = ContainerId::new("default", "web");
+    finding.container.as_mut().unwrap().id = ContainerId::new("default", "web");
     finding.last_seen = Timestamp::now() - ago.seconds();
     finding.first_seen = finding.last_seen;
     finding

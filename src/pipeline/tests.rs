@@ -294,7 +294,7 @@ fn a46_after_a_restart_a_finding_is_the_same_finding() {
 fn a45_drift_in_one_container_never_marks_another() {
     let mut node = Node::running();
     node.play("start c2\nattached c2\nbaseline\nexec c1 /tmp/x evil");
-    assert_eq!(node.told[0].container.id, id("c1"));
+    assert_eq!(node.told[0].container_id(), Some(&id("c1")));
     assert!(node.state.inventory.get(&id("c2")).unwrap().findings.is_empty());
 }
 
