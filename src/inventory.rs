@@ -4,10 +4,12 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use crate::baseline::ImageBaseline;
 use crate::model::{
-    Blake3Hash, ChainId, Container, ContainerId, Finding, FindingId, Kind, Observation,
-    ProcessIdentity, RootfsPath,
+    Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Kind, LayerId,
+    Observation, ProcessIdentity, RootfsPath,
 };
 
 /// Findings of one container that are kept in memory.
@@ -22,6 +24,10 @@ pub struct Entry {
     /// The init process, while it runs.
     pub pid: Option<u32>,
     pub baseline: BaselineState,
+    /// Up to when the layers on disk are known to equal the baseline.
+    pub unchanged_since: Option<FileTime>,
+    /// Since when there is no baseline, for whatever reasons.
+    pub without_baseline: Option<Timestamp>,
     pub watch: WatchState,
     /// Its record is gone; forgotten once the last scan is over.
     pub removed: bool,
@@ -140,6 +146,11 @@ impl Entry {
 
     pub fn chain_id(&self) -> Option<ChainId> {
         self.container.as_ref().and_then(Container::chain_id)
+    }
+
+    pub fn has_layer(&self, layer: LayerId) -> bool {
+        let container = self.container.as_ref().filter(|_| !self.removed);
+        container.is_some_and(|container| container.layers.iter().any(|own| own.id == layer))
     }
 
     pub fn is_attached(&self) -> bool {
