@@ -27,6 +27,7 @@
 
 pub mod describe;
 
+mod blobs;
 mod connection;
 mod containers;
 mod endpoint;
@@ -42,6 +43,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 
+pub use self::blobs::ContentBlobs;
 use self::endpoint::Endpoint;
 use self::images::Trouble;
 use crate::baseline::{ImageName, Job, Progress, Recorder};
