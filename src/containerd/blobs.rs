@@ -170,7 +170,7 @@ impl Store {
 }
 
 /// Why a blob of this type is nothing that can be compared with a directory.
-fn no_archive(media_type: &str) -> Option<String> {
+pub(super) fn no_archive(media_type: &str) -> Option<String> {
     if media_type.ends_with("+encrypted") {
         Some("it is encrypted: only what was unpacked from it can be read".into())
     } else if media_type.contains(".erofs.") {
