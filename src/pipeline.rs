@@ -31,7 +31,7 @@ use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, ImageReference, Kind, LayerId, LowerTwin, Observation, Outcome, Process,
+    Finding, FindingId, IdMap, ImageReference, Kind, LayerId, LowerTwin, Observation, Outcome, Process,
     RootfsPath, Severity, Source,
 };
 use crate::policy::Policy;
@@ -722,7 +722,10 @@ impl State {
                     new_finding(&self.node, &self.policy, id, kind, source, at);
                 finding.belongs_to(&observation.container, entry);
                 finding.severity = judgement.severity;
-                finding.file = evidence.state.map(|state| file_evidence(evidence.path, state));
+                let id_map =
+                    entry.container.as_ref().and_then(|container| container.id_map.as_ref());
+                finding.file =
+                    evidence.state.map(|state| file_evidence(evidence.path, state, id_map));
                 finding.expected = judgement
                     .expected
                     .as_ref()
@@ -1071,7 +1074,19 @@ impl Finding {
     }
 }
 
-fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
+/// What the kernel shows of a user that a container does not have.
+const OVERFLOW_ID: u32 = 65_534;
+
+/// The owner is told as the container names it, as the image does: the host has
+/// other numbers for the users of a user namespace.
+fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -> FileEvidence {
+    let (uid, gid) = match id_map {
+        Some(map) => (
+            map.uid_to_container(state.uid).unwrap_or(OVERFLOW_ID),
+            map.gid_to_container(state.gid).unwrap_or(OVERFLOW_ID),
+        ),
+        None => (state.uid, state.gid),
+    };
     let (blake3, sha256, unhashed) = match state.content {
         Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
         Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
@@ -1081,8 +1096,8 @@ fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
         file_type: state.file_type,
         format: state.format,
         mode: octal(state.mode),
-        uid: state.uid,
-        gid: state.gid,
+        uid,
+        gid,
         size: state.size,
         capability: state.capability.as_deref().map(hex),
         blake3,

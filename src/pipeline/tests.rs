@@ -4,7 +4,7 @@ use super::*;
 use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, DiffId, FileTime, FileType, Format, ImageReference, Layer, LayerFile, LayerId,
+    Ancestor, DiffId, FileTime, FileType, Format, IdMap, IdRange, ImageReference, Layer, LayerFile, LayerId,
     Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
@@ -543,6 +543,32 @@ fn a_container_that_is_not_running_has_no_diff_but_a_reason() {
         node.give(Input::Asked(Question::Diff { container: name.into(), reply }));
         let err = answer.try_recv().unwrap().unwrap_err().to_string();
         assert!(err.starts_with(expected), "{err}");
+    }
+}
+
+#[test]
+fn owners_are_told_as_the_container_names_them() {
+    let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let mut one = container("c1", Some(7));
+    one.id_map = Some(IdMap { uids: range(100_000), gids: range(200_000) });
+    node.give(Input::Node(Change::Container(Box::new(one))));
+    node.play("baseline\nattached c1");
+    for (content, owner, expected) in
+        [("one", (100_000, 200_033), (0, 33)), ("two", (0, 0), (OVERFLOW_ID, OVERFLOW_ID))]
+    {
+        let mut fact = exec(RootfsPath::new("/bin/ls").unwrap(), content);
+        if let Fact::Executed { state, .. } = &mut fact {
+            (state.uid, state.gid) = owner;
+        }
+        let container = id("c1");
+        let at = Timestamp::UNIX_EPOCH;
+        let observation = Observation { container, at, source: Source::Gate, fact };
+        node.give(Input::Watch(Report::Observed(observation)));
+        let told = node.told.last().unwrap();
+        let file = told.file.as_ref().unwrap();
+        assert_eq!((file.uid, file.gid), expected);
+        assert_eq!(told.expected.as_ref().unwrap().uid, 0);
     }
 }
 
