@@ -31,8 +31,8 @@ use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, IdMap, ImageReference, Kind, LayerId, LowerTwin, Observation, Outcome, Process,
-    RootfsPath, Severity, Source,
+    Finding, FindingId, IdMap, ImageReference, Kind, LayerId, LowerTwin, Observation, Outcome,
+    Process, RootfsPath, Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -718,8 +718,7 @@ impl State {
                 };
                 let source = observation.source.name();
                 let at = observation.at;
-                let mut finding =
-                    new_finding(&self.node, &self.policy, id, kind, source, at);
+                let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
                 finding.belongs_to(&observation.container, entry);
                 finding.severity = judgement.severity;
                 let id_map =

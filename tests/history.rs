@@ -240,10 +240,7 @@ fn every_filter_leaves_out_what_it_says() {
     };
     let none = Filter::default();
     check(none.clone(), &every);
-    check(
-        Filter { container: Some(id_of(&elsewhere).clone()), ..none.clone() },
-        &[&elsewhere],
-    );
+    check(Filter { container: Some(id_of(&elsewhere).clone()), ..none.clone() }, &[&elsewhere]);
     check(Filter { image: Some("other:1".into()), ..none.clone() }, &[&image]);
     check(Filter { image: Some("bare:1".into()), ..none.clone() }, &[&of_a_layer]);
     check(Filter { kinds: vec![Kind::BaselineTampered], ..none.clone() }, &[&of_a_layer]);
@@ -329,10 +326,7 @@ fn the_questions_in_the_format_s_document_have_answers() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let finding = finding(1, 0);
-    write(
-        &writer,
-        vec![record(&finding), Record::Response(Box::new(response(id_of(&finding))))],
-    );
+    write(&writer, vec![record(&finding), Record::Response(Box::new(response(id_of(&finding))))]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let mut asked = 0;
     for question in questions.split_inclusive(";\n") {

@@ -92,8 +92,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
             policy_generation: verdict.policy_generation,
         }),
         outcome: outcome.map(outcome_to_proto),
-        attack: attack
-            .map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
+        attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
         detail,
     }
 }

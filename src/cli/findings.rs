@@ -303,7 +303,10 @@ impl Listed for Finding {
             let process = self.process.as_ref();
             let user = process.and_then(|process| process.uid);
             row.extend([
-                Field::from(pod(self.container.as_ref().and_then(|container| container.pod.as_ref()))),
+                Field::from(pod(self
+                    .container
+                    .as_ref()
+                    .and_then(|container| container.pod.as_ref()))),
                 safe(self.image.name.as_deref().unwrap_or_default()).into(),
                 user.map(|uid| uid.to_string()).unwrap_or_default().into(),
                 process

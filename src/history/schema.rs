@@ -11,7 +11,8 @@ use super::{Error, FORMAT};
 const APPLICATION_ID: i64 = 0x6472_6674;
 
 /// What leads from format N to N + 1. An entry that was released never changes.
-pub(super) const MIGRATIONS: &[&str] = &["
+pub(super) const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE finding (
         id              TEXT PRIMARY KEY,
         revision        INTEGER NOT NULL,
@@ -69,7 +70,8 @@ pub(super) const MIGRATIONS: &[&str] = &["
                coalesce(record.json, finding.json) AS json
         FROM record
         LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding';
-", "
+",
+    "
     -- A finding may be about a layer on disk, and so of no container.
     DROP VIEW timeline;
     CREATE TABLE finding_2 (
@@ -114,7 +116,8 @@ pub(super) const MIGRATIONS: &[&str] = &["
                coalesce(record.json, finding.json) AS json
         FROM record
         LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding';
-"];
+",
+];
 
 /// Whose file this is and in which format; refuses what is not ours or newer.
 pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, Error> {

@@ -260,9 +260,11 @@ fn file_of(entry: &LayerEntry) -> Option<&FileEntry> {
 }
 
 fn concerns_program(difference: &LayerDifference) -> bool {
-    [&difference.expected, &difference.found].into_iter().flatten().filter_map(file_of).any(
-        |file| file.file_type == FileType::Regular && is_program(file.format, file.mode),
-    )
+    [&difference.expected, &difference.found]
+        .into_iter()
+        .flatten()
+        .filter_map(file_of)
+        .any(|file| file.file_type == FileType::Regular && is_program(file.format, file.mode))
 }
 
 /// Whether a container sees that its layer differs here.

@@ -4,8 +4,8 @@ use super::*;
 use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, DiffId, FileTime, FileType, Format, IdMap, IdRange, ImageReference, Layer, LayerFile, LayerId,
-    Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
+    Ancestor, DiffId, FileTime, FileType, Format, IdMap, IdRange, ImageReference, Layer, LayerFile,
+    LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -609,10 +609,7 @@ fn the_watchers_are_told_how_far_to_trust_the_layers() {
 fn without_a_baseline_no_file_of_a_layer_is_looked_at_until_there_may_be_one() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nattached c1\nfailed full-disk\nlist c1\ntrusted 100");
-    assert_eq!(
-        trusts(&mut node),
-        [Trust::NoBaseline, Trust::Unknown, Trust::UpTo(up_to(100))]
-    );
+    assert_eq!(trusts(&mut node), [Trust::NoBaseline, Trust::Unknown, Trust::UpTo(up_to(100))]);
 }
 
 #[test]
@@ -691,10 +688,7 @@ fn tampered(number: u8, differences: Vec<LayerDifference>) -> Input {
     let total = differences.len() as u64;
     let witness = "directory /lower".to_owned();
     let image = ImageReference { name: Some("img:1".into()), ..ImageReference::default() };
-    Input::Baseline(
-        News::Tampered { layer: layer(number), witness, differences, total },
-        image,
-    )
+    Input::Baseline(News::Tampered { layer: layer(number), witness, differences, total }, image)
 }
 
 fn changed_ls() -> LayerDifference {
@@ -840,7 +834,10 @@ fn a_container_without_a_baseline_is_told_once_for_each_reason() {
     node.wait(10).expect(&["baseline.unavailable (full-disk) x1 r1"]);
     assert_eq!(node.state.next_due(), None);
     let told = &node.told[0];
-    assert_eq!((told.severity, &told.attack, told.source.as_str()), (Severity::Info, &None, "baseline"));
+    assert_eq!(
+        (told.severity, &told.attack, told.source.as_str()),
+        (Severity::Info, &None, "baseline")
+    );
     // Tried again, in vain; and then for another reason.
     node.play("list c1\nfailed full-disk").wait(0);
     assert_eq!(node.told.len(), 1);
@@ -875,7 +872,8 @@ fn a_container_that_cannot_have_a_baseline_says_why() {
     one.no_baseline = Some("it runs in a sandbox of its own (gVisor)".into());
     node.give(Input::Node(Change::Container(Box::new(one.clone()))));
     assert_eq!(node.commands.len(), 2, "{:?}", node.commands);
-    node.wait(20).expect(&["baseline.unavailable (it runs in a sandbox of its own (gVisor)) x1 r1"]);
+    node.wait(20)
+        .expect(&["baseline.unavailable (it runs in a sandbox of its own (gVisor)) x1 r1"]);
     node.give(Input::Node(Change::Container(Box::new(one))));
     node.wait(20);
     assert_eq!(node.told.len(), 1);

@@ -111,8 +111,8 @@ fn hash_one(shared: &Shared, execution: Described) {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
-    let state = known
-        .unwrap_or_else(|| state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes));
+    let state =
+        known.unwrap_or_else(|| state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes));
     drop(file);
     let lower = match layer_file {
         None => watched

@@ -2,9 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{
-    Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
@@ -65,7 +63,9 @@ pub(super) enum Standing {
 enum Place {
     Own,
     /// `is_young`: changed after the container was made.
-    Layers { is_young: bool },
+    Layers {
+        is_young: bool,
+    },
 }
 
 /// Whether a file lives in the container's own layer, which is there since `own`.
