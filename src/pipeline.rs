@@ -31,8 +31,8 @@ use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, Kind, LowerTwin, Observation, Outcome, Process, RootfsPath, Severity,
-    Source,
+    Finding, FindingId, IdMap, Kind, LowerTwin, Observation, Outcome, Process, RootfsPath,
+    Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -640,7 +640,9 @@ impl State {
                 };
                 let mut finding =
                     new_finding(&self.node, &self.policy, entry, observation, id, judgement);
-                finding.file = evidence.state.map(|state| file_evidence(evidence.path, state));
+                let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
+                finding.file =
+                    evidence.state.map(|state| file_evidence(evidence.path, state, id_map));
                 finding.expected = judgement
                     .expected
                     .as_ref()
@@ -965,7 +967,8 @@ fn new_finding(
     }
 }
 
-fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
+/// Owners are told as the container and its image name them.
+fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -> FileEvidence {
     let (blake3, sha256, unhashed) = match state.content {
         Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
         Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
@@ -975,8 +978,8 @@ fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
         file_type: state.file_type,
         format: state.format,
         mode: octal(state.mode),
-        uid: state.uid,
-        gid: state.gid,
+        uid: id_map.map_or(state.uid, |map| map.uid_to_container(state.uid)),
+        gid: id_map.map_or(state.gid, |map| map.gid_to_container(state.gid)),
         size: state.size,
         capability: state.capability.as_deref().map(hex),
         blake3,

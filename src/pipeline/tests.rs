@@ -4,7 +4,7 @@ use super::*;
 use crate::baseline::ImageBaseline;
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, FileType, Format, ImageReference, Layer, LayerId, Outcome, OverlayDirs,
+    Ancestor, FileType, Format, IdRange, ImageReference, Layer, LayerId, Outcome, OverlayDirs,
     ProcessIdentity, Sha256Hash, Task,
 };
 
@@ -249,6 +249,28 @@ fn a01_written_and_later_run_is_one_story() {
     node.play("write c1 /tmp/x evil\nexec c1 /tmp/x evil")
         .expect(&["file.added /tmp/x x1 r1", "exec.new /tmp/x x1 r1"]);
     assert_eq!(node.told[1].story, Some(node.told[0].id));
+}
+
+#[test]
+fn owners_are_told_as_the_container_names_them() {
+    let mut node = Node::running();
+    let mut in_user_namespace = container("c1", Some(7));
+    let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+    in_user_namespace.id_map = Some(IdMap { uids: range(100_000), gids: range(200_000) });
+    node.give(Input::Node(Change::Container(Box::new(in_user_namespace))));
+    let owned = |path: &str, uid, gid| {
+        let mut fact = exec(RootfsPath::new(path).unwrap(), "evil");
+        if let Fact::Executed { state, .. } = &mut fact {
+            (state.uid, state.gid) = (uid, gid);
+        }
+        let at = Timestamp::from_second(9).unwrap();
+        Report::Observed(Observation { container: id("c1"), at, source: Source::Gate, fact })
+    };
+    node.give(Input::Watch(owned("/tmp/x", 100_000, 200_033)));
+    node.give(Input::Watch(owned("/tmp/y", 0, 100_000)));
+    let owners: Vec<(u32, u32)> =
+        node.told.iter().filter_map(|told| told.file.as_ref()).map(|file| (file.uid, file.gid)).collect();
+    assert_eq!(owners, [(0, 33), (65_534, 65_534)], "root of the host is nobody to the container");
 }
 
 #[test]
