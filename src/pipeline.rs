@@ -721,8 +721,7 @@ impl State {
                 let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
                 finding.belongs_to(&observation.container, entry);
                 finding.severity = judgement.severity;
-                let id_map =
-                    entry.container.as_ref().and_then(|container| container.id_map.as_ref());
+                let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
                 finding.file =
                     evidence.state.map(|state| file_evidence(evidence.path, state, id_map));
                 finding.expected = judgement
@@ -1073,19 +1072,8 @@ impl Finding {
     }
 }
 
-/// What the kernel shows of a user that a container does not have.
-const OVERFLOW_ID: u32 = 65_534;
-
-/// The owner is told as the container names it, as the image does: the host has
-/// other numbers for the users of a user namespace.
+/// Owners are told as the container and its image name them.
 fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -> FileEvidence {
-    let (uid, gid) = match id_map {
-        Some(map) => (
-            map.uid_to_container(state.uid).unwrap_or(OVERFLOW_ID),
-            map.gid_to_container(state.gid).unwrap_or(OVERFLOW_ID),
-        ),
-        None => (state.uid, state.gid),
-    };
     let (blake3, sha256, unhashed) = match state.content {
         Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
         Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
@@ -1095,8 +1083,8 @@ fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -
         file_type: state.file_type,
         format: state.format,
         mode: octal(state.mode),
-        uid,
-        gid,
+        uid: id_map.map_or(state.uid, |map| map.uid_to_container(state.uid)),
+        gid: id_map.map_or(state.gid, |map| map.gid_to_container(state.gid)),
         size: state.size,
         capability: state.capability.as_deref().map(hex),
         blake3,

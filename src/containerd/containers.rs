@@ -1,6 +1,7 @@
 //! Containers: a record, and the layers its active snapshot stands on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_client::services::v1::{
@@ -48,14 +49,14 @@ pub(super) async fn describe(
             Rootfs::without(format!("containerd cannot tell its snapshot: {}", words(&status)))
         }
     };
+    let docker_root = spec.root.filter(|_| is_dockers(&record));
     let runtime = record.runtime.unwrap_or_default();
     let options = runtime.options.map(|options| options.value).unwrap_or_default();
     if let Some(reason) = spec::own_kernel(&runtime.name, &options) {
         rootfs.layers.clear();
         rootfs.no_baseline = Some(reason);
     }
-    let image = image(namespace, &record.id, &record.labels, record.image, &spec, &rootfs, images);
-    let image = image.await?;
+    let image = image(namespace, &record.id, record.image, docker_root, &rootfs, images).await?;
     let labels: BTreeMap<String, String> = record.labels.into_iter().collect();
     Ok(Container {
         id: ContainerId::new(&namespace.name, &record.id),
@@ -74,21 +75,24 @@ pub(super) async fn describe(
     })
 }
 
+/// Whether Docker made this container. An image's label alone does not make it
+/// Docker's.
+fn is_dockers(record: &Record) -> bool {
+    record.snapshotter.is_empty() && docker::made(&record.labels)
+}
+
 /// The image that a container was made from, by what the container stands on.
 async fn image(
     namespace: &Namespace,
     id: &str,
-    labels: &HashMap<String, String>,
     recorded: String,
-    spec: &Spec,
+    docker_root: Option<PathBuf>,
     rootfs: &Rootfs,
     images: &Images,
 ) -> Result<ImageReference, Status> {
     let mut name = Some(recorded).filter(|name| !name.is_empty());
     let mut full_names: Vec<String> = name.iter().cloned().collect();
-    if docker::made(labels)
-        && let Some(root) = spec.root.clone()
-    {
+    if let Some(root) = docker_root {
         let id = id.to_owned();
         let asked = tokio::task::spawn_blocking(move || docker::image_name(&id, &root));
         if let Ok(Some(docker_name)) = asked.await {
@@ -156,7 +160,7 @@ async fn rootfs(
         };
         return on_snapshot(namespace, record, snapshotter, key, &shape, images).await;
     }
-    if docker::made(&record.labels) {
+    if is_dockers(record) {
         return of_docker(namespace, record, spec, task, images).await;
     }
     Ok(Rootfs::without(
@@ -372,8 +376,7 @@ pub(super) async fn of_image(
 ) -> Result<Option<Container>, Status> {
     let chain_id: Option<ChainId> = name.parse().ok();
     for record in list(namespace).await? {
-        let is_docker = docker::made(&record.labels);
-        if record.image != name && chain_id.is_none() && !is_docker {
+        if record.image != name && chain_id.is_none() && !is_dockers(&record) {
             continue;
         }
         let container = describe(namespace, endpoint, record, None, images).await?;

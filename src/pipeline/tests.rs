@@ -4,7 +4,7 @@ use super::*;
 use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, DiffId, FileTime, FileType, Format, IdMap, IdRange, ImageReference, Layer, LayerFile,
+    Ancestor, DiffId, FileTime, FileType, Format, IdRange, ImageReference, Layer, LayerFile,
     LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
@@ -291,6 +291,32 @@ fn a01_written_and_later_run_is_one_story() {
 }
 
 #[test]
+fn owners_are_told_as_the_container_names_them() {
+    let mut node = Node::running();
+    let mut in_user_namespace = container("c1", Some(7));
+    let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+    in_user_namespace.id_map = Some(IdMap { uids: range(100_000), gids: range(200_000) });
+    node.give(Input::Node(Change::Container(Box::new(in_user_namespace))));
+    let owned = |path: &str, uid, gid| {
+        let mut fact = exec(RootfsPath::new(path).unwrap(), "evil");
+        if let Fact::Executed { state, .. } = &mut fact {
+            (state.uid, state.gid) = (uid, gid);
+        }
+        let at = Timestamp::from_second(9).unwrap();
+        Report::Observed(Observation { container: id("c1"), at, source: Source::Gate, fact })
+    };
+    node.give(Input::Watch(owned("/tmp/x", 100_000, 200_033)));
+    node.give(Input::Watch(owned("/tmp/y", 0, 100_000)));
+    let owners: Vec<(u32, u32)> = node
+        .told
+        .iter()
+        .filter_map(|told| told.file.as_ref())
+        .map(|file| (file.uid, file.gid))
+        .collect();
+    assert_eq!(owners, [(0, 33), (65_534, 65_534)], "root of the host is nobody to the container");
+}
+
+#[test]
 fn other_content_at_the_same_path_is_another_finding() {
     let mut node = Node::running();
     node.play("exec c1 /tmp/x evil\nexec c1 /tmp/x worse")
@@ -543,32 +569,6 @@ fn a_container_that_is_not_running_has_no_diff_but_a_reason() {
         node.give(Input::Asked(Question::Diff { container: name.into(), reply }));
         let err = answer.try_recv().unwrap().unwrap_err().to_string();
         assert!(err.starts_with(expected), "{err}");
-    }
-}
-
-#[test]
-fn owners_are_told_as_the_container_names_them() {
-    let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
-    let mut node = Node::new(Respond::default(), Vec::new());
-    let mut one = container("c1", Some(7));
-    one.id_map = Some(IdMap { uids: range(100_000), gids: range(200_000) });
-    node.give(Input::Node(Change::Container(Box::new(one))));
-    node.play("baseline\nattached c1");
-    for (content, owner, expected) in
-        [("one", (100_000, 200_033), (0, 33)), ("two", (0, 0), (OVERFLOW_ID, OVERFLOW_ID))]
-    {
-        let mut fact = exec(RootfsPath::new("/bin/ls").unwrap(), content);
-        if let Fact::Executed { state, .. } = &mut fact {
-            (state.uid, state.gid) = owner;
-        }
-        let container = id("c1");
-        let at = Timestamp::UNIX_EPOCH;
-        let observation = Observation { container, at, source: Source::Gate, fact };
-        node.give(Input::Watch(Report::Observed(observation)));
-        let told = node.told.last().unwrap();
-        let file = told.file.as_ref().unwrap();
-        assert_eq!((file.uid, file.gid), expected);
-        assert_eq!(told.expected.as_ref().unwrap().uid, 0);
     }
 }
 
