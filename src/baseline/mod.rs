@@ -26,7 +26,7 @@ mod text;
 pub mod walk;
 
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
-pub use merge::{ImageBaseline, Known, Shown, Totals};
+pub use merge::{ImageBaseline, Known, Totals};
 pub use recorder::{Job, Recorder};
 pub use store::{FindError, ImageName, ImageRecord, Store};
 

@@ -6,7 +6,8 @@ use std::collections::HashSet;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Effect, State, expected, new_finding, removed_evidence};
-use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry, Shown};
+use crate::baseline::merge::Shown;
+use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
 use crate::health::Failure;
 use crate::inventory::{BaselineState, Entry, MAX_FINDINGS, WatchState};
 use crate::model::file::is_program;
