@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use super::{convert, proto};
-use crate::baseline::{self, ImageRecord, Known, Progress};
+use crate::baseline::{self, ImageRecord, Known, Progress, Proof};
 use crate::containerd::Containerd;
 use crate::model::{ChainId, printable};
 
@@ -29,7 +29,10 @@ impl RecordImage for Containerd {
         progress: Arc<Progress>,
     ) -> Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>> {
         Box::pin(async move {
-            Containerd::record_image(self, name, progress).await.map_err(|err| err.to_string())
+            Containerd::record_image(self, name, Proof::Later, progress)
+                .await
+                .map(|recorded| recorded.baseline.chain_id())
+                .map_err(|err| err.to_string())
         })
     }
 
