@@ -1234,6 +1234,113 @@ fn a_snapshotter_of_whole_copies_leaves_the_archives() {
 }
 
 #[test]
+fn a_snapshotter_of_volumes_leaves_the_archives() {
+    let mut node = Node::new();
+    // The btrfs snapshotter wants its directory on a btrfs.
+    let volume = node.path("btrfs.img");
+    let place = node.path("root/io.containerd.snapshotter.v1.btrfs");
+    std::fs::create_dir_all(&place).unwrap();
+    std::fs::File::create(&volume).unwrap().set_len(256 << 20).unwrap();
+    let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
+        let output = Command::new(program).args(arguments).output();
+        let output = output.unwrap_or_else(|err| {
+            panic!("{program} cannot be run (apt-get install btrfs-progs): {err}")
+        });
+        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run("mkfs.btrfs", &["--quiet".as_ref(), volume.as_ref()]);
+    run("mount", &["-o".as_ref(), "loop".as_ref(), volume.as_ref(), place.as_ref()]);
+    node.start();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let image = TestImage::new("btrfs", &[&[("a", "1")], &[("b", "2")]]);
+    node.import_with(&image, &["--no-unpack"]);
+    let id = unique("btrfs");
+    node.run_with(&image, &id, &["--snapshotter", "btrfs"]);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!((layer_ids(&container), &container.no_baseline), (image.layer_ids(), &None));
+    assert_eq!(container.rootfs, None);
+    let job = &driftd.jobs(1)[0];
+    assert_eq!((&job.archives, &job.files), (&image.archives(), &vec![]));
+
+    // Nothing is left to read: the container says so, and the image.
+    let discarded = TestImage::new("btrfs-discarded", &[&[("a", "1")], &[("b", "3")]]);
+    node.import_with(&discarded, &["--no-unpack"]);
+    let id = unique("btrfs-discarded");
+    let [_, top] = &discarded.archives()[..] else { panic!() };
+    node.ctr(&["run", "--detach", "--null-io", "--snapshotter", "btrfs", &discarded.name, &id,
+        "/bin/busybox", "sleep", "600"]);
+    node.ctr(&["content", "delete", top.as_deref().unwrap()]);
+    let mut later = Driftd::start(&node);
+    later.until_listed();
+    let reason = later.record(&id).no_baseline.unwrap_or_default();
+    let expected = format!(
+        "snapshotter btrfs: it keeps volumes, not directories, and layer {} has no archive: it is \
+         not in containerd's content store (discard_unpacked_layers removes it after the unpack, \
+         and lazy snapshotters never fetch it)",
+        discarded.diff_ids()[1]
+    );
+    assert_eq!(reason, expected);
+    later.until_problems(&[&expected]);
+}
+
+#[test]
+fn one_layer_and_a_read_only_rootfs_are_layers_too() {
+    let node = Node::started();
+    let pause = TestImage::new("pause", &[&[]]);
+    let image = TestImage::new("read-only", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&pause);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let found = |container: &Container| -> Vec<BTreeSet<String>> {
+        let directories = container.layers.iter().filter_map(|layer| layer.directory.as_deref());
+        directories.map(files_below).collect()
+    };
+    for (image, expected) in [
+        (&pause, vec![files(&["bin/busybox"])]),
+        (&image, vec![files(&["a", "bin/busybox"]), files(&["b"])]),
+    ] {
+        for read_only in [false, true] {
+            let id = unique(&format!("layers-{}-{read_only}", expected.len()));
+            let arguments: &[&str] = if read_only { &["--read-only"] } else { &[] };
+            node.run_with(image, &id, arguments);
+            let container = driftd.until_container(&id, |container| container.task.is_some());
+            assert_eq!(layer_ids(&container), image.layer_ids());
+            assert_eq!(found(&container), expected);
+            assert_eq!(container.no_baseline, None);
+        }
+    }
+}
+
+#[test]
+fn a_runtime_with_a_kernel_of_its_own_is_said() {
+    let node = Node::started();
+    let image = TestImage::new("sandboxed", &[&[("a", "1")]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    // runc by the name of gVisor's runtime.
+    let runc = ["/usr/sbin/runc", "/usr/bin/runc", "/usr/local/sbin/runc"];
+    let runc = runc.iter().find(|path| Path::new(path).exists()).expect("there is no runc");
+    let runsc = node.path("runsc");
+    std::os::unix::fs::symlink(runc, &runsc).unwrap();
+    let id = unique("sandboxed");
+    node.run_with(&image, &id, &["--runc-binary", runsc.to_str().unwrap()]);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!(container.layers, []);
+    assert_eq!(
+        container.no_baseline.as_deref(),
+        Some(
+            "its runtime io.containerd.runc.v2 (gVisor) runs its programs on a kernel of their \
+             own: this node's fanotify does not see what they execute"
+        )
+    );
+    // Its image is recorded all the same.
+    assert_eq!(driftd.jobs(1)[0].layers, image.layer_ids());
+}
+
+#[test]
 fn a_user_namespaces_container_stands_on_its_images_layers() {
     let node = Node::started();
     let image = TestImage::new("userns", &[&[("a", "1")], &[("b", "2")]]);
