@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
+pub mod diff;
 pub mod layer;
 pub mod merge;
 pub mod recorder;
@@ -25,6 +26,7 @@ pub mod store;
 mod text;
 pub mod walk;
 
+pub use diff::{ImageDifference, diff};
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
 pub use recorder::{Job, Recorder};
