@@ -32,6 +32,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 // ---- a node without containers
 
+struct NoBlobs;
+
+impl baseline::Blobs for NoBlobs {
+    fn open(&self, _: &driftd::model::Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+        Err("there is no content store here".into())
+    }
+}
+
 struct Node {
     dir: tempfile::TempDir,
     writer: Option<Writer>,
@@ -64,7 +72,13 @@ impl Node {
             history: writer.reader(),
             committed: writer.committed(),
             health: health.clone(),
-            recorder: baseline::Recorder::start(baselines.clone(), 1, news, health),
+            recorder: baseline::Recorder::start(
+                baselines.clone(),
+                &driftd::config::Baseline { threads: 1, ..Default::default() },
+                Arc::new(NoBlobs),
+                news,
+                health,
+            ),
             baselines,
             images: Arc::new(NoImages),
         };

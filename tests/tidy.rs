@@ -13,7 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("sys", &["model"]),
     ("config", &["model"]),
     ("policy", &["config", "model"]),
-    ("baseline", &["health", "model", "sys"]),
+    ("baseline", &["config", "health", "model", "sys"]),
     ("containerd", &["baseline", "config", "health", "model"]),
     ("watch", &["config", "health", "model", "sys"]),
     ("detect", &["baseline", "model"]),

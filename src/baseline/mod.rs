@@ -18,19 +18,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
+pub mod compare;
 pub mod diff;
 pub mod layer;
 pub mod merge;
 pub mod recorder;
 pub mod store;
 mod text;
+pub mod urgency;
 pub mod walk;
 
 pub use diff::{ImageDifference, diff};
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
-pub use recorder::{Job, Recorder};
-pub use store::{FindError, ImageName, ImageRecord, Store};
+pub use recorder::{Answer, Job, Queue, Recorder};
+pub use store::{Collected, FindError, ImageName, ImageRecord, Store};
+pub use urgency::Urgency;
 
 #[doc(hidden)]
 pub use text::blake3_of;

@@ -3,18 +3,20 @@
 //! Whoever submits a job never waits. Containers go before images: their
 //! findings are waiting. A layer that is recorded is never read again.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, select_biased};
 
 use super::store::{ImageName, Store};
 use super::walk::walk;
-use super::{ImageBaseline, News, Progress, Proof, Recorded};
+use super::{Blobs, Collected, ImageBaseline, News, Progress, Proof, Recorded};
+use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ChainId, ContainerId, Layer, LayerId};
 
@@ -56,9 +58,33 @@ const QUEUE: usize = 4096;
 /// How much less urgent than the node's own work hashing is.
 const NICE: i32 = 10;
 
+/// What waits to be recorded and proved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Queue {
+    /// Jobs at work.
+    pub recording: usize,
+    /// Jobs that wait for their turn.
+    pub waiting: usize,
+    /// How long ago the oldest job that is not over was submitted.
+    pub oldest: Option<Duration>,
+    /// Layers that are to be compared with their blob or directory.
+    pub verifying: usize,
+}
+
+/// Called when what was asked is done, or refused.
+pub type Answer<T> = Box<dyn FnOnce(Result<T, String>) + Send>;
+
+/// A job, and by what it is struck off when it is over.
+struct Submitted {
+    job: Job,
+    ticket: u64,
+}
+
 /// What the thread is told besides the containers' jobs, in order.
 enum Order {
-    Record(Job),
+    Record(Submitted),
+    Remove { chain_id: ChainId, done: Answer<()> },
+    Prune { done: Answer<Collected> },
     SetNames { endpoint: String, listed: Vec<(ImageName, ChainId)> },
     ImageRemoved { namespace: String, name: String },
     Collect { in_use: HashSet<ChainId> },
@@ -79,9 +105,12 @@ impl fmt::Debug for Recorder {
 struct Shared {
     store: Arc<Store>,
     health: Arc<Health>,
-    urgent: Sender<Job>,
+    urgent: Sender<Submitted>,
     orders: Sender<Order>,
-    pending: AtomicUsize,
+    /// When each job that is not over was submitted, in order of submission.
+    unfinished: Mutex<BTreeMap<u64, Instant>>,
+    submitted: AtomicU64,
+    recording: AtomicUsize,
     /// Chains whose jobs found the queue full; the thread tells of them.
     turned_away: Mutex<HashMap<ChainId, String>>,
     stop: AtomicBool,
@@ -91,10 +120,11 @@ struct Shared {
 }
 
 impl Recorder {
-    /// Starts the thread. `threads` of 0 means one hashing thread per processor.
+    /// Starts the thread.
     pub fn start(
         store: Arc<Store>,
-        threads: usize,
+        settings: &config::Baseline,
+        blobs: Arc<dyn Blobs>,
         news: Sender<News>,
         health: Arc<Health>,
     ) -> Recorder {
@@ -106,7 +136,9 @@ impl Recorder {
             health,
             urgent,
             orders,
-            pending: AtomicUsize::new(0),
+            unfinished: Mutex::default(),
+            submitted: AtomicU64::new(0),
+            recording: AtomicUsize::new(0),
             turned_away: Mutex::default(),
             stop: AtomicBool::new(false),
             running: Mutex::new(Some(running)),
@@ -118,7 +150,9 @@ impl Recorder {
             orders: ordered,
             stopped,
             news,
-            threads,
+            settings: settings.clone(),
+            blobs,
+            users: HashMap::new(),
             pool: None,
         };
         let thread = std::thread::Builder::new()
@@ -132,27 +166,24 @@ impl Recorder {
     /// Asks for a baseline. [`News`] and `done` tell how it went; a job whose
     /// chain is recorded is news as well.
     pub fn submit(&self, job: Job) {
-        self.shared.pending.fetch_add(1, Ordering::Relaxed);
-        let refused = if job.container.is_some() {
+        let ticket = self.shared.submitted.fetch_add(1, Ordering::Relaxed);
+        lock(&self.shared.unfinished).insert(ticket, Instant::now());
+        let job = Submitted { job, ticket };
+        let refused = if job.job.container.is_some() {
             self.shared.urgent.try_send(job).err().map(|err| (is_full(&err), err.into_inner()))
         } else {
             let sent = self.shared.orders.try_send(Order::Record(job));
-            sent.err().and_then(|err| {
-                let full = is_full(&err);
-                match err.into_inner() {
-                    Order::Record(job) => Some((full, job)),
-                    Order::SetNames { .. } | Order::ImageRemoved { .. } | Order::Collect { .. } => {
-                        None
-                    }
-                }
+            sent.err().and_then(|err| match (is_full(&err), err.into_inner()) {
+                (full, Order::Record(job)) => Some((full, job)),
+                (_, _) => None,
             })
         };
-        let Some((full, job)) = refused else { return };
-        self.shared.pending.fetch_sub(1, Ordering::Relaxed);
+        let Some((full, Submitted { job, ticket })) = refused else { return };
+        lock(&self.shared.unfinished).remove(&ticket);
         let reason = if full {
             format!("{QUEUE} baselines are waiting to be recorded already; it is tried again")
         } else {
-            "driftd is being stopped".to_owned()
+            STOPPING.to_owned()
         };
         let _degrade = self.shared.health.record(Failure::BaselineUnavailable);
         if let Some(chain_id) = job.chain_id() {
@@ -192,9 +223,38 @@ impl Recorder {
         }
     }
 
+    /// Forgets one image's baseline. Refused while a container uses it.
+    pub fn remove(&self, chain_id: ChainId, done: Answer<()>) {
+        self.ask(Order::Remove { chain_id, done });
+    }
+
+    /// Forgets at once what [`collect`](Recorder::collect) would forget after the
+    /// retention period.
+    pub fn prune(&self, done: Answer<Collected>) {
+        self.ask(Order::Prune { done });
+    }
+
+    /// Waits for room: who asks this waits for an answer anyway.
+    fn ask(&self, order: Order) {
+        if let Err(err) = self.shared.orders.send(order) {
+            refuse(err.into_inner(), STOPPING);
+        }
+    }
+
     /// Jobs that are not over.
     pub fn pending(&self) -> usize {
-        self.shared.pending.load(Ordering::Relaxed)
+        lock(&self.shared.unfinished).len()
+    }
+
+    pub fn queue(&self) -> Queue {
+        let unfinished = lock(&self.shared.unfinished);
+        let recording = self.shared.recording.load(Ordering::Relaxed).min(unfinished.len());
+        Queue {
+            recording,
+            waiting: unfinished.len() - recording,
+            oldest: unfinished.values().next().map(Instant::elapsed),
+            verifying: 0,
+        }
     }
 
     pub fn store(&self) -> &Arc<Store> {
@@ -225,14 +285,33 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+const STOPPING: &str = "driftd is being stopped";
+
+/// Answers an order that will not be followed.
+fn refuse(order: Order, reason: &str) {
+    match order {
+        Order::Record(Submitted { job, .. }) => {
+            if let Some(done) = job.done {
+                done(Err(reason.into()));
+            }
+        }
+        Order::Remove { done, .. } => done(Err(reason.into())),
+        Order::Prune { done } => done(Err(reason.into())),
+        Order::SetNames { .. } | Order::ImageRemoved { .. } | Order::Collect { .. } => (),
+    }
+}
+
 /// What the thread owns.
 struct Worker {
     shared: Arc<Shared>,
-    urgent: Receiver<Job>,
+    urgent: Receiver<Submitted>,
     orders: Receiver<Order>,
     stopped: Receiver<Infallible>,
     news: Sender<News>,
-    threads: usize,
+    settings: config::Baseline,
+    blobs: Arc<dyn Blobs>,
+    /// The containers that have asked for a baseline, with their chains.
+    users: HashMap<ContainerId, ChainId>,
     /// Only while there is work: an idle node pays for no threads.
     pool: Option<rayon::ThreadPool>,
 }
@@ -257,16 +336,10 @@ impl Worker {
                 },
             }
         }
-        let orders = self.orders.try_iter().filter_map(|order| match order {
-            Order::Record(job) => Some(job),
-            Order::SetNames { .. } | Order::ImageRemoved { .. } | Order::Collect { .. } => None,
-        });
-        for job in self.urgent.try_iter().chain(orders) {
-            self.shared.pending.fetch_sub(1, Ordering::Relaxed);
-            if let Some(done) = job.done {
-                done(Err("driftd is being stopped".into()));
-            }
+        for order in self.urgent.try_iter().map(Order::Record).chain(self.orders.try_iter()) {
+            refuse(order, STOPPING);
         }
+        lock(&self.shared.unfinished).clear();
     }
 
     fn follow(&mut self, order: Order) {
@@ -275,15 +348,28 @@ impl Worker {
             Order::Record(job) => return self.record(job),
             Order::SetNames { endpoint, listed } => store.set_names(&endpoint, &listed),
             Order::ImageRemoved { namespace, name } => store.remove_name(&namespace, &name),
-            Order::Collect { in_use } => store.collect(&in_use).map(|collected| {
-                if collected.images + collected.layers > 0 {
-                    tracing::info!(
-                        images = collected.images,
-                        layers = collected.layers,
-                        "forgot baselines that nobody uses"
-                    );
-                }
-            }),
+            Order::Collect { in_use } => {
+                self.users.retain(|_, chain_id| in_use.contains(chain_id));
+                store.collect(&in_use).map(|collected| {
+                    if collected.images + collected.layers > 0 {
+                        tracing::info!(
+                            images = collected.images,
+                            layers = collected.layers,
+                            "forgot baselines that nobody uses"
+                        );
+                    }
+                })
+            }
+            Order::Remove { chain_id, done } => {
+                return done(match self.user_of(chain_id) {
+                    Some(container) => Err(format!("the container {container} uses it")),
+                    None => store.remove(chain_id).map_err(|err| in_full(&err)),
+                });
+            }
+            Order::Prune { done } => {
+                let in_use = self.users.values().copied().collect();
+                return done(store.collect(&in_use).map_err(|err| in_full(&err)));
+            }
         };
         if let Err(err) = result {
             // What is on disk is then older than what is in memory, until the
@@ -292,8 +378,16 @@ impl Worker {
         }
     }
 
-    fn record(&mut self, job: Job) {
+    fn user_of(&self, chain_id: ChainId) -> Option<&ContainerId> {
+        self.users.iter().find(|(_, used)| **used == chain_id).map(|(container, _)| container)
+    }
+
+    fn record(&mut self, Submitted { job, ticket }: Submitted) {
+        self.shared.recording.store(1, Ordering::Relaxed);
         let Job { image, container, layers, proof: _, progress, done } = job;
+        if let (Some(container), Some(layer)) = (&container, layers.last()) {
+            self.users.insert(container.clone(), layer.chain_id);
+        }
         let result = self.baseline_of(image.as_ref(), &layers, progress.as_deref());
         if let Err(reason) = &result {
             let _degrade = self.shared.health.record(Failure::BaselineUnavailable);
@@ -304,7 +398,8 @@ impl Worker {
             );
         }
         // Whoever has the news sees the job over.
-        self.shared.pending.fetch_sub(1, Ordering::Relaxed);
+        lock(&self.shared.unfinished).remove(&ticket);
+        self.shared.recording.store(0, Ordering::Relaxed);
         if let Some(layer) = layers.last() {
             let chain_id = layer.chain_id;
             self.tell(match &result {
@@ -367,11 +462,17 @@ impl Worker {
     fn record_layer(&mut self, layer: &Layer, progress: Option<&Progress>) -> Result<(), String> {
         let pool = match self.pool.take() {
             Some(pool) => pool,
-            None => hashing_pool(self.threads).map_err(|err| in_full(&err))?,
+            None => hashing_pool(self.settings.threads).map_err(|err| in_full(&err))?,
         };
         let pool = self.pool.insert(pool);
         let Some(directory) = &layer.directory else {
-            return Err(format!("layer {} has no directory", layer.id));
+            return Err(match &layer.blob {
+                Some(blob) => match self.blobs.open(blob) {
+                    Ok(_) => format!("layer {} has no directory", layer.id),
+                    Err(reason) => format!("layer {} has no directory, and {reason}", layer.id),
+                },
+                None => format!("layer {} has neither a directory nor a blob", layer.id),
+            });
         };
         let walked = walk(pool, directory, progress, &self.shared.stop)
             .map_err(|err| format!("layer {}: {}", layer.id, in_full(&err)))?;
@@ -430,7 +531,7 @@ mod tests {
 
     use super::*;
     use crate::baseline::blake3_of;
-    use crate::model::{DiffId, RootfsPath};
+    use crate::model::{Blob, DiffId, RootfsPath};
 
     const SOON: Duration = Duration::from_secs(20);
 
@@ -442,6 +543,19 @@ mod tests {
         recorder: Recorder,
     }
 
+    struct NoBlobs;
+
+    impl Blobs for NoBlobs {
+        fn open(&self, _: &Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+            Err("there are no blobs here".into())
+        }
+    }
+
+    fn start(store: Arc<Store>, news: Sender<News>, health: Arc<Health>) -> Recorder {
+        let settings = config::Baseline { threads: 2, ..config::Baseline::default() };
+        Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
+    }
+
     /// A recorder whose news nobody has read yet: `room` of them find a place.
     fn bench(room: usize) -> Bench {
         let scratch = tempfile::tempdir().unwrap();
@@ -449,7 +563,7 @@ mod tests {
         let store =
             Arc::new(Store::open(&scratch.path().join("baselines"), Arc::clone(&health)).unwrap());
         let (sender, news) = bounded(room);
-        let recorder = Recorder::start(Arc::clone(&store), 2, sender, Arc::clone(&health));
+        let recorder = start(Arc::clone(&store), sender, Arc::clone(&health));
         Bench { scratch, store, health, news, recorder }
     }
 
@@ -584,7 +698,7 @@ mod tests {
         bench.recorder.clone().stop();
         let store = Store::open(&bench.scratch.path().join("baselines"), Arc::clone(&bench.health));
         let (sender, news) = bounded(4);
-        let again = Recorder::start(Arc::new(store.unwrap()), 2, sender, Arc::clone(&bench.health));
+        let again = start(Arc::new(store.unwrap()), sender, Arc::clone(&bench.health));
         assert_eq!(
             again.unrecorded(&[LayerId::Diff(DiffId([1; 32]))]),
             [LayerId::Diff(DiffId([1; 32]))]

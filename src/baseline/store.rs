@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::layer::{self, LayerBaseline, LayerEntry, OpenError, WriteError, parse_layer_id};
+use super::KnownBy;
 use super::merge::{ImageBaseline, Totals};
 use crate::health::{Failure, Health};
 use crate::model::{ChainId, LayerId, ManifestDigest, printable};
@@ -355,9 +356,8 @@ impl Store {
     /// of no image.
     pub fn collect(&self, in_use: &HashSet<ChainId>) -> Result<Collected, Error> {
         let mut state = self.state();
-        state.open_layers.retain(|_, layer| layer.strong_count() > 0);
         state.open_images.retain(|_, image| image.strong_count() > 0);
-        let State { records, open_images, open_layers, sound, .. } = &mut *state;
+        let State { records, open_images, .. } = &mut *state;
         let forgotten: Vec<ChainId> = records
             .values()
             .filter(|record| {
@@ -372,18 +372,43 @@ impl Store {
             remove(&self.image_path(chain_id))?;
             records.remove(&chain_id);
         }
+        collected.layers = self.remove_unneeded_layers(&mut state)?;
+        Ok(collected)
+    }
+
+    /// Forgets one image, and then the layers of no image. Whoever holds its
+    /// baseline keeps it.
+    pub fn remove(&self, chain_id: ChainId) -> Result<(), Error> {
+        remove(&self.image_path(chain_id))?;
+        let mut state = self.state();
+        state.records.remove(&chain_id);
+        state.open_images.remove(&chain_id);
+        self.remove_unneeded_layers(&mut state).map(drop)
+    }
+
+    fn remove_unneeded_layers(&self, state: &mut State) -> Result<usize, Error> {
+        state.open_layers.retain(|_, layer| layer.strong_count() > 0);
         let needed: HashSet<LayerId> =
-            records.values().flat_map(|record| record.layers.iter().copied()).collect();
+            state.records.values().flat_map(|record| record.layers.iter().copied()).collect();
+        let mut removed = 0;
         for (path, stem) in files_in(&self.layers, LAYER_SUFFIX)? {
             // A file of another name is not ours to remove.
             let Some(id) = layer_of_stem(&stem) else { continue };
-            if !needed.contains(&id) && !open_layers.contains_key(&id) {
+            if !needed.contains(&id) && !state.open_layers.contains_key(&id) {
                 remove(&path)?;
-                sound.remove(&id);
-                collected.layers += 1;
+                state.sound.remove(&id);
+                removed += 1;
             }
         }
-        Ok(collected)
+        Ok(removed)
+    }
+
+    /// How an image's baseline is known: as its least known layer is. Then each of
+    /// its layers, bottom first, with the reason why it is not verified.
+    pub fn known_by(&self, chain_id: ChainId) -> (KnownBy, Vec<(LayerId, KnownBy, Option<String>)>) {
+        let layers = self.layers_of(chain_id).unwrap_or_default();
+        let layers = layers.into_iter().map(|id| (id, KnownBy::Snapshot, None)).collect();
+        (KnownBy::Snapshot, layers)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -14,10 +14,12 @@ use std::ffi::{CStr, CString};
 use std::fmt;
 use std::fs::File;
 use std::io::Read as _;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use rustix::fs::{
@@ -27,7 +29,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Progress;
-use super::layer::{Device, FileEntry, LayerEntry, MAX_PATH};
+use super::layer::{Device, FileEntry, LayerBaseline, LayerEntry, MAX_PATH};
 use crate::model::{Blake3Hash, FileTime, FileType, Format, RootfsPath};
 
 /// Why a layer could not be recorded.
@@ -75,6 +77,35 @@ pub fn walk(
     progress: Option<&Progress>,
     stop: &AtomicBool,
 ) -> Result<Walked, Error> {
+    walk_with(pool, directory, Reading { known: None, rate: None }, progress, stop)
+}
+
+/// Like [`walk`], for a layer whose baseline is `known`. What has not changed
+/// since `since` is not read again: such a file keeps the hash that is known. A
+/// file has not changed if neither it nor any directory on the way to it has a
+/// later ctime; without `since` all files are read.
+///
+/// `rate` bounds how much is read in a second.
+pub fn recheck(
+    pool: &rayon::ThreadPool,
+    directory: &Path,
+    known: &LayerBaseline,
+    since: Option<FileTime>,
+    rate: Option<&Rate>,
+    progress: Option<&Progress>,
+    stop: &AtomicBool,
+) -> Result<Walked, Error> {
+    let known = since.map(|since| Unchanged { layer: known, since });
+    walk_with(pool, directory, Reading { known, rate }, progress, stop)
+}
+
+fn walk_with(
+    pool: &rayon::ThreadPool,
+    directory: &Path,
+    reading: Reading<'_>,
+    progress: Option<&Progress>,
+    stop: &AtomicBool,
+) -> Result<Walked, Error> {
     // The way to the layer is the snapshotter's: Docker names layers by symlinks.
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
@@ -82,18 +113,91 @@ pub fn walk(
     let walk = Walk {
         root,
         directory,
+        reading,
         progress,
         stop,
         noatime: AtomicBool::new(true),
+        newest_change: Mutex::new(FileTime { seconds: i64::MIN, nanoseconds: 0 }),
         found: Mutex::default(),
         visited: Mutex::default(),
         links: Mutex::default(),
         failure: OnceLock::new(),
     };
-    pool.scope(|scope| walk.visit(scope, &RootfsPath::root()));
+    let kept = walk.reading.known.is_some();
+    pool.scope(|scope| walk.visit(scope, &RootfsPath::root(), kept));
     pool.install(|| walk.look_back());
-    let entries = walk.finish()?;
-    Ok(Walked { entries, newest_change: FileTime { seconds: 0, nanoseconds: 0 } })
+    walk.finish()
+}
+
+/// How much is read in a second, by all threads together.
+#[derive(Debug)]
+pub struct Rate {
+    bytes_per_second: u64,
+    /// When what has been read so far has had its time.
+    free_at: Mutex<Instant>,
+}
+
+impl Rate {
+    pub fn new(bytes_per_second: NonZeroU64) -> Rate {
+        Rate { bytes_per_second: bytes_per_second.get(), free_at: Mutex::new(Instant::now()) }
+    }
+
+    /// Waits until `bytes` more may be read, or until `stop`.
+    pub fn take(&self, bytes: u64, stop: &AtomicBool) {
+        // Longer than anybody's patience, and far from what an Instant can hold.
+        const FOREVER: u64 = 86_400;
+        let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
+        let cost = u64::try_from(nanoseconds)
+            .map_or(Duration::from_secs(FOREVER), Duration::from_nanos)
+            .min(Duration::from_secs(FOREVER));
+        let ours = {
+            let mut free_at = lock(&self.free_at);
+            let ours = (*free_at).max(Instant::now());
+            *free_at = ours + cost;
+            ours
+        };
+        while !stop.load(Ordering::Relaxed) {
+            let left = ours.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(50)));
+        }
+    }
+}
+
+/// What need not be read, and how fast the rest may be.
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    known: Option<Unchanged<'a>>,
+    rate: Option<&'a Rate>,
+}
+
+#[derive(Clone, Copy)]
+struct Unchanged<'a> {
+    layer: &'a LayerBaseline,
+    since: FileTime,
+}
+
+impl Unchanged<'_> {
+    /// The regular file that is known at `path`, if what is there now is that.
+    fn file(&self, path: &RootfsPath, stat: &Stat) -> Option<FileEntry> {
+        if change_of(stat) > self.since {
+            return None;
+        }
+        match self.layer.get(path)?.to_entry() {
+            LayerEntry::File(file) if file.file_type == FileType::Regular => Some(file),
+            LayerEntry::File(_) | LayerEntry::OpaqueDirectory(_) | LayerEntry::Whiteout(_) => None,
+        }
+    }
+}
+
+fn change_of(stat: &Stat) -> FileTime {
+    FileTime {
+        seconds: stat.st_ctime,
+        // The kernel counts below a thousand million.
+        nanoseconds: u32::try_from(stat.st_ctime_nsec).unwrap_or(u32::MAX),
+    }
 }
 
 /// How many files one thread takes at a time.
@@ -110,8 +214,10 @@ thread_local! {
 struct Walk<'a> {
     root: OwnedFd,
     directory: &'a Path,
+    reading: Reading<'a>,
     progress: Option<&'a Progress>,
     stop: &'a AtomicBool,
+    newest_change: Mutex<FileTime>,
     /// Reading leaves no trace in the files' access times, where we may.
     noatime: AtomicBool,
     found: Mutex<Vec<LayerEntry>>,
@@ -177,14 +283,19 @@ struct Name {
 
 impl<'a> Walk<'a> {
     /// Reads one directory and leaves what is in it to whoever has time.
-    fn visit<'s>(&'s self, scope: &rayon::Scope<'s>, path: &RootfsPath) {
+    ///
+    /// `unchanged`: no directory on the way to it has changed since it was known.
+    fn visit<'s>(&'s self, scope: &rayon::Scope<'s>, path: &RootfsPath, unchanged: bool) {
         if self.is_over() {
             return;
         }
         match self.read_directory(path) {
-            Ok((directory, files, directories)) => {
+            Ok((directory, changed, files, directories)) => {
+                // Whatever comes into a directory, goes, or is renamed changes it.
+                let since = self.reading.known.map(|known| known.since);
+                let unchanged = unchanged && since.is_some_and(|since| changed <= since);
                 for child in directories {
-                    scope.spawn(move |scope| self.visit(scope, &child));
+                    scope.spawn(move |scope| self.visit(scope, &child, unchanged));
                 }
                 // Last in, first out: a thread reads the files before it goes on
                 // to the directories, so that few directories are open at once.
@@ -196,7 +307,7 @@ impl<'a> Walk<'a> {
                         break;
                     }
                     let directory = Arc::clone(&directory);
-                    scope.spawn(move |_| self.read_batch(directory.as_fd(), batch));
+                    scope.spawn(move |_| self.read_batch(directory.as_fd(), batch, unchanged));
                 }
             }
             Err(error) => self.fail(error),
@@ -206,7 +317,7 @@ impl<'a> Walk<'a> {
     fn read_directory(
         &self,
         path: &RootfsPath,
-    ) -> Result<(OwnedFd, Vec<Name>, Vec<RootfsPath>), Error> {
+    ) -> Result<(OwnedFd, FileTime, Vec<Name>, Vec<RootfsPath>), Error> {
         let at = |trouble| self.error(path, trouble);
         let name = match path.relative() {
             b"" => &b"."[..],
@@ -269,23 +380,28 @@ impl<'a> Walk<'a> {
         };
         lock(&self.found).push(entry);
         lock(&self.visited).push((path.clone(), before));
-        Ok((directory, files, directories))
+        let changed = change_of(&before.0);
+        self.changed_at(changed);
+        Ok((directory, changed, files, directories))
     }
 
-    fn read_batch(&self, directory: BorrowedFd<'_>, batch: Vec<Name>) {
+    fn read_batch(&self, directory: BorrowedFd<'_>, batch: Vec<Name>, unchanged: bool) {
         let mut found = Vec::with_capacity(batch.len());
         let (mut files, mut bytes) = (0, 0);
+        let mut newest = None;
         for Name { name, path, regular } in batch {
             if self.is_over() {
                 return;
             }
             let entry = if regular {
-                self.read_regular(directory, &name, path.clone())
+                self.read_regular(directory, &name, path.clone(), unchanged)
             } else {
-                read_special(directory, &name, path.clone()).map(Some)
+                read_special(directory, &name, path.clone())
+                    .map(|(entry, changed)| (Some(entry), changed))
             };
             match entry {
-                Ok(entry) => {
+                Ok((entry, changed)) => {
+                    newest = newest.max(Some(changed));
                     files += u64::from(regular);
                     if let Some(LayerEntry::File(file)) = &entry {
                         bytes += file.size;
@@ -296,6 +412,9 @@ impl<'a> Walk<'a> {
             }
         }
         lock(&self.found).extend(found);
+        if let Some(newest) = newest {
+            self.changed_at(newest);
+        }
         if let Some(progress) = self.progress {
             progress.files_done.fetch_add(files, Ordering::Relaxed);
             progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
@@ -308,7 +427,22 @@ impl<'a> Walk<'a> {
         directory: BorrowedFd<'_>,
         name: &CStr,
         path: RootfsPath,
-    ) -> Result<Option<LayerEntry>, Trouble> {
+        unchanged: bool,
+    ) -> Result<(Option<LayerEntry>, FileTime), Trouble> {
+        if unchanged && let Some(known) = self.reading.known {
+            let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+            let stat = stat.map_err(Trouble::at("stat"))?;
+            if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
+                && let Some(file) = known.file(&path, &stat)
+            {
+                let entry = FileEntry {
+                    format: file.format,
+                    blake3: file.blake3,
+                    ..entry_of(path, FileType::Regular, &stat, file.capability)
+                };
+                return Ok((Some(LayerEntry::File(entry)), change_of(&stat)));
+            }
+        }
         let file = File::from(
             self.open(directory, name.to_bytes(), OFlags::NONBLOCK).map_err(Trouble::at("open"))?,
         );
@@ -316,19 +450,20 @@ impl<'a> Walk<'a> {
         if !rustix::fs::FileType::from_raw_mode(before.0.st_mode).is_file() {
             return Err(Trouble::Changed);
         }
+        let changed = change_of(&before.0);
         let attributes = Attributes::read(file.as_fd())?;
         if let Some(attribute) = attributes.unsupported {
             return Err(Trouble::Unsupported(attribute));
         }
         if attributes.whiteout && before.0.st_size == 0 {
-            return Ok(Some(LayerEntry::Whiteout(path)));
+            return Ok((Some(LayerEntry::Whiteout(path)), changed));
         }
         let mut entry = entry_of(path, FileType::Regular, &before.0, attributes.capability);
         if before.0.st_nlink <= 1 {
             let content = self.hash(file, &before)?;
             entry.blake3 = Some(content.blake3);
             entry.format = content.format;
-            return Ok(Some(LayerEntry::File(entry)));
+            return Ok((Some(LayerEntry::File(entry)), changed));
         }
 
         let inode = (before.0.st_dev, before.0.st_ino);
@@ -336,7 +471,7 @@ impl<'a> Walk<'a> {
             let mut links = lock(&self.links);
             if links.contents.contains_key(&inode) {
                 links.others.push((entry, inode, before));
-                return Ok(None);
+                return Ok((None, changed));
             }
             links.contents.insert(inode, None);
         }
@@ -344,7 +479,7 @@ impl<'a> Walk<'a> {
         lock(&self.links).contents.insert(inode, Some((before, content)));
         entry.blake3 = Some(content.blake3);
         entry.format = content.format;
-        Ok(Some(LayerEntry::File(entry)))
+        Ok((Some(LayerEntry::File(entry)), changed))
     }
 
     fn hash(&self, mut file: File, before: &Moment) -> Result<ContentRead, Trouble> {
@@ -361,6 +496,9 @@ impl<'a> Walk<'a> {
                 if self.stop.load(Ordering::Relaxed) {
                     // The walk is over; what this returns is not looked at.
                     return Err(Trouble::Changed);
+                }
+                if let Some(rate) = self.reading.rate {
+                    rate.take((size - done).min(BUFFER as u64), self.stop);
                 }
                 let length = match file.read(buffer) {
                     Ok(length) => length,
@@ -433,11 +571,17 @@ impl<'a> Walk<'a> {
         });
     }
 
-    fn finish(self) -> Result<Vec<LayerEntry>, Error> {
+    fn changed_at(&self, time: FileTime) {
+        let mut newest = lock(&self.newest_change);
+        *newest = time.max(*newest);
+    }
+
+    fn finish(self) -> Result<Walked, Error> {
         if self.stop.load(Ordering::Relaxed) {
             return Err(Error::Stopped);
         }
-        let Walk { directory, found, links, failure, .. } = self;
+        let Walk { directory, found, links, failure, newest_change, .. } = self;
+        let newest_change = newest_change.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = failure.into_inner() {
             return Err(failure);
         }
@@ -455,7 +599,7 @@ impl<'a> Walk<'a> {
                 }
             }
         }
-        Ok(found)
+        Ok(Walked { entries: found, newest_change })
     }
 
     fn error(&self, path: &RootfsPath, trouble: Trouble) -> Error {
@@ -528,7 +672,7 @@ fn read_special(
     directory: BorrowedFd<'_>,
     name: &CStr,
     path: RootfsPath,
-) -> Result<LayerEntry, Trouble> {
+) -> Result<(LayerEntry, FileTime), Trouble> {
     let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(Trouble::at("stat"))?;
     let file_type = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
         rustix::fs::FileType::Symlink => FileType::Symlink,
@@ -544,13 +688,13 @@ fn read_special(
     if entry.file_type == FileType::CharDevice
         && entry.device == Some(Device { major: 0, minor: 0 })
     {
-        return Ok(LayerEntry::Whiteout(entry.path));
+        return Ok((LayerEntry::Whiteout(entry.path), change_of(&stat)));
     }
     if file_type == FileType::Symlink {
         let target = readlinkat(directory, name, Vec::new()).map_err(Trouble::at("read"))?;
         entry.link_target = Some(target.into_bytes().into());
     }
-    Ok(LayerEntry::File(entry))
+    Ok((LayerEntry::File(entry), change_of(&stat)))
 }
 
 /// What a file's extended attributes mean to overlayfs and to exec.
@@ -619,7 +763,6 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
     use std::os::unix::net::UnixListener;
     use std::process::Command;
-    use std::time::{Duration, Instant};
 
     use rustix::fs::{XattrFlags, makedev, mknodat, setxattr};
 
