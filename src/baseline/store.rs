@@ -90,6 +90,7 @@ pub struct Store {
     layers: PathBuf,
     images: PathBuf,
     health: Arc<Health>,
+    read_only: bool,
     state: Mutex<State>,
 }
 
@@ -127,10 +128,21 @@ impl Store {
                 .and_then(|()| remove_unfinished(path))
                 .map_err(|source| Error::Directory { path: path.into(), source })?;
         }
-        let store = Store { layers, images, health, state: Mutex::default() };
-        let records = store.load_records()?;
-        store.state().records = records;
-        Ok(store)
+        Store { layers, images, health, read_only: false, state: Mutex::default() }.loaded()
+    }
+
+    /// Opens a store that another process may be writing to. Nothing on the disk
+    /// is changed: files appear whole and never change, so there is nothing to
+    /// wait for. A file that is not whole is an error.
+    pub fn open_to_read(directory: &Path, health: Arc<Health>) -> Result<Store, Error> {
+        let (layers, images) = (directory.join("layers"), directory.join("images"));
+        Store { layers, images, health, read_only: true, state: Mutex::default() }.loaded()
+    }
+
+    fn loaded(self) -> Result<Store, Error> {
+        let records = self.load_records()?;
+        self.state().records = records;
+        Ok(self)
     }
 
     /// Every recorded image, by name.
@@ -457,6 +469,10 @@ impl Store {
 
     /// Keeps a file that is not what it should be, under another name.
     fn set_aside(&self, path: &Path, why: &str) -> Result<(), Error> {
+        if self.read_only {
+            let source = io::Error::new(io::ErrorKind::InvalidData, why);
+            return Err(Error::Read { path: path.into(), source });
+        }
         let _retry = self.health.record(Failure::BaselineCorrupt);
         let mut aside = path.as_os_str().to_owned();
         aside.push(CORRUPT_SUFFIX);

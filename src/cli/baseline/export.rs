@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 
 use super::file::{FileJson, file_json};
 use super::source::Source;
-use super::{BaselineJson, baseline_json};
+use super::{BaselineJson, named};
 use crate::api::proto;
 use crate::cli::exit::Exit;
 use crate::cli::output::json_line;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(super) enum ExportFormat {
+pub(in crate::cli) enum ExportFormat {
     /// Hashes of regular files, for `b3sum --check` in a root filesystem
     #[default]
     B3sum,
@@ -41,10 +41,7 @@ struct Shortfall {
 }
 
 pub(super) fn run(source: &Source, image: &str, format: ExportFormat) -> anyhow::Result<Exit> {
-    anyhow::ensure!(!image.is_empty(), "name an image (see: driftd baseline ls)");
-    let found = source.list(image)?.into_iter().next();
-    let found = found.ok_or_else(|| anyhow::anyhow!("driftd gave no baseline"))?;
-    let baseline = baseline_json(found)?;
+    let baseline = named(source, image)?;
     // By its chain ID from here on: the name may move to another image meanwhile.
     let files = |each: &mut dyn FnMut(proto::BaselineFile) -> anyhow::Result<()>| {
         source.files(&baseline.chain_id, each)
@@ -173,7 +170,7 @@ impl<'a, W: Write> Embedded<'a, W> {
 /// The BOM but for its components.
 fn bom(baseline: &BaselineJson) -> Value {
     let digest = baseline.manifest_digest.as_deref();
-    let name = baseline.names.first().map_or(baseline.chain_id.as_str(), String::as_str);
+    let name = baseline.name();
     let mut image = json!({
         "type": "container",
         "bom-ref": baseline.chain_id,

@@ -1,26 +1,34 @@
 //! `driftd baseline`
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::path::Path;
 
 use anyhow::Context as _;
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use serde::Serialize;
-use tokio_stream::StreamExt as _;
 
-use super::client::{Client, explain, talk};
+use self::export::ExportFormat;
+use self::source::Source;
+use super::client::{explain, talk};
 use super::exit::Exit;
-use super::output::{Field, Format, Listed, Listing, Style, age, json_line, list, one, safe, size};
+use super::output::{Field, Format, Listed, Listing, Style, age, list, one, safe, size, write};
 use crate::api::{convert, proto};
-use crate::model::RootfsPath;
-use crate::model::finding::{hex, octal};
+
+mod diff;
+mod export;
+mod file;
+mod record;
+mod source;
+mod verify;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Baseline {
     /// List the images whose baseline is known
     Ls {
+        #[command(flatten)]
+        from: source::Reading,
         #[command(flatten)]
         listing: Listing,
     },
@@ -28,25 +36,61 @@ pub(super) enum Baseline {
     Show {
         #[command(flatten)]
         image: Image,
-        /// How to print the answer
-        #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
-        output: Format,
+        #[command(flatten)]
+        from: source::Reading,
+        #[command(flatten)]
+        output: Output,
     },
     /// Record an image's baseline now (what is known already costs nothing)
-    Record {
+    Record(record::Record),
+    /// Compare baselines with the images' blobs, and with what lies on the disk
+    #[command(after_help = "Exit codes: 0 all is as the baselines say; 1 something differs; \
+                            2 something could not be compared.")]
+    Verify {
+        /// An image's name, manifest digest or chain ID [default: all images]
+        image: Option<String>,
+        /// Read all blobs again, and hash the layers' directories again
+        #[arg(long, conflicts_with = "store")]
+        deep: bool,
         #[command(flatten)]
-        image: Image,
-        /// How to print the answer
-        #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
-        output: Format,
+        from: source::Reading,
+        #[command(flatten)]
+        output: Output,
     },
     /// Print every file of an image, sorted by path
     Export {
         #[command(flatten)]
         image: Image,
+        #[command(flatten)]
+        from: source::Reading,
         /// How to print the files
         #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
         output: ExportFormat,
+    },
+    /// Show what makes one image another
+    #[command(after_help = "Exit codes: 0 they hold the same files; 1 they differ; \
+                            2 could not answer.")]
+    Diff {
+        /// An image's name, manifest digest or chain ID
+        #[arg(value_name = "IMAGE")]
+        a: String,
+        /// The image that it is compared with
+        #[arg(value_name = "OTHER")]
+        b: String,
+        #[command(flatten)]
+        from: source::Reading,
+        #[command(flatten)]
+        listing: Listing,
+    },
+    /// Forget an image's baseline, unless a container uses it
+    Rm {
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Forget the baselines that no image and no container needs
+    Prune {
+        #[command(flatten)]
+        output: Output,
     },
 }
 
@@ -56,16 +100,14 @@ pub(super) struct Image {
     image: String,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(super) enum ExportFormat {
-    /// Hashes of regular files, for `b3sum --check` in a root filesystem
-    #[default]
-    B3sum,
-    /// One JSON object per line: every file with all that is known of it
-    Jsonl,
+#[derive(Debug, clap::Args)]
+pub(super) struct Output {
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 struct BaselineJson {
     schema: &'static str,
     chain_id: String,
@@ -77,11 +119,52 @@ struct BaselineJson {
     files: u64,
     bytes: u64,
     state: String,
+    /// Null when it is not recorded.
+    known_by: Option<String>,
+    /// When the last of its layers was verified; null unless all are.
+    verified_at: Option<Timestamp>,
+    /// How each layer is known, bottom first.
+    proofs: Vec<ProofJson>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProofJson {
+    layer: String,
+    known_by: String,
+    /// Why it is not verified, if somebody has tried.
+    reason: Option<String>,
+    verified_at: Option<Timestamp>,
+}
+
+impl ProofJson {
+    fn is_verified(&self) -> bool {
+        self.known_by == "verified"
+    }
+}
+
+impl BaselineJson {
+    /// What a person calls it.
+    fn name(&self) -> &str {
+        self.names.first().unwrap_or(&self.chain_id)
+    }
 }
 
 fn baseline_json(baseline: proto::Baseline) -> anyhow::Result<BaselineJson> {
+    let time = |field, time: Option<prost_types::Timestamp>| match time {
+        None => Ok(None),
+        some => convert::time_from_proto(field, some).map(Some),
+    };
+    let proofs = baseline.layers.iter().zip(baseline.proofs).map(|(layer, proof)| {
+        Ok(ProofJson {
+            layer: layer.clone(),
+            known_by: proof.known_by,
+            reason: (!proof.reason.is_empty()).then_some(proof.reason),
+            verified_at: time("proofs.verified_at", proof.verified_at)?,
+        })
+    });
     Ok(BaselineJson {
         schema: "driftd.baseline/v1",
+        proofs: proofs.collect::<anyhow::Result<_>>()?,
         chain_id: baseline.chain_id,
         names: baseline.names,
         manifest_digest: (!baseline.manifest_digest.is_empty()).then_some(baseline.manifest_digest),
@@ -90,53 +173,48 @@ fn baseline_json(baseline: proto::Baseline) -> anyhow::Result<BaselineJson> {
         files: baseline.files,
         bytes: baseline.bytes,
         state: baseline.state,
+        known_by: (!baseline.known_by.is_empty()).then_some(baseline.known_by),
+        verified_at: time("verified_at", baseline.verified_at)?,
     })
 }
 
 impl Baseline {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
         match self {
-            Baseline::Ls { listing } => {
-                list(&fetch(socket, String::new())?, &listing)?;
+            Baseline::Ls { from, listing } => {
+                let baselines = from.open(socket)?.list("")?.into_iter().map(baseline_json);
+                list(&baselines.collect::<anyhow::Result<Vec<_>>>()?, &listing)?;
                 Ok(Exit::Clean)
             }
-            Baseline::Show { image, output } => show(socket, image.image, output),
-            Baseline::Record { image, output } => {
-                let baseline = talk(socket, |client| record(client, image.image))?;
-                one(&baseline, output, || {
-                    let name = baseline.names.first().unwrap_or(&baseline.chain_id);
-                    format!(
-                        "{}: {} files, {} in {} layers\n",
-                        safe(name),
-                        HumanCount(baseline.files),
-                        size(baseline.bytes),
-                        baseline.layers.len()
-                    )
-                })?;
+            Baseline::Show { image, from, output } => {
+                let baseline = named(&from.open(socket)?, &image.image)?;
+                one(&baseline, output.output, || text(&baseline))?;
                 Ok(Exit::Clean)
             }
-            Baseline::Export { image, output } => {
-                talk(socket, |client| export(client, image.image, output))
+            Baseline::Record(record) => record.run(socket),
+            Baseline::Verify { image, deep, from, output } => match from.open(socket)? {
+                Source::Daemon(socket) => verify::run(&socket, image, deep, output.output),
+                store @ Source::Store(_) => {
+                    verify::stored(&store, image.as_deref().unwrap_or(""), output.output)
+                }
+            },
+            Baseline::Export { image, from, output } => {
+                export::run(&from.open(socket)?, &image.image, output)
             }
+            Baseline::Diff { a, b, from, listing } => {
+                diff::run(&from.open(socket)?, &a, &b, &listing)
+            }
+            Baseline::Rm { image } => remove(socket, image.image),
+            Baseline::Prune { output } => prune(socket, output.output),
         }
     }
 }
 
-/// All baselines, or the one that `image` names.
-fn fetch(socket: &Path, image: String) -> anyhow::Result<Vec<BaselineJson>> {
-    let baselines = talk(socket, |mut client| async move {
-        let request = proto::ListBaselinesRequest { image };
-        Ok(client.list_baselines(request).await.map_err(explain)?.into_inner().baselines)
-    })?;
-    baselines.into_iter().map(baseline_json).collect()
-}
-
-fn show(socket: &Path, image: String, output: Format) -> anyhow::Result<Exit> {
+/// The one baseline that somebody means.
+fn named(source: &Source, image: &str) -> anyhow::Result<BaselineJson> {
     anyhow::ensure!(!image.is_empty(), "name an image (see: driftd baseline ls)");
-    let found = fetch(socket, image)?;
-    let baseline = found.first().context("driftd gave no baseline")?;
-    one(baseline, output, || text(baseline))?;
-    Ok(Exit::Clean)
+    let found = source.list(image)?.into_iter().next();
+    baseline_json(found.context("driftd gave no baseline")?)
 }
 
 fn text(baseline: &BaselineJson) -> String {
@@ -153,116 +231,76 @@ fn text(baseline: &BaselineJson) -> String {
     }
     line("Chain ID", &safe(&baseline.chain_id));
     line("State", &safe(&baseline.state));
+    let known_by = match (baseline.known_by.as_deref(), baseline.verified_at) {
+        (Some("snapshot"), _) => {
+            "snapshot: read from what was unpacked, not (wholly) compared with the image's blobs"
+                .to_owned()
+        }
+        (Some("verified"), Some(at)) => {
+            format!("verified: compared with the image's blobs at {}", super::output::time(at))
+        }
+        (Some("verified"), None) => "verified: compared with the image's blobs".to_owned(),
+        (known_by, _) => safe(known_by.unwrap_or("-")),
+    };
+    line("Known by", &known_by);
     line("Recorded", &super::output::time(baseline.recorded_at));
     line("Files", &format!("{}, {}", HumanCount(baseline.files), size(baseline.bytes)));
-    for (index, layer) in baseline.layers.iter().enumerate() {
-        line(if index == 0 { "Layers" } else { "" }, &safe(layer));
+    for (index, proof) in baseline.proofs.iter().enumerate() {
+        let label = if index == 0 { "Layers" } else { "" };
+        line(label, &format!("{}  {}", safe(&proof.layer), safe(&proof.known_by)));
+        if let Some(reason) = &proof.reason {
+            line("", &format!("  {}", safe(reason)));
+        }
     }
     text
 }
 
-async fn record(mut client: Client, image: String) -> anyhow::Result<BaselineJson> {
-    let bar = if io::stderr().is_terminal() {
-        let style =
-            ProgressStyle::with_template("{spinner} {prefix} {wide_bar} {pos}/{len} layers {msg}")
-                .expect("the template is written correctly");
-        ProgressBar::new(0).with_style(style).with_prefix(safe(&image))
-    } else {
-        ProgressBar::hidden()
-    };
-    let request = proto::RecordBaselineRequest { image };
-    let mut stream = client.record_baseline(request).await.map_err(explain)?.into_inner();
-    while let Some(progress) = stream.next().await {
-        let progress = progress.map_err(explain)?;
-        if let Some(baseline) = progress.baseline {
-            bar.finish_and_clear();
-            return baseline_json(baseline);
-        }
-        bar.set_length(progress.layers_total.into());
-        bar.set_position(progress.layers_done.into());
-        bar.set_message(format!(
-            "{} files, {}",
-            HumanCount(progress.files_done),
-            size(progress.bytes_done)
-        ));
-        bar.tick();
-    }
-    anyhow::bail!("driftd stopped before the baseline was recorded (try again when it runs)")
-}
-
-#[derive(Serialize)]
-struct FileJson {
-    schema: &'static str,
-    #[serde(flatten)]
-    path: RootfsPath,
-    file_type: String,
-    #[serde(rename = "type")]
-    format: String,
-    mode: String,
-    uid: u32,
-    gid: u32,
-    size: u64,
-    capability: Option<String>,
-    blake3: Option<String>,
-    layer: String,
-}
-
-async fn export(mut client: Client, image: String, format: ExportFormat) -> anyhow::Result<Exit> {
-    let request = proto::ExportBaselineRequest { image };
-    let mut stream = client.export_baseline(request).await.map_err(explain)?.into_inner();
-    let mut out = io::BufWriter::new(io::stdout());
-    let mut left_out = 0_u64;
-    while let Some(file) = stream.next().await {
-        let file = file.map_err(explain)?;
-        match format {
-            ExportFormat::Jsonl => out.write_all(json_line(&file_json(file)?)?.as_bytes())?,
-            ExportFormat::B3sum if file.blake3.is_empty() => (),
-            ExportFormat::B3sum => match b3sum_line(&file.path, &file.blake3) {
-                Some(line) => out.write_all(line.as_bytes())?,
-                None => left_out += 1,
-            },
-        }
-    }
-    out.flush()?;
-    if left_out > 0 {
+fn remove(socket: &Path, image: String) -> anyhow::Result<Exit> {
+    anyhow::ensure!(!image.is_empty(), "name an image (see: driftd baseline ls)");
+    let removed = talk(socket, |mut client| async move {
+        let request = proto::RemoveBaselineRequest { image };
+        Ok(client.remove_baseline(request).await.map_err(explain)?.into_inner())
+    })?;
+    write(format!("{}\n", safe(&removed.chain_id)).as_bytes())?;
+    for name in &removed.names {
         eprintln!(
-            "warning: {left_out} files were left out, because b3sum cannot check names that are \
-             not UTF-8 (use -o jsonl)"
+            "{} is still an image of containerd's: it is recorded again when it is next used",
+            safe(name)
         );
     }
     Ok(Exit::Clean)
 }
 
-fn file_json(file: proto::BaselineFile) -> anyhow::Result<FileJson> {
-    Ok(FileJson {
-        schema: "driftd.baseline_file/v1",
-        path: RootfsPath::new(file.path)?,
-        file_type: file.file_type,
-        format: file.format,
-        mode: octal(file.mode),
-        uid: file.uid,
-        gid: file.gid,
-        size: file.size,
-        capability: (!file.capability.is_empty()).then(|| hex(&file.capability)),
-        blake3: (!file.blake3.is_empty()).then_some(file.blake3),
-        layer: file.layer,
-    })
+#[derive(Debug, Serialize)]
+struct PrunedJson {
+    schema: &'static str,
+    images: u32,
+    layers: u32,
+    bytes: u64,
 }
 
-/// A line as `b3sum` itself prints it, so that `b3sum --check` reads it back;
-/// `None` for a name that it could not.
-fn b3sum_line(path: &[u8], blake3: &str) -> Option<String> {
-    let path = str::from_utf8(path).ok()?;
-    if path.contains(char::REPLACEMENT_CHARACTER) {
-        return None;
-    }
-    let (mark, path) = if path.contains(['\\', '\n', '\r']) {
-        let path = path.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r");
-        ("\\", path)
+fn prune(socket: &Path, output: Format) -> anyhow::Result<Exit> {
+    let pruned = talk(socket, |mut client| async move {
+        let request = proto::PruneBaselinesRequest {};
+        Ok(client.prune_baselines(request).await.map_err(explain)?.into_inner())
+    })?;
+    let proto::PruneBaselinesResponse { images, layers, bytes } = pruned;
+    let pruned = PrunedJson { schema: "driftd.pruned/v1", images, layers, bytes };
+    one(&pruned, output, || {
+        format!("forgot {images} images and {layers} layers, {} on disk\n", size(bytes))
+    })?;
+    Ok(Exit::Clean)
+}
+
+/// A progress bar, for a person.
+fn bar(template: &str) -> ProgressBar {
+    if io::stderr().is_terminal() {
+        let style = ProgressStyle::with_template(template)
+            .expect("the template is written correctly");
+        ProgressBar::new(0).with_style(style)
     } else {
-        ("", path.to_owned())
-    };
-    Some(format!("{mark}{blake3}  .{path}\n"))
+        ProgressBar::hidden()
+    }
 }
 
 impl Listed for BaselineJson {
@@ -277,7 +315,7 @@ impl Listed for BaselineJson {
     }
 
     fn header(wide: bool) -> Vec<&'static str> {
-        let mut header = vec!["IMAGE", "FILES", "SIZE", "LAYERS", "STATE", "RECORDED", "CHAIN ID"];
+        let mut header = vec!["IMAGE", "FILES", "SIZE", "LAYERS", "STATE", "KNOWN BY", "RECORDED", "CHAIN ID"];
         if wide {
             header.push("MANIFEST DIGEST");
         }
@@ -291,6 +329,7 @@ impl Listed for BaselineJson {
             size(self.bytes).into(),
             self.layers.len().to_string().into(),
             safe(&self.state).into(),
+            safe(self.known_by.as_deref().unwrap_or("-")).into(),
             age(style.now, self.recorded_at).into(),
             style.id(&self.chain_id).into(),
         ];
@@ -298,22 +337,5 @@ impl Listed for BaselineJson {
             row.push(style.id(self.manifest_digest.as_deref().unwrap_or("-")).into());
         }
         row
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_are_those_of_b3sum() {
-        let check = |path: &[u8], expected: Option<&str>| {
-            assert_eq!(b3sum_line(path, "ab").as_deref(), expected, "{path:?}");
-        };
-        check(b"/usr/bin/ls", Some("ab  ./usr/bin/ls\n"));
-        check(b"/a\\b\nc\rd", Some("\\ab  ./a\\\\b\\nc\\rd\n"));
-        check("/ü".as_bytes(), Some("ab  ./ü\n"));
-        check(b"/\xff", None);
-        check("/\u{fffd}".as_bytes(), None);
     }
 }

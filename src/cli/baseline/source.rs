@@ -11,14 +11,14 @@ use crate::cli::client::{explain, talk};
 use crate::health::Health;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct From {
+pub(in crate::cli) struct Reading {
     /// Read this directory of baselines and ask no daemon (nothing in it is
     /// changed: it may be a running daemon's)
     #[arg(long, value_name = "DIRECTORY")]
     store: Option<PathBuf>,
 }
 
-impl From {
+impl Reading {
     pub(super) fn open(&self, socket: &Path) -> anyhow::Result<Source> {
         Ok(match &self.store {
             None => Source::Daemon(socket.into()),
