@@ -101,12 +101,17 @@ pub fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) -> proto:
         Err(err) => err.to_string(),
     };
     let (known_by, layers) = store.known_by(record.chain_id);
+    let verified_at = |id| store.proof(id).and_then(|proof| proof.verified_at);
+    let last_verified = match known_by {
+        KnownBy::Verified => layers.iter().filter_map(|(id, _, _)| verified_at(*id)).max(),
+        KnownBy::Snapshot => None,
+    };
     let proofs: Vec<proto::LayerProof> = layers
         .into_iter()
-        .map(|(_, known_by, reason)| proto::LayerProof {
+        .map(|(id, known_by, reason)| proto::LayerProof {
             known_by: known_by_name(known_by).into(),
             reason: reason.unwrap_or_default(),
-            verified_at: None,
+            verified_at: verified_at(id).map(convert::time_to_proto),
         })
         .collect();
     let is_ready = state == "ready";
@@ -124,7 +129,7 @@ pub fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) -> proto:
         state,
         known_by: if is_ready { known_by_name(known_by).into() } else { String::new() },
         proofs,
-        verified_at: None,
+        verified_at: last_verified.map(convert::time_to_proto),
     }
 }
 

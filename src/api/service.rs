@@ -392,7 +392,7 @@ impl DriftService for Service {
         Ok(Response::new(proto::PruneBaselinesResponse {
             images: count(collected.images),
             layers: count(collected.layers),
-            bytes: 0,
+            bytes: collected.bytes,
         }))
     }
 

@@ -1,13 +1,16 @@
 //! What an image says its files are.
 //!
 //! ```text
-//!  a layer's directory ── walk ──> entries ── layer::write ──> layers/<diff ID>.layer
-//!                                                                 │ mapped, never copied
-//!  News <── recorder (one thread, a pool that hashes)             v
-//!                                            merge: ImageBaseline over the layers of a chain
+//!  a layer's directory ── walk ──┐
+//!                                ├─> entries ── layer::write ──> layers/<diff ID>.layer
+//!  a layer's blob ────── stream ─┘      ^                           │ mapped, never copied
+//!                                       │ compare                   v
+//!  News <── recorder <── verify: reads the other witness    merge: ImageBaseline over
+//!           (one thread)  (one thread, in the background)   the layers of a chain
 //! ```
 //!
-//! A layer is recorded once, whatever images use it. Nothing here judges a
+//! A layer is recorded once, whatever images use it, and proved once, by what its
+//! blob says; `proofs/` remembers how it is known. Nothing here judges a
 //! container: `detect` asks an [`ImageBaseline`] what a path should be.
 
 use std::io::Read;
@@ -22,10 +25,13 @@ pub mod compare;
 pub mod diff;
 pub mod layer;
 pub mod merge;
+pub mod proof;
 pub mod recorder;
 pub mod store;
+pub mod stream;
 mod text;
 pub mod urgency;
+mod verify;
 pub mod walk;
 
 pub use diff::{ImageDifference, diff};

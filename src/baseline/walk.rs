@@ -9,24 +9,22 @@
 //! means that this is not the committed layer it was taken for.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
-use std::ffi::{CStr, CString};
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::fs::File;
-use std::io::Read as _;
+use std::io::IoSliceMut;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rayon::prelude::*;
+use crossbeam_channel::{Receiver, bounded};
 use rustix::fs::{
     Advice, AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags, Stat, fadvise, fgetxattr, flistxattr,
     fstat, openat2, readlinkat, statat,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::Progress;
 use super::layer::{Device, FileEntry, LayerBaseline, LayerEntry, MAX_PATH};
@@ -61,10 +59,8 @@ pub enum Error {
 /// What a walk found.
 #[derive(Debug)]
 pub struct Walked {
-    /// In no order.
+    /// In the order of paths (see [`super::layer`]).
     pub entries: Vec<LayerEntry>,
-    /// The newest ctime of anything in the directory, itself included. What is
-    /// changed later has a later one.
     pub newest_change: FileTime,
 }
 
@@ -77,7 +73,7 @@ pub fn walk(
     progress: Option<&Progress>,
     stop: &AtomicBool,
 ) -> Result<Walked, Error> {
-    walk_with(pool, directory, Reading { known: None, rate: None }, progress, stop)
+    collect(|found| walk_to(pool, directory, &Reading::default(), progress, stop, found))
 }
 
 /// Like [`walk`], for a layer whose baseline is `known`. What has not changed
@@ -95,17 +91,37 @@ pub fn recheck(
     progress: Option<&Progress>,
     stop: &AtomicBool,
 ) -> Result<Walked, Error> {
-    let known = since.map(|since| Unchanged { layer: known, since });
-    walk_with(pool, directory, Reading { known, rate }, progress, stop)
+    let unchanged = since.map(|since| Unchanged { layer: known, since });
+    collect(|found| walk_to(pool, directory, &Reading { unchanged, rate }, progress, stop, found))
 }
 
-fn walk_with(
+fn collect(
+    walk: impl FnOnce(&mut dyn FnMut(LayerEntry) -> Result<(), Error>) -> Result<FileTime, Error>,
+) -> Result<Walked, Error> {
+    let mut entries = Vec::new();
+    let newest_change = walk(&mut |entry| {
+        entries.push(entry);
+        Ok(())
+    })?;
+    Ok(Walked { entries, newest_change })
+}
+
+/// Like [`walk`], but keeps nothing: `found` is given every entry, in the order
+/// of paths, and can end the walk. However many entries there are, no more than
+/// some tens of megabytes of them are in memory at once.
+///
+/// Returns the newest ctime of anything in the directory, itself included, but
+/// none later than the beginning of the walk: what is changed after it was read
+/// has a later one, even if something else was changed after that and read then.
+pub fn walk_to<E: From<Error>>(
     pool: &rayon::ThreadPool,
     directory: &Path,
-    reading: Reading<'_>,
+    reading: &Reading<'_>,
     progress: Option<&Progress>,
     stop: &AtomicBool,
-) -> Result<Walked, Error> {
+    found: &mut dyn FnMut(LayerEntry) -> Result<(), E>,
+) -> Result<FileTime, E> {
+    let begin = last_tick();
     // The way to the layer is the snapshotter's: Docker names layers by symlinks.
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
@@ -117,16 +133,40 @@ fn walk_with(
         progress,
         stop,
         noatime: AtomicBool::new(true),
-        newest_change: Mutex::new(FileTime { seconds: i64::MIN, nanoseconds: 0 }),
-        found: Mutex::default(),
-        visited: Mutex::default(),
+        uncached: AtomicBool::new(true),
         links: Mutex::default(),
         failure: OnceLock::new(),
+        ended: AtomicBool::new(false),
     };
-    let kept = walk.reading.known.is_some();
-    pool.scope(|scope| walk.visit(scope, &RootfsPath::root(), kept));
-    pool.install(|| walk.look_back());
-    walk.finish()
+    let result = pool.in_place_scope(|scope| {
+        let mut order = Order::new(&walk, found);
+        let result = walk.descend(|batch| order.dispatch(scope, batch));
+        let result = result.and_then(|()| order.finish());
+        // Those still at work stop where they are.
+        walk.ended.store(true, Ordering::Relaxed);
+        result
+    });
+    match result {
+        Ok(newest) => Ok(newest.min(begin)),
+        Err(End::Found(err)) => Err(err),
+        Err(End::Failed) if stop.load(Ordering::Relaxed) => Err(Error::Stopped.into()),
+        Err(End::Failed) => {
+            Err(walk.failure.into_inner().expect("a walk that has failed says why").into())
+        }
+    }
+}
+
+/// The kernel's clock for files, one tick back: what is changed from now on has a
+/// later ctime than this.
+fn last_tick() -> FileTime {
+    // The longest tick that Linux can be configured with.
+    const TICK: Duration = Duration::from_millis(10);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let before = now.saturating_sub(TICK);
+    FileTime {
+        seconds: i64::try_from(before.as_secs()).unwrap_or(i64::MAX),
+        nanoseconds: before.subsec_nanos(),
+    }
 }
 
 /// How much is read in a second, by all threads together.
@@ -145,11 +185,9 @@ impl Rate {
     /// Waits until `bytes` more may be read, or until `stop`.
     pub fn take(&self, bytes: u64, stop: &AtomicBool) {
         // Longer than anybody's patience, and far from what an Instant can hold.
-        const FOREVER: u64 = 86_400;
+        const LONGEST: Duration = Duration::from_secs(86_400);
         let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
-        let cost = u64::try_from(nanoseconds)
-            .map_or(Duration::from_secs(FOREVER), Duration::from_nanos)
-            .min(Duration::from_secs(FOREVER));
+        let cost = u64::try_from(nanoseconds).map_or(LONGEST, Duration::from_nanos).min(LONGEST);
         let ours = {
             let mut free_at = lock(&self.free_at);
             let ours = (*free_at).max(Instant::now());
@@ -166,17 +204,19 @@ impl Rate {
     }
 }
 
-/// What need not be read, and how fast the rest may be.
-#[derive(Clone, Copy)]
-struct Reading<'a> {
-    known: Option<Unchanged<'a>>,
-    rate: Option<&'a Rate>,
+/// What need not be read, and how fast the rest may be. By default everything
+/// is read, as fast as it goes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reading<'a> {
+    pub unchanged: Option<Unchanged<'a>>,
+    pub rate: Option<&'a Rate>,
 }
 
-#[derive(Clone, Copy)]
-struct Unchanged<'a> {
-    layer: &'a LayerBaseline,
-    since: FileTime,
+/// A baseline that held at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Unchanged<'a> {
+    pub layer: &'a LayerBaseline,
+    pub since: FileTime,
 }
 
 impl Unchanged<'_> {
@@ -201,11 +241,23 @@ fn change_of(stat: &Stat) -> FileTime {
 }
 
 /// How many files one thread takes at a time.
-const BATCH: usize = 16;
+const BATCH: usize = 32;
 
 /// How much of a file is read at once. Larger than a core's share of the cache
 /// is slower; much smaller leaves BLAKE3 with less than it can do side by side.
 const BUFFER: usize = 128 * 1024;
+
+/// How much memory entries may take that wait for one before them, which is
+/// still being read.
+const WINDOW: usize = 12 << 20;
+
+/// How many bytes of names one listing keeps, and how many all the directories
+/// do that lead to where the walk is. The rest is listed again when it is due.
+const NAMES: usize = 4 << 20;
+const ALL_NAMES: usize = 12 << 20;
+
+/// How many files with more than one name are remembered.
+const LINKS: usize = 1 << 16;
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
@@ -214,27 +266,25 @@ thread_local! {
 struct Walk<'a> {
     root: OwnedFd,
     directory: &'a Path,
-    reading: Reading<'a>,
+    reading: &'a Reading<'a>,
     progress: Option<&'a Progress>,
     stop: &'a AtomicBool,
-    newest_change: Mutex<FileTime>,
     /// Reading leaves no trace in the files' access times, where we may.
     noatime: AtomicBool,
-    found: Mutex<Vec<LayerEntry>>,
-    /// Directories as they were when they were read.
-    visited: Mutex<Vec<(RootfsPath, Moment)>>,
-    links: Mutex<Links>,
+    /// Nor in the page cache, where the kernel and the file system can.
+    uncached: AtomicBool,
+    /// Files with more than one name are read once: by device and inode.
+    links: Mutex<HashMap<(u64, u64), (Moment, ContentRead)>>,
     /// The first failure; the others stop at the sight of it.
     failure: OnceLock<Error>,
+    /// Nobody wants any more entries.
+    ended: AtomicBool,
 }
 
-/// Files with more than one name are read once.
-#[derive(Default)]
-struct Links {
-    /// By device and inode; `None` while the first name is being read.
-    contents: HashMap<(u64, u64), Option<(Moment, ContentRead)>>,
-    /// The other names, whose content is filled in at the end.
-    others: Vec<(FileEntry, (u64, u64), Moment)>,
+/// Why a walk ends early: for a reason that it keeps, or one that it was given.
+enum End<E> {
+    Failed,
+    Found(E),
 }
 
 #[derive(Clone, Copy)]
@@ -244,15 +294,26 @@ struct ContentRead {
 }
 
 /// A file's state at one moment. Two equal moments: nobody wrote in between.
-#[derive(Clone, Copy)]
-struct Moment(Stat);
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Moment {
+    device: u64,
+    inode: u64,
+    mode: u32,
+    size: i64,
+    modified: (i64, i64),
+    changed: FileTime,
+}
 
-impl PartialEq for Moment {
-    fn eq(&self, other: &Moment) -> bool {
-        let (a, b) = (&self.0, &other.0);
-        (a.st_dev, a.st_ino, a.st_mode, a.st_size) == (b.st_dev, b.st_ino, b.st_mode, b.st_size)
-            && (a.st_mtime, a.st_mtime_nsec) == (b.st_mtime, b.st_mtime_nsec)
-            && (a.st_ctime, a.st_ctime_nsec) == (b.st_ctime, b.st_ctime_nsec)
+impl Moment {
+    fn of(stat: &Stat) -> Moment {
+        Moment {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            mode: stat.st_mode,
+            size: stat.st_size,
+            modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(i64::MAX)),
+            changed: change_of(stat),
+        }
     }
 }
 
@@ -274,240 +335,469 @@ impl Trouble {
     }
 }
 
-/// An entry of a directory that is neither read nor visited yet.
-struct Name {
-    name: CString,
-    path: RootfsPath,
-    regular: bool,
+// ---- the order of things
+
+/// Something to be read, or told, in its turn.
+enum Item {
+    /// A directory, with the ctime of what was read of it.
+    Directory { entry: LayerEntry, changed: FileTime },
+    /// Anything but a directory. `unchanged`: no directory on the way to it has
+    /// changed since it was known.
+    File { path: RootfsPath, regular: bool, unchanged: bool },
+    /// All that is in a directory comes before this.
+    End { path: RootfsPath, before: Moment },
 }
 
-impl<'a> Walk<'a> {
-    /// Reads one directory and leaves what is in it to whoever has time.
-    ///
-    /// `unchanged`: no directory on the way to it has changed since it was known.
-    fn visit<'s>(&'s self, scope: &rayon::Scope<'s>, path: &RootfsPath, unchanged: bool) {
-        if self.is_over() {
-            return;
+/// What one thread takes at a time.
+#[derive(Default)]
+struct Batch {
+    items: Vec<Item>,
+    /// About how much memory it takes when it is read.
+    cost: usize,
+}
+
+impl Batch {
+    fn push(&mut self, item: Item) {
+        let path = match &item {
+            Item::Directory { entry, .. } => entry.path(),
+            Item::File { path, .. } | Item::End { path, .. } => path,
+        };
+        self.cost += size_of::<LayerEntry>() + size_of::<Item>() + path.as_bytes().len();
+        self.items.push(item);
+    }
+}
+
+/// What was read of a batch.
+#[derive(Default)]
+struct Read {
+    entries: Vec<LayerEntry>,
+    /// Directories that are over, as they were when they were listed.
+    ends: Vec<(RootfsPath, Moment)>,
+    newest_change: Option<FileTime>,
+}
+
+/// Batches that are being read, in the order in which they are told.
+struct Order<'w, 'a, E> {
+    walk: &'w Walk<'a>,
+    found: &'w mut dyn FnMut(LayerEntry) -> Result<(), E>,
+    /// `None` comes from a thread that has failed.
+    reading: VecDeque<(Receiver<Option<Read>>, usize)>,
+    cost: usize,
+    newest_change: FileTime,
+}
+
+impl<'w, 'a, E> Order<'w, 'a, E> {
+    fn new(
+        walk: &'w Walk<'a>,
+        found: &'w mut dyn FnMut(LayerEntry) -> Result<(), E>,
+    ) -> Order<'w, 'a, E> {
+        let newest_change = FileTime { seconds: i64::MIN, nanoseconds: 0 };
+        Order { walk, found, reading: VecDeque::new(), cost: 0, newest_change }
+    }
+
+    fn dispatch(&mut self, scope: &rayon::Scope<'w>, batch: Batch) -> Result<(), End<E>> {
+        let (sender, receiver) = bounded(1);
+        self.cost += batch.cost;
+        self.reading.push_back((receiver, batch.cost));
+        let walk = self.walk;
+        scope.spawn(move |_| {
+            // Nobody waits for what is read once the walk has ended.
+            let _ = sender.send(walk.read_batch(batch));
+        });
+        while self.cost > WINDOW || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
+        {
+            self.tell_next()?;
         }
-        match self.read_directory(path) {
-            Ok((directory, changed, files, directories)) => {
-                // Whatever comes into a directory, goes, or is renamed changes it.
-                let since = self.reading.known.map(|known| known.since);
-                let unchanged = unchanged && since.is_some_and(|since| changed <= since);
-                for child in directories {
-                    scope.spawn(move |scope| self.visit(scope, &child, unchanged));
-                }
-                // Last in, first out: a thread reads the files before it goes on
-                // to the directories, so that few directories are open at once.
-                let directory = Arc::new(directory);
-                let mut files = files.into_iter();
-                loop {
-                    let batch: Vec<Name> = files.by_ref().take(BATCH).collect();
-                    if batch.is_empty() {
-                        break;
-                    }
-                    let directory = Arc::clone(&directory);
-                    scope.spawn(move |_| self.read_batch(directory.as_fd(), batch, unchanged));
-                }
-            }
-            Err(error) => self.fail(error),
+        Ok(())
+    }
+
+    /// Waits for the first batch and tells it.
+    fn tell_next(&mut self) -> Result<(), End<E>> {
+        let Some((first, cost)) = self.reading.pop_front() else { return Ok(()) };
+        self.cost -= cost;
+        // A thread that panicked sends nothing; the scope passes the panic on.
+        let read = first.recv().ok().flatten().ok_or(End::Failed)?;
+        for entry in read.entries {
+            (self.found)(entry).map_err(End::Found)?;
+        }
+        for (path, before) in read.ends {
+            self.walk.look_back(&path, &before).map_err(|err| self.walk.fail(err))?;
+        }
+        self.newest_change = read.newest_change.map_or(self.newest_change, |newest| {
+            newest.max(self.newest_change)
+        });
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<FileTime, End<E>> {
+        while !self.reading.is_empty() {
+            self.tell_next()?;
+        }
+        Ok(self.newest_change)
+    }
+}
+
+/// Names of one directory, in order.
+#[derive(Default)]
+struct Names {
+    /// One after the other.
+    bytes: Vec<u8>,
+    /// Where each begins and ends, and what it is; the next one last.
+    left: Vec<(u32, u8, Kind)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Directory,
+    Regular,
+    Special,
+}
+
+impl Names {
+    fn push(&mut self, name: &[u8], kind: Kind) {
+        let start = u32::try_from(self.bytes.len());
+        let length = u8::try_from(name.len());
+        // One listing ends far below 4 GiB, and no file system has longer names.
+        if let (Ok(start), Ok(length)) = (start, length) {
+            self.bytes.extend_from_slice(name);
+            self.left.push((start, length, kind));
         }
     }
 
-    fn read_directory(
+    fn name(&self, (start, length, _): (u32, u8, Kind)) -> &[u8] {
+        &self.bytes[start as usize..][..usize::from(length)]
+    }
+
+    fn pop(&mut self) -> Option<(&[u8], Kind)> {
+        let next = self.left.pop()?;
+        Some((self.name(next), next.2))
+    }
+
+    fn sort(&mut self) {
+        let mut left = std::mem::take(&mut self.left);
+        left.sort_unstable_by(|a, b| self.name(*b).cmp(self.name(*a)));
+        self.left = left;
+    }
+
+    /// The first half of what is there, in order.
+    fn halve(&mut self) {
+        self.sort();
+        let mut half = Names::default();
+        for name in self.left.split_off(self.left.len() / 2) {
+            half.push(self.name(name), name.2);
+        }
+        *self = half;
+    }
+
+    fn memory(&self) -> usize {
+        self.bytes.len() + self.left.len() * size_of::<(u32, u8, Kind)>()
+    }
+}
+
+/// A directory on the way to where the walk is.
+struct Visited {
+    path: RootfsPath,
+    before: Moment,
+    unchanged: bool,
+    names: Names,
+    /// The last name that was taken.
+    after: Vec<u8>,
+    /// There are names that `names` does not hold.
+    more: bool,
+}
+
+impl<'a> Walk<'a> {
+    /// Goes through all directories, in order, and hands out what is in them.
+    fn descend<E>(
         &self,
-        path: &RootfsPath,
-    ) -> Result<(OwnedFd, FileTime, Vec<Name>, Vec<RootfsPath>), Error> {
-        let at = |trouble| self.error(path, trouble);
-        let name = match path.relative() {
-            b"" => &b"."[..],
-            relative => relative,
-        };
-        let directory = self
-            .open(self.root.as_fd(), name, OFlags::DIRECTORY)
-            .map_err(Trouble::at("open"))
-            .map_err(at)?;
-        let before = Moment(fstat(&directory).map_err(Trouble::at("stat")).map_err(at)?);
+        mut dispatch: impl FnMut(Batch) -> Result<(), End<E>>,
+    ) -> Result<(), End<E>> {
+        let fail = |err| self.fail(err);
+        let mut batch = Batch::default();
+        let (root, entry) = self.enter(RootfsPath::root(), true).map_err(fail)?;
+        batch.push(entry);
+        let mut visited = vec![root];
+        while let Some(current) = visited.last_mut() {
+            if self.is_over() {
+                return Err(End::Failed);
+            }
+            if batch.items.len() >= BATCH {
+                dispatch(std::mem::take(&mut batch))?;
+            }
+            let Some((name, kind)) = current.names.pop() else {
+                if current.more {
+                    self.list_again(current).map_err(fail)?;
+                } else if let Some(Visited { path, before, .. }) = visited.pop() {
+                    batch.push(Item::End { path, before });
+                }
+                continue;
+            };
+            let path = self.child(&current.path, name).map_err(fail)?;
+            current.after.clear();
+            current.after.extend_from_slice(name);
+            match kind {
+                Kind::Regular | Kind::Special => {
+                    let (regular, unchanged) = (kind == Kind::Regular, current.unchanged);
+                    batch.push(Item::File { path, regular, unchanged });
+                }
+                Kind::Directory => {
+                    let (directory, entry) = self.enter(path, current.unchanged).map_err(fail)?;
+                    batch.push(entry);
+                    visited.push(directory);
+                    forget_names(&mut visited);
+                }
+            }
+        }
+        dispatch(batch)
+    }
+
+    /// Reads a directory's own attributes and its names.
+    fn enter(&self, path: RootfsPath, unchanged: bool) -> Result<(Visited, Item), Error> {
+        let at = |trouble| self.error(&path, trouble);
+        let directory = self.open_directory(&path).map_err(at)?;
+        let stat = fstat(&directory).map_err(Trouble::at("stat")).map_err(at)?;
         let attributes = Attributes::read(directory.as_fd()).map_err(at)?;
         if let Some(attribute) = attributes.unsupported {
             return Err(at(Trouble::Unsupported(attribute)));
         }
-
-        let mut files = Vec::new();
-        let mut directories = Vec::new();
-        let mut buffer: Vec<u8> = Vec::with_capacity(32 * 1024);
-        let mut names = RawDir::new(&directory, buffer.spare_capacity_mut());
-        while let Some(entry) = names.next() {
-            let entry = entry.map_err(Trouble::at("list")).map_err(at)?;
-            let name = entry.file_name();
-            if matches!(name.to_bytes(), b"." | b"..") {
-                continue;
-            }
-            let child = path
-                .join(name.to_bytes())
-                .ok()
-                .filter(|child| {
-                    child.as_bytes().len() <= MAX_PATH && child.file_name() == name.to_bytes()
-                })
-                .ok_or_else(|| Error::Name {
-                    directory: self.directory.into(),
-                    path: path.clone(),
-                    name: crate::model::printable(name.to_bytes()),
-                })?;
-            let file_type = match entry.file_type() {
-                rustix::fs::FileType::Unknown => {
-                    let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW);
-                    let stat = stat.map_err(Trouble::at("stat"));
-                    rustix::fs::FileType::from_raw_mode(
-                        stat.map_err(|trouble| self.error(&child, trouble))?.st_mode,
-                    )
-                }
-                known => known,
-            };
-            if file_type.is_dir() {
-                directories.push(child);
-            } else {
-                let regular = file_type.is_file();
-                files.push(Name { name: name.to_owned(), path: child, regular });
-            }
-        }
-
-        let entry = entry_of(path.clone(), FileType::Directory, &before.0, attributes.capability);
+        let entry = entry_of(path.clone(), FileType::Directory, &stat, attributes.capability);
         let entry = if attributes.opaque {
             LayerEntry::OpaqueDirectory(entry)
         } else {
             LayerEntry::File(entry)
         };
-        lock(&self.found).push(entry);
-        lock(&self.visited).push((path.clone(), before));
-        let changed = change_of(&before.0);
-        self.changed_at(changed);
-        Ok((directory, changed, files, directories))
+        let (names, more) = self.list(&path, &directory, &[])?;
+        let before = Moment::of(&stat);
+        let changed = before.changed;
+        // Whatever comes into a directory, goes, or is renamed changes it.
+        let since = self.reading.unchanged.map(|known| known.since);
+        let unchanged = unchanged && since.is_some_and(|since| changed <= since);
+        let visited = Visited { path, before, unchanged, names, after: Vec::new(), more };
+        Ok((visited, Item::Directory { entry, changed }))
     }
 
-    fn read_batch(&self, directory: BorrowedFd<'_>, batch: Vec<Name>, unchanged: bool) {
-        let mut found = Vec::with_capacity(batch.len());
-        let (mut files, mut bytes) = (0, 0);
-        let mut newest = None;
-        for Name { name, path, regular } in batch {
-            if self.is_over() {
-                return;
+    /// Fetches the names after those that are used up.
+    fn list_again(&self, current: &mut Visited) -> Result<(), Error> {
+        let at = |trouble| self.error(&current.path, trouble);
+        let directory = self.open_directory(&current.path).map_err(at)?;
+        let now = fstat(&directory).map_err(Trouble::at("stat")).map_err(at)?;
+        if Moment::of(&now) != current.before {
+            return Err(at(Trouble::Changed));
+        }
+        (current.names, current.more) = self.list(&current.path, &directory, &current.after)?;
+        Ok(())
+    }
+
+    /// The first names after `after`, and whether there are more.
+    fn list(
+        &self,
+        path: &RootfsPath,
+        directory: &OwnedFd,
+        after: &[u8],
+    ) -> Result<(Names, bool), Error> {
+        let at = |trouble| self.error(path, trouble);
+        let mut found = Names::default();
+        // The names from here on are for another time.
+        let mut end: Option<Vec<u8>> = None;
+        let mut buffer: Vec<u8> = Vec::with_capacity(32 * 1024);
+        let mut names = RawDir::new(directory, buffer.spare_capacity_mut());
+        while let Some(entry) = names.next() {
+            let entry = entry.map_err(Trouble::at("list")).map_err(at)?;
+            let name = entry.file_name().to_bytes();
+            if matches!(name, b"." | b"..")
+                || (!after.is_empty() && name <= after)
+                || end.as_deref().is_some_and(|end| name >= end)
+            {
+                continue;
             }
-            let entry = if regular {
-                self.read_regular(directory, &name, path.clone(), unchanged)
-            } else {
-                read_special(directory, &name, path.clone())
-                    .map(|(entry, changed)| (Some(entry), changed))
-            };
-            match entry {
-                Ok((entry, changed)) => {
-                    newest = newest.max(Some(changed));
-                    files += u64::from(regular);
-                    if let Some(LayerEntry::File(file)) = &entry {
-                        bytes += file.size;
-                    }
-                    found.extend(entry);
+            let file_type = match entry.file_type() {
+                rustix::fs::FileType::Unknown => {
+                    let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+                    let stat = stat.map_err(Trouble::at("stat")).map_err(at)?;
+                    rustix::fs::FileType::from_raw_mode(stat.st_mode)
                 }
-                Err(trouble) => return self.fail(self.error(&path, trouble)),
+                known => known,
+            };
+            let kind = match file_type {
+                file_type if file_type.is_dir() => Kind::Directory,
+                file_type if file_type.is_file() => Kind::Regular,
+                _ => Kind::Special,
+            };
+            found.push(name, kind);
+            if found.memory() > 2 * NAMES {
+                if self.is_over() {
+                    return Err(at(Trouble::Changed));
+                }
+                found.sort();
+                let middle = found.left[found.left.len() / 2 - 1];
+                end = Some(found.name(middle).to_vec());
+                found.halve();
             }
         }
-        lock(&self.found).extend(found);
-        if let Some(newest) = newest {
-            self.changed_at(newest);
+        found.sort();
+        Ok((found, end.is_some()))
+    }
+
+    fn child(&self, path: &RootfsPath, name: &[u8]) -> Result<RootfsPath, Error> {
+        let child = path.join(name).ok();
+        child
+            .filter(|child| child.as_bytes().len() <= MAX_PATH && child.file_name() == name)
+            .ok_or_else(|| Error::Name {
+                directory: self.directory.into(),
+                path: path.clone(),
+                name: crate::model::printable(name),
+            })
+    }
+
+    /// `None` if the walk is over.
+    fn read_batch(&self, batch: Batch) -> Option<Read> {
+        let mut read = Read { entries: Vec::with_capacity(batch.items.len()), ..Read::default() };
+        let (mut files, mut bytes) = (0, 0);
+        // Files are opened in their directory, which is opened for them once.
+        let mut opened: Option<(RootfsPath, OwnedFd)> = None;
+        for item in batch.items {
+            let (path, regular, unchanged) = match item {
+                Item::Directory { entry, changed } => {
+                    read.entries.push(entry);
+                    read.newest_change = read.newest_change.max(Some(changed));
+                    continue;
+                }
+                Item::End { path, before } => {
+                    read.ends.push((path, before));
+                    continue;
+                }
+                Item::File { path, regular, unchanged } => (path, regular, unchanged),
+            };
+            if self.is_over() {
+                return None;
+            }
+            let result = self.directory_of(&path, &mut opened).and_then(|directory| {
+                let name = path.file_name();
+                if regular {
+                    self.read_regular(directory, name, &path, unchanged)
+                } else {
+                    read_special(directory, name, &path)
+                }
+            });
+            match result {
+                Ok((entry, changed)) => {
+                    files += u64::from(regular);
+                    if let LayerEntry::File(file) = &entry {
+                        bytes += file.size;
+                    }
+                    read.entries.push(entry);
+                    read.newest_change = read.newest_change.max(Some(changed));
+                }
+                Err(trouble) => {
+                    let _: End<Error> = self.fail(self.error(&path, trouble));
+                    return None;
+                }
+            }
         }
         if let Some(progress) = self.progress {
             progress.files_done.fetch_add(files, Ordering::Relaxed);
             progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
         }
+        Some(read)
     }
 
-    /// `None` if this is one more name of a file that is read already.
+    /// The directory that holds `path`, which is opened if it is not the one that
+    /// was asked for last.
+    fn directory_of<'o>(
+        &self,
+        path: &RootfsPath,
+        opened: &'o mut Option<(RootfsPath, OwnedFd)>,
+    ) -> Result<BorrowedFd<'o>, Trouble> {
+        let parent = super::layer::parent_of(path.as_bytes()).unwrap_or(b"/");
+        if opened.as_ref().is_none_or(|(known, _)| known.as_bytes() != parent) {
+            let parent = path.parent().unwrap_or_else(RootfsPath::root);
+            let flags = OFlags::PATH | OFlags::DIRECTORY;
+            let directory = open_below(self.root.as_fd(), relative(&parent), flags)
+                .map_err(Trouble::at("open"))?;
+            *opened = Some((parent, directory));
+        }
+        opened.as_ref().map(|(_, directory)| directory.as_fd()).ok_or(Trouble::Changed)
+    }
+
     fn read_regular(
         &self,
         directory: BorrowedFd<'_>,
-        name: &CStr,
-        path: RootfsPath,
+        name: &[u8],
+        path: &RootfsPath,
         unchanged: bool,
-    ) -> Result<(Option<LayerEntry>, FileTime), Trouble> {
-        if unchanged && let Some(known) = self.reading.known {
+    ) -> Result<(LayerEntry, FileTime), Trouble> {
+        if unchanged && let Some(known) = &self.reading.unchanged {
             let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
             let stat = stat.map_err(Trouble::at("stat"))?;
             if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
-                && let Some(file) = known.file(&path, &stat)
+                && let Some(file) = known.file(path, &stat)
             {
                 let entry = FileEntry {
                     format: file.format,
                     blake3: file.blake3,
-                    ..entry_of(path, FileType::Regular, &stat, file.capability)
+                    ..entry_of(path.clone(), FileType::Regular, &stat, file.capability)
                 };
-                return Ok((Some(LayerEntry::File(entry)), change_of(&stat)));
+                return Ok((LayerEntry::File(entry), change_of(&stat)));
             }
         }
-        let file = File::from(
-            self.open(directory, name.to_bytes(), OFlags::NONBLOCK).map_err(Trouble::at("open"))?,
-        );
-        let before = Moment(fstat(&file).map_err(Trouble::at("stat"))?);
-        if !rustix::fs::FileType::from_raw_mode(before.0.st_mode).is_file() {
+        let file = self.open(directory, name, OFlags::NONBLOCK).map_err(Trouble::at("open"))?;
+        let stat = fstat(&file).map_err(Trouble::at("stat"))?;
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
             return Err(Trouble::Changed);
         }
-        let changed = change_of(&before.0);
+        let before = Moment::of(&stat);
         let attributes = Attributes::read(file.as_fd())?;
         if let Some(attribute) = attributes.unsupported {
             return Err(Trouble::Unsupported(attribute));
         }
-        if attributes.whiteout && before.0.st_size == 0 {
-            return Ok((Some(LayerEntry::Whiteout(path)), changed));
+        if attributes.whiteout && stat.st_size == 0 {
+            return Ok((LayerEntry::Whiteout(path.clone()), before.changed));
         }
-        let mut entry = entry_of(path, FileType::Regular, &before.0, attributes.capability);
-        if before.0.st_nlink <= 1 {
-            let content = self.hash(file, &before)?;
-            entry.blake3 = Some(content.blake3);
-            entry.format = content.format;
-            return Ok((Some(LayerEntry::File(entry)), changed));
-        }
-
-        let inode = (before.0.st_dev, before.0.st_ino);
-        {
-            let mut links = lock(&self.links);
-            if links.contents.contains_key(&inode) {
-                links.others.push((entry, inode, before));
-                return Ok((None, changed));
+        let content = if stat.st_nlink <= 1 {
+            self.hash(&file, &before)?
+        } else {
+            let inode = (before.device, before.inode);
+            let known = lock(&self.links).get(&inode).copied();
+            match known {
+                Some((moment, content)) if moment == before => content,
+                Some(_) => return Err(Trouble::Changed),
+                None => {
+                    let content = self.hash(&file, &before)?;
+                    let mut links = lock(&self.links);
+                    if links.len() < LINKS {
+                        links.insert(inode, (before, content));
+                    }
+                    content
+                }
             }
-            links.contents.insert(inode, None);
-        }
-        let content = self.hash(file, &before)?;
-        lock(&self.links).contents.insert(inode, Some((before, content)));
-        entry.blake3 = Some(content.blake3);
-        entry.format = content.format;
-        Ok((Some(LayerEntry::File(entry)), changed))
+        };
+        let entry = FileEntry {
+            format: content.format,
+            blake3: Some(content.blake3),
+            ..entry_of(path.clone(), FileType::Regular, &stat, attributes.capability)
+        };
+        Ok((LayerEntry::File(entry), before.changed))
     }
 
-    fn hash(&self, mut file: File, before: &Moment) -> Result<ContentRead, Trouble> {
-        let size = size_of(&before.0);
+    fn hash(&self, file: &OwnedFd, before: &Moment) -> Result<ContentRead, Trouble> {
+        let size = u64::try_from(before.size).unwrap_or(0);
         let content = READ_BUFFER.with_borrow_mut(|buffer| {
             if size > BUFFER as u64 {
                 // Advice only: without it the file is read all the same.
-                let _ = fadvise(&file, 0, None, Advice::Sequential);
+                let _ = fadvise(file, 0, None, Advice::Sequential);
             }
             let mut hasher = blake3::Hasher::new();
             let mut format = Format::Empty;
             let mut done = 0;
             while done < size {
-                if self.stop.load(Ordering::Relaxed) {
-                    // The walk is over; what this returns is not looked at.
+                if self.is_over() {
+                    // What this returns is not looked at.
                     return Err(Trouble::Changed);
                 }
                 if let Some(rate) = self.reading.rate {
                     rate.take((size - done).min(BUFFER as u64), self.stop);
                 }
-                let length = match file.read(buffer) {
-                    Ok(length) => length,
-                    Err(err) if err.kind() == std::io::ErrorKind::Interrupted => continue,
-                    Err(err) => {
-                        let errno = Errno::from_io_error(&err).unwrap_or(Errno::IO);
-                        return Err(Trouble::Failed("read", errno));
-                    }
-                };
+                let length = self.read(file, buffer, done)?;
                 if length == 0 {
                     return Err(Trouble::Changed);
                 }
@@ -520,86 +810,60 @@ impl<'a> Walk<'a> {
             Ok(ContentRead { blake3: Blake3Hash(*hasher.finalize().as_bytes()), format })
         })?;
         // The end of the file was not read: that nobody wrote says where it is.
-        match fstat(&file) {
-            Ok(after) if Moment(after) == *before => Ok(content),
+        match fstat(file) {
+            Ok(after) if Moment::of(&after) == *before => Ok(content),
             Ok(_) | Err(_) => Err(Trouble::Changed),
         }
     }
 
-    /// Opens something in the layer, and nothing outside of it.
+    /// Reads without evicting what the node has in its page cache: pages that were
+    /// not there before do not stay.
+    fn read(&self, file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<usize, Trouble> {
+        let read = |buffer: &mut [u8], flags| {
+            rustix::io::retry_on_intr(|| {
+                rustix::io::preadv2(file, &mut [IoSliceMut::new(buffer)], offset, flags)
+            })
+        };
+        let failed = |errno| Trouble::Failed("read", errno);
+        if self.uncached.load(Ordering::Relaxed) {
+            match read(buffer, RWF_DONTCACHE) {
+                // An older kernel, or a file system that cannot.
+                Err(Errno::OPNOTSUPP) => self.uncached.store(false, Ordering::Relaxed),
+                result => return result.map_err(failed),
+            }
+        }
+        read(buffer, ReadWriteFlags::empty()).map_err(failed)
+    }
+
+    fn open_directory(&self, path: &RootfsPath) -> Result<OwnedFd, Trouble> {
+        self.open(self.root.as_fd(), relative(path), OFlags::DIRECTORY).map_err(Trouble::at("open"))
+    }
+
+    /// Opens something for reading, without a trace where we may.
     fn open(
         &self,
         directory: BorrowedFd<'_>,
         name: &[u8],
         flags: OFlags,
     ) -> Result<OwnedFd, Errno> {
-        let open = |flags: OFlags| {
-            let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let resolve = ResolveFlags::BENEATH
-                | ResolveFlags::NO_SYMLINKS
-                | ResolveFlags::NO_MAGICLINKS
-                | ResolveFlags::NO_XDEV;
-            openat2(directory, name, flags, Mode::empty(), resolve)
-        };
+        let flags = flags | OFlags::RDONLY;
         if self.noatime.load(Ordering::Relaxed) {
-            match open(flags | OFlags::NOATIME) {
+            match open_below(directory, name, flags | OFlags::NOATIME) {
                 // Only the owner, or root with CAP_FOWNER, may read without a trace.
                 Err(Errno::PERM) => self.noatime.store(false, Ordering::Relaxed),
                 result => return result,
             }
         }
-        open(flags)
+        open_below(directory, name, flags)
     }
 
-    /// Whether every directory still is what it was when it was read, so that
+    /// Whether a directory still is what it was when it was listed, so that
     /// nothing came into it unseen.
-    fn look_back(&self) {
-        let visited = std::mem::take(&mut *lock(&self.visited));
-        visited.par_iter().for_each(|(path, before)| {
-            if self.is_over() {
-                return;
-            }
-            let relative = match path.relative() {
-                b"" => &b"."[..],
-                relative => relative,
-            };
-            let after = statat(&self.root, relative, AtFlags::SYMLINK_NOFOLLOW);
-            if after.is_ok_and(|after| Moment(after) == *before) {
-                return;
-            }
-            self.fail(self.error(path, Trouble::Changed));
-        });
-    }
-
-    fn changed_at(&self, time: FileTime) {
-        let mut newest = lock(&self.newest_change);
-        *newest = time.max(*newest);
-    }
-
-    fn finish(self) -> Result<Walked, Error> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(Error::Stopped);
+    fn look_back(&self, path: &RootfsPath, before: &Moment) -> Result<(), Error> {
+        match statat(&self.root, relative(path), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(after) if Moment::of(&after) == *before => Ok(()),
+            Ok(_) | Err(_) => Err(self.error(path, Trouble::Changed)),
         }
-        let Walk { directory, found, links, failure, newest_change, .. } = self;
-        let newest_change = newest_change.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = failure.into_inner() {
-            return Err(failure);
-        }
-        let mut found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let Links { contents, others } = links.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for (mut entry, inode, moment) in others {
-            match contents.get(&inode) {
-                Some(Some((first, content))) if *first == moment => {
-                    entry.blake3 = Some(content.blake3);
-                    entry.format = content.format;
-                    found.push(LayerEntry::File(entry));
-                }
-                Some(_) | None => {
-                    return Err(Error::Changed { directory: directory.into(), path: entry.path });
-                }
-            }
-        }
-        Ok(Walked { entries: found, newest_change })
     }
 
     fn error(&self, path: &RootfsPath, trouble: Trouble) -> Error {
@@ -612,13 +876,60 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn fail(&self, error: Error) {
+    fn fail<E>(&self, error: Error) -> End<E> {
         // Only the first failure is told.
         let _ = self.failure.set(error);
+        End::Failed
     }
 
     fn is_over(&self) -> bool {
-        self.failure.get().is_some() || self.stop.load(Ordering::Relaxed)
+        self.failure.get().is_some()
+            || self.ended.load(Ordering::Relaxed)
+            || self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Linux 6.14; rustix has no name for it. What the read brings into the page
+/// cache leaves it again, what was there before stays.
+const RWF_DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+
+/// Opens something in the layer, and nothing outside of it.
+fn open_below(directory: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    // EAGAIN: a rename elsewhere raced with the look-up, which proves nothing.
+    let mut attempts = 0;
+    loop {
+        match openat2(directory, name, flags, Mode::empty(), resolve) {
+            Err(Errno::AGAIN) if attempts < 16 => attempts += 1,
+            opened => return opened,
+        }
+    }
+}
+
+fn relative(path: &RootfsPath) -> &[u8] {
+    match path.relative() {
+        b"" => b".",
+        relative => relative,
+    }
+}
+
+/// Drops names, of the directories farthest from where the walk is first, until
+/// the rest is not too much.
+fn forget_names(visited: &mut [Visited]) {
+    let mut memory: usize = visited.iter().map(|directory| directory.names.memory()).sum();
+    for directory in visited {
+        if memory <= ALL_NAMES {
+            return;
+        }
+        if !directory.names.left.is_empty() {
+            memory -= directory.names.memory();
+            directory.names = Names::default();
+            directory.more = true;
+        }
     }
 }
 
@@ -633,9 +944,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn size_of(stat: &Stat) -> u64 {
-    u64::try_from(stat.st_size).unwrap_or(0)
-}
 
 fn entry_of(
     path: RootfsPath,
@@ -651,7 +959,7 @@ fn entry_of(
         uid: stat.st_uid,
         gid: stat.st_gid,
         size: match file_type {
-            FileType::Regular | FileType::Symlink => size_of(stat),
+            FileType::Regular | FileType::Symlink => u64::try_from(stat.st_size).unwrap_or(0),
             _ => 0,
         },
         blake3: None,
@@ -670,8 +978,8 @@ fn entry_of(
 /// Links, pipes, sockets and devices: looked at, never opened.
 fn read_special(
     directory: BorrowedFd<'_>,
-    name: &CStr,
-    path: RootfsPath,
+    name: &[u8],
+    path: &RootfsPath,
 ) -> Result<(LayerEntry, FileTime), Trouble> {
     let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(Trouble::at("stat"))?;
     let file_type = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
@@ -684,7 +992,7 @@ fn read_special(
         | rustix::fs::FileType::Directory
         | rustix::fs::FileType::Unknown => return Err(Trouble::Changed),
     };
-    let mut entry = entry_of(path, file_type, &stat, None);
+    let mut entry = entry_of(path.clone(), file_type, &stat, None);
     if entry.file_type == FileType::CharDevice
         && entry.device == Some(Device { major: 0, minor: 0 })
     {
@@ -763,6 +1071,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
     use std::os::unix::net::UnixListener;
     use std::process::Command;
+    use std::sync::Arc;
 
     use rustix::fs::{XattrFlags, makedev, mknodat, setxattr};
 
