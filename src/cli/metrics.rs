@@ -3,13 +3,12 @@
 //! container and no path is one.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use super::client::{explain, talk};
@@ -36,7 +35,46 @@ impl Metrics {
 }
 
 type Labels = Vec<(&'static str, String)>;
-type Count = Gauge<u64, AtomicU64>;
+
+/// The values of one metric, in the order in which they are printed.
+#[derive(Clone, Debug)]
+enum Samples {
+    Gauge(Vec<(Labels, f64)>),
+    Counter(Vec<(Labels, u64)>),
+}
+
+impl EncodeMetric for Samples {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
+        match self {
+            Samples::Gauge(values) => {
+                for (labels, value) in values {
+                    match labels.is_empty() {
+                        true => encoder.encode_gauge(value)?,
+                        false => encoder.encode_family(labels)?.encode_gauge(value)?,
+                    }
+                }
+            }
+            Samples::Counter(values) => {
+                for (labels, value) in values {
+                    match labels.is_empty() {
+                        true => encoder.encode_counter::<NoLabelSet, _, u64>(value, None)?,
+                        false => encoder
+                            .encode_family(labels)?
+                            .encode_counter::<NoLabelSet, _, u64>(value, None)?,
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        match self {
+            Samples::Gauge(_) => MetricType::Gauge,
+            Samples::Counter(_) => MetricType::Counter,
+        }
+    }
+}
 
 fn text(
     status: &proto::GetStatusResponse,
@@ -45,119 +83,127 @@ fn text(
     let mut registry = Registry::with_prefix("driftd");
     let started_at = convert::time_from_proto("started_at", status.started_at)?;
     let queue = status.baseline_queue.unwrap_or_default();
+    let verified = status.baselines_verified;
+    let by_label = |name, values: &[(&str, u32)]| {
+        let labelled = |(value, count): &(&str, u32)| (label(name, value), f64::from(*count));
+        Samples::Gauge(values.iter().map(labelled).collect())
+    };
+    // More findings than a float can count exactly are not kept.
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
+    let large = |number: u64| gauge(number as f64);
 
-    let build = [(vec![("version", status.version.clone())], 1)];
-    family(&mut registry, "build_info", "The version of the running driftd", build);
-    let seconds = Gauge::<f64, AtomicU64>::default();
-    seconds.set(started_at.as_duration().as_secs_f64());
-    registry.register("start_time_seconds", "When driftd started, in Unix time", seconds);
-    gauge(
-        &mut registry,
-        "view_complete",
-        "Whether nothing is missing from the view (driftd status)",
-        status.complete.into(),
-    );
-    family(
-        &mut registry,
-        "containerd_connected",
-        "Whether the containerd at this socket is connected",
-        status.endpoints.iter().map(|endpoint| {
-            (vec![("socket", endpoint.socket.clone())], endpoint.connected.into())
-        }),
-    );
-
-    let verified = status.baselines_verified.into();
-    let rest = u64::from(status.baselines).saturating_sub(verified);
-    family(
-        &mut registry,
-        "baselines",
-        "Images whose baseline is recorded, by how it is known",
-        [("snapshot", rest), ("verified", verified)]
-            .map(|(known_by, count)| (vec![("known_by", known_by.to_owned())], count)),
-    );
-    for (name, help, value) in [
+    for (name, help, samples) in [
+        (
+            "build_info",
+            "The version of the running driftd",
+            by_label("version", &[(&status.version, 1)]),
+        ),
+        (
+            "start_time_seconds",
+            "When driftd started, in Unix time",
+            gauge(started_at.as_duration().as_secs_f64()),
+        ),
+        (
+            "view_complete",
+            "Whether nothing is missing from the view (driftd status)",
+            gauge(status.complete.into()),
+        ),
+        (
+            "containerd_connected",
+            "Whether the containerd at this socket is connected",
+            Samples::Gauge(
+                status
+                    .endpoints
+                    .iter()
+                    .map(|endpoint| (label("socket", &endpoint.socket), endpoint.connected.into()))
+                    .collect(),
+            ),
+        ),
+        (
+            "containers_watched",
+            "Containers that the gate watches",
+            gauge(status.containers_watched.into()),
+        ),
+        (
+            "containers",
+            "Containers, by whether they have a baseline",
+            by_label("baseline", &by_baseline(containers)),
+        ),
+        (
+            "baselines",
+            "Images whose baseline is recorded, by how it is known",
+            by_label(
+                "known_by",
+                &[("snapshot", status.baselines.saturating_sub(verified)), ("verified", verified)],
+            ),
+        ),
         (
             "baseline_queue_recording",
             "Baselines that are being recorded",
-            queue.recording.into(),
+            gauge(queue.recording.into()),
         ),
-        ("baseline_queue_waiting", "Baselines that wait to be recorded", queue.waiting.into()),
+        (
+            "baseline_queue_waiting",
+            "Baselines that wait to be recorded",
+            gauge(queue.waiting.into()),
+        ),
         (
             "baseline_queue_verifying",
             "Layers that wait to be compared with their blobs",
-            queue.verifying.into(),
+            gauge(queue.verifying.into()),
         ),
         (
             "baseline_queue_oldest_seconds",
             "How long the oldest baseline in the queue has been there",
-            queue.oldest_seconds,
+            large(queue.oldest_seconds),
         ),
-        ("containers_watched", "Containers that the gate watches", status.containers_watched.into()),
-        ("findings", "Findings in the history", status.findings),
+        ("findings", "Findings in the history", large(status.findings)),
+        (
+            "gate_answers",
+            "Executions that the gate has answered",
+            Samples::Counter(vec![(Labels::new(), status.gate_answers)]),
+        ),
+        (
+            "data_writes",
+            "Writes of files that are no programs",
+            Samples::Counter(vec![(Labels::new(), status.data_writes)]),
+        ),
+        ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
     ] {
-        gauge(&mut registry, name, help, value);
+        registry.register(name, help, samples);
     }
-    family(
-        &mut registry,
-        "containers",
-        "Containers, by whether they have a baseline",
-        by_baseline(containers)
-            .into_iter()
-            .map(|(baseline, count)| (vec![("baseline", baseline.to_owned())], count)),
-    );
-
-    for (name, help, value) in [
-        ("gate_answers", "Executions that the gate has answered", status.gate_answers),
-        ("data_writes", "Writes of files that are no programs", status.data_writes),
-    ] {
-        let counter = Counter::<u64>::default();
-        counter.inc_by(value);
-        registry.register(name, help, counter);
-    }
-    // Those that never happened are told as well: a counter that appears with its
-    // first increment has no rate.
-    let mut losses: BTreeMap<String, u64> =
-        Failure::ALL.into_iter().map(|failure| (failure.name().to_owned(), 0)).collect();
-    losses.extend(status.losses.iter().map(|loss| (loss.name.clone(), loss.count)));
-    let counters = Family::<Labels, Counter>::default();
-    for (name, count) in losses {
-        counters.get_or_create(&vec![("name", name)]).inc_by(count);
-    }
-    registry.register("losses", "Times that driftd saw or kept less than it should", counters);
-
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
 }
 
-fn gauge(registry: &mut Registry, name: &str, help: &str, value: u64) {
-    let gauge = Count::default();
-    gauge.set(value);
-    registry.register(name, help, gauge);
+fn label(name: &'static str, value: &str) -> Labels {
+    vec![(name, value.to_owned())]
 }
 
-fn family(
-    registry: &mut Registry,
-    name: &str,
-    help: &str,
-    values: impl IntoIterator<Item = (Labels, u64)>,
-) {
-    let family = Family::<Labels, Count>::default();
-    for (labels, value) in values {
-        family.get_or_create(&labels).set(value);
-    }
-    registry.register(name, help, family);
+fn gauge(value: f64) -> Samples {
+    Samples::Gauge(vec![(Labels::new(), value)])
 }
 
-fn by_baseline(containers: &[proto::Container]) -> BTreeMap<&'static str, u64> {
-    let mut counts = BTreeMap::from([("ready", 0), ("pending", 0), ("none", 0)]);
+/// Those that never happened are told as well: a counter that appears with its
+/// first increment has no rate.
+fn losses(losses: &[proto::Loss]) -> Samples {
+    let mut counts: BTreeMap<&str, u64> =
+        Failure::ALL.into_iter().map(|failure| (failure.name(), 0)).collect();
+    counts.extend(losses.iter().map(|loss| (loss.name.as_str(), loss.count)));
+    let labelled = counts.into_iter().map(|(name, count)| (label("name", name), count));
+    Samples::Counter(labelled.collect())
+}
+
+fn by_baseline(containers: &[proto::Container]) -> [(&'static str, u32); 3] {
+    let mut counts = [("ready", 0), ("pending", 0), ("none", 0)];
     for container in containers {
-        let baseline = match container.baseline.as_str() {
-            "ready" => "ready",
-            "pending" => "pending",
-            _ => "none",
+        let index = match container.baseline.as_str() {
+            "ready" => 0,
+            "pending" => 1,
+            _ => 2,
         };
-        *counts.entry(baseline).or_default() += 1;
+        counts[index].1 += 1;
     }
     counts
 }
