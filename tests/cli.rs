@@ -172,6 +172,7 @@ fn view() -> ContainerView {
             rootfs: None,
             task: Some(Task { pid: 4242, paused: false }),
             no_baseline: None,
+            id_map: None,
         },
         baseline: "ready".into(),
         watched: true,

@@ -35,9 +35,8 @@ impl RecordImage for Containerd {
         progress: Arc<Progress>,
     ) -> Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>> {
         Box::pin(async move {
-            let _ = proof;
-            let recording = Containerd::record_image(self, name, progress);
-            recording.await.map_err(|err| err.to_string()).and_then(|_| Err("shim".to_owned()))
+            let recording = Containerd::record_image(self, name, proof, progress);
+            recording.await.map_err(|err| err.to_string())
         })
     }
 

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::baselines::{self, Unusable};
 use super::proto;
 use super::service::{Service, progress_to_proto, tell_progress, unblock};
-use crate::baseline::{FindError, ImageRecord, Job, Progress, Proof, Recorded};
+use crate::baseline::{FindError, ImageRecord, Progress, Proof, Recorded};
 
 /// What is asked to be verified.
 enum Target {
@@ -90,56 +90,14 @@ impl Service {
         proof: Proof,
         progress: Arc<Progress>,
     ) -> Result<Recorded, String> {
-        let record = match target {
-            Target::Named(name) => {
-                return self.backend.images.record_image(name, proof, progress).await;
-            }
-            Target::Recorded(record) => record,
-        };
-        let mut why = "no image or container of this node has these layers any more".to_owned();
-        for name in &record.names {
-            let recording = self.backend.images.record_image(&name.name, proof, progress.clone());
-            match recording.await {
-                Ok(recorded) if recorded.baseline.chain_id() == record.chain_id => {
-                    return Ok(recorded);
-                }
-                Ok(recorded) => {
-                    why = format!(
-                        "{} is another image now: {}",
-                        crate::model::printable(name.name.as_bytes()),
-                        recorded.baseline.chain_id()
-                    );
-                }
-                Err(err) => why = err,
+        let images = &self.backend.images;
+        match target {
+            Target::Named(name) => images.record_image(name, proof, progress).await,
+            // Not by its name: that may mean another image by now.
+            Target::Recorded(record) => {
+                images.record_image(&record.chain_id.to_string(), proof, progress).await
             }
         }
-        // The image is gone; what runs is still there.
-        let views = self.ask(crate::pipeline::Question::Containers).await;
-        let views = views.map_err(|status| status.message().to_owned())?;
-        let user = views
-            .into_iter()
-            .map(|view| view.container)
-            .find(|container| container.chain_id() == Some(record.chain_id));
-        if let Some(container) = user {
-            let (reply, answer) = oneshot::channel();
-            self.backend.recorder.submit(Job {
-                image: None,
-                container: Some(container.id),
-                layers: container.layers,
-                proof,
-                progress: Some(progress),
-                done: Some(Box::new(move |result| {
-                    // Whoever asked may have gone.
-                    let _ = reply.send(result);
-                })),
-            });
-            why = match answer.await {
-                Ok(Ok(recorded)) => return Ok(recorded),
-                Ok(Err(err)) => err,
-                Err(_) => "driftd is being stopped".into(),
-            };
-        }
-        Err(why)
     }
 
     async fn result_of(

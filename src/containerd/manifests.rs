@@ -48,7 +48,11 @@ impl Descriptor {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Document {
     Index(Vec<Descriptor>),
-    Manifest { config: Descriptor },
+    Manifest {
+        config: Descriptor,
+        /// Bottom first.
+        layers: Vec<Descriptor>,
+    },
 }
 
 /// Decodes an index or a manifest of the OCI's or Docker's; an error in words.
@@ -61,6 +65,8 @@ pub(super) fn document(bytes: &[u8]) -> Result<Document, String> {
         #[serde(default)]
         config: Option<Descriptor>,
         #[serde(default)]
+        layers: Option<Vec<Descriptor>>,
+        #[serde(default)]
         fs_layers: Option<serde_json::Value>,
     }
     let either: Either =
@@ -71,7 +77,9 @@ pub(super) fn document(bytes: &[u8]) -> Result<Document, String> {
             Err("is an index and a manifest at the same time".into())
         }
         Either { manifests: Some(manifests), .. } => Ok(Document::Index(manifests)),
-        Either { config: Some(config), .. } => Ok(Document::Manifest { config }),
+        Either { config: Some(config), layers, .. } => {
+            Ok(Document::Manifest { config, layers: layers.unwrap_or_default() })
+        }
         Either { fs_layers: Some(_), .. } => {
             Err("is a manifest of the old schema 1, which has no diff IDs".into())
         }

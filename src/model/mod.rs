@@ -10,7 +10,8 @@ pub mod path;
 pub mod process;
 
 pub use container::{
-    Blob, Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
+    Blob, Container, ContainerId, IdMap, IdRange, ImageReference, Layer, LayerId, OverlayDirs, Pod,
+    Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Format, Unhashed};

@@ -192,6 +192,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         rootfs: Some(OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] }),
         task: pid.map(|pid| Task { pid, paused: false }),
         no_baseline: None,
+        id_map: None,
     }
 }
 
