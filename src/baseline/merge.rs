@@ -70,6 +70,11 @@ impl ImageBaseline {
         self.layers.iter().map(|(id, _)| *id).collect()
     }
 
+    /// Bottom first.
+    pub(super) fn layer_baselines(&self) -> impl DoubleEndedIterator<Item = &LayerBaseline> {
+        self.layers.iter().map(|(_, layer)| &**layer)
+    }
+
     /// What the image holds at `path`.
     pub fn get(&self, path: &RootfsPath) -> Option<Known> {
         let (number, record) = self.find(path.as_bytes())?;
