@@ -13,11 +13,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use driftd::api::{self, Backend, Listener};
-use driftd::baseline::{self, Progress};
+use driftd::baseline::{self, Progress, Proof, Recorded};
 use driftd::health::Health;
 use driftd::history::{Filter, FindingLookup, History, Record, Writer};
 use driftd::model::{
-    ChainId, Container, ContainerId, Finding, ImageReference, Kind, Outcome, RootfsPath, Severity,
+    Container, ContainerId, Finding, ImageReference, Kind, Outcome, RootfsPath, Severity,
     Task,
 };
 use driftd::pipeline::{
@@ -145,8 +145,9 @@ impl api::RecordImage for NoImages {
     fn record_image<'a>(
         &'a self,
         name: &'a str,
+        _proof: Proof,
         progress: Arc<Progress>,
-    ) -> std::pin::Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>> {
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>> {
         progress.layers_total.store(3, std::sync::atomic::Ordering::Relaxed);
         Box::pin(async move { Err(format!("no image `{name}` is known to containerd")) })
     }

@@ -40,6 +40,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "api",
+            "baseline",
             "config",
             "containerd",
             "daemon",

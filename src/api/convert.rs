@@ -335,7 +335,8 @@ pub fn image_from_proto(image: proto::Image) -> Result<ImageReference, Malformed
     })
 }
 
-pub fn container_to_proto(view: ContainerView) -> proto::Container {
+/// `known_by`: how its baseline is known, if it has one.
+pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto::Container {
     let ContainerView { container, baseline, watched, armed_before_start, problem, findings } =
         view;
     proto::Container {
@@ -353,6 +354,7 @@ pub fn container_to_proto(view: ContainerView) -> proto::Container {
         problem: problem.unwrap_or_default(),
         findings,
         snapshotter: container.snapshotter,
+        known_by: known_by.unwrap_or_default().into(),
     }
 }
 
