@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use driftd::model::finding::hex;
@@ -27,6 +28,14 @@ pub(crate) struct Layer {
 impl Layer {
     pub(crate) fn new() -> Layer {
         Layer { tar: Builder::new(Vec::new()), starts: Vec::new() }
+    }
+
+    /// What is in an archive that somebody else has packed.
+    pub(crate) fn of_archive(archive: &[u8]) -> io::Result<Layer> {
+        let mut layer = Layer::new();
+        layer.begin();
+        layer.tar.get_mut().extend_from_slice(without_end(archive)?);
+        Ok(layer)
     }
 
     fn header(kind: EntryType, mode: u32, size: u64) -> Header {
@@ -135,32 +144,38 @@ impl Layer {
         self
     }
 
-    /// What GNU tar makes of the files in a directory.
+    /// What GNU tar makes of everything below a directory.
+    pub(crate) fn tree_packed_by_tar(self, directory: &Path, options: &[&str]) -> anyhow::Result<Layer> {
+        let found = Command::new("find")
+            .arg(directory)
+            .args(["-mindepth", "1", "-printf", "%P\\0"])
+            .output()
+            .context("cannot run find")?;
+        self.packed_by_tar(directory, &found.stdout, options)
+    }
+
+    /// What GNU tar makes of files in a directory, whose names are ended by zeros.
     pub(crate) fn packed_by_tar(
         mut self,
         directory: &Path,
+        names: &[u8],
         options: &[&str],
     ) -> anyhow::Result<Layer> {
-        let output = std::process::Command::new("tar")
-            .args(["--create", "--sort=name", "--numeric-owner", "--no-recursion"])
+        let mut list = tempfile::NamedTempFile::new()?;
+        list.write_all(names)?;
+        let output = Command::new("tar")
+            .args(["--create", "--numeric-owner", "--owner=0", "--group=0", "--no-recursion"])
             .args(options)
             .arg("--directory")
             .arg(directory)
-            .args(["--null", "--files-from=-"])
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .context("cannot run tar")
-            .and_then(|mut tar| {
-                let names = names_below(directory)?;
-                tar.stdin.take().context("stdin is piped")?.write_all(&names)?;
-                Ok(tar.wait_with_output()?)
-            })?;
+            .arg("--null")
+            .arg("--files-from")
+            .arg(list.path())
+            .output()
+            .context("cannot run tar")?;
         ensure!(output.status.success(), "tar failed: {}", String::from_utf8_lossy(&output.stderr));
         self.begin();
-        // Entries are followed by blocks of zeros, which end an archive.
-        let end = output.stdout.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-        self.tar.get_mut().extend_from_slice(&output.stdout[..end.next_multiple_of(512)]);
+        self.tar.get_mut().extend_from_slice(without_end(&output.stdout)?);
         Ok(self)
     }
 
@@ -181,6 +196,18 @@ impl Layer {
     }
 }
 
+/// An archive without the blocks of zeros that end it.
+fn without_end(archive: &[u8]) -> io::Result<&[u8]> {
+    let mut end = 0;
+    for entry in tar::Archive::new(archive).entries()?.raw(true) {
+        let entry = entry?;
+        let size = entry.header().entry_size()?;
+        end = entry.raw_file_position() + size.next_multiple_of(512);
+    }
+    let end = usize::try_from(end).expect("an archive in memory");
+    archive.get(..end).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
 /// A path as archives have it, without its slash.
 fn relative(path: &[u8]) -> &Path {
     Path::new(std::ffi::OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(path)))
@@ -197,16 +224,6 @@ fn pax_record(key: &str, value: &[u8]) -> Vec<u8> {
     record.extend_from_slice(value);
     record.push(b'\n');
     record
-}
-
-/// The names of everything below a directory, each ended by a zero.
-fn names_below(directory: &Path) -> anyhow::Result<Vec<u8>> {
-    let output = std::process::Command::new("find")
-        .arg(directory)
-        .args(["-mindepth", "1", "-printf", "%P\\0"])
-        .output()
-        .context("cannot run find")?;
-    Ok(output.stdout)
 }
 
 /// How the archives of an image's layers are packed.

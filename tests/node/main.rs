@@ -14,6 +14,7 @@ mod ordinary;
 mod pods;
 mod programs;
 mod registry;
+mod sources;
 mod trouble;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -37,8 +38,14 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     tear_down_when_interrupted();
-    let trials =
-        [drift::trials(), ordinary::trials(), answers::trials(), pods::trials(), trouble::trials()];
+    let trials = [
+        drift::trials(),
+        ordinary::trials(),
+        answers::trials(),
+        sources::trials(),
+        pods::trials(),
+        trouble::trials(),
+    ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
     conclusion.exit_code()

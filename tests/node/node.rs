@@ -402,6 +402,37 @@ sweep_interval = "1h"
             .unwrap_or(0))
     }
 
+    // ---- baselines
+
+    /// The recorded baseline of an image that has this name now.
+    pub(crate) fn baseline_of(&self, image: &str) -> anyhow::Result<Option<Value>> {
+        let baselines = self.answer(&["baseline", "ls"])?;
+        Ok(baselines
+            .into_iter()
+            .find(|baseline| baseline["state"] == "ready" && names(baseline).contains(&image)))
+    }
+
+    /// Waits until an image's baseline is recorded, and known by this.
+    pub(crate) fn wait_until_known_as(&self, image: &str, known_by: &str) -> anyhow::Result<Value> {
+        let mut last = None;
+        wait_for(&format!("{image} to be {known_by}"), || {
+            last = self.baseline_of(image)?;
+            Ok(last.clone().filter(|baseline| known_as(baseline, known_by)))
+        })
+        .with_context(|| format!("last was {last:#?}"))
+    }
+
+    /// `driftd baseline verify`: how it ended, and its answer for each image.
+    pub(crate) fn verify(&self, arguments: &[&str]) -> anyhow::Result<(i32, Vec<Value>)> {
+        let output =
+            self.driftd(&[&["baseline", "verify"], arguments, &["-o", "jsonl"]].concat())?;
+        let code = output.status.code().context("it was killed")?;
+        let answers = str::from_utf8(&output.stdout)?.lines().map(|line| {
+            serde_json::from_str(line).with_context(|| format!("no JSON: {}", talk(&output)))
+        });
+        Ok((code, answers.collect::<anyhow::Result<_>>()?))
+    }
+
     // ---- containers
 
     /// Starts a container of the workbench image and waits until it is watched.
@@ -832,6 +863,15 @@ pub(crate) fn only<'a>(findings: &'a [Value], kind: &str) -> anyhow::Result<&'a 
     let one = of_kind.next().with_context(|| format!("no {kind} in {findings:#?}"))?;
     ensure!(of_kind.next().is_none(), "more than one {kind} in {findings:#?}");
     Ok(one)
+}
+
+/// The names of an image in a line of `driftd baseline ls`.
+pub(crate) fn names(baseline: &Value) -> Vec<&str> {
+    baseline["names"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+pub(crate) fn known_as(baseline: &Value, known_by: &str) -> bool {
+    baseline["known_by"] == known_by
 }
 
 /// Tries until there is an answer.

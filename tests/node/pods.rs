@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::node::{KUBERNETES, Node, Setup, bench, wait_for};
+use crate::node::{KUBERNETES, Node, Setup, bench, names, wait_for};
 use crate::programs::PAUSE;
 use crate::{programs, registry, trial_on};
 
@@ -27,10 +27,6 @@ fn ready_baselines(node: &Node) -> anyhow::Result<Vec<Value>> {
     let mut baselines = node.answer(&["baseline", "ls"])?;
     baselines.retain(|baseline| baseline["state"] == "ready");
     Ok(baselines)
-}
-
-fn names(baseline: &Value) -> Vec<&str> {
-    baseline["names"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
 }
 
 fn three_names(node: &Node) -> anyhow::Result<()> {

@@ -183,6 +183,30 @@ pub(crate) fn write_pause(file: &Path, payload: &Payload) -> anyhow::Result<Dige
         .write(file)?)
 }
 
+/// Packages that every machine of the distribution has.
+const PACKAGES: &[&str] = &["base-files", "bash", "coreutils", "dpkg", "libc-bin", "perl-base"];
+
+/// The files of some packages of this machine, as a layer.
+pub(crate) fn machine_files() -> anyhow::Result<Layer> {
+    let output = Command::new("dpkg").arg("--listfiles").args(PACKAGES).output()?;
+    ensure!(
+        output.status.success(),
+        "dpkg does not know what it has installed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let mut names: Vec<&str> = str::from_utf8(&output.stdout)?
+        .lines()
+        .filter_map(|line| line.strip_prefix('/'))
+        .filter(|name| Path::new("/").join(name).symlink_metadata().is_ok())
+        // What administrators change is not ours to show.
+        .filter(|name| !name.is_empty() && !name.starts_with("etc"))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    let names = names.join("\0");
+    Layer::new().packed_by_tar(Path::new("/"), names.as_bytes(), &["--format=posix"])
+}
+
 /// The libraries and the loader of a dynamic program, as `ldd` says.
 fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
     let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
