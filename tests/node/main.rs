@@ -13,6 +13,7 @@ mod node;
 mod ordinary;
 mod pods;
 mod programs;
+mod proof;
 mod registry;
 mod sources;
 mod trouble;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         ordinary::trials(),
         answers::trials(),
         sources::trials(),
+        proof::trials(),
         pods::trials(),
         trouble::trials(),
     ];

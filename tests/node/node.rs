@@ -116,7 +116,8 @@ pub(crate) struct Node {
     /// containerd's namespace, and the name of the cgroup below which the
     /// containers are: unique, so that two runs at once do not meet.
     pub(crate) namespace: String,
-    containers: Mutex<Vec<String>>,
+    /// With their namespaces.
+    containers: Mutex<Vec<(String, String)>>,
     /// Sandboxes and containers that Kubernetes' interface has made.
     pods: Mutex<Vec<String>>,
     next: AtomicU32,
@@ -446,16 +447,34 @@ sweep_interval = "1h"
         Ok(container)
     }
 
+    /// The same, in another of containerd's namespaces.
+    pub(crate) fn container_in(
+        &self,
+        namespace: &str,
+        image: &str,
+    ) -> anyhow::Result<Container<'_>> {
+        let container = self.run(namespace, image, &[])?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        self.run(&self.namespace, image, &[])
+    }
+
+    fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
         let id = self.next_id();
         let control = Control::new(self, &id)?;
-        lock(&self.containers).push(id.clone());
+        lock(&self.containers).push((namespace.to_owned(), id.clone()));
         let fifo = self.path("fifo");
         let mount =
             format!("type=bind,src={},dst=/.control,options=rbind:rw", control.path.display());
         let options = ["run", "-d", "--fifo-dir", &fifo.to_string_lossy(), "--mount", &mount];
-        self.ctr(&[&options[..], &[image, &id, "/bin/sh", "-c", Control::INIT]].concat())?;
+        // Whatever the namespace, the cgroup is below this node's.
+        let cgroup = format!("/{}/{id}", self.namespace);
+        let command = [image, &id, "/bin/sh", "-c", Control::INIT];
+        self.ctr_in(namespace, &[&options[..], more, &["--cgroup", &cgroup], &command].concat())?;
         Ok(Container { node: self, id, control })
     }
 
@@ -506,9 +525,9 @@ sweep_interval = "1h"
     fn tear_down(&self) {
         self.ended.store(true, Ordering::SeqCst);
         let containers = std::mem::take(&mut *lock(&self.containers));
-        for id in &containers {
+        for (namespace, id) in &containers {
             let quietly = |arguments: &[&str]| {
-                let done = self.ctr_command(arguments).and_then(|mut command| {
+                let done = self.ctr_command_in(namespace, arguments).and_then(|mut command| {
                     Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).status()?)
                 });
                 done.is_ok_and(|status| status.success())
@@ -533,20 +552,22 @@ sweep_interval = "1h"
         }
         end_cgroups(&self.namespace);
         self.unmount_leftovers();
-        self.remove_runtime_leftovers(&self.namespace, &containers);
-        self.remove_runtime_leftovers(KUBERNETES, &pods);
+        for (namespace, id) in &containers {
+            self.remove_runtime_leftovers(namespace, id);
+        }
+        for id in &pods {
+            self.remove_runtime_leftovers(KUBERNETES, id);
+        }
     }
 
     /// What runc and shims keep below `/run/containerd`, whatever the settings of
     /// containerd say, and leave behind when they are killed.
-    fn remove_runtime_leftovers(&self, namespace: &str, containers: &[String]) {
+    fn remove_runtime_leftovers(&self, namespace: &str, id: &str) {
+        let name = self.path("containerd.sock").join(namespace).join(id);
+        let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
+        let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
         let runc = Path::new("/run/containerd/runc").join(namespace);
-        for id in containers {
-            let name = self.path("containerd.sock").join(namespace).join(id);
-            let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
-            let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
-            let _ = fs::remove_dir_all(runc.join(id));
-        }
+        let _ = fs::remove_dir_all(runc.join(id));
         // What others use is not empty.
         let _ = fs::remove_dir(runc);
         for directory in ["runc", "fifo", "s", ""] {
