@@ -28,12 +28,6 @@ struct PullImageResponse {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct RemoveImageRequest {
-    #[prost(message, optional, tag = "1")]
-    image: Option<ImageSpec>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
 struct PodSandboxMetadata {
     #[prost(string, tag = "1")]
     name: String,
@@ -237,11 +231,6 @@ impl Cri {
         let request = PullImageRequest { image: Some(ImageSpec { image: image.to_owned() }) };
         let response: PullImageResponse = self.call("ImageService/PullImage", request)?;
         Ok(response.image_ref)
-    }
-
-    pub(crate) fn remove_image(&self, image: &str) -> anyhow::Result<()> {
-        let request = RemoveImageRequest { image: Some(ImageSpec { image: image.to_owned() }) };
-        self.call("ImageService/RemoveImage", request).map(|_: Empty| ())
     }
 
     pub(crate) fn run_pod_sandbox(&self, pod: &PodSandboxConfig) -> anyhow::Result<String> {

@@ -468,6 +468,14 @@ impl Image {
             "org.opencontainers.image.ref.name": self.name,
         });
 
+        // For `docker load` of versions that do not know the layout.
+        let file_of = |digest: &String| format!("blobs/{}", digest.replace(':', "/"));
+        let docker = json!([{
+            "Config": file_of(&digests.config),
+            "RepoTags": [self.name],
+            "Layers": digests.layers.iter().map(file_of).collect::<Vec<_>>(),
+        }]);
+        append(&mut archive, "manifest.json", docker.to_string().as_bytes())?;
         let index = json!({ "schemaVersion": 2, "manifests": [top] });
         append(&mut archive, "index.json", index.to_string().as_bytes())?;
         append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;

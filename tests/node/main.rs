@@ -7,6 +7,7 @@
 
 mod answers;
 mod cri;
+mod docker;
 mod drift;
 mod image;
 mod node;
@@ -14,6 +15,7 @@ mod ordinary;
 mod pods;
 mod programs;
 mod proof;
+mod recording;
 mod registry;
 mod sources;
 mod trouble;
@@ -45,7 +47,9 @@ fn main() -> ExitCode {
         answers::trials(),
         sources::trials(),
         proof::trials(),
+        recording::trials(),
         pods::trials(),
+        docker::trials(),
         trouble::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
@@ -104,6 +108,22 @@ fn trial_on(name: &'static str, setup: Setup, test: fn(&Node) -> anyhow::Result<
     Trial::test(name, move || run(|| Node::start(setup), test))
 }
 
+/// A trial on a node whose containerd has no image yet, and whose driftd the trial
+/// starts by itself.
+fn trial_of_recording(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || run(|| Node::with_containerd(Setup::default()), test))
+}
+
+/// Runs a test on a node of its own that has no image, and on which driftd has not
+/// been started.
+fn run_without_driftd(
+    setup: Setup,
+    test: fn(&Arc<Node>) -> anyhow::Result<()>,
+) -> Result<(), Failed> {
+    let node = Node::with_containerd(setup).map_err(|err| format!("{err:#}"))?;
+    judge(&node, || test(&node))
+}
+
 /// A trial that needs no node at all.
 fn trial_without_node(name: &'static str, test: fn() -> anyhow::Result<()>) -> Trial {
     Trial::test(name, move || test().map_err(|err| format!("{err:#}").into()))
@@ -114,7 +134,12 @@ fn run(
     test: fn(&Node) -> anyhow::Result<()>,
 ) -> Result<(), Failed> {
     let node = node().map_err(|err| format!("{err:#}"))?;
-    match catch_unwind(AssertUnwindSafe(|| test(&node))) {
+    judge(&node, || test(&node))
+}
+
+/// Runs a test and adds the node's logs to its failure.
+fn judge(node: &Node, test: impl FnOnce() -> anyhow::Result<()>) -> Result<(), Failed> {
+    match catch_unwind(AssertUnwindSafe(test)) {
         Ok(Ok(())) => Ok(()),
         Ok(Err(err)) => Err(format!("{err:#}\n{}", node.logs()).into()),
         Err(panic) => {

@@ -562,7 +562,7 @@ sweep_interval = "1h"
 
     /// What runc and shims keep below `/run/containerd`, whatever the settings of
     /// containerd say, and leave behind when they are killed.
-    fn remove_runtime_leftovers(&self, namespace: &str, id: &str) {
+    pub(crate) fn remove_runtime_leftovers(&self, namespace: &str, id: &str) {
         let name = self.path("containerd.sock").join(namespace).join(id);
         let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
         let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
@@ -597,7 +597,7 @@ impl Drop for Node {
 }
 
 /// Asks a daemon to end and insists after a few seconds.
-fn end(child: &mut Child) {
+pub(crate) fn end(child: &mut Child) {
     if let Ok(pid) = child.id().try_into() {
         let pid = Pid::from_raw(pid);
         let _ = kill(pid, Signal::SIGTERM);
@@ -688,7 +688,7 @@ impl Control {
         ( . /.control/command.$n ) </dev/null >/.control/output.$n 2>&1; \
         echo \"$n $?\" >&9; done";
 
-    fn new(node: &Node, name: &str) -> anyhow::Result<Control> {
+    pub(crate) fn new(node: &Node, name: &str) -> anyhow::Result<Control> {
         let path = node.path(&format!("control-{name}"));
         fs::create_dir(&path)?;
         let (commands, done) = (path.join("commands"), path.join("done"));
@@ -714,6 +714,13 @@ pub(crate) struct Container<'a> {
 pub(crate) struct Ran {
     pub(crate) status: i32,
     pub(crate) output: String,
+}
+
+impl<'a> Container<'a> {
+    /// A container that somebody else has started with [`Control::INIT`].
+    pub(crate) fn new(node: &'a Node, id: String, control: Control) -> Container<'a> {
+        Container { node, id, control }
+    }
 }
 
 impl Container<'_> {
@@ -927,7 +934,7 @@ pub(crate) fn talk(output: &Output) -> String {
     )
 }
 
-fn append_to(file: &Path) -> io::Result<File> {
+pub(crate) fn append_to(file: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).open(file)
 }
 
