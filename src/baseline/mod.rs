@@ -21,9 +21,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
+pub mod archive;
 pub mod compare;
+pub mod diff;
 pub mod layer;
 pub mod merge;
+#[doc(hidden)]
+pub mod oci;
 pub mod proof;
 pub mod recorder;
 pub mod store;
@@ -35,6 +39,7 @@ pub mod urgency;
 mod verify;
 pub mod walk;
 
+pub use diff::{ImageDifference, diff};
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
 pub use recorder::{Answer, Job, Queue, Recorder};

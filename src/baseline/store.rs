@@ -12,7 +12,7 @@
 //! it is whole and never changes. Only the recorder's thread writes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{
     DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
@@ -76,6 +76,8 @@ pub enum Error {
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write the baseline {} (is the disk full? try: df {})", path.display(), path.parent().unwrap_or(path).display())]
     Write { path: PathBuf, source: io::Error },
+    #[error("another process writes to {} (a running driftd's baselines are its own: name another directory)", path.display())]
+    InUse { path: PathBuf },
     #[error("layer {id} cannot be a baseline: {reason}")]
     Refused { id: LayerId, reason: String },
 }
@@ -91,6 +93,10 @@ pub enum FindError {
     Ambiguous { text: String, candidates: Vec<String> },
 }
 
+/// The right to write to a store.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "the lock is held while the file is open")] File);
+
 /// All baselines of this node.
 #[derive(Debug)]
 pub struct Store {
@@ -98,6 +104,7 @@ pub struct Store {
     images: PathBuf,
     proofs: PathBuf,
     health: Arc<Health>,
+    read_only: bool,
     state: Mutex<State>,
 }
 
@@ -121,6 +128,8 @@ struct State {
 pub struct Collected {
     pub images: usize,
     pub layers: usize,
+    /// Of the layers' files.
+    pub bytes: u64,
 }
 
 const LAYER_SUFFIX: &str = ".layer";
@@ -139,12 +148,39 @@ impl Store {
                 .and_then(|()| remove_unfinished(path))
                 .map_err(|source| Error::Directory { path: path.into(), source })?;
         }
-        let store = Store { layers, images, proofs, health, state: Mutex::default() };
-        let (records, proofs) = (store.load_records()?, store.load_proofs()?);
-        let mut state = store.state();
+        let state = Mutex::default();
+        Store { layers, images, proofs, health, read_only: false, state }.loaded()
+    }
+
+    /// Opens a store that another process may be writing to. Nothing on the disk
+    /// is changed: files appear whole and never change, so there is nothing to
+    /// wait for. A file that is not whole is an error.
+    pub fn open_to_read(directory: &Path, health: Arc<Health>) -> Result<Store, Error> {
+        let [layers, images, proofs] =
+            ["layers", "images", "proofs"].map(|name| directory.join(name));
+        let state = Mutex::default();
+        Store { layers, images, proofs, health, read_only: true, state }.loaded()
+    }
+
+    /// Claims the store for one process that writes to it, until the claim is
+    /// dropped or the process has ended. Who only reads needs none.
+    pub fn claim(&self) -> Result<Claim, Error> {
+        let path = &self.layers;
+        let unusable = |source| Error::Directory { path: path.clone(), source };
+        let directory = File::open(path).map_err(unusable)?;
+        match directory.try_lock() {
+            Ok(()) => Ok(Claim(directory)),
+            Err(TryLockError::WouldBlock) => Err(Error::InUse { path: path.clone() }),
+            Err(TryLockError::Error(source)) => Err(unusable(source)),
+        }
+    }
+
+    fn loaded(self) -> Result<Store, Error> {
+        let (records, proofs) = (self.load_records()?, self.load_proofs()?);
+        let mut state = self.state();
         (state.records, state.proofs) = (records, proofs);
         drop(state);
-        Ok(store)
+        Ok(self)
     }
 
     /// Every recorded image, by name.
@@ -497,12 +533,12 @@ impl Store {
                 forgotten.push(chain_id);
             }
         }
-        let mut collected = Collected { images: forgotten.len(), layers: 0 };
+        let mut collected = Collected { images: forgotten.len(), ..Collected::default() };
         for chain_id in forgotten {
             remove(&self.image_path(chain_id))?;
             records.remove(&chain_id);
         }
-        collected.layers = self.remove_unneeded_layers(&mut state)?;
+        self.remove_unneeded_layers(&mut state, &mut collected)?;
         Ok(collected)
     }
 
@@ -513,26 +549,31 @@ impl Store {
         let mut state = self.state();
         state.records.remove(&chain_id);
         state.open_images.remove(&chain_id);
-        self.remove_unneeded_layers(&mut state).map(drop)
+        self.remove_unneeded_layers(&mut state, &mut Collected::default())
     }
 
-    fn remove_unneeded_layers(&self, state: &mut State) -> Result<usize, Error> {
+    fn remove_unneeded_layers(
+        &self,
+        state: &mut State,
+        collected: &mut Collected,
+    ) -> Result<(), Error> {
         state.open_layers.retain(|_, layer| layer.strong_count() > 0);
         let needed: HashSet<LayerId> =
             state.records.values().flat_map(|record| record.layers.iter().copied()).collect();
-        let mut removed = 0;
         for (path, stem) in files_in(&self.layers, LAYER_SUFFIX)? {
             // A file of another name is not ours to remove.
             let Some(id) = layer_of_stem(&stem) else { continue };
             if !needed.contains(&id) && !state.open_layers.contains_key(&id) {
+                let bytes = fs::metadata(&path).map_or(0, |metadata| metadata.len());
                 remove(&path)?;
                 remove(&self.proof_path(id))?;
                 state.sound.remove(&id);
                 state.proofs.remove(&id);
-                removed += 1;
+                collected.layers += 1;
+                collected.bytes += bytes;
             }
         }
-        Ok(removed)
+        Ok(())
     }
 
     /// How an image's baseline is known: as its least known layer is. Then each of
@@ -580,8 +621,7 @@ impl Store {
     fn load_records(&self) -> Result<BTreeMap<ChainId, ImageRecord>, Error> {
         let mut records = BTreeMap::new();
         for (path, stem) in files_in(&self.images, IMAGE_SUFFIX)? {
-            let json =
-                fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+            let Some(json) = read_listed(&path)? else { continue };
             let record = serde_json::from_slice::<RecordJson>(&json)
                 .map_err(|err| err.to_string())
                 .and_then(ImageRecord::try_from);
@@ -598,9 +638,12 @@ impl Store {
 
     fn load_proofs(&self) -> Result<HashMap<LayerId, LayerProof>, Error> {
         let mut proofs = HashMap::new();
+        // A store that is only read may be older than proofs.
+        if self.read_only && !self.proofs.exists() {
+            return Ok(proofs);
+        }
         for (path, stem) in files_in(&self.proofs, PROOF_SUFFIX)? {
-            let json =
-                fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+            let Some(json) = read_listed(&path)? else { continue };
             match proof::from_json(&json) {
                 Ok((id, _)) if stem_of(id) != stem => {
                     self.set_aside(&path, &format!("it is of layer {id}"))?;
@@ -609,6 +652,7 @@ impl Store {
                     proofs.insert(id, proof);
                 }
                 // The layer was recorded anew, or is gone, and then came a crash.
+                Ok(_) if self.read_only => (),
                 Ok(_) => remove(&path)?,
                 Err(why) => self.set_aside(&path, &why)?,
             }
@@ -618,6 +662,10 @@ impl Store {
 
     /// Keeps a file that is not what it should be, under another name.
     fn set_aside(&self, path: &Path, why: &str) -> Result<(), Error> {
+        if self.read_only {
+            let source = io::Error::new(io::ErrorKind::InvalidData, why);
+            return Err(Error::Read { path: path.into(), source });
+        }
         let _retry = self.health.record(Failure::BaselineCorrupt);
         let mut aside = path.as_os_str().to_owned();
         aside.push(CORRUPT_SUFFIX);
@@ -704,6 +752,15 @@ fn files_in(directory: &Path, suffix: &str) -> Result<Vec<(PathBuf, String)>, Er
         }
     }
     Ok(files)
+}
+
+/// A file that was in a list of its directory; `None` if it is gone since.
+fn read_listed(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    match fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read { path: path.into(), source }),
+    }
 }
 
 fn remove(path: &Path) -> Result<(), Error> {
@@ -1131,6 +1188,36 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_changes_nothing_and_says_what_is_not_whole() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        fs::write(scratch.path().join("layers/03.layer.tmp"), "half").unwrap();
+        let before = files(scratch.path());
+        let read = || Store::open_to_read(scratch.path(), Arc::new(Health::default()));
+        let reader = read().unwrap();
+        assert_eq!(reader.images(), store.images());
+        assert!(reader.image(chain(2)).unwrap().is_some());
+        drop(reader);
+
+        let path = store.layer_path(diff(1));
+        fs::write(&path, "cut").unwrap();
+        let err = read().unwrap().image(chain(2)).unwrap_err();
+        assert!(err.to_string().contains(&path.display().to_string()), "{err}");
+        assert_eq!(files(scratch.path()), before);
+    }
+
+    #[test]
+    fn one_process_at_a_time_writes() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (one, other) = (open(scratch.path()), open(scratch.path()));
+        let claim = one.claim().unwrap();
+        let err = other.claim().unwrap_err();
+        assert!(matches!(err, Error::InUse { .. }), "{err:?}");
+        drop(claim);
+        other.claim().unwrap();
+    }
+
+    #[test]
     fn only_what_nobody_names_or_uses_is_forgotten() {
         let scratch = tempfile::tempdir().unwrap();
         let store = two_images(scratch.path());
@@ -1142,7 +1229,8 @@ mod tests {
         let image = store.image(chain(2)).unwrap();
         assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected::default(), "somebody holds it");
         drop(image);
-        assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected { images: 1, layers: 1 });
+        let bytes = fs::metadata(store.layer_path(diff(2))).unwrap().len();
+        assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected { images: 1, layers: 1, bytes });
         assert_eq!(files(scratch.path()), ["images/01.json", "layers/01.layer"]);
         assert_eq!(names(&store), ["01: docker.io/library/busybox:latest"]);
         assert!(store.image(chain(1)).unwrap().is_some());
