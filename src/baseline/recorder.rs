@@ -541,8 +541,7 @@ impl Worker {
 
     fn next_alarm(&self) -> Instant {
         let retries = self.retries.values().map(|retry| retry.at);
-        let recheck =
-            (!self.settings.recheck_period.is_zero()).then_some(self.next_recheck);
+        let recheck = (!self.settings.recheck_period.is_zero()).then_some(self.next_recheck);
         retries.chain(recheck).fold(self.next_collection, Instant::min)
     }
 
@@ -765,12 +764,7 @@ impl Worker {
         }
     }
 
-    fn record_layer(
-        &mut self,
-        job: &Job,
-        layer: &Layer,
-        below: &[LayerId],
-    ) -> Result<(), String> {
+    fn record_layer(&mut self, job: &Job, layer: &Layer, below: &[LayerId]) -> Result<(), String> {
         let mut interruptions = if job.container.is_some() { 0 } else { INTERRUPTIONS };
         loop {
             self.shared.set_current((interruptions > 0).then_some(layer.id));
@@ -848,7 +842,8 @@ impl Worker {
         let failed = |err: store::Error| NotRecorded::Failed(in_full(&err));
         let lost = || NotRecorded::Failed("it was not read back as it was written".to_owned());
         let written = store.layer(layer.id).map_err(failed)?.ok_or_else(lost)?;
-        let before = before.filter(|(_, known)| self.still_holds(layer, directory, known, &written));
+        let before =
+            before.filter(|(_, known)| self.still_holds(layer, directory, known, &written));
         let mut proof = match before {
             Some((proof, _)) => LayerProof { checksum: written.checksum(), ..proof },
             None => LayerProof::new(written.checksum(), layer.chain_id),
@@ -920,12 +915,15 @@ impl Worker {
             }
         })?;
         let written = store.write_layer(layer.id, entries).map_err(failed)?;
-        self.write_proof(layer.id, LayerProof {
-            known_by: KnownBy::Verified,
-            blob: layer.blob.as_ref().map(|blob| blob.digest.clone()),
-            verified_at: Some(Timestamp::now()),
-            ..LayerProof::new(written.checksum(), layer.chain_id)
-        });
+        self.write_proof(
+            layer.id,
+            LayerProof {
+                known_by: KnownBy::Verified,
+                blob: layer.blob.as_ref().map(|blob| blob.digest.clone()),
+                verified_at: Some(Timestamp::now()),
+                ..LayerProof::new(written.checksum(), layer.chain_id)
+            },
+        );
         Ok(())
     }
 
@@ -949,8 +947,7 @@ impl Worker {
             done: None,
         };
         for (place, layer) in layers.iter().enumerate() {
-            let known_by =
-                store.proof(layer.id).map_or(KnownBy::Snapshot, |proof| proof.known_by);
+            let known_by = store.proof(layer.id).map_or(KnownBy::Snapshot, |proof| proof.known_by);
             let mut report = LayerReport {
                 id: layer.id,
                 known_by,
@@ -1047,10 +1044,7 @@ impl Worker {
                 None if proof.not_verified.is_some() => continue,
                 None => NO_BLOB,
             };
-            self.write_proof(layer.id, LayerProof {
-                not_verified: Some(reason.into()),
-                ..proof
-            });
+            self.write_proof(layer.id, LayerProof { not_verified: Some(reason.into()), ..proof });
         }
     }
 
@@ -1085,10 +1079,10 @@ impl Worker {
                 self.note_wrong(&task.layer, &unproved);
                 let reason = unproved.reason();
                 if let Some(proof) = proof.filter(|proof| proof.known_by != KnownBy::Verified) {
-                    self.write_proof(id, LayerProof {
-                        not_verified: Some(reason.to_owned()),
-                        ..proof
-                    });
+                    self.write_proof(
+                        id,
+                        LayerProof { not_verified: Some(reason.to_owned()), ..proof },
+                    );
                 }
                 report.blob = Some(Witness::Unavailable(reason.to_owned()));
             }
@@ -1322,7 +1316,8 @@ impl Worker {
     /// After a comparison with a layer: tells the containers that have it if the
     /// time has changed up to which their directories are known.
     fn tell_changed_since(&mut self, id: LayerId, what: &What) {
-        let with = self.users.values().filter(|user| user.layers.iter().any(|layer| layer.id == id));
+        let with =
+            self.users.values().filter(|user| user.layers.iter().any(|layer| layer.id == id));
         let chains: HashSet<ChainId> = with.map(|user| user.chain_id).collect();
         for chain_id in chains {
             let told = self.told_since.get(&chain_id);

@@ -1339,7 +1339,7 @@ mod tests {
             let link = scratch.path().join(format!("d1/link-{number}"));
             fs::hard_link(scratch.path().join(format!("d0-/{}", number % 5 * 3)), link).unwrap();
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let all = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap().entries;
         let sorted = |entries: &[LayerEntry]| {
             let order = |a: &LayerEntry, b: &LayerEntry| {
@@ -1389,7 +1389,7 @@ mod tests {
         for number in 0..200 {
             write(&scratch.path().join(number.to_string()), 0o644, "x");
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut left = 100;
         let never = AtomicBool::new(false);
         let result =
@@ -1437,7 +1437,7 @@ mod tests {
             let mode = fs::metadata(&changed).unwrap().permissions();
             fs::set_permissions(&changed, mode).unwrap();
             let_a_tick_pass();
-            let pool = hashing_pool(1).unwrap();
+            let pool = hashing_pool(1, &Arc::default()).unwrap();
             let walked = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap();
             assert_eq!(walked.newest_change, newest_below(&changed).max(newest_below(scratch.path())));
         }
@@ -1452,7 +1452,7 @@ mod tests {
             write(&scratch.path().join(name), 0o644, "x");
         }
         let_a_tick_pass();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let mut begun = false;
         let mut touch = |_| {
@@ -1498,7 +1498,7 @@ mod tests {
             write(&scratch.path().join(name), 0o755, &format!("#!content of {number}"));
         }
         let_a_tick_pass();
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let first = walk(&pool, scratch.path(), None, &never).unwrap();
         let known = layer_of(first.entries.clone());
@@ -1535,7 +1535,7 @@ mod tests {
         write(&at("x/one/deep/file"), 0o755, "one");
         write(&at("x/two/deep/file"), 0o755, "two");
         let_a_tick_pass();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let first = walk(&pool, scratch.path(), None, &never).unwrap();
         let known = layer_of(first.entries.clone());
@@ -1560,7 +1560,7 @@ mod tests {
         for number in 0..8 {
             write(&scratch.path().join(number.to_string()), 0o644, &"x".repeat(BUFFER));
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let rechecked = |per_second: u64, stop: &AtomicBool| {
             let rate = Rate::new(NonZeroU64::new(per_second).unwrap());
             let known = layer_of(vec![LayerEntry::File(directory("/"))]);
@@ -1675,7 +1675,7 @@ mod tests {
         assert_eq!(file.blake3, Some(Blake3Hash(*zeros.as_bytes())));
 
         hole.set_len(1 << 42).unwrap();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let walker = scope.spawn(|| walk(&pool, scratch.path(), None, &stop));

@@ -25,8 +25,7 @@ impl Blobs for NoBlobs {
 }
 
 fn start(store: Arc<Store>, news: Sender<News>, health: Arc<Health>) -> Recorder {
-    let settings =
-        config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
+    let settings = config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
     Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
 }
 
@@ -302,7 +301,8 @@ fn pruning_does_not_wait_for_the_retention_period() {
     let store = Arc::new(Store::open(scratch.path(), Arc::clone(&health)).unwrap());
     let (sender, news) = bounded(4);
     let settings = config::Baseline { threads: 1, ..Default::default() };
-    let recorder = Recorder::start(Arc::clone(&store), &settings, Arc::new(NoBlobs), sender, health);
+    let recorder =
+        Recorder::start(Arc::clone(&store), &settings, Arc::new(NoBlobs), sender, health);
     let directory = scratch.path().join("layer");
     fs::create_dir(&directory).unwrap();
     let layer = Layer {
@@ -327,7 +327,7 @@ fn pruning_does_not_wait_for_the_retention_period() {
     }
     assert_eq!(unneeded(), Some(true), "kept for the retention period");
     let pruned = answer(|done| recorder.prune(done));
-    assert_eq!(pruned, Ok(Collected { images: 1, layers: 1 }));
+    assert!(matches!(pruned, Ok(Collected { images: 1, layers: 1, .. })), "{pruned:?}");
     assert_eq!(store.images(), []);
     recorder.stop();
 }

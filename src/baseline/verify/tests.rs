@@ -219,18 +219,19 @@ impl Bench {
     fn layers(&self, who: &str, archives: &[&Archive]) -> Vec<Layer> {
         let diff_ids: Vec<DiffId> = archives.iter().map(|archive| archive.diff_id()).collect();
         let chains = ChainId::of_layers(&diff_ids);
-        let layers = archives.iter().zip(&chains).enumerate().map(|(place, (archive, chain_id))| {
-            let directory = self.path(&format!("{who}-{}", &chain_id.hex()[..8]));
-            if !directory.exists() {
-                archive.unpack(&directory, place == 0);
-            }
-            Layer {
-                id: LayerId::Diff(archive.diff_id()),
-                chain_id: *chain_id,
-                directory: Some(directory),
-                blob: Some(archive.blob()),
-            }
-        });
+        let layers =
+            archives.iter().zip(&chains).enumerate().map(|(place, (archive, chain_id))| {
+                let directory = self.path(&format!("{who}-{}", &chain_id.hex()[..8]));
+                if !directory.exists() {
+                    archive.unpack(&directory, place == 0);
+                }
+                Layer {
+                    id: LayerId::Diff(archive.diff_id()),
+                    chain_id: *chain_id,
+                    directory: Some(directory),
+                    blob: Some(archive.blob()),
+                }
+            });
         layers.collect()
     }
 
@@ -1022,7 +1023,8 @@ fn what_a_full_disk_kept_from_a_container_is_recorded_when_there_is_room() {
 #[test]
 fn a_layer_removed_under_the_walk_is_no_baseline() {
     let bench = bench();
-    let text: String = (0..3000).map(|number| format!("/{number} 644 content-{number}\n")).collect();
+    let text: String =
+        (0..3000).map(|number| format!("/{number} 644 content-{number}\n")).collect();
     let many = archive(text.leak());
     let mut layers = bench.layers("a", &[&many]);
     layers[0].blob = None;
