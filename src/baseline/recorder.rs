@@ -772,6 +772,18 @@ impl Worker {
             self.shared.set_current(None);
             match result {
                 Ok(()) => return Ok(()),
+                // Recorded, but its proof was lost. It may lack what it hides, if it was
+                // the bottom of an image then; that is better than no baseline.
+                Err(NotRecorded::Failed(reason))
+                    if self.shared.store.proof(layer.id).is_none()
+                        && self.shared.store.has_layer(layer.id).unwrap_or(false) =>
+                {
+                    tracing::warn!(
+                        layer = %layer.id,
+                        "what was recorded earlier is used, because it cannot be read again: {reason}"
+                    );
+                    return Ok(());
+                }
                 Err(NotRecorded::Failed(reason)) => {
                     return Err(format!("layer {}: {reason}", layer.id));
                 }

@@ -343,10 +343,10 @@ impl Store {
             .map_err(|source| Error::Write { path, source })
     }
 
-    /// Whether a layer is recorded in a way that it can be used at that place in
-    /// a stack: above others it hides some of what they have.
+    /// Whether a layer is known to be recorded in a way that it can be used at that
+    /// place in a stack: above others it hides some of what they have.
     pub fn has_layer_for(&self, id: LayerId, bottom: bool) -> Result<bool, Error> {
-        let hides = self.state().proofs.get(&id).is_none_or(|proof| proof.hides);
+        let hides = self.state().proofs.get(&id).is_some_and(|proof| proof.hides);
         Ok((bottom || hides) && self.has_layer(id)?)
     }
 

@@ -617,6 +617,38 @@ fn a_layer_recorded_as_a_bottom_is_read_again_where_it_hides_something() {
 }
 
 #[test]
+fn a_layer_whose_proof_was_lost_is_read_again_above_others() {
+    let bench = bench();
+    let base = archive(BASE);
+    let hiding = archive("/etc 755 dir\n- /etc/motd");
+    let mut alone = bench.layers("alone", &[&hiding]);
+    alone[0].blob = None;
+    bench.asked(&alone, Proof::Later).unwrap();
+    for proof in files_below(&bench.path("baselines/proofs")) {
+        fs::remove_file(proof).unwrap();
+    }
+    let bench = bench.restart();
+    let mut stack = bench.layers("stack", &[&base, &hiding]);
+    for layer in &mut stack {
+        layer.blob = None;
+    }
+    let recorded = bench.asked(&stack, Proof::Later).unwrap();
+    assert_eq!(content(&recorded.baseline, "/etc/motd"), None);
+
+    // Nothing to read it from: then it is used as it is.
+    for proof in files_below(&bench.path("baselines/proofs")) {
+        fs::remove_file(proof).unwrap();
+    }
+    drop(recorded);
+    let bench = bench.restart();
+    for layer in &mut stack {
+        layer.directory = None;
+    }
+    let recorded = bench.asked(&stack, Proof::Later).unwrap();
+    assert_eq!(content(&recorded.baseline, "/etc/motd"), None);
+}
+
+#[test]
 fn the_blob_gives_a_bottom_layer_what_it_hides() {
     let bench = bench();
     let hiding = archive("/etc 755 dir\n/etc/new 644 new\n- /etc/motd");
