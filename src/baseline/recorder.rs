@@ -203,6 +203,7 @@ impl Recorder {
             asked: HashMap::new(),
             wrong_blobs: HashSet::new(),
             given_up: HashSet::new(),
+            rechecked: HashMap::new(),
             told_since: HashMap::new(),
             retries: HashMap::new(),
             in_use: None,
@@ -459,6 +460,8 @@ struct Worker {
     /// Directories that differ from their layer or cannot be read. Nobody looks
     /// again by himself, only when asked, periodically, or after a restart.
     given_up: HashSet<(LayerId, PathBuf)>,
+    /// When directories last had their turn to be compared again.
+    rechecked: HashMap<(LayerId, PathBuf), Timestamp>,
     told_since: HashMap<ChainId, Option<FileTime>>,
     retries: HashMap<ContainerId, Retry>,
     /// What containers used when that was last known for all.
@@ -515,6 +518,10 @@ impl Worker {
                 self.users.retain(|_, user| in_use.contains(&user.chain_id));
                 self.retries.retain(|container, _| self.users.contains_key(container));
                 self.told_since.retain(|chain_id, _| in_use.contains(chain_id));
+                let users = self.users.values();
+                let layers: HashSet<LayerId> =
+                    users.flat_map(|user| &user.layers).map(|layer| layer.id).collect();
+                self.given_up.retain(|(id, path)| layers.contains(id) && path.exists());
                 self.in_use = Some(in_use);
                 return self.collect();
             }
@@ -607,23 +614,30 @@ impl Worker {
         for user in self.users.values() {
             for (place, layer) in user.layers.iter().enumerate() {
                 let Some(directory) = directory_of(layer) else { continue };
-                if !directories.insert((layer.id, directory)) {
-                    continue;
-                }
+                let key = (layer.id, directory.to_owned());
                 let proof = self.shared.store.proof(layer.id);
                 let checked = proof.as_ref().and_then(|proof| proof.directory(directory));
-                let checked_at = checked.map(|checked| checked.checked_at);
-                if oldest.as_ref().is_none_or(|(other, _)| checked_at < *other) {
+                // One that differs or cannot be read has its turn, not all turns.
+                let turn = checked
+                    .map(|checked| checked.checked_at)
+                    .max(self.rechecked.get(&key).copied());
+                if !directories.insert(key) {
+                    continue;
+                }
+                if oldest.as_ref().is_none_or(|(other, _)| turn < *other) {
                     let what = What::Again(directory.to_owned());
-                    oldest = Some((checked_at, task(&user.layers, place, what)));
+                    oldest = Some((turn, task(&user.layers, place, what)));
                 }
             }
         }
         let turns = u32::try_from(directories.len()).unwrap_or(u32::MAX).max(1);
         self.next_recheck = now + (half / turns).max(Duration::from_millis(10));
-        if let Some((checked_at, task)) = oldest
-            && checked_at.is_none_or(|at| age(at) >= half)
+        self.rechecked.retain(|key, _| directories.contains(key));
+        if let Some((turn, task)) = oldest
+            && turn.is_none_or(|turn| age(turn) >= half)
+            && let What::Again(directory) = &task.what
         {
+            self.rechecked.insert((task.layer.id, directory.clone()), Timestamp::now());
             self.shared.agenda.add(task);
         }
     }
@@ -1204,6 +1218,8 @@ impl Worker {
                 None if !is_whole => return,
                 Some(_) | None => started,
             };
+            // Those of snapshots that were removed meanwhile.
+            proof.directories.retain(|checked| checked.path.exists());
             proof.set_directory(Checked {
                 path: path.clone(),
                 newest_change,

@@ -912,7 +912,19 @@ fn directories_in_use_are_compared_again_within_the_period() {
     fs::write(directory(&layers[0]).join("bin/ls"), "LS").unwrap();
     let (_, _, differences, _) = bench.tampered();
     assert_eq!(paths(&differences), ["/bin/ls"]);
-    assert_eq!(checked_at(), None);
+    eventually("the end of trust", || checked_at().is_none());
+
+    // One that differs leaves the others their turns.
+    let upper = archive(UPPER);
+    let others = bench.layers("b", &[&upper]);
+    bench.container("d", &others);
+    let checked_at = || {
+        let proof = bench.store.proof(others[0].id)?;
+        proof.directory(directory(&others[0])).map(|checked| checked.checked_at)
+    };
+    eventually("the first look at the other", || checked_at().is_some());
+    let first = checked_at();
+    eventually("the second look at the other", || checked_at() > first);
 }
 
 // ---- containers first
