@@ -3,6 +3,8 @@
 PREFIX  ?= /usr/local
 DESTDIR ?=
 CARGO   ?= cargo
+# How long each fuzz target runs.
+FUZZ_SECONDS ?= 60
 bindir     = $(PREFIX)/bin
 mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
@@ -20,7 +22,7 @@ SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env"')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test check bench demo install install-files uninstall clean
+.PHONY: help setup build test check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +49,16 @@ check: ## format, lints and dependencies
 
 bench: setup ## the README's numbers, measured on this machine (as root)
 	$(CARGO) bench --locked $(AS_ROOT)
+
+# libFuzzer needs compiler flags that only a nightly takes without being told so.
+fuzz: ## random bytes for every reader of hostile input, FUZZ_SECONDS (60) each
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
+	@for target in layer_stream baseline_file oci_documents; do \
+		mkdir -p fuzz/corpus/$$target && \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target \
+			fuzz/corpus/$$target fuzz/seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -print_final_stats=1 || exit 1; \
+	done
 
 demo: setup ## drift in a container and what driftd says about it, in under a minute (as root)
 	$(CARGO) build --locked
