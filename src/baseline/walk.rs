@@ -422,7 +422,8 @@ impl<'w, 'a, E> Order<'w, 'a, E> {
             // Nobody waits for what is read once the walk has ended.
             let _ = sender.send(walk.read_batch(batch));
         });
-        while self.cost > self.walk.bounds.waiting || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
+        while self.cost > self.walk.bounds.waiting
+            || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
         {
             self.tell_next()?;
         }
@@ -441,9 +442,8 @@ impl<'w, 'a, E> Order<'w, 'a, E> {
         for (path, before) in read.ends {
             self.walk.look_back(&path, &before).map_err(|err| self.walk.fail(err))?;
         }
-        self.newest_change = read.newest_change.map_or(self.newest_change, |newest| {
-            newest.max(self.newest_change)
-        });
+        self.newest_change =
+            read.newest_change.map_or(self.newest_change, |newest| newest.max(self.newest_change));
         Ok(())
     }
 
@@ -962,7 +962,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-
 fn entry_of(
     path: RootfsPath,
     file_type: FileType,
@@ -1331,7 +1330,8 @@ mod tests {
     fn a_walk_needs_little_memory() {
         let scratch = tempfile::tempdir().unwrap();
         for number in 0..300_usize {
-            let name = format!("d{}/e{}/{}-{number}", number % 3, number % 5, "n".repeat(number % 40));
+            let name =
+                format!("d{}/e{}/{}-{number}", number % 3, number % 5, "n".repeat(number % 40));
             write(&scratch.path().join(name), 0o644, &number.to_string());
             write(&scratch.path().join(format!("d{}-/{number}", number % 3)), 0o644, "x");
         }
@@ -1392,11 +1392,10 @@ mod tests {
         let pool = hashing_pool(2).unwrap();
         let mut left = 100;
         let never = AtomicBool::new(false);
-        let result =
-            walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut |_| {
-                left -= 1;
-                if left == 0 { Err(Told::Enough) } else { Ok(()) }
-            });
+        let result = walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut |_| {
+            left -= 1;
+            if left == 0 { Err(Told::Enough) } else { Ok(()) }
+        });
         match result {
             Err(Told::Enough) => assert_eq!(left, 0),
             Err(Told::Walk(err)) => panic!("{err}"),
@@ -1415,7 +1414,8 @@ mod tests {
         if !metadata.is_dir() {
             return own;
         }
-        let below = fs::read_dir(directory).unwrap().map(|entry| newest_below(&entry.unwrap().path()));
+        let below =
+            fs::read_dir(directory).unwrap().map(|entry| newest_below(&entry.unwrap().path()));
         below.fold(own, FileTime::max)
     }
 
@@ -1439,7 +1439,10 @@ mod tests {
             let_a_tick_pass();
             let pool = hashing_pool(1).unwrap();
             let walked = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap();
-            assert_eq!(walked.newest_change, newest_below(&changed).max(newest_below(scratch.path())));
+            assert_eq!(
+                walked.newest_change,
+                newest_below(&changed).max(newest_below(scratch.path()))
+            );
         }
     }
 
@@ -1448,31 +1451,28 @@ mod tests {
     #[test]
     fn what_is_changed_during_a_walk_counts_as_changed_later() {
         let scratch = tempfile::tempdir().unwrap();
-        for name in ["a", "b"] {
-            write(&scratch.path().join(name), 0o644, "x");
+        for number in 0..BATCH * 3 {
+            write(&scratch.path().join(format!("{number:04}")), 0o644, "x");
         }
+        let last = scratch.path().join(format!("{:04}", BATCH * 3 - 1));
         let_a_tick_pass();
         let pool = hashing_pool(1).unwrap();
-        let never = AtomicBool::new(false);
-        let mut begun = false;
+        // One batch at a time: the last file is read long after the first was told.
+        let bounds = Bounds { waiting: 0, ..BOUNDS };
+        let mut touched = false;
         let mut touch = |_| {
-            // The root is told first, before the small files are read.
-            if !std::mem::replace(&mut begun, true) {
-                let_a_tick_pass();
+            if !std::mem::replace(&mut touched, true) {
+                fs::set_permissions(&last, fs::Permissions::from_mode(0o600)).unwrap();
             }
             Ok::<(), Error>(())
         };
-        let touched = scratch.path().join("b");
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                fs::set_permissions(&touched, fs::Permissions::from_mode(0o600)).unwrap();
-            });
-            let newest =
-                walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut touch);
-            if let Ok(newest) = newest {
-                assert!(newest < newest_below(&touched), "{newest:?}");
-            }
-        });
+        let everything = Reading::default();
+        let never = AtomicBool::new(false);
+        let newest =
+            walk_within(bounds, &pool, scratch.path(), &everything, None, &never, &mut touch);
+        let newest = newest.unwrap();
+        assert!(newest < newest_below(&last), "{newest:?}");
+        assert!(newest >= newest_below(&scratch.path().join("0000")), "{newest:?}");
     }
 
     fn layer_of(entries: Vec<LayerEntry>) -> LayerBaseline {
@@ -1630,11 +1630,13 @@ mod tests {
     fn a_path_may_be_as_long_as_the_kernel_allows_and_no_longer() {
         let scratch = tempfile::tempdir().unwrap();
         // 16 × (1 + 255) bytes: exactly 4096, with the slash that a layer's path begins with.
-        let mut current = rustix::fs::open(scratch.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let mut current =
+            rustix::fs::open(scratch.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
         let name = "n".repeat(255);
         for _ in 0..15 {
             rustix::fs::mkdirat(&current, &name, Mode::from_raw_mode(0o755)).unwrap();
-            current = rustix::fs::openat(&current, &name, OFlags::DIRECTORY, Mode::empty()).unwrap();
+            current =
+                rustix::fs::openat(&current, &name, OFlags::DIRECTORY, Mode::empty()).unwrap();
         }
         let make = |name: &str| {
             let flags = OFlags::CREATE | OFlags::WRONLY;

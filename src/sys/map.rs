@@ -22,10 +22,39 @@ pub fn map_immutable(file: &File) -> io::Result<FileMap> {
     Ok(FileMap(map))
 }
 
+impl FileMap {
+    /// Takes the pages out of this process; the page cache keeps them, and they
+    /// come back when they are looked at. Advice only.
+    pub fn forget(&self) {
+        // SAFETY: the mapping is shared and read-only, and nobody changes the
+        // file: a page that is dropped comes back with the same content.
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+}
+
 impl Deref for FileMap {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn what_is_forgotten_comes_back_as_it_was() {
+        let mut file = tempfile::tempfile().unwrap();
+        let content = b"some text ".repeat(10_000);
+        file.write_all(&content).unwrap();
+        let map = map_immutable(&file).unwrap();
+        for _ in 0..2 {
+            assert!(*map == content[..]);
+            map.forget();
+        }
     }
 }
