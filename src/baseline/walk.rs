@@ -29,6 +29,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::Progress;
 use super::layer::{Device, FileEntry, LayerBaseline, LayerEntry, MAX_PATH};
 use crate::model::{Blake3Hash, FileTime, FileType, Format, RootfsPath};
+use crate::sys::map::any_cached;
 
 /// Why a layer could not be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -146,7 +147,7 @@ fn walk_within<E: From<Error>>(
         progress,
         stop,
         noatime: AtomicBool::new(true),
-        uncached: AtomicBool::new(true),
+        uncached: AtomicBool::new(bounds.dontcache),
         links: Mutex::default(),
         failure: OnceLock::new(),
         ended: AtomicBool::new(false),
@@ -260,7 +261,8 @@ const BATCH: usize = 32;
 /// is slower; much smaller leaves BLAKE3 with less than it can do side by side.
 const BUFFER: usize = 128 * 1024;
 
-/// What a walk may keep in memory.
+/// What a walk may keep in memory, and whether the page cache may be asked to
+/// keep nothing.
 #[derive(Clone, Copy)]
 struct Bounds {
     /// Of entries that wait for one before them, which is still being read.
@@ -271,10 +273,16 @@ struct Bounds {
     all_names: usize,
     /// How many files with more than one name are remembered.
     links: usize,
+    dontcache: bool,
 }
 
-const BOUNDS: Bounds =
-    Bounds { waiting: 12 << 20, names: 4 << 20, all_names: 12 << 20, links: 1 << 16 };
+const BOUNDS: Bounds = Bounds {
+    waiting: 12 << 20,
+    names: 4 << 20,
+    all_names: 12 << 20,
+    links: 1 << 16,
+    dontcache: true,
+};
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
@@ -799,6 +807,10 @@ impl<'a> Walk<'a> {
 
     fn hash(&self, file: &OwnedFd, before: &Moment) -> Result<ContentRead, Trouble> {
         let size = u64::try_from(before.size).unwrap_or(0);
+        // Where a read cannot be told to leave nothing behind, what it has left is
+        // dropped afterwards, unless somebody had use for the file before.
+        let leave = self.uncached.load(Ordering::Relaxed)
+            || any_cached(file.as_fd(), size).unwrap_or(true);
         let content = READ_BUFFER.with_borrow_mut(|buffer| {
             if size > BUFFER as u64 {
                 // Advice only: without it the file is read all the same.
@@ -827,6 +839,9 @@ impl<'a> Walk<'a> {
             }
             Ok(ContentRead { blake3: Blake3Hash(*hasher.finalize().as_bytes()), format })
         })?;
+        if !leave {
+            let _ = fadvise(file, 0, None, Advice::DontNeed);
+        }
         // The end of the file was not read: that nobody wrote says where it is.
         match fstat(file) {
             Ok(after) if Moment::of(&after) == *before => Ok(content),
@@ -1353,7 +1368,7 @@ mod tests {
         for (waiting, names, all_names, links) in
             [(0, 0, 0, 0), (1, 100, 10, 1), (1000, 500, 700, 2), (1 << 20, 1, 1 << 20, 100)]
         {
-            let bounds = Bounds { waiting, names, all_names, links };
+            let bounds = Bounds { waiting, names, all_names, links, ..BOUNDS };
             let mut found = Vec::new();
             let nothing = AtomicBool::new(false);
             walk_within::<Error>(
@@ -1591,8 +1606,9 @@ mod tests {
         String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
     }
 
-    #[test]
-    fn what_is_in_the_page_cache_stays_and_nothing_else_comes() {
+    /// Reads a file of which all is in the page cache and one of which nothing is.
+    #[track_caller]
+    fn check_page_cache(dontcache: bool) {
         // Not below /tmp, which may be a tmpfs: that is nothing but a page cache.
         let scratch = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let (warm, cold) = (scratch.path().join("warm"), scratch.path().join("cold"));
@@ -1602,28 +1618,40 @@ mod tests {
             fs::File::open(path).unwrap().sync_all().unwrap();
         }
         let file = fs::File::open(&cold).unwrap();
-        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
-        let whole = content.len() as u64;
-        assert!(cached(&cold) < whole / 10, "the file system keeps what is advised away");
-        assert!(cached(&warm) >= whole, "{}", cached(&warm));
-
         let mut one = [0; 1];
         let alone = rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut one)], 0, RWF_DONTCACHE);
-        if alone == Err(Errno::OPNOTSUPP) {
-            eprintln!("not tried: this kernel or file system reads through the page cache only");
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        let whole = content.len() as u64;
+        assert_eq!(cached(&cold), 0, "the file system keeps what is advised away");
+        assert!(cached(&warm) >= whole, "{}", cached(&warm));
+        if dontcache && alone == Err(Errno::OPNOTSUPP) {
+            eprintln!("not tried: this kernel or file system has no RWF_DONTCACHE");
             return;
         }
-        let found = walked(scratch.path()).unwrap();
-        let hashes: Vec<_> = found
-            .iter()
-            .filter_map(|entry| match entry {
-                LayerEntry::File(file) => file.blake3,
-                LayerEntry::Whiteout(_) | LayerEntry::OpaqueDirectory(_) => None,
-            })
-            .collect();
+        let bounds = Bounds { dontcache, ..BOUNDS };
+        let pool = hashing_pool(2).unwrap();
+        let mut hashes = Vec::new();
+        let mut found = |entry| {
+            if let LayerEntry::File(FileEntry { blake3: Some(blake3), .. }) = entry {
+                hashes.push(blake3);
+            }
+            Ok::<(), Error>(())
+        };
+        let (everything, never) = (Reading::default(), AtomicBool::new(false));
+        walk_within(bounds, &pool, scratch.path(), &everything, None, &never, &mut found).unwrap();
         assert_eq!(hashes, [blake3_of(&content); 2]);
         assert!(cached(&cold) < whole / 10, "{} of {whole} bytes stayed", cached(&cold));
         assert!(cached(&warm) >= whole, "only {} of {whole} bytes stayed", cached(&warm));
+    }
+
+    #[test]
+    fn what_is_in_the_page_cache_stays_and_nothing_else_comes() {
+        check_page_cache(true);
+    }
+
+    #[test]
+    fn the_page_cache_is_left_as_it_was_where_reads_cannot_pass_it_by() {
+        check_page_cache(false);
     }
 
     #[test]
