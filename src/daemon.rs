@@ -14,13 +14,14 @@ use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_appender::non_blocking::WorkerGuard;
 
-use crate::baseline::{Recorder, Store};
+use crate::baseline::{Blobs, Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::Config;
 use crate::containerd::Containerd;
 use crate::health::Health;
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
+use crate::model::{Blob, printable};
 use crate::policy::Policy;
 use crate::watch::Watch;
 use crate::{api, guardian, respond};
@@ -44,14 +45,20 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
     let store = Arc::new(Store::open(&config.state_dir.join("baselines"), health.clone())?);
+    let _claim = store.claim()?;
 
     let (report_sender, reports) = bounded(16_384);
     let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
     let writer = history.start(config.history.retention, health.clone());
 
     let (news_sender, news) = bounded(1024);
-    let recorder =
-        Recorder::start(store.clone(), config.baseline.threads, news_sender, health.clone());
+    let recorder = Recorder::start(
+        store.clone(),
+        &config.baseline,
+        Arc::new(NoContentStore),
+        news_sender,
+        health.clone(),
+    );
 
     let (change_sender, changes) = bounded(4096);
     let (question_sender, questions) = bounded(64);
@@ -134,6 +141,15 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     }
     runtime.shutdown_background();
     reason.map(|()| Exit::Clean)
+}
+
+/// Knows no blobs.
+struct NoContentStore;
+
+impl Blobs for NoContentStore {
+    fn open(&self, blob: &Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+        Err(format!("no content store is read for the blob {}", printable(blob.digest.as_bytes())))
+    }
 }
 
 /// systemd asks with SIGTERM, a person at a terminal with SIGINT.

@@ -13,11 +13,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use driftd::api::{self, Backend, Listener};
-use driftd::baseline::{self, Progress};
+use driftd::baseline::{self, Progress, Proof, Recorded};
 use driftd::health::Health;
 use driftd::history::{Filter, FindingLookup, History, Record, Writer};
 use driftd::model::{
-    ChainId, Container, ContainerId, Finding, ImageReference, Kind, Outcome, RootfsPath, Severity,
+    Container, ContainerId, Finding, ImageReference, Kind, Outcome, RootfsPath, Severity,
     Task,
 };
 use driftd::pipeline::{
@@ -31,6 +31,14 @@ const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 // ---- a node without containers
+
+struct NoBlobs;
+
+impl baseline::Blobs for NoBlobs {
+    fn open(&self, _: &driftd::model::Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+        Err("there is no content store here".into())
+    }
+}
 
 struct Node {
     dir: tempfile::TempDir,
@@ -64,7 +72,13 @@ impl Node {
             history: writer.reader(),
             committed: writer.committed(),
             health: health.clone(),
-            recorder: baseline::Recorder::start(baselines.clone(), 1, news, health),
+            recorder: baseline::Recorder::start(
+                baselines.clone(),
+                &driftd::config::Baseline { threads: 1, ..Default::default() },
+                Arc::new(NoBlobs),
+                news,
+                health,
+            ),
             baselines,
             images: Arc::new(NoImages),
         };
@@ -131,8 +145,9 @@ impl api::RecordImage for NoImages {
     fn record_image<'a>(
         &'a self,
         name: &'a str,
+        _proof: Proof,
         progress: Arc<Progress>,
-    ) -> std::pin::Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>> {
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>> {
         progress.layers_total.store(3, std::sync::atomic::Ordering::Relaxed);
         Box::pin(async move { Err(format!("no image `{name}` is known to containerd")) })
     }
@@ -157,6 +172,7 @@ fn view() -> ContainerView {
             rootfs: None,
             task: Some(Task { pid: 4242, paused: false }),
             no_baseline: None,
+            id_map: None,
         },
         baseline: "ready".into(),
         watched: true,
@@ -243,7 +259,7 @@ fn sample() -> Finding {
 fn finding(number: u8, ago: i64) -> Finding {
     let mut finding = sample();
     finding.id.0[0] = number;
-    finding.container.id = ContainerId::new("default", "web");
+    finding.container.as_mut().unwrap().id = ContainerId::new("default", "web");
     finding.last_seen = Timestamp::now() - ago.seconds();
     finding.first_seen = finding.last_seen;
     finding
@@ -492,7 +508,7 @@ fn findings_are_listed_filtered_and_shown() {
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.last_seen));
         findings.iter().map(|finding| finding.id.to_string()).collect::<Vec<String>>()
     };
-    let elsewhere_id = elsewhere.container.id.to_string();
+    let elsewhere_id = elsewhere.container_id().unwrap().to_string();
     assert_eq!(ids(&["--container", "web"]), newest_first(&[&old, &young]));
     assert_eq!(ids(&["--container", "4f1c"]), newest_first(&[&elsewhere]), "gone, by its prefix");
     assert_eq!(ids(&["--container", &elsewhere_id]), newest_first(&[&elsewhere]));

@@ -707,6 +707,11 @@ impl LayerBaseline {
         self.id
     }
 
+    /// The checksum over the whole file.
+    pub fn checksum(&self) -> Blake3Hash {
+        Blake3Hash(self.bytes.last_chunk().copied().unwrap_or_default())
+    }
+
     /// How many entries there are, whiteouts and directories included.
     pub fn len(&self) -> usize {
         self.records().len()

@@ -1109,12 +1109,12 @@ mod tests {
 
     use super::*;
     use crate::baseline::layer::{self, compare_paths};
-    use crate::baseline::recorder::hashing_pool;
+    use crate::baseline::urgency::hashing_pool;
     use crate::baseline::{ImageBaseline, LayerBaseline, blake3_of};
     use crate::model::{ChainId, DiffId, LayerId};
 
     fn walked(directory: &Path) -> Result<Vec<LayerEntry>, Error> {
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut entries = walk(&pool, directory, None, &AtomicBool::new(false))?.entries;
         entries.sort_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
         Ok(entries)
@@ -1335,7 +1335,7 @@ mod tests {
     fn a_walk_that_is_stopped_tells_nothing() {
         let scratch = tempfile::tempdir().unwrap();
         write(&scratch.path().join("a"), 0o644, "a");
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let result = walk(&pool, scratch.path(), None, &AtomicBool::new(true));
         assert!(matches!(result, Err(Error::Stopped)), "{result:?}");
     }
@@ -1354,7 +1354,7 @@ mod tests {
             let link = scratch.path().join(format!("d1/link-{number}"));
             fs::hard_link(scratch.path().join(format!("d0-/{}", number % 5 * 3)), link).unwrap();
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let all = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap().entries;
         let sorted = |entries: &[LayerEntry]| {
             let order = |a: &LayerEntry, b: &LayerEntry| {
@@ -1404,7 +1404,7 @@ mod tests {
         for number in 0..200 {
             write(&scratch.path().join(number.to_string()), 0o644, "x");
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut left = 100;
         let never = AtomicBool::new(false);
         let result = walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut |_| {
@@ -1452,7 +1452,7 @@ mod tests {
             let mode = fs::metadata(&changed).unwrap().permissions();
             fs::set_permissions(&changed, mode).unwrap();
             let_a_tick_pass();
-            let pool = hashing_pool(1).unwrap();
+            let pool = hashing_pool(1, &Arc::default()).unwrap();
             let walked = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap();
             assert_eq!(
                 walked.newest_change,
@@ -1471,7 +1471,7 @@ mod tests {
         }
         let last = scratch.path().join(format!("{:04}", BATCH * 3 - 1));
         let_a_tick_pass();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         // One batch at a time: the last file is read long after the first was told.
         let bounds = Bounds { waiting: 0, ..BOUNDS };
         let mut touched = false;
@@ -1513,7 +1513,7 @@ mod tests {
             write(&scratch.path().join(name), 0o755, &format!("#!content of {number}"));
         }
         let_a_tick_pass();
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let first = walk(&pool, scratch.path(), None, &never).unwrap();
         let known = layer_of(first.entries.clone());
@@ -1550,7 +1550,7 @@ mod tests {
         write(&at("x/one/deep/file"), 0o755, "one");
         write(&at("x/two/deep/file"), 0o755, "two");
         let_a_tick_pass();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let first = walk(&pool, scratch.path(), None, &never).unwrap();
         let known = layer_of(first.entries.clone());
@@ -1575,7 +1575,7 @@ mod tests {
         for number in 0..8 {
             write(&scratch.path().join(number.to_string()), 0o644, &"x".repeat(BUFFER));
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let rechecked = |per_second: u64, stop: &AtomicBool| {
             let rate = Rate::new(NonZeroU64::new(per_second).unwrap());
             let known = layer_of(vec![LayerEntry::File(directory("/"))]);
@@ -1629,7 +1629,7 @@ mod tests {
             return;
         }
         let bounds = Bounds { dontcache, ..BOUNDS };
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut hashes = Vec::new();
         let mut found = |entry| {
             if let LayerEntry::File(FileEntry { blake3: Some(blake3), .. }) = entry {
@@ -1705,7 +1705,7 @@ mod tests {
         assert_eq!(file.blake3, Some(Blake3Hash(*zeros.as_bytes())));
 
         hole.set_len(1 << 42).unwrap();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let walker = scope.spawn(|| walk(&pool, scratch.path(), None, &stop));
@@ -1733,7 +1733,7 @@ mod tests {
         for number in 0..50 {
             write(&scratch.path().join(format!("d{}/{number}", number % 7)), 0o644, "12345");
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let progress = Progress::default();
         walk(&pool, scratch.path(), Some(&progress), &AtomicBool::new(false)).unwrap();
         assert_eq!(progress.files_done.load(Ordering::Relaxed), 50);
