@@ -15,8 +15,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use driftd::baseline::recorder::hashing_pool;
-use driftd::baseline::walk::walk;
+use driftd::baseline::urgency::hashing_pool;
+use driftd::baseline::walk::{Reading, walk_to};
 use driftd::baseline::{FileEntry, ImageBaseline, LayerEntry, Store};
 use driftd::health::Health;
 use driftd::model::{Blake3Hash, ChainId, DiffId, FileType, Format, LayerId, RootfsPath};
@@ -142,10 +142,19 @@ fn record(tree: &Path, state: &Path) -> anyhow::Result<usize> {
         fs::remove_dir_all(state)?;
     }
     let store = Store::open(state, Arc::new(Health::default()))?;
-    let pool = hashing_pool(0)?;
-    let entries = walk(&pool, tree, None, &AtomicBool::new(false))?.entries;
-    let count = entries.len();
-    store.write_layer(LayerId::Diff(LAYER), entries)?;
+    let pool = hashing_pool(0, &Arc::default())?;
+    let mut count = 0;
+    let t = Instant::now();
+    let stop = AtomicBool::new(false);
+    store.record_layer::<_, anyhow::Error>(LayerId::Diff(LAYER), |push| {
+        let r = walk_to::<anyhow::Error>(&pool, tree, &Reading::default(), None, &stop, &mut |entry| {
+            count += 1;
+            push(entry)
+        });
+        println!("walk {:?}", t.elapsed());
+        r
+    })?;
+    println!("written {:?}", t.elapsed());
     store
         .write_image(ChainId(LAYER.0), vec![LayerId::Diff(LAYER)], None)?
         .context("the layer that was just written is not there")?;

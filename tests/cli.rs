@@ -377,7 +377,7 @@ fn sample() -> Finding {
 fn finding(number: u8, ago: i64) -> Finding {
     let mut finding = sample();
     finding.id.0[0] = number;
-    finding.container.id = ContainerId::new("default", "web");
+    finding.container.as_mut().unwrap().id = ContainerId::new("default", "web");
     finding.last_seen = Timestamp::now() - ago.seconds();
     finding.first_seen = finding.last_seen;
     finding
@@ -640,7 +640,7 @@ fn findings_are_listed_filtered_and_shown() {
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.last_seen));
         findings.iter().map(|finding| finding.id.to_string()).collect::<Vec<String>>()
     };
-    let elsewhere_id = elsewhere.container.id.to_string();
+    let elsewhere_id = elsewhere.container_id().unwrap().to_string();
     assert_eq!(ids(&["--container", "web"]), newest_first(&[&old, &young]));
     assert_eq!(ids(&["--container", "4f1c"]), newest_first(&[&elsewhere]), "gone, by its prefix");
     assert_eq!(ids(&["--container", &elsewhere_id]), newest_first(&[&elsewhere]));

@@ -433,7 +433,10 @@ impl DriftService for Service {
         let found = unblock(move || {
             let found = reader.finding(&id)?;
             let responses = match &found {
-                FindingLookup::Found(finding) => reader.responses(&finding.container.id)?,
+                FindingLookup::Found(finding) => match finding.container_id() {
+                    Some(container) => reader.responses(container)?,
+                    None => Vec::new(),
+                },
                 FindingLookup::Unknown | FindingLookup::Ambiguous(_) => Vec::new(),
             };
             Ok((found, responses))

@@ -55,6 +55,16 @@ enum Says<'a> {
     Entry(Record<'a>),
 }
 
+/// What the layers above leave of one layer at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    Nothing,
+    /// A directory above stands at the path and is merged with this layer's: what
+    /// lies below it can be seen, its owner and mode cannot.
+    Below,
+    All,
+}
+
 impl ImageBaseline {
     /// The layers come bottom first.
     pub fn new(chain_id: ChainId, layers: Vec<(LayerId, Arc<LayerBaseline>)>) -> ImageBaseline {
@@ -79,6 +89,29 @@ impl ImageBaseline {
     pub fn get(&self, path: &RootfsPath) -> Option<Known> {
         let (number, record) = self.find(path.as_bytes())?;
         self.known(number, record)
+    }
+
+    /// What can be seen of `layer` at `path`, whatever the layer has there;
+    /// `Nothing` if it is no layer of this image.
+    pub fn shown_of(&self, layer: LayerId, path: &RootfsPath) -> Shown {
+        let mut shown = Shown::All;
+        for (id, above) in self.layers.iter().rev() {
+            if *id == layer {
+                return shown;
+            }
+            match ask(above, path.as_bytes()) {
+                Says::Nothing => (),
+                Says::Entry(record)
+                    if record.file_type() == Some(FileType::Directory)
+                        && !record.is_opaque()
+                        && !hides_inside(above, path.as_bytes()) =>
+                {
+                    shown = Shown::Below;
+                }
+                Says::Entry(_) | Says::Hidden => return Shown::Nothing,
+            }
+        }
+        Shown::Nothing
     }
 
     /// The files with this content that can be seen, in the order of paths.
@@ -322,6 +355,33 @@ mod tests {
 
     fn path(text: &str) -> RootfsPath {
         RootfsPath::new(text).unwrap()
+    }
+
+    #[test]
+    fn a_layer_shows_what_no_layer_above_stands_before() {
+        let image = ImageBaseline::from_text(&[
+            "/bin/ls 755 elf ls\n/etc/motd 644 data hello\n/opt/a 755 elf a\n/var/x 755 elf x",
+            "/bin/cat 755 elf cat\n- /etc/motd\nopaque /opt 755",
+            "/bin/ls 755 elf other",
+        ]);
+        let layers = image.layers();
+        let check = |number: usize, name: &str, expected: Shown| {
+            assert_eq!(image.shown_of(layers[number], &path(name)), expected, "{number} {name}");
+        };
+        check(0, "/bin/ls", Shown::Nothing);
+        check(1, "/bin/ls", Shown::Nothing);
+        check(2, "/bin/ls", Shown::All);
+        check(0, "/bin/cat", Shown::Nothing);
+        check(0, "/bin/new", Shown::All);
+        check(0, "/bin", Shown::Below);
+        check(2, "/bin", Shown::All);
+        check(0, "/etc/motd", Shown::Nothing);
+        check(0, "/opt/a", Shown::Nothing);
+        check(0, "/opt", Shown::Nothing);
+        check(1, "/opt", Shown::All);
+        check(0, "/var/x", Shown::All);
+        let stranger = LayerId::Diff(DiffId([9; 32]));
+        assert_eq!(image.shown_of(stranger, &path("/var/x")), Shown::Nothing);
     }
 
     /// The paths an image holds, its directories left out.

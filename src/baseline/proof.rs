@@ -79,26 +79,39 @@ impl LayerProof {
 /// ago. Twice that, to be sure.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Up to when all of several directories is known to equal the baseline, and
-/// whether looking for newer changes would make that later.
-///
-/// `None` if one of them was never compared. A change that nobody has seen has a
-/// ctime at or after the moment when its directory was last looked at.
+impl Checked {
+    /// Changes that nobody has seen have this ctime or a later one.
+    pub fn seen_until(&self) -> FileTime {
+        file_time(self.unchanged_at.saturating_sub(TICK).unwrap_or(Timestamp::MIN))
+    }
+}
+
+/// Up to when several directories together equal the baseline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Since {
+    pub time: FileTime,
+    /// The newest change in any of them. If it is later than `time`, a directory
+    /// that was not looked at since keeps `time` back.
+    pub newest: FileTime,
+}
+
+/// `None` if one of them was never compared, or if there are none.
 pub fn unchanged_since<'a>(
     directories: impl IntoIterator<Item = Option<&'a Checked>>,
-) -> (Option<FileTime>, bool) {
-    let mut newest: Option<FileTime> = None;
+) -> Option<Since> {
+    let mut since: Option<Since> = None;
     let mut seen_until: Option<FileTime> = None;
     for directory in directories {
-        let Some(directory) = directory else { return (None, false) };
-        let seen = file_time(directory.unchanged_at.saturating_sub(TICK).unwrap_or(Timestamp::MIN));
-        newest = newest.max(Some(directory.newest_change));
-        seen_until = Some(seen_until.map_or(seen, |until| until.min(seen)));
+        let directory = directory?;
+        let seen = directory.seen_until();
+        let seen = seen_until.map_or(seen, |until| until.min(seen));
+        let newest = since.map_or(directory.newest_change, |since| {
+            since.newest.max(directory.newest_change)
+        });
+        seen_until = Some(seen);
+        since = Some(Since { time: newest.min(seen), newest });
     }
-    match (newest, seen_until) {
-        (Some(newest), Some(until)) if newest > until => (Some(until), true),
-        (newest, _) => (newest, false),
-    }
+    since
 }
 
 fn file_time(time: Timestamp) -> FileTime {
@@ -205,31 +218,35 @@ mod tests {
         }
     }
 
+    #[track_caller]
+    fn check(layers: &[Checked], time: FileTime, newest: FileTime) {
+        assert_eq!(unchanged_since(layers.iter().map(Some)), Some(Since { time, newest }));
+    }
+
     #[test]
     fn layers_read_after_all_were_unpacked_share_the_newest_change() {
         let layers = [checked(10, 100), checked(30, 101), checked(20, 102)];
-        assert_eq!(unchanged_since(layers.iter().map(Some)), (Some(at(30, 0)), false));
+        check(&layers, at(30, 0), at(30, 0));
     }
 
     #[test]
     fn a_layer_read_before_another_was_unpacked_is_trusted_only_until_then() {
-        let layers = [checked(10, 100), checked(200, 201)];
-        let until = at(99, 980_000_000);
-        assert_eq!(unchanged_since(layers.iter().map(Some)), (Some(until), true));
+        check(&[checked(10, 100), checked(200, 201)], at(99, 980_000_000), at(200, 0));
+        check(&[checked(200, 201), checked(10, 100)], at(99, 980_000_000), at(200, 0));
     }
 
     #[test]
     fn a_change_in_the_tick_of_the_reading_is_not_taken_for_seen() {
         let mut fresh = checked(100, 100);
-        assert_eq!(unchanged_since([Some(&fresh)]), (Some(at(99, 980_000_000)), true));
+        check(&[fresh.clone()], at(99, 980_000_000), at(100, 0));
         fresh.unchanged_at += TICK;
-        assert_eq!(unchanged_since([Some(&fresh)]), (Some(at(100, 0)), false));
+        check(&[fresh], at(100, 0), at(100, 0));
     }
 
     #[test]
     fn one_layer_nobody_looked_at_leaves_the_time_open() {
-        assert_eq!(unchanged_since([Some(&checked(1, 100)), None]), (None, false));
-        assert_eq!(unchanged_since([]), (None, false));
+        assert_eq!(unchanged_since([Some(&checked(1, 100)), None]), None);
+        assert_eq!(unchanged_since([]), None);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, select, select_biased};
 use jiff::Timestamp;
 
-use super::compare::compare;
+use super::compare::Comparison;
 use super::proof::{Checked, LayerProof, unchanged_since};
 use super::store::{self, ImageName, Store};
 use super::stream::Limits;
@@ -26,10 +26,10 @@ use super::urgency::{Urgency, hashing_pool};
 use super::verify::{
     Agenda, Found, NO_BLOB, Outcome, Task, Unproved, Verifier, What, limits, of_the_layer, unpack,
 };
-use super::walk::{self, walk};
+use super::walk::{self, Reading, walk_to};
 use super::{
-    Blobs, Collected, ImageBaseline, KnownBy, LayerDifference, LayerEntry, LayerReport,
-    MAX_DIFFERENCES, News, Progress, Proof, Recorded, Witness,
+    Blobs, Collected, ImageBaseline, KnownBy, LayerBaseline, LayerDifference, LayerEntry,
+    LayerReport, MAX_DIFFERENCES, News, Progress, Proof, Recorded, Witness,
 };
 use crate::config;
 use crate::health::{Failure, Health};
@@ -424,6 +424,15 @@ struct Asked {
     done: Option<Done>,
 }
 
+/// Why what a directory holds was not kept.
+#[derive(Debug, thiserror::Error)]
+enum Reason {
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error(transparent)]
+    Walk(#[from] walk::Error),
+}
+
 /// Why a layer was not recorded.
 enum NotRecorded {
     /// Something else is more urgent.
@@ -663,8 +672,8 @@ impl Worker {
             }
         }
         if asked.is_ok() {
-            if container.is_some() {
-                self.look_at_directories(&layers);
+            if let (Some(_), Some(top)) = (&container, layers.last()) {
+                self.look_at_directories(top.chain_id);
             }
             self.prove_later(&layers);
         }
@@ -805,10 +814,23 @@ impl Worker {
                 .map_err(|err| NotRecorded::Failed(in_full(&err)))?,
         };
         let pool = self.pool.insert(pool);
-        let walked = match walk(pool, directory, progress, &self.shared.interrupt) {
-            Ok(walked) => walked,
-            Err(walk::Error::Stopped) => return Err(NotRecorded::Interrupted),
-            Err(err) if layer.blob.is_some() => {
+        let store = Arc::clone(&self.shared.store);
+        // Read again because it was recorded as the bottom of an image: all that is
+        // known of it holds, except that it lacks what it hides.
+        let bottom = below.is_empty();
+        let before = store.proof(layer.id).filter(|proof| !proof.hides && !bottom);
+        let before = match (before, store.layer(layer.id)) {
+            (Some(proof), Ok(Some(known))) => Some((proof, known)),
+            (_, _) => None,
+        };
+        let recorded = store.record_layer(layer.id, |found| {
+            let interrupt = &self.shared.interrupt;
+            walk_to(pool, directory, &Reading::default(), progress, interrupt, found)
+        });
+        let newest_change = match recorded {
+            Ok(newest_change) => newest_change,
+            Err(Reason::Walk(walk::Error::Stopped)) => return Err(NotRecorded::Interrupted),
+            Err(Reason::Walk(err)) if layer.blob.is_some() => {
                 tracing::info!(
                     layer = %layer.id,
                     "recording from the blob, because its directory cannot be read: {}",
@@ -823,22 +845,20 @@ impl Worker {
             }
             Err(err) => return Err(NotRecorded::Failed(in_full(&err))),
         };
-        let bottom = below.is_empty();
-        let before = self.known_before(layer, directory, &walked.entries, bottom)?;
-        let written = self
-            .shared
-            .store
-            .write_layer(layer.id, walked.entries)
-            .map_err(|err| NotRecorded::Failed(in_full(&err)))?;
-        let mut proof = LayerProof {
-            hides: !bottom,
-            not_verified: layer.blob.is_none().then(|| NO_BLOB.into()),
-            ..before.unwrap_or_else(|| LayerProof::new(written.checksum(), layer.chain_id))
+        let failed = |err: store::Error| NotRecorded::Failed(in_full(&err));
+        let lost = || NotRecorded::Failed("it was not read back as it was written".to_owned());
+        let written = store.layer(layer.id).map_err(failed)?.ok_or_else(lost)?;
+        let before = before.filter(|(_, known)| self.still_holds(layer, directory, known, &written));
+        let mut proof = match before {
+            Some((proof, _)) => LayerProof { checksum: written.checksum(), ..proof },
+            None => LayerProof::new(written.checksum(), layer.chain_id),
         };
-        (proof.checksum, proof.recorded_in) = (written.checksum(), layer.chain_id);
+        proof.hides = !bottom;
+        proof.recorded_in = layer.chain_id;
+        proof.not_verified = layer.blob.is_none().then(|| NO_BLOB.to_owned());
         proof.set_directory(Checked {
             path: directory.to_owned(),
-            newest_change: walked.newest_change,
+            newest_change,
             checked_at: started,
             unchanged_at: started,
         });
@@ -846,34 +866,26 @@ impl Worker {
         Ok(())
     }
 
-    /// What was known of the layer when it was the bottom of an image, which is
-    /// why it is read again: all of it holds but what the layer hides.
-    fn known_before(
-        &mut self,
+    /// Whether what was recorded of a layer as the bottom of an image is what was
+    /// now recorded of it elsewhere, apart from what it hides.
+    ///
+    /// If not, two directories of one layer differ, and nothing here tells which
+    /// is right. The later one is needed; the blob, if there is one, will tell.
+    fn still_holds(
+        &self,
         layer: &Layer,
         directory: &Path,
-        entries: &[LayerEntry],
-        bottom: bool,
-    ) -> Result<Option<LayerProof>, NotRecorded> {
-        let store = &self.shared.store;
-        let Some(proof) = store.proof(layer.id).filter(|proof| !proof.hides && !bottom) else {
-            return Ok(None);
-        };
-        let known = store.layer(layer.id).map_err(|err| NotRecorded::Failed(in_full(&err)))?;
-        let Some(known) = known else { return Ok(None) };
-        let (differences, total) = of_the_layer(compare(&known, entries, true), false);
-        if total == 0 {
-            return Ok(Some(proof));
+        known: &LayerBaseline,
+        written: &LayerBaseline,
+    ) -> bool {
+        let mut comparison = Comparison::new(known, true);
+        written.entries().for_each(|record| comparison.found(&record.to_entry()));
+        let (differences, total) = of_the_layer(comparison.finish(), false);
+        if total > 0 {
+            let (layer, witness) = (layer.id, directory_name(directory));
+            self.tell(News::Tampered { layer, witness, differences, total });
         }
-        // Two directories of one layer differ. Nothing here tells which is right;
-        // the newer one is needed, and the blob, if there is one, will tell.
-        self.tell(News::Tampered {
-            layer: layer.id,
-            witness: directory_name(directory),
-            differences,
-            total,
-        });
-        Ok(None)
+        total == 0
     }
 
     fn read_blob(
@@ -989,29 +1001,32 @@ impl Worker {
         directories
     }
 
-    /// Has the directories of a container compared that nobody has read yet, or
-    /// not since the newest of its layers was unpacked.
-    fn look_at_directories(&self, layers: &[Layer]) {
-        let proofs: Vec<Option<LayerProof>> =
-            layers.iter().map(|layer| self.shared.store.proof(layer.id)).collect();
-        let checked: Vec<Option<&Checked>> = layers
-            .iter()
-            .zip(&proofs)
-            .map(|(layer, proof)| proof.as_ref()?.directory(directory_of(layer)?))
-            .collect();
-        let (_, stale) = unchanged_since(checked.iter().copied());
-        for (place, (layer, checked)) in layers.iter().zip(&checked).enumerate() {
-            let Some(directory) = directory_of(layer) else { continue };
-            let what = match checked {
-                None if self.given_up.contains(&(layer.id, directory.to_owned())) => continue,
-                None => What::Directory(directory.to_owned()),
-                Some(checked) if stale => What::Changes {
-                    directory: directory.to_owned(),
-                    since: checked.newest_change,
-                },
-                Some(_) => continue,
-            };
-            self.shared.agenda.add(task(layers, place, what));
+    /// Has the directories compared that containers have of this chain and that
+    /// nobody has read yet, or not since the newest of them was unpacked.
+    fn look_at_directories(&self, chain_id: ChainId) {
+        let store = &self.shared.store;
+        let mut known = Vec::new();
+        for user in self.users.values().filter(|user| user.chain_id == chain_id) {
+            for (place, layer) in user.layers.iter().enumerate() {
+                let Some(directory) = directory_of(layer) else { continue };
+                let proof = store.proof(layer.id);
+                match proof.as_ref().and_then(|proof| proof.directory(directory)) {
+                    Some(checked) => known.push((user, place, checked.clone())),
+                    None if self.given_up.contains(&(layer.id, directory.to_owned())) => (),
+                    None => {
+                        let what = What::Directory(directory.to_owned());
+                        self.shared.agenda.add(task(&user.layers, place, what));
+                    }
+                }
+            }
+        }
+        let since = unchanged_since(known.iter().map(|(_, _, checked)| Some(checked)));
+        for (user, place, checked) in &known {
+            if since.is_some_and(|since| checked.seen_until() < since.newest) {
+                let (directory, since) = (checked.path.clone(), checked.newest_change);
+                let what = What::Changes { directory, since };
+                self.shared.agenda.add(task(&user.layers, *place, what));
+            }
         }
     }
 
@@ -1093,7 +1108,7 @@ impl Worker {
                 report.unavailable(reason, &task);
             }
         }
-        self.tell_changed_since(id);
+        self.tell_changed_since(id, &task.what);
         if let Some(ticket) = task.ticket {
             self.answer(ticket, id, report);
         }
@@ -1295,7 +1310,7 @@ impl Worker {
                 proof.directory(directory_of(layer)?).cloned()
             })
             .collect();
-        unchanged_since(checked.iter().map(Option::as_ref)).0
+        unchanged_since(checked.iter().map(Option::as_ref)).map(|since| since.time)
     }
 
     fn tell_ready(&mut self, chain_id: ChainId, baseline: Arc<ImageBaseline>) {
@@ -1304,9 +1319,9 @@ impl Worker {
         self.tell(News::Ready { chain_id, baseline, unchanged_since });
     }
 
-    /// Tells the containers that have this layer if the time has changed up to
-    /// which their directories are known.
-    fn tell_changed_since(&mut self, id: LayerId) {
+    /// After a comparison with a layer: tells the containers that have it if the
+    /// time has changed up to which their directories are known.
+    fn tell_changed_since(&mut self, id: LayerId, what: &What) {
         let with = self.users.values().filter(|user| user.layers.iter().any(|layer| layer.id == id));
         let chains: HashSet<ChainId> = with.map(|user| user.chain_id).collect();
         for chain_id in chains {
@@ -1315,6 +1330,11 @@ impl Worker {
                 && let Ok(Some(baseline)) = self.shared.store.image(chain_id)
             {
                 self.tell_ready(chain_id, baseline);
+            }
+            match what {
+                What::Directory(_) | What::Again(_) => self.look_at_directories(chain_id),
+                // The end of it, also where a clock is wrong.
+                What::Changes { .. } | What::Blob => (),
             }
         }
     }
@@ -1429,268 +1449,4 @@ pub(super) fn in_full(err: &dyn std::error::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::{Path, PathBuf};
-    use std::time::Duration;
-
-    use super::*;
-    use crate::baseline::blake3_of;
-    use crate::model::{Blob, DiffId, RootfsPath};
-
-    const SOON: Duration = Duration::from_secs(20);
-
-    struct Bench {
-        scratch: tempfile::TempDir,
-        store: Arc<Store>,
-        health: Arc<Health>,
-        news: Receiver<News>,
-        recorder: Recorder,
-    }
-
-    struct NoBlobs;
-
-    impl Blobs for NoBlobs {
-        fn open(&self, _: &Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
-            Err("there are no blobs here".into())
-        }
-    }
-
-    fn start(store: Arc<Store>, news: Sender<News>, health: Arc<Health>) -> Recorder {
-        let settings = config::Baseline { threads: 2, ..config::Baseline::default() };
-        Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
-    }
-
-    /// A recorder whose news nobody has read yet: `room` of them find a place.
-    fn bench(room: usize) -> Bench {
-        let scratch = tempfile::tempdir().unwrap();
-        let health = Arc::new(Health::default());
-        let store =
-            Arc::new(Store::open(&scratch.path().join("baselines"), Arc::clone(&health)).unwrap());
-        let (sender, news) = bounded(room);
-        let recorder = start(Arc::clone(&store), sender, Arc::clone(&health));
-        Bench { scratch, store, health, news, recorder }
-    }
-
-    impl Bench {
-        fn layer_directory(&self, number: u8) -> PathBuf {
-            self.scratch.path().join(format!("layer-{number}"))
-        }
-
-        /// Unpacks a layer with one file, which holds the layer's number.
-        fn unpack(&self, number: u8) {
-            fs::create_dir(self.layer_directory(number)).unwrap();
-            fs::write(self.layer_directory(number).join("file"), number.to_string()).unwrap();
-        }
-
-        /// A job for a stack of layers; its chain ID is the last layer's number.
-        fn job(&self, layers: &[u8]) -> Job {
-            let layers = layers.iter().map(|number| Layer {
-                id: LayerId::Diff(DiffId([*number; 32])),
-                chain_id: chain(*number),
-                directory: Some(self.layer_directory(*number)),
-                blob: None,
-            });
-            Job {
-                image: None,
-                container: None,
-                layers: layers.collect(),
-                proof: Proof::Later,
-                progress: None,
-                done: None,
-            }
-        }
-
-        fn image_job(&self, name: &str, layers: &[u8]) -> Job {
-            let image =
-                ImageName { namespace: "default".into(), name: name.into(), manifest_digest: None };
-            Job { image: Some(image), ..self.job(layers) }
-        }
-
-        #[track_caller]
-        fn next(&self) -> Result<(ChainId, Arc<ImageBaseline>), (ChainId, String)> {
-            match self.news.recv_timeout(SOON).expect("the recorder has news") {
-                News::Ready { chain_id, baseline, .. } => Ok((chain_id, baseline)),
-                News::Failed { chain_id, reason } => Err((chain_id, reason)),
-                News::Tampered { layer, .. } => panic!("{layer} was not tampered with"),
-            }
-        }
-    }
-
-    fn chain(number: u8) -> ChainId {
-        ChainId([number; 32])
-    }
-
-    #[track_caller]
-    fn content_of(baseline: &ImageBaseline) -> Option<crate::model::Blake3Hash> {
-        baseline.get(&RootfsPath::new("/file").unwrap()).unwrap().entry.blake3
-    }
-
-    #[test]
-    fn a_chain_is_recorded_once_and_then_known_without_its_directories() {
-        let bench = bench(4);
-        bench.unpack(1);
-        bench.unpack(2);
-        let progress = Arc::new(Progress::default());
-        let (done, told) = bounded(1);
-        bench.recorder.submit(Job {
-            progress: Some(Arc::clone(&progress)),
-            done: Some(Box::new(move |result| done.send(result).unwrap())),
-            ..bench.image_job("busybox", &[1, 2])
-        });
-        let (chain_id, baseline) = bench.next().unwrap();
-        assert_eq!((chain_id, content_of(&baseline)), (chain(2), Some(blake3_of("2"))));
-        assert!(Arc::ptr_eq(&told.recv_timeout(SOON).unwrap().unwrap().baseline, &baseline));
-        assert_eq!(progress.files_done.load(Ordering::Relaxed), 2);
-        assert_eq!(progress.layers_done.load(Ordering::Relaxed), 2);
-        assert_eq!(progress.layers_total.load(Ordering::Relaxed), 2);
-        assert_eq!(bench.store.find("busybox").unwrap().chain_id, chain(2));
-
-        fs::remove_dir_all(bench.layer_directory(1)).unwrap();
-        fs::remove_dir_all(bench.layer_directory(2)).unwrap();
-        assert_eq!(bench.recorder.unrecorded(&bench.store.layers_of(chain(2)).unwrap()), []);
-        bench.recorder.submit(bench.job(&[1, 2]));
-        assert!(Arc::ptr_eq(&bench.next().unwrap().1, &baseline));
-        // Another image over a layer that is known.
-        bench.unpack(3);
-        bench.recorder.submit(bench.job(&[1, 3]));
-        assert_eq!(bench.next().unwrap().0, chain(3));
-        assert_eq!(bench.health.losses(), []);
-        bench.recorder.stop();
-    }
-
-    #[test]
-    fn a_layer_that_is_gone_fails_its_image_and_no_other() {
-        let bench = bench(4);
-        bench.unpack(2);
-        let (done, told) = bounded(1);
-        bench.recorder.submit(Job {
-            done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
-            ..bench.job(&[1])
-        });
-        bench.recorder.submit(bench.job(&[2]));
-        let (chain_id, reason) = bench.next().unwrap_err();
-        assert_eq!(chain_id, chain(1));
-        let directory = bench.layer_directory(1);
-        assert!(reason.contains(directory.to_str().unwrap()), "{reason}");
-        assert_eq!(told.recv_timeout(SOON).unwrap(), Err(reason));
-        assert_eq!(bench.next().unwrap().0, chain(2));
-        assert_eq!(bench.health.count(Failure::BaselineUnavailable), 1);
-        assert_eq!(bench.recorder.pending(), 0);
-        bench.recorder.stop();
-    }
-
-    fn corrupt(store: &Path) {
-        for file in fs::read_dir(store.join("layers")).unwrap() {
-            let path = file.unwrap().path();
-            let mut bytes = fs::read(&path).unwrap();
-            let last = bytes.len() - 1;
-            bytes[last] ^= 1;
-            // A new file: the old one may be mapped.
-            fs::remove_file(&path).unwrap();
-            fs::write(&path, bytes).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_corrupt_layer_is_recorded_again() {
-        let bench = bench(4);
-        bench.unpack(1);
-        bench.recorder.submit(bench.job(&[1]));
-        drop(bench.next().unwrap());
-        corrupt(&bench.scratch.path().join("baselines"));
-        // As after a restart; also whoever got the news has let go of it.
-        bench.recorder.clone().stop();
-        let store = Store::open(&bench.scratch.path().join("baselines"), Arc::clone(&bench.health));
-        let (sender, news) = bounded(4);
-        let again = start(Arc::new(store.unwrap()), sender, Arc::clone(&bench.health));
-        assert_eq!(
-            again.unrecorded(&[LayerId::Diff(DiffId([1; 32]))]),
-            [LayerId::Diff(DiffId([1; 32]))]
-        );
-        again.submit(bench.job(&[1]));
-        let news = news.recv_timeout(SOON).unwrap();
-        assert!(matches!(news, News::Ready { .. }), "{news:?}");
-        assert_eq!(bench.health.count(Failure::BaselineCorrupt), 1);
-        again.stop();
-    }
-
-    #[test]
-    fn containers_go_before_images() {
-        let bench = bench(0);
-        for number in 1..=3 {
-            bench.unpack(number);
-        }
-        // The first job's news wait for a reader, so the others queue up.
-        bench.recorder.submit(bench.job(&[1]));
-        while !bench.store.images().iter().any(|record| record.chain_id == chain(1)) {
-            std::thread::yield_now();
-        }
-        bench.recorder.submit(bench.image_job("busybox", &[2]));
-        let container = Some(ContainerId::new("default", "c"));
-        bench.recorder.submit(Job { container, ..bench.job(&[3]) });
-        let order: Vec<ChainId> = (0..3).map(|_| bench.next().unwrap().0).collect();
-        assert_eq!(order, [chain(1), chain(3), chain(2)]);
-        bench.recorder.stop();
-    }
-
-    #[test]
-    fn a_full_queue_turns_jobs_away_and_says_so() {
-        let bench = bench(0);
-        let (done, told) = bounded(1);
-        // The first job fails, and then waits for somebody to read its news.
-        bench.recorder.submit(bench.job(&[1]));
-        while bench.health.count(Failure::BaselineUnavailable) < 1 {
-            std::thread::yield_now();
-        }
-        for _ in 0..QUEUE {
-            bench.recorder.submit(bench.job(&[1]));
-        }
-        assert_eq!(bench.health.count(Failure::BaselineUnavailable), 1);
-        bench.recorder.submit(Job {
-            done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
-            ..bench.job(&[2])
-        });
-        let reason = told.try_recv().expect("submit answers at once").unwrap_err();
-        assert!(reason.contains("tried again"), "{reason}");
-        // The news of the job that was turned away come as soon as there is room.
-        let mut news = std::iter::from_fn(|| Some(bench.next().unwrap_err()));
-        assert!(news.any(|(chain_id, why)| chain_id == chain(2) && why == reason));
-        bench.recorder.stop();
-    }
-
-    #[test]
-    fn stopping_waits_for_no_reader_and_answers_every_job() {
-        let bench = bench(0);
-        let (done, told) = bounded(3);
-        for _ in 0..3 {
-            let done = done.clone();
-            bench.recorder.submit(Job {
-                done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
-                ..bench.job(&[1])
-            });
-        }
-        bench.recorder.clone().stop();
-        assert_eq!(told.try_iter().count(), 3);
-        assert_eq!(bench.recorder.pending(), 0);
-    }
-
-    #[test]
-    fn names_follow_the_images_and_what_has_none_is_forgotten() {
-        let bench = bench(4);
-        bench.unpack(1);
-        bench.recorder.submit(bench.image_job("busybox", &[1]));
-        drop(bench.next().unwrap());
-        bench.recorder.image_removed("default", "busybox");
-        bench.recorder.collect(HashSet::from([chain(1)]));
-        bench.recorder.submit(bench.job(&[1]));
-        drop(bench.next().unwrap());
-        assert_eq!(bench.store.images()[0].names, []);
-
-        bench.recorder.collect(HashSet::new());
-        bench.recorder.submit(bench.job(&[9]));
-        bench.next().unwrap_err();
-        assert_eq!(bench.store.images(), []);
-        bench.recorder.stop();
-    }
-}
+mod tests;

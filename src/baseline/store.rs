@@ -303,23 +303,26 @@ impl Store {
             WriteError::Io(source) => Error::Write { path: path.clone(), source },
             WriteError::Refused(reason) => Error::Refused { id, reason },
         })?;
-        {
-            let mut state = self.state();
-            state.open_layers.remove(&id);
-            state.open_images.retain(|_, image| {
-                image.upgrade().is_some_and(|image| !image.layers().contains(&id))
-            });
-        }
-        let layer = self.layer(id)?.ok_or_else(|| Error::Refused {
+        self.replaced(id)?;
+        self.layer(id)?.ok_or_else(|| Error::Refused {
             id,
             reason: "it was not read back as it was written".into(),
-        })?;
-        let is_void = |proof: &LayerProof| proof.checksum != layer.checksum();
-        if self.proof(id).as_ref().is_some_and(is_void) {
-            self.state().proofs.remove(&id);
+        })
+    }
+
+    /// A layer has another file than before.
+    fn replaced(&self, id: LayerId) -> Result<(), Error> {
+        let checksum = checksum_of(&self.layer_path(id));
+        let mut state = self.state();
+        state.open_layers.remove(&id);
+        state.open_images.retain(|_, image| {
+            image.upgrade().is_some_and(|image| !image.layers().contains(&id))
+        });
+        if state.proofs.get(&id).is_some_and(|proof| checksum != Some(proof.checksum)) {
+            state.proofs.remove(&id);
             remove(&self.proof_path(id))?;
         }
-        Ok(layer)
+        Ok(())
     }
 
     /// What is known of a layer's file besides what it says.
@@ -367,6 +370,33 @@ impl Store {
         let state = self.state();
         let with = state.records.values().filter(|record| record.layers.contains(&id));
         with.map(|record| record.chain_id).collect()
+    }
+
+    /// Records a layer whose entries come one by one, in the order of paths: `fill`
+    /// is given what takes them. If it fails, nothing is recorded.
+    pub fn record_layer<T, E: From<Error>>(
+        &self,
+        id: LayerId,
+        fill: impl FnOnce(&mut dyn FnMut(LayerEntry) -> Result<(), E>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let path = self.layer_path(id);
+        let fail = |err| match err {
+            WriteError::Io(source) => Error::Write { path: path.clone(), source },
+            WriteError::Refused(reason) => Error::Refused { id, reason },
+        };
+        let written = write_whole(&path, |file| {
+            let mut writer = layer::Writer::new(id, file, scratch_beside(&path)?)?;
+            let value = fill(&mut |entry| writer.push(&entry).map_err(|err| fail(err).into()))
+                .map_err(Filling::Theirs)?;
+            writer.finish()?;
+            Ok(value)
+        });
+        let value = written.map_err(|err| match err {
+            Filling::Ours(err) => fail(err).into(),
+            Filling::Theirs(err) => err,
+        })?;
+        self.replaced(id)?;
+        Ok(value)
     }
 
     /// Records that these layers, bottom first, are an image; a name that
@@ -743,31 +773,62 @@ fn remove(path: &Path) -> Result<(), Error> {
 }
 
 /// Writes a file that is there whole or not at all, also when power fails.
-fn write_whole<E: From<io::Error>>(
+fn write_whole<T, E: From<io::Error>>(
     path: &Path,
-    write: impl FnOnce(&mut File) -> Result<(), E>,
-) -> Result<(), E> {
+    write: impl FnOnce(&mut File) -> Result<T, E>,
+) -> Result<T, E> {
     let mut unfinished = path.as_os_str().to_owned();
     unfinished.push(UNFINISHED_SUFFIX);
     let written = (|| {
         let mut file = OpenOptions::new()
+            .read(true)
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
             .open(&unfinished)?;
-        write(&mut file)?;
+        let value = write(&mut file)?;
         file.sync_all()?;
         fs::rename(&unfinished, path)?;
         // The name itself is kept by the directory.
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
-        Ok(())
+        Ok(value)
     })();
     if written.is_err() {
         // Best effort: what stays is removed when the store is opened again.
         let _ = fs::remove_file(&unfinished);
     }
     written
+}
+
+/// A file without a name, on the disk that `path` is on.
+fn scratch_beside(path: &Path) -> io::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".pool");
+    name.push(UNFINISHED_SUFFIX);
+    let mut options = OpenOptions::new();
+    let file =
+        options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&name)?;
+    fs::remove_file(&name)?;
+    Ok(file)
+}
+
+/// Whether the filling of a layer failed, or the writing.
+enum Filling<E> {
+    Ours(WriteError),
+    Theirs(E),
+}
+
+impl<E> From<WriteError> for Filling<E> {
+    fn from(err: WriteError) -> Filling<E> {
+        Filling::Ours(err)
+    }
+}
+
+impl<E> From<io::Error> for Filling<E> {
+    fn from(err: io::Error) -> Filling<E> {
+        Filling::Ours(err.into())
+    }
 }
 
 // ---- images/*.json

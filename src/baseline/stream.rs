@@ -1536,7 +1536,7 @@ mod tests {
     #[test]
     fn a_damaged_blob_is_told() {
         let mut blob = gzip(&large());
-        blob.extend(b"junk");
+        blob.extend(b"no member of any kind");
         let error = read_all(&blob).map(|_| ()).unwrap_err().to_string();
         assert!(error.starts_with("the blob is not gzip all through"), "{error}");
         let mut blob = unzstd_frame(&large());

@@ -116,13 +116,19 @@ impl<R: BufRead> Reader<R> {
         Reader { source, position: 0, data: 0, padding: 0, sparse: None, size: 0 }
     }
 
-    pub(super) fn into_inner(self) -> R {
-        self.source
-    }
-
     /// Where in the archive the next byte of the entry's data is.
     pub(super) fn position(&self) -> u64 {
         self.position
+    }
+
+    /// How many bytes of the archive are left of the entry, padding included.
+    pub(super) fn left(&self) -> u64 {
+        self.data.saturating_add(self.padding)
+    }
+
+    /// The same without the padding, which the end of an archive may lack.
+    pub(super) fn left_of_data(&self) -> u64 {
+        self.data
     }
 
     pub(super) fn is_sparse(&self) -> bool {

@@ -887,7 +887,7 @@ fn as_the_kernel_tells(raw: &[u8]) -> Box<[u8]> {
 }
 
 /// Go's `filepath.Split`: the directory without its last slash, unless it is the root.
-fn split(path: &[u8]) -> (&[u8], &[u8]) {
+pub(super) fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|&byte| byte == b'/') {
         None => (b"", path),
         Some(slash) => (&path[..=slash], &path[slash + 1..]),
@@ -904,7 +904,7 @@ fn join(one: &[u8], other: &[u8]) -> Vec<u8> {
 }
 
 /// Go's `filepath.Clean`.
-fn clean(path: &[u8]) -> Vec<u8> {
+pub(super) fn clean(path: &[u8]) -> Vec<u8> {
     let mut cleaned = Vec::with_capacity(path.len() + 1);
     if path.first() == Some(&b'/') {
         cleaned.push(b'/');

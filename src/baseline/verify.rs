@@ -86,8 +86,8 @@ pub(super) struct Outcome {
 }
 
 pub(super) enum Found {
-    /// The blob is what the digests say. `differences` are those of the recorded
-    /// layer from it.
+    /// The blob is what the digests say. `differences` are those of what was
+    /// recorded from what the blob leads one to expect.
     Proved { differences: Vec<LayerDifference>, total: u64, entries: Vec<LayerEntry> },
     NotProved(Unproved),
     Compared { differences: Vec<LayerDifference>, total: u64, newest_change: FileTime },
@@ -149,7 +149,7 @@ pub(super) fn unpack(
             })
         })?;
         // More than the manifest says is not what its digest is of.
-        Ok(opened.take(blob.size.saturating_add(1)))
+        Ok(Stoppable { inner: opened, stop }.take(blob.size.saturating_add(1)))
     };
     let read = stream::read(open()?, limits, progress, stop);
     if stop.load(Ordering::Relaxed) {
@@ -160,9 +160,13 @@ pub(super) fn unpack(
         Ok(stream) => stream,
         Err(err) => {
             // Why it makes no sense: because it is not what was pulled, perhaps.
-            let actual = sha256_of(open()?, stop).map_err(|err| {
+            let actual = sha256_of(open()?).map_err(|err| {
                 Unproved::Unavailable(format!("its blob {digest} cannot be read: {err}"))
-            })?;
+            });
+            if stop.load(Ordering::Relaxed) {
+                return Err(Unproved::Stopped);
+            }
+            let actual = actual?;
             check_digest(blob, actual)?;
             return Err(Unproved::Unreadable(format!("its blob {digest}: {}", in_full(&err))));
         }
@@ -177,6 +181,21 @@ pub(super) fn unpack(
     stream
         .settle(below)
         .map_err(|err| Unproved::Unreadable(format!("its blob {digest}: {}", in_full(&err))))
+}
+
+/// Ends with an error, however slowly what it reads comes in.
+struct Stoppable<'a> {
+    inner: Box<dyn Read + Send>,
+    stop: &'a AtomicBool,
+}
+
+impl Read for Stoppable<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(io::Error::other("stopped"));
+        }
+        self.inner.read(buffer)
+    }
 }
 
 fn check_digest(blob: &Blob, actual: [u8; 32]) -> Result<(), Unproved> {
@@ -197,13 +216,10 @@ fn check_digest(blob: &Blob, actual: [u8; 32]) -> Result<(), Unproved> {
     )))
 }
 
-fn sha256_of(mut blob: impl Read, stop: &AtomicBool) -> io::Result<[u8; 32]> {
+fn sha256_of(mut blob: impl Read) -> io::Result<[u8; 32]> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 128 * 1024];
     loop {
-        if stop.load(Ordering::Relaxed) {
-            return Err(io::Error::other("stopped"));
-        }
         match blob.read(&mut buffer) {
             Ok(0) => return Ok(hasher.finalize().into()),
             Ok(length) => hasher.update(&buffer[..length]),
@@ -487,7 +503,10 @@ impl Verifier {
             &self.agenda.interrupt,
         )?;
         let compared = compare(layer, &entries, task.bottom());
-        let (differences, total) = of_the_layer(compared, self.in_its_stack(task));
+        let (mut differences, total) = of_the_layer(compared, self.in_its_stack(task));
+        for LayerDifference { expected, found, .. } in &mut differences {
+            std::mem::swap(expected, found);
+        }
         Ok(Found::Proved { differences, total, entries })
     }
 
@@ -544,3 +563,6 @@ fn is_complete(found: &Found) -> bool {
         Found::NotProved(_) | Found::NotCompared(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,12 +121,25 @@ pub fn walk_to<E: From<Error>>(
     stop: &AtomicBool,
     found: &mut dyn FnMut(LayerEntry) -> Result<(), E>,
 ) -> Result<FileTime, E> {
+    walk_within(BOUNDS, pool, directory, reading, progress, stop, found)
+}
+
+fn walk_within<E: From<Error>>(
+    bounds: Bounds,
+    pool: &rayon::ThreadPool,
+    directory: &Path,
+    reading: &Reading<'_>,
+    progress: Option<&Progress>,
+    stop: &AtomicBool,
+    found: &mut dyn FnMut(LayerEntry) -> Result<(), E>,
+) -> Result<FileTime, E> {
     let begin = last_tick();
     // The way to the layer is the snapshotter's: Docker names layers by symlinks.
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
         .map_err(|source| Error::Directory { directory: directory.into(), source })?;
     let walk = Walk {
+        bounds,
         root,
         directory,
         reading,
@@ -247,23 +260,28 @@ const BATCH: usize = 32;
 /// is slower; much smaller leaves BLAKE3 with less than it can do side by side.
 const BUFFER: usize = 128 * 1024;
 
-/// How much memory entries may take that wait for one before them, which is
-/// still being read.
-const WINDOW: usize = 12 << 20;
+/// What a walk may keep in memory.
+#[derive(Clone, Copy)]
+struct Bounds {
+    /// Of entries that wait for one before them, which is still being read.
+    waiting: usize,
+    /// Of names, in one directory, and in all that lead to where the walk is. The
+    /// rest is listed again when it is due.
+    names: usize,
+    all_names: usize,
+    /// How many files with more than one name are remembered.
+    links: usize,
+}
 
-/// How many bytes of names one listing keeps, and how many all the directories
-/// do that lead to where the walk is. The rest is listed again when it is due.
-const NAMES: usize = 4 << 20;
-const ALL_NAMES: usize = 12 << 20;
-
-/// How many files with more than one name are remembered.
-const LINKS: usize = 1 << 16;
+const BOUNDS: Bounds =
+    Bounds { waiting: 12 << 20, names: 4 << 20, all_names: 12 << 20, links: 1 << 16 };
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
 }
 
 struct Walk<'a> {
+    bounds: Bounds,
     root: OwnedFd,
     directory: &'a Path,
     reading: &'a Reading<'a>,
@@ -404,7 +422,7 @@ impl<'w, 'a, E> Order<'w, 'a, E> {
             // Nobody waits for what is read once the walk has ended.
             let _ = sender.send(walk.read_batch(batch));
         });
-        while self.cost > WINDOW || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
+        while self.cost > self.walk.bounds.waiting || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
         {
             self.tell_next()?;
         }
@@ -544,7 +562,7 @@ impl<'a> Walk<'a> {
                     let (directory, entry) = self.enter(path, current.unchanged).map_err(fail)?;
                     batch.push(entry);
                     visited.push(directory);
-                    forget_names(&mut visited);
+                    forget_names(&mut visited, self.bounds.all_names);
                 }
             }
         }
@@ -624,7 +642,7 @@ impl<'a> Walk<'a> {
                 _ => Kind::Special,
             };
             found.push(name, kind);
-            if found.memory() > 2 * NAMES {
+            if found.left.len() > 1 && found.memory() > 2 * self.bounds.names {
                 if self.is_over() {
                     return Err(at(Trouble::Changed));
                 }
@@ -764,7 +782,7 @@ impl<'a> Walk<'a> {
                 None => {
                     let content = self.hash(&file, &before)?;
                     let mut links = lock(&self.links);
-                    if links.len() < LINKS {
+                    if links.len() < self.bounds.links {
                         links.insert(inode, (before, content));
                     }
                     content
@@ -919,10 +937,10 @@ fn relative(path: &RootfsPath) -> &[u8] {
 
 /// Drops names, of the directories farthest from where the walk is first, until
 /// the rest is not too much.
-fn forget_names(visited: &mut [Visited]) {
+fn forget_names(visited: &mut [Visited], most: usize) {
     let mut memory: usize = visited.iter().map(|directory| directory.names.memory()).sum();
     for directory in visited {
-        if memory <= ALL_NAMES {
+        if memory <= most {
             return;
         }
         if !directory.names.left.is_empty() {
@@ -1077,12 +1095,12 @@ mod tests {
 
     use super::*;
     use crate::baseline::layer::{self, compare_paths};
-    use crate::baseline::recorder::hashing_pool;
+    use crate::baseline::urgency::hashing_pool;
     use crate::baseline::{ImageBaseline, LayerBaseline, blake3_of};
     use crate::model::{ChainId, DiffId, LayerId};
 
     fn walked(directory: &Path) -> Result<Vec<LayerEntry>, Error> {
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut entries = walk(&pool, directory, None, &AtomicBool::new(false))?.entries;
         entries.sort_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
         Ok(entries)
@@ -1303,9 +1321,380 @@ mod tests {
     fn a_walk_that_is_stopped_tells_nothing() {
         let scratch = tempfile::tempdir().unwrap();
         write(&scratch.path().join("a"), 0o644, "a");
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let result = walk(&pool, scratch.path(), None, &AtomicBool::new(true));
         assert!(matches!(result, Err(Error::Stopped)), "{result:?}");
+    }
+
+    /// With hardly any room, everything is told all the same.
+    #[test]
+    fn a_walk_needs_little_memory() {
+        let scratch = tempfile::tempdir().unwrap();
+        for number in 0..300_usize {
+            let name = format!("d{}/e{}/{}-{number}", number % 3, number % 5, "n".repeat(number % 40));
+            write(&scratch.path().join(name), 0o644, &number.to_string());
+            write(&scratch.path().join(format!("d{}-/{number}", number % 3)), 0o644, "x");
+        }
+        for number in 0..20 {
+            let link = scratch.path().join(format!("d1/link-{number}"));
+            fs::hard_link(scratch.path().join(format!("d0-/{}", number % 5 * 3)), link).unwrap();
+        }
+        let pool = hashing_pool(2).unwrap();
+        let all = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap().entries;
+        let sorted = |entries: &[LayerEntry]| {
+            let order = |a: &LayerEntry, b: &LayerEntry| {
+                compare_paths(a.path().as_bytes(), b.path().as_bytes()).is_lt()
+            };
+            entries.is_sorted_by(order)
+        };
+        assert!(sorted(&all), "{all:?}");
+        // 600 files, their 15 + 3 + 3 directories, the links, and the root.
+        assert_eq!(all.len(), 600 + 21 + 20 + 1);
+        for (waiting, names, all_names, links) in
+            [(0, 0, 0, 0), (1, 100, 10, 1), (1000, 500, 700, 2), (1 << 20, 1, 1 << 20, 100)]
+        {
+            let bounds = Bounds { waiting, names, all_names, links };
+            let mut found = Vec::new();
+            let nothing = AtomicBool::new(false);
+            walk_within::<Error>(
+                bounds,
+                &pool,
+                scratch.path(),
+                &Reading::default(),
+                None,
+                &nothing,
+                &mut |entry| {
+                    found.push(entry);
+                    Ok(())
+                },
+            )
+            .unwrap();
+            assert_eq!(found, all);
+        }
+    }
+
+    #[test]
+    fn whoever_is_told_can_end_the_walk() {
+        #[derive(Debug)]
+        enum Told {
+            Enough,
+            Walk(Error),
+        }
+        impl From<Error> for Told {
+            fn from(err: Error) -> Told {
+                Told::Walk(err)
+            }
+        }
+        let scratch = tempfile::tempdir().unwrap();
+        for number in 0..200 {
+            write(&scratch.path().join(number.to_string()), 0o644, "x");
+        }
+        let pool = hashing_pool(2).unwrap();
+        let mut left = 100;
+        let never = AtomicBool::new(false);
+        let result =
+            walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut |_| {
+                left -= 1;
+                if left == 0 { Err(Told::Enough) } else { Ok(()) }
+            });
+        match result {
+            Err(Told::Enough) => assert_eq!(left, 0),
+            Err(Told::Walk(err)) => panic!("{err}"),
+            Ok(_) => panic!("the walk went on"),
+        }
+    }
+
+    /// The newest ctime below a directory, itself included.
+    fn newest_below(directory: &Path) -> FileTime {
+        use std::os::unix::fs::MetadataExt as _;
+        let metadata = fs::symlink_metadata(directory).unwrap();
+        let own = FileTime {
+            seconds: metadata.ctime(),
+            nanoseconds: u32::try_from(metadata.ctime_nsec()).unwrap(),
+        };
+        if !metadata.is_dir() {
+            return own;
+        }
+        let below = fs::read_dir(directory).unwrap().map(|entry| newest_below(&entry.unwrap().path()));
+        below.fold(own, FileTime::max)
+    }
+
+    /// Until the kernel's clock for files has moved on, twice.
+    fn let_a_tick_pass() {
+        std::thread::sleep(Duration::from_millis(25));
+    }
+
+    #[test]
+    fn the_newest_change_is_told_wherever_it_was() {
+        let scratch = tempfile::tempdir().unwrap();
+        for name in ["a/b/file", "c/file", "d/e/f/file"] {
+            write(&scratch.path().join(name), 0o644, "x");
+        }
+        symlink("x", scratch.path().join("link")).unwrap();
+        for name in ["a/b/file", "a/b", "d/e/f", ".", "c/file"] {
+            let_a_tick_pass();
+            let changed = scratch.path().join(name);
+            let mode = fs::metadata(&changed).unwrap().permissions();
+            fs::set_permissions(&changed, mode).unwrap();
+            let_a_tick_pass();
+            let pool = hashing_pool(1).unwrap();
+            let walked = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap();
+            assert_eq!(walked.newest_change, newest_below(&changed).max(newest_below(scratch.path())));
+        }
+    }
+
+    /// Else a file that was changed after it was read would count as unchanged,
+    /// because another one, read later, was changed still later.
+    #[test]
+    fn what_is_changed_during_a_walk_counts_as_changed_later() {
+        let scratch = tempfile::tempdir().unwrap();
+        for name in ["a", "b"] {
+            write(&scratch.path().join(name), 0o644, "x");
+        }
+        let_a_tick_pass();
+        let pool = hashing_pool(1).unwrap();
+        let never = AtomicBool::new(false);
+        let mut begun = false;
+        let mut touch = |_| {
+            // The root is told first, before the small files are read.
+            if !std::mem::replace(&mut begun, true) {
+                let_a_tick_pass();
+            }
+            Ok::<(), Error>(())
+        };
+        let touched = scratch.path().join("b");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                fs::set_permissions(&touched, fs::Permissions::from_mode(0o600)).unwrap();
+            });
+            let newest =
+                walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut touch);
+            if let Ok(newest) = newest {
+                assert!(newest < newest_below(&touched), "{newest:?}");
+            }
+        });
+    }
+
+    fn layer_of(entries: Vec<LayerEntry>) -> LayerBaseline {
+        let id = LayerId::Diff(DiffId([1; 32]));
+        LayerBaseline::from_bytes(layer::write(id, entries, Vec::new()).unwrap()).unwrap()
+    }
+
+    /// Changes a file on the disk so that it looks as it did: same size, same
+    /// mtime. Only the ctime tells.
+    fn tamper(path: &Path) {
+        let before = fs::metadata(path).unwrap().modified().unwrap();
+        let mut content = fs::read(path).unwrap();
+        content[0] ^= 1;
+        fs::write(path, content).unwrap();
+        fs::File::options().write(true).open(path).unwrap().set_modified(before).unwrap();
+    }
+
+    #[test]
+    fn a_recheck_finds_what_was_changed_and_reads_nothing_else() {
+        let scratch = tempfile::tempdir().unwrap();
+        for number in 0..40 {
+            let name = format!("d{}/{number}", number % 4);
+            write(&scratch.path().join(name), 0o755, &format!("#!content of {number}"));
+        }
+        let_a_tick_pass();
+        let pool = hashing_pool(2).unwrap();
+        let never = AtomicBool::new(false);
+        let first = walk(&pool, scratch.path(), None, &never).unwrap();
+        let known = layer_of(first.entries.clone());
+        let since = Some(first.newest_change);
+
+        let read = |since| {
+            let rate = Rate::new(NonZeroU64::new(1 << 40).unwrap());
+            let before = *lock(&rate.free_at);
+            let again =
+                recheck(&pool, scratch.path(), &known, since, Some(&rate), None, &never).unwrap();
+            let after = *lock(&rate.free_at);
+            (again, after != before)
+        };
+        let (again, has_read) = read(since);
+        assert_eq!(again.entries, first.entries);
+        assert_eq!(again.newest_change, first.newest_change);
+        assert!(!has_read, "files that have not changed were read again");
+        assert!(read(None).1, "without a time everything is read");
+
+        tamper(&scratch.path().join("d1/5"));
+        let (again, _) = read(since);
+        let changed: Vec<&LayerEntry> =
+            again.entries.iter().filter(|entry| !first.entries.contains(entry)).collect();
+        assert_eq!(changed.len(), 1, "{changed:?}");
+        assert_eq!(changed[0].path(), &path("/d1/5"));
+        assert!(again.newest_change > first.newest_change);
+    }
+
+    /// The files' own ctimes say nothing then: each is the old one.
+    #[test]
+    fn a_recheck_notices_directories_that_changed_places() {
+        let scratch = tempfile::tempdir().unwrap();
+        let at = |name: &str| scratch.path().join(name);
+        write(&at("x/one/deep/file"), 0o755, "one");
+        write(&at("x/two/deep/file"), 0o755, "two");
+        let_a_tick_pass();
+        let pool = hashing_pool(1).unwrap();
+        let never = AtomicBool::new(false);
+        let first = walk(&pool, scratch.path(), None, &never).unwrap();
+        let known = layer_of(first.entries.clone());
+        fs::rename(at("x/one"), at("x/tmp")).unwrap();
+        fs::rename(at("x/two"), at("x/one")).unwrap();
+        fs::rename(at("x/tmp"), at("x/two")).unwrap();
+        let since = Some(first.newest_change);
+        let again = recheck(&pool, scratch.path(), &known, since, None, None, &never).unwrap();
+        let content = |name: &str| {
+            again.entries.iter().find_map(|entry| match entry {
+                LayerEntry::File(file) if file.path == path(name) => file.blake3,
+                _ => None,
+            })
+        };
+        assert_eq!(content("/x/one/deep/file"), Some(blake3_of("two")));
+        assert_eq!(content("/x/two/deep/file"), Some(blake3_of("one")));
+    }
+
+    #[test]
+    fn a_rate_is_kept_and_given_up_when_stopped() {
+        let scratch = tempfile::tempdir().unwrap();
+        for number in 0..8 {
+            write(&scratch.path().join(number.to_string()), 0o644, &"x".repeat(BUFFER));
+        }
+        let pool = hashing_pool(2).unwrap();
+        let rechecked = |per_second: u64, stop: &AtomicBool| {
+            let rate = Rate::new(NonZeroU64::new(per_second).unwrap());
+            let known = layer_of(vec![LayerEntry::File(directory("/"))]);
+            let start = Instant::now();
+            recheck(&pool, scratch.path(), &known, None, Some(&rate), None, stop)
+                .map(|_| start.elapsed())
+        };
+        // Eight reads, of which the first need not wait: seven tenths of a second.
+        let took = rechecked(10 * BUFFER as u64, &AtomicBool::new(false)).unwrap();
+        assert!(took >= Duration::from_millis(690), "{took:?}");
+
+        let stop = AtomicBool::new(false);
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            let walker = scope.spawn(|| rechecked(1, &stop));
+            std::thread::sleep(Duration::from_millis(100));
+            stop.store(true, Ordering::Relaxed);
+            let result = walker.join().unwrap();
+            assert!(matches!(result, Err(Error::Stopped)), "{result:?}");
+        });
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    }
+
+    /// Which part of a file is in the page cache, in bytes.
+    fn cached(path: &Path) -> u64 {
+        let output = Command::new("fincore").args(["-nb", "-o", "RES"]).arg(path).output();
+        let output = output.expect("fincore is in util-linux, which scripts/setup installs");
+        String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_in_the_page_cache_stays_and_nothing_else_comes() {
+        // Not below /tmp, which may be a tmpfs: that is nothing but a page cache.
+        let scratch = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (warm, cold) = (scratch.path().join("warm"), scratch.path().join("cold"));
+        let content = "some text ".repeat(400_000);
+        for path in [&warm, &cold] {
+            write(path, 0o644, &content);
+            fs::File::open(path).unwrap().sync_all().unwrap();
+        }
+        let file = fs::File::open(&cold).unwrap();
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        let whole = content.len() as u64;
+        assert!(cached(&cold) < whole / 10, "the file system keeps what is advised away");
+        assert!(cached(&warm) >= whole, "{}", cached(&warm));
+
+        let mut one = [0; 1];
+        let alone = rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut one)], 0, RWF_DONTCACHE);
+        if alone == Err(Errno::OPNOTSUPP) {
+            eprintln!("not tried: this kernel or file system reads through the page cache only");
+            return;
+        }
+        let found = walked(scratch.path()).unwrap();
+        let hashes: Vec<_> = found
+            .iter()
+            .filter_map(|entry| match entry {
+                LayerEntry::File(file) => file.blake3,
+                LayerEntry::Whiteout(_) | LayerEntry::OpaqueDirectory(_) => None,
+            })
+            .collect();
+        assert_eq!(hashes, [blake3_of(&content); 2]);
+        assert!(cached(&cold) < whole / 10, "{} of {whole} bytes stayed", cached(&cold));
+        assert!(cached(&warm) >= whole, "only {} of {whole} bytes stayed", cached(&warm));
+    }
+
+    #[test]
+    fn a_path_may_be_as_long_as_the_kernel_allows_and_no_longer() {
+        let scratch = tempfile::tempdir().unwrap();
+        // 16 × (1 + 255) bytes: exactly 4096, with the slash that a layer's path begins with.
+        let mut current = rustix::fs::open(scratch.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let name = "n".repeat(255);
+        for _ in 0..15 {
+            rustix::fs::mkdirat(&current, &name, Mode::from_raw_mode(0o755)).unwrap();
+            current = rustix::fs::openat(&current, &name, OFlags::DIRECTORY, Mode::empty()).unwrap();
+        }
+        let make = |name: &str| {
+            let flags = OFlags::CREATE | OFlags::WRONLY;
+            rustix::fs::openat(&current, name, flags, Mode::from_raw_mode(0o644)).unwrap();
+        };
+        make(&name[1..]);
+        assert_eq!(walked(scratch.path()).unwrap().last().unwrap().path().as_bytes().len(), 4095);
+        rustix::fs::mkdirat(&current, &name, Mode::from_raw_mode(0o755)).unwrap();
+        current = rustix::fs::openat(&current, &name, OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let flags = OFlags::CREATE | OFlags::WRONLY;
+        rustix::fs::openat(&current, "x", flags, Mode::from_raw_mode(0o644)).unwrap();
+        let err = walked(scratch.path()).unwrap_err();
+        assert!(matches!(&err, Error::Name { name, .. } if name == "x"), "{err:?}");
+    }
+
+    #[test]
+    fn pipes_sockets_and_devices_are_never_opened() {
+        let scratch = tempfile::tempdir().unwrap();
+        let at = |name: &str| scratch.path().join(name);
+        node(&at("fifo"), rustix::fs::FileType::Fifo, 0, 0);
+        drop(UnixListener::bind(at("socket")).unwrap());
+        // A tape that rewinds, a watchdog that bites: opening is doing.
+        node(&at("watchdog"), rustix::fs::FileType::CharacterDevice, 10, 130);
+        let start = Instant::now();
+        assert_eq!(walked(scratch.path()).unwrap().len(), 4);
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+
+    /// Holes are read as the zeros they are; that takes time, and ends when told.
+    #[test]
+    fn a_large_hole_is_read_and_can_be_stopped() {
+        let scratch = tempfile::tempdir().unwrap();
+        let hole = fs::File::create(scratch.path().join("hole")).unwrap();
+        hole.set_len(3 << 20).unwrap();
+        let found = walked(scratch.path()).unwrap();
+        let zeros = blake3::hash(&vec![0; 3 << 20]);
+        let LayerEntry::File(file) = &found[1] else { panic!("{found:?}") };
+        assert_eq!(file.blake3, Some(Blake3Hash(*zeros.as_bytes())));
+
+        hole.set_len(1 << 42).unwrap();
+        let pool = hashing_pool(1).unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let walker = scope.spawn(|| walk(&pool, scratch.path(), None, &stop));
+            std::thread::sleep(Duration::from_millis(200));
+            let start = Instant::now();
+            stop.store(true, Ordering::Relaxed);
+            let result = walker.join().unwrap();
+            assert!(matches!(result, Err(Error::Stopped)), "{result:?}");
+            assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        });
+    }
+
+    #[test]
+    fn a_layer_removed_under_the_walk_is_noticed() {
+        check_noticed(|directory, _| {
+            let _ = fs::remove_dir_all(directory.join("d"));
+            let _ = fs::create_dir(directory.join("d"));
+            let _ = fs::write(directory.join("d/250"), "x");
+        });
     }
 
     #[test]
@@ -1314,7 +1703,7 @@ mod tests {
         for number in 0..50 {
             write(&scratch.path().join(format!("d{}/{number}", number % 7)), 0o644, "12345");
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let progress = Progress::default();
         walk(&pool, scratch.path(), Some(&progress), &AtomicBool::new(false)).unwrap();
         assert_eq!(progress.files_done.load(Ordering::Relaxed), 50);

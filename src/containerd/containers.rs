@@ -1,11 +1,13 @@
 //! Containers: a record, and the layers its active snapshot stands on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_client::services::v1::{
     Container as Record, GetContainerRequest, ListContainersRequest,
 };
+use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
 use super::connection::{Namespace, found, interrupted, words};
@@ -14,7 +16,8 @@ use super::images::{self, Images};
 use super::snapshots::{self, Keeps, Shape};
 use super::spec::{self, Spec};
 use crate::model::{
-    ChainId, Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
+    ChainId, Container, ContainerId, IdMap, IdRange, ImageReference, Layer, LayerId, OverlayDirs,
+    Pod, Task,
 };
 
 /// More layers than any image has (OCI runtimes stop at 127).
@@ -48,14 +51,14 @@ pub(super) async fn describe(
             Rootfs::without(format!("containerd cannot tell its snapshot: {}", words(&status)))
         }
     };
+    let docker_root = spec.root.filter(|_| is_dockers(&record));
     let runtime = record.runtime.unwrap_or_default();
     let options = runtime.options.map(|options| options.value).unwrap_or_default();
     if let Some(reason) = spec::own_kernel(&runtime.name, &options) {
         rootfs.layers.clear();
         rootfs.no_baseline = Some(reason);
     }
-    let image = image(namespace, &record.id, &record.labels, record.image, &spec, &rootfs, images);
-    let image = image.await?;
+    let image = image(namespace, &record.id, record.image, docker_root, &rootfs, images).await?;
     let labels: BTreeMap<String, String> = record.labels.into_iter().collect();
     Ok(Container {
         id: ContainerId::new(&namespace.name, &record.id),
@@ -74,21 +77,24 @@ pub(super) async fn describe(
     })
 }
 
+/// Whether Docker made this container. An image's label alone does not make it
+/// Docker's.
+fn is_dockers(record: &Record) -> bool {
+    record.snapshotter.is_empty() && docker::made(&record.labels)
+}
+
 /// The image that a container was made from, by what the container stands on.
 async fn image(
     namespace: &Namespace,
     id: &str,
-    labels: &HashMap<String, String>,
     recorded: String,
-    spec: &Spec,
+    docker_root: Option<PathBuf>,
     rootfs: &Rootfs,
     images: &Images,
 ) -> Result<ImageReference, Status> {
     let mut name = Some(recorded).filter(|name| !name.is_empty());
     let mut full_names: Vec<String> = name.iter().cloned().collect();
-    if docker::made(labels)
-        && let Some(root) = spec.root.clone()
-    {
+    if let Some(root) = docker_root {
         let id = id.to_owned();
         let asked = tokio::task::spawn_blocking(move || docker::image_name(&id, &root));
         if let Ok(Some(docker_name)) = asked.await {
@@ -154,9 +160,9 @@ async fn rootfs(
         let Some(shape) = snapshots::mounts(namespace, snapshotter, key).await? else {
             return Ok(Rootfs::without("its snapshot is gone".into()));
         };
-        return on_snapshot(namespace, record, snapshotter, key, &shape, images).await;
+        return on_snapshot(namespace, record, spec, snapshotter, key, &shape, images).await;
     }
-    if docker::made(&record.labels) {
+    if is_dockers(record) {
         return of_docker(namespace, record, spec, task, images).await;
     }
     Ok(Rootfs::without(
@@ -182,7 +188,8 @@ async fn of_docker(
         for snapshotter in snapshotters {
             if let Some(shape) = snapshots::mounts(namespace, &snapshotter, &record.id).await? {
                 let key = record.id.as_str();
-                return on_snapshot(namespace, record, &snapshotter, key, &shape, images).await;
+                return on_snapshot(namespace, record, spec, &snapshotter, key, &shape, images)
+                    .await;
             }
         }
     }
@@ -203,6 +210,7 @@ async fn of_docker(
 async fn on_snapshot(
     namespace: &Namespace,
     record: &Record,
+    spec: &Spec,
     snapshotter: &str,
     key: &str,
     shape: &Shape,
@@ -214,7 +222,8 @@ async fn on_snapshot(
         }
         Shape::Overlay { upperdir: None, .. } | Shape::Bind(_) | Shape::Other(_) => None,
     };
-    let rungs = match ladder(namespace, snapshotter, key, images).await? {
+    let id_map = spec.id_map.as_ref();
+    let rungs = match ladder(namespace, snapshotter, key, id_map, images).await? {
         Ok(rungs) if !rungs.is_empty() => rungs,
         Ok(_) => {
             let reason = "it was started from an image without layers".into();
@@ -252,6 +261,7 @@ async fn ladder(
     namespace: &Namespace,
     snapshotter: &str,
     key: &str,
+    id_map: Option<&IdMap>,
     images: &Images,
 ) -> Result<Result<Vec<Rung>, String>, Status> {
     let Some(own) = snapshots::info(namespace, snapshotter, key).await? else {
@@ -283,23 +293,25 @@ async fn ladder(
         names.push((std::mem::replace(&mut next, parent), created));
     }
     names.reverse();
-    Ok(Ok(climb(&names)))
+    Ok(Ok(climb(&names, id_map)))
 }
 
 /// Names the snapshots of a stack, bottom first, by their names and the times of
 /// their creation.
-fn climb(names: &[(String, (i64, i32))]) -> Vec<Rung> {
+fn climb(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<Rung> {
     let mut below: Option<ChainId> = None;
     let mut below_name = "";
     names
         .iter()
         .map(|(name, (seconds, nanoseconds))| {
+            let of_map = below.zip(id_map).map(|(below, map)| copy_name(below, map));
+            let is_named_after = |below: &str| {
+                name.strip_prefix(below).is_some_and(|rest| rest.starts_with('-'))
+            };
             let rung = if let Ok(chain_id) = name.parse() {
-                Rung::Layer(chain_id)
-            } else if below.is_some()
-                && name.strip_prefix(below_name).is_some_and(|rest| rest.starts_with('-'))
-            {
-                // containerd's name for it: CHAIN-UID-GID, or hashes of whole maps.
+                if of_map == Some(chain_id) { Rung::Copy } else { Rung::Layer(chain_id) }
+            } else if below.is_some() && is_named_after(below_name) {
+                // As containerd 1 names it: CHAIN-UID-GID.
                 Rung::Copy
             } else {
                 // The name may have been another's before.
@@ -314,6 +326,26 @@ fn climb(names: &[(String, (i64, i32))]) -> Vec<Rung> {
             rung
         })
         .collect()
+}
+
+/// What containerd 2 calls the copy of a stack of layers for a user namespace: it
+/// hashes this text.
+fn copy_name(below: ChainId, id_map: &IdMap) -> ChainId {
+    let ranges = |ranges: &[IdRange]| {
+        let mut ranges = ranges.to_vec();
+        ranges.sort_by_key(|range| range.container);
+        let texts: Vec<String> = ranges
+            .iter()
+            .map(|IdRange { container, host, count }| {
+                format!(r#"{{"containerID":{container},"hostID":{host},"size":{count}}}"#)
+            })
+            .collect();
+        texts.join(",")
+    };
+    let (uids, gids) = (ranges(&id_map.uids), ranges(&id_map.gids));
+    let text =
+        format!(r#"{{"Parent":"{below}","IDMap":{{"UidMap":[{uids}],"GidMap":[{gids}]}}}}"#);
+    ChainId(Sha256::digest(text.as_bytes()).into())
 }
 
 /// The layers of a ladder, bottom first; an error in words.
@@ -372,8 +404,7 @@ pub(super) async fn of_image(
 ) -> Result<Option<Container>, Status> {
     let chain_id: Option<ChainId> = name.parse().ok();
     for record in list(namespace).await? {
-        let is_docker = docker::made(&record.labels);
-        if record.image != name && chain_id.is_none() && !is_docker {
+        if record.image != name && chain_id.is_none() && !is_dockers(&record) {
             continue;
         }
         let container = describe(namespace, endpoint, record, None, images).await?;
@@ -399,11 +430,11 @@ mod tests {
         let with = |name: &str, created| {
             let mut names = names.clone();
             names.push((name.to_owned(), (created, 7)));
-            climb(&names)
+            climb(&names, None)
         };
         let image = [Rung::Layer(chain[0]), Rung::Layer(chain[1])];
-        assert_eq!(climb(&names), image);
-        // A copy for a user namespace, as containerd 1 and 2 name it.
+        assert_eq!(climb(&names, None), image);
+        // A copy for a user namespace, as containerd 1 names it.
         for copy in [format!("{}-100000-100000", chain[1]), format!("{}-ab01-cd02", chain[1])] {
             assert_eq!(with(&copy, 1), [&image[..], &[Rung::Copy]].concat());
         }
@@ -414,6 +445,22 @@ mod tests {
         let expected = ChainId::above(Some(chain[1]), "abc-init 1.000000007");
         assert_eq!(init[2], Rung::Other(expected));
         assert_ne!(init, with("abc-init", 2), "the name was used again");
+    }
+
+    #[test]
+    fn containerd_2_names_a_copy_for_a_user_namespace_by_a_hash() {
+        // Seen on containerd 2.1.9.
+        let chain_id = |text: &str| text.parse::<ChainId>().unwrap();
+        let bottom =
+            chain_id("sha256:ac681225056698c914a74e03f087f104aee9e16ea5bb1fab5915c00c4b226ff4");
+        let copy =
+            chain_id("sha256:eb15e396fd113c1e0cb71b3be341aa2584a3afe9ab822046d4048923170b99ed");
+        let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+        let map = IdMap { uids: range(100_000), gids: range(200_000) };
+        let names = [(bottom.to_string(), (0, 0)), (copy.to_string(), (0, 0))];
+        assert_eq!(climb(&names, Some(&map)), [Rung::Layer(bottom), Rung::Copy]);
+        let other = IdMap { uids: range(1), ..map };
+        assert_eq!(climb(&names, Some(&other))[1], Rung::Layer(copy));
     }
 
     #[test]

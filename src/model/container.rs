@@ -169,22 +169,26 @@ pub struct IdRange {
 }
 
 impl IdMap {
-    /// What the container calls the host's user `uid`; `None` for a user that it
-    /// does not have, and shows as the overflow user.
-    pub fn uid_to_container(&self, uid: u32) -> Option<u32> {
+    /// What the container calls the host's user `uid`: a user that it does not
+    /// have is the overflow user to it.
+    pub fn uid_to_container(&self, uid: u32) -> u32 {
         to_container(&self.uids, uid)
     }
 
-    pub fn gid_to_container(&self, gid: u32) -> Option<u32> {
+    pub fn gid_to_container(&self, gid: u32) -> u32 {
         to_container(&self.gids, gid)
     }
 }
 
-fn to_container(ranges: &[IdRange], id: u32) -> Option<u32> {
-    ranges.iter().find_map(|range| {
+/// The kernel's default for users and groups alike.
+const OVERFLOW_ID: u32 = 65_534;
+
+fn to_container(ranges: &[IdRange], id: u32) -> u32 {
+    let found = ranges.iter().find_map(|range| {
         let offset = id.checked_sub(range.host).filter(|offset| *offset < range.count)?;
         range.container.checked_add(offset)
-    })
+    });
+    found.unwrap_or(OVERFLOW_ID)
 }
 
 #[cfg(test)]
@@ -199,12 +203,12 @@ mod tests {
             gids: vec![range(u32::MAX, 5, 2)],
         };
         let check = |uid, expected| assert_eq!(map.uid_to_container(uid), expected, "{uid}");
-        check(100_000, Some(0));
-        check(165_535, Some(65_535));
-        check(165_536, None);
-        check(1000, Some(70_000));
-        check(0, None);
-        assert_eq!(map.gid_to_container(5), Some(u32::MAX));
-        assert_eq!(map.gid_to_container(6), None, "no ID is larger");
+        check(100_000, 0);
+        check(165_535, 65_535);
+        check(165_536, OVERFLOW_ID);
+        check(1000, 70_000);
+        check(0, OVERFLOW_ID);
+        assert_eq!(map.gid_to_container(5), u32::MAX);
+        assert_eq!(map.gid_to_container(6), OVERFLOW_ID, "no ID is larger");
     }
 }

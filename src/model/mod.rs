@@ -19,6 +19,6 @@ pub use finding::{
     Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
     Verdict,
 };
-pub use observation::{Fact, LowerTwin, Observation, Source};
+pub use observation::{Fact, LayerFile, LowerTwin, Observation, Source};
 pub use path::{HostilePath, RootfsPath, printable};
 pub use process::{Ancestor, Process, ProcessIdentity};

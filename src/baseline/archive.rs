@@ -1,0 +1,781 @@
+//! Images in a file or a directory: an OCI image layout, or what `docker save`
+//! writes. No containerd is asked, and nothing is unpacked: documents are read and
+//! checked, layers are read where they lie.
+//!
+//! What is in an archive was written by whoever made it. Names are looked up among
+//! the archive's own; a symlink leads from one of them to another, and never out.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+
+use super::oci::{self, DOCUMENT_LIMIT, Descriptor, Document, brief};
+use super::tar::{Fault, Reader, flag};
+use super::unpack::{clean, split};
+use crate::model::{ChainId, DiffId, ManifestDigest, Sha256Hash, printable};
+use crate::sys;
+
+/// Why there is no image to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error(
+        "{} is compressed; an archive is read in place (decompress it first: {tool} -dk {})",
+        path.display(),
+        path.display()
+    )]
+    Compressed { path: PathBuf, tool: &'static str },
+    #[error(
+        "{} is neither an OCI image layout nor a `docker save` archive: it has no index.json and no manifest.json",
+        path.display()
+    )]
+    NoImages { path: PathBuf },
+    #[error("{}: {name} {reason}", path.display())]
+    Bad { path: PathBuf, name: String, reason: String },
+}
+
+/// An image, and where its layers lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArchiveImage {
+    /// May be empty: nobody need have named it.
+    pub names: Vec<String>,
+    /// `docker save` archives of the old layout have no manifests.
+    pub manifest_digest: Option<ManifestDigest>,
+    /// Bottom first.
+    pub layers: Vec<(DiffId, ArchiveBlob)>,
+}
+
+impl ArchiveImage {
+    /// The identity of all layers together; `None` without layers.
+    pub fn chain_id(&self) -> Option<ChainId> {
+        let diff_ids: Vec<DiffId> = self.layers.iter().map(|(diff_id, _)| *diff_id).collect();
+        ChainId::of_layers(&diff_ids).last().copied()
+    }
+}
+
+/// A layer's blob in an archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArchiveBlob {
+    /// Its name in the archive.
+    name: Vec<u8>,
+    /// As the manifest says; `None` in `docker save` archives of the old layout.
+    pub digest: Option<Sha256Hash>,
+}
+
+impl fmt::Display for ArchiveBlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&printable(&self.name))
+    }
+}
+
+pub struct Archive {
+    path: PathBuf,
+    root: Root,
+    images: Vec<ArchiveImage>,
+}
+
+impl fmt::Debug for Archive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Archive({}, {} images)", self.path.display(), self.images.len())
+    }
+}
+
+/// Opens an OCI layout (a directory or a tar archive of one) or the archive of
+/// `docker save`, and reads what images it holds. Of an image for many platforms,
+/// this machine's is taken.
+pub fn open(path: &Path) -> Result<Archive, Error> {
+    let read = |source| Error::Read { path: path.into(), source };
+    let metadata = std::fs::metadata(path).map_err(read)?;
+    let root = if metadata.is_dir() {
+        Root::Directory(sys::file::open_directory(path).map_err(read)?)
+    } else {
+        let file = File::open(path).map_err(read)?;
+        Root::Tar { members: index(path, &file)?, file: Arc::new(file) }
+    };
+    let mut archive = Archive { path: path.into(), root, images: Vec::new() };
+    archive.images = match archive.document(b"index.json")? {
+        Some(bytes) => archive.images_of_index(&bytes)?,
+        None => match archive.document(b"manifest.json")? {
+            Some(bytes) => archive.images_of_docker(&bytes)?,
+            None => return Err(Error::NoImages { path: path.into() }),
+        },
+    };
+    Ok(archive)
+}
+
+impl Archive {
+    pub fn images(&self) -> &[ArchiveImage] {
+        &self.images
+    }
+
+    /// A layer's blob, from its first byte on.
+    pub fn layer(&self, blob: &ArchiveBlob) -> Result<Box<dyn Read + Send>, Error> {
+        match self.member(&blob.name)? {
+            Some((_, reader)) => Ok(reader),
+            None => Err(self.bad(&blob.name, "is not there, though the image has it as a layer")),
+        }
+    }
+
+    fn images_of_index(&self, bytes: &[u8]) -> Result<Vec<ArchiveImage>, Error> {
+        let name = b"index.json";
+        let entries = match oci::document(bytes) {
+            Ok(Document::Index(entries)) => entries,
+            Ok(Document::Manifest { .. }) => return Err(self.bad(name, "is no index")),
+            Err(reason) => return Err(self.bad(name, reason)),
+        };
+        // What has one name, or none, and differs in its platform, is one image.
+        let mut groups: BTreeMap<(Option<String>, usize), Vec<Descriptor>> = BTreeMap::new();
+        for (number, entry) in entries.into_iter().enumerate() {
+            let alone = if entry.platform.is_some() { usize::MAX } else { number };
+            groups.entry((name_of(&entry), alone)).or_default().push(entry);
+        }
+        let mut images: Vec<ArchiveImage> = Vec::new();
+        for ((name, _), entries) in groups {
+            let Some(mut image) = self.image_of(entries)? else { continue };
+            // One image under many names has an entry for each.
+            let known = images.iter_mut().find(|known| {
+                known.manifest_digest == image.manifest_digest && known.layers == image.layers
+            });
+            match known {
+                Some(known) => known.names.extend(name),
+                None => {
+                    image.names.extend(name);
+                    images.push(image);
+                }
+            }
+        }
+        if images.is_empty() {
+            let (os, architecture) = oci::host();
+            return Err(self.bad(name, format!("has no image for {os}/{architecture}")));
+        }
+        Ok(images)
+    }
+
+    /// The first of these that is this platform's image and is there; `None` if
+    /// they are something else than images.
+    fn image_of(&self, entries: Vec<Descriptor>) -> Result<Option<ArchiveImage>, Error> {
+        const INDEX_DEPTH: u32 = 4;
+        let mut candidates: Vec<(Descriptor, u32)> =
+            oci::candidates(entries, oci::host()).into_iter().rev().map(|entry| (entry, 0)).collect();
+        let mut missing = None;
+        while let Some((candidate, depth)) = candidates.pop() {
+            let Some((name, bytes)) = self.blob(&candidate)? else {
+                missing.get_or_insert(candidate.digest);
+                continue;
+            };
+            match oci::document(&bytes).map_err(|reason| self.bad(&name, reason))? {
+                Document::Manifest { config, layers } => {
+                    return self.image_of_manifest(&candidate, &config, &layers);
+                }
+                Document::Index(_) if depth == INDEX_DEPTH => {
+                    return Err(self.bad(&name, "is nested too deep in other indexes"));
+                }
+                Document::Index(entries) => {
+                    let entries = oci::candidates(entries, oci::host());
+                    candidates.extend(entries.into_iter().rev().map(|entry| (entry, depth + 1)));
+                }
+            }
+        }
+        match missing {
+            Some(digest) => {
+                Err(self.bad(digest.as_bytes(), "is not there, though an index names it"))
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn image_of_manifest(
+        &self,
+        manifest: &Descriptor,
+        config: &Descriptor,
+        layers: &[Descriptor],
+    ) -> Result<Option<ArchiveImage>, Error> {
+        let Some((name, bytes)) = self.blob(config)? else {
+            return Err(self.bad(config.digest.as_bytes(), "is not there, though a manifest names it as its config"));
+        };
+        let Some(diff_ids) = oci::diff_ids(&bytes).map_err(|reason| self.bad(&name, reason))?
+        else {
+            return Ok(None);
+        };
+        if diff_ids.len() != layers.len() {
+            let reason = format!("names {} layers where its manifest names {}", diff_ids.len(), layers.len());
+            return Err(self.bad(&name, reason));
+        }
+        let blobs = layers.iter().map(|layer| {
+            let digest = self.digest_of(layer)?;
+            Ok(ArchiveBlob { name: blob_name(digest), digest: Some(digest) })
+        });
+        let blobs = blobs.collect::<Result<Vec<_>, Error>>()?;
+        Ok(Some(ArchiveImage {
+            names: Vec::new(),
+            manifest_digest: Some(ManifestDigest(self.digest_of(manifest)?.0)),
+            layers: diff_ids.into_iter().zip(blobs).collect(),
+        }))
+    }
+
+    /// `manifest.json`, the list that `docker save` has always written.
+    fn images_of_docker(&self, bytes: &[u8]) -> Result<Vec<ArchiveImage>, Error> {
+        let list = b"manifest.json";
+        let saved = docker_images(bytes).map_err(|reason| self.bad(list, reason))?;
+        let mut images = Vec::new();
+        for DockerImage { config, repo_tags, layers } in saved {
+            let name = config.as_bytes();
+            let Some(bytes) = self.document(name)? else {
+                return Err(self.bad(name, "is not there, though manifest.json names it as a config"));
+            };
+            // A config is named by its digest, in both layouts.
+            let (_, base) = split(name);
+            let hex = base.strip_suffix(b".json").unwrap_or(base);
+            let expected = str::from_utf8(hex).ok().and_then(|hex| hex.parse::<Sha256Hash>().ok());
+            if let Some(expected) = expected {
+                self.check(name, &bytes, expected)?;
+            }
+            let Some(diff_ids) = oci::diff_ids(&bytes).map_err(|reason| self.bad(name, reason))?
+            else {
+                return Err(self.bad(name, "is no image's config"));
+            };
+            if diff_ids.len() != layers.len() {
+                let reason = format!("names {} layers where manifest.json names {}", diff_ids.len(), layers.len());
+                return Err(self.bad(name, reason));
+            }
+            let blobs = layers.into_iter().map(|layer| {
+                let digest = layer.strip_prefix("blobs/sha256/").and_then(|hex| hex.parse().ok());
+                ArchiveBlob { name: layer.into_bytes(), digest }
+            });
+            images.push(ArchiveImage {
+                names: repo_tags.unwrap_or_default(),
+                manifest_digest: None,
+                layers: diff_ids.into_iter().zip(blobs).collect(),
+            });
+        }
+        if images.is_empty() {
+            return Err(self.bad(list, "names no image"));
+        }
+        Ok(images)
+    }
+
+    /// A blob's name and content, checked against its digest; `None` if it is not
+    /// there.
+    fn blob(&self, descriptor: &Descriptor) -> Result<Option<(Vec<u8>, Vec<u8>)>, Error> {
+        let digest = self.digest_of(descriptor)?;
+        let name = blob_name(digest);
+        let Some(bytes) = self.document(&name)? else { return Ok(None) };
+        self.check(&name, &bytes, digest)?;
+        Ok(Some((name, bytes)))
+    }
+
+    fn check(&self, name: &[u8], bytes: &[u8], expected: Sha256Hash) -> Result<(), Error> {
+        let found = Sha256Hash(Sha256::digest(bytes).into());
+        if found == expected {
+            return Ok(());
+        }
+        Err(self.bad(name, format!("has another digest than its name says: sha256:{found}")))
+    }
+
+    fn digest_of(&self, descriptor: &Descriptor) -> Result<Sha256Hash, Error> {
+        let hex = descriptor.digest.strip_prefix("sha256:");
+        hex.and_then(|hex| hex.parse().ok()).ok_or_else(|| {
+            let digest = brief(&descriptor.digest);
+            self.bad(digest.as_bytes(), "is no digest that can be checked (sha256: and 64 hexadecimal digits)")
+        })
+    }
+
+    /// The whole of a small file; `None` if it is not there.
+    fn document(&self, name: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        let Some((size, reader)) = self.member(name)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        if size <= DOCUMENT_LIMIT {
+            let read = reader.take(DOCUMENT_LIMIT + 1).read_to_end(&mut bytes);
+            read.map_err(|error| self.bad(name, format!("cannot be read: {error}")))?;
+        }
+        if size > DOCUMENT_LIMIT || bytes.len() as u64 > DOCUMENT_LIMIT {
+            return Err(self.bad(name, format!("is larger than {} MiB", DOCUMENT_LIMIT >> 20)));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// A regular file's size and content; `None` if it is not there.
+    fn member(&self, name: &[u8]) -> Result<Option<(u64, Box<dyn Read + Send>)>, Error> {
+        const MAX_LINKS: u32 = 8;
+        let mut name = clean(name);
+        if name.starts_with(b"/") || climbs(&name) || name.contains(&0) {
+            return Err(self.bad(&name, "is a name outside of the archive"));
+        }
+        match &self.root {
+            Root::Directory(directory) => {
+                let (fd, stat) = match sys::file::open_file_beneath(directory, &name) {
+                    Ok(opened) => opened,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                    Err(error) => {
+                        return Err(self.bad(&name, format!("cannot be opened: {error}")));
+                    }
+                };
+                if !stat.is_regular() {
+                    return Err(self.bad(&name, "is no regular file"));
+                }
+                Ok(Some((stat.size, Box::new(File::from(fd)))))
+            }
+            Root::Tar { file, members } => {
+                for _ in 0..MAX_LINKS {
+                    match members.get(&name) {
+                        None => return Ok(None),
+                        Some(Member::Link(target)) => name.clone_from(target),
+                        Some(Member::File { at, size }) => {
+                            let window = Window { file: Arc::clone(file), at: *at, left: *size };
+                            return Ok(Some((*size, Box::new(window))));
+                        }
+                        Some(Member::Other) => {
+                            return Err(self.bad(&name, "is no regular file"));
+                        }
+                    }
+                }
+                Err(self.bad(&name, "is a link to a link, too many times"))
+            }
+        }
+    }
+
+    fn bad(&self, name: &[u8], reason: impl Into<String>) -> Error {
+        bad(&self.path, name, reason)
+    }
+}
+
+fn bad(path: &Path, name: &[u8], reason: impl Into<String>) -> Error {
+    const SHOWN: usize = 200;
+    let name = printable(&name[..name.len().min(SHOWN)]);
+    Error::Bad { path: path.into(), name, reason: reason.into() }
+}
+
+fn blob_name(digest: Sha256Hash) -> Vec<u8> {
+    format!("blobs/sha256/{digest}").into_bytes()
+}
+
+/// The name that an index gives an image: in full by containerd and Docker, or as
+/// a mere tag by others.
+fn name_of(entry: &Descriptor) -> Option<String> {
+    let annotations = entry.annotations.as_ref()?;
+    ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
+        .iter()
+        .find_map(|key| annotations.get(*key))
+        .cloned()
+}
+
+fn climbs(clean: &[u8]) -> bool {
+    clean == b".." || clean.starts_with(b"../")
+}
+
+/// One image of `manifest.json`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct DockerImage {
+    config: String,
+    #[serde(default)]
+    repo_tags: Option<Vec<String>>,
+    #[serde(default)]
+    layers: Vec<String>,
+}
+
+fn docker_images(bytes: &[u8]) -> Result<Vec<DockerImage>, String> {
+    serde_json::from_slice(bytes).map_err(|err| format!("is no list of images: {err}"))
+}
+
+// ---- a tar archive, used where it lies
+
+enum Root {
+    Directory(OwnedFd),
+    Tar { file: Arc<File>, members: HashMap<Vec<u8>, Member> },
+}
+
+enum Member {
+    File { at: u64, size: u64 },
+    /// By another name of the archive.
+    Link(Vec<u8>),
+    Other,
+}
+
+/// A part of a file.
+struct Window {
+    file: Arc<File>,
+    at: u64,
+    left: u64,
+}
+
+impl Read for Window {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = usize::try_from(self.left).unwrap_or(buffer.len()).min(buffer.len());
+        let length = self.file.read_at(&mut buffer[..length], self.at)?;
+        self.at += length as u64;
+        self.left -= length as u64;
+        Ok(length)
+    }
+}
+
+/// Where every file of an archive begins. Contents are passed over, not read.
+fn index(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, Error> {
+    /// Images have some dozen layers; each has a file or three.
+    const MAX_MEMBERS: usize = 100_000;
+    const HEADERS: usize = 4096;
+
+    let read = |source| Error::Read { path: path.into(), source };
+    let length = file.metadata().map_err(read)?.len();
+    let mut magic = [0; 4];
+    if file.read_at(&mut magic, 0).map_err(read)? == magic.len() {
+        match magic {
+            [0x1f, 0x8b, ..] => return Err(Error::Compressed { path: path.into(), tool: "gzip" }),
+            [0x28, 0xb5, 0x2f, 0xfd] => {
+                return Err(Error::Compressed { path: path.into(), tool: "zstd" });
+            }
+            [0xfd, b'7', b'z', b'X'] => {
+                return Err(Error::Compressed { path: path.into(), tool: "xz" });
+            }
+            _ => (),
+        }
+    }
+    let mut members = HashMap::new();
+    let mut at = 0;
+    loop {
+        let left = length.saturating_sub(at);
+        let window = Window { file: Arc::new(file.try_clone().map_err(read)?), at, left };
+        let mut reader = Reader::new(BufReader::with_capacity(HEADERS, window));
+        let header = match reader.next() {
+            Ok(Some(header)) => header,
+            Ok(None) => return Ok(members),
+            Err(fault) => {
+                return Err(match fault {
+                    Fault::Io(source) => read(source),
+                    Fault::Truncated { .. } => bad(path, b"the archive", "is truncated"),
+                    Fault::Malformed { why, .. } => {
+                        bad(path, b"the archive", format!("cannot be read after byte {at}: {why}"))
+                    }
+                    Fault::Extension { .. } => {
+                        bad(path, b"the archive", "has an extended header that is too large")
+                    }
+                });
+            }
+        };
+        let begin = at + reader.position();
+        let end = begin.checked_add(reader.left());
+        let data_end = begin.checked_add(reader.left_of_data());
+        let (Some(end), Some(true)) = (end, data_end.map(|end| end <= length)) else {
+            return Err(bad(path, &header.name, "is cut short: the archive is truncated"));
+        };
+        let mut name = clean(&header.name);
+        if name.starts_with(b"/") {
+            name.remove(0);
+        }
+        let member = match header.flag {
+            flag::PAX_GLOBAL => None,
+            flag::REGULAR if !reader.is_sparse() => {
+                Some(Member::File { at: begin, size: header.size })
+            }
+            // As the name says it, seen from where the link is.
+            flag::SYMLINK => {
+                let (directory, _) = split(&name);
+                Some(Member::Link(clean(&[directory, &header.link].concat())))
+            }
+            flag::LINK => Some(Member::Link(clean(&header.link))),
+            _ => Some(Member::Other),
+        };
+        if let Some(member) = member {
+            if let Member::Link(target) = &member
+                && (header.link.starts_with(b"/") || climbs(target))
+            {
+                return Err(bad(path, &name, "is a link out of the archive"));
+            }
+            members.insert(name, member);
+        }
+        if members.len() > MAX_MEMBERS {
+            return Err(bad(path, b"the archive", format!("has more than {MAX_MEMBERS} files")));
+        }
+        at = end;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write as _;
+
+    use super::*;
+
+    /// The files of an archive, before it is known how they are packed.
+    #[derive(Clone, Default)]
+    struct Files(Vec<(String, Vec<u8>)>);
+
+    impl Files {
+        fn put(&mut self, name: &str, content: impl AsRef<[u8]>) {
+            self.0.push((name.into(), content.as_ref().into()));
+        }
+
+        /// A blob, and the descriptor of it.
+        fn blob(&mut self, content: impl AsRef<[u8]>) -> String {
+            let digest = Sha256Hash(Sha256::digest(content.as_ref()).into());
+            self.put(&format!("blobs/sha256/{digest}"), &content);
+            format!(r#"{{"digest":"sha256:{digest}","size":{}}}"#, content.as_ref().len())
+        }
+
+        /// A manifest with a config of these layers.
+        fn image(&mut self, layers: &[&[u8]]) -> String {
+            let diff_ids: Vec<String> =
+                layers.iter().map(|layer| format!("\"{}\"", diff_id(layer))).collect();
+            let blobs: Vec<String> = layers.iter().map(|layer| self.blob(layer)).collect();
+            let config = self.blob(config(&diff_ids));
+            self.blob(format!(r#"{{"config":{config},"layers":[{}]}}"#, blobs.join(",")))
+        }
+
+        fn index(&mut self, entries: &[String]) {
+            self.put("index.json", format!(r#"{{"manifests":[{}]}}"#, entries.join(",")));
+        }
+
+        fn in_directory(&self) -> tempfile::TempDir {
+            let directory = tempfile::tempdir().unwrap();
+            for (name, content) in &self.0 {
+                let path = directory.path().join(name);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, content).unwrap();
+            }
+            directory
+        }
+
+        fn in_tar(&self) -> Vec<u8> {
+            let mut archive = tar::Builder::new(Vec::new());
+            for (name, content) in &self.0 {
+                let mut header = tar::Header::new_ustar();
+                header.set_size(content.len() as u64);
+                archive.append_data(&mut header, format!("./{name}"), &content[..]).unwrap();
+            }
+            archive.into_inner().unwrap()
+        }
+    }
+
+    fn config(diff_ids: &[String]) -> String {
+        format!(r#"{{"rootfs":{{"type":"layers","diff_ids":[{}]}}}}"#, diff_ids.join(","))
+    }
+
+    fn diff_id(layer: &[u8]) -> DiffId {
+        DiffId(Sha256::digest(layer).into())
+    }
+
+    /// A descriptor with more fields.
+    fn with(descriptor: &str, fields: &str) -> String {
+        format!("{},{fields}}}", descriptor.strip_suffix('}').unwrap())
+    }
+
+    fn open_bytes(bytes: &[u8]) -> Result<Archive, Error> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        open(file.path())
+    }
+
+    /// What the archive tells, as a directory and as a file: the same.
+    #[track_caller]
+    fn opened(files: &Files) -> (tempfile::TempDir, [Archive; 2]) {
+        let directory = files.in_directory();
+        let archives = [open(directory.path()).unwrap(), open_bytes(&files.in_tar()).unwrap()];
+        assert_eq!(archives[0].images(), archives[1].images());
+        (directory, archives)
+    }
+
+    #[track_caller]
+    fn check_bad(files: &Files, expected: &str) {
+        let directory = files.in_directory();
+        for error in [open(directory.path()), open_bytes(&files.in_tar())].map(Result::unwrap_err) {
+            assert!(error.to_string().ends_with(expected), "{error}");
+        }
+    }
+
+    fn contents(archive: &Archive, image: &ArchiveImage) -> Vec<Vec<u8>> {
+        let read = |(_, blob): &(DiffId, ArchiveBlob)| {
+            let mut bytes = Vec::new();
+            archive.layer(blob).unwrap().read_to_end(&mut bytes).unwrap();
+            bytes
+        };
+        image.layers.iter().map(read).collect()
+    }
+
+    #[test]
+    fn an_oci_layout_tells_its_images_and_their_layers() {
+        let mut files = Files::default();
+        let first = files.image(&[b"one", b"two"]);
+        let second = files.image(&[b"three"]);
+        let name = |name| format!(r#""annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
+        files.index(&[
+            with(&first, &name("a:1")),
+            with(&second, &name("b:1")),
+            with(&first, &name("c:1")),
+        ]);
+        let (_directory, archives) = opened(&files);
+        for archive in archives {
+            let [one, other] = archive.images() else { panic!("{:?}", archive.images()) };
+            assert_eq!(one.names, ["a:1", "c:1"]);
+            assert_eq!(other.names, ["b:1"]);
+            assert_eq!(contents(&archive, one), [&b"one"[..], b"two"]);
+            assert_eq!(one.layers[1].0, diff_id(b"two"));
+            assert_eq!(one.chain_id(), ChainId::of_layers(&[diff_id(b"one"), diff_id(b"two")]).pop());
+            let digest: serde_json::Value = serde_json::from_str(&first).unwrap();
+            assert_eq!(one.manifest_digest.unwrap().to_string(), digest["digest"]);
+        }
+    }
+
+    #[test]
+    fn this_platforms_image_is_taken_and_attestations_are_none() {
+        let (os, architecture) = oci::host();
+        let platform = |os: &str, architecture: &str| {
+            format!(r#""platform":{{"os":"{os}","architecture":"{architecture}"}}"#)
+        };
+        for nested in [false, true] {
+            let mut files = Files::default();
+            let other = files.image(&[b"other"]);
+            let ours = files.image(&[b"ours"]);
+            let attestation = files.image(&[b"provenance"]);
+            let entries = [
+                with(&attestation, &platform("unknown", "unknown")),
+                with(&other, &platform("plan9", "mips")),
+                with(&ours, &platform(os, architecture)),
+            ];
+            if nested {
+                let index = files.blob(format!(r#"{{"manifests":[{}]}}"#, entries.join(",")));
+                files.index(&[index]);
+            } else {
+                files.index(&entries);
+            }
+            let (_directory, archives) = opened(&files);
+            for archive in archives {
+                let [image] = archive.images() else { panic!("{:?}", archive.images()) };
+                assert_eq!(contents(&archive, image), [b"ours"]);
+                assert_eq!(image.names, [""; 0]);
+            }
+        }
+    }
+
+    #[test]
+    fn docker_save_is_read_in_its_old_layout() {
+        let mut files = Files::default();
+        let config = config(&[format!("\"{}\"", diff_id(b"one")), format!("\"{}\"", diff_id(b"one"))]);
+        let name = format!("{}.json", Sha256Hash(Sha256::digest(&config).into()));
+        files.put(&name, &config);
+        files.put("1/layer.tar", b"one");
+        files.put(
+            "manifest.json",
+            format!(r#"[{{"Config":"{name}","RepoTags":["a:1"],"Layers":["1/layer.tar","2/layer.tar"]}}]"#),
+        );
+        // A layer that is there already is a link to where it is.
+        let mut archive = tar::Builder::new(files.in_tar());
+        let packed = archive.get_mut();
+        packed.truncate(packed.len() - 1024);
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        archive.append_link(&mut header, "2/layer.tar", "../1/layer.tar").unwrap();
+        let archive = open_bytes(&archive.into_inner().unwrap()).unwrap();
+        let [image] = archive.images() else { panic!("{:?}", archive.images()) };
+        assert_eq!((&image.names[..], image.manifest_digest), (&["a:1".to_owned()][..], None));
+        assert_eq!(contents(&archive, image), [b"one", b"one"]);
+        assert_eq!(image.layers[0].1.to_string(), "1/layer.tar");
+
+        files.0[0].1.push(b' ');
+        let error = open_bytes(&files.in_tar()).unwrap_err().to_string();
+        assert!(error.contains("has another digest than its name says"), "{error}");
+    }
+
+    #[test]
+    fn documents_that_are_not_what_their_digest_says_are_refused() {
+        let mut files = Files::default();
+        let image = files.image(&[b"one"]);
+        files.index(&[image]);
+        for changed in 1..3 {
+            let mut files = files.clone();
+            files.0[changed].1.push(b' ');
+            let digest = Sha256Hash(Sha256::digest(&files.0[changed].1).into());
+            check_bad(&files, &format!("has another digest than its name says: sha256:{digest}"));
+        }
+        for lost in 1..3 {
+            let mut files = files.clone();
+            files.0.remove(lost);
+            check_bad(&files, ["", "as its config", "though an index names it"][lost]);
+        }
+        let mut files = Files::default();
+        let layer = files.blob(b"one");
+        let config = files.blob(config(&[]));
+        let manifest = files.blob(format!(r#"{{"config":{config},"layers":[{layer}]}}"#));
+        files.index(&[manifest]);
+        check_bad(&files, "names 0 layers where its manifest names 1");
+    }
+
+    #[test]
+    fn what_holds_no_image_is_told() {
+        let error = open(Path::new("/nonexistent/archive")).unwrap_err().to_string();
+        assert_eq!(error, "cannot read /nonexistent/archive");
+        check_bad(&Files::default(), "it has no index.json and no manifest.json");
+        let mut files = Files::default();
+        files.index(&[]);
+        let (os, architecture) = oci::host();
+        check_bad(&files, &format!("has no image for {os}/{architecture}"));
+        let mut files = Files::default();
+        files.put("index.json", vec![b' '; 9 << 20]);
+        check_bad(&files, "index.json is larger than 8 MiB");
+        let mut files = Files::default();
+        files.put("manifest.json", b"{}");
+        let error = open_bytes(&files.in_tar()).unwrap_err().to_string();
+        assert!(error.contains("manifest.json is no list of images"), "{error}");
+        let error = open_bytes(b"\x1f\x8b\x08 compressed").unwrap_err().to_string();
+        assert!(error.contains("(decompress it first: gzip -dk /"), "{error}");
+    }
+
+    #[test]
+    fn an_archive_cut_short_is_told() {
+        let mut files = Files::default();
+        let image = files.image(&[&[7; 5000]]);
+        files.index(&[image]);
+        let whole = files.in_tar();
+        let error = open_bytes(&whole[..3000]).unwrap_err().to_string();
+        assert!(error.contains("is cut short: the archive is truncated"), "{error}");
+    }
+
+    #[test]
+    fn nothing_leads_out_of_a_layout() {
+        let mut files = Files::default();
+        let image = files.image(&[b"one"]);
+        files.index(&[image]);
+        let directory = files.in_directory();
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        let index = directory.path().join("index.json");
+        fs::remove_file(&index).unwrap();
+        std::os::unix::fs::symlink(outside.path(), &index).unwrap();
+        let error = open(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("index.json cannot be opened: Too many levels of symbolic links"), "{error}");
+        fs::remove_file(&index).unwrap();
+        // Whoever opens a FIFO to read waits for a writer.
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &index,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        let error = open(directory.path()).unwrap_err().to_string();
+        assert!(error.ends_with("index.json is no regular file"), "{error}");
+
+        for target in ["/etc/passwd", "../etc/passwd", "a/../../x"] {
+            let mut archive = tar::Builder::new(Vec::new());
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_size(0);
+            archive.append_link(&mut header, "index.json", target).unwrap();
+            let error = open_bytes(&archive.into_inner().unwrap()).unwrap_err().to_string();
+            assert!(error.ends_with("index.json is a link out of the archive"), "{error}");
+        }
+        let mut files = Files::default();
+        files.put("manifest.json", br#"[{"Config":"../../etc/passwd","Layers":[]}]"#);
+        check_bad(&files, "../../etc/passwd is a name outside of the archive");
+    }
+}
