@@ -10,7 +10,7 @@ use super::{BaselineJson, Output, bar, baseline_json};
 use crate::api::proto;
 use crate::cli::client::{Client, explain, talk};
 use crate::cli::exit::Exit;
-use crate::cli::output::{Format, json_line, safe, size, write};
+use crate::cli::output::{one, safe, size};
 use crate::config::Config;
 
 #[derive(Debug, clap::Args)]
@@ -45,26 +45,17 @@ pub(in crate::cli) struct Record {
 
 impl Record {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        let baselines = match (&self.from_archive, &self.store) {
-            (Some(file), Some(store)) => {
-                let settings = Config::load(self.config.as_deref())?.baseline;
-                let (image, name) = (self.image.as_deref(), self.name.as_deref());
-                archive::record(&Task { file, store, image, name }, &settings)?
-            }
-            (_, _) => {
-                let wanted = self.wanted.unwrap_or_default();
-                vec![talk(socket, |client| record(client, wanted))?]
-            }
-        };
-        let mut text = String::new();
-        for baseline in &baselines {
-            text.push_str(&match self.output.output {
-                Format::Table | Format::Wide => summary(baseline),
-                Format::Json => serde_json::to_string_pretty(baseline)? + "\n",
-                Format::Jsonl => json_line(baseline)?,
-            });
+        let output = self.output.output;
+        if let (Some(file), Some(store)) = (&self.from_archive, &self.store) {
+            let settings = Config::load(self.config.as_deref())?.baseline;
+            let (image, name) = (self.image.as_deref(), self.name.as_deref());
+            let baselines = archive::record(&Task { file, store, image, name }, &settings)?;
+            one(&baselines, output, || baselines.iter().map(summary).collect())?;
+        } else {
+            let wanted = self.wanted.unwrap_or_default();
+            let baseline = talk(socket, |client| record(client, wanted))?;
+            one(&baseline, output, || summary(&baseline))?;
         }
-        write(text.as_bytes())?;
         Ok(Exit::Clean)
     }
 }
