@@ -24,7 +24,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial_alone("a38_a_layer_changed_after_the_start_is_told_when_it_runs", "", a38_after),
         trial_alone("a38_a_layer_changed_before_the_start_is_told_when_it_runs", "", a38_before),
         trial_alone("a38_a_changed_layer_is_found_by_verify", "", a38_verify),
-        trial_alone("a_changed_layer_without_a_container_is_found_by_verify", "", without_container),
+        trial_alone(
+            "a_changed_layer_without_a_container_is_found_by_verify",
+            "",
+            without_container,
+        ),
         trial_alone(
             "a_changed_layer_is_found_by_the_periodic_recheck",
             "[baseline]\nrecheck_period = \"10s\"",

@@ -219,7 +219,10 @@ fn every_packing(node: &Node) -> anyhow::Result<()> {
         ] {
             ensure!(has(there), "{name} lacks {there:?}");
         }
-        ensure!(files.contains_key(&b"/odd/\xff\xfe not UTF-8"[..]), "{name} lacks a name of bytes");
+        ensure!(
+            files.contains_key(&b"/odd/\xff\xfe not UTF-8"[..]),
+            "{name} lacks a name of bytes"
+        );
         let content_of = |path: &str| files.get(path.as_bytes()).map(String::as_str);
         let hash_of = |content: &[u8]| blake3::hash(content).to_hex().to_string();
         assert_eq!(content_of("/etc/twice"), Some(&*hash_of(b"once more")), "{name}");
@@ -322,9 +325,8 @@ pub(crate) fn layer_in(store: &Path, diff_id: &str) -> anyhow::Result<Vec<u8>> {
 
 /// The first line in which what two nodes say of an image differs, for people.
 fn first_difference(a: &Node, b: &Node, image: &str) -> anyhow::Result<String> {
-    let of = |node: &Node| -> anyhow::Result<Vec<Value>> {
-        node.answer(&["baseline", "export", image])
-    };
+    let of =
+        |node: &Node| -> anyhow::Result<Vec<Value>> { node.answer(&["baseline", "export", image]) };
     let (a, b) = (of(a)?, of(b)?);
     let differing = a.iter().zip(&b).find(|(a, b)| a != b);
     Ok(match differing {
