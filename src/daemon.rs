@@ -17,7 +17,7 @@ use tracing_appender::non_blocking::WorkerGuard;
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::Config;
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::Health;
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
@@ -56,11 +56,12 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
+
     let (news_sender, news) = bounded(1024);
     let recorder = Recorder::start(
         store.clone(),
         &config.baseline,
-        Arc::new(crate::containerd::ContentBlobs::new(runtime.handle().clone())),
+        Arc::new(ContentBlobs::new(runtime.handle().clone())),
         news_sender,
         health.clone(),
     );

@@ -606,6 +606,16 @@ fn the_watchers_are_told_how_far_to_trust_the_layers() {
 }
 
 #[test]
+fn files_that_are_in_no_directory_are_not_trusted_for_what_was_seen_in_one() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let mut container = container("c1", Some(7));
+    container.layers[0].directory = None;
+    node.give(Input::Node(Change::Container(Box::new(container))));
+    node.play("attached c1\nbaseline\ntrusted 100");
+    assert_eq!(trusts(&mut node), [Trust::Unknown, Trust::Unknown]);
+}
+
+#[test]
 fn without_a_baseline_no_file_of_a_layer_is_looked_at_until_there_may_be_one() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nattached c1\nfailed full-disk\nlist c1\ntrusted 100");
