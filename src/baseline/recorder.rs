@@ -904,7 +904,8 @@ impl Worker {
         let (differences, total) = of_the_layer(comparison.finish(), false);
         if total > 0 {
             let (layer, witness) = (layer.id, directory_name(directory));
-            self.tell(News::Tampered { layer, witness, differences, total });
+            let directories = vec![directory.to_owned()];
+            self.tell(News::Tampered { layer, witness, directories, differences, total });
         }
         total == 0
     }
@@ -1189,8 +1190,14 @@ impl Worker {
             layer = %id,
             "what was recorded from {witness} differs from the layer's blob in {total} places; the baseline is the blob's now"
         );
-        self.given_up.extend(directories.into_iter().map(|path| (id, path)));
-        self.tell(News::Tampered { layer: id, witness, differences: differences.clone(), total });
+        self.given_up.extend(directories.iter().map(|path| (id, path.clone())));
+        self.tell(News::Tampered {
+            layer: id,
+            witness,
+            directories,
+            differences: differences.clone(),
+            total,
+        });
         self.renew_images(id);
         report.directory = Some(Witness::Differs(total));
         report.differences = differences;
@@ -1236,7 +1243,13 @@ impl Worker {
         proof.forget_directory(path);
         self.write_proof(id, proof);
         self.given_up.insert((id, path.clone()));
-        self.tell(News::Tampered { layer: id, witness, differences: differences.clone(), total });
+        self.tell(News::Tampered {
+            layer: id,
+            witness,
+            directories: vec![path.clone()],
+            differences: differences.clone(),
+            total,
+        });
         report.directory = Some(Witness::Differs(total));
         report.differences = differences;
     }

@@ -288,7 +288,7 @@ impl Bench {
     fn tampered(&self) -> (LayerId, String, Vec<LayerDifference>, u64) {
         loop {
             match self.news.recv_timeout(SOON).expect("the recorder has news") {
-                News::Tampered { layer, witness, differences, total } => {
+                News::Tampered { layer, witness, differences, total, .. } => {
                     return (layer, witness, differences, total);
                 }
                 News::Ready { .. } => (),

@@ -16,6 +16,7 @@ use super::exit::Exit;
 use super::output::{Field, Format, Listed, Listing, Style, age, list, one, safe, size, write};
 use crate::api::{convert, proto};
 
+mod archive;
 mod diff;
 mod export;
 mod file;
