@@ -20,12 +20,18 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # `make` is called by whoever builds, and asks for root where it needs it.
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env"')
+# The same, with programs of another version: sudo has a PATH of its own.
+AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env env PATH=$(1)"')
+
+# Other versions of containerd and Docker, and a distribution to make an image of;
+# all unpacked here, nothing of it installed.
+ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup build test test-matrix test-docker check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## installs what building and testing need and this machine lacks (Debian or Ubuntu)
 	@command -v $(CARGO) >/dev/null || { \
@@ -37,6 +43,30 @@ build: ## builds driftd for development
 
 test: setup ## installs what is missing and runs every test (as root: containers are started)
 	$(CARGO) test --locked $(AS_ROOT)
+
+test-matrix: setup matrix-1.7 matrix-2.1 ## runs what needs containerd with 1.7 and 2.1, and a whole distribution's image (as root)
+
+$(ENGINES)/containerd-1.7: ; @scripts/other-release trixie $@ containerd
+$(ENGINES)/containerd-2.1: ; @scripts/other-release sid $@ containerd
+$(ENGINES)/distribution.tar: ; @$(SUDO) scripts/distribution $@
+
+matrix-%: $(ENGINES)/containerd-% $(ENGINES)/distribution.tar
+	$</usr/bin/containerd --version
+	PATH="$</usr/bin:$$PATH" DRIFTD_REAL_IMAGE=$(ENGINES)/distribution.tar \
+		$(CARGO) test --locked $(call AS_ROOT_WITH,$</usr/bin:$(PATH)) --test containerd --test node
+
+test-docker: setup docker-20.10 docker-newest ## runs Docker 20.10 and the newest that can be had, with both kinds of storage (as root)
+
+$(ENGINES)/docker-20.10: ; @scripts/other-release bookworm $@ docker.io
+$(ENGINES)/docker-newest: ; @scripts/other-release sid $@ docker.io docker-cli
+
+# Docker 20.10 has no store of containerd's images.
+docker-20.10: TRIALS = docker_with_overlay2
+docker-newest: TRIALS = docker
+
+docker-%: $(ENGINES)/docker-%
+	$</usr/sbin/dockerd --version
+	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
 
 check: ## format, lints and dependencies
 	$(CARGO) fmt --check

@@ -9,6 +9,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use driftd::config;
 use driftd::health::Health;
-use driftd::model::{ContainerId, OverlayDirs};
+use driftd::model::{ContainerId, FileTime, OverlayDirs};
 use driftd::sys::fanotify::{Answer, Buffer, Group, Incoming};
 use driftd::watch::{self, Report, Watch};
 
@@ -237,10 +238,16 @@ impl Driftd {
         let watch = Watch::start(&config::Watch::default(), reports, Arc::clone(&health), None)?;
         let container = ContainerId::new("bench", "watched");
         watch.commands().send(watch::Command::Attach {
-            container,
+            container: container.clone(),
             pid: init.id(),
             rootfs: Some(overlay.directories.clone()),
         })?;
+        // As after a recording: nothing in the layers is newer than this.
+        let program = fs::metadata(overlay.directories.lowerdirs[0].join("program"))?;
+        let time =
+            FileTime { seconds: program.ctime(), nanoseconds: program.ctime_nsec().try_into()? };
+        let trust = watch::Trust::UpTo(time);
+        watch.commands().send(watch::Command::Trust { container, trust })?;
         loop {
             match received.recv_timeout(Duration::from_secs(10)).context("not attached")? {
                 Report::Attached { .. } => break,

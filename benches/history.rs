@@ -85,7 +85,7 @@ fn workload(count: u32) -> Vec<Finding> {
             // IDs are hashes: they come in no order.
             let id = blake3::hash(&number.to_le_bytes());
             finding.id.0.copy_from_slice(&id.as_bytes()[..16]);
-            finding.container.id = container(number);
+            finding.container.as_mut().expect("the sample has one").id = container(number);
             let days = if number % 10 < OLD_OF_TEN { 40 } else { 1 };
             finding.last_seen = now - (days * 24).hours() + i64::from(number).milliseconds();
             finding.first_seen = finding.last_seen;
@@ -239,7 +239,7 @@ impl Sled {
 
     fn keys(finding: &Finding) -> (Vec<u8>, Vec<u8>) {
         let time = finding.last_seen.as_microsecond().to_be_bytes();
-        let container = finding.container.id.to_string();
+        let container = finding.container_id().expect("the sample has one").to_string();
         let by_container = [container.as_bytes(), b"\0", &time, &finding.id.0].concat();
         (by_container, [&time[..], &finding.id.0].concat())
     }

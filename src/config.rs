@@ -40,6 +40,23 @@ pub struct Containerd {
 pub struct Baseline {
     /// Threads that hash layers; 0 means one per processor.
     pub threads: usize,
+    /// Whether the blobs of recorded layers are read in the background, to prove
+    /// that a layer's directory holds what the image's digests say.
+    pub verify: bool,
+    /// Within what time every layer directory that a container uses is compared
+    /// with its baseline again; 0s: never.
+    #[serde(with = "duration")]
+    pub recheck_period: Duration,
+    /// How many bytes a second that comparison may read.
+    pub recheck_rate: u64,
+    /// Layers that unpack to more bytes than this are refused: they are bombs.
+    pub max_layer_bytes: u64,
+    /// Layers with more entries than this are refused.
+    pub max_layer_entries: u64,
+    /// How long a baseline is kept after the last image and the last container
+    /// that needed it.
+    #[serde(with = "duration")]
+    pub retention: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,7 +97,7 @@ impl Default for Config {
             state_dir: "/var/lib/driftd".into(),
             socket: DEFAULT_SOCKET.into(),
             containerd: Containerd::default(),
-            baseline: Baseline { threads: 0 },
+            baseline: Baseline::default(),
             watch: Watch::default(),
             history: History { retention: Duration::from_secs(30 * 24 * 60 * 60) },
             respond: Respond::default(),
@@ -99,7 +116,15 @@ impl Default for Containerd {
 
 impl Default for Baseline {
     fn default() -> Baseline {
-        Config::default().baseline
+        Baseline {
+            threads: 0,
+            verify: true,
+            recheck_period: Duration::ZERO,
+            recheck_rate: 20 << 20,
+            max_layer_bytes: 64 << 30,
+            max_layer_entries: 4_000_000,
+            retention: Duration::from_secs(24 * 60 * 60),
+        }
     }
 }
 
@@ -165,6 +190,20 @@ impl Config {
         }
         if config.watch.sweep_interval < Duration::from_secs(1) {
             return Err("watch.sweep_interval is below 1s".into());
+        }
+        let Baseline { recheck_period, recheck_rate, max_layer_bytes, max_layer_entries, .. } =
+            config.baseline;
+        if !recheck_period.is_zero() && recheck_period < Duration::from_secs(10) {
+            return Err("baseline.recheck_period is below 10s (0s turns it off)".into());
+        }
+        for (name, value) in [
+            ("recheck_rate", recheck_rate),
+            ("max_layer_bytes", max_layer_bytes),
+            ("max_layer_entries", max_layer_entries),
+        ] {
+            if value == 0 {
+                return Err(format!("baseline.{name} is 0: no layer could be read"));
+            }
         }
         Ok(config)
     }

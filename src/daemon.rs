@@ -17,7 +17,7 @@ use tracing_appender::non_blocking::WorkerGuard;
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::Config;
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::Health;
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
@@ -44,14 +44,27 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
     let store = Arc::new(Store::open(&config.state_dir.join("baselines"), health.clone())?);
+    let _claim = store.claim()?;
 
     let (report_sender, reports) = bounded(16_384);
     let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
     let writer = history.start(config.history.retention, health.clone());
 
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("async")
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+
     let (news_sender, news) = bounded(1024);
-    let recorder =
-        Recorder::start(store.clone(), config.baseline.threads, news_sender, health.clone());
+    let recorder = Recorder::start(
+        store.clone(),
+        &config.baseline,
+        Arc::new(ContentBlobs::new(runtime.handle().clone())),
+        news_sender,
+        health.clone(),
+    );
 
     let (change_sender, changes) = bounded(4096);
     let (question_sender, questions) = bounded(64);
@@ -78,12 +91,6 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         })
         .context("cannot start the pipeline's thread")?;
 
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("async")
-        .enable_all()
-        .build()
-        .context("cannot start the async runtime")?;
     let reason = runtime.block_on(async {
         let containerd =
             Containerd::start(&config.containerd, &change_sender, recorder.clone(), &health);

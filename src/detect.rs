@@ -355,6 +355,7 @@ mod tests {
                     ancestors: Vec::new(),
                 }),
                 invoked_as: None,
+                layer_file: None,
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
             "remove" => Fact::Absent { path: path() },

@@ -28,6 +28,8 @@ pub enum Failure {
     BaselineUnavailable,
     /// A baseline file did not match its checksum and was set aside.
     BaselineCorrupt,
+    /// The content store's copy of a layer is not what its digest says.
+    BlobCorrupt,
     /// More observations waited for a baseline than may wait.
     BaselineBacklogFull,
     /// The history could not be written.
@@ -50,7 +52,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 14] = [
+    pub const ALL: [Failure; 15] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -61,6 +63,7 @@ impl Failure {
         Failure::ContainerdLost,
         Failure::BaselineUnavailable,
         Failure::BaselineCorrupt,
+        Failure::BlobCorrupt,
         Failure::BaselineBacklogFull,
         Failure::HistoryWrite,
         Failure::ResponseQueueFull,
@@ -79,6 +82,7 @@ impl Failure {
             Failure::ContainerdLost => "containerd_lost",
             Failure::BaselineUnavailable => "baseline_unavailable",
             Failure::BaselineCorrupt => "baseline_corrupt",
+            Failure::BlobCorrupt => "blob_corrupt",
             Failure::BaselineBacklogFull => "baseline_backlog_full",
             Failure::HistoryWrite => "history_write",
             Failure::ResponseQueueFull => "response_queue_full",
@@ -100,6 +104,7 @@ impl Failure {
             Failure::MarkRefused
             | Failure::ScanIncomplete
             | Failure::BaselineUnavailable
+            | Failure::BlobCorrupt
             | Failure::ResponseQueueFull
             | Failure::FindingsFull => Reaction::Degrade,
         }

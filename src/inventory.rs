@@ -2,12 +2,15 @@
 //! by the pipeline alone.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
+
+use jiff::Timestamp;
 
 use crate::baseline::ImageBaseline;
 use crate::model::{
-    Blake3Hash, ChainId, Container, ContainerId, Finding, FindingId, Kind, Observation,
-    ProcessIdentity, RootfsPath,
+    Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Kind, LayerId,
+    Observation, ProcessIdentity, RootfsPath,
 };
 
 /// Findings of one container that are kept in memory.
@@ -22,6 +25,10 @@ pub struct Entry {
     /// The init process, while it runs.
     pub pid: Option<u32>,
     pub baseline: BaselineState,
+    /// Up to when the layers on disk are known to equal the baseline.
+    pub unchanged_since: Option<FileTime>,
+    /// Since when there is no baseline, for whatever reasons.
+    pub without_baseline: Option<Timestamp>,
     pub watch: WatchState,
     /// Its record is gone; forgotten once the last scan is over.
     pub removed: bool,
@@ -142,6 +149,19 @@ impl Entry {
         self.container.as_ref().and_then(Container::chain_id)
     }
 
+    /// Whether the container uses `layer` from one of these directories; any
+    /// directory will do if there are none.
+    pub fn has_layer(&self, layer: LayerId, directories: &[PathBuf]) -> bool {
+        let is_there = |directory: &Option<PathBuf>| {
+            directories.is_empty()
+                || directory.as_ref().is_some_and(|own| directories.contains(own))
+        };
+        let container = self.container.as_ref().filter(|_| !self.removed);
+        container.is_some_and(|container| {
+            container.layers.iter().any(|own| own.id == layer && is_there(&own.directory))
+        })
+    }
+
     pub fn is_attached(&self) -> bool {
         matches!(self.watch, WatchState::Attached { .. })
     }
@@ -153,6 +173,8 @@ pub struct Inventory {
     entries: BTreeMap<ContainerId, Entry>,
     /// What the history tells of containers that have not shown up yet.
     remembered: HashMap<ContainerId, Vec<Finding>>,
+    /// Findings about layers on disk, without a container.
+    pub of_layers: HashMap<FindingId, Finding>,
 }
 
 impl Inventory {
@@ -160,7 +182,14 @@ impl Inventory {
     pub fn with_history(findings: Vec<Finding>) -> Inventory {
         let mut inventory = Inventory::default();
         for finding in findings {
-            inventory.remembered.entry(finding.container.id.clone()).or_default().push(finding);
+            match finding.container_id().cloned() {
+                Some(container) => {
+                    inventory.remembered.entry(container).or_default().push(finding);
+                }
+                None => {
+                    inventory.of_layers.insert(finding.id, finding);
+                }
+            }
         }
         inventory
     }

@@ -22,31 +22,38 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::baseline::{Job, Known, News, Proof, Recorder};
+use crate::baseline::{Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
-use crate::detect::{self, Assessment, Judgement};
+use crate::detect::{self, Assessment};
 use crate::health::{Failure, Health};
 use crate::history::Record;
 use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, Kind, LowerTwin, Observation, Outcome, Process, RootfsPath, Severity,
-    Source,
+    Finding, FindingId, IdMap, ImageReference, Kind, LayerId, LowerTwin, Observation, Outcome,
+    Process, RootfsPath, Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
-use crate::watch::{Command, Report};
+use crate::watch::{self, Command, Report, Trust};
+
+mod layers;
+
+use self::layers::Tampered;
 
 /// Everything that can make the loop do something. The list is closed: to know
 /// what driftd reacts to, read this enum.
 #[derive(Debug)]
 pub enum Input {
     Node(Change),
-    Baseline(News),
+    /// With an image that a layer which was tampered with is of, if one is known.
+    Baseline(News, ImageReference),
     Watch(Report),
     Asked(Question),
     Responded(Response),
+    /// It is [`State::next_due`].
+    Due,
 }
 
 /// Everything the loop can make others do.
@@ -58,6 +65,12 @@ pub enum Effect {
     CollectBaselines(HashSet<ChainId>),
     Record(Record),
     Respond(Order),
+}
+
+impl Effect {
+    fn record(finding: &Finding) -> Effect {
+        Effect::Record(Record::Finding(Box::new(finding.clone())))
+    }
 }
 
 /// What the API asks of the loop. Replies are sent from the loop; an asker that
@@ -166,6 +179,8 @@ pub struct State {
     endpoints: BTreeMap<Arc<str>, Option<String>>,
     /// Connected, and not listed since.
     unlisted: HashSet<Arc<str>>,
+    /// Containers whose baseline is missing, perhaps only for a moment.
+    unsettled: HashSet<ContainerId>,
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
     responses: Vec<PendingResponse>,
@@ -205,6 +220,7 @@ impl State {
             inventory: Inventory::with_history(known),
             endpoints: BTreeMap::new(),
             unlisted: HashSet::new(),
+            unsettled: HashSet::new(),
             next_ticket: 1,
             diffs: HashMap::new(),
             responses: Vec::new(),
@@ -216,10 +232,11 @@ impl State {
     pub fn handle(&mut self, input: Input, now: Timestamp, effects: &mut Vec<Effect>) {
         match input {
             Input::Node(change) => self.node_changed(change, now, effects),
-            Input::Baseline(news) => self.baseline_changed(news, now, effects),
+            Input::Baseline(news, image) => self.baseline_changed(news, image, now, effects),
             Input::Watch(report) => self.watched(report, now, effects),
             Input::Asked(question) => self.asked(question, now, effects),
             Input::Responded(response) => self.responded(response, effects),
+            Input::Due => self.due(now, effects),
         }
     }
 
@@ -245,9 +262,17 @@ impl State {
                 entry.pid = Some(pid);
                 entry.watch = WatchState::Asked;
                 entry.fresh = true;
-                effects.push(Effect::Watch(Command::Attach { container, pid, rootfs }));
+                let trust = layers::trust(entry);
+                effects.push(Effect::Watch(Command::Attach {
+                    container: container.clone(),
+                    pid,
+                    rootfs,
+                }));
+                if trust != Trust::Unknown {
+                    effects.push(Effect::Watch(Command::Trust { container, trust }));
+                }
             }
-            Change::Container(container) => self.container_changed(*container, effects),
+            Change::Container(container) => self.container_changed(*container, now, effects),
             Change::TaskExited { container } => self.task_exited(&container, effects),
             Change::Removed { container } => {
                 self.task_exited(&container, effects);
@@ -257,10 +282,16 @@ impl State {
         }
     }
 
-    fn container_changed(&mut self, container: Container, effects: &mut Vec<Effect>) {
+    fn container_changed(
+        &mut self,
+        container: Container,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
         let id = container.id.clone();
         let entry = self.inventory.entry(&id);
         entry.removed = false;
+        let mut trusted = layers::trust(entry);
         if let Some(task) = container.task {
             let rootfs_is_news = container.rootfs.is_some()
                 && entry.container.as_ref().is_none_or(|known| known.rootfs.is_none());
@@ -276,6 +307,8 @@ impl State {
                     pid: task.pid,
                     rootfs,
                 }));
+                // So it is for whoever is attached anew.
+                trusted = Trust::Unknown;
             }
         }
         let chain_id = container.chain_id();
@@ -299,6 +332,12 @@ impl State {
             effects.push(record_baseline(&container));
         }
         entry.container = Some(container);
+        if layers::trust(entry) != trusted {
+            layers::tell_trust(&id, entry, effects);
+        }
+        if matches!(entry.baseline, BaselineState::Failed(..) | BaselineState::None(_)) {
+            self.misses_baseline(&id, now);
+        }
     }
 
     fn task_exited(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
@@ -368,6 +407,7 @@ impl State {
                 let chain_id = *chain_id;
                 effects.push(record_baseline(container));
                 entry.baseline = BaselineState::Pending(chain_id);
+                layers::tell_trust(id, entry, effects);
             }
             let fresh = std::mem::take(&mut entry.fresh);
             if entry.pid.is_some() && reconnected && !fresh {
@@ -381,10 +421,19 @@ impl State {
 
     // ---- baselines
 
-    fn baseline_changed(&mut self, news: News, now: Timestamp, effects: &mut Vec<Effect>) {
+    fn baseline_changed(
+        &mut self,
+        news: News,
+        image: ImageReference,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
         match news {
-            News::Tampered { .. } => (),
-            News::Ready { chain_id, baseline, .. } => {
+            News::Tampered { layer, witness, directories, differences, total } => {
+                let tampered = Tampered { layer, witness, directories, differences, total, image };
+                self.layer_tampered(tampered, now, effects);
+            }
+            News::Ready { chain_id, baseline, unchanged_since } => {
                 let waiting: Vec<ContainerId> = self
                     .inventory
                     .iter()
@@ -393,19 +442,36 @@ impl State {
                     .collect();
                 for id in waiting {
                     let entry = self.inventory.entry(&id);
+                    let is_known = entry.unchanged_since == unchanged_since
+                        && matches!(&entry.baseline, BaselineState::Ready(known)
+                            if Arc::ptr_eq(known, &baseline));
+                    if is_known {
+                        // Another container's job was answered.
+                        continue;
+                    }
                     entry.baseline = BaselineState::Ready(baseline.clone());
+                    entry.unchanged_since = unchanged_since;
+                    entry.without_baseline = None;
+                    self.unsettled.remove(&id);
+                    layers::tell_trust(&id, entry, effects);
                     for observation in std::mem::take(&mut entry.backlog) {
                         self.judge(&observation, now, effects);
                     }
                 }
             }
             News::Failed { chain_id, reason } => {
-                for (_, entry) in self.inventory.iter_mut() {
+                let mut failed = Vec::new();
+                for (id, entry) in self.inventory.iter_mut() {
                     if entry.chain_id() == Some(chain_id)
                         && !matches!(entry.baseline, BaselineState::Ready(_))
                     {
                         entry.baseline = BaselineState::Failed(chain_id, reason.clone());
+                        layers::tell_trust(id, entry, effects);
+                        failed.push(id.clone());
                     }
+                }
+                for id in failed {
+                    self.misses_baseline(&id, now);
                 }
             }
         }
@@ -520,6 +586,7 @@ impl State {
                 if entry.backlog.len() < BACKLOG {
                     entry.backlog.push_back(observation.clone());
                 } else {
+                    judged(observation, watch::Verdict::Lost, effects);
                     let _ = self.health.record(Failure::BaselineBacklogFull);
                     let container = observation.container.clone();
                     let detail = format!("more than {BACKLOG} observations wait");
@@ -529,14 +596,18 @@ impl State {
             }
         };
         let Some(assessment) = detect::assess(&baseline, &observation.fact) else { return };
+        let is_image = assessment.judgements.is_empty();
+        let verdict = if is_image { watch::Verdict::Image } else { watch::Verdict::Drift };
+        judged(observation, verdict, effects);
         match &observation.fact {
-            Fact::Executed { path, state, lower, process, invoked_as } => {
+            Fact::Executed { path, state, lower, process, invoked_as, layer_file } => {
                 let evidence = Evidence {
                     path,
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: Some(process),
                     invoked_as: invoked_as.as_deref(),
+                    is_in_layer: layer_file.is_some(),
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
@@ -548,13 +619,20 @@ impl State {
                     lower: lower.as_ref(),
                     process: writer.as_deref(),
                     invoked_as: None,
+                    is_in_layer: false,
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
             Fact::Absent { path } => {
                 self.mark_deleted(&observation.container, path, None, true, effects);
-                let evidence =
-                    Evidence { path, state: None, lower: None, process: None, invoked_as: None };
+                let evidence = Evidence {
+                    path,
+                    state: None,
+                    lower: None,
+                    process: None,
+                    invoked_as: None,
+                    is_in_layer: false,
+                };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
             Fact::SessionOpened { .. } => unreachable!("handled above"),
@@ -604,7 +682,7 @@ impl State {
             let content = evidence.state.and_then(FileState::blake3);
             let kind = judgement.kind;
             let subject = Subject::File { path: evidence.path, content };
-            let id = FindingId::new(&observation.container, kind, &subject);
+            let id = FindingId::new(Some(&observation.container), kind, &subject);
             let is_write =
                 matches!(kind, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated);
             if is_write
@@ -638,9 +716,14 @@ impl State {
                 } else {
                     None
                 };
-                let mut finding =
-                    new_finding(&self.node, &self.policy, entry, observation, id, judgement);
-                finding.file = evidence.state.map(|state| file_evidence(evidence.path, state));
+                let source = observation.source.name();
+                let at = observation.at;
+                let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
+                finding.belongs_to(&observation.container, entry);
+                finding.severity = judgement.severity;
+                let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
+                finding.file =
+                    evidence.state.map(|state| file_evidence(evidence.path, state, id_map));
                 finding.expected = judgement
                     .expected
                     .as_ref()
@@ -658,6 +741,7 @@ impl State {
                     .process
                     .and_then(|process| entry.session_where(|root| process.descends_from(root)));
                 finding.story = story;
+                finding.detail = evidence.is_in_layer.then(|| IN_LAYER.to_owned());
                 entry.insert_finding(finding);
             }
             self.publish(&observation.container, id, observation.at, effects);
@@ -683,7 +767,7 @@ impl State {
             let (exe, argv) = (process.exe.as_deref(), process.argv.as_deref());
             (Kind::SessionExec, Subject::Command { exe, argv })
         };
-        let id = FindingId::new(container, kind, &subject);
+        let id = FindingId::new(Some(container), kind, &subject);
         if let Some(finding) = entry.findings.get_mut(&id) {
             if observation.source == Source::Scan {
                 // It may be the one that was told before a restart.
@@ -698,9 +782,10 @@ impl State {
             self.findings_full(container, now, effects);
             return;
         } else {
-            let judgement = Judgement { kind, severity: kind.severity(), expected: None };
-            let mut finding =
-                new_finding(&self.node, &self.policy, entry, observation, id, &judgement);
+            let source = observation.source.name();
+            let at = observation.at;
+            let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
+            finding.belongs_to(container, entry);
             finding.process = Some(process.clone());
             finding.session = Some(id);
             entry.insert_finding(finding);
@@ -922,50 +1007,73 @@ struct Evidence<'a> {
     lower: Option<&'a LowerTwin>,
     process: Option<&'a Process>,
     invoked_as: Option<&'a str>,
+    /// The file is not the container's own.
+    is_in_layer: bool,
 }
 
+/// What is said of an executed file that is not the container's own.
+const IN_LAYER: &str =
+    "it lies in a layer of the image on this node's disk, not in the container's own layer";
+
+/// Lets the watchers know how a file of the layers was judged.
+fn judged(observation: &Observation, verdict: watch::Verdict, effects: &mut Vec<Effect>) {
+    if let Fact::Executed { layer_file: Some(file), .. } = &observation.fact {
+        let (container, file) = (observation.container.clone(), *file);
+        effects.push(Effect::Watch(Command::Judged { container, file, verdict }));
+    }
+}
+
+/// A finding of no container about nothing yet.
 fn new_finding(
     node: &str,
     policy: &Policy,
-    entry: &Entry,
-    observation: &Observation,
     id: FindingId,
-    judgement: &Judgement,
+    kind: Kind,
+    source: &str,
+    at: Timestamp,
 ) -> Finding {
-    let container = entry.container.as_ref();
-    let mut image = container.map(|container| container.image.clone()).unwrap_or_default();
-    image.chain_id = image.chain_id.or_else(|| entry.chain_id());
     Finding {
         schema: SCHEMA.to_owned(),
         id,
         revision: 1,
-        kind: judgement.kind,
-        severity: judgement.severity,
-        first_seen: observation.at,
-        last_seen: observation.at,
+        kind,
+        severity: kind.severity(),
+        first_seen: at,
+        last_seen: at,
         count: 1,
-        source: observation.source.name().to_owned(),
+        source: source.to_owned(),
         node: node.to_owned(),
         runtime: "containerd".to_owned(),
-        container: ContainerEvidence {
-            id: observation.container.clone(),
-            labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
-            pod: container.and_then(|container| container.pod.clone()),
-        },
-        image,
+        container: None,
+        image: ImageReference::default(),
         file: None,
         expected: None,
         process: None,
         invoked_as: None,
         session: None,
         story: None,
-        verdict: policy.decide(judgement.kind),
+        verdict: policy.decide(kind),
         outcome: None,
-        attack: judgement.kind.attack(),
+        attack: kind.attack(),
+        detail: None,
     }
 }
 
-fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
+impl Finding {
+    fn belongs_to(&mut self, id: &ContainerId, entry: &Entry) {
+        let container = entry.container.as_ref();
+        self.container = Some(ContainerEvidence {
+            id: id.clone(),
+            labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
+            pod: container.and_then(|container| container.pod.clone()),
+        });
+        self.image = container.map(|container| container.image.clone()).unwrap_or_default();
+        self.image.chain_id = self.image.chain_id.or_else(|| entry.chain_id());
+    }
+}
+
+/// Owners are told as the container and its image name them.
+fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -> FileEvidence {
     let (blake3, sha256, unhashed) = match state.content {
         Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
         Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
@@ -975,8 +1083,8 @@ fn file_evidence(path: &RootfsPath, state: &FileState) -> FileEvidence {
         file_type: state.file_type,
         format: state.format,
         mode: octal(state.mode),
-        uid: state.uid,
-        gid: state.gid,
+        uid: id_map.map_or(state.uid, |map| map.uid_to_container(state.uid)),
+        gid: id_map.map_or(state.gid, |map| map.gid_to_container(state.gid)),
         size: state.size,
         capability: state.capability.as_deref().map(hex),
         blake3,
@@ -1077,14 +1185,28 @@ pub struct Outputs {
 pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
     let mut effects = Vec::new();
     loop {
+        let due = match state.next_due() {
+            Some(due) => {
+                let left = due.duration_since(Timestamp::now());
+                crossbeam_channel::after(left.try_into().unwrap_or_default())
+            }
+            None => crossbeam_channel::never(),
+        };
         // Biased: a new container must be marked within milliseconds, however
         // many observations wait.
         let input = crossbeam_channel::select_biased! {
             recv(inputs.stop) -> _ => return,
             recv(inputs.changes) -> change => change.map(Input::Node),
-            recv(inputs.news) -> news => news.map(Input::Baseline),
+            recv(inputs.news) -> news => news.map(|news| {
+                let image = match &news {
+                    News::Tampered { layer, .. } => image_of(outputs.recorder.store(), *layer),
+                    News::Ready { .. } | News::Failed { .. } => ImageReference::default(),
+                };
+                Input::Baseline(news, image)
+            }),
             recv(inputs.responses) -> response => response.map(Input::Responded),
             recv(inputs.questions) -> question => question.map(Input::Asked),
+            recv(due) -> _ => Ok(Input::Due),
             recv(inputs.reports) -> report => report.map(Input::Watch),
         };
         // A sender is gone only when the daemon is stopping.
@@ -1103,6 +1225,21 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
                 }
             }
         }
+    }
+}
+
+/// An image of which a layer is, to name it by. A name is better than none.
+fn image_of(store: &Store, layer: LayerId) -> ImageReference {
+    let images = store.images();
+    let mut of_layer = images.iter().filter(|image| image.layers.contains(&layer));
+    let Some(first) = of_layer.clone().find(|image| !image.names.is_empty()).or(of_layer.next())
+    else {
+        return ImageReference::default();
+    };
+    ImageReference {
+        name: first.names.first().map(|name| name.name.clone()),
+        manifest_digest: first.manifest_digest,
+        chain_id: Some(first.chain_id),
     }
 }
 

@@ -13,12 +13,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use driftd::api::{self, Backend, Listener};
-use driftd::baseline::{self, Progress};
+use driftd::baseline::proof::LayerProof;
+use driftd::baseline::{
+    self, FileEntry, ImageName, KnownBy, LayerDifference, LayerEntry, LayerReport, Progress, Proof,
+    Recorded, Store, Witness,
+};
 use driftd::health::Health;
 use driftd::history::{Filter, FindingLookup, History, Record, Writer};
 use driftd::model::{
-    ChainId, Container, ContainerId, Finding, ImageReference, Kind, Outcome, RootfsPath, Severity,
-    Task,
+    ChainId, Container, ContainerId, DiffId, FileType, Finding, Format, ImageReference, Kind,
+    LayerId, ManifestDigest, Outcome, RootfsPath, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
@@ -31,6 +35,14 @@ const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 // ---- a node without containers
+
+struct NoBlobs;
+
+impl baseline::Blobs for NoBlobs {
+    fn open(&self, _: &driftd::model::Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+        Err("there is no content store here".into())
+    }
+}
 
 struct Node {
     dir: tempfile::TempDir,
@@ -45,6 +57,10 @@ impl Node {
     }
 
     fn start_in(dir: tempfile::TempDir) -> Node {
+        Node::start_filled(dir, |_| ())
+    }
+
+    fn start_filled(dir: tempfile::TempDir, fill: impl FnOnce(&Store)) -> Node {
         let health = Arc::new(Health::default());
         let history = History::open(&dir.path().join("state")).unwrap();
         let writer = history.start(RETENTION, health.clone());
@@ -57,6 +73,7 @@ impl Node {
         });
         let baselines = dir.path().join("state/baselines");
         let baselines = Arc::new(baseline::Store::open(&baselines, health.clone()).unwrap());
+        fill(&baselines);
         let (news, _) = crossbeam_channel::bounded(16);
         let backend = Backend {
             node: "node-1".into(),
@@ -64,9 +81,15 @@ impl Node {
             history: writer.reader(),
             committed: writer.committed(),
             health: health.clone(),
-            recorder: baseline::Recorder::start(baselines.clone(), 1, news, health),
+            recorder: baseline::Recorder::start(
+                baselines.clone(),
+                &driftd::config::Baseline { threads: 1, ..Default::default() },
+                Arc::new(NoBlobs),
+                news,
+                health,
+            ),
+            images: Arc::new(Script(baselines.clone())),
             baselines,
-            images: Arc::new(NoImages),
         };
         let listener = Listener::bind(&dir.path().join("run/driftd.sock")).unwrap();
         let (shutdown, until) = oneshot::channel::<()>();
@@ -125,21 +148,131 @@ impl Drop for Node {
     }
 }
 
-struct NoImages;
+/// Knows the images of the store by their chain IDs, and verifies them as a script
+/// says: every blob is the same, the directories of `shop:2` are not.
+struct Script(Arc<Store>);
 
-impl api::RecordImage for NoImages {
+impl Script {
+    fn recorded(&self, name: &str, proof: Proof) -> Result<Recorded, String> {
+        let unknown = |_| format!("no image `{name}` is known to containerd");
+        let record = self.0.find(name).map_err(unknown)?;
+        let named = |wanted: &str| record.names.iter().any(|image| image.name == wanted);
+        if named("gone:1") {
+            return Err("the image's \x1b[2J content is gone".into());
+        }
+        let baseline = self.0.image(record.chain_id).unwrap().unwrap();
+        let report = |id| LayerReport {
+            id,
+            known_by: if named("bare:1") { KnownBy::Snapshot } else { KnownBy::Verified },
+            blob: match named("bare:1") {
+                true => Witness::Unavailable("containerd discards unpacked layers".into()),
+                false => Witness::Same,
+            },
+            directory: match proof {
+                Proof::Later | Proof::Blobs => Witness::NotAsked,
+                Proof::Deep if named("shop:2") => Witness::Differs(3),
+                Proof::Deep => Witness::Same,
+            },
+            differences: if named("shop:2") && proof == Proof::Deep {
+                let path = RootfsPath::new("/bin/sh").unwrap();
+                let added = RootfsPath::new(b"/tmp/\xff\x1b[2J").unwrap();
+                let found = regular("/bin/sh", "changed", 0o4755);
+                vec![
+                    LayerDifference {
+                        path: path.clone(),
+                        expected: Some(regular("/bin/sh", "sh", 0o755)),
+                        found: Some(found.clone()),
+                    },
+                    LayerDifference { path: added, expected: None, found: Some(found) },
+                ]
+            } else {
+                Vec::new()
+            },
+        };
+        Ok(Recorded { layers: baseline.layers().into_iter().map(report).collect(), baseline })
+    }
+}
+
+impl api::RecordImage for Script {
     fn record_image<'a>(
         &'a self,
         name: &'a str,
+        proof: Proof,
         progress: Arc<Progress>,
-    ) -> std::pin::Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>> {
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>> {
         progress.layers_total.store(3, std::sync::atomic::Ordering::Relaxed);
-        Box::pin(async move { Err(format!("no image `{name}` is known to containerd")) })
+        Box::pin(async move { self.recorded(name, proof) })
     }
 
     fn problems(&self) -> Vec<String> {
         Vec::new()
     }
+}
+
+fn regular(path: &str, content: &str, mode: u32) -> LayerEntry {
+    let path = RootfsPath::new(path).unwrap();
+    LayerEntry::File(FileEntry {
+        file_type: FileType::Regular,
+        format: Format::sniff(content.as_bytes()),
+        size: content.len() as u64,
+        blake3: Some(baseline::blake3_of(content)),
+        ..FileEntry::directory(path, mode)
+    })
+}
+
+fn directory(path: &str) -> LayerEntry {
+    LayerEntry::File(FileEntry::directory(RootfsPath::new(path).unwrap(), 0o755))
+}
+
+/// Records an image of one layer in namespace `default`, known by its blob.
+fn image(store: &Store, number: u8, name: &str, entries: Vec<LayerEntry>) {
+    let diff_id = DiffId([number; 32]);
+    let id = LayerId::Diff(diff_id);
+    let chain_id = ChainId::of_layers(&[diff_id])[0];
+    let layer = store.write_layer(id, entries).unwrap();
+    store
+        .write_proof(
+            id,
+            LayerProof {
+                known_by: KnownBy::Verified,
+                verified_at: Some("2026-11-22T01:00:00Z".parse().unwrap()),
+                ..LayerProof::new(layer.checksum(), chain_id)
+            },
+        )
+        .unwrap();
+    let name = ImageName {
+        namespace: "default".into(),
+        name: name.into(),
+        manifest_digest: Some(ManifestDigest([number; 32])),
+    };
+    store.write_image(chain_id, vec![id], Some(&name)).unwrap();
+}
+
+/// Two images of one shop.
+fn shops(store: &Store) {
+    let link = |target: &str| {
+        LayerEntry::File(FileEntry {
+            file_type: FileType::Symlink,
+            size: target.len() as u64,
+            link_target: Some(target.as_bytes().into()),
+            ..FileEntry::directory(RootfsPath::new("/bin/lnk").unwrap(), 0o777)
+        })
+    };
+    let common = || vec![directory("/"), directory("/bin")];
+    let first = [
+        regular("/bin/ls", "ls", 0o755),
+        regular("/bin/old", "old", 0o755),
+        regular("/bin/sh", "sh", 0o755),
+        link("sh"),
+    ];
+    image(store, 1, "shop:1", [common(), first.into()].concat());
+    let second = [
+        regular("/bin/ls", "ls", 0o4755),
+        regular("/bin/new\u{1b}[2J", "new", 0o755),
+        regular("/bin/sh", "other", 0o755),
+        link("ls"),
+    ];
+    image(store, 2, "shop:2", [common(), second.into()].concat());
 }
 
 fn view() -> ContainerView {
@@ -157,6 +290,7 @@ fn view() -> ContainerView {
             rootfs: None,
             task: Some(Task { pid: 4242, paused: false }),
             no_baseline: None,
+            id_map: None,
         },
         baseline: "ready".into(),
         watched: true,
@@ -243,7 +377,7 @@ fn sample() -> Finding {
 fn finding(number: u8, ago: i64) -> Finding {
     let mut finding = sample();
     finding.id.0[0] = number;
-    finding.container.id = ContainerId::new("default", "web");
+    finding.container.as_mut().unwrap().id = ContainerId::new("default", "web");
     finding.last_seen = Timestamp::now() - ago.seconds();
     finding.first_seen = finding.last_seen;
     finding
@@ -311,7 +445,12 @@ fn every_command_has_help() {
         &["baseline", "ls", "--help"],
         &["baseline", "show", "--help"],
         &["baseline", "record", "--help"],
+        &["baseline", "verify", "--help"],
         &["baseline", "export", "--help"],
+        &["baseline", "diff", "--help"],
+        &["baseline", "rm", "--help"],
+        &["baseline", "prune", "--help"],
+        &["metrics", "--help"],
         &["containers", "--help"],
         &["diff", "--help"],
         &["findings", "--help"],
@@ -341,6 +480,10 @@ fn a_wrong_command_line_is_64() {
         (&["findings", "--follow", "--exit-code"], "--exit-code"),
         (&["findings", "--follow", "-o", "json"], "jsonl"),
         (&["findings", "-o", "xml"], "jsonl"),
+        (&["baseline", "diff", "one"], "OTHER"),
+        (&["baseline", "rm"], "IMAGE"),
+        (&["baseline", "export", "a", "-o", "spdx"], "cyclonedx"),
+        (&["baseline", "verify", "--deep", "--store", "/x"], "--store"),
         (&["respond", "kill", "web"], "--reason"),
         (&["respond", "kill", "web", "--reason", ""], "--reason"),
     ] {
@@ -386,6 +529,11 @@ fn a_daemon_that_is_not_there_is_2_with_the_next_step() {
         &["diff", "web"],
         &["baseline", "ls"],
         &["baseline", "record", "x"],
+        &["baseline", "verify"],
+        &["baseline", "diff", "x", "y"],
+        &["baseline", "rm", "x"],
+        &["baseline", "prune"],
+        &["metrics"],
         &["respond", "kill", "web", "--reason", "x"],
     ] {
         let output = driftd(arguments).arg("--socket").arg(&socket).output().unwrap();
@@ -492,7 +640,7 @@ fn findings_are_listed_filtered_and_shown() {
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.last_seen));
         findings.iter().map(|finding| finding.id.to_string()).collect::<Vec<String>>()
     };
-    let elsewhere_id = elsewhere.container.id.to_string();
+    let elsewhere_id = elsewhere.container_id().unwrap().to_string();
     assert_eq!(ids(&["--container", "web"]), newest_first(&[&old, &young]));
     assert_eq!(ids(&["--container", "4f1c"]), newest_first(&[&elsewhere]), "gone, by its prefix");
     assert_eq!(ids(&["--container", &elsewhere_id]), newest_first(&[&elsewhere]));
@@ -603,6 +751,579 @@ fn containers_status_and_baselines_answer() {
     );
     assert_eq!(node.run(&["baseline", "show", "no:1"]).code, 2);
     assert_eq!(node.run(&["baseline", "export", "no:1"]).code, 2);
+}
+
+// ---- baselines
+
+fn shop_node() -> Node {
+    Node::start_filled(tempfile::tempdir().unwrap(), shops)
+}
+
+impl Node {
+    /// The same question to the daemon, and to its directory of baselines.
+    #[track_caller]
+    fn ask_both(&self, arguments: &[&str]) -> Answer {
+        let asked = self.run(arguments);
+        let store = self.dir.path().join("state/baselines");
+        let read = Answer::of(driftd(arguments).arg("--store").arg(store).output().unwrap());
+        assert_eq!((asked.code, &asked.out), (read.code, &read.out), "{asked:?} {read:?}");
+        assert_eq!(asked.talk, read.talk);
+        asked
+    }
+}
+
+/// Without what differs from run to run.
+fn settled(text: &str) -> String {
+    let line = |line: &str| match line.split_once("Recorded") {
+        Some(("", _)) => "Recorded   …\n".to_owned(),
+        _ => line.replace("0s ago", "…").replace("1s ago", "…") + "\n",
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn baselines_are_listed_and_shown_with_how_they_are_known() {
+    let node = shop_node();
+    insta::assert_snapshot!(settled(&node.ask_both(&["baseline", "ls"]).out));
+    insta::assert_snapshot!(settled(&node.ask_both(&["baseline", "show", "shop:1"]).out));
+    let json = node.ask_both(&["baseline", "show", "shop:2", "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!(json["known_by"], "verified");
+    assert_eq!(json["verified_at"], "2026-11-22T01:00:00Z");
+    assert_eq!(json["proofs"][0]["layer"], json["layers"][0]);
+    let unknown = node.ask_both(&["baseline", "show", "no:1"]);
+    assert_eq!(unknown.code, 2);
+    assert!(unknown.talk.contains("driftd baseline ls"), "{}", unknown.talk);
+}
+
+#[test]
+fn images_are_compared_by_their_files() {
+    let node = shop_node();
+    let differ = node.ask_both(&["baseline", "diff", "shop:1", "shop:2"]);
+    assert_eq!(differ.code, 1);
+    insta::assert_snapshot!(differ.out + &differ.talk);
+    let same = node.ask_both(&["baseline", "diff", "shop:1", "shop:1"]);
+    assert_eq!((same.code, same.talk.as_str()), (0, "shop:1 and shop:1 hold the same files\n"));
+    let unknown = node.ask_both(&["baseline", "diff", "shop:1", "no:1"]);
+    assert_eq!((unknown.code, unknown.out.as_str()), (2, ""));
+
+    let lines = node.ask_both(&["baseline", "diff", "shop:1", "shop:2", "-o", "jsonl"]).out;
+    let lines: Vec<serde_json::Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let changes: Vec<(&str, &str)> = lines
+        .iter()
+        .map(|line| (line["change"].as_str().unwrap(), line["path"].as_str().unwrap()))
+        .collect();
+    assert_eq!(
+        changes,
+        [
+            ("modified", "/bin/lnk"),
+            ("metadata", "/bin/ls"),
+            ("added", "/bin/new\u{1b}[2J"),
+            ("removed", "/bin/old"),
+            ("modified", "/bin/sh"),
+        ]
+    );
+    assert_eq!(lines[0]["a"]["link_target"], "sh");
+    assert_eq!(lines[4]["b"]["blake3"], baseline::blake3_of("other").to_string());
+}
+
+#[test]
+fn verifying_tells_by_its_exit_code_what_differs() {
+    let node = Node::start_filled(tempfile::tempdir().unwrap(), |store| {
+        shops(store);
+        image(store, 3, "bare:1", vec![directory("/")]);
+        image(store, 4, "gone:1", vec![directory("/")]);
+    });
+    let good = node.run(&["baseline", "verify", "shop:1"]);
+    assert_eq!((good.code, good.talk.as_str()), (0, ""), "{good:?}");
+    assert_eq!(node.run(&["baseline", "verify", "shop:2"]).code, 0, "its blob is the same");
+
+    let tampered = node.run(&["baseline", "verify", "shop:2", "--deep"]);
+    assert_eq!(tampered.code, 1);
+    insta::assert_snapshot!(tampered.out);
+    let unproved = node.run(&["baseline", "verify", "bare:1"]);
+    assert_eq!(unproved.code, 2);
+    assert!(unproved.out.starts_with("bare:1: NOT VERIFIED\n"), "{}", unproved.out);
+    assert!(unproved.out.contains("containerd discards unpacked layers"), "{}", unproved.out);
+    let unchanged = node.run(&["baseline", "verify", "bare:1", "--deep"]);
+    assert_eq!(unchanged.code, 0, "its directory is the same: {unchanged:?}");
+    assert!(unchanged.out.starts_with("bare:1: unchanged (but not verified)\n"), "{unchanged:?}");
+    let failed = node.run(&["baseline", "verify", "gone:1"]);
+    assert_eq!(failed.code, 2);
+    assert!(failed.out.starts_with("gone:1: FAILED\n  the image's \\u{1b}[2J"), "{}", failed.out);
+    assert_eq!(node.run(&["baseline", "verify", "no:1"]).code, 2);
+
+    let all = node.run(&["baseline", "verify", "--deep", "-o", "jsonl"]);
+    assert_eq!(all.code, 1, "a difference is told before a failure");
+    let results: Vec<(String, String)> = all
+        .out
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| {
+            assert_eq!(line["schema"], "driftd.baseline_verification/v1");
+            (line["image"].as_str().unwrap().into(), line["result"].as_str().unwrap().into())
+        })
+        .collect();
+    let result = |image: &str, result: &str| (image.to_owned(), result.to_owned());
+    assert_eq!(
+        results,
+        [
+            result("bare:1", "same"),
+            result("gone:1", "failed"),
+            result("shop:1", "same"),
+            result("shop:2", "differs"),
+        ]
+    );
+    let json = node.run(&["baseline", "verify", "shop:2", "--deep", "-o", "json"]).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let layer = &json[0]["layers"][0];
+    assert_eq!(layer["directory"]["state"], "differs");
+    assert_eq!(layer["directory"]["differences"], 3);
+    assert_eq!(layer["differences"][0]["found"]["mode"], "4755");
+    assert_eq!(layer["differences"][1]["change"], "added");
+}
+
+#[test]
+fn a_store_whose_files_are_not_whole_is_told_by_verify() {
+    let node = shop_node();
+    let store = node.dir.path().join("state/baselines");
+    let verify = || {
+        Answer::of(driftd(&["baseline", "verify", "--store"]).arg(&store).output().unwrap())
+    };
+    assert_eq!(verify().code, 0);
+    let layer = store.join(format!("layers/{}.layer", DiffId([1; 32]).hex()));
+    let whole = fs::read(&layer).unwrap();
+    fs::write(&layer, &whole[..whole.len() / 2]).unwrap();
+    let cut = verify();
+    assert_eq!(cut.code, 2);
+    assert!(cut.out.contains("shop:1: FAILED"), "{}", cut.out);
+    assert!(cut.out.contains("shop:2: verified"), "{}", cut.out);
+    assert!(layer.exists(), "nothing was set aside by a reader");
+}
+
+#[test]
+fn baselines_are_removed_and_pruned() {
+    let node = shop_node();
+    let removed = node.run(&["baseline", "rm", "shop:1"]);
+    assert_eq!((removed.code, removed.out), (0, format!("{}\n", ChainId([1; 32]))));
+    assert!(removed.talk.contains("shop:1 is still an image"), "{}", removed.talk);
+    assert_eq!(node.run(&["baseline", "show", "shop:1"]).code, 2);
+    assert_eq!(node.run(&["baseline", "rm", "shop:1"]).code, 2);
+    let pruned = node.run(&["baseline", "prune"]);
+    assert_eq!((pruned.code, pruned.talk.as_str()), (0, ""));
+    assert_eq!(pruned.out, "forgot 0 images and 0 layers, 0 B on disk\n");
+    assert_eq!(node.run(&["baseline", "show", "shop:2"]).code, 0, "it has a name");
+}
+
+#[test]
+fn status_and_metrics_count_baselines() {
+    let node = shop_node();
+    let status = node.run(&["status"]).out;
+    let line = "Baselines   2 recorded, 2 of them verified, 2 waited for\n";
+    assert!(status.contains(line), "{status}");
+    let metrics = node.run(&["metrics"]);
+    assert_eq!((metrics.code, metrics.talk.as_str()), (0, ""));
+    for line in [
+        "driftd_baselines{known_by=\"verified\"} 2.0\n",
+        "driftd_containers{baseline=\"ready\"} 1.0\n",
+        "driftd_view_complete 0.0\n",
+        "driftd_containerd_connected{socket=\"/run/containerd/containerd.sock\"} 0.0\n",
+        "driftd_losses_total{name=\"kernel_queue_overflow\"} 0\n",
+    ] {
+        assert!(metrics.out.contains(line), "{line}: {}", metrics.out);
+    }
+    assert!(metrics.out.ends_with("# EOF\n"));
+}
+
+/// Names that nobody should give a file.
+const HOSTILE: [&[u8]; 8] = [
+    b"plain",
+    b"back\\slash",
+    b"new\nline",
+    b"both\\n\nof\rthem",
+    b"re\rturn",
+    b" spaces  twice ",
+    b"\x1b[2J\"quotes\"",
+    b"not-utf8-\xff\xfe",
+];
+
+/// A directory of files with odd names, and a node on which it is an image.
+fn hostile_node() -> (tempfile::TempDir, Node) {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+    let rootfs = tempfile::tempdir().unwrap();
+    let inside = rootfs.path().join("dir");
+    fs::create_dir(&inside).unwrap();
+    for (number, name) in HOSTILE.iter().enumerate() {
+        fs::write(inside.join(OsStr::from_bytes(name)), format!("content {number}")).unwrap();
+    }
+    fs::write(inside.join("re\u{fffd}placement"), "x").unwrap();
+    std::os::unix::fs::symlink(OsStr::from_bytes(b"to-\xff"), inside.join("link")).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let walked =
+        baseline::walk::walk(&pool, rootfs.path(), None, &std::sync::atomic::AtomicBool::new(false));
+    let node = Node::start_filled(tempfile::tempdir().unwrap(), |store| {
+        image(store, 7, "docker.io/library/odd:1", walked.unwrap().entries);
+    });
+    (rootfs, node)
+}
+
+#[test]
+fn b3sum_accepts_what_is_exported_for_it() {
+    let (rootfs, node) = hostile_node();
+    let export = node.ask_both(&["baseline", "export", "odd:1"]);
+    assert_eq!(export.code, 0);
+    assert_eq!(
+        export.talk,
+        "warning: 2 files were left out, because b3sum cannot check names that are not UTF-8 or \
+         hold U+FFFD (use -o jsonl)\n"
+    );
+    let sums = node.dir.path().join("sums");
+    fs::write(&sums, &export.out).unwrap();
+    let check = || {
+        Command::new("b3sum")
+            .arg("--check")
+            .arg(&sums)
+            .current_dir(rootfs.path())
+            .output()
+            .expect("b3sum is installed by scripts/setup")
+    };
+    let checked = check();
+    assert!(checked.status.success(), "{checked:?}");
+    let lines = String::from_utf8(checked.stdout).unwrap();
+    assert_eq!(lines.matches(": OK\n").count(), HOSTILE.len() - 1, "{lines}");
+
+    fs::write(rootfs.path().join("dir/new\nline"), "other").unwrap();
+    let checked = check();
+    assert!(!checked.status.success());
+    let lines = String::from_utf8(checked.stdout).unwrap();
+    assert!(lines.contains("\\./dir/new\\nline: FAILED"), "{lines}");
+}
+
+#[test]
+fn exported_lines_hold_every_file_whole() {
+    let (_rootfs, node) = hostile_node();
+    let lines = node.ask_both(&["baseline", "export", "odd:1", "-o", "jsonl"]).out;
+    let lines: Vec<serde_json::Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (number, name) in HOSTILE.iter().enumerate() {
+        let path = RootfsPath::new([b"/dir/", *name].concat()).unwrap();
+        let is_it = |line: &&serde_json::Value| {
+            serde_json::from_value::<RootfsPath>((*line).clone()).unwrap() == path
+        };
+        let found: Vec<_> = lines.iter().filter(is_it).collect();
+        let [line] = found[..] else { panic!("{path}: {found:?}") };
+        let hash = baseline::blake3_of(&format!("content {number}"));
+        assert_eq!(line["blake3"], hash.to_string());
+        assert_eq!((&line["file_type"], &line["uid"]), (&"regular".into(), &0.into()));
+    }
+    let link = lines.iter().find(|line| line["path"] == "/dir/link").unwrap();
+    assert_eq!((&link["link_target"], &link["blake3"]), (&"to-\\xff".into(), &().into()));
+    assert_eq!(link["link_target_bytes"], "dG8t/w==");
+    let all: std::collections::BTreeSet<String> =
+        lines.iter().map(|line| line["path"].to_string() + &line["path_bytes"].to_string()).collect();
+    assert_eq!(all.len(), lines.len(), "no path is there twice");
+}
+
+#[test]
+fn a_bom_has_what_its_schema_asks_for() {
+    let (_rootfs, node) = hostile_node();
+    let export = node.ask_both(&["baseline", "export", "odd:1", "-o", "cyclonedx"]);
+    assert_eq!((export.code, export.talk.as_str()), (0, ""));
+    assert_eq!(export.out, node.run(&["baseline", "export", "odd:1", "-o", "cyclonedx"]).out);
+    let bom: serde_json::Value = serde_json::from_str(&export.out).unwrap();
+    assert_eq!((&bom["bomFormat"], &bom["specVersion"]), (&"CycloneDX".into(), &"1.6".into()));
+    assert_eq!(bom["version"], 1);
+    assert!(bom["serialNumber"].as_str().unwrap().starts_with("urn:uuid:"));
+    let image = &bom["metadata"]["component"];
+    assert_eq!((&image["type"], &image["name"]), (&"container".into(), &"docker.io/library/odd:1".into()));
+    assert_eq!(image["version"], ManifestDigest([7; 32]).to_string());
+    assert_eq!(
+        image["hashes"],
+        serde_json::json!([{"alg": "SHA-256", "content": ManifestDigest([7; 32]).hex()}])
+    );
+    assert_eq!(
+        image["purl"],
+        format!(
+            "pkg:oci/odd@sha256%3A{}?repository_url=docker.io/library/odd&tag=1",
+            ManifestDigest([7; 32]).hex()
+        )
+    );
+    let components = bom["components"].as_array().unwrap();
+    assert_eq!(components.len(), HOSTILE.len() + 1, "regular files, and nothing else");
+    let mut references: std::collections::BTreeSet<&str> =
+        components.iter().map(|component| component["bom-ref"].as_str().unwrap()).collect();
+    references.insert(image["bom-ref"].as_str().unwrap());
+    assert_eq!(references.len(), components.len() + 1, "every reference is there once");
+    for component in components {
+        assert_eq!(component["type"], "file");
+        assert!(component["name"].as_str().unwrap().starts_with("/dir/"));
+        assert_eq!(component["hashes"][0]["alg"], "BLAKE3");
+        assert_eq!(component["hashes"][0]["content"].as_str().unwrap().len(), 64);
+    }
+}
+
+#[test]
+fn a_statement_is_about_the_images_manifest() {
+    let (_rootfs, node) = hostile_node();
+    let export = node.ask_both(&["baseline", "export", "odd:1", "-o", "in-toto"]);
+    assert_eq!((export.code, export.talk.as_str()), (0, ""));
+    let statement: serde_json::Value = serde_json::from_str(&export.out).unwrap();
+    assert_eq!(statement["_type"], "https://in-toto.io/Statement/v1");
+    assert_eq!(
+        statement["subject"],
+        serde_json::json!([{
+            "name": "docker.io/library/odd:1",
+            "digest": {"sha256": ManifestDigest([7; 32]).hex()},
+        }])
+    );
+    assert_eq!(statement["predicateType"], "urn:driftd:baseline:v1");
+    let predicate = &statement["predicate"];
+    assert_eq!(predicate["known_by"], "verified");
+    assert_eq!(predicate["layers"][0]["id"], DiffId([7; 32]).to_string());
+    let files = predicate["files"].as_array().unwrap();
+    // The root, the directory, the link, and the files.
+    assert_eq!(files.len(), 3 + HOSTILE.len() + 1);
+    assert!(!export.out.contains(&Timestamp::now().to_string()[..10]), "no clock is in it");
+}
+
+// ---- without a daemon
+
+/// The archive of a layer: paths and contents; directories end with a slash.
+fn layer_tar(entries: &[(&str, &str)]) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (path, content) in entries {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o755);
+        header.set_size(content.len() as u64);
+        header.set_entry_type(match path.ends_with('/') {
+            true => tar::EntryType::Directory,
+            false => tar::EntryType::Regular,
+        });
+        tar.append_data(&mut header, path, content.as_bytes()).unwrap();
+    }
+    tar.into_inner().unwrap()
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    ManifestDigest(sha2::Sha256::digest(bytes).into()).hex()
+}
+
+/// An OCI layout in a directory.
+struct Layout(tempfile::TempDir);
+
+impl Layout {
+    fn new() -> Layout {
+        let layout = Layout(tempfile::tempdir().unwrap());
+        fs::create_dir_all(layout.0.path().join("blobs/sha256")).unwrap();
+        fs::write(layout.0.path().join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+        layout
+    }
+
+    fn path(&self) -> &str {
+        self.0.path().to_str().unwrap()
+    }
+
+    fn blob_path(&self, hex: &str) -> PathBuf {
+        self.0.path().join("blobs/sha256").join(hex)
+    }
+
+    fn blob(&self, media_type: &str, bytes: &[u8]) -> serde_json::Value {
+        let hex = sha256(bytes);
+        fs::write(self.blob_path(&hex), bytes).unwrap();
+        serde_json::json!({
+            "mediaType": media_type,
+            "digest": format!("sha256:{hex}"),
+            "size": bytes.len(),
+        })
+    }
+
+    /// Adds an image of these layers, gzipped, and answers with its manifest.
+    fn image(&self, name: &str, layers: &[Vec<u8>]) -> serde_json::Value {
+        let diff_ids: Vec<String> =
+            layers.iter().map(|layer| format!("sha256:{}", sha256(layer))).collect();
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        });
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": self.blob(
+                "application/vnd.oci.image.config.v1+json",
+                config.to_string().as_bytes(),
+            ),
+            "layers": layers
+                .iter()
+                .map(|layer| {
+                    self.blob("application/vnd.oci.image.layer.v1.tar+gzip", &gzip(layer))
+                })
+                .collect::<Vec<_>>(),
+        });
+        let mut descriptor = self.blob(
+            "application/vnd.oci.image.manifest.v1+json",
+            manifest.to_string().as_bytes(),
+        );
+        descriptor["annotations"] = serde_json::json!({"org.opencontainers.image.ref.name": name});
+        descriptor
+    }
+
+    fn index(&self, manifests: &[serde_json::Value]) {
+        let index = serde_json::json!({"schemaVersion": 2, "manifests": manifests});
+        fs::write(self.0.path().join("index.json"), index.to_string()).unwrap();
+    }
+}
+
+fn base_layer() -> Vec<u8> {
+    layer_tar(&[("bin/", ""), ("bin/ls", "ls"), ("bin/sh", "sh")])
+}
+
+#[test]
+fn a_pipeline_records_exports_and_compares_without_a_daemon() {
+    let layout = Layout::new();
+    let old = layout.image("shop:1", &[base_layer()]);
+    let new = layout.image("shop:2", &[base_layer(), layer_tar(&[("bin/", ""), ("bin/sh", "changed")])]);
+    layout.index(&[old, new]);
+    let scratch = tempfile::tempdir().unwrap();
+    let store = scratch.path().join("baselines");
+    let at = ["--store", store.to_str().unwrap()];
+    let offline = |arguments: &[&str]| run(&[arguments, &at].concat());
+
+    let recorded = offline(&["baseline", "record", "--from-archive", layout.path()]);
+    assert_eq!((recorded.code, recorded.talk.as_str()), (0, ""), "{recorded:?}");
+    assert_eq!(
+        recorded.out,
+        "shop:1: 2 files, 4 B in 1 layers, verified\nshop:2: 2 files, 9 B in 2 layers, verified\n"
+    );
+    assert_eq!(offline(&["baseline", "verify"]).code, 0);
+    let differ = offline(&["baseline", "diff", "shop:1", "shop:2", "-q"]);
+    assert_eq!((differ.code, differ.out.as_str()), (1, "/bin/sh\n"), "{differ:?}");
+
+    let rootfs = scratch.path().join("rootfs/bin");
+    fs::create_dir_all(&rootfs).unwrap();
+    fs::write(rootfs.join("ls"), "ls").unwrap();
+    fs::write(rootfs.join("sh"), "changed").unwrap();
+    let sums = scratch.path().join("sums");
+    fs::write(&sums, offline(&["baseline", "export", "shop:2"]).out).unwrap();
+    let checked = Command::new("b3sum")
+        .args(["--check", sums.to_str().unwrap()])
+        .current_dir(scratch.path().join("rootfs"))
+        .output()
+        .expect("b3sum is installed by scripts/setup");
+    assert_eq!(String::from_utf8_lossy(&checked.stdout), "./bin/ls: OK\n./bin/sh: OK\n");
+
+    // Another machine records the same bytes at another time.
+    let elsewhere = scratch.path().join("elsewhere");
+    let elsewhere = ["--store", elsewhere.to_str().unwrap()];
+    let again = ["baseline", "record", "--from-archive", layout.path()];
+    assert_eq!(run(&[&again[..], &elsewhere].concat()).code, 0);
+    for format in ["b3sum", "jsonl", "cyclonedx", "in-toto"] {
+        let export = ["baseline", "export", "shop:2", "-o", format];
+        let (one, other) = (offline(&export), run(&[&export[..], &elsewhere].concat()));
+        assert_eq!((one.code, &one.out), (0, &other.out), "{format}");
+    }
+}
+
+#[test]
+fn what_docker_saves_is_recorded_under_the_name_it_is_given() {
+    let layer = base_layer();
+    let config = serde_json::json!({
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", sha256(&layer))]},
+    });
+    let manifest = serde_json::json!([
+        {"Config": "config.json", "RepoTags": ["shop:saved"], "Layers": ["abc/layer.tar"]},
+    ]);
+    let mut saved = tar::Builder::new(Vec::new());
+    for (name, bytes) in [
+        ("abc/layer.tar", layer.as_slice()),
+        ("config.json", config.to_string().as_bytes()),
+        ("manifest.json", manifest.to_string().as_bytes()),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_size(bytes.len() as u64);
+        saved.append_data(&mut header, name, bytes).unwrap();
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("saved.tar");
+    fs::write(&file, saved.into_inner().unwrap()).unwrap();
+    let store = scratch.path().join("baselines");
+    let record = |more: &[&str]| {
+        let file = file.to_str().unwrap();
+        let store = store.to_str().unwrap();
+        run(&[&["baseline", "record", "--from-archive", file, "--store", store], more].concat())
+    };
+    let unknown = record(&["--image", "shop:\u{1b}[2J"]);
+    assert_eq!((unknown.code, unknown.out.as_str()), (2, ""));
+    assert!(unknown.talk.contains("shop:saved"), "{}", unknown.talk);
+    let recorded = record(&["--image", "shop:saved", "--name", "shop:ci", "-o", "json"]);
+    assert_eq!(recorded.code, 0, "{recorded:?}");
+    let json: serde_json::Value = serde_json::from_str(&recorded.out).unwrap();
+    assert_eq!(json[0]["names"], serde_json::json!(["shop:ci"]));
+    assert_eq!((&json[0]["known_by"], &json[0]["manifest_digest"]), (&"verified".into(), &().into()));
+
+    // Nobody knows its manifest: a statement is about the layer.
+    let export = ["baseline", "export", "shop:ci", "-o", "in-toto", "--store"];
+    let statement = run(&[&export[..], &[store.to_str().unwrap()]].concat());
+    let statement: serde_json::Value = serde_json::from_str(&statement.out).unwrap();
+    assert_eq!(statement["subject"][0]["digest"]["sha256"], sha256(&layer));
+}
+
+#[test]
+fn an_archive_that_is_not_what_its_digests_say_stores_nothing() {
+    let layout = Layout::new();
+    layout.index(&[layout.image("shop:1", &[base_layer()])]);
+    let layer = layout.blob_path(&sha256(&gzip(&base_layer())));
+    let whole = fs::read(&layer).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let store = scratch.path().join("baselines");
+    let record = || {
+        let store = store.to_str().unwrap();
+        run(&["baseline", "record", "--from-archive", layout.path(), "--store", store])
+    };
+    let other = gzip(&layer_tar(&[("bin/", ""), ("bin/ls", "evil")]));
+    for damaged in [&whole[..whole.len() / 2], &other] {
+        fs::write(&layer, damaged).unwrap();
+        let refused = record();
+        assert_eq!((refused.code, refused.out.as_str()), (2, ""), "{refused:?}");
+        assert!(refused.talk.contains("it is damaged, or somebody changed it"), "{}", refused.talk);
+        let kept: Vec<_> = fs::read_dir(store.join("layers")).unwrap().collect();
+        assert_eq!(kept.len(), 0, "{kept:?}");
+    }
+    fs::write(&layer, &whole).unwrap();
+    assert_eq!(record().code, 0);
+
+    let wrong = ["baseline", "record", "--from-archive", "/dev/null", "--store", "/tmp/x"];
+    assert_eq!(run(&wrong).code, 2);
+    assert_eq!(run(&wrong[..4]).code, 64, "a directory must be named");
+}
+
+#[test]
+fn a_running_daemons_store_is_not_written_by_others() {
+    let layout = Layout::new();
+    layout.index(&[layout.image("shop:1", &[base_layer()])]);
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(directory.path(), Arc::default()).unwrap();
+    let claim = store.claim().unwrap();
+    let record = || {
+        let store = directory.path().to_str().unwrap();
+        run(&["baseline", "record", "--from-archive", layout.path(), "--store", store])
+    };
+    let refused = record();
+    assert_eq!(refused.code, 2);
+    assert!(refused.talk.contains("another process writes to"), "{}", refused.talk);
+    let read = ["baseline", "ls", "--store", directory.path().to_str().unwrap()];
+    assert_eq!(run(&read).code, 0, "reading is no matter");
+    drop(claim);
+    assert_eq!(record().code, 0);
 }
 
 #[test]

@@ -4,17 +4,20 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::Debug;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use driftd::baseline::{self, ImageBaseline, ImageName, Job, Progress};
+use driftd::baseline::{self, Blobs as _, ImageBaseline, ImageName, Job, Proof};
 use driftd::config;
-use driftd::containerd::{Change, Containerd, Error, Recording};
+use driftd::containerd::{Change, Containerd, ContentBlobs, Error, Recording};
 use driftd::health::{Failure, Health};
-use driftd::model::{ChainId, Container, ContainerId, DiffId, LayerId, ManifestDigest};
+use driftd::model::{
+    Blob, ChainId, Container, ContainerId, DiffId, IdMap, IdRange, Layer, LayerId, ManifestDigest,
+};
 use sha2::{Digest as _, Sha256};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -241,6 +244,11 @@ impl TestImage {
         self.layers.iter().map(|layer| DiffId(Sha256::digest(layer).into())).collect()
     }
 
+    /// The layers are not compressed: each is its own archive.
+    fn archives(&self) -> Vec<Option<String>> {
+        self.diff_ids().iter().map(|diff_id| Some(diff_id.to_string())).collect()
+    }
+
     fn chain(&self) -> Vec<ChainId> {
         ChainId::of_layers(&self.diff_ids())
     }
@@ -348,6 +356,8 @@ struct Submitted {
     layers: Vec<LayerId>,
     chain: Vec<ChainId>,
     files: Vec<BTreeSet<String>>,
+    /// The digests of their archives.
+    archives: Vec<Option<String>>,
 }
 
 /// A recorder that only looks.
@@ -358,6 +368,9 @@ struct Recorder(Arc<Mutex<Recorded>>);
 struct Recorded {
     known: HashSet<LayerId>,
     jobs: Vec<Submitted>,
+    proofs: Vec<Proof>,
+    newest: Vec<Layer>,
+    forgets: bool,
     /// All names, as last told.
     listed: Vec<String>,
     removed: Vec<String>,
@@ -365,14 +378,14 @@ struct Recorded {
 
 impl Recording for Recorder {
     fn submit(&self, job: Job) {
-        let image = job.image.unwrap();
+        let image = job.image.clone();
         let layers: Vec<LayerId> = job.layers.iter().map(|layer| layer.id).collect();
         let chain: Vec<ChainId> = job.layers.iter().map(|layer| layer.chain_id).collect();
         let baseline = ImageBaseline::new(*chain.last().unwrap(), Vec::new());
         let submitted = Submitted {
-            namespace: image.namespace.to_string(),
-            name: image.name.to_string(),
-            manifest_digest: image.manifest_digest,
+            namespace: image.as_ref().map(|image| image.namespace.clone()).unwrap_or_default(),
+            name: image.as_ref().map(|image| image.name.clone()).unwrap_or_default(),
+            manifest_digest: image.and_then(|image| image.manifest_digest),
             layers,
             chain,
             files: job
@@ -381,10 +394,19 @@ impl Recording for Recorder {
                 .filter_map(|layer| layer.directory.as_deref())
                 .map(files_below)
                 .collect(),
+            archives: job
+                .layers
+                .iter()
+                .map(|layer| layer.blob.as_ref().map(|blob| blob.digest.clone()))
+                .collect(),
         };
         let mut recorded = self.0.lock().unwrap();
-        recorded.known.extend(&submitted.layers);
+        if !recorded.forgets {
+            recorded.known.extend(&submitted.layers);
+        }
         recorded.jobs.push(submitted);
+        recorded.proofs.push(job.proof);
+        recorded.newest = job.layers;
         drop(recorded);
         job.done.unwrap()(Ok(baseline::Recorded {
             baseline: Arc::new(baseline),
@@ -545,7 +567,39 @@ impl Driftd {
     }
 
     fn record_image(&self, name: &str) -> Result<ChainId, Error> {
-        self.runtime.block_on(self.containerd.record_image(name, Arc::new(Progress::default())))
+        self.prove_image(name, Proof::Later)
+    }
+
+    fn prove_image(&self, name: &str, proof: Proof) -> Result<ChainId, Error> {
+        let recorded = self.containerd.record_image(name, proof, Arc::default());
+        self.runtime.block_on(recorded).map(|recorded| recorded.baseline.chain_id())
+    }
+
+    /// For which no layer is ever recorded.
+    fn start_knowing_nothing(node: &Node) -> Driftd {
+        let driftd = Driftd::start(node);
+        driftd.recorder.0.lock().unwrap().forgets = true;
+        driftd
+    }
+
+    #[track_caller]
+    fn last_job_of(&self, name: &str) -> Submitted {
+        let recorded = self.recorder.0.lock().unwrap();
+        let job = recorded.jobs.iter().rev().find(|job| job.name == name);
+        job.unwrap_or_else(|| panic!("no job for {name}: {:#?}", recorded.jobs)).clone()
+    }
+
+    fn last_job(&self) -> (Submitted, Proof) {
+        let recorded = self.recorder.0.lock().unwrap();
+        (recorded.jobs.last().unwrap().clone(), *recorded.proofs.last().unwrap())
+    }
+
+    /// Reads an archive through the content store.
+    fn read(&self, blob: &Blob) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        let blobs = ContentBlobs::new(self.runtime.handle().clone());
+        blobs.open(blob)?.read_to_end(&mut bytes).map_err(|err| err.to_string())?;
+        Ok(bytes)
     }
 }
 
@@ -584,6 +638,7 @@ fn an_imported_image_is_recorded_layer_by_layer_and_nothing_stays_behind() {
         layers: image.layer_ids(),
         chain: image.chain(),
         files: vec![files(&["a", "bin/busybox"]), files(&["etc/b"]), files(&["c"])],
+        archives: image.archives(),
     };
     assert_eq!(driftd.jobs(1), [expected]);
 
@@ -849,8 +904,7 @@ fn an_image_that_is_unpacked_later_is_recorded_then() {
     let image = TestImage::new("later", &[&[("a", "1")], &[("b", "2")]]);
     node.import_with(&image, &["--no-unpack"]);
     driftd.until_problems(&["it is not unpacked yet; it will be recorded when it is"]);
-    let err = driftd.record_image(&image.name).unwrap_err();
-    assert!(matches!(err, Error::NotUnpacked { .. }), "{err:?}");
+    assert_eq!(driftd.recorder.0.lock().unwrap().jobs, []);
 
     node.run(&image, &unique("later"));
     assert_eq!(driftd.jobs(1)[0].layers, image.layer_ids());
@@ -892,7 +946,239 @@ fn namespaces_that_come_later_are_followed_and_excluded_ones_are_not() {
 }
 
 #[test]
-fn a_snapshotter_without_layers_is_said_in_words() {
+fn an_image_that_nobody_unpacked_is_recorded_from_its_archives_when_asked_for() {
+    let node = Node::started();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let image = TestImage::new("archives", &[&[("a", "1")], &[("b", "2")]]);
+    node.import_with(&image, &["--no-unpack"]);
+    assert_eq!(driftd.prove_image(&image.name, Proof::Blobs).unwrap(), image.chain()[1]);
+    let (job, proof) = driftd.last_job();
+    assert_eq!((&job.layers, &job.archives), (&image.layer_ids(), &image.archives()));
+    assert_eq!((job.files, proof), (vec![], Proof::Blobs), "there is no directory");
+    let blobs: Vec<Blob> = {
+        let newest = &driftd.recorder.0.lock().unwrap().newest;
+        newest.iter().filter_map(|layer| layer.blob.clone()).collect()
+    };
+    assert_eq!(blobs.len(), 2);
+    for (blob, layer) in blobs.iter().zip(&image.layers) {
+        assert!(driftd.read(blob).as_ref() == Ok(layer), "{blob:?}");
+    }
+    assert_eq!(driftd.health.losses(), []);
+}
+
+#[test]
+fn an_image_whose_pull_was_cancelled_is_told_with_what_is_missing() {
+    let node = Node::started();
+    let image = TestImage::new("cancelled", &[&[("a", "1")], &[("b", "2")]]);
+    node.import_with(&image, &["--no-unpack"]);
+    node.ctr(&["content", "delete", &image.archives()[1].clone().unwrap()]);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    driftd.until_problems(&["it is not unpacked yet; it will be recorded when it is"]);
+    let err = driftd.record_image(&image.name).unwrap_err();
+    assert_eq!(
+        err.to_string(),
+        format!(
+            "the image `{}` cannot be read: it is not unpacked, and layer {} has no archive: it is \
+             not in containerd's content store (discard_unpacked_layers removes it after the \
+             unpack, and lazy snapshotters never fetch it) (pull it again, or start a container \
+             of it)",
+            image.name,
+            image.diff_ids()[1]
+        )
+    );
+    driftd.until_problems(&[&format!(
+        "it is not unpacked, and layer {} has no archive: it is not in containerd's content store \
+         (discard_unpacked_layers removes it after the unpack, and lazy snapshotters never fetch \
+         it)",
+        image.diff_ids()[1]
+    )]);
+    assert_eq!(driftd.recorder.0.lock().unwrap().jobs, []);
+}
+
+#[test]
+fn proof_is_given_the_directories_of_what_is_recorded_already() {
+    let node = Node::started();
+    let image = TestImage::new("proof", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    driftd.jobs(1);
+    let directories = vec![files(&["a", "bin/busybox"]), files(&["b"])];
+    for (proof, expected) in
+        [(Proof::Later, vec![]), (Proof::Blobs, directories.clone()), (Proof::Deep, directories)]
+    {
+        driftd.prove_image(&image.name, proof).unwrap();
+        let (job, given) = driftd.last_job();
+        assert_eq!((given, job.files), (proof, expected));
+        assert_eq!(job.archives, image.archives());
+    }
+    // By the digests that a baseline keeps when the image has lost its name.
+    let names = [image.manifest_digest().to_string(), image.chain()[1].to_string()];
+    for name in names {
+        assert_eq!(driftd.record_image(&name).unwrap(), image.chain()[1], "{name}");
+    }
+}
+
+#[test]
+fn an_image_without_a_name_is_recorded_from_its_container() {
+    let node = Node::started();
+    let image = TestImage::new("nameless", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&image);
+    let id = unique("nameless");
+    node.run(&image, &id);
+    node.ctr(&["images", "remove", "--sync", &image.name]);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let top = image.chain()[1];
+    for name in [image.name.clone(), top.to_string()] {
+        assert_eq!(driftd.prove_image(&name, Proof::Deep).unwrap(), top, "{name}");
+        let (job, _) = driftd.last_job();
+        assert_eq!(job.files, [files(&["a", "bin/busybox"]), files(&["b"])]);
+        assert_eq!(job.layers, [image.layer_ids()[0], LayerId::Chain(top)]);
+    }
+}
+
+#[test]
+fn a_layer_without_an_archive_keeps_its_directory() {
+    let node = Node::started();
+    let image = TestImage::new("discarded", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&image);
+    // What discard_unpacked_layers does.
+    for archive in image.archives().into_iter().flatten() {
+        node.ctr(&["content", "delete", &archive]);
+    }
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    assert_eq!(driftd.jobs(1)[0].files, [files(&["a", "bin/busybox"]), files(&["b"])]);
+    // The file itself goes with containerd's next collection.
+    let blob = driftd.recorder.0.lock().unwrap().newest[0].blob.clone().unwrap();
+    let reason = driftd.read(&Blob { size: 1, ..blob }).map(|bytes| bytes.len()).unwrap_err();
+    assert!(reason.starts_with("it is not in containerd's content store"), "{reason}");
+    driftd.until_problems(&[]);
+}
+
+#[test]
+fn an_archive_is_read_from_containerds_file_or_streamed() {
+    let mut node = Node::started();
+    // Several messages long, and not a whole number of them.
+    let content = "0123456789abcdef".repeat(300_000);
+    let image = TestImage::new("streamed", &[&[("large", &content)]]);
+    node.import(&image);
+    let driftd = Driftd::start(&node);
+    let archive = image.archives()[0].clone().unwrap();
+    let blob = |size| Blob {
+        endpoint: node.socket().to_str().unwrap().into(),
+        namespace: "default".into(),
+        digest: archive.clone(),
+        media_type: "application/vnd.oci.image.layer.v1.tar".into(),
+        size,
+    };
+    let right = blob(image.layers[0].len() as u64);
+    assert!(driftd.read(&right).unwrap() == image.layers[0], "read from the file");
+    // A manifest that lies about the size does not choose what is read.
+    assert!(driftd.read(&blob(1)).unwrap() == image.layers[0], "streamed");
+    let foreign = Blob { namespace: "other".into(), size: 1, ..right.clone() };
+    let reason = driftd.read(&foreign).map(|bytes| bytes.len()).unwrap_err();
+    assert!(reason.starts_with("it is not in containerd's content store"), "{reason}");
+
+    // One reader, over a restart of containerd.
+    let blobs = ContentBlobs::new(driftd.runtime.handle().clone());
+    let read = |blob: &Blob| {
+        let mut bytes = Vec::new();
+        blobs.open(blob).unwrap().read_to_end(&mut bytes).unwrap();
+        bytes.len()
+    };
+    let streamed = blob(1);
+    assert_eq!(read(&streamed), image.layers[0].len());
+    node.crash();
+    node.start();
+    assert_eq!(read(&streamed), image.layers[0].len());
+    // Read in part, it is not waited for.
+    let mut part = vec![0; 1000];
+    blobs.open(&streamed).unwrap().read_exact(&mut part).unwrap();
+    assert_eq!(part, image.layers[0][..1000]);
+}
+
+#[test]
+fn the_same_layers_in_two_namespaces_are_two_directories_and_one_layer() {
+    let node = Node::started();
+    let image = TestImage::new("twice", &[&[("a", "1")], &[("b", "2")]]);
+    let archive = node.path("twice.tar");
+    image.write(&archive);
+    let archive = archive.to_str().unwrap();
+    let (one, other) = (unique("twice-one"), unique("twice-other"));
+    for (namespace, id) in [("one", &one), ("other", &other)] {
+        node.ctr(&["--namespace", namespace, "images", "import", archive]);
+        let mut run = vec!["--namespace", namespace, "run", "--detach", "--null-io"];
+        run.extend([image.name.as_str(), id, "/bin/busybox", "sleep", "600"]);
+        node.ctr(&run);
+    }
+    let second_name = "docker.io/test/twice:again";
+    node.ctr(&["--namespace", "one", "images", "tag", &image.name, second_name]);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let (one, other) = (driftd.record(&one), driftd.record(&other));
+    assert_eq!(layer_ids(&one), image.layer_ids());
+    assert_eq!(layer_ids(&other), image.layer_ids());
+    for (layer, twin) in one.layers.iter().zip(&other.layers) {
+        assert_ne!(layer.directory, twin.directory);
+        let namespace = |layer: &Layer| layer.blob.as_ref().unwrap().namespace.to_string();
+        assert_eq!((namespace(layer), namespace(twin)), ("one".into(), "other".into()));
+    }
+    let mut names: Vec<(String, String)> = driftd
+        .jobs(3)
+        .into_iter()
+        .map(|job| {
+            assert_eq!(job.chain, image.chain());
+            (job.namespace, job.name)
+        })
+        .collect();
+    names.sort();
+    let expected =
+        [("one", image.name.as_str()), ("one", second_name), ("other", image.name.as_str())];
+    assert_eq!(names, expected.map(|(namespace, name)| (namespace.into(), name.into())));
+}
+
+#[test]
+fn many_images_at_once_are_all_recorded_and_each_layer_is_read_once() {
+    const IMAGES: usize = 24;
+    let node = Node::started();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let images: Vec<TestImage> = (0..IMAGES)
+        .map(|number| {
+            let own = format!("{number}");
+            TestImage::new(&format!("many-{number}"), &[&[("a", "1")], &[("own", &own)]])
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        for (number, images) in images.chunks(IMAGES / 4).enumerate() {
+            let node = &node;
+            scope.spawn(move || {
+                for image in images {
+                    let archive = node.path(&format!("many-{number}.tar"));
+                    image.write(&archive);
+                    node.ctr(&["images", "import", archive.to_str().unwrap()]);
+                }
+            });
+        }
+    });
+    let jobs = driftd.jobs(IMAGES);
+    let recorded: BTreeSet<&str> = jobs.iter().map(|job| job.name.as_str()).collect();
+    let expected: BTreeSet<&str> = images.iter().map(|image| image.name.as_str()).collect();
+    assert_eq!(recorded, expected);
+    for job in &jobs {
+        let image = images.iter().find(|image| image.name == job.name).unwrap();
+        assert_eq!((&job.layers, &job.archives), (&image.layer_ids(), &image.archives()));
+    }
+    driftd.until_problems(&[]);
+    assert_eq!(driftd.health.losses(), []);
+}
+
+#[test]
+fn a_snapshotter_of_whole_copies_leaves_the_archives() {
     let node = Node::started();
     let mut driftd = Driftd::start(&node);
     driftd.until_listed();
@@ -903,13 +1189,209 @@ fn a_snapshotter_without_layers_is_said_in_words() {
     node.run_with(&image, &id, &["--snapshotter", "native"]);
     let container = driftd.until_container(&id, |container| container.task.is_some());
     assert_eq!(container.rootfs, None);
+    assert_eq!(container.no_baseline, None);
+    let archives = |container: &Container| -> Vec<Option<String>> {
+        let digest = |layer: &Layer| layer.blob.as_ref().map(|blob| blob.digest.clone());
+        container.layers.iter().map(digest).collect()
+    };
+    assert_eq!(
+        (layer_ids(&container), archives(&container)),
+        (image.layer_ids(), image.archives())
+    );
+    assert!(container.layers.iter().all(|layer| layer.directory.is_none()), "{container:?}");
+    let job = &driftd.jobs(1)[0];
+    assert_eq!((&job.layers, &job.files), (&image.layer_ids(), &vec![]));
+    driftd.until_problems(&[]);
+
+    // Without the archives, the whole copy is read as one layer.
+    let discarded = TestImage::new("native-discarded", &[&[("a", "1")], &[("b", "3")]]);
+    node.import_with(&discarded, &["--no-unpack"]);
+    let id = unique("native-discarded");
+    node.run_with(&discarded, &id, &["--snapshotter", "native"]);
+    for archive in discarded.archives().into_iter().flatten() {
+        node.ctr(&["content", "delete", &archive]);
+    }
+    let mut later = Driftd::start(&node);
+    later.until_listed();
+    let copy = LayerId::Chain(discarded.chain()[1]);
+    wait_for("the copy is recorded", || {
+        let jobs = later.recorder.0.lock().unwrap().jobs.clone();
+        let job = jobs.iter().find(|job| job.name == discarded.name).cloned();
+        job.filter(|job| job.layers == [copy]).ok_or(jobs)
+    });
+    assert_eq!(later.last_job_of(&discarded.name).files, [files(&["a", "b", "bin/busybox"])]);
+    wait_for("nothing stays behind", || {
+        let mut left = node.lines(&["snapshots", "--snapshotter", "native", "list"]);
+        left.retain(|name| name.contains("driftd-view"));
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    });
+    // From then on the container has its baseline.
+    node.ctr(&["tasks", "pause", &id]);
+    assert_eq!(layer_ids(&later.until_paused(&id)), [copy]);
+
+    // One that nobody has recorded: a reason, for the container itself.
+    let mut ignorant = Driftd::start_knowing_nothing(&node);
+    ignorant.until_listed();
+    let reason = ignorant.record(&id).no_baseline.unwrap_or_default();
+    assert!(
+        reason.starts_with("snapshotter native: it keeps whole copies, not layers, and layer "),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_snapshotter_of_volumes_leaves_the_archives() {
+    let mut node = Node::new();
+    // The btrfs snapshotter wants its directory on a btrfs.
+    let volume = node.path("btrfs.img");
+    let place = node.path("root/io.containerd.snapshotter.v1.btrfs");
+    std::fs::create_dir_all(&place).unwrap();
+    std::fs::File::create(&volume).unwrap().set_len(256 << 20).unwrap();
+    let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
+        let output = Command::new(program).args(arguments).output();
+        let output = output.unwrap_or_else(|err| {
+            panic!("{program} cannot be run (apt-get install btrfs-progs): {err}")
+        });
+        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run("mkfs.btrfs", &["--quiet".as_ref(), volume.as_ref()]);
+    run("mount", &["-o".as_ref(), "loop".as_ref(), volume.as_ref(), place.as_ref()]);
+    node.start();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let image = TestImage::new("btrfs", &[&[("a", "1")], &[("b", "2")]]);
+    node.import_with(&image, &["--no-unpack"]);
+    let id = unique("btrfs");
+    node.run_with(&image, &id, &["--snapshotter", "btrfs"]);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!((layer_ids(&container), &container.no_baseline), (image.layer_ids(), &None));
+    assert_eq!(container.rootfs, None);
+    let job = &driftd.jobs(1)[0];
+    assert_eq!((&job.archives, &job.files), (&image.archives(), &vec![]));
+
+    // Nothing is left to read: the container says so, and the image.
+    let discarded = TestImage::new("btrfs-discarded", &[&[("a", "1")], &[("b", "3")]]);
+    node.import_with(&discarded, &["--no-unpack"]);
+    let id = unique("btrfs-discarded");
+    let [_, top] = &discarded.archives()[..] else { panic!() };
+    node.ctr(&[
+        "run",
+        "--detach",
+        "--null-io",
+        "--snapshotter",
+        "btrfs",
+        &discarded.name,
+        &id,
+        "/bin/busybox",
+        "sleep",
+        "600",
+    ]);
+    node.ctr(&["content", "delete", top.as_deref().unwrap()]);
+    let mut later = Driftd::start(&node);
+    later.until_listed();
+    let reason = later.record(&id).no_baseline.unwrap_or_default();
+    let expected = format!(
+        "snapshotter btrfs: it keeps volumes, not directories, and layer {} has no archive: it is \
+         not in containerd's content store (discard_unpacked_layers removes it after the unpack, \
+         and lazy snapshotters never fetch it)",
+        discarded.diff_ids()[1]
+    );
+    assert_eq!(reason, expected);
+    later.until_problems(&[&expected]);
+}
+
+#[test]
+fn one_layer_and_a_read_only_rootfs_are_layers_too() {
+    let node = Node::started();
+    let pause = TestImage::new("pause", &[&[]]);
+    let image = TestImage::new("read-only", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&pause);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let found = |container: &Container| -> Vec<BTreeSet<String>> {
+        let directories = container.layers.iter().filter_map(|layer| layer.directory.as_deref());
+        directories.map(files_below).collect()
+    };
+    for (image, expected) in [
+        (&pause, vec![files(&["bin/busybox"])]),
+        (&image, vec![files(&["a", "bin/busybox"]), files(&["b"])]),
+    ] {
+        for read_only in [false, true] {
+            let id = unique(&format!("layers-{}-{read_only}", expected.len()));
+            let arguments: &[&str] = if read_only { &["--read-only"] } else { &[] };
+            node.run_with(image, &id, arguments);
+            let container = driftd.until_container(&id, |container| container.task.is_some());
+            assert_eq!(layer_ids(&container), image.layer_ids());
+            assert_eq!(found(&container), expected);
+            assert_eq!(container.no_baseline, None);
+        }
+    }
+}
+
+#[test]
+fn a_runtime_with_a_kernel_of_its_own_is_said() {
+    let node = Node::started();
+    let image = TestImage::new("sandboxed", &[&[("a", "1")]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    // runc by the name of gVisor's runtime.
+    let runc = ["/usr/sbin/runc", "/usr/bin/runc", "/usr/local/sbin/runc"];
+    let runc = runc.iter().find(|path| Path::new(path).exists()).expect("there is no runc");
+    let runsc = node.path("runsc");
+    std::os::unix::fs::symlink(runc, &runsc).unwrap();
+    let id = unique("sandboxed");
+    node.run_with(&image, &id, &["--runc-binary", runsc.to_str().unwrap()]);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!(container.layers, []);
     assert_eq!(
         container.no_baseline.as_deref(),
-        Some("snapshotter native is not supported yet: it keeps whole copies, not layers")
+        Some(
+            "its runtime io.containerd.runc.v2 (gVisor) runs its programs on a kernel of their \
+             own: this node's fanotify does not see what they execute"
+        )
     );
-    driftd.until_problems(&[
-        "snapshotter native is not supported yet: it keeps whole copies, not layers",
+    // Its image is recorded all the same.
+    assert_eq!(driftd.jobs(1)[0].layers, image.layer_ids());
+}
+
+#[test]
+fn a_user_namespaces_container_stands_on_its_images_layers() {
+    let node = Node::started();
+    let image = TestImage::new("userns", &[&[("a", "1")], &[("b", "2")]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let id = unique("userns");
+    node.ctr(&[
+        "run",
+        "--detach",
+        "--null-io",
+        "--uidmap",
+        "0:100000:65536",
+        "--gidmap",
+        "0:200000:65536",
+        &image.name,
+        &id,
+        "/bin/busybox",
+        "sleep",
+        "600",
     ]);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    assert_eq!(layer_ids(&container), image.layer_ids());
+    assert_eq!(container.no_baseline, None);
+    let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+    let id_map = IdMap { uids: range(100_000), gids: range(200_000) };
+    assert_eq!(container.id_map, Some(id_map));
+    assert!(container.rootfs.is_some(), "{container:?}");
+    let found: Vec<BTreeSet<String>> = container
+        .layers
+        .iter()
+        .filter_map(|layer| layer.directory.as_deref())
+        .map(files_below)
+        .collect();
+    assert_eq!(found, [files(&["a", "bin/busybox"]), files(&["b"])]);
 }
 
 #[test]

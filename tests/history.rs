@@ -33,6 +33,10 @@ fn finding(number: u32, ago: i64) -> Finding {
     finding
 }
 
+fn id_of(finding: &Finding) -> &ContainerId {
+    finding.container_id().unwrap()
+}
+
 fn record(finding: &Finding) -> Record {
     Record::Finding(Box::new(finding.clone()))
 }
@@ -109,10 +113,10 @@ fn what_was_written_is_read_back_whole() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let (first, second) = (finding(1, 10), finding(2, 5));
-    let response = response(&first.container.id);
+    let response = response(id_of(&first));
     let gap = Record::Gap {
         name: "pipeline_full".into(),
-        container: Some(first.container.id.clone()),
+        container: Some(id_of(&first).clone()),
         detail: "7 observations".into(),
         at: Timestamp::now(),
     };
@@ -137,7 +141,7 @@ fn what_was_written_is_read_back_whole() {
         ]
     );
     assert_eq!((followed.cursor, followed.more, followed.pruned_through), (4, true, 0));
-    assert_eq!(writer.reader().responses(&first.container.id).unwrap(), [response]);
+    assert_eq!(writer.reader().responses(id_of(&first)).unwrap(), [response]);
     assert_eq!(*writer.committed().borrow(), 5);
     writer.stop();
 
@@ -202,14 +206,18 @@ fn every_filter_leaves_out_what_it_says() {
     let writer = start(dir.path());
     let plain = finding(1, 100);
     let mut elsewhere = finding(2, 100);
-    elsewhere.container.id = ContainerId::new("default", "web");
+    elsewhere.container.as_mut().unwrap().id = ContainerId::new("default", "web");
     let mut image = finding(3, 100);
     image.image.name = Some("other:1".into());
     image.image.manifest_digest = None;
     let mut kind = finding(4, 100);
     (kind.kind, kind.severity) = (Kind::FileAdded, Severity::Low);
     let old = finding(5, 5000);
-    let every = [&plain, &elsewhere, &image, &kind, &old];
+    let mut of_a_layer = finding(6, 100);
+    of_a_layer.container = None;
+    (of_a_layer.kind, of_a_layer.image.name) = (Kind::BaselineTampered, Some("bare:1".into()));
+    of_a_layer.image.manifest_digest = None;
+    let every = [&plain, &elsewhere, &image, &kind, &old, &of_a_layer];
     write(&writer, every.map(record).into());
 
     let check = |filter: Filter, expected: &[&Finding]| {
@@ -232,20 +240,22 @@ fn every_filter_leaves_out_what_it_says() {
     };
     let none = Filter::default();
     check(none.clone(), &every);
-    check(
-        Filter { container: Some(elsewhere.container.id.clone()), ..none.clone() },
-        &[&elsewhere],
-    );
+    check(Filter { container: Some(id_of(&elsewhere).clone()), ..none.clone() }, &[&elsewhere]);
     check(Filter { image: Some("other:1".into()), ..none.clone() }, &[&image]);
+    check(Filter { image: Some("bare:1".into()), ..none.clone() }, &[&of_a_layer]);
+    check(Filter { kinds: vec![Kind::BaselineTampered], ..none.clone() }, &[&of_a_layer]);
     let digest = plain.image.manifest_digest.unwrap().to_string();
     check(Filter { image: Some(digest), ..none.clone() }, &[&plain, &elsewhere, &kind, &old]);
     check(Filter { kinds: vec![Kind::FileAdded, Kind::ExecNew], ..none.clone() }, &[&kind]);
     check(
         Filter { minimum_severity: Some(Severity::Medium), ..none.clone() },
-        &[&plain, &elsewhere, &image, &old],
+        &[&plain, &elsewhere, &image, &old, &of_a_layer],
     );
     let hour_ago = Some(Timestamp::now() - 3600.seconds());
-    check(Filter { since: hour_ago, ..none.clone() }, &[&plain, &elsewhere, &image, &kind]);
+    check(
+        Filter { since: hour_ago, ..none.clone() },
+        &[&plain, &elsewhere, &image, &kind, &of_a_layer],
+    );
     check(Filter { until: hour_ago, ..none }, &[&old]);
     writer.stop();
 }
@@ -255,7 +265,7 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let (one, mut other) = (finding(0xab00_0000, 0), finding(0xab10_0000, 0));
-    other.container.id = ContainerId::new("default", "4f");
+    other.container.as_mut().unwrap().id = ContainerId::new("default", "4f");
     write(&writer, vec![record(&one), record(&other)]);
 
     let reader = writer.reader();
@@ -266,7 +276,7 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
     assert_eq!(reader.finding("ac").unwrap(), FindingLookup::Unknown);
     assert_eq!(reader.finding("%").unwrap(), FindingLookup::Unknown);
 
-    let (long, short) = (one.container.id.clone(), other.container.id.clone());
+    let (long, short) = (id_of(&one).clone(), id_of(&other).clone());
     assert_eq!(reader.containers("4f1").unwrap(), std::slice::from_ref(&long));
     assert_eq!(
         reader.containers("4f").unwrap(),
@@ -276,6 +286,11 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
     assert_eq!(reader.containers("4").unwrap(), [short, long.clone()]);
     assert_eq!(reader.containers(&format!("k8s.io/{}", long.id)).unwrap(), [long]);
     assert_eq!(reader.containers("x").unwrap(), []);
+    let mut of_a_layer = finding(0xad00_0000, 0);
+    of_a_layer.container = None;
+    write(&writer, vec![record(&of_a_layer)]);
+    assert_eq!(reader.finding("ad").unwrap(), FindingLookup::Found(Box::new(of_a_layer)));
+    assert_eq!(reader.containers("").unwrap(), []);
     writer.stop();
 }
 
@@ -311,10 +326,7 @@ fn the_questions_in_the_format_s_document_have_answers() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let finding = finding(1, 0);
-    write(
-        &writer,
-        vec![record(&finding), Record::Response(Box::new(response(&finding.container.id)))],
-    );
+    write(&writer, vec![record(&finding), Record::Response(Box::new(response(id_of(&finding))))]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let mut asked = 0;
     for question in questions.split_inclusive(";\n") {
@@ -527,6 +539,63 @@ fn a_history_of_a_newer_version_is_refused_and_left_as_it_is() {
     assert!(
         history::format_of(dir.path()).is_err_and(|err| matches!(err, Error::NewerFormat { .. }))
     );
+}
+
+/// Makes a history of the first format with these findings in it.
+fn write_format_1(state_dir: &Path, findings: &[Finding]) {
+    let database = rusqlite::Connection::open(state_dir.join(history::FILE)).unwrap();
+    database.execute_batch(include_str!("data/history-1.sql")).unwrap();
+    for finding in findings {
+        let mut json = serde_json::to_value(finding).unwrap();
+        // A key that there was not yet.
+        assert!(json.as_object_mut().unwrap().remove("detail").is_some());
+        let container = id_of(finding);
+        let id = finding.id.to_string();
+        let last_seen = finding.last_seen.as_microsecond();
+        database
+            .execute(
+                "INSERT INTO finding VALUES (?1, 1, ?2, ?3, ?4, NULL, ?5, 5, ?6, ?6, 1, ?7)",
+                rusqlite::params![
+                    id,
+                    container.namespace,
+                    container.id,
+                    finding.image.name,
+                    finding.kind.name(),
+                    last_seen,
+                    json.to_string()
+                ],
+            )
+            .unwrap();
+        database
+            .execute(
+                "INSERT INTO record (at, type, finding, namespace, container)
+                 VALUES (?1, 'finding', ?2, ?3, ?4)",
+                rusqlite::params![last_seen, id, container.namespace, container.id],
+            )
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_history_of_the_first_format_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, other) = (finding(1, 20), finding(2, 10));
+    write_format_1(dir.path(), &[one.clone(), other.clone()]);
+    assert_eq!(history::format_of(dir.path()).unwrap(), Some(1));
+
+    let history = History::open(dir.path()).unwrap();
+    assert_eq!(history.load_findings().unwrap(), [one.clone(), other.clone()]);
+    let writer = history.start(RETENTION, Arc::new(Health::default()));
+    let container = Filter { container: Some(id_of(&one).clone()), ..Filter::default() };
+    assert_eq!(findings(&writer, &container), [other.id, one.id]);
+    let followed = writer.reader().after(1, &Filter::default(), 10).unwrap();
+    assert_eq!(followed.records, [(2, record(&other))]);
+    let mut of_a_layer = finding(3, 0);
+    of_a_layer.container = None;
+    write(&writer, vec![record(&of_a_layer)]);
+    assert_eq!(findings(&writer, &Filter::default()), [of_a_layer.id, other.id, one.id]);
+    writer.stop();
+    assert_eq!(history::format_of(dir.path()).unwrap(), Some(history::FORMAT));
 }
 
 #[test]

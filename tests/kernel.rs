@@ -21,11 +21,11 @@ use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
 use driftd::health::{Failure, Health};
 use driftd::model::{
-    Blake3Hash, ContainerId, Content, Fact, FileState, FileType, Format, Observation, Process,
-    RootfsPath, Source, Unhashed,
+    Blake3Hash, ContainerId, Content, Fact, FileState, FileTime, FileType, Format, LayerFile,
+    Observation, Process, RootfsPath, Source, Unhashed,
 };
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
-use driftd::watch::{Command as Order, Report, Watch};
+use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const BUSYBOX: &str = "/bin/busybox";
@@ -38,6 +38,8 @@ struct Container {
     pid: u32,
     id: ContainerId,
     mounts: Vec<PathBuf>,
+    /// The newest change in the image, as who recorded it would have seen it.
+    recorded: FileTime,
 }
 
 fn run<S: AsRef<OsStr> + std::fmt::Debug>(words: &[S]) {
@@ -61,6 +63,17 @@ impl Container {
 
     /// `launch` comes before the command that starts the container's init.
     fn with(launch: &[&str], mount_options: &str, upper_on_tmpfs: bool) -> Container {
+        Container::of_image(|_| (), launch, mount_options, upper_on_tmpfs)
+    }
+
+    /// `change` is made to the image after it was recorded and before there is a
+    /// container of it.
+    fn of_image(
+        change: impl Fn(&Path),
+        launch: &[&str],
+        mount_options: &str,
+        upper_on_tmpfs: bool,
+    ) -> Container {
         assert!(
             rustix::process::geteuid().is_root(),
             "these tests mount overlays: run them as root"
@@ -82,6 +95,9 @@ impl Container {
         fs::write(lower.join("etc/config"), "setting").unwrap();
         // Times of files are as coarse as the kernel's clock tick; a real image
         // is older than its containers by more than that.
+        std::thread::sleep(Duration::from_millis(30));
+        let recorded = newest_change(&lower);
+        change(&lower);
         std::thread::sleep(Duration::from_millis(30));
         let id = ContainerId::new("test", dir.path().file_name().unwrap().to_str().unwrap());
         let own = at("own");
@@ -118,7 +134,7 @@ impl Container {
             merged.as_ref(),
         ]);
         mounts.insert(0, merged.clone());
-        let mut container = Container { dir, init: None, pid: 0, id, mounts };
+        let mut container = Container { dir, init: None, pid: 0, id, mounts, recorded };
         let mut words: Vec<&OsStr> = launch.iter().map(OsStr::new).collect();
         words.extend([OsStr::new("chroot"), merged.as_os_str()]);
         words.extend(["/bin/sleep", "3600"].map(OsStr::new));
@@ -136,6 +152,11 @@ impl Container {
 
     fn merged(&self) -> PathBuf {
         self.dir.path().join("merged")
+    }
+
+    /// The image's only layer.
+    fn lower(&self) -> PathBuf {
+        self.dir.path().join("lower")
     }
 
     fn upper(&self) -> PathBuf {
@@ -194,6 +215,33 @@ impl Drop for Container {
             }
         }
     }
+}
+
+/// The newest ctime in a directory.
+fn newest_change(directory: &Path) -> FileTime {
+    let mut newest = changed(directory);
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let is_directory = fs::symlink_metadata(&path).unwrap().is_dir();
+        newest = newest.max(if is_directory { newest_change(&path) } else { changed(&path) });
+    }
+    newest
+}
+
+fn changed(path: &Path) -> FileTime {
+    let metadata = fs::symlink_metadata(path).unwrap();
+    let nanoseconds = u32::try_from(metadata.ctime_nsec()).unwrap();
+    FileTime { seconds: metadata.ctime(), nanoseconds }
+}
+
+/// Changes a file where it lies, without changing its length or its inode.
+fn flip_a_byte(path: &Path) {
+    use std::os::unix::fs::FileExt as _;
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let at = file.metadata().unwrap().len() - 1;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[!byte[0]], at).unwrap();
 }
 
 fn descendants(pid: u32) -> Vec<u32> {
@@ -277,8 +325,13 @@ impl Node {
 
     /// Attaches, waits for the first walk, and forgets what was told so far.
     fn attach(&mut self, container: &Container) -> bool {
+        self.attach_with(container, Trust::UpTo(container.recorded))
+    }
+
+    fn attach_with(&mut self, container: &Container, trust: Trust) -> bool {
         let id = container.id.clone();
         self.order(Order::Attach { container: id.clone(), pid: container.pid, rootfs: None });
+        self.order(Order::Trust { container: id.clone(), trust });
         let before_start = self.until("the container to be attached", |report| match report {
             Report::Attached { container, before_start } if *container == id => Some(*before_start),
             Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
@@ -288,8 +341,37 @@ impl Node {
             Report::Scanned { container, complete: true, .. } if *container == id => Some(()),
             _ => None,
         });
+        // Orders are carried out one after the other: by now it is trusted.
+        self.walk(container);
         self.told.clear();
         before_start
+    }
+
+    /// Runs a program, and says as which file of the layers it was told, if it was
+    /// told at all.
+    #[track_caller]
+    fn told_of(&mut self, container: &Container, program: &str) -> Option<(LayerFile, Blake3Hash)> {
+        self.told.clear();
+        // What is executed one after the other is told one after the other.
+        container.shell(&format!("{program}; /tmp/true"));
+        self.until_executed(&path("/tmp/true"));
+        let mut told = self.told.iter().filter_map(|report| match report {
+            Report::Observed(Observation {
+                fact: Fact::Executed { path: told, state, layer_file, lower, .. },
+                ..
+            }) if *told == path(program) => {
+                assert_eq!(*lower, None, "a file of a layer is its own twin");
+                Some((layer_file.expect("it is not the container's own"), state.blake3().unwrap()))
+            }
+            _ => None,
+        });
+        let first = told.next();
+        assert_eq!(told.next(), None, "it was run once");
+        first
+    }
+
+    fn judge(&self, container: &Container, file: LayerFile, verdict: Verdict) {
+        self.order(Order::Judged { container: container.id.clone(), file, verdict });
     }
 
     /// Looks through what was told, and what is told from now on.
@@ -495,6 +577,96 @@ fn a_dropped_program_is_seen_with_its_path_and_hash_and_the_image_is_silent() {
     // The shell is outside already, being in the host's mount namespace.
     assert_eq!(process.ancestors.len(), 1);
     assert_eq!(node.executed_paths(), ["/tmp/true", "/tmp/sleep"], "the image's own are silent");
+    node.assert_no_loss();
+}
+
+#[test]
+fn a38_a_layer_changed_before_its_container_was_made_is_told_when_executed() {
+    let change = |lower: &Path| flip_a_byte(&lower.join("bin/true"));
+    let container = Container::of_image(change, &[], "", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    let (file, blake3) = node.told_of(&container, "/bin/true").unwrap();
+    assert_eq!(blake3, hash_of(container.lower().join("bin/true")));
+    assert_ne!(blake3, hash_of(BUSYBOX));
+    assert_eq!(file.changed, changed(&container.lower().join("bin/true")));
+    assert_eq!(node.told_of(&container, "/opt/tool/true"), None, "it was left alone");
+    // Drift is told as often as it runs.
+    node.judge(&container, file, Verdict::Drift);
+    assert_eq!(node.told_of(&container, "/bin/true"), Some((file, blake3)));
+    // It is not in the upper layer, and no walk says so.
+    assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a38_a_layer_changed_under_a_running_container_is_told_when_executed() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    assert_eq!(node.told_of(&container, "/bin/true"), None);
+    flip_a_byte(&container.lower().join("bin/true"));
+    let (_, blake3) = node.told_of(&container, "/bin/true").unwrap();
+    assert_eq!(blake3, hash_of(container.lower().join("bin/true")));
+    assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_layers_file_that_was_touched_and_not_changed_is_hashed_once() {
+    let change = |lower: &Path| {
+        let program = lower.join("bin/true");
+        fs::set_permissions(&program, fs::metadata(&program).unwrap().permissions()).unwrap();
+    };
+    let container = Container::of_image(change, &[], "", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    let told = node.told_of(&container, "/bin/true").unwrap();
+    assert_eq!(told.1, hash_of(BUSYBOX));
+    assert_eq!(node.told_of(&container, "/bin/true"), None, "its judgement is not there yet");
+    // As long as the touch may not be the last within its tick of the clock, a
+    // judgement does not count for long.
+    wait_for("the judgement to stay", || {
+        node.judge(&container, told.0, Verdict::Image);
+        match node.told_of(&container, "/bin/true") {
+            Some(again) => {
+                assert_eq!(again, told);
+                None
+            }
+            None => {
+                node.judge(&container, told.0, Verdict::Image);
+                node.told_of(&container, "/bin/true").is_none().then_some(())
+            }
+        }
+    });
+    // With another baseline, or another time, it counts no more.
+    node.order(Order::Trust { container: container.id.clone(), trust: Trust::Unknown });
+    assert_eq!(node.told_of(&container, "/bin/true"), Some(told));
+    node.assert_no_loss();
+}
+
+#[test]
+fn while_a_baseline_may_come_every_program_of_the_image_is_told_once() {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach_with(&container, Trust::Unknown);
+    container.drop_program("/tmp/true");
+    assert_eq!(node.told_of(&container, "/bin/true").map(|told| told.1), Some(hash_of(BUSYBOX)));
+    assert_eq!(node.told_of(&container, "/bin/true"), None);
+    node.assert_no_loss();
+}
+
+#[test]
+fn without_a_baseline_no_program_of_the_image_is_told() {
+    let change = |lower: &Path| flip_a_byte(&lower.join("bin/true"));
+    let container = Container::of_image(change, &[], "", false);
+    let mut node = Node::start();
+    node.attach_with(&container, Trust::NoBaseline);
+    container.drop_program("/tmp/true");
+    assert_eq!(node.told_of(&container, "/bin/true"), None);
     node.assert_no_loss();
 }
 

@@ -13,8 +13,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("sys", &["model"]),
     ("config", &["model"]),
     ("policy", &["config", "model"]),
-    ("baseline", &["health", "model", "sys"]),
-    ("containerd", &["baseline", "config", "health", "model"]),
+    ("baseline", &["config", "health", "model", "sys"]),
+    ("containerd", &["baseline", "config", "health", "model", "sys"]),
     ("watch", &["config", "health", "model", "sys"]),
     ("detect", &["baseline", "model"]),
     ("inventory", &["baseline", "model"]),
@@ -40,6 +40,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "api",
+            "baseline",
             "config",
             "containerd",
             "daemon",

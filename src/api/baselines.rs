@@ -1,13 +1,17 @@
-//! Baselines, as the API shows them.
+//! Baselines, as the API shows them. What is not about gRPC serves the command
+//! line as well, when it reads a directory of baselines without a daemon.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use super::{convert, proto};
-use crate::baseline::{self, ImageRecord, Known, Progress};
+use crate::baseline::{
+    self, FileEntry, FindError, ImageBaseline, ImageDifference, ImageRecord, Known, KnownBy,
+    LayerDifference, LayerEntry, LayerReport, Progress, Proof, Recorded, Witness,
+};
 use crate::containerd::Containerd;
-use crate::model::{ChainId, printable};
+use crate::model::printable;
 
 /// Who can bring in and record an image that is asked for by name. A trait, so
 /// that the API is tested without containerd.
@@ -15,8 +19,9 @@ pub trait RecordImage: Send + Sync {
     fn record_image<'a>(
         &'a self,
         name: &'a str,
+        proof: Proof,
         progress: Arc<Progress>,
-    ) -> Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>>;
+    ) -> Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>>;
 
     /// Images that cannot be recorded, and why, in words.
     fn problems(&self) -> Vec<String>;
@@ -26,10 +31,12 @@ impl RecordImage for Containerd {
     fn record_image<'a>(
         &'a self,
         name: &'a str,
+        proof: Proof,
         progress: Arc<Progress>,
-    ) -> Pin<Box<dyn Future<Output = Result<ChainId, String>> + Send + 'a>> {
+    ) -> Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>> {
         Box::pin(async move {
-            Containerd::record_image(self, name, progress).await.map_err(|err| err.to_string())
+            let recording = Containerd::record_image(self, name, proof, progress);
+            recording.await.map_err(|err| err.to_string())
         })
     }
 
@@ -47,21 +54,66 @@ impl RecordImage for Containerd {
     }
 }
 
+/// Why an image's files cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    #[error(transparent)]
+    NotFound(#[from] FindError),
+    #[error("the baseline of {0} is not whole; it is recorded again when the image is next used")]
+    NotWhole(String),
+    #[error(transparent)]
+    Store(#[from] baseline::store::Error),
+}
+
+impl From<Unusable> for tonic::Status {
+    fn from(err: Unusable) -> tonic::Status {
+        match &err {
+            Unusable::NotFound(FindError::Unknown { .. }) => {
+                tonic::Status::not_found(err.to_string())
+            }
+            Unusable::NotFound(FindError::Ambiguous { .. }) => {
+                tonic::Status::invalid_argument(err.to_string())
+            }
+            Unusable::NotWhole(_) => tonic::Status::failed_precondition(err.to_string()),
+            Unusable::Store(_) => tonic::Status::internal(err.to_string()),
+        }
+    }
+}
+
 /// All baselines, or the one that `image` names.
-pub(super) fn list(
-    store: &baseline::Store,
-    image: &str,
-) -> Result<Vec<proto::Baseline>, baseline::FindError> {
+pub fn list(store: &baseline::Store, image: &str) -> Result<Vec<proto::Baseline>, FindError> {
     let records = if image.is_empty() { store.images() } else { vec![store.find(image)?] };
     Ok(records.into_iter().map(|record| baseline_to_proto(store, record)).collect())
 }
 
-pub(super) fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) -> proto::Baseline {
+/// The image that `image` names, with all its files.
+pub fn open(store: &baseline::Store, image: &str) -> Result<Arc<ImageBaseline>, Unusable> {
+    let record = store.find(image)?;
+    let baseline = store.image(record.chain_id)?;
+    baseline.ok_or_else(|| Unusable::NotWhole(record.chain_id.to_string()))
+}
+
+pub fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) -> proto::Baseline {
     let state = match store.image(record.chain_id) {
         Ok(Some(_)) => "ready".to_owned(),
         Ok(None) => "not recorded".to_owned(),
         Err(err) => err.to_string(),
     };
+    let (known_by, layers) = store.known_by(record.chain_id);
+    let verified_at = |id| store.proof(id).and_then(|proof| proof.verified_at);
+    let last_verified = match known_by {
+        KnownBy::Verified => layers.iter().filter_map(|(id, _, _)| verified_at(*id)).max(),
+        KnownBy::Snapshot => None,
+    };
+    let proofs: Vec<proto::LayerProof> = layers
+        .into_iter()
+        .map(|(id, known_by, reason)| proto::LayerProof {
+            known_by: known_by_name(known_by).into(),
+            reason: reason.unwrap_or_default(),
+            verified_at: verified_at(id).map(convert::time_to_proto),
+        })
+        .collect();
+    let is_ready = state == "ready";
     proto::Baseline {
         chain_id: record.chain_id.to_string(),
         manifest_digest: record
@@ -74,28 +126,106 @@ pub(super) fn baseline_to_proto(store: &baseline::Store, record: ImageRecord) ->
         files: record.totals.files,
         bytes: record.totals.bytes,
         state,
+        known_by: if is_ready { known_by_name(known_by).into() } else { String::new() },
+        proofs,
+        verified_at: last_verified.map(convert::time_to_proto),
     }
 }
 
-pub(super) fn file_to_proto(known: Known) -> proto::BaselineFile {
+pub fn known_by_name(known_by: KnownBy) -> &'static str {
+    match known_by {
+        KnownBy::Snapshot => "snapshot",
+        KnownBy::Verified => "verified",
+    }
+}
+
+pub fn file_to_proto(known: Known) -> proto::BaselineFile {
     let Known { entry, layer } = known;
+    proto::BaselineFile { layer: layer.to_string(), ..entry_to_proto(entry) }
+}
+
+fn entry_to_proto(entry: FileEntry) -> proto::BaselineFile {
+    let FileEntry {
+        path,
+        file_type,
+        format,
+        mode,
+        uid,
+        gid,
+        size,
+        blake3,
+        capability,
+        link_target,
+        device,
+    } = entry;
     proto::BaselineFile {
-        path: entry.path.as_bytes().to_vec(),
-        file_type: convert::file_type_name(entry.file_type).into(),
-        mode: entry.mode,
-        uid: entry.uid,
-        gid: entry.gid,
-        size: entry.size,
-        blake3: entry.blake3.map(|hash| hash.to_string()).unwrap_or_default(),
-        format: entry.format.name().into(),
-        capability: entry.capability.map(Vec::from).unwrap_or_default(),
-        layer: layer.to_string(),
+        path: path.as_bytes().to_vec(),
+        file_type: convert::file_type_name(file_type).into(),
+        mode,
+        uid,
+        gid,
+        size,
+        blake3: blake3.map(|hash| hash.to_string()).unwrap_or_default(),
+        format: format.name().into(),
+        capability: capability.map(Vec::from).unwrap_or_default(),
+        layer: String::new(),
+        link_target: link_target.map(Vec::from).unwrap_or_default(),
+        device: device.map(|device| proto::Device { major: device.major, minor: device.minor }),
     }
 }
 
-pub(super) fn not_found(err: &baseline::FindError) -> tonic::Status {
-    match err {
-        baseline::FindError::Unknown { .. } => tonic::Status::not_found(err.to_string()),
-        baseline::FindError::Ambiguous { .. } => tonic::Status::invalid_argument(err.to_string()),
+pub fn difference_to_proto(difference: ImageDifference) -> proto::BaselineDifference {
+    use proto::difference::Change;
+    let (change, a, b) = match difference {
+        ImageDifference::Added(b) => (Change::Added, None, Some(b)),
+        ImageDifference::Removed(a) => (Change::Removed, Some(a), None),
+        ImageDifference::Modified(a, b) => (Change::Modified, Some(a), Some(b)),
+        ImageDifference::Metadata(a, b) => (Change::Metadata, Some(a), Some(b)),
+    };
+    let path = a.as_ref().or(b.as_ref()).map(|known| known.entry.path.as_bytes().to_vec());
+    proto::BaselineDifference {
+        path: path.unwrap_or_default(),
+        change: change.into(),
+        a: a.map(file_to_proto),
+        b: b.map(file_to_proto),
     }
+}
+
+pub(super) fn report_to_proto(report: LayerReport) -> proto::LayerReport {
+    proto::LayerReport {
+        layer: report.id.to_string(),
+        known_by: known_by_name(report.known_by).into(),
+        blob: Some(witness_to_proto(report.blob)),
+        directory: Some(witness_to_proto(report.directory)),
+        differences: report.differences.into_iter().map(layer_difference_to_proto).collect(),
+    }
+}
+
+fn witness_to_proto(witness: Witness) -> proto::Witness {
+    use proto::witness::State;
+    let (state, differences, reason) = match witness {
+        Witness::NotAsked => (State::NotAsked, 0, String::new()),
+        Witness::Same => (State::Same, 0, String::new()),
+        Witness::Differs(differences) => (State::Differs, differences, String::new()),
+        Witness::Unavailable(reason) => (State::Unavailable, 0, reason),
+    };
+    proto::Witness { state: state.into(), differences, reason }
+}
+
+fn layer_difference_to_proto(difference: LayerDifference) -> proto::LayerDifference {
+    proto::LayerDifference {
+        path: difference.path.as_bytes().to_vec(),
+        expected: difference.expected.map(layer_entry_to_proto),
+        found: difference.found.map(layer_entry_to_proto),
+    }
+}
+
+fn layer_entry_to_proto(entry: LayerEntry) -> proto::LayerEntry {
+    use proto::layer_entry::Entry;
+    let entry = match entry {
+        LayerEntry::Whiteout(_) => Entry::Whiteout(proto::Whiteout {}),
+        LayerEntry::File(file) => Entry::File(entry_to_proto(file)),
+        LayerEntry::OpaqueDirectory(file) => Entry::OpaqueDirectory(entry_to_proto(file)),
+    };
+    proto::LayerEntry { entry: Some(entry) }
 }

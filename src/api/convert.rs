@@ -1,5 +1,8 @@
 //! Model to proto and back, and nothing else.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use jiff::Timestamp;
 
 use super::proto;
@@ -53,7 +56,13 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         verdict,
         outcome,
         attack,
+        detail,
     } = finding;
+    let (container, labels, pod) = match container {
+        Some(ContainerEvidence { id, labels, pod }) => (Some(id), labels, pod),
+        None => (None, BTreeMap::new(), None),
+    };
+    let text = |text: Option<&Arc<str>>| text.map(ToString::to_string).unwrap_or_default();
     proto::Finding {
         id: id.to_string(),
         revision,
@@ -65,10 +74,10 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         source,
         node,
         runtime,
-        namespace: container.id.namespace.to_string(),
-        container: container.id.id.to_string(),
-        labels: container.labels.into_iter().collect(),
-        pod: container.pod.map(pod_to_proto),
+        namespace: text(container.as_ref().map(|id| &id.namespace)),
+        container: text(container.as_ref().map(|id| &id.id)),
+        labels: labels.into_iter().collect(),
+        pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&image)),
         file: file.map(file_to_proto),
         expected: expected.map(expected_to_proto),
@@ -83,7 +92,8 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
             policy_generation: verdict.policy_generation,
         }),
         outcome: outcome.map(outcome_to_proto),
-        attack: Some(proto::Attack { technique: attack.technique, tactic: attack.tactic }),
+        attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
+        detail,
     }
 }
 
@@ -114,9 +124,9 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         verdict,
         outcome,
         attack,
+        detail,
     } = finding;
     let verdict = verdict.ok_or_else(|| missing("verdict"))?;
-    let attack = attack.ok_or_else(|| missing("attack"))?;
     let id_of = |field, text: Option<String>| {
         text.map(|text| text.parse().map_err(malformed(field))).transpose()
     };
@@ -132,11 +142,11 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         source,
         node,
         runtime,
-        container: ContainerEvidence {
+        container: (!container.is_empty()).then(|| ContainerEvidence {
             id: ContainerId::new(&namespace, &container),
             labels: labels.into_iter().collect(),
             pod: pod.map(pod_from_proto),
-        },
+        }),
         image: image_from_proto(image.unwrap_or_default())?,
         file: file.map(file_from_proto).transpose()?,
         expected: expected.map(expected_from_proto).transpose()?,
@@ -151,7 +161,8 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
             policy_generation: verdict.policy_generation,
         },
         outcome: outcome.map(outcome_from_proto).transpose()?,
-        attack: Attack { technique: attack.technique, tactic: attack.tactic },
+        attack: attack.map(|proto::Attack { technique, tactic }| Attack { technique, tactic }),
+        detail,
     })
 }
 
@@ -324,7 +335,8 @@ pub fn image_from_proto(image: proto::Image) -> Result<ImageReference, Malformed
     })
 }
 
-pub fn container_to_proto(view: ContainerView) -> proto::Container {
+/// `known_by`: how its baseline is known, if it has one.
+pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto::Container {
     let ContainerView { container, baseline, watched, armed_before_start, problem, findings } =
         view;
     proto::Container {
@@ -342,6 +354,7 @@ pub fn container_to_proto(view: ContainerView) -> proto::Container {
         problem: problem.unwrap_or_default(),
         findings,
         snapshotter: container.snapshotter,
+        known_by: known_by.unwrap_or_default().into(),
     }
 }
 
@@ -517,9 +530,15 @@ mod tests {
 
         let mut bare = full.clone();
         (bare.file, bare.expected, bare.process) = (None, None, None);
-        (bare.session, bare.outcome, bare.container.pod) = (None, None, None);
+        (bare.session, bare.outcome) = (None, None);
+        bare.container.as_mut().unwrap().pod = None;
         bare.image = ImageReference::default();
         check(&bare);
+
+        let mut of_a_layer = full.clone();
+        (of_a_layer.container, of_a_layer.attack) = (None, None);
+        of_a_layer.detail = Some("the layer's directory".into());
+        check(&of_a_layer);
 
         let mut answered = full.clone();
         answered.outcome = Some(Outcome {

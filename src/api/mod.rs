@@ -4,13 +4,14 @@
 //! [`convert`] and the service itself know it. The service owns no state: it
 //! asks the pipeline, reads the history and looks at the baselines.
 
+pub mod baselines;
 pub mod convert;
 
-mod baselines;
 mod follow;
 mod peer;
 mod server;
 mod service;
+mod verify;
 
 pub use baselines::RecordImage;
 pub use server::{Error, Listener, serve};

@@ -11,16 +11,16 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::baselines::{self, RecordImage};
+use super::baselines::{self, RecordImage, Unusable};
 use super::follow::Follower;
 use super::peer::Peer;
 use super::proto::drift_service_server::DriftService;
 use super::{convert, proto};
-use crate::baseline::{self, Progress};
+use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup};
 use crate::model::{ContainerId, printable};
-use crate::pipeline::{LookupError, Question};
+use crate::pipeline::{ContainerView, LookupError, Question};
 use crate::respond;
 
 /// Findings on one page at most, and unless asked otherwise.
@@ -58,6 +58,7 @@ impl fmt::Debug for Backend {
     }
 }
 
+#[derive(Clone)]
 pub(super) struct Service {
     pub(super) backend: Backend,
     /// Becomes true when driftd stops.
@@ -87,7 +88,7 @@ fn lookup_failed(err: &LookupError) -> Status {
 
 impl Service {
     /// Asks the pipeline. It is never held up by an asker: the channel is bounded.
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> Question,
     ) -> Result<T, Status> {
@@ -170,8 +171,18 @@ impl DriftService for Service {
         _: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let status = self.ask(Question::Status).await?;
+        let views = self.ask(Question::Containers).await?;
+        let without_baseline =
+            views.iter().filter(|view| view.baseline.starts_with("none")).count();
         let (store, reader) = (self.backend.baselines.clone(), self.backend.history.clone());
-        let (baselines, findings) = unblock(move || (store.images().len(), reader.count())).await?;
+        let (baselines, verified, findings) = unblock(move || {
+            let images = store.images();
+            let is_verified = |chain_id| store.known_by(chain_id).0 == KnownBy::Verified;
+            let verified = images.iter().filter(|image| is_verified(image.chain_id)).count();
+            (images.len(), verified, reader.count())
+        })
+        .await?;
+        let queue = self.backend.recorder.queue();
         let health = &self.backend.health;
         let mut problems = status.problems;
         problems.extend(self.backend.images.problems());
@@ -200,6 +211,14 @@ impl DriftService for Service {
                 .into_iter()
                 .map(|loss| proto::Loss { name: loss.name, count: loss.count })
                 .collect(),
+            baseline_queue: Some(proto::BaselineQueue {
+                recording: count(queue.recording),
+                waiting: count(queue.waiting),
+                oldest_seconds: queue.oldest.map_or(0, |age| age.as_secs()),
+                verifying: count(queue.verifying),
+            }),
+            baselines_verified: count(verified),
+            containers_without_baseline: count(without_baseline),
         }))
     }
 
@@ -208,8 +227,16 @@ impl DriftService for Service {
         _: Request<proto::ListContainersRequest>,
     ) -> Result<Response<proto::ListContainersResponse>, Status> {
         let views = self.ask(Question::Containers).await?;
-        let containers = views.into_iter().map(convert::container_to_proto).collect();
-        Ok(Response::new(proto::ListContainersResponse { containers }))
+        let store = self.backend.baselines.clone();
+        let containers = unblock(move || {
+            let container = |view: ContainerView| {
+                let chain_id = view.container.chain_id().filter(|_| view.baseline == "ready");
+                let known_by = chain_id.map(|chain_id| store.known_by(chain_id).0);
+                convert::container_to_proto(view, known_by.map(baselines::known_by_name))
+            };
+            views.into_iter().map(container).collect()
+        });
+        Ok(Response::new(proto::ListContainersResponse { containers: containers.await? }))
     }
 
     async fn diff_container(
@@ -237,7 +264,7 @@ impl DriftService for Service {
         let image = request.into_inner().image;
         let baselines = unblock(move || baselines::list(&store, &image))
             .await?
-            .map_err(|err| baselines::not_found(&err))?;
+            .map_err(Unusable::from)?;
         Ok(Response::new(proto::ListBaselinesResponse { baselines }))
     }
 
@@ -249,18 +276,7 @@ impl DriftService for Service {
     ) -> Result<Response<Self::ExportBaselineStream>, Status> {
         let image = request.into_inner().image;
         let store = self.backend.baselines.clone();
-        let baseline = unblock(move || {
-            let record = store.find(&image).map_err(|err| baselines::not_found(&err))?;
-            match store.image(record.chain_id) {
-                Ok(Some(baseline)) => Ok(baseline),
-                Ok(None) => Err(Status::failed_precondition(format!(
-                    "the baseline of {} is being recorded again",
-                    record.chain_id
-                ))),
-                Err(err) => Err(Status::internal(err.to_string())),
-            }
-        })
-        .await??;
+        let baseline = unblock(move || baselines::open(&store, &image)).await??;
         let (client, stream) = mpsc::channel(STREAM);
         tokio::task::spawn_blocking(move || {
             for known in baseline.files() {
@@ -283,15 +299,16 @@ impl DriftService for Service {
         let (client, stream) = mpsc::channel(STREAM);
         tokio::spawn(async move {
             let progress = Arc::new(Progress::default());
-            let recording: Pin<Box<_>> = backend.images.record_image(&image, Arc::clone(&progress));
-            let last = tell_progress(recording, &progress, &client).await;
+            let recording =
+                backend.images.record_image(&image, Proof::Later, Arc::clone(&progress));
+            let last = tell_progress(recording, &client, || progress_to_proto(&progress)).await;
             let last = match last {
                 None => return,
                 Some(Err(err)) => Err(Status::failed_precondition(err)),
-                Some(Ok(chain_id)) => {
+                Some(Ok(recorded)) => {
                     let store = backend.baselines.clone();
                     let found = unblock(move || {
-                        let record = store.find(&chain_id.to_string())?;
+                        let record = store.find(&recorded.baseline.chain_id().to_string())?;
                         Ok(baselines::baseline_to_proto(&store, record))
                     });
                     match found.await {
@@ -299,7 +316,7 @@ impl DriftService for Service {
                             baseline: Some(baseline),
                             ..progress_to_proto(&progress)
                         }),
-                        Ok(Err(err)) => Err(baselines::not_found(&err)),
+                        Ok(Err(err)) => Err(Unusable::NotFound(err).into()),
                         Err(status) => Err(status),
                     }
                 }
@@ -308,6 +325,75 @@ impl DriftService for Service {
             let _ = client.send(last).await;
         });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type VerifyBaselineStream = Stream<proto::VerifyBaselineProgress>;
+
+    async fn verify_baseline(
+        &self,
+        request: Request<proto::VerifyBaselineRequest>,
+    ) -> Result<Response<Self::VerifyBaselineStream>, Status> {
+        let (client, stream) = mpsc::channel(STREAM);
+        tokio::spawn(self.clone().verify(request.into_inner(), client));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type DiffBaselinesStream = Stream<proto::BaselineDifference>;
+
+    async fn diff_baselines(
+        &self,
+        request: Request<proto::DiffBaselinesRequest>,
+    ) -> Result<Response<Self::DiffBaselinesStream>, Status> {
+        let proto::DiffBaselinesRequest { a, b } = request.into_inner();
+        let store = self.backend.baselines.clone();
+        let (a, b) = unblock(move || {
+            Ok::<_, Unusable>((baselines::open(&store, &a)?, baselines::open(&store, &b)?))
+        })
+        .await??;
+        let (client, stream) = mpsc::channel(STREAM);
+        tokio::task::spawn_blocking(move || {
+            for difference in baseline::diff(&a, &b) {
+                let difference = baselines::difference_to_proto(difference);
+                if client.blocking_send(Ok(difference)).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn remove_baseline(
+        &self,
+        request: Request<proto::RemoveBaselineRequest>,
+    ) -> Result<Response<proto::RemoveBaselineResponse>, Status> {
+        let image = request.into_inner().image;
+        let store = self.backend.baselines.clone();
+        let record = unblock(move || store.find(&image)).await?.map_err(Unusable::from)?;
+        let (reply, answer) = oneshot::channel();
+        // Whoever asked may have gone by the time it is done.
+        let done = Box::new(move |result| drop(reply.send(result)));
+        self.backend.recorder.remove(record.chain_id, done);
+        answer.await.map_err(|_| stopping())?.map_err(Status::failed_precondition)?;
+        Ok(Response::new(proto::RemoveBaselineResponse {
+            chain_id: record.chain_id.to_string(),
+            names: record.names.into_iter().map(|name| name.name).collect(),
+        }))
+    }
+
+    async fn prune_baselines(
+        &self,
+        _: Request<proto::PruneBaselinesRequest>,
+    ) -> Result<Response<proto::PruneBaselinesResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        // Whoever asked may have gone by the time it is done.
+        self.backend.recorder.prune(Box::new(move |result| drop(reply.send(result))));
+        let collected = answer.await.map_err(|_| stopping())?.map_err(Status::internal)?;
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(proto::PruneBaselinesResponse {
+            images: count(collected.images),
+            layers: count(collected.layers),
+            bytes: collected.bytes,
+        }))
     }
 
     async fn list_findings(
@@ -347,7 +433,10 @@ impl DriftService for Service {
         let found = unblock(move || {
             let found = reader.finding(&id)?;
             let responses = match &found {
-                FindingLookup::Found(finding) => reader.responses(&finding.container.id)?,
+                FindingLookup::Found(finding) => match finding.container_id() {
+                    Some(container) => reader.responses(container)?,
+                    None => Vec::new(),
+                },
                 FindingLookup::Unknown | FindingLookup::Ambiguous(_) => Vec::new(),
             };
             Ok((found, responses))
@@ -442,7 +531,7 @@ impl Service {
                     return Ok(());
                 }
                 if committed.changed().await.is_err() {
-                    return Err(Status::unavailable("driftd is stopping"));
+                    return Err(stopping());
                 }
             }
         };
@@ -455,7 +544,11 @@ impl Service {
     }
 }
 
-fn progress_to_proto(progress: &Progress) -> proto::RecordBaselineProgress {
+fn stopping() -> Status {
+    Status::unavailable("driftd is stopping")
+}
+
+pub(super) fn progress_to_proto(progress: &Progress) -> proto::RecordBaselineProgress {
     proto::RecordBaselineProgress {
         files_done: progress.files_done.load(Ordering::Relaxed),
         bytes_done: progress.bytes_done.load(Ordering::Relaxed),
@@ -465,18 +558,18 @@ fn progress_to_proto(progress: &Progress) -> proto::RecordBaselineProgress {
     }
 }
 
-/// Waits for the recording and tells the client how far it is. `None` when the
-/// client has gone.
-async fn tell_progress<T>(
-    mut recording: Pin<Box<dyn Future<Output = T> + Send + '_>>,
-    progress: &Progress,
-    client: &mpsc::Sender<Result<proto::RecordBaselineProgress, Status>>,
+/// Waits for the work and tells the client how far it is. `None` when the client
+/// has gone.
+pub(super) async fn tell_progress<T, M>(
+    mut work: Pin<Box<dyn Future<Output = T> + Send + '_>>,
+    client: &mpsc::Sender<Result<M, Status>>,
+    now: impl Fn() -> M,
 ) -> Option<T> {
     let mut ticks = tokio::time::interval(PROGRESS_EVERY);
     loop {
         tokio::select! {
-            done = &mut recording => return Some(done),
-            _ = ticks.tick() => client.send(Ok(progress_to_proto(progress))).await.ok()?,
+            done = &mut work => return Some(done),
+            _ = ticks.tick() => client.send(Ok(now())).await.ok()?,
         }
     }
 }

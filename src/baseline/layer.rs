@@ -8,10 +8,10 @@
 use std::cmp::Ordering;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 
-use crate::model::{Blake3Hash, FileType, Format, LayerId, RootfsPath};
+use crate::model::{Blake3Hash, DiffId, FileType, Format, LayerId, RootfsPath};
 use crate::sys::map::{FileMap, map_immutable};
 
 /// A file, directory, link or device of an image.
@@ -142,8 +142,10 @@ const FLAG_CAPABILITY: u16 = 2;
 
 const WHITEOUT: u8 = 0;
 
+const REGULAR: u8 = 1;
+
 const KINDS: [(u8, FileType); 7] = [
-    (1, FileType::Regular),
+    (REGULAR, FileType::Regular),
     (2, FileType::Directory),
     (3, FileType::Symlink),
     (4, FileType::CharDevice),
@@ -202,78 +204,154 @@ pub enum WriteError {
     Refused(String),
 }
 
-/// Sees every byte on its way to `out`.
-struct Checksummed<W> {
-    out: W,
-    hasher: blake3::Hasher,
-}
-
-impl<W: Write> Write for Checksummed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.out.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
 /// Writes a layer. The entries may come in any order; every one but the root
-/// needs its parent directory among them.
-pub fn write<W: Write>(id: LayerId, mut entries: Vec<LayerEntry>, out: W) -> Result<W, WriteError> {
+/// needs its parent directory among them. Its file is in memory until it is
+/// complete: for layers of any size there is [`Writer`].
+pub fn write<W: Write>(
+    id: LayerId,
+    mut entries: Vec<LayerEntry>,
+    mut out: W,
+) -> Result<W, WriteError> {
     entries.sort_unstable_by(|a, b| compare_paths(a.path().as_bytes(), b.path().as_bytes()));
-    check_tree(&entries)?;
-
-    let mut by_content: Vec<(Blake3Hash, u32)> = Vec::new();
-    let mut pool = id.to_string().len() as u64;
-    for (number, entry) in (0_u32..).zip(&entries) {
-        pool += entry.path().as_bytes().len() as u64;
-        if let LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) = entry {
-            pool += length_of(file.link_target.as_deref()) as u64;
-            pool += length_of(file.capability.as_deref()) as u64;
-            by_content.extend(file.blake3.map(|hash| (hash, number)));
-        }
-    }
-    by_content.sort_unstable();
-    if u32::try_from(pool).is_err() {
-        return Err(WriteError::Refused(format!(
-            "its names take {pool} bytes; 4 GiB is the limit"
-        )));
-    }
-
-    let id = id.to_string();
-    let mut out =
-        BufWriter::with_capacity(1 << 17, Checksummed { out, hasher: blake3::Hasher::new() });
-    out.write_all(&MAGIC)?;
-    out.write_all(&VERSION.to_le_bytes())?;
-    out.write_all(&count(id.len())?.to_le_bytes())?;
-    out.write_all(&count(entries.len())?.to_le_bytes())?;
-    out.write_all(&count(by_content.len())?.to_le_bytes())?;
-    out.write_all(&pool.to_le_bytes())?;
-
-    let mut offset = count(id.len())?;
+    let memory = || Cursor::new(Vec::new());
+    let mut writer = Writer::new(id, memory(), memory())?;
     for entry in &entries {
-        out.write_all(&encode(entry, &mut offset)?)?;
+        writer.push(entry)?;
     }
-    for (_, number) in &by_content {
-        out.write_all(&number.to_le_bytes())?;
-    }
-    out.write_all(id.as_bytes())?;
-    for entry in &entries {
-        out.write_all(entry.path().as_bytes())?;
-        if let LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) = entry {
-            out.write_all(file.link_target.as_deref().unwrap_or_default())?;
-            out.write_all(file.capability.as_deref().unwrap_or_default())?;
-        }
-    }
-
-    let Checksummed { mut out, hasher } =
-        out.into_inner().map_err(io::IntoInnerError::into_error)?;
-    out.write_all(hasher.finalize().as_bytes())?;
+    out.write_all(writer.finish()?.get_ref())?;
     out.flush()?;
     Ok(out)
+}
+
+/// Writes a layer whose entries come one by one, in the order of paths. However
+/// many there are, they are not kept in memory.
+#[derive(Debug)]
+pub struct Writer<W: Write, S: Write> {
+    id: String,
+    out: BufWriter<W>,
+    /// What goes behind the records, of which nobody knows yet how many come.
+    pool: BufWriter<S>,
+    tree: Tree,
+    records: u32,
+    hashed: u32,
+    pool_length: u32,
+}
+
+const WRITE_BUFFER: usize = 1 << 17;
+
+/// How many entries of the content index are sorted at once.
+const SORTED_AT_ONCE: usize = 1 << 18;
+
+impl<W: Read + Write + Seek, S: Read + Write + Seek> Writer<W, S> {
+    /// `out` becomes the layer's file; `scratch` is of no use afterwards. Both
+    /// are empty.
+    pub fn new(id: LayerId, out: W, scratch: S) -> Result<Writer<W, S>, WriteError> {
+        let id = id.to_string();
+        let mut out = BufWriter::with_capacity(WRITE_BUFFER, out);
+        out.write_all(&[0; HEADER])?;
+        let mut pool = BufWriter::with_capacity(WRITE_BUFFER, scratch);
+        pool.write_all(id.as_bytes())?;
+        let pool_length = count(id.len())?;
+        Ok(Writer { id, out, pool, tree: Tree::default(), records: 0, hashed: 0, pool_length })
+    }
+
+    pub fn push(&mut self, entry: &LayerEntry) -> Result<(), WriteError> {
+        self.tree.check(entry)?;
+        if let LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) = entry
+            && file.blake3.is_some() != (file.file_type == FileType::Regular)
+        {
+            let path = entry.path();
+            return Err(WriteError::Refused(format!(
+                "{path} is a file without a hash, or has a hash and is none"
+            )));
+        }
+        let too_many = || {
+            WriteError::Refused("it has more entries or longer names than a baseline holds".into())
+        };
+        let mut end = self.pool_length;
+        let record = encode(entry, &mut end)?;
+        if end == u32::MAX {
+            return Err(too_many());
+        }
+        self.out.write_all(&record)?;
+        self.pool.write_all(entry.path().as_bytes())?;
+        if let LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) = entry {
+            self.pool.write_all(file.link_target.as_deref().unwrap_or_default())?;
+            self.pool.write_all(file.capability.as_deref().unwrap_or_default())?;
+            self.hashed += u32::from(file.blake3.is_some());
+        }
+        self.pool_length = end;
+        self.records = self.records.checked_add(1).ok_or_else(too_many)?;
+        Ok(())
+    }
+
+    /// Completes the file. What is on the disk is the caller's concern.
+    pub fn finish(self) -> Result<W, WriteError> {
+        self.tree.finish()?;
+        let mut out = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let mut pool = self.pool.into_inner().map_err(io::IntoInnerError::into_error)?;
+
+        write_index(&mut out, self.records, self.hashed, SORTED_AT_ONCE)?;
+        pool.rewind()?;
+        io::copy(&mut BufReader::with_capacity(WRITE_BUFFER, pool), &mut out)?;
+
+        let mut header = Vec::with_capacity(HEADER);
+        header.extend_from_slice(&MAGIC);
+        header.extend_from_slice(&VERSION.to_le_bytes());
+        header.extend_from_slice(&count(self.id.len())?.to_le_bytes());
+        header.extend_from_slice(&self.records.to_le_bytes());
+        header.extend_from_slice(&self.hashed.to_le_bytes());
+        header.extend_from_slice(&u64::from(self.pool_length).to_le_bytes());
+        out.rewind()?;
+        out.write_all(&header)?;
+
+        out.rewind()?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(&mut out)?;
+        out.write_all(hasher.finalize().as_bytes())?;
+        out.flush()?;
+        Ok(out)
+    }
+}
+
+/// Appends the content index. The hashes are fetched from the records, as often
+/// as needed, so that few of them are in memory: twice what is sorted `at_once`.
+fn write_index<W: Read + Write + Seek>(
+    out: &mut W,
+    records: u32,
+    hashed: u32,
+    at_once: usize,
+) -> Result<(), WriteError> {
+    let mut index: Vec<u8> = Vec::with_capacity(hashed as usize * 4);
+    let mut last: Option<([u8; 32], u32)> = None;
+    while index.len() < hashed as usize * 4 {
+        let mut least: Vec<([u8; 32], u32)> = Vec::new();
+        out.seek(SeekFrom::Start(HEADER as u64))?;
+        let mut reader = BufReader::with_capacity(WRITE_BUFFER, &mut *out);
+        for number in 0..records {
+            let mut record = [0; RECORD];
+            reader.read_exact(&mut record)?;
+            let content = record[field::BLAKE3..].first_chunk().copied().unwrap_or_default();
+            let key = (content, number);
+            if record[field::KIND] == REGULAR && last.is_none_or(|last| key > last) {
+                if least.len() == 2 * at_once {
+                    least.select_nth_unstable(at_once);
+                    least.truncate(at_once);
+                }
+                least.push(key);
+            }
+        }
+        least.sort_unstable();
+        least.truncate(at_once);
+        last = least.last().copied();
+        index.extend(least.iter().flat_map(|(_, number)| number.to_le_bytes()));
+        if last.is_none() {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+    }
+    out.seek(SeekFrom::Start(HEADER as u64 + u64::from(records) * RECORD as u64))?;
+    out.write_all(&index)?;
+    Ok(())
 }
 
 fn length_of(bytes: Option<&[u8]>) -> usize {
@@ -296,46 +374,59 @@ fn short(length: usize, path: &RootfsPath) -> Result<u16, WriteError> {
 
 /// Checks that sorted entries are a tree: the root first, every path once, and
 /// every entry in a directory that is an entry too.
-fn check_tree(entries: &[LayerEntry]) -> Result<(), WriteError> {
-    let refuse = |path: &RootfsPath, why: &str| Err(WriteError::Refused(format!("{path} {why}")));
+#[derive(Debug, Default)]
+struct Tree {
+    previous: Vec<u8>,
+    /// The directories that lead to `previous`, itself included: how much of it
+    /// each of them is.
+    open: Vec<usize>,
+}
 
-    let root = entries.first().map(|entry| entry.path().as_bytes());
-    if root != Some(b"/") {
-        return Err(WriteError::Refused("it has no root directory".into()));
-    }
-    // The directories that lead to the entry at hand.
-    let mut open: Vec<&[u8]> = Vec::new();
-    let mut previous: &[u8] = b"";
-    for entry in entries {
+impl Tree {
+    fn check(&mut self, entry: &LayerEntry) -> Result<(), WriteError> {
         let path = entry.path();
         let bytes = path.as_bytes();
-        if bytes == previous {
-            return refuse(path, "is named twice");
+        let refuse = |why: &str| Err(WriteError::Refused(format!("{path} {why}")));
+
+        if self.previous.is_empty() && bytes != b"/" {
+            return Err(WriteError::Refused(NO_ROOT.into()));
+        }
+        match compare_paths(&self.previous, bytes) {
+            Ordering::Less => (),
+            Ordering::Equal => return refuse("is named twice"),
+            Ordering::Greater => return refuse("comes too late"),
         }
         if bytes.len() > MAX_PATH {
-            return refuse(path, "is longer than 4096 bytes");
+            return refuse("is longer than 4096 bytes");
         }
-        while open.last().is_some_and(|directory| !is_below(bytes, directory)) {
-            open.pop();
+        while self.open.last().is_some_and(|end| !is_below(bytes, &self.previous[..*end])) {
+            self.open.pop();
         }
-        if open.last().copied() != parent_of(bytes) {
-            return refuse(path, "is in a directory that is missing");
+        if self.open.last().map(|end| &self.previous[..*end]) != parent_of(bytes) {
+            return refuse("is in a directory that is missing");
         }
         let directory = match entry {
             LayerEntry::Whiteout(_) => false,
             LayerEntry::File(file) => file.file_type == FileType::Directory,
             LayerEntry::OpaqueDirectory(file) if file.file_type == FileType::Directory => true,
-            LayerEntry::OpaqueDirectory(_) => return refuse(path, "is opaque but no directory"),
+            LayerEntry::OpaqueDirectory(_) => return refuse("is opaque but no directory"),
         };
         match (bytes, directory) {
-            (_, true) => open.push(bytes),
-            (b"/", false) => return refuse(path, "is no directory"),
+            (_, true) => self.open.push(bytes.len()),
+            (b"/", false) => return refuse("is no directory"),
             (_, false) => (),
         }
-        previous = bytes;
+        self.previous.clear();
+        self.previous.extend_from_slice(bytes);
+        Ok(())
     }
-    Ok(())
+
+    fn finish(&self) -> Result<(), WriteError> {
+        if self.previous.is_empty() { Err(WriteError::Refused(NO_ROOT.into())) } else { Ok(()) }
+    }
 }
+
+const NO_ROOT: &str = "it has no root directory";
 
 /// The directory that holds `path`; `None` for the root.
 pub(super) fn parent_of(path: &[u8]) -> Option<&[u8]> {
@@ -356,7 +447,7 @@ fn encode(entry: &LayerEntry, offset: &mut u32) -> Result<[u8; RECORD], WriteErr
     let path_length = short(path.as_bytes().len(), path)?;
     put(field::PATH_OFFSET, &offset.to_le_bytes());
     put(field::PATH_LENGTH, &path_length.to_le_bytes());
-    // The pool's total was counted before and fits.
+    // Whoever calls this refuses a pool that reaches the end.
     *offset = offset.saturating_add(u32::from(path_length));
 
     let (file, opaque) = match entry {
@@ -425,6 +516,15 @@ enum Bytes {
     Owned(Vec<u8>),
 }
 
+impl Bytes {
+    fn forget(&self) {
+        match self {
+            Bytes::Mapped(map) => map.forget(),
+            Bytes::Owned(_) => (),
+        }
+    }
+}
+
 impl std::ops::Deref for Bytes {
     type Target = [u8];
 
@@ -434,6 +534,56 @@ impl std::ops::Deref for Bytes {
             Bytes::Owned(bytes) => bytes,
         }
     }
+}
+
+/// The identity of a layer whose own is not read yet.
+const NOBODY: LayerId = LayerId::Diff(DiffId([0; 32]));
+
+/// After how many records of many a mapped file's pages are given back.
+pub(super) const AT_A_TIME: usize = 1 << 16;
+
+/// The BLAKE3 hash of `bytes`, and what `work` returns meanwhile. A container
+/// waits for this, so that two processors share it if it is much. Of what was
+/// read, `forget` is called often enough that little stays in memory.
+fn checksum_and<T>(
+    bytes: &[u8],
+    forget: impl Fn() + Sync,
+    work: impl FnOnce() -> T,
+) -> (blake3::Hash, T) {
+    use blake3::hazmat::{HasherExt as _, Mode, left_subtree_len, merge_subtrees_root};
+
+    // Below this, starting a thread costs more than it saves.
+    const MUCH: usize = 1 << 19;
+    let middle = usize::try_from(left_subtree_len(bytes.len().max(MUCH) as u64));
+    let Some((left, right)) = middle.ok().and_then(|middle| bytes.split_at_checked(middle)) else {
+        return (blake3::hash(bytes), work());
+    };
+    if right.is_empty() {
+        return (blake3::hash(bytes), work());
+    }
+    let subtree = |bytes: &[u8], offset: usize| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.set_input_offset(offset as u64);
+        for piece in bytes.chunks(AT_A_TIME * RECORD) {
+            hasher.update(piece);
+            if piece.len() < bytes.len() {
+                forget();
+            }
+        }
+        hasher.finalize_non_root()
+    };
+    std::thread::scope(|scope| {
+        let larger = || subtree(left, 0);
+        let helper = std::thread::Builder::new().spawn_scoped(scope, larger);
+        let right = subtree(right, left.len());
+        let done = work();
+        let left = match helper.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(left)) => left,
+            // There is no other thread to be had.
+            Ok(Err(_)) | Err(_) => larger(),
+        };
+        (merge_subtrees_root(&left, &right, Mode::Hash), done)
+    })
 }
 
 /// What one layer says about its paths. Opening checks the checksum, every
@@ -485,31 +635,40 @@ impl LayerBaseline {
         if total != Some(end as u64) {
             return Err(Invalid::Length);
         }
-        if blake3::hash(&bytes[..end]).as_bytes() != &bytes[end..] {
-            return Err(Invalid::Checksum);
-        }
         let size = |length: u64| usize::try_from(length).map_err(|_| Invalid::Length);
         let records = HEADER..HEADER + size(records)?;
         let index = records.end..records.end + size(index)?;
         let pool = index.end..end;
 
-        let id = bytes[pool.clone()]
-            .get(..u32_at(&bytes, header::ID_LENGTH) as usize)
-            .ok_or(Invalid::Length)?;
-        let id = str::from_utf8(id)
-            .ok()
-            .and_then(parse_layer_id)
-            .ok_or_else(|| Invalid::Identity(crate::model::printable(id)))?;
-
-        let layer = LayerBaseline { bytes, id, records, index, pool };
-        layer.check_records()?;
-        layer.check_index()?;
-        Ok(layer)
+        let id_length = u32_at(&bytes, header::ID_LENGTH) as usize;
+        // Whatever the bytes are, looking at them is safe; so that is done while
+        // the checksum is computed, and told after it.
+        let layer = LayerBaseline { bytes, id: NOBODY, records, index, pool };
+        let checked = || {
+            let id = layer.bytes[layer.pool.clone()].get(..id_length).ok_or(Invalid::Length)?;
+            let id = str::from_utf8(id)
+                .ok()
+                .and_then(parse_layer_id)
+                .ok_or_else(|| Invalid::Identity(crate::model::printable(id)))?;
+            layer.check_records()?;
+            layer.check_index()?;
+            Ok(id)
+        };
+        let (checksum, checked) =
+            checksum_and(&layer.bytes[..end], || layer.bytes.forget(), checked);
+        layer.forget();
+        if checksum.as_bytes() != &layer.bytes[end..] {
+            return Err(Invalid::Checksum);
+        }
+        Ok(LayerBaseline { id: checked?, ..layer })
     }
 
     fn check_records(&self) -> Result<(), Invalid> {
         let pool = self.pool.len() as u64;
         for (number, raw) in self.records().iter().enumerate() {
+            if number % AT_A_TIME == AT_A_TIME - 1 {
+                self.forget();
+            }
             let kind = raw[field::KIND];
             let path_end = u64::from(u32_at(raw, field::PATH_OFFSET))
                 + u64::from(u16_at(raw, field::PATH_LENGTH));
@@ -538,8 +697,19 @@ impl LayerBaseline {
         if sound { Ok(()) } else { Err(Invalid::Index) }
     }
 
+    /// Takes what was looked at out of this process's memory, until it is looked
+    /// at again.
+    pub(super) fn forget(&self) {
+        self.bytes.forget();
+    }
+
     pub fn id(&self) -> LayerId {
         self.id
+    }
+
+    /// The checksum over the whole file.
+    pub fn checksum(&self) -> Blake3Hash {
+        Blake3Hash(self.bytes.last_chunk().copied().unwrap_or_default())
     }
 
     /// How many entries there are, whiteouts and directories included.
@@ -884,6 +1054,26 @@ pub(super) mod tests {
             }
         }
 
+        /// The content index is made in passes, however few fit into one.
+        #[test]
+        fn the_content_index_is_the_same_in_any_number_of_passes(
+            entries in any_layer(), at_once in 1..4_usize,
+        ) {
+            let whole = written(&entries);
+            let layer = LayerBaseline::from_bytes(whole.clone()).unwrap();
+            let hashed = u32::try_from(layer.index().len()).unwrap();
+            let records = u32::try_from(layer.len()).unwrap();
+            let mut out = Cursor::new(whole[..layer.records.end].to_vec());
+            write_index(&mut out, records, hashed, at_once).unwrap();
+            prop_assert_eq!(out.get_ref(), &whole[..layer.index.end]);
+        }
+
+        #[test]
+        fn a_checksum_is_the_same_whoever_computes_it(length in 0..3_000_000_usize) {
+            let bytes = vec![7; length];
+            prop_assert_eq!(checksum_and(&bytes, || (), || 1), (blake3::hash(&bytes), 1));
+        }
+
         #[test]
         fn a_changed_byte_is_noticed(
             entries in any_layer(), at: proptest::sample::Index, by in 1..=255_u8,
@@ -965,10 +1155,79 @@ pub(super) mod tests {
             entries_of("/a/b 644 data x").into_iter().filter(orphan).collect(),
             "/a/b is in a directory that is missing",
         );
+        check_refused(
+            entries_of("/a 755 dir")
+                .into_iter()
+                .map(|entry| match entry {
+                    LayerEntry::File(file) => {
+                        LayerEntry::File(FileEntry { blake3: Some(blake3_of("")), ..file })
+                    }
+                    other => other,
+                })
+                .collect(),
+            "/ is a file without a hash, or has a hash and is none",
+        );
         let mut below_a_file = entries_of("/a/b 644 data x");
         below_a_file.retain(orphan);
         below_a_file.extend(entries_of("/a 644 data x").into_iter().filter(|entry| !orphan(entry)));
         check_refused(below_a_file, "/a/b is in a directory that is missing");
+    }
+
+    #[test]
+    fn entries_that_come_one_by_one_come_in_order() {
+        let memory = || Cursor::new(Vec::new());
+        let mut writer = Writer::new(ID, memory(), memory()).unwrap();
+        let mut entries = entries_of("/a 644 data x\n/b 644 data x");
+        entries.swap(1, 2);
+        let result = entries.iter().try_for_each(|entry| writer.push(entry));
+        assert_eq!(result.unwrap_err().to_string(), "/a comes too late");
+    }
+
+    /// A layer whose checksum two threads share, with every kind of entry.
+    fn large_layer() -> Vec<u8> {
+        let mut text = "opaque /o 755\n- /w\n/l 777 symlink x\n/p 755 elf x cap=raw\n".to_owned();
+        for number in 0..8_000 {
+            text += &format!("/d{}/file-{number} 644 data {}\n", number % 50, number / 3);
+        }
+        written(&entries_of(&text))
+    }
+
+    #[test]
+    fn a_file_that_lost_its_end_is_no_layer() {
+        let whole = large_layer();
+        assert!(whole.len() > 1 << 19);
+        for part in 0..16 {
+            let mut cut = whole.clone();
+            cut.truncate(whole.len() / 16 * part);
+            let err = LayerBaseline::from_bytes(cut).unwrap_err();
+            assert_eq!(err, Invalid::Length, "cut at {part}/16");
+            let file = tempfile::tempfile().unwrap();
+            (&file).write_all(&whole[..whole.len() / 16 * part]).unwrap();
+            let err = LayerBaseline::open(&file).unwrap_err();
+            assert!(matches!(err, OpenError::Invalid(Invalid::Length)), "cut at {part}/16: {err}");
+        }
+        LayerBaseline::from_bytes(whole).unwrap();
+    }
+
+    /// A disk that loses the end of a file may leave zeros in its place.
+    #[test]
+    fn a_file_whose_end_is_zeros_is_no_layer() {
+        let whole = large_layer();
+        for part in 1..16 {
+            let mut cut = whole.clone();
+            cut[whole.len() / 16 * part..].fill(0);
+            assert_eq!(LayerBaseline::from_bytes(cut).unwrap_err(), Invalid::Checksum);
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_noticed_wherever_it_is() {
+        let whole = large_layer();
+        for at in (0..whole.len()).step_by(whole.len() / 64) {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 0x10;
+            LayerBaseline::from_bytes(flipped).unwrap_err();
+        }
     }
 
     #[test]

@@ -13,7 +13,9 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::layer::{FileEntry, LayerBaseline, LayerEntry, Record, compare_paths, is_below};
+use super::layer::{
+    AT_A_TIME, FileEntry, LayerBaseline, LayerEntry, Record, compare_paths, is_below,
+};
 use crate::model::file::is_program;
 use crate::model::{Blake3Hash, ChainId, FileType, LayerId, RootfsPath};
 
@@ -55,6 +57,16 @@ enum Says<'a> {
     Entry(Record<'a>),
 }
 
+/// What the layers above leave of one layer at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    Nothing,
+    /// A directory above stands at the path and is merged with this layer's: what
+    /// lies below it can be seen, its owner and mode cannot.
+    Below,
+    All,
+}
+
 impl ImageBaseline {
     /// The layers come bottom first.
     pub fn new(chain_id: ChainId, layers: Vec<(LayerId, Arc<LayerBaseline>)>) -> ImageBaseline {
@@ -79,6 +91,29 @@ impl ImageBaseline {
     pub fn get(&self, path: &RootfsPath) -> Option<Known> {
         let (number, record) = self.find(path.as_bytes())?;
         self.known(number, record)
+    }
+
+    /// What can be seen of `layer` at `path`, whatever the layer has there;
+    /// `Nothing` if it is no layer of this image.
+    pub fn shown_of(&self, layer: LayerId, path: &RootfsPath) -> Shown {
+        let mut shown = Shown::All;
+        for (id, above) in self.layers.iter().rev() {
+            if *id == layer {
+                return shown;
+            }
+            match ask(above, path.as_bytes()) {
+                Says::Nothing => (),
+                Says::Entry(record)
+                    if record.file_type() == Some(FileType::Directory)
+                        && !record.is_opaque()
+                        && !hides_inside(above, path.as_bytes()) =>
+                {
+                    shown = Shown::Below;
+                }
+                Says::Entry(_) | Says::Hidden => return Shown::Nothing,
+            }
+        }
+        Shown::Nothing
     }
 
     /// The files with this content that can be seen, in the order of paths.
@@ -121,14 +156,22 @@ impl ImageBaseline {
     pub fn totals(&self) -> Totals {
         *self.totals.get_or_init(|| {
             let mut totals = Totals::default();
-            for (_, record) in self.merge(b"/") {
+            for (number, (_, record)) in self.merge(b"/").enumerate() {
+                if number % AT_A_TIME == AT_A_TIME - 1 {
+                    self.forget();
+                }
                 if record.file_type() == Some(FileType::Regular) {
                     totals.files += 1;
                     totals.bytes = totals.bytes.saturating_add(record.size());
                 }
             }
+            self.forget();
             totals
         })
+    }
+
+    fn forget(&self) {
+        self.layers.iter().for_each(|(_, layer)| layer.forget());
     }
 
     fn known(&self, number: usize, record: Record<'_>) -> Option<Known> {
@@ -161,7 +204,7 @@ impl ImageBaseline {
                 Says::Nothing => floor = number,
                 Says::Entry(record) if record.file_type() == Some(FileType::Directory) => {
                     floor = number;
-                    if record.is_opaque() {
+                    if hides_below(record) {
                         break;
                     }
                 }
@@ -201,7 +244,7 @@ fn hides_inside(layer: &LayerBaseline, path: &[u8]) -> bool {
         let Some(record) = layer.find(ancestor).and_then(|number| layer.record(number)) else {
             return false;
         };
-        if record.file_type() != Some(FileType::Directory) || record.is_opaque() {
+        if record.file_type() != Some(FileType::Directory) || hides_below(record) {
             return true;
         }
     }
@@ -297,12 +340,18 @@ impl<'a> Iterator for Merge<'a> {
     }
 }
 
+/// Whether a directory hides what the layers below have in it. The kernel does not
+/// ask this of the layers' own roots: overlayfs merges them when it mounts them.
+fn hides_below(record: Record<'_>) -> bool {
+    record.is_opaque() && record.path() != b"/"
+}
+
 /// The lowest layer that can be seen below `record`, which is of layer
 /// `number`, when it was `floor` before.
 fn floor_below(floor: usize, number: usize, record: Record<'_>) -> usize {
     match record.file_type() {
         _ if number < floor => floor,
-        Some(FileType::Directory) if record.is_opaque() => number,
+        Some(FileType::Directory) if hides_below(record) => number,
         Some(FileType::Directory) => floor,
         // Nothing is below it in its own layer, whatever it is.
         Some(_) | None => number + 1,
@@ -322,6 +371,33 @@ mod tests {
 
     fn path(text: &str) -> RootfsPath {
         RootfsPath::new(text).unwrap()
+    }
+
+    #[test]
+    fn a_layer_shows_what_no_layer_above_stands_before() {
+        let image = ImageBaseline::from_text(&[
+            "/bin/ls 755 elf ls\n/etc/motd 644 data hello\n/opt/a 755 elf a\n/var/x 755 elf x",
+            "/bin/cat 755 elf cat\n- /etc/motd\nopaque /opt 755",
+            "/bin/ls 755 elf other",
+        ]);
+        let layers = image.layers();
+        let check = |number: usize, name: &str, expected: Shown| {
+            assert_eq!(image.shown_of(layers[number], &path(name)), expected, "{number} {name}");
+        };
+        check(0, "/bin/ls", Shown::Nothing);
+        check(1, "/bin/ls", Shown::Nothing);
+        check(2, "/bin/ls", Shown::All);
+        check(0, "/bin/cat", Shown::Nothing);
+        check(0, "/bin/new", Shown::All);
+        check(0, "/bin", Shown::Below);
+        check(2, "/bin", Shown::All);
+        check(0, "/etc/motd", Shown::Nothing);
+        check(0, "/opt/a", Shown::Nothing);
+        check(0, "/opt", Shown::Nothing);
+        check(1, "/opt", Shown::All);
+        check(0, "/var/x", Shown::All);
+        let stranger = LayerId::Diff(DiffId([9; 32]));
+        assert_eq!(image.shown_of(stranger, &path("/var/x")), Shown::Nothing);
     }
 
     /// The paths an image holds, its directories left out.
@@ -359,6 +435,11 @@ mod tests {
             &["/a/old/x 644 data x\n/b 644 data x", "opaque /a 755\n/a/new 644 data x"],
             &["/a/new", "/b"],
         );
+    }
+
+    #[test]
+    fn an_opaque_root_hides_nothing() {
+        check(&["/a/b 644 data x", "opaque / 755\n/c 644 data x"], &["/a/b", "/c"]);
     }
 
     #[test]

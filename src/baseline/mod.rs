@@ -1,16 +1,20 @@
 //! What an image says its files are.
 //!
 //! ```text
-//!  a layer's directory ── walk ──> entries ── layer::write ──> layers/<diff ID>.layer
-//!                                                                 │ mapped, never copied
-//!  News <── recorder (one thread, a pool that hashes)             v
-//!                                            merge: ImageBaseline over the layers of a chain
+//!  a layer's directory ── walk ──┐
+//!                                ├─> entries ── layer::write ──> layers/<diff ID>.layer
+//!  a layer's blob ────── stream ─┘      ^                           │ mapped, never copied
+//!                                       │ compare                   v
+//!  News <── recorder <── verify: reads the other witness    merge: ImageBaseline over
+//!           (one thread)  (one thread, in the background)   the layers of a chain
 //! ```
 //!
-//! A layer is recorded once, whatever images use it. Nothing here judges a
+//! A layer is recorded once, whatever images use it, and proved once, by what its
+//! blob says; `proofs/` remembers how it is known. Nothing here judges a
 //! container: `detect` asks an [`ImageBaseline`] what a path should be.
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -19,22 +23,29 @@ use serde::{Deserialize, Serialize};
 use crate::model::{Blob, ChainId, FileTime, LayerId, RootfsPath};
 
 pub mod archive;
+pub mod compare;
+pub mod diff;
 pub mod layer;
 pub mod merge;
 #[doc(hidden)]
 pub mod oci;
+pub mod proof;
 pub mod recorder;
 pub mod store;
 pub mod stream;
 mod tar;
 mod text;
 mod unpack;
+pub mod urgency;
+mod verify;
 pub mod walk;
 
+pub use diff::{ImageDifference, diff};
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
-pub use recorder::{Job, Recorder};
-pub use store::{FindError, ImageName, ImageRecord, Store};
+pub use recorder::{Answer, Job, Queue, Recorder};
+pub use store::{Collected, FindError, ImageName, ImageRecord, Store};
+pub use urgency::Urgency;
 
 #[doc(hidden)]
 pub use text::blake3_of;
@@ -132,6 +143,9 @@ pub enum News {
         layer: LayerId,
         /// What was compared with the baseline, for people: a directory or a blob.
         witness: String,
+        /// The layer's directories of which this is said. Another one, of the same
+        /// layer in another namespace, may be whole.
+        directories: Vec<PathBuf>,
         differences: Vec<LayerDifference>,
         total: u64,
     },

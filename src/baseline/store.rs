@@ -5,25 +5,31 @@
 //!   layers/<diff ID in hex>.layer        one layer, whatever images use it
 //!   layers/chain-<chain ID in hex>.layer a layer whose diff ID nobody knows
 //!   images/<chain ID in hex>.json        what an image is called, and its layers
+//!   proofs/<like its layer>.json         how far a layer is proved
 //! ```
 //!
 //! A file is written under another name, synced, and renamed: under its own name
 //! it is whole and never changes. Only the recorder's thread writes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::KnownBy;
 use super::layer::{self, LayerBaseline, LayerEntry, OpenError, WriteError, parse_layer_id};
 use super::merge::{ImageBaseline, Totals};
+use super::proof::{self, LayerProof};
 use crate::health::{Failure, Health};
-use crate::model::{ChainId, LayerId, ManifestDigest, printable};
+use crate::model::{Blake3Hash, ChainId, LayerId, ManifestDigest, printable};
 
 /// What an image is called in one of containerd's namespaces.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -57,6 +63,8 @@ pub struct ImageRecord {
     pub layers: Vec<LayerId>,
     pub recorded_at: Timestamp,
     pub totals: Totals,
+    /// Since when no image and no container needs it, as far as was noticed.
+    pub unneeded_since: Option<Timestamp>,
 }
 
 /// Why the store cannot be read or written.
@@ -68,6 +76,8 @@ pub enum Error {
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write the baseline {} (is the disk full? try: df {})", path.display(), path.parent().unwrap_or(path).display())]
     Write { path: PathBuf, source: io::Error },
+    #[error("another process writes to {} (a running driftd's baselines are its own: name another directory)", path.display())]
+    InUse { path: PathBuf },
     #[error("layer {id} cannot be a baseline: {reason}")]
     Refused { id: LayerId, reason: String },
 }
@@ -83,18 +93,26 @@ pub enum FindError {
     Ambiguous { text: String, candidates: Vec<String> },
 }
 
+/// The right to write to a store.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "the lock is held while the file is open")] File);
+
 /// All baselines of this node.
 #[derive(Debug)]
 pub struct Store {
     layers: PathBuf,
     images: PathBuf,
+    proofs: PathBuf,
     health: Arc<Health>,
+    read_only: bool,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     records: BTreeMap<ChainId, ImageRecord>,
+    /// Each of the layer's file as it is now.
+    proofs: HashMap<LayerId, LayerProof>,
     open_layers: HashMap<LayerId, Weak<LayerBaseline>>,
     open_images: HashMap<ChainId, Weak<ImageBaseline>>,
     /// Layers whose files were whole when they were last looked at.
@@ -110,26 +128,59 @@ struct State {
 pub struct Collected {
     pub images: usize,
     pub layers: usize,
+    /// Of the layers' files.
+    pub bytes: u64,
 }
 
 const LAYER_SUFFIX: &str = ".layer";
 const IMAGE_SUFFIX: &str = ".json";
+const PROOF_SUFFIX: &str = ".json";
 const UNFINISHED_SUFFIX: &str = ".tmp";
 const CORRUPT_SUFFIX: &str = ".corrupt";
 
 impl Store {
     /// Opens the store in `directory`, and makes it if it is not there.
     pub fn open(directory: &Path, health: Arc<Health>) -> Result<Store, Error> {
-        let (layers, images) = (directory.join("layers"), directory.join("images"));
-        for path in [directory, &layers, &images] {
+        let [layers, images, proofs] =
+            ["layers", "images", "proofs"].map(|name| directory.join(name));
+        for path in [directory, &layers, &images, &proofs] {
             make_private(path)
                 .and_then(|()| remove_unfinished(path))
                 .map_err(|source| Error::Directory { path: path.into(), source })?;
         }
-        let store = Store { layers, images, health, state: Mutex::default() };
-        let records = store.load_records()?;
-        store.state().records = records;
-        Ok(store)
+        let state = Mutex::default();
+        Store { layers, images, proofs, health, read_only: false, state }.loaded()
+    }
+
+    /// Opens a store that another process may be writing to. Nothing on the disk
+    /// is changed: files appear whole and never change, so there is nothing to
+    /// wait for. A file that is not whole is an error.
+    pub fn open_to_read(directory: &Path, health: Arc<Health>) -> Result<Store, Error> {
+        let [layers, images, proofs] =
+            ["layers", "images", "proofs"].map(|name| directory.join(name));
+        let state = Mutex::default();
+        Store { layers, images, proofs, health, read_only: true, state }.loaded()
+    }
+
+    /// Claims the store for one process that writes to it, until the claim is
+    /// dropped or the process has ended. Who only reads needs none.
+    pub fn claim(&self) -> Result<Claim, Error> {
+        let path = &self.layers;
+        let unusable = |source| Error::Directory { path: path.clone(), source };
+        let directory = File::open(path).map_err(unusable)?;
+        match directory.try_lock() {
+            Ok(()) => Ok(Claim(directory)),
+            Err(TryLockError::WouldBlock) => Err(Error::InUse { path: path.clone() }),
+            Err(TryLockError::Error(source)) => Err(unusable(source)),
+        }
+    }
+
+    fn loaded(self) -> Result<Store, Error> {
+        let (records, proofs) = (self.load_records()?, self.load_proofs()?);
+        let mut state = self.state();
+        (state.records, state.proofs) = (records, proofs);
+        drop(state);
+        Ok(self)
     }
 
     /// Every recorded image, by name.
@@ -194,12 +245,7 @@ impl Store {
         chain_id: ChainId,
         ids: &[LayerId],
     ) -> Result<Option<Arc<ImageBaseline>>, Error> {
-        let mut layers = Vec::with_capacity(ids.len());
-        for id in ids {
-            let Some(layer) = self.layer(*id)? else { return Ok(None) };
-            layers.push((*id, layer));
-        }
-        let image = Arc::new(ImageBaseline::new(chain_id, layers));
+        let Some(image) = self.stack(chain_id, ids)?.map(Arc::new) else { return Ok(None) };
         self.state().open_images.insert(chain_id, Arc::downgrade(&image));
         Ok(Some(image))
     }
@@ -244,15 +290,113 @@ impl Store {
         Ok(self.layer(id)?.is_some())
     }
 
-    /// Writes a layer, durably.
-    pub fn write_layer(&self, id: LayerId, entries: Vec<LayerEntry>) -> Result<(), Error> {
+    /// Writes a layer, durably, in place of what was recorded for it. Who holds
+    /// the old one keeps it; a proof of the old one is void.
+    pub fn write_layer(
+        &self,
+        id: LayerId,
+        entries: Vec<LayerEntry>,
+    ) -> Result<Arc<LayerBaseline>, Error> {
         let path = self.layer_path(id);
-        write_whole(&path, |file| layer::write(id, entries, file).map(drop)).map_err(
-            |err| match err {
-                WriteError::Io(source) => Error::Write { path, source },
-                WriteError::Refused(reason) => Error::Refused { id, reason },
-            },
-        )
+        let written = write_whole(&path, |file| layer::write(id, entries, file).map(drop));
+        written.map_err(|err| match err {
+            WriteError::Io(source) => Error::Write { path: path.clone(), source },
+            WriteError::Refused(reason) => Error::Refused { id, reason },
+        })?;
+        self.replaced(id)?;
+        self.layer(id)?.ok_or_else(|| Error::Refused {
+            id,
+            reason: "it was not read back as it was written".into(),
+        })
+    }
+
+    /// A layer has another file than before.
+    fn replaced(&self, id: LayerId) -> Result<(), Error> {
+        let checksum = checksum_of(&self.layer_path(id));
+        let mut state = self.state();
+        state.open_layers.remove(&id);
+        state
+            .open_images
+            .retain(|_, image| image.upgrade().is_some_and(|image| !image.layers().contains(&id)));
+        if state.proofs.get(&id).is_some_and(|proof| checksum != Some(proof.checksum)) {
+            state.proofs.remove(&id);
+            remove(&self.proof_path(id))?;
+        }
+        Ok(())
+    }
+
+    /// What is known of a layer's file besides what it says.
+    pub fn proof(&self, id: LayerId) -> Option<LayerProof> {
+        self.state().proofs.get(&id).cloned()
+    }
+
+    /// Keeps what is known of a layer's file. If it cannot be written it is known
+    /// until the end of the process.
+    pub fn write_proof(&self, id: LayerId, proof: LayerProof) -> Result<(), Error> {
+        if self.proof(id).as_ref() == Some(&proof) {
+            return Ok(());
+        }
+        let json = proof::to_json(id, &proof);
+        self.state().proofs.insert(id, proof);
+        let path = self.proof_path(id);
+        write_whole(&path, |file| file.write_all(&json))
+            .map_err(|source| Error::Write { path, source })
+    }
+
+    /// Whether a layer is known to be recorded in a way that it can be used at that
+    /// place in a stack: above others it hides some of what they have.
+    pub fn has_layer_for(&self, id: LayerId, bottom: bool) -> Result<bool, Error> {
+        let hides = self.state().proofs.get(&id).is_some_and(|proof| proof.hides);
+        Ok((bottom || hides) && self.has_layer(id)?)
+    }
+
+    /// These layers as one tree, without a record of it; `None` if one is not
+    /// here.
+    pub fn stack(
+        &self,
+        chain_id: ChainId,
+        ids: &[LayerId],
+    ) -> Result<Option<ImageBaseline>, Error> {
+        let mut layers = Vec::with_capacity(ids.len());
+        for id in ids {
+            let Some(layer) = self.layer(*id)? else { return Ok(None) };
+            layers.push((*id, layer));
+        }
+        Ok(Some(ImageBaseline::new(chain_id, layers)))
+    }
+
+    /// The images that this layer is part of.
+    pub fn images_with(&self, id: LayerId) -> Vec<ChainId> {
+        let state = self.state();
+        let with = state.records.values().filter(|record| record.layers.contains(&id));
+        with.map(|record| record.chain_id).collect()
+    }
+
+    /// Records a layer whose entries come one by one, in the order of paths: `fill`
+    /// is given what takes them. If it fails, nothing is recorded.
+    pub fn record_layer<T, E: From<Error>>(
+        &self,
+        id: LayerId,
+        fill: impl FnOnce(&mut dyn FnMut(LayerEntry) -> Result<(), E>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let path = self.layer_path(id);
+        let fail = |err| match err {
+            WriteError::Io(source) => Error::Write { path: path.clone(), source },
+            WriteError::Refused(reason) => Error::Refused { id, reason },
+        };
+        let written = write_whole(&path, |file| {
+            let mut writer = layer::Writer::new(id, file, scratch_beside(&path)?)?;
+            let value = fill(&mut |entry| writer.push(&entry).map_err(|err| fail(err).into()))
+                .map_err(Filling::Theirs)?;
+            writer.finish()?;
+            Ok(value)
+        });
+        let value = written.map_err(|err| match err {
+            Filling::Ours(err) => fail(err).into(),
+            Filling::Theirs(err) => err,
+        })?;
+        self.replaced(id)?;
+        Ok(value)
     }
 
     /// Records that these layers, bottom first, are an image; a name that
@@ -275,7 +419,16 @@ impl Store {
         }
         let recorded_at = Timestamp::now();
         let totals = image.totals();
-        let record = ImageRecord { chain_id, names, manifest_digest, layers, recorded_at, totals };
+        let unneeded_since = None;
+        let record = ImageRecord {
+            chain_id,
+            names,
+            manifest_digest,
+            layers,
+            recorded_at,
+            totals,
+            unneeded_since,
+        };
         self.write_record(&record)?;
         self.state().records.insert(chain_id, record);
         if let Some(name) = name {
@@ -291,6 +444,7 @@ impl Store {
             let before = (record.names.clone(), record.manifest_digest);
             if record.chain_id == chain_id {
                 give_name(&mut record.names, name);
+                record.unneeded_since = None;
                 record.manifest_digest = name.manifest_digest.or(record.manifest_digest);
             } else {
                 record.names.retain(|known| !known.is(&name.namespace, &name.name));
@@ -351,39 +505,95 @@ impl Store {
         changed.iter().try_for_each(|record| self.write_record(record))
     }
 
-    /// Forgets images that have no name and that nobody uses, and then layers
-    /// of no image.
-    pub fn collect(&self, in_use: &HashSet<ChainId>) -> Result<Collected, Error> {
+    /// Forgets images that have had no name and no user for as long as
+    /// `retention`, and then layers of no image.
+    pub fn collect(
+        &self,
+        in_use: &HashSet<ChainId>,
+        retention: Duration,
+    ) -> Result<Collected, Error> {
+        let now = Timestamp::now();
         let mut state = self.state();
-        state.open_layers.retain(|_, layer| layer.strong_count() > 0);
         state.open_images.retain(|_, image| image.strong_count() > 0);
-        let State { records, open_images, open_layers, sound, .. } = &mut *state;
-        let forgotten: Vec<ChainId> = records
-            .values()
-            .filter(|record| {
-                record.names.is_empty()
-                    && !in_use.contains(&record.chain_id)
-                    && !open_images.contains_key(&record.chain_id)
-            })
-            .map(|record| record.chain_id)
-            .collect();
-        let mut collected = Collected { images: forgotten.len(), layers: 0 };
+        let State { records, open_images, .. } = &mut *state;
+        let mut forgotten = Vec::new();
+        for record in records.values_mut() {
+            let chain_id = record.chain_id;
+            let needed = !record.names.is_empty()
+                || in_use.contains(&chain_id)
+                || open_images.contains_key(&chain_id);
+            let since = if needed { None } else { record.unneeded_since.or(Some(now)) };
+            if since != record.unneeded_since {
+                record.unneeded_since = since;
+                self.write_record(record)?;
+            }
+            // A clock that was set back makes it wait longer.
+            let age = since.and_then(|since| Duration::try_from(now.duration_since(since)).ok());
+            if age.is_some_and(|age| age >= retention) {
+                forgotten.push(chain_id);
+            }
+        }
+        let mut collected = Collected { images: forgotten.len(), ..Collected::default() };
         for chain_id in forgotten {
             remove(&self.image_path(chain_id))?;
             records.remove(&chain_id);
         }
+        self.remove_unneeded_layers(&mut state, &mut collected)?;
+        Ok(collected)
+    }
+
+    /// Forgets one image, and then the layers of no image. Whoever holds its
+    /// baseline keeps it.
+    pub fn remove(&self, chain_id: ChainId) -> Result<(), Error> {
+        remove(&self.image_path(chain_id))?;
+        let mut state = self.state();
+        state.records.remove(&chain_id);
+        state.open_images.remove(&chain_id);
+        self.remove_unneeded_layers(&mut state, &mut Collected::default())
+    }
+
+    fn remove_unneeded_layers(
+        &self,
+        state: &mut State,
+        collected: &mut Collected,
+    ) -> Result<(), Error> {
+        state.open_layers.retain(|_, layer| layer.strong_count() > 0);
         let needed: HashSet<LayerId> =
-            records.values().flat_map(|record| record.layers.iter().copied()).collect();
+            state.records.values().flat_map(|record| record.layers.iter().copied()).collect();
         for (path, stem) in files_in(&self.layers, LAYER_SUFFIX)? {
             // A file of another name is not ours to remove.
             let Some(id) = layer_of_stem(&stem) else { continue };
-            if !needed.contains(&id) && !open_layers.contains_key(&id) {
+            if !needed.contains(&id) && !state.open_layers.contains_key(&id) {
+                let bytes = fs::metadata(&path).map_or(0, |metadata| metadata.len());
                 remove(&path)?;
-                sound.remove(&id);
+                remove(&self.proof_path(id))?;
+                state.sound.remove(&id);
+                state.proofs.remove(&id);
                 collected.layers += 1;
+                collected.bytes += bytes;
             }
         }
-        Ok(collected)
+        Ok(())
+    }
+
+    /// How an image's baseline is known: as its least known layer is. Then each of
+    /// its layers, bottom first, with the reason why it is not verified.
+    pub fn known_by(
+        &self,
+        chain_id: ChainId,
+    ) -> (KnownBy, Vec<(LayerId, KnownBy, Option<String>)>) {
+        let state = self.state();
+        let ids = state.records.get(&chain_id).map(|record| record.layers.as_slice());
+        let layers: Vec<_> = ids
+            .unwrap_or_default()
+            .iter()
+            .map(|id| match state.proofs.get(id) {
+                Some(proof) => (*id, proof.known_by, proof.not_verified.clone()),
+                None => (*id, KnownBy::Snapshot, None),
+            })
+            .collect();
+        let least = layers.iter().map(|(_, known_by, _)| *known_by).min();
+        (least.unwrap_or(KnownBy::Snapshot), layers)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -392,11 +602,11 @@ impl Store {
     }
 
     fn layer_path(&self, id: LayerId) -> PathBuf {
-        let stem = match id {
-            LayerId::Diff(diff_id) => diff_id.hex(),
-            LayerId::Chain(chain_id) => format!("chain-{}", chain_id.hex()),
-        };
-        self.layers.join(stem + LAYER_SUFFIX)
+        self.layers.join(stem_of(id) + LAYER_SUFFIX)
+    }
+
+    fn proof_path(&self, id: LayerId) -> PathBuf {
+        self.proofs.join(stem_of(id) + PROOF_SUFFIX)
     }
 
     fn image_path(&self, chain_id: ChainId) -> PathBuf {
@@ -414,8 +624,7 @@ impl Store {
     fn load_records(&self) -> Result<BTreeMap<ChainId, ImageRecord>, Error> {
         let mut records = BTreeMap::new();
         for (path, stem) in files_in(&self.images, IMAGE_SUFFIX)? {
-            let json =
-                fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+            let Some(json) = read_listed(&path)? else { continue };
             let record = serde_json::from_slice::<RecordJson>(&json)
                 .map_err(|err| err.to_string())
                 .and_then(ImageRecord::try_from);
@@ -430,8 +639,36 @@ impl Store {
         Ok(records)
     }
 
+    fn load_proofs(&self) -> Result<HashMap<LayerId, LayerProof>, Error> {
+        let mut proofs = HashMap::new();
+        // A store that is only read may be older than proofs.
+        if self.read_only && !self.proofs.exists() {
+            return Ok(proofs);
+        }
+        for (path, stem) in files_in(&self.proofs, PROOF_SUFFIX)? {
+            let Some(json) = read_listed(&path)? else { continue };
+            match proof::from_json(&json) {
+                Ok((id, _)) if stem_of(id) != stem => {
+                    self.set_aside(&path, &format!("it is of layer {id}"))?;
+                }
+                Ok((id, proof)) if checksum_of(&self.layer_path(id)) == Some(proof.checksum) => {
+                    proofs.insert(id, proof);
+                }
+                // The layer was recorded anew, or is gone, and then came a crash.
+                Ok(_) if self.read_only => (),
+                Ok(_) => remove(&path)?,
+                Err(why) => self.set_aside(&path, &why)?,
+            }
+        }
+        Ok(proofs)
+    }
+
     /// Keeps a file that is not what it should be, under another name.
     fn set_aside(&self, path: &Path, why: &str) -> Result<(), Error> {
+        if self.read_only {
+            let source = io::Error::new(io::ErrorKind::InvalidData, why);
+            return Err(Error::Read { path: path.into(), source });
+        }
         let _retry = self.health.record(Failure::BaselineCorrupt);
         let mut aside = path.as_os_str().to_owned();
         aside.push(CORRUPT_SUFFIX);
@@ -462,6 +699,13 @@ fn full_name(name: &str) -> String {
     format!("{registry}/{rest}{tag}")
 }
 
+fn stem_of(id: LayerId) -> String {
+    match id {
+        LayerId::Diff(diff_id) => diff_id.hex(),
+        LayerId::Chain(chain_id) => format!("chain-{}", chain_id.hex()),
+    }
+}
+
 fn layer_of_stem(stem: &str) -> Option<LayerId> {
     match stem.strip_prefix("chain-") {
         Some(hex) => parse_layer_id(&format!("chain-sha256:{hex}")),
@@ -474,6 +718,15 @@ fn layer_of_stem(stem: &str) -> Option<LayerId> {
 fn make_private(directory: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     fs::set_permissions(directory, fs::Permissions::from_mode(0o700))
+}
+
+/// What the end of a layer's file says its checksum is.
+fn checksum_of(path: &Path) -> Option<Blake3Hash> {
+    let mut checksum = [0; 32];
+    let file = File::open(path).ok()?;
+    let at = file.metadata().ok()?.len().checked_sub(checksum.len() as u64)?;
+    file.read_exact_at(&mut checksum, at).ok()?;
+    Some(Blake3Hash(checksum))
 }
 
 /// What a crash or a full disk has left half written.
@@ -504,6 +757,15 @@ fn files_in(directory: &Path, suffix: &str) -> Result<Vec<(PathBuf, String)>, Er
     Ok(files)
 }
 
+/// A file that was in a list of its directory; `None` if it is gone since.
+fn read_listed(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    match fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read { path: path.into(), source }),
+    }
+}
+
 fn remove(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -514,31 +776,62 @@ fn remove(path: &Path) -> Result<(), Error> {
 }
 
 /// Writes a file that is there whole or not at all, also when power fails.
-fn write_whole<E: From<io::Error>>(
+fn write_whole<T, E: From<io::Error>>(
     path: &Path,
-    write: impl FnOnce(&mut File) -> Result<(), E>,
-) -> Result<(), E> {
+    write: impl FnOnce(&mut File) -> Result<T, E>,
+) -> Result<T, E> {
     let mut unfinished = path.as_os_str().to_owned();
     unfinished.push(UNFINISHED_SUFFIX);
     let written = (|| {
         let mut file = OpenOptions::new()
+            .read(true)
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
             .open(&unfinished)?;
-        write(&mut file)?;
+        let value = write(&mut file)?;
         file.sync_all()?;
         fs::rename(&unfinished, path)?;
         // The name itself is kept by the directory.
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
-        Ok(())
+        Ok(value)
     })();
     if written.is_err() {
         // Best effort: what stays is removed when the store is opened again.
         let _ = fs::remove_file(&unfinished);
     }
     written
+}
+
+/// A file without a name, on the disk that `path` is on.
+fn scratch_beside(path: &Path) -> io::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".pool");
+    name.push(UNFINISHED_SUFFIX);
+    let mut options = OpenOptions::new();
+    let file =
+        options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&name)?;
+    fs::remove_file(&name)?;
+    Ok(file)
+}
+
+/// Whether the filling of a layer failed, or the writing.
+enum Filling<E> {
+    Ours(WriteError),
+    Theirs(E),
+}
+
+impl<E> From<WriteError> for Filling<E> {
+    fn from(err: WriteError) -> Filling<E> {
+        Filling::Ours(err)
+    }
+}
+
+impl<E> From<io::Error> for Filling<E> {
+    fn from(err: io::Error) -> Filling<E> {
+        Filling::Ours(err.into())
+    }
 }
 
 // ---- images/*.json
@@ -554,6 +847,8 @@ struct RecordJson {
     layers: Vec<String>,
     recorded_at: Timestamp,
     totals: Totals,
+    #[serde(default)]
+    unneeded_since: Option<Timestamp>,
 }
 
 impl From<&ImageRecord> for RecordJson {
@@ -566,6 +861,7 @@ impl From<&ImageRecord> for RecordJson {
             layers: record.layers.iter().map(ToString::to_string).collect(),
             recorded_at: record.recorded_at,
             totals: record.totals,
+            unneeded_since: record.unneeded_since,
         }
     }
 }
@@ -591,6 +887,7 @@ impl TryFrom<RecordJson> for ImageRecord {
             layers: json.layers.iter().map(layer).collect::<Result<_, _>>()?,
             recorded_at: json.recorded_at,
             totals: json.totals,
+            unneeded_since: json.unneeded_since,
         })
     }
 }
@@ -647,7 +944,7 @@ mod tests {
     /// All files of the store, by their paths in it.
     fn files(directory: &Path) -> Vec<String> {
         let mut files = Vec::new();
-        for folder in ["layers", "images"] {
+        for folder in ["layers", "images", "proofs"] {
             for entry in fs::read_dir(directory.join(folder)).unwrap() {
                 let name = entry.unwrap().file_name().into_string().unwrap();
                 let hex_at = name.find(|letter: char| letter.is_ascii_digit()).unwrap_or(0);
@@ -894,20 +1191,172 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_changes_nothing_and_says_what_is_not_whole() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        fs::write(scratch.path().join("layers/03.layer.tmp"), "half").unwrap();
+        let before = files(scratch.path());
+        let read = || Store::open_to_read(scratch.path(), Arc::new(Health::default()));
+        let reader = read().unwrap();
+        assert_eq!(reader.images(), store.images());
+        assert!(reader.image(chain(2)).unwrap().is_some());
+        drop(reader);
+
+        let path = store.layer_path(diff(1));
+        fs::write(&path, "cut").unwrap();
+        let err = read().unwrap().image(chain(2)).unwrap_err();
+        assert!(err.to_string().contains(&path.display().to_string()), "{err}");
+        assert_eq!(files(scratch.path()), before);
+    }
+
+    #[test]
+    fn one_process_at_a_time_writes() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (one, other) = (open(scratch.path()), open(scratch.path()));
+        let claim = one.claim().unwrap();
+        let err = other.claim().unwrap_err();
+        assert!(matches!(err, Error::InUse { .. }), "{err:?}");
+        drop(claim);
+        other.claim().unwrap();
+    }
+
+    #[test]
     fn only_what_nobody_names_or_uses_is_forgotten() {
         let scratch = tempfile::tempdir().unwrap();
         let store = two_images(scratch.path());
         let nobody = HashSet::new();
-        assert_eq!(store.collect(&nobody).unwrap(), Collected::default());
+        assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected::default());
 
         store.remove_name("default", "ghcr.io/team/app:1.0").unwrap();
-        assert_eq!(store.collect(&HashSet::from([chain(2)])).unwrap(), Collected::default());
+        assert_eq!(
+            store.collect(&HashSet::from([chain(2)]), Duration::ZERO).unwrap(),
+            Collected::default()
+        );
         let image = store.image(chain(2)).unwrap();
-        assert_eq!(store.collect(&nobody).unwrap(), Collected::default(), "somebody holds it");
+        assert_eq!(
+            store.collect(&nobody, Duration::ZERO).unwrap(),
+            Collected::default(),
+            "somebody holds it"
+        );
         drop(image);
-        assert_eq!(store.collect(&nobody).unwrap(), Collected { images: 1, layers: 1 });
+        let bytes = fs::metadata(store.layer_path(diff(2))).unwrap().len();
+        assert_eq!(
+            store.collect(&nobody, Duration::ZERO).unwrap(),
+            Collected { images: 1, layers: 1, bytes }
+        );
         assert_eq!(files(scratch.path()), ["images/01.json", "layers/01.layer"]);
         assert_eq!(names(&store), ["01: docker.io/library/busybox:latest"]);
         assert!(store.image(chain(1)).unwrap().is_some());
+    }
+
+    fn proof_of(layer: &LayerBaseline) -> LayerProof {
+        LayerProof {
+            known_by: KnownBy::Verified,
+            blob: Some("sha256:00".into()),
+            ..LayerProof::new(layer.checksum(), chain(1))
+        }
+    }
+
+    #[test]
+    fn a_proof_is_of_one_file_and_goes_with_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Snapshot);
+        for id in [diff(1), diff(2)] {
+            let layer = store.layer(id).unwrap().unwrap();
+            store.write_proof(id, proof_of(&layer)).unwrap();
+        }
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Verified);
+        drop(store);
+        let store = open(scratch.path());
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Verified);
+
+        // The same content again is the same file; other content is not.
+        store.write_layer(diff(2), entries("/bin/ls 755 elf ls")).unwrap();
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Verified);
+        store.write_layer(diff(2), entries("/bin/ls 755 elf other")).unwrap();
+        let known = vec![(diff(1), KnownBy::Verified, None), (diff(2), KnownBy::Snapshot, None)];
+        assert_eq!(store.known_by(chain(2)), (KnownBy::Snapshot, known));
+        assert_eq!(
+            files(scratch.path()),
+            [
+                "images/01.json",
+                "images/02.json",
+                "layers/01.layer",
+                "layers/02.layer",
+                "proofs/01.json"
+            ]
+        );
+
+        store.remove(chain(1)).unwrap();
+        store.remove(chain(2)).unwrap();
+        assert_eq!(files(scratch.path()), [""; 0]);
+    }
+
+    #[test]
+    fn a_proof_of_a_file_that_is_not_there_any_more_is_void() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        let layer = store.layer(diff(1)).unwrap().unwrap();
+        store.write_proof(diff(1), proof_of(&layer)).unwrap();
+        // As after a crash between the two files.
+        drop((layer, store));
+        let other = scratch.path().join(format!("layers/{}.layer", "02".repeat(32)));
+        fs::copy(other, scratch.path().join(format!("layers/{}.layer", "01".repeat(32)))).unwrap();
+        assert_eq!(open(scratch.path()).proof(diff(1)), None);
+    }
+
+    #[test]
+    fn a_proof_that_cannot_be_read_is_set_aside() {
+        let damages: [fn(Vec<u8>) -> Vec<u8>; 3] = [
+            |json| json[..json.len() / 2].to_vec(),
+            |_| Vec::new(),
+            |json| String::from_utf8(json).unwrap().replace("01", "02").into_bytes(),
+        ];
+        for damage in damages {
+            let scratch = tempfile::tempdir().unwrap();
+            let store = two_images(scratch.path());
+            let layer = store.layer(diff(1)).unwrap().unwrap();
+            store.write_proof(diff(1), proof_of(&layer)).unwrap();
+            let path = store.proof_path(diff(1));
+            fs::write(&path, damage(fs::read(&path).unwrap())).unwrap();
+            let health = Arc::new(Health::default());
+            let store = Store::open(scratch.path(), Arc::clone(&health)).unwrap();
+            assert_eq!(health.count(Failure::BaselineCorrupt), 1);
+            assert_eq!(store.proof(diff(1)), None);
+            assert!(files(scratch.path()).contains(&"proofs/01.json.corrupt".to_owned()));
+            assert!(store.image(chain(2)).unwrap().is_some(), "the baseline is none the worse");
+        }
+    }
+
+    #[test]
+    fn what_nobody_needs_is_kept_for_the_retention_period() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        let hour = Duration::from_secs(3600);
+        store.remove_name("default", "ghcr.io/team/app:1.0").unwrap();
+        let nobody = HashSet::new();
+        assert_eq!(store.collect(&nobody, hour).unwrap(), Collected::default());
+        // The time runs on while driftd does not.
+        drop(store);
+        let store = open(scratch.path());
+        let unneeded = |store: &Store| {
+            let records = store.images();
+            records.iter().find(|record| record.chain_id == chain(2)).unwrap().unneeded_since
+        };
+        let since = unneeded(&store).unwrap();
+        store.collect(&HashSet::from([chain(2)]), hour).unwrap();
+        assert_eq!(unneeded(&store), None, "a container uses it again");
+        store.collect(&nobody, hour).unwrap();
+        assert!(unneeded(&store).unwrap() > since);
+
+        store.state().records.get_mut(&chain(2)).unwrap().unneeded_since = Some(since - hour);
+        let collected = store.collect(&nobody, hour).unwrap();
+        assert!(matches!(collected, Collected { images: 1, layers: 1, .. }), "{collected:?}");
+        // A clock that was set back forgets nothing early.
+        store.remove_name("default", "docker.io/library/busybox:latest").unwrap();
+        store.state().records.get_mut(&chain(1)).unwrap().unneeded_since =
+            Some(Timestamp::now() + 3 * hour);
+        assert_eq!(store.collect(&nobody, hour).unwrap(), Collected::default());
     }
 }

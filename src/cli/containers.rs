@@ -32,6 +32,8 @@ struct ContainerJson {
     pid: Option<u32>,
     paused: bool,
     baseline: String,
+    /// Null without a baseline.
+    known_by: Option<String>,
     watched: bool,
     armed_before_start: bool,
     problem: Option<String>,
@@ -63,6 +65,7 @@ fn container_json(container: proto::Container) -> anyhow::Result<ContainerJson> 
         pid: (container.pid != 0).then_some(container.pid),
         paused: container.paused,
         baseline: container.baseline,
+        known_by: (!container.known_by.is_empty()).then_some(container.known_by),
         watched: container.watched,
         armed_before_start: container.armed_before_start,
         problem: (!container.problem.is_empty()).then_some(container.problem),
@@ -84,7 +87,7 @@ impl Listed for ContainerJson {
     fn header(wide: bool) -> Vec<&'static str> {
         let mut header = vec!["NAMESPACE", "CONTAINER", "IMAGE", "STATE", "BASELINE", "WATCHED"];
         if wide {
-            header.extend(["POD", "PID", "RUNTIME", "SNAPSHOTTER", "PROBLEM"]);
+            header.extend(["KNOWN BY", "POD", "PID", "RUNTIME", "SNAPSHOTTER", "PROBLEM"]);
         }
         header.push("FINDINGS");
         header
@@ -111,7 +114,8 @@ impl Listed for ContainerJson {
         ];
         if style.wide {
             row.extend([
-                Field::from(pod(self.pod.as_ref())),
+                Field::from(safe(self.known_by.as_deref().unwrap_or("-"))),
+                pod(self.pod.as_ref()).into(),
                 self.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
                 safe(&self.runtime).into(),
                 safe(&self.snapshotter).into(),
@@ -258,6 +262,7 @@ mod tests {
             pid: Some(4242),
             paused: false,
             baseline: "ready".into(),
+            known_by: Some("verified".into()),
             watched: true,
             armed_before_start: true,
             problem: None,
@@ -281,6 +286,7 @@ mod tests {
         (stopped.pid, stopped.watched, stopped.pod) = (None, false, None);
         stopped.image.name = None;
         stopped.baseline = "none: not an overlay".into();
+        stopped.known_by = None;
         stopped.problem = Some("stopped before it was found".into());
         let containers = [sample(&"4f1c".repeat(16)), stopped];
         insta::assert_snapshot!(table(&containers, &style(false)));

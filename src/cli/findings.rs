@@ -217,7 +217,7 @@ pub(super) fn subject(finding: &Finding) -> String {
     match (&finding.file, &finding.process) {
         (Some(file), _) => file.path.to_string(),
         (None, Some(process)) => command_line(process),
-        (None, None) => String::new(),
+        (None, None) => safe(finding.detail.as_deref().unwrap_or_default()),
     }
 }
 
@@ -254,11 +254,15 @@ fn line(finding: &Finding, no_trunc: bool, colour: bool) -> String {
     };
     let id = |id: String| if no_trunc { id } else { short(&id) };
     format!(
-        "{} {severity} {:<19} {}/{} {} x{} {}\n",
+        "{} {severity} {:<19} {} {} x{} {}\n",
         super::output::time(finding.last_seen),
         finding.kind,
-        safe(&finding.container.id.namespace),
-        id(safe(&finding.container.id.id)),
+        match finding.container_id() {
+            Some(container) => {
+                format!("{}/{}", safe(&container.namespace), id(safe(&container.id)))
+            }
+            None => "-".to_owned(),
+        },
         subject(finding),
         finding.count,
         id(finding.id.to_string()),
@@ -290,7 +294,7 @@ impl Listed for Finding {
         let mut row: Vec<Field> = vec![
             Field::Severity(Some(self.severity)),
             self.kind.name().into(),
-            style.id(&self.container.id.id).into(),
+            self.container_id().map(|container| style.id(&container.id)).unwrap_or_default().into(),
             subject(self).into(),
             self.count.to_string().into(),
             age(style.now, self.last_seen).into(),
@@ -299,7 +303,10 @@ impl Listed for Finding {
             let process = self.process.as_ref();
             let user = process.and_then(|process| process.uid);
             row.extend([
-                Field::from(pod(self.container.pod.as_ref())),
+                Field::from(pod(self
+                    .container
+                    .as_ref()
+                    .and_then(|container| container.pod.as_ref()))),
                 safe(self.image.name.as_deref().unwrap_or_default()).into(),
                 user.map(|uid| uid.to_string()).unwrap_or_default().into(),
                 process
@@ -352,8 +359,9 @@ pub(super) mod tests {
         let mut hostile = sample();
         (hostile.kind, hostile.severity) = (Kind::FileAdded, Severity::Low);
         hostile.id = "abcdef00000000000000000000000000".parse().unwrap();
-        hostile.container.id = crate::model::ContainerId::new("default", "web\u{1b}[31m");
-        (hostile.container.pod, hostile.expected, hostile.process) = (None, None, None);
+        let container = hostile.container.as_mut().unwrap();
+        container.id = crate::model::ContainerId::new("default", "web\u{1b}[31m");
+        (container.pod, hostile.expected, hostile.process) = (None, None, None);
         hostile.image = crate::model::ImageReference::default();
         let file = hostile.file.as_mut().unwrap();
         file.path = RootfsPath::new(b"/tmp/\x1b[2J\xff\n.sh".as_slice()).unwrap();

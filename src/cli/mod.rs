@@ -17,6 +17,7 @@ mod client;
 mod containers;
 mod doctor;
 mod findings;
+mod metrics;
 mod output;
 mod respond;
 mod show;
@@ -48,7 +49,9 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Say whether the view is complete
     Status(status::Status),
-    /// List, show, record and export what images hold
+    /// Print counters and gauges in the OpenMetrics text format
+    Metrics(metrics::Metrics),
+    /// Record, prove, compare and export what images hold
     #[command(subcommand)]
     Baseline(baseline::Baseline),
     /// List the containers that are watched
@@ -126,6 +129,7 @@ impl Cli {
             Command::Run(settings) => crate::daemon::run(&settings.load(socket)?),
             Command::Doctor(doctor) => doctor.run(socket),
             Command::Status(status) => status.run(server),
+            Command::Metrics(metrics) => metrics.run(server),
             Command::Baseline(baseline) => baseline.run(server),
             Command::Containers(containers) => containers.run(server),
             Command::Diff(diff) => diff.run(server),

@@ -51,6 +51,8 @@ fn sentence(kind: Kind) -> &'static str {
         }
         Kind::SessionInteractive => "Somebody entered the container with a terminal.",
         Kind::SessionExec => "Something entered the container, without a terminal.",
+        Kind::BaselineTampered => "A layer on this node does not hold what its image says.",
+        Kind::BaselineUnavailable => "The container cannot be compared with its image.",
     }
 }
 
@@ -77,9 +79,16 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
     lines.add("  first", &time(finding.first_seen));
     lines.add("  last", &format!("{} ({})", time(finding.last_seen), age(now, finding.last_seen)));
     lines.add("Node", &safe(&finding.node));
-    lines.add("Container", &finding.container.id.to_string());
-    if finding.container.pod.is_some() {
-        lines.add("Pod", &pod(finding.container.pod.as_ref()));
+    if let Some(container) = &finding.container {
+        lines.add("Container", &container.id.to_string());
+        if container.pod.is_some() {
+            lines.add("Pod", &pod(container.pod.as_ref()));
+        }
+    } else {
+        lines.add("Container", "none that is watched uses this layer");
+    }
+    if let Some(detail) = &finding.detail {
+        lines.add("Detail", &safe(detail));
     }
     lines.add("Image", &safe(finding.image.name.as_deref().unwrap_or("unknown")));
     if let Some(digest) = finding.image.manifest_digest {
@@ -127,10 +136,10 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
         lines.add("", &format!("asked by {}", safe(&response.requested_by)));
         lines.add("", &format!("because {}", safe(&response.reason)));
     }
-    lines.add(
-        "ATT&CK",
-        &format!("{} ({})", safe(&finding.attack.technique), safe(&finding.attack.tactic)),
-    );
+    if let Some(attack) = &finding.attack {
+        let (technique, tactic) = (safe(&attack.technique), safe(&attack.tactic));
+        lines.add("ATT&CK", &format!("{technique} ({tactic})"));
+    }
     lines.0 + &next_steps(finding)
 }
 
@@ -240,7 +249,8 @@ fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
 }
 
 fn next_steps(finding: &Finding) -> String {
-    let container = shell_word(&short(&safe(&finding.container.id.id)));
+    let Some(container) = finding.container_id() else { return String::new() };
+    let container = shell_word(&short(&safe(&container.id)));
     let mut text =
         format!("\nNext:\n  driftd diff {container}\n  driftd findings --container {container}\n");
     let killed = finding

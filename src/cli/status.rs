@@ -30,11 +30,22 @@ struct StatusJson {
     endpoints: Vec<EndpointJson>,
     containers_watched: u32,
     baselines: u32,
+    baselines_verified: u32,
     baselines_pending: u32,
+    baseline_queue: QueueJson,
+    containers_without_baseline: u32,
     findings: u64,
     gate_answers: u64,
     data_writes: u64,
     losses: Vec<Loss>,
+}
+
+#[derive(Serialize)]
+struct QueueJson {
+    recording: u32,
+    waiting: u32,
+    oldest_seconds: u64,
+    verifying: u32,
 }
 
 #[derive(Serialize)]
@@ -50,6 +61,7 @@ impl Status {
             let request = proto::GetStatusRequest {};
             Ok(client.get_status(request).await.map_err(explain)?.into_inner())
         })?;
+        let queue = status.baseline_queue.unwrap_or_default();
         let status = StatusJson {
             schema: "driftd.status/v1",
             started_at: convert::time_from_proto("started_at", status.started_at)?,
@@ -68,7 +80,15 @@ impl Status {
                 .collect(),
             containers_watched: status.containers_watched,
             baselines: status.baselines,
+            baselines_verified: status.baselines_verified,
             baselines_pending: status.baselines_pending,
+            baseline_queue: QueueJson {
+                recording: queue.recording,
+                waiting: queue.waiting,
+                oldest_seconds: queue.oldest_seconds,
+                verifying: queue.verifying,
+            },
+            containers_without_baseline: status.containers_without_baseline,
             findings: status.findings,
             gate_answers: status.gate_answers,
             data_writes: status.data_writes,
@@ -110,11 +130,21 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
         };
         line("containerd", &format!("{} {state}", safe(&endpoint.socket)));
     }
-    line("Containers", &format!("{} watched", status.containers_watched));
+    let without = match status.containers_without_baseline {
+        0 => String::new(),
+        count => format!(", {count} WITHOUT A BASELINE (driftd containers)"),
+    };
+    line("Containers", &format!("{} watched{without}", status.containers_watched));
     line(
         "Baselines",
-        &format!("{} recorded, {} waited for", status.baselines, status.baselines_pending),
+        &format!(
+            "{} recorded, {} of them verified, {} waited for",
+            status.baselines, status.baselines_verified, status.baselines_pending
+        ),
     );
+    if let Some(queue) = queue(&status.baseline_queue) {
+        line("Queue", &queue);
+    }
     line("Findings", &format!("{} kept (driftd findings)", status.findings));
     line(
         "Seen",
@@ -124,6 +154,20 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
         line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
     }
     text
+}
+
+/// What the recorder has to do; `None`: nothing.
+fn queue(queue: &QueueJson) -> Option<String> {
+    let QueueJson { recording, waiting, oldest_seconds, verifying } = *queue;
+    let mut words = Vec::new();
+    if recording + waiting > 0 {
+        words.push(format!("{recording} being recorded, {waiting} waiting"));
+        words.push(format!("the oldest for {oldest_seconds}s"));
+    }
+    if verifying > 0 {
+        words.push(format!("{verifying} layers to be verified"));
+    }
+    (!words.is_empty()).then(|| words.join(", "))
 }
 
 #[cfg(test)]
@@ -149,7 +193,15 @@ mod tests {
             ],
             containers_watched: 3,
             baselines: 2,
+            baselines_verified: 1,
             baselines_pending: 1,
+            baseline_queue: QueueJson {
+                recording: 1,
+                waiting: 2,
+                oldest_seconds: 75,
+                verifying: 3,
+            },
+            containers_without_baseline: 1,
             findings: 7,
             gate_answers: 1234,
             data_writes: 9,

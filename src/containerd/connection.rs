@@ -144,6 +144,12 @@ impl Namespace {
     client!(snapshots, SnapshotsClient);
     client!(tasks, TasksClient);
 
+    /// The same namespace, for streams that take as long as their reader takes.
+    pub(super) fn without_deadline(mut self) -> Namespace {
+        self.headers.deadline = None;
+        self
+    }
+
     /// The same namespace; what is made through it belongs to the lease `id`.
     pub(super) fn with_lease(&self, id: &str) -> Result<Namespace, Status> {
         let lease = id

@@ -1,19 +1,23 @@
 //! Containers: a record, and the layers its active snapshot stands on.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_client::services::v1::{
     Container as Record, GetContainerRequest, ListContainersRequest,
 };
+use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
 use super::connection::{Namespace, found, interrupted, words};
-use super::images::Images;
-use super::snapshots::{self, Shape};
+use super::docker;
+use super::images::{self, Images};
+use super::snapshots::{self, Keeps, Shape};
+use super::spec::{self, Spec};
 use crate::model::{
-    ChainId, Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
-    printable,
+    ChainId, Container, ContainerId, IdMap, IdRange, ImageReference, Layer, LayerId, OverlayDirs,
+    Pod, Task,
 };
 
 /// More layers than any image has (OCI runtimes stop at 127).
@@ -39,39 +43,75 @@ pub(super) async fn describe(
     task: Option<Task>,
     images: &Images,
 ) -> Result<Container, Status> {
-    let rootfs = match rootfs(namespace, &record, images).await {
+    let spec = record.spec.as_ref().map(|spec| Spec::parse(&spec.value)).unwrap_or_default();
+    let mut rootfs = match rootfs(namespace, &record, &spec, task, images).await {
         Ok(rootfs) => rootfs,
         Err(status) if interrupted(&status) => return Err(status),
         Err(status) => {
             Rootfs::without(format!("containerd cannot tell its snapshot: {}", words(&status)))
         }
     };
-    let chain_id = rootfs.layers.last().map(|layer| layer.chain_id);
-    let manifest_digest = match chain_id {
-        Some(chain_id) if !record.image.is_empty() => {
-            images.manifest_of(namespace, &record.image, chain_id).await?
-        }
-        Some(_) | None => None,
-    };
+    let docker_root = spec.root.filter(|_| is_dockers(&record));
+    let runtime = record.runtime.unwrap_or_default();
+    let options = runtime.options.map(|options| options.value).unwrap_or_default();
+    if let Some(reason) = spec::own_kernel(&runtime.name, &options) {
+        rootfs.layers.clear();
+        rootfs.no_baseline = Some(reason);
+    }
+    let image = image(namespace, &record.id, record.image, docker_root, &rootfs, images).await?;
     let labels: BTreeMap<String, String> = record.labels.into_iter().collect();
     Ok(Container {
         id: ContainerId::new(&namespace.name, &record.id),
         endpoint: Arc::clone(endpoint),
-        runtime: record.runtime.map(|runtime| runtime.name).unwrap_or_default(),
+        runtime: runtime.name,
         pod: pod(&labels),
         labels,
-        image: ImageReference {
-            name: Some(record.image).filter(|name| !name.is_empty()),
-            manifest_digest,
-            chain_id,
-        },
+        image,
         snapshotter: record.snapshotter,
         snapshot_key: record.snapshot_key,
         layers: rootfs.layers,
         rootfs: rootfs.overlay,
         task,
         no_baseline: rootfs.no_baseline,
+        id_map: spec.id_map,
     })
+}
+
+/// Whether Docker made this container. An image's label alone does not make it
+/// Docker's.
+fn is_dockers(record: &Record) -> bool {
+    record.snapshotter.is_empty() && docker::made(&record.labels)
+}
+
+/// The image that a container was made from, by what the container stands on.
+async fn image(
+    namespace: &Namespace,
+    id: &str,
+    recorded: String,
+    docker_root: Option<PathBuf>,
+    rootfs: &Rootfs,
+    images: &Images,
+) -> Result<ImageReference, Status> {
+    let mut name = Some(recorded).filter(|name| !name.is_empty());
+    let mut full_names: Vec<String> = name.iter().cloned().collect();
+    if let Some(root) = docker_root {
+        let id = id.to_owned();
+        let asked = tokio::task::spawn_blocking(move || docker::image_name(&id, &root));
+        if let Ok(Some(docker_name)) = asked.await {
+            full_names.extend(docker::full_names(&docker_name));
+            name = name.or(Some(docker_name));
+        }
+    }
+    let mut manifest_digest = None;
+    if let Some(chain_id) = rootfs.image_chain {
+        for name in &full_names {
+            manifest_digest = images.manifest_of(namespace, name, chain_id).await?;
+            if manifest_digest.is_some() {
+                break;
+            }
+        }
+    }
+    Ok(ImageReference { name, manifest_digest, chain_id: rootfs.image_chain })
 }
 
 /// Kubernetes' name for the container. The CRI plugin marks its own; an image's
@@ -91,132 +131,330 @@ fn pod(labels: &BTreeMap<String, String>) -> Option<Pod> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rootfs {
     layers: Vec<Layer>,
+    /// Of the image, without what its engine has put on top.
+    image_chain: Option<ChainId>,
     overlay: Option<OverlayDirs>,
     no_baseline: Option<String>,
 }
 
 impl Rootfs {
     fn without(reason: String) -> Rootfs {
-        Rootfs { layers: Vec::new(), overlay: None, no_baseline: Some(reason) }
+        Rootfs { layers: Vec::new(), image_chain: None, overlay: None, no_baseline: Some(reason) }
     }
 }
 
-async fn rootfs(namespace: &Namespace, record: &Record, images: &Images) -> Result<Rootfs, Status> {
-    let is_docker = record.snapshotter.is_empty() && &*namespace.name == "moby";
-    // Docker's image store names the snapshot after the container and does not
-    // say so in the record.
-    let (snapshotter, key) = if is_docker {
-        ("overlayfs", record.id.as_str())
-    } else {
-        (record.snapshotter.as_str(), record.snapshot_key.as_str())
-    };
-    if snapshotter.is_empty() || key.is_empty() {
-        return Ok(Rootfs::without(
-            "containerd keeps no snapshot for it: its files are not made of layers that can be \
-             compared (started with --rootfs?)"
-                .into(),
-        ));
+async fn rootfs(
+    namespace: &Namespace,
+    record: &Record,
+    spec: &Spec,
+    task: Option<Task>,
+    images: &Images,
+) -> Result<Rootfs, Status> {
+    if !record.snapshotter.is_empty() && !record.snapshot_key.is_empty() {
+        let (snapshotter, key) = (record.snapshotter.as_str(), record.snapshot_key.as_str());
+        let Some(shape) = snapshots::mounts(namespace, snapshotter, key).await? else {
+            return Ok(Rootfs::without("its snapshot is gone".into()));
+        };
+        return on_snapshot(namespace, record, spec, snapshotter, key, &shape, images).await;
     }
-    let Some(shape) = snapshots::mounts(namespace, snapshotter, key).await? else {
-        return Ok(Rootfs::without(if is_docker {
-            "Docker's own storage driver is not supported yet: containerd does not know its layers"
-                .into()
-        } else {
-            "its snapshot is gone".into()
-        }));
+    if is_dockers(record) {
+        return of_docker(namespace, record, spec, task, images).await;
+    }
+    Ok(Rootfs::without(
+        "containerd keeps no snapshot for it: its files are not made of layers that can be \
+         compared (started with --rootfs?)"
+            .into(),
+    ))
+}
+
+/// Docker's image store names the snapshot after the container and does not say
+/// so in the record; with the classic storage driver there is none.
+async fn of_docker(
+    namespace: &Namespace,
+    record: &Record,
+    spec: &Spec,
+    task: Option<Task>,
+    images: &Images,
+) -> Result<Rootfs, Status> {
+    let is_classic = spec.root.as_ref().is_some_and(|root| root.ends_with("merged"));
+    if !is_classic {
+        let mut snapshotters = snapshots::snapshotters(namespace).await?;
+        snapshotters.sort_by_key(|snapshotter| snapshotter != images::DEFAULT_SNAPSHOTTER);
+        for snapshotter in snapshotters {
+            if let Some(shape) = snapshots::mounts(namespace, &snapshotter, &record.id).await? {
+                let key = record.id.as_str();
+                return on_snapshot(namespace, record, spec, &snapshotter, key, &shape, images)
+                    .await;
+            }
+        }
+    }
+    let Some(root) = spec.root.clone() else {
+        return Ok(Rootfs::without("Docker does not say where its files are".into()));
     };
-    let overlay = match &shape {
+    let (id, pid) = (record.id.clone(), task.map(|task| task.pid));
+    let asked = tokio::task::spawn_blocking(move || docker::stack(&id, &root, pid)).await;
+    Ok(match asked {
+        Ok(Ok(docker::Stack { layers, image_chain, dirs })) => {
+            Rootfs { layers, image_chain, overlay: Some(dirs), no_baseline: None }
+        }
+        Ok(Err(reason)) => Rootfs::without(reason),
+        Err(err) => Rootfs::without(err.to_string()),
+    })
+}
+
+async fn on_snapshot(
+    namespace: &Namespace,
+    record: &Record,
+    spec: &Spec,
+    snapshotter: &str,
+    key: &str,
+    shape: &Shape,
+    images: &Images,
+) -> Result<Rootfs, Status> {
+    let overlay = match shape {
         Shape::Overlay { upperdir: Some(upperdir), lowerdirs } => {
             Some(OverlayDirs { upperdir: upperdir.clone(), lowerdirs: lowerdirs.clone() })
         }
         Shape::Overlay { upperdir: None, .. } | Shape::Bind(_) | Shape::Other(_) => None,
     };
-    let layers = match stack(namespace, snapshotter, key, images).await? {
-        Ok(chain) => layers(namespace, record, snapshotter, &shape, &chain, images).await?,
-        Err(reason) => Err(reason),
+    let id_map = spec.id_map.as_ref();
+    let rungs = match ladder(namespace, snapshotter, key, id_map, images).await? {
+        Ok(rungs) if !rungs.is_empty() => rungs,
+        Ok(_) => {
+            let reason = "it was started from an image without layers".into();
+            return Ok(Rootfs { overlay, ..Rootfs::without(reason) });
+        }
+        Err(reason) => return Ok(Rootfs { overlay, ..Rootfs::without(reason) }),
     };
-    Ok(match layers {
-        Ok(layers) => Rootfs { layers, overlay, no_baseline: None },
-        Err(reason) => Rootfs { layers: Vec::new(), overlay, no_baseline: Some(reason) },
+    let image_chain = rungs.iter().rev().find_map(|rung| match rung {
+        Rung::Layer(chain_id) => Some(*chain_id),
+        Rung::Other(_) | Rung::Copy => None,
+    });
+    let outcome = layers(namespace, record, snapshotter, shape, &rungs, images).await?;
+    Ok(match outcome {
+        Ok(layers) => Rootfs { layers, image_chain, overlay, no_baseline: None },
+        Err(reason) => {
+            Rootfs { image_chain, overlay, ..Rootfs::without(snapshots::of(snapshotter, &reason)) }
+        }
     })
 }
 
-/// The chain IDs below the active snapshot `key`, bottom first.
-async fn stack(
+/// One committed snapshot below a container's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rung {
+    /// A layer of an image.
+    Layer(ChainId),
+    /// A layer that no image has: Docker's init layer, a committed container.
+    Other(ChainId),
+    /// Everything below once more, with other owners, for a user namespace. It
+    /// has to equal what is below.
+    Copy,
+}
+
+/// The snapshots below the active snapshot `key`, bottom first.
+async fn ladder(
     namespace: &Namespace,
     snapshotter: &str,
     key: &str,
+    id_map: Option<&IdMap>,
     images: &Images,
-) -> Result<Result<Vec<ChainId>, String>, Status> {
-    let mut chain: Vec<ChainId> = Vec::new();
-    let Some(mut next) = snapshots::parent(namespace, snapshotter, key).await? else {
+) -> Result<Result<Vec<Rung>, String>, Status> {
+    let Some(own) = snapshots::info(namespace, snapshotter, key).await? else {
         return Ok(Err("its snapshot is gone".into()));
     };
+    // Topmost first; with the time of creation where the name says too little.
+    let mut names: Vec<(String, (i64, i32))> = Vec::new();
+    let mut next = own.parent;
     while !next.is_empty() {
-        let Ok(chain_id) = next.parse::<ChainId>() else {
-            return Ok(Err(format!(
-                "it stands on the snapshot `{}`, which is no layer of an image (Docker's init \
-                 layer, or layers copied for a user namespace): not supported yet",
-                printable(next.as_bytes())
-            )));
-        };
-        if chain.len() == LAYER_LIMIT || chain.contains(&chain_id) {
+        if names.len() == LAYER_LIMIT || names.iter().any(|(name, _)| *name == next) {
             return Ok(Err(format!("it stands on more than {LAYER_LIMIT} layers")));
         }
-        chain.push(chain_id);
-        next = match images.parent(chain_id) {
-            Some(parent) => parent.map(|parent| parent.to_string()).unwrap_or_default(),
-            None => match snapshots::parent(namespace, snapshotter, &next).await? {
-                Some(parent) => {
-                    if parent.is_empty() {
-                        images.learn_parent(chain_id, None);
-                    } else if let Ok(parent) = parent.parse() {
-                        images.learn_parent(chain_id, Some(parent));
-                    }
-                    parent
-                }
+        let chain_id: Option<ChainId> = next.parse().ok();
+        let known = chain_id.and_then(|chain_id| images.parent(chain_id));
+        let (parent, created) = match known {
+            Some(parent) => (parent.map(|id| id.to_string()).unwrap_or_default(), (0, 0)),
+            None => match snapshots::info(namespace, snapshotter, &next).await? {
+                Some(info) => (info.parent, info.created),
                 None => return Ok(Err("a snapshot below it is gone".into())),
             },
         };
+        if let Some(chain_id) = chain_id.filter(|_| known.is_none()) {
+            if parent.is_empty() {
+                images.learn_parent(chain_id, None);
+            } else if let Ok(parent) = parent.parse() {
+                images.learn_parent(chain_id, Some(parent));
+            }
+        }
+        names.push((std::mem::replace(&mut next, parent), created));
     }
-    chain.reverse();
-    Ok(Ok(chain))
+    names.reverse();
+    Ok(Ok(climb(&names, id_map)))
 }
 
+/// Names the snapshots of a stack, bottom first, by their names and the times of
+/// their creation.
+fn climb(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<Rung> {
+    let mut below: Option<ChainId> = None;
+    let mut below_name = "";
+    names
+        .iter()
+        .map(|(name, (seconds, nanoseconds))| {
+            let of_map = below.zip(id_map).map(|(below, map)| copy_name(below, map));
+            let is_named_after =
+                |below: &str| name.strip_prefix(below).is_some_and(|rest| rest.starts_with('-'));
+            let rung = if let Ok(chain_id) = name.parse() {
+                if of_map == Some(chain_id) { Rung::Copy } else { Rung::Layer(chain_id) }
+            } else if below.is_some() && is_named_after(below_name) {
+                // As containerd 1 names it: CHAIN-UID-GID.
+                Rung::Copy
+            } else {
+                // The name may have been another's before.
+                let key = format!("{name} {seconds}.{nanoseconds:09}");
+                Rung::Other(ChainId::above(below, &key))
+            };
+            below_name = name;
+            match rung {
+                Rung::Layer(chain_id) | Rung::Other(chain_id) => below = Some(chain_id),
+                Rung::Copy => (),
+            }
+            rung
+        })
+        .collect()
+}
+
+/// What containerd 2 calls the copy of a stack of layers for a user namespace: it
+/// hashes this text.
+fn copy_name(below: ChainId, id_map: &IdMap) -> ChainId {
+    let ranges = |ranges: &[IdRange]| {
+        let mut ranges = ranges.to_vec();
+        ranges.sort_by_key(|range| range.container);
+        let texts: Vec<String> = ranges
+            .iter()
+            .map(|IdRange { container, host, count }| {
+                format!(r#"{{"containerID":{container},"hostID":{host},"size":{count}}}"#)
+            })
+            .collect();
+        texts.join(",")
+    };
+    let (uids, gids) = (ranges(&id_map.uids), ranges(&id_map.gids));
+    let text = format!(r#"{{"Parent":"{below}","IDMap":{{"UidMap":[{uids}],"GidMap":[{gids}]}}}}"#);
+    ChainId(Sha256::digest(text.as_bytes()).into())
+}
+
+/// The layers of a ladder, bottom first; an error in words.
 async fn layers(
     namespace: &Namespace,
     record: &Record,
     snapshotter: &str,
     shape: &Shape,
-    chain: &[ChainId],
+    rungs: &[Rung],
     images: &Images,
 ) -> Result<Result<Vec<Layer>, String>, Status> {
-    if chain.is_empty() {
-        return Ok(Err("it was started from an image without layers".into()));
-    }
-    let directories = match snapshots::layer_directories(shape, chain.len(), snapshotter) {
-        Ok(directories) => directories,
-        Err(reason) => return Ok(Err(reason)),
+    let is_unknown = |rung: &Rung| match rung {
+        Rung::Layer(chain_id) => images.diff_id(*chain_id).is_none(),
+        Rung::Other(_) | Rung::Copy => false,
     };
-    if chain.iter().any(|&chain_id| images.diff_id(chain_id).is_none()) {
+    if rungs.iter().any(is_unknown) {
         // Its image has not been looked at yet, or is gone.
         images.look_at(namespace, &record.image).await?;
     }
-    Ok(Ok(chain
-        .iter()
-        .zip(directories)
-        .map(|(&chain_id, directory)| Layer {
-            id: images.diff_id(chain_id).map_or(LayerId::Chain(chain_id), LayerId::Diff),
-            chain_id,
-            directory: Some(directory),
-            blob: None,
-        })
-        .collect()))
+    let directories = match snapshots::keeps(snapshotter) {
+        Keeps::Layers => images::readable_directories(snapshotter, shape, rungs.len()).await,
+        Keeps::Copies => Err("it keeps whole copies, not layers".into()),
+        Keeps::Nothing(reason) => Err(reason.into()),
+    };
+    let layer = |rung: &Rung, directory| {
+        let (id, chain_id) = match *rung {
+            Rung::Layer(chain_id) => {
+                let diff_id = images.diff_id(chain_id);
+                (diff_id.map_or(LayerId::Chain(chain_id), LayerId::Diff), chain_id)
+            }
+            Rung::Other(chain_id) => (LayerId::Chain(chain_id), chain_id),
+            Rung::Copy => return None,
+        };
+        let blob = images.blob(&namespace.name, chain_id);
+        Some(Layer { id, chain_id, directory, blob })
+    };
+    match directories {
+        Ok(directories) => {
+            let pairs = rungs.iter().zip(directories);
+            Ok(Ok(pairs.filter_map(|(rung, directory)| layer(rung, Some(directory))).collect()))
+        }
+        Err(reason) => {
+            let layers = rungs.iter().filter_map(|rung| layer(rung, None)).collect();
+            let readable = images.without_directories(namespace, snapshotter, layers).await?;
+            Ok(readable.map_err(|missing| format!("{reason}, and {missing}")))
+        }
+    }
+}
+
+/// The container that was made from the image `name`, or stands on these layers.
+pub(super) async fn of_image(
+    namespace: &Namespace,
+    endpoint: &Arc<str>,
+    name: &str,
+    images: &Images,
+) -> Result<Option<Container>, Status> {
+    let chain_id: Option<ChainId> = name.parse().ok();
+    for record in list(namespace).await? {
+        if record.image != name && chain_id.is_none() && !is_dockers(&record) {
+            continue;
+        }
+        let container = describe(namespace, endpoint, record, None, images).await?;
+        let of_chain = chain_id.is_some()
+            && (container.chain_id() == chain_id || container.image.chain_id == chain_id);
+        if of_chain || container.image.name.as_deref() == Some(name) {
+            return Ok(Some(container));
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::DiffId;
+
+    #[test]
+    fn what_a_container_stands_on_is_named_whoever_made_it() {
+        let chain = ChainId::of_layers(&[DiffId([1; 32]), DiffId([2; 32])]);
+        let names: Vec<(String, (i64, i32))> =
+            chain.iter().map(|chain_id| (chain_id.to_string(), (0, 0))).collect();
+        let with = |name: &str, created| {
+            let mut names = names.clone();
+            names.push((name.to_owned(), (created, 7)));
+            climb(&names, None)
+        };
+        let image = [Rung::Layer(chain[0]), Rung::Layer(chain[1])];
+        assert_eq!(climb(&names, None), image);
+        // A copy for a user namespace, as containerd 1 names it.
+        for copy in [format!("{}-100000-100000", chain[1]), format!("{}-ab01-cd02", chain[1])] {
+            assert_eq!(with(&copy, 1), [&image[..], &[Rung::Copy]].concat());
+        }
+        // A copy of something else is none.
+        let other = with(&format!("{}-100000-100000", chain[0]), 1);
+        assert!(matches!(other[2], Rung::Other(_)), "{other:?}");
+        let init = with("abc-init", 1);
+        let expected = ChainId::above(Some(chain[1]), "abc-init 1.000000007");
+        assert_eq!(init[2], Rung::Other(expected));
+        assert_ne!(init, with("abc-init", 2), "the name was used again");
+    }
+
+    #[test]
+    fn containerd_2_names_a_copy_for_a_user_namespace_by_a_hash() {
+        // Seen on containerd 2.1.9.
+        let chain_id = |text: &str| text.parse::<ChainId>().unwrap();
+        let bottom =
+            chain_id("sha256:ac681225056698c914a74e03f087f104aee9e16ea5bb1fab5915c00c4b226ff4");
+        let copy =
+            chain_id("sha256:eb15e396fd113c1e0cb71b3be341aa2584a3afe9ab822046d4048923170b99ed");
+        let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+        let map = IdMap { uids: range(100_000), gids: range(200_000) };
+        let names = [(bottom.to_string(), (0, 0)), (copy.to_string(), (0, 0))];
+        assert_eq!(climb(&names, Some(&map)), [Rung::Layer(bottom), Rung::Copy]);
+        let other = IdMap { uids: range(1), ..map };
+        assert_eq!(climb(&names, Some(&other))[1], Rung::Layer(copy));
+    }
 
     #[test]
     fn an_images_labels_make_no_pod() {

@@ -15,11 +15,11 @@ use tonic::Status;
 
 use super::connection::{Connection, Namespace, interrupted, words};
 use super::events::{self, Event};
-use super::images::Images;
+use super::images::{Images, Trouble};
 use super::outbox::{Answer, Outbox, Stopped};
 use super::{Change, Error, Recording, containers, snapshots, tasks};
 use crate::health::{Failure, Health};
-use crate::model::{ContainerId, printable};
+use crate::model::{Container, ContainerId, printable};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -149,6 +149,32 @@ impl Endpoint {
 
     pub(super) fn refused(&self, status: &Status) -> Error {
         Error::Refused { socket: self.socket_words(), reason: words(status) }
+    }
+
+    /// Why the image `name` could not be recorded.
+    pub(super) fn trouble(&self, name: &str, trouble: Trouble) -> Error {
+        let name = printable(name.as_bytes());
+        match trouble {
+            Trouble::Interrupted(status) => self.refused(&status),
+            Trouble::Unknown => Error::UnknownImage { name },
+            Trouble::NotUnpacked { reason, .. } => {
+                let reason = reason.unwrap_or_else(|| "it is not unpacked yet".into());
+                Error::NotUnpacked { name, reason }
+            }
+            Trouble::Bad { digest, reason } => Error::Unresolvable { name, digest, reason },
+            Trouble::NotRecorded { chain_id, reason } => {
+                Error::Unresolvable { name, digest: chain_id.to_string(), reason }
+            }
+        }
+    }
+
+    /// A container that was made from the image `name`.
+    pub(super) async fn container_of_image(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+    ) -> Result<Option<Container>, Status> {
+        containers::of_image(namespace, &self.name, name, &self.images).await
     }
 
     fn set_connection(&self, connection: Option<Connection>) {

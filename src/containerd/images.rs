@@ -3,27 +3,30 @@
 //! Everything is keyed by digest. An event or a list only says *look at this
 //! name again*; looking twice does no harm and, when nothing has changed, costs
 //! one call. An image whose layers are not unpacked yet waits until its top
-//! layer is committed (or the next list).
+//! layer is committed; if nothing is unpacked for a while, its archives are read
+//! instead of its directories.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::{
-    GetImageRequest, Image, ListImagesRequest, ReadContentRequest,
+    GetImageRequest, Image, InfoRequest, ListImagesRequest, ReadContentRequest,
 };
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tonic::Status;
 
+use super::blobs;
 use super::connection::{Namespace, found, interrupted, words};
 use super::manifests::{self, Descriptor, Document, brief};
-use super::snapshots::{self, Held, View};
+use super::snapshots::{self, Held, Keeps, Shape, View};
 use super::{ImageProblem, Recording};
-use crate::baseline::{ImageName, Job, Progress, Proof};
+use crate::baseline::{ImageName, Job, Progress, Proof, Recorded};
 use crate::health::{Failure, Health};
-use crate::model::{ChainId, DiffId, Layer, LayerId, ManifestDigest, printable};
+use crate::model::{Blob, ChainId, DiffId, Layer, LayerId, ManifestDigest, printable};
+use crate::sys::procfs::Handle;
 
 /// Images whose layers are being recorded at the same time.
 const RECORDINGS: usize = 4;
@@ -35,7 +38,10 @@ const INDEX_DEPTH: u32 = 3;
 const FIRST_RETRY: Duration = Duration::from_secs(60);
 const LAST_RETRY: Duration = Duration::from_secs(3600);
 /// The snapshotter that is asked first: containerd's default.
-const DEFAULT_SNAPSHOTTER: &str = "overlayfs";
+pub(super) const DEFAULT_SNAPSHOTTER: &str = "overlayfs";
+/// How long an image waits for (more of) its layers to be unpacked, before its
+/// archives are read.
+const UNPACK_PATIENCE: Duration = Duration::from_secs(45);
 
 /// What one containerd's images are. Survives connections: content has not
 /// changed because a socket was closed.
@@ -54,6 +60,8 @@ struct State {
     /// By target digest.
     facts: HashMap<String, Arc<Facts>>,
     layers: HashMap<ChainId, Below>,
+    /// Of what the images of a namespace are made.
+    blobs: HashMap<(Arc<str>, ChainId), Blob>,
     /// One recording per stack of layers at a time: the next one finds it done.
     turns: HashMap<ChainId, Arc<tokio::sync::Mutex<()>>>,
 }
@@ -70,6 +78,8 @@ struct Standing {
     target: Option<Descriptor>,
     last_heard: Instant,
     state: Readiness,
+    /// Since when nothing of what it waits for was unpacked.
+    waits_since: Instant,
     /// After a failure: how long lists leave it alone, and since when.
     patience: Duration,
     failed: Instant,
@@ -87,6 +97,7 @@ impl Standing {
             target: None,
             last_heard: Instant::now(),
             state: Readiness::New,
+            waits_since: Instant::now(),
             patience: Duration::ZERO,
             failed: Instant::now(),
             complaint: None,
@@ -101,6 +112,11 @@ enum Readiness {
     New,
     /// Not unpacked: a job is submitted as soon as this chain is there.
     Waiting(ChainId),
+    /// Nor can its archives be read; still waiting for this chain.
+    Incomplete {
+        chain_id: ChainId,
+        reason: String,
+    },
     Recorded {
         target: String,
     },
@@ -110,6 +126,20 @@ enum Readiness {
         digest: String,
         reason: String,
     },
+}
+
+impl Readiness {
+    fn waits_for(&self) -> Option<ChainId> {
+        match self {
+            Readiness::Waiting(chain_id) | Readiness::Incomplete { chain_id, .. } => {
+                Some(*chain_id)
+            }
+            Readiness::New
+            | Readiness::Recorded { .. }
+            | Readiness::NoImage
+            | Readiness::Problem { .. } => None,
+        }
+    }
 }
 
 /// What a chain ID stands for.
@@ -128,6 +158,8 @@ pub(super) struct Facts {
     diff_ids: Vec<DiffId>,
     /// Of the same length.
     chain: Vec<ChainId>,
+    /// Of the same length, or empty: then the manifest and the config disagree.
+    blobs: Vec<Descriptor>,
 }
 
 impl Facts {
@@ -143,17 +175,12 @@ pub(super) enum Trouble {
     Interrupted(Status),
     /// There is no image of this name (any more).
     Unknown,
-    NotUnpacked(ChainId),
+    /// And its archives are not to be read yet or, for a reason, cannot be read.
+    NotUnpacked { chain_id: ChainId, reason: Option<String> },
     /// Something about the blob `digest` is wrong.
-    Bad {
-        digest: String,
-        reason: String,
-    },
+    Bad { digest: String, reason: String },
     /// The recorder gave up, and has counted and said so itself.
-    NotRecorded {
-        chain_id: ChainId,
-        reason: String,
-    },
+    NotRecorded { chain_id: ChainId, reason: String },
 }
 
 impl Trouble {
@@ -165,6 +192,15 @@ impl Trouble {
             Trouble::Bad { digest: digest.into(), reason: words(&status) }
         }
     }
+}
+
+/// How an image is asked for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ask {
+    pub(super) proof: Proof,
+    pub(super) progress: Option<Arc<Progress>>,
+    /// Somebody waits: an unpack that may come is not waited for.
+    pub(super) now: bool,
 }
 
 impl Images {
@@ -208,6 +244,11 @@ impl Images {
         self.state().layers.get(&chain_id).map(|below| below.parent)
     }
 
+    /// The archive of the topmost layer of `chain_id`.
+    pub(super) fn blob(&self, namespace: &str, chain_id: ChainId) -> Option<Blob> {
+        self.state().blobs.get(&(namespace.into(), chain_id)).cloned()
+    }
+
     pub(super) fn learn_parent(&self, chain_id: ChainId, parent: Option<ChainId>) {
         self.state().layers.entry(chain_id).or_insert(Below { parent, diff_id: None });
     }
@@ -220,7 +261,7 @@ impl Images {
             Ok(_)
             | Err(
                 Trouble::Unknown
-                | Trouble::NotUnpacked(_)
+                | Trouble::NotUnpacked { .. }
                 | Trouble::Bad { .. }
                 | Trouble::NotRecorded { .. },
             ) => Ok(()),
@@ -241,7 +282,7 @@ impl Images {
             Ok(_)
             | Err(
                 Trouble::Unknown
-                | Trouble::NotUnpacked(_)
+                | Trouble::NotUnpacked { .. }
                 | Trouble::Bad { .. }
                 | Trouble::NotRecorded { .. },
             ) => Ok(None),
@@ -297,18 +338,27 @@ impl Images {
 
     /// A layer has been unpacked: whoever waited for it is looked at again.
     pub(super) fn layer_committed(self: &Arc<Self>, namespace: &Namespace, chain_id: ChainId) {
-        let waiting: Vec<String> = self
-            .state()
-            .names
-            .iter()
-            .filter(|(key, standing)| {
-                key.namespace == namespace.name && standing.state == Readiness::Waiting(chain_id)
-            })
-            .map(|(key, _)| key.name.clone())
-            .collect();
-        for name in waiting {
+        for name in self.waiting_for(&namespace.name, chain_id) {
             self.changed(namespace, &name);
         }
+    }
+
+    /// The images that waited for this layer; those that wait for more of their
+    /// layers are patient anew.
+    fn waiting_for(&self, namespace: &str, chain_id: ChainId) -> Vec<String> {
+        let mut state = self.state();
+        let State { names, facts, .. } = &mut *state;
+        let mut waiting = Vec::new();
+        for (key, standing) in names.iter_mut().filter(|(key, _)| &*key.namespace == namespace) {
+            let facts = standing.target.as_ref().and_then(|target| facts.get(&target.digest));
+            if facts.is_some_and(|facts| facts.chain.contains(&chain_id)) {
+                standing.waits_since = Instant::now();
+            }
+            if standing.state.waits_for() == Some(chain_id) {
+                waiting.push(key.name.clone());
+            }
+        }
+        waiting
     }
 
     /// Takes in a full list of a namespace's images. Returns when the layers of
@@ -362,7 +412,7 @@ impl Images {
             Readiness::Recorded { target: recorded } => *recorded == target.digest,
             Readiness::NoImage => same,
             Readiness::Problem { .. } => same && standing.failed.elapsed() < standing.patience,
-            Readiness::New | Readiness::Waiting(_) => false,
+            Readiness::New | Readiness::Waiting(_) | Readiness::Incomplete { .. } => false,
         };
         // What an event has said since is newer.
         if standing.target.is_none() || standing.last_heard < asked {
@@ -408,7 +458,7 @@ impl Images {
             self.removed(&key.namespace, &key.name);
         }
         let mut state = self.state();
-        let State { names, facts, .. } = &mut *state;
+        let State { names, facts, blobs, .. } = &mut *state;
         let targets: std::collections::HashSet<&str> = names
             .values()
             .filter_map(|standing| standing.target.as_ref())
@@ -416,6 +466,13 @@ impl Images {
             .collect();
         // What the layers are stays known: containers outlive their images.
         facts.retain(|target, _| targets.contains(target.as_str()));
+        blobs.clear();
+        for (key, standing) in names.iter() {
+            let Some(target) = &standing.target else { continue };
+            if let Some(facts) = facts.get(&target.digest) {
+                learn_blobs(blobs, &self.endpoint, &key.namespace, facts);
+            }
+        }
     }
 
     /// Learns the layers of many images at once. What goes wrong is found again,
@@ -423,7 +480,7 @@ impl Images {
     async fn learn(self: &Arc<Self>, namespace: &Namespace, images: &[Image]) {
         let mut looks = JoinSet::new();
         for target in images.iter().filter_map(|image| image.target.clone()).map(Descriptor::of) {
-            if self.state().facts.contains_key(&target.digest) {
+            if self.known_facts(&namespace.name, &target.digest).is_some() {
                 continue;
             }
             if looks.len() == LOOKS {
@@ -452,18 +509,21 @@ impl Images {
         if let Some(standing) = self.state().names.get_mut(key) {
             standing.target = Some(target.clone());
         }
-        let outcome = self.record(namespace, key, &target, None).await;
+        let outcome = self.record(namespace, key, &target, Ask::default()).await;
         self.conclude(key, &outcome, &target);
     }
 
     /// Files how recording an image went.
-    fn conclude(&self, key: &Key, outcome: &Result<ChainId, Trouble>, target: &Descriptor) {
+    fn conclude(&self, key: &Key, outcome: &Result<Recorded, Trouble>, target: &Descriptor) {
         let next = match outcome {
             Ok(_) => Readiness::Recorded { target: target.digest.clone() },
             // The next list after the reconnection looks again.
             Err(Trouble::Interrupted(_)) => return,
             Err(Trouble::Unknown) => Readiness::NoImage,
-            Err(Trouble::NotUnpacked(chain_id)) => Readiness::Waiting(*chain_id),
+            Err(Trouble::NotUnpacked { chain_id, reason: None }) => Readiness::Waiting(*chain_id),
+            Err(Trouble::NotUnpacked { chain_id, reason: Some(reason) }) => {
+                Readiness::Incomplete { chain_id: *chain_id, reason: reason.clone() }
+            }
             Err(Trouble::Bad { digest, reason }) => {
                 Readiness::Problem { digest: digest.clone(), reason: reason.clone() }
             }
@@ -508,22 +568,24 @@ impl Images {
         namespace: &Namespace,
         key: &Key,
         target: &Descriptor,
-        progress: Option<Arc<Progress>>,
-    ) -> Result<ChainId, Trouble> {
+        ask: Ask,
+    ) -> Result<Recorded, Trouble> {
         let facts = self.facts(namespace, target).await?;
         let Some(chain_id) = facts.chain_id() else { return Err(Trouble::Unknown) };
         // Told before the question, so that a commit between the two is heard.
-        self.wait_for(key, chain_id);
+        let has_waited = self.wait_for(key, chain_id);
         let snapshotter = unpacked_by(namespace, chain_id)
             .await
-            .map_err(|status| Trouble::of(status, &chain_id.to_string()))?
-            .ok_or(Trouble::NotUnpacked(chain_id))?;
+            .map_err(|status| Trouble::of(status, &chain_id.to_string()))?;
+        if snapshotter.is_none() && !has_waited && !ask.now {
+            return Err(Trouble::NotUnpacked { chain_id, reason: None });
+        }
 
         let turn = Arc::clone(self.state().turns.entry(chain_id).or_default());
         let outcome = {
             let _turn = turn.lock().await;
             let _slot = self.recordings.acquire().await.expect("the semaphore is never closed");
-            self.record_layers(namespace, key, &facts, chain_id, &snapshotter, progress).await
+            self.record_layers(namespace, key, &facts, snapshotter.as_deref(), ask).await
         };
         drop(turn);
         self.state().turns.retain(|_, turn| Arc::strong_count(turn) > 1);
@@ -535,103 +597,256 @@ impl Images {
         namespace: &Namespace,
         key: &Key,
         facts: &Facts,
-        chain_id: ChainId,
-        snapshotter: &str,
-        progress: Option<Arc<Progress>>,
-    ) -> Result<ChainId, Trouble> {
-        let bad =
-            |reason: String| Trouble::Bad { digest: facts.manifest_digest.to_string(), reason };
-        let ids: Vec<LayerId> = facts.diff_ids.iter().copied().map(LayerId::Diff).collect();
-        let recorder = Arc::clone(&self.recorder);
-        let unrecorded = tokio::task::spawn_blocking(move || recorder.unrecorded(&ids))
-            .await
-            .map_err(|err| bad(err.to_string()))?;
-
-        if let Err(reason) = snapshots::keeps_layers(snapshotter) {
-            return Err(bad(reason));
-        }
-        let (view, directories) = if unrecorded.is_empty() {
-            // Nothing will be read.
-            (None, vec![std::path::PathBuf::new(); facts.chain.len()])
-        } else {
-            let view = View::take(namespace, snapshotter, chain_id, &self.held)
-                .await
-                .map_err(|status| Trouble::of(status, &chain_id.to_string()))?
-                .ok_or(Trouble::NotUnpacked(chain_id))?;
-            match snapshots::layer_directories(&view.shape, facts.chain.len(), snapshotter) {
-                Ok(directories) => (Some(view), directories),
-                Err(reason) => {
-                    view.release().await;
-                    return Err(bad(reason));
-                }
-            }
-        };
-        let layers = facts
+        snapshotter: Option<&str>,
+        ask: Ask,
+    ) -> Result<Recorded, Trouble> {
+        let Some(chain_id) = facts.chain_id() else { return Err(Trouble::Unknown) };
+        let of_chain = |status| Trouble::of(status, &chain_id.to_string());
+        let mut layers: Vec<Layer> = facts
             .diff_ids
             .iter()
             .zip(&facts.chain)
-            .zip(directories)
-            .map(|((&diff_id, &chain_id), directory)| Layer {
+            .map(|(&diff_id, &chain_id)| Layer {
                 id: LayerId::Diff(diff_id),
                 chain_id,
-                directory: Some(directory),
-                blob: None,
+                directory: None,
+                blob: self.blob(&namespace.name, chain_id),
             })
             .collect();
+        let unrecorded = self.unrecorded(&layers).await;
+
+        let mut view = None;
+        // Why the directories cannot be read.
+        let mut reason = None;
+        match snapshotter {
+            None => reason = Some("it is not unpacked".to_owned()),
+            Some(snapshotter) => match snapshots::keeps(snapshotter) {
+                // Nothing will be read.
+                Keeps::Layers if unrecorded.is_empty() && ask.proof == Proof::Later => (),
+                Keeps::Layers => {
+                    match self.layers_below(namespace, snapshotter, chain_id, layers.len()).await {
+                        Ok((taken, directories)) => {
+                            view = Some(taken);
+                            for (layer, directory) in layers.iter_mut().zip(directories) {
+                                layer.directory = Some(directory);
+                            }
+                        }
+                        Err(Ok(why)) => reason = Some(snapshots::of(snapshotter, &why)),
+                        Err(Err(status)) => return Err(of_chain(status)),
+                    }
+                }
+                Keeps::Copies => {
+                    reason = Some(snapshots::of(snapshotter, "it keeps whole copies, not layers"));
+                }
+                Keeps::Nothing(why) => reason = Some(snapshots::of(snapshotter, why)),
+            },
+        }
+        if let Some(reason) = reason
+            && let Some(missing) =
+                self.unreadable(namespace, &layers, &unrecorded).await.map_err(of_chain)?
+        {
+            let reason = format!("{reason}, and {missing}");
+            match snapshotter {
+                None => return Err(Trouble::NotUnpacked { chain_id, reason: Some(reason) }),
+                Some(copies) if snapshots::keeps(copies) == Keeps::Copies => {
+                    let merged = merged_layer(chain_id);
+                    layers = vec![merged];
+                    if !self.unrecorded(&layers).await.is_empty() {
+                        // A view is a copy, which takes as long as it takes.
+                        let patient = namespace.clone().without_deadline();
+                        let taken = View::take(&patient, copies, chain_id, &self.held)
+                            .await
+                            .map_err(of_chain)?;
+                        layers[0].directory = match taken.as_ref().map(|view| &view.shape) {
+                            Some(Shape::Bind(copy)) => Some(copy.clone()),
+                            Some(Shape::Overlay { .. } | Shape::Other(_)) | None => None,
+                        };
+                        view = taken;
+                    }
+                }
+                Some(_) => {
+                    return Err(Trouble::Bad { digest: facts.manifest_digest.to_string(), reason });
+                }
+            }
+        }
+
+        let image = ImageName {
+            namespace: key.namespace.to_string(),
+            name: key.name.clone(),
+            manifest_digest: Some(facts.manifest_digest),
+        };
+        let outcome = self.submit(Some(image), layers, ask).await;
+        // Kept until now, so that no directory goes while it is read.
+        if let Some(view) = view {
+            view.release().await;
+        }
+        outcome.map_err(|reason| Trouble::NotRecorded { chain_id, reason })
+    }
+
+    /// A view of an image's layers and their directories, bottom first. In the
+    /// error, a reason or a failed call.
+    async fn layers_below(
+        &self,
+        namespace: &Namespace,
+        snapshotter: &str,
+        chain_id: ChainId,
+        layers: usize,
+    ) -> Result<(View, Vec<std::path::PathBuf>), Result<String, Status>> {
+        let view = match View::take(namespace, snapshotter, chain_id, &self.held).await {
+            Ok(Some(view)) => view,
+            Ok(None) => return Err(Ok("its snapshots have gone".into())),
+            Err(status) => return Err(Err(status)),
+        };
+        match readable_directories(snapshotter, &view.shape, layers).await {
+            Ok(directories) => Ok((view, directories)),
+            Err(reason) => {
+                view.release().await;
+                Err(Ok(reason))
+            }
+        }
+    }
+
+    /// Hands a job to the recorder and waits for it.
+    async fn submit(
+        &self,
+        image: Option<ImageName>,
+        layers: Vec<Layer>,
+        ask: Ask,
+    ) -> Result<Recorded, String> {
         let (done, finished) = oneshot::channel();
         let job = Job {
-            image: Some(ImageName {
-                namespace: key.namespace.to_string(),
-                name: key.name.clone(),
-                manifest_digest: Some(facts.manifest_digest),
-            }),
+            image,
             container: None,
             layers,
-            proof: Proof::Later,
-            progress,
+            proof: ask.proof,
+            progress: ask.progress,
             done: Some(Box::new(move |outcome| {
-                let _ = done.send(outcome.map(|_| ()));
+                let _ = done.send(outcome);
             })),
         };
         let recorder = Arc::clone(&self.recorder);
         // Handing over may wait for room.
-        let submitted = tokio::task::spawn_blocking(move || recorder.submit(job)).await;
-        let outcome = match submitted {
-            Ok(()) => match finished.await {
-                Ok(outcome) => outcome,
-                Err(_) => Err("the recorder has stopped".into()),
-            },
-            Err(err) => Err(err.to_string()),
-        };
-        if let Some(view) = view {
-            view.release().await;
-        }
-        outcome.map(|()| chain_id).map_err(|reason| Trouble::NotRecorded { chain_id, reason })
+        tokio::task::spawn_blocking(move || recorder.submit(job))
+            .await
+            .map_err(|err| err.to_string())?;
+        finished.await.map_err(|_| "the recorder has stopped".to_owned())?
     }
 
-    /// Notes that `key` waits for its layers.
-    fn wait_for(&self, key: &Key, chain_id: ChainId) {
-        if let Some(standing) = self.state().names.get_mut(key) {
-            standing.state = Readiness::Waiting(chain_id);
+    /// Those of `layers` that have no baseline yet.
+    async fn unrecorded(&self, layers: &[Layer]) -> Vec<LayerId> {
+        let ids: Vec<LayerId> = layers.iter().map(|layer| layer.id).collect();
+        let all = ids.clone();
+        let recorder = Arc::clone(&self.recorder);
+        tokio::task::spawn_blocking(move || recorder.unrecorded(&ids)).await.unwrap_or(all)
+    }
+
+    /// Why one of the layers `wanted` cannot be read from its archive.
+    async fn unreadable(
+        &self,
+        namespace: &Namespace,
+        layers: &[Layer],
+        wanted: &[LayerId],
+    ) -> Result<Option<String>, Status> {
+        for layer in layers.iter().filter(|layer| wanted.contains(&layer.id)) {
+            let reason = match &layer.blob {
+                None => Some("nobody knows its archive any more".to_owned()),
+                Some(blob) => match blobs::no_archive(&blob.media_type) {
+                    Some(reason) => Some(reason),
+                    None => {
+                        let request = InfoRequest { digest: blob.digest.clone() };
+                        let answer = found(namespace.content().info(request).await)?;
+                        answer.is_none().then(|| blobs::missing(&blob.media_type))
+                    }
+                },
+            };
+            if let Some(reason) = reason {
+                return Ok(Some(format!("layer {} has no archive: {reason}", layer.id)));
+            }
         }
+        Ok(None)
+    }
+
+    /// The layers of a container whose snapshotter has no directories of them, as
+    /// far as their baselines can be had; else the reason why not.
+    pub(super) async fn without_directories(
+        &self,
+        namespace: &Namespace,
+        snapshotter: &str,
+        layers: Vec<Layer>,
+    ) -> Result<Result<Vec<Layer>, String>, Status> {
+        let unrecorded = self.unrecorded(&layers).await;
+        let Some(missing) = self.unreadable(namespace, &layers, &unrecorded).await? else {
+            return Ok(Ok(layers));
+        };
+        if snapshots::keeps(snapshotter) == Keeps::Copies
+            && let Some(top) = layers.last()
+        {
+            let merged = vec![merged_layer(top.chain_id)];
+            if self.unrecorded(&merged).await.is_empty() {
+                return Ok(Ok(merged));
+            }
+        }
+        Ok(Err(missing))
+    }
+
+    /// Notes that `key` waits for its layers; whether it has done so for long.
+    fn wait_for(&self, key: &Key, chain_id: ChainId) -> bool {
+        let mut state = self.state();
+        let Some(standing) = state.names.get_mut(key) else { return false };
+        if standing.state.waits_for() != Some(chain_id) {
+            standing.state = Readiness::Waiting(chain_id);
+            standing.waits_since = Instant::now();
+        }
+        standing.waits_since.elapsed() >= UNPACK_PATIENCE
     }
 
     // --- what people ask ---
 
-    /// Has an image recorded now, and waits for it.
+    /// Has an image recorded now, and waits for it. It may be asked for by its
+    /// name, its manifest's digest or its chain ID.
     pub(super) async fn record_now(
         &self,
         namespace: &Namespace,
         name: &str,
-        progress: Option<Arc<Progress>>,
-    ) -> Result<ChainId, Trouble> {
-        let target = target(namespace, name).await?;
-        let key = Key { namespace: Arc::clone(&namespace.name), name: name.into() };
+        ask: Ask,
+    ) -> Result<Recorded, Trouble> {
+        let name = self.name_of(&namespace.name, name).unwrap_or_else(|| name.into());
+        let target = target(namespace, &name).await?;
+        let key = Key { namespace: Arc::clone(&namespace.name), name };
         self.state().names.entry(key.clone()).or_insert_with(Standing::new).target =
             Some(target.clone());
-        let outcome = self.record(namespace, &key, &target, progress).await;
+        let outcome = self.record(namespace, &key, &target, ask).await;
         self.conclude(&key, &outcome, &target);
         outcome
+    }
+
+    /// A name of the image with this manifest digest or chain ID.
+    fn name_of(&self, namespace: &str, digest: &str) -> Option<String> {
+        let manifest_digest: ManifestDigest = digest.parse().ok()?;
+        let chain_id = ChainId(manifest_digest.0);
+        let state = self.state();
+        let mut names = state.names.iter().filter(|(key, standing)| {
+            let target = standing.target.as_ref().map(|target| &target.digest);
+            &*key.namespace == namespace
+                && target.and_then(|target| state.facts.get(target)).is_some_and(|facts| {
+                    facts.manifest_digest == manifest_digest || facts.chain_id() == Some(chain_id)
+                })
+        });
+        names.next().map(|(key, _)| key.name.clone())
+    }
+
+    /// Has the layers of a container recorded now, and waits for it: its image
+    /// may have no name any more.
+    pub(super) async fn record_stack(
+        &self,
+        layers: Vec<Layer>,
+        ask: Ask,
+    ) -> Result<Recorded, Trouble> {
+        let Some(chain_id) = layers.last().map(|layer| layer.chain_id) else {
+            return Err(Trouble::Unknown);
+        };
+        let outcome = self.submit(None, layers, ask).await;
+        outcome.map_err(|reason| Trouble::NotRecorded { chain_id, reason })
     }
 
     /// The images that have no baseline, and why.
@@ -647,6 +862,9 @@ impl Images {
                         chain_id.to_string(),
                         "it is not unpacked yet; it will be recorded when it is".into(),
                     ),
+                    Readiness::Incomplete { chain_id, reason } => {
+                        (chain_id.to_string(), reason.clone())
+                    }
                     Readiness::New
                     | Readiness::Waiting(_)
                     | Readiness::Recorded { .. }
@@ -675,8 +893,8 @@ impl Images {
         namespace: &Namespace,
         target: &Descriptor,
     ) -> Result<Arc<Facts>, Trouble> {
-        if let Some(facts) = self.state().facts.get(&target.digest) {
-            return Ok(Arc::clone(facts));
+        if let Some(facts) = self.known_facts(&namespace.name, &target.digest) {
+            return Ok(facts);
         }
         let facts = Arc::new(read_facts(namespace, target).await?);
         let mut state = self.state();
@@ -686,7 +904,68 @@ impl Images {
             parent = Some(chain_id);
         }
         state.facts.insert(target.digest.clone(), Arc::clone(&facts));
+        learn_blobs(&mut state.blobs, &self.endpoint, &namespace.name, &facts);
         Ok(facts)
+    }
+
+    /// What is known of a target already, which `namespace` has as well.
+    fn known_facts(&self, namespace: &Arc<str>, target: &str) -> Option<Arc<Facts>> {
+        let mut state = self.state();
+        let facts = Arc::clone(state.facts.get(target)?);
+        learn_blobs(&mut state.blobs, &self.endpoint, namespace, &facts);
+        Some(facts)
+    }
+}
+
+/// Notes the archives of an image's layers, by the chain IDs that they are the
+/// top of. One layer may have several (gzip, zstd): which one is kept does not
+/// depend on the order in which images are looked at.
+fn learn_blobs(
+    blobs: &mut HashMap<(Arc<str>, ChainId), Blob>,
+    endpoint: &Arc<str>,
+    namespace: &Arc<str>,
+    facts: &Facts,
+) {
+    for (&chain_id, descriptor) in facts.chain.iter().zip(&facts.blobs) {
+        let known = blobs.get(&(Arc::clone(namespace), chain_id));
+        if known.is_some_and(|known| known.digest <= descriptor.digest) {
+            continue;
+        }
+        let blob = Blob {
+            endpoint: Arc::clone(endpoint),
+            namespace: Arc::clone(namespace),
+            digest: descriptor.digest.clone(),
+            media_type: descriptor.media_type.clone(),
+            size: descriptor.size,
+        };
+        blobs.insert((Arc::clone(namespace), chain_id), blob);
+    }
+}
+
+/// A whole image, where only a copy of it all can be read.
+fn merged_layer(chain_id: ChainId) -> Layer {
+    Layer { id: LayerId::Chain(chain_id), chain_id, directory: None, blob: None }
+}
+
+/// The directories of a stack of layers, bottom first, if they can be read; an
+/// error in words.
+pub(super) async fn readable_directories(
+    snapshotter: &str,
+    shape: &Shape,
+    layers: usize,
+) -> Result<Vec<std::path::PathBuf>, String> {
+    let directories = snapshots::layer_directories(shape, layers)?;
+    if snapshotter == DEFAULT_SNAPSHOTTER {
+        return Ok(directories);
+    }
+    let mountinfo = tokio::task::spawn_blocking(|| {
+        Handle::open(std::process::id()).and_then(|myself| myself.mountinfo())
+    });
+    let mountinfo = mountinfo.await.map_err(|err| err.to_string())?;
+    let mountinfo = mountinfo.map_err(|err| format!("mounts cannot be told: {err}"))?;
+    match snapshots::are_lazy(&directories, &mountinfo) {
+        Some(reason) => Err(reason),
+        None => Ok(directories),
     }
 }
 
@@ -701,7 +980,7 @@ async fn target(namespace: &Namespace, name: &str) -> Result<Descriptor, Trouble
 }
 
 async fn read_facts(namespace: &Namespace, target: &Descriptor) -> Result<Facts, Trouble> {
-    let (manifest, config) = find_manifest(namespace, target).await?;
+    let (manifest, config, layers) = find_manifest(namespace, target).await?;
     let bad = |digest: &str, reason: String| Trouble::Bad { digest: brief(digest), reason };
     let manifest_digest =
         manifest.parse::<ManifestDigest>().map_err(|err| bad(&manifest, err.to_string()))?;
@@ -712,7 +991,8 @@ async fn read_facts(namespace: &Namespace, target: &Descriptor) -> Result<Facts,
         .map_err(|reason| bad(&config.digest, format!("its config {reason}")))?
         .unwrap_or_default();
     let chain = ChainId::of_layers(&diff_ids);
-    Ok(Facts { manifest_digest, diff_ids, chain })
+    let blobs = if layers.len() == diff_ids.len() { layers } else { Vec::new() };
+    Ok(Facts { manifest_digest, diff_ids, chain, blobs })
 }
 
 fn missing(what: &str) -> String {
@@ -720,11 +1000,11 @@ fn missing(what: &str) -> String {
 }
 
 /// Descends from an image's target to the manifest of this node's platform: its
-/// digest, and its config.
+/// digest, its config and its layers.
 async fn find_manifest(
     namespace: &Namespace,
     target: &Descriptor,
-) -> Result<(String, Descriptor), Trouble> {
+) -> Result<(String, Descriptor, Vec<Descriptor>), Trouble> {
     // The best candidate is the last.
     let mut candidates = vec![(target.clone(), 0)];
     let mut first_missing = None;
@@ -738,7 +1018,9 @@ async fn find_manifest(
         let document =
             manifests::document(&bytes).map_err(|reason| bad(format!("its manifest {reason}")))?;
         match document {
-            Document::Manifest { config, .. } => return Ok((candidate.digest, config)),
+            Document::Manifest { config, layers } => {
+                return Ok((candidate.digest, config, layers));
+            }
             Document::Index(_) if depth == INDEX_DEPTH => {
                 return Err(bad(format!("its indexes are nested more than {INDEX_DEPTH} deep")));
             }
@@ -792,19 +1074,113 @@ async fn read(namespace: &Namespace, blob: &Descriptor) -> Result<Option<Vec<u8>
     Ok(Some(bytes))
 }
 
-/// The snapshotter that holds these layers; `None` while none does. The label
-/// that names it on the config blob is set only after the last layer's commit
-/// was told, so the snapshotters themselves are asked.
+/// The snapshotter that holds these layers, one that keeps directories before
+/// others; `None` while none does. The label that names it on the config blob is
+/// set only after the last layer's commit was told, so the snapshotters
+/// themselves are asked.
 async fn unpacked_by(namespace: &Namespace, chain_id: ChainId) -> Result<Option<String>, Status> {
     if snapshots::is_unpacked(namespace, DEFAULT_SNAPSHOTTER, chain_id).await? {
         return Ok(Some(DEFAULT_SNAPSHOTTER.into()));
     }
-    for snapshotter in snapshots::snapshotters(namespace).await? {
-        if snapshotter != DEFAULT_SNAPSHOTTER
-            && snapshots::is_unpacked(namespace, &snapshotter, chain_id).await?
-        {
+    let mut others = snapshots::snapshotters(namespace).await?;
+    others.retain(|snapshotter| snapshotter != DEFAULT_SNAPSHOTTER);
+    others.sort_by_key(|snapshotter| match snapshots::keeps(snapshotter) {
+        Keeps::Layers => 0,
+        Keeps::Copies => 1,
+        Keeps::Nothing(_) => 2,
+    });
+    for snapshotter in others {
+        if snapshots::is_unpacked(namespace, &snapshotter, chain_id).await? {
             return Ok(Some(snapshotter));
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody is asked to record anything.
+    struct NoRecorder;
+
+    impl Recording for NoRecorder {
+        fn submit(&self, job: Job) {
+            panic!("{job:?}");
+        }
+
+        fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
+            layers.to_vec()
+        }
+
+        fn image_names(&self, _endpoint: &str, _listed: Vec<(ImageName, ChainId)>) {}
+
+        fn image_removed(&self, _namespace: &str, _name: &str) {}
+    }
+
+    fn descriptor(digest: &str) -> Descriptor {
+        manifests::Descriptor::of(containerd_client::types::Descriptor {
+            digest: digest.into(),
+            ..Default::default()
+        })
+    }
+
+    fn facts(diff_ids: &[DiffId], archives: &[&str]) -> Facts {
+        Facts {
+            manifest_digest: ManifestDigest([7; 32]),
+            diff_ids: diff_ids.to_vec(),
+            chain: ChainId::of_layers(diff_ids),
+            blobs: archives.iter().map(|digest| descriptor(digest)).collect(),
+        }
+    }
+
+    #[test]
+    fn an_unpack_is_waited_for_as_long_as_it_goes_on() {
+        let images = Images::new("e".into(), Arc::new(NoRecorder), Arc::default());
+        let facts = facts(&[DiffId([1; 32]), DiffId([2; 32])], &[]);
+        let (bottom, top) = (facts.chain[0], facts.chain[1]);
+        let key = Key { namespace: "default".into(), name: "web".into() };
+        {
+            let mut state = images.state();
+            state.facts.insert("target".into(), Arc::new(facts));
+            let mut standing = Standing::new();
+            standing.target = Some(descriptor("target"));
+            state.names.insert(key.clone(), standing);
+        }
+        let long_ago = || {
+            let since = Instant::now().checked_sub(UNPACK_PATIENCE).unwrap();
+            images.state().names.get_mut(&key).unwrap().waits_since = since;
+        };
+        assert!(!images.wait_for(&key, top), "it may be about to be unpacked");
+        long_ago();
+        assert!(images.wait_for(&key, top), "nobody unpacks it");
+        // A layer below: more will come.
+        assert_eq!(images.waiting_for("default", bottom), [""; 0]);
+        assert!(!images.wait_for(&key, top));
+        assert_eq!(images.waiting_for("other", top), [""; 0], "another namespace's");
+        assert_eq!(images.waiting_for("default", top), ["web"]);
+        // Its archives are missing, which takes nothing from what has been waited.
+        long_ago();
+        let trouble = Trouble::NotUnpacked { chain_id: top, reason: Some("gone".into()) };
+        images.conclude(&key, &Err(trouble), &descriptor("target"));
+        assert_eq!(images.problems()[0].reason, "gone");
+        assert!(images.wait_for(&key, top));
+        assert!(!images.wait_for(&key, bottom), "the name points at another image now");
+    }
+
+    #[test]
+    fn which_archive_of_a_layer_is_named_does_not_depend_on_the_order() {
+        let diff_ids = [DiffId([1; 32])];
+        let (gzip, zstd) = (facts(&diff_ids, &["sha256:b"]), facts(&diff_ids, &["sha256:a"]));
+        let namespace: Arc<str> = "default".into();
+        let named = |order: [&Facts; 2]| {
+            let mut blobs = HashMap::new();
+            for facts in order {
+                learn_blobs(&mut blobs, &"e".into(), &namespace, facts);
+            }
+            blobs[&(Arc::clone(&namespace), gzip.chain[0])].digest.clone()
+        };
+        assert_eq!(named([&gzip, &zstd]), "sha256:a");
+        assert_eq!(named([&zstd, &gzip]), "sha256:a");
+    }
 }

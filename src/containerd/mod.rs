@@ -27,14 +27,17 @@
 
 pub mod describe;
 
+mod blobs;
 mod connection;
 mod containers;
+mod docker;
 mod endpoint;
 mod events;
 mod images;
 mod manifests;
 mod outbox;
 mod snapshots;
+mod spec;
 mod tasks;
 
 use std::fmt;
@@ -42,9 +45,10 @@ use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 
+pub use self::blobs::ContentBlobs;
 use self::endpoint::Endpoint;
-use self::images::Trouble;
-use crate::baseline::{ImageName, Job, Progress, Recorder};
+use self::images::{Ask, Trouble};
+use crate::baseline::{ImageName, Job, Progress, Proof, Recorded, Recorder};
 use crate::config;
 use crate::health::Health;
 use crate::model::{ChainId, Container, ContainerId, LayerId, OverlayDirs, printable};
@@ -139,8 +143,10 @@ pub enum Error {
     Refused { socket: String, reason: String },
     #[error("containerd has no image `{name}` (see: ctr -n NAMESPACE images ls)")]
     UnknownImage { name: String },
-    #[error("the image `{name}` is not unpacked: start a container of it, or pull it again")]
-    NotUnpacked { name: String },
+    #[error(
+        "the image `{name}` cannot be read: {reason} (pull it again, or start a container of it)"
+    )]
+    NotUnpacked { name: String, reason: String },
     #[error("the image `{name}` cannot be recorded: {reason} ({digest})")]
     Unresolvable { name: String, digest: String, reason: String },
 }
@@ -209,42 +215,45 @@ impl Containerd {
     }
 
     /// Has the image `name` recorded, in whichever namespace it is, and waits
-    /// for it.
+    /// for it. A manifest digest or a chain ID is a name as well. If no image has
+    /// the name, a container that was made from it may still have its layers.
     pub async fn record_image(
         &self,
         name: &str,
+        proof: Proof,
         progress: Arc<Progress>,
-    ) -> Result<ChainId, Error> {
-        let printed = || printable(name.as_bytes());
+    ) -> Result<Recorded, Error> {
+        let ask = Ask { proof, progress: Some(progress), now: true };
         let mut unreachable = None;
+        let mut namespaces = Vec::new();
         for endpoint in self.endpoints.iter() {
-            let namespaces = match endpoint.namespaces().await {
-                Ok(namespaces) => namespaces,
-                Err(error) => {
-                    unreachable = Some(error);
-                    continue;
+            match endpoint.namespaces().await {
+                Ok(found) => {
+                    namespaces.extend(found.into_iter().map(|namespace| (endpoint, namespace)));
                 }
-            };
-            for namespace in namespaces {
-                let outcome =
-                    endpoint.images.record_now(&namespace, name, Some(Arc::clone(&progress)));
-                return Err(match outcome.await {
-                    Ok(chain_id) => return Ok(chain_id),
-                    Err(Trouble::Unknown) => continue,
-                    Err(Trouble::Interrupted(status)) => endpoint.refused(&status),
-                    Err(Trouble::NotUnpacked(_)) => Error::NotUnpacked { name: printed() },
-                    Err(Trouble::Bad { digest, reason }) => {
-                        Error::Unresolvable { name: printed(), digest, reason }
-                    }
-                    Err(Trouble::NotRecorded { chain_id, reason }) => Error::Unresolvable {
-                        name: printed(),
-                        digest: chain_id.to_string(),
-                        reason,
-                    },
-                });
+                Err(error) => unreachable = Some(error),
             }
         }
-        Err(unreachable.unwrap_or_else(|| Error::UnknownImage { name: printed() }))
+        for (endpoint, namespace) in &namespaces {
+            match endpoint.images.record_now(namespace, name, ask.clone()).await {
+                Ok(recorded) => return Ok(recorded),
+                Err(Trouble::Unknown) => (),
+                Err(trouble) => return Err(endpoint.trouble(name, trouble)),
+            }
+        }
+        for (endpoint, namespace) in &namespaces {
+            let container = endpoint.container_of_image(namespace, name).await;
+            let Some(container) = container.map_err(|status| endpoint.refused(&status))? else {
+                continue;
+            };
+            if let Some(reason) = container.no_baseline {
+                let (name, digest) = (printable(name.as_bytes()), container.id.to_string());
+                return Err(Error::Unresolvable { name, digest, reason });
+            }
+            let recorded = endpoint.images.record_stack(container.layers, ask).await;
+            return recorded.map_err(|trouble| endpoint.trouble(name, trouble));
+        }
+        Err(unreachable.unwrap_or_else(|| Error::UnknownImage { name: printable(name.as_bytes()) }))
     }
 
     /// The images that have no baseline, and why.

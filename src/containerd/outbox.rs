@@ -266,6 +266,7 @@ mod tests {
             rootfs: None,
             task: task.map(|pid| Task { pid, paused: false }),
             no_baseline: None,
+            id_map: None,
         }
     }
 

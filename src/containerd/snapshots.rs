@@ -14,6 +14,7 @@ use tonic::{Code, Status};
 
 use super::connection::{Namespace, found, words};
 use crate::model::{ChainId, OverlayDirs, printable};
+use crate::sys::overlay;
 
 /// What a snapshotter says has to be mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,44 +103,66 @@ fn unescape(value: &str) -> PathBuf {
     text.into()
 }
 
+/// What of an image a snapshotter keeps that can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keeps {
+    /// A directory for each layer.
+    Layers,
+    /// Of each stack of layers a directory with everything in it.
+    Copies,
+    /// Nothing, and why.
+    Nothing(&'static str),
+}
+
+/// By the snapshotter's name: with some of them, taking a view to find that out
+/// copies the image, with others it fetches it.
+pub(super) fn keeps(snapshotter: &str) -> Keeps {
+    const LAZY: &[&str] = &["cvmfs", "gcfs", "nydus", "overlaybd", "soci", "starlight", "stargz"];
+    match snapshotter {
+        "native" => Keeps::Copies,
+        "btrfs" | "zfs" | "devmapper" | "blockfile" => {
+            Keeps::Nothing("it keeps volumes, not directories")
+        }
+        "erofs" => Keeps::Nothing("it keeps EROFS images, not directories"),
+        _ if LAZY.iter().any(|lazy| snapshotter.contains(lazy)) => Keeps::Nothing(
+            "it fetches a file when it is first read, and reading them all would fetch them all",
+        ),
+        _ => Keeps::Layers,
+    }
+}
+
 /// The directories of a stack of layers, bottom first, from a mount made of it;
-/// an error in words if this snapshotter does not keep one directory per layer.
-pub(super) fn layer_directories(
-    shape: &Shape,
-    layers: usize,
-    snapshotter: &str,
-) -> Result<Vec<PathBuf>, String> {
-    keeps_layers(snapshotter)?;
+/// an error in words if there is not one directory per layer.
+pub(super) fn layer_directories(shape: &Shape, layers: usize) -> Result<Vec<PathBuf>, String> {
     match shape {
         Shape::Overlay { lowerdirs, .. } if lowerdirs.len() == layers => {
             Ok(lowerdirs.iter().rev().cloned().collect())
         }
         Shape::Overlay { lowerdirs, .. } => {
             let count = lowerdirs.len();
-            let what = format!("its overlay has {count} lower directories for {layers} layers");
-            Err(unsupported(snapshotter, &what))
+            Err(format!("its overlay has {count} lower directories for {layers} layers"))
         }
         // overlayfs gives a view of a single layer as a bind of that layer.
         Shape::Bind(source) if layers == 1 => Ok(vec![source.clone()]),
-        Shape::Bind(_) => Err(unsupported(snapshotter, "it gives one directory, not an overlay")),
-        Shape::Other(what) => Err(unsupported(snapshotter, &format!("it gives {what}"))),
+        Shape::Bind(_) => Err("it gives one directory, not an overlay".into()),
+        Shape::Other(what) => Err(format!("it gives {what}")),
     }
 }
 
-/// Refuses snapshotters that keep whole copies or volumes by their names: with
-/// some of them, taking a view to find that out copies the image.
-pub(super) fn keeps_layers(snapshotter: &str) -> Result<(), String> {
-    match snapshotter {
-        "native" => Err(unsupported(snapshotter, "it keeps whole copies, not layers")),
-        "btrfs" | "zfs" | "devmapper" | "blockfile" => {
-            Err(unsupported(snapshotter, "it keeps volumes, not directories"))
-        }
-        _ => Ok(()),
-    }
+/// Why these directories must not be read: a FUSE mount may fetch what is read,
+/// or hang. `mountinfo` is that of a process that sees them.
+pub(super) fn are_lazy(directories: &[PathBuf], mountinfo: &[u8]) -> Option<String> {
+    let fuse = overlay::fuse_mount_points(mountinfo);
+    let lazy = |directory: &&PathBuf| fuse.iter().any(|mount| directory.starts_with(mount));
+    directories.iter().find(lazy).map(|directory| {
+        let directory = printable(directory.as_os_str().as_encoded_bytes());
+        format!("its directory {directory} is a FUSE mount, which may fetch what is read")
+    })
 }
 
-fn unsupported(snapshotter: &str, what: &str) -> String {
-    format!("snapshotter {} is not supported yet: {what}", printable(snapshotter.as_bytes()))
+/// Puts the snapshotter's name before a reason.
+pub(super) fn of(snapshotter: &str, reason: &str) -> String {
+    format!("snapshotter {}: {reason}", printable(snapshotter.as_bytes()))
 }
 
 pub(super) async fn mounts(
@@ -152,16 +175,27 @@ pub(super) async fn mounts(
     Ok(answer.map(|response| shape(&response.into_inner().mounts)))
 }
 
-/// The name of the snapshot below `key`, empty if there is none; `None` if there
-/// is no snapshot `key`.
-pub(super) async fn parent(
+/// What a snapshotter knows of one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Info {
+    /// The name of the snapshot below; empty if there is none.
+    pub(super) parent: String,
+    /// In seconds and nanoseconds; a name can be used again.
+    pub(super) created: (i64, i32),
+}
+
+/// `None` if there is no snapshot `key`.
+pub(super) async fn info(
     namespace: &Namespace,
     snapshotter: &str,
     key: &str,
-) -> Result<Option<String>, Status> {
+) -> Result<Option<Info>, Status> {
     let request = StatSnapshotRequest { snapshotter: snapshotter.into(), key: key.into() };
     let answer = found(namespace.snapshots().stat(request).await)?;
-    Ok(answer.and_then(|response| response.into_inner().info).map(|info| info.parent))
+    Ok(answer.and_then(|response| response.into_inner().info).map(|info| {
+        let created = info.created_at.unwrap_or_default();
+        Info { parent: info.parent, created: (created.seconds, created.nanos) }
+    }))
 }
 
 /// The snapshotters that work on this containerd, sorted.
@@ -205,9 +239,9 @@ pub(super) struct Held {
 
 /// Our leases and views begin with this; the process's pid follows.
 const PREFIX: &str = "driftd-view-";
-/// Longer than any recording takes; then containerd's garbage collector clears
-/// away what a dead driftd has left.
-const LEASE_HOURS: i64 = 1;
+/// Longer than reading any image twice takes; then containerd's garbage collector
+/// clears away what a dead driftd has left.
+const LEASE_HOURS: i64 = 6;
 
 impl Held {
     fn ids(&self) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {
@@ -395,11 +429,10 @@ mod tests {
     #[test]
     fn layers_are_named_bottom_first() {
         let view = Shape::Overlay { upperdir: None, lowerdirs: paths(&["/3", "/2", "/1"]) };
-        assert_eq!(layer_directories(&view, 3, "overlayfs"), Ok(paths(&["/1", "/2", "/3"])));
+        assert_eq!(layer_directories(&view, 3), Ok(paths(&["/1", "/2", "/3"])));
         assert_eq!(
-            layer_directories(&view, 2, "overlayfs").unwrap_err(),
-            "snapshotter overlayfs is not supported yet: \
-             its overlay has 3 lower directories for 2 layers"
+            layer_directories(&view, 2).unwrap_err(),
+            "its overlay has 3 lower directories for 2 layers"
         );
     }
 
@@ -407,10 +440,10 @@ mod tests {
     fn a_view_of_one_layer_is_a_bind() {
         let bind = shape(&[mount("bind", "/s/1/fs", &["ro", "rbind"])]);
         assert_eq!(bind, Shape::Bind("/s/1/fs".into()));
-        assert_eq!(layer_directories(&bind, 1, "overlayfs"), Ok(paths(&["/s/1/fs"])));
+        assert_eq!(layer_directories(&bind, 1), Ok(paths(&["/s/1/fs"])));
         assert_eq!(
-            layer_directories(&bind, 1, "native").unwrap_err(),
-            "snapshotter native is not supported yet: it keeps whole copies, not layers"
+            layer_directories(&bind, 2).unwrap_err(),
+            "it gives one directory, not an overlay"
         );
     }
 
@@ -420,9 +453,42 @@ mod tests {
         let shape = shape(&erofs);
         assert_eq!(overlay_dirs(&erofs), None);
         assert_eq!(
-            layer_directories(&shape, 1, "erofs").unwrap_err(),
-            "snapshotter erofs is not supported yet: \
-             it gives several mounts (erofs, format/mkdir/overlay)"
+            of("other", &layer_directories(&shape, 1).unwrap_err()),
+            "snapshotter other: it gives several mounts (erofs, format/mkdir/overlay)"
+        );
+    }
+
+    #[test]
+    fn snapshotters_that_keep_no_directories_are_known_by_name() {
+        assert_eq!(keeps("overlayfs"), Keeps::Layers);
+        assert_eq!(keeps("fuse-overlayfs"), Keeps::Layers);
+        assert_eq!(keeps("native"), Keeps::Copies);
+        let none = [
+            "btrfs",
+            "zfs",
+            "devmapper",
+            "blockfile",
+            "erofs",
+            "stargz",
+            "nydus",
+            "nydus-fs",
+            "soci",
+            "overlaybd",
+            "gcfs",
+            "cvmfs-snapshotter",
+        ];
+        for name in none {
+            assert!(matches!(keeps(name), Keeps::Nothing(_)), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_directory_below_a_fuse_mount_is_not_read() {
+        let mountinfo = b"2 1 0:50 / /s/2/fs rw - fuse.rawBridge stargz rw\n";
+        assert_eq!(are_lazy(&paths(&["/s/1/fs", "/s/2/fsx"]), mountinfo), None);
+        assert_eq!(
+            are_lazy(&paths(&["/s/1/fs", "/s/2/fs"]), mountinfo).as_deref(),
+            Some("its directory /s/2/fs is a FUSE mount, which may fetch what is read")
         );
     }
 

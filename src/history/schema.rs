@@ -11,7 +11,8 @@ use super::{Error, FORMAT};
 const APPLICATION_ID: i64 = 0x6472_6674;
 
 /// What leads from format N to N + 1. An entry that was released never changes.
-pub(super) const MIGRATIONS: &[&str] = &["
+pub(super) const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE finding (
         id              TEXT PRIMARY KEY,
         revision        INTEGER NOT NULL,
@@ -69,7 +70,54 @@ pub(super) const MIGRATIONS: &[&str] = &["
                coalesce(record.json, finding.json) AS json
         FROM record
         LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding';
-"];
+",
+    "
+    -- A finding may be about a layer on disk, and so of no container.
+    DROP VIEW timeline;
+    CREATE TABLE finding_2 (
+        id              TEXT PRIMARY KEY,
+        revision        INTEGER NOT NULL,
+        namespace       TEXT,
+        container       TEXT,
+        image           TEXT,
+        manifest_digest TEXT,
+        kind            TEXT NOT NULL,
+        severity        INTEGER NOT NULL CHECK (severity BETWEEN 1 AND 5),
+        first_seen      INTEGER NOT NULL,
+        last_seen       INTEGER NOT NULL,
+        count           INTEGER NOT NULL,
+        json            TEXT NOT NULL CHECK (json_valid(json)),
+        CHECK ((namespace IS NULL) = (container IS NULL))
+    ) STRICT;
+    INSERT INTO finding_2 SELECT
+        id, revision, namespace, container, image, manifest_digest, kind, severity,
+        first_seen, last_seen, count, json
+        FROM finding;
+    DROP TABLE finding;
+    ALTER TABLE finding_2 RENAME TO finding;
+    -- Each ends with what else is filtered by, so that rows that do not match are
+    -- not read: they are large.
+    CREATE INDEX finding_by_time ON finding
+        (last_seen, id, first_seen, severity, kind);
+    CREATE INDEX finding_by_container ON finding
+        (container, namespace, last_seen, id, first_seen, severity, kind);
+    CREATE INDEX finding_by_kind ON finding
+        (kind, last_seen, id, first_seen);
+    CREATE INDEX finding_by_image ON finding
+        (image, last_seen, id, first_seen, severity, kind);
+    CREATE INDEX finding_by_digest ON finding
+        (manifest_digest, last_seen, id, first_seen, severity, kind);
+
+    CREATE VIEW timeline AS
+        SELECT record.seq,
+               strftime('%Y-%m-%dT%H:%M:%fZ', record.at / 1e6, 'unixepoch') AS at,
+               record.type, record.namespace, record.container,
+               finding.kind, finding.severity, record.finding,
+               coalesce(record.json, finding.json) AS json
+        FROM record
+        LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding';
+",
+];
 
 /// Whose file this is and in which format; refuses what is not ours or newer.
 pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, Error> {

@@ -347,8 +347,7 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
     match record {
         Record::Finding(finding) => {
             let id = finding.id.to_string();
-            let (namespace, container) =
-                (&finding.container.id.namespace, &finding.container.id.id);
+            let container = finding.container_id();
             connection
                 .prepare_cached(
                     "INSERT INTO finding (id, revision, namespace, container, image,
@@ -364,8 +363,8 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
                 .execute(params![
                     id,
                     sql_integer(finding.revision),
-                    namespace,
-                    container,
+                    container.map(|container| &container.namespace),
+                    container.map(|container| &container.id),
                     finding.image.name,
                     finding.image.manifest_digest.map(|digest| digest.to_string()),
                     finding.kind.name(),
@@ -378,14 +377,7 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
             connection
                 .prepare_cached("DELETE FROM record WHERE type = 'finding' AND finding = ?1")?
                 .execute([&id])?;
-            insert(
-                connection,
-                finding.last_seen,
-                "finding",
-                Some(&id),
-                Some(&finding.container.id),
-                None,
-            )
+            insert(connection, finding.last_seen, "finding", Some(&id), container, None)
         }
         Record::Response(response) => {
             let finding = response.finding.map(|id| id.to_string());

@@ -61,6 +61,8 @@ pub struct Container {
     pub task: Option<Task>,
     /// Why no baseline can be had for this container, if that is known already.
     pub no_baseline: Option<String>,
+    /// How its users are numbered on the host; `None` without a user namespace.
+    pub id_map: Option<IdMap>,
 }
 
 impl Container {
@@ -92,7 +94,8 @@ pub struct ImageReference {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LayerId {
     Diff(DiffId),
-    /// Of a layer whose diff ID nobody can tell any more, because the image's
+    /// Of a layer that has no diff ID, because no image has it (Docker's init
+    /// layer), or whose diff ID nobody can tell any more, because the image's
     /// config is gone while a container still uses its snapshots.
     Chain(ChainId),
 }
@@ -115,8 +118,8 @@ pub struct Layer {
     /// Where the snapshotter has unpacked it; `None` where it keeps no
     /// directories of single layers.
     pub directory: Option<PathBuf>,
-    /// The archive it was unpacked from, if containerd's content store had it
-    /// when it was last looked at.
+    /// The archive it was unpacked from, as the image's manifest names it. Whether
+    /// the content store (still) has it shows when it is read.
     pub blob: Option<Blob>,
 }
 
@@ -147,4 +150,65 @@ pub struct Task {
     /// The init process, in the host's pid namespace.
     pub pid: u32,
     pub paused: bool,
+}
+
+/// How the users and groups of a user namespace are numbered on the host
+/// (user_namespaces(7), `uid_map`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdMap {
+    pub uids: Vec<IdRange>,
+    pub gids: Vec<IdRange>,
+}
+
+/// IDs that follow each other, inside and outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdRange {
+    pub container: u32,
+    pub host: u32,
+    pub count: u32,
+}
+
+impl IdMap {
+    /// What the container calls the host's user `uid`: a user that it does not
+    /// have is the overflow user to it.
+    pub fn uid_to_container(&self, uid: u32) -> u32 {
+        to_container(&self.uids, uid)
+    }
+
+    pub fn gid_to_container(&self, gid: u32) -> u32 {
+        to_container(&self.gids, gid)
+    }
+}
+
+/// The kernel's default for users and groups alike.
+const OVERFLOW_ID: u32 = 65_534;
+
+fn to_container(ranges: &[IdRange], id: u32) -> u32 {
+    let found = ranges.iter().find_map(|range| {
+        let offset = id.checked_sub(range.host).filter(|offset| *offset < range.count)?;
+        range.container.checked_add(offset)
+    });
+    found.unwrap_or(OVERFLOW_ID)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hosts_user_is_named_as_the_container_names_it() {
+        let range = |container, host, count| IdRange { container, host, count };
+        let map = IdMap {
+            uids: vec![range(0, 100_000, 65_536), range(70_000, 1000, 1)],
+            gids: vec![range(u32::MAX, 5, 2)],
+        };
+        let check = |uid, expected| assert_eq!(map.uid_to_container(uid), expected, "{uid}");
+        check(100_000, 0);
+        check(165_535, 65_535);
+        check(165_536, OVERFLOW_ID);
+        check(1000, 70_000);
+        check(0, OVERFLOW_ID);
+        assert_eq!(map.gid_to_container(5), u32::MAX);
+        assert_eq!(map.gid_to_container(6), OVERFLOW_ID, "no ID is larger");
+    }
 }

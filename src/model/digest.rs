@@ -107,6 +107,16 @@ impl ChainId {
         }
         chain
     }
+
+    /// The identity of a stack whose topmost layer has no diff ID, and is known
+    /// by the name that its keeper has for it.
+    pub fn above(parent: Option<ChainId>, key: &str) -> ChainId {
+        let key = DiffId(Sha256::digest(key.as_bytes()).into());
+        match parent {
+            None => ChainId(key.0),
+            Some(parent) => ChainId(Sha256::digest(format!("{parent} {key}").as_bytes()).into()),
+        }
+    }
 }
 
 #[cfg(test)]

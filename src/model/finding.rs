@@ -18,7 +18,7 @@ use super::{
 pub const SCHEMA: &str = "driftd.finding/v1";
 
 macro_rules! kinds {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal, $severity:ident, $technique:literal, $tactic:literal;)*) => {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $severity:ident, $attack:expr;)*) => {
         /// What a finding says. Names are stable.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Kind {
@@ -37,11 +37,13 @@ macro_rules! kinds {
                 match self { $(Kind::$variant => Severity::$severity,)* }
             }
 
-            /// MITRE ATT&CK for this kind.
-            pub fn attack(self) -> Attack {
-                match self {
-                    $(Kind::$variant => Attack { technique: $technique.into(), tactic: $tactic.into() },)*
-                }
+            /// MITRE ATT&CK for this kind; `None` where nothing was done by anybody.
+            pub fn attack(self) -> Option<Attack> {
+                let attack: Option<(&str, &str)> = match self { $(Kind::$variant => $attack,)* };
+                attack.map(|(technique, tactic)| Attack {
+                    technique: technique.into(),
+                    tactic: tactic.into(),
+                })
             }
         }
     };
@@ -49,27 +51,31 @@ macro_rules! kinds {
 
 kinds! {
     /// Executed; neither its path nor its content is in the image.
-    ExecNew = "exec.new", Critical, "T1059", "TA0002";
+    ExecNew = "exec.new", Critical, Some(("T1059", "TA0002"));
     /// Executed; the path is in the image with other content.
-    ExecModified = "exec.modified", Critical, "T1554", "TA0003";
+    ExecModified = "exec.modified", Critical, Some(("T1554", "TA0003"));
     /// Executed; the content is in the image at another path.
-    ExecRelocated = "exec.relocated", Medium, "T1036", "TA0005";
+    ExecRelocated = "exec.relocated", Medium, Some(("T1036", "TA0005"));
     /// An executed script (`#!`, or text a shell ran), new or modified.
-    ExecScript = "exec.script", High, "T1059.004", "TA0002";
+    ExecScript = "exec.script", High, Some(("T1059.004", "TA0002"));
     /// A new program, not (yet) run.
-    FileAdded = "file.added", Low, "T1105", "TA0011";
+    FileAdded = "file.added", Low, Some(("T1105", "TA0011"));
     /// A program of the image with other content, not (yet) run.
-    FileModified = "file.modified", Medium, "T1554", "TA0003";
+    FileModified = "file.modified", Medium, Some(("T1554", "TA0003"));
     /// Content of the image at a new path, not run.
-    FileRelocated = "file.relocated", Info, "T1036", "TA0005";
+    FileRelocated = "file.relocated", Info, Some(("T1036", "TA0005"));
     /// A program of the image that is gone.
-    FileRemoved = "file.removed", Low, "T1070.004", "TA0005";
+    FileRemoved = "file.removed", Low, Some(("T1070.004", "TA0005"));
     /// Setuid, setgid or a file capability that the image does not give.
-    FilePrivileged = "file.privileged", High, "T1548.001", "TA0004";
+    FilePrivileged = "file.privileged", High, Some(("T1548.001", "TA0004"));
     /// Somebody or something entered the container, with a terminal.
-    SessionInteractive = "session.interactive", Medium, "T1609", "TA0002";
+    SessionInteractive = "session.interactive", Medium, Some(("T1609", "TA0002"));
     /// The same without a terminal.
-    SessionExec = "session.exec", Info, "T1609", "TA0002";
+    SessionExec = "session.exec", Info, Some(("T1609", "TA0002"));
+    /// A layer on disk, or its blob, does not hold what the image says.
+    BaselineTampered = "baseline.tampered", Critical, Some(("T1525", "TA0003"));
+    /// A container that cannot be compared with its image.
+    BaselineUnavailable = "baseline.unavailable", Info, None;
 }
 
 impl Kind {
@@ -163,8 +169,8 @@ pub struct Attack {
 }
 
 /// A finding's name: the same container, kind, path and content (for a session:
-/// the same process) always give the same one, so that a scan after a restart
-/// recognises what was told already.
+/// the same process; for a layer: the layer too) always give the same one, so
+/// that a scan after a restart recognises what was told already.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct FindingId(pub [u8; 16]);
@@ -177,6 +183,15 @@ pub enum Subject<'a> {
         content: Option<Blake3Hash>,
     },
     Process(ProcessIdentity),
+    /// What a layer holds at a path, all that is compared of it: not
+    /// its content alone, because an owner or a mode may be what was changed.
+    Layer {
+        layer: &'a str,
+        path: &'a RootfsPath,
+        found: &'a [u8],
+    },
+    /// Why something is not known.
+    Reason(&'a str),
     /// What is run, whoever runs it: a probe that comes every few seconds is one
     /// finding with a count.
     Command {
@@ -186,21 +201,29 @@ pub enum Subject<'a> {
 }
 
 impl FindingId {
-    pub fn new(container: &ContainerId, kind: Kind, subject: &Subject<'_>) -> FindingId {
+    /// Without a container, a finding is about a layer that none uses.
+    pub fn new(container: Option<&ContainerId>, kind: Kind, subject: &Subject<'_>) -> FindingId {
         let mut hasher = blake3::Hasher::new();
         // Each part is preceded by its length, so that no two lists of parts collide.
         let mut part = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
-        part(container.namespace.as_bytes());
-        part(container.id.as_bytes());
+        // No container's ID is empty.
+        part(container.map_or(b"", |container| container.namespace.as_bytes()));
+        part(container.map_or(b"", |container| container.id.as_bytes()));
         part(kind.name().as_bytes());
         match subject {
             Subject::File { path, content } => {
                 part(path.as_bytes());
                 part(content.as_ref().map_or(&[], |hash| &hash.0[..]));
             }
+            Subject::Layer { layer, path, found } => {
+                part(layer.as_bytes());
+                part(path.as_bytes());
+                part(found);
+            }
+            Subject::Reason(reason) => part(reason.as_bytes()),
             Subject::Command { exe, argv } => {
                 part(exe.unwrap_or_default().as_bytes());
                 argv.unwrap_or_default().iter().for_each(|argument| part(argument.as_bytes()));
@@ -276,14 +299,16 @@ pub struct Finding {
     pub last_seen: Timestamp,
     /// How often it was seen.
     pub count: u64,
-    /// Who saw it first: `gate`, `change` or `scan`.
+    /// Who saw it first: `gate`, `change` or `scan`; `verify` for what was found
+    /// by comparing layers; `baseline` for a baseline that cannot be had.
     pub source: String,
     pub node: String,
     /// The container manager: `containerd`.
     pub runtime: String,
-    pub container: ContainerEvidence,
+    /// Null for a finding about a layer on disk that no watched container uses.
+    pub container: Option<ContainerEvidence>,
     pub image: ImageReference,
-    /// The file as it is; null for sessions.
+    /// The file as it is; null for sessions, and where a layer has none.
     pub file: Option<FileEvidence>,
     /// The file as the image has it.
     pub expected: Option<Expected>,
@@ -297,7 +322,16 @@ pub struct Finding {
     pub verdict: Verdict,
     /// What a response did; null while none was asked for.
     pub outcome: Option<Outcome>,
-    pub attack: Attack,
+    pub attack: Option<Attack>,
+    /// In words, what the other keys have no room for: why there is no baseline,
+    /// what was compared with it. Null for everything else.
+    pub detail: Option<String>,
+}
+
+impl Finding {
+    pub fn container_id(&self) -> Option<&ContainerId> {
+        self.container.as_ref().map(|container| &container.id)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -420,12 +454,14 @@ mod tests {
         let container = ContainerId::new("default", "c1");
         let path = RootfsPath::new("/tmp/x").unwrap();
         let id = |kind, content| {
-            FindingId::new(&container, kind, &Subject::File { path: &path, content })
+            FindingId::new(Some(&container), kind, &Subject::File { path: &path, content })
         };
         let content = Some(Blake3Hash([1; 32]));
         assert_eq!(id(Kind::ExecNew, content), id(Kind::ExecNew, content));
         assert_ne!(id(Kind::ExecNew, content), id(Kind::ExecNew, None));
         assert_ne!(id(Kind::ExecNew, content), id(Kind::FileAdded, content));
+        // What an earlier version has told must be recognised.
+        assert_eq!(id(Kind::ExecNew, content).to_string(), "1a15ac988593c7794e1297637c2bfef1");
         let id = id(Kind::ExecNew, content);
         assert_eq!(id.to_string().parse(), Ok(id));
     }

@@ -10,7 +10,8 @@ pub mod path;
 pub mod process;
 
 pub use container::{
-    Blob, Container, ContainerId, ImageReference, Layer, LayerId, OverlayDirs, Pod, Task,
+    Blob, Container, ContainerId, IdMap, IdRange, ImageReference, Layer, LayerId, OverlayDirs, Pod,
+    Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Format, Unhashed};
@@ -18,6 +19,6 @@ pub use finding::{
     Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
     Verdict,
 };
-pub use observation::{Fact, LowerTwin, Observation, Source};
+pub use observation::{Fact, LayerFile, LowerTwin, Observation, Source};
 pub use path::{HostilePath, RootfsPath, printable};
 pub use process::{Ancestor, Process, ProcessIdentity};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::{Blake3Hash, ContainerId, FileState, Process, RootfsPath, Sha256Hash};
+use super::{Blake3Hash, ContainerId, FileState, FileTime, Process, RootfsPath, Sha256Hash};
 
 /// Who saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +38,9 @@ pub struct Observation {
 
 #[derive(Clone, Debug)]
 pub enum Fact {
-    /// A file of the container's own (upper) layer was executed. Files of the
-    /// image's layers are recognised at the gate and never get here.
+    /// A file of the container's own (upper) layer was executed, or one of the
+    /// image's layers that may have changed since its layer was known to equal the
+    /// baseline. All others are recognised at the gate and never get here.
     Executed {
         path: RootfsPath,
         state: FileState,
@@ -48,6 +49,8 @@ pub enum Fact {
         /// The name under which it was called, where that differs from `path`
         /// (a symlink); `None` when equal or unknown.
         invoked_as: Option<String>,
+        /// Set for a file of the image's layers.
+        layer_file: Option<LayerFile>,
     },
     /// The container's own layer holds this at `path`.
     Present {
@@ -63,6 +66,15 @@ pub enum Fact {
     /// A process of the container whose parent is outside of it, and that is not
     /// the container's init.
     SessionOpened { process: Arc<Process> },
+}
+
+/// A file of the image's layers as a container's overlay shows it, and since when
+/// it is as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LayerFile {
+    pub device: u64,
+    pub inode: u64,
+    pub changed: FileTime,
 }
 
 /// What the layers on disk hold at the same path below an upper file. It gives a

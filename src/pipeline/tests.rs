@@ -1,12 +1,13 @@
 //! The loop's rules, by value: a script of inputs in, what was told out.
 
 use super::*;
-use crate::baseline::ImageBaseline;
+use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, FileType, Format, ImageReference, Layer, LayerId, Outcome, OverlayDirs,
-    ProcessIdentity, Sha256Hash, Task,
+    Ancestor, DiffId, FileTime, FileType, Format, IdRange, ImageReference, Layer, LayerFile,
+    LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
+use crate::watch::Verdict;
 
 const IMAGE: &str = "
 /bin 755 dir
@@ -101,13 +102,22 @@ impl Node {
             ["attached", name] => {
                 Input::Watch(Report::Attached { container: id(name), before_start: true })
             }
-            ["baseline"] => {
-                let baseline = Arc::new(ImageBaseline::from_text(&[IMAGE]));
-                Input::Baseline(News::Ready {
-                    chain_id: baseline.chain_id(),
-                    baseline,
-                    unchanged_since: None,
-                })
+            ["baseline"] => Input::Baseline(ready(None), ImageReference::default()),
+            ["trusted", time] => {
+                let ready = ready(Some(time.parse().unwrap()));
+                Input::Baseline(ready, ImageReference::default())
+            }
+            ["failed", reason] => {
+                let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
+                let failed = News::Failed { chain_id, reason: reason.to_owned() };
+                Input::Baseline(failed, ImageReference::default())
+            }
+            ["layer-exec", _, _, content] => {
+                let mut fact = exec(path(), content);
+                if let Fact::Executed { layer_file, .. } = &mut fact {
+                    *layer_file = Some(layer_file_of(content));
+                }
+                Input::Watch(Report::Observed(observed(Source::Gate, fact)))
             }
             ["exec", _, _, content] => {
                 Input::Watch(Report::Observed(observed(Source::Gate, exec(path(), content))))
@@ -156,10 +166,13 @@ impl Node {
         let actual: Vec<String> = newest
             .iter()
             .map(|finding| {
-                let subject = finding.file.as_ref().map_or_else(
-                    || format!("pid {}", finding.process.as_ref().unwrap().identity.pid),
-                    |file| format!("{}{}", file.path, if file.deleted { " (deleted)" } else { "" }),
-                );
+                let subject = match (&finding.file, &finding.process) {
+                    (Some(file), _) => {
+                        format!("{}{}", file.path, if file.deleted { " (deleted)" } else { "" })
+                    }
+                    (None, Some(process)) => format!("pid {}", process.identity.pid),
+                    (None, None) => format!("({})", finding.detail.as_deref().unwrap()),
+                };
                 format!("{} {subject} x{} r{}", finding.kind, finding.count, finding.revision)
             })
             .collect();
@@ -170,6 +183,25 @@ impl Node {
 
 fn id(name: &str) -> ContainerId {
     ContainerId::new("default", name)
+}
+
+/// The layers of `ImageBaseline::from_text` are numbered.
+fn layer(number: u8) -> LayerId {
+    LayerId::Diff(DiffId([number; 32]))
+}
+
+fn up_to(seconds: i64) -> FileTime {
+    FileTime { seconds, nanoseconds: 0 }
+}
+
+fn ready(unchanged_since: Option<i64>) -> News {
+    let baseline = Arc::new(ImageBaseline::from_text(&[IMAGE]));
+    let chain_id = baseline.chain_id();
+    News::Ready { chain_id, baseline, unchanged_since: unchanged_since.map(up_to) }
+}
+
+fn layer_file_of(content: &str) -> LayerFile {
+    LayerFile { device: 1, inode: content.len() as u64, changed: up_to(5) }
 }
 
 fn container(name: &str, pid: Option<u32>) -> Container {
@@ -184,7 +216,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         snapshotter: "overlayfs".into(),
         snapshot_key: name.into(),
         layers: vec![Layer {
-            id: LayerId::Chain(chain_id),
+            id: layer(1),
             chain_id,
             directory: Some("/lower".into()),
             blob: None,
@@ -192,6 +224,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         rootfs: Some(OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] }),
         task: pid.map(|pid| Task { pid, paused: false }),
         no_baseline: None,
+        id_map: None,
     }
 }
 
@@ -229,7 +262,14 @@ fn state_of(content: &str) -> FileState {
 
 fn exec(path: RootfsPath, content: &str) -> Fact {
     let process = Arc::new(process(42));
-    Fact::Executed { path, state: state_of(content), lower: None, process, invoked_as: None }
+    Fact::Executed {
+        path,
+        state: state_of(content),
+        lower: None,
+        process,
+        invoked_as: None,
+        layer_file: None,
+    }
 }
 
 fn present(path: RootfsPath, content: &str) -> Fact {
@@ -248,6 +288,32 @@ fn a01_written_and_later_run_is_one_story() {
     node.play("write c1 /tmp/x evil\nexec c1 /tmp/x evil")
         .expect(&["file.added /tmp/x x1 r1", "exec.new /tmp/x x1 r1"]);
     assert_eq!(node.told[1].story, Some(node.told[0].id));
+}
+
+#[test]
+fn owners_are_told_as_the_container_names_them() {
+    let mut node = Node::running();
+    let mut in_user_namespace = container("c1", Some(7));
+    let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
+    in_user_namespace.id_map = Some(IdMap { uids: range(100_000), gids: range(200_000) });
+    node.give(Input::Node(Change::Container(Box::new(in_user_namespace))));
+    let owned = |path: &str, uid, gid| {
+        let mut fact = exec(RootfsPath::new(path).unwrap(), "evil");
+        if let Fact::Executed { state, .. } = &mut fact {
+            (state.uid, state.gid) = (uid, gid);
+        }
+        let at = Timestamp::from_second(9).unwrap();
+        Report::Observed(Observation { container: id("c1"), at, source: Source::Gate, fact })
+    };
+    node.give(Input::Watch(owned("/tmp/x", 100_000, 200_033)));
+    node.give(Input::Watch(owned("/tmp/y", 0, 100_000)));
+    let owners: Vec<(u32, u32)> = node
+        .told
+        .iter()
+        .filter_map(|told| told.file.as_ref())
+        .map(|file| (file.uid, file.gid))
+        .collect();
+    assert_eq!(owners, [(0, 33), (65_534, 65_534)], "root of the host is nobody to the container");
 }
 
 #[test]
@@ -294,7 +360,7 @@ fn a46_after_a_restart_a_finding_is_the_same_finding() {
 fn a45_drift_in_one_container_never_marks_another() {
     let mut node = Node::running();
     node.play("start c2\nattached c2\nbaseline\nexec c1 /tmp/x evil");
-    assert_eq!(node.told[0].container.id, id("c1"));
+    assert_eq!(node.told[0].container_id(), Some(&id("c1")));
     assert!(node.state.inventory.get(&id("c2")).unwrap().findings.is_empty());
 }
 
@@ -428,8 +494,7 @@ fn after_containerd_was_lost_everything_is_scanned_again() {
 fn a_baseline_that_failed_is_asked_for_again() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nattached c1\nexec c1 /tmp/x evil");
-    let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
-    node.give(Input::Baseline(News::Failed { chain_id, reason: "the disk is full".into() }));
+    node.play("failed full-disk");
     assert_eq!(node.state.status().problems.len(), 1);
     node.play("list c1");
     assert_eq!(node.jobs, 2);
@@ -505,4 +570,371 @@ fn a_container_that_is_not_running_has_no_diff_but_a_reason() {
         let err = answer.try_recv().unwrap().unwrap_err().to_string();
         assert!(err.starts_with(expected), "{err}");
     }
+}
+
+// ---- files of the layers
+
+/// What the watchers were told of trust, in order.
+fn trusts(node: &mut Node) -> Vec<Trust> {
+    std::mem::take(&mut node.commands)
+        .into_iter()
+        .filter_map(|command| match command {
+            Command::Trust { container, trust } => {
+                assert_eq!(container, id("c1"));
+                Some(trust)
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn the_watchers_are_told_how_far_to_trust_the_layers() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nbaseline");
+    assert_eq!(trusts(&mut node), [Trust::Unknown], "nobody has looked");
+    node.play("trusted 100\ntrusted 200");
+    assert_eq!(trusts(&mut node), [Trust::UpTo(up_to(100)), Trust::UpTo(up_to(200))]);
+    // The same container runs again.
+    node.play("stop c1\nstart c1\nattached c1");
+    let [Command::Detach { .. }, Command::Attach { .. }, Command::Trust { trust, .. }] =
+        &node.commands[..]
+    else {
+        panic!("{:?}", node.commands)
+    };
+    assert_eq!(*trust, Trust::UpTo(up_to(200)));
+}
+
+#[test]
+fn files_that_are_in_no_directory_are_not_trusted_for_what_was_seen_in_one() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let mut container = container("c1", Some(7));
+    container.layers[0].directory = None;
+    node.give(Input::Node(Change::Container(Box::new(container))));
+    node.play("attached c1\nbaseline\ntrusted 100");
+    assert_eq!(trusts(&mut node), [Trust::Unknown, Trust::Unknown]);
+}
+
+#[test]
+fn without_a_baseline_no_file_of_a_layer_is_looked_at_until_there_may_be_one() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nfailed full-disk\nlist c1\ntrusted 100");
+    assert_eq!(trusts(&mut node), [Trust::NoBaseline, Trust::Unknown, Trust::UpTo(up_to(100))]);
+}
+
+#[test]
+fn the_answer_to_another_containers_job_voids_no_judgement() {
+    let mut node = Node::running();
+    let News::Ready { baseline, chain_id, .. } = ready(None) else { unreachable!() };
+    for _ in 0..2 {
+        node.commands.clear();
+        let unchanged_since = Some(up_to(7));
+        let news = News::Ready { baseline: baseline.clone(), chain_id, unchanged_since };
+        node.give(Input::Baseline(news, ImageReference::default()));
+    }
+    assert_eq!(node.commands, []);
+}
+
+#[test]
+fn a38_a_layer_changed_on_disk_is_told_when_it_is_executed() {
+    let mut node = Node::running();
+    node.commands.clear();
+    node.play("layer-exec c1 /bin/ls ls").expect(&[]);
+    let verdict = |content, verdict| Command::Judged {
+        container: id("c1"),
+        file: layer_file_of(content),
+        verdict,
+    };
+    assert_eq!(node.commands, [verdict("ls", Verdict::Image)]);
+    node.commands.clear();
+    node.play("layer-exec c1 /bin/ls other\nlayer-exec c1 /bin/ls other")
+        .expect(&["exec.modified /bin/ls x2 r2"]);
+    assert_eq!(node.commands, [verdict("other", Verdict::Drift), verdict("other", Verdict::Drift)]);
+    let told = node.told.last().unwrap();
+    assert_eq!(told.expected.as_ref().unwrap().layer, layer(1).to_string());
+    assert!(told.detail.as_ref().unwrap().contains("layer of the image"), "{told:?}");
+}
+
+#[test]
+fn a38_a_layer_changed_before_its_baseline_was_there_is_told_when_it_is() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nlayer-exec c1 /bin/ls other\nbaseline")
+        .expect(&["exec.modified /bin/ls x1 r1"]);
+}
+
+#[test]
+fn a_file_of_a_layer_that_finds_no_room_is_asked_for_again() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1");
+    for number in 0..BACKLOG {
+        node.play(&format!("write c1 /tmp/x{number} evil"));
+    }
+    node.commands.clear();
+    node.play("layer-exec c1 /bin/ls other");
+    assert!(
+        matches!(node.commands[..], [Command::Judged { verdict: Verdict::Lost, .. }]),
+        "{:?}",
+        node.commands
+    );
+}
+
+// ---- layers that were tampered with
+
+fn program(path: &str, content: &str) -> LayerEntry {
+    LayerEntry::File(FileEntry {
+        file_type: FileType::Regular,
+        format: Format::Elf,
+        size: content.len() as u64,
+        blake3: Some(blake3_of(content)),
+        ..FileEntry::directory(RootfsPath::new(path).unwrap(), 0o755)
+    })
+}
+
+fn differs(path: &str, expected: Option<LayerEntry>, found: Option<LayerEntry>) -> LayerDifference {
+    LayerDifference { path: RootfsPath::new(path).unwrap(), expected, found }
+}
+
+fn tampered(number: u8, differences: Vec<LayerDifference>) -> Input {
+    let total = differences.len() as u64;
+    let witness = "directory /lower".to_owned();
+    let image = ImageReference { name: Some("img:1".into()), ..ImageReference::default() };
+    let layer = layer(number);
+    let directories = vec!["/lower".into()];
+    Input::Baseline(News::Tampered { layer, witness, directories, differences, total }, image)
+}
+
+fn changed_ls() -> LayerDifference {
+    differs("/bin/ls", Some(program("/bin/ls", "ls")), Some(program("/bin/ls", "evil")))
+}
+
+#[test]
+fn a38_a_tampered_layer_is_told_for_every_container_that_shows_it() {
+    let mut node = Node::running();
+    node.play("start c2\nattached c2\nbaseline");
+    node.give(tampered(1, vec![changed_ls()]));
+    node.expect(&["baseline.tampered /bin/ls x1 r1", "baseline.tampered /bin/ls x1 r1"]);
+    let containers: Vec<_> = node.told.iter().map(|told| told.container_id().cloned()).collect();
+    assert_eq!(containers, [Some(id("c1")), Some(id("c2"))]);
+    let told = &node.told[0];
+    assert_eq!((told.severity, told.source.as_str()), (Severity::Critical, "verify"));
+    assert_eq!(told.file.as_ref().unwrap().blake3, Some(blake3_of("evil")));
+    let expected = told.expected.as_ref().unwrap();
+    assert_eq!(expected.blake3, Some(blake3_of("ls")));
+    assert_eq!(expected.layer, layer(1).to_string());
+    assert!(told.detail.as_ref().unwrap().contains("directory /lower"));
+    assert!(node.orders.is_empty());
+
+    // Compared again, and again after a restart: it is the same finding.
+    let known = node.told.clone();
+    node.give(tampered(1, vec![changed_ls()]));
+    assert_eq!(node.told.len(), 2);
+    let mut after = Node::new(Respond::default(), known);
+    after.play("start c1\nstart c2\nbaseline");
+    after.give(tampered(1, vec![changed_ls()]));
+    after.expect(&[]);
+    // Tampered with once more, it is another one.
+    let again = Some(program("/bin/ls", "worse"));
+    after.give(tampered(1, vec![differs("/bin/ls", Some(program("/bin/ls", "ls")), again)]));
+    assert_eq!(after.told.len(), 2);
+}
+
+#[test]
+fn a_tampered_layer_that_no_container_uses_is_told_with_its_image() {
+    let mut node = Node::running();
+    node.give(tampered(9, vec![changed_ls()]));
+    node.give(tampered(9, vec![changed_ls()]));
+    node.expect(&["baseline.tampered /bin/ls x1 r1"]);
+    let told = node.told[0].clone();
+    assert_eq!((told.container_id(), told.image.name.as_deref()), (None, Some("img:1")));
+    let mut after = Node::new(Respond::default(), vec![told]);
+    after.give(tampered(9, vec![changed_ls()]));
+    after.expect(&[]);
+}
+
+#[test]
+fn the_same_layer_from_another_directory_is_whole() {
+    let mut node = Node::running();
+    let mut other = container("c2", Some(8));
+    other.layers[0].directory = Some("/other".into());
+    node.give(Input::Node(Change::Container(Box::new(other))));
+    node.play("baseline");
+    node.give(tampered(1, vec![changed_ls()]));
+    let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
+    assert_eq!(told, [Some(&id("c1"))]);
+    // Nobody knows any more where it was.
+    let Input::Baseline(News::Tampered { layer, witness, differences, total, .. }, image) =
+        tampered(1, vec![changed_ls()])
+    else {
+        unreachable!()
+    };
+    let directories = Vec::new();
+    let news = News::Tampered { layer, witness, directories, differences, total };
+    node.give(Input::Baseline(news, image));
+    let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
+    assert_eq!(told, [Some(&id("c1")), Some(&id("c2"))]);
+}
+
+#[test]
+fn a_change_that_a_layer_above_hides_is_told_of_the_layer_alone() {
+    let image = ImageBaseline::from_text(&["/bin/ls 755 elf old\n/bin/ps 755 elf ps", IMAGE]);
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let mut one = container("c1", Some(7));
+    let chain_id = image.chain_id();
+    let below = Layer { id: layer(1), chain_id, directory: Some("/lower".into()), blob: None };
+    one.layers = vec![below.clone(), Layer { id: layer(2), ..below }];
+    node.give(Input::Node(Change::Container(Box::new(one))));
+    let news = News::Ready { chain_id, baseline: Arc::new(image), unchanged_since: None };
+    node.give(Input::Baseline(news, ImageReference::default()));
+    let hidden = differs("/bin/ls", Some(program("/bin/ls", "old")), None);
+    let shown = differs("/bin/ps", Some(program("/bin/ps", "ps")), None);
+    // What is hidden by a whiteout that was put there.
+    let hiding = LayerEntry::Whiteout(RootfsPath::new("/bin/ps").unwrap());
+    node.give(tampered(1, vec![hidden, shown]));
+    node.give(tampered(2, vec![differs("/bin/ps", None, Some(hiding))]));
+    let told: Vec<String> = node
+        .told
+        .iter()
+        .map(|told| {
+            let container = told.container_id().map_or("-".into(), ToString::to_string);
+            let file = told.file.as_ref().unwrap();
+            let expected = told.expected.as_ref().map_or("-", |expected| &expected.layer[..9]);
+            format!("{container} {} {:?} {} {expected}", file.path, file.file_type, file.deleted)
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "default/c1 /bin/ps Regular true sha256:01",
+            "- /bin/ls Regular true sha256:01",
+            "default/c1 /bin/ps CharDevice false sha256:01",
+        ]
+    );
+}
+
+#[test]
+fn a_wholly_different_layer_is_told_by_some_of_it_and_in_words() {
+    let mut node = Node::running();
+    let data = |number: usize| {
+        let path = format!("/etc/a{number:04}");
+        let mut file = program(&path, "x");
+        if let LayerEntry::File(file) = &mut file {
+            (file.format, file.mode) = (Format::Data, 0o644);
+        }
+        differs(&path, None, Some(file))
+    };
+    let mut differences: Vec<LayerDifference> = (0..500).map(data).collect();
+    differences.push(changed_ls());
+    let Input::Baseline(News::Tampered { layer, witness, directories, differences, .. }, image) =
+        tampered(1, differences)
+    else {
+        unreachable!()
+    };
+    let news = News::Tampered { layer, witness, directories, differences, total: 70_000 };
+    node.give(Input::Baseline(news, image));
+    assert_eq!(node.told.len(), layers::MAX_TOLD);
+    let path = |told: &Finding| told.file.as_ref().unwrap().path.to_string();
+    assert_eq!(path(&node.told[0]), "/bin/ls", "programs first");
+    let last = node.told.last().unwrap().detail.as_ref().unwrap();
+    assert!(last.ends_with("; 69900 more differences are not told one by one"), "{last}");
+    assert_eq!(node.gaps, ["findings_full"]);
+}
+
+#[test]
+fn a_setting_may_kill_what_runs_from_a_tampered_layer() {
+    let respond = Respond { kill_on: [Kind::BaselineTampered].into() };
+    let mut node = Node::new(respond, Vec::new());
+    node.play("start c1\nbaseline\nattached c1");
+    node.give(tampered(1, vec![changed_ls()]));
+    node.give(tampered(9, vec![changed_ls()]));
+    assert_eq!(node.orders.len(), 1);
+    assert_eq!(node.orders[0].container, id("c1"));
+}
+
+// ---- no baseline
+
+impl Node {
+    /// Lets time pass.
+    fn wait(&mut self, seconds: i64) -> &mut Node {
+        self.clock += seconds;
+        self.give(Input::Due);
+        self
+    }
+}
+
+#[test]
+fn a_container_without_a_baseline_is_told_once_for_each_reason() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nfailed full-disk").wait(5).expect(&[]);
+    assert!(node.state.next_due().is_some());
+    node.wait(10).expect(&["baseline.unavailable (full-disk) x1 r1"]);
+    assert_eq!(node.state.next_due(), None);
+    let told = &node.told[0];
+    assert_eq!(
+        (told.severity, &told.attack, told.source.as_str()),
+        (Severity::Info, &None, "baseline")
+    );
+    // Tried again, in vain; and then for another reason.
+    node.play("list c1\nfailed full-disk").wait(0);
+    assert_eq!(node.told.len(), 1);
+    node.play("list c1\nfailed no-layers").wait(0).expect(&[
+        "baseline.unavailable (full-disk) x1 r1",
+        "baseline.unavailable (no-layers) x1 r1",
+    ]);
+    // It comes after all: what was told stays as it is.
+    node.play("list c1\nbaseline").wait(100);
+    assert_eq!((node.told.len(), node.state.next_due()), (2, None));
+    let mut after = Node::new(Respond::default(), node.told.clone());
+    after.play("start c1\nattached c1\nfailed full-disk").wait(20).expect(&[]);
+}
+
+#[test]
+fn a_baseline_that_is_only_late_is_no_finding() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nfailed busy\nlist c1").wait(3);
+    node.play("baseline").wait(60).expect(&[]);
+    // Being tried again is not the end either.
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1\nfailed busy\nlist c1").wait(60).expect(&[]);
+    assert_eq!(node.state.next_due(), None);
+    node.play("failed busy").wait(0).expect(&["baseline.unavailable (busy) x1 r1"]);
+}
+
+#[test]
+fn a_container_that_cannot_have_a_baseline_says_why() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let mut one = container("c1", Some(7));
+    one.layers = Vec::new();
+    one.no_baseline = Some("it runs in a sandbox of its own (gVisor)".into());
+    node.give(Input::Node(Change::Container(Box::new(one.clone()))));
+    assert_eq!(node.commands.len(), 2, "{:?}", node.commands);
+    node.wait(20)
+        .expect(&["baseline.unavailable (it runs in a sandbox of its own (gVisor)) x1 r1"]);
+    node.give(Input::Node(Change::Container(Box::new(one))));
+    node.wait(20);
+    assert_eq!(node.told.len(), 1);
+}
+
+#[test]
+fn what_does_not_run_misses_no_baseline() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.give(Input::Node(Change::Container(Box::new(container("c1", None)))));
+    node.play("failed full-disk").wait(60).expect(&[]);
+    node.play("start c1").wait(0).expect(&[]);
+    node.play("failed full-disk").wait(0).expect(&["baseline.unavailable (full-disk) x1 r1"]);
+}
+
+#[test]
+fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nbaseline");
+    node.give(Input::Watch(Report::NotAttached {
+        container: id("c1"),
+        reason: "it is not an overlay".into(),
+    }));
+    let (reply, mut answer) = oneshot::channel();
+    node.give(Input::Asked(Question::Containers(reply)));
+    let [view] = &answer.try_recv().unwrap()[..] else { panic!("one container") };
+    assert_eq!((view.baseline.as_str(), view.watched), ("ready", false));
+    assert_eq!(view.problem.as_deref(), Some("it is not an overlay"));
+    node.wait(60).expect(&[]);
 }

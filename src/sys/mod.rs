@@ -9,4 +9,5 @@ pub mod fanotify;
 pub mod file;
 pub mod map;
 pub mod overlay;
+pub mod priority;
 pub mod procfs;

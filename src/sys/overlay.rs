@@ -83,12 +83,36 @@ pub fn find_in_mountinfo(mountinfo: &[u8], device: u64) -> Option<Mount> {
         if *fields.get(2)? != device.as_bytes() {
             return None;
         }
-        let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
-        if *fields.get(dash + 1)? != b"overlay" {
-            return None;
-        }
-        parse_options(fields.get(dash + 3)?)
+        parse_options(overlay_options(&fields)?)
     })
+}
+
+/// Finds the overlay that writes to this directory.
+pub fn find_by_upperdir(mountinfo: &[u8], upperdir: &Path) -> Option<Mount> {
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        parse_options(overlay_options(&fields)?).filter(|mount| mount.dirs.upperdir == upperdir)
+    })
+}
+
+/// The options of a mountinfo line's superblock, if it is an overlay's.
+fn overlay_options<'a>(fields: &[&'a [u8]]) -> Option<&'a [u8]> {
+    let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
+    (*fields.get(dash + 1)? == b"overlay").then_some(*fields.get(dash + 3)?)
+}
+
+/// Where something is mounted by FUSE: reading there asks a process.
+pub fn fuse_mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
+    let lines = mountinfo.split(|&byte| byte == b'\n');
+    lines
+        .filter_map(|line| {
+            let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+            let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
+            let kind = fields.get(dash + 1)?;
+            (*kind == b"fuse" || kind.starts_with(b"fuse."))
+                .then_some(into_path(unescape_octal(fields.get(4)?)))
+        })
+        .collect()
 }
 
 /// A mount as one namespace sees it: which directory of its filesystem stands
@@ -229,6 +253,21 @@ mod tests {
         );
         assert_eq!(find_in_mountinfo(mountinfo, device(0, 60)), None);
         assert_eq!(find_in_mountinfo(b"garbage\n\n1 2 0:1", device(0, 1)), None);
+    }
+
+    #[test]
+    fn mounts_are_found_by_what_they_are() {
+        let mountinfo = b"1 0 8:1 / / rw - ext4 /dev/sda rw\n\
+            2 1 0:50 / /s/1/fs rw shared:3 - fuse.rawBridge stargz rw\n\
+            3 1 0:51 / /a\\040b rw - fuse fuse rw\n\
+            4 1 0:52 / /m rw - overlay overlay rw,lowerdir=l/A:l/B,upperdir=/d/o/7/diff\n";
+        assert_eq!(
+            fuse_mount_points(mountinfo),
+            [PathBuf::from("/s/1/fs"), PathBuf::from("/a b")]
+        );
+        let mount = find_by_upperdir(mountinfo, Path::new("/d/o/7/diff")).unwrap();
+        assert_eq!(mount.dirs.lowerdirs, [PathBuf::from("/d/o/l/A"), PathBuf::from("/d/o/l/B")]);
+        assert_eq!(find_by_upperdir(mountinfo, Path::new("/d/o/8/diff")), None);
     }
 
     #[test]

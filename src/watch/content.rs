@@ -1,5 +1,5 @@
-//! Executed files of the container's own layer: who runs them, and what they
-//! hold. Hashed by the descriptor that the kernel opened for the event, so that
+//! Executed files of the container's own layer, and those of the image's layers
+//! that may have been changed there: who runs them, and what they hold. Hashed by the descriptor that the kernel opened for the event, so that
 //! no rename can put another file in its place.
 
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -14,8 +14,9 @@ use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
+use super::trust::Verdict;
 use crate::health::Failure;
-use crate::model::{Fact, HostilePath, RootfsPath, Source};
+use crate::model::{Fact, HostilePath, LayerFile, RootfsPath, Source};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
@@ -33,6 +34,7 @@ pub(super) struct Described {
     path: RootfsPath,
     file: OwnedFd,
     stat: Stat,
+    layer_file: Option<LayerFile>,
     executing: Executing,
     at: Timestamp,
 }
@@ -67,7 +69,7 @@ pub(super) fn describe(
 }
 
 fn describe_one(shared: &Shared, execution: Execution, patience: Duration) -> Option<Described> {
-    let Execution { watched, file, stat, caller, at } = execution;
+    let Execution { watched, file, stat, layer_file, caller, at } = execution;
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -84,7 +86,7 @@ fn describe_one(shared: &Shared, execution: Execution, patience: Duration) -> Op
     };
     let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
     match path {
-        Ok(path) => Some(Described { watched, path, file, stat, executing, at }),
+        Ok(path) => Some(Described { watched, path, file, stat, layer_file, executing, at }),
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
@@ -105,23 +107,42 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, path, file, stat, executing, at } = execution;
+    let Described { watched, path, file, stat, layer_file, executing, at } = execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
-    let state = state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes);
+    // The guard is gone before the file is read.
+    let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
+    let state =
+        known.unwrap_or_else(|| state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes));
     drop(file);
-    let lower = watched
-        .layers()
-        .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+    let lower = match layer_file {
+        None => watched
+            .layers()
+            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes)),
+        // It would be its own twin.
+        Some(_) => None,
+    };
     let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
+    if let Some(layer_file) = layer_file {
+        // First, so that its judgement finds it.
+        watched.layer_files_mut().tell(layer_file, state.clone(), at);
+    }
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
         path: path.clone(),
         state,
         lower,
         process: Arc::new(process),
+        layer_file,
     };
-    shared.observe(&watched, at, Source::Gate, fact);
+    let is_told = shared.observe(&watched, at, Source::Gate, fact);
+    if let Some(layer_file) = layer_file {
+        if !is_told {
+            watched.layer_files_mut().judge(&layer_file, Verdict::Lost);
+        }
+        // It is not in the upper layer: no walk would find it.
+        return;
+    }
 
     // The overlay's marks do not see renames, removals and chmod; where drift is
     // executed, they are looked for soon.

@@ -54,6 +54,16 @@ impl Control {
                 }
                 Ok(Command::Detach { container }) => self.detach(&container),
                 Ok(Command::Scan { container, ticket }) => self.scan(container, ticket),
+                Ok(Command::Trust { container, trust }) => {
+                    if let Some(watched) = self.shared.table.get(&container) {
+                        watched.layer_files_mut().set_trust(trust);
+                    }
+                }
+                Ok(Command::Judged { container, file, verdict }) => {
+                    if let Some(watched) = self.shared.table.get(&container) {
+                        watched.layer_files_mut().judge(&file, verdict);
+                    }
+                }
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }

@@ -8,8 +8,9 @@
 //! ```text
 //! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
 //!                              │
-//!                              ├── own layer ──> describe thread (with the fd)
-//!                              └── image layer ─> processes thread (fd closed)
+//!                              ├── own layer, or ──> describe thread (with the fd)
+//!                              │   changed in a layer
+//!                              └── image layer ────> processes thread (fd closed)
 //! ```
 //!
 //! If it cannot go on, the whole process ends: then the kernel allows what is
@@ -27,17 +28,20 @@ use rustix::io::Errno;
 
 use super::process::Caller;
 use super::shared::Shared;
-use super::table::Watched;
+use super::table::{Standing, Watched};
 use crate::health::Failure;
+use crate::model::LayerFile;
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
 use crate::sys::{file, procfs};
 
-/// A file of a container's own layer that is being executed.
+/// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
 pub(super) struct Execution {
     pub(super) watched: Arc<Watched>,
     pub(super) file: OwnedFd,
     pub(super) stat: file::Stat,
+    /// `None` for a file of the container's own layer.
+    pub(super) layer_file: Option<LayerFile>,
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
 }
@@ -158,29 +162,33 @@ impl Gate {
         let Some(watched) = owner else { return };
         let Event { file, pid, pidfd, .. } = event;
         let caller = Caller { stat: caller, pid, pidfd };
-        if watched.is_upper(&stat) {
-            let execution = Execution { watched, file, stat, caller, at };
-            match self.content.try_send(execution) {
-                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-                Err(TrySendError::Full(execution)) => self.shared.lose(
-                    Failure::ContentQueueFull,
-                    Some(&execution.watched),
-                    "too many executed files wait to be hashed",
-                ),
+        let layer_file = match watched.standing(&stat) {
+            Standing::Own => None,
+            Standing::Doubtful(layer_file) => Some(layer_file),
+            Standing::Image => {
+                drop(file);
+                // The queue is long, and who waits in it is looked at by its start
+                // time: a descriptor each would be too many.
+                let caller = Caller { pidfd: None, ..caller };
+                match self.processes.try_send(Seen { watched, caller, at }) {
+                    Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                    Err(TrySendError::Full(seen)) => self.shared.lose(
+                        Failure::ProcessQueueFull,
+                        Some(&seen.watched),
+                        "too many processes wait to be looked at",
+                    ),
+                }
+                return;
             }
-        } else {
-            drop(file);
-            // The queue is long, and who waits in it is looked at by its start
-            // time: a descriptor each would be too many.
-            let caller = Caller { pidfd: None, ..caller };
-            match self.processes.try_send(Seen { watched, caller, at }) {
-                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-                Err(TrySendError::Full(seen)) => self.shared.lose(
-                    Failure::ProcessQueueFull,
-                    Some(&seen.watched),
-                    "too many processes wait to be looked at",
-                ),
-            }
+        };
+        let execution = Execution { watched, file, stat, layer_file, caller, at };
+        match self.content.try_send(execution) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(execution)) => self.shared.lose(
+                Failure::ContentQueueFull,
+                Some(&execution.watched),
+                "too many executed files wait to be hashed",
+            ),
         }
     }
 }

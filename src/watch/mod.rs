@@ -27,6 +27,7 @@ mod sessions;
 mod shared;
 mod state;
 mod table;
+mod trust;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -36,10 +37,12 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
+pub use self::trust::{Trust, Verdict};
+
 use self::shared::Shared;
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{ContainerId, Observation, OverlayDirs};
+use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
 use crate::sys::fanotify::{self, Group};
 
 /// What the pipeline asks of the watchers.
@@ -54,6 +57,11 @@ pub enum Command {
     /// Walk the upperdir now. With a ticket, the batches and the end of this
     /// scan carry it.
     Scan { container: ContainerId, ticket: Option<u64> },
+    /// From now on, this is how far the files of the image's layers are trusted.
+    /// What was judged before counts no more.
+    Trust { container: ContainerId, trust: Trust },
+    /// How an executed file of the image's layers was judged.
+    Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
 }
 
 /// What the watchers tell the pipeline.

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::model::{ContainerId, FileTime, OverlayDirs, ProcessIdentity};
-use crate::sys::file;
+use super::trust::LayerFiles;
+use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
+use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 
 /// One container whose overlay carries our marks.
@@ -26,6 +27,8 @@ pub(super) struct Watched {
     pub(super) pid_namespace: Option<u64>,
     pub(super) mount_namespace: Option<u64>,
     layers: OnceLock<Layers>,
+    /// Locked for a look-up or an insert at a time: the gate reads it.
+    layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
@@ -46,6 +49,39 @@ pub(super) struct Layers {
     born: Option<FileTime>,
 }
 
+/// What the gate makes of an executed file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// The container's own.
+    Own,
+    /// A file of the image's layers that may have been changed there.
+    Doubtful(LayerFile),
+    Image,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Own,
+    /// `is_young`: changed after the container was made.
+    Layers {
+        is_young: bool,
+    },
+}
+
+/// Whether a file lives in the container's own layer, which is there since `own`.
+/// Its ctime and birth cannot be set from inside, and a file of the image that is
+/// touched is copied up and born anew. What cannot be told is treated as the
+/// container's own: its content is then compared, which is right for any file.
+fn place(stat: &Stat, own: Option<FileTime>) -> Place {
+    let Some(own) = own else { return Place::Own };
+    let is_young = stat.changed >= own;
+    match stat.born {
+        Some(born) if born < own => Place::Layers { is_young },
+        None if !is_young => Place::Layers { is_young },
+        Some(_) | None => Place::Own,
+    }
+}
+
 impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
@@ -62,7 +98,7 @@ impl Watched {
     pub(super) fn new(
         container: ContainerId,
         init: ProcessIdentity,
-        root: &file::Stat,
+        root: &Stat,
         root_name: Vec<u8>,
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
@@ -76,6 +112,7 @@ impl Watched {
             pid_namespace,
             mount_namespace,
             layers: OnceLock::new(),
+            layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
@@ -91,16 +128,29 @@ impl Watched {
         let _ = self.layers.set(layers);
     }
 
-    /// Whether a file lives in the container's own layer. Its ctime and birth
-    /// cannot be set from inside, and a file of the image that is touched is
-    /// copied up and born anew. What cannot be told is treated as the
-    /// container's own: its content is then compared, which is right for any file.
-    pub(super) fn is_upper(&self, stat: &file::Stat) -> bool {
-        match self.layers().and_then(|layers| layers.born) {
-            Some(born) => {
-                stat.changed >= born || stat.born.is_some_and(|file_born| file_born >= born)
+    pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
+        // A change is one insert or removal: a panic leaves nothing half done.
+        self.layer_files.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn layer_files_mut(&self) -> RwLockWriteGuard<'_, LayerFiles> {
+        self.layer_files.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whose an executed file is.
+    pub(super) fn standing(&self, stat: &Stat) -> Standing {
+        let born = self.layers().and_then(|layers| layers.born);
+        match place(stat, born) {
+            Place::Own => Standing::Own,
+            Place::Layers { is_young } => {
+                let Stat { device, inode, changed, .. } = *stat;
+                let file = LayerFile { device, inode, changed };
+                if self.layer_files().is_doubtful(&file, is_young) {
+                    Standing::Doubtful(file)
+                } else {
+                    Standing::Image
+                }
             }
-            None => true,
         }
     }
 
@@ -179,7 +229,7 @@ impl Table {
 
     /// Whose file this is: by its device; or by its mount, for an overlay whose
     /// layers are on several filesystems.
-    pub(super) fn owner(&self, stat: &file::Stat) -> Option<Arc<Watched>> {
+    pub(super) fn owner(&self, stat: &Stat) -> Option<Arc<Watched>> {
         let maps = self.read();
         maps.by_device.get(&stat.device).or_else(|| maps.by_mount.get(&stat.mount?)).cloned()
     }
@@ -196,5 +246,47 @@ impl Table {
 
     pub(super) fn all(&self) -> Vec<Arc<Watched>> {
         self.read().by_container.values().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::FileType;
+
+    #[track_caller]
+    fn check(born: Option<i64>, changed: i64, expected: Place) {
+        let time = |seconds| FileTime { seconds, nanoseconds: 0 };
+        let stat = Stat {
+            device: 1,
+            inode: 1,
+            born: born.map(time),
+            changed: time(changed),
+            modified: time(0),
+            file_type: FileType::Regular,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            links: 1,
+            node: (0, 0),
+            mount: None,
+        };
+        assert_eq!(place(&stat, Some(time(100))), expected, "born {born:?}, changed {changed}");
+        assert_eq!(place(&stat, None), Place::Own);
+    }
+
+    #[test]
+    fn a_file_is_the_containers_own_if_it_may_have_been_made_there() {
+        check(Some(50), 60, Place::Layers { is_young: false });
+        // Written to where it lies, in a layer.
+        check(Some(50), 150, Place::Layers { is_young: true });
+        check(Some(100), 100, Place::Own);
+        check(Some(150), 150, Place::Own);
+        // Exchanged in a layer: it cannot be told apart, and need not be.
+        check(Some(150), 160, Place::Own);
+        // The filesystem keeps no births.
+        check(None, 60, Place::Layers { is_young: false });
+        check(None, 150, Place::Own);
     }
 }

@@ -1,9 +1,7 @@
 //! What driftd knows, and what it does when asked: baselines, the findings
 //! stream, kill, pause and resume.
 
-use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -14,6 +12,7 @@ use serde_json::Value;
 use crate::image::Layer;
 use crate::node::{Node, bench, only, talk, wait_for, wait_within};
 use crate::programs::WORKBENCH;
+use crate::sources::export_equals_mount;
 use crate::{trial, trial_alone};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -36,16 +35,6 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-fn baseline_of(node: &Node, image: &str) -> anyhow::Result<Option<Value>> {
-    let baselines = node.answer(&["baseline", "ls"])?;
-    Ok(baselines.into_iter().find(|baseline| {
-        baseline["state"] == "ready"
-            && baseline["names"]
-                .as_array()
-                .is_some_and(|names| names.iter().any(|name| name == image))
-    }))
-}
-
 fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
     let image = "registry.test/never-started:1";
     let digests = node.import_layers(
@@ -55,7 +44,7 @@ fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
             Layer::new().file("/bin/two", 0o755, b"#!/bin/sh\n").whiteout("/etc/one"),
         ],
     )?;
-    let baseline = wait_for("the baseline", || baseline_of(node, image))?;
+    let baseline = wait_for("the baseline", || node.baseline_of(image))?;
     assert_eq!(baseline["manifest_digest"], digests.manifest.as_str());
     assert_eq!(baseline["layers"].as_array().map(Vec::len), Some(2), "{baseline:#}");
     assert_eq!(baseline["files"], 1, "the whiteout hides the other: {baseline:#}");
@@ -71,59 +60,32 @@ fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
 }
 
 /// What `baseline export` says, against what the files of the unpacked image say
-/// to an independent reader: `b3sum` where it is installed.
+/// to an independent reader.
 fn export_equals_files(node: &Node) -> anyhow::Result<()> {
-    wait_for("the baseline", || baseline_of(node, WORKBENCH))?;
+    wait_for("the baseline", || node.baseline_of(WORKBENCH))?;
+    let files = export_equals_mount(node, WORKBENCH)?;
+    ensure!(files.len() > 40, "the image has only {} files", files.len());
+    let has = |path: &str| files.contains_key(path.as_bytes());
+    ensure!(!has("/usr/bin/left-behind"), "the whiteout was not applied");
+    ensure!(!has("/opt/old/tool"), "the opaque directory was not applied");
+
+    // The other format is `b3sum`'s own, and it checks the image by itself.
+    let list = node.path("exported.b3sum");
     let output = node.driftd(&["baseline", "export", WORKBENCH])?;
     ensure!(output.status.success(), "{}", talk(&output));
-    let exported = checksums(&String::from_utf8(output.stdout)?, ".")?;
-
-    let mounted = node.path("mounted");
-    std::fs::create_dir(&mounted)?;
-    node.ctr(&["images", "mount", WORKBENCH, &mounted.to_string_lossy()])?;
-    let read = hash_tree(&mounted);
-    node.ctr(&["images", "unmount", "--rm", &mounted.to_string_lossy()])?;
-
-    let read = read?;
-    ensure!(read.len() > 40, "the image has only {} files", read.len());
-    ensure!(!read.contains_key("/usr/bin/left-behind"), "the whiteout was not applied");
-    ensure!(!read.contains_key("/opt/old/tool"), "the opaque directory was not applied");
-    assert_eq!(exported, read);
+    std::fs::write(&list, output.stdout)?;
+    let mounted = tempfile::Builder::new().prefix("mounted.").tempdir_in(node.directory.path())?;
+    let target = mounted.path().to_string_lossy();
+    node.ctr(&["images", "mount", WORKBENCH, &target])?;
+    let checked = std::process::Command::new(crate::programs::find("b3sum")?)
+        .args(["--check", "--quiet"])
+        .arg(&list)
+        .current_dir(mounted.path())
+        .output();
+    node.ctr(&["images", "unmount", "--rm", &target])?;
+    let checked = checked?;
+    ensure!(checked.status.success(), "{}", talk(&checked));
     Ok(())
-}
-
-/// `b3sum`'s own format: HASH, two spaces, PATH.
-fn checksums(text: &str, below: &str) -> anyhow::Result<BTreeMap<String, String>> {
-    text.lines()
-        .map(|line| {
-            let (hash, path) =
-                line.split_once("  ").with_context(|| format!("no checksum: {line:?}"))?;
-            let path = path.strip_prefix(below).unwrap_or(path);
-            Ok((path.to_owned(), hash.to_owned()))
-        })
-        .collect()
-}
-
-fn hash_tree(root: &Path) -> anyhow::Result<BTreeMap<String, String>> {
-    let files = std::process::Command::new("find")
-        .arg(root)
-        .args(["-type", "f", "-print0"])
-        .output()
-        .context("cannot run find")?;
-    let files: Vec<&str> =
-        str::from_utf8(&files.stdout)?.split('\0').filter(|file| !file.is_empty()).collect();
-    let root = root.to_str().context("a scratch directory is UTF-8")?;
-    if let Ok(b3sum) = crate::programs::find("b3sum") {
-        let output = std::process::Command::new(b3sum).args(&files).output()?;
-        return checksums(str::from_utf8(&output.stdout)?, root);
-    }
-    files
-        .into_iter()
-        .map(|file| {
-            let hash = blake3::hash(&std::fs::read(file)?).to_hex().to_string();
-            Ok((file.strip_prefix(root).unwrap_or(file).to_owned(), hash))
-        })
-        .collect()
 }
 
 /// Whether the gate was placed before the entry point ran is a race that
@@ -382,7 +344,7 @@ fn kill_by_setting(node: &Node) -> anyhow::Result<()> {
 fn deleted_image(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     node.ctr(&["images", "rm", "--sync", WORKBENCH])?;
-    wait_for("the name to go", || Ok(baseline_of(node, WORKBENCH)?.is_none().then_some(())))?;
+    wait_for("the name to go", || Ok(node.baseline_of(WORKBENCH)?.is_none().then_some(())))?;
     container.sh("cp /bin/ls /bin/.cache-ls; /bin/.cache-ls; /usr/bin/app")?;
     container.told(&["medium exec.relocated /bin/.cache-ls"])?;
 

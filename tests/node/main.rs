@@ -6,11 +6,18 @@
 //! says what to do.
 
 mod answers;
+mod cri;
+mod docker;
 mod drift;
 mod image;
 mod node;
 mod ordinary;
+mod pods;
 mod programs;
+mod proof;
+mod recording;
+mod registry;
+mod sources;
 mod trouble;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -19,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
-use node::{Node, lock};
+use node::{Node, Setup, lock};
 
 /// Containers start and settle; two at a time suit a machine with two processors.
 const TRIALS_AT_ONCE: usize = 2;
@@ -34,7 +41,17 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     tear_down_when_interrupted();
-    let trials = [drift::trials(), ordinary::trials(), answers::trials(), trouble::trials()];
+    let trials = [
+        drift::trials(),
+        ordinary::trials(),
+        answers::trials(),
+        sources::trials(),
+        proof::trials(),
+        recording::trials(),
+        pods::trials(),
+        docker::trials(),
+        trouble::trials(),
+    ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
     conclusion.exit_code()
@@ -46,7 +63,7 @@ fn prerequisites() -> anyhow::Result<()> {
     {
         programs::find(program)?;
     }
-    for program in ["script", "setcap", "setpriv"] {
+    for program in ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar"] {
         programs::find(program)?;
     }
     nix::sys::fanotify::Fanotify::init(
@@ -66,7 +83,7 @@ fn shared() -> anyhow::Result<Arc<Node>> {
     if let Some(node) = &*shared {
         return Ok(Arc::clone(node));
     }
-    let node = Node::start("")?;
+    let node = Node::start(Setup::default())?;
     *shared = Some(Arc::clone(&node));
     Ok(node)
 }
@@ -83,7 +100,28 @@ fn trial_alone(
     settings: &'static str,
     test: fn(&Node) -> anyhow::Result<()>,
 ) -> Trial {
-    Trial::test(name, move || run(|| Node::start(settings), test))
+    trial_on(name, Setup { driftd: settings, ..Setup::default() }, test)
+}
+
+/// A trial on a node of its own that differs from the usual one.
+fn trial_on(name: &'static str, setup: Setup, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || run(|| Node::start(setup), test))
+}
+
+/// A trial on a node whose containerd has no image yet, and whose driftd the trial
+/// starts by itself.
+fn trial_of_recording(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || run(|| Node::with_containerd(Setup::default()), test))
+}
+
+/// Runs a test on a node of its own that has no image, and on which driftd has not
+/// been started.
+fn run_without_driftd(
+    setup: Setup,
+    test: fn(&Arc<Node>) -> anyhow::Result<()>,
+) -> Result<(), Failed> {
+    let node = Node::with_containerd(setup).map_err(|err| format!("{err:#}"))?;
+    judge(&node, || test(&node))
 }
 
 /// A trial that needs no node at all.
@@ -96,7 +134,12 @@ fn run(
     test: fn(&Node) -> anyhow::Result<()>,
 ) -> Result<(), Failed> {
     let node = node().map_err(|err| format!("{err:#}"))?;
-    match catch_unwind(AssertUnwindSafe(|| test(&node))) {
+    judge(&node, || test(&node))
+}
+
+/// Runs a test and adds the node's logs to its failure.
+fn judge(node: &Node, test: impl FnOnce() -> anyhow::Result<()>) -> Result<(), Failed> {
+    match catch_unwind(AssertUnwindSafe(test)) {
         Ok(Ok(())) => Ok(()),
         Ok(Err(err)) => Err(format!("{err:#}\n{}", node.logs()).into()),
         Err(panic) => {
@@ -113,6 +156,7 @@ fn tear_down() -> MutexGuard<'static, ()> {
     let guard = lock(&TEARING_DOWN);
     node::tear_down_everything();
     lock(&SHARED).take();
+    registry::stop();
     node::remove_bench();
     guard
 }

@@ -20,8 +20,9 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
+use crate::cri::{self, Cri};
 use crate::image::{self, Digests, Layer};
-use crate::programs::{self, Payload, WORKBENCH, find};
+use crate::programs::{self, PAUSE, Payload, WORKBENCH, find};
 
 /// How long anything that should happen may take on a busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
@@ -98,6 +99,15 @@ pub(crate) fn tear_down_everything() {
     }
 }
 
+/// How a node differs from the usual one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Setup {
+    /// Added to driftd's settings; may open tables of its own.
+    pub(crate) driftd: &'static str,
+    /// containerd serves Kubernetes, with these settings for what it pulls.
+    pub(crate) cri: Option<&'static str>,
+}
+
 /// A containerd of its own, with a driftd that watches it.
 pub(crate) struct Node {
     pub(crate) directory: tempfile::TempDir,
@@ -106,24 +116,30 @@ pub(crate) struct Node {
     /// containerd's namespace, and the name of the cgroup below which the
     /// containers are: unique, so that two runs at once do not meet.
     pub(crate) namespace: String,
-    containers: Mutex<Vec<String>>,
+    /// With their namespaces.
+    containers: Mutex<Vec<(String, String)>>,
+    /// Sandboxes and containers that Kubernetes' interface has made.
+    pods: Mutex<Vec<String>>,
     next: AtomicU32,
     /// Torn down: nothing may be started any more.
     ended: AtomicBool,
+    setup: Setup,
 }
 
+/// containerd's namespace for Kubernetes.
+pub(crate) const KUBERNETES: &str = "k8s.io";
+
 impl Node {
-    /// Starts both, with `settings` added to driftd's.
-    pub(crate) fn start(settings: &str) -> anyhow::Result<Arc<Node>> {
-        let node = Node::with_containerd()?;
-        node.write_settings(settings)?;
+    /// Starts containerd with the workbench image in it, and driftd.
+    pub(crate) fn start(setup: Setup) -> anyhow::Result<Arc<Node>> {
+        let node = Node::with_containerd(setup)?;
+        node.import(&bench()?.workbench)?;
         node.start_driftd()?;
         Ok(node)
     }
 
-    /// Starts containerd alone, with the workbench image in it.
-    pub(crate) fn with_containerd() -> anyhow::Result<Arc<Node>> {
-        let bench = bench()?;
+    /// Starts containerd alone, with no image in it.
+    pub(crate) fn with_containerd(setup: Setup) -> anyhow::Result<Arc<Node>> {
         let node = Arc::new(Node {
             directory: scratch_directory("driftd-node.")?,
             containerd: Mutex::new(None),
@@ -134,16 +150,17 @@ impl Node {
                 STARTED.fetch_add(1, Ordering::Relaxed)
             ),
             containers: Mutex::new(Vec::new()),
+            pods: Mutex::new(Vec::new()),
             next: AtomicU32::new(1),
             ended: AtomicBool::new(false),
+            setup,
         });
         let mut nodes = lock(&NODES);
         ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
         nodes.push(Arc::downgrade(&node));
         drop(nodes);
-        node.write_settings("")?;
+        node.write_settings(setup.driftd)?;
         node.start_containerd()?;
-        node.import(&bench.workbench)?;
         Ok(node)
     }
 
@@ -157,14 +174,37 @@ impl Node {
     pub(crate) fn start_containerd(&self) -> anyhow::Result<()> {
         let config = self.path("containerd.toml");
         let directory = self.directory.path().display();
+        let (without, cri) = match self.setup.cri {
+            None => (
+                r#""io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime","#,
+                String::new(),
+            ),
+            // Negative OOM scores need a capability that not every machine gives.
+            Some(images) => (
+                "",
+                format!(
+                    r#"[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{PAUSE}"
+  restrict_oom_score_adj = true
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  conf_dir = "{directory}/cni"
+  bin_dir = "{directory}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "overlayfs"
+  {images}
+"#
+                ),
+            ),
+        };
         fs::write(
             &config,
             format!(
                 r#"version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+disabled_plugins = [{without}
   "io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp",
 ]
 [grpc]
@@ -173,7 +213,7 @@ disabled_plugins = [
   address = "{directory}/containerd.sock.ttrpc"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
-"#
+{cri}"#
             ),
         )?;
         let log = append_to(&self.path("containerd.log"))?;
@@ -203,23 +243,33 @@ disabled_plugins = [
         Ok(())
     }
 
-    fn ctr_command(&self, arguments: &[&str]) -> anyhow::Result<Command> {
+    pub(crate) fn ctr_command(&self, arguments: &[&str]) -> anyhow::Result<Command> {
+        self.ctr_command_in(&self.namespace, arguments)
+    }
+
+    fn ctr_command_in(&self, namespace: &str, arguments: &[&str]) -> anyhow::Result<Command> {
         ensure!(lock(&self.containerd).is_some(), "containerd is not running");
         let mut command = Command::new(find("ctr")?);
         command
             .arg("--address")
             .arg(self.path("containerd.sock"))
-            .args(["--namespace", &self.namespace])
+            .args(["--namespace", namespace])
             .args(arguments)
             .stdin(Stdio::null());
         Ok(command)
     }
 
-    /// Runs `ctr` and hands back what it printed.
-    pub(crate) fn ctr(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = self.ctr_command(arguments)?.output().context("cannot run ctr")?;
+    /// Runs `ctr` in another of containerd's namespaces.
+    pub(crate) fn ctr_in(&self, namespace: &str, arguments: &[&str]) -> anyhow::Result<String> {
+        let output =
+            self.ctr_command_in(namespace, arguments)?.output().context("cannot run ctr")?;
         ensure!(output.status.success(), "ctr {arguments:?} failed\n{}", talk(&output));
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs `ctr` and hands back what it printed.
+    pub(crate) fn ctr(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        self.ctr_in(&self.namespace, arguments)
     }
 
     pub(crate) fn import(&self, image: &Path) -> anyhow::Result<()> {
@@ -353,6 +403,57 @@ sweep_interval = "1h"
             .unwrap_or(0))
     }
 
+    // ---- baselines
+
+    /// Where driftd keeps its baselines.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.path("driftd/baselines")
+    }
+
+    /// Records an image from its archive, without a daemon, in a store of its own.
+    pub(crate) fn record_archive(&self, file: &Path) -> anyhow::Result<PathBuf> {
+        let store = self.path("store-of-archives");
+        let recorded = Command::new(env!("CARGO_BIN_EXE_driftd"))
+            .args(["baseline", "record", "--from-archive"])
+            .arg(file)
+            .arg("--store")
+            .arg(&store)
+            .env("DRIFTD_SOCKET", "/nonexistent")
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(recorded.status.success(), "{}: {}", file.display(), talk(&recorded));
+        Ok(store)
+    }
+
+    /// The recorded baseline of an image that has this name now.
+    pub(crate) fn baseline_of(&self, image: &str) -> anyhow::Result<Option<Value>> {
+        let baselines = self.answer(&["baseline", "ls"])?;
+        Ok(baselines
+            .into_iter()
+            .find(|baseline| baseline["state"] == "ready" && names(baseline).contains(&image)))
+    }
+
+    /// Waits until an image's baseline is recorded, and known by this.
+    pub(crate) fn wait_until_known_as(&self, image: &str, known_by: &str) -> anyhow::Result<Value> {
+        let mut last = None;
+        wait_for(&format!("{image} to be {known_by}"), || {
+            last = self.baseline_of(image)?;
+            Ok(last.clone().filter(|baseline| known_as(baseline, known_by)))
+        })
+        .with_context(|| format!("last was {last:#?}"))
+    }
+
+    /// `driftd baseline verify`: how it ended, and its answer for each image.
+    pub(crate) fn verify(&self, arguments: &[&str]) -> anyhow::Result<(i32, Vec<Value>)> {
+        let output =
+            self.driftd(&[&["baseline", "verify"], arguments, &["-o", "jsonl"]].concat())?;
+        let code = output.status.code().context("it was killed")?;
+        let answers = str::from_utf8(&output.stdout)?.lines().map(|line| {
+            serde_json::from_str(line).with_context(|| format!("no JSON: {}", talk(&output)))
+        });
+        Ok((code, answers.collect::<anyhow::Result<_>>()?))
+    }
+
     // ---- containers
 
     /// Starts a container of the workbench image and waits until it is watched.
@@ -366,32 +467,66 @@ sweep_interval = "1h"
         Ok(container)
     }
 
+    /// The same, in another of containerd's namespaces.
+    pub(crate) fn container_in(
+        &self,
+        namespace: &str,
+        image: &str,
+    ) -> anyhow::Result<Container<'_>> {
+        let container = self.run(namespace, image, &[])?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
-        let id = format!("c{:03}", self.next.fetch_add(1, Ordering::Relaxed));
-        let control = self.path(&format!("control-{id}"));
-        fs::create_dir(&control)?;
-        let commands = control.join("commands");
-        let done = control.join("done");
-        for fifo in [&commands, &done] {
-            nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::S_IRWXU)?;
-        }
-        // Open for both directions, so that neither side ever waits for the other.
-        let both = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
-        let (commands, done) = (both(&commands)?, both(&done)?);
+        self.run(&self.namespace, image, &[])
+    }
 
-        lock(&self.containers).push(id.clone());
-        // What the tests do happens in children of init, because a process that
-        // comes from outside would be a session.
-        let init = "exec 9>/.control/done; exec </.control/commands; \
-                    while read -r n; do \
-                    ( . /.control/command.$n ) </dev/null >/.control/output.$n 2>&1; \
-                    echo \"$n $?\" >&9; done";
-        let mount = format!("type=bind,src={},dst=/.control,options=rbind:rw", control.display());
+    fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
+        let id = self.next_id();
+        let control = Control::new(self, &id)?;
+        lock(&self.containers).push((namespace.to_owned(), id.clone()));
         let fifo = self.path("fifo");
+        let mount =
+            format!("type=bind,src={},dst=/.control,options=rbind:rw", control.path.display());
         let options = ["run", "-d", "--fifo-dir", &fifo.to_string_lossy(), "--mount", &mount];
-        self.ctr(&[&options[..], &[image, &id, "/bin/sh", "-c", init]].concat())?;
-        Ok(Container { node: self, id, control, commands, done, next: AtomicU32::new(1) })
+        // Whatever the namespace, the cgroup is below this node's.
+        let cgroup = format!("/{}/{id}", self.namespace);
+        let command = [image, &id, "/bin/sh", "-c", Control::INIT];
+        self.ctr_in(namespace, &[&options[..], more, &["--cgroup", &cgroup], &command].concat())?;
+        Ok(Container { node: self, id, control })
+    }
+
+    /// A name that nothing else on this node has.
+    pub(crate) fn next_id(&self) -> String {
+        format!("c{:03}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    // ---- Kubernetes
+
+    /// containerd, as a kubelet speaks to it.
+    pub(crate) fn cri(&self) -> Cri {
+        Cri::new(self.path("containerd.sock"))
+    }
+
+    /// Starts a pod on the host's network with one container, and waits until
+    /// the container is watched.
+    pub(crate) fn pod_of(&self, image: &str) -> anyhow::Result<(String, Container<'_>)> {
+        let name = self.next_id();
+        let control = Control::new(self, &name)?;
+        // Below the cgroup of this node, like every other container of it.
+        let pod = cri::pod(&name, &format!("/{}", self.namespace));
+        let sandbox = self.cri().run_pod_sandbox(&pod)?;
+        lock(&self.pods).push(sandbox.clone());
+        let command = ["/bin/sh", "-c", Control::INIT];
+        let container = cri::container(&name, image, &command, &[(&control.path, "/.control")]);
+        let id = self.cri().create_container(&sandbox, &container, &pod)?;
+        lock(&self.pods).push(id.clone());
+        self.cri().start_container(&id)?;
+        let container = Container { node: self, id, control };
+        container.wait_until_watched()?;
+        Ok((sandbox, container))
     }
 
     /// The last lines of both logs, for a test that failed.
@@ -410,9 +545,9 @@ sweep_interval = "1h"
     fn tear_down(&self) {
         self.ended.store(true, Ordering::SeqCst);
         let containers = std::mem::take(&mut *lock(&self.containers));
-        for id in &containers {
+        for (namespace, id) in &containers {
             let quietly = |arguments: &[&str]| {
-                let done = self.ctr_command(arguments).and_then(|mut command| {
+                let done = self.ctr_command_in(namespace, arguments).and_then(|mut command| {
                     Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).status()?)
                 });
                 done.is_ok_and(|status| status.success())
@@ -420,6 +555,11 @@ sweep_interval = "1h"
             quietly(&["task", "resume", id]);
             quietly(&["task", "rm", "--force", id]);
             quietly(&["container", "rm", id]);
+        }
+        let pods = std::mem::take(&mut *lock(&self.pods));
+        for id in &pods {
+            // Of a container's id this is refused, and its sandbox's takes it along.
+            let _ = self.cri().remove_pod_sandbox(id);
         }
         for child in [&self.driftd, &self.containerd] {
             if let Some(mut child) = lock(child).take() {
@@ -432,19 +572,24 @@ sweep_interval = "1h"
         }
         end_cgroups(&self.namespace);
         self.unmount_leftovers();
-        self.remove_runtime_leftovers(&containers);
+        for (namespace, id) in &containers {
+            self.remove_runtime_leftovers(namespace, id);
+        }
+        for id in &pods {
+            self.remove_runtime_leftovers(KUBERNETES, id);
+        }
     }
 
     /// What runc and shims keep below `/run/containerd`, whatever the settings of
     /// containerd say, and leave behind when they are killed.
-    fn remove_runtime_leftovers(&self, containers: &[String]) {
-        let _ = fs::remove_dir_all(format!("/run/containerd/runc/{}", self.namespace));
-        for id in containers {
-            let name = self.path("containerd.sock").join(&self.namespace).join(id);
-            let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
-            let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
-        }
+    pub(crate) fn remove_runtime_leftovers(&self, namespace: &str, id: &str) {
+        let name = self.path("containerd.sock").join(namespace).join(id);
+        let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
+        let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
+        let runc = Path::new("/run/containerd/runc").join(namespace);
+        let _ = fs::remove_dir_all(runc.join(id));
         // What others use is not empty.
+        let _ = fs::remove_dir(runc);
         for directory in ["runc", "fifo", "s", ""] {
             let _ = fs::remove_dir(Path::new("/run/containerd").join(directory));
         }
@@ -472,7 +617,7 @@ impl Drop for Node {
 }
 
 /// Asks a daemon to end and insists after a few seconds.
-fn end(child: &mut Child) {
+pub(crate) fn end(child: &mut Child) {
     if let Ok(pid) = child.id().try_into() {
         let pid = Pid::from_raw(pid);
         let _ = kill(pid, Signal::SIGTERM);
@@ -546,15 +691,42 @@ fn end_cgroups(namespace: &str) {
     }
 }
 
-/// A running container whose init does what it is told through a pipe.
-pub(crate) struct Container<'a> {
-    pub(crate) node: &'a Node,
-    pub(crate) id: String,
-    /// `/.control` in the container: a directory of the host.
-    control: PathBuf,
+/// How a container's init is told what to do: a directory of the host that the
+/// container has as `/.control`, and two pipes in it.
+pub(crate) struct Control {
+    pub(crate) path: PathBuf,
     commands: File,
     done: File,
     next: AtomicU32,
+}
+
+impl Control {
+    /// What the tests do happens in children of init, because a process that
+    /// comes from outside would be a session.
+    pub(crate) const INIT: &str = "exec 9>/.control/done; exec </.control/commands; \
+        while read -r n; do \
+        ( . /.control/command.$n ) </dev/null >/.control/output.$n 2>&1; \
+        echo \"$n $?\" >&9; done";
+
+    pub(crate) fn new(node: &Node, name: &str) -> anyhow::Result<Control> {
+        let path = node.path(&format!("control-{name}"));
+        fs::create_dir(&path)?;
+        let (commands, done) = (path.join("commands"), path.join("done"));
+        for fifo in [&commands, &done] {
+            nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::S_IRWXU)?;
+        }
+        // Open for both directions, so that neither side ever waits for the other.
+        let both = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+        let (commands, done) = (both(&commands)?, both(&done)?);
+        Ok(Control { path, commands, done, next: AtomicU32::new(1) })
+    }
+}
+
+/// A running container whose init does what it is told.
+pub(crate) struct Container<'a> {
+    pub(crate) node: &'a Node,
+    pub(crate) id: String,
+    control: Control,
 }
 
 /// What a command in a container printed, and how it ended.
@@ -564,11 +736,18 @@ pub(crate) struct Ran {
     pub(crate) output: String,
 }
 
+impl<'a> Container<'a> {
+    /// A container that somebody else has started with [`Control::INIT`].
+    pub(crate) fn new(node: &'a Node, id: String, control: Control) -> Container<'a> {
+        Container { node, id, control }
+    }
+}
+
 impl Container<'_> {
     /// Lays a file where the container sees it as `/.control/NAME`: what a
     /// scenario would have downloaded.
     pub(crate) fn lay(&self, name: &str, content: &[u8]) -> anyhow::Result<()> {
-        let path = self.control.join(name);
+        let path = self.control.path.join(name);
         fs::write(&path, content)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         Ok(())
@@ -594,9 +773,10 @@ impl Container<'_> {
 
     /// Starts shell commands and does not wait for their end.
     pub(crate) fn begin(&self, commands: &str) -> anyhow::Result<Running<'_>> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        fs::write(self.control.join(format!("command.{number}")), commands)?;
-        (&self.commands).write_all(format!("{number}\n").as_bytes())?;
+        let control = &self.control;
+        let number = control.next.fetch_add(1, Ordering::Relaxed);
+        fs::write(control.path.join(format!("command.{number}")), commands)?;
+        (&control.commands).write_all(format!("{number}\n").as_bytes())?;
         Ok(Running { container: self, number })
     }
 
@@ -684,7 +864,7 @@ impl Running<'_> {
                 container.id
             );
             let fd = nix::poll::PollFd::new(
-                std::os::fd::AsFd::as_fd(&container.done),
+                std::os::fd::AsFd::as_fd(&container.control.done),
                 nix::poll::PollFlags::POLLIN,
             );
             let timeout = nix::poll::PollTimeout::try_from(left)?;
@@ -692,13 +872,13 @@ impl Running<'_> {
                 continue;
             }
             let mut byte = [0];
-            (&container.done).read_exact(&mut byte)?;
+            (&container.control.done).read_exact(&mut byte)?;
             if byte[0] != b'\n' {
                 line.push(char::from(byte[0]));
                 continue;
             }
             if let Some(status) = line.strip_prefix(&wanted) {
-                let output = fs::read(container.control.join(format!("output.{number}")))?;
+                let output = fs::read(container.control.path.join(format!("output.{number}")))?;
                 return Ok(Ran {
                     status: status.parse()?,
                     output: String::from_utf8_lossy(&output).into_owned(),
@@ -733,6 +913,15 @@ pub(crate) fn only<'a>(findings: &'a [Value], kind: &str) -> anyhow::Result<&'a 
     Ok(one)
 }
 
+/// The names of an image in a line of `driftd baseline ls`.
+pub(crate) fn names(baseline: &Value) -> Vec<&str> {
+    baseline["names"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+pub(crate) fn known_as(baseline: &Value, known_by: &str) -> bool {
+    baseline["known_by"] == known_by
+}
+
 /// Tries until there is an answer.
 pub(crate) fn wait_for<T>(
     what: &str,
@@ -765,7 +954,7 @@ pub(crate) fn talk(output: &Output) -> String {
     )
 }
 
-fn append_to(file: &Path) -> io::Result<File> {
+pub(crate) fn append_to(file: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).open(file)
 }
 

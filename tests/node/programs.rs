@@ -11,6 +11,9 @@ use crate::image::{self, Digests, Layer};
 
 pub(crate) const WORKBENCH: &str = "registry.test/workbench:1";
 
+/// What holds a pod together: one layer with one program that sleeps.
+pub(crate) const PAUSE: &str = "registry.test/pause:1";
+
 /// Sleeps `argv[1]` milliseconds (1 if absent) and says nothing. With a second
 /// argument it also leaves a Unix socket at that path.
 const PAYLOAD: &str = r#"
@@ -93,6 +96,10 @@ const HOST_PROGRAMS: &[&str] = &["bash", "ls", "touch", "find", "setcap"];
 /// Writes the image the scenarios happen in: three layers, with hard links,
 /// symlinks, a whiteout and an opaque directory, and with real programs.
 pub(crate) fn write_workbench(file: &Path, payload: &Payload) -> anyhow::Result<Digests> {
+    Ok(image::write(file, WORKBENCH, workbench(payload)?)?)
+}
+
+fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
     let mut base = Layer::new()
         .directory("/bin", 0o755)
         .directory("/dev", 0o755)
@@ -165,7 +172,39 @@ pub(crate) fn write_workbench(file: &Path, payload: &Payload) -> anyhow::Result<
         application = application.file(path, 0o755, &payload.marked(path));
     }
 
-    Ok(image::write(file, WORKBENCH, vec![base, programs, application])?)
+    Ok(vec![base, programs, application])
+}
+
+pub(crate) fn write_pause(file: &Path, payload: &Payload) -> anyhow::Result<Digests> {
+    let sleeper = payload.marked("pause");
+    Ok(image::Image::new(PAUSE)
+        .layer(Layer::new().file("/pause", 0o755, &sleeper), image::Packing::Gzip)
+        .command(&["/pause", "4000000"])
+        .write(file)?)
+}
+
+/// Packages that every machine of the distribution has.
+const PACKAGES: &[&str] = &["base-files", "bash", "coreutils", "dpkg", "libc-bin", "perl-base"];
+
+/// The files of some packages of this machine, as a layer.
+pub(crate) fn machine_files() -> anyhow::Result<Layer> {
+    let output = Command::new("dpkg").arg("--listfiles").args(PACKAGES).output()?;
+    ensure!(
+        output.status.success(),
+        "dpkg does not know what it has installed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let mut names: Vec<&str> = str::from_utf8(&output.stdout)?
+        .lines()
+        .filter_map(|line| line.strip_prefix('/'))
+        .filter(|name| Path::new("/").join(name).symlink_metadata().is_ok())
+        // What administrators change is not ours to show.
+        .filter(|name| !name.is_empty() && !name.starts_with("etc"))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    let names = names.join("\0");
+    Layer::new().packed_by_tar(Path::new("/"), names.as_bytes(), &["--format=posix"])
 }
 
 /// The libraries and the loader of a dynamic program, as `ldd` says.

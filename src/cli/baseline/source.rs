@@ -1,0 +1,95 @@
+//! Where baselines are read: from the daemon, or from a directory without one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio_stream::StreamExt as _;
+
+use crate::api::{baselines, proto};
+use crate::baseline::{Store, diff};
+use crate::cli::client::{explain, talk};
+use crate::health::Health;
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Reading {
+    /// Read this directory of baselines and ask no daemon (nothing in it is
+    /// changed: it may be a running daemon's)
+    #[arg(long, value_name = "DIRECTORY")]
+    store: Option<PathBuf>,
+}
+
+impl Reading {
+    pub(super) fn open(&self, socket: &Path) -> anyhow::Result<Source> {
+        Ok(match &self.store {
+            None => Source::Daemon(socket.into()),
+            Some(directory) => {
+                Source::Store(Store::open_to_read(directory, Arc::new(Health::default()))?)
+            }
+        })
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Source {
+    Daemon(PathBuf),
+    Store(Store),
+}
+
+impl Source {
+    /// All baselines, or the one that `image` names.
+    pub(super) fn list(&self, image: &str) -> anyhow::Result<Vec<proto::Baseline>> {
+        match self {
+            Source::Store(store) => Ok(baselines::list(store, image)?),
+            Source::Daemon(socket) => talk(socket, |mut client| async move {
+                let request = proto::ListBaselinesRequest { image: image.to_owned() };
+                Ok(client.list_baselines(request).await.map_err(explain)?.into_inner().baselines)
+            }),
+        }
+    }
+
+    /// Every file of an image, in the order of paths.
+    pub(super) fn files(
+        &self,
+        image: &str,
+        mut each: impl FnMut(proto::BaselineFile) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        match self {
+            Source::Store(store) => {
+                let image = baselines::open(store, image)?;
+                image.files().map(baselines::file_to_proto).try_for_each(each)
+            }
+            Source::Daemon(socket) => talk(socket, |mut client| async move {
+                let request = proto::ExportBaselineRequest { image: image.to_owned() };
+                let mut files =
+                    client.export_baseline(request).await.map_err(explain)?.into_inner();
+                while let Some(file) = files.next().await {
+                    each(file.map_err(explain)?)?;
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    /// What makes image `b` another than image `a`.
+    pub(super) fn differences(
+        &self,
+        a: &str,
+        b: &str,
+    ) -> anyhow::Result<Vec<proto::BaselineDifference>> {
+        match self {
+            Source::Store(store) => {
+                let (a, b) = (baselines::open(store, a)?, baselines::open(store, b)?);
+                Ok(diff(&a, &b).map(baselines::difference_to_proto).collect())
+            }
+            Source::Daemon(socket) => talk(socket, |mut client| async move {
+                let request = proto::DiffBaselinesRequest { a: a.to_owned(), b: b.to_owned() };
+                let mut stream = client.diff_baselines(request).await.map_err(explain)?.into_inner();
+                let mut differences = Vec::new();
+                while let Some(difference) = stream.next().await {
+                    differences.push(difference.map_err(explain)?);
+                }
+                Ok(differences)
+            }),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! `driftd metrics`: the state of the daemon in the OpenMetrics text format, for
+//! node_exporter's textfile collector. Labels have few values: no image, no
+//! container and no path is one.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use super::client::{explain, talk};
+use super::exit::Exit;
+use super::output::write;
+use crate::api::{convert, proto};
+use crate::health::Failure;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Metrics {}
+
+impl Metrics {
+    pub(super) fn run(&self, socket: &Path) -> anyhow::Result<Exit> {
+        let (status, containers) = talk(socket, |mut client| async move {
+            let request = proto::GetStatusRequest {};
+            let status = client.get_status(request).await.map_err(explain)?.into_inner();
+            let request = proto::ListContainersRequest {};
+            let containers = client.list_containers(request).await.map_err(explain)?.into_inner();
+            Ok((status, containers.containers))
+        })?;
+        write(text(&status, &containers)?.as_bytes())?;
+        Ok(Exit::Clean)
+    }
+}
+
+type Labels = Vec<(&'static str, String)>;
+
+/// The values of one metric, in the order in which they are printed.
+#[derive(Clone, Debug)]
+enum Samples {
+    Gauge(Vec<(Labels, f64)>),
+    Counter(Vec<(Labels, u64)>),
+}
+
+impl EncodeMetric for Samples {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
+        match self {
+            Samples::Gauge(values) => {
+                for (labels, value) in values {
+                    match labels.is_empty() {
+                        true => encoder.encode_gauge(value)?,
+                        false => encoder.encode_family(labels)?.encode_gauge(value)?,
+                    }
+                }
+            }
+            Samples::Counter(values) => {
+                for (labels, value) in values {
+                    match labels.is_empty() {
+                        true => encoder.encode_counter::<NoLabelSet, _, u64>(value, None)?,
+                        false => encoder
+                            .encode_family(labels)?
+                            .encode_counter::<NoLabelSet, _, u64>(value, None)?,
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        match self {
+            Samples::Gauge(_) => MetricType::Gauge,
+            Samples::Counter(_) => MetricType::Counter,
+        }
+    }
+}
+
+fn text(
+    status: &proto::GetStatusResponse,
+    containers: &[proto::Container],
+) -> anyhow::Result<String> {
+    let mut registry = Registry::with_prefix("driftd");
+    let started_at = convert::time_from_proto("started_at", status.started_at)?;
+    let queue = status.baseline_queue.unwrap_or_default();
+    let verified = status.baselines_verified;
+    let by_label = |name, values: &[(&str, u32)]| {
+        let labelled = |(value, count): &(&str, u32)| (label(name, value), f64::from(*count));
+        Samples::Gauge(values.iter().map(labelled).collect())
+    };
+    // More findings than a float can count exactly are not kept.
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
+    let large = |number: u64| gauge(number as f64);
+
+    for (name, help, samples) in [
+        (
+            "build_info",
+            "The version of the running driftd",
+            by_label("version", &[(&status.version, 1)]),
+        ),
+        (
+            "start_time_seconds",
+            "When driftd started, in Unix time",
+            gauge(started_at.as_duration().as_secs_f64()),
+        ),
+        (
+            "view_complete",
+            "Whether nothing is missing from the view (driftd status)",
+            gauge(status.complete.into()),
+        ),
+        (
+            "containerd_connected",
+            "Whether the containerd at this socket is connected",
+            Samples::Gauge(
+                status
+                    .endpoints
+                    .iter()
+                    .map(|endpoint| (label("socket", &endpoint.socket), endpoint.connected.into()))
+                    .collect(),
+            ),
+        ),
+        (
+            "containers_watched",
+            "Containers that the gate watches",
+            gauge(status.containers_watched.into()),
+        ),
+        (
+            "containers",
+            "Containers, by whether they have a baseline",
+            by_label("baseline", &by_baseline(containers)),
+        ),
+        (
+            "baselines",
+            "Images whose baseline is recorded, by how it is known",
+            by_label(
+                "known_by",
+                &[("snapshot", status.baselines.saturating_sub(verified)), ("verified", verified)],
+            ),
+        ),
+        (
+            "baseline_queue_recording",
+            "Baselines that are being recorded",
+            gauge(queue.recording.into()),
+        ),
+        (
+            "baseline_queue_waiting",
+            "Baselines that wait to be recorded",
+            gauge(queue.waiting.into()),
+        ),
+        (
+            "baseline_queue_verifying",
+            "Layers that wait to be compared with their blobs",
+            gauge(queue.verifying.into()),
+        ),
+        (
+            "baseline_queue_oldest_seconds",
+            "How long the oldest baseline in the queue has been there",
+            large(queue.oldest_seconds),
+        ),
+        ("findings", "Findings in the history", large(status.findings)),
+        (
+            "gate_answers",
+            "Executions that the gate has answered",
+            Samples::Counter(vec![(Labels::new(), status.gate_answers)]),
+        ),
+        (
+            "data_writes",
+            "Writes of files that are no programs",
+            Samples::Counter(vec![(Labels::new(), status.data_writes)]),
+        ),
+        ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
+    ] {
+        registry.register(name, help, samples);
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+fn label(name: &'static str, value: &str) -> Labels {
+    vec![(name, value.to_owned())]
+}
+
+fn gauge(value: f64) -> Samples {
+    Samples::Gauge(vec![(Labels::new(), value)])
+}
+
+/// Those that never happened are told as well: a counter that appears with its
+/// first increment has no rate.
+fn losses(losses: &[proto::Loss]) -> Samples {
+    let mut counts: BTreeMap<&str, u64> =
+        Failure::ALL.into_iter().map(|failure| (failure.name(), 0)).collect();
+    counts.extend(losses.iter().map(|loss| (loss.name.as_str(), loss.count)));
+    let labelled = counts.into_iter().map(|(name, count)| (label("name", name), count));
+    Samples::Counter(labelled.collect())
+}
+
+fn by_baseline(containers: &[proto::Container]) -> [(&'static str, u32); 3] {
+    let mut counts = [("ready", 0), ("pending", 0), ("none", 0)];
+    for container in containers {
+        let index = match container.baseline.as_str() {
+            "ready" => 0,
+            "pending" => 1,
+            _ => 2,
+        };
+        counts[index].1 += 1;
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_as_a_collector_reads_them() {
+        let status = proto::GetStatusResponse {
+            version: "0.1.0".into(),
+            node: "node-1".into(),
+            started_at: Some(prost_types::Timestamp { seconds: 1000, nanos: 500_000_000 }),
+            complete: false,
+            endpoints: vec![proto::Endpoint {
+                socket: "/run/odd\"\\\nname.sock".into(),
+                connected: true,
+                reason: String::new(),
+            }],
+            containers_watched: 3,
+            baselines: 5,
+            baselines_verified: 2,
+            baseline_queue: Some(proto::BaselineQueue {
+                recording: 1,
+                waiting: 2,
+                oldest_seconds: 61,
+                verifying: 4,
+            }),
+            findings: 7,
+            gate_answers: 1234,
+            data_writes: 9,
+            losses: vec![proto::Loss { name: "pipeline_full".into(), count: 2 }],
+            ..proto::GetStatusResponse::default()
+        };
+        let container = |baseline: &str| proto::Container {
+            baseline: baseline.into(),
+            ..proto::Container::default()
+        };
+        let containers =
+            [container("ready"), container("none: not an overlay"), container("ready")];
+        insta::assert_snapshot!(text(&status, &containers).unwrap());
+    }
+}

@@ -1,0 +1,449 @@
+//! Docker's own books, for what containerd does not know of its containers.
+//!
+//! containerd runs Docker's containers (in the namespace `moby`, as a rule) and
+//! is told neither their image nor, with the classic storage driver overlay2,
+//! their layers. Docker keeps both in files that only root can write, below a
+//! data root that the container's rootfs leads to. Read with bounds and without
+//! trust all the same: what does not fit together is not used.
+//!
+//! ```text
+//!  <data root>/overlay2/<mount ID>/{merged,diff,lower}   the container
+//!             /overlay2/<mount ID>-init/diff             what Docker puts between
+//!             /overlay2/<cache ID>/diff                  a layer
+//!             /overlay2/l/<short name> -> ../<cache ID>/diff
+//!             /image/overlay2/layerdb/mounts/<container>/parent  the topmost chain ID
+//!             /image/overlay2/layerdb/sha256/<chain ID>/{cache-id,diff,parent}
+//!             /containers/<container>/config.v2.json
+//! ```
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use serde::Deserialize;
+
+use crate::model::{ChainId, DiffId, Layer, LayerId, OverlayDirs, printable};
+use crate::sys::overlay;
+use crate::sys::procfs::Handle;
+
+/// Set on every container that Docker makes, whatever namespace it uses.
+const LABEL: &str = "com.docker/engine.bundle.path";
+
+const CONFIG_LIMIT: u64 = 4 << 20;
+const NAME_LIMIT: u64 = 256;
+/// The kernel's page: longer lists do not fit into a mount's options.
+const LIST_LIMIT: u64 = 4096;
+const LAYER_LIMIT: usize = 512;
+
+pub(super) fn made(labels: &std::collections::HashMap<String, String>) -> bool {
+    labels.contains_key(LABEL)
+}
+
+/// What a container of the driver overlay2 stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Stack {
+    /// Bottom first; the topmost is Docker's own.
+    pub(super) layers: Vec<Layer>,
+    /// The image's part of `layers`.
+    pub(super) image_chain: Option<ChainId>,
+    pub(super) dirs: OverlayDirs,
+}
+
+/// Reads what the container `id`, whose rootfs is mounted at `rootfs`, stands
+/// on; an error in words. Blocks.
+pub(super) fn stack(id: &str, rootfs: &Path, pid: Option<u32>) -> Result<Stack, String> {
+    let place = Place::of(rootfs)?;
+    let upperdir = place.mount.join("diff");
+    // The kernel's word before Docker's, once the rootfs is mounted.
+    let mounted = pid.and_then(|pid| {
+        let mountinfo = Handle::open(pid).and_then(|init| init.mountinfo()).ok()?;
+        overlay::find_by_upperdir(&mountinfo, &upperdir)
+    });
+    let named = match mounted {
+        Some(mount) => mount.dirs.lowerdirs,
+        None => {
+            let lower = place.mount.join("lower");
+            let list = read(&lower, LIST_LIMIT)
+                .map_err(|err| format!("Docker's {} cannot be read: {err}", shown(&lower)))?;
+            split_lower(&list).map(|name| place.store.join(name)).collect()
+        }
+    };
+    if named.is_empty() {
+        return Err("Docker names no layers of it".into());
+    }
+    let mut lowerdirs = Vec::with_capacity(named.len());
+    for name in named {
+        lowerdirs.push(place.resolve(&name)?);
+    }
+    let mut cache_ids = Vec::with_capacity(lowerdirs.len());
+    for lowerdir in lowerdirs.iter().rev() {
+        cache_ids.push(place.cache_id(lowerdir)?);
+    }
+    let known = place.layers(id).unwrap_or_default();
+    let (layers, image_chain) = name_layers(&cache_ids, &known, &place.mount_id);
+    let layers = layers
+        .into_iter()
+        .zip(lowerdirs.iter().rev())
+        .map(|((id, chain_id), directory)| Layer {
+            id,
+            chain_id,
+            directory: Some(directory.clone()),
+            // Docker throws the archives away after the unpack.
+            blob: None,
+        })
+        .collect();
+    Ok(Stack { layers, image_chain, dirs: OverlayDirs { upperdir, lowerdirs } })
+}
+
+/// A container's place in Docker's data root.
+#[derive(Debug)]
+struct Place {
+    /// `<data root>/overlay2`
+    store: PathBuf,
+    mount: PathBuf,
+    mount_id: String,
+}
+
+/// What the layer store says of one layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Known {
+    chain_id: ChainId,
+    diff_id: DiffId,
+    cache_id: String,
+}
+
+impl Place {
+    fn of(rootfs: &Path) -> Result<Place, String> {
+        let place = || {
+            let mount = rootfs.parent()?;
+            let store = mount.parent()?;
+            let is_overlay = rootfs.is_absolute()
+                && rootfs.file_name() == Some(OsStr::new("merged"))
+                && store.file_name() == Some(OsStr::new("overlay2"));
+            is_overlay.then_some(())?;
+            Some(Place {
+                store: store.to_owned(),
+                mount: mount.to_owned(),
+                mount_id: mount.file_name()?.to_str()?.to_owned(),
+            })
+        };
+        place().ok_or_else(|| {
+            format!(
+                "its rootfs {} is not one of Docker's overlay2: other storage drivers keep no \
+                 layers that can be compared",
+                shown(rootfs)
+            )
+        })
+    }
+
+    /// Follows one of Docker's short names to the layer's directory.
+    fn resolve(&self, name: &Path) -> Result<PathBuf, String> {
+        if name.parent() != Some(&self.store.join("l")) {
+            return Ok(name.to_owned());
+        }
+        let target = std::fs::read_link(name)
+            .map_err(|err| format!("Docker's {} cannot be read: {err}", shown(name)))?;
+        let directory = link_target(&target)
+            .ok_or_else(|| format!("Docker's {} leads to {}", shown(name), shown(&target)))?;
+        Ok(self.store.join(directory))
+    }
+
+    fn cache_id(&self, directory: &Path) -> Result<String, String> {
+        let id = directory.strip_prefix(&self.store).ok().and_then(link_target_name);
+        id.ok_or_else(|| format!("its layer {} is not in Docker's store", shown(directory)))
+    }
+
+    /// The layers of a container's image, bottom first, from the layer store;
+    /// `None` if it cannot be read or does not fit together.
+    fn layers(&self, container: &str) -> Option<Vec<Known>> {
+        is_name(container).then_some(())?;
+        let driver = self.store.file_name()?;
+        let database = self.store.parent()?.join("image").join(driver).join("layerdb");
+        let text = |path: PathBuf| read(&path, NAME_LIMIT).ok();
+        let mut next = text(database.join("mounts").join(container).join("parent"));
+        let mut layers = Vec::new();
+        while let Some(chain_id) = next {
+            let chain_id: ChainId = chain_id.trim().parse().ok()?;
+            if layers.len() == LAYER_LIMIT {
+                return None;
+            }
+            let layer = database.join("sha256").join(chain_id.hex());
+            layers.push(Known {
+                chain_id,
+                diff_id: text(layer.join("diff"))?.trim().parse().ok()?,
+                cache_id: text(layer.join("cache-id"))?.trim().to_owned(),
+            });
+            next = text(layer.join("parent"));
+        }
+        layers.reverse();
+        let diff_ids: Vec<DiffId> = layers.iter().map(|layer| layer.diff_id).collect();
+        let as_computed = ChainId::of_layers(&diff_ids)
+            .iter()
+            .zip(&layers)
+            .all(|(chain_id, layer)| *chain_id == layer.chain_id);
+        as_computed.then_some(layers)
+    }
+}
+
+/// Names a stack of layers, bottom first, by what the layer store knows, as far
+/// as it speaks of the same directories; and tells the image's own chain ID.
+fn name_layers(
+    cache_ids: &[String],
+    known: &[Known],
+    mount_id: &str,
+) -> (Vec<(LayerId, ChainId)>, Option<ChainId>) {
+    let init = format!("{mount_id}-init");
+    let is_init = cache_ids.last() == Some(&init);
+    let image = &cache_ids[..cache_ids.len() - usize::from(is_init)];
+    let is_known = image.len() == known.len()
+        && image.iter().zip(known).all(|(cache_id, known)| *cache_id == known.cache_id);
+    let mut layers: Vec<(LayerId, ChainId)> = Vec::with_capacity(cache_ids.len());
+    if is_known {
+        layers.extend(known.iter().map(|known| (LayerId::Diff(known.diff_id), known.chain_id)));
+    }
+    for cache_id in &cache_ids[layers.len()..] {
+        let below = layers.last().map(|(_, chain_id)| *chain_id);
+        let chain_id = ChainId::above(below, cache_id);
+        layers.push((LayerId::Chain(chain_id), chain_id));
+    }
+    let image_chain = image.len().checked_sub(1).map(|top| layers[top].1);
+    (layers, image_chain)
+}
+
+/// The names in a `lower` file: `l/<short name>`, nothing else.
+fn split_lower(list: &str) -> impl Iterator<Item = &str> {
+    list.trim().split(':').filter(|name| name.strip_prefix("l/").is_some_and(is_name))
+}
+
+/// `<cache ID>/diff` of `../<cache ID>/diff`.
+fn link_target(target: &Path) -> Option<PathBuf> {
+    let mut components = target.components();
+    (components.next()? == Component::ParentDir).then_some(())?;
+    let directory = components.as_path();
+    link_target_name(directory)?;
+    Some(directory.to_owned())
+}
+
+/// The cache ID in `<cache ID>/diff`.
+fn link_target_name(directory: &Path) -> Option<String> {
+    let mut components = directory.components();
+    let Component::Normal(name) = components.next()? else { return None };
+    let name = name.to_str().filter(|name| is_name(name))?;
+    (components.as_path() == Path::new("diff")).then(|| name.to_owned())
+}
+
+/// One component of a path that leads nowhere else.
+fn is_name(text: &str) -> bool {
+    !text.is_empty()
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+}
+
+/// The name of the image that a container was made from. Blocks.
+pub(super) fn image_name(id: &str, rootfs: &Path) -> Option<String> {
+    is_name(id).then_some(())?;
+    let data_root = data_root(rootfs)?;
+    let config = data_root.join("containers").join(id).join("config.v2.json");
+    image_in_config(&read(&config, CONFIG_LIMIT).ok()?)
+}
+
+/// `<data root>` of `<data root>/overlay2/<mount ID>/merged` and of the image
+/// store's `<data root>/rootfs/<snapshotter>/<container>`.
+fn data_root(rootfs: &Path) -> Option<&Path> {
+    let third = rootfs.parent()?.parent()?;
+    let is_classic = rootfs.file_name() == Some(OsStr::new("merged"));
+    let is_image_store = third.file_name() == Some(OsStr::new("rootfs"));
+    (is_classic || is_image_store).then_some(third.parent()?)
+}
+
+fn image_in_config(text: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Container {
+        config: Config,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Config {
+        image: String,
+    }
+    let container: Container = serde_json::from_str(text).ok()?;
+    Some(container.config.image).filter(|name| !name.is_empty() && name.len() <= 512)
+}
+
+/// The names under which containerd's image store may have the image that Docker
+/// calls `name`.
+pub(super) fn full_names(name: &str) -> Vec<String> {
+    let last = name.rsplit('/').next().unwrap_or(name);
+    let tagged = if last.contains(':') || name.contains('@') {
+        name.to_owned()
+    } else {
+        format!("{name}:latest")
+    };
+    let mut names = vec![format!("docker.io/{tagged}"), tagged.clone()];
+    if !tagged.contains('/') {
+        names.insert(0, format!("docker.io/library/{tagged}"));
+    }
+    names
+}
+
+/// A small text file that is what it should be.
+fn read(path: &Path, limit: u64) -> std::io::Result<String> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&file)?;
+    let is_small = u64::try_from(stat.st_size).is_ok_and(|size| size <= limit);
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || !is_small {
+        return Err(std::io::ErrorKind::InvalidData.into());
+    }
+    let mut text = String::new();
+    File::from(file).take(limit).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn shown(path: &Path) -> String {
+    printable(path.as_os_str().as_encoded_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const CONTAINER: &str = "c0";
+
+    /// A data root with one container on two layers.
+    fn data_root_of_one() -> (tempfile::TempDir, PathBuf, Vec<DiffId>) {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().to_owned();
+        let diff_ids = vec![DiffId([1; 32]), DiffId([2; 32])];
+        let chain = ChainId::of_layers(&diff_ids);
+        let write = |path: &str, text: &str| {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let database = "image/overlay2/layerdb";
+        for (number, (diff_id, chain_id)) in diff_ids.iter().zip(&chain).enumerate() {
+            let layer = format!("{database}/sha256/{}", chain_id.hex());
+            write(&format!("{layer}/cache-id"), &format!("cache{number}"));
+            write(&format!("{layer}/diff"), &diff_id.to_string());
+            if number > 0 {
+                write(&format!("{layer}/parent"), &chain[number - 1].to_string());
+            }
+        }
+        write(&format!("{database}/mounts/{CONTAINER}/parent"), &chain[1].to_string());
+        write("overlay2/m0/lower", "l/C:l/B:l/A");
+        std::fs::create_dir_all(root.join("overlay2/l")).unwrap();
+        for (name, target) in [("A", "cache0"), ("B", "cache1"), ("C", "m0-init")] {
+            symlink(format!("../{target}/diff"), root.join("overlay2/l").join(name)).unwrap();
+        }
+        write("containers/c0/config.v2.json", r#"{"Config":{"Image":"web:1"},"Name":"/web"}"#);
+        (directory, root, diff_ids)
+    }
+
+    #[test]
+    fn a_classic_containers_layers_are_the_images_and_dockers_own() {
+        let (_directory, root, diff_ids) = data_root_of_one();
+        let rootfs = root.join("overlay2/m0/merged");
+        let stack = stack(CONTAINER, &rootfs, None).unwrap();
+        let chain = ChainId::of_layers(&diff_ids);
+        let init = ChainId::above(Some(chain[1]), "m0-init");
+        let layer = |id, chain_id, name: &str| Layer {
+            id,
+            chain_id,
+            directory: Some(root.join("overlay2").join(name).join("diff")),
+            blob: None,
+        };
+        let layers = vec![
+            layer(LayerId::Diff(diff_ids[0]), chain[0], "cache0"),
+            layer(LayerId::Diff(diff_ids[1]), chain[1], "cache1"),
+            layer(LayerId::Chain(init), init, "m0-init"),
+        ];
+        let lowerdirs = layers.iter().rev().filter_map(|layer| layer.directory.clone()).collect();
+        let upperdir = root.join("overlay2/m0/diff");
+        assert_eq!(
+            stack,
+            Stack {
+                layers,
+                image_chain: Some(chain[1]),
+                dirs: OverlayDirs { upperdir, lowerdirs },
+            }
+        );
+        assert_eq!(image_name(CONTAINER, &rootfs).as_deref(), Some("web:1"));
+    }
+
+    #[test]
+    fn without_the_layer_store_a_layer_is_named_by_its_directory() {
+        let (_directory, root, _) = data_root_of_one();
+        std::fs::remove_dir_all(root.join("image")).unwrap();
+        let stack = stack(CONTAINER, &root.join("overlay2/m0/merged"), None).unwrap();
+        let bottom = ChainId::above(None, "cache0");
+        let top = ChainId::above(Some(bottom), "cache1");
+        let ids: Vec<LayerId> = stack.layers.iter().map(|layer| layer.id).collect();
+        let init = ChainId::above(Some(top), "m0-init");
+        assert_eq!(ids, [bottom, top, init].map(LayerId::Chain));
+        assert_eq!(stack.image_chain, Some(top));
+    }
+
+    #[test]
+    fn a_layer_store_that_speaks_of_other_directories_is_not_believed() {
+        let (_directory, root, diff_ids) = data_root_of_one();
+        let layer = ChainId::of_layers(&diff_ids)[0].hex();
+        let layer = root.join("image/overlay2/layerdb/sha256").join(layer);
+        let ids = || {
+            let stack = stack(CONTAINER, &root.join("overlay2/m0/merged"), None).unwrap();
+            stack.layers.iter().map(|layer| layer.id).collect::<Vec<_>>()
+        };
+        let bottom = LayerId::Chain(ChainId::above(None, "cache0"));
+        assert_eq!(ids()[0], LayerId::Diff(diff_ids[0]));
+        std::fs::write(layer.join("cache-id"), "cache7").unwrap();
+        assert_eq!(ids()[0], bottom, "another directory");
+        std::fs::write(layer.join("cache-id"), "cache0").unwrap();
+        std::fs::write(layer.join("diff"), DiffId([9; 32]).to_string()).unwrap();
+        assert_eq!(ids()[0], bottom, "another diff ID than the chain ID's");
+    }
+
+    #[test]
+    fn links_lead_to_layers_and_nowhere_else() {
+        let check = |target: &str, expected: Option<&str>| {
+            assert_eq!(link_target(Path::new(target)), expected.map(PathBuf::from), "{target}");
+        };
+        check("../abc/diff", Some("abc/diff"));
+        check("../abc-init/diff", Some("abc-init/diff"));
+        check("../../etc/diff", None);
+        check("/etc/diff", None);
+        check("../abc/diff/../../..", None);
+        check("../abc", None);
+        assert_eq!(split_lower("l/A:../x:/etc:l/..:l/B\n").collect::<Vec<_>>(), ["l/A", "l/B"]);
+    }
+
+    #[test]
+    fn another_storage_driver_is_said() {
+        let check = |rootfs: &str| stack(CONTAINER, Path::new(rootfs), None).unwrap_err();
+        assert_eq!(
+            check("/var/lib/docker/vfs/dir/abc"),
+            "its rootfs /var/lib/docker/vfs/dir/abc is not one of Docker's overlay2: other storage \
+             drivers keep no layers that can be compared"
+        );
+        assert!(check("/d/overlay2/m/merged").starts_with("Docker's /d/overlay2/m/lower cannot"));
+    }
+
+    #[test]
+    fn an_images_short_name_has_long_ones() {
+        let check = |name: &str, first: &str| assert_eq!(full_names(name)[0], first);
+        check("nginx", "docker.io/library/nginx:latest");
+        check("team/app:2", "docker.io/team/app:2");
+        assert!(full_names("localhost:5000/x").contains(&"localhost:5000/x:latest".to_owned()));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_makes_the_readers_panic(text: String) {
+            let _ = (image_in_config(&text), full_names(&text), data_root(Path::new(&text)));
+            let _ = (link_target(Path::new(&text)), split_lower(&text).count());
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! What a container's OCI runtime specification says that driftd must know, and
+//! what its runtime is. Pure.
+
+use std::path::PathBuf;
+
+use prost::Message as _;
+use serde::Deserialize;
+
+use crate::model::{IdMap, IdRange, printable};
+
+/// The few fields that are read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Spec {
+    /// Where the rootfs is mounted, if that is an absolute path.
+    pub(super) root: Option<PathBuf>,
+    pub(super) id_map: Option<IdMap>,
+}
+
+impl Spec {
+    /// Reads a specification; one that cannot be read says nothing.
+    pub(super) fn parse(json: &[u8]) -> Spec {
+        #[derive(Deserialize)]
+        struct Document {
+            #[serde(default)]
+            root: Option<Root>,
+            #[serde(default)]
+            linux: Option<Linux>,
+        }
+        #[derive(Deserialize)]
+        struct Root {
+            #[serde(default)]
+            path: PathBuf,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Linux {
+            #[serde(default)]
+            uid_mappings: Option<Vec<Mapping>>,
+            #[serde(default)]
+            gid_mappings: Option<Vec<Mapping>>,
+        }
+        #[derive(Deserialize)]
+        struct Mapping {
+            #[serde(rename = "containerID")]
+            container: u32,
+            #[serde(rename = "hostID")]
+            host: u32,
+            size: u32,
+        }
+        let Ok(document) = serde_json::from_slice::<Document>(json) else { return Spec::default() };
+        let ranges = |mappings: Option<Vec<Mapping>>| -> Vec<IdRange> {
+            let range =
+                |Mapping { container, host, size }| IdRange { container, host, count: size };
+            mappings.unwrap_or_default().into_iter().map(range).collect()
+        };
+        let id_map = document.linux.and_then(|linux| {
+            let map = IdMap { uids: ranges(linux.uid_mappings), gids: ranges(linux.gid_mappings) };
+            (!map.uids.is_empty() || !map.gids.is_empty()).then_some(map)
+        });
+        let root = document.root.map(|root| root.path).filter(|path| path.is_absolute());
+        Spec { root, id_map }
+    }
+}
+
+/// Why driftd cannot see into containers of this runtime: their programs run on
+/// a kernel of their own. `options` are those of runc's shim, which can be told
+/// to start another program in runc's place.
+pub(super) fn own_kernel(runtime: &str, options: &[u8]) -> Option<String> {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Options {
+        #[prost(string, tag = "6")]
+        binary_name: String,
+    }
+    let binary = Options::decode(options).map(|options| options.binary_name).unwrap_or_default();
+    let sandbox = [runtime, &binary].into_iter().find_map(|name| {
+        // A name like io.containerd.kata-qemu.v2, or a path of a shim or a binary.
+        let last = name.rsplit('/').next().unwrap_or(name);
+        let has = |word: &str| last.split(['.', '-', '_']).any(|part| part == word);
+        if has("runsc") || has("gvisor") {
+            Some("gVisor")
+        } else if has("kata") || last.starts_with("kata") {
+            Some("Kata Containers")
+        } else {
+            None
+        }
+    })?;
+    Some(format!(
+        "its runtime {} ({sandbox}) runs its programs on a kernel of their own: this node's \
+         fanotify does not see what they execute",
+        printable(if runtime.is_empty() { binary.as_bytes() } else { runtime.as_bytes() })
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_namespaces_are_read() {
+        let spec = Spec::parse(
+            br#"{"root":{"path":"/d/overlay2/m/merged"},"linux":{
+                "uidMappings":[{"containerID":0,"hostID":100000,"size":65536}],
+                "gidMappings":[{"containerID":0,"hostID":200000,"size":65536}]}}"#,
+        );
+        let range = |host| IdRange { container: 0, host, count: 65_536 };
+        assert_eq!(
+            spec,
+            Spec {
+                root: Some("/d/overlay2/m/merged".into()),
+                id_map: Some(IdMap { uids: vec![range(100_000)], gids: vec![range(200_000)] }),
+            }
+        );
+    }
+
+    #[test]
+    fn a_specification_without_either_says_nothing() {
+        for json in ["{}", r#"{"root":{"path":"rootfs"},"linux":{}}"#, "[", "null"] {
+            assert_eq!(Spec::parse(json.as_bytes()), Spec::default(), "{json}");
+        }
+    }
+
+    #[test]
+    fn runtimes_with_a_kernel_of_their_own_are_known_by_name() {
+        let check = |runtime: &str, binary: &str, expected: Option<&str>| {
+            // Field 6, a string.
+            let mut options = Vec::new();
+            if !binary.is_empty() {
+                options.extend([0x32, u8::try_from(binary.len()).unwrap()]);
+                options.extend(binary.bytes());
+            }
+            let reason = own_kernel(runtime, &options);
+            assert_eq!(reason.is_some(), expected.is_some(), "{runtime} {binary}: {reason:?}");
+            if let (Some(reason), Some(expected)) = (reason, expected) {
+                assert!(reason.contains(expected), "{reason}");
+            }
+        };
+        check("io.containerd.runc.v2", "", None);
+        check("io.containerd.runc.v2", "/usr/sbin/runc", None);
+        check("io.containerd.runc.v2", "/usr/local/bin/runsc", Some("(gVisor)"));
+        check("io.containerd.runsc.v1", "", Some("io.containerd.runsc.v1 (gVisor)"));
+        check("io.containerd.kata.v2", "", Some("Kata Containers"));
+        check("io.containerd.kata-qemu.v2", "", Some("Kata Containers"));
+        check("/opt/kata/bin/containerd-shim-kata-v2", "", Some("Kata Containers"));
+        check("io.containerd.crun.v2", "crun", None);
+        assert_eq!(own_kernel("io.containerd.runc.v2", b"\xff\xff"), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_readers_panic(bytes: Vec<u8>, name: String) {
+            let _ = (Spec::parse(&bytes), own_kernel(&name, &bytes));
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Kubernetes' side of containerd: as much of the Container Runtime Interface
+//! (`runtime.v1`) as the tests need, with the field numbers of its `api.proto`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::transport::Endpoint;
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct ImageSpec {
+    #[prost(string, tag = "1")]
+    pub(crate) image: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PullImageRequest {
+    #[prost(message, optional, tag = "1")]
+    image: Option<ImageSpec>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PullImageResponse {
+    #[prost(string, tag = "1")]
+    image_ref: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PodSandboxMetadata {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    uid: String,
+    #[prost(string, tag = "3")]
+    namespace: String,
+}
+
+/// Whose namespaces a pod uses. 0 is its own, 2 the node's.
+#[derive(Clone, PartialEq, prost::Message)]
+struct NamespaceOption {
+    #[prost(int32, tag = "1")]
+    network: i32,
+    #[prost(int32, tag = "2")]
+    pid: i32,
+}
+
+const CONTAINER: i32 = 1;
+const NODE: i32 = 2;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct LinuxSandboxSecurityContext {
+    #[prost(message, optional, tag = "1")]
+    namespace_options: Option<NamespaceOption>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct LinuxPodSandboxConfig {
+    #[prost(string, tag = "1")]
+    cgroup_parent: String,
+    #[prost(message, optional, tag = "2")]
+    security_context: Option<LinuxSandboxSecurityContext>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct PodSandboxConfig {
+    #[prost(message, optional, tag = "1")]
+    metadata: Option<PodSandboxMetadata>,
+    #[prost(map = "string, string", tag = "6")]
+    labels: HashMap<String, String>,
+    #[prost(message, optional, tag = "8")]
+    linux: Option<LinuxPodSandboxConfig>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct RunPodSandboxRequest {
+    #[prost(message, optional, tag = "1")]
+    config: Option<PodSandboxConfig>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct RunPodSandboxResponse {
+    #[prost(string, tag = "1")]
+    pod_sandbox_id: String,
+}
+
+/// Of stopping and of removing one.
+#[derive(Clone, PartialEq, prost::Message)]
+struct PodSandboxRequest {
+    #[prost(string, tag = "1")]
+    pod_sandbox_id: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ContainerMetadata {
+    #[prost(string, tag = "1")]
+    name: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Mount {
+    #[prost(string, tag = "1")]
+    container_path: String,
+    #[prost(string, tag = "2")]
+    host_path: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct LinuxContainerSecurityContext {
+    #[prost(message, optional, tag = "3")]
+    namespace_options: Option<NamespaceOption>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct LinuxContainerConfig {
+    #[prost(message, optional, tag = "2")]
+    security_context: Option<LinuxContainerSecurityContext>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct ContainerConfig {
+    #[prost(message, optional, tag = "1")]
+    metadata: Option<ContainerMetadata>,
+    #[prost(message, optional, tag = "2")]
+    image: Option<ImageSpec>,
+    #[prost(string, repeated, tag = "3")]
+    command: Vec<String>,
+    #[prost(message, repeated, tag = "7")]
+    mounts: Vec<Mount>,
+    #[prost(map = "string, string", tag = "9")]
+    labels: HashMap<String, String>,
+    #[prost(message, optional, tag = "15")]
+    linux: Option<LinuxContainerConfig>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CreateContainerRequest {
+    #[prost(string, tag = "1")]
+    pod_sandbox_id: String,
+    #[prost(message, optional, tag = "2")]
+    config: Option<ContainerConfig>,
+    #[prost(message, optional, tag = "3")]
+    sandbox_config: Option<PodSandboxConfig>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CreateContainerResponse {
+    #[prost(string, tag = "1")]
+    container_id: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct StartContainerRequest {
+    #[prost(string, tag = "1")]
+    container_id: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Empty {}
+
+/// A pod on the host's network, which needs no plugins, below `cgroup_parent`.
+pub(crate) fn pod(name: &str, cgroup_parent: &str) -> PodSandboxConfig {
+    let [pod_name, pod_namespace, pod_uid] = pod_labels(name);
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: pod_name.1.clone(),
+            uid: pod_uid.1.clone(),
+            namespace: pod_namespace.1.clone(),
+        }),
+        labels: HashMap::from([pod_name, pod_namespace, pod_uid]),
+        linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent: cgroup_parent.to_owned(),
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(NamespaceOption { network: NODE, pid: CONTAINER }),
+            }),
+        }),
+    }
+}
+
+/// The labels by which a kubelet says which pod it is.
+fn pod_labels(name: &str) -> [(String, String); 3] {
+    [("name", name), ("namespace", "shop"), ("uid", name)]
+        .map(|(key, value)| (format!("io.kubernetes.pod.{key}"), value.to_owned()))
+}
+
+/// The container `app` of the pod `name`, with directories of the host in it.
+pub(crate) fn container(
+    name: &str,
+    image: &str,
+    command: &[&str],
+    mounts: &[(&PathBuf, &str)],
+) -> ContainerConfig {
+    let mut labels = HashMap::from(pod_labels(name));
+    labels.insert("io.kubernetes.container.name".to_owned(), "app".to_owned());
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: "app".to_owned() }),
+        image: Some(ImageSpec { image: image.to_owned() }),
+        command: command.iter().map(|word| (*word).to_owned()).collect(),
+        mounts: mounts
+            .iter()
+            .map(|(host_path, container_path)| Mount {
+                container_path: (*container_path).to_owned(),
+                host_path: host_path.display().to_string(),
+            })
+            .collect(),
+        labels,
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(NamespaceOption { network: NODE, pid: CONTAINER }),
+            }),
+        }),
+    }
+}
+
+/// What a kubelet asks of containerd.
+pub(crate) struct Cri {
+    socket: PathBuf,
+}
+
+/// How long a call may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+impl Cri {
+    pub(crate) fn new(socket: PathBuf) -> Cri {
+        Cri { socket }
+    }
+
+    /// Pulls an image and says what it is: `sha256:` and the digest of its config.
+    pub(crate) fn pull(&self, image: &str) -> anyhow::Result<String> {
+        let request = PullImageRequest { image: Some(ImageSpec { image: image.to_owned() }) };
+        let response: PullImageResponse = self.call("ImageService/PullImage", request)?;
+        Ok(response.image_ref)
+    }
+
+    pub(crate) fn run_pod_sandbox(&self, pod: &PodSandboxConfig) -> anyhow::Result<String> {
+        let request = RunPodSandboxRequest { config: Some(pod.clone()) };
+        let response: RunPodSandboxResponse = self.call("RuntimeService/RunPodSandbox", request)?;
+        Ok(response.pod_sandbox_id)
+    }
+
+    /// Ends a pod with all its containers.
+    pub(crate) fn remove_pod_sandbox(&self, pod_sandbox_id: &str) -> anyhow::Result<()> {
+        for method in ["RuntimeService/StopPodSandbox", "RuntimeService/RemovePodSandbox"] {
+            let request = PodSandboxRequest { pod_sandbox_id: pod_sandbox_id.to_owned() };
+            let _: Empty = self.call(method, request)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn create_container(
+        &self,
+        pod_sandbox_id: &str,
+        container: &ContainerConfig,
+        pod: &PodSandboxConfig,
+    ) -> anyhow::Result<String> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod_sandbox_id.to_owned(),
+            config: Some(container.clone()),
+            sandbox_config: Some(pod.clone()),
+        };
+        let response: CreateContainerResponse =
+            self.call("RuntimeService/CreateContainer", request)?;
+        Ok(response.container_id)
+    }
+
+    pub(crate) fn start_container(&self, container_id: &str) -> anyhow::Result<()> {
+        let request = StartContainerRequest { container_id: container_id.to_owned() };
+        self.call("RuntimeService/StartContainer", request).map(|_: Empty| ())
+    }
+
+    fn call<Request, Response>(&self, method: &str, request: Request) -> anyhow::Result<Response>
+    where
+        Request: prost::Message + Send + Sync + 'static,
+        Response: prost::Message + Default + Send + Sync + 'static,
+    {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let conversation = async {
+            let mut client = tonic::client::Grpc::new(connect(&self.socket).await?);
+            client.ready().await?;
+            let path = PathAndQuery::try_from(format!("/runtime.v1.{method}"))?;
+            let codec = tonic_prost::ProstCodec::<Request, Response>::default();
+            let response = client.unary(tonic::Request::new(request), path, codec).await?;
+            Ok::<_, anyhow::Error>(response.into_inner())
+        };
+        runtime
+            .block_on(async { tokio::time::timeout(PATIENCE, conversation).await })
+            .with_context(|| format!("{method} was not answered in {PATIENCE:?}"))?
+            .with_context(|| format!("{method} failed"))
+    }
+}
+
+async fn connect(socket: &Path) -> anyhow::Result<tonic::transport::Channel> {
+    Ok(Endpoint::try_from(format!("unix:{}", socket.display()))?.connect().await?)
+}

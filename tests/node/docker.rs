@@ -1,0 +1,184 @@
+//! Docker, with both kinds of storage it has: its own overlay2, which tells
+//! containerd nothing, and containerd's snapshots. `make test-docker` unpacks two
+//! versions of it and runs these trials; without that they are shown as ignored.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::node::{Container, Control, Node, Setup, append_to, bench, end, lock, talk, wait_for};
+use crate::programs::WORKBENCH;
+use crate::run_without_driftd;
+
+/// The directory with the `sbin/dockerd` and the `bin/docker` to be used.
+const WHERE: &str = "DRIFTD_TEST_DOCKER";
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let trial = |name, test: fn(&Arc<Node>) -> anyhow::Result<()>| {
+        Trial::test(name, move || run_without_driftd(Setup::default(), test))
+            .with_ignored_flag(true)
+    };
+    vec![
+        trial("docker_with_overlay2_is_watched", |node| watched(node, Storage::Overlay2)),
+        // Needs Docker 23 or later.
+        trial("docker_with_containerds_images_is_watched", |node| watched(node, Storage::Images)),
+    ]
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Storage {
+    Overlay2,
+    Images,
+}
+
+/// A Docker daemon on a node's containerd.
+struct Docker {
+    node: Arc<Node>,
+    programs: PathBuf,
+    daemon: Mutex<Option<Child>>,
+}
+
+impl Docker {
+    fn start(node: &Arc<Node>, storage: Storage) -> anyhow::Result<Docker> {
+        let programs: PathBuf = std::env::var_os(WHERE)
+            .with_context(|| {
+                format!("{WHERE} does not say where Docker is (run: make test-docker)")
+            })?
+            .into();
+        for program in ["sbin/dockerd", "bin/docker"] {
+            let program = programs.join(program);
+            ensure!(program.is_file(), "no {} (run: make test-docker)", program.display());
+        }
+        let directory = node.path("docker");
+        fs::create_dir(&directory)?;
+        let at = |name: &str| directory.join(name).display().to_string();
+        let mut settings = serde_json::json!({
+            "features": { "containerd-snapshotter": storage == Storage::Images },
+            "data-root": at("root"),
+            "exec-root": at("exec"),
+            "pidfile": at("pid"),
+            "hosts": [format!("unix://{}", at("docker.sock"))],
+            "containerd": node.path("containerd.sock"),
+            "bridge": "none",
+            "iptables": false,
+            "userland-proxy": false,
+            "cgroup-parent": format!("/{}", node.namespace),
+        });
+        if storage == Storage::Overlay2 {
+            settings["storage-driver"] = "overlay2".into();
+        }
+        let file = directory.join("daemon.json");
+        fs::write(&file, settings.to_string())?;
+        let log = append_to(&node.path("docker.log"))?;
+        let daemon = Command::new(programs.join("sbin/dockerd"))
+            .arg("--config-file")
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start dockerd")?;
+        let docker = Docker { node: Arc::clone(node), programs, daemon: Mutex::new(Some(daemon)) };
+        wait_for("dockerd to answer", || {
+            if let Some(status) = lock(&docker.daemon).as_mut().context("started")?.try_wait()? {
+                anyhow::bail!("dockerd ended: {status}\n{}", docker.log());
+            }
+            Ok(docker.docker(&["version"]).is_ok().then_some(()))
+        })?;
+        Ok(docker)
+    }
+
+    fn log(&self) -> String {
+        let text = fs::read_to_string(self.node.path("docker.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
+    fn docker(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = Command::new(self.programs.join("bin/docker"))
+            .arg("--host")
+            .arg(format!("unix://{}", self.node.path("docker/docker.sock").display()))
+            .args(arguments)
+            .env("DOCKER_CONFIG", self.node.path("docker/client"))
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "docker {arguments:?} failed\n{}\n{}",
+            talk(&output),
+            self.log()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    /// Starts a container that does what it is told.
+    fn run(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        let control = Control::new(&self.node, &self.node.next_id())?;
+        let mount = format!("{}:/.control", control.path.display());
+        let options = ["run", "--detach", "--network", "none", "--volume", &mount];
+        let command = [image, "/bin/sh", "-c", Control::INIT];
+        let id = self.docker(&[&options[..], &command].concat())?;
+        Ok(Container::new(&self.node, id, control))
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        if let Ok(containers) = self.docker(&["ps", "--all", "--quiet", "--no-trunc"]) {
+            for container in containers.lines() {
+                let _ = self.docker(&["rm", "--force", container]);
+                self.node.remove_runtime_leftovers("moby", container);
+            }
+        }
+        if let Some(mut daemon) = lock(&self.daemon).take() {
+            end(&mut daemon);
+        }
+    }
+}
+
+fn watched(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
+    let docker = Docker::start(node, storage)?;
+    docker.docker(&["load", "--input", path(&bench()?.workbench)?])?;
+    let driver = docker.docker(&["info", "--format", "{{json .DriverStatus}} {{.Driver}}"])?;
+    let uses_images = driver.contains("io.containerd.snapshotter");
+    ensure!(uses_images == (storage == Storage::Images), "Docker uses another storage: {driver}");
+    node.start_driftd()?;
+
+    let container = docker.run(WORKBENCH)?;
+    container.wait_until_watched()?;
+    let known = node.answer(&["containers"])?;
+    let this = known.iter().find(|one| one["id"] == container.id.as_str());
+    let this = this.with_context(|| format!("{} is not in {known:#?}", container.id))?;
+    assert_eq!(this["namespace"], "moby", "{this:#}");
+    assert_eq!(this["problem"], Value::Null, "{this:#}");
+
+    // What Docker itself puts between the image and the container is no drift.
+    container.sh("cat /etc/hosts /etc/hostname /etc/resolv.conf; /usr/bin/app")?;
+    container.told(&[])?;
+
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x\n\
+         cat /.control/x > /usr/bin/curl; /usr/bin/curl; cp /bin/ls /bin/.cache-ls; /bin/.cache-ls")?;
+    container.told(&[
+        "critical exec.new /tmp/x",
+        "critical exec.modified /usr/bin/curl",
+        "medium exec.relocated /bin/.cache-ls",
+    ])?;
+
+    // A restart of driftd in the middle of it finds the same container again.
+    node.stop_driftd()?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    let second = docker.run(WORKBENCH)?;
+    second.wait_until_watched()?;
+    second.told_nothing()
+}
+
+fn path(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("a scratch directory is UTF-8")
+}
