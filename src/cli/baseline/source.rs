@@ -83,7 +83,8 @@ impl Source {
             }
             Source::Daemon(socket) => talk(socket, |mut client| async move {
                 let request = proto::DiffBaselinesRequest { a: a.to_owned(), b: b.to_owned() };
-                let mut stream = client.diff_baselines(request).await.map_err(explain)?.into_inner();
+                let mut stream =
+                    client.diff_baselines(request).await.map_err(explain)?.into_inner();
                 let mut differences = Vec::new();
                 while let Some(difference) = stream.next().await {
                     differences.push(difference.map_err(explain)?);
