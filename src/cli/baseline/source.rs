@@ -23,7 +23,8 @@ impl Reading {
         Ok(match &self.store {
             None => Source::Daemon(socket.into()),
             Some(directory) => {
-                Source::Store(Store::open_to_read(directory, Arc::new(Health::default()))?)
+                let store = Store::open_to_read(directory, Arc::new(Health::default()))?;
+                Source::Store(Box::new(store))
             }
         })
     }
@@ -32,7 +33,7 @@ impl Reading {
 #[derive(Debug)]
 pub(super) enum Source {
     Daemon(PathBuf),
-    Store(Store),
+    Store(Box<Store>),
 }
 
 impl Source {
