@@ -3,6 +3,8 @@
 PREFIX  ?= /usr/local
 DESTDIR ?=
 CARGO   ?= cargo
+# How long each fuzz target runs.
+FUZZ_SECONDS ?= 60
 bindir     = $(PREFIX)/bin
 mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
@@ -26,7 +28,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-matrix test-docker check bench demo install install-files uninstall clean
+.PHONY: help setup build test test-matrix test-docker check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,9 +60,13 @@ test-docker: setup docker-20.10 docker-newest ## runs Docker 20.10 and the newes
 $(ENGINES)/docker-20.10: ; @scripts/other-release bookworm $@ docker.io
 $(ENGINES)/docker-newest: ; @scripts/other-release sid $@ docker.io docker-cli
 
+# Docker 20.10 has no store of containerd's images.
+docker-20.10: TRIALS = docker_with_overlay2
+docker-newest: TRIALS = docker
+
 docker-%: $(ENGINES)/docker-%
 	$</usr/sbin/dockerd --version
-	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- docker --ignored
+	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
 
 check: ## format, lints and dependencies
 	$(CARGO) fmt --check
@@ -73,6 +79,16 @@ check: ## format, lints and dependencies
 
 bench: setup ## the README's numbers, measured on this machine (as root)
 	$(CARGO) bench --locked $(AS_ROOT)
+
+# libFuzzer needs compiler flags that only a nightly takes without being told so.
+fuzz: ## random bytes for every reader of hostile input, FUZZ_SECONDS (60) each
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
+	@for target in layer_stream baseline_file oci_documents; do \
+		mkdir -p fuzz/corpus/$$target && \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target \
+			fuzz/corpus/$$target fuzz/seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -print_final_stats=1 || exit 1; \
+	done
 
 demo: setup ## drift in a container and what driftd says about it, in under a minute (as root)
 	$(CARGO) build --locked

@@ -20,8 +20,10 @@ use driftd::baseline::stream::{Limits, read};
 use nix::sys::resource::{UsageWho, getrusage};
 
 /// How a layer is compressed, and the program that undoes it.
-const COMPRESSIONS: [(&str, &[&str], &str); 2] =
-    [("gzip", &["gzip", "-6", "-c"], "gzip -dc"), ("zstd", &["zstd", "-3", "-q", "-c"], "zstd -qdc")];
+const COMPRESSIONS: [(&str, &[&str], &str); 2] = [
+    ("gzip", &["gzip", "-6", "-c"], "gzip -dc"),
+    ("zstd", &["zstd", "-3", "-q", "-c"], "zstd -qdc"),
+];
 
 fn main() -> anyhow::Result<()> {
     // `cargo test --benches` wants to know only that this runs.
@@ -33,9 +35,15 @@ fn main() -> anyhow::Result<()> {
     };
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let plain = scratch.path().join("layer.tar");
-    make_layer(&plain, if quick { 200 } else { 26_000 })?;
-    println!("reading a layer of {} MB from its blob, {rounds} rounds, warm", size(&plain)? / 1_000_000);
-    println!("{:<44} {:>8} {:>8} {:>12} {:>12}", "", "wall s", "cpu s", "driftd wall×", "driftd cpu×");
+    make_layer(&plain, if quick { 200 } else { 8_000 })?;
+    println!(
+        "reading a layer of {} MB from its blob, {rounds} rounds, warm",
+        size(&plain)? / 1_000_000
+    );
+    println!(
+        "{:<44} {:>8} {:>8} {:>12} {:>12}",
+        "", "wall s", "cpu s", "driftd wall×", "driftd cpu×"
+    );
     for (name, compress, decompress) in COMPRESSIONS {
         let blob = scratch.path().join(format!("layer.{name}"));
         let status = Command::new(compress[0])
@@ -95,7 +103,11 @@ fn compare(name: &str, blob: &Path, decompress: &str, rounds: u32) -> anyhow::Re
         median(pairs.map(|(a, b)| of(a).as_secs_f64() / of(b).as_secs_f64()).collect())
     };
     let line = format!("driftd: {name} blob of {} MB, {} entries", size(blob)? / 1_000_000, told.1);
-    println!("{line:<44} {:>8.3} {:>8.3}", seconds(&ours, |cost| cost.wall), seconds(&ours, |cost| cost.cpu));
+    println!(
+        "{line:<44} {:>8.3} {:>8.3}",
+        seconds(&ours, |cost| cost.wall),
+        seconds(&ours, |cost| cost.cpu)
+    );
     println!(
         "{:<44} {:>8.3} {:>8.3} {:>12.2} {:>12.2}",
         format!("{decompress} | sha256sum"),

@@ -193,8 +193,8 @@ impl Config {
         }
         let Baseline { recheck_period, recheck_rate, max_layer_bytes, max_layer_entries, .. } =
             config.baseline;
-        if !recheck_period.is_zero() && recheck_period < Duration::from_secs(60) {
-            return Err("baseline.recheck_period is below 1m (0s turns it off)".into());
+        if !recheck_period.is_zero() && recheck_period < Duration::from_secs(10) {
+            return Err("baseline.recheck_period is below 10s (0s turns it off)".into());
         }
         for (name, value) in [
             ("recheck_rate", recheck_rate),

@@ -14,14 +14,13 @@ use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_appender::non_blocking::WorkerGuard;
 
-use crate::baseline::{Blobs, Recorder, Store};
+use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::Config;
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::Health;
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
-use crate::model::{Blob, printable};
 use crate::policy::Policy;
 use crate::watch::Watch;
 use crate::{api, guardian, respond};
@@ -51,11 +50,18 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
     let writer = history.start(config.history.retention, health.clone());
 
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("async")
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+
     let (news_sender, news) = bounded(1024);
     let recorder = Recorder::start(
         store.clone(),
         &config.baseline,
-        Arc::new(NoContentStore),
+        Arc::new(ContentBlobs::new(runtime.handle().clone())),
         news_sender,
         health.clone(),
     );
@@ -85,12 +91,6 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         })
         .context("cannot start the pipeline's thread")?;
 
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("async")
-        .enable_all()
-        .build()
-        .context("cannot start the async runtime")?;
     let reason = runtime.block_on(async {
         let containerd =
             Containerd::start(&config.containerd, &change_sender, recorder.clone(), &health);
@@ -141,15 +141,6 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     }
     runtime.shutdown_background();
     reason.map(|()| Exit::Clean)
-}
-
-/// Knows no blobs.
-struct NoContentStore;
-
-impl Blobs for NoContentStore {
-    fn open(&self, blob: &Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
-        Err(format!("no content store is read for the blob {}", printable(blob.digest.as_bytes())))
-    }
 }
 
 /// systemd asks with SIGTERM, a person at a terminal with SIGINT.

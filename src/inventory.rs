@@ -2,6 +2,7 @@
 //! by the pipeline alone.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -148,9 +149,17 @@ impl Entry {
         self.container.as_ref().and_then(Container::chain_id)
     }
 
-    pub fn has_layer(&self, layer: LayerId) -> bool {
+    /// Whether the container uses `layer` from one of these directories; any
+    /// directory will do if there are none.
+    pub fn has_layer(&self, layer: LayerId, directories: &[PathBuf]) -> bool {
+        let is_there = |directory: &Option<PathBuf>| {
+            directories.is_empty()
+                || directory.as_ref().is_some_and(|own| directories.contains(own))
+        };
         let container = self.container.as_ref().filter(|_| !self.removed);
-        container.is_some_and(|container| container.layers.iter().any(|own| own.id == layer))
+        container.is_some_and(|container| {
+            container.layers.iter().any(|own| own.id == layer && is_there(&own.directory))
+        })
     }
 
     pub fn is_attached(&self) -> bool {

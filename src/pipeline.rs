@@ -429,8 +429,8 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         match news {
-            News::Tampered { layer, witness, differences, total } => {
-                let tampered = Tampered { layer, witness, differences, total, image };
+            News::Tampered { layer, witness, directories, differences, total } => {
+                let tampered = Tampered { layer, witness, directories, differences, total, image };
                 self.layer_tampered(tampered, now, effects);
             }
             News::Ready { chain_id, baseline, unchanged_since } => {

@@ -988,6 +988,12 @@ fn an_image_whose_pull_was_cancelled_is_told_with_what_is_missing() {
             image.diff_ids()[1]
         )
     );
+    driftd.until_problems(&[&format!(
+        "it is not unpacked, and layer {} has no archive: it is not in containerd's content store \
+         (discard_unpacked_layers removes it after the unpack, and lazy snapshotters never fetch \
+         it)",
+        image.diff_ids()[1]
+    )]);
     assert_eq!(driftd.recorder.0.lock().unwrap().jobs, []);
 }
 
@@ -1130,11 +1136,8 @@ fn the_same_layers_in_two_namespaces_are_two_directories_and_one_layer() {
         })
         .collect();
     names.sort();
-    let expected = [
-        ("one", image.name.as_str()),
-        ("one", second_name),
-        ("other", image.name.as_str()),
-    ];
+    let expected =
+        [("one", image.name.as_str()), ("one", second_name), ("other", image.name.as_str())];
     assert_eq!(names, expected.map(|(namespace, name)| (namespace.into(), name.into())));
 }
 
@@ -1191,7 +1194,10 @@ fn a_snapshotter_of_whole_copies_leaves_the_archives() {
         let digest = |layer: &Layer| layer.blob.as_ref().map(|blob| blob.digest.clone());
         container.layers.iter().map(digest).collect()
     };
-    assert_eq!((layer_ids(&container), archives(&container)), (image.layer_ids(), image.archives()));
+    assert_eq!(
+        (layer_ids(&container), archives(&container)),
+        (image.layer_ids(), image.archives())
+    );
     assert!(container.layers.iter().all(|layer| layer.directory.is_none()), "{container:?}");
     let job = &driftd.jobs(1)[0];
     assert_eq!((&job.layers, &job.files), (&image.layer_ids(), &vec![]));
@@ -1268,8 +1274,18 @@ fn a_snapshotter_of_volumes_leaves_the_archives() {
     node.import_with(&discarded, &["--no-unpack"]);
     let id = unique("btrfs-discarded");
     let [_, top] = &discarded.archives()[..] else { panic!() };
-    node.ctr(&["run", "--detach", "--null-io", "--snapshotter", "btrfs", &discarded.name, &id,
-        "/bin/busybox", "sleep", "600"]);
+    node.ctr(&[
+        "run",
+        "--detach",
+        "--null-io",
+        "--snapshotter",
+        "btrfs",
+        &discarded.name,
+        &id,
+        "/bin/busybox",
+        "sleep",
+        "600",
+    ]);
     node.ctr(&["content", "delete", top.as_deref().unwrap()]);
     let mut later = Driftd::start(&node);
     later.until_listed();
@@ -1349,8 +1365,18 @@ fn a_user_namespaces_container_stands_on_its_images_layers() {
     driftd.until_listed();
     let id = unique("userns");
     node.ctr(&[
-        "run", "--detach", "--null-io", "--uidmap", "0:100000:65536", "--gidmap",
-        "0:200000:65536", &image.name, &id, "/bin/busybox", "sleep", "600",
+        "run",
+        "--detach",
+        "--null-io",
+        "--uidmap",
+        "0:100000:65536",
+        "--gidmap",
+        "0:200000:65536",
+        &image.name,
+        &id,
+        "/bin/busybox",
+        "sleep",
+        "600",
     ]);
     let container = driftd.until_container(&id, |container| container.task.is_some());
     assert_eq!(layer_ids(&container), image.layer_ids());
@@ -1359,8 +1385,12 @@ fn a_user_namespaces_container_stands_on_its_images_layers() {
     let id_map = IdMap { uids: range(100_000), gids: range(200_000) };
     assert_eq!(container.id_map, Some(id_map));
     assert!(container.rootfs.is_some(), "{container:?}");
-    let found: Vec<BTreeSet<String>> =
-        container.layers.iter().filter_map(|layer| layer.directory.as_deref()).map(files_below).collect();
+    let found: Vec<BTreeSet<String>> = container
+        .layers
+        .iter()
+        .filter_map(|layer| layer.directory.as_deref())
+        .map(files_below)
+        .collect();
     assert_eq!(found, [files(&["a", "bin/busybox"]), files(&["b"])]);
 }
 

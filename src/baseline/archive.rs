@@ -164,8 +164,11 @@ impl Archive {
     /// they are something else than images.
     fn image_of(&self, entries: Vec<Descriptor>) -> Result<Option<ArchiveImage>, Error> {
         const INDEX_DEPTH: u32 = 4;
-        let mut candidates: Vec<(Descriptor, u32)> =
-            oci::candidates(entries, oci::host()).into_iter().rev().map(|entry| (entry, 0)).collect();
+        let mut candidates: Vec<(Descriptor, u32)> = oci::candidates(entries, oci::host())
+            .into_iter()
+            .rev()
+            .map(|entry| (entry, 0))
+            .collect();
         let mut missing = None;
         while let Some((candidate, depth)) = candidates.pop() {
             let Some((name, bytes)) = self.blob(&candidate)? else {
@@ -200,14 +203,21 @@ impl Archive {
         layers: &[Descriptor],
     ) -> Result<Option<ArchiveImage>, Error> {
         let Some((name, bytes)) = self.blob(config)? else {
-            return Err(self.bad(config.digest.as_bytes(), "is not there, though a manifest names it as its config"));
+            return Err(self.bad(
+                config.digest.as_bytes(),
+                "is not there, though a manifest names it as its config",
+            ));
         };
         let Some(diff_ids) = oci::diff_ids(&bytes).map_err(|reason| self.bad(&name, reason))?
         else {
             return Ok(None);
         };
         if diff_ids.len() != layers.len() {
-            let reason = format!("names {} layers where its manifest names {}", diff_ids.len(), layers.len());
+            let reason = format!(
+                "names {} layers where its manifest names {}",
+                diff_ids.len(),
+                layers.len()
+            );
             return Err(self.bad(&name, reason));
         }
         let blobs = layers.iter().map(|layer| {
@@ -230,7 +240,9 @@ impl Archive {
         for DockerImage { config, repo_tags, layers } in saved {
             let name = config.as_bytes();
             let Some(bytes) = self.document(name)? else {
-                return Err(self.bad(name, "is not there, though manifest.json names it as a config"));
+                return Err(
+                    self.bad(name, "is not there, though manifest.json names it as a config")
+                );
             };
             // A config is named by its digest, in both layouts.
             let (_, base) = split(name);
@@ -244,7 +256,11 @@ impl Archive {
                 return Err(self.bad(name, "is no image's config"));
             };
             if diff_ids.len() != layers.len() {
-                let reason = format!("names {} layers where manifest.json names {}", diff_ids.len(), layers.len());
+                let reason = format!(
+                    "names {} layers where manifest.json names {}",
+                    diff_ids.len(),
+                    layers.len()
+                );
                 return Err(self.bad(name, reason));
             }
             let blobs = layers.into_iter().map(|layer| {
@@ -285,7 +301,10 @@ impl Archive {
         let hex = descriptor.digest.strip_prefix("sha256:");
         hex.and_then(|hex| hex.parse().ok()).ok_or_else(|| {
             let digest = brief(&descriptor.digest);
-            self.bad(digest.as_bytes(), "is no digest that can be checked (sha256: and 64 hexadecimal digits)")
+            self.bad(
+                digest.as_bytes(),
+                "is no digest that can be checked (sha256: and 64 hexadecimal digits)",
+            )
         })
     }
 
@@ -395,7 +414,10 @@ enum Root {
 }
 
 enum Member {
-    File { at: u64, size: u64 },
+    File {
+        at: u64,
+        size: u64,
+    },
     /// By another name of the archive.
     Link(Vec<u8>),
     Other,
@@ -606,7 +628,8 @@ mod tests {
         let mut files = Files::default();
         let first = files.image(&[b"one", b"two"]);
         let second = files.image(&[b"three"]);
-        let name = |name| format!(r#""annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
+        let name =
+            |name| format!(r#""annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
         files.index(&[
             with(&first, &name("a:1")),
             with(&second, &name("b:1")),
@@ -619,7 +642,10 @@ mod tests {
             assert_eq!(other.names, ["b:1"]);
             assert_eq!(contents(&archive, one), [&b"one"[..], b"two"]);
             assert_eq!(one.layers[1].0, diff_id(b"two"));
-            assert_eq!(one.chain_id(), ChainId::of_layers(&[diff_id(b"one"), diff_id(b"two")]).pop());
+            assert_eq!(
+                one.chain_id(),
+                ChainId::of_layers(&[diff_id(b"one"), diff_id(b"two")]).pop()
+            );
             let digest: serde_json::Value = serde_json::from_str(&first).unwrap();
             assert_eq!(one.manifest_digest.unwrap().to_string(), digest["digest"]);
         }
@@ -659,7 +685,8 @@ mod tests {
     #[test]
     fn docker_save_is_read_in_its_old_layout() {
         let mut files = Files::default();
-        let config = config(&[format!("\"{}\"", diff_id(b"one")), format!("\"{}\"", diff_id(b"one"))]);
+        let config =
+            config(&[format!("\"{}\"", diff_id(b"one")), format!("\"{}\"", diff_id(b"one"))]);
         let name = format!("{}.json", Sha256Hash(Sha256::digest(&config).into()));
         files.put(&name, &config);
         files.put("1/layer.tar", b"one");
@@ -751,7 +778,10 @@ mod tests {
         fs::remove_file(&index).unwrap();
         std::os::unix::fs::symlink(outside.path(), &index).unwrap();
         let error = open(directory.path()).unwrap_err().to_string();
-        assert!(error.contains("index.json cannot be opened: Too many levels of symbolic links"), "{error}");
+        assert!(
+            error.contains("index.json cannot be opened: Too many levels of symbolic links"),
+            "{error}"
+        );
         fs::remove_file(&index).unwrap();
         // Whoever opens a FIFO to read waits for a writer.
         rustix::fs::mknodat(

@@ -516,6 +516,15 @@ enum Bytes {
     Owned(Vec<u8>),
 }
 
+impl Bytes {
+    fn forget(&self) {
+        match self {
+            Bytes::Mapped(map) => map.forget(),
+            Bytes::Owned(_) => (),
+        }
+    }
+}
+
 impl std::ops::Deref for Bytes {
     type Target = [u8];
 
@@ -530,9 +539,17 @@ impl std::ops::Deref for Bytes {
 /// The identity of a layer whose own is not read yet.
 const NOBODY: LayerId = LayerId::Diff(DiffId([0; 32]));
 
+/// After how many records of many a mapped file's pages are given back.
+pub(super) const AT_A_TIME: usize = 1 << 16;
+
 /// The BLAKE3 hash of `bytes`, and what `work` returns meanwhile. A container
-/// waits for this, so that two processors share it if it is much.
-fn checksum_and<T>(bytes: &[u8], work: impl FnOnce() -> T) -> (blake3::Hash, T) {
+/// waits for this, so that two processors share it if it is much. Of what was
+/// read, `forget` is called often enough that little stays in memory.
+fn checksum_and<T>(
+    bytes: &[u8],
+    forget: impl Fn() + Sync,
+    work: impl FnOnce() -> T,
+) -> (blake3::Hash, T) {
     use blake3::hazmat::{HasherExt as _, Mode, left_subtree_len, merge_subtrees_root};
 
     // Below this, starting a thread costs more than it saves.
@@ -546,7 +563,14 @@ fn checksum_and<T>(bytes: &[u8], work: impl FnOnce() -> T) -> (blake3::Hash, T) 
     }
     let subtree = |bytes: &[u8], offset: usize| {
         let mut hasher = blake3::Hasher::new();
-        hasher.set_input_offset(offset as u64).update(bytes).finalize_non_root()
+        hasher.set_input_offset(offset as u64);
+        for piece in bytes.chunks(AT_A_TIME * RECORD) {
+            hasher.update(piece);
+            if piece.len() < bytes.len() {
+                forget();
+            }
+        }
+        hasher.finalize_non_root()
     };
     std::thread::scope(|scope| {
         let larger = || subtree(left, 0);
@@ -630,7 +654,9 @@ impl LayerBaseline {
             layer.check_index()?;
             Ok(id)
         };
-        let (checksum, checked) = checksum_and(&layer.bytes[..end], checked);
+        let (checksum, checked) =
+            checksum_and(&layer.bytes[..end], || layer.bytes.forget(), checked);
+        layer.forget();
         if checksum.as_bytes() != &layer.bytes[end..] {
             return Err(Invalid::Checksum);
         }
@@ -640,6 +666,9 @@ impl LayerBaseline {
     fn check_records(&self) -> Result<(), Invalid> {
         let pool = self.pool.len() as u64;
         for (number, raw) in self.records().iter().enumerate() {
+            if number % AT_A_TIME == AT_A_TIME - 1 {
+                self.forget();
+            }
             let kind = raw[field::KIND];
             let path_end = u64::from(u32_at(raw, field::PATH_OFFSET))
                 + u64::from(u16_at(raw, field::PATH_LENGTH));
@@ -666,6 +695,12 @@ impl LayerBaseline {
             })
         });
         if sound { Ok(()) } else { Err(Invalid::Index) }
+    }
+
+    /// Takes what was looked at out of this process's memory, until it is looked
+    /// at again.
+    pub(super) fn forget(&self) {
+        self.bytes.forget();
     }
 
     pub fn id(&self) -> LayerId {
@@ -1036,7 +1071,7 @@ pub(super) mod tests {
         #[test]
         fn a_checksum_is_the_same_whoever_computes_it(length in 0..3_000_000_usize) {
             let bytes = vec![7; length];
-            prop_assert_eq!(checksum_and(&bytes, || 1), (blake3::hash(&bytes), 1));
+            prop_assert_eq!(checksum_and(&bytes, || (), || 1), (blake3::hash(&bytes), 1));
         }
 
         #[test]
@@ -1124,10 +1159,9 @@ pub(super) mod tests {
             entries_of("/a 755 dir")
                 .into_iter()
                 .map(|entry| match entry {
-                    LayerEntry::File(file) => LayerEntry::File(FileEntry {
-                        blake3: Some(blake3_of("")),
-                        ..file
-                    }),
+                    LayerEntry::File(file) => {
+                        LayerEntry::File(FileEntry { blake3: Some(blake3_of("")), ..file })
+                    }
                     other => other,
                 })
                 .collect(),

@@ -13,7 +13,9 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::layer::{FileEntry, LayerBaseline, LayerEntry, Record, compare_paths, is_below};
+use super::layer::{
+    AT_A_TIME, FileEntry, LayerBaseline, LayerEntry, Record, compare_paths, is_below,
+};
 use crate::model::file::is_program;
 use crate::model::{Blake3Hash, ChainId, FileType, LayerId, RootfsPath};
 
@@ -154,14 +156,22 @@ impl ImageBaseline {
     pub fn totals(&self) -> Totals {
         *self.totals.get_or_init(|| {
             let mut totals = Totals::default();
-            for (_, record) in self.merge(b"/") {
+            for (number, (_, record)) in self.merge(b"/").enumerate() {
+                if number % AT_A_TIME == AT_A_TIME - 1 {
+                    self.forget();
+                }
                 if record.file_type() == Some(FileType::Regular) {
                     totals.files += 1;
                     totals.bytes = totals.bytes.saturating_add(record.size());
                 }
             }
+            self.forget();
             totals
         })
+    }
+
+    fn forget(&self) {
+        self.layers.iter().for_each(|(_, layer)| layer.forget());
     }
 
     fn known(&self, number: usize, record: Record<'_>) -> Option<Known> {
@@ -194,7 +204,7 @@ impl ImageBaseline {
                 Says::Nothing => floor = number,
                 Says::Entry(record) if record.file_type() == Some(FileType::Directory) => {
                     floor = number;
-                    if record.is_opaque() {
+                    if hides_below(record) {
                         break;
                     }
                 }
@@ -234,7 +244,7 @@ fn hides_inside(layer: &LayerBaseline, path: &[u8]) -> bool {
         let Some(record) = layer.find(ancestor).and_then(|number| layer.record(number)) else {
             return false;
         };
-        if record.file_type() != Some(FileType::Directory) || record.is_opaque() {
+        if record.file_type() != Some(FileType::Directory) || hides_below(record) {
             return true;
         }
     }
@@ -330,12 +340,18 @@ impl<'a> Iterator for Merge<'a> {
     }
 }
 
+/// Whether a directory hides what the layers below have in it. The kernel does not
+/// ask this of the layers' own roots: overlayfs merges them when it mounts them.
+fn hides_below(record: Record<'_>) -> bool {
+    record.is_opaque() && record.path() != b"/"
+}
+
 /// The lowest layer that can be seen below `record`, which is of layer
 /// `number`, when it was `floor` before.
 fn floor_below(floor: usize, number: usize, record: Record<'_>) -> usize {
     match record.file_type() {
         _ if number < floor => floor,
-        Some(FileType::Directory) if record.is_opaque() => number,
+        Some(FileType::Directory) if hides_below(record) => number,
         Some(FileType::Directory) => floor,
         // Nothing is below it in its own layer, whatever it is.
         Some(_) | None => number + 1,
@@ -419,6 +435,11 @@ mod tests {
             &["/a/old/x 644 data x\n/b 644 data x", "opaque /a 755\n/a/new 644 data x"],
             &["/a/new", "/b"],
         );
+    }
+
+    #[test]
+    fn an_opaque_root_hides_nothing() {
+        check(&["/a/b 644 data x", "opaque / 755\n/c 644 data x"], &["/a/b", "/c"]);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! container: `detect` asks an [`ImageBaseline`] what a path should be.
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -142,6 +143,9 @@ pub enum News {
         layer: LayerId,
         /// What was compared with the baseline, for people: a directory or a blob.
         witness: String,
+        /// The layer's directories of which this is said. Another one, of the same
+        /// layer in another namespace, may be whole.
+        directories: Vec<PathBuf>,
         differences: Vec<LayerDifference>,
         total: u64,
     },

@@ -105,9 +105,8 @@ pub fn unchanged_since<'a>(
         let directory = directory?;
         let seen = directory.seen_until();
         let seen = seen_until.map_or(seen, |until| until.min(seen));
-        let newest = since.map_or(directory.newest_change, |since| {
-            since.newest.max(directory.newest_change)
-        });
+        let newest = since
+            .map_or(directory.newest_change, |since| since.newest.max(directory.newest_change));
         seen_until = Some(seen);
         since = Some(Since { time: newest.min(seen), newest });
     }

@@ -203,6 +203,7 @@ impl Recorder {
             asked: HashMap::new(),
             wrong_blobs: HashSet::new(),
             given_up: HashSet::new(),
+            rechecked: HashMap::new(),
             told_since: HashMap::new(),
             retries: HashMap::new(),
             in_use: None,
@@ -459,6 +460,8 @@ struct Worker {
     /// Directories that differ from their layer or cannot be read. Nobody looks
     /// again by himself, only when asked, periodically, or after a restart.
     given_up: HashSet<(LayerId, PathBuf)>,
+    /// When directories last had their turn to be compared again.
+    rechecked: HashMap<(LayerId, PathBuf), Timestamp>,
     told_since: HashMap<ChainId, Option<FileTime>>,
     retries: HashMap<ContainerId, Retry>,
     /// What containers used when that was last known for all.
@@ -515,6 +518,10 @@ impl Worker {
                 self.users.retain(|_, user| in_use.contains(&user.chain_id));
                 self.retries.retain(|container, _| self.users.contains_key(container));
                 self.told_since.retain(|chain_id, _| in_use.contains(chain_id));
+                let users = self.users.values();
+                let layers: HashSet<LayerId> =
+                    users.flat_map(|user| &user.layers).map(|layer| layer.id).collect();
+                self.given_up.retain(|(id, path)| layers.contains(id) && path.exists());
                 self.in_use = Some(in_use);
                 return self.collect();
             }
@@ -541,8 +548,7 @@ impl Worker {
 
     fn next_alarm(&self) -> Instant {
         let retries = self.retries.values().map(|retry| retry.at);
-        let recheck =
-            (!self.settings.recheck_period.is_zero()).then_some(self.next_recheck);
+        let recheck = (!self.settings.recheck_period.is_zero()).then_some(self.next_recheck);
         retries.chain(recheck).fold(self.next_collection, Instant::min)
     }
 
@@ -608,23 +614,30 @@ impl Worker {
         for user in self.users.values() {
             for (place, layer) in user.layers.iter().enumerate() {
                 let Some(directory) = directory_of(layer) else { continue };
-                if !directories.insert((layer.id, directory)) {
-                    continue;
-                }
+                let key = (layer.id, directory.to_owned());
                 let proof = self.shared.store.proof(layer.id);
                 let checked = proof.as_ref().and_then(|proof| proof.directory(directory));
-                let checked_at = checked.map(|checked| checked.checked_at);
-                if oldest.as_ref().is_none_or(|(other, _)| checked_at < *other) {
+                // One that differs or cannot be read has its turn, not all turns.
+                let turn = checked
+                    .map(|checked| checked.checked_at)
+                    .max(self.rechecked.get(&key).copied());
+                if !directories.insert(key) {
+                    continue;
+                }
+                if oldest.as_ref().is_none_or(|(other, _)| turn < *other) {
                     let what = What::Again(directory.to_owned());
-                    oldest = Some((checked_at, task(&user.layers, place, what)));
+                    oldest = Some((turn, task(&user.layers, place, what)));
                 }
             }
         }
         let turns = u32::try_from(directories.len()).unwrap_or(u32::MAX).max(1);
         self.next_recheck = now + (half / turns).max(Duration::from_millis(10));
-        if let Some((checked_at, task)) = oldest
-            && checked_at.is_none_or(|at| age(at) >= half)
+        self.rechecked.retain(|key, _| directories.contains(key));
+        if let Some((turn, task)) = oldest
+            && turn.is_none_or(|turn| age(turn) >= half)
+            && let What::Again(directory) = &task.what
         {
+            self.rechecked.insert((task.layer.id, directory.clone()), Timestamp::now());
             self.shared.agenda.add(task);
         }
     }
@@ -765,12 +778,7 @@ impl Worker {
         }
     }
 
-    fn record_layer(
-        &mut self,
-        job: &Job,
-        layer: &Layer,
-        below: &[LayerId],
-    ) -> Result<(), String> {
+    fn record_layer(&mut self, job: &Job, layer: &Layer, below: &[LayerId]) -> Result<(), String> {
         let mut interruptions = if job.container.is_some() { 0 } else { INTERRUPTIONS };
         loop {
             self.shared.set_current((interruptions > 0).then_some(layer.id));
@@ -778,6 +786,18 @@ impl Worker {
             self.shared.set_current(None);
             match result {
                 Ok(()) => return Ok(()),
+                // Recorded, but its proof was lost. It may lack what it hides, if it was
+                // the bottom of an image then; that is better than no baseline.
+                Err(NotRecorded::Failed(reason))
+                    if self.shared.store.proof(layer.id).is_none()
+                        && self.shared.store.has_layer(layer.id).unwrap_or(false) =>
+                {
+                    tracing::warn!(
+                        layer = %layer.id,
+                        "what was recorded earlier is used, because it cannot be read again: {reason}"
+                    );
+                    return Ok(());
+                }
                 Err(NotRecorded::Failed(reason)) => {
                     return Err(format!("layer {}: {reason}", layer.id));
                 }
@@ -848,7 +868,8 @@ impl Worker {
         let failed = |err: store::Error| NotRecorded::Failed(in_full(&err));
         let lost = || NotRecorded::Failed("it was not read back as it was written".to_owned());
         let written = store.layer(layer.id).map_err(failed)?.ok_or_else(lost)?;
-        let before = before.filter(|(_, known)| self.still_holds(layer, directory, known, &written));
+        let before =
+            before.filter(|(_, known)| self.still_holds(layer, directory, known, &written));
         let mut proof = match before {
             Some((proof, _)) => LayerProof { checksum: written.checksum(), ..proof },
             None => LayerProof::new(written.checksum(), layer.chain_id),
@@ -883,7 +904,8 @@ impl Worker {
         let (differences, total) = of_the_layer(comparison.finish(), false);
         if total > 0 {
             let (layer, witness) = (layer.id, directory_name(directory));
-            self.tell(News::Tampered { layer, witness, differences, total });
+            let directories = vec![directory.to_owned()];
+            self.tell(News::Tampered { layer, witness, directories, differences, total });
         }
         total == 0
     }
@@ -920,12 +942,15 @@ impl Worker {
             }
         })?;
         let written = store.write_layer(layer.id, entries).map_err(failed)?;
-        self.write_proof(layer.id, LayerProof {
-            known_by: KnownBy::Verified,
-            blob: layer.blob.as_ref().map(|blob| blob.digest.clone()),
-            verified_at: Some(Timestamp::now()),
-            ..LayerProof::new(written.checksum(), layer.chain_id)
-        });
+        self.write_proof(
+            layer.id,
+            LayerProof {
+                known_by: KnownBy::Verified,
+                blob: layer.blob.as_ref().map(|blob| blob.digest.clone()),
+                verified_at: Some(Timestamp::now()),
+                ..LayerProof::new(written.checksum(), layer.chain_id)
+            },
+        );
         Ok(())
     }
 
@@ -949,8 +974,7 @@ impl Worker {
             done: None,
         };
         for (place, layer) in layers.iter().enumerate() {
-            let known_by =
-                store.proof(layer.id).map_or(KnownBy::Snapshot, |proof| proof.known_by);
+            let known_by = store.proof(layer.id).map_or(KnownBy::Snapshot, |proof| proof.known_by);
             let mut report = LayerReport {
                 id: layer.id,
                 known_by,
@@ -1047,10 +1071,7 @@ impl Worker {
                 None if proof.not_verified.is_some() => continue,
                 None => NO_BLOB,
             };
-            self.write_proof(layer.id, LayerProof {
-                not_verified: Some(reason.into()),
-                ..proof
-            });
+            self.write_proof(layer.id, LayerProof { not_verified: Some(reason.into()), ..proof });
         }
     }
 
@@ -1085,10 +1106,10 @@ impl Worker {
                 self.note_wrong(&task.layer, &unproved);
                 let reason = unproved.reason();
                 if let Some(proof) = proof.filter(|proof| proof.known_by != KnownBy::Verified) {
-                    self.write_proof(id, LayerProof {
-                        not_verified: Some(reason.to_owned()),
-                        ..proof
-                    });
+                    self.write_proof(
+                        id,
+                        LayerProof { not_verified: Some(reason.to_owned()), ..proof },
+                    );
                 }
                 report.blob = Some(Witness::Unavailable(reason.to_owned()));
             }
@@ -1169,8 +1190,14 @@ impl Worker {
             layer = %id,
             "what was recorded from {witness} differs from the layer's blob in {total} places; the baseline is the blob's now"
         );
-        self.given_up.extend(directories.into_iter().map(|path| (id, path)));
-        self.tell(News::Tampered { layer: id, witness, differences: differences.clone(), total });
+        self.given_up.extend(directories.iter().map(|path| (id, path.clone())));
+        self.tell(News::Tampered {
+            layer: id,
+            witness,
+            directories,
+            differences: differences.clone(),
+            total,
+        });
         self.renew_images(id);
         report.directory = Some(Witness::Differs(total));
         report.differences = differences;
@@ -1198,6 +1225,8 @@ impl Worker {
                 None if !is_whole => return,
                 Some(_) | None => started,
             };
+            // Those of snapshots that were removed meanwhile.
+            proof.directories.retain(|checked| checked.path.exists());
             proof.set_directory(Checked {
                 path: path.clone(),
                 newest_change,
@@ -1214,7 +1243,13 @@ impl Worker {
         proof.forget_directory(path);
         self.write_proof(id, proof);
         self.given_up.insert((id, path.clone()));
-        self.tell(News::Tampered { layer: id, witness, differences: differences.clone(), total });
+        self.tell(News::Tampered {
+            layer: id,
+            witness,
+            directories: vec![path.clone()],
+            differences: differences.clone(),
+            total,
+        });
         report.directory = Some(Witness::Differs(total));
         report.differences = differences;
     }
@@ -1322,7 +1357,8 @@ impl Worker {
     /// After a comparison with a layer: tells the containers that have it if the
     /// time has changed up to which their directories are known.
     fn tell_changed_since(&mut self, id: LayerId, what: &What) {
-        let with = self.users.values().filter(|user| user.layers.iter().any(|layer| layer.id == id));
+        let with =
+            self.users.values().filter(|user| user.layers.iter().any(|layer| layer.id == id));
         let chains: HashSet<ChainId> = with.map(|user| user.chain_id).collect();
         for chain_id in chains {
             let told = self.told_since.get(&chain_id);

@@ -24,8 +24,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::layer::{self, LayerBaseline, LayerEntry, OpenError, WriteError, parse_layer_id};
 use super::KnownBy;
+use super::layer::{self, LayerBaseline, LayerEntry, OpenError, WriteError, parse_layer_id};
 use super::merge::{ImageBaseline, Totals};
 use super::proof::{self, LayerProof};
 use crate::health::{Failure, Health};
@@ -315,9 +315,9 @@ impl Store {
         let checksum = checksum_of(&self.layer_path(id));
         let mut state = self.state();
         state.open_layers.remove(&id);
-        state.open_images.retain(|_, image| {
-            image.upgrade().is_some_and(|image| !image.layers().contains(&id))
-        });
+        state
+            .open_images
+            .retain(|_, image| image.upgrade().is_some_and(|image| !image.layers().contains(&id)));
         if state.proofs.get(&id).is_some_and(|proof| checksum != Some(proof.checksum)) {
             state.proofs.remove(&id);
             remove(&self.proof_path(id))?;
@@ -343,10 +343,10 @@ impl Store {
             .map_err(|source| Error::Write { path, source })
     }
 
-    /// Whether a layer is recorded in a way that it can be used at that place in
-    /// a stack: above others it hides some of what they have.
+    /// Whether a layer is known to be recorded in a way that it can be used at that
+    /// place in a stack: above others it hides some of what they have.
     pub fn has_layer_for(&self, id: LayerId, bottom: bool) -> Result<bool, Error> {
-        let hides = self.state().proofs.get(&id).is_none_or(|proof| proof.hides);
+        let hides = self.state().proofs.get(&id).is_some_and(|proof| proof.hides);
         Ok((bottom || hides) && self.has_layer(id)?)
     }
 
@@ -578,7 +578,10 @@ impl Store {
 
     /// How an image's baseline is known: as its least known layer is. Then each of
     /// its layers, bottom first, with the reason why it is not verified.
-    pub fn known_by(&self, chain_id: ChainId) -> (KnownBy, Vec<(LayerId, KnownBy, Option<String>)>) {
+    pub fn known_by(
+        &self,
+        chain_id: ChainId,
+    ) -> (KnownBy, Vec<(LayerId, KnownBy, Option<String>)>) {
         let state = self.state();
         let ids = state.records.get(&chain_id).map(|record| record.layers.as_slice());
         let layers: Vec<_> = ids
@@ -941,7 +944,7 @@ mod tests {
     /// All files of the store, by their paths in it.
     fn files(directory: &Path) -> Vec<String> {
         let mut files = Vec::new();
-        for folder in ["layers", "images"] {
+        for folder in ["layers", "images", "proofs"] {
             for entry in fs::read_dir(directory.join(folder)).unwrap() {
                 let name = entry.unwrap().file_name().into_string().unwrap();
                 let hex_at = name.find(|letter: char| letter.is_ascii_digit()).unwrap_or(0);
@@ -1225,14 +1228,135 @@ mod tests {
         assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected::default());
 
         store.remove_name("default", "ghcr.io/team/app:1.0").unwrap();
-        assert_eq!(store.collect(&HashSet::from([chain(2)]), Duration::ZERO).unwrap(), Collected::default());
+        assert_eq!(
+            store.collect(&HashSet::from([chain(2)]), Duration::ZERO).unwrap(),
+            Collected::default()
+        );
         let image = store.image(chain(2)).unwrap();
-        assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected::default(), "somebody holds it");
+        assert_eq!(
+            store.collect(&nobody, Duration::ZERO).unwrap(),
+            Collected::default(),
+            "somebody holds it"
+        );
         drop(image);
         let bytes = fs::metadata(store.layer_path(diff(2))).unwrap().len();
-        assert_eq!(store.collect(&nobody, Duration::ZERO).unwrap(), Collected { images: 1, layers: 1, bytes });
+        assert_eq!(
+            store.collect(&nobody, Duration::ZERO).unwrap(),
+            Collected { images: 1, layers: 1, bytes }
+        );
         assert_eq!(files(scratch.path()), ["images/01.json", "layers/01.layer"]);
         assert_eq!(names(&store), ["01: docker.io/library/busybox:latest"]);
         assert!(store.image(chain(1)).unwrap().is_some());
+    }
+
+    fn proof_of(layer: &LayerBaseline) -> LayerProof {
+        LayerProof {
+            known_by: KnownBy::Verified,
+            blob: Some("sha256:00".into()),
+            ..LayerProof::new(layer.checksum(), chain(1))
+        }
+    }
+
+    #[test]
+    fn a_proof_is_of_one_file_and_goes_with_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Snapshot);
+        for id in [diff(1), diff(2)] {
+            let layer = store.layer(id).unwrap().unwrap();
+            store.write_proof(id, proof_of(&layer)).unwrap();
+        }
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Verified);
+        drop(store);
+        let store = open(scratch.path());
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Verified);
+
+        // The same content again is the same file; other content is not.
+        store.write_layer(diff(2), entries("/bin/ls 755 elf ls")).unwrap();
+        assert_eq!(store.known_by(chain(2)).0, KnownBy::Verified);
+        store.write_layer(diff(2), entries("/bin/ls 755 elf other")).unwrap();
+        let known = vec![(diff(1), KnownBy::Verified, None), (diff(2), KnownBy::Snapshot, None)];
+        assert_eq!(store.known_by(chain(2)), (KnownBy::Snapshot, known));
+        assert_eq!(
+            files(scratch.path()),
+            [
+                "images/01.json",
+                "images/02.json",
+                "layers/01.layer",
+                "layers/02.layer",
+                "proofs/01.json"
+            ]
+        );
+
+        store.remove(chain(1)).unwrap();
+        store.remove(chain(2)).unwrap();
+        assert_eq!(files(scratch.path()), [""; 0]);
+    }
+
+    #[test]
+    fn a_proof_of_a_file_that_is_not_there_any_more_is_void() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        let layer = store.layer(diff(1)).unwrap().unwrap();
+        store.write_proof(diff(1), proof_of(&layer)).unwrap();
+        // As after a crash between the two files.
+        drop((layer, store));
+        let other = scratch.path().join(format!("layers/{}.layer", "02".repeat(32)));
+        fs::copy(other, scratch.path().join(format!("layers/{}.layer", "01".repeat(32)))).unwrap();
+        assert_eq!(open(scratch.path()).proof(diff(1)), None);
+    }
+
+    #[test]
+    fn a_proof_that_cannot_be_read_is_set_aside() {
+        let damages: [fn(Vec<u8>) -> Vec<u8>; 3] = [
+            |json| json[..json.len() / 2].to_vec(),
+            |_| Vec::new(),
+            |json| String::from_utf8(json).unwrap().replace("01", "02").into_bytes(),
+        ];
+        for damage in damages {
+            let scratch = tempfile::tempdir().unwrap();
+            let store = two_images(scratch.path());
+            let layer = store.layer(diff(1)).unwrap().unwrap();
+            store.write_proof(diff(1), proof_of(&layer)).unwrap();
+            let path = store.proof_path(diff(1));
+            fs::write(&path, damage(fs::read(&path).unwrap())).unwrap();
+            let health = Arc::new(Health::default());
+            let store = Store::open(scratch.path(), Arc::clone(&health)).unwrap();
+            assert_eq!(health.count(Failure::BaselineCorrupt), 1);
+            assert_eq!(store.proof(diff(1)), None);
+            assert!(files(scratch.path()).contains(&"proofs/01.json.corrupt".to_owned()));
+            assert!(store.image(chain(2)).unwrap().is_some(), "the baseline is none the worse");
+        }
+    }
+
+    #[test]
+    fn what_nobody_needs_is_kept_for_the_retention_period() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        let hour = Duration::from_secs(3600);
+        store.remove_name("default", "ghcr.io/team/app:1.0").unwrap();
+        let nobody = HashSet::new();
+        assert_eq!(store.collect(&nobody, hour).unwrap(), Collected::default());
+        // The time runs on while driftd does not.
+        drop(store);
+        let store = open(scratch.path());
+        let unneeded = |store: &Store| {
+            let records = store.images();
+            records.iter().find(|record| record.chain_id == chain(2)).unwrap().unneeded_since
+        };
+        let since = unneeded(&store).unwrap();
+        store.collect(&HashSet::from([chain(2)]), hour).unwrap();
+        assert_eq!(unneeded(&store), None, "a container uses it again");
+        store.collect(&nobody, hour).unwrap();
+        assert!(unneeded(&store).unwrap() > since);
+
+        store.state().records.get_mut(&chain(2)).unwrap().unneeded_since = Some(since - hour);
+        let collected = store.collect(&nobody, hour).unwrap();
+        assert!(matches!(collected, Collected { images: 1, layers: 1, .. }), "{collected:?}");
+        // A clock that was set back forgets nothing early.
+        store.remove_name("default", "docker.io/library/busybox:latest").unwrap();
+        store.state().records.get_mut(&chain(1)).unwrap().unneeded_since =
+            Some(Timestamp::now() + 3 * hour);
+        assert_eq!(store.collect(&nobody, hour).unwrap(), Collected::default());
     }
 }

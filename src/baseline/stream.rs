@@ -23,11 +23,11 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use sha2::{Digest as _, Sha256};
 
+use super::Progress;
 use super::layer::LayerEntry;
 use super::merge::ImageBaseline;
 use super::tar::{self, Fault, Reader, flag};
 use super::unpack::{Content, Refusal, Tree};
-use super::Progress;
 use crate::model::{Blake3Hash, DiffId, Format};
 
 pub use super::tar::MAX_EXTENSION;
@@ -68,7 +68,9 @@ pub enum Error {
     Extension { at: u64 },
     #[error("containerd would not unpack the archive, or not always alike: {path} {why}")]
     Entry { path: String, why: &'static str },
-    #[error("the layer is larger than {0} bytes uncompressed (the setting `baseline.max_layer_bytes`)")]
+    #[error(
+        "the layer is larger than {0} bytes uncompressed (the setting `baseline.max_layer_bytes`)"
+    )]
     Bytes(u64),
     #[error("the layer has more than {0} entries (the setting `baseline.max_layer_entries`)")]
     Entries(u64),
@@ -159,7 +161,8 @@ pub fn read(
         let out = Out { diff_id: to_diff_id, archive: to_archive, bytes: 0, limit: limits.bytes };
         let decompress = scope.spawn(|| decompress(source, out));
 
-        let mut chunks = Chunks { chunks: archive_chunks, pool: &pool, current: None, at: 0, ended: false };
+        let mut chunks =
+            Chunks { chunks: archive_chunks, pool: &pool, current: None, at: 0, ended: false };
         let unpacked = unpack(&mut chunks, limits, progress, stop);
         let cut_short = chunks.is_cut_short();
         if unpacked.is_ok() {
@@ -528,7 +531,11 @@ fn finish<R: Read>(
 }
 
 fn ended(failure: Option<Error>, format: &'static str) -> Ended {
-    Ended::Failed(failure.unwrap_or(Error::Corrupt { format, at: 0, reason: "it cannot be read".into() }))
+    Ended::Failed(failure.unwrap_or(Error::Corrupt {
+        format,
+        at: 0,
+        reason: "it cannot be read".into(),
+    }))
 }
 
 /// What bytes look like that are no archive.
@@ -920,17 +927,26 @@ mod tests {
     #[test]
     fn long_names_come_in_three_ways() {
         let long = format!("{}/file", "d".repeat(200));
-        let expected = [&format!("/{} 755 dir", "d".repeat(200)), &*format!("/{long} 644 file data one")];
-        check(made().pax(b'x', &[("path", long.as_bytes())]).file("short", 0o644, "one"), &expected);
+        let expected =
+            [&format!("/{} 755 dir", "d".repeat(200)), &*format!("/{long} 644 file data one")];
         check(
-            made().entry(b'L', b"", b"", 0, format!("{long}\0junk").as_bytes()).file("s", 0o644, "one"),
+            made().pax(b'x', &[("path", long.as_bytes())]).file("short", 0o644, "one"),
+            &expected,
+        );
+        check(
+            made()
+                .entry(b'L', b"", b"", 0, format!("{long}\0junk").as_bytes())
+                .file("s", 0o644, "one"),
             &expected,
         );
         let mut split = header(b'0', b"file", b"", 0o644, 3);
         split[345..345 + 150].copy_from_slice(&[b'e'; 150]);
         check(
             made().raw(sealed(split), b"one"),
-            &[&format!("/{} 755 dir", "e".repeat(150)), &format!("/{}/file 644 file data one", "e".repeat(150))],
+            &[
+                &format!("/{} 755 dir", "e".repeat(150)),
+                &format!("/{}/file 644 file data one", "e".repeat(150)),
+            ],
         );
         check(
             made()
@@ -948,7 +964,8 @@ mod tests {
             path.truncate(length);
             path
         };
-        let archive = |length| made().pax(b'x', &[("path", path(length).as_bytes())]).file("s", 0o644, "one");
+        let archive =
+            |length| made().pax(b'x', &[("path", path(length).as_bytes())]).file("s", 0o644, "one");
         let entries = entries_on(&archive(4096 - 1).end(), None).unwrap();
         assert!(shown(&entries).iter().any(|line| line.starts_with(&path(4095))));
         let error = entries_on(&archive(4096 + 2).end(), None).unwrap_err().to_string();
@@ -988,7 +1005,8 @@ mod tests {
         namespaced.extend([0; 4]);
         let mut foreign = namespaced.clone();
         foreign[20] = 9;
-        let known = "cap=\\u{1}\\u{0}\\u{0}\\u{2}\\u{0}\\n=\\u{0} \\xff".to_owned() + &"\\u{0}".repeat(10);
+        let known =
+            "cap=\\u{1}\\u{0}\\u{0}\\u{2}\\u{0}\\n=\\u{0} \\xff".to_owned() + &"\\u{0}".repeat(10);
         let expected = |path: &str| format!("{path} 755 file data one {known}");
         check(
             made()
@@ -1001,19 +1019,21 @@ mod tests {
                 .file("d", 0o755, "one"),
             &[&expected("/a"), "/b 755 file data one", &expected("/c"), "/d 755 file data one"],
         );
-        let entries = entries_on(&made().pax(b'x', &[(KEY, &foreign)]).file("a", 0o755, "one").end(), None);
+        let entries =
+            entries_on(&made().pax(b'x', &[(KEY, &foreign)]).file("a", 0o755, "one").end(), None);
         let entries = entries.unwrap();
         let LayerEntry::File(file) = &entries[1] else { panic!("{entries:?}") };
         assert_eq!(file.capability.as_deref(), Some(&foreign[..]), "another namespace's");
+        check_refused(
+            made().pax(b'x', &[(KEY, b"\0\0\0\x01of long ago")]).file("a", 0o755, "one"),
+            &format!("{NOT_UNPACKED}a has a security.capability that no kernel takes"),
+        );
     }
 
     #[test]
     fn the_last_entry_of_a_path_wins() {
         check(made().file("a", 0o644, "one").file("./a", 0o755, "two"), &["/a 755 file data two"]);
-        check(
-            made().file("a/b", 0o644, "one").file("a", 0o644, "two"),
-            &["/a 644 file data two"],
-        );
+        check(made().file("a/b", 0o644, "one").file("a", 0o644, "two"), &["/a 644 file data two"]);
         check(
             made().file("a", 0o644, "one").dir("a", 0o700).file("a/b", 0o644, "two"),
             &["/a 700 dir", "/a/b 644 file data two"],
@@ -1108,7 +1128,7 @@ mod tests {
         owned[108..115].copy_from_slice(b"0000007");
         check(
             made()
-                .pax(b'x', &[("SCHILY.xattr.security.capability", b"lost")])
+                .pax(b'x', &[("SCHILY.xattr.security.capability", b"\0\0\0\x02a lost capability")])
                 .file("a", 0o644, "one")
                 .raw(sealed(owned), b""),
             &["/a 4711 7:0 file data one", "/b 4711 7:0 file data one"],
@@ -1122,11 +1142,14 @@ mod tests {
 
     #[test]
     fn hard_links_to_nothing_are_refused() {
-        let missing = |path| format!("{NOT_UNPACKED}{path} is a hard link to a file that is not there");
+        let missing =
+            |path| format!("{NOT_UNPACKED}{path} is a hard link to a file that is not there");
         check_refused(made().hard_link("a", "b"), &missing("/a"));
         check_refused(made().file("a", 0o644, "one").hard_link("a", "a"), &missing("/a"));
         let circle = entries_on(&made().hard_link("a", "b").hard_link("b", "a").end(), None);
-        assert!(circle.unwrap_err().to_string().ends_with("is a hard link to a file that is not there"));
+        assert!(
+            circle.unwrap_err().to_string().ends_with("is a hard link to a file that is not there")
+        );
         check_refused(
             made().dir("d", 0o755).hard_link("a", "d"),
             &format!("{NOT_UNPACKED}a is a hard link to a directory"),
@@ -1219,10 +1242,7 @@ mod tests {
             ],
         );
         // The name itself is not followed.
-        check(
-            made().symlink("a", "b").file("a", 0o644, "one"),
-            &["/a 644 file data one"],
-        );
+        check(made().symlink("a", "b").file("a", 0o644, "one"), &["/a 644 file data one"]);
     }
 
     #[test]
@@ -1233,12 +1253,20 @@ mod tests {
                 .replace(", or too long ones", ""),
         );
         check_refused(
-            made().symlink("a", "b").file("a/x", 0o644, "one").symlink("a", "c").file("a/y", 0o644, "one"),
-            &format!("{NOT_UNPACKED}a/ led elsewhere earlier in the archive; containerd's versions differ in where it leads"),
+            made()
+                .symlink("a", "b")
+                .file("a/x", 0o644, "one")
+                .symlink("a", "c")
+                .file("a/y", 0o644, "one"),
+            &format!(
+                "{NOT_UNPACKED}a/ led elsewhere earlier in the archive; containerd's versions differ in where it leads"
+            ),
         );
         check_refused(
             made().file("a/x", 0o644, "one").symlink("a", "c").file("a/y", 0o644, "one"),
-            &format!("{NOT_UNPACKED}/a leads through a symlink that has replaced a directory; containerd's versions differ in where it leads"),
+            &format!(
+                "{NOT_UNPACKED}/a leads through a symlink that has replaced a directory; containerd's versions differ in where it leads"
+            ),
         );
     }
 
@@ -1246,7 +1274,10 @@ mod tests {
     fn a_lowest_layer_that_sweeps_what_it_unpacked_is_refused() {
         let archive = made().file("d/e/a", 0o644, "one").whiteout("d/.wh..wh..opq").end();
         let error = entries_on(&archive, None).unwrap_err().to_string();
-        assert!(error.contains("d/.wh..wh..opq marks a directory of the lowest layer opaque"), "{error}");
+        assert!(
+            error.contains("d/.wh..wh..opq marks a directory of the lowest layer opaque"),
+            "{error}"
+        );
         let image = ImageBaseline::from_text(&["/x 644 data x"]);
         assert_eq!(
             shown(&entries_on(&archive, Some(&image)).unwrap()),
@@ -1263,12 +1294,18 @@ mod tests {
             &["/b 644 file data one"],
         );
         check(
-            made().file("pax", 0o644, "one").pax(b'g', &[("comment", b"x")]).file("b", 0o644, "one"),
+            made()
+                .file("pax", 0o644, "one")
+                .pax(b'g', &[("comment", b"x")])
+                .file("b", 0o644, "one"),
             &["/b 644 file data one"],
         );
         // It also takes away what was said of the next entry.
         check(
-            made().pax(b'x', &[("path", b"long")]).pax(b'g', &[("comment", b"x")]).file("b", 0o644, "one"),
+            made()
+                .pax(b'x', &[("path", b"long")])
+                .pax(b'g', &[("comment", b"x")])
+                .file("b", 0o644, "one"),
             &["/b 644 file data one"],
         );
     }
@@ -1277,7 +1314,8 @@ mod tests {
     fn a_size_in_an_extended_header_is_the_size() {
         let inner = made().file("hidden", 0o4755, "two").0;
         let small = header(b'0', b"a", b"", 0o644, 0);
-        let expected = entries_on(&made().entry(b'0', b"a", b"", 0o644, &inner).end(), None).unwrap();
+        let expected =
+            entries_on(&made().entry(b'0', b"a", b"", 0o644, &inner).end(), None).unwrap();
         let size = inner.len().to_string();
         let blob = made().pax(b'x', &[("size", size.as_bytes())]).raw(small, &inner).end();
         assert_eq!(entries_on(&blob, None).unwrap(), expected);
@@ -1413,10 +1451,15 @@ mod tests {
         bad(made().entry(b'x', b"p", b"", 0, b"99 path=a\n"), "(PAX) is not well-formed");
         bad(made().entry(b'x', b"p", b"", 0, b"9 path=a "), "(PAX) is not well-formed");
         bad(made().pax(b'x', &[("uid", b"x")]).file("a", 0, ""), "a number in its extended header");
-        bad(made().pax(b'x', &[("mtime", b"1.x")]).file("a", 0, ""), "a number in its extended header");
+        bad(
+            made().pax(b'x', &[("mtime", b"1.x")]).file("a", 0, ""),
+            "a number in its extended header",
+        );
         bad(made().pax(b'x', &[("size", b"-1")]).file("a", 0, ""), "its size is negative");
         bad(
-            made().pax(b'x', &[("GNU.sparse.numblocks", b"1"), ("GNU.sparse.map", b"0,4")]).file("a", 0, "one"),
+            made()
+                .pax(b'x', &[("GNU.sparse.numblocks", b"1"), ("GNU.sparse.map", b"0,4")])
+                .file("a", 0, "one"),
             "its map of holes makes no sense",
         );
         let mut blob = made().file("a", 0o644, "one").0;
@@ -1448,12 +1491,17 @@ mod tests {
         let blob = made().file("a", 0o644, "one").file("b/c", 0o644, "two").end();
         let limited = |bytes, entries| {
             let limits = Limits { bytes, entries };
-            read(&blob[..], &limits, None, &AtomicBool::new(false)).map(|_| ()).map_err(|error| error.to_string())
+            read(&blob[..], &limits, None, &AtomicBool::new(false))
+                .map(|_| ())
+                .map_err(|error| error.to_string())
         };
         assert_eq!(limited(blob.len() as u64, 3), Ok(()));
         assert_eq!(
             limited(blob.len() as u64 - 1, 3).unwrap_err(),
-            format!("the layer is larger than {} bytes uncompressed (the setting `baseline.max_layer_bytes`)", blob.len() - 1)
+            format!(
+                "the layer is larger than {} bytes uncompressed (the setting `baseline.max_layer_bytes`)",
+                blob.len() - 1
+            )
         );
         assert_eq!(
             limited(1 << 20, 2).unwrap_err(),
@@ -1499,7 +1547,13 @@ mod tests {
             gzip(&plain),
             [gzip(front), gzip(b""), gzip(back)].concat(),
             unzstd_frame(&plain),
-            [unzstd_frame(front), skippable(b"table of contents"), unzstd_frame(back), skippable(b"x")].concat(),
+            [
+                unzstd_frame(front),
+                skippable(b"table of contents"),
+                unzstd_frame(back),
+                skippable(b"x"),
+            ]
+            .concat(),
             [skippable(b"first"), unzstd_frame(&plain)].concat(),
         ];
         for blob in blobs {
@@ -1552,12 +1606,14 @@ mod tests {
         let limits = Limits { bytes: 1 << 20, entries: 10 };
         let noisy = [header(b'0', b"a", b"", 0o644, 1 << 32).to_vec(), vec![0; 64 << 20]].concat();
         for blob in [bomb, gzip(&noisy), zstd::encode_all(&noisy[..], 1).unwrap()] {
-            let error = read(&blob[..], &limits, None, &AtomicBool::new(false)).map(|_| ()).unwrap_err();
+            let error =
+                read(&blob[..], &limits, None, &AtomicBool::new(false)).map(|_| ()).unwrap_err();
             assert!(matches!(error, Error::Bytes(_)), "{error}");
         }
         // Frames without content make a large blob of nothing.
         let nothing = skippable(&vec![0; 4 << 20]);
-        let error = read(&nothing[..], &limits, None, &AtomicBool::new(false)).map(|_| ()).unwrap_err();
+        let error =
+            read(&nothing[..], &limits, None, &AtomicBool::new(false)).map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::Bytes(_)), "{error}");
     }
 
@@ -1580,7 +1636,10 @@ mod tests {
             (b"\xfd7zXZ\0\0".to_vec(), "an xz archive, which containerd does not unpack"),
             (b"{\"schemaVersion\":2}".to_vec(), "a JSON document"),
             (noise, "encrypted data"),
-            (b"hello".to_vec(), "no kind of file known here (its first header has a wrong checksum)"),
+            (
+                b"hello".to_vec(),
+                "no kind of file known here (its first header has a wrong checksum)",
+            ),
         ] {
             assert_eq!(
                 read_all(&blob).map(|_| ()).unwrap_err().to_string(),
@@ -1603,9 +1662,11 @@ mod tests {
                 Ok(length)
             }
         }
-        let error = read(Broken(100_000), &LIMITS, None, &AtomicBool::new(false)).map(|_| ()).unwrap_err();
+        let error =
+            read(Broken(100_000), &LIMITS, None, &AtomicBool::new(false)).map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::Read { at: 100_000, .. }), "{error:?}");
-        let stopped = read(io::repeat(0), &LIMITS, None, &AtomicBool::new(true)).map(|_| ()).unwrap_err();
+        let stopped =
+            read(io::repeat(0), &LIMITS, None, &AtomicBool::new(true)).map(|_| ()).unwrap_err();
         assert!(matches!(stopped, Error::Stopped), "{stopped:?}");
     }
 

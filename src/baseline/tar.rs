@@ -371,8 +371,7 @@ impl<R: BufRead> Reader<R> {
             };
         }
         let layout = layout_of(&block).ok_or(malformed("its checksum does not match"))?;
-        let header =
-            RawHeader::parse(&block, layout).ok_or(malformed("a number in it is none"))?;
+        let header = RawHeader::parse(&block, layout).ok_or(malformed("a number in it is none"))?;
         Ok(Some((header, block, layout)))
     }
 
@@ -404,11 +403,7 @@ impl<R: BufRead> Reader<R> {
 
     /// The map of an old GNU sparse file: in the header, and in blocks that the
     /// size does not count.
-    fn gnu_map(
-        &mut self,
-        mut block: Box<[u8; BLOCK]>,
-        at: u64,
-    ) -> Result<Vec<Fragment>, Fault> {
+    fn gnu_map(&mut self, mut block: Box<[u8; BLOCK]>, at: u64) -> Result<Vec<Fragment>, Fault> {
         let malformed = |why| Fault::Malformed { at, why };
         let mut fragments = Vec::new();
         let mut area = 386..483;
@@ -424,8 +419,10 @@ impl<R: BufRead> Reader<R> {
                         .and_then(|number| u64::try_from(number).ok())
                         .ok_or(malformed("a number in its map of holes is none"))
                 };
-                fragments
-                    .push(Fragment { offset: number(&entry[..12])?, length: number(&entry[12..])? });
+                fragments.push(Fragment {
+                    offset: number(&entry[..12])?,
+                    length: number(&entry[12..])?,
+                });
             }
             if fragments.len() > MAX_FRAGMENTS {
                 return Err(malformed("its map of holes is too long"));
@@ -553,9 +550,10 @@ fn layout_of(block: &[u8; BLOCK]) -> Option<Layout> {
     const CHECKSUM: std::ops::Range<usize> = 148..156;
     let expected = octal(&block[CHECKSUM])?;
     let sum = |of: fn(u8) -> i64| -> i64 {
-        let counted = block.iter().enumerate().map(|(at, byte)| {
-            if CHECKSUM.contains(&at) { b' ' } else { *byte }
-        });
+        let counted = block
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| if CHECKSUM.contains(&at) { b' ' } else { *byte });
         counted.map(of).sum()
     };
     // Sun's tar summed up signed bytes.
@@ -573,12 +571,7 @@ fn layout_of(block: &[u8; BLOCK]) -> Option<Layout> {
 fn has_no_data(flag: u8) -> bool {
     matches!(
         flag,
-        flag::LINK
-            | flag::SYMLINK
-            | flag::CHARACTER
-            | flag::BLOCK
-            | flag::DIRECTORY
-            | flag::FIFO
+        flag::LINK | flag::SYMLINK | flag::CHARACTER | flag::BLOCK | flag::DIRECTORY | flag::FIFO
     )
 }
 

@@ -39,7 +39,10 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 pub(super) enum Refusal {
     /// An entry that containerd would not unpack, or of which it cannot be told
     /// how; the path is fit for people.
-    Entry { path: String, why: &'static str },
+    Entry {
+        path: String,
+        why: &'static str,
+    },
     /// [`MAX_NAMES`].
     Names,
     Entries,
@@ -239,7 +242,13 @@ impl Tree {
             uid: low(header.uid),
             gid: low(header.gid),
         };
-        let capability = header.capability.map(|raw| as_the_kernel_tells(&raw));
+        let capability = match &header.capability {
+            None => None,
+            Some(raw) => match as_the_kernel_tells(raw) {
+                None => return refuse(&name, "has a security.capability that no kernel takes"),
+                told => told,
+            },
+        };
         let kind = match (header.flag, content) {
             (flag::DIRECTORY, _) => {
                 if let Some(Child::Directory(directory)) = existing {
@@ -438,7 +447,10 @@ impl Tree {
             self.through_symlinks.get(path).cloned()
         };
         if before.is_some_and(|before| before != resolved) {
-            return refuse(path, "led elsewhere earlier in the archive; containerd's versions differ in where it leads");
+            return refuse(
+                path,
+                "led elsewhere earlier in the archive; containerd's versions differ in where it leads",
+            );
         }
         Ok(resolved)
     }
@@ -603,7 +615,8 @@ impl Tree {
                         }
                         Target::Whiteout => LayerEntry::Whiteout(rootfs_path(&path)?),
                         Target::Below(entry) => {
-                            let target = entry.link_target.as_ref().map_or(0, |target| target.len());
+                            let target =
+                                entry.link_target.as_ref().map_or(0, |target| target.len());
                             self.count_again(target as u64)?;
                             let link = &self.links[number];
                             let owner = link.owner.over(Owner {
@@ -696,11 +709,7 @@ impl Owner {
     /// -1 leaves an ID as it is, as chown(2) does.
     fn over(self, before: Owner) -> Owner {
         let id = |id, before| if id == u32::MAX { before } else { id };
-        Owner {
-            mode: self.mode,
-            uid: id(self.uid, before.uid),
-            gid: id(self.gid, before.gid),
-        }
+        Owner { mode: self.mode, uid: id(self.uid, before.uid), gid: id(self.gid, before.gid) }
     }
 
     fn entry(self, path: &[u8], file_type: FileType) -> Result<FileEntry, Refusal> {
@@ -752,10 +761,7 @@ impl Inode {
 /// What the layers below make of a directory that this layer only implies. Each is
 /// asked for itself, from the top, and follows its own symlinks; the first that
 /// has something there decides.
-fn implied_below(
-    below: Option<&ImageBaseline>,
-    path: &[u8],
-) -> Option<(Owner, Option<Box<[u8]>>)> {
+fn implied_below(below: Option<&ImageBaseline>, path: &[u8]) -> Option<(Owner, Option<Box<[u8]>>)> {
     if path == b"/" {
         let root = below?.get(&RootfsPath::root())?.entry;
         return Some((Owner { mode: 0o755, uid: root.uid, gid: root.gid }, None));
@@ -763,8 +769,7 @@ fn implied_below(
     for layer in below?.layer_baselines().rev() {
         let look = |path: &[u8]| Ok(look_in(layer, path));
         let Ok((resolved, _)) = follow(path, look, &mut 0) else { return None };
-        let Some(record) = RootfsPath::new(&resolved).ok().and_then(|path| layer.get(&path))
-        else {
+        let Some(record) = RootfsPath::new(&resolved).ok().and_then(|path| layer.get(&path)) else {
             continue;
         };
         return match record.to_entry() {
@@ -867,22 +872,23 @@ fn device(name: &[u8], major: i64, minor: i64) -> Result<Device, Refusal> {
     }
 }
 
-/// The kernel tells a capability of the first user namespace's root in its shorter
-/// form (`struct vfs_cap_data`), whichever was written.
-fn as_the_kernel_tells(raw: &[u8]) -> Box<[u8]> {
+/// A `security.capability` as the kernel hands it out: of the first user
+/// namespace's root in the shorter form (`struct vfs_cap_data`), whichever was
+/// written. `None`: the kernel refuses to write it.
+fn as_the_kernel_tells(raw: &[u8]) -> Option<Box<[u8]>> {
     const REVISION_2: u32 = 0x0200_0000;
     const REVISION_3: u32 = 0x0300_0000;
     const EFFECTIVE: u32 = 1;
-    match raw.split_first_chunk::<4>() {
-        Some((magic, rest))
-            if raw.len() == 24
-                && u32::from_le_bytes(*magic) & !EFFECTIVE == REVISION_3
-                && raw[20..] == [0; 4] =>
-        {
-            let magic = REVISION_2 | u32::from_le_bytes(*magic) & EFFECTIVE;
-            [&magic.to_le_bytes(), &rest[..16]].concat().into()
+    let (magic, rest) = raw.split_first_chunk::<4>()?;
+    let magic = u32::from_le_bytes(*magic);
+    match (magic & !EFFECTIVE, rest.len()) {
+        (REVISION_2, 16) => Some(raw.into()),
+        (REVISION_3, 20) if rest[16..] == [0; 4] => {
+            let magic = REVISION_2 | magic & EFFECTIVE;
+            Some([&magic.to_le_bytes(), &rest[..16]].concat().into())
         }
-        Some(_) | None => raw.into(),
+        (REVISION_3, 20) => Some(raw.into()),
+        _ => None,
     }
 }
 

@@ -88,9 +88,17 @@ pub(super) struct Outcome {
 pub(super) enum Found {
     /// The blob is what the digests say. `differences` are those of what was
     /// recorded from what the blob leads one to expect.
-    Proved { differences: Vec<LayerDifference>, total: u64, entries: Vec<LayerEntry> },
+    Proved {
+        differences: Vec<LayerDifference>,
+        total: u64,
+        entries: Vec<LayerEntry>,
+    },
     NotProved(Unproved),
-    Compared { differences: Vec<LayerDifference>, total: u64, newest_change: FileTime },
+    Compared {
+        differences: Vec<LayerDifference>,
+        total: u64,
+        newest_change: FileTime,
+    },
     NotCompared(String),
 }
 
@@ -143,7 +151,9 @@ pub(super) fn unpack(
     let open = || {
         let opened = blobs.open(blob).map_err(|reason| {
             Unproved::Unavailable(if is_foreign(&blob.media_type) {
-                format!("it is a foreign layer ({media_type}), whose blob is kept elsewhere: {reason}")
+                format!(
+                    "it is a foreign layer ({media_type}), whose blob is kept elsewhere: {reason}"
+                )
             } else {
                 reason
             })

@@ -29,6 +29,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::Progress;
 use super::layer::{Device, FileEntry, LayerBaseline, LayerEntry, MAX_PATH};
 use crate::model::{Blake3Hash, FileTime, FileType, Format, RootfsPath};
+use crate::sys::map::any_cached;
 
 /// Why a layer could not be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -146,7 +147,7 @@ fn walk_within<E: From<Error>>(
         progress,
         stop,
         noatime: AtomicBool::new(true),
-        uncached: AtomicBool::new(true),
+        uncached: AtomicBool::new(bounds.dontcache),
         links: Mutex::default(),
         failure: OnceLock::new(),
         ended: AtomicBool::new(false),
@@ -260,7 +261,8 @@ const BATCH: usize = 32;
 /// is slower; much smaller leaves BLAKE3 with less than it can do side by side.
 const BUFFER: usize = 128 * 1024;
 
-/// What a walk may keep in memory.
+/// What a walk may keep in memory, and whether the page cache may be asked to
+/// keep nothing.
 #[derive(Clone, Copy)]
 struct Bounds {
     /// Of entries that wait for one before them, which is still being read.
@@ -271,10 +273,16 @@ struct Bounds {
     all_names: usize,
     /// How many files with more than one name are remembered.
     links: usize,
+    dontcache: bool,
 }
 
-const BOUNDS: Bounds =
-    Bounds { waiting: 12 << 20, names: 4 << 20, all_names: 12 << 20, links: 1 << 16 };
+const BOUNDS: Bounds = Bounds {
+    waiting: 12 << 20,
+    names: 4 << 20,
+    all_names: 12 << 20,
+    links: 1 << 16,
+    dontcache: true,
+};
 
 thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
@@ -422,7 +430,8 @@ impl<'w, 'a, E> Order<'w, 'a, E> {
             // Nobody waits for what is read once the walk has ended.
             let _ = sender.send(walk.read_batch(batch));
         });
-        while self.cost > self.walk.bounds.waiting || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
+        while self.cost > self.walk.bounds.waiting
+            || self.reading.front().is_some_and(|(first, _)| !first.is_empty())
         {
             self.tell_next()?;
         }
@@ -441,9 +450,8 @@ impl<'w, 'a, E> Order<'w, 'a, E> {
         for (path, before) in read.ends {
             self.walk.look_back(&path, &before).map_err(|err| self.walk.fail(err))?;
         }
-        self.newest_change = read.newest_change.map_or(self.newest_change, |newest| {
-            newest.max(self.newest_change)
-        });
+        self.newest_change =
+            read.newest_change.map_or(self.newest_change, |newest| newest.max(self.newest_change));
         Ok(())
     }
 
@@ -799,6 +807,10 @@ impl<'a> Walk<'a> {
 
     fn hash(&self, file: &OwnedFd, before: &Moment) -> Result<ContentRead, Trouble> {
         let size = u64::try_from(before.size).unwrap_or(0);
+        // Where a read cannot be told to leave nothing behind, what it has left is
+        // dropped afterwards, unless somebody had use for the file before.
+        let leave = self.uncached.load(Ordering::Relaxed)
+            || any_cached(file.as_fd(), size).unwrap_or(true);
         let content = READ_BUFFER.with_borrow_mut(|buffer| {
             if size > BUFFER as u64 {
                 // Advice only: without it the file is read all the same.
@@ -827,6 +839,9 @@ impl<'a> Walk<'a> {
             }
             Ok(ContentRead { blake3: Blake3Hash(*hasher.finalize().as_bytes()), format })
         })?;
+        if !leave {
+            let _ = fadvise(file, 0, None, Advice::DontNeed);
+        }
         // The end of the file was not read: that nobody wrote says where it is.
         match fstat(file) {
             Ok(after) if Moment::of(&after) == *before => Ok(content),
@@ -961,7 +976,6 @@ impl fmt::Debug for Walk<'_> {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
 
 fn entry_of(
     path: RootfsPath,
@@ -1331,7 +1345,8 @@ mod tests {
     fn a_walk_needs_little_memory() {
         let scratch = tempfile::tempdir().unwrap();
         for number in 0..300_usize {
-            let name = format!("d{}/e{}/{}-{number}", number % 3, number % 5, "n".repeat(number % 40));
+            let name =
+                format!("d{}/e{}/{}-{number}", number % 3, number % 5, "n".repeat(number % 40));
             write(&scratch.path().join(name), 0o644, &number.to_string());
             write(&scratch.path().join(format!("d{}-/{number}", number % 3)), 0o644, "x");
         }
@@ -1339,7 +1354,7 @@ mod tests {
             let link = scratch.path().join(format!("d1/link-{number}"));
             fs::hard_link(scratch.path().join(format!("d0-/{}", number % 5 * 3)), link).unwrap();
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let all = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap().entries;
         let sorted = |entries: &[LayerEntry]| {
             let order = |a: &LayerEntry, b: &LayerEntry| {
@@ -1353,7 +1368,7 @@ mod tests {
         for (waiting, names, all_names, links) in
             [(0, 0, 0, 0), (1, 100, 10, 1), (1000, 500, 700, 2), (1 << 20, 1, 1 << 20, 100)]
         {
-            let bounds = Bounds { waiting, names, all_names, links };
+            let bounds = Bounds { waiting, names, all_names, links, ..BOUNDS };
             let mut found = Vec::new();
             let nothing = AtomicBool::new(false);
             walk_within::<Error>(
@@ -1389,14 +1404,13 @@ mod tests {
         for number in 0..200 {
             write(&scratch.path().join(number.to_string()), 0o644, "x");
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let mut left = 100;
         let never = AtomicBool::new(false);
-        let result =
-            walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut |_| {
-                left -= 1;
-                if left == 0 { Err(Told::Enough) } else { Ok(()) }
-            });
+        let result = walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut |_| {
+            left -= 1;
+            if left == 0 { Err(Told::Enough) } else { Ok(()) }
+        });
         match result {
             Err(Told::Enough) => assert_eq!(left, 0),
             Err(Told::Walk(err)) => panic!("{err}"),
@@ -1415,7 +1429,8 @@ mod tests {
         if !metadata.is_dir() {
             return own;
         }
-        let below = fs::read_dir(directory).unwrap().map(|entry| newest_below(&entry.unwrap().path()));
+        let below =
+            fs::read_dir(directory).unwrap().map(|entry| newest_below(&entry.unwrap().path()));
         below.fold(own, FileTime::max)
     }
 
@@ -1437,9 +1452,12 @@ mod tests {
             let mode = fs::metadata(&changed).unwrap().permissions();
             fs::set_permissions(&changed, mode).unwrap();
             let_a_tick_pass();
-            let pool = hashing_pool(1).unwrap();
+            let pool = hashing_pool(1, &Arc::default()).unwrap();
             let walked = walk(&pool, scratch.path(), None, &AtomicBool::new(false)).unwrap();
-            assert_eq!(walked.newest_change, newest_below(&changed).max(newest_below(scratch.path())));
+            assert_eq!(
+                walked.newest_change,
+                newest_below(&changed).max(newest_below(scratch.path()))
+            );
         }
     }
 
@@ -1448,31 +1466,28 @@ mod tests {
     #[test]
     fn what_is_changed_during_a_walk_counts_as_changed_later() {
         let scratch = tempfile::tempdir().unwrap();
-        for name in ["a", "b"] {
-            write(&scratch.path().join(name), 0o644, "x");
+        for number in 0..BATCH * 3 {
+            write(&scratch.path().join(format!("{number:04}")), 0o644, "x");
         }
+        let last = scratch.path().join(format!("{:04}", BATCH * 3 - 1));
         let_a_tick_pass();
-        let pool = hashing_pool(1).unwrap();
-        let never = AtomicBool::new(false);
-        let mut begun = false;
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
+        // One batch at a time: the last file is read long after the first was told.
+        let bounds = Bounds { waiting: 0, ..BOUNDS };
+        let mut touched = false;
         let mut touch = |_| {
-            // The root is told first, before the small files are read.
-            if !std::mem::replace(&mut begun, true) {
-                let_a_tick_pass();
+            if !std::mem::replace(&mut touched, true) {
+                fs::set_permissions(&last, fs::Permissions::from_mode(0o600)).unwrap();
             }
             Ok::<(), Error>(())
         };
-        let touched = scratch.path().join("b");
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                fs::set_permissions(&touched, fs::Permissions::from_mode(0o600)).unwrap();
-            });
-            let newest =
-                walk_to(&pool, scratch.path(), &Reading::default(), None, &never, &mut touch);
-            if let Ok(newest) = newest {
-                assert!(newest < newest_below(&touched), "{newest:?}");
-            }
-        });
+        let everything = Reading::default();
+        let never = AtomicBool::new(false);
+        let newest =
+            walk_within(bounds, &pool, scratch.path(), &everything, None, &never, &mut touch);
+        let newest = newest.unwrap();
+        assert!(newest < newest_below(&last), "{newest:?}");
+        assert!(newest >= newest_below(&scratch.path().join("0000")), "{newest:?}");
     }
 
     fn layer_of(entries: Vec<LayerEntry>) -> LayerBaseline {
@@ -1498,7 +1513,7 @@ mod tests {
             write(&scratch.path().join(name), 0o755, &format!("#!content of {number}"));
         }
         let_a_tick_pass();
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let first = walk(&pool, scratch.path(), None, &never).unwrap();
         let known = layer_of(first.entries.clone());
@@ -1535,7 +1550,7 @@ mod tests {
         write(&at("x/one/deep/file"), 0o755, "one");
         write(&at("x/two/deep/file"), 0o755, "two");
         let_a_tick_pass();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let never = AtomicBool::new(false);
         let first = walk(&pool, scratch.path(), None, &never).unwrap();
         let known = layer_of(first.entries.clone());
@@ -1560,7 +1575,7 @@ mod tests {
         for number in 0..8 {
             write(&scratch.path().join(number.to_string()), 0o644, &"x".repeat(BUFFER));
         }
-        let pool = hashing_pool(2).unwrap();
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
         let rechecked = |per_second: u64, stop: &AtomicBool| {
             let rate = Rate::new(NonZeroU64::new(per_second).unwrap());
             let known = layer_of(vec![LayerEntry::File(directory("/"))]);
@@ -1591,8 +1606,9 @@ mod tests {
         String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
     }
 
-    #[test]
-    fn what_is_in_the_page_cache_stays_and_nothing_else_comes() {
+    /// Reads a file of which all is in the page cache and one of which nothing is.
+    #[track_caller]
+    fn check_page_cache(dontcache: bool) {
         // Not below /tmp, which may be a tmpfs: that is nothing but a page cache.
         let scratch = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let (warm, cold) = (scratch.path().join("warm"), scratch.path().join("cold"));
@@ -1602,39 +1618,53 @@ mod tests {
             fs::File::open(path).unwrap().sync_all().unwrap();
         }
         let file = fs::File::open(&cold).unwrap();
-        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
-        let whole = content.len() as u64;
-        assert!(cached(&cold) < whole / 10, "the file system keeps what is advised away");
-        assert!(cached(&warm) >= whole, "{}", cached(&warm));
-
         let mut one = [0; 1];
         let alone = rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut one)], 0, RWF_DONTCACHE);
-        if alone == Err(Errno::OPNOTSUPP) {
-            eprintln!("not tried: this kernel or file system reads through the page cache only");
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        let whole = content.len() as u64;
+        assert_eq!(cached(&cold), 0, "the file system keeps what is advised away");
+        assert!(cached(&warm) >= whole, "{}", cached(&warm));
+        if dontcache && alone == Err(Errno::OPNOTSUPP) {
+            eprintln!("not tried: this kernel or file system has no RWF_DONTCACHE");
             return;
         }
-        let found = walked(scratch.path()).unwrap();
-        let hashes: Vec<_> = found
-            .iter()
-            .filter_map(|entry| match entry {
-                LayerEntry::File(file) => file.blake3,
-                LayerEntry::Whiteout(_) | LayerEntry::OpaqueDirectory(_) => None,
-            })
-            .collect();
+        let bounds = Bounds { dontcache, ..BOUNDS };
+        let pool = hashing_pool(2, &Arc::default()).unwrap();
+        let mut hashes = Vec::new();
+        let mut found = |entry| {
+            if let LayerEntry::File(FileEntry { blake3: Some(blake3), .. }) = entry {
+                hashes.push(blake3);
+            }
+            Ok::<(), Error>(())
+        };
+        let (everything, never) = (Reading::default(), AtomicBool::new(false));
+        walk_within(bounds, &pool, scratch.path(), &everything, None, &never, &mut found).unwrap();
         assert_eq!(hashes, [blake3_of(&content); 2]);
         assert!(cached(&cold) < whole / 10, "{} of {whole} bytes stayed", cached(&cold));
         assert!(cached(&warm) >= whole, "only {} of {whole} bytes stayed", cached(&warm));
     }
 
     #[test]
+    fn what_is_in_the_page_cache_stays_and_nothing_else_comes() {
+        check_page_cache(true);
+    }
+
+    #[test]
+    fn the_page_cache_is_left_as_it_was_where_reads_cannot_pass_it_by() {
+        check_page_cache(false);
+    }
+
+    #[test]
     fn a_path_may_be_as_long_as_the_kernel_allows_and_no_longer() {
         let scratch = tempfile::tempdir().unwrap();
         // 16 × (1 + 255) bytes: exactly 4096, with the slash that a layer's path begins with.
-        let mut current = rustix::fs::open(scratch.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let mut current =
+            rustix::fs::open(scratch.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
         let name = "n".repeat(255);
         for _ in 0..15 {
             rustix::fs::mkdirat(&current, &name, Mode::from_raw_mode(0o755)).unwrap();
-            current = rustix::fs::openat(&current, &name, OFlags::DIRECTORY, Mode::empty()).unwrap();
+            current =
+                rustix::fs::openat(&current, &name, OFlags::DIRECTORY, Mode::empty()).unwrap();
         }
         let make = |name: &str| {
             let flags = OFlags::CREATE | OFlags::WRONLY;
@@ -1675,7 +1705,7 @@ mod tests {
         assert_eq!(file.blake3, Some(Blake3Hash(*zeros.as_bytes())));
 
         hole.set_len(1 << 42).unwrap();
-        let pool = hashing_pool(1).unwrap();
+        let pool = hashing_pool(1, &Arc::default()).unwrap();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let walker = scope.spawn(|| walk(&pool, scratch.path(), None, &stop));

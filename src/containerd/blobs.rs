@@ -311,10 +311,7 @@ mod tests {
             "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
             Some("it is encrypted: only what was unpacked from it can be read"),
         );
-        check(
-            "application/vnd.erofs.layer.v1",
-            Some("it is an EROFS image, not an archive"),
-        );
+        check("application/vnd.erofs.layer.v1", Some("it is an EROFS image, not an archive"));
     }
 
     #[test]

@@ -139,12 +139,7 @@ struct Rootfs {
 
 impl Rootfs {
     fn without(reason: String) -> Rootfs {
-        Rootfs {
-            layers: Vec::new(),
-            image_chain: None,
-            overlay: None,
-            no_baseline: Some(reason),
-        }
+        Rootfs { layers: Vec::new(), image_chain: None, overlay: None, no_baseline: Some(reason) }
     }
 }
 
@@ -305,9 +300,8 @@ fn climb(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<Rung> {
         .iter()
         .map(|(name, (seconds, nanoseconds))| {
             let of_map = below.zip(id_map).map(|(below, map)| copy_name(below, map));
-            let is_named_after = |below: &str| {
-                name.strip_prefix(below).is_some_and(|rest| rest.starts_with('-'))
-            };
+            let is_named_after =
+                |below: &str| name.strip_prefix(below).is_some_and(|rest| rest.starts_with('-'));
             let rung = if let Ok(chain_id) = name.parse() {
                 if of_map == Some(chain_id) { Rung::Copy } else { Rung::Layer(chain_id) }
             } else if below.is_some() && is_named_after(below_name) {
@@ -343,8 +337,7 @@ fn copy_name(below: ChainId, id_map: &IdMap) -> ChainId {
         texts.join(",")
     };
     let (uids, gids) = (ranges(&id_map.uids), ranges(&id_map.gids));
-    let text =
-        format!(r#"{{"Parent":"{below}","IDMap":{{"UidMap":[{uids}],"GidMap":[{gids}]}}}}"#);
+    let text = format!(r#"{{"Parent":"{below}","IDMap":{{"UidMap":[{uids}],"GidMap":[{gids}]}}}}"#);
     ChainId(Sha256::digest(text.as_bytes()).into())
 }
 

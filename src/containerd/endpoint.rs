@@ -157,7 +157,10 @@ impl Endpoint {
         match trouble {
             Trouble::Interrupted(status) => self.refused(&status),
             Trouble::Unknown => Error::UnknownImage { name },
-            Trouble::NotUnpacked { reason, .. } => Error::NotUnpacked { name, reason },
+            Trouble::NotUnpacked { reason, .. } => {
+                let reason = reason.unwrap_or_else(|| "it is not unpacked yet".into());
+                Error::NotUnpacked { name, reason }
+            }
             Trouble::Bad { digest, reason } => Error::Unresolvable { name, digest, reason },
             Trouble::NotRecorded { chain_id, reason } => {
                 Error::Unresolvable { name, digest: chain_id.to_string(), reason }

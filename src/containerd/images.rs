@@ -112,6 +112,11 @@ enum Readiness {
     New,
     /// Not unpacked: a job is submitted as soon as this chain is there.
     Waiting(ChainId),
+    /// Nor can its archives be read; still waiting for this chain.
+    Incomplete {
+        chain_id: ChainId,
+        reason: String,
+    },
     Recorded {
         target: String,
     },
@@ -121,6 +126,20 @@ enum Readiness {
         digest: String,
         reason: String,
     },
+}
+
+impl Readiness {
+    fn waits_for(&self) -> Option<ChainId> {
+        match self {
+            Readiness::Waiting(chain_id) | Readiness::Incomplete { chain_id, .. } => {
+                Some(*chain_id)
+            }
+            Readiness::New
+            | Readiness::Recorded { .. }
+            | Readiness::NoImage
+            | Readiness::Problem { .. } => None,
+        }
+    }
 }
 
 /// What a chain ID stands for.
@@ -156,21 +175,12 @@ pub(super) enum Trouble {
     Interrupted(Status),
     /// There is no image of this name (any more).
     Unknown,
-    /// And its archives cannot be read either, or are not to be read yet.
-    NotUnpacked {
-        chain_id: ChainId,
-        reason: String,
-    },
+    /// And its archives are not to be read yet or, for a reason, cannot be read.
+    NotUnpacked { chain_id: ChainId, reason: Option<String> },
     /// Something about the blob `digest` is wrong.
-    Bad {
-        digest: String,
-        reason: String,
-    },
+    Bad { digest: String, reason: String },
     /// The recorder gave up, and has counted and said so itself.
-    NotRecorded {
-        chain_id: ChainId,
-        reason: String,
-    },
+    NotRecorded { chain_id: ChainId, reason: String },
 }
 
 impl Trouble {
@@ -328,27 +338,27 @@ impl Images {
 
     /// A layer has been unpacked: whoever waited for it is looked at again.
     pub(super) fn layer_committed(self: &Arc<Self>, namespace: &Namespace, chain_id: ChainId) {
-        let mut state = self.state();
-        let State { names, facts, .. } = &mut *state;
-        for (key, standing) in names.iter_mut().filter(|(key, _)| key.namespace == namespace.name) {
-            let Some(target) = &standing.target else { continue };
-            let facts = facts.get(&target.digest);
-            if facts.is_some_and(|facts| facts.chain.contains(&chain_id)) {
-                tracing::trace!(image = key.name, %chain_id, "another layer is unpacked");
-                standing.waits_since = Instant::now();
-            }
-        }
-        let waiting: Vec<String> = names
-            .iter()
-            .filter(|(key, standing)| {
-                key.namespace == namespace.name && standing.state == Readiness::Waiting(chain_id)
-            })
-            .map(|(key, _)| key.name.clone())
-            .collect();
-        drop(state);
-        for name in waiting {
+        for name in self.waiting_for(&namespace.name, chain_id) {
             self.changed(namespace, &name);
         }
+    }
+
+    /// The images that waited for this layer; those that wait for more of their
+    /// layers are patient anew.
+    fn waiting_for(&self, namespace: &str, chain_id: ChainId) -> Vec<String> {
+        let mut state = self.state();
+        let State { names, facts, .. } = &mut *state;
+        let mut waiting = Vec::new();
+        for (key, standing) in names.iter_mut().filter(|(key, _)| &*key.namespace == namespace) {
+            let facts = standing.target.as_ref().and_then(|target| facts.get(&target.digest));
+            if facts.is_some_and(|facts| facts.chain.contains(&chain_id)) {
+                standing.waits_since = Instant::now();
+            }
+            if standing.state.waits_for() == Some(chain_id) {
+                waiting.push(key.name.clone());
+            }
+        }
+        waiting
     }
 
     /// Takes in a full list of a namespace's images. Returns when the layers of
@@ -402,7 +412,7 @@ impl Images {
             Readiness::Recorded { target: recorded } => *recorded == target.digest,
             Readiness::NoImage => same,
             Readiness::Problem { .. } => same && standing.failed.elapsed() < standing.patience,
-            Readiness::New | Readiness::Waiting(_) => false,
+            Readiness::New | Readiness::Waiting(_) | Readiness::Incomplete { .. } => false,
         };
         // What an event has said since is newer.
         if standing.target.is_none() || standing.last_heard < asked {
@@ -460,7 +470,7 @@ impl Images {
         for (key, standing) in names.iter() {
             let Some(target) = &standing.target else { continue };
             if let Some(facts) = facts.get(&target.digest) {
-                blobs.extend(blobs_of(&self.endpoint, &key.namespace, facts));
+                learn_blobs(blobs, &self.endpoint, &key.namespace, facts);
             }
         }
     }
@@ -470,8 +480,7 @@ impl Images {
     async fn learn(self: &Arc<Self>, namespace: &Namespace, images: &[Image]) {
         let mut looks = JoinSet::new();
         for target in images.iter().filter_map(|image| image.target.clone()).map(Descriptor::of) {
-            if let Some(facts) = self.known_facts(&namespace.name, &target.digest) {
-                drop(facts);
+            if self.known_facts(&namespace.name, &target.digest).is_some() {
                 continue;
             }
             if looks.len() == LOOKS {
@@ -511,7 +520,10 @@ impl Images {
             // The next list after the reconnection looks again.
             Err(Trouble::Interrupted(_)) => return,
             Err(Trouble::Unknown) => Readiness::NoImage,
-            Err(Trouble::NotUnpacked { chain_id, .. }) => Readiness::Waiting(*chain_id),
+            Err(Trouble::NotUnpacked { chain_id, reason: None }) => Readiness::Waiting(*chain_id),
+            Err(Trouble::NotUnpacked { chain_id, reason: Some(reason) }) => {
+                Readiness::Incomplete { chain_id: *chain_id, reason: reason.clone() }
+            }
             Err(Trouble::Bad { digest, reason }) => {
                 Readiness::Problem { digest: digest.clone(), reason: reason.clone() }
             }
@@ -566,8 +578,7 @@ impl Images {
             .await
             .map_err(|status| Trouble::of(status, &chain_id.to_string()))?;
         if snapshotter.is_none() && !has_waited && !ask.now {
-            let reason = "it may be about to be unpacked".into();
-            return Err(Trouble::NotUnpacked { chain_id, reason });
+            return Err(Trouble::NotUnpacked { chain_id, reason: None });
         }
 
         let turn = Arc::clone(self.state().turns.entry(chain_id).or_default());
@@ -636,7 +647,7 @@ impl Images {
         {
             let reason = format!("{reason}, and {missing}");
             match snapshotter {
-                None => return Err(Trouble::NotUnpacked { chain_id, reason }),
+                None => return Err(Trouble::NotUnpacked { chain_id, reason: Some(reason) }),
                 Some(copies) if snapshots::keeps(copies) == Keeps::Copies => {
                     let merged = merged_layer(chain_id);
                     layers = vec![merged];
@@ -782,7 +793,7 @@ impl Images {
     fn wait_for(&self, key: &Key, chain_id: ChainId) -> bool {
         let mut state = self.state();
         let Some(standing) = state.names.get_mut(key) else { return false };
-        if standing.state != Readiness::Waiting(chain_id) {
+        if standing.state.waits_for() != Some(chain_id) {
             standing.state = Readiness::Waiting(chain_id);
             standing.waits_since = Instant::now();
         }
@@ -851,6 +862,9 @@ impl Images {
                         chain_id.to_string(),
                         "it is not unpacked yet; it will be recorded when it is".into(),
                     ),
+                    Readiness::Incomplete { chain_id, reason } => {
+                        (chain_id.to_string(), reason.clone())
+                    }
                     Readiness::New
                     | Readiness::Waiting(_)
                     | Readiness::Recorded { .. }
@@ -890,7 +904,7 @@ impl Images {
             parent = Some(chain_id);
         }
         state.facts.insert(target.digest.clone(), Arc::clone(&facts));
-        state.blobs.extend(blobs_of(&self.endpoint, &namespace.name, &facts));
+        learn_blobs(&mut state.blobs, &self.endpoint, &namespace.name, &facts);
         Ok(facts)
     }
 
@@ -898,29 +912,34 @@ impl Images {
     fn known_facts(&self, namespace: &Arc<str>, target: &str) -> Option<Arc<Facts>> {
         let mut state = self.state();
         let facts = Arc::clone(state.facts.get(target)?);
-        let top = facts.chain_id();
-        if top.is_some_and(|top| !state.blobs.contains_key(&(Arc::clone(namespace), top))) {
-            state.blobs.extend(blobs_of(&self.endpoint, namespace, &facts));
-        }
+        learn_blobs(&mut state.blobs, &self.endpoint, namespace, &facts);
         Some(facts)
     }
 }
 
-/// The archives of an image's layers, by the chain IDs that they are the top of.
-fn blobs_of(
+/// Notes the archives of an image's layers, by the chain IDs that they are the
+/// top of. One layer may have several (gzip, zstd): which one is kept does not
+/// depend on the order in which images are looked at.
+fn learn_blobs(
+    blobs: &mut HashMap<(Arc<str>, ChainId), Blob>,
     endpoint: &Arc<str>,
     namespace: &Arc<str>,
     facts: &Facts,
-) -> Vec<((Arc<str>, ChainId), Blob)> {
-    let blob = |descriptor: &Descriptor| Blob {
-        endpoint: Arc::clone(endpoint),
-        namespace: Arc::clone(namespace),
-        digest: descriptor.digest.clone(),
-        media_type: descriptor.media_type.clone(),
-        size: descriptor.size,
-    };
-    let chain = facts.chain.iter().map(|&chain_id| (Arc::clone(namespace), chain_id));
-    chain.zip(facts.blobs.iter().map(blob)).collect()
+) {
+    for (&chain_id, descriptor) in facts.chain.iter().zip(&facts.blobs) {
+        let known = blobs.get(&(Arc::clone(namespace), chain_id));
+        if known.is_some_and(|known| known.digest <= descriptor.digest) {
+            continue;
+        }
+        let blob = Blob {
+            endpoint: Arc::clone(endpoint),
+            namespace: Arc::clone(namespace),
+            digest: descriptor.digest.clone(),
+            media_type: descriptor.media_type.clone(),
+            size: descriptor.size,
+        };
+        blobs.insert((Arc::clone(namespace), chain_id), blob);
+    }
 }
 
 /// A whole image, where only a copy of it all can be read.
@@ -1076,4 +1095,92 @@ async fn unpacked_by(namespace: &Namespace, chain_id: ChainId) -> Result<Option<
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody is asked to record anything.
+    struct NoRecorder;
+
+    impl Recording for NoRecorder {
+        fn submit(&self, job: Job) {
+            panic!("{job:?}");
+        }
+
+        fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId> {
+            layers.to_vec()
+        }
+
+        fn image_names(&self, _endpoint: &str, _listed: Vec<(ImageName, ChainId)>) {}
+
+        fn image_removed(&self, _namespace: &str, _name: &str) {}
+    }
+
+    fn descriptor(digest: &str) -> Descriptor {
+        manifests::Descriptor::of(containerd_client::types::Descriptor {
+            digest: digest.into(),
+            ..Default::default()
+        })
+    }
+
+    fn facts(diff_ids: &[DiffId], archives: &[&str]) -> Facts {
+        Facts {
+            manifest_digest: ManifestDigest([7; 32]),
+            diff_ids: diff_ids.to_vec(),
+            chain: ChainId::of_layers(diff_ids),
+            blobs: archives.iter().map(|digest| descriptor(digest)).collect(),
+        }
+    }
+
+    #[test]
+    fn an_unpack_is_waited_for_as_long_as_it_goes_on() {
+        let images = Images::new("e".into(), Arc::new(NoRecorder), Arc::default());
+        let facts = facts(&[DiffId([1; 32]), DiffId([2; 32])], &[]);
+        let (bottom, top) = (facts.chain[0], facts.chain[1]);
+        let key = Key { namespace: "default".into(), name: "web".into() };
+        {
+            let mut state = images.state();
+            state.facts.insert("target".into(), Arc::new(facts));
+            let mut standing = Standing::new();
+            standing.target = Some(descriptor("target"));
+            state.names.insert(key.clone(), standing);
+        }
+        let long_ago = || {
+            let since = Instant::now().checked_sub(UNPACK_PATIENCE).unwrap();
+            images.state().names.get_mut(&key).unwrap().waits_since = since;
+        };
+        assert!(!images.wait_for(&key, top), "it may be about to be unpacked");
+        long_ago();
+        assert!(images.wait_for(&key, top), "nobody unpacks it");
+        // A layer below: more will come.
+        assert_eq!(images.waiting_for("default", bottom), [""; 0]);
+        assert!(!images.wait_for(&key, top));
+        assert_eq!(images.waiting_for("other", top), [""; 0], "another namespace's");
+        assert_eq!(images.waiting_for("default", top), ["web"]);
+        // Its archives are missing, which takes nothing from what has been waited.
+        long_ago();
+        let trouble = Trouble::NotUnpacked { chain_id: top, reason: Some("gone".into()) };
+        images.conclude(&key, &Err(trouble), &descriptor("target"));
+        assert_eq!(images.problems()[0].reason, "gone");
+        assert!(images.wait_for(&key, top));
+        assert!(!images.wait_for(&key, bottom), "the name points at another image now");
+    }
+
+    #[test]
+    fn which_archive_of_a_layer_is_named_does_not_depend_on_the_order() {
+        let diff_ids = [DiffId([1; 32])];
+        let (gzip, zstd) = (facts(&diff_ids, &["sha256:b"]), facts(&diff_ids, &["sha256:a"]));
+        let namespace: Arc<str> = "default".into();
+        let named = |order: [&Facts; 2]| {
+            let mut blobs = HashMap::new();
+            for facts in order {
+                learn_blobs(&mut blobs, &"e".into(), &namespace, facts);
+            }
+            blobs[&(Arc::clone(&namespace), gzip.chain[0])].digest.clone()
+        };
+        assert_eq!(named([&gzip, &zstd]), "sha256:a");
+        assert_eq!(named([&zstd, &gzip]), "sha256:a");
+    }
 }

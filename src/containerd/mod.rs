@@ -143,7 +143,9 @@ pub enum Error {
     Refused { socket: String, reason: String },
     #[error("containerd has no image `{name}` (see: ctr -n NAMESPACE images ls)")]
     UnknownImage { name: String },
-    #[error("the image `{name}` cannot be read: {reason} (pull it again, or start a container of it)")]
+    #[error(
+        "the image `{name}` cannot be read: {reason} (pull it again, or start a container of it)"
+    )]
     NotUnpacked { name: String, reason: String },
     #[error("the image `{name}` cannot be recorded: {reason} ({digest})")]
     Unresolvable { name: String, digest: String, reason: String },

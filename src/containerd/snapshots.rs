@@ -464,8 +464,18 @@ mod tests {
         assert_eq!(keeps("fuse-overlayfs"), Keeps::Layers);
         assert_eq!(keeps("native"), Keeps::Copies);
         let none = [
-            "btrfs", "zfs", "devmapper", "blockfile", "erofs", "stargz", "nydus", "nydus-fs",
-            "soci", "overlaybd", "gcfs", "cvmfs-snapshotter",
+            "btrfs",
+            "zfs",
+            "devmapper",
+            "blockfile",
+            "erofs",
+            "stargz",
+            "nydus",
+            "nydus-fs",
+            "soci",
+            "overlaybd",
+            "gcfs",
+            "cvmfs-snapshotter",
         ];
         for name in none {
             assert!(matches!(keeps(name), Keeps::Nothing(_)), "{name}");

@@ -49,12 +49,12 @@ impl Spec {
         }
         let Ok(document) = serde_json::from_slice::<Document>(json) else { return Spec::default() };
         let ranges = |mappings: Option<Vec<Mapping>>| -> Vec<IdRange> {
-            let range = |Mapping { container, host, size }| IdRange { container, host, count: size };
+            let range =
+                |Mapping { container, host, size }| IdRange { container, host, count: size };
             mappings.unwrap_or_default().into_iter().map(range).collect()
         };
         let id_map = document.linux.and_then(|linux| {
-            let map =
-                IdMap { uids: ranges(linux.uid_mappings), gids: ranges(linux.gid_mappings) };
+            let map = IdMap { uids: ranges(linux.uid_mappings), gids: ranges(linux.gid_mappings) };
             (!map.uids.is_empty() || !map.gids.is_empty()).then_some(map)
         });
         let root = document.root.map(|root| root.path).filter(|path| path.is_absolute());
@@ -129,11 +129,7 @@ mod tests {
                 options.extend(binary.bytes());
             }
             let reason = own_kernel(runtime, &options);
-            assert_eq!(
-                reason.is_some(),
-                expected.is_some(),
-                "{runtime} {binary}: {reason:?}"
-            );
+            assert_eq!(reason.is_some(), expected.is_some(), "{runtime} {binary}: {reason:?}");
             if let (Some(reason), Some(expected)) = (reason, expected) {
                 assert!(reason.contains(expected), "{reason}");
             }

@@ -2,6 +2,7 @@
 //! should be, or that nobody knows what they should be.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -32,6 +33,8 @@ pub(super) const PATIENCE: SignedDuration = SignedDuration::from_secs(10);
 pub(super) struct Tampered {
     pub(super) layer: LayerId,
     pub(super) witness: String,
+    /// Where it was found; empty if that is not known any more.
+    pub(super) directories: Vec<PathBuf>,
     pub(super) differences: Vec<LayerDifference>,
     pub(super) total: u64,
     /// One that the layer is of, if it is known.
@@ -52,7 +55,7 @@ impl State {
         let holders: Vec<ContainerId> = self
             .inventory
             .iter()
-            .filter(|(_, entry)| entry.has_layer(tampered.layer))
+            .filter(|(_, entry)| entry.has_layer(tampered.layer, &tampered.directories))
             .map(|(id, _)| id.clone())
             .collect();
         let mut seen = HashSet::new();
@@ -233,10 +236,18 @@ impl State {
     }
 }
 
-/// How far a container's lower files are trusted.
+/// How far a container's lower files are trusted. What was seen in another
+/// snapshotter's directories of the same layers says nothing of files that are in
+/// none.
 pub(super) fn trust(entry: &Entry) -> Trust {
+    let has_directories = entry.container.as_ref().is_some_and(|container| {
+        container.layers.iter().all(|layer| layer.directory.is_some())
+    });
     match &entry.baseline {
-        BaselineState::Ready(_) => entry.unchanged_since.map_or(Trust::Unknown, Trust::UpTo),
+        BaselineState::Ready(_) => entry
+            .unchanged_since
+            .filter(|_| has_directories)
+            .map_or(Trust::Unknown, Trust::UpTo),
         BaselineState::Unknown | BaselineState::Pending(_) => Trust::Unknown,
         BaselineState::Failed(..) | BaselineState::None(_) => Trust::NoBaseline,
     }
@@ -300,7 +311,10 @@ fn expected_of(
     let own = difference.expected.as_ref().and_then(file_of);
     match (own, entry.map(|entry| &entry.baseline)) {
         (Some(file), _) => Some(Known { entry: file.clone(), layer }),
-        (None, Some(BaselineState::Ready(image))) => image.get(&difference.path),
+        // What the layer itself had there, as it was recorded, was wrong.
+        (None, Some(BaselineState::Ready(image))) => {
+            image.get(&difference.path).filter(|known| known.layer != layer)
+        }
         (None, _) => None,
     }
 }

@@ -606,6 +606,16 @@ fn the_watchers_are_told_how_far_to_trust_the_layers() {
 }
 
 #[test]
+fn files_that_are_in_no_directory_are_not_trusted_for_what_was_seen_in_one() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let mut container = container("c1", Some(7));
+    container.layers[0].directory = None;
+    node.give(Input::Node(Change::Container(Box::new(container))));
+    node.play("attached c1\nbaseline\ntrusted 100");
+    assert_eq!(trusts(&mut node), [Trust::Unknown, Trust::Unknown]);
+}
+
+#[test]
 fn without_a_baseline_no_file_of_a_layer_is_looked_at_until_there_may_be_one() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nattached c1\nfailed full-disk\nlist c1\ntrusted 100");
@@ -688,7 +698,9 @@ fn tampered(number: u8, differences: Vec<LayerDifference>) -> Input {
     let total = differences.len() as u64;
     let witness = "directory /lower".to_owned();
     let image = ImageReference { name: Some("img:1".into()), ..ImageReference::default() };
-    Input::Baseline(News::Tampered { layer: layer(number), witness, differences, total }, image)
+    let layer = layer(number);
+    let directories = vec!["/lower".into()];
+    Input::Baseline(News::Tampered { layer, witness, directories, differences, total }, image)
 }
 
 fn changed_ls() -> LayerDifference {
@@ -740,12 +752,35 @@ fn a_tampered_layer_that_no_container_uses_is_told_with_its_image() {
 }
 
 #[test]
+fn the_same_layer_from_another_directory_is_whole() {
+    let mut node = Node::running();
+    let mut other = container("c2", Some(8));
+    other.layers[0].directory = Some("/other".into());
+    node.give(Input::Node(Change::Container(Box::new(other))));
+    node.play("baseline");
+    node.give(tampered(1, vec![changed_ls()]));
+    let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
+    assert_eq!(told, [Some(&id("c1"))]);
+    // Nobody knows any more where it was.
+    let Input::Baseline(News::Tampered { layer, witness, differences, total, .. }, image) =
+        tampered(1, vec![changed_ls()])
+    else {
+        unreachable!()
+    };
+    let directories = Vec::new();
+    let news = News::Tampered { layer, witness, directories, differences, total };
+    node.give(Input::Baseline(news, image));
+    let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
+    assert_eq!(told, [Some(&id("c1")), Some(&id("c2"))]);
+}
+
+#[test]
 fn a_change_that_a_layer_above_hides_is_told_of_the_layer_alone() {
     let image = ImageBaseline::from_text(&["/bin/ls 755 elf old\n/bin/ps 755 elf ps", IMAGE]);
     let mut node = Node::new(Respond::default(), Vec::new());
     let mut one = container("c1", Some(7));
     let chain_id = image.chain_id();
-    let below = Layer { id: layer(1), chain_id, directory: None, blob: None };
+    let below = Layer { id: layer(1), chain_id, directory: Some("/lower".into()), blob: None };
     one.layers = vec![below.clone(), Layer { id: layer(2), ..below }];
     node.give(Input::Node(Change::Container(Box::new(one))));
     let news = News::Ready { chain_id, baseline: Arc::new(image), unchanged_since: None };
@@ -789,12 +824,12 @@ fn a_wholly_different_layer_is_told_by_some_of_it_and_in_words() {
     };
     let mut differences: Vec<LayerDifference> = (0..500).map(data).collect();
     differences.push(changed_ls());
-    let Input::Baseline(News::Tampered { layer, witness, differences, .. }, image) =
+    let Input::Baseline(News::Tampered { layer, witness, directories, differences, .. }, image) =
         tampered(1, differences)
     else {
         unreachable!()
     };
-    let news = News::Tampered { layer, witness, differences, total: 70_000 };
+    let news = News::Tampered { layer, witness, directories, differences, total: 70_000 };
     node.give(Input::Baseline(news, image));
     assert_eq!(node.told.len(), layers::MAX_TOLD);
     let path = |told: &Finding| told.file.as_ref().unwrap().path.to_string();

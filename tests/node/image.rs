@@ -145,7 +145,11 @@ impl Layer {
     }
 
     /// What GNU tar makes of everything below a directory.
-    pub(crate) fn tree_packed_by_tar(self, directory: &Path, options: &[&str]) -> anyhow::Result<Layer> {
+    pub(crate) fn tree_packed_by_tar(
+        self,
+        directory: &Path,
+        options: &[&str],
+    ) -> anyhow::Result<Layer> {
         let found = Command::new("find")
             .arg(directory)
             .args(["-mindepth", "1", "-printf", "%P\\0"])

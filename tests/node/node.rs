@@ -405,6 +405,26 @@ sweep_interval = "1h"
 
     // ---- baselines
 
+    /// Where driftd keeps its baselines.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.path("driftd/baselines")
+    }
+
+    /// Records an image from its archive, without a daemon, in a store of its own.
+    pub(crate) fn record_archive(&self, file: &Path) -> anyhow::Result<PathBuf> {
+        let store = self.path("store-of-archives");
+        let recorded = Command::new(env!("CARGO_BIN_EXE_driftd"))
+            .args(["baseline", "record", "--from-archive"])
+            .arg(file)
+            .arg("--store")
+            .arg(&store)
+            .env("DRIFTD_SOCKET", "/nonexistent")
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(recorded.status.success(), "{}: {}", file.display(), talk(&recorded));
+        Ok(store)
+    }
+
     /// The recorded baseline of an image that has this name now.
     pub(crate) fn baseline_of(&self, image: &str) -> anyhow::Result<Option<Value>> {
         let baselines = self.answer(&["baseline", "ls"])?;

@@ -24,10 +24,14 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial_alone("a38_a_layer_changed_after_the_start_is_told_when_it_runs", "", a38_after),
         trial_alone("a38_a_layer_changed_before_the_start_is_told_when_it_runs", "", a38_before),
         trial_alone("a38_a_changed_layer_is_found_by_verify", "", a38_verify),
-        trial_alone("a_changed_layer_without_a_container_is_found_by_verify", "", without_container),
+        trial_alone(
+            "a_changed_layer_without_a_container_is_found_by_verify",
+            "",
+            without_container,
+        ),
         trial_alone(
             "a_changed_layer_is_found_by_the_periodic_recheck",
-            "[baseline]\nrecheck_period = \"2s\"",
+            "[baseline]\nrecheck_period = \"10s\"",
             recheck,
         ),
         trial_alone("the_same_layers_in_two_namespaces_are_watched_apart", "", two_namespaces),
@@ -178,7 +182,7 @@ fn recheck(node: &Node) -> anyhow::Result<()> {
     // Nobody runs it, and nobody asks.
     container.told(&["critical baseline.tampered /usr/bin/curl"])?;
     // Found at each round, told once.
-    thread::sleep(Duration::from_secs(5));
+    thread::sleep(Duration::from_secs(12));
     let told = tampered(node)?;
     assert_eq!(summaries(&told), ["critical baseline.tampered /usr/bin/curl"], "{told:#?}");
     Ok(())
@@ -215,11 +219,10 @@ fn reasons(node: &Node, image: &str) -> anyhow::Result<Vec<String>> {
     })
 }
 
-/// Nothing is proved, nothing is wrong, and drift is told all the same.
-fn unproved_but_watched(node: &Node, image: &str) -> anyhow::Result<()> {
+/// Nothing is proved, and nothing is wrong.
+fn unproved_but_not_wrong(node: &Node, image: &str) -> anyhow::Result<()> {
     let (code, answers) = node.verify(&[image])?;
-    assert_eq!(code, 0, "{answers:#?}");
-    assert_eq!(results(&answers), ["unproved"], "{answers:#?}");
+    assert_eq!((code, results(&answers)), (2, vec!["unproved"]), "{answers:#?}");
     // The directories can still be compared with what was recorded.
     let (code, answers) = node.verify(&[image, "--deep"])?;
     assert_eq!(code, 0, "{answers:#?}");
@@ -241,13 +244,19 @@ fn discarded(node: &Node) -> anyhow::Result<()> {
         .layer(Layer::new().file("/bin/two", 0o755, b"#!/bin/sh\necho two\n"), Packing::Gzip)
         .write(&file)?;
     let name = registry::publish(&file, "shop/discarded:1")?;
+    // containerd removes the blobs a moment after the unpack; whoever is quick has
+    // read them by then.
+    node.stop_driftd()?;
     node.cri().pull(&name)?;
-    let left = node.ctr_in(KUBERNETES, &["images", "check", &format!("name=={name}")])?;
-    ensure!(left.contains("incomplete"), "the blobs are still there: {left}");
+    wait_for("the blobs to be removed", || {
+        let left = node.ctr_in(KUBERNETES, &["images", "check", &format!("name=={name}")])?;
+        Ok(left.contains("incomplete").then_some(()))
+    })?;
+    node.start_driftd()?;
     for reason in reasons(node, &name)? {
-        ensure!(reason.contains("blob"), "{reason}");
+        ensure!(reason.contains("content store"), "{reason}");
     }
-    unproved_but_watched(node, &name)
+    unproved_but_not_wrong(node, &name)
 }
 
 /// Imports an image while driftd is away, which sees it as `damage` has left it.
@@ -276,9 +285,9 @@ fn blobs_removed(node: &Node) -> anyhow::Result<()> {
         Ok(())
     })?;
     for reason in reasons(node, name)? {
-        ensure!(reason.contains("blob"), "{reason}");
+        ensure!(reason.contains("content store"), "{reason}");
     }
-    unproved_but_watched(node, name)
+    unproved_but_not_wrong(node, name)
 }
 
 fn wrong_blob(node: &Node) -> anyhow::Result<()> {

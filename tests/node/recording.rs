@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::image::{Digests, Image, Layer, Packing};
 use crate::node::{Node, talk, wait_for};
-use crate::sources::export_equals_mount;
+use crate::sources::{export_equals_mount, layer_in};
 use crate::{trial_alone, trial_of_recording};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -79,7 +79,7 @@ fn unfinished(store: &Path) -> anyhow::Result<Vec<PathBuf>> {
 fn is_right(node: &Node, image: &str) -> anyhow::Result<()> {
     node.wait_until_known_as(image, "verified")?;
     export_equals_mount(node, image)?;
-    let left = unfinished(&node.path("driftd/baselines"))?;
+    let left = unfinished(&node.store())?;
     ensure!(left.is_empty(), "left behind: {left:?}");
     Ok(())
 }
@@ -118,21 +118,12 @@ fn removed(node: &Node) -> anyhow::Result<()> {
     }
     // The blobs say what the image holds, whatever was found in the directories.
     node.wait_until_known_as(BIG, "verified")?;
-    let store = node.path("store-of-archive");
-    let recorded = node
-        .driftd_command(&["baseline", "record", "--from-archive"])
-        .arg(&file)
-        .arg("--store")
-        .arg(&store)
-        .output()?;
-    ensure!(recorded.status.success(), "{}", talk(&recorded));
+    let store = node.record_archive(&file)?;
     for diff_id in &digests.diff_ids {
-        let name = format!("layers/{}.layer", diff_id.trim_start_matches("sha256:"));
-        let (kept, expected) = (
-            fs::read(node.path("driftd/baselines").join(&name))?,
-            fs::read(store.join(&name))?,
+        ensure!(
+            layer_in(&node.store(), diff_id)? == layer_in(&store, diff_id)?,
+            "what was kept of {diff_id} is not the image's"
         );
-        ensure!(kept == expected, "what was kept of {diff_id} is not the image's");
     }
     // Who looks is told what is missing.
     let (code, answers) = node.verify(&[BIG, "--deep"])?;
@@ -193,8 +184,8 @@ fn many_pulls(node: &Node) -> anyhow::Result<()> {
         let file = node.path(&format!("pulled-{number}.tar"));
         // A layer that all have, and one that only this has.
         Image::new(&name(number))
-            .layer(bulk("shared", 20, 1 << 20), Packing::Gzip)
-            .layer(bulk(&format!("own {number}"), 3, 1 << 20), Packing::Zstd)
+            .layer(bulk("shared", 20, 64 << 10), Packing::Gzip)
+            .layer(bulk(&format!("own {number}"), 8, 64 << 10), Packing::Zstd)
             .write(&file)?;
         files.push(file);
     }
@@ -203,7 +194,7 @@ fn many_pulls(node: &Node) -> anyhow::Result<()> {
         let watcher = scope.spawn(|| -> anyhow::Result<u32> {
             let mut busy = 0;
             while !done.load(Ordering::SeqCst) {
-                let queue = node.status()?["queue"].clone();
+                let queue = node.status()?["baseline_queue"].clone();
                 let number = |name: &str| queue[name].as_u64().context("no queue in the status");
                 let waits = number("recording")? + number("waiting")? + number("verifying")?;
                 busy += u32::from(waits > 0);
@@ -235,12 +226,12 @@ fn many_pulls(node: &Node) -> anyhow::Result<()> {
     })?;
     ensure!(busy > 0, "nobody saw the queue at work");
     wait_for("the queue to be empty", || {
-        let queue = node.status()?["queue"].clone();
+        let queue = node.status()?["baseline_queue"].clone();
         let empty = ["recording", "waiting", "verifying"].iter().all(|name| queue[*name] == 0);
         Ok(empty.then_some(()))
     })?;
     // The shared layer was recorded once.
-    let layers = fs::read_dir(node.path("driftd/baselines/layers"))?.count();
+    let layers = fs::read_dir(node.store().join("layers"))?.count();
     assert_eq!(layers, 3 + 1 + PULLS, "the workbench's, the shared one and each its own");
     let lost = node.losses("baseline_backlog_full")?;
     ensure!(lost == 0, "the queue was full {lost} times");
@@ -280,7 +271,7 @@ fn image_removed(node: &Node) -> anyhow::Result<()> {
         node.ctr(&["images", "rm", "--sync", BIG])?;
     }
     wait_for("the queue to be empty", || {
-        let queue = node.status()?["queue"].clone();
+        let queue = node.status()?["baseline_queue"].clone();
         let empty = ["recording", "waiting", "verifying"].iter().all(|name| queue[*name] == 0);
         Ok(empty.then_some(()))
     })?;

@@ -25,8 +25,7 @@ impl Blobs for NoBlobs {
 }
 
 fn start(store: Arc<Store>, news: Sender<News>, health: Arc<Health>) -> Recorder {
-    let settings =
-        config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
+    let settings = config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
     Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
 }
 
@@ -261,4 +260,74 @@ fn names_follow_the_images_and_what_has_none_is_forgotten() {
     bench.next().unwrap_err();
     assert_eq!(bench.store.images(), []);
     bench.recorder.stop();
+}
+
+#[track_caller]
+fn answer<T: Send + 'static>(ask: impl FnOnce(Answer<T>)) -> Result<T, String> {
+    let (done, told) = bounded(1);
+    ask(Box::new(move |result| done.send(result).unwrap()));
+    told.recv_timeout(SOON).expect("whoever asks is answered")
+}
+
+#[test]
+fn what_a_container_uses_is_not_removed() {
+    let bench = bench(10);
+    bench.unpack(1);
+    let container = Some(ContainerId::new("default", "shop"));
+    bench.recorder.submit(Job { container, ..bench.image_job("busybox", &[1]) });
+    drop(bench.next().unwrap());
+    let refused = answer(|done| bench.recorder.remove(chain(1), done));
+    assert_eq!(refused, Err("the container default/shop uses it".to_owned()));
+    bench.recorder.image_removed("default", "busybox");
+    let pruned = answer(|done| bench.recorder.prune(done));
+    assert_eq!(pruned, Ok(Collected::default()));
+    assert_eq!(bench.store.images().len(), 1);
+
+    // The container is gone.
+    bench.recorder.collect(HashSet::from([chain(9)]));
+    assert_eq!(answer(|done| bench.recorder.remove(chain(1), done)), Ok(()));
+    assert_eq!(bench.store.images(), []);
+    bench.recorder.clone().stop();
+    assert_eq!(
+        answer(|done| bench.recorder.remove(chain(1), done)),
+        Err("driftd is being stopped".to_owned())
+    );
+}
+
+#[test]
+fn pruning_does_not_wait_for_the_retention_period() {
+    let scratch = tempfile::tempdir().unwrap();
+    let health = Arc::new(Health::default());
+    let store = Arc::new(Store::open(scratch.path(), Arc::clone(&health)).unwrap());
+    let (sender, news) = bounded(4);
+    let settings = config::Baseline { threads: 1, ..Default::default() };
+    let recorder =
+        Recorder::start(Arc::clone(&store), &settings, Arc::new(NoBlobs), sender, health);
+    let directory = scratch.path().join("layer");
+    fs::create_dir(&directory).unwrap();
+    let layer = Layer {
+        id: LayerId::Diff(DiffId([1; 32])),
+        chain_id: chain(1),
+        directory: Some(directory),
+        blob: None,
+    };
+    recorder.submit(Job {
+        image: None,
+        container: None,
+        layers: vec![layer],
+        proof: Proof::Later,
+        progress: None,
+        done: None,
+    });
+    drop(news.recv_timeout(SOON).unwrap());
+    recorder.collect(HashSet::new());
+    let unneeded = || store.images().first().map(|record| record.unneeded_since.is_some());
+    while unneeded() == Some(false) {
+        std::thread::yield_now();
+    }
+    assert_eq!(unneeded(), Some(true), "kept for the retention period");
+    let pruned = answer(|done| recorder.prune(done));
+    assert!(matches!(pruned, Ok(Collected { images: 1, layers: 1, .. })), "{pruned:?}");
+    assert_eq!(store.images(), []);
+    recorder.stop();
 }
