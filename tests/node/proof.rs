@@ -196,6 +196,16 @@ fn two_namespaces(node: &Node) -> anyhow::Result<()> {
     let there = node.container_in("elsewhere", WORKBENCH)?;
     let baselines = node.answer(&["baseline", "ls"])?;
     assert_eq!(baselines.len(), 1, "recorded twice: {baselines:#?}");
+    // The second copy is compared in the background; what is changed before that
+    // would be found by then.
+    wait_for("both copies of each layer to be compared", || {
+        let mut compared = Vec::new();
+        for proof in fs::read_dir(node.store().join("proofs"))? {
+            let proof: Value = serde_json::from_slice(&fs::read(proof?.path())?)?;
+            compared.push(proof["directories"].as_array().map_or(0, Vec::len));
+        }
+        Ok((compared == [2, 2, 2]).then_some(()))
+    })?;
 
     flip(&unpacked(node, "/usr/bin/curl", 1)?)?;
     for container in [&here, &there] {
