@@ -416,6 +416,10 @@ impl State {
         }
         if self.is_whole() {
             self.inventory.forget_remembered();
+            if reconnected {
+                // What went while nobody listened is needed by nobody.
+                effects.push(Effect::CollectBaselines(self.chains_in_use()));
+            }
         }
     }
 
