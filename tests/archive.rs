@@ -14,8 +14,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use driftd::baseline::layer::compare_paths;
-use driftd::baseline::urgency::hashing_pool;
 use driftd::baseline::stream::{self, Limits};
+use driftd::baseline::urgency::{Urgency, hashing_pool};
 use driftd::baseline::walk::walk;
 use driftd::baseline::{ImageBaseline, LayerBaseline, LayerEntry, archive, layer};
 use driftd::model::{ChainId, DiffId, LayerId};
@@ -29,7 +29,7 @@ fn sorted(mut entries: Vec<LayerEntry>) -> Vec<LayerEntry> {
 }
 
 fn walked(directory: &Path) -> Vec<LayerEntry> {
-    let pool = hashing_pool(2, &Arc::default()).unwrap();
+    let pool = hashing_pool(2, &Arc::new(Urgency::default())).unwrap();
     sorted(walk(&pool, directory, None, &AtomicBool::new(false)).unwrap().entries)
 }
 
