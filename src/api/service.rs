@@ -262,9 +262,8 @@ impl DriftService for Service {
     ) -> Result<Response<proto::ListBaselinesResponse>, Status> {
         let store = self.backend.baselines.clone();
         let image = request.into_inner().image;
-        let baselines = unblock(move || baselines::list(&store, &image))
-            .await?
-            .map_err(Unusable::from)?;
+        let baselines =
+            unblock(move || baselines::list(&store, &image)).await?.map_err(Unusable::from)?;
         Ok(Response::new(proto::ListBaselinesResponse { baselines }))
     }
 

@@ -128,12 +128,14 @@ impl Service {
     }
 }
 
-fn at(
-    head: &proto::VerifyBaselineProgress,
-    progress: &Progress,
-) -> proto::VerifyBaselineProgress {
-    let proto::RecordBaselineProgress {
-        files_done, bytes_done, layers_done, layers_total, ..
-    } = progress_to_proto(progress);
-    proto::VerifyBaselineProgress { files_done, bytes_done, layers_done, layers_total, ..head.clone() }
+fn at(head: &proto::VerifyBaselineProgress, progress: &Progress) -> proto::VerifyBaselineProgress {
+    let proto::RecordBaselineProgress { files_done, bytes_done, layers_done, layers_total, .. } =
+        progress_to_proto(progress);
+    proto::VerifyBaselineProgress {
+        files_done,
+        bytes_done,
+        layers_done,
+        layers_total,
+        ..head.clone()
+    }
 }

@@ -77,6 +77,19 @@ impl fmt::Display for ArchiveBlob {
     }
 }
 
+/// A document whose digest is right.
+struct Blob {
+    name: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+/// A file of the archive.
+struct Found {
+    size: u64,
+    reader: Box<dyn Read + Send>,
+}
+
+/// An archive that has been opened.
 pub struct Archive {
     path: PathBuf,
     root: Root,
@@ -120,7 +133,7 @@ impl Archive {
     /// A layer's blob, from its first byte on.
     pub fn layer(&self, blob: &ArchiveBlob) -> Result<Box<dyn Read + Send>, Error> {
         match self.member(&blob.name)? {
-            Some((_, reader)) => Ok(reader),
+            Some(found) => Ok(found.reader),
             None => Err(self.bad(&blob.name, "is not there, though the image has it as a layer")),
         }
     }
@@ -171,7 +184,7 @@ impl Archive {
             .collect();
         let mut missing = None;
         while let Some((candidate, depth)) = candidates.pop() {
-            let Some((name, bytes)) = self.blob(&candidate)? else {
+            let Some(Blob { name, bytes }) = self.blob(&candidate)? else {
                 missing.get_or_insert(candidate.digest);
                 continue;
             };
@@ -202,7 +215,7 @@ impl Archive {
         config: &Descriptor,
         layers: &[Descriptor],
     ) -> Result<Option<ArchiveImage>, Error> {
-        let Some((name, bytes)) = self.blob(config)? else {
+        let Some(Blob { name, bytes }) = self.blob(config)? else {
             return Err(self.bad(
                 config.digest.as_bytes(),
                 "is not there, though a manifest names it as its config",
@@ -281,12 +294,12 @@ impl Archive {
 
     /// A blob's name and content, checked against its digest; `None` if it is not
     /// there.
-    fn blob(&self, descriptor: &Descriptor) -> Result<Option<(Vec<u8>, Vec<u8>)>, Error> {
+    fn blob(&self, descriptor: &Descriptor) -> Result<Option<Blob>, Error> {
         let digest = self.digest_of(descriptor)?;
         let name = blob_name(digest);
         let Some(bytes) = self.document(&name)? else { return Ok(None) };
         self.check(&name, &bytes, digest)?;
-        Ok(Some((name, bytes)))
+        Ok(Some(Blob { name, bytes }))
     }
 
     fn check(&self, name: &[u8], bytes: &[u8], expected: Sha256Hash) -> Result<(), Error> {
@@ -310,7 +323,7 @@ impl Archive {
 
     /// The whole of a small file; `None` if it is not there.
     fn document(&self, name: &[u8]) -> Result<Option<Vec<u8>>, Error> {
-        let Some((size, reader)) = self.member(name)? else { return Ok(None) };
+        let Some(Found { size, reader }) = self.member(name)? else { return Ok(None) };
         let mut bytes = Vec::new();
         if size <= DOCUMENT_LIMIT {
             let read = reader.take(DOCUMENT_LIMIT + 1).read_to_end(&mut bytes);
@@ -323,7 +336,7 @@ impl Archive {
     }
 
     /// A regular file's size and content; `None` if it is not there.
-    fn member(&self, name: &[u8]) -> Result<Option<(u64, Box<dyn Read + Send>)>, Error> {
+    fn member(&self, name: &[u8]) -> Result<Option<Found>, Error> {
         const MAX_LINKS: u32 = 8;
         let mut name = clean(name);
         if name.starts_with(b"/") || climbs(&name) || name.contains(&0) {
@@ -341,7 +354,7 @@ impl Archive {
                 if !stat.is_regular() {
                     return Err(self.bad(&name, "is no regular file"));
                 }
-                Ok(Some((stat.size, Box::new(File::from(fd)))))
+                Ok(Some(Found { size: stat.size, reader: Box::new(File::from(fd)) }))
             }
             Root::Tar { file, members } => {
                 for _ in 0..MAX_LINKS {
@@ -350,7 +363,7 @@ impl Archive {
                         Some(Member::Link(target)) => name.clone_from(target),
                         Some(Member::File { at, size }) => {
                             let window = Window { file: Arc::clone(file), at: *at, left: *size };
-                            return Ok(Some((*size, Box::new(window))));
+                            return Ok(Some(Found { size: *size, reader: Box::new(window) }));
                         }
                         Some(Member::Other) => {
                             return Err(self.bad(&name, "is no regular file"));

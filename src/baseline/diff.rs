@@ -78,7 +78,8 @@ mod tests {
 
     #[track_caller]
     fn check(first: &str, second: &str, expected: &[&str]) {
-        let (first, second) = (&ImageBaseline::from_text(&[first]), ImageBaseline::from_text(&[second]));
+        let (first, second) =
+            (&ImageBaseline::from_text(&[first]), ImageBaseline::from_text(&[second]));
         let differences: Vec<String> = diff(first, &second)
             .map(|difference| match difference {
                 ImageDifference::Added(known) => format!("added {}", known.entry.path),

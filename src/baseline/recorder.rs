@@ -668,9 +668,9 @@ impl Worker {
                 "no baseline: {reason}"
             );
         }
-        let asked = result.and_then(|baseline| {
+        let asked = result.map(|baseline| {
             let asked = self.ask_for_proof(ticket, &layers, proof, progress, &baseline);
-            Ok((asked, baseline))
+            (asked, baseline)
         });
         // Whoever has the news sees the job over.
         let waits = matches!(&asked, Ok((asked, _)) if asked.open.iter().any(|open| *open > 0));
@@ -1100,7 +1100,7 @@ impl Worker {
                 report.unavailable("its baseline was removed meanwhile".to_owned(), &task);
             }
             (Found::Proved { differences, total, entries }, Some(proof)) => {
-                self.keep_proved(&task, proof, differences, total, entries, &mut report);
+                self.keep_proved(&task, &proof, differences, total, entries, &mut report);
             }
             (Found::NotProved(unproved), proof) => {
                 self.note_wrong(&task.layer, &unproved);
@@ -1138,7 +1138,7 @@ impl Worker {
     fn keep_proved(
         &mut self,
         task: &Task,
-        proof: LayerProof,
+        proof: &LayerProof,
         differences: Vec<LayerDifference>,
         total: u64,
         entries: Vec<LayerEntry>,

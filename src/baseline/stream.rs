@@ -126,7 +126,7 @@ fn refused(refusal: Refusal, entries: u64) -> Error {
 /// How much is handed from thread to thread at once.
 const CHUNK: usize = 256 * 1024;
 /// How many chunks a channel holds.
-const DEPTH: usize = 4;
+const DEPTH: usize = 8;
 
 /// Reads a layer's blob to its end: gzip of any number of members, zstd of any
 /// number of frames, or a plain archive, told apart by their first bytes as
@@ -382,9 +382,8 @@ impl Compression {
 }
 
 fn decompress<R: Read>(mut source: Source<'_, R>, mut out: Out) -> Result<Done, Ended> {
-    let head = match source.fill_buf() {
-        Ok(head) => head,
-        Err(_) => return Err(ended(source.failure, "unreadable")),
+    let Ok(head) = source.fill_buf() else {
+        return Err(ended(source.failure, "anything"));
     };
     let compression = Compression::of(head);
     match compression {
@@ -1128,7 +1127,7 @@ mod tests {
         owned[108..115].copy_from_slice(b"0000007");
         check(
             made()
-                .pax(b'x', &[("SCHILY.xattr.security.capability", b"\0\0\0\x02a lost capability")])
+                .pax(b'x', &[("SCHILY.xattr.security.capability", b"\0\0\0\x02lost capability.")])
                 .file("a", 0o644, "one")
                 .raw(sealed(owned), b""),
             &["/a 4711 7:0 file data one", "/b 4711 7:0 file data one"],

@@ -144,7 +144,7 @@ impl<R: BufRead> Reader<R> {
         loop {
             self.skip()?;
             let at = self.position;
-            let Some((mut header, block, layout)) = self.header()? else { return Ok(None) };
+            let Some(mut header) = self.header()? else { return Ok(None) };
             let mut size = header.signed_size;
             self.begin(header.flag, size, at)?;
             match header.flag {
@@ -178,7 +178,7 @@ impl<R: BufRead> Reader<R> {
                         };
                     }
                     self.begin(header.flag, size, at)?;
-                    return self.finish(header, size, &pax, block, layout, at).map(Some);
+                    return self.finish(header, size, &pax, at).map(Some);
                 }
             }
         }
@@ -246,20 +246,18 @@ impl<R: BufRead> Reader<R> {
         header: RawHeader,
         size: i64,
         pax: &Pax,
-        block: Box<[u8; BLOCK]>,
-        layout: Layout,
         at: u64,
     ) -> Result<Header, Fault> {
         let malformed = |why| Fault::Malformed { at, why };
         let mut name = header.name;
         let mut logical = size;
         let fragments = if header.flag == flag::GNU_SPARSE {
-            if layout != Layout::Gnu {
+            if header.layout != Layout::Gnu {
                 return Err(malformed("it is a sparse file of a format that nobody knows"));
             }
             let number = |field: &[u8]| numeric(field).ok_or(malformed("a number is none"));
-            logical = number(&block[483..495])?;
-            Some(self.gnu_map(block, at)?)
+            logical = number(&header.block[483..495])?;
+            Some(self.gnu_map(header.block, at)?)
         } else {
             let version = (pax.text(Key::SparseMajor), pax.text(Key::SparseMinor));
             let in_data = match version {
@@ -359,7 +357,7 @@ impl<R: BufRead> Reader<R> {
 
     /// The next header; `None` at the end: no bytes, one block of zeros and then
     /// none, or two blocks of zeros.
-    fn header(&mut self) -> Result<Option<(RawHeader, Box<[u8; BLOCK]>, Layout)>, Fault> {
+    fn header(&mut self) -> Result<Option<RawHeader>, Fault> {
         let at = self.position;
         let malformed = |why| Fault::Malformed { at, why };
         let Some(block) = self.block()? else { return Ok(None) };
@@ -371,8 +369,7 @@ impl<R: BufRead> Reader<R> {
             };
         }
         let layout = layout_of(&block).ok_or(malformed("its checksum does not match"))?;
-        let header = RawHeader::parse(&block, layout).ok_or(malformed("a number in it is none"))?;
-        Ok(Some((header, block, layout)))
+        RawHeader::parse(block, layout).ok_or(malformed("a number in it is none")).map(Some)
     }
 
     /// The whole of an extended header.
@@ -480,6 +477,8 @@ impl<R: BufRead> Reader<R> {
 
 /// A header's own fields.
 struct RawHeader {
+    block: Box<[u8; BLOCK]>,
+    layout: Layout,
     flag: u8,
     name: Vec<u8>,
     link: Vec<u8>,
@@ -493,8 +492,9 @@ struct RawHeader {
 
 impl RawHeader {
     /// `None` if a number in it is none.
-    fn parse(block: &[u8; BLOCK], layout: Layout) -> Option<RawHeader> {
+    fn parse(block: Box<[u8; BLOCK]>, layout: Layout) -> Option<RawHeader> {
         let mut header = RawHeader {
+            layout,
             flag: block[156],
             name: text(&block[..100]).to_vec(),
             link: text(&block[157..257]).to_vec(),
@@ -504,7 +504,9 @@ impl RawHeader {
             gid: numeric(&block[116..124])?,
             major: 0,
             minor: 0,
+            block,
         };
+        let block = &header.block;
         // The time of the last change: not kept, but a header with a bad one is refused.
         numeric(&block[136..148])?;
         if layout == Layout::V7 {

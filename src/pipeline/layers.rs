@@ -240,14 +240,14 @@ impl State {
 /// snapshotter's directories of the same layers says nothing of files that are in
 /// none.
 pub(super) fn trust(entry: &Entry) -> Trust {
-    let has_directories = entry.container.as_ref().is_some_and(|container| {
-        container.layers.iter().all(|layer| layer.directory.is_some())
-    });
+    let has_directories = entry
+        .container
+        .as_ref()
+        .is_some_and(|container| container.layers.iter().all(|layer| layer.directory.is_some()));
     match &entry.baseline {
-        BaselineState::Ready(_) => entry
-            .unchanged_since
-            .filter(|_| has_directories)
-            .map_or(Trust::Unknown, Trust::UpTo),
+        BaselineState::Ready(_) => {
+            entry.unchanged_since.filter(|_| has_directories).map_or(Trust::Unknown, Trust::UpTo)
+        }
         BaselineState::Unknown | BaselineState::Pending(_) => Trust::Unknown,
         BaselineState::Failed(..) | BaselineState::None(_) => Trust::NoBaseline,
     }

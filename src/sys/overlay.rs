@@ -261,10 +261,7 @@ mod tests {
             2 1 0:50 / /s/1/fs rw shared:3 - fuse.rawBridge stargz rw\n\
             3 1 0:51 / /a\\040b rw - fuse fuse rw\n\
             4 1 0:52 / /m rw - overlay overlay rw,lowerdir=l/A:l/B,upperdir=/d/o/7/diff\n";
-        assert_eq!(
-            fuse_mount_points(mountinfo),
-            [PathBuf::from("/s/1/fs"), PathBuf::from("/a b")]
-        );
+        assert_eq!(fuse_mount_points(mountinfo), [PathBuf::from("/s/1/fs"), PathBuf::from("/a b")]);
         let mount = find_by_upperdir(mountinfo, Path::new("/d/o/7/diff")).unwrap();
         assert_eq!(mount.dirs.lowerdirs, [PathBuf::from("/d/o/l/A"), PathBuf::from("/d/o/l/B")]);
         assert_eq!(find_by_upperdir(mountinfo, Path::new("/d/o/8/diff")), None);

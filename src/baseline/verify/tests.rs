@@ -41,7 +41,9 @@ fn archive(text: &'static str) -> Archive {
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let mut header = tar::Header::new_ustar();
-        (header.set_uid(0), header.set_gid(0), header.set_mtime(1)).0;
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(1);
         let (path, content) = match words[..] {
             ["-", path] => {
                 let (above, name) = path.rsplit_once('/').unwrap();
@@ -1052,7 +1054,7 @@ fn what_a_full_disk_kept_from_a_container_is_recorded_when_there_is_room() {
         News::Failed { reason, .. } => assert!(reason.contains("is the disk full"), "{reason}"),
         news => panic!("{news:?}"),
     }
-    assert_eq!(files_below(&mount.0.join("baselines")), [PathBuf::new(); 0]);
+    assert_eq!(files_below(&mount.0.join("baselines")), Vec::<PathBuf>::new());
     assert_eq!(health.count(Failure::BaselineUnavailable), 1);
 
     fs::remove_file(full).unwrap();

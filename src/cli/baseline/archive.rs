@@ -14,9 +14,7 @@ use indicatif::HumanCount;
 use super::{BaselineJson, bar, baseline_json};
 use crate::api::baselines;
 use crate::baseline::archive::{self, Archive, ArchiveBlob, ArchiveImage};
-use crate::baseline::{
-    Blobs, ImageName, Job, KnownBy, Progress, Proof, Recorded, Recorder, Store,
-};
+use crate::baseline::{Blobs, ImageName, Job, KnownBy, Progress, Proof, Recorded, Recorder, Store};
 use crate::cli::output::{safe, size};
 use crate::config;
 use crate::health::Health;

@@ -300,9 +300,7 @@ fn statement(baseline: &BaselineJson) -> anyhow::Result<(Value, Value)> {
     let layers: Vec<Value> = baseline
         .proofs
         .iter()
-        .map(|proof| {
-            json!({"id": proof.layer, "known_by": proof.known_by, "reason": proof.reason})
-        })
+        .map(|proof| json!({"id": proof.layer, "known_by": proof.known_by, "reason": proof.reason}))
         .collect();
     let predicate = json!({
         "chain_id": baseline.chain_id,
@@ -374,7 +372,10 @@ mod tests {
             "docker.io/library/nginx:1.27",
             "nginx@sha256%3Aab?repository_url=docker.io/library/nginx&tag=1.27",
         );
-        check("localhost:5000/Team/App", "app@sha256%3Aab?repository_url=localhost%3A5000/Team/App");
+        check(
+            "localhost:5000/Team/App",
+            "app@sha256%3Aab?repository_url=localhost%3A5000/Team/App",
+        );
         check("r.example/app@sha256:cd", "app@sha256%3Aab?repository_url=r.example/app");
         check("odd name", "odd%20name@sha256%3Aab?repository_url=odd%20name");
     }

@@ -71,7 +71,8 @@ pub(super) fn what_differs(a: &FileJson, b: &FileJson) -> String {
     };
     word("type", &a.file_type, &b.file_type);
     if a.file_type == b.file_type {
-        let quoted = |target: &Option<String>| printable(target.as_deref().unwrap_or("").as_bytes());
+        let quoted =
+            |target: &Option<String>| printable(target.as_deref().unwrap_or("").as_bytes());
         if (&a.link_target, &a.link_target_bytes) != (&b.link_target, &b.link_target_bytes) {
             word("target", &quoted(&a.link_target), &quoted(&b.link_target));
         }

@@ -296,8 +296,8 @@ fn prune(socket: &Path, output: Format) -> anyhow::Result<Exit> {
 /// A progress bar, for a person.
 fn bar(template: &str) -> ProgressBar {
     if io::stderr().is_terminal() {
-        let style = ProgressStyle::with_template(template)
-            .expect("the template is written correctly");
+        let style =
+            ProgressStyle::with_template(template).expect("the template is written correctly");
         ProgressBar::new(0).with_style(style)
     } else {
         ProgressBar::hidden()
@@ -316,7 +316,8 @@ impl Listed for BaselineJson {
     }
 
     fn header(wide: bool) -> Vec<&'static str> {
-        let mut header = vec!["IMAGE", "FILES", "SIZE", "LAYERS", "STATE", "KNOWN BY", "RECORDED", "CHAIN ID"];
+        let mut header =
+            vec!["IMAGE", "FILES", "SIZE", "LAYERS", "STATE", "KNOWN BY", "RECORDED", "CHAIN ID"];
         if wide {
             header.push("MANIFEST DIGEST");
         }

@@ -23,7 +23,8 @@ impl Reading {
         Ok(match &self.store {
             None => Source::Daemon(socket.into()),
             Some(directory) => {
-                Source::Store(Store::open_to_read(directory, Arc::new(Health::default()))?)
+                let store = Store::open_to_read(directory, Arc::new(Health::default()))?;
+                Source::Store(Box::new(store))
             }
         })
     }
@@ -32,7 +33,7 @@ impl Reading {
 #[derive(Debug)]
 pub(super) enum Source {
     Daemon(PathBuf),
-    Store(Store),
+    Store(Box<Store>),
 }
 
 impl Source {
@@ -83,7 +84,8 @@ impl Source {
             }
             Source::Daemon(socket) => talk(socket, |mut client| async move {
                 let request = proto::DiffBaselinesRequest { a: a.to_owned(), b: b.to_owned() };
-                let mut stream = client.diff_baselines(request).await.map_err(explain)?.into_inner();
+                let mut stream =
+                    client.diff_baselines(request).await.map_err(explain)?.into_inner();
                 let mut differences = Vec::new();
                 while let Some(difference) = stream.next().await {
                     differences.push(difference.map_err(explain)?);

@@ -169,10 +169,8 @@ fn verification(
 ) -> anyhow::Result<VerificationJson> {
     let proto::VerifyBaselineResult { image, baseline, layers, error } = result;
     let error = (!error.is_empty()).then_some(error);
-    let layers: Vec<LayerJson> = layers
-        .into_iter()
-        .map(|report| layer(report, deep))
-        .collect::<anyhow::Result<_>>()?;
+    let layers: Vec<LayerJson> =
+        layers.into_iter().map(|report| layer(report, deep)).collect::<anyhow::Result<_>>()?;
     let baseline = baseline.map(baseline_json).transpose()?;
     Ok(VerificationJson {
         schema: SCHEMA,
