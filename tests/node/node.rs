@@ -194,6 +194,10 @@ impl Node {
 [plugins."io.containerd.grpc.v1.cri".containerd]
   snapshotter = "overlayfs"
   {images}
+# Where containerd 2 looks for it.
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "overlayfs"
+  {images}
 "#
                 ),
             ),

@@ -133,7 +133,7 @@ fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
     let busybox = fs::read(find("busybox")?)?;
     base = base.file("/bin/busybox", 0o755, &busybox);
     for applet in APPLETS {
-        base = base.hard_link(&format!("/bin/{applet}"), "/bin/busybox");
+        base = base.hard_link(format!("/bin/{applet}"), "/bin/busybox");
     }
 
     let mut programs = Layer::new();

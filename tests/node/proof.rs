@@ -258,10 +258,15 @@ fn discarded(node: &Node) -> anyhow::Result<()> {
     // read them by then.
     node.stop_driftd()?;
     node.cri().pull(&name)?;
+    let mut left = String::new();
     wait_for("the blobs to be removed", || {
-        let left = node.ctr_in(KUBERNETES, &["images", "check", &format!("name=={name}")])?;
+        // Not every version looks for garbage by itself after a pull.
+        let lease = node.ctr_in(KUBERNETES, &["leases", "create"])?;
+        node.ctr_in(KUBERNETES, &["leases", "delete", "--sync", lease.trim()])?;
+        left = node.ctr_in(KUBERNETES, &["images", "check", &format!("name=={name}")])?;
         Ok(left.contains("incomplete").then_some(()))
-    })?;
+    })
+    .with_context(|| left.clone())?;
     node.start_driftd()?;
     for reason in reasons(node, &name)? {
         ensure!(reason.contains("content store"), "{reason}");

@@ -274,9 +274,13 @@ fn same_from_every_source(
 
     // A snapshotter that keeps no directories of single layers.
     let from_blobs = Node::with_containerd(Setup::default())?;
+    // containerd 2 unpacks by itself only for the snapshotters of its settings.
+    let knows_local = from_blobs.ctr(&["images", "import", "--help"])?.contains("--local");
+    let by_ctr: &[&str] = if knows_local { &["--local"] } else { &[] };
     for archive in archives {
         let file = archive.file.to_string_lossy();
-        from_blobs.ctr(&["images", "import", "--snapshotter", "native", &file])?;
+        let import = [&["images", "import", "--snapshotter", "native"], by_ctr, &[&*file]];
+        from_blobs.ctr(&import.concat())?;
     }
     from_blobs.start_driftd()?;
 
