@@ -277,10 +277,10 @@ struct Bounds {
 }
 
 const BOUNDS: Bounds = Bounds {
-    waiting: 12 << 20,
-    names: 4 << 20,
-    all_names: 12 << 20,
-    links: 1 << 16,
+    waiting: 8 << 20,
+    names: 2 << 20,
+    all_names: 8 << 20,
+    links: 1 << 15,
     dontcache: true,
 };
 
