@@ -240,7 +240,7 @@ pub struct Writer<W: Write, S: Write> {
 const WRITE_BUFFER: usize = 1 << 17;
 
 /// How many entries of the content index are sorted at once.
-const SORTED_AT_ONCE: usize = 1 << 18;
+const SORTED_AT_ONCE: usize = 1 << 17;
 
 impl<W: Read + Write + Seek, S: Read + Write + Seek> Writer<W, S> {
     /// `out` becomes the layer's file; `scratch` is of no use afterwards. Both
@@ -539,8 +539,9 @@ impl std::ops::Deref for Bytes {
 /// The identity of a layer whose own is not read yet.
 const NOBODY: LayerId = LayerId::Diff(DiffId([0; 32]));
 
-/// After how many records of many a mapped file's pages are given back.
-pub(super) const AT_A_TIME: usize = 1 << 16;
+/// After how many records a mapped file's pages are given back. That interrupts
+/// the other processors, so that only the largest layers are worth it.
+pub(super) const AT_A_TIME: usize = 1 << 17;
 
 /// The BLAKE3 hash of `bytes`, and what `work` returns meanwhile. A container
 /// waits for this, so that two processors share it if it is much. Of what was
@@ -650,8 +651,8 @@ impl LayerBaseline {
                 .ok()
                 .and_then(parse_layer_id)
                 .ok_or_else(|| Invalid::Identity(crate::model::printable(id)))?;
-            layer.check_records()?;
-            layer.check_index()?;
+            let regular = layer.check_records()?;
+            layer.check_index(&regular)?;
             Ok(id)
         };
         let (checksum, checked) =
@@ -663,7 +664,9 @@ impl LayerBaseline {
         Ok(LayerBaseline { id: checked?, ..layer })
     }
 
-    fn check_records(&self) -> Result<(), Invalid> {
+    /// Returns which records are of regular files, one bit each.
+    fn check_records(&self) -> Result<Vec<u64>, Invalid> {
+        let mut regular = vec![0_u64; self.len().div_ceil(64)];
         let pool = self.pool.len() as u64;
         for (number, raw) in self.records().iter().enumerate() {
             if number % AT_A_TIME == AT_A_TIME - 1 {
@@ -683,16 +686,19 @@ impl LayerBaseline {
             if !sound {
                 return Err(Invalid::Record(number));
             }
+            if kind == REGULAR {
+                regular[number / 64] |= 1 << (number % 64);
+            }
         }
-        Ok(())
+        Ok(regular)
     }
 
-    fn check_index(&self) -> Result<(), Invalid> {
-        let records = self.records();
+    /// Looks at no record: in the order of the index that is all over the file.
+    fn check_index(&self, regular: &[u64]) -> Result<(), Invalid> {
+        let records = self.len();
         let sound = self.index().iter().all(|raw| {
-            records.get(u32::from_le_bytes(*raw) as usize).is_some_and(|record| {
-                value_of(&KINDS, record[field::KIND]) == Some(FileType::Regular)
-            })
+            let number = u32::from_le_bytes(*raw) as usize;
+            number < records && regular[number / 64] >> (number % 64) & 1 == 1
         });
         if sound { Ok(()) } else { Err(Invalid::Index) }
     }

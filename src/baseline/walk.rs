@@ -277,10 +277,10 @@ struct Bounds {
 }
 
 const BOUNDS: Bounds = Bounds {
-    waiting: 12 << 20,
-    names: 4 << 20,
-    all_names: 12 << 20,
-    links: 1 << 16,
+    waiting: 8 << 20,
+    names: 2 << 20,
+    all_names: 8 << 20,
+    links: 1 << 15,
     dontcache: true,
 };
 
@@ -809,8 +809,8 @@ impl<'a> Walk<'a> {
         let size = u64::try_from(before.size).unwrap_or(0);
         // Where a read cannot be told to leave nothing behind, what it has left is
         // dropped afterwards, unless somebody had use for the file before.
-        let leave = self.uncached.load(Ordering::Relaxed)
-            || any_cached(file.as_fd(), size).unwrap_or(true);
+        let leave =
+            self.uncached.load(Ordering::Relaxed) || any_cached(file.as_fd(), size).unwrap_or(true);
         let content = READ_BUFFER.with_borrow_mut(|buffer| {
             if size > BUFFER as u64 {
                 // Advice only: without it the file is read all the same.
