@@ -43,8 +43,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
 
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
-    let store = Arc::new(Store::open(&config.state_dir.join("baselines"), health.clone())?);
-    let _claim = store.claim()?;
+    let baselines = config.state_dir.join("baselines");
+    let _claim = Store::claim(&baselines)?;
+    let store = Arc::new(Store::open(&baselines, health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
     let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;

@@ -1339,8 +1339,8 @@ fn a_running_daemons_store_is_not_written_by_others() {
     let layout = Layout::new();
     layout.index(&[layout.image("shop:1", &[base_layer()])]);
     let directory = tempfile::tempdir().unwrap();
-    let store = Store::open(directory.path(), Arc::default()).unwrap();
-    let claim = store.claim().unwrap();
+    let claim = Store::claim(directory.path()).unwrap();
+    Store::open(directory.path(), Arc::default()).unwrap();
     let record = || {
         let store = directory.path().to_str().unwrap();
         run(&["baseline", "record", "--from-archive", layout.path(), "--store", store])

@@ -143,7 +143,8 @@ impl Store {
     pub fn open(directory: &Path, health: Arc<Health>) -> Result<Store, Error> {
         let [layers, images, proofs] =
             ["layers", "images", "proofs"].map(|name| directory.join(name));
-        for path in [directory, &layers, &images, &proofs] {
+        make(directory).map_err(|source| Error::Directory { path: directory.into(), source })?;
+        for path in [&layers, &images, &proofs] {
             make_private(path)
                 .and_then(|()| remove_unfinished(path))
                 .map_err(|source| Error::Directory { path: path.into(), source })?;
@@ -162,15 +163,17 @@ impl Store {
         Store { layers, images, proofs, health, read_only: true, state }.loaded()
     }
 
-    /// Claims the store for one process that writes to it, until the claim is
-    /// dropped or the process has ended. Who only reads needs none.
-    pub fn claim(&self) -> Result<Claim, Error> {
-        let path = &self.layers;
-        let unusable = |source| Error::Directory { path: path.clone(), source };
-        let directory = File::open(path).map_err(unusable)?;
-        match directory.try_lock() {
-            Ok(()) => Ok(Claim(directory)),
-            Err(TryLockError::WouldBlock) => Err(Error::InUse { path: path.clone() }),
+    /// Claims the store in `directory` for one process that writes to it, until
+    /// the claim is dropped or the process has ended. Comes before [`Store::open`],
+    /// which removes what a process that died has left half written. Who only
+    /// reads needs none.
+    pub fn claim(directory: &Path) -> Result<Claim, Error> {
+        let unusable = |source| Error::Directory { path: directory.into(), source };
+        make(directory).map_err(unusable)?;
+        let claimed = File::open(directory).map_err(unusable)?;
+        match claimed.try_lock() {
+            Ok(()) => Ok(Claim(claimed)),
+            Err(TryLockError::WouldBlock) => Err(Error::InUse { path: directory.into() }),
             Err(TryLockError::Error(source)) => Err(unusable(source)),
         }
     }
@@ -715,8 +718,13 @@ fn layer_of_stem(stem: &str) -> Option<LayerId> {
 
 // ---- the file system
 
+/// A directory that is there already is somebody's, and keeps its mode.
+fn make(directory: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
 fn make_private(directory: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    make(directory)?;
     fs::set_permissions(directory, fs::Permissions::from_mode(0o700))
 }
 
@@ -1212,12 +1220,23 @@ mod tests {
     #[test]
     fn one_process_at_a_time_writes() {
         let scratch = tempfile::tempdir().unwrap();
-        let (one, other) = (open(scratch.path()), open(scratch.path()));
-        let claim = one.claim().unwrap();
-        let err = other.claim().unwrap_err();
+        let directory = scratch.path().join("baselines");
+        let claim = Store::claim(&directory).unwrap();
+        let err = Store::claim(&directory).unwrap_err();
         assert!(matches!(err, Error::InUse { .. }), "{err:?}");
         drop(claim);
-        other.claim().unwrap();
+        Store::claim(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_was_there_keeps_its_mode() {
+        let scratch = tempfile::tempdir().unwrap();
+        fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        let _claim = Store::claim(scratch.path()).unwrap();
+        open(scratch.path());
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode(scratch.path()), 0o1777);
+        assert_eq!(mode(&scratch.path().join("layers")), 0o700);
     }
 
     #[test]

@@ -45,8 +45,8 @@ pub(super) fn record(
     let images: Vec<ArchiveImage> = chosen(&archive, task)?.into_iter().cloned().collect();
 
     let health = Arc::new(Health::default());
+    let _claim = Store::claim(task.store)?;
     let store = Arc::new(Store::open(task.store, Arc::clone(&health))?);
-    let _claim = store.claim()?;
     let members = Arc::new(Members::of(archive));
     // Its news are for watchers, and there are none.
     let (news, _) = crossbeam_channel::bounded(1);
