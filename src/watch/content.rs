@@ -1,6 +1,7 @@
 //! Executed files of the container's own layer, and those of the image's layers
-//! that may have been changed there: who runs them, and what they hold. Hashed by the descriptor that the kernel opened for the event, so that
-//! no rename can put another file in its place.
+//! that may have been changed there: who runs them, and what they hold. Hashed
+//! by the descriptor that the kernel opened for the event, so that no rename can
+//! put another file in its place.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
