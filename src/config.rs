@@ -49,9 +49,10 @@ pub struct Baseline {
     pub recheck_period: Duration,
     /// How many bytes a second that comparison may read.
     pub recheck_rate: u64,
-    /// Layers that unpack to more bytes than this are refused: they are bombs.
+    /// Archives that unpack to more bytes than this are refused: they are bombs.
     pub max_layer_bytes: u64,
-    /// Layers with more entries than this are refused.
+    /// Archives with more entries than this are refused. What an archive holds is
+    /// in memory while it is read.
     pub max_layer_entries: u64,
     /// How long a baseline is kept after the last image and the last container
     /// that needed it.
@@ -122,7 +123,7 @@ impl Default for Baseline {
             recheck_period: Duration::ZERO,
             recheck_rate: 20 << 20,
             max_layer_bytes: 64 << 30,
-            max_layer_entries: 4_000_000,
+            max_layer_entries: 2_000_000,
             retention: Duration::from_secs(24 * 60 * 60),
         }
     }
