@@ -297,7 +297,14 @@ fn blobs_removed(node: &Node) -> anyhow::Result<()> {
         for layer in &digests.layers {
             node.ctr(&["content", "rm", layer])?;
         }
-        Ok(())
+        // containerd takes its time to remove the files, and a file is a blob still.
+        let lease = node.ctr(&["leases", "create"])?;
+        node.ctr(&["leases", "delete", "--sync", lease.trim()])?;
+        let blobs = node.path("root/io.containerd.content.v1.content/blobs/sha256");
+        let files = digests.layers.iter().map(|layer| layer.trim_start_matches("sha256:"));
+        wait_for("the blobs to be removed", || {
+            Ok(files.clone().all(|hex| !blobs.join(hex).exists()).then_some(()))
+        })
     })?;
     for reason in reasons(node, name)? {
         ensure!(reason.contains("content store"), "{reason}");
