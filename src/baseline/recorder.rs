@@ -24,7 +24,8 @@ use super::store::{self, ImageName, Store};
 use super::stream::Limits;
 use super::urgency::{Urgency, hashing_pool};
 use super::verify::{
-    Agenda, Found, NO_BLOB, Outcome, Task, Unproved, Verifier, What, limits, of_the_layer, unpack,
+    Agenda, Found, NO_BLOB, Outcome, Task, Unpacked, Unproved, Verifier, What, limits,
+    of_the_layer, unpack,
 };
 use super::walk::{self, Reading, walk_to};
 use super::{
@@ -922,7 +923,7 @@ impl Worker {
             [] => None,
             _ => store.stack(layer.chain_id, below).map_err(failed)?,
         };
-        let entries = unpack(
+        let unpacked = unpack(
             self.blobs.as_ref(),
             layer,
             stack.as_ref(),
@@ -930,7 +931,7 @@ impl Worker {
             progress,
             &self.shared.interrupt,
         );
-        let entries = entries.map_err(|unproved| {
+        let Unpacked { entries, .. } = unpacked.map_err(|unproved| {
             self.note_wrong(layer, &unproved);
             match unproved {
                 Unproved::Stopped => NotRecorded::Interrupted,

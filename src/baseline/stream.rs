@@ -15,6 +15,7 @@
 //! digests are over all of it. What is wrong with a blob is an error, and nothing
 //! of it is kept: a stream tells everything or fails.
 
+use std::collections::HashSet;
 use std::io::{self, BufRead, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +29,7 @@ use super::layer::LayerEntry;
 use super::merge::ImageBaseline;
 use super::tar::{self, Fault, Reader, flag};
 use super::unpack::{Content, Refusal, Tree};
-use crate::model::{Blake3Hash, DiffId, Format};
+use crate::model::{Blake3Hash, DiffId, Format, RootfsPath};
 
 pub use super::tar::MAX_EXTENSION;
 pub use super::unpack::MAX_NAMES;
@@ -104,6 +105,11 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The directories that the archive does not name and that what it names is in.
+    pub fn implied(&self) -> Result<HashSet<RootfsPath>, Error> {
+        self.tree.implied().map_err(|refusal| refused(refusal, self.entries))
+    }
+
     /// The layer's entries, in no order, once it is known what the layer lies on.
     ///
     /// An archive need not name every directory; containerd gives those it makes

@@ -15,7 +15,7 @@
 //! hard links to files that come later or that a layer below has, old GNU sparse
 //! files, and an entry that comes before its own whiteout, which is then gone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::layer::{Device, FileEntry, LayerBaseline, LayerEntry, MAX_PATH, Record};
 use super::merge::ImageBaseline;
@@ -552,6 +552,28 @@ impl Tree {
                 open.push(*child);
             }
         }
+    }
+
+    /// The directories that have no entry of their own.
+    pub(super) fn implied(&self) -> Result<HashSet<RootfsPath>, Refusal> {
+        let mut implied = HashSet::new();
+        let mut open = vec![(0, b"/".to_vec())];
+        while let Some((number, path)) = open.pop() {
+            let directory = &self.directories[number];
+            for (name, child) in &directory.children {
+                let Child::Directory(child) = child else { continue };
+                let mut path = path.clone();
+                if path != b"/" {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(name);
+                open.push((*child, path));
+            }
+            if directory.implied.is_some() {
+                implied.insert(rootfs_path(&path)?);
+            }
+        }
+        Ok(implied)
     }
 
     /// The layer's entries, once it is known what it lies on; in no order.

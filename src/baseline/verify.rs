@@ -5,7 +5,7 @@
 //! recorded, and reads no further in a blob either. What somebody asked for goes
 //! first. It only reads; the recorder's thread keeps what comes out.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::io::{self, Read};
 use std::num::NonZeroU64;
@@ -26,7 +26,7 @@ use super::urgency::{Urgency, hashing_pool};
 use super::walk::{Rate, Reading, Unchanged, walk_to};
 use super::{Blobs, ImageBaseline, LayerBaseline, LayerDifference, LayerEntry, Progress};
 use crate::config;
-use crate::model::{Blake3Hash, Blob, FileTime, Layer, LayerId, printable};
+use crate::model::{Blake3Hash, Blob, FileTime, Layer, LayerId, RootfsPath, printable};
 use crate::sys::priority::{self, Disk};
 
 /// One comparison to be made.
@@ -138,7 +138,7 @@ pub(super) fn unpack(
     limits: &Limits,
     progress: Option<&Progress>,
     stop: &AtomicBool,
-) -> Result<Vec<LayerEntry>, Unproved> {
+) -> Result<Unpacked, Unproved> {
     let blob = layer.blob.as_ref().ok_or_else(|| Unproved::Unavailable(NO_BLOB.into()))?;
     let LayerId::Diff(diff_id) = layer.id else {
         let reason = "nobody can tell its diff ID any more: the image's config is gone";
@@ -188,9 +188,18 @@ pub(super) fn unpack(
             stream.diff_id
         )));
     }
-    stream
-        .settle(below)
-        .map_err(|err| Unproved::Unreadable(format!("its blob {digest}: {}", in_full(&err))))
+    let unreadable =
+        |err: stream::Error| Unproved::Unreadable(format!("its blob {digest}: {}", in_full(&err)));
+    let implied = stream.implied().map_err(unreadable)?;
+    Ok(Unpacked { entries: stream.settle(below).map_err(unreadable)?, implied })
+}
+
+/// What a blob holds.
+pub(super) struct Unpacked {
+    /// In no order.
+    pub(super) entries: Vec<LayerEntry>,
+    /// Directories that the archive does not name.
+    implied: HashSet<RootfsPath>,
 }
 
 /// Ends with an error, however slowly what it reads comes in.
@@ -504,7 +513,7 @@ impl Verifier {
             }
             Err(err) => return Err(Unproved::Unavailable(in_full(&err))),
         };
-        let entries = unpack(
+        let Unpacked { entries, implied } = unpack(
             &self.blobs,
             &task.layer,
             (!task.bottom()).then_some(&below),
@@ -513,7 +522,14 @@ impl Verifier {
             &self.agenda.interrupt,
         )?;
         let compared = compare(layer, &entries, task.bottom());
-        let (mut differences, total) = of_the_layer(compared, self.in_its_stack(task));
+        let (mut differences, mut total) = of_the_layer(compared, self.in_its_stack(task));
+        // Unpackers do not agree on them: containerd takes them from the layers below,
+        // or cannot where it unpacks the layers of an image side by side.
+        let all = differences.len();
+        differences.retain(|difference| {
+            !(may_be_implied(difference) && implied.contains(&difference.path))
+        });
+        total = total.saturating_sub((all - differences.len()) as u64);
         for LayerDifference { expected, found, .. } in &mut differences {
             std::mem::swap(expected, found);
         }

@@ -109,6 +109,7 @@ impl Archive {
                     if content == "dir" {
                         fs::create_dir_all(at(path)).unwrap();
                     } else {
+                        fs::create_dir_all(at(path).parent().unwrap()).unwrap();
                         fs::write(at(path), content).unwrap();
                     }
                     set_mode(&at(path), mode);
@@ -440,6 +441,29 @@ fn a_directory_that_was_changed_before_it_was_recorded_is_found_by_the_blob() {
 
 /// Records a layer beside a blob that `damage` has changed.
 #[track_caller]
+/// The uppermost layer's /tmp is made 0755, below it is 1777.
+#[track_caller]
+fn check_directory(upper: &'static str, tampered: bool) {
+    let bench = bench();
+    let (base, upper) = (archive("tmp 1777 dir"), archive(upper));
+    bench.has_blob(&base);
+    bench.has_blob(&upper);
+    let layers = bench.layers("a", &[&base, &upper]);
+    set_mode(&directory(&layers[1]).join("tmp"), 0o755);
+    bench.recorder.submit(job(&layers));
+    if tampered {
+        assert_eq!(paths(&bench.tampered().2), ["/tmp"]);
+    }
+    bench.is_verified(&layers);
+    bench.nothing_tampered();
+}
+
+#[test]
+fn unpackers_need_not_agree_on_directories_that_an_archive_does_not_name() {
+    check_directory("tmp/x 644 X", false);
+    check_directory("tmp 1777 dir\n tmp/x 644 X", true);
+}
+
 fn check_not_verified(damage: impl Fn(&mut Vec<u8>, &mut Blob), reason: &str, failures: u64) {
     let bench = bench();
     let base = archive(BASE);
