@@ -439,8 +439,6 @@ fn a_directory_that_was_changed_before_it_was_recorded_is_found_by_the_blob() {
     assert_eq!(bench.store.known_by(chain_of(&layers)).0, KnownBy::Verified);
 }
 
-/// Records a layer beside a blob that `damage` has changed.
-#[track_caller]
 /// The uppermost layer's /tmp is made 0755, below it is 1777.
 #[track_caller]
 fn check_directory(upper: &'static str, tampered: bool) {
@@ -464,6 +462,8 @@ fn unpackers_need_not_agree_on_directories_that_an_archive_does_not_name() {
     check_directory("tmp 1777 dir\n tmp/x 644 X", true);
 }
 
+/// Records a layer beside a blob that `damage` has changed.
+#[track_caller]
 fn check_not_verified(damage: impl Fn(&mut Vec<u8>, &mut Blob), reason: &str, failures: u64) {
     let bench = bench();
     let base = archive(BASE);
