@@ -17,12 +17,13 @@ use serde_json::Value;
 use crate::image::{Digests, Image, Layer, Packing};
 use crate::node::{Node, Setup, known_as, talk, wait_for};
 use crate::programs::{find, machine_files};
-use crate::{trial, trial_alone};
+use crate::{registry, trial, trial_alone};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial_alone("any_packing_from_any_source_is_one_baseline", "", every_packing),
         trial_alone("a_real_image_is_one_baseline_from_any_source", "", real_image),
+        trial("an_image_pulled_from_a_registry_is_proved", pulled),
         trial("an_image_that_was_not_unpacked_is_recorded_from_its_blobs", not_unpacked),
         trial("an_index_stands_for_the_image_of_this_machine", index),
     ]
@@ -398,6 +399,19 @@ fn hash_tree(root: &Path) -> anyhow::Result<BTreeMap<Vec<u8>, String>> {
 }
 
 // ---- how an image arrives
+
+fn pulled(node: &Node) -> anyhow::Result<()> {
+    let file = node.path("pulled.tar");
+    Image::new("registry.test/pulled:1")
+        .layer(Layer::new().file("/bin/lower", 0o755, b"#!/bin/sh\necho 1\n"), Packing::Gzip)
+        .layer(Layer::new().file("/bin/upper", 0o755, b"#!/bin/sh\necho 2\n"), Packing::Zstd)
+        .write(&file)?;
+    let name = registry::publish(&file, "shop/pulled:1")?;
+    node.ctr(&["images", "pull", "--plain-http", &name])?;
+    let baseline = node.wait_until_known_as(&name, "verified")?;
+    assert_eq!(baseline["files"], 2, "{baseline:#}");
+    Ok(())
+}
 
 fn not_unpacked(node: &Node) -> anyhow::Result<()> {
     let name = "registry.test/not-unpacked:1";
