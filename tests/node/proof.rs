@@ -38,6 +38,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial_on("discarded_blobs_are_a_stated_reason", DISCARDING, discarded),
         trial_alone("removed_blobs_are_a_stated_reason", "", blobs_removed),
         trial_alone("a_wrong_blob_is_told_and_proves_nothing", "", wrong_blob),
+        trial_alone("a_baseline_that_a_container_uses_is_not_removed", "", in_use),
     ]
 }
 
@@ -289,6 +290,31 @@ fn import_damaged(
     node.import(&file)?;
     damage(&digests)?;
     node.start_driftd()
+}
+
+fn in_use(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let refused = node.driftd(&["baseline", "rm", WORKBENCH])?;
+    assert_eq!(refused.status.code(), Some(2), "{}", talk(&refused));
+    ensure!(talk(&refused).contains(&container.id), "{}", talk(&refused));
+    let metrics = node.driftd(&["metrics"])?;
+    for line in ["driftd_containers{baseline=\"ready\"} 1", "driftd_view_complete 1"] {
+        ensure!(talk(&metrics).contains(line), "no `{line}` in {}", talk(&metrics));
+    }
+
+    let name = "registry.test/unused:1";
+    let file = node.path("unused.tar");
+    let layer = Layer::new().file("/bin/unused", 0o755, b"#!/bin/sh\n");
+    Image::new(name).layer(layer, Packing::Gzip).write(&file)?;
+    node.import(&file)?;
+    node.wait_until_known_as(name, "verified")?;
+    let removed = node.driftd(&["baseline", "rm", name])?;
+    ensure!(removed.status.success(), "{}", talk(&removed));
+    ensure!(node.baseline_of(name)?.is_none(), "{name} is still there");
+    let pruned = node.driftd(&["baseline", "prune"])?;
+    ensure!(pruned.status.success(), "{}", talk(&pruned));
+    ensure!(node.baseline_of(WORKBENCH)?.is_some(), "what is used was pruned");
+    container.told_nothing()
 }
 
 fn blobs_removed(node: &Node) -> anyhow::Result<()> {
