@@ -1189,7 +1189,8 @@ impl Worker {
         };
         tracing::warn!(
             layer = %id,
-            "what was recorded from {witness} differs from the layer's blob in {total} places; the baseline is the blob's now"
+            differences = total,
+            "what was recorded from {witness} differs from the layer's blob; the baseline is the blob's now"
         );
         self.given_up.extend(directories.iter().map(|path| (id, path.clone())));
         self.tell(News::Tampered {
@@ -1240,7 +1241,7 @@ impl Worker {
             return;
         }
         let witness = directory_name(path);
-        tracing::warn!(layer = %id, "{witness} differs from the layer's baseline in {total} places");
+        tracing::warn!(layer = %id, differences = total, "{witness} differs from the layer's baseline");
         proof.forget_directory(path);
         self.write_proof(id, proof);
         self.given_up.insert((id, path.clone()));

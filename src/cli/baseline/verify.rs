@@ -306,6 +306,7 @@ fn witness_in_words(name: &str, witness: &WitnessJson) -> Option<String> {
     let mut words = String::new();
     match (witness.state, reason) {
         ("same", _) => write!(words, "{name}: the same"),
+        ("differs", _) if witness.differences == 1 => write!(words, "{name}: differs in one place"),
         ("differs", _) => write!(words, "{name}: differs in {} places", witness.differences),
         ("unavailable", Some(reason)) => write!(words, "{name}: not compared: {reason}"),
         (_, Some(reason)) => write!(words, "{name}: {reason}"),
