@@ -22,11 +22,6 @@ use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
 
-/// How long an execve may take before its arguments are not waited for.
-const PATIENCE: Duration = Duration::from_millis(2);
-/// The same while nobody else waits.
-const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(25);
-
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
 #[derive(Debug)]
@@ -52,8 +47,10 @@ pub(super) fn describe(
     while !shared.is_stopping() {
         match executions.recv_timeout(Duration::from_millis(250)) {
             Ok(execution) => {
-                let patience = if executions.is_empty() { PATIENCE_WHEN_IDLE } else { PATIENCE };
-                let Some(execution) = describe_one(shared, execution, patience) else { continue };
+                let others_wait = || !executions.is_empty();
+                let Some(execution) = describe_one(shared, execution, &others_wait) else {
+                    continue;
+                };
                 match described.try_send(execution) {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(execution)) => shared.lose(
@@ -69,7 +66,11 @@ pub(super) fn describe(
     }
 }
 
-fn describe_one(shared: &Shared, execution: Execution, patience: Duration) -> Option<Described> {
+fn describe_one(
+    shared: &Shared,
+    execution: Execution,
+    others_wait: &dyn Fn() -> bool,
+) -> Option<Described> {
     let Execution { watched, file, stat, layer_file, caller, at } = execution;
 
     // The mounts by which the file was reached may be gone with the process.
@@ -80,12 +81,13 @@ fn describe_one(shared: &Shared, execution: Execution, patience: Duration) -> Op
         let mut sessions = shared.sessions();
         let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(stat, &watched));
         opens.then(|| {
-            let executing = process::after_exec(&caller, &watched, patience);
+            let executing = process::after_exec(&caller, &watched, others_wait);
             sessions.tell(shared, &watched, at, Source::Gate, executing.process.clone());
             executing
         })
     };
-    let executing = executing.unwrap_or_else(|| process::after_exec(&caller, &watched, patience));
+    let executing =
+        executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
     match path {
         Ok(path) => Some(Described { watched, path, file, stat, layer_file, executing, at }),
         Err(why) => {

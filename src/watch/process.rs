@@ -37,10 +37,19 @@ fn texts(arguments: &[Vec<u8>]) -> Vec<String> {
     arguments.iter().map(|argument| printable(argument)).collect()
 }
 
-/// Waits, for `patience` at most, until the caller has become the new program,
-/// and describes that. What is still the caller's own (the event comes before
+/// How long an execve may take before its arguments are not waited for while
+/// others wait, and at all: on a busy machine it may be long before it gets a turn.
+const PATIENCE: Duration = Duration::from_millis(2);
+const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(250);
+
+/// Waits until the caller has become the new program, but not for long if
+/// `others_wait`, and describes that. What is still the caller's own (the event comes before
 /// execve is over) is never told as the new program's: then it is `None`.
-pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration) -> Executing {
+pub(super) fn after_exec(
+    caller: &Caller,
+    watched: &Watched,
+    others_wait: &dyn Fn() -> bool,
+) -> Executing {
     let Some(stat) = &caller.stat else {
         return Executing {
             process: Process {
@@ -66,7 +75,7 @@ pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration)
         exec_name: None,
     };
     if let Ok(handle) = Handle::open_exactly(stat.identity) {
-        let deadline = Instant::now() + patience;
+        let start = Instant::now();
         while let Ok(now) = handle.stat() {
             if now.has_ended() {
                 break;
@@ -85,7 +94,8 @@ pub(super) fn after_exec(caller: &Caller, watched: &Watched, patience: Duration)
                 }
                 break;
             }
-            if Instant::now() >= deadline {
+            let waited = start.elapsed();
+            if waited >= PATIENCE_WHEN_IDLE || waited >= PATIENCE && others_wait() {
                 break;
             }
             wait_or_end(caller, STEP);

@@ -13,10 +13,6 @@ use super::table::Watched;
 use crate::model::Source;
 use crate::sys::procfs::{self, Handle};
 
-/// How long a session's command is waited for.
-const PATIENCE: Duration = Duration::from_millis(2);
-const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(25);
-
 /// How often it is asked whether all processes are to be looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -32,22 +28,19 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
             }
         }
         match seen.recv_timeout(LOOK_EVERY) {
-            Ok(one) => {
-                let patience = if seen.is_empty() { PATIENCE_WHEN_IDLE } else { PATIENCE };
-                judge(shared, &one, patience);
-            }
+            Ok(one) => judge(shared, &one, &|| !seen.is_empty()),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }
 
-fn judge(shared: &Shared, seen: &Seen, patience: Duration) {
+fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
     let Some(stat) = &seen.caller.stat else { return };
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
-        let executing = process::after_exec(&seen.caller, &seen.watched, patience);
+        let executing = process::after_exec(&seen.caller, &seen.watched, others_wait);
         sessions.tell(shared, &seen.watched, seen.at, Source::Gate, executing.process);
     }
 }
