@@ -137,7 +137,7 @@ fn a14_deleted(node: &Node) -> anyhow::Result<()> {
 fn a20_symlink(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x; ln -sf /tmp/x /usr/local/bin/kubectl; kubectl")?;
+    container.sh("cp /.control/x /tmp/x; ln -sf /tmp/x /usr/local/bin/kubectl; kubectl 500")?;
     let findings = container.told(&["critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["invoked_as"], "/usr/local/bin/kubectl", "{run:#}");
