@@ -12,6 +12,8 @@
 
 #![allow(clippy::print_stdout)]
 
+mod cost;
+
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -26,10 +28,12 @@ use driftd::baseline::walk::{Reading, walk_to};
 use driftd::baseline::{FileEntry, ImageBaseline, LayerEntry, Store, Urgency};
 use driftd::health::Health;
 use driftd::model::{Blake3Hash, ChainId, DiffId, FileType, Format, LayerId, RootfsPath};
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::resource::UsageWho;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
+
+use cost::{Cost, measure, median, memory};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -58,12 +62,6 @@ fn main() -> anyhow::Result<()> {
     many_entries_in_one_directory(if quick { 1_000 } else { 1_000_000 }, scratch.path())?;
     a_hole(if quick { 1 << 20 } else { 10 << 30 }, scratch.path())?;
     opening(quick, scratch.path())
-}
-
-#[derive(Clone, Copy)]
-struct Cost {
-    wall: Duration,
-    cpu: Duration,
 }
 
 /// A layer's directory.
@@ -776,34 +774,6 @@ fn many_entries(layer: u32, files: u32) -> anyhow::Result<Vec<LayerEntry>> {
     Ok(entries)
 }
 
-fn measure(who: UsageWho, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Cost> {
-    let before = cpu_time(who)?;
-    let start = Instant::now();
-    work()?;
-    let wall = start.elapsed();
-    Ok(Cost { wall, cpu: cpu_time(who)?.saturating_sub(before) })
-}
-
-fn cpu_time(who: UsageWho) -> anyhow::Result<Duration> {
-    let usage = getrusage(who)?;
-    let seconds = |time: nix::sys::time::TimeVal| {
-        Duration::from_secs(time.tv_sec().unsigned_abs())
-            + Duration::from_micros(time.tv_usec().unsigned_abs())
-    };
-    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
-}
-
-/// A figure from /proc/self/status, in bytes.
-fn memory(name: &str) -> anyhow::Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let kib: u64 = line
-        .and_then(|line| line.split_whitespace().next())
-        .with_context(|| format!("no {name} in /proc/self/status"))?
-        .parse()?;
-    Ok(kib * 1024)
-}
-
 /// Memory that no other process shares and that no file backs.
 fn private_memory() -> anyhow::Result<u64> {
     let rollup = fs::read_to_string("/proc/self/smaps_rollup")?;
@@ -827,9 +797,4 @@ fn wall(costs: &[Cost]) -> f64 {
 
 fn cpu(costs: &[Cost]) -> f64 {
     median(costs.iter().map(|cost| cost.cpu.as_secs_f64()).collect())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

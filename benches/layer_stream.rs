@@ -8,16 +8,20 @@
 
 #![allow(clippy::print_stdout)]
 
+mod cost;
+
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use driftd::baseline::stream::{Limits, read};
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::resource::UsageWho;
+
+use cost::{Cost, measure, median, memory};
 
 /// How a layer is compressed, and the program that undoes it.
 const COMPRESSIONS: [(&str, &[&str], &str); 2] = [
@@ -57,14 +61,10 @@ fn main() -> anyhow::Result<()> {
             println!("{name} is not here: nothing to compare with (try: apt-get install {name})");
         }
     }
-    println!("peak memory of driftd, with all entries: {:.1} MB", peak_memory()?);
+    #[allow(clippy::cast_precision_loss)]
+    let peak = memory("VmHWM")? as f64 / 1e6;
+    println!("peak memory of driftd, with all entries: {peak:.1} MB");
     Ok(())
-}
-
-#[derive(Clone, Copy)]
-struct Cost {
-    wall: Duration,
-    cpu: Duration,
 }
 
 fn compare(name: &str, blob: &Path, decompress: &str, rounds: u32) -> anyhow::Result<()> {
@@ -167,35 +167,6 @@ fn size(path: &Path) -> anyhow::Result<u64> {
     Ok(fs::metadata(path)?.len())
 }
 
-fn measure(who: UsageWho, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Cost> {
-    let before = cpu_time(who)?;
-    let start = Instant::now();
-    work()?;
-    let wall = start.elapsed();
-    Ok(Cost { wall, cpu: cpu_time(who)?.saturating_sub(before) })
-}
-
-fn cpu_time(who: UsageWho) -> anyhow::Result<Duration> {
-    let usage = getrusage(who)?;
-    let seconds = |time: nix::sys::time::TimeVal| {
-        Duration::from_secs(time.tv_sec().unsigned_abs())
-            + Duration::from_micros(time.tv_usec().unsigned_abs())
-    };
-    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
-}
-
-fn peak_memory() -> anyhow::Result<f64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()).context("no VmHWM")?;
-    Ok(kib.parse::<f64>()? * 1024.0 / 1e6)
-}
-
 fn seconds(costs: &[Cost], of: fn(&Cost) -> Duration) -> f64 {
     median(costs.iter().map(|cost| of(cost).as_secs_f64()).collect())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

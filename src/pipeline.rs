@@ -22,7 +22,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::baseline::{Job, Known, News, Proof, Recorder, Store};
+use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment};
 use crate::health::{Failure, Health};
@@ -1103,18 +1103,28 @@ fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -
 fn removed_evidence(path: &RootfsPath, known: &Known) -> FileEvidence {
     FileEvidence {
         path: path.clone(),
-        file_type: known.entry.file_type,
-        format: known.entry.format,
-        mode: octal(known.entry.mode),
-        uid: known.entry.uid,
-        gid: known.entry.gid,
-        size: known.entry.size,
-        capability: known.entry.capability.as_deref().map(hex),
         blake3: None,
+        deleted: true,
+        ..entry_evidence(&known.entry, "overlay")
+    }
+}
+
+/// A file of a layer or of an image.
+fn entry_evidence(entry: &FileEntry, filesystem: &str) -> FileEvidence {
+    FileEvidence {
+        path: entry.path.clone(),
+        file_type: entry.file_type,
+        format: entry.format,
+        mode: octal(entry.mode),
+        uid: entry.uid,
+        gid: entry.gid,
+        size: entry.size,
+        capability: entry.capability.as_deref().map(hex),
+        blake3: entry.blake3,
         sha256: None,
         unhashed: None,
-        deleted: true,
-        filesystem: "overlay".to_owned(),
+        deleted: false,
+        filesystem: filesystem.to_owned(),
     }
 }
 

@@ -211,12 +211,7 @@ async fn on_snapshot(
     shape: &Shape,
     images: &Images,
 ) -> Result<Rootfs, Status> {
-    let overlay = match shape {
-        Shape::Overlay { upperdir: Some(upperdir), lowerdirs } => {
-            Some(OverlayDirs { upperdir: upperdir.clone(), lowerdirs: lowerdirs.clone() })
-        }
-        Shape::Overlay { upperdir: None, .. } | Shape::Bind(_) | Shape::Other(_) => None,
-    };
+    let overlay = shape.overlay_dirs();
     let id_map = spec.id_map.as_ref();
     let rungs = match ladder(namespace, snapshotter, key, id_map, images).await? {
         Ok(rungs) if !rungs.is_empty() => rungs,

@@ -68,11 +68,17 @@ pub(super) fn shape(mounts: &[Mount]) -> Shape {
 
 /// The overlay of a container, if these mounts are one that it can write to.
 pub(super) fn overlay_dirs(mounts: &[Mount]) -> Option<OverlayDirs> {
-    match shape(mounts) {
-        Shape::Overlay { upperdir: Some(upperdir), lowerdirs } => {
-            Some(OverlayDirs { upperdir, lowerdirs })
+    shape(mounts).overlay_dirs()
+}
+
+impl Shape {
+    pub(super) fn overlay_dirs(&self) -> Option<OverlayDirs> {
+        match self {
+            Shape::Overlay { upperdir: Some(upperdir), lowerdirs } => {
+                Some(OverlayDirs { upperdir: upperdir.clone(), lowerdirs: lowerdirs.clone() })
+            }
+            Shape::Overlay { upperdir: None, .. } | Shape::Bind(_) | Shape::Other(_) => None,
         }
-        Shape::Overlay { upperdir: None, .. } | Shape::Bind(_) | Shape::Other(_) => None,
     }
 }
 

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Effect, State, expected, new_finding, removed_evidence};
+use super::{Effect, State, entry_evidence, expected, new_finding, removed_evidence};
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
 use crate::health::Failure;
 use crate::inventory::{BaselineState, Entry, MAX_FINDINGS, WatchState};
 use crate::model::file::is_program;
-use crate::model::finding::{Subject, hex, octal};
+use crate::model::finding::Subject;
 use crate::model::{
     ContainerId, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId, RootfsPath,
 };
@@ -21,6 +21,9 @@ use crate::watch::{Command, Trust};
 /// Who has seen what is wrong with a layer, and who misses a baseline.
 const VERIFY: &str = "verify";
 const BASELINE: &str = "baseline";
+
+/// Where a file lies that is told of here.
+const LAYER: &str = "layer";
 
 /// How many differences of one layer are told one by one, for each container.
 pub(super) const MAX_TOLD: usize = 100;
@@ -151,12 +154,12 @@ impl State {
         finding.expected = known.as_ref().map(|known| expected(known, None, None));
         finding.file = match (&difference.found, &known) {
             (Some(found), _) => Some(evidence(found)),
-            (None, Some(known)) => Some(removed_evidence(&difference.path, known)),
+            (None, Some(known)) => Some(FileEvidence {
+                filesystem: LAYER.to_owned(),
+                ..removed_evidence(&difference.path, known)
+            }),
             (None, None) => None,
         };
-        if let Some(file) = &mut finding.file {
-            file.filesystem = "layer".to_owned();
-        }
         finding.detail = Some(detail);
         match container {
             Some(container) => {
@@ -372,18 +375,7 @@ fn evidence(found: &LayerEntry) -> FileEvidence {
         LayerEntry::Whiteout(path) => whiteout(path),
     };
     FileEvidence {
-        path: file.path,
-        file_type: file.file_type,
-        format: file.format,
-        mode: octal(file.mode),
-        uid: file.uid,
-        gid: file.gid,
-        size: file.size,
-        capability: file.capability.as_deref().map(hex),
-        blake3: file.blake3,
-        sha256: None,
         unhashed: (file.file_type != FileType::Regular).then(|| "not_regular".to_owned()),
-        deleted: false,
-        filesystem: "layer".to_owned(),
+        ..entry_evidence(&file, LAYER)
     }
 }
