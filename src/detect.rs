@@ -8,7 +8,9 @@
 
 use crate::baseline::{ImageBaseline, Known};
 use crate::model::file::{grants_identity, is_program};
-use crate::model::{Fact, FileState, FileType, Format, Kind, RootfsPath, Severity};
+use crate::model::{
+    Fact, FileState, FileType, Filesystem, Format, Kind, RootfsPath, Script, Severity,
+};
 
 /// How one path of a container differs from its image, drift or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,17 +43,96 @@ pub struct Assessment {
     pub judgements: Vec<Judgement>,
 }
 
-/// Judges a fact about a file. A session is no fact about a file: `None`.
+/// Judges a fact about a file. A session, or a shell and its connection, is no
+/// fact about a file: `None`.
 pub fn assess(image: &ImageBaseline, fact: &Fact) -> Option<Assessment> {
     match fact {
-        Fact::Executed { path, state, .. } => Some(assess_executed(image, path, state)),
+        Fact::Executed { path, filesystem, running, state, .. } => Some(match filesystem {
+            Filesystem::Overlay => assess_executed(image, path, state, *running),
+            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+                assess_executed_elsewhere(image, path, *filesystem, state)
+            }
+        }),
+        Fact::Loaded { path, filesystem, state, .. } => {
+            Some(assess_code(image, Kind::LibraryLoaded, path, *filesystem, state))
+        }
+        Fact::Interpreted { script: Script::File { path, filesystem, state, .. }, .. } => {
+            Some(assess_code(image, Kind::ExecInterpreted, path, *filesystem, state))
+        }
+        Fact::Interpreted { script: Script::Pipe { .. }, .. } => Some(Assessment {
+            change: Change::Added,
+            judgements: vec![judgement(Kind::ExecInterpreted, None)],
+        }),
         Fact::Present { path, state, .. } => Some(assess_present(image, path, state)),
         Fact::Absent { path } => Some(assess_absent(image, path)),
-        Fact::SessionOpened { .. } => None,
+        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } => None,
     }
 }
 
-fn assess_executed(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -> Assessment {
+/// No image has such a thing. Pipes between the shell and its connection are
+/// evidence, but less of it than the connection itself.
+pub fn reverse_shell(direct: bool) -> Assessment {
+    let kind = Kind::ShellReverse;
+    let severity = if direct { kind.severity() } else { Severity::High };
+    let judgements = vec![Judgement { kind, severity, expected: None }];
+    Assessment { change: Change::Added, judgements }
+}
+
+/// A program from a filesystem that the image knows nothing of: its paths promise
+/// nothing, its content may still be the image's.
+fn assess_executed_elsewhere(
+    image: &ImageBaseline,
+    path: &RootfsPath,
+    filesystem: Filesystem,
+    state: &FileState,
+) -> Assessment {
+    let origins = origin(image, state);
+    let change = if origins.is_some() { Change::Relocated } else { Change::Added };
+    let main = match (filesystem, origins) {
+        (Filesystem::Volume, Some(origins)) => relocated(image, Kind::ExecRelocated, path, origins),
+        (_, origins) => {
+            let kind = match filesystem {
+                Filesystem::Anonymous => Kind::ExecFileless,
+                Filesystem::Tmpfs => Kind::ExecTmpfs,
+                Filesystem::Volume | Filesystem::Overlay => Kind::ExecVolume,
+            };
+            judgement(kind, origins.and_then(|origins| origins.into_iter().next()))
+        }
+    };
+    let privileged = privileged(None, state);
+    Assessment { change, judgements: std::iter::once(main).chain(privileged).collect() }
+}
+
+/// Code that is not executed itself: a library, or a script given to an
+/// interpreter. The image's own content at its own path is silent.
+fn assess_code(
+    image: &ImageBaseline,
+    kind: Kind,
+    path: &RootfsPath,
+    filesystem: Filesystem,
+    state: &FileState,
+) -> Assessment {
+    let known = image.get(path).filter(|_| filesystem == Filesystem::Overlay);
+    if known.as_ref().is_some_and(|known| same(known, state)) {
+        return Assessment { change: Change::Metadata, judgements: Vec::new() };
+    }
+    if let Some(origins) = origin(image, state) {
+        // Known code from an unusual place: it can stand in for other code.
+        let expected = origins.into_iter().next();
+        let severity = kind.severity().min(Severity::Medium);
+        let judgements = vec![Judgement { kind, severity, expected }];
+        return Assessment { change: Change::Relocated, judgements };
+    }
+    let change = if known.is_some() { Change::Modified } else { Change::Added };
+    Assessment { change, judgements: vec![judgement(kind, known)] }
+}
+
+fn assess_executed(
+    image: &ImageBaseline,
+    path: &RootfsPath,
+    state: &FileState,
+    running: bool,
+) -> Assessment {
     let known = image.get(path);
     let (change, main) = if let Some(known) = known.as_ref().filter(|known| same(known, state)) {
         debug_assert_eq!(known.entry.file_type, FileType::Regular);
@@ -64,6 +145,12 @@ fn assess_executed(image: &ImageBaseline, path: &RootfsPath, state: &FileState) 
             // the path promised a name, not a content.
             (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
                 (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+            }
+            // Nobody saw it start, and no name leads to it: what it was called is
+            // hearsay.
+            (known, _) if running && state.deleted => {
+                let change = if known.is_some() { Change::Modified } else { Change::Added };
+                (change, Some(judgement(Kind::ExecDeleted, known)))
             }
             (Some(known), _) => {
                 let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
@@ -337,25 +424,53 @@ mod tests {
         }
     }
 
+    fn process() -> Arc<Process> {
+        Arc::new(Process {
+            identity: ProcessIdentity { pid: 1, start_time: 1 },
+            exe: None,
+            argv: None,
+            uid: None,
+            tty: None,
+            ancestors: Vec::new(),
+        })
+    }
+
     fn fact(line: &str) -> Fact {
         let words: Vec<&str> = line.split_whitespace().collect();
         let path = || RootfsPath::new(words[1]).unwrap();
         let state = || state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4]);
         match words[0] {
-            "exec" => Fact::Executed {
+            "exec" | "tmpfs" | "volume" | "memory" | "running" => Fact::Executed {
                 path: path(),
-                state: state(),
+                filesystem: match words[0] {
+                    "tmpfs" => Filesystem::Tmpfs,
+                    "volume" => Filesystem::Volume,
+                    "memory" => Filesystem::Anonymous,
+                    _ => Filesystem::Overlay,
+                },
+                running: words[0] == "running",
+                state: FileState { deleted: words[0] == "running", ..state() },
                 lower: None,
-                process: Arc::new(Process {
-                    identity: ProcessIdentity { pid: 1, start_time: 1 },
-                    exe: None,
-                    argv: None,
-                    uid: None,
-                    tty: None,
-                    ancestors: Vec::new(),
-                }),
+                process: process(),
                 invoked_as: None,
                 layer_file: None,
+            },
+            "load" => Fact::Loaded {
+                path: path(),
+                filesystem: Filesystem::Overlay,
+                state: state(),
+                lower: None,
+                process: process(),
+                by_linker: false,
+            },
+            "interpret" => Fact::Interpreted {
+                script: Script::File {
+                    path: path(),
+                    filesystem: Filesystem::Overlay,
+                    state: state(),
+                    lower: None,
+                },
+                process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
             "remove" => Fact::Absent { path: path() },
@@ -457,6 +572,39 @@ mod tests {
         check("remove /etc/app.conf", "Removed: ");
         check("remove /usr/lib/python3", "Removed: ");
         check("remove /tmp/never-was", "Removed: ");
+    }
+
+    #[test]
+    fn programs_from_elsewhere_are_named_by_where() {
+        check("memory /memfd:a 777 elf evil", "Added: exec.fileless critical");
+        check("memory /memfd:a 777 elf ls", "Relocated: exec.fileless critical from /bin/ls");
+        check("tmpfs /dev/shm/x 755 elf evil", "Added: exec.tmpfs high");
+        check("tmpfs /dev/shm/x 755 elf ls", "Relocated: exec.tmpfs high from /bin/ls");
+        check("volume /data/x 755 elf evil", "Added: exec.volume medium");
+        check("volume /data/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
+        // What the volume hides promises nothing.
+        check("volume /usr/bin/curl 755 elf evil", "Added: exec.volume medium");
+        check("volume /data/x 4755 elf evil", "Added: exec.volume medium, file.privileged high");
+    }
+
+    #[test]
+    fn a15_a_running_program_without_a_file_is_judged_by_its_content() {
+        check("running /tmp/x 755 elf evil", "Added: exec.deleted high");
+        check(
+            "running /usr/bin/curl 755 elf evil",
+            "Modified: exec.deleted high from /usr/bin/curl",
+        );
+        check("running /usr/bin/curl 755 elf curl", "Metadata: ");
+    }
+
+    #[test]
+    fn code_that_is_not_executed_is_judged_all_the_same() {
+        check("load /tmp/evil.so 644 elf evil", "Added: library.loaded high");
+        check("load /bin/ls 644 elf evil", "Modified: library.loaded high from /bin/ls");
+        check("load /bin/ls 644 elf ls", "Metadata: ");
+        check("load /tmp/ls.so 644 elf ls", "Relocated: library.loaded medium from /bin/ls");
+        check("interpret /tmp/i.sh 644 data evil", "Added: exec.interpreted medium");
+        check("interpret /opt/tool/run 755 script run", "Metadata: ");
     }
 
     #[test]

@@ -38,6 +38,14 @@ pub enum Failure {
     ResponseQueueFull,
     /// A container has more findings than are kept: a new one was not told.
     FindingsFull,
+    /// The kernel dropped records of execs and mappings: its ring buffer was full.
+    TraceLost,
+    /// A mount of a container could not be marked, or it has more than are marked.
+    MountsFull,
+    /// More directories are in upper layers than are listened to.
+    NamesFull,
+    /// A container started before its marks were in place, and they were required.
+    ArmedLate,
 }
 
 /// What is done about a [`Failure`].
@@ -52,7 +60,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 15] = [
+    pub const ALL: [Failure; 19] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -68,6 +76,10 @@ impl Failure {
         Failure::HistoryWrite,
         Failure::ResponseQueueFull,
         Failure::FindingsFull,
+        Failure::TraceLost,
+        Failure::MountsFull,
+        Failure::NamesFull,
+        Failure::ArmedLate,
     ];
 
     pub fn name(self) -> &'static str {
@@ -87,6 +99,10 @@ impl Failure {
             Failure::HistoryWrite => "history_write",
             Failure::ResponseQueueFull => "response_queue_full",
             Failure::FindingsFull => "findings_full",
+            Failure::TraceLost => "trace_lost",
+            Failure::MountsFull => "mounts_full",
+            Failure::NamesFull => "names_full",
+            Failure::ArmedLate => "armed_late",
         }
     }
 
@@ -97,6 +113,7 @@ impl Failure {
             | Failure::ProcessQueueFull
             | Failure::PipelineFull
             | Failure::EventUnreadable
+            | Failure::TraceLost
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry
@@ -106,7 +123,10 @@ impl Failure {
             | Failure::BaselineUnavailable
             | Failure::BlobCorrupt
             | Failure::ResponseQueueFull
-            | Failure::FindingsFull => Reaction::Degrade,
+            | Failure::FindingsFull
+            | Failure::MountsFull
+            | Failure::NamesFull
+            | Failure::ArmedLate => Reaction::Degrade,
         }
     }
 }

@@ -30,9 +30,9 @@ use crate::history::Record;
 use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
-    ChainId, Container, ContainerId, Content, Disposition, Expected, Fact, FileEvidence, FileState,
-    Finding, FindingId, IdMap, ImageReference, Kind, LayerId, LowerTwin, Observation, Outcome,
-    Process, RootfsPath, Severity, Source,
+    Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
+    FileEvidence, FileState, Filesystem, Finding, FindingId, IdMap, ImageReference, Kind, LayerId,
+    LowerTwin, Observation, Outcome, Process, RootfsPath, Script, Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -553,10 +553,12 @@ impl State {
             return;
         };
         let path = match &observation.fact {
-            Fact::Executed { path, .. } | Fact::Present { path, .. } | Fact::Absent { path } => {
-                path
-            }
-            Fact::SessionOpened { .. } => return,
+            Fact::Present { path, .. } | Fact::Absent { path } => path,
+            Fact::Executed { .. }
+            | Fact::Loaded { .. }
+            | Fact::Interpreted { .. }
+            | Fact::ReverseShell { .. }
+            | Fact::SessionOpened { .. } => return,
         };
         let Some(assessment) = detect::assess(baseline, &observation.fact) else { return };
         if pending.differences.len() == MAX_DIFFERENCES {
@@ -583,6 +585,13 @@ impl State {
             self.session_opened(&observation.container, process, observation, now, effects);
             return;
         }
+        if let Fact::ReverseShell { process, direct, evidence } = &observation.fact {
+            let assessment = detect::reverse_shell(*direct);
+            let evidence =
+                Evidence { process: Some(process), detail: Some(evidence), ..Evidence::default() };
+            self.tell(observation, &assessment, &evidence, now, effects);
+            return;
+        }
         let baseline = match &entry.baseline {
             BaselineState::Ready(baseline) => baseline.clone(),
             BaselineState::None(_) => return,
@@ -604,42 +613,81 @@ impl State {
         let verdict = if is_image { watch::Verdict::Image } else { watch::Verdict::Drift };
         judged(observation, verdict, effects);
         match &observation.fact {
-            Fact::Executed { path, state, lower, process, invoked_as, layer_file } => {
+            Fact::Executed {
+                path,
+                filesystem,
+                running: _,
+                state,
+                lower,
+                process,
+                invoked_as,
+                layer_file,
+            } => {
                 let evidence = Evidence {
-                    path,
+                    path: Some(path),
+                    filesystem: *filesystem,
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: Some(process),
                     invoked_as: invoked_as.as_deref(),
-                    is_in_layer: layer_file.is_some(),
+                    detail: layer_file.is_some().then_some(IN_LAYER),
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
+            }
+            Fact::Loaded { path, filesystem, state, lower, process, by_linker } => {
+                let evidence = Evidence {
+                    path: Some(path),
+                    filesystem: *filesystem,
+                    state: Some(state),
+                    lower: lower.as_ref(),
+                    process: Some(process),
+                    detail: by_linker.then_some(BY_LINKER),
+                    ..Evidence::default()
+                };
+                self.tell(observation, &assessment, &evidence, now, effects);
+            }
+            Fact::Interpreted { script, process } => {
+                let evidence = Evidence { process: Some(process), ..Evidence::default() };
+                match script {
+                    Script::File { path, filesystem, state, lower } => {
+                        let evidence = Evidence {
+                            path: Some(path),
+                            filesystem: *filesystem,
+                            state: Some(state),
+                            lower: lower.as_ref(),
+                            ..evidence
+                        };
+                        self.tell(observation, &assessment, &evidence, now, effects);
+                    }
+                    Script::Pipe { from } => {
+                        let detail = match from {
+                            Some(from) => format!("{BY_PIPE} from {from}"),
+                            None => BY_PIPE.to_owned(),
+                        };
+                        let evidence = Evidence { detail: Some(&detail), ..evidence };
+                        self.tell(observation, &assessment, &evidence, now, effects);
+                    }
+                }
             }
             Fact::Present { path, state, lower, writer } => {
                 self.mark_deleted(&observation.container, path, state.blake3(), false, effects);
                 let evidence = Evidence {
-                    path,
+                    path: Some(path),
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: writer.as_deref(),
-                    invoked_as: None,
-                    is_in_layer: false,
+                    ..Evidence::default()
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
             Fact::Absent { path } => {
                 self.mark_deleted(&observation.container, path, None, true, effects);
-                let evidence = Evidence {
-                    path,
-                    state: None,
-                    lower: None,
-                    process: None,
-                    invoked_as: None,
-                    is_in_layer: false,
-                };
+                let evidence = Evidence { path: Some(path), ..Evidence::default() };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::SessionOpened { .. } => unreachable!("handled above"),
+            Fact::SessionOpened { .. } | Fact::ReverseShell { .. } => {
+                unreachable!("handled above")
+            }
         }
     }
 
@@ -648,7 +696,7 @@ impl State {
         &mut self,
         container: &ContainerId,
         path: &RootfsPath,
-        content: Option<crate::model::Blake3Hash>,
+        content: Option<Blake3Hash>,
         deleted: bool,
         effects: &mut Vec<Effect>,
     ) {
@@ -685,15 +733,23 @@ impl State {
             let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
             let content = evidence.state.and_then(FileState::blake3);
             let kind = judgement.kind;
-            let subject = Subject::File { path: evidence.path, content };
-            let id = FindingId::new(Some(&observation.container), kind, &subject);
-            let is_write =
-                matches!(kind, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated);
-            if is_write
+            let id = match evidence.path.filter(|_| content.is_none() && kind.is_exec()) {
+                // It was gone before it could be read: what is known of its name is
+                // likelier the same program than another one.
+                Some(path) => entry.about(path).find(|told| told.kind == kind).map(|told| told.id),
+                None => None,
+            };
+            let subject = evidence.subject(content);
+            let id =
+                id.unwrap_or_else(|| FindingId::new(Some(&observation.container), kind, &subject));
+            // Written, and run before it settled; or seen when it started: the exec's
+            // finding tells it.
+            if (kind.is_written() || kind == Kind::ExecDeleted)
                 && !entry.findings.contains_key(&id)
-                && entry.about_content(evidence.path, content).any(|told| told.kind.is_exec())
+                && evidence.path.is_some_and(|path| {
+                    entry.about_content(path, content).any(|told| told.kind.is_exec())
+                })
             {
-                // Written, and run before it settled: the exec's finding tells it.
                 continue;
             }
             if let Some(finding) = entry.findings.get_mut(&id) {
@@ -711,33 +767,32 @@ impl State {
                 self.findings_full(&observation.container, now, effects);
                 continue;
             } else {
-                let story = if kind.is_exec() {
+                let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
+                let story = evidence.path.filter(|_| is_run).and_then(|path| {
                     entry
-                        .about_content(evidence.path, content)
-                        .filter(|told| !told.kind.is_exec() && told.kind != Kind::FilePrivileged)
+                        .about_content(path, content)
+                        .filter(|told| told.kind.is_written())
                         .map(|told| told.id)
                         .next()
-                } else {
-                    None
-                };
+                });
                 let source = observation.source.name();
                 let at = observation.at;
                 let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
                 finding.belongs_to(&observation.container, entry);
                 finding.severity = judgement.severity;
                 let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
-                finding.file =
-                    evidence.state.map(|state| file_evidence(evidence.path, state, id_map));
+                finding.file = evidence
+                    .path
+                    .zip(evidence.state)
+                    .map(|(path, state)| file_evidence(path, evidence.filesystem, state, id_map));
                 finding.expected = judgement
                     .expected
                     .as_ref()
                     .map(|known| expected(known, evidence.lower, evidence.state));
                 if finding.file.is_none() {
                     // A removed file is known by what was expected in its place.
-                    finding.file = judgement
-                        .expected
-                        .as_ref()
-                        .map(|known| removed_evidence(evidence.path, known));
+                    let removed = evidence.path.zip(judgement.expected.as_ref());
+                    finding.file = removed.map(|(path, known)| removed_evidence(path, known));
                 }
                 finding.process = evidence.process.cloned();
                 finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
@@ -745,7 +800,7 @@ impl State {
                     .process
                     .and_then(|process| entry.session_where(|root| process.descends_from(root)));
                 finding.story = story;
-                finding.detail = evidence.is_in_layer.then(|| IN_LAYER.to_owned());
+                finding.detail = evidence.detail.map(ToOwned::to_owned);
                 entry.insert_finding(finding);
             }
             self.publish(&observation.container, id, observation.at, effects);
@@ -1006,18 +1061,51 @@ fn record_baseline(container: &Container) -> Effect {
 
 /// What a file finding is made of besides the judgement.
 struct Evidence<'a> {
-    path: &'a RootfsPath,
+    path: Option<&'a RootfsPath>,
+    filesystem: Filesystem,
     state: Option<&'a FileState>,
     lower: Option<&'a LowerTwin>,
     process: Option<&'a Process>,
     invoked_as: Option<&'a str>,
-    /// The file is not the container's own.
-    is_in_layer: bool,
+    detail: Option<&'a str>,
+}
+
+impl Default for Evidence<'_> {
+    fn default() -> Self {
+        Evidence {
+            path: None,
+            filesystem: Filesystem::Overlay,
+            state: None,
+            lower: None,
+            process: None,
+            invoked_as: None,
+            detail: None,
+        }
+    }
+}
+
+impl Evidence<'_> {
+    /// What makes a finding this one.
+    fn subject(&self, content: Option<Blake3Hash>) -> Subject<'_> {
+        match (self.path, self.process) {
+            (Some(path), _) => Subject::File { path, content },
+            (None, Some(process)) => {
+                Subject::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
+            }
+            (None, None) => Subject::Reason(self.detail.unwrap_or_default()),
+        }
+    }
 }
 
 /// What is said of an executed file that is not the container's own.
 const IN_LAYER: &str =
     "it lies in a layer of the image on this node's disk, not in the container's own layer";
+
+/// What is said of a program that was given to the dynamic linker.
+const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
+
+/// What is said of a script without a file.
+const BY_PIPE: &str = "its text came through a pipe";
 
 /// Lets the watchers know how a file of the layers was judged.
 fn judged(observation: &Observation, verdict: watch::Verdict, effects: &mut Vec<Effect>) {
@@ -1056,6 +1144,8 @@ fn new_finding(
         invoked_as: None,
         session: None,
         story: None,
+        transaction: None,
+        files: None,
         verdict: policy.decide(kind),
         outcome: None,
         attack: kind.attack(),
@@ -1077,7 +1167,12 @@ impl Finding {
 }
 
 /// Owners are told as the container and its image name them.
-fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -> FileEvidence {
+fn file_evidence(
+    path: &RootfsPath,
+    filesystem: Filesystem,
+    state: &FileState,
+    id_map: Option<&IdMap>,
+) -> FileEvidence {
     let (blake3, sha256, unhashed) = match state.content {
         Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
         Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
@@ -1095,7 +1190,7 @@ fn file_evidence(path: &RootfsPath, state: &FileState, id_map: Option<&IdMap>) -
         sha256,
         unhashed,
         deleted: state.deleted,
-        filesystem: "overlay".to_owned(),
+        filesystem: filesystem.name().to_owned(),
     }
 }
 

@@ -490,6 +490,9 @@ impl Drop for Node {
 fn summary(report: &Report) -> String {
     let fact = |fact: &Fact| match fact {
         Fact::Executed { path, invoked_as, .. } => format!("executed {path} as {invoked_as:?}"),
+        Fact::Loaded { path, .. } => format!("loaded {path}"),
+        Fact::Interpreted { script, .. } => format!("interpreted {script:?}"),
+        Fact::ReverseShell { evidence, .. } => format!("reverse shell: {evidence}"),
         Fact::Present { path, state, lower, writer } => {
             let (lower, writer) = (lower.is_some(), writer.is_some());
             format!("present {path} {state:?} lower={lower} writer={writer}")
@@ -538,9 +541,11 @@ impl Upper {
             Fact::Absent { path } => {
                 self.absent.insert(path.to_string());
             }
-            other @ (Fact::Executed { .. } | Fact::SessionOpened { .. }) => {
-                panic!("a walk told {other:?}")
-            }
+            other @ (Fact::Executed { .. }
+            | Fact::Loaded { .. }
+            | Fact::Interpreted { .. }
+            | Fact::ReverseShell { .. }
+            | Fact::SessionOpened { .. }) => panic!("a walk told {other:?}"),
         }
     }
 
@@ -903,7 +908,11 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             Fact::Absent { path } => {
                 absent.insert(path.to_string());
             }
-            Fact::Executed { .. } | Fact::SessionOpened { .. } => (),
+            Fact::Executed { .. }
+            | Fact::Loaded { .. }
+            | Fact::Interpreted { .. }
+            | Fact::ReverseShell { .. }
+            | Fact::SessionOpened { .. } => (),
         }
         (present.len() + absent.len() >= 2).then_some(())
     });

@@ -53,6 +53,8 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         invoked_as,
         session,
         story,
+        transaction,
+        files,
         verdict,
         outcome,
         attack,
@@ -85,6 +87,8 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         invoked_as,
         session: session.map(|id| id.to_string()),
         story: story.map(|id| id.to_string()),
+        transaction: transaction.map(|id| id.to_string()),
+        files,
         verdict: Some(proto::Verdict {
             disposition: verdict.disposition.name().into(),
             action: verdict.action,
@@ -121,6 +125,8 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         invoked_as,
         session,
         story,
+        transaction,
+        files,
         verdict,
         outcome,
         attack,
@@ -154,6 +160,8 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         invoked_as,
         session: id_of("session", session)?,
         story: id_of("story", story)?,
+        transaction: id_of("transaction", transaction)?,
+        files,
         verdict: Verdict {
             disposition: verdict.disposition.parse().map_err(malformed("disposition"))?,
             action: verdict.action,
@@ -548,6 +556,8 @@ mod tests {
             at: Timestamp::new(-1, -5).unwrap(),
         });
         answered.story = Some(answered.id);
+        answered.transaction = Some(answered.id);
+        answered.files = Some(3);
         answered.invoked_as = Some("/bin/x".into());
         check(&answered);
 

@@ -42,6 +42,14 @@ fn sentence(kind: Kind) -> &'static str {
         Kind::ExecModified => "A program of the image was executed with other content.",
         Kind::ExecRelocated => "A program of the image was executed from another path.",
         Kind::ExecScript => "A script was executed that is not in the image, or was changed.",
+        Kind::ExecInterpreted => {
+            "An interpreter of the image was started on a script that is not the image's."
+        }
+        Kind::ExecFileless => "A program was executed from memory, without a file.",
+        Kind::ExecTmpfs => "A program was executed from a tmpfs.",
+        Kind::ExecVolume => "A program was executed from a volume or another mount.",
+        Kind::ExecDeleted => "A program is running whose file is gone and never was the image's.",
+        Kind::LibraryLoaded => "A program loaded code that is not the image's.",
         Kind::FileAdded => "A program was written that is not in the image.",
         Kind::FileModified => "A program of the image was changed.",
         Kind::FileRelocated => "A file of the image was copied or moved to another path.",
@@ -49,6 +57,11 @@ fn sentence(kind: Kind) -> &'static str {
         Kind::FilePrivileged => {
             "A file has a setuid or setgid bit or a capability that the image does not give it."
         }
+        Kind::FilePersistence => {
+            "A file was changed that makes something run later, or lets somebody in."
+        }
+        Kind::PackageTransaction => "A package manager changed what is installed.",
+        Kind::ShellReverse => "The input and output of a shell are a network connection.",
         Kind::SessionInteractive => "Somebody entered the container with a terminal.",
         Kind::SessionExec => "Something entered the container, without a terminal.",
         Kind::BaselineTampered => "A layer on this node does not hold what its image says.",
@@ -117,6 +130,10 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
     if let Some(story) = finding.story {
         let id = story.to_string();
         lines.add("Before", &format!("{id} (driftd show {})", short(&id)));
+    }
+    if let Some(transaction) = finding.transaction {
+        let id = transaction.to_string();
+        lines.add("Brought by", &format!("{id} (driftd show {})", short(&id)));
     }
     let rule = finding.verdict.rule.as_deref().unwrap_or("the default");
     lines.add("Verdict", &format!("{}, by {}", finding.verdict.disposition, safe(rule)));

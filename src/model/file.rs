@@ -26,6 +26,32 @@ pub enum FileType {
     Socket,
 }
 
+/// What a file lies on, as its container sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Filesystem {
+    /// The container's root: the image's layers and its own.
+    Overlay,
+    /// Memory: `/dev/shm`, an emptyDir of medium Memory, a tmpfs it mounted itself.
+    Tmpfs,
+    /// Anything else that is mounted over the root: volumes, directories of the
+    /// host, overlays that the container made.
+    Volume,
+    /// None that has a name: a memfd, or a file made with `O_TMPFILE`.
+    Anonymous,
+}
+
+impl Filesystem {
+    pub fn name(self) -> &'static str {
+        match self {
+            Filesystem::Overlay => "overlay",
+            Filesystem::Tmpfs => "tmpfs",
+            Filesystem::Volume => "volume",
+            Filesystem::Anonymous => "anonymous",
+        }
+    }
+}
+
 /// What a regular file's first bytes say it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -102,6 +128,8 @@ pub enum Unhashed {
     Size,
     /// It could not be opened or read, or changed while it was read.
     Unreadable,
+    /// It was gone before it could be read.
+    Gone,
 }
 
 impl Unhashed {
@@ -111,6 +139,7 @@ impl Unhashed {
             Unhashed::NotAProgram => "not_a_program",
             Unhashed::Size => "size",
             Unhashed::Unreadable => "unreadable",
+            Unhashed::Gone => "gone",
         }
     }
 }

@@ -58,6 +58,18 @@ kinds! {
     ExecRelocated = "exec.relocated", Medium, Some(("T1036", "TA0005"));
     /// An executed script (`#!`, or text a shell ran), new or modified.
     ExecScript = "exec.script", High, Some(("T1059.004", "TA0002"));
+    /// An interpreter of the image was given a script that is not the image's.
+    ExecInterpreted = "exec.interpreted", Medium, Some(("T1059", "TA0002"));
+    /// Executed from memory: a memfd, or a file that never had a name.
+    ExecFileless = "exec.fileless", Critical, Some(("T1620", "TA0005"));
+    /// Executed from a tmpfs.
+    ExecTmpfs = "exec.tmpfs", High, Some(("T1059", "TA0002"));
+    /// Executed from a volume or another mount; the content is not in the image.
+    ExecVolume = "exec.volume", Medium, Some(("T1059", "TA0002"));
+    /// Found running: a program that is not the image's and whose file is gone.
+    ExecDeleted = "exec.deleted", High, Some(("T1070.004", "TA0005"));
+    /// Code of a file that is not the image's, mapped by a program: a library.
+    LibraryLoaded = "library.loaded", High, Some(("T1574.006", "TA0003"));
     /// A new program, not (yet) run.
     FileAdded = "file.added", Low, Some(("T1105", "TA0011"));
     /// A program of the image with other content, not (yet) run.
@@ -68,6 +80,12 @@ kinds! {
     FileRemoved = "file.removed", Low, Some(("T1070.004", "TA0005"));
     /// Setuid, setgid or a file capability that the image does not give.
     FilePrivileged = "file.privileged", High, Some(("T1548.001", "TA0004"));
+    /// A file that makes something run later, or lets somebody in: new or changed.
+    FilePersistence = "file.persistence", High, Some(("T1546", "TA0003"));
+    /// A package manager of the image changed what is installed.
+    PackageTransaction = "package.transaction", Medium, Some(("T1072", "TA0002"));
+    /// A shell whose input and output are one connection.
+    ShellReverse = "shell.reverse", Critical, Some(("T1059.004", "TA0002"));
     /// Somebody or something entered the container, with a terminal.
     SessionInteractive = "session.interactive", Medium, Some(("T1609", "TA0002"));
     /// The same without a terminal.
@@ -82,6 +100,11 @@ impl Kind {
     /// Whether the finding is about a file being run.
     pub fn is_exec(self) -> bool {
         self.name().starts_with("exec.")
+    }
+
+    /// Whether the finding says that a program was written or lies there, and no more.
+    pub fn is_written(self) -> bool {
+        matches!(self, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated)
     }
 }
 
@@ -299,7 +322,7 @@ pub struct Finding {
     pub last_seen: Timestamp,
     /// How often it was seen.
     pub count: u64,
-    /// Who saw it first: `gate`, `change` or `scan`; `verify` for what was found
+    /// Who saw it first: `gate`, `trace`, `change` or `scan`; `verify` for what was found
     /// by comparing layers; `baseline` for a baseline that cannot be had.
     pub source: String,
     pub node: String,
@@ -319,6 +342,10 @@ pub struct Finding {
     pub session: Option<FindingId>,
     /// The earlier finding about the same file and content (written, then run).
     pub story: Option<FindingId>,
+    /// The package transaction that brought the file.
+    pub transaction: Option<FindingId>,
+    /// How many files an aggregated finding stands for; null for one about one file.
+    pub files: Option<u64>,
     pub verdict: Verdict,
     /// What a response did; null while none was asked for.
     pub outcome: Option<Outcome>,
@@ -359,10 +386,10 @@ pub struct FileEvidence {
     pub capability: Option<String>,
     pub blake3: Option<Blake3Hash>,
     pub sha256: Option<Sha256Hash>,
-    /// Why there is no hash: `size`, `unreadable`, `not_regular`, `not_a_program`.
+    /// Why there is no hash: `size`, `unreadable`, `gone`, `not_regular`, `not_a_program`.
     pub unhashed: Option<String>,
     pub deleted: bool,
-    /// `overlay`.
+    /// `overlay`, `tmpfs`, `volume`, or `anonymous` for one that never had a name.
     pub filesystem: String,
 }
 

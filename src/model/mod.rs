@@ -14,11 +14,11 @@ pub use container::{
     Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
-pub use file::{Content, FileState, FileTime, FileType, Format, Unhashed};
+pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
 pub use finding::{
     Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
     Verdict,
 };
-pub use observation::{Fact, LayerFile, LowerTwin, Observation, Source};
+pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
 pub use path::{HostilePath, RootfsPath, printable};
 pub use process::{Ancestor, Process, ProcessIdentity};

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::{Blake3Hash, ContainerId, FileState, FileTime, Process, RootfsPath, Sha256Hash};
+use super::{
+    Blake3Hash, ContainerId, FileState, FileTime, Filesystem, Process, RootfsPath, Sha256Hash,
+};
 
 /// Who saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +15,8 @@ pub enum Source {
     Gate,
     /// The change feed: a file was closed after writing.
     Change,
+    /// The kernel's record of an execve or of a mapping that has happened.
+    Trace,
     /// A walk of the upperdir, or of the container's processes.
     Scan,
 }
@@ -22,6 +26,7 @@ impl Source {
         match self {
             Source::Gate => "gate",
             Source::Change => "change",
+            Source::Trace => "trace",
             Source::Scan => "scan",
         }
     }
@@ -38,11 +43,16 @@ pub struct Observation {
 
 #[derive(Clone, Debug)]
 pub enum Fact {
-    /// A file of the container's own (upper) layer was executed, or one of the
-    /// image's layers that may have changed since its layer was known to equal the
-    /// baseline. All others are recognised at the gate and never get here.
+    /// A file of the container's own (upper) layer was executed, one from another
+    /// filesystem than its root, or one of the image's layers that may have changed
+    /// since its layer was known to equal the baseline. All others are recognised at
+    /// the gate and never get here.
     Executed {
+        /// In the container, whatever filesystem is mounted there.
         path: RootfsPath,
+        filesystem: Filesystem,
+        /// It was found running, not seen being executed.
+        running: bool,
         state: FileState,
         lower: Option<LowerTwin>,
         process: Arc<Process>,
@@ -51,6 +61,26 @@ pub enum Fact {
         invoked_as: Option<String>,
         /// Set for a file of the image's layers.
         layer_file: Option<LayerFile>,
+    },
+    /// A program mapped code of a file that is not known to be the image's own.
+    Loaded {
+        path: RootfsPath,
+        filesystem: Filesystem,
+        state: FileState,
+        lower: Option<LowerTwin>,
+        process: Arc<Process>,
+        /// The dynamic linker was run as a program and given this file as one.
+        by_linker: bool,
+    },
+    /// An interpreter of the image was started on a script from elsewhere.
+    Interpreted { script: Script, process: Arc<Process> },
+    /// A shell's input and output lead to one connection.
+    ReverseShell {
+        process: Arc<Process>,
+        /// Both are the socket itself; otherwise pipes lead there.
+        direct: bool,
+        /// By what it was recognised, in words.
+        evidence: String,
     },
     /// The container's own layer holds this at `path`.
     Present {
@@ -66,6 +96,21 @@ pub enum Fact {
     /// A process of the container whose parent is outside of it, and that is not
     /// the container's init.
     SessionOpened { process: Arc<Process> },
+}
+
+/// What an interpreter runs.
+#[derive(Clone, Debug)]
+pub enum Script {
+    File {
+        path: RootfsPath,
+        filesystem: Filesystem,
+        state: FileState,
+        lower: Option<LowerTwin>,
+    },
+    /// Its text came through a pipe, from this program if that could be told.
+    Pipe {
+        from: Option<String>,
+    },
 }
 
 /// A file of the image's layers as a container's overlay shows it, and since when

@@ -264,6 +264,8 @@ fn exec(path: RootfsPath, content: &str) -> Fact {
     let process = Arc::new(process(42));
     Fact::Executed {
         path,
+        filesystem: Filesystem::Overlay,
+        running: false,
         state: state_of(content),
         lower: None,
         process,

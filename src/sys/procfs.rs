@@ -199,6 +199,16 @@ impl Handle {
         self.namespace("ns/mnt")
     }
 
+    /// The path of its control group in the unified hierarchy, as the host sees it.
+    pub fn cgroup(&self) -> io::Result<Vec<u8>> {
+        let groups = self.read("cgroup", 64 * 1024)?;
+        groups
+            .split(|&byte| byte == b'\n')
+            .find_map(|line| line.strip_prefix(b"0::"))
+            .map(<[u8]>::to_vec)
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
     fn namespace(&self, link: &str) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt as _;
         let file = self.process.open_relative(link).map_err(into_io)?;

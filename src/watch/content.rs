@@ -17,7 +17,7 @@ use super::state::{self, Hashing};
 use super::table::Watched;
 use super::trust::Verdict;
 use crate::health::Failure;
-use crate::model::{Fact, HostilePath, LayerFile, RootfsPath, Source};
+use crate::model::{Fact, Filesystem, HostilePath, LayerFile, RootfsPath, Source};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
@@ -133,6 +133,8 @@ fn hash_one(shared: &Shared, execution: Described) {
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
         path: path.clone(),
+        filesystem: Filesystem::Overlay,
+        running: false,
         state,
         lower,
         process: Arc::new(process),

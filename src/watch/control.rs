@@ -136,6 +136,7 @@ impl Control {
             file::name_of(root.as_fd()).map_err(Refusal::NoRoot)?,
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
+            init.cgroup().ok(),
         ));
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);

@@ -8,6 +8,7 @@ use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
+use crate::sys::procfs::Handle;
 
 /// One container whose overlay carries our marks.
 ///
@@ -26,6 +27,9 @@ pub(super) struct Watched {
     pub(super) root_name: Vec<u8>,
     pub(super) pid_namespace: Option<u64>,
     pub(super) mount_namespace: Option<u64>,
+    /// Its control group in the unified hierarchy; `None` where there is none of
+    /// its own.
+    pub(super) cgroup: Option<Vec<u8>>,
     layers: OnceLock<Layers>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
@@ -102,6 +106,7 @@ impl Watched {
         root_name: Vec<u8>,
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
+        cgroup: Option<Vec<u8>>,
     ) -> Watched {
         Watched {
             container,
@@ -111,6 +116,7 @@ impl Watched {
             root_name,
             pid_namespace,
             mount_namespace,
+            cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
             layers: OnceLock::new(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
@@ -232,6 +238,45 @@ impl Table {
     pub(super) fn owner(&self, stat: &Stat) -> Option<Arc<Watched>> {
         let maps = self.read();
         maps.by_device.get(&stat.device).or_else(|| maps.by_mount.get(&stat.mount?)).cloned()
+    }
+
+    /// Whose a process is, whatever it does: by its mount namespace, its pid
+    /// namespace, and its control group, which it keeps in namespaces of its own.
+    pub(super) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
+        if let Ok(namespace) = process.mount_namespace()
+            && let Some(watched) = self.by_mount_namespace(namespace)
+        {
+            return Some(watched);
+        }
+        if let Ok(namespace) = process.pid_namespace()
+            && let Some(watched) = self.by_pid_namespace(namespace)
+        {
+            return Some(watched);
+        }
+        self.by_cgroup(&process.cgroup().ok()?)
+    }
+
+    fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
+        let maps = self.read();
+        maps.by_container
+            .values()
+            .find(|watched| watched.mount_namespace == Some(namespace))
+            .cloned()
+    }
+
+    /// The container whose control group is `cgroup`, or holds it.
+    fn by_cgroup(&self, cgroup: &[u8]) -> Option<Arc<Watched>> {
+        let maps = self.read();
+        maps.by_container
+            .values()
+            .find(|watched| {
+                watched.cgroup.as_deref().is_some_and(|own| {
+                    cgroup
+                        .strip_prefix(own)
+                        .is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+                })
+            })
+            .cloned()
     }
 
     /// The container in whose pid namespace a process is.
