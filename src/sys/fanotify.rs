@@ -308,6 +308,18 @@ impl Group {
             .map_err(io::Error::from)
     }
 
+    /// Marks one file of the host, whatever its name will be.
+    pub fn mark_host_file(&self, path: &Path, mask: u64) -> io::Result<()> {
+        self.fanotify
+            .mark(
+                MarkFlags::FAN_MARK_ADD,
+                MaskFlags::from_bits_retain(mask),
+                nix::fcntl::AT_FDCWD,
+                Some(path),
+            )
+            .map_err(io::Error::from)
+    }
+
     /// Reads what is there, at most `bytes` of it; `WouldBlock` if there is
     /// nothing.
     ///

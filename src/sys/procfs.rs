@@ -189,6 +189,11 @@ impl Handle {
         parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
+    /// Its working directory, as it is called from our root.
+    pub fn working_directory(&self) -> io::Result<PathBuf> {
+        self.process.cwd().map_err(into_io)
+    }
+
     /// Names the pid namespace this process is in.
     pub fn pid_namespace(&self) -> io::Result<u64> {
         self.namespace("ns/pid")

@@ -61,6 +61,12 @@ const TURN: Duration = Duration::from_millis(250);
 /// descriptors. With none left to open, the kernel denies.
 const READ_BYTES: usize = 4 * 1024;
 
+/// Since when another thread's count of turns is what it is.
+struct Progress {
+    turns: u64,
+    since: Instant,
+}
+
 pub(super) struct Gate {
     pub(super) group: Arc<Group>,
     pub(super) shared: Arc<Shared>,
@@ -76,10 +82,13 @@ impl Gate {
         let _ = rustix::process::setpriority_process(None, -10);
         let mut buffer = Buffer::new();
         let mut last_beat = None;
+        let mut arming = Progress { turns: 0, since: Instant::now() };
         while !self.shared.is_stopping() {
             self.wait();
             self.shared.health.gate_turns.fetch_add(1, Ordering::Relaxed);
-            self.beat(&mut last_beat);
+            if !self.is_arming_stuck(&mut arming) {
+                self.beat(&mut last_beat);
+            }
             match self.group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
@@ -102,6 +111,19 @@ impl Gate {
         let timeout = Timespec::try_from(TURN).expect("a quarter of a second fits");
         // An error here (a signal) only means that the turn comes early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
+    }
+
+    /// Whether the thread that is asked before a runtime runs has made no turn in a
+    /// while. Containers could not start: then there is no heartbeat from here.
+    fn is_arming_stuck(&self, last: &mut Progress) -> bool {
+        if self.shared.arming.since.get().is_none() {
+            return false;
+        }
+        let turns = self.shared.arming.turns.load(Ordering::Relaxed);
+        if turns != last.turns {
+            *last = Progress { turns, since: Instant::now() };
+        }
+        last.since.elapsed() > 4 * TURN
     }
 
     fn beat(&self, last: &mut Option<Instant>) {

@@ -15,6 +15,7 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
+mod arm;
 mod content;
 mod control;
 mod feed;
@@ -32,11 +33,12 @@ mod trust;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
+pub use self::arm::Scope;
 pub use self::trust::{Trust, Verdict};
 
 use self::shared::Shared;
@@ -107,6 +109,8 @@ pub enum Report {
 pub enum Error {
     #[error(transparent)]
     Fanotify(#[from] fanotify::Error),
+    #[error("cannot prepare for being asked before a container's runtime runs: {0}")]
+    Arming(#[source] io::Error),
     #[error("cannot start the thread `{name}`: {source}")]
     Thread { name: &'static str, source: io::Error },
 }
@@ -125,8 +129,15 @@ const OTHER_DESCRIPTORS: u64 = 2048;
 #[derive(Debug)]
 pub struct Watch {
     shared: Arc<Shared>,
+    marker: Arc<control::Marker>,
     commands: Sender<Command>,
     threads: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for control::Marker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Marker")
+    }
 }
 
 impl std::fmt::Debug for Shared {
@@ -156,7 +167,19 @@ impl Watch {
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
-        let mut watch = Watch { shared: shared.clone(), commands, threads: Vec::new() };
+        let marker = Arc::new(control::Marker {
+            shared: shared.clone(),
+            gate: gate.clone(),
+            feed: feed.clone(),
+            orders: orders.clone(),
+            turn: Mutex::default(),
+        });
+        let mut watch = Watch {
+            shared: shared.clone(),
+            marker: marker.clone(),
+            commands,
+            threads: Vec::new(),
+        };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
@@ -178,14 +201,32 @@ impl Watch {
         watch.spawn("feed", || thread.run())?;
         let thread = control::Control {
             shared,
-            gate,
-            feed,
-            commands: receive_commands,
+            marker,
             orders,
+            commands: receive_commands,
             unsent: VecDeque::new(),
         };
         watch.spawn("control", || thread.run())?;
         Ok(watch)
+    }
+
+    /// From now on, containers are armed before their runtime starts them: what
+    /// `watch.arm = "strict"` means.
+    pub fn arm_before_start(&mut self, scope: Scope) -> Result<(), Error> {
+        let (calls, receive_calls) = bounded(arm::QUEUE);
+        let (done, receive_done) = bounded(2 * arm::QUEUE);
+        let wake = arm::waker()?;
+        let thread = arm::Arming {
+            shared: self.shared.clone(),
+            marker: self.marker.clone(),
+            scope: scope.clone(),
+            calls: receive_calls,
+            done,
+            wake: wake.clone(),
+        };
+        self.spawn("arming", || thread.run())?;
+        let thread = arm::Arm::new(self.shared.clone(), &scope, calls, receive_done, wake)?;
+        self.spawn("arm", || thread.run())
     }
 
     /// On an error, what was started ends by itself when `self` is dropped.

@@ -40,6 +40,10 @@ pub(super) struct Watched {
     process_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
+    /// The marks were there before its entry point ran.
+    armed_before_start: AtomicBool,
+    /// Marked because its runtime was called; containerd has not told of it yet.
+    unannounced: AtomicBool,
 }
 
 /// Where the overlay's layers lie on the host.
@@ -122,6 +126,8 @@ impl Watched {
             rescan: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
+            armed_before_start: AtomicBool::new(false),
+            unannounced: AtomicBool::new(false),
         }
     }
 
@@ -173,6 +179,22 @@ impl Watched {
 
     pub(super) fn is_detaching(&self) -> bool {
         self.detaching.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_armed_before_start(&self) -> bool {
+        self.armed_before_start.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_armed_before_start(&self) {
+        self.armed_before_start.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_unannounced(&self) -> bool {
+        self.unannounced.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_unannounced(&self, unannounced: bool) {
+        self.unannounced.store(unannounced, Ordering::Release);
     }
 
     pub(super) fn wants_rescan(&self) -> bool {
@@ -254,6 +276,11 @@ impl Table {
             return Some(watched);
         }
         self.by_cgroup(&process.cgroup().ok()?)
+    }
+
+    /// Whether a container is in this mount namespace.
+    pub(super) fn is_mount_namespace(&self, namespace: u64) -> bool {
+        self.by_mount_namespace(namespace).is_some()
     }
 
     fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {

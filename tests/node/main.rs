@@ -18,6 +18,7 @@ mod proof;
 mod recording;
 mod registry;
 mod sources;
+mod start;
 mod trouble;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         proof::trials(),
         recording::trials(),
         pods::trials(),
+        start::trials(),
         docker::trials(),
         trouble::trials(),
     ];
