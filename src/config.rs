@@ -74,6 +74,9 @@ pub struct Watch {
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
     pub max_hash_bytes: u64,
+    /// Whether programs are seen that run from other filesystems than the
+    /// container's root: tmpfs, volumes, directories of the host.
+    pub volumes: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -141,6 +144,7 @@ impl Default for Watch {
             settle: Duration::from_secs(1),
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
+            volumes: true,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
@@ -22,6 +23,7 @@ pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
     pub(super) gate: Arc<Group>,
     pub(super) feed: Arc<Group>,
+    pub(super) mounts: Arc<Mounts>,
     pub(super) commands: Receiver<Command>,
     pub(super) orders: Sender<Order>,
     /// What the pipeline had no room for. It asked for these, so there are never
@@ -152,6 +154,7 @@ impl Control {
             self.shared.table.remove(&watched);
             return Err(Refusal::MarkRefused(err));
         }
+        self.mounts.attach(&watched, &init);
         // What init is now, after the marks: if it has not executed the entry
         // point by now, the gate will see it do so.
         let before_start =
@@ -166,6 +169,7 @@ impl Control {
         if !watched.detach() {
             return;
         }
+        self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(Order::Last { watched }) {
             let Order::Last { watched } = err.into_inner() else { return };
             self.shared.table.remove(&watched);

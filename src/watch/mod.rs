@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! Command ─> control ── marks ──> kernel
-//!                │                  │ exec?                     │ closed after writing
+//!     mounts <───┤                  │ exec?                     │ closed after writing
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
@@ -20,6 +20,7 @@ mod control;
 mod feed;
 mod gate;
 mod lower;
+mod mounts;
 mod process;
 mod processes;
 mod scan;
@@ -107,6 +108,8 @@ pub enum Report {
 pub enum Error {
     #[error(transparent)]
     Fanotify(#[from] fanotify::Error),
+    #[error("cannot make an event descriptor: {0}")]
+    Wake(#[source] io::Error),
     #[error("cannot start the thread `{name}`: {source}")]
     Thread { name: &'static str, source: io::Error },
 }
@@ -176,10 +179,14 @@ impl Watch {
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
+        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone())?);
+        let thread = mounts.clone();
+        watch.spawn("mounts", move || thread.run())?;
         let thread = control::Control {
             shared,
             gate,
             feed,
+            mounts,
             commands: receive_commands,
             orders,
             unsent: VecDeque::new(),
