@@ -45,6 +45,7 @@ use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
 use crate::sys::fanotify::{self, Group};
+use crate::sys::mounts::Notifier;
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,6 +148,18 @@ impl Watch {
         health: Arc<Health>,
         heartbeat: Option<OwnedFd>,
     ) -> Result<Watch, Error> {
+        let notifier = if settings.volumes { Notifier::new() } else { Notifier::polling() };
+        Watch::start_with(settings, reports, health, heartbeat, notifier)
+    }
+
+    /// The same, told of new mounts by `notifier`.
+    pub fn start_with(
+        settings: &config::Watch,
+        reports: Sender<Report>,
+        health: Arc<Health>,
+        heartbeat: Option<OwnedFd>,
+        notifier: Notifier,
+    ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(Group::gate()?);
         let feed = Arc::new(Group::feed()?);
@@ -179,7 +192,7 @@ impl Watch {
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
-        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone())?);
+        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone(), notifier)?);
         let thread = mounts.clone();
         watch.spawn("mounts", move || thread.run())?;
         let thread = control::Control {

@@ -277,11 +277,13 @@ struct Outcome {
 }
 
 impl Mounts {
-    pub(super) fn new(shared: Arc<Shared>, gate: Arc<Group>) -> Result<Mounts, Error> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        gate: Arc<Group>,
+        notifier: Notifier,
+    ) -> Result<Mounts, Error> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags).map_err(|errno| Error::Wake(errno.into()))?;
-        let notifier =
-            if shared.settings.volumes { Notifier::new() } else { Notifier::polling() };
         Ok(Mounts {
             shared,
             gate,

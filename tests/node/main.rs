@@ -19,6 +19,7 @@ mod recording;
 mod registry;
 mod sources;
 mod trouble;
+mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         pods::trials(),
         docker::trials(),
         trouble::trials(),
+        volumes::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

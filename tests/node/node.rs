@@ -482,6 +482,13 @@ sweep_interval = "1h"
         Ok(container)
     }
 
+    /// The same with more arguments to `ctr run`.
+    pub(crate) fn container_with(&self, more: &[&str]) -> anyhow::Result<Container<'_>> {
+        let container = self.run(&self.namespace, WORKBENCH, more)?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
         self.run(&self.namespace, image, &[])
