@@ -166,6 +166,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// One of its files, followed if it is a link of the kernel's own.
+    pub(super) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
+        self.process.open_relative(name).map_err(into_io)
+    }
+
     fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.process.open_relative(name).map_err(into_io)?;
         let mut bytes = Vec::new();
