@@ -43,7 +43,7 @@ use self::shared::Shared;
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
-use crate::sys::fanotify::{self, Group};
+use crate::sys::fanotify::{self, Group, Queue};
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +146,8 @@ impl Watch {
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(Group::gate()?);
-        let feed = Arc::new(Group::feed()?);
+        let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
+        let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);

@@ -6,6 +6,7 @@
 //! says what to do.
 
 mod answers;
+mod chaos;
 mod cri;
 mod docker;
 mod drift;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         pods::trials(),
         docker::trials(),
         trouble::trials(),
+        chaos::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
