@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::gate::Execution;
+use super::lower;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
@@ -168,9 +169,11 @@ pub(super) fn event_path(
 ) -> Result<RootfsPath, UnknownPath> {
     let name = file::name_of(file.as_fd())?;
     let mut name = name.as_slice();
-    if stat.links == 0 {
-        // Only then: a file may be named so.
-        name = name.strip_suffix(b" (deleted)").unwrap_or(name);
+    if let Some(rest) = name.strip_suffix(file::DELETED)
+        && !is_somewhere(watched, name)
+    {
+        // This name was removed, and the file has another one.
+        name = rest;
     }
     if !name.starts_with(b"/") {
         return Err(UnknownPath::NotAbsolute);
@@ -192,6 +195,18 @@ pub(super) fn event_path(
         }
     }
     Ok(RootfsPath::new(below_root.unwrap_or(name))?)
+}
+
+/// Whether a name that the kernel gave is one that the container has.
+fn is_somewhere(watched: &Watched, name: &[u8]) -> bool {
+    let below_root = overlay::strip_directory(name, &watched.root_name).unwrap_or(name);
+    let (Some(layers), Ok(path)) = (watched.layers(), RootfsPath::new(below_root)) else {
+        return true;
+    };
+    let is_in_upper = file::open_directory(&layers.dirs.upperdir)
+        .and_then(|upper| file::open_path_beneath(&upper, path.relative()))
+        .is_ok();
+    is_in_upper || lower::holds(layers, &path)
 }
 
 #[derive(Debug, thiserror::Error)]
