@@ -10,7 +10,9 @@ mod chaos;
 mod cri;
 mod docker;
 mod drift;
+mod hostile;
 mod image;
+mod life;
 mod node;
 mod ordinary;
 mod pods;
@@ -53,6 +55,8 @@ fn main() -> ExitCode {
         docker::trials(),
         trouble::trials(),
         chaos::trials(),
+        hostile::trials(),
+        life::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
