@@ -74,6 +74,10 @@ pub struct Watch {
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
     pub max_hash_bytes: u64,
+    /// Whether changes that wait in the kernel to be looked at are limited
+    /// (`fs.fanotify.max_queued_events`). What is dropped then is counted, and found
+    /// by a walk. Executions are never dropped.
+    pub bounded_queue: bool,
     /// Whether programs are seen that run from other filesystems than the
     /// container's root: tmpfs, volumes, directories of the host.
     pub volumes: bool,
@@ -174,6 +178,7 @@ impl Default for Watch {
             settle: Duration::from_secs(1),
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
+            bounded_queue: false,
             arm: Arm::Events,
             runtimes: RUNTIMES.map(PathBuf::from).into(),
             volumes: true,

@@ -540,7 +540,8 @@ impl State {
     ) {
         const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
         let told = self.gaps.get(failure.name());
-        if told.is_some_and(|told| now.duration_since(*told) < QUIET) {
+        // Of a clock that was set back it is not known how long ago that was.
+        if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
             return;
         }
         self.gaps.insert(failure.name(), now);
@@ -1330,6 +1331,9 @@ pub struct Outputs {
     pub orders: tokio::sync::mpsc::Sender<Order>,
 }
 
+/// Clocks are set back: what is due then is not as far away as it seems.
+const LONGEST_SLEEP: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Runs until it is stopped.
 pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
     let mut effects = Vec::new();
@@ -1337,7 +1341,8 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
         let due = match state.next_due() {
             Some(due) => {
                 let left = due.duration_since(Timestamp::now());
-                crossbeam_channel::after(left.try_into().unwrap_or_default())
+                let left = std::time::Duration::try_from(left).unwrap_or_default();
+                crossbeam_channel::after(left.min(LONGEST_SLEEP))
             }
             None => crossbeam_channel::never(),
         };

@@ -243,6 +243,16 @@ pub enum Error {
     Other(#[source] io::Error),
 }
 
+/// How many events the kernel keeps for a group that reads more slowly than things
+/// happen. Each that waits keeps its file in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queue {
+    Unlimited,
+    /// `fs.fanotify.max_queued_events`; what does not fit is dropped, and
+    /// [`Incoming::Overflow`] says so.
+    Bounded,
+}
+
 /// A fanotify group.
 pub struct Group {
     fanotify: Fanotify,
@@ -261,21 +271,25 @@ impl Group {
     /// notification events too: a permission event that meets a full queue is
     /// allowed in silence, so its queue has no limit.
     pub fn gate() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_CONTENT, true)
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, true)
     }
 
     /// A group that is told of what has happened.
-    pub fn feed() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_NOTIF, false)
+    pub fn feed(queue: Queue) -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_NOTIF, queue, false)
     }
 
     /// Tries flags from rich to poor, since versions of kernels do not tell what
     /// was ported back to them.
-    fn richest(class: InitFlags, want_pidfd: bool) -> Result<Group, Error> {
+    fn richest(class: InitFlags, queue: Queue, want_pidfd: bool) -> Result<Group, Error> {
+        let queue = match queue {
+            Queue::Unlimited => InitFlags::FAN_UNLIMITED_QUEUE,
+            Queue::Bounded => InitFlags::empty(),
+        };
         let flags = class
+            | queue
             | InitFlags::FAN_CLOEXEC
             | InitFlags::FAN_NONBLOCK
-            | InitFlags::FAN_UNLIMITED_QUEUE
             | InitFlags::FAN_UNLIMITED_MARKS;
         // O_NONBLOCK: the kernel opens the file for us, and a FIFO opened without
         // it would wait for a writer inside our read.
@@ -453,7 +467,7 @@ pub fn probe() -> Result<Capabilities, Error> {
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Err(Error::NoPermissionEvents),
         Err(errno) => return Err(Error::Other(errno.into())),
     }
-    Group::feed()?;
+    Group::feed(Queue::Unlimited)?;
     Ok(Capabilities { pidfd: gate.reports_pidfd })
 }
 

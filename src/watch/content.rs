@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::gate::Execution;
+use super::lower;
 use super::mounts;
 use super::process::{self, Executing};
 use super::shared::Shared;
@@ -178,16 +179,10 @@ fn hash_one(shared: &Shared, execution: Described) {
 }
 
 /// What the kernel calls an event's file when we ask.
-pub(super) fn event_name(file: &OwnedFd, stat: &Stat) -> Result<Vec<u8>, UnknownPath> {
-    let mut name = file::name_of(file.as_fd())?;
-    // Only without a link: a file may be named so.
-    if stat.links == 0 && name.ends_with(DELETED) {
-        name.truncate(name.len() - DELETED.len());
-    }
+pub(super) fn event_name(file: &OwnedFd) -> Result<Vec<u8>, UnknownPath> {
+    let name = file::name_of(file.as_fd())?;
     if name.starts_with(b"/") { Ok(name) } else { Err(UnknownPath::NotAbsolute) }
 }
-
-const DELETED: &[u8] = b" (deleted)";
 
 /// The path of an event's file in its container: as the overlay has it, by
 /// whichever mount it was reached.
@@ -198,8 +193,14 @@ pub(super) fn event_path(
     pid: u32,
     parent: Option<u32>,
 ) -> Result<RootfsPath, UnknownPath> {
-    let name = event_name(file, stat)?;
-    let name = name.as_slice();
+    let name = event_name(file)?;
+    let mut name = name.as_slice();
+    if let Some(rest) = name.strip_suffix(file::DELETED)
+        && !is_somewhere(watched, name)
+    {
+        // This name was removed, and the file has another one.
+        name = rest;
+    }
     let below_root = overlay::strip_directory(name, &watched.root_name);
     if let Some(mount) = stat.mount
         && stat.mount != watched.mount
@@ -217,6 +218,18 @@ pub(super) fn event_path(
         }
     }
     Ok(RootfsPath::new(below_root.unwrap_or(name))?)
+}
+
+/// Whether a name that the kernel gave is one that the container has.
+fn is_somewhere(watched: &Watched, name: &[u8]) -> bool {
+    let below_root = overlay::strip_directory(name, &watched.root_name).unwrap_or(name);
+    let (Some(layers), Ok(path)) = (watched.layers(), RootfsPath::new(below_root)) else {
+        return true;
+    };
+    let is_in_upper = file::open_directory(&layers.dirs.upperdir)
+        .and_then(|upper| file::open_path_beneath(&upper, path.relative()))
+        .is_ok();
+    is_in_upper || lower::holds(layers, &path)
 }
 
 #[derive(Debug, thiserror::Error)]

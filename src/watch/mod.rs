@@ -52,7 +52,7 @@ use self::trace::{Recorder, Trace};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
-use crate::sys::fanotify::{self, Group};
+use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
 
 /// What the pipeline asks of the watchers.
@@ -180,7 +180,8 @@ impl Watch {
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(Group::gate()?);
-        let feed = Arc::new(Group::feed()?);
+        let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
+        let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);

@@ -6,10 +6,13 @@
 //! says what to do.
 
 mod answers;
+mod chaos;
 mod cri;
 mod docker;
 mod drift;
+mod hostile;
 mod image;
+mod life;
 mod node;
 mod ordinary;
 mod pods;
@@ -55,6 +58,9 @@ fn main() -> ExitCode {
         docker::trials(),
         trouble::trials(),
         volumes::trials(),
+        chaos::trials(),
+        hostile::trials(),
+        life::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

@@ -813,6 +813,11 @@ impl Container<'_> {
         Ok(())
     }
 
+    /// Where on the host a file lies that was laid.
+    pub(crate) fn laid(&self, name: &str) -> PathBuf {
+        self.control.path.join(name)
+    }
+
     /// Lays a program that no image has, and that differs from every other.
     pub(crate) fn lay_payload(&self, name: &str) -> anyhow::Result<()> {
         let mark = format!("{} {} {name}", self.node.namespace, self.id);
