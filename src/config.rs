@@ -74,6 +74,9 @@ pub struct Watch {
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
     pub max_hash_bytes: u64,
+    /// Whether programs are seen that run from other filesystems than the
+    /// container's root: tmpfs, volumes, directories of the host.
+    pub volumes: bool,
     /// How a container's marks come to be there before its entry point runs.
     pub arm: Arm,
     /// The programs of the container runtimes, for `arm = "strict"`. Those that
@@ -171,6 +174,7 @@ impl Default for Watch {
             settle: Duration::from_secs(1),
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
+            volumes: true,
             arm: Arm::Events,
             runtimes: RUNTIMES.map(PathBuf::from).into(),
         }

@@ -103,6 +103,12 @@ pub enum Malformed {
 type Metadata = libc::fanotify_event_metadata;
 type InfoHeader = libc::fanotify_event_info_header;
 
+// Linux 6.14, and not yet in libc.
+const FAN_REPORT_MNT: u32 = 0x4000;
+const FAN_MARK_MNTNS: u32 = 0x110;
+const FAN_MNT_ATTACH: u64 = 0x0100_0000;
+const FAN_MNT_DETACH: u64 = 0x0200_0000;
+
 const METADATA_LEN: usize = size_of::<Metadata>();
 const INFO_HEADER_LEN: usize = size_of::<InfoHeader>();
 const PERMISSION_EVENTS: u64 =
@@ -293,6 +299,36 @@ impl Group {
             }
         }
         Err(Error::from_init(refused))
+    }
+
+    /// A group that is told of mounts that come and go (Linux 6.14). Its queue may
+    /// overflow: that says as much as any event, since none of them is looked into.
+    pub(super) fn mounts() -> Result<Group, Error> {
+        let flags = InitFlags::FAN_CLASS_NOTIF
+            | InitFlags::FAN_CLOEXEC
+            | InitFlags::FAN_NONBLOCK
+            | InitFlags::from_bits_retain(FAN_REPORT_MNT);
+        let fanotify =
+            Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
+        Ok(Group { fanotify, reports_pidfd: false })
+    }
+
+    /// Listens to a mount namespace: the file of /proc/PID/ns.
+    pub(super) fn mark_mount_namespace(&self, namespace: BorrowedFd<'_>) -> io::Result<()> {
+        let path = super::mounts::path_of(namespace);
+        self.mark_at(FAN_MARK_MNTNS, FAN_MNT_ATTACH | FAN_MNT_DETACH, Path::new(&path))
+    }
+
+    /// Marks what is at `path`, of this `kind`.
+    pub(super) fn mark_at(&self, kind: u32, mask: u64, path: &Path) -> io::Result<()> {
+        self.fanotify
+            .mark(
+                MarkFlags::FAN_MARK_ADD | MarkFlags::from_bits_retain(kind),
+                MaskFlags::from_bits_retain(mask),
+                nix::fcntl::AT_FDCWD,
+                Some(path),
+            )
+            .map_err(io::Error::from)
     }
 
     /// Marks the whole filesystem that `directory` is on.

@@ -156,6 +156,16 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
+/// Whether an open file is kept in memory only. For files of local filesystems:
+/// others may be asked over a network.
+pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
+    const TMPFS: u32 = 0x0102_1994;
+    const RAMFS: u32 = 0x8584_58f6;
+    const HUGETLBFS: u32 = 0x9584_58f6;
+    let magic = rustix::fs::fstatfs(fd)?.f_type;
+    Ok(u32::try_from(magic).is_ok_and(|magic| [TMPFS, RAMFS, HUGETLBFS].contains(&magic)))
+}
+
 /// An extended attribute; `None` if there is none or the filesystem has none.
 pub fn xattr(fd: impl AsFd, name: &str) -> io::Result<Option<Box<[u8]>>> {
     // Longer than any `security.capability` (24 bytes) and any redirect (a path).

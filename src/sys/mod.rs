@@ -8,6 +8,7 @@
 pub mod fanotify;
 pub mod file;
 pub mod map;
+pub mod mounts;
 pub mod overlay;
 pub mod priority;
 pub mod procfs;

@@ -164,6 +164,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// One of its files, followed if it is a link of the kernel's own.
+    pub(super) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
+        self.process.open_relative(name).map_err(into_io)
+    }
+
     fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.process.open_relative(name).map_err(into_io)?;
         let mut bytes = Vec::new();
@@ -314,6 +319,18 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
         }
     }
     chain
+}
+
+/// Whether a mount namespace is the host's own.
+pub fn is_host_mount_namespace(namespace: u64) -> bool {
+    host_mount_namespaces().contains(&namespace)
+}
+
+/// Whether a pid namespace is the host's own, in which we are as well.
+pub fn is_host_pid_namespace(namespace: u64) -> bool {
+    static HOST: OnceLock<Option<u64>> = OnceLock::new();
+    let host = HOST.get_or_init(|| Handle::open(std::process::id()).ok()?.pid_namespace().ok());
+    *host == Some(namespace)
 }
 
 fn host_mount_namespaces() -> &'static [u64] {

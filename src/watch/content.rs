@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::gate::Execution;
+use super::mounts;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
@@ -27,6 +28,7 @@ use crate::sys::procfs::Handle;
 #[derive(Debug)]
 pub(super) struct Described {
     watched: Arc<Watched>,
+    filesystem: Filesystem,
     path: RootfsPath,
     file: OwnedFd,
     stat: Stat,
@@ -71,11 +73,16 @@ fn describe_one(
     execution: Execution,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Described> {
-    let Execution { watched, file, stat, layer_file, caller, at } = execution;
+    let Execution { watched, filesystem, file, stat, layer_file, caller, at } = execution;
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    let path = event_path(&watched, &file, &stat, caller.pid, parent);
+    let path = match filesystem {
+        Filesystem::Overlay => event_path(&watched, &file, &stat, caller.pid, parent),
+        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+            mounts::event_path(&watched, &file, &stat, caller.pid, parent)
+        }
+    };
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -89,7 +96,9 @@ fn describe_one(
     let executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
     match path {
-        Ok(path) => Some(Described { watched, path, file, stat, layer_file, executing, at }),
+        Ok(path) => {
+            Some(Described { watched, filesystem, path, file, stat, layer_file, executing, at })
+        }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
@@ -110,19 +119,20 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, path, file, stat, layer_file, executing, at } = execution;
+    let Described { watched, filesystem, path, file, stat, layer_file, executing, at } = execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
     let state =
         known.unwrap_or_else(|| state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes));
     drop(file);
+    let is_on_overlay = filesystem == Filesystem::Overlay;
     let lower = match layer_file {
-        None => watched
+        None if is_on_overlay => watched
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes)),
-        // It would be its own twin.
-        Some(_) => None,
+        // It would be its own twin, or no image has anything there.
+        Some(_) | None => None,
     };
     let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
@@ -133,7 +143,7 @@ fn hash_one(shared: &Shared, execution: Described) {
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
         path: path.clone(),
-        filesystem: Filesystem::Overlay,
+        filesystem,
         running: false,
         state,
         lower,
@@ -148,6 +158,10 @@ fn hash_one(shared: &Shared, execution: Described) {
         // It is not in the upper layer: no walk would find it.
         return;
     }
+    if !is_on_overlay {
+        // No walk goes there.
+        return;
+    }
 
     // The overlay's marks do not see renames, removals and chmod; where drift is
     // executed, they are looked for soon.
@@ -156,6 +170,18 @@ fn hash_one(shared: &Shared, execution: Described) {
     }
     shared.mark_for_sweep(&watched);
 }
+
+/// What the kernel calls an event's file when we ask.
+pub(super) fn event_name(file: &OwnedFd, stat: &Stat) -> Result<Vec<u8>, UnknownPath> {
+    let mut name = file::name_of(file.as_fd())?;
+    // Only without a link: a file may be named so.
+    if stat.links == 0 && name.ends_with(DELETED) {
+        name.truncate(name.len() - DELETED.len());
+    }
+    if name.starts_with(b"/") { Ok(name) } else { Err(UnknownPath::NotAbsolute) }
+}
+
+const DELETED: &[u8] = b" (deleted)";
 
 /// The path of an event's file in its container: as the overlay has it, by
 /// whichever mount it was reached.
@@ -166,15 +192,8 @@ pub(super) fn event_path(
     pid: u32,
     parent: Option<u32>,
 ) -> Result<RootfsPath, UnknownPath> {
-    let name = file::name_of(file.as_fd())?;
-    let mut name = name.as_slice();
-    if stat.links == 0 {
-        // Only then: a file may be named so.
-        name = name.strip_suffix(b" (deleted)").unwrap_or(name);
-    }
-    if !name.starts_with(b"/") {
-        return Err(UnknownPath::NotAbsolute);
-    }
+    let name = event_name(file, stat)?;
+    let name = name.as_slice();
     let below_root = overlay::strip_directory(name, &watched.root_name);
     if let Some(mount) = stat.mount
         && stat.mount != watched.mount

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
@@ -34,6 +35,7 @@ pub(super) struct Marker {
     pub(super) shared: Arc<Shared>,
     pub(super) gate: Arc<Group>,
     pub(super) feed: Arc<Group>,
+    pub(super) mounts: Arc<Mounts>,
     pub(super) orders: Sender<Order>,
     /// One container at a time.
     pub(super) turn: Mutex<()>,
@@ -210,6 +212,7 @@ impl Marker {
             self.shared.table.remove(&watched);
             return Err(Refusal::MarkRefused(err));
         }
+        self.mounts.attach(&watched, &init);
         // What init is now, after the marks: if it has not executed the entry
         // point by now, the gate will see it do so.
         let before_start =
@@ -241,6 +244,7 @@ impl Marker {
         if !watched.detach() {
             return;
         }
+        self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(Order::Last { watched }) {
             let Order::Last { watched } = err.into_inner() else { return };
             self.shared.table.remove(&watched);

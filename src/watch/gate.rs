@@ -8,8 +8,8 @@
 //! ```text
 //! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
 //!                              │
-//!                              ├── own layer, or ──> describe thread (with the fd)
-//!                              │   changed in a layer
+//!                              ├── own layer, other ──> describe thread (with the fd)
+//!                              │   filesystem, or changed in a layer
 //!                              └── image layer ────> processes thread (fd closed)
 //! ```
 //!
@@ -26,11 +26,12 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use super::mounts;
 use super::process::Caller;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
 use crate::health::Failure;
-use crate::model::LayerFile;
+use crate::model::{Filesystem, LayerFile};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
 use crate::sys::{file, procfs};
 
@@ -38,6 +39,7 @@ use crate::sys::{file, procfs};
 #[derive(Debug)]
 pub(super) struct Execution {
     pub(super) watched: Arc<Watched>,
+    pub(super) filesystem: Filesystem,
     pub(super) file: OwnedFd,
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
@@ -155,6 +157,11 @@ impl Gate {
         // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
         // files beside it), and only now is the process certain to be there.
         let caller = procfs::read_stat(event.pid).ok();
+        let whose = stat.as_ref().ok().and_then(|stat| {
+            let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
+            // Slower, and so for no other file.
+            owner.or_else(|| mounts::whose(&self.shared.table, event, stat))
+        });
         let at = Timestamp::now();
         let (event, answered) = permission.answer(Answer::Allow);
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
@@ -165,7 +172,7 @@ impl Gate {
             }
         }
         match stat {
-            Ok(stat) => self.hand_on(event, stat, caller, at),
+            Ok(stat) => self.hand_on(event, whose, stat, caller, at),
             Err(err) => self.shared.lose(
                 Failure::EventUnreadable,
                 None,
@@ -174,17 +181,24 @@ impl Gate {
         }
     }
 
-    fn hand_on(&self, event: Event, stat: file::Stat, caller: Option<procfs::Stat>, at: Timestamp) {
-        let owner = self.shared.table.owner(&stat).or_else(|| {
-            // Layers on several filesystems, in a mount namespace of its own.
-            let handle = procfs::Handle::open(event.pid).ok()?;
-            self.shared.table.by_pid_namespace(handle.pid_namespace().ok()?)
-        });
-        // Of a container that is not watched any more.
-        let Some(watched) = owner else { return };
+    fn hand_on(
+        &self,
+        event: Event,
+        whose: Option<(Arc<Watched>, Filesystem)>,
+        stat: file::Stat,
+        caller: Option<procfs::Stat>,
+        at: Timestamp,
+    ) {
+        // Of a container that is not watched any more, or the host's.
+        let Some((watched, filesystem)) = whose else { return };
         let Event { file, pid, pidfd, .. } = event;
         let caller = Caller { stat: caller, pid, pidfd };
-        let layer_file = match watched.standing(&stat) {
+        let standing = match filesystem {
+            Filesystem::Overlay => watched.standing(&stat),
+            // No image has a file there.
+            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => Standing::Own,
+        };
+        let layer_file = match standing {
             Standing::Own => None,
             Standing::Doubtful(layer_file) => Some(layer_file),
             Standing::Image => {
@@ -203,7 +217,7 @@ impl Gate {
                 return;
             }
         };
-        let execution = Execution { watched, file, stat, layer_file, caller, at };
+        let execution = Execution { watched, filesystem, file, stat, layer_file, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! Command ─> control ── marks ──> kernel
-//!                │                  │ exec?                     │ closed after writing
+//!     mounts <───┤                  │ exec?                     │ closed after writing
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
@@ -21,6 +21,7 @@ mod control;
 mod feed;
 mod gate;
 mod lower;
+mod mounts;
 mod process;
 mod processes;
 mod scan;
@@ -46,6 +47,7 @@ use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
 use crate::sys::fanotify::{self, Group};
+use crate::sys::mounts::Notifier;
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,6 +113,8 @@ pub enum Error {
     Fanotify(#[from] fanotify::Error),
     #[error("cannot prepare for being asked before a container's runtime runs: {0}")]
     Arming(#[source] io::Error),
+    #[error("cannot make an event descriptor: {0}")]
+    Wake(#[source] io::Error),
     #[error("cannot start the thread `{name}`: {source}")]
     Thread { name: &'static str, source: io::Error },
 }
@@ -155,6 +159,18 @@ impl Watch {
         health: Arc<Health>,
         heartbeat: Option<OwnedFd>,
     ) -> Result<Watch, Error> {
+        let notifier = if settings.volumes { Notifier::new() } else { Notifier::polling() };
+        Watch::start_with(settings, reports, health, heartbeat, notifier)
+    }
+
+    /// The same, told of new mounts by `notifier`.
+    pub fn start_with(
+        settings: &config::Watch,
+        reports: Sender<Report>,
+        health: Arc<Health>,
+        heartbeat: Option<OwnedFd>,
+        notifier: Notifier,
+    ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(Group::gate()?);
         let feed = Arc::new(Group::feed()?);
@@ -167,10 +183,12 @@ impl Watch {
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
+        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone(), notifier)?);
         let marker = Arc::new(control::Marker {
             shared: shared.clone(),
             gate: gate.clone(),
             feed: feed.clone(),
+            mounts: mounts.clone(),
             orders: orders.clone(),
             turn: Mutex::default(),
         });
@@ -199,11 +217,12 @@ impl Watch {
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
+        watch.spawn("mounts", move || mounts.run())?;
         let thread = control::Control {
             shared,
             marker,
-            orders,
             commands: receive_commands,
+            orders,
             unsent: VecDeque::new(),
         };
         watch.spawn("control", || thread.run())?;

@@ -8,7 +8,7 @@ use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 
 /// One container whose overlay carries our marks.
 ///
@@ -31,6 +31,8 @@ pub(super) struct Watched {
     /// its own.
     pub(super) cgroup: Option<Vec<u8>>,
     layers: OnceLock<Layers>,
+    /// Its other mounts that carry our marks.
+    mounts: RwLock<Arc<[MarkedMount]>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
@@ -55,6 +57,19 @@ pub(super) struct Layers {
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
     born: Option<FileTime>,
+}
+
+/// A mount of a container, beside its root, that carries our mark: all of its
+/// filesystem, or only what is reached through the mount itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MarkedMount {
+    pub(super) id: u64,
+    /// What the files on it show as theirs.
+    pub(super) device: u64,
+    /// The directory (or file) of the filesystem that stands at `mount_point`.
+    pub(super) root: Vec<u8>,
+    pub(super) mount_point: Vec<u8>,
+    pub(super) whole_filesystem: bool,
 }
 
 /// What the gate makes of an executed file.
@@ -122,6 +137,7 @@ impl Watched {
             mount_namespace,
             cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
             layers: OnceLock::new(),
+            mounts: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
@@ -138,6 +154,11 @@ impl Watched {
     /// The first answer stays.
     pub(super) fn set_layers(&self, layers: Layers) {
         let _ = self.layers.set(layers);
+    }
+
+    /// Its other mounts that carry our marks, as they were when last looked at.
+    pub(super) fn mounts(&self) -> Arc<[MarkedMount]> {
+        self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
@@ -220,6 +241,19 @@ struct Maps {
     by_container: HashMap<ContainerId, Arc<Watched>>,
     by_device: HashMap<u64, Arc<Watched>>,
     by_mount: HashMap<u64, Arc<Watched>>,
+    /// Filesystems that carry our mark, with everyone who has them mounted.
+    other_devices: HashMap<u64, Vec<Arc<Watched>>>,
+    other_mounts: HashMap<u64, Arc<Watched>>,
+}
+
+impl Maps {
+    fn forget_mounts(&mut self, watched: &Arc<Watched>) {
+        self.other_mounts.retain(|_, entry| !Arc::ptr_eq(entry, watched));
+        self.other_devices.retain(|_, entries| {
+            entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+            !entries.is_empty()
+        });
+    }
 }
 
 impl Table {
@@ -249,6 +283,59 @@ impl Table {
         maps.by_container.retain(|_, entry| other(entry));
         maps.by_device.retain(|_, entry| other(entry));
         maps.by_mount.retain(|_, entry| other(entry));
+        maps.forget_mounts(watched);
+    }
+
+    /// These, and no others any more, are the container's other mounts.
+    pub(super) fn set_mounts(&self, watched: &Arc<Watched>, mounts: Vec<MarkedMount>) {
+        let mut maps = self.write();
+        maps.forget_mounts(watched);
+        // Not of a container that has been forgotten meanwhile.
+        if maps.by_container.get(&watched.container).is_some_and(|own| Arc::ptr_eq(own, watched)) {
+            for mount in &mounts {
+                maps.other_mounts.insert(mount.id, watched.clone());
+                if mount.whole_filesystem {
+                    let users = maps.other_devices.entry(mount.device).or_default();
+                    if !users.iter().any(|user| Arc::ptr_eq(user, watched)) {
+                        users.push(watched.clone());
+                    }
+                }
+            }
+        }
+        *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
+    }
+
+    /// Whether the gate is asked before a file of this device, reached through this
+    /// mount, is executed.
+    pub(super) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
+        let maps = self.read();
+        maps.by_device.contains_key(&device)
+            || maps.other_devices.contains_key(&device)
+            || mount.is_some_and(|mount| {
+                maps.by_mount.contains_key(&mount) || maps.other_mounts.contains_key(&mount)
+            })
+    }
+
+    /// Whose an executed file is that lies on no container's own overlay: by who
+    /// executes it. A program of the host's is nobody's, even from a volume that a
+    /// container shares.
+    pub(super) fn user_of(&self, stat: &Stat, process: &Handle) -> Option<Arc<Watched>> {
+        if let Some(watched) = self.of_process(process) {
+            return Some(watched);
+        }
+        // In namespaces of its own, where control groups tell nothing.
+        if procfs::is_host_pid_namespace(process.pid_namespace().ok()?) {
+            return None;
+        }
+        let maps = self.read();
+        if let Some(watched) = stat.mount.and_then(|mount| maps.other_mounts.get(&mount)) {
+            return Some(watched.clone());
+        }
+        match maps.other_devices.get(&stat.device).map(Vec::as_slice) {
+            // One that has a control group would have been found by it.
+            Some([watched]) if watched.cgroup.is_none() => Some(watched.clone()),
+            Some(_) | None => None,
+        }
     }
 
     pub(super) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
@@ -264,13 +351,16 @@ impl Table {
 
     /// Whose a process is, whatever it does: by its mount namespace, its pid
     /// namespace, and its control group, which it keeps in namespaces of its own.
+    /// A container may share namespaces of the host; they say nothing then.
     pub(super) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
+            && !procfs::is_host_mount_namespace(namespace)
             && let Some(watched) = self.by_mount_namespace(namespace)
         {
             return Some(watched);
         }
         if let Ok(namespace) = process.pid_namespace()
+            && !procfs::is_host_pid_namespace(namespace)
             && let Some(watched) = self.by_pid_namespace(namespace)
         {
             return Some(watched);

@@ -20,6 +20,7 @@ mod registry;
 mod sources;
 mod start;
 mod trouble;
+mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         start::trials(),
         docker::trials(),
         trouble::trials(),
+        volumes::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
