@@ -197,6 +197,7 @@ impl Marker {
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
             init.cgroup().ok(),
+            init.perf_cgroup(),
         ));
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);

@@ -10,6 +10,8 @@
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <─────────────────────┘
 //!                                     └── everyone's Report ──> pipeline
+//!
+//! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
 //!
 //! Nobody here waits for the pipeline but the scan thread; the others count what
@@ -29,7 +31,9 @@ mod sessions;
 mod shared;
 mod state;
 mod table;
+mod trace;
 mod trust;
+mod unseen;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -40,9 +44,11 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Sender, bounded};
 
 pub use self::arm::Scope;
+pub use self::trace::Executions;
 pub use self::trust::{Trust, Verdict};
 
 use self::shared::Shared;
+use self::trace::{Recorder, Trace};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
@@ -136,6 +142,7 @@ pub struct Watch {
     marker: Arc<control::Marker>,
     commands: Sender<Command>,
     threads: Vec<JoinHandle<()>>,
+    executions: Executions,
 }
 
 impl std::fmt::Debug for control::Marker {
@@ -192,11 +199,25 @@ impl Watch {
             orders: orders.clone(),
             turn: Mutex::default(),
         });
+        let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
+        let (recorder, executions) = Recorder::open();
+        match &executions {
+            Executions::Recorded => (),
+            Executions::Announced { why } => tracing::warn!(
+                why,
+                "executions outside of marked filesystems are seen only if they last"
+            ),
+            Executions::Unseen { why } => {
+                tracing::warn!(why, "executions outside of marked filesystems are not seen");
+            }
+        }
+
         let mut watch = Watch {
             shared: shared.clone(),
             marker: marker.clone(),
             commands,
             threads: Vec::new(),
+            executions,
         };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
@@ -206,6 +227,14 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let ours = shared.clone();
+        watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        if let Some(recorder) = recorder {
+            // What else is made of the records.
+            let consumers = Vec::new();
+            let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
+            watch.spawn("trace", || trace.run(recorder))?;
+        }
         let thread = gate::Gate {
             group: gate.clone(),
             shared: shared.clone(),
@@ -262,6 +291,11 @@ impl Watch {
         Ok(())
     }
 
+    /// What is seen of executions besides what the gate sees.
+    pub fn executions(&self) -> &Executions {
+        &self.executions
+    }
+
     pub fn commands(&self) -> Sender<Command> {
         self.commands.clone()
     }
@@ -303,7 +337,8 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    // With a process's handle while that is described, then without.
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 3;
+    // With a process's handle while that is described, then without; and the same
+    // for what only the trace has seen.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 5;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }
