@@ -174,9 +174,9 @@ impl Default for Watch {
             settle: Duration::from_secs(1),
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
-            volumes: true,
             arm: Arm::Events,
             runtimes: RUNTIMES.map(PathBuf::from).into(),
+            volumes: true,
         }
     }
 }

@@ -156,16 +156,6 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
-/// Whether an open file is kept in memory only. For files of local filesystems:
-/// others may be asked over a network.
-pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
-    const TMPFS: u32 = 0x0102_1994;
-    const RAMFS: u32 = 0x8584_58f6;
-    const HUGETLBFS: u32 = 0x9584_58f6;
-    let magic = rustix::fs::fstatfs(fd)?.f_type;
-    Ok(u32::try_from(magic).is_ok_and(|magic| [TMPFS, RAMFS, HUGETLBFS].contains(&magic)))
-}
-
 /// Opens for reading what was opened only to ask what it is. The caller has asked:
 /// anything but a regular file could wait, or do something.
 pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
@@ -178,18 +168,20 @@ pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Whether a file lies in memory.
-pub fn is_on_tmpfs(file: impl AsFd) -> io::Result<bool> {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    const RAMFS_MAGIC: u64 = 0x8584_58f6;
-    let magic = rustix::fs::fstatfs(file)?.f_type.cast_unsigned();
-    Ok(matches!(magic, TMPFS_MAGIC | RAMFS_MAGIC))
-}
-
 /// The device of every memfd. The kernel has one for all of them.
 pub fn memfd_device() -> io::Result<u64> {
     let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
     Ok(stat(&memfd)?.device)
+}
+
+/// Whether an open file is kept in memory only. For files of local filesystems:
+/// others may be asked over a network.
+pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
+    const TMPFS: u32 = 0x0102_1994;
+    const RAMFS: u32 = 0x8584_58f6;
+    const HUGETLBFS: u32 = 0x9584_58f6;
+    let magic = rustix::fs::fstatfs(fd)?.f_type;
+    Ok(u32::try_from(magic).is_ok_and(|magic| [TMPFS, RAMFS, HUGETLBFS].contains(&magic)))
 }
 
 /// An extended attribute; `None` if there is none or the filesystem has none.

@@ -255,8 +255,8 @@ impl Watch {
         let thread = control::Control {
             shared,
             marker,
-            commands: receive_commands,
             orders,
+            commands: receive_commands,
             unsent: VecDeque::new(),
         };
         watch.spawn("control", || thread.run())?;

@@ -356,14 +356,6 @@ impl Table {
         }
     }
 
-    /// Whether the gate is asked before a file of this device, reached through this
-    /// mount, is executed.
-    pub(super) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
-        let maps = self.read();
-        maps.by_device.contains_key(&device)
-            || mount.is_some_and(|mount| maps.by_mount.contains_key(&mount))
-    }
-
     /// The container whose own overlay has this device.
     pub(super) fn by_device(&self, device: u64) -> Option<Arc<Watched>> {
         self.read().by_device.get(&device).cloned()

@@ -504,9 +504,9 @@ sweep_interval = "1h"
         Ok(container)
     }
 
-    /// The same with more arguments to `ctr run`.
-    pub(crate) fn container_with(&self, more: &[&str]) -> anyhow::Result<Container<'_>> {
-        let container = self.run(&self.namespace, WORKBENCH, more)?;
+    /// The same, with more of `ctr run`'s options.
+    pub(crate) fn container_with(&self, options: &[&str]) -> anyhow::Result<Container<'_>> {
+        let container = self.run(&self.namespace, WORKBENCH, options)?;
         container.wait_until_watched()?;
         Ok(container)
     }
