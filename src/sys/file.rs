@@ -222,6 +222,28 @@ pub struct Hashes {
 /// reading of zeros, which is why there is a limit at all. The buffer is memory
 /// of ours: a container could truncate a mapped file under us.
 pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
+    Ok(match hash_while(file, limit, &|| true)? {
+        Hashed::Whole(hashes) => Some(hashes),
+        Hashed::TooLong | Hashed::Unwanted => None,
+    })
+}
+
+/// How the reading of a file for its hashes ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hashed {
+    Whole(Hashes),
+    /// It is longer than the limit.
+    TooLong,
+    /// Nobody wanted them any more.
+    Unwanted,
+}
+
+/// The same, for as long as somebody wants the hashes: asked every 128 KiB.
+pub fn hash_while(
+    file: BorrowedFd<'_>,
+    limit: u64,
+    is_wanted: &dyn Fn() -> bool,
+) -> io::Result<Hashed> {
     let mut blake3 = blake3::Hasher::new();
     let mut sha256 = sha2::Sha256::new();
     let mut buffer = vec![0; 128 * 1024];
@@ -233,12 +255,15 @@ pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
         }
         offset += read as u64;
         if offset > limit {
-            return Ok(None);
+            return Ok(Hashed::TooLong);
+        }
+        if !is_wanted() {
+            return Ok(Hashed::Unwanted);
         }
         blake3.update(&buffer[..read]);
         sha256.update(&buffer[..read]);
     }
-    Ok(Some(Hashes {
+    Ok(Hashed::Whole(Hashes {
         blake3: Blake3Hash(*blake3.finalize().as_bytes()),
         sha256: Sha256Hash(sha256.finalize().into()),
     }))

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
+use super::files::{Held, Left};
 use super::gate::Execution;
 use super::lower;
 use super::mounts;
@@ -20,9 +21,11 @@ use super::table::Watched;
 use super::trust::Verdict;
 use super::unseen;
 use crate::health::Failure;
-use crate::model::{Fact, Filesystem, HostilePath, LayerFile, RootfsPath, Source};
+use crate::model::{
+    Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
+};
 use crate::sys::file::{self, Stat};
-use crate::sys::overlay;
+use crate::sys::{overlay, priority};
 use crate::sys::procfs::Handle;
 
 /// An execution whose process has been described, and whose file is still to be
@@ -32,11 +35,21 @@ pub(super) struct Described {
     watched: Arc<Watched>,
     filesystem: Filesystem,
     path: RootfsPath,
-    file: OwnedFd,
+    file: Held,
     stat: Stat,
     layer_file: Option<LayerFile>,
     executing: Executing,
     at: Timestamp,
+}
+
+/// Files longer than this take a noticeable time to hash.
+const LARGE: u64 = 16 << 20;
+
+impl Described {
+    fn is_large(&self, shared: &Shared) -> bool {
+        // What is above the limit is not read at all.
+        (LARGE..=shared.settings.max_hash_bytes).contains(&self.stat.size)
+    }
 }
 
 /// Describes processes. A thread of its own, because a process may live for less
@@ -79,11 +92,23 @@ fn describe_one(
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    let path = match filesystem {
-        Filesystem::Overlay => event_path(&watched, &file, &stat, caller.pid, parent),
-        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
-            mounts::event_path(&watched, &file, &stat, caller.pid, parent)
+    let path = match file.take() {
+        Left::Open(fd) => {
+            let path = match filesystem {
+                Filesystem::Overlay => event_path(&watched, &fd, &stat, caller.pid, parent),
+                Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+                    mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
+                }
+            };
+            file.give_back(&watched, fd);
+            path
         }
+        // The container has ended, and with it the mounts that say more.
+        Left::Name(Some(name)) => {
+            let below_root = overlay::strip_directory(&name, &watched.root_name);
+            RootfsPath::new(below_root.unwrap_or(&name)).map_err(UnknownPath::from)
+        }
+        Left::Name(None) => Err(UnknownPath::NotAbsolute),
     };
     let executing = {
         // Held until the session is told, so that it is told before what it does.
@@ -109,10 +134,31 @@ fn describe_one(
     }
 }
 
-/// Hashes what was executed.
-pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
+/// Hashes what was executed, but for large files, which must not keep the others
+/// waiting.
+pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
     while !shared.is_stopping() {
         match described.recv_timeout(Duration::from_millis(250)) {
+            Ok(execution) if execution.is_large(shared) => match large.try_send(execution) {
+                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                Err(TrySendError::Full(execution)) => shared.lose(
+                    Failure::ContentQueueFull,
+                    Some(&execution.watched),
+                    "too many large executed files wait to be hashed",
+                ),
+            },
+            Ok(execution) => hash_one(shared, execution),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// Hashes large files that were executed, when nobody else needs the processor.
+pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
+    let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
+    while !shared.is_stopping() {
+        match large.recv_timeout(Duration::from_millis(250)) {
             Ok(execution) => hash_one(shared, execution),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
@@ -125,8 +171,25 @@ fn hash_one(shared: &Shared, execution: Described) {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
-    let state =
-        known.unwrap_or_else(|| state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes));
+    let state = known.unwrap_or_else(|| {
+        let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
+        let open = match file.take() {
+            Left::Open(fd) => state::while_wanted(
+                fd.as_fd(),
+                &stat,
+                Hashing::Always,
+                max_hash_bytes,
+                &is_wanted,
+            ),
+            Left::Name(_) => None,
+        };
+        let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
+        open.or_else(|| if is_own { in_upperdir(shared, &watched, &path, &stat) } else { None })
+            .unwrap_or_else(|| FileState {
+                content: Content::Unhashed(Unhashed::Gone),
+                ..state::unopened(&stat)
+            })
+    });
     drop(file);
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let lower = match layer_file {
@@ -176,6 +239,29 @@ fn hash_one(shared: &Shared, execution: Described) {
         shared.mark_dirty(&watched, path, Source::Scan, None);
     }
     shared.mark_for_sweep(&watched);
+}
+
+/// The state of a file that is not open any more, because its container has ended:
+/// found again where the host keeps it, and known by its times.
+fn in_upperdir(
+    shared: &Shared,
+    watched: &Watched,
+    path: &RootfsPath,
+    stat: &Stat,
+) -> Option<FileState> {
+    let layers = watched.layers()?;
+    let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
+    let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
+    let is_same = found.is_regular()
+        && (found.changed, found.modified, found.size)
+            == (stat.changed, stat.modified, stat.size);
+    if !is_same || overlay::is_metacopy(&fd, layers.userxattr).unwrap_or(true) {
+        return None;
+    }
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    state::while_wanted(fd.as_fd(), &found, Hashing::Always, max_hash_bytes, &|| {
+        !shared.is_stopping()
+    })
 }
 
 /// What the kernel calls an event's file when we ask.

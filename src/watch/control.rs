@@ -245,6 +245,7 @@ impl Marker {
         if !watched.detach() {
             return;
         }
+        watched.files.close();
         self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(Order::Last { watched }) {
             let Order::Last { watched } = err.into_inner() else { return };

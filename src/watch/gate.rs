@@ -26,6 +26,7 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use super::files::Held;
 use super::mounts;
 use super::process::Caller;
 use super::shared::Shared;
@@ -40,7 +41,7 @@ use crate::sys::{file, procfs};
 pub(super) struct Execution {
     pub(super) watched: Arc<Watched>,
     pub(super) filesystem: Filesystem,
-    pub(super) file: OwnedFd,
+    pub(super) file: Held,
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(super) layer_file: Option<LayerFile>,
@@ -217,6 +218,7 @@ impl Gate {
                 return;
             }
         };
+        let file = Held::new(&watched, file);
         let execution = Execution { watched, filesystem, file, stat, layer_file, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),

@@ -21,6 +21,7 @@ mod arm;
 mod content;
 mod control;
 mod feed;
+mod files;
 mod gate;
 mod lower;
 mod mounts;
@@ -127,6 +128,7 @@ pub enum Error {
 
 /// How many executed files may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
+const LARGE_QUEUE: usize = 64;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 4 * 1024;
 const ORDER_QUEUE: usize = 4 * 1024;
@@ -223,7 +225,10 @@ impl Watch {
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
-        watch.spawn("content", move || content::hash(&ours, &receive_described))?;
+        let (large, receive_large) = bounded(LARGE_QUEUE);
+        watch.spawn("content", move || content::hash(&ours, &receive_described, &large))?;
+        let ours = shared.clone();
+        watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
         let ours = shared.clone();
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::files::Files;
 use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
 use crate::sys::file::{self, Stat};
@@ -46,6 +47,8 @@ pub(super) struct Watched {
     detaching: AtomicBool,
     /// The marks were there before its entry point ran.
     armed_before_start: AtomicBool,
+    /// The event files that wait to be looked into.
+    pub(super) files: Files,
     /// Marked because its runtime was called; containerd has not told of it yet.
     unannounced: AtomicBool,
 }
@@ -158,6 +161,7 @@ impl Watched {
             detaching: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
+            files: Files::default(),
         }
     }
 
