@@ -106,7 +106,7 @@ impl Scan {
                     }
                 }
             }
-            settle(&self.shared);
+            while settle(&self.shared) && self.orders.is_empty() {}
             let due = self.due_walks();
             for watched in due {
                 self.walk(&watched, None, false);
@@ -246,12 +246,15 @@ impl Scan {
     }
 }
 
-/// Looks at paths that have settled.
-fn settle(shared: &Shared) {
+/// Looks at paths that have settled, some of each container; false if there are
+/// none.
+fn settle(shared: &Shared) -> bool {
     let mut place: Option<Place> = None;
-    for (path, dirty) in shared.take_settled(Instant::now()) {
+    let settled = shared.take_settled(Instant::now());
+    let is_busy = !settled.is_empty();
+    for (path, dirty) in settled {
         if shared.is_stopping() {
-            return;
+            return false;
         }
         let DirtyPath { watched, writer, source, .. } = dirty;
         let Some(layers) = watched.layers() else { continue };
@@ -285,6 +288,7 @@ fn settle(shared: &Shared) {
             }
         }
     }
+    is_busy
 }
 
 /// Whether something in an upper layer can be more than data. What a walk was

@@ -36,7 +36,7 @@ pub(super) struct Shared {
 const MAX_DIRTY_PATHS: usize = 4 * 1024;
 
 /// How many paths of one container are looked at before it is another's turn.
-const TURN: usize = 256;
+const TURN: usize = 32;
 
 /// How long a scan waits for room in the pipeline before it gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
