@@ -80,7 +80,11 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);
     let (stop_sender, stop) = bounded(0);
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let policy = Policy { generation: 1, respond: config.respond.clone() };
+    let policy = Policy {
+        generation: 1,
+        respond: config.respond.clone(),
+        persistence: config.watch.persistence.clone(),
+    };
     let state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
     let inputs = Inputs { changes, reports, news, questions, responses, stop };
     let outputs = Outputs {

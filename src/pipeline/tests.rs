@@ -4,8 +4,8 @@ use super::*;
 use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, DiffId, FileTime, FileType, Format, IdRange, ImageReference, Layer, LayerFile,
-    LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
+    Ancestor, DiffId, EntryPoint, FileTime, FileType, Format, IdRange, ImageReference, Layer,
+    LayerFile, LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -33,7 +33,7 @@ struct Node {
 
 impl Node {
     fn new(respond: Respond, known: Vec<Finding>) -> Node {
-        let policy = Policy { generation: 1, respond };
+        let policy = Policy { generation: 1, respond, ..Policy::default() };
         let state = State::new("node".into(), policy, Arc::default(), known, Timestamp::UNIX_EPOCH);
         Node {
             state,
@@ -225,6 +225,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         task: pid.map(|pid| Task { pid, paused: false }),
         no_baseline: None,
         id_map: None,
+        entry_point: EntryPoint::default(),
     }
 }
 

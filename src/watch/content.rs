@@ -38,6 +38,7 @@ pub(super) struct Described {
     file: Held,
     stat: Stat,
     layer_file: Option<LayerFile>,
+    is_movable: bool,
     executing: Executing,
     at: Timestamp,
 }
@@ -88,7 +89,8 @@ fn describe_one(
     execution: Execution,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Described> {
-    let Execution { watched, filesystem, file, stat, layer_file, caller, at } = execution;
+    let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at } =
+        execution;
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -123,8 +125,20 @@ fn describe_one(
     let executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
     match path {
+        // The common case, where directories can be moved at all.
+        Ok(path) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,
         Ok(path) => {
-            Some(Described { watched, filesystem, path, file, stat, layer_file, executing, at })
+            Some(Described {
+                watched,
+                filesystem,
+                path,
+                file,
+                stat,
+                layer_file,
+                is_movable,
+                executing,
+                at,
+            })
         }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -132,6 +146,10 @@ fn describe_one(
             None
         }
     }
+}
+
+fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
+    watched.layers().is_some_and(|layers| lower::is_at(layers, path, stat))
 }
 
 /// Hashes what was executed, but for large files, which must not keep the others
@@ -167,7 +185,17 @@ pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, filesystem, path, file, stat, layer_file, executing, at } = execution;
+    let Described {
+        watched,
+        filesystem,
+        path,
+        file,
+        stat,
+        layer_file,
+        is_movable,
+        executing,
+        at,
+    } = execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
@@ -204,9 +232,10 @@ fn hash_one(shared: &Shared, execution: Described) {
     // The gate looked before it ran: it was run without ever having a name, or after
     // it had lost it.
     let is_nameless = layer_file.is_none() && stat.links == 0;
-    let filesystem = if is_nameless { Filesystem::Anonymous } else { Filesystem::Overlay };
+    let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
     let path = if is_nameless { unseen::without_number(path) } else { path };
-    if let Some(layer_file) = layer_file {
+    // What is said of a file that was moved holds for its new path only.
+    if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that its judgement finds it.
         watched.layer_files_mut().tell(layer_file, state.clone(), at);
     }

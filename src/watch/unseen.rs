@@ -280,7 +280,7 @@ impl Running {
         if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
-                Standing::Doubtful(file) => layer_file = Some(file),
+                Standing::Doubtful(file) | Standing::Movable(file) => layer_file = Some(file),
                 Standing::Image => return,
             }
         }

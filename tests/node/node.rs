@@ -516,7 +516,24 @@ sweep_interval = "1h"
         self.run(&self.namespace, image, &[])
     }
 
+    /// A container of the workbench image whose init is the image's own script.
+    pub(crate) fn container_with_entry_point(&self) -> anyhow::Result<Container<'_>> {
+        let container = self.run_as(&self.namespace, WORKBENCH, &[], &["/docker-entrypoint.sh"])?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
+        self.run_as(namespace, image, more, &["/bin/sh", "-c", Control::INIT])
+    }
+
+    fn run_as(
+        &self,
+        namespace: &str,
+        image: &str,
+        more: &[&str],
+        init: &[&str],
+    ) -> anyhow::Result<Container<'_>> {
         let id = self.next_id();
         let control = Control::new(self, &id)?;
         lock(&self.containers).push((namespace.to_owned(), id.clone()));
@@ -526,8 +543,9 @@ sweep_interval = "1h"
         let options = ["run", "-d", "--fifo-dir", &fifo.to_string_lossy(), "--mount", &mount];
         // Whatever the namespace, the cgroup is below this node's.
         let cgroup = format!("/{}/{id}", self.namespace);
-        let command = [image, &id, "/bin/sh", "-c", Control::INIT];
-        self.ctr_in(namespace, &[&options[..], more, &["--cgroup", &cgroup], &command].concat())?;
+        let names = [image, &id];
+        let words = [&options[..], more, &["--cgroup", &cgroup], &names, init];
+        self.ctr_in(namespace, &words.concat())?;
         Ok(Container { node: self, id, control })
     }
 
@@ -857,6 +875,23 @@ impl Container<'_> {
                 })
                 .then_some(()))
         })
+    }
+
+    /// Ends init and waits until the task is gone.
+    pub(crate) fn stop(&self) -> anyhow::Result<()> {
+        self.node.ctr(&["task", "kill", "--signal", "SIGKILL", &self.id])?;
+        wait_for(&format!("{} to end", self.id), || {
+            Ok(self.node.ctr(&["task", "delete", &self.id]).ok())
+        })
+        .map(drop)
+    }
+
+    /// Starts init again, on the same layer of its own.
+    pub(crate) fn start_again(&self) -> anyhow::Result<()> {
+        let fifo = self.node.path("fifo");
+        let options = ["task", "start", "-d", "--fifo-dir", &fifo.to_string_lossy()];
+        self.node.ctr(&[&options[..], &[&self.id]].concat())?;
+        self.wait_until_watched()
     }
 
     /// Walks the container's own layer now; driftd has judged it when this ends.
