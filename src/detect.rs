@@ -64,8 +64,10 @@ pub fn assess(image: &ImageBaseline, fact: &Fact) -> Option<Assessment> {
             judgements: vec![judgement(Kind::ExecInterpreted, None)],
         }),
         Fact::Present { path, state, .. } => Some(assess_present(image, path, state)),
-        Fact::Absent { path } => Some(assess_absent(image, path)),
-        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } => None,
+        Fact::Absent { path, .. } => Some(assess_absent(image, path)),
+        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } | Fact::PackageManager { .. } => {
+            None
+        }
     }
 }
 
@@ -431,6 +433,7 @@ mod tests {
             argv: None,
             uid: None,
             tty: None,
+            root: None,
             ancestors: Vec::new(),
         })
     }
@@ -473,7 +476,7 @@ mod tests {
                 process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
-            "remove" => Fact::Absent { path: path() },
+            "remove" => Fact::Absent { path: path(), writer: None },
             other => panic!("bad verb {other}"),
         }
     }

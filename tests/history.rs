@@ -228,7 +228,7 @@ fn every_filter_leaves_out_what_it_says() {
             .records
             .into_iter()
             .filter_map(|(_, record)| match record {
-                Record::Finding(finding) => Some(finding.id),
+                Record::Finding(finding) | Record::Aggregate { finding, .. } => Some(finding.id),
                 Record::Response(_) | Record::Gap { .. } => None,
             })
             .collect();

@@ -86,8 +86,14 @@ fn describe_one(
             executing
         })
     };
-    let executing =
+    let mut executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
+    if let Some(stat) = &caller.stat {
+        shared.packages().executes(shared, &watched, stat);
+    }
+    if let (Ok(path), None) = (&path, &executing.process.root) {
+        executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());
+    }
     match path {
         Ok(path) => Some(Described { watched, path, file, stat, layer_file, executing, at }),
         Err(why) => {

@@ -20,6 +20,7 @@ mod control;
 mod feed;
 mod gate;
 mod lower;
+mod packages;
 mod process;
 mod processes;
 mod scan;

@@ -11,6 +11,8 @@ use jiff::Timestamp;
 
 use super::Report;
 use super::lower::LowerTwins;
+use super::packages::Packages;
+use super::process::Writers;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use crate::config;
@@ -25,6 +27,8 @@ pub(super) struct Shared {
     reports: Sender<Report>,
     dirty: Mutex<Dirty>,
     sessions: Mutex<Sessions>,
+    packages: Mutex<Packages>,
+    writers: Mutex<Writers>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
 }
@@ -66,6 +70,8 @@ impl Shared {
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
+            packages: Mutex::default(),
+            writers: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
         }
@@ -89,6 +95,27 @@ impl Shared {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn packages(&self) -> MutexGuard<'_, Packages> {
+        self.packages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process that changed a file a moment ago, if it can still be told: it lives,
+    /// or it descended from a package manager.
+    pub(super) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Option<Arc<Process>> {
+        let living = {
+            let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
+            writers.describe(pid, watched)
+        };
+        let mut packages = self.packages();
+        match living {
+            Some(process) => {
+                packages.looked_at(self, watched, &process);
+                Some(process)
+            }
+            None => packages.gone(watched, pid),
+        }
+    }
+
     /// Hands an observation on without ever waiting; false if it was lost.
     pub(super) fn observe(
         &self,
@@ -109,6 +136,24 @@ impl Shared {
                 );
                 false
             }
+        }
+    }
+
+    /// The same for the scan thread, which may wait.
+    pub(super) fn observe_patiently(
+        &self,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) {
+        let observation = Observation { container: watched.container.clone(), at, source, fact };
+        if !self.report_patiently(Report::Observed(observation)) && !self.is_stopping() {
+            self.lose(
+                Failure::PipelineFull,
+                Some(watched),
+                "the pipeline had no room for an observation for half a minute",
+            );
         }
     }
 
@@ -212,6 +257,15 @@ impl Shared {
         } else {
             self.wake_scan();
         }
+    }
+
+    /// Who wrote a path that has not settled yet, if that is known.
+    pub(super) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Arc<Process>> {
+        let dirty = self.dirty();
+        if dirty.paths.is_empty() {
+            return None;
+        }
+        dirty.paths.get(&(watched.container.clone(), path.clone()))?.writer.clone()
     }
 
     /// Notes that a container's upperdir is to be walked once it has settled.
