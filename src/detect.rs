@@ -89,8 +89,10 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
             }
             Some(assessment)
         }
-        Fact::Absent { path } => Some(assess_absent(image, path)),
-        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } => None,
+        Fact::Absent { path, .. } => Some(assess_absent(image, path)),
+        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } | Fact::PackageManager { .. } => {
+            None
+        }
     }
 }
 
@@ -574,6 +576,7 @@ mod tests {
             argv: None,
             uid: None,
             tty: None,
+            root: None,
             ancestors: Vec::new(),
         })
     }
@@ -616,7 +619,7 @@ mod tests {
                 process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
-            "remove" => Fact::Absent { path: path() },
+            "remove" => Fact::Absent { path: path(), writer: None },
             other => panic!("bad verb {other}"),
         }
     }

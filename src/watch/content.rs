@@ -122,8 +122,14 @@ fn describe_one(
             executing
         })
     };
-    let executing =
+    let mut executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
+    if let Some(stat) = &caller.stat {
+        shared.packages().executes(shared, &watched, stat);
+    }
+    if let (Ok(path), None) = (&path, &executing.process.root) {
+        executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());
+    }
     match path {
         // The common case, where directories can be moved at all.
         Ok(path) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,

@@ -27,6 +27,7 @@ mod gate;
 mod lower;
 mod mounts;
 mod names;
+mod packages;
 mod process;
 mod processes;
 mod scan;
