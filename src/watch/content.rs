@@ -78,7 +78,9 @@ fn describe_one(
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
     let path = match filesystem {
-        Filesystem::Overlay => event_path(&watched, &file, &stat, caller.pid, parent),
+        Filesystem::Overlay => {
+            event_path(&watched, &file, &stat, caller.pid, parent).map(|path| (path, true))
+        }
         Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
             mounts::event_path(&watched, &file, &stat, caller.pid, parent)
         }
@@ -96,7 +98,9 @@ fn describe_one(
     let executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
     match path {
-        Ok(path) => {
+        Ok((path, is_certain)) => {
+            let exe = executing.process.exe.as_deref().filter(|_| !is_certain);
+            let path = exe.and_then(|exe| mounts::path_of_program(exe, &path)).unwrap_or(path);
             Some(Described { watched, filesystem, path, file, stat, layer_file, executing, at })
         }
         Err(why) => {
