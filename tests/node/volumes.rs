@@ -61,7 +61,7 @@ impl Volume {
         let name = format!("volume-{}", node.next_id());
         let (file, directory) = (node.path(&format!("{name}.ext4")), node.path(&name));
         fs::create_dir(&directory)?;
-        fs::File::create(&file)?.set_len(16 << 20)?;
+        fs::File::create(&file)?.set_len(64 << 20)?;
         succeed(Command::new(programs::find("mkfs.ext4")?).arg("-q").arg(&file))?;
         succeed(Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&directory))
             .context("this kernel must have loop devices")?;
