@@ -14,7 +14,7 @@
 //! watchers, which must never wait, then find their channel full and ask
 //! themselves for a rescan.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
-use crate::detect::{self, Assessment};
+use crate::detect::{self, Assessment, Sensitive};
 use crate::health::{Failure, Health};
 use crate::history::Record;
 use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState};
@@ -164,6 +164,10 @@ pub enum LookupError {
 
 /// How many observations of one container may wait for its baseline.
 const BACKLOG: usize = 8192;
+/// How long and how many observations may wait for containerd to tell of their
+/// container.
+const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
+const MAX_UNANNOUNCED: usize = 1024;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
 
@@ -187,6 +191,8 @@ pub struct State {
     /// When each loss was last written to the history: a flood of one loss is
     /// one gap a second, the counters have the rest.
     gaps: HashMap<&'static str, Timestamp>,
+    /// Seen of containers that containerd has not told of yet.
+    unannounced: VecDeque<Observation>,
 }
 
 #[derive(Debug)]
@@ -225,6 +231,7 @@ impl State {
             diffs: HashMap::new(),
             responses: Vec::new(),
             gaps: HashMap::new(),
+            unannounced: VecDeque::new(),
         }
     }
 
@@ -268,9 +275,12 @@ impl State {
                     pid,
                     rootfs,
                 }));
+                let id = container.clone();
+                self.announced(&container, now, effects);
                 if trust != Trust::Unknown {
                     effects.push(Effect::Watch(Command::Trust { container, trust }));
                 }
+                layers::tell_entry_point(&id, self.inventory.entry(&id), effects);
             }
             Change::Container(container) => self.container_changed(*container, now, effects),
             Change::TaskExited { container } => self.task_exited(&container, effects),
@@ -309,6 +319,7 @@ impl State {
                 }));
                 // So it is for whoever is attached anew.
                 trusted = Trust::Unknown;
+                layers::tell_entry_point(&id, entry, effects);
             }
         }
         let chain_id = container.chain_id();
@@ -458,6 +469,10 @@ impl State {
                     entry.without_baseline = None;
                     self.unsettled.remove(&id);
                     layers::tell_trust(&id, entry, effects);
+                    if let Some(container) = &entry.container {
+                        entry.entry_point = detect::entry_point(&baseline, &container.entry_point);
+                    }
+                    layers::tell_entry_point(&id, entry, effects);
                     for observation in std::mem::take(&mut entry.backlog) {
                         self.judge(&observation, now, effects);
                     }
@@ -532,7 +547,8 @@ impl State {
     ) {
         const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
         let told = self.gaps.get(failure.name());
-        if told.is_some_and(|told| now.duration_since(*told) < QUIET) {
+        // Of a clock that was set back it is not known how long ago that was.
+        if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
             return;
         }
         self.gaps.insert(failure.name(), now);
@@ -560,7 +576,12 @@ impl State {
             | Fact::ReverseShell { .. }
             | Fact::SessionOpened { .. } => return,
         };
-        let Some(assessment) = detect::assess(baseline, &observation.fact) else { return };
+        let Some(entry) = self.inventory.get(&observation.container) else { return };
+        let sensitive =
+            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
+            return;
+        };
         if pending.differences.len() == MAX_DIFFERENCES {
             pending.truncated = true;
             return;
@@ -576,11 +597,43 @@ impl State {
         });
     }
 
+    /// Keeps what was seen of a container that nobody has told of yet.
+    fn await_container(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.unannounced.retain(|one| now.duration_since(one.at) < ANNOUNCED_WITHIN);
+        if self.unannounced.len() < MAX_UNANNOUNCED {
+            self.unannounced.push_back(observation.clone());
+            return;
+        }
+        judged(observation, watch::Verdict::Lost, effects);
+        let _ = self.health.record(Failure::BaselineBacklogFull);
+        let detail = format!("more than {MAX_UNANNOUNCED} observations of unknown containers");
+        self.gap(Failure::BaselineBacklogFull, None, detail, now, effects);
+    }
+
+    /// Judges what was seen of a container before it was told of.
+    fn announced(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        let (of_it, others) = std::mem::take(&mut self.unannounced)
+            .into_iter()
+            .partition::<VecDeque<_>, _>(|one| one.container == *container);
+        self.unannounced = others;
+        for observation in of_it {
+            self.judge(&observation, now, effects);
+        }
+    }
+
     /// Turns one fact into findings.
     fn judge(&mut self, observation: &Observation, now: Timestamp, effects: &mut Vec<Effect>) {
-        // Attaching comes after the entry, so a container we do not know is one
-        // that has already gone.
-        let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+        // A container that we do not know has gone, or was armed by its runtime's call
+        // before containerd's event of it came.
+        let Some(entry) = self.inventory.get_mut(&observation.container) else {
+            self.await_container(observation, now, effects);
+            return;
+        };
         if let Fact::SessionOpened { process } = &observation.fact {
             self.session_opened(&observation.container, process, observation, now, effects);
             return;
@@ -608,7 +661,11 @@ impl State {
                 return;
             }
         };
-        let Some(assessment) = detect::assess(&baseline, &observation.fact) else { return };
+        let sensitive =
+            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
+            return;
+        };
         let is_image = assessment.judgements.is_empty();
         let verdict = if is_image { watch::Verdict::Image } else { watch::Verdict::Drift };
         judged(observation, verdict, effects);
@@ -1290,6 +1347,9 @@ pub struct Outputs {
     pub orders: tokio::sync::mpsc::Sender<Order>,
 }
 
+/// Clocks are set back: what is due then is not as far away as it seems.
+const LONGEST_SLEEP: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Runs until it is stopped.
 pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
     let mut effects = Vec::new();
@@ -1297,7 +1357,8 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
         let due = match state.next_due() {
             Some(due) => {
                 let left = due.duration_since(Timestamp::now());
-                crossbeam_channel::after(left.try_into().unwrap_or_default())
+                let left = std::time::Duration::try_from(left).unwrap_or_default();
+                crossbeam_channel::after(left.min(LONGEST_SLEEP))
             }
             None => crossbeam_channel::never(),
         };

@@ -197,7 +197,7 @@ impl State {
         let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
         for id in unsettled {
             let since = self.inventory.get(&id).and_then(|entry| entry.without_baseline);
-            if since.is_some_and(|since| now.duration_since(since) < PATIENCE) {
+            if since.is_some_and(|since| now.duration_since(since).abs() < PATIENCE) {
                 continue;
             }
             // While it is being tried again nothing is said. If that fails too, it
@@ -264,6 +264,15 @@ pub(super) fn tell_trust(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effe
             effects.push(Effect::Watch(Command::Trust { container: id.clone(), trust }));
         }
         WatchState::No | WatchState::Refused(_) => (),
+    }
+}
+
+/// Tells the watchers what starts the container, if they watch it.
+pub(super) fn tell_entry_point(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effect>) {
+    let is_watched = matches!(entry.watch, WatchState::Asked | WatchState::Attached { .. });
+    if is_watched && !entry.entry_point.is_empty() {
+        let (container, paths) = (id.clone(), entry.entry_point.clone());
+        effects.push(Effect::Watch(Command::EntryPoint { container, paths }));
     }
 }
 

@@ -4,8 +4,8 @@ use super::*;
 use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
 use crate::model::{
-    Ancestor, DiffId, FileTime, FileType, Format, IdRange, ImageReference, Layer, LayerFile,
-    LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
+    Ancestor, DiffId, EntryPoint, FileTime, FileType, Format, IdRange, ImageReference, Layer,
+    LayerFile, LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -33,7 +33,7 @@ struct Node {
 
 impl Node {
     fn new(respond: Respond, known: Vec<Finding>) -> Node {
-        let policy = Policy { generation: 1, respond };
+        let policy = Policy { generation: 1, respond, ..Policy::default() };
         let state = State::new("node".into(), policy, Arc::default(), known, Timestamp::UNIX_EPOCH);
         Node {
             state,
@@ -225,6 +225,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         task: pid.map(|pid| Task { pid, paused: false }),
         no_baseline: None,
         id_map: None,
+        entry_point: EntryPoint::default(),
     }
 }
 
@@ -939,4 +940,27 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     assert_eq!((view.baseline.as_str(), view.watched), ("ready", false));
     assert_eq!(view.problem.as_deref(), Some("it is not an overlay"));
     node.wait(60).expect(&[]);
+}
+
+#[test]
+fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
+    let mut node = Node::running();
+    let lost = || {
+        Input::Watch(Report::Lost {
+            failure: Failure::KernelQueueOverflow,
+            container: None,
+            detail: "events were dropped".into(),
+        })
+    };
+    node.clock = 100_000;
+    node.give(lost());
+    node.play("exec c1 /tmp/x evil");
+    node.clock = 1_000;
+    node.give(lost());
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    assert_eq!(node.gaps.len(), 2, "{:?}", node.gaps);
+    node.expect(&["exec.new /tmp/x x2 r2", "exec.new /tmp/y x1 r1"]);
+    for finding in &node.told {
+        assert!(finding.first_seen <= finding.last_seen, "{finding:#?}");
+    }
 }

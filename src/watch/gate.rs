@@ -26,6 +26,7 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use super::files::Held;
 use super::mounts;
 use super::process::Caller;
 use super::shared::Shared;
@@ -40,10 +41,12 @@ use crate::sys::{file, procfs};
 pub(super) struct Execution {
     pub(super) watched: Arc<Watched>,
     pub(super) filesystem: Filesystem,
-    pub(super) file: OwnedFd,
+    pub(super) file: Held,
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(super) layer_file: Option<LayerFile>,
+    /// It is the image's own, unless its path has become another.
+    pub(super) is_movable: bool,
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
 }
@@ -63,6 +66,12 @@ const TURN: Duration = Duration::from_millis(250);
 /// descriptors. With none left to open, the kernel denies.
 const READ_BYTES: usize = 4 * 1024;
 
+/// Since when another thread's count of turns is what it is.
+struct Progress {
+    turns: u64,
+    since: Instant,
+}
+
 pub(super) struct Gate {
     pub(super) group: Arc<Group>,
     pub(super) shared: Arc<Shared>,
@@ -78,10 +87,13 @@ impl Gate {
         let _ = rustix::process::setpriority_process(None, -10);
         let mut buffer = Buffer::new();
         let mut last_beat = None;
+        let mut arming = Progress { turns: 0, since: Instant::now() };
         while !self.shared.is_stopping() {
             self.wait();
             self.shared.health.gate_turns.fetch_add(1, Ordering::Relaxed);
-            self.beat(&mut last_beat);
+            if !self.is_arming_stuck(&mut arming) {
+                self.beat(&mut last_beat);
+            }
             match self.group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
@@ -104,6 +116,19 @@ impl Gate {
         let timeout = Timespec::try_from(TURN).expect("a quarter of a second fits");
         // An error here (a signal) only means that the turn comes early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
+    }
+
+    /// Whether the thread that is asked before a runtime runs has made no turn in a
+    /// while. Containers could not start: then there is no heartbeat from here.
+    fn is_arming_stuck(&self, last: &mut Progress) -> bool {
+        if self.shared.arming.since.get().is_none() {
+            return false;
+        }
+        let turns = self.shared.arming.turns.load(Ordering::Relaxed);
+        if turns != last.turns {
+            *last = Progress { turns, since: Instant::now() };
+        }
+        last.since.elapsed() > 4 * TURN
     }
 
     fn beat(&self, last: &mut Option<Instant>) {
@@ -176,9 +201,10 @@ impl Gate {
             // No image has a file there.
             Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => Standing::Own,
         };
+        let is_movable = matches!(standing, Standing::Movable(_));
         let layer_file = match standing {
             Standing::Own => None,
-            Standing::Doubtful(layer_file) => Some(layer_file),
+            Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
                 drop(file);
                 // The queue is long, and who waits in it is looked at by its start
@@ -195,7 +221,9 @@ impl Gate {
                 return;
             }
         };
-        let execution = Execution { watched, filesystem, file, stat, layer_file, caller, at };
+        let file = Held::new(&watched, file);
+        let execution =
+            Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

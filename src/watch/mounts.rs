@@ -275,7 +275,7 @@ pub(super) fn event_path(
     pid: u32,
     parent: Option<u32>,
 ) -> Result<(RootfsPath, bool), UnknownPath> {
-    let name = content::event_name(opened, stat)?;
+    let name = content::event_name(opened)?;
     let below_root = overlay::strip_directory(&name, &watched.root_name);
     let own = watched.mounts();
     let is_own = |mount: u64| own.iter().any(|own| own.id == mount);

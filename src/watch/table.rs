@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::files::Files;
 use super::trust::LayerFiles;
-use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
+use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::procfs::{self, Handle};
@@ -30,18 +31,30 @@ pub(super) struct Watched {
     /// Its control group in the unified hierarchy; `None` where there is none of
     /// its own.
     pub(super) cgroup: Option<Vec<u8>>,
+    /// The same group as the kernel's records name it.
+    pub(super) perf_cgroup: Option<u64>,
     layers: OnceLock<Layers>,
     /// Its other mounts that carry our marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
+    /// Files that matter whatever they hold, beside those that the settings name.
+    entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
+    /// It is to be walked although nothing was lost.
+    walk: AtomicBool,
     /// The same for the container's processes.
     process_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
+    /// The marks were there before its entry point ran.
+    armed_before_start: AtomicBool,
+    /// The event files that wait to be looked into.
+    pub(super) files: Files,
+    /// Marked because its runtime was called; containerd has not told of it yet.
+    unannounced: AtomicBool,
 }
 
 /// Where the overlay's layers lie on the host.
@@ -49,10 +62,15 @@ pub(super) struct Watched {
 pub(super) struct Layers {
     pub(super) dirs: OverlayDirs,
     pub(super) userxattr: bool,
+    /// A directory of the image can be moved, and its files then have other paths
+    /// than the image's.
+    pub(super) redirects: bool,
     /// Since when the container has an upper layer. `None` where the filesystem
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
     born: Option<FileTime>,
+    /// The filesystems that its directories are on.
+    devices: Vec<u64>,
 }
 
 /// A mount of a container, beside its root, that carries our mark: all of its
@@ -75,6 +93,8 @@ pub(super) enum Standing {
     Own,
     /// A file of the image's layers that may have been changed there.
     Doubtful(LayerFile),
+    /// A file of the image's layers, whose directory may have been moved.
+    Movable(LayerFile),
     Image,
 }
 
@@ -104,12 +124,26 @@ fn place(stat: &Stat, own: Option<FileTime>) -> Place {
 impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
-        let born = file::stat_path(&mount.dirs.upperdir).ok()?.born;
+        let upper = file::stat_path(&mount.dirs.upperdir).ok()?;
+        let born = upper.born;
+        let lower = mount.dirs.lowerdirs.iter().filter_map(|lower| file::stat_path(lower).ok());
+        let devices = lower.map(|lower| lower.device).chain([upper.device]).collect();
         // A birth that is yet to come: the clock was set back, and files that are
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
         let born = born.filter(|born| born.seconds <= now);
-        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born })
+        Some(Layers {
+            dirs: mount.dirs,
+            userxattr: mount.userxattr,
+            redirects: mount.redirects,
+            born,
+            devices,
+        })
+    }
+
+    /// Whether some of it is on this filesystem.
+    pub(super) fn is_on(&self, device: u64) -> bool {
+        self.devices.contains(&device)
     }
 }
 
@@ -122,6 +156,7 @@ impl Watched {
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
         cgroup: Option<Vec<u8>>,
+        perf_cgroup: Option<u64>,
     ) -> Watched {
         Watched {
             container,
@@ -132,12 +167,18 @@ impl Watched {
             pid_namespace,
             mount_namespace,
             cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
+            perf_cgroup,
             layers: OnceLock::new(),
             mounts: RwLock::default(),
+            entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
+            walk: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
+            armed_before_start: AtomicBool::new(false),
+            unannounced: AtomicBool::new(false),
+            files: Files::default(),
         }
     }
 
@@ -153,6 +194,15 @@ impl Watched {
     /// Its other mounts that carry our marks, as they were when last looked at.
     pub(super) fn mounts(&self) -> Arc<[MarkedMount]> {
         self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_entry_point(&self, paths: Vec<RootfsPath>) {
+        *self.entry_point.write().unwrap_or_else(PoisonError::into_inner) = paths;
+    }
+
+    /// Whether a file at `path` takes part in starting the container.
+    pub(super) fn is_entry_point(&self, path: &RootfsPath) -> bool {
+        self.entry_point.read().unwrap_or_else(PoisonError::into_inner).contains(path)
     }
 
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
@@ -174,6 +224,8 @@ impl Watched {
                 let file = LayerFile { device, inode, changed };
                 if self.layer_files().is_doubtful(&file, is_young) {
                     Standing::Doubtful(file)
+                } else if self.layers().is_some_and(|layers| layers.redirects) {
+                    Standing::Movable(file)
                 } else {
                     Standing::Image
                 }
@@ -187,6 +239,11 @@ impl Watched {
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
+    /// Asks for a walk of the upperdir alone.
+    pub(super) fn ask_for_walk(&self) {
+        self.walk.store(true, Ordering::Release);
+    }
+
     /// Says whether this is the first time.
     pub(super) fn detach(&self) -> bool {
         !self.detaching.swap(true, Ordering::AcqRel)
@@ -196,12 +253,30 @@ impl Watched {
         self.detaching.load(Ordering::Acquire)
     }
 
-    pub(super) fn wants_rescan(&self) -> bool {
-        self.rescan.load(Ordering::Acquire)
+    pub(super) fn is_armed_before_start(&self) -> bool {
+        self.armed_before_start.load(Ordering::Acquire)
     }
 
-    pub(super) fn take_rescan(&self) -> bool {
-        self.rescan.swap(false, Ordering::AcqRel)
+    pub(super) fn set_armed_before_start(&self) {
+        self.armed_before_start.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_unannounced(&self) -> bool {
+        self.unannounced.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_unannounced(&self, unannounced: bool) {
+        self.unannounced.store(unannounced, Ordering::Release);
+    }
+
+    pub(super) fn wants_rescan(&self) -> bool {
+        self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
+    }
+
+    /// A walk begins.
+    pub(super) fn take_rescan(&self) {
+        self.rescan.store(false, Ordering::Release);
+        self.walk.store(false, Ordering::Release);
     }
 
     pub(super) fn take_process_scan(&self) -> bool {
@@ -316,6 +391,17 @@ impl Table {
         }
     }
 
+    /// The container whose own overlay has this device.
+    pub(super) fn by_device(&self, device: u64) -> Option<Arc<Watched>> {
+        self.read().by_device.get(&device).cloned()
+    }
+
+    /// The container of a control group, as the kernel's records name it.
+    pub(super) fn by_perf_cgroup(&self, cgroup: u64) -> Option<Arc<Watched>> {
+        let maps = self.read();
+        maps.by_container.values().find(|watched| watched.perf_cgroup == Some(cgroup)).cloned()
+    }
+
     pub(super) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
         self.read().by_container.get(container).cloned()
     }
@@ -344,6 +430,11 @@ impl Table {
             return Some(watched);
         }
         self.by_cgroup(&process.cgroup().ok()?)
+    }
+
+    /// Whether a container is in this mount namespace.
+    pub(super) fn is_mount_namespace(&self, namespace: u64) -> bool {
+        self.by_mount_namespace(namespace).is_some()
     }
 
     fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
