@@ -9,6 +9,7 @@ mod answers;
 mod cri;
 mod docker;
 mod drift;
+mod fileless;
 mod image;
 mod node;
 mod ordinary;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fileless::trials(),
         ordinary::trials(),
         answers::trials(),
         sources::trials(),
