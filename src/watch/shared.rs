@@ -27,6 +27,7 @@ pub(super) struct Shared {
     sessions: Mutex<Sessions>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
+    records_executions: AtomicBool,
 }
 
 /// More paths than this are not waited for one by one; the container is walked.
@@ -68,6 +69,7 @@ impl Shared {
             sessions: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
+            records_executions: AtomicBool::new(false),
         }
     }
 
@@ -78,6 +80,15 @@ impl Shared {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// The kernel records every execution for us.
+    pub(super) fn set_records_executions(&self) {
+        self.records_executions.store(true, Ordering::Release);
+    }
+
+    pub(super) fn records_executions(&self) -> bool {
+        self.records_executions.load(Ordering::Acquire)
     }
 
     pub(super) fn wake_scan(&self) {

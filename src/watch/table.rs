@@ -1,7 +1,7 @@
 //! The containers that are watched, by what an event can tell of them.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::trust::LayerFiles;
@@ -38,8 +38,9 @@ pub(super) struct Watched {
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
-    /// The same for the container's processes.
-    process_scan: AtomicBool,
+    /// The same for the container's processes: those that were there at this time
+    /// after boot, in clock ticks. 0 if none are to be looked at.
+    process_scan: AtomicU64,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
 }
@@ -134,7 +135,7 @@ impl Watched {
             layers: OnceLock::new(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
-            process_scan: AtomicBool::new(false),
+            process_scan: AtomicU64::new(0),
             detaching: AtomicBool::new(false),
         }
     }
@@ -176,7 +177,7 @@ impl Watched {
 
     /// Asks for a walk of everything; says whether none was asked for yet.
     pub(super) fn ask_for_rescan(&self) -> bool {
-        self.process_scan.store(true, Ordering::Release);
+        self.process_scan.fetch_max(procfs::ticks_since_boot(), Ordering::AcqRel);
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
@@ -197,8 +198,10 @@ impl Watched {
         self.rescan.swap(false, Ordering::AcqRel)
     }
 
-    pub(super) fn take_process_scan(&self) -> bool {
-        self.process_scan.swap(false, Ordering::AcqRel)
+    /// Whether the container's processes are to be looked at, and since when the
+    /// start of every other one has been seen.
+    pub(super) fn take_process_scan(&self) -> Option<u64> {
+        Some(self.process_scan.swap(0, Ordering::AcqRel)).filter(|&since| since > 0)
     }
 }
 

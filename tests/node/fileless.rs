@@ -199,7 +199,7 @@ fn b23_runtime(node: &Node) -> anyhow::Result<()> {
     for number in 0..5 {
         let name = format!("run-{number}");
         let exec = ["task", "exec", "--fifo-dir", &fifo.to_string_lossy(), "--exec-id", &name];
-        node.ctr(&[&exec[..], &[&container.id, "/bin/true"]].concat())?;
+        node.ctr(&[&exec[..], &[&container.id, "/bin/sleep", "0.3"]].concat())?;
     }
     let findings = container.told(&["info session.exec"])?;
     assert_eq!(only(&findings, "session.exec")?["count"], 5);
