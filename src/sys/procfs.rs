@@ -166,6 +166,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// One of its files, followed if it is a link of the kernel's own.
+    pub(super) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
+        self.process.open_relative(name).map_err(into_io)
+    }
+
     fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.process.open_relative(name).map_err(into_io)?;
         let mut bytes = Vec::new();
@@ -189,6 +194,11 @@ impl Handle {
     pub fn uid(&self) -> io::Result<u32> {
         let status = self.read("status", 16 * 1024)?;
         parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Its working directory, as it is called from our root.
+    pub fn working_directory(&self) -> io::Result<PathBuf> {
+        self.process.cwd().map_err(into_io)
     }
 
     /// Names the pid namespace this process is in.

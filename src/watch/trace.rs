@@ -24,7 +24,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::shared::Shared;
-use super::table::Watched;
+use super::table::{Table, Watched};
 use super::unseen::Unseen;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
@@ -216,6 +216,11 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
         Some(_) if name.ends_with(DELETED) => Judged::Unseen(Filesystem::Anonymous),
         Some(_) => Judged::Unseen(evidence.mounted.unwrap_or(Filesystem::Volume)),
     }
+}
+
+/// Whether the gate was asked, going by the filesystem alone.
+fn was_marked(table: &Table, program: &Mapped, executed: &Executed) -> bool {
+    table.was_marked(program.device, None, executed.time)
 }
 
 /// The number of the descriptor that was given to execve instead of a name.
@@ -441,7 +446,7 @@ impl Trace {
         self.tells_overlays |= overlay.is_some();
         let is_marked = program
             .as_ref()
-            .is_some_and(|program| overlay.is_some() || table.is_marked(program.device, None));
+            .is_some_and(|program| overlay.is_some() || was_marked(table, program, executed));
         let watched = overlay
             .or_else(|| executed.cgroup.and_then(|cgroup| table.by_perf_cgroup(cgroup)))
             .or(inherited)
@@ -494,12 +499,12 @@ impl Trace {
         };
         let may_be_below = !self.tells_overlays;
         let exe = opened.as_ref().and_then(|(exe, stat)| {
-            let is_marked = table.is_marked(stat.device, stat.mount);
+            let is_marked = table.was_marked(stat.device, stat.mount, executed.time);
             (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: file::is_on_tmpfs(exe).unwrap_or(false),
+                is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
                 is_host,
             })
         });
@@ -507,7 +512,17 @@ impl Trace {
             && program.is_some_and(|mapped| {
                 watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
             });
-        let is_mapped_marked = program.is_some_and(|mapped| table.is_marked(mapped.device, None));
+        // Of who is gone it is not known through which mount: through the marked one.
+        let is_of_marked_mount = |mapped: &Mapped| {
+            exe.is_none()
+                && watched
+                    .mounts()
+                    .iter()
+                    .any(|mount| !mount.whole_filesystem && mount.device == mapped.device)
+        };
+        let is_mapped_marked = program.is_some_and(|mapped| {
+            was_marked(table, mapped, executed) || is_of_marked_mount(mapped)
+        });
         let mounted = match (&exe, program) {
             (None, Some(mapped)) if !is_mapped_marked => self.mounted(execution, mapped.device),
             _ => None,
@@ -548,7 +563,7 @@ impl Trace {
         }
         let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
             Filesystem::Anonymous
-        } else if file::is_on_tmpfs(&fd).unwrap_or(false) {
+        } else if file::is_in_memory(&fd).unwrap_or(false) {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
