@@ -750,6 +750,100 @@ fn a_thousand_executions_are_a_thousand_observations() {
     assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
 }
 
+/// Runs programs in every way that leaves no name behind.
+fn compile_loader(directory: &Path) -> PathBuf {
+    let (source, program) = (directory.join("loader.c"), directory.join("loader"));
+    fs::write(&source, include_str!("data/loader.c")).unwrap();
+    run(&[
+        OsStr::new("gcc"),
+        "-static".as_ref(),
+        "-Os".as_ref(),
+        "-o".as_ref(),
+        program.as_ref(),
+        source.as_ref(),
+    ]);
+    program
+}
+
+#[test]
+fn a10_a_thousand_memfds_are_a_thousand_observations_and_most_are_hashed() {
+    let container = Container::start();
+    let loader = compile_loader(container.dir.path());
+    let mut node = Node::start();
+    node.attach(&container);
+    fs::copy(&loader, container.merged().join("tmp/loader")).unwrap();
+    // It runs for less than a millisecond.
+    container.shell("/tmp/loader memfd 1000 /tmp/loader exit");
+    let mut hashed = 0;
+    let wanted = path("/memfd:a");
+    let expected = hash_of(&loader);
+    let deadline = Instant::now() + 4 * PATIENCE;
+    let mut count = 0;
+    while count < 1000 {
+        let report = node.reports.recv_deadline(deadline);
+        let report = report.unwrap_or_else(|_| panic!("{count} of 1000, {hashed} hashed"));
+        if let Report::Observed(Observation {
+            source,
+            fact: Fact::Executed { path, filesystem, state, running, .. },
+            ..
+        }) = &report
+            && *path == wanted
+        {
+            assert_eq!(
+                (*source, *filesystem, *running, state.deleted),
+                (Source::Trace, Filesystem::Anonymous, false, true)
+            );
+            match state.content {
+                Content::Hashed { blake3, .. } => {
+                    assert_eq!(blake3, expected);
+                    hashed += 1;
+                }
+                Content::Unhashed(why) => assert_eq!(why, Unhashed::Gone),
+            }
+            count += 1;
+        }
+        node.told.push(report);
+    }
+    println!("{hashed} of {count} memfds were hashed");
+    node.walk(&container);
+    let told = node.executed_paths();
+    assert_eq!(told.iter().filter(|path| *path == "/memfd:a").count(), 1000);
+    node.assert_no_loss();
+}
+
+/// Of fork and exec with and without the rings. Prints what it found: on a busy
+/// machine it proves nothing.
+#[test]
+#[ignore = "measures, and takes a minute"]
+fn what_the_rings_cost_an_execve() {
+    const ROUNDS: usize = 20;
+    const EXECUTIONS: usize = 1000;
+    let directory = tempfile::tempdir().unwrap();
+    let loader = compile_loader(directory.path());
+    let round = || {
+        let start = Instant::now();
+        let status = Command::new(&loader)
+            .args(["memfd", &EXECUTIONS.to_string()])
+            .arg(&loader)
+            .arg("exit")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        start.elapsed().as_secs_f64() * 1e6 / EXECUTIONS as f64
+    };
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        without.push(round());
+        let node = Node::start();
+        with.push(round());
+        drop(node);
+    }
+    for (name, times) in [("without", &mut without), ("with", &mut with)] {
+        times.sort_by(f64::total_cmp);
+        println!("{name}: min {:.1} median {:.1} us", times[0], times[ROUNDS / 2]);
+    }
+}
+
 #[test]
 fn what_changes_no_content_is_present_with_the_images_content() {
     let container = Container::start();

@@ -232,7 +232,7 @@ fn hash_one(shared: &Shared, execution: Described) {
     // it had lost it.
     let is_nameless = layer_file.is_none() && stat.links == 0;
     let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
-    let path = if is_nameless { unseen::without_number(path) } else { path };
+    let path = unseen::path(path.as_bytes(), is_nameless).unwrap_or(path);
     // What is said of a file that was moved holds for its new path only.
     if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that its judgement finds it.

@@ -33,6 +33,7 @@ pub(super) struct Shared {
     writers: Mutex<Writers>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
+    records_executions: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
 }
@@ -93,6 +94,7 @@ impl Shared {
             writers: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
+            records_executions: AtomicBool::new(false),
             arming: Arming::default(),
         }
     }
@@ -104,6 +106,15 @@ impl Shared {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// The kernel records every execution for us.
+    pub(super) fn set_records_executions(&self) {
+        self.records_executions.store(true, Ordering::Release);
+    }
+
+    pub(super) fn records_executions(&self) -> bool {
+        self.records_executions.load(Ordering::Acquire)
     }
 
     /// Whether this container should have been armed before it started.
