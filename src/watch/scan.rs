@@ -252,6 +252,8 @@ fn settle(shared: &Shared) -> bool {
     let mut place: Option<Place> = None;
     let settled = shared.take_settled(Instant::now());
     let is_busy = !settled.is_empty();
+    // Walked behind everything that is told by itself, so that nothing is told twice.
+    let mut directories = Vec::new();
     for (path, dirty) in settled {
         if shared.is_stopping() {
             return false;
@@ -280,12 +282,17 @@ fn settle(shared: &Shared) -> bool {
             // which files are the image's.
             Ok(None) if in_image && lower::holds(layers, &path) => (),
             Ok(None) => tell(Fact::Absent { path, writer }),
-            Ok(Some(Found::Directory)) => walk_below(shared, &watched, layers, &path),
+            Ok(Some(Found::Directory)) => directories.push((watched.clone(), path)),
             Err(_) if watched.is_detaching() => (),
             Err(err) => {
                 let detail = format!("the changed file {path} cannot be looked at: {err}");
                 shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
             }
+        }
+    }
+    for (watched, path) in directories {
+        if let Some(layers) = watched.layers() {
+            walk_below(shared, &watched, layers, &path);
         }
     }
     is_busy
