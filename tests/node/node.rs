@@ -106,6 +106,8 @@ pub(crate) struct Setup {
     pub(crate) driftd: &'static str,
     /// containerd serves Kubernetes, with these settings for what it pulls.
     pub(crate) cri: Option<&'static str>,
+    /// A namespace of containerd that driftd leaves alone.
+    pub(crate) unwatched: Option<&'static str>,
 }
 
 /// A containerd of its own, with a driftd that watches it.
@@ -292,12 +294,14 @@ disabled_plugins = [{without}
 
     fn write_settings(&self, more: &str) -> anyhow::Result<()> {
         let directory = self.directory.path().display();
+        let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
 socket = "{directory}/driftd.sock"
 [containerd]
 sockets = ["{directory}/containerd.sock"]
+exclude_namespaces = {exclude:?}
 [watch]
 settle = "1s"
 sweep_interval = "1h"
@@ -485,6 +489,15 @@ sweep_interval = "1h"
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
         self.run(&self.namespace, image, &[])
+    }
+
+    /// The same, in a namespace of its own.
+    pub(crate) fn unwatched_container_in(
+        &self,
+        namespace: &str,
+        image: &str,
+    ) -> anyhow::Result<Container<'_>> {
+        self.run(namespace, image, &[])
     }
 
     fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
