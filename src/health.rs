@@ -1,6 +1,7 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -141,6 +142,8 @@ pub struct Health {
     pub gate_turns: AtomicU64,
     /// Writes of files that are no programs: seen, counted, not reported.
     pub data_writes: AtomicU64,
+    /// What this kernel lacks, as found when the daemon started.
+    pub missing: OnceLock<Vec<Missing>>,
 }
 
 impl Health {
@@ -164,6 +167,16 @@ impl Health {
             .filter(|loss| loss.count > 0)
             .collect()
     }
+}
+
+/// Something that this kernel lacks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Missing {
+    pub name: String,
+    /// Where it comes from.
+    pub since: String,
+    /// What it means that it is not there.
+    pub meaning: String,
 }
 
 /// A failure's name and how often it happened since the daemon started.

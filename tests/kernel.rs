@@ -27,9 +27,13 @@ use driftd::model::{
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
 use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
-/// An emulated machine is slow (`make test-kernels`).
-const PATIENCE: Duration =
-    Duration::from_secs(if option_env!("DRIFTD_PATIENT").is_some() { 300 } else { 30 });
+const PATIENCE: Duration = Duration::from_secs(30);
+/// In an emulated machine (`make test-kernels`), where all is slow.
+const MUCH_PATIENCE: Duration = Duration::from_secs(300);
+
+fn patience() -> Duration {
+    if std::env::var_os("DRIFTD_TEST_KERNEL").is_some() { MUCH_PATIENCE } else { PATIENCE }
+}
 const BUSYBOX: &str = "/bin/busybox";
 
 /// An overlay with a small image, and a process that has it as its root.
@@ -272,7 +276,7 @@ impl Drop for Family {
 
 #[track_caller]
 fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(found) = look() {
             return found;
@@ -383,7 +387,7 @@ impl Node {
         if let Some(found) = self.told.iter().find_map(&mut look) {
             return found;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             let Ok(report) = self.reports.recv_deadline(deadline) else {
                 let told: Vec<String> = self.told.iter().map(summary).collect();

@@ -74,7 +74,7 @@ impl Follower {
                     Record::Finding(finding) => proto::follow_findings_response::Event::Finding(
                         convert::finding_to_proto(*finding),
                     ),
-                    Record::Gap { name, container, detail, at } => {
+                    Record::Gap { name, container, detail, at, until } => {
                         proto::follow_findings_response::Event::Gap(proto::Gap {
                             name,
                             at: Some(convert::time_to_proto(at)),
@@ -84,6 +84,7 @@ impl Follower {
                                 .unwrap_or_default(),
                             container: container.map(|id| id.id.to_string()).unwrap_or_default(),
                             detail,
+                            until: until.map(convert::time_to_proto),
                         })
                     }
                     // The finding's next revision carries the outcome.
@@ -106,6 +107,7 @@ impl Follower {
             namespace: String::new(),
             container: String::new(),
             detail,
+            until: None,
         };
         self.send(cursor, proto::follow_findings_response::Event::Gap(gap)).await
     }

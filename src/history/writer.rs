@@ -329,6 +329,7 @@ impl Pending {
                         "{count} records were dropped while the history was not writable"
                     ),
                     at,
+                    until: None,
                 },
             )?;
         }
@@ -484,6 +485,7 @@ mod tests {
             container: None,
             detail: detail.into(),
             at: Timestamp::UNIX_EPOCH,
+            until: None,
         }
     }
 

@@ -511,7 +511,12 @@ fn what_a_listing_does_not_name_is_gone() {
     assert_eq!(node.commands, [Command::Detach { container: id("c1") }]);
     // The last scan is still judged, then the container is forgotten.
     node.play("scan c1 /tmp/x evil").expect(&["file.added /tmp/x x1 r1"]);
-    node.give(Input::Watch(Report::Scanned { container: id("c1"), ticket: None, complete: true }));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
     assert!(node.state.inventory.get(&id("c1")).is_none());
 }
 
@@ -539,7 +544,12 @@ fn a_diff_names_every_difference_and_which_are_findings() {
         })
         .into();
     node.give(Input::Watch(Report::ScanBatch { container: id("c1"), ticket, observations }));
-    node.give(Input::Watch(Report::Scanned { container: id("c1"), ticket, complete: true }));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
     let diff = answer.try_recv().unwrap().unwrap();
     let lines: Vec<String> = diff
         .differences

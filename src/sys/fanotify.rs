@@ -222,7 +222,7 @@ impl fmt::Debug for Buffer {
 /// Why a group could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("this kernel has no fanotify (driftd needs CONFIG_FANOTIFY and Linux 5.4 or newer)")]
+    #[error("this kernel has no fanotify (driftd needs CONFIG_FANOTIFY and Linux 5.6 or newer)")]
     Missing,
     #[error(
         "the kernel refuses fanotify to this process: it must be root in the host's user \
@@ -308,8 +308,7 @@ impl Group {
             | InitFlags::FAN_CLOEXEC
             | InitFlags::FAN_NONBLOCK
             | InitFlags::from_bits_retain(FAN_REPORT_MNT);
-        let fanotify =
-            Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
+        let fanotify = Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
         Ok(Group { fanotify, reports_pidfd: false })
     }
 

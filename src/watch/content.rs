@@ -24,8 +24,8 @@ use crate::model::{
     Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
-use crate::sys::{overlay, priority};
 use crate::sys::procfs::Handle;
+use crate::sys::{overlay, priority};
 
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
@@ -173,13 +173,9 @@ fn hash_one(shared: &Shared, execution: Described) {
     let state = known.unwrap_or_else(|| {
         let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
         let open = match file.take() {
-            Left::Open(fd) => state::while_wanted(
-                fd.as_fd(),
-                &stat,
-                Hashing::Always,
-                max_hash_bytes,
-                &is_wanted,
-            ),
+            Left::Open(fd) => {
+                state::while_wanted(fd.as_fd(), &stat, Hashing::Always, max_hash_bytes, &is_wanted)
+            }
             Left::Name(_) => None,
         };
         let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
@@ -252,8 +248,7 @@ fn in_upperdir(
     let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
     let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
     let is_same = found.is_regular()
-        && (found.changed, found.modified, found.size)
-            == (stat.changed, stat.modified, stat.size);
+        && (found.changed, found.modified, found.size) == (stat.changed, stat.modified, stat.size);
     if !is_same || overlay::is_metacopy(&fd, layers.userxattr).unwrap_or(true) {
         return None;
     }

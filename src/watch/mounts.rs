@@ -69,24 +69,87 @@ const MEMORY: &[&[u8]] = &[b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"];
 
 /// Filesystems on disks, which no process and no network answers for.
 const DISK: &[&[u8]] = &[
-    b"bcachefs", b"btrfs", b"erofs", b"exfat", b"ext2", b"ext3", b"ext4", b"f2fs", b"hfs",
-    b"hfsplus", b"iso9660", b"jfs", b"minix", b"msdos", b"nilfs2", b"ntfs3", b"reiserfs",
-    b"squashfs", b"udf", b"vfat", b"xfs", b"zfs",
+    b"bcachefs",
+    b"btrfs",
+    b"erofs",
+    b"exfat",
+    b"ext2",
+    b"ext3",
+    b"ext4",
+    b"f2fs",
+    b"hfs",
+    b"hfsplus",
+    b"iso9660",
+    b"jfs",
+    b"minix",
+    b"msdos",
+    b"nilfs2",
+    b"ntfs3",
+    b"reiserfs",
+    b"squashfs",
+    b"udf",
+    b"vfat",
+    b"xfs",
+    b"zfs",
 ];
 
 /// Nothing on these can be executed: the kernel's own, made of numbers and names.
 const NO_PROGRAMS: &[&[u8]] = &[
-    b"autofs", b"binder", b"binfmt_misc", b"bpf", b"cgroup", b"cgroup2", b"configfs", b"cpuset",
-    b"debugfs", b"devpts", b"efivarfs", b"fusectl", b"mqueue", b"nsfs", b"proc", b"pstore",
-    b"resctrl", b"rpc_pipefs", b"securityfs", b"selinuxfs", b"smackfs", b"sysfs", b"tracefs",
+    b"autofs",
+    b"binder",
+    b"binfmt_misc",
+    b"bpf",
+    b"cgroup",
+    b"cgroup2",
+    b"configfs",
+    b"cpuset",
+    b"debugfs",
+    b"devpts",
+    b"efivarfs",
+    b"fusectl",
+    b"mqueue",
+    b"nsfs",
+    b"proc",
+    b"pstore",
+    b"resctrl",
+    b"rpc_pipefs",
+    b"securityfs",
+    b"selinuxfs",
+    b"smackfs",
+    b"sysfs",
+    b"tracefs",
 ];
 
 /// Where the host's own programs and files are, by custom.
 const HOST_DIRECTORIES: &[&str] = &[
-    "/", "/bin", "/boot", "/dev", "/dev/shm", "/etc", "/home", "/lib", "/lib64", "/nix", "/opt",
-    "/root", "/run", "/run/lock", "/sbin", "/snap", "/srv", "/sys/fs/cgroup", "/tmp", "/usr",
-    "/usr/local", "/var", "/var/lib", "/var/lib/containerd", "/var/lib/docker",
-    "/var/lib/kubelet", "/var/log", "/var/tmp",
+    "/",
+    "/bin",
+    "/boot",
+    "/dev",
+    "/dev/shm",
+    "/etc",
+    "/home",
+    "/lib",
+    "/lib64",
+    "/nix",
+    "/opt",
+    "/root",
+    "/run",
+    "/run/lock",
+    "/sbin",
+    "/snap",
+    "/srv",
+    "/sys/fs/cgroup",
+    "/tmp",
+    "/usr",
+    "/usr/local",
+    "/var",
+    "/var/lib",
+    "/var/lib/containerd",
+    "/var/lib/docker",
+    "/var/lib/kubelet",
+    "/var/log",
+    "/var/tmp",
 ];
 
 /// What is done about one mount.
@@ -460,6 +523,7 @@ impl Mounts {
             failure: Failure::MountsFull,
             container: Some(container),
             detail: detail.to_owned(),
+            at: jiff::Timestamp::now(),
         };
         if self.shared.try_report(lost).is_err() {
             let _ = self.shared.health.record(Failure::PipelineFull);
@@ -646,8 +710,21 @@ mod tests {
             check(kind, true, Treatment::MarkMount);
         }
         for kind in [
-            "fuse", "fuse.sshfs", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs",
-            "ceph", "overlay", "fuse-overlayfs", "ecryptfs", "from-the-future", "",
+            "fuse",
+            "fuse.sshfs",
+            "fuseblk",
+            "nfs",
+            "nfs4",
+            "cifs",
+            "smb3",
+            "9p",
+            "virtiofs",
+            "ceph",
+            "overlay",
+            "fuse-overlayfs",
+            "ecryptfs",
+            "from-the-future",
+            "",
         ] {
             check(kind, false, Treatment::Refuse);
         }

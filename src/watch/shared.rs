@@ -15,9 +15,7 @@ use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{
-    ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source,
-};
+use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 
 pub(super) struct Shared {
     pub(super) settings: config::Watch,
@@ -27,6 +25,7 @@ pub(super) struct Shared {
     reports: Sender<Report>,
     dirty: Mutex<Dirty>,
     sessions: Mutex<Sessions>,
+    unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
@@ -44,6 +43,9 @@ pub(super) struct Arming {
 
 /// More paths than this are not waited for one by one; the container is walked.
 const MAX_DIRTY_PATHS: usize = 16 * 1024;
+
+/// Losses that wait for room in the pipeline.
+const MAX_UNSENT_LOSSES: usize = 1024;
 
 /// How long a scan waits for room in the pipeline before it gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -79,6 +81,7 @@ impl Shared {
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
+            unsent_losses: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
             arming: Arming::default(),
@@ -150,12 +153,33 @@ impl Shared {
                 container = container.as_ref().map(tracing::field::display),
                 "{detail}"
             );
-            let lost = Report::Lost { failure, container, detail: detail.to_owned() };
-            if self.reports.try_send(lost).is_err() {
+            let at = Timestamp::now();
+            let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
+            if let Err(TrySendError::Full(lost)) = self.reports.try_send(lost) {
                 let _ = self.health.record(Failure::PipelineFull);
+                let mut unsent = self.unsent_losses();
+                // There is one for each container between two walks of it; more are
+                // counted, and the walk makes up for them all the same.
+                if unsent.len() < MAX_UNSENT_LOSSES {
+                    unsent.push(lost);
+                }
             }
         }
         self.wake_scan();
+    }
+
+    fn unsent_losses(&self) -> MutexGuard<'_, Vec<Report>> {
+        self.unsent_losses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the losses that found no room, for the scan thread only.
+    pub(super) fn report_losses(&self) {
+        let unsent = std::mem::take(&mut *self.unsent_losses());
+        for lost in unsent {
+            if !self.report_patiently(lost) {
+                return;
+            }
+        }
     }
 
     /// Sends without waiting and hands the report back if there is no room.
