@@ -1472,6 +1472,7 @@ fn a_follower_is_told_of_gaps() {
         container: Some(ContainerId::new("default", container)),
         detail: "the kernel dropped events".into(),
         at: Timestamp::now(),
+        until: None,
     };
     wait_until(|| {
         let reader = node.writer.as_ref().unwrap().reader();

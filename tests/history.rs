@@ -60,6 +60,7 @@ fn write(writer: &Writer, records: Vec<Record>) {
         container: None,
         detail: marker,
         at: Timestamp::now(),
+        until: None,
     };
     writer.records().send(gap.clone()).unwrap();
     wait_for(writer, |records| records.contains(&gap));
@@ -119,6 +120,7 @@ fn what_was_written_is_read_back_whole() {
         container: Some(id_of(&first).clone()),
         detail: "7 observations".into(),
         at: Timestamp::now(),
+        until: None,
     };
     write(
         &writer,

@@ -29,9 +29,13 @@ use driftd::sys::mounts::Notifier;
 use driftd::sys::procfs;
 use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
-/// An emulated machine is slow (`make test-kernels`).
-const PATIENCE: Duration =
-    Duration::from_secs(if option_env!("DRIFTD_PATIENT").is_some() { 300 } else { 30 });
+const PATIENCE: Duration = Duration::from_secs(30);
+/// In an emulated machine (`make test-kernels`), where all is slow.
+const MUCH_PATIENCE: Duration = Duration::from_secs(300);
+
+fn patience() -> Duration {
+    if std::env::var_os("DRIFTD_TEST_KERNEL").is_some() { MUCH_PATIENCE } else { PATIENCE }
+}
 const BUSYBOX: &str = "/bin/busybox";
 
 /// An overlay with a small image, and a process that has it as its root.
@@ -274,7 +278,7 @@ impl Drop for Family {
 
 #[track_caller]
 fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(found) = look() {
             return found;
@@ -385,7 +389,7 @@ impl Node {
         if let Some(found) = self.told.iter().find_map(&mut look) {
             return found;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             let Ok(report) = self.reports.recv_deadline(deadline) else {
                 let told: Vec<String> = self.told.iter().map(summary).collect();
@@ -502,7 +506,7 @@ fn summary(report: &Report) -> String {
             let (lower, writer) = (lower.is_some(), writer.is_some());
             format!("present {path} {state:?} lower={lower} writer={writer}")
         }
-        Fact::Absent { path } => format!("absent {path}"),
+        Fact::Absent { path, .. } => format!("absent {path}"),
         Fact::SessionOpened { process } => format!("session {:?}", process.argv),
     };
     match report {
@@ -543,7 +547,7 @@ impl Upper {
                 }
                 self.present.insert(path.clone(), state.clone());
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, .. } => {
                 self.absent.insert(path.to_string());
             }
             other @ (Fact::Executed { .. }
@@ -1266,7 +1270,7 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             Fact::Present { path, state, lower, .. } => {
                 present.insert(path.to_string(), (state.format, lower.is_some()));
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, .. } => {
                 absent.insert(path.to_string());
             }
             Fact::Executed { .. }
@@ -1617,7 +1621,7 @@ impl Node {
         let wanted = path(wanted);
         self.until(&format!("{wanted} to be gone"), |report| {
             facts(report).find_map(|fact| match fact {
-                Fact::Absent { path } if *path == wanted => Some(()),
+                Fact::Absent { path, .. } if *path == wanted => Some(()),
                 _ => None,
             })
         });
@@ -1630,7 +1634,7 @@ impl Node {
             .iter()
             .flat_map(facts)
             .filter_map(|fact| match fact {
-                Fact::Absent { path } => Some(path.to_string()),
+                Fact::Absent { path, .. } => Some(path.to_string()),
                 _ => None,
             })
             .collect();
