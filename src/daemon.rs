@@ -44,7 +44,11 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let policy = Policy { generation: 1, respond: config.respond.clone() };
+    let policy = Policy {
+        generation: 1,
+        respond: config.respond.clone(),
+        persistence: config.watch.persistence.clone(),
+    };
     let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
     history
         .each_member(|finding, member| state.remember_member(finding, &member))

@@ -30,6 +30,8 @@ pub struct Entry {
     /// The init process, while it runs.
     pub pid: Option<u32>,
     pub baseline: BaselineState,
+    /// Files of the image that start the container.
+    pub entry_point: Vec<RootfsPath>,
     /// Up to when the layers on disk are known to equal the baseline.
     pub unchanged_since: Option<FileTime>,
     /// Since when there is no baseline, for whatever reasons.

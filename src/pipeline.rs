@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
-use crate::detect::{self, Assessment, Judgement};
+use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health};
 use crate::history::Record;
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
@@ -279,9 +279,11 @@ impl State {
                     pid,
                     rootfs,
                 }));
+                let id = container.clone();
                 if trust != Trust::Unknown {
                     effects.push(Effect::Watch(Command::Trust { container, trust }));
                 }
+                layers::tell_entry_point(&id, self.inventory.entry(&id), effects);
             }
             Change::Container(container) => self.container_changed(*container, now, effects),
             Change::TaskExited { container } => self.task_exited(&container, effects),
@@ -320,6 +322,7 @@ impl State {
                 }));
                 // So it is for whoever is attached anew.
                 trusted = Trust::Unknown;
+                layers::tell_entry_point(&id, entry, effects);
             }
         }
         let chain_id = container.chain_id();
@@ -471,6 +474,10 @@ impl State {
                     entry.without_baseline = None;
                     self.unsettled.remove(&id);
                     layers::tell_trust(&id, entry, effects);
+                    if let Some(container) = &entry.container {
+                        entry.entry_point = detect::entry_point(&baseline, &container.entry_point);
+                    }
+                    layers::tell_entry_point(&id, entry, effects);
                     for observation in std::mem::take(&mut entry.backlog) {
                         self.judge(&observation, now, effects);
                     }
@@ -575,7 +582,12 @@ impl State {
             | Fact::SessionOpened { .. }
             | Fact::PackageManager { .. } => return,
         };
-        let Some(assessment) = detect::assess(baseline, &observation.fact) else { return };
+        let Some(entry) = self.inventory.get(&observation.container) else { return };
+        let sensitive =
+            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
+            return;
+        };
         if pending.differences.len() == MAX_DIFFERENCES {
             pending.truncated = true;
             return;
@@ -627,7 +639,11 @@ impl State {
             self.package_manager(&observation.container, process, &baseline);
             return;
         }
-        let Some(assessment) = detect::assess(&baseline, &observation.fact) else { return };
+        let sensitive =
+            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
+            return;
+        };
         let is_image = assessment.judgements.is_empty();
         let verdict = if is_image { watch::Verdict::Image } else { watch::Verdict::Drift };
         judged(observation, verdict, effects);

@@ -294,6 +294,7 @@ fn settings() -> config::Watch {
         settle: Duration::from_millis(100),
         sweep_interval: Duration::from_secs(3600),
         max_hash_bytes: 64 << 20,
+        ..config::Watch::default()
     }
 }
 
@@ -497,7 +498,7 @@ fn summary(report: &Report) -> String {
             let (lower, writer) = (lower.is_some(), writer.is_some());
             format!("present {path} {state:?} lower={lower} writer={writer}")
         }
-        Fact::Absent { path } => format!("absent {path}"),
+        Fact::Absent { path, .. } => format!("absent {path}"),
         Fact::SessionOpened { process } => format!("session {:?}", process.argv),
     };
     match report {
@@ -538,7 +539,7 @@ impl Upper {
                 }
                 self.present.insert(path.clone(), state.clone());
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, .. } => {
                 self.absent.insert(path.to_string());
             }
             other @ (Fact::Executed { .. }
@@ -905,7 +906,7 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             Fact::Present { path, state, lower, .. } => {
                 present.insert(path.to_string(), (state.format, lower.is_some()));
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, .. } => {
                 absent.insert(path.to_string());
             }
             Fact::Executed { .. }
@@ -1220,4 +1221,356 @@ fn the_gate_beats_while_nothing_happens() {
         (beats >= 3).then_some(())
     });
     watch.stop();
+}
+
+// ---- names and metadata
+
+/// What was told of changes, without a walk having been ordered.
+impl Node {
+    /// Waits until `path` is told as it is now, and says so in a line.
+    #[track_caller]
+    fn until_present(&mut self, wanted: &str, is_it: impl Fn(&FileState) -> bool) -> FileState {
+        let wanted = path(wanted);
+        self.until(&format!("{wanted} to be told"), |report| {
+            facts(report).find_map(|fact| match fact {
+                Fact::Present { path, state, .. } if *path == wanted && is_it(state) => {
+                    Some(state.clone())
+                }
+                _ => None,
+            })
+        })
+    }
+
+    #[track_caller]
+    fn until_absent(&mut self, wanted: &str) {
+        let wanted = path(wanted);
+        self.until(&format!("{wanted} to be gone"), |report| {
+            facts(report).find_map(|fact| match fact {
+                Fact::Absent { path, .. } if *path == wanted => Some(()),
+                _ => None,
+            })
+        });
+    }
+
+    /// The paths told as absent so far.
+    fn absent_paths(&self) -> Vec<String> {
+        let mut paths: Vec<String> = self
+            .told
+            .iter()
+            .flat_map(facts)
+            .filter_map(|fact| match fact {
+                Fact::Absent { path, .. } => Some(path.to_string()),
+                _ => None,
+            })
+            .collect();
+        paths.sort();
+        paths.dedup();
+        paths
+    }
+}
+
+fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
+    let (one, several) = match report {
+        Report::Observed(observation) => (Some(observation), &[][..]),
+        Report::ScanBatch { observations, .. } => (None, &observations[..]),
+        Report::Attached { .. }
+        | Report::NotAttached { .. }
+        | Report::Scanned { .. }
+        | Report::Lost { .. } => (None, &[][..]),
+    };
+    one.into_iter().chain(several).map(|observation| &observation.fact)
+}
+
+fn listening() -> (Container, Node) {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    (container, node)
+}
+
+#[test]
+fn a24_chmod_is_told_without_a_walk_and_by_whom() {
+    let (container, mut node) = listening();
+    container.shell("chmod u+s /bin/true; sleep 1");
+    let state = node.until_present("/bin/true", |state| state.mode == 0o4755);
+    assert_eq!(state.blake3(), Some(hash_of(BUSYBOX)), "its content is the image's");
+    node.assert_no_loss();
+}
+
+#[test]
+fn rights_are_told_however_they_are_given() {
+    let (container, mut node) = listening();
+    let merged = container.merged();
+    container.shell("cp /bin/true /tmp/a; mkdir /tmp/d");
+    node.until_present("/tmp/a", |_| true);
+    // By descriptor.
+    let file = fs::File::open(merged.join("tmp/a")).unwrap();
+    file.set_permissions(fs::Permissions::from_mode(0o4755)).unwrap();
+    node.until_present("/tmp/a", |state| state.mode == 0o4755);
+    // Another name for it, and a name in a directory that has just been made.
+    fs::hard_link(merged.join("tmp/a"), merged.join("tmp/b")).unwrap();
+    node.until_present("/tmp/b", |state| state.mode == 0o4755);
+    fs::rename(merged.join("tmp/a"), merged.join("tmp/d/c")).unwrap();
+    node.until_present("/tmp/d/c", |state| state.mode == 0o4755);
+    node.until_absent("/tmp/a");
+    // An attribute of an image's file.
+    let capability: &[u8] = &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    rustix::fs::setxattr(
+        merged.join("opt/tool/true"),
+        "security.capability",
+        capability,
+        rustix::fs::XattrFlags::empty(),
+    )
+    .unwrap();
+    node.until_present("/opt/tool/true", |state| state.capability.as_deref() == Some(capability));
+    node.assert_no_loss();
+}
+
+#[test]
+fn a22_rename_and_removal_are_told_without_a_walk() {
+    let (container, mut node) = listening();
+    container.shell("mv /bin/true /bin/.t; rm /opt/tool/true");
+    node.until_absent("/bin/true");
+    node.until_present("/bin/.t", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.until_absent("/opt/tool/true");
+    // Removed with its directory, by one whiteout.
+    container.shell("rm -r /opt/tool");
+    node.until_absent("/opt/tool");
+    node.assert_no_loss();
+}
+
+#[test]
+fn directories_are_listened_to_as_they_appear() {
+    let (container, mut node) = listening();
+    container.shell("mkdir -p /tmp/a/b/c; cp /bin/true /tmp/a/b/c/x");
+    node.until_present("/tmp/a/b/c/x", |_| true);
+    node.told.clear();
+    container.shell("chmod 4755 /tmp/a/b/c/x");
+    node.until_present("/tmp/a/b/c/x", |state| state.mode == 0o4755);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_directory_that_was_moved_has_its_new_paths() {
+    let (container, mut node) = listening();
+    container.shell("mkdir -p /tmp/a/b /tmp/k; cp /bin/true /tmp/a/b/x; cp /bin/true /tmp/k/x");
+    node.until_present("/tmp/a/b/x", |_| true);
+    node.until_present("/tmp/k/x", |_| true);
+    container.shell("mv /tmp/a /tmp/moved");
+    node.until_present("/tmp/moved/b/x", |_| true);
+    node.told.clear();
+    container.shell("chmod 4755 /tmp/moved/b/x");
+    node.until_present("/tmp/moved/b/x", |state| state.mode == 0o4755);
+    // Two directories that change places.
+    let merged = container.merged();
+    rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        merged.join("tmp/moved/b"),
+        rustix::fs::CWD,
+        merged.join("tmp/k"),
+        rustix::fs::RenameFlags::EXCHANGE,
+    )
+    .unwrap();
+    node.until_present("/tmp/k/x", |state| state.mode == 0o4755);
+    node.until_present("/tmp/moved/b/x", |state| state.mode == 0o755);
+    node.told.clear();
+    container.shell("chmod 2755 /tmp/k/x");
+    node.until_present("/tmp/k/x", |state| state.mode == 0o2755);
+    assert!(!node.told.iter().flat_map(facts).any(
+        |fact| matches!(fact, Fact::Present { path: told, .. } if *told == path("/tmp/moved/b/x"))
+    ));
+    node.assert_no_loss();
+}
+
+#[test]
+fn files_that_change_places_are_both_looked_at() {
+    let (container, mut node) = listening();
+    let blake3 = container.drop_program("/tmp/x");
+    node.until_present("/tmp/x", |_| true);
+    node.told.clear();
+    let merged = container.merged();
+    rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        merged.join("tmp/x"),
+        rustix::fs::CWD,
+        merged.join("bin/true"),
+        rustix::fs::RenameFlags::EXCHANGE,
+    )
+    .unwrap();
+    node.until_present("/bin/true", |state| state.blake3() == Some(blake3));
+    node.until_present("/tmp/x", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_program_of_the_image_becomes_a_symlink() {
+    let (container, mut node) = listening();
+    container.shell("/bin/busybox ln -sf /tmp/x /opt/tool/true");
+    node.until_present("/opt/tool/true", |state| state.file_type == FileType::Symlink);
+    container
+        .shell("/bin/busybox ln -sf /tmp/y /bin/cat; /bin/busybox mkfifo /tmp/f; mkdir /mnt/d");
+    node.assert_no_loss();
+}
+
+#[test]
+fn every_way_to_write_is_told() {
+    let (container, mut node) = listening();
+    let merged = container.merged();
+    let first = container.drop_program("/tmp/x");
+    node.until_present("/tmp/x", |state| state.blake3() == Some(first));
+    let check = |node: &mut Node, what: &str| {
+        let now = hash_of(merged.join("tmp/x"));
+        eprintln!("{what}");
+        node.until_present("/tmp/x", |state| state.blake3() == Some(now));
+    };
+    // By path, with no descriptor to close.
+    let name = std::ffi::CString::new(merged.join("tmp/x").as_os_str().as_bytes()).unwrap();
+    nix::unistd::truncate(name.as_c_str(), 4096).unwrap();
+    check(&mut node, "truncate");
+    let file = fs::File::options().read(true).write(true).open(merged.join("tmp/x")).unwrap();
+    let source = fs::File::open(BUSYBOX).unwrap();
+    let (mut from, mut to) = (8192, 4096);
+    let copied =
+        rustix::fs::copy_file_range(&source, Some(&mut from), &file, Some(&mut to), 8192).unwrap();
+    assert_eq!(copied, 8192);
+    drop(file);
+    check(&mut node, "copy_file_range");
+    let writer = container.dir.path().join("writer");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/writer.c");
+    run(&[OsStr::new("cc"), "-o".as_ref(), writer.as_ref(), source.as_ref()]);
+    for way in ["mmap", "ring"] {
+        run(&[writer.as_os_str(), way.as_ref(), merged.join("tmp/x").as_ref()]);
+        check(&mut node, way);
+    }
+    node.assert_no_loss();
+}
+
+#[test]
+fn more_changes_than_are_waited_for_are_left_to_a_walk_and_to_no_other_container() {
+    let (container, mut node) = listening();
+    let other = Container::start();
+    node.attach(&other);
+    let merged = container.merged();
+    let content = fs::read(BUSYBOX).unwrap();
+    fs::write(merged.join("tmp/0"), &content).unwrap();
+    fs::set_permissions(merged.join("tmp/0"), fs::Permissions::from_mode(0o755)).unwrap();
+    let start = Instant::now();
+    for number in 1..20_000 {
+        fs::hard_link(merged.join("tmp/0"), merged.join(format!("tmp/{number}"))).unwrap();
+    }
+    let flood = start.elapsed();
+    other.shell("chmod u+s /bin/true");
+    let start = Instant::now();
+    node.until("the other container's change", |report| match report {
+        Report::Observed(Observation {
+            container, fact: Fact::Present { path: told, .. }, ..
+        }) if *container == other.id && *told == path("/bin/true") => Some(()),
+        _ => None,
+    });
+    eprintln!("flood {flood:?}, other {:?}", start.elapsed());
+    let mut told = BTreeSet::new();
+    node.until("all of the flood", |report| {
+        for fact in facts(report) {
+            if let Fact::Present { path, .. } = fact {
+                told.insert(path.clone());
+            }
+        }
+        (told.len() >= 20_000).then_some(())
+    });
+    assert!(node.health.left_to_sweeps.load(Ordering::Relaxed) > 0);
+    node.assert_no_loss();
+}
+
+#[test]
+fn nothing_is_listened_to_once_a_container_has_ended() {
+    let (mut container, mut node) = listening();
+    container.shell("mkdir -p /tmp/a/b");
+    container.drop_program("/tmp/a/b/x");
+    node.until_present("/tmp/a/b/x", |_| true);
+    let id = container.id.clone();
+    container.kill_init();
+    node.told.clear();
+    node.order(Order::Detach { container: id.clone() });
+    node.until("the last walk", |report| match report {
+        Report::Scanned { container, .. } if *container == id => Some(()),
+        _ => None,
+    });
+    container.unmount();
+    node.told.clear();
+    // Its owner removes it; whoever looks at the directory finds no mark of ours.
+    let marks = || {
+        let mut marks = 0;
+        for entry in fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
+            let info = fs::read_to_string(entry.path()).unwrap_or_default();
+            let inode = format!("ino:{:x} ", fs::metadata(container.upper()).unwrap().ino());
+            marks += info.lines().filter(|line| line.contains(&inode)).count();
+        }
+        marks
+    };
+    wait_for("the marks to go", || (marks() == 0).then_some(()));
+    fs::remove_dir_all(container.upper()).unwrap();
+    node.assert_no_loss();
+}
+
+#[test]
+fn a36_a_moved_directory_of_the_image_is_one_absence_and_its_programs_are_told_when_run() {
+    let container = Container::with(&[], ",redirect_dir=on", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("/opt/tool/true; mv /opt/tool /opt/other; /opt/other/true; /bin/true");
+    let executed = node.until_executed(&path("/opt/other/true"));
+    assert_eq!(executed.state.blake3(), Some(hash_of(BUSYBOX)));
+    node.until_absent("/opt/tool");
+    let upper = node.walk(&container);
+    assert!(upper.complete, "what a moved directory shows is no riddle");
+    assert_eq!(upper.hidden(), ["/opt/tool"]);
+    assert_eq!(node.absent_paths(), ["/opt/tool"]);
+    assert_eq!(node.executed_paths(), ["/opt/other/true"], "the image's own are silent");
+    // Back where it was, it is the image's own again.
+    node.told.clear();
+    container.shell("mv /opt/other /opt/tool; /opt/tool/true; mv /bin/true /bin/t; /bin/t");
+    node.until_executed(&path("/bin/t"));
+    assert_eq!(node.executed_paths(), ["/bin/t"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn b09_metadata_only_copies_are_the_images_own_also_after_the_end() {
+    let mut container = Container::with(&[], ",metacopy=on", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell(
+        "/bin/busybox chown 7:7 /bin/true /opt/tool/true; /bin/true; mv /opt/tool/true /opt/tool/t",
+    );
+    node.until_present("/bin/true", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.until_present("/opt/tool/t", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.told.clear();
+    let id = container.id.clone();
+    container.kill_init();
+    node.order(Order::Detach { container: id.clone() });
+    node.until("the last walk", |report| match report {
+        Report::Scanned { container, .. } if *container == id => Some(()),
+        _ => None,
+    });
+    node.until_present("/bin/true", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.until_present("/opt/tool/t", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    assert_eq!(node.absent_paths(), ["/opt/tool/true"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a34_data_on_a_watched_path_is_hashed_and_so_is_a_symlinks_target() {
+    let (container, mut node) = listening();
+    container.shell(
+        "mkdir -p /etc/cron.d /root/.ssh; echo '* * * * * root /tmp/x' > /etc/cron.d/a\n\
+         echo key > /root/.ssh/authorized_keys; /bin/busybox ln -s /tmp/y /etc/profile\n\
+         echo data > /etc/data",
+    );
+    let state = node.until_present("/etc/cron.d/a", |state| state.blake3().is_some());
+    assert_eq!(state.format, Format::Data);
+    node.until_present("/root/.ssh/authorized_keys", |state| state.blake3().is_some());
+    let link = node.until_present("/etc/profile", |state| state.file_type == FileType::Symlink);
+    assert_eq!(link.blake3(), Some(Blake3Hash(*blake3::hash(b"/tmp/y").as_bytes())));
+    assert_eq!(node.walk(&container).get("/etc/data").blake3(), None);
+    node.assert_no_loss();
 }

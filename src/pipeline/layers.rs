@@ -272,6 +272,15 @@ pub(super) fn tell_trust(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effe
     }
 }
 
+/// Tells the watchers what starts the container, if they watch it.
+pub(super) fn tell_entry_point(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effect>) {
+    let is_watched = matches!(entry.watch, WatchState::Asked | WatchState::Attached { .. });
+    if is_watched && !entry.entry_point.is_empty() {
+        let (container, paths) = (id.clone(), entry.entry_point.clone());
+        effects.push(Effect::Watch(Command::EntryPoint { container, paths }));
+    }
+}
+
 fn file_of(entry: &LayerEntry) -> Option<&FileEntry> {
     match entry {
         LayerEntry::File(file) | LayerEntry::OpaqueDirectory(file) => Some(file),

@@ -7,6 +7,7 @@
 
 pub mod fanotify;
 pub mod file;
+pub mod handle;
 pub mod map;
 pub mod overlay;
 pub mod priority;

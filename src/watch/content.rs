@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::gate::Execution;
+use super::lower;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
@@ -31,6 +32,7 @@ pub(super) struct Described {
     file: OwnedFd,
     stat: Stat,
     layer_file: Option<LayerFile>,
+    is_movable: bool,
     executing: Executing,
     at: Timestamp,
 }
@@ -71,7 +73,7 @@ fn describe_one(
     execution: Execution,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Described> {
-    let Execution { watched, file, stat, layer_file, caller, at } = execution;
+    let Execution { watched, file, stat, layer_file, is_movable, caller, at } = execution;
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -95,13 +97,21 @@ fn describe_one(
         executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());
     }
     match path {
-        Ok(path) => Some(Described { watched, path, file, stat, layer_file, executing, at }),
+        // The common case, where directories can be moved at all.
+        Ok(path) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,
+        Ok(path) => {
+            Some(Described { watched, path, file, stat, layer_file, is_movable, executing, at })
+        }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
             None
         }
     }
+}
+
+fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
+    watched.layers().is_some_and(|layers| lower::is_at(layers, path, stat))
 }
 
 /// Hashes what was executed.
@@ -116,7 +126,7 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, path, file, stat, layer_file, executing, at } = execution;
+    let Described { watched, path, file, stat, layer_file, is_movable, executing, at } = execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
@@ -132,7 +142,8 @@ fn hash_one(shared: &Shared, execution: Described) {
     };
     let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
-    if let Some(layer_file) = layer_file {
+    // What is said of a file that was moved holds for its new path only.
+    if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that its judgement finds it.
         watched.layer_files_mut().tell(layer_file, state.clone(), at);
     }

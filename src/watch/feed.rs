@@ -93,7 +93,7 @@ impl Feed {
             .is_ok_and(|format| lower::looks_like_program(format, stat.mode));
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
-        if is_program {
+        if is_program || self.shared.is_sensitive(&watched, &path) {
             let writer = self.shared.writer(&watched, pid);
             self.shared.mark_dirty(&watched, path, Source::Change, writer);
             return;

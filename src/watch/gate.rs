@@ -42,6 +42,8 @@ pub(super) struct Execution {
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(super) layer_file: Option<LayerFile>,
+    /// It is the image's own, unless its path has become another.
+    pub(super) is_movable: bool,
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
 }
@@ -162,9 +164,11 @@ impl Gate {
         let Some(watched) = owner else { return };
         let Event { file, pid, pidfd, .. } = event;
         let caller = Caller { stat: caller, pid, pidfd };
-        let layer_file = match watched.standing(&stat) {
+        let standing = watched.standing(&stat);
+        let is_movable = matches!(standing, Standing::Movable(_));
+        let layer_file = match standing {
             Standing::Own => None,
-            Standing::Doubtful(layer_file) => Some(layer_file),
+            Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
                 drop(file);
                 // The queue is long, and who waits in it is looked at by its start
@@ -181,7 +185,7 @@ impl Gate {
                 return;
             }
         };
-        let execution = Execution { watched, file, stat, layer_file, caller, at };
+        let execution = Execution { watched, file, stat, layer_file, is_movable, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

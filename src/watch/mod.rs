@@ -8,8 +8,9 @@
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
-//!                └──── orders ────> scan <─────────────────────┘
-//!                                     └── everyone's Report ──> pipeline
+//!                └──── orders ────> scan <────────────────────┤
+//!                                    │ └── everyone's Report  │ dirty paths
+//!                                    └── marks ──> kernel ─> names
 //! ```
 //!
 //! Nobody here waits for the pipeline but the scan thread; the others count what
@@ -20,6 +21,7 @@ mod control;
 mod feed;
 mod gate;
 mod lower;
+mod names;
 mod packages;
 mod process;
 mod processes;
@@ -43,7 +45,7 @@ pub use self::trust::{Trust, Verdict};
 use self::shared::Shared;
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
+use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group};
 
 /// What the pipeline asks of the watchers.
@@ -61,6 +63,9 @@ pub enum Command {
     /// From now on, this is how far the files of the image's layers are trusted.
     /// What was judged before counts no more.
     Trust { container: ContainerId, trust: Trust },
+    /// These files of the image start the container: what they hold matters, even
+    /// where it is no program.
+    EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
     /// How an executed file of the image's layers was judged.
     Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
 }
@@ -166,6 +171,8 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let ours = shared.clone();
+        watch.spawn("names", move || ours.names.run(&ours))?;
         let thread = gate::Gate {
             group: gate.clone(),
             shared: shared.clone(),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::trust::LayerFiles;
-use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
+use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
@@ -31,11 +31,15 @@ pub(super) struct Watched {
     /// its own.
     pub(super) cgroup: Option<Vec<u8>>,
     layers: OnceLock<Layers>,
+    /// Files that matter whatever they hold, beside those that the settings name.
+    entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
+    /// It is to be walked although nothing was lost.
+    walk: AtomicBool,
     /// The same for the container's processes.
     process_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
@@ -47,6 +51,9 @@ pub(super) struct Watched {
 pub(super) struct Layers {
     pub(super) dirs: OverlayDirs,
     pub(super) userxattr: bool,
+    /// A directory of the image can be moved, and its files then have other paths
+    /// than the image's.
+    pub(super) redirects: bool,
     /// Since when the container has an upper layer. `None` where the filesystem
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
@@ -60,6 +67,8 @@ pub(super) enum Standing {
     Own,
     /// A file of the image's layers that may have been changed there.
     Doubtful(LayerFile),
+    /// A file of the image's layers, whose directory may have been moved.
+    Movable(LayerFile),
     Image,
 }
 
@@ -94,7 +103,12 @@ impl Layers {
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
         let born = born.filter(|born| born.seconds <= now);
-        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born })
+        Some(Layers {
+            dirs: mount.dirs,
+            userxattr: mount.userxattr,
+            redirects: mount.redirects,
+            born,
+        })
     }
 }
 
@@ -118,8 +132,10 @@ impl Watched {
             mount_namespace,
             cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
             layers: OnceLock::new(),
+            entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
+            walk: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
         }
@@ -132,6 +148,15 @@ impl Watched {
     /// The first answer stays.
     pub(super) fn set_layers(&self, layers: Layers) {
         let _ = self.layers.set(layers);
+    }
+
+    pub(super) fn set_entry_point(&self, paths: Vec<RootfsPath>) {
+        *self.entry_point.write().unwrap_or_else(PoisonError::into_inner) = paths;
+    }
+
+    /// Whether a file at `path` takes part in starting the container.
+    pub(super) fn is_entry_point(&self, path: &RootfsPath) -> bool {
+        self.entry_point.read().unwrap_or_else(PoisonError::into_inner).contains(path)
     }
 
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
@@ -153,6 +178,8 @@ impl Watched {
                 let file = LayerFile { device, inode, changed };
                 if self.layer_files().is_doubtful(&file, is_young) {
                     Standing::Doubtful(file)
+                } else if self.layers().is_some_and(|layers| layers.redirects) {
+                    Standing::Movable(file)
                 } else {
                     Standing::Image
                 }
@@ -166,6 +193,11 @@ impl Watched {
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
+    /// Asks for a walk of the upperdir alone.
+    pub(super) fn ask_for_walk(&self) {
+        self.walk.store(true, Ordering::Release);
+    }
+
     /// Says whether this is the first time.
     pub(super) fn detach(&self) -> bool {
         !self.detaching.swap(true, Ordering::AcqRel)
@@ -176,11 +208,13 @@ impl Watched {
     }
 
     pub(super) fn wants_rescan(&self) -> bool {
-        self.rescan.load(Ordering::Acquire)
+        self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
     }
 
-    pub(super) fn take_rescan(&self) -> bool {
-        self.rescan.swap(false, Ordering::AcqRel)
+    /// A walk begins.
+    pub(super) fn take_rescan(&self) {
+        self.rescan.store(false, Ordering::Release);
+        self.walk.store(false, Ordering::Release);
     }
 
     pub(super) fn take_process_scan(&self) -> bool {

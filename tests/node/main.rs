@@ -18,6 +18,7 @@ mod proof;
 mod recording;
 mod registry;
 mod sources;
+mod together;
 mod trouble;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         ordinary::trials(),
         answers::trials(),
         sources::trials(),
+        together::trials(),
         proof::trials(),
         recording::trials(),
         pods::trials(),
