@@ -429,10 +429,16 @@ fn a_flood_of_new_programs_fills_no_memory_and_hides_no_execution() {
     for number in 0..MAX_FINDINGS / 2 + 10 {
         node.play(&format!("write c1 /tmp/x{number} evil{number}"));
     }
-    assert_eq!(node.told.len(), MAX_FINDINGS / 2);
-    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
+    node.say_all();
+    let files = MAX_FINDINGS as u64 / 2 + 10;
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 33, files)]);
     node.play("exec c1 /tmp/x evil");
     assert_eq!(node.told.last().unwrap().kind, Kind::ExecNew);
+    for number in 0..MAX_FINDINGS {
+        node.play(&format!("exec c1 /tmp/y{number} evil{number}"));
+    }
+    assert_eq!(node.kinds()[0], (Kind::ExecNew, MAX_FINDINGS - 33, MAX_FINDINGS as u64 - 33));
+    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
 }
 
 #[test]
