@@ -5,6 +5,8 @@ DESTDIR ?=
 CARGO   ?= cargo
 # How long each fuzz target runs.
 FUZZ_SECONDS ?= 60
+# How long containers drift in `make soak`.
+SOAK_SECONDS ?= 3600
 bindir     = $(PREFIX)/bin
 mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
@@ -28,7 +30,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test test-matrix test-docker test-kernels check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test test-matrix test-docker test-kernels soak check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +81,9 @@ setup-kernels: setup
 kernel-%:
 	$(CARGO) test --locked --test kernel \
 		--config 'target."cfg(unix)".runner = "$(CURDIR)/scripts/test-kernel $*"' -- --test-threads=2
+
+soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked $(AS_ROOT) --test node -- chaos_soak --ignored --nocapture
 
 check: ## format, lints and dependencies
 	$(CARGO) fmt --check

@@ -144,6 +144,9 @@ pub struct Health {
     pub data_writes: AtomicU64,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
+    /// Changes that a walk had to find because too many came at once. None of them
+    /// is lost but the name of who made it.
+    pub left_to_sweeps: AtomicU64,
 }
 
 impl Health {

@@ -269,8 +269,22 @@ pub fn hash_while(
     }))
 }
 
-/// Where the kernel says an open file is: the link of /proc/self/fd.
+/// Where an open file is, or was when it had its last name.
 pub fn name_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut name = link_of(fd)?;
+    if name.ends_with(DELETED) && stat(fd)?.links == 0 {
+        // Asked again: what was read before may have been a name that ended so.
+        name = link_of(fd)?;
+        name.truncate(name.strip_suffix(DELETED).map_or(name.len(), <[u8]>::len));
+    }
+    Ok(name)
+}
+
+/// What the kernel adds to the name of a file that was removed.
+pub const DELETED: &[u8] = b" (deleted)";
+
+/// The link of /proc/self/fd.
+fn link_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     use std::os::fd::AsRawFd as _;
     use std::os::unix::ffi::OsStringExt as _;
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
@@ -291,6 +305,20 @@ mod tests {
         let root = open_directory(dir.path()).unwrap();
         let (_, stat) = open_file_beneath(&root, b"ls").unwrap();
         assert_eq!(stat.file_type, FileType::Fifo);
+    }
+
+    #[test]
+    fn a_removed_file_keeps_the_name_it_had_and_no_other_loses_part_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        for name in ["ls", "ls (deleted)"] {
+            let path = dir.join(name);
+            let file = std::fs::File::create(&path).unwrap();
+            let expected = path.as_os_str().as_encoded_bytes();
+            assert_eq!(name_of(file.as_fd()).unwrap(), expected);
+            std::fs::remove_file(&path).unwrap();
+            assert_eq!(name_of(file.as_fd()).unwrap(), expected);
+        }
     }
 
     #[test]

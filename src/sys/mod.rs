@@ -9,6 +9,7 @@ pub mod capabilities;
 pub mod connector;
 pub mod fanotify;
 pub mod file;
+pub mod handle;
 pub mod map;
 pub mod mounts;
 pub mod overlay;

@@ -8,8 +8,9 @@
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
-//!                └──── orders ────> scan <─────────────────────┘
-//!                                     └── everyone's Report ──> pipeline
+//!                └──── orders ────> scan <────────────────────┤
+//!                                    │ └── everyone's Report  │ dirty paths
+//!                                    └── marks ──> kernel ─> names
 //!
 //! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
@@ -25,6 +26,8 @@ mod files;
 mod gate;
 mod lower;
 mod mounts;
+mod names;
+mod packages;
 mod process;
 mod processes;
 mod scan;
@@ -53,8 +56,8 @@ use self::shared::Shared;
 use self::trace::{Recorder, Trace};
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
-use crate::sys::fanotify::{self, Group};
+use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
+use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
 
 /// What the pipeline asks of the watchers.
@@ -72,6 +75,9 @@ pub enum Command {
     /// From now on, this is how far the files of the image's layers are trusted.
     /// What was judged before counts no more.
     Trust { container: ContainerId, trust: Trust },
+    /// These files of the image start the container: what they hold matters, even
+    /// where it is no program.
+    EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
     /// How an executed file of the image's layers was judged.
     Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
 }
@@ -185,7 +191,8 @@ impl Watch {
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(Group::gate()?);
-        let feed = Arc::new(Group::feed()?);
+        let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
+        let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
@@ -207,7 +214,7 @@ impl Watch {
         let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
         let (recorder, executions) = Recorder::open();
         match &executions {
-            Executions::Recorded => (),
+            Executions::Recorded => shared.set_records_executions(),
             Executions::Announced { why } => tracing::warn!(
                 why,
                 "executions outside of marked filesystems are seen only if they last"
@@ -235,6 +242,8 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let ours = shared.clone();
+        watch.spawn("names", move || ours.names.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
         if let Some(recorder) = recorder {

@@ -1,14 +1,15 @@
 //! The containers that are watched, by what an event can tell of them.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::files::Files;
 use super::trust::LayerFiles;
-use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
+use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
+use crate::sys::perf;
 use crate::sys::procfs::{self, Handle};
 
 /// One container whose overlay carries our marks.
@@ -36,13 +37,18 @@ pub(super) struct Watched {
     layers: OnceLock<Layers>,
     /// Its other mounts that carry our marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
+    /// Files that matter whatever they hold, beside those that the settings name.
+    entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
-    /// The same for the container's processes.
-    process_scan: AtomicBool,
+    /// It is to be walked although nothing was lost.
+    walk: AtomicBool,
+    /// The same for the container's processes: those that were there at this time
+    /// after boot, in clock ticks. 0 if none are to be looked at.
+    process_scan: AtomicU64,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
     /// The marks were there before its entry point ran.
@@ -58,6 +64,9 @@ pub(super) struct Watched {
 pub(super) struct Layers {
     pub(super) dirs: OverlayDirs,
     pub(super) userxattr: bool,
+    /// A directory of the image can be moved, and its files then have other paths
+    /// than the image's.
+    pub(super) redirects: bool,
     /// Since when the container has an upper layer. `None` where the filesystem
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
@@ -86,6 +95,8 @@ pub(super) enum Standing {
     Own,
     /// A file of the image's layers that may have been changed there.
     Doubtful(LayerFile),
+    /// A file of the image's layers, whose directory may have been moved.
+    Movable(LayerFile),
     Image,
 }
 
@@ -123,7 +134,13 @@ impl Layers {
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
         let born = born.filter(|born| born.seconds <= now);
-        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born, devices })
+        Some(Layers {
+            dirs: mount.dirs,
+            userxattr: mount.userxattr,
+            redirects: mount.redirects,
+            born,
+            devices,
+        })
     }
 
     /// Whether some of it is on this filesystem.
@@ -155,9 +172,11 @@ impl Watched {
             perf_cgroup,
             layers: OnceLock::new(),
             mounts: RwLock::default(),
+            entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
-            process_scan: AtomicBool::new(false),
+            walk: AtomicBool::new(false),
+            process_scan: AtomicU64::new(0),
             detaching: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
@@ -179,6 +198,15 @@ impl Watched {
         self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    pub(super) fn set_entry_point(&self, paths: Vec<RootfsPath>) {
+        *self.entry_point.write().unwrap_or_else(PoisonError::into_inner) = paths;
+    }
+
+    /// Whether a file at `path` takes part in starting the container.
+    pub(super) fn is_entry_point(&self, path: &RootfsPath) -> bool {
+        self.entry_point.read().unwrap_or_else(PoisonError::into_inner).contains(path)
+    }
+
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
         // A change is one insert or removal: a panic leaves nothing half done.
         self.layer_files.read().unwrap_or_else(PoisonError::into_inner)
@@ -198,6 +226,8 @@ impl Watched {
                 let file = LayerFile { device, inode, changed };
                 if self.layer_files().is_doubtful(&file, is_young) {
                     Standing::Doubtful(file)
+                } else if self.layers().is_some_and(|layers| layers.redirects) {
+                    Standing::Movable(file)
                 } else {
                     Standing::Image
                 }
@@ -207,8 +237,13 @@ impl Watched {
 
     /// Asks for a walk of everything; says whether none was asked for yet.
     pub(super) fn ask_for_rescan(&self) -> bool {
-        self.process_scan.store(true, Ordering::Release);
+        self.process_scan.fetch_max(procfs::ticks_since_boot(), Ordering::AcqRel);
         !self.rescan.swap(true, Ordering::AcqRel)
+    }
+
+    /// Asks for a walk of the upperdir alone.
+    pub(super) fn ask_for_walk(&self) {
+        self.walk.store(true, Ordering::Release);
     }
 
     /// Says whether this is the first time.
@@ -237,15 +272,19 @@ impl Watched {
     }
 
     pub(super) fn wants_rescan(&self) -> bool {
-        self.rescan.load(Ordering::Acquire)
+        self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
     }
 
-    pub(super) fn take_rescan(&self) -> bool {
-        self.rescan.swap(false, Ordering::AcqRel)
+    /// A walk begins.
+    pub(super) fn take_rescan(&self) {
+        self.rescan.store(false, Ordering::Release);
+        self.walk.store(false, Ordering::Release);
     }
 
-    pub(super) fn take_process_scan(&self) -> bool {
-        self.process_scan.swap(false, Ordering::AcqRel)
+    /// Whether the container's processes are to be looked at, and since when the
+    /// start of every other one has been seen.
+    pub(super) fn take_process_scan(&self) -> Option<u64> {
+        Some(self.process_scan.swap(0, Ordering::AcqRel)).filter(|&since| since > 0)
     }
 }
 
@@ -262,6 +301,9 @@ struct Maps {
     /// Filesystems that carry our mark, with everyone who has them mounted.
     other_devices: HashMap<u64, Vec<Arc<Watched>>>,
     other_mounts: HashMap<u64, Arc<Watched>>,
+    /// Since when the devices of `other_devices` are known, by the clock of the
+    /// kernel's records.
+    since: HashMap<u64, u64>,
 }
 
 impl Maps {
@@ -313,6 +355,7 @@ impl Table {
             for mount in &mounts {
                 maps.other_mounts.insert(mount.id, watched.clone());
                 if mount.whole_filesystem {
+                    maps.since.entry(mount.device).or_insert_with(perf::now);
                     let users = maps.other_devices.entry(mount.device).or_default();
                     if !users.iter().any(|user| Arc::ptr_eq(user, watched)) {
                         users.push(watched.clone());
@@ -320,6 +363,8 @@ impl Table {
                 }
             }
         }
+        let Maps { since, other_devices, .. } = &mut *maps;
+        since.retain(|device, _| other_devices.contains_key(device));
         *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
     }
 
@@ -332,6 +377,13 @@ impl Table {
             || mount.is_some_and(|mount| {
                 maps.by_mount.contains_key(&mount) || maps.other_mounts.contains_key(&mount)
             })
+    }
+
+    /// The same of a file that was executed at a time, by the clock of the kernel's
+    /// records: the mark may be newer.
+    pub(super) fn was_marked(&self, device: u64, mount: Option<u64>, time: u64) -> bool {
+        let is_younger = self.read().since.get(&device).is_some_and(|since| time < *since);
+        !is_younger && self.is_marked(device, mount)
     }
 
     /// Whose an executed file is that lies on no container's own overlay: by who

@@ -165,6 +165,7 @@ fn describe(unseen: &Unseen) -> Process {
         argv: None,
         uid: None,
         tty: None,
+        root: None,
         ancestors: ancestors.unwrap_or_default(),
     }
 }
@@ -280,7 +281,7 @@ impl Running {
         if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
-                Standing::Doubtful(file) => layer_file = Some(file),
+                Standing::Doubtful(file) | Standing::Movable(file) => layer_file = Some(file),
                 Standing::Image => return,
             }
         }

@@ -6,10 +6,14 @@
 //! says what to do.
 
 mod answers;
+mod chaos;
 mod cri;
 mod docker;
 mod drift;
+mod fileless;
+mod hostile;
 mod image;
+mod life;
 mod node;
 mod ordinary;
 mod pods;
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fileless::trials(),
         ordinary::trials(),
         answers::trials(),
         sources::trials(),
@@ -55,6 +60,9 @@ fn main() -> ExitCode {
         docker::trials(),
         trouble::trials(),
         volumes::trials(),
+        chaos::trials(),
+        hostile::trials(),
+        life::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
