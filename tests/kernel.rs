@@ -321,9 +321,13 @@ impl Node {
     }
 
     fn with_room_for(reports: usize) -> Node {
+        Node::with(reports, &settings())
+    }
+
+    fn with(reports: usize, settings: &config::Watch) -> Node {
         let (sender, reports) = bounded(reports);
         let health = Arc::new(Health::default());
-        let watch = Watch::start(&settings(), sender, health.clone(), None)
+        let watch = Watch::start(settings, sender, health.clone(), None)
             .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
@@ -1416,6 +1420,64 @@ fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
     });
     assert!(!complete);
     node.assert_no_loss();
+}
+
+/// Files that this process has open by this name, whoever opened them.
+fn open_by_name(name: &Path) -> usize {
+    fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .flatten()
+        .filter(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == name))
+        .count()
+}
+
+#[test]
+fn what_is_being_hashed_is_let_go_at_once_when_its_container_ends() {
+    let mut container = Container::start();
+    let settings = config::Watch { max_hash_bytes: 64 << 30, ..settings() };
+    let mut node = Node::with(64 * 1024, &settings);
+    node.attach(&container);
+    let name = format!("/tmp/huge-{}", std::process::id());
+    container.drop_program(&name);
+    let huge = container.merged().join(name.trim_start_matches('/'));
+    fs::File::options().write(true).open(&huge).unwrap().set_len(10 << 30).unwrap();
+    // The kernel calls it so from within the container's root and from without.
+    let names = [PathBuf::from(&name), huge.clone()];
+    let opened = || names.iter().map(|name| open_by_name(name)).sum::<usize>();
+    for _ in 0..3 {
+        container.shell(&name);
+    }
+    wait_for("its hashing", || (opened() == 3).then_some(()));
+    container.kill_init();
+    node.order(Order::Detach { container: container.id.clone() });
+    wait_for("its files to be let go", || (opened() == 0).then_some(()));
+    container.unmount();
+    drop(node);
+}
+
+#[test]
+fn what_the_kernel_lacks_is_known_and_said() {
+    use driftd::sys::capabilities::{Capabilities, Feature};
+    let found = Capabilities::probe();
+    for feature in found.missing() {
+        eprintln!("no {}: {} ({})", feature.name(), feature.without(), feature.since());
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap(), numbers.next().unwrap());
+    let expected = |feature, since| {
+        assert_eq!(found.has(feature), version >= since, "{feature:?} on {release}");
+    };
+    expected(Feature::PermissionEvents, (5, 0));
+    expected(Feature::OpenBeneath, (5, 6));
+    expected(Feature::MountOfFile, (5, 8));
+    expected(Feature::NamedEvents, (5, 9));
+    expected(Feature::OverlayHandles, (6, 5));
+    expected(Feature::MountEvents, (6, 14));
+    expected(Feature::MemfdNoexec, (6, 3));
+    // Ported back to some, or left out by a configuration.
+    assert!(found.has(Feature::ProcessHandles) || version < (5, 15));
+    assert!(found.has(Feature::ExecRecords) || found.has(Feature::ProcessEvents));
 }
 
 #[test]

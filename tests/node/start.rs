@@ -18,6 +18,7 @@ const STRICT: Setup = Setup {
     driftd: "arm = \"strict\"\nruntimes = [\"{node}/bin/runc\"]",
     cri: None,
     own_runtime: true,
+    unwatched: None,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
