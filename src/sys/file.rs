@@ -156,6 +156,34 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
+/// Opens for reading what was opened only to ask what it is. The caller has asked:
+/// anything but a regular file could wait, or do something.
+pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd as _;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    match rustix::fs::open(&path, flags | OFlags::NOATIME, Mode::empty()) {
+        Err(Errno::PERM) => Ok(rustix::fs::open(&path, flags, Mode::empty())?),
+        opened => Ok(opened?),
+    }
+}
+
+/// The device of every memfd. The kernel has one for all of them.
+pub fn memfd_device() -> io::Result<u64> {
+    let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
+    Ok(stat(&memfd)?.device)
+}
+
+/// Whether an open file is kept in memory only. For files of local filesystems:
+/// others may be asked over a network.
+pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
+    const TMPFS: u32 = 0x0102_1994;
+    const RAMFS: u32 = 0x8584_58f6;
+    const HUGETLBFS: u32 = 0x9584_58f6;
+    let magic = rustix::fs::fstatfs(fd)?.f_type;
+    Ok(u32::try_from(magic).is_ok_and(|magic| [TMPFS, RAMFS, HUGETLBFS].contains(&magic)))
+}
+
 /// An extended attribute; `None` if there is none or the filesystem has none.
 pub fn xattr(fd: impl AsFd, name: &str) -> io::Result<Option<Box<[u8]>>> {
     // Longer than any `security.capability` (24 bytes) and any redirect (a path).
@@ -194,6 +222,28 @@ pub struct Hashes {
 /// reading of zeros, which is why there is a limit at all. The buffer is memory
 /// of ours: a container could truncate a mapped file under us.
 pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
+    Ok(match hash_while(file, limit, &|| true)? {
+        Hashed::Whole(hashes) => Some(hashes),
+        Hashed::TooLong | Hashed::Unwanted => None,
+    })
+}
+
+/// How the reading of a file for its hashes ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hashed {
+    Whole(Hashes),
+    /// It is longer than the limit.
+    TooLong,
+    /// Nobody wanted them any more.
+    Unwanted,
+}
+
+/// The same, for as long as somebody wants the hashes: asked every 128 KiB.
+pub fn hash_while(
+    file: BorrowedFd<'_>,
+    limit: u64,
+    is_wanted: &dyn Fn() -> bool,
+) -> io::Result<Hashed> {
     let mut blake3 = blake3::Hasher::new();
     let mut sha256 = sha2::Sha256::new();
     let mut buffer = vec![0; 128 * 1024];
@@ -205,12 +255,15 @@ pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
         }
         offset += read as u64;
         if offset > limit {
-            return Ok(None);
+            return Ok(Hashed::TooLong);
+        }
+        if !is_wanted() {
+            return Ok(Hashed::Unwanted);
         }
         blake3.update(&buffer[..read]);
         sha256.update(&buffer[..read]);
     }
-    Ok(Some(Hashes {
+    Ok(Hashed::Whole(Hashes {
         blake3: Blake3Hash(*blake3.finalize().as_bytes()),
         sha256: Sha256Hash(sha256.finalize().into()),
     }))

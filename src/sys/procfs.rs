@@ -10,12 +10,14 @@
 
 use std::fmt;
 use std::io::{self, Read as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use procfs::process::Process;
+use rustix::fs::{Mode, OFlags};
 
 use crate::model::ProcessIdentity;
 
@@ -164,6 +166,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// One of its files, followed if it is a link of the kernel's own.
+    pub(super) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
+        self.process.open_relative(name).map_err(into_io)
+    }
+
     fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.process.open_relative(name).map_err(into_io)?;
         let mut bytes = Vec::new();
@@ -189,6 +196,11 @@ impl Handle {
         parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
+    /// Its working directory, as it is called from our root.
+    pub fn working_directory(&self) -> io::Result<PathBuf> {
+        self.process.cwd().map_err(into_io)
+    }
+
     /// Names the pid namespace this process is in.
     pub fn pid_namespace(&self) -> io::Result<u64> {
         self.namespace("ns/pid")
@@ -207,6 +219,35 @@ impl Handle {
             .find_map(|line| line.strip_prefix(b"0::"))
             .map(<[u8]>::to_vec)
             .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// The inode of its control group's directory in the hierarchy that perf goes
+    /// by: the unified one, unless perf has one of its own. `None` if it is in the
+    /// root of it, or nobody has mounted it here.
+    pub fn perf_cgroup(&self) -> Option<u64> {
+        use std::os::unix::ffi::OsStrExt as _;
+        use std::os::unix::fs::MetadataExt as _;
+        // Both are the host's words, not the container's.
+        let groups = self.read("cgroup", 64 * 1024).ok()?;
+        let (is_unified, path) = perf_cgroup_path(&groups)?;
+        let mountinfo = Handle::open(std::process::id()).ok()?.mountinfo().ok()?;
+        let mut directory = perf_hierarchy(&mountinfo, is_unified)?;
+        directory.extend(&path);
+        std::fs::metadata(std::ffi::OsStr::from_bytes(&directory)).ok().map(|found| found.ino())
+    }
+
+    /// Opens its program: whatever it was started from, with or without a name. Only
+    /// to ask what it is; `file::reopen` reads it.
+    pub fn open_exe(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(format!("/proc/{}/exe", self.process.pid), flags, Mode::empty())?)
+    }
+
+    /// Opens what it has open as `number`, only to ask what it is.
+    pub fn open_descriptor(&self, number: u32) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let path = format!("/proc/{}/fd/{number}", self.process.pid);
+        Ok(rustix::fs::open(path, flags, Mode::empty())?)
     }
 
     fn namespace(&self, link: &str) -> io::Result<u64> {
@@ -235,6 +276,17 @@ impl Handle {
             name.truncate(end);
             name
         }))
+    }
+
+    /// Its root directory, as the root of its mount namespace sees it: `/` unless it
+    /// has changed it (chroot).
+    pub fn root(&self) -> io::Result<Vec<u8>> {
+        Ok(self.process.root().map_err(into_io)?.into_os_string().into_vec())
+    }
+
+    /// Where its program's file is reached from here, whatever its name leads to now.
+    pub fn exe_path(&self) -> PathBuf {
+        format!("/proc/{}/exe", self.process.pid).into()
     }
 
     pub fn mountinfo(&self) -> io::Result<Vec<u8>> {
@@ -311,6 +363,70 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
     chain
 }
 
+/// Whether this is the mount namespace of the host, or our own.
+pub fn is_host_mount_namespace(namespace: u64) -> bool {
+    host_mount_namespaces().contains(&namespace)
+}
+
+/// Whether this is the pid namespace of the host, or our own.
+pub fn is_host_pid_namespace(namespace: u64) -> bool {
+    static HOST: OnceLock<Vec<u64>> = OnceLock::new();
+    let host = HOST.get_or_init(|| {
+        [1, std::process::id()]
+            .into_iter()
+            .filter_map(|pid| Handle::open(pid).and_then(|host| host.pid_namespace()).ok())
+            .collect()
+    });
+    host.contains(&namespace)
+}
+
+/// Names the mount namespace of a process by its pid alone: a hint, since the pid
+/// may be another process's by now.
+pub fn mount_namespace_of(pid: u32) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(std::fs::metadata(format!("/proc/{pid}/ns/mnt"))?.ino())
+}
+
+/// A process's group in perf's hierarchy, and whether that is the unified one;
+/// `None` for its root, which is everybody's.
+fn perf_cgroup_path(groups: &[u8]) -> Option<(bool, Vec<u8>)> {
+    let mut found = None;
+    for line in groups.split(|&byte| byte == b'\n') {
+        let mut fields = line.splitn(3, |&byte| byte == b':');
+        let (Some(number), Some(controllers), Some(path)) =
+            (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        if controllers.split(|&byte| byte == b',').any(|name| name == b"perf_event") {
+            found = Some((false, path.to_vec()));
+            break;
+        }
+        if number == b"0" && controllers.is_empty() {
+            found = Some((true, path.to_vec()));
+        }
+    }
+    found.filter(|(_, path)| path.len() > 1)
+}
+
+/// Where perf's hierarchy is mounted as a whole.
+fn perf_hierarchy(mountinfo: &[u8], is_unified: bool) -> Option<Vec<u8>> {
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let words: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        let separator = words.iter().position(|word| *word == b"-")?;
+        let (root, mount_point) = (words.get(3)?, words.get(4)?);
+        let kind = *words.get(separator + 1)?;
+        let options = words.get(separator + 3)?;
+        let is_it = if is_unified {
+            kind == b"cgroup2"
+        } else {
+            kind == b"cgroup"
+                && options.split(|&byte| byte == b',').any(|option| option == b"perf_event")
+        };
+        (is_it && *root == b"/").then(|| mount_point.to_vec())
+    })
+}
+
 fn host_mount_namespaces() -> &'static [u64] {
     static HOST: OnceLock<Vec<u64>> = OnceLock::new();
     HOST.get_or_init(|| {
@@ -319,6 +435,15 @@ fn host_mount_namespaces() -> &'static [u64] {
             .filter_map(|pid| Handle::open(pid).and_then(|host| host.mount_namespace()).ok())
             .collect()
     })
+}
+
+/// The time as processes' start times are told.
+pub fn ticks_since_boot() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let per_second = rustix::param::clock_ticks_per_second();
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or_default();
+    seconds * per_second + nanoseconds * per_second / 1_000_000_000
 }
 
 /// Every process there is. One that ends meanwhile is left out.
@@ -384,6 +509,20 @@ mod tests {
     }
 
     #[test]
+    fn perfs_control_group_is_the_unified_one_unless_it_has_its_own() {
+        let unified = b"3:cpuset:/\n0::/system.slice/x:y.scope\n";
+        assert_eq!(perf_cgroup_path(unified), Some((true, b"/system.slice/x:y.scope".to_vec())));
+        let own = b"0::/unified\n4:cpu,perf_event:/pods/a\n";
+        assert_eq!(perf_cgroup_path(own), Some((false, b"/pods/a".to_vec())));
+        assert_eq!(perf_cgroup_path(b"0::/\n"), None);
+        let mountinfo = b"41 31 0:38 / /sys/fs/cgroup rw shared:1 - cgroup2 cgroup2 rw\n\
+            42 31 0:39 / /sys/fs/cgroup/perf rw - cgroup cgroup rw,cpu,perf_event\n";
+        assert_eq!(perf_hierarchy(mountinfo, true), Some(b"/sys/fs/cgroup".to_vec()));
+        assert_eq!(perf_hierarchy(mountinfo, false), Some(b"/sys/fs/cgroup/perf".to_vec()));
+        assert_eq!(perf_hierarchy(b"", true), None);
+    }
+
+    #[test]
     fn our_own_facts_are_read() {
         let me = Handle::open(std::process::id()).unwrap();
         assert_eq!(me.exe().unwrap(), std::env::current_exe().unwrap().into_os_string().into_vec());
@@ -392,6 +531,8 @@ mod tests {
         assert_eq!(me.arguments().unwrap(), Some(arguments));
         assert_eq!(me.uid().unwrap(), rustix::process::geteuid().as_raw());
         assert!(me.exec_name().unwrap().is_some());
+        let (started, now) = (me.identity().start_time, ticks_since_boot());
+        assert!(started <= now && now - started < 100 * 3600, "{started} and {now}");
         let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get();
         let chain = ancestors(me.first_stat(), None);
         assert_eq!(chain[0].identity().pid, u32::try_from(parent).unwrap());

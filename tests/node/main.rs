@@ -10,6 +10,7 @@ mod chaos;
 mod cri;
 mod docker;
 mod drift;
+mod fileless;
 mod hostile;
 mod image;
 mod life;
@@ -21,7 +22,9 @@ mod proof;
 mod recording;
 mod registry;
 mod sources;
+mod start;
 mod trouble;
+mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
@@ -46,14 +49,17 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fileless::trials(),
         ordinary::trials(),
         answers::trials(),
         sources::trials(),
         proof::trials(),
         recording::trials(),
         pods::trials(),
+        start::trials(),
         docker::trials(),
         trouble::trials(),
+        volumes::trials(),
         chaos::trials(),
         hostile::trials(),
         life::trials(),

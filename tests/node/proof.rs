@@ -17,7 +17,7 @@ use crate::programs::WORKBENCH;
 use crate::{registry, trial, trial_alone, trial_on};
 
 const DISCARDING: Setup =
-    Setup { driftd: "", cri: Some("discard_unpacked_layers = true"), unwatched: None };
+    Setup { driftd: "", cri: Some("discard_unpacked_layers = true"), own_runtime: false, unwatched: None };
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
