@@ -429,8 +429,7 @@ impl Group {
             | InitFlags::FAN_CLOEXEC
             | InitFlags::FAN_NONBLOCK
             | InitFlags::from_bits_retain(FAN_REPORT_MNT);
-        let fanotify =
-            Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
+        let fanotify = Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
         Ok(Group { fanotify, reports_pidfd: false })
     }
 

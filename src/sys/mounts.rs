@@ -68,8 +68,7 @@ pub enum Wait {
 /// Opens what is at `mount_point` below a process's root directory, only to point
 /// at it: through no symlink, and not out of that root.
 pub fn reach(root: impl AsFd, mount_point: &[u8], wait: Wait) -> io::Result<OwnedFd> {
-    let resolve =
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let resolve = match wait {
         // A mount point and all above it are in the kernel's memory, so that this
         // is rarely refused.
@@ -245,7 +244,10 @@ mod tests {
         let stat = super::super::file::stat(&here).unwrap();
         assert_eq!(Some(mount_of(here.as_fd()).unwrap()), stat.mount);
         for path in [b"/link".as_slice(), b"/out/self", b"/here/../link"] {
-            assert_eq!(reach(&root, path, Wait::May).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+            assert_eq!(
+                reach(&root, path, Wait::May).unwrap_err().raw_os_error(),
+                Some(libc::ELOOP)
+            );
         }
         // Not out of the root, however often it is tried.
         let same = reach(&root, b"/../../here", Wait::May).unwrap();

@@ -36,8 +36,8 @@ use super::shared::Shared;
 use crate::health::Failure;
 use crate::model::{ContainerId, ProcessIdentity};
 use crate::sys::fanotify::{Answer, Buffer, Group, Incoming, Permission, ReadError};
-use crate::sys::procfs::{self, Handle};
 use crate::sys::file;
+use crate::sys::procfs::{self, Handle};
 
 /// Which containers are armed before they start.
 #[derive(Debug, Clone)]
@@ -168,19 +168,15 @@ impl Arm {
             PollFd::new(&self.wake, PollFlags::IN),
         ];
         let next = held.iter().map(|held| LIMIT.saturating_sub(held.since.elapsed())).min();
-        let timeout = Timespec::try_from(next.unwrap_or(TURN).min(TURN))
-            .expect("a quarter of a second fits");
+        let timeout =
+            Timespec::try_from(next.unwrap_or(TURN).min(TURN)).expect("a quarter of a second fits");
         // An error here (a signal) only means that the turn comes early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
     }
 
     /// Holds a call that a shim makes; every other one goes on at once.
-    fn judge<'group>(
-        &self,
-        number: u64,
-        permission: Permission<'group>,
-    ) -> Option<Held<'group>> {
+    fn judge<'group>(&self, number: u64, permission: Permission<'group>) -> Option<Held<'group>> {
         let Some(call) = self.call_of_shim(number, permission.event().pid) else {
             allow(permission);
             return None;
@@ -360,9 +356,8 @@ impl Shim {
     fn parse(arguments: &[Vec<u8>]) -> Option<Shim> {
         let after = |flag: &str| {
             let is_flag = |word: &&Vec<u8>| {
-                word.strip_prefix(b"-").is_some_and(|word| {
-                    word.strip_prefix(b"-").unwrap_or(word) == flag.as_bytes()
-                })
+                word.strip_prefix(b"-")
+                    .is_some_and(|word| word.strip_prefix(b"-").unwrap_or(word) == flag.as_bytes())
             };
             let mut words = arguments.iter().skip_while(|word| !is_flag(word));
             words.nth(1)

@@ -25,8 +25,8 @@ use crate::model::{
     Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
-use crate::sys::{overlay, priority};
 use crate::sys::procfs::Handle;
+use crate::sys::{overlay, priority};
 
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
@@ -127,19 +127,17 @@ fn describe_one(
     match path {
         // The common case, where directories can be moved at all.
         Ok(path) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,
-        Ok(path) => {
-            Some(Described {
-                watched,
-                filesystem,
-                path,
-                file,
-                stat,
-                layer_file,
-                is_movable,
-                executing,
-                at,
-            })
-        }
+        Ok(path) => Some(Described {
+            watched,
+            filesystem,
+            path,
+            file,
+            stat,
+            layer_file,
+            is_movable,
+            executing,
+            at,
+        }),
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
@@ -185,30 +183,17 @@ pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described {
-        watched,
-        filesystem,
-        path,
-        file,
-        stat,
-        layer_file,
-        is_movable,
-        executing,
-        at,
-    } = execution;
+    let Described { watched, filesystem, path, file, stat, layer_file, is_movable, executing, at } =
+        execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
     let state = known.unwrap_or_else(|| {
         let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
         let open = match file.take() {
-            Left::Open(fd) => state::while_wanted(
-                fd.as_fd(),
-                &stat,
-                Hashing::Always,
-                max_hash_bytes,
-                &is_wanted,
-            ),
+            Left::Open(fd) => {
+                state::while_wanted(fd.as_fd(), &stat, Hashing::Always, max_hash_bytes, &is_wanted)
+            }
             Left::Name(_) => None,
         };
         let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
@@ -282,8 +267,7 @@ fn in_upperdir(
     let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
     let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
     let is_same = found.is_regular()
-        && (found.changed, found.modified, found.size)
-            == (stat.changed, stat.modified, stat.size);
+        && (found.changed, found.modified, found.size) == (stat.changed, stat.modified, stat.size);
     if !is_same || overlay::is_metacopy(&fd, layers.userxattr).unwrap_or(true) {
         return None;
     }

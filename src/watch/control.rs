@@ -152,9 +152,7 @@ impl Control {
 
     fn scan(&mut self, container: ContainerId, ticket: Option<u64>) {
         let ordered = match self.shared.table.get(&container) {
-            Some(watched) => {
-                self.orders.try_send(Order::Scan { watched, ticket }).is_ok()
-            }
+            Some(watched) => self.orders.try_send(Order::Scan { watched, ticket }).is_ok(),
             None => false,
         };
         if ordered {

@@ -460,14 +460,11 @@ fn entry(
         match open_merged(watched, path).ok().or_else(|| open_below(layers, path, &fd)) {
             Some(content) => {
                 // Open, it may keep the container's mount busy.
-                let state = state::while_wanted(
-                    content.as_fd(),
-                    &stat,
-                    hashing,
-                    max_hash_bytes,
-                    &|| !watched.is_detaching(),
-                )
-                .unwrap_or_else(|| state::unopened(&stat));
+                let state =
+                    state::while_wanted(content.as_fd(), &stat, hashing, max_hash_bytes, &|| {
+                        !watched.is_detaching()
+                    })
+                    .unwrap_or_else(|| state::unopened(&stat));
                 // The attributes are the upper file's.
                 let capability = file::xattr(&fd, "security.capability").unwrap_or(None);
                 FileState { capability, ..state }

@@ -16,9 +16,7 @@ use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{
-    ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source,
-};
+use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 
 pub(super) struct Shared {
     pub(super) settings: config::Watch,

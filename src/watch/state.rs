@@ -53,8 +53,7 @@ pub(super) fn of(
     hashing: Hashing,
     max_hash_bytes: u64,
 ) -> FileState {
-    while_wanted(file, stat, hashing, max_hash_bytes, &|| true)
-        .unwrap_or_else(|| unopened(stat))
+    while_wanted(file, stat, hashing, max_hash_bytes, &|| true).unwrap_or_else(|| unopened(stat))
 }
 
 /// The same, given up as soon as nobody wants it any more: `None`.

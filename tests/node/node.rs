@@ -563,11 +563,7 @@ sweep_interval = "1h"
     }
 
     /// Starts a container without the tests' control of it, whatever it runs.
-    pub(crate) fn run_plainly(
-        &self,
-        options: &[&str],
-        command: &[&str],
-    ) -> anyhow::Result<String> {
+    pub(crate) fn run_plainly(&self, options: &[&str], command: &[&str]) -> anyhow::Result<String> {
         let id = self.next_id();
         self.own_container(&id);
         let cgroup = format!("/{}/{id}", self.namespace);

@@ -67,8 +67,7 @@ fn start_changed(node: &Node) -> anyhow::Result<String> {
     let id = node.run_plainly(&[], &[SHORT])?;
     wait_for("the first run to end", || {
         let tasks = node.ctr(&["tasks", "ls"])?;
-        let stopped =
-            tasks.lines().any(|line| line.starts_with(&id) && line.contains("STOPPED"));
+        let stopped = tasks.lines().any(|line| line.starts_with(&id) && line.contains("STOPPED"));
         Ok(stopped.then_some(()))
     })?;
     node.ctr(&["tasks", "rm", &id])?;

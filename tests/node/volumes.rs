@@ -226,10 +226,8 @@ fn b17_managed_mounts(node: &Node) -> anyhow::Result<()> {
         let file = node.path(&format!("b17-{name}"));
         fs::write(&file, "127.0.0.1 localhost\n")?;
         arguments.push("--mount".into());
-        arguments.push(format!(
-            "type=bind,src={},dst=/etc/{name},options=rbind:rw",
-            file.display()
-        ));
+        arguments
+            .push(format!("type=bind,src={},dst=/etc/{name},options=rbind:rw", file.display()));
     }
     let swap = |version: &str| -> anyhow::Result<()> {
         fs::create_dir(directory.join(version))?;
@@ -281,10 +279,8 @@ fn removed_at_once(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(&["--mount", &volume.mount, "--mount", SHARED_MEMORY])?;
     container.lay_payload("x")?;
     // Many different ones, each of which is hashed, so that some still wait.
-    container.sh(
-        "i=0; while [ $i -lt 40 ]; do for d in /vol /data; do cp /.control/x $d/x$i\n\
-         echo $i >> $d/x$i; $d/x$i; done; i=$((i+1)); done",
-    )?;
+    container.sh("i=0; while [ $i -lt 40 ]; do for d in /vol /data; do cp /.control/x $d/x$i\n\
+         echo $i >> $d/x$i; $d/x$i; done; i=$((i+1)); done")?;
     node.ctr(&["task", "rm", "--force", &container.id])?;
     node.ctr(&["container", "rm", &container.id])?;
     // Not lazily: it fails when the volume is busy. What was queued may still be open,
