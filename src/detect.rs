@@ -89,8 +89,10 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
             }
             Some(assessment)
         }
-        Fact::Absent { path } => Some(assess_absent(image, path)),
-        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } => None,
+        Fact::Absent { path, .. } => Some(assess_absent(image, path)),
+        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } | Fact::PackageManager { .. } => {
+            None
+        }
     }
 }
 
@@ -204,8 +206,14 @@ fn assess_present(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -
             None if state.is_program() => (Change::Added, Some(judgement(Kind::FileAdded, None))),
             None => (Change::Added, None),
         };
+        // What took the place of a directory hides all that the image has below it.
+        let removed = known
+            .clone()
+            .filter(|_| state.file_type != FileType::Directory && image.has_program_below(path))
+            .map(|known| judgement(Kind::FileRemoved, Some(known)));
         let privileged = privileged(known, state);
-        return Assessment { change, judgements: main.into_iter().chain(privileged).collect() };
+        let judgements = main.into_iter().chain(removed).chain(privileged).collect();
+        return Assessment { change, judgements };
     };
     let (change, main) = if same(&expected, state) {
         (Change::Metadata, None)
@@ -574,6 +582,7 @@ mod tests {
             argv: None,
             uid: None,
             tty: None,
+            root: None,
             ancestors: Vec::new(),
         })
     }
@@ -616,7 +625,7 @@ mod tests {
                 process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
-            "remove" => Fact::Absent { path: path() },
+            "remove" => Fact::Absent { path: path(), writer: None },
             other => panic!("bad verb {other}"),
         }
     }
@@ -804,6 +813,12 @@ mod tests {
         check("load /tmp/ls.so 644 elf ls", "Relocated: library.loaded medium from /bin/ls");
         check("interpret /tmp/i.sh 644 data evil", "Added: exec.interpreted medium");
         check("interpret /opt/tool/run 755 script run", "Metadata: ");
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_directory_removes_what_was_below() {
+        check("write /usr/bin 777 data nothing", "file.removed low from /usr/bin");
+        check("write /tmp 777 data nothing", "");
     }
 
     #[test]

@@ -21,10 +21,12 @@ use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
 use driftd::health::{Failure, Health};
 use driftd::model::{
-    Blake3Hash, ContainerId, Content, Fact, FileState, FileTime, FileType, Format, LayerFile,
-    Observation, Process, RootfsPath, Source, Unhashed,
+    Blake3Hash, ContainerId, Content, Fact, FileState, FileTime, FileType, Filesystem, Format,
+    LayerFile, Observation, Process, RootfsPath, Source, Unhashed,
 };
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
+use driftd::sys::mounts::Notifier;
+use driftd::sys::procfs;
 use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
 /// An emulated machine is slow (`make test-kernels`).
@@ -748,6 +750,100 @@ fn a_thousand_executions_are_a_thousand_observations() {
     assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
 }
 
+/// Runs programs in every way that leaves no name behind.
+fn compile_loader(directory: &Path) -> PathBuf {
+    let (source, program) = (directory.join("loader.c"), directory.join("loader"));
+    fs::write(&source, include_str!("data/loader.c")).unwrap();
+    run(&[
+        OsStr::new("gcc"),
+        "-static".as_ref(),
+        "-Os".as_ref(),
+        "-o".as_ref(),
+        program.as_ref(),
+        source.as_ref(),
+    ]);
+    program
+}
+
+#[test]
+fn a10_a_thousand_memfds_are_a_thousand_observations_and_most_are_hashed() {
+    let container = Container::start();
+    let loader = compile_loader(container.dir.path());
+    let mut node = Node::start();
+    node.attach(&container);
+    fs::copy(&loader, container.merged().join("tmp/loader")).unwrap();
+    // It runs for less than a millisecond.
+    container.shell("/tmp/loader memfd 1000 /tmp/loader exit");
+    let mut hashed = 0;
+    let wanted = path("/memfd:a");
+    let expected = hash_of(&loader);
+    let deadline = Instant::now() + 4 * PATIENCE;
+    let mut count = 0;
+    while count < 1000 {
+        let report = node.reports.recv_deadline(deadline);
+        let report = report.unwrap_or_else(|_| panic!("{count} of 1000, {hashed} hashed"));
+        if let Report::Observed(Observation {
+            source,
+            fact: Fact::Executed { path, filesystem, state, running, .. },
+            ..
+        }) = &report
+            && *path == wanted
+        {
+            assert_eq!(
+                (*source, *filesystem, *running, state.deleted),
+                (Source::Trace, Filesystem::Anonymous, false, true)
+            );
+            match state.content {
+                Content::Hashed { blake3, .. } => {
+                    assert_eq!(blake3, expected);
+                    hashed += 1;
+                }
+                Content::Unhashed(why) => assert_eq!(why, Unhashed::Gone),
+            }
+            count += 1;
+        }
+        node.told.push(report);
+    }
+    println!("{hashed} of {count} memfds were hashed");
+    node.walk(&container);
+    let told = node.executed_paths();
+    assert_eq!(told.iter().filter(|path| *path == "/memfd:a").count(), 1000);
+    node.assert_no_loss();
+}
+
+/// Of fork and exec with and without the rings. Prints what it found: on a busy
+/// machine it proves nothing.
+#[test]
+#[ignore = "measures, and takes a minute"]
+fn what_the_rings_cost_an_execve() {
+    const ROUNDS: usize = 20;
+    const EXECUTIONS: usize = 1000;
+    let directory = tempfile::tempdir().unwrap();
+    let loader = compile_loader(directory.path());
+    let round = || {
+        let start = Instant::now();
+        let status = Command::new(&loader)
+            .args(["memfd", &EXECUTIONS.to_string()])
+            .arg(&loader)
+            .arg("exit")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        start.elapsed().as_secs_f64() * 1e6 / EXECUTIONS as f64
+    };
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        without.push(round());
+        let node = Node::start();
+        with.push(round());
+        drop(node);
+    }
+    for (name, times) in [("without", &mut without), ("with", &mut with)] {
+        times.sort_by(f64::total_cmp);
+        println!("{name}: min {:.1} median {:.1} us", times[0], times[ROUNDS / 2]);
+    }
+}
+
 #[test]
 fn what_changes_no_content_is_present_with_the_images_content() {
     let container = Container::start();
@@ -863,6 +959,268 @@ fn a_program_reached_through_a_bind_mount_is_told_by_its_own_path() {
         _ => None,
     });
     assert_eq!(told, "/tmp/true");
+}
+
+/// A container with a mount namespace of its own, and a pid namespace by which its
+/// processes are known.
+fn container_with_mounts() -> Container {
+    Container::with(&["unshare", "--mount", "--pid", "--fork"], "", false)
+}
+
+impl Container {
+    /// A command in the container's namespaces, its root still the host's.
+    fn beside(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--mount", "--pid", "--target", &self.pid.to_string()]).args(words);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a script in the container's namespaces, below its root.
+    #[track_caller]
+    fn inside(&self, script: &str) {
+        let merged = self.merged();
+        let words = ["chroot", merged.to_str().unwrap(), "/bin/sh", "-c", script];
+        let output = self.beside(&words).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "`{script}` failed: {stderr}");
+    }
+
+    /// Mounts a tmpfs where only the container sees it.
+    #[track_caller]
+    fn mount_tmpfs(&self, at: &str) {
+        let point = self.merged().join(at.trim_start_matches('/'));
+        let words = ["mount", "-t", "tmpfs", "none", point.to_str().unwrap()];
+        let output = self.beside(&words).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+impl Node {
+    fn with_notifier(notifier: Notifier) -> Node {
+        let (sender, reports) = bounded(64 * 1024);
+        let health = Arc::new(Health::default());
+        let watch = Watch::start_with(&settings(), sender, health.clone(), None, notifier)
+            .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
+        Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
+    }
+
+    fn executed_elsewhere(&self) -> Vec<(String, Filesystem)> {
+        self.told
+            .iter()
+            .filter_map(|report| match report {
+                Report::Observed(Observation {
+                    fact: Fact::Executed { path, filesystem, .. },
+                    ..
+                }) if *filesystem != Filesystem::Overlay => Some((path.to_string(), *filesystem)),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn a11_a_program_on_a_tmpfs_is_told_as_the_container_sees_it() {
+    let container = container_with_mounts();
+    container.mount_tmpfs("/mnt");
+    let mut node = Node::start();
+    node.attach(&container);
+    container.inside("cp /bin/busybox /mnt/true; echo >> /mnt/true; /mnt/true");
+    node.until_executed(&path("/mnt/true"));
+    // In a mount namespace of its own, and under another root, it is the same file.
+    let words = ["unshare", "--mount", "chroot"];
+    let mnt = container.merged().join("mnt");
+    let words = [&words[..], &[mnt.to_str().unwrap(), "/true"]].concat();
+    assert!(container.beside(&words).status().unwrap().success());
+    // Deleted, with a name that says so falsely.
+    container.inside(
+        "cd /mnt; mv true 'true (deleted)'; './true (deleted)'\n\
+         exec 7< './true (deleted)'; rm './true (deleted)'; /proc/self/fd/7 2>/dev/null || true",
+    );
+    node.until_executed(&path("/mnt/true (deleted)"));
+    let told = node.executed_elsewhere();
+    let expected = ["/mnt/true", "/mnt/true", "/mnt/true (deleted)"];
+    assert_eq!(told[..3], expected.map(|path| (path.to_string(), Filesystem::Tmpfs)));
+    node.assert_no_loss();
+}
+
+#[test]
+fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
+    let best = Notifier::new();
+    assert!(!best.is_polling(), "this kernel does not tell of mounts (it must be 6.14 or newer)");
+    for notifier in [best, Notifier::polling()] {
+        let mut container = container_with_mounts();
+        let mut node = Node::with_notifier(notifier);
+        node.attach(&container);
+        for round in 0..20 {
+            container.mount_tmpfs("/mnt");
+            // As long as the commands take that every program needs to get there.
+            let program = format!("/mnt/true{round}");
+            container.inside(&format!("cp /bin/busybox {program}; ln -s {program} /tmp/true"));
+            container.inside("/tmp/true && rm /tmp/true");
+            node.until_executed(&path(&program));
+            let point = container.merged().join("mnt");
+            let words = ["umount", point.to_str().unwrap()];
+            assert!(container.beside(&words).status().unwrap().success(), "the volume is busy");
+        }
+        assert_eq!(node.executed_elsewhere().len(), 20);
+        node.assert_no_loss();
+        // Nothing of it is kept.
+        container.kill_init();
+        container.unmount();
+        node.order(Order::Detach { container: container.id.clone() });
+    }
+}
+
+#[test]
+fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
+    for (name, notifier) in [("events", Notifier::new()), ("polling", Notifier::polling())] {
+        let container = container_with_mounts();
+        let init = procfs::Handle::open(container.pid).unwrap();
+        let listener = notifier.listen(&init).unwrap();
+        let mut buffer = Buffer::new();
+        let mut delays = Vec::new();
+        for _ in 0..20 {
+            let point = container.merged().join("mnt");
+            let mut mount = container.beside(&[
+                "sh",
+                "-c",
+                &format!("mount -t tmpfs none {}; date +%s%N", point.display()),
+            ]);
+            let mount = mount.stdout(Stdio::piped()).spawn().unwrap();
+            let seen = {
+                let fds = listener.poll_fds();
+                let mut fds: Vec<rustix::event::PollFd<'_>> = match fds {
+                    Some(fds) => fds.into(),
+                    None => notifier
+                        .groups()
+                        .map(|fd| {
+                            rustix::event::PollFd::from_borrowed_fd(
+                                fd,
+                                rustix::event::PollFlags::IN,
+                            )
+                        })
+                        .collect(),
+                };
+                let timeout = rustix::event::Timespec::try_from(PATIENCE).unwrap();
+                assert_ne!(rustix::event::poll(&mut fds, Some(&timeout)).unwrap(), 0, "{name}");
+                jiff::Timestamp::now().as_nanosecond()
+            };
+            let output = mount.wait_with_output().unwrap();
+            let done: i128 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+            delays.push((seen - done) / 1000);
+            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            // What the listener says of the unmounting is taken with it.
+            assert!(
+                container.beside(&["umount", point.to_str().unwrap()]).status().unwrap().success()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            if let Some(mut fds) = listener.poll_fds() {
+                let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+                let _ = rustix::event::poll(&mut fds, Some(&now));
+            }
+        }
+        delays.sort_unstable();
+        // Before the command that mounted had ended, as often as not.
+        println!("{name}: seen so many microseconds after mount(8) had ended: {delays:?}");
+        assert!(delays[10] < 50_000, "{name}: {delays:?}");
+    }
+}
+
+#[test]
+fn a_filesystem_that_a_process_answers_for_is_not_touched() {
+    let container = container_with_mounts();
+    // A FUSE mount whose server never answers: whoever asks it anything waits.
+    let device =
+        fs::File::options().read(true).write(true).open("/dev/fuse").unwrap_or_else(|err| {
+            panic!("this kernel must have FUSE: {err}");
+        });
+    let mut node = Node::start();
+    node.attach(&container);
+    let point = container.merged().join("mnt");
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    let mut mount = Command::new("nsenter");
+    mount.args(["--mount", "--target", &container.pid.to_string(), "mount", "-i", "-t", "fuse"]);
+    mount.args(["-o", &options, "silent"]).arg(&point).stdin(Stdio::null());
+    // Whoever mounts must have it under the same number.
+    rustix::io::fcntl_setfd(&device, rustix::io::FdFlags::empty()).unwrap();
+    assert!(mount.status().unwrap().success(), "FUSE cannot be mounted");
+    // A tmpfs below it, and one beside it that is to be marked all the same.
+    container.shell("mkdir /opt/beside");
+    container.mount_tmpfs("/opt/beside");
+    container.inside("cp /bin/busybox /opt/beside/true; /opt/beside/true");
+    node.until_executed(&path("/opt/beside/true"));
+    container.drop_program("/tmp/true");
+    container.inside("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    node.assert_no_loss();
+    drop(device);
+}
+
+#[test]
+fn a_storm_of_mounts_is_bounded_and_named_once() {
+    let container = container_with_mounts();
+    let mut node = Node::start();
+    node.attach(&container);
+    let merged = container.merged();
+    let storm = format!(
+        "cd {}; mkdir tmp/m; i=0; while [ $i -lt 400 ]; do mkdir tmp/m/$i; mount -t tmpfs none tmp/m/$i; i=$((i+1)); done",
+        merged.display()
+    );
+    assert!(container.beside(&["busybox", "sh", "-c", &storm]).status().unwrap().success());
+    node.until("the storm to be told", |report| match report {
+        Report::Lost { failure: Failure::MountsFull, .. } => Some(()),
+        _ => None,
+    });
+    // The gate is as quick as ever.
+    container.drop_program("/tmp/true");
+    container.inside("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    // The last ones are not marked, the first ones are.
+    container.inside("cp /bin/busybox /tmp/m/7/true; /tmp/m/7/true");
+    node.until_executed(&path("/tmp/m/7/true"));
+    let told = node
+        .told
+        .iter()
+        .filter(|report| matches!(report, Report::Lost { failure: Failure::MountsFull, .. }));
+    assert_eq!(told.count(), 1);
+}
+
+#[test]
+fn binding_its_own_root_again_and_again_costs_a_container_and_not_driftd() {
+    let container = container_with_mounts();
+    let mut node = Node::start();
+    node.attach(&container);
+    let storm = format!(
+        "cd {}; i=0; while [ $i -lt 2000 ]; do mount -o bind . mnt; i=$((i+1)); done",
+        container.merged().display()
+    );
+    let before = thread_time("mounts");
+    let start = Instant::now();
+    assert!(container.beside(&["busybox", "sh", "-c", &storm]).status().unwrap().success());
+    let took = start.elapsed();
+    let cost = thread_time("mounts") - before;
+    println!("2,000 mounts in {took:?} cost the mounts thread {cost:?}");
+    assert!(cost < took / 5, "it cost {cost:?} of {took:?}");
+    container.drop_program("/tmp/true");
+    container.inside("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    node.assert_no_loss();
+}
+
+/// The processor time of this process's threads with this name.
+fn thread_time(name: &str) -> Duration {
+    let mut ticks = 0_u64;
+    for task in fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let Ok(stat) = fs::read_to_string(task.path().join("stat")) else { continue };
+        let (head, rest) = stat.rsplit_once(") ").unwrap();
+        if head.ends_with(&format!("({name}")) {
+            let fields: Vec<&str> = rest.split(' ').collect();
+            ticks += fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+        }
+    }
+    Duration::from_millis(ticks * 10)
 }
 
 #[test]

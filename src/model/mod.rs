@@ -17,10 +17,10 @@ pub use container::{
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
 pub use finding::{
-    Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
-    Verdict,
+    Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Member, Outcome,
+    Severity, Verdict,
 };
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
 pub use path::{HostilePath, RootfsPath, printable};
-pub use process::{Ancestor, Process, ProcessIdentity};
+pub use process::{Ancestor, PackageManager, Process, ProcessIdentity, package_manager};

@@ -97,7 +97,9 @@ fn describe_one(
     let path = match file.take() {
         Left::Open(fd) => {
             let path = match filesystem {
-                Filesystem::Overlay => event_path(&watched, &fd, &stat, caller.pid, parent),
+                Filesystem::Overlay => {
+                    event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
+                }
                 Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
                     mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
                 }
@@ -108,7 +110,9 @@ fn describe_one(
         // The container has ended, and with it the mounts that say more.
         Left::Name(Some(name)) => {
             let below_root = overlay::strip_directory(&name, &watched.root_name);
-            RootfsPath::new(below_root.unwrap_or(&name)).map_err(UnknownPath::from)
+            RootfsPath::new(below_root.unwrap_or(&name))
+                .map(|path| (path, true))
+                .map_err(UnknownPath::from)
         }
         Left::Name(None) => Err(UnknownPath::NotAbsolute),
     };
@@ -122,22 +126,32 @@ fn describe_one(
             executing
         })
     };
-    let executing =
+    let mut executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
+    if let Some(stat) = &caller.stat {
+        shared.packages().executes(shared, &watched, stat);
+    }
+    if let (Ok(path), None) = (&path, &executing.process.root) {
+        executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());
+    }
     match path {
         // The common case, where directories can be moved at all.
-        Ok(path) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,
-        Ok(path) => Some(Described {
-            watched,
-            filesystem,
-            path,
-            file,
-            stat,
-            layer_file,
-            is_movable,
-            executing,
-            at,
-        }),
+        Ok((path, _)) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,
+        Ok((path, is_certain)) => {
+            let exe = executing.process.exe.as_deref().filter(|_| !is_certain);
+            let path = exe.and_then(|exe| mounts::path_of_program(exe, &path)).unwrap_or(path);
+            Some(Described {
+                watched,
+                filesystem,
+                path,
+                file,
+                stat,
+                layer_file,
+                is_movable,
+                executing,
+                at,
+            })
+        }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
@@ -218,7 +232,7 @@ fn hash_one(shared: &Shared, execution: Described) {
     // it had lost it.
     let is_nameless = layer_file.is_none() && stat.links == 0;
     let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
-    let path = if is_nameless { unseen::without_number(path) } else { path };
+    let path = unseen::path(path.as_bytes(), is_nameless).unwrap_or(path);
     // What is said of a file that was moved holds for its new path only.
     if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that its judgement finds it.

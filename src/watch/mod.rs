@@ -27,6 +27,7 @@ mod gate;
 mod lower;
 mod mounts;
 mod names;
+mod packages;
 mod process;
 mod processes;
 mod scan;
@@ -210,7 +211,7 @@ impl Watch {
         let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
         let (recorder, executions) = Recorder::open();
         match &executions {
-            Executions::Recorded => (),
+            Executions::Recorded => shared.set_records_executions(),
             Executions::Announced { why } => tracing::warn!(
                 why,
                 "executions outside of marked filesystems are seen only if they last"

@@ -28,7 +28,6 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::process;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::health::Failure;
@@ -234,7 +233,7 @@ impl Names {
                     let is_telling = named.mask & (libc::FAN_ATTRIB | libc::FAN_MOVED_TO) != 0
                         && named.mask & libc::FAN_ONDIR == 0;
                     let writer = is_telling.then(|| {
-                        let found = || process::writer(named.pid, &watched);
+                        let found = || shared.writer(&watched, named.pid);
                         writers.entry(named.pid).or_insert_with(found).clone()
                     });
                     shared.mark_dirty(&watched, path, Source::Change, writer.flatten());

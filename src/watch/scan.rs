@@ -277,11 +277,11 @@ fn settle(shared: &Shared) -> bool {
             }
             // Whether the container or its owner removed it cannot be told.
             Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
-            Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path }),
+            Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path, writer }),
             // The image's own file shows through: executed before it was known
             // which files are the image's.
             Ok(None) if in_image && lower::holds(layers, &path) => (),
-            Ok(None) => tell(Fact::Absent { path }),
+            Ok(None) => tell(Fact::Absent { path, writer }),
             Ok(Some(Found::Directory)) => directories.push((watched.clone(), path)),
             Err(_) if watched.is_detaching() => (),
             Err(err) => {
@@ -672,7 +672,7 @@ impl Walk<'_> {
             Ok(Found::Entry { stat, state, lower }) => {
                 self.present(path, Cached { stat, state, lower }, is_stable)
             }
-            Ok(Found::Whiteout) => self.push(Fact::Absent { path }),
+            Ok(Found::Whiteout) => self.absent(path),
             Ok(Found::Directory) => Ok(()),
             Err(err) if is_gone(&err) => Ok(()),
             Err(err) => {
@@ -695,7 +695,7 @@ impl Walk<'_> {
         {
             return Ok(());
         }
-        let writer = self.writers.remove(&path);
+        let writer = self.writer(&path);
         let Cached { stat, state, lower } = cached;
         // What could not be read is tried again next time.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
@@ -703,6 +703,18 @@ impl Walk<'_> {
             self.seen.insert(path.clone(), Cached { stat, state: state.clone(), lower });
         }
         self.push(Fact::Present { path, state, lower, writer })
+    }
+
+    fn absent(&mut self, path: RootfsPath) -> Result<(), Interrupted> {
+        let writer = self.writer(&path);
+        self.push(Fact::Absent { path, writer })
+    }
+
+    /// Who changed a path that has not settled yet: what is found here is told, and
+    /// would be told without its writer.
+    fn writer(&mut self, path: &RootfsPath) -> Option<Arc<Process>> {
+        let known = self.writers.remove(path);
+        known.or_else(|| self.shared.writer_of(self.watched, path))
     }
 
     /// What an opaque directory hides of the layers below it.
@@ -713,7 +725,7 @@ impl Walk<'_> {
         path: &RootfsPath,
     ) -> Result<(), Interrupted> {
         match lower::names_in(layers, path) {
-            LowerNames::NotADirectory => self.push(Fact::Absent { path: path.clone() }),
+            LowerNames::NotADirectory => self.absent(path.clone()),
             LowerNames::Names(names) => {
                 for name in names {
                     self.look_around()?;
@@ -726,7 +738,7 @@ impl Walk<'_> {
                         continue;
                     }
                     if let Ok(path) = path.join(&name) {
-                        self.push(Fact::Absent { path })?;
+                        self.absent(path)?;
                     }
                 }
                 Ok(())

@@ -12,6 +12,8 @@ use jiff::Timestamp;
 use super::Report;
 use super::lower::LowerTwins;
 use super::names::Names;
+use super::packages::Packages;
+use super::process::Writers;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use crate::config;
@@ -27,8 +29,11 @@ pub(super) struct Shared {
     reports: Sender<Report>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
+    packages: Mutex<Packages>,
+    writers: Mutex<Writers>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
+    records_executions: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
 }
@@ -85,8 +90,11 @@ impl Shared {
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
+            packages: Mutex::default(),
+            writers: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
+            records_executions: AtomicBool::new(false),
             arming: Arming::default(),
         }
     }
@@ -98,6 +106,15 @@ impl Shared {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// The kernel records every execution for us.
+    pub(super) fn set_records_executions(&self) {
+        self.records_executions.store(true, Ordering::Release);
+    }
+
+    pub(super) fn records_executions(&self) -> bool {
+        self.records_executions.load(Ordering::Acquire)
     }
 
     /// Whether this container should have been armed before it started.
@@ -117,6 +134,27 @@ impl Shared {
 
     pub(super) fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn packages(&self) -> MutexGuard<'_, Packages> {
+        self.packages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process that changed a file a moment ago, if it can still be told: it lives,
+    /// or it descended from a package manager.
+    pub(super) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Option<Arc<Process>> {
+        let living = {
+            let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
+            writers.describe(pid, watched)
+        };
+        let mut packages = self.packages();
+        match living {
+            Some(process) => {
+                packages.looked_at(self, watched, &process);
+                Some(process)
+            }
+            None => packages.gone(watched, pid),
+        }
     }
 
     /// Hands an observation on without ever waiting; false if it was lost.
@@ -272,6 +310,11 @@ impl Shared {
     /// Whether a path will be looked at by itself.
     pub(super) fn is_dirty(&self, container: &ContainerId, path: &RootfsPath) -> bool {
         self.dirty().get(container).is_some_and(|dirty| dirty.paths.contains_key(path))
+    }
+
+    /// Who wrote a path that has not settled yet, if that is known.
+    pub(super) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Arc<Process>> {
+        self.dirty().get(&watched.container)?.paths.get(path)?.writer.clone()
     }
 
     /// Notes that a container's upperdir is to be walked once it has settled.

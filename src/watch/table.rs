@@ -1,7 +1,7 @@
 //! The containers that are watched, by what an event can tell of them.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::files::Files;
@@ -9,6 +9,7 @@ use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
+use crate::sys::perf;
 use crate::sys::procfs::{self, Handle};
 
 /// One container whose overlay carries our marks.
@@ -45,8 +46,9 @@ pub(super) struct Watched {
     rescan: AtomicBool,
     /// It is to be walked although nothing was lost.
     walk: AtomicBool,
-    /// The same for the container's processes.
-    process_scan: AtomicBool,
+    /// The same for the container's processes: those that were there at this time
+    /// after boot, in clock ticks. 0 if none are to be looked at.
+    process_scan: AtomicU64,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
     /// The marks were there before its entry point ran.
@@ -174,7 +176,7 @@ impl Watched {
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
             walk: AtomicBool::new(false),
-            process_scan: AtomicBool::new(false),
+            process_scan: AtomicU64::new(0),
             detaching: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
@@ -235,7 +237,7 @@ impl Watched {
 
     /// Asks for a walk of everything; says whether none was asked for yet.
     pub(super) fn ask_for_rescan(&self) -> bool {
-        self.process_scan.store(true, Ordering::Release);
+        self.process_scan.fetch_max(procfs::ticks_since_boot(), Ordering::AcqRel);
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
@@ -279,8 +281,10 @@ impl Watched {
         self.walk.store(false, Ordering::Release);
     }
 
-    pub(super) fn take_process_scan(&self) -> bool {
-        self.process_scan.swap(false, Ordering::AcqRel)
+    /// Whether the container's processes are to be looked at, and since when the
+    /// start of every other one has been seen.
+    pub(super) fn take_process_scan(&self) -> Option<u64> {
+        Some(self.process_scan.swap(0, Ordering::AcqRel)).filter(|&since| since > 0)
     }
 }
 
@@ -297,6 +301,9 @@ struct Maps {
     /// Filesystems that carry our mark, with everyone who has them mounted.
     other_devices: HashMap<u64, Vec<Arc<Watched>>>,
     other_mounts: HashMap<u64, Arc<Watched>>,
+    /// Since when the devices of `other_devices` are known, by the clock of the
+    /// kernel's records.
+    since: HashMap<u64, u64>,
 }
 
 impl Maps {
@@ -348,6 +355,7 @@ impl Table {
             for mount in &mounts {
                 maps.other_mounts.insert(mount.id, watched.clone());
                 if mount.whole_filesystem {
+                    maps.since.entry(mount.device).or_insert_with(perf::now);
                     let users = maps.other_devices.entry(mount.device).or_default();
                     if !users.iter().any(|user| Arc::ptr_eq(user, watched)) {
                         users.push(watched.clone());
@@ -355,6 +363,8 @@ impl Table {
                 }
             }
         }
+        let Maps { since, other_devices, .. } = &mut *maps;
+        since.retain(|device, _| other_devices.contains_key(device));
         *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
     }
 
@@ -367,6 +377,13 @@ impl Table {
             || mount.is_some_and(|mount| {
                 maps.by_mount.contains_key(&mount) || maps.other_mounts.contains_key(&mount)
             })
+    }
+
+    /// The same of a file that was executed at a time, by the clock of the kernel's
+    /// records: the mark may be newer.
+    pub(super) fn was_marked(&self, device: u64, mount: Option<u64>, time: u64) -> bool {
+        let is_younger = self.read().since.get(&device).is_some_and(|since| time < *since);
+        !is_younger && self.is_marked(device, mount)
     }
 
     /// Whose an executed file is that lies on no container's own overlay: by who

@@ -165,6 +165,7 @@ fn describe(unseen: &Unseen) -> Process {
         argv: None,
         uid: None,
         tty: None,
+        root: None,
         ancestors: ancestors.unwrap_or_default(),
     }
 }

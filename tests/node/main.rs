@@ -10,6 +10,7 @@ mod chaos;
 mod cri;
 mod docker;
 mod drift;
+mod fileless;
 mod hostile;
 mod image;
 mod life;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fileless::trials(),
         ordinary::trials(),
         answers::trials(),
         sources::trials(),

@@ -108,6 +108,8 @@ pub(crate) struct Setup {
     pub(crate) cri: Option<&'static str>,
     /// Containers are run by a copy of runc, `bin/runc` in the node's directory.
     pub(crate) own_runtime: bool,
+    /// A namespace of containerd that driftd leaves alone.
+    pub(crate) unwatched: Option<&'static str>,
 }
 
 /// A containerd of its own, with a driftd that watches it.
@@ -314,12 +316,14 @@ disabled_plugins = [{without}
     fn write_settings(&self, more: &str) -> anyhow::Result<()> {
         let directory = self.directory.path().display();
         let more = more.replace("{node}", &directory.to_string());
+        let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
 socket = "{directory}/driftd.sock"
 [containerd]
 sockets = ["{directory}/containerd.sock"]
+exclude_namespaces = {exclude:?}
 [watch]
 settle = "1s"
 sweep_interval = "1h"
@@ -521,6 +525,15 @@ sweep_interval = "1h"
         let container = self.run_as(&self.namespace, WORKBENCH, &[], &["/docker-entrypoint.sh"])?;
         container.wait_until_watched()?;
         Ok(container)
+    }
+
+    /// The same, in a namespace of its own.
+    pub(crate) fn unwatched_container_in(
+        &self,
+        namespace: &str,
+        image: &str,
+    ) -> anyhow::Result<Container<'_>> {
+        self.run(namespace, image, &[])
     }
 
     fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
