@@ -280,8 +280,11 @@ impl Running {
         if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
-                Standing::Doubtful(file) => layer_file = Some(file),
-                Standing::Image => return,
+                Standing::Doubtful(file) if watched.layer_files().is_known() => {
+                    layer_file = Some(file);
+                }
+                // It is looked at again when it is known what to trust.
+                Standing::Doubtful(_) | Standing::Image => return,
             }
         }
         let at = Timestamp::now();
