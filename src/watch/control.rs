@@ -12,7 +12,7 @@ use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
-use super::table::{Layers, Watched};
+use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs};
@@ -80,6 +80,7 @@ impl Control {
                 Ok(Command::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
+                        watched.ask_for_processes();
                     }
                 }
                 Ok(Command::EntryPoint { container, paths }) => {
@@ -213,8 +214,7 @@ impl Marker {
             file::name_of(root.as_fd()).map_err(Refusal::NoRoot)?,
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
-            init.cgroup().ok(),
-            init.perf_cgroup(),
+            Some(ControlGroups { unified: init.cgroup().ok(), perf: init.perf_cgroup() }),
         ));
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);
