@@ -10,6 +10,7 @@ use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::Report;
+use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
@@ -22,6 +23,7 @@ pub(super) struct Shared {
     pub(super) table: Table,
     pub(super) health: Arc<Health>,
     pub(super) lower_twins: LowerTwins,
+    pub(super) hashed: Hashed,
     reports: Sender<Report>,
     dirty: Mutex<Dirty>,
     sessions: Mutex<Sessions>,
@@ -63,6 +65,7 @@ impl Shared {
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
+            hashed: Hashed::default(),
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
@@ -212,6 +215,16 @@ impl Shared {
         } else {
             self.wake_scan();
         }
+    }
+
+    /// Who has written a file that has not settled yet.
+    pub(super) fn writer_of(
+        &self,
+        container: &ContainerId,
+        path: &RootfsPath,
+    ) -> Option<Arc<Process>> {
+        let key = (container.clone(), path.clone());
+        self.dirty().paths.get(&key)?.writer.clone()
     }
 
     /// Notes that a container's upperdir is to be walked once it has settled.
