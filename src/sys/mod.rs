@@ -9,5 +9,6 @@ pub mod fanotify;
 pub mod file;
 pub mod map;
 pub mod overlay;
+pub mod perf;
 pub mod priority;
 pub mod procfs;

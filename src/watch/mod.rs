@@ -27,6 +27,7 @@ mod sessions;
 mod shared;
 mod state;
 mod table;
+mod trace;
 mod trust;
 
 use std::collections::{HashMap, VecDeque};
