@@ -183,6 +183,11 @@ impl Handle {
         Ok(path.into_os_string().into_vec())
     }
 
+    /// The executable's device and inode.
+    pub fn exe_identity(&self) -> io::Result<(u64, u64)> {
+        super::file::identity_without_sync(&format!("/proc/{}/exe", self.process.pid))
+    }
+
     /// Each argument; `None` for a process that has ended or has none.
     pub fn arguments(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
         let cmdline = self.read("cmdline", MAX_CMDLINE_BYTES)?;
@@ -246,11 +251,6 @@ impl Handle {
     /// Where its relative paths begin, as the kernel names that to us.
     pub fn cwd(&self) -> io::Result<Vec<u8>> {
         Ok(self.process.cwd().map_err(into_io)?.into_os_string().into_vec())
-    }
-
-    /// The parent, as it is now.
-    pub fn parent(&self) -> io::Result<u32> {
-        Ok(self.stat()?.parent)
     }
 
     /// What one of its descriptors is, without opening it.

@@ -16,20 +16,23 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
-use jiff::Timestamp;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
+use super::interpreters::Started;
 use super::process;
+use super::scripts;
 use super::shared::Shared;
 use super::table::Watched;
+use super::trace::TraceConsumer;
 use crate::health::Failure;
 use crate::model::{
-    Content, Fact, FileTime, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
+    Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
     printable,
 };
 use crate::sys::overlay::{self, Medium};
-use crate::sys::perf::Mapped;
+use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 
 /// Code that a process of a container has mapped, and not by its execve.
@@ -46,7 +49,7 @@ pub(super) struct Loading {
 /// What a process runs, as its execve was recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Program {
-    /// When its execve began; 0 for one that nobody has seen.
+    /// When its execve was over; 0 for one that nobody has seen.
     pub(super) since: u64,
     /// The program's own file, links resolved, as the process sees it.
     pub(super) file: Option<Arc<[u8]>>,
@@ -63,75 +66,120 @@ impl Program {
     }
 }
 
-/// What every process runs, by the kernel's records in the order of their times.
+/// What the processes of containers run, by the kernel's records in their order.
 #[derive(Debug, Default)]
-pub(super) struct Programs {
+struct Programs {
     running: HashMap<u32, Running>,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Running {
     program: Program,
-    in_execve: bool,
-    loaded: u32,
+    has_loaded: bool,
 }
 
 /// More processes than this are not remembered.
 const MAX_PROGRAMS: usize = 64 * 1024;
 
 impl Programs {
-    /// An execve is past the point of no return: what is mapped from here on is the
-    /// new program's.
-    pub(super) fn began(&mut self, pid: u32, time: u64) {
-        self.make_room();
-        let program = Program { since: time, file: None };
-        self.running.insert(pid, Running { program, in_execve: true, loaded: 0 });
-    }
-
-    /// Whether this is a library (`None` if not), and the first one.
-    pub(super) fn mapped(&mut self, mapped: &Mapped) -> Option<(Program, bool)> {
-        if mapped.inode == 0 {
-            return None;
-        }
-        let Some(running) = self.running.get_mut(&mapped.pid) else {
-            return Some((Program::default(), false));
-        };
-        if running.in_execve {
-            // The program, and behind it its dynamic linker.
-            running.program.file.get_or_insert_with(|| mapped.name.as_ref().into());
-            return None;
-        }
-        running.loaded = running.loaded.saturating_add(1);
-        Some((running.program.clone(), running.loaded == 1))
-    }
-
-    /// The execve is over; what it has become.
-    pub(super) fn executed(&mut self, pid: u32) -> Option<&Program> {
-        let running = self.running.get_mut(&pid)?;
-        running.in_execve = false;
-        Some(&running.program)
-    }
-
-    pub(super) fn forked(&mut self, pid: u32, parent: u32) {
-        self.make_room();
-        if let Some(running) = self.running.get(&parent).cloned() {
-            self.running.insert(pid, running);
-        }
-    }
-
-    pub(super) fn exited(&mut self, pid: u32) {
-        self.running.remove(&pid);
-    }
-
-    /// Records were lost: what is remembered may not be so any more.
-    pub(super) fn forget(&mut self) {
-        self.running.clear();
-    }
-
-    fn make_room(&mut self) {
+    fn executed(&mut self, pid: u32, time: u64, file: Option<&[u8]>) -> &Program {
         if self.running.len() >= MAX_PROGRAMS {
             self.running.clear();
         }
+        let program = Program { since: time, file: file.map(Into::into) };
+        let running = Running { program, has_loaded: false };
+        &self.running.entry(pid).insert_entry(running).into_mut().program
+    }
+
+    /// Who loads, and whether it is the first time.
+    fn loads(&mut self, pid: u32) -> (Program, bool) {
+        match self.running.get_mut(&pid) {
+            Some(running) => {
+                let is_first = !std::mem::replace(&mut running.has_loaded, true);
+                (running.program.clone(), is_first)
+            }
+            // Before anybody looked, or a child that goes on with its parent's program.
+            None => (Program::default(), false),
+        }
+    }
+}
+
+/// Hands on what the trace has seen, without ever waiting.
+#[derive(Debug)]
+pub(super) struct Tracing {
+    programs: Programs,
+    loadings: Sender<Loading>,
+    started: Sender<Started>,
+}
+
+impl Tracing {
+    pub(super) fn new(loadings: Sender<Loading>, started: Sender<Started>) -> Tracing {
+        Tracing { programs: Programs::default(), loadings, started }
+    }
+}
+
+/// The time of a record, by the clock that findings are told in.
+fn timestamp(time: u64) -> Timestamp {
+    let ago = i64::try_from(perf::now().saturating_sub(time)).unwrap_or_default();
+    let now = Timestamp::now();
+    now.checked_sub(SignedDuration::from_nanos(ago)).unwrap_or(now)
+}
+
+impl TraceConsumer for Tracing {
+    fn executed(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        executed: &Executed,
+        program: Option<&Mapped>,
+    ) {
+        let Executed { pid, time, file_name, .. } = executed;
+        let file = program.map(|program| &*program.name);
+        let program = self.programs.executed(*pid, *time, file);
+        let may_interpret = match &program.file {
+            Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
+            None => true,
+        };
+        if !may_interpret {
+            return;
+        }
+        let started = Started {
+            watched: watched.clone(),
+            pid: *pid,
+            file: program.file.clone(),
+            exec_name: file_name.clone(),
+            at: timestamp(*time),
+        };
+        if let Err(TrySendError::Full(_)) = self.started.try_send(started) {
+            let detail = "too many interpreters wait to be looked at";
+            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+        }
+    }
+
+    fn mapped(&mut self, shared: &Shared, watched: &Arc<Watched>, mapped: &Mapped) {
+        if mapped.inode == 0 {
+            return;
+        }
+        let (program, is_first) = self.programs.loads(mapped.pid);
+        let loading = Loading {
+            watched: watched.clone(),
+            at: timestamp(mapped.time),
+            mapped: mapped.clone(),
+            program,
+            is_first,
+        };
+        if let Err(TrySendError::Full(_)) = self.loadings.try_send(loading) {
+            let detail = "too many libraries wait to be looked at";
+            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+        }
+    }
+
+    fn exited(&mut self, pid: u32) {
+        self.programs.running.remove(&pid);
+    }
+
+    fn lost(&mut self) {
+        self.programs.running.clear();
     }
 }
 
@@ -142,9 +190,7 @@ const BUDGET: u32 = 2000;
 /// More pairs of a process and its library are not remembered as told.
 const MAX_TOLD: usize = 16 * 1024;
 
-/// Code that was written this recently may have a writer that the change feed has
-/// not told yet. It is waited for, for as long.
-const YOUNG: i64 = 2;
+/// A file's writer may not have been told by the change feed yet: it is waited for.
 const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Default)]
@@ -455,59 +501,24 @@ pub(super) fn processes_of(watched: &Watched) -> Vec<Handle> {
 mod tests {
     use super::*;
 
-    fn mapped(pid: u32, name: &str) -> Mapped {
-        Mapped {
-            pid,
-            time: 0,
-            address: 0x1000,
-            length: 0x1000,
-            device: 1,
-            inode: 2,
-            is_shared: false,
-            name: name.as_bytes().into(),
-        }
-    }
-
-    #[test]
-    fn what_an_execve_maps_is_no_library_and_what_comes_behind_it_is() {
-        let mut programs = Programs::default();
-        programs.began(7, 100);
-        assert_eq!(programs.mapped(&mapped(7, "/usr/bin/ls")), None);
-        assert_eq!(programs.mapped(&mapped(7, "/lib64/ld-linux-x86-64.so.2")), None);
-        let ls = Program { since: 100, file: Some(b"/usr/bin/ls".as_slice().into()) };
-        assert_eq!(programs.executed(7), Some(&ls));
-        assert!(!ls.is_linker());
-        assert_eq!(programs.mapped(&mapped(7, "/tmp/evil.so")), Some((ls.clone(), true)));
-        assert_eq!(programs.mapped(&mapped(7, "/lib/libc.so.6")), Some((ls.clone(), false)));
-        // Memory that is no file.
-        assert_eq!(programs.mapped(&Mapped { inode: 0, ..mapped(7, "[vdso]") }), None);
-        // Children load as their parent does.
-        programs.forked(8, 7);
-        programs.exited(7);
-        assert_eq!(programs.mapped(&mapped(8, "/tmp/evil.so")), Some((ls, false)));
-        // Before anybody looked.
-        let unknown = Some((Program::default(), false));
-        assert_eq!(programs.mapped(&mapped(7, "/tmp/evil.so")), unknown);
-    }
-
     #[test]
     fn a16_a_program_given_to_the_dynamic_linker_is_the_first_code_it_maps() {
         let mut programs = Programs::default();
-        programs.began(7, 1);
-        let linker = "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
-        assert_eq!(programs.mapped(&mapped(7, linker)), None);
-        programs.executed(7);
-        let (program, is_first) = programs.mapped(&mapped(7, "/tmp/x")).unwrap();
-        assert!(program.is_linker() && is_first);
-        let (_, is_first) = programs.mapped(&mapped(7, "/lib/libc.so.6")).unwrap();
-        assert!(!is_first);
+        let linker = b"/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2".as_slice();
+        let linker = programs.executed(7, 1, Some(linker)).clone();
+        assert!(linker.is_linker());
+        assert_eq!(programs.loads(7), (linker.clone(), true));
+        assert_eq!(programs.loads(7), (linker, false));
+        assert!(!programs.executed(7, 2, Some(b"/usr/bin/ls")).is_linker());
+        assert!(programs.loads(7).1);
+        assert_eq!(programs.loads(8), (Program::default(), false));
     }
 
     #[test]
     fn no_number_of_processes_takes_more_than_its_room() {
         let mut programs = Programs::default();
         for pid in 0..3 * u32::try_from(MAX_PROGRAMS).unwrap() {
-            programs.began(pid, 1);
+            programs.executed(pid, 1, None);
             assert!(programs.running.len() <= MAX_PROGRAMS);
         }
     }

@@ -15,16 +15,21 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
+mod code;
 mod content;
 mod control;
 mod feed;
 mod gate;
+mod interpreters;
+mod libraries;
 mod lower;
 mod process;
 mod processes;
 mod scan;
+mod scripts;
 mod sessions;
 mod shared;
+mod shells;
 mod state;
 mod table;
 mod trace;
@@ -117,6 +122,8 @@ const CONTENT_QUEUE: usize = 1024;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 4 * 1024;
 const ORDER_QUEUE: usize = 4 * 1024;
+const LIBRARY_QUEUE: usize = 16 * 1024;
+const INTERPRETER_QUEUE: usize = 4 * 1024;
 
 /// Descriptors for everything but the content queue: what one read of each group
 /// brings, a walk's directories, and the rest of the daemon.
@@ -166,6 +173,13 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);
+        let ours = shared.clone();
+        watch.spawn("libraries", move || libraries::run(&ours, &receive_loadings))?;
+        let (started, receive_started) = bounded(INTERPRETER_QUEUE);
+        let ours = shared.clone();
+        watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
+        let tracing = libraries::Tracing::new(loadings, started);
         let thread = gate::Gate {
             group: gate.clone(),
             shared: shared.clone(),

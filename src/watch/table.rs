@@ -38,6 +38,8 @@ pub(super) struct Watched {
     rescan: AtomicBool,
     /// The same for the container's processes.
     process_scan: AtomicBool,
+    /// The same for what they have loaded.
+    code_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
 }
@@ -121,6 +123,7 @@ impl Watched {
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
+            code_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
         }
     }
@@ -163,6 +166,7 @@ impl Watched {
     /// Asks for a walk of everything; says whether none was asked for yet.
     pub(super) fn ask_for_rescan(&self) -> bool {
         self.process_scan.store(true, Ordering::Release);
+        self.code_scan.store(true, Ordering::Release);
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
@@ -181,6 +185,10 @@ impl Watched {
 
     pub(super) fn take_rescan(&self) -> bool {
         self.rescan.swap(false, Ordering::AcqRel)
+    }
+
+    pub(super) fn take_code_scan(&self) -> bool {
+        self.code_scan.swap(false, Ordering::AcqRel)
     }
 
     pub(super) fn take_process_scan(&self) -> bool {
