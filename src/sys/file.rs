@@ -180,8 +180,8 @@ pub fn open_path_in_root(root: impl AsFd, path: &[u8], one_mount: bool) -> io::R
     }
 }
 
-/// Opens for reading what is open only to be looked at. The caller has looked: it
-/// is a regular file of a filesystem of this machine.
+/// Opens for reading what was opened only to ask what it is. The caller has asked:
+/// anything but a regular file could wait, or do something.
 pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -213,6 +213,20 @@ pub(super) fn is_fifo(path: &str) -> io::Result<bool> {
 pub(super) fn identity_without_sync(path: &str) -> io::Result<(u64, u64)> {
     let stat = Stat::from(stat_without_sync(path)?);
     Ok((stat.device, stat.inode))
+}
+
+/// Whether a file lies in memory.
+pub fn is_on_tmpfs(file: impl AsFd) -> io::Result<bool> {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    let magic = rustix::fs::fstatfs(file)?.f_type.cast_unsigned();
+    Ok(matches!(magic, TMPFS_MAGIC | RAMFS_MAGIC))
+}
+
+/// The device of every memfd. The kernel has one for all of them.
+pub fn memfd_device() -> io::Result<u64> {
+    let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
+    Ok(stat(&memfd)?.device)
 }
 
 /// An extended attribute; `None` if there is none or the filesystem has none.

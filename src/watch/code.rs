@@ -80,10 +80,7 @@ impl Hashed {
 /// The device of memory that has only a descriptor.
 fn memory_device() -> Option<u64> {
     static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
-    *DEVICE.get_or_init(|| {
-        let memory = rustix::fs::memfd_create("driftd", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
-        file::stat(memory).ok().map(|stat| stat.device)
-    })
+    *DEVICE.get_or_init(|| file::memfd_device().ok())
 }
 
 /// What the kernel calls a memfd, without what it adds to the name.

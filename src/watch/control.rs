@@ -137,6 +137,7 @@ impl Control {
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
             init.cgroup().ok(),
+            init.perf_cgroup(),
         ));
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);

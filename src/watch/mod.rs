@@ -10,6 +10,8 @@
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <─────────────────────┘
 //!                                     └── everyone's Report ──> pipeline
+//!
+//! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
 //!
 //! Nobody here waits for the pipeline but the scan thread; the others count what
@@ -34,6 +36,7 @@ mod state;
 mod table;
 mod trace;
 mod trust;
+mod unseen;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -43,9 +46,11 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
+pub use self::trace::Executions;
 pub use self::trust::{Trust, Verdict};
 
 use self::shared::Shared;
+use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
@@ -135,6 +140,7 @@ pub struct Watch {
     shared: Arc<Shared>,
     commands: Sender<Command>,
     threads: Vec<JoinHandle<()>>,
+    executions: Executions,
 }
 
 impl std::fmt::Debug for Shared {
@@ -164,7 +170,21 @@ impl Watch {
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
-        let mut watch = Watch { shared: shared.clone(), commands, threads: Vec::new() };
+        let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
+        let (recorder, executions) = Recorder::open();
+        match &executions {
+            Executions::Recorded => (),
+            Executions::Announced { why } => tracing::warn!(
+                why,
+                "executions outside of marked filesystems are seen only if they last"
+            ),
+            Executions::Unseen { why } => {
+                tracing::warn!(why, "executions outside of marked filesystems are not seen");
+            }
+        }
+
+        let threads = Vec::new();
+        let mut watch = Watch { shared: shared.clone(), commands, threads, executions };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
@@ -179,7 +199,15 @@ impl Watch {
         let (started, receive_started) = bounded(INTERPRETER_QUEUE);
         let ours = shared.clone();
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
-        let tracing = libraries::Tracing::new(loadings, started);
+        let ours = shared.clone();
+        watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        if let Some(recorder) = recorder {
+            // What else is made of the records.
+            let consumers: Vec<Box<dyn TraceConsumer>> =
+                vec![Box::new(libraries::Tracing::new(loadings, started))];
+            let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
+            watch.spawn("trace", || trace.run(recorder))?;
+        }
         let thread = gate::Gate {
             group: gate.clone(),
             shared: shared.clone(),
@@ -215,6 +243,11 @@ impl Watch {
         });
         self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
         Ok(())
+    }
+
+    /// What is seen of executions besides what the gate sees.
+    pub fn executions(&self) -> &Executions {
+        &self.executions
     }
 
     pub fn commands(&self) -> Sender<Command> {
@@ -258,7 +291,8 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    // With a process's handle while that is described, then without.
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 3;
+    // With a process's handle while that is described, then without; and the same
+    // for what only the trace has seen.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 5;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

@@ -1,4 +1,5 @@
-//! Processes that come into a container from outside.
+//! Processes that come into a container from outside, and what all of a container's
+//! processes run when nobody has seen them start.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +11,9 @@ use super::gate::Seen;
 use super::process;
 use super::shared::Shared;
 use super::table::Watched;
+use super::unseen::{Running, Runtimes};
 use crate::model::Source;
+use crate::sys::file;
 use crate::sys::procfs::{self, Handle};
 
 /// How often it is asked whether all processes are to be looked at.
@@ -18,13 +21,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
     let mut last_look = Instant::now();
+    let mut runtimes = Runtimes::default();
     while !shared.is_stopping() {
         if last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
-            for watched in shared.table.all() {
-                if watched.take_process_scan() {
-                    find_open_sessions(shared, &watched);
-                }
+            let mut wanted = shared.table.all();
+            wanted.retain(|watched| watched.take_process_scan());
+            if !wanted.is_empty() {
+                look_at_all(shared, &wanted, &mut runtimes);
             }
         }
         match seen.recv_timeout(LOOK_EVERY) {
@@ -45,22 +49,41 @@ fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
     }
 }
 
-/// Sessions that were there before the marks, or whose start was lost.
-fn find_open_sessions(shared: &Shared, watched: &Arc<Watched>) {
-    let Some(namespace) = watched.pid_namespace else { return };
+/// Sessions and programs that were there before the marks, or whose start was lost.
+fn look_at_all(shared: &Shared, wanted: &[Arc<Watched>], runtimes: &mut Runtimes) {
     let Ok(pids) = procfs::all() else { return };
+    let mut running = Running::default();
     for pid in pids {
         let Ok(handle) = Handle::open(pid) else { continue };
-        // Containers of one pod may share a pid namespace, but not a mount namespace.
-        if handle.pid_namespace().ok() != Some(namespace)
-            || handle.mount_namespace().ok() != watched.mount_namespace
-        {
-            continue;
+        if let Some(watched) = owner(shared, wanted, &handle) {
+            running.tell(shared, runtimes, &watched, &handle);
         }
-        let mut sessions = shared.sessions();
-        if sessions.is_open(&handle, namespace, watched) {
-            let process = process::as_it_is(&handle, watched);
-            sessions.tell(shared, watched, Timestamp::now(), Source::Scan, process);
+        for watched in wanted {
+            find_open_session(shared, watched, &handle);
         }
+    }
+}
+
+/// Whose process this is: by its namespaces and control group, or by what it runs.
+fn owner(shared: &Shared, wanted: &[Arc<Watched>], handle: &Handle) -> Option<Arc<Watched>> {
+    let own = shared.table.of_process(handle).or_else(|| {
+        let stat = file::stat(handle.open_exe().ok()?).ok()?;
+        shared.table.owner(&stat)
+    })?;
+    wanted.iter().find(|watched| Arc::ptr_eq(watched, &own)).cloned()
+}
+
+fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+    let Some(namespace) = watched.pid_namespace else { return };
+    // Containers of one pod may share a pid namespace, but not a mount namespace.
+    if handle.pid_namespace().ok() != Some(namespace)
+        || handle.mount_namespace().ok() != watched.mount_namespace
+    {
+        return;
+    }
+    let mut sessions = shared.sessions();
+    if sessions.is_open(handle, namespace, watched) {
+        let process = process::as_it_is(handle, watched);
+        sessions.tell(shared, watched, Timestamp::now(), Source::Scan, process);
     }
 }
