@@ -332,7 +332,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         symlink("/real", dir.path().join("link")).unwrap();
         symlink("/../../../../etc/passwd", dir.path().join("out")).unwrap();
-        symlink("/proc/self/root/etc/passwd", dir.path().join("proc")).unwrap();
+        symlink("/proc/self/root/etc/passwd", dir.path().join("magic")).unwrap();
         std::fs::write(dir.path().join("real"), "x").unwrap();
         let root = open_directory(dir.path()).unwrap();
         let real = stat_path(dir.path().join("real")).unwrap();
@@ -342,7 +342,7 @@ mod tests {
                 Err(err) => assert_eq!((path, err.raw_os_error()), (b"/x/../link".as_slice(), Some(libc::ENOENT))),
             }
         }
-        for path in [b"out".as_slice(), b"proc", b"/etc/passwd"] {
+        for path in [b"out".as_slice(), b"magic", b"/etc/passwd"] {
             let err = open_path_in_root(&root, path, true).unwrap_err();
             assert_eq!(err.raw_os_error(), Some(libc::ENOENT), "{err}");
         }

@@ -6,6 +6,7 @@
 //! says what to do.
 
 mod answers;
+mod code;
 mod cri;
 mod docker;
 mod drift;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         drift::trials(),
         ordinary::trials(),
         answers::trials(),
+        code::trials(),
         sources::trials(),
         proof::trials(),
         recording::trials(),

@@ -482,6 +482,13 @@ sweep_interval = "1h"
         Ok(container)
     }
 
+    /// A container that sees the loopback interface of this machine.
+    pub(crate) fn container_on_host_network(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        let container = self.run(&self.namespace, image, &["--net-host"])?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
         self.run(&self.namespace, image, &[])

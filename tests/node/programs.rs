@@ -99,7 +99,7 @@ pub(crate) fn write_workbench(file: &Path, payload: &Payload) -> anyhow::Result<
     Ok(image::write(file, WORKBENCH, workbench(payload)?)?)
 }
 
-fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
+pub(crate) fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
     let mut base = Layer::new()
         .directory("/bin", 0o755)
         .directory("/dev", 0o755)
