@@ -667,8 +667,7 @@ mod tests {
             exe: exe(text),
             ..(*self::process()).clone()
         };
-        let parent =
-            Ancestor { identity: identity(parent), exe: exe(parent), argv: None };
+        let parent = Ancestor { identity: identity(parent), exe: exe(parent), argv: None };
         let loads = Process { ancestors: vec![parent], ..process(loads) };
         let image = ImageBaseline::from_text(&[IMAGE]);
         let path = RootfsPath::new(path).unwrap();

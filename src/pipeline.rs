@@ -639,10 +639,11 @@ impl State {
                     .about_content(path, state.blake3())
                     .filter(|told| told.kind == Kind::FileAdded)
                     .find_map(|told| told.process.as_ref());
-                let is_own = writer.as_deref().or(written).is_some_and(|writer| {
-                    detect::is_extracted_by_itself(&baseline, path, process, writer)
-                }) && entry.session_where(|root| process.descends_from(root)).is_none()
-                    && !is_drift(entry, process);
+                let is_own =
+                    writer.as_deref().or(written).is_some_and(|writer| {
+                        detect::is_extracted_by_itself(&baseline, path, process, writer)
+                    }) && entry.session_where(|root| process.descends_from(root)).is_none()
+                        && !is_drift(entry, process);
                 if is_own {
                     for judgement in &mut assessment.judgements {
                         judgement.severity = judgement.severity.min(Severity::Info);

@@ -339,7 +339,10 @@ mod tests {
         for path in [b"/real".as_slice(), b"link", b"/x/../link"] {
             match open_path_in_root(&root, path, true) {
                 Ok(found) => assert_eq!(stat(&found).unwrap(), real),
-                Err(err) => assert_eq!((path, err.raw_os_error()), (b"/x/../link".as_slice(), Some(libc::ENOENT))),
+                Err(err) => assert_eq!(
+                    (path, err.raw_os_error()),
+                    (b"/x/../link".as_slice(), Some(libc::ENOENT))
+                ),
             }
         }
         for path in [b"out".as_slice(), b"magic", b"/etc/passwd"] {

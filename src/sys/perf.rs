@@ -592,7 +592,7 @@ fn mount_tracefs() -> io::Result<OwnedFd> {
 }
 
 /// Where a record of the tracepoint says where its file name is:
-/// `field:__data_loc char[] filename;	offset:8;	size:4;	signed:0;`
+/// `field:__data_loc char[] filename; offset:8; size:4; signed:0;`
 fn parse_format(text: &str) -> Option<usize> {
     let line = text.lines().find(|line| line.contains("__data_loc char[] filename;"))?;
     let offset = line.split(';').find_map(|part| part.trim().strip_prefix("offset:"))?;

@@ -121,9 +121,11 @@ pub(super) fn of_descriptor(
         let state = shared.hashed.state(fd, &stat, max_hash_bytes);
         return Some(Code { path, filesystem: Filesystem::Anonymous, state, lower: None });
     }
-    let path = if stat.links == 0 { name.strip_suffix(b" (deleted)").unwrap_or(&name) } else { &name };
+    let path =
+        if stat.links == 0 { name.strip_suffix(b" (deleted)").unwrap_or(&name) } else { &name };
     let path = RootfsPath::new(path).ok()?;
-    let medium = medium(watched, handle, &stat);
+    // Of no mount of the container's: the runtime's own, on its way in.
+    let medium = medium(watched, handle, &stat)?;
     let state = match medium {
         Medium::Tmpfs | Medium::Local => shared.hashed.state(fd, &stat, max_hash_bytes),
         // Whoever answers for it might never.
@@ -136,16 +138,16 @@ pub(super) fn of_descriptor(
     Some(Code { path, filesystem, state, lower: None })
 }
 
-fn medium(watched: &Watched, handle: Option<&Handle>, stat: &Stat) -> Medium {
+/// What a file lies on, if it is on a mount of the process's or the container's.
+fn medium(watched: &Watched, handle: Option<&Handle>, stat: &Stat) -> Option<Medium> {
     let init = Handle::open_exactly(watched.init).ok();
     let viewers = [handle, init.as_ref()].into_iter().flatten();
     let mut mountinfos = viewers.filter_map(|viewer| viewer.mountinfo().ok());
-    mountinfos
-        .find_map(|mountinfo| {
-            let by_mount = stat.mount.and_then(|mount| overlay::medium_of(&mountinfo, mount));
-            by_mount.or_else(|| overlay::medium_of_device(&mountinfo, stat.device))
-        })
-        .unwrap_or(Medium::Foreign)
+    mountinfos.find_map(|mountinfo| match stat.mount {
+        Some(mount) => overlay::medium_of(&mountinfo, mount),
+        // Before Linux 5.8 nobody tells which mount.
+        None => overlay::medium_of_device(&mountinfo, stat.device),
+    })
 }
 
 /// Looks up a name as a process does whose root is that of `handle`.
@@ -184,7 +186,10 @@ pub(super) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
 #[derive(Debug)]
 pub(super) enum Upper {
     /// It has this inode in its own filesystem.
-    File { fd: OwnedFd, stat: Stat },
+    File {
+        fd: OwnedFd,
+        stat: Stat,
+    },
     /// Something that hides what the image has.
     Hidden,
     Absent,

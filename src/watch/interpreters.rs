@@ -137,9 +137,8 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
             Some(Descriptor::Pipe { .. }) => look.pipe = piped_script(&look, &standard),
             Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
                 let from = look.handle.connections().remove(&inode);
-                look.pipe = from.map(|remote| Script::Pipe {
-                    from: Some(format!("a connection to {remote}")),
-                });
+                look.pipe = from
+                    .map(|remote| Script::Pipe { from: Some(format!("a connection to {remote}")) });
             }
             Some(Descriptor::Other) => {
                 let fd = look.handle.open_descriptor(0).ok();

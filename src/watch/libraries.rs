@@ -28,8 +28,7 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use crate::health::Failure;
 use crate::model::{
-    Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
-    printable,
+    Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
 };
 use crate::sys::overlay::{self, Medium};
 use crate::sys::perf::{self, Executed, Mapped};
@@ -205,15 +204,27 @@ struct Libraries {
 /// More names than this are not remembered.
 const MAX_NAMES: usize = 16 * 1024;
 
+/// How often it is asked whether all processes are to be looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// How many mappings are taken at once; one look is enough for all of them.
 const BATCH: usize = 512;
 
 pub(super) fn run(shared: &Shared, loadings: &Receiver<Loading>) {
     let mut libraries = Libraries::default();
+    let mut last_look = Instant::now();
     while !shared.is_stopping() {
+        if last_look.elapsed() >= LOOK_EVERY {
+            last_look = Instant::now();
+            for watched in shared.table.all() {
+                if watched.take_code_scan() {
+                    libraries.scan(shared, &watched);
+                }
+            }
+        }
         let patience = match libraries.waiting.front() {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
-            None => Duration::from_millis(100),
+            None => LOOK_EVERY,
         };
         match loadings.recv_timeout(patience) {
             Ok(first) => {
@@ -231,13 +242,7 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Loading>) {
                     }
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {
-                for watched in shared.table.all() {
-                    if watched.take_code_scan() {
-                        libraries.scan(shared, &watched);
-                    }
-                }
-            }
+            Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
         while libraries.waiting.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
@@ -321,10 +326,8 @@ impl Libraries {
                     self.in_image.clear();
                 }
                 let key = (watched.device, mapped.name.clone());
-                let known = self
-                    .in_image
-                    .entry(key)
-                    .or_insert_with(|| code::image_inode(watched, &path));
+                let known =
+                    self.in_image.entry(key).or_insert_with(|| code::image_inode(watched, &path));
                 match known {
                     Some((_, inode)) if *inode == mapped.inode => Place::Image,
                     _ => Place::Unclear,
@@ -434,9 +437,10 @@ fn look(
         let mountinfo = init?.mountinfo().ok()?;
         match overlay::medium_of_device(&mountinfo, mapped.device) {
             Some(Medium::Tmpfs) => Filesystem::Tmpfs,
-            Some(Medium::Local | Medium::Foreign) => Filesystem::Volume,
-            // Of a mount namespace of its own, or no mount at all.
-            None => return None,
+            // Of a mount namespace of its own, or a library of the runtime's that it
+            // loaded on its way in, from a filesystem of the host of which the
+            // container has a part.
+            Some(Medium::Local | Medium::Foreign) | None => return None,
         }
     };
     Some(code::gone(RootfsPath::new(name).ok()?, filesystem))
@@ -450,13 +454,7 @@ fn is_library(code: Code) -> Option<Code> {
     (!is_other).then_some(code)
 }
 
-fn tell(
-    shared: &Shared,
-    loading: &Loading,
-    code: Code,
-    process: Option<Process>,
-    source: Source,
-) {
+fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>, source: Source) {
     let Loading { watched, mapped, at, program, is_first } = loading;
     let Code { path, filesystem, state, lower } = code;
     let process = process.unwrap_or_else(|| Process {

@@ -138,12 +138,7 @@ mod tests {
         Standard([words.next().unwrap(), words.next().unwrap(), words.next().unwrap()])
     }
 
-    fn other(
-        name: &str,
-        reads: &[u64],
-        writes: &[u64],
-        connection: Option<&str>,
-    ) -> Neighbour {
+    fn other(name: &str, reads: &[u64], writes: &[u64], connection: Option<&str>) -> Neighbour {
         let pipes = |inodes: &[u64]| inodes.iter().map(|inode| (1, *inode)).collect();
         Neighbour {
             name: name.into(),
@@ -192,10 +187,8 @@ mod tests {
     fn a_script_from_a_downloader_is_no_reverse_shell() {
         // curl | sh | tee
         let shell = standard("pipe:1 pipe:2 tty");
-        let others = [
-            other("curl", &[], &[1], Some("192.0.2.1:80")),
-            other("tee", &[2], &[], None),
-        ];
+        let others =
+            [other("curl", &[], &[1], Some("192.0.2.1:80")), other("tee", &[2], &[], None)];
         assert_eq!(piped(&shell, &others), None);
         let only_input = standard("pipe:1 tty tty");
         assert!(!only_input.is_piped());

