@@ -16,13 +16,13 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
-use crate::config::Config;
+use crate::config::{Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::Health;
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
-use crate::watch::Watch;
+use crate::watch::{Scope, Watch};
 use crate::{api, guardian, respond};
 
 /// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
@@ -43,12 +43,29 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
 
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
+    let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let policy = Policy {
+        generation: 1,
+        respond: config.respond.clone(),
+        persistence: config.watch.persistence.clone(),
+    };
+    let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
+    history
+        .each_member(|finding, member| state.remember_member(finding, &member))
+        .context("cannot read the history")?;
     let baselines = config.state_dir.join("baselines");
     let _claim = Store::claim(&baselines)?;
     let store = Arc::new(Store::open(&baselines, health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
-    let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
+    let mut watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
+    if config.watch.arm == Arm::Strict {
+        watch.arm_before_start(Scope {
+            runtimes: config.watch.runtimes.clone(),
+            sockets: config.containerd.sockets.clone(),
+            exclude_namespaces: config.containerd.exclude_namespaces.clone(),
+        })?;
+    }
     let writer = history.start(config.history.retention, health.clone());
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -72,9 +89,6 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (response_sender, responses) = bounded(256);
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);
     let (stop_sender, stop) = bounded(0);
-    let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let policy = Policy { generation: 1, respond: config.respond.clone() };
-    let state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
     let inputs = Inputs { changes, reports, news, questions, responses, stop };
     let outputs = Outputs {
         commands: watch.commands(),

@@ -74,3 +74,16 @@ fn the_unit_runs_no_directive_that_hides_containers() {
         assert!(!UNIT.lines().any(|line| line.starts_with(hidden)), "{hidden} is set");
     }
 }
+
+#[test]
+fn the_unit_lets_the_second_pair_of_eyes_see() {
+    let allowed = |setting: &str, wanted: &str| {
+        UNIT.lines()
+            .filter_map(|line| line.strip_prefix(setting))
+            .any(|values| values.split_ascii_whitespace().any(|value| value == wanted))
+    };
+    for call in ["perf_event_open", "fsopen", "fsconfig", "fsmount"] {
+        assert!(allowed("SystemCallFilter=", call), "{call} is not allowed");
+    }
+    assert!(allowed("RestrictAddressFamilies=", "AF_NETLINK"));
+}

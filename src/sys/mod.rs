@@ -8,7 +8,9 @@
 pub mod connector;
 pub mod fanotify;
 pub mod file;
+pub mod handle;
 pub mod map;
+pub mod mounts;
 pub mod overlay;
 pub mod perf;
 pub mod priority;

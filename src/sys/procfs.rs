@@ -171,6 +171,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// One of its files, followed if it is a link of the kernel's own.
+    pub(super) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
+        self.process.open_relative(name).map_err(into_io)
+    }
+
     fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.process.open_relative(name).map_err(into_io)?;
         let mut bytes = Vec::new();
@@ -199,6 +204,11 @@ impl Handle {
     pub fn uid(&self) -> io::Result<u32> {
         let status = self.read("status", 16 * 1024)?;
         parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Its working directory, as it is called from our root.
+    pub fn working_directory(&self) -> io::Result<PathBuf> {
+        self.process.cwd().map_err(into_io)
     }
 
     /// Names the pid namespace this process is in.
@@ -350,6 +360,17 @@ impl Handle {
     pub fn mapped_code(&self) -> io::Result<Vec<Mapping>> {
         let maps = self.read("maps", MAX_TABLE_BYTES)?;
         Ok(maps.split(|&byte| byte == b'\n').filter_map(Mapping::parse).collect())
+    }
+
+    /// Its root directory, as the root of its mount namespace sees it: `/` unless it
+    /// has changed it (chroot).
+    pub fn root(&self) -> io::Result<Vec<u8>> {
+        Ok(self.process.root().map_err(into_io)?.into_os_string().into_vec())
+    }
+
+    /// Where its program's file is reached from here, whatever its name leads to now.
+    pub fn exe_path(&self) -> PathBuf {
+        format!("/proc/{}/exe", self.process.pid).into()
     }
 
     pub fn mountinfo(&self) -> io::Result<Vec<u8>> {
@@ -606,6 +627,15 @@ fn host_mount_namespaces() -> &'static [u64] {
     })
 }
 
+/// The time as processes' start times are told.
+pub fn ticks_since_boot() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let per_second = rustix::param::clock_ticks_per_second();
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or_default();
+    seconds * per_second + nanoseconds * per_second / 1_000_000_000
+}
+
 /// Every process there is. One that ends meanwhile is left out.
 pub fn all() -> io::Result<Vec<u32>> {
     let mut pids = Vec::new();
@@ -691,6 +721,8 @@ mod tests {
         assert_eq!(me.arguments().unwrap(), Some(arguments));
         assert_eq!(me.uid().unwrap(), rustix::process::geteuid().as_raw());
         assert!(me.exec_name().unwrap().is_some());
+        let (started, now) = (me.identity().start_time, ticks_since_boot());
+        assert!(started <= now && now - started < 100 * 3600, "{started} and {now}");
         let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get();
         let chain = ancestors(me.first_stat(), None);
         assert_eq!(chain[0].identity().pid, u32::try_from(parent).unwrap());

@@ -105,7 +105,7 @@ pub(super) fn of_descriptor(
     if shared.table.owner(&stat).is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
         match watched.standing(&stat) {
             Standing::Own => (),
-            Standing::Doubtful(_) | Standing::Image => return None,
+            Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => return None,
         }
         let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
         let path = event_path(watched, fd, &stat, pid, None).ok()?;

@@ -284,7 +284,7 @@ impl Libraries {
         }
         self.told.insert(told);
         let process = handle.map(|handle| process::as_it_is(&handle, watched));
-        let has_writer = shared.writer_of(&watched.container, &code.path).is_some();
+        let has_writer = shared.writer_of(watched, &code.path).is_some();
         if code.filesystem == Filesystem::Overlay && !has_writer {
             self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, code, process));
         } else {
@@ -463,10 +463,11 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         argv: None,
         uid: None,
         tty: None,
+        root: None,
         ancestors: Vec::new(),
     });
     let writer = match filesystem {
-        Filesystem::Overlay => shared.writer_of(&watched.container, &path),
+        Filesystem::Overlay => shared.writer_of(watched, &path),
         Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => None,
     };
     let by_linker = *is_first && program.is_linker();

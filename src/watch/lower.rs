@@ -105,6 +105,20 @@ pub(super) fn inode(layers: &Layers, path: &RootfsPath) -> Option<(u64, u64)> {
     Some((lower.stat.device, lower.stat.inode))
 }
 
+/// Whether the layers hold this very file at `path`; `stat` is the overlay's word
+/// for it. False may also mean that it cannot be told.
+pub(super) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {
+    at(layers, path).is_some_and(|lower| {
+        let Lower { stat: own, .. } = lower;
+        (own.inode, own.changed, own.size) == (stat.inode, stat.changed, stat.size)
+    })
+}
+
+/// Opens the regular file that the layers hold at `path`.
+pub(super) fn open(layers: &Layers, path: &RootfsPath) -> Option<OwnedFd> {
+    at(layers, path).filter(|lower| lower.stat.is_regular())?.read().map(|(fd, _)| fd)
+}
+
 /// What the lower layers, merged, show at `path`.
 fn at(layers: &Layers, path: &RootfsPath) -> Option<Lower> {
     for directory in &layers.dirs.lowerdirs {

@@ -25,8 +25,15 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
     while !shared.is_stopping() {
         if last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
-            let mut wanted = shared.table.all();
-            wanted.retain(|watched| watched.take_process_scan());
+            let wanted: Vec<Wanted> = shared
+                .table
+                .all()
+                .into_iter()
+                .filter_map(|watched| {
+                    let since = watched.take_process_scan()?;
+                    Some(Wanted { watched, since })
+                })
+                .collect();
             if !wanted.is_empty() {
                 look_at_all(shared, &wanted, &mut runtimes);
             }
@@ -41,6 +48,7 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
 
 fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
     let Some(stat) = &seen.caller.stat else { return };
+    shared.packages().executes(shared, &seen.watched, stat);
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
@@ -49,8 +57,15 @@ fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
     }
 }
 
+/// A container whose processes are to be looked at.
+struct Wanted {
+    watched: Arc<Watched>,
+    /// What has started after this was seen when it did.
+    since: u64,
+}
+
 /// Sessions and programs that were there before the marks, or whose start was lost.
-fn look_at_all(shared: &Shared, wanted: &[Arc<Watched>], runtimes: &mut Runtimes) {
+fn look_at_all(shared: &Shared, wanted: &[Wanted], runtimes: &mut Runtimes) {
     let Ok(pids) = procfs::all() else { return };
     let mut running = Running::default();
     for pid in pids {
@@ -58,19 +73,23 @@ fn look_at_all(shared: &Shared, wanted: &[Arc<Watched>], runtimes: &mut Runtimes
         if let Some(watched) = owner(shared, wanted, &handle) {
             running.tell(shared, runtimes, &watched, &handle);
         }
-        for watched in wanted {
-            find_open_session(shared, watched, &handle);
+        for wanted in wanted {
+            find_open_session(shared, &wanted.watched, &handle);
         }
     }
 }
 
 /// Whose process this is: by its namespaces and control group, or by what it runs.
-fn owner(shared: &Shared, wanted: &[Arc<Watched>], handle: &Handle) -> Option<Arc<Watched>> {
+fn owner(shared: &Shared, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watched>> {
     let own = shared.table.of_process(handle).or_else(|| {
         let stat = file::stat(handle.open_exe().ok()?).ok()?;
         shared.table.owner(&stat)
     })?;
-    wanted.iter().find(|watched| Arc::ptr_eq(watched, &own)).cloned()
+    // Without records of executions, whatever is not on a marked filesystem is
+    // found here or never.
+    let is_late = |since| handle.identity().start_time > since && shared.records_executions();
+    let wanted = wanted.iter().find(|wanted| Arc::ptr_eq(&wanted.watched, &own))?;
+    (!is_late(wanted.since)).then_some(own)
 }
 
 fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {

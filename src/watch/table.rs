@@ -1,13 +1,15 @@
 //! The containers that are watched, by what an event can tell of them.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::files::Files;
 use super::trust::LayerFiles;
-use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
+use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
+use crate::sys::perf;
 use crate::sys::procfs::{self, Handle};
 
 /// One container whose overlay carries our marks.
@@ -33,17 +35,30 @@ pub(super) struct Watched {
     /// The same group as the kernel's records name it.
     pub(super) perf_cgroup: Option<u64>,
     layers: OnceLock<Layers>,
+    /// Its other mounts that carry our marks.
+    mounts: RwLock<Arc<[MarkedMount]>>,
+    /// Files that matter whatever they hold, beside those that the settings name.
+    entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
-    /// The same for the container's processes.
-    process_scan: AtomicBool,
-    /// The same for what they have loaded.
+    /// It is to be walked although nothing was lost.
+    walk: AtomicBool,
+    /// The same for the container's processes: those that were there at this time
+    /// after boot, in clock ticks. 0 if none are to be looked at.
+    process_scan: AtomicU64,
+    /// What they have loaded is to be looked at.
     code_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
+    /// The marks were there before its entry point ran.
+    armed_before_start: AtomicBool,
+    /// The event files that wait to be looked into.
+    pub(super) files: Files,
+    /// Marked because its runtime was called; containerd has not told of it yet.
+    unannounced: AtomicBool,
 }
 
 /// Where the overlay's layers lie on the host.
@@ -51,12 +66,28 @@ pub(super) struct Watched {
 pub(super) struct Layers {
     pub(super) dirs: OverlayDirs,
     pub(super) userxattr: bool,
+    /// A directory of the image can be moved, and its files then have other paths
+    /// than the image's.
+    pub(super) redirects: bool,
     /// Since when the container has an upper layer. `None` where the filesystem
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
     born: Option<FileTime>,
     /// The filesystems that its directories are on.
     devices: Vec<u64>,
+}
+
+/// A mount of a container, beside its root, that carries our mark: all of its
+/// filesystem, or only what is reached through the mount itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MarkedMount {
+    pub(super) id: u64,
+    /// What the files on it show as theirs.
+    pub(super) device: u64,
+    /// The directory (or file) of the filesystem that stands at `mount_point`.
+    pub(super) root: Vec<u8>,
+    pub(super) mount_point: Vec<u8>,
+    pub(super) whole_filesystem: bool,
 }
 
 /// What the gate makes of an executed file.
@@ -66,6 +97,8 @@ pub(super) enum Standing {
     Own,
     /// A file of the image's layers that may have been changed there.
     Doubtful(LayerFile),
+    /// A file of the image's layers, whose directory may have been moved.
+    Movable(LayerFile),
     Image,
 }
 
@@ -103,7 +136,13 @@ impl Layers {
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
         let born = born.filter(|born| born.seconds <= now);
-        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born, devices })
+        Some(Layers {
+            dirs: mount.dirs,
+            userxattr: mount.userxattr,
+            redirects: mount.redirects,
+            born,
+            devices,
+        })
     }
 
     /// Whether some of it is on this filesystem.
@@ -134,11 +173,17 @@ impl Watched {
             cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
             perf_cgroup,
             layers: OnceLock::new(),
+            mounts: RwLock::default(),
+            entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
-            process_scan: AtomicBool::new(false),
+            walk: AtomicBool::new(false),
+            process_scan: AtomicU64::new(0),
             code_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
+            armed_before_start: AtomicBool::new(false),
+            unannounced: AtomicBool::new(false),
+            files: Files::default(),
         }
     }
 
@@ -149,6 +194,20 @@ impl Watched {
     /// The first answer stays.
     pub(super) fn set_layers(&self, layers: Layers) {
         let _ = self.layers.set(layers);
+    }
+
+    /// Its other mounts that carry our marks, as they were when last looked at.
+    pub(super) fn mounts(&self) -> Arc<[MarkedMount]> {
+        self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_entry_point(&self, paths: Vec<RootfsPath>) {
+        *self.entry_point.write().unwrap_or_else(PoisonError::into_inner) = paths;
+    }
+
+    /// Whether a file at `path` takes part in starting the container.
+    pub(super) fn is_entry_point(&self, path: &RootfsPath) -> bool {
+        self.entry_point.read().unwrap_or_else(PoisonError::into_inner).contains(path)
     }
 
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
@@ -170,6 +229,8 @@ impl Watched {
                 let file = LayerFile { device, inode, changed };
                 if self.layer_files().is_doubtful(&file, is_young) {
                     Standing::Doubtful(file)
+                } else if self.layers().is_some_and(|layers| layers.redirects) {
+                    Standing::Movable(file)
                 } else {
                     Standing::Image
                 }
@@ -179,9 +240,14 @@ impl Watched {
 
     /// Asks for a walk of everything; says whether none was asked for yet.
     pub(super) fn ask_for_rescan(&self) -> bool {
-        self.process_scan.store(true, Ordering::Release);
+        self.process_scan.fetch_max(procfs::ticks_since_boot(), Ordering::AcqRel);
         self.code_scan.store(true, Ordering::Release);
         !self.rescan.swap(true, Ordering::AcqRel)
+    }
+
+    /// Asks for a walk of the upperdir alone.
+    pub(super) fn ask_for_walk(&self) {
+        self.walk.store(true, Ordering::Release);
     }
 
     /// Says whether this is the first time.
@@ -193,20 +259,40 @@ impl Watched {
         self.detaching.load(Ordering::Acquire)
     }
 
-    pub(super) fn wants_rescan(&self) -> bool {
-        self.rescan.load(Ordering::Acquire)
+    pub(super) fn is_armed_before_start(&self) -> bool {
+        self.armed_before_start.load(Ordering::Acquire)
     }
 
-    pub(super) fn take_rescan(&self) -> bool {
-        self.rescan.swap(false, Ordering::AcqRel)
+    pub(super) fn set_armed_before_start(&self) {
+        self.armed_before_start.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_unannounced(&self) -> bool {
+        self.unannounced.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_unannounced(&self, unannounced: bool) {
+        self.unannounced.store(unannounced, Ordering::Release);
+    }
+
+    pub(super) fn wants_rescan(&self) -> bool {
+        self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
+    }
+
+    /// A walk begins.
+    pub(super) fn take_rescan(&self) {
+        self.rescan.store(false, Ordering::Release);
+        self.walk.store(false, Ordering::Release);
     }
 
     pub(super) fn take_code_scan(&self) -> bool {
         self.code_scan.swap(false, Ordering::AcqRel)
     }
 
-    pub(super) fn take_process_scan(&self) -> bool {
-        self.process_scan.swap(false, Ordering::AcqRel)
+    /// Whether the container's processes are to be looked at, and since when the
+    /// start of every other one has been seen.
+    pub(super) fn take_process_scan(&self) -> Option<u64> {
+        Some(self.process_scan.swap(0, Ordering::AcqRel)).filter(|&since| since > 0)
     }
 }
 
@@ -220,6 +306,22 @@ struct Maps {
     by_container: HashMap<ContainerId, Arc<Watched>>,
     by_device: HashMap<u64, Arc<Watched>>,
     by_mount: HashMap<u64, Arc<Watched>>,
+    /// Filesystems that carry our mark, with everyone who has them mounted.
+    other_devices: HashMap<u64, Vec<Arc<Watched>>>,
+    other_mounts: HashMap<u64, Arc<Watched>>,
+    /// Since when the devices of `other_devices` are known, by the clock of the
+    /// kernel's records.
+    since: HashMap<u64, u64>,
+}
+
+impl Maps {
+    fn forget_mounts(&mut self, watched: &Arc<Watched>) {
+        self.other_mounts.retain(|_, entry| !Arc::ptr_eq(entry, watched));
+        self.other_devices.retain(|_, entries| {
+            entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+            !entries.is_empty()
+        });
+    }
 }
 
 impl Table {
@@ -249,6 +351,29 @@ impl Table {
         maps.by_container.retain(|_, entry| other(entry));
         maps.by_device.retain(|_, entry| other(entry));
         maps.by_mount.retain(|_, entry| other(entry));
+        maps.forget_mounts(watched);
+    }
+
+    /// These, and no others any more, are the container's other mounts.
+    pub(super) fn set_mounts(&self, watched: &Arc<Watched>, mounts: Vec<MarkedMount>) {
+        let mut maps = self.write();
+        maps.forget_mounts(watched);
+        // Not of a container that has been forgotten meanwhile.
+        if maps.by_container.get(&watched.container).is_some_and(|own| Arc::ptr_eq(own, watched)) {
+            for mount in &mounts {
+                maps.other_mounts.insert(mount.id, watched.clone());
+                if mount.whole_filesystem {
+                    maps.since.entry(mount.device).or_insert_with(perf::now);
+                    let users = maps.other_devices.entry(mount.device).or_default();
+                    if !users.iter().any(|user| Arc::ptr_eq(user, watched)) {
+                        users.push(watched.clone());
+                    }
+                }
+            }
+        }
+        let Maps { since, other_devices, .. } = &mut *maps;
+        since.retain(|device, _| other_devices.contains_key(device));
+        *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
     }
 
     /// Whether the gate is asked before a file of this device, reached through this
@@ -256,7 +381,39 @@ impl Table {
     pub(super) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
         let maps = self.read();
         maps.by_device.contains_key(&device)
-            || mount.is_some_and(|mount| maps.by_mount.contains_key(&mount))
+            || maps.other_devices.contains_key(&device)
+            || mount.is_some_and(|mount| {
+                maps.by_mount.contains_key(&mount) || maps.other_mounts.contains_key(&mount)
+            })
+    }
+
+    /// The same of a file that was executed at a time, by the clock of the kernel's
+    /// records: the mark may be newer.
+    pub(super) fn was_marked(&self, device: u64, mount: Option<u64>, time: u64) -> bool {
+        let is_younger = self.read().since.get(&device).is_some_and(|since| time < *since);
+        !is_younger && self.is_marked(device, mount)
+    }
+
+    /// Whose an executed file is that lies on no container's own overlay: by who
+    /// executes it. A program of the host's is nobody's, even from a volume that a
+    /// container shares.
+    pub(super) fn user_of(&self, stat: &Stat, process: &Handle) -> Option<Arc<Watched>> {
+        if let Some(watched) = self.of_process(process) {
+            return Some(watched);
+        }
+        // In namespaces of its own, where control groups tell nothing.
+        if procfs::is_host_pid_namespace(process.pid_namespace().ok()?) {
+            return None;
+        }
+        let maps = self.read();
+        if let Some(watched) = stat.mount.and_then(|mount| maps.other_mounts.get(&mount)) {
+            return Some(watched.clone());
+        }
+        match maps.other_devices.get(&stat.device).map(Vec::as_slice) {
+            // One that has a control group would have been found by it.
+            Some([watched]) if watched.cgroup.is_none() => Some(watched.clone()),
+            Some(_) | None => None,
+        }
     }
 
     /// The container whose own overlay has this device.
@@ -283,6 +440,7 @@ impl Table {
 
     /// Whose a process is, whatever it does: by its mount namespace, its pid
     /// namespace, and its control group, which it keeps in namespaces of its own.
+    /// A container may share namespaces of the host; they say nothing then.
     pub(super) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
             && !procfs::is_host_mount_namespace(namespace)
@@ -297,6 +455,11 @@ impl Table {
             return Some(watched);
         }
         self.by_cgroup(&process.cgroup().ok()?)
+    }
+
+    /// Whether a container is in this mount namespace.
+    pub(super) fn is_mount_namespace(&self, namespace: u64) -> bool {
+        self.by_mount_namespace(namespace).is_some()
     }
 
     fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {

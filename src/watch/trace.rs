@@ -24,7 +24,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::shared::Shared;
-use super::table::Watched;
+use super::table::{Table, Watched};
 use super::unseen::Unseen;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
@@ -219,6 +219,11 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
         Some(_) if name.ends_with(DELETED) => Judged::Unseen(Filesystem::Anonymous),
         Some(_) => Judged::Unseen(evidence.mounted.unwrap_or(Filesystem::Volume)),
     }
+}
+
+/// Whether the gate was asked, going by the filesystem alone.
+fn was_marked(table: &Table, program: &Mapped, executed: &Executed) -> bool {
+    table.was_marked(program.device, None, executed.time)
 }
 
 /// The number of the descriptor that was given to execve instead of a name.
@@ -451,7 +456,7 @@ impl Trace {
         self.tells_overlays |= overlay.is_some();
         let is_marked = program
             .as_ref()
-            .is_some_and(|program| overlay.is_some() || table.is_marked(program.device, None));
+            .is_some_and(|program| overlay.is_some() || was_marked(table, program, executed));
         let watched = overlay
             .or_else(|| executed.cgroup.and_then(|cgroup| table.by_perf_cgroup(cgroup)))
             .or(inherited)
@@ -504,12 +509,12 @@ impl Trace {
         };
         let may_be_below = !self.tells_overlays;
         let exe = opened.as_ref().and_then(|(exe, stat)| {
-            let is_marked = table.is_marked(stat.device, stat.mount);
+            let is_marked = table.was_marked(stat.device, stat.mount, executed.time);
             (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: file::is_on_tmpfs(exe).unwrap_or(false),
+                is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
                 is_host,
             })
         });
@@ -517,7 +522,17 @@ impl Trace {
             && program.is_some_and(|mapped| {
                 watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
             });
-        let is_mapped_marked = program.is_some_and(|mapped| table.is_marked(mapped.device, None));
+        // Of who is gone it is not known through which mount: through the marked one.
+        let is_of_marked_mount = |mapped: &Mapped| {
+            exe.is_none()
+                && watched
+                    .mounts()
+                    .iter()
+                    .any(|mount| !mount.whole_filesystem && mount.device == mapped.device)
+        };
+        let is_mapped_marked = program.is_some_and(|mapped| {
+            was_marked(table, mapped, executed) || is_of_marked_mount(mapped)
+        });
         let mounted = match (&exe, program) {
             (None, Some(mapped)) if !is_mapped_marked => self.mounted(execution, mapped.device),
             _ => None,
@@ -558,7 +573,7 @@ impl Trace {
         }
         let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
             Filesystem::Anonymous
-        } else if file::is_on_tmpfs(&fd).unwrap_or(false) {
+        } else if file::is_in_memory(&fd).unwrap_or(false) {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
@@ -645,5 +660,128 @@ impl Execution<'_> {
             previous: self.previous.clone().filter(|_| is_parent_outside),
             is_parent_outside,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMFD: u64 = 1;
+
+    fn mapped(device: u64, name: &str) -> Mapped {
+        let name = name.as_bytes().into();
+        Mapped { pid: 7, time: 0, address: 0, length: 0, device, inode: 9, name }
+    }
+
+    fn exe(device: u64) -> Exe {
+        Exe { device, links: 1, is_marked: false, is_on_tmpfs: false, is_host: false }
+    }
+
+    fn evidence(mapped: &Mapped) -> Evidence<'_> {
+        Evidence {
+            mapped: Some(mapped),
+            is_mapped_marked: false,
+            exe: None,
+            memfd_device: Some(MEMFD),
+            is_mapped_below: false,
+            is_parent_outside: false,
+            mounted: None,
+        }
+    }
+
+    #[track_caller]
+    fn check(evidence: Evidence<'_>, expected: Option<Filesystem>) {
+        assert_eq!(judge(&evidence), expected.map_or(Judged::Known, Judged::Unseen));
+    }
+
+    #[test]
+    fn the_gate_has_told_of_what_is_marked() {
+        let program = mapped(40, "/bin/x");
+        check(Evidence { is_mapped_marked: true, ..evidence(&program) }, None);
+        // A mount of the host's directory that carries a mark of its own.
+        let marked = Exe { is_marked: true, ..exe(40) };
+        check(Evidence { exe: Some(marked), ..evidence(&program) }, None);
+    }
+
+    #[test]
+    fn a_memfd_is_anonymous_alive_or_gone_and_wherever_it_comes_from() {
+        let program = mapped(MEMFD, "/memfd:a (deleted)");
+        let anonymous = Some(Filesystem::Anonymous);
+        check(evidence(&program), anonymous);
+        check(Evidence { exe: Some(exe(MEMFD)), ..evidence(&program) }, anonymous);
+        // Whether it is the runtime's, its content tells and not its name.
+        let host = Exe { is_host: true, ..exe(MEMFD) };
+        check(Evidence { exe: Some(host), ..evidence(&program) }, anonymous);
+        check(Evidence { is_parent_outside: true, ..evidence(&program) }, anonymous);
+        // One of huge pages is on another device.
+        check(evidence(&mapped(12, "/memfd:a (deleted)")), anonymous);
+        // A record that was lost.
+        let unmapped = Evidence { mapped: None, exe: Some(exe(MEMFD)), ..evidence(&program) };
+        check(unmapped, anonymous);
+    }
+
+    #[test]
+    fn what_never_had_a_name_is_anonymous_and_what_lost_it_later_is_not() {
+        let nameless = mapped(40, "/vol/#12 (deleted)");
+        let gone = Exe { links: 0, ..exe(40) };
+        check(evidence(&nameless), Some(Filesystem::Anonymous));
+        check(Evidence { exe: Some(gone), ..evidence(&nameless) }, Some(Filesystem::Anonymous));
+        let named = mapped(40, "/vol/x");
+        check(Evidence { exe: Some(gone), ..evidence(&named) }, Some(Filesystem::Volume));
+        // Only its name says so.
+        let lying = Evidence { exe: Some(exe(40)), ..evidence(&nameless) };
+        check(lying, Some(Filesystem::Volume));
+    }
+
+    #[test]
+    fn other_filesystems_are_told_by_what_they_are() {
+        let program = mapped(40, "/mnt/x");
+        let memory = Exe { is_on_tmpfs: true, ..exe(40) };
+        check(Evidence { exe: Some(memory), ..evidence(&program) }, Some(Filesystem::Tmpfs));
+        check(Evidence { exe: Some(exe(40)), ..evidence(&program) }, Some(Filesystem::Volume));
+        let mounted = Some(Filesystem::Tmpfs);
+        check(Evidence { mounted, ..evidence(&program) }, mounted);
+        check(evidence(&program), Some(Filesystem::Volume));
+    }
+
+    #[test]
+    fn who_is_on_the_way_into_a_container_runs_the_hosts_programs() {
+        let runtime = mapped(40, "/usr/sbin/runc");
+        let host = Exe { is_host: true, ..exe(40) };
+        check(Evidence { exe: Some(host), ..evidence(&runtime) }, None);
+        check(Evidence { is_parent_outside: true, ..evidence(&runtime) }, None);
+    }
+
+    #[test]
+    fn on_older_kernels_the_file_below_an_overlay_is_the_overlays() {
+        let below = mapped(40, "/bin/x");
+        let overlays = Exe { is_marked: true, ..exe(50) };
+        let old = Evidence { is_mapped_below: true, ..evidence(&below) };
+        check(Evidence { exe: Some(overlays), ..old }, None);
+        // Gone: on that filesystem it was the overlay's.
+        check(old, None);
+        // Alive, it can be told from a volume that is on the same filesystem.
+        check(Evidence { exe: Some(exe(40)), ..old }, Some(Filesystem::Volume));
+    }
+
+    #[test]
+    fn descriptors_are_recognised() {
+        assert_eq!(descriptor(b"/dev/fd/3"), Some(3));
+        assert_eq!(descriptor(b"/proc/self/fd/12"), Some(12));
+        assert_eq!(descriptor(b"/proc/7/fd/0"), Some(0));
+        assert_eq!(descriptor(b"/proc/self/exe"), None);
+        assert_eq!(descriptor(b"/dev/fd/3/x"), None);
+        assert_eq!(descriptor(b"/bin/sh"), None);
+    }
+
+    #[test]
+    fn what_is_mounted_is_found_by_its_device() {
+        let mountinfo = b"1 0 0:40 / / rw - overlay overlay rw\n\
+            2 1 0:41 / /dev/shm rw shared:1 - tmpfs shm rw\n3 1 8:1 /x /x rw - ext4 /dev/sda rw";
+        let device = |major, minor| rustix::fs::makedev(major, minor);
+        assert_eq!(mounted(mountinfo, device(0, 41)), Some(Filesystem::Tmpfs));
+        assert_eq!(mounted(mountinfo, device(8, 1)), Some(Filesystem::Volume));
+        assert_eq!(mounted(mountinfo, device(8, 2)), None);
     }
 }

@@ -165,6 +165,7 @@ fn describe(unseen: &Unseen) -> Process {
         argv: None,
         uid: None,
         tty: None,
+        root: None,
         ancestors: ancestors.unwrap_or_default(),
     }
 }
@@ -280,7 +281,7 @@ impl Running {
         if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
-                Standing::Doubtful(file) => layer_file = Some(file),
+                Standing::Doubtful(file) | Standing::Movable(file) => layer_file = Some(file),
                 Standing::Image => return,
             }
         }
@@ -292,7 +293,7 @@ impl Running {
             Filesystem::Overlay
         } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
             Filesystem::Anonymous
-        } else if file::is_on_tmpfs(&exe).unwrap_or(false) {
+        } else if file::is_in_memory(&exe).unwrap_or(false) {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume

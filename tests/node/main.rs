@@ -6,11 +6,15 @@
 //! says what to do.
 
 mod answers;
+mod chaos;
 mod code;
 mod cri;
 mod docker;
 mod drift;
+mod fileless;
+mod hostile;
 mod image;
+mod life;
 mod node;
 mod ordinary;
 mod pods;
@@ -19,7 +23,9 @@ mod proof;
 mod recording;
 mod registry;
 mod sources;
+mod start;
 mod trouble;
+mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
@@ -44,6 +50,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fileless::trials(),
         ordinary::trials(),
         answers::trials(),
         code::trials(),
@@ -51,8 +58,13 @@ fn main() -> ExitCode {
         proof::trials(),
         recording::trials(),
         pods::trials(),
+        start::trials(),
         docker::trials(),
         trouble::trials(),
+        volumes::trials(),
+        chaos::trials(),
+        hostile::trials(),
+        life::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

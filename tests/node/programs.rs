@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 
 use crate::image::{self, Digests, Layer};
+use crate::node::Control;
 
 pub(crate) const WORKBENCH: &str = "registry.test/workbench:1";
 
@@ -43,25 +44,16 @@ int main(int argc, char **argv)
 #[derive(Debug)]
 pub(crate) struct Payload {
     bytes: Vec<u8>,
+    /// Runs programs in every way that leaves no name behind.
+    loader: Vec<u8>,
 }
+
+const LOADER: &str = include_str!("../data/loader.c");
 
 impl Payload {
     pub(crate) fn compile(scratch: &Path) -> anyhow::Result<Payload> {
-        let source = scratch.join("payload.c");
-        let program = scratch.join("payload");
-        fs::write(&source, PAYLOAD)?;
-        let output = Command::new("gcc")
-            .args(["-static", "-Os", "-s", "-o"])
-            .arg(&program)
-            .arg(&source)
-            .output()
-            .context("cannot run gcc (run: make setup)")?;
-        ensure!(
-            output.status.success(),
-            "gcc -static failed (is libc6-dev installed? run: make setup)\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(Payload { bytes: fs::read(program)? })
+        let bytes = compile(scratch, "payload", PAYLOAD)?;
+        Ok(Payload { bytes, loader: compile(scratch, "loader", LOADER)? })
     }
 
     /// This program, made different from every other by `mark`.
@@ -70,6 +62,25 @@ impl Payload {
         bytes.extend_from_slice(mark.as_bytes());
         bytes
     }
+}
+
+/// Compiles a static program.
+fn compile(scratch: &Path, name: &str, text: &str) -> anyhow::Result<Vec<u8>> {
+    let source = scratch.join(format!("{name}.c"));
+    let program = scratch.join(name);
+    fs::write(&source, text)?;
+    let output = Command::new("gcc")
+        .args(["-static", "-Os", "-s", "-o"])
+        .arg(&program)
+        .arg(&source)
+        .output()
+        .context("cannot run gcc (run: make setup)")?;
+    ensure!(
+        output.status.success(),
+        "gcc -static failed (is libc6-dev installed? run: make setup)\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(fs::read(program)?)
 }
 
 /// The applets that the image has as links to busybox.
@@ -166,7 +177,9 @@ pub(crate) fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
         .file("/var/log/nginx/access.log", 0o644, b"")
         .file("/etc/nginx/default.conf.template", 0o644, b"server { listen ${PORT}; }\n")
         .directory("/docker-entrypoint.d", 0o755)
+        .file("/docker-entrypoint.sh", 0o755, format!("#!/bin/sh\n{}\n", Control::INIT).as_bytes())
         .file("/docker-entrypoint.d/10-x.sh", 0o644, b"#!/bin/sh\necho configured\n")
+        .file("/usr/bin/loader", 0o755, &payload.loader)
         .symlink("/usr/bin/editor", "/usr/bin/app");
     for path in IMAGE_PROGRAMS {
         application = application.file(path, 0o755, &payload.marked(path));
