@@ -51,6 +51,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
+use jiff::Timestamp;
 
 pub use self::arm::Scope;
 pub use self::trace::Executions;
@@ -112,6 +113,7 @@ pub enum Report {
     Scanned {
         container: ContainerId,
         ticket: Option<u64>,
+        began: Timestamp,
         /// Whether the whole upperdir was walked.
         complete: bool,
     },
@@ -121,6 +123,7 @@ pub enum Report {
         failure: Failure,
         container: Option<ContainerId>,
         detail: String,
+        at: Timestamp,
     },
 }
 

@@ -24,6 +24,7 @@ mod recording;
 mod registry;
 mod sources;
 mod start;
+mod together;
 mod trouble;
 mod volumes;
 
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         answers::trials(),
         code::trials(),
         sources::trials(),
+        together::trials(),
         proof::trials(),
         recording::trials(),
         pods::trials(),
