@@ -74,6 +74,33 @@ pub struct Watch {
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
     pub max_hash_bytes: u64,
+    pub gate: Gate,
+}
+
+/// How driftd is told of programs that are about to run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Gate {
+    /// The kernel asks before every execution.
+    #[default]
+    Ask,
+    /// The kernel asks until driftd has said that a file is the image's, and again
+    /// when something is about to change it. Where that cannot be relied upon, as
+    /// `Ask`.
+    Free,
+    /// The kernel never waits: it tells afterwards, and what a short-lived process
+    /// was may not be known any more.
+    Notify,
+}
+
+impl Gate {
+    pub fn name(self) -> &'static str {
+        match self {
+            Gate::Ask => "ask",
+            Gate::Free => "free",
+            Gate::Notify => "notify",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -141,6 +168,7 @@ impl Default for Watch {
             settle: Duration::from_secs(1),
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
+            gate: Gate::Ask,
         }
     }
 }

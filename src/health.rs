@@ -139,6 +139,10 @@ pub struct Health {
     pub gate_answers: AtomicU64,
     /// Turns of the gate's loop; it turns at least every quarter of a second.
     pub gate_turns: AtomicU64,
+    /// Files that the kernel was told to ask no more about.
+    pub gate_ignored: AtomicU64,
+    /// Files of the image that were about to be changed, and were asked about again.
+    pub copy_ups: AtomicU64,
     /// Writes of files that are no programs: seen, counted, not reported.
     pub data_writes: AtomicU64,
 }

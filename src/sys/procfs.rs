@@ -311,7 +311,8 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
     chain
 }
 
-fn host_mount_namespaces() -> &'static [u64] {
+/// The host's init's and our own.
+pub fn host_mount_namespaces() -> &'static [u64] {
     static HOST: OnceLock<Vec<u64>> = OnceLock::new();
     HOST.get_or_init(|| {
         [1, std::process::id()]

@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::copyup::{Free, Residence};
+use super::gate::events;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{Layers, Watched};
-use super::{Command, Report};
+use super::{Command, Report, Verdict};
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs};
 use crate::sys::fanotify::Group;
@@ -21,6 +23,8 @@ use crate::sys::{file, overlay};
 pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
     pub(super) gate: Arc<Group>,
+    /// If unchanged programs are asked about only once.
+    pub(super) free: Option<Arc<Free>>,
     pub(super) feed: Arc<Group>,
     pub(super) commands: Receiver<Command>,
     pub(super) orders: Sender<Order>,
@@ -57,11 +61,16 @@ impl Control {
                 Ok(Command::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
+                        forget(&watched);
                     }
                 }
                 Ok(Command::Judged { container, file, verdict }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().judge(&file, verdict);
+                        match verdict {
+                            Verdict::Image => (),
+                            Verdict::Drift | Verdict::Lost => forget(&watched),
+                        }
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => (),
@@ -142,14 +151,18 @@ impl Control {
         self.detach(container);
         // Known before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
-        let marked = self
-            .gate
-            .mark_filesystem(root.as_fd(), libc::FAN_OPEN_EXEC_PERM)
+        let mut residence = self.admit(&watched, &init);
+        let gate = residence.as_ref().map_or(&self.gate, |residence| &residence.shard.gate);
+        let marked = gate
+            .mark_filesystem(root.as_fd(), events(self.shared.settings.gate))
             .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
         // The marks do not keep the mount busy, but this would.
         drop(root);
         if let Err(err) = marked {
             self.shared.table.remove(&watched);
+            if let (Some(free), Some(residence)) = (&self.free, &residence) {
+                free.leave(residence);
+            }
             return Err(Refusal::MarkRefused(err));
         }
         // What init is now, after the marks: if it has not executed the entry
@@ -157,14 +170,40 @@ impl Control {
         let before_start =
             init.stat().is_ok_and(|stat| sessions::is_before_entry_point(&stat.comm));
         find_layers(&watched, &init, rootfs);
+        if let Some(mut residence) = residence.take() {
+            if before_start {
+                residence.settle();
+            }
+            watched.set_residence(residence);
+        }
         watched.ask_for_rescan();
         Ok(Some(before_start))
+    }
+
+    /// Finds a container a place where its unchanged programs are asked about once.
+    fn admit(&self, watched: &Watched, init: &Handle) -> Option<Residence> {
+        let free = self.free.as_ref()?;
+        let mountinfo = init.mountinfo().ok()?;
+        let mount = overlay::find_in_mountinfo(&mountinfo, watched.device)?;
+        match free.admit(&mount, init) {
+            Ok(residence) => Some(residence),
+            Err(unfit) => {
+                tracing::info!(
+                    container = tracing::field::display(&watched.container),
+                    "every program is asked about: {unfit}"
+                );
+                None
+            }
+        }
     }
 
     fn detach(&self, container: &ContainerId) {
         let Some(watched) = self.shared.table.get(container) else { return };
         if !watched.detach() {
             return;
+        }
+        if let (Some(free), Some(residence)) = (&self.free, watched.residence()) {
+            free.leave(residence);
         }
         if let Err(err) = self.orders.try_send(Order::Last { watched }) {
             let Order::Last { watched } = err.into_inner() else { return };
@@ -187,6 +226,13 @@ impl Control {
     }
 }
 
+/// What was known of the image's files counts no more: all are asked about again.
+fn forget(watched: &Watched) {
+    if let Some(residence) = watched.residence() {
+        residence.shard.forget();
+    }
+}
+
 /// Finds where the layers lie: as containerd says, or else as the kernel says.
 fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
     let mount = init
@@ -194,7 +240,7 @@ fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
         .ok()
         .and_then(|mountinfo| overlay::find_in_mountinfo(&mountinfo, watched.device));
     let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
-    let told = rootfs.map(|dirs| overlay::Mount { dirs, userxattr });
+    let told = rootfs.map(|dirs| overlay::Mount { dirs, userxattr, workdir: None });
     if let Some(layers) = [told, mount].into_iter().flatten().find_map(Layers::new) {
         watched.set_layers(layers);
     }

@@ -17,6 +17,7 @@
 
 mod content;
 mod control;
+mod copyup;
 mod feed;
 mod gate;
 mod lower;
@@ -33,12 +34,15 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
 pub use self::trust::{Trust, Verdict};
 
+use self::copyup::{CopyUps, Free};
+use self::gate::{Heart, Pulse};
 use self::shared::Shared;
 use crate::config;
 use crate::health::{Failure, Health};
@@ -126,6 +130,7 @@ const OTHER_DESCRIPTORS: u64 = 2048;
 pub struct Watch {
     shared: Arc<Shared>,
     commands: Sender<Command>,
+    copy_ups_held: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -145,7 +150,14 @@ impl Watch {
         heartbeat: Option<OwnedFd>,
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
-        let gate = Arc::new(Group::gate()?);
+        let gate = Arc::new(match settings.gate {
+            config::Gate::Ask | config::Gate::Free => Group::gate()?,
+            config::Gate::Notify => Group::exec_feed()?,
+        });
+        let free = match settings.gate {
+            config::Gate::Free => Some(Arc::new(Free::new()?)),
+            config::Gate::Ask | config::Gate::Notify => None,
+        };
         let feed = Arc::new(Group::feed()?);
         let (wake_scan, wake) = bounded(1);
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
@@ -156,7 +168,12 @@ impl Watch {
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
-        let mut watch = Watch { shared: shared.clone(), commands, threads: Vec::new() };
+        let mut watch = Watch {
+            shared: shared.clone(),
+            commands,
+            copy_ups_held: Arc::default(),
+            threads: Vec::new(),
+        };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
@@ -165,20 +182,47 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let mut pulse = Pulse::default();
+        let mut more_gates = Vec::new();
+        let mut copy_ups = None;
+        if let Some(free) = &free {
+            for shard in &free.shards {
+                more_gates.push(gate::Gate {
+                    group: shard.gate.clone(),
+                    shard: Some(shard.clone()),
+                    shared: shared.clone(),
+                    content: content.clone(),
+                    processes: processes.clone(),
+                    turns: pulse.of_another(),
+                    heart: None,
+                });
+            }
+            let (shared, held) = (shared.clone(), watch.copy_ups_held.clone());
+            copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
+        }
         let thread = gate::Gate {
             group: gate.clone(),
+            shard: None,
             shared: shared.clone(),
             content,
             processes,
-            heartbeat,
+            turns: pulse.of_another(),
+            heart: Some(Heart { pulse, heartbeat }),
         };
         watch.spawn("gate", || thread.run())?;
+        for thread in more_gates {
+            watch.spawn("gate", || thread.run())?;
+        }
+        if let Some(thread) = copy_ups {
+            watch.spawn("copy-ups", || thread.run())?;
+        }
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
         let thread = control::Control {
             shared,
             gate,
+            free,
             feed,
             commands: receive_commands,
             orders,
@@ -204,6 +248,13 @@ impl Watch {
 
     pub fn commands(&self) -> Sender<Command> {
         self.commands.clone()
+    }
+
+    /// While this is set, copy-ups wait, as if their thread had been stopped. For
+    /// tests only.
+    #[doc(hidden)]
+    pub fn copy_ups_held(&self) -> Arc<AtomicBool> {
+        self.copy_ups_held.clone()
     }
 
     /// Ends the threads. With them the fanotify groups are closed, and the kernel

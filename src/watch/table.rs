@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::copyup::Residence;
 use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
 use crate::sys::file::{self, Stat};
@@ -31,6 +32,8 @@ pub(super) struct Watched {
     /// its own.
     pub(super) cgroup: Option<Vec<u8>>,
     layers: OnceLock<Layers>,
+    /// Where its unchanged programs are asked about only once; `None` if nowhere.
+    residence: OnceLock<Residence>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
@@ -118,6 +121,7 @@ impl Watched {
             mount_namespace,
             cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
             layers: OnceLock::new(),
+            residence: OnceLock::new(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
@@ -132,6 +136,26 @@ impl Watched {
     /// The first answer stays.
     pub(super) fn set_layers(&self, layers: Layers) {
         let _ = self.layers.set(layers);
+    }
+
+    pub(super) fn residence(&self) -> Option<&Residence> {
+        self.residence.get()
+    }
+
+    pub(super) fn set_residence(&self, residence: Residence) {
+        let _ = self.residence.set(residence);
+    }
+
+    /// Whether a file is the image's own as far as anybody can know, until it changes.
+    pub(super) fn is_certain(&self, stat: &Stat) -> bool {
+        let born = self.layers().and_then(|layers| layers.born);
+        match place(stat, born) {
+            Place::Own => false,
+            Place::Layers { is_young } => {
+                let Stat { device, inode, changed, .. } = *stat;
+                self.layer_files().is_certain(&LayerFile { device, inode, changed }, is_young)
+            }
+        }
     }
 
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
