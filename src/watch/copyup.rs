@@ -387,11 +387,13 @@ impl CopyUps {
     }
 
     fn begin(&mut self, shard: &Arc<Shard>, key: Option<(u64, u64)>) {
-        let is_new = key.is_none_or(|key| self.in_flight.insert(key, shard.clone()).is_none());
-        if is_new {
-            shard.in_flight.fetch_add(1, Ordering::SeqCst);
-        }
-        if key.is_none() {
+        shard.in_flight.fetch_add(1, Ordering::SeqCst);
+        if let Some(key) = key {
+            // Its number was given to another file: the one that had it is gone.
+            if let Some(gone) = self.in_flight.insert(key, shard.clone()) {
+                gone.in_flight.fetch_sub(1, Ordering::SeqCst);
+            }
+        } else {
             tracing::warn!(
                 "a copy-up does not look as they do; from now on every program of some \
                  containers is asked about"

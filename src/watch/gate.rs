@@ -250,6 +250,7 @@ impl Gate {
             Standing::Image => {
                 if let (Some(shard), Some(calm)) = (&self.shard, calm)
                     && watched.residence().is_some_and(Residence::has_settled)
+                    && !watched.is_detaching()
                     && watched.is_certain(&stat)
                     && shard.ignore(&file, calm)
                 {

@@ -28,6 +28,7 @@ mod sessions;
 mod shared;
 mod state;
 mod table;
+mod trial;
 mod trust;
 
 use std::collections::{HashMap, VecDeque};
@@ -39,6 +40,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
+pub use self::trial::{Distrust, try_free_gate};
 pub use self::trust::{Trust, Verdict};
 
 use self::copyup::{CopyUps, Free};
