@@ -16,13 +16,13 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::containerd::{Containerd, ContentBlobs};
-use crate::health::Health;
+use crate::health::{Gating, Health};
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
-use crate::watch::Watch;
+use crate::watch::{self, Watch};
 use crate::{api, guardian, respond};
 
 /// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
@@ -48,7 +48,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let store = Arc::new(Store::open(&baselines, health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
-    let watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
+    let settings = settle_the_gate(config, &health);
+    let watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
     let writer = history.start(config.history.retention, health.clone());
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -142,6 +143,21 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     }
     runtime.shutdown_background();
     reason.map(|()| Exit::Clean)
+}
+
+/// The free gate is only for kernels that can be relied upon for it.
+fn settle_the_gate(config: &Config, health: &Health) -> config::Watch {
+    let mut settings = config.watch.clone();
+    let mut instead = None;
+    if settings.gate == config::Gate::Free
+        && let Err(distrust) = watch::try_free_gate(&config.state_dir)
+    {
+        tracing::warn!("watch.gate is \"ask\" and not \"free\": {distrust}");
+        settings.gate = config::Gate::Ask;
+        instead = Some(distrust.to_string());
+    }
+    let _ = health.gating.set(Gating { mode: settings.gate.name(), instead });
+    settings
 }
 
 /// systemd asks with SIGTERM, a person at a terminal with SIGINT.

@@ -1,6 +1,7 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -131,10 +132,21 @@ impl Failure {
     }
 }
 
+/// How the node is told of programs that are about to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gating {
+    /// The setting's word for what is done.
+    pub mode: &'static str,
+    /// Why that is not what the settings ask for.
+    pub instead: Option<String>,
+}
+
 /// The counters, one per failure, shared by every thread.
 #[derive(Debug, Default)]
 pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
+    /// Known once the daemon has begun to watch.
+    pub gating: OnceLock<Gating>,
     /// Permission events answered: the gate's progress.
     pub gate_answers: AtomicU64,
     /// Turns of the gate's loop; it turns at least every quarter of a second.

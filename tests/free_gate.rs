@@ -8,8 +8,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -686,7 +684,6 @@ fn in_notify_mode_a_dropped_program_is_told_and_nobody_waits() {
 fn changed_bytes_never_run_unseen_however_the_overlay_is_mounted() {
     for options in [
         "index=on",
-        "index=on,nfs_export=on",
         "metacopy=on,redirect_dir=on",
         "redirect_dir=on",
         "volatile",

@@ -294,6 +294,7 @@ fn settings() -> config::Watch {
         settle: Duration::from_millis(100),
         sweep_interval: Duration::from_secs(3600),
         max_hash_bytes: 64 << 20,
+        ..config::Watch::default()
     }
 }
 

@@ -258,6 +258,12 @@ impl Group {
         Group::richest(InitFlags::FAN_CLASS_CONTENT, true)
     }
 
+    /// The same, whose events do not bring a handle of the process. The kernel makes
+    /// one for every event, and most are not looked at.
+    pub fn exec_gate() -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, false)
+    }
+
     /// A group that is told of what has happened.
     pub fn feed() -> Result<Group, Error> {
         Group::richest(InitFlags::FAN_CLASS_NOTIF, false)
@@ -266,7 +272,7 @@ impl Group {
     /// A group that is told of programs that were opened for execution. Nobody waits
     /// for it.
     pub fn exec_feed() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_NOTIF, true)
+        Group::richest(InitFlags::FAN_CLASS_NOTIF, false)
     }
 
     /// A group that is asked before a file is opened, as an overlay does when it

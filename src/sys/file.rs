@@ -156,6 +156,32 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
+/// Opens for reading what was opened only to ask what it is. The caller has asked:
+/// anything but a regular file could wait, or do something.
+pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd as _;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    match rustix::fs::open(&path, flags | OFlags::NOATIME, Mode::empty()) {
+        Err(Errno::PERM) => Ok(rustix::fs::open(&path, flags, Mode::empty())?),
+        opened => Ok(opened?),
+    }
+}
+
+/// Whether a file lies in memory.
+pub fn is_on_tmpfs(file: impl AsFd) -> io::Result<bool> {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    let magic = rustix::fs::fstatfs(file)?.f_type.cast_unsigned();
+    Ok(matches!(magic, TMPFS_MAGIC | RAMFS_MAGIC))
+}
+
+/// The device of every memfd. The kernel has one for all of them.
+pub fn memfd_device() -> io::Result<u64> {
+    let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
+    Ok(stat(&memfd)?.device)
+}
+
 /// An extended attribute; `None` if there is none or the filesystem has none.
 pub fn xattr(fd: impl AsFd, name: &str) -> io::Result<Option<Box<[u8]>>> {
     // Longer than any `security.capability` (24 bytes) and any redirect (a path).

@@ -5,9 +5,11 @@
 //! policy, no retries, no logging. The rest of the crate denies `unsafe_code`.
 #![allow(unsafe_code)]
 
+pub mod connector;
 pub mod fanotify;
 pub mod file;
 pub mod map;
 pub mod overlay;
+pub mod perf;
 pub mod priority;
 pub mod procfs;

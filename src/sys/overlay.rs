@@ -123,6 +123,8 @@ pub struct Mount {
     /// Where files are made before they take their place in the upper layer; `None`
     /// if the mount was told only a relative path.
     pub workdir: Option<PathBuf>,
+    /// Its files can be opened by handle (`nfs_export=on`).
+    pub is_exported: bool,
 }
 
 /// Finds the overlay with this device in a process's mountinfo.
@@ -215,6 +217,7 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
     let mut lowerdirs: Vec<PathBuf> = Vec::new();
     let mut userxattr = false;
     let mut workdir = None;
+    let mut is_exported = false;
     for option in options.split(|&byte| byte == b',') {
         let value = |name: &str| option.strip_prefix(name.as_bytes()).map(unescape_octal);
         if let Some(value) = value("upperdir=") {
@@ -225,6 +228,8 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
             lowerdirs.extend(split_lowerdirs(&value));
         } else if let Some(value) = value("workdir=") {
             workdir = Some(into_path(value)).filter(|workdir| workdir.is_absolute());
+        } else if option == b"nfs_export=on" {
+            is_exported = true;
         } else if option == b"userxattr" {
             userxattr = true;
         }
@@ -239,7 +244,7 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
             }
         }
     }
-    Some(Mount { dirs: OverlayDirs { upperdir, lowerdirs }, userxattr, workdir })
+    Some(Mount { dirs: OverlayDirs { upperdir, lowerdirs }, userxattr, workdir, is_exported })
 }
 
 fn into_path(bytes: Vec<u8>) -> PathBuf {
@@ -307,6 +312,7 @@ mod tests {
                 },
                 userxattr: false,
                 workdir: Some("/s/3/work".into()),
+                is_exported: false,
             }
         );
         assert_eq!(find_in_mountinfo(mountinfo, device(0, 60)), None);

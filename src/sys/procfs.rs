@@ -10,12 +10,14 @@
 
 use std::fmt;
 use std::io::{self, Read as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use procfs::process::Process;
+use rustix::fs::{Mode, OFlags};
 
 use crate::model::ProcessIdentity;
 
@@ -99,6 +101,14 @@ pub fn read_stat(pid: u32) -> io::Result<Stat> {
     let mut text = [0; 2048];
     let len = file.read(&mut text)?;
     Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A handle of a process, by its pid alone: a hint, since the pid may be another
+/// process's by now.
+pub fn pidfd(pid: u32) -> io::Result<std::os::fd::OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::NotFound)?;
+    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
 }
 
 /// The name of a terminal, from `tty_nr` (proc_pid_stat(5), field 7).
@@ -209,6 +219,35 @@ impl Handle {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
+    /// The inode of its control group's directory in the hierarchy that perf goes
+    /// by: the unified one, unless perf has one of its own. `None` if it is in the
+    /// root of it, or nobody has mounted it here.
+    pub fn perf_cgroup(&self) -> Option<u64> {
+        use std::os::unix::ffi::OsStrExt as _;
+        use std::os::unix::fs::MetadataExt as _;
+        // Both are the host's words, not the container's.
+        let groups = self.read("cgroup", 64 * 1024).ok()?;
+        let (is_unified, path) = perf_cgroup_path(&groups)?;
+        let mountinfo = Handle::open(std::process::id()).ok()?.mountinfo().ok()?;
+        let mut directory = perf_hierarchy(&mountinfo, is_unified)?;
+        directory.extend(&path);
+        std::fs::metadata(std::ffi::OsStr::from_bytes(&directory)).ok().map(|found| found.ino())
+    }
+
+    /// Opens its program: whatever it was started from, with or without a name. Only
+    /// to ask what it is; `file::reopen` reads it.
+    pub fn open_exe(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(format!("/proc/{}/exe", self.process.pid), flags, Mode::empty())?)
+    }
+
+    /// Opens what it has open as `number`, only to ask what it is.
+    pub fn open_descriptor(&self, number: u32) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let path = format!("/proc/{}/fd/{number}", self.process.pid);
+        Ok(rustix::fs::open(path, flags, Mode::empty())?)
+    }
+
     fn namespace(&self, link: &str) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt as _;
         let file = self.process.open_relative(link).map_err(into_io)?;
@@ -311,8 +350,71 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
     chain
 }
 
-/// The host's init's and our own.
-pub fn host_mount_namespaces() -> &'static [u64] {
+/// Whether this is the mount namespace of the host, or our own.
+pub fn is_host_mount_namespace(namespace: u64) -> bool {
+    host_mount_namespaces().contains(&namespace)
+}
+
+/// Whether this is the pid namespace of the host, or our own.
+pub fn is_host_pid_namespace(namespace: u64) -> bool {
+    static HOST: OnceLock<Vec<u64>> = OnceLock::new();
+    let host = HOST.get_or_init(|| {
+        [1, std::process::id()]
+            .into_iter()
+            .filter_map(|pid| Handle::open(pid).and_then(|host| host.pid_namespace()).ok())
+            .collect()
+    });
+    host.contains(&namespace)
+}
+
+/// Names the mount namespace of a process by its pid alone: a hint, since the pid
+/// may be another process's by now.
+pub fn mount_namespace_of(pid: u32) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(std::fs::metadata(format!("/proc/{pid}/ns/mnt"))?.ino())
+}
+
+/// A process's group in perf's hierarchy, and whether that is the unified one;
+/// `None` for its root, which is everybody's.
+fn perf_cgroup_path(groups: &[u8]) -> Option<(bool, Vec<u8>)> {
+    let mut found = None;
+    for line in groups.split(|&byte| byte == b'\n') {
+        let mut fields = line.splitn(3, |&byte| byte == b':');
+        let (Some(number), Some(controllers), Some(path)) =
+            (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        if controllers.split(|&byte| byte == b',').any(|name| name == b"perf_event") {
+            found = Some((false, path.to_vec()));
+            break;
+        }
+        if number == b"0" && controllers.is_empty() {
+            found = Some((true, path.to_vec()));
+        }
+    }
+    found.filter(|(_, path)| path.len() > 1)
+}
+
+/// Where perf's hierarchy is mounted as a whole.
+fn perf_hierarchy(mountinfo: &[u8], is_unified: bool) -> Option<Vec<u8>> {
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let words: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        let separator = words.iter().position(|word| *word == b"-")?;
+        let (root, mount_point) = (words.get(3)?, words.get(4)?);
+        let kind = *words.get(separator + 1)?;
+        let options = words.get(separator + 3)?;
+        let is_it = if is_unified {
+            kind == b"cgroup2"
+        } else {
+            kind == b"cgroup"
+                && options.split(|&byte| byte == b',').any(|option| option == b"perf_event")
+        };
+        (is_it && *root == b"/").then(|| mount_point.to_vec())
+    })
+}
+
+fn host_mount_namespaces() -> &'static [u64] {
     static HOST: OnceLock<Vec<u64>> = OnceLock::new();
     HOST.get_or_init(|| {
         [1, std::process::id()]
@@ -382,6 +484,20 @@ mod tests {
         let many = split_arguments(&b"a\0".repeat(1000)).unwrap();
         assert_eq!(many.len(), MAX_ARGUMENTS);
         assert_eq!(split_arguments(&[b'a'; 9000]).unwrap()[0].len(), MAX_ARGUMENT_BYTES);
+    }
+
+    #[test]
+    fn perfs_control_group_is_the_unified_one_unless_it_has_its_own() {
+        let unified = b"3:cpuset:/\n0::/system.slice/x:y.scope\n";
+        assert_eq!(perf_cgroup_path(unified), Some((true, b"/system.slice/x:y.scope".to_vec())));
+        let own = b"0::/unified\n4:cpu,perf_event:/pods/a\n";
+        assert_eq!(perf_cgroup_path(own), Some((false, b"/pods/a".to_vec())));
+        assert_eq!(perf_cgroup_path(b"0::/\n"), None);
+        let mountinfo = b"41 31 0:38 / /sys/fs/cgroup rw shared:1 - cgroup2 cgroup2 rw\n\
+            42 31 0:39 / /sys/fs/cgroup/perf rw - cgroup cgroup rw,cpu,perf_event\n";
+        assert_eq!(perf_hierarchy(mountinfo, true), Some(b"/sys/fs/cgroup".to_vec()));
+        assert_eq!(perf_hierarchy(mountinfo, false), Some(b"/sys/fs/cgroup/perf".to_vec()));
+        assert_eq!(perf_hierarchy(b"", true), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
 use super::trust::Verdict;
+use super::unseen;
 use crate::health::Failure;
 use crate::model::{Fact, Filesystem, HostilePath, LayerFile, RootfsPath, Source};
 use crate::sys::file::{self, Stat};
@@ -126,6 +127,11 @@ fn hash_one(shared: &Shared, execution: Described) {
     };
     let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
+    // The gate looked before it ran: it was run without ever having a name, or after
+    // it had lost it.
+    let is_nameless = layer_file.is_none() && stat.links == 0;
+    let filesystem = if is_nameless { Filesystem::Anonymous } else { Filesystem::Overlay };
+    let path = if is_nameless { unseen::without_number(path) } else { path };
     if let Some(layer_file) = layer_file {
         // First, so that its judgement finds it.
         watched.layer_files_mut().tell(layer_file, state.clone(), at);
@@ -133,7 +139,7 @@ fn hash_one(shared: &Shared, execution: Described) {
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
         path: path.clone(),
-        filesystem: Filesystem::Overlay,
+        filesystem,
         running: false,
         state,
         lower,

@@ -146,6 +146,7 @@ impl Control {
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
             init.cgroup().ok(),
+            init.perf_cgroup(),
         ));
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);
@@ -240,7 +241,12 @@ fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
         .ok()
         .and_then(|mountinfo| overlay::find_in_mountinfo(&mountinfo, watched.device));
     let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
-    let told = rootfs.map(|dirs| overlay::Mount { dirs, userxattr, workdir: None });
+    let told = rootfs.map(|dirs| overlay::Mount {
+        dirs,
+        userxattr,
+        workdir: None,
+        is_exported: false,
+    });
     if let Some(layers) = [told, mount].into_iter().flatten().find_map(Layers::new) {
         watched.set_layers(layers);
     }

@@ -77,7 +77,7 @@ pub(super) struct Calm {
 impl Shard {
     fn new() -> Result<Shard, fanotify::Error> {
         Ok(Shard {
-            gate: Arc::new(Group::gate()?),
+            gate: Arc::new(Group::exec_gate()?),
             copy_ups: Group::copy_up_gate()?,
             generation: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
@@ -154,6 +154,8 @@ pub(super) enum Unfit {
     OtherNamespace,
     #[error("its layers are served by another process or machine")]
     Remote,
+    #[error("it can be exported by NFS, and then copies up in another way")]
+    Exported,
     #[error("its work directory is not beside its upper layer")]
     WorkdirElsewhere,
     #[error("its upper layer's filesystem has no unnamed files: {0}")]
@@ -176,6 +178,9 @@ impl Free {
         init: &Handle,
     ) -> Result<Residence, Unfit> {
         let workdir = mount.workdir.as_deref().ok_or(Unfit::NoWorkdir)?;
+        if mount.is_exported {
+            return Err(Unfit::Exported);
+        }
         if !is_mounted_here(init) {
             return Err(Unfit::OtherNamespace);
         }
@@ -254,7 +259,7 @@ impl Residence {
 fn is_mounted_here(init: &Handle) -> bool {
     Handle::open(init.first_stat().parent)
         .and_then(|parent| parent.mount_namespace())
-        .is_ok_and(|namespace| procfs::host_mount_namespaces().contains(&namespace))
+        .is_ok_and(procfs::is_host_mount_namespace)
 }
 
 /// Copy-ups use unnamed files where they can; others cannot be told from what is
@@ -278,6 +283,8 @@ pub(super) struct CopyUps {
     pub(super) held: Arc<AtomicBool>,
     /// Device and inode of the files that are being filled, and whose they are.
     in_flight: HashMap<(u64, u64), Arc<Shard>>,
+    /// A copy-up was met whose end is not told.
+    is_puzzled: bool,
     refreshed: Instant,
 }
 
@@ -294,6 +301,7 @@ impl CopyUps {
             turns,
             held,
             in_flight: HashMap::new(),
+            is_puzzled: false,
             refreshed: Instant::now(),
         }
     }
@@ -393,7 +401,7 @@ impl CopyUps {
             if let Some(gone) = self.in_flight.insert(key, shard.clone()) {
                 gone.in_flight.fetch_sub(1, Ordering::SeqCst);
             }
-        } else {
+        } else if !std::mem::replace(&mut self.is_puzzled, true) {
             tracing::warn!(
                 "a copy-up does not look as they do; from now on every program of some \
                  containers is asked about"

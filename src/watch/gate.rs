@@ -52,6 +52,8 @@ pub(super) struct Execution {
 #[derive(Debug)]
 pub(super) struct Seen {
     pub(super) watched: Arc<Watched>,
+    /// Before it became the program, or, if nobody had to be asked, after that: then
+    /// its `stat` is `None`.
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
 }
@@ -242,8 +244,8 @@ impl Gate {
         });
         // Of a container that is not watched any more.
         let Some(watched) = owner else { return };
-        let Event { file, pid, pidfd, .. } = event;
-        let caller = Caller { stat: caller, pid, pidfd };
+        let Event { file, pid, .. } = event;
+        let caller = Caller { stat: caller, pid, pidfd: None };
         let layer_file = match watched.standing(&stat) {
             Standing::Own => None,
             Standing::Doubtful(layer_file) => Some(layer_file),
@@ -257,9 +259,6 @@ impl Gate {
                     self.shared.health.gate_ignored.fetch_add(1, Ordering::Relaxed);
                 }
                 drop(file);
-                // The queue is long, and who waits in it is looked at by its start
-                // time: a descriptor each would be too many.
-                let caller = Caller { pidfd: None, ..caller };
                 match self.processes.try_send(Seen { watched, caller, at }) {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(seen)) => self.shared.lose(
@@ -271,6 +270,9 @@ impl Gate {
                 return;
             }
         };
+        // Only to sleep no longer than the process lives: who it is, its start time
+        // says, and a handle with every event would cost more than all the rest.
+        let caller = Caller { pidfd: procfs::pidfd(pid).ok(), ..caller };
         let execution = Execution { watched, file, stat, layer_file, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),

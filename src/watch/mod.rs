@@ -10,6 +10,8 @@
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <─────────────────────┘
 //!                                     └── everyone's Report ──> pipeline
+//!
+//! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
 //!
 //! Nobody here waits for the pipeline but the scan thread; the others count what
@@ -28,8 +30,10 @@ mod sessions;
 mod shared;
 mod state;
 mod table;
+mod trace;
 mod trial;
 mod trust;
+mod unseen;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -40,12 +44,14 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
+pub use self::trace::Executions;
 pub use self::trial::{Distrust, try_free_gate};
 pub use self::trust::{Trust, Verdict};
 
 use self::copyup::{CopyUps, Free};
 use self::gate::{Heart, Pulse};
 use self::shared::Shared;
+use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
@@ -134,6 +140,7 @@ pub struct Watch {
     commands: Sender<Command>,
     copy_ups_held: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
+    executions: Executions,
 }
 
 impl std::fmt::Debug for Shared {
@@ -153,7 +160,7 @@ impl Watch {
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(match settings.gate {
-            config::Gate::Ask | config::Gate::Free => Group::gate()?,
+            config::Gate::Ask | config::Gate::Free => Group::exec_gate()?,
             config::Gate::Notify => Group::exec_feed()?,
         });
         let free = match settings.gate {
@@ -169,12 +176,25 @@ impl Watch {
         let (content, receive_content) = bounded(content_queue);
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
+        let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
+        let (recorder, executions) = Recorder::open();
+        match &executions {
+            Executions::Recorded => (),
+            Executions::Announced { why } => tracing::warn!(
+                why,
+                "executions outside of marked filesystems are seen only if they last"
+            ),
+            Executions::Unseen { why } => {
+                tracing::warn!(why, "executions outside of marked filesystems are not seen");
+            }
+        }
 
         let mut watch = Watch {
             shared: shared.clone(),
             commands,
             copy_ups_held: Arc::default(),
             threads: Vec::new(),
+            executions,
         };
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
@@ -201,6 +221,21 @@ impl Watch {
             }
             let (shared, held) = (shared.clone(), watch.copy_ups_held.clone());
             copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
+        }
+        let ours = shared.clone();
+        watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        if let Some(recorder) = recorder {
+            // What else is made of the records.
+            let mut consumers: Vec<Box<dyn TraceConsumer>> = Vec::new();
+            match settings.gate {
+                config::Gate::Ask => (),
+                // The gate is not asked about every program, or too late.
+                config::Gate::Free | config::Gate::Notify => {
+                    consumers.push(Box::new(processes::Entries::new(processes.clone())));
+                }
+            }
+            let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
+            watch.spawn("trace", || trace.run(recorder))?;
         }
         let thread = gate::Gate {
             group: gate.clone(),
@@ -246,6 +281,11 @@ impl Watch {
         });
         self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
         Ok(())
+    }
+
+    /// What is seen of executions besides what the gate sees.
+    pub fn executions(&self) -> &Executions {
+        &self.executions
     }
 
     pub fn commands(&self) -> Sender<Command> {
@@ -296,7 +336,8 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    // With a process's handle while that is described, then without.
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 3;
+    // With a process's handle while that is described, then without; and the same
+    // for what only the trace has seen.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 5;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

@@ -139,6 +139,21 @@ pub(super) fn writer(pid: u32, watched: &Watched) -> Option<Arc<Process>> {
     Some(Arc::new(as_it_is(&handle, watched)))
 }
 
+/// The ancestors of a process that is gone, from its parent on.
+pub(super) fn ancestors_from(parent: u32, watched: &Watched) -> Vec<Ancestor> {
+    let gone = Stat {
+        // Later than any parent can have started.
+        identity: ProcessIdentity { pid: 0, start_time: u64::MAX },
+        comm: Box::default(),
+        state: b'X',
+        parent,
+        session: 0,
+        tty_nr: 0,
+        area: procfs::ArgumentArea { arguments: (0, 0), environment: (0, 0) },
+    };
+    ancestors(&gone, watched.pid_namespace)
+}
+
 fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Ancestor> {
     procfs::ancestors(stat, pid_namespace)
         .into_iter()

@@ -1,16 +1,23 @@
-//! Processes that come into a container from outside.
+//! Processes that come into a container from outside, and what all of a container's
+//! processes run when nobody has seen them start.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::gate::Seen;
-use super::process;
+use super::process::{self, Caller};
+use super::sessions::is_before_entry_point;
 use super::shared::Shared;
 use super::table::Watched;
+use super::trace::TraceConsumer;
+use super::unseen::{Running, Runtimes};
+use crate::health::Failure;
 use crate::model::Source;
+use crate::sys::file;
+use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 
 /// How often it is asked whether all processes are to be looked at.
@@ -18,13 +25,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
     let mut last_look = Instant::now();
+    let mut runtimes = Runtimes::default();
     while !shared.is_stopping() {
         if last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
-            for watched in shared.table.all() {
-                if watched.take_process_scan() {
-                    find_open_sessions(shared, &watched);
-                }
+            let mut wanted = shared.table.all();
+            wanted.retain(|watched| watched.take_process_scan());
+            if !wanted.is_empty() {
+                look_at_all(shared, &wanted, &mut runtimes);
             }
         }
         match seen.recv_timeout(LOOK_EVERY) {
@@ -36,7 +44,7 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
 }
 
 fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
-    let Some(stat) = &seen.caller.stat else { return };
+    let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
@@ -45,22 +53,91 @@ fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
     }
 }
 
-/// Sessions that were there before the marks, or whose start was lost.
-fn find_open_sessions(shared: &Shared, watched: &Arc<Watched>) {
-    let Some(namespace) = watched.pid_namespace else { return };
+/// Nobody was asked before it became what it is.
+fn judge_running(shared: &Shared, seen: &Seen) {
+    let Ok(handle) = Handle::open(seen.caller.pid) else { return };
+    let stat = handle.first_stat();
+    // What the runtime is on its way in will be seen again when it is there.
+    if stat.has_ended() || is_before_entry_point(&stat.comm) {
+        return;
+    }
+    let mut sessions = shared.sessions();
+    if sessions.opens(stat, &seen.watched) {
+        let process = process::as_it_is(&handle, &seen.watched);
+        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, process);
+    }
+}
+
+/// By the trace, which is not asked before: whoever comes into a container to execute
+/// what the gate does not ask about.
+pub(super) struct Entries {
+    processes: Sender<Seen>,
+}
+
+impl Entries {
+    pub(super) fn new(processes: Sender<Seen>) -> Entries {
+        Entries { processes }
+    }
+}
+
+impl TraceConsumer for Entries {
+    fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
+        let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
+        let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
+        match self.processes.try_send(seen) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(seen)) => shared.lose(
+                Failure::ProcessQueueFull,
+                Some(&seen.watched),
+                "too many processes wait to be looked at",
+            ),
+        }
+    }
+
+    fn executed(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed, _: Option<&Mapped>) {}
+
+    fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
+
+    fn exited(&mut self, _: u32) {}
+
+    fn lost(&mut self) {}
+}
+
+/// Sessions and programs that were there before the marks, or whose start was lost.
+fn look_at_all(shared: &Shared, wanted: &[Arc<Watched>], runtimes: &mut Runtimes) {
     let Ok(pids) = procfs::all() else { return };
+    let mut running = Running::default();
     for pid in pids {
         let Ok(handle) = Handle::open(pid) else { continue };
-        // Containers of one pod may share a pid namespace, but not a mount namespace.
-        if handle.pid_namespace().ok() != Some(namespace)
-            || handle.mount_namespace().ok() != watched.mount_namespace
-        {
-            continue;
+        if let Some(watched) = owner(shared, wanted, &handle) {
+            running.tell(shared, runtimes, &watched, &handle);
         }
-        let mut sessions = shared.sessions();
-        if sessions.is_open(&handle, namespace, watched) {
-            let process = process::as_it_is(&handle, watched);
-            sessions.tell(shared, watched, Timestamp::now(), Source::Scan, process);
+        for watched in wanted {
+            find_open_session(shared, watched, &handle);
         }
+    }
+}
+
+/// Whose process this is: by its namespaces and control group, or by what it runs.
+fn owner(shared: &Shared, wanted: &[Arc<Watched>], handle: &Handle) -> Option<Arc<Watched>> {
+    let own = shared.table.of_process(handle).or_else(|| {
+        let stat = file::stat(handle.open_exe().ok()?).ok()?;
+        shared.table.owner(&stat)
+    })?;
+    wanted.iter().find(|watched| Arc::ptr_eq(watched, &own)).cloned()
+}
+
+fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+    let Some(namespace) = watched.pid_namespace else { return };
+    // Containers of one pod may share a pid namespace, but not a mount namespace.
+    if handle.pid_namespace().ok() != Some(namespace)
+        || handle.mount_namespace().ok() != watched.mount_namespace
+    {
+        return;
+    }
+    let mut sessions = shared.sessions();
+    if sessions.is_open(handle, namespace, watched) {
+        let process = process::as_it_is(handle, watched);
+        sessions.tell(shared, watched, Timestamp::now(), Source::Scan, process);
     }
 }

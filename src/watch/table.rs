@@ -9,7 +9,7 @@ use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 
 /// One container whose overlay carries our marks.
 ///
@@ -31,6 +31,8 @@ pub(super) struct Watched {
     /// Its control group in the unified hierarchy; `None` where there is none of
     /// its own.
     pub(super) cgroup: Option<Vec<u8>>,
+    /// The same group as the kernel's records name it.
+    pub(super) perf_cgroup: Option<u64>,
     layers: OnceLock<Layers>,
     /// Where its unchanged programs are asked about only once; `None` if nowhere.
     residence: OnceLock<Residence>,
@@ -54,6 +56,8 @@ pub(super) struct Layers {
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
     born: Option<FileTime>,
+    /// The filesystems that its directories are on.
+    devices: Vec<u64>,
 }
 
 /// What the gate makes of an executed file.
@@ -92,12 +96,20 @@ fn place(stat: &Stat, own: Option<FileTime>) -> Place {
 impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
-        let born = file::stat_path(&mount.dirs.upperdir).ok()?.born;
+        let upper = file::stat_path(&mount.dirs.upperdir).ok()?;
+        let born = upper.born;
+        let lower = mount.dirs.lowerdirs.iter().filter_map(|lower| file::stat_path(lower).ok());
+        let devices = lower.map(|lower| lower.device).chain([upper.device]).collect();
         // A birth that is yet to come: the clock was set back, and files that are
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
         let born = born.filter(|born| born.seconds <= now);
-        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born })
+        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born, devices })
+    }
+
+    /// Whether some of it is on this filesystem.
+    pub(super) fn is_on(&self, device: u64) -> bool {
+        self.devices.contains(&device)
     }
 }
 
@@ -110,6 +122,7 @@ impl Watched {
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
         cgroup: Option<Vec<u8>>,
+        perf_cgroup: Option<u64>,
     ) -> Watched {
         Watched {
             container,
@@ -120,6 +133,7 @@ impl Watched {
             pid_namespace,
             mount_namespace,
             cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
+            perf_cgroup,
             layers: OnceLock::new(),
             residence: OnceLock::new(),
             layer_files: RwLock::default(),
@@ -253,6 +267,25 @@ impl Table {
         maps.by_mount.retain(|_, entry| other(entry));
     }
 
+    /// Whether the gate is asked before a file of this device, reached through this
+    /// mount, is executed.
+    pub(super) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
+        let maps = self.read();
+        maps.by_device.contains_key(&device)
+            || mount.is_some_and(|mount| maps.by_mount.contains_key(&mount))
+    }
+
+    /// The container whose own overlay has this device.
+    pub(super) fn by_device(&self, device: u64) -> Option<Arc<Watched>> {
+        self.read().by_device.get(&device).cloned()
+    }
+
+    /// The container of a control group, as the kernel's records name it.
+    pub(super) fn by_perf_cgroup(&self, cgroup: u64) -> Option<Arc<Watched>> {
+        let maps = self.read();
+        maps.by_container.values().find(|watched| watched.perf_cgroup == Some(cgroup)).cloned()
+    }
+
     pub(super) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
         self.read().by_container.get(container).cloned()
     }
@@ -268,11 +301,13 @@ impl Table {
     /// namespace, and its control group, which it keeps in namespaces of its own.
     pub(super) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
+            && !procfs::is_host_mount_namespace(namespace)
             && let Some(watched) = self.by_mount_namespace(namespace)
         {
             return Some(watched);
         }
         if let Ok(namespace) = process.pid_namespace()
+            && !procfs::is_host_pid_namespace(namespace)
             && let Some(watched) = self.by_pid_namespace(namespace)
         {
             return Some(watched);

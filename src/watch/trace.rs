@@ -1,0 +1,648 @@
+//! The second pair of eyes: what has run, by the kernel's own records.
+//!
+//! The gate is asked before a file is executed that lies on a filesystem it has
+//! marked. This thread reads that something *was* executed, whatever it lay on, and
+//! hands on what the gate cannot have seen: memfds, filesystems mounted in mount
+//! namespaces of the container's own, mounts that could not be marked.
+//!
+//! ```text
+//! kernel ── rings ──> in order of time ── on a marked filesystem? ──> the gate has told it
+//!                          │                    └ no ── whose? ──> unseen (hashed there)
+//!                          └── what containers run and map ──> consumers
+//! ```
+//!
+//! What is ordinary costs a look-up or two here and nothing in /proc. Whose a
+//! process is, is remembered from its birth on, so that it is known of those that
+//! are gone before anybody looks.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TrySendError};
+use jiff::{SignedDuration, Timestamp};
+
+use super::shared::Shared;
+use super::table::Watched;
+use super::unseen::Unseen;
+use crate::health::Failure;
+use crate::model::{Filesystem, Format};
+use crate::sys::connector::Connector;
+use crate::sys::file::{self, Stat};
+use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
+use crate::sys::procfs::{self, Handle};
+
+/// What else is made of the records, in the order of their times. It is called on
+/// the thread that reads the rings and must be quick: what it does not do at once,
+/// it hands to a thread of its own by a bounded channel.
+pub(super) trait TraceConsumer: Send {
+    /// A process of a container has become a program. `program` is the file that
+    /// was mapped first: of a script, its interpreter. `None` if it was not seen.
+    fn executed(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        executed: &Executed,
+        program: Option<&Mapped>,
+    );
+
+    /// A process of a container has become a program, and who made it is in none.
+    fn entered(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed) {}
+
+    /// A process of a container has mapped code of a file after its execve was over,
+    /// so neither its program nor its dynamic linker.
+    fn mapped(&mut self, shared: &Shared, watched: &Arc<Watched>, mapped: &Mapped);
+
+    /// A process has ended, of a container or not.
+    fn exited(&mut self, pid: u32);
+
+    /// Records were lost: what is remembered of processes may be wrong.
+    fn lost(&mut self);
+}
+
+/// How executions are recorded on this machine.
+#[derive(Debug)]
+pub(super) enum Recorder {
+    Rings(Rings),
+    /// Who ends at once is not seen, and no mapping is.
+    Connector(Connector),
+}
+
+/// What the second pair of eyes sees on this machine, for people to be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Executions {
+    /// Every execution and every mapping of code.
+    Recorded,
+    /// Executions of programs that live long enough to be looked at; no mappings.
+    Announced { why: String },
+    /// Nothing but what the gate sees and a look at the running processes finds.
+    Unseen { why: String },
+}
+
+impl Recorder {
+    /// The best there is, and what that means.
+    pub(super) fn open() -> (Option<Recorder>, Executions) {
+        let why = match Rings::open() {
+            Ok(rings) => return (Some(Recorder::Rings(rings)), Executions::Recorded),
+            Err(err) => err,
+        };
+        match Connector::open() {
+            Ok(connector) => {
+                let why = why.to_string();
+                (Some(Recorder::Connector(connector)), Executions::Announced { why })
+            }
+            Err(err) => {
+                let why = format!("{why}; and there is no process connector: {err}");
+                (None, Executions::Unseen { why })
+            }
+        }
+    }
+}
+
+/// How long a turn lasts when nothing happens.
+const TURN: Duration = Duration::from_millis(250);
+/// How long records wait for those that another processor wrote before them.
+const SETTLE: Duration = Duration::from_millis(1);
+/// How often it is asked whether processors have come or gone.
+const LOOK_FOR_PROCESSORS: Duration = Duration::from_secs(1);
+/// For how long a process that has ended is remembered: its first thread can end,
+/// and another one of its threads become a program under its number.
+const REMEMBERED: u64 = 1_000_000_000;
+/// More processes than this are not remembered.
+const MAX_PROCESSES: usize = 64 * 1024;
+
+/// What is known of a process by its records.
+#[derive(Debug, Default)]
+struct Known {
+    parent: Option<u32>,
+    watched: Option<Arc<Watched>>,
+    /// Whose it is was looked up in /proc, if anybody's.
+    was_looked_up: bool,
+    /// An execve is under way.
+    is_beginning: bool,
+    /// The first file that this execve has mapped.
+    first: Option<Arc<Mapped>>,
+    /// What it runs.
+    program: Option<Arc<Mapped>>,
+    ended: bool,
+}
+
+pub(super) struct Trace {
+    shared: Arc<Shared>,
+    unseen: Sender<Unseen>,
+    /// How many files may be held open for who hashes them.
+    max_files: usize,
+    consumers: Vec<Box<dyn TraceConsumer>>,
+    processes: HashMap<u32, Known>,
+    ended: VecDeque<(u64, u32)>,
+    memfd_device: Option<u64>,
+    /// The kernel tells an overlay's own device of what is mapped from it. Before
+    /// 6.18 it may tell that of the file below.
+    tells_overlays: bool,
+}
+
+/// What was executed, and whether anybody need be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Judged {
+    /// By the gate, or it is no program of a container.
+    Known,
+    Unseen(Filesystem),
+}
+
+/// What there is to judge an execution by.
+#[derive(Clone, Copy, Debug)]
+struct Evidence<'a> {
+    mapped: Option<&'a Mapped>,
+    is_mapped_marked: bool,
+    /// `None` if the process is gone, or runs something else by now.
+    exe: Option<Exe>,
+    memfd_device: Option<u64>,
+    /// The kernel may tell the device below an overlay's, and this is one that the
+    /// container's layers are on.
+    is_mapped_below: bool,
+    /// Who made the process is in no container: if it is gone, it may have been on its
+    /// way into one.
+    is_parent_outside: bool,
+    /// What is mounted with this device where the process lives or lived.
+    mounted: Option<Filesystem>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Exe {
+    device: u64,
+    links: u32,
+    is_marked: bool,
+    is_on_tmpfs: bool,
+    /// The process sees what the host sees: it is on its way into the container.
+    is_host: bool,
+}
+
+const DELETED: &[u8] = b" (deleted)";
+
+/// The name that the kernel gives what memfd_create(2) makes. A container can give
+/// a file such a name too, but not where the kernel shows the root directory's
+/// entries, unless it says the same of itself: that it is deleted.
+fn is_memfd_name(name: &[u8]) -> bool {
+    name.starts_with(b"/memfd:") && name.ends_with(DELETED)
+}
+
+fn judge(evidence: &Evidence<'_>) -> Judged {
+    if evidence.is_mapped_marked {
+        return Judged::Known;
+    }
+    let name = evidence.mapped.map(|mapped| &*mapped.name).unwrap_or_default();
+    let is_memfd = |device: Option<u64>| device.is_some() && device == evidence.memfd_device;
+    if let Some(exe) = evidence.exe {
+        return if exe.is_marked {
+            Judged::Known
+        } else if is_memfd(Some(exe.device)) || is_memfd_name(name) {
+            // Also on its way into the container: whose it is, its content tells.
+            Judged::Unseen(Filesystem::Anonymous)
+        } else if exe.is_host {
+            Judged::Known
+        } else if exe.links == 0 && (name.is_empty() || name.ends_with(DELETED)) {
+            Judged::Unseen(Filesystem::Anonymous)
+        } else if exe.is_on_tmpfs {
+            Judged::Unseen(Filesystem::Tmpfs)
+        } else {
+            Judged::Unseen(Filesystem::Volume)
+        };
+    }
+    match evidence.mapped {
+        // Nothing is known of it but that it was.
+        None => Judged::Known,
+        Some(mapped) if is_memfd(Some(mapped.device)) || is_memfd_name(name) => {
+            Judged::Unseen(Filesystem::Anonymous)
+        }
+        Some(_) if evidence.is_mapped_below || evidence.is_parent_outside => Judged::Known,
+        Some(_) if name.ends_with(DELETED) => Judged::Unseen(Filesystem::Anonymous),
+        Some(_) => Judged::Unseen(evidence.mounted.unwrap_or(Filesystem::Volume)),
+    }
+}
+
+/// The number of the descriptor that was given to execve instead of a name.
+fn descriptor(file_name: &[u8]) -> Option<u32> {
+    let rest = match file_name.strip_prefix(b"/dev/fd/") {
+        Some(rest) => rest,
+        None => {
+            let (_, rest) = file_name.strip_prefix(b"/proc/").and_then(|rest| {
+                let slash = rest.iter().position(|&byte| byte == b'/')?;
+                Some(rest.split_at(slash))
+            })?;
+            rest.strip_prefix(b"/fd/")?
+        }
+    };
+    str::from_utf8(rest).ok()?.parse().ok()
+}
+
+/// What is mounted with this device.
+fn mounted(mountinfo: &[u8], device: u64) -> Option<Filesystem> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let device = format!("{major}:{minor}").into_bytes();
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let mut words = line.split(|&byte| byte == b' ');
+        if words.nth(2)? != device {
+            return None;
+        }
+        let kind = words.skip_while(|word| *word != b"-").nth(1)?;
+        Some(match kind {
+            b"tmpfs" | b"ramfs" => Filesystem::Tmpfs,
+            _ => Filesystem::Volume,
+        })
+    })
+}
+
+impl Trace {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        unseen: Sender<Unseen>,
+        max_files: usize,
+        consumers: Vec<Box<dyn TraceConsumer>>,
+    ) -> Trace {
+        Trace {
+            shared,
+            unseen,
+            max_files,
+            consumers,
+            processes: HashMap::new(),
+            ended: VecDeque::new(),
+            memfd_device: file::memfd_device().ok(),
+            tells_overlays: false,
+        }
+    }
+
+    pub(super) fn run(mut self, recorder: Recorder) {
+        // Records wait in rings of a fixed size.
+        let _ = rustix::process::setpriority_process(None, -9);
+        match recorder {
+            Recorder::Rings(rings) => self.read_rings(rings),
+            Recorder::Connector(connector) => self.listen(connector),
+        }
+    }
+
+    fn read_rings(&mut self, mut rings: Rings) {
+        let mut records = Vec::new();
+        let mut last_look = Instant::now();
+        while !self.shared.is_stopping() {
+            let has_gone = rings.wait(if records.is_empty() { TURN } else { SETTLE });
+            if has_gone || last_look.elapsed() >= LOOK_FOR_PROCESSORS {
+                last_look = Instant::now();
+                match rings.follow_processors() {
+                    Ok(false) => (),
+                    Ok(true) => self.lose("a processor came or went: what ran there was not read"),
+                    Err(err) => self.lose(&format!("a processor's records cannot be read: {err}")),
+                }
+                if has_gone {
+                    // Also if it has not: a ring that says so would say it at once again.
+                    std::thread::sleep(SETTLE);
+                }
+            }
+            // Whatever happened before this is in one of the rings by now.
+            let horizon = perf::now();
+            if let Err(err) = rings.read(&mut records) {
+                self.lose(&format!("the kernel's records are not understood: {err}"));
+            }
+            records.sort_by_key(Record::time);
+            let complete = records.partition_point(|record| record.time() <= horizon);
+            for record in records.drain(..complete) {
+                self.take(record);
+            }
+            self.forget_ended(horizon);
+        }
+    }
+
+    fn listen(&mut self, mut connector: Connector) {
+        let mut records = Vec::new();
+        while !self.shared.is_stopping() {
+            connector.wait(TURN);
+            if let Err(err) = connector.read(&mut records) {
+                self.lose(&format!("the process connector cannot be read: {err}"));
+                std::thread::sleep(TURN);
+            }
+            for record in records.drain(..) {
+                self.take(record);
+            }
+            self.forget_ended(perf::now());
+        }
+    }
+
+    fn lose(&mut self, detail: &str) {
+        self.processes.clear();
+        self.ended.clear();
+        self.consumers.iter_mut().for_each(|consumer| consumer.lost());
+        self.shared.lose(Failure::TraceLost, None, detail);
+    }
+
+    fn forget_ended(&mut self, now: u64) {
+        while let Some(&(ended, pid)) = self.ended.front()
+            && ended.saturating_add(REMEMBERED) < now
+        {
+            self.ended.pop_front();
+            // The number may be another process's by now.
+            if self.processes.get(&pid).is_some_and(|known| known.ended) {
+                self.processes.remove(&pid);
+            }
+        }
+    }
+
+    fn known(&mut self, pid: u32) -> &mut Known {
+        if self.processes.len() >= MAX_PROCESSES && !self.processes.contains_key(&pid) {
+            // What is known can be looked up again, of those that still live.
+            self.processes.clear();
+            self.ended.clear();
+        }
+        self.processes.entry(pid).or_default()
+    }
+
+    fn take(&mut self, record: Record) {
+        match record {
+            Record::Forked { pid, parent, time: _ } => {
+                let (watched, program) = match self.processes.get(&parent) {
+                    Some(known) => (known.watched.clone(), known.program.clone()),
+                    None => (None, None),
+                };
+                let known = Known { parent: Some(parent), watched, program, ..Known::default() };
+                *self.known(pid) = known;
+            }
+            Record::Began { pid, time: _ } => {
+                let known = self.known(pid);
+                known.is_beginning = true;
+                known.first = None;
+                known.ended = false;
+            }
+            Record::Mapped(mapped) => self.mapped(mapped),
+            Record::Executed(executed) => self.executed(&executed),
+            Record::Exited { pid, time } => {
+                if let Some(known) = self.processes.get_mut(&pid) {
+                    known.ended = true;
+                    self.ended.push_back((time, pid));
+                }
+                self.consumers.iter_mut().for_each(|consumer| consumer.exited(pid));
+            }
+            Record::Lost { count, time: _ } => {
+                self.lose(&format!("the kernel had no room for {count} records of executions"));
+            }
+        }
+    }
+
+    fn mapped(&mut self, mapped: Mapped) {
+        if mapped.inode == 0 {
+            return;
+        }
+        if let Some(known) = self.processes.get_mut(&mapped.pid)
+            && known.is_beginning
+        {
+            known.first.get_or_insert(Arc::new(mapped));
+            return;
+        }
+        if self.consumers.is_empty() {
+            return;
+        }
+        let Some(watched) = self.user_of(&mapped) else { return };
+        for consumer in &mut self.consumers {
+            consumer.mapped(&self.shared, &watched, &mapped);
+        }
+    }
+
+    /// The container of a process that maps a file.
+    fn user_of(&mut self, mapped: &Mapped) -> Option<Arc<Watched>> {
+        if let Some(known) = self.processes.get(&mapped.pid) {
+            if let Some(watched) = &known.watched {
+                return Some(watched.clone());
+            }
+            if known.was_looked_up {
+                return self.shared.table.by_device(mapped.device);
+            }
+        }
+        let watched =
+            self.shared.table.by_device(mapped.device).or_else(|| self.look_up(mapped.pid));
+        let known = self.known(mapped.pid);
+        known.watched.clone_from(&watched);
+        known.was_looked_up = true;
+        watched
+    }
+
+    /// Whose a process is that still lives, by what /proc says.
+    fn look_up(&self, pid: u32) -> Option<Arc<Watched>> {
+        // Most are the host's own: one look tells them.
+        if procfs::is_host_mount_namespace(procfs::mount_namespace_of(pid).ok()?) {
+            return None;
+        }
+        self.shared.table.of_process(&Handle::open(pid).ok()?)
+    }
+
+    fn executed(&mut self, executed: &Executed) {
+        let known = self.known(executed.pid);
+        known.is_beginning = false;
+        let program = known.first.take();
+        let previous = std::mem::replace(&mut known.program, program.clone());
+        let inherited = known.watched.clone();
+        let parent = known.parent;
+        let table = &self.shared.table;
+        let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
+        self.tells_overlays |= overlay.is_some();
+        let is_marked = program
+            .as_ref()
+            .is_some_and(|program| overlay.is_some() || table.is_marked(program.device, None));
+        let watched = overlay
+            .or_else(|| executed.cgroup.and_then(|cgroup| table.by_perf_cgroup(cgroup)))
+            .or(inherited)
+            .or_else(|| self.look_up(executed.pid))
+            .or_else(|| {
+                // It is gone, or was when we looked.
+                let parent = parent?;
+                let known = self.processes.get(&parent);
+                known.and_then(|known| known.watched.clone())
+            });
+        let known = self.known(executed.pid);
+        known.watched.clone_from(&watched);
+        known.was_looked_up = true;
+        let Some(watched) = watched else { return };
+        let has_parent_inside = parent
+            .and_then(|parent| self.processes.get(&parent))
+            .is_some_and(|known| known.watched.is_some());
+        for consumer in &mut self.consumers {
+            consumer.executed(&self.shared, &watched, executed, program.as_deref());
+            if !has_parent_inside {
+                consumer.entered(&self.shared, &watched, executed);
+            }
+        }
+        let by_descriptor = descriptor(&executed.file_name);
+        if is_marked && by_descriptor.is_none() {
+            return;
+        }
+        let execution = Execution { watched, executed, program, previous, parent };
+        let found = self.look_at(&execution).or_else(|| {
+            // The file that was mapped is the interpreter.
+            self.look_at_script(&execution, by_descriptor?)
+        });
+        if let Some(found) = found {
+            self.hand_on(found);
+        }
+    }
+
+    /// Looks at a program that the gate may not have seen.
+    fn look_at(&self, execution: &Execution<'_>) -> Option<Unseen> {
+        let Execution { watched, executed, program, .. } = execution;
+        let table = &self.shared.table;
+        let program = program.as_deref();
+        let handle = Handle::open(executed.pid).ok();
+        let opened = handle.as_ref().and_then(|handle| {
+            let exe = handle.open_exe().ok()?;
+            let stat = file::stat(&exe).ok()?;
+            Some((exe, stat))
+        });
+        let is_host = handle.as_ref().is_some_and(|handle| {
+            handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace)
+        });
+        // Below an overlay, or another one by now: then it must not be taken for what
+        // was executed.
+        let is_same = |stat: &Stat| {
+            program.is_none_or(|mapped| (mapped.device, mapped.inode) == (stat.device, stat.inode))
+        };
+        let may_be_below = !self.tells_overlays;
+        let exe = opened.as_ref().and_then(|(exe, stat)| {
+            let is_marked = table.is_marked(stat.device, stat.mount);
+            (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
+                device: stat.device,
+                links: stat.links,
+                is_marked,
+                is_on_tmpfs: file::is_on_tmpfs(exe).unwrap_or(false),
+                is_host,
+            })
+        });
+        let is_mapped_below = may_be_below
+            && program.is_some_and(|mapped| {
+                watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
+            });
+        let is_mapped_marked = program.is_some_and(|mapped| table.is_marked(mapped.device, None));
+        let mounted = match (&exe, program) {
+            (None, Some(mapped)) if !is_mapped_marked => self.mounted(execution, mapped.device),
+            _ => None,
+        };
+        let memfd_device = self.memfd_device;
+        let is_parent_outside = self.is_parent_outside(execution);
+        let evidence = Evidence {
+            mapped: program,
+            is_mapped_marked,
+            exe,
+            memfd_device,
+            is_mapped_below,
+            is_parent_outside,
+            mounted,
+        };
+        let Judged::Unseen(filesystem) = judge(&evidence) else { return None };
+        let file = opened.filter(|_| exe.is_some());
+        let name = match (program, &file) {
+            (Some(mapped), _) => mapped.name.to_vec(),
+            (None, Some((exe, _))) => file::name_of(exe.as_fd()).ok()?,
+            (None, None) => return None,
+        };
+        Some(execution.unseen(filesystem, name, file, handle, is_parent_outside))
+    }
+
+    /// A script that was executed by its descriptor: the file that was mapped is its
+    /// interpreter, which is given the descriptor too and so leaves it open.
+    fn look_at_script(&self, execution: &Execution<'_>, descriptor: u32) -> Option<Unseen> {
+        let handle = Handle::open(execution.executed.pid).ok()?;
+        let fd = handle.open_descriptor(descriptor).ok()?;
+        let stat = file::stat(&fd).ok()?;
+        if !stat.is_regular() || self.shared.table.is_marked(stat.device, stat.mount) {
+            return None;
+        }
+        let script = file::reopen(fd.as_fd()).ok()?;
+        if file::sniff(script.as_fd()).ok()? != Format::Script {
+            return None;
+        }
+        let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
+            Filesystem::Anonymous
+        } else if file::is_on_tmpfs(&fd).unwrap_or(false) {
+            Filesystem::Tmpfs
+        } else {
+            Filesystem::Volume
+        };
+        let name = file::name_of(fd.as_fd()).ok()?;
+        let is_parent_outside = self.is_parent_outside(execution);
+        let file = Some((fd, stat));
+        let found = execution.unseen(filesystem, name, file, Some(handle), is_parent_outside);
+        Some(Unseen { is_script: true, ..found })
+    }
+
+    /// What is mounted where the process, its parent or its container lives.
+    fn mounted(&self, execution: &Execution<'_>, device: u64) -> Option<Filesystem> {
+        let viewers =
+            [Some(execution.executed.pid), execution.parent, Some(execution.watched.init.pid)];
+        viewers
+            .into_iter()
+            .flatten()
+            .find_map(|viewer| mounted(&Handle::open(viewer).ok()?.mountinfo().ok()?, device))
+    }
+
+    /// Whether who made this process is not in a container.
+    fn is_parent_outside(&self, execution: &Execution<'_>) -> bool {
+        let parent = execution
+            .parent
+            .or_else(|| Some(procfs::read_stat(execution.executed.pid).ok()?.parent));
+        let Some(parent) = parent else { return false };
+        match self.processes.get(&parent) {
+            Some(Known { watched: Some(_), .. }) => false,
+            Some(_) | None => {
+                procfs::mount_namespace_of(parent).is_ok_and(procfs::is_host_mount_namespace)
+            }
+        }
+    }
+
+    fn hand_on(&self, mut unseen: Unseen) {
+        if self.unseen.len() >= self.max_files {
+            // It is told all the same; its content is not known.
+            unseen.file = None;
+            unseen.handle = None;
+        }
+        match self.unseen.try_send(unseen) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(unseen)) => self.shared.lose(
+                Failure::ContentQueueFull,
+                Some(&unseen.watched),
+                "too many executed files wait to be hashed",
+            ),
+        }
+    }
+}
+
+/// One execve, with what is known from before it.
+struct Execution<'a> {
+    watched: Arc<Watched>,
+    executed: &'a Executed,
+    program: Option<Arc<Mapped>>,
+    previous: Option<Arc<Mapped>>,
+    parent: Option<u32>,
+}
+
+impl Execution<'_> {
+    fn unseen(
+        &self,
+        filesystem: Filesystem,
+        name: Vec<u8>,
+        file: Option<(OwnedFd, Stat)>,
+        handle: Option<Handle>,
+        is_parent_outside: bool,
+    ) -> Unseen {
+        let age = perf::now().saturating_sub(self.executed.time);
+        let age = SignedDuration::from_nanos(i64::try_from(age).unwrap_or(0));
+        Unseen {
+            watched: self.watched.clone(),
+            at: Timestamp::now().saturating_sub(age).unwrap_or_else(|_| Timestamp::now()),
+            filesystem,
+            name,
+            file,
+            handle,
+            pid: self.executed.pid,
+            parent: self.parent,
+            exec_name: self.executed.file_name.to_vec(),
+            is_script: false,
+            previous: self.previous.clone().filter(|_| is_parent_outside),
+            is_parent_outside,
+        }
+    }
+}

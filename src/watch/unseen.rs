@@ -1,0 +1,380 @@
+//! Programs of containers that the gate was not asked about: who ran them, and what
+//! they hold. Also those that a look at the running processes finds.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use jiff::Timestamp;
+
+use super::process;
+use super::shared::Shared;
+use super::state::{self, Hashing};
+use super::table::Watched;
+use crate::health::Failure;
+use crate::model::{
+    Blake3Hash, Content, Fact, FileState, FileType, Filesystem, Format, HostilePath, Process,
+    ProcessIdentity, RootfsPath, Source, Unhashed, printable,
+};
+use crate::sys::file::{self, Stat};
+use crate::sys::perf::Mapped;
+use crate::sys::procfs::{self, Handle};
+
+/// A program that was executed, and that the gate has not seen.
+#[derive(Debug)]
+pub(super) struct Unseen {
+    pub(super) watched: Arc<Watched>,
+    pub(super) at: Timestamp,
+    pub(super) filesystem: Filesystem,
+    /// As its process sees it, ` (deleted)` and all.
+    pub(super) name: Vec<u8>,
+    /// `None` if the process was gone. Opened only to ask what it is.
+    pub(super) file: Option<(OwnedFd, Stat)>,
+    pub(super) handle: Option<Handle>,
+    pub(super) pid: u32,
+    pub(super) parent: Option<u32>,
+    pub(super) exec_name: Vec<u8>,
+    /// Its process runs an interpreter.
+    pub(super) is_script: bool,
+    /// What the process, or who made it, ran before: only if who made it is in no
+    /// container.
+    pub(super) previous: Option<Arc<Mapped>>,
+    pub(super) is_parent_outside: bool,
+}
+
+const DELETED: &[u8] = b" (deleted)";
+
+/// Describes and hashes what was executed.
+pub(super) fn run(shared: &Shared, unseen: &Receiver<Unseen>) {
+    let mut runtimes = Runtimes::default();
+    while !shared.is_stopping() {
+        match unseen.recv_timeout(Duration::from_millis(250)) {
+            Ok(one) => tell(shared, &mut runtimes, one),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
+    // First: it may be ending.
+    let process = describe(&unseen);
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let state = match &unseen.file {
+        Some((file, stat)) => state_of(file.as_fd(), stat, max_hash_bytes),
+        None => gone(unseen.filesystem),
+    };
+    if unseen.is_parent_outside
+        && unseen.filesystem == Filesystem::Anonymous
+        && runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes)
+    {
+        return;
+    }
+    let Unseen { watched, at, filesystem, name, exec_name, .. } = unseen;
+    let is_nameless = filesystem == Filesystem::Anonymous || state.deleted;
+    match path(&name, is_nameless) {
+        Ok(path) => {
+            let fact = Fact::Executed {
+                invoked_as: process::invoked_as(&exec_name, &path),
+                path,
+                filesystem,
+                running: false,
+                state,
+                lower: None,
+                process: Arc::new(process),
+                layer_file: None,
+            };
+            shared.observe(&watched, at, Source::Trace, fact);
+        }
+        Err(why) => {
+            let detail = format!("the path of an executed file cannot be told: {why}");
+            shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
+        }
+    }
+}
+
+/// The state of a file that was opened only to ask what it is.
+pub(super) fn state_of(file: BorrowedFd<'_>, stat: &Stat, max_hash_bytes: u64) -> FileState {
+    if !stat.is_regular() {
+        return state::unopened(stat);
+    }
+    match file::reopen(file) {
+        Ok(file) => state::of(file.as_fd(), stat, Hashing::Always, max_hash_bytes),
+        Err(_) => state::unopened(stat),
+    }
+}
+
+/// What can be said of a file that was executed and is gone.
+fn gone(filesystem: Filesystem) -> FileState {
+    FileState {
+        file_type: FileType::Regular,
+        format: Format::Unknown,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        size: 0,
+        capability: None,
+        content: Content::Unhashed(Unhashed::Gone),
+        deleted: filesystem == Filesystem::Anonymous,
+    }
+}
+
+/// The path to tell of a file that the kernel names so.
+pub(super) fn path(name: &[u8], is_nameless: bool) -> Result<RootfsPath, HostilePath> {
+    if !is_nameless {
+        return RootfsPath::new(name);
+    }
+    // Only then: a file may be named so.
+    RootfsPath::new(name.strip_suffix(DELETED).unwrap_or(name)).map(without_number)
+}
+
+/// A file made with O_TMPFILE is named by its inode's number, which is another one
+/// each time: many of the same are one finding.
+pub(super) fn without_number(path: RootfsPath) -> RootfsPath {
+    let number = path.file_name().strip_prefix(b"#").unwrap_or_default();
+    if number.is_empty() || !number.iter().all(u8::is_ascii_digit) {
+        return path;
+    }
+    let directory = path.parent().unwrap_or_else(RootfsPath::root);
+    directory.join(b"#tmpfile").unwrap_or(path)
+}
+
+fn describe(unseen: &Unseen) -> Process {
+    let Unseen { watched, name, handle, pid, parent, file, .. } = unseen;
+    if let Some(handle) = handle {
+        let mut process = process::as_it_is(handle, watched);
+        // It may have gone on to another program meanwhile; a script's is another file.
+        if !unseen.is_script
+            && let Some((_, stat)) = file
+            && let Ok(now) = handle.open_exe().and_then(file::stat)
+            && (now.device, now.inode) != (stat.device, stat.inode)
+        {
+            process.exe = Some(printable(name));
+            process.argv = None;
+        }
+        return process;
+    }
+    // Of a process that is gone, its parent still tells something.
+    let ancestors = parent.map(|parent| process::ancestors_from(parent, watched));
+    Process {
+        identity: ProcessIdentity { pid: *pid, start_time: 0 },
+        exe: Some(printable(name)),
+        argv: None,
+        uid: None,
+        tty: None,
+        ancestors: ancestors.unwrap_or_default(),
+    }
+}
+
+/// Container runtimes execute themselves from a sealed copy in memory, so that no
+/// container can overwrite them. Such a copy is known by its content.
+#[derive(Debug, Default)]
+pub(super) struct Runtimes {
+    hashes: HashMap<(u64, u64, crate::model::FileTime), Option<Blake3Hash>>,
+}
+
+/// Where runtimes are installed. Nothing is believed because of such a name: the
+/// content that is executed must be the content found there.
+const PLACES: [&str; 5] =
+    ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
+const NAMES: [&str; 4] = ["runc", "crun", "youki", "docker-runc"];
+
+impl Runtimes {
+    /// Whether a program in memory is the copy of a program of the host's: of what
+    /// its process or who made it ran before, or of an installed runtime.
+    fn is_runtimes_own(&mut self, unseen: &Unseen, state: &FileState, max: u64) -> bool {
+        let previous = unseen.previous.as_deref().and_then(on_host);
+        let Some(content) = state.blake3() else {
+            // It is gone, like the process, which came from outside and ran a program
+            // of the host's just before.
+            return previous.is_some();
+        };
+        let parent = unseen.parent.and_then(|parent| Handle::open(parent).ok()?.open_exe().ok());
+        let of_parent = parent.and_then(|exe| {
+            let stat = file::stat(&exe).ok()?;
+            Some((exe, stat))
+        });
+        previous
+            .into_iter()
+            .chain(of_parent)
+            .any(|(file, stat)| self.hash(file.as_fd(), &stat, state.size, max) == Some(content))
+            || self.is_installed(state, max)
+    }
+
+    /// Whether this is the content of a runtime that is installed on the host.
+    pub(super) fn is_installed(&mut self, state: &FileState, max: u64) -> bool {
+        let Some(content) = state.blake3() else { return false };
+        PLACES.iter().any(|place| {
+            NAMES.iter().any(|name| {
+                let path = PathBuf::from(place).join(name);
+                let Ok(file) = std::fs::File::open(path) else { return false };
+                let Ok(stat) = file::stat(&file) else { return false };
+                self.hash(file.as_fd(), &stat, state.size, max) == Some(content)
+            })
+        })
+    }
+
+    /// The hash of a program of the host's, if it is of this size at all.
+    fn hash(
+        &mut self,
+        file: BorrowedFd<'_>,
+        stat: &Stat,
+        size: u64,
+        max: u64,
+    ) -> Option<Blake3Hash> {
+        if stat.size != size || !stat.is_regular() {
+            return None;
+        }
+        let key = (stat.device, stat.inode, stat.changed);
+        if let Some(hash) = self.hashes.get(&key) {
+            return *hash;
+        }
+        const MOST: usize = 64;
+        if self.hashes.len() >= MOST {
+            self.hashes.clear();
+        }
+        let hash = state_of(file, stat, max).blake3();
+        self.hashes.insert(key, hash);
+        hash
+    }
+}
+
+/// A mapped file by its name, if the host has the same file there.
+fn on_host(mapped: &Mapped) -> Option<(OwnedFd, Stat)> {
+    let flags =
+        rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
+    let file = rustix::fs::open(&*mapped.name, flags, rustix::fs::Mode::empty()).ok()?;
+    let stat = file::stat(&file).ok()?;
+    ((stat.device, stat.inode) == (mapped.device, mapped.inode)).then_some((file, stat))
+}
+
+/// What the programs of a container's running processes are, each file once.
+#[derive(Debug, Default)]
+pub(super) struct Running {
+    told: std::collections::HashSet<(u64, u64)>,
+}
+
+impl Running {
+    /// Tells of a process whose program is not the image's, or may not be.
+    pub(super) fn tell(
+        &mut self,
+        shared: &Shared,
+        runtimes: &mut Runtimes,
+        watched: &Arc<Watched>,
+        handle: &Handle,
+    ) {
+        use super::content::event_path;
+        use super::table::Standing;
+        // A kernel thread has none, and one that has ended none any more.
+        let Ok(exe) = handle.open_exe() else { return };
+        let Ok(stat) = file::stat(&exe) else { return };
+        if !self.told.insert((stat.device, stat.inode)) {
+            return;
+        }
+        let max_hash_bytes = shared.settings.max_hash_bytes;
+        let is_overlays = shared.table.owner(&stat).is_some();
+        let mut layer_file = None;
+        if is_overlays {
+            match watched.standing(&stat) {
+                Standing::Own => (),
+                Standing::Doubtful(file) => layer_file = Some(file),
+                Standing::Image => return,
+            }
+        }
+        let at = Timestamp::now();
+        let process = process::as_it_is(handle, watched);
+        let pid = handle.identity().pid;
+        let name = handle.exe().unwrap_or_default();
+        let filesystem = if is_overlays {
+            Filesystem::Overlay
+        } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
+            Filesystem::Anonymous
+        } else if file::is_on_tmpfs(&exe).unwrap_or(false) {
+            Filesystem::Tmpfs
+        } else {
+            Filesystem::Volume
+        };
+        let path = if is_overlays {
+            let parent = handle.first_stat().parent;
+            match event_path(watched, &exe, &stat, pid, Some(parent)) {
+                Ok(path) => Ok(path),
+                Err(why) => Err(why.to_string()),
+            }
+        } else {
+            let is_nameless = filesystem == Filesystem::Anonymous || stat.links == 0;
+            path(&name, is_nameless).map_err(|why| why.to_string())
+        };
+        let path = match path {
+            Ok(path) => path,
+            Err(why) => {
+                let detail = format!("the path of a running program cannot be told: {why}");
+                shared.lose(Failure::EventUnreadable, Some(watched), &detail);
+                return;
+            }
+        };
+        let known = layer_file.and_then(|file| watched.layer_files().known(&file));
+        let state = known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, max_hash_bytes));
+        drop(exe);
+        let is_from_outside = || {
+            procfs::mount_namespace_of(handle.first_stat().parent)
+                .is_ok_and(procfs::is_host_mount_namespace)
+        };
+        if filesystem == Filesystem::Anonymous
+            && is_from_outside()
+            && runtimes.is_installed(&state, max_hash_bytes)
+        {
+            // It has not become the container's program, or the session's, yet.
+            return;
+        }
+        let lower = match layer_file {
+            None if is_overlays => watched
+                .layers()
+                .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes)),
+            Some(_) | None => None,
+        };
+        if let Some(layer_file) = layer_file {
+            // First, so that its judgement finds it.
+            watched.layer_files_mut().tell(layer_file, state.clone(), at);
+        }
+        let fact = Fact::Executed {
+            invoked_as: None,
+            path,
+            filesystem,
+            running: true,
+            state,
+            lower,
+            process: Arc::new(process),
+            layer_file,
+        };
+        let is_told = shared.observe(watched, at, Source::Scan, fact);
+        if let Some(layer_file) = layer_file
+            && !is_told
+        {
+            watched.layer_files_mut().judge(&layer_file, super::trust::Verdict::Lost);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(name: &str, is_nameless: bool, expected: &str) {
+        let path = path(name.as_bytes(), is_nameless).unwrap();
+        assert_eq!(path, RootfsPath::new(expected).unwrap());
+    }
+
+    #[test]
+    fn what_has_no_name_is_told_by_what_the_kernel_calls_it() {
+        check("/memfd:a (deleted)", true, "/memfd:a");
+        check("/tmp/#4711 (deleted)", true, "/tmp/#tmpfile");
+        check("/tmp/#47x (deleted)", true, "/tmp/#47x");
+        check("/#4711", true, "/#tmpfile");
+        check("/tmp/#4711", false, "/tmp/#4711");
+        check("/tmp/x (deleted)", false, "/tmp/x (deleted)");
+    }
+}
