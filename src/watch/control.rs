@@ -172,7 +172,12 @@ impl Control {
             init.stat().is_ok_and(|stat| sessions::is_before_entry_point(&stat.comm));
         find_layers(&watched, &init, rootfs);
         if let Some(mut residence) = residence.take() {
-            if before_start {
+            // A process can give itself any name, but is no program of the host's then.
+            let is_from_outside = init
+                .open_exe()
+                .and_then(file::stat)
+                .is_ok_and(|exe| exe.device != watched.device && exe.links > 0);
+            if before_start && is_from_outside {
                 residence.settle();
             }
             watched.set_residence(residence);

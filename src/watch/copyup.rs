@@ -14,7 +14,7 @@
 //! ```text
 //! writer: open(O_RDWR) ── kernel: work/#12 ──> in flight + 1, generation + 1,
 //!                                              flush the ignore marks, Allow
-//! gate:   generation, in flight ── statx ── add the mark ── both the same? or flush
+//! gate:   generation, in flight ── statx ── Allow ── still the same? add the mark
 //! writer: done ── kernel: work/#12 closed ──> in flight - 1
 //! ```
 //!
@@ -27,7 +27,7 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -61,6 +61,12 @@ const READ_BYTES: usize = 4 * 1024;
 pub(super) struct Shard {
     pub(super) gate: Arc<Group>,
     copy_ups: Group,
+    /// Held while marks are set, and while they are taken away. The kernel takes them
+    /// off the group's list first and off the inodes later, one by one: a second flush
+    /// meanwhile finds nothing, and would let a writer go on under marks that still
+    /// hold. And a mark that is just being set outlives a flush by as long as whoever
+    /// sets it is not given the processor.
+    marks: Mutex<()>,
     /// Moves with everything that may make an ignored file another one.
     generation: AtomicU64,
     in_flight: AtomicUsize,
@@ -79,6 +85,7 @@ impl Shard {
         Ok(Shard {
             gate: Arc::new(Group::exec_gate()?),
             copy_ups: Group::copy_up_gate()?,
+            marks: Mutex::new(()),
             generation: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             residents: AtomicUsize::new(0),
@@ -95,26 +102,18 @@ impl Shard {
     /// Asks no more about a file, which was found to be the image's own after `calm`
     /// was taken.
     pub(super) fn ignore(&self, file: &OwnedFd, calm: &Calm) -> bool {
-        if self.gate.ignore(file.as_fd(), libc::FAN_OPEN_EXEC_PERM).is_err() {
-            // It is asked about again: nothing is lost but time.
-            return false;
-        }
-        // What moves the generation flushes after that, and if its flush came before
-        // our mark, then so did its move.
-        if self.generation.load(Ordering::SeqCst) == calm.generation {
-            return true;
-        }
-        self.flush();
-        false
+        // Whoever has it flushes: what we know is old.
+        let Ok(_marks) = self.marks.try_lock() else { return false };
+        // What moves the generation flushes after that, and so after us.
+        self.generation.load(Ordering::SeqCst) == calm.generation
+            // Where it fails, the file is asked about again: only time is lost.
+            && self.gate.ignore(file.as_fd(), libc::FAN_OPEN_EXEC_PERM).is_ok()
     }
 
-    /// Whatever was ignored is asked about again.
+    /// Whatever was ignored is asked about again, when this returns.
     pub(super) fn forget(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
-        self.flush();
-    }
-
-    fn flush(&self) {
+        let _marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(err) = self.gate.flush() {
             give_up(&err);
         }

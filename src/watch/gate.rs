@@ -196,8 +196,9 @@ impl Gate {
         // files beside it), and only now is the process certain to be there.
         let caller = procfs::read_stat(event.pid).ok();
         let at = Timestamp::now();
-        let (event, answered) = permission.answer(Answer::Allow);
+        // First, so that who has been answered finds itself counted.
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
+        let (event, answered) = permission.answer(Answer::Allow);
         if let Err(err) = answered {
             // ENOENT: the process was killed while it waited.
             if err.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
