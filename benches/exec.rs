@@ -282,7 +282,9 @@ impl Container {
             let child = fs::read_to_string(&children)?.trim().parse::<u32>().ok();
             let comm = child.map(|pid| fs::read(format!("/proc/{pid}/comm")).unwrap_or_default());
             match (child, comm) {
-                (Some(pid), Some(comm)) if comm.trim_ascii() == WORKER_NAME.as_bytes() => break pid,
+                (Some(pid), Some(comm)) if comm.trim_ascii() == WORKER_NAME.as_bytes() => {
+                    break pid;
+                }
                 _ => thread::sleep(Duration::from_millis(1)),
             }
         };

@@ -75,6 +75,18 @@ pub struct Watch {
     /// Files larger than this are reported without a hash.
     pub max_hash_bytes: u64,
     pub gate: Gate,
+    /// Whether changes that wait in the kernel to be looked at are limited
+    /// (`fs.fanotify.max_queued_events`). What is dropped then is counted, and found
+    /// by a walk. Executions are never dropped.
+    pub bounded_queue: bool,
+    /// Whether programs are seen that run from other filesystems than the
+    /// container's root: tmpfs, volumes, directories of the host.
+    pub volumes: bool,
+    /// How a container's marks come to be there before its entry point runs.
+    pub arm: Arm,
+    /// The programs of the container runtimes, for `arm = "strict"`. Those that
+    /// are not there are waited for.
+    pub runtimes: Vec<PathBuf>,
 }
 
 /// How driftd is told of programs that are about to run.
@@ -101,6 +113,31 @@ impl Gate {
             Gate::Notify => "notify",
         }
     }
+}
+
+/// Where runtimes usually are.
+const RUNTIMES: [&str; 11] = [
+    "/usr/bin/runc",
+    "/usr/sbin/runc",
+    "/usr/local/bin/runc",
+    "/usr/local/sbin/runc",
+    "/var/lib/rancher/k3s/data/current/bin/runc",
+    "/var/lib/rancher/rke2/bin/runc",
+    "/snap/microk8s/current/bin/runc",
+    "/usr/bin/crun",
+    "/usr/local/bin/crun",
+    "/usr/bin/youki",
+    "/usr/local/bin/youki",
+];
+
+/// How containers are armed before they start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arm {
+    /// containerd's event comes early enough, nearly always.
+    Events,
+    /// The runtime is held until the marks are in place, for half a second at most.
+    Strict,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -169,6 +206,10 @@ impl Default for Watch {
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
             gate: Gate::Ask,
+            bounded_queue: false,
+            arm: Arm::Events,
+            runtimes: RUNTIMES.map(PathBuf::from).into(),
+            volumes: true,
         }
     }
 }
@@ -216,6 +257,12 @@ impl Config {
             if !path.is_absolute() {
                 return Err(format!("{name} = {path:?} is not an absolute path"));
             }
+        }
+        if let Some(runtime) = config.watch.runtimes.iter().find(|path| !path.is_absolute()) {
+            return Err(format!("watch.runtimes: {runtime:?} is not an absolute path"));
+        }
+        if config.watch.arm == Arm::Strict && config.watch.runtimes.is_empty() {
+            return Err("watch.runtimes is empty: arm = \"strict\" marks those programs".into());
         }
         if config.watch.sweep_interval < Duration::from_secs(1) {
             return Err("watch.sweep_interval is below 1s".into());

@@ -16,13 +16,13 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
-use crate::config::{self, Config};
+use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::{Gating, Health};
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
-use crate::watch::{self, Watch};
+use crate::watch::{self, Scope, Watch};
 use crate::{api, guardian, respond};
 
 /// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
@@ -49,7 +49,14 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
 
     let (report_sender, reports) = bounded(16_384);
     let settings = settle_the_gate(config, &health);
-    let watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
+    let mut watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
+    if config.watch.arm == Arm::Strict {
+        watch.arm_before_start(Scope {
+            runtimes: config.watch.runtimes.clone(),
+            sockets: config.containerd.sockets.clone(),
+            exclude_namespaces: config.containerd.exclude_namespaces.clone(),
+        })?;
+    }
     let writer = history.start(config.history.retention, health.clone());
 
     let runtime = tokio::runtime::Builder::new_multi_thread()

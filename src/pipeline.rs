@@ -14,7 +14,7 @@
 //! watchers, which must never wait, then find their channel full and ask
 //! themselves for a rescan.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -164,6 +164,10 @@ pub enum LookupError {
 
 /// How many observations of one container may wait for its baseline.
 const BACKLOG: usize = 8192;
+/// How long and how many observations may wait for containerd to tell of their
+/// container.
+const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
+const MAX_UNANNOUNCED: usize = 1024;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
 
@@ -187,6 +191,8 @@ pub struct State {
     /// When each loss was last written to the history: a flood of one loss is
     /// one gap a second, the counters have the rest.
     gaps: HashMap<&'static str, Timestamp>,
+    /// Seen of containers that containerd has not told of yet.
+    unannounced: VecDeque<Observation>,
 }
 
 #[derive(Debug)]
@@ -225,6 +231,7 @@ impl State {
             diffs: HashMap::new(),
             responses: Vec::new(),
             gaps: HashMap::new(),
+            unannounced: VecDeque::new(),
         }
     }
 
@@ -268,6 +275,7 @@ impl State {
                     pid,
                     rootfs,
                 }));
+                self.announced(&container, now, effects);
                 if trust != Trust::Unknown {
                     effects.push(Effect::Watch(Command::Trust { container, trust }));
                 }
@@ -532,7 +540,8 @@ impl State {
     ) {
         const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
         let told = self.gaps.get(failure.name());
-        if told.is_some_and(|told| now.duration_since(*told) < QUIET) {
+        // Of a clock that was set back it is not known how long ago that was.
+        if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
             return;
         }
         self.gaps.insert(failure.name(), now);
@@ -576,11 +585,43 @@ impl State {
         });
     }
 
+    /// Keeps what was seen of a container that nobody has told of yet.
+    fn await_container(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.unannounced.retain(|one| now.duration_since(one.at) < ANNOUNCED_WITHIN);
+        if self.unannounced.len() < MAX_UNANNOUNCED {
+            self.unannounced.push_back(observation.clone());
+            return;
+        }
+        judged(observation, watch::Verdict::Lost, effects);
+        let _ = self.health.record(Failure::BaselineBacklogFull);
+        let detail = format!("more than {MAX_UNANNOUNCED} observations of unknown containers");
+        self.gap(Failure::BaselineBacklogFull, None, detail, now, effects);
+    }
+
+    /// Judges what was seen of a container before it was told of.
+    fn announced(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        let (of_it, others) = std::mem::take(&mut self.unannounced)
+            .into_iter()
+            .partition::<VecDeque<_>, _>(|one| one.container == *container);
+        self.unannounced = others;
+        for observation in of_it {
+            self.judge(&observation, now, effects);
+        }
+    }
+
     /// Turns one fact into findings.
     fn judge(&mut self, observation: &Observation, now: Timestamp, effects: &mut Vec<Effect>) {
-        // Attaching comes after the entry, so a container we do not know is one
-        // that has already gone.
-        let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+        // A container that we do not know has gone, or was armed by its runtime's call
+        // before containerd's event of it came.
+        let Some(entry) = self.inventory.get_mut(&observation.container) else {
+            self.await_container(observation, now, effects);
+            return;
+        };
         if let Fact::SessionOpened { process } = &observation.fact {
             self.session_opened(&observation.container, process, observation, now, effects);
             return;
@@ -1290,6 +1331,9 @@ pub struct Outputs {
     pub orders: tokio::sync::mpsc::Sender<Order>,
 }
 
+/// Clocks are set back: what is due then is not as far away as it seems.
+const LONGEST_SLEEP: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Runs until it is stopped.
 pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
     let mut effects = Vec::new();
@@ -1297,7 +1341,8 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
         let due = match state.next_due() {
             Some(due) => {
                 let left = due.duration_since(Timestamp::now());
-                crossbeam_channel::after(left.try_into().unwrap_or_default())
+                let left = std::time::Duration::try_from(left).unwrap_or_default();
+                crossbeam_channel::after(left.min(LONGEST_SLEEP))
             }
             None => crossbeam_channel::never(),
         };

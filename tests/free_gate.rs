@@ -153,7 +153,8 @@ impl Container {
             own.path().join("upper").display(),
             own.path().join("work").display()
         );
-        for option in options.split(',').filter(|name| !name.is_empty() && *name != "upper-on-tmpfs")
+        for option in
+            options.split(',').filter(|name| !name.is_empty() && *name != "upper-on-tmpfs")
         {
             all.push(',');
             all.push_str(option);
@@ -161,7 +162,12 @@ impl Container {
         let merged = own.path().join("merged");
         command(
             "mount",
-            &["-t", "overlay", "overlay", "-o", &all].map(Path::new).iter().copied().chain([&*merged]).collect::<Vec<_>>(),
+            &["-t", "overlay", "overlay", "-o", &all]
+                .map(Path::new)
+                .iter()
+                .copied()
+                .chain([&*merged])
+                .collect::<Vec<_>>(),
         );
         // As runc's init is called until the entry point runs, and like that a program
         // of the host's: then nothing of the container can have run before the marks.
@@ -270,9 +276,10 @@ impl Node {
         // Orders are carried out one after the other.
         let nobody = ContainerId::new("race", "nobody");
         self.order(Order::Scan { container: nobody.clone(), ticket: Some(2) });
-        self.until("the container to be forgotten", |report| {
-            matches!(report, Report::Scanned { container, .. } if *container == nobody)
-        });
+        self.until(
+            "the container to be forgotten",
+            |report| matches!(report, Report::Scanned { container, .. } if *container == nobody),
+        );
     }
 
     #[track_caller]
@@ -395,7 +402,8 @@ fn change(
             file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         }
         Change::Attribute => {
-            rustix::fs::setxattr(&path, "trusted.x", b"y", rustix::fs::XattrFlags::empty()).unwrap();
+            rustix::fs::setxattr(&path, "trusted.x", b"y", rustix::fs::XattrFlags::empty())
+                .unwrap();
         }
         Change::Rename => {
             fs::rename(&path, &other).unwrap();
@@ -438,11 +446,8 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                let kind = if number % 2 == 0 {
-                    Change::Map
-                } else {
-                    CHANGES[number / 2 % CHANGES.len()]
-                };
+                let kind =
+                    if number % 2 == 0 { Change::Map } else { CHANGES[number / 2 % CHANGES.len()] };
                 let is_raced = random & 1 == 0;
                 let pause = Duration::from_micros(random >> 8 & 0x7ff);
                 let is_held = random >> 32 & 0x1f == 0;
@@ -585,9 +590,7 @@ fn while_copy_ups_are_not_answered_writers_wait_and_nothing_else_does() {
     node.attach(&container, &image);
     let beats = || rustix::io::read(&pulse, &mut [0; 64]).unwrap_or(0);
     let counted = AtomicU64::new(0);
-    wait_for("the heart to beat", || {
-        counted.fetch_add(beats() as u64, Ordering::Relaxed) > 2
-    });
+    wait_for("the heart to beat", || counted.fetch_add(beats() as u64, Ordering::Relaxed) > 2);
     let held = node.watch.as_ref().unwrap().copy_ups_held();
     held.store(true, Ordering::Relaxed);
     // A turn may have been under way.
@@ -642,9 +645,7 @@ fn a_container_that_runs_already_is_asked_about_for_a_while() {
     let id = container.id.clone();
     node.order(Order::Attach { container: id.clone(), pid: entry.id(), rootfs: None });
     node.order(Order::Trust { container: id.clone(), trust: Trust::UpTo(image.recorded) });
-    node.until("the container to be attached", |report| {
-        matches!(report, Report::Attached { .. })
-    });
+    node.until("the container to be attached", |report| matches!(report, Report::Attached { .. }));
     for _ in 0..5 {
         assert!(node.is_asked_about(&container.file(0)));
     }

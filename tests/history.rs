@@ -637,3 +637,36 @@ fn a_database_of_another_program_is_refused() {
     let err = refusal(dir.path());
     assert!(matches!(err, Error::Foreign { .. }), "{err:?}");
 }
+
+#[test]
+fn b32_a_clock_that_is_set_back_does_not_turn_the_history_around() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    // Each was seen earlier than the one before it, as the clock says.
+    for number in 0..5 {
+        write(&writer, vec![record(&finding(number, i64::from(number) * 3600))]);
+    }
+    let followed = writer.reader().after(0, &Filter::default(), 100).unwrap();
+    assert!(followed.records.is_sorted_by_key(|(seq, _)| *seq));
+    let told: Vec<FindingId> = followed
+        .records
+        .iter()
+        .filter_map(|(_, record)| match record {
+            Record::Finding(finding) => Some(finding.id),
+            Record::Response(_) | Record::Gap { .. } => None,
+        })
+        .collect();
+    let written: Vec<FindingId> = (0..5).map(|number| finding(number, 0).id).collect();
+    assert_eq!(told, written);
+    // Who follows from anywhere goes on from there, whatever the clock says.
+    let middle = followed.records[4].0;
+    let rest = writer.reader().after(middle, &Filter::default(), 100).unwrap();
+    assert_eq!(rest.records, followed.records[5..]);
+    // Pages are by time, and each finding is on one of them.
+    let mut paged = findings(&writer, &Filter::default());
+    paged.sort();
+    let mut all = written;
+    all.sort();
+    assert_eq!(paged, all);
+    writer.stop();
+}

@@ -27,7 +27,9 @@ use driftd::model::{
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
 use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// An emulated machine is slow (`make test-kernels`).
+const PATIENCE: Duration =
+    Duration::from_secs(if option_env!("DRIFTD_PATIENT").is_some() { 300 } else { 30 });
 const BUSYBOX: &str = "/bin/busybox";
 
 /// An overlay with a small image, and a process that has it as its root.
@@ -945,8 +947,19 @@ fn layers_on_two_filesystems_are_recognised_by_their_mount() {
     let blake3 = container.drop_program("/tmp/true");
     container.shell("/bin/true; /tmp/true");
     assert_eq!(node.until_executed(&path("/tmp/true")).state.blake3(), Some(blake3));
-    assert_eq!(node.executed_paths(), ["/tmp/true"]);
+    if keeps_births(&container.upper()) {
+        assert_eq!(node.executed_paths(), ["/tmp/true"]);
+    } else {
+        // Before Linux 6.5 a tmpfs keeps no births: whose a file is can then not be
+        // told by its times, and every program is compared by its content.
+        assert_eq!(node.executed_paths(), ["/bin/busybox", "/bin/true", "/tmp/true"]);
+    }
     assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
+}
+
+/// Whether a filesystem tells when a file was made.
+fn keeps_births(path: &Path) -> bool {
+    driftd::sys::file::stat_path(path).unwrap().born.is_some()
 }
 
 #[test]

@@ -197,7 +197,7 @@ impl State {
         let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
         for id in unsettled {
             let since = self.inventory.get(&id).and_then(|entry| entry.without_baseline);
-            if since.is_some_and(|since| now.duration_since(since) < PATIENCE) {
+            if since.is_some_and(|since| now.duration_since(since).abs() < PATIENCE) {
                 continue;
             }
             // While it is being tried again nothing is said. If that fails too, it

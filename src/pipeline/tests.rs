@@ -940,3 +940,26 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     assert_eq!(view.problem.as_deref(), Some("it is not an overlay"));
     node.wait(60).expect(&[]);
 }
+
+#[test]
+fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
+    let mut node = Node::running();
+    let lost = || {
+        Input::Watch(Report::Lost {
+            failure: Failure::KernelQueueOverflow,
+            container: None,
+            detail: "events were dropped".into(),
+        })
+    };
+    node.clock = 100_000;
+    node.give(lost());
+    node.play("exec c1 /tmp/x evil");
+    node.clock = 1_000;
+    node.give(lost());
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    assert_eq!(node.gaps.len(), 2, "{:?}", node.gaps);
+    node.expect(&["exec.new /tmp/x x2 r2", "exec.new /tmp/y x1 r1"]);
+    for finding in &node.told {
+        assert!(finding.first_seen <= finding.last_seen, "{finding:#?}");
+    }
+}

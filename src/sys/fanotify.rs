@@ -103,6 +103,12 @@ pub enum Malformed {
 type Metadata = libc::fanotify_event_metadata;
 type InfoHeader = libc::fanotify_event_info_header;
 
+// Linux 6.14, and not yet in libc.
+const FAN_REPORT_MNT: u32 = 0x4000;
+const FAN_MARK_MNTNS: u32 = 0x110;
+const FAN_MNT_ATTACH: u64 = 0x0100_0000;
+const FAN_MNT_DETACH: u64 = 0x0200_0000;
+
 const METADATA_LEN: usize = size_of::<Metadata>();
 const INFO_HEADER_LEN: usize = size_of::<InfoHeader>();
 const PERMISSION_EVENTS: u64 =
@@ -237,6 +243,16 @@ pub enum Error {
     Other(#[source] io::Error),
 }
 
+/// How many events the kernel keeps for a group that reads more slowly than things
+/// happen. Each that waits keeps its file in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queue {
+    Unlimited,
+    /// `fs.fanotify.max_queued_events`; what does not fit is dropped, and
+    /// [`Incoming::Overflow`] says so.
+    Bounded,
+}
+
 /// A fanotify group.
 pub struct Group {
     fanotify: Fanotify,
@@ -255,39 +271,43 @@ impl Group {
     /// notification events too: a permission event that meets a full queue is
     /// allowed in silence, so its queue has no limit.
     pub fn gate() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_CONTENT, true)
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, true)
     }
 
     /// The same, whose events do not bring a handle of the process. The kernel makes
     /// one for every event, and most are not looked at.
     pub fn exec_gate() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_CONTENT, false)
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, false)
     }
 
     /// A group that is told of what has happened.
-    pub fn feed() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_NOTIF, false)
+    pub fn feed(queue: Queue) -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_NOTIF, queue, false)
     }
 
     /// A group that is told of programs that were opened for execution. Nobody waits
     /// for it.
     pub fn exec_feed() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_NOTIF, false)
+        Group::richest(InitFlags::FAN_CLASS_NOTIF, Queue::Unlimited, false)
     }
 
     /// A group that is asked before a file is opened, as an overlay does when it
     /// copies one up. The same holds for its queue as for the gate's.
     pub fn copy_up_gate() -> Result<Group, Error> {
-        Group::richest(InitFlags::FAN_CLASS_CONTENT, false)
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, false)
     }
 
     /// Tries flags from rich to poor, since versions of kernels do not tell what
     /// was ported back to them.
-    fn richest(class: InitFlags, want_pidfd: bool) -> Result<Group, Error> {
+    fn richest(class: InitFlags, queue: Queue, want_pidfd: bool) -> Result<Group, Error> {
+        let queue = match queue {
+            Queue::Unlimited => InitFlags::FAN_UNLIMITED_QUEUE,
+            Queue::Bounded => InitFlags::empty(),
+        };
         let flags = class
+            | queue
             | InitFlags::FAN_CLOEXEC
             | InitFlags::FAN_NONBLOCK
-            | InitFlags::FAN_UNLIMITED_QUEUE
             | InitFlags::FAN_UNLIMITED_MARKS;
         // O_NONBLOCK: the kernel opens the file for us, and a FIFO opened without
         // it would wait for a writer inside our read.
@@ -313,6 +333,35 @@ impl Group {
         Err(Error::from_init(refused))
     }
 
+    /// A group that is told of mounts that come and go (Linux 6.14). Its queue may
+    /// overflow: that says as much as any event, since none of them is looked into.
+    pub(super) fn mounts() -> Result<Group, Error> {
+        let flags = InitFlags::FAN_CLASS_NOTIF
+            | InitFlags::FAN_CLOEXEC
+            | InitFlags::FAN_NONBLOCK
+            | InitFlags::from_bits_retain(FAN_REPORT_MNT);
+        let fanotify = Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
+        Ok(Group { fanotify, reports_pidfd: false })
+    }
+
+    /// Listens to a mount namespace: the file of /proc/PID/ns.
+    pub(super) fn mark_mount_namespace(&self, namespace: BorrowedFd<'_>) -> io::Result<()> {
+        let path = super::mounts::path_of(namespace);
+        self.mark_at(FAN_MARK_MNTNS, FAN_MNT_ATTACH | FAN_MNT_DETACH, Path::new(&path))
+    }
+
+    /// Marks what is at `path`, of this `kind`.
+    pub(super) fn mark_at(&self, kind: u32, mask: u64, path: &Path) -> io::Result<()> {
+        self.fanotify
+            .mark(
+                MarkFlags::FAN_MARK_ADD | MarkFlags::from_bits_retain(kind),
+                MaskFlags::from_bits_retain(mask),
+                nix::fcntl::AT_FDCWD,
+                Some(path),
+            )
+            .map_err(io::Error::from)
+    }
+
     /// Marks the whole filesystem that `directory` is on.
     pub fn mark_filesystem(&self, directory: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
         // The empty path is not allowed, and "." below an O_PATH descriptor is it.
@@ -322,6 +371,18 @@ impl Group {
                 MaskFlags::from_bits_retain(mask),
                 directory,
                 Some("."),
+            )
+            .map_err(io::Error::from)
+    }
+
+    /// Marks one file of the host, whatever its name will be.
+    pub fn mark_host_file(&self, path: &Path, mask: u64) -> io::Result<()> {
+        self.fanotify
+            .mark(
+                MarkFlags::FAN_MARK_ADD,
+                MaskFlags::from_bits_retain(mask),
+                nix::fcntl::AT_FDCWD,
+                Some(path),
             )
             .map_err(io::Error::from)
     }
@@ -481,7 +542,7 @@ pub fn probe() -> Result<Capabilities, Error> {
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Err(Error::NoPermissionEvents),
         Err(errno) => return Err(Error::Other(errno.into())),
     }
-    Group::feed()?;
+    Group::feed(Queue::Unlimited)?;
     Ok(Capabilities { pidfd: gate.reports_pidfd })
 }
 

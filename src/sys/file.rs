@@ -168,18 +168,20 @@ pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Whether a file lies in memory.
-pub fn is_on_tmpfs(file: impl AsFd) -> io::Result<bool> {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    const RAMFS_MAGIC: u64 = 0x8584_58f6;
-    let magic = rustix::fs::fstatfs(file)?.f_type.cast_unsigned();
-    Ok(matches!(magic, TMPFS_MAGIC | RAMFS_MAGIC))
-}
-
 /// The device of every memfd. The kernel has one for all of them.
 pub fn memfd_device() -> io::Result<u64> {
     let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
     Ok(stat(&memfd)?.device)
+}
+
+/// Whether an open file is kept in memory only. For files of local filesystems:
+/// others may be asked over a network.
+pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
+    const TMPFS: u32 = 0x0102_1994;
+    const RAMFS: u32 = 0x8584_58f6;
+    const HUGETLBFS: u32 = 0x9584_58f6;
+    let magic = rustix::fs::fstatfs(fd)?.f_type;
+    Ok(u32::try_from(magic).is_ok_and(|magic| [TMPFS, RAMFS, HUGETLBFS].contains(&magic)))
 }
 
 /// An extended attribute; `None` if there is none or the filesystem has none.
@@ -220,6 +222,28 @@ pub struct Hashes {
 /// reading of zeros, which is why there is a limit at all. The buffer is memory
 /// of ours: a container could truncate a mapped file under us.
 pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
+    Ok(match hash_while(file, limit, &|| true)? {
+        Hashed::Whole(hashes) => Some(hashes),
+        Hashed::TooLong | Hashed::Unwanted => None,
+    })
+}
+
+/// How the reading of a file for its hashes ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hashed {
+    Whole(Hashes),
+    /// It is longer than the limit.
+    TooLong,
+    /// Nobody wanted them any more.
+    Unwanted,
+}
+
+/// The same, for as long as somebody wants the hashes: asked every 128 KiB.
+pub fn hash_while(
+    file: BorrowedFd<'_>,
+    limit: u64,
+    is_wanted: &dyn Fn() -> bool,
+) -> io::Result<Hashed> {
     let mut blake3 = blake3::Hasher::new();
     let mut sha256 = sha2::Sha256::new();
     let mut buffer = vec![0; 128 * 1024];
@@ -231,19 +255,36 @@ pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
         }
         offset += read as u64;
         if offset > limit {
-            return Ok(None);
+            return Ok(Hashed::TooLong);
+        }
+        if !is_wanted() {
+            return Ok(Hashed::Unwanted);
         }
         blake3.update(&buffer[..read]);
         sha256.update(&buffer[..read]);
     }
-    Ok(Some(Hashes {
+    Ok(Hashed::Whole(Hashes {
         blake3: Blake3Hash(*blake3.finalize().as_bytes()),
         sha256: Sha256Hash(sha256.finalize().into()),
     }))
 }
 
-/// Where the kernel says an open file is: the link of /proc/self/fd.
+/// Where an open file is, or was when it had its last name.
 pub fn name_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut name = link_of(fd)?;
+    if name.ends_with(DELETED) && stat(fd)?.links == 0 {
+        // Asked again: what was read before may have been a name that ended so.
+        name = link_of(fd)?;
+        name.truncate(name.strip_suffix(DELETED).map_or(name.len(), <[u8]>::len));
+    }
+    Ok(name)
+}
+
+/// What the kernel adds to the name of a file that was removed.
+pub const DELETED: &[u8] = b" (deleted)";
+
+/// The link of /proc/self/fd.
+fn link_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     use std::os::fd::AsRawFd as _;
     use std::os::unix::ffi::OsStringExt as _;
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
@@ -264,6 +305,20 @@ mod tests {
         let root = open_directory(dir.path()).unwrap();
         let (_, stat) = open_file_beneath(&root, b"ls").unwrap();
         assert_eq!(stat.file_type, FileType::Fifo);
+    }
+
+    #[test]
+    fn a_removed_file_keeps_the_name_it_had_and_no_other_loses_part_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        for name in ["ls", "ls (deleted)"] {
+            let path = dir.join(name);
+            let file = std::fs::File::create(&path).unwrap();
+            let expected = path.as_os_str().as_encoded_bytes();
+            assert_eq!(name_of(file.as_fd()).unwrap(), expected);
+            std::fs::remove_file(&path).unwrap();
+            assert_eq!(name_of(file.as_fd()).unwrap(), expected);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod connector;
 pub mod fanotify;
 pub mod file;
 pub mod map;
+pub mod mounts;
 pub mod overlay;
 pub mod perf;
 pub mod priority;

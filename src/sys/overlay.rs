@@ -251,7 +251,7 @@ fn into_path(bytes: Vec<u8>) -> PathBuf {
     std::ffi::OsString::from_vec(bytes).into()
 }
 
-fn unescape_octal(escaped: &[u8]) -> Vec<u8> {
+pub(super) fn unescape_octal(escaped: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(escaped.len());
     let mut rest = escaped;
     while let Some((&byte, after)) = rest.split_first() {

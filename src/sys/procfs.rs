@@ -103,6 +103,14 @@ pub fn read_stat(pid: u32) -> io::Result<Stat> {
     Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// For how long a process has been there.
+pub fn age(process: ProcessIdentity) -> std::time::Duration {
+    let ticks = rustix::param::clock_ticks_per_second();
+    let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
+    let since = process.start_time / ticks.max(1);
+    std::time::Duration::from_secs(u64::try_from(up).unwrap_or(0).saturating_sub(since))
+}
+
 /// A handle of a process, by its pid alone: a hint, since the pid may be another
 /// process's by now.
 pub fn pidfd(pid: u32) -> io::Result<std::os::fd::OwnedFd> {
@@ -174,6 +182,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// One of its files, followed if it is a link of the kernel's own.
+    pub(super) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
+        self.process.open_relative(name).map_err(into_io)
+    }
+
     fn read(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.process.open_relative(name).map_err(into_io)?;
         let mut bytes = Vec::new();
@@ -197,6 +210,11 @@ impl Handle {
     pub fn uid(&self) -> io::Result<u32> {
         let status = self.read("status", 16 * 1024)?;
         parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Its working directory, as it is called from our root.
+    pub fn working_directory(&self) -> io::Result<PathBuf> {
+        self.process.cwd().map_err(into_io)
     }
 
     /// Names the pid namespace this process is in.

@@ -10,7 +10,10 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
+use super::files::{Held, Left};
 use super::gate::Execution;
+use super::lower;
+use super::mounts;
 use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
@@ -18,22 +21,35 @@ use super::table::Watched;
 use super::trust::Verdict;
 use super::unseen;
 use crate::health::Failure;
-use crate::model::{Fact, Filesystem, HostilePath, LayerFile, RootfsPath, Source};
+use crate::model::{
+    Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
+};
 use crate::sys::file::{self, Stat};
-use crate::sys::overlay;
 use crate::sys::procfs::Handle;
+use crate::sys::{overlay, priority};
 
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
 #[derive(Debug)]
 pub(super) struct Described {
     watched: Arc<Watched>,
+    filesystem: Filesystem,
     path: RootfsPath,
-    file: OwnedFd,
+    file: Held,
     stat: Stat,
     layer_file: Option<LayerFile>,
     executing: Executing,
     at: Timestamp,
+}
+
+/// Files longer than this take a noticeable time to hash.
+const LARGE: u64 = 16 << 20;
+
+impl Described {
+    fn is_large(&self, shared: &Shared) -> bool {
+        // What is above the limit is not read at all.
+        (LARGE..=shared.settings.max_hash_bytes).contains(&self.stat.size)
+    }
 }
 
 /// Describes processes. A thread of its own, because a process may live for less
@@ -72,11 +88,28 @@ fn describe_one(
     execution: Execution,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Described> {
-    let Execution { watched, file, stat, layer_file, caller, at } = execution;
+    let Execution { watched, filesystem, file, stat, layer_file, caller, at } = execution;
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    let path = event_path(&watched, &file, &stat, caller.pid, parent);
+    let path = match file.take() {
+        Left::Open(fd) => {
+            let path = match filesystem {
+                Filesystem::Overlay => event_path(&watched, &fd, &stat, caller.pid, parent),
+                Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+                    mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
+                }
+            };
+            file.give_back(&watched, fd);
+            path
+        }
+        // The container has ended, and with it the mounts that say more.
+        Left::Name(Some(name)) => {
+            let below_root = overlay::strip_directory(&name, &watched.root_name);
+            RootfsPath::new(below_root.unwrap_or(&name)).map_err(UnknownPath::from)
+        }
+        Left::Name(None) => Err(UnknownPath::NotAbsolute),
+    };
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -90,7 +123,9 @@ fn describe_one(
     let executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
     match path {
-        Ok(path) => Some(Described { watched, path, file, stat, layer_file, executing, at }),
+        Ok(path) => {
+            Some(Described { watched, filesystem, path, file, stat, layer_file, executing, at })
+        }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
@@ -99,10 +134,31 @@ fn describe_one(
     }
 }
 
-/// Hashes what was executed.
-pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
+/// Hashes what was executed, but for large files, which must not keep the others
+/// waiting.
+pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
     while !shared.is_stopping() {
         match described.recv_timeout(Duration::from_millis(250)) {
+            Ok(execution) if execution.is_large(shared) => match large.try_send(execution) {
+                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+                Err(TrySendError::Full(execution)) => shared.lose(
+                    Failure::ContentQueueFull,
+                    Some(&execution.watched),
+                    "too many large executed files wait to be hashed",
+                ),
+            },
+            Ok(execution) => hash_one(shared, execution),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// Hashes large files that were executed, when nobody else needs the processor.
+pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
+    let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
+    while !shared.is_stopping() {
+        match large.recv_timeout(Duration::from_millis(250)) {
             Ok(execution) => hash_one(shared, execution),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
@@ -111,19 +167,33 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, path, file, stat, layer_file, executing, at } = execution;
+    let Described { watched, filesystem, path, file, stat, layer_file, executing, at } = execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
-    let state =
-        known.unwrap_or_else(|| state::of(file.as_fd(), &stat, Hashing::Always, max_hash_bytes));
+    let state = known.unwrap_or_else(|| {
+        let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
+        let open = match file.take() {
+            Left::Open(fd) => {
+                state::while_wanted(fd.as_fd(), &stat, Hashing::Always, max_hash_bytes, &is_wanted)
+            }
+            Left::Name(_) => None,
+        };
+        let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
+        open.or_else(|| if is_own { in_upperdir(shared, &watched, &path, &stat) } else { None })
+            .unwrap_or_else(|| FileState {
+                content: Content::Unhashed(Unhashed::Gone),
+                ..state::unopened(&stat)
+            })
+    });
     drop(file);
+    let is_on_overlay = filesystem == Filesystem::Overlay;
     let lower = match layer_file {
-        None => watched
+        None if is_on_overlay => watched
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes)),
-        // It would be its own twin.
-        Some(_) => None,
+        // It would be its own twin, or no image has anything there.
+        Some(_) | None => None,
     };
     let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
@@ -154,6 +224,10 @@ fn hash_one(shared: &Shared, execution: Described) {
         // It is not in the upper layer: no walk would find it.
         return;
     }
+    if !is_on_overlay {
+        // No walk goes there.
+        return;
+    }
 
     // The overlay's marks do not see renames, removals and chmod; where drift is
     // executed, they are looked for soon.
@@ -161,6 +235,34 @@ fn hash_one(shared: &Shared, execution: Described) {
         shared.mark_dirty(&watched, path, Source::Scan, None);
     }
     shared.mark_for_sweep(&watched);
+}
+
+/// The state of a file that is not open any more, because its container has ended:
+/// found again where the host keeps it, and known by its times.
+fn in_upperdir(
+    shared: &Shared,
+    watched: &Watched,
+    path: &RootfsPath,
+    stat: &Stat,
+) -> Option<FileState> {
+    let layers = watched.layers()?;
+    let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
+    let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
+    let is_same = found.is_regular()
+        && (found.changed, found.modified, found.size) == (stat.changed, stat.modified, stat.size);
+    if !is_same || overlay::is_metacopy(&fd, layers.userxattr).unwrap_or(true) {
+        return None;
+    }
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    state::while_wanted(fd.as_fd(), &found, Hashing::Always, max_hash_bytes, &|| {
+        !shared.is_stopping()
+    })
+}
+
+/// What the kernel calls an event's file when we ask.
+pub(super) fn event_name(file: &OwnedFd) -> Result<Vec<u8>, UnknownPath> {
+    let name = file::name_of(file.as_fd())?;
+    if name.starts_with(b"/") { Ok(name) } else { Err(UnknownPath::NotAbsolute) }
 }
 
 /// The path of an event's file in its container: as the overlay has it, by
@@ -172,14 +274,13 @@ pub(super) fn event_path(
     pid: u32,
     parent: Option<u32>,
 ) -> Result<RootfsPath, UnknownPath> {
-    let name = file::name_of(file.as_fd())?;
+    let name = event_name(file)?;
     let mut name = name.as_slice();
-    if stat.links == 0 {
-        // Only then: a file may be named so.
-        name = name.strip_suffix(b" (deleted)").unwrap_or(name);
-    }
-    if !name.starts_with(b"/") {
-        return Err(UnknownPath::NotAbsolute);
+    if let Some(rest) = name.strip_suffix(file::DELETED)
+        && !is_somewhere(watched, name)
+    {
+        // This name was removed, and the file has another one.
+        name = rest;
     }
     let below_root = overlay::strip_directory(name, &watched.root_name);
     if let Some(mount) = stat.mount
@@ -198,6 +299,18 @@ pub(super) fn event_path(
         }
     }
     Ok(RootfsPath::new(below_root.unwrap_or(name))?)
+}
+
+/// Whether a name that the kernel gave is one that the container has.
+fn is_somewhere(watched: &Watched, name: &[u8]) -> bool {
+    let below_root = overlay::strip_directory(name, &watched.root_name).unwrap_or(name);
+    let (Some(layers), Ok(path)) = (watched.layers(), RootfsPath::new(below_root)) else {
+        return true;
+    };
+    let is_in_upper = file::open_directory(&layers.dirs.upperdir)
+        .and_then(|upper| file::open_path_beneath(&upper, path.relative()))
+        .is_ok();
+    is_in_upper || lower::holds(layers, &path)
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::copyup::{Free, Residence};
 use super::gate::events;
+use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
@@ -22,10 +23,7 @@ use crate::sys::{file, overlay};
 
 pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
-    pub(super) gate: Arc<Group>,
-    /// If unchanged programs are asked about only once.
-    pub(super) free: Option<Arc<Free>>,
-    pub(super) feed: Arc<Group>,
+    pub(super) marker: Arc<Marker>,
     pub(super) commands: Receiver<Command>,
     pub(super) orders: Sender<Order>,
     /// What the pipeline had no room for. It asked for these, so there are never
@@ -33,9 +31,32 @@ pub(super) struct Control {
     pub(super) unsent: VecDeque<Report>,
 }
 
+/// Places a container's marks, for whoever comes first: the command to attach to
+/// it, or the runtime that is about to start it.
+pub(super) struct Marker {
+    pub(super) shared: Arc<Shared>,
+    pub(super) gate: Arc<Group>,
+    /// If unchanged programs are asked about only once.
+    pub(super) free: Option<Arc<Free>>,
+    pub(super) feed: Arc<Group>,
+    pub(super) mounts: Arc<Mounts>,
+    pub(super) orders: Sender<Order>,
+    /// One container at a time.
+    pub(super) turn: Mutex<()>,
+}
+
+/// How a container was found to be marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Marked {
+    /// The marks were there before its entry point ran.
+    pub(super) before_start: bool,
+    /// They are there only now.
+    pub(super) is_news: bool,
+}
+
 /// Why a container cannot be watched. Its text is told to people.
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+pub(super) enum Refusal {
     #[error("its init process {pid} is gone")]
     InitGone { pid: u32, source: std::io::Error },
     #[error("its root filesystem cannot be opened: {0}")]
@@ -50,6 +71,7 @@ enum Refusal {
 
 impl Control {
     pub(super) fn run(mut self) {
+        let mut last_look = Instant::now();
         while !self.shared.is_stopping() {
             self.send_unsent();
             match self.commands.recv_timeout(Duration::from_millis(100)) {
@@ -76,6 +98,10 @@ impl Control {
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
+            if last_look.elapsed() >= Duration::from_secs(10) {
+                last_look = Instant::now();
+                self.marker.forget_unannounced();
+            }
         }
     }
 
@@ -94,12 +120,18 @@ impl Control {
     }
 
     fn attach(&mut self, container: ContainerId, pid: u32, rootfs: Option<OverlayDirs>) {
-        match self.mark(&container, pid, rootfs) {
-            Ok(Some(before_start)) => {
+        let marked = self.marker.mark(&container, pid, rootfs);
+        if let Some(watched) = self.shared.table.get(&container) {
+            watched.set_unannounced(false);
+        }
+        match marked {
+            Ok(Marked { before_start, is_news }) => {
+                // Also when it is no news to us: it may be to who asks.
                 self.report(Report::Attached { container, before_start });
-                self.shared.wake_scan();
+                if is_news {
+                    self.shared.wake_scan();
+                }
             }
-            Ok(None) => (),
             Err(refusal) => {
                 if let Refusal::MarkRefused(_) = refusal {
                     let _ = self.shared.health.record(Failure::MarkRefused);
@@ -110,14 +142,40 @@ impl Control {
         }
     }
 
-    /// Marks a container's overlay and says whether that was before its entry
-    /// point ran; `None` if it was marked already.
-    fn mark(
+    fn detach(&self, container: &ContainerId) {
+        // What has ended is the run before the one that was armed meanwhile; the
+        // command to attach to that one is still to come.
+        let is_outdated = self.shared.table.get(container).is_some_and(|watched| {
+            watched.is_unannounced() && Handle::open_exactly(watched.init).is_ok()
+        });
+        if !is_outdated {
+            self.marker.detach(container);
+        }
+    }
+
+    fn scan(&mut self, container: ContainerId, ticket: Option<u64>) {
+        let ordered = match self.shared.table.get(&container) {
+            Some(watched) => self.orders.try_send(Order::Scan { watched, ticket }).is_ok(),
+            None => false,
+        };
+        if ordered {
+            self.shared.wake_scan();
+        } else {
+            self.report(Report::Scanned { container, ticket, complete: false });
+        }
+    }
+}
+
+impl Marker {
+    /// Marks a container's overlay, unless it is marked, and says whether that was
+    /// before its entry point ran.
+    pub(super) fn mark(
         &self,
         container: &ContainerId,
         pid: u32,
         rootfs: Option<OverlayDirs>,
-    ) -> Result<Option<bool>, Refusal> {
+    ) -> Result<Marked, Refusal> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let init = Handle::open(pid).map_err(|source| Refusal::InitGone { pid, source })?;
         if let Some(watched) = self.shared.table.get(container)
             && watched.init == init.identity()
@@ -127,7 +185,7 @@ impl Control {
                 watched.ask_for_rescan();
                 self.shared.wake_scan();
             }
-            return Ok(None);
+            return Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false });
         }
         let root = file::open_root(&init.root_path()).map_err(Refusal::NoRoot)?;
         if !overlay::is_overlay(&root).map_err(Refusal::NoRoot)? {
@@ -166,24 +224,27 @@ impl Control {
             }
             return Err(Refusal::MarkRefused(err));
         }
+        self.mounts.attach(&watched, &init);
         // What init is now, after the marks: if it has not executed the entry
         // point by now, the gate will see it do so.
         let before_start =
             init.stat().is_ok_and(|stat| sessions::is_before_entry_point(&stat.comm));
+        if before_start {
+            watched.set_armed_before_start();
+        }
         find_layers(&watched, &init, rootfs);
         if let Some(mut residence) = residence.take() {
-            // A process can give itself any name, but is no program of the host's then.
-            let is_from_outside = init
-                .open_exe()
-                .and_then(file::stat)
-                .is_ok_and(|exe| exe.device != watched.device && exe.links > 0);
-            if before_start && is_from_outside {
+            if before_start && is_from_outside(&init, &watched) {
                 residence.settle();
             }
             watched.set_residence(residence);
         }
         watched.ask_for_rescan();
-        Ok(Some(before_start))
+        if !before_start && self.shared.is_armed_against(init.identity()) {
+            let detail = "a container's entry point ran before its marks were in place";
+            self.shared.lose(Failure::ArmedLate, Some(&watched), detail);
+        }
+        Ok(Marked { before_start, is_news: true })
     }
 
     /// Finds a container a place where its unchanged programs are asked about once.
@@ -203,7 +264,17 @@ impl Control {
         }
     }
 
-    fn detach(&self, container: &ContainerId) {
+    /// Forgets containers that were armed, that have ended, and of which containerd
+    /// has told nothing.
+    fn forget_unannounced(&self) {
+        for watched in self.shared.table.all() {
+            if watched.is_unannounced() && Handle::open_exactly(watched.init).is_err() {
+                self.detach(&watched.container);
+            }
+        }
+    }
+
+    pub(super) fn detach(&self, container: &ContainerId) {
         let Some(watched) = self.shared.table.get(container) else { return };
         if !watched.detach() {
             return;
@@ -211,6 +282,8 @@ impl Control {
         if let (Some(free), Some(residence)) = (&self.free, watched.residence()) {
             free.leave(residence);
         }
+        watched.files.close();
+        self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(Order::Last { watched }) {
             let Order::Last { watched } = err.into_inner() else { return };
             self.shared.table.remove(&watched);
@@ -218,18 +291,16 @@ impl Control {
         }
         self.shared.wake_scan();
     }
+}
 
-    fn scan(&mut self, container: ContainerId, ticket: Option<u64>) {
-        let ordered = match self.shared.table.get(&container) {
-            Some(watched) => self.orders.try_send(Order::Scan { watched, ticket }).is_ok(),
-            None => false,
-        };
-        if ordered {
-            self.shared.wake_scan();
-        } else {
-            self.report(Report::Scanned { container, ticket, complete: false });
-        }
-    }
+/// A process can give itself any name. But a runtime's is of the host, or, if it has
+/// made itself a copy in memory, was started a moment ago.
+fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
+    const MOMENT: Duration = Duration::from_secs(10);
+    init.open_exe().and_then(file::stat).is_ok_and(|exe| {
+        exe.device != watched.device
+            && (exe.links > 0 || crate::sys::procfs::age(init.identity()) < MOMENT)
+    })
 }
 
 /// What was known of the image's files counts no more: all are asked about again.
@@ -246,12 +317,8 @@ fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
         .ok()
         .and_then(|mountinfo| overlay::find_in_mountinfo(&mountinfo, watched.device));
     let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
-    let told = rootfs.map(|dirs| overlay::Mount {
-        dirs,
-        userxattr,
-        workdir: None,
-        is_exported: false,
-    });
+    let told =
+        rootfs.map(|dirs| overlay::Mount { dirs, userxattr, workdir: None, is_exported: false });
     if let Some(layers) = [told, mount].into_iter().flatten().find_map(Layers::new) {
         watched.set_layers(layers);
     }

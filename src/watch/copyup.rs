@@ -27,8 +27,8 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -36,10 +36,12 @@ use rustix::io::Errno;
 
 use super::gate::{TURN, Turns, give_up};
 use super::shared::Shared;
-use crate::sys::fanotify::{self, Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
+use crate::sys::fanotify::{
+    self, Answer, Buffer, Event, Group, Incoming, Permission, Queue, ReadError,
+};
+use crate::sys::file;
 use crate::sys::overlay::{self, CopyUp};
 use crate::sys::procfs::{self, Handle};
-use crate::sys::file;
 
 /// More would spare containers one another's flushes; a user may have 128 groups,
 /// and each takes two.
@@ -166,16 +168,12 @@ pub(super) enum Unfit {
 impl Free {
     pub(super) fn new() -> Result<Free, fanotify::Error> {
         let shards = (0..SHARDS).map(|_| Shard::new().map(Arc::new)).collect::<Result<_, _>>()?;
-        Ok(Free { shards, closes: Group::feed()? })
+        Ok(Free { shards, closes: Group::feed(Queue::Unlimited)? })
     }
 
     /// Listens for a container's copy-ups, before its overlay is marked in the
     /// shard. It is settled later, see [`Residence::settle`].
-    pub(super) fn admit(
-        &self,
-        mount: &overlay::Mount,
-        init: &Handle,
-    ) -> Result<Residence, Unfit> {
+    pub(super) fn admit(&self, mount: &overlay::Mount, init: &Handle) -> Result<Residence, Unfit> {
         let workdir = mount.workdir.as_deref().ok_or(Unfit::NoWorkdir)?;
         if mount.is_exported {
             return Err(Unfit::Exported);
@@ -217,12 +215,10 @@ impl Free {
         };
         for (_, directory) in &opened {
             // Who is told of the end must be there first.
-            let marked = self
-                .closes
-                .mark_children(directory.as_fd(), libc::FAN_CLOSE_WRITE)
-                .and_then(|()| {
-                    shard.copy_ups.mark_children(directory.as_fd(), libc::FAN_OPEN_PERM)
-                });
+            let marked =
+                self.closes.mark_children(directory.as_fd(), libc::FAN_CLOSE_WRITE).and_then(
+                    |()| shard.copy_ups.mark_children(directory.as_fd(), libc::FAN_OPEN_PERM),
+                );
             if let Err(err) = marked {
                 self.leave(&residence);
                 return Err(Unfit::Unmarkable(err));
@@ -359,7 +355,9 @@ impl CopyUps {
                 Some(Errno::AGAIN | Errno::INTR) => (),
                 Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => give_up(&err),
                 // A copy-up that was denied, or one that is thought to go on for ever.
-                Some(_) => tracing::warn!("an event of the copy-up gate could not be opened: {err}"),
+                Some(_) => {
+                    tracing::warn!("an event of the copy-up gate could not be opened: {err}")
+                }
             },
             Err(ReadError::Malformed(err)) => give_up(&err),
         }

@@ -8,8 +8,8 @@
 //! ```text
 //! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
 //!                              │
-//!                              ├── own layer, or ──> describe thread (with the fd)
-//!                              │   changed in a layer
+//!                              ├── own layer, other ──> describe thread (with the fd)
+//!                              │   filesystem, or changed in a layer
 //!                              └── image layer ────> processes thread (fd closed)
 //! ```
 //!
@@ -27,12 +27,14 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::copyup::{Calm, Residence, Shard};
+use super::files::Held;
+use super::mounts;
 use super::process::Caller;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
 use crate::config;
 use crate::health::Failure;
-use crate::model::LayerFile;
+use crate::model::{Filesystem, LayerFile};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
 use crate::sys::{file, procfs};
 
@@ -40,7 +42,8 @@ use crate::sys::{file, procfs};
 #[derive(Debug)]
 pub(super) struct Execution {
     pub(super) watched: Arc<Watched>,
-    pub(super) file: OwnedFd,
+    pub(super) filesystem: Filesystem,
+    pub(super) file: Held,
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(super) layer_file: Option<LayerFile>,
@@ -114,6 +117,12 @@ pub(super) struct Heart {
     pub(super) heartbeat: Option<OwnedFd>,
 }
 
+/// Since when another thread's count of turns is what it is.
+struct Progress {
+    turns: u64,
+    since: Instant,
+}
+
 pub(super) struct Gate {
     pub(super) group: Arc<Group>,
     /// The containers of this gate, if unchanged programs are asked about only once.
@@ -132,10 +141,13 @@ impl Gate {
         let _ = rustix::process::setpriority_process(None, -10);
         let mut buffer = Buffer::new();
         let mut last_beat = None;
+        let mut arming = Progress { turns: 0, since: Instant::now() };
         while !self.shared.is_stopping() {
             self.wait();
             self.turns.turn();
-            self.beat(&mut last_beat);
+            if !self.is_arming_stuck(&mut arming) {
+                self.beat(&mut last_beat);
+            }
             match self.group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
@@ -158,6 +170,19 @@ impl Gate {
         let timeout = Timespec::try_from(TURN).expect("a quarter of a second fits");
         // An error here (a signal) only means that the turn comes early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
+    }
+
+    /// Whether the thread that is asked before a runtime runs has made no turn in a
+    /// while. Containers could not start: then there is no heartbeat from here.
+    fn is_arming_stuck(&self, last: &mut Progress) -> bool {
+        if self.shared.arming.since.get().is_none() {
+            return false;
+        }
+        let turns = self.shared.arming.turns.load(Ordering::Relaxed);
+        if turns != last.turns {
+            *last = Progress { turns, since: Instant::now() };
+        }
+        last.since.elapsed() > 4 * TURN
     }
 
     fn beat(&self, last: &mut Option<Instant>) {
@@ -195,6 +220,7 @@ impl Gate {
         // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
         // files beside it), and only now is the process certain to be there.
         let caller = procfs::read_stat(event.pid).ok();
+        let whose = stat.as_ref().ok().and_then(|stat| self.whose(event, stat));
         let at = Timestamp::now();
         // First, so that who has been answered finds itself counted.
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
@@ -206,7 +232,7 @@ impl Gate {
             }
         }
         match stat {
-            Ok(stat) => self.hand_on(event, stat, caller, at, calm.as_ref()),
+            Ok(stat) => self.hand_on(event, whose, stat, caller, at, calm.as_ref()),
             Err(err) => self.lose_sight(&err),
         }
     }
@@ -217,7 +243,10 @@ impl Gate {
         let at = Timestamp::now();
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
         match file::stat(&event.file) {
-            Ok(stat) => self.hand_on(event, stat, caller, at, None),
+            Ok(stat) => {
+                let whose = self.whose(&event, &stat);
+                self.hand_on(event, whose, stat, caller, at, None);
+            }
             Err(err) => self.lose_sight(&err),
         }
     }
@@ -230,24 +259,31 @@ impl Gate {
         );
     }
 
+    fn whose(&self, event: &Event, stat: &file::Stat) -> Option<(Arc<Watched>, Filesystem)> {
+        let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
+        // Slower, and so for no other file.
+        owner.or_else(|| mounts::whose(&self.shared.table, event, stat))
+    }
+
     fn hand_on(
         &self,
         event: Event,
+        whose: Option<(Arc<Watched>, Filesystem)>,
         stat: file::Stat,
         caller: Option<procfs::Stat>,
         at: Timestamp,
         calm: Option<&Calm>,
     ) {
-        let owner = self.shared.table.owner(&stat).or_else(|| {
-            // Layers on several filesystems, in a mount namespace of its own.
-            let handle = procfs::Handle::open(event.pid).ok()?;
-            self.shared.table.by_pid_namespace(handle.pid_namespace().ok()?)
-        });
-        // Of a container that is not watched any more.
-        let Some(watched) = owner else { return };
+        // Of a container that is not watched any more, or the host's.
+        let Some((watched, filesystem)) = whose else { return };
         let Event { file, pid, .. } = event;
         let caller = Caller { stat: caller, pid, pidfd: None };
-        let layer_file = match watched.standing(&stat) {
+        let standing = match filesystem {
+            Filesystem::Overlay => watched.standing(&stat),
+            // No image has a file there.
+            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => Standing::Own,
+        };
+        let layer_file = match standing {
             Standing::Own => None,
             Standing::Doubtful(layer_file) => Some(layer_file),
             Standing::Image => {
@@ -274,7 +310,8 @@ impl Gate {
         // Only to sleep no longer than the process lives: who it is, its start time
         // says, and a handle with every event would cost more than all the rest.
         let caller = Caller { pidfd: procfs::pidfd(pid).ok(), ..caller };
-        let execution = Execution { watched, file, stat, layer_file, caller, at };
+        let file = Held::new(&watched, file);
+        let execution = Execution { watched, filesystem, file, stat, layer_file, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! Command ─> control ── marks ──> kernel
-//!                │                  │ exec?                     │ closed after writing
+//!     mounts <───┤                  │ exec?                     │ closed after writing
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
@@ -17,12 +17,15 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
+mod arm;
 mod content;
 mod control;
 mod copyup;
 mod feed;
+mod files;
 mod gate;
 mod lower;
+mod mounts;
 mod process;
 mod processes;
 mod scan;
@@ -38,12 +41,13 @@ mod unseen;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
 
+pub use self::arm::Scope;
 pub use self::trace::Executions;
 pub use self::trial::{Distrust, try_free_gate};
 pub use self::trust::{Trust, Verdict};
@@ -55,7 +59,8 @@ use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
-use crate::sys::fanotify::{self, Group};
+use crate::sys::fanotify::{self, Group, Queue};
+use crate::sys::mounts::Notifier;
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,12 +124,17 @@ pub enum Report {
 pub enum Error {
     #[error(transparent)]
     Fanotify(#[from] fanotify::Error),
+    #[error("cannot prepare for being asked before a container's runtime runs: {0}")]
+    Arming(#[source] io::Error),
+    #[error("cannot make an event descriptor: {0}")]
+    Wake(#[source] io::Error),
     #[error("cannot start the thread `{name}`: {source}")]
     Thread { name: &'static str, source: io::Error },
 }
 
 /// How many executed files may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
+const LARGE_QUEUE: usize = 64;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 4 * 1024;
 const ORDER_QUEUE: usize = 4 * 1024;
@@ -137,10 +147,17 @@ const OTHER_DESCRIPTORS: u64 = 2048;
 #[derive(Debug)]
 pub struct Watch {
     shared: Arc<Shared>,
+    marker: Arc<control::Marker>,
     commands: Sender<Command>,
     copy_ups_held: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     executions: Executions,
+}
+
+impl std::fmt::Debug for control::Marker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Marker")
+    }
 }
 
 impl std::fmt::Debug for Shared {
@@ -158,6 +175,18 @@ impl Watch {
         health: Arc<Health>,
         heartbeat: Option<OwnedFd>,
     ) -> Result<Watch, Error> {
+        let notifier = if settings.volumes { Notifier::new() } else { Notifier::polling() };
+        Watch::start_with(settings, reports, health, heartbeat, notifier)
+    }
+
+    /// The same, told of new mounts by `notifier`.
+    pub fn start_with(
+        settings: &config::Watch,
+        reports: Sender<Report>,
+        health: Arc<Health>,
+        heartbeat: Option<OwnedFd>,
+        notifier: Notifier,
+    ) -> Result<Watch, Error> {
         fanotify::probe()?;
         let gate = Arc::new(match settings.gate {
             config::Gate::Ask | config::Gate::Free => Group::exec_gate()?,
@@ -167,7 +196,8 @@ impl Watch {
             config::Gate::Free => Some(Arc::new(Free::new()?)),
             config::Gate::Ask | config::Gate::Notify => None,
         };
-        let feed = Arc::new(Group::feed()?);
+        let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
+        let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
         let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
@@ -176,6 +206,17 @@ impl Watch {
         let (content, receive_content) = bounded(content_queue);
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
+
+        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone(), notifier)?);
+        let marker = Arc::new(control::Marker {
+            shared: shared.clone(),
+            gate: gate.clone(),
+            free: free.clone(),
+            feed: feed.clone(),
+            mounts: mounts.clone(),
+            orders: orders.clone(),
+            turn: Mutex::default(),
+        });
         let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
         let (recorder, executions) = Recorder::open();
         match &executions {
@@ -191,6 +232,7 @@ impl Watch {
 
         let mut watch = Watch {
             shared: shared.clone(),
+            marker: marker.clone(),
             commands,
             copy_ups_held: Arc::default(),
             threads: Vec::new(),
@@ -199,7 +241,10 @@ impl Watch {
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
-        watch.spawn("content", move || content::hash(&ours, &receive_described))?;
+        let (large, receive_large) = bounded(LARGE_QUEUE);
+        watch.spawn("content", move || content::hash(&ours, &receive_described, &large))?;
+        let ours = shared.clone();
+        watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
         let ours = shared.clone();
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
@@ -256,17 +301,35 @@ impl Watch {
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
+        watch.spawn("mounts", move || mounts.run())?;
         let thread = control::Control {
             shared,
-            gate,
-            free,
-            feed,
-            commands: receive_commands,
+            marker,
             orders,
+            commands: receive_commands,
             unsent: VecDeque::new(),
         };
         watch.spawn("control", || thread.run())?;
         Ok(watch)
+    }
+
+    /// From now on, containers are armed before their runtime starts them: what
+    /// `watch.arm = "strict"` means.
+    pub fn arm_before_start(&mut self, scope: Scope) -> Result<(), Error> {
+        let (calls, receive_calls) = bounded(arm::QUEUE);
+        let (done, receive_done) = bounded(2 * arm::QUEUE);
+        let wake = arm::waker()?;
+        let thread = arm::Arming {
+            shared: self.shared.clone(),
+            marker: self.marker.clone(),
+            scope: scope.clone(),
+            calls: receive_calls,
+            done,
+            wake: wake.clone(),
+        };
+        self.spawn("arming", || thread.run())?;
+        let thread = arm::Arm::new(self.shared.clone(), &scope, calls, receive_done, wake)?;
+        self.spawn("arm", || thread.run())
     }
 
     /// On an error, what was started ends by itself when `self` is dropped.

@@ -341,7 +341,15 @@ fn entry(
     let state = if overlay::is_metacopy(&fd, user)? {
         // The content is in a layer below, and only the merged view knows where.
         match open_merged(watched, path) {
-            Ok(merged) => state::of(merged.as_fd(), &stat, Hashing::Programs, max_hash_bytes),
+            // Open, it keeps the container's mount busy.
+            Ok(merged) => state::while_wanted(
+                merged.as_fd(),
+                &stat,
+                Hashing::Programs,
+                max_hash_bytes,
+                &|| !watched.is_detaching(),
+            )
+            .unwrap_or_else(|| state::unopened(&stat)),
             Err(_) => state::unopened(&stat),
         }
     } else {

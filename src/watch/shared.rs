@@ -2,8 +2,8 @@
 //! that ends them, and the one place where a loss is counted and answered.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
@@ -15,7 +15,7 @@ use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{ContainerId, Fact, Observation, Process, RootfsPath, Source};
+use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 
 pub(super) struct Shared {
     pub(super) settings: config::Watch,
@@ -27,6 +27,17 @@ pub(super) struct Shared {
     sessions: Mutex<Sessions>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
+    /// Of the thread that is asked before a runtime runs, if there is one.
+    pub(super) arming: Arming,
+}
+
+/// What is known of the thread that is asked before a runtime runs.
+#[derive(Debug, Default)]
+pub(super) struct Arming {
+    /// Since when, in the clock ticks by which processes tell when they started;
+    /// unset without such a thread.
+    pub(super) since: OnceLock<u64>,
+    pub(super) turns: AtomicU64,
 }
 
 /// More paths than this are not waited for one by one; the container is walked.
@@ -68,6 +79,7 @@ impl Shared {
             sessions: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
+            arming: Arming::default(),
         }
     }
 
@@ -78,6 +90,11 @@ impl Shared {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Whether this container should have been armed before it started.
+    pub(super) fn is_armed_against(&self, init: ProcessIdentity) -> bool {
+        self.arming.since.get().is_some_and(|since| init.start_time > *since)
     }
 
     pub(super) fn wake_scan(&self) {

@@ -42,36 +42,55 @@ pub(super) fn of(
     hashing: Hashing,
     max_hash_bytes: u64,
 ) -> FileState {
+    while_wanted(file, stat, hashing, max_hash_bytes, &|| true).unwrap_or_else(|| unopened(stat))
+}
+
+/// The same, given up as soon as nobody wants it any more: `None`.
+pub(super) fn while_wanted(
+    file: BorrowedFd<'_>,
+    stat: &Stat,
+    hashing: Hashing,
+    max_hash_bytes: u64,
+    is_wanted: &dyn Fn() -> bool,
+) -> Option<FileState> {
     let mut state = unopened(stat);
     if !stat.is_regular() {
-        return state;
+        return Some(state);
     }
     state.capability = file::xattr(file, "security.capability").unwrap_or(None);
-    let Ok(format) = file::sniff(file) else { return state };
+    let Ok(format) = file::sniff(file) else { return Some(state) };
     state.format = format;
     state.content = match hashing {
         Hashing::Programs if !looks_like_program(format, stat.mode) => {
             Content::Unhashed(Unhashed::NotAProgram)
         }
-        Hashing::Programs | Hashing::Always => content(file, max_hash_bytes),
+        Hashing::Programs | Hashing::Always => content(file, max_hash_bytes, is_wanted)?,
     };
-    state
+    Some(state)
 }
 
-fn content(file: BorrowedFd<'_>, max_hash_bytes: u64) -> Content {
+fn content(
+    file: BorrowedFd<'_>,
+    max_hash_bytes: u64,
+    is_wanted: &dyn Fn() -> bool,
+) -> Option<Content> {
     // A file that changes while it is read has a hash that it never had.
     for _ in 0..3 {
         let Ok(before) = file::stat(file) else { break };
         if before.size > max_hash_bytes {
-            return Content::Unhashed(Unhashed::Size);
+            return Some(Content::Unhashed(Unhashed::Size));
         }
-        let Ok(hashes) = file::hash(file, max_hash_bytes) else { break };
-        let Some(hashes) = hashes else { return Content::Unhashed(Unhashed::Size) };
+        let hashes = match file::hash_while(file, max_hash_bytes, is_wanted) {
+            Ok(file::Hashed::Whole(hashes)) => hashes,
+            Ok(file::Hashed::TooLong) => return Some(Content::Unhashed(Unhashed::Size)),
+            Ok(file::Hashed::Unwanted) => return None,
+            Err(_) => break,
+        };
         if file::stat(file)
             .is_ok_and(|after| (after.modified, after.size) == (before.modified, before.size))
         {
-            return Content::Hashed { blake3: hashes.blake3, sha256: hashes.sha256 };
+            return Some(Content::Hashed { blake3: hashes.blake3, sha256: hashes.sha256 });
         }
     }
-    Content::Unhashed(Unhashed::Unreadable)
+    Some(Content::Unhashed(Unhashed::Unreadable))
 }

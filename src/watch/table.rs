@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::copyup::Residence;
+use super::files::Files;
 use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
 use crate::sys::file::{self, Stat};
@@ -36,6 +37,8 @@ pub(super) struct Watched {
     layers: OnceLock<Layers>,
     /// Where its unchanged programs are asked about only once; `None` if nowhere.
     residence: OnceLock<Residence>,
+    /// Its other mounts that carry our marks.
+    mounts: RwLock<Arc<[MarkedMount]>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
@@ -45,6 +48,12 @@ pub(super) struct Watched {
     process_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
+    /// The marks were there before its entry point ran.
+    armed_before_start: AtomicBool,
+    /// The event files that wait to be looked into.
+    pub(super) files: Files,
+    /// Marked because its runtime was called; containerd has not told of it yet.
+    unannounced: AtomicBool,
 }
 
 /// Where the overlay's layers lie on the host.
@@ -58,6 +67,19 @@ pub(super) struct Layers {
     born: Option<FileTime>,
     /// The filesystems that its directories are on.
     devices: Vec<u64>,
+}
+
+/// A mount of a container, beside its root, that carries our mark: all of its
+/// filesystem, or only what is reached through the mount itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MarkedMount {
+    pub(super) id: u64,
+    /// What the files on it show as theirs.
+    pub(super) device: u64,
+    /// The directory (or file) of the filesystem that stands at `mount_point`.
+    pub(super) root: Vec<u8>,
+    pub(super) mount_point: Vec<u8>,
+    pub(super) whole_filesystem: bool,
 }
 
 /// What the gate makes of an executed file.
@@ -136,10 +158,14 @@ impl Watched {
             perf_cgroup,
             layers: OnceLock::new(),
             residence: OnceLock::new(),
+            mounts: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
             process_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
+            armed_before_start: AtomicBool::new(false),
+            unannounced: AtomicBool::new(false),
+            files: Files::default(),
         }
     }
 
@@ -170,6 +196,11 @@ impl Watched {
                 self.layer_files().is_certain(&LayerFile { device, inode, changed }, is_young)
             }
         }
+    }
+
+    /// Its other mounts that carry our marks, as they were when last looked at.
+    pub(super) fn mounts(&self) -> Arc<[MarkedMount]> {
+        self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
@@ -213,6 +244,22 @@ impl Watched {
         self.detaching.load(Ordering::Acquire)
     }
 
+    pub(super) fn is_armed_before_start(&self) -> bool {
+        self.armed_before_start.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_armed_before_start(&self) {
+        self.armed_before_start.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_unannounced(&self) -> bool {
+        self.unannounced.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_unannounced(&self, unannounced: bool) {
+        self.unannounced.store(unannounced, Ordering::Release);
+    }
+
     pub(super) fn wants_rescan(&self) -> bool {
         self.rescan.load(Ordering::Acquire)
     }
@@ -236,6 +283,19 @@ struct Maps {
     by_container: HashMap<ContainerId, Arc<Watched>>,
     by_device: HashMap<u64, Arc<Watched>>,
     by_mount: HashMap<u64, Arc<Watched>>,
+    /// Filesystems that carry our mark, with everyone who has them mounted.
+    other_devices: HashMap<u64, Vec<Arc<Watched>>>,
+    other_mounts: HashMap<u64, Arc<Watched>>,
+}
+
+impl Maps {
+    fn forget_mounts(&mut self, watched: &Arc<Watched>) {
+        self.other_mounts.retain(|_, entry| !Arc::ptr_eq(entry, watched));
+        self.other_devices.retain(|_, entries| {
+            entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+            !entries.is_empty()
+        });
+    }
 }
 
 impl Table {
@@ -265,6 +325,26 @@ impl Table {
         maps.by_container.retain(|_, entry| other(entry));
         maps.by_device.retain(|_, entry| other(entry));
         maps.by_mount.retain(|_, entry| other(entry));
+        maps.forget_mounts(watched);
+    }
+
+    /// These, and no others any more, are the container's other mounts.
+    pub(super) fn set_mounts(&self, watched: &Arc<Watched>, mounts: Vec<MarkedMount>) {
+        let mut maps = self.write();
+        maps.forget_mounts(watched);
+        // Not of a container that has been forgotten meanwhile.
+        if maps.by_container.get(&watched.container).is_some_and(|own| Arc::ptr_eq(own, watched)) {
+            for mount in &mounts {
+                maps.other_mounts.insert(mount.id, watched.clone());
+                if mount.whole_filesystem {
+                    let users = maps.other_devices.entry(mount.device).or_default();
+                    if !users.iter().any(|user| Arc::ptr_eq(user, watched)) {
+                        users.push(watched.clone());
+                    }
+                }
+            }
+        }
+        *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
     }
 
     /// Whether the gate is asked before a file of this device, reached through this
@@ -272,7 +352,32 @@ impl Table {
     pub(super) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
         let maps = self.read();
         maps.by_device.contains_key(&device)
-            || mount.is_some_and(|mount| maps.by_mount.contains_key(&mount))
+            || maps.other_devices.contains_key(&device)
+            || mount.is_some_and(|mount| {
+                maps.by_mount.contains_key(&mount) || maps.other_mounts.contains_key(&mount)
+            })
+    }
+
+    /// Whose an executed file is that lies on no container's own overlay: by who
+    /// executes it. A program of the host's is nobody's, even from a volume that a
+    /// container shares.
+    pub(super) fn user_of(&self, stat: &Stat, process: &Handle) -> Option<Arc<Watched>> {
+        if let Some(watched) = self.of_process(process) {
+            return Some(watched);
+        }
+        // In namespaces of its own, where control groups tell nothing.
+        if procfs::is_host_pid_namespace(process.pid_namespace().ok()?) {
+            return None;
+        }
+        let maps = self.read();
+        if let Some(watched) = stat.mount.and_then(|mount| maps.other_mounts.get(&mount)) {
+            return Some(watched.clone());
+        }
+        match maps.other_devices.get(&stat.device).map(Vec::as_slice) {
+            // One that has a control group would have been found by it.
+            Some([watched]) if watched.cgroup.is_none() => Some(watched.clone()),
+            Some(_) | None => None,
+        }
     }
 
     /// The container whose own overlay has this device.
@@ -299,6 +404,7 @@ impl Table {
 
     /// Whose a process is, whatever it does: by its mount namespace, its pid
     /// namespace, and its control group, which it keeps in namespaces of its own.
+    /// A container may share namespaces of the host; they say nothing then.
     pub(super) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
             && !procfs::is_host_mount_namespace(namespace)
@@ -313,6 +419,11 @@ impl Table {
             return Some(watched);
         }
         self.by_cgroup(&process.cgroup().ok()?)
+    }
+
+    /// Whether a container is in this mount namespace.
+    pub(super) fn is_mount_namespace(&self, namespace: u64) -> bool {
+        self.by_mount_namespace(namespace).is_some()
     }
 
     fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {

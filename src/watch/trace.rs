@@ -508,7 +508,7 @@ impl Trace {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: file::is_on_tmpfs(exe).unwrap_or(false),
+                is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
                 is_host,
             })
         });
@@ -557,7 +557,7 @@ impl Trace {
         }
         let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
             Filesystem::Anonymous
-        } else if file::is_on_tmpfs(&fd).unwrap_or(false) {
+        } else if file::is_in_memory(&fd).unwrap_or(false) {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use crate::sys::fanotify::{self, Answer, Buffer, Group, Incoming, Permission};
-use crate::sys::overlay::{self, CopyUp};
+use crate::sys::fanotify::{self, Answer, Buffer, Group, Incoming, Permission, Queue};
 use crate::sys::file;
+use crate::sys::overlay::{self, CopyUp};
 
 /// Why this kernel, or this machine's state directory, is not up to the free gate.
 #[derive(Debug, thiserror::Error)]
@@ -111,11 +111,8 @@ fn try_in(directory: &Path) -> Result<(), Distrust> {
 
 /// Executes what is no program: the kernel asks, and then does not run it.
 fn execute(path: &Path) -> io::Result<()> {
-    let outcome = Command::new(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
+    let outcome =
+        Command::new(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
     match outcome {
         // ETXTBSY: what was open for writing is closed a moment later.
         Err(err) if matches!(err.raw_os_error(), Some(libc::ENOEXEC | libc::ETXTBSY)) => Ok(()),
@@ -133,7 +130,7 @@ struct Witness {
 
 impl Witness {
     fn start(mount: &OwnedFd, work: &Path) -> Result<Witness, Distrust> {
-        let groups = [Group::gate()?, Group::copy_up_gate()?, Group::feed()?];
+        let groups = [Group::gate()?, Group::copy_up_gate()?, Group::feed(Queue::Unlimited)?];
         let [gate, copy_ups, closes] = &groups;
         let work = file::open_directory(work).map_err(Distrust::Broken)?;
         closes
@@ -195,8 +192,8 @@ fn answer([gate, _, _]: &[Group; 3], permission: Permission<'_>) -> Saw {
         Saw::Exec
     } else {
         let _ = gate.flush();
-        let what = file::stat(&event.file)
-            .and_then(|stat| overlay::copy_up(event.file.as_fd(), &stat));
+        let what =
+            file::stat(&event.file).and_then(|stat| overlay::copy_up(event.file.as_fd(), &stat));
         Saw::CopyUp(what.unwrap_or(CopyUp::Named))
     };
     let _ = permission.answer(Answer::Allow);

@@ -292,7 +292,7 @@ impl Running {
             Filesystem::Overlay
         } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
             Filesystem::Anonymous
-        } else if file::is_on_tmpfs(&exe).unwrap_or(false) {
+        } else if file::is_in_memory(&exe).unwrap_or(false) {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume

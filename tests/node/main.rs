@@ -6,10 +6,13 @@
 //! says what to do.
 
 mod answers;
+mod chaos;
 mod cri;
 mod docker;
 mod drift;
+mod hostile;
 mod image;
+mod life;
 mod node;
 mod ordinary;
 mod pods;
@@ -18,7 +21,9 @@ mod proof;
 mod recording;
 mod registry;
 mod sources;
+mod start;
 mod trouble;
+mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
@@ -49,8 +54,13 @@ fn main() -> ExitCode {
         proof::trials(),
         recording::trials(),
         pods::trials(),
+        start::trials(),
         docker::trials(),
         trouble::trials(),
+        volumes::trials(),
+        chaos::trials(),
+        hostile::trials(),
+        life::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

@@ -106,6 +106,8 @@ pub(crate) struct Setup {
     pub(crate) driftd: &'static str,
     /// containerd serves Kubernetes, with these settings for what it pulls.
     pub(crate) cri: Option<&'static str>,
+    /// Containers are run by a copy of runc, `bin/runc` in the node's directory.
+    pub(crate) own_runtime: bool,
 }
 
 /// A containerd of its own, with a driftd that watches it.
@@ -159,9 +161,20 @@ impl Node {
         ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
         nodes.push(Arc::downgrade(&node));
         drop(nodes);
+        if setup.own_runtime {
+            node.renew_runtime()?;
+        }
         node.write_settings(setup.driftd)?;
         node.start_containerd()?;
         Ok(node)
+    }
+
+    /// Puts a new copy in the place of the node's own runtime, as an upgrade does.
+    pub(crate) fn renew_runtime(&self) -> anyhow::Result<()> {
+        fs::create_dir_all(self.path("bin"))?;
+        fs::copy(find("runc")?, self.path("bin/runc.new"))?;
+        fs::rename(self.path("bin/runc.new"), self.path("bin/runc"))?;
+        Ok(())
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -223,7 +236,15 @@ disabled_plugins = [{without}
         let log = append_to(&self.path("containerd.log"))?;
         let mut containerd = lock(&self.containerd);
         ensure!(!self.ended.load(Ordering::SeqCst), "interrupted");
-        let child = Command::new(find("containerd")?)
+        let mut command = Command::new(find("containerd")?);
+        if self.setup.own_runtime {
+            // Shims have containerd's PATH, and look for the runtime in it.
+            let mut path = self.path("bin").into_os_string();
+            path.push(":");
+            path.push(std::env::var_os("PATH").unwrap_or_default());
+            command.env("PATH", path);
+        }
+        let child = command
             .arg("--config")
             .arg(&config)
             .stdin(Stdio::null())
@@ -292,6 +313,7 @@ disabled_plugins = [{without}
 
     fn write_settings(&self, more: &str) -> anyhow::Result<()> {
         let directory = self.directory.path().display();
+        let more = more.replace("{node}", &directory.to_string());
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
@@ -482,6 +504,13 @@ sweep_interval = "1h"
         Ok(container)
     }
 
+    /// The same, with more of `ctr run`'s options.
+    pub(crate) fn container_with(&self, options: &[&str]) -> anyhow::Result<Container<'_>> {
+        let container = self.run(&self.namespace, WORKBENCH, options)?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// Starts a container and does not ask whether driftd has noticed.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
         self.run(&self.namespace, image, &[])
@@ -500,6 +529,29 @@ sweep_interval = "1h"
         let command = [image, &id, "/bin/sh", "-c", Control::INIT];
         self.ctr_in(namespace, &[&options[..], more, &["--cgroup", &cgroup], &command].concat())?;
         Ok(Container { node: self, id, control })
+    }
+
+    /// A container that somebody else makes and that ends with the node.
+    pub(crate) fn own_container(&self, id: &str) {
+        lock(&self.containers).push((self.namespace.clone(), id.to_owned()));
+    }
+
+    /// The upper layer of a container's snapshot.
+    pub(crate) fn upperdir(&self, id: &str) -> anyhow::Result<PathBuf> {
+        let mounts = self.ctr(&["snapshots", "mounts", "/nowhere", id])?;
+        let upper = mounts.split("upperdir=").nth(1).context("no overlay")?;
+        let end = upper.find([',', ' ', '\n']).unwrap_or(upper.len());
+        Ok(upper[..end].into())
+    }
+
+    /// Starts a container without the tests' control of it, whatever it runs.
+    pub(crate) fn run_plainly(&self, options: &[&str], command: &[&str]) -> anyhow::Result<String> {
+        let id = self.next_id();
+        self.own_container(&id);
+        let cgroup = format!("/{}/{id}", self.namespace);
+        let usual = ["run", "-d", "--null-io", "--cgroup", &cgroup];
+        self.ctr(&[&usual[..], options, &[WORKBENCH, &id], command].concat())?;
+        Ok(id)
     }
 
     /// A name that nothing else on this node has.
@@ -755,6 +807,11 @@ impl Container<'_> {
         fs::write(&path, content)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         Ok(())
+    }
+
+    /// Where on the host a file lies that was laid.
+    pub(crate) fn laid(&self, name: &str) -> PathBuf {
+        self.control.path.join(name)
     }
 
     /// Lays a program that no image has, and that differs from every other.

@@ -1,0 +1,263 @@
+//! Mounts of another process: what /proc says of them, how to reach one without
+//! being led astray or made to wait, and how to be told that they change.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::fanotify::{Buffer, Group};
+use super::overlay::unescape_octal;
+use super::procfs::Handle;
+
+/// A line of /proc/PID/mountinfo.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    pub id: u64,
+    /// The mount that this one stands on.
+    pub parent: u64,
+    /// Of its superblock.
+    pub device: u64,
+    /// The directory (or file) of its filesystem that it shows.
+    pub root: Vec<u8>,
+    /// Where, as the process sees it.
+    pub mount_point: Vec<u8>,
+    /// The filesystem's type: `ext4`, `fuse.sshfs`.
+    pub kind: Vec<u8>,
+}
+
+/// The most of a mountinfo that is read: a hundred thousand mounts.
+pub const MAX_MOUNTINFO: u64 = 16 << 20;
+
+/// Reads a mountinfo. Names are bytes: a container chooses them.
+pub fn parse(mountinfo: &[u8]) -> impl Iterator<Item = Mount> {
+    // Behind the last newline there is nothing, or a line that was cut.
+    let end = mountinfo.iter().rposition(|&byte| byte == b'\n').unwrap_or(0);
+    mountinfo[..end].split(|&byte| byte == b'\n').filter_map(parse_line)
+}
+
+fn parse_line(line: &[u8]) -> Option<Mount> {
+    // ID, parent, device, root, mount point, options, tags…, "-", type, source, options
+    let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+    let number = |at: usize| str::from_utf8(fields.get(at)?).ok()?.parse::<u64>().ok();
+    let (major, minor) = str::from_utf8(fields.get(2)?).ok()?.split_once(':')?;
+    let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
+    Some(Mount {
+        id: number(0)?,
+        parent: number(1)?,
+        device: rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?),
+        root: unescape_octal(fields.get(3)?),
+        mount_point: unescape_octal(fields.get(4)?),
+        kind: unescape_octal(fields.get(dash + 1)?),
+    })
+}
+
+/// Whether a look-up may wait for a filesystem's server or disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// `WouldBlock` instead (Linux 5.12; `InvalidInput` before).
+    Never,
+    May,
+}
+
+/// Opens what is at `mount_point` below a process's root directory, only to point
+/// at it: through no symlink, and not out of that root.
+pub fn reach(root: impl AsFd, mount_point: &[u8], wait: Wait) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let resolve = match wait {
+        // A mount point and all above it are in the kernel's memory, so that this
+        // is rarely refused.
+        Wait::Never => resolve | ResolveFlags::CACHED,
+        Wait::May => resolve,
+    };
+    // Without O_NOFOLLOW, which would allow a link as the last part.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat2(root, mount_point, flags, Mode::empty(), resolve)?)
+}
+
+/// Through which mount a descriptor was opened. Asks no filesystem, as statx(2)
+/// would, and so cannot wait for one.
+pub fn mount_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let text = std::fs::read(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+    text.split(|&byte| byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"mnt_id:"))
+        .and_then(|id| str::from_utf8(id).ok()?.trim().parse().ok())
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The path by which a system call reaches what a descriptor points at, be it a
+/// directory or a file.
+pub(super) fn path_of(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// How many mount namespaces are told apart exactly. Events do not say in which
+/// namespace they happened, only to which group they belong, and a user has 128.
+const GROUPS: usize = 16;
+
+/// Where one is told of mounts that come and go.
+#[derive(Debug)]
+pub struct Notifier {
+    /// None on kernels before 6.14: there each process's mountinfo is polled.
+    groups: Vec<Group>,
+    next: AtomicUsize,
+}
+
+/// By what a change of one mount namespace is told.
+#[derive(Debug)]
+pub enum Listener {
+    /// The group with this number, which tells of others as well. The mark goes
+    /// with the namespace and keeps nothing alive.
+    Group(usize),
+    /// An open mountinfo keeps the mount namespace alive: to be dropped when the
+    /// process ends, which its handle tells.
+    Poll { mountinfo: File, process: OwnedFd },
+}
+
+impl Notifier {
+    /// Uses what this kernel has.
+    pub fn new() -> Notifier {
+        let groups = (0..GROUPS).map_while(|_| Group::mounts().ok()).collect();
+        Notifier { groups, next: AtomicUsize::new(0) }
+    }
+
+    /// Uses what every kernel has.
+    pub fn polling() -> Notifier {
+        Notifier { groups: Vec::new(), next: AtomicUsize::new(0) }
+    }
+
+    pub fn is_polling(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// The groups' descriptors, readable when mounts have changed.
+    pub fn groups(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.groups.iter().map(AsFd::as_fd)
+    }
+
+    /// Empties a group's queue. Only that there was something counts: even an
+    /// overflow says no less. Bounded, because mounts may come faster than this.
+    pub fn drain(&self, group: usize, buffer: &mut Buffer) {
+        let Some(group) = self.groups.get(group) else { return };
+        for _ in 0..64 {
+            if group.read(buffer, usize::MAX).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// From now on, changes of the mount namespace of this process are told.
+    pub fn listen(&self, process: &Handle) -> io::Result<Listener> {
+        if !self.groups.is_empty() {
+            let number = self.next.fetch_add(1, Ordering::Relaxed) % self.groups.len();
+            let namespace = process.open_file("ns/mnt")?;
+            if self.groups[number].mark_mount_namespace(namespace.as_fd()).is_ok() {
+                return Ok(Listener::Group(number));
+            }
+        }
+        let mountinfo = process.open_file("mountinfo")?;
+        let identity = process.identity();
+        let pid = i32::try_from(identity.pid).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = pid.ok_or(io::ErrorKind::NotFound)?;
+        let handle = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        // The pid may be another's by now.
+        Handle::open_exactly(identity)?;
+        Ok(Listener::Poll { mountinfo, process: handle })
+    }
+}
+
+impl Default for Notifier {
+    fn default() -> Notifier {
+        Notifier::new()
+    }
+}
+
+impl Listener {
+    /// What to poll: changes first, then the process's end.
+    pub fn poll_fds(&self) -> Option<[PollFd<'_>; 2]> {
+        match self {
+            Listener::Group(_) => None,
+            Listener::Poll { mountinfo, process } => Some([
+                PollFd::from_borrowed_fd(mountinfo.as_fd(), PollFlags::PRI),
+                PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN),
+            ]),
+        }
+    }
+}
+
+impl Group {
+    /// Marks everything on the filesystem that a descriptor points into.
+    pub fn mark_filesystem_of(&self, fd: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        self.mark_at(libc::FAN_MARK_FILESYSTEM, mask, Path::new(&path_of(fd)))
+    }
+
+    /// Marks what is reached through the mount that a descriptor was opened through.
+    pub fn mark_mount_of(&self, fd: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        self.mark_at(libc::FAN_MARK_MOUNT, mask, Path::new(&path_of(fd)))
+    }
+}
+
+/// `WouldBlock`, or a kernel that cannot promise not to.
+pub fn would_wait(err: &io::Error) -> bool {
+    let errno = Errno::from_io_error(err);
+    matches!(errno, Some(Errno::AGAIN | Errno::INVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_a_container_chose_are_read_as_bytes() {
+        let mountinfo = b"612 611 0:52 / / rw,relatime - overlay overlay rw\n\
+            613 612 8:1 /a\\040b /\xff\\134x rw shared:1 master:2 - fuse.x - rw\n\
+            garbage\n614 612 0:60 / /cut rw - tmp";
+        let mounts: Vec<Mount> = parse(mountinfo).collect();
+        assert_eq!(mounts.len(), 2);
+        assert_eq!(
+            mounts[1],
+            Mount {
+                id: 613,
+                parent: 612,
+                device: rustix::fs::makedev(8, 1),
+                root: b"/a b".to_vec(),
+                mount_point: b"/\xff\\x".to_vec(),
+                kind: b"fuse.x".to_vec(),
+            }
+        );
+    }
+
+    #[test]
+    fn a_mount_is_reached_through_no_link_and_known_by_its_number() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("here")).unwrap();
+        symlink("here", dir.path().join("link")).unwrap();
+        symlink("/proc", dir.path().join("out")).unwrap();
+        let root = super::super::file::open_root(dir.path()).unwrap();
+        let here = reach(&root, b"/here", Wait::May).unwrap();
+        let stat = super::super::file::stat(&here).unwrap();
+        assert_eq!(Some(mount_of(here.as_fd()).unwrap()), stat.mount);
+        for path in [b"/link".as_slice(), b"/out/self", b"/here/../link"] {
+            assert_eq!(
+                reach(&root, path, Wait::May).unwrap_err().raw_os_error(),
+                Some(libc::ELOOP)
+            );
+        }
+        // Not out of the root, however often it is tried.
+        let same = reach(&root, b"/../../here", Wait::May).unwrap();
+        assert_eq!(super::super::file::stat(&same).unwrap().inode, stat.inode);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_mounts_or_none(mountinfo: Vec<u8>) {
+            let _ = parse(&mountinfo).count();
+        }
+    }
+}

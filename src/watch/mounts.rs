@@ -1,0 +1,823 @@
+//! Every other filesystem of a container: which of its mounts carry our marks,
+//! kept current while it runs.
+//!
+//! A filesystem that only containers use (a tmpfs, a volume) is marked whole, so
+//! that no bind mount or namespace leads around the mark. One that the host runs
+//! from as well is marked by the mount alone, since the host's own programs must
+//! not wait for us; a copy of such a mount carries no mark, and the trace sees
+//! what runs from it.
+//!
+//! Opening an event's file asks its filesystem. On one that a process answers for
+//! (FUSE, 9p) or a network, whoever runs that process could hold the gate open for
+//! ever, so only filesystems that are known to be local are marked. An overlay is
+//! as local as its layers, which nobody can tell from outside; programs on one that
+//! a container has mounted are seen when their real files are opened below it.
+//!
+//! A container can change its mounts while we look at them, so a mount is first
+//! held by a descriptor, which keeps its number its own, and then looked up again.
+//! Nothing here waits for a filesystem: not the look-ups (`RESOLVE_CACHED`), and
+//! what they cannot do goes to a thread that may be left behind.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+
+use super::content::{self, UnknownPath};
+use super::shared::Shared;
+use super::table::{MarkedMount, Table, Watched};
+use super::{Error, Report};
+use crate::health::Failure;
+use crate::model::{ContainerId, Filesystem, RootfsPath};
+use crate::sys::fanotify::{Buffer, Event, Group};
+use crate::sys::file::Stat;
+use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier, Wait};
+use crate::sys::overlay;
+use crate::sys::procfs::Handle;
+
+/// A container's marks. One that mounts more than this is told of, once.
+const MAX_MARKS: usize = 256;
+
+/// How many mounts of one filesystem are tried until one can be reached.
+const MAX_TRIES: usize = 4;
+
+/// A listing is made at most this much less often than it takes: a container that
+/// does nothing but mount costs a twentieth of a processor.
+const REST_PER_LISTING: u32 = 20;
+
+/// How often a mount is looked for again that is there and cannot be reached.
+const MAX_ATTEMPTS: u8 = 3;
+
+/// A look-up that waits for a disk gets this long; one that waits for longer is
+/// left behind, and so are no more than a few at a time.
+const LOOK_UP_PATIENCE: Duration = Duration::from_millis(20);
+const MAX_LEFT_BEHIND: usize = 8;
+
+/// Without anything to do, the thread still looks whether it is to end.
+const TURN: Duration = Duration::from_millis(500);
+
+/// What the host runs from is asked for again when this old.
+const HOST_DEVICES_AGE: Duration = Duration::from_secs(60);
+
+/// Filesystems in memory.
+const MEMORY: &[&[u8]] = &[b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"];
+
+/// Filesystems on disks, which no process and no network answers for.
+const DISK: &[&[u8]] = &[
+    b"bcachefs",
+    b"btrfs",
+    b"erofs",
+    b"exfat",
+    b"ext2",
+    b"ext3",
+    b"ext4",
+    b"f2fs",
+    b"hfs",
+    b"hfsplus",
+    b"iso9660",
+    b"jfs",
+    b"minix",
+    b"msdos",
+    b"nilfs2",
+    b"ntfs3",
+    b"reiserfs",
+    b"squashfs",
+    b"udf",
+    b"vfat",
+    b"xfs",
+    b"zfs",
+];
+
+/// Nothing on these can be executed: the kernel's own, made of numbers and names.
+const NO_PROGRAMS: &[&[u8]] = &[
+    b"autofs",
+    b"binder",
+    b"binfmt_misc",
+    b"bpf",
+    b"cgroup",
+    b"cgroup2",
+    b"configfs",
+    b"cpuset",
+    b"debugfs",
+    b"devpts",
+    b"efivarfs",
+    b"fusectl",
+    b"mqueue",
+    b"nsfs",
+    b"proc",
+    b"pstore",
+    b"resctrl",
+    b"rpc_pipefs",
+    b"securityfs",
+    b"selinuxfs",
+    b"smackfs",
+    b"sysfs",
+    b"tracefs",
+];
+
+/// Where the host's own programs and files are, by custom.
+const HOST_DIRECTORIES: &[&str] = &[
+    "/",
+    "/bin",
+    "/boot",
+    "/dev",
+    "/dev/shm",
+    "/etc",
+    "/home",
+    "/lib",
+    "/lib64",
+    "/nix",
+    "/opt",
+    "/root",
+    "/run",
+    "/run/lock",
+    "/sbin",
+    "/snap",
+    "/srv",
+    "/sys/fs/cgroup",
+    "/tmp",
+    "/usr",
+    "/usr/local",
+    "/var",
+    "/var/lib",
+    "/var/lib/containerd",
+    "/var/lib/docker",
+    "/var/lib/kubelet",
+    "/var/log",
+    "/var/tmp",
+];
+
+/// What is done about one mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Treatment {
+    /// Nothing on it can be executed, or it is the container's root, marked already.
+    Ignore,
+    /// Opening a file there may ask somebody: left to the trace.
+    Refuse,
+    MarkFilesystem,
+    MarkMount,
+}
+
+fn treat(mount: &Mount, own_device: u64, host: &HashSet<u64>) -> Treatment {
+    let kind = mount.kind.as_slice();
+    let is_hosts = host.contains(&mount.device);
+    if mount.device == own_device || NO_PROGRAMS.contains(&kind) {
+        Treatment::Ignore
+    } else if !MEMORY.contains(&kind) && !DISK.contains(&kind) && !(is_hosts && kind == b"overlay")
+    {
+        Treatment::Refuse
+    } else if is_hosts {
+        Treatment::MarkMount
+    } else {
+        Treatment::MarkFilesystem
+    }
+}
+
+/// The devices that the host itself runs from. From mountinfo and not by asking
+/// the filesystems, one of which may be a network's.
+fn host_devices<'a>(mountinfos: impl IntoIterator<Item = &'a [u8]>) -> HashSet<u64> {
+    let mut devices = HashSet::new();
+    for mountinfo in mountinfos {
+        let mounts: Vec<Mount> = mounts::parse(mountinfo).collect();
+        for path in HOST_DIRECTORIES.iter().map(|path| path.as_bytes()) {
+            // The longest way there; `max_by_key` takes the last of several on one
+            // point, which covers them.
+            let holder = mounts
+                .iter()
+                .filter(|mount| overlay::strip_directory(path, &mount.mount_point).is_some())
+                .max_by_key(|mount| mount.mount_point.len());
+            devices.extend(holder.map(|mount| mount.device));
+            let there = mounts.iter().filter(|mount| mount.mount_point == path);
+            devices.extend(there.map(|mount| mount.device));
+        }
+    }
+    devices
+}
+
+/// Mounts to mark, the most that may be. Of a filesystem that is marked whole, each
+/// inner list holds the mounts by which it may be reached.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Choice {
+    filesystems: Vec<Vec<Mount>>,
+    mounts: Vec<Mount>,
+    is_full: bool,
+}
+
+fn choose(mounts: impl Iterator<Item = Mount>, own: u64, host: &HashSet<u64>) -> Choice {
+    let mut choice = Choice::default();
+    let mut by_device: HashMap<u64, usize> = HashMap::new();
+    for mount in mounts {
+        let is_full = choice.filesystems.len() + choice.mounts.len() >= MAX_MARKS;
+        match treat(&mount, own, host) {
+            Treatment::Ignore | Treatment::Refuse => (),
+            Treatment::MarkFilesystem => match by_device.get(&mount.device) {
+                Some(&at) => choice.filesystems[at].push(mount),
+                None if is_full => choice.is_full = true,
+                None => {
+                    by_device.insert(mount.device, choice.filesystems.len());
+                    choice.filesystems.push(vec![mount]);
+                }
+            },
+            Treatment::MarkMount if is_full => choice.is_full = true,
+            Treatment::MarkMount => choice.mounts.push(mount),
+        }
+    }
+    choice
+}
+
+/// Whether no path leads to a mount, because another one stands on its way.
+fn is_covered(mount: &Mount, by_id: &HashMap<u64, Mount>) -> bool {
+    let mut way = HashSet::from([mount.id]);
+    let mut parent = mount.parent;
+    while way.insert(parent) {
+        let Some(mount) = by_id.get(&parent) else { break };
+        parent = mount.parent;
+    }
+    by_id.values().any(|other| {
+        !way.contains(&other.id)
+            && overlay::strip_directory(&mount.mount_point, &other.mount_point).is_some()
+    })
+}
+
+/// Whose an executed file is that lies on no container's own overlay, and on what.
+/// Called while the process waits: it reads links of /proc that take no lock which
+/// a container could hold, and asks the file's filesystem, a local one, nothing.
+pub(super) fn whose(
+    table: &Table,
+    event: &Event,
+    stat: &Stat,
+) -> Option<(Arc<Watched>, Filesystem)> {
+    let process = Handle::open(event.pid).ok()?;
+    if overlay::is_overlay(&event.file).ok()? {
+        // Layers on several filesystems, in a mount namespace of its own.
+        let watched = table.by_pid_namespace(process.pid_namespace().ok()?)?;
+        return Some((watched, Filesystem::Overlay));
+    }
+    let watched = table.user_of(stat, &process)?;
+    let is_in_memory = crate::sys::file::is_in_memory(&event.file).ok()?;
+    Some((watched, if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume }))
+}
+
+/// The path of an event's file as its container sees it, whatever namespace or
+/// mount it was reached by.
+pub(super) fn event_path(
+    watched: &Watched,
+    file: &OwnedFd,
+    stat: &Stat,
+    pid: u32,
+    parent: Option<u32>,
+) -> Result<RootfsPath, UnknownPath> {
+    let name = content::event_name(file)?;
+    let below_root = overlay::strip_directory(&name, &watched.root_name);
+    let own = watched.mounts();
+    let is_own = |mount: u64| own.iter().any(|own| own.id == mount);
+    if let Some(mount) = stat.mount.filter(|mount| !is_own(*mount)) {
+        let viewers = [Some(pid), parent, Some(std::process::id())];
+        let inside = viewers.into_iter().flatten().find_map(|viewer| {
+            let mountinfo = Handle::open(viewer).ok()?.mountinfo().ok()?;
+            let place = overlay::find_place(&mountinfo, mount)?;
+            // Not in the viewer's tree but in ours: as with a chroot.
+            place.inside(&name).or_else(|| place.inside(below_root?))
+        });
+        if let Some(path) = inside.and_then(|inside| seen_from(&own, stat.device, &inside)) {
+            return Ok(RootfsPath::new(path)?);
+        }
+    }
+    Ok(RootfsPath::new(below_root.unwrap_or(&name))?)
+}
+
+/// Where a container's own mounts show the path of a filesystem.
+fn seen_from(own: &[MarkedMount], device: u64, inside: &[u8]) -> Option<Vec<u8>> {
+    // `/a` and `//a` are one path.
+    let inside = RootfsPath::new(inside).ok()?;
+    let inside = inside.as_bytes();
+    let (mount, below) = own
+        .iter()
+        .filter(|mount| mount.device == device)
+        .filter_map(|mount| Some((mount, overlay::strip_directory(inside, &mount.root)?)))
+        .max_by_key(|(mount, _)| mount.root.len())?;
+    let mut path = mount.mount_point.clone();
+    path.push(b'/');
+    path.extend_from_slice(below);
+    Some(path)
+}
+
+/// The thread that keeps the marks current, and what it shares with whoever
+/// attaches and detaches.
+pub(super) struct Mounts {
+    shared: Arc<Shared>,
+    gate: Arc<Group>,
+    notifier: Notifier,
+    wake: OwnedFd,
+    tracked: Mutex<HashMap<ContainerId, Tracked>>,
+    host: Mutex<Option<(Instant, Arc<HashSet<u64>>)>>,
+    left_behind: Arc<AtomicUsize>,
+}
+
+struct Tracked {
+    watched: Arc<Watched>,
+    listener: Option<Arc<Listener>>,
+    /// Its mounts have changed, and have not been listed since.
+    is_due: bool,
+    may_list_from: Instant,
+    attempts: u8,
+    /// That something of it is not marked has been said.
+    is_told: bool,
+}
+
+/// What came of marking a container's mounts.
+#[derive(Default)]
+struct Outcome {
+    /// A mount is there and was not reached: its place may have moved meanwhile.
+    missed: Option<String>,
+    refused: Option<String>,
+    is_full: bool,
+}
+
+impl Mounts {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        gate: Arc<Group>,
+        notifier: Notifier,
+    ) -> Result<Mounts, Error> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = rustix::event::eventfd(0, flags).map_err(|errno| Error::Wake(errno.into()))?;
+        Ok(Mounts {
+            shared,
+            gate,
+            notifier,
+            wake,
+            tracked: Mutex::default(),
+            host: Mutex::default(),
+            left_behind: Arc::default(),
+        })
+    }
+
+    fn tracked(&self) -> MutexGuard<'_, HashMap<ContainerId, Tracked>> {
+        self.tracked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    /// Marks what a container has mounted, and goes on doing so. Listens first, so
+    /// that nothing is mounted in between.
+    pub(super) fn attach(&self, watched: &Arc<Watched>, init: &Handle) {
+        if !self.shared.settings.volumes {
+            return;
+        }
+        let listener = self.notifier.listen(init);
+        let mut all = self.tracked();
+        // There before its mounts are listed: a change that is told meanwhile waits
+        // for the lock, and then for the next listing.
+        let mut entry = all.entry(watched.container.clone()).insert_entry(Tracked {
+            watched: watched.clone(),
+            listener: None,
+            is_due: false,
+            may_list_from: Instant::now(),
+            attempts: 0,
+            is_told: false,
+        });
+        let tracked = entry.get_mut();
+        match listener {
+            Ok(listener) => tracked.listener = Some(Arc::new(listener)),
+            Err(err) => {
+                self.tell(tracked, &format!("changes of its mounts cannot be listened to: {err}"));
+            }
+        }
+        self.list(tracked);
+        drop(all);
+        self.wake();
+    }
+
+    /// The container has ended: nothing of it is kept open.
+    pub(super) fn detach(&self, watched: &Arc<Watched>) {
+        let mut tracked = self.tracked();
+        if tracked.get(&watched.container).is_some_and(|own| Arc::ptr_eq(&own.watched, watched)) {
+            tracked.remove(&watched.container);
+            self.wake();
+        }
+    }
+
+    pub(super) fn run(&self) {
+        // Between a mount and its mark, what runs there is seen by the trace only.
+        let _ = rustix::process::setpriority_process(None, -10);
+        let mut buffer = Buffer::new();
+        while !self.shared.is_stopping() {
+            self.wait(&mut buffer);
+            let now = Instant::now();
+            let due: Vec<ContainerId> = self
+                .tracked()
+                .iter()
+                .filter(|(_, tracked)| tracked.is_due && tracked.may_list_from <= now)
+                .map(|(container, _)| container.clone())
+                .collect();
+            for container in due {
+                // Locked for one container at a time: whoever attaches waits for it.
+                if let Some(tracked) = self.tracked().get_mut(&container) {
+                    tracked.is_due = false;
+                    self.list(tracked);
+                }
+            }
+        }
+    }
+
+    /// Waits until mounts have changed, and notes whose.
+    fn wait(&self, buffer: &mut Buffer) {
+        let (listeners, timeout) = {
+            let tracked = self.tracked();
+            let next = tracked.values().filter(|tracked| tracked.is_due);
+            let next = next.map(|tracked| tracked.may_list_from).min();
+            let now = Instant::now();
+            let timeout = next.map_or(TURN, |next| next.saturating_duration_since(now).min(TURN));
+            let polled: Vec<(ContainerId, Arc<Listener>)> = tracked
+                .iter()
+                .filter_map(|(container, tracked)| {
+                    let listener = tracked.listener.clone()?;
+                    listener.poll_fds()?;
+                    Some((container.clone(), listener))
+                })
+                .collect();
+            (polled, timeout)
+        };
+        let mut fds = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
+        fds.extend(self.notifier.groups().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        let first_listener = fds.len();
+        fds.extend(listeners.iter().filter_map(|(_, listener)| listener.poll_fds()).flatten());
+        let timeout = Timespec::try_from(timeout).expect("half a second fits");
+        if rustix::event::poll(&mut fds, Some(&timeout)).is_err() {
+            return;
+        }
+        let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        if happened[0] {
+            let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+        }
+        let groups: Vec<usize> = (0..first_listener - 1).filter(|at| happened[at + 1]).collect();
+        // Emptied first: what comes after that is told again.
+        groups.iter().for_each(|group| self.notifier.drain(*group, buffer));
+        let mut tracked = self.tracked();
+        for tracked in tracked.values_mut() {
+            if let Some(Listener::Group(group)) = tracked.listener.as_deref()
+                && groups.contains(group)
+            {
+                tracked.is_due = true;
+                tracked.attempts = 0;
+            }
+        }
+        for ((container, listener), happened) in
+            listeners.iter().zip(happened[first_listener..].chunks(2))
+        {
+            let tracked = tracked.get_mut(container).filter(|tracked| {
+                tracked.listener.as_ref().is_some_and(|own| Arc::ptr_eq(own, listener))
+            });
+            let Some(tracked) = tracked else { continue };
+            if happened[0] {
+                tracked.is_due = true;
+                tracked.attempts = 0;
+            }
+            if happened[1] {
+                tracked.listener = None;
+            }
+        }
+    }
+
+    /// Lists a container's mounts and marks them, all of them again: a device
+    /// number and a mount's number may have been used a second time since.
+    fn list(&self, tracked: &mut Tracked) {
+        let start = Instant::now();
+        // An error: the process has ended, and its mounts with it.
+        let outcome = self.mark_all(&tracked.watched).unwrap_or_default();
+        tracked.may_list_from = Instant::now() + start.elapsed() * REST_PER_LISTING;
+        if let Some(detail) = outcome.refused {
+            self.tell(tracked, &detail);
+        }
+        if outcome.is_full {
+            self.tell(tracked, "it has more mounts than are marked");
+        }
+        if let Some(detail) = outcome.missed {
+            tracked.attempts += 1;
+            if tracked.attempts < MAX_ATTEMPTS {
+                tracked.is_due = true;
+            } else {
+                self.tell(tracked, &detail);
+            }
+        }
+    }
+
+    /// Counts what is not marked, and says so once.
+    fn tell(&self, tracked: &mut Tracked, detail: &str) {
+        let _ = self.shared.health.record(Failure::MountsFull);
+        if tracked.is_told {
+            return;
+        }
+        tracked.is_told = true;
+        let container = tracked.watched.container.clone();
+        tracing::warn!(failure = Failure::MountsFull.name(), %container, "{detail}");
+        let lost = Report::Lost {
+            failure: Failure::MountsFull,
+            container: Some(container),
+            detail: detail.to_owned(),
+        };
+        if self.shared.try_report(lost).is_err() {
+            let _ = self.shared.health.record(Failure::PipelineFull);
+        }
+    }
+
+    fn host_devices(&self) -> Arc<HashSet<u64>> {
+        let mut host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((since, devices)) = &*host
+            && since.elapsed() < HOST_DEVICES_AGE
+        {
+            return devices.clone();
+        }
+        let mountinfos: Vec<Vec<u8>> = [1, std::process::id()]
+            .into_iter()
+            .filter_map(|pid| Handle::open(pid).and_then(|host| host.mountinfo()).ok())
+            .collect();
+        let mountinfos = mountinfos.iter().map(Vec::as_slice);
+        let devices = Arc::new(host_devices(mountinfos));
+        *host = Some((Instant::now(), devices.clone()));
+        devices
+    }
+
+    fn mark_all(&self, watched: &Arc<Watched>) -> io::Result<Outcome> {
+        let init = Handle::open_exactly(watched.init)?;
+        let mountinfo = init.mountinfo()?;
+        let choice = choose(mounts::parse(&mountinfo), watched.device, &self.host_devices());
+        let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
+        let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
+        drop(mountinfo);
+        // It keeps the container's root busy: for as long as this takes and no longer.
+        let root = crate::sys::file::open_root(&init.root_path())?;
+        let mut held: Vec<(&Mount, OwnedFd, bool)> = Vec::new();
+        let mut unreached: Vec<&Mount> = Vec::new();
+        for ways in &choice.filesystems {
+            let reached = ways
+                .iter()
+                .take(MAX_TRIES)
+                .find_map(|mount| Some((mount, self.reach(&root, mount)?, true)));
+            match reached {
+                Some(reached) => held.push(reached),
+                None => unreached.extend(ways.first()),
+            }
+        }
+        for mount in &choice.mounts {
+            match self.reach(&root, mount) {
+                Some(fd) => held.push((mount, fd, false)),
+                None => unreached.push(mount),
+            }
+        }
+        drop(root);
+
+        // The descriptors keep the mounts and their numbers: what is still listed
+        // under a number is what we hold.
+        let mountinfo = init.mountinfo()?;
+        let now: HashMap<u64, Mount> =
+            mounts::parse(&mountinfo).map(|mount| (mount.id, mount)).collect();
+        drop(mountinfo);
+        let is_still = |mount: &Mount| now.get(&mount.id) == Some(mount);
+        for mount in unreached {
+            if is_still(mount) && !is_covered(mount, &now) {
+                outcome.missed = Some(format!("the mount {} cannot be reached", name_of(mount)));
+            }
+        }
+        let (held, moved): (Vec<_>, Vec<_>) =
+            held.into_iter().partition(|(mount, ..)| is_still(mount));
+        if let Some((mount, ..)) = moved.first() {
+            outcome.missed = Some(format!("the mount {} comes and goes", name_of(mount)));
+        }
+        drop(moved);
+
+        // Known before it is marked, so that its first event finds it. Every mount of
+        // a filesystem that is marked whole has its path.
+        let marked_whole: HashSet<u64> =
+            held.iter().filter(|(.., whole)| *whole).map(|(mount, ..)| mount.device).collect();
+        let mut known: Vec<MarkedMount> = Vec::new();
+        for (mount, fd, whole) in &held {
+            let shown = crate::sys::file::stat(fd).map_or(mount.device, |stat| stat.device);
+            let devices = [mount.device, shown];
+            // A btrfs subvolume shows a device of its own.
+            let devices = if shown == mount.device { &devices[..1] } else { &devices[..] };
+            known.extend(devices.iter().map(|device| marked(mount, *device, *whole)));
+        }
+        let more = now.values().filter(|mount| marked_whole.contains(&mount.device));
+        for mount in more.take(16 * MAX_MARKS) {
+            if !held.iter().any(|(held, ..)| held.id == mount.id) {
+                known.push(marked(mount, mount.device, true));
+            }
+        }
+        self.shared.table.set_mounts(watched, known);
+        for (mount, fd, whole) in &held {
+            let mask = super::gate::events(self.shared.settings.gate);
+            let done = if *whole {
+                self.gate.mark_filesystem_of(fd.as_fd(), mask)
+            } else {
+                self.gate.mark_mount_of(fd.as_fd(), mask)
+            };
+            if let Err(err) = done {
+                outcome.refused =
+                    Some(format!("the kernel refuses to mark {}: {err}", name_of(mount)));
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Opens a mount's own root; `None` if something else is there now.
+    fn reach(&self, root: &OwnedFd, mount: &Mount) -> Option<OwnedFd> {
+        let fd = match mounts::reach(root, &mount.mount_point, Wait::Never) {
+            Err(err) if mounts::would_wait(&err) => self.reach_slowly(root, mount),
+            reached => reached,
+        };
+        fd.ok().filter(|fd| mounts::mount_of(fd.as_fd()).is_ok_and(|id| id == mount.id))
+    }
+
+    /// The same where it may wait, by a thread that need not come back.
+    fn reach_slowly(&self, root: &OwnedFd, mount: &Mount) -> io::Result<OwnedFd> {
+        if self.left_behind.load(Ordering::Acquire) >= MAX_LEFT_BEHIND {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let root = root.try_clone()?;
+        let mount_point = mount.mount_point.clone();
+        let left_behind = self.left_behind.clone();
+        let (send, receive) = bounded(1);
+        left_behind.fetch_add(1, Ordering::AcqRel);
+        let thread = std::thread::Builder::new().name("reach".into()).spawn(move || {
+            let reached = mounts::reach(&root, &mount_point, Wait::May);
+            drop(root);
+            left_behind.fetch_sub(1, Ordering::AcqRel);
+            // Nobody listens any more: then it is closed here.
+            let _ = send.send(reached);
+        });
+        if let Err(err) = thread {
+            self.left_behind.fetch_sub(1, Ordering::AcqRel);
+            return Err(err);
+        }
+        receive.recv_timeout(LOOK_UP_PATIENCE).map_err(|_| io::ErrorKind::TimedOut)?
+    }
+}
+
+fn marked(mount: &Mount, device: u64, whole_filesystem: bool) -> MarkedMount {
+    MarkedMount {
+        id: mount.id,
+        device,
+        root: mount.root.clone(),
+        mount_point: mount.mount_point.clone(),
+        whole_filesystem,
+    }
+}
+
+fn name_of(mount: &Mount) -> String {
+    crate::model::printable(&mount.mount_point)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(major: u32, minor: u32) -> u64 {
+        rustix::fs::makedev(major, minor)
+    }
+
+    fn mount(id: u64, parent: u64, minor: u32, at: &str, kind: &str) -> Mount {
+        Mount {
+            id,
+            parent,
+            device: device(0, minor),
+            root: b"/".to_vec(),
+            mount_point: at.into(),
+            kind: kind.into(),
+        }
+    }
+
+    #[track_caller]
+    fn check(kind: &str, is_hosts: bool, expected: Treatment) {
+        let host = if is_hosts { HashSet::from([device(0, 7)]) } else { HashSet::new() };
+        let treatment = treat(&mount(2, 1, 7, "/m", kind), device(0, 1), &host);
+        assert_eq!(treatment, expected, "{kind}, the host's: {is_hosts}");
+    }
+
+    #[test]
+    fn only_filesystems_that_nobody_can_hold_are_marked() {
+        for kind in ["tmpfs", "ramfs", "ext4", "xfs", "btrfs", "squashfs"] {
+            check(kind, false, Treatment::MarkFilesystem);
+            check(kind, true, Treatment::MarkMount);
+        }
+        for kind in [
+            "fuse",
+            "fuse.sshfs",
+            "fuseblk",
+            "nfs",
+            "nfs4",
+            "cifs",
+            "smb3",
+            "9p",
+            "virtiofs",
+            "ceph",
+            "overlay",
+            "fuse-overlayfs",
+            "ecryptfs",
+            "from-the-future",
+            "",
+        ] {
+            check(kind, false, Treatment::Refuse);
+        }
+        for kind in ["fuse", "nfs4", "9p", "virtiofs"] {
+            check(kind, true, Treatment::Refuse);
+        }
+        check("overlay", true, Treatment::MarkMount);
+        for kind in ["proc", "sysfs", "cgroup2", "mqueue", "devpts"] {
+            check(kind, false, Treatment::Ignore);
+            check(kind, true, Treatment::Ignore);
+        }
+    }
+
+    #[test]
+    fn a_filesystem_is_marked_once_and_the_containers_own_not_again() {
+        let own = device(0, 1);
+        let host = HashSet::from([device(0, 9)]);
+        let mounts = [
+            mount(10, 1, 1, "/", "overlay"),
+            mount(11, 10, 2, "/dev", "tmpfs"),
+            mount(12, 10, 9, "/etc/hosts", "ext4"),
+            mount(13, 10, 9, "/host", "ext4"),
+            mount(14, 10, 2, "/again", "tmpfs"),
+            mount(15, 10, 1, "/bind", "overlay"),
+        ];
+        let choice = choose(mounts.clone().into_iter(), own, &host);
+        let [_, dev, hosts, directory, again, _] = mounts;
+        let expected = Choice {
+            filesystems: vec![vec![dev, again]],
+            mounts: vec![hosts, directory],
+            is_full: false,
+        };
+        assert_eq!(choice, expected);
+    }
+
+    #[test]
+    fn a_container_cannot_have_more_marks_than_there_may_be() {
+        let many = (0..1000_u32).map(|n| mount(u64::from(n), 0, n + 10, "/m", "tmpfs"));
+        let choice = choose(many, device(0, 1), &HashSet::new());
+        assert_eq!((choice.filesystems.len(), choice.is_full), (MAX_MARKS, true));
+        // Of one and the same filesystem, or of its own root, it may have any number.
+        let many = (0..10_000).flat_map(|n| {
+            [mount(n, 0, 1, "/m", "overlay"), mount(n + 10_000, 0, 2, "/n", "tmpfs")]
+        });
+        let choice = choose(many, device(0, 1), &HashSet::new());
+        assert_eq!((choice.filesystems.len(), choice.is_full), (1, false));
+    }
+
+    #[test]
+    fn the_hosts_devices_are_where_its_directories_are() {
+        let mountinfo = b"1 0 8:1 / / rw - ext4 /dev/sda rw\n\
+            2 1 0:5 / /dev rw - devtmpfs d rw\n3 2 0:6 / /dev/shm rw - tmpfs t rw\n\
+            4 2 0:7 / /dev/shm rw - tmpfs t rw\n5 1 8:2 / /var rw - ext4 /dev/sdb rw\n\
+            6 5 8:3 / /var/lib/kubelet/pods/p/volumes/v rw - ext4 /dev/sdc rw\n\
+            7 1 8:4 / /mnt/data rw - xfs /dev/sdd rw\n";
+        let host = host_devices([mountinfo.as_slice()]);
+        let numbers = [(8, 1), (0, 5), (0, 6), (0, 7), (8, 2)];
+        assert_eq!(host, numbers.into_iter().map(|(major, minor)| device(major, minor)).collect());
+    }
+
+    #[test]
+    fn what_stands_on_the_way_covers() {
+        let mounts = [
+            mount(1, 0, 1, "/", "overlay"),
+            mount(2, 1, 2, "/a/b", "tmpfs"),
+            mount(3, 1, 3, "/a", "tmpfs"),
+            mount(4, 1, 4, "/c", "tmpfs"),
+            mount(5, 4, 5, "/c", "tmpfs"),
+            mount(6, 5, 6, "/c/d", "tmpfs"),
+            mount(7, 1, 7, "/ab", "tmpfs"),
+        ];
+        let by_id: HashMap<u64, Mount> =
+            mounts.into_iter().map(|mount| (mount.id, mount)).collect();
+        let covered: Vec<bool> = (1..=7).map(|id| is_covered(&by_id[&id], &by_id)).collect();
+        assert_eq!(covered, [false, true, false, true, false, false, false]);
+    }
+
+    #[test]
+    fn a_path_is_told_as_the_container_sees_it() {
+        let own = |root: &str, mount_point: &str| MarkedMount {
+            id: 1,
+            device: 9,
+            root: root.into(),
+            mount_point: mount_point.into(),
+            whole_filesystem: true,
+        };
+        let mounts = [own("/", "/all"), own("/sub", "/vol"), own("/file", "/one")];
+        let seen = |inside: &str| {
+            seen_from(&mounts, 9, inside.as_bytes()).map(|path| RootfsPath::new(path).unwrap())
+        };
+        let path = |text: &str| Some(RootfsPath::new(text).unwrap());
+        assert_eq!(seen("//sub//x"), path("/vol/x"));
+        assert_eq!(seen("/subway/x"), path("/all/subway/x"));
+        assert_eq!(seen("/file"), path("/one"));
+        assert_eq!(seen_from(&mounts, 8, b"/sub/x"), None);
+    }
+}

@@ -1,0 +1,745 @@
+//! Everything at once, for a while: containers drift at random, and driftd is
+//! stopped, killed and started again, its containerd crashes, the kernel drops its
+//! events, its disk is full. The test keeps the truth; at the end the history says
+//! the same.
+//!
+//! `make soak` does this for an hour, or `SOAK_SECONDS`. A run prints its seed, and
+//! `CHAOS_SEED` chooses the same acts again; when they happen is the machine's.
+
+mod truth;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use self::truth::{Blindness, Claim, Sight, Told};
+use crate::image::Layer;
+use crate::node::{Container, Node, Setup, lock, wait_for, wait_within};
+use crate::{programs, run_without_driftd, trial_without_node};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial_without_node("chaos_the_truth_by_value", || {
+            truth::by_value();
+            Ok(())
+        }),
+        Trial::test("chaos_the_history_equals_the_truth", || {
+            run_without_driftd(SETUP, |node| chaos(node, SHORT))
+        }),
+        Trial::test("chaos_soak", || {
+            run_without_driftd(SETUP, |node| {
+                let seconds = match std::env::var("SOAK_SECONDS") {
+                    Ok(seconds) => seconds.parse().context("SOAK_SECONDS is no number")?,
+                    Err(_) => 60 * 60,
+                };
+                chaos(node, Duration::from_secs(seconds))
+            })
+        })
+        .with_ignored_flag(true),
+    ]
+}
+
+/// The kernel's queue is as long as [`QUEUE`] says.
+const SETUP: Setup = Setup { driftd: "bounded_queue = true", cri: None, own_runtime: false };
+
+/// How long containers drift in `make test`. Each disturbance comes once.
+const SHORT: Duration = Duration::from_secs(25);
+
+/// How many containers drift at once.
+const WORKERS: u64 = 3;
+
+/// Acts in one container before the next takes its place.
+const LIFE: usize = 60;
+
+/// `fs.fanotify.max_queued_events` while driftd starts.
+const QUEUE: &str = "256";
+
+/// What a killed daemon had perhaps not written yet.
+const UNWRITTEN: Duration = Duration::from_secs(3);
+
+/// All findings of a container are there within this, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const IMAGE: &str = "registry.test/chaos:1";
+
+/// Programs of the image, each for one act.
+const PROGRAMS: usize = 96;
+
+/// Chooses. Nothing here needs to be more random than this (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        usize::try_from(self.next() % end as u64).expect("below a usize")
+    }
+
+    fn of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
+        &all[self.below(all.len())]
+    }
+}
+
+/// What all threads of one run share.
+struct Stage<'a> {
+    node: &'a Node,
+    program: &'a [u8],
+    blindness: Mutex<Blindness>,
+    /// Read: something that needs containerd and driftd. Write: taking them away.
+    services: RwLock<()>,
+    ended: AtomicBool,
+    acts: AtomicUsize,
+    containers: AtomicUsize,
+}
+
+fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
+    let seed = match std::env::var("CHAOS_SEED") {
+        Ok(seed) => seed.parse().context("CHAOS_SEED is no number")?,
+        Err(_) => {
+            u64::from(std::process::id()) ^ jiff::Timestamp::now().as_microsecond().unsigned_abs()
+        }
+    };
+    eprintln!("chaos: {} s, CHAOS_SEED={seed}", length.as_secs());
+    let program = tiny_program(node)?;
+    write_image(node, &program)?;
+    let disk = Disk::mount(node)?;
+    start_with_short_queue(node)?;
+    let stage = Stage {
+        node,
+        program: &program,
+        blindness: Mutex::default(),
+        services: RwLock::new(()),
+        ended: AtomicBool::new(false),
+        acts: AtomicUsize::new(0),
+        containers: AtomicUsize::new(0),
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|worker| {
+                let stage = &stage;
+                let random = Random(seed.wrapping_add(worker));
+                scope.spawn(move || {
+                    let outcome = drift(stage, random);
+                    // There is nothing left to prove.
+                    stage.ended.fetch_or(outcome.is_err(), Ordering::SeqCst);
+                    outcome
+                })
+            })
+            .collect();
+        let disturbed = disturb(&stage, &disk, Random(!seed), length);
+        stage.ended.store(true, Ordering::SeqCst);
+        let outcomes = workers.into_iter().map(|worker| {
+            worker.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a container's thread panicked")))
+        });
+        // The first thing that went wrong, whoever noticed it.
+        outcomes.chain([disturbed]).collect::<anyhow::Result<()>>()
+    })
+    .with_context(|| format!("with CHAOS_SEED={seed}"))?;
+    let gaps = gaps(node)?;
+    eprintln!(
+        "chaos: {} acts in {} containers, gaps: {gaps:?}",
+        stage.acts.load(Ordering::Relaxed),
+        stage.containers.load(Ordering::Relaxed),
+    );
+    for name in ["kernel_queue_overflow", "containerd_lost"] {
+        ensure!(gaps.contains_key(name), "no gap says {name}: {gaps:?} (CHAOS_SEED={seed})");
+    }
+    Ok(())
+}
+
+// ---- the image
+
+/// A program of less than a page: no reader ever meets half of it.
+fn tiny_program(node: &Node) -> anyhow::Result<Vec<u8>> {
+    const SOURCE: &str = r#"
+void _start(void)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("mov $231, %eax; xor %edi, %edi; syscall");
+#elif defined(__aarch64__)
+    __asm__ volatile("mov x0, #0; mov x8, #94; svc #0");
+#else
+#error "say how a program ends on this processor"
+#endif
+}
+"#;
+    let (source, program) = (node.path("tiny.c"), node.path("tiny"));
+    fs::write(&source, SOURCE)?;
+    let output = Command::new("gcc")
+        .args(["-static", "-nostdlib", "-Os", "-s", "-Wl,-n,--build-id=none,-z,noseparate-code"])
+        .arg("-o")
+        .arg(&program)
+        .arg(&source)
+        .output()
+        .context("cannot run gcc (run: make setup)")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let bytes = fs::read(program)?;
+    ensure!(bytes.len() < 3072, "{} bytes do not fit in a page with a mark", bytes.len());
+    Ok(bytes)
+}
+
+fn marked(program: &[u8], mark: &str) -> Vec<u8> {
+    [program, mark.as_bytes()].concat()
+}
+
+fn image_program(number: usize) -> String {
+    format!("/opt/p{number:03}")
+}
+
+fn write_image(node: &Node, program: &[u8]) -> anyhow::Result<()> {
+    let mut base = Layer::new();
+    for directory in ["/bin", "/dev", "/etc", "/opt", "/proc", "/run", "/sys", "/usr", "/var"] {
+        base = base.directory(directory, 0o755);
+    }
+    for directory in ["/.control", "/usr/bin", "/usr/local", "/usr/local/bin", "/var/lib"] {
+        base = base.directory(directory, 0o755);
+    }
+    base = base.directory("/tmp", 0o1777).file(
+        "/bin/busybox",
+        0o755,
+        &fs::read(programs::find("busybox")?)?,
+    );
+    for applet in ["sh", "cp", "mv", "ln", "rm", "chmod", "touch", "cat", "mkdir", "true"] {
+        base = base.hard_link(format!("/bin/{applet}"), "/bin/busybox");
+    }
+    let mut top = Layer::new();
+    for number in 0..PROGRAMS {
+        let path = image_program(number);
+        top = top.file(&path, 0o755, &marked(program, &path));
+    }
+    node.import_layers(IMAGE, vec![base, top]).map(drop)
+}
+
+// ---- drift
+
+/// What a container may do.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Drop,
+    DropAndRun,
+    DropRunAndRemove,
+    Script,
+    Copy,
+    CopyAndRun,
+    Link,
+    Move,
+    Append,
+    ReplaceAndRun,
+    Remove,
+    Privilege,
+    // No drift.
+    Data,
+    Touch,
+    Run,
+}
+
+const ACTS: &[Act] = &[
+    Act::Drop,
+    Act::DropAndRun,
+    Act::DropAndRun,
+    Act::DropAndRun,
+    Act::DropRunAndRemove,
+    Act::DropRunAndRemove,
+    Act::Script,
+    Act::Copy,
+    Act::CopyAndRun,
+    Act::Link,
+    Act::Move,
+    Act::Append,
+    Act::ReplaceAndRun,
+    Act::ReplaceAndRun,
+    Act::Remove,
+    Act::Privilege,
+    Act::Data,
+    Act::Touch,
+    Act::Run,
+];
+
+const PLACES: &[&str] = &["/tmp", "/usr/bin", "/usr/local/bin", "/var/lib", "/opt"];
+
+/// A container, and what is true of it.
+struct Drifting<'a> {
+    container: Container<'a>,
+    claims: Vec<(Claim, Instant, Instant)>,
+    /// Commands that came from outside, with when they did.
+    sessions: Vec<(Instant, Instant)>,
+    /// The next program of the image that nothing has happened to.
+    unspoilt: usize,
+    acts: usize,
+}
+
+/// Lets one container after the other drift until the run ends.
+fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
+    while !stage.ended.load(Ordering::SeqCst) {
+        let mut drifting = {
+            let _services = stage.services.read();
+            Drifting {
+                container: stage.node.container_of(IMAGE)?,
+                claims: Vec::new(),
+                sessions: Vec::new(),
+                unspoilt: 0,
+                acts: 0,
+            }
+        };
+        stage.containers.fetch_add(1, Ordering::Relaxed);
+        while drifting.acts < LIFE && !stage.ended.load(Ordering::SeqCst) {
+            drifting.acts += 1;
+            stage.acts.fetch_add(1, Ordering::Relaxed);
+            if random.below(20) == 0 {
+                come_from_outside(stage, &mut drifting)?;
+            } else {
+                act(stage, &mut drifting, &mut random)?;
+            }
+            thread::sleep(Duration::from_millis(random.next() % 200));
+        }
+        // Nobody takes anything away while this container is judged.
+        let _services = stage.services.read();
+        judge(stage, &drifting)?;
+        retire(stage, &drifting)?;
+    }
+    Ok(())
+}
+
+fn act(stage: &Stage<'_>, drifting: &mut Drifting<'_>, random: &mut Random) -> anyhow::Result<()> {
+    let number = drifting.acts;
+    let path = format!("{}/d{number}", random.of(PLACES));
+    let act = *random.of(ACTS);
+    let lay = |content: &[u8]| -> anyhow::Result<String> {
+        drifting.container.lay(&format!("laid{number}"), content)?;
+        Ok(blake3::hash(content).to_hex().to_string())
+    };
+    let laid = format!("/.control/laid{number}");
+    let mark = format!("{} {} {number}", stage.node.namespace, drifting.container.id);
+    let dropped = |blake3: String| Claim {
+        path: path.clone(),
+        lies: Some("file.added"),
+        blake3: Some(blake3),
+        ..Claim::default()
+    };
+    let spoilt = image_program(drifting.unspoilt);
+    let original = blake3::hash(&marked(stage.program, &spoilt)).to_hex().to_string();
+    let relocated = |path: String| Claim {
+        path,
+        lies: Some("file.relocated"),
+        blake3: Some(original.clone()),
+        ..Claim::default()
+    };
+    let changed = format!("{} changed {number}\n", drifting.container.id);
+    let modified = || Claim {
+        path: spoilt.clone(),
+        lies: Some("file.modified"),
+        blake3: Some(
+            blake3::hash(&marked(stage.program, &format!("{spoilt}{changed}")))
+                .to_hex()
+                .to_string(),
+        ),
+        ..Claim::default()
+    };
+    let (commands, claims) = match act {
+        Act::Drop => {
+            let claim = dropped(lay(&marked(stage.program, &mark))?);
+            (format!("cp {laid} {path}"), vec![claim])
+        }
+        Act::DropAndRun => {
+            let claim = dropped(lay(&marked(stage.program, &mark))?);
+            let times = 1 + random.next() % 4;
+            let runs = format!("; {path}").repeat(usize::try_from(times)?);
+            (
+                format!("cp {laid} {path}{runs}"),
+                vec![Claim { ran: Some(("exec.new", times)), ..claim }],
+            )
+        }
+        Act::DropRunAndRemove => {
+            let claim = dropped(lay(&marked(stage.program, &mark))?);
+            (
+                format!("cp {laid} {path}; {path}; rm {path}"),
+                vec![Claim {
+                    ran: Some(("exec.new", 1)),
+                    lies: None,
+                    passed: &["file.added"],
+                    ..claim
+                }],
+            )
+        }
+        Act::Script => {
+            let claim = dropped(lay(format!("#!/bin/sh\n: {mark}\n").as_bytes())?);
+            (
+                format!("cp {laid} {path}; {path}"),
+                vec![Claim { ran: Some(("exec.script", 1)), ..claim }],
+            )
+        }
+        Act::Copy => (format!("cp {spoilt} {path}"), vec![relocated(path.clone())]),
+        Act::CopyAndRun => (
+            format!("cp {spoilt} {path}; {path}"),
+            vec![Claim { ran: Some(("exec.relocated", 1)), ..relocated(path.clone()) }],
+        ),
+        Act::Link => (
+            format!("ln {spoilt} {path}; {path}"),
+            vec![Claim { ran: Some(("exec.relocated", 1)), ..relocated(path.clone()) }],
+        ),
+        Act::Move => (
+            format!("mv {spoilt} {path}; {path}"),
+            vec![
+                Claim { ran: Some(("exec.relocated", 1)), ..relocated(path.clone()) },
+                Claim { path: spoilt.clone(), lies: Some("file.removed"), ..Claim::default() },
+            ],
+        ),
+        Act::Append => (format!("printf '{changed}' >> {spoilt}"), vec![modified()]),
+        Act::ReplaceAndRun => (
+            format!(
+                "cp {spoilt} {path}; printf '{changed}' >> {path}; mv {path} {spoilt}; {spoilt}"
+            ),
+            vec![
+                Claim { ran: Some(("exec.modified", 1)), ..modified() },
+                Claim {
+                    path: path.clone(),
+                    passed: &["file.relocated", "file.added"],
+                    ..Claim::default()
+                },
+            ],
+        ),
+        Act::Remove => (
+            format!("rm {spoilt}"),
+            vec![Claim { path: spoilt.clone(), lies: Some("file.removed"), ..Claim::default() }],
+        ),
+        Act::Privilege => (
+            format!("chmod u+s {spoilt}"),
+            vec![Claim { path: spoilt.clone(), lies: Some("file.privileged"), ..Claim::default() }],
+        ),
+        Act::Data => (
+            format!("echo {number} >> /var/lib/data; mkdir -p /var/lib/{number}; echo x > {path}"),
+            vec![Claim { path: path.clone(), ..Claim::default() }],
+        ),
+        Act::Touch => (
+            format!("touch {spoilt}; chmod 0755 {spoilt}; {spoilt}"),
+            vec![Claim { path: spoilt.clone(), ..Claim::default() }],
+        ),
+        Act::Run => (spoilt.clone(), vec![Claim { path: spoilt.clone(), ..Claim::default() }]),
+    };
+    drifting.unspoilt += 1;
+    ensure!(drifting.unspoilt < PROGRAMS, "no program of the image is left");
+    let began = Instant::now();
+    drifting.container.sh(&commands).with_context(|| format!("{act:?}"))?;
+    let ended = Instant::now();
+    drifting.claims.extend(claims.into_iter().map(|claim| (claim, began, ended)));
+    Ok(())
+}
+
+/// A command as a person or a probe runs it.
+fn come_from_outside(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
+    // Without containerd there is no way in.
+    let Ok(_services) = stage.services.try_read() else { return Ok(()) };
+    let fifo = stage.node.path("fifo");
+    let number = drifting.acts;
+    let began = Instant::now();
+    stage.node.ctr(&[
+        "task",
+        "exec",
+        "--fifo-dir",
+        &fifo.to_string_lossy(),
+        "--exec-id",
+        &format!("outside{number}"),
+        &drifting.container.id,
+        "/bin/true",
+    ])?;
+    drifting.sessions.push((began, Instant::now()));
+    Ok(())
+}
+
+// ---- the judgement
+
+fn judge(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
+    let container = &drifting.container;
+    let mut verdict = truth::Verdict::default();
+    let waited = wait_within(PATIENCE, "the history to be true", || {
+        container.diff()?;
+        verdict = compare(stage, drifting)?;
+        Ok((verdict.is_good() || !verdict.wrong.is_empty()).then_some(()))
+    });
+    if waited.is_err() || !verdict.is_good() {
+        anyhow::bail!(
+            "of {} the history is not true: {verdict:#?}\nof which is known: {:#?}",
+            container.id,
+            container.findings()?
+        );
+    }
+    Ok(())
+}
+
+fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::Verdict> {
+    let blindness = lock(&stage.blindness);
+    let claims: Vec<(Claim, Sight)> = drifting
+        .claims
+        .iter()
+        .map(|(claim, began, ended)| (claim.clone(), blindness.sight(*began, *ended)))
+        .collect();
+    let sure_sessions = drifting
+        .sessions
+        .iter()
+        .filter(|(began, ended)| blindness.sight(*began, *ended) == Sight::Sure)
+        .count() as u64;
+    drop(blindness);
+    let (mut files, mut sessions) = (Vec::new(), 0);
+    for finding in drifting.container.findings()? {
+        let count = finding["count"].as_u64().context("no count")?;
+        if finding["kind"] == "session.exec" {
+            sessions += count;
+        } else {
+            files.push(told(&finding, count)?);
+        }
+    }
+    let mut verdict = truth::compare(&claims, &files);
+    if sessions < sure_sessions {
+        verdict.missing.push(format!("{sure_sessions} sessions, not {sessions}"));
+    }
+    if sessions > drifting.sessions.len() as u64 {
+        verdict.wrong.push(format!("{} sessions, not {sessions}", drifting.sessions.len()));
+    }
+    Ok(verdict)
+}
+
+fn told(finding: &Value, count: u64) -> anyhow::Result<Told> {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    Ok(Told {
+        kind: text(&finding["kind"]).context("no kind")?,
+        path: text(&finding["file"]["path"]).with_context(|| format!("no path: {finding:#}"))?,
+        count,
+        blake3: text(&finding["file"]["blake3"]),
+    })
+}
+
+/// Ends a container. That its files go with it is no drift.
+fn retire(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
+    let id = &drifting.container.id;
+    stage.node.ctr(&["task", "rm", "--force", id])?;
+    stage.node.ctr(&["container", "rm", id])?;
+    wait_for("driftd to forget the container", || {
+        let known = stage.node.answer(&["containers"])?;
+        Ok(known.iter().all(|container| container["id"] != id.as_str()).then_some(()))
+    })?;
+    let verdict = compare(stage, drifting)?;
+    ensure!(verdict.is_good(), "the end of {id} was told as drift: {verdict:#?}");
+    Ok(())
+}
+
+/// The gaps in the history, by name.
+fn gaps(node: &Node) -> anyhow::Result<BTreeMap<String, i64>> {
+    let history = rusqlite::Connection::open_with_flags(
+        node.path("driftd/history.db"),
+        rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
+    )?;
+    let mut query = history.prepare(
+        "SELECT json_extract(json, '$.name'), count(*) FROM record WHERE type = 'gap' GROUP BY 1",
+    )?;
+    let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+// ---- disturbances
+
+#[derive(Clone, Copy, Debug)]
+enum Disturbance {
+    Stop,
+    Kill,
+    CrashContainerd,
+    Overflow,
+    FillDisk,
+    FillDiskAndKill,
+}
+
+const DISTURBANCES: [Disturbance; 6] = [
+    Disturbance::Stop,
+    Disturbance::Overflow,
+    Disturbance::Kill,
+    Disturbance::CrashContainerd,
+    Disturbance::FillDisk,
+    Disturbance::FillDiskAndKill,
+];
+
+/// Disturbs until the time is over, and each way at least once.
+fn disturb(
+    stage: &Stage<'_>,
+    disk: &Disk,
+    mut random: Random,
+    length: Duration,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + length;
+    let mut first = DISTURBANCES.to_vec();
+    let pause = length / (2 * u32::try_from(DISTURBANCES.len())?);
+    let pause = u64::try_from(pause.min(Duration::from_secs(20)).as_millis())?;
+    while (Instant::now() < deadline || !first.is_empty()) && !stage.ended.load(Ordering::SeqCst) {
+        thread::sleep(Duration::from_millis(pause / 2 + random.next() % pause));
+        let disturbance = if first.is_empty() {
+            *random.of(&DISTURBANCES)
+        } else {
+            first.swap_remove(random.below(first.len()))
+        };
+        let began = Instant::now();
+        let down = Duration::from_millis(random.next() % 1500);
+        let _services = stage.services.write();
+        one_disturbance(stage, disk, disturbance, down)
+            .with_context(|| format!("during {disturbance:?}"))?;
+        eprintln!("chaos: {disturbance:?} for {:?}", began.elapsed());
+    }
+    Ok(())
+}
+
+fn one_disturbance(
+    stage: &Stage<'_>,
+    disk: &Disk,
+    disturbance: Disturbance,
+    down: Duration,
+) -> anyhow::Result<()> {
+    let node = stage.node;
+    let began = Instant::now();
+    match disturbance {
+        Disturbance::Stop => {
+            node.stop_driftd()?;
+            thread::sleep(down);
+            start_and_wait(stage)?;
+            // What had ended before that was seen, and a stop loses nothing.
+            lock(&stage.blindness).add(began, Instant::now());
+        }
+        Disturbance::Kill => {
+            node.crash_driftd()?;
+            thread::sleep(down);
+            start_and_wait(stage)?;
+            lock(&stage.blindness).add(before(began), Instant::now());
+        }
+        Disturbance::CrashContainerd => {
+            // Whoever watches goes on watching.
+            let lost = node.losses("containerd_lost")?;
+            node.crash_containerd()?;
+            wait_for("driftd to notice", || {
+                Ok((node.losses("containerd_lost")? > lost).then_some(()))
+            })?;
+            thread::sleep(down);
+            node.start_containerd()?;
+            wait_for("driftd to be connected again", || {
+                Ok((node.status()?["endpoints"][0]["connected"] == true).then_some(()))
+            })?;
+        }
+        Disturbance::Overflow => overflow(stage)?,
+        Disturbance::FillDisk => {
+            disk.fill()?;
+            // What is found meanwhile waits in memory.
+            thread::sleep(Duration::from_secs(1) + down);
+            disk.free()?;
+        }
+        Disturbance::FillDiskAndKill => {
+            disk.fill()?;
+            thread::sleep(down);
+            node.crash_driftd()?;
+            disk.free()?;
+            start_and_wait(stage)?;
+            lock(&stage.blindness).add(before(began), Instant::now());
+        }
+    }
+    Ok(())
+}
+
+fn before(moment: Instant) -> Instant {
+    moment.checked_sub(UNWRITTEN).unwrap_or(moment)
+}
+
+/// Starts driftd while the kernel's queues are short.
+fn start_with_short_queue(node: &Node) -> anyhow::Result<()> {
+    /// One of them is set at a time, for all who start driftd in this process.
+    static SETTING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = lock(&SETTING);
+    let limit = Path::new("/proc/sys/fs/fanotify/max_queued_events");
+    let usual = fs::read_to_string(limit)
+        .context("this kernel has no fs.fanotify.max_queued_events (Linux 5.13 or newer has)")?;
+    fs::write(limit, QUEUE)?;
+    let started = node.start_driftd();
+    fs::write(limit, usual)?;
+    started
+}
+
+fn start_and_wait(stage: &Stage<'_>) -> anyhow::Result<()> {
+    start_with_short_queue(stage.node)?;
+    wait_for("driftd to watch every container again", || {
+        let known = stage.node.answer(&["containers"])?;
+        let running: Vec<_> = known
+            .iter()
+            .filter(|container| container["namespace"] == stage.node.namespace.as_str())
+            .collect();
+        let is_whole = stage.node.status()?["endpoints"][0]["connected"] == true
+            && running
+                .iter()
+                .all(|container| container["watched"] == true && container["baseline"] == "ready");
+        Ok(is_whole.then_some(()))
+    })
+}
+
+/// More is written than the kernel keeps for a daemon that does not read.
+fn overflow(stage: &Stage<'_>) -> anyhow::Result<()> {
+    let node = stage.node;
+    let container = node.container_of(IMAGE)?;
+    let before = node.losses("kernel_queue_overflow")?;
+    let daemon = node.driftd_pid()?;
+    wait_for("the queue to overflow", || {
+        // Less than the guardian's patience, and nothing here executes anything.
+        kill(daemon, Signal::SIGSTOP)?;
+        let flooded = container
+            .begin("i=0; while [ $i -lt 600 ]; do : > /tmp/f$i; i=$((i+1)); done")
+            .and_then(|running| running.finish(Duration::from_secs(1)));
+        kill(daemon, Signal::SIGCONT)?;
+        if flooded.is_err() {
+            // The machine is busy; the flood goes on without us.
+            thread::sleep(Duration::from_secs(1));
+        }
+        Ok((node.losses("kernel_queue_overflow")? > before).then_some(()))
+    })?;
+    node.ctr(&["task", "rm", "--force", &container.id])?;
+    node.ctr(&["container", "rm", &container.id]).map(drop)
+}
+
+/// A small disk for what driftd keeps.
+struct Disk {
+    filler: PathBuf,
+}
+
+impl Disk {
+    fn mount(node: &Node) -> anyhow::Result<Disk> {
+        let place = node.path("driftd");
+        fs::create_dir(&place)?;
+        // The node unmounts what it finds below its directory.
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=64m,mode=0700", "tmpfs"])
+            .arg(&place)
+            .status()?;
+        ensure!(status.success(), "cannot mount a tmpfs at {}", place.display());
+        Ok(Disk { filler: place.join("filler") })
+    }
+
+    fn fill(&self) -> anyhow::Result<()> {
+        let mut filler = File::create(&self.filler)?;
+        for size in [1 << 20, 4096] {
+            let block = vec![1; size];
+            while filler.write_all(&block).is_ok() {}
+        }
+        Ok(())
+    }
+
+    fn free(&self) -> anyhow::Result<()> {
+        Ok(fs::remove_file(&self.filler)?)
+    }
+}

@@ -1,0 +1,222 @@
+//! The start and the end of containers: armed before the entry point runs, let go
+//! when it has ended, and never held by a driftd that is stuck or gone.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+
+use crate::node::{DEADLINE, Node, Setup, bench, wait_for, wait_within};
+use crate::{trial_alone, trial_on};
+
+const STRICT: Setup = Setup {
+    driftd: "arm = \"strict\"\nruntimes = [\"{node}/bin/runc\"]",
+    cri: None,
+    own_runtime: true,
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial_on("strict_arms_every_container_before_its_entry_point", STRICT, strict),
+        trial_alone("events_arm_nearly_every_container_and_say_which", "", by_events),
+        trial_on("a_pods_containers_are_armed_before_they_start", STRICT_PODS, pods),
+        trial_on("a_runtime_that_was_upgraded_is_still_listened_to", STRICT, upgraded),
+        trial_on("a_runtime_within_a_container_is_not_held", STRICT, runtime_inside),
+        trial_on("containers_start_while_driftd_is_stopped_or_killed", STRICT, stopped),
+    ]
+}
+
+const STRICT_PODS: Setup = Setup { cri: Some(""), ..STRICT };
+
+/// Processes that keep every processor busy.
+struct Load(Vec<Child>);
+
+impl Load {
+    fn start() -> anyhow::Result<Load> {
+        let count = thread::available_parallelism()?.get() * 2;
+        let mut load = Load(Vec::new());
+        for _ in 0..count {
+            let busy = ["-c", "while :; do :; done"];
+            load.0.push(Command::new("sh").args(busy).stdin(Stdio::null()).spawn()?);
+        }
+        Ok(load)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Exits within a millisecond or two.
+const SHORT: &str = "/usr/bin/app";
+
+/// Starts a container whose entry point was changed since the image, and lives for
+/// a millisecond; hands back its name.
+fn start_changed(node: &Node) -> anyhow::Result<String> {
+    let id = node.run_plainly(&[], &[SHORT])?;
+    wait_for("the first run to end", || {
+        let tasks = node.ctr(&["tasks", "ls"])?;
+        let stopped = tasks.lines().any(|line| line.starts_with(&id) && line.contains("STOPPED"));
+        Ok(stopped.then_some(()))
+    })?;
+    node.ctr(&["tasks", "rm", &id])?;
+    let upper = node.upperdir(&id)?;
+    let entry = upper.join(SHORT.trim_start_matches('/'));
+    fs::create_dir_all(entry.parent().context("a path with a parent")?)?;
+    let mark = format!("{} {id} entry", node.namespace);
+    fs::write(&entry, bench()?.payload.marked(&mark))?;
+    fs::set_permissions(&entry, fs::Permissions::from_mode(0o755))?;
+    node.ctr(&["tasks", "start", "-d", "--null-io", &id])?;
+    Ok(id)
+}
+
+/// Whether driftd says that a container was armed before it started.
+fn armed(node: &Node, id: &str) -> anyhow::Result<bool> {
+    let known = node.answer(&["containers"])?;
+    let container = known.iter().find(|container| container["id"] == id);
+    let container = container.with_context(|| format!("{id} is not known"))?;
+    container["armed_before_start"].as_bool().context("no answer")
+}
+
+/// Whether the changed entry point was seen running.
+fn seen(node: &Node, id: &str) -> anyhow::Result<bool> {
+    let findings = node.answer(&["findings", "--container", id])?;
+    Ok(findings.iter().any(|finding| finding["kind"] == "exec.modified"))
+}
+
+const STARTS: usize = 30;
+
+fn strict(node: &Node) -> anyhow::Result<()> {
+    // Its baseline is there from now on.
+    node.container()?;
+    let load = Load::start()?;
+    let mut ids = Vec::new();
+    for _ in 0..STARTS {
+        ids.push(start_changed(node)?);
+    }
+    drop(load);
+    for id in &ids {
+        wait_for(&format!("the entry point of {id} to be told"), || {
+            Ok(seen(node, id)?.then_some(()))
+        })?;
+        ensure!(armed(node, id)?, "{id} was not armed before its start");
+    }
+    assert_eq!(node.losses("armed_late")?, 0);
+    Ok(())
+}
+
+fn by_events(node: &Node) -> anyhow::Result<()> {
+    node.container()?;
+    let load = Load::start()?;
+    let mut ids = Vec::new();
+    for _ in 0..STARTS {
+        ids.push(start_changed(node)?);
+    }
+    drop(load);
+    // A walk's finding comes for each: by then the gate's has come too.
+    let (mut were_armed, mut were_seen) = (0, 0);
+    for id in &ids {
+        wait_for(&format!("{id} to be walked"), || {
+            let findings = node.answer(&["findings", "--container", id])?;
+            Ok((!findings.is_empty()).then_some(()))
+        })?;
+    }
+    thread::sleep(Duration::from_secs(2));
+    for id in &ids {
+        let (armed, seen) = (armed(node, id)?, seen(node, id)?);
+        were_armed += usize::from(armed);
+        were_seen += usize::from(seen);
+        ensure!(seen || !armed, "{id} was armed, and its entry point not seen");
+    }
+    eprintln!("by events: {were_armed} of {STARTS} armed before start, {were_seen} seen");
+    Ok(())
+}
+
+fn pods(node: &Node) -> anyhow::Result<()> {
+    node.import(&bench()?.workbench)?;
+    for _ in 0..3 {
+        let (sandbox, container) = node.pod_of(crate::programs::WORKBENCH)?;
+        ensure!(armed(node, &sandbox)?, "the sandbox was armed late");
+        ensure!(armed(node, &container.id)?, "the container was armed late");
+    }
+    assert_eq!(node.losses("armed_late")?, 0);
+    Ok(())
+}
+
+fn upgraded(node: &Node) -> anyhow::Result<()> {
+    node.container()?;
+    for _ in 0..3 {
+        node.renew_runtime()?;
+        // driftd looks four times a second.
+        thread::sleep(Duration::from_secs(1));
+        let id = start_changed(node)?;
+        wait_for("the entry point to be told", || Ok(seen(node, &id)?.then_some(())))?;
+        ensure!(armed(node, &id)?, "not armed after the upgrade");
+    }
+    assert_eq!(node.losses("armed_late")?, 0);
+    Ok(())
+}
+
+fn runtime_inside(node: &Node) -> anyhow::Result<()> {
+    let runtime = format!("type=bind,src={},dst=/mnt,options=rbind:ro", node.path("bin").display());
+    let container = node.container_with(&["--mount", &runtime])?;
+    // A process that calls itself a shim, and would have its words believed.
+    let commands = "cp /bin/sh /tmp/containerd-shim-runc-v2; i=0
+        while [ $i -lt 20 ]; do
+            /tmp/containerd-shim-runc-v2 -c '/mnt/runc --version' -namespace x -address y \
+                >/dev/null 2>&1
+            i=$((i+1))
+        done; true";
+    let began = Instant::now();
+    container.sh(commands)?;
+    let took = began.elapsed();
+    ensure!(took < Duration::from_secs(5), "20 runs took {took:?}");
+    assert_eq!(node.losses("armed_late")?, 0);
+    // From the host's own shell, the same.
+    let began = Instant::now();
+    let output = Command::new(node.path("bin/runc")).arg("--version").output()?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(began.elapsed() < Duration::from_secs(2), "held for {:?}", began.elapsed());
+    Ok(())
+}
+
+fn stopped(node: &Node) -> anyhow::Result<()> {
+    node.container()?;
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        kill(node.driftd_pid()?, signal)?;
+        let began = Instant::now();
+        let id = node.run_plainly(&[], &["/bin/sleep", "1000"]);
+        let took = began.elapsed();
+        if id.is_err() {
+            let _ = kill(node.driftd_pid()?, Signal::SIGKILL);
+        }
+        let id = id?;
+        eprintln!("a container started in {took:?} after {signal}");
+        ensure!(took < Duration::from_secs(10), "its start took {took:?}");
+        // The guardian has ended a driftd that was stopped.
+        assert_eq!(node.driftd_ended(DEADLINE)?, Some(Signal::SIGKILL));
+        node.start_driftd()?;
+        wait_for("driftd to watch it", || {
+            let known = node.answer(&["containers"])?;
+            Ok(known
+                .iter()
+                .any(|container| container["id"] == id.as_str() && container["watched"] == true)
+                .then_some(()))
+        })?;
+        // It runs already, and that is no failure to arm it.
+        ensure!(!armed(node, &id)?, "{id} ran before driftd did");
+        assert_eq!(node.losses("armed_late")?, 0);
+    }
+    Ok(())
+}
