@@ -30,7 +30,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test test-matrix test-docker test-kernels soak check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-kernels soak check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ build: ## builds driftd for development
 
 test: setup ## installs what is missing and runs every test (as root: containers are started)
 	$(CARGO) test --locked $(AS_ROOT)
+
+race: setup ## a hundred thousand rounds against the free gate: changed bytes must never run unseen (as root, half an hour)
+	DRIFTD_RACE_TIMES=30 $(CARGO) test --locked $(AS_ROOT) --test free_gate -- --test-threads=1 --nocapture changed_bytes
 
 test-matrix: setup matrix-1.7 matrix-2.1 ## runs what needs containerd with 1.7 and 2.1, and a whole distribution's image (as root)
 

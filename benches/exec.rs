@@ -1,32 +1,68 @@
-//! What the gate costs an execution: nobody asked, the least that could be asked,
-//! and driftd, in one run.
+//! What the gate costs who is behind it: nobody asked, the least that could be asked,
+//! and driftd in each of its modes, in one run.
 //!
-//! Three overlays over the same lower directory: one is not marked, one is marked
-//! by a responder of thirty lines that only says yes, one is watched by driftd's
-//! own watchers. The same static program is started from each, in short blocks
-//! that alternate, so that whatever else the machine does falls on all of them.
+//! One container (an overlay as its root, a pid and a mount namespace of its own) in
+//! which a small program starts another and waits for it, or opens, reads and closes
+//! a file. In short blocks that alternate somebody listens to it, or nobody, so that
+//! whatever else the machine does falls on all of them. Of each block the median
+//! counts, and of those the differences to the block of the same round in which
+//! nobody listened.
 #![allow(clippy::print_stdout)] // what a bench prints is its result
 
+mod cost;
+
 use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use driftd::config;
+use driftd::config::{self, Gate};
 use driftd::health::Health;
 use driftd::model::{ContainerId, FileTime, OverlayDirs};
 use driftd::sys::fanotify::{Answer, Buffer, Group, Incoming};
 use driftd::watch::{self, Report, Watch};
+use nix::sys::resource::UsageWho;
 
-/// Executions in one block, and blocks of each kind.
-const BLOCK: u32 = 200;
-const ROUNDS: usize = 30;
+/// Operations in one block, and rounds of blocks: 20,000 of each kind.
+const BLOCK: u32 = 500;
+const ROUNDS: usize = 40;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Listener {
+    Nobody,
+    Responder,
+    Told,
+    Driftd(Gate),
+}
+
+const LISTENERS: [Listener; 6] = [
+    Listener::Nobody,
+    Listener::Responder,
+    Listener::Told,
+    Listener::Driftd(Gate::Ask),
+    Listener::Driftd(Gate::Free),
+    Listener::Driftd(Gate::Notify),
+];
+
+impl Listener {
+    fn name(self) -> &'static str {
+        match self {
+            Listener::Nobody => "nobody",
+            Listener::Responder => "minimal responder",
+            Listener::Told => "minimal notified",
+            Listener::Driftd(Gate::Ask) => "driftd, ask",
+            Listener::Driftd(Gate::Free) => "driftd, free",
+            Listener::Driftd(Gate::Notify) => "driftd, notify",
+        }
+    }
+}
 
 fn main() -> anyhow::Result<()> {
     // `cargo test --benches` only asks whether it can be built.
@@ -34,122 +70,191 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     ensure!(nix::unistd::geteuid().is_root(), "not root (run: make bench)");
+    let rounds = std::env::var("DRIFTD_BENCH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
+    let rounds = rounds.unwrap_or(ROUNDS);
     let scratch = tempfile::Builder::new().prefix("driftd-bench.").tempdir()?;
-    let lower = scratch.path().join("lower");
-    fs::create_dir(&lower)?;
-    compile(&lower.join("program"))?;
-
-    let free = Overlay::mount(scratch.path(), "free", &lower)?;
-    let minimal = Overlay::mount(scratch.path(), "minimal", &lower)?;
-    let watched = Overlay::mount(scratch.path(), "watched", &lower)?;
-    let responder = Responder::start(&minimal)?;
-    let driftd = Driftd::start(&watched)?;
-
-    println!("posix_spawn and wait of a static program, {ROUNDS} rounds of {BLOCK} each\n");
-    compare("a program of the image", &free, &minimal, &watched, "program")?;
-    for overlay in [&free, &minimal, &watched] {
-        let copy = overlay.merged.join("dropped");
-        fs::copy(overlay.merged.join("program"), &copy)?;
-        let mut bytes = fs::read(&copy)?;
-        bytes.extend_from_slice(b"not in the image");
-        fs::write(&copy, bytes)?;
-    }
-    compare("a dropped program (driftd hashes it)", &free, &minimal, &watched, "dropped")?;
-
-    let answers = driftd.health.gate_answers.load(Ordering::Relaxed);
-    let expected = 2 * ROUNDS as u64 * u64::from(BLOCK);
-    ensure!(answers >= expected, "the gate answered {answers} of {expected}: a vacuous bench");
-    let asked = responder.stop();
-    ensure!(asked >= expected, "the responder answered {asked} of {expected}: a vacuous bench");
-    println!("losses: {:?}", driftd.health.losses());
-    driftd.stop();
+    let mut container = Container::start(scratch.path())?;
+    println!("{rounds} rounds of {BLOCK} each, in one container\n");
+    compare("execution of a program of the image", &mut container, "e /program", rounds)?;
+    compare("open, read and close of a file of the image", &mut container, "o /program", rounds)?;
+    let copy = container.merged.join("dropped");
+    fs::copy(container.merged.join("program"), &copy)?;
+    let mut bytes = fs::read(&copy)?;
+    bytes.extend_from_slice(b"not in the image");
+    fs::write(&copy, bytes)?;
+    let few = rounds.div_ceil(4);
+    compare("execution of a dropped program", &mut container, "e /dropped", few)?;
+    compare("open, read and close of a dropped file", &mut container, "o /dropped", few)?;
     Ok(())
+}
+
+/// One block's figures, in microseconds.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    median: f64,
+    worst: f64,
+    /// Of the processor, for each operation, on our side.
+    cpu: f64,
 }
 
 fn compare(
     what: &str,
-    free: &Overlay,
-    minimal: &Overlay,
-    watched: &Overlay,
-    program: &str,
+    container: &mut Container,
+    order: &str,
+    rounds: usize,
 ) -> anyhow::Result<()> {
-    let overlays = [free, minimal, watched];
-    for overlay in overlays {
-        block(&overlay.merged.join(program))?;
-    }
-    let mut times: [Vec<f64>; 3] = Default::default();
-    for round in 0..ROUNDS {
+    let mut blocks: [Vec<Block>; LISTENERS.len()] = Default::default();
+    for round in 0..rounds {
         // Nobody always goes first.
-        for turn in 0..overlays.len() {
-            let index = (round + turn) % overlays.len();
-            times[index].push(block(&overlays[index].merged.join(program))?);
+        for turn in 0..LISTENERS.len() {
+            let index = (round + turn) % LISTENERS.len();
+            blocks[index].push(block(LISTENERS[index], container, order)?);
         }
     }
     println!("{what}");
-    let plain = median(&times[0]);
-    for (name, series) in ["no mark", "minimal responder", "driftd"].iter().zip(&times) {
-        let differences: Vec<f64> =
-            series.iter().zip(&times[0]).map(|(one, other)| one - other).collect();
+    println!(
+        "  {:<18} {:>9} {:>9} {:>10} {:>7} {:>10} {:>8}",
+        "", "median", "least", "over none", "ratio", "worst", "CPU"
+    );
+    for (listener, series) in LISTENERS.iter().zip(&blocks) {
+        let paired = || series.iter().zip(&blocks[0]);
+        let over: Vec<f64> = paired().map(|(one, none)| one.median - none.median).collect();
+        let ratio: Vec<f64> = paired().map(|(one, none)| one.median / none.median).collect();
+        let medians: Vec<f64> = series.iter().map(|block| block.median).collect();
         println!(
-            "  {name:<18} median {:>7.1} µs   least {:>7.1} µs   over no mark {:>+6.1} µs   x{:.3}",
-            median(series),
-            series.iter().copied().fold(f64::INFINITY, f64::min),
-            median(&differences),
-            median(series) / plain,
+            "  {:<18} {:>6.1} µs {:>6.1} µs {:>+7.1} µs {:>7.3} {:>7.0} µs {:>5.1} µs",
+            listener.name(),
+            cost::median(medians.clone()),
+            medians.into_iter().fold(f64::INFINITY, f64::min),
+            cost::median(over),
+            cost::median(ratio),
+            series.iter().map(|block| block.worst).fold(0.0, f64::max),
+            cost::median(series.iter().map(|block| block.cpu).collect()),
         );
     }
     println!();
     Ok(())
 }
 
-/// Microseconds that an execution took, in the middle of a block: a block's mean
-/// would tell what else the machine was doing.
-fn block(program: &Path) -> anyhow::Result<f64> {
-    let mut times = Vec::with_capacity(BLOCK as usize);
-    for _ in 0..BLOCK {
-        let began = Instant::now();
-        let status = Command::new(program).stdin(Stdio::null()).status()?;
-        times.push(began.elapsed().as_secs_f64() * 1e6);
-        ensure!(status.success(), "{} failed", program.display());
+fn block(listener: Listener, container: &mut Container, order: &str) -> anyhow::Result<Block> {
+    let asks = order.starts_with('e');
+    let measured = |container: &mut Container| {
+        container.order(order, BLOCK / 10)?;
+        let mut figures = Err(anyhow::anyhow!("not measured"));
+        let cost = cost::measure(UsageWho::RUSAGE_SELF, || {
+            figures = container.order(order, BLOCK);
+            Ok(())
+        })?;
+        let (median, worst) = figures?;
+        let cpu = cost.cpu.as_secs_f64() * 1e6 / f64::from(BLOCK);
+        anyhow::Ok(Block { median, worst, cpu })
+    };
+    match listener {
+        Listener::Nobody => measured(container),
+        Listener::Responder | Listener::Told => {
+            let responder = Responder::start(container, listener)?;
+            let block = measured(container)?;
+            let seen = responder.stop();
+            ensure!(!asks || seen >= u64::from(BLOCK), "{seen} of {BLOCK}: a vacuous bench");
+            Ok(block)
+        }
+        Listener::Driftd(gate) => {
+            let driftd = Driftd::start(container, gate)?;
+            let block = measured(container)?;
+            let seen = driftd.health.gate_answers.load(Ordering::Relaxed);
+            let ignored = driftd.health.gate_ignored.load(Ordering::Relaxed);
+            let losses = driftd.health.losses();
+            ensure!(losses.is_empty(), "driftd lost something: {losses:?}");
+            driftd.stop();
+            let is_free = gate == Gate::Free && order == "e /program";
+            ensure!(
+                !asks || seen >= u64::from(BLOCK) || (is_free && ignored > 0),
+                "driftd saw {seen} of {BLOCK} and ignored {ignored}: a vacuous bench"
+            );
+            ensure!(!is_free || seen < 20, "driftd was asked {seen} times: it is not free");
+            Ok(block)
+        }
     }
-    Ok(median(&times))
 }
 
-fn median(series: &[f64]) -> f64 {
-    let mut sorted = series.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+/// What is executed, and what executes it: it takes orders as `e PATH TIMES` and
+/// tells the median and the worst in nanoseconds.
+const WORKER: &str = r#"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+static long now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000L + t.tv_nsec; }
+static int order(const void *a, const void *b) { long x = *(long *)a, y = *(long *)b; return (x > y) - (x < y); }
+int main(int count, char **words) {
+    if (count != 2 || chroot(words[1]) || chdir("/")) return 1;
+    char what, path[256], buffer[4096]; int times;
+    static long took[100000];
+    while (scanf(" %c %255s %d", &what, path, &times) == 3) {
+        for (int i = 0; i < times; i++) {
+            long began = now();
+            if (what == 'e') {
+                pid_t pid; int status; char *arguments[] = { path, 0 }, *environment[] = { 0 };
+                if (posix_spawn(&pid, path, 0, 0, arguments, environment) || waitpid(pid, &status, 0) != pid || status) return 1;
+            } else {
+                int fd = open(path, O_RDONLY);
+                if (fd < 0 || read(fd, buffer, sizeof buffer) < 1 || close(fd)) return 1;
+            }
+            took[i] = now() - began;
+        }
+        qsort(took, times, sizeof *took, order);
+        printf("%ld %ld\n", took[times / 2], took[times - 1]);
+        fflush(stdout);
+    }
+    return 0;
 }
+"#;
 
-fn compile(program: &Path) -> anyhow::Result<()> {
-    let source = program.with_extension("c");
-    fs::write(
-        &source,
-        "#include <unistd.h>\nint main(int argc, char **argv) { (void)argv; if (argc > 1) pause(); return 0; }\n",
-    )?;
+/// Named as runc's init is until the entry point runs, and like it a program of the
+/// host's, so that driftd knows that nothing can have changed the image's files before
+/// it listened.
+const WORKER_NAME: &str = "runc:[2:INIT]";
+
+fn compile(source: &str, program: &Path) -> anyhow::Result<()> {
+    let file = program.with_extension("c");
+    fs::write(&file, source)?;
     let status = Command::new("gcc")
         .args(["-static", "-Os", "-s", "-o"])
         .arg(program)
-        .arg(&source)
+        .arg(&file)
         .status()
         .context("cannot run gcc (run: make setup)")?;
     ensure!(status.success(), "gcc -static failed (run: make setup)");
-    Ok(fs::remove_file(source)?)
+    Ok(fs::remove_file(file)?)
 }
 
-/// A mounted overlay, unmounted when dropped.
-struct Overlay {
+struct Container {
     merged: PathBuf,
     directories: OverlayDirs,
+    outer: Child,
+    init: u32,
+    orders: ChildStdin,
+    figures: BufReader<ChildStdout>,
 }
 
-impl Overlay {
-    fn mount(scratch: &Path, name: &str, lower: &Path) -> anyhow::Result<Overlay> {
-        let at = |part: &str| scratch.join(format!("{name}-{part}"));
-        let (upper, work, merged) = (at("upper"), at("work"), at("merged"));
-        for directory in [&upper, &work, &merged] {
+impl Container {
+    fn start(scratch: &Path) -> anyhow::Result<Container> {
+        let at = |part: &str| scratch.join(part);
+        let (lower, upper, work, merged) = (at("lower"), at("upper"), at("work"), at("merged"));
+        for directory in [&lower, &upper, &work, &merged] {
             fs::create_dir(directory)?;
         }
+        compile("int main(void) { return 0; }\n", &lower.join("program"))?;
+        compile(WORKER, &at("worker"))?;
+        fs::rename(at("worker"), at(WORKER_NAME))?;
+        thread::sleep(Duration::from_millis(50));
+        // What is older than the upperdir is the image's.
+        fs::remove_dir(&upper)?;
+        fs::create_dir(&upper)?;
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
             lower.display(),
@@ -161,53 +266,92 @@ impl Overlay {
             .arg(&merged)
             .status()?;
         ensure!(status.success(), "cannot mount an overlay in {}", scratch.display());
-        let directories = OverlayDirs { upperdir: upper, lowerdirs: vec![lower.to_path_buf()] };
-        Ok(Overlay { merged, directories })
+        // As below a shim, init's parent is in the host's mount namespace.
+        let mut outer = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "unshare", "--mount"])
+            .arg(at(WORKER_NAME))
+            .arg(&merged)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot run unshare")?;
+        let orders = outer.stdin.take().expect("it is piped");
+        let figures = BufReader::new(outer.stdout.take().expect("it is piped"));
+        let children = format!("/proc/{0}/task/{0}/children", outer.id());
+        let init = loop {
+            let child = fs::read_to_string(&children)?.trim().parse::<u32>().ok();
+            let comm = child.map(|pid| fs::read(format!("/proc/{pid}/comm")).unwrap_or_default());
+            match (child, comm) {
+                (Some(pid), Some(comm)) if comm.trim_ascii() == WORKER_NAME.as_bytes() => {
+                    break pid;
+                }
+                _ => thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        let directories = OverlayDirs { upperdir: upper, lowerdirs: vec![lower] };
+        Ok(Container { merged, directories, outer, init, orders, figures })
+    }
+
+    /// The median and the worst, in microseconds.
+    fn order(&mut self, order: &str, times: u32) -> anyhow::Result<(f64, f64)> {
+        writeln!(self.orders, "{order} {times}")?;
+        let mut line = String::new();
+        self.figures.read_line(&mut line)?;
+        let mut figures = line.split_whitespace().map(str::parse::<f64>);
+        let mut next = || anyhow::Ok(figures.next().context("the container's worker failed")??);
+        Ok((next()? / 1e3, next()? / 1e3))
     }
 }
 
-impl Drop for Overlay {
+impl Drop for Container {
     fn drop(&mut self) {
+        let _ = self.outer.kill();
+        let _ = self.outer.wait();
         let _ = Command::new("umount").arg("--lazy").arg(&self.merged).status();
     }
 }
 
-/// The least that can be between a program and its start: read, say yes.
+/// The least that can be between a program and its start: read, say yes. Or only
+/// read.
 struct Responder {
     stop: Arc<AtomicBool>,
-    thread: thread::JoinHandle<u64>,
+    seen: Arc<AtomicU64>,
+    thread: thread::JoinHandle<()>,
 }
 
 impl Responder {
-    fn start(overlay: &Overlay) -> anyhow::Result<Responder> {
-        let group = Group::gate()?;
-        let root = File::open(&overlay.merged)?;
-        group.mark_filesystem(root.as_fd(), nix::libc::FAN_OPEN_EXEC_PERM)?;
+    fn start(container: &Container, listener: Listener) -> anyhow::Result<Responder> {
+        let (group, events) = match listener {
+            Listener::Told => (Group::exec_feed()?, nix::libc::FAN_OPEN_EXEC),
+            _ => (Group::exec_gate()?, nix::libc::FAN_OPEN_EXEC_PERM),
+        };
+        group.mark_filesystem(File::open(&container.merged)?.as_fd(), events)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let asked_to_stop = Arc::clone(&stop);
+        let seen = Arc::new(AtomicU64::new(0));
+        let (asked_to_stop, count) = (Arc::clone(&stop), Arc::clone(&seen));
         let thread = thread::spawn(move || {
+            let _ = rustix::process::setpriority_process(None, -10);
             let mut buffer = Buffer::new();
-            let mut answers = 0;
             while !asked_to_stop.load(Ordering::Relaxed) {
                 let fd = nix::poll::PollFd::new(group.as_fd(), nix::poll::PollFlags::POLLIN);
-                if nix::poll::poll(&mut [fd], 250_u16) != Ok(1) {
+                if nix::poll::poll(&mut [fd], 50_u16) != Ok(1) {
                     continue;
                 }
-                for incoming in group.read(&mut buffer, 64 * 1024).unwrap_or_default() {
+                for incoming in group.read(&mut buffer, 4096).unwrap_or_default() {
                     if let Incoming::Permission(permission) = incoming {
                         let _ = permission.answer(Answer::Allow);
-                        answers += 1;
                     }
+                    count.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            answers
         });
-        Ok(Responder { stop, thread })
+        Ok(Responder { stop, seen, thread })
     }
 
     fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap_or(0)
+        let _ = self.thread.join();
+        self.seen.load(Ordering::Relaxed)
     }
 }
 
@@ -216,53 +360,39 @@ struct Driftd {
     watch: Watch,
     health: Arc<Health>,
     drain: thread::JoinHandle<()>,
-    init: Child,
 }
 
 impl Driftd {
-    fn start(overlay: &Overlay) -> anyhow::Result<Driftd> {
-        // The watchers find a container's overlay through its init's root.
-        let init = Command::new("chroot")
-            .arg(&overlay.merged)
-            .args(["/program", "wait"])
-            .stdin(Stdio::null())
-            .spawn()
-            .context("cannot run chroot")?;
-        let root = PathBuf::from(format!("/proc/{}/root", init.id()));
-        while fs::read_link(&root).is_ok_and(|root| root != overlay.merged) {
-            thread::sleep(Duration::from_millis(1));
-        }
-
+    fn start(container: &Container, gate: Gate) -> anyhow::Result<Driftd> {
         let health = Arc::new(Health::default());
         let (reports, received) = crossbeam_channel::bounded(16_384);
-        let watch = Watch::start(&config::Watch::default(), reports, Arc::clone(&health), None)?;
-        let container = ContainerId::new("bench", "watched");
+        let settings = config::Watch { gate, ..config::Watch::default() };
+        let watch = Watch::start(&settings, reports, Arc::clone(&health), None)?;
+        let id = ContainerId::new("bench", "watched");
         watch.commands().send(watch::Command::Attach {
-            container: container.clone(),
-            pid: init.id(),
-            rootfs: Some(overlay.directories.clone()),
+            container: id.clone(),
+            pid: container.init,
+            rootfs: Some(container.directories.clone()),
         })?;
         // As after a recording: nothing in the layers is newer than this.
-        let program = fs::metadata(overlay.directories.lowerdirs[0].join("program"))?;
-        let time =
-            FileTime { seconds: program.ctime(), nanoseconds: program.ctime_nsec().try_into()? };
-        let trust = watch::Trust::UpTo(time);
-        watch.commands().send(watch::Command::Trust { container, trust })?;
+        let lower = &container.directories.lowerdirs[0];
+        let newest = fs::metadata(lower.join("program"))?.ctime() + 1;
+        let trust = watch::Trust::UpTo(FileTime { seconds: newest, nanoseconds: 0 });
+        watch.commands().send(watch::Command::Trust { container: id.clone(), trust })?;
+        watch.commands().send(watch::Command::Scan { container: id, ticket: Some(1) })?;
         loop {
             match received.recv_timeout(Duration::from_secs(10)).context("not attached")? {
-                Report::Attached { .. } => break,
+                Report::Scanned { ticket: Some(1), .. } => break,
                 Report::NotAttached { reason, .. } => anyhow::bail!("not attached: {reason}"),
                 _ => (),
             }
         }
         let drain = thread::spawn(move || while received.recv().is_ok() {});
-        Ok(Driftd { watch, health, drain, init })
+        Ok(Driftd { watch, health, drain })
     }
 
-    fn stop(mut self) {
+    fn stop(self) {
         self.watch.stop();
         let _ = self.drain.join();
-        let _ = self.init.kill();
-        let _ = self.init.wait();
     }
 }

@@ -78,6 +78,7 @@ pub struct Watch {
     /// new or changed one is `file.persistence`. The container's own entry point
     /// need not be named.
     pub persistence: PathGlobs,
+    pub gate: Gate,
     /// Whether changes that wait in the kernel to be looked at are limited
     /// (`fs.fanotify.max_queued_events`). What is dropped then is counted, and found
     /// by a walk. Executions are never dropped.
@@ -90,6 +91,32 @@ pub struct Watch {
     /// The programs of the container runtimes, for `arm = "strict"`. Those that
     /// are not there are waited for.
     pub runtimes: Vec<PathBuf>,
+}
+
+/// How driftd is told of programs that are about to run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Gate {
+    /// The kernel asks before every execution.
+    #[default]
+    Ask,
+    /// The kernel asks until driftd has said that a file is the image's, and again
+    /// when something is about to change it. Where that cannot be relied upon, as
+    /// `Ask`.
+    Free,
+    /// The kernel never waits: it tells afterwards, and what a short-lived process
+    /// was may not be known any more.
+    Notify,
+}
+
+impl Gate {
+    pub fn name(self) -> &'static str {
+        match self {
+            Gate::Ask => "ask",
+            Gate::Free => "free",
+            Gate::Notify => "notify",
+        }
+    }
 }
 
 /// Where runtimes usually are.
@@ -183,6 +210,7 @@ impl Default for Watch {
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
             persistence: persistence(),
+            gate: Gate::Ask,
             bounded_queue: false,
             arm: Arm::Events,
             runtimes: RUNTIMES.map(PathBuf::from).into(),

@@ -16,14 +16,14 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
-use crate::config::{Arm, Config};
+use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs};
-use crate::health::{Health, Missing};
+use crate::health::{Gating, Health, Missing};
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
 use crate::sys::capabilities::Capabilities;
-use crate::watch::{Scope, Watch};
+use crate::watch::{self, Scope, Watch};
 use crate::{api, guardian, respond};
 
 /// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
@@ -66,7 +66,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let store = Arc::new(Store::open(&baselines, health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
-    let mut watch = Watch::start(&config.watch, report_sender, health.clone(), Some(heartbeat))?;
+    let settings = settle_the_gate(config, &health);
+    let mut watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
     if config.watch.arm == Arm::Strict {
         watch.arm_before_start(Scope {
             runtimes: config.watch.runtimes.clone(),
@@ -164,6 +165,21 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     }
     runtime.shutdown_background();
     reason.map(|()| Exit::Clean)
+}
+
+/// The free gate is only for kernels that can be relied upon for it.
+fn settle_the_gate(config: &Config, health: &Health) -> config::Watch {
+    let mut settings = config.watch.clone();
+    let mut instead = None;
+    if settings.gate == config::Gate::Free
+        && let Err(distrust) = watch::try_free_gate(&config.state_dir)
+    {
+        tracing::warn!("watch.gate is \"ask\" and not \"free\": {distrust}");
+        settings.gate = config::Gate::Ask;
+        instead = Some(distrust.to_string());
+    }
+    let _ = health.gating.set(Gating { mode: settings.gate.name(), instead });
+    settings
 }
 
 /// systemd asks with SIGTERM, a person at a terminal with SIGINT.

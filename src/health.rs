@@ -137,14 +137,29 @@ impl Failure {
     }
 }
 
+/// How the node is told of programs that are about to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gating {
+    /// The setting's word for what is done.
+    pub mode: &'static str,
+    /// Why that is not what the settings ask for.
+    pub instead: Option<String>,
+}
+
 /// The counters, one per failure, shared by every thread.
 #[derive(Debug, Default)]
 pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
+    /// Known once the daemon has begun to watch.
+    pub gating: OnceLock<Gating>,
     /// Permission events answered: the gate's progress.
     pub gate_answers: AtomicU64,
     /// Turns of the gate's loop; it turns at least every quarter of a second.
     pub gate_turns: AtomicU64,
+    /// Files that the kernel was told to ask no more about.
+    pub gate_ignored: AtomicU64,
+    /// Files of the image that were about to be changed, and were asked about again.
+    pub copy_ups: AtomicU64,
     /// Writes of files that are no programs: seen, counted, not reported.
     pub data_writes: AtomicU64,
     /// Changes that a walk had to find because too many came at once. None of them

@@ -327,6 +327,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 containers_watched: 1,
                 containers_waiting: 2,
                 problems: vec!["containerd cannot be reached".into()],
+                gaps: Vec::new(),
             });
         }
         Question::Containers(reply) => {

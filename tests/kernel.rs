@@ -512,6 +512,7 @@ fn summary(report: &Report) -> String {
         }
         Fact::Absent { path, .. } => format!("absent {path}"),
         Fact::SessionOpened { process } => format!("session {:?}", process.argv),
+        Fact::PackageManager { process } => format!("package manager {:?}", process.argv),
     };
     match report {
         Report::Observed(observation) => fact(&observation.fact),
@@ -558,7 +559,8 @@ impl Upper {
             | Fact::Loaded { .. }
             | Fact::Interpreted { .. }
             | Fact::ReverseShell { .. }
-            | Fact::SessionOpened { .. }) => panic!("a walk told {other:?}"),
+            | Fact::SessionOpened { .. }
+            | Fact::PackageManager { .. }) => panic!("a walk told {other:?}"),
         }
     }
 
@@ -1283,7 +1285,8 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             | Fact::Loaded { .. }
             | Fact::Interpreted { .. }
             | Fact::ReverseShell { .. }
-            | Fact::SessionOpened { .. } => (),
+            | Fact::SessionOpened { .. }
+            | Fact::PackageManager { .. } => (),
         }
         (present.len() + absent.len() >= 2).then_some(())
     });

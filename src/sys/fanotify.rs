@@ -366,6 +366,12 @@ impl Group {
         Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, true)
     }
 
+    /// The same, whose events do not bring a handle of the process. The kernel makes
+    /// one for every event, and most are not looked at.
+    pub fn exec_gate() -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, false)
+    }
+
     /// A group that is told of what has happened.
     pub fn feed(queue: Queue) -> Result<Group, Error> {
         Group::richest(InitFlags::FAN_CLASS_NOTIF, queue, false)
@@ -384,6 +390,18 @@ impl Group {
             | InitFlags::from_bits_retain(libc::FAN_REPORT_DFID_NAME);
         let fanotify = Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
         Ok(Group { fanotify, reports_pidfd: false })
+    }
+
+    /// A group that is told of programs that were opened for execution. Nobody waits
+    /// for it.
+    pub fn exec_feed() -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_NOTIF, Queue::Unlimited, false)
+    }
+
+    /// A group that is asked before a file is opened, as an overlay does when it
+    /// copies one up. The same holds for its queue as for the gate's.
+    pub fn copy_up_gate() -> Result<Group, Error> {
+        Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, false)
     }
 
     /// Tries flags from rich to poor, since versions of kernels do not tell what
@@ -556,6 +574,64 @@ impl Group {
         bytes[4..].copy_from_slice(&response.to_ne_bytes());
         rustix::io::retry_on_intr(|| rustix::io::write(&self.fanotify, &bytes))?;
         Ok(())
+    }
+}
+
+/// Marks on single inodes.
+impl Group {
+    fn mark_object(&self, flags: MarkFlags, mask: u64, object: BorrowedFd<'_>) -> io::Result<()> {
+        // Without a path it is the open file itself.
+        let path: Option<&Path> = None;
+        self.fanotify
+            .mark(flags, MaskFlags::from_bits_retain(mask), object, path)
+            .map_err(io::Error::from)
+    }
+
+    /// Marks the files directly in an open directory.
+    pub fn mark_children(&self, directory: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        let flags = MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_ONLYDIR;
+        self.mark_object(flags, mask | libc::FAN_EVENT_ON_CHILD, directory)
+    }
+
+    pub fn unmark_children(&self, directory: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        let flags = MarkFlags::FAN_MARK_REMOVE | MarkFlags::FAN_MARK_ONLYDIR;
+        self.mark_object(flags, mask | libc::FAN_EVENT_ON_CHILD, directory)
+    }
+
+    /// Marks an open file.
+    pub fn mark_file(&self, file: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        self.mark_object(MarkFlags::FAN_MARK_ADD, mask, file)
+    }
+
+    /// From now on the group is not told `mask` of an open file, until the file is
+    /// written to, or [`Group::flush`] takes the marks away, or the kernel has no
+    /// more use for the inode, which is not kept in memory for this.
+    ///
+    /// Sound only for what cannot change in another way than by a write(2), see
+    /// docs/adr/0009.
+    pub fn ignore(&self, file: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        let flags = MarkFlags::FAN_MARK_ADD
+            | MarkFlags::FAN_MARK_IGNORED_MASK
+            | MarkFlags::FAN_MARK_EVICTABLE;
+        self.mark_object(flags, mask, file)
+    }
+
+    /// As [`Group::ignore`], and a write does not end it.
+    pub fn ignore_for_good(&self, file: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        let flags = MarkFlags::FAN_MARK_ADD
+            | MarkFlags::FAN_MARK_IGNORED_MASK
+            | MarkFlags::FAN_MARK_IGNORED_SURV_MODIFY
+            | MarkFlags::FAN_MARK_EVICTABLE;
+        self.mark_object(flags, mask, file)
+    }
+
+    /// Takes every mark on an inode away, those of directories too. Marks on
+    /// filesystems and mounts stay.
+    pub fn flush(&self) -> io::Result<()> {
+        let path: Option<&Path> = None;
+        self.fanotify
+            .mark(MarkFlags::FAN_MARK_FLUSH, MaskFlags::empty(), nix::fcntl::AT_FDCWD, path)
+            .map_err(io::Error::from)
     }
 }
 

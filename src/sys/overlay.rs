@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
@@ -69,6 +69,57 @@ pub fn redirect(fd: impl AsFd, user: bool) -> io::Result<Option<Box<[u8]>>> {
     attribute(fd, "redirect", user)
 }
 
+/// What the overlay does with a file that it opens in its work directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyUp {
+    /// It is an unnamed one, to be filled.
+    Begins,
+    /// It has its name in the upper layer, and is opened by way of where it was made.
+    Over,
+    /// It has a name in the work directory. Overlays do so where they have no unnamed
+    /// files, and then nothing tells when it is over.
+    Named,
+}
+
+/// Looks at a file whose opening in a work directory was asked for.
+pub fn copy_up(file: std::os::fd::BorrowedFd<'_>, stat: &file::Stat) -> io::Result<CopyUp> {
+    if stat.links == 0 {
+        return Ok(CopyUp::Begins);
+    }
+    // An unnamed file's own entry never gets a name; the link that is made of it is
+    // another. No name of a work directory ends like this by itself.
+    let is_unnamed = file::name_of(file)?.ends_with(b" (deleted)");
+    Ok(if is_unnamed { CopyUp::Over } else { CopyUp::Named })
+}
+
+/// Whether a directory's files are kept by another process or another machine.
+pub fn is_remote(directory: &Path) -> io::Result<bool> {
+    const FUSE: u64 = 0x6573_5546;
+    const NFS: u64 = 0x6969;
+    const SMB2: u64 = 0xfe53_4d42;
+    const CIFS: u64 = 0xff53_4d42;
+    const CEPH: u64 = 0x00c3_6400;
+    const V9FS: u64 = 0x0102_1997;
+    let magic = rustix::fs::statfs(directory)?.f_type;
+    let magic = u64::try_from(magic).unwrap_or_default() & 0xffff_ffff;
+    Ok([FUSE, NFS, SMB2, CIFS, CEPH, V9FS].contains(&magic))
+}
+
+/// Mounts an overlay that nobody else sees, and that is gone with the descriptor.
+pub fn mount_unseen(lower: &Path, upper: &Path, work: &Path) -> io::Result<OwnedFd> {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen,
+    };
+    let overlay = fsopen(c"overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (name, directory) in [(c"lowerdir", lower), (c"upperdir", upper), (c"workdir", work)] {
+        fsconfig_set_string(overlay.as_fd(), name, directory)?;
+    }
+    fsconfig_create(overlay.as_fd())?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    Ok(fsmount(overlay.as_fd(), flags, MountAttrFlags::empty())?)
+}
+
 /// A mounted overlay, as /proc/PID/mountinfo describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
@@ -78,6 +129,11 @@ pub struct Mount {
     /// A directory of the layers below can be renamed: what it shows then comes
     /// from another path.
     pub redirects: bool,
+    /// Where files are made before they take their place in the upper layer; `None`
+    /// if the mount was told only a relative path.
+    pub workdir: Option<PathBuf>,
+    /// Its files can be opened by handle (`nfs_export=on`).
+    pub is_exported: bool,
 }
 
 /// Whether directories of overlays can be renamed where the mount does not say.
@@ -229,6 +285,8 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
     let mut lowerdirs: Vec<PathBuf> = Vec::new();
     let mut userxattr = false;
     let mut redirects = None;
+    let mut workdir = None;
+    let mut is_exported = false;
     for option in options.split(|&byte| byte == b',') {
         let value = |name: &str| option.strip_prefix(name.as_bytes()).map(unescape_octal);
         if let Some(value) = value("upperdir=") {
@@ -237,6 +295,10 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
             lowerdirs.push(into_path(value));
         } else if let Some(value) = value("lowerdir=") {
             lowerdirs.extend(split_lowerdirs(&value));
+        } else if let Some(value) = value("workdir=") {
+            workdir = Some(into_path(value)).filter(|workdir| workdir.is_absolute());
+        } else if option == b"nfs_export=on" {
+            is_exported = true;
         } else if option == b"userxattr" {
             userxattr = true;
         } else if let Some(mode) = value("redirect_dir=") {
@@ -254,7 +316,13 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
             }
         }
     }
-    Some(Mount { dirs: OverlayDirs { upperdir, lowerdirs }, userxattr, redirects })
+    Some(Mount {
+        dirs: OverlayDirs { upperdir, lowerdirs },
+        userxattr,
+        redirects,
+        workdir,
+        is_exported,
+    })
 }
 
 fn into_path(bytes: Vec<u8>) -> PathBuf {
@@ -338,6 +406,8 @@ mod tests {
                 },
                 userxattr: false,
                 redirects: redirects_by_default(),
+                workdir: Some("/s/3/work".into()),
+                is_exported: false,
             }
         );
         assert_eq!(find_in_mountinfo(mountinfo, device(0, 60)), None);

@@ -108,6 +108,22 @@ pub fn read_stat(pid: u32) -> io::Result<Stat> {
     Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// For how long a process has been there.
+pub fn age(process: ProcessIdentity) -> std::time::Duration {
+    let ticks = rustix::param::clock_ticks_per_second();
+    let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
+    let since = process.start_time / ticks.max(1);
+    std::time::Duration::from_secs(u64::try_from(up).unwrap_or(0).saturating_sub(since))
+}
+
+/// A handle of a process, by its pid alone: a hint, since the pid may be another
+/// process's by now.
+pub fn pidfd(pid: u32) -> io::Result<std::os::fd::OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::NotFound)?;
+    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+}
+
 /// The name of a terminal, from `tty_nr` (proc_pid_stat(5), field 7).
 pub fn tty_name(tty_nr: i32) -> Option<String> {
     let number = tty_nr.cast_unsigned();

@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use jiff::Timestamp;
 
+use super::copyup::{Free, Residence};
+use super::gate::events;
 use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{ControlGroups, Layers, Watched};
-use super::{Command, Report};
+use super::{Command, Report, Verdict};
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs};
 use crate::sys::fanotify::Group;
@@ -35,6 +37,8 @@ pub(super) struct Control {
 pub(super) struct Marker {
     pub(super) shared: Arc<Shared>,
     pub(super) gate: Arc<Group>,
+    /// If unchanged programs are asked about only once.
+    pub(super) free: Option<Arc<Free>>,
     pub(super) feed: Arc<Group>,
     pub(super) mounts: Arc<Mounts>,
     pub(super) orders: Sender<Order>,
@@ -81,6 +85,7 @@ impl Control {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
                         watched.ask_for_processes();
+                        forget(&watched);
                     }
                 }
                 Ok(Command::EntryPoint { container, paths }) => {
@@ -92,6 +97,10 @@ impl Control {
                 Ok(Command::Judged { container, file, verdict }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().judge(&file, verdict);
+                        match verdict {
+                            Verdict::Image => (),
+                            Verdict::Drift | Verdict::Lost => forget(&watched),
+                        }
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => (),
@@ -220,14 +229,18 @@ impl Marker {
         self.detach(container);
         // Known before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
-        let marked = self
-            .gate
-            .mark_filesystem(root.as_fd(), libc::FAN_OPEN_EXEC_PERM)
+        let mut residence = self.admit(&watched, &init);
+        let gate = residence.as_ref().map_or(&self.gate, |residence| &residence.shard.gate);
+        let marked = gate
+            .mark_filesystem(root.as_fd(), events(self.shared.settings.gate))
             .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
         // The marks do not keep the mount busy, but this would.
         drop(root);
         if let Err(err) = marked {
             self.shared.table.remove(&watched);
+            if let (Some(free), Some(residence)) = (&self.free, &residence) {
+                free.leave(residence);
+            }
             return Err(Refusal::MarkRefused(err));
         }
         self.mounts.attach(&watched, &init);
@@ -239,12 +252,35 @@ impl Marker {
             watched.set_armed_before_start();
         }
         find_layers(&watched, &init, rootfs);
+        if let Some(mut residence) = residence.take() {
+            if before_start && is_from_outside(&init, &watched) {
+                residence.settle();
+            }
+            watched.set_residence(residence);
+        }
         watched.ask_for_rescan();
         if !before_start && self.shared.is_armed_against(init.identity()) {
             let detail = "a container's entry point ran before its marks were in place";
             self.shared.lose(Failure::ArmedLate, Some(&watched), detail);
         }
         Ok(Marked { before_start, is_news: true })
+    }
+
+    /// Finds a container a place where its unchanged programs are asked about once.
+    fn admit(&self, watched: &Watched, init: &Handle) -> Option<Residence> {
+        let free = self.free.as_ref()?;
+        let mountinfo = init.mountinfo().ok()?;
+        let mount = overlay::find_in_mountinfo(&mountinfo, watched.device)?;
+        match free.admit(&mount, init) {
+            Ok(residence) => Some(residence),
+            Err(unfit) => {
+                tracing::info!(
+                    container = tracing::field::display(&watched.container),
+                    "every program is asked about: {unfit}"
+                );
+                None
+            }
+        }
     }
 
     /// Forgets containers that were armed, that have ended, and of which containerd
@@ -261,6 +297,9 @@ impl Marker {
         let Some(watched) = self.shared.table.get(container) else { return };
         if !watched.detach() {
             return;
+        }
+        if let (Some(free), Some(residence)) = (&self.free, watched.residence()) {
+            free.leave(residence);
         }
         watched.files.close();
         self.mounts.detach(&watched);
@@ -279,6 +318,23 @@ impl Marker {
     }
 }
 
+/// A process can give itself any name. But a runtime's is of the host, or, if it has
+/// made itself a copy in memory, was started a moment ago.
+fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
+    const MOMENT: Duration = Duration::from_secs(10);
+    init.open_exe().and_then(file::stat).is_ok_and(|exe| {
+        exe.device != watched.device
+            && (exe.links > 0 || crate::sys::procfs::age(init.identity()) < MOMENT)
+    })
+}
+
+/// What was known of the image's files counts no more: all are asked about again.
+fn forget(watched: &Watched) {
+    if let Some(residence) = watched.residence() {
+        residence.shard.forget();
+    }
+}
+
 /// Finds where the layers lie: as containerd says, or else as the kernel says.
 fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
     let mount = init
@@ -288,7 +344,13 @@ fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
     let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
     let redirects =
         mount.as_ref().map_or_else(overlay::redirects_by_default, |mount| mount.redirects);
-    let told = rootfs.map(|dirs| overlay::Mount { dirs, userxattr, redirects });
+    let told = rootfs.map(|dirs| overlay::Mount {
+        dirs,
+        userxattr,
+        redirects,
+        workdir: None,
+        is_exported: false,
+    });
     if let Some(layers) = [told, mount].into_iter().flatten().find_map(Layers::new) {
         watched.set_layers(layers);
     }

@@ -18,7 +18,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, TrySendError};
@@ -26,11 +26,13 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use super::copyup::{Calm, Residence, Shard};
 use super::files::Held;
 use super::mounts;
 use super::process::Caller;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
+use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
@@ -55,16 +57,67 @@ pub(super) struct Execution {
 #[derive(Debug)]
 pub(super) struct Seen {
     pub(super) watched: Arc<Watched>,
+    /// Before it became the program, or, if nobody had to be asked, after that: then
+    /// its `stat` is `None`.
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
 }
 
 /// The gate turns at least this often, with or without events.
-const TURN: Duration = Duration::from_millis(250);
+pub(super) const TURN: Duration = Duration::from_millis(250);
 
 /// How much one read may bring: about a hundred events, each with two
 /// descriptors. With none left to open, the kernel denies.
 const READ_BYTES: usize = 4 * 1024;
+
+/// Which events the gate's marks ask for.
+pub(super) fn events(gate: config::Gate) -> u64 {
+    match gate {
+        config::Gate::Ask | config::Gate::Free => libc::FAN_OPEN_EXEC_PERM,
+        config::Gate::Notify => libc::FAN_OPEN_EXEC,
+    }
+}
+
+/// Whether every thread that somebody may wait for still turns.
+#[derive(Debug, Default)]
+pub(super) struct Pulse {
+    threads: Vec<Arc<AtomicBool>>,
+}
+
+/// One thread's part in the pulse.
+#[derive(Debug)]
+pub(super) struct Turns(Arc<AtomicBool>);
+
+impl Turns {
+    pub(super) fn turn(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Pulse {
+    pub(super) fn of_another(&mut self) -> Turns {
+        let turned = Arc::new(AtomicBool::new(false));
+        self.threads.push(turned.clone());
+        Turns(turned)
+    }
+
+    /// Whether all of them have turned since this was last true.
+    fn beats(&self) -> bool {
+        let beats = self.threads.iter().all(|turned| turned.load(Ordering::Relaxed));
+        if beats {
+            self.threads.iter().for_each(|turned| turned.store(false, Ordering::Relaxed));
+        }
+        beats
+    }
+}
+
+/// Who tells that the gate makes progress.
+#[derive(Debug)]
+pub(super) struct Heart {
+    pub(super) pulse: Pulse,
+    /// Who watches the gate's progress reads the other end. Non-blocking.
+    pub(super) heartbeat: Option<OwnedFd>,
+}
 
 /// Since when another thread's count of turns is what it is.
 struct Progress {
@@ -74,11 +127,14 @@ struct Progress {
 
 pub(super) struct Gate {
     pub(super) group: Arc<Group>,
+    /// The containers of this gate, if unchanged programs are asked about only once.
+    pub(super) shard: Option<Arc<Shard>>,
     pub(super) shared: Arc<Shared>,
     pub(super) content: Sender<Execution>,
     pub(super) processes: Sender<Seen>,
-    /// Who watches the gate's progress reads the other end. Non-blocking.
-    pub(super) heartbeat: Option<OwnedFd>,
+    pub(super) turns: Turns,
+    /// The first gate has it.
+    pub(super) heart: Option<Heart>,
 }
 
 impl Gate {
@@ -90,7 +146,7 @@ impl Gate {
         let mut arming = Progress { turns: 0, since: Instant::now() };
         while !self.shared.is_stopping() {
             self.wait();
-            self.shared.health.gate_turns.fetch_add(1, Ordering::Relaxed);
+            self.turns.turn();
             if !self.is_arming_stuck(&mut arming) {
                 self.beat(&mut last_beat);
             }
@@ -132,11 +188,15 @@ impl Gate {
     }
 
     fn beat(&self, last: &mut Option<Instant>) {
-        let Some(heartbeat) = &self.heartbeat else { return };
-        if last.is_none_or(|last| last.elapsed() >= TURN / 4) {
+        let Some(Heart { pulse, heartbeat }) = &self.heart else { return };
+        if last.is_some_and(|last| last.elapsed() < TURN / 4) || !pulse.beats() {
+            return;
+        }
+        *last = Some(Instant::now());
+        self.shared.health.gate_turns.fetch_add(1, Ordering::Relaxed);
+        if let Some(heartbeat) = heartbeat {
             // A full pipe means that the last beats were not read yet: they are there.
             let _ = rustix::io::write(heartbeat, b".");
-            *last = Some(Instant::now());
         }
     }
 
@@ -148,26 +208,25 @@ impl Gate {
                 None,
                 "the kernel dropped events of the gate",
             ),
-            // The gate asks for permission events only.
-            Incoming::Notification(_) => (),
+            // Only where nobody is to wait.
+            Incoming::Notification(event) => self.told(event),
         }
     }
 
     fn answer(&self, permission: Permission<'_>) {
         let event = permission.event();
+        // Before anything is known of the file: see `copyup`.
+        let calm = self.shard.as_ref().and_then(|shard| shard.calm());
         let stat = file::stat(&event.file);
         // The one look into /proc before the answer. It takes no lock that the
         // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
         // files beside it), and only now is the process certain to be there.
         let caller = procfs::read_stat(event.pid).ok();
-        let whose = stat.as_ref().ok().and_then(|stat| {
-            let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
-            // Slower, and so for no other file.
-            owner.or_else(|| mounts::whose(&self.shared.table, event, stat))
-        });
+        let whose = stat.as_ref().ok().and_then(|stat| self.whose(event, stat));
         let at = Timestamp::now();
-        let (event, answered) = permission.answer(Answer::Allow);
+        // First, so that who has been answered finds itself counted.
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
+        let (event, answered) = permission.answer(Answer::Allow);
         if let Err(err) = answered {
             // ENOENT: the process was killed while it waited.
             if err.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
@@ -175,13 +234,37 @@ impl Gate {
             }
         }
         match stat {
-            Ok(stat) => self.hand_on(event, whose, stat, caller, at),
-            Err(err) => self.shared.lose(
-                Failure::EventUnreadable,
-                None,
-                &format!("an executed file could not be looked at: {err}"),
-            ),
+            Ok(stat) => self.hand_on(event, whose, stat, caller, at, calm.as_ref()),
+            Err(err) => self.lose_sight(&err),
         }
+    }
+
+    /// A program has been opened for execution, and nobody has waited for us.
+    fn told(&self, event: Event) {
+        let caller = procfs::read_stat(event.pid).ok();
+        let at = Timestamp::now();
+        self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
+        match file::stat(&event.file) {
+            Ok(stat) => {
+                let whose = self.whose(&event, &stat);
+                self.hand_on(event, whose, stat, caller, at, None);
+            }
+            Err(err) => self.lose_sight(&err),
+        }
+    }
+
+    fn lose_sight(&self, err: &std::io::Error) {
+        self.shared.lose(
+            Failure::EventUnreadable,
+            None,
+            &format!("an executed file could not be looked at: {err}"),
+        );
+    }
+
+    fn whose(&self, event: &Event, stat: &file::Stat) -> Option<(Arc<Watched>, Filesystem)> {
+        let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
+        // Slower, and so for no other file.
+        owner.or_else(|| mounts::whose(&self.shared.table, event, stat))
     }
 
     fn hand_on(
@@ -191,11 +274,12 @@ impl Gate {
         stat: file::Stat,
         caller: Option<procfs::Stat>,
         at: Timestamp,
+        calm: Option<&Calm>,
     ) {
         // Of a container that is not watched any more, or the host's.
         let Some((watched, filesystem)) = whose else { return };
-        let Event { file, pid, pidfd, .. } = event;
-        let caller = Caller { stat: caller, pid, pidfd };
+        let Event { file, pid, .. } = event;
+        let caller = Caller { stat: caller, pid, pidfd: None };
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.
@@ -206,10 +290,15 @@ impl Gate {
             Standing::Own => None,
             Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
+                if let (Some(shard), Some(calm)) = (&self.shard, calm)
+                    && watched.residence().is_some_and(Residence::has_settled)
+                    && !watched.is_detaching()
+                    && watched.is_certain(&stat)
+                    && shard.ignore(&file, calm)
+                {
+                    self.shared.health.gate_ignored.fetch_add(1, Ordering::Relaxed);
+                }
                 drop(file);
-                // The queue is long, and who waits in it is looked at by its start
-                // time: a descriptor each would be too many.
-                let caller = Caller { pidfd: None, ..caller };
                 match self.processes.try_send(Seen { watched, caller, at }) {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(seen)) => self.shared.lose(
@@ -221,6 +310,9 @@ impl Gate {
                 return;
             }
         };
+        // Only to sleep no longer than the process lives: who it is, its start time
+        // says, and a handle with every event would cost more than all the rest.
+        let caller = Caller { pidfd: procfs::pidfd(pid).ok(), ..caller };
         let file = Held::new(&watched, file);
         let execution =
             Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at };
@@ -236,6 +328,6 @@ impl Gate {
 }
 
 /// Execs would wait for ever at a gate that nobody can read or answer.
-fn give_up(err: &dyn std::fmt::Display) -> ! {
+pub(super) fn give_up(err: &dyn std::fmt::Display) -> ! {
     panic!("the gate cannot go on ({err}); driftd ends so that the kernel opens it");
 }

@@ -22,6 +22,7 @@ mod arm;
 mod code;
 mod content;
 mod control;
+mod copyup;
 mod feed;
 mod files;
 mod gate;
@@ -41,12 +42,14 @@ mod shells;
 mod state;
 mod table;
 mod trace;
+mod trial;
 mod trust;
 mod unseen;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -55,8 +58,11 @@ use jiff::Timestamp;
 
 pub use self::arm::Scope;
 pub use self::trace::Executions;
+pub use self::trial::{Distrust, try_free_gate};
 pub use self::trust::{Trust, Verdict};
 
+use self::copyup::{CopyUps, Free};
+use self::gate::{Heart, Pulse};
 use self::shared::Shared;
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
@@ -159,6 +165,7 @@ pub struct Watch {
     shared: Arc<Shared>,
     marker: Arc<control::Marker>,
     commands: Sender<Command>,
+    copy_ups_held: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     executions: Executions,
 }
@@ -197,7 +204,14 @@ impl Watch {
         notifier: Notifier,
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
-        let gate = Arc::new(Group::gate()?);
+        let gate = Arc::new(match settings.gate {
+            config::Gate::Ask | config::Gate::Free => Group::exec_gate()?,
+            config::Gate::Notify => Group::exec_feed()?,
+        });
+        let free = match settings.gate {
+            config::Gate::Free => Some(Arc::new(Free::new()?)),
+            config::Gate::Ask | config::Gate::Notify => None,
+        };
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
         let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
@@ -213,6 +227,7 @@ impl Watch {
         let marker = Arc::new(control::Marker {
             shared: shared.clone(),
             gate: gate.clone(),
+            free: free.clone(),
             feed: feed.clone(),
             mounts: mounts.clone(),
             orders: orders.clone(),
@@ -235,6 +250,7 @@ impl Watch {
             shared: shared.clone(),
             marker: marker.clone(),
             commands,
+            copy_ups_held: Arc::default(),
             threads: Vec::new(),
             executions,
         };
@@ -257,23 +273,56 @@ impl Watch {
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();
         watch.spawn("names", move || ours.names.run(&ours))?;
+        let mut pulse = Pulse::default();
+        let mut more_gates = Vec::new();
+        let mut copy_ups = None;
+        if let Some(free) = &free {
+            for shard in &free.shards {
+                more_gates.push(gate::Gate {
+                    group: shard.gate.clone(),
+                    shard: Some(shard.clone()),
+                    shared: shared.clone(),
+                    content: content.clone(),
+                    processes: processes.clone(),
+                    turns: pulse.of_another(),
+                    heart: None,
+                });
+            }
+            let (shared, held) = (shared.clone(), watch.copy_ups_held.clone());
+            copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
+        }
         let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
         if let Some(recorder) = recorder {
             // What else is made of the records.
-            let consumers: Vec<Box<dyn TraceConsumer>> =
+            let mut consumers: Vec<Box<dyn TraceConsumer>> =
                 vec![Box::new(libraries::Tracing::new(loadings, started))];
+            match settings.gate {
+                config::Gate::Ask => (),
+                // The gate is not asked about every program, or too late.
+                config::Gate::Free | config::Gate::Notify => {
+                    consumers.push(Box::new(processes::Entries::new(processes.clone())));
+                }
+            }
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
             watch.spawn("trace", || trace.run(recorder))?;
         }
         let thread = gate::Gate {
             group: gate.clone(),
+            shard: None,
             shared: shared.clone(),
             content,
             processes,
-            heartbeat,
+            turns: pulse.of_another(),
+            heart: Some(Heart { pulse, heartbeat }),
         };
         watch.spawn("gate", || thread.run())?;
+        for thread in more_gates {
+            watch.spawn("gate", || thread.run())?;
+        }
+        if let Some(thread) = copy_ups {
+            watch.spawn("copy-ups", || thread.run())?;
+        }
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
@@ -329,6 +378,13 @@ impl Watch {
 
     pub fn commands(&self) -> Sender<Command> {
         self.commands.clone()
+    }
+
+    /// While this is set, copy-ups wait, as if their thread had been stopped. For
+    /// tests only.
+    #[doc(hidden)]
+    pub fn copy_ups_held(&self) -> Arc<AtomicBool> {
+        self.copy_ups_held.clone()
     }
 
     /// Ends the threads. With them the fanotify groups are closed, and the kernel

@@ -648,7 +648,7 @@ impl Mounts {
         }
         self.shared.table.set_mounts(watched, known);
         for (mount, fd, whole) in &held {
-            let mask = libc::FAN_OPEN_EXEC_PERM;
+            let mask = super::gate::events(self.shared.settings.gate);
             let done = if *whole {
                 self.gate.mark_filesystem_of(fd.as_fd(), mask)
             } else {

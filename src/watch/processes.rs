@@ -4,16 +4,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::gate::Seen;
-use super::process;
+use super::process::{self, Caller};
+use super::sessions::is_before_entry_point;
 use super::shared::Shared;
 use super::table::Watched;
+use super::trace::TraceConsumer;
 use super::unseen::{Running, Runtimes};
+use crate::health::Failure;
 use crate::model::Source;
 use crate::sys::file;
+use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 
 /// How often it is asked whether all processes are to be looked at.
@@ -47,7 +51,7 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
 }
 
 fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
-    let Some(stat) = &seen.caller.stat else { return };
+    let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     shared.packages().executes(shared, &seen.watched, stat);
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
@@ -55,6 +59,56 @@ fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
         let executing = process::after_exec(&seen.caller, &seen.watched, others_wait);
         sessions.tell(shared, &seen.watched, seen.at, Source::Gate, executing.process);
     }
+}
+
+/// Nobody was asked before it became what it is.
+fn judge_running(shared: &Shared, seen: &Seen) {
+    let Ok(handle) = Handle::open(seen.caller.pid) else { return };
+    let stat = handle.first_stat();
+    // What the runtime is on its way in will be seen again when it is there.
+    if stat.has_ended() || is_before_entry_point(&stat.comm) {
+        return;
+    }
+    let mut sessions = shared.sessions();
+    if sessions.opens(stat, &seen.watched) {
+        let process = process::as_it_is(&handle, &seen.watched);
+        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, process);
+    }
+}
+
+/// By the trace, which is not asked before: whoever comes into a container to execute
+/// what the gate does not ask about.
+pub(super) struct Entries {
+    processes: Sender<Seen>,
+}
+
+impl Entries {
+    pub(super) fn new(processes: Sender<Seen>) -> Entries {
+        Entries { processes }
+    }
+}
+
+impl TraceConsumer for Entries {
+    fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
+        let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
+        let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
+        match self.processes.try_send(seen) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(seen)) => shared.lose(
+                Failure::ProcessQueueFull,
+                Some(&seen.watched),
+                "too many processes wait to be looked at",
+            ),
+        }
+    }
+
+    fn executed(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed, _: Option<&Mapped>) {}
+
+    fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
+
+    fn exited(&mut self, _: u32) {}
+
+    fn lost(&mut self) {}
 }
 
 /// A container whose processes are to be looked at.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::copyup::Residence;
 use super::files::Files;
 use super::trust::LayerFiles;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
@@ -35,6 +36,8 @@ pub(super) struct Watched {
     /// The same group as the kernel's records name it.
     pub(super) perf_cgroup: Option<u64>,
     layers: OnceLock<Layers>,
+    /// Where its unchanged programs are asked about only once; `None` if nowhere.
+    residence: OnceLock<Residence>,
     /// Its other mounts that carry our marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
     /// Files that matter whatever they hold, beside those that the settings name.
@@ -184,6 +187,7 @@ impl Watched {
             cgroup: unified.filter(|cgroup| cgroup.len() > 1),
             perf_cgroup: perf,
             layers: OnceLock::new(),
+            residence: OnceLock::new(),
             mounts: RwLock::default(),
             entry_point: RwLock::default(),
             layer_files: RwLock::default(),
@@ -206,6 +210,26 @@ impl Watched {
     /// The first answer stays.
     pub(super) fn set_layers(&self, layers: Layers) {
         let _ = self.layers.set(layers);
+    }
+
+    pub(super) fn residence(&self) -> Option<&Residence> {
+        self.residence.get()
+    }
+
+    pub(super) fn set_residence(&self, residence: Residence) {
+        let _ = self.residence.set(residence);
+    }
+
+    /// Whether a file is the image's own as far as anybody can know, until it changes.
+    pub(super) fn is_certain(&self, stat: &Stat) -> bool {
+        let born = self.layers().and_then(|layers| layers.born);
+        match place(stat, born) {
+            Place::Own => false,
+            Place::Layers { is_young } => {
+                let Stat { device, inode, changed, .. } = *stat;
+                self.layer_files().is_certain(&LayerFile { device, inode, changed }, is_young)
+            }
+        }
     }
 
     /// Its other mounts that carry our marks, as they were when last looked at.

@@ -47,6 +47,9 @@ pub(super) trait TraceConsumer: Send {
         program: Option<&Mapped>,
     );
 
+    /// A process of a container has become a program, and who made it is in none.
+    fn entered(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed) {}
+
     /// A process of a container has mapped code of a file after its execve was over,
     /// so neither its program nor its dynamic linker.
     fn mapped(&mut self, shared: &Shared, watched: &Arc<Watched>, mapped: &Mapped);
@@ -471,8 +474,14 @@ impl Trace {
         known.watched.clone_from(&watched);
         known.was_looked_up = true;
         let Some(watched) = watched else { return };
+        let has_parent_inside = parent
+            .and_then(|parent| self.processes.get(&parent))
+            .is_some_and(|known| known.watched.is_some());
         for consumer in &mut self.consumers {
             consumer.executed(&self.shared, &watched, executed, program.as_deref());
+            if !has_parent_inside {
+                consumer.entered(&self.shared, &watched, executed);
+            }
         }
         let by_descriptor = descriptor(&executed.file_name);
         if is_marked && by_descriptor.is_none() {

@@ -83,6 +83,19 @@ impl LayerFiles {
         }
     }
 
+    /// Whether nothing more is to be said of this file until it changes: it need not be
+    /// looked at, and no judgement of it is waited for.
+    pub(super) fn is_certain(&self, file: &LayerFile, is_young: bool) -> bool {
+        match self.trust {
+            Trust::NoBaseline => true,
+            Trust::UpTo(time) if file.changed <= time && !is_young => true,
+            Trust::UpTo(_) | Trust::Unknown => self
+                .told
+                .get(file)
+                .is_some_and(|told| told.is_settled && told.is_image == Some(true)),
+        }
+    }
+
     /// What the file is, if it was read before.
     pub(super) fn known(&self, file: &LayerFile) -> Option<FileState> {
         self.told.get(file).filter(|told| told.is_settled).map(|told| told.state.clone())
@@ -187,6 +200,22 @@ mod tests {
         files.judge(&file(2), Verdict::Drift);
         assert!(files.is_doubtful(&file(2), false), "every execution of drift is told");
         assert_eq!(files.known(&file(2)), Some(state()), "and none of them reads it again");
+    }
+
+    #[test]
+    fn a_file_is_certain_only_while_nobody_waits_to_hear_of_it() {
+        let mut files = told(&[1]);
+        assert!(!files.is_certain(&file(1), false), "its judgement is to come");
+        files.judge(&file(1), Verdict::Drift);
+        assert!(!files.is_certain(&file(1), false));
+        files.judge(&file(1), Verdict::Image);
+        assert!(files.is_certain(&file(1), false));
+        assert!(!files.is_certain(&file(2), false));
+        let files = trusted_up_to(100);
+        assert!(files.is_certain(&file(100), false));
+        assert!(!files.is_certain(&file(100), true));
+        assert!(!files.is_certain(&file(101), false));
+        assert!(!LayerFiles::default().is_certain(&file(1), false));
     }
 
     #[test]
