@@ -5,6 +5,8 @@ DESTDIR ?=
 CARGO   ?= cargo
 # How long each fuzz target runs.
 FUZZ_SECONDS ?= 60
+# How long containers drift in `make soak`.
+SOAK_SECONDS ?= 3600
 bindir     = $(PREFIX)/bin
 mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
@@ -28,7 +30,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-matrix test-docker check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup build test test-matrix test-docker soak check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +69,9 @@ docker-newest: TRIALS = docker
 docker-%: $(ENGINES)/docker-%
 	$</usr/sbin/dockerd --version
 	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
+
+soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked $(AS_ROOT) --test node -- chaos_soak --ignored --nocapture
 
 check: ## format, lints and dependencies
 	$(CARGO) fmt --check

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::Kind;
+use crate::model::{Kind, PathGlobs};
 
 /// The settings. Every field has a default that works on a stock containerd
 /// node, so an empty file is a good file. An unknown field is an error: a
@@ -74,6 +74,10 @@ pub struct Watch {
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
     pub max_hash_bytes: u64,
+    /// Paths where a file is run or obeyed by others later, whatever it holds: a
+    /// new or changed one is `file.persistence`. The container's own entry point
+    /// need not be named.
+    pub persistence: PathGlobs,
     /// Whether changes that wait in the kernel to be looked at are limited
     /// (`fs.fanotify.max_queued_events`). What is dropped then is counted, and found
     /// by a walk. Executions are never dropped.
@@ -178,12 +182,65 @@ impl Default for Watch {
             settle: Duration::from_secs(1),
             sweep_interval: Duration::from_secs(30),
             max_hash_bytes: 1 << 30,
+            persistence: persistence(),
             bounded_queue: false,
             arm: Arm::Events,
             runtimes: RUNTIMES.map(PathBuf::from).into(),
             volumes: true,
         }
     }
+}
+
+/// Where somebody who was in a container once comes back from.
+///
+/// Left out: what entry points write in ordinary life (configuration, host keys),
+/// what is made anew from other files (`ld.so.cache`), and `ld.so.conf.d`, whose
+/// libraries are told when they are loaded.
+fn persistence() -> PathGlobs {
+    const PATTERNS: &[&str] = &[
+        // Loaded into every program.
+        "/etc/ld.so.preload",
+        // Run by the clock.
+        "/etc/crontab",
+        "/etc/anacrontab",
+        "/etc/cron.*/**",
+        "/var/spool/cron/**",
+        "/var/spool/at/**",
+        // Run by every login or shell.
+        "/etc/profile",
+        "/etc/profile.d/**",
+        "/etc/bash.bashrc",
+        "/etc/bashrc",
+        "/etc/zsh/**",
+        "/root/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
+        "/home/*/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
+        // Who may come in, and as whom.
+        "**/.ssh/authorized_keys",
+        "**/.ssh/authorized_keys2",
+        "**/.ssh/rc",
+        "/etc/ssh/sshd_config",
+        "/etc/ssh/sshd_config.d/**",
+        "/etc/ssh/sshrc",
+        "/etc/passwd",
+        "/etc/shadow",
+        "/etc/group",
+        "/etc/gshadow",
+        "/etc/sudoers",
+        "/etc/sudoers.d/**",
+        "/etc/pam.d/**",
+        // Run at start.
+        "/etc/inittab",
+        "/etc/rc.local",
+        "/etc/init.d/**",
+        "/etc/rc*.d/**",
+        "/etc/systemd/system/**",
+        "/etc/systemd/user/**",
+        "/lib/systemd/system/**",
+        "/usr/lib/systemd/system/**",
+        "/etc/udev/rules.d/**",
+    ];
+    let patterns = PATTERNS.iter().map(|pattern| (*pattern).to_owned()).collect();
+    PathGlobs::new(patterns).expect("a test parses the file that has the same patterns")
 }
 
 pub const DEFAULT_SOCKET: &str = "/run/driftd/driftd.sock";

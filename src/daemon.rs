@@ -43,6 +43,16 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
 
     let history = History::open(&config.state_dir)?;
     let findings = history.load_findings().context("cannot read the history")?;
+    let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let policy = Policy {
+        generation: 1,
+        respond: config.respond.clone(),
+        persistence: config.watch.persistence.clone(),
+    };
+    let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
+    history
+        .each_member(|finding, member| state.remember_member(finding, &member))
+        .context("cannot read the history")?;
     let baselines = config.state_dir.join("baselines");
     let _claim = Store::claim(&baselines)?;
     let store = Arc::new(Store::open(&baselines, health.clone())?);
@@ -79,9 +89,6 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (response_sender, responses) = bounded(256);
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);
     let (stop_sender, stop) = bounded(0);
-    let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let policy = Policy { generation: 1, respond: config.respond.clone() };
-    let state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
     let inputs = Inputs { changes, reports, news, questions, responses, stop };
     let outputs = Outputs {
         commands: watch.commands(),

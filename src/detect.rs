@@ -9,8 +9,24 @@
 use crate::baseline::{ImageBaseline, Known};
 use crate::model::file::{grants_identity, is_program};
 use crate::model::{
-    Fact, FileState, FileType, Filesystem, Format, Kind, RootfsPath, Script, Severity,
+    Blake3Hash, Content, EntryPoint, Fact, FileState, FileType, Filesystem, Format, Kind,
+    PathGlobs, RootfsPath, Script, Severity, Unhashed,
 };
+
+/// Where a file matters in a container whatever it holds: others run or obey it.
+#[derive(Clone, Copy, Debug)]
+pub struct Sensitive<'a> {
+    /// As the settings say.
+    pub persistence: &'a PathGlobs,
+    /// As [`entry_point`] says.
+    pub entry_point: &'a [RootfsPath],
+}
+
+impl Sensitive<'_> {
+    fn covers(self, path: &RootfsPath) -> bool {
+        self.persistence.matches(path) || self.entry_point.contains(path)
+    }
+}
 
 /// How one path of a container differs from its image, drift or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +61,7 @@ pub struct Assessment {
 
 /// Judges a fact about a file. A session, or a shell and its connection, is no
 /// fact about a file: `None`.
-pub fn assess(image: &ImageBaseline, fact: &Fact) -> Option<Assessment> {
+pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> Option<Assessment> {
     match fact {
         Fact::Executed { path, filesystem, running, state, .. } => Some(match filesystem {
             Filesystem::Overlay => assess_executed(image, path, state, *running),
@@ -63,9 +79,20 @@ pub fn assess(image: &ImageBaseline, fact: &Fact) -> Option<Assessment> {
             change: Change::Added,
             judgements: vec![judgement(Kind::ExecInterpreted, None)],
         }),
-        Fact::Present { path, state, .. } => Some(assess_present(image, path, state)),
-        Fact::Absent { path } => Some(assess_absent(image, path)),
-        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } => None,
+        Fact::Present { path, state, .. } => {
+            let mut assessment = assess_present(image, path, state);
+            if sensitive.covers(path) {
+                // Before what it may grant, behind what it is.
+                let at = assessment.judgements.len().min(1);
+                let told = persistence(image, path, state);
+                assessment.judgements.splice(at..at, told);
+            }
+            Some(assessment)
+        }
+        Fact::Absent { path, .. } => Some(assess_absent(image, path)),
+        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } | Fact::PackageManager { .. } => {
+            None
+        }
     }
 }
 
@@ -179,8 +206,14 @@ fn assess_present(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -
             None if state.is_program() => (Change::Added, Some(judgement(Kind::FileAdded, None))),
             None => (Change::Added, None),
         };
+        // What took the place of a directory hides all that the image has below it.
+        let removed = known
+            .clone()
+            .filter(|_| state.file_type != FileType::Directory && image.has_program_below(path))
+            .map(|known| judgement(Kind::FileRemoved, Some(known)));
         let privileged = privileged(known, state);
-        return Assessment { change, judgements: main.into_iter().chain(privileged).collect() };
+        let judgements = main.into_iter().chain(removed).chain(privileged).collect();
+        return Assessment { change, judgements };
     };
     let (change, main) = if same(&expected, state) {
         (Change::Metadata, None)
@@ -196,6 +229,115 @@ fn assess_present(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -
     };
     let privileged = privileged(known, state);
     Assessment { change, judgements: main.into_iter().chain(privileged).collect() }
+}
+
+/// Something on a path that others run or obey is new, or not what the image has.
+fn persistence(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -> Option<Judgement> {
+    let known = image.get(path).filter(occupies);
+    let is_the_images =
+        known.as_ref().is_some_and(|known| same(known, state) || is_same_link(known, state));
+    // Nobody knew yet that it matters: it is read and told again.
+    let is_unread = state.file_type == FileType::Regular
+        && state.content == Content::Unhashed(Unhashed::NotAProgram);
+    (!is_the_images && !is_unread).then(|| judgement(Kind::FilePersistence, known))
+}
+
+/// Whether both are symlinks with one target, which is their content.
+fn is_same_link(known: &Known, state: &FileState) -> bool {
+    known.entry.file_type == FileType::Symlink
+        && state.file_type == FileType::Symlink
+        && known.entry.link_target.as_deref().is_some_and(|target| {
+            state.blake3() == Some(Blake3Hash(*blake3::hash(target).as_bytes()))
+        })
+}
+
+/// The files of the image that start a container: its program, the programs and
+/// scripts that this one is given, and the symlinks that lead to them. Other
+/// arguments, such as a configuration, may change in ordinary life.
+pub fn entry_point(image: &ImageBaseline, entry_point: &EntryPoint) -> Vec<RootfsPath> {
+    let EntryPoint { arguments, search, directory } = entry_point;
+    let Some((program, rest)) = arguments.split_first() else { return Vec::new() };
+    let in_directory = |directory: &str, name: &str| {
+        if name.starts_with('/') { name.to_owned() } else { format!("{directory}/{name}") }
+    };
+    let found = if program.contains('/') {
+        follow(image, &in_directory(directory, program))
+    } else {
+        search.iter().find_map(|directory| follow(image, &in_directory(directory, program)))
+    };
+    let mut paths = Vec::new();
+    if let Some(found) = found {
+        paths.extend(found.way);
+    }
+    let name = program.rsplit('/').next().unwrap_or_default();
+    let mut wants_script = INTERPRETERS.iter().any(|interpreter| {
+        // python3.11
+        name.strip_prefix(interpreter)
+            .is_some_and(|rest| rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.'))
+    });
+    for argument in rest.iter().take(64).filter(|argument| !argument.starts_with('-')) {
+        if !wants_script && !argument.starts_with('/') {
+            continue;
+        }
+        let Some(found) = follow(image, &in_directory(directory, argument)) else { continue };
+        let Followed { way, file } = found;
+        let is_code = known_program(&file) || file.entry.format == Format::Script;
+        if std::mem::take(&mut wants_script) || is_code {
+            paths.extend(way);
+        }
+    }
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+/// Programs whose first argument that is a file is code, whatever it looks like.
+const INTERPRETERS: &[&str] = &[
+    "ash", "bash", "bun", "dash", "deno", "java", "ksh", "lua", "node", "perl", "php", "python",
+    "ruby", "sh", "zsh",
+];
+
+/// A regular file of the image, and the symlinks by which it was reached.
+struct Followed {
+    /// Ends with the file's own path.
+    way: Vec<RootfsPath>,
+    file: Known,
+}
+
+/// Follows a path inside the image only, and not for ever.
+fn follow(image: &ImageBaseline, path: &str) -> Option<Followed> {
+    let components = |path: &[u8]| -> Vec<Vec<u8>> {
+        // The next one is at the end.
+        path.split(|&byte| byte == b'/').rev().map(<[u8]>::to_vec).collect()
+    };
+    let mut left = components(path.as_bytes());
+    let mut at = RootfsPath::root();
+    let mut way = Vec::new();
+    while let Some(name) = left.pop() {
+        match &*name {
+            b"" | b"." => continue,
+            b".." => at = at.parent().unwrap_or_else(RootfsPath::root),
+            name => {
+                let next = at.join(name).ok()?;
+                match image.get(&next).and_then(|known| known.entry.link_target) {
+                    Some(target) => {
+                        way.push(next);
+                        if way.len() > 16 {
+                            return None;
+                        }
+                        if target.starts_with(b"/") {
+                            at = RootfsPath::root();
+                        }
+                        left.extend(components(&target));
+                    }
+                    None => at = next,
+                }
+            }
+        }
+    }
+    let file = image.get(&at).filter(|known| known.entry.file_type == FileType::Regular)?;
+    way.push(at);
+    Some(Followed { way, file })
 }
 
 fn assess_absent(image: &ImageBaseline, path: &RootfsPath) -> Assessment {
@@ -386,7 +528,7 @@ mod tests {
 
     use super::*;
     use crate::baseline::blake3_of;
-    use crate::model::{Content, Process, ProcessIdentity, Sha256Hash};
+    use crate::model::{Process, ProcessIdentity, Sha256Hash};
 
     const IMAGE: &str = "
 /bin 755 dir
@@ -402,14 +544,23 @@ mod tests {
 /opt/tool/run 755 script run
 /etc/app.conf 644 data conf
 /docker-entrypoint.sh 755 script entry
+/etc/passwd 644 data users
+/etc/cron.d 755 dir
+/app/main.py 644 data main
+/usr/local/bin/python3 777 symlink python3.11
+/usr/local/bin/python3.11 755 elf python
 ";
 
     fn state(mode: u32, format: &str, content: &str) -> FileState {
         let format = match format {
             "elf" => Format::Elf,
             "script" => Format::Script,
-            "data" => Format::Data,
+            "data" | "unread" => Format::Data,
             other => panic!("bad format {other}"),
+        };
+        let content_of = match content {
+            "-" => Content::Unhashed(Unhashed::NotAProgram),
+            content => Content::Hashed { blake3: blake3_of(content), sha256: Sha256Hash([0; 32]) },
         };
         FileState {
             file_type: FileType::Regular,
@@ -419,7 +570,7 @@ mod tests {
             gid: 0,
             size: content.len() as u64,
             capability: None,
-            content: Content::Hashed { blake3: blake3_of(content), sha256: Sha256Hash([0; 32]) },
+            content: content_of,
             deleted: false,
         }
     }
@@ -431,6 +582,7 @@ mod tests {
             argv: None,
             uid: None,
             tty: None,
+            root: None,
             ancestors: Vec::new(),
         })
     }
@@ -473,7 +625,7 @@ mod tests {
                 process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
-            "remove" => Fact::Absent { path: path() },
+            "remove" => Fact::Absent { path: path(), writer: None },
             other => panic!("bad verb {other}"),
         }
     }
@@ -482,7 +634,11 @@ mod tests {
     #[track_caller]
     fn check(event: &str, expected: &str) {
         let image = ImageBaseline::from_text(&[IMAGE]);
-        let assessment = assess(&image, &fact(event)).unwrap();
+        let globs = ["/etc/passwd", "/etc/cron.*/**", "**/.ssh/authorized_keys"];
+        let globs = PathGlobs::new(globs.map(str::to_owned).into()).unwrap();
+        let entry_point = [RootfsPath::new("/docker-entrypoint.sh").unwrap()];
+        let sensitive = Sensitive { persistence: &globs, entry_point: &entry_point };
+        let assessment = assess(&image, sensitive, &fact(event)).unwrap();
         let said: Vec<String> = assessment
             .judgements
             .iter()
@@ -564,6 +720,58 @@ mod tests {
     }
 
     #[test]
+    fn a34_what_others_obey_is_told_whatever_it_holds() {
+        check("write /etc/cron.d/a 644 data evil", "Added: file.persistence high");
+        check("write /root/.ssh/authorized_keys 600 data evil", "Added: file.persistence high");
+        check(
+            "write /etc/passwd 644 data evil",
+            "Modified: file.persistence high from /etc/passwd",
+        );
+        check("write /etc/passwd 600 data users", "Metadata: ");
+        check(
+            "write /etc/cron.daily/x 4755 elf evil",
+            "Added: file.added low, file.persistence high, file.privileged high",
+        );
+        check("write /etc/cron.d/a 644 unread -", "Added: ");
+    }
+
+    #[test]
+    fn a35_the_entry_point_is_watched() {
+        check(
+            "write /docker-entrypoint.sh 755 script evil",
+            "Modified: file.modified medium from /docker-entrypoint.sh, \
+             file.persistence high from /docker-entrypoint.sh",
+        );
+        check("write /docker-entrypoint.sh 755 script entry", "Metadata: ");
+    }
+
+    #[test]
+    fn what_starts_a_container_is_found_in_its_image() {
+        let check = |arguments: &[&str], expected: &[&str]| {
+            let image = ImageBaseline::from_text(&[IMAGE]);
+            let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+            let started = EntryPoint {
+                arguments: words(arguments),
+                search: words(&["/usr/local/bin", "/usr/bin", "/bin"]),
+                directory: "/app".into(),
+            };
+            let found: Vec<String> =
+                entry_point(&image, &started).iter().map(ToString::to_string).collect();
+            assert_eq!(found, expected, "{arguments:?}");
+        };
+        check(&["/docker-entrypoint.sh", "curl"], &["/docker-entrypoint.sh"]);
+        check(&["sh", "-c", "ls"], &["/bin/busybox", "/bin/sh"]);
+        check(
+            &["python3", "-u", "main.py", "/etc/app.conf"],
+            &["/app/main.py", "/usr/local/bin/python3", "/usr/local/bin/python3.11"],
+        );
+        check(&["/bin/ls", "/etc/app.conf", "/opt/tool/run"], &["/bin/ls", "/opt/tool/run"]);
+        check(&["../bin/ls"], &["/bin/ls"]);
+        check(&["missing"], &[]);
+        check(&[], &[]);
+    }
+
+    #[test]
     fn what_is_gone() {
         check("remove /bin/ls", "Removed: file.removed low from /bin/ls");
         check("remove /usr/sbin/auditctl", "Removed: file.removed medium from /usr/sbin/auditctl");
@@ -605,6 +813,12 @@ mod tests {
         check("load /tmp/ls.so 644 elf ls", "Relocated: library.loaded medium from /bin/ls");
         check("interpret /tmp/i.sh 644 data evil", "Added: exec.interpreted medium");
         check("interpret /opt/tool/run 755 script run", "Metadata: ");
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_directory_removes_what_was_below() {
+        check("write /usr/bin 777 data nothing", "file.removed low from /usr/bin");
+        check("write /tmp 777 data nothing", "");
     }
 
     #[test]

@@ -141,6 +141,9 @@ pub struct Health {
     pub gate_turns: AtomicU64,
     /// Writes of files that are no programs: seen, counted, not reported.
     pub data_writes: AtomicU64,
+    /// Changes that a walk had to find because too many came at once. None of them
+    /// is lost but the name of who made it.
+    pub left_to_sweeps: AtomicU64,
 }
 
 impl Health {

@@ -2,6 +2,7 @@
 //! by the pipeline alone.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,12 +11,16 @@ use jiff::Timestamp;
 use crate::baseline::ImageBaseline;
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Kind, LayerId,
-    Observation, ProcessIdentity, RootfsPath,
+    Member, Observation, Process, ProcessIdentity, RootfsPath,
 };
 
 /// Findings of one container that are kept in memory.
 pub const MAX_FINDINGS: usize = 32 * 1024;
 const MAX_SESSIONS: usize = 1024;
+/// Package managers of one container whose descendants are recognised.
+const MAX_PACKAGE_MANAGERS: usize = 256;
+/// Files of one container that aggregated findings know one by one: 24 bytes each.
+pub const MAX_MEMBERS: usize = 256 * 1024;
 
 /// Everything about one container.
 #[derive(Debug, Default)]
@@ -25,6 +30,8 @@ pub struct Entry {
     /// The init process, while it runs.
     pub pid: Option<u32>,
     pub baseline: BaselineState,
+    /// Files of the image that start the container.
+    pub entry_point: Vec<RootfsPath>,
     /// Up to when the layers on disk are known to equal the baseline.
     pub unchanged_since: Option<FileTime>,
     /// Since when there is no baseline, for whatever reasons.
@@ -41,8 +48,90 @@ pub struct Entry {
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
     /// The newest session roots and their findings.
     sessions: VecDeque<(ProcessIdentity, FindingId)>,
+    /// The newest package managers at work, a parent before its children.
+    package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
+    /// The files that findings tell together.
+    pub members: Members,
+    /// How many findings tell of one file each, by kind: in a place, and anywhere.
+    alone: HashMap<(Kind, Option<RootfsPath>), usize>,
+    /// How many findings tell of several files, by kind.
+    together: HashMap<Kind, usize>,
     /// Seen before the baseline was there.
     pub backlog: VecDeque<Observation>,
+}
+
+/// Which finding tells of each file that has none of its own. A file is told by one
+/// finding at a time: the newest that it was put into.
+#[derive(Debug, Default)]
+pub struct Members {
+    /// Keyed, so that no container can choose two paths that look the same.
+    hasher: RandomState,
+    groups: Vec<FindingId>,
+    indexes: HashMap<FindingId, u32>,
+    known: HashMap<u64, (u32, Told)>,
+}
+
+/// Written files and executed ones are told apart: one path may be both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Deed {
+    Written,
+    Executed,
+}
+
+/// What was told of a member, short enough to keep many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told(u32);
+
+impl Told {
+    /// It was there, and is gone.
+    pub const GONE: Told = Told(0);
+    /// That it is missing is what was told.
+    pub const REMOVED: Told = Told(1);
+    const UNHASHED: Told = Told(2);
+
+    pub fn content(blake3: Option<Blake3Hash>) -> Told {
+        let Some(Blake3Hash([a, b, c, d, ..])) = blake3 else { return Told::UNHASHED };
+        Told(u32::from_le_bytes([a, b, c, d]).max(3))
+    }
+
+    /// Of a member as the history keeps it.
+    pub fn of(member: &Member) -> Told {
+        match member {
+            Member { removed: true, .. } => Told::GONE,
+            Member { kind: Kind::FileRemoved, .. } => Told::REMOVED,
+            member => Told::content(member.blake3),
+        }
+    }
+}
+
+impl Members {
+    fn key(&self, deed: Deed, path: &RootfsPath) -> u64 {
+        self.hasher.hash_one((deed, path.as_bytes()))
+    }
+
+    /// The finding that tells of this file, and what it told last.
+    pub fn of(&self, deed: Deed, path: &RootfsPath) -> Option<(FindingId, Told)> {
+        let (group, told) = *self.known.get(&self.key(deed, path))?;
+        Some((self.groups[group as usize], told))
+    }
+
+    /// False if there is no room for another file.
+    pub fn put(&mut self, deed: Deed, path: &RootfsPath, finding: FindingId, told: Told) -> bool {
+        self.put_key(self.key(deed, path), finding, told)
+    }
+
+    fn put_key(&mut self, key: u64, finding: FindingId, told: Told) -> bool {
+        if self.known.len() >= MAX_MEMBERS && !self.known.contains_key(&key) {
+            return false;
+        }
+        let groups = &mut self.groups;
+        let group = *self.indexes.entry(finding).or_insert_with(|| {
+            groups.push(finding);
+            u32::try_from(groups.len() - 1).expect("there are fewer findings")
+        });
+        self.known.insert(key, (group, told));
+        true
+    }
 }
 
 /// Where a container's baseline stands.
@@ -86,6 +175,18 @@ pub enum WatchState {
 impl Entry {
     pub fn insert_finding(&mut self, finding: Finding) {
         if let Some(file) = &finding.file {
+            if finding.files.is_some() {
+                *self.together.entry(finding.kind).or_default() += 1;
+            } else if finding.kind == Kind::FileRelocated {
+                // The first of what may be many.
+                let told = if file.deleted { Told::GONE } else { Told::content(file.blake3) };
+                self.members.put(Deed::Written, &file.path, finding.id, told);
+            } else {
+                if let Some(place) = place_of(&finding) {
+                    *self.alone.entry((finding.kind, Some(place))).or_default() += 1;
+                }
+                *self.alone.entry((finding.kind, None)).or_default() += 1;
+            }
             let ids = self.by_path.entry(file.path.clone()).or_default();
             if !ids.contains(&finding.id) {
                 ids.push(finding.id);
@@ -95,6 +196,11 @@ impl Entry {
             && let Some(process) = &finding.process
         {
             self.remember_session(process.identity, finding.id);
+        }
+        if finding.kind == Kind::PackageTransaction
+            && let Some(process) = &finding.process
+        {
+            self.remember_package_manager(Arc::new(process.clone()));
         }
         self.findings.insert(finding.id, finding);
     }
@@ -116,6 +222,34 @@ impl Entry {
     /// The newest session for whose root `belongs` says yes.
     pub fn session_where(&self, belongs: impl Fn(ProcessIdentity) -> bool) -> Option<FindingId> {
         self.sessions.iter().rev().find(|(root, _)| belongs(*root)).map(|(_, finding)| *finding)
+    }
+
+    /// Whoever descends from a known one belongs to that.
+    pub fn remember_package_manager(&mut self, process: Arc<Process>) {
+        if self.package_manager_of(&process).is_some() {
+            return;
+        }
+        if self.package_managers.len() == MAX_PACKAGE_MANAGERS {
+            self.package_managers.pop_front();
+        }
+        self.package_managers.push_back((process.identity, process));
+    }
+
+    /// The package manager that this process is or descends from: the outermost.
+    pub fn package_manager_of(&self, process: &Process) -> Option<&Arc<Process>> {
+        let mut known = self.package_managers.iter();
+        known.find(|(identity, _)| process.descends_from(*identity)).map(|(_, process)| process)
+    }
+
+    /// How many findings of this kind tell of one file each in this place; anywhere,
+    /// for `None`.
+    pub fn alone(&self, kind: Kind, place: Option<&RootfsPath>) -> usize {
+        self.alone.get(&(kind, place.cloned())).copied().unwrap_or_default()
+    }
+
+    /// How many findings of this kind tell of several files.
+    pub fn together(&self, kind: Kind) -> usize {
+        self.together.get(&kind).copied().unwrap_or_default()
     }
 
     /// Whether another finding of this kind may be kept. A container can make new
@@ -167,10 +301,27 @@ impl Entry {
     }
 }
 
+/// Where a finding's file is one of many: its directory or, for what is executed,
+/// the root directory that its process has of its own.
+fn place_of(finding: &Finding) -> Option<RootfsPath> {
+    let file = finding.file.as_ref()?;
+    match finding.kind {
+        Kind::FileAdded | Kind::FileModified | Kind::FileRemoved => file.path.parent(),
+        kind if kind.is_exec() => finding.process.as_ref()?.own_root(),
+        _ => None,
+    }
+}
+
 /// All containers.
 #[derive(Debug, Default)]
 pub struct Inventory {
     entries: BTreeMap<ContainerId, Entry>,
+    /// The files that remembered findings tell together.
+    remembered_members: HashMap<FindingId, Vec<(u64, Told)>>,
+    /// What the files of remembered findings have in common.
+    deeds: HashMap<FindingId, Deed>,
+    /// Reads what is remembered as every entry's `Members` do.
+    hasher: RandomState,
     /// What the history tells of containers that have not shown up yet.
     remembered: HashMap<ContainerId, Vec<Finding>>,
     /// Findings about layers on disk, without a container.
@@ -182,6 +333,11 @@ impl Inventory {
     pub fn with_history(findings: Vec<Finding>) -> Inventory {
         let mut inventory = Inventory::default();
         for finding in findings {
+            if finding.files.is_some() {
+                let is_run = finding.kind.is_exec();
+                let deed = if is_run { Deed::Executed } else { Deed::Written };
+                inventory.deeds.insert(finding.id, deed);
+            }
             match finding.container_id().cloned() {
                 Some(container) => {
                     inventory.remembered.entry(container).or_default().push(finding);
@@ -205,18 +361,34 @@ impl Inventory {
     /// The entry of a container; a new one remembers what the history knows.
     pub fn entry(&mut self, id: &ContainerId) -> &mut Entry {
         let remembered = &mut self.remembered;
+        let members = &mut self.remembered_members;
+        let hasher = &self.hasher;
         self.entries.entry(id.clone()).or_insert_with(|| {
             let mut entry = Entry::default();
+            entry.members.hasher = hasher.clone();
             for finding in remembered.remove(id).unwrap_or_default() {
+                for (key, told) in members.remove(&finding.id).unwrap_or_default() {
+                    entry.members.put_key(key, finding.id, told);
+                }
                 entry.insert_finding(finding);
             }
             entry
         })
     }
 
+    /// What the history tells of one file of a finding that is remembered.
+    pub fn remember_member(&mut self, finding: FindingId, member: &Member) {
+        // Without its finding it is nothing.
+        let Some(&deed) = self.deeds.get(&finding) else { return };
+        let key = self.hasher.hash_one((deed, member.path.as_bytes()));
+        self.remembered_members.entry(finding).or_default().push((key, Told::of(member)));
+    }
+
     /// Everything that runs has shown up: what is remembered of others is history.
     pub fn forget_remembered(&mut self) {
         self.remembered = HashMap::new();
+        self.remembered_members = HashMap::new();
+        self.deeds = HashMap::new();
     }
 
     pub fn remove(&mut self, id: &ContainerId) {

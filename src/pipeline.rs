@@ -24,23 +24,26 @@ use tokio::sync::oneshot;
 
 use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
-use crate::detect::{self, Assessment};
+use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health};
 use crate::history::Record;
-use crate::inventory::{BaselineState, Entry, Inventory, MAX_FINDINGS, WatchState};
+use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, Filesystem, Finding, FindingId, IdMap, ImageReference, Kind, LayerId,
-    LowerTwin, Observation, Outcome, Process, RootfsPath, Script, Severity, Source,
+    LowerTwin, Member, Observation, Outcome, Process, RootfsPath, Script, Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
 use crate::watch::{self, Command, Report, Trust};
 
+mod aggregate;
 mod layers;
+mod together;
 
 use self::layers::Tampered;
+use self::together::Unsaid;
 
 /// Everything that can make the loop do something. The list is closed: to know
 /// what driftd reacts to, read this enum.
@@ -193,6 +196,8 @@ pub struct State {
     gaps: HashMap<&'static str, Timestamp>,
     /// Seen of containers that containerd has not told of yet.
     unannounced: VecDeque<Observation>,
+    /// What is new of aggregated findings and not told yet.
+    unsaid: Unsaid,
 }
 
 #[derive(Debug)]
@@ -232,7 +237,13 @@ impl State {
             responses: Vec::new(),
             gaps: HashMap::new(),
             unannounced: VecDeque::new(),
+            unsaid: Unsaid::default(),
         }
+    }
+
+    /// Takes in what the history tells of one file of an aggregated finding.
+    pub fn remember_member(&mut self, finding: FindingId, member: &Member) {
+        self.inventory.remember_member(finding, member);
     }
 
     /// Reacts to one input.
@@ -275,10 +286,12 @@ impl State {
                     pid,
                     rootfs,
                 }));
+                let id = container.clone();
                 self.announced(&container, now, effects);
                 if trust != Trust::Unknown {
                     effects.push(Effect::Watch(Command::Trust { container, trust }));
                 }
+                layers::tell_entry_point(&id, self.inventory.entry(&id), effects);
             }
             Change::Container(container) => self.container_changed(*container, now, effects),
             Change::TaskExited { container } => self.task_exited(&container, effects),
@@ -317,6 +330,7 @@ impl State {
                 }));
                 // So it is for whoever is attached anew.
                 trusted = Trust::Unknown;
+                layers::tell_entry_point(&id, entry, effects);
             }
         }
         let chain_id = container.chain_id();
@@ -362,6 +376,7 @@ impl State {
     /// The container's record is gone. What its last scan still finds is judged
     /// with the baseline it had, so the entry stays until that scan is over.
     fn forget(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
+        self.say_all(effects);
         if let Some(entry) = self.inventory.get_mut(id) {
             entry.removed = true;
         }
@@ -395,6 +410,7 @@ impl State {
         for id in gone {
             let forgotten = self.inventory.get(&id).is_some_and(|entry| entry.removed);
             if forgotten {
+                self.say_all(effects);
                 // Its last scan was never reported; nothing more will come.
                 self.inventory.remove(&id);
             } else {
@@ -466,6 +482,10 @@ impl State {
                     entry.without_baseline = None;
                     self.unsettled.remove(&id);
                     layers::tell_trust(&id, entry, effects);
+                    if let Some(container) = &entry.container {
+                        entry.entry_point = detect::entry_point(&baseline, &container.entry_point);
+                    }
+                    layers::tell_entry_point(&id, entry, effects);
                     for observation in std::mem::take(&mut entry.backlog) {
                         self.judge(&observation, now, effects);
                     }
@@ -521,6 +541,7 @@ impl State {
                     .get(&container)
                     .is_some_and(|entry| entry.removed && matches!(entry.watch, WatchState::No))
                 {
+                    self.say_all(effects);
                     self.inventory.remove(&container);
                 }
             }
@@ -562,14 +583,20 @@ impl State {
             return;
         };
         let path = match &observation.fact {
-            Fact::Present { path, .. } | Fact::Absent { path } => path,
+            Fact::Present { path, .. } | Fact::Absent { path, .. } => path,
             Fact::Executed { .. }
             | Fact::Loaded { .. }
             | Fact::Interpreted { .. }
             | Fact::ReverseShell { .. }
-            | Fact::SessionOpened { .. } => return,
+            | Fact::SessionOpened { .. }
+            | Fact::PackageManager { .. } => return,
         };
-        let Some(assessment) = detect::assess(baseline, &observation.fact) else { return };
+        let Some(entry) = self.inventory.get(&observation.container) else { return };
+        let sensitive =
+            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
+            return;
+        };
         if pending.differences.len() == MAX_DIFFERENCES {
             pending.truncated = true;
             return;
@@ -649,7 +676,15 @@ impl State {
                 return;
             }
         };
-        let Some(assessment) = detect::assess(&baseline, &observation.fact) else { return };
+        if let Fact::PackageManager { process } = &observation.fact {
+            self.package_manager(&observation.container, process, &baseline);
+            return;
+        }
+        let sensitive =
+            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
+            return;
+        };
         let is_image = assessment.judgements.is_empty();
         let verdict = if is_image { watch::Verdict::Image } else { watch::Verdict::Drift };
         judged(observation, verdict, effects);
@@ -721,12 +756,19 @@ impl State {
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, writer } => {
                 self.mark_deleted(&observation.container, path, None, true, effects);
-                let evidence = Evidence { path: Some(path), ..Evidence::default() };
+                self.mark_gone(observation, path, now);
+                let evidence = Evidence {
+                    path: Some(path),
+                    process: writer.as_deref(),
+                    ..Evidence::default()
+                };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::SessionOpened { .. } | Fact::ReverseShell { .. } => {
+            Fact::SessionOpened { .. }
+            | Fact::ReverseShell { .. }
+            | Fact::PackageManager { .. } => {
                 unreachable!("handled above")
             }
         }
@@ -771,81 +813,117 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         for judgement in &assessment.judgements {
-            let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
-            let content = evidence.state.and_then(FileState::blake3);
-            let kind = judgement.kind;
-            let id = match evidence.path.filter(|_| content.is_none() && kind.is_exec()) {
-                // It was gone before it could be read: what is known of its name is
-                // likelier the same program than another one.
-                Some(path) => entry.about(path).find(|told| told.kind == kind).map(|told| told.id),
-                None => None,
-            };
-            let subject = evidence.subject(content);
-            let id =
-                id.unwrap_or_else(|| FindingId::new(Some(&observation.container), kind, &subject));
-            // Written, and run before it settled; or seen when it started: the exec's
-            // finding tells it.
-            if (kind.is_written() || kind == Kind::ExecDeleted)
-                && !entry.findings.contains_key(&id)
-                && evidence.path.is_some_and(|path| {
-                    entry.about_content(path, content).any(|told| told.kind.is_exec())
-                })
-            {
-                continue;
+            if !self.tell_together(observation, judgement, evidence, now, effects) {
+                self.tell_alone(observation, judgement, evidence, now, effects);
             }
-            if let Some(finding) = entry.findings.get_mut(&id) {
-                if observation.source == Source::Scan {
-                    // What a scan finds again was told already.
-                    continue;
-                }
-                finding.count += 1;
-                finding.revision += 1;
-                finding.last_seen = finding.last_seen.max(observation.at);
-                if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
-                    file.deleted = state.deleted;
-                }
-            } else if !entry.has_room_for(kind) {
-                self.findings_full(&observation.container, now, effects);
-                continue;
-            } else {
-                let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
-                let story = evidence.path.filter(|_| is_run).and_then(|path| {
-                    entry
-                        .about_content(path, content)
-                        .filter(|told| told.kind.is_written())
-                        .map(|told| told.id)
-                        .next()
-                });
-                let source = observation.source.name();
-                let at = observation.at;
-                let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
-                finding.belongs_to(&observation.container, entry);
-                finding.severity = judgement.severity;
-                let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
-                finding.file = evidence
-                    .path
-                    .zip(evidence.state)
-                    .map(|(path, state)| file_evidence(path, evidence.filesystem, state, id_map));
-                finding.expected = judgement
-                    .expected
-                    .as_ref()
-                    .map(|known| expected(known, evidence.lower, evidence.state));
-                if finding.file.is_none() {
-                    // A removed file is known by what was expected in its place.
-                    let removed = evidence.path.zip(judgement.expected.as_ref());
-                    finding.file = removed.map(|(path, known)| removed_evidence(path, known));
-                }
-                finding.process = evidence.process.cloned();
-                finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
-                finding.session = evidence
-                    .process
-                    .and_then(|process| entry.session_where(|root| process.descends_from(root)));
-                finding.story = story;
-                finding.detail = evidence.detail.map(ToOwned::to_owned);
-                entry.insert_finding(finding);
-            }
-            self.publish(&observation.container, id, observation.at, effects);
         }
+    }
+
+    /// Tells one thing as a finding of its own.
+    fn tell_alone(
+        &mut self,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+        let content = evidence.state.and_then(FileState::blake3);
+        let kind = judgement.kind;
+        let id = match evidence.path.filter(|_| content.is_none() && kind.is_exec()) {
+            // It was gone before it could be read: what is known of its name is
+            // likelier the same program than another one.
+            Some(path) => entry.about(path).find(|told| told.kind == kind).map(|told| told.id),
+            None => None,
+        };
+        let subject = evidence.subject(content);
+        let id = id.unwrap_or_else(|| FindingId::new(Some(&observation.container), kind, &subject));
+        // Written, and run before it settled; or seen when it started: the exec's
+        // finding tells it.
+        if (kind.is_written() || kind == Kind::ExecDeleted)
+            && !entry.findings.contains_key(&id)
+            && evidence.path.is_some_and(|path| is_told_as_executed(entry, path, content))
+        {
+            return;
+        }
+        if let Some(finding) = entry.findings.get_mut(&id) {
+            if observation.source == Source::Scan {
+                // What a scan finds again was told already.
+                return;
+            }
+            finding.count += 1;
+            finding.revision += 1;
+            finding.last_seen = finding.last_seen.max(observation.at);
+            if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
+                file.deleted = state.deleted;
+            }
+        } else if !entry.has_room_for(kind) {
+            self.findings_full(&observation.container, now, effects);
+            return;
+        } else {
+            let finding = self.about_file(id, observation, judgement, evidence);
+            let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+            entry.insert_finding(finding);
+        }
+        self.publish(&observation.container, id, observation.at, effects);
+    }
+
+    /// A finding that has not been told yet.
+    fn about_file(
+        &self,
+        id: FindingId,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+    ) -> Finding {
+        let kind = judgement.kind;
+        let (source, at) = (observation.source.name(), observation.at);
+        let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
+        finding.severity = judgement.severity;
+        finding.process = evidence.process.cloned();
+        finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
+        finding.detail = evidence.detail.map(ToOwned::to_owned);
+        let Some(entry) = self.inventory.get(&observation.container) else { return finding };
+        finding.belongs_to(&observation.container, entry);
+        let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
+        finding.file = evidence
+            .path
+            .zip(evidence.state)
+            .map(|(path, state)| file_evidence(path, evidence.filesystem, state, id_map));
+        finding.expected = judgement
+            .expected
+            .as_ref()
+            .map(|known| expected(known, evidence.lower, evidence.state));
+        if finding.file.is_none() {
+            // A removed file is known by what was expected in its place.
+            let removed = evidence.path.zip(judgement.expected.as_ref());
+            finding.file = removed.map(|(path, known)| removed_evidence(path, known));
+        }
+        finding.session = evidence
+            .process
+            .and_then(|process| entry.session_where(|root| process.descends_from(root)));
+        let content = evidence.state.and_then(FileState::blake3);
+        let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
+        let Some(path) = evidence.path else { return finding };
+        if is_run {
+            let own = entry.about_content(path, content).find(|told| told.kind.is_written());
+            finding.story = own.map(|told| told.id);
+            if let Some((told_by, told)) = entry.members.of(Deed::Written, path)
+                && told == Told::content(content)
+            {
+                match entry.findings.get(&told_by).map(|told| told.kind) {
+                    Some(Kind::PackageTransaction) => finding.transaction = Some(told_by),
+                    Some(_) => finding.story = finding.story.or(Some(told_by)),
+                    None => (),
+                }
+            }
+        } else if let Some(manager) =
+            evidence.process.and_then(|writer| entry.package_manager_of(writer))
+        {
+            finding.transaction = Some(together::transaction_id(&observation.container, manager));
+        }
+        finding
     }
 
     fn session_opened(
@@ -914,7 +992,20 @@ impl State {
     ) {
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(finding) = entry.findings.get(&id) else { return };
-        effects.push(Effect::Record(Record::Finding(Box::new(finding.clone()))));
+        effects.push(Effect::record(finding));
+        self.respond(container, id, now, effects);
+    }
+
+    /// Answers a finding as the policy says.
+    fn respond(
+        &mut self,
+        container: &ContainerId,
+        id: FindingId,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let Some(finding) = entry.findings.get(&id) else { return };
         if finding.verdict.disposition == Disposition::Kill
             && entry.pid.is_some()
             && entry.kill_ordered_for != entry.pid
@@ -1138,6 +1229,15 @@ impl Evidence<'_> {
     }
 }
 
+/// Whether a file's content is known because it was run.
+fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3Hash>) -> bool {
+    entry.about_content(path, content).any(|told| told.kind.is_exec())
+        || entry
+            .members
+            .of(Deed::Executed, path)
+            .is_some_and(|(_, told)| told == Told::content(content))
+}
+
 /// What is said of an executed file that is not the container's own.
 const IN_LAYER: &str =
     "it lies in a layer of the image on this node's disk, not in the container's own layer";
@@ -1349,7 +1449,12 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
         // Biased: a new container must be marked within milliseconds, however
         // many observations wait.
         let input = crossbeam_channel::select_biased! {
-            recv(inputs.stop) -> _ => return,
+            recv(inputs.stop) -> _ => {
+                // What was judged is kept.
+                state.say_all(&mut effects);
+                effects.drain(..).for_each(|effect| drop(carry_out(effect, outputs)));
+                return;
+            }
             recv(inputs.changes) -> change => change.map(Input::Node),
             recv(inputs.news) -> news => news.map(|news| {
                 let image = match &news {

@@ -1,7 +1,7 @@
 //! What should be done about a finding. Pure: the settings in, a verdict out.
 
 use crate::config::Respond;
-use crate::model::{Disposition, Kind, Verdict};
+use crate::model::{Disposition, Kind, PathGlobs, Verdict};
 
 /// The rules in force, with the number of times they have been replaced: one
 /// decision sees one policy, and its verdict can say which one.
@@ -9,6 +9,8 @@ use crate::model::{Disposition, Kind, Verdict};
 pub struct Policy {
     pub generation: u64,
     pub respond: Respond,
+    /// Where a new or changed file is `file.persistence`.
+    pub persistence: PathGlobs,
 }
 
 impl Policy {
@@ -38,7 +40,7 @@ mod tests {
     #[test]
     fn a_chosen_kind_kills_and_says_which_setting_decided() {
         let respond = Respond { kill_on: [Kind::ExecNew].into() };
-        let policy = Policy { generation: 3, respond };
+        let policy = Policy { generation: 3, respond, ..Policy::default() };
         assert_eq!(
             policy.decide(Kind::ExecNew),
             Verdict {

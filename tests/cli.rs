@@ -21,8 +21,8 @@ use driftd::baseline::{
 use driftd::health::Health;
 use driftd::history::{Filter, FindingLookup, History, Record, Writer};
 use driftd::model::{
-    ChainId, Container, ContainerId, DiffId, FileType, Finding, Format, ImageReference, Kind,
-    LayerId, ManifestDigest, Outcome, RootfsPath, Severity, Task,
+    ChainId, Container, ContainerId, DiffId, EntryPoint, FileType, Finding, Format, ImageReference,
+    Kind, LayerId, ManifestDigest, Outcome, RootfsPath, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
@@ -295,6 +295,7 @@ fn view() -> ContainerView {
             task: Some(Task { pid: 4242, paused: false }),
             no_baseline: None,
             id_map: None,
+            entry_point: EntryPoint::default(),
         },
         baseline: "ready".into(),
         watched: true,

@@ -228,7 +228,7 @@ fn every_filter_leaves_out_what_it_says() {
             .records
             .into_iter()
             .filter_map(|(_, record)| match record {
-                Record::Finding(finding) => Some(finding.id),
+                Record::Finding(finding) | Record::Aggregate { finding, .. } => Some(finding.id),
                 Record::Response(_) | Record::Gap { .. } => None,
             })
             .collect();
@@ -653,7 +653,7 @@ fn b32_a_clock_that_is_set_back_does_not_turn_the_history_around() {
         .iter()
         .filter_map(|(_, record)| match record {
             Record::Finding(finding) => Some(finding.id),
-            Record::Response(_) | Record::Gap { .. } => None,
+            Record::Aggregate { .. } | Record::Response(_) | Record::Gap { .. } => None,
         })
         .collect();
     let written: Vec<FindingId> = (0..5).map(|number| finding(number, 0).id).collect();

@@ -25,6 +25,8 @@ use driftd::model::{
     LayerFile, Observation, Process, RootfsPath, Source, Unhashed,
 };
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
+use driftd::sys::mounts::Notifier;
+use driftd::sys::procfs;
 use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
 /// An emulated machine is slow (`make test-kernels`).
@@ -961,6 +963,268 @@ fn a_program_reached_through_a_bind_mount_is_told_by_its_own_path() {
     assert_eq!(told, "/tmp/true");
 }
 
+/// A container with a mount namespace of its own, and a pid namespace by which its
+/// processes are known.
+fn container_with_mounts() -> Container {
+    Container::with(&["unshare", "--mount", "--pid", "--fork"], "", false)
+}
+
+impl Container {
+    /// A command in the container's namespaces, its root still the host's.
+    fn beside(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--mount", "--pid", "--target", &self.pid.to_string()]).args(words);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a script in the container's namespaces, below its root.
+    #[track_caller]
+    fn inside(&self, script: &str) {
+        let merged = self.merged();
+        let words = ["chroot", merged.to_str().unwrap(), "/bin/sh", "-c", script];
+        let output = self.beside(&words).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "`{script}` failed: {stderr}");
+    }
+
+    /// Mounts a tmpfs where only the container sees it.
+    #[track_caller]
+    fn mount_tmpfs(&self, at: &str) {
+        let point = self.merged().join(at.trim_start_matches('/'));
+        let words = ["mount", "-t", "tmpfs", "none", point.to_str().unwrap()];
+        let output = self.beside(&words).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+impl Node {
+    fn with_notifier(notifier: Notifier) -> Node {
+        let (sender, reports) = bounded(64 * 1024);
+        let health = Arc::new(Health::default());
+        let watch = Watch::start_with(&settings(), sender, health.clone(), None, notifier)
+            .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
+        Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
+    }
+
+    fn executed_elsewhere(&self) -> Vec<(String, Filesystem)> {
+        self.told
+            .iter()
+            .filter_map(|report| match report {
+                Report::Observed(Observation {
+                    fact: Fact::Executed { path, filesystem, .. },
+                    ..
+                }) if *filesystem != Filesystem::Overlay => Some((path.to_string(), *filesystem)),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn a11_a_program_on_a_tmpfs_is_told_as_the_container_sees_it() {
+    let container = container_with_mounts();
+    container.mount_tmpfs("/mnt");
+    let mut node = Node::start();
+    node.attach(&container);
+    container.inside("cp /bin/busybox /mnt/true; echo >> /mnt/true; /mnt/true");
+    node.until_executed(&path("/mnt/true"));
+    // In a mount namespace of its own, and under another root, it is the same file.
+    let words = ["unshare", "--mount", "chroot"];
+    let mnt = container.merged().join("mnt");
+    let words = [&words[..], &[mnt.to_str().unwrap(), "/true"]].concat();
+    assert!(container.beside(&words).status().unwrap().success());
+    // Deleted, with a name that says so falsely.
+    container.inside(
+        "cd /mnt; mv true 'true (deleted)'; './true (deleted)'\n\
+         exec 7< './true (deleted)'; rm './true (deleted)'; /proc/self/fd/7 2>/dev/null || true",
+    );
+    node.until_executed(&path("/mnt/true (deleted)"));
+    let told = node.executed_elsewhere();
+    let expected = ["/mnt/true", "/mnt/true", "/mnt/true (deleted)"];
+    assert_eq!(told[..3], expected.map(|path| (path.to_string(), Filesystem::Tmpfs)));
+    node.assert_no_loss();
+}
+
+#[test]
+fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
+    let best = Notifier::new();
+    assert!(!best.is_polling(), "this kernel does not tell of mounts (it must be 6.14 or newer)");
+    for notifier in [best, Notifier::polling()] {
+        let mut container = container_with_mounts();
+        let mut node = Node::with_notifier(notifier);
+        node.attach(&container);
+        for round in 0..20 {
+            container.mount_tmpfs("/mnt");
+            // As long as the commands take that every program needs to get there.
+            let program = format!("/mnt/true{round}");
+            container.inside(&format!("cp /bin/busybox {program}; ln -s {program} /tmp/true"));
+            container.inside("/tmp/true && rm /tmp/true");
+            node.until_executed(&path(&program));
+            let point = container.merged().join("mnt");
+            let words = ["umount", point.to_str().unwrap()];
+            assert!(container.beside(&words).status().unwrap().success(), "the volume is busy");
+        }
+        assert_eq!(node.executed_elsewhere().len(), 20);
+        node.assert_no_loss();
+        // Nothing of it is kept.
+        container.kill_init();
+        container.unmount();
+        node.order(Order::Detach { container: container.id.clone() });
+    }
+}
+
+#[test]
+fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
+    for (name, notifier) in [("events", Notifier::new()), ("polling", Notifier::polling())] {
+        let container = container_with_mounts();
+        let init = procfs::Handle::open(container.pid).unwrap();
+        let listener = notifier.listen(&init).unwrap();
+        let mut buffer = Buffer::new();
+        let mut delays = Vec::new();
+        for _ in 0..20 {
+            let point = container.merged().join("mnt");
+            let mut mount = container.beside(&[
+                "sh",
+                "-c",
+                &format!("mount -t tmpfs none {}; date +%s%N", point.display()),
+            ]);
+            let mount = mount.stdout(Stdio::piped()).spawn().unwrap();
+            let seen = {
+                let fds = listener.poll_fds();
+                let mut fds: Vec<rustix::event::PollFd<'_>> = match fds {
+                    Some(fds) => fds.into(),
+                    None => notifier
+                        .groups()
+                        .map(|fd| {
+                            rustix::event::PollFd::from_borrowed_fd(
+                                fd,
+                                rustix::event::PollFlags::IN,
+                            )
+                        })
+                        .collect(),
+                };
+                let timeout = rustix::event::Timespec::try_from(PATIENCE).unwrap();
+                assert_ne!(rustix::event::poll(&mut fds, Some(&timeout)).unwrap(), 0, "{name}");
+                jiff::Timestamp::now().as_nanosecond()
+            };
+            let output = mount.wait_with_output().unwrap();
+            let done: i128 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+            delays.push((seen - done) / 1000);
+            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            // What the listener says of the unmounting is taken with it.
+            assert!(
+                container.beside(&["umount", point.to_str().unwrap()]).status().unwrap().success()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            if let Some(mut fds) = listener.poll_fds() {
+                let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+                let _ = rustix::event::poll(&mut fds, Some(&now));
+            }
+        }
+        delays.sort_unstable();
+        // Before the command that mounted had ended, as often as not.
+        println!("{name}: seen so many microseconds after mount(8) had ended: {delays:?}");
+        assert!(delays[10] < 50_000, "{name}: {delays:?}");
+    }
+}
+
+#[test]
+fn a_filesystem_that_a_process_answers_for_is_not_touched() {
+    let container = container_with_mounts();
+    // A FUSE mount whose server never answers: whoever asks it anything waits.
+    let device =
+        fs::File::options().read(true).write(true).open("/dev/fuse").unwrap_or_else(|err| {
+            panic!("this kernel must have FUSE: {err}");
+        });
+    let mut node = Node::start();
+    node.attach(&container);
+    let point = container.merged().join("mnt");
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    let mut mount = Command::new("nsenter");
+    mount.args(["--mount", "--target", &container.pid.to_string(), "mount", "-i", "-t", "fuse"]);
+    mount.args(["-o", &options, "silent"]).arg(&point).stdin(Stdio::null());
+    // Whoever mounts must have it under the same number.
+    rustix::io::fcntl_setfd(&device, rustix::io::FdFlags::empty()).unwrap();
+    assert!(mount.status().unwrap().success(), "FUSE cannot be mounted");
+    // A tmpfs below it, and one beside it that is to be marked all the same.
+    container.shell("mkdir /opt/beside");
+    container.mount_tmpfs("/opt/beside");
+    container.inside("cp /bin/busybox /opt/beside/true; /opt/beside/true");
+    node.until_executed(&path("/opt/beside/true"));
+    container.drop_program("/tmp/true");
+    container.inside("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    node.assert_no_loss();
+    drop(device);
+}
+
+#[test]
+fn a_storm_of_mounts_is_bounded_and_named_once() {
+    let container = container_with_mounts();
+    let mut node = Node::start();
+    node.attach(&container);
+    let merged = container.merged();
+    let storm = format!(
+        "cd {}; mkdir tmp/m; i=0; while [ $i -lt 400 ]; do mkdir tmp/m/$i; mount -t tmpfs none tmp/m/$i; i=$((i+1)); done",
+        merged.display()
+    );
+    assert!(container.beside(&["busybox", "sh", "-c", &storm]).status().unwrap().success());
+    node.until("the storm to be told", |report| match report {
+        Report::Lost { failure: Failure::MountsFull, .. } => Some(()),
+        _ => None,
+    });
+    // The gate is as quick as ever.
+    container.drop_program("/tmp/true");
+    container.inside("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    // The last ones are not marked, the first ones are.
+    container.inside("cp /bin/busybox /tmp/m/7/true; /tmp/m/7/true");
+    node.until_executed(&path("/tmp/m/7/true"));
+    let told = node
+        .told
+        .iter()
+        .filter(|report| matches!(report, Report::Lost { failure: Failure::MountsFull, .. }));
+    assert_eq!(told.count(), 1);
+}
+
+#[test]
+fn binding_its_own_root_again_and_again_costs_a_container_and_not_driftd() {
+    let container = container_with_mounts();
+    let mut node = Node::start();
+    node.attach(&container);
+    let storm = format!(
+        "cd {}; i=0; while [ $i -lt 2000 ]; do mount -o bind . mnt; i=$((i+1)); done",
+        container.merged().display()
+    );
+    let before = thread_time("mounts");
+    let start = Instant::now();
+    assert!(container.beside(&["busybox", "sh", "-c", &storm]).status().unwrap().success());
+    let took = start.elapsed();
+    let cost = thread_time("mounts") - before;
+    println!("2,000 mounts in {took:?} cost the mounts thread {cost:?}");
+    assert!(cost < took / 5, "it cost {cost:?} of {took:?}");
+    container.drop_program("/tmp/true");
+    container.inside("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    node.assert_no_loss();
+}
+
+/// The processor time of this process's threads with this name.
+fn thread_time(name: &str) -> Duration {
+    let mut ticks = 0_u64;
+    for task in fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let Ok(stat) = fs::read_to_string(task.path().join("stat")) else { continue };
+        let (head, rest) = stat.rsplit_once(") ").unwrap();
+        if head.ends_with(&format!("({name}")) {
+            let fields: Vec<&str> = rest.split(' ').collect();
+            ticks += fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+        }
+    }
+    Duration::from_millis(ticks * 10)
+}
+
 #[test]
 fn a_written_program_is_told_when_it_has_settled_and_by_whom() {
     let container = Container::start();
@@ -1330,4 +1594,364 @@ fn the_gate_beats_while_nothing_happens() {
         (beats >= 3).then_some(())
     });
     watch.stop();
+}
+
+// ---- names and metadata
+
+/// What was told of changes, without a walk having been ordered.
+impl Node {
+    /// Waits until `path` is told as it is now, and says so in a line.
+    #[track_caller]
+    fn until_present(&mut self, wanted: &str, is_it: impl Fn(&FileState) -> bool) -> FileState {
+        let wanted = path(wanted);
+        self.until(&format!("{wanted} to be told"), |report| {
+            facts(report).find_map(|fact| match fact {
+                Fact::Present { path, state, .. } if *path == wanted && is_it(state) => {
+                    Some(state.clone())
+                }
+                _ => None,
+            })
+        })
+    }
+
+    #[track_caller]
+    fn until_absent(&mut self, wanted: &str) {
+        let wanted = path(wanted);
+        self.until(&format!("{wanted} to be gone"), |report| {
+            facts(report).find_map(|fact| match fact {
+                Fact::Absent { path } if *path == wanted => Some(()),
+                _ => None,
+            })
+        });
+    }
+
+    /// The paths told as absent so far.
+    fn absent_paths(&self) -> Vec<String> {
+        let mut paths: Vec<String> = self
+            .told
+            .iter()
+            .flat_map(facts)
+            .filter_map(|fact| match fact {
+                Fact::Absent { path } => Some(path.to_string()),
+                _ => None,
+            })
+            .collect();
+        paths.sort();
+        paths.dedup();
+        paths
+    }
+}
+
+fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
+    let (one, several) = match report {
+        Report::Observed(observation) => (Some(observation), &[][..]),
+        Report::ScanBatch { observations, .. } => (None, &observations[..]),
+        Report::Attached { .. }
+        | Report::NotAttached { .. }
+        | Report::Scanned { .. }
+        | Report::Lost { .. } => (None, &[][..]),
+    };
+    one.into_iter().chain(several).map(|observation| &observation.fact)
+}
+
+fn listening() -> (Container, Node) {
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    (container, node)
+}
+
+#[test]
+fn a24_chmod_is_told_without_a_walk_and_by_whom() {
+    let (container, mut node) = listening();
+    container.shell("chmod u+s /bin/true; sleep 1");
+    let state = node.until_present("/bin/true", |state| state.mode == 0o4755);
+    assert_eq!(state.blake3(), Some(hash_of(BUSYBOX)), "its content is the image's");
+    node.assert_no_loss();
+}
+
+#[test]
+fn rights_are_told_however_they_are_given() {
+    let (container, mut node) = listening();
+    let merged = container.merged();
+    container.shell("cp /bin/true /tmp/a; mkdir /tmp/d");
+    node.until_present("/tmp/a", |_| true);
+    // By descriptor.
+    let file = fs::File::open(merged.join("tmp/a")).unwrap();
+    file.set_permissions(fs::Permissions::from_mode(0o4755)).unwrap();
+    node.until_present("/tmp/a", |state| state.mode == 0o4755);
+    // Another name for it, and a name in a directory that has just been made.
+    fs::hard_link(merged.join("tmp/a"), merged.join("tmp/b")).unwrap();
+    node.until_present("/tmp/b", |state| state.mode == 0o4755);
+    fs::rename(merged.join("tmp/a"), merged.join("tmp/d/c")).unwrap();
+    node.until_present("/tmp/d/c", |state| state.mode == 0o4755);
+    node.until_absent("/tmp/a");
+    // An attribute of an image's file.
+    let capability: &[u8] = &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    rustix::fs::setxattr(
+        merged.join("opt/tool/true"),
+        "security.capability",
+        capability,
+        rustix::fs::XattrFlags::empty(),
+    )
+    .unwrap();
+    node.until_present("/opt/tool/true", |state| state.capability.as_deref() == Some(capability));
+    node.assert_no_loss();
+}
+
+#[test]
+fn a22_rename_and_removal_are_told_without_a_walk() {
+    let (container, mut node) = listening();
+    container.shell("mv /bin/true /bin/.t; rm /opt/tool/true");
+    node.until_absent("/bin/true");
+    node.until_present("/bin/.t", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.until_absent("/opt/tool/true");
+    // Removed with its directory, by one whiteout.
+    container.shell("rm -r /opt/tool");
+    node.until_absent("/opt/tool");
+    node.assert_no_loss();
+}
+
+#[test]
+fn directories_are_listened_to_as_they_appear() {
+    let (container, mut node) = listening();
+    container.shell("mkdir -p /tmp/a/b/c; cp /bin/true /tmp/a/b/c/x");
+    node.until_present("/tmp/a/b/c/x", |_| true);
+    node.told.clear();
+    container.shell("chmod 4755 /tmp/a/b/c/x");
+    node.until_present("/tmp/a/b/c/x", |state| state.mode == 0o4755);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_directory_that_was_moved_has_its_new_paths() {
+    let (container, mut node) = listening();
+    container.shell("mkdir -p /tmp/a/b /tmp/k; cp /bin/true /tmp/a/b/x; cp /bin/true /tmp/k/x");
+    node.until_present("/tmp/a/b/x", |_| true);
+    node.until_present("/tmp/k/x", |_| true);
+    container.shell("mv /tmp/a /tmp/moved");
+    node.until_present("/tmp/moved/b/x", |_| true);
+    node.told.clear();
+    container.shell("chmod 4755 /tmp/moved/b/x");
+    node.until_present("/tmp/moved/b/x", |state| state.mode == 0o4755);
+    // Two directories that change places.
+    let merged = container.merged();
+    rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        merged.join("tmp/moved/b"),
+        rustix::fs::CWD,
+        merged.join("tmp/k"),
+        rustix::fs::RenameFlags::EXCHANGE,
+    )
+    .unwrap();
+    node.until_present("/tmp/k/x", |state| state.mode == 0o4755);
+    node.until_present("/tmp/moved/b/x", |state| state.mode == 0o755);
+    node.told.clear();
+    container.shell("chmod 2755 /tmp/k/x");
+    node.until_present("/tmp/k/x", |state| state.mode == 0o2755);
+    assert!(!node.told.iter().flat_map(facts).any(
+        |fact| matches!(fact, Fact::Present { path: told, .. } if *told == path("/tmp/moved/b/x"))
+    ));
+    node.assert_no_loss();
+}
+
+#[test]
+fn files_that_change_places_are_both_looked_at() {
+    let (container, mut node) = listening();
+    let blake3 = container.drop_program("/tmp/x");
+    node.until_present("/tmp/x", |_| true);
+    node.told.clear();
+    let merged = container.merged();
+    rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        merged.join("tmp/x"),
+        rustix::fs::CWD,
+        merged.join("bin/true"),
+        rustix::fs::RenameFlags::EXCHANGE,
+    )
+    .unwrap();
+    node.until_present("/bin/true", |state| state.blake3() == Some(blake3));
+    node.until_present("/tmp/x", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.assert_no_loss();
+}
+
+#[test]
+fn a_program_of_the_image_becomes_a_symlink() {
+    let (container, mut node) = listening();
+    container.shell("/bin/busybox ln -sf /tmp/x /opt/tool/true");
+    node.until_present("/opt/tool/true", |state| state.file_type == FileType::Symlink);
+    container
+        .shell("/bin/busybox ln -sf /tmp/y /bin/cat; /bin/busybox mkfifo /tmp/f; mkdir /mnt/d");
+    node.assert_no_loss();
+}
+
+#[test]
+fn every_way_to_write_is_told() {
+    let (container, mut node) = listening();
+    let merged = container.merged();
+    let first = container.drop_program("/tmp/x");
+    node.until_present("/tmp/x", |state| state.blake3() == Some(first));
+    let check = |node: &mut Node, what: &str| {
+        let now = hash_of(merged.join("tmp/x"));
+        eprintln!("{what}");
+        node.until_present("/tmp/x", |state| state.blake3() == Some(now));
+    };
+    // By path, with no descriptor to close.
+    let name = std::ffi::CString::new(merged.join("tmp/x").as_os_str().as_bytes()).unwrap();
+    nix::unistd::truncate(name.as_c_str(), 4096).unwrap();
+    check(&mut node, "truncate");
+    let file = fs::File::options().read(true).write(true).open(merged.join("tmp/x")).unwrap();
+    let source = fs::File::open(merged.join("bin/busybox")).unwrap();
+    let (mut from, mut to) = (8192, 4096);
+    let copied =
+        rustix::fs::copy_file_range(&source, Some(&mut from), &file, Some(&mut to), 8192).unwrap();
+    assert_eq!(copied, 8192);
+    drop(file);
+    check(&mut node, "copy_file_range");
+    let writer = container.dir.path().join("writer");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/writer.c");
+    run(&[OsStr::new("cc"), "-o".as_ref(), writer.as_ref(), source.as_ref()]);
+    for way in ["mmap", "ring"] {
+        run(&[writer.as_os_str(), way.as_ref(), merged.join("tmp/x").as_ref()]);
+        check(&mut node, way);
+    }
+    node.assert_no_loss();
+}
+
+#[test]
+fn more_changes_than_are_waited_for_are_left_to_a_walk_and_to_no_other_container() {
+    let (container, mut node) = listening();
+    let other = Container::start();
+    node.attach(&other);
+    let merged = container.merged();
+    fs::write(merged.join("tmp/0"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(merged.join("tmp/0"), fs::Permissions::from_mode(0o755)).unwrap();
+    let start = Instant::now();
+    for number in 1..20_000 {
+        fs::hard_link(merged.join("tmp/0"), merged.join(format!("tmp/{number}"))).unwrap();
+    }
+    let flood = start.elapsed();
+    other.shell("chmod u+s /bin/true");
+    let start = Instant::now();
+    node.until("the other container's change", |report| {
+        let is_others = match report {
+            Report::Observed(observation) => observation.container == other.id,
+            Report::ScanBatch { container, .. } => *container == other.id,
+            _ => false,
+        };
+        facts(report)
+            .any(|fact| matches!(fact, Fact::Present { path: told, .. } if *told == path("/bin/true")))
+            .then_some(())
+            .filter(|()| is_others)
+    });
+    let waited = start.elapsed();
+    assert!(
+        waited < Duration::from_secs(10),
+        "{waited:?} for a change beside a flood of {flood:?}"
+    );
+    let mut told = BTreeSet::new();
+    node.until("all of the flood", |report| {
+        for fact in facts(report) {
+            if let Fact::Present { path, .. } = fact {
+                told.insert(path.clone());
+            }
+        }
+        (told.len() >= 20_000).then_some(())
+    });
+    assert!(node.health.left_to_sweeps.load(Ordering::Relaxed) > 0);
+    node.assert_no_loss();
+}
+
+#[test]
+fn nothing_is_listened_to_once_a_container_has_ended() {
+    let (mut container, mut node) = listening();
+    container.shell("mkdir -p /tmp/a/b");
+    container.drop_program("/tmp/a/b/x");
+    node.until_present("/tmp/a/b/x", |_| true);
+    let id = container.id.clone();
+    container.kill_init();
+    node.told.clear();
+    node.order(Order::Detach { container: id.clone() });
+    node.until("the last walk", |report| match report {
+        Report::Scanned { container, .. } if *container == id => Some(()),
+        _ => None,
+    });
+    container.unmount();
+    node.told.clear();
+    // Its owner removes it; whoever looks at the directory finds no mark of ours.
+    let marks = || {
+        let mut marks = 0;
+        for entry in fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
+            let info = fs::read_to_string(entry.path()).unwrap_or_default();
+            let inode = format!("ino:{:x} ", fs::metadata(container.upper()).unwrap().ino());
+            marks += info.lines().filter(|line| line.contains(&inode)).count();
+        }
+        marks
+    };
+    wait_for("the marks to go", || (marks() == 0).then_some(()));
+    fs::remove_dir_all(container.upper()).unwrap();
+    node.assert_no_loss();
+}
+
+#[test]
+fn a36_a_moved_directory_of_the_image_is_one_absence_and_its_programs_are_told_when_run() {
+    let container = Container::with(&[], ",redirect_dir=on", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("/opt/tool/true; mv /opt/tool /opt/other; /opt/other/true; /bin/true");
+    let executed = node.until_executed(&path("/opt/other/true"));
+    assert_eq!(executed.state.blake3(), Some(hash_of(BUSYBOX)));
+    node.until_absent("/opt/tool");
+    let upper = node.walk(&container);
+    assert!(upper.complete, "what a moved directory shows is no riddle");
+    assert_eq!(upper.hidden(), ["/opt/tool"]);
+    assert_eq!(node.absent_paths(), ["/opt/tool"]);
+    assert_eq!(node.executed_paths(), ["/opt/other/true"], "the image's own are silent");
+    // Back where it was, it is the image's own again.
+    node.told.clear();
+    container.shell("mv /opt/other /opt/tool; /opt/tool/true; mv /bin/true /opt/true; /opt/true");
+    node.until_executed(&path("/opt/true"));
+    assert_eq!(node.executed_paths(), ["/opt/true"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn b09_metadata_only_copies_are_the_images_own_also_after_the_end() {
+    let mut container = Container::with(&[], ",metacopy=on", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell(
+        "/bin/busybox chown 7:7 /bin/true /opt/tool/true; /bin/true; mv /opt/tool/true /opt/tool/t",
+    );
+    node.until_present("/bin/true", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.until_present("/opt/tool/t", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.told.clear();
+    let id = container.id.clone();
+    container.kill_init();
+    node.order(Order::Detach { container: id.clone() });
+    node.until("the last walk", |report| match report {
+        Report::Scanned { container, .. } if *container == id => Some(()),
+        _ => None,
+    });
+    node.until_present("/bin/true", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    node.until_present("/opt/tool/t", |state| state.blake3() == Some(hash_of(BUSYBOX)));
+    assert_eq!(node.absent_paths(), ["/opt/tool/true"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn a34_data_on_a_watched_path_is_hashed_and_so_is_a_symlinks_target() {
+    let (container, mut node) = listening();
+    container.shell(
+        "mkdir -p /etc/cron.d /root/.ssh; echo '* * * * * root /tmp/x' > /etc/cron.d/a\n\
+         echo key > /root/.ssh/authorized_keys; /bin/busybox ln -s /tmp/y /etc/profile\n\
+         echo data > /etc/data",
+    );
+    let state = node.until_present("/etc/cron.d/a", |state| state.blake3().is_some());
+    assert_eq!(state.format, Format::Data);
+    node.until_present("/root/.ssh/authorized_keys", |state| state.blake3().is_some());
+    let link = node.until_present("/etc/profile", |state| state.file_type == FileType::Symlink);
+    assert_eq!(link.blake3(), Some(Blake3Hash(*blake3::hash(b"/tmp/y").as_bytes())));
+    assert_eq!(node.walk(&container).get("/etc/data").blake3(), None);
+    node.assert_no_loss();
 }

@@ -1,7 +1,7 @@
 //! The architecture, as a test: who may know whom, and what may only happen in
 //! one place.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -215,4 +215,73 @@ fn names_in_groups_are_found() {
     let code = "use crate::{api, guardian::{self, Heart}, respond};\ncrate::model::Kind";
     let rooms: Vec<String> = rooms_named_in(code).into_iter().collect();
     assert_eq!(rooms, ["api", "guardian", "model", "respond"]);
+}
+
+/// Scenarios that a test of this repository is named for: attacks, and ordinary
+/// life on which driftd stays silent.
+const SCENARIOS: &[(char, std::ops::RangeInclusive<u32>)] = &[
+    ('a', 1..=29),
+    ('a', 32..=47),
+    ('b', 1..=14),
+    ('b', 16..=23),
+    ('b', 25..=25),
+    ('b', 29..=30),
+    ('b', 32..=32),
+];
+
+/// Those that have none yet.
+const UNTESTED: &[&str] = &[
+    "a08", "a09", "a10", "a11", "a12", "a13", "a15", "a16", "a17", "a18", "a19", "a26", "a27",
+    "a32", "a33", "a34", "a35", "a36", "a37", "a39", "a42", "a43", "a47", "b02", "b04", "b06",
+    "b13", "b16", "b17", "b18", "b19", "b20", "b22", "b23", "b25",
+];
+
+/// The scenarios after which tests are called, each with where they are:
+/// `fn a07_script` and `trial("b14_...", ...)`.
+fn tested_scenarios() -> BTreeMap<String, BTreeSet<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut directories = vec![root.join("tests"), root.join("src")];
+    let mut tested: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            let file = path.strip_prefix(root).unwrap().display().to_string();
+            for name in text.split("fn ").chain(text.split('"')).skip(1).filter_map(scenario) {
+                tested.entry(name).or_default().insert(file.clone());
+            }
+        }
+    }
+    tested
+}
+
+/// `a07` of `a07_script`.
+fn scenario(text: &str) -> Option<String> {
+    let id = text.get(..4)?;
+    let is_id = id.starts_with(['a', 'b'])
+        && id.ends_with('_')
+        && id[1..3].bytes().all(|byte| byte.is_ascii_digit());
+    is_id.then(|| id[..3].to_owned())
+}
+
+#[test]
+fn every_scenario_has_a_test_named_for_it() {
+    let tested = tested_scenarios();
+    let missing: Vec<String> = SCENARIOS
+        .iter()
+        .flat_map(|(group, numbers)| {
+            numbers.clone().map(move |number| format!("{group}{number:02}"))
+        })
+        .filter(|id| !tested.contains_key(id) && !UNTESTED.contains(&id.as_str()))
+        .collect();
+    assert!(missing.is_empty(), "no test is named for {missing:?}; there are {tested:#?}");
+    assert_eq!(scenario("a07_script()"), Some("a07".to_owned()));
+    assert_eq!(scenario("all_scenarios()"), None);
 }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::proto;
-use crate::model::finding::ContainerEvidence;
+use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
 use crate::model::{
     self, Ancestor, Attack, ContainerId, Expected, FileEvidence, FileType, Finding, Format,
-    ImageReference, Outcome, Pod, Process, ProcessIdentity, RootfsPath, Severity, Verdict,
+    ImageReference, Member, Outcome, Pod, Process, ProcessIdentity, RootfsPath, Severity, Verdict,
 };
 use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
@@ -174,6 +174,29 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
     })
 }
 
+pub fn member_to_proto(member: Member) -> proto::Member {
+    proto::Member {
+        path: member.path.as_bytes().to_vec(),
+        kind: member.kind.name().into(),
+        blake3: member.blake3.map(|hash| hash.to_string()),
+        first_seen: Some(time_to_proto(member.first_seen)),
+        last_seen: Some(time_to_proto(member.last_seen)),
+        removed: member.removed,
+    }
+}
+
+pub fn member_from_proto(member: proto::Member) -> Result<Member, Malformed> {
+    Ok(Member {
+        schema: MEMBER_SCHEMA.to_owned(),
+        path: RootfsPath::new(member.path).map_err(malformed("member.path"))?,
+        kind: member.kind.parse().map_err(malformed("member.kind"))?,
+        blake3: parsed("member.blake3", member.blake3)?,
+        first_seen: time_from_proto("member.first_seen", member.first_seen)?,
+        last_seen: time_from_proto("member.last_seen", member.last_seen)?,
+        removed: member.removed,
+    })
+}
+
 fn file_to_proto(file: FileEvidence) -> proto::File {
     proto::File {
         path: file.path.as_bytes().to_vec(),
@@ -252,6 +275,7 @@ fn process_to_proto(process: Process) -> proto::Process {
         argv: process.argv.map(|values| proto::Arguments { values }),
         uid: process.uid,
         tty: process.tty,
+        root: process.root,
         ancestors: process
             .ancestors
             .into_iter()
@@ -273,6 +297,7 @@ fn process_from_proto(process: proto::Process) -> Process {
         argv: process.argv.map(|argv| argv.values),
         uid: process.uid,
         tty: process.tty,
+        root: process.root,
         ancestors: process
             .ancestors
             .into_iter()

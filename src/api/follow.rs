@@ -71,9 +71,11 @@ impl Follower {
             told_pruned = Some(page.pruned_through);
             for (seq, record) in page.records {
                 let event = match record {
-                    Record::Finding(finding) => proto::follow_findings_response::Event::Finding(
-                        convert::finding_to_proto(*finding),
-                    ),
+                    Record::Finding(finding) | Record::Aggregate { finding, .. } => {
+                        proto::follow_findings_response::Event::Finding(convert::finding_to_proto(
+                            *finding,
+                        ))
+                    }
                     Record::Gap { name, container, detail, at } => {
                         proto::follow_findings_response::Event::Gap(proto::Gap {
                             name,

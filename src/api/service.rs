@@ -19,7 +19,7 @@ use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup};
-use crate::model::{ContainerId, printable};
+use crate::model::{ContainerId, Finding, printable};
 use crate::pipeline::{ContainerView, LookupError, Question};
 use crate::respond;
 
@@ -83,6 +83,19 @@ fn lookup_failed(err: &LookupError) -> Status {
         LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
         LookupError::NotWatched(..) => Status::failed_precondition(err.to_string()),
         LookupError::Stopping => Status::unavailable(err.to_string()),
+    }
+}
+
+/// The finding that a person means.
+fn the_one(found: FindingLookup, shown: &str) -> Result<Box<Finding>, Status> {
+    match found {
+        FindingLookup::Found(finding) => Ok(finding),
+        FindingLookup::Unknown => {
+            Err(Status::not_found(format!("no finding `{shown}` (see: driftd findings)")))
+        }
+        FindingLookup::Ambiguous(count) => Err(Status::invalid_argument(format!(
+            "`{shown}` could be {count} findings: write more of the ID"
+        ))),
     }
 }
 
@@ -441,23 +454,45 @@ impl DriftService for Service {
             Ok((found, responses))
         });
         let (found, mut responses) = found.await?.map_err(|err| history_failed(&err))?;
-        match found {
-            FindingLookup::Found(finding) => {
-                responses.retain(|response| response.requested_at >= finding.first_seen);
-                let older = responses.len().saturating_sub(MAX_RESPONSES);
-                let responses = responses.into_iter().skip(older);
-                Ok(Response::new(proto::GetFindingResponse {
-                    finding: Some(convert::finding_to_proto(*finding)),
-                    responses: responses.map(convert::response_to_proto).collect(),
-                }))
-            }
-            FindingLookup::Unknown => {
-                Err(Status::not_found(format!("no finding `{shown}` (see: driftd findings)")))
-            }
-            FindingLookup::Ambiguous(count) => Err(Status::invalid_argument(format!(
-                "`{shown}` could be {count} findings: write more of the ID"
-            ))),
-        }
+        let finding = the_one(found, &shown)?;
+        responses.retain(|response| response.requested_at >= finding.first_seen);
+        let older = responses.len().saturating_sub(MAX_RESPONSES);
+        let responses = responses.into_iter().skip(older);
+        Ok(Response::new(proto::GetFindingResponse {
+            finding: Some(convert::finding_to_proto(*finding)),
+            responses: responses.map(convert::response_to_proto).collect(),
+        }))
+    }
+
+    async fn list_members(
+        &self,
+        request: Request<proto::ListMembersRequest>,
+    ) -> Result<Response<proto::ListMembersResponse>, Status> {
+        let request = request.into_inner();
+        let after =
+            match request.page_token.as_str() {
+                "" => None,
+                token => Some(token.parse().map_err(|err: history::BadPageToken| {
+                    Status::invalid_argument(err.to_string())
+                })?),
+            };
+        let limit = match request.page_size {
+            0 => PAGE,
+            size => usize::try_from(size).unwrap_or(PAGE).min(PAGE),
+        };
+        let shown = printable(request.finding.as_bytes());
+        let (reader, text) = (self.backend.history.clone(), request.finding);
+        let found = unblock(move || reader.finding(&text)).await?;
+        let id = the_one(found.map_err(|err| history_failed(&err))?, &shown)?.id;
+        let reader = self.backend.history.clone();
+        let page = unblock(move || reader.members(id, after, limit))
+            .await?
+            .map_err(|err| history_failed(&err))?;
+        Ok(Response::new(proto::ListMembersResponse {
+            members: page.members.into_iter().map(convert::member_to_proto).collect(),
+            next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
+            finding: id.to_string(),
+        }))
     }
 
     type FollowFindingsStream = Stream<proto::FollowFindingsResponse>;

@@ -215,9 +215,18 @@ async fn fetch(
 /// What a finding is about: a file, or what was run.
 pub(super) fn subject(finding: &Finding) -> String {
     match (&finding.file, &finding.process) {
-        (Some(file), _) => file.path.to_string(),
-        (None, Some(process)) => command_line(process),
+        (Some(file), _) => format!("{}{}", file.path, of_files(finding)),
+        (None, Some(process)) => format!("{}{}", command_line(process), of_files(finding)),
         (None, None) => safe(finding.detail.as_deref().unwrap_or_default()),
+    }
+}
+
+/// How many files an aggregated finding stands for, behind what it names.
+fn of_files(finding: &Finding) -> String {
+    match finding.files {
+        None => String::new(),
+        Some(1) => " (1 file)".to_owned(),
+        Some(files) => format!(" ({files} files)"),
     }
 }
 
@@ -353,6 +362,7 @@ pub(super) mod tests {
             argv: Some(vec!["sh".into(), "-c".into(), "echo it's".into()]),
             uid: Some(1000),
             tty: Some("pts/0".into()),
+            root: None,
             ancestors: vec![],
         });
 

@@ -17,6 +17,7 @@ mod client;
 mod containers;
 mod doctor;
 mod findings;
+mod members;
 mod metrics;
 mod output;
 mod respond;
@@ -62,6 +63,8 @@ enum Command {
     Findings(findings::Findings),
     /// Show one finding whole
     Show(show::Show),
+    /// List the files that one finding stands for
+    Members(members::Members),
     /// Answer drift in a container
     #[command(subcommand)]
     Respond(respond::Respond),
@@ -135,6 +138,7 @@ impl Cli {
             Command::Diff(diff) => diff.run(server),
             Command::Findings(findings) => findings.run(server),
             Command::Show(show) => show.run(server),
+            Command::Members(members) => members.run(server),
             Command::Respond(respond) => respond.run(server),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),

@@ -122,7 +122,7 @@ pub(super) fn list<T: Listed>(items: &[T], listing: &Listing) -> anyhow::Result<
         Format::Table | Format::Wide => text = table(items, &Style::of_stdout(listing)),
         Format::Json => {
             let all: Vec<T::Json<'_>> = items.iter().map(Listed::json).collect();
-            text = serde_json::to_string_pretty(&all)?;
+            text = harmless(&serde_json::to_string_pretty(&all)?);
             text.push('\n');
         }
         Format::Jsonl => {
@@ -135,8 +135,26 @@ pub(super) fn list<T: Listed>(items: &[T], listing: &Listing) -> anyhow::Result<
     Ok(())
 }
 
+/// JSON that says the same and may be looked at: what reorders or hides text, or
+/// drives a terminal, is written as its number.
+pub(super) fn harmless(json: &str) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::with_capacity(json.len());
+    for character in json.chars() {
+        if character.is_ascii() && character != '\x7f' || character.is_alphanumeric() {
+            text.push(character);
+            continue;
+        }
+        // Only strings hold anything else.
+        for unit in character.encode_utf16(&mut [0; 2]) {
+            write!(text, "\\u{unit:04x}").expect("writing to a String cannot fail");
+        }
+    }
+    text
+}
+
 pub(super) fn json_line<T: Serialize>(item: &T) -> anyhow::Result<String> {
-    let mut line = serde_json::to_string(item)?;
+    let mut line = harmless(&serde_json::to_string(item)?);
     line.push('\n');
     Ok(line)
 }
@@ -149,7 +167,7 @@ pub(super) fn one<T: Serialize>(
 ) -> anyhow::Result<()> {
     let text = match format {
         Format::Table | Format::Wide => person(),
-        Format::Json => serde_json::to_string_pretty(item)? + "\n",
+        Format::Json => harmless(&serde_json::to_string_pretty(item)?) + "\n",
         Format::Jsonl => json_line(item)?,
     };
     write(text.as_bytes())?;
@@ -261,6 +279,18 @@ pub(super) fn size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn json_that_is_looked_at_says_the_same() {
+        for text in ["plain", "größe", "\u{202e}back", "\u{9b}31m", "\x7f", "\u{1f600}", "a\n\"\\"]
+        {
+            let json = serde_json::to_string(text).unwrap();
+            let shown = harmless(&json);
+            assert_eq!(serde_json::from_str::<String>(&shown).unwrap(), text);
+            assert!(!shown.contains(|c: char| c.is_control() || c == '\u{202e}'), "{shown:?}");
+        }
+        assert_eq!(harmless("größe"), "größe");
+    }
 
     #[test]
     fn ages_are_told_in_one_unit() {

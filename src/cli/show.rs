@@ -100,6 +100,11 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
     } else {
         lines.add("Container", "none that is watched uses this layer");
     }
+    if let Some(files) = finding.files {
+        let files = if files == 1 { "1 file".to_owned() } else { format!("{files} files") };
+        let list = format!("driftd members {}", short(&finding.id.to_string()));
+        lines.add("Stands for", &format!("{files} ({list})"));
+    }
     if let Some(detail) = &finding.detail {
         lines.add("Detail", &safe(detail));
     }
@@ -114,7 +119,7 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
         lines.add("Expected", "nothing: the image has no such file");
     }
     if let Some(file) = &finding.file {
-        add_file(&mut lines, file);
+        add_file(&mut lines, file, if finding.files.is_some() { "First" } else { "Found" });
         if let Some(expected) = &finding.expected {
             lines.add("Differs in", &differences(expected, file));
         }
@@ -182,9 +187,9 @@ fn add_expected(lines: &mut Lines, expected: &Expected) {
     lines.add("", &format!("layer  {}", safe(&expected.layer)));
 }
 
-fn add_file(lines: &mut Lines, file: &FileEvidence) {
+fn add_file(lines: &mut Lines, file: &FileEvidence, label: &str) {
     let deleted = if file.deleted { " (deleted)" } else { "" };
-    lines.add("Found", &format!("{}{deleted}", file.path));
+    lines.add(label, &format!("{}{deleted}", file.path));
     lines.add(
         "",
         &format!(

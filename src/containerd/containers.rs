@@ -74,6 +74,7 @@ pub(super) async fn describe(
         task,
         no_baseline: rootfs.no_baseline,
         id_map: spec.id_map,
+        entry_point: spec.entry_point,
     })
 }
 

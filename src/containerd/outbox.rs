@@ -246,7 +246,7 @@ mod tests {
     use crossbeam_channel::Receiver;
 
     use super::*;
-    use crate::model::ImageReference;
+    use crate::model::{EntryPoint, ImageReference};
 
     fn id(name: &str) -> ContainerId {
         ContainerId::new("default", name)
@@ -267,6 +267,7 @@ mod tests {
             task: task.map(|pid| Task { pid, paused: false }),
             no_baseline: None,
             id_map: None,
+            entry_point: EntryPoint::default(),
         }
     }
 

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use prost::Message as _;
 use serde::Deserialize;
 
-use crate::model::{IdMap, IdRange, printable};
+use crate::model::{EntryPoint, IdMap, IdRange, printable};
+
+/// Where a program without a path is looked for if the environment does not say.
+const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The few fields that are read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,6 +17,7 @@ pub(super) struct Spec {
     /// Where the rootfs is mounted, if that is an absolute path.
     pub(super) root: Option<PathBuf>,
     pub(super) id_map: Option<IdMap>,
+    pub(super) entry_point: EntryPoint,
 }
 
 impl Spec {
@@ -25,6 +29,17 @@ impl Spec {
             root: Option<Root>,
             #[serde(default)]
             linux: Option<Linux>,
+            #[serde(default)]
+            process: Option<Process>,
+        }
+        #[derive(Deserialize)]
+        struct Process {
+            #[serde(default)]
+            args: Option<Vec<String>>,
+            #[serde(default)]
+            env: Option<Vec<String>>,
+            #[serde(default)]
+            cwd: String,
         }
         #[derive(Deserialize)]
         struct Root {
@@ -58,7 +73,16 @@ impl Spec {
             (!map.uids.is_empty() || !map.gids.is_empty()).then_some(map)
         });
         let root = document.root.map(|root| root.path).filter(|path| path.is_absolute());
-        Spec { root, id_map }
+        let entry_point = document.process.map(|process| {
+            let environment = process.env.unwrap_or_default();
+            let path = environment.iter().find_map(|variable| variable.strip_prefix("PATH="));
+            EntryPoint {
+                arguments: process.args.unwrap_or_default(),
+                search: path.unwrap_or(USUAL_PATH).split(':').map(str::to_owned).collect(),
+                directory: process.cwd,
+            }
+        });
+        Spec { root, id_map, entry_point: entry_point.unwrap_or_default() }
     }
 }
 
@@ -108,8 +132,25 @@ mod tests {
             Spec {
                 root: Some("/d/overlay2/m/merged".into()),
                 id_map: Some(IdMap { uids: vec![range(100_000)], gids: vec![range(200_000)] }),
+                entry_point: EntryPoint::default(),
             }
         );
+    }
+
+    #[test]
+    fn the_entry_point_is_read() {
+        let spec = Spec::parse(
+            br#"{"process":{"args":["run","/etc/app"],"env":["A=1","PATH=/a:/b"],"cwd":"/srv"}}"#,
+        );
+        let expected = EntryPoint {
+            arguments: vec!["run".into(), "/etc/app".into()],
+            search: vec!["/a".into(), "/b".into()],
+            directory: "/srv".into(),
+        };
+        assert_eq!(spec.entry_point, expected);
+        let spec = Spec::parse(br#"{"process":{"args":null,"env":null}}"#);
+        assert_eq!(spec.entry_point.arguments, [""; 0]);
+        assert_eq!(spec.entry_point.search.len(), 6);
     }
 
     #[test]

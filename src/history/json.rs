@@ -36,7 +36,9 @@ struct GapJson {
 /// The text kept for a record.
 pub(super) fn text(record: &Record) -> serde_json::Result<String> {
     match record {
-        Record::Finding(finding) => serde_json::to_string(finding),
+        Record::Finding(finding) | Record::Aggregate { finding, .. } => {
+            serde_json::to_string(finding)
+        }
         Record::Response(response) => serde_json::to_string(&ResponseJson {
             schema: RESPONSE_SCHEMA.into(),
             container: response.container.clone(),

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use rusqlite::{Connection, OpenFlags};
 
-use crate::model::{ContainerId, Finding};
+use crate::model::{ContainerId, Finding, FindingId, Member, RootfsPath};
 use crate::respond::Response;
 
 mod json;
@@ -29,7 +29,10 @@ mod reader;
 mod schema;
 mod writer;
 
-pub use reader::{BadPageToken, Filter, FindingLookup, FindingsPage, Followed, PageToken, Reader};
+pub use reader::{
+    BadPageToken, Filter, FindingLookup, FindingsPage, Followed, MemberToken, MembersPage,
+    PageToken, Reader,
+};
 pub use writer::Writer;
 
 /// The history's file in the state directory.
@@ -43,12 +46,29 @@ pub const FORMAT: i64 = schema::MIGRATIONS.len() as i64;
 pub enum Record {
     /// A finding's newest revision.
     Finding(Box<Finding>),
+    /// The same, with what is new of the files that it stands for: kept together or
+    /// not at all.
+    Aggregate {
+        finding: Box<Finding>,
+        changes: Vec<MemberChange>,
+    },
     Response(Box<Response>),
     /// Something was not seen: a named loss.
     Gap {
         name: String,
         container: Option<ContainerId>,
         detail: String,
+        at: Timestamp,
+    },
+}
+
+/// What happened to a file that an aggregated finding stands for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum MemberChange {
+    /// It is there, for the first time or with another content.
+    Seen(Member),
+    Gone {
+        path: RootfsPath,
         at: Timestamp,
     },
 }
@@ -154,6 +174,27 @@ impl History {
             findings.push(json::finding(row, 0, 1, &self.path)?);
         }
         Ok(findings)
+    }
+}
+
+impl History {
+    /// Tells of every file that an aggregated finding stands for.
+    pub fn each_member(&self, mut tell: impl FnMut(FindingId, Member)) -> Result<(), Error> {
+        let failed = Error::sql("read", &self.path);
+        let mut query = self
+            .connection
+            .prepare(&format!("SELECT {}, finding FROM member", reader::MEMBER))
+            .map_err(&failed)?;
+        let mut rows = query.query([]).map_err(&failed)?;
+        while let Some(row) = rows.next().map_err(&failed)? {
+            let finding: String = row.get(reader::MEMBER_COLUMNS).map_err(&failed)?;
+            let finding = finding.parse().map_err(|_| Error::Corrupt {
+                path: self.path.clone(),
+                detail: format!("a member of {finding}"),
+            })?;
+            tell(finding, reader::member(row, &self.path)?);
+        }
+        Ok(())
     }
 }
 

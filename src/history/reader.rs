@@ -2,18 +2,21 @@
 //! ever waits for the writer, nor the writer for a reader.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use rusqlite::types::Value;
-use rusqlite::{Connection, OpenFlags, params, params_from_iter};
+use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 
 use super::writer::newest_seq;
 use super::{Error, Record, json};
-use crate::model::{ContainerId, Finding, FindingId, Kind, ManifestDigest, Severity};
+use crate::model::finding::{MEMBER_SCHEMA, hex};
+use crate::model::{
+    ContainerId, Finding, FindingId, Kind, ManifestDigest, Member, RootfsPath, Severity,
+};
 use crate::respond::Response;
 
 /// Idle connections that are kept for the next question.
@@ -67,6 +70,40 @@ impl FromStr for PageToken {
             id: id.parse().map_err(|_| BadPageToken)?,
         })
     }
+}
+
+/// Where the next page of members begins: after this path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberToken(RootfsPath);
+
+impl fmt::Display for MemberToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(self.0.as_bytes()))
+    }
+}
+
+impl FromStr for MemberToken {
+    type Err = BadPageToken;
+
+    fn from_str(text: &str) -> Result<MemberToken, BadPageToken> {
+        let digit = |digit: &u8| char::from(*digit).to_digit(16);
+        let bytes = text.as_bytes().chunks(2).map(|pair| match pair {
+            [high, low] => u8::try_from(digit(high)? * 16 + digit(low)?).ok(),
+            _ => None,
+        });
+        let bytes: Vec<u8> = bytes.collect::<Option<_>>().ok_or(BadPageToken)?;
+        let path = RootfsPath::new(&bytes).map_err(|_| BadPageToken)?;
+        // Any other spelling would begin elsewhere.
+        if path.as_bytes() == bytes { Ok(MemberToken(path)) } else { Err(BadPageToken) }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MembersPage {
+    /// Sorted by path.
+    pub members: Vec<Member>,
+    /// `None` on the last page.
+    pub next: Option<MemberToken>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -174,6 +211,41 @@ impl Reader {
                     .map(|finding| FindingLookup::Found(Box::new(finding))),
                 count => Ok(FindingLookup::Ambiguous(count.unsigned_abs())),
             }
+        })
+    }
+
+    /// One page of at most `limit` files that an aggregated finding stands for;
+    /// fewer if their paths are long.
+    pub fn members(
+        &self,
+        finding: FindingId,
+        after: Option<MemberToken>,
+        limit: usize,
+    ) -> Result<MembersPage, Error> {
+        let after = after.map_or(Vec::new(), |token| token.0.as_bytes().to_vec());
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(&format!(
+                    "SELECT {MEMBER} FROM member WHERE finding = ? AND path > ?
+                     ORDER BY path LIMIT ?"
+                ))
+                .map_err(&failed)?;
+            let most = i64::try_from(limit.saturating_add(1)).unwrap_or(i64::MAX);
+            let mut rows =
+                query.query(params![finding.to_string(), after, most]).map_err(&failed)?;
+            let mut members: Vec<Member> = Vec::new();
+            let mut bytes = 0;
+            while let Some(row) = rows.next().map_err(&failed)? {
+                if members.len() == limit || bytes > PAGE_BYTES {
+                    let next = members.last().map(|last| MemberToken(last.path.clone()));
+                    return Ok(MembersPage { members, next });
+                }
+                let member = member(row, &self.path)?;
+                bytes += member.path.as_bytes().len() + 128;
+                members.push(member);
+            }
+            Ok(MembersPage { members, next: None })
         })
     }
 
@@ -346,6 +418,31 @@ impl Reader {
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
         Ok(connection)
     }
+}
+
+/// The columns that [`member`] reads, from the first on.
+pub(super) const MEMBER: &str = "path, kind, blake3, first_seen, last_seen, removed";
+pub(super) const MEMBER_COLUMNS: usize = 6;
+
+pub(super) fn member(row: &Row<'_>, path: &Path) -> Result<Member, Error> {
+    let failed = Error::sql("read", path);
+    let corrupt =
+        |what: &str| Error::Corrupt { path: path.into(), detail: format!("a member's {what}") };
+    let time = |column| -> Result<Timestamp, Error> {
+        Timestamp::from_microsecond(row.get(column).map_err(&failed)?).map_err(|_| corrupt("time"))
+    };
+    let kind: String = row.get(1).map_err(&failed)?;
+    let blake3: Option<String> = row.get(2).map_err(&failed)?;
+    Ok(Member {
+        schema: MEMBER_SCHEMA.to_owned(),
+        path: RootfsPath::new(row.get::<_, Vec<u8>>(0).map_err(&failed)?)
+            .map_err(|_| corrupt("path"))?,
+        kind: kind.parse().map_err(|_| corrupt("kind"))?,
+        blake3: blake3.map(|hash| hash.parse()).transpose().map_err(|_| corrupt("content"))?,
+        first_seen: time(3)?,
+        last_seen: time(4)?,
+        removed: row.get(5).map_err(&failed)?,
+    })
 }
 
 /// Parts of a WHERE clause with the values of their placeholders.

@@ -117,6 +117,19 @@ pub(super) const MIGRATIONS: &[&str] = &[
         FROM record
         LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding';
 ",
+    "
+    -- The files that an aggregated finding stands for.
+    CREATE TABLE member (
+        finding    TEXT NOT NULL,
+        path       BLOB NOT NULL,
+        kind       TEXT NOT NULL,
+        blake3     TEXT,
+        first_seen INTEGER NOT NULL,
+        last_seen  INTEGER NOT NULL,
+        removed    INTEGER NOT NULL CHECK (removed IN (0, 1)),
+        PRIMARY KEY (finding, path)
+    ) STRICT, WITHOUT ROWID;
+",
 ];
 
 /// Whose file this is and in which format; refuses what is not ours or newer.

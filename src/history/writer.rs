@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
-use super::{History, Reader, Record, StateLock, json};
+use super::{History, MemberChange, Reader, Record, StateLock, json};
 use crate::health::{Failure, Health};
 use crate::model::FindingId;
 
@@ -33,6 +33,8 @@ const BATCH: usize = 1000;
 const COMMIT_SPACING: Duration = Duration::from_millis(100);
 /// Most records kept in memory while the disk cannot be written.
 const PENDING: usize = 20_000;
+/// The same for what is new of aggregated findings' files.
+const PENDING_MEMBERS: usize = 100_000;
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LAST: Duration = Duration::from_secs(10);
 /// How often a commit is tried when driftd stops.
@@ -151,7 +153,8 @@ impl Writing {
     /// Waits for a record, for the time at which something is to be done, or for the end.
     fn wait(&mut self) -> Turn {
         let due = self.due();
-        let full = self.pending.len() >= BATCH && self.retry.is_none();
+        let full = (self.pending.len() >= BATCH || self.pending.members.len() >= 4 * BATCH)
+            && self.retry.is_none();
         if full || due <= Instant::now() && self.incoming.is_empty() {
             return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
         }
@@ -252,6 +255,8 @@ struct Pending {
     /// Position in `records`, counted from the very first.
     newest: HashMap<FindingId, usize>,
     held: usize,
+    /// What is new of the files of findings that are held, in order.
+    members: Vec<(FindingId, MemberChange)>,
     /// Records dropped for want of memory, and when the first one was.
     dropped: Option<(u64, Timestamp)>,
 }
@@ -267,6 +272,22 @@ impl Pending {
 
     /// Adds a record. `Some(n)` when that made room by dropping the `n`th one.
     fn push(&mut self, record: Record) -> Option<u64> {
+        let (record, lost) = match record {
+            Record::Aggregate { finding, changes } => {
+                let room = PENDING_MEMBERS.saturating_sub(self.members.len());
+                let lost = changes.len().saturating_sub(room);
+                let id = finding.id;
+                self.members.extend(changes.into_iter().take(room).map(|change| (id, change)));
+                (Record::Finding(finding), lost)
+            }
+            record @ (Record::Finding(_) | Record::Response(_) | Record::Gap { .. }) => (record, 0),
+        };
+        let dropped = self.push_one(record);
+        // A file that is not kept is a record that is dropped.
+        if lost > 0 { Some(self.count_dropped(lost as u64)) } else { dropped }
+    }
+
+    fn push_one(&mut self, record: Record) -> Option<u64> {
         if let Record::Finding(finding) = &record {
             let position = self.removed + self.records.len();
             if let Some(earlier) = self.newest.insert(finding.id, position) {
@@ -311,8 +332,12 @@ impl Pending {
         }
         self.held -= 1;
         self.trim();
+        self.count_dropped(1)
+    }
+
+    fn count_dropped(&mut self, lost: u64) -> u64 {
         let (count, _) = self.dropped.get_or_insert_with(|| (0, Timestamp::now()));
-        *count += 1;
+        *count += lost;
         *count
     }
 
@@ -335,6 +360,9 @@ impl Pending {
         for record in self.records.iter().flatten() {
             store(&transaction, record)?;
         }
+        for (finding, change) in &self.members {
+            store_member(&transaction, *finding, change)?;
+        }
         let newest = newest_seq(&transaction)?;
         transaction.commit()?;
         Ok(newest)
@@ -345,7 +373,7 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
     let text =
         json::text(record).map_err(|err| rusqlite::Error::ToSqlConversionFailure(Box::new(err)))?;
     match record {
-        Record::Finding(finding) => {
+        Record::Finding(finding) | Record::Aggregate { finding, .. } => {
             let id = finding.id.to_string();
             let container = finding.container_id();
             connection
@@ -394,6 +422,39 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
             insert(connection, *at, "gap", None, container.as_ref(), Some(&text))
         }
     }
+}
+
+fn store_member(
+    connection: &Connection,
+    finding: FindingId,
+    change: &MemberChange,
+) -> rusqlite::Result<()> {
+    let finding = finding.to_string();
+    match change {
+        MemberChange::Seen(member) => connection
+            .prepare_cached(
+                "INSERT INTO member (finding, path, kind, blake3, first_seen, last_seen, removed)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+                 ON CONFLICT (finding, path) DO UPDATE SET
+                     kind = excluded.kind, blake3 = excluded.blake3,
+                     last_seen = excluded.last_seen, removed = excluded.removed",
+            )?
+            .execute(params![
+                finding,
+                member.path.as_bytes(),
+                member.kind.name(),
+                member.blake3.map(|hash| hash.to_string()),
+                member.first_seen.as_microsecond(),
+                member.last_seen.as_microsecond(),
+                member.removed,
+            ])?,
+        MemberChange::Gone { path, at } => connection
+            .prepare_cached(
+                "UPDATE member SET removed = 1, last_seen = ?3 WHERE finding = ?1 AND path = ?2",
+            )?
+            .execute(params![finding, path.as_bytes(), at.as_microsecond()])?,
+    };
+    Ok(())
 }
 
 fn insert(
@@ -449,6 +510,9 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
     for (seq, kind, finding) in &old {
         if kind == "finding" {
             transaction.prepare_cached("DELETE FROM finding WHERE id = ?1")?.execute([finding])?;
+            transaction
+                .prepare_cached("DELETE FROM member WHERE finding = ?1")?
+                .execute([finding])?;
         }
         transaction.prepare_cached("DELETE FROM record WHERE seq = ?1")?.execute([seq])?;
     }
@@ -468,7 +532,8 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Finding;
+    use crate::model::finding::MEMBER_SCHEMA;
+    use crate::model::{Finding, Kind, Member, RootfsPath};
 
     fn finding(number: usize, revision: u64) -> Record {
         let mut finding: Finding =
@@ -499,6 +564,33 @@ mod tests {
         }
         assert_eq!(held(&pending), [finding(2, 1), gap("x"), finding(1, 3)]);
         assert_eq!(pending.len(), 3);
+    }
+
+    #[test]
+    fn the_files_of_a_finding_that_is_replaced_stay() {
+        let mut pending = Pending::default();
+        let seen = |path: &str| {
+            MemberChange::Seen(Member {
+                schema: MEMBER_SCHEMA.into(),
+                path: RootfsPath::new(path).unwrap(),
+                kind: Kind::FileRelocated,
+                blake3: None,
+                first_seen: Timestamp::UNIX_EPOCH,
+                last_seen: Timestamp::UNIX_EPOCH,
+                removed: false,
+            })
+        };
+        let aggregate = |revision, changes| match finding(1, revision) {
+            Record::Finding(finding) => Record::Aggregate { finding, changes },
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(pending.push(aggregate(1, vec![seen("/a")])), None);
+        assert_eq!(pending.push(aggregate(2, vec![seen("/b")])), None);
+        assert_eq!(held(&pending), [finding(1, 2)]);
+        assert_eq!(pending.members.len(), 2);
+        let flood = (0..PENDING_MEMBERS).map(|number| seen(&format!("/{number}"))).collect();
+        assert_eq!(pending.push(aggregate(3, flood)), Some(2), "what does not fit is counted");
+        assert_eq!(pending.members.len(), PENDING_MEMBERS);
     }
 
     #[test]

@@ -63,6 +63,17 @@ pub struct Container {
     pub no_baseline: Option<String>,
     /// How its users are numbered on the host; `None` without a user namespace.
     pub id_map: Option<IdMap>,
+    pub entry_point: EntryPoint,
+}
+
+/// What a container's init is started as, in the specification's words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EntryPoint {
+    /// The program, by a path or a name to be looked for, and its arguments.
+    pub arguments: Vec<String>,
+    /// The directories of `PATH`.
+    pub search: Vec<String>,
+    pub directory: String,
 }
 
 impl Container {

@@ -206,6 +206,12 @@ pub enum Subject<'a> {
         content: Option<Blake3Hash>,
     },
     Process(ProcessIdentity),
+    /// Files that are told together: in one directory, with one content, or all of
+    /// the kind.
+    Group {
+        path: Option<&'a RootfsPath>,
+        content: Option<Blake3Hash>,
+    },
     /// What a layer holds at a path, all that is compared of it: not
     /// its content alone, because an owner or a mode may be what was changed.
     Layer {
@@ -245,6 +251,12 @@ impl FindingId {
                 part(layer.as_bytes());
                 part(path.as_bytes());
                 part(found);
+            }
+            Subject::Group { path, content } => {
+                // One part more than a file, so that it never is one.
+                part(b"group");
+                part(path.map_or(b"", RootfsPath::as_bytes));
+                part(content.as_ref().map_or(&[], |hash| &hash.0[..]));
             }
             Subject::Reason(reason) => part(reason.as_bytes()),
             Subject::Command { exe, argv } => {
@@ -359,6 +371,26 @@ impl Finding {
     pub fn container_id(&self) -> Option<&ContainerId> {
         self.container.as_ref().map(|container| &container.id)
     }
+}
+
+/// The member schema's name, in every member's JSON.
+pub const MEMBER_SCHEMA: &str = "driftd.member/v1";
+
+/// One file that an aggregated finding stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Always [`MEMBER_SCHEMA`].
+    pub schema: String,
+    #[serde(flatten)]
+    pub path: RootfsPath,
+    /// What the finding would be if the file had one of its own.
+    pub kind: Kind,
+    /// What it held when it was last seen; null for what is gone or was not hashed.
+    pub blake3: Option<Blake3Hash>,
+    pub first_seen: Timestamp,
+    pub last_seen: Timestamp,
+    /// It was seen to be gone again.
+    pub removed: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -489,6 +521,11 @@ mod tests {
         assert_ne!(id(Kind::ExecNew, content), id(Kind::FileAdded, content));
         // What an earlier version has told must be recognised.
         assert_eq!(id(Kind::ExecNew, content).to_string(), "1a15ac988593c7794e1297637c2bfef1");
+        let group = Subject::Group { path: Some(&path), content };
+        assert_ne!(
+            FindingId::new(Some(&container), Kind::ExecNew, &group),
+            id(Kind::ExecNew, content)
+        );
         let id = id(Kind::ExecNew, content);
         assert_eq!(id.to_string().parse(), Ok(id));
     }

@@ -5,20 +5,22 @@ pub mod container;
 pub mod digest;
 pub mod file;
 pub mod finding;
+pub mod globs;
 pub mod observation;
 pub mod path;
 pub mod process;
 
 pub use container::{
-    Blob, Container, ContainerId, IdMap, IdRange, ImageReference, Layer, LayerId, OverlayDirs, Pod,
-    Task,
+    Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Layer, LayerId,
+    OverlayDirs, Pod, Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
 pub use finding::{
-    Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Outcome, Severity,
-    Verdict,
+    Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Member, Outcome,
+    Severity, Verdict,
 };
+pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
 pub use path::{HostilePath, RootfsPath, printable};
-pub use process::{Ancestor, Process, ProcessIdentity};
+pub use process::{Ancestor, PackageManager, Process, ProcessIdentity, package_manager};

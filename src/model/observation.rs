@@ -92,7 +92,14 @@ pub enum Fact {
     },
     /// Nothing is at `path` any more: a whiteout or an opaque directory hides
     /// the image's file, or the container's own file is gone.
-    Absent { path: RootfsPath },
+    Absent {
+        path: RootfsPath,
+        /// Who removed it, where that could be seen.
+        writer: Option<Arc<Process>>,
+    },
+    /// A package manager, whose file is one of the image's layers', is at work: what
+    /// it and its descendants write is its transaction.
+    PackageManager { process: Arc<Process> },
     /// A process of the container whose parent is outside of it, and that is not
     /// the container's init.
     SessionOpened { process: Arc<Process> },

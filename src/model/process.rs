@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::RootfsPath;
+
 /// Names one process for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessIdentity {
@@ -24,6 +26,9 @@ pub struct Process {
     pub uid: Option<u32>,
     /// The controlling terminal, e.g. `pts/0`.
     pub tty: Option<String>,
+    /// Its root directory in the container, where that is not the container's own
+    /// (chroot).
+    pub root: Option<String>,
     /// Parents, nearest first, up to and including the first one outside the
     /// container.
     pub ancestors: Vec<Ancestor>,
@@ -38,9 +43,140 @@ pub struct Ancestor {
 }
 
 impl Process {
+    /// Its root directory, where that is not the container's own.
+    pub fn own_root(&self) -> Option<RootfsPath> {
+        let root = self.root.as_deref()?;
+        RootfsPath::new(root).ok().filter(|root| !root.relative().is_empty())
+    }
+
     /// Whether `identity` is this process or one of its ancestors.
     pub fn descends_from(&self, identity: ProcessIdentity) -> bool {
         self.identity == identity
             || self.ancestors.iter().any(|ancestor| ancestor.identity == identity)
+    }
+}
+
+/// What a program that installs others is run as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackageManager<'a> {
+    /// The executed file itself.
+    Program,
+    /// A script or a module that an interpreter of this name runs.
+    Script(Option<&'a str>),
+}
+
+/// Whether a program that is run like this changes what is installed. By its name
+/// alone: whether it is the image's is another question.
+pub fn package_manager<'a>(exe: &str, argv: &'a [String]) -> Option<PackageManager<'a>> {
+    let name = file_name(exe);
+    let arguments = argv.get(1..).unwrap_or_default();
+    if PROGRAMS.contains(&name) {
+        return Some(PackageManager::Program);
+    }
+    if let Some((_, verbs)) = WITH_VERBS.iter().find(|(tool, _)| *tool == name) {
+        return says(arguments, verbs).then_some(PackageManager::Program);
+    }
+    let interpreter = name.trim_end_matches(|last: char| last.is_ascii_digit() || last == '.');
+    if !INTERPRETERS.contains(&interpreter) {
+        return None;
+    }
+    // `python3 -m pip install`, `python3 /usr/bin/pip install`, `node .../npm-cli.js install`.
+    let (tool, script, rest) = match arguments {
+        [flag, module, rest @ ..] if flag == "-m" => (module.as_str(), None, rest),
+        all => {
+            let at = all.iter().position(|argument| !argument.starts_with('-'))?;
+            (file_name(&all[at]), Some(all[at].as_str()), &all[at + 1..])
+        }
+    };
+    let tool = tool.trim_end_matches(".js").trim_end_matches("-cli");
+    let tool = tool.trim_end_matches(|last: char| last.is_ascii_digit() || last == '.');
+    let is_one = SCRIPTS.contains(&tool)
+        || SCRIPTS_WITH_VERBS.iter().any(|(known, verbs)| *known == tool && says(rest, verbs));
+    is_one.then_some(PackageManager::Script(script))
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or_default()
+}
+
+/// Whether the first words that are no options hold one of `verbs`. An option may
+/// have a value, so the first word need not be the verb.
+fn says(arguments: &[String], verbs: &[&str]) -> bool {
+    let words = arguments.iter().filter(|argument| !argument.starts_with('-')).take(2);
+    words.into_iter().any(|word| verbs.contains(&word.as_str()))
+}
+
+const PROGRAMS: &[&str] = &[
+    "apt",
+    "apt-get",
+    "aptitude",
+    "apk",
+    "dnf",
+    "dnf5",
+    "dpkg",
+    "dpkg-deb",
+    "emerge",
+    "microdnf",
+    "opkg",
+    "pacman",
+    "rpm",
+    "tdnf",
+    "xbps-install",
+    "yum",
+    "zypper",
+];
+
+/// Programs that do other things too, such as running an application.
+const WITH_VERBS: &[(&str, &[&str])] = &[
+    ("cargo", &["install", "uninstall"]),
+    ("conda", &["create", "install", "remove", "update", "upgrade"]),
+    ("go", &["install"]),
+    ("mamba", &["create", "install", "remove", "update", "upgrade"]),
+    ("micromamba", &["create", "install", "remove", "update", "upgrade"]),
+    ("nix-env", &["install", "upgrade", "uninstall"]),
+    ("uv", &["pip", "sync", "tool"]),
+];
+
+const INTERPRETERS: &[&str] =
+    &["node", "nodejs", "perl", "php", "platform-python", "python", "ruby"];
+
+const SCRIPTS: &[&str] = &["dnf", "yum"];
+
+const SCRIPTS_WITH_VERBS: &[(&str, &[&str])] = &[
+    ("composer", &["install", "remove", "require", "update"]),
+    ("conda", &["create", "install", "remove", "update", "upgrade"]),
+    ("gem", &["install", "uninstall", "update"]),
+    ("npm", &["add", "ci", "i", "in", "install", "remove", "uninstall", "update"]),
+    ("pip", &["install", "uninstall"]),
+    ("pnpm", &["add", "i", "install", "remove", "update"]),
+    ("yarn", &["add", "global", "install", "remove", "upgrade"]),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(exe: &str, command: &str, expected: Option<PackageManager<'_>>) {
+        let argv: Vec<String> = command.split(' ').map(ToOwned::to_owned).collect();
+        assert_eq!(package_manager(exe, &argv), expected, "{command}");
+    }
+
+    #[test]
+    fn a_package_manager_is_known_by_its_name_and_an_interpreter_by_what_it_runs() {
+        use PackageManager::{Program, Script};
+        check("/usr/bin/dpkg", "dpkg -i x.deb", Some(Program));
+        check("/sbin/apk", "apk add socat", Some(Program));
+        check("/usr/bin/cargo", "cargo install x", Some(Program));
+        check("/usr/bin/cargo", "cargo run", None);
+        check("/usr/bin/python3.11", "python3 -m pip install x", Some(Script(None)));
+        let pip = Some(Script(Some("/usr/bin/pip3")));
+        check("/usr/bin/python3.11", "/usr/bin/python3 /usr/bin/pip3 install x", pip);
+        check("/usr/bin/python3.11", "python3 /usr/bin/pip3 list", None);
+        check("/usr/bin/python3.11", "python3 server.py", None);
+        let npm = Some(Script(Some("/usr/lib/npm/bin/npm-cli.js")));
+        check("/usr/bin/node", "node /usr/lib/npm/bin/npm-cli.js --silent install y", npm);
+        check("/usr/bin/node", "node /usr/lib/npm/bin/npm-cli.js start", None);
+        check("/bin/sh", "sh -c dpkg", None);
     }
 }

@@ -186,14 +186,19 @@ impl State {
 
     /// When something is to be done although nothing happens.
     pub(super) fn next_due(&self) -> Option<Timestamp> {
-        self.unsettled
+        let without_baseline = self
+            .unsettled
             .iter()
             .filter_map(|id| self.inventory.get(id)?.without_baseline)
             .min()
-            .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX))
+            .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
+        without_baseline.into_iter().chain(self.unsaid.due()).min()
     }
 
     pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        if self.unsaid.due().is_some_and(|due| due <= now) {
+            self.say_all(effects);
+        }
         let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
         for id in unsettled {
             let since = self.inventory.get(&id).and_then(|entry| entry.without_baseline);
@@ -264,6 +269,15 @@ pub(super) fn tell_trust(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effe
             effects.push(Effect::Watch(Command::Trust { container: id.clone(), trust }));
         }
         WatchState::No | WatchState::Refused(_) => (),
+    }
+}
+
+/// Tells the watchers what starts the container, if they watch it.
+pub(super) fn tell_entry_point(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effect>) {
+    let is_watched = matches!(entry.watch, WatchState::Asked | WatchState::Attached { .. });
+    if is_watched && !entry.entry_point.is_empty() {
+        let (container, paths) = (id.clone(), entry.entry_point.clone());
+        effects.push(Effect::Watch(Command::EntryPoint { container, paths }));
     }
 }
 

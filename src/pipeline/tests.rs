@@ -3,9 +3,10 @@
 use super::*;
 use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, blake3_of};
 use crate::config::Respond;
+use crate::history::MemberChange;
 use crate::model::{
-    Ancestor, DiffId, FileTime, FileType, Format, IdRange, ImageReference, Layer, LayerFile,
-    LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
+    Ancestor, DiffId, EntryPoint, FileTime, FileType, Format, IdRange, ImageReference, Layer,
+    LayerFile, LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -15,6 +16,7 @@ const IMAGE: &str = "
 /bin/busybox 755 elf busybox
 /bin/ls 755 elf ls
 /usr/bin/curl 755 elf curl
+/usr/bin/dpkg 755 elf dpkg
 /etc/app.conf 644 data conf
 ";
 const ENDPOINT: &str = "/run/containerd/containerd.sock";
@@ -28,12 +30,14 @@ struct Node {
     commands: Vec<Command>,
     orders: Vec<Order>,
     gaps: Vec<String>,
+    /// What was told of aggregated findings' files.
+    changes: Vec<(FindingId, MemberChange)>,
     jobs: usize,
 }
 
 impl Node {
     fn new(respond: Respond, known: Vec<Finding>) -> Node {
-        let policy = Policy { generation: 1, respond };
+        let policy = Policy { generation: 1, respond, ..Policy::default() };
         let state = State::new("node".into(), policy, Arc::default(), known, Timestamp::UNIX_EPOCH);
         Node {
             state,
@@ -42,6 +46,7 @@ impl Node {
             commands: Vec::new(),
             orders: Vec::new(),
             gaps: Vec::new(),
+            changes: Vec::new(),
             jobs: 0,
         }
     }
@@ -72,6 +77,11 @@ impl Node {
                 Effect::RecordBaseline(_) => self.jobs += 1,
                 Effect::CollectBaselines(_) => (),
                 Effect::Record(Record::Finding(finding)) => self.told.push(*finding),
+                Effect::Record(Record::Aggregate { finding, changes }) => {
+                    let id = finding.id;
+                    self.changes.extend(changes.into_iter().map(|change| (id, change)));
+                    self.told.push(*finding);
+                }
                 Effect::Record(Record::Response(_)) => (),
                 Effect::Record(Record::Gap { name, .. }) => self.gaps.push(name),
                 Effect::Respond(order) => self.orders.push(order),
@@ -127,7 +137,7 @@ impl Node {
             }
             ["gone", _, _] => Input::Watch(Report::Observed(observed(
                 Source::Change,
-                Fact::Absent { path: path() },
+                Fact::Absent { path: path(), writer: None },
             ))),
             ["scan", name, ref rest @ ..] => {
                 let observations = rest
@@ -135,7 +145,7 @@ impl Node {
                     .map(|pair| {
                         let path = RootfsPath::new(pair[0]).unwrap();
                         let fact = match pair[1] {
-                            "-" => Fact::Absent { path },
+                            "-" => Fact::Absent { path, writer: None },
                             content => present(path, content),
                         };
                         observed(Source::Scan, fact)
@@ -153,17 +163,25 @@ impl Node {
         }
     }
 
-    /// Checks the newest revision of every finding told so far.
-    #[track_caller]
-    fn expect(&mut self, expected: &[&str]) -> &mut Node {
+    /// The newest revision of every finding told so far.
+    fn newest(&self) -> Vec<&Finding> {
         let mut newest: Vec<&Finding> = Vec::new();
+        let mut places = HashMap::new();
         for finding in &self.told {
-            match newest.iter_mut().find(|known| known.id == finding.id) {
+            let place = *places.entry(finding.id).or_insert(newest.len());
+            match newest.get_mut(place) {
                 Some(known) => *known = finding,
                 None => newest.push(finding),
             }
         }
-        let actual: Vec<String> = newest
+        newest
+    }
+
+    /// Checks the newest revision of every finding told so far.
+    #[track_caller]
+    fn expect(&mut self, expected: &[&str]) -> &mut Node {
+        let actual: Vec<String> = self
+            .newest()
             .iter()
             .map(|finding| {
                 let subject = match (&finding.file, &finding.process) {
@@ -225,6 +243,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         task: pid.map(|pid| Task { pid, paused: false }),
         no_baseline: None,
         id_map: None,
+        entry_point: EntryPoint::default(),
     }
 }
 
@@ -235,6 +254,7 @@ fn process(pid: u32) -> Process {
         argv: None,
         uid: Some(0),
         tty: None,
+        root: None,
         ancestors: vec![Ancestor {
             identity: ProcessIdentity { pid: 100, start_time: 1 },
             exe: None,
@@ -962,4 +982,319 @@ fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
     for finding in &node.told {
         assert!(finding.first_seen <= finding.last_seen, "{finding:#?}");
     }
+}
+// ---- what is told together
+
+impl Node {
+    fn see(&mut self, source: Source, fact: Fact) {
+        let at = Timestamp::from_second(self.clock + 1).unwrap();
+        let observation = Observation { container: id("c1"), at, source, fact };
+        self.give(Input::Watch(Report::Observed(observation)));
+    }
+
+    /// The kind of every finding, how many of it there are, and how many files they
+    /// tell of.
+    fn kinds(&self) -> Vec<(Kind, usize, u64)> {
+        let mut kinds: BTreeMap<Kind, (usize, u64)> = BTreeMap::new();
+        for finding in self.newest() {
+            let (findings, files) = kinds.entry(finding.kind).or_default();
+            *findings += 1;
+            *files += finding.files.unwrap_or(1);
+        }
+        kinds.into_iter().map(|(kind, (findings, files))| (kind, findings, files)).collect()
+    }
+
+    /// What the history would hold of an aggregated finding's files.
+    fn members(&self) -> BTreeMap<(FindingId, RootfsPath), Member> {
+        let mut members = BTreeMap::new();
+        for (finding, change) in &self.changes {
+            match change {
+                MemberChange::Seen(member) => {
+                    members.insert((*finding, member.path.clone()), member.clone());
+                }
+                MemberChange::Gone { path, .. } => {
+                    members.get_mut(&(*finding, path.clone())).expect("was told").removed = true;
+                }
+            }
+        }
+        members
+    }
+
+    fn say_all(&mut self) {
+        self.clock += 2;
+        self.give(Input::Due);
+    }
+
+    /// The daemon as it is after a restart.
+    fn restarted(&self) -> Node {
+        let known = self.newest().into_iter().cloned().collect();
+        let mut node = Node::new(Respond::default(), known);
+        for ((finding, _), member) in self.members() {
+            node.state.remember_member(finding, &member);
+        }
+        node.clock = self.clock;
+        node.play("start c1\nbaseline\nattached c1");
+        node
+    }
+}
+
+fn at(path: &str) -> RootfsPath {
+    RootfsPath::new(path).unwrap()
+}
+
+/// A process with these ancestors, nearest first.
+fn descendant(pid: u32, ancestors: &[u32]) -> Arc<Process> {
+    let named = |pid: &u32| Ancestor {
+        identity: ProcessIdentity { pid: *pid, start_time: 1 },
+        exe: None,
+        argv: None,
+    };
+    Arc::new(Process { ancestors: ancestors.iter().map(named).collect(), ..process(pid) })
+}
+
+fn dpkg(exe: &str) -> Fact {
+    let argv = Some(vec!["dpkg".to_owned(), "-i".to_owned(), "nmap.deb".to_owned()]);
+    let process = Process { exe: Some(exe.to_owned()), argv, ..process(50) };
+    Fact::PackageManager { process: Arc::new(process) }
+}
+
+fn written_by(path: &str, content: &str, writer: Option<Arc<Process>>) -> Fact {
+    Fact::Present { path: at(path), state: state_of(content), lower: None, writer }
+}
+
+#[test]
+fn a39_twenty_thousand_copies_are_one_finding_and_the_evil_one_is_another() {
+    let mut node = Node::running();
+    for number in 0..20_000 {
+        node.see(Source::Change, present(at(&format!("/tmp/t{number}")), "ls"));
+        if number == 10_000 {
+            node.see(Source::Gate, exec(at("/tmp/x"), "evil"));
+            assert_eq!(node.told.last().unwrap().kind, Kind::ExecNew, "told at once");
+        }
+    }
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::ExecNew, 1, 1), (Kind::FileRelocated, 1, 20_000)]);
+    assert_eq!(node.members().len(), 20_000);
+    assert!(node.told.len() < 200, "{} revisions", node.told.len());
+    let relocated = node.newest()[0].clone();
+    assert_eq!(relocated.file.as_ref().unwrap().path, at("/tmp/t0"));
+
+    // A walk and a restart find the same again.
+    let mut restarted = node.restarted();
+    for node in [&mut node, &mut restarted] {
+        let told = node.told.len();
+        for number in 0..20_000 {
+            node.see(Source::Scan, present(at(&format!("/tmp/t{number}")), "ls"));
+        }
+        node.say_all();
+        assert_eq!(node.told.len(), told, "nothing is told twice");
+        node.see(Source::Change, present(at("/tmp/more"), "ls"));
+        node.say_all();
+        assert_eq!(node.told.last().unwrap().files, Some(20_001));
+        assert_eq!(node.told.last().unwrap().id, relocated.id);
+    }
+
+    // One of them is run: that is a finding, and its story is the copying.
+    node.see(Source::Gate, exec(at("/tmp/t7"), "ls"));
+    let run = node.told.last().unwrap();
+    assert_eq!((run.kind, run.story), (Kind::ExecRelocated, Some(relocated.id)));
+}
+
+#[test]
+fn one_copy_is_about_one_file_and_two_are_counted() {
+    let mut node = Node::running();
+    node.play("write c1 /tmp/a ls").say_all();
+    assert_eq!(node.told.iter().map(|told| told.files).collect::<Vec<_>>(), [None]);
+    assert!(node.members().is_empty());
+    node.play("write c1 /tmp/b ls").say_all();
+    assert_eq!(node.told.last().unwrap().files, Some(2));
+    assert_eq!(node.members().len(), 2);
+    // A copy that goes is gone, and is no file more when it comes back.
+    node.play("gone c1 /tmp/b").say_all();
+    assert_eq!(node.members().values().filter(|member| member.removed).count(), 1);
+    node.play("write c1 /tmp/b ls").say_all();
+    assert_eq!(node.told.last().unwrap().files, Some(2));
+    assert_eq!(node.members().values().filter(|member| member.removed).count(), 0);
+}
+
+#[test]
+fn many_files_of_a_directory_are_told_together_and_none_is_lost() {
+    let mut node = Node::running();
+    for number in 0..500 {
+        node.see(Source::Change, present(at(&format!("/opt/t/{number}")), &number.to_string()));
+    }
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 33, 500)]);
+    let members = node.members();
+    assert_eq!(members.len(), 500 - 32);
+    let paths: HashSet<_> = members.into_keys().map(|(_, path)| path).collect();
+    let alone = node.newest().into_iter().filter(|told| told.files.is_none());
+    let alone: HashSet<_> = alone.map(|told| told.file.as_ref().unwrap().path.clone()).collect();
+    assert_eq!(paths.union(&alone).count(), 500);
+
+    let mut restarted = node.restarted();
+    for number in 0..500 {
+        restarted.see(Source::Scan, present(at(&format!("/opt/t/{number}")), &number.to_string()));
+    }
+    restarted.say_all();
+    assert_eq!(restarted.told, []);
+}
+
+#[test]
+fn a37_a_tree_of_programs_is_a_bounded_number_of_findings() {
+    let mut node = Node::running();
+    for number in 0..5000 {
+        let path = format!("/opt/{}/{number}", number / 10);
+        node.see(Source::Change, present(at(&path), &number.to_string()));
+    }
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 256 + 64 + 1, 5000)]);
+    // What was built and then is run stands alone, however many there are.
+    for number in 0..300 {
+        let path = format!("/opt/{}/{number}", number / 10);
+        node.see(Source::Gate, exec(at(&path), &number.to_string()));
+    }
+    assert_eq!(node.kinds()[0], (Kind::ExecNew, 300, 300));
+    assert!(node.told.iter().rev().take(300).all(|told| told.story.is_some()));
+}
+
+#[test]
+fn what_a_package_manager_writes_is_one_transaction() {
+    let mut node = Node::running();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    assert_eq!(node.told, [], "nothing is written yet");
+    node.see(Source::Change, written_by("/usr/bin/nmap", "nmap", Some(descendant(50, &[]))));
+    let transaction = node.told[0].clone();
+    assert_eq!((transaction.kind, transaction.files), (Kind::PackageTransaction, Some(1)));
+    assert_eq!(transaction.process.as_ref().unwrap().identity.pid, 50);
+    node.see(Source::Change, written_by("/usr/bin/ncat", "ncat", Some(descendant(52, &[51, 50]))));
+    let gone = Fact::Absent { path: at("/usr/bin/curl"), writer: Some(descendant(50, &[])) };
+    node.see(Source::Change, gone);
+    // Who wrote it is not known: it may have been anybody.
+    node.see(Source::Change, written_by("/usr/bin/evil", "evil", None));
+    node.see(Source::Change, written_by("/usr/bin/other", "other", Some(descendant(60, &[1]))));
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 2, 2), (Kind::PackageTransaction, 1, 3)]);
+
+    // Its program is run: that is told, and where it came from.
+    node.see(Source::Gate, exec(at("/usr/bin/nmap"), "nmap"));
+    let run = node.told.last().unwrap();
+    assert_eq!((run.kind, run.transaction), (Kind::ExecNew, Some(transaction.id)));
+    // Other content at the same path was not brought by it.
+    node.see(Source::Gate, exec(at("/usr/bin/ncat"), "worse"));
+    assert_eq!(node.told.last().unwrap().transaction, None);
+
+    let mut restarted = node.restarted();
+    for (path, content) in [("/usr/bin/nmap", "nmap"), ("/usr/bin/ncat", "ncat")] {
+        restarted.see(Source::Scan, present(at(path), content));
+    }
+    restarted.see(Source::Scan, Fact::Absent { path: at("/usr/bin/curl"), writer: None });
+    restarted.say_all();
+    assert_eq!(restarted.told, []);
+}
+
+#[test]
+fn a_program_that_is_run_before_it_settles_is_brought_by_its_transaction() {
+    let mut node = Node::running();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    node.see(Source::Gate, exec(at("/usr/bin/nmap"), "nmap"));
+    node.see(Source::Change, written_by("/usr/bin/nmap", "nmap", Some(descendant(50, &[]))));
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::ExecNew, 1, 1), (Kind::PackageTransaction, 1, 1)]);
+    let run = node.newest()[0];
+    assert_eq!(run.transaction, Some(node.newest()[1].id));
+}
+
+#[test]
+fn scripts_of_a_package_belong_to_its_transaction_and_what_they_give_away_stands_alone() {
+    let mut node = Node::running();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    let script = |path: &str, process: Arc<Process>| {
+        let mut fact = exec(at(path), "script");
+        if let Fact::Executed { process: runner, state, .. } = &mut fact {
+            (*runner, state.format) = (process, Format::Script);
+        }
+        fact
+    };
+    let own = descendant(51, &[50]);
+    node.see(Source::Gate, script("/var/lib/dpkg/info/nmap.postinst", own.clone()));
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::PackageTransaction, 1, 1)]);
+    let mut privileged = state_of("ls");
+    privileged.mode = 0o4755;
+    let (path, writer) = (at("/bin/ls"), Some(own.clone()));
+    node.see(Source::Change, Fact::Present { path, state: privileged, lower: None, writer });
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::FilePrivileged, 1, 1), (Kind::PackageTransaction, 1, 2)]);
+    let told = node.newest();
+    let privileged = told.iter().find(|told| told.kind == Kind::FilePrivileged).unwrap();
+    assert_eq!(privileged.transaction, Some(told[0].id));
+    // The same scripts, run by somebody else or from somewhere else.
+    node.see(Source::Gate, script("/tmp/nmap.postinst", own));
+    node.see(Source::Gate, script("/var/lib/dpkg/info/x.postinst", descendant(60, &[1])));
+    assert_eq!(node.kinds()[0], (Kind::ExecScript, 2, 2));
+}
+
+#[test]
+fn what_only_calls_itself_a_package_manager_is_none() {
+    for (before, exe) in
+        [("write c1 /usr/bin/dpkg evil", "/usr/bin/dpkg"), ("exec c1 /tmp/dpkg evil", "/tmp/dpkg")]
+    {
+        let mut node = Node::running();
+        node.play(before);
+        node.see(Source::Change, dpkg(exe));
+        node.see(Source::Change, written_by("/usr/bin/x", "x", Some(descendant(50, &[]))));
+        assert!(node.told.iter().all(|told| told.kind != Kind::PackageTransaction), "{exe}");
+    }
+}
+
+#[test]
+fn a42_the_programs_of_a_foreign_root_are_told_together_after_the_first_ones() {
+    let mut node = Node::running();
+    let run = |path: &str, content: &str, root: Option<&str>| {
+        let mut fact = exec(at(path), content);
+        if let Fact::Executed { process: runner, .. } = &mut fact {
+            *runner = Arc::new(Process { root: root.map(Into::into), ..process(42) });
+        }
+        fact
+    };
+    for number in 0..100 {
+        let (path, content) = (format!("/tmp/alpine/bin/{number}"), number.to_string());
+        let told = node.told.len();
+        node.see(Source::Gate, run(&path, &content, Some("/tmp/alpine")));
+        assert_eq!(node.told.len(), told + 1, "each is told at once");
+        // Written files are told when they settle, and these have been run.
+        node.see(Source::Change, present(at(&path), &content));
+    }
+    assert_eq!(node.kinds(), [(Kind::ExecNew, 9, 100)]);
+    // The same again is one more sighting, not one more file.
+    node.see(Source::Gate, run("/tmp/alpine/bin/50", "50", Some("/tmp/alpine")));
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::ExecNew, 9, 100)]);
+    assert_eq!(node.told.last().unwrap().count, 93);
+    // What is run elsewhere stands alone.
+    node.see(Source::Gate, run("/tmp/x", "evil", None));
+    assert_eq!(node.kinds(), [(Kind::ExecNew, 10, 101)]);
+}
+
+#[test]
+fn the_removal_of_a_guard_is_never_one_of_many() {
+    let mut image = IMAGE.to_owned();
+    for number in 0..500 {
+        image.push_str(&format!("/sbin/{number} 755 elf {number}\n"));
+    }
+    image.push_str("/sbin/tcpdump 755 elf tcpdump\n");
+    let mut node = Node::running();
+    let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
+    let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
+    let ready = News::Ready { chain_id, baseline, unchanged_since: None };
+    node.give(Input::Baseline(ready, ImageReference::default()));
+    for number in 0..500 {
+        node.see(Source::Scan, Fact::Absent { path: at(&format!("/sbin/{number}")), writer: None });
+    }
+    node.see(Source::Scan, Fact::Absent { path: at("/sbin/tcpdump"), writer: None });
+    node.say_all();
+    assert_eq!(node.kinds(), [(Kind::FileRemoved, 34, 501)]);
+    let guard = node.newest().into_iter().find(|told| told.severity == Severity::Medium).unwrap();
+    assert_eq!(guard.file.as_ref().unwrap().path, at("/sbin/tcpdump"));
 }

@@ -17,6 +17,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 
+use super::handle::FileHandle;
+
 /// Answers to a permission event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -130,48 +132,20 @@ pub fn decode<Fd>(
     let mut decoded = Vec::with_capacity(bytes.len() / METADATA_LEN);
     let mut rest = bytes;
     while !rest.is_empty() {
-        let left = rest.len();
-        let Some(event_len) =
-            bytes_at(rest, offset_of!(Metadata, event_len)).map(u32::from_ne_bytes)
-        else {
-            return (decoded, Err(Malformed::Length { event_len: 0, left }));
+        let (Raw { mask, fd, pid, records }, following) = match split_event(rest) {
+            Ok(split) => split,
+            Err(malformed) => return (decoded, Err(malformed)),
         };
-        let event_len_bytes = event_len as usize;
-        if event_len_bytes < METADATA_LEN || event_len_bytes > left {
-            return (decoded, Err(Malformed::Length { event_len, left }));
-        }
-        let (event, following) = rest.split_at(event_len_bytes);
         rest = following;
-
-        let [vers] = bytes_at(event, offset_of!(Metadata, vers)).expect("inside the metadata");
-        if vers != libc::FANOTIFY_METADATA_VERSION {
-            return (decoded, Err(Malformed::Version(vers)));
-        }
-        let metadata_len = u16::from_ne_bytes(
-            bytes_at(event, offset_of!(Metadata, metadata_len)).expect("inside the metadata"),
-        ) as usize;
-        if metadata_len < METADATA_LEN || metadata_len > event_len_bytes {
-            return (decoded, Err(Malformed::Length { event_len, left }));
-        }
-        let mask = u64::from_ne_bytes(
-            bytes_at(event, offset_of!(Metadata, mask)).expect("inside the metadata"),
-        );
-        let fd = RawFd::from_ne_bytes(
-            bytes_at(event, offset_of!(Metadata, fd)).expect("inside the metadata"),
-        );
-        let pid = i32::from_ne_bytes(
-            bytes_at(event, offset_of!(Metadata, pid)).expect("inside the metadata"),
-        );
 
         // A negative number is FAN_NOFD or an error, never a descriptor.
         let file = (fd >= 0).then(|| take_fd(fd));
-        let pidfd = pidfd_record(&event[metadata_len..]).map(&mut take_fd);
+        let pidfd = pidfd_record(records).map(&mut take_fd);
         decoded.push(match file {
             _ if mask & libc::FAN_Q_OVERFLOW != 0 => Decoded::Overflow,
             None => Decoded::WithoutFile { mask },
             Some(file) => {
-                let event =
-                    Event { file, pid: u32::try_from(pid).unwrap_or_default(), pidfd, mask };
+                let event = Event { file, pid, pidfd, mask };
                 if mask & PERMISSION_EVENTS == 0 {
                     Decoded::Notification(event)
                 } else {
@@ -183,16 +157,134 @@ pub fn decode<Fd>(
     (decoded, Ok(()))
 }
 
+/// One event's fixed part, and the records behind it.
+struct Raw<'bytes> {
+    mask: u64,
+    fd: RawFd,
+    /// 0 if it is not visible in our pid namespace.
+    pid: u32,
+    records: &'bytes [u8],
+}
+
+/// Takes the first event off a buffer that is not empty.
+fn split_event(bytes: &[u8]) -> Result<(Raw<'_>, &[u8]), Malformed> {
+    let left = bytes.len();
+    let Some(event_len) = bytes_at(bytes, offset_of!(Metadata, event_len)).map(u32::from_ne_bytes)
+    else {
+        return Err(Malformed::Length { event_len: 0, left });
+    };
+    let event_len_bytes = event_len as usize;
+    if event_len_bytes < METADATA_LEN || event_len_bytes > left {
+        return Err(Malformed::Length { event_len, left });
+    }
+    let (event, following) = bytes.split_at(event_len_bytes);
+
+    let [vers] = bytes_at(event, offset_of!(Metadata, vers)).expect("inside the metadata");
+    if vers != libc::FANOTIFY_METADATA_VERSION {
+        return Err(Malformed::Version(vers));
+    }
+    let metadata_len = u16::from_ne_bytes(
+        bytes_at(event, offset_of!(Metadata, metadata_len)).expect("inside the metadata"),
+    ) as usize;
+    if metadata_len < METADATA_LEN || metadata_len > event_len_bytes {
+        return Err(Malformed::Length { event_len, left });
+    }
+    let mask = u64::from_ne_bytes(
+        bytes_at(event, offset_of!(Metadata, mask)).expect("inside the metadata"),
+    );
+    let fd = RawFd::from_ne_bytes(
+        bytes_at(event, offset_of!(Metadata, fd)).expect("inside the metadata"),
+    );
+    let pid = i32::from_ne_bytes(
+        bytes_at(event, offset_of!(Metadata, pid)).expect("inside the metadata"),
+    );
+    let pid = u32::try_from(pid).unwrap_or_default();
+    Ok((Raw { mask, fd, pid, records: &event[metadata_len..] }, following))
+}
+
+/// What has happened to one name of a marked directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    pub mask: u64,
+    /// Who did it, in our pid namespace; 0 if it is not visible from there.
+    pub pid: u32,
+    pub directory: FileHandle,
+    /// One component; `.` for the directory itself.
+    pub name: Box<[u8]>,
+}
+
+/// An event of a group that reports directories by handle.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DecodedName {
+    Named(Named),
+    Overflow,
+    /// The kernel could not say where it was.
+    Nameless {
+        mask: u64,
+    },
+}
+
+/// Decodes what a read of a group that reports handles and names returned. Pure.
+pub fn decode_names(bytes: &[u8]) -> (Vec<DecodedName>, Result<(), Malformed>) {
+    let mut decoded = Vec::new();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let (Raw { mask, pid, records, .. }, following) = match split_event(rest) {
+            Ok(split) => split,
+            Err(malformed) => return (decoded, Err(malformed)),
+        };
+        rest = following;
+        decoded.push(if mask & libc::FAN_Q_OVERFLOW != 0 {
+            DecodedName::Overflow
+        } else {
+            match name_record(records) {
+                Some((directory, name)) => {
+                    DecodedName::Named(Named { mask, pid, directory, name: name.into() })
+                }
+                None => DecodedName::Nameless { mask },
+            }
+        });
+    }
+    (decoded, Ok(()))
+}
+
+/// The directory's handle and the name in an event's record of both: the
+/// filesystem's ID, the handle's length and type, the handle, the name, a zero.
+fn name_record(mut records: &[u8]) -> Option<(FileHandle, &[u8])> {
+    loop {
+        let (info_type, record, following) = split_record(records)?;
+        if info_type == libc::FAN_EVENT_INFO_TYPE_DFID_NAME {
+            let at = |offset| bytes_at(record, offset).map(u32::from_ne_bytes);
+            let filesystem =
+                u64::from(at(INFO_HEADER_LEN)?) | u64::from(at(INFO_HEADER_LEN + 4)?) << 32;
+            let length = at(INFO_HEADER_LEN + 8)? as usize;
+            let kind = at(INFO_HEADER_LEN + 12)?;
+            let rest = record.get(INFO_HEADER_LEN + 16..)?;
+            let (handle, name) = rest.split_at_checked(length)?;
+            let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
+            return Some((FileHandle::new(filesystem, kind, handle), name));
+        }
+        records = following;
+    }
+}
+
+/// The first of an event's records: its type, itself, and what follows. One that
+/// lies about its length ends the search.
+fn split_record(records: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let [info_type] = bytes_at(records, offset_of!(InfoHeader, info_type))?;
+    let len: usize = u16::from_ne_bytes(bytes_at(records, offset_of!(InfoHeader, len))?).into();
+    if len < INFO_HEADER_LEN || len > records.len() {
+        return None;
+    }
+    let (record, following) = records.split_at(len);
+    Some((info_type, record, following))
+}
+
 /// The descriptor in an event's pidfd record. Records of other types are
-/// skipped by their length; a record that lies about it ends the search.
+/// skipped by their length.
 fn pidfd_record(mut records: &[u8]) -> Option<RawFd> {
     loop {
-        let [info_type] = bytes_at(records, offset_of!(InfoHeader, info_type))?;
-        let len: usize = u16::from_ne_bytes(bytes_at(records, offset_of!(InfoHeader, len))?).into();
-        if len < INFO_HEADER_LEN || len > records.len() {
-            return None;
-        }
-        let (record, following) = records.split_at(len);
+        let (info_type, record, following) = split_record(records)?;
         if info_type == libc::FAN_EVENT_INFO_TYPE_PIDFD {
             let pidfd = RawFd::from_ne_bytes(bytes_at(record, INFO_HEADER_LEN)?);
             // FAN_NOPIDFD and FAN_EPIDFD are negative: the process is gone.
@@ -277,6 +369,21 @@ impl Group {
     /// A group that is told of what has happened.
     pub fn feed(queue: Queue) -> Result<Group, Error> {
         Group::richest(InitFlags::FAN_CLASS_NOTIF, queue, false)
+    }
+
+    /// A group that is told of names and metadata, by a directory's handle and the
+    /// name in it (Linux 5.9). Its queue has no limit, so that one container's
+    /// flood cannot push out another's events; where the kernel has no memory for
+    /// an event it says so, as an overflow.
+    pub fn names() -> Result<Group, Error> {
+        let flags = InitFlags::FAN_CLASS_NOTIF
+            | InitFlags::FAN_CLOEXEC
+            | InitFlags::FAN_NONBLOCK
+            | InitFlags::FAN_UNLIMITED_QUEUE
+            | InitFlags::FAN_UNLIMITED_MARKS
+            | InitFlags::from_bits_retain(libc::FAN_REPORT_DFID_NAME);
+        let fanotify = Fanotify::init(flags, EventFFlags::O_CLOEXEC).map_err(Error::from_init)?;
+        Ok(Group { fanotify, reports_pidfd: false })
     }
 
     /// Tries flags from rich to poor, since versions of kernels do not tell what
@@ -369,6 +476,41 @@ impl Group {
             .map_err(io::Error::from)
     }
 
+    /// Marks one open directory. Doing so again changes nothing.
+    pub fn mark_directory(&self, directory: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        self.directory_mark(directory, MarkFlags::FAN_MARK_ADD, mask)
+    }
+
+    pub fn unmark_directory(&self, directory: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+        self.directory_mark(directory, MarkFlags::FAN_MARK_REMOVE, mask)
+    }
+
+    fn directory_mark(
+        &self,
+        directory: BorrowedFd<'_>,
+        action: MarkFlags,
+        mask: u64,
+    ) -> io::Result<()> {
+        self.fanotify
+            .mark(
+                action | MarkFlags::FAN_MARK_ONLYDIR,
+                MaskFlags::from_bits_retain(mask),
+                directory,
+                Some("."),
+            )
+            .map_err(io::Error::from)
+    }
+
+    /// Reads what has happened to names; `WouldBlock` if nothing has. For a group
+    /// that reports names.
+    pub fn read_names(&self, buffer: &mut Buffer) -> Result<Vec<DecodedName>, ReadError> {
+        let read = rustix::io::read(&self.fanotify, &mut buffer.0[..])
+            .map_err(|errno| ReadError::Os(errno.into()))?;
+        let (decoded, outcome) = decode_names(&buffer.0[..read]);
+        outcome.map_err(ReadError::Malformed)?;
+        Ok(decoded)
+    }
+
     /// Reads what is there, at most `bytes` of it; `WouldBlock` if there is
     /// nothing.
     ///
@@ -450,6 +592,9 @@ impl Error {
 pub struct Capabilities {
     /// Events of the gate name the process by a handle, not only by its pid.
     pub pidfd: bool,
+    /// Renames, removals and changes of metadata are told as they happen. Without
+    /// it only sweeps find them.
+    pub names: bool,
 }
 
 /// Tries what the watchers need; the error says in words what is missing.
@@ -467,7 +612,7 @@ pub fn probe() -> Result<Capabilities, Error> {
         Err(errno) => return Err(Error::Other(errno.into())),
     }
     Group::feed(Queue::Unlimited)?;
-    Ok(Capabilities { pidfd: gate.reports_pidfd })
+    Ok(Capabilities { pidfd: gate.reports_pidfd, names: Group::names().is_ok() })
 }
 
 #[cfg(test)]
@@ -572,10 +717,82 @@ mod tests {
         assert_eq!((decoded, outcome), (vec![], Err(Malformed::Version(4))));
     }
 
+    /// A record of a directory and a name in it, as the kernel writes it.
+    fn named(filesystem: u64, kind: u32, handle: &[u8], name: &[u8]) -> Vec<u8> {
+        let halves = [filesystem & u64::from(u32::MAX), filesystem >> 32];
+        let mut body: Vec<u8> =
+            halves.iter().flat_map(|half| u32::try_from(*half).unwrap().to_ne_bytes()).collect();
+        body.extend(u32::try_from(handle.len()).unwrap().to_ne_bytes());
+        body.extend(kind.to_ne_bytes());
+        body.extend(handle);
+        body.extend(name);
+        body.extend(vec![0; 4 - name.len() % 4]);
+        record(libc::FAN_EVENT_INFO_TYPE_DFID_NAME, &body)
+    }
+
+    #[test]
+    fn names_are_told_with_their_directory() {
+        let created = libc::FAN_CREATE;
+        let records = [pidfd(8), named(1 << 40, 1, b"12345678", b"a\xff\n")].concat();
+        let mut bytes = event(created, libc::FAN_NOFD, 42, &records);
+        bytes.extend(event(libc::FAN_Q_OVERFLOW, libc::FAN_NOFD, 0, &[]));
+        bytes.extend(event(created, libc::FAN_NOFD, 42, &[]));
+        let (decoded, outcome) = decode_names(&bytes);
+        assert_eq!(outcome, Ok(()));
+        assert_eq!(
+            decoded,
+            [
+                DecodedName::Named(Named {
+                    mask: created,
+                    pid: 42,
+                    directory: FileHandle::new(1 << 40, 1, b"12345678"),
+                    name: (*b"a\xff\n").into(),
+                }),
+                DecodedName::Overflow,
+                DecodedName::Nameless { mask: created },
+            ]
+        );
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_decoded_or_refused(bytes: Vec<u8>) {
             let _ = decode(&bytes, |fd| fd);
+            let _ = decode_names(&bytes);
+        }
+
+        #[test]
+        fn nearly_valid_names_are_decoded_or_refused(
+            mask: u64, filesystem: u64, kind: u32, handle: Vec<u8>, name: Vec<u8>,
+            at in 0usize..96, byte: u8,
+        ) {
+            let mut bytes = event(mask, -1, 1, &named(filesystem, kind, &handle, &name));
+            if let Some(place) = bytes.get_mut(at) {
+                *place = byte;
+            }
+            let (decoded, _) = decode_names(&bytes);
+            prop_assert!(decoded.len() <= 1);
+        }
+
+        #[test]
+        fn every_name_is_told_once(
+            names in prop::collection::vec((any::<u64>(), any::<u32>(), any::<[u8; 8]>(), "[a-z.]{1,20}"), 0..50),
+        ) {
+            let mut bytes = Vec::new();
+            for (filesystem, kind, handle, name) in &names {
+                let records = named(*filesystem, *kind, handle, name.as_bytes());
+                bytes.extend(event(libc::FAN_ATTRIB, -1, 1, &records));
+            }
+            let expected: Vec<DecodedName> = names
+                .iter()
+                .map(|(filesystem, kind, handle, name)| DecodedName::Named(Named {
+                    mask: libc::FAN_ATTRIB,
+                    pid: 1,
+                    directory: FileHandle::new(*filesystem, *kind, handle),
+                    name: name.as_bytes().into(),
+                }))
+                .collect();
+            prop_assert_eq!(decode_names(&bytes), (expected, Ok(())));
         }
 
         #[test]

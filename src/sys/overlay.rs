@@ -60,7 +60,13 @@ pub fn is_metacopy(fd: impl AsFd, user: bool) -> io::Result<bool> {
 /// Whether a directory was renamed with `redirect_dir`: what it shows comes from
 /// another path of the layers below, and is not in the upper layer.
 pub fn is_redirected(fd: impl AsFd, user: bool) -> io::Result<bool> {
-    Ok(attribute(fd, "redirect", user)?.is_some())
+    Ok(redirect(fd, user)?.is_some())
+}
+
+/// Where the layers below have what a moved entry of the upper layer shows: a path
+/// from the root if it starts with a slash, else a name beside where it would be.
+pub fn redirect(fd: impl AsFd, user: bool) -> io::Result<Option<Box<[u8]>>> {
+    attribute(fd, "redirect", user)
 }
 
 /// A mounted overlay, as /proc/PID/mountinfo describes it.
@@ -69,6 +75,15 @@ pub struct Mount {
     pub dirs: OverlayDirs,
     /// Its attributes are in the `user` namespace.
     pub userxattr: bool,
+    /// A directory of the layers below can be renamed: what it shows then comes
+    /// from another path.
+    pub redirects: bool,
+}
+
+/// Whether directories of overlays can be renamed where the mount does not say.
+pub fn redirects_by_default() -> bool {
+    std::fs::read("/sys/module/overlay/parameters/redirect_dir")
+        .is_ok_and(|value| value.starts_with(b"Y"))
 }
 
 /// Finds the overlay with this device in a process's mountinfo.
@@ -160,6 +175,7 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
     let mut upperdir = None;
     let mut lowerdirs: Vec<PathBuf> = Vec::new();
     let mut userxattr = false;
+    let mut redirects = None;
     for option in options.split(|&byte| byte == b',') {
         let value = |name: &str| option.strip_prefix(name.as_bytes()).map(unescape_octal);
         if let Some(value) = value("upperdir=") {
@@ -170,8 +186,11 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
             lowerdirs.extend(split_lowerdirs(&value));
         } else if option == b"userxattr" {
             userxattr = true;
+        } else if let Some(mode) = value("redirect_dir=") {
+            redirects = Some(mode == b"on");
         }
     }
+    let redirects = redirects.unwrap_or_else(redirects_by_default) && !userxattr;
     let upperdir = upperdir?;
     // containerd shortens a long list by mounting from the directory of all
     // snapshots, with `lowerdir=12/fs:11/fs`.
@@ -182,7 +201,7 @@ fn parse_options(options: &[u8]) -> Option<Mount> {
             }
         }
     }
-    Some(Mount { dirs: OverlayDirs { upperdir, lowerdirs }, userxattr })
+    Some(Mount { dirs: OverlayDirs { upperdir, lowerdirs }, userxattr, redirects })
 }
 
 fn into_path(bytes: Vec<u8>) -> PathBuf {
@@ -249,6 +268,7 @@ mod tests {
                     lowerdirs: vec!["/s/2/fs".into(), "/s/1/fs".into()],
                 },
                 userxattr: false,
+                redirects: redirects_by_default(),
             }
         );
         assert_eq!(find_in_mountinfo(mountinfo, device(0, 60)), None);

@@ -278,6 +278,17 @@ impl Handle {
         }))
     }
 
+    /// Its root directory, as the root of its mount namespace sees it: `/` unless it
+    /// has changed it (chroot).
+    pub fn root(&self) -> io::Result<Vec<u8>> {
+        Ok(self.process.root().map_err(into_io)?.into_os_string().into_vec())
+    }
+
+    /// Where its program's file is reached from here, whatever its name leads to now.
+    pub fn exe_path(&self) -> PathBuf {
+        format!("/proc/{}/exe", self.process.pid).into()
+    }
+
     pub fn mountinfo(&self) -> io::Result<Vec<u8>> {
         self.read("mountinfo", 16 << 20)
     }

@@ -38,6 +38,7 @@ pub(super) struct Described {
     file: Held,
     stat: Stat,
     layer_file: Option<LayerFile>,
+    is_movable: bool,
     executing: Executing,
     at: Timestamp,
 }
@@ -88,14 +89,17 @@ fn describe_one(
     execution: Execution,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Described> {
-    let Execution { watched, filesystem, file, stat, layer_file, caller, at } = execution;
+    let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at } =
+        execution;
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
     let path = match file.take() {
         Left::Open(fd) => {
             let path = match filesystem {
-                Filesystem::Overlay => event_path(&watched, &fd, &stat, caller.pid, parent),
+                Filesystem::Overlay => {
+                    event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
+                }
                 Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
                     mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
                 }
@@ -106,7 +110,9 @@ fn describe_one(
         // The container has ended, and with it the mounts that say more.
         Left::Name(Some(name)) => {
             let below_root = overlay::strip_directory(&name, &watched.root_name);
-            RootfsPath::new(below_root.unwrap_or(&name)).map_err(UnknownPath::from)
+            RootfsPath::new(below_root.unwrap_or(&name))
+                .map(|path| (path, true))
+                .map_err(UnknownPath::from)
         }
         Left::Name(None) => Err(UnknownPath::NotAbsolute),
     };
@@ -120,11 +126,31 @@ fn describe_one(
             executing
         })
     };
-    let executing =
+    let mut executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
+    if let Some(stat) = &caller.stat {
+        shared.packages().executes(shared, &watched, stat);
+    }
+    if let (Ok((path, _)), None) = (&path, &executing.process.root) {
+        executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());
+    }
     match path {
-        Ok(path) => {
-            Some(Described { watched, filesystem, path, file, stat, layer_file, executing, at })
+        // The common case, where directories can be moved at all.
+        Ok((path, _)) if is_movable && is_where_the_image_has_it(&watched, &path, &stat) => None,
+        Ok((path, is_certain)) => {
+            let exe = executing.process.exe.as_deref().filter(|_| !is_certain);
+            let path = exe.and_then(|exe| mounts::path_of_program(exe, &path)).unwrap_or(path);
+            Some(Described {
+                watched,
+                filesystem,
+                path,
+                file,
+                stat,
+                layer_file,
+                is_movable,
+                executing,
+                at,
+            })
         }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -132,6 +158,10 @@ fn describe_one(
             None
         }
     }
+}
+
+fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
+    watched.layers().is_some_and(|layers| lower::is_at(layers, path, stat))
 }
 
 /// Hashes what was executed, but for large files, which must not keep the others
@@ -167,7 +197,8 @@ pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
 }
 
 fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, filesystem, path, file, stat, layer_file, executing, at } = execution;
+    let Described { watched, filesystem, path, file, stat, layer_file, is_movable, executing, at } =
+        execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
@@ -202,7 +233,8 @@ fn hash_one(shared: &Shared, execution: Described) {
     let is_nameless = layer_file.is_none() && stat.links == 0;
     let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
     let path = unseen::path(path.as_bytes(), is_nameless).unwrap_or(path);
-    if let Some(layer_file) = layer_file {
+    // What is said of a file that was moved holds for its new path only.
+    if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that its judgement finds it.
         watched.layer_files_mut().tell(layer_file, state.clone(), at);
     }

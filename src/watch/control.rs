@@ -82,6 +82,12 @@ impl Control {
                         watched.ask_for_processes();
                     }
                 }
+                Ok(Command::EntryPoint { container, paths }) => {
+                    if let Some(watched) = self.shared.table.get(&container) {
+                        watched.set_entry_point(paths);
+                        watched.ask_for_walk();
+                    }
+                }
                 Ok(Command::Judged { container, file, verdict }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().judge(&file, verdict);
@@ -247,7 +253,7 @@ impl Marker {
         self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(Order::Last { watched }) {
             let Order::Last { watched } = err.into_inner() else { return };
-            self.shared.table.remove(&watched);
+            self.shared.forget(&watched);
             let _ = self.shared.health.record(Failure::ScanIncomplete);
         }
         self.shared.wake_scan();
@@ -261,7 +267,9 @@ fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
         .ok()
         .and_then(|mountinfo| overlay::find_in_mountinfo(&mountinfo, watched.device));
     let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
-    let told = rootfs.map(|dirs| overlay::Mount { dirs, userxattr });
+    let redirects =
+        mount.as_ref().map_or_else(overlay::redirects_by_default, |mount| mount.redirects);
+    let told = rootfs.map(|dirs| overlay::Mount { dirs, userxattr, redirects });
     if let Some(layers) = [told, mount].into_iter().flatten().find_map(Layers::new) {
         watched.set_layers(layers);
     }

@@ -11,7 +11,6 @@ use rustix::io::Errno;
 
 use super::content::event_path;
 use super::lower;
-use super::process;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::health::Failure;
@@ -94,8 +93,8 @@ impl Feed {
             .is_ok_and(|format| lower::looks_like_program(format, stat.mode));
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
-        if is_program {
-            let writer = process::writer(pid, &watched);
+        if is_program || self.shared.is_sensitive(&watched, &path) {
+            let writer = self.shared.writer(&watched, pid);
             self.shared.mark_dirty(&watched, path, Source::Change, writer);
             return;
         }

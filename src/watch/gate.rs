@@ -45,6 +45,8 @@ pub(super) struct Execution {
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(super) layer_file: Option<LayerFile>,
+    /// It is the image's own, unless its path has become another.
+    pub(super) is_movable: bool,
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
 }
@@ -199,9 +201,10 @@ impl Gate {
             // No image has a file there.
             Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => Standing::Own,
         };
+        let is_movable = matches!(standing, Standing::Movable(_));
         let layer_file = match standing {
             Standing::Own => None,
-            Standing::Doubtful(layer_file) => Some(layer_file),
+            Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
                 drop(file);
                 // The queue is long, and who waits in it is looked at by its start
@@ -219,7 +222,8 @@ impl Gate {
             }
         };
         let file = Held::new(&watched, file);
-        let execution = Execution { watched, filesystem, file, stat, layer_file, caller, at };
+        let execution =
+            Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

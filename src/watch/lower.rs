@@ -99,6 +99,20 @@ pub(super) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular())
 }
 
+/// Whether the layers hold this very file at `path`; `stat` is the overlay's word
+/// for it. False may also mean that it cannot be told.
+pub(super) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {
+    at(layers, path).is_some_and(|lower| {
+        let Lower { stat: own, .. } = lower;
+        (own.inode, own.changed, own.size) == (stat.inode, stat.changed, stat.size)
+    })
+}
+
+/// Opens the regular file that the layers hold at `path`.
+pub(super) fn open(layers: &Layers, path: &RootfsPath) -> Option<OwnedFd> {
+    at(layers, path).filter(|lower| lower.stat.is_regular())?.read().map(|(fd, _)| fd)
+}
+
 /// What the lower layers, merged, show at `path`.
 fn at(layers: &Layers, path: &RootfsPath) -> Option<Lower> {
     for directory in &layers.dirs.lowerdirs {

@@ -8,8 +8,9 @@
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
-//!                └──── orders ────> scan <─────────────────────┘
-//!                                     └── everyone's Report ──> pipeline
+//!                └──── orders ────> scan <────────────────────┤
+//!                                    │ └── everyone's Report  │ dirty paths
+//!                                    └── marks ──> kernel ─> names
 //!
 //! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
@@ -25,6 +26,8 @@ mod files;
 mod gate;
 mod lower;
 mod mounts;
+mod names;
+mod packages;
 mod process;
 mod processes;
 mod scan;
@@ -52,7 +55,7 @@ use self::shared::Shared;
 use self::trace::{Recorder, Trace};
 use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs};
+use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
 
@@ -71,6 +74,9 @@ pub enum Command {
     /// From now on, this is how far the files of the image's layers are trusted.
     /// What was judged before counts no more.
     Trust { container: ContainerId, trust: Trust },
+    /// These files of the image start the container: what they hold matters, even
+    /// where it is no program.
+    EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
     /// How an executed file of the image's layers was judged.
     Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
 }
@@ -233,6 +239,8 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let ours = shared.clone();
+        watch.spawn("names", move || ours.names.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
         if let Some(recorder) = recorder {

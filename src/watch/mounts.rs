@@ -35,7 +35,7 @@ use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::fanotify::{Buffer, Event, Group};
-use crate::sys::file::Stat;
+use crate::sys::file::{self, Stat};
 use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier, Wait};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
@@ -46,8 +46,10 @@ const MAX_MARKS: usize = 256;
 /// How many mounts of one filesystem are tried until one can be reached.
 const MAX_TRIES: usize = 4;
 
-/// A listing is made at most this much less often than it takes: a container that
-/// does nothing but mount costs a twentieth of a processor.
+/// Listings of a container take this long at once, some ten or twenty of them, and
+/// after that a twentieth of a processor: all that a container which does nothing
+/// but mount can cost.
+const BURST: Duration = Duration::from_millis(20);
 const REST_PER_LISTING: u32 = 20;
 
 /// How often a mount is looked for again that is there and cannot be reached.
@@ -259,36 +261,48 @@ pub(super) fn whose(
         return Some((watched, Filesystem::Overlay));
     }
     let watched = table.user_of(stat, &process)?;
-    let is_in_memory = crate::sys::file::is_in_memory(&event.file).ok()?;
+    let is_in_memory = file::is_in_memory(&event.file).ok()?;
     Some((watched, if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume }))
 }
 
 /// The path of an event's file as its container sees it, whatever namespace or
-/// mount it was reached by.
+/// mount it was reached by; and whether that is certain. It is not for a layer of an
+/// overlay that the container has mounted, which is on no list of mounts.
 pub(super) fn event_path(
     watched: &Watched,
-    file: &OwnedFd,
+    opened: &OwnedFd,
     stat: &Stat,
     pid: u32,
     parent: Option<u32>,
-) -> Result<RootfsPath, UnknownPath> {
-    let name = content::event_name(file)?;
+) -> Result<(RootfsPath, bool), UnknownPath> {
+    let name = content::event_name(opened)?;
     let below_root = overlay::strip_directory(&name, &watched.root_name);
     let own = watched.mounts();
     let is_own = |mount: u64| own.iter().any(|own| own.id == mount);
+    let mut is_certain = true;
     if let Some(mount) = stat.mount.filter(|mount| !is_own(*mount)) {
         let viewers = [Some(pid), parent, Some(std::process::id())];
         let inside = viewers.into_iter().flatten().find_map(|viewer| {
-            let mountinfo = Handle::open(viewer).ok()?.mountinfo().ok()?;
-            let place = overlay::find_place(&mountinfo, mount)?;
-            // Not in the viewer's tree but in ours: as with a chroot.
-            place.inside(&name).or_else(|| place.inside(below_root?))
+            let viewer = Handle::open(viewer).ok()?;
+            let place = overlay::find_place(&viewer.mountinfo().ok()?, mount)?;
+            // Its mount points are below its root, the name is not.
+            let root = file::name_of(file::open_root(&viewer.root_path()).ok()?.as_fd()).ok()?;
+            place.inside(overlay::strip_directory(&name, &root)?)
         });
+        is_certain = inside.is_some();
         if let Some(path) = inside.and_then(|inside| seen_from(&own, stat.device, &inside)) {
-            return Ok(RootfsPath::new(path)?);
+            return Ok((RootfsPath::new(path)?, true));
         }
     }
-    Ok(RootfsPath::new(below_root.unwrap_or(&name))?)
+    Ok((RootfsPath::new(below_root.unwrap_or(&name))?, is_certain))
+}
+
+/// The program's path as its process has it, if it can be that of a file whose own
+/// path is known only below some directory.
+pub(super) fn path_of_program(exe: &str, below: &RootfsPath) -> Option<RootfsPath> {
+    // With an escape it is not the path but a picture of it.
+    let exe = Some(exe).filter(|exe| !exe.contains('\\'))?;
+    exe.as_bytes().ends_with(below.as_bytes()).then(|| RootfsPath::new(exe).ok())?
 }
 
 /// Where a container's own mounts show the path of a filesystem.
@@ -324,10 +338,29 @@ struct Tracked {
     listener: Option<Arc<Listener>>,
     /// Its mounts have changed, and have not been listed since.
     is_due: bool,
-    may_list_from: Instant,
+    pace: Pace,
     attempts: u8,
     /// That something of it is not marked has been said.
     is_told: bool,
+}
+
+/// How much of a processor's time a container's listings have had lately.
+struct Pace {
+    debt: Duration,
+    since: Instant,
+}
+
+impl Pace {
+    fn spent(&mut self, start: Instant, end: Instant) {
+        let paid = start.saturating_duration_since(self.since) / REST_PER_LISTING;
+        self.debt = self.debt.saturating_sub(paid) + (end - start);
+        self.since = end;
+    }
+
+    /// From when on there may be another one.
+    fn next(&self) -> Instant {
+        self.since + self.debt.saturating_sub(BURST) * REST_PER_LISTING
+    }
 }
 
 /// What came of marking a container's mounts.
@@ -380,7 +413,7 @@ impl Mounts {
             watched: watched.clone(),
             listener: None,
             is_due: false,
-            may_list_from: Instant::now(),
+            pace: Pace { debt: Duration::ZERO, since: Instant::now() },
             attempts: 0,
             is_told: false,
         });
@@ -415,7 +448,7 @@ impl Mounts {
             let due: Vec<ContainerId> = self
                 .tracked()
                 .iter()
-                .filter(|(_, tracked)| tracked.is_due && tracked.may_list_from <= now)
+                .filter(|(_, tracked)| tracked.is_due && tracked.pace.next() <= now)
                 .map(|(container, _)| container.clone())
                 .collect();
             for container in due {
@@ -433,7 +466,7 @@ impl Mounts {
         let (listeners, timeout) = {
             let tracked = self.tracked();
             let next = tracked.values().filter(|tracked| tracked.is_due);
-            let next = next.map(|tracked| tracked.may_list_from).min();
+            let next = next.map(|tracked| tracked.pace.next()).min();
             let now = Instant::now();
             let timeout = next.map_or(TURN, |next| next.saturating_duration_since(now).min(TURN));
             let polled: Vec<(ContainerId, Arc<Listener>)> = tracked
@@ -493,7 +526,7 @@ impl Mounts {
         let start = Instant::now();
         // An error: the process has ended, and its mounts with it.
         let outcome = self.mark_all(&tracked.watched).unwrap_or_default();
-        tracked.may_list_from = Instant::now() + start.elapsed() * REST_PER_LISTING;
+        tracked.pace.spent(start, Instant::now());
         if let Some(detail) = outcome.refused {
             self.tell(tracked, &detail);
         }
@@ -554,7 +587,7 @@ impl Mounts {
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
         // It keeps the container's root busy: for as long as this takes and no longer.
-        let root = crate::sys::file::open_root(&init.root_path())?;
+        let root = file::open_root(&init.root_path())?;
         let mut held: Vec<(&Mount, OwnedFd, bool)> = Vec::new();
         let mut unreached: Vec<&Mount> = Vec::new();
         for ways in &choice.filesystems {
@@ -600,7 +633,7 @@ impl Mounts {
             held.iter().filter(|(.., whole)| *whole).map(|(mount, ..)| mount.device).collect();
         let mut known: Vec<MarkedMount> = Vec::new();
         for (mount, fd, whole) in &held {
-            let shown = crate::sys::file::stat(fd).map_or(mount.device, |stat| stat.device);
+            let shown = file::stat(fd).map_or(mount.device, |stat| stat.device);
             let devices = [mount.device, shown];
             // A btrfs subvolume shows a device of its own.
             let devices = if shown == mount.device { &devices[..1] } else { &devices[..] };
@@ -773,6 +806,31 @@ mod tests {
     }
 
     #[test]
+    fn listings_come_at_once_until_they_are_many() {
+        let start = Instant::now();
+        let mut pace = Pace { debt: Duration::ZERO, since: start };
+        let cost = Duration::from_millis(1);
+        let mut now = start;
+        let mut at_once = 0;
+        while pace.next() <= now {
+            pace.spent(now, now + cost);
+            now += cost;
+            at_once += 1;
+        }
+        assert!((20..30).contains(&at_once), "{at_once}");
+        // From now on one in twenty.
+        let from = now;
+        for _ in 0..100 {
+            now = now.max(pace.next());
+            pace.spent(now, now + cost);
+            now += cost;
+        }
+        assert!(now - from >= cost * 1900, "{:?}", now - from);
+        // And when it was left alone, at once again.
+        assert!(pace.next() <= now + Duration::from_secs(1));
+    }
+
+    #[test]
     fn the_hosts_devices_are_where_its_directories_are() {
         let mountinfo = b"1 0 8:1 / / rw - ext4 /dev/sda rw\n\
             2 1 0:5 / /dev rw - devtmpfs d rw\n3 2 0:6 / /dev/shm rw - tmpfs t rw\n\
@@ -819,5 +877,10 @@ mod tests {
         assert_eq!(seen("/subway/x"), path("/all/subway/x"));
         assert_eq!(seen("/file"), path("/one"));
         assert_eq!(seen_from(&mounts, 8, b"/sub/x"), None);
+        let program = |exe| path_of_program(exe, &RootfsPath::new("/bin/x").unwrap());
+        assert_eq!(program("/merged/bin/x"), path("/merged/bin/x"));
+        for exe in ["/merged/bin/y", "/a\\n/bin/x", "bin/x", "/sh"] {
+            assert_eq!(program(exe), None, "{exe}");
+        }
     }
 }

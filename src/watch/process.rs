@@ -1,12 +1,14 @@
 //! What is told of a process, gathered while it may be ending.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::table::Watched;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, printable};
-use crate::sys::procfs::{self, Handle, Stat};
+use crate::sys::overlay;
+use crate::sys::procfs::{self, ArgumentArea, Handle, Stat};
 
 /// How often a process is looked at while its execve is under way.
 const STEP: Duration = Duration::from_micros(100);
@@ -58,6 +60,7 @@ pub(super) fn after_exec(
                 argv: None,
                 uid: None,
                 tty: None,
+                root: None,
                 ancestors: Vec::new(),
             },
             exec_name: None,
@@ -70,6 +73,7 @@ pub(super) fn after_exec(
             argv: None,
             uid: None,
             tty: stat.tty(),
+            root: None,
             ancestors: Vec::new(),
         },
         exec_name: None,
@@ -101,6 +105,7 @@ pub(super) fn after_exec(
             wait_or_end(caller, STEP);
         }
         executing.process.uid = handle.uid().ok();
+        executing.process.root = own_root(&handle, watched);
     }
     executing.process.ancestors = ancestors(stat, watched.pid_namespace);
     executing
@@ -129,14 +134,56 @@ pub(super) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
         argv: handle.arguments().ok().flatten().as_deref().map(texts),
         uid: handle.uid().ok(),
         tty: stat.tty(),
+        root: own_root(handle, watched),
         ancestors: ancestors(stat, watched.pid_namespace),
     }
 }
 
-/// The process that closed a file it had written, if it can still be seen.
-pub(super) fn writer(pid: u32, watched: &Watched) -> Option<Arc<Process>> {
-    let handle = Handle::open(pid).ok()?;
-    Some(Arc::new(as_it_is(&handle, watched)))
+/// Processes that wrote lately: one that unpacks an archive writes thousands of
+/// files, and need not be described for each.
+#[derive(Debug, Default)]
+pub(super) struct Writers {
+    known: HashMap<u32, (ArgumentArea, Arc<Process>)>,
+}
+
+impl Writers {
+    const MOST: usize = 64;
+
+    /// The process with this pid, if it lives.
+    pub(super) fn describe(&mut self, pid: u32, watched: &Watched) -> Option<Arc<Process>> {
+        let handle = Handle::open(pid).ok()?;
+        let stat = handle.first_stat();
+        if stat.has_ended() {
+            return None;
+        }
+        if let Some((area, process)) = self.known.get(&pid)
+            && process.identity == stat.identity
+            && *area == stat.area
+        {
+            return Some(process.clone());
+        }
+        let process = Arc::new(as_it_is(&handle, watched));
+        if self.known.len() >= Self::MOST {
+            self.known.clear();
+        }
+        self.known.insert(pid, (stat.area, process.clone()));
+        Some(process)
+    }
+}
+
+/// A process's root directory, where that is not the container's.
+fn own_root(handle: &Handle, watched: &Watched) -> Option<String> {
+    let root = handle.root().ok()?;
+    let root = overlay::strip_directory(&root, &watched.root_name).unwrap_or(&root);
+    (root.starts_with(b"/") && root != b"/").then(|| printable(root))
+}
+
+/// The root directory by which the file at `path` is called `exe` there: that of a
+/// process that has a mount namespace of its own.
+pub(super) fn root_by_name(path: &RootfsPath, exe: Option<&str>) -> Option<String> {
+    let exe = exe?.strip_suffix(" (deleted)").or(exe)?;
+    let root = path.as_bytes().strip_suffix(exe.as_bytes())?;
+    (exe.starts_with('/') && !root.is_empty()).then(|| printable(root))
 }
 
 /// The ancestors of a process that is gone, from its parent on.
@@ -185,6 +232,18 @@ mod tests {
     fn check(exec_name: &str, path: &str, expected: Option<&str>) {
         let path = RootfsPath::new(path).unwrap();
         assert_eq!(invoked_as(exec_name.as_bytes(), &path).as_deref(), expected);
+    }
+
+    #[test]
+    fn a_nested_root_is_known_by_what_the_file_is_called_there() {
+        let check = |path: &str, exe, expected: Option<&str>| {
+            let path = RootfsPath::new(path).unwrap();
+            assert_eq!(root_by_name(&path, Some(exe)).as_deref(), expected, "{exe}");
+        };
+        check("/tmp/alpine/bin/sh", "/bin/sh", Some("/tmp/alpine"));
+        check("/bin/sh", "/bin/sh", None);
+        check("/tmp/alpine/bin/sh", "/tmp/alpine/bin/sh", None);
+        check("/tmp/alpine/bin/sh", "/bin/ash", None);
     }
 
     #[test]

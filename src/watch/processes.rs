@@ -48,6 +48,7 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
 
 fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
     let Some(stat) = &seen.caller.stat else { return };
+    shared.packages().executes(shared, &seen.watched, stat);
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {

@@ -15,10 +15,12 @@ use rustix::fs::Dir;
 
 use super::Report;
 use super::lower::{self, LowerNames};
+use super::names::Deaf;
 use super::shared::{DirtyPath, Shared};
 use super::state::{self, Hashing};
 use super::table::{Layers, Watched};
 use crate::health::Failure;
+use crate::model::file::{SETGID, SETUID};
 use crate::model::{
     ContainerId, Content, Fact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath,
     Source, Unhashed,
@@ -100,11 +102,11 @@ impl Scan {
                     Order::Last { watched } => {
                         self.walk(&watched, None, true);
                         self.memories.remove(&watched.container);
-                        self.shared.table.remove(&watched);
+                        self.shared.forget(&watched);
                     }
                 }
             }
-            settle(&self.shared);
+            while settle(&self.shared) && self.orders.is_empty() {}
             let due = self.due_walks();
             for watched in due {
                 self.walk(&watched, None, false);
@@ -160,7 +162,8 @@ impl Scan {
 
     fn idle_time(&self) -> Duration {
         let now = Instant::now();
-        let tick = Duration::from_millis(250);
+        // Nobody wakes this thread for a path that is to settle first.
+        let tick = self.shared.settings.settle.min(Duration::from_millis(250));
         let next = self.memories.values().map(|memory| memory.next_sweep.max(memory.may_walk_from));
         next.chain(self.shared.next_due())
             .min()
@@ -171,6 +174,7 @@ impl Scan {
     fn walk(&mut self, watched: &Arc<Watched>, ticket: Option<u64>, is_last: bool) {
         // Before the walk, so that what is lost during it asks for another.
         watched.take_rescan();
+        self.shared.names.begin_walk(watched);
         let started = Instant::now();
         let memory = self.memories.remove(&watched.container);
         let cache = memory
@@ -190,6 +194,7 @@ impl Scan {
             shared: &self.shared,
             watched,
             ticket,
+            extent: if is_last { Extent::Last } else { Extent::All },
             writers,
             known: cache,
             seen: Cache::new(),
@@ -206,6 +211,9 @@ impl Scan {
         };
         let Walk { seen, problem, .. } = walk;
         let is_complete = outcome.is_ok() && problem.is_none();
+        if is_complete {
+            self.shared.names.end_walk(watched);
+        }
         if outcome.is_err() && !self.shared.is_stopping() {
             self.shared.lose(
                 Failure::PipelineFull,
@@ -238,35 +246,99 @@ impl Scan {
     }
 }
 
-/// Looks at the paths that have settled.
-fn settle(shared: &Shared) {
-    for (path, dirty) in shared.take_settled(Instant::now()) {
+/// Looks at paths that have settled, some of each container; false if there are
+/// none.
+fn settle(shared: &Shared) -> bool {
+    let mut place: Option<Place> = None;
+    let settled = shared.take_settled(Instant::now());
+    let is_busy = !settled.is_empty();
+    // Walked behind everything that is told by itself, so that nothing is told twice.
+    let mut directories = Vec::new();
+    for (path, dirty) in settled {
         if shared.is_stopping() {
-            return;
+            return false;
         }
         let DirtyPath { watched, writer, source, .. } = dirty;
         let Some(layers) = watched.layers() else { continue };
-        let tell = |fact| {
-            shared.observe(&watched, Timestamp::now(), source, fact);
+        let parent = path.parent().unwrap_or_else(RootfsPath::root);
+        // Neighbours follow each other.
+        let found = match place.take().filter(|place| place.is(&watched, &parent)) {
+            Some(place) => Ok(place),
+            None => Place::open(&watched, layers, parent),
         };
-        match look(shared, &watched, layers, &path) {
+        let found = found.and_then(|found| place.insert(found).look(shared, layers, &path));
+        let in_image = place.as_ref().is_none_or(|place| place.in_image);
+        let tell = |fact| shared.observe_patiently(&watched, Timestamp::now(), source, fact);
+        match found {
             Ok(Some(Found::Entry { state, lower, .. })) => {
-                tell(Fact::Present { path, state, lower, writer });
+                if matters(shared, &watched, &path, &state, lower.as_ref()) {
+                    tell(Fact::Present { path, state, lower, writer });
+                }
             }
             // Whether the container or its owner removed it cannot be told.
             Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
-            Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path }),
+            Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path, writer }),
             // The image's own file shows through: executed before it was known
             // which files are the image's.
-            Ok(None) if lower::holds(layers, &path) => (),
-            Ok(None) => tell(Fact::Absent { path }),
-            Ok(Some(Found::Directory)) => (),
+            Ok(None) if in_image && lower::holds(layers, &path) => (),
+            Ok(None) => tell(Fact::Absent { path, writer }),
+            Ok(Some(Found::Directory)) => directories.push((watched.clone(), path)),
             Err(_) if watched.is_detaching() => (),
             Err(err) => {
                 let detail = format!("the changed file {path} cannot be looked at: {err}");
                 shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
             }
         }
+    }
+    for (watched, path) in directories {
+        if let Some(layers) = watched.layers() {
+            walk_below(shared, &watched, layers, &path);
+        }
+    }
+    is_busy
+}
+
+/// Whether something in an upper layer can be more than data. What a walk was
+/// ordered for is told whole; what changes all the time is not.
+fn matters(
+    shared: &Shared,
+    watched: &Watched,
+    path: &RootfsPath,
+    state: &FileState,
+    lower: Option<&LowerTwin>,
+) -> bool {
+    lower.is_some()
+        || state.capability.is_some()
+        || state.mode & (SETUID | SETGID) != 0
+        || !matches!(state.content, Content::Unhashed(Unhashed::NotAProgram | Unhashed::NotRegular))
+        || shared.is_sensitive(watched, path)
+}
+
+/// A directory that is new or was moved: listens to everything below it, and tells
+/// what it holds.
+fn walk_below(shared: &Shared, watched: &Arc<Watched>, layers: &Layers, path: &RootfsPath) {
+    let mut walk = Walk {
+        shared,
+        watched,
+        ticket: None,
+        extent: Extent::Below,
+        writers: HashMap::new(),
+        known: Cache::new(),
+        seen: Cache::new(),
+        batch: Vec::new(),
+        problem: None,
+        since_look: 0,
+    };
+    if walk.below(layers, path).is_err() && !shared.is_stopping() {
+        shared.lose(
+            Failure::PipelineFull,
+            Some(watched),
+            "the pipeline had no room for a new directory's files for half a minute",
+        );
+    }
+    // What could not be walked now is walked when all is.
+    if walk.problem.is_some() {
+        shared.mark_for_sweep(watched);
     }
 }
 
@@ -277,30 +349,62 @@ enum Found {
     Entry { stat: Stat, state: FileState, lower: Option<LowerTwin> },
 }
 
-/// What the upper layer holds at a path; `None` if nothing.
-fn look(
-    shared: &Shared,
-    watched: &Watched,
-    layers: &Layers,
-    path: &RootfsPath,
-) -> io::Result<Option<Found>> {
-    let gone = |err: &io::Error| {
-        // A directory of the way was replaced: what the path named is not there.
-        matches!(err.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP))
-    };
-    let parent = path.parent().unwrap_or_else(RootfsPath::root);
-    // Not part of the question: without the upperdir nothing is known of the path.
-    let upper = file::open_directory(&layers.dirs.upperdir)?;
-    let found = file::open_directory_beneath(&upper, parent.relative()).and_then(|directory| {
-        let holds_file_whiteouts = overlay::opacity(&directory, layers.userxattr)
-            .is_ok_and(|opacity| opacity == Opacity::HoldsFileWhiteouts);
-        let stat = file::stat_at(&directory, path.file_name())?;
-        entry(shared, watched, layers, &directory, path, stat, holds_file_whiteouts)
-    });
-    match found {
-        Ok(found) => Ok(Some(found)),
-        Err(err) if gone(&err) => Ok(None),
-        Err(err) => Err(err),
+/// A directory of an upper layer, in which names are looked at.
+struct Place {
+    watched: Arc<Watched>,
+    path: RootfsPath,
+    /// `None` if there is no such directory.
+    open: Option<OpenPlace>,
+    /// Whether the image has this directory too.
+    in_image: bool,
+}
+
+struct OpenPlace {
+    directory: OwnedFd,
+    holds_file_whiteouts: bool,
+    in_image: bool,
+}
+
+impl Place {
+    fn open(watched: &Arc<Watched>, layers: &Layers, path: RootfsPath) -> io::Result<Place> {
+        let gone = |err: &io::Error| {
+            // A directory of the way was replaced: what the path named is not there.
+            matches!(err.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP))
+        };
+        // Not part of the question: without the upperdir nothing is known of the path.
+        let upper = file::open_directory(&layers.dirs.upperdir)?;
+        let in_image = lower::holds(layers, &path);
+        let open = match file::open_directory_beneath(&upper, path.relative()) {
+            Ok(directory) => {
+                let holds_file_whiteouts = overlay::opacity(&directory, layers.userxattr)
+                    .is_ok_and(|opacity| opacity == Opacity::HoldsFileWhiteouts);
+                Some(OpenPlace { directory, holds_file_whiteouts, in_image })
+            }
+            Err(err) if gone(&err) => None,
+            Err(err) => return Err(err),
+        };
+        Ok(Place { watched: watched.clone(), path, open, in_image })
+    }
+
+    fn is(&self, watched: &Arc<Watched>, path: &RootfsPath) -> bool {
+        Arc::ptr_eq(&self.watched, watched) && self.path == *path
+    }
+
+    /// What is under the last name of `path`; `None` if nothing.
+    fn look(
+        &self,
+        shared: &Shared,
+        layers: &Layers,
+        path: &RootfsPath,
+    ) -> io::Result<Option<Found>> {
+        let Some(open) = &self.open else { return Ok(None) };
+        let found = file::stat_at(&open.directory, path.file_name())
+            .and_then(|stat| entry(shared, &self.watched, layers, open, path, stat));
+        match found {
+            Ok(found) => Ok(Some(found)),
+            Err(err) if is_gone(&err) || err.raw_os_error() == Some(libc::ELOOP) => Ok(None),
+            Err(err) => Err(err),
+        }
     }
 }
 
@@ -309,23 +413,35 @@ fn entry(
     shared: &Shared,
     watched: &Watched,
     layers: &Layers,
-    directory: &OwnedFd,
+    place: &OpenPlace,
     path: &RootfsPath,
     stat: Stat,
-    holds_file_whiteouts: bool,
 ) -> io::Result<Found> {
     if stat.is_whiteout_device() {
         return Ok(Found::Whiteout);
     }
+    let OpenPlace { directory, holds_file_whiteouts, in_image } = place;
+    let is_sensitive = shared.is_sensitive(watched, path);
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let below = |is_program| {
+        let twins = in_image.then_some(&shared.lower_twins)?;
+        twins.find(layers, path, is_program, max_hash_bytes)
+    };
     match stat.file_type {
         FileType::Directory => return Ok(Found::Directory),
         FileType::Regular => (),
+        FileType::Symlink if is_sensitive => {
+            let target = rustix::fs::readlinkat(directory, path.file_name(), Vec::new())?;
+            let state = state::of_link(&stat, target.as_bytes());
+            return Ok(Found::Entry { stat, state, lower: below(false) });
+        }
+        // Where the image has a program, it matters that this is none.
         FileType::Symlink
         | FileType::CharDevice
         | FileType::BlockDevice
         | FileType::Fifo
         | FileType::Socket => {
-            return Ok(Found::Entry { stat, state: state::unopened(&stat), lower: None });
+            return Ok(Found::Entry { stat, state: state::unopened(&stat), lower: below(false) });
         }
     }
     let (fd, stat) = file::open_file_beneath(directory, path.file_name())?;
@@ -334,30 +450,43 @@ fn entry(
         return Ok(Found::Entry { stat, state: state::unopened(&stat), lower: None });
     }
     let user = layers.userxattr;
-    if holds_file_whiteouts && stat.size == 0 && overlay::is_file_whiteout(&fd, user)? {
+    if *holds_file_whiteouts && stat.size == 0 && overlay::is_file_whiteout(&fd, user)? {
         return Ok(Found::Whiteout);
     }
-    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let hashing = if is_sensitive { Hashing::Always } else { Hashing::Programs };
     let state = if overlay::is_metacopy(&fd, user)? {
-        // The content is in a layer below, and only the merged view knows where.
-        match open_merged(watched, path) {
-            // Open, it keeps the container's mount busy.
-            Ok(merged) => state::while_wanted(
-                merged.as_fd(),
-                &stat,
-                Hashing::Programs,
-                max_hash_bytes,
-                &|| !watched.is_detaching(),
-            )
-            .unwrap_or_else(|| state::unopened(&stat)),
-            Err(_) => state::unopened(&stat),
+        // The content is in a layer below. The merged view knows where; once the
+        // container has ended there is none.
+        match open_merged(watched, path).ok().or_else(|| open_below(layers, path, &fd)) {
+            Some(content) => {
+                // Open, it may keep the container's mount busy.
+                let state =
+                    state::while_wanted(content.as_fd(), &stat, hashing, max_hash_bytes, &|| {
+                        !watched.is_detaching()
+                    })
+                    .unwrap_or_else(|| state::unopened(&stat));
+                // The attributes are the upper file's.
+                let capability = file::xattr(&fd, "security.capability").unwrap_or(None);
+                FileState { capability, ..state }
+            }
+            None => state::unopened(&stat),
         }
     } else {
-        state::of(fd.as_fd(), &stat, Hashing::Programs, max_hash_bytes)
+        state::of(fd.as_fd(), &stat, hashing, max_hash_bytes)
     };
-    let is_program = lower::looks_like_program(state.format, state.mode);
-    let lower = shared.lower_twins.find(layers, path, is_program, max_hash_bytes);
-    Ok(Found::Entry { stat, state, lower })
+    let is_program = lower::looks_like_program(state.format, state.mode) || is_sensitive;
+    Ok(Found::Entry { stat, state, lower: below(is_program) })
+}
+
+/// Opens the content of a metadata-only copy where the layers have it.
+fn open_below(layers: &Layers, path: &RootfsPath, upper: &OwnedFd) -> Option<OwnedFd> {
+    let redirect = overlay::redirect(upper, layers.userxattr).ok()?;
+    let path = match redirect.as_deref() {
+        None => path.clone(),
+        Some(absolute) if absolute.starts_with(b"/") => RootfsPath::new(absolute).ok()?,
+        Some(name) => path.parent()?.join(name).ok()?,
+    };
+    lower::open(layers, &path)
 }
 
 /// Opens a file as the container sees it. The descriptor is on the container's
@@ -372,11 +501,22 @@ fn open_merged(watched: &Watched, path: &RootfsPath) -> io::Result<OwnedFd> {
     if stat.is_regular() { Ok(fd) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
+/// How much of an upperdir is walked, and what for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    All,
+    /// The container has ended.
+    Last,
+    /// One directory with everything below it.
+    Below,
+}
+
 /// One walk of one upperdir.
 struct Walk<'a> {
     shared: &'a Shared,
     watched: &'a Arc<Watched>,
     ticket: Option<u64>,
+    extent: Extent,
     writers: HashMap<RootfsPath, Arc<Process>>,
     /// From the last walk, and for the next one.
     known: Cache,
@@ -390,13 +530,47 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn run(&mut self, layers: &Layers) -> Result<(), Interrupted> {
         match file::open_directory(&layers.dirs.upperdir) {
-            Ok(upper) => self.directory(layers, &upper, &RootfsPath::root(), 0)?,
+            Ok(upper) => self.directory(layers, upper, &RootfsPath::root(), 0, true)?,
             Err(err) => self.note(format!(
                 "cannot open the upperdir {}: {err}",
                 layers.dirs.upperdir.display()
             )),
         }
         self.flush()
+    }
+
+    /// Walks one directory.
+    fn below(&mut self, layers: &Layers, path: &RootfsPath) -> Result<(), Interrupted> {
+        let opened = file::open_directory(&layers.dirs.upperdir)
+            .and_then(|upper| file::open_directory_beneath(&upper, path.relative()));
+        match opened {
+            Ok(directory) => {
+                let depth = path.as_bytes().iter().filter(|&&byte| byte == b'/').count();
+                let in_image = lower::holds(layers, path);
+                self.directory(layers, directory, path, depth, in_image)?;
+            }
+            // Gone again, which is told too.
+            Err(err) => self.note(format!("cannot open {path}: {err}")),
+        }
+        self.flush()
+    }
+
+    /// Listens to a directory before it is listed, or no more.
+    fn listen(&mut self, path: &RootfsPath, directory: &OwnedFd) {
+        let names = &self.shared.names;
+        if self.extent == Extent::Last {
+            names.unlisten(directory);
+            return;
+        }
+        let (failure, why) = match names.listen(self.watched, path, directory) {
+            Ok(()) | Err(Deaf::Missing | Deaf::Full(false) | Deaf::Refused(_, false)) => return,
+            Err(Deaf::Full(true)) => {
+                (Failure::NamesFull, "its upper layer has too many directories".to_owned())
+            }
+            Err(Deaf::Refused(err, true)) => (Failure::MarkRefused, format!("{path}: {err}")),
+        };
+        let detail = format!("not every directory can be listened to, sweeps do the rest: {why}");
+        self.shared.degrade(failure, self.watched, &detail);
     }
 
     fn note(&mut self, problem: String) {
@@ -407,23 +581,20 @@ impl Walk<'_> {
     fn directory(
         &mut self,
         layers: &Layers,
-        directory: &OwnedFd,
+        directory: OwnedFd,
         path: &RootfsPath,
         depth: usize,
+        in_image: bool,
     ) -> Result<(), Interrupted> {
-        let opacity = overlay::opacity(directory, layers.userxattr).unwrap_or_else(|err| {
+        self.listen(path, &directory);
+        let opacity = overlay::opacity(&directory, layers.userxattr).unwrap_or_else(|err| {
             self.note(format!("cannot tell what {path} hides: {err}"));
             Opacity::Transparent
         });
         if opacity == Opacity::Opaque {
-            self.hidden(layers, directory, path)?;
+            self.hidden(layers, &directory, path)?;
         }
-        if overlay::is_redirected(directory, layers.userxattr).unwrap_or(false) {
-            self.note(format!(
-                "the directory {path} was moved and shows image files from elsewhere"
-            ));
-        }
-        let entries = match Dir::read_from(directory) {
+        let entries = match Dir::read_from(&directory) {
             Ok(entries) => entries,
             Err(err) => {
                 self.note(format!("cannot list {path}: {err}"));
@@ -431,6 +602,7 @@ impl Walk<'_> {
             }
         };
         let holds_file_whiteouts = opacity == Opacity::HoldsFileWhiteouts;
+        let place = OpenPlace { directory, holds_file_whiteouts, in_image };
         for listed in entries {
             self.look_around()?;
             let listed = match listed {
@@ -450,19 +622,22 @@ impl Walk<'_> {
                 continue;
             }
             // An entry that vanishes between listing and looking is no error.
-            match file::stat_at(directory, listed.file_name()) {
+            match file::stat_at(&place.directory, listed.file_name()) {
                 Ok(stat) if stat.file_type == FileType::Directory => {
                     if depth >= MAX_DEPTH {
                         self.note(format!("{child} is more than {MAX_DEPTH} directories deep"));
                         continue;
                     }
-                    match file::open_directory_beneath(directory, name) {
-                        Ok(fd) => self.directory(layers, &fd, &child, depth + 1)?,
+                    match file::open_directory_beneath(&place.directory, name) {
+                        Ok(fd) => {
+                            let in_image = place.in_image && lower::holds(layers, &child);
+                            self.directory(layers, fd, &child, depth + 1, in_image)?;
+                        }
                         Err(err) if is_gone(&err) => (),
                         Err(err) => self.note(format!("cannot open {child}: {err}")),
                     }
                 }
-                Ok(stat) => self.entry(layers, directory, child, stat, holds_file_whiteouts)?,
+                Ok(stat) => self.entry(layers, &place, child, stat)?,
                 Err(err) if is_gone(&err) => (),
                 Err(err) => self.note(format!("cannot look at {child}: {err}")),
             }
@@ -473,24 +648,31 @@ impl Walk<'_> {
     fn entry(
         &mut self,
         layers: &Layers,
-        directory: &OwnedFd,
+        place: &OpenPlace,
         path: RootfsPath,
         stat: Stat,
-        holds_file_whiteouts: bool,
     ) -> Result<(), Interrupted> {
+        if self.extent == Extent::Below && self.shared.is_dirty(&self.watched.container, &path) {
+            // It is looked at when it has settled, and told with who wrote it.
+            return Ok(());
+        }
+        let is_whole = |cached: &Cached| {
+            // What starts the container is known later than what lies in it.
+            cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
+                || !self.shared.is_sensitive(self.watched, &path)
+        };
         if let Some(cached) = self.known.remove(&path)
             && cached.stat == stat
+            && is_whole(&cached)
         {
             return self.present(path, cached, true);
         }
         let is_stable = is_stable(&stat);
-        let found =
-            entry(self.shared, self.watched, layers, directory, &path, stat, holds_file_whiteouts);
-        match found {
+        match entry(self.shared, self.watched, layers, place, &path, stat) {
             Ok(Found::Entry { stat, state, lower }) => {
                 self.present(path, Cached { stat, state, lower }, is_stable)
             }
-            Ok(Found::Whiteout) => self.push(Fact::Absent { path }),
+            Ok(Found::Whiteout) => self.absent(path),
             Ok(Found::Directory) => Ok(()),
             Err(err) if is_gone(&err) => Ok(()),
             Err(err) => {
@@ -507,7 +689,13 @@ impl Walk<'_> {
         cached: Cached,
         is_stable: bool,
     ) -> Result<(), Interrupted> {
-        let writer = self.writers.remove(&path);
+        let Cached { state, lower, .. } = &cached;
+        if self.extent == Extent::Below
+            && !matters(self.shared, self.watched, &path, state, lower.as_ref())
+        {
+            return Ok(());
+        }
+        let writer = self.writer(&path);
         let Cached { stat, state, lower } = cached;
         // What could not be read is tried again next time.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
@@ -515,6 +703,18 @@ impl Walk<'_> {
             self.seen.insert(path.clone(), Cached { stat, state: state.clone(), lower });
         }
         self.push(Fact::Present { path, state, lower, writer })
+    }
+
+    fn absent(&mut self, path: RootfsPath) -> Result<(), Interrupted> {
+        let writer = self.writer(&path);
+        self.push(Fact::Absent { path, writer })
+    }
+
+    /// Who changed a path that has not settled yet: what is found here is told, and
+    /// would be told without its writer.
+    fn writer(&mut self, path: &RootfsPath) -> Option<Arc<Process>> {
+        let known = self.writers.remove(path);
+        known.or_else(|| self.shared.writer_of(self.watched, path))
     }
 
     /// What an opaque directory hides of the layers below it.
@@ -525,7 +725,7 @@ impl Walk<'_> {
         path: &RootfsPath,
     ) -> Result<(), Interrupted> {
         match lower::names_in(layers, path) {
-            LowerNames::NotADirectory => self.push(Fact::Absent { path: path.clone() }),
+            LowerNames::NotADirectory => self.absent(path.clone()),
             LowerNames::Names(names) => {
                 for name in names {
                     self.look_around()?;
@@ -538,7 +738,7 @@ impl Walk<'_> {
                         continue;
                     }
                     if let Ok(path) = path.join(&name) {
-                        self.push(Fact::Absent { path })?;
+                        self.absent(path)?;
                     }
                 }
                 Ok(())
@@ -576,7 +776,10 @@ impl Walk<'_> {
             if self.shared.is_stopping() {
                 return Err(Interrupted);
             }
-            settle(self.shared);
+            // A new directory is walked by who looks at what has settled.
+            if self.extent != Extent::Below {
+                settle(self.shared);
+            }
         }
         Ok(())
     }

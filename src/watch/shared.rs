@@ -11,6 +11,9 @@ use jiff::Timestamp;
 
 use super::Report;
 use super::lower::LowerTwins;
+use super::names::Names;
+use super::packages::Packages;
+use super::process::Writers;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use crate::config;
@@ -22,9 +25,12 @@ pub(super) struct Shared {
     pub(super) table: Table,
     pub(super) health: Arc<Health>,
     pub(super) lower_twins: LowerTwins,
+    pub(super) names: Names,
     reports: Sender<Report>,
-    dirty: Mutex<Dirty>,
+    dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
+    packages: Mutex<Packages>,
+    writers: Mutex<Writers>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
     records_executions: AtomicBool,
@@ -41,17 +47,22 @@ pub(super) struct Arming {
     pub(super) turns: AtomicU64,
 }
 
-/// More paths than this are not waited for one by one; the container is walked.
-const MAX_DIRTY_PATHS: usize = 16 * 1024;
+/// More paths of one container than this are not waited for one by one: it is
+/// walked. One container's flood takes nothing from another.
+const MAX_DIRTY_PATHS: usize = 4 * 1024;
+
+/// How many paths of one container are looked at before it is another's turn.
+const TURN: usize = 32;
 
 /// How long a scan waits for room in the pipeline before it gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What has changed and is to be looked at when it has been left alone.
+/// What of one container has changed and is to be looked at when it has been left
+/// alone.
 #[derive(Default)]
 struct Dirty {
-    paths: HashMap<(ContainerId, RootfsPath), DirtyPath>,
-    sweeps: HashMap<ContainerId, Instant>,
+    paths: HashMap<RootfsPath, DirtyPath>,
+    sweep: Option<Instant>,
 }
 
 pub(super) struct DirtyPath {
@@ -75,9 +86,12 @@ impl Shared {
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
+            names: Names::new(),
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
+            packages: Mutex::default(),
+            writers: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
             records_executions: AtomicBool::new(false),
@@ -113,8 +127,34 @@ impl Shared {
         let _ = self.wake_scan.try_send(());
     }
 
+    /// Whether what a path holds matters, be it a program or not.
+    pub(super) fn is_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
+        self.settings.persistence.matches(path) || watched.is_entry_point(path)
+    }
+
     pub(super) fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn packages(&self) -> MutexGuard<'_, Packages> {
+        self.packages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process that changed a file a moment ago, if it can still be told: it lives,
+    /// or it descended from a package manager.
+    pub(super) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Option<Arc<Process>> {
+        let living = {
+            let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
+            writers.describe(pid, watched)
+        };
+        let mut packages = self.packages();
+        match living {
+            Some(process) => {
+                packages.looked_at(self, watched, &process);
+                Some(process)
+            }
+            None => packages.gone(watched, pid),
+        }
     }
 
     /// Hands an observation on without ever waiting; false if it was lost.
@@ -167,6 +207,36 @@ impl Shared {
         self.wake_scan();
     }
 
+    /// Says that something is not listened to, once for each caller's news. Nothing
+    /// was lost by it: what it would have told is found by sweeps.
+    pub(super) fn degrade(&self, failure: Failure, watched: &Arc<Watched>, detail: &str) {
+        let _ = self.health.record(failure);
+        let container = Some(watched.container.clone());
+        tracing::warn!(failure = failure.name(), container = %watched.container, "{detail}");
+        let lost = Report::Lost { failure, container, detail: detail.to_owned() };
+        if self.reports.try_send(lost).is_err() {
+            let _ = self.health.record(Failure::PipelineFull);
+        }
+    }
+
+    /// Hands an observation on and waits for room, for the scan thread only.
+    pub(super) fn observe_patiently(
+        &self,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) {
+        let observation = Observation { container: watched.container.clone(), at, source, fact };
+        if !self.report_patiently(Report::Observed(observation)) && !self.is_stopping() {
+            self.lose(
+                Failure::PipelineFull,
+                Some(watched),
+                "the pipeline had no room for an observation for half a minute",
+            );
+        }
+    }
+
     /// Sends without waiting and hands the report back if there is no room.
     #[expect(clippy::result_large_err, reason = "the report is the caller's own, handed back")]
     pub(super) fn try_report(&self, report: Report) -> Result<(), Report> {
@@ -202,11 +272,12 @@ impl Shared {
         }
     }
 
-    fn dirty(&self) -> MutexGuard<'_, Dirty> {
+    fn dirty(&self) -> MutexGuard<'_, HashMap<ContainerId, Dirty>> {
         self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that a path is to be looked at once it has settled.
+    /// Notes that a path is to be looked at once it has settled. The scan thread
+    /// looks often enough to need no waking.
     pub(super) fn mark_dirty(
         &self,
         watched: &Arc<Watched>,
@@ -215,74 +286,89 @@ impl Shared {
         writer: Option<Arc<Process>>,
     ) {
         let now = Instant::now();
-        let mut dirty = self.dirty();
-        let is_full = dirty.paths.len() >= MAX_DIRTY_PATHS;
-        let key = (watched.container.clone(), path);
-        if let Some(entry) = dirty.paths.get_mut(&key) {
+        let mut all = self.dirty();
+        let dirty = all.entry(watched.container.clone()).or_default();
+        if let Some(entry) = dirty.paths.get_mut(&path) {
             entry.last = now;
             entry.watched = watched.clone();
             entry.writer = writer.or(entry.writer.take());
             if source == Source::Change {
                 entry.source = source;
             }
-        } else if !is_full {
+        } else if dirty.paths.len() < MAX_DIRTY_PATHS {
             let entry =
                 DirtyPath { watched: watched.clone(), writer, source, first: now, last: now };
-            dirty.paths.insert(key, entry);
-        }
-        drop(dirty);
-        if is_full {
-            self.lose(
-                Failure::ContentQueueFull,
-                Some(watched),
-                "too many changed files wait to settle",
-            );
+            dirty.paths.insert(path, entry);
         } else {
-            self.wake_scan();
+            // A walk finds it too; only who wrote it is not known any more.
+            drop(all);
+            self.health.left_to_sweeps.fetch_add(1, Ordering::Relaxed);
+            watched.ask_for_walk();
         }
+    }
+
+    /// Whether a path will be looked at by itself.
+    pub(super) fn is_dirty(&self, container: &ContainerId, path: &RootfsPath) -> bool {
+        self.dirty().get(container).is_some_and(|dirty| dirty.paths.contains_key(path))
+    }
+
+    /// Who wrote a path that has not settled yet, if that is known.
+    pub(super) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Arc<Process>> {
+        self.dirty().get(&watched.container)?.paths.get(path)?.writer.clone()
     }
 
     /// Notes that a container's upperdir is to be walked once it has settled.
     pub(super) fn mark_for_sweep(&self, watched: &Arc<Watched>) {
         let due = Instant::now() + self.settings.settle;
-        self.dirty().sweeps.entry(watched.container.clone()).or_insert(due);
-        self.wake_scan();
+        self.dirty().entry(watched.container.clone()).or_default().sweep.get_or_insert(due);
     }
 
     /// Takes the sweeps that are due.
     pub(super) fn take_due_sweeps(&self, now: Instant) -> Vec<ContainerId> {
-        let mut dirty = self.dirty();
-        dirty.sweeps.extract_if(|_, due| *due <= now).map(|(container, _)| container).collect()
+        let mut all = self.dirty();
+        let is_due = |dirty: &Dirty| dirty.sweep.is_some_and(|due| due <= now);
+        let due = all.iter_mut().filter(|(_, dirty)| is_due(dirty));
+        due.map(|(container, dirty)| {
+            dirty.sweep = None;
+            container.clone()
+        })
+        .collect()
     }
 
-    /// Takes the paths that have settled, or that never do.
+    /// Takes paths that have settled, or that never do; of each container as many
+    /// as are its turn. They are sorted, so that neighbours follow each other.
     pub(super) fn take_settled(&self, now: Instant) -> Vec<(RootfsPath, DirtyPath)> {
         let settle = self.settings.settle;
-        let mut dirty = self.dirty();
-        dirty
-            .paths
-            .extract_if(|_, path| path.due(settle) <= now)
-            .map(|((_, path), dirty)| (path, dirty))
-            .collect()
+        let mut all = self.dirty();
+        all.retain(|_, dirty| !dirty.paths.is_empty() || dirty.sweep.is_some());
+        let mut settled = Vec::new();
+        for dirty in all.values_mut() {
+            let start = settled.len();
+            let due = dirty.paths.extract_if(|_, path| path.due(settle) <= now).take(TURN);
+            settled.extend(due);
+            settled[start..].sort_by(|(one, _), (other, _)| one.cmp(other));
+        }
+        settled
     }
 
     /// Takes all of one container's paths.
     pub(super) fn take_dirty_of(&self, container: &ContainerId) -> Vec<(RootfsPath, DirtyPath)> {
-        let mut dirty = self.dirty();
-        dirty.sweeps.remove(container);
-        dirty
-            .paths
-            .extract_if(|(owner, _), _| owner == container)
-            .map(|((_, path), dirty)| (path, dirty))
-            .collect()
+        self.dirty().remove(container).map(|dirty| dirty.paths).into_iter().flatten().collect()
     }
 
     /// When the next path or sweep is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
         let settle = self.settings.settle;
-        let dirty = self.dirty();
-        let paths = dirty.paths.values().map(|path| path.due(settle));
-        paths.chain(dirty.sweeps.values().copied()).min()
+        let all = self.dirty();
+        let paths = all.values().flat_map(|dirty| dirty.paths.values());
+        let sweeps = all.values().filter_map(|dirty| dirty.sweep);
+        paths.map(|path| path.due(settle)).chain(sweeps).min()
+    }
+
+    /// Forgets a container that has ended, or this attachment of it.
+    pub(super) fn forget(&self, watched: &Arc<Watched>) {
+        self.table.remove(watched);
+        self.names.forget(watched);
     }
 }
 

@@ -2,14 +2,16 @@
 
 use std::os::fd::BorrowedFd;
 
+use sha2::Digest as _;
+
 use super::lower::looks_like_program;
-use crate::model::{Content, FileState, FileType, Format, Unhashed};
+use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
 use crate::sys::file::{self, Stat};
 
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hashing {
-    /// It is being executed, so whatever it is.
+    /// It is being executed, or its path is watched: so whatever it is.
     Always,
     /// Programs, by their first bytes or their mode.
     Programs,
@@ -32,6 +34,15 @@ pub(super) fn unopened(stat: &Stat) -> FileState {
         content: Content::Unhashed(why),
         deleted: stat.links == 0,
     }
+}
+
+/// The state of a symlink whose target matters: the text of it is its content.
+pub(super) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
+    let content = Content::Hashed {
+        blake3: Blake3Hash(*blake3::hash(target).as_bytes()),
+        sha256: Sha256Hash(sha2::Sha256::digest(target).into()),
+    };
+    FileState { content, ..unopened(stat) }
 }
 
 /// The state of an open file. `stat` is what its metadata is taken from, `file`

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 
 use super::files::Files;
 use super::trust::LayerFiles;
-use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity};
+use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf;
@@ -37,11 +37,15 @@ pub(super) struct Watched {
     layers: OnceLock<Layers>,
     /// Its other mounts that carry our marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
+    /// Files that matter whatever they hold, beside those that the settings name.
+    entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
     layer_files: RwLock<LayerFiles>,
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
+    /// It is to be walked although nothing was lost.
+    walk: AtomicBool,
     /// The same for the container's processes: those that were there at this time
     /// after boot, in clock ticks. 0 if none are to be looked at.
     process_scan: AtomicU64,
@@ -71,6 +75,9 @@ pub(super) struct ControlGroups {
 pub(super) struct Layers {
     pub(super) dirs: OverlayDirs,
     pub(super) userxattr: bool,
+    /// A directory of the image can be moved, and its files then have other paths
+    /// than the image's.
+    pub(super) redirects: bool,
     /// Since when the container has an upper layer. `None` where the filesystem
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
@@ -99,6 +106,8 @@ pub(super) enum Standing {
     Own,
     /// A file of the image's layers that may have been changed there.
     Doubtful(LayerFile),
+    /// A file of the image's layers, whose directory may have been moved.
+    Movable(LayerFile),
     Image,
 }
 
@@ -136,7 +145,13 @@ impl Layers {
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
         let born = born.filter(|born| born.seconds <= now);
-        Some(Layers { dirs: mount.dirs, userxattr: mount.userxattr, born, devices })
+        Some(Layers {
+            dirs: mount.dirs,
+            userxattr: mount.userxattr,
+            redirects: mount.redirects,
+            born,
+            devices,
+        })
     }
 
     /// Whether some of it is on this filesystem.
@@ -168,8 +183,10 @@ impl Watched {
             perf_cgroup: perf,
             layers: OnceLock::new(),
             mounts: RwLock::default(),
+            entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
+            walk: AtomicBool::new(false),
             process_scan: AtomicU64::new(0),
             seen_since: AtomicU64::new(0),
             detaching: AtomicBool::new(false),
@@ -193,6 +210,15 @@ impl Watched {
         self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    pub(super) fn set_entry_point(&self, paths: Vec<RootfsPath>) {
+        *self.entry_point.write().unwrap_or_else(PoisonError::into_inner) = paths;
+    }
+
+    /// Whether a file at `path` takes part in starting the container.
+    pub(super) fn is_entry_point(&self, path: &RootfsPath) -> bool {
+        self.entry_point.read().unwrap_or_else(PoisonError::into_inner).contains(path)
+    }
+
     pub(super) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
         // A change is one insert or removal: a panic leaves nothing half done.
         self.layer_files.read().unwrap_or_else(PoisonError::into_inner)
@@ -212,6 +238,8 @@ impl Watched {
                 let file = LayerFile { device, inode, changed };
                 if self.layer_files().is_doubtful(&file, is_young) {
                     Standing::Doubtful(file)
+                } else if self.layers().is_some_and(|layers| layers.redirects) {
+                    Standing::Movable(file)
                 } else {
                     Standing::Image
                 }
@@ -224,6 +252,11 @@ impl Watched {
         self.seen_since.store(procfs::ticks_since_boot(), Ordering::Release);
         self.ask_for_processes();
         !self.rescan.swap(true, Ordering::AcqRel)
+    }
+
+    /// Asks for a walk of the upperdir alone.
+    pub(super) fn ask_for_walk(&self) {
+        self.walk.store(true, Ordering::Release);
     }
 
     /// Says whether this is the first time.
@@ -252,11 +285,13 @@ impl Watched {
     }
 
     pub(super) fn wants_rescan(&self) -> bool {
-        self.rescan.load(Ordering::Acquire)
+        self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
     }
 
-    pub(super) fn take_rescan(&self) -> bool {
-        self.rescan.swap(false, Ordering::AcqRel)
+    /// A walk begins.
+    pub(super) fn take_rescan(&self) {
+        self.rescan.store(false, Ordering::Release);
+        self.walk.store(false, Ordering::Release);
     }
 
     /// Asks for a look at the processes whose start was not seen.

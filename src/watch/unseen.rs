@@ -165,6 +165,7 @@ fn describe(unseen: &Unseen) -> Process {
         argv: None,
         uid: None,
         tty: None,
+        root: None,
         ancestors: ancestors.unwrap_or_default(),
     }
 }
@@ -280,11 +281,13 @@ impl Running {
         if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
-                Standing::Doubtful(file) if watched.layer_files().is_known() => {
+                Standing::Doubtful(file) | Standing::Movable(file)
+                    if watched.layer_files().is_known() =>
+                {
                     layer_file = Some(file);
                 }
                 // It is looked at again when it is known what to trust.
-                Standing::Doubtful(_) | Standing::Image => return,
+                Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => return,
             }
         }
         let at = Timestamp::now();

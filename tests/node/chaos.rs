@@ -51,7 +51,8 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// The kernel's queue is as long as [`QUEUE`] says.
-const SETUP: Setup = Setup { driftd: "bounded_queue = true", cri: None, own_runtime: false };
+const SETUP: Setup =
+    Setup { driftd: "bounded_queue = true", cri: None, own_runtime: false, unwatched: None };
 
 /// How long containers drift in `make test`. Each disturbance comes once.
 const SHORT: Duration = Duration::from_secs(25);

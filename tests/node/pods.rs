@@ -9,7 +9,7 @@ use crate::node::{KUBERNETES, Node, Setup, bench, names, wait_for};
 use crate::programs::PAUSE;
 use crate::{programs, registry, trial_on};
 
-const POD_NODE: Setup = Setup { driftd: "", cri: Some(""), own_runtime: false };
+const POD_NODE: Setup = Setup { driftd: "", cri: Some(""), own_runtime: false, unwatched: None };
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![

@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 
 use crate::image::{self, Digests, Layer};
+use crate::node::Control;
 
 pub(crate) const WORKBENCH: &str = "registry.test/workbench:1";
 
@@ -176,6 +177,7 @@ fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
         .file("/var/log/nginx/access.log", 0o644, b"")
         .file("/etc/nginx/default.conf.template", 0o644, b"server { listen ${PORT}; }\n")
         .directory("/docker-entrypoint.d", 0o755)
+        .file("/docker-entrypoint.sh", 0o755, format!("#!/bin/sh\n{}\n", Control::INIT).as_bytes())
         .file("/docker-entrypoint.d/10-x.sh", 0o644, b"#!/bin/sh\necho configured\n")
         .file("/usr/bin/loader", 0o755, &payload.loader)
         .symlink("/usr/bin/editor", "/usr/bin/app");

@@ -16,8 +16,12 @@ use crate::node::{KUBERNETES, Node, SETTLE, Setup, bench, only, summaries, talk,
 use crate::programs::WORKBENCH;
 use crate::{registry, trial, trial_alone, trial_on};
 
-const DISCARDING: Setup =
-    Setup { driftd: "", cri: Some("discard_unpacked_layers = true"), own_runtime: false };
+const DISCARDING: Setup = Setup {
+    driftd: "",
+    cri: Some("discard_unpacked_layers = true"),
+    own_runtime: false,
+    unwatched: None,
+};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![

@@ -1,0 +1,124 @@
+//! `driftd members`: every file that an aggregated finding stands for.
+
+use std::path::Path;
+
+use super::client::{Client, explain, talk};
+use super::exit::Exit;
+use super::output::{Field, Format, Listed, Listing, Style, age, list, short, time};
+use crate::api::{convert, proto};
+use crate::model::Member;
+
+/// Files that are asked for at once.
+const PAGE: u32 = 1000;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Members {
+    /// A finding's ID, or the beginning of it
+    finding: String,
+    #[command(flatten)]
+    listing: Listing,
+    /// Print at most this many, sorted by path
+    #[arg(long, value_name = "NUMBER")]
+    limit: Option<usize>,
+}
+
+impl Members {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        let (id, members) = talk(socket, |client| fetch(client, self.finding, self.limit))?;
+        list(&members, &self.listing)?;
+        if members.is_empty() && self.listing.output == Format::Table && !self.listing.quiet {
+            eprintln!("this finding is about one thing only (see: driftd show {})", short(&id));
+        }
+        Ok(Exit::Clean)
+    }
+}
+
+async fn fetch(
+    mut client: Client,
+    finding: String,
+    limit: Option<usize>,
+) -> anyhow::Result<(String, Vec<Member>)> {
+    let limit = limit.unwrap_or(usize::MAX);
+    let mut members = Vec::new();
+    let mut request = proto::ListMembersRequest { finding, ..Default::default() };
+    loop {
+        request.page_size = u32::try_from(limit - members.len()).unwrap_or(PAGE).clamp(1, PAGE);
+        let page = client.list_members(request.clone()).await.map_err(explain)?.into_inner();
+        for member in page.members.into_iter().take(limit - members.len()) {
+            members.push(convert::member_from_proto(member)?);
+        }
+        // One that is found later and begins alike must not come in between.
+        request.finding = page.finding;
+        request.page_token = page.next_page_token;
+        if request.page_token.is_empty() || members.len() >= limit {
+            return Ok((request.finding, members));
+        }
+    }
+}
+
+impl Listed for Member {
+    type Json<'a> = &'a Member;
+
+    fn json(&self) -> &Member {
+        self
+    }
+
+    fn name(&self) -> String {
+        self.path.to_string()
+    }
+
+    fn header(wide: bool) -> Vec<&'static str> {
+        let mut header = vec!["PATH", "KIND", "STATE", "LAST SEEN"];
+        if wide {
+            header.extend(["FIRST SEEN", "BLAKE3"]);
+        }
+        header
+    }
+
+    fn row(&self, style: &Style) -> Vec<Field> {
+        let mut row: Vec<Field> = vec![
+            self.path.to_string().into(),
+            self.kind.name().into(),
+            if self.removed { "gone" } else { "there" }.into(),
+            age(style.now, self.last_seen).into(),
+        ];
+        if style.wide {
+            let blake3 = self.blake3.map(|hash| style.id(&hash.to_string()));
+            row.extend([time(self.first_seen).into(), blake3.unwrap_or_default().into()]);
+        }
+        row
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::output::table;
+    use crate::model::finding::MEMBER_SCHEMA;
+    use crate::model::{Blake3Hash, Kind, RootfsPath};
+
+    #[test]
+    fn members_as_people_see_them() {
+        let now = "2026-11-20T10:08:30Z".parse().unwrap();
+        let member = |path: &[u8], removed| Member {
+            schema: MEMBER_SCHEMA.to_owned(),
+            path: RootfsPath::new(path).unwrap(),
+            kind: Kind::FileAdded,
+            blake3: Some(Blake3Hash([0xab; 32])),
+            first_seen: "2026-11-20T10:08:00Z".parse().unwrap(),
+            last_seen: "2026-11-20T10:08:20Z".parse().unwrap(),
+            removed,
+        };
+        let members = [member(b"/tmp/a", false), member(b"/tmp/\x1b[2J\xff", true)];
+        let style = |wide| Style { wide, no_trunc: false, colour: false, width: None, now };
+        assert_eq!(
+            table(&members, &style(true)),
+            "PATH                  KIND        STATE  LAST SEEN  FIRST SEEN               BLAKE3\n\
+             /tmp/a                file.added  there  10s ago    2026-11-20 10:08:00 UTC  abababababab\n\
+             /tmp/\\u{1b}[2J\\xff  file.added  gone   10s ago    2026-11-20 10:08:00 UTC  abababababab\n"
+        );
+        let json = serde_json::to_value(members[1].json()).unwrap();
+        assert_eq!(json["path"], "/tmp/\\u{1b}[2J\\xff");
+        assert_eq!(json["path_bytes"], "L3RtcC8bWzJK/w==");
+    }
+}

@@ -1,0 +1,97 @@
+//! Patterns of paths in a container, compiled once.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use globset::{GlobBuilder, GlobSet};
+use serde::{Deserialize, Serialize};
+
+use super::RootfsPath;
+
+/// Shell patterns of whole paths: `*` and `?` stay within one directory, `**`
+/// does not.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(into = "Vec<String>", try_from = "Vec<String>")]
+pub struct PathGlobs {
+    patterns: Vec<String>,
+    compiled: Arc<GlobSet>,
+}
+
+impl PathGlobs {
+    /// The error names the pattern and says what is wrong with it.
+    pub fn new(patterns: Vec<String>) -> Result<PathGlobs, String> {
+        let mut set = GlobSet::builder();
+        for pattern in &patterns {
+            if !pattern.starts_with('/') && !pattern.starts_with("**/") {
+                return Err(format!("the pattern `{pattern}` starts with neither `/` nor `**/`"));
+            }
+            let glob = GlobBuilder::new(pattern).literal_separator(true).build();
+            set.add(glob.map_err(|err| format!("the pattern `{pattern}` is wrong: {err}"))?);
+        }
+        let compiled = set.build().map_err(|err| format!("the patterns are too much: {err}"))?;
+        Ok(PathGlobs { patterns, compiled: Arc::new(compiled) })
+    }
+
+    pub fn matches(&self, path: &RootfsPath) -> bool {
+        self.compiled.is_match(Path::new(OsStr::from_bytes(path.as_bytes())))
+    }
+}
+
+impl PartialEq for PathGlobs {
+    fn eq(&self, other: &PathGlobs) -> bool {
+        self.patterns == other.patterns
+    }
+}
+
+impl From<PathGlobs> for Vec<String> {
+    fn from(globs: PathGlobs) -> Vec<String> {
+        globs.patterns
+    }
+}
+
+impl TryFrom<Vec<String>> for PathGlobs {
+    type Error = String;
+
+    fn try_from(patterns: Vec<String>) -> Result<PathGlobs, String> {
+        PathGlobs::new(patterns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(pattern: &str, path: &[u8], expected: bool) {
+        let globs = PathGlobs::new(vec![pattern.to_owned()]).unwrap();
+        assert_eq!(globs.matches(&RootfsPath::new(path).unwrap()), expected, "{pattern} {path:?}");
+    }
+
+    #[test]
+    fn a_star_stays_in_its_directory() {
+        check("/etc/cron.d/*", b"/etc/cron.d/a", true);
+        check("/etc/cron.d/*", b"/etc/cron.d/a/b", false);
+        check("/etc/cron.*/**", b"/etc/cron.daily/a/b", true);
+        check("/etc/cron.*/**", b"/etc/crontab", false);
+        check("/home/*/.bashrc", b"/home/a/.bashrc", true);
+        check("/home/*/.bashrc", b"/home/a/b/.bashrc", false);
+        check("**/.ssh/authorized_keys", b"/root/.ssh/authorized_keys", true);
+        check("**/.ssh/authorized_keys", b"/.ssh/authorized_keys", true);
+        check("/etc/passwd", b"/srv/etc/passwd", false);
+    }
+
+    #[test]
+    fn names_need_not_be_text() {
+        check("/etc/cron.d/*", b"/etc/cron.d/\xff\n", true);
+    }
+
+    #[test]
+    fn a_pattern_that_cannot_match_is_refused_by_name() {
+        for pattern in ["etc/passwd", "/etc/[", ""] {
+            let err = PathGlobs::new(vec![pattern.to_owned()]).unwrap_err();
+            assert!(err.contains(&format!("`{pattern}`")), "{err}");
+        }
+    }
+}

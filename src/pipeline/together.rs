@@ -1,0 +1,430 @@
+//! Aggregated findings: each file is counted when it comes; the first is told at
+//! once, the others in batches.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::aggregate::{self, Candidate, Group, MAX_LISTED};
+use super::{Effect, Evidence, State, is_told_as_executed, new_finding};
+use crate::baseline::{ImageBaseline, Known};
+use crate::detect::Judgement;
+use crate::health::Failure;
+use crate::history::{MemberChange, Record};
+use crate::inventory::{Deed, Entry, MAX_MEMBERS, Told};
+use crate::model::file::is_program;
+use crate::model::finding::{MEMBER_SCHEMA, Subject};
+use crate::model::{
+    Blake3Hash, ContainerId, FileState, FileType, Filesystem, Finding, FindingId, Kind, Member,
+    Observation, Process, RootfsPath, Source,
+};
+
+/// How long a file of an aggregated finding that is told already may wait to be told.
+const SAID_WITHIN: SignedDuration = SignedDuration::from_secs(1);
+/// How many may wait.
+const MOST_UNSAID: usize = 2048;
+
+/// What is new of aggregated findings and not told yet.
+#[derive(Debug, Default)]
+pub(super) struct Unsaid {
+    changes: BTreeMap<(ContainerId, FindingId), Vec<MemberChange>>,
+    held: usize,
+    since: Option<Timestamp>,
+}
+
+impl Unsaid {
+    fn push(
+        &mut self,
+        container: &ContainerId,
+        finding: FindingId,
+        change: Option<MemberChange>,
+        now: Timestamp,
+    ) {
+        let changes = self.changes.entry((container.clone(), finding)).or_default();
+        self.held += usize::from(change.is_some());
+        changes.extend(change);
+        self.since.get_or_insert(now);
+    }
+
+    pub(super) fn due(&self) -> Option<Timestamp> {
+        self.since.map(|since| since.saturating_add(SAID_WITHIN).unwrap_or(Timestamp::MAX))
+    }
+}
+
+/// The finding that a package manager's writes are counted in.
+pub(super) fn transaction_id(container: &ContainerId, manager: &Process) -> FindingId {
+    let subject = Subject::Process(manager.identity);
+    FindingId::new(Some(container), Kind::PackageTransaction, &subject)
+}
+
+/// Which finding a file goes into.
+enum Into {
+    Group(Group),
+    Transaction(Arc<Process>),
+}
+
+impl Into {
+    fn id(&self, container: &ContainerId) -> FindingId {
+        match self {
+            Into::Group(group) => group.id(container),
+            Into::Transaction(manager) => transaction_id(container, manager),
+        }
+    }
+}
+
+/// What one file of an aggregated finding is.
+#[derive(Clone, Copy)]
+struct File<'a> {
+    deed: Deed,
+    path: &'a RootfsPath,
+    content: Option<Blake3Hash>,
+    told: Told,
+}
+
+impl State {
+    /// Tells one thing as part of an aggregated finding, if it belongs into one; false
+    /// if it is to have a finding of its own.
+    pub(super) fn tell_together(
+        &mut self,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get(container) else { return true };
+        let Some(path) = evidence.path.filter(|_| evidence.filesystem == Filesystem::Overlay)
+        else {
+            return false;
+        };
+        let kind = judgement.kind;
+        let content = evidence.state.and_then(FileState::blake3);
+        let manager = evidence.process.and_then(|process| entry.package_manager_of(process));
+        let manager = manager.cloned();
+        let told = if kind == Kind::FileRemoved { Told::REMOVED } else { Told::content(content) };
+        let written = File { deed: Deed::Written, path, content, told };
+        let is_own = {
+            let subject = Subject::File { path, content };
+            entry.findings.contains_key(&FindingId::new(Some(container), kind, &subject))
+        };
+        match kind {
+            Kind::FileAdded | Kind::FileModified | Kind::FileRelocated | Kind::FileRemoved => {
+                if kind.is_written() && is_told_as_executed(entry, path, content) {
+                    // Run before it settled: the execution's finding tells it.
+                    if let Some(manager) = manager {
+                        self.brought_by(container, path, content, &manager, effects);
+                        let into = Into::Transaction(manager);
+                        self.put(&into, written, observation, judgement, evidence, now, effects);
+                    }
+                    return true;
+                }
+                if is_own {
+                    return false;
+                }
+                let known = entry.members.of(Deed::Written, path);
+                let transaction =
+                    manager.as_ref().map(|manager| transaction_id(container, manager));
+                if let Some((id, known)) = known
+                    && known == told
+                    && transaction.is_none_or(|transaction| transaction == id)
+                {
+                    self.seen_again(id, observation, now);
+                    return true;
+                }
+                let into = match manager {
+                    Some(manager) => Some(Into::Transaction(manager)),
+                    None => {
+                        let severity = judgement.severity;
+                        let file = Candidate { kind, severity, path, content, root: None };
+                        aggregate::group(entry, container, &file).map(Into::Group)
+                    }
+                };
+                let Some(into) = into else { return false };
+                self.put(&into, written, observation, judgement, evidence, now, effects);
+                true
+            }
+            // They stand alone, and whoever lists the transaction misses nothing.
+            Kind::FilePrivileged | Kind::FilePersistence => {
+                if let Some(manager) = manager
+                    && entry.members.of(Deed::Written, path).is_none_or(|(id, known)| {
+                        id != transaction_id(container, &manager) || known != told
+                    })
+                {
+                    let into = Into::Transaction(manager);
+                    self.put(&into, written, observation, judgement, evidence, now, effects);
+                }
+                false
+            }
+            Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated | Kind::ExecInterpreted => {
+                if let Some(manager) = manager
+                    && aggregate::is_maintainer_script(kind, path)
+                {
+                    let into = Into::Transaction(manager);
+                    self.put(&into, written, observation, judgement, evidence, now, effects);
+                    return true;
+                }
+                if is_own {
+                    return false;
+                }
+                let executed = File { deed: Deed::Executed, ..written };
+                if let Some((id, known)) = entry.members.of(Deed::Executed, path)
+                    && known == told
+                {
+                    self.seen_again(id, observation, now);
+                    return true;
+                }
+                let root = evidence.process.and_then(Process::own_root);
+                let severity = judgement.severity;
+                let file = Candidate { kind, severity, path, content, root: root.as_ref() };
+                let Some(group) = aggregate::group(entry, container, &file) else { return false };
+                let into = Into::Group(group);
+                self.put(&into, executed, observation, judgement, evidence, now, effects);
+                self.say(container.clone(), into.id(container), effects);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A file that is known is seen again; what a scan finds again was told already.
+    fn seen_again(&mut self, id: FindingId, observation: &Observation, now: Timestamp) {
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let Some(finding) = entry.findings.get_mut(&id) else { return };
+        if observation.source != Source::Scan {
+            finding.count += 1;
+            finding.last_seen = finding.last_seen.max(observation.at);
+            self.unsaid.push(container, id, None, now);
+        }
+    }
+
+    /// Puts a file into an aggregated finding, which is made if it is not there.
+    #[expect(clippy::too_many_arguments, reason = "what is to be told, and where to")]
+    fn put(
+        &mut self,
+        into: &Into,
+        file: File<'_>,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let container = &observation.container;
+        let id = into.id(container);
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let change = MemberChange::Seen(Member {
+            schema: MEMBER_SCHEMA.to_owned(),
+            path: file.path.clone(),
+            kind: judgement.kind,
+            blake3: file.content,
+            first_seen: observation.at,
+            last_seen: observation.at,
+            removed: false,
+        });
+        let Some(finding) = entry.findings.get(&id) else {
+            let finding = match into {
+                Into::Group(group) => {
+                    if !entry.has_room_for(judgement.kind) {
+                        return self.findings_full(container, now, effects);
+                    }
+                    let mut finding = self.about_file(id, observation, judgement, evidence);
+                    if group.kind != Kind::FileRelocated {
+                        finding.files = Some(1);
+                        finding.detail = group.detail();
+                    }
+                    finding
+                }
+                Into::Transaction(manager) => {
+                    if !entry.has_room_for(Kind::PackageTransaction) {
+                        return self.findings_full(container, now, effects);
+                    }
+                    self.transaction(id, manager, observation)
+                }
+            };
+            let is_one_of_many = finding.files.is_some();
+            let Some(entry) = self.inventory.get_mut(container) else { return };
+            entry.insert_finding(finding);
+            if is_one_of_many {
+                let is_listed = entry.members.put(file.deed, file.path, id, file.told);
+                // What is told at once has revision 1.
+                if let Some(finding) = entry.findings.get_mut(&id) {
+                    finding.revision = 0;
+                }
+                self.unsaid.push(container, id, is_listed.then_some(change), now);
+                self.say(container.clone(), id, effects);
+                if !is_listed {
+                    self.unlisted(container, now, effects);
+                }
+            } else {
+                self.publish(container, id, observation.at, effects);
+            }
+            return;
+        };
+        let is_known = entry.members.of(file.deed, file.path).is_some_and(|(known, _)| known == id);
+        let is_room = is_known || finding.files.unwrap_or(1) < MAX_LISTED;
+        let is_listed = is_room && entry.members.put(file.deed, file.path, id, file.told);
+        if !is_listed && observation.source == Source::Scan {
+            // Whether it was counted already is not known.
+            return;
+        }
+        let Some(finding) = entry.findings.get_mut(&id) else { return };
+        finding.count += 1;
+        finding.first_seen = finding.first_seen.min(observation.at);
+        finding.last_seen = finding.last_seen.max(observation.at);
+        finding.severity = finding.severity.max(judgement.severity);
+        if !is_known {
+            if finding.files.is_none() {
+                // The first one was alone until now.
+                let first = first_member(finding).map(MemberChange::Seen);
+                self.unsaid.push(container, id, first, now);
+            }
+            finding.files = Some(finding.files.unwrap_or(1) + 1);
+        }
+        // Of one file alone the finding itself tells.
+        let is_one_of_many = finding.files.is_some();
+        self.unsaid.push(container, id, Some(change).filter(|_| is_listed && is_one_of_many), now);
+        if !is_listed {
+            self.unlisted(container, now, effects);
+        }
+        if self.unsaid.held >= MOST_UNSAID {
+            self.say_all(effects);
+        }
+    }
+
+    fn unlisted(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        let _ = self.health.record(Failure::FindingsFull);
+        let detail = format!(
+            "files are counted and not listed: of one finding {MAX_LISTED} are, of one container \
+             {MAX_MEMBERS}"
+        );
+        self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+    }
+
+    /// The finding about what a package manager does.
+    fn transaction(&self, id: FindingId, manager: &Process, observation: &Observation) -> Finding {
+        let (source, at) = (observation.source.name(), observation.at);
+        let kind = Kind::PackageTransaction;
+        let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
+        finding.files = Some(1);
+        finding.process = Some(manager.clone());
+        if let Some(entry) = self.inventory.get(&observation.container) {
+            finding.belongs_to(&observation.container, entry);
+            finding.session = entry.session_where(|root| manager.descends_from(root));
+        }
+        finding
+    }
+
+    /// A package manager wrote what was executed before that was known.
+    fn brought_by(
+        &mut self,
+        container: &ContainerId,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+        manager: &Process,
+        effects: &mut Vec<Effect>,
+    ) {
+        let transaction = Some(transaction_id(container, manager));
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let executed: Vec<FindingId> = entry
+            .about_content(path, content)
+            .filter(|told| told.kind.is_exec() && told.transaction.is_none())
+            .map(|told| told.id)
+            .collect();
+        for id in executed {
+            let Some(finding) = entry.findings.get_mut(&id) else { continue };
+            finding.transaction = transaction;
+            finding.revision += 1;
+            effects.push(Effect::record(finding));
+        }
+    }
+
+    /// A file that was told together with others is gone.
+    pub(super) fn mark_gone(
+        &mut self,
+        observation: &Observation,
+        path: &RootfsPath,
+        now: Timestamp,
+    ) {
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        for deed in [Deed::Written, Deed::Executed] {
+            let Some((id, told)) = entry.members.of(deed, path) else { continue };
+            if matches!(told, Told::GONE | Told::REMOVED) {
+                continue;
+            }
+            entry.members.put(deed, path, id, Told::GONE);
+            if entry.findings.get(&id).is_some_and(|finding| finding.files.is_some()) {
+                let change = MemberChange::Gone { path: path.clone(), at: observation.at };
+                self.unsaid.push(container, id, Some(change), now);
+            }
+        }
+    }
+
+    /// Remembers a package manager at work, if it is the image's own.
+    pub(super) fn package_manager(
+        &mut self,
+        container: &ContainerId,
+        process: &Arc<Process>,
+        image: &ImageBaseline,
+    ) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let Some(files) = aggregate::files_of_package_manager(process) else { return };
+        if files.iter().all(|file| is_unchanged(entry, image, file)) {
+            entry.remember_package_manager(process.clone());
+        }
+    }
+
+    // ---- telling
+
+    /// Tells what is new of one aggregated finding.
+    fn say(&mut self, container: ContainerId, id: FindingId, effects: &mut Vec<Effect>) {
+        let key = (container, id);
+        let Some(changes) = self.unsaid.changes.remove(&key) else { return };
+        self.unsaid.held -= changes.len();
+        let Some(entry) = self.inventory.get_mut(&key.0) else { return };
+        let Some(finding) = entry.findings.get_mut(&id) else { return };
+        finding.revision += 1;
+        let at = finding.last_seen;
+        let finding = Box::new(finding.clone());
+        effects.push(Effect::Record(Record::Aggregate { finding, changes }));
+        self.respond(&key.0, id, at, effects);
+    }
+
+    /// Tells what is new of all of them.
+    pub(super) fn say_all(&mut self, effects: &mut Vec<Effect>) {
+        self.unsaid.since = None;
+        let waiting: Vec<(ContainerId, FindingId)> = self.unsaid.changes.keys().cloned().collect();
+        for (container, id) in waiting {
+            self.say(container, id, effects);
+        }
+    }
+}
+
+/// What a finding told of one file, as one of many.
+fn first_member(finding: &Finding) -> Option<Member> {
+    let file = finding.file.as_ref()?;
+    Some(Member {
+        schema: MEMBER_SCHEMA.to_owned(),
+        path: file.path.clone(),
+        kind: finding.kind,
+        blake3: file.blake3,
+        first_seen: finding.first_seen,
+        last_seen: finding.first_seen,
+        removed: file.deleted,
+    })
+}
+
+/// Whether the image has a program here, and nothing was ever told of it.
+fn is_unchanged(entry: &Entry, image: &ImageBaseline, path: &RootfsPath) -> bool {
+    let is_of_image = |known: Known| match known.entry.file_type {
+        FileType::Regular => is_program(known.entry.format, known.entry.mode),
+        FileType::Symlink => true,
+        _ => false,
+    };
+    image.get(path).is_some_and(is_of_image)
+        && entry.about(path).next().is_none()
+        && entry.members.of(Deed::Written, path).is_none()
+}

@@ -1,0 +1,213 @@
+//! Package managers at work, and who descends from them.
+//!
+//! What a package manager writes is told as one transaction, if it is known that
+//! it or a descendant of it was the writer. Most writers still live when the change
+//! feed tells of them, and then their parents do too. The others (a `cp` in a
+//! script of a package) are remembered from the moment at which they executed
+//! something: who descends from a package manager is kept here for as long as its
+//! pid may still be named by an event.
+//!
+//! A program counts as a package manager by its name, and if it runs from a file of
+//! the image's layers, by the container's own mount: not a copy, and not something
+//! mounted over it. Whether the image has that file there is the pipeline's
+//! question.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+use super::process;
+use super::shared::Shared;
+use super::table::{Standing, Watched};
+use crate::model::{
+    Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, package_manager,
+};
+use crate::sys::file;
+use crate::sys::procfs::{Handle, Stat};
+
+/// Processes that are remembered: of package managers, and others.
+const MAX_DESCENDANTS: usize = 16 * 1024;
+const MAX_OTHERS: usize = 64 * 1024;
+const MAX_TOLD: usize = 1024;
+/// How long an event may lag behind the end of the process that it names. After
+/// that its pid may be another's.
+const LAG: Duration = Duration::from_secs(2);
+
+/// Who descends from a package manager, in all containers.
+#[derive(Debug, Default)]
+pub(super) struct Packages {
+    descendants: HashMap<u32, Descendant>,
+    /// Pids whose present program is none of a package manager.
+    others: HashSet<u32>,
+    /// Package managers that the pipeline knows.
+    told: VecDeque<ProcessIdentity>,
+    next_look: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Descendant {
+    container: ContainerId,
+    process: Arc<Process>,
+    /// Since when it is known to have ended.
+    ended: Option<Instant>,
+}
+
+impl Packages {
+    /// A process that was looked at while it lived: it is remembered if it is, or
+    /// descends from, a package manager.
+    pub(super) fn looked_at(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        process: &Arc<Process>,
+    ) {
+        let pid = process.identity.pid;
+        if self.others.contains(&pid) {
+            return;
+        }
+        if let Some(known) = self.descendants.get(&pid)
+            && known.process.identity == process.identity
+            && known.process.exe.is_some()
+        {
+            return;
+        }
+        let own = (process.identity, process.exe.as_deref(), process.argv.as_deref());
+        let others = process
+            .ancestors
+            .iter()
+            .map(|ancestor| (ancestor.identity, ancestor.exe.as_deref(), ancestor.argv.as_deref()));
+        // The outermost first: what it starts belongs to it.
+        let chain: Vec<_> = std::iter::once(own).chain(others).collect();
+        let manager = chain.into_iter().rev().find_map(|(identity, exe, argv)| {
+            if self.told.contains(&identity) {
+                return Some(identity);
+            }
+            package_manager(exe?, argv.unwrap_or_default())?;
+            self.tell(shared, watched, identity).then_some(identity)
+        });
+        let is_remembered = manager.is_some()
+            || process.ancestors.iter().any(|ancestor| {
+                let known = self.descendants.get(&ancestor.identity.pid);
+                known.is_some_and(|known| known.process.identity == ancestor.identity)
+            });
+        if is_remembered {
+            self.remember(watched, process.clone());
+        } else if self.others.len() < MAX_OTHERS {
+            self.others.insert(pid);
+        } else {
+            self.others.clear();
+        }
+    }
+
+    /// Tells the pipeline of a package manager; false if it is none of the image's.
+    fn tell(&mut self, shared: &Shared, watched: &Arc<Watched>, identity: ProcessIdentity) -> bool {
+        let Ok(handle) = Handle::open_exactly(identity) else { return false };
+        if !runs_from_the_image(&handle, watched) {
+            return false;
+        }
+        let process = Arc::new(process::as_it_is(&handle, watched));
+        self.remember(watched, process.clone());
+        if self.told.len() == MAX_TOLD {
+            self.told.pop_front();
+        }
+        let fact = Fact::PackageManager { process };
+        // Lost, its files stand alone; asked again, it is told again.
+        let is_told = shared.observe(watched, Timestamp::now(), Source::Change, fact);
+        if is_told {
+            self.told.push_back(identity);
+        }
+        is_told
+    }
+
+    /// A process executes something: it is whatever its parent is.
+    pub(super) fn executes(&mut self, shared: &Shared, watched: &Arc<Watched>, stat: &Stat) {
+        let pid = stat.identity.pid;
+        // Another program now.
+        self.others.remove(&pid);
+        self.forget_ended();
+        if let Some(known) = self.descendants.get(&pid) {
+            if known.process.identity == stat.identity {
+                return;
+            }
+            self.descendants.remove(&pid);
+        }
+        if self.others.contains(&stat.parent) {
+            return;
+        }
+        if !self.descendants.contains_key(&stat.parent) {
+            let Ok(handle) = Handle::open(stat.parent) else { return };
+            if handle.pid_namespace().ok() != watched.pid_namespace {
+                return;
+            }
+            let parent = Arc::new(process::as_it_is(&handle, watched));
+            self.looked_at(shared, watched, &parent);
+        }
+        let Some(parent) = self.descendants.get(&stat.parent) else { return };
+        if parent.process.identity.start_time > stat.identity.start_time {
+            return;
+        }
+        let process = child_of(&parent.process, stat);
+        self.remember(watched, Arc::new(process));
+    }
+
+    fn remember(&mut self, watched: &Watched, process: Arc<Process>) {
+        let pid = process.identity.pid;
+        if self.descendants.len() >= MAX_DESCENDANTS && !self.descendants.contains_key(&pid) {
+            // What is not remembered stands alone.
+            return;
+        }
+        self.others.remove(&pid);
+        let container = watched.container.clone();
+        self.descendants.insert(pid, Descendant { container, process, ended: None });
+    }
+
+    /// The process that had this pid until a moment ago, if it descends from a package
+    /// manager.
+    pub(super) fn gone(&self, watched: &Watched, pid: u32) -> Option<Arc<Process>> {
+        let known = self.descendants.get(&pid)?;
+        let is_recent = known.ended.is_none_or(|ended| ended.elapsed() < LAG);
+        (is_recent && known.container == watched.container).then(|| known.process.clone())
+    }
+
+    fn forget_ended(&mut self) {
+        let now = Instant::now();
+        if self.descendants.is_empty() || self.next_look.is_some_and(|next| now < next) {
+            return;
+        }
+        self.next_look = Some(now + LAG / 4);
+        self.descendants.retain(|_, known| {
+            if Handle::open_exactly(known.process.identity).is_ok() {
+                return true;
+            }
+            now.duration_since(*known.ended.get_or_insert(now)) < LAG
+        });
+    }
+}
+
+/// Whether a process's program is a file of the image's layers, by the container's
+/// own mount.
+fn runs_from_the_image(handle: &Handle, watched: &Watched) -> bool {
+    let Ok(stat) = file::stat_path(handle.exe_path()) else { return false };
+    let is_still_itself = handle.stat().is_ok_and(|stat| stat.identity == handle.identity());
+    is_still_itself
+        && stat.mount == watched.mount
+        && stat.mount.is_some()
+        && matches!(watched.standing(&stat), Standing::Image | Standing::Doubtful(_))
+}
+
+/// A process of which only its parent is known.
+fn child_of(parent: &Process, stat: &Stat) -> Process {
+    let own =
+        Ancestor { identity: parent.identity, exe: parent.exe.clone(), argv: parent.argv.clone() };
+    Process {
+        identity: stat.identity,
+        exe: None,
+        argv: None,
+        uid: None,
+        tty: stat.tty(),
+        root: parent.root.clone(),
+        ancestors: std::iter::once(own).chain(parent.ancestors.iter().cloned()).collect(),
+    }
+}
