@@ -1,6 +1,7 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -144,6 +145,8 @@ pub struct Health {
     /// Changes that a walk had to find because too many came at once. None of them
     /// is lost but the name of who made it.
     pub left_to_sweeps: AtomicU64,
+    /// What this kernel lacks, as found when the daemon started.
+    pub missing: OnceLock<Vec<Missing>>,
 }
 
 impl Health {
@@ -167,6 +170,16 @@ impl Health {
             .filter(|loss| loss.count > 0)
             .collect()
     }
+}
+
+/// Something that this kernel lacks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Missing {
+    pub name: String,
+    /// Where it comes from.
+    pub since: String,
+    /// What it means that it is not there.
+    pub meaning: String,
 }
 
 /// A failure's name and how often it happened since the daemon started.

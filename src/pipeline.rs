@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
-use crate::health::{Failure, Health};
+use crate::health::{Failure, Health, Reaction};
 use crate::history::Record;
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
@@ -39,9 +39,12 @@ use crate::respond::{Action, Order, Response};
 use crate::watch::{self, Command, Report, Trust};
 
 mod aggregate;
+mod gaps;
 mod layers;
 mod together;
 
+pub use self::gaps::Gap;
+use self::gaps::Gaps;
 use self::layers::Tampered;
 use self::together::Unsaid;
 
@@ -112,6 +115,8 @@ pub struct Status {
     pub containers_waiting: u32,
     /// What is missing from the view, in words.
     pub problems: Vec<String>,
+    /// From when to when it was incomplete: what still is, then the newest.
+    pub gaps: Vec<Gap>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,7 +198,8 @@ pub struct State {
     responses: Vec<PendingResponse>,
     /// When each loss was last written to the history: a flood of one loss is
     /// one gap a second, the counters have the rest.
-    gaps: HashMap<&'static str, Timestamp>,
+    told_gaps: HashMap<&'static str, Timestamp>,
+    gaps: Gaps,
     /// Seen of containers that containerd has not told of yet.
     unannounced: VecDeque<Observation>,
     /// What is new of aggregated findings and not told yet.
@@ -235,7 +241,8 @@ impl State {
             next_ticket: 1,
             diffs: HashMap::new(),
             responses: Vec::new(),
-            gaps: HashMap::new(),
+            told_gaps: HashMap::new(),
+            gaps: Gaps::default(),
             unannounced: VecDeque::new(),
             unsaid: Unsaid::default(),
         }
@@ -279,6 +286,7 @@ impl State {
                 entry.removed = false;
                 entry.pid = Some(pid);
                 entry.watch = WatchState::Asked;
+                entry.armed_before_start = false;
                 entry.fresh = true;
                 let trust = layers::trust(entry);
                 effects.push(Effect::Watch(Command::Attach {
@@ -516,6 +524,7 @@ impl State {
             Report::Attached { container, before_start } => {
                 if let Some(entry) = self.inventory.get_mut(&container) {
                     entry.watch = WatchState::Attached { before_start };
+                    entry.armed_before_start = before_start;
                 }
             }
             Report::NotAttached { container, reason } => {
@@ -532,7 +541,17 @@ impl State {
                     self.judge(&observation, now, effects);
                 }
             }
-            Report::Scanned { container, ticket, complete } => {
+            Report::Scanned { container, ticket, began, complete } => {
+                let has_ended =
+                    self.inventory.get(&container).is_none_or(|entry| entry.pid.is_none());
+                let closed = if complete {
+                    self.gaps.walked(&container, began, now)
+                } else if has_ended {
+                    self.gaps.gone(&container, now)
+                } else {
+                    Vec::new()
+                };
+                tell_closed(closed, effects);
                 if let Some(pending) = ticket.and_then(|ticket| self.diffs.remove(&ticket)) {
                     pending.answer(complete);
                 }
@@ -543,10 +562,11 @@ impl State {
                 {
                     self.say_all(effects);
                     self.inventory.remove(&container);
+                    tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
-            Report::Lost { failure, container, detail } => {
-                self.gap(failure, container, detail, now, effects);
+            Report::Lost { failure, container, detail, at } => {
+                self.lost(failure, container, detail, at, effects);
             }
         }
     }
@@ -560,18 +580,50 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
-        let told = self.gaps.get(failure.name());
+        let told = self.told_gaps.get(failure.name());
         // Of a clock that was set back it is not known how long ago that was.
         if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
             return;
         }
-        self.gaps.insert(failure.name(), now);
+        self.told_gaps.insert(failure.name(), now);
         effects.push(Effect::Record(Record::Gap {
             name: failure.name().to_owned(),
             container,
             detail,
             at: now,
+            until: None,
         }));
+    }
+
+    /// The watchers have lost something, and will walk what it may concern.
+    fn lost(
+        &mut self,
+        failure: Failure,
+        container: Option<ContainerId>,
+        detail: String,
+        at: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let awaited = match &container {
+            // No walk makes up for it.
+            _ if failure.reaction() != Reaction::Rescan => HashSet::new(),
+            Some(container) => HashSet::from([container.clone()]),
+            None => self
+                .inventory
+                .iter()
+                .filter(|(_, entry)| matches!(entry.watch, WatchState::Attached { .. }))
+                .map(|(id, _)| id.clone())
+                .collect(),
+        };
+        let gap = Gap {
+            failure,
+            container: container.clone(),
+            detail: detail.clone(),
+            since: at,
+            until: None,
+        };
+        self.gaps.opened(gap, awaited);
+        self.gap(failure, container, detail, at, effects);
     }
 
     fn note_difference(&mut self, ticket: u64, observation: &Observation) {
@@ -1159,12 +1211,21 @@ impl State {
                 BaselineState::Ready(_) => (),
             }
         }
+        problems.extend(self.gaps.open().map(|gap| {
+            let whose = gap
+                .container
+                .as_ref()
+                .map_or("every container".to_owned(), |id| format!("container {id}"));
+            let (since, name) = (gap.since, gap.failure.name());
+            format!("the view of {whose} is incomplete since {since} ({name}): {}", gap.detail)
+        }));
         Status {
             started_at: self.started_at,
             endpoints,
             containers_watched: watched,
             containers_waiting: waiting,
             problems,
+            gaps: self.gaps.all(),
         }
     }
 }
@@ -1178,6 +1239,19 @@ impl PendingDiff {
             incomplete: self.truncated || !complete,
         }));
     }
+}
+
+/// The history learns the end of what it knows the beginning of.
+fn tell_closed(closed: Vec<Gap>, effects: &mut Vec<Effect>) {
+    effects.extend(closed.into_iter().map(|gap| {
+        Effect::Record(Record::Gap {
+            name: gap.failure.name().to_owned(),
+            container: gap.container,
+            detail: gap.detail,
+            at: gap.since,
+            until: gap.until,
+        })
+    }));
 }
 
 fn record_baseline(container: &Container) -> Effect {
@@ -1404,7 +1478,7 @@ fn view(entry: &Entry) -> Option<ContainerView> {
     Some(ContainerView {
         baseline: entry.baseline.describe(),
         watched: entry.is_attached(),
-        armed_before_start: matches!(entry.watch, WatchState::Attached { before_start: true }),
+        armed_before_start: entry.armed_before_start,
         problem,
         findings: entry.findings.len() as u64,
         container,

@@ -29,9 +29,13 @@ use driftd::sys::mounts::Notifier;
 use driftd::sys::procfs;
 use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
 
-/// An emulated machine is slow (`make test-kernels`).
-const PATIENCE: Duration =
-    Duration::from_secs(if option_env!("DRIFTD_PATIENT").is_some() { 300 } else { 30 });
+const PATIENCE: Duration = Duration::from_secs(30);
+/// In an emulated machine (`make test-kernels`), where all is slow.
+const MUCH_PATIENCE: Duration = Duration::from_secs(300);
+
+fn patience() -> Duration {
+    if std::env::var_os("DRIFTD_TEST_KERNEL").is_some() { MUCH_PATIENCE } else { PATIENCE }
+}
 const BUSYBOX: &str = "/bin/busybox";
 
 /// An overlay with a small image, and a process that has it as its root.
@@ -274,7 +278,7 @@ impl Drop for Family {
 
 #[track_caller]
 fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(found) = look() {
             return found;
@@ -317,9 +321,13 @@ impl Node {
     }
 
     fn with_room_for(reports: usize) -> Node {
+        Node::with(reports, &settings())
+    }
+
+    fn with(reports: usize, settings: &config::Watch) -> Node {
         let (sender, reports) = bounded(reports);
         let health = Arc::new(Health::default());
-        let watch = Watch::start(&settings(), sender, health.clone(), None)
+        let watch = Watch::start(settings, sender, health.clone(), None)
             .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
@@ -385,7 +393,7 @@ impl Node {
         if let Some(found) = self.told.iter().find_map(&mut look) {
             return found;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             let Ok(report) = self.reports.recv_deadline(deadline) else {
                 let told: Vec<String> = self.told.iter().map(summary).collect();
@@ -502,7 +510,7 @@ fn summary(report: &Report) -> String {
             let (lower, writer) = (lower.is_some(), writer.is_some());
             format!("present {path} {state:?} lower={lower} writer={writer}")
         }
-        Fact::Absent { path } => format!("absent {path}"),
+        Fact::Absent { path, .. } => format!("absent {path}"),
         Fact::SessionOpened { process } => format!("session {:?}", process.argv),
     };
     match report {
@@ -543,7 +551,7 @@ impl Upper {
                 }
                 self.present.insert(path.clone(), state.clone());
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, .. } => {
                 self.absent.insert(path.to_string());
             }
             other @ (Fact::Executed { .. }
@@ -1268,7 +1276,7 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             Fact::Present { path, state, lower, .. } => {
                 present.insert(path.to_string(), (state.format, lower.is_some()));
             }
-            Fact::Absent { path } => {
+            Fact::Absent { path, .. } => {
                 absent.insert(path.to_string());
             }
             Fact::Executed { .. }
@@ -1414,6 +1422,64 @@ fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
     });
     assert!(!complete);
     node.assert_no_loss();
+}
+
+/// Files that this process has open by this name, whoever opened them.
+fn open_by_name(name: &Path) -> usize {
+    fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .flatten()
+        .filter(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == name))
+        .count()
+}
+
+#[test]
+fn what_is_being_hashed_is_let_go_at_once_when_its_container_ends() {
+    let mut container = Container::start();
+    let settings = config::Watch { max_hash_bytes: 64 << 30, ..settings() };
+    let mut node = Node::with(64 * 1024, &settings);
+    node.attach(&container);
+    let name = format!("/tmp/huge-{}", std::process::id());
+    container.drop_program(&name);
+    let huge = container.merged().join(name.trim_start_matches('/'));
+    fs::File::options().write(true).open(&huge).unwrap().set_len(10 << 30).unwrap();
+    // The kernel calls it so from within the container's root and from without.
+    let names = [PathBuf::from(&name), huge.clone()];
+    let opened = || names.iter().map(|name| open_by_name(name)).sum::<usize>();
+    for _ in 0..3 {
+        container.shell(&name);
+    }
+    wait_for("its hashing", || (opened() == 3).then_some(()));
+    container.kill_init();
+    node.order(Order::Detach { container: container.id.clone() });
+    wait_for("its files to be let go", || (opened() == 0).then_some(()));
+    container.unmount();
+    drop(node);
+}
+
+#[test]
+fn what_the_kernel_lacks_is_known_and_said() {
+    use driftd::sys::capabilities::{Capabilities, Feature};
+    let found = Capabilities::probe();
+    for feature in found.missing() {
+        eprintln!("no {}: {} ({})", feature.name(), feature.without(), feature.since());
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap(), numbers.next().unwrap());
+    let expected = |feature, since| {
+        assert_eq!(found.has(feature), version >= since, "{feature:?} on {release}");
+    };
+    expected(Feature::PermissionEvents, (5, 0));
+    expected(Feature::OpenBeneath, (5, 6));
+    expected(Feature::MountOfFile, (5, 8));
+    expected(Feature::NamedEvents, (5, 9));
+    expected(Feature::OverlayHandles, (6, 5));
+    expected(Feature::MountEvents, (6, 14));
+    expected(Feature::MemfdNoexec, (6, 3));
+    // Ported back to some, or left out by a configuration.
+    assert!(found.has(Feature::ProcessHandles) || version < (5, 15));
+    assert!(found.has(Feature::ExecRecords) || found.has(Feature::ProcessEvents));
 }
 
 #[test]
@@ -1619,7 +1685,7 @@ impl Node {
         let wanted = path(wanted);
         self.until(&format!("{wanted} to be gone"), |report| {
             facts(report).find_map(|fact| match fact {
-                Fact::Absent { path } if *path == wanted => Some(()),
+                Fact::Absent { path, .. } if *path == wanted => Some(()),
                 _ => None,
             })
         });
@@ -1632,7 +1698,7 @@ impl Node {
             .iter()
             .flat_map(facts)
             .filter_map(|fact| match fact {
-                Fact::Absent { path } => Some(path.to_string()),
+                Fact::Absent { path, .. } => Some(path.to_string()),
                 _ => None,
             })
             .collect();
@@ -1796,10 +1862,17 @@ fn every_way_to_write_is_told() {
         eprintln!("{what}");
         node.until_present("/tmp/x", |state| state.blake3() == Some(now));
     };
-    // By path, with no descriptor to close.
-    let name = std::ffi::CString::new(merged.join("tmp/x").as_os_str().as_bytes()).unwrap();
-    nix::unistd::truncate(name.as_c_str(), 4096).unwrap();
-    check(&mut node, "truncate");
+    // By path, with no descriptor to close: an image's file is copied up, which is
+    // told; of a file that has been, only a walk tells.
+    let truncate = |name: &str| {
+        let name = std::ffi::CString::new(merged.join(name).as_os_str().as_bytes()).unwrap();
+        nix::unistd::truncate(name.as_c_str(), 4096).unwrap();
+    };
+    truncate("opt/tool/true");
+    node.until_present("/opt/tool/true", |state| state.size == 4096);
+    truncate("tmp/x");
+    let upper = node.walk(&container);
+    assert_eq!(upper.get("/tmp/x").blake3(), Some(hash_of(merged.join("tmp/x"))));
     let file = fs::File::options().read(true).write(true).open(merged.join("tmp/x")).unwrap();
     let source = fs::File::open(merged.join("bin/busybox")).unwrap();
     let (mut from, mut to) = (8192, 4096);

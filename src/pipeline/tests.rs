@@ -429,10 +429,16 @@ fn a_flood_of_new_programs_fills_no_memory_and_hides_no_execution() {
     for number in 0..MAX_FINDINGS / 2 + 10 {
         node.play(&format!("write c1 /tmp/x{number} evil{number}"));
     }
-    assert_eq!(node.told.len(), MAX_FINDINGS / 2);
-    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
+    node.say_all();
+    let files = MAX_FINDINGS as u64 / 2 + 10;
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 33, files)]);
     node.play("exec c1 /tmp/x evil");
     assert_eq!(node.told.last().unwrap().kind, Kind::ExecNew);
+    for number in 0..MAX_FINDINGS {
+        node.play(&format!("exec c1 /tmp/y{number} evil{number}"));
+    }
+    assert_eq!(node.kinds()[0], (Kind::ExecNew, MAX_FINDINGS - 33, MAX_FINDINGS as u64 - 33));
+    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
 }
 
 #[test]
@@ -531,7 +537,12 @@ fn what_a_listing_does_not_name_is_gone() {
     assert_eq!(node.commands, [Command::Detach { container: id("c1") }]);
     // The last scan is still judged, then the container is forgotten.
     node.play("scan c1 /tmp/x evil").expect(&["file.added /tmp/x x1 r1"]);
-    node.give(Input::Watch(Report::Scanned { container: id("c1"), ticket: None, complete: true }));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
     assert!(node.state.inventory.get(&id("c1")).is_none());
 }
 
@@ -559,7 +570,12 @@ fn a_diff_names_every_difference_and_which_are_findings() {
         })
         .into();
     node.give(Input::Watch(Report::ScanBatch { container: id("c1"), ticket, observations }));
-    node.give(Input::Watch(Report::Scanned { container: id("c1"), ticket, complete: true }));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
     let diff = answer.try_recv().unwrap().unwrap();
     let lines: Vec<String> = diff
         .differences
@@ -964,18 +980,19 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
 #[test]
 fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
     let mut node = Node::running();
-    let lost = || {
+    let lost = |second| {
         Input::Watch(Report::Lost {
             failure: Failure::KernelQueueOverflow,
             container: None,
             detail: "events were dropped".into(),
+            at: Timestamp::from_second(second).unwrap(),
         })
     };
     node.clock = 100_000;
-    node.give(lost());
+    node.give(lost(100_000));
     node.play("exec c1 /tmp/x evil");
     node.clock = 1_000;
-    node.give(lost());
+    node.give(lost(1_000));
     node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
     assert_eq!(node.gaps.len(), 2, "{:?}", node.gaps);
     node.expect(&["exec.new /tmp/x x2 r2", "exec.new /tmp/y x1 r1"]);
@@ -983,6 +1000,7 @@ fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
         assert!(finding.first_seen <= finding.last_seen, "{finding:#?}");
     }
 }
+
 // ---- what is told together
 
 impl Node {

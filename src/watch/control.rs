@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use jiff::Timestamp;
 
 use super::mounts::Mounts;
 use super::scan::Order;
@@ -159,7 +160,8 @@ impl Control {
         if ordered {
             self.shared.wake_scan();
         } else {
-            self.report(Report::Scanned { container, ticket, complete: false });
+            let began = Timestamp::now();
+            self.report(Report::Scanned { container, ticket, began, complete: false });
         }
     }
 }
@@ -174,7 +176,18 @@ impl Marker {
         rootfs: Option<OverlayDirs>,
     ) -> Result<Marked, Refusal> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let init = Handle::open(pid).map_err(|source| Refusal::InitGone { pid, source })?;
+        let init = match Handle::open(pid) {
+            Ok(init) => init,
+            Err(source) => {
+                // Marked when its runtime was called, and over already.
+                return match self.shared.table.get(container) {
+                    Some(watched) if watched.init.pid == pid => {
+                        Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false })
+                    }
+                    Some(_) | None => Err(Refusal::InitGone { pid, source }),
+                };
+            }
+        };
         if let Some(watched) = self.shared.table.get(container)
             && watched.init == init.identity()
         {
@@ -255,6 +268,12 @@ impl Marker {
             let Order::Last { watched } = err.into_inner() else { return };
             self.shared.forget(&watched);
             let _ = self.shared.health.record(Failure::ScanIncomplete);
+            let _ = self.shared.try_report(Report::Scanned {
+                container: container.clone(),
+                ticket: None,
+                began: Timestamp::now(),
+                complete: false,
+            });
         }
         self.shared.wake_scan();
     }

@@ -46,6 +46,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
+use jiff::Timestamp;
 
 pub use self::arm::Scope;
 pub use self::trace::Executions;
@@ -107,6 +108,7 @@ pub enum Report {
     Scanned {
         container: ContainerId,
         ticket: Option<u64>,
+        began: Timestamp,
         /// Whether the whole upperdir was walked.
         complete: bool,
     },
@@ -116,6 +118,7 @@ pub enum Report {
         failure: Failure,
         container: Option<ContainerId>,
         detail: String,
+        at: Timestamp,
     },
 }
 

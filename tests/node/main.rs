@@ -23,6 +23,7 @@ mod recording;
 mod registry;
 mod sources;
 mod start;
+mod together;
 mod trouble;
 mod volumes;
 
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         ordinary::trials(),
         answers::trials(),
         sources::trials(),
+        together::trials(),
         proof::trials(),
         recording::trials(),
         pods::trials(),
