@@ -282,7 +282,8 @@ impl Running {
             match watched.standing(&stat) {
                 Standing::Own => (),
                 Standing::Doubtful(file) | Standing::Movable(file)
-                    if watched.layer_files().is_known() => {
+                    if watched.layer_files().is_known() =>
+                {
                     layer_file = Some(file);
                 }
                 // It is looked at again when it is known what to trust.
