@@ -74,7 +74,6 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay("copies.tar", &archive_of_copies(COPIES)?)?;
     container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x")?;
     let before = resident_kib(node)?;
     let mut follower = node
         .driftd_command(&["findings", "--follow", "-o", "jsonl", "--container", &container.id])
@@ -83,7 +82,7 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
     let stream = BufReader::new(follower.stdout.take().context("no stdout")?);
     container.sh("/bin/busybox tar xf /.control/copies.tar -C /tmp")?;
     let started = Instant::now();
-    container.sh("/tmp/x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
     let mut is_told = None;
     for line in stream.lines() {
         if line?.contains("\"exec.new\"") {
