@@ -47,6 +47,8 @@ pub enum Failure {
     NamesFull,
     /// A container started before its marks were in place, and they were required.
     ArmedLate,
+    /// More libraries, scripts and shells waited to be looked at than may wait.
+    CodeQueueFull,
 }
 
 /// What is done about a [`Failure`].
@@ -61,7 +63,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 19] = [
+    pub const ALL: [Failure; 20] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -81,6 +83,7 @@ impl Failure {
         Failure::MountsFull,
         Failure::NamesFull,
         Failure::ArmedLate,
+        Failure::CodeQueueFull,
     ];
 
     pub fn name(self) -> &'static str {
@@ -104,6 +107,7 @@ impl Failure {
             Failure::MountsFull => "mounts_full",
             Failure::NamesFull => "names_full",
             Failure::ArmedLate => "armed_late",
+            Failure::CodeQueueFull => "code_queue_full",
         }
     }
 
@@ -115,6 +119,7 @@ impl Failure {
             | Failure::PipelineFull
             | Failure::EventUnreadable
             | Failure::TraceLost
+            | Failure::CodeQueueFull
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry

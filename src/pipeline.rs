@@ -734,7 +734,7 @@ impl State {
         }
         let sensitive =
             Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
-        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
+        let Some(mut assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
             return;
         };
         let is_image = assessment.judgements.is_empty();
@@ -762,14 +762,33 @@ impl State {
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::Loaded { path, filesystem, state, lower, process, by_linker } => {
+            Fact::Loaded { path, filesystem, state, lower, process, by_linker, writer } => {
+                let written = entry
+                    .about_content(path, state.blake3())
+                    .filter(|told| told.kind == Kind::FileAdded)
+                    .find_map(|told| told.process.as_ref());
+                let is_own =
+                    writer.as_deref().or(written).is_some_and(|writer| {
+                        detect::is_extracted_by_itself(&baseline, path, process, writer)
+                    }) && entry.session_where(|root| process.descends_from(root)).is_none()
+                        && !is_drift(entry, process);
+                if is_own {
+                    for judgement in &mut assessment.judgements {
+                        judgement.severity = judgement.severity.min(Severity::Info);
+                    }
+                }
+                let detail = match (is_own, by_linker) {
+                    (true, _) => Some(EXTRACTED),
+                    (false, true) => Some(BY_LINKER),
+                    (false, false) => None,
+                };
                 let evidence = Evidence {
                     path: Some(path),
                     filesystem: *filesystem,
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: Some(process),
-                    detail: by_linker.then_some(BY_LINKER),
+                    detail,
                     ..Evidence::default()
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
@@ -883,7 +902,8 @@ impl State {
         let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
         let content = evidence.state.and_then(FileState::blake3);
         let kind = judgement.kind;
-        let id = match evidence.path.filter(|_| content.is_none() && kind.is_exec()) {
+        let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
+        let id = match evidence.path.filter(|_| content.is_none() && is_run) {
             // It was gone before it could be read: what is known of its name is
             // likelier the same program than another one.
             Some(path) => entry.about(path).find(|told| told.kind == kind).map(|told| told.id),
@@ -1305,7 +1325,9 @@ impl Evidence<'_> {
 
 /// Whether a file's content is known because it was run.
 fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3Hash>) -> bool {
-    entry.about_content(path, content).any(|told| told.kind.is_exec())
+    entry
+        .about_content(path, content)
+        .any(|told| told.kind.is_exec() || told.kind == Kind::LibraryLoaded)
         || entry
             .members
             .of(Deed::Executed, path)
@@ -1318,6 +1340,16 @@ const IN_LAYER: &str =
 
 /// What is said of a program that was given to the dynamic linker.
 const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
+
+/// What is said of a library that a program of the image brings along packed.
+const EXTRACTED: &str = "the program of the image that loads it has written it itself, into a \
+     temporary directory, as programs do that bring libraries along packed";
+
+/// Whether a process runs a program that was told as drift itself.
+fn is_drift(entry: &Entry, process: &Process) -> bool {
+    let exe = process.exe.as_deref().and_then(|exe| RootfsPath::new(exe).ok());
+    exe.is_none_or(|exe| entry.about(&exe).any(|told| told.kind.is_exec()))
+}
 
 /// What is said of a script without a file.
 const BY_PIPE: &str = "its text came through a pipe";

@@ -312,6 +312,63 @@ fn a01_written_and_later_run_is_one_story() {
     assert_eq!(node.told[1].story, Some(node.told[0].id));
 }
 
+fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> Input {
+    let fact = Fact::Loaded {
+        path: RootfsPath::new(path).unwrap(),
+        filesystem: Filesystem::Overlay,
+        state: state_of(content),
+        lower: None,
+        process: Arc::new(loads),
+        by_linker: false,
+        writer: writer.map(Arc::new),
+    };
+    let at = Timestamp::from_second(1).unwrap();
+    let container = id("c1");
+    Input::Watch(Report::Observed(Observation { container, at, source: Source::Trace, fact }))
+}
+
+#[test]
+fn a17_a_loaded_library_is_one_finding_and_its_file_is_not_told_again() {
+    let mut node = Node::running();
+    node.give(load("/tmp/evil.so", "evil", process(42), None));
+    node.give(load("/tmp/evil.so", "evil", process(43), None));
+    node.play("write c1 /tmp/evil.so evil").expect(&["library.loaded /tmp/evil.so x2 r2"]);
+    assert_eq!(node.told[0].severity, Severity::High);
+}
+
+#[test]
+fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_alarm() {
+    let app = || Process { exe: Some("/usr/bin/curl".into()), ..process(42) };
+    let mut node = Node::running();
+    node.give(load("/tmp/lib.so", "jni", app(), Some(app())));
+    node.expect(&["library.loaded /tmp/lib.so x1 r1"]);
+    assert_eq!(node.told[0].severity, Severity::Info);
+    assert!(node.told[0].detail.as_deref().unwrap().contains("has written it itself"));
+
+    // Written long ago: the finding that told it knows the writer.
+    let mut node = Node::running();
+    let fact = Fact::Present {
+        path: RootfsPath::new("/tmp/lib.so").unwrap(),
+        state: state_of("jni"),
+        lower: None,
+        writer: Some(Arc::new(app())),
+    };
+    let at = Timestamp::from_second(1).unwrap();
+    let (container, source) = (id("c1"), Source::Change);
+    node.give(Input::Watch(Report::Observed(Observation { container, at, source, fact })));
+    node.give(load("/tmp/lib.so", "jni", app(), None));
+    assert_eq!(node.told[1].severity, Severity::Info);
+    assert_eq!(node.told[1].story, Some(node.told[0].id));
+
+    // The program is drift itself, or nobody knows who has written the library.
+    let mut node = Node::running();
+    node.play("exec c1 /usr/bin/curl evil");
+    node.give(load("/tmp/lib.so", "jni", app(), Some(app())));
+    assert_eq!(node.told[1].severity, Severity::High);
+    node.give(load("/tmp/other.so", "other", app(), None));
+    assert_eq!(node.told[2].severity, Severity::High);
+}
+
 #[test]
 fn owners_are_told_as_the_container_names_them() {
     let mut node = Node::running();

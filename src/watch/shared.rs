@@ -10,6 +10,7 @@ use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::Report;
+use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::Packages;
@@ -25,6 +26,7 @@ pub(super) struct Shared {
     pub(super) table: Table,
     pub(super) health: Arc<Health>,
     pub(super) lower_twins: LowerTwins,
+    pub(super) hashed: Hashed,
     pub(super) names: Names,
     reports: Sender<Report>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
@@ -90,6 +92,7 @@ impl Shared {
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
+            hashed: Hashed::default(),
             names: Names::new(),
             reports,
             dirty: Mutex::default(),

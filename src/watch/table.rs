@@ -51,6 +51,8 @@ pub(super) struct Watched {
     process_scan: AtomicU64,
     /// Since when the start of every process of it has been seen.
     seen_since: AtomicU64,
+    /// What they have loaded is to be looked at.
+    code_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
     /// The marks were there before its entry point ran.
@@ -189,6 +191,7 @@ impl Watched {
             walk: AtomicBool::new(false),
             process_scan: AtomicU64::new(0),
             seen_since: AtomicU64::new(0),
+            code_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
@@ -251,6 +254,7 @@ impl Watched {
     pub(super) fn ask_for_rescan(&self) -> bool {
         self.seen_since.store(procfs::ticks_since_boot(), Ordering::Release);
         self.ask_for_processes();
+        self.code_scan.store(true, Ordering::Release);
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
@@ -297,6 +301,10 @@ impl Watched {
     /// Asks for a look at the processes whose start was not seen.
     pub(super) fn ask_for_processes(&self) {
         self.process_scan.fetch_max(self.seen_since.load(Ordering::Acquire), Ordering::AcqRel);
+    }
+
+    pub(super) fn take_code_scan(&self) -> bool {
+        self.code_scan.swap(false, Ordering::AcqRel)
     }
 
     /// Whether the container's processes are to be looked at, and since when the

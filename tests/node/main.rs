@@ -7,6 +7,7 @@
 
 mod answers;
 mod chaos;
+mod code;
 mod cri;
 mod docker;
 mod drift;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
+        code::trials(),
         sources::trials(),
         together::trials(),
         proof::trials(),
