@@ -79,6 +79,8 @@ pub(super) fn after_exec(
         exec_name: None,
     };
     if let Ok(handle) = Handle::open_exactly(stat.identity) {
+        // It is the caller's too, and a program may be over before it is described.
+        executing.process.root = own_root(&handle, watched);
         let start = Instant::now();
         while let Ok(now) = handle.stat() {
             if now.has_ended() {
@@ -105,7 +107,6 @@ pub(super) fn after_exec(
             wait_or_end(caller, STEP);
         }
         executing.process.uid = handle.uid().ok();
-        executing.process.root = own_root(&handle, watched);
     }
     executing.process.ancestors = ancestors(stat, watched.pid_namespace);
     executing

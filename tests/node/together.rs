@@ -74,7 +74,6 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay("copies.tar", &archive_of_copies(COPIES)?)?;
     container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x")?;
     let before = resident_kib(node)?;
     let mut follower = node
         .driftd_command(&["findings", "--follow", "-o", "jsonl", "--container", &container.id])
@@ -83,7 +82,7 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
     let stream = BufReader::new(follower.stdout.take().context("no stdout")?);
     container.sh("/bin/busybox tar xf /.control/copies.tar -C /tmp")?;
     let started = Instant::now();
-    container.sh("/tmp/x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
     let mut is_told = None;
     for line in stream.lines() {
         if line?.contains("\"exec.new\"") {
@@ -162,8 +161,7 @@ fn a42_foreign_root(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let mut archive = tar::Builder::new(Vec::new());
     for number in 0..40 {
-        let program =
-            [programs::tiny_program(), format!("{} root {number}", container.id).into()].concat();
+        let program = bench()?.payload.marked(&format!("{} root {number}", container.id));
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o755);
         header.set_size(program.len() as u64);
@@ -171,7 +169,7 @@ fn a42_foreign_root(node: &Node) -> anyhow::Result<()> {
     }
     container.lay("alpine.tar", &archive.into_inner()?)?;
     container.sh("/bin/busybox tar xf /.control/alpine.tar -C /tmp\n\
-         i=0; while [ $i -lt 40 ]; do /bin/busybox chroot /tmp/alpine /bin/p$i; i=$((i+1)); done")?;
+         i=0; while [ $i -lt 40 ]; do /bin/busybox chroot /tmp/alpine /bin/p$i 30; i=$((i+1)); done")?;
     let mut kinds = Vec::new();
     wait_for("the executions of a foreign root", || {
         let findings = container.findings()?;
@@ -240,7 +238,7 @@ fn package(container: &Container<'_>, files: &[(&str, Vec<u8>)]) -> anyhow::Resu
         container.id.trim_start_matches(char::is_alphabetic)
     );
     write(&tree.join("DEBIAN/control"), control.as_bytes(), 0o644)?;
-    let script = b"#!/bin/sh\ncp /usr/bin/tiny /usr/bin/nmap-helper\ntrue\n";
+    let script = b"#!/bin/bash\n/bin/cp /usr/bin/tiny /usr/bin/nmap-helper\ntrue\n";
     write(&tree.join("DEBIAN/postinst"), script, 0o755)?;
     fs::set_permissions(&tree, fs::Permissions::from_mode(0o755))?;
     let file = scratch.path().join("nmap.deb");
@@ -257,7 +255,7 @@ fn package(container: &Container<'_>, files: &[(&str, Vec<u8>)]) -> anyhow::Resu
 }
 
 const INSTALL: &str = "export PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
-     dpkg --force-bad-path --force-depends -i /.control/nmap.deb";
+     /usr/bin/dpkg --force-bad-path --force-depends -i /.control/nmap.deb";
 
 fn a26_package(node: &Node) -> anyhow::Result<()> {
     let container = installer(node)?;
