@@ -599,9 +599,11 @@ fn while_copy_ups_are_not_answered_writers_wait_and_nothing_else_does() {
     wait_for("the heart to beat", || counted.fetch_add(beats() as u64, Ordering::Relaxed) > 2);
     let held = node.watch.as_ref().unwrap().copy_ups_held();
     held.store(true, Ordering::Relaxed);
-    // A turn may have been under way.
-    thread::sleep(Duration::from_millis(600));
-    while beats() > 0 {}
+    // Turns may have been under way.
+    wait_for("the heart to stop", || {
+        thread::sleep(Duration::from_millis(600));
+        beats() == 0
+    });
     let path = container.file(0);
     let writer = thread::spawn(move || {
         OpenOptions::new().write(true).open(path).map(drop).unwrap();
