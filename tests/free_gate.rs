@@ -12,8 +12,8 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -236,7 +236,11 @@ fn wait_for(what: &str, is_there: impl Fn() -> bool) {
     }
 }
 
+/// A user may have 128 groups, and each free gate has nineteen: one at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
 struct Node {
+    _turn: MutexGuard<'static, ()>,
     watch: Option<Watch>,
     reports: Receiver<Report>,
     health: Arc<Health>,
@@ -244,6 +248,7 @@ struct Node {
 
 impl Node {
     fn start(gate: Gate) -> Node {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let (sender, reports) = bounded(64 * 1024);
         let health = Arc::new(Health::default());
         let settings = config::Watch {
@@ -252,7 +257,7 @@ impl Node {
             ..config::Watch::default()
         };
         let watch = Watch::start(&settings, sender, health.clone(), None).unwrap();
-        Node { watch: Some(watch), reports, health }
+        Node { _turn: turn, watch: Some(watch), reports, health }
     }
 
     fn order(&self, order: Order) {
@@ -581,21 +586,24 @@ fn while_copy_ups_are_not_answered_writers_wait_and_nothing_else_does() {
     let image = Image::new(2);
     let container = Container::start(&image, "");
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let (pulse, heartbeat) = nix::unistd::pipe2(flags).unwrap();
     let (sender, reports) = bounded(64 * 1024);
     let health = Arc::new(Health::default());
     let settings = config::Watch { gate: Gate::Free, ..config::Watch::default() };
     let watch = Watch::start(&settings, sender, health.clone(), Some(heartbeat)).unwrap();
-    let mut node = Node { watch: Some(watch), reports, health };
+    let mut node = Node { _turn: turn, watch: Some(watch), reports, health };
     node.attach(&container, &image);
     let beats = || rustix::io::read(&pulse, &mut [0; 64]).unwrap_or(0);
     let counted = AtomicU64::new(0);
     wait_for("the heart to beat", || counted.fetch_add(beats() as u64, Ordering::Relaxed) > 2);
     let held = node.watch.as_ref().unwrap().copy_ups_held();
     held.store(true, Ordering::Relaxed);
-    // A turn may have been under way.
-    thread::sleep(Duration::from_millis(600));
-    while beats() > 0 {}
+    // Turns may have been under way.
+    wait_for("the heart to stop", || {
+        thread::sleep(Duration::from_millis(600));
+        beats() == 0
+    });
     let path = container.file(0);
     let writer = thread::spawn(move || {
         OpenOptions::new().write(true).open(path).map(drop).unwrap();
