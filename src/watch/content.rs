@@ -131,7 +131,7 @@ fn describe_one(
     if let Some(stat) = &caller.stat {
         shared.packages().executes(shared, &watched, stat);
     }
-    if let (Ok(path), None) = (&path, &executing.process.root) {
+    if let (Ok((path, _)), None) = (&path, &executing.process.root) {
         executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());
     }
     match path {
