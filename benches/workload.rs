@@ -369,7 +369,7 @@ fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<(
         }
     });
     // It follows when it has read the first one.
-    container.begin("/app/worker drop /run 1")?.finish(PATIENCE)?;
+    container.begin("/app/worker drop /app 1")?.finish(PATIENCE)?;
     received.recv_timeout(Duration::from_secs(60)).context("the stream is silent")?;
     let cpu = processor_time(node)?;
     let ran = container.begin(&format!("/app/worker drop /tmp {count}"))?.finish(PATIENCE)?;

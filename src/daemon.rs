@@ -18,10 +18,11 @@ use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::{Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs};
-use crate::health::Health;
+use crate::health::{Health, Missing};
 use crate::history::History;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
+use crate::sys::capabilities::Capabilities;
 use crate::watch::{Scope, Watch};
 use crate::{api, guardian, respond};
 
@@ -37,6 +38,13 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let _log = start_log();
     create_private(&config.state_dir)?;
     let health = Arc::new(Health::default());
+    let capabilities = Capabilities::probe();
+    let missing = capabilities.missing().iter().map(|feature| Missing {
+        name: feature.name().into(),
+        since: feature.since().into(),
+        meaning: feature.without().into(),
+    });
+    let _ = health.missing.set(missing.collect());
 
     // The guardian comes before the gate: from its first answer on, the gate is watched.
     let (mut guardian, heartbeat) = guardian::start().context("cannot start the guardian")?;

@@ -10,7 +10,7 @@ use crate::baseline::{ImageBaseline, Known};
 use crate::model::file::{grants_identity, is_program};
 use crate::model::{
     Blake3Hash, Content, EntryPoint, Fact, FileState, FileType, Filesystem, Format, Kind,
-    PathGlobs, RootfsPath, Script, Severity, Unhashed,
+    PathGlobs, Process, RootfsPath, Script, Severity, Unhashed,
 };
 
 /// Where a file matters in a container whatever it holds: others run or obey it.
@@ -143,16 +143,54 @@ fn assess_code(
     if known.as_ref().is_some_and(|known| same(known, state)) {
         return Assessment { change: Change::Metadata, judgements: Vec::new() };
     }
+    // Volumes are how scripts and drivers are handed to a container from outside.
+    let severity = match filesystem {
+        Filesystem::Volume => kind.severity().min(Severity::Medium),
+        Filesystem::Overlay | Filesystem::Tmpfs | Filesystem::Anonymous => kind.severity(),
+    };
+    let severity = match (kind, filesystem) {
+        (Kind::ExecInterpreted, Filesystem::Volume) => Severity::Low,
+        _ => severity,
+    };
     if let Some(origins) = origin(image, state) {
         // Known code from an unusual place: it can stand in for other code.
         let expected = origins.into_iter().next();
-        let severity = kind.severity().min(Severity::Medium);
+        let severity = severity.min(Severity::Medium);
         let judgements = vec![Judgement { kind, severity, expected }];
         return Assessment { change: Change::Relocated, judgements };
     }
     let change = if known.is_some() { Change::Modified } else { Change::Added };
-    Assessment { change, judgements: vec![judgement(kind, known)] }
+    Assessment { change, judgements: vec![Judgement { kind, severity, expected: known }] }
 }
+
+/// Whether a library was laid there by the very program that loads it, as programs
+/// do that carry libraries packed in themselves (netty, SQLite and others of a Java
+/// program, single-file programs of other languages).
+///
+/// That is so if a program of the image, at its own path, wrote the file into a
+/// temporary directory and loads it: the same process, or one that runs the same
+/// program and has the writer for its parent (a worker of it). A shell is never
+/// such a program: what it writes and loads is what it was told to. The caller
+/// leaves out sessions, which do what a person wants, and programs that are drift
+/// themselves.
+pub fn is_extracted_by_itself(
+    image: &ImageBaseline,
+    path: &RootfsPath,
+    process: &Process,
+    writer: &Process,
+) -> bool {
+    let is_same_process = process.identity == writer.identity;
+    let is_worker =
+        process.ancestors.first().is_some_and(|parent| parent.identity == writer.identity);
+    let exe = process.exe.as_ref().filter(|exe| Some(*exe) == writer.exe.as_ref());
+    let Some(exe) = exe.and_then(|exe| RootfsPath::new(exe).ok()) else { return false };
+    (is_same_process || is_worker)
+        && in_world_writable_directory(image, path)
+        && image.get(&exe).as_ref().is_some_and(known_program)
+        && !SHELLS.iter().any(|shell| shell.as_bytes() == exe.file_name())
+}
+
+const SHELLS: &[&str] = &["ash", "bash", "busybox", "dash", "ksh", "mksh", "sh", "toybox", "zsh"];
 
 fn assess_executed(
     image: &ImageBaseline,
@@ -528,7 +566,7 @@ mod tests {
 
     use super::*;
     use crate::baseline::blake3_of;
-    use crate::model::{Process, ProcessIdentity, Sha256Hash};
+    use crate::model::{Ancestor, ProcessIdentity, Sha256Hash};
 
     const IMAGE: &str = "
 /bin 755 dir
@@ -607,18 +645,25 @@ mod tests {
                 invoked_as: None,
                 layer_file: None,
             },
-            "load" => Fact::Loaded {
+            "load" | "load-volume" => Fact::Loaded {
                 path: path(),
-                filesystem: Filesystem::Overlay,
+                filesystem: match words[0] {
+                    "load-volume" => Filesystem::Volume,
+                    _ => Filesystem::Overlay,
+                },
                 state: state(),
                 lower: None,
                 process: process(),
                 by_linker: false,
+                writer: None,
             },
-            "interpret" => Fact::Interpreted {
+            "interpret" | "interpret-volume" => Fact::Interpreted {
                 script: Script::File {
                     path: path(),
-                    filesystem: Filesystem::Overlay,
+                    filesystem: match words[0] {
+                        "interpret-volume" => Filesystem::Volume,
+                        _ => Filesystem::Overlay,
+                    },
                     state: state(),
                     lower: None,
                 },
@@ -813,6 +858,46 @@ mod tests {
         check("load /tmp/ls.so 644 elf ls", "Relocated: library.loaded medium from /bin/ls");
         check("interpret /tmp/i.sh 644 data evil", "Added: exec.interpreted medium");
         check("interpret /opt/tool/run 755 script run", "Metadata: ");
+        check("load-volume /data/evil.so 644 elf evil", "Added: library.loaded medium");
+        check("interpret-volume /scripts/run 644 data evil", "Added: exec.interpreted low");
+    }
+
+    /// `PID EXE` of who loads, of its parent, and of who has written.
+    #[track_caller]
+    fn check_extracted(path: &str, loads: &str, parent: &str, wrote: &str, expected: bool) {
+        let identity = |text: &str| ProcessIdentity {
+            pid: text.split_once(' ').unwrap().0.parse().unwrap(),
+            start_time: 1,
+        };
+        let exe = |text: &str| Some(text.split_once(' ').unwrap().1.to_owned());
+        let process = |text: &str| Process {
+            identity: identity(text),
+            exe: exe(text),
+            ..(*self::process()).clone()
+        };
+        let parent = Ancestor { identity: identity(parent), exe: exe(parent), argv: None };
+        let loads = Process { ancestors: vec![parent], ..process(loads) };
+        let image = ImageBaseline::from_text(&[IMAGE]);
+        let path = RootfsPath::new(path).unwrap();
+        let told = is_extracted_by_itself(&image, &path, &loads, &process(wrote));
+        assert_eq!(told, expected, "{path}");
+    }
+
+    #[test]
+    fn b25_what_a_program_of_the_image_unpacks_for_itself_is_no_alarm() {
+        let lib = "/tmp/libnetty_transport_native_epoll_x86_64123.so";
+        let (init, app) = ("1 /bin/busybox", "7 /usr/bin/curl");
+        check_extracted(lib, app, init, app, true);
+        check_extracted("/tmp/deeper/lib.so", app, init, app, true);
+        // A worker loads what its master has unpacked.
+        check_extracted(lib, "8 /usr/bin/curl", app, app, true);
+        check_extracted("/usr/lib/lib.so", app, init, app, false);
+        check_extracted(lib, "8 /usr/bin/curl", init, app, false);
+        // The same process, but another program has written it: a shell, and exec.
+        check_extracted(lib, app, init, "7 /bin/busybox", false);
+        // bash's `enable -f`
+        check_extracted(lib, "7 /bin/busybox", init, "7 /bin/busybox", false);
+        check_extracted(lib, "7 /tmp/x", init, "7 /tmp/x", false);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -46,6 +47,8 @@ pub enum Failure {
     NamesFull,
     /// A container started before its marks were in place, and they were required.
     ArmedLate,
+    /// More libraries, scripts and shells waited to be looked at than may wait.
+    CodeQueueFull,
 }
 
 /// What is done about a [`Failure`].
@@ -60,7 +63,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 19] = [
+    pub const ALL: [Failure; 20] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -80,6 +83,7 @@ impl Failure {
         Failure::MountsFull,
         Failure::NamesFull,
         Failure::ArmedLate,
+        Failure::CodeQueueFull,
     ];
 
     pub fn name(self) -> &'static str {
@@ -103,6 +107,7 @@ impl Failure {
             Failure::MountsFull => "mounts_full",
             Failure::NamesFull => "names_full",
             Failure::ArmedLate => "armed_late",
+            Failure::CodeQueueFull => "code_queue_full",
         }
     }
 
@@ -114,6 +119,7 @@ impl Failure {
             | Failure::PipelineFull
             | Failure::EventUnreadable
             | Failure::TraceLost
+            | Failure::CodeQueueFull
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry
@@ -144,6 +150,8 @@ pub struct Health {
     /// Changes that a walk had to find because too many came at once. None of them
     /// is lost but the name of who made it.
     pub left_to_sweeps: AtomicU64,
+    /// What this kernel lacks, as found when the daemon started.
+    pub missing: OnceLock<Vec<Missing>>,
 }
 
 impl Health {
@@ -167,6 +175,16 @@ impl Health {
             .filter(|loss| loss.count > 0)
             .collect()
     }
+}
+
+/// Something that this kernel lacks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Missing {
+    pub name: String,
+    /// Where it comes from.
+    pub since: String,
+    /// What it means that it is not there.
+    pub meaning: String,
 }
 
 /// A failure's name and how often it happened since the daemon started.

@@ -37,6 +37,8 @@ pub struct Entry {
     /// Since when there is no baseline, for whatever reasons.
     pub without_baseline: Option<Timestamp>,
     pub watch: WatchState,
+    /// Whether the gate was in place before the entry point of the newest run.
+    pub armed_before_start: bool,
     /// Its record is gone; forgotten once the last scan is over.
     pub removed: bool,
     /// Attached since the last listing began: no extra scan is due.

@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
-use crate::health::{Failure, Health};
+use crate::health::{Failure, Health, Reaction};
 use crate::history::Record;
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
@@ -39,9 +39,12 @@ use crate::respond::{Action, Order, Response};
 use crate::watch::{self, Command, Report, Trust};
 
 mod aggregate;
+mod gaps;
 mod layers;
 mod together;
 
+pub use self::gaps::Gap;
+use self::gaps::Gaps;
 use self::layers::Tampered;
 use self::together::Unsaid;
 
@@ -112,6 +115,8 @@ pub struct Status {
     pub containers_waiting: u32,
     /// What is missing from the view, in words.
     pub problems: Vec<String>,
+    /// From when to when it was incomplete: what still is, then the newest.
+    pub gaps: Vec<Gap>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,7 +198,8 @@ pub struct State {
     responses: Vec<PendingResponse>,
     /// When each loss was last written to the history: a flood of one loss is
     /// one gap a second, the counters have the rest.
-    gaps: HashMap<&'static str, Timestamp>,
+    told_gaps: HashMap<&'static str, Timestamp>,
+    gaps: Gaps,
     /// Seen of containers that containerd has not told of yet.
     unannounced: VecDeque<Observation>,
     /// What is new of aggregated findings and not told yet.
@@ -235,7 +241,8 @@ impl State {
             next_ticket: 1,
             diffs: HashMap::new(),
             responses: Vec::new(),
-            gaps: HashMap::new(),
+            told_gaps: HashMap::new(),
+            gaps: Gaps::default(),
             unannounced: VecDeque::new(),
             unsaid: Unsaid::default(),
         }
@@ -279,6 +286,7 @@ impl State {
                 entry.removed = false;
                 entry.pid = Some(pid);
                 entry.watch = WatchState::Asked;
+                entry.armed_before_start = false;
                 entry.fresh = true;
                 let trust = layers::trust(entry);
                 effects.push(Effect::Watch(Command::Attach {
@@ -516,6 +524,7 @@ impl State {
             Report::Attached { container, before_start } => {
                 if let Some(entry) = self.inventory.get_mut(&container) {
                     entry.watch = WatchState::Attached { before_start };
+                    entry.armed_before_start = before_start;
                 }
             }
             Report::NotAttached { container, reason } => {
@@ -532,7 +541,17 @@ impl State {
                     self.judge(&observation, now, effects);
                 }
             }
-            Report::Scanned { container, ticket, complete } => {
+            Report::Scanned { container, ticket, began, complete } => {
+                let has_ended =
+                    self.inventory.get(&container).is_none_or(|entry| entry.pid.is_none());
+                let closed = if complete {
+                    self.gaps.walked(&container, began, now)
+                } else if has_ended {
+                    self.gaps.gone(&container, now)
+                } else {
+                    Vec::new()
+                };
+                tell_closed(closed, effects);
                 if let Some(pending) = ticket.and_then(|ticket| self.diffs.remove(&ticket)) {
                     pending.answer(complete);
                 }
@@ -543,10 +562,11 @@ impl State {
                 {
                     self.say_all(effects);
                     self.inventory.remove(&container);
+                    tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
-            Report::Lost { failure, container, detail } => {
-                self.gap(failure, container, detail, now, effects);
+            Report::Lost { failure, container, detail, at } => {
+                self.lost(failure, container, detail, at, effects);
             }
         }
     }
@@ -560,18 +580,50 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
-        let told = self.gaps.get(failure.name());
+        let told = self.told_gaps.get(failure.name());
         // Of a clock that was set back it is not known how long ago that was.
         if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
             return;
         }
-        self.gaps.insert(failure.name(), now);
+        self.told_gaps.insert(failure.name(), now);
         effects.push(Effect::Record(Record::Gap {
             name: failure.name().to_owned(),
             container,
             detail,
             at: now,
+            until: None,
         }));
+    }
+
+    /// The watchers have lost something, and will walk what it may concern.
+    fn lost(
+        &mut self,
+        failure: Failure,
+        container: Option<ContainerId>,
+        detail: String,
+        at: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let awaited = match &container {
+            // No walk makes up for it.
+            _ if failure.reaction() != Reaction::Rescan => HashSet::new(),
+            Some(container) => HashSet::from([container.clone()]),
+            None => self
+                .inventory
+                .iter()
+                .filter(|(_, entry)| matches!(entry.watch, WatchState::Attached { .. }))
+                .map(|(id, _)| id.clone())
+                .collect(),
+        };
+        let gap = Gap {
+            failure,
+            container: container.clone(),
+            detail: detail.clone(),
+            since: at,
+            until: None,
+        };
+        self.gaps.opened(gap, awaited);
+        self.gap(failure, container, detail, at, effects);
     }
 
     fn note_difference(&mut self, ticket: u64, observation: &Observation) {
@@ -682,7 +734,7 @@ impl State {
         }
         let sensitive =
             Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
-        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
+        let Some(mut assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
             return;
         };
         let is_image = assessment.judgements.is_empty();
@@ -710,14 +762,33 @@ impl State {
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::Loaded { path, filesystem, state, lower, process, by_linker } => {
+            Fact::Loaded { path, filesystem, state, lower, process, by_linker, writer } => {
+                let written = entry
+                    .about_content(path, state.blake3())
+                    .filter(|told| told.kind == Kind::FileAdded)
+                    .find_map(|told| told.process.as_ref());
+                let is_own =
+                    writer.as_deref().or(written).is_some_and(|writer| {
+                        detect::is_extracted_by_itself(&baseline, path, process, writer)
+                    }) && entry.session_where(|root| process.descends_from(root)).is_none()
+                        && !is_drift(entry, process);
+                if is_own {
+                    for judgement in &mut assessment.judgements {
+                        judgement.severity = judgement.severity.min(Severity::Info);
+                    }
+                }
+                let detail = match (is_own, by_linker) {
+                    (true, _) => Some(EXTRACTED),
+                    (false, true) => Some(BY_LINKER),
+                    (false, false) => None,
+                };
                 let evidence = Evidence {
                     path: Some(path),
                     filesystem: *filesystem,
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: Some(process),
-                    detail: by_linker.then_some(BY_LINKER),
+                    detail,
                     ..Evidence::default()
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
@@ -831,7 +902,8 @@ impl State {
         let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
         let content = evidence.state.and_then(FileState::blake3);
         let kind = judgement.kind;
-        let id = match evidence.path.filter(|_| content.is_none() && kind.is_exec()) {
+        let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
+        let id = match evidence.path.filter(|_| content.is_none() && is_run) {
             // It was gone before it could be read: what is known of its name is
             // likelier the same program than another one.
             Some(path) => entry.about(path).find(|told| told.kind == kind).map(|told| told.id),
@@ -1159,12 +1231,21 @@ impl State {
                 BaselineState::Ready(_) => (),
             }
         }
+        problems.extend(self.gaps.open().map(|gap| {
+            let whose = gap
+                .container
+                .as_ref()
+                .map_or("every container".to_owned(), |id| format!("container {id}"));
+            let (since, name) = (gap.since, gap.failure.name());
+            format!("the view of {whose} is incomplete since {since} ({name}): {}", gap.detail)
+        }));
         Status {
             started_at: self.started_at,
             endpoints,
             containers_watched: watched,
             containers_waiting: waiting,
             problems,
+            gaps: self.gaps.all(),
         }
     }
 }
@@ -1178,6 +1259,19 @@ impl PendingDiff {
             incomplete: self.truncated || !complete,
         }));
     }
+}
+
+/// The history learns the end of what it knows the beginning of.
+fn tell_closed(closed: Vec<Gap>, effects: &mut Vec<Effect>) {
+    effects.extend(closed.into_iter().map(|gap| {
+        Effect::Record(Record::Gap {
+            name: gap.failure.name().to_owned(),
+            container: gap.container,
+            detail: gap.detail,
+            at: gap.since,
+            until: gap.until,
+        })
+    }));
 }
 
 fn record_baseline(container: &Container) -> Effect {
@@ -1231,7 +1325,9 @@ impl Evidence<'_> {
 
 /// Whether a file's content is known because it was run.
 fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3Hash>) -> bool {
-    entry.about_content(path, content).any(|told| told.kind.is_exec())
+    entry
+        .about_content(path, content)
+        .any(|told| told.kind.is_exec() || told.kind == Kind::LibraryLoaded)
         || entry
             .members
             .of(Deed::Executed, path)
@@ -1244,6 +1340,16 @@ const IN_LAYER: &str =
 
 /// What is said of a program that was given to the dynamic linker.
 const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
+
+/// What is said of a library that a program of the image brings along packed.
+const EXTRACTED: &str = "the program of the image that loads it has written it itself, into a \
+     temporary directory, as programs do that bring libraries along packed";
+
+/// Whether a process runs a program that was told as drift itself.
+fn is_drift(entry: &Entry, process: &Process) -> bool {
+    let exe = process.exe.as_deref().and_then(|exe| RootfsPath::new(exe).ok());
+    exe.is_none_or(|exe| entry.about(&exe).any(|told| told.kind.is_exec()))
+}
 
 /// What is said of a script without a file.
 const BY_PIPE: &str = "its text came through a pipe";
@@ -1404,7 +1510,7 @@ fn view(entry: &Entry) -> Option<ContainerView> {
     Some(ContainerView {
         baseline: entry.baseline.describe(),
         watched: entry.is_attached(),
-        armed_before_start: matches!(entry.watch, WatchState::Attached { before_start: true }),
+        armed_before_start: entry.armed_before_start,
         problem,
         findings: entry.findings.len() as u64,
         container,

@@ -19,10 +19,11 @@ use driftd::baseline::{
     Recorded, Store, Witness,
 };
 use driftd::health::Health;
-use driftd::history::{Filter, FindingLookup, History, Record, Writer};
+use driftd::history::{Filter, FindingLookup, History, MemberChange, Record, Writer};
+use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
     ChainId, Container, ContainerId, DiffId, EntryPoint, FileType, Finding, Format, ImageReference,
-    Kind, LayerId, ManifestDigest, Outcome, RootfsPath, Severity, Task,
+    Kind, LayerId, ManifestDigest, Member, Outcome, RootfsPath, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
@@ -460,6 +461,7 @@ fn every_command_has_help() {
         &["diff", "--help"],
         &["findings", "--help"],
         &["show", "--help"],
+        &["members", "--help"],
         &["respond", "--help"],
         &["respond", "kill", "--help"],
         &["completions", "--help"],
@@ -531,6 +533,7 @@ fn a_daemon_that_is_not_there_is_2_with_the_next_step() {
         &["findings"],
         &["findings", "--follow"],
         &["show", "ab"],
+        &["members", "ab"],
         &["diff", "web"],
         &["baseline", "ls"],
         &["baseline", "record", "x"],
@@ -676,6 +679,61 @@ fn findings_are_listed_filtered_and_shown() {
     assert_eq!(
         (several.code, several.talk.as_str()),
         (2, "error: `0` could be 3 findings: write more of the ID\n")
+    );
+}
+
+#[test]
+fn the_files_of_an_aggregated_finding_are_all_listed() {
+    let node = Node::start();
+    let (mut aggregate, alone) = (finding(1, 10), finding(2, 10));
+    (aggregate.kind, aggregate.severity) = (Kind::FileRelocated, Severity::Info);
+    aggregate.files = Some(2500);
+    let changes = (0..2500_u32).map(|number| {
+        let path: &[u8] = if number == 0 { b"/tmp/\x1b[2J\xff" } else { b"/tmp/t" };
+        let path = [path, format!("{number:05}").as_bytes()].concat();
+        MemberChange::Seen(Member {
+            schema: MEMBER_SCHEMA.into(),
+            path: RootfsPath::new(path).unwrap(),
+            kind: Kind::FileRelocated,
+            blake3: None,
+            first_seen: aggregate.first_seen,
+            last_seen: aggregate.first_seen,
+            removed: number == 7,
+        })
+    });
+    let changes = changes.collect();
+    let record = Record::Aggregate { finding: Box::new(aggregate.clone()), changes };
+    node.writer.as_ref().unwrap().records().send(record).unwrap();
+    node.found(std::slice::from_ref(&alone));
+
+    let id = aggregate.id.to_string();
+    let names = node.run(&["members", &id[..8], "-q"]);
+    assert_eq!((names.code, names.out.lines().count()), (0, 2500));
+    assert!(names.out.starts_with("/tmp/\\u{1b}[2J\\xff00000\n"), "{}", &names.out[..80]);
+    assert_eq!(node.run(&["members", &id, "-q", "--limit", "1200"]).out.lines().count(), 1200);
+    let json = node.run(&["members", &id, "-o", "json"]);
+    let members: Vec<Member> = serde_json::from_str(&json.out).unwrap();
+    assert_eq!(members.len(), 2500);
+    assert_eq!(members.iter().filter(|member| member.removed).count(), 1);
+    let lines = node.run(&["members", &id, "-o", "jsonl"]);
+    assert_eq!(lines.out.lines().count(), 2500);
+    let table = node.run(&["members", &id]);
+    assert!(table.out.starts_with("PATH "), "{}", &table.out[..80]);
+    assert!(!table.out.contains('\x1b'));
+
+    let shown = node.run(&["show", &id]);
+    let expected = format!("Stands for  2500 files (driftd members {})", &id[..12]);
+    assert!(shown.out.contains(&expected), "{}", shown.out);
+    let listed = node.run(&["findings"]);
+    assert!(listed.out.contains(" (2500 files)"), "{}", listed.out);
+
+    let one = node.run(&["members", &alone.id.to_string()]);
+    assert_eq!((one.code, one.out.lines().count()), (0, 1), "{one:?}");
+    assert!(one.talk.contains("driftd show"), "{}", one.talk);
+    let nothing = node.run(&["members", "ee"]);
+    assert_eq!(
+        (nothing.code, nothing.talk.as_str()),
+        (2, "error: no finding `ee` (see: driftd findings)\n")
     );
 }
 
@@ -1472,6 +1530,7 @@ fn a_follower_is_told_of_gaps() {
         container: Some(ContainerId::new("default", container)),
         detail: "the kernel dropped events".into(),
         at: Timestamp::now(),
+        until: None,
     };
     wait_until(|| {
         let reader = node.writer.as_ref().unwrap().reader();

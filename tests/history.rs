@@ -9,8 +9,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use driftd::health::{Failure, Health};
-use driftd::history::{self, Error, Filter, FindingLookup, History, Record, Writer};
-use driftd::model::{ContainerId, Finding, FindingId, Kind, Outcome, Severity};
+use driftd::history::{self, Error, Filter, FindingLookup, History, MemberChange, Record, Writer};
+use driftd::model::finding::MEMBER_SCHEMA;
+use driftd::model::{
+    Blake3Hash, ContainerId, Finding, FindingId, Kind, Member, Outcome, RootfsPath, Severity,
+};
 use driftd::respond::Response;
 use jiff::{Timestamp, ToSpan as _};
 
@@ -60,6 +63,7 @@ fn write(writer: &Writer, records: Vec<Record>) {
         container: None,
         detail: marker,
         at: Timestamp::now(),
+        until: None,
     };
     writer.records().send(gap.clone()).unwrap();
     wait_for(writer, |records| records.contains(&gap));
@@ -119,6 +123,7 @@ fn what_was_written_is_read_back_whole() {
         container: Some(id_of(&first).clone()),
         detail: "7 observations".into(),
         at: Timestamp::now(),
+        until: None,
     };
     write(
         &writer,
@@ -326,7 +331,9 @@ fn the_questions_in_the_format_s_document_have_answers() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let finding = finding(1, 0);
-    write(&writer, vec![record(&finding), Record::Response(Box::new(response(id_of(&finding))))]);
+    let seen = MemberChange::Seen(member("/tmp/a", 0));
+    let aggregate = Record::Aggregate { finding: Box::new(finding.clone()), changes: vec![seen] };
+    write(&writer, vec![aggregate, Record::Response(Box::new(response(id_of(&finding))))]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let mut asked = 0;
     for question in questions.split_inclusive(";\n") {
@@ -337,7 +344,96 @@ fn the_questions_in_the_format_s_document_have_answers() {
         assert!(!rows.is_empty(), "{question}");
         asked += 1;
     }
-    assert_eq!(asked, 6);
+    assert_eq!(asked, 7);
+    writer.stop();
+}
+
+// ---- the files of aggregated findings
+
+fn member(path: &str, number: u8) -> Member {
+    Member {
+        schema: MEMBER_SCHEMA.into(),
+        path: RootfsPath::new(path).unwrap(),
+        kind: Kind::FileRelocated,
+        blake3: (number > 0).then_some(Blake3Hash([number; 32])),
+        first_seen: "2026-11-20T10:08:00Z".parse().unwrap(),
+        last_seen: "2026-11-20T10:08:00Z".parse().unwrap(),
+        removed: false,
+    }
+}
+
+fn aggregate(finding: &Finding, changes: Vec<MemberChange>) -> Record {
+    Record::Aggregate { finding: Box::new(finding.clone()), changes }
+}
+
+#[test]
+fn every_file_of_an_aggregated_finding_is_kept_and_listed_in_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let (mut one, other) = (finding(1, 0), finding(2, 0));
+    let path = |number: u32| format!("/tmp/t{number:05}");
+    let seen = |from: u32, to: u32| {
+        (from..to).map(|number| MemberChange::Seen(member(&path(number), 1))).collect()
+    };
+    write(&writer, vec![aggregate(&one, seen(0, 700)), aggregate(&other, seen(0, 1))]);
+    one.revision = 2;
+    let gone = MemberChange::Gone {
+        path: RootfsPath::new(path(3)).unwrap(),
+        at: "2026-11-20T10:09:00Z".parse().unwrap(),
+    };
+    let changed = MemberChange::Seen(Member {
+        last_seen: "2026-11-20T10:10:00Z".parse().unwrap(),
+        ..member(&path(4), 2)
+    });
+    let odd = MemberChange::Seen(member("/tmp/t\x1b\n", 0));
+    let mut changes: Vec<MemberChange> = seen(700, 2500);
+    changes.extend([gone, changed, odd]);
+    write(&writer, vec![aggregate(&one, changes)]);
+
+    let mut members = Vec::new();
+    let mut after = None;
+    loop {
+        let page = writer.reader().members(one.id, after, 1000).unwrap();
+        assert!(page.members.len() <= 1000);
+        members.extend(page.members);
+        // As a client hands it back.
+        let Some(next) = page.next else { break };
+        after = Some(next.to_string().parse().unwrap());
+    }
+    assert_eq!(members.len(), 2501);
+    assert!(members.is_sorted_by_key(|member| member.path.clone()));
+    let find = |path: &str| {
+        let path = RootfsPath::new(path).unwrap();
+        members.iter().find(|member| member.path == path).unwrap().clone()
+    };
+    assert!(find(&path(3)).removed);
+    let changed = find(&path(4));
+    assert_eq!(changed.blake3, Some(Blake3Hash([2; 32])));
+    assert_eq!(changed.first_seen, "2026-11-20T10:08:00Z".parse().unwrap());
+    assert_eq!(find("/tmp/t\x1b\n"), member("/tmp/t\x1b\n", 0));
+    for bad in ["2f7", "zz", "2f2f", "746d70"] {
+        assert!(bad.parse::<history::MemberToken>().is_err(), "{bad}");
+    }
+
+    // After a restart, all of them are known.
+    writer.stop();
+    let history = History::open(dir.path()).unwrap();
+    let mut known = BTreeMap::new();
+    history.each_member(|finding, _| *known.entry(finding).or_insert(0) += 1).unwrap();
+    assert_eq!(known, BTreeMap::from([(one.id, 2501), (other.id, 1)]));
+}
+
+#[test]
+fn the_files_of_a_finding_go_when_it_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, young) = (finding(1, 40 * 24 * 60 * 60), finding(2, 0));
+    let writer = start(dir.path());
+    let seen = || vec![MemberChange::Seen(member("/tmp/a", 1))];
+    write(&writer, vec![aggregate(&old, seen()), aggregate(&young, seen())]);
+    writer.stop();
+    let writer = start(dir.path());
+    wait_for(&writer, |_| writer.reader().members(old.id, None, 10).unwrap().members.is_empty());
+    assert_eq!(writer.reader().members(young.id, None, 10).unwrap().members.len(), 1);
     writer.stop();
 }
 

@@ -391,6 +391,19 @@ pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto:
     }
 }
 
+pub fn gap_to_proto(gap: crate::pipeline::Gap) -> proto::Gap {
+    let (namespace, container) =
+        gap.container.map(|id| (id.namespace.to_string(), id.id.to_string())).unwrap_or_default();
+    proto::Gap {
+        name: gap.failure.name().into(),
+        at: Some(time_to_proto(gap.since)),
+        namespace,
+        container,
+        detail: gap.detail,
+        until: gap.until.map(time_to_proto),
+    }
+}
+
 pub fn endpoint_to_proto(endpoint: EndpointView) -> proto::Endpoint {
     proto::Endpoint {
         socket: endpoint.socket,

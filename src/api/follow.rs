@@ -76,7 +76,7 @@ impl Follower {
                             *finding,
                         ))
                     }
-                    Record::Gap { name, container, detail, at } => {
+                    Record::Gap { name, container, detail, at, until } => {
                         proto::follow_findings_response::Event::Gap(proto::Gap {
                             name,
                             at: Some(convert::time_to_proto(at)),
@@ -86,6 +86,7 @@ impl Follower {
                                 .unwrap_or_default(),
                             container: container.map(|id| id.id.to_string()).unwrap_or_default(),
                             detail,
+                            until: until.map(convert::time_to_proto),
                         })
                     }
                     // The finding's next revision carries the outcome.
@@ -108,6 +109,7 @@ impl Follower {
             namespace: String::new(),
             container: String::new(),
             detail,
+            until: None,
         };
         self.send(cursor, proto::follow_findings_response::Event::Gap(gap)).await
     }

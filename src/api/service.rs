@@ -224,6 +224,18 @@ impl DriftService for Service {
                 .into_iter()
                 .map(|loss| proto::Loss { name: loss.name, count: loss.count })
                 .collect(),
+            gaps: status.gaps.into_iter().map(convert::gap_to_proto).collect(),
+            missing: health
+                .missing
+                .get()
+                .into_iter()
+                .flatten()
+                .map(|missing| proto::Missing {
+                    name: missing.name.clone(),
+                    since: missing.since.clone(),
+                    meaning: missing.meaning.clone(),
+                })
+                .collect(),
             baseline_queue: Some(proto::BaselineQueue {
                 recording: count(queue.recording),
                 waiting: count(queue.waiting),

@@ -14,12 +14,13 @@ use super::exit::Exit;
 use super::output::{Format, json_line, safe, size, write};
 use crate::config::Config;
 use crate::containerd::describe::describe;
+use crate::sys::capabilities::{Capabilities, Feature};
 use crate::{history, sys};
 
 /// How long a containerd may take to say what it is.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The oldest kernel with all that the gate needs.
-const OLDEST_KERNEL: (u32, u32) = (5, 4);
+const OLDEST_KERNEL: (u32, u32) = (5, 6);
 /// Less free space than this is worth a warning.
 const LITTLE_SPACE: u64 = 1 << 30;
 
@@ -59,6 +60,7 @@ impl Doctor {
     pub(super) fn run(&self, socket: Option<&Path>) -> anyhow::Result<Exit> {
         let config = self.settings.load(socket)?;
         let mut checks = vec![kernel(), capabilities(), fanotify()];
+        checks.extend(features(&Capabilities::probe()));
         checks.extend(fanotify_limits());
         checks.push(overlay());
         checks.extend(containerds(&config.containerd.sockets)?);
@@ -155,6 +157,24 @@ fn fanotify() -> Check {
         ),
         Err(err) => check("fanotify", Result::Fail, err.to_string()),
     }
+}
+
+/// What else the kernel has, and what it means where it has not.
+fn features(found: &Capabilities) -> Vec<Check> {
+    Feature::ALL
+        .into_iter()
+        .map(|feature| {
+            let name = feature.name();
+            let (result, detail) = if found.has(feature) {
+                (Result::Ok, format!("{name} is there"))
+            } else {
+                let result = if feature.is_needed() { Result::Fail } else { Result::Warn };
+                let (without, since) = (feature.without(), feature.since());
+                (result, format!("{name} is missing: {without} (it comes with {since})"))
+            };
+            check("kernel feature", result, detail)
+        })
+        .collect()
 }
 
 fn fanotify_limits() -> Vec<Check> {
@@ -327,7 +347,8 @@ mod tests {
     fn kernels_are_told_by_their_version() {
         for (release, expected) in [
             ("6.18.5", Result::Ok),
-            ("5.4.0-42-generic", Result::Ok),
+            ("5.6.0-2-generic", Result::Ok),
+            ("5.4.0-42-generic", Result::Fail),
             ("5.3.18", Result::Fail),
             ("4.19.0", Result::Fail),
             ("odd", Result::Warn),

@@ -145,7 +145,8 @@ impl Findings {
                         write(json_line(&gap_json(&gap)?)?.as_bytes())?;
                     }
                     eprintln!(
-                        "gap: {}{}: {}",
+                        "gap{}: {}{}: {}",
+                        if gap.until.is_some() { " made up for" } else { "" },
                         safe(&gap.name),
                         match gap.container.as_str() {
                             "" => String::new(),
@@ -166,15 +167,16 @@ impl Findings {
 }
 
 #[derive(Serialize)]
-struct GapJson {
-    schema: &'static str,
-    name: String,
-    at: Timestamp,
-    container: Option<crate::model::ContainerId>,
-    detail: String,
+pub(super) struct GapJson {
+    pub(super) schema: &'static str,
+    pub(super) name: String,
+    pub(super) at: Timestamp,
+    pub(super) container: Option<crate::model::ContainerId>,
+    pub(super) detail: String,
+    pub(super) until: Option<Timestamp>,
 }
 
-fn gap_json(gap: &proto::Gap) -> anyhow::Result<GapJson> {
+pub(super) fn gap_json(gap: &proto::Gap) -> anyhow::Result<GapJson> {
     Ok(GapJson {
         schema: "driftd.gap/v1",
         name: gap.name.clone(),
@@ -182,6 +184,10 @@ fn gap_json(gap: &proto::Gap) -> anyhow::Result<GapJson> {
         container: (!gap.container.is_empty())
             .then(|| crate::model::ContainerId::new(&gap.namespace, &gap.container)),
         detail: gap.detail.clone(),
+        until: match gap.until {
+            None => None,
+            until => Some(convert::time_from_proto("gap.until", until)?),
+        },
     })
 }
 

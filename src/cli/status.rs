@@ -8,9 +8,10 @@ use serde::Serialize;
 
 use super::client::{explain, talk};
 use super::exit::Exit;
+use super::findings::{GapJson, gap_json};
 use super::output::{Format, age, one, safe};
 use crate::api::{convert, proto};
-use crate::health::Loss;
+use crate::health::{Loss, Missing};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
@@ -38,6 +39,10 @@ struct StatusJson {
     gate_answers: u64,
     data_writes: u64,
     losses: Vec<Loss>,
+    /// From when to when the view was incomplete: what still is, then the newest.
+    gaps: Vec<GapJson>,
+    /// What this kernel lacks.
+    missing: Vec<Missing>,
 }
 
 #[derive(Serialize)]
@@ -97,6 +102,16 @@ impl Status {
                 .into_iter()
                 .map(|loss| Loss { name: loss.name, count: loss.count })
                 .collect(),
+            gaps: status.gaps.iter().map(gap_json).collect::<anyhow::Result<_>>()?,
+            missing: status
+                .missing
+                .into_iter()
+                .map(|missing| Missing {
+                    name: missing.name,
+                    since: missing.since,
+                    meaning: missing.meaning,
+                })
+                .collect(),
         };
         one(&status, self.output, || text(&status, Timestamp::now()))?;
         Ok(Exit::Clean)
@@ -153,7 +168,40 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
     for loss in &status.losses {
         line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
     }
+    for gap in status.gaps.iter().take(MAX_GAPS) {
+        line("Incomplete", &interval(gap));
+    }
+    if status.gaps.len() > MAX_GAPS {
+        line("", &format!("and {} more (-o json)", status.gaps.len() - MAX_GAPS));
+    }
+    for missing in &status.missing {
+        line(
+            "Kernel",
+            &format!(
+                "has no {}: {} (it comes with {})",
+                safe(&missing.name),
+                safe(&missing.meaning),
+                safe(&missing.since)
+            ),
+        );
+    }
     text
+}
+
+/// How many gaps people are shown.
+const MAX_GAPS: usize = 8;
+
+/// From when to when the view of what was incomplete.
+fn interval(gap: &GapJson) -> String {
+    let whose = gap
+        .container
+        .as_ref()
+        .map_or("every container".to_owned(), |container| safe(&container.to_string()).to_string());
+    let until = match gap.until {
+        Some(until) => format!("to {until}"),
+        None => "until now".to_owned(),
+    };
+    format!("from {} {until}: {}, {whose}: {}", gap.at, safe(&gap.name), safe(&gap.detail))
 }
 
 /// What the recorder has to do; `None`: nothing.
@@ -173,6 +221,17 @@ fn queue(queue: &QueueJson) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn gap(container: Option<crate::model::ContainerId>, until: Option<i64>) -> GapJson {
+        GapJson {
+            schema: "driftd.gap/v1",
+            name: "pipeline_full".into(),
+            at: Timestamp::from_second(7100).unwrap(),
+            container,
+            detail: "no room".into(),
+            until: until.map(|second| Timestamp::from_second(second).unwrap()),
+        }
+    }
 
     #[test]
     fn status_says_what_is_missing() {
@@ -206,6 +265,15 @@ mod tests {
             gate_answers: 1234,
             data_writes: 9,
             losses: vec![Loss { name: "pipeline_full".into(), count: 2 }],
+            gaps: vec![
+                gap(None, None),
+                gap(Some(crate::model::ContainerId::new("default", "c\u{1b}1")), Some(7200)),
+            ],
+            missing: vec![Missing {
+                name: "fanotify_mounts".into(),
+                since: "Linux 6.14".into(),
+                meaning: "it takes a moment".into(),
+            }],
         };
         insta::assert_snapshot!(text(&status, Timestamp::from_second(8200).unwrap()));
     }

@@ -31,6 +31,8 @@ struct GapJson {
     container: Option<ContainerId>,
     detail: String,
     at: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    until: Option<Timestamp>,
 }
 
 /// The text kept for a record.
@@ -48,12 +50,13 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             finding: response.finding,
             outcome: response.outcome.clone(),
         }),
-        Record::Gap { name, container, detail, at } => serde_json::to_string(&GapJson {
+        Record::Gap { name, container, detail, at, until } => serde_json::to_string(&GapJson {
             schema: GAP_SCHEMA.into(),
             name: name.clone(),
             container: container.clone(),
             detail: detail.clone(),
             at: *at,
+            until: *until,
         }),
     }
 }
@@ -94,6 +97,7 @@ pub(super) fn record(row: &Row<'_>, kind: &str, json: usize, path: &Path) -> Res
             container: json.container,
             detail: json.detail,
             at: json.at,
+            until: json.until,
         }),
     };
     parsed.map_err(|err| Error::Corrupt { path: path.into(), detail: format!("a {kind}: {err}") })

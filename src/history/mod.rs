@@ -59,6 +59,9 @@ pub enum Record {
         container: Option<ContainerId>,
         detail: String,
         at: Timestamp,
+        /// When what made up for it was complete. `None` when the loss is told, and
+        /// once more with an end when that is known.
+        until: Option<Timestamp>,
     },
 }
 

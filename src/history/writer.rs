@@ -354,6 +354,7 @@ impl Pending {
                         "{count} records were dropped while the history was not writable"
                     ),
                     at,
+                    until: None,
                 },
             )?;
         }
@@ -549,6 +550,7 @@ mod tests {
             container: None,
             detail: detail.into(),
             at: Timestamp::UNIX_EPOCH,
+            until: None,
         }
     }
 

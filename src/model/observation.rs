@@ -71,6 +71,8 @@ pub enum Fact {
         process: Arc<Process>,
         /// The dynamic linker was run as a program and given this file as one.
         by_linker: bool,
+        /// Who has written the file, when the change feed has just told.
+        writer: Option<Arc<Process>>,
     },
     /// An interpreter of the image was started on a script from elsewhere.
     Interpreted { script: Script, process: Arc<Process> },

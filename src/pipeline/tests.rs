@@ -312,6 +312,63 @@ fn a01_written_and_later_run_is_one_story() {
     assert_eq!(node.told[1].story, Some(node.told[0].id));
 }
 
+fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> Input {
+    let fact = Fact::Loaded {
+        path: RootfsPath::new(path).unwrap(),
+        filesystem: Filesystem::Overlay,
+        state: state_of(content),
+        lower: None,
+        process: Arc::new(loads),
+        by_linker: false,
+        writer: writer.map(Arc::new),
+    };
+    let at = Timestamp::from_second(1).unwrap();
+    let container = id("c1");
+    Input::Watch(Report::Observed(Observation { container, at, source: Source::Trace, fact }))
+}
+
+#[test]
+fn a17_a_loaded_library_is_one_finding_and_its_file_is_not_told_again() {
+    let mut node = Node::running();
+    node.give(load("/tmp/evil.so", "evil", process(42), None));
+    node.give(load("/tmp/evil.so", "evil", process(43), None));
+    node.play("write c1 /tmp/evil.so evil").expect(&["library.loaded /tmp/evil.so x2 r2"]);
+    assert_eq!(node.told[0].severity, Severity::High);
+}
+
+#[test]
+fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_alarm() {
+    let app = || Process { exe: Some("/usr/bin/curl".into()), ..process(42) };
+    let mut node = Node::running();
+    node.give(load("/tmp/lib.so", "jni", app(), Some(app())));
+    node.expect(&["library.loaded /tmp/lib.so x1 r1"]);
+    assert_eq!(node.told[0].severity, Severity::Info);
+    assert!(node.told[0].detail.as_deref().unwrap().contains("has written it itself"));
+
+    // Written long ago: the finding that told it knows the writer.
+    let mut node = Node::running();
+    let fact = Fact::Present {
+        path: RootfsPath::new("/tmp/lib.so").unwrap(),
+        state: state_of("jni"),
+        lower: None,
+        writer: Some(Arc::new(app())),
+    };
+    let at = Timestamp::from_second(1).unwrap();
+    let (container, source) = (id("c1"), Source::Change);
+    node.give(Input::Watch(Report::Observed(Observation { container, at, source, fact })));
+    node.give(load("/tmp/lib.so", "jni", app(), None));
+    assert_eq!(node.told[1].severity, Severity::Info);
+    assert_eq!(node.told[1].story, Some(node.told[0].id));
+
+    // The program is drift itself, or nobody knows who has written the library.
+    let mut node = Node::running();
+    node.play("exec c1 /usr/bin/curl evil");
+    node.give(load("/tmp/lib.so", "jni", app(), Some(app())));
+    assert_eq!(node.told[1].severity, Severity::High);
+    node.give(load("/tmp/other.so", "other", app(), None));
+    assert_eq!(node.told[2].severity, Severity::High);
+}
+
 #[test]
 fn owners_are_told_as_the_container_names_them() {
     let mut node = Node::running();
@@ -429,10 +486,16 @@ fn a_flood_of_new_programs_fills_no_memory_and_hides_no_execution() {
     for number in 0..MAX_FINDINGS / 2 + 10 {
         node.play(&format!("write c1 /tmp/x{number} evil{number}"));
     }
-    assert_eq!(node.told.len(), MAX_FINDINGS / 2);
-    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
+    node.say_all();
+    let files = MAX_FINDINGS as u64 / 2 + 10;
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 33, files)]);
     node.play("exec c1 /tmp/x evil");
     assert_eq!(node.told.last().unwrap().kind, Kind::ExecNew);
+    for number in 0..MAX_FINDINGS {
+        node.play(&format!("exec c1 /tmp/y{number} evil{number}"));
+    }
+    assert_eq!(node.kinds()[0], (Kind::ExecNew, MAX_FINDINGS - 33, MAX_FINDINGS as u64 - 33));
+    assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
 }
 
 #[test]
@@ -531,7 +594,12 @@ fn what_a_listing_does_not_name_is_gone() {
     assert_eq!(node.commands, [Command::Detach { container: id("c1") }]);
     // The last scan is still judged, then the container is forgotten.
     node.play("scan c1 /tmp/x evil").expect(&["file.added /tmp/x x1 r1"]);
-    node.give(Input::Watch(Report::Scanned { container: id("c1"), ticket: None, complete: true }));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
     assert!(node.state.inventory.get(&id("c1")).is_none());
 }
 
@@ -559,7 +627,12 @@ fn a_diff_names_every_difference_and_which_are_findings() {
         })
         .into();
     node.give(Input::Watch(Report::ScanBatch { container: id("c1"), ticket, observations }));
-    node.give(Input::Watch(Report::Scanned { container: id("c1"), ticket, complete: true }));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
     let diff = answer.try_recv().unwrap().unwrap();
     let lines: Vec<String> = diff
         .differences
@@ -964,18 +1037,19 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
 #[test]
 fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
     let mut node = Node::running();
-    let lost = || {
+    let lost = |second| {
         Input::Watch(Report::Lost {
             failure: Failure::KernelQueueOverflow,
             container: None,
             detail: "events were dropped".into(),
+            at: Timestamp::from_second(second).unwrap(),
         })
     };
     node.clock = 100_000;
-    node.give(lost());
+    node.give(lost(100_000));
     node.play("exec c1 /tmp/x evil");
     node.clock = 1_000;
-    node.give(lost());
+    node.give(lost(1_000));
     node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
     assert_eq!(node.gaps.len(), 2, "{:?}", node.gaps);
     node.expect(&["exec.new /tmp/x x2 r2", "exec.new /tmp/y x1 r1"]);
@@ -983,6 +1057,7 @@ fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
         assert!(finding.first_seen <= finding.last_seen, "{finding:#?}");
     }
 }
+
 // ---- what is told together
 
 impl Node {

@@ -314,7 +314,7 @@ impl fmt::Debug for Buffer {
 /// Why a group could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("this kernel has no fanotify (driftd needs CONFIG_FANOTIFY and Linux 5.4 or newer)")]
+    #[error("this kernel has no fanotify (driftd needs CONFIG_FANOTIFY and Linux 5.6 or newer)")]
     Missing,
     #[error(
         "the kernel refuses fanotify to this process: it must be root in the host's user \

@@ -156,6 +156,30 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
+/// Follows a link that the kernel keeps in /proc/PID, which leads to a file and by
+/// no name, and opens it only to ask what it is.
+pub(super) fn open_kernel_link(path: &str) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Looks up a path as a process in `root` would, and opens what is there only to
+/// ask what it is: symlinks lead to where they lead inside, never out of it. With
+/// `one_mount` nothing beyond the mount of `root` is touched.
+pub fn open_path_in_root(root: impl AsFd, path: &[u8], one_mount: bool) -> io::Result<OwnedFd> {
+    let mut resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    if one_mount {
+        resolve |= ResolveFlags::NO_XDEV;
+    }
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let mut attempts = 0;
+    loop {
+        match rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) {
+            Err(Errno::AGAIN) if attempts < 16 => attempts += 1,
+            opened => return Ok(opened?),
+        }
+    }
+}
+
 /// Opens for reading what was opened only to ask what it is. The caller has asked:
 /// anything but a regular file could wait, or do something.
 pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
@@ -166,6 +190,29 @@ pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         Err(Errno::PERM) => Ok(rustix::fs::open(&path, flags, Mode::empty())?),
         opened => Ok(opened?),
     }
+}
+
+/// What an open file is, as far as the kernel knows by itself: no filesystem that
+/// is another machine's or a process's is asked.
+pub fn stat_as_known(fd: impl AsFd) -> io::Result<Stat> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    Ok(rustix::fs::statx(fd, c"", flags, WANTED)?.into())
+}
+
+fn stat_without_sync(path: &str) -> io::Result<Statx> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, WANTED)?)
+}
+
+/// Whether a link of the kernel leads to a FIFO.
+pub(super) fn is_fifo(path: &str) -> io::Result<bool> {
+    Ok(Stat::from(stat_without_sync(path)?).file_type == FileType::Fifo)
+}
+
+/// The device and inode that a link of the kernel leads to.
+pub(super) fn identity_without_sync(path: &str) -> io::Result<(u64, u64)> {
+    let stat = Stat::from(stat_without_sync(path)?);
+    Ok((stat.device, stat.inode))
 }
 
 /// The device of every memfd. The kernel has one for all of them.
@@ -333,6 +380,35 @@ mod tests {
             assert!(matches!(err.raw_os_error(), Some(libc::ELOOP | libc::EXDEV)), "{err}");
         }
         assert!(open_file_beneath(&root, b"here").unwrap().1.is_regular());
+    }
+
+    #[test]
+    fn a_look_up_in_a_root_stays_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        symlink("/real", dir.path().join("link")).unwrap();
+        symlink("/../../../../etc/passwd", dir.path().join("out")).unwrap();
+        symlink("/proc/self/root/etc/passwd", dir.path().join("magic")).unwrap();
+        std::fs::write(dir.path().join("real"), "x").unwrap();
+        let root = open_directory(dir.path()).unwrap();
+        let real = stat_path(dir.path().join("real")).unwrap();
+        for path in [b"/real".as_slice(), b"link", b"/x/../link"] {
+            match open_path_in_root(&root, path, true) {
+                Ok(found) => assert_eq!(stat(&found).unwrap(), real),
+                Err(err) => assert_eq!(
+                    (path, err.raw_os_error()),
+                    (b"/x/../link".as_slice(), Some(libc::ENOENT))
+                ),
+            }
+        }
+        for path in [b"out".as_slice(), b"magic", b"/etc/passwd"] {
+            let err = open_path_in_root(&root, path, true).unwrap_err();
+            assert_eq!(err.raw_os_error(), Some(libc::ENOENT), "{err}");
+        }
+        let host = open_directory("/").unwrap();
+        let err = open_path_in_root(&host, b"/proc/self/root/etc/passwd", false).unwrap_err();
+        assert_eq!(err.raw_os_error(), Some(libc::ELOOP), "{err}");
+        let read = reopen(open_path_in_root(&root, b"link", true).unwrap().as_fd()).unwrap();
+        assert_eq!(sniff(read.as_fd()).unwrap(), Format::Data);
     }
 
     #[test]

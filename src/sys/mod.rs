@@ -5,6 +5,7 @@
 //! policy, no retries, no logging. The rest of the crate denies `unsafe_code`.
 #![allow(unsafe_code)]
 
+pub mod capabilities;
 pub mod connector;
 pub mod fanotify;
 pub mod file;

@@ -61,6 +61,8 @@ pub struct Mapped {
     pub device: u64,
     /// 0 for memory that is no file.
     pub inode: u64,
+    /// Others that map it see what is written to it (`MAP_SHARED`).
+    pub is_shared: bool,
     /// As the process sees it, ` (deleted)` and all.
     pub name: Box<[u8]>,
 }
@@ -200,6 +202,7 @@ fn decode_one(kind: u32, misc: u16, body: &[u8], layout: Layout) -> Option<Recor
                 length: u64_at(body, 16)?,
                 device: if has_inode { rustix::fs::makedev(major, minor) } else { 0 },
                 inode: if has_inode { u64_at(body, 40)? } else { 0 },
+                is_shared: u32_at(body, 60)? & libc::MAP_SHARED.cast_unsigned() != 0,
                 name: text(body.get(64..)?).into(),
             }))
         }
@@ -589,7 +592,7 @@ fn mount_tracefs() -> io::Result<OwnedFd> {
 }
 
 /// Where a record of the tracepoint says where its file name is:
-/// `field:__data_loc char[] filename;	offset:8;	size:4;	signed:0;`
+/// `field:__data_loc char[] filename; offset:8; size:4; signed:0;`
 fn parse_format(text: &str) -> Option<usize> {
     let line = text.lines().find(|line| line.contains("__data_loc char[] filename;"))?;
     let offset = line.split(';').find_map(|part| part.trim().strip_prefix("offset:"))?;
@@ -674,6 +677,7 @@ mod tests {
                 length: 0x2000,
                 device: rustix::fs::makedev(0, 39),
                 inode: 99,
+                is_shared: false,
                 name: (*b"/memfd:a (deleted)").into(),
             }),
             Record::Executed(Executed {

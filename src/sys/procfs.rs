@@ -8,8 +8,10 @@
 //!
 //! A process that has vanished is an `Err` or a `None`, never a surprise.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read as _};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt as _;
@@ -27,6 +29,9 @@ pub const MAX_ARGUMENT_BYTES: usize = 4 * 1024;
 const MAX_CMDLINE_BYTES: u64 = 64 * 1024;
 const MAX_PATH: usize = 4096;
 const MAX_ANCESTORS: usize = 32;
+/// A network namespace may have any number of connections, and a process any
+/// number of mappings.
+const MAX_TABLE_BYTES: u64 = 8 << 20;
 
 /// Where a program's arguments and environment lie in its memory. The kernel
 /// writes it anew, at random addresses, in every execve: a changed area means
@@ -184,6 +189,11 @@ impl Handle {
         Ok(path.into_os_string().into_vec())
     }
 
+    /// The executable's device and inode.
+    pub fn exe_identity(&self) -> io::Result<(u64, u64)> {
+        super::file::identity_without_sync(&format!("/proc/{}/exe", self.process.pid))
+    }
+
     /// Each argument; `None` for a process that has ended or has none.
     pub fn arguments(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
         let cmdline = self.read("cmdline", MAX_CMDLINE_BYTES)?;
@@ -278,6 +288,80 @@ impl Handle {
         }))
     }
 
+    /// Where its relative paths begin, as the kernel names that to us.
+    pub fn cwd(&self) -> io::Result<Vec<u8>> {
+        Ok(self.process.cwd().map_err(into_io)?.into_os_string().into_vec())
+    }
+
+    /// What one of its descriptors is, without opening it.
+    pub fn descriptor(&self, number: u32) -> io::Result<Descriptor> {
+        use std::os::unix::ffi::OsStrExt as _;
+        let path = format!("/proc/{}/fd/{number}", self.process.pid);
+        let link = std::fs::read_link(&path)?;
+        Ok(match Descriptor::parse(link.as_os_str().as_bytes()) {
+            Some(descriptor) => descriptor,
+            // A FIFO of a filesystem has a name. What the kernel knows of it is
+            // enough: a filesystem of somebody's own must not be asked.
+            None if super::file::is_fifo(&path)? => {
+                let (device, inode) = super::file::identity_without_sync(&path)?;
+                Descriptor::Pipe { device, inode }
+            }
+            None => Descriptor::Other,
+        })
+    }
+
+    /// Opens the file that is mapped there, only to ask what it is.
+    pub fn open_mapped(&self, start: u64, end: u64) -> io::Result<OwnedFd> {
+        self.open_link(&format!("map_files/{start:x}-{end:x}"))
+    }
+
+    /// Follows one link of the kernel's own in /proc/PID.
+    fn open_link(&self, name: &str) -> io::Result<OwnedFd> {
+        let path = format!("/proc/{}/{name}", self.process.pid);
+        let fd = super::file::open_kernel_link(&path)?;
+        // The pid is this process's as long as its directory answers.
+        self.stat()?;
+        Ok(fd)
+    }
+
+    /// Its descriptors' numbers, not more than `limit`.
+    pub fn descriptors(&self, limit: usize) -> io::Result<Vec<u32>> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.process.pid))?;
+        Ok(entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .take(limit)
+            .collect())
+    }
+
+    /// Whether a descriptor can be read from, and written to.
+    pub fn access(&self, number: u32) -> io::Result<(bool, bool)> {
+        let info = self.read(&format!("fdinfo/{number}"), 4096)?;
+        let flags = info
+            .split(|&byte| byte == b'\n')
+            .find_map(|line| line.strip_prefix(b"flags:"))
+            .and_then(|flags| i32::from_str_radix(str::from_utf8(flags).ok()?.trim(), 8).ok())
+            .ok_or(io::ErrorKind::InvalidData)?;
+        Ok(match flags & libc::O_ACCMODE {
+            libc::O_RDONLY => (true, false),
+            libc::O_WRONLY => (false, true),
+            _ => (true, true),
+        })
+    }
+
+    /// The other ends of the connections in its network namespace, by the socket's
+    /// inode.
+    pub fn connections(&self) -> HashMap<u64, String> {
+        let tables = ["net/tcp", "net/tcp6", "net/udp", "net/udp6"];
+        let tables = tables.iter().filter_map(|table| self.read(table, MAX_TABLE_BYTES).ok());
+        tables.flat_map(|table| parse_connections(&table)).collect()
+    }
+
+    /// What it has mapped as code from files.
+    pub fn mapped_code(&self) -> io::Result<Vec<Mapping>> {
+        let maps = self.read("maps", MAX_TABLE_BYTES)?;
+        Ok(maps.split(|&byte| byte == b'\n').filter_map(Mapping::parse).collect())
+    }
+
     /// Its root directory, as the root of its mount namespace sees it: `/` unless it
     /// has changed it (chroot).
     pub fn root(&self) -> io::Result<Vec<u8>> {
@@ -297,6 +381,112 @@ impl Handle {
     pub fn root_path(&self) -> PathBuf {
         format!("/proc/{}/root", self.process.pid).into()
     }
+}
+
+/// What a descriptor refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Descriptor {
+    /// By its inode, of any family.
+    Socket(u64),
+    /// A pipe, or a FIFO.
+    Pipe {
+        device: u64,
+        inode: u64,
+    },
+    Other,
+}
+
+impl Descriptor {
+    /// Reads the link of a descriptor; `None` for something that has a name in a
+    /// filesystem, or in none.
+    fn parse(link: &[u8]) -> Option<Descriptor> {
+        // Such a text is no absolute path, so nobody else can have it.
+        let number = |prefix: &[u8]| {
+            str::from_utf8(link.strip_prefix(prefix)?.strip_suffix(b"]")?).ok()?.parse().ok()
+        };
+        if let Some(inode) = number(b"socket:[") {
+            return Some(Descriptor::Socket(inode));
+        }
+        // Pipes without a name are all of one filesystem.
+        number(b"pipe:[").map(|inode| Descriptor::Pipe { device: 0, inode })
+    }
+}
+
+/// One line of /proc/PID/maps: code that is mapped from a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    pub start: u64,
+    pub end: u64,
+    pub is_shared: bool,
+    pub device: u64,
+    pub inode: u64,
+    /// As the kernel names it to us, ` (deleted)` and all.
+    pub name: Vec<u8>,
+}
+
+impl Mapping {
+    fn parse(line: &[u8]) -> Option<Mapping> {
+        // ADDRESSES PERMISSIONS OFFSET DEVICE INODE, spaces, NAME
+        let mut fields = line.splitn(6, |&byte| byte == b' ');
+        let mut field = || fields.next().and_then(|field| str::from_utf8(field).ok());
+        let (start, end) = field()?.split_once('-')?;
+        let permissions = field()?.as_bytes();
+        let _offset = field()?;
+        let (major, minor) = field()?.split_once(':')?;
+        let inode = field()?.parse().ok().filter(|inode| *inode != 0)?;
+        let hexadecimal = |text| u32::from_str_radix(text, 16).ok();
+        if permissions.get(2) != Some(&b'x') {
+            return None;
+        }
+        Some(Mapping {
+            start: u64::from_str_radix(start, 16).ok()?,
+            end: u64::from_str_radix(end, 16).ok()?,
+            is_shared: permissions.get(3) == Some(&b's'),
+            device: rustix::fs::makedev(hexadecimal(major)?, hexadecimal(minor)?),
+            inode,
+            name: unescape_newlines(fields.next()?.trim_ascii_start()),
+        })
+    }
+}
+
+/// In maps only a newline is escaped.
+fn unescape_newlines(name: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(name.len());
+    let mut rest = name;
+    while let Some((&byte, after)) = rest.split_first() {
+        if let Some(behind) = rest.strip_prefix(br"\012") {
+            plain.push(b'\n');
+            rest = behind;
+        } else {
+            plain.push(byte);
+            rest = after;
+        }
+    }
+    plain
+}
+
+/// Reads /proc/PID/net/tcp and its like: which sockets have another end, and where.
+fn parse_connections(table: &[u8]) -> Vec<(u64, String)> {
+    let lines = table.split(|&byte| byte == b'\n').skip(1);
+    let parsed = lines.filter_map(|line| {
+        let fields: Vec<&str> = str::from_utf8(line).ok()?.split_ascii_whitespace().collect();
+        // sl local remote st queues timer retransmits uid timeout inode
+        let (address, port) = fields.get(2)?.split_once(':')?;
+        let port = u16::from_str_radix(port, 16).ok().filter(|port| *port != 0)?;
+        let inode = fields.get(9)?.parse().ok().filter(|inode| *inode != 0)?;
+        let words: Option<Vec<u32>> = (0..address.len() / 8)
+            .map(|word| u32::from_str_radix(address.get(word * 8..word * 8 + 8)?, 16).ok())
+            .collect();
+        // Each word is printed as the machine holds it, and it holds the network's order.
+        let bytes: Vec<u8> = words?.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let address: IpAddr = match bytes.len() {
+            4 => <[u8; 4]>::try_from(bytes).ok()?.into(),
+            16 => <[u8; 16]>::try_from(bytes).ok()?.into(),
+            _ => return None,
+        };
+        Some((inode, SocketAddr::new(address.to_canonical(), port).to_string()))
+    });
+    parsed.collect()
 }
 
 fn stat_of(process: &Process) -> io::Result<Stat> {
@@ -549,7 +739,83 @@ mod tests {
         assert!(Handle::open(0).ok().is_none());
     }
 
+    #[test]
+    fn descriptors_are_known_by_their_links() {
+        assert_eq!(Descriptor::parse(b"socket:[17]"), Some(Descriptor::Socket(17)));
+        let pipe = Descriptor::Pipe { device: 0, inode: 18 };
+        assert_eq!(Descriptor::parse(b"pipe:[18]"), Some(pipe));
+        assert_eq!(Descriptor::parse(b"/tmp/socket:[17]"), None);
+        assert_eq!(Descriptor::parse(b"anon_inode:[eventfd]"), None);
+    }
+
+    #[test]
+    fn connections_are_read_from_the_kernels_tables() {
+        let table = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+            \x20  0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0\n\
+            \x20  1: 0100007F:A1B2 0100007F:115C 01 00000000:00000000 00:00000000 00000000     0        0 12 1 0\n";
+        assert_eq!(parse_connections(table), [(12, "127.0.0.1:4444".to_owned())]);
+        let table = b"  sl  local_address remote_address st\n\
+            \x20  0: 00000000000000000000000001000000:1 B80D0120000000000000000001000000:01BB 01 0:0 00:0 0 0 0 13 1\n\
+            \x20  1: 0000000000000000FFFF00000100007F:1 0000000000000000FFFF00000100007F:115C 01 0:0 00:0 0 0 0 14 1\n";
+        let expected = [(13, "[2001:db8::1]:443".to_owned()), (14, "127.0.0.1:4444".to_owned())];
+        assert_eq!(parse_connections(table), expected);
+    }
+
+    #[test]
+    fn mapped_code_is_read_and_nothing_else() {
+        let parse = |line: &str| Mapping::parse(line.as_bytes());
+        let expected = Mapping {
+            start: 0x7f00,
+            end: 0x8000,
+            is_shared: false,
+            device: rustix::fs::makedev(0, 0x27),
+            inode: 99,
+            name: b"/tmp/a b.so\n (deleted)".to_vec(),
+        };
+        let line = "7f00-8000 r-xp 00001000 00:27 99        /tmp/a b.so\\012 (deleted)";
+        assert_eq!(parse(line), Some(expected));
+        assert_eq!(parse("7f00-8000 rw-p 00001000 00:27 99   /tmp/a.so"), None);
+        assert_eq!(parse("7f00-8000 r-xp 00000000 00:00 0    [vdso]"), None);
+        assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn our_own_code_and_descriptors_are_found() {
+        let me = Handle::open(std::process::id()).unwrap();
+        let (own, device) = {
+            let stat = super::super::file::stat_path("/proc/self/exe").unwrap();
+            (stat.inode, stat.device)
+        };
+        let mapped = me.mapped_code().unwrap();
+        let own = mapped.iter().find(|one| (one.inode, one.device) == (own, device)).unwrap();
+        let file = me.open_mapped(own.start, own.end).unwrap();
+        assert_eq!(super::super::file::stat(&file).unwrap().inode, own.inode);
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let writer = u32::try_from(std::os::fd::AsRawFd::as_raw_fd(&writer)).unwrap();
+        assert!(matches!(me.descriptor(writer).unwrap(), Descriptor::Pipe { .. }));
+        assert_eq!(me.access(writer).unwrap(), (false, true));
+        assert!(me.descriptors(4096).unwrap().contains(&writer));
+    }
+
+    #[test]
+    fn a_connection_of_our_own_is_found() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let stream = std::net::TcpStream::connect(address).unwrap();
+        let me = Handle::open(std::process::id()).unwrap();
+        let number = u32::try_from(std::os::fd::AsRawFd::as_raw_fd(&stream)).unwrap();
+        let Descriptor::Socket(inode) = me.descriptor(number).unwrap() else { panic!() };
+        assert_eq!(me.connections().get(&inode), Some(&address.to_string()));
+    }
+
     proptest::proptest! {
+        #[test]
+        fn any_bytes_are_tables_or_none(text: Vec<u8>) {
+            let _ = Mapping::parse(&text);
+            let _ = parse_connections(&text);
+            let _ = Descriptor::parse(&text);
+        }
+
         #[test]
         fn any_bytes_are_a_stat_or_none(text: Vec<u8>) {
             let _ = Stat::parse(&text);

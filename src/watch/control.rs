@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use jiff::Timestamp;
 
 use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
-use super::table::{Layers, Watched};
+use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs};
@@ -79,6 +80,7 @@ impl Control {
                 Ok(Command::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
+                        watched.ask_for_processes();
                     }
                 }
                 Ok(Command::EntryPoint { container, paths }) => {
@@ -158,7 +160,8 @@ impl Control {
         if ordered {
             self.shared.wake_scan();
         } else {
-            self.report(Report::Scanned { container, ticket, complete: false });
+            let began = Timestamp::now();
+            self.report(Report::Scanned { container, ticket, began, complete: false });
         }
     }
 }
@@ -173,7 +176,18 @@ impl Marker {
         rootfs: Option<OverlayDirs>,
     ) -> Result<Marked, Refusal> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let init = Handle::open(pid).map_err(|source| Refusal::InitGone { pid, source })?;
+        let init = match Handle::open(pid) {
+            Ok(init) => init,
+            Err(source) => {
+                // Marked when its runtime was called, and over already.
+                return match self.shared.table.get(container) {
+                    Some(watched) if watched.init.pid == pid => {
+                        Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false })
+                    }
+                    Some(_) | None => Err(Refusal::InitGone { pid, source }),
+                };
+            }
+        };
         if let Some(watched) = self.shared.table.get(container)
             && watched.init == init.identity()
         {
@@ -200,8 +214,7 @@ impl Marker {
             file::name_of(root.as_fd()).map_err(Refusal::NoRoot)?,
             init.pid_namespace().ok(),
             init.mount_namespace().ok(),
-            init.cgroup().ok(),
-            init.perf_cgroup(),
+            Some(ControlGroups { unified: init.cgroup().ok(), perf: init.perf_cgroup() }),
         ));
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);
@@ -255,6 +268,12 @@ impl Marker {
             let Order::Last { watched } = err.into_inner() else { return };
             self.shared.forget(&watched);
             let _ = self.shared.health.record(Failure::ScanIncomplete);
+            let _ = self.shared.try_report(Report::Scanned {
+                container: container.clone(),
+                ticket: None,
+                began: Timestamp::now(),
+                complete: false,
+            });
         }
         self.shared.wake_scan();
     }

@@ -134,7 +134,7 @@ mod tests {
             mount: None,
         };
         let init = ProcessIdentity { pid: 1, start_time: 1 };
-        Watched::new(ContainerId::new("n", "c"), init, &root, b"/".to_vec(), None, None, None, None)
+        Watched::new(ContainerId::new("n", "c"), init, &root, b"/".to_vec(), None, None, None)
     }
 
     fn some_file() -> OwnedFd {

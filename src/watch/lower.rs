@@ -99,6 +99,12 @@ pub(super) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular())
 }
 
+/// The device and inode of the regular file that the layers hold at `path`.
+pub(super) fn inode(layers: &Layers, path: &RootfsPath) -> Option<(u64, u64)> {
+    let lower = at(layers, path).filter(|lower| lower.stat.is_regular())?;
+    Some((lower.stat.device, lower.stat.inode))
+}
+
 /// Whether the layers hold this very file at `path`; `stat` is the overlay's word
 /// for it. False may also mean that it cannot be told.
 pub(super) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {

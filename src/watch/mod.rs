@@ -19,11 +19,14 @@
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
 mod arm;
+mod code;
 mod content;
 mod control;
 mod feed;
 mod files;
 mod gate;
+mod interpreters;
+mod libraries;
 mod lower;
 mod mounts;
 mod names;
@@ -31,8 +34,10 @@ mod packages;
 mod process;
 mod processes;
 mod scan;
+mod scripts;
 mod sessions;
 mod shared;
+mod shells;
 mod state;
 mod table;
 mod trace;
@@ -46,13 +51,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
+use jiff::Timestamp;
 
 pub use self::arm::Scope;
 pub use self::trace::Executions;
 pub use self::trust::{Trust, Verdict};
 
 use self::shared::Shared;
-use self::trace::{Recorder, Trace};
+use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
@@ -107,6 +113,7 @@ pub enum Report {
     Scanned {
         container: ContainerId,
         ticket: Option<u64>,
+        began: Timestamp,
         /// Whether the whole upperdir was walked.
         complete: bool,
     },
@@ -116,6 +123,7 @@ pub enum Report {
         failure: Failure,
         container: Option<ContainerId>,
         detail: String,
+        at: Timestamp,
     },
 }
 
@@ -138,6 +146,8 @@ const LARGE_QUEUE: usize = 64;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 4 * 1024;
 const ORDER_QUEUE: usize = 4 * 1024;
+const LIBRARY_QUEUE: usize = 16 * 1024;
+const INTERPRETER_QUEUE: usize = 4 * 1024;
 
 /// Descriptors for everything but the content queue: what one read of each group
 /// brings, a walk's directories, and the rest of the daemon.
@@ -239,13 +249,20 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);
+        let ours = shared.clone();
+        watch.spawn("libraries", move || libraries::run(&ours, &receive_loadings))?;
+        let (started, receive_started) = bounded(INTERPRETER_QUEUE);
+        let ours = shared.clone();
+        watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();
         watch.spawn("names", move || ours.names.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
         if let Some(recorder) = recorder {
             // What else is made of the records.
-            let consumers = Vec::new();
+            let consumers: Vec<Box<dyn TraceConsumer>> =
+                vec![Box::new(libraries::Tracing::new(loadings, started))];
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
             watch.spawn("trace", || trace.run(recorder))?;
         }

@@ -556,6 +556,7 @@ impl Mounts {
             failure: Failure::MountsFull,
             container: Some(container),
             detail: detail.to_owned(),
+            at: jiff::Timestamp::now(),
         };
         if self.shared.try_report(lost).is_err() {
             let _ = self.shared.health.record(Failure::PipelineFull);

@@ -172,6 +172,9 @@ impl Scan {
     }
 
     fn walk(&mut self, watched: &Arc<Watched>, ticket: Option<u64>, is_last: bool) {
+        // Told before the walk, so that the walk makes up for them.
+        self.shared.report_losses();
+        let began = Timestamp::now();
         // Before the walk, so that what is lost during it asks for another.
         watched.take_rescan();
         self.shared.names.begin_walk(watched);
@@ -228,8 +231,12 @@ impl Scan {
                 tracing::warn!(container = %watched.container, problem, "a scan is incomplete");
             }
         }
-        let scanned =
-            Report::Scanned { container: watched.container.clone(), ticket, complete: is_complete };
+        let scanned = Report::Scanned {
+            container: watched.container.clone(),
+            ticket,
+            began,
+            complete: is_complete,
+        };
         let _ = self.shared.report_patiently(scanned);
         let now = Instant::now();
         let rest = (now - started) * REST_PER_WALK;

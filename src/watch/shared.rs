@@ -10,6 +10,7 @@ use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::Report;
+use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::Packages;
@@ -25,12 +26,14 @@ pub(super) struct Shared {
     pub(super) table: Table,
     pub(super) health: Arc<Health>,
     pub(super) lower_twins: LowerTwins,
+    pub(super) hashed: Hashed,
     pub(super) names: Names,
     reports: Sender<Report>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
     packages: Mutex<Packages>,
     writers: Mutex<Writers>,
+    unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
     records_executions: AtomicBool,
@@ -53,6 +56,9 @@ const MAX_DIRTY_PATHS: usize = 4 * 1024;
 
 /// How many paths of one container are looked at before it is another's turn.
 const TURN: usize = 32;
+
+/// Losses that wait for room in the pipeline.
+const MAX_UNSENT_LOSSES: usize = 1024;
 
 /// How long a scan waits for room in the pipeline before it gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -86,12 +92,14 @@ impl Shared {
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
+            hashed: Hashed::default(),
             names: Names::new(),
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
             packages: Mutex::default(),
             writers: Mutex::default(),
+            unsent_losses: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
             records_executions: AtomicBool::new(false),
@@ -199,9 +207,16 @@ impl Shared {
                 container = container.as_ref().map(tracing::field::display),
                 "{detail}"
             );
-            let lost = Report::Lost { failure, container, detail: detail.to_owned() };
-            if self.reports.try_send(lost).is_err() {
+            let at = Timestamp::now();
+            let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
+            if let Err(TrySendError::Full(lost)) = self.reports.try_send(lost) {
                 let _ = self.health.record(Failure::PipelineFull);
+                let mut unsent = self.unsent_losses();
+                // There is one for each container between two walks of it; more are
+                // counted, and the walk makes up for them all the same.
+                if unsent.len() < MAX_UNSENT_LOSSES {
+                    unsent.push(lost);
+                }
             }
         }
         self.wake_scan();
@@ -213,7 +228,8 @@ impl Shared {
         let _ = self.health.record(failure);
         let container = Some(watched.container.clone());
         tracing::warn!(failure = failure.name(), container = %watched.container, "{detail}");
-        let lost = Report::Lost { failure, container, detail: detail.to_owned() };
+        let at = Timestamp::now();
+        let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
         if self.reports.try_send(lost).is_err() {
             let _ = self.health.record(Failure::PipelineFull);
         }
@@ -234,6 +250,20 @@ impl Shared {
                 Some(watched),
                 "the pipeline had no room for an observation for half a minute",
             );
+        }
+    }
+
+    fn unsent_losses(&self) -> MutexGuard<'_, Vec<Report>> {
+        self.unsent_losses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the losses that found no room, for the scan thread only.
+    pub(super) fn report_losses(&self) {
+        let unsent = std::mem::take(&mut *self.unsent_losses());
+        for lost in unsent {
+            if !self.report_patiently(lost) {
+                return;
+            }
         }
     }
 

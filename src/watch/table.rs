@@ -49,6 +49,10 @@ pub(super) struct Watched {
     /// The same for the container's processes: those that were there at this time
     /// after boot, in clock ticks. 0 if none are to be looked at.
     process_scan: AtomicU64,
+    /// Since when the start of every process of it has been seen.
+    seen_since: AtomicU64,
+    /// What they have loaded is to be looked at.
+    code_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
     /// The marks were there before its entry point ran.
@@ -57,6 +61,15 @@ pub(super) struct Watched {
     pub(super) files: Files,
     /// Marked because its runtime was called; containerd has not told of it yet.
     unannounced: AtomicBool,
+}
+
+/// The control groups of a container's init.
+#[derive(Debug, Default)]
+pub(super) struct ControlGroups {
+    /// Its path in the unified hierarchy.
+    pub(super) unified: Option<Vec<u8>>,
+    /// As the kernel's records name it.
+    pub(super) perf: Option<u64>,
 }
 
 /// Where the overlay's layers lie on the host.
@@ -157,9 +170,9 @@ impl Watched {
         root_name: Vec<u8>,
         pid_namespace: Option<u64>,
         mount_namespace: Option<u64>,
-        cgroup: Option<Vec<u8>>,
-        perf_cgroup: Option<u64>,
+        groups: Option<ControlGroups>,
     ) -> Watched {
+        let ControlGroups { unified, perf } = groups.unwrap_or_default();
         Watched {
             container,
             init,
@@ -168,8 +181,8 @@ impl Watched {
             root_name,
             pid_namespace,
             mount_namespace,
-            cgroup: cgroup.filter(|cgroup| cgroup.len() > 1),
-            perf_cgroup,
+            cgroup: unified.filter(|cgroup| cgroup.len() > 1),
+            perf_cgroup: perf,
             layers: OnceLock::new(),
             mounts: RwLock::default(),
             entry_point: RwLock::default(),
@@ -177,6 +190,8 @@ impl Watched {
             rescan: AtomicBool::new(false),
             walk: AtomicBool::new(false),
             process_scan: AtomicU64::new(0),
+            seen_since: AtomicU64::new(0),
+            code_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
@@ -237,7 +252,9 @@ impl Watched {
 
     /// Asks for a walk of everything; says whether none was asked for yet.
     pub(super) fn ask_for_rescan(&self) -> bool {
-        self.process_scan.fetch_max(procfs::ticks_since_boot(), Ordering::AcqRel);
+        self.seen_since.store(procfs::ticks_since_boot(), Ordering::Release);
+        self.ask_for_processes();
+        self.code_scan.store(true, Ordering::Release);
         !self.rescan.swap(true, Ordering::AcqRel)
     }
 
@@ -279,6 +296,15 @@ impl Watched {
     pub(super) fn take_rescan(&self) {
         self.rescan.store(false, Ordering::Release);
         self.walk.store(false, Ordering::Release);
+    }
+
+    /// Asks for a look at the processes whose start was not seen.
+    pub(super) fn ask_for_processes(&self) {
+        self.process_scan.fetch_max(self.seen_since.load(Ordering::Acquire), Ordering::AcqRel);
+    }
+
+    pub(super) fn take_code_scan(&self) -> bool {
+        self.code_scan.swap(false, Ordering::AcqRel)
     }
 
     /// Whether the container's processes are to be looked at, and since when the

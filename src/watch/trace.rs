@@ -101,6 +101,9 @@ impl Recorder {
 const TURN: Duration = Duration::from_millis(250);
 /// How long records wait for those that another processor wrote before them.
 const SETTLE: Duration = Duration::from_millis(1);
+/// How soon the rings are read again after there was something in them: what a new
+/// program maps wakes nobody, and the program may end as soon as it has.
+const SOON: Duration = Duration::from_millis(5);
 /// How often it is asked whether processors have come or gone.
 const LOOK_FOR_PROCESSORS: Duration = Duration::from_secs(1);
 /// For how long a process that has ended is remembered: its first thread can end,
@@ -286,8 +289,14 @@ impl Trace {
     fn read_rings(&mut self, mut rings: Rings) {
         let mut records = Vec::new();
         let mut last_look = Instant::now();
+        let mut is_busy = false;
         while !self.shared.is_stopping() {
-            let has_gone = rings.wait(if records.is_empty() { TURN } else { SETTLE });
+            let turn = match (records.is_empty(), is_busy) {
+                (false, _) => SETTLE,
+                (true, true) => SOON,
+                (true, false) => TURN,
+            };
+            let has_gone = rings.wait(turn);
             if has_gone || last_look.elapsed() >= LOOK_FOR_PROCESSORS {
                 last_look = Instant::now();
                 match rings.follow_processors() {
@@ -307,6 +316,7 @@ impl Trace {
             }
             records.sort_by_key(Record::time);
             let complete = records.partition_point(|record| record.time() <= horizon);
+            is_busy = complete > 0;
             for record in records.drain(..complete) {
                 self.take(record);
             }
@@ -661,7 +671,7 @@ mod tests {
 
     fn mapped(device: u64, name: &str) -> Mapped {
         let name = name.as_bytes().into();
-        Mapped { pid: 7, time: 0, address: 0, length: 0, device, inode: 9, name }
+        Mapped { pid: 7, time: 0, address: 0, length: 0, device, inode: 9, is_shared: false, name }
     }
 
     fn exe(device: u64) -> Exe {

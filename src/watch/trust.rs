@@ -55,6 +55,11 @@ struct Told {
 }
 
 impl LayerFiles {
+    /// Whether it is known which of them are trusted.
+    pub(super) fn is_known(&self) -> bool {
+        self.trust != Trust::Unknown
+    }
+
     /// Judgements by another baseline, or of another time, are void. What still
     /// waits for its judgement goes on waiting.
     pub(super) fn set_trust(&mut self, trust: Trust) {

@@ -7,6 +7,7 @@
 
 mod answers;
 mod chaos;
+mod code;
 mod cri;
 mod docker;
 mod drift;
@@ -23,6 +24,7 @@ mod recording;
 mod registry;
 mod sources;
 mod start;
+mod together;
 mod trouble;
 mod volumes;
 
@@ -52,7 +54,9 @@ fn main() -> ExitCode {
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
+        code::trials(),
         sources::trials(),
+        together::trials(),
         proof::trials(),
         recording::trials(),
         pods::trials(),

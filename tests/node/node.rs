@@ -508,6 +508,13 @@ sweep_interval = "1h"
         Ok(container)
     }
 
+    /// A container that sees the loopback interface of this machine.
+    pub(crate) fn container_on_host_network(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        let container = self.run(&self.namespace, image, &["--net-host"])?;
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// The same, with more of `ctr run`'s options.
     pub(crate) fn container_with(&self, options: &[&str]) -> anyhow::Result<Container<'_>> {
         let container = self.run(&self.namespace, WORKBENCH, options)?;

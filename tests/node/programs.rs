@@ -104,13 +104,42 @@ const IMAGE_PROGRAMS: &[&str] = &[
 /// Programs of this machine that go into the image with their libraries.
 const HOST_PROGRAMS: &[&str] = &["bash", "ls", "touch", "find", "setcap"];
 
+/// A program of the image that is small enough to be copied 20,000 times.
+pub(crate) const TINY: &str = "/usr/bin/tiny";
+
+/// A static program that ends at once, of some 130 bytes.
+pub(crate) fn tiny_program() -> Vec<u8> {
+    // mov eax, 60 (exit); xor edi, edi; syscall
+    let code = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
+    let (base, headers) = (0x40_0000_u64, 64 + 56_u64);
+    let size = headers + code.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC, x86-64, version; entry, program headers, no section headers.
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for value in [base + headers, 64, 0] {
+        elf.extend(value.to_le_bytes());
+    }
+    // Flags; sizes: header, program header (one of them), section header (none).
+    elf.extend([0; 4]);
+    for value in [64_u16, 56, 1, 64, 0, 0] {
+        elf.extend(value.to_le_bytes());
+    }
+    // PT_LOAD, readable and executable.
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    for value in [0, base, base, size, size, 0x1000] {
+        elf.extend(value.to_le_bytes());
+    }
+    elf.extend(code);
+    elf
+}
+
 /// Writes the image the scenarios happen in: three layers, with hard links,
 /// symlinks, a whiteout and an opaque directory, and with real programs.
 pub(crate) fn write_workbench(file: &Path, payload: &Payload) -> anyhow::Result<Digests> {
     Ok(image::write(file, WORKBENCH, workbench(payload)?)?)
 }
 
-fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
+pub(crate) fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
     let mut base = Layer::new()
         .directory("/bin", 0o755)
         .directory("/dev", 0o755)
@@ -146,6 +175,8 @@ fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
     for applet in APPLETS {
         base = base.hard_link(format!("/bin/{applet}"), "/bin/busybox");
     }
+
+    base = base.file(TINY, 0o755, &tiny_program());
 
     let mut programs = Layer::new();
     let mut libraries = BTreeSet::new();
@@ -221,7 +252,7 @@ pub(crate) fn machine_files() -> anyhow::Result<Layer> {
 }
 
 /// The libraries and the loader of a dynamic program, as `ldd` says.
-fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
+pub(crate) fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
     let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text

@@ -2,8 +2,7 @@
 //! when it has ended, and never held by a driftd that is stuck or gone.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,13 +11,14 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
-use crate::node::{DEADLINE, Node, Setup, bench, wait_for, wait_within};
-use crate::{trial_alone, trial_on};
+use crate::node::{DEADLINE, KUBERNETES, Node, Setup, bench, wait_for};
+use crate::{programs, trial_alone, trial_on};
 
 const STRICT: Setup = Setup {
     driftd: "arm = \"strict\"\nruntimes = [\"{node}/bin/runc\"]",
     cri: None,
     own_runtime: true,
+    unwatched: None,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -28,6 +28,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial_on("a_pods_containers_are_armed_before_they_start", STRICT_PODS, pods),
         trial_on("a_runtime_that_was_upgraded_is_still_listened_to", STRICT, upgraded),
         trial_on("a_runtime_within_a_container_is_not_held", STRICT, runtime_inside),
+        trial_alone("a_busy_container_is_removed_and_nothing_stays", "", removed),
+        trial_alone("a_huge_program_is_told_without_a_hash_and_keeps_nobody_waiting", "", huge),
         trial_on("containers_start_while_driftd_is_stopped_or_killed", STRICT, stopped),
     ]
 }
@@ -124,15 +126,9 @@ fn by_events(node: &Node) -> anyhow::Result<()> {
         ids.push(start_changed(node)?);
     }
     drop(load);
-    // A walk's finding comes for each: by then the gate's has come too.
+    // The last one's events have come; which ones have been lost is the question.
     let (mut were_armed, mut were_seen) = (0, 0);
-    for id in &ids {
-        wait_for(&format!("{id} to be walked"), || {
-            let findings = node.answer(&["findings", "--container", id])?;
-            Ok((!findings.is_empty()).then_some(()))
-        })?;
-    }
-    thread::sleep(Duration::from_secs(2));
+    thread::sleep(Duration::from_secs(5));
     for id in &ids {
         let (armed, seen) = (armed(node, id)?, seen(node, id)?);
         were_armed += usize::from(armed);
@@ -144,9 +140,13 @@ fn by_events(node: &Node) -> anyhow::Result<()> {
 }
 
 fn pods(node: &Node) -> anyhow::Result<()> {
-    node.import(&bench()?.workbench)?;
+    let pause = node.path("pause.tar");
+    programs::write_pause(&pause, &bench()?.payload)?;
+    for image in [&pause, &bench()?.workbench] {
+        node.ctr_in(KUBERNETES, &["images", "import", &image.to_string_lossy()])?;
+    }
     for _ in 0..3 {
-        let (sandbox, container) = node.pod_of(crate::programs::WORKBENCH)?;
+        let (sandbox, container) = node.pod_of(programs::WORKBENCH)?;
         ensure!(armed(node, &sandbox)?, "the sandbox was armed late");
         ensure!(armed(node, &container.id)?, "the container was armed late");
     }
@@ -172,10 +172,10 @@ fn runtime_inside(node: &Node) -> anyhow::Result<()> {
     let runtime = format!("type=bind,src={},dst=/mnt,options=rbind:ro", node.path("bin").display());
     let container = node.container_with(&["--mount", &runtime])?;
     // A process that calls itself a shim, and would have its words believed.
-    let commands = "cp /bin/sh /tmp/containerd-shim-runc-v2; i=0
+    let commands = "cp $(command -v bash) /tmp/containerd-shim-runc-v2; i=0
         while [ $i -lt 20 ]; do
             /tmp/containerd-shim-runc-v2 -c '/mnt/runc --version' -namespace x -address y \
-                >/dev/null 2>&1
+                >/dev/null 2>&1 || true
             i=$((i+1))
         done; true";
     let began = Instant::now();
@@ -218,5 +218,85 @@ fn stopped(node: &Node) -> anyhow::Result<()> {
         ensure!(!armed(node, &id)?, "{id} ran before driftd did");
         assert_eq!(node.losses("armed_late")?, 0);
     }
+    Ok(())
+}
+
+/// How many files a process has open, and how many of these lie below `directory`.
+fn open_files(
+    pid: nix::unistd::Pid,
+    directory: &std::path::Path,
+) -> anyhow::Result<(usize, usize)> {
+    let (mut all, mut below) = (0, 0);
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        all += 1;
+        below += usize::from(target.starts_with(directory));
+    }
+    Ok((all, below))
+}
+
+fn removed(node: &Node) -> anyhow::Result<()> {
+    node.container()?.diff()?;
+    let daemon = node.driftd_pid()?;
+    let (before, _) = open_files(daemon, &node.path("driftd"))?;
+    let mounts = || -> anyhow::Result<usize> {
+        let all = fs::read_to_string("/proc/self/mountinfo")?;
+        let place = node.path("state");
+        Ok(all.lines().filter(|line| line.contains(place.to_str().unwrap_or("/"))).count())
+    };
+    let mounts_before = mounts()?;
+    // New programs as fast as can be, and a large one that takes long to hash.
+    let commands = "cp /bin/busybox /tmp/large; dd if=/dev/zero of=/tmp/large bs=1 count=0 \
+        seek=900M 2>/dev/null; /tmp/large true; i=0
+        while :; do cp /bin/busybox /tmp/b$i; echo $i >> /tmp/b$i; /tmp/b$i true; i=$((i+1)); done";
+    for _ in 0..8 {
+        let id = node.run_plainly(&[], &["/bin/sh", "-c", commands])?;
+        wait_for("drift to be told", || {
+            Ok((!node.answer(&["findings", "--container", &id])?.is_empty()).then_some(()))
+        })?;
+        node.ctr(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
+        wait_for("its end", || {
+            let tasks = node.ctr(&["tasks", "ls"])?;
+            let is_over =
+                tasks.lines().any(|line| line.starts_with(&id) && line.contains("STOPPED"));
+            Ok(is_over.then_some(()))
+        })?;
+        node.ctr(&["tasks", "rm", &id])?;
+        node.ctr(&["containers", "rm", &id])?;
+        // Whatever was busy would show in containerd's log and keep its place.
+        assert_eq!(mounts()?, mounts_before);
+    }
+    let log = fs::read_to_string(node.path("containerd.log"))?;
+    ensure!(!log.contains("device or resource busy"), "{log}");
+    wait_for("driftd's files to be closed", || {
+        let (now, _) = open_files(daemon, &node.path("driftd"))?;
+        Ok((now <= before + 8).then_some(()))
+    })
+}
+
+fn huge(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh(
+        "cp /.control/x /tmp/huge; dd if=/dev/zero of=/tmp/huge bs=1 count=0 seek=10G 2>/dev/null
+         cp /.control/x /tmp/large; dd if=/dev/zero of=/tmp/large bs=1 count=0 seek=128M 2>/dev/null
+         /tmp/huge; /tmp/large; cp /.control/x /tmp/small; /tmp/small",
+    )?;
+    let began = Instant::now();
+    let told = |path: &str| -> anyhow::Result<serde_json::Value> {
+        wait_for(&format!("{path} to be told"), || {
+            let findings = container.findings()?;
+            Ok(findings
+                .into_iter()
+                .find(|finding| finding["kind"] == "exec.new" && finding["file"]["path"] == path))
+        })
+    };
+    let huge = told("/tmp/huge")?;
+    assert_eq!(huge["file"]["unhashed"], "size", "{huge:#}");
+    assert_eq!(huge["file"]["blake3"], serde_json::Value::Null, "{huge:#}");
+    told("/tmp/small")?;
+    eprintln!("a small program was told {:?} after a large one", began.elapsed());
+    let large = told("/tmp/large")?;
+    ensure!(large["file"]["blake3"].is_string(), "{large:#}");
     Ok(())
 }

@@ -1,0 +1,228 @@
+//! What the running kernel offers, found out by trying: versions do not tell what
+//! was ported back to a kernel, or left out of it.
+
+use std::io;
+use std::os::fd::AsRawFd as _;
+
+use nix::errno::Errno;
+use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags};
+
+use super::{connector, fanotify, file, perf};
+
+/// Something that not every kernel has, from the most to the least needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Feature {
+    /// fanotify's permission events.
+    PermissionEvents,
+    /// openat2(2).
+    OpenBeneath,
+    /// The mount in statx(2).
+    MountOfFile,
+    /// A handle on the process in each event of the gate.
+    ProcessHandles,
+    /// Directory and name in events.
+    NamedEvents,
+    /// perf's records of every exec and mapping.
+    ExecRecords,
+    /// The proc connector.
+    ProcessEvents,
+    /// Events of the files below an overlay's.
+    OverlayHandles,
+    /// Events of mounts that come and go.
+    MountEvents,
+    /// The sysctl `vm.memfd_noexec`.
+    MemfdNoexec,
+}
+
+impl Feature {
+    pub const ALL: [Feature; 10] = [
+        Feature::PermissionEvents,
+        Feature::OpenBeneath,
+        Feature::MountOfFile,
+        Feature::ProcessHandles,
+        Feature::NamedEvents,
+        Feature::ExecRecords,
+        Feature::ProcessEvents,
+        Feature::OverlayHandles,
+        Feature::MountEvents,
+        Feature::MemfdNoexec,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Feature::PermissionEvents => "permission_events",
+            Feature::OpenBeneath => "openat2",
+            Feature::MountOfFile => "statx_mount_id",
+            Feature::ProcessHandles => "fanotify_pidfd",
+            Feature::NamedEvents => "fanotify_names",
+            Feature::ExecRecords => "perf_exec_records",
+            Feature::ProcessEvents => "proc_connector",
+            Feature::OverlayHandles => "handle_fid",
+            Feature::MountEvents => "fanotify_mounts",
+            Feature::MemfdNoexec => "memfd_noexec",
+        }
+    }
+
+    /// Where it comes from.
+    pub fn since(self) -> &'static str {
+        match self {
+            Feature::PermissionEvents => "Linux 5.0 with CONFIG_FANOTIFY_ACCESS_PERMISSIONS",
+            Feature::OpenBeneath => "Linux 5.6",
+            Feature::MountOfFile => "Linux 5.8",
+            Feature::ProcessHandles => "Linux 5.15 or 5.10.220",
+            Feature::NamedEvents => "Linux 5.9",
+            Feature::ExecRecords => {
+                "CONFIG_PERF_EVENTS and tracefs, with CAP_PERFMON or CAP_SYS_ADMIN"
+            }
+            Feature::ProcessEvents => "CONFIG_PROC_EVENTS",
+            Feature::OverlayHandles => "Linux 6.6",
+            Feature::MountEvents => "Linux 6.14",
+            Feature::MemfdNoexec => "Linux 6.3",
+        }
+    }
+
+    /// What it means that it is missing.
+    pub fn without(self) -> &'static str {
+        match self {
+            Feature::PermissionEvents => "driftd cannot run: it is not asked before a program runs",
+            Feature::OpenBeneath => {
+                "driftd cannot run: what a container has put in its files cannot be opened safely"
+            }
+            Feature::MountOfFile => {
+                "containers whose layers are on several filesystems are recognised by their \
+                 processes alone"
+            }
+            Feature::ProcessHandles => {
+                "a program that ends at once may be told without its process"
+            }
+            Feature::NamedEvents => {
+                "renames, removals and chmod are found by walks, up to watch.sweep_interval later"
+            }
+            Feature::ExecRecords => {
+                "programs run from memory, and libraries, are seen only while they live"
+            }
+            Feature::ProcessEvents => {
+                "without the records of perf, programs run from memory would not be seen"
+            }
+            Feature::OverlayHandles => {
+                "a program run from an overlay within a container may be seen only by the \
+                 kernel's records"
+            }
+            Feature::MountEvents => {
+                "a filesystem that is mounted in a container is noticed a moment later"
+            }
+            Feature::MemfdNoexec => "programs in memory can be told, and not be forbidden",
+        }
+    }
+
+    /// Whether driftd cannot run without it.
+    pub fn is_needed(self) -> bool {
+        match self {
+            Feature::PermissionEvents | Feature::OpenBeneath => true,
+            Feature::MountOfFile
+            | Feature::ProcessHandles
+            | Feature::NamedEvents
+            | Feature::ExecRecords
+            | Feature::ProcessEvents
+            | Feature::OverlayHandles
+            | Feature::MountEvents
+            | Feature::MemfdNoexec => false,
+        }
+    }
+
+    fn is_there(self) -> bool {
+        match self {
+            Feature::PermissionEvents => fanotify::probe().is_ok(),
+            Feature::OpenBeneath => file::open_directory("/")
+                .and_then(|root| file::open_path_beneath(root, b"proc"))
+                .map_or_else(|err| err.raw_os_error() != Some(libc::ENOSYS), |_| true),
+            Feature::MountOfFile => file::stat_path("/").is_ok_and(|stat| stat.mount.is_some()),
+            Feature::ProcessHandles => fanotify::probe().is_ok_and(|found| found.pidfd),
+            Feature::NamedEvents => {
+                has_group(u64::from(libc::FAN_REPORT_DIR_FID | libc::FAN_REPORT_NAME))
+            }
+            Feature::ExecRecords => perf::Rings::open().is_ok(),
+            Feature::ProcessEvents => connector::Connector::open().is_ok(),
+            Feature::OverlayHandles => takes_handle_fid(),
+            Feature::MountEvents => has_group(FAN_REPORT_MNT),
+            Feature::MemfdNoexec => std::path::Path::new("/proc/sys/vm/memfd_noexec").exists(),
+        }
+    }
+}
+
+/// Newer than libc's.
+const FAN_REPORT_MNT: u64 = 0x4000;
+const AT_HANDLE_FID: libc::c_int = 0x200;
+
+/// Whether the kernel takes these flags of fanotify_init(2), together with the
+/// class of notifications.
+fn has_group(flags: u64) -> bool {
+    let Ok(flags) = u32::try_from(flags) else { return false };
+    let flags =
+        InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::from_bits_retain(flags);
+    match Fanotify::init(flags, EventFFlags::empty()) {
+        Ok(_) => true,
+        // The limit of groups is reached: the flags were looked at before.
+        Err(errno) => errno == Errno::EMFILE,
+    }
+}
+
+/// Whether name_to_handle_at(2) gives handles that only identify a file.
+fn takes_handle_fid() -> bool {
+    #[repr(C)]
+    struct Handle {
+        length: libc::c_uint,
+        kind: libc::c_int,
+        bytes: [u8; 128],
+    }
+    let Ok(root) = file::open_directory("/proc/self") else { return false };
+    let mut handle = Handle { length: 128, kind: 0, bytes: [0; 128] };
+    let mut mount: libc::c_int = 0;
+    // SAFETY: `handle` has room for as many bytes as it says, the name is a string
+    // that ends, and all three outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            root.as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle,
+            &raw mut mount,
+            libc::AT_EMPTY_PATH | AT_HANDLE_FID,
+        )
+    };
+    // A kernel that does not know the flag says EINVAL, whatever the file is.
+    result == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL)
+}
+
+/// What is there and what is not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    missing: Vec<Feature>,
+}
+
+impl Capabilities {
+    pub fn probe() -> Capabilities {
+        let missing = Feature::ALL.into_iter().filter(|feature| !feature.is_there()).collect();
+        Capabilities { missing }
+    }
+
+    pub fn has(&self, feature: Feature) -> bool {
+        !self.missing.contains(&feature)
+    }
+
+    /// What the kernel lacks.
+    pub fn missing(&self) -> &[Feature] {
+        &self.missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_feature_has_a_name_of_its_own() {
+        let names: std::collections::BTreeSet<_> = Feature::ALL.map(Feature::name).into();
+        assert_eq!(names.len(), Feature::ALL.len());
+    }
+}

@@ -1,0 +1,243 @@
+//! Code that is not executed itself, as a file: whose it is and what it holds.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::content::event_path;
+use super::lower;
+use super::shared::Shared;
+use super::state::{self, Hashing};
+use super::table::{Standing, Watched};
+use crate::model::{
+    Content, FileState, FileTime, FileType, Filesystem, Format, LowerTwin, RootfsPath, Unhashed,
+};
+use crate::sys::file::{self, Stat};
+use crate::sys::overlay::{self, Medium};
+use crate::sys::procfs::Handle;
+
+/// A file of code that is not known to be the image's own.
+#[derive(Clone, Debug)]
+pub(super) struct Code {
+    pub(super) path: RootfsPath,
+    pub(super) filesystem: Filesystem,
+    pub(super) state: FileState,
+    pub(super) lower: Option<LowerTwin>,
+}
+
+/// Hashes of such files, so that one that is loaded all the time is read once in a
+/// while and not each time.
+///
+/// Only for a while, because its ctime does not tell everything: stores through a
+/// shared mapping into a page that was dirty already leave it as it was.
+#[derive(Debug, Default)]
+pub(super) struct Hashed {
+    known: Mutex<HashMap<Key, Known>>,
+}
+
+/// What a file cannot change without changing this, short of such stores.
+type Key = (u64, u64, FileTime, u64);
+
+#[derive(Debug)]
+struct Known {
+    state: FileState,
+    until: Instant,
+}
+
+/// More files than this are not remembered.
+const MAX_KNOWN: usize = 4096;
+
+/// How long a hash is good for at least; and how many times longer than it took,
+/// so that hashing one file over and over takes a twentieth of a processor.
+const GOOD_FOR: Duration = Duration::from_secs(1);
+const TIMES_ITS_COST: u32 = 20;
+
+impl Hashed {
+    fn state(&self, file: &OwnedFd, stat: &Stat, max_hash_bytes: u64) -> FileState {
+        let key = (stat.device, stat.inode, stat.changed, stat.size);
+        let begun = Instant::now();
+        {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(known) = known.get(&key).filter(|known| known.until > begun) {
+                let mut state = known.state.clone();
+                state.deleted = stat.links == 0;
+                return state;
+            }
+        }
+        let Ok(readable) = file::reopen(file.as_fd()) else { return state::unopened(stat) };
+        let state = state::of(readable.as_fd(), stat, Hashing::Always, max_hash_bytes);
+        let until = Instant::now() + GOOD_FOR.max(begun.elapsed() * TIMES_ITS_COST);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        known.insert(key, Known { state: state.clone(), until });
+        state
+    }
+}
+
+/// The device of memory that has only a descriptor.
+fn memory_device() -> Option<u64> {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    *DEVICE.get_or_init(|| file::memfd_device().ok())
+}
+
+/// What the kernel calls a memfd, without what it adds to the name.
+pub(super) fn memfd_name(device: u64, name: &[u8]) -> Option<&[u8]> {
+    let name = name.strip_suffix(b" (deleted)")?;
+    (name.starts_with(b"/memfd:") && memory_device() == Some(device)).then_some(name)
+}
+
+/// Looks at a file by a descriptor that was opened only for that. `None` if it is
+/// the image's own, or no file with content.
+pub(super) fn of_descriptor(
+    shared: &Shared,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+) -> Option<Code> {
+    let stat = file::stat_as_known(fd).ok()?;
+    if !stat.is_regular() {
+        return None;
+    }
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    if shared.table.owner(&stat).is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
+        match watched.standing(&stat) {
+            Standing::Own => (),
+            Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => return None,
+        }
+        let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+        let path = event_path(watched, fd, &stat, pid, None).ok()?;
+        let state = shared.hashed.state(fd, &stat, max_hash_bytes);
+        let lower = watched
+            .layers()
+            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+        return Some(Code { path, filesystem: Filesystem::Overlay, state, lower });
+    }
+    let name = file::name_of(fd.as_fd()).ok()?;
+    if let Some(name) = memfd_name(stat.device, &name) {
+        let path = RootfsPath::new(name).ok()?;
+        let state = shared.hashed.state(fd, &stat, max_hash_bytes);
+        return Some(Code { path, filesystem: Filesystem::Anonymous, state, lower: None });
+    }
+    let path =
+        if stat.links == 0 { name.strip_suffix(b" (deleted)").unwrap_or(&name) } else { &name };
+    let path = RootfsPath::new(path).ok()?;
+    // Of no mount of the container's: the runtime's own, on its way in.
+    let medium = medium(watched, handle, &stat)?;
+    let state = match medium {
+        Medium::Tmpfs | Medium::Local => shared.hashed.state(fd, &stat, max_hash_bytes),
+        // Whoever answers for it might never.
+        Medium::Foreign => state::unopened(&stat),
+    };
+    let filesystem = match medium {
+        Medium::Tmpfs => Filesystem::Tmpfs,
+        Medium::Local | Medium::Foreign => Filesystem::Volume,
+    };
+    Some(Code { path, filesystem, state, lower: None })
+}
+
+/// What a file lies on, if it is on a mount of the process's or the container's.
+fn medium(watched: &Watched, handle: Option<&Handle>, stat: &Stat) -> Option<Medium> {
+    let init = Handle::open_exactly(watched.init).ok();
+    let viewers = [handle, init.as_ref()].into_iter().flatten();
+    let mut mountinfos = viewers.filter_map(|viewer| viewer.mountinfo().ok());
+    mountinfos.find_map(|mountinfo| match stat.mount {
+        Some(mount) => overlay::medium_of(&mountinfo, mount),
+        // Before Linux 5.8 nobody tells which mount.
+        None => overlay::medium_of_device(&mountinfo, stat.device),
+    })
+}
+
+/// Looks up a name as a process does whose root is that of `handle`.
+pub(super) fn open_in(handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
+    let root = file::open_root(&handle.root_path()).ok()?;
+    match file::open_path_in_root(&root, name, true) {
+        Ok(found) => Some(found),
+        // Beyond its root's mount: only where nobody can keep us waiting.
+        Err(err) if err.raw_os_error() == Some(libc::EXDEV) => {
+            let mountinfo = handle.mountinfo().ok()?;
+            overlay::is_local_way(&mountinfo, name)
+                .then(|| file::open_path_in_root(&root, name, false).ok())
+                .flatten()
+        }
+        Err(_) => None,
+    }
+}
+
+/// What is left to tell of a file that nobody can look at any more.
+pub(super) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
+    let state = FileState {
+        file_type: FileType::Regular,
+        format: Format::Unknown,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        size: 0,
+        capability: None,
+        content: Content::Unhashed(Unhashed::Gone),
+        deleted: true,
+    };
+    Code { path, filesystem, state, lower: None }
+}
+
+/// A file of the container's own layer, by its name there.
+#[derive(Debug)]
+pub(super) enum Upper {
+    /// It has this inode in its own filesystem.
+    File {
+        fd: OwnedFd,
+        stat: Stat,
+    },
+    /// Something that hides what the image has.
+    Hidden,
+    Absent,
+    /// There is no telling.
+    Unknown,
+}
+
+pub(super) fn upper(watched: &Watched, path: &RootfsPath) -> Upper {
+    let Some(layers) = watched.layers() else { return Upper::Unknown };
+    let Ok(directory) = file::open_directory(&layers.dirs.upperdir) else { return Upper::Unknown };
+    match file::open_path_beneath(&directory, path.relative()) {
+        Ok(fd) => match file::stat(&fd) {
+            Ok(stat) if stat.is_regular() => {
+                // Only its metadata is the container's own. (A path descriptor has no
+                // attributes to read.)
+                let Ok(readable) = file::reopen(fd.as_fd()) else { return Upper::Unknown };
+                match overlay::is_metacopy(&readable, layers.userxattr) {
+                    Ok(true) => Upper::Absent,
+                    Ok(false) | Err(_) => Upper::File { fd, stat },
+                }
+            }
+            Ok(_) => Upper::Hidden,
+            Err(_) => Upper::Unknown,
+        },
+        Err(err) => match err.raw_os_error() {
+            Some(libc::ENOENT) => Upper::Absent,
+            _ => Upper::Hidden,
+        },
+    }
+}
+
+/// The container's own file as it is in its layer.
+pub(super) fn of_upper(
+    shared: &Shared,
+    watched: &Watched,
+    path: RootfsPath,
+    fd: &OwnedFd,
+    stat: &Stat,
+) -> Code {
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let state = shared.hashed.state(fd, stat, max_hash_bytes);
+    let lower = watched
+        .layers()
+        .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+    Code { path, filesystem: Filesystem::Overlay, state, lower }
+}
+
+/// The inode that the image's layers have at a path, and its device.
+pub(super) fn image_inode(watched: &Watched, path: &RootfsPath) -> Option<(u64, u64)> {
+    lower::inode(watched.layers()?, path)
+}

@@ -1,0 +1,291 @@
+//! Interpreters of the image, looked at as they start: what script they run, and
+//! whether their input and output lead to a connection.
+//!
+//! Best effort. A process that has ended by the time it is looked at tells nothing,
+//! and what it does later is looked at twice more only.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use jiff::Timestamp;
+
+use super::code::{self, Code};
+use super::libraries::processes_of;
+use super::process;
+use super::scripts::{self, Runs};
+use super::shared::Shared;
+use super::shells::{self, Neighbour, Standard};
+use super::table::Watched;
+use crate::health::Failure;
+use crate::model::{Fact, Process, Script, Source};
+use crate::sys::overlay;
+use crate::sys::procfs::{self, Descriptor, Handle};
+
+/// A process of a container that has become something that may be an interpreter.
+#[derive(Clone, Debug)]
+pub(super) struct Started {
+    pub(super) watched: Arc<Watched>,
+    pub(super) pid: u32,
+    /// The program's own file, if it was recorded.
+    pub(super) file: Option<Arc<[u8]>>,
+    /// As it was given to execve.
+    pub(super) exec_name: Box<[u8]>,
+    pub(super) at: Timestamp,
+}
+
+/// When a shell is looked at again: what it has for input and output may come
+/// later than its start.
+const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
+
+/// More shells than this are not looked at again.
+const MAX_WAITING: usize = 16 * 1024;
+
+/// Descriptors of a neighbour that are looked at.
+const MAX_DESCRIPTORS: usize = 256;
+
+/// How often all processes of a container are looked at for their pipes.
+const BETWEEN_NEIGHBOURS: Duration = Duration::from_millis(50);
+
+struct Look {
+    watched: Arc<Watched>,
+    at: Timestamp,
+    handle: Handle,
+    process: Process,
+    /// A script from a pipe is told if it turns out to be nothing worse.
+    pipe: Option<Script>,
+    /// It runs a script of the image: a connection is its business.
+    is_service: bool,
+    again: usize,
+    due: Instant,
+}
+
+pub(super) fn run(shared: &Shared, started: &Receiver<Started>) {
+    let mut waiting: [VecDeque<Look>; AGAIN.len()] = Default::default();
+    let mut neighbours_at = None;
+    while !shared.is_stopping() {
+        let next = waiting.iter().filter_map(|queue| Some(queue.front()?.due)).min();
+        let patience = next.map_or(Duration::from_millis(250), |due| {
+            due.saturating_duration_since(Instant::now())
+        });
+        match started.recv_timeout(patience) {
+            Ok(one) => {
+                if let Some(look) = first(shared, one) {
+                    wait_for(shared, &mut waiting, look);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        for index in 0..waiting.len() {
+            while waiting[index].front().is_some_and(|look| look.due <= Instant::now()) {
+                let Some(look) = waiting[index].pop_front() else { break };
+                if let Some(look) = again(shared, look, &mut neighbours_at) {
+                    wait_for(shared, &mut waiting, look);
+                }
+            }
+        }
+    }
+}
+
+fn wait_for(shared: &Shared, waiting: &mut [VecDeque<Look>; AGAIN.len()], mut look: Look) {
+    let Some(after) = AGAIN.get(look.again) else { return };
+    if waiting[look.again].len() >= MAX_WAITING {
+        shared.lose(
+            Failure::CodeQueueFull,
+            Some(&look.watched),
+            "too many shells wait to be looked at again",
+        );
+        return;
+    }
+    look.due = Instant::now() + *after;
+    waiting[look.again].push_back(look);
+}
+
+/// The first look, right behind the execve; `None` if there is nothing more to see.
+fn first(shared: &Shared, started: Started) -> Option<Look> {
+    let Started { watched, pid, file, exec_name, at } = started;
+    let handle = Handle::open(pid).ok()?;
+    let arguments = handle.arguments().ok()??;
+    let standard = standard(&handle);
+    let file = match file {
+        Some(file) => file,
+        None => handle.exe().ok()?.into(),
+    };
+    let (language, rest) = scripts::interpreter(&file, &arguments)?;
+    let process = process::as_it_is(&handle, &watched);
+    let mut look = Look {
+        watched,
+        at,
+        handle,
+        process,
+        pipe: None,
+        is_service: false,
+        again: 0,
+        due: Instant::now(),
+    };
+    match scripts::runs(language, rest) {
+        Runs::Inline => (),
+        // It is the script that was executed, and the gate has seen that.
+        Runs::File(name) if *name == *exec_name => look.is_service = true,
+        Runs::File(name) => match script(shared, &look, &name) {
+            Some(code) => tell_script(shared, &look, code),
+            None => look.is_service = true,
+        },
+        Runs::Input => match standard.0[0] {
+            Some(Descriptor::Pipe { .. }) => look.pipe = piped_script(&look, &standard),
+            Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
+                let from = look.handle.connections().remove(&inode);
+                look.pipe = from
+                    .map(|remote| Script::Pipe { from: Some(format!("a connection to {remote}")) });
+            }
+            Some(Descriptor::Other) => {
+                let fd = look.handle.open_descriptor(0).ok();
+                let code = fd.and_then(|fd| {
+                    code::of_descriptor(shared, &look.watched, Some(&look.handle), &fd)
+                });
+                if let Some(code) = code {
+                    tell_script(shared, &look, code);
+                }
+            }
+            Some(Descriptor::Socket(_)) | None => (),
+        },
+    }
+    let is_told = direct(shared, &look, &standard);
+    (!is_told).then_some(look)
+}
+
+/// A later look: it may have become a shell on a connection, or have been one all
+/// along, with pipes in between.
+fn again(shared: &Shared, mut look: Look, neighbours_at: &mut Option<Instant>) -> Option<Look> {
+    let is_first = look.again == 0;
+    look.again += 1;
+    let is_alive = look.handle.stat().is_ok_and(|stat| !stat.has_ended());
+    if is_alive {
+        let standard = standard(&look.handle);
+        if direct(shared, &look, &standard) {
+            return None;
+        }
+        if !look.is_service && standard.is_piped() && may_ask_neighbours(neighbours_at) {
+            let own = look.handle.identity().pid;
+            let others = neighbours(&look.watched, own);
+            if let Some(evidence) = shells::piped(&standard, &others) {
+                tell_shell(shared, &look, false, evidence);
+                return None;
+            }
+        }
+    }
+    if is_first && let Some(script) = look.pipe.take() {
+        let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
+        shared.observe(&look.watched, look.at, Source::Trace, fact);
+    }
+    is_alive.then_some(look)
+}
+
+fn may_ask_neighbours(last: &mut Option<Instant>) -> bool {
+    let may = last.is_none_or(|last| last.elapsed() >= BETWEEN_NEIGHBOURS);
+    if may {
+        *last = Some(Instant::now());
+    }
+    may
+}
+
+fn standard(handle: &Handle) -> Standard {
+    Standard([0, 1, 2].map(|number| handle.descriptor(number).ok()))
+}
+
+/// Tells of a shell on a socket; whether it is one. A pair of sockets of this
+/// machine is how supervisors speak with what they run: only a connection counts.
+fn direct(shared: &Shared, look: &Look, standard: &Standard) -> bool {
+    let Some(inode) = standard.socket().filter(|_| !look.is_service) else { return false };
+    let Some(remote) = look.handle.connections().remove(&inode) else { return false };
+    tell_shell(shared, look, true, shells::direct(&remote));
+    true
+}
+
+fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
+    let process = Arc::new(look.process.clone());
+    let fact = Fact::ReverseShell { process, direct, evidence };
+    shared.observe(&look.watched, look.at, Source::Trace, fact);
+}
+
+fn tell_script(shared: &Shared, look: &Look, code: Code) {
+    let Code { path, filesystem, state, lower } = code;
+    let script = Script::File { path, filesystem, state, lower };
+    let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
+    shared.observe(&look.watched, look.at, Source::Trace, fact);
+}
+
+/// The script's file, unless it is the image's own or there is none.
+fn script(shared: &Shared, look: &Look, name: &[u8]) -> Option<Code> {
+    let fd = if name.starts_with(b"/") {
+        code::open_in(&look.handle, name)?
+    } else {
+        // The kernel names the directory as seen from the container's root.
+        let cwd = look.handle.cwd().ok()?;
+        let mut path = overlay::strip_directory(&cwd, &look.watched.root_name)?.to_vec();
+        path.push(b'/');
+        path.extend_from_slice(name);
+        let init = Handle::open_exactly(look.watched.init).ok();
+        code::open_in(init.as_ref().unwrap_or(&look.handle), &path)?
+    };
+    code::of_descriptor(shared, &look.watched, Some(&look.handle), &fd)
+}
+
+/// A script from a pipe that the container's own processes have made. What came in
+/// with a session, or with the container's start, is whoever's who opened it.
+fn piped_script(look: &Look, standard: &Standard) -> Option<Script> {
+    let pipe = standard.input_pipe()?;
+    let stat = look.handle.first_stat();
+    // The last one is outside.
+    let mut chain = procfs::ancestors(stat, look.watched.pid_namespace);
+    chain.retain(|ancestor| {
+        ancestor.pid_namespace().ok() == look.watched.pid_namespace
+            && ancestor.mount_namespace().ok() == look.watched.mount_namespace
+    });
+    let root = chain.last()?;
+    if root.descriptor(0).ok() == standard.0[0] {
+        return None;
+    }
+    let own = look.handle.identity().pid;
+    let others = neighbours(&look.watched, own);
+    let from = others.into_iter().find(|other| other.writes.contains(&pipe));
+    Some(Script::Pipe { from: from.map(|from| from.name) })
+}
+
+/// The other processes of a container, with their pipes and connections.
+fn neighbours(watched: &Watched, own: u32) -> Vec<Neighbour> {
+    let mut connections = None;
+    let others = processes_of(watched).into_iter().filter(|handle| handle.identity().pid != own);
+    others
+        .map(|handle| {
+            let mut neighbour = Neighbour {
+                name: shells::name_of(&handle.exe().unwrap_or_default()),
+                ..Neighbour::default()
+            };
+            let numbers = handle.descriptors(MAX_DESCRIPTORS).unwrap_or_default();
+            for number in numbers {
+                match handle.descriptor(number) {
+                    Ok(Descriptor::Pipe { device, inode }) => {
+                        let (reads, writes) = handle.access(number).unwrap_or_default();
+                        if reads {
+                            neighbour.reads.push((device, inode));
+                        }
+                        if writes {
+                            neighbour.writes.push((device, inode));
+                        }
+                    }
+                    Ok(Descriptor::Socket(inode)) if neighbour.connection.is_none() => {
+                        // All of a container's processes, but for those that have
+                        // made themselves a network of their own.
+                        let known = connections.get_or_insert_with(|| handle.connections());
+                        neighbour.connection = known.get(&inode).cloned();
+                    }
+                    Ok(Descriptor::Socket(_) | Descriptor::Other) | Err(_) => (),
+                }
+            }
+            neighbour
+        })
+        .collect()
+}

@@ -1,0 +1,524 @@
+//! Libraries: code that a program maps, and that is not known to be the image's.
+//!
+//! The kernel records every executable mapping ([`crate::sys::perf`]). Nearly all
+//! of them are the image's own libraries, which one look into the container's own
+//! layer tells: the name is not there, and the image has a file with this inode. What
+//! is left is hashed and told. All of that happens on a thread of its own, behind a
+//! channel that never makes the trace wait.
+//!
+//! ```text
+//! trace ── Loading ──> the name is not in the upper layer, and the image has it ──> done
+//!                      otherwise: its content, from the layer, or from the process
+//!                      while that lives ──> Fact::Loaded
+//! ```
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use jiff::{SignedDuration, Timestamp};
+
+use super::code::{self, Code, Upper};
+use super::interpreters::Started;
+use super::process;
+use super::scripts;
+use super::shared::Shared;
+use super::table::Watched;
+use super::trace::TraceConsumer;
+use crate::health::Failure;
+use crate::model::{
+    Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
+};
+use crate::sys::overlay::{self, Medium};
+use crate::sys::perf::{self, Executed, Mapped};
+use crate::sys::procfs::{self, Handle};
+
+/// Code that a process of a container has mapped, and not by its execve.
+#[derive(Clone, Debug)]
+pub(super) struct Loading {
+    pub(super) watched: Arc<Watched>,
+    pub(super) mapped: Mapped,
+    pub(super) at: Timestamp,
+    pub(super) program: Program,
+    /// The first code since its execve.
+    pub(super) is_first: bool,
+}
+
+/// What a process runs, as its execve was recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Program {
+    /// When its execve was over; 0 for one that nobody has seen.
+    pub(super) since: u64,
+    /// The program's own file, links resolved, as the process sees it.
+    pub(super) file: Option<Arc<[u8]>>,
+}
+
+impl Program {
+    /// Whether it is a dynamic linker, which runs the program that it is given.
+    fn is_linker(&self) -> bool {
+        let Some(file) = &self.file else { return false };
+        let name = file.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+        [b"ld-linux".as_slice(), b"ld-musl", b"ld.so", b"ld64.so", b"ld-2."]
+            .iter()
+            .any(|start| name.starts_with(start))
+    }
+}
+
+/// What the processes of containers run, by the kernel's records in their order.
+#[derive(Debug, Default)]
+struct Programs {
+    running: HashMap<u32, Running>,
+}
+
+#[derive(Clone, Debug)]
+struct Running {
+    program: Program,
+    has_loaded: bool,
+}
+
+/// More processes than this are not remembered.
+const MAX_PROGRAMS: usize = 64 * 1024;
+
+impl Programs {
+    fn executed(&mut self, pid: u32, time: u64, file: Option<&[u8]>) -> &Program {
+        if self.running.len() >= MAX_PROGRAMS {
+            self.running.clear();
+        }
+        let program = Program { since: time, file: file.map(Into::into) };
+        let running = Running { program, has_loaded: false };
+        &self.running.entry(pid).insert_entry(running).into_mut().program
+    }
+
+    /// Who loads, and whether it is the first time.
+    fn loads(&mut self, pid: u32) -> (Program, bool) {
+        match self.running.get_mut(&pid) {
+            Some(running) => {
+                let is_first = !std::mem::replace(&mut running.has_loaded, true);
+                (running.program.clone(), is_first)
+            }
+            // Before anybody looked, or a child that goes on with its parent's program.
+            None => (Program::default(), false),
+        }
+    }
+}
+
+/// Hands on what the trace has seen, without ever waiting.
+#[derive(Debug)]
+pub(super) struct Tracing {
+    programs: Programs,
+    loadings: Sender<Loading>,
+    started: Sender<Started>,
+}
+
+impl Tracing {
+    pub(super) fn new(loadings: Sender<Loading>, started: Sender<Started>) -> Tracing {
+        Tracing { programs: Programs::default(), loadings, started }
+    }
+}
+
+/// The time of a record, by the clock that findings are told in.
+fn timestamp(time: u64) -> Timestamp {
+    let ago = i64::try_from(perf::now().saturating_sub(time)).unwrap_or_default();
+    let now = Timestamp::now();
+    now.checked_sub(SignedDuration::from_nanos(ago)).unwrap_or(now)
+}
+
+impl TraceConsumer for Tracing {
+    fn executed(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        executed: &Executed,
+        program: Option<&Mapped>,
+    ) {
+        let Executed { pid, time, file_name, .. } = executed;
+        let file = program.map(|program| &*program.name);
+        let program = self.programs.executed(*pid, *time, file);
+        let may_interpret = match &program.file {
+            Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
+            None => true,
+        };
+        if !may_interpret {
+            return;
+        }
+        let started = Started {
+            watched: watched.clone(),
+            pid: *pid,
+            file: program.file.clone(),
+            exec_name: file_name.clone(),
+            at: timestamp(*time),
+        };
+        if let Err(TrySendError::Full(_)) = self.started.try_send(started) {
+            let detail = "too many interpreters wait to be looked at";
+            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+        }
+    }
+
+    fn mapped(&mut self, shared: &Shared, watched: &Arc<Watched>, mapped: &Mapped) {
+        if mapped.inode == 0 {
+            return;
+        }
+        let (program, is_first) = self.programs.loads(mapped.pid);
+        let loading = Loading {
+            watched: watched.clone(),
+            at: timestamp(mapped.time),
+            mapped: mapped.clone(),
+            program,
+            is_first,
+        };
+        if let Err(TrySendError::Full(_)) = self.loadings.try_send(loading) {
+            let detail = "too many libraries wait to be looked at";
+            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+        }
+    }
+
+    fn exited(&mut self, pid: u32) {
+        self.programs.running.remove(&pid);
+    }
+
+    fn lost(&mut self) {
+        self.programs.running.clear();
+    }
+}
+
+/// How many mappings of one container are looked at in a second that are not the
+/// image's at first sight.
+const BUDGET: u32 = 2000;
+
+/// More pairs of a process and its library are not remembered as told.
+const MAX_TOLD: usize = 16 * 1024;
+
+/// A file's writer may not have been told by the change feed yet: it is waited for.
+const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Default)]
+struct Libraries {
+    /// Files of the image, by container: the layers do not change under it.
+    in_image: HashMap<(u64, Box<[u8]>), Option<(u64, u64)>>,
+    told: HashSet<(u32, u64, u64, u64)>,
+    budgets: HashMap<u64, (Instant, u32)>,
+    waiting: VecDeque<(Instant, Loading, Code, Option<Process>)>,
+}
+
+/// More names than this are not remembered.
+const MAX_NAMES: usize = 16 * 1024;
+
+/// How often it is asked whether all processes are to be looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How many mappings are taken at once; one look is enough for all of them.
+const BATCH: usize = 512;
+
+pub(super) fn run(shared: &Shared, loadings: &Receiver<Loading>) {
+    let mut libraries = Libraries::default();
+    let mut last_look = Instant::now();
+    while !shared.is_stopping() {
+        if last_look.elapsed() >= LOOK_EVERY {
+            last_look = Instant::now();
+            for watched in shared.table.all() {
+                if watched.take_code_scan() {
+                    libraries.scan(shared, &watched);
+                }
+            }
+        }
+        let patience = match libraries.waiting.front() {
+            Some((due, ..)) => due.saturating_duration_since(Instant::now()),
+            None => LOOK_EVERY,
+        };
+        match loadings.recv_timeout(patience) {
+            Ok(first) => {
+                // What was mapped before we look is covered by the look.
+                let mut image = HashSet::new();
+                let rest = loadings.try_iter().take(BATCH);
+                for loading in std::iter::once(first).chain(rest) {
+                    let Mapped { device, inode, name, .. } = &loading.mapped;
+                    let key = (*device, *inode, name.clone());
+                    if image.contains(&key) {
+                        continue;
+                    }
+                    if libraries.take(shared, loading) {
+                        image.insert(key);
+                    }
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        while libraries.waiting.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
+            if let Some((_, loading, code, process)) = libraries.waiting.pop_front() {
+                tell(shared, &loading, code, process, Source::Trace);
+            }
+        }
+    }
+}
+
+impl Libraries {
+    /// Looks at one mapping; true if it is the image's own.
+    fn take(&mut self, shared: &Shared, loading: Loading) -> bool {
+        let Loading { watched, mapped, program, .. } = &loading;
+        let told = (mapped.pid, program.since, mapped.device, mapped.inode);
+        if self.told.contains(&told) {
+            return false;
+        }
+        let place = self.place(watched, mapped);
+        let place = match place {
+            Place::Image => return true,
+            Place::NoFile => return false,
+            place => place,
+        };
+        if !self.may_look(watched) {
+            shared.lose(
+                Failure::CodeQueueFull,
+                Some(watched),
+                "more libraries were loaded than are looked at",
+            );
+            return false;
+        }
+        let handle = Handle::open(mapped.pid).ok();
+        let Some(code) = look(shared, watched, mapped, handle.as_ref(), place) else {
+            return false;
+        };
+        if self.told.len() >= MAX_TOLD {
+            self.told.clear();
+        }
+        self.told.insert(told);
+        let process = handle.map(|handle| process::as_it_is(&handle, watched));
+        let has_writer = shared.writer_of(watched, &code.path).is_some();
+        if code.filesystem == Filesystem::Overlay && !has_writer {
+            self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, code, process));
+        } else {
+            tell(shared, &loading, code, process, Source::Trace);
+        }
+        false
+    }
+
+    fn may_look(&mut self, watched: &Watched) -> bool {
+        let now = Instant::now();
+        if self.budgets.len() > 4096 {
+            self.budgets.clear();
+        }
+        let (since, spent) = self.budgets.entry(watched.device).or_insert((now, 0));
+        if since.elapsed() >= Duration::from_secs(1) {
+            (*since, *spent) = (now, 0);
+        }
+        *spent += 1;
+        *spent <= BUDGET
+    }
+
+    /// Where a mapped file lies, as far as its name and its number tell.
+    fn place(&mut self, watched: &Arc<Watched>, mapped: &Mapped) -> Place {
+        if code::memfd_name(mapped.device, &mapped.name).is_some() {
+            // Code that a compiler at run time writes through one mapping and runs
+            // through another is shared; a library is not.
+            return if mapped.is_shared { Place::NoFile } else { Place::Elsewhere };
+        }
+        let Ok(path) = RootfsPath::new(&mapped.name) else { return Place::NoFile };
+        if mapped.device != watched.device {
+            return Place::Elsewhere;
+        }
+        match code::upper(watched, &path) {
+            Upper::File { fd, stat } if stat.inode == mapped.inode => Place::Upper(path, fd, stat),
+            Upper::File { fd, stat } => Place::PerhapsUpper(path, fd, stat),
+            Upper::Hidden | Upper::Unknown => Place::Unclear,
+            Upper::Absent => {
+                if self.in_image.len() >= MAX_NAMES {
+                    self.in_image.clear();
+                }
+                let key = (watched.device, mapped.name.clone());
+                let known =
+                    self.in_image.entry(key).or_insert_with(|| code::image_inode(watched, &path));
+                match known {
+                    Some((_, inode)) if *inode == mapped.inode => Place::Image,
+                    _ => Place::Unclear,
+                }
+            }
+        }
+    }
+
+    /// What the container's processes have loaded by now: before there was anybody
+    /// to see it, or unseen.
+    fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>) {
+        for handle in processes_of(watched) {
+            let Ok(mappings) = handle.mapped_code() else { continue };
+            let pid = handle.identity().pid;
+            let program = handle.exe_identity().ok();
+            let mut seen = HashSet::new();
+            for mapping in mappings {
+                if program == Some((mapping.device, mapping.inode))
+                    || !seen.insert((mapping.device, mapping.inode))
+                {
+                    continue;
+                }
+                let mapped = Mapped {
+                    pid,
+                    time: 0,
+                    address: mapping.start,
+                    length: mapping.end - mapping.start,
+                    device: mapping.device,
+                    inode: mapping.inode,
+                    is_shared: mapping.is_shared,
+                    name: mapping.name.into(),
+                };
+                let place = self.place(watched, &mapped);
+                if matches!(place, Place::Image | Place::NoFile) {
+                    continue;
+                }
+                let Some(code) = look(shared, watched, &mapped, Some(&handle), place) else {
+                    continue;
+                };
+                let process = Some(process::as_it_is(&handle, watched));
+                let loading = Loading {
+                    watched: watched.clone(),
+                    mapped,
+                    at: Timestamp::now(),
+                    program: Program::default(),
+                    is_first: false,
+                };
+                tell(shared, &loading, code, process, Source::Scan);
+            }
+        }
+    }
+}
+
+/// Where a mapped file lies.
+#[derive(Debug)]
+enum Place {
+    Image,
+    /// It is no library.
+    NoFile,
+    /// In the container's own layer, under its name.
+    Upper(RootfsPath, std::os::fd::OwnedFd, crate::sys::file::Stat),
+    /// The same, unless another file has taken its name since.
+    PerhapsUpper(RootfsPath, std::os::fd::OwnedFd, crate::sys::file::Stat),
+    /// On the container's overlay. The process knows more.
+    Unclear,
+    /// Not on the container's overlay.
+    Elsewhere,
+}
+
+/// What a mapped file holds; `None` if it is the image's own after all.
+fn look(
+    shared: &Shared,
+    watched: &Arc<Watched>,
+    mapped: &Mapped,
+    handle: Option<&Handle>,
+    place: Place,
+) -> Option<Code> {
+    if let Place::Upper(path, fd, stat) = place {
+        return Some(code::of_upper(shared, watched, path, &fd, &stat));
+    }
+    // The file itself, for as long as the process has it mapped.
+    let end = mapped.address.saturating_add(mapped.length);
+    if let Some(handle) = handle
+        && let Ok(fd) = handle.open_mapped(mapped.address, end)
+    {
+        return is_library(code::of_descriptor(shared, watched, Some(handle), &fd)?);
+    }
+    if let Place::PerhapsUpper(path, fd, stat) = place {
+        return Some(code::of_upper(shared, watched, path, &fd, &stat));
+    }
+    // The process is gone. Others may still see the file by its name.
+    let name = mapped.name.strip_suffix(b" (deleted)").unwrap_or(&mapped.name);
+    let init = Handle::open_exactly(watched.init).ok();
+    for viewer in [handle, init.as_ref()].into_iter().flatten() {
+        let Some(fd) = code::open_in(viewer, name) else { continue };
+        let is_same = crate::sys::file::stat_as_known(&fd)
+            .is_ok_and(|stat| (stat.device, stat.inode) == (mapped.device, mapped.inode));
+        if is_same {
+            return is_library(code::of_descriptor(shared, watched, Some(viewer), &fd)?);
+        }
+    }
+    let filesystem = if mapped.device == watched.device {
+        Filesystem::Overlay
+    } else if code::memfd_name(mapped.device, &mapped.name).is_some() {
+        Filesystem::Anonymous
+    } else {
+        let mountinfo = init?.mountinfo().ok()?;
+        match overlay::medium_of_device(&mountinfo, mapped.device) {
+            Some(Medium::Tmpfs) => Filesystem::Tmpfs,
+            // Of a mount namespace of its own, or a library of the runtime's that it
+            // loaded on its way in, from a filesystem of the host of which the
+            // container has a part.
+            Some(Medium::Local | Medium::Foreign) | None => return None,
+        }
+    };
+    Some(code::gone(RootfsPath::new(name).ok()?, filesystem))
+}
+
+/// What a program compiles into memory of its own is no library.
+fn is_library(code: Code) -> Option<Code> {
+    let is_other = code.filesystem == Filesystem::Anonymous
+        && matches!(code.state.content, Content::Hashed { .. })
+        && code.state.format != Format::Elf;
+    (!is_other).then_some(code)
+}
+
+fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>, source: Source) {
+    let Loading { watched, mapped, at, program, is_first } = loading;
+    let Code { path, filesystem, state, lower } = code;
+    let process = process.unwrap_or_else(|| Process {
+        identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
+        exe: program.file.as_deref().map(printable),
+        argv: None,
+        uid: None,
+        tty: None,
+        root: None,
+        ancestors: Vec::new(),
+    });
+    let writer = match filesystem {
+        Filesystem::Overlay => shared.writer_of(watched, &path),
+        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => None,
+    };
+    let by_linker = *is_first && program.is_linker();
+    let fact = Fact::Loaded {
+        path,
+        filesystem,
+        state,
+        lower,
+        process: Arc::new(process),
+        by_linker,
+        writer,
+    };
+    shared.observe(watched, *at, source, fact);
+}
+
+/// The processes of a container, as far as its namespaces tell.
+pub(super) fn processes_of(watched: &Watched) -> Vec<Handle> {
+    let Some(namespace) = watched.pid_namespace else { return Vec::new() };
+    let Ok(pids) = procfs::all() else { return Vec::new() };
+    pids.into_iter()
+        .filter_map(|pid| Handle::open(pid).ok())
+        .filter(|handle| {
+            handle.pid_namespace().ok() == Some(namespace)
+                && handle.mount_namespace().ok() == watched.mount_namespace
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a16_a_program_given_to_the_dynamic_linker_is_the_first_code_it_maps() {
+        let mut programs = Programs::default();
+        let linker = b"/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2".as_slice();
+        let linker = programs.executed(7, 1, Some(linker)).clone();
+        assert!(linker.is_linker());
+        assert_eq!(programs.loads(7), (linker.clone(), true));
+        assert_eq!(programs.loads(7), (linker, false));
+        assert!(!programs.executed(7, 2, Some(b"/usr/bin/ls")).is_linker());
+        assert!(programs.loads(7).1);
+        assert_eq!(programs.loads(8), (Program::default(), false));
+    }
+
+    #[test]
+    fn no_number_of_processes_takes_more_than_its_room() {
+        let mut programs = Programs::default();
+        for pid in 0..3 * u32::try_from(MAX_PROGRAMS).unwrap() {
+            programs.executed(pid, 1, None);
+            assert!(programs.running.len() <= MAX_PROGRAMS);
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! Floods and package managers: what is told together, that none of it is lost,
+//! and that what matters still stands alone.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::image::Layer;
+use crate::node::{Container, Node, bench, end, only, wait_for, wait_within};
+use crate::programs::{self, TINY};
+use crate::{trial, trial_alone};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("a26_installing_a_package_is_one_transaction", a26_package),
+        trial("a37_a_flood_of_new_programs_is_told_one_by_one", a37_build),
+        trial_alone("a39_twenty_thousand_copies_hide_nothing", "", a39_copies),
+        trial("a42_a_foreign_root_is_told_together", a42_foreign_root),
+        trial("b02_looking_for_updates_is_no_transaction", b02_update),
+        trial("b22_installing_busybox_is_silent_or_one_line", b22_busybox),
+        trial("a_package_manager_beside_it_hides_no_program", beside),
+    ]
+}
+
+fn members(node: &Node, finding: &Value) -> anyhow::Result<BTreeSet<String>> {
+    let id = finding["id"].as_str().context("a finding without an ID")?;
+    let members = node.answer(&["members", id])?;
+    Ok(members.iter().filter_map(|one| one["path"].as_str().map(str::to_owned)).collect())
+}
+
+fn wait_for_files(container: &Container<'_>, kind: &str, files: u64) -> anyhow::Result<Value> {
+    let mut last = Vec::new();
+    let found = wait_within(Duration::from_secs(120), &format!("{kind} of {files} files"), || {
+        last = container.findings()?;
+        Ok(last.iter().find(|one| one["kind"] == kind && one["files"] == files).cloned())
+    });
+    found.with_context(|| {
+        let lines = last
+            .iter()
+            .map(|one| format!("{} {} {}", one["kind"], one["file"]["path"], one["files"]));
+        lines.collect::<Vec<String>>().join("\n")
+    })
+}
+
+fn resident_kib(node: &Node) -> anyhow::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", node.driftd_pid()?))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// An archive of copies of one program of the image.
+fn archive_of_copies(count: u32) -> anyhow::Result<Vec<u8>> {
+    let program = programs::tiny_program();
+    let mut archive = tar::Builder::new(Vec::new());
+    for number in 0..count {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o755);
+        header.set_size(program.len() as u64);
+        archive.append_data(&mut header, format!("t{number}"), &program[..])?;
+    }
+    Ok(archive.into_inner()?)
+}
+
+const COPIES: u32 = 20_000;
+
+fn a39_copies(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay("copies.tar", &archive_of_copies(COPIES)?)?;
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x")?;
+    let before = resident_kib(node)?;
+    let mut follower = node
+        .driftd_command(&["findings", "--follow", "-o", "jsonl", "--container", &container.id])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let stream = BufReader::new(follower.stdout.take().context("no stdout")?);
+    container.sh("/bin/busybox tar xf /.control/copies.tar -C /tmp")?;
+    let started = Instant::now();
+    container.sh("/tmp/x")?;
+    let mut is_told = None;
+    for line in stream.lines() {
+        if line?.contains("\"exec.new\"") {
+            is_told = Some(started.elapsed());
+            break;
+        }
+    }
+    end(&mut follower);
+    let is_told = is_told.context("the stream ended without exec.new")?;
+
+    let relocated = wait_for_files(&container, "file.relocated", u64::from(COPIES))?;
+    let after = resident_kib(node)?;
+    eprintln!(
+        "a39: exec to finding {is_told:?} (with the way to and from the shell), \
+         RSS {before} KiB before, {after} KiB after"
+    );
+    ensure!(is_told < Duration::from_secs(5), "the execution was told after {is_told:?}");
+    let told = |container: &Container<'_>| {
+        let findings = container.findings()?;
+        let kinds: Vec<&str> = findings.iter().filter_map(|one| one["kind"].as_str()).collect();
+        ensure!(kinds.len() == 2, "{kinds:?}");
+        only(&findings, "exec.new")?;
+        let copies = only(&findings, "file.relocated")?;
+        ensure!(copies["files"] == COPIES, "{copies:#}");
+        anyhow::Ok(())
+    };
+    container.diff()?;
+    told(&container)?;
+    ensure!(members(node, &relocated)?.len() == COPIES as usize, "some cannot be listed");
+
+    // After a restart everything is found again, and nothing told again.
+    node.stop_driftd()?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    container.diff()?;
+    container.sh(&format!("cat {TINY} > /tmp/more; chmod +x /tmp/more"))?;
+    wait_for_files(&container, "file.relocated", u64::from(COPIES) + 1)?;
+    ensure!(members(node, &relocated)?.len() == COPIES as usize + 1, "some cannot be listed");
+    ensure!(container.findings()?.len() == 2, "{:#?}", container.findings()?);
+    Ok(())
+}
+
+fn a37_build(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let programs: Vec<Vec<u8>> = (0..300)
+        .map(|number| {
+            [programs::tiny_program(), format!("{} {number}", container.id).into()].concat()
+        })
+        .collect();
+    let mut archive = tar::Builder::new(Vec::new());
+    for (number, program) in programs.iter().enumerate() {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o755);
+        header.set_size(program.len() as u64);
+        archive.append_data(&mut header, format!("go-build{number}/exe/x"), &program[..])?;
+    }
+    container.lay("build.tar", &archive.into_inner()?)?;
+    container.sh("/bin/busybox tar xf /.control/build.tar -C /tmp\n\
+         for program in /tmp/go-build*/exe/x; do $program; done")?;
+    wait_for("300 executions", || {
+        let findings = container.findings()?;
+        Ok((findings.iter().filter(|one| one["kind"] == "exec.new").count() == 300).then_some(()))
+    })?;
+    container.diff()?;
+    let findings = container.findings()?;
+    ensure!(
+        findings.iter().all(|one| one["kind"] != "file.added" || one["file"]["path"].is_string())
+    );
+    let written = findings.iter().filter(|one| one["kind"] == "file.added");
+    // What settled before it was run.
+    ensure!(written.count() <= 256 + 65, "{}", findings.len());
+    Ok(())
+}
+
+fn a42_foreign_root(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let mut archive = tar::Builder::new(Vec::new());
+    for number in 0..40 {
+        let program =
+            [programs::tiny_program(), format!("{} root {number}", container.id).into()].concat();
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o755);
+        header.set_size(program.len() as u64);
+        archive.append_data(&mut header, format!("alpine/bin/p{number}"), &program[..])?;
+    }
+    container.lay("alpine.tar", &archive.into_inner()?)?;
+    container.sh("/bin/busybox tar xf /.control/alpine.tar -C /tmp\n\
+         i=0; while [ $i -lt 40 ]; do /bin/busybox chroot /tmp/alpine /bin/p$i; i=$((i+1)); done")?;
+    let mut kinds = Vec::new();
+    wait_for("the executions of a foreign root", || {
+        let findings = container.findings()?;
+        kinds = findings
+            .iter()
+            .filter(|one| one["kind"] == "exec.new")
+            .map(|one| one["files"].as_u64().unwrap_or(1))
+            .collect();
+        Ok((kinds.iter().sum::<u64>() == 40).then_some(()))
+    })
+    .with_context(|| format!("{kinds:?}"))?;
+    // A program that has ended before its root could be read stands alone.
+    ensure!(kinds.len() < 40, "none were told together: {kinds:?}");
+    Ok(())
+}
+
+/// Programs of this machine that install packages, and what they need.
+const PACKAGE_PROGRAMS: &[&str] =
+    &["dpkg", "dpkg-deb", "dpkg-split", "dpkg-query", "tar", "apt-get", "apt-cache"];
+
+const INSTALLER: &str = "registry.test/installer:1";
+
+/// A container whose image can install packages.
+fn installer(node: &Node) -> anyhow::Result<Container<'_>> {
+    if !node.ctr(&["images", "ls", "-q"])?.lines().any(|name| name == INSTALLER) {
+        let mut layer = Layer::new()
+            .directory("/var/lib", 0o755)
+            .directory("/var/lib/dpkg", 0o755)
+            .directory("/var/lib/dpkg/info", 0o755)
+            .directory("/var/lib/dpkg/updates", 0o755)
+            .directory("/var/lib/dpkg/triggers", 0o755)
+            .file("/var/lib/dpkg/status", 0o644, b"");
+        let mut libraries = BTreeSet::new();
+        for name in PACKAGE_PROGRAMS {
+            let path = programs::find(name)?;
+            libraries.extend(programs::libraries_of(&path)?);
+            layer = layer.file(format!("/usr/bin/{name}"), 0o755, &fs::read(&path)?);
+        }
+        for library in libraries {
+            layer = layer.host_file(&library)?;
+        }
+        let mut layers = programs::workbench(&bench()?.payload)?;
+        layers.push(layer);
+        node.import_layers(INSTALLER, layers)?;
+    }
+    node.container_of(INSTALLER)
+}
+
+/// Builds a package with these files, and with a script that copies a program of
+/// the image after the installation.
+fn package(container: &Container<'_>, files: &[(&str, Vec<u8>)]) -> anyhow::Result<Vec<u8>> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let scratch = tempfile::tempdir()?;
+    let tree = scratch.path().join("tree");
+    let write = |path: &Path, content: &[u8], mode: u32| {
+        fs::create_dir_all(path.parent().context("a file without a directory")?)?;
+        fs::write(path, content)?;
+        anyhow::Ok(fs::set_permissions(path, fs::Permissions::from_mode(mode))?)
+    };
+    for (path, content) in files {
+        write(&tree.join(path.trim_start_matches('/')), content, 0o755)?;
+    }
+    let control = format!(
+        "Package: nmap\nVersion: 1.{}\nArchitecture: all\nMaintainer: nobody <nobody@localhost>\n\
+         Description: a package of the tests\n",
+        container.id.trim_start_matches(char::is_alphabetic)
+    );
+    write(&tree.join("DEBIAN/control"), control.as_bytes(), 0o644)?;
+    let script = b"#!/bin/sh\ncp /usr/bin/tiny /usr/bin/nmap-helper\ntrue\n";
+    write(&tree.join("DEBIAN/postinst"), script, 0o755)?;
+    fs::set_permissions(&tree, fs::Permissions::from_mode(0o755))?;
+    let file = scratch.path().join("nmap.deb");
+    let output = Command::new("dpkg-deb")
+        .args(["--root-owner-group", "-Znone", "--build"])
+        .arg(&tree)
+        .arg(&file)
+        .output()
+        .context("cannot run dpkg-deb (run: make setup)")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut bytes = Vec::new();
+    fs::File::open(&file)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+const INSTALL: &str = "export PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
+     dpkg --force-bad-path --force-depends -i /.control/nmap.deb";
+
+fn a26_package(node: &Node) -> anyhow::Result<()> {
+    let container = installer(node)?;
+    let mark =
+        |what: &str| [programs::tiny_program(), format!("{} {what}", container.id).into()].concat();
+    let names: Vec<String> = (0..60).map(|number| format!("/usr/lib/nmap/tool{number}")).collect();
+    let mut files: Vec<(&str, Vec<u8>)> =
+        names.iter().map(|name| (name.as_str(), mark(name))).collect();
+    files.push(("/usr/bin/nmap", mark("nmap")));
+    container.lay("nmap.deb", &package(&container, &files)?)?;
+    container.sh(&format!("{INSTALL}\n/usr/bin/nmap"))?;
+    wait_for("the transaction", || {
+        let findings = container.findings()?;
+        let transaction = findings.iter().find(|one| one["kind"] == "package.transaction");
+        Ok(transaction.is_some_and(|one| one["files"].as_u64() >= Some(61)).then_some(()))
+    })?;
+    container.diff()?;
+    std::thread::sleep(Duration::from_millis(1500));
+    let findings = container.findings()?;
+    let transaction = only(&findings, "package.transaction")?;
+    let listed = members(node, transaction)?;
+    let missing: Vec<&(&str, Vec<u8>)> =
+        files.iter().filter(|(path, _)| !listed.contains(*path)).collect();
+    let alone: Vec<String> = findings
+        .iter()
+        .filter(|one| one["kind"] != "package.transaction")
+        .map(|one| format!("{} {}", one["kind"], one["file"]["path"]))
+        .collect();
+    eprintln!(
+        "a26: {} files in the transaction, {} of the package missing, alone: {alone:?}",
+        transaction["files"],
+        missing.len()
+    );
+    ensure!(missing.is_empty(), "not in the transaction: {}\n{alone:#?}", missing.len());
+    assert_eq!(transaction["severity"], "medium");
+    assert_eq!(transaction["process"]["exe"], "/usr/bin/dpkg", "{transaction:#}");
+    ensure!(listed.contains("/var/lib/dpkg/info/nmap.postinst"), "{listed:?}");
+    ensure!(listed.contains("/usr/bin/nmap-helper"), "written by a script: {listed:?}\n{alone:?}");
+    let run = only(&findings, "exec.new")?;
+    assert_eq!(run["file"]["path"], "/usr/bin/nmap");
+    assert_eq!(run["transaction"], transaction["id"], "{run:#}");
+    ensure!(findings.len() == 2, "{alone:?}");
+    Ok(())
+}
+
+/// What is written while a package manager runs, and not by it, stands alone.
+fn beside(node: &Node) -> anyhow::Result<()> {
+    let container = installer(node)?;
+    let tool = [programs::tiny_program(), container.id.clone().into_bytes()].concat();
+    container.lay("nmap.deb", &package(&container, &[("/usr/bin/nmap", tool)])?)?;
+    container.lay_payload("x")?;
+    container.sh(&format!(
+        "( {INSTALL} ) & i=0\n\
+         while [ $i -lt 20 ]; do cat /.control/x > /usr/bin/x$i; chmod +x /usr/bin/x$i; i=$((i+1)); done\n\
+         wait"
+    ))?;
+    container.diff()?;
+    std::thread::sleep(Duration::from_millis(2500));
+    container.diff()?;
+    let findings = container.findings()?;
+    let transaction = only(&findings, "package.transaction")?;
+    let listed = members(node, transaction)?;
+    ensure!(listed.iter().all(|path| !path.starts_with("/usr/bin/x")), "{listed:?}");
+    let alone = findings.iter().filter(|one| one["kind"] == "file.added").count();
+    ensure!(alone == 20, "{alone} stand alone: {findings:#?}");
+    Ok(())
+}
+
+fn b02_update(node: &Node) -> anyhow::Result<()> {
+    let container = installer(node)?;
+    container.sh("export PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
+         mkdir -p /etc/apt/apt.conf.d /etc/apt/preferences.d /etc/apt/sources.list.d \
+         /var/lib/apt/lists/partial /var/cache/apt/archives/partial /usr/lib/apt/methods\n\
+         mkdir -p /tmp/repository; : > /tmp/repository/Packages\n\
+         dpkg-query -l || true; dpkg --audit || true; apt-cache gencaches || true\n\
+         apt-get update || true")?;
+    container.told_nothing()
+}
+
+fn b22_busybox(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("mkdir /opt/links; /bin/busybox --install -s /opt/links; /bin/ls /")?;
+    container.told_nothing()?;
+
+    let container = node.container()?;
+    container.sh("mkdir /opt/applets; /bin/busybox --install /opt/applets; /bin/ls /")?;
+    let count = container.sh("/bin/ls /opt/applets | /bin/busybox wc -l")?;
+    let count: u64 = count.trim().parse()?;
+    container.diff()?;
+    let relocated = wait_for_files(&container, "file.relocated", count)?;
+    assert_eq!(relocated["severity"], "info");
+    let findings = container.findings()?;
+    ensure!(findings.len() == 1, "{findings:#?}");
+    ensure!(members(node, &relocated)?.len() as u64 == count, "some cannot be listed");
+    Ok(())
+}
