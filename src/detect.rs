@@ -902,8 +902,8 @@ mod tests {
 
     #[test]
     fn what_takes_the_place_of_a_directory_removes_what_was_below() {
-        check("write /usr/bin 777 data nothing", "file.removed low from /usr/bin");
-        check("write /tmp 777 data nothing", "");
+        check("write /usr/bin 777 data nothing", "Added: file.removed low from /usr/bin");
+        check("write /tmp 777 data nothing", "Added: ");
     }
 
     #[test]

@@ -113,8 +113,8 @@ mod tests {
         let style = |wide| Style { wide, no_trunc: false, colour: false, width: None, now };
         assert_eq!(
             table(&members, &style(true)),
-            "PATH                  KIND        STATE  LAST SEEN  FIRST SEEN               BLAKE3\n\
-             /tmp/a                file.added  there  10s ago    2026-11-20 10:08:00 UTC  abababababab\n\
+            "PATH                KIND        STATE  LAST SEEN  FIRST SEEN               BLAKE3\n\
+             /tmp/a              file.added  there  10s ago    2026-11-20 10:08:00 UTC  abababababab\n\
              /tmp/\\u{1b}[2J\\xff  file.added  gone   10s ago    2026-11-20 10:08:00 UTC  abababababab\n"
         );
         let json = serde_json::to_value(members[1].json()).unwrap();
