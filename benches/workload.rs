@@ -395,9 +395,9 @@ fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<(
     drop(received);
     let _ = reading.join();
     latencies.sort_by(f64::total_cmp);
-    let at = |share: f64| {
+    let at = |percent: usize| {
         latencies
-            .get(((latencies.len() as f64 * share) as usize).min(latencies.len().saturating_sub(1)))
+            .get((latencies.len() * percent / 100).min(latencies.len().saturating_sub(1)))
             .copied()
             .unwrap_or(f64::NAN)
     };
@@ -405,9 +405,9 @@ fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<(
         "\n{count} dropped programs, gone at once: {} told; from spawn to the API stream p50 {:.2} ms, \
          p90 {:.2} ms, p99 {:.2} ms; the daemon's processor time {:.0} µs each",
         latencies.len(),
-        at(0.5),
-        at(0.9),
-        at(0.99),
+        at(50),
+        at(90),
+        at(99),
         cpu.as_secs_f64() * 1e6 / count as f64,
     );
     ensure!(

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Kind, PathGlobs};
+use crate::model::{Filesystem, Kind, PathGlobs};
 
 /// The settings. Every field has a default that works on a stock containerd
 /// node, so an empty file is a good file. An unknown field is an error: a
@@ -115,6 +115,16 @@ impl Gate {
             Gate::Ask => "ask",
             Gate::Free => "free",
             Gate::Notify => "notify",
+        }
+    }
+}
+
+impl Watch {
+    /// Whether code on such a filesystem is anybody's business.
+    pub fn looks_at(&self, filesystem: Filesystem) -> bool {
+        match filesystem {
+            Filesystem::Overlay | Filesystem::Anonymous => true,
+            Filesystem::Tmpfs | Filesystem::Volume => self.volumes,
         }
     }
 }

@@ -69,7 +69,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let settings = settle_the_gate(config, &health);
     let mut watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
     if config.watch.arm == Arm::Strict {
-        watch.arm_before_start(Scope {
+        watch.arm_before_start(&Scope {
             runtimes: config.watch.runtimes.clone(),
             sockets: config.containerd.sockets.clone(),
             exclude_namespaces: config.containerd.exclude_namespaces.clone(),

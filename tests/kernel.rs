@@ -1450,7 +1450,8 @@ fn what_is_being_hashed_is_let_go_at_once_when_its_container_ends() {
     let names = [PathBuf::from(&name), huge.clone()];
     let opened = || names.iter().map(|name| open_by_name(name)).sum::<usize>();
     for _ in 0..3 {
-        container.shell(&name);
+        // It is busybox by another name, which says that it does not know itself.
+        container.shell(&format!("{name} || true"));
     }
     wait_for("its hashing", || (opened() == 3).then_some(()));
     container.kill_init();

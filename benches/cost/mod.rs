@@ -1,5 +1,7 @@
 //! What benches measure alike: time, processor time, memory.
 
+#![allow(dead_code, reason = "each bench measures what it needs")]
+
 use std::fs;
 use std::time::{Duration, Instant};
 

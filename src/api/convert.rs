@@ -174,7 +174,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
     })
 }
 
-pub fn member_to_proto(member: Member) -> proto::Member {
+pub fn member_to_proto(member: &Member) -> proto::Member {
     proto::Member {
         path: member.path.as_bytes().to_vec(),
         kind: member.kind.name().into(),

@@ -501,7 +501,7 @@ impl DriftService for Service {
             .await?
             .map_err(|err| history_failed(&err))?;
         Ok(Response::new(proto::ListMembersResponse {
-            members: page.members.into_iter().map(convert::member_to_proto).collect(),
+            members: page.members.iter().map(convert::member_to_proto).collect(),
             next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
             finding: id.to_string(),
         }))

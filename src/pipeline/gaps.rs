@@ -31,7 +31,7 @@ struct Open {
     /// Walks that began before this make up for nothing.
     last: Timestamp,
     /// Containers of which a complete walk is still to come.
-    awaited: HashSet<ContainerId>,
+    unwalked: HashSet<ContainerId>,
 }
 
 #[derive(Debug, Default)]
@@ -54,7 +54,7 @@ impl Gaps {
                 if open.gap.container != gap.container {
                     open.gap.container = None;
                 }
-                open.awaited.extend(awaited);
+                open.unwalked.extend(awaited);
                 false
             }
             None if awaited.is_empty() => {
@@ -63,7 +63,7 @@ impl Gaps {
                 false
             }
             None => {
-                self.open.push(Open { last: gap.since, gap, awaited });
+                self.open.push(Open { last: gap.since, gap, unwalked: awaited });
                 true
             }
         }
@@ -78,7 +78,7 @@ impl Gaps {
         now: Timestamp,
     ) -> Vec<Gap> {
         for open in self.open.iter_mut().filter(|open| began >= open.last) {
-            open.awaited.remove(container);
+            open.unwalked.remove(container);
         }
         self.close(now)
     }
@@ -86,13 +86,13 @@ impl Gaps {
     /// A container has gone: of it nothing will be seen any more.
     pub(super) fn gone(&mut self, container: &ContainerId, now: Timestamp) -> Vec<Gap> {
         for open in &mut self.open {
-            open.awaited.remove(container);
+            open.unwalked.remove(container);
         }
         self.close(now)
     }
 
     fn close(&mut self, now: Timestamp) -> Vec<Gap> {
-        let is_over = |open: &mut Open| open.awaited.is_empty();
+        let is_over = |open: &mut Open| open.unwalked.is_empty();
         let closed: Vec<Gap> = self
             .open
             .extract_if(.., is_over)
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(gaps.walked(&id("a"), at(15), at(16)), []);
         assert_eq!(gaps.walked(&id("b"), at(25), at(26)), []);
         let closed = Gap { until: Some(at(27)), ..gap(Some("a"), 10) };
-        assert_eq!(gaps.walked(&id("a"), at(25), at(27)), [closed.clone()]);
+        assert_eq!(gaps.walked(&id("a"), at(25), at(27)), std::slice::from_ref(&closed));
         assert_eq!(gaps.all(), [closed]);
         assert_eq!(gaps.open().count(), 0);
     }

@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use procfs::process::Process;
@@ -235,6 +235,15 @@ impl Handle {
     /// Names the mount namespace this process is in.
     pub fn mount_namespace(&self) -> io::Result<u64> {
         self.namespace("ns/mnt")
+    }
+
+    /// Whether its root directory is the host's own: it is on its way into a container,
+    /// or was called there by its runtime, and runs the host's programs.
+    pub fn has_host_root(&self) -> bool {
+        let identity =
+            |path: &Path| crate::sys::file::stat_path(path).map(|at| (at.device, at.inode));
+        identity(&self.root_path())
+            .is_ok_and(|root| identity(Path::new("/")).is_ok_and(|host| host == root))
     }
 
     /// The path of its control group in the unified hierarchy, as the host sees it.

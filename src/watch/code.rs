@@ -126,20 +126,26 @@ pub(super) fn of_descriptor(
     let path = RootfsPath::new(path).ok()?;
     // Of no mount of the container's: the runtime's own, on its way in.
     let medium = medium(watched, handle, &stat)?;
+    let filesystem = match medium {
+        Medium::Tmpfs => Filesystem::Tmpfs,
+        Medium::Local | Medium::Foreign => Filesystem::Volume,
+    };
+    if !shared.settings.looks_at(filesystem) {
+        return None;
+    }
     let state = match medium {
         Medium::Tmpfs | Medium::Local => shared.hashed.state(fd, &stat, max_hash_bytes),
         // Whoever answers for it might never.
         Medium::Foreign => state::unopened(&stat),
-    };
-    let filesystem = match medium {
-        Medium::Tmpfs => Filesystem::Tmpfs,
-        Medium::Local | Medium::Foreign => Filesystem::Volume,
     };
     Some(Code { path, filesystem, state, lower: None })
 }
 
 /// What a file lies on, if it is on a mount of the process's or the container's.
 fn medium(watched: &Watched, handle: Option<&Handle>, stat: &Stat) -> Option<Medium> {
+    if handle.is_some_and(Handle::has_host_root) {
+        return None;
+    }
     let init = Handle::open_exactly(watched.init).ok();
     let viewers = [handle, init.as_ref()].into_iter().flatten();
     let mut mountinfos = viewers.filter_map(|viewer| viewer.mountinfo().ok());

@@ -160,7 +160,7 @@ fn describe_one(
     }
 }
 
-fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
+pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
     watched.layers().is_some_and(|layers| lower::is_at(layers, path, stat))
 }
 

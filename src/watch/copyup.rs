@@ -356,7 +356,7 @@ impl CopyUps {
                 Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => give_up(&err),
                 // A copy-up that was denied, or one that is thought to go on for ever.
                 Some(_) => {
-                    tracing::warn!("an event of the copy-up gate could not be opened: {err}")
+                    tracing::warn!("an event of the copy-up gate could not be opened: {err}");
                 }
             },
             Err(ReadError::Malformed(err)) => give_up(&err),

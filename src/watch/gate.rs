@@ -264,7 +264,11 @@ impl Gate {
     fn whose(&self, event: &Event, stat: &file::Stat) -> Option<(Arc<Watched>, Filesystem)> {
         let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
         // Slower, and so for no other file.
-        owner.or_else(|| mounts::whose(&self.shared.table, event, stat))
+        owner.or_else(|| {
+            let whose = mounts::whose(&self.shared.table, event, stat)?;
+            self.shared.note_asked(event.pid, (stat.device, stat.inode));
+            Some(whose)
+        })
     }
 
     fn hand_on(

@@ -192,10 +192,13 @@ const MAX_TOLD: usize = 16 * 1024;
 /// A file's writer may not have been told by the change feed yet: it is waited for.
 const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
 
+/// A file by the device of its container's overlay and its name.
+type Named = (u64, Box<[u8]>);
+
 #[derive(Debug, Default)]
 struct Libraries {
     /// Files of the image, by container: the layers do not change under it.
-    in_image: HashMap<(u64, Box<[u8]>), Option<(u64, u64)>>,
+    in_image: HashMap<Named, Option<(u64, u64)>>,
     told: HashSet<(u32, u64, u64, u64)>,
     budgets: HashMap<u64, (Instant, u32)>,
     waiting: VecDeque<(Instant, Loading, Code, Option<Process>)>,

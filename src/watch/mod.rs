@@ -340,7 +340,7 @@ impl Watch {
 
     /// From now on, containers are armed before their runtime starts them: what
     /// `watch.arm = "strict"` means.
-    pub fn arm_before_start(&mut self, scope: Scope) -> Result<(), Error> {
+    pub fn arm_before_start(&mut self, scope: &Scope) -> Result<(), Error> {
         let (calls, receive_calls) = bounded(arm::QUEUE);
         let (done, receive_done) = bounded(2 * arm::QUEUE);
         let wake = arm::waker()?;
@@ -353,7 +353,7 @@ impl Watch {
             wake: wake.clone(),
         };
         self.spawn("arming", || thread.run())?;
-        let thread = arm::Arm::new(self.shared.clone(), &scope, calls, receive_done, wake)?;
+        let thread = arm::Arm::new(self.shared.clone(), scope, calls, receive_done, wake)?;
         self.spawn("arm", || thread.run())
     }
 

@@ -170,8 +170,7 @@ fn treat(mount: &Mount, own_device: u64, host: &HashSet<u64>) -> Treatment {
     let is_hosts = host.contains(&mount.device);
     if mount.device == own_device || NO_PROGRAMS.contains(&kind) {
         Treatment::Ignore
-    } else if !MEMORY.contains(&kind) && !DISK.contains(&kind) && !(is_hosts && kind == b"overlay")
-    {
+    } else if !(MEMORY.contains(&kind) || DISK.contains(&kind) || is_hosts && kind == b"overlay") {
         Treatment::Refuse
     } else if is_hosts {
         Treatment::MarkMount

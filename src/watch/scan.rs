@@ -464,14 +464,17 @@ fn entry(
     let state = if overlay::is_metacopy(&fd, user)? {
         // The content is in a layer below. The merged view knows where; once the
         // container has ended there is none.
-        match open_merged(watched, path).ok().or_else(|| open_below(layers, path, &fd)) {
-            Some(content) => {
-                // Open, it may keep the container's mount busy.
-                let state =
-                    state::while_wanted(content.as_fd(), &stat, hashing, max_hash_bytes, &|| {
-                        !watched.is_detaching()
-                    })
-                    .unwrap_or_else(|| state::unopened(&stat));
+        let merged = open_merged(watched, path).ok().and_then(|content| {
+            // Open, it keeps the container's mount busy.
+            let is_wanted = || !watched.is_detaching();
+            state::while_wanted(content.as_fd(), &stat, hashing, max_hash_bytes, &is_wanted)
+        });
+        let state = merged.or_else(|| {
+            let content = open_below(layers, path, &fd)?;
+            Some(state::of(content.as_fd(), &stat, hashing, max_hash_bytes))
+        });
+        match state {
+            Some(state) => {
                 // The attributes are the upper file's.
                 let capability = file::xattr(&fd, "security.capability").unwrap_or(None);
                 FileState { capability, ..state }

@@ -31,6 +31,9 @@ pub(super) struct Shared {
     reports: Sender<Report>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
+    /// Files on other filesystems about which the gate was asked, by who executes
+    /// them: the kernel's records come later and must not tell them again.
+    asked: Mutex<HashMap<u32, Vec<(u64, u64)>>>,
     packages: Mutex<Packages>,
     writers: Mutex<Writers>,
     unsent_losses: Mutex<Vec<Report>>,
@@ -59,6 +62,11 @@ const TURN: usize = 32;
 
 /// Losses that wait for room in the pipeline.
 const MAX_UNSENT_LOSSES: usize = 1024;
+
+/// Processes whose executions the kernel's records have not told of yet, and files
+/// that one of them may have tried.
+const MAX_ASKED: usize = 4 * 1024;
+const MAX_ASKED_OF_ONE: usize = 16;
 
 /// How long a scan waits for room in the pipeline before it gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -97,6 +105,7 @@ impl Shared {
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
+            asked: Mutex::default(),
             packages: Mutex::default(),
             writers: Mutex::default(),
             unsent_losses: Mutex::default(),
@@ -163,6 +172,28 @@ impl Shared {
             }
             None => packages.gone(watched, pid),
         }
+    }
+
+    /// The gate is asked about a file, by its device and inode, and will tell it.
+    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64)) {
+        let mut asked = self.asked();
+        if asked.len() >= MAX_ASKED && !asked.contains_key(&pid) {
+            // Told twice is better than never.
+            asked.clear();
+        }
+        let files = asked.entry(pid).or_default();
+        if files.len() < MAX_ASKED_OF_ONE {
+            files.push(file);
+        }
+    }
+
+    /// What the gate was asked about since a process's last execve.
+    pub(super) fn take_asked(&self, pid: u32) -> Vec<(u64, u64)> {
+        self.asked().remove(&pid).unwrap_or_default()
+    }
+
+    fn asked(&self) -> MutexGuard<'_, HashMap<u32, Vec<(u64, u64)>>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands an observation on without ever waiting; false if it was lost.

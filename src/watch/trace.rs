@@ -24,8 +24,9 @@ use crossbeam_channel::{Sender, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::shared::Shared;
-use super::table::{Table, Watched};
+use super::table::Watched;
 use super::unseen::Unseen;
+use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
 use crate::sys::connector::Connector;
@@ -224,11 +225,6 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
     }
 }
 
-/// Whether the gate was asked, going by the filesystem alone.
-fn was_marked(table: &Table, program: &Mapped, executed: &Executed) -> bool {
-    table.was_marked(program.device, None, executed.time)
-}
-
 /// The number of the descriptor that was given to execve instead of a name.
 fn descriptor(file_name: &[u8]) -> Option<u32> {
     let rest = match file_name.strip_prefix(b"/dev/fd/") {
@@ -393,6 +389,8 @@ impl Trace {
                     known.ended = true;
                     self.ended.push_back((time, pid));
                 }
+                // It has tried what it was not let execute.
+                drop(self.shared.take_asked(pid));
                 self.consumers.iter_mut().for_each(|consumer| consumer.exited(pid));
             }
             Record::Lost { count, time: _ } => {
@@ -457,9 +455,12 @@ impl Trace {
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
         self.tells_overlays |= overlay.is_some();
-        let is_marked = program
-            .as_ref()
-            .is_some_and(|program| overlay.is_some() || was_marked(table, program, executed));
+        let asked = self.shared.take_asked(executed.pid);
+        let is_told = program.as_ref().is_some_and(|program| {
+            overlay.is_some()
+                || asked.contains(&(program.device, program.inode))
+                || self.will_be_told(program.device, None, executed)
+        });
         let watched = overlay
             .or_else(|| executed.cgroup.and_then(|cgroup| table.by_perf_cgroup(cgroup)))
             .or(inherited)
@@ -484,10 +485,10 @@ impl Trace {
             }
         }
         let by_descriptor = descriptor(&executed.file_name);
-        if is_marked && by_descriptor.is_none() {
+        if is_told && by_descriptor.is_none() {
             return;
         }
-        let execution = Execution { watched, executed, program, previous, parent };
+        let execution = Execution { watched, executed, program, previous, parent, asked };
         let found = self.look_at(&execution).or_else(|| {
             // The file that was mapped is the interpreter.
             self.look_at_script(&execution, by_descriptor?)
@@ -497,9 +498,16 @@ impl Trace {
         }
     }
 
+    /// Whether the gate tells of what is executed from there, although it was not asked
+    /// before: where nobody is to wait, it is told at the same time as we are.
+    fn will_be_told(&self, device: u64, mount: Option<u64>, executed: &Executed) -> bool {
+        self.shared.settings.gate == config::Gate::Notify
+            && self.shared.table.was_marked(device, mount, executed.time)
+    }
+
     /// Looks at a program that the gate may not have seen.
     fn look_at(&self, execution: &Execution<'_>) -> Option<Unseen> {
-        let Execution { watched, executed, program, .. } = execution;
+        let Execution { watched, executed, program, asked, .. } = execution;
         let table = &self.shared.table;
         let program = program.as_deref();
         let handle = Handle::open(executed.pid).ok();
@@ -510,6 +518,7 @@ impl Trace {
         });
         let is_host = handle.as_ref().is_some_and(|handle| {
             handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace)
+                || handle.has_host_root()
         });
         // Below an overlay, or another one by now: then it must not be taken for what
         // was executed.
@@ -518,7 +527,9 @@ impl Trace {
         };
         let may_be_below = !self.tells_overlays;
         let exe = opened.as_ref().and_then(|(exe, stat)| {
-            let is_marked = table.was_marked(stat.device, stat.mount, executed.time);
+            let is_marked = table.owner(stat).is_some()
+                || asked.contains(&(stat.device, stat.inode))
+                || self.will_be_told(stat.device, stat.mount, executed);
             (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
                 device: stat.device,
                 links: stat.links,
@@ -531,16 +542,10 @@ impl Trace {
             && program.is_some_and(|mapped| {
                 watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
             });
-        // Of who is gone it is not known through which mount: through the marked one.
-        let is_of_marked_mount = |mapped: &Mapped| {
-            exe.is_none()
-                && watched
-                    .mounts()
-                    .iter()
-                    .any(|mount| !mount.whole_filesystem && mount.device == mapped.device)
-        };
         let is_mapped_marked = program.is_some_and(|mapped| {
-            was_marked(table, mapped, executed) || is_of_marked_mount(mapped)
+            table.by_device(mapped.device).is_some()
+                || asked.contains(&(mapped.device, mapped.inode))
+                || self.will_be_told(mapped.device, None, executed)
         });
         let mounted = match (&exe, program) {
             (None, Some(mapped)) if !is_mapped_marked => self.mounted(execution, mapped.device),
@@ -558,6 +563,9 @@ impl Trace {
             mounted,
         };
         let Judged::Unseen(filesystem) = judge(&evidence) else { return None };
+        if !self.shared.settings.looks_at(filesystem) {
+            return None;
+        }
         let file = opened.filter(|_| exe.is_some());
         let name = match (program, &file) {
             (Some(mapped), _) => mapped.name.to_vec(),
@@ -642,6 +650,8 @@ struct Execution<'a> {
     program: Option<Arc<Mapped>>,
     previous: Option<Arc<Mapped>>,
     parent: Option<u32>,
+    /// What the gate was asked about, by device and inode.
+    asked: Vec<(u64, u64)>,
 }
 
 impl Execution<'_> {

@@ -278,16 +278,19 @@ impl Running {
         let max_hash_bytes = shared.settings.max_hash_bytes;
         let is_overlays = shared.table.owner(&stat).is_some();
         let mut layer_file = None;
+        let mut is_movable = false;
         if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
-                Standing::Doubtful(file) | Standing::Movable(file)
-                    if watched.layer_files().is_known() =>
-                {
+                Standing::Movable(file) => {
+                    layer_file = Some(file);
+                    is_movable = true;
+                }
+                Standing::Doubtful(file) if watched.layer_files().is_known() => {
                     layer_file = Some(file);
                 }
                 // It is looked at again when it is known what to trust.
-                Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => return,
+                Standing::Doubtful(_) | Standing::Image => return,
             }
         }
         let at = Timestamp::now();
@@ -296,6 +299,8 @@ impl Running {
         let name = handle.exe().unwrap_or_default();
         let filesystem = if is_overlays {
             Filesystem::Overlay
+        } else if handle.has_host_root() {
+            return;
         } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
             Filesystem::Anonymous
         } else if file::is_in_memory(&exe).unwrap_or(false) {
@@ -303,6 +308,9 @@ impl Running {
         } else {
             Filesystem::Volume
         };
+        if !shared.settings.looks_at(filesystem) {
+            return;
+        }
         let path = if is_overlays {
             let parent = handle.first_stat().parent;
             match event_path(watched, &exe, &stat, pid, Some(parent)) {
@@ -321,6 +329,9 @@ impl Running {
                 return;
             }
         };
+        if is_movable && super::content::is_where_the_image_has_it(watched, &path, &stat) {
+            return;
+        }
         let known = layer_file.and_then(|file| watched.layer_files().known(&file));
         let state = known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, max_hash_bytes));
         drop(exe);
@@ -341,7 +352,7 @@ impl Running {
                 .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes)),
             Some(_) | None => None,
         };
-        if let Some(layer_file) = layer_file {
+        if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
             // First, so that its judgement finds it.
             watched.layer_files_mut().tell(layer_file, state.clone(), at);
         }
