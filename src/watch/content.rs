@@ -228,9 +228,8 @@ fn hash_one(shared: &Shared, execution: Described) {
     };
     let Executing { process, exec_name } = executing;
     let is_deleted = state.deleted;
-    // The gate looked before it ran: it was run without ever having a name, or after
-    // it had lost it.
-    let is_nameless = layer_file.is_none() && stat.links == 0;
+    // The gate looked before it ran. It may also just have lost its name.
+    let is_nameless = layer_file.is_none() && stat.links == 0 && unseen::has_a_number(&path);
     let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
     let path = unseen::path(path.as_bytes(), is_nameless).unwrap_or(path);
     // What is said of a file that was moved holds for its new path only.

@@ -109,10 +109,12 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
     let handle = Handle::open(pid).ok()?;
     let arguments = handle.arguments().ok()??;
     let standard = standard(&handle);
-    let file = match file {
-        Some(file) => file,
-        None => handle.exe().ok()?.into(),
-    };
+    let exe = handle.exe().ok()?;
+    // By now it may be another program: then these are not the arguments.
+    if file.as_deref().is_some_and(|file| file != exe) {
+        return None;
+    }
+    let file = exe;
     let (language, rest) = scripts::interpreter(&file, &arguments)?;
     let process = process::as_it_is(&handle, &watched);
     let mut look = Look {

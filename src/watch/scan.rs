@@ -662,7 +662,7 @@ impl Walk<'_> {
         path: RootfsPath,
         stat: Stat,
     ) -> Result<(), Interrupted> {
-        if self.extent == Extent::Below && self.shared.is_dirty(&self.watched.container, &path) {
+        if self.ticket.is_none() && self.shared.is_dirty(&self.watched.container, &path) {
             // It is looked at when it has settled, and told with who wrote it.
             return Ok(());
         }

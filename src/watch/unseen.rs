@@ -67,10 +67,14 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
         Some((file, stat)) => state_of(file.as_fd(), stat, max_hash_bytes),
         None => gone(unseen.filesystem),
     };
-    if unseen.is_parent_outside
-        && unseen.filesystem == Filesystem::Anonymous
-        && runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes)
-    {
+    let is_runtimes_own = unseen.is_parent_outside
+        && match unseen.filesystem {
+            Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
+            // Or from a mount that nobody else sees.
+            Filesystem::Volume => runtimes.is_installed(&state, max_hash_bytes),
+            Filesystem::Tmpfs | Filesystem::Overlay => false,
+        };
+    if is_runtimes_own {
         return;
     }
     let Unseen { watched, at, filesystem, name, exec_name, .. } = unseen;
@@ -131,11 +135,16 @@ pub(super) fn path(name: &[u8], is_nameless: bool) -> Result<RootfsPath, Hostile
     RootfsPath::new(name.strip_suffix(DELETED).unwrap_or(name)).map(without_number)
 }
 
+/// Whether the kernel may have named a file so that never had a name.
+pub(super) fn has_a_number(path: &RootfsPath) -> bool {
+    let number = path.file_name().strip_prefix(b"#").unwrap_or_default();
+    !number.is_empty() && number.iter().all(u8::is_ascii_digit)
+}
+
 /// A file made with O_TMPFILE is named by its inode's number, which is another one
 /// each time: many of the same are one finding.
 pub(super) fn without_number(path: RootfsPath) -> RootfsPath {
-    let number = path.file_name().strip_prefix(b"#").unwrap_or_default();
-    if number.is_empty() || !number.iter().all(u8::is_ascii_digit) {
+    if !has_a_number(&path) {
         return path;
     }
     let directory = path.parent().unwrap_or_else(RootfsPath::root);
@@ -339,7 +348,7 @@ impl Running {
             procfs::mount_namespace_of(handle.first_stat().parent)
                 .is_ok_and(procfs::is_host_mount_namespace)
         };
-        if filesystem == Filesystem::Anonymous
+        if matches!(filesystem, Filesystem::Anonymous | Filesystem::Volume)
             && is_from_outside()
             && runtimes.is_installed(&state, max_hash_bytes)
         {

@@ -535,6 +535,7 @@ sweep_interval = "1h"
     }
 
     /// The same, in a namespace of its own.
+    #[allow(dead_code, reason = "benches/workload.rs compares with such a container")]
     pub(crate) fn unwatched_container_in(
         &self,
         namespace: &str,

@@ -91,7 +91,8 @@ fn flood(container: &Container<'_>) -> anyhow::Result<String> {
     container.lay_payload("x")?;
     Ok(format!(
         "i=0; while [ $i -lt {FLOOD} ]; do\n\
-         cp /.control/x /tmp/d$i; echo $i >> /tmp/d$i; /tmp/d$i; sleep 0.02; i=$((i+1)); done"
+         d=/tmp/$((i%10)); mkdir -p $d; cp /.control/x $d/d$i; echo $i >> $d/d$i; $d/d$i\n\
+         sleep 0.02; i=$((i+1)); done"
     ))
 }
 
@@ -112,7 +113,8 @@ fn flood_was_told_once(container: &Container<'_>) -> anyhow::Result<Vec<Value>> 
         told.entry(path).or_default().push(finding["kind"].as_str().context("no kind")?);
     }
     for number in 0..FLOOD {
-        let path = format!("/tmp/d{number}");
+        // Many of one directory that nobody ran would be told together.
+        let path = format!("/tmp/{}/d{number}", number % 10);
         let kinds = told.remove(&path).unwrap_or_default();
         ensure!(
             matches!(kinds[..], ["exec.new" | "file.added"]),
@@ -251,7 +253,10 @@ fn corrupt_baseline(node: &Node) -> anyhow::Result<()> {
 fn newer_history(node: &Node) -> anyhow::Result<()> {
     node.stop_driftd()?;
     let file = node.path("driftd/history.db");
-    rusqlite::Connection::open(&file)?.pragma_update(None, "user_version", 999)?;
+    let history = rusqlite::Connection::open(&file)?;
+    let format: i64 = history.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    history.pragma_update(None, "user_version", 999)?;
+    drop(history);
     let output = Command::new(env!("CARGO_BIN_EXE_driftd"))
         .arg("run")
         .arg("--config")
@@ -259,7 +264,7 @@ fn newer_history(node: &Node) -> anyhow::Result<()> {
         .output()?;
     refused(&output, 2, &["history.db", "999"])?;
     // Nothing was touched: with the number put back, it goes on.
-    rusqlite::Connection::open(&file)?.pragma_update(None, "user_version", 1)?;
+    rusqlite::Connection::open(&file)?.pragma_update(None, "user_version", format)?;
     node.start_driftd()
 }
 
