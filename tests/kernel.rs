@@ -814,7 +814,7 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
         }
         node.told.push(report);
     }
-    println!("{hashed} of {count} memfds were hashed");
+    eprintln!("{hashed} of {count} memfds were hashed");
     node.walk(&container);
     let told = node.executed_paths();
     assert_eq!(told.iter().filter(|path| *path == "/memfd:a").count(), 1000);
@@ -852,7 +852,7 @@ fn what_the_rings_cost_an_execve() {
     }
     for (name, times) in [("without", &mut without), ("with", &mut with)] {
         times.sort_unstable();
-        println!("{name}: min {} median {} us of processor time", times[0], times[ROUNDS / 2]);
+        eprintln!("{name}: min {} median {} us of processor time", times[0], times[ROUNDS / 2]);
     }
 }
 
@@ -1135,7 +1135,7 @@ fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
         }
         delays.sort_unstable();
         // Before the command that mounted had ended, as often as not.
-        println!("{name}: seen so many microseconds after mount(8) had ended: {delays:?}");
+        eprintln!("{name}: seen so many microseconds after mount(8) had ended: {delays:?}");
         assert!(delays[10] < 50_000, "{name}: {delays:?}");
     }
 }
@@ -1213,7 +1213,7 @@ fn binding_its_own_root_again_and_again_costs_a_container_and_not_driftd() {
     assert!(container.beside(&["busybox", "sh", "-c", &storm]).status().unwrap().success());
     let took = start.elapsed();
     let cost = thread_time("mounts") - before;
-    println!("2,000 mounts in {took:?} cost the mounts thread {cost:?}");
+    eprintln!("2,000 mounts in {took:?} cost the mounts thread {cost:?}");
     assert!(cost < took / 5, "it cost {cost:?} of {took:?}");
     container.drop_program("/tmp/true");
     container.inside("/tmp/true");

@@ -347,7 +347,7 @@ fn clean(what: &[&str], text: &[u8]) -> anyhow::Result<()> {
     };
     if let Some(at) = text.find(is_harmful) {
         let around: String = text[at..].chars().take(40).collect();
-        anyhow::bail!("{what:?} has {:?}", around);
+        anyhow::bail!("{what:?} has {around:?}");
     }
     Ok(())
 }
