@@ -665,7 +665,7 @@ impl State {
     }
 
     /// Keeps what was seen of a container that nobody has told of yet.
-    fn await_container(
+    fn keep_for_later(
         &mut self,
         observation: &Observation,
         now: Timestamp,
@@ -698,7 +698,7 @@ impl State {
         // A container that we do not know has gone, or was armed by its runtime's call
         // before containerd's event of it came.
         let Some(entry) = self.inventory.get_mut(&observation.container) else {
-            self.await_container(observation, now, effects);
+            self.keep_for_later(observation, now, effects);
             return;
         };
         if let Fact::SessionOpened { process } = &observation.fact {

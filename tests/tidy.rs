@@ -229,12 +229,9 @@ const SCENARIOS: &[(char, std::ops::RangeInclusive<u32>)] = &[
     ('b', 32..=32),
 ];
 
-/// Those that have none yet.
-const UNTESTED: &[&str] = &[
-    "a08", "a09", "a10", "a11", "a12", "a13", "a15", "a16", "a17", "a18", "a19", "a26", "a27",
-    "a32", "a33", "a34", "a35", "a36", "a37", "a39", "a42", "a43", "a47", "b02", "b04", "b06",
-    "b13", "b16", "b17", "b18", "b19", "b20", "b22", "b23", "b25",
-];
+/// Those that have none: a27 installs with pip, apk and npm, and their real tools are in
+/// no test image yet; by value, what they are called is tested.
+const UNTESTED: &[&str] = &["a27"];
 
 /// The scenarios after which tests are called, each with where they are:
 /// `fn a07_script` and `trial("b14_...", ...)`.
