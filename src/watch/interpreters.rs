@@ -169,12 +169,17 @@ fn again(shared: &Shared, mut look: Look, neighbours_at: &mut Option<Instant>) -
     let is_first = look.again == 0;
     look.again += 1;
     let is_alive = look.handle.stat().is_ok_and(|stat| !stat.has_ended());
+    let mut is_answered = true;
     if is_alive {
         let standard = standard(&look.handle);
         if direct(shared, &look, &standard) {
             return None;
         }
-        if !look.is_service && standard.is_piped() && may_ask_neighbours(neighbours_at) {
+        if look.is_service || !standard.is_piped() {
+            // Nothing leads to a connection.
+        } else if !may_ask_neighbours(neighbours_at) {
+            is_answered = false;
+        } else {
             let own = look.handle.identity().pid;
             let others = neighbours(&look.watched, own);
             if let Some(evidence) = shells::piped(&standard, &others) {
@@ -183,7 +188,10 @@ fn again(shared: &Shared, mut look: Look, neighbours_at: &mut Option<Instant>) -
             }
         }
     }
-    if is_first && let Some(script) = look.pipe.take() {
+    // A shell on a connection is no script from a pipe as well.
+    if (is_answered || !is_first)
+        && let Some(script) = look.pipe.take()
+    {
         let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
         shared.observe(&look.watched, look.at, Source::Trace, fact);
     }
