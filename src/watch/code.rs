@@ -10,9 +10,7 @@ use super::lower;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::{Standing, Watched};
-use crate::model::{
-    Content, FileState, FileTime, FileType, Filesystem, Format, LowerTwin, RootfsPath, Unhashed,
-};
+use crate::model::{FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Medium};
 use crate::sys::procfs::Handle;
@@ -174,18 +172,7 @@ pub(super) fn open_in(handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
 
 /// What is left to tell of a file that nobody can look at any more.
 pub(super) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
-    let state = FileState {
-        file_type: FileType::Regular,
-        format: Format::Unknown,
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        size: 0,
-        capability: None,
-        content: Content::Unhashed(Unhashed::Gone),
-        deleted: true,
-    };
-    Code { path, filesystem, state, lower: None }
+    Code { path, filesystem, state: state::gone(true), lower: None }
 }
 
 /// A file of the container's own layer, by its name there.

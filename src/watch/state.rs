@@ -45,6 +45,21 @@ pub(super) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
     FileState { content, ..unopened(stat) }
 }
 
+/// What is left to tell of a file that nobody can look at any more.
+pub(super) fn gone(deleted: bool) -> FileState {
+    FileState {
+        file_type: FileType::Regular,
+        format: Format::Unknown,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        size: 0,
+        capability: None,
+        content: Content::Unhashed(Unhashed::Gone),
+        deleted,
+    }
+}
+
 /// The state of an open file. `stat` is what its metadata is taken from, `file`
 /// its content: of a metadata-only copy they are two inodes.
 pub(super) fn of(

@@ -182,13 +182,11 @@ struct Exe {
     is_host: bool,
 }
 
-const DELETED: &[u8] = b" (deleted)";
-
 /// The name that the kernel gives what memfd_create(2) makes. A container can give
 /// a file such a name too, but not where the kernel shows the root directory's
 /// entries, unless it says the same of itself: that it is deleted.
 fn is_memfd_name(name: &[u8]) -> bool {
-    name.starts_with(b"/memfd:") && name.ends_with(DELETED)
+    name.starts_with(b"/memfd:") && name.ends_with(file::DELETED)
 }
 
 fn judge(evidence: &Evidence<'_>) -> Judged {
@@ -205,7 +203,7 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
             Judged::Unseen(Filesystem::Anonymous)
         } else if exe.is_host {
             Judged::Known
-        } else if exe.links == 0 && (name.is_empty() || name.ends_with(DELETED)) {
+        } else if exe.links == 0 && (name.is_empty() || name.ends_with(file::DELETED)) {
             Judged::Unseen(Filesystem::Anonymous)
         } else if exe.is_on_tmpfs {
             Judged::Unseen(Filesystem::Tmpfs)
@@ -220,7 +218,7 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
             Judged::Unseen(Filesystem::Anonymous)
         }
         Some(_) if evidence.is_mapped_below || evidence.is_parent_outside => Judged::Known,
-        Some(_) if name.ends_with(DELETED) => Judged::Unseen(Filesystem::Anonymous),
+        Some(_) if name.ends_with(file::DELETED) => Judged::Unseen(Filesystem::Anonymous),
         Some(_) => Judged::Unseen(evidence.mounted.unwrap_or(Filesystem::Volume)),
     }
 }

@@ -16,8 +16,8 @@ use super::state::{self, Hashing};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{
-    Blake3Hash, Content, Fact, FileState, FileType, Filesystem, Format, HostilePath, Process,
-    ProcessIdentity, RootfsPath, Source, Unhashed, printable,
+    Blake3Hash, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
+    Source, printable,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
@@ -45,8 +45,6 @@ pub(super) struct Unseen {
     pub(super) is_parent_outside: bool,
 }
 
-const DELETED: &[u8] = b" (deleted)";
-
 /// Describes and hashes what was executed.
 pub(super) fn run(shared: &Shared, unseen: &Receiver<Unseen>) {
     let mut runtimes = Runtimes::default();
@@ -65,7 +63,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = match &unseen.file {
         Some((file, stat)) => state_of(file.as_fd(), stat, max_hash_bytes),
-        None => gone(unseen.filesystem),
+        None => state::gone(unseen.filesystem == Filesystem::Anonymous),
     };
     let is_runtimes_own = unseen.is_parent_outside
         && match unseen.filesystem {
@@ -111,28 +109,13 @@ pub(super) fn state_of(file: BorrowedFd<'_>, stat: &Stat, max_hash_bytes: u64) -
     }
 }
 
-/// What can be said of a file that was executed and is gone.
-fn gone(filesystem: Filesystem) -> FileState {
-    FileState {
-        file_type: FileType::Regular,
-        format: Format::Unknown,
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        size: 0,
-        capability: None,
-        content: Content::Unhashed(Unhashed::Gone),
-        deleted: filesystem == Filesystem::Anonymous,
-    }
-}
-
 /// The path to tell of a file that the kernel names so.
 pub(super) fn path(name: &[u8], is_nameless: bool) -> Result<RootfsPath, HostilePath> {
     if !is_nameless {
         return RootfsPath::new(name);
     }
     // Only then: a file may be named so.
-    RootfsPath::new(name.strip_suffix(DELETED).unwrap_or(name)).map(without_number)
+    RootfsPath::new(name.strip_suffix(file::DELETED).unwrap_or(name)).map(without_number)
 }
 
 /// Whether the kernel may have named a file so that never had a name.
