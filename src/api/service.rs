@@ -426,17 +426,8 @@ impl DriftService for Service {
     ) -> Result<Response<proto::ListFindingsResponse>, Status> {
         let request = request.into_inner();
         let filter = self.filter(request.filter).await?;
-        let after =
-            match request.page_token.as_str() {
-                "" => None,
-                token => Some(token.parse().map_err(|err: history::BadPageToken| {
-                    Status::invalid_argument(err.to_string())
-                })?),
-            };
-        let limit = match request.page_size {
-            0 => PAGE,
-            size => usize::try_from(size).unwrap_or(PAGE).min(PAGE),
-        };
+        let after = page_token(&request.page_token)?;
+        let limit = page_limit(request.page_size);
         let reader = self.backend.history.clone();
         let page = unblock(move || reader.findings(&filter, after, limit))
             .await?
@@ -481,17 +472,8 @@ impl DriftService for Service {
         request: Request<proto::ListMembersRequest>,
     ) -> Result<Response<proto::ListMembersResponse>, Status> {
         let request = request.into_inner();
-        let after =
-            match request.page_token.as_str() {
-                "" => None,
-                token => Some(token.parse().map_err(|err: history::BadPageToken| {
-                    Status::invalid_argument(err.to_string())
-                })?),
-            };
-        let limit = match request.page_size {
-            0 => PAGE,
-            size => usize::try_from(size).unwrap_or(PAGE).min(PAGE),
-        };
+        let after = page_token(&request.page_token)?;
+        let limit = page_limit(request.page_size);
         let shown = printable(request.finding.as_bytes());
         let (reader, text) = (self.backend.history.clone(), request.finding);
         let found = unblock(move || reader.finding(&text)).await?;
@@ -617,5 +599,24 @@ pub(super) async fn tell_progress<T, M>(
             done = &mut work => return Some(done),
             _ = ticks.tick() => client.send(Ok(now())).await.ok()?,
         }
+    }
+}
+/// Where a page begins; at the beginning without a token.
+fn page_token<T>(token: &str) -> Result<Option<T>, Status>
+where
+    T: std::str::FromStr<Err = history::BadPageToken>,
+{
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let malformed = |err: history::BadPageToken| Status::invalid_argument(err.to_string());
+    token.parse().map(Some).map_err(malformed)
+}
+
+/// How long a page may be.
+fn page_limit(asked: u32) -> usize {
+    match asked {
+        0 => PAGE,
+        size => usize::try_from(size).unwrap_or(PAGE).min(PAGE),
     }
 }

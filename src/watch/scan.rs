@@ -176,7 +176,7 @@ impl Scan {
         self.shared.report_losses();
         let began = Timestamp::now();
         // Before the walk, so that what is lost during it asks for another.
-        watched.take_rescan();
+        let is_lossy = watched.take_rescan();
         self.shared.names.begin_walk(watched);
         let started = Instant::now();
         let memory = self.memories.remove(&watched.container);
@@ -198,6 +198,7 @@ impl Scan {
             watched,
             ticket,
             extent: if is_last { Extent::Last } else { Extent::All },
+            leaves_settling: ticket.is_none() && !is_lossy,
             writers,
             known: cache,
             seen: Cache::new(),
@@ -329,6 +330,7 @@ fn walk_below(shared: &Shared, watched: &Arc<Watched>, layers: &Layers, path: &R
         watched,
         ticket: None,
         extent: Extent::Below,
+        leaves_settling: true,
         writers: HashMap::new(),
         known: Cache::new(),
         seen: Cache::new(),
@@ -527,6 +529,8 @@ struct Walk<'a> {
     watched: &'a Arc<Watched>,
     ticket: Option<u64>,
     extent: Extent,
+    /// Files that have not settled are left to who looks at them then.
+    leaves_settling: bool,
     writers: HashMap<RootfsPath, Arc<Process>>,
     /// From the last walk, and for the next one.
     known: Cache,
@@ -662,7 +666,7 @@ impl Walk<'_> {
         path: RootfsPath,
         stat: Stat,
     ) -> Result<(), Interrupted> {
-        if self.ticket.is_none() && self.shared.is_dirty(&self.watched.container, &path) {
+        if self.leaves_settling && self.shared.is_dirty(&self.watched.container, &path) {
             // It is looked at when it has settled, and told with who wrote it.
             return Ok(());
         }

@@ -316,10 +316,10 @@ impl Watched {
         self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
     }
 
-    /// A walk begins.
-    pub(super) fn take_rescan(&self) {
-        self.rescan.store(false, Ordering::Release);
+    /// A walk begins. Says whether it is to make up for a loss.
+    pub(super) fn take_rescan(&self) -> bool {
         self.walk.store(false, Ordering::Release);
+        self.rescan.swap(false, Ordering::AcqRel)
     }
 
     /// Asks for a look at the processes whose start was not seen.

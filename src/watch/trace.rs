@@ -31,6 +31,7 @@ use crate::health::Failure;
 use crate::model::{Filesystem, Format};
 use crate::sys::connector::Connector;
 use crate::sys::file::{self, Stat};
+use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
 use crate::sys::procfs::{self, Handle};
 
@@ -141,6 +142,8 @@ pub(super) struct Trace {
     processes: HashMap<u32, Known>,
     ended: VecDeque<(u64, u32)>,
     memfd_device: Option<u64>,
+    /// What the host's root is on.
+    host_device: Option<u64>,
     /// The kernel tells an overlay's own device of what is mapped from it. Before
     /// 6.18 it may tell that of the file below.
     tells_overlays: bool,
@@ -270,6 +273,7 @@ impl Trace {
             processes: HashMap::new(),
             ended: VecDeque::new(),
             memfd_device: file::memfd_device().ok(),
+            host_device: file::stat_path("/").ok().map(|root| root.device),
             tells_overlays: false,
         }
     }
@@ -518,6 +522,16 @@ impl Trace {
             handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace)
                 || handle.has_host_root()
         });
+        // By a mount that it does not see itself: on its way in, by setns(2) or chroot(2).
+        let is_behind = |stat: &Stat| {
+            Some(stat.device) == self.host_device
+                && handle.as_ref().and_then(|handle| handle.mountinfo().ok()).is_none_or(
+                    |mountinfo| {
+                        stat.mount
+                            .is_some_and(|mount| overlay::find_place(&mountinfo, mount).is_none())
+                    },
+                )
+        };
         // Below an overlay, or another one by now: then it must not be taken for what
         // was executed.
         let is_same = |stat: &Stat| {
@@ -533,13 +547,15 @@ impl Trace {
                 links: stat.links,
                 is_marked,
                 is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
-                is_host,
+                is_host: is_host || is_behind(stat),
             })
         });
-        let is_mapped_below = may_be_below
-            && program.is_some_and(|mapped| {
-                watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
-            });
+        // Of who is gone, or runs something else by now, a file of the host's own root
+        // tells nothing: the gate was asked about what is mounted from there.
+        let is_mapped_below = program.is_some_and(|mapped| {
+            self.host_device == Some(mapped.device)
+                || may_be_below && watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
+        });
         let is_mapped_marked = program.is_some_and(|mapped| {
             table.by_device(mapped.device).is_some()
                 || asked.contains(&(mapped.device, mapped.inode))
