@@ -202,7 +202,11 @@ impl Container {
         let _ = self.init.kill();
         let _ = self.init.wait();
         node.detach(&self.id);
-        command("umount", &[&self.path("")]);
+        // What a thread is about to let go is busy for that moment.
+        let merged = self.path("");
+        wait_for("the overlay to be let go", || {
+            Command::new("umount").arg(&merged).stderr(Stdio::null()).status().unwrap().success()
+        });
         if self.has_tmpfs {
             command("umount", &[self.own.path()]);
             self.has_tmpfs = false;

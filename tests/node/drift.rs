@@ -327,9 +327,12 @@ fn a29_exec(node: &Node) -> anyhow::Result<()> {
 fn a45_two_containers(node: &Node) -> anyhow::Result<()> {
     let (drifting, faithful) = (node.container()?, node.container()?);
     drifting.lay_payload("x")?;
-    drifting.sh("cp /.control/x /tmp/x; /tmp/x")?;
+    // Run after it was told, so that it is told twice however busy the machine is.
+    drifting.sh("cp /.control/x /tmp/x")?;
+    drifting.told(&["low file.added /tmp/x"])?;
+    drifting.sh("/tmp/x")?;
     faithful.sh("/bin/ls / >/dev/null; /usr/bin/app")?;
-    drifting.told(&["critical exec.new /tmp/x"])?;
+    drifting.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
     faithful.told_nothing()
 }
 
