@@ -274,7 +274,11 @@ impl State {
         finding.count += 1;
         finding.first_seen = finding.first_seen.min(observation.at);
         finding.last_seen = finding.last_seen.max(observation.at);
-        finding.severity = finding.severity.max(judgement.severity);
+        // Whatever is worse than the transaction stands alone, but for the scripts that
+        // every package may bring.
+        if matches!(into, Into::Group(_)) {
+            finding.severity = finding.severity.max(judgement.severity);
+        }
         if !is_known {
             if finding.files.is_none() {
                 // The first one was alone until now.

@@ -129,7 +129,14 @@ fn describe_one(
     let mut executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
     if let Some(stat) = &caller.stat {
-        shared.packages().executes(shared, &watched, stat);
+        let mut packages = shared.packages();
+        packages.executes(shared, &watched, stat);
+        // Its parents may have ended with it.
+        if let Some(ancestors) = packages.ancestors_of(stat.identity)
+            && ancestors.len() > executing.process.ancestors.len()
+        {
+            executing.process.ancestors = ancestors.to_vec();
+        }
     }
     if let (Ok((path, _)), None) = (&path, &executing.process.root) {
         executing.process.root = process::root_by_name(path, executing.process.exe.as_deref());

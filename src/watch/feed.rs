@@ -94,8 +94,8 @@ impl Feed {
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
         if is_program || self.shared.is_sensitive(&watched, &path) {
-            let writer = self.shared.writer(&watched, pid);
-            self.shared.mark_dirty(&watched, path, Source::Change, writer);
+            let writer = self.shared.writer_to(&watched, pid, &stat);
+            self.shared.mark_dirty(&watched, path, Source::Change, Some(writer));
             return;
         }
         self.shared.health.data_writes.fetch_add(1, Ordering::Relaxed);

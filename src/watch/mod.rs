@@ -45,6 +45,7 @@ mod trace;
 mod trial;
 mod trust;
 mod unseen;
+mod writers;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -295,8 +296,10 @@ impl Watch {
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
         if let Some(recorder) = recorder {
             // What else is made of the records.
-            let mut consumers: Vec<Box<dyn TraceConsumer>> =
-                vec![Box::new(libraries::Tracing::new(loadings, started))];
+            let mut consumers: Vec<Box<dyn TraceConsumer>> = vec![
+                Box::new(libraries::Tracing::new(loadings, started)),
+                Box::new(packages::Descent),
+            ];
             match settings.gate {
                 config::Gate::Ask => (),
                 // The gate is not asked about every program, or too late.

@@ -30,8 +30,9 @@ use rustix::io::Errno;
 
 use super::shared::Shared;
 use super::table::Watched;
+use super::writers::Writer;
 use crate::health::Failure;
-use crate::model::{ContainerId, Process, RootfsPath, Source};
+use crate::model::{ContainerId, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, DecodedName, Group, Named, ReadError};
 use crate::sys::handle::FileHandle;
 
@@ -220,7 +221,7 @@ impl Names {
 
     fn take(&self, shared: &Shared, events: Vec<DecodedName>) {
         // Whoever unpacks an archive changes thousands of names.
-        let mut writers: HashMap<u32, Option<Arc<Process>>> = HashMap::new();
+        let mut writers: HashMap<u32, Writer> = HashMap::new();
         for event in events {
             match event {
                 DecodedName::Named(named) => {
@@ -236,7 +237,7 @@ impl Names {
                         let found = || shared.writer(&watched, named.pid);
                         writers.entry(named.pid).or_insert_with(found).clone()
                     });
-                    shared.mark_dirty(&watched, path, Source::Change, writer.flatten());
+                    shared.mark_dirty(&watched, path, Source::Change, writer);
                 }
                 DecodedName::Overflow => shared.lose(
                     Failure::KernelQueueOverflow,

@@ -4,8 +4,8 @@
 //! it or a descendant of it was the writer. Most writers still live when the change
 //! feed tells of them, and then their parents do too. The others (a `cp` in a
 //! script of a package) are remembered from the moment at which they executed
-//! something: who descends from a package manager is kept here for as long as its
-//! pid may still be named by an event.
+//! something, or by the kernel's record of their birth: who descends from a package
+//! manager is kept here for as long as anybody may ask who a writer was.
 //!
 //! A program counts as a package manager by its name, and if it runs from a file of
 //! the image's layers, by the container's own mount: not a copy, and not something
@@ -21,19 +21,29 @@ use jiff::Timestamp;
 use super::process;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
+use super::trace::TraceConsumer;
+use super::writers::Gone;
+use crate::config;
 use crate::model::{
     Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, package_manager,
 };
 use crate::sys::file;
-use crate::sys::procfs::{Handle, Stat};
+use crate::sys::perf::{Executed, Mapped};
+use crate::sys::procfs::{self, Handle, Stat};
 
 /// Processes that are remembered: of package managers, and others.
 const MAX_DESCENDANTS: usize = 16 * 1024;
 const MAX_OTHERS: usize = 64 * 1024;
 const MAX_TOLD: usize = 1024;
-/// How long an event may lag behind the end of the process that it names. After
-/// that its pid may be another's.
-const LAG: Duration = Duration::from_secs(2);
+/// How long an event may lag behind the end of the process that it names, in clock
+/// ticks, of which Linux tells a hundred a second. After that its pid may be
+/// another's.
+const LAG: u64 = 2 * 100;
+/// How long who has ended is remembered: a file that is written all the time is
+/// told ten times as late as another.
+const KEPT: u64 = 15 * 100;
+/// How often it is asked who has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Who descends from a package manager, in all containers.
 #[derive(Debug, Default)]
@@ -50,8 +60,8 @@ pub(super) struct Packages {
 struct Descendant {
     container: ContainerId,
     process: Arc<Process>,
-    /// Since when it is known to have ended.
-    ended: Option<Instant>,
+    /// Since when it is known to have ended, in clock ticks since boot.
+    ended: Option<u64>,
 }
 
 impl Packages {
@@ -131,7 +141,14 @@ impl Packages {
             if known.process.identity == stat.identity {
                 return;
             }
+            let is_just_born = known.process.identity.start_time == 0
+                && known.ended.is_none_or(|ended| procfs::ticks_since_boot() < ended + LAG);
+            let process = Process { identity: stat.identity, ..Process::clone(&known.process) };
             self.descendants.remove(&pid);
+            if is_just_born {
+                self.remember(watched, Arc::new(process));
+                return;
+            }
         }
         if self.others.contains(&stat.parent) {
             return;
@@ -148,7 +165,7 @@ impl Packages {
         if parent.process.identity.start_time > stat.identity.start_time {
             return;
         }
-        let process = child_of(&parent.process, stat);
+        let process = child_of(&parent.process, stat.identity, stat.tty());
         self.remember(watched, Arc::new(process));
     }
 
@@ -163,12 +180,30 @@ impl Packages {
         self.descendants.insert(pid, Descendant { container, process, ended: None });
     }
 
-    /// The process that had this pid until a moment ago, if it descends from a package
-    /// manager.
-    pub(super) fn gone(&self, watched: &Watched, pid: u32) -> Option<Arc<Process>> {
-        let known = self.descendants.get(&pid)?;
-        let is_recent = known.ended.is_none_or(|ended| ended.elapsed() < LAG);
-        (is_recent && known.container == watched.container).then(|| known.process.clone())
+    /// A process is born: it is whatever its parent is. Whoever executes something
+    /// is told of sooner, and with the time of its birth.
+    fn forked(&mut self, watched: &Watched, pid: u32, parent: u32) {
+        if self.descendants.contains_key(&pid) {
+            return;
+        }
+        let Some(parent) = self.descendants.get(&parent) else { return };
+        let identity = ProcessIdentity { pid, start_time: 0 };
+        let process = child_of(&parent.process, identity, parent.process.tty.clone());
+        self.remember(watched, Arc::new(process));
+    }
+
+    /// The ancestors of a process that descends from a package manager.
+    pub(super) fn ancestors_of(&self, identity: ProcessIdentity) -> Option<&[Ancestor]> {
+        let known = self.descendants.get(&identity.pid)?;
+        (known.process.identity == identity).then_some(&*known.process.ancestors)
+    }
+
+    /// Who a writer was, if it descended from a package manager.
+    pub(super) fn gone(&self, watched: &Watched, gone: Gone) -> Option<Arc<Process>> {
+        let known = self.descendants.get(&gone.pid)?;
+        let was_there = known.process.identity.start_time <= gone.read_at
+            && known.ended.is_none_or(|ended| gone.read_at < ended + LAG);
+        (was_there && known.container == watched.container).then(|| known.process.clone())
     }
 
     fn forget_ended(&mut self) {
@@ -176,14 +211,46 @@ impl Packages {
         if self.descendants.is_empty() || self.next_look.is_some_and(|next| now < next) {
             return;
         }
-        self.next_look = Some(now + LAG / 4);
+        self.next_look = Some(now + LOOK_EVERY);
+        let now = procfs::ticks_since_boot();
         self.descendants.retain(|_, known| {
             if Handle::open_exactly(known.process.identity).is_ok() {
                 return true;
             }
-            now.duration_since(*known.ended.get_or_insert(now)) < LAG
+            now < *known.ended.get_or_insert(now) + KEPT
         });
     }
+}
+
+/// By the kernel's records: who is born in a container, and, where the gate is not
+/// asked about every program, who executes one.
+pub(super) struct Descent;
+
+impl TraceConsumer for Descent {
+    fn forked(&mut self, shared: &Shared, watched: &Arc<Watched>, pid: u32, parent: u32) {
+        shared.packages().forked(watched, pid, parent);
+    }
+
+    fn executed(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        executed: &Executed,
+        _: Option<&Mapped>,
+    ) {
+        if shared.settings.gate == config::Gate::Ask {
+            return;
+        }
+        if let Ok(stat) = procfs::read_stat(executed.pid) {
+            shared.packages().executes(shared, watched, &stat);
+        }
+    }
+
+    fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
+
+    fn exited(&mut self, _: u32) {}
+
+    fn lost(&mut self) {}
 }
 
 /// Whether a process's program is a file of the image's layers, by the container's
@@ -198,15 +265,15 @@ fn runs_from_the_image(handle: &Handle, watched: &Watched) -> bool {
 }
 
 /// A process of which only its parent is known.
-fn child_of(parent: &Process, stat: &Stat) -> Process {
+fn child_of(parent: &Process, identity: ProcessIdentity, tty: Option<String>) -> Process {
     let own =
         Ancestor { identity: parent.identity, exe: parent.exe.clone(), argv: parent.argv.clone() };
     Process {
-        identity: stat.identity,
+        identity,
         exe: None,
         argv: None,
         uid: None,
-        tty: stat.tty(),
+        tty,
         root: parent.root.clone(),
         ancestors: std::iter::once(own).chain(parent.ancestors.iter().cloned()).collect(),
     }

@@ -1,14 +1,12 @@
 //! What is told of a process, gathered while it may be ending.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::table::Watched;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, printable};
 use crate::sys::overlay;
-use crate::sys::procfs::{self, ArgumentArea, Handle, Stat};
+use crate::sys::procfs::{self, Handle, Stat};
 
 /// How often a process is looked at while its execve is under way.
 const STEP: Duration = Duration::from_micros(100);
@@ -137,38 +135,6 @@ pub(super) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
         tty: stat.tty(),
         root: own_root(handle, watched),
         ancestors: ancestors(stat, watched.pid_namespace),
-    }
-}
-
-/// Processes that wrote lately: one that unpacks an archive writes thousands of
-/// files, and need not be described for each.
-#[derive(Debug, Default)]
-pub(super) struct Writers {
-    known: HashMap<u32, (ArgumentArea, Arc<Process>)>,
-}
-
-impl Writers {
-    const MOST: usize = 64;
-
-    /// The process with this pid, if it lives.
-    pub(super) fn describe(&mut self, pid: u32, watched: &Watched) -> Option<Arc<Process>> {
-        let handle = Handle::open(pid).ok()?;
-        let stat = handle.first_stat();
-        if stat.has_ended() {
-            return None;
-        }
-        if let Some((area, process)) = self.known.get(&pid)
-            && process.identity == stat.identity
-            && *area == stat.area
-        {
-            return Some(process.clone());
-        }
-        let process = Arc::new(as_it_is(&handle, watched));
-        if self.known.len() >= Self::MOST {
-            self.known.clear();
-        }
-        self.known.insert(pid, (stat.area, process.clone()));
-        Some(process)
     }
 }
 

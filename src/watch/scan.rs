@@ -188,7 +188,9 @@ impl Scan {
             self.shared
                 .take_dirty_of(&watched.container)
                 .into_iter()
-                .filter_map(|(path, dirty)| Some((path, dirty.writer?)))
+                .filter_map(|(path, dirty)| {
+                    Some((path, self.shared.process_of(watched, dirty.writer?)?))
+                })
                 .collect()
         } else {
             HashMap::new()
@@ -267,6 +269,7 @@ fn settle(shared: &Shared) -> bool {
             return false;
         }
         let DirtyPath { watched, writer, source, .. } = dirty;
+        let writer = writer.and_then(|writer| shared.process_of(&watched, writer));
         let Some(layers) = watched.layers() else { continue };
         let parent = path.parent().unwrap_or_else(RootfsPath::root);
         // Neighbours follow each other.
@@ -278,8 +281,9 @@ fn settle(shared: &Shared) -> bool {
         let in_image = place.as_ref().is_none_or(|place| place.in_image);
         let tell = |fact| shared.observe_patiently(&watched, Timestamp::now(), source, fact);
         match found {
-            Ok(Some(Found::Entry { state, lower, .. })) => {
+            Ok(Some(Found::Entry { stat, state, lower })) => {
                 if matters(shared, &watched, &path, &state, lower.as_ref()) {
+                    let writer = writer.or_else(|| shared.last_writer(&watched, &stat));
                     tell(Fact::Present { path, state, lower, writer });
                 }
             }
@@ -666,9 +670,16 @@ impl Walk<'_> {
         path: RootfsPath,
         stat: Stat,
     ) -> Result<(), Interrupted> {
-        if self.leaves_settling && self.shared.is_dirty(&self.watched.container, &path) {
+        if self.leaves_settling {
             // It is looked at when it has settled, and told with who wrote it.
-            return Ok(());
+            if self.shared.is_dirty(&self.watched.container, &path) {
+                return Ok(());
+            }
+            // Its event may still be on its way.
+            if self.extent != Extent::Last && is_younger(&stat, self.shared.settings.settle) {
+                self.shared.mark_dirty(self.watched, path, Source::Scan, None);
+                return Ok(());
+            }
         }
         let is_whole = |cached: &Cached| {
             // What starts the container is known later than what lies in it.
@@ -710,6 +721,7 @@ impl Walk<'_> {
             return Ok(());
         }
         let writer = self.writer(&path);
+        let writer = writer.or_else(|| self.shared.last_writer(self.watched, &cached.stat));
         let Cached { stat, state, lower } = cached;
         // What could not be read is tried again next time.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
@@ -808,4 +820,12 @@ fn is_stable(stat: &Stat) -> bool {
     let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else { return false };
     let Ok(changed) = u64::try_from(stat.changed.seconds) else { return true };
     now.as_secs() >= changed.saturating_add(STABLE_AFTER.as_secs())
+}
+
+/// Whether a file has changed within this time; not if that lies ahead, where no
+/// waiting would make it older.
+fn is_younger(stat: &Stat, age: Duration) -> bool {
+    let Ok(changed) = u64::try_from(stat.changed.seconds) else { return false };
+    let changed = UNIX_EPOCH + Duration::new(changed, stat.changed.nanoseconds);
+    SystemTime::now().duration_since(changed).is_ok_and(|since| since < age)
 }

@@ -14,12 +14,13 @@ use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::Packages;
-use super::process::Writers;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
+use super::writers::{Gone, Writer, Writers};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
+use crate::sys::file;
 
 pub(super) struct Shared {
     pub(super) settings: config::Watch,
@@ -81,7 +82,7 @@ struct Dirty {
 
 pub(super) struct DirtyPath {
     pub(super) watched: Arc<Watched>,
-    pub(super) writer: Option<Arc<Process>>,
+    pub(super) writer: Option<Writer>,
     /// `Change` if it was written, `Scan` if it was only executed.
     pub(super) source: Source,
     first: Instant,
@@ -157,21 +158,39 @@ impl Shared {
         self.packages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The process that changed a file a moment ago, if it can still be told: it lives,
-    /// or it descended from a package manager.
-    pub(super) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Option<Arc<Process>> {
-        let living = {
-            let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
-            writers.describe(pid, watched)
+    /// Who changed a file a moment ago.
+    pub(super) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Writer {
+        let gone = Gone::now(pid);
+        let Some(process) = self.writers().describe(pid, watched) else {
+            return Writer::Gone(gone);
         };
-        let mut packages = self.packages();
-        match living {
-            Some(process) => {
-                packages.looked_at(self, watched, &process);
-                Some(process)
-            }
-            None => packages.gone(watched, pid),
+        self.packages().looked_at(self, watched, &process);
+        Writer::Known(process)
+    }
+
+    /// Who wrote a file a moment ago, which is remembered of the file.
+    pub(super) fn writer_to(&self, watched: &Arc<Watched>, pid: u32, stat: &file::Stat) -> Writer {
+        let writer = self.writer(watched, pid);
+        self.writers().remember(watched.device, stat, writer.clone());
+        writer
+    }
+
+    /// Who wrote a file of the upper layer last, by whatever name.
+    pub(super) fn last_writer(&self, watched: &Watched, stat: &file::Stat) -> Option<Arc<Process>> {
+        let writer = self.writers().of(watched.device, stat)?;
+        self.process_of(watched, writer)
+    }
+
+    /// The process, if it was looked at or descended from a package manager.
+    pub(super) fn process_of(&self, watched: &Watched, writer: Writer) -> Option<Arc<Process>> {
+        match writer {
+            Writer::Known(process) => Some(process),
+            Writer::Gone(gone) => self.packages().gone(watched, gone),
         }
+    }
+
+    fn writers(&self) -> MutexGuard<'_, Writers> {
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The gate is asked about a file, by its device and inode, and will tell it.
@@ -344,7 +363,7 @@ impl Shared {
         watched: &Arc<Watched>,
         path: RootfsPath,
         source: Source,
-        writer: Option<Arc<Process>>,
+        writer: Option<Writer>,
     ) {
         let now = Instant::now();
         let mut all = self.dirty();
@@ -375,7 +394,8 @@ impl Shared {
 
     /// Who wrote a path that has not settled yet, if that is known.
     pub(super) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Arc<Process>> {
-        self.dirty().get(&watched.container)?.paths.get(path)?.writer.clone()
+        let writer = self.dirty().get(&watched.container)?.paths.get(path)?.writer.clone()?;
+        self.process_of(watched, writer)
     }
 
     /// Notes that a container's upperdir is to be walked once it has settled.

@@ -39,6 +39,9 @@ use crate::sys::procfs::{self, Handle};
 /// the thread that reads the rings and must be quick: what it does not do at once,
 /// it hands to a thread of its own by a bounded channel.
 pub(super) trait TraceConsumer: Send {
+    /// A process of a container has made another.
+    fn forked(&mut self, _: &Shared, _: &Arc<Watched>, _pid: u32, _parent: u32) {}
+
     /// A process of a container has become a program. `program` is the file that
     /// was mapped first: of a script, its interpreter. `None` if it was not seen.
     fn executed(
@@ -375,6 +378,11 @@ impl Trace {
                     Some(known) => (known.watched.clone(), known.program.clone()),
                     None => (None, None),
                 };
+                if let Some(watched) = &watched {
+                    for consumer in &mut self.consumers {
+                        consumer.forked(&self.shared, watched, pid, parent);
+                    }
+                }
                 let known = Known { parent: Some(parent), watched, program, ..Known::default() };
                 *self.known(pid) = known;
             }
