@@ -185,6 +185,7 @@ const WORKER: &str = r#"
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -195,6 +196,7 @@ int main(int count, char **words) {
     char what, path[256], buffer[4096]; int times;
     static long took[100000];
     while (scanf(" %c %255s %d", &what, path, &times) == 3) {
+        prctl(PR_SET_NAME, "worker");
         for (int i = 0; i < times; i++) {
             long began = now();
             if (what == 'e') {
@@ -206,6 +208,7 @@ int main(int count, char **words) {
             }
             took[i] = now() - began;
         }
+        prctl(PR_SET_NAME, "runc:[2:INIT]");
         qsort(took, times, sizeof *took, order);
         printf("%ld %ld\n", took[times / 2], took[times - 1]);
         fflush(stdout);
@@ -216,7 +219,8 @@ int main(int count, char **words) {
 
 /// Named as runc's init is until the entry point runs, and like it a program of the
 /// host's, so that driftd knows that nothing can have changed the image's files before
-/// it listened.
+/// it listened. At work it has another name: what comes from a runtime's init is a
+/// session.
 const WORKER_NAME: &str = "runc:[2:INIT]";
 
 fn compile(source: &str, program: &Path) -> anyhow::Result<()> {
@@ -381,7 +385,7 @@ impl Driftd {
         watch.commands().send(watch::Command::Trust { container: id.clone(), trust })?;
         watch.commands().send(watch::Command::Scan { container: id, ticket: Some(1) })?;
         loop {
-            match received.recv_timeout(Duration::from_secs(10)).context("not attached")? {
+            match *received.recv_timeout(Duration::from_secs(10)).context("not attached")? {
                 Report::Scanned { ticket: Some(1), .. } => break,
                 Report::NotAttached { reason, .. } => anyhow::bail!("not attached: {reason}"),
                 _ => (),

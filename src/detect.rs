@@ -639,6 +639,7 @@ mod tests {
                     _ => Filesystem::Overlay,
                 },
                 running: words[0] == "running",
+                times: 1,
                 state: FileState { deleted: words[0] == "running", ..state() },
                 lower: None,
                 process: process(),

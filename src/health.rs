@@ -120,6 +120,7 @@ impl Failure {
             | Failure::EventUnreadable
             | Failure::TraceLost
             | Failure::CodeQueueFull
+            | Failure::ArmedLate
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry
@@ -131,8 +132,7 @@ impl Failure {
             | Failure::ResponseQueueFull
             | Failure::FindingsFull
             | Failure::MountsFull
-            | Failure::NamesFull
-            | Failure::ArmedLate => Reaction::Degrade,
+            | Failure::NamesFull => Reaction::Degrade,
         }
     }
 }

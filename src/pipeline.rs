@@ -745,6 +745,7 @@ impl State {
                 path,
                 filesystem,
                 running: _,
+                times: _,
                 state,
                 lower,
                 process,
@@ -924,7 +925,7 @@ impl State {
                 // What a scan finds again was told already.
                 return;
             }
-            finding.count += 1;
+            finding.count += observation.times();
             finding.revision += 1;
             finding.last_seen = finding.last_seen.max(observation.at);
             if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
@@ -953,6 +954,7 @@ impl State {
         let (source, at) = (observation.source.name(), observation.at);
         let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
         finding.severity = judgement.severity;
+        finding.count = observation.times();
         finding.process = evidence.process.cloned();
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
         finding.detail = evidence.detail.map(ToOwned::to_owned);
@@ -1521,7 +1523,7 @@ fn view(entry: &Entry) -> Option<ContainerView> {
 #[derive(Debug)]
 pub struct Inputs {
     pub changes: Receiver<Change>,
-    pub reports: Receiver<Report>,
+    pub reports: Receiver<Box<Report>>,
     pub news: Receiver<News>,
     pub questions: Receiver<Question>,
     pub responses: Receiver<Response>,
@@ -1572,7 +1574,7 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
             recv(inputs.responses) -> response => response.map(Input::Responded),
             recv(inputs.questions) -> question => question.map(Input::Asked),
             recv(due) -> _ => Ok(Input::Due),
-            recv(inputs.reports) -> report => report.map(Input::Watch),
+            recv(inputs.reports) -> report => report.map(|report| Input::Watch(*report)),
         };
         // A sender is gone only when the daemon is stopping.
         let Ok(input) = input else { return };

@@ -247,7 +247,7 @@ static TURN: Mutex<()> = Mutex::new(());
 struct Node {
     _turn: MutexGuard<'static, ()>,
     watch: Option<Watch>,
-    reports: Receiver<Report>,
+    reports: Receiver<Box<Report>>,
     health: Arc<Health>,
 }
 

@@ -309,7 +309,7 @@ fn settings() -> config::Watch {
 /// The watchers, and everything they have told.
 struct Node {
     watch: Option<Watch>,
-    reports: Receiver<Report>,
+    reports: Receiver<Box<Report>>,
     told: Vec<Report>,
     health: Arc<Health>,
     next_ticket: u64,
@@ -395,7 +395,7 @@ impl Node {
         }
         let deadline = Instant::now() + patience();
         loop {
-            let Ok(report) = self.reports.recv_deadline(deadline) else {
+            let Ok(report) = self.reports.recv_deadline(deadline).map(|report| *report) else {
                 let told: Vec<String> = self.told.iter().map(summary).collect();
                 panic!("waited in vain for {what}; told: {told:#?}");
             };
@@ -791,7 +791,7 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     let mut count = 0;
     while count < 1000 {
         let report = node.reports.recv_deadline(deadline);
-        let report = report.unwrap_or_else(|_| panic!("{count} of 1000, {hashed} hashed"));
+        let report = *report.unwrap_or_else(|_| panic!("{count} of 1000, {hashed} hashed"));
         if let Report::Observed(Observation {
             source,
             fact: Fact::Executed { path, filesystem, state, running, .. },

@@ -229,10 +229,6 @@ const SCENARIOS: &[(char, std::ops::RangeInclusive<u32>)] = &[
     ('b', 32..=32),
 ];
 
-/// Those that have none: a27 installs with pip, apk and npm, and their real tools are in
-/// no test image yet; by value, what they are called is tested.
-const UNTESTED: &[&str] = &["a27"];
-
 /// The scenarios after which tests are called, each with where they are:
 /// `fn a07_script` and `trial("b14_...", ...)`.
 fn tested_scenarios() -> BTreeMap<String, BTreeSet<String>> {
@@ -276,7 +272,7 @@ fn every_scenario_has_a_test_named_for_it() {
         .flat_map(|(group, numbers)| {
             numbers.clone().map(move |number| format!("{group}{number:02}"))
         })
-        .filter(|id| !tested.contains_key(id) && !UNTESTED.contains(&id.as_str()))
+        .filter(|id| !tested.contains_key(id))
         .collect();
     assert!(missing.is_empty(), "no test is named for {missing:?}; there are {tested:#?}");
     assert_eq!(scenario("a07_script()"), Some("a07".to_owned()));

@@ -244,6 +244,13 @@ impl DriftService for Service {
             }),
             baselines_verified: count(verified),
             containers_without_baseline: count(without_baseline),
+            gate: health.gating.get().map(|gating| proto::Gate {
+                mode: gating.mode.to_owned(),
+                instead: gating.instead.clone().unwrap_or_default(),
+                ignored: health.gate_ignored.load(Ordering::Relaxed),
+                copy_ups: health.copy_ups.load(Ordering::Relaxed),
+            }),
+            left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
         }))
     }
 

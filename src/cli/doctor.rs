@@ -179,7 +179,7 @@ fn features(found: &Capabilities) -> Vec<Check> {
 
 fn fanotify_limits() -> Vec<Check> {
     let limits = [
-        ("max_user_groups", 16, "driftd needs two groups"),
+        ("max_user_groups", 64, "driftd takes up to 40 groups"),
         ("max_user_marks", 8192, "every container takes a mark, and its directories may"),
         ("max_queued_events", 16_384, "a burst of writes beyond it means another scan"),
     ];

@@ -83,6 +83,7 @@ fn text(
     let mut registry = Registry::with_prefix("driftd");
     let started_at = convert::time_from_proto("started_at", status.started_at)?;
     let queue = status.baseline_queue.unwrap_or_default();
+    let gate = status.gate.clone().unwrap_or_default();
     let verified = status.baselines_verified;
     let by_label = |name, values: &[(&str, u32)]| {
         let labelled = |(value, count): &(&str, u32)| (label(name, value), f64::from(*count));
@@ -168,6 +169,26 @@ fn text(
             "Writes of files that are no programs",
             Samples::Counter(vec![(Labels::new(), status.data_writes)]),
         ),
+        (
+            "gate_mode",
+            "What watch.gate says, or what is done instead",
+            by_label("mode", &[(&gate.mode, 1)]),
+        ),
+        (
+            "gate_ignored",
+            "Unchanged programs that the kernel was told to ask no more about",
+            Samples::Counter(vec![(Labels::new(), gate.ignored)]),
+        ),
+        (
+            "gate_copy_ups",
+            "Files of images that were about to be changed, and are asked about again",
+            Samples::Counter(vec![(Labels::new(), gate.copy_ups)]),
+        ),
+        (
+            "left_to_sweeps",
+            "Changes that walks had to find because too many came at once",
+            Samples::Counter(vec![(Labels::new(), status.left_to_sweeps)]),
+        ),
         ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
     ] {
         registry.register(name, help, samples);
@@ -236,6 +257,8 @@ mod tests {
             findings: 7,
             gate_answers: 1234,
             data_writes: 9,
+            gate: Some(proto::Gate { mode: "ask".into(), ..proto::Gate::default() }),
+            left_to_sweeps: 12,
             losses: vec![proto::Loss { name: "pipeline_full".into(), count: 2 }],
             ..proto::GetStatusResponse::default()
         };

@@ -11,6 +11,7 @@ use super::exit::Exit;
 use super::findings::{GapJson, gap_json};
 use super::output::{Format, age, one, safe};
 use crate::api::{convert, proto};
+use crate::config;
 use crate::health::{Loss, Missing};
 
 #[derive(Debug, clap::Args)]
@@ -38,6 +39,10 @@ struct StatusJson {
     findings: u64,
     gate_answers: u64,
     data_writes: u64,
+    /// Unset until the daemon has begun to watch.
+    gate: Option<GateJson>,
+    /// Changes that were found by walks, without their author.
+    left_to_sweeps: u64,
     losses: Vec<Loss>,
     /// From when to when the view was incomplete: what still is, then the newest.
     gaps: Vec<GapJson>,
@@ -51,6 +56,15 @@ struct QueueJson {
     waiting: u32,
     oldest_seconds: u64,
     verifying: u32,
+}
+
+#[derive(Serialize)]
+struct GateJson {
+    mode: String,
+    /// Why that is not what the settings ask for.
+    instead: Option<String>,
+    ignored: u64,
+    copy_ups: u64,
 }
 
 #[derive(Serialize)]
@@ -97,6 +111,13 @@ impl Status {
             findings: status.findings,
             gate_answers: status.gate_answers,
             data_writes: status.data_writes,
+            gate: status.gate.map(|gate| GateJson {
+                mode: gate.mode,
+                instead: (!gate.instead.is_empty()).then_some(gate.instead),
+                ignored: gate.ignored,
+                copy_ups: gate.copy_ups,
+            }),
+            left_to_sweeps: status.left_to_sweeps,
             losses: status
                 .losses
                 .into_iter()
@@ -165,6 +186,13 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
         "Seen",
         &format!("{} executions, {} writes of data", status.gate_answers, status.data_writes),
     );
+    if let Some(gate) = &status.gate {
+        line("Gate", &gate_line(gate));
+    }
+    if status.left_to_sweeps > 0 {
+        let count = status.left_to_sweeps;
+        line("", &format!("{count} changes came too fast to say whose they were"));
+    }
     for loss in &status.losses {
         line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
     }
@@ -202,6 +230,20 @@ fn interval(gap: &GapJson) -> String {
         None => "until now".to_owned(),
     };
     format!("from {} {until}: {}, {whose}: {}", gap.at, safe(&gap.name), safe(&gap.detail))
+}
+
+fn gate_line(gate: &GateJson) -> String {
+    let mut words = safe(&gate.mode).to_string();
+    if gate.mode == config::Gate::Free.name() {
+        let GateJson { ignored, copy_ups, .. } = gate;
+        let more =
+            format!(": {ignored} programs let through unasked, {copy_ups} asked about again");
+        words.push_str(&more);
+    }
+    if let Some(instead) = &gate.instead {
+        words.push_str(&format!(", which is NOT WHAT THE SETTINGS SAY: {}", safe(instead)));
+    }
+    words
 }
 
 /// What the recorder has to do; `None`: nothing.
@@ -264,6 +306,13 @@ mod tests {
             findings: 7,
             gate_answers: 1234,
             data_writes: 9,
+            gate: Some(GateJson {
+                mode: "ask".into(),
+                instead: Some("this kernel is Linux 5.10".into()),
+                ignored: 0,
+                copy_ups: 0,
+            }),
+            left_to_sweeps: 12,
             losses: vec![Loss { name: "pipeline_full".into(), count: 2 }],
             gaps: vec![
                 gap(None, None),

@@ -41,6 +41,16 @@ pub struct Observation {
     pub fact: Fact,
 }
 
+impl Observation {
+    /// How often it was observed.
+    pub fn times(&self) -> u64 {
+        match self.fact {
+            Fact::Executed { times, .. } => times,
+            _ => 1,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub enum Fact {
     /// A file of the container's own (upper) layer was executed, one from another
@@ -53,6 +63,8 @@ pub enum Fact {
         filesystem: Filesystem,
         /// It was found running, not seen being executed.
         running: bool,
+        /// How often, where it happened too often to tell of each.
+        times: u64,
         state: FileState,
         lower: Option<LowerTwin>,
         process: Arc<Process>,

@@ -286,6 +286,7 @@ fn exec(path: RootfsPath, content: &str) -> Fact {
         path,
         filesystem: Filesystem::Overlay,
         running: false,
+        times: 1,
         state: state_of(content),
         lower: None,
         process,

@@ -194,7 +194,7 @@ impl State {
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(finding) = entry.findings.get_mut(&id) else { return };
         if observation.source != Source::Scan {
-            finding.count += 1;
+            finding.count += observation.times();
             finding.last_seen = finding.last_seen.max(observation.at);
             self.unsaid.push(container, id, None, now);
         }
@@ -271,7 +271,7 @@ impl State {
             return;
         }
         let Some(finding) = entry.findings.get_mut(&id) else { return };
-        finding.count += 1;
+        finding.count += observation.times();
         finding.first_seen = finding.first_seen.min(observation.at);
         finding.last_seen = finding.last_seen.max(observation.at);
         // Whatever is worse than the transaction stands alone, but for the scripts that

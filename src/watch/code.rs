@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::content::event_path;
 use super::lower;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::{Standing, Watched};
-use crate::model::{FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
+use crate::model::{Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Medium};
 use crate::sys::procfs::Handle;
@@ -51,9 +51,48 @@ const MAX_KNOWN: usize = 4096;
 const GOOD_FOR: Duration = Duration::from_secs(1);
 const TIMES_ITS_COST: u32 = 20;
 
+/// A filesystem's clock may stand still for this long.
+const SETTLED: Duration = Duration::from_millis(100);
+
+fn key(stat: &Stat) -> Key {
+    (stat.device, stat.inode, stat.changed, stat.size)
+}
+
 impl Hashed {
+    /// What a file holds that is executed again and again; `None` if that is not known
+    /// for certain. It cannot be executed while it is open for writing, and has another
+    /// ctime after that.
+    pub(super) fn of_executed(&self, stat: &Stat) -> Option<FileState> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.get(&key(stat)).filter(|known| known.until > Instant::now())?;
+        Some(FileState { deleted: stat.links == 0, ..known.state.clone() })
+    }
+
+    /// Remembers what an executed file holds, unless another change of it might have
+    /// the same time.
+    pub(super) fn remember_executed(&self, stat: &Stat, state: &FileState) {
+        let is_hashed = matches!(state.content, Content::Hashed { .. });
+        let changed = UNIX_EPOCH
+            + Duration::new(
+                u64::try_from(stat.changed.seconds).unwrap_or(0),
+                stat.changed.nanoseconds,
+            );
+        let is_settled = SystemTime::now().duration_since(changed).is_ok_and(|age| age > SETTLED);
+        if is_hashed && is_settled {
+            self.remember(key(stat), state.clone(), Instant::now() + GOOD_FOR);
+        }
+    }
+
+    fn remember(&self, key: Key, state: FileState, until: Instant) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        known.insert(key, Known { state, until });
+    }
+
     fn state(&self, file: &OwnedFd, stat: &Stat, max_hash_bytes: u64) -> FileState {
-        let key = (stat.device, stat.inode, stat.changed, stat.size);
+        let key = key(stat);
         let begun = Instant::now();
         {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,11 +105,7 @@ impl Hashed {
         let Ok(readable) = file::reopen(file.as_fd()) else { return state::unopened(stat) };
         let state = state::of(readable.as_fd(), stat, Hashing::Always, max_hash_bytes);
         let until = Instant::now() + GOOD_FOR.max(begun.elapsed() * TIMES_ITS_COST);
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= MAX_KNOWN {
-            known.clear();
-        }
-        known.insert(key, Known { state: state.clone(), until });
+        self.remember(key, state.clone(), until);
         state
     }
 }

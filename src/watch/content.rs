@@ -5,11 +5,11 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
 
+use super::crowd;
 use super::files::{Held, Left};
 use super::gate::Execution;
 use super::lower;
@@ -41,6 +41,7 @@ pub(super) struct Described {
     is_movable: bool,
     executing: Executing,
     at: Timestamp,
+    times: u64,
 }
 
 /// Files longer than this take a noticeable time to hash.
@@ -62,24 +63,21 @@ pub(super) fn describe(
 ) {
     // Without CAP_SYS_NICE it runs like the others, and is late more often.
     let _ = rustix::process::setpriority_process(None, -5);
-    while !shared.is_stopping() {
-        match executions.recv_timeout(Duration::from_millis(250)) {
-            Ok(execution) => {
-                let others_wait = || !executions.is_empty();
-                let Some(execution) = describe_one(shared, execution, &others_wait) else {
-                    continue;
-                };
-                match described.try_send(execution) {
-                    Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-                    Err(TrySendError::Full(execution)) => shared.lose(
-                        Failure::ContentQueueFull,
-                        Some(&execution.watched),
-                        "too many executed files wait to be hashed",
-                    ),
-                }
-            }
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+    // Whoever hands on ends when the watchers do.
+    while let Ok(execution) = executions.recv()
+        && !shared.is_stopping()
+    {
+        let others_wait = || !executions.is_empty();
+        let Some(execution) = describe_one(shared, execution, &others_wait) else {
+            continue;
+        };
+        match described.try_send(execution) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(execution)) => shared.lose(
+                Failure::ContentQueueFull,
+                Some(&execution.watched),
+                "too many executed files wait to be hashed",
+            ),
         }
     }
 }
@@ -89,8 +87,9 @@ fn describe_one(
     execution: Execution,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Described> {
-    let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at } =
+    let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
+    let times = 1 + more.map_or(0, |more| more.take());
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -157,6 +156,7 @@ fn describe_one(
                 is_movable,
                 executing,
                 at,
+                times,
             })
         }
         Err(why) => {
@@ -174,19 +174,20 @@ pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, st
 /// Hashes what was executed, but for large files, which must not keep the others
 /// waiting.
 pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
-    while !shared.is_stopping() {
-        match described.recv_timeout(Duration::from_millis(250)) {
-            Ok(execution) if execution.is_large(shared) => match large.try_send(execution) {
-                Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-                Err(TrySendError::Full(execution)) => shared.lose(
-                    Failure::ContentQueueFull,
-                    Some(&execution.watched),
-                    "too many large executed files wait to be hashed",
-                ),
-            },
-            Ok(execution) => hash_one(shared, execution),
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+    while let Ok(execution) = described.recv()
+        && !shared.is_stopping()
+    {
+        if !execution.is_large(shared) {
+            hash_one(shared, execution, described.len() >= crowd::FEW);
+            continue;
+        }
+        match large.try_send(execution) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(execution)) => shared.lose(
+                Failure::ContentQueueFull,
+                Some(&execution.watched),
+                "too many large executed files wait to be hashed",
+            ),
         }
     }
 }
@@ -194,26 +195,46 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sen
 /// Hashes large files that were executed, when nobody else needs the processor.
 pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
     let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
-    while !shared.is_stopping() {
-        match large.recv_timeout(Duration::from_millis(250)) {
-            Ok(execution) => hash_one(shared, execution),
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
+    while let Ok(execution) = large.recv()
+        && !shared.is_stopping()
+    {
+        hash_one(shared, execution, false);
     }
 }
 
-fn hash_one(shared: &Shared, execution: Described) {
-    let Described { watched, filesystem, path, file, stat, layer_file, is_movable, executing, at } =
-        execution;
+fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
+    let Described {
+        watched,
+        filesystem,
+        path,
+        file,
+        stat,
+        layer_file,
+        is_movable,
+        executing,
+        at,
+        times,
+    } = execution;
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
+    // In a storm of one program every other would wait for its hashes.
+    let known = known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&stat)).flatten());
     let state = known.unwrap_or_else(|| {
         let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
         let open = match file.take() {
             Left::Open(fd) => {
-                state::while_wanted(fd.as_fd(), &stat, Hashing::Always, max_hash_bytes, &is_wanted)
+                let state = state::while_wanted(
+                    fd.as_fd(),
+                    &stat,
+                    Hashing::Always,
+                    max_hash_bytes,
+                    &is_wanted,
+                );
+                if let Some(state) = &state {
+                    shared.hashed.remember_executed(&stat, state);
+                }
+                state
             }
             Left::Name(_) => None,
         };
@@ -249,6 +270,7 @@ fn hash_one(shared: &Shared, execution: Described) {
         path: path.clone(),
         filesystem,
         running: false,
+        times,
         state,
         lower,
         process: Arc::new(process),

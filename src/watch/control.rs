@@ -75,7 +75,7 @@ impl Control {
         let mut last_look = Instant::now();
         while !self.shared.is_stopping() {
             self.send_unsent();
-            match self.commands.recv_timeout(Duration::from_millis(100)) {
+            match self.commands.recv_timeout(Duration::from_millis(250)) {
                 Ok(Command::Attach { container, pid, rootfs }) => {
                     self.attach(container, pid, rootfs);
                 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::content::event_path;
@@ -38,11 +37,7 @@ impl Feed {
         let group = self.group.clone();
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
-            let mut fds = [PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)];
-            let timeout =
-                Timespec::try_from(Duration::from_millis(250)).expect("a quarter of a second fits");
-            // An error here (a signal) only means that the turn comes early.
-            let _ = rustix::event::poll(&mut fds, Some(&timeout));
+            self.shared.wait_for(group.as_fd());
             match group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {

@@ -16,6 +16,7 @@
 //! If it cannot go on, the whole process ends: then the kernel allows what is
 //! pending, while a gate that is open and unread would stop every exec.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,6 +28,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::copyup::{Calm, Residence, Shard};
+use super::crowd::{self, Crowd, More};
 use super::files::Held;
 use super::mounts;
 use super::process::Caller;
@@ -51,6 +53,8 @@ pub(super) struct Execution {
     pub(super) is_movable: bool,
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
+    /// Others like it, if too many wait to look at each.
+    pub(super) more: Option<Arc<More>>,
 }
 
 /// A process that executes a file of the image.
@@ -131,7 +135,8 @@ pub(super) struct Gate {
     pub(super) shard: Option<Arc<Shard>>,
     pub(super) shared: Arc<Shared>,
     pub(super) content: Sender<Execution>,
-    pub(super) processes: Sender<Seen>,
+    pub(super) crowd: RefCell<Crowd>,
+    pub(super) processes: Sender<Box<Seen>>,
     pub(super) turns: Turns,
     /// The first gate has it.
     pub(super) heart: Option<Heart>,
@@ -303,7 +308,7 @@ impl Gate {
                     self.shared.health.gate_ignored.fetch_add(1, Ordering::Relaxed);
                 }
                 drop(file);
-                match self.processes.try_send(Seen { watched, caller, at }) {
+                match self.processes.try_send(Box::new(Seen { watched, caller, at })) {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(seen)) => self.shared.lose(
                         Failure::ProcessQueueFull,
@@ -314,12 +319,21 @@ impl Gate {
                 return;
             }
         };
+        let more = match &caller.stat {
+            Some(caller) if self.content.len() >= crowd::FEW => {
+                match self.crowd.borrow_mut().join(&stat, caller.parent) {
+                    None => return,
+                    more => more,
+                }
+            }
+            _ => None,
+        };
         // Only to sleep no longer than the process lives: who it is, its start time
         // says, and a handle with every event would cost more than all the rest.
         let caller = Caller { pidfd: procfs::pidfd(pid).ok(), ..caller };
         let file = Held::new(&watched, file);
         let execution =
-            Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at };
+            Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

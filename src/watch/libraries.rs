@@ -107,12 +107,12 @@ impl Programs {
 #[derive(Debug)]
 pub(super) struct Tracing {
     programs: Programs,
-    loadings: Sender<Loading>,
+    loadings: Sender<Box<Loading>>,
     started: Sender<Started>,
 }
 
 impl Tracing {
-    pub(super) fn new(loadings: Sender<Loading>, started: Sender<Started>) -> Tracing {
+    pub(super) fn new(loadings: Sender<Box<Loading>>, started: Sender<Started>) -> Tracing {
         Tracing { programs: Programs::default(), loadings, started }
     }
 }
@@ -167,7 +167,7 @@ impl TraceConsumer for Tracing {
             program,
             is_first,
         };
-        if let Err(TrySendError::Full(_)) = self.loadings.try_send(loading) {
+        if let Err(TrySendError::Full(_)) = self.loadings.try_send(Box::new(loading)) {
             let detail = "too many libraries wait to be looked at";
             shared.lose(Failure::CodeQueueFull, Some(watched), detail);
         }
@@ -208,12 +208,12 @@ struct Libraries {
 const MAX_NAMES: usize = 16 * 1024;
 
 /// How often it is asked whether all processes are to be looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// How many mappings are taken at once; one look is enough for all of them.
 const BATCH: usize = 512;
 
-pub(super) fn run(shared: &Shared, loadings: &Receiver<Loading>) {
+pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
     let mut last_look = Instant::now();
     while !shared.is_stopping() {
@@ -240,7 +240,7 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Loading>) {
                     if image.contains(&key) {
                         continue;
                     }
-                    if libraries.take(shared, loading) {
+                    if libraries.take(shared, *loading) {
                         image.insert(key);
                     }
                 }

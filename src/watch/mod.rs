@@ -23,6 +23,7 @@ mod code;
 mod content;
 mod control;
 mod copyup;
+mod crowd;
 mod feed;
 mod files;
 mod gate;
@@ -47,6 +48,7 @@ mod trust;
 mod unseen;
 mod writers;
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -188,7 +190,7 @@ impl Watch {
     /// non-blocking end of a pipe, at least every quarter of a second.
     pub fn start(
         settings: &config::Watch,
-        reports: Sender<Report>,
+        reports: Sender<Box<Report>>,
         health: Arc<Health>,
         heartbeat: Option<OwnedFd>,
     ) -> Result<Watch, Error> {
@@ -199,7 +201,7 @@ impl Watch {
     /// The same, told of new mounts by `notifier`.
     pub fn start_with(
         settings: &config::Watch,
-        reports: Sender<Report>,
+        reports: Sender<Box<Report>>,
         health: Arc<Health>,
         heartbeat: Option<OwnedFd>,
         notifier: Notifier,
@@ -216,7 +218,8 @@ impl Watch {
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
         let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
-        let shared = Arc::new(Shared::new(settings.clone(), reports, health, wake_scan));
+        let shared = Shared::new(settings.clone(), reports, health, wake_scan);
+        let shared = Arc::new(shared.map_err(Error::Wake)?);
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
@@ -284,6 +287,7 @@ impl Watch {
                     shard: Some(shard.clone()),
                     shared: shared.clone(),
                     content: content.clone(),
+                    crowd: RefCell::default(),
                     processes: processes.clone(),
                     turns: pulse.of_another(),
                     heart: None,
@@ -315,6 +319,7 @@ impl Watch {
             shard: None,
             shared: shared.clone(),
             content,
+            crowd: RefCell::default(),
             processes,
             turns: pulse.of_another(),
             heart: Some(Heart { pulse, heartbeat }),

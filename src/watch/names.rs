@@ -25,7 +25,6 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::shared::Shared;
@@ -194,11 +193,7 @@ impl Names {
         let Some(group) = &self.group else { return };
         let mut buffer = Buffer::new();
         while !shared.is_stopping() {
-            let mut fds = [PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)];
-            let timeout =
-                Timespec::try_from(Duration::from_millis(250)).expect("a quarter of a second fits");
-            // An error here (a signal) only means that the turn comes early.
-            let _ = rustix::event::poll(&mut fds, Some(&timeout));
+            shared.wait_for(group.as_fd());
             loop {
                 match group.read_names(&mut buffer) {
                     Ok(events) => self.take(shared, events),

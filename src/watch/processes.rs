@@ -21,9 +21,9 @@ use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 
 /// How often it is asked whether all processes are to be looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-pub(super) fn run(shared: &Shared, seen: &Receiver<Seen>) {
+pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
     let mut last_look = Instant::now();
     let mut runtimes = Runtimes::default();
     while !shared.is_stopping() {
@@ -79,11 +79,11 @@ fn judge_running(shared: &Shared, seen: &Seen) {
 /// By the trace, which is not asked before: whoever comes into a container to execute
 /// what the gate does not ask about.
 pub(super) struct Entries {
-    processes: Sender<Seen>,
+    processes: Sender<Box<Seen>>,
 }
 
 impl Entries {
-    pub(super) fn new(processes: Sender<Seen>) -> Entries {
+    pub(super) fn new(processes: Sender<Box<Seen>>) -> Entries {
         Entries { processes }
     }
 }
@@ -92,7 +92,7 @@ impl TraceConsumer for Entries {
     fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
         let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
         let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
-        match self.processes.try_send(seen) {
+        match self.processes.try_send(Box::new(seen)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(seen)) => shared.lose(
                 Failure::ProcessQueueFull,

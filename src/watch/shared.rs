@@ -2,12 +2,15 @@
 //! that ends them, and the one place where a loss is counted and answered.
 
 use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::Report;
 use super::code::Hashed;
@@ -29,7 +32,7 @@ pub(super) struct Shared {
     pub(super) lower_twins: LowerTwins,
     pub(super) hashed: Hashed,
     pub(super) names: Names,
-    reports: Sender<Report>,
+    reports: Sender<Box<Report>>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
     /// Files on other filesystems about which the gate was asked, by who executes
@@ -40,6 +43,8 @@ pub(super) struct Shared {
     unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
+    /// Readable once the watchers are to stop.
+    end: OwnedFd,
     records_executions: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
@@ -92,11 +97,12 @@ pub(super) struct DirtyPath {
 impl Shared {
     pub(super) fn new(
         settings: config::Watch,
-        reports: Sender<Report>,
+        reports: Sender<Box<Report>>,
         health: Arc<Health>,
         wake_scan: Sender<()>,
-    ) -> Shared {
-        Shared {
+    ) -> io::Result<Shared> {
+        let end = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Shared {
             settings,
             table: Table::default(),
             health,
@@ -112,18 +118,29 @@ impl Shared {
             unsent_losses: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
+            end,
             records_executions: AtomicBool::new(false),
             arming: Arming::default(),
-        }
+        })
     }
 
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
+        // Full, it is readable already.
+        let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
         self.wake_scan();
     }
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Waits until there is something to read, or the watchers are to stop.
+    pub(super) fn wait_for(&self, events: BorrowedFd<'_>) {
+        let mut fds =
+            [events, self.end.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        // An error here (a signal) only means that the turn comes early.
+        let _ = rustix::event::poll(&mut fds, None);
     }
 
     /// The kernel records every execution for us.
@@ -224,7 +241,7 @@ impl Shared {
         fact: Fact,
     ) -> bool {
         let observation = Observation { container: watched.container.clone(), at, source, fact };
-        match self.reports.try_send(Report::Observed(observation)) {
+        match self.reports.try_send(Box::new(Report::Observed(observation))) {
             // Nobody listens any more: the daemon is ending.
             Ok(()) | Err(TrySendError::Disconnected(_)) => true,
             Err(TrySendError::Full(_)) => {
@@ -259,13 +276,13 @@ impl Shared {
             );
             let at = Timestamp::now();
             let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
-            if let Err(TrySendError::Full(lost)) = self.reports.try_send(lost) {
+            if let Err(TrySendError::Full(lost)) = self.reports.try_send(Box::new(lost)) {
                 let _ = self.health.record(Failure::PipelineFull);
                 let mut unsent = self.unsent_losses();
                 // There is one for each container between two walks of it; more are
                 // counted, and the walk makes up for them all the same.
                 if unsent.len() < MAX_UNSENT_LOSSES {
-                    unsent.push(lost);
+                    unsent.push(*lost);
                 }
             }
         }
@@ -280,7 +297,7 @@ impl Shared {
         tracing::warn!(failure = failure.name(), container = %watched.container, "{detail}");
         let at = Timestamp::now();
         let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
-        if self.reports.try_send(lost).is_err() {
+        if self.reports.try_send(Box::new(lost)).is_err() {
             let _ = self.health.record(Failure::PipelineFull);
         }
     }
@@ -320,16 +337,17 @@ impl Shared {
     /// Sends without waiting and hands the report back if there is no room.
     #[expect(clippy::result_large_err, reason = "the report is the caller's own, handed back")]
     pub(super) fn try_report(&self, report: Report) -> Result<(), Report> {
-        match self.reports.try_send(report) {
+        match self.reports.try_send(Box::new(report)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
-            Err(TrySendError::Full(report)) => Err(report),
+            Err(TrySendError::Full(report)) => Err(*report),
         }
     }
 
     /// Waits for room in the pipeline, for the scan thread only. Whether it was
     /// sent.
     #[must_use]
-    pub(super) fn report_patiently(&self, mut report: Report) -> bool {
+    pub(super) fn report_patiently(&self, report: Report) -> bool {
+        let mut report = Box::new(report);
         let deadline = Instant::now() + PATIENCE;
         while !self.is_stopping() {
             match self.reports.send_timeout(report, Duration::from_millis(100)) {

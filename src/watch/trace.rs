@@ -138,7 +138,7 @@ struct Known {
 
 pub(super) struct Trace {
     shared: Arc<Shared>,
-    unseen: Sender<Unseen>,
+    unseen: Sender<Box<Unseen>>,
     /// How many files may be held open for who hashes them.
     max_files: usize,
     consumers: Vec<Box<dyn TraceConsumer>>,
@@ -264,7 +264,7 @@ fn mounted(mountinfo: &[u8], device: u64) -> Option<Filesystem> {
 impl Trace {
     pub(super) fn new(
         shared: Arc<Shared>,
-        unseen: Sender<Unseen>,
+        unseen: Sender<Box<Unseen>>,
         max_files: usize,
         consumers: Vec<Box<dyn TraceConsumer>>,
     ) -> Trace {
@@ -654,7 +654,7 @@ impl Trace {
             unseen.file = None;
             unseen.handle = None;
         }
-        match self.unseen.try_send(unseen) {
+        match self.unseen.try_send(Box::new(unseen)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(unseen)) => self.shared.lose(
                 Failure::ContentQueueFull,

@@ -5,9 +5,8 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
 use super::process;
@@ -46,14 +45,13 @@ pub(super) struct Unseen {
 }
 
 /// Describes and hashes what was executed.
-pub(super) fn run(shared: &Shared, unseen: &Receiver<Unseen>) {
+pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
-    while !shared.is_stopping() {
-        match unseen.recv_timeout(Duration::from_millis(250)) {
-            Ok(one) => tell(shared, &mut runtimes, one),
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
+    // Whoever hands on ends when the watchers do.
+    while let Ok(one) = unseen.recv()
+        && !shared.is_stopping()
+    {
+        tell(shared, &mut runtimes, *one);
     }
 }
 
@@ -83,6 +81,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
                 invoked_as: process::invoked_as(&exec_name, &path),
                 path,
                 filesystem,
+                times: 1,
                 running: false,
                 state,
                 lower: None,
@@ -352,6 +351,7 @@ impl Running {
             invoked_as: None,
             path,
             filesystem,
+            times: 1,
             running: true,
             state,
             lower,

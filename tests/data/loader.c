@@ -1,4 +1,4 @@
-/* Runs programs in every way that leaves no name behind. */
+/* Runs programs in every way that leaves no name behind, and makes floods. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 extern char **environ;
@@ -65,6 +66,65 @@ static void *execute(void *fd)
     execveat(*(int *)fd, "", arguments, environ, AT_EMPTY_PATH);
     die("execveat");
     return NULL;
+}
+
+/* Executes FILE as often as it can in each of PROCESSES processes; how often. */
+static int storm(int seconds, int processes, char *file)
+{
+    char *arguments[] = { "a", "0", NULL };
+    time_t end = time(NULL) + seconds;
+    long count, all = 0;
+    int results[2];
+    if (pipe(results))
+        die("pipe");
+    for (int i = 0; i < processes; i++) {
+        pid_t process = fork();
+        if (process < 0)
+            die("fork");
+        if (process > 0)
+            continue;
+        for (count = 0; time(NULL) < end; count++) {
+            int status;
+            pid_t child = vfork();
+            if (child == 0) {
+                execve(file, arguments, environ);
+                _exit(126);
+            }
+            if (child < 0 || waitpid(child, &status, 0) != child || status != 0)
+                die("the program");
+        }
+        if (write(results[1], &count, sizeof count) != sizeof count)
+            die("write");
+        _exit(0);
+    }
+    close(results[1]);
+    while (read(results[0], &count, sizeof count) == sizeof count)
+        all += count;
+    for (int i = 0; i < processes; i++) {
+        int status;
+        if (wait(&status) < 0 || status != 0)
+            die("a process");
+    }
+    printf("%ld\n", all);
+    return 0;
+}
+
+/* Makes COUNT scripts, no two of them equal; how many microseconds it took. */
+static int scripts(int count, const char *directory)
+{
+    struct timespec begin, end;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (int i = 0; i < count; i++) {
+        char name[4096], text[64];
+        snprintf(name, sizeof name, "%s/%d", directory, i);
+        int fd = open(name, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0755);
+        int length = snprintf(text, sizeof text, "#!/bin/sh\n# %d\n", i);
+        if (fd < 0 || write(fd, text, length) != length || close(fd))
+            die(name);
+    }
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    printf("%ld\n", (end.tv_sec - begin.tv_sec) * 1000000 + (end.tv_nsec - begin.tv_nsec) / 1000);
+    return 0;
 }
 
 int main(int argc, char **argv)
@@ -129,6 +189,10 @@ int main(int argc, char **argv)
 #endif
         return 0;
     }
+    if (!strcmp(how, "storm"))
+        return storm(atoi(argv[2]), atoi(argv[3]), argv[4]);
+    if (!strcmp(how, "scripts"))
+        return scripts(atoi(argv[2]), argv[3]);
     /* bench COUNT FILE: microseconds for each of COUNT executions */
     return 2;
 }

@@ -232,7 +232,29 @@ const PACKAGES: &[&str] = &["base-files", "bash", "coreutils", "dpkg", "libc-bin
 
 /// The files of some packages of this machine, as a layer.
 pub(crate) fn machine_files() -> anyhow::Result<Layer> {
-    let output = Command::new("dpkg").arg("--listfiles").args(PACKAGES).output()?;
+    files_of_packages(PACKAGES)
+}
+
+/// Python and pip as this machine has them, as a layer.
+pub(crate) fn python() -> anyhow::Result<Layer> {
+    let program = fs::canonicalize("/usr/bin/python3").context("no python3 (run: make setup)")?;
+    let name = program.file_name().and_then(|name| name.to_str()).context("an odd name")?;
+    let packages = [
+        "python3-minimal",
+        "python3-pip-whl",
+        &format!("{name}-minimal"),
+        &format!("lib{name}-minimal"),
+        &format!("lib{name}-stdlib"),
+    ];
+    let mut layer = files_of_packages(&packages)?;
+    for library in libraries_of(&program)? {
+        layer = layer.host_file(&library)?;
+    }
+    Ok(layer)
+}
+
+fn files_of_packages(packages: &[&str]) -> anyhow::Result<Layer> {
+    let output = Command::new("dpkg").arg("--listfiles").args(packages).output()?;
     ensure!(
         output.status.success(),
         "dpkg does not know what it has installed: {}",

@@ -20,8 +20,11 @@ use crate::{trial, trial_alone};
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("a26_installing_a_package_is_one_transaction", a26_package),
+        trial("a27_installing_with_pip_is_one_transaction", a27_pip),
         trial("a37_a_flood_of_new_programs_is_told_one_by_one", a37_build),
         trial_alone("a39_twenty_thousand_copies_hide_nothing", "", a39_copies),
+        trial_alone("a_storm_of_executions_freezes_nothing_and_is_counted", "", storm),
+        trial_alone("a_hundred_thousand_scripts_freeze_nothing_and_are_counted", "", scripts),
         trial("a42_a_foreign_root_is_told_together", a42_foreign_root),
         trial("b02_looking_for_updates_is_no_transaction", b02_update),
         trial("b22_installing_busybox_is_silent_or_one_line", b22_busybox),
@@ -154,6 +157,86 @@ fn a37_build(node: &Node) -> anyhow::Result<()> {
     let written = findings.iter().filter(|one| one["kind"] == "file.added");
     // What settled before it was run.
     ensure!(written.count() <= 256 + 65, "{}", findings.len());
+    Ok(())
+}
+
+/// How much more memory a flood may take, and how soon something else is told
+/// beside it. On a busy machine: what is to be shown is that neither grows with it.
+const MORE_KIB: u64 = 128 * 1024;
+const BESIDE: Duration = Duration::from_secs(20);
+
+/// Drift of another container, while one is flooding us.
+fn is_told_beside(other: &Container<'_>) -> anyhow::Result<Duration> {
+    other.lay_payload("x")?;
+    let began = Instant::now();
+    other.sh("cp /.control/x /tmp/x; /tmp/x")?;
+    wait_within(BESIDE, "what happens beside the flood", || {
+        Ok(other.findings()?.iter().any(|one| one["kind"] == "exec.new").then_some(()))
+    })?;
+    Ok(began.elapsed())
+}
+
+/// The names of what was lost, which is what the view is incomplete by.
+fn losses(node: &Node) -> anyhow::Result<Vec<Value>> {
+    Ok(node.status()?["losses"].as_array().cloned().unwrap_or_default())
+}
+
+fn storm(node: &Node) -> anyhow::Result<()> {
+    let (container, other) = (node.container()?, node.container()?);
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x")?;
+    let before = resident_kib(node)?;
+    let flood = container.begin("/usr/bin/loader storm 6 24 /tmp/x")?;
+    let beside = is_told_beside(&other)?;
+    let ran = flood.finish(Duration::from_secs(120))?;
+    let executed: u64 = ran.output.trim().parse().with_context(|| ran.output.clone())?;
+    let mut counted = 0;
+    let all = wait_for("every execution", || {
+        let findings = container.findings()?;
+        let found = findings.iter().find(|one| one["kind"] == "exec.new");
+        counted = found.map_or(0, |one| one["count"].as_u64().unwrap_or(0));
+        Ok((counted >= executed).then_some(()))
+    });
+    let (losses, after) = (losses(node)?, resident_kib(node)?);
+    eprintln!(
+        "storm: {counted} of {executed} executions, beside it after {beside:?}, \
+         RSS {before} KiB before, {after} KiB after, losses {losses:?}"
+    );
+    // Fewer are told only if it is said that some were not.
+    ensure!(counted <= executed && (all.is_ok() || !losses.is_empty()), "{losses:?}");
+    ensure!(after < before + MORE_KIB, "{after} KiB");
+    ensure!(container.findings()?.len() == 1, "{:#?}", container.findings()?);
+    Ok(())
+}
+
+fn scripts(node: &Node) -> anyhow::Result<()> {
+    const COUNT: u64 = 100_000;
+    let (container, other) = (node.container()?, node.container()?);
+    let before = resident_kib(node)?;
+    let flood =
+        container.begin(&format!("mkdir /tmp/s; /usr/bin/loader scripts {COUNT} /tmp/s"))?;
+    let beside = is_told_beside(&other)?;
+    let ran = flood.finish(Duration::from_secs(120))?;
+    let took =
+        Duration::from_micros(ran.output.trim().parse().with_context(|| ran.output.clone())?);
+    let number = |finding: &Value| finding["files"].as_u64().unwrap_or(1);
+    let mut counted = 0;
+    let all = wait_within(Duration::from_secs(120), "every script", || {
+        container.diff()?;
+        counted = container.findings()?.iter().map(number).sum();
+        Ok((counted >= COUNT).then_some(()))
+    });
+    let (status, after) = (node.status()?, resident_kib(node)?);
+    eprintln!(
+        "scripts: {counted} of {COUNT} made in {took:?}, beside it after {beside:?}, \
+         RSS {before} KiB before, {after} KiB after, {} left to walks, losses {}",
+        status["left_to_sweeps"], status["losses"]
+    );
+    all?;
+    ensure!(counted == COUNT, "{counted} scripts");
+    ensure!(after < before + MORE_KIB, "{after} KiB");
+    let findings = container.findings()?;
+    ensure!(findings.len() < 64 && findings.iter().all(|one| one["kind"] == "file.added"));
     Ok(())
 }
 
@@ -298,6 +381,57 @@ fn a26_package(node: &Node) -> anyhow::Result<()> {
     assert_eq!(run["file"]["path"], "/usr/bin/nmap");
     assert_eq!(run["transaction"], transaction["id"], "{run:#}");
     ensure!(findings.len() == 2, "{alone:?}");
+    Ok(())
+}
+
+/// A package of one module and one program, which is what most are.
+const WHEEL: &str = r#"
+import zipfile
+wheel = zipfile.ZipFile("/tmp/tool-1.0-py3-none-any.whl", "w")
+about = "tool-1.0.dist-info/"
+files = {
+    "tool.py": "def main():\n    print('ran')\n",
+    about + "METADATA": "Metadata-Version: 2.1\nName: tool\nVersion: 1.0\n",
+    about + "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    about + "entry_points.txt": "[console_scripts]\ntool = tool:main\n",
+}
+for name, content in files.items():
+    wheel.writestr(name, content)
+wheel.writestr(about + "RECORD", "".join(name + ",,\n" for name in [*files, about + "RECORD"]))
+wheel.close()
+"#;
+
+const PIP_IMAGE: &str = "registry.test/pip:1";
+
+fn a27_pip(node: &Node) -> anyhow::Result<()> {
+    let mut layers = programs::workbench(&bench()?.payload)?;
+    layers.push(programs::python()?);
+    node.import_layers(PIP_IMAGE, layers)?;
+    let container = node.container_of(PIP_IMAGE)?;
+    container.lay("wheel.py", WHEEL.as_bytes())?;
+    // As text: a script of its own would be told.
+    container.sh("/usr/bin/python3 -c \"$(cat /.control/wheel.py)\"")?;
+    let ran =
+        container.sh("export PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) HOME=/tmp\n\
+         /usr/bin/python3 -m pip install --no-index --no-cache-dir --target /opt/tool \
+         --root-user-action ignore /tmp/tool-1.0-py3-none-any.whl\n\
+         PYTHONPATH=/opt/tool /opt/tool/bin/tool")?;
+    ensure!(ran.ends_with("ran\n"), "{ran}");
+    wait_for("the program's run", || {
+        Ok(container.findings()?.iter().any(|one| one["kind"] == "exec.script").then_some(()))
+    })?;
+    container.diff()?;
+    let findings = container.findings()?;
+    let transaction = only(&findings, "package.transaction")?;
+    assert_eq!(transaction["severity"], "medium");
+    let listed = members(node, transaction)?;
+    assert_eq!(listed, BTreeSet::from(["/opt/tool/bin/tool".to_owned()]));
+    assert_eq!(only(&findings, "exec.script")?["file"]["path"], "/opt/tool/bin/tool");
+    wait_for("the link between both", || {
+        let findings = container.findings()?;
+        Ok((only(&findings, "exec.script")?["transaction"] == transaction["id"]).then_some(()))
+    })?;
+    ensure!(container.findings()?.len() == 2, "{findings:#?}");
     Ok(())
 }
 
