@@ -321,7 +321,8 @@ fn package(container: &Container<'_>, files: &[(&str, Vec<u8>)]) -> anyhow::Resu
         container.id.trim_start_matches(char::is_alphabetic)
     );
     write(&tree.join("DEBIAN/control"), control.as_bytes(), 0o644)?;
-    let script = b"#!/bin/bash\n/bin/cp /usr/bin/tiny /usr/bin/nmap-helper\ntrue\n";
+    let script = b"#!/bin/bash\n/bin/cp /usr/bin/tiny /usr/bin/nmap-helper\n\
+        ( printf '\\177ELF\\2\\1\\1\\0\\0\\0\\0\\0\\0\\0\\0\\0\\2\\0\\76\\0' > /usr/bin/nmap-shell )\ntrue\n";
     write(&tree.join("DEBIAN/postinst"), script, 0o755)?;
     fs::set_permissions(&tree, fs::Permissions::from_mode(0o755))?;
     let file = scratch.path().join("nmap.deb");
@@ -376,7 +377,9 @@ fn a26_package(node: &Node) -> anyhow::Result<()> {
     assert_eq!(transaction["severity"], "medium");
     assert_eq!(transaction["process"]["exe"], "/usr/bin/dpkg", "{transaction:#}");
     ensure!(listed.contains("/var/lib/dpkg/info/nmap.postinst"), "{listed:?}");
-    ensure!(listed.contains("/usr/bin/nmap-helper"), "written by a script: {listed:?}\n{alone:?}");
+    for written in ["/usr/bin/nmap-helper", "/usr/bin/nmap-shell"] {
+        ensure!(listed.contains(written), "{written} of a script: {listed:?}\n{alone:?}");
+    }
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["file"]["path"], "/usr/bin/nmap");
     assert_eq!(run["transaction"], transaction["id"], "{run:#}");
