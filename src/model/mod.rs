@@ -23,4 +23,6 @@ pub use finding::{
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
 pub use path::{HostilePath, RootfsPath, printable};
-pub use process::{Ancestor, PackageManager, Process, ProcessIdentity, package_manager};
+pub use process::{
+    Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
+};

@@ -76,8 +76,7 @@ pub fn package_manager<'a>(exe: &str, argv: &'a [String]) -> Option<PackageManag
     if let Some((_, verbs)) = WITH_VERBS.iter().find(|(tool, _)| *tool == name) {
         return says(arguments, verbs).then_some(PackageManager::Program);
     }
-    let interpreter = name.trim_end_matches(|last: char| last.is_ascii_digit() || last == '.');
-    if !INTERPRETERS.contains(&interpreter) {
+    if !INTERPRETERS.contains(&without_version(name)) {
         return None;
     }
     // `python3 -m pip install`, `python3 /usr/bin/pip install`, `node .../npm-cli.js install`.
@@ -89,10 +88,23 @@ pub fn package_manager<'a>(exe: &str, argv: &'a [String]) -> Option<PackageManag
         }
     };
     let tool = tool.trim_end_matches(".js").trim_end_matches("-cli");
-    let tool = tool.trim_end_matches(|last: char| last.is_ascii_digit() || last == '.');
+    let tool = without_version(tool);
     let is_one = SCRIPTS.contains(&tool)
         || SCRIPTS_WITH_VERBS.iter().any(|(known, verbs)| *known == tool && says(rest, verbs));
     is_one.then_some(PackageManager::Script(script))
+}
+
+/// Whether a program of this name can be one of them, with the right arguments.
+pub fn may_be_package_manager(exe: &str) -> bool {
+    let name = file_name(exe);
+    PROGRAMS.contains(&name)
+        || WITH_VERBS.iter().any(|(tool, _)| *tool == name)
+        || INTERPRETERS.contains(&without_version(name))
+}
+
+/// `python3.11` is a `python`.
+fn without_version(name: &str) -> &str {
+    name.trim_end_matches(|last: char| last.is_ascii_digit() || last == '.')
 }
 
 fn file_name(path: &str) -> &str {

@@ -70,9 +70,10 @@ impl Stat {
         let comm = text.get(open + 1..close)?;
         let pid = str::from_utf8(text.get(..open)?).ok()?.trim().parse().ok()?;
         // After the name come fields 3, 4, 5 …
-        let fields: Vec<&str> =
-            str::from_utf8(text.get(close + 1..)?).ok()?.split_ascii_whitespace().collect();
-        let field = |number: usize| fields.get(number - 3).copied();
+        let mut fields = [None; 50];
+        let words = str::from_utf8(text.get(close + 1..)?).ok()?.split_ascii_whitespace();
+        fields.iter_mut().zip(words).for_each(|(field, word)| *field = Some(word));
+        let field = |number: usize| fields[number - 3];
         let address = |number| field(number).and_then(|field| field.parse().ok()).unwrap_or(0);
         Some(Stat {
             identity: ProcessIdentity { pid, start_time: field(22)?.parse().ok()? },

@@ -302,7 +302,7 @@ impl Watch {
             // What else is made of the records.
             let mut consumers: Vec<Box<dyn TraceConsumer>> = vec![
                 Box::new(libraries::Tracing::new(loadings, started)),
-                Box::new(packages::Descent),
+                Box::new(packages::Descent::new(processes.clone())),
             ];
             match settings.gate {
                 config::Gate::Ask => (),

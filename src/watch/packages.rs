@@ -16,16 +16,19 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use jiff::Timestamp;
 
-use super::process;
+use super::gate::Seen;
+use super::process::{self, Caller};
 use super::shared::Shared;
 use super::table::{Standing, Watched};
 use super::trace::TraceConsumer;
 use super::writers::Gone;
 use crate::config;
 use crate::model::{
-    Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, package_manager,
+    Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, may_be_package_manager,
+    package_manager,
 };
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
@@ -131,6 +134,17 @@ impl Packages {
         is_told
     }
 
+    /// A process has become another program, which has begun.
+    pub(super) fn has_begun(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        process: &Arc<Process>,
+    ) {
+        self.others.remove(&process.identity.pid);
+        self.looked_at(shared, watched, process);
+    }
+
     /// A process executes something: it is whatever its parent is.
     pub(super) fn executes(&mut self, shared: &Shared, watched: &Arc<Watched>, stat: &Stat) {
         let pid = stat.identity.pid;
@@ -222,9 +236,17 @@ impl Packages {
     }
 }
 
-/// By the kernel's records: who is born in a container, and, where the gate is not
-/// asked about every program, who executes one.
-pub(super) struct Descent;
+/// By the kernel's records: who is born in a container, who may have become a package
+/// manager, and, where the gate is not asked about every program, who executes one.
+pub(super) struct Descent {
+    processes: Sender<Box<Seen>>,
+}
+
+impl Descent {
+    pub(super) fn new(processes: Sender<Box<Seen>>) -> Descent {
+        Descent { processes }
+    }
+}
 
 impl TraceConsumer for Descent {
     fn forked(&mut self, shared: &Shared, watched: &Arc<Watched>, pid: u32, parent: u32) {
@@ -236,8 +258,15 @@ impl TraceConsumer for Descent {
         shared: &Shared,
         watched: &Arc<Watched>,
         executed: &Executed,
-        _: Option<&Mapped>,
+        program: Option<&Mapped>,
     ) {
+        let name = program.map_or(&executed.file_name, |program| &program.name);
+        if str::from_utf8(name).is_ok_and(may_be_package_manager) {
+            let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
+            let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
+            // Without room it is looked at when it writes, or a child executes something.
+            let _ = self.processes.try_send(Box::new(seen));
+        }
         if shared.settings.gate == config::Gate::Ask {
             return;
         }

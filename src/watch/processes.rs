@@ -15,7 +15,7 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use super::unseen::{Running, Runtimes};
 use crate::health::Failure;
-use crate::model::Source;
+use crate::model::{Process, Source};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
@@ -69,10 +69,11 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     if stat.has_ended() || is_before_entry_point(&stat.comm) {
         return;
     }
+    let process = Arc::new(process::as_it_is(&handle, &seen.watched));
+    shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
-        let process = process::as_it_is(&handle, &seen.watched);
-        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, process);
+        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, Process::clone(&process));
     }
 }
 
