@@ -93,7 +93,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         health.clone(),
     );
 
-    let (change_sender, changes) = bounded(4096);
+    // What finds no room waits with its sender.
+    let (change_sender, changes) = bounded(256);
     let (question_sender, questions) = bounded(64);
     let (response_sender, responses) = bounded(256);
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);

@@ -61,17 +61,17 @@ struct Look {
     due: Instant,
 }
 
-pub(super) fn run(shared: &Shared, started: &Receiver<Started>) {
+pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
     let mut waiting: [VecDeque<Look>; AGAIN.len()] = Default::default();
     let mut neighbours_at = None;
     while !shared.is_stopping() {
         let next = waiting.iter().filter_map(|queue| Some(queue.front()?.due)).min();
-        let patience = next.map_or(Duration::from_millis(250), |due| {
-            due.saturating_duration_since(Instant::now())
-        });
+        // Whoever hands on ends when the watchers do.
+        let patience =
+            next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
         match started.recv_timeout(patience) {
             Ok(one) => {
-                if let Some(look) = first(shared, one) {
+                if let Some(look) = first(shared, *one) {
                     wait_for(shared, &mut waiting, look);
                 }
             }

@@ -108,11 +108,11 @@ impl Programs {
 pub(super) struct Tracing {
     programs: Programs,
     loadings: Sender<Box<Loading>>,
-    started: Sender<Started>,
+    started: Sender<Box<Started>>,
 }
 
 impl Tracing {
-    pub(super) fn new(loadings: Sender<Box<Loading>>, started: Sender<Started>) -> Tracing {
+    pub(super) fn new(loadings: Sender<Box<Loading>>, started: Sender<Box<Started>>) -> Tracing {
         Tracing { programs: Programs::default(), loadings, started }
     }
 }
@@ -149,7 +149,7 @@ impl TraceConsumer for Tracing {
             exec_name: file_name.clone(),
             at: timestamp(*time),
         };
-        if let Err(TrySendError::Full(_)) = self.started.try_send(started) {
+        if let Err(TrySendError::Full(_)) = self.started.try_send(Box::new(started)) {
             let detail = "too many interpreters wait to be looked at";
             shared.lose(Failure::CodeQueueFull, Some(watched), detail);
         }

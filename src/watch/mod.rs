@@ -153,7 +153,7 @@ pub enum Error {
 const CONTENT_QUEUE: usize = 1024;
 const LARGE_QUEUE: usize = 64;
 const PROCESS_QUEUE: usize = 8 * 1024;
-const COMMAND_QUEUE: usize = 4 * 1024;
+const COMMAND_QUEUE: usize = 1024;
 const ORDER_QUEUE: usize = 4 * 1024;
 const LIBRARY_QUEUE: usize = 16 * 1024;
 const INTERPRETER_QUEUE: usize = 4 * 1024;

@@ -24,8 +24,7 @@ use super::process::{self, Caller};
 use super::shared::Shared;
 use super::table::{Standing, Watched};
 use super::trace::TraceConsumer;
-use super::writers::Gone;
-use crate::config;
+use super::writers::Named;
 use crate::model::{
     Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, may_be_package_manager,
     package_manager,
@@ -45,6 +44,9 @@ const LAG: u64 = 2 * 100;
 /// How long who has ended is remembered: a file that is written all the time is
 /// told ten times as late as another.
 const KEPT: u64 = 15 * 100;
+/// Births that are remembered, and how far they are followed.
+const MAX_BIRTHS: usize = 64 * 1024;
+const MAX_GENERATIONS: usize = 64;
 /// How often it is asked who has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -155,14 +157,7 @@ impl Packages {
             if known.process.identity == stat.identity {
                 return;
             }
-            let is_just_born = known.process.identity.start_time == 0
-                && known.ended.is_none_or(|ended| procfs::ticks_since_boot() < ended + LAG);
-            let process = Process { identity: stat.identity, ..Process::clone(&known.process) };
             self.descendants.remove(&pid);
-            if is_just_born {
-                self.remember(watched, Arc::new(process));
-                return;
-            }
         }
         if self.others.contains(&stat.parent) {
             return;
@@ -194,30 +189,36 @@ impl Packages {
         self.descendants.insert(pid, Descendant { container, process, ended: None });
     }
 
-    /// A process is born: it is whatever its parent is. Whoever executes something
-    /// is told of sooner, and with the time of its birth.
-    fn forked(&mut self, watched: &Watched, pid: u32, parent: u32) {
-        if self.descendants.contains_key(&pid) {
-            return;
-        }
-        let Some(parent) = self.descendants.get(&parent) else { return };
-        let identity = ProcessIdentity { pid, start_time: 0 };
-        let process = child_of(&parent.process, identity, parent.process.tty.clone());
-        self.remember(watched, Arc::new(process));
-    }
-
     /// The ancestors of a process that descends from a package manager.
     pub(super) fn ancestors_of(&self, identity: ProcessIdentity) -> Option<&[Ancestor]> {
         let known = self.descendants.get(&identity.pid)?;
         (known.process.identity == identity).then_some(&*known.process.ancestors)
     }
 
-    /// Who a writer was, if it descended from a package manager.
-    pub(super) fn gone(&self, watched: &Watched, gone: Gone) -> Option<Arc<Process>> {
-        let known = self.descendants.get(&gone.pid)?;
-        let was_there = known.process.identity.start_time <= gone.read_at
-            && known.ended.is_none_or(|ended| gone.read_at < ended + LAG);
-        (was_there && known.container == watched.container).then(|| known.process.clone())
+    /// Who a process was, if it descended from a package manager.
+    pub(super) fn descended(
+        &self,
+        watched: &Watched,
+        births: &Births,
+        named: Named,
+    ) -> Option<Arc<Process>> {
+        if let Some(known) = self.descendant(watched, named) {
+            return Some(known.clone());
+        }
+        // One that has executed nothing is whatever its parent is.
+        let parents = births.parents_of(named);
+        let parent = parents
+            .take(MAX_GENERATIONS)
+            .find_map(|pid| self.descendant(watched, Named { pid, ..named }))?;
+        let identity = ProcessIdentity { pid: named.pid, start_time: 0 };
+        Some(Arc::new(child_of(parent, identity, parent.tty.clone())))
+    }
+
+    fn descendant(&self, watched: &Watched, named: Named) -> Option<&Arc<Process>> {
+        let known = self.descendants.get(&named.pid)?;
+        let was_there = known.process.identity.start_time <= named.read_at
+            && known.ended.is_none_or(|ended| named.read_at < ended + LAG);
+        (was_there && known.container == watched.container).then_some(&known.process)
     }
 
     fn forget_ended(&mut self) {
@@ -236,8 +237,46 @@ impl Packages {
     }
 }
 
-/// By the kernel's records: who is born in a container, who may have become a package
-/// manager, and, where the gate is not asked about every program, who executes one.
+/// Who made whom, of all containers' processes that were born lately. The thread that
+/// reads the kernel's records writes it, and waits for nobody who looks into /proc.
+#[derive(Debug, Default)]
+pub(super) struct Births {
+    parents: HashMap<u32, Birth>,
+    pids: VecDeque<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Birth {
+    parent: u32,
+    /// When its record was read, in clock ticks since boot.
+    read_at: u64,
+}
+
+impl Births {
+    fn insert(&mut self, pid: u32, birth: Birth) {
+        if self.parents.insert(pid, birth).is_none() {
+            self.pids.push_back(pid);
+        }
+        if self.pids.len() > MAX_BIRTHS
+            && let Some(oldest) = self.pids.pop_front()
+        {
+            self.parents.remove(&oldest);
+        }
+    }
+
+    /// The parent, its parent, and so on.
+    fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
+        let parent = move |pid: &u32| {
+            let birth = self.parents.get(pid)?;
+            // Not of another process that has the pid by now.
+            (birth.read_at <= named.read_at + LAG).then_some(birth.parent)
+        };
+        std::iter::successors(parent(&named.pid), parent)
+    }
+}
+
+/// By the kernel's records: who is born in a container, and who may have become a
+/// package manager.
 pub(super) struct Descent {
     processes: Sender<Box<Seen>>,
 }
@@ -249,13 +288,14 @@ impl Descent {
 }
 
 impl TraceConsumer for Descent {
-    fn forked(&mut self, shared: &Shared, watched: &Arc<Watched>, pid: u32, parent: u32) {
-        shared.packages().forked(watched, pid, parent);
+    fn forked(&mut self, shared: &Shared, pid: u32, parent: u32) {
+        let birth = Birth { parent, read_at: procfs::ticks_since_boot() };
+        shared.births().insert(pid, birth);
     }
 
     fn executed(
         &mut self,
-        shared: &Shared,
+        _: &Shared,
         watched: &Arc<Watched>,
         executed: &Executed,
         program: Option<&Mapped>,
@@ -266,12 +306,6 @@ impl TraceConsumer for Descent {
             let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
             // Without room it is looked at when it writes, or a child executes something.
             let _ = self.processes.try_send(Box::new(seen));
-        }
-        if shared.settings.gate == config::Gate::Ask {
-            return;
-        }
-        if let Ok(stat) = procfs::read_stat(executed.pid) {
-            shared.packages().executes(shared, watched, &stat);
         }
     }
 
@@ -305,5 +339,31 @@ fn child_of(parent: &Process, identity: ProcessIdentity, tty: Option<String>) ->
         tty,
         root: parent.root.clone(),
         ancestors: std::iter::once(own).chain(parent.ancestors.iter().cloned()).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn births_are_followed_to_the_parents_and_no_further_than_they_are_remembered() {
+        let mut births = Births::default();
+        let mut born = |pid, parent, read_at| births.insert(pid, Birth { parent, read_at });
+        born(2, 1, 10);
+        born(3, 2, 20);
+        born(4, 3, 30);
+        // Another process has this pid by now.
+        born(9, 3, 30 + LAG + 1);
+        let parents = |births: &Births, pid| -> Vec<u32> {
+            births.parents_of(Named { pid, read_at: 30 }).collect()
+        };
+        assert_eq!(parents(&births, 4), [3, 2, 1]);
+        assert!(parents(&births, 9).is_empty());
+        for pid in 0..u32::try_from(MAX_BIRTHS).unwrap() {
+            births.insert(100 + pid, Birth { parent: 4, read_at: 40 });
+        }
+        assert!(parents(&births, 4).is_empty());
+        assert_eq!((births.parents.len(), births.pids.len()), (MAX_BIRTHS, MAX_BIRTHS));
     }
 }

@@ -16,10 +16,10 @@ use super::Report;
 use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
-use super::packages::Packages;
+use super::packages::{Births, Packages};
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
-use super::writers::{Gone, Writer, Writers};
+use super::writers::{Named, Writer, Writers};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
@@ -39,6 +39,7 @@ pub(super) struct Shared {
     /// them: the kernel's records come later and must not tell them again.
     asked: Mutex<HashMap<u32, Vec<(u64, u64)>>>,
     packages: Mutex<Packages>,
+    births: Mutex<Births>,
     writers: Mutex<Writers>,
     unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
@@ -114,6 +115,7 @@ impl Shared {
             sessions: Mutex::default(),
             asked: Mutex::default(),
             packages: Mutex::default(),
+            births: Mutex::default(),
             writers: Mutex::default(),
             unsent_losses: Mutex::default(),
             wake_scan,
@@ -177,12 +179,12 @@ impl Shared {
 
     /// Who changed a file a moment ago.
     pub(super) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Writer {
-        let gone = Gone::now(pid);
-        let Some(process) = self.writers().describe(pid, watched) else {
-            return Writer::Gone(gone);
-        };
-        self.packages().looked_at(self, watched, &process);
-        Writer::Known(process)
+        let named = Named::now(pid);
+        let process = self.writers().describe(pid, watched);
+        if let Some(process) = &process {
+            self.packages().looked_at(self, watched, process);
+        }
+        Writer { named, process }
     }
 
     /// Who wrote a file a moment ago, which is remembered of the file.
@@ -200,10 +202,23 @@ impl Shared {
 
     /// The process, if it was looked at or descended from a package manager.
     pub(super) fn process_of(&self, watched: &Watched, writer: Writer) -> Option<Arc<Process>> {
-        match writer {
-            Writer::Known(process) => Some(process),
-            Writer::Gone(gone) => self.packages().gone(watched, gone),
+        let Writer { named, process } = writer;
+        let descended = self.packages().descended(watched, &self.births(), named);
+        match (process, descended) {
+            // Its parents had ended when it was looked at.
+            (Some(process), Some(descended))
+                if [0, process.identity.start_time].contains(&descended.identity.start_time)
+                    && process.ancestors.len() < descended.ancestors.len() =>
+            {
+                let ancestors = descended.ancestors.clone();
+                Some(Arc::new(Process { ancestors, ..Process::clone(&process) }))
+            }
+            (process, descended) => process.or(descended),
         }
+    }
+
+    pub(super) fn births(&self) -> MutexGuard<'_, Births> {
+        self.births.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn writers(&self) -> MutexGuard<'_, Writers> {

@@ -40,7 +40,7 @@ use crate::sys::procfs::{self, Handle};
 /// it hands to a thread of its own by a bounded channel.
 pub(super) trait TraceConsumer: Send {
     /// A process of a container has made another.
-    fn forked(&mut self, _: &Shared, _: &Arc<Watched>, _pid: u32, _parent: u32) {}
+    fn forked(&mut self, _: &Shared, _pid: u32, _parent: u32) {}
 
     /// A process of a container has become a program. `program` is the file that
     /// was mapped first: of a script, its interpreter. `None` if it was not seen.
@@ -378,9 +378,9 @@ impl Trace {
                     Some(known) => (known.watched.clone(), known.program.clone()),
                     None => (None, None),
                 };
-                if let Some(watched) = &watched {
+                if watched.is_some() {
                     for consumer in &mut self.consumers {
-                        consumer.forked(&self.shared, watched, pid, parent);
+                        consumer.forked(&self.shared, pid, parent);
                     }
                 }
                 let known = Known { parent: Some(parent), watched, program, ..Known::default() };

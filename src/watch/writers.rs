@@ -22,22 +22,23 @@ const GENERATION: usize = 8 * 1024;
 
 /// Who wrote a file, as far as that is known.
 #[derive(Clone, Debug)]
-pub(super) enum Writer {
-    Known(Arc<Process>),
-    Gone(Gone),
+pub(super) struct Writer {
+    pub(super) named: Named,
+    /// `None` if it had ended before it could be looked at.
+    pub(super) process: Option<Arc<Process>>,
 }
 
-/// A process that had ended before it could be looked at.
+/// A process as an event names it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Gone {
+pub(super) struct Named {
     pub(super) pid: u32,
-    /// When its event was read, in clock ticks since boot.
+    /// When the event was read, in clock ticks since boot.
     pub(super) read_at: u64,
 }
 
-impl Gone {
-    pub(super) fn now(pid: u32) -> Gone {
-        Gone { pid, read_at: procfs::ticks_since_boot() }
+impl Named {
+    pub(super) fn now(pid: u32) -> Named {
+        Named { pid, read_at: procfs::ticks_since_boot() }
     }
 }
 
@@ -109,11 +110,12 @@ mod tests {
 
     use super::*;
 
-    fn gone(writer: Option<Writer>) -> Option<u32> {
-        match writer? {
-            Writer::Gone(gone) => Some(gone.pid),
-            Writer::Known(_) => None,
-        }
+    fn written_by(pid: u32) -> Writer {
+        Writer { named: Named::now(pid), process: None }
+    }
+
+    fn pid(writer: Option<Writer>) -> Option<u32> {
+        Some(writer?.named.pid)
     }
 
     #[test]
@@ -123,16 +125,16 @@ mod tests {
         std::fs::write(&one, b"x").unwrap();
         let stat = |path| file::stat_path(path).unwrap();
         let mut writers = Writers::default();
-        writers.remember(1, &stat(&one), Writer::Gone(Gone::now(7)));
+        writers.remember(1, &stat(&one), written_by(7));
         std::fs::rename(&one, &other).unwrap();
-        assert_eq!(gone(writers.of(1, &stat(&other))), Some(7));
+        assert_eq!(pid(writers.of(1, &stat(&other))), Some(7));
         // The number of a file that is gone is soon another's.
         let inode = std::fs::metadata(&other).unwrap().ino();
         std::fs::remove_file(&other).unwrap();
         std::fs::write(&one, b"y").unwrap();
         let reborn = file::Stat { inode, ..stat(&one) };
-        assert_eq!(gone(writers.of(1, &reborn)), None);
-        assert_eq!(gone(writers.of(2, &reborn)), None);
+        assert_eq!(pid(writers.of(1, &reborn)), None);
+        assert_eq!(pid(writers.of(2, &reborn)), None);
     }
 
     #[test]
@@ -142,8 +144,8 @@ mod tests {
         let mut writers = Writers::default();
         for inode in 0..3 * GENERATION as u64 {
             let stat = file::Stat { inode, ..stat };
-            writers.remember(1, &stat, Writer::Gone(Gone::now(7)));
-            assert_eq!(gone(writers.of(1, &stat)), Some(7));
+            writers.remember(1, &stat, written_by(7));
+            assert_eq!(pid(writers.of(1, &stat)), Some(7));
         }
         assert!(writers.young.len() + writers.old.len() <= 2 * GENERATION);
     }
