@@ -1975,7 +1975,12 @@ fn a36_a_moved_directory_of_the_image_is_one_absence_and_its_programs_are_told_w
     let container = Container::with(&[], ",redirect_dir=on", false);
     let mut node = Node::start();
     node.attach(&container);
-    container.shell("/opt/tool/true; mv /opt/tool /opt/other; /opt/other/true; /bin/true");
+    container.drop_program("/tmp/true");
+    container.shell("/opt/tool/true; /tmp/true");
+    // By then it is known where the image's program was run.
+    node.until_executed(&path("/tmp/true"));
+    node.told.clear();
+    container.shell("mv /opt/tool /opt/other; /opt/other/true; /bin/true");
     let executed = node.until_executed(&path("/opt/other/true"));
     assert_eq!(executed.state.blake3(), Some(hash_of(BUSYBOX)));
     node.until_absent("/opt/tool");
