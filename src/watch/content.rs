@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
@@ -15,6 +16,7 @@ use super::gate::Execution;
 use super::lower;
 use super::mounts;
 use super::process::{self, Executing};
+use super::sessions;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
@@ -67,8 +69,7 @@ pub(super) fn describe(
     while let Ok(execution) = executions.recv()
         && !shared.is_stopping()
     {
-        let others_wait = || !executions.is_empty();
-        let Some(execution) = describe_one(shared, execution, &others_wait) else {
+        let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
         };
         match described.try_send(execution) {
@@ -85,7 +86,7 @@ pub(super) fn describe(
 fn describe_one(
     shared: &Shared,
     execution: Execution,
-    others_wait: &dyn Fn() -> bool,
+    others: &Receiver<Execution>,
 ) -> Option<Described> {
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
@@ -120,13 +121,15 @@ fn describe_one(
         let mut sessions = shared.sessions();
         let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(stat, &watched));
         opens.then(|| {
-            let executing = process::after_exec(&caller, &watched, others_wait);
+            let began = Instant::now();
+            let others_wait = || sessions::others_wait(began, others.len());
+            let executing = process::after_exec(&caller, &watched, &others_wait);
             sessions.tell(shared, &watched, at, Source::Gate, executing.process.clone());
             executing
         })
     };
     let mut executing =
-        executing.unwrap_or_else(|| process::after_exec(&caller, &watched, others_wait));
+        executing.unwrap_or_else(|| process::after_exec(&caller, &watched, &|| !others.is_empty()));
     if let Some(stat) = &caller.stat {
         let mut packages = shared.packages();
         packages.executes(shared, &watched, stat);

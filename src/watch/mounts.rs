@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::bounded;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
+use super::code;
 use super::content::{self, UnknownPath};
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
@@ -292,8 +293,29 @@ pub(super) fn event_path(
         if let Some(path) = inside.and_then(|inside| seen_from(&own, stat.device, &inside)) {
             return Ok((RootfsPath::new(path)?, true));
         }
+        if !is_certain && let Some(path) = by_a_twin(watched, &own, stat, &name) {
+            return Ok((path, true));
+        }
     }
     Ok((RootfsPath::new(below_root.unwrap_or(&name))?, is_certain))
+}
+
+/// The path of a file whose mount has gone with its namespace: the kernel names it
+/// from that mount's root on. Where a mount of the container's own, of which it was a
+/// copy, has the same file there, that is its path.
+fn by_a_twin(
+    watched: &Watched,
+    own: &[MarkedMount],
+    stat: &Stat,
+    name: &[u8],
+) -> Option<RootfsPath> {
+    let init = Handle::open_exactly(watched.init).ok()?;
+    own.iter().filter(|mount| mount.device == stat.device).find_map(|mount| {
+        let path = [&mount.mount_point[..], name].concat();
+        let found = file::stat(&code::open_in(&init, &path)?).ok()?;
+        let is_it = (found.device, found.inode) == (stat.device, stat.inode);
+        is_it.then(|| RootfsPath::new(path).ok()).flatten()
+    })
 }
 
 /// The program's path as its process has it, if it can be that of a file whose own

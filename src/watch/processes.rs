@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::gate::Seen;
 use super::process::{self, Caller};
-use super::sessions::is_before_entry_point;
+use super::sessions::{self, is_before_entry_point};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::TraceConsumer;
@@ -43,20 +43,22 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
             }
         }
         match seen.recv_timeout(LOOK_EVERY) {
-            Ok(one) => judge(shared, &one, &|| !seen.is_empty()),
+            Ok(one) => judge(shared, &one, seen),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }
 
-fn judge(shared: &Shared, seen: &Seen, others_wait: &dyn Fn() -> bool) {
+fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     shared.packages().executes(shared, &seen.watched, stat);
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
-        let executing = process::after_exec(&seen.caller, &seen.watched, others_wait);
+        let began = Instant::now();
+        let others_wait = || sessions::others_wait(began, others.len());
+        let executing = process::after_exec(&seen.caller, &seen.watched, &others_wait);
         sessions.tell(shared, &seen.watched, seen.at, Source::Gate, executing.process);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
@@ -21,6 +22,17 @@ pub(super) struct Sessions {
     judged: Recent,
     /// Those of them that are known to be in a container, as parents of others.
     inside: Recent,
+}
+
+/// How long others wait for the arguments of who opens a session: on a busy machine an
+/// execve may take its time, and a session without its command says little. Not while
+/// many wait: anybody can call himself a runtime's init.
+const PATIENCE: Duration = Duration::from_millis(50);
+const FEW: usize = 64;
+
+/// Whether those who wait since `began` have waited long enough.
+pub(super) fn others_wait(began: Instant, waiting: usize) -> bool {
+    waiting > FEW || waiting > 0 && began.elapsed() >= PATIENCE
 }
 
 /// A bounded set that forgets what was not asked for in a while.

@@ -24,6 +24,7 @@ use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 use crate::sys::file;
+use crate::sys::perf;
 
 pub(super) struct Shared {
     pub(super) settings: config::Watch,
@@ -37,7 +38,7 @@ pub(super) struct Shared {
     sessions: Mutex<Sessions>,
     /// Files on other filesystems about which the gate was asked, by who executes
     /// them: the kernel's records come later and must not tell them again.
-    asked: Mutex<HashMap<u32, Vec<(u64, u64)>>>,
+    asked: Mutex<HashMap<u32, Vec<Asked>>>,
     packages: Mutex<Packages>,
     births: Mutex<Births>,
     writers: Mutex<Writers>,
@@ -49,6 +50,14 @@ pub(super) struct Shared {
     records_executions: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
+}
+
+/// A file about which the gate was asked.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    file: (u64, u64),
+    /// By the clock of the kernel's records.
+    at: u64,
 }
 
 /// What is known of the thread that is asked before a runtime runs.
@@ -227,6 +236,7 @@ impl Shared {
 
     /// The gate is asked about a file, by its device and inode, and will tell it.
     pub(super) fn note_asked(&self, pid: u32, file: (u64, u64)) {
+        let at = perf::now();
         let mut asked = self.asked();
         if asked.len() >= MAX_ASKED && !asked.contains_key(&pid) {
             // Told twice is better than never.
@@ -234,16 +244,24 @@ impl Shared {
         }
         let files = asked.entry(pid).or_default();
         if files.len() < MAX_ASKED_OF_ONE {
-            files.push(file);
+            files.push(Asked { file, at });
         }
     }
 
-    /// What the gate was asked about since a process's last execve.
-    pub(super) fn take_asked(&self, pid: u32) -> Vec<(u64, u64)> {
-        self.asked().remove(&pid).unwrap_or_default()
+    /// What the gate was asked about between a process's last execve and this time, by
+    /// the clock of the kernel's records. What it was asked later is of a later one.
+    pub(super) fn take_asked(&self, pid: u32, until: u64) -> Vec<(u64, u64)> {
+        let mut asked = self.asked();
+        let Some(files) = asked.get_mut(&pid) else { return Vec::new() };
+        let taken = files.extract_if(.., |asked| asked.at <= until).map(|asked| asked.file);
+        let taken = taken.collect();
+        if files.is_empty() {
+            asked.remove(&pid);
+        }
+        taken
     }
 
-    fn asked(&self) -> MutexGuard<'_, HashMap<u32, Vec<(u64, u64)>>> {
+    fn asked(&self) -> MutexGuard<'_, HashMap<u32, Vec<Asked>>> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

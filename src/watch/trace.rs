@@ -400,7 +400,7 @@ impl Trace {
                     self.ended.push_back((time, pid));
                 }
                 // It has tried what it was not let execute.
-                drop(self.shared.take_asked(pid));
+                drop(self.shared.take_asked(pid, time));
                 self.consumers.iter_mut().for_each(|consumer| consumer.exited(pid));
             }
             Record::Lost { count, time: _ } => {
@@ -465,7 +465,7 @@ impl Trace {
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
         self.tells_overlays |= overlay.is_some();
-        let asked = self.shared.take_asked(executed.pid);
+        let asked = self.shared.take_asked(executed.pid, executed.time);
         let is_told = program.as_ref().is_some_and(|program| {
             overlay.is_some()
                 || asked.contains(&(program.device, program.inode))
