@@ -383,8 +383,10 @@ impl Node {
         first
     }
 
-    fn judge(&self, container: &Container, file: LayerFile, verdict: Verdict) {
+    /// Until the judgement is known: orders are carried out one after the other.
+    fn judge(&mut self, container: &Container, file: LayerFile, verdict: Verdict) {
         self.order(Order::Judged { container: container.id.clone(), file, verdict });
+        self.walk(container);
     }
 
     /// Looks through what was told, and what is told from now on.
@@ -664,6 +666,7 @@ fn a_layers_file_that_was_touched_and_not_changed_is_hashed_once() {
     });
     // With another baseline, or another time, it counts no more.
     node.order(Order::Trust { container: container.id.clone(), trust: Trust::Unknown });
+    node.walk(&container);
     assert_eq!(node.told_of(&container, "/bin/true"), Some(told));
     node.assert_no_loss();
 }
