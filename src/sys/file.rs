@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
@@ -41,6 +42,14 @@ impl Stat {
 
     pub fn is_regular(&self) -> bool {
         self.file_type == FileType::Regular
+    }
+
+    /// For how long nothing of it has changed; `None` if its last change lies ahead, as
+    /// clocks go.
+    pub fn age(&self) -> Option<Duration> {
+        let seconds = u64::try_from(self.changed.seconds).unwrap_or(0);
+        let changed = UNIX_EPOCH + Duration::new(seconds, self.changed.nanoseconds);
+        SystemTime::now().duration_since(changed).ok()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::content::event_path;
 use super::lower;
@@ -72,12 +72,7 @@ impl Hashed {
     /// the same time.
     pub(super) fn remember_executed(&self, stat: &Stat, state: &FileState) {
         let is_hashed = matches!(state.content, Content::Hashed { .. });
-        let changed = UNIX_EPOCH
-            + Duration::new(
-                u64::try_from(stat.changed.seconds).unwrap_or(0),
-                stat.changed.nanoseconds,
-            );
-        let is_settled = SystemTime::now().duration_since(changed).is_ok_and(|age| age > SETTLED);
+        let is_settled = stat.age().is_some_and(|age| age > SETTLED);
         if is_hashed && is_settled {
             self.remember(key(stat), state.clone(), Instant::now() + GOOD_FOR);
         }

@@ -308,12 +308,6 @@ impl TraceConsumer for Descent {
             let _ = self.processes.try_send(Box::new(seen));
         }
     }
-
-    fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
-
-    fn exited(&mut self, _: u32) {}
-
-    fn lost(&mut self) {}
 }
 
 /// Whether a process's program is a file of the image's layers, by the container's

@@ -106,12 +106,6 @@ impl TraceConsumer for Entries {
     }
 
     fn executed(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed, _: Option<&Mapped>) {}
-
-    fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
-
-    fn exited(&mut self, _: u32) {}
-
-    fn lost(&mut self) {}
 }
 
 /// A container whose processes are to be looked at.

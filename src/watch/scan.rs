@@ -675,8 +675,10 @@ impl Walk<'_> {
             if self.shared.is_dirty(&self.watched.container, &path) {
                 return Ok(());
             }
-            // Its event may still be on its way.
-            if self.extent != Extent::Last && is_younger(&stat, self.shared.settings.settle) {
+            // Its event may still be on its way. Where its change lies ahead, no waiting
+            // would make it older.
+            let is_young = stat.age().is_some_and(|age| age < self.shared.settings.settle);
+            if self.extent != Extent::Last && is_young {
                 self.shared.mark_dirty(self.watched, path, Source::Scan, None);
                 return Ok(());
             }
@@ -820,12 +822,4 @@ fn is_stable(stat: &Stat) -> bool {
     let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else { return false };
     let Ok(changed) = u64::try_from(stat.changed.seconds) else { return true };
     now.as_secs() >= changed.saturating_add(STABLE_AFTER.as_secs())
-}
-
-/// Whether a file has changed within this time; not if that lies ahead, where no
-/// waiting would make it older.
-fn is_younger(stat: &Stat, age: Duration) -> bool {
-    let Ok(changed) = u64::try_from(stat.changed.seconds) else { return false };
-    let changed = UNIX_EPOCH + Duration::new(changed, stat.changed.nanoseconds);
-    SystemTime::now().duration_since(changed).is_ok_and(|since| since < age)
 }

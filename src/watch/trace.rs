@@ -57,13 +57,13 @@ pub(super) trait TraceConsumer: Send {
 
     /// A process of a container has mapped code of a file after its execve was over,
     /// so neither its program nor its dynamic linker.
-    fn mapped(&mut self, shared: &Shared, watched: &Arc<Watched>, mapped: &Mapped);
+    fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
 
     /// A process has ended, of a container or not.
-    fn exited(&mut self, pid: u32);
+    fn exited(&mut self, _pid: u32) {}
 
     /// Records were lost: what is remembered of processes may be wrong.
-    fn lost(&mut self);
+    fn lost(&mut self) {}
 }
 
 /// How executions are recorded on this machine.
