@@ -90,9 +90,12 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
             Some(assessment)
         }
         Fact::Absent { path, .. } => Some(assess_absent(image, path)),
-        Fact::ReverseShell { .. } | Fact::SessionOpened { .. } | Fact::PackageManager { .. } => {
-            None
-        }
+        Fact::ReverseShell { .. }
+        | Fact::PackageManager { .. }
+        | Fact::SessionOpened { .. }
+        | Fact::SessionRan { .. }
+        | Fact::SessionInteractive { .. }
+        | Fact::SessionProcessEnded { .. } => None,
     }
 }
 

@@ -303,6 +303,7 @@ impl State {
             }
             Change::Container(container) => self.container_changed(*container, now, effects),
             Change::TaskExited { container } => self.task_exited(&container, effects),
+            Change::ExecStarted { .. } | Change::ExecExited { .. } => (),
             Change::Removed { container } => {
                 self.task_exited(&container, effects);
                 self.forget(&container, effects);
@@ -640,8 +641,11 @@ impl State {
             | Fact::Loaded { .. }
             | Fact::Interpreted { .. }
             | Fact::ReverseShell { .. }
+            | Fact::PackageManager { .. }
             | Fact::SessionOpened { .. }
-            | Fact::PackageManager { .. } => return,
+            | Fact::SessionRan { .. }
+            | Fact::SessionInteractive { .. }
+            | Fact::SessionProcessEnded { .. } => return,
         };
         let Some(entry) = self.inventory.get(&observation.container) else { return };
         let sensitive =
@@ -701,8 +705,14 @@ impl State {
             self.keep_for_later(observation, now, effects);
             return;
         };
-        if let Fact::SessionOpened { process } = &observation.fact {
-            self.session_opened(&observation.container, process, observation, now, effects);
+        if let Fact::SessionOpened { opening } = &observation.fact {
+            self.session_opened(
+                &observation.container,
+                &opening.process,
+                observation,
+                now,
+                effects,
+            );
             return;
         }
         if let Fact::ReverseShell { process, direct, evidence } = &observation.fact {
@@ -838,9 +848,12 @@ impl State {
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::SessionOpened { .. }
-            | Fact::ReverseShell { .. }
-            | Fact::PackageManager { .. } => {
+            Fact::ReverseShell { .. }
+            | Fact::PackageManager { .. }
+            | Fact::SessionOpened { .. }
+            | Fact::SessionRan { .. }
+            | Fact::SessionInteractive { .. }
+            | Fact::SessionProcessEnded { .. } => {
                 unreachable!("handled above")
             }
         }
@@ -974,9 +987,6 @@ impl State {
             let removed = evidence.path.zip(judgement.expected.as_ref());
             finding.file = removed.map(|(path, known)| removed_evidence(path, known));
         }
-        finding.session = evidence
-            .process
-            .and_then(|process| entry.session_where(|root| process.descends_from(root)));
         let content = evidence.state.and_then(FileState::blake3);
         let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
         let Some(path) = evidence.path else { return finding };
@@ -1039,7 +1049,6 @@ impl State {
             let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
             finding.belongs_to(container, entry);
             finding.process = Some(process.clone());
-            finding.session = Some(id);
             entry.insert_finding(finding);
         }
         self.publish(container, id, observation.at, effects);

@@ -297,6 +297,7 @@ fn view() -> ContainerView {
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),
+            probes: Vec::new(),
         },
         baseline: "ready".into(),
         watched: true,

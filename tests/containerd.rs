@@ -1426,6 +1426,8 @@ fn no_container_is_missed_however_it_meets_the_connection() {
                         Change::Connected { .. }
                         | Change::Disconnected { .. }
                         | Change::TaskCreated { .. }
+                        | Change::ExecStarted { .. }
+                        | Change::ExecExited { .. }
                         | Change::Removed { .. } => (),
                     }
                     ids.iter().all(|id| running.get(&default(id)) == Some(&true)).then_some(())

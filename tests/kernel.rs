@@ -513,7 +513,10 @@ fn summary(report: &Report) -> String {
             format!("present {path} {state:?} lower={lower} writer={writer}")
         }
         Fact::Absent { path, .. } => format!("absent {path}"),
-        Fact::SessionOpened { process } => format!("session {:?}", process.argv),
+        Fact::SessionOpened { opening } => format!("session {:?}", opening.process.argv),
+        Fact::SessionRan { run, .. } => format!("ran {:?}", run.argv),
+        Fact::SessionInteractive { .. } => "interactive".to_owned(),
+        Fact::SessionProcessEnded { .. } => "ended".to_owned(),
         Fact::PackageManager { process } => format!("package manager {:?}", process.argv),
     };
     match report {
@@ -562,6 +565,9 @@ impl Upper {
             | Fact::Interpreted { .. }
             | Fact::ReverseShell { .. }
             | Fact::SessionOpened { .. }
+            | Fact::SessionRan { .. }
+            | Fact::SessionInteractive { .. }
+            | Fact::SessionProcessEnded { .. }
             | Fact::PackageManager { .. }) => panic!("a walk told {other:?}"),
         }
     }
@@ -1289,6 +1295,9 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             | Fact::Interpreted { .. }
             | Fact::ReverseShell { .. }
             | Fact::SessionOpened { .. }
+            | Fact::SessionRan { .. }
+            | Fact::SessionInteractive { .. }
+            | Fact::SessionProcessEnded { .. }
             | Fact::PackageManager { .. } => (),
         }
         (present.len() + absent.len() >= 2).then_some(())
@@ -1347,7 +1356,7 @@ fn sessions_are_told_once_and_before_what_they_do() {
         Family(command.stdin(Stdio::null()).spawn().unwrap())
     };
     let told = |observation: &Observation| match &observation.fact {
-        Fact::SessionOpened { process } => Some((observation.source, process.clone())),
+        Fact::SessionOpened { opening } => Some((observation.source, opening.process.clone())),
         _ => None,
     };
     // A session that was open before driftd came.
@@ -1402,7 +1411,7 @@ fn a_runtimes_init_is_a_session_by_its_name() {
     command.arg0("chroot").arg(container.merged()).args(["/bin/sleep", "3600"]);
     let child = Family(command.stdin(Stdio::null()).spawn().unwrap());
     let process = node.until_observed("the session", |observation| match &observation.fact {
-        Fact::SessionOpened { process } => Some(process.clone()),
+        Fact::SessionOpened { opening } => Some(opening.process.clone()),
         _ => None,
     });
     assert_eq!(process.identity.pid, child.0.id());

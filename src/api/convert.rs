@@ -133,9 +133,6 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         detail,
     } = finding;
     let verdict = verdict.ok_or_else(|| missing("verdict"))?;
-    let id_of = |field, text: Option<String>| {
-        text.map(|text| text.parse().map_err(malformed(field))).transpose()
-    };
     Ok(Finding {
         schema: model::finding::SCHEMA.into(),
         id: id.parse().map_err(malformed("id"))?,
@@ -158,9 +155,9 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         expected: expected.map(expected_from_proto).transpose()?,
         process: process.map(process_from_proto),
         invoked_as,
-        session: id_of("session", session)?,
-        story: id_of("story", story)?,
-        transaction: id_of("transaction", transaction)?,
+        session: parsed("session", session)?,
+        story: parsed("story", story)?,
+        transaction: parsed("transaction", transaction)?,
         files,
         verdict: Verdict {
             disposition: verdict.disposition.parse().map_err(malformed("disposition"))?,

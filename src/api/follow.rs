@@ -90,7 +90,7 @@ impl Follower {
                         })
                     }
                     // The finding's next revision carries the outcome.
-                    Record::Response(_) => continue,
+                    Record::Response(_) | Record::Session { .. } | Record::Probe(_) => continue,
                 };
                 self.send(seq, event).await?;
             }

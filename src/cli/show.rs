@@ -64,6 +64,9 @@ fn sentence(kind: Kind) -> &'static str {
         Kind::ShellReverse => "The input and output of a shell are a network connection.",
         Kind::SessionInteractive => "Somebody entered the container with a terminal.",
         Kind::SessionExec => "Something entered the container, without a terminal.",
+        Kind::NamespaceEntered => {
+            "A process of the host's has joined the container's namespaces, past its runtime."
+        }
         Kind::BaselineTampered => "A layer on this node does not hold what its image says.",
         Kind::BaselineUnavailable => "The container cannot be compared with its image.",
     }

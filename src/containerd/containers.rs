@@ -75,6 +75,7 @@ pub(super) async fn describe(
         no_baseline: rootfs.no_baseline,
         id_map: spec.id_map,
         entry_point: spec.entry_point,
+        probes: Vec::new(),
     })
 }
 

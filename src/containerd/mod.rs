@@ -44,6 +44,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crossbeam_channel::Sender;
+use jiff::Timestamp;
 
 pub use self::blobs::ContentBlobs;
 use self::endpoint::Endpoint;
@@ -51,7 +52,7 @@ use self::images::{Ask, Trouble};
 use crate::baseline::{ImageName, Job, Progress, Proof, Recorded, Recorder};
 use crate::config;
 use crate::health::Health;
-use crate::model::{ChainId, Container, ContainerId, LayerId, OverlayDirs, printable};
+use crate::model::{ChainId, Container, ContainerId, Exit, LayerId, OverlayDirs, printable};
 
 /// One change on the node. containerd replays nothing, so after every
 /// (re)connection everything is listed anew and [`Change::Listed`] ends the list.
@@ -79,6 +80,20 @@ pub enum Change {
     /// The init process has ended.
     TaskExited {
         container: ContainerId,
+    },
+    /// A process that the runtime was asked to execute in a container is there.
+    ExecStarted {
+        container: ContainerId,
+        exec_id: String,
+        pid: u32,
+    },
+    /// It has ended.
+    ExecExited {
+        container: ContainerId,
+        exec_id: String,
+        pid: u32,
+        exit: Exit,
+        at: Timestamp,
     },
     /// The container's record is gone.
     Removed {

@@ -268,6 +268,7 @@ mod tests {
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),
+            probes: Vec::new(),
         }
     }
 

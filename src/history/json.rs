@@ -41,6 +41,8 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
         Record::Finding(finding) | Record::Aggregate { finding, .. } => {
             serde_json::to_string(finding)
         }
+        Record::Session { session, .. } => serde_json::to_string(session),
+        Record::Probe(probe) => serde_json::to_string(probe),
         Record::Response(response) => serde_json::to_string(&ResponseJson {
             schema: RESPONSE_SCHEMA.into(),
             container: response.container.clone(),

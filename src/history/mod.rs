@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use rusqlite::{Connection, OpenFlags};
 
-use crate::model::{ContainerId, Finding, FindingId, Member, RootfsPath};
+use crate::model::{Command, ContainerId, Finding, FindingId, Member, Probe, RootfsPath, Session};
 use crate::respond::Response;
 
 mod json;
@@ -52,6 +52,14 @@ pub enum Record {
         finding: Box<Finding>,
         changes: Vec<MemberChange>,
     },
+    /// A session's newest revision, with those of its commands that are new or have
+    /// ended.
+    Session {
+        session: Box<Session>,
+        commands: Vec<Command>,
+    },
+    /// A probe's newest count.
+    Probe(Box<Probe>),
     Response(Box<Response>),
     /// Something was not seen: a named loss.
     Gap {

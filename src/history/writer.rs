@@ -280,7 +280,11 @@ impl Pending {
                 self.members.extend(changes.into_iter().take(room).map(|change| (id, change)));
                 (Record::Finding(finding), lost)
             }
-            record @ (Record::Finding(_) | Record::Response(_) | Record::Gap { .. }) => (record, 0),
+            record @ (Record::Finding(_)
+            | Record::Session { .. }
+            | Record::Probe(_)
+            | Record::Response(_)
+            | Record::Gap { .. }) => (record, 0),
         };
         let dropped = self.push_one(record);
         // A file that is not kept is a record that is dropped.
@@ -408,6 +412,7 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
                 .execute([&id])?;
             insert(connection, finding.last_seen, "finding", Some(&id), container, None)
         }
+        Record::Session { .. } | Record::Probe(_) => Ok(()),
         Record::Response(response) => {
             let finding = response.finding.map(|id| id.to_string());
             insert(

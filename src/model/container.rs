@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChainId, DiffId, ManifestDigest, printable};
+use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable};
 
 /// A container's name on this node: containerd's namespace and the container's
 /// ID in it.
@@ -64,6 +64,8 @@ pub struct Container {
     /// How its users are numbered on the host; `None` without a user namespace.
     pub id_map: Option<IdMap>,
     pub entry_point: EntryPoint,
+    /// What its specification says is run in it again and again.
+    pub probes: Vec<DeclaredProbe>,
 }
 
 /// What a container's init is started as, in the specification's words.

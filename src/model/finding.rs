@@ -9,9 +9,10 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::id::id;
 use super::{
     Blake3Hash, ContainerId, FileType, Format, ImageReference, Pod, Process, ProcessIdentity,
-    RootfsPath, Sha256Hash,
+    RootfsPath, SessionId, Sha256Hash,
 };
 
 /// The finding schema's name, in every finding's JSON.
@@ -90,6 +91,8 @@ kinds! {
     SessionInteractive = "session.interactive", Medium, Some(("T1609", "TA0002"));
     /// The same without a terminal.
     SessionExec = "session.exec", Info, Some(("T1609", "TA0002"));
+    /// A process of the host's has joined the container's namespaces, past its runtime.
+    NamespaceEntered = "namespace.entered", High, Some(("T1611", "TA0004"));
     /// A layer on disk, or its blob, does not hold what the image says.
     BaselineTampered = "baseline.tampered", Critical, Some(("T1525", "TA0003"));
     /// A container that cannot be compared with its image.
@@ -142,6 +145,13 @@ pub struct UnknownName {
     known: String,
 }
 
+impl UnknownName {
+    pub(super) fn new(word: &str, what: &'static str, known: &str) -> UnknownName {
+        let word = crate::model::printable(word.as_bytes());
+        UnknownName { word, what, known: known.to_owned() }
+    }
+}
+
 macro_rules! by_name {
     ($type:ident, $what:literal) => {
         impl fmt::Display for $type {
@@ -191,12 +201,12 @@ pub struct Attack {
     pub tactic: String,
 }
 
-/// A finding's name: the same container, kind, path and content (for a session:
-/// the same process; for a layer: the layer too) always give the same one, so
-/// that a scan after a restart recognises what was told already.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub struct FindingId(pub [u8; 16]);
+id! {
+    /// A finding's name: the same container, kind, path and content (for a session:
+    /// the same process; for a layer: the layer too) always give the same one, so
+    /// that a scan after a restart recognises what was told already.
+    FindingId, "finding", "driftd findings"
+}
 
 /// What, besides container and kind, makes a finding this one.
 #[derive(Clone, Debug)]
@@ -232,90 +242,42 @@ pub enum Subject<'a> {
 impl FindingId {
     /// Without a container, a finding is about a layer that none uses.
     pub fn new(container: Option<&ContainerId>, kind: Kind, subject: &Subject<'_>) -> FindingId {
-        let mut hasher = blake3::Hasher::new();
-        // Each part is preceded by its length, so that no two lists of parts collide.
-        let mut part = |bytes: &[u8]| {
-            hasher.update(&(bytes.len() as u64).to_le_bytes());
-            hasher.update(bytes);
-        };
-        // No container's ID is empty.
-        part(container.map_or(b"", |container| container.namespace.as_bytes()));
-        part(container.map_or(b"", |container| container.id.as_bytes()));
-        part(kind.name().as_bytes());
+        let mut parts: Vec<&[u8]> = vec![
+            // No container's ID is empty.
+            container.map_or(b"", |container| container.namespace.as_bytes()),
+            container.map_or(b"", |container| container.id.as_bytes()),
+            kind.name().as_bytes(),
+        ];
+        let (pid, start_time);
         match subject {
             Subject::File { path, content } => {
-                part(path.as_bytes());
-                part(content.as_ref().map_or(&[], |hash| &hash.0[..]));
+                parts.extend([path.as_bytes(), bytes_of(content)]);
             }
             Subject::Layer { layer, path, found } => {
-                part(layer.as_bytes());
-                part(path.as_bytes());
-                part(found);
+                parts.extend([layer.as_bytes(), path.as_bytes(), *found]);
             }
+            // One part more than a file, so that it never is one.
             Subject::Group { path, content } => {
-                // One part more than a file, so that it never is one.
-                part(b"group");
-                part(path.map_or(b"", RootfsPath::as_bytes));
-                part(content.as_ref().map_or(&[], |hash| &hash.0[..]));
+                let path = path.map_or(&b""[..], RootfsPath::as_bytes);
+                parts.extend([b"group", path, bytes_of(content)]);
             }
-            Subject::Reason(reason) => part(reason.as_bytes()),
+            Subject::Reason(reason) => parts.push(reason.as_bytes()),
             Subject::Command { exe, argv } => {
-                part(exe.unwrap_or_default().as_bytes());
-                argv.unwrap_or_default().iter().for_each(|argument| part(argument.as_bytes()));
+                parts.push(exe.unwrap_or_default().as_bytes());
+                parts.extend(argv.unwrap_or_default().iter().map(String::as_bytes));
             }
             Subject::Process(identity) => {
-                part(&identity.pid.to_le_bytes());
-                part(&identity.start_time.to_le_bytes());
+                pid = identity.pid.to_le_bytes();
+                start_time = identity.start_time.to_le_bytes();
+                parts.extend([&pid[..], &start_time[..]]);
             }
         }
-        let mut id = [0; 16];
-        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        FindingId(id)
+        FindingId::of(&parts)
     }
 }
 
-impl fmt::Display for FindingId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for FindingId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl FromStr for FindingId {
-    type Err = UnknownName;
-    fn from_str(text: &str) -> Result<FindingId, UnknownName> {
-        let bad = || UnknownName {
-            word: crate::model::printable(text.as_bytes()),
-            what: "finding",
-            known: "32 hexadecimal digits, see `driftd findings`".into(),
-        };
-        if text.len() != 32 || !text.is_ascii() {
-            return Err(bad());
-        }
-        let mut id = [0; 16];
-        for (index, byte) in id.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[index * 2..index * 2 + 2], 16).map_err(|_| bad())?;
-        }
-        Ok(FindingId(id))
-    }
-}
-
-impl From<FindingId> for String {
-    fn from(id: FindingId) -> String {
-        id.to_string()
-    }
-}
-
-impl TryFrom<String> for FindingId {
-    type Error = UnknownName;
-    fn try_from(text: String) -> Result<FindingId, UnknownName> {
-        text.parse()
-    }
+fn bytes_of(content: &Option<Blake3Hash>) -> &[u8] {
+    content.as_ref().map_or(&[], |hash| &hash.0[..])
 }
 
 /// How a container departs from its image, with everything known about it.
@@ -350,8 +312,8 @@ pub struct Finding {
     pub process: Option<Process>,
     /// The name under which the file was called, where it differs (a symlink).
     pub invoked_as: Option<String>,
-    /// The session finding whose process tree this belongs to.
-    pub session: Option<FindingId>,
+    /// The session in which it was done.
+    pub session: Option<SessionId>,
     /// The earlier finding about the same file and content (written, then run).
     pub story: Option<FindingId>,
     /// The package transaction that brought the file.

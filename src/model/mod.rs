@@ -6,9 +6,11 @@ pub mod digest;
 pub mod file;
 pub mod finding;
 pub mod globs;
+mod id;
 pub mod observation;
 pub mod path;
 pub mod process;
+pub mod session;
 
 pub use container::{
     Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Layer, LayerId,
@@ -25,4 +27,8 @@ pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
 pub use path::{HostilePath, RootfsPath, printable};
 pub use process::{
     Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
+};
+pub use session::{
+    Command, DeclaredProbe, Entry, Exit, Interactive, Login, Opening, Probe, ProbeId, ProbeSource,
+    Run, Session, SessionId, SessionState,
 };

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::{
-    Blake3Hash, ContainerId, FileState, FileTime, Filesystem, Process, RootfsPath, Sha256Hash,
+    Blake3Hash, ContainerId, Exit, FileState, FileTime, Filesystem, Interactive, Opening, Process,
+    ProcessIdentity, RootfsPath, Run, Sha256Hash,
 };
 
 /// Who saw it.
@@ -114,9 +115,14 @@ pub enum Fact {
     /// A package manager, whose file is one of the image's layers', is at work: what
     /// it and its descendants write is its transaction.
     PackageManager { process: Arc<Process> },
-    /// A process of the container whose parent is outside of it, and that is not
-    /// the container's init.
-    SessionOpened { process: Arc<Process> },
+    /// Somebody or something that did not begin there is in the container.
+    SessionOpened { opening: Arc<Opening> },
+    /// A process of the session whose first process is `root` has become a program.
+    SessionRan { root: ProcessIdentity, run: Arc<Run> },
+    /// A process of a session has opened a terminal.
+    SessionInteractive { root: ProcessIdentity, interactive: Interactive, tty: Option<String> },
+    /// A process of a session has ended; if it is `root`, so has the session.
+    SessionProcessEnded { root: ProcessIdentity, process: ProcessIdentity, exit: Option<Exit> },
 }
 
 /// What an interpreter runs.

@@ -5,8 +5,8 @@ use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, bla
 use crate::config::Respond;
 use crate::history::MemberChange;
 use crate::model::{
-    Ancestor, DiffId, EntryPoint, FileTime, FileType, Format, IdRange, ImageReference, Layer,
-    LayerFile, LayerId, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
+    Ancestor, DiffId, EntryPoint, FileTime, FileType, Format, IdRange, ImageReference, Interactive,
+    Layer, LayerFile, LayerId, Opening, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -82,7 +82,9 @@ impl Node {
                     self.changes.extend(changes.into_iter().map(|change| (id, change)));
                     self.told.push(*finding);
                 }
-                Effect::Record(Record::Response(_)) => (),
+                Effect::Record(Record::Session { .. } | Record::Probe(_) | Record::Response(_)) => {
+                    ()
+                }
                 Effect::Record(Record::Gap { name, .. }) => self.gaps.push(name),
                 Effect::Respond(order) => self.orders.push(order),
             }
@@ -156,7 +158,16 @@ impl Node {
             ["session", _, pid, tty] => {
                 let mut process = process(pid.parse().unwrap());
                 process.tty = Some(tty.to_owned()).filter(|tty| tty != "-");
-                let fact = Fact::SessionOpened { process: Arc::new(process) };
+                let interactive = process.tty.is_some().then_some(Interactive::Terminal);
+                let opening = Opening {
+                    entry: crate::model::Entry::RuntimeExec,
+                    interactive,
+                    process,
+                    host: Vec::new(),
+                    login: None,
+                    requested_by: None,
+                };
+                let fact = Fact::SessionOpened { opening: Arc::new(opening) };
                 Input::Watch(Report::Observed(observed(Source::Gate, fact)))
             }
             _ => panic!("bad line: {line:?}"),
@@ -244,6 +255,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         no_baseline: None,
         id_map: None,
         entry_point: EntryPoint::default(),
+        probes: Vec::new(),
     }
 }
 
@@ -466,7 +478,8 @@ fn one_session_is_one_finding_and_its_drift_names_it() {
     let mut node = Node::running();
     node.play("session c1 100 pts/0\nsession c1 100 pts/0\nexec c1 /tmp/x evil")
         .expect(&["session.interactive pid 100 x1 r1", "exec.new /tmp/x x1 r1"]);
-    assert_eq!(node.told[1].session, Some(node.told[0].id));
+    assert!(node.told[0].session.is_some());
+    assert_eq!(node.told[1].session, node.told[0].session);
     node.play("session c1 200 -").expect(&[
         "session.interactive pid 100 x1 r1",
         "exec.new /tmp/x x1 r1",

@@ -316,7 +316,6 @@ impl State {
         finding.process = Some(manager.clone());
         if let Some(entry) = self.inventory.get(&observation.container) {
             finding.belongs_to(&observation.container, entry);
-            finding.session = entry.session_where(|root| manager.descends_from(root));
         }
         finding
     }

@@ -142,7 +142,15 @@ impl Sessions {
         process: Process,
     ) {
         let identity = process.identity;
-        let fact = Fact::SessionOpened { process: Arc::new(process) };
+        let opening = crate::model::Opening {
+            entry: crate::model::Entry::RuntimeExec,
+            interactive: process.tty.is_some().then_some(crate::model::Interactive::Terminal),
+            process,
+            host: Vec::new(),
+            login: None,
+            requested_by: None,
+        };
+        let fact = Fact::SessionOpened { opening: Arc::new(opening) };
         if !shared.observe(watched, at, source, fact) {
             self.judged.remove(identity);
         }

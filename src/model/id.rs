@@ -1,0 +1,76 @@
+//! Names that are hashes of what they name.
+
+/// Makes a type of 16 bytes, written as 32 hexadecimal digits: of its parts, each
+/// preceded by its length, so that no two lists of parts collide.
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $see:literal) => {
+        $(#[$doc])*
+        #[derive(
+            Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+        )]
+        #[serde(into = "String", try_from = "String")]
+        pub struct $name(pub [u8; 16]);
+
+        impl $name {
+            fn of(parts: &[&[u8]]) -> $name {
+                let mut hasher = blake3::Hasher::new();
+                for part in parts {
+                    hasher.update(&(part.len() as u64).to_le_bytes());
+                    hasher.update(part);
+                }
+                let mut id = [0; 16];
+                id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+                $name(id)
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+        }
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                std::fmt::Display::fmt(self, f)
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = $crate::model::finding::UnknownName;
+            fn from_str(text: &str) -> Result<$name, Self::Err> {
+                $crate::model::id::parse(text).map($name).ok_or_else(|| {
+                    Self::Err::new(
+                        text,
+                        $what,
+                        concat!("32 hexadecimal digits, see `", $see, "`"),
+                    )
+                })
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.to_string()
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = $crate::model::finding::UnknownName;
+            fn try_from(text: String) -> Result<$name, Self::Error> {
+                text.parse()
+            }
+        }
+    };
+}
+pub(super) use id;
+
+/// 32 hexadecimal digits.
+pub(super) fn parse(text: &str) -> Option<[u8; 16]> {
+    let digits = Some(text).filter(|text| text.len() == 32 && text.is_ascii())?;
+    let mut id = [0; 16];
+    for (index, byte) in id.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(digits.get(index * 2..index * 2 + 2)?, 16).ok()?;
+    }
+    Some(id)
+}
