@@ -202,13 +202,17 @@ impl Container {
         let _ = self.init.kill();
         let _ = self.init.wait();
         node.detach(&self.id);
-        // What a thread is about to let go is busy for that moment.
-        let merged = self.path("");
-        wait_for("the overlay to be let go", || {
-            Command::new("umount").arg(&merged).stderr(Stdio::null()).status().unwrap().success()
-        });
+        // What a thread is about to let go is busy for that moment: the last walk of the
+        // upper layer holds what that lies on.
+        let unmount = |path: &Path| {
+            wait_for("the filesystem to be let go", || {
+                let status = Command::new("umount").arg(path).stderr(Stdio::null()).status();
+                status.unwrap().success()
+            });
+        };
+        unmount(&self.path(""));
         if self.has_tmpfs {
-            command("umount", &[self.own.path()]);
+            unmount(self.own.path());
             self.has_tmpfs = false;
         }
     }
