@@ -86,6 +86,15 @@ pub struct Watch {
     /// Whether programs are seen that run from other filesystems than the
     /// container's root: tmpfs, volumes, directories of the host.
     pub volumes: bool,
+    /// How long a command that a runtime executes without a terminal is watched for a
+    /// rhythm before it is reported: what comes again and again is a probe. It is
+    /// reported at once if it does what the image does not, or if driftd is to
+    /// answer it. 0: nothing is learned, and everything is reported at once.
+    #[serde(with = "duration")]
+    pub probe_patience: Duration,
+    /// Variables of the environment in which an admission webhook says who asked for
+    /// a session.
+    pub requester_variables: Vec<String>,
     /// How a container's marks come to be there before its entry point runs.
     pub arm: Arm,
     /// The programs of the container runtimes, for `arm = "strict"`. Those that
@@ -225,6 +234,8 @@ impl Default for Watch {
             arm: Arm::Events,
             runtimes: RUNTIMES.map(PathBuf::from).into(),
             volumes: true,
+            probe_patience: Duration::from_secs(30),
+            requester_variables: vec!["SPO_EXEC_REQUEST_UID".to_owned()],
         }
     }
 }

@@ -56,6 +56,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         generation: 1,
         respond: config.respond.clone(),
         persistence: config.watch.persistence.clone(),
+        probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
     };
     let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
     history

@@ -94,6 +94,7 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
         | Fact::PackageManager { .. }
         | Fact::SessionOpened { .. }
         | Fact::SessionRan { .. }
+        | Fact::SessionRanMore { .. }
         | Fact::SessionInteractive { .. }
         | Fact::SessionProcessEnded { .. } => None,
     }

@@ -16,7 +16,6 @@ use crate::model::{
 
 /// Findings of one container that are kept in memory.
 pub const MAX_FINDINGS: usize = 32 * 1024;
-const MAX_SESSIONS: usize = 1024;
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
 /// Files of one container that aggregated findings know one by one: 24 bytes each.
@@ -48,8 +47,6 @@ pub struct Entry {
     pub findings: HashMap<FindingId, Finding>,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
-    /// The newest session roots and their findings.
-    sessions: VecDeque<(ProcessIdentity, FindingId)>,
     /// The newest package managers at work, a parent before its children.
     package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
     /// The files that findings tell together.
@@ -194,36 +191,12 @@ impl Entry {
                 ids.push(finding.id);
             }
         }
-        if matches!(finding.kind, Kind::SessionInteractive | Kind::SessionExec)
-            && let Some(process) = &finding.process
-        {
-            self.remember_session(process.identity, finding.id);
-        }
         if finding.kind == Kind::PackageTransaction
             && let Some(process) = &finding.process
         {
             self.remember_package_manager(Arc::new(process.clone()));
         }
         self.findings.insert(finding.id, finding);
-    }
-
-    /// A container that is probed every second has as many sessions; which drift
-    /// belongs to one is asked while it is young.
-    pub fn remember_session(&mut self, root: ProcessIdentity, finding: FindingId) {
-        if self.sessions.len() == MAX_SESSIONS {
-            self.sessions.pop_front();
-        }
-        self.sessions.push_back((root, finding));
-    }
-
-    /// The finding of the session whose root is `root`.
-    pub fn session(&self, root: ProcessIdentity) -> Option<FindingId> {
-        self.session_where(|known| known == root)
-    }
-
-    /// The newest session for whose root `belongs` says yes.
-    pub fn session_where(&self, belongs: impl Fn(ProcessIdentity) -> bool) -> Option<FindingId> {
-        self.sessions.iter().rev().find(|(root, _)| belongs(*root)).map(|(_, finding)| *finding)
     }
 
     /// Whoever descends from a known one belongs to that.

@@ -32,7 +32,8 @@ use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, Filesystem, Finding, FindingId, IdMap, ImageReference, Kind, LayerId,
-    LowerTwin, Member, Observation, Outcome, Process, RootfsPath, Script, Severity, Source,
+    LowerTwin, Member, Observation, Outcome, Probe, Process, RootfsPath, Script, Session, Severity,
+    Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -41,11 +42,14 @@ use crate::watch::{self, Command, Report, Trust};
 mod aggregate;
 mod gaps;
 mod layers;
+mod probes;
+mod sessions;
 mod together;
 
 pub use self::gaps::Gap;
 use self::gaps::Gaps;
 use self::layers::Tampered;
+use self::sessions::Sessions;
 use self::together::Unsaid;
 
 /// Everything that can make the loop do something. The list is closed: to know
@@ -204,6 +208,7 @@ pub struct State {
     unannounced: VecDeque<Observation>,
     /// What is new of aggregated findings and not told yet.
     unsaid: Unsaid,
+    sessions: Sessions,
 }
 
 #[derive(Debug)]
@@ -245,7 +250,13 @@ impl State {
             gaps: Gaps::default(),
             unannounced: VecDeque::new(),
             unsaid: Unsaid::default(),
+            sessions: Sessions::default(),
         }
+    }
+
+    /// Takes in what the history tells of sessions that were open, and of probes.
+    pub fn remember_sessions(&mut self, sessions: Vec<Session>, probes: Vec<Probe>) {
+        self.sessions.remember(sessions, probes);
     }
 
     /// Takes in what the history tells of one file of an aggregated finding.
@@ -302,13 +313,20 @@ impl State {
                 layers::tell_entry_point(&id, self.inventory.entry(&id), effects);
             }
             Change::Container(container) => self.container_changed(*container, now, effects),
-            Change::TaskExited { container } => self.task_exited(&container, effects),
-            Change::ExecStarted { .. } | Change::ExecExited { .. } => (),
+            Change::TaskExited { container } => self.task_exited(&container, now, effects),
+            Change::ExecStarted { container, exec_id, pid } => {
+                self.exec_started(&container, exec_id, pid, now);
+            }
+            Change::ExecExited { container, exec_id, pid, exit, at } => {
+                self.exec_exited(&container, &exec_id, pid, exit, at, now, effects);
+            }
             Change::Removed { container } => {
-                self.task_exited(&container, effects);
+                self.task_exited(&container, now, effects);
                 self.forget(&container, effects);
             }
-            Change::Listed { endpoint, containers } => self.listed(&endpoint, &containers, effects),
+            Change::Listed { endpoint, containers } => {
+                self.listed(&endpoint, &containers, now, effects);
+            }
         }
     }
 
@@ -371,7 +389,8 @@ impl State {
         }
     }
 
-    fn task_exited(&mut self, id: &ContainerId, effects: &mut Vec<Effect>) {
+    fn task_exited(&mut self, id: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        self.sessions_ended(id, now, effects);
         let Some(entry) = self.inventory.get_mut(id) else { return };
         if entry.pid.take().is_some() {
             entry.watch = WatchState::No;
@@ -408,7 +427,13 @@ impl State {
             .collect()
     }
 
-    fn listed(&mut self, endpoint: &str, listed: &[ContainerId], effects: &mut Vec<Effect>) {
+    fn listed(
+        &mut self,
+        endpoint: &str,
+        listed: &[ContainerId],
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
         let listed: HashSet<&ContainerId> = listed.iter().collect();
         let gone: Vec<ContainerId> = self
             .inventory
@@ -422,8 +447,9 @@ impl State {
                 self.say_all(effects);
                 // Its last scan was never reported; nothing more will come.
                 self.inventory.remove(&id);
+                self.forget_sessions(&id);
             } else {
-                self.task_exited(&id, effects);
+                self.task_exited(&id, now, effects);
                 self.forget(&id, effects);
             }
         }
@@ -449,6 +475,7 @@ impl State {
         }
         if self.is_whole() {
             self.inventory.forget_remembered();
+            self.forget_remembered_sessions(effects);
             if reconnected {
                 // What went while nobody listened is needed by nobody.
                 effects.push(Effect::CollectBaselines(self.chains_in_use()));
@@ -563,6 +590,7 @@ impl State {
                 {
                     self.say_all(effects);
                     self.inventory.remove(&container);
+                    self.forget_sessions(&container);
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
@@ -644,6 +672,7 @@ impl State {
             | Fact::PackageManager { .. }
             | Fact::SessionOpened { .. }
             | Fact::SessionRan { .. }
+            | Fact::SessionRanMore { .. }
             | Fact::SessionInteractive { .. }
             | Fact::SessionProcessEnded { .. } => return,
         };
@@ -705,22 +734,51 @@ impl State {
             self.keep_for_later(observation, now, effects);
             return;
         };
-        if let Fact::SessionOpened { opening } = &observation.fact {
-            self.session_opened(
-                &observation.container,
-                &opening.process,
-                observation,
-                now,
-                effects,
-            );
-            return;
-        }
-        if let Fact::ReverseShell { process, direct, evidence } = &observation.fact {
-            let assessment = detect::reverse_shell(*direct);
-            let evidence =
-                Evidence { process: Some(process), detail: Some(evidence), ..Evidence::default() };
-            self.tell(observation, &assessment, &evidence, now, effects);
-            return;
+        match &observation.fact {
+            Fact::SessionOpened { opening } => {
+                return self.session_opened(observation, opening, now, effects);
+            }
+            Fact::SessionRan { root, run } => {
+                return self.session_ran(observation, *root, run, now);
+            }
+            Fact::SessionRanMore { root, times } => {
+                return self.session_ran_more(&observation.container, *root, *times, now);
+            }
+            Fact::SessionInteractive { root, interactive, tty } => {
+                let tty = tty.as_deref();
+                return self.session_interactive(
+                    observation,
+                    *root,
+                    *interactive,
+                    tty,
+                    now,
+                    effects,
+                );
+            }
+            Fact::SessionProcessEnded { root, process, exit } => {
+                return self.session_process_ended(
+                    observation,
+                    *root,
+                    *process,
+                    *exit,
+                    now,
+                    effects,
+                );
+            }
+            Fact::ReverseShell { process, direct, evidence } => {
+                let assessment = detect::reverse_shell(*direct);
+                let evidence = Evidence {
+                    process: Some(process),
+                    detail: Some(evidence),
+                    ..Evidence::default()
+                };
+                let subject = evidence.subject(None);
+                let id = FindingId::new(Some(&observation.container), Kind::ShellReverse, &subject);
+                self.reverse_shell_opened(observation, process, *direct, id, now, effects);
+                self.tell(observation, &assessment, &evidence, now, effects);
+                return;
+            }
+            _ => (),
         }
         let baseline = match &entry.baseline {
             BaselineState::Ready(baseline) => baseline.clone(),
@@ -778,11 +836,13 @@ impl State {
                     .about_content(path, state.blake3())
                     .filter(|told| told.kind == Kind::FileAdded)
                     .find_map(|told| told.process.as_ref());
-                let is_own =
-                    writer.as_deref().or(written).is_some_and(|writer| {
-                        detect::is_extracted_by_itself(&baseline, path, process, writer)
-                    }) && entry.session_where(|root| process.descends_from(root)).is_none()
-                        && !is_drift(entry, process);
+                let is_own = writer.as_deref().or(written).is_some_and(|writer| {
+                    detect::is_extracted_by_itself(&baseline, path, process, writer)
+                }) && self
+                    .sessions
+                    .of(&observation.container, observation.session, Some(process))
+                    .is_none()
+                    && !is_drift(entry, process);
                 if is_own {
                     for judgement in &mut assessment.judgements {
                         judgement.severity = judgement.severity.min(Severity::Info);
@@ -852,6 +912,7 @@ impl State {
             | Fact::PackageManager { .. }
             | Fact::SessionOpened { .. }
             | Fact::SessionRan { .. }
+            | Fact::SessionRanMore { .. }
             | Fact::SessionInteractive { .. }
             | Fact::SessionProcessEnded { .. } => {
                 unreachable!("handled above")
@@ -952,6 +1013,7 @@ impl State {
             let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
             entry.insert_finding(finding);
         }
+        self.session_caused(observation, evidence.process, id, now, effects);
         self.publish(&observation.container, id, observation.at, effects);
     }
 
@@ -987,6 +1049,7 @@ impl State {
             let removed = evidence.path.zip(judgement.expected.as_ref());
             finding.file = removed.map(|(path, known)| removed_evidence(path, known));
         }
+        finding.session = self.session_of(observation, evidence.process);
         let content = evidence.state.and_then(FileState::blake3);
         let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
         let Some(path) = evidence.path else { return finding };
@@ -1008,50 +1071,6 @@ impl State {
             finding.transaction = Some(together::transaction_id(&observation.container, manager));
         }
         finding
-    }
-
-    fn session_opened(
-        &mut self,
-        container: &ContainerId,
-        process: &Process,
-        observation: &Observation,
-        now: Timestamp,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(entry) = self.inventory.get_mut(container) else { return };
-        if entry.session(process.identity).is_some() {
-            // However often a shell re-executes itself, it is one session.
-            return;
-        }
-        let (kind, subject) = if process.tty.is_some() {
-            (Kind::SessionInteractive, Subject::Process(process.identity))
-        } else {
-            let (exe, argv) = (process.exe.as_deref(), process.argv.as_deref());
-            (Kind::SessionExec, Subject::Command { exe, argv })
-        };
-        let id = FindingId::new(Some(container), kind, &subject);
-        if let Some(finding) = entry.findings.get_mut(&id) {
-            if observation.source == Source::Scan {
-                // It may be the one that was told before a restart.
-                entry.remember_session(process.identity, id);
-                return;
-            }
-            finding.count += 1;
-            finding.revision += 1;
-            finding.last_seen = finding.last_seen.max(observation.at);
-            entry.remember_session(process.identity, id);
-        } else if !entry.has_room_for(kind) {
-            self.findings_full(container, now, effects);
-            return;
-        } else {
-            let source = observation.source.name();
-            let at = observation.at;
-            let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
-            finding.belongs_to(container, entry);
-            finding.process = Some(process.clone());
-            entry.insert_finding(finding);
-        }
-        self.publish(container, id, observation.at, effects);
     }
 
     fn findings_full(
@@ -1569,6 +1588,7 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
             recv(inputs.stop) -> _ => {
                 // What was judged is kept.
                 state.say_all(&mut effects);
+                state.say_sessions(Timestamp::now(), &mut effects);
                 effects.drain(..).for_each(|effect| drop(carry_out(effect, outputs)));
                 return;
             }

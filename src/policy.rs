@@ -1,5 +1,7 @@
 //! What should be done about a finding. Pure: the settings in, a verdict out.
 
+use jiff::SignedDuration;
+
 use crate::config::Respond;
 use crate::model::{Disposition, Kind, PathGlobs, Verdict};
 
@@ -11,6 +13,9 @@ pub struct Policy {
     pub respond: Respond,
     /// Where a new or changed file is `file.persistence`.
     pub persistence: PathGlobs,
+    /// How long a command that the runtime executes is watched for a rhythm before it
+    /// is reported: what comes again and again is a probe.
+    pub probe_patience: SignedDuration,
 }
 
 impl Policy {

@@ -515,6 +515,7 @@ fn summary(report: &Report) -> String {
         Fact::Absent { path, .. } => format!("absent {path}"),
         Fact::SessionOpened { opening } => format!("session {:?}", opening.process.argv),
         Fact::SessionRan { run, .. } => format!("ran {:?}", run.argv),
+        Fact::SessionRanMore { .. } => "ran more".to_owned(),
         Fact::SessionInteractive { .. } => "interactive".to_owned(),
         Fact::SessionProcessEnded { .. } => "ended".to_owned(),
         Fact::PackageManager { process } => format!("package manager {:?}", process.argv),
@@ -566,6 +567,7 @@ impl Upper {
             | Fact::ReverseShell { .. }
             | Fact::SessionOpened { .. }
             | Fact::SessionRan { .. }
+            | Fact::SessionRanMore { .. }
             | Fact::SessionInteractive { .. }
             | Fact::SessionProcessEnded { .. }
             | Fact::PackageManager { .. }) => panic!("a walk told {other:?}"),
@@ -1296,6 +1298,7 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
             | Fact::ReverseShell { .. }
             | Fact::SessionOpened { .. }
             | Fact::SessionRan { .. }
+            | Fact::SessionRanMore { .. }
             | Fact::SessionInteractive { .. }
             | Fact::SessionProcessEnded { .. }
             | Fact::PackageManager { .. } => (),

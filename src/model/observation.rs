@@ -39,6 +39,10 @@ pub struct Observation {
     pub container: ContainerId,
     pub at: Timestamp,
     pub source: Source,
+    /// The first process of the session to which the one that did it belongs, where
+    /// that is known by its descent. A process whose parents have ended has no
+    /// ancestors that tell.
+    pub session: Option<ProcessIdentity>,
     pub fact: Fact,
 }
 
@@ -48,6 +52,25 @@ impl Observation {
         match self.fact {
             Fact::Executed { times, .. } => times,
             _ => 1,
+        }
+    }
+}
+
+impl Fact {
+    /// Who did it, where that is known.
+    pub fn process(&self) -> Option<&Arc<Process>> {
+        match self {
+            Fact::Executed { process, .. }
+            | Fact::Loaded { process, .. }
+            | Fact::Interpreted { process, .. }
+            | Fact::ReverseShell { process, .. }
+            | Fact::PackageManager { process } => Some(process),
+            Fact::Present { writer, .. } | Fact::Absent { writer, .. } => writer.as_ref(),
+            Fact::SessionOpened { .. }
+            | Fact::SessionRan { .. }
+            | Fact::SessionRanMore { .. }
+            | Fact::SessionInteractive { .. }
+            | Fact::SessionProcessEnded { .. } => None,
         }
     }
 }
@@ -119,6 +142,8 @@ pub enum Fact {
     SessionOpened { opening: Arc<Opening> },
     /// A process of the session whose first process is `root` has become a program.
     SessionRan { root: ProcessIdentity, run: Arc<Run> },
+    /// Programs that were run in it beyond those that are told one by one.
+    SessionRanMore { root: ProcessIdentity, times: u64 },
     /// A process of a session has opened a terminal.
     SessionInteractive { root: ProcessIdentity, interactive: Interactive, tty: Option<String> },
     /// A process of a session has ended; if it is `root`, so has the session.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::RootfsPath;
 
 /// Names one process for good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ProcessIdentity {
     /// In the host's pid namespace.
     pub pid: u32,

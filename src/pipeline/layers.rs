@@ -192,12 +192,15 @@ impl State {
             .filter_map(|id| self.inventory.get(id)?.without_baseline)
             .min()
             .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
-        without_baseline.into_iter().chain(self.unsaid.due()).min()
+        [without_baseline, self.unsaid.due(), self.sessions.due()].into_iter().flatten().min()
     }
 
     pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         if self.unsaid.due().is_some_and(|due| due <= now) {
             self.say_all(effects);
+        }
+        if self.sessions.due().is_some_and(|due| due <= now) {
+            self.say_sessions(now, effects);
         }
         let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
         for id in unsettled {

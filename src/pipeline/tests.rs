@@ -5,8 +5,9 @@ use crate::baseline::{FileEntry, ImageBaseline, LayerDifference, LayerEntry, bla
 use crate::config::Respond;
 use crate::history::MemberChange;
 use crate::model::{
-    Ancestor, DiffId, EntryPoint, FileTime, FileType, Format, IdRange, ImageReference, Interactive,
-    Layer, LayerFile, LayerId, Opening, Outcome, OverlayDirs, ProcessIdentity, Sha256Hash, Task,
+    self, Ancestor, DeclaredProbe, DiffId, Entry as By, EntryPoint, Exit, FileTime, FileType,
+    Format, IdRange, ImageReference, Interactive, Layer, LayerFile, LayerId, Opening, Outcome,
+    OverlayDirs, ProbeSource, ProcessIdentity, Run, SessionState, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -33,6 +34,9 @@ struct Node {
     /// What was told of aggregated findings' files.
     changes: Vec<(FindingId, MemberChange)>,
     jobs: usize,
+    /// Every revision of a session, and its new commands.
+    sessions: Vec<(Session, Vec<model::Command>)>,
+    probes: Vec<Probe>,
 }
 
 impl Node {
@@ -48,6 +52,8 @@ impl Node {
             gaps: Vec::new(),
             changes: Vec::new(),
             jobs: 0,
+            sessions: Vec::new(),
+            probes: Vec::new(),
         }
     }
 
@@ -82,9 +88,11 @@ impl Node {
                     self.changes.extend(changes.into_iter().map(|change| (id, change)));
                     self.told.push(*finding);
                 }
-                Effect::Record(Record::Session { .. } | Record::Probe(_) | Record::Response(_)) => {
-                    ()
+                Effect::Record(Record::Session { session, commands }) => {
+                    self.sessions.push((*session, commands));
                 }
+                Effect::Record(Record::Probe(probe)) => self.probes.push(*probe),
+                Effect::Record(Record::Response(_)) => (),
                 Effect::Record(Record::Gap { name, .. }) => self.gaps.push(name),
                 Effect::Respond(order) => self.orders.push(order),
             }
@@ -95,7 +103,7 @@ impl Node {
         let words: Vec<&str> = line.split_whitespace().collect();
         let observed = |source, fact| {
             let at = Timestamp::from_second(self.clock + 1).unwrap();
-            Observation { container: id(words[1]), at, source, fact }
+            Observation { container: id(words[1]), at, source, session: None, fact }
         };
         let path = || RootfsPath::new(words[2]).unwrap();
         match words[..] {
@@ -155,23 +163,99 @@ impl Node {
                     .collect();
                 Input::Watch(Report::ScanBatch { container: id(name), ticket: None, observations })
             }
-            ["session", _, pid, tty] => {
+            ["session" | "entered" | "found", _, pid, tty, ref argv @ ..] => {
                 let mut process = process(pid.parse().unwrap());
                 process.tty = Some(tty.to_owned()).filter(|tty| tty != "-");
-                let interactive = process.tty.is_some().then_some(Interactive::Terminal);
+                process.argv = Some(texts(argv)).filter(|argv| !argv.is_empty());
+                let is_entered = words[0] == "entered";
                 let opening = Opening {
-                    entry: crate::model::Entry::RuntimeExec,
-                    interactive,
+                    entry: if is_entered { By::Namespace } else { By::RuntimeExec },
+                    interactive: process.tty.is_some().then_some(Interactive::Terminal),
                     process,
                     host: Vec::new(),
                     login: None,
                     requested_by: None,
                 };
+                let source = if words[0] == "found" { Source::Scan } else { Source::Gate };
                 let fact = Fact::SessionOpened { opening: Arc::new(opening) };
-                Input::Watch(Report::Observed(observed(Source::Gate, fact)))
+                Input::Watch(Report::Observed(observed(source, fact)))
+            }
+            ["ran-more", _, root, times] => {
+                let times = times.parse().unwrap();
+                let fact = Fact::SessionRanMore { root: identity(root), times };
+                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+            }
+            ["ran", _, root, pid, ref argv @ ..] => {
+                let run = Run {
+                    process: identity(pid),
+                    exe: Some(argv[0].to_owned()),
+                    argv: Some(texts(argv)),
+                    tty: None,
+                };
+                let fact = Fact::SessionRan { root: identity(root), run: Arc::new(run) };
+                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+            }
+            ["terminal", _, root, tty] => {
+                let (interactive, tty) = (Interactive::TerminalLater, Some(tty.to_owned()));
+                let fact = Fact::SessionInteractive { root: identity(root), interactive, tty };
+                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+            }
+            ["ended", _, root, pid, code] => {
+                let exit = code.parse().ok().map(|code| Exit { code: Some(code), signal: None });
+                let (root, process) = (identity(root), identity(pid));
+                let fact = Fact::SessionProcessEnded { root, process, exit };
+                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+            }
+            ["exec-started", name, exec_id, pid] => Input::Node(Change::ExecStarted {
+                container: id(name),
+                exec_id: exec_id.to_owned(),
+                pid: pid.parse().unwrap(),
+            }),
+            ["exec-exited", name, exec_id, pid, code] => Input::Node(Change::ExecExited {
+                container: id(name),
+                exec_id: exec_id.to_owned(),
+                pid: pid.parse().unwrap(),
+                exit: Exit { code: code.parse().ok(), signal: None },
+                at: Timestamp::from_second(self.clock + 1).unwrap(),
+            }),
+            // Executed by a process that descends from `root`, whose parents have ended.
+            ["left-behind", _, _, content, root] => {
+                let mut observation = observed(Source::Gate, exec(path(), content));
+                if let Fact::Executed { process, .. } = &mut observation.fact {
+                    Arc::make_mut(process).ancestors.clear();
+                }
+                observation.session = Some(identity(root));
+                Input::Watch(Report::Observed(observation))
             }
             _ => panic!("bad line: {line:?}"),
         }
+    }
+
+    /// The newest revision of the session whose first process is `pid`.
+    #[track_caller]
+    fn session(&self, pid: u32) -> &Session {
+        let mut sessions = self.sessions.iter().rev().map(|(session, _)| session);
+        sessions.find(|session| session.process.identity.pid == pid).expect("a session")
+    }
+
+    /// Its commands: arguments, and how they ended.
+    fn commands_of(&self, pid: u32) -> Vec<String> {
+        let mut newest = BTreeMap::new();
+        for (session, commands) in &self.sessions {
+            if session.process.identity.pid == pid {
+                newest.extend(commands.iter().map(|command| (command.number, command)));
+            }
+        }
+        let text = |command: &model::Command| {
+            let exit = command.exit.and_then(|exit| exit.code);
+            let end = match (command.ended_at, exit) {
+                (None, _) => "runs".to_owned(),
+                (Some(_), None) => "ended".to_owned(),
+                (Some(_), Some(code)) => code.to_string(),
+            };
+            format!("{}: {end}", command.argv.as_ref().unwrap().join(" "))
+        };
+        newest.into_values().map(text).collect()
     }
 
     /// The newest revision of every finding told so far.
@@ -259,6 +343,14 @@ fn container(name: &str, pid: Option<u32>) -> Container {
     }
 }
 
+fn texts(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
+}
+
+fn identity(pid: &str) -> ProcessIdentity {
+    ProcessIdentity { pid: pid.parse().unwrap(), start_time: 1 }
+}
+
 fn process(pid: u32) -> Process {
     Process {
         identity: ProcessIdentity { pid, start_time: 1 },
@@ -337,7 +429,13 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
     };
     let at = Timestamp::from_second(1).unwrap();
     let container = id("c1");
-    Input::Watch(Report::Observed(Observation { container, at, source: Source::Trace, fact }))
+    Input::Watch(Report::Observed(Observation {
+        container,
+        at,
+        source: Source::Trace,
+        session: None,
+        fact,
+    }))
 }
 
 #[test]
@@ -368,7 +466,13 @@ fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_ala
     };
     let at = Timestamp::from_second(1).unwrap();
     let (container, source) = (id("c1"), Source::Change);
-    node.give(Input::Watch(Report::Observed(Observation { container, at, source, fact })));
+    node.give(Input::Watch(Report::Observed(Observation {
+        container,
+        at,
+        source,
+        session: None,
+        fact,
+    })));
     node.give(load("/tmp/lib.so", "jni", app(), None));
     assert_eq!(node.told[1].severity, Severity::Info);
     assert_eq!(node.told[1].story, Some(node.told[0].id));
@@ -395,7 +499,13 @@ fn owners_are_told_as_the_container_names_them() {
             (state.uid, state.gid) = (uid, gid);
         }
         let at = Timestamp::from_second(9).unwrap();
-        Report::Observed(Observation { container: id("c1"), at, source: Source::Gate, fact })
+        Report::Observed(Observation {
+            container: id("c1"),
+            at,
+            source: Source::Gate,
+            session: None,
+            fact,
+        })
     };
     node.give(Input::Watch(owned("/tmp/x", 100_000, 200_033)));
     node.give(Input::Watch(owned("/tmp/y", 0, 100_000)));
@@ -533,6 +643,7 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
             container: id("c1"),
             at,
             source: Source::Change,
+            session: None,
             fact,
         })));
         let told = node.told.last().unwrap();
@@ -637,6 +748,7 @@ fn a_diff_names_every_difference_and_which_are_findings() {
             container: id("c1"),
             at: Timestamp::UNIX_EPOCH,
             source: Source::Scan,
+            session: None,
             fact: present(RootfsPath::new(path).unwrap(), content),
         })
         .into();
@@ -1077,7 +1189,7 @@ fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
 impl Node {
     fn see(&mut self, source: Source, fact: Fact) {
         let at = Timestamp::from_second(self.clock + 1).unwrap();
-        let observation = Observation { container: id("c1"), at, source, fact };
+        let observation = Observation { container: id("c1"), at, source, session: None, fact };
         self.give(Input::Watch(Report::Observed(observation)));
     }
 
@@ -1386,4 +1498,244 @@ fn the_removal_of_a_guard_is_never_one_of_many() {
     assert_eq!(node.kinds(), [(Kind::FileRemoved, 34, 501)]);
     let guard = node.newest().into_iter().find(|told| told.severity == Severity::Medium).unwrap();
     assert_eq!(guard.file.as_ref().unwrap().path, at("/sbin/tcpdump"));
+}
+
+/// A node whose sessions are watched for a rhythm.
+fn patient() -> Node {
+    let mut node = Node::running();
+    node.state.policy.probe_patience = jiff::SignedDuration::from_secs(30);
+    node
+}
+
+fn code(code: i32) -> Option<Exit> {
+    Some(Exit { code: Some(code), signal: None })
+}
+
+/// A node whose container `c1` declares one probe: `check`.
+fn declaring() -> Node {
+    let mut node = patient();
+    let mut one = container("c1", Some(7));
+    let (argv, source) = (texts(&["check"]), ProbeSource::Healthcheck);
+    one.probes = vec![DeclaredProbe { argv, source }];
+    node.give(Input::Node(Change::Container(Box::new(one))));
+    node
+}
+
+#[test]
+fn a_session_is_told_from_its_opening_to_its_end_with_its_commands_in_order() {
+    let mut node = Node::running();
+    node.play(
+        "session c1 100 pts/0 sh
+         exec-started c1 shell 100
+         ran c1 100 100 sh
+         ran c1 100 101 cp /bin/ls /tmp/x
+         ended c1 100 101 0
+         ran c1 100 102 /tmp/x
+         exec c1 /tmp/x evil
+         ended c1 100 102 3
+         ran c1 100 103 rm /tmp/x",
+    )
+    .wait(1);
+    let session = node.session(100);
+    assert_eq!((session.state, session.commands), (SessionState::Open, 4));
+    assert_eq!(session.exec_id.as_deref(), Some("shell"));
+    let commands = ["sh: runs", "cp /bin/ls /tmp/x: 0", "/tmp/x: 3", "rm /tmp/x: runs"];
+    assert_eq!(node.commands_of(100), commands);
+    // Both name each other.
+    let found = node.told.iter().find(|told| told.kind == Kind::ExecNew).unwrap();
+    assert_eq!(found.session, Some(session.id));
+    assert_eq!(session.findings, [found.id]);
+    let own = node.told.iter().find(|told| told.kind == Kind::SessionInteractive).unwrap();
+    assert_eq!(session.finding, Some(own.id));
+
+    node.play("ended c1 100 103 0\nended c1 100 100 7");
+    let session = node.session(100);
+    assert_eq!((session.state, session.exit), (SessionState::Closed, code(7)));
+    assert!(session.ended_at.unwrap() > session.started_at);
+    assert_eq!(node.commands_of(100)[0], "sh: 7");
+    // One session is one finding, which lasts as long as it.
+    let own = node.told.iter().rev().find(|told| told.kind == Kind::SessionInteractive).unwrap();
+    assert_eq!((own.count, Some(own.last_seen)), (1, session.ended_at));
+}
+
+#[test]
+fn a_program_that_becomes_another_one_has_ended_and_the_session_goes_on() {
+    let mut node = Node::running();
+    node.play("session c1 100 pts/0 sh\nran c1 100 100 sh\nran c1 100 100 bash").wait(1);
+    assert_eq!(node.commands_of(100), ["sh: ended", "bash: runs"]);
+    assert_eq!(node.session(100).state, SessionState::Open);
+}
+
+#[test]
+fn what_a_session_leaves_behind_is_still_its_own() {
+    let mut node = Node::running();
+    node.play("session c1 100 pts/0 sh\nended c1 100 100 0\nleft-behind c1 /tmp/x evil 100")
+        .wait(1);
+    let session = node.session(100);
+    assert_eq!((session.state, session.findings_total), (SessionState::Closed, 1));
+    assert_eq!(node.told.last().unwrap().session, Some(session.id));
+}
+
+#[test]
+fn what_was_told_before_its_session_is_the_sessions() {
+    let mut node = Node::running();
+    node.play("left-behind c1 /tmp/x evil 100\nsession c1 100 pts/0 sh");
+    assert_eq!(node.session(100).findings, [node.told[0].id]);
+}
+
+#[test]
+fn a30_whoever_joins_the_namespaces_is_told_so_and_with_a_terminal_twice() {
+    let mut node = Node::running();
+    node.play("entered c1 200 - ls /").expect(&["namespace.entered pid 200 x1 r1"]);
+    node.play("entered c1 300 pts/0 sh").expect(&[
+        "namespace.entered pid 200 x1 r1",
+        "namespace.entered pid 300 x1 r1",
+        "session.interactive pid 300 x1 r1",
+    ]);
+    assert!(node.told[0].detail.as_ref().unwrap().contains("past its runtime"));
+    node.wait(1);
+    assert_eq!(node.session(300).finding, Some(node.told[1].id));
+}
+
+#[test]
+fn a_terminal_that_is_opened_later_makes_a_session_interactive() {
+    let mut node = patient();
+    node.play("session c1 100 - python3 -c x\nterminal c1 100 pts/3\nterminal c1 100 pts/4")
+        .expect(&["session.interactive pid 100 x1 r1"]);
+    let session = node.session(100);
+    assert_eq!(session.interactive, Some(Interactive::TerminalLater));
+    assert_eq!(session.process.tty.as_deref(), Some("pts/3"));
+}
+
+#[test]
+fn b15_a_command_at_a_steady_rhythm_is_counted_and_never_reported() {
+    let mut node = patient();
+    for pid in 200..212 {
+        node.play(&format!("session c1 {pid} - pg_isready -q\nended c1 {pid} {pid} 0")).wait(8);
+    }
+    node.wait(60).expect(&[]);
+    let probe = node.probes.last().unwrap();
+    assert_eq!((probe.source, probe.count), (ProbeSource::Learned, 12));
+    assert_eq!(probe.interval_milliseconds, Some(11_000));
+    // Before it was known for one, it was a session like others.
+    let told: HashSet<u32> =
+        node.sessions.iter().map(|(session, _)| session.process.identity.pid).collect();
+    assert_eq!(told, (200..204).collect());
+}
+
+#[test]
+fn a29_a_command_that_comes_once_is_reported_when_no_rhythm_has_come() {
+    let mut node = patient();
+    node.play("session c1 200 - cat /etc/passwd\nended c1 200 200 0").expect(&[]);
+    assert_eq!(node.session(200).finding, None);
+    node.wait(40).expect(&["session.exec pid 200 x1 r1"]);
+    assert_eq!(node.session(200).finding, Some(node.told[0].id));
+    // Where driftd is to answer, nothing waits.
+    let mut node = patient();
+    node.state.policy.respond.kill_on = [Kind::SessionExec].into();
+    node.play("session c1 200 - cat /etc/passwd").expect(&["session.exec pid 200 x1 r1"]);
+    assert_eq!(node.orders.len(), 1);
+}
+
+#[test]
+fn a_declared_probe_is_counted_from_the_first_time_on() {
+    let mut node = declaring();
+    node.play("session c1 200 - check\nran c1 200 200 check").wait(60).expect(&[]);
+    assert!(node.sessions.is_empty());
+    assert_eq!(node.probes.last().unwrap().count, 1);
+    // With other arguments it is no probe.
+    node.play("session c1 201 - check --all").wait(60).expect(&["session.exec pid 201 x1 r1"]);
+}
+
+#[test]
+fn a_probe_that_runs_what_is_not_the_images_is_reported() {
+    let mut node = declaring();
+    node.play("session c1 100 - check\nran c1 100 100 check\nexec c1 /tmp/x evil").wait(1);
+    let kinds: Vec<Kind> = node.told.iter().map(|told| told.kind).collect();
+    assert!(kinds.contains(&Kind::SessionExec) && kinds.contains(&Kind::ExecNew), "{kinds:?}");
+    let session = node.session(100);
+    assert_eq!((session.findings_total, session.commands), (1, 1));
+    assert_eq!(node.commands_of(100), ["check: runs"]);
+    let own = node.told.iter().find(|told| told.kind == Kind::SessionExec).unwrap();
+    assert!(own.detail.as_ref().unwrap().contains("probe"), "{:?}", own.detail);
+}
+
+#[test]
+fn a_probe_that_is_to_be_reported_is_reported() {
+    let mut node = patient();
+    for pid in 200..206 {
+        node.play(&format!("session c1 {pid} - check\nended c1 {pid} {pid} 0"));
+    }
+    node.wait(1);
+    let id = node.probes.last().unwrap().id;
+    let mut effects = Vec::new();
+    assert!(node.state.set_probe(id, true, &mut effects).unwrap().reported);
+    assert_eq!(effects.len(), 1);
+    node.play("session c1 300 - check").wait(60).expect(&["session.exec pid 300 x1 r1"]);
+    assert_eq!(node.state.set_probe(model::ProbeId([0; 16]), true, &mut effects), None);
+}
+
+#[test]
+fn a_session_that_was_open_before_a_restart_goes_on() {
+    let mut node = Node::running();
+    node.play("session c1 100 pts/0 sh\nran c1 100 100 sh").wait(1);
+    let mut after = Node::new(Respond::default(), node.told.clone());
+    let mut gone = node.session(100).clone();
+    gone.process.identity.pid = 99;
+    gone.id = model::SessionId::new(&id("c1"), gone.process.identity);
+    // Its first process is gone.
+    gone.state = SessionState::Closed;
+    after.state.remember_sessions(vec![node.session(100).clone(), gone], Vec::new());
+    after.play("start c1\nbaseline\nattached c1\nfound c1 100 pts/0 sh").wait(1).expect(&[]);
+    after.play("ran c1 100 102 ls\nended c1 100 100 0");
+    let session = after.session(100);
+    assert_eq!((session.state, session.commands), (SessionState::Closed, 2));
+    assert!(session.revision > node.session(100).revision);
+    let gone = after.session(99);
+    assert_eq!((gone.state, gone.ended_at), (SessionState::Closed, None));
+}
+
+#[test]
+fn sessions_end_with_their_container() {
+    let mut node = Node::running();
+    node.play("session c1 100 pts/0 sh\nran c1 100 100 sh\nstop c1");
+    assert_eq!(node.session(100).state, SessionState::Closed);
+    assert_eq!(node.commands_of(100), ["sh: ended"]);
+}
+
+#[test]
+fn the_runtime_tells_how_an_execution_ended_whoever_tells_first() {
+    let mut node = Node::running();
+    node.play("exec-started c1 one 100\nsession c1 100 - true\nended c1 100 100 ?");
+    assert_eq!(node.session(100).exec_id.as_deref(), Some("one"));
+    assert_eq!((node.session(100).state, node.session(100).exit), (SessionState::Closed, None));
+    node.play("exec-exited c1 one 100 5");
+    assert_eq!(node.session(100).exit, code(5));
+    // Another one that has the same pid.
+    node.play("exec-exited c1 two 100 9").wait(1);
+    assert_eq!(node.session(100).exit, code(5));
+}
+
+#[test]
+fn commands_beyond_those_that_are_listed_are_counted() {
+    let mut node = Node::running();
+    node.play("session c1 100 pts/0 sh");
+    for pid in 1000..1600 {
+        node.play(&format!("ran c1 100 {pid} true"));
+    }
+    node.play("ran-more c1 100 400").wait(1);
+    assert_eq!(node.session(100).commands, 1000);
+    let listed: usize = node.sessions.iter().map(|(_, commands)| commands.len()).sum();
+    assert_eq!(listed, 512);
+}
+
+#[test]
+fn thousands_of_sessions_are_told_and_not_all_remembered() {
+    let mut node = Node::running();
+    for pid in 1000..6000 {
+        node.play(&format!("session c1 {pid} - true {pid}\nended c1 {pid} {pid} 0"));
+    }
+    let told: HashSet<_> = node.sessions.iter().map(|(session, _)| session.id).collect();
+    assert_eq!(told.len(), 5000);
+    assert!(node.gaps.is_empty());
 }

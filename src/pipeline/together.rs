@@ -130,7 +130,7 @@ impl State {
                     && known == told
                     && transaction.is_none_or(|transaction| transaction == id)
                 {
-                    self.seen_again(id, observation, now);
+                    self.seen_again(id, observation, evidence, now, effects);
                     return true;
                 }
                 let into = match manager {
@@ -172,7 +172,7 @@ impl State {
                 if let Some((id, known)) = entry.members.of(Deed::Executed, path)
                     && known == told
                 {
-                    self.seen_again(id, observation, now);
+                    self.seen_again(id, observation, evidence, now, effects);
                     return true;
                 }
                 let root = evidence.process.and_then(Process::own_root);
@@ -189,7 +189,15 @@ impl State {
     }
 
     /// A file that is known is seen again; what a scan finds again was told already.
-    fn seen_again(&mut self, id: FindingId, observation: &Observation, now: Timestamp) {
+    fn seen_again(
+        &mut self,
+        id: FindingId,
+        observation: &Observation,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.session_caused(observation, evidence.process, id, now, effects);
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(finding) = entry.findings.get_mut(&id) else { return };
@@ -203,6 +211,22 @@ impl State {
     /// Puts a file into an aggregated finding, which is made if it is not there.
     #[expect(clippy::too_many_arguments, reason = "what is to be told, and where to")]
     fn put(
+        &mut self,
+        into: &Into,
+        file: File<'_>,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.put_in(into, file, observation, judgement, evidence, now, effects);
+        let id = into.id(&observation.container);
+        self.session_caused(observation, evidence.process, id, now, effects);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what is to be told, and where to")]
+    fn put_in(
         &mut self,
         into: &Into,
         file: File<'_>,
@@ -317,6 +341,7 @@ impl State {
         if let Some(entry) = self.inventory.get(&observation.container) {
             finding.belongs_to(&observation.container, entry);
         }
+        finding.session = self.session_of(observation, Some(manager));
         finding
     }
 

@@ -14,5 +14,6 @@ pub mod map;
 pub mod mounts;
 pub mod overlay;
 pub mod perf;
+pub mod pidfd;
 pub mod priority;
 pub mod procfs;

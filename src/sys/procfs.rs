@@ -21,13 +21,15 @@ use std::sync::OnceLock;
 use procfs::process::Process;
 use rustix::fs::{Mode, OFlags};
 
-use crate::model::ProcessIdentity;
+use crate::model::{Exit, Login, ProcessIdentity};
 
 /// Bounds for what a process may make us read.
 pub const MAX_ARGUMENTS: usize = 128;
 pub const MAX_ARGUMENT_BYTES: usize = 4 * 1024;
 const MAX_CMDLINE_BYTES: u64 = 64 * 1024;
 const MAX_PATH: usize = 4096;
+const MAX_ENVIRONMENT_BYTES: u64 = 256 * 1024;
+const MAX_VALUE_BYTES: usize = 512;
 const MAX_ANCESTORS: usize = 32;
 /// A network namespace may have any number of connections, and a process any
 /// number of mappings.
@@ -115,14 +117,6 @@ pub fn age(process: ProcessIdentity) -> std::time::Duration {
     let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
     let since = process.start_time / ticks.max(1);
     std::time::Duration::from_secs(u64::try_from(up).unwrap_or(0).saturating_sub(since))
-}
-
-/// A handle of a process, by its pid alone: a hint, since the pid may be another
-/// process's by now.
-pub fn pidfd(pid: u32) -> io::Result<std::os::fd::OwnedFd> {
-    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-    let pid = pid.ok_or(io::ErrorKind::NotFound)?;
-    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
 }
 
 /// The name of a terminal, from `tty_nr` (proc_pid_stat(5), field 7).
@@ -223,6 +217,39 @@ impl Handle {
         parse_uid(&status).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
+    /// The login that it descends from: whose, and the audit session's number. `None`
+    /// if it descends from none, or the kernel keeps no audit of logins.
+    pub fn login(&self) -> Option<Login> {
+        let number = |name| -> Option<u32> {
+            let text = self.read(name, 32).ok()?;
+            let number = str::from_utf8(&text).ok()?.trim_end().parse().ok()?;
+            // What was never set is -1.
+            Some(number).filter(|number| *number != u32::MAX)
+        };
+        Some(Login { uid: number("loginuid")?, audit_session: number("sessionid") })
+    }
+
+    /// The first of these variables that is in the environment it began with.
+    pub fn variable(&self, names: &[String]) -> Option<Vec<u8>> {
+        let environment = self.read("environ", MAX_ENVIRONMENT_BYTES).ok()?;
+        names.iter().find_map(|name| {
+            let mut variables = environment.split(|&byte| byte == 0);
+            let value =
+                variables.find_map(|one| one.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+            Some(value[..value.len().min(MAX_VALUE_BYTES)].to_vec())
+        })
+    }
+
+    /// How it ended, while nobody has waited for it yet (proc_pid_stat(5), field 52).
+    pub fn exit(&self) -> Option<Exit> {
+        let text = self.read("stat", 2048).ok()?;
+        let fields = &text[text.iter().rposition(|&byte| byte == b')')? + 1..];
+        let fields: Vec<&str> = str::from_utf8(fields).ok()?.split_ascii_whitespace().collect();
+        // Behind the name comes field 3.
+        let is_over = matches!(*fields.first()?, "Z" | "X" | "x");
+        is_over.then(|| fields.get(52 - 3)?.parse().ok()).flatten().map(Exit::from_wait_status)
+    }
+
     /// Its working directory, as it is called from our root.
     pub fn working_directory(&self) -> io::Result<PathBuf> {
         self.process.cwd().map_err(into_io)
@@ -231,6 +258,14 @@ impl Handle {
     /// Names the pid namespace this process is in.
     pub fn pid_namespace(&self) -> io::Result<u64> {
         self.namespace("ns/pid")
+    }
+
+    /// Whether its pid namespace calls it 1 (proc_pid_status(5), `NSpid`).
+    pub fn is_first_in_pid_namespace(&self) -> bool {
+        let Ok(status) = self.read("status", 16 * 1024) else { return false };
+        let mut lines = status.split(|&byte| byte == b'\n');
+        let numbers = lines.find_map(|line| line.strip_prefix(b"NSpid:"));
+        numbers.is_some_and(|numbers| numbers.ends_with(b"\t1"))
     }
 
     /// Names the mount namespace this process is in.
@@ -334,6 +369,14 @@ impl Handle {
             }
             None => Descriptor::Other,
         })
+    }
+
+    /// Whether one of its descriptors is a terminal. `None` if it has no such one.
+    pub fn is_terminal(&self, number: u32) -> Option<bool> {
+        use std::os::unix::ffi::OsStrExt as _;
+        let link = std::fs::read_link(format!("/proc/{}/fd/{number}", self.process.pid)).ok()?;
+        let name = link.as_os_str().as_bytes();
+        Some(name.starts_with(b"/dev/pts/") || name == b"/dev/console")
     }
 
     /// Opens the file that is mapped there, only to ask what it is.
@@ -575,6 +618,22 @@ pub fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Handle> {
         if is_outside {
             break;
         }
+    }
+    chain
+}
+
+/// A process and its parents on the host, nearest first; what began after its child
+/// has another's pid, and ends the chain.
+pub fn chain(pid: u32) -> Vec<Handle> {
+    let mut chain: Vec<Handle> = Vec::new();
+    let (mut next, mut started) = (pid, u64::MAX);
+    while chain.len() < MAX_ANCESTORS
+        && let Ok(handle) = Handle::open(next)
+        && handle.identity().start_time <= started
+    {
+        started = handle.identity().start_time;
+        next = handle.first_stat().parent;
+        chain.push(handle);
     }
     chain
 }

@@ -16,7 +16,7 @@ use super::gate::Execution;
 use super::lower;
 use super::mounts;
 use super::process::{self, Executing};
-use super::sessions;
+use super::sessions::{self, Opened, is_before_entry_point};
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
@@ -124,7 +124,15 @@ fn describe_one(
             let began = Instant::now();
             let others_wait = || sessions::others_wait(began, others.len());
             let executing = process::after_exec(&caller, &watched, &others_wait);
-            sessions.tell(shared, &watched, at, Source::Gate, executing.process.clone());
+            let opened = Opened {
+                process: executing.process.clone(),
+                pidfd: caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
+                is_by_runtime: caller
+                    .stat
+                    .as_ref()
+                    .is_some_and(|stat| is_before_entry_point(&stat.comm)),
+            };
+            sessions.tell(shared, &watched, at, Source::Gate, opened);
             executing
         })
     };

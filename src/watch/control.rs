@@ -225,6 +225,9 @@ impl Marker {
             init.mount_namespace().ok(),
             Some(ControlGroups { unified: init.cgroup().ok(), perf: init.perf_cgroup() }),
         ));
+        if init.is_first_in_pid_namespace() {
+            watched.set_has_own_pid_namespace();
+        }
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);
         // Known before it is marked, so that its first event finds it.

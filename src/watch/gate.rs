@@ -32,13 +32,14 @@ use super::crowd::{self, Crowd, More};
 use super::files::Held;
 use super::mounts;
 use super::process::Caller;
+use super::sessions::is_before_entry_point;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
 use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
-use crate::sys::{file, procfs};
+use crate::sys::{file, pidfd, procfs};
 
 /// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
@@ -228,6 +229,11 @@ impl Gate {
         // files beside it), and only now is the process certain to be there.
         let caller = procfs::read_stat(event.pid).ok();
         let whose = stat.as_ref().ok().and_then(|stat| self.whose(event, stat));
+        // Who comes in may be over before anybody else looks, and how it ended is
+        // told by a handle only.
+        let is_coming_in =
+            caller.as_ref().is_some_and(|caller| is_before_entry_point(&caller.comm));
+        let pidfd = if is_coming_in { pidfd::open(event.pid).ok() } else { None };
         let at = Timestamp::now();
         // First, so that who has been answered finds itself counted.
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
@@ -239,7 +245,10 @@ impl Gate {
             }
         }
         match stat {
-            Ok(stat) => self.hand_on(event, whose, stat, caller, at, calm.as_ref()),
+            Ok(stat) => {
+                let caller = Caller { stat: caller, pid: event.pid, pidfd };
+                self.hand_on(event, whose, stat, caller, at, calm.as_ref());
+            }
             Err(err) => self.lose_sight(&err),
         }
     }
@@ -252,6 +261,7 @@ impl Gate {
         match file::stat(&event.file) {
             Ok(stat) => {
                 let whose = self.whose(&event, &stat);
+                let caller = Caller { stat: caller, pid: event.pid, pidfd: None };
                 self.hand_on(event, whose, stat, caller, at, None);
             }
             Err(err) => self.lose_sight(&err),
@@ -281,14 +291,13 @@ impl Gate {
         event: Event,
         whose: Option<(Arc<Watched>, Filesystem)>,
         stat: file::Stat,
-        caller: Option<procfs::Stat>,
+        caller: Caller,
         at: Timestamp,
         calm: Option<&Calm>,
     ) {
         // Of a container that is not watched any more, or the host's.
         let Some((watched, filesystem)) = whose else { return };
         let Event { file, pid, .. } = event;
-        let caller = Caller { stat: caller, pid, pidfd: None };
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.
@@ -330,7 +339,8 @@ impl Gate {
         };
         // Only to sleep no longer than the process lives: who it is, its start time
         // says, and a handle with every event would cost more than all the rest.
-        let caller = Caller { pidfd: procfs::pidfd(pid).ok(), ..caller };
+        let pidfd = caller.pidfd.or_else(|| pidfd::open(pid).ok());
+        let caller = Caller { pidfd, ..caller };
         let file = Held::new(&watched, file);
         let execution =
             Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more };

@@ -173,7 +173,7 @@ impl TraceConsumer for Tracing {
         }
     }
 
-    fn exited(&mut self, pid: u32) {
+    fn exited(&mut self, _: &Shared, pid: u32, _: u64) {
         self.programs.running.remove(&pid);
     }
 

@@ -18,6 +18,7 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
+mod acts;
 mod arm;
 mod code;
 mod content;
@@ -35,6 +36,7 @@ mod names;
 mod packages;
 mod process;
 mod processes;
+mod roots;
 mod scan;
 mod scripts;
 mod sessions;
@@ -218,7 +220,8 @@ impl Watch {
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
         let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
-        let shared = Shared::new(settings.clone(), reports, health, wake_scan);
+        let (acts, receive_acts) = bounded(COMMAND_QUEUE);
+        let shared = Shared::new(settings.clone(), reports, health, wake_scan, acts);
         let shared = Arc::new(shared.map_err(Error::Wake)?);
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
@@ -297,20 +300,17 @@ impl Watch {
             copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
         }
         let ours = shared.clone();
+        watch.spawn("sessions", move || acts::run(&ours, &receive_acts))?;
+        let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
         if let Some(recorder) = recorder {
             // What else is made of the records.
-            let mut consumers: Vec<Box<dyn TraceConsumer>> = vec![
+            let consumers: Vec<Box<dyn TraceConsumer>> = vec![
                 Box::new(libraries::Tracing::new(loadings, started)),
                 Box::new(packages::Descent::new(processes.clone())),
+                Box::new(processes::Entries::new(processes.clone())),
+                Box::new(acts::Acts::default()),
             ];
-            match settings.gate {
-                config::Gate::Ask => (),
-                // The gate is not asked about every program, or too late.
-                config::Gate::Free | config::Gate::Notify => {
-                    consumers.push(Box::new(processes::Entries::new(processes.clone())));
-                }
-            }
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
             watch.spawn("trace", || trace.run(recorder))?;
         }

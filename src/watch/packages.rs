@@ -264,8 +264,12 @@ impl Births {
         }
     }
 
+    pub(super) fn born(&mut self, pid: u32, parent: u32, read_at: u64) {
+        self.insert(pid, Birth { parent, read_at });
+    }
+
     /// The parent, its parent, and so on.
-    fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
+    pub(super) fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
         let parent = move |pid: &u32| {
             let birth = self.parents.get(pid)?;
             // Not of another process that has the pid by now.
@@ -289,8 +293,8 @@ impl Descent {
 
 impl TraceConsumer for Descent {
     fn forked(&mut self, shared: &Shared, pid: u32, parent: u32) {
-        let birth = Birth { parent, read_at: procfs::ticks_since_boot() };
-        shared.births().insert(pid, birth);
+        shared.births().born(pid, parent, procfs::ticks_since_boot());
+        shared.roots().born(pid, parent);
     }
 
     fn executed(

@@ -169,14 +169,15 @@ pub(super) fn ancestors_from(parent: u32, watched: &Watched) -> Vec<Ancestor> {
 }
 
 fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Ancestor> {
-    procfs::ancestors(stat, pid_namespace)
-        .into_iter()
-        .map(|handle| Ancestor {
-            identity: handle.identity(),
-            exe: handle.exe().ok().as_deref().map(text),
-            argv: handle.arguments().ok().flatten().as_deref().map(texts),
-        })
-        .collect()
+    procfs::ancestors(stat, pid_namespace).iter().map(ancestor).collect()
+}
+
+pub(super) fn ancestor(handle: &Handle) -> Ancestor {
+    Ancestor {
+        identity: handle.identity(),
+        exe: handle.exe().ok().as_deref().map(text),
+        argv: handle.arguments().ok().flatten().as_deref().map(texts),
+    }
 }
 
 /// The name under which a program was called, where that says more than `path`.

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::gate::Seen;
 use super::process::{self, Caller};
-use super::sessions::{self, is_before_entry_point};
+use super::sessions::{self, Opened, is_before_entry_point};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::TraceConsumer;
@@ -59,7 +59,12 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
         let began = Instant::now();
         let others_wait = || sessions::others_wait(began, others.len());
         let executing = process::after_exec(&seen.caller, &seen.watched, &others_wait);
-        sessions.tell(shared, &seen.watched, seen.at, Source::Gate, executing.process);
+        let opened = Opened {
+            process: executing.process,
+            pidfd: seen.caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
+            is_by_runtime: is_before_entry_point(&stat.comm),
+        };
+        sessions.tell(shared, &seen.watched, seen.at, Source::Gate, opened);
     }
 }
 
@@ -75,7 +80,9 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.sessions();
     if sessions.opens(stat, &seen.watched) {
-        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, Process::clone(&process));
+        let process = Process::clone(&process);
+        let opened = Opened { process, pidfd: None, is_by_runtime: false };
+        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
     }
 }
 
@@ -144,16 +151,10 @@ fn owner(shared: &Shared, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watc
 }
 
 fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
-    let Some(namespace) = watched.pid_namespace else { return };
-    // Containers of one pod may share a pid namespace, but not a mount namespace.
-    if handle.pid_namespace().ok() != Some(namespace)
-        || handle.mount_namespace().ok() != watched.mount_namespace
-    {
-        return;
-    }
     let mut sessions = shared.sessions();
-    if sessions.is_open(handle, namespace, watched) {
+    if sessions.is_open(handle, watched) {
         let process = process::as_it_is(handle, watched);
-        sessions.tell(shared, watched, Timestamp::now(), Source::Scan, process);
+        let opened = Opened { process, pidfd: None, is_by_runtime: false };
+        sessions.tell(shared, watched, Timestamp::now(), Source::Scan, opened);
     }
 }

@@ -775,12 +775,9 @@ impl Walk<'_> {
     }
 
     fn push(&mut self, fact: Fact) -> Result<(), Interrupted> {
-        self.batch.push(Observation {
-            container: self.watched.container.clone(),
-            at: Timestamp::now(),
-            source: Source::Scan,
-            fact,
-        });
+        let observation =
+            self.shared.observation(self.watched, Timestamp::now(), Source::Scan, fact);
+        self.batch.push(observation);
         if self.batch.len() >= BATCH { self.flush() } else { Ok(()) }
     }
 

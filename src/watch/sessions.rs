@@ -1,15 +1,22 @@
-//! Who comes into a container from outside: a process in the container's pid
-//! namespace whose parent is not, and that is not the container's init.
+//! Who comes into a container from outside: a process in one of the container's
+//! namespaces, its control group or its root whose parent is in none of them, and that
+//! is not the container's init.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
+use super::acts::Act;
+use super::process;
 use super::shared::Shared;
 use super::table::Watched;
-use crate::model::{Fact, Process, ProcessIdentity, Source};
+use crate::model::{
+    Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
+};
+use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
 
 /// Half of how many processes are remembered.
@@ -80,7 +87,7 @@ pub(super) fn is_before_entry_point(comm: &[u8]) -> bool {
 }
 
 impl Sessions {
-    /// Judges a process that the gate saw; true once for each session's root.
+    /// Judges a process that the gate saw; true once for each session's first process.
     pub(super) fn opens(&mut self, caller: &Stat, watched: &Watched) -> bool {
         let identity = caller.identity;
         if self.judged.contains(identity) {
@@ -101,28 +108,27 @@ impl Sessions {
             self.inside.insert(identity);
             return false;
         }
-        let Some(namespace) = watched.pid_namespace else { return false };
         let Ok(handle) = Handle::open_exactly(identity) else {
             // Gone, and its parent tells nothing certain: no session is invented.
             return false;
         };
-        let Some(is_root) = is_root(&handle, Some(caller.parent), namespace) else { return false };
+        let Some(is_root) = is_root(&handle, Some(caller.parent), watched) else { return false };
         self.judged.insert(identity);
-        if handle.pid_namespace().is_ok_and(|own| own == namespace) {
+        if is_inside(&handle, watched) {
             self.inside.insert(identity);
         }
         is_root
     }
 
     /// Judges a process that a scan found.
-    pub(super) fn is_open(&mut self, handle: &Handle, namespace: u64, watched: &Watched) -> bool {
+    pub(super) fn is_open(&mut self, handle: &Handle, watched: &Watched) -> bool {
         let stat = handle.first_stat();
         // One that has not become its command yet will be seen by the gate.
         if stat.identity == watched.init
             || stat.has_ended()
             || is_before_entry_point(&stat.comm)
             || self.judged.contains(stat.identity)
-            || is_root(handle, None, namespace) != Some(true)
+            || is_root(handle, None, watched) != Some(true)
         {
             return false;
         }
@@ -139,20 +145,21 @@ impl Sessions {
         watched: &Arc<Watched>,
         at: Timestamp,
         source: Source,
-        process: Process,
+        opened: Opened,
     ) {
-        let identity = process.identity;
-        let opening = crate::model::Opening {
-            entry: crate::model::Entry::RuntimeExec,
-            interactive: process.tty.is_some().then_some(crate::model::Interactive::Terminal),
-            process,
-            host: Vec::new(),
-            login: None,
-            requested_by: None,
-        };
+        let root = opened.process.identity;
+        // Whoever comes later to a session is found by its first process.
+        shared.roots().open(&watched.container, root);
+        let handle = opened.pidfd;
+        let opening = opening(shared, watched, opened.process, opened.is_by_runtime);
+        let is_interactive = opening.interactive.is_some();
         let fact = Fact::SessionOpened { opening: Arc::new(opening) };
-        if !shared.observe(watched, at, source, fact) {
-            self.judged.remove(identity);
+        if shared.observe(watched, at, source, fact) {
+            let watched_too = watched.clone();
+            let act = Act::Opened { watched: watched_too, root, is_interactive, process: handle };
+            shared.act(watched, act);
+        } else {
+            self.judged.remove(root);
         }
     }
 
@@ -164,10 +171,44 @@ impl Sessions {
     }
 }
 
-/// Whether a process is in the namespace and its parent is not; `None` if that
+/// A session that was found to be open.
+pub(super) struct Opened {
+    pub(super) process: Process,
+    /// A handle of its first process that was opened before it could end.
+    pub(super) pidfd: Option<OwnedFd>,
+    /// It was seen while it was still the runtime's own program.
+    pub(super) is_by_runtime: bool,
+}
+
+/// Whether a process is in the container: by its mount namespace, its pid namespace,
+/// its control group or its root directory. One of them is enough: who joins only one
+/// of them is in it all the same.
+fn is_inside(handle: &Handle, watched: &Watched) -> bool {
+    let is_own = |own: Option<u64>, namespace: std::io::Result<u64>, is_hosts: fn(u64) -> bool| {
+        namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
+    };
+    is_own(watched.mount_namespace, handle.mount_namespace(), procfs::is_host_mount_namespace)
+        || (watched.has_own_pid_namespace()
+            && is_own(watched.pid_namespace, handle.pid_namespace(), |namespace| {
+                procfs::is_host_pid_namespace(namespace)
+            }))
+        || is_in_control_group(handle, watched) == Some(true)
+        || file::stat_path(handle.root_path())
+            .is_ok_and(|root| root.device == watched.device && root.mount == watched.mount)
+}
+
+/// `None` if the container has none of its own, or the process is gone.
+fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
+    let own = watched.cgroup.as_deref()?;
+    let cgroup = handle.cgroup().ok()?;
+    let below = cgroup.strip_prefix(own);
+    Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
+}
+
+/// Whether a process is in the container and its parent is not; `None` if that
 /// cannot be told any more.
-fn is_root(handle: &Handle, parent_at_exec: Option<u32>, namespace: u64) -> Option<bool> {
-    if handle.pid_namespace().ok()? != namespace {
+fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> Option<bool> {
+    if !is_inside(handle, watched) {
         return Some(false);
     }
     let start_time = handle.identity().start_time;
@@ -177,12 +218,93 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, namespace: u64) -> Opti
         .and_then(|pid| Handle::open(pid).ok())
         .filter(|parent| parent.identity().start_time <= start_time)
         .or_else(|| Handle::open(handle.stat().ok()?.parent).ok())?;
-    Some(parent.pid_namespace().ok()? != namespace)
+    Some(!is_inside(&parent, watched))
+}
+
+/// What is to be told of a session's beginning, gathered while it may be ending.
+fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: bool) -> Opening {
+    let identity = process.identity;
+    let handle = Handle::open_exactly(identity).ok();
+    let has_terminal = process.tty.is_some()
+        || handle.as_ref().is_some_and(|handle| handle.is_terminal(0) == Some(true));
+    let shim = procfs::read_stat(watched.init.pid).ok().map(|init| init.parent);
+    let parent = process.ancestors.last().map(|outermost| outermost.identity.pid);
+    let parent = parent.or_else(|| Some(handle.as_ref()?.first_stat().parent));
+    let chain = parent.map(procfs::chain).unwrap_or_default();
+    let evidence = Evidence {
+        is_by_runtime,
+        is_child_of_shim: chain.iter().any(|one| Some(one.identity().pid) == shim),
+        is_parent_gone: chain.is_empty(),
+        is_in_control_group: handle.as_ref().and_then(|one| is_in_control_group(one, watched)),
+    };
+    let host = chain.iter().skip(usize::from(!process.ancestors.is_empty()));
+    let requested_by =
+        handle.as_ref().and_then(|handle| handle.variable(&shared.settings.requester_variables));
+    Opening {
+        entry: evidence.entry(),
+        interactive: has_terminal.then_some(Interactive::Terminal),
+        host: host.map(process::ancestor).collect(),
+        login: handle.as_ref().and_then(Handle::login),
+        requested_by: requested_by.as_deref().map(printable),
+        process,
+    }
+}
+
+/// By what it is told how a session came in. Names are no evidence: what a process
+/// descends from and where its runtime has put it are.
+#[derive(Clone, Copy, Debug)]
+struct Evidence {
+    is_by_runtime: bool,
+    /// It descends from whoever started the container's init.
+    is_child_of_shim: bool,
+    /// Nothing is known of its parent: who is executed by a shim, and ends at once.
+    is_parent_gone: bool,
+    is_in_control_group: Option<bool>,
+}
+
+impl Evidence {
+    fn entry(self) -> Entry {
+        match self {
+            Evidence { is_in_control_group: Some(false), .. } => Entry::Namespace,
+            Evidence { is_child_of_shim: true, .. } => Entry::RuntimeExec,
+            Evidence { is_by_runtime: true, is_parent_gone: true, .. } => Entry::RuntimeExec,
+            Evidence { is_by_runtime: true, .. } => Entry::RuntimeDirect,
+            // A runtime puts what it executes into the container's control group.
+            Evidence { is_in_control_group: Some(true), .. } => Entry::RuntimeDirect,
+            Evidence { is_in_control_group: None, .. } => Entry::Namespace,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn how_a_session_came_in_is_told_by_evidence() {
+        let none = Evidence {
+            is_by_runtime: false,
+            is_child_of_shim: false,
+            is_parent_gone: false,
+            is_in_control_group: None,
+        };
+        let check = |evidence: Evidence, expected| assert_eq!(evidence.entry(), expected);
+        let inside = Some(true);
+        let shim = Evidence { is_child_of_shim: true, is_in_control_group: inside, ..none };
+        check(shim, Entry::RuntimeExec);
+        check(Evidence { is_by_runtime: true, ..shim }, Entry::RuntimeExec);
+        let by_hand = Evidence { is_by_runtime: true, is_in_control_group: inside, ..none };
+        check(by_hand, Entry::RuntimeDirect);
+        check(Evidence { is_by_runtime: false, ..by_hand }, Entry::RuntimeDirect);
+        // Over before anything but the gate's own facts could be read.
+        let short = Evidence { is_by_runtime: true, is_parent_gone: true, ..none };
+        check(short, Entry::RuntimeExec);
+        // Whatever it calls itself, no runtime has put it there.
+        let outside = Some(false);
+        check(Evidence { is_in_control_group: outside, ..none }, Entry::Namespace);
+        check(Evidence { is_in_control_group: outside, ..by_hand }, Entry::Namespace);
+        check(none, Entry::Namespace);
+    }
 
     #[test]
     fn what_is_asked_for_is_not_forgotten_and_the_rest_is() {

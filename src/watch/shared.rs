@@ -13,10 +13,12 @@ use jiff::Timestamp;
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::Report;
+use super::acts::Act;
 use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::{Births, Packages};
+use super::roots::Roots;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use super::writers::{Named, Writer, Writers};
@@ -36,6 +38,8 @@ pub(super) struct Shared {
     reports: Sender<Box<Report>>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
+    roots: Mutex<Roots>,
+    acts: Sender<Box<Act>>,
     /// Files on other filesystems about which the gate was asked, by who executes
     /// them: the kernel's records come later and must not tell them again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
@@ -110,6 +114,7 @@ impl Shared {
         reports: Sender<Box<Report>>,
         health: Arc<Health>,
         wake_scan: Sender<()>,
+        acts: Sender<Box<Act>>,
     ) -> io::Result<Shared> {
         let end = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Shared {
@@ -122,6 +127,8 @@ impl Shared {
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
+            roots: Mutex::default(),
+            acts,
             asked: Mutex::default(),
             packages: Mutex::default(),
             births: Mutex::default(),
@@ -265,6 +272,37 @@ impl Shared {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What was seen, and in which session it was done.
+    pub(super) fn observation(
+        &self,
+        watched: &Watched,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> Observation {
+        let session = fact.process().and_then(|process| {
+            let named = Named::now(process.identity.pid);
+            self.roots().of(&watched.container, &self.births(), named)
+        });
+        Observation { container: watched.container.clone(), at, source, session, fact }
+    }
+
+    pub(super) fn roots(&self) -> MutexGuard<'_, Roots> {
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the thread that keeps an eye on sessions, without ever waiting.
+    pub(super) fn act(&self, watched: &Arc<Watched>, act: Act) {
+        match self.acts.try_send(Box::new(act)) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(_)) => self.lose(
+                Failure::ProcessQueueFull,
+                Some(watched),
+                "too many acts of sessions wait to be looked at",
+            ),
+        }
+    }
+
     /// Hands an observation on without ever waiting; false if it was lost.
     pub(super) fn observe(
         &self,
@@ -273,7 +311,7 @@ impl Shared {
         source: Source,
         fact: Fact,
     ) -> bool {
-        let observation = Observation { container: watched.container.clone(), at, source, fact };
+        let observation = self.observation(watched, at, source, fact);
         match self.reports.try_send(Box::new(Report::Observed(observation))) {
             // Nobody listens any more: the daemon is ending.
             Ok(()) | Err(TrySendError::Disconnected(_)) => true,
@@ -343,7 +381,7 @@ impl Shared {
         source: Source,
         fact: Fact,
     ) {
-        let observation = Observation { container: watched.container.clone(), at, source, fact };
+        let observation = self.observation(watched, at, source, fact);
         if !self.report_patiently(Report::Observed(observation)) && !self.is_stopping() {
             self.lose(
                 Failure::PipelineFull,
@@ -501,6 +539,7 @@ impl Shared {
     pub(super) fn forget(&self, watched: &Arc<Watched>) {
         self.table.remove(watched);
         self.names.forget(watched);
+        self.roots().forget(&watched.container);
     }
 }
 

@@ -29,6 +29,7 @@ pub(super) struct Watched {
     /// root, a directory of the host for a mere chroot.
     pub(super) root_name: Vec<u8>,
     pub(super) pid_namespace: Option<u64>,
+    has_own_pid_namespace: AtomicBool,
     pub(super) mount_namespace: Option<u64>,
     /// Its control group in the unified hierarchy; `None` where there is none of
     /// its own.
@@ -183,6 +184,7 @@ impl Watched {
             mount: root.mount,
             root_name,
             pid_namespace,
+            has_own_pid_namespace: AtomicBool::new(false),
             mount_namespace,
             cgroup: unified.filter(|cgroup| cgroup.len() > 1),
             perf_cgroup: perf,
@@ -201,6 +203,16 @@ impl Watched {
             unannounced: AtomicBool::new(false),
             files: Files::default(),
         }
+    }
+
+    /// Whether its init is the first process of a pid namespace, as its processes
+    /// number themselves: another container may be in that too, but was put there.
+    pub(super) fn has_own_pid_namespace(&self) -> bool {
+        self.has_own_pid_namespace.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_has_own_pid_namespace(&self) {
+        self.has_own_pid_namespace.store(true, Ordering::Release);
     }
 
     pub(super) fn layers(&self) -> Option<&Layers> {

@@ -59,8 +59,12 @@ pub(super) trait TraceConsumer: Send {
     /// so neither its program nor its dynamic linker.
     fn mapped(&mut self, _: &Shared, _: &Arc<Watched>, _: &Mapped) {}
 
-    /// A process has ended, of a container or not.
-    fn exited(&mut self, _pid: u32) {}
+    /// A process has ended, of a container or not, at this time by the records' clock.
+    fn exited(&mut self, _: &Shared, _pid: u32, _time: u64) {}
+
+    /// The records that were there have been read. Called a few times a second, also
+    /// when there are none.
+    fn turn(&mut self, _: &Shared) {}
 
     /// Records were lost: what is remembered of processes may be wrong.
     fn lost(&mut self) {}
@@ -324,7 +328,7 @@ impl Trace {
             for record in records.drain(..complete) {
                 self.take(record);
             }
-            self.forget_ended(horizon);
+            self.end_turn(horizon);
         }
     }
 
@@ -339,7 +343,7 @@ impl Trace {
             for record in records.drain(..) {
                 self.take(record);
             }
-            self.forget_ended(perf::now());
+            self.end_turn(perf::now());
         }
     }
 
@@ -348,6 +352,13 @@ impl Trace {
         self.ended.clear();
         self.consumers.iter_mut().for_each(|consumer| consumer.lost());
         self.shared.lose(Failure::TraceLost, None, detail);
+    }
+
+    fn end_turn(&mut self, now: u64) {
+        self.forget_ended(now);
+        for consumer in &mut self.consumers {
+            consumer.turn(&self.shared);
+        }
     }
 
     fn forget_ended(&mut self, now: u64) {
@@ -401,7 +412,9 @@ impl Trace {
                 }
                 // It has tried what it was not let execute.
                 drop(self.shared.take_asked(pid, time));
-                self.consumers.iter_mut().for_each(|consumer| consumer.exited(pid));
+                for consumer in &mut self.consumers {
+                    consumer.exited(&self.shared, pid, time);
+                }
             }
             Record::Lost { count, time: _ } => {
                 self.lose(&format!("the kernel had no room for {count} records of executions"));
@@ -665,6 +678,14 @@ impl Trace {
     }
 }
 
+/// When something happened, by a record's time.
+pub(super) fn time_of(record: u64) -> Timestamp {
+    let age = perf::now().saturating_sub(record);
+    let age = SignedDuration::from_nanos(i64::try_from(age).unwrap_or(0));
+    let now = Timestamp::now();
+    now.saturating_sub(age).unwrap_or(now)
+}
+
 /// One execve, with what is known from before it.
 struct Execution<'a> {
     watched: Arc<Watched>,
@@ -685,11 +706,9 @@ impl Execution<'_> {
         handle: Option<Handle>,
         is_parent_outside: bool,
     ) -> Unseen {
-        let age = perf::now().saturating_sub(self.executed.time);
-        let age = SignedDuration::from_nanos(i64::try_from(age).unwrap_or(0));
         Unseen {
             watched: self.watched.clone(),
-            at: Timestamp::now().saturating_sub(age).unwrap_or_else(|_| Timestamp::now()),
+            at: time_of(self.executed.time),
             filesystem,
             name,
             file,

@@ -1,0 +1,370 @@
+//! What is done in sessions: which programs they run, how those end, and whether a
+//! terminal is opened.
+//!
+//! ```text
+//! trace ── records ──> Acts ── of a session? ──> Act ─┐
+//! gate ─> processes ── a session opens ──────────────┴─> this thread ─> Report
+//! ```
+//!
+//! The kernel's records say what was run, in which order and when it ended; they are
+//! kept for a moment, since a session is told a little later than what it has begun
+//! with. How something ended, a handle of the process says that was opened while it
+//! lived.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use jiff::Timestamp;
+
+use super::shared::Shared;
+use super::table::Watched;
+use super::trace::{TraceConsumer, time_of};
+use super::writers::Named;
+use crate::model::session::MAX_COMMANDS;
+use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, Source, printable};
+use crate::sys::file;
+use crate::sys::perf::{Executed, Mapped};
+use crate::sys::pidfd;
+use crate::sys::procfs::{self, Handle};
+
+/// What the thread is told.
+#[derive(Debug)]
+pub(super) enum Act {
+    /// A session has opened; with a handle of its first process, if one was had.
+    Opened {
+        watched: Arc<Watched>,
+        root: ProcessIdentity,
+        is_interactive: bool,
+        process: Option<OwnedFd>,
+    },
+    Ran(Ran),
+    /// Beyond those that are told one by one.
+    RanMore {
+        watched: Arc<Watched>,
+        root: ProcessIdentity,
+        times: u64,
+    },
+    /// A process of a session has ended.
+    Exited {
+        root: ProcessIdentity,
+        pid: u32,
+        at: Timestamp,
+    },
+}
+
+/// A program that was run in a session.
+#[derive(Debug)]
+pub(super) struct Ran {
+    watched: Arc<Watched>,
+    root: ProcessIdentity,
+    pid: u32,
+    at: Timestamp,
+    /// As the kernel recorded it: of a script, its interpreter.
+    exe: Option<Vec<u8>>,
+    /// The same execve, by the records' clock.
+    time: u64,
+    process: Option<OwnedFd>,
+}
+
+/// How long what was run waits for a session that it belongs to, and how much of it.
+const BEFORE_OPENING: Duration = Duration::from_secs(3);
+const MAX_WAITING: usize = 4 * 1024;
+/// Processes of sessions whose end is waited for.
+const MAX_RUNNING: usize = 16 * 1024;
+/// How often those that were run beyond the listed ones are told.
+const TELL_MORE_EVERY: Duration = Duration::from_secs(1);
+
+/// By the kernel's records: what sessions run.
+#[derive(Default)]
+pub(super) struct Acts {
+    /// Run by processes that are of no session, as far as is known yet.
+    waiting: VecDeque<(Instant, Ran)>,
+    /// How many sessions had opened when `waiting` was last looked through.
+    opened: u64,
+    running: HashMap<u32, ProcessIdentity>,
+    counts: HashMap<ProcessIdentity, Count>,
+    told_more: Option<Instant>,
+}
+
+/// What one session has run.
+struct Count {
+    watched: Arc<Watched>,
+    told: u64,
+    more: u64,
+}
+
+impl Acts {
+    fn ran(&mut self, shared: &Shared, ran: Ran) {
+        let count = self.counts.entry(ran.root).or_insert_with(|| Count {
+            watched: ran.watched.clone(),
+            told: 0,
+            more: 0,
+        });
+        if count.told >= MAX_COMMANDS {
+            count.more += 1;
+            return;
+        }
+        count.told += 1;
+        if self.running.len() < MAX_RUNNING {
+            self.running.insert(ran.pid, ran.root);
+        }
+        let watched = ran.watched.clone();
+        shared.act(&watched, Act::Ran(ran));
+    }
+}
+
+impl TraceConsumer for Acts {
+    fn executed(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        executed: &Executed,
+        program: Option<&Mapped>,
+    ) {
+        let named = Named::now(executed.pid);
+        let root = shared.roots().of(&watched.container, &shared.births(), named);
+        let mut ran = Ran {
+            watched: watched.clone(),
+            root: root.unwrap_or(ProcessIdentity { pid: 0, start_time: 0 }),
+            pid: executed.pid,
+            at: time_of(executed.time),
+            exe: program.map(|program| program.name.to_vec()),
+            time: executed.time,
+            process: None,
+        };
+        if root.is_some() {
+            ran.process = pidfd::open(executed.pid).ok();
+            self.ran(shared, ran);
+            return;
+        }
+        if self.waiting.len() >= MAX_WAITING {
+            self.waiting.pop_front();
+        }
+        self.waiting.push_back((Instant::now(), ran));
+    }
+
+    fn exited(&mut self, shared: &Shared, pid: u32, time: u64) {
+        shared.roots().ended(pid, procfs::ticks_since_boot());
+        let Some(root) = self.running.remove(&pid) else { return };
+        let Some(count) = self.counts.get(&root) else { return };
+        let watched = count.watched.clone();
+        if pid == root.pid && count.more == 0 {
+            self.counts.remove(&root);
+        }
+        shared.act(&watched, Act::Exited { root, pid, at: time_of(time) });
+    }
+
+    fn turn(&mut self, shared: &Shared) {
+        let opened = shared.roots().opened();
+        if opened != self.opened {
+            self.opened = opened;
+            for (since, mut ran) in std::mem::take(&mut self.waiting) {
+                let named = Named::now(ran.pid);
+                let root = shared.roots().of(&ran.watched.container, &shared.births(), named);
+                match root {
+                    Some(root) => {
+                        ran.root = root;
+                        ran.process = pidfd::open(ran.pid).ok();
+                        self.ran(shared, ran);
+                    }
+                    None => self.waiting.push_back((since, ran)),
+                }
+            }
+        }
+        while self.waiting.front().is_some_and(|(since, _)| since.elapsed() > BEFORE_OPENING) {
+            self.waiting.pop_front();
+        }
+        if self.told_more.is_none_or(|told| told.elapsed() >= TELL_MORE_EVERY) {
+            self.told_more = Some(Instant::now());
+            self.counts.retain(|root, count| {
+                let times = std::mem::take(&mut count.more);
+                if times > 0 {
+                    let watched = count.watched.clone();
+                    shared.act(&count.watched, Act::RanMore { watched, root: *root, times });
+                }
+                times > 0 || self.running.contains_key(&root.pid)
+            });
+        }
+    }
+
+    fn lost(&mut self) {
+        self.waiting.clear();
+    }
+}
+
+/// A process whose end is waited for.
+struct Running {
+    watched: Arc<Watched>,
+    root: ProcessIdentity,
+    identity: ProcessIdentity,
+    process: OwnedFd,
+    /// When the kernel's record says that it ended.
+    ended: Option<Timestamp>,
+}
+
+/// How often it is asked who has ended, where no record told.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Handles of processes that are held open.
+const MAX_HANDLES: usize = 2 * 1024;
+
+/// What the thread knows of open sessions.
+#[derive(Default)]
+struct Eye {
+    running: HashMap<u32, Running>,
+    interactive: HashMap<ProcessIdentity, bool>,
+}
+
+pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
+    let mut eye = Eye::default();
+    let mut last_look = Instant::now();
+    while !shared.is_stopping() {
+        // Whoever hands on ends when the watchers do.
+        let act = if eye.running.is_empty() {
+            acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            acts.recv_timeout(LOOK_EVERY)
+        };
+        match act {
+            Ok(act) => eye.take(shared, *act),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        if last_look.elapsed() >= LOOK_EVERY {
+            last_look = Instant::now();
+            eye.look_who_ended(shared);
+        }
+    }
+}
+
+impl Eye {
+    fn take(&mut self, shared: &Shared, act: Act) {
+        match act {
+            Act::Opened { watched, root, is_interactive, process } => {
+                if self.interactive.len() >= MAX_HANDLES {
+                    self.interactive.clear();
+                }
+                self.interactive.insert(root, is_interactive);
+                if let Some(process) = process.or_else(|| handle_of(root)) {
+                    self.wait_for(shared, watched, root, root, process);
+                } else {
+                    // Gone before anybody looked.
+                    let fact = Fact::SessionProcessEnded { root, process: root, exit: None };
+                    shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
+                }
+            }
+            Act::Ran(ran) => self.ran(shared, ran),
+            Act::RanMore { watched, root, times } => {
+                let fact = Fact::SessionRanMore { root, times };
+                shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
+            }
+            Act::Exited { root, pid, at } => {
+                if let Some(running) = self.running.get_mut(&pid)
+                    && running.root == root
+                {
+                    running.ended = Some(at);
+                    self.try_to_end(shared, pid, false);
+                }
+            }
+        }
+    }
+
+    fn ran(&mut self, shared: &Shared, ran: Ran) {
+        let Ran { watched, root, pid, at, exe, time, process } = ran;
+        let handle = Handle::open(pid).ok();
+        let stat = handle.as_ref().map(Handle::first_stat);
+        let identity = stat.map_or(ProcessIdentity { pid, start_time: 0 }, |stat| stat.identity);
+        let tty = stat.and_then(procfs::Stat::tty);
+        let argv = arguments(shared, handle.as_ref(), pid, time);
+        // It may have gone on to another program meanwhile: then these are not its words.
+        let is_still_it = |handle: &Handle| {
+            exe.as_ref().is_none_or(|exe| handle.exe().is_ok_and(|now| now == *exe))
+        };
+        let argv = argv.or_else(|| {
+            let handle = handle.as_ref()?;
+            let argv = handle.arguments().ok()??;
+            is_still_it(handle).then(|| argv.iter().map(|argument| printable(argument)).collect())
+        });
+        if tty.is_some()
+            && let Some(is_interactive) = self.interactive.get_mut(&root)
+            && !std::mem::replace(is_interactive, true)
+        {
+            let interactive = Interactive::TerminalLater;
+            let fact = Fact::SessionInteractive { root, interactive, tty: tty.clone() };
+            shared.observe(&watched, at, Source::Trace, fact);
+        }
+        let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(&exe)));
+        let run = Run { process: identity, exe, argv, tty };
+        let fact = Fact::SessionRan { root, run: Arc::new(run) };
+        shared.observe(&watched, at, Source::Trace, fact);
+        if let Some(process) = process {
+            self.wait_for(shared, watched, root, identity, process);
+        }
+    }
+
+    fn wait_for(
+        &mut self,
+        shared: &Shared,
+        watched: Arc<Watched>,
+        root: ProcessIdentity,
+        identity: ProcessIdentity,
+        process: OwnedFd,
+    ) {
+        if let Some(known) = self.running.get(&identity.pid)
+            && (known.identity == identity || identity.start_time == 0)
+        {
+            // It is waited for already, whatever program it runs.
+            return;
+        }
+        if self.running.len() >= MAX_HANDLES {
+            return;
+        }
+        let running = Running { watched, root, identity, process, ended: None };
+        self.running.insert(identity.pid, running);
+        self.try_to_end(shared, identity.pid, false);
+    }
+
+    fn look_who_ended(&mut self, shared: &Shared) {
+        let pids: Vec<u32> = self.running.keys().copied().collect();
+        for pid in pids {
+            self.try_to_end(shared, pid, true);
+        }
+    }
+
+    /// Tells the end of a process that has ended. With `is_last`, also if how it ended
+    /// is not known.
+    fn try_to_end(&mut self, shared: &Shared, pid: u32, is_last: bool) {
+        let Some(running) = self.running.get(&pid) else { return };
+        let exit = pidfd::exit(running.process.as_fd()).or_else(|| exit_of(running.identity));
+        let has_ended = exit.is_some() || pidfd::has_ended(running.process.as_fd());
+        if !has_ended || exit.is_none() && !is_last {
+            return;
+        }
+        let Some(running) = self.running.remove(&pid) else { return };
+        let Running { watched, root, identity, ended, .. } = running;
+        if identity == root {
+            self.interactive.remove(&root);
+        }
+        let fact = Fact::SessionProcessEnded { root, process: identity, exit };
+        shared.observe(&watched, ended.unwrap_or_else(Timestamp::now), Source::Trace, fact);
+    }
+}
+
+/// What the kernel recorded of the arguments of an execve.
+fn arguments(_: &Shared, _: Option<&Handle>, _pid: u32, _time: u64) -> Option<Vec<String>> {
+    None
+}
+
+fn handle_of(identity: ProcessIdentity) -> Option<OwnedFd> {
+    let process = pidfd::open(identity.pid).ok()?;
+    // The number may have been another's before it was opened.
+    Handle::open_exactly(identity).ok()?;
+    Some(process)
+}
+
+/// How a process ended that nobody has waited for yet.
+fn exit_of(identity: ProcessIdentity) -> Option<Exit> {
+    Handle::open_exactly(identity).ok()?.exit()
+}
