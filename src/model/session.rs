@@ -167,6 +167,9 @@ pub struct Opening {
     pub login: Option<Login>,
     /// What an admission webhook has put into its environment.
     pub requested_by: Option<String>,
+    /// The container that it was put beside, in whose pid namespace it is: then
+    /// `process` is the first one of a container of its own.
+    pub beside: Option<ContainerId>,
 }
 
 /// One program that was run in a session.

@@ -225,6 +225,13 @@ impl State {
         (evidence, image)
     }
 
+    /// Whether this is what holds a pod's namespaces, and no container of it.
+    fn is_sandbox(&self, id: &ContainerId) -> bool {
+        let container = self.inventory.get(id).and_then(|entry| entry.container.as_ref());
+        let kind = container.and_then(|container| container.labels.get("io.cri-containerd.kind"));
+        kind.is_some_and(|kind| kind == "sandbox")
+    }
+
     /// Somebody or something has come in.
     pub(super) fn session_opened(
         &mut self,
@@ -235,6 +242,10 @@ impl State {
     ) {
         let container = &observation.container;
         let root = opening.process.identity;
+        if opening.beside.as_ref().is_some_and(|beside| self.is_sandbox(beside)) {
+            // All containers of a pod may share the namespace of its sandbox.
+            return;
+        }
         if self.sessions.known(container).live.contains_key(&root) {
             // However often a shell re-executes itself, it is one session.
             return;
@@ -810,6 +821,7 @@ impl State {
             host: Vec::new(),
             login: None,
             requested_by: None,
+            beside: None,
         };
         self.session_opened(observation, &opening, now, effects);
         let container = &observation.container;

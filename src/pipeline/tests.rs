@@ -175,6 +175,7 @@ impl Node {
                     host: Vec::new(),
                     login: None,
                     requested_by: None,
+                    beside: None,
                 };
                 let source = if words[0] == "found" { Source::Scan } else { Source::Gate };
                 let fact = Fact::SessionOpened { opening: Arc::new(opening) };

@@ -119,7 +119,7 @@ fn describe_one(
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
-        let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(stat, &watched));
+        let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(shared, stat, &watched));
         opens.then(|| {
             let began = Instant::now();
             let others_wait = || sessions::others_wait(began, others.len());

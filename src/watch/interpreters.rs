@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
+use super::acts::Act;
 use super::code::{self, Code};
 use super::libraries::processes_of;
 use super::process;
@@ -220,9 +221,16 @@ fn direct(shared: &Shared, look: &Look, standard: &Standard) -> bool {
 }
 
 fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
+    let root = look.process.identity;
     let process = Arc::new(look.process.clone());
     let fact = Fact::ReverseShell { process, direct, evidence };
-    shared.observe(&look.watched, look.at, Source::Trace, fact);
+    // What it runs from here on is what is done over the connection.
+    let is_news = shared.roots().open(&look.watched.container, root);
+    if shared.observe(&look.watched, look.at, Source::Trace, fact) && is_news {
+        let watched = look.watched.clone();
+        let act = Act::Opened { watched, root, is_interactive: true, process: None };
+        shared.act(&look.watched, act);
+    }
 }
 
 fn tell_script(shared: &Shared, look: &Look, code: Code) {

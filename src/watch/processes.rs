@@ -55,7 +55,7 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     shared.packages().executes(shared, &seen.watched, stat);
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
-    if sessions.opens(stat, &seen.watched) {
+    if sessions.opens(shared, stat, &seen.watched) {
         let began = Instant::now();
         let others_wait = || sessions::others_wait(began, others.len());
         let executing = process::after_exec(&seen.caller, &seen.watched, &others_wait);
@@ -79,7 +79,7 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     let process = Arc::new(process::as_it_is(&handle, &seen.watched));
     shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.sessions();
-    if sessions.opens(stat, &seen.watched) {
+    if sessions.opens(shared, stat, &seen.watched) {
         let process = Process::clone(&process);
         let opened = Opened { process, pidfd: None, is_by_runtime: false };
         sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
@@ -152,7 +152,7 @@ fn owner(shared: &Shared, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watc
 
 fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
     let mut sessions = shared.sessions();
-    if sessions.is_open(handle, watched) {
+    if sessions.is_open(shared, handle, watched) {
         let process = process::as_it_is(handle, watched);
         let opened = Opened { process, pidfd: None, is_by_runtime: false };
         sessions.tell(shared, watched, Timestamp::now(), Source::Scan, opened);

@@ -14,7 +14,7 @@ use super::process;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::model::{
-    Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
+    ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
 };
 use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
@@ -88,7 +88,7 @@ pub(super) fn is_before_entry_point(comm: &[u8]) -> bool {
 
 impl Sessions {
     /// Judges a process that the gate saw; true once for each session's first process.
-    pub(super) fn opens(&mut self, caller: &Stat, watched: &Watched) -> bool {
+    pub(super) fn opens(&mut self, shared: &Shared, caller: &Stat, watched: &Watched) -> bool {
         let identity = caller.identity;
         if self.judged.contains(identity) {
             return false;
@@ -96,7 +96,7 @@ impl Sessions {
         if identity == watched.init || identity.pid == watched.init.pid {
             self.judged.insert(identity);
             self.inside.insert(identity);
-            return false;
+            return beside(shared, watched).is_some();
         }
         if is_runtime_init(&caller.comm) {
             self.judged.insert(identity);
@@ -121,15 +121,21 @@ impl Sessions {
     }
 
     /// Judges a process that a scan found.
-    pub(super) fn is_open(&mut self, handle: &Handle, watched: &Watched) -> bool {
+    pub(super) fn is_open(&mut self, shared: &Shared, handle: &Handle, watched: &Watched) -> bool {
         let stat = handle.first_stat();
         // One that has not become its command yet will be seen by the gate.
-        if stat.identity == watched.init
-            || stat.has_ended()
+        if stat.has_ended()
             || is_before_entry_point(&stat.comm)
             || self.judged.contains(stat.identity)
-            || is_root(handle, None, watched) != Some(true)
         {
+            return false;
+        }
+        let is_root = if stat.identity == watched.init {
+            beside(shared, watched).is_some()
+        } else {
+            is_root(handle, None, watched) == Some(true)
+        };
+        if !is_root {
             return false;
         }
         self.judged.insert(stat.identity);
@@ -237,17 +243,33 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: 
         is_parent_gone: chain.is_empty(),
         is_in_control_group: handle.as_ref().and_then(|one| is_in_control_group(one, watched)),
     };
+    let beside = if identity == watched.init { beside(shared, watched) } else { None };
+    let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };
     let host = chain.iter().skip(usize::from(!process.ancestors.is_empty()));
     let requested_by =
         handle.as_ref().and_then(|handle| handle.variable(&shared.settings.requester_variables));
     Opening {
-        entry: evidence.entry(),
+        entry,
         interactive: has_terminal.then_some(Interactive::Terminal),
         host: host.map(process::ancestor).collect(),
         login: handle.as_ref().and_then(Handle::login),
         requested_by: requested_by.as_deref().map(printable),
+        beside,
         process,
     }
+}
+
+/// The container in whose pid namespace this one was put, which is not its own.
+fn beside(shared: &Shared, watched: &Watched) -> Option<ContainerId> {
+    let namespace = watched.pid_namespace?;
+    if watched.has_own_pid_namespace() || procfs::is_host_pid_namespace(namespace) {
+        return None;
+    }
+    let all = shared.table.all();
+    let first = all
+        .iter()
+        .find(|other| other.pid_namespace == Some(namespace) && other.has_own_pid_namespace())?;
+    Some(first.container.clone())
 }
 
 /// By what it is told how a session came in. Names are no evidence: what a process

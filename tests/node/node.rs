@@ -317,6 +317,8 @@ disabled_plugins = [{without}
         let directory = self.directory.path().display();
         let more = more.replace("{node}", &directory.to_string());
         let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
+        // Few tests have the time to see whether a command comes again.
+        let patience = if more.contains("probe_patience") { "" } else { "probe_patience = \"0s\"" };
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
@@ -327,6 +329,7 @@ exclude_namespaces = {exclude:?}
 [watch]
 settle = "1s"
 sweep_interval = "1h"
+{patience}
 {more}
 "#
         );
