@@ -262,6 +262,39 @@ mod tests {
     }
 
     #[test]
+    fn what_containerd_writes_is_read() {
+        // As containerd 1.6.20 has filed a pod that was asked for without labels.
+        let container = of_value(
+            CONTAINERS,
+            br#"{"Version":"v1","Metadata":{"ID":"df32","Name":"app_web_shop_u_0",
+                "SandboxID":"80fa","Config":{"metadata":{"name":"app"},"image":{"image":"web:1"},
+                "command":["/bin/busybox","sleep","600"],"annotations":{
+                "io.kubernetes.container.preStopHandler":
+                "{\"exec\":{\"command\":[\"/bin/sh\",\"-c\",\"sleep 20\"]}}"},
+                "linux":{"security_context":{"namespace_options":{"network":2,"pid":1}}}},
+                "ImageRef":"sha256:5083","LogPath":"","StopSignal":"","ProcessLabel":""}}"#,
+        );
+        let expected = Request {
+            kind: Some(Kind::Container),
+            names: [(CONTAINER, "app".to_owned())].into(),
+            before_stop: probes::of_kubelet(r#"{"exec":{"command":["/bin/sh","-c","sleep 20"]}}"#),
+        };
+        assert!(expected.before_stop.is_some());
+        assert_eq!(container, expected);
+        let sandbox = of_value(
+            SANDBOXES,
+            br#"{"Version":"v1","Metadata":{"ID":"80fa","Name":"web_shop_u_0","Config":{
+                "metadata":{"name":"web","uid":"u","namespace":"shop"},
+                "linux":{"cgroup_parent":"/kubepods"}},"NetNSPath":"","IP":"",
+                "AdditionalIPs":null,"RuntimeHandler":"","CNIResult":null,"ProcessLabel":""}}"#,
+        );
+        let names = [(NAMESPACE, "shop"), (NAME, "web"), (UID, "u")];
+        let names = names.map(|(label, name)| (label, name.to_owned())).into();
+        let expected = Request { kind: Some(Kind::Sandbox), names, before_stop: None };
+        assert_eq!(sandbox, expected);
+    }
+
+    #[test]
     fn a_sandbox_is_a_pod_without_a_container() {
         let none = BTreeMap::new();
         let config = serde_json::json!({

@@ -441,9 +441,9 @@ mod tests {
         let given = (0..100).filter(|&pid| outbox.exec(exec("c", pid)) == Ok(true)).count();
         assert_eq!(given, 8, "half of the channel");
         // Somebody waits with the lock in the hand, and still execs wait for nothing.
-        let _held = outbox.state.lock().await;
+        let held = outbox.state.lock().await;
         assert_eq!(outbox.exec(exec("c", 100)), Ok(false));
-        drop(_held);
+        drop(held);
         outbox.task_created(id("c"), 7, None).await.unwrap();
         let created = Change::TaskCreated { container: id("c"), pid: 7, rootfs: None };
         assert_eq!(sent(&received).last(), Some(&created));

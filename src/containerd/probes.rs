@@ -129,14 +129,13 @@ mod tests {
 
     #[track_caller]
     fn check(found: HealthCheck, expected: Option<&[&str]>) {
-        let probe = |argv: &[&str]| DeclaredProbe {
-            argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
-            source: ProbeSource::Healthcheck,
+        let argv = |probe: DeclaredProbe| {
+            assert_eq!(probe.source, ProbeSource::Healthcheck);
+            probe.argv
         };
-        let expected = expected.map(|argv| match argv {
-            [] => Vec::new(),
-            argv => vec![probe(argv)],
-        });
+        let found: Option<Vec<String>> =
+            found.map(|probes| probes.into_iter().flat_map(argv).collect());
+        let expected = expected.map(|argv| argv.iter().map(|&word| word.to_owned()).collect());
         assert_eq!(found, expected);
     }
 
