@@ -49,6 +49,8 @@ pub enum Failure {
     ArmedLate,
     /// More libraries, scripts and shells waited to be looked at than may wait.
     CodeQueueFull,
+    /// containerd told of more execs than there was room for.
+    ExecEventsFull,
 }
 
 /// What is done about a [`Failure`].
@@ -63,7 +65,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 20] = [
+    pub const ALL: [Failure; 21] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -84,6 +86,7 @@ impl Failure {
         Failure::NamesFull,
         Failure::ArmedLate,
         Failure::CodeQueueFull,
+        Failure::ExecEventsFull,
     ];
 
     pub fn name(self) -> &'static str {
@@ -108,6 +111,7 @@ impl Failure {
             Failure::NamesFull => "names_full",
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
+            Failure::ExecEventsFull => "exec_events_full",
         }
     }
 
@@ -132,7 +136,8 @@ impl Failure {
             | Failure::ResponseQueueFull
             | Failure::FindingsFull
             | Failure::MountsFull
-            | Failure::NamesFull => Reaction::Degrade,
+            | Failure::NamesFull
+            | Failure::ExecEventsFull => Reaction::Degrade,
         }
     }
 }

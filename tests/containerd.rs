@@ -10,14 +10,21 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use containerd_client::services::v1::container::Runtime;
+use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::{self as containerd_api, CreateContainerRequest};
+use containerd_client::tonic::Request;
+use containerd_client::with_namespace;
 use crossbeam_channel::Receiver;
 use driftd::baseline::{self, Blobs as _, ImageBaseline, ImageName, Job, Proof};
 use driftd::config;
 use driftd::containerd::{Change, Containerd, ContentBlobs, Error, Recording};
 use driftd::health::{Failure, Health};
 use driftd::model::{
-    Blob, ChainId, Container, ContainerId, DiffId, IdMap, IdRange, Layer, LayerId, ManifestDigest,
+    Blob, ChainId, Container, ContainerId, DeclaredProbe, DiffId, Exit, IdMap, IdRange, Layer,
+    LayerId, ManifestDigest, Pod, ProbeSource,
 };
+use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -216,6 +223,8 @@ struct TestImage {
     layers: Vec<Vec<u8>>,
     /// Wrapped in an index with another platform and a provenance.
     index: bool,
+    /// How to run it, in its config.
+    settings: serde_json::Value,
 }
 
 impl TestImage {
@@ -237,7 +246,8 @@ impl TestImage {
                 tar.into_inner().unwrap()
             })
             .collect();
-        TestImage { name: format!("docker.io/test/{name}:1"), layers, index: false }
+        let name = format!("docker.io/test/{name}:1");
+        TestImage { name, layers, index: false, settings: serde_json::json!({}) }
     }
 
     fn diff_ids(&self) -> Vec<DiffId> {
@@ -260,7 +270,7 @@ impl TestImage {
     /// Config and manifest.
     fn documents(&self) -> (Vec<u8>, Vec<u8>) {
         let config = serde_json::json!({
-            "architecture": architecture(), "os": "linux", "config": {},
+            "architecture": architecture(), "os": "linux", "config": self.settings,
             "rootfs": {"type": "layers", "diff_ids": self.diff_ids()},
         });
         let config = serde_json::to_vec(&config).unwrap();
@@ -509,6 +519,21 @@ impl Driftd {
         })
     }
 
+    /// Collects what is told of execs until `count` of them have ended.
+    #[track_caller]
+    fn until_execs_ended(&mut self, count: usize) -> Vec<Change> {
+        let mut told = Vec::new();
+        let mut ended = 0;
+        self.until("the execs have ended", |change| {
+            if let Change::ExecStarted { .. } | Change::ExecExited { .. } = change {
+                told.push(change.clone());
+            }
+            ended += usize::from(matches!(change, Change::ExecExited { .. }));
+            (ended == count).then_some(())
+        });
+        told
+    }
+
     #[track_caller]
     fn until_disconnected(&mut self) -> String {
         self.until("the loss is told", |change| match change {
@@ -730,6 +755,88 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     assert_eq!(driftd.health.losses(), []);
 }
 
+/// The pid, the exit and the time of an exec of which this was told.
+#[track_caller]
+fn exec_of(told: &[Change], name: &ContainerId, id: &str) -> (u32, Exit, Timestamp) {
+    let [
+        Change::ExecStarted { container, exec_id, pid },
+        Change::ExecExited { container: ended, exec_id: ended_id, pid: ended_pid, exit, at },
+    ] = told
+    else {
+        panic!("{told:#?}");
+    };
+    assert_eq!((container, exec_id.as_str()), (name, id));
+    assert_eq!((ended, ended_id, ended_pid), (container, exec_id, pid));
+    (*pid, *exit, *at)
+}
+
+#[test]
+fn an_exec_is_told_when_it_begins_and_how_it_ends() {
+    let node = Node::started();
+    let image = TestImage::new("exec", &[&[("a", "1")]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let id = unique("exec");
+    node.run(&image, &id);
+    let container = driftd.until_container(&id, |container| container.task.is_some());
+    let init = container.task.unwrap().pid;
+    let exec = |exec_id: &str, command: &[&str]| {
+        let exec = ["tasks", "exec", "--exec-id", exec_id, &id];
+        node.ctr_output(&[&exec[..], command].concat())
+    };
+    let shell = |script| ["/bin/busybox", "sh", "-c", script];
+
+    let code = |code| Exit { code: Some(code), signal: None };
+    let killed = Exit { code: None, signal: Some(9) };
+    let mut pids = BTreeSet::from([init]);
+    let begun = Timestamp::now();
+    for (exec_id, script, expected) in
+        [("fine", "exit 0", code(0)), ("bad", "exit 3", code(3)), ("dead", "kill -9 $$", killed)]
+    {
+        let _its_exit_status = exec(exec_id, &shell(script));
+        let told = driftd.until_execs_ended(1);
+        let (pid, exit, at) = exec_of(&told, &default(&id), exec_id);
+        assert_eq!(exit, expected, "{script}");
+        assert!(begun <= at && at <= Timestamp::now(), "{begun} {at}");
+        assert!(pids.insert(pid), "{pid} of {pids:?}");
+    }
+
+    // What is not there is not begun: nothing is told of it before the next one.
+    exec("absent", &["/bin/absent"]).unwrap_err();
+    exec("next", &shell("exit 0")).unwrap();
+    let told = driftd.until_execs_ended(1);
+    assert_eq!(exec_of(&told, &default(&id), "next").1, code(0));
+
+    // The pid is the host's.
+    std::thread::scope(|scope| {
+        scope.spawn(|| exec("long", &["/bin/busybox", "sleep", "601"]));
+        let started = driftd.until("the exec's beginning", |change| match change {
+            Change::ExecStarted { exec_id, pid, .. } if exec_id == "long" => Some(*pid),
+            _ => None,
+        });
+        let command_line = std::fs::read_to_string(format!("/proc/{started}/cmdline")).unwrap();
+        assert_eq!(command_line, "/bin/busybox\0sleep\u{0}601\0");
+        let pid = nix::unistd::Pid::from_raw(started.try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let told = driftd.until_execs_ended(1);
+        let [Change::ExecExited { exec_id, pid, exit, .. }] = told.as_slice() else {
+            panic!("{told:#?}");
+        };
+        assert_eq!((exec_id.as_str(), *pid, *exit), ("long", started, killed));
+    });
+
+    // Nothing of all this has made the container another one.
+    let records: Vec<&Change> = driftd
+        .seen
+        .iter()
+        .skip_while(|change| !matches!(change, Change::ExecStarted { .. }))
+        .filter(|change| !matches!(change, Change::ExecStarted { .. } | Change::ExecExited { .. }))
+        .collect();
+    assert_eq!(records, Vec::<&Change>::new());
+    assert_eq!(driftd.health.losses(), []);
+}
+
 #[test]
 fn a_kill_says_when_the_container_will_come_back_as_it_was() {
     let node = Node::started();
@@ -937,6 +1044,11 @@ fn namespaces_that_come_later_are_followed_and_excluded_ones_are_not() {
     let namespaces: Vec<String> =
         driftd.jobs(1).into_iter().map(|submitted| submitted.namespace).collect();
     assert_eq!(namespaces, ["other"]);
+    for (namespace, id) in [("hidden", &hidden), ("other", &id)] {
+        let exec = ["--namespace", namespace, "tasks", "exec", "--exec-id", "e", id];
+        node.ctr(&[&exec[..], &["/bin/busybox", "true"]].concat());
+    }
+    exec_of(&driftd.until_execs_ended(1), &container.id, "e");
     let of_hidden: Vec<&Change> = driftd
         .seen
         .iter()
@@ -1435,4 +1547,147 @@ fn no_container_is_missed_however_it_meets_the_connection() {
             });
         }
     });
+}
+
+// --- what is run in containers by rule ---
+
+fn health_check(argv: &[&str]) -> Vec<DeclaredProbe> {
+    let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
+    vec![DeclaredProbe { argv, source: ProbeSource::Healthcheck }]
+}
+
+#[test]
+fn a_label_of_nerdctls_declares_a_health_check() {
+    let node = Node::started();
+    let mut image = TestImage::new("checked", &[&[("a", "1")]]);
+    image.settings = serde_json::json!({
+        "Healthcheck": {"Test": ["CMD-SHELL", "/from image"]}, "Shell": ["/bin/ash", "-c"],
+    });
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let mut check = |name: &str, labels: &[&str], expected: Vec<DeclaredProbe>| {
+        let id = unique(name);
+        let labels: Vec<&str> = labels.iter().flat_map(|&label| ["--label", label]).collect();
+        node.run_with(&image, &id, &labels);
+        // The first record has everything.
+        let container = driftd.until_container(&id, |_| true);
+        assert_eq!(container.probes, expected, "{name}");
+        assert_eq!(container.image.name.as_deref(), Some(image.name.as_str()));
+        assert_eq!(container.image.manifest_digest, Some(image.manifest_digest()));
+    };
+    let label = r#"nerdctl/healthcheck={"Test":["CMD","/bin/busybox","true"],"Retries":3}"#;
+    let off = r#"nerdctl/healthcheck={"Test":["NONE"]}"#;
+    check("labelled", &[label], health_check(&["/bin/busybox", "true"]));
+    check("switched-off", &["nerdctl/namespace=default", off], Vec::new());
+    let of_image = health_check(&["/bin/ash", "-c", "/from image"]);
+    check("nerdctls", &["nerdctl/namespace=default"], of_image);
+    check("nobodys", &[], Vec::new());
+}
+
+#[test]
+fn dockers_file_declares_a_health_check() {
+    let node = Node::started();
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let id = unique("dockers");
+    // As classic Docker has it: a rootfs of its own, and no snapshot in containerd.
+    let rootfs = node.path("docker/overlay2/m0/merged");
+    std::fs::create_dir_all(rootfs.join("bin")).unwrap();
+    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
+    let books = node.path("docker/containers").join(&id);
+    std::fs::create_dir_all(&books).unwrap();
+    let config =
+        r#"{"Config":{"Image":"web:1","Healthcheck":{"Test":["CMD-SHELL","up || exit"]}}}"#;
+    std::fs::write(books.join("config.v2.json"), config).unwrap();
+    let label = "com.docker/engine.bundle.path=/run/docker";
+    let mut run = vec!["run", "--detach", "--null-io", "--rootfs", "--label", label];
+    run.extend([rootfs.to_str().unwrap(), &id, "/bin/busybox", "sleep", "600"]);
+    node.ctr(&run);
+    let container = driftd.until_container(&id, |_| true);
+    assert_eq!(container.image.name.as_deref(), Some("web:1"));
+    assert_eq!(container.probes, health_check(&["/bin/sh", "-c", "up || exit"]));
+}
+
+/// Files a container as the CRI plugin does, but without labels that name its pod.
+fn file_cri_record(
+    node: &Node,
+    driftd: &Driftd,
+    image: &TestImage,
+    id: &str,
+    extension: (&str, serde_json::Value),
+    labels: &[(&str, &str)],
+) {
+    let any = |type_url: &str, value: serde_json::Value| prost_types::Any {
+        type_url: type_url.into(),
+        value: value.to_string().into_bytes(),
+    };
+    let (name, config) = extension;
+    let metadata = serde_json::json!({ "Version": "v1", "Metadata": { "Config": config } });
+    let metadata = any("github.com/containerd/cri/pkg/store/container/Metadata", metadata);
+    let spec = serde_json::json!({ "ociVersion": "1.0.2" });
+    let record = containerd_api::Container {
+        id: id.into(),
+        image: image.name.clone(),
+        labels: labels.iter().map(|&(name, value)| (name.into(), value.into())).collect(),
+        runtime: Some(Runtime { name: "io.containerd.runc.v2".into(), options: None }),
+        spec: Some(any("types.containerd.io/opencontainers/runtime-spec/1/Spec", spec)),
+        extensions: [(name.to_owned(), metadata)].into(),
+        ..containerd_api::Container::default()
+    };
+    driftd.runtime.block_on(async {
+        let channel = containerd_client::connect(node.socket()).await.unwrap();
+        let request = CreateContainerRequest { container: Some(record) };
+        let request = with_namespace!(request, "default");
+        ContainersClient::new(channel).create(request).await.unwrap();
+    });
+}
+
+#[test]
+fn a_kubelets_request_names_the_pod_and_its_hook() {
+    let node = Node::started();
+    let mut image = TestImage::new("pod", &[&[]]);
+    image.settings = serde_json::json!({"Healthcheck": {"Test": ["CMD", "/not/kubernetes"]}});
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let web = Pod {
+        namespace: "shop".into(),
+        name: "web-1".into(),
+        uid: "u".into(),
+        container: Some("nginx".into()),
+    };
+
+    let id = unique("pods-container");
+    let config = serde_json::json!({
+        "metadata": {"name": "nginx"},
+        "labels": {
+            "io.kubernetes.pod.namespace": "shop",
+            "io.kubernetes.pod.name": "web-1",
+            "io.kubernetes.pod.uid": "u",
+        },
+        "annotations": {
+            "io.kubernetes.container.preStopHandler":
+                r#"{"exec":{"command":["/bin/sh","-c","sleep 20"]}}"#,
+        },
+    });
+    let extension = ("io.cri-containerd.container.metadata", config);
+    let check = r#"{"Test":["CMD","/not/kubernetes/either"]}"#;
+    file_cri_record(&node, &driftd, &image, &id, extension, &[("nerdctl/healthcheck", check)]);
+    let container = driftd.until_container(&id, |_| true);
+    assert_eq!(container.pod.as_ref(), Some(&web));
+    assert_eq!(container.image.name.as_deref(), Some(image.name.as_str()));
+    let argv = ["/bin/sh", "-c", "sleep 20"].map(str::to_owned).into();
+    assert_eq!(container.probes, [DeclaredProbe { argv, source: ProbeSource::LifecycleHook }]);
+
+    let id = unique("pods-sandbox");
+    let config = serde_json::json!({
+        "metadata": {"name": "web-1", "uid": "u", "namespace": "shop"},
+    });
+    let extension = ("io.cri-containerd.sandbox.metadata", config);
+    let labels = [("io.cri-containerd.kind", "sandbox"), ("io.kubernetes.container.name", "x")];
+    file_cri_record(&node, &driftd, &image, &id, extension, &labels);
+    let sandbox = driftd.until_container(&id, |_| true);
+    assert_eq!(sandbox.pod, Some(Pod { container: None, ..web }));
+    assert_eq!(sandbox.probes, []);
 }

@@ -1,7 +1,6 @@
 //! Containers: a record, and the layers its active snapshot stands on.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_client::services::v1::{
@@ -11,13 +10,14 @@ use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
 use super::connection::{Namespace, found, interrupted, words};
-use super::docker;
-use super::images::{self, Images};
+use super::images::{self, Facts, Images};
+use super::probes::{self, HealthCheck};
 use super::snapshots::{self, Keeps, Shape};
 use super::spec::{self, Spec};
+use super::{cri, docker};
 use crate::model::{
-    ChainId, Container, ContainerId, IdMap, IdRange, ImageReference, Layer, LayerId, OverlayDirs,
-    Pod, Task,
+    ChainId, Container, ContainerId, DeclaredProbe, IdMap, IdRange, ImageReference, Layer, LayerId,
+    OverlayDirs, Task,
 };
 
 /// More layers than any image has (OCI runtimes stop at 127).
@@ -51,20 +51,36 @@ pub(super) async fn describe(
             Rootfs::without(format!("containerd cannot tell its snapshot: {}", words(&status)))
         }
     };
-    let docker_root = spec.root.filter(|_| is_dockers(&record));
+    let dockers = match spec.root.filter(|_| is_dockers(&record)) {
+        Some(root) => {
+            let id = record.id.clone();
+            let asked = tokio::task::spawn_blocking(move || docker::settings(&id, &root));
+            Some(asked.await.ok().flatten().unwrap_or_default())
+        }
+        None => None,
+    };
     let runtime = record.runtime.unwrap_or_default();
     let options = runtime.options.map(|options| options.value).unwrap_or_default();
     if let Some(reason) = spec::own_kernel(&runtime.name, &options) {
         rootfs.layers.clear();
         rootfs.no_baseline = Some(reason);
     }
-    let image = image(namespace, &record.id, record.image, docker_root, &rootfs, images).await?;
+    let docker_name = dockers.as_ref().and_then(|settings| settings.image.clone());
+    let (image, facts) = image(namespace, record.image, docker_name, &rootfs, images).await?;
     let labels: BTreeMap<String, String> = record.labels.into_iter().collect();
+    let request = cri::Request::of(&record.extensions);
+    let pod = cri::pod(&labels, &request, &spec.annotations);
+    let probes = if cri::made(&labels, &request) {
+        // Kubernetes runs no image's health check.
+        request.before_stop.into_iter().collect()
+    } else {
+        health_check(&labels, dockers, facts.and_then(|facts| facts.health_check.clone()))
+    };
     Ok(Container {
         id: ContainerId::new(&namespace.name, &record.id),
         endpoint: Arc::clone(endpoint),
         runtime: runtime.name,
-        pod: pod(&labels),
+        pod,
         labels,
         image,
         snapshotter: record.snapshotter,
@@ -75,8 +91,27 @@ pub(super) async fn describe(
         no_baseline: rootfs.no_baseline,
         id_map: spec.id_map,
         entry_point: spec.entry_point,
-        probes: Vec::new(),
+        probes,
     })
+}
+
+/// The health check of a container that is not Kubernetes'. `dockers` is what
+/// Docker says, of a container of its own; `image` is what its image says.
+fn health_check(
+    labels: &BTreeMap<String, String>,
+    dockers: Option<docker::Settings>,
+    image: HealthCheck,
+) -> Vec<DeclaredProbe> {
+    let declared = match dockers {
+        Some(settings) => settings.health_check.or(image),
+        None => {
+            // An image may have this label. Its config may declare the same.
+            let label = labels.get(probes::NERDCTL_LABEL);
+            let is_nerdctls = labels.contains_key("nerdctl/namespace");
+            label.and_then(|label| probes::of_nerdctl(label)).or(image.filter(|_| is_nerdctls))
+        }
+    };
+    declared.unwrap_or_default()
 }
 
 /// Whether Docker made this container. An image's label alone does not make it
@@ -85,48 +120,32 @@ fn is_dockers(record: &Record) -> bool {
     record.snapshotter.is_empty() && docker::made(&record.labels)
 }
 
-/// The image that a container was made from, by what the container stands on.
+/// The image that a container was made from, by what the container stands on; and
+/// what it says of itself, if it is there.
 async fn image(
     namespace: &Namespace,
-    id: &str,
     recorded: String,
-    docker_root: Option<PathBuf>,
+    docker_name: Option<String>,
     rootfs: &Rootfs,
     images: &Images,
-) -> Result<ImageReference, Status> {
+) -> Result<(ImageReference, Option<Arc<Facts>>), Status> {
     let mut name = Some(recorded).filter(|name| !name.is_empty());
     let mut full_names: Vec<String> = name.iter().cloned().collect();
-    if let Some(root) = docker_root {
-        let id = id.to_owned();
-        let asked = tokio::task::spawn_blocking(move || docker::image_name(&id, &root));
-        if let Ok(Some(docker_name)) = asked.await {
-            full_names.extend(docker::full_names(&docker_name));
-            name = name.or(Some(docker_name));
-        }
+    if let Some(docker_name) = docker_name {
+        full_names.extend(docker::full_names(&docker_name));
+        name = name.or(Some(docker_name));
     }
-    let mut manifest_digest = None;
+    let mut facts = None;
     if let Some(chain_id) = rootfs.image_chain {
         for name in &full_names {
-            manifest_digest = images.manifest_of(namespace, name, chain_id).await?;
-            if manifest_digest.is_some() {
+            facts = images.facts_of(namespace, name, chain_id).await?;
+            if facts.is_some() {
                 break;
             }
         }
     }
-    Ok(ImageReference { name, manifest_digest, chain_id: rootfs.image_chain })
-}
-
-/// Kubernetes' name for the container. The CRI plugin marks its own; an image's
-/// labels alone must not make a pod of a plain container.
-fn pod(labels: &BTreeMap<String, String>) -> Option<Pod> {
-    let label = |name: &str| labels.get(name).cloned();
-    label("io.cri-containerd.kind")?;
-    Some(Pod {
-        namespace: label("io.kubernetes.pod.namespace")?,
-        name: label("io.kubernetes.pod.name")?,
-        uid: label("io.kubernetes.pod.uid").unwrap_or_default(),
-        container: label("io.kubernetes.container.name"),
-    })
+    let manifest_digest = facts.as_ref().map(|facts| facts.manifest_digest);
+    Ok((ImageReference { name, manifest_digest, chain_id: rootfs.image_chain }, facts))
 }
 
 /// What a container's files are made of.
@@ -410,7 +429,7 @@ pub(super) async fn of_image(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::DiffId;
+    use crate::model::{DiffId, ProbeSource};
 
     #[test]
     fn what_a_container_stands_on_is_named_whoever_made_it() {
@@ -454,25 +473,31 @@ mod tests {
     }
 
     #[test]
-    fn an_images_labels_make_no_pod() {
-        let mut labels: BTreeMap<String, String> = [
-            ("io.kubernetes.pod.name", "web-1"),
-            ("io.kubernetes.pod.namespace", "shop"),
-            ("io.kubernetes.pod.uid", "u"),
-            ("io.kubernetes.container.name", "nginx"),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .into();
-        assert_eq!(pod(&labels), None);
-        labels.insert("io.cri-containerd.kind".into(), "container".into());
-        assert_eq!(
-            pod(&labels),
-            Some(Pod {
-                namespace: "shop".into(),
-                name: "web-1".into(),
-                uid: "u".into(),
-                container: Some("nginx".into()),
-            })
-        );
+    fn a_health_check_is_whose_it_is() {
+        let runs = |argv: &str| -> HealthCheck {
+            let source = ProbeSource::Healthcheck;
+            Some(vec![DeclaredProbe { argv: vec![argv.to_owned()], source }])
+        };
+        let check = |labels: &[(&str, &str)], dockers: Option<HealthCheck>, expected: &str| {
+            let labels: BTreeMap<String, String> =
+                labels.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
+            let dockers =
+                dockers.map(|health_check| docker::Settings { image: None, health_check });
+            let found = health_check(&labels, dockers, runs("image"));
+            let found: Vec<String> = found.into_iter().flat_map(|probe| probe.argv).collect();
+            assert_eq!(found.join(" "), expected, "{labels:?}");
+        };
+        check(&[], None, "");
+        check(&[], Some(None), "image");
+        check(&[], Some(Some(Vec::new())), "");
+        check(&[], Some(runs("docker")), "docker");
+        let label = ("nerdctl/healthcheck", r#"{"Test":["CMD","label"]}"#);
+        check(&[label], Some(runs("docker")), "docker");
+        check(&[label], None, "label");
+        let nerdctls = ("nerdctl/namespace", "default");
+        check(&[nerdctls, label], None, "label");
+        check(&[nerdctls], None, "image");
+        check(&[nerdctls, ("nerdctl/healthcheck", r#"{"Test":["NONE"]}"#)], None, "");
+        check(&[nerdctls, ("nerdctl/healthcheck", "?")], None, "image");
     }
 }

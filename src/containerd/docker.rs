@@ -24,6 +24,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{FileType, Mode, OFlags};
 use serde::Deserialize;
 
+use super::probes::{self, HealthCheck};
 use crate::model::{ChainId, DiffId, Layer, LayerId, OverlayDirs, printable};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
@@ -240,12 +241,22 @@ fn is_name(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
 
-/// The name of the image that a container was made from. Blocks.
-pub(super) fn image_name(id: &str, rootfs: &Path) -> Option<String> {
+/// What Docker's own file says of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Settings {
+    /// The name of the image that it was made from.
+    pub(super) image: Option<String>,
+    pub(super) health_check: HealthCheck,
+}
+
+/// Reads what Docker keeps of the container `id`. Blocks.
+pub(super) fn settings(id: &str, rootfs: &Path) -> Option<Settings> {
     is_name(id).then_some(())?;
     let data_root = data_root(rootfs)?;
     let config = data_root.join("containers").join(id).join("config.v2.json");
-    image_in_config(&read(&config, CONFIG_LIMIT).ok()?)
+    let config = read(&config, CONFIG_LIMIT).ok()?;
+    let (image, health_check) = (image_in_config(&config), probes::of_docker(&config));
+    Some(Settings { image, health_check })
 }
 
 /// `<data root>` of `<data root>/overlay2/<mount ID>/merged` and of the image
@@ -372,7 +383,8 @@ mod tests {
                 dirs: OverlayDirs { upperdir, lowerdirs },
             }
         );
-        assert_eq!(image_name(CONTAINER, &rootfs).as_deref(), Some("web:1"));
+        let settings = settings(CONTAINER, &rootfs);
+        assert_eq!(settings, Some(Settings { image: Some("web:1".into()), health_check: None }));
     }
 
     #[test]

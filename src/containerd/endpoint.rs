@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use containerd_client::services::v1::{PublishRequest, SubscribeRequest};
 use crossbeam_channel::Sender;
+use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tonic::Status;
@@ -28,6 +29,8 @@ const PULSE: Duration = Duration::from_secs(10);
 /// Events waiting for the dispatcher. containerd's own queue has no bound, so
 /// the stream must be drained, whatever happens here.
 const QUEUE: usize = 4096;
+/// How much of the queue is kept free of what is told of execs.
+const QUEUE_WITHOUT_EXECS: usize = QUEUE / 2;
 /// How long our own marker may take before the list is made without it.
 const MARKER_PATIENCE: Duration = Duration::from_secs(5);
 const MARKER_PAUSE: Duration = Duration::from_millis(50);
@@ -94,7 +97,7 @@ impl Following {
     fn new(connection: Connection) -> Following {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let now = jiff::Timestamp::now().as_millisecond();
+        let now = Timestamp::now().as_millisecond();
         Following {
             connection,
             connected: AtomicBool::new(false),
@@ -352,6 +355,12 @@ impl Endpoint {
                 following.look_again(container);
             }
             Event::TaskExited { container } => self.outbox.task_exited(container).await?,
+            Event::ExecStarted { container, exec_id, pid } => {
+                self.tell_exec(Change::ExecStarted { container, exec_id, pid })?;
+            }
+            Event::ExecExited { container, exec_id, pid, exit, at } => {
+                self.tell_exec(Change::ExecExited { container, exec_id, pid, exit, at })?;
+            }
             Event::ContainerChanged { container } => {
                 self.outbox.changed(&container).await;
                 following.look_again(container);
@@ -363,6 +372,13 @@ impl Endpoint {
                 self.images.layer_committed(&namespace, chain_id);
             }
             Event::Marker => (),
+        }
+        Ok(())
+    }
+
+    fn tell_exec(&self, change: Change) -> Result<(), Stopped> {
+        if !self.outbox.exec(change)? {
+            let _degraded = self.health.record(Failure::ExecEventsFull);
         }
         Ok(())
     }
@@ -503,9 +519,14 @@ async fn read(following: Arc<Following>, queue: mpsc::Sender<Event>, health: Arc
             Ok(None) => return Ended::Lost("it ended the event stream".into()),
             Err(status) => return Ended::Lost(format!("its event stream: {}", words(&status))),
         };
-        let missed = match events::decode(&envelope, &following.marker) {
+        let missed = match events::decode(&envelope, &following.marker, Timestamp::now()) {
             Ok(Some(Event::Marker)) => {
                 following.marked.send_replace(true);
+                false
+            }
+            // A list cannot tell it again, so none is made for it.
+            Ok(Some(event)) if event.is_of_exec() && queue.capacity() <= QUEUE_WITHOUT_EXECS => {
+                let _degraded = health.record(Failure::ExecEventsFull);
                 false
             }
             Ok(Some(event)) => queue.try_send(event).is_err(),

@@ -2,14 +2,15 @@
 
 use containerd_client::events::{
     ContainerCreate, ContainerDelete, ContainerUpdate, SnapshotCommit, TaskCreate, TaskDelete,
-    TaskExit, TaskPaused, TaskResumed,
+    TaskExecStarted, TaskExit, TaskPaused, TaskResumed,
 };
 use containerd_client::services::v1::{ImageCreate, ImageDelete, ImageUpdate};
 use containerd_client::types::Envelope;
+use jiff::Timestamp;
 use prost::Message;
 
 use super::snapshots;
-use crate::model::{ChainId, ContainerId, OverlayDirs};
+use crate::model::{ChainId, ContainerId, Exit, OverlayDirs};
 
 /// What an event says, as far as driftd cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,18 @@ pub(super) enum Event {
     /// The init process has ended, not merely a process entered later.
     TaskExited {
         container: ContainerId,
+    },
+    ExecStarted {
+        container: ContainerId,
+        exec_id: String,
+        pid: u32,
+    },
+    ExecExited {
+        container: ContainerId,
+        exec_id: String,
+        pid: u32,
+        exit: Exit,
+        at: Timestamp,
     },
     /// The container's record or its task's state is another one now.
     ContainerChanged {
@@ -53,6 +66,8 @@ impl Event {
         match self {
             Event::TaskCreated { container, .. }
             | Event::TaskExited { container }
+            | Event::ExecStarted { container, .. }
+            | Event::ExecExited { container, .. }
             | Event::ContainerChanged { container }
             | Event::ContainerRemoved { container } => Some(&container.namespace),
             Event::ImageChanged { namespace, .. }
@@ -61,13 +76,32 @@ impl Event {
             Event::Marker => None,
         }
     }
+
+    /// Whether it is about a process that was entered later. Health probes make
+    /// such events every few seconds for every container, without end; nothing
+    /// that a list would tell depends on them, so they are the first to be let go.
+    pub(super) fn is_of_exec(&self) -> bool {
+        match self {
+            Event::ExecStarted { .. } | Event::ExecExited { .. } => true,
+            Event::TaskCreated { .. }
+            | Event::TaskExited { .. }
+            | Event::ContainerChanged { .. }
+            | Event::ContainerRemoved { .. }
+            | Event::ImageChanged { .. }
+            | Event::ImageRemoved { .. }
+            | Event::LayerCommitted { .. }
+            | Event::Marker => false,
+        }
+    }
 }
 
-/// What the subscription asks for. What is not named here (above all the exec
-/// events of health probes) is neither sent nor decoded. List items are OR'ed.
+/// What the subscription asks for. What is not named here (`/tasks/exec-added`,
+/// which comes without a pid, and also for what is then never started) is
+/// neither sent nor decoded. List items are OR'ed.
 pub(super) fn filters(marker: &str) -> Vec<String> {
     [
         "/tasks/create",
+        "/tasks/exec-started",
         "/tasks/exit",
         "/tasks/delete",
         "/tasks/paused",
@@ -86,13 +120,15 @@ pub(super) fn filters(marker: &str) -> Vec<String> {
     .collect()
 }
 
-/// `Ok(None)` for an event that says nothing driftd needs.
+/// `Ok(None)` for an event that says nothing driftd needs. `received` is when it
+/// came.
 ///
 /// containerd's type URLs have no `/` (`containerd.events.TaskCreate`), which
 /// `Any::to_msg` refuses; so the last path segment is compared.
 pub(super) fn decode(
     envelope: &Envelope,
     marker: &str,
+    received: Timestamp,
 ) -> Result<Option<Event>, prost::DecodeError> {
     if envelope.topic == marker {
         return Ok(Some(Event::Marker));
@@ -114,10 +150,27 @@ pub(super) fn decode(
         }
         "containerd.events.TaskExit" => {
             let event = TaskExit::decode(value)?;
-            if event.id != event.container_id {
+            let container = container(&event.container_id);
+            if event.id == event.container_id {
+                Event::TaskExited { container }
+            } else if event.id.is_empty() {
+                return Ok(None);
+            } else {
+                Event::ExecExited {
+                    container,
+                    exec_id: event.id,
+                    pid: event.pid,
+                    exit: Exit::from_shell_status(event.exit_status),
+                    at: exited_at(event.exited_at, envelope.timestamp, received),
+                }
+            }
+        }
+        "containerd.events.TaskExecStarted" => {
+            let TaskExecStarted { container_id, exec_id, pid } = TaskExecStarted::decode(value)?;
+            if exec_id.is_empty() || pid == 0 {
                 return Ok(None);
             }
-            Event::TaskExited { container: container(&event.container_id) }
+            Event::ExecStarted { container: container(&container_id), exec_id, pid }
         }
         // Not an exit of its own: it may come late, after the next task's
         // creation, or not at all. The record is asked for instead.
@@ -161,6 +214,22 @@ pub(super) fn decode(
     Ok(Some(event))
 }
 
+/// When a process ended. A shim that lost the time sends none, or Go's zero in the
+/// year 1. Nothing ends after it was told of, so then the event's own time is
+/// taken, and if that is no better, the time at which it came.
+fn exited_at(
+    told: Option<prost_types::Timestamp>,
+    published: Option<prost_types::Timestamp>,
+    received: Timestamp,
+) -> Timestamp {
+    let sensible = |time: Option<prost_types::Timestamp>, latest: Timestamp| {
+        let time = time.and_then(|time| Timestamp::new(time.seconds, time.nanos).ok())?;
+        (Timestamp::UNIX_EPOCH < time && time <= latest).then_some(time)
+    };
+    let published = sensible(published, received).unwrap_or(received);
+    sensible(told, published).unwrap_or(published)
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
@@ -185,7 +254,11 @@ mod tests {
 
     #[track_caller]
     fn check(type_url: &str, event: &impl Message, expected: Option<Event>) {
-        assert_eq!(decode(&envelope("/topic", type_url, event), MARKER), Ok(expected));
+        assert_eq!(decode(&envelope("/topic", type_url, event), MARKER, at(9)), Ok(expected));
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
     }
 
     fn container() -> ContainerId {
@@ -225,7 +298,72 @@ mod tests {
             |id: &str| TaskExit { container_id: "c1".into(), id: id.into(), ..TaskExit::default() };
         let ended = Event::TaskExited { container: container() };
         check("containerd.events.TaskExit", &exit("c1"), Some(ended));
-        check("containerd.events.TaskExit", &exit("some-exec"), None);
+        check("containerd.events.TaskExit", &exit(""), None);
+        let ended = Event::ExecExited {
+            container: container(),
+            exec_id: "some-exec".into(),
+            pid: 0,
+            exit: Exit { code: Some(0), signal: None },
+            at: at(9),
+        };
+        check("containerd.events.TaskExit", &exit("some-exec"), Some(ended));
+    }
+
+    #[test]
+    fn an_exec_begins_and_ends() {
+        let begun = |exec_id: &str, pid| TaskExecStarted {
+            container_id: "c1".into(),
+            exec_id: exec_id.into(),
+            pid,
+        };
+        let expected = Event::ExecStarted { container: container(), exec_id: "e1".into(), pid: 42 };
+        assert!(expected.is_of_exec());
+        assert_eq!(expected.namespace(), Some("k8s.io"));
+        check("containerd.events.TaskExecStarted", &begun("e1", 42), Some(expected));
+        check("containerd.events.TaskExecStarted", &begun("", 42), None);
+        check("containerd.events.TaskExecStarted", &begun("e1", 0), None);
+
+        let ended = |exit_status| TaskExit {
+            container_id: "c1".into(),
+            id: "e1".into(),
+            pid: 42,
+            exit_status,
+            exited_at: Some(prost_types::Timestamp { seconds: 8, nanos: 500_000_000 }),
+        };
+        let expected = |code, signal| Event::ExecExited {
+            container: container(),
+            exec_id: "e1".into(),
+            pid: 42,
+            exit: Exit { code, signal },
+            at: Timestamp::new(8, 500_000_000).unwrap(),
+        };
+        assert!(expected(None, None).is_of_exec());
+        assert_eq!(expected(None, None).namespace(), Some("k8s.io"));
+        check("containerd.events.TaskExit", &ended(0), Some(expected(Some(0), None)));
+        check("containerd.events.TaskExit", &ended(3), Some(expected(Some(3), None)));
+        check("containerd.events.TaskExit", &ended(137), Some(expected(None, Some(9))));
+        check("containerd.events.TaskExit", &ended(u32::MAX), Some(expected(Some(255), None)));
+    }
+
+    #[test]
+    fn an_end_has_a_time_whatever_the_event_says() {
+        let check = |told: Option<i64>, published: Option<i64>, expected| {
+            let time = |seconds| prost_types::Timestamp { seconds, nanos: 0 };
+            let found = exited_at(told.map(time), published.map(time), at(9));
+            assert_eq!(found, at(expected), "{told:?} {published:?}");
+        };
+        check(Some(7), Some(8), 7);
+        check(None, Some(8), 8);
+        check(None, None, 9);
+        check(Some(7), None, 7);
+        check(Some(0), Some(8), 8);
+        // Go's zero.
+        check(Some(-62_135_596_800), Some(8), 8);
+        check(Some(-62_135_596_800), Some(-62_135_596_800), 9);
+        // From the future, and from beyond what is a time.
+        check(Some(12), Some(8), 8);
+        check(Some(i64::MAX), Some(i64::MIN), 9);
+        check(Some(7), Some(12), 7);
     }
 
     #[test]
@@ -252,30 +390,41 @@ mod tests {
     #[test]
     fn the_marker_is_known_by_its_topic() {
         let marker = envelope(MARKER, "google.protobuf.Empty", &());
-        assert_eq!(decode(&marker, MARKER), Ok(Some(Event::Marker)));
-        assert_eq!(decode(&marker, "/driftd/subscribed/2"), Ok(None));
+        assert_eq!(decode(&marker, MARKER, at(9)), Ok(Some(Event::Marker)));
+        assert_eq!(decode(&marker, "/driftd/subscribed/2", at(9)), Ok(None));
     }
 
     #[test]
     fn a_broken_event_is_an_error_and_an_unknown_one_is_not() {
         let mut broken = envelope("/tasks/create", "containerd.events.TaskCreate", &());
         broken.event.as_mut().unwrap().value = vec![0xff; 3];
-        assert!(decode(&broken, MARKER).is_err(), "{broken:?}");
+        assert!(decode(&broken, MARKER, at(9)).is_err(), "{broken:?}");
         check("containerd.events.TaskOOM", &(), None);
     }
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_make_the_decoder_panic(value: Vec<u8>, which in 0..4_usize) {
+        fn no_bytes_make_the_decoder_panic(value: Vec<u8>, which in 0..6_usize) {
             let type_url = [
                 "containerd.events.TaskCreate",
                 "containerd.events.SnapshotCommit",
                 "containerd.services.images.v1.ImageUpdate",
                 "containerd.events.ContainerUpdate",
+                "containerd.events.TaskExit",
+                "containerd.events.TaskExecStarted",
             ][which];
             let mut event = envelope("/x", type_url, &());
             event.event.as_mut().unwrap().value = value;
-            let _ = decode(&event, MARKER);
+            let _ = decode(&event, MARKER, at(9));
+        }
+
+        #[test]
+        fn no_time_makes_the_decoder_panic(seconds: [i64; 2], nanos: [i32; 2]) {
+            let time = |which: usize| {
+                Some(prost_types::Timestamp { seconds: seconds[which], nanos: nanos[which] })
+            };
+            let found = exited_at(time(0), time(1), at(9));
+            assert!(Timestamp::UNIX_EPOCH < found && found <= at(9), "{found}");
         }
     }
 }

@@ -21,6 +21,7 @@ use tonic::Status;
 use super::blobs;
 use super::connection::{Namespace, found, interrupted, words};
 use super::manifests::{self, Descriptor, Document, brief};
+use super::probes::{self, HealthCheck};
 use super::snapshots::{self, Held, Keeps, Shape, View};
 use super::{ImageProblem, Recording};
 use crate::baseline::{ImageName, Job, Progress, Proof, Recorded};
@@ -160,6 +161,7 @@ pub(super) struct Facts {
     chain: Vec<ChainId>,
     /// Of the same length, or empty: then the manifest and the config disagree.
     blobs: Vec<Descriptor>,
+    pub(super) health_check: HealthCheck,
 }
 
 impl Facts {
@@ -268,17 +270,17 @@ impl Images {
         }
     }
 
-    /// The manifest digest of an image, if its layers are those of `chain_id`:
-    /// a name may have moved on since the container was made.
-    pub(super) async fn manifest_of(
+    /// What an image says of itself, if its layers are those of `chain_id`: a name
+    /// may have moved on since the container was made.
+    pub(super) async fn facts_of(
         &self,
         namespace: &Namespace,
         name: &str,
         chain_id: ChainId,
-    ) -> Result<Option<ManifestDigest>, Status> {
+    ) -> Result<Option<Arc<Facts>>, Status> {
         match self.look_up(namespace, name).await {
             Err(Trouble::Interrupted(status)) => Err(status),
-            Ok(facts) if facts.chain_id() == Some(chain_id) => Ok(Some(facts.manifest_digest)),
+            Ok(facts) if facts.chain_id() == Some(chain_id) => Ok(Some(facts)),
             Ok(_)
             | Err(
                 Trouble::Unknown
@@ -992,7 +994,7 @@ async fn read_facts(namespace: &Namespace, target: &Descriptor) -> Result<Facts,
         .unwrap_or_default();
     let chain = ChainId::of_layers(&diff_ids);
     let blobs = if layers.len() == diff_ids.len() { layers } else { Vec::new() };
-    Ok(Facts { manifest_digest, diff_ids, chain, blobs })
+    Ok(Facts { manifest_digest, diff_ids, chain, blobs, health_check: probes::of_image(&bytes) })
 }
 
 fn missing(what: &str) -> String {
@@ -1131,6 +1133,7 @@ mod tests {
             diff_ids: diff_ids.to_vec(),
             chain: ChainId::of_layers(diff_ids),
             blobs: archives.iter().map(|digest| descriptor(digest)).collect(),
+            health_check: None,
         }
     }
 

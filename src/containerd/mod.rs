@@ -24,18 +24,26 @@
 //! next one starts anew, with a marker and a list. A list is also made when our
 //! own queue has overflowed, when an event could not be read, and every minute:
 //! shims forget the events of the time in which containerd was down.
+//!
+//! Execs are different. No list tells of them afterwards and no record changes by
+//! them, and health probes make them every few seconds: so nobody waits on their
+//! behalf, and those that find a queue half full are counted and dropped
+//! (`exec_events_full`). Of a session this takes what the runtime calls it, not
+//! the session.
 
 pub mod describe;
 
 mod blobs;
 mod connection;
 mod containers;
+mod cri;
 mod docker;
 mod endpoint;
 mod events;
 mod images;
 mod manifests;
 mod outbox;
+mod probes;
 mod snapshots;
 mod spec;
 mod tasks;
@@ -82,6 +90,7 @@ pub enum Change {
         container: ContainerId,
     },
     /// A process that the runtime was asked to execute in a container is there.
+    /// The container may be one that was not told of yet.
     ExecStarted {
         container: ContainerId,
         exec_id: String,

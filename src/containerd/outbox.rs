@@ -37,8 +37,8 @@ pub(super) enum Answer {
 /// For this long the event "task created" is believed although containerd does
 /// not know the task: the shim publishes the event before containerd has filed it.
 const BELIEVE_EVENT: Duration = Duration::from_secs(5);
-/// The runtime must not be blocked by a crossbeam channel, and a change must not
-/// be dropped.
+/// The runtime must not be blocked by a crossbeam channel, and a change of what
+/// there is must not be dropped.
 const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 #[derive(Debug)]
@@ -134,6 +134,24 @@ impl Outbox {
         // What is left marks that answers from before are outdated.
         *known = Known { changed: known.changed, removed: true, ..Known::default() };
         self.send(Change::Removed { container }).await
+    }
+
+    /// Gives on what is said of an exec; false if it was dropped, for want of room.
+    ///
+    /// Nobody waits here, neither for the lock nor for the channel, of which execs
+    /// get no more than half: however many there are, a task that was created finds
+    /// room behind them. It is no event of the container's record, which stays true.
+    pub(super) fn exec(&self, change: Change) -> Result<bool, Stopped> {
+        let has_room =
+            self.changes.capacity().is_none_or(|capacity| self.changes.len() < capacity / 2);
+        if !has_room {
+            return Ok(false);
+        }
+        match self.changes.try_send(change) {
+            Ok(()) => Ok(true),
+            Err(TrySendError::Full(_)) => Ok(false),
+            Err(TrySendError::Disconnected(_)) => Err(Stopped),
+        }
     }
 
     /// Something else has happened to it: what was asked before is outdated.
@@ -399,10 +417,43 @@ mod tests {
         assert_eq!(sent(&received), [container("c", None), Change::Removed { container: id("c") }]);
     }
 
+    fn exec(name: &str, pid: u32) -> Change {
+        Change::ExecStarted { container: id(name), exec_id: "e".into(), pid }
+    }
+
+    #[tokio::test]
+    async fn an_exec_outdates_no_record() {
+        let (outbox, received) = outbox();
+        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        let asked = outbox.asking().await;
+        assert_eq!(outbox.exec(exec("c", 8)), Ok(true));
+        let answer = outbox.container(asked, record("c", Some(7))).await;
+        assert_eq!(answer, Ok(Answer::Taken));
+        // Nobody has heard of this container, and nobody is made to ask.
+        assert_eq!(outbox.exec(exec("new", 9)), Ok(true));
+        assert!(!outbox.knows(&id("new")).await);
+        assert_eq!(sent(&received), [container("c", Some(7)), exec("c", 8), exec("new", 9)]);
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_execs_leaves_room_for_a_task() {
+        let (outbox, received) = outbox();
+        let given = (0..100).filter(|&pid| outbox.exec(exec("c", pid)) == Ok(true)).count();
+        assert_eq!(given, 8, "half of the channel");
+        // Somebody waits with the lock in the hand, and still execs wait for nothing.
+        let held = outbox.state.lock().await;
+        assert_eq!(outbox.exec(exec("c", 100)), Ok(false));
+        drop(held);
+        outbox.task_created(id("c"), 7, None).await.unwrap();
+        let created = Change::TaskCreated { container: id("c"), pid: 7, rootfs: None };
+        assert_eq!(sent(&received).last(), Some(&created));
+    }
+
     #[tokio::test]
     async fn a_pipeline_that_is_gone_ends_it() {
         let (outbox, received) = outbox();
         drop(received);
         assert_eq!(outbox.connected().await, Err(Stopped));
+        assert_eq!(outbox.exec(exec("c", 7)), Err(Stopped));
     }
 }

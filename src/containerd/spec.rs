@@ -1,6 +1,7 @@
 //! What a container's OCI runtime specification says that driftd must know, and
 //! what its runtime is. Pure.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use prost::Message as _;
@@ -18,6 +19,8 @@ pub(super) struct Spec {
     pub(super) root: Option<PathBuf>,
     pub(super) id_map: Option<IdMap>,
     pub(super) entry_point: EntryPoint,
+    /// Those of the CRI plugin.
+    pub(super) annotations: BTreeMap<String, String>,
 }
 
 impl Spec {
@@ -31,6 +34,8 @@ impl Spec {
             linux: Option<Linux>,
             #[serde(default)]
             process: Option<Process>,
+            #[serde(default)]
+            annotations: Option<BTreeMap<String, String>>,
         }
         #[derive(Deserialize)]
         struct Process {
@@ -82,7 +87,9 @@ impl Spec {
                 directory: process.cwd,
             }
         });
-        Spec { root, id_map, entry_point: entry_point.unwrap_or_default() }
+        let mut annotations = document.annotations.unwrap_or_default();
+        annotations.retain(|name, _| name.starts_with("io.kubernetes.cri."));
+        Spec { root, id_map, entry_point: entry_point.unwrap_or_default(), annotations }
     }
 }
 
@@ -132,7 +139,7 @@ mod tests {
             Spec {
                 root: Some("/d/overlay2/m/merged".into()),
                 id_map: Some(IdMap { uids: vec![range(100_000)], gids: vec![range(200_000)] }),
-                entry_point: EntryPoint::default(),
+                ..Spec::default()
             }
         );
     }
@@ -151,6 +158,15 @@ mod tests {
         let spec = Spec::parse(br#"{"process":{"args":null,"env":null}}"#);
         assert_eq!(spec.entry_point.arguments, [""; 0]);
         assert_eq!(spec.entry_point.search.len(), 6);
+    }
+
+    #[test]
+    fn the_cri_plugins_annotations_are_kept() {
+        let spec =
+            Spec::parse(br#"{"annotations":{"io.kubernetes.cri.sandbox-name":"web","a":"b"}}"#);
+        let name = "io.kubernetes.cri.sandbox-name".to_owned();
+        assert_eq!(spec.annotations, [(name, "web".to_owned())].into());
+        assert_eq!(Spec::parse(br#"{"annotations":null}"#), Spec::default());
     }
 
     #[test]
