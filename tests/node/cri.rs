@@ -37,17 +37,20 @@ struct PodSandboxMetadata {
     namespace: String,
 }
 
-/// Whose namespaces a pod uses. 0 is its own, 2 the node's.
+/// Whose namespaces a pod uses. 0 is its own, 2 the node's, 3 another container's.
 #[derive(Clone, PartialEq, prost::Message)]
 struct NamespaceOption {
     #[prost(int32, tag = "1")]
     network: i32,
     #[prost(int32, tag = "2")]
     pid: i32,
+    #[prost(string, tag = "4")]
+    target_id: String,
 }
 
 const CONTAINER: i32 = 1;
 const NODE: i32 = 2;
+const TARGET: i32 = 3;
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct LinuxSandboxSecurityContext {
@@ -130,8 +133,32 @@ pub(crate) struct ContainerConfig {
     mounts: Vec<Mount>,
     #[prost(map = "string, string", tag = "9")]
     labels: HashMap<String, String>,
+    #[prost(bool, tag = "12")]
+    stdin: bool,
+    #[prost(bool, tag = "14")]
+    tty: bool,
     #[prost(message, optional, tag = "15")]
     linux: Option<LinuxContainerConfig>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ExecSyncRequest {
+    #[prost(string, tag = "1")]
+    container_id: String,
+    #[prost(string, repeated, tag = "2")]
+    cmd: Vec<String>,
+    #[prost(int64, tag = "3")]
+    timeout: i64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ExecSyncResponse {
+    #[prost(bytes = "vec", tag = "1")]
+    stdout: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    stderr: Vec<u8>,
+    #[prost(int32, tag = "3")]
+    exit_code: i32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -172,7 +199,11 @@ pub(crate) fn pod(name: &str, cgroup_parent: &str) -> PodSandboxConfig {
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: cgroup_parent.to_owned(),
             security_context: Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(NamespaceOption { network: NODE, pid: CONTAINER }),
+                namespace_options: Some(NamespaceOption {
+                    network: NODE,
+                    pid: CONTAINER,
+                    target_id: String::new(),
+                }),
             }),
         }),
     }
@@ -205,11 +236,37 @@ pub(crate) fn container(
             })
             .collect(),
         labels,
+        stdin: false,
+        tty: false,
         linux: Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext {
-                namespace_options: Some(NamespaceOption { network: NODE, pid: CONTAINER }),
+                namespace_options: Some(NamespaceOption {
+                    network: NODE,
+                    pid: CONTAINER,
+                    target_id: String::new(),
+                }),
             }),
         }),
+    }
+}
+
+/// What `kubectl debug -it --target` makes of it: a shell with a terminal in the pid
+/// namespace of the container `target`.
+pub(crate) fn beside(target: &str, container: ContainerConfig) -> ContainerConfig {
+    let options = NamespaceOption { network: NODE, pid: TARGET, target_id: target.to_owned() };
+    let mut labels = container.labels;
+    labels.insert("io.kubernetes.container.name".to_owned(), "debugger".to_owned());
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: "debugger".to_owned() }),
+        labels,
+        stdin: true,
+        tty: true,
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(options),
+            }),
+        }),
+        ..container
     }
 }
 
@@ -267,6 +324,22 @@ impl Cri {
     pub(crate) fn start_container(&self, container_id: &str) -> anyhow::Result<()> {
         let request = StartContainerRequest { container_id: container_id.to_owned() };
         self.call("RuntimeService/StartContainer", request).map(|_: Empty| ())
+    }
+
+    /// Runs a command in a container, as a kubelet does for a probe: its exit code,
+    /// and what it printed.
+    pub(crate) fn exec_sync(
+        &self,
+        container_id: &str,
+        command: &[&str],
+    ) -> anyhow::Result<(i32, Vec<u8>)> {
+        let request = ExecSyncRequest {
+            container_id: container_id.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            timeout: 30,
+        };
+        let response: ExecSyncResponse = self.call("RuntimeService/ExecSync", request)?;
+        Ok((response.exit_code, response.stdout))
     }
 
     fn call<Request, Response>(&self, method: &str, request: Request) -> anyhow::Result<Response>

@@ -22,6 +22,7 @@ mod programs;
 mod proof;
 mod recording;
 mod registry;
+mod sessions;
 mod sources;
 mod start;
 mod together;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         proof::trials(),
         recording::trials(),
         pods::trials(),
+        sessions::trials(),
         start::trials(),
         docker::trials(),
         trouble::trials(),

