@@ -340,7 +340,7 @@ impl State {
         let entry = self.inventory.entry(&id);
         entry.removed = false;
         let mut trusted = layers::trust(entry);
-        if let Some(task) = container.task {
+        if let Some(task) = &container.task {
             let rootfs_is_news = container.rootfs.is_some()
                 && entry.container.as_ref().is_none_or(|known| known.rootfs.is_none());
             if entry.pid != Some(task.pid) || matches!(entry.watch, WatchState::No) {
@@ -355,6 +355,10 @@ impl State {
                     pid: task.pid,
                     rootfs,
                 }));
+                if let Some(input) = task.terminal_input.clone() {
+                    let container = id.clone();
+                    effects.push(Effect::Watch(Command::Terminal { container, input }));
+                }
                 // So it is for whoever is attached anew.
                 trusted = Trust::Unknown;
                 layers::tell_entry_point(&id, entry, effects);
@@ -1527,8 +1531,9 @@ fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>)
 
 fn view(entry: &Entry) -> Option<ContainerView> {
     let mut container = entry.container.clone().filter(|_| !entry.removed)?;
-    if container.task.map(|task| task.pid) != entry.pid {
-        container.task = entry.pid.map(|pid| crate::model::Task { pid, paused: false });
+    if container.task.as_ref().map(|task| task.pid) != entry.pid {
+        let task = |pid| crate::model::Task { pid, paused: false, terminal_input: None };
+        container.task = entry.pid.map(task);
     }
     let problem = match (&entry.watch, &entry.baseline) {
         (WatchState::Refused(reason), _)

@@ -293,7 +293,7 @@ fn view() -> ContainerView {
             snapshot_key: "web".into(),
             layers: vec![],
             rootfs: None,
-            task: Some(Task { pid: 4242, paused: false }),
+            task: Some(Task { pid: 4242, paused: false, terminal_input: None }),
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),

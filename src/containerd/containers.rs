@@ -44,7 +44,7 @@ pub(super) async fn describe(
     images: &Images,
 ) -> Result<Container, Status> {
     let spec = record.spec.as_ref().map(|spec| Spec::parse(&spec.value)).unwrap_or_default();
-    let mut rootfs = match rootfs(namespace, &record, &spec, task, images).await {
+    let mut rootfs = match rootfs(namespace, &record, &spec, task.clone(), images).await {
         Ok(rootfs) => rootfs,
         Err(status) if interrupted(&status) => return Err(status),
         Err(status) => {

@@ -198,14 +198,14 @@ impl Outbox {
             && let (Some(pid), Some(created)) = (known.running, known.created)
             && created.elapsed() < BELIEVE_EVENT
         {
-            container.task = Some(Task { pid, paused: false });
+            container.task = Some(Task { pid, paused: false, terminal_input: None });
             answer = Answer::AskAgainLater;
         }
         known.removed = false;
         if known.sent.as_ref() == Some(&container) {
             return Ok(answer);
         }
-        let pid = container.task.map(|task| task.pid);
+        let pid = container.task.as_ref().map(|task| task.pid);
         if known.running.is_some() && known.running != pid {
             // Its exit was not heard of.
             self.send(Change::TaskExited { container: container.id.clone() }).await?;
@@ -282,7 +282,7 @@ mod tests {
             snapshot_key: name.into(),
             layers: Vec::new(),
             rootfs: None,
-            task: task.map(|pid| Task { pid, paused: false }),
+            task: task.map(|pid| Task { pid, paused: false, terminal_input: None }),
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),

@@ -1,6 +1,7 @@
 //! Tasks: the running side of a container, and what can be done to it.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use containerd_client::services::v1::{
@@ -18,7 +19,10 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 const SIGKILL: u32 = 9;
 
 fn task_of(process: &Process) -> Option<Task> {
-    let task = |paused| Some(Task { pid: process.pid, paused });
+    let input = PathBuf::from(&process.stdin);
+    // It may also be the address of something that is no file.
+    let terminal_input = Some(input).filter(|input| process.terminal && input.is_absolute());
+    let task = |paused| Some(Task { pid: process.pid, paused, terminal_input });
     match process.status() {
         State::Created | State::Running => task(false),
         State::Paused | State::Pausing => task(true),
@@ -117,7 +121,7 @@ pub(super) async fn pause(namespace: &Namespace, container: &str) -> Result<Stri
     match get(namespace, container).await? {
         None => Ok("it was not running: there was nothing to pause".into()),
         Some(Task { paused: true, .. }) => Ok("it was paused already".into()),
-        Some(Task { pid, paused: false }) => {
+        Some(Task { pid, paused: false, .. }) => {
             namespace.tasks().pause(PauseTaskRequest { container_id: container.into() }).await?;
             Ok(format!("paused (pid {pid})"))
         }
@@ -129,7 +133,7 @@ pub(super) async fn resume(namespace: &Namespace, container: &str) -> Result<Str
     match get(namespace, container).await? {
         None => Ok("it was not running: there was nothing to resume".into()),
         Some(Task { paused: false, .. }) => Ok("it was not paused".into()),
-        Some(Task { pid, paused: true }) => {
+        Some(Task { pid, paused: true, .. }) => {
             namespace.tasks().resume(ResumeTaskRequest { container_id: container.into() }).await?;
             Ok(format!("resumed (pid {pid})"))
         }

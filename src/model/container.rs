@@ -158,11 +158,13 @@ pub struct OverlayDirs {
 }
 
 /// A running task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
     /// The init process, in the host's pid namespace.
     pub pid: u32,
     pub paused: bool,
+    /// The FIFO on the host that leads to its init's terminal, if that has one.
+    pub terminal_input: Option<PathBuf>,
 }
 
 /// How the users and groups of a user namespace are numbered on the host

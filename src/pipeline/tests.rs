@@ -336,7 +336,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
             blob: None,
         }],
         rootfs: Some(OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] }),
-        task: pid.map(|pid| Task { pid, paused: false }),
+        task: pid.map(|pid| Task { pid, paused: false, terminal_input: None }),
         no_baseline: None,
         id_map: None,
         entry_point: EntryPoint::default(),

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use super::shared::Shared;
 use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report, Verdict};
 use crate::health::Failure;
-use crate::model::{ContainerId, OverlayDirs};
+use crate::model::{ContainerId, OverlayDirs, printable};
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::Handle;
 use crate::sys::{file, overlay};
@@ -92,6 +93,14 @@ impl Control {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.set_entry_point(paths);
                         watched.ask_for_walk();
+                    }
+                }
+                Ok(Command::Terminal { container, input }) => {
+                    if let Some(watched) = self.shared.table.get(&container)
+                        && let Err(err) = self.shared.attachments.listen(&watched, &input)
+                    {
+                        let input = printable(input.as_os_str().as_bytes());
+                        tracing::warn!(%container, input, "who attaches is not seen: {err}");
                     }
                 }
                 Ok(Command::Judged { container, file, verdict }) => {

@@ -20,6 +20,7 @@
 
 mod acts;
 mod arm;
+mod attachments;
 mod code;
 mod content;
 mod control;
@@ -54,6 +55,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -94,6 +96,8 @@ pub enum Command {
     /// These files of the image start the container: what they hold matters, even
     /// where it is no program.
     EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
+    /// Its init has a terminal, and this FIFO leads there.
+    Terminal { container: ContainerId, input: PathBuf },
     /// How an executed file of the image's layers was judged.
     Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
 }
@@ -280,6 +284,8 @@ impl Watch {
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();
         watch.spawn("names", move || ours.names.run(&ours))?;
+        let ours = shared.clone();
+        watch.spawn("attachments", move || ours.attachments.run(&ours))?;
         let mut pulse = Pulse::default();
         let mut more_gates = Vec::new();
         let mut copy_ups = None;

@@ -14,6 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::Report;
 use super::acts::Act;
+use super::attachments::Attachments;
 use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
@@ -35,6 +36,7 @@ pub(super) struct Shared {
     pub(super) lower_twins: LowerTwins,
     pub(super) hashed: Hashed,
     pub(super) names: Names,
+    pub(super) attachments: Attachments,
     reports: Sender<Box<Report>>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
@@ -124,6 +126,7 @@ impl Shared {
             lower_twins: LowerTwins::default(),
             hashed: Hashed::default(),
             names: Names::new(),
+            attachments: Attachments::new(),
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),

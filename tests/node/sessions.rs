@@ -31,6 +31,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a32_reverse_shells_are_sessions_with_their_commands", a32_reverse_shells),
         trial("a_terminal_opened_later_is_told", pseudo_terminal),
         trial("a_terminal_of_init_is_no_session", terminal_of_init),
+        trial("an_attachment_to_the_terminal_of_init_is_a_session", attachment),
         trial("b24_a_copy_is_told_and_no_more", b24_copy),
         trial("a_session_is_told_as_a_story", story),
         trial("what_a_session_leaves_behind_names_it", left_behind),
@@ -124,15 +125,13 @@ impl Person {
 
     /// In a shell that `ctr` has started in a container.
     fn in_container(container: &Container<'_>, name: &str) -> anyhow::Result<Person> {
-        let node = container.node;
-        Person::at(&format!(
-            "{} --address {} --namespace {} task exec --fifo-dir {} -t --exec-id {name} {} /bin/sh",
-            programs::find("ctr")?.display(),
-            node.path("containerd.sock").display(),
-            node.namespace,
-            node.path("fifo").display(),
-            container.id,
-        ))
+        let fifo = container.node.path("fifo");
+        let rest = format!(
+            "task exec --fifo-dir {} -t --exec-id {name} {} /bin/sh",
+            fifo.display(),
+            container.id
+        );
+        Person::at(&ctr(container.node, &rest)?)
     }
 
     fn types(&mut self, text: &str) -> anyhow::Result<()> {
@@ -384,33 +383,73 @@ fn pseudo_terminal(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn terminal_of_init(node: &Node) -> anyhow::Result<()> {
-    let id = node.next_id();
-    node.own_container(&id);
-    let image = crate::programs::WORKBENCH;
-    let fifo = node.path("fifo");
-    // `ctr` is not at a terminal itself; its container's init is.
-    let mut person = Person::at(&format!(
-        "{} --address {} --namespace {} run --fifo-dir {} --runc-root {} -t {image} {id} /bin/sh",
-        programs::find("ctr")?.display(),
-        node.path("containerd.sock").display(),
-        node.namespace,
-        fifo.display(),
-        Path::new("/run/containerd/runc").join(&node.namespace).display(),
-    ))?;
+/// `ctr`, and what it does with this node's containerd.
+fn ctr(node: &Node, rest: &str) -> anyhow::Result<String> {
+    let (ctr, socket) = (programs::find("ctr")?, node.path("containerd.sock"));
+    let (ctr, socket) = (ctr.display(), socket.display());
+    Ok(format!("{ctr} --address {socket} --namespace {} {rest}", node.namespace))
+}
+
+/// A container whose init is a shell with a terminal.
+fn run_with_terminal(node: &Node, options: &str, id: &str) -> anyhow::Result<Person> {
+    node.own_container(id);
+    let (fifo, root) = (node.path("fifo"), Path::new("/run/containerd/runc"));
+    let mut person = Person::at(&ctr(
+        node,
+        &format!(
+            "run --fifo-dir {} --runc-root {} {options} -t {} {id} /bin/sh",
+            fifo.display(),
+            root.join(&node.namespace).display(),
+            programs::WORKBENCH,
+        ),
+    )?)?;
     wait_for("driftd to watch it", || {
         let known = node.answer(&["containers"])?;
-        Ok(known
-            .iter()
-            .any(|known| known["id"] == id.as_str() && known["baseline"] == "ready")
-            .then_some(()))
+        let is_ready = |known: &Value| {
+            known["id"] == id && known["watched"] == true && known["baseline"] == "ready"
+        };
+        Ok(known.iter().any(is_ready).then_some(()))
     })?;
+    if options.contains("-d") {
+        person.leaves()?;
+    }
+    Ok(person)
+}
+
+fn terminal_of_init(node: &Node) -> anyhow::Result<()> {
+    let id = node.next_id();
+    let mut person = run_with_terminal(node, "", &id)?;
     person.types("/bin/ls /\n/bin/bash -c '/bin/ls /etc'\n")?;
     thread::sleep(Duration::from_secs(1));
     assert_eq!(node.answer(&["sessions", "-c", &id])?, Vec::<Value>::new());
     assert_eq!(node.answer(&["findings", "-c", &id])?, Vec::<Value>::new());
     person.types("exit\n")?;
     person.leaves()
+}
+
+fn attachment(node: &Node) -> anyhow::Result<()> {
+    let id = node.next_id();
+    run_with_terminal(node, "-d", &id)?;
+    assert_eq!(node.answer(&["sessions", "-c", &id])?, Vec::<Value>::new());
+    let mut person = Person::at(&ctr(node, &format!("task attach {id}"))?)?;
+    let session =
+        wait_for("the session", || Ok(node.answer(&["sessions", "-c", &id])?.into_iter().next()))?;
+    assert_eq!(
+        (&session["entry"], &session["interactive"]),
+        (&"attach".into(), &"terminal".into())
+    );
+    ensure!(session["process"]["argv"].to_string().contains("attach"), "{session:#}");
+    let findings = wait_for("the finding", || {
+        let findings = node.answer(&["findings", "-c", &id])?;
+        Ok((!findings.is_empty()).then_some(findings))
+    })?;
+    assert_eq!(only(&findings, "session.interactive")?["session"], session["id"]);
+    person.types("/bin/ls /\nexit\n")?;
+    person.leaves()?;
+    wait_for("its end", || {
+        let sessions = node.answer(&["sessions", "-c", &id])?;
+        Ok((sessions.len() == 1 && sessions[0]["state"] == "closed").then_some(()))
+    })
 }
 
 fn b24_copy(node: &Node) -> anyhow::Result<()> {
