@@ -521,7 +521,11 @@ fn a_session_is_kept_with_its_commands_in_its_newest_revision() {
     let next = page.next.unwrap().to_string().parse().unwrap();
     let page = reader.commands(over.id, Some(next), 1).unwrap();
     assert_eq!((page.commands, page.next), (vec![second], None));
-    assert_eq!(reader.containers("we").unwrap(), [over.container.id.clone()], "it has no finding");
+    assert_eq!(
+        reader.containers("we").unwrap(),
+        std::slice::from_ref(&over.container.id),
+        "it has no finding"
+    );
 
     // Followers see the newest revision, once.
     let followed = reader.after(0, &Filter::default(), 10).unwrap();

@@ -30,7 +30,7 @@ pub(super) const PAGE_BYTES: usize = 2 << 20;
 /// Most sessions that are handed over as open, the newest.
 const OPEN_SESSIONS: usize = 10_000;
 /// Most probes that are listed, those seen last.
-const PROBES: usize = 5_000;
+const PROBES: usize = 2_000;
 
 /// Which findings are asked for. The default is all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

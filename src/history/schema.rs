@@ -202,8 +202,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     CREATE UNIQUE INDEX record_of_session   ON record (session) WHERE type = 'session';
     CREATE        INDEX record_of_response  ON record (container, namespace, seq)
                                                WHERE type = 'response';
-    CREATE        INDEX record_of_gap       ON record (container, namespace, at, seq)
-                                               WHERE type = 'gap';
+    CREATE        INDEX record_of_gap       ON record (at, seq) WHERE type = 'gap';
     CREATE        INDEX record_by_time      ON record (at);
 
     CREATE VIEW timeline AS
