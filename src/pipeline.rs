@@ -32,8 +32,8 @@ use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, Filesystem, Finding, FindingId, IdMap, ImageReference, Kind, LayerId,
-    LowerTwin, Member, Observation, Outcome, Probe, Process, RootfsPath, Script, Session, Severity,
-    Source,
+    LowerTwin, Member, Observation, Outcome, Probe, ProbeId, Process, RootfsPath, Script, Session,
+    Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
@@ -107,6 +107,12 @@ pub enum Question {
         container: String,
         reply: oneshot::Sender<Result<ContainerId, LookupError>>,
     },
+    /// Whether a probe is to be reported, from now on.
+    SetProbe {
+        probe: ProbeId,
+        reported: bool,
+        reply: oneshot::Sender<Result<Probe, LookupError>>,
+    },
 }
 
 /// The loop's own part of the status.
@@ -170,6 +176,8 @@ pub enum LookupError {
     Ambiguous(String, usize),
     #[error("container {0} is not watched: {1}")]
     NotWatched(String, String),
+    #[error("probe {0} is of no container that is there (see: driftd probes)")]
+    UnknownProbe(ProbeId),
     #[error("driftd is stopping")]
     Stopping,
 }
@@ -1167,6 +1175,10 @@ impl State {
             }
             Question::Lookup { container, reply } => {
                 let _ = reply.send(self.lookup(&container));
+            }
+            Question::SetProbe { probe, reported, reply } => {
+                let answer = self.set_probe(probe, reported, effects);
+                let _ = reply.send(answer.ok_or(LookupError::UnknownProbe(probe)));
             }
             Question::Diff { container, reply } => match self.diffable(&container) {
                 Err(err) => {

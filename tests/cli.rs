@@ -19,11 +19,14 @@ use driftd::baseline::{
     Recorded, Store, Witness,
 };
 use driftd::health::Health;
-use driftd::history::{Filter, FindingLookup, History, MemberChange, Record, Writer};
+use driftd::history::{
+    Filter, FindingLookup, History, MemberChange, Record, SessionLookup, Writer,
+};
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
-    ChainId, Container, ContainerId, DiffId, EntryPoint, FileType, Finding, Format, ImageReference,
-    Kind, LayerId, ManifestDigest, Member, Outcome, RootfsPath, Severity, Task,
+    self, ChainId, Container, ContainerId, DiffId, EntryPoint, Exit, FileType, Finding, Format,
+    ImageReference, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, RootfsPath, Session,
+    SessionState, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
@@ -121,6 +124,17 @@ impl Node {
             let kept = writer.reader().finding(&last.id.to_string()).unwrap();
             kept == FindingLookup::Found(Box::new(last.clone()))
         });
+    }
+
+    /// Stores what a session has become and waits until it is there to be read.
+    fn told(&self, session: &Session, commands: &[model::Command]) {
+        let writer = self.writer.as_ref().unwrap();
+        let record =
+            Record::Session { session: Box::new(session.clone()), commands: commands.to_vec() };
+        writer.records().send(record).unwrap();
+        let kept = SessionLookup::Found(Box::new(session.clone()));
+        let id = session.id.to_string();
+        wait_until(|| writer.reader().session(&id).unwrap() == kept);
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -374,6 +388,16 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
         Question::Lookup { container, reply } => {
             let _ = reply.send(lookup(&container));
         }
+        Question::SetProbe { probe: id, reported, reply } => {
+            let mut probe = probe();
+            let _ = reply.send(if probe.id == id {
+                probe.reported = reported;
+                records.send(Record::Probe(Box::new(probe.clone()))).unwrap();
+                Ok(probe)
+            } else {
+                Err(LookupError::UnknownProbe(id))
+            });
+        }
     }
 }
 
@@ -389,6 +413,45 @@ fn finding(number: u8, ago: i64) -> Finding {
     finding.last_seen = Timestamp::now() - ago.seconds();
     finding.first_seen = finding.last_seen;
     finding
+}
+
+/// A session in the container `default/web` that began that many seconds ago and
+/// goes on.
+fn session(number: u8, ago: i64) -> Session {
+    let mut session: Session = serde_json::from_str(include_str!("data/session.json")).unwrap();
+    session.id.0[0] = number;
+    session.container.id = ContainerId::new("default", "web");
+    session.started_at = Timestamp::now() - ago.seconds();
+    (session.revision, session.state) = (1, SessionState::Open);
+    (session.ended_at, session.exit) = (None, None);
+    session
+}
+
+fn closed(session: &Session, ago: i64) -> Session {
+    let mut session = session.clone();
+    (session.revision, session.state) = (session.revision + 1, SessionState::Closed);
+    session.ended_at = Some(Timestamp::now() - ago.seconds());
+    session.exit = Some(Exit { code: Some(0), signal: None });
+    session
+}
+
+/// A command of a session, begun that many seconds ago, that took one second.
+fn command(session: &Session, number: u64, argv: &[&str], ago: i64) -> model::Command {
+    let mut command: model::Command =
+        serde_json::from_str(include_str!("data/command.json")).unwrap();
+    (command.session, command.number) = (session.id, number);
+    command.argv = Some(argv.iter().copied().map(str::to_owned).collect());
+    command.started_at = Timestamp::now() - ago.seconds();
+    command.ended_at = Some(command.started_at + 1.seconds());
+    command.exit = Some(Exit { code: Some(0), signal: None });
+    command
+}
+
+fn probe() -> Probe {
+    let mut probe: Probe = serde_json::from_str(include_str!("data/probe.json")).unwrap();
+    probe.container.id = ContainerId::new("default", "web");
+    probe.last_seen = Timestamp::now() - 5.seconds();
+    probe
 }
 
 // ---- running the binary
@@ -463,6 +526,11 @@ fn every_command_has_help() {
         &["diff", "--help"],
         &["findings", "--help"],
         &["show", "--help"],
+        &["sessions", "--help"],
+        &["timeline", "--help"],
+        &["probes", "--help"],
+        &["probes", "report", "--help"],
+        &["probes", "count", "--help"],
         &["members", "--help"],
         &["respond", "--help"],
         &["respond", "kill", "--help"],
@@ -489,6 +557,12 @@ fn a_wrong_command_line_is_64() {
         (&["findings", "--follow", "--exit-code"], "--exit-code"),
         (&["findings", "--follow", "-o", "json"], "jsonl"),
         (&["findings", "-o", "xml"], "jsonl"),
+        (&["sessions", "--follow", "-o", "json"], "jsonl"),
+        (&["sessions", "--after", "3"], "--follow"),
+        (&["sessions", "--until", "soon"], "2h"),
+        (&["timeline"], "CONTAINER"),
+        (&["probes", "report"], "PROBE"),
+        (&["probes", "-c", "web", "count", "ab"], "--container"),
         (&["baseline", "diff", "one"], "OTHER"),
         (&["baseline", "rm"], "IMAGE"),
         (&["baseline", "export", "a", "-o", "spdx"], "cyclonedx"),
@@ -536,6 +610,11 @@ fn a_daemon_that_is_not_there_is_2_with_the_next_step() {
         &["findings", "--follow"],
         &["show", "ab"],
         &["members", "ab"],
+        &["sessions"],
+        &["sessions", "--follow"],
+        &["timeline", "web"],
+        &["probes"],
+        &["probes", "report", "ab"],
         &["diff", "web"],
         &["baseline", "ls"],
         &["baseline", "record", "x"],
@@ -675,13 +754,214 @@ fn findings_are_listed_filtered_and_shown() {
     let nothing = node.run(&["show", "ee"]);
     assert_eq!(
         (nothing.code, nothing.talk.as_str()),
-        (2, "error: no finding `ee` (see: driftd findings)\n")
+        (2, "error: no finding or session `ee` (see: driftd findings, driftd sessions)\n")
     );
     let several = node.run(&["show", "0"]);
     assert_eq!(
         (several.code, several.talk.as_str()),
         (2, "error: `0` could be 3 findings: write more of the ID\n")
     );
+}
+
+/// Text that is compared says minutes: a slow test takes some seconds.
+const MINUTE: i64 = 60;
+
+/// A node on which somebody was in `web`, and somebody else still is.
+fn visited_node() -> (Node, Session, Session) {
+    let node = Node::start();
+    let mut drift = finding(1, 80 * MINUTE);
+    let mut over = session(0xa1, 100 * MINUTE);
+    over.findings = vec![drift.id];
+    (over.finding, over.findings_total) = (None, 1);
+    drift.session = Some(over.id);
+    let commands = [
+        command(&over, 1, &["ls", "-la"], 90 * MINUTE),
+        command(&over, 2, &["sh", "-c", "echo \u{1b}[2J\n\u{202e}"], 85 * MINUTE),
+    ];
+    let mut going_on = session(0xa2, 50 * MINUTE);
+    going_on.container.id = ContainerId::new("default", "db\u{1b}[31m");
+    (going_on.requested_by, going_on.process.tty) = (None, Some("pts/0\u{9b}".into()));
+    node.found(std::slice::from_ref(&drift));
+    let over = closed(&over, 60 * MINUTE);
+    node.told(&over, &commands);
+    node.told(&going_on, &[]);
+    (node, over, going_on)
+}
+
+#[track_caller]
+fn assert_clean(text: &str) {
+    let is_dirty = |one: char| one != '\n' && one.is_control() || one == '\u{202e}';
+    assert!(!text.contains(is_dirty), "{text:?}");
+}
+
+/// Without times: each is one second from another.
+fn timeless(text: &str) -> String {
+    let mut all = String::new();
+    for line in settled(text).lines() {
+        let words = line.split(' ').map(|word| match word.parse::<jiff::civil::Time>() {
+            Ok(_) if word.contains(':') => "TIME",
+            _ => match word.parse::<jiff::civil::Date>() {
+                Ok(_) => "DATE",
+                Err(_) => word,
+            },
+        });
+        all += &words.collect::<Vec<_>>().join(" ");
+        all.push('\n');
+    }
+    all
+}
+
+#[test]
+fn sessions_are_listed_filtered_and_told_as_stories() {
+    let nobody = Node::start().run(&["sessions"]);
+    assert_eq!(nobody.code, 0);
+    assert!(nobody.talk.contains("driftd status"), "{}", nobody.talk);
+
+    let (node, over, going_on) = visited_node();
+    let table = node.run(&["sessions"]);
+    assert_eq!((table.code, table.talk.as_str()), (0, ""));
+    assert_clean(&table.out);
+    insta::assert_snapshot!(settled(&table.out));
+    let ids = |arguments: &[&str]| {
+        let answer = node.run(&[&["sessions", "-q"], arguments].concat());
+        assert_eq!(answer.code, 0, "{answer:?}");
+        answer.out.lines().map(str::to_owned).collect::<Vec<String>>()
+    };
+    let (first, second) = (over.id.to_string(), going_on.id.to_string());
+    assert_eq!(ids(&[]), [second.clone(), first.clone()]);
+    assert_eq!(ids(&["-c", "web"]), std::slice::from_ref(&first));
+    assert_eq!(ids(&["-c", "d"]), std::slice::from_ref(&second), "it has no finding");
+    assert_eq!(ids(&["--open"]), std::slice::from_ref(&second));
+    assert_eq!(ids(&["--since", "55m"]), std::slice::from_ref(&second));
+    assert_eq!(ids(&["--until", "55m"]), std::slice::from_ref(&first));
+    let json = node.run(&["sessions", "-o", "json"]);
+    assert_eq!(serde_json::from_str::<Vec<Session>>(&json.out).unwrap(), [going_on, over.clone()]);
+
+    let shown = node.run(&["show", "a1"]);
+    assert_eq!((shown.code, shown.talk.as_str()), (0, ""));
+    assert_clean(&shown.out);
+    insta::assert_snapshot!(timeless(&shown.out));
+    assert_clean(&node.run(&["show", "a2"]).out);
+    let story: serde_json::Value =
+        serde_json::from_str(&node.run(&["show", &first, "-o", "json"]).out).unwrap();
+    assert_eq!(story["schema"], "driftd.session_story/v1");
+    assert_eq!(story["session"]["id"], first);
+    assert_eq!(story["commands"].as_array().unwrap().len(), 2);
+    assert_eq!(story["findings"][0]["session"], first);
+
+    // The finding says in which session it was, and how to see that.
+    let drift = node.run(&["show", "01"]).out;
+    let expected = format!("Session     {first} (driftd show {})\n", &first[..12]);
+    assert!(drift.contains(&expected), "{drift}");
+    let several = node.run(&["show", "a"]);
+    assert_eq!(several.talk, "error: `a` could be 2 sessions: write more of the ID\n");
+    let mut alike = finding(0xa1, 0);
+    alike.container = None;
+    node.found(&[alike]);
+    let both = node.run(&["show", "a1"]);
+    assert_eq!(
+        (both.code, both.talk.as_str()),
+        (2, "error: `a1` could be a finding or a session: write more of the ID\n")
+    );
+}
+
+#[test]
+fn a_timeline_tells_what_happened_in_order() {
+    let (node, over, _) = visited_node();
+    let killed = node.run(&["respond", "kill", "web", "--reason", "drift\u{1b}[2J"]);
+    assert_eq!(killed.code, 0);
+    let records = node.writer.as_ref().unwrap().records();
+    let gap = Record::Gap {
+        name: "pipeline_full".into(),
+        container: None,
+        detail: "7 observations\r".into(),
+        at: Timestamp::now() + 1.seconds(),
+        until: None,
+    };
+    records.send(gap).unwrap();
+    let list = |arguments: &[&str]| node.run(&[&["timeline", "web"], arguments].concat());
+    wait_until(|| list(&["-q"]).out.ends_with("pipeline_full\n"));
+
+    let told = list(&[]);
+    assert_eq!((told.code, told.talk.as_str()), (0, ""));
+    assert_clean(&told.out);
+    let (before, after) = told.out.split_once("(asked by uid 0 pid ").unwrap();
+    let (_, after) = after.split_once(" (").unwrap();
+    let (_, after) = after.split_once(')').unwrap();
+    insta::assert_snapshot!(timeless(&format!("{before}(asked by …{after}")));
+    assert_clean(&list(&["--no-trunc", "-o", "wide"]).out);
+
+    let json = list(&["-o", "json"]);
+    let entries: Vec<serde_json::Value> = serde_json::from_str(&json.out).unwrap();
+    let kinds: Vec<&str> = entries.iter().map(|entry| entry["type"].as_str().unwrap()).collect();
+    let expected =
+        ["session_opened", "command", "command", "finding", "session_closed", "response", "gap"];
+    assert_eq!(kinds, expected);
+    assert_eq!(entries[1]["session_id"], over.id.to_string());
+    assert_eq!(list(&["-o", "jsonl"]).out.lines().count(), 7);
+    assert_eq!(list(&["-q", "--since", "70m", "--until", "55m"]).out, format!("{}\n", over.id));
+    let nothing = list(&["--until", "3h"]);
+    assert_eq!((nothing.code, nothing.out.as_str()), (0, ""));
+    assert!(nothing.talk.contains("driftd status"), "{}", nothing.talk);
+    let unknown = node.run(&["timeline", "nowhere"]);
+    assert_eq!(unknown.code, 2);
+    assert!(unknown.talk.contains("no container `nowhere`"), "{}", unknown.talk);
+}
+
+#[test]
+fn a_timeline_longer_than_a_page_is_told_whole() {
+    let node = Node::start();
+    let long = session(1, 5000);
+    let commands: Vec<model::Command> =
+        (1..=2500).map(|number| command(&long, number, &["true"], 4000 - number as i64)).collect();
+    node.told(&closed(&long, 0), &commands);
+    let lines = node.run(&["timeline", "web", "-q"]).out;
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines.len(), 2502);
+    assert_eq!(lines[2500], format!("{}#2500", long.id));
+    let story = node.run(&["show", &long.id.to_string(), "-o", "jsonl"]).out;
+    let story: serde_json::Value = serde_json::from_str(&story).unwrap();
+    assert_eq!(story["commands"].as_array().unwrap().len(), 2500);
+}
+
+#[test]
+fn probes_are_listed_reported_and_counted_again() {
+    let node = Node::start();
+    assert_eq!(node.run(&["probes"]).talk, "no probe is known\n");
+    let records = node.writer.as_ref().unwrap().records();
+    let mut gone = probe();
+    gone.id.0[0] = 1;
+    gone.container.id = ContainerId::new("default", "gone");
+    gone.argv = vec!["\u{1b}[2J".into()];
+    for probe in [probe(), gone] {
+        records.send(Record::Probe(Box::new(probe))).unwrap();
+    }
+    wait_until(|| node.run(&["probes", "-q"]).out.lines().count() == 2);
+    let table = node.run(&["probes", "-c", "web"]);
+    assert_eq!((table.code, table.talk.as_str()), (0, ""));
+    insta::assert_snapshot!(settled(&table.out));
+    assert_clean(&node.run(&["probes", "-o", "wide"]).out);
+
+    let id = probe().id.to_string();
+    let report = node.run(&["probes", "report", &id[..6]]);
+    assert_eq!((report.code, report.talk.as_str()), (0, ""));
+    assert!(report.out.starts_with(&format!("{id} is reported from now on: ")), "{}", report.out);
+    let state = || {
+        let json = node.run(&["probes", "-c", "web", "-o", "json"]).out;
+        serde_json::from_str::<Vec<Probe>>(&json).unwrap()[0].reported
+    };
+    assert!(state(), "whoever is told finds it in the history");
+    let count = node.run(&["probes", "count", &id, "-o", "json"]);
+    assert!(!serde_json::from_str::<Probe>(&count.out).unwrap().reported);
+    assert!(!state());
+    let nothing = node.run(&["probes", "report", "ee"]);
+    assert_eq!(
+        (nothing.code, nothing.talk.as_str()),
+        (2, "error: no probe `ee` (see: driftd probes)\n")
+    );
+    let gone = node.run(&["probes", "report", "01"]);
+    assert_eq!(gone.code, 2);
+    assert!(gone.talk.contains("is of no container that is there"), "{}", gone.talk);
 }
 
 #[test]
@@ -850,8 +1130,8 @@ fn settled(text: &str) -> String {
                 _ => *word,
             })
             .collect();
-        lines += &match shown[0] {
-            "Recorded" => "Recorded …".to_owned(),
+        lines += &match shown.first() {
+            Some(&"Recorded") => "Recorded …".to_owned(),
             _ => shown.join(" "),
         };
         lines.push('\n');
@@ -1444,7 +1724,7 @@ fn a_response_is_kept_with_who_asked_and_why() {
 
 // ---- following
 
-/// Reads findings' IDs from `driftd findings --follow -o jsonl`.
+/// Reads from `driftd findings --follow -o jsonl`, or from `driftd sessions`.
 struct Following {
     child: Running,
     lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
@@ -1452,8 +1732,12 @@ struct Following {
 
 impl Following {
     fn start(node: &Node, arguments: &[&str]) -> Following {
+        Following::of("findings", node, arguments)
+    }
+
+    fn of(what: &str, node: &Node, arguments: &[&str]) -> Following {
         let mut child = node
-            .command(&["findings", "--follow", "-o", "jsonl"])
+            .command(&[what, "--follow", "-o", "jsonl"])
             .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -1510,6 +1794,34 @@ fn a_follower_sees_what_is_kept_then_what_comes_and_resumes() {
     let mut following = Following::start(&node, &["--after", "3"]);
     node.found(&all[3..]);
     following.expect(&all[3]);
+}
+
+#[test]
+fn sessions_are_told_to_those_who_follow_them() {
+    let mut node = Node::start();
+    let (first, second) = (session(1, 60), session(2, 30));
+    node.told(&first, &[command(&first, 1, &["ls"], 50)]);
+    node.found(&[finding(3, 0)]);
+    let mut findings = Following::start(&node, &[]);
+    let mut sessions = Following::of("sessions", &node, &["-c", "web"]);
+    let mut open = Following::of("sessions", &node, &["--open"]);
+    assert_eq!(sessions.next(), serde_json::to_value(&first).unwrap());
+    assert_eq!(open.next()["id"], first.id.to_string());
+    let over = closed(&first, 0);
+    node.told(&over, &[]);
+    node.told(&second, &[]);
+    assert_eq!(sessions.next(), serde_json::to_value(&over).unwrap());
+    assert_eq!(sessions.next()["id"], second.id.to_string());
+    assert_eq!(open.next()["id"], second.id.to_string(), "its end is not told");
+
+    // Whoever follows findings is told of findings.
+    findings.expect(&finding(3, 0));
+    node.found(&[finding(4, 0)]);
+    findings.expect(&finding(4, 0));
+    node.stop_server();
+    let (code, talk) = sessions.end();
+    assert_eq!(code, 2);
+    assert!(talk.contains("driftd sessions --follow --after 5)"), "{talk}");
 }
 
 #[test]

@@ -9,10 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use driftd::health::{Failure, Health};
-use driftd::history::{self, Error, Filter, FindingLookup, History, MemberChange, Record, Writer};
+use driftd::history::{
+    self, Error, Filter, FindingLookup, Happened, History, MemberChange, ProbeLookup, Record,
+    SessionFilter, SessionLookup, Writer,
+};
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
-    Blake3Hash, ContainerId, Finding, FindingId, Kind, Member, Outcome, RootfsPath, Severity,
+    self, Blake3Hash, ContainerId, Finding, FindingId, Kind, Member, Outcome, Probe, RootfsPath,
+    Session, SessionId, SessionState, Severity,
 };
 use driftd::respond::Response;
 use jiff::{Timestamp, ToSpan as _};
@@ -234,7 +238,10 @@ fn every_filter_leaves_out_what_it_says() {
             .into_iter()
             .filter_map(|(_, record)| match record {
                 Record::Finding(finding) | Record::Aggregate { finding, .. } => Some(finding.id),
-                Record::Response(_) | Record::Gap { .. } => None,
+                Record::Session { .. }
+                | Record::Probe(_)
+                | Record::Response(_)
+                | Record::Gap { .. } => None,
             })
             .collect();
         expected.sort();
@@ -334,6 +341,11 @@ fn the_questions_in_the_format_s_document_have_answers() {
     let seen = MemberChange::Seen(member("/tmp/a", 0));
     let aggregate = Record::Aggregate { finding: Box::new(finding.clone()), changes: vec![seen] };
     write(&writer, vec![aggregate, Record::Response(Box::new(response(id_of(&finding))))]);
+    let mut entered = session(0xff, 60);
+    entered.id = finding.session.unwrap();
+    entered.container.id = id_of(&finding).clone();
+    write(&writer, vec![told(&entered, &[command(&entered, 1, 50)])]);
+    write(&writer, vec![Record::Probe(Box::new(probe(1, "web")))]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let mut asked = 0;
     for question in questions.split_inclusive(";\n") {
@@ -344,7 +356,7 @@ fn the_questions_in_the_format_s_document_have_answers() {
         assert!(!rows.is_empty(), "{question}");
         asked += 1;
     }
-    assert_eq!(asked, 7);
+    assert_eq!(asked, 9);
     writer.stop();
 }
 
@@ -434,6 +446,300 @@ fn the_files_of_a_finding_go_when_it_goes() {
     let writer = start(dir.path());
     wait_for(&writer, |_| writer.reader().members(old.id, None, 10).unwrap().members.is_empty());
     assert_eq!(writer.reader().members(young.id, None, 10).unwrap().members.len(), 1);
+    writer.stop();
+}
+
+// ---- sessions
+
+fn session(number: u8, ago: i64) -> Session {
+    let mut session: Session = serde_json::from_str(include_str!("data/session.json")).unwrap();
+    session.id.0[0] = number;
+    session.container.id = ContainerId::new("default", "web");
+    session.started_at = Timestamp::now() - ago.seconds();
+    (session.revision, session.state) = (1, SessionState::Open);
+    (session.ended_at, session.exit) = (None, None);
+    session
+}
+
+fn command(session: &Session, number: u64, ago: i64) -> model::Command {
+    let mut command: model::Command =
+        serde_json::from_str(include_str!("data/command.json")).unwrap();
+    (command.session, command.number) = (session.id, number);
+    command.started_at = Timestamp::now() - ago.seconds();
+    (command.ended_at, command.exit) = (None, None);
+    command
+}
+
+fn probe(number: u8, container: &str) -> Probe {
+    let mut probe: Probe = serde_json::from_str(include_str!("data/probe.json")).unwrap();
+    probe.id.0[0] = number;
+    probe.container.id = ContainerId::new("default", container);
+    probe.last_seen = Timestamp::now() - i64::from(number).seconds();
+    probe
+}
+
+fn told(session: &Session, commands: &[model::Command]) -> Record {
+    Record::Session { session: Box::new(session.clone()), commands: commands.to_vec() }
+}
+
+fn closed(session: &Session, exit: i32) -> Session {
+    let mut session = session.clone();
+    (session.revision, session.state) = (session.revision + 1, SessionState::Closed);
+    session.ended_at = Some(Timestamp::now());
+    session.exit = Some(model::Exit { code: Some(exit), signal: None });
+    session
+}
+
+fn found(session: &Session) -> SessionLookup {
+    SessionLookup::Found(Box::new(session.clone()))
+}
+
+#[test]
+fn a_session_is_kept_with_its_commands_in_its_newest_revision() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let (open, other) = (session(0xa1, 60), session(0xa2, 30));
+    let first = command(&open, 1, 50);
+    write(&writer, vec![told(&open, std::slice::from_ref(&first)), told(&other, &[])]);
+    let reader = writer.reader();
+    assert_eq!(reader.open_sessions().unwrap(), [other.clone(), open.clone()]);
+
+    let mut ended = first.clone();
+    ended.ended_at = Some(Timestamp::now());
+    ended.exit = Some(model::Exit { code: None, signal: Some(9) });
+    let second = command(&open, 2, 40);
+    let over = closed(&open, 0);
+    write(&writer, vec![told(&over, &[ended.clone(), second.clone()])]);
+
+    assert_eq!(reader.session(&over.id.to_string()).unwrap(), found(&over));
+    assert_eq!(reader.session("A1").unwrap(), found(&over));
+    assert_eq!(reader.session("a").unwrap(), SessionLookup::Ambiguous(2));
+    assert_eq!(reader.session("b").unwrap(), SessionLookup::Unknown);
+    assert_eq!(reader.open_sessions().unwrap(), std::slice::from_ref(&other));
+    let page = reader.commands(over.id, None, 1).unwrap();
+    assert_eq!(page.commands, [ended]);
+    let next = page.next.unwrap().to_string().parse().unwrap();
+    let page = reader.commands(over.id, Some(next), 1).unwrap();
+    assert_eq!((page.commands, page.next), (vec![second], None));
+    assert_eq!(
+        reader.containers("we").unwrap(),
+        std::slice::from_ref(&over.container.id),
+        "it has no finding"
+    );
+
+    // Followers see the newest revision, once.
+    let followed = reader.after(0, &Filter::default(), 10).unwrap();
+    let sessions: Vec<&Session> = followed
+        .records
+        .iter()
+        .filter_map(|(_, record)| match record {
+            Record::Session { session, commands } if commands.is_empty() => Some(&**session),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(sessions, [&other, &over]);
+    let elsewhere =
+        Filter { container: Some(ContainerId::new("default", "db")), ..Filter::default() };
+    let of_others = reader.after(0, &elsewhere, 10).unwrap().records;
+    assert!(!of_others.iter().any(|(_, record)| matches!(record, Record::Session { .. })));
+
+    // A daemon that starts knows what was open.
+    writer.stop();
+    let history = History::open(dir.path()).unwrap();
+    assert_eq!(history.reader().open_sessions().unwrap(), [other]);
+}
+
+#[test]
+fn sessions_are_filtered_and_come_in_pages_newest_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let mut all: Vec<Session> =
+        (0..25).map(|number| session(number, i64::from(number / 3))).collect();
+    let mut old = session(200, 10_000);
+    old.container.id = ContainerId::new("default", "db");
+    let mut old_end = closed(&old, 1);
+    old_end.ended_at = Some(Timestamp::now() - 9_000.seconds());
+    let going_on = session(201, 10_000);
+    all.extend([old_end.clone(), going_on.clone()]);
+    write(&writer, all.iter().map(|session| told(session, &[])).collect());
+
+    let list = |filter: &SessionFilter| {
+        let (mut ids, mut token) = (Vec::<SessionId>::new(), None);
+        loop {
+            let page = writer.reader().sessions(filter, token, 10).unwrap();
+            ids.extend(page.sessions.iter().map(|session| session.id));
+            match page.next {
+                Some(next) => token = Some(next.to_string().parse().unwrap()),
+                None => return ids,
+            }
+        }
+    };
+    let none = SessionFilter::default();
+    all.sort_by_key(|session| (session.started_at.as_microsecond(), session.id));
+    all.reverse();
+    let ids = |sessions: &[&Session]| sessions.iter().map(|one| one.id).collect::<Vec<_>>();
+    assert_eq!(list(&none), ids(&all.iter().collect::<Vec<_>>()));
+    let db = Some(old.container.id.clone());
+    assert_eq!(list(&SessionFilter { container: db, ..none.clone() }), [old.id]);
+    let state = Some(SessionState::Closed);
+    assert_eq!(list(&SessionFilter { state, ..none.clone() }), [old.id]);
+    let hour_ago = Some(Timestamp::now() - 3600.seconds());
+    let recent = list(&SessionFilter { since: hour_ago, ..none.clone() });
+    assert!(recent.len() == 26 && !recent.contains(&old.id), "what is open goes on");
+    assert_eq!(list(&SessionFilter { until: hour_ago, ..none }), [going_on.id, old.id]);
+    for bad in ["", "x", "1", "1.zz", "1.00"] {
+        assert!(bad.parse::<history::PageToken<SessionId>>().is_err(), "{bad}");
+    }
+    writer.stop();
+}
+
+#[test]
+fn probes_are_kept_by_their_newest_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let (mut web, db) = (probe(1, "web"), probe(2, "db"));
+    let kept = |probe: &Probe| Record::Probe(Box::new(probe.clone()));
+    write(&writer, vec![kept(&web), kept(&db)]);
+    (web.count, web.reported) = (web.count + 1, true);
+    write(&writer, vec![kept(&web)]);
+    let reader = writer.reader();
+    assert_eq!(reader.probes(None).unwrap(), [web.clone(), db.clone()]);
+    assert_eq!(reader.probes(Some(&db.container.id)).unwrap(), std::slice::from_ref(&db));
+    assert_eq!(reader.probe("01").unwrap(), ProbeLookup::Found(Box::new(web)));
+    assert_eq!(reader.probe("0").unwrap(), ProbeLookup::Ambiguous(2));
+    assert_eq!(reader.containers("d").unwrap(), [db.container.id]);
+    writer.stop();
+}
+
+#[test]
+fn retention_forgets_closed_sessions_and_probes_that_are_not_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let month = 40 * 24 * 60 * 60;
+    let (open, over, young) = (session(1, month), session(2, month), session(3, 0));
+    let (mut gone, here) = (probe(4, "web"), probe(5, "web"));
+    gone.last_seen = Timestamp::now() - month.seconds();
+    let records = [&open, &over, &young].map(|one| told(one, &[command(one, 1, month)]));
+    write(&writer, records.into());
+    write(&writer, vec![told(&closed(&over, 0), &[]), told(&closed(&young, 0), &[])]);
+    write(&writer, [&gone, &here].map(|one| Record::Probe(Box::new(one.clone()))).into());
+    writer.stop();
+
+    // Nothing of theirs has changed since.
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let aged = (Timestamp::now() - month.seconds()).as_microsecond();
+    for session in [&open, &over] {
+        let id = session.id.to_string();
+        let values = rusqlite::params![aged, id];
+        database.execute("UPDATE record SET at = ?1 WHERE session = ?2", values).unwrap();
+        database.execute("UPDATE session SET changed_at = ?1 WHERE id = ?2", values).unwrap();
+    }
+    drop(database);
+    let writer = start(dir.path());
+    let reader = writer.reader();
+    wait_for(&writer, |_| reader.session(&over.id.to_string()).unwrap() == SessionLookup::Unknown);
+    wait_for(&writer, |_| reader.probes(None).unwrap() == [here.clone()]);
+    assert!(reader.commands(over.id, None, 10).unwrap().commands.is_empty());
+    assert_eq!(reader.open_sessions().unwrap(), std::slice::from_ref(&open), "it goes on");
+    assert_eq!(reader.commands(open.id, None, 10).unwrap().commands.len(), 1);
+    assert_eq!(reader.commands(young.id, None, 10).unwrap().commands.len(), 1);
+    writer.stop();
+}
+
+#[test]
+fn a_timeline_tells_everything_of_a_container_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let web = ContainerId::new("default", "web");
+    let over = closed(&session(1, 100), 0);
+    // Both at the same time, and another one within them.
+    let first = command(&over, 1, 90);
+    let second = model::Command { number: 2, started_at: first.started_at, ..first.clone() };
+    let within = session(2, 80);
+    let mut drift = finding(1, 70);
+    drift.container.as_mut().unwrap().id = web.clone();
+    let response = response(&web);
+    let gap = |container: Option<&str>, ago: i64, until| Record::Gap {
+        name: "pipeline_full".into(),
+        container: container.map(|id| ContainerId::new("default", id)),
+        detail: "7 observations".into(),
+        at: Timestamp::from_second(over.started_at.as_second() + 100 - ago).unwrap(),
+        until,
+    };
+    let mended = Some(Timestamp::now());
+    let mut elsewhere = session(3, 75);
+    elsewhere.container.id = ContainerId::new("k8s.io", "web");
+    write(
+        &writer,
+        vec![
+            told(&over, &[second.clone(), first.clone()]),
+            told(&within, &[]),
+            told(&elsewhere, &[command(&elsewhere, 1, 74)]),
+            record(&drift),
+            record(&finding(2, 60)),
+            gap(Some("other"), 55, None),
+            gap(Some("web"), 50, None),
+            gap(None, 40, None),
+            gap(Some("web"), 50, mended),
+            Record::Response(Box::new(response.clone())),
+        ],
+    );
+
+    let reader = writer.reader();
+    let list = |since, until, limit| {
+        let (mut all, mut token) = (Vec::new(), None);
+        loop {
+            let page = reader.timeline(&web, since, until, token, limit).unwrap();
+            assert!(page.entries.len() <= limit);
+            all.extend(page.entries);
+            match page.next {
+                Some(next) => token = Some(next.to_string().parse().unwrap()),
+                None => return all,
+            }
+        }
+    };
+    let words = |entries: &[history::TimelineEntry]| -> Vec<String> {
+        let word = |entry: &history::TimelineEntry| match &entry.what {
+            Happened::SessionOpened(session) => format!("opened {}", session.id.0[0]),
+            Happened::Command(command) => format!("command {}", command.number),
+            Happened::Finding(finding) => finding.kind.to_string(),
+            Happened::SessionClosed(session) => format!("closed {}", session.id.0[0]),
+            Happened::Response(response) => response.outcome.action.clone(),
+            Happened::Gap { container, until, .. } => {
+                let whose = if container.is_some() { "own" } else { "any" };
+                format!("gap of {whose}{}", if until.is_some() { ", mended" } else { "" })
+            }
+        };
+        // The last one only says that all was written.
+        entries[..entries.len() - 1].iter().map(word).collect()
+    };
+    let whole = list(None, None, 100);
+    assert!(whole.is_sorted_by_key(|entry| entry.at));
+    let mut expected = [
+        "opened 1",
+        "command 1",
+        "command 2",
+        "opened 2",
+        "exec.modified",
+        "gap of own, mended",
+        "gap of any",
+        "kill",
+        "closed 1",
+    ];
+    if response.outcome.at > over.ended_at.unwrap() {
+        expected.swap(7, 8);
+    }
+    assert_eq!(words(&whole), expected);
+    for limit in 1..4 {
+        assert_eq!(list(None, None, limit), whole, "in pages of {limit}");
+    }
+    let later = list(Some(Timestamp::now() - 75.seconds()), None, 100);
+    assert_eq!(later, whole[4..]);
+    let earlier = list(None, Some(Timestamp::now() - 75.seconds()), 100);
+    assert_eq!(earlier, whole[..4]);
+    for bad in ["", "1", "1.1", "1.9.ab", "1.1.", "1.1.'--", "x.1.ab"] {
+        assert!(bad.parse::<history::TimelineToken>().is_err(), "{bad}");
+    }
     writer.stop();
 }
 
@@ -690,8 +996,29 @@ fn a_history_of_the_first_format_is_brought_up_to_date() {
     of_a_layer.container = None;
     write(&writer, vec![record(&of_a_layer)]);
     assert_eq!(findings(&writer, &Filter::default()), [of_a_layer.id, other.id, one.id]);
+    let came = session(1, 0);
+    write(&writer, vec![told(&came, &[])]);
+    assert_eq!(writer.reader().session(&came.id.to_string()).unwrap(), found(&came));
     writer.stop();
     assert_eq!(history::format_of(dir.path()).unwrap(), Some(history::FORMAT));
+}
+
+#[test]
+fn numbers_go_on_when_the_records_are_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    write_format_1(dir.path(), &[finding(1, 20), finding(2, 10)]);
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let response = "INSERT INTO record (seq, at, type, namespace, container, json)
+                    VALUES (7, 1, 'response', 'default', 'web', '{}')";
+    database.execute_batch(response).unwrap();
+    database.execute_batch("DELETE FROM record").unwrap();
+    drop(database);
+    let writer = start(dir.path());
+    assert_eq!(*writer.committed().borrow(), 7);
+    write(&writer, vec![record(&finding(3, 0))]);
+    let records = writer.reader().after(0, &Filter::default(), 10).unwrap().records;
+    assert!(matches!(records[0], (8, Record::Finding(_))), "{:?}", records[0]);
+    writer.stop();
 }
 
 #[test]
@@ -749,7 +1076,11 @@ fn b32_a_clock_that_is_set_back_does_not_turn_the_history_around() {
         .iter()
         .filter_map(|(_, record)| match record {
             Record::Finding(finding) => Some(finding.id),
-            Record::Aggregate { .. } | Record::Response(_) | Record::Gap { .. } => None,
+            Record::Aggregate { .. }
+            | Record::Session { .. }
+            | Record::Probe(_)
+            | Record::Response(_)
+            | Record::Gap { .. } => None,
         })
         .collect();
     let written: Vec<FindingId> = (0..5).map(|number| finding(number, 0).id).collect();

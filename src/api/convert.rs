@@ -6,10 +6,13 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::proto;
+use crate::history::{Happened, TimelineEntry};
 use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
+use crate::model::session::{COMMAND_SCHEMA, PROBE_SCHEMA, SESSION_SCHEMA};
 use crate::model::{
-    self, Ancestor, Attack, ContainerId, Expected, FileEvidence, FileType, Finding, Format,
-    ImageReference, Member, Outcome, Pod, Process, ProcessIdentity, RootfsPath, Severity, Verdict,
+    self, Ancestor, Attack, Command, ContainerId, Entry, Exit, Expected, FileEvidence, FileType,
+    Finding, Format, ImageReference, Interactive, Login, Member, Outcome, Pod, Probe, ProbeSource,
+    Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
 };
 use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
@@ -273,37 +276,36 @@ fn process_to_proto(process: Process) -> proto::Process {
         uid: process.uid,
         tty: process.tty,
         root: process.root,
-        ancestors: process
-            .ancestors
-            .into_iter()
-            .map(|ancestor| proto::Ancestor {
-                pid: ancestor.identity.pid,
-                start_time: ancestor.identity.start_time,
-                exe: ancestor.exe,
-                argv: ancestor.argv.map(|values| proto::Arguments { values }),
-            })
-            .collect(),
+        ancestors: process.ancestors.into_iter().map(ancestor_to_proto).collect(),
+    }
+}
+
+fn ancestor_to_proto(ancestor: Ancestor) -> proto::Ancestor {
+    proto::Ancestor {
+        pid: ancestor.identity.pid,
+        start_time: ancestor.identity.start_time,
+        exe: ancestor.exe,
+        argv: ancestor.argv.map(|values| proto::Arguments { values }),
+    }
+}
+
+fn ancestor_from_proto(ancestor: proto::Ancestor) -> Ancestor {
+    Ancestor {
+        identity: ProcessIdentity { pid: ancestor.pid, start_time: ancestor.start_time },
+        exe: ancestor.exe,
+        argv: ancestor.argv.map(|argv| argv.values),
     }
 }
 
 fn process_from_proto(process: proto::Process) -> Process {
-    let identity = |pid, start_time| ProcessIdentity { pid, start_time };
     Process {
-        identity: identity(process.pid, process.start_time),
+        identity: ProcessIdentity { pid: process.pid, start_time: process.start_time },
         exe: process.exe,
         argv: process.argv.map(|argv| argv.values),
         uid: process.uid,
         tty: process.tty,
         root: process.root,
-        ancestors: process
-            .ancestors
-            .into_iter()
-            .map(|ancestor| Ancestor {
-                identity: identity(ancestor.pid, ancestor.start_time),
-                exe: ancestor.exe,
-                argv: ancestor.argv.map(|argv| argv.values),
-            })
-            .collect(),
+        ancestors: process.ancestors.into_iter().map(ancestor_from_proto).collect(),
     }
 }
 
@@ -331,7 +333,244 @@ pub fn response_to_proto(response: Response) -> proto::Response {
         reason: response.reason,
         requested_by: response.requested_by,
         requested_at: Some(time_to_proto(response.requested_at)),
+        finding: response.finding.map(|id| id.to_string()),
+        namespace: response.container.namespace.to_string(),
+        container: response.container.id.to_string(),
     }
+}
+
+pub fn response_from_proto(response: proto::Response) -> Result<Response, Malformed> {
+    let outcome = response.outcome.ok_or_else(|| missing("response.outcome"))?;
+    Ok(Response {
+        container: ContainerId::new(&response.namespace, &response.container),
+        reason: response.reason,
+        requested_by: response.requested_by,
+        requested_at: time_from_proto("response.requested_at", response.requested_at)?,
+        finding: parsed("response.finding", response.finding)?,
+        outcome: outcome_from_proto(outcome)?,
+    })
+}
+
+// ---- sessions
+
+pub fn session_to_proto(session: Session) -> proto::Session {
+    let ContainerEvidence { id: container, labels, pod } = session.container;
+    proto::Session {
+        id: session.id.to_string(),
+        revision: session.revision,
+        state: state_to_proto(session.state).into(),
+        node: session.node,
+        runtime: session.runtime,
+        namespace: container.namespace.to_string(),
+        container: container.id.to_string(),
+        labels: labels.into_iter().collect(),
+        pod: pod.map(pod_to_proto),
+        image: Some(image_to_proto(&session.image)),
+        entry: session.entry.name().into(),
+        client: session.client,
+        exec_id: session.exec_id,
+        interactive: session.interactive.map(|how| how.name().into()),
+        process: Some(process_to_proto(session.process)),
+        host: session.host.into_iter().map(ancestor_to_proto).collect(),
+        login: session
+            .login
+            .map(|Login { uid, audit_session }| proto::Login { uid, audit_session }),
+        requested_by: session.requested_by,
+        discovered: session.discovered,
+        started_at: Some(time_to_proto(session.started_at)),
+        ended_at: session.ended_at.map(time_to_proto),
+        exit: session.exit.map(exit_to_proto),
+        commands: session.commands,
+        finding: session.finding.map(|id| id.to_string()),
+        findings: session.findings.iter().map(ToString::to_string).collect(),
+        findings_total: session.findings_total,
+    }
+}
+
+pub fn session_from_proto(session: proto::Session) -> Result<Session, Malformed> {
+    let state = state_from_proto(session.state()).ok_or_else(|| missing("session.state"))?;
+    let interactive = session.interactive.map(|word| {
+        named(Interactive::ALL, Interactive::name, &word)
+            .ok_or_else(|| missing("session.interactive"))
+    });
+    let findings = session.findings.into_iter().map(|id| id.parse());
+    Ok(Session {
+        schema: SESSION_SCHEMA.into(),
+        id: session.id.parse().map_err(malformed("session.id"))?,
+        revision: session.revision,
+        state,
+        node: session.node,
+        runtime: session.runtime,
+        container: ContainerEvidence {
+            id: ContainerId::new(&session.namespace, &session.container),
+            labels: session.labels.into_iter().collect(),
+            pod: session.pod.map(pod_from_proto),
+        },
+        image: image_from_proto(session.image.unwrap_or_default())?,
+        entry: named(Entry::ALL, Entry::name, &session.entry)
+            .ok_or_else(|| missing("session.entry"))?,
+        client: session.client,
+        exec_id: session.exec_id,
+        interactive: interactive.transpose()?,
+        process: process_from_proto(session.process.ok_or_else(|| missing("session.process"))?),
+        host: session.host.into_iter().map(ancestor_from_proto).collect(),
+        login: session
+            .login
+            .map(|proto::Login { uid, audit_session }| Login { uid, audit_session }),
+        requested_by: session.requested_by,
+        discovered: session.discovered,
+        started_at: time_from_proto("session.started_at", session.started_at)?,
+        ended_at: optional_time_from_proto("session.ended_at", session.ended_at)?,
+        exit: session.exit.map(exit_from_proto),
+        commands: session.commands,
+        finding: parsed("session.finding", session.finding)?,
+        findings: findings.collect::<Result<_, _>>().map_err(malformed("session.findings"))?,
+        findings_total: session.findings_total,
+    })
+}
+
+pub fn state_to_proto(state: SessionState) -> proto::SessionState {
+    match state {
+        SessionState::Open => proto::SessionState::Open,
+        SessionState::Closed => proto::SessionState::Closed,
+    }
+}
+
+pub fn state_from_proto(state: proto::SessionState) -> Option<SessionState> {
+    match state {
+        proto::SessionState::Unspecified => None,
+        proto::SessionState::Open => Some(SessionState::Open),
+        proto::SessionState::Closed => Some(SessionState::Closed),
+    }
+}
+
+fn exit_to_proto(exit: Exit) -> proto::ExitStatus {
+    proto::ExitStatus { code: exit.code, signal: exit.signal }
+}
+
+fn exit_from_proto(exit: proto::ExitStatus) -> Exit {
+    Exit { code: exit.code, signal: exit.signal }
+}
+
+pub fn command_to_proto(command: Command) -> proto::Command {
+    proto::Command {
+        session: command.session.to_string(),
+        number: command.number,
+        pid: command.process.pid,
+        start_time: command.process.start_time,
+        exe: command.exe,
+        argv: command.argv.map(|values| proto::Arguments { values }),
+        started_at: Some(time_to_proto(command.started_at)),
+        ended_at: command.ended_at.map(time_to_proto),
+        exit: command.exit.map(exit_to_proto),
+    }
+}
+
+pub fn command_from_proto(command: proto::Command) -> Result<Command, Malformed> {
+    Ok(Command {
+        schema: COMMAND_SCHEMA.into(),
+        session: command.session.parse().map_err(malformed("command.session"))?,
+        number: command.number,
+        process: ProcessIdentity { pid: command.pid, start_time: command.start_time },
+        exe: command.exe,
+        argv: command.argv.map(|argv| argv.values),
+        started_at: time_from_proto("command.started_at", command.started_at)?,
+        ended_at: optional_time_from_proto("command.ended_at", command.ended_at)?,
+        exit: command.exit.map(exit_from_proto),
+    })
+}
+
+pub fn probe_to_proto(probe: Probe) -> proto::Probe {
+    let ContainerEvidence { id: container, labels, pod } = probe.container;
+    proto::Probe {
+        id: probe.id.to_string(),
+        namespace: container.namespace.to_string(),
+        container: container.id.to_string(),
+        labels: labels.into_iter().collect(),
+        pod: pod.map(pod_to_proto),
+        image: Some(image_to_proto(&probe.image)),
+        argv: probe.argv,
+        source: probe.source.name().into(),
+        interval_milliseconds: probe.interval_milliseconds,
+        count: probe.count,
+        first_seen: Some(time_to_proto(probe.first_seen)),
+        last_seen: Some(time_to_proto(probe.last_seen)),
+        reported: probe.reported,
+    }
+}
+
+pub fn probe_from_proto(probe: proto::Probe) -> Result<Probe, Malformed> {
+    Ok(Probe {
+        schema: PROBE_SCHEMA.into(),
+        id: probe.id.parse().map_err(malformed("probe.id"))?,
+        container: ContainerEvidence {
+            id: ContainerId::new(&probe.namespace, &probe.container),
+            labels: probe.labels.into_iter().collect(),
+            pod: probe.pod.map(pod_from_proto),
+        },
+        image: image_from_proto(probe.image.unwrap_or_default())?,
+        argv: probe.argv,
+        source: named(ProbeSource::ALL, ProbeSource::name, &probe.source)
+            .ok_or_else(|| missing("probe.source"))?,
+        interval_milliseconds: probe.interval_milliseconds,
+        count: probe.count,
+        first_seen: time_from_proto("probe.first_seen", probe.first_seen)?,
+        last_seen: time_from_proto("probe.last_seen", probe.last_seen)?,
+        reported: probe.reported,
+    })
+}
+
+pub fn timeline_entry_to_proto(entry: TimelineEntry) -> proto::TimelineEntry {
+    use proto::timeline_entry::What;
+    let what = match entry.what {
+        Happened::SessionOpened(session) => What::SessionOpened(session_to_proto(*session)),
+        Happened::Command(command) => What::Command(command_to_proto(*command)),
+        Happened::Finding(finding) => What::Finding(finding_to_proto(*finding)),
+        Happened::SessionClosed(session) => What::SessionClosed(session_to_proto(*session)),
+        Happened::Response(response) => What::Response(response_to_proto(*response)),
+        Happened::Gap { name, container, detail, until } => {
+            let (namespace, container) = names(container);
+            What::Gap(proto::Gap {
+                name,
+                at: Some(time_to_proto(entry.at)),
+                namespace,
+                container,
+                detail,
+                until: until.map(time_to_proto),
+            })
+        }
+    };
+    proto::TimelineEntry { at: Some(time_to_proto(entry.at)), what: Some(what) }
+}
+
+/// `None`: of a newer driftd.
+pub fn timeline_entry_from_proto(
+    entry: proto::TimelineEntry,
+) -> Result<Option<TimelineEntry>, Malformed> {
+    use proto::timeline_entry::What;
+    let at = time_from_proto("entry.at", entry.at)?;
+    let what = match entry.what {
+        None => return Ok(None),
+        Some(What::SessionOpened(session)) => {
+            Happened::SessionOpened(Box::new(session_from_proto(session)?))
+        }
+        Some(What::Command(command)) => Happened::Command(Box::new(command_from_proto(command)?)),
+        Some(What::Finding(finding)) => Happened::Finding(Box::new(finding_from_proto(finding)?)),
+        Some(What::SessionClosed(session)) => {
+            Happened::SessionClosed(Box::new(session_from_proto(session)?))
+        }
+        Some(What::Response(response)) => {
+            Happened::Response(Box::new(response_from_proto(response)?))
+        }
+        Some(What::Gap(gap)) => Happened::Gap {
+            name: gap.name,
+            container: (!gap.container.is_empty())
+                .then(|| ContainerId::new(&gap.namespace, &gap.container)),
+            detail: gap.detail,
+            until: optional_time_from_proto("gap.until", gap.until)?,
+        },
+    };
+    Ok(Some(TimelineEntry { at, what }))
 }
 
 // ---- containers
@@ -389,8 +628,7 @@ pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto:
 }
 
 pub fn gap_to_proto(gap: crate::pipeline::Gap) -> proto::Gap {
-    let (namespace, container) =
-        gap.container.map(|id| (id.namespace.to_string(), id.id.to_string())).unwrap_or_default();
+    let (namespace, container) = names(gap.container);
     proto::Gap {
         name: gap.failure.name().into(),
         at: Some(time_to_proto(gap.since)),
@@ -536,6 +774,26 @@ pub fn time_from_proto(
     Timestamp::new(time.seconds, time.nanos).map_err(malformed(field))
 }
 
+pub fn optional_time_from_proto(
+    field: &'static str,
+    time: Option<prost_types::Timestamp>,
+) -> Result<Option<Timestamp>, Malformed> {
+    match time {
+        None => Ok(None),
+        some => time_from_proto(field, some).map(Some),
+    }
+}
+
+/// The one of this name.
+fn named<T: Copy>(all: &[T], name: fn(T) -> &'static str, word: &str) -> Option<T> {
+    all.iter().copied().find(|one| name(*one) == word)
+}
+
+/// A container's namespace and ID; both empty for none.
+pub(super) fn names(container: Option<ContainerId>) -> (String, String) {
+    container.map(|id| (id.namespace.to_string(), id.id.to_string())).unwrap_or_default()
+}
+
 fn parsed<T>(field: &'static str, text: Option<String>) -> Result<Option<T>, Malformed>
 where
     T: std::str::FromStr,
@@ -634,6 +892,104 @@ mod tests {
                 check(&finding);
             }
         }
+    }
+
+    fn session() -> Session {
+        serde_json::from_str(include_str!("../../tests/data/session.json")).unwrap()
+    }
+
+    fn command() -> Command {
+        serde_json::from_str(include_str!("../../tests/data/command.json")).unwrap()
+    }
+
+    #[track_caller]
+    fn check_entry(what: Happened) {
+        use prost::Message as _;
+        let entry = TimelineEntry { at: "2026-11-20T10:00:00.25Z".parse().unwrap(), what };
+        let wire = timeline_entry_to_proto(entry.clone()).encode_to_vec();
+        let read = proto::TimelineEntry::decode(&wire[..]).unwrap();
+        assert_eq!(timeline_entry_from_proto(read), Ok(Some(entry)));
+    }
+
+    #[test]
+    fn a_session_survives_the_wire_and_json() {
+        let text = include_str!("../../tests/data/session.json");
+        let json: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_value(session()).unwrap(), json, "its schema");
+        check_entry(Happened::SessionOpened(Box::new(session())));
+        let mut bare = session();
+        bare.state = SessionState::Open;
+        (bare.client, bare.exec_id, bare.interactive) = (None, None, None);
+        (bare.login, bare.requested_by, bare.ended_at, bare.exit) = (None, None, None, None);
+        (bare.finding, bare.findings, bare.host) = (None, vec![], vec![]);
+        (bare.container.pod, bare.image) = (None, ImageReference::default());
+        check_entry(Happened::SessionClosed(Box::new(bare)));
+        for entry in Entry::ALL {
+            check_entry(Happened::SessionOpened(Box::new(Session { entry: *entry, ..session() })));
+        }
+        for how in Interactive::ALL {
+            let interactive = Some(*how);
+            check_entry(Happened::SessionOpened(Box::new(Session { interactive, ..session() })));
+        }
+        let odd = proto::Session { entry: "window".into(), ..session_to_proto(session()) };
+        let err = session_from_proto(odd).unwrap_err().to_string();
+        assert!(err.starts_with("`session.entry` is missing or not understood"), "{err}");
+    }
+
+    #[test]
+    fn commands_and_probes_survive_the_wire_and_json() {
+        let json: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/data/command.json")).unwrap();
+        assert_eq!(serde_json::to_value(command()).unwrap(), json, "its schema");
+        check_entry(Happened::Command(Box::new(command())));
+        let mut running = command();
+        (running.exe, running.argv, running.ended_at) = (None, None, None);
+        running.exit = Some(Exit { code: Some(-1), signal: None });
+        check_entry(Happened::Command(Box::new(running)));
+
+        let text = include_str!("../../tests/data/probe.json");
+        let probe: Probe = serde_json::from_str(text).unwrap();
+        let json: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_value(&probe).unwrap(), json, "its schema");
+        for source in ProbeSource::ALL {
+            let probe = Probe {
+                source: *source,
+                interval_milliseconds: None,
+                reported: true,
+                ..probe.clone()
+            };
+            assert_eq!(probe_from_proto(probe_to_proto(probe.clone())), Ok(probe));
+        }
+        assert_eq!(probe_from_proto(probe_to_proto(probe.clone())), Ok(probe));
+    }
+
+    #[test]
+    fn every_entry_of_a_timeline_survives_the_wire() {
+        let at = "2026-11-20T10:00:00Z".parse().unwrap();
+        check_entry(Happened::Finding(Box::new(sample())));
+        for finding in [None, Some(sample().id)] {
+            check_entry(Happened::Response(Box::new(Response {
+                container: ContainerId::new("default", "web"),
+                reason: "a\u{1b}b".into(),
+                requested_by: "uid 0".into(),
+                requested_at: at,
+                finding,
+                outcome: Outcome {
+                    action: "kill".into(),
+                    succeeded: true,
+                    message: "killed".into(),
+                    at,
+                },
+            })));
+        }
+        for (container, until) in
+            [(None, None), (Some(ContainerId::new("default", "web")), Some(at))]
+        {
+            let (name, detail) = ("pipeline_full".to_owned(), "7".to_owned());
+            check_entry(Happened::Gap { name, container, detail, until });
+        }
+        let newer = proto::TimelineEntry { at: Some(time_to_proto(at)), what: None };
+        assert_eq!(timeline_entry_from_proto(newer), Ok(None));
     }
 
     #[test]

@@ -16,6 +16,8 @@ type Message = Result<proto::FollowFindingsResponse, Status>;
 pub(super) struct Follower {
     pub(super) reader: Reader,
     pub(super) filter: Filter,
+    /// Whether sessions are told too.
+    pub(super) sessions: bool,
     pub(super) committed: watch::Receiver<u64>,
     /// Becomes true when driftd stops.
     pub(super) stopping: watch::Receiver<bool>,
@@ -76,15 +78,18 @@ impl Follower {
                             *finding,
                         ))
                     }
+                    Record::Session { session, .. } if self.sessions => {
+                        proto::follow_findings_response::Event::Session(convert::session_to_proto(
+                            *session,
+                        ))
+                    }
                     Record::Gap { name, container, detail, at, until } => {
+                        let (namespace, container) = convert::names(container);
                         proto::follow_findings_response::Event::Gap(proto::Gap {
                             name,
                             at: Some(convert::time_to_proto(at)),
-                            namespace: container
-                                .as_ref()
-                                .map(|id| id.namespace.to_string())
-                                .unwrap_or_default(),
-                            container: container.map(|id| id.id.to_string()).unwrap_or_default(),
+                            namespace,
+                            container,
                             detail,
                             until: until.map(convert::time_to_proto),
                         })

@@ -18,8 +18,8 @@ use super::proto::drift_service_server::DriftService;
 use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::Health;
-use crate::history::{self, Filter, FindingLookup};
-use crate::model::{ContainerId, Finding, printable};
+use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
+use crate::model::{ContainerId, FindingId, Session, printable};
 use crate::pipeline::{ContainerView, LookupError, Question};
 use crate::respond;
 
@@ -80,23 +80,32 @@ pub(super) fn history_failed(err: &history::Error) -> Status {
 fn lookup_failed(err: &LookupError) -> Status {
     match err {
         LookupError::Unknown(_) => Status::not_found(err.to_string()),
+        LookupError::UnknownProbe(_) => Status::not_found(err.to_string()),
         LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
         LookupError::NotWatched(..) => Status::failed_precondition(err.to_string()),
         LookupError::Stopping => Status::unavailable(err.to_string()),
     }
 }
 
-/// The finding that a person means.
-fn the_one(found: FindingLookup, shown: &str) -> Result<Box<Finding>, Status> {
+/// The finding, session or probe that a person means.
+fn the_one<T>(found: Lookup<T>, what: &str, shown: &str) -> Result<Box<T>, Status> {
     match found {
-        FindingLookup::Found(finding) => Ok(finding),
-        FindingLookup::Unknown => {
-            Err(Status::not_found(format!("no finding `{shown}` (see: driftd findings)")))
+        Lookup::Found(one) => Ok(one),
+        Lookup::Unknown => {
+            Err(Status::not_found(format!("no {what} `{shown}` (see: driftd {what}s)")))
         }
-        FindingLookup::Ambiguous(count) => Err(Status::invalid_argument(format!(
-            "`{shown}` could be {count} findings: write more of the ID"
+        Lookup::Ambiguous(count) => Err(Status::invalid_argument(format!(
+            "`{shown}` could be {count} {what}s: write more of the ID"
         ))),
     }
+}
+
+fn optional_time(
+    field: &'static str,
+    time: Option<prost_types::Timestamp>,
+) -> Result<Option<jiff::Timestamp>, Status> {
+    convert::optional_time_from_proto(field, time)
+        .map_err(|err| Status::invalid_argument(err.to_string()))
 }
 
 impl Service {
@@ -123,7 +132,7 @@ impl Service {
     }
 
     /// Which container a person means: one that is watched, or one that is
-    /// gone and left findings.
+    /// gone and left findings or sessions.
     async fn resolve(&self, text: String) -> Result<ContainerId, Status> {
         let live = self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?;
         let (reader, wanted) = (self.backend.history.clone(), text.clone());
@@ -132,7 +141,11 @@ impl Service {
             .map_err(|err| history_failed(&err))?;
         match live {
             Ok(container) => candidates.push(container),
-            Err(LookupError::Unknown(_) | LookupError::NotWatched(..)) => (),
+            Err(
+                LookupError::Unknown(_)
+                | LookupError::UnknownProbe(_)
+                | LookupError::NotWatched(..),
+            ) => (),
             Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
                 return Err(lookup_failed(&err));
             }
@@ -153,25 +166,39 @@ impl Service {
     async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {
         let filter = filter.unwrap_or_default();
         let minimum_severity = convert::severity_from_proto(filter.minimum_severity());
-        let time = |field, time: Option<prost_types::Timestamp>| match time {
-            None => Ok(None),
-            some => convert::time_from_proto(field, some)
-                .map(Some)
-                .map_err(|err| Status::invalid_argument(err.to_string())),
-        };
         Ok(Filter {
-            container: match filter.container {
-                text if text.is_empty() => None,
-                text => Some(self.resolve(text).await?),
-            },
+            container: self.resolve_any(filter.container).await?,
             image: (!filter.image.is_empty()).then_some(filter.image),
             kinds: filter.kinds.iter().map(|kind| kind.parse()).collect::<Result<_, _>>().map_err(
                 |err: crate::model::finding::UnknownName| Status::invalid_argument(err.to_string()),
             )?,
             minimum_severity,
-            since: time("since", filter.since)?,
-            until: time("until", filter.until)?,
+            since: optional_time("since", filter.since)?,
+            until: optional_time("until", filter.until)?,
         })
+    }
+
+    /// The same; empty text means no one.
+    async fn resolve_any(&self, text: String) -> Result<Option<ContainerId>, Status> {
+        match text {
+            text if text.is_empty() => Ok(None),
+            text => self.resolve(text).await.map(Some),
+        }
+    }
+
+    /// Asks the history.
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&history::Reader) -> Result<T, history::Error> + Send + 'static,
+    ) -> Result<T, Status> {
+        let reader = self.backend.history.clone();
+        unblock(move || read(&reader)).await?.map_err(|err| history_failed(&err))
+    }
+
+    async fn session(&self, text: String) -> Result<Box<Session>, Status> {
+        let shown = printable(text.as_bytes());
+        let found = self.read(move |reader| reader.session(&text)).await?;
+        the_one(found, "session", &shown)
     }
 }
 
@@ -464,7 +491,7 @@ impl DriftService for Service {
             Ok((found, responses))
         });
         let (found, mut responses) = found.await?.map_err(|err| history_failed(&err))?;
-        let finding = the_one(found, &shown)?;
+        let finding = the_one(found, "finding", &shown)?;
         responses.retain(|response| response.requested_at >= finding.first_seen);
         let older = responses.len().saturating_sub(MAX_RESPONSES);
         let responses = responses.into_iter().skip(older);
@@ -484,7 +511,7 @@ impl DriftService for Service {
         let shown = printable(request.finding.as_bytes());
         let (reader, text) = (self.backend.history.clone(), request.finding);
         let found = unblock(move || reader.finding(&text)).await?;
-        let id = the_one(found.map_err(|err| history_failed(&err))?, &shown)?.id;
+        let id = the_one(found.map_err(|err| history_failed(&err))?, "finding", &shown)?.id;
         let reader = self.backend.history.clone();
         let page = unblock(move || reader.members(id, after, limit))
             .await?
@@ -494,6 +521,110 @@ impl DriftService for Service {
             next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
             finding: id.to_string(),
         }))
+    }
+
+    async fn list_sessions(
+        &self,
+        request: Request<proto::ListSessionsRequest>,
+    ) -> Result<Response<proto::ListSessionsResponse>, Status> {
+        let request = request.into_inner();
+        let filter = request.filter.unwrap_or_default();
+        let filter = SessionFilter {
+            state: convert::state_from_proto(filter.state()),
+            since: optional_time("since", filter.since)?,
+            until: optional_time("until", filter.until)?,
+            container: self.resolve_any(filter.container).await?,
+        };
+        let after = page_token(&request.page_token)?;
+        let limit = page_limit(request.page_size);
+        let page = self.read(move |reader| reader.sessions(&filter, after, limit)).await?;
+        Ok(Response::new(proto::ListSessionsResponse {
+            sessions: page.sessions.into_iter().map(convert::session_to_proto).collect(),
+            next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
+        }))
+    }
+
+    async fn get_session(
+        &self,
+        request: Request<proto::GetSessionRequest>,
+    ) -> Result<Response<proto::GetSessionResponse>, Status> {
+        let session = self.session(request.into_inner().id).await?;
+        let mut ids: Vec<FindingId> = session.finding.into_iter().collect();
+        ids.extend(session.findings.iter().filter(|id| Some(**id) != session.finding));
+        let findings = self.read(move |reader| reader.findings_of(&ids)).await?;
+        Ok(Response::new(proto::GetSessionResponse {
+            session: Some(convert::session_to_proto(*session)),
+            findings: findings.into_iter().map(convert::finding_to_proto).collect(),
+        }))
+    }
+
+    async fn list_commands(
+        &self,
+        request: Request<proto::ListCommandsRequest>,
+    ) -> Result<Response<proto::ListCommandsResponse>, Status> {
+        let request = request.into_inner();
+        let after = page_token(&request.page_token)?;
+        let limit = page_limit(request.page_size);
+        let id = self.session(request.session).await?.id;
+        let page = self.read(move |reader| reader.commands(id, after, limit)).await?;
+        Ok(Response::new(proto::ListCommandsResponse {
+            commands: page.commands.into_iter().map(convert::command_to_proto).collect(),
+            next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
+            session: id.to_string(),
+        }))
+    }
+
+    async fn get_timeline(
+        &self,
+        request: Request<proto::GetTimelineRequest>,
+    ) -> Result<Response<proto::GetTimelineResponse>, Status> {
+        let request = request.into_inner();
+        let since = optional_time("since", request.since)?;
+        let until = optional_time("until", request.until)?;
+        let after = page_token(&request.page_token)?;
+        let limit = page_limit(request.page_size);
+        let container = self.resolve(request.container).await?;
+        let of = container.clone();
+        let page =
+            self.read(move |reader| reader.timeline(&of, since, until, after, limit)).await?;
+        Ok(Response::new(proto::GetTimelineResponse {
+            entries: page.entries.into_iter().map(convert::timeline_entry_to_proto).collect(),
+            next_page_token: page.next.map(|token| token.to_string()).unwrap_or_default(),
+            namespace: container.namespace.to_string(),
+            container: container.id.to_string(),
+        }))
+    }
+
+    async fn list_probes(
+        &self,
+        request: Request<proto::ListProbesRequest>,
+    ) -> Result<Response<proto::ListProbesResponse>, Status> {
+        let container = self.resolve_any(request.into_inner().container).await?;
+        let probes = self.read(move |reader| reader.probes(container.as_ref())).await?;
+        Ok(Response::new(proto::ListProbesResponse {
+            probes: probes.into_iter().map(convert::probe_to_proto).collect(),
+        }))
+    }
+
+    async fn set_probe(
+        &self,
+        request: Request<proto::SetProbeRequest>,
+    ) -> Result<Response<proto::SetProbeResponse>, Status> {
+        let proto::SetProbeRequest { probe: text, reported } = request.into_inner();
+        let shown = printable(text.as_bytes());
+        let found = self.read(move |reader| reader.probe(&text)).await?;
+        let id = the_one(found, "probe", &shown)?.id;
+        let probe = self
+            .ask(|reply| Question::SetProbe { probe: id, reported, reply })
+            .await?
+            .map_err(|err| lookup_failed(&err))?;
+        let what = if reported { "reported" } else { "counted" };
+        self.wait_until_kept(&format!("probe {id} is {what}"), move |reader| {
+            let kept = reader.probe(&id.to_string())?;
+            Ok(matches!(kept, ProbeLookup::Found(kept) if kept.reported == reported))
+        })
+        .await?;
+        Ok(Response::new(proto::SetProbeResponse { probe: Some(convert::probe_to_proto(probe)) }))
     }
 
     type FollowFindingsStream = Stream<proto::FollowFindingsResponse>;
@@ -508,6 +639,7 @@ impl DriftService for Service {
         let follower = Follower {
             reader: self.backend.history.clone(),
             filter,
+            sessions: request.sessions,
             committed: self.backend.committed.clone(),
             stopping: self.stopping.clone(),
             client,
@@ -550,19 +682,27 @@ impl DriftService for Service {
 }
 
 impl Service {
-    /// Whoever is told of a response finds it in the history, whatever happens to
-    /// driftd next.
     async fn wait_until_recorded(&self, response: &respond::Response) -> Result<(), Status> {
+        let (container, requested_at) = (response.container.clone(), response.requested_at);
+        self.wait_until_kept(&response.outcome.message, move |reader| {
+            let kept = reader.responses(&container)?;
+            Ok(kept.iter().any(|kept| kept.requested_at == requested_at))
+        })
+        .await
+    }
+
+    /// Whoever is told of something finds it in the history, whatever happens to
+    /// driftd next. `done` says what was done, for when that cannot be kept.
+    async fn wait_until_kept(
+        &self,
+        done: &str,
+        is_kept: impl Fn(&history::Reader) -> Result<bool, history::Error> + Clone + Send + 'static,
+    ) -> Result<(), Status> {
         let mut committed = self.backend.committed.clone();
-        let recorded = async {
+        let kept = async {
             loop {
                 committed.mark_unchanged();
-                let reader = self.backend.history.clone();
-                let container = response.container.clone();
-                let kept = unblock(move || reader.responses(&container))
-                    .await?
-                    .map_err(|err| history_failed(&err))?;
-                if kept.iter().any(|kept| kept.requested_at == response.requested_at) {
+                if self.read(is_kept.clone()).await? {
                     return Ok(());
                 }
                 if committed.changed().await.is_err() {
@@ -570,10 +710,9 @@ impl Service {
                 }
             }
         };
-        tokio::time::timeout(RECORDED_WITHIN, recorded).await.unwrap_or_else(|_| {
+        tokio::time::timeout(RECORDED_WITHIN, kept).await.unwrap_or_else(|_| {
             Err(Status::data_loss(format!(
-                "{} (but the history could not keep it; see: driftd status)",
-                response.outcome.message
+                "{done} (but the history could not keep it; see: driftd status)"
             )))
         })
     }

@@ -73,7 +73,7 @@ fn severity_parser() -> impl clap::builder::TypedValueParser<Value = Severity> {
 }
 
 /// A point in time: written out, or as a span back from now.
-fn parse_time(text: &str) -> Result<Timestamp, String> {
+pub(super) fn parse_time(text: &str) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse::<Timestamp>() {
         return Ok(time);
     }
@@ -120,6 +120,7 @@ impl Findings {
         let request = proto::FollowFindingsRequest {
             filter: Some(self.filter.to_proto()),
             after_cursor: Some(self.after),
+            sessions: false,
         };
         let mut stream = client.follow_findings(request).await.map_err(explain)?.into_inner();
         let mut cursor = self.after;
@@ -140,23 +141,9 @@ impl Findings {
                     };
                     write(text.as_bytes())?;
                 }
-                Some(Event::Gap(gap)) => {
-                    if self.listing.output == Format::Jsonl && !self.listing.quiet {
-                        write(json_line(&gap_json(&gap)?)?.as_bytes())?;
-                    }
-                    eprintln!(
-                        "gap{}: {}{}: {}",
-                        if gap.until.is_some() { " made up for" } else { "" },
-                        safe(&gap.name),
-                        match gap.container.as_str() {
-                            "" => String::new(),
-                            id => format!(" in {}/{}", safe(&gap.namespace), safe(id)),
-                        },
-                        safe(&gap.detail)
-                    );
-                }
-                // Of a newer driftd; the cursor has moved all the same.
-                None => (),
+                Some(Event::Gap(gap)) => tell_gap(&gap, &self.listing)?,
+                // Not asked for, or of a newer driftd; the cursor has moved all the same.
+                Some(Event::Session(_)) | None => (),
             }
         }
         anyhow::bail!(
@@ -164,6 +151,24 @@ impl Findings {
              --after {cursor})"
         )
     }
+}
+
+/// Says that something is missing here.
+pub(super) fn tell_gap(gap: &proto::Gap, listing: &Listing) -> anyhow::Result<()> {
+    if listing.output == Format::Jsonl && !listing.quiet {
+        write(json_line(&gap_json(gap)?)?.as_bytes())?;
+    }
+    eprintln!(
+        "gap{}: {}{}: {}",
+        if gap.until.is_some() { " made up for" } else { "" },
+        safe(&gap.name),
+        match gap.container.as_str() {
+            "" => String::new(),
+            id => format!(" in {}/{}", safe(&gap.namespace), safe(id)),
+        },
+        safe(&gap.detail)
+    );
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -184,10 +189,7 @@ pub(super) fn gap_json(gap: &proto::Gap) -> anyhow::Result<GapJson> {
         container: (!gap.container.is_empty())
             .then(|| crate::model::ContainerId::new(&gap.namespace, &gap.container)),
         detail: gap.detail.clone(),
-        until: match gap.until {
-            None => None,
-            until => Some(convert::time_from_proto("gap.until", until)?),
-        },
+        until: convert::optional_time_from_proto("gap.until", gap.until)?,
     })
 }
 
@@ -236,7 +238,7 @@ fn of_files(finding: &Finding) -> String {
     }
 }
 
-fn command_line(process: &Process) -> String {
+pub(super) fn command_line(process: &Process) -> String {
     match (&process.argv, &process.exe) {
         (Some(argv), _) if !argv.is_empty() => quoted(argv),
         (_, Some(exe)) => safe(exe),
@@ -259,14 +261,19 @@ pub(super) fn quoted(argv: &[String]) -> String {
     argv.iter().map(quote).collect::<Vec<_>>().join(" ")
 }
 
+/// Text that says a severity, in its colour if there is any.
+pub(super) fn coloured(severity: Severity, text: String, colour: bool) -> String {
+    match (colour, severity) {
+        (true, Severity::Critical | Severity::High) => format!("\x1b[31m{text}\x1b[0m"),
+        (true, Severity::Medium) => format!("\x1b[33m{text}\x1b[0m"),
+        (true, Severity::Low) => format!("\x1b[36m{text}\x1b[0m"),
+        (true, Severity::Info) | (false, _) => text,
+    }
+}
+
 fn line(finding: &Finding, no_trunc: bool, colour: bool) -> String {
     let severity = format!("{:<8}", finding.severity.name().to_uppercase());
-    let severity = match (colour, finding.severity) {
-        (true, Severity::Critical | Severity::High) => format!("\x1b[31m{severity}\x1b[0m"),
-        (true, Severity::Medium) => format!("\x1b[33m{severity}\x1b[0m"),
-        (true, Severity::Low) => format!("\x1b[36m{severity}\x1b[0m"),
-        (true, Severity::Info) | (false, _) => severity,
-    };
+    let severity = coloured(finding.severity, severity, colour);
     let id = |id: String| if no_trunc { id } else { short(&id) };
     format!(
         "{} {severity} {:<19} {} {} x{} {}\n",

@@ -20,9 +20,13 @@ mod findings;
 mod members;
 mod metrics;
 mod output;
+mod probes;
 mod respond;
+mod sessions;
 mod show;
 mod status;
+mod story;
+mod timeline;
 
 /// Keeps running containers equal to their images.
 #[derive(Debug, Parser)]
@@ -61,10 +65,16 @@ enum Command {
     Diff(containers::Diff),
     /// List or follow what was found
     Findings(findings::Findings),
-    /// Show one finding whole
+    /// List or follow who came into containers
+    Sessions(sessions::Sessions),
+    /// Tell what happened in a container, in the order of time
+    Timeline(timeline::Timeline),
+    /// Show one finding whole, or a session with what was done in it
     Show(show::Show),
     /// List the files that one finding stands for
     Members(members::Members),
+    /// List what runs in containers again and again, and whether it is reported
+    Probes(probes::Probes),
     /// Answer drift in a container
     #[command(subcommand)]
     Respond(respond::Respond),
@@ -137,8 +147,11 @@ impl Cli {
             Command::Containers(containers) => containers.run(server),
             Command::Diff(diff) => diff.run(server),
             Command::Findings(findings) => findings.run(server),
+            Command::Sessions(sessions) => sessions.run(server),
+            Command::Timeline(timeline) => timeline.run(server),
             Command::Show(show) => show.run(server),
             Command::Members(members) => members.run(server),
+            Command::Probes(probes) => probes.run(server),
             Command::Respond(respond) => respond.run(server),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),

@@ -176,7 +176,8 @@ pub(super) fn one<T: Serialize>(
 
 /// Columns that are shortened when the terminal is narrow; the others are what
 /// one looks for.
-const FLEXIBLE: [&str; 6] = ["PATH", "PATH/PROCESS", "IMAGE", "POD", "BASELINE", "PROBLEM"];
+const FLEXIBLE: [&str; 7] =
+    ["PATH", "PATH/PROCESS", "COMMAND", "IMAGE", "POD", "BASELINE", "PROBLEM"];
 
 /// No column is made narrower than this.
 const READABLE: u16 = 22;
@@ -257,12 +258,17 @@ pub(super) fn safe(text: &str) -> String {
 
 /// How long ago that was, in one unit.
 pub(super) fn age(now: Timestamp, then: Timestamp) -> String {
-    let seconds = now.duration_since(then).as_secs().max(0);
+    format!("{} ago", span(now, then))
+}
+
+/// How long it was from `start` to `end`, in one unit.
+pub(super) fn span(end: Timestamp, start: Timestamp) -> String {
+    let seconds = end.duration_since(start).as_secs().max(0);
     match seconds {
-        0..60 => format!("{seconds}s ago"),
-        60..3600 => format!("{}m ago", seconds / 60),
-        3600..172_800 => format!("{}h ago", seconds / 3600),
-        _ => format!("{}d ago", seconds / 86_400),
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
     }
 }
 

@@ -1,37 +1,75 @@
-//! `driftd show`: one finding whole, for a person who must decide.
+//! `driftd show`: one finding or session whole, for a person who must decide.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use jiff::Timestamp;
+use tonic::{Code, Status};
 
-use super::client::{explain, talk};
+use super::client::{Client, explain, talk};
 use super::containers::pod;
 use super::exit::Exit;
 use super::findings::quoted;
 use super::output::{Format, age, one, safe, short, size, time};
+use super::story::Story;
 use crate::api::{convert, proto};
-use crate::model::{Expected, FileEvidence, FileType, Finding, Kind, Outcome};
+use crate::model::{Expected, FileEvidence, FileType, Finding, Kind, Outcome, Process};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Show {
-    /// A finding's ID, or the beginning of it
-    finding: String,
+    /// A finding's or a session's ID, or the beginning of it
+    id: String,
     /// How to print the answer
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 
+enum Shown {
+    Finding(Box<Finding>, Vec<proto::Response>),
+    Session(Box<Story>),
+}
+
 impl Show {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        let request = proto::GetFindingRequest { id: self.finding };
-        let answer = talk(socket, |mut client| async move {
-            Ok(client.get_finding(request).await.map_err(explain)?.into_inner())
-        })?;
-        let finding = answer.finding.ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
-        let finding = convert::finding_from_proto(finding)?;
-        one(&finding, self.output, || text(&finding, &answer.responses, Timestamp::now()))?;
+        let now = Timestamp::now();
+        match talk(socket, |client| find(client, self.id))? {
+            Shown::Finding(finding, responses) => {
+                one(&finding, self.output, || text(&finding, &responses, now))?;
+            }
+            Shown::Session(story) => one(&story, self.output, || story.text(now))?,
+        }
         Ok(Exit::Clean)
+    }
+}
+
+/// The one finding or session that `id` begins.
+async fn find(mut client: Client, id: String) -> anyhow::Result<Shown> {
+    // An older driftd knows of no sessions.
+    let is_none = |status: &Status| matches!(status.code(), Code::NotFound | Code::Unimplemented);
+    let finding = client.get_finding(proto::GetFindingRequest { id: id.clone() }).await;
+    let session = client.get_session(proto::GetSessionRequest { id: id.clone() }).await;
+    match (finding, session) {
+        (Ok(answer), Err(status)) if is_none(&status) => {
+            let answer = answer.into_inner();
+            let finding =
+                answer.finding.ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
+            let finding = convert::finding_from_proto(finding)?;
+            Ok(Shown::Finding(Box::new(finding), answer.responses))
+        }
+        (Err(status), Ok(answer)) if is_none(&status) => {
+            let story = Story::fetch(&mut client, answer.into_inner()).await?;
+            Ok(Shown::Session(Box::new(story)))
+        }
+        (Ok(_), Ok(_)) => Err(anyhow::anyhow!(
+            "`{}` could be a finding or a session: write more of the ID",
+            safe(&id)
+        )),
+        (Err(status), Err(other)) if is_none(&status) && is_none(&other) => Err(anyhow::anyhow!(
+            "no finding or session `{}` (see: driftd findings, driftd sessions)",
+            safe(&id)
+        )),
+        (Err(status), Err(other)) if is_none(&status) => Err(explain(other)),
+        (Err(status), _) | (_, Err(status)) => Err(explain(status)),
     }
 }
 
@@ -73,11 +111,27 @@ fn sentence(kind: Kind) -> &'static str {
 }
 
 /// Lines with a label each; a label that repeats is left out.
-struct Lines(String);
+pub(super) struct Lines(pub(super) String);
 
 impl Lines {
-    fn add(&mut self, label: &str, value: &str) {
+    pub(super) fn add(&mut self, label: &str, value: &str) {
         writeln!(self.0, "{label:<11} {value}").expect("writing to a String cannot fail");
+    }
+
+    pub(super) fn add_process(&mut self, process: &Process) {
+        let mut who = format!("pid {}", process.identity.pid);
+        if let Some(uid) = process.uid {
+            write!(who, ", uid {uid}").expect("writing to a String cannot fail");
+        }
+        if let Some(tty) = &process.tty {
+            write!(who, ", terminal {}", safe(tty)).expect("writing to a String cannot fail");
+        }
+        self.add("Process", &who);
+        self.add("", &program(process.exe.as_deref(), process.argv.as_deref()));
+        for ancestor in &process.ancestors {
+            let program = program(ancestor.exe.as_deref(), ancestor.argv.as_deref());
+            self.add("  child of", &format!("pid {}, {program}", ancestor.identity.pid));
+        }
     }
 }
 
@@ -130,7 +184,9 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
     if let Some(name) = &finding.invoked_as {
         lines.add("Called as", &safe(name));
     }
-    add_process(&mut lines, finding);
+    if let Some(process) = &finding.process {
+        lines.add_process(process);
+    }
     if let Some(session) = finding.session {
         let id = session.to_string();
         lines.add("Session", &format!("{id} (driftd show {})", short(&id)));
@@ -248,24 +304,7 @@ fn differences(expected: &Expected, file: &FileEvidence) -> String {
     if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }
 
-fn add_process(lines: &mut Lines, finding: &Finding) {
-    let Some(process) = &finding.process else { return };
-    let mut who = format!("pid {}", process.identity.pid);
-    if let Some(uid) = process.uid {
-        write!(who, ", uid {uid}").expect("writing to a String cannot fail");
-    }
-    if let Some(tty) = &process.tty {
-        write!(who, ", terminal {}", safe(tty)).expect("writing to a String cannot fail");
-    }
-    lines.add("Process", &who);
-    lines.add("", &program(process.exe.as_deref(), process.argv.as_deref()));
-    for ancestor in &process.ancestors {
-        let program = program(ancestor.exe.as_deref(), ancestor.argv.as_deref());
-        lines.add("  child of", &format!("pid {}, {program}", ancestor.identity.pid));
-    }
-}
-
-fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
+pub(super) fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
     let exe = exe.map_or_else(|| "a program that was gone too soon".to_owned(), safe);
     match argv {
         Some(argv) if !argv.is_empty() => format!("{exe}: {}", quoted(argv)),
@@ -296,7 +335,7 @@ fn next_steps(finding: &Finding) -> String {
 }
 
 /// Text that a person may paste into a shell.
-fn shell_word(text: &str) -> String {
+pub(super) fn shell_word(text: &str) -> String {
     quoted(&[text.to_owned()])
 }
 
@@ -319,6 +358,7 @@ mod tests {
             reason: "who is\x1b[2J this".into(),
             requested_by: "uid 0 pid 77 (/usr/bin/driftd)".into(),
             requested_at: Some(convert::time_to_proto(now)),
+            ..Default::default()
         };
         insta::assert_snapshot!(text(&modified, &[], now));
         insta::assert_snapshot!(text(&session, &[killed], now));

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use jiff::Timestamp;
 use rusqlite::Row;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Record};
-use crate::model::{ContainerId, Finding, FindingId, Outcome};
+use crate::model::{Command, ContainerId, Finding, FindingId, Outcome, Probe, Session};
 use crate::respond::Response;
 
 const RESPONSE_SCHEMA: &str = "driftd.response/v1";
@@ -25,14 +26,14 @@ struct ResponseJson {
 }
 
 #[derive(Serialize, Deserialize)]
-struct GapJson {
+pub(super) struct GapJson {
     schema: String,
-    name: String,
-    container: Option<ContainerId>,
-    detail: String,
+    pub(super) name: String,
+    pub(super) container: Option<ContainerId>,
+    pub(super) detail: String,
     at: Timestamp,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    until: Option<Timestamp>,
+    pub(super) until: Option<Timestamp>,
 }
 
 /// The text kept for a record.
@@ -63,18 +64,40 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
     }
 }
 
-/// Reads a finding from the columns `id` and `json` of `row`.
-pub(super) fn finding(
+/// What is kept as the same JSON that is published.
+pub(super) trait Kept: DeserializeOwned {
+    /// Its table, and what one of them is called.
+    const TABLE: &'static str;
+}
+
+impl Kept for Finding {
+    const TABLE: &'static str = "finding";
+}
+
+impl Kept for Session {
+    const TABLE: &'static str = "session";
+}
+
+impl Kept for Command {
+    const TABLE: &'static str = "command";
+}
+
+impl Kept for Probe {
+    const TABLE: &'static str = "probe";
+}
+
+/// Reads one from the columns `id` and `json` of `row`.
+pub(super) fn kept<T: Kept>(
     row: &Row<'_>,
     id: usize,
     json: usize,
     path: &Path,
-) -> Result<Finding, Error> {
+) -> Result<T, Error> {
     let failed = Error::sql("read", path);
     let text = row.get_ref(json).and_then(|value| Ok(value.as_str()?)).map_err(&failed)?;
     serde_json::from_str(text).map_err(|err| Error::Corrupt {
         path: path.into(),
-        detail: format!("finding {}: {err}", row.get::<_, String>(id).unwrap_or_default()),
+        detail: format!("{} {}: {err}", T::TABLE, row.get::<_, String>(id).unwrap_or_default()),
     })
 }
 
@@ -84,17 +107,10 @@ pub(super) fn record(row: &Row<'_>, kind: &str, json: usize, path: &Path) -> Res
     let text = row.get_ref(json).and_then(|value| Ok(value.as_str()?)).map_err(&failed)?;
     let parsed = match kind {
         "finding" => serde_json::from_str(text).map(Record::Finding),
-        "response" => serde_json::from_str::<ResponseJson>(text).map(|json| {
-            Record::Response(Box::new(Response {
-                container: json.container,
-                reason: json.reason,
-                requested_by: json.requested_by,
-                requested_at: json.requested_at,
-                finding: json.finding,
-                outcome: json.outcome,
-            }))
-        }),
-        _ => serde_json::from_str::<GapJson>(text).map(|json| Record::Gap {
+        "session" => serde_json::from_str(text)
+            .map(|session| Record::Session { session, commands: Vec::new() }),
+        "response" => response(text).map(|response| Record::Response(Box::new(response))),
+        _ => gap(text).map(|json| Record::Gap {
             name: json.name,
             container: json.container,
             detail: json.detail,
@@ -103,4 +119,19 @@ pub(super) fn record(row: &Row<'_>, kind: &str, json: usize, path: &Path) -> Res
         }),
     };
     parsed.map_err(|err| Error::Corrupt { path: path.into(), detail: format!("a {kind}: {err}") })
+}
+
+pub(super) fn response(text: &str) -> serde_json::Result<Response> {
+    serde_json::from_str::<ResponseJson>(text).map(|json| Response {
+        container: json.container,
+        reason: json.reason,
+        requested_by: json.requested_by,
+        requested_at: json.requested_at,
+        finding: json.finding,
+        outcome: json.outcome,
+    })
+}
+
+pub(super) fn gap(text: &str) -> serde_json::Result<GapJson> {
+    serde_json::from_str(text)
 }

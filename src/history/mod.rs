@@ -27,12 +27,15 @@ use crate::respond::Response;
 mod json;
 mod reader;
 mod schema;
+mod timeline;
 mod writer;
 
 pub use reader::{
-    BadPageToken, Filter, FindingLookup, FindingsPage, Followed, MemberToken, MembersPage,
-    PageToken, Reader,
+    BadPageToken, CommandToken, CommandsPage, Filter, FindingLookup, FindingsPage, Followed,
+    Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader, SessionFilter, SessionLookup,
+    SessionsPage,
 };
+pub use timeline::{Happened, TimelineEntry, TimelinePage, TimelineToken};
 pub use writer::Writer;
 
 /// The history's file in the state directory.
@@ -174,6 +177,11 @@ impl History {
         Ok(History { connection, path, lock })
     }
 
+    /// Reads what is kept, before and while the thread runs.
+    pub fn reader(&self) -> Reader {
+        Reader::new(self.path.clone())
+    }
+
     /// The newest revision of every finding.
     pub fn load_findings(&self) -> Result<Vec<Finding>, Error> {
         let failed = Error::sql("read", &self.path);
@@ -182,7 +190,7 @@ impl History {
         let mut rows = query.query([]).map_err(&failed)?;
         let mut findings = Vec::new();
         while let Some(row) = rows.next().map_err(&failed)? {
-            findings.push(json::finding(row, 0, 1, &self.path)?);
+            findings.push(json::kept(row, 0, 1, &self.path)?);
         }
         Ok(findings)
     }

@@ -11,11 +11,13 @@ use jiff::Timestamp;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 
+use super::json::Kept;
 use super::writer::newest_seq;
 use super::{Error, Record, json};
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
-    ContainerId, Finding, FindingId, Kind, ManifestDigest, Member, RootfsPath, Severity,
+    Command, ContainerId, Finding, FindingId, Kind, ManifestDigest, Member, Probe, RootfsPath,
+    Session, SessionId, SessionState, Severity,
 };
 use crate::respond::Response;
 
@@ -23,7 +25,12 @@ use crate::respond::Response;
 const IDLE: usize = 8;
 
 /// Most JSON on one page: below the 4 MiB that a gRPC client takes by default.
-const PAGE_BYTES: usize = 2 << 20;
+pub(super) const PAGE_BYTES: usize = 2 << 20;
+
+/// Most sessions that are handed over as open, the newest.
+const OPEN_SESSIONS: usize = 10_000;
+/// Most probes that are listed, those seen last.
+const PROBES: usize = 2_000;
 
 /// Which findings are asked for. The default is all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,11 +47,22 @@ pub struct Filter {
     pub until: Option<Timestamp>,
 }
 
+/// Which sessions are asked for. The default is all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SessionFilter {
+    pub container: Option<ContainerId>,
+    pub state: Option<SessionState>,
+    /// Open at or after this time.
+    pub since: Option<Timestamp>,
+    /// Started at or before this time.
+    pub until: Option<Timestamp>,
+}
+
 /// Where the next page begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageToken {
-    last_seen: i64,
-    id: FindingId,
+pub struct PageToken<Id = FindingId> {
+    time: i64,
+    id: Id,
 }
 
 /// Text that no page has handed out.
@@ -54,21 +72,39 @@ pub struct PageToken {
 )]
 pub struct BadPageToken;
 
-impl fmt::Display for PageToken {
+impl<Id: fmt::Display> fmt::Display for PageToken<Id> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.last_seen, self.id)
+        write!(f, "{}.{}", self.time, self.id)
     }
 }
 
-impl FromStr for PageToken {
+impl<Id: FromStr> FromStr for PageToken<Id> {
     type Err = BadPageToken;
 
-    fn from_str(text: &str) -> Result<PageToken, BadPageToken> {
-        let (last_seen, id) = text.split_once('.').ok_or(BadPageToken)?;
+    fn from_str(text: &str) -> Result<PageToken<Id>, BadPageToken> {
+        let (time, id) = text.split_once('.').ok_or(BadPageToken)?;
         Ok(PageToken {
-            last_seen: last_seen.parse().map_err(|_| BadPageToken)?,
+            time: time.parse().map_err(|_| BadPageToken)?,
             id: id.parse().map_err(|_| BadPageToken)?,
         })
+    }
+}
+
+/// Where the next page of commands begins: after the one of this number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommandToken(u64);
+
+impl fmt::Display for CommandToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl FromStr for CommandToken {
+    type Err = BadPageToken;
+
+    fn from_str(text: &str) -> Result<CommandToken, BadPageToken> {
+        text.parse().map(CommandToken).map_err(|_| BadPageToken)
     }
 }
 
@@ -114,6 +150,22 @@ pub struct FindingsPage {
     pub next: Option<PageToken>,
 }
 
+#[derive(Clone, Debug, PartialEq)]
+pub struct SessionsPage {
+    /// Newest `started_at` first.
+    pub sessions: Vec<Session>,
+    /// `None` on the last page.
+    pub next: Option<PageToken<SessionId>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct CommandsPage {
+    /// In the order in which they were begun.
+    pub commands: Vec<Command>,
+    /// `None` on the last page.
+    pub next: Option<CommandToken>,
+}
+
 /// What follows a cursor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Followed {
@@ -127,19 +179,23 @@ pub struct Followed {
     pub pruned_through: u64,
 }
 
-/// What a finding's ID, or the beginning of one, leads to.
+/// What an ID, or the beginning of one, leads to.
 #[derive(Clone, Debug, PartialEq)]
-pub enum FindingLookup {
-    Found(Box<Finding>),
+pub enum Lookup<T> {
+    Found(Box<T>),
     Unknown,
-    /// How many findings begin like this.
+    /// How many begin like this.
     Ambiguous(u64),
 }
+
+pub type FindingLookup = Lookup<Finding>;
+pub type SessionLookup = Lookup<Session>;
+pub type ProbeLookup = Lookup<Probe>;
 
 /// Reads the history. Clones share a few connections. Calls block.
 #[derive(Clone, Debug)]
 pub struct Reader {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     idle: Arc<Mutex<Vec<Connection>>>,
 }
 
@@ -155,15 +211,44 @@ impl Reader {
         after: Option<PageToken>,
         limit: usize,
     ) -> Result<FindingsPage, Error> {
-        let mut conditions = Conditions::of(filter, "");
+        let (findings, next) =
+            self.page(Conditions::of(filter, ""), "last_seen", after, limit, |one: &Finding| {
+                one.id
+            })?;
+        Ok(FindingsPage { findings, next })
+    }
+
+    /// One page of at most `limit` sessions; fewer if they are large.
+    pub fn sessions(
+        &self,
+        filter: &SessionFilter,
+        after: Option<PageToken<SessionId>>,
+        limit: usize,
+    ) -> Result<SessionsPage, Error> {
+        let conditions = Conditions::of_sessions(filter);
+        let (sessions, next) =
+            self.page(conditions, "started_at", after, limit, |one: &Session| one.id)?;
+        Ok(SessionsPage { sessions, next })
+    }
+
+    /// Those that meet `conditions`, by `time`, newest first.
+    fn page<T: Kept, Id: Copy + fmt::Display>(
+        &self,
+        mut conditions: Conditions,
+        time: &str,
+        after: Option<PageToken<Id>>,
+        limit: usize,
+        id_of: impl Fn(&T) -> Id,
+    ) -> Result<(Vec<T>, Option<PageToken<Id>>), Error> {
         if let Some(token) = after {
             conditions.add(
-                "(last_seen, id) < (?, ?)",
-                [Value::Integer(token.last_seen), Value::Text(token.id.to_string())],
+                &format!("({time}, id) < (?, ?)"),
+                [Value::Integer(token.time), Value::Text(token.id.to_string())],
             );
         }
         let sql = format!(
-            "SELECT id, json, last_seen FROM finding {} ORDER BY last_seen DESC, id DESC LIMIT {}",
+            "SELECT id, json, {time} FROM {} {} ORDER BY {time} DESC, id DESC LIMIT {}",
+            T::TABLE,
             conditions.sql(),
             limit.saturating_add(1),
         );
@@ -171,46 +256,153 @@ impl Reader {
             let failed = Error::sql("read", &self.path);
             let mut query = connection.prepare_cached(&sql).map_err(&failed)?;
             let mut rows = query.query(params_from_iter(&conditions.values)).map_err(&failed)?;
-            let mut findings: Vec<Finding> = Vec::new();
-            let (mut last_seen, mut bytes) = (0, 0);
+            let mut all: Vec<T> = Vec::new();
+            let (mut time, mut bytes) = (0, 0);
             while let Some(row) = rows.next().map_err(&failed)? {
-                if findings.len() == limit || bytes > PAGE_BYTES {
-                    let next = findings.last().map(|last| PageToken { last_seen, id: last.id });
-                    return Ok(FindingsPage { findings, next });
+                if all.len() == limit || bytes > PAGE_BYTES {
+                    let next = all.last().map(|last| PageToken { time, id: id_of(last) });
+                    return Ok((all, next));
                 }
-                findings.push(json::finding(row, 0, 1, &self.path)?);
-                last_seen = row.get(2).map_err(&failed)?;
-                bytes +=
-                    row.get_ref(1).and_then(|text| Ok(text.as_str()?.len())).map_err(&failed)?;
+                all.push(json::kept(row, 0, 1, &self.path)?);
+                time = row.get(2).map_err(&failed)?;
+                bytes += length(row, 1).map_err(&failed)?;
             }
-            Ok(FindingsPage { findings, next: None })
+            Ok((all, None))
         })
     }
 
     /// The finding whose ID is `text` or begins with it.
     pub fn finding(&self, text: &str) -> Result<FindingLookup, Error> {
+        self.lookup(text)
+    }
+
+    /// The session whose ID is `text` or begins with it.
+    pub fn session(&self, text: &str) -> Result<SessionLookup, Error> {
+        self.lookup(text)
+    }
+
+    /// The probe whose ID is `text` or begins with it.
+    pub fn probe(&self, text: &str) -> Result<ProbeLookup, Error> {
+        self.lookup(text)
+    }
+
+    fn lookup<T: Kept>(&self, text: &str) -> Result<Lookup<T>, Error> {
         let prefix = text.to_ascii_lowercase();
         if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Ok(FindingLookup::Unknown);
+            return Ok(Lookup::Unknown);
         }
         // `g` sorts after every hexadecimal digit.
         let beyond = format!("{prefix}g");
         self.ask(|connection| {
             let failed = Error::sql("read", &self.path);
             let mut query = connection
-                .prepare_cached(
-                    "SELECT id, json, count(*) OVER () FROM finding WHERE id >= ? AND id < ? LIMIT 1",
-                )
+                .prepare_cached(&format!(
+                    "SELECT id, json, count(*) OVER () FROM {} WHERE id >= ? AND id < ? LIMIT 1",
+                    T::TABLE
+                ))
                 .map_err(&failed)?;
             let mut rows = query.query(params![prefix, beyond]).map_err(&failed)?;
             let Some(row) = rows.next().map_err(&failed)? else {
-                return Ok(FindingLookup::Unknown);
+                return Ok(Lookup::Unknown);
             };
             match row.get::<_, i64>(2).map_err(&failed)? {
-                1 => json::finding(row, 0, 1, &self.path)
-                    .map(|finding| FindingLookup::Found(Box::new(finding))),
-                count => Ok(FindingLookup::Ambiguous(count.unsigned_abs())),
+                1 => json::kept(row, 0, 1, &self.path).map(|one| Lookup::Found(Box::new(one))),
+                count => Ok(Lookup::Ambiguous(count.unsigned_abs())),
             }
+        })
+    }
+
+    /// Those of these findings that are kept, in this order, as many as one page holds.
+    pub fn findings_of(&self, ids: &[FindingId]) -> Result<Vec<Finding>, Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached("SELECT id, json FROM finding WHERE id = ?")
+                .map_err(&failed)?;
+            let (mut findings, mut bytes) = (Vec::new(), 0);
+            for id in ids {
+                let mut rows = query.query([id.to_string()]).map_err(&failed)?;
+                let Some(row) = rows.next().map_err(&failed)? else { continue };
+                findings.push(json::kept(row, 0, 1, &self.path)?);
+                bytes += length(row, 1).map_err(&failed)?;
+                if bytes > PAGE_BYTES {
+                    break;
+                }
+            }
+            Ok(findings)
+        })
+    }
+
+    /// One page of at most `limit` commands of a session; fewer if they are large.
+    pub fn commands(
+        &self,
+        session: SessionId,
+        after: Option<CommandToken>,
+        limit: usize,
+    ) -> Result<CommandsPage, Error> {
+        let after =
+            after.map_or(0, |CommandToken(number)| i64::try_from(number).unwrap_or(i64::MAX));
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT session, json FROM command WHERE session = ? AND number > ?
+                     ORDER BY number LIMIT ?",
+                )
+                .map_err(&failed)?;
+            let most = i64::try_from(limit.saturating_add(1)).unwrap_or(i64::MAX);
+            let mut rows =
+                query.query(params![session.to_string(), after, most]).map_err(&failed)?;
+            let (mut commands, mut bytes) = (Vec::<Command>::new(), 0);
+            while let Some(row) = rows.next().map_err(&failed)? {
+                if commands.len() == limit || bytes > PAGE_BYTES {
+                    let next = commands.last().map(|last| CommandToken(last.number));
+                    return Ok(CommandsPage { commands, next });
+                }
+                commands.push(json::kept(row, 0, 1, &self.path)?);
+                bytes += length(row, 1).map_err(&failed)?;
+            }
+            Ok(CommandsPage { commands, next: None })
+        })
+    }
+
+    /// The sessions of which no end is known, newest first: what goes on when driftd
+    /// starts, or ended while it did not run.
+    pub fn open_sessions(&self) -> Result<Vec<Session>, Error> {
+        self.select(
+            &format!(
+                "SELECT id, json FROM session WHERE state = 'open'
+                 ORDER BY started_at DESC, id DESC LIMIT {OPEN_SESSIONS}"
+            ),
+            &[],
+        )
+    }
+
+    /// The probes of one container, or of all, those seen last first.
+    pub fn probes(&self, container: Option<&ContainerId>) -> Result<Vec<Probe>, Error> {
+        let order = format!("ORDER BY last_seen DESC, id DESC LIMIT {PROBES}");
+        match container {
+            None => self.select(&format!("SELECT id, json FROM probe {order}"), &[]),
+            Some(container) => self.select(
+                &format!(
+                    "SELECT id, json FROM probe WHERE container = ? AND namespace = ? {order}"
+                ),
+                &[&container.id, &container.namespace],
+            ),
+        }
+    }
+
+    /// What a query for `id` and `json` gives, whole.
+    fn select<T: Kept>(&self, sql: &str, values: &[&str]) -> Result<Vec<T>, Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection.prepare_cached(sql).map_err(&failed)?;
+            let mut rows = query.query(params_from_iter(values)).map_err(&failed)?;
+            let mut all = Vec::new();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                all.push(json::kept(row, 0, 1, &self.path)?);
+            }
+            Ok(all)
         })
     }
 
@@ -266,7 +458,7 @@ impl Reader {
 
     /// Up to `limit` records after `cursor` that concern `filter`, and how far
     /// that looked. A gap concerns a filter unless it is another container's; a
-    /// response concerns its container only.
+    /// response and a session concern their container only.
     pub fn after(&self, cursor: u64, filter: &Filter, limit: usize) -> Result<Followed, Error> {
         let mut of_finding = Conditions::of(filter, "finding.");
         let mut of_others = Conditions::default();
@@ -282,9 +474,10 @@ impl Reader {
         of_finding.add("record.type = 'finding'", []);
         of_others.add("record.type <> 'finding'", []);
         let sql = format!(
-            "SELECT record.seq, record.type, coalesce(record.json, finding.json)
+            "SELECT record.seq, record.type, coalesce(record.json, finding.json, session.json)
              FROM record
              LEFT JOIN finding ON record.type = 'finding' AND finding.id = record.finding
+             LEFT JOIN session ON record.type = 'session' AND session.id = record.session
              WHERE record.seq > ? AND (({}) OR ({}))
              ORDER BY record.seq LIMIT {}",
             of_finding.joined(),
@@ -351,8 +544,8 @@ impl Reader {
         })
     }
 
-    /// Every container with a finding that a person may mean by `text`: an ID,
-    /// `NAMESPACE/ID`, or the beginning of an ID. A whole ID beats a beginning.
+    /// Every container with a finding, a session or a probe that a person may mean by
+    /// `text`: an ID, `NAMESPACE/ID`, or the beginning of an ID. A whole ID beats a beginning.
     pub fn containers(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
         let whole = match text.split_once('/') {
             Some((namespace, id)) => {
@@ -379,7 +572,9 @@ impl Reader {
             let failed = Error::sql("read", &self.path);
             connection
                 .prepare_cached(&format!(
-                    "SELECT DISTINCT namespace, container FROM finding WHERE {condition}
+                    "SELECT namespace, container FROM finding WHERE {condition}
+                     UNION SELECT namespace, container FROM session WHERE {condition}
+                     UNION SELECT namespace, container FROM probe WHERE {condition}
                      ORDER BY namespace, container LIMIT 1000"
                 ))
                 .and_then(|mut query| {
@@ -396,7 +591,10 @@ impl Reader {
         })
     }
 
-    fn ask<T>(&self, ask: impl FnOnce(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn ask<T>(
+        &self,
+        ask: impl FnOnce(&mut Connection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let lock = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = lock().pop();
         let mut connection = match idle {
@@ -418,6 +616,11 @@ impl Reader {
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
         Ok(connection)
     }
+}
+
+/// How long the text in a column is.
+pub(super) fn length(row: &Row<'_>, column: usize) -> rusqlite::Result<usize> {
+    Ok(row.get_ref(column)?.as_str()?.len())
 }
 
 /// The columns that [`member`] reads, from the first on.
@@ -483,6 +686,27 @@ impl Conditions {
         }
         if let Some(until) = filter.until {
             all.add(&format!("{table}first_seen <= ?"), [Value::Integer(until.as_microsecond())]);
+        }
+        all
+    }
+
+    fn of_sessions(filter: &SessionFilter) -> Conditions {
+        let mut all = Conditions::default();
+        if let Some(container) = &filter.container {
+            all.add("container = ?", [Value::Text(container.id.to_string())]);
+            all.add("namespace = ?", [Value::Text(container.namespace.to_string())]);
+        }
+        if let Some(state) = filter.state {
+            all.add("state = ?", [Value::Text(state.name().into())]);
+        }
+        if let Some(since) = filter.since {
+            all.add(
+                "(state = 'open' OR coalesce(ended_at, changed_at) >= ?)",
+                [Value::Integer(since.as_microsecond())],
+            );
+        }
+        if let Some(until) = filter.until {
+            all.add("started_at <= ?", [Value::Integer(until.as_microsecond())]);
         }
         all
     }

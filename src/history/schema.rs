@@ -130,6 +130,91 @@ pub(super) const MIGRATIONS: &[&str] = &[
         PRIMARY KEY (finding, path)
     ) STRICT, WITHOUT ROWID;
 ",
+    "
+    -- Who came into a container, what was run there, and what runs again and again.
+    CREATE TABLE session (
+        id         TEXT PRIMARY KEY,
+        revision   INTEGER NOT NULL,
+        namespace  TEXT NOT NULL,
+        container  TEXT NOT NULL,
+        state      TEXT NOT NULL CHECK (state IN ('open', 'closed')),
+        started_at INTEGER NOT NULL,
+        ended_at   INTEGER,
+        changed_at INTEGER NOT NULL,
+        json       TEXT NOT NULL CHECK (json_valid(json))
+    ) STRICT;
+    CREATE INDEX session_by_time ON session
+        (started_at, id, state, coalesce(ended_at, changed_at));
+    CREATE INDEX session_by_container ON session
+        (container, namespace, started_at, id, state, coalesce(ended_at, changed_at));
+    CREATE INDEX session_by_end ON session
+        (container, namespace, coalesce(ended_at, changed_at), id) WHERE state = 'closed';
+    CREATE INDEX session_open ON session (started_at, id) WHERE state = 'open';
+
+    CREATE TABLE command (
+        session    TEXT NOT NULL,
+        number     INTEGER NOT NULL,
+        namespace  TEXT NOT NULL,
+        container  TEXT NOT NULL,
+        started_at INTEGER NOT NULL,
+        json       TEXT NOT NULL CHECK (json_valid(json)),
+        PRIMARY KEY (session, number)
+    ) STRICT;
+    CREATE INDEX command_by_container ON command
+        (container, namespace, started_at, session, number);
+
+    CREATE TABLE probe (
+        id         TEXT PRIMARY KEY,
+        namespace  TEXT NOT NULL,
+        container  TEXT NOT NULL,
+        last_seen  INTEGER NOT NULL,
+        json       TEXT NOT NULL CHECK (json_valid(json))
+    ) STRICT;
+    CREATE INDEX probe_by_time      ON probe (last_seen, id);
+    CREATE INDEX probe_by_container ON probe (container, namespace, last_seen, id);
+
+    -- A container's timeline is in the order in which things were first seen.
+    CREATE INDEX finding_by_first_seen ON finding (container, namespace, first_seen, id);
+
+    -- Sessions are told to followers too: a record may be one.
+    DROP VIEW timeline;
+    CREATE TABLE record_4 (
+        seq       INTEGER PRIMARY KEY AUTOINCREMENT,
+        at        INTEGER NOT NULL,
+        type      TEXT NOT NULL CHECK (type IN ('finding', 'session', 'response', 'gap')),
+        finding   TEXT,
+        session   TEXT,
+        namespace TEXT,
+        container TEXT,
+        json      TEXT CHECK (json IS NULL OR json_valid(json)),
+        CHECK ((type IN ('finding', 'session')) = (json IS NULL)),
+        CHECK (type <> 'finding' OR finding IS NOT NULL),
+        CHECK ((type = 'session') = (session IS NOT NULL))
+    ) STRICT;
+    INSERT INTO record_4 (seq, at, type, finding, namespace, container, json)
+        SELECT seq, at, type, finding, namespace, container, json FROM record;
+    -- A number that was given is never given again, though its record may be gone.
+    DELETE FROM sqlite_sequence WHERE name = 'record_4';
+    INSERT INTO sqlite_sequence SELECT 'record_4', seq FROM sqlite_sequence WHERE name = 'record';
+    DROP TABLE record;
+    ALTER TABLE record_4 RENAME TO record;
+    CREATE UNIQUE INDEX record_of_finding   ON record (finding) WHERE type = 'finding';
+    CREATE UNIQUE INDEX record_of_session   ON record (session) WHERE type = 'session';
+    CREATE        INDEX record_of_response  ON record (container, namespace, seq)
+                                               WHERE type = 'response';
+    CREATE        INDEX record_of_gap       ON record (at, seq) WHERE type = 'gap';
+    CREATE        INDEX record_by_time      ON record (at);
+
+    CREATE VIEW timeline AS
+        SELECT record.seq,
+               strftime('%Y-%m-%dT%H:%M:%fZ', record.at / 1e6, 'unixepoch') AS at,
+               record.type, record.namespace, record.container,
+               finding.kind, finding.severity, record.finding, record.session,
+               coalesce(record.json, finding.json, session.json) AS json
+        FROM record
+        LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding'
+        LEFT JOIN session ON session.id = record.session AND record.type = 'session';
+",
 ];
 
 /// Whose file this is and in which format; refuses what is not ours or newer.

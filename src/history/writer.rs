@@ -4,7 +4,8 @@
 //! are [`COMMIT_SPACING`] apart and hold up to [`BATCH`] records. Of a finding
 //! that was revised several times in one batch the last revision is stored, and
 //! of every finding only the newest revision is kept, so that a program that
-//! runs a thousand times a second cannot fill the disk.
+//! runs a thousand times a second cannot fill the disk. So it is with sessions and
+//! probes.
 //!
 //! When a commit fails (the disk is full, or gone), the batch is kept and tried
 //! again. New records join it, up to [`PENDING`]; beyond that the oldest are
@@ -23,7 +24,7 @@ use tokio::sync::watch;
 
 use super::{History, MemberChange, Reader, Record, StateLock, json};
 use crate::health::{Failure, Health};
-use crate::model::FindingId;
+use crate::model::{Command, ContainerId, FindingId, Probe, ProbeId, Session, SessionId};
 
 /// Records that may wait in the channel; the pipeline blocks beyond that.
 const CHANNEL: usize = 1024;
@@ -35,6 +36,8 @@ const COMMIT_SPACING: Duration = Duration::from_millis(100);
 const PENDING: usize = 20_000;
 /// The same for what is new of aggregated findings' files.
 const PENDING_MEMBERS: usize = 100_000;
+/// The same for commands of sessions.
+const PENDING_COMMANDS: usize = 20_000;
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LAST: Duration = Duration::from_secs(10);
 /// How often a commit is tried when driftd stops.
@@ -61,7 +64,7 @@ impl History {
         let (stop, stopping) = bounded(1);
         let newest = newest_seq(&self.connection).unwrap_or(0);
         let (committed_sender, committed) = watch::channel(newest);
-        let reader = Reader::new(self.path.clone());
+        let reader = self.reader();
         let writing = Writing {
             connection: self.connection,
             path: self.path,
@@ -153,8 +156,7 @@ impl Writing {
     /// Waits for a record, for the time at which something is to be done, or for the end.
     fn wait(&mut self) -> Turn {
         let due = self.due();
-        let full = (self.pending.len() >= BATCH || self.pending.members.len() >= 4 * BATCH)
-            && self.retry.is_none();
+        let full = self.pending.is_batch() && self.retry.is_none();
         if full || due <= Instant::now() && self.incoming.is_empty() {
             return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
         }
@@ -245,7 +247,28 @@ impl Writing {
     }
 }
 
-/// Records that are not committed yet, in order; one per finding.
+/// What is told again and again: its newest revision stands for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Revised {
+    Finding(FindingId),
+    Session(SessionId),
+    Probe(ProbeId),
+}
+
+impl Revised {
+    fn by(record: &Record) -> Option<Revised> {
+        match record {
+            Record::Finding(finding) | Record::Aggregate { finding, .. } => {
+                Some(Revised::Finding(finding.id))
+            }
+            Record::Session { session, .. } => Some(Revised::Session(session.id)),
+            Record::Probe(probe) => Some(Revised::Probe(probe.id)),
+            Record::Response(_) | Record::Gap { .. } => None,
+        }
+    }
+}
+
+/// Records that are not committed yet, in order; one per finding, session and probe.
 #[derive(Debug, Default)]
 struct Pending {
     /// `None` where a later revision of the same finding follows.
@@ -253,10 +276,12 @@ struct Pending {
     /// How many records were ever removed from the front.
     removed: usize,
     /// Position in `records`, counted from the very first.
-    newest: HashMap<FindingId, usize>,
+    newest: HashMap<Revised, usize>,
     held: usize,
     /// What is new of the files of findings that are held, in order.
     members: Vec<(FindingId, MemberChange)>,
+    /// What sessions have run, in order.
+    commands: Vec<Command>,
     /// Records dropped for want of memory, and when the first one was.
     dropped: Option<(u64, Timestamp)>,
 }
@@ -270,6 +295,11 @@ impl Pending {
         self.held == 0
     }
 
+    /// Whether this is enough for one commit.
+    fn is_batch(&self) -> bool {
+        self.held >= BATCH || self.members.len() >= 4 * BATCH || self.commands.len() >= 4 * BATCH
+    }
+
     /// Adds a record. `Some(n)` when that made room by dropping the `n`th one.
     fn push(&mut self, record: Record) -> Option<u64> {
         let (record, lost) = match record {
@@ -280,21 +310,26 @@ impl Pending {
                 self.members.extend(changes.into_iter().take(room).map(|change| (id, change)));
                 (Record::Finding(finding), lost)
             }
+            Record::Session { session, commands } => {
+                let room = PENDING_COMMANDS.saturating_sub(self.commands.len());
+                let lost = commands.len().saturating_sub(room);
+                self.commands.extend(commands.into_iter().take(room));
+                (Record::Session { session, commands: Vec::new() }, lost)
+            }
             record @ (Record::Finding(_)
-            | Record::Session { .. }
             | Record::Probe(_)
             | Record::Response(_)
             | Record::Gap { .. }) => (record, 0),
         };
         let dropped = self.push_one(record);
-        // A file that is not kept is a record that is dropped.
+        // A file or a command that is not kept is a record that is dropped.
         if lost > 0 { Some(self.count_dropped(lost as u64)) } else { dropped }
     }
 
     fn push_one(&mut self, record: Record) -> Option<u64> {
-        if let Record::Finding(finding) = &record {
+        if let Some(revised) = Revised::by(&record) {
             let position = self.removed + self.records.len();
-            if let Some(earlier) = self.newest.insert(finding.id, position) {
+            if let Some(earlier) = self.newest.insert(revised, position) {
                 self.records[earlier - self.removed] = None;
                 self.held -= 1;
             }
@@ -316,8 +351,8 @@ impl Pending {
             self.removed = 0;
             self.newest.clear();
             for (position, record) in self.records.iter().enumerate() {
-                if let Some(Record::Finding(finding)) = record {
-                    self.newest.insert(finding.id, position);
+                if let Some(revised) = record.as_ref().and_then(Revised::by) {
+                    self.newest.insert(revised, position);
                 }
             }
         }
@@ -331,8 +366,8 @@ impl Pending {
             .position(is_gap)
             .or_else(|| self.records.iter().position(Option::is_some))
             .expect("more records are held than may be");
-        if let Some(Record::Finding(finding)) = self.records[victim].take() {
-            self.newest.remove(&finding.id);
+        if let Some(revised) = self.records[victim].take().as_ref().and_then(Revised::by) {
+            self.newest.remove(&revised);
         }
         self.held -= 1;
         self.trim();
@@ -368,15 +403,21 @@ impl Pending {
         for (finding, change) in &self.members {
             store_member(&transaction, *finding, change)?;
         }
+        for command in &self.commands {
+            store_command(&transaction, command)?;
+        }
         let newest = newest_seq(&transaction)?;
         transaction.commit()?;
         Ok(newest)
     }
 }
 
+fn unwritable(err: serde_json::Error) -> rusqlite::Error {
+    rusqlite::Error::ToSqlConversionFailure(Box::new(err))
+}
+
 fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
-    let text =
-        json::text(record).map_err(|err| rusqlite::Error::ToSqlConversionFailure(Box::new(err)))?;
+    let text = json::text(record).map_err(unwritable)?;
     match record {
         Record::Finding(finding) | Record::Aggregate { finding, .. } => {
             let id = finding.id.to_string();
@@ -410,24 +451,97 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
             connection
                 .prepare_cached("DELETE FROM record WHERE type = 'finding' AND finding = ?1")?
                 .execute([&id])?;
-            insert(connection, finding.last_seen, "finding", Some(&id), container, None)
+            let row =
+                Row { finding: Some(&id), container, ..Row::of("finding", finding.last_seen) };
+            row.insert(connection)
         }
-        Record::Session { .. } | Record::Probe(_) => Ok(()),
+        Record::Session { session, .. } => store_session(connection, session, &text),
+        Record::Probe(probe) => store_probe(connection, probe, &text),
         Record::Response(response) => {
             let finding = response.finding.map(|id| id.to_string());
-            insert(
-                connection,
-                response.outcome.at,
-                "response",
-                finding.as_deref(),
-                Some(&response.container),
-                Some(&text),
-            )
+            let row = Row {
+                finding: finding.as_deref(),
+                container: Some(&response.container),
+                json: Some(&text),
+                ..Row::of("response", response.outcome.at)
+            };
+            row.insert(connection)
         }
         Record::Gap { container, at, .. } => {
-            insert(connection, *at, "gap", None, container.as_ref(), Some(&text))
+            let container = container.as_ref();
+            Row { container, json: Some(&text), ..Row::of("gap", *at) }.insert(connection)
         }
     }
+}
+
+fn store_session(connection: &Connection, session: &Session, text: &str) -> rusqlite::Result<()> {
+    let id = session.id.to_string();
+    let container = &session.container.id;
+    // Its own times cannot say when it was told: nobody may have seen its end.
+    let now = Timestamp::now();
+    connection
+        .prepare_cached(
+            "INSERT INTO session (id, revision, namespace, container, state, started_at,
+                 ended_at, changed_at, json)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+             ON CONFLICT (id) DO UPDATE SET
+                 revision = excluded.revision, state = excluded.state,
+                 started_at = excluded.started_at, ended_at = excluded.ended_at,
+                 changed_at = excluded.changed_at, json = excluded.json",
+        )?
+        .execute(params![
+            id,
+            sql_integer(session.revision),
+            container.namespace,
+            container.id,
+            session.state.name(),
+            session.started_at.as_microsecond(),
+            session.ended_at.map(Timestamp::as_microsecond),
+            now.as_microsecond(),
+            text,
+        ])?;
+    connection
+        .prepare_cached("DELETE FROM record WHERE type = 'session' AND session = ?1")?
+        .execute([&id])?;
+    Row { session: Some(&id), container: Some(container), ..Row::of("session", now) }
+        .insert(connection)
+}
+
+/// Of a session that is not kept, commands are not kept either.
+fn store_command(connection: &Connection, command: &Command) -> rusqlite::Result<()> {
+    let text = serde_json::to_string(command).map_err(unwritable)?;
+    connection
+        .prepare_cached(
+            "INSERT INTO command (session, number, namespace, container, started_at, json)
+             SELECT id, ?2, namespace, container, ?3, ?4 FROM session WHERE id = ?1
+             ON CONFLICT (session, number) DO UPDATE SET
+                 started_at = excluded.started_at, json = excluded.json",
+        )?
+        .execute(params![
+            command.session.to_string(),
+            sql_integer(command.number),
+            command.started_at.as_microsecond(),
+            text,
+        ])?;
+    Ok(())
+}
+
+fn store_probe(connection: &Connection, probe: &Probe, text: &str) -> rusqlite::Result<()> {
+    let container = &probe.container.id;
+    connection
+        .prepare_cached(
+            "INSERT INTO probe (id, namespace, container, last_seen, json)
+             VALUES (?1, ?2, ?3, ?4, ?5)
+             ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen, json = excluded.json",
+        )?
+        .execute(params![
+            probe.id.to_string(),
+            container.namespace,
+            container.id,
+            probe.last_seen.as_microsecond(),
+            text,
+        ])?;
+    Ok(())
 }
 
 fn store_member(
@@ -463,28 +577,38 @@ fn store_member(
     Ok(())
 }
 
-fn insert(
-    connection: &Connection,
+/// One row of the table `record`.
+struct Row<'a> {
     at: Timestamp,
-    kind: &str,
-    finding: Option<&str>,
-    container: Option<&crate::model::ContainerId>,
-    json: Option<&str>,
-) -> rusqlite::Result<()> {
-    connection
-        .prepare_cached(
-            "INSERT INTO record (at, type, finding, namespace, container, json)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        )?
-        .execute(params![
-            at.as_microsecond(),
-            kind,
-            finding,
-            container.map(|id| &id.namespace),
-            container.map(|id| &id.id),
-            json,
-        ])?;
-    Ok(())
+    kind: &'a str,
+    finding: Option<&'a str>,
+    session: Option<&'a str>,
+    container: Option<&'a ContainerId>,
+    json: Option<&'a str>,
+}
+
+impl<'a> Row<'a> {
+    fn of(kind: &'a str, at: Timestamp) -> Row<'a> {
+        Row { at, kind, finding: None, session: None, container: None, json: None }
+    }
+
+    fn insert(&self, connection: &Connection) -> rusqlite::Result<()> {
+        connection
+            .prepare_cached(
+                "INSERT INTO record (at, type, finding, session, namespace, container, json)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            )?
+            .execute(params![
+                self.at.as_microsecond(),
+                self.kind,
+                self.finding,
+                self.session,
+                self.container.map(|id| &id.namespace),
+                self.container.map(|id| &id.id),
+                self.json,
+            ])?;
+        Ok(())
+    }
 }
 
 /// SQLite's integers are signed; no counter of ours gets that far.
@@ -501,38 +625,58 @@ pub(super) fn newest_seq(connection: &Connection) -> rusqlite::Result<u64> {
     Ok(newest.and_then(|seq| u64::try_from(seq).ok()).unwrap_or(0))
 }
 
-/// Forgets up to [`PRUNE_STEP`] records older than `retention`, with their
-/// findings, and says how many.
+/// Forgets up to [`PRUNE_STEP`] records older than `retention`, with their findings
+/// and sessions, and as many probes, and says how many of the one or of the other. A
+/// session that is open stays.
 fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Result<usize> {
     let now = Timestamp::now().as_microsecond();
     let cutoff = now.saturating_sub(i64::try_from(retention.as_micros()).unwrap_or(i64::MAX));
     let transaction = connection.transaction()?;
-    let old: Vec<(i64, String, Option<String>)> = transaction
-        .prepare_cached("SELECT seq, type, finding FROM record WHERE at < ?1 ORDER BY at LIMIT ?2")?
+    let old: Vec<(i64, String, Option<String>, Option<String>)> = transaction
+        .prepare_cached(
+            "SELECT record.seq, record.type, record.finding, record.session FROM record
+             LEFT JOIN session ON record.type = 'session' AND session.id = record.session
+             WHERE record.at < ?1 AND (session.state IS NULL OR session.state = 'closed')
+             ORDER BY record.at LIMIT ?2",
+        )?
         .query_map(params![cutoff, PRUNE_STEP as i64], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
         })?
         .collect::<rusqlite::Result<_>>()?;
-    for (seq, kind, finding) in &old {
-        if kind == "finding" {
-            transaction.prepare_cached("DELETE FROM finding WHERE id = ?1")?.execute([finding])?;
-            transaction
-                .prepare_cached("DELETE FROM member WHERE finding = ?1")?
-                .execute([finding])?;
+    let forget = |statement: &str, id: &Option<String>| -> rusqlite::Result<()> {
+        transaction.prepare_cached(statement)?.execute([id]).map(drop)
+    };
+    for (seq, kind, finding, session) in &old {
+        match kind.as_str() {
+            "finding" => {
+                forget("DELETE FROM finding WHERE id = ?1", finding)?;
+                forget("DELETE FROM member WHERE finding = ?1", finding)?;
+            }
+            "session" => {
+                forget("DELETE FROM session WHERE id = ?1", session)?;
+                forget("DELETE FROM command WHERE session = ?1", session)?;
+            }
+            _ => (),
         }
         transaction.prepare_cached("DELETE FROM record WHERE seq = ?1")?.execute([seq])?;
     }
+    let probes = transaction
+        .prepare_cached(
+            "DELETE FROM probe WHERE id IN
+                 (SELECT id FROM probe WHERE last_seen < ?1 ORDER BY last_seen LIMIT ?2)",
+        )?
+        .execute(params![cutoff, PRUNE_STEP as i64])?;
     if let Some(through) = old.iter().map(|(seq, ..)| seq).max() {
         transaction.execute("UPDATE pruned SET through = max(through, ?1)", [through])?;
     }
     transaction.commit()?;
-    if !old.is_empty() {
+    if !old.is_empty() || probes > 0 {
         // Steps through the result: each row frees one page.
         let mut vacuum = connection.prepare_cached("PRAGMA incremental_vacuum(4096)")?;
         let mut pages = vacuum.query([])?;
         while pages.next()?.is_some() {}
     }
-    Ok(old.len())
+    Ok(old.len().max(probes))
 }
 
 #[cfg(test)]
@@ -598,6 +742,35 @@ mod tests {
         let flood = (0..PENDING_MEMBERS).map(|number| seen(&format!("/{number}"))).collect();
         assert_eq!(pending.push(aggregate(3, flood)), Some(2), "what does not fit is counted");
         assert_eq!(pending.members.len(), PENDING_MEMBERS);
+    }
+
+    #[test]
+    fn a_session_that_waits_is_replaced_and_its_commands_stay() {
+        let mut pending = Pending::default();
+        let sample: Session =
+            serde_json::from_str(include_str!("../../tests/data/session.json")).unwrap();
+        let command: Command =
+            serde_json::from_str(include_str!("../../tests/data/command.json")).unwrap();
+        let session = |revision, commands: usize| Record::Session {
+            session: Box::new(Session { revision, ..sample.clone() }),
+            commands: vec![command.clone(); commands],
+        };
+        let probe: Box<Probe> =
+            serde_json::from_str(include_str!("../../tests/data/probe.json")).unwrap();
+        // The finding that tells of a session may have the same ID.
+        let mut finding = finding(1, 1);
+        if let Record::Finding(finding) = &mut finding {
+            finding.id.0 = sample.id.0;
+        }
+        let records = [session(1, 1), Record::Probe(probe.clone()), finding.clone(), session(2, 2)];
+        for record in records {
+            assert_eq!(pending.push(record), None);
+        }
+        assert_eq!(pending.push(Record::Probe(probe.clone())), None);
+        assert_eq!(held(&pending), [finding, session(2, 0), Record::Probe(probe)]);
+        assert_eq!(pending.commands.len(), 3);
+        assert_eq!(pending.push(session(3, PENDING_COMMANDS)), Some(3), "what does not fit");
+        assert_eq!(pending.commands.len(), PENDING_COMMANDS);
     }
 
     #[test]

@@ -1,0 +1,183 @@
+//! `driftd probes`: what runs in containers again and again, and is not reported.
+
+use std::path::Path;
+
+use super::client::{explain, talk};
+use super::containers::pod;
+use super::exit::Exit;
+use super::findings::quoted;
+use super::output::{Field, Format, Listed, Listing, Style, age, list, one, safe, time};
+use crate::api::{convert, proto};
+use crate::model::{Probe, ProbeSource};
+
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(super) struct Probes {
+    #[command(subcommand)]
+    change: Option<Change>,
+    /// Only of this container: an ID, NAMESPACE/ID, or the beginning of an ID
+    #[arg(short, long, value_name = "CONTAINER")]
+    container: Option<String>,
+    #[command(flatten)]
+    listing: Listing,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Change {
+    /// Report a probe again, each time that it runs
+    Report(Target),
+    /// Only count a probe, as before it was reported
+    Count(Target),
+}
+
+#[derive(Debug, clap::Args)]
+struct Target {
+    /// A probe's ID, or the beginning of it
+    probe: String,
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+}
+
+impl Probes {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        match self.change {
+            Some(Change::Report(target)) => return set(socket, target, true),
+            Some(Change::Count(target)) => return set(socket, target, false),
+            None => (),
+        }
+        let request = proto::ListProbesRequest { container: self.container.unwrap_or_default() };
+        let probes = talk(socket, |mut client| async move {
+            Ok(client.list_probes(request).await.map_err(explain)?.into_inner().probes)
+        })?;
+        let probes: Vec<Probe> =
+            probes.into_iter().map(convert::probe_from_proto).collect::<Result<_, _>>()?;
+        list(&probes, &self.listing)?;
+        if probes.is_empty() && self.listing.output == Format::Table && !self.listing.quiet {
+            eprintln!("no probe is known");
+        }
+        Ok(Exit::Clean)
+    }
+}
+
+fn set(socket: &Path, target: Target, reported: bool) -> anyhow::Result<Exit> {
+    let request = proto::SetProbeRequest { probe: target.probe, reported };
+    let probe = talk(socket, |mut client| async move {
+        Ok(client.set_probe(request).await.map_err(explain)?.into_inner().probe)
+    })?;
+    let probe = probe.ok_or_else(|| anyhow::anyhow!("driftd gave no probe"))?;
+    let probe = convert::probe_from_proto(probe)?;
+    one(&probe, target.output, || text(&probe))?;
+    Ok(Exit::Clean)
+}
+
+fn text(probe: &Probe) -> String {
+    let what = if probe.reported { "reported" } else { "counted and not reported" };
+    format!(
+        "{} is {what} from now on: {} in {}\n",
+        probe.id,
+        quoted(&probe.argv),
+        probe.container.id
+    )
+}
+
+/// How far apart its runs are.
+fn rhythm(milliseconds: u64) -> String {
+    match milliseconds {
+        0..1000 => format!("{milliseconds}ms"),
+        1000..120_000 if milliseconds.is_multiple_of(1000) => format!("{}s", milliseconds / 1000),
+        1000..120_000 => format!("{}.{}s", milliseconds / 1000, milliseconds % 1000 / 100),
+        _ => format!("{}m", milliseconds / 60_000),
+    }
+}
+
+fn source(source: ProbeSource) -> &'static str {
+    match source {
+        ProbeSource::Healthcheck => "health check",
+        ProbeSource::LifecycleHook => "lifecycle hook",
+        ProbeSource::Learned => "its rhythm",
+    }
+}
+
+impl Listed for Probe {
+    type Json<'a> = &'a Probe;
+
+    fn json(&self) -> &Probe {
+        self
+    }
+
+    fn name(&self) -> String {
+        self.id.to_string()
+    }
+
+    fn header(wide: bool) -> Vec<&'static str> {
+        let mut header =
+            vec!["CONTAINER", "COMMAND", "KNOWN BY", "COUNT", "EVERY", "LAST SEEN", "STATE"];
+        if wide {
+            header.extend(["POD", "IMAGE", "FIRST SEEN"]);
+        }
+        header.push("ID");
+        header
+    }
+
+    fn row(&self, style: &Style) -> Vec<Field> {
+        let mut row: Vec<Field> = vec![
+            style.id(&self.container.id.id).into(),
+            quoted(&self.argv).into(),
+            source(self.source).into(),
+            self.count.to_string().into(),
+            self.interval_milliseconds.map(rhythm).unwrap_or_default().into(),
+            age(style.now, self.last_seen).into(),
+            if self.reported { "reported" } else { "counted" }.into(),
+        ];
+        if style.wide {
+            row.extend([
+                Field::from(pod(self.container.pod.as_ref())),
+                safe(self.image.name.as_deref().unwrap_or_default()).into(),
+                time(self.first_seen).into(),
+            ]);
+        }
+        row.push(style.id(&self.id.to_string()).into());
+        row
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::output::table;
+    use crate::cli::sessions::tests::assert_clean;
+
+    #[test]
+    fn probes_as_people_see_them() {
+        let sample: Probe =
+            serde_json::from_str(include_str!("../../tests/data/probe.json")).unwrap();
+        let mut hostile = sample.clone();
+        hostile.id = "00000000000000000000000000000001".parse().unwrap();
+        hostile.argv = vec!["\u{1b}[2J".into(), "a b".into()];
+        hostile.source = ProbeSource::Healthcheck;
+        (hostile.interval_milliseconds, hostile.reported) = (None, true);
+        let probes = [sample, hostile];
+        let style = |wide| Style {
+            wide,
+            no_trunc: false,
+            colour: false,
+            width: None,
+            now: "2026-11-20T10:08:30Z".parse().unwrap(),
+        };
+        insta::assert_snapshot!(table(&probes, &style(false)));
+        insta::assert_snapshot!(table(&probes, &style(true)));
+        let told = probes.each_ref().map(text).concat();
+        assert_clean(&told);
+        insta::assert_snapshot!(told);
+    }
+
+    #[test]
+    fn a_rhythm_is_told_in_one_unit() {
+        for (milliseconds, expected) in
+            [(500, "500ms"), (1500, "1.5s"), (10_000, "10s"), (90_000, "90s"), (600_000, "10m")]
+        {
+            assert_eq!(rhythm(milliseconds), expected);
+        }
+    }
+}

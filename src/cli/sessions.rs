@@ -1,0 +1,376 @@
+//! `driftd sessions`: who came into a container, and how.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use tokio_stream::StreamExt as _;
+
+use super::client::{Client, explain, talk};
+use super::containers::pod;
+use super::exit::Exit;
+use super::findings::{command_line, parse_time, tell_gap};
+use super::output::{
+    Field, Format, Listed, Listing, Style, age, json_line, list, safe, short, span, time, write,
+};
+use crate::api::{convert, proto};
+use crate::model::{self, Entry, Interactive, Session, SessionState};
+
+/// Sessions asked for at once.
+const PAGE: u32 = 1000;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Sessions {
+    /// Only of this container: an ID, NAMESPACE/ID, or the beginning of an ID
+    #[arg(short, long, value_name = "CONTAINER")]
+    container: Option<String>,
+    /// Only those that go on
+    #[arg(long)]
+    open: bool,
+    /// Only what went on after this time (RFC 3339), or in this span back from now
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    since: Option<Timestamp>,
+    /// Only what began before this time (RFC 3339), or before this span back from now
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    until: Option<Timestamp>,
+    /// Keep printing sessions as they open, change and close, until interrupted
+    #[arg(long)]
+    follow: bool,
+    /// With --follow: only what comes after this cursor (0: everything kept)
+    #[arg(long, value_name = "CURSOR", requires = "follow", default_value_t = 0)]
+    after: u64,
+    #[command(flatten)]
+    listing: Listing,
+}
+
+impl Sessions {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        if self.follow {
+            if self.listing.output == Format::Json {
+                eprintln!("error: a stream never ends: use -o jsonl with --follow");
+                return Ok(Exit::Usage);
+            }
+            return talk(socket, |client| self.follow(client));
+        }
+        let filter = proto::SessionFilter {
+            container: self.container.unwrap_or_default(),
+            state: match self.open {
+                true => proto::SessionState::Open.into(),
+                false => proto::SessionState::Unspecified.into(),
+            },
+            since: self.since.map(convert::time_to_proto),
+            until: self.until.map(convert::time_to_proto),
+        };
+        let sessions = talk(socket, |client| fetch(client, filter))?;
+        list(&sessions, &self.listing)?;
+        if sessions.is_empty() && self.listing.output == Format::Table && !self.listing.quiet {
+            eprintln!("nobody was seen (is the view complete? see: driftd status)");
+        }
+        Ok(Exit::Clean)
+    }
+
+    async fn follow(self, mut client: Client) -> anyhow::Result<Exit> {
+        let request = proto::FollowFindingsRequest {
+            filter: Some(proto::FindingFilter {
+                container: self.container.clone().unwrap_or_default(),
+                ..Default::default()
+            }),
+            after_cursor: Some(self.after),
+            sessions: true,
+        };
+        let mut stream = client.follow_findings(request).await.map_err(explain)?.into_inner();
+        let mut cursor = self.after;
+        while let Some(message) = stream.next().await {
+            let message = message.map_err(explain)?;
+            cursor = cursor.max(message.cursor);
+            use proto::follow_findings_response::Event;
+            match message.event {
+                Some(Event::Session(session)) => {
+                    let session = convert::session_from_proto(session)?;
+                    if !self.is_wanted(&session) {
+                        continue;
+                    }
+                    let text = match self.listing.output {
+                        _ if self.listing.quiet => format!("{}\n", session.id),
+                        Format::Jsonl => json_line(&session)?,
+                        Format::Table | Format::Wide | Format::Json => {
+                            line(&session, self.listing.no_trunc)
+                        }
+                    };
+                    write(text.as_bytes())?;
+                }
+                Some(Event::Gap(gap)) => tell_gap(&gap, &self.listing)?,
+                // Findings have a command of their own; the cursor has moved all the same.
+                Some(Event::Finding(_)) | None => (),
+            }
+        }
+        anyhow::bail!(
+            "driftd has stopped (when it runs again, go on with: driftd sessions --follow \
+             --after {cursor})"
+        )
+    }
+
+    fn is_wanted(&self, session: &Session) -> bool {
+        let is_open = session.state == SessionState::Open;
+        let ended = session.ended_at.filter(|_| !is_open);
+        (is_open || !self.open)
+            && self.since.is_none_or(|since| ended.is_none_or(|ended| ended >= since))
+            && self.until.is_none_or(|until| session.started_at <= until)
+    }
+}
+
+async fn fetch(mut client: Client, filter: proto::SessionFilter) -> anyhow::Result<Vec<Session>> {
+    let mut sessions = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let filter = Some(filter.clone());
+        let request = proto::ListSessionsRequest { filter, page_size: PAGE, page_token };
+        let page = client.list_sessions(request).await.map_err(explain)?.into_inner();
+        for session in page.sessions {
+            sessions.push(convert::session_from_proto(session)?);
+        }
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(sessions);
+        }
+    }
+}
+
+/// How a session came in, in few words.
+pub(super) fn entry(entry: Entry) -> &'static str {
+    match entry {
+        Entry::RuntimeExec => "runtime exec",
+        Entry::RuntimeDirect => "runtime by hand",
+        Entry::Namespace => "joined namespaces",
+        Entry::SharedPidNamespace => "shared pid namespace",
+        Entry::Attach => "attached",
+        Entry::ReverseShell => "reverse shell",
+    }
+}
+
+/// Whose session it is, as well as can be told.
+pub(super) fn who(session: &Session) -> String {
+    match (&session.requested_by, session.login, session.process.uid) {
+        (Some(name), _, _) => safe(name),
+        (None, Some(login), _) => format!("login uid {}", login.uid),
+        (None, None, Some(uid)) => format!("uid {uid}"),
+        (None, None, None) => String::new(),
+    }
+}
+
+/// Its terminal, or what makes it a person's without one.
+fn terminal(session: &Session) -> String {
+    let tty = session.process.tty.as_deref().map(safe);
+    tty.or_else(|| session.interactive.map(interactive)).unwrap_or_default()
+}
+
+fn interactive(how: Interactive) -> String {
+    how.name().replace('_', " ")
+}
+
+/// How something ended, in few words.
+pub(super) fn exit(exit: model::Exit) -> String {
+    match (exit.code, exit.signal) {
+        (_, Some(signal)) => format!("signal {signal}"),
+        (Some(code), None) => format!("exit {code}"),
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+/// What is known of an end: how, and after how long.
+pub(super) fn result(
+    started_at: Timestamp,
+    ended_at: Option<Timestamp>,
+    how: Option<model::Exit>,
+) -> Option<String> {
+    let how = how.map(exit);
+    let after = ended_at.map(|ended_at| format!("after {}", span(ended_at, started_at)));
+    match (how, after) {
+        (Some(how), Some(after)) => Some(format!("{how} {after}")),
+        (Some(how), None) => Some(how),
+        (None, Some(after)) => Some(format!("ended {after}")),
+        (None, None) => None,
+    }
+}
+
+fn duration(session: &Session, now: Timestamp) -> String {
+    match (session.state, session.ended_at) {
+        (_, Some(ended_at)) => span(ended_at, session.started_at),
+        (SessionState::Open, None) => span(now, session.started_at),
+        (SessionState::Closed, None) => String::new(),
+    }
+}
+
+fn line(session: &Session, no_trunc: bool) -> String {
+    let id = |id: String| if no_trunc { id } else { short(&id) };
+    let container = &session.container.id;
+    let at = match session.state {
+        SessionState::Open => session.started_at,
+        SessionState::Closed => session.ended_at.unwrap_or(session.started_at),
+    };
+    format!(
+        "{} {:<6} {}/{} {} ({}, {}) {}\n",
+        time(at),
+        session.state.name(),
+        safe(&container.namespace),
+        id(safe(&container.id)),
+        told(session),
+        number(session.commands, "command"),
+        number(session.findings_total, "finding"),
+        id(session.id.to_string()),
+    )
+}
+
+fn number(number: u64, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+/// How it came in, who it is and what was run first.
+pub(super) fn told(session: &Session) -> String {
+    let mut parts = vec![entry(session.entry).to_owned()];
+    parts.extend(match &session.process.tty {
+        Some(tty) => Some(format!("terminal {}", safe(tty))),
+        None => session.interactive.map(interactive),
+    });
+    let who = who(session);
+    parts.extend((!who.is_empty()).then_some(who));
+    format!("{}: {}", parts.join(", "), command_line(&session.process))
+}
+
+impl Listed for Session {
+    type Json<'a> = &'a Session;
+
+    fn json(&self) -> &Session {
+        self
+    }
+
+    fn name(&self) -> String {
+        self.id.to_string()
+    }
+
+    fn header(wide: bool) -> Vec<&'static str> {
+        let mut header = vec![
+            "STARTED",
+            "STATE",
+            "DURATION",
+            "CONTAINER",
+            "ENTRY",
+            "WHO",
+            "TTY",
+            "COMMANDS",
+            "FINDINGS",
+            "COMMAND",
+        ];
+        if wide {
+            header.extend(["POD", "IMAGE", "CLIENT", "EXIT", "SEEN BY"]);
+        }
+        header.push("ID");
+        header
+    }
+
+    fn row(&self, style: &Style) -> Vec<Field> {
+        let mut row: Vec<Field> = vec![
+            age(style.now, self.started_at).into(),
+            self.state.name().into(),
+            duration(self, style.now).into(),
+            style.id(&self.container.id.id).into(),
+            entry(self.entry).into(),
+            who(self).into(),
+            terminal(self).into(),
+            self.commands.to_string().into(),
+            self.findings_total.to_string().into(),
+            command_line(&self.process).into(),
+        ];
+        if style.wide {
+            row.extend([
+                Field::from(pod(self.container.pod.as_ref())),
+                safe(self.image.name.as_deref().unwrap_or_default()).into(),
+                self.client.as_deref().map(safe).unwrap_or_default().into(),
+                self.exit.map(exit).unwrap_or_default().into(),
+                safe(&self.discovered).into(),
+            ]);
+        }
+        row.push(style.id(&self.id.to_string()).into());
+        row
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::cli::output::table;
+    use crate::model::Login;
+
+    pub(in crate::cli) fn sample() -> Session {
+        serde_json::from_str(include_str!("../../tests/data/session.json")).unwrap()
+    }
+
+    /// One that goes on, and one whose every word is hostile.
+    pub(in crate::cli) fn samples() -> Vec<Session> {
+        let mut open = sample();
+        open.id = "20000000000000000000000000000000".parse().unwrap();
+        (open.state, open.ended_at, open.exit) = (SessionState::Open, None, None);
+        (open.entry, open.interactive) = (Entry::Namespace, None);
+        (open.requested_by, open.client, open.exec_id) = (None, None, None);
+        (open.process.tty, open.login) = (None, Some(Login { uid: 1000, audit_session: None }));
+        (open.findings_total, open.findings, open.finding) = (0, vec![], None);
+
+        let evil = "\u{1b}[31m\n\u{202e}x".to_owned();
+        let mut hostile = open.clone();
+        hostile.id = "30000000000000000000000000000000".parse().unwrap();
+        hostile.state = SessionState::Closed;
+        (hostile.entry, hostile.interactive) = (Entry::ReverseShell, Some(Interactive::Socket));
+        hostile.requested_by = Some(evil.clone());
+        hostile.client = Some(evil.clone());
+        hostile.exec_id = Some(evil.clone());
+        hostile.discovered = evil.clone();
+        hostile.node = evil.clone();
+        hostile.image.name = Some(evil.clone());
+        hostile.container.id = model::ContainerId::new("default", &format!("web{evil}"));
+        hostile.container.pod.as_mut().unwrap().name = evil.clone();
+        hostile.process.exe = Some(evil.clone());
+        hostile.process.argv = Some(vec![evil.clone(), "it's".into()]);
+        for ancestor in hostile.process.ancestors.iter_mut().chain(&mut hostile.host) {
+            ancestor.exe = Some(evil.clone());
+            ancestor.argv = Some(vec![evil.clone()]);
+        }
+        vec![sample(), open, hostile]
+    }
+
+    #[track_caller]
+    pub(in crate::cli) fn assert_clean(text: &str) {
+        let is_dirty = |one: char| one != '\n' && one.is_control() || one == '\u{202e}';
+        assert!(!text.contains(is_dirty), "{text:?}");
+    }
+
+    #[test]
+    fn sessions_as_people_see_them() {
+        let style = |wide| Style {
+            wide,
+            no_trunc: false,
+            colour: false,
+            width: None,
+            now: "2026-11-20T10:08:30Z".parse().unwrap(),
+        };
+        insta::assert_snapshot!(table(&samples(), &style(false)));
+        insta::assert_snapshot!(table(&samples(), &style(true)));
+        let narrow = Style { width: Some(150), ..style(true) };
+        insta::assert_snapshot!(table(&samples(), &narrow));
+        let lines: String = samples().iter().map(|session| line(session, false)).collect();
+        assert_clean(&lines);
+        assert_clean(&table(&samples(), &style(true)));
+        insta::assert_snapshot!(lines);
+    }
+
+    #[test]
+    fn an_end_is_told_as_far_as_it_is_known() {
+        let start = Timestamp::UNIX_EPOCH;
+        let end = Some(Timestamp::from_second(90).unwrap());
+        let code = Some(model::Exit { code: Some(2), signal: None });
+        let signal = Some(model::Exit { code: None, signal: Some(15) });
+        assert_eq!(result(start, end, code).as_deref(), Some("exit 2 after 1m"));
+        assert_eq!(result(start, end, signal).as_deref(), Some("signal 15 after 1m"));
+        assert_eq!(result(start, end, None).as_deref(), Some("ended after 1m"));
+        assert_eq!(result(start, None, code).as_deref(), Some("exit 2"));
+        assert_eq!(result(start, None, None), None);
+    }
+}

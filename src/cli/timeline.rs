@@ -1,0 +1,375 @@
+//! `driftd timeline`: what happened in one container, a line each.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::client::{Client, explain, talk};
+use super::exit::Exit;
+use super::findings::{GapJson, coloured, command_line, parse_time, quoted, subject};
+use super::output::{Format, Listing, colour, harmless, json_line, safe, short, time, write};
+use super::sessions::{result, told};
+use crate::api::{convert, proto};
+use crate::history::{Happened, TimelineEntry};
+use crate::model::{Command, ContainerId, Finding, FindingId, Outcome, Session, SessionId};
+use crate::respond::Response;
+
+/// Entries asked for at once.
+const PAGE: u32 = 1000;
+/// How much of a command is printed unless all is asked for, in characters.
+const LONG: usize = 160;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Timeline {
+    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
+    container: String,
+    /// Only what happened after this time (RFC 3339), or in this span back from now
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    since: Option<Timestamp>,
+    /// Only what happened before this time (RFC 3339), or before this span back from now
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    until: Option<Timestamp>,
+    #[command(flatten)]
+    listing: Listing,
+}
+
+#[derive(Serialize)]
+struct EntryJson {
+    schema: &'static str,
+    at: Timestamp,
+    /// Which key below is not null.
+    #[serde(rename = "type")]
+    kind: &'static str,
+    container: ContainerId,
+    /// The session that it is of, opens it or ends it.
+    session_id: Option<SessionId>,
+    session: Option<Session>,
+    command: Option<Command>,
+    finding: Option<Finding>,
+    response: Option<ResponseJson>,
+    gap: Option<GapJson>,
+}
+
+#[derive(Serialize)]
+struct ResponseJson {
+    schema: &'static str,
+    container: ContainerId,
+    reason: String,
+    requested_by: String,
+    requested_at: Timestamp,
+    finding: Option<FindingId>,
+    outcome: Outcome,
+}
+
+impl Timeline {
+    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        talk(socket, |client| self.print(client))
+    }
+
+    /// Prints each page as it comes.
+    async fn print(self, mut client: Client) -> anyhow::Result<Exit> {
+        let is_array = self.listing.output == Format::Json && !self.listing.quiet;
+        let mut request = proto::GetTimelineRequest {
+            container: self.container,
+            since: self.since.map(convert::time_to_proto),
+            until: self.until.map(convert::time_to_proto),
+            page_size: PAGE,
+            page_token: String::new(),
+        };
+        let (mut printed, mut array) = (0_u64, Vec::new());
+        loop {
+            let page = client.get_timeline(request.clone()).await.map_err(explain)?.into_inner();
+            let container = ContainerId::new(&page.namespace, &page.container);
+            let mut text = String::new();
+            for entry in page.entries {
+                let Some(entry) = convert::timeline_entry_from_proto(entry)? else { continue };
+                printed += 1;
+                match self.listing.output {
+                    _ if self.listing.quiet => text += &format!("{}\n", name(&entry)),
+                    Format::Table | Format::Wide => {
+                        text += &line(&entry, &self.listing, colour());
+                    }
+                    Format::Json => array.push(json(entry, &container)),
+                    Format::Jsonl => text += &json_line(&json(entry, &container))?,
+                }
+            }
+            write(text.as_bytes())?;
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() {
+                break;
+            }
+            // One that comes later and begins alike must not come in between.
+            request.container = format!("{}/{}", page.namespace, page.container);
+        }
+        if is_array {
+            write((harmless(&serde_json::to_string_pretty(&array)?) + "\n").as_bytes())?;
+        }
+        if printed == 0 && self.listing.output == Format::Table && !self.listing.quiet {
+            eprintln!("nothing is known of that time (is the view complete? see: driftd status)");
+        }
+        Ok(Exit::Clean)
+    }
+}
+
+/// What `-q` prints.
+fn name(entry: &TimelineEntry) -> String {
+    match &entry.what {
+        Happened::SessionOpened(session) | Happened::SessionClosed(session) => {
+            session.id.to_string()
+        }
+        Happened::Command(command) => format!("{}#{}", command.session, command.number),
+        Happened::Finding(finding) => finding.id.to_string(),
+        Happened::Response(response) => safe(&response.outcome.action),
+        Happened::Gap { name, .. } => safe(name),
+    }
+}
+
+/// One entry in one line; what belongs to a session is set off and says which.
+fn line(entry: &TimelineEntry, listing: &Listing, colour: bool) -> String {
+    let id = |id: String| if listing.no_trunc { id } else { short(&id) };
+    let of = |session: SessionId| format!("  [{}] ", id(session.to_string()));
+    let is_wide = listing.output == Format::Wide;
+    let what = match &entry.what {
+        Happened::SessionOpened(session) => format!(
+            "[{}] session opened: {}",
+            id(session.id.to_string()),
+            cut(told(session), listing.no_trunc)
+        ),
+        Happened::Command(command) => {
+            let run = cut(program(command), listing.no_trunc);
+            let end = result(command.started_at, command.ended_at, command.exit);
+            let end = end.map(|end| format!(" ({end})")).unwrap_or_default();
+            let pid = if is_wide { format!(" pid {}", command.process.pid) } else { String::new() };
+            format!("{}#{} {run}{end}{pid}", of(command.session), command.number)
+        }
+        Happened::Finding(finding) => {
+            let severity =
+                coloured(finding.severity, finding.severity.name().to_uppercase(), colour);
+            let by = match (&finding.file, &finding.process) {
+                (Some(_), Some(process)) if is_wide => {
+                    format!(" by {}", cut(command_line(process), listing.no_trunc))
+                }
+                (_, _) => String::new(),
+            };
+            format!(
+                "{}{severity} {} {}{by} ({})",
+                finding.session.map(of).unwrap_or_default(),
+                finding.kind,
+                cut(subject(finding), listing.no_trunc),
+                id(finding.id.to_string())
+            )
+        }
+        Happened::SessionClosed(session) => format!(
+            "[{}] session closed: {}",
+            id(session.id.to_string()),
+            result(session.started_at, session.ended_at, session.exit)
+                .unwrap_or_else(|| "its end was not seen".to_owned())
+        ),
+        Happened::Response(response) => {
+            let Response { outcome, requested_by, reason, .. } = &**response;
+            format!(
+                "response {} {}: {} (asked by {}, because {})",
+                safe(&outcome.action),
+                if outcome.succeeded { "done" } else { "FAILED" },
+                safe(&outcome.message),
+                safe(requested_by),
+                safe(reason)
+            )
+        }
+        Happened::Gap { name, container, detail, until } => format!(
+            "gap {}{}: {}{}",
+            safe(name),
+            if container.is_some() { "" } else { " (any container)" },
+            safe(detail),
+            until.map(|until| format!(" (made up for at {})", time(until))).unwrap_or_default()
+        ),
+    };
+    format!("{}  {what}\n", time(entry.at))
+}
+
+/// What was run, as well as it is known.
+pub(super) fn program(command: &Command) -> String {
+    match (&command.argv, &command.exe) {
+        (Some(argv), _) if !argv.is_empty() => quoted(argv),
+        (_, Some(exe)) => safe(exe),
+        (_, None) => "a program that was gone too soon".to_owned(),
+    }
+}
+
+/// Text that does not fill the screen by itself.
+pub(super) fn cut(text: String, whole: bool) -> String {
+    if whole {
+        return text;
+    }
+    match text.char_indices().nth(LONG) {
+        None => text,
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}
+
+fn json(entry: TimelineEntry, container: &ContainerId) -> EntryJson {
+    let mut json = EntryJson {
+        schema: "driftd.timeline/v1",
+        at: entry.at,
+        kind: "",
+        container: container.clone(),
+        session_id: None,
+        session: None,
+        command: None,
+        finding: None,
+        response: None,
+        gap: None,
+    };
+    match entry.what {
+        Happened::SessionOpened(session) => {
+            (json.kind, json.session_id) = ("session_opened", Some(session.id));
+            json.session = Some(*session);
+        }
+        Happened::SessionClosed(session) => {
+            (json.kind, json.session_id) = ("session_closed", Some(session.id));
+            json.session = Some(*session);
+        }
+        Happened::Command(command) => {
+            (json.kind, json.session_id) = ("command", Some(command.session));
+            json.command = Some(*command);
+        }
+        Happened::Finding(finding) => {
+            (json.kind, json.session_id) = ("finding", finding.session);
+            json.finding = Some(*finding);
+        }
+        Happened::Response(response) => {
+            json.kind = "response";
+            json.response = Some(ResponseJson {
+                schema: "driftd.response/v1",
+                container: response.container,
+                reason: response.reason,
+                requested_by: response.requested_by,
+                requested_at: response.requested_at,
+                finding: response.finding,
+                outcome: response.outcome,
+            });
+        }
+        Happened::Gap { name, container, detail, until } => {
+            json.kind = "gap";
+            let schema = "driftd.gap/v1";
+            json.gap = Some(GapJson { schema, name, at: entry.at, container, detail, until });
+        }
+    }
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::sessions::tests::{assert_clean, samples};
+
+    fn entries() -> Vec<TimelineEntry> {
+        let evil = "\u{1b}[2J\r\u{202e}".to_owned();
+        let at: Timestamp = "2026-11-20T10:00:00.25Z".parse().unwrap();
+        let command: Command =
+            serde_json::from_str(include_str!("../../tests/data/command.json")).unwrap();
+        let hostile = Command {
+            number: 2,
+            argv: Some(vec![evil.clone(), "x".repeat(500)]),
+            ended_at: None,
+            exit: None,
+            ..command.clone()
+        };
+        let gone = Command { number: 3, argv: None, exe: None, ..command.clone() };
+        let finding = crate::cli::findings::tests::sample();
+        let mut alone = crate::cli::findings::tests::samples().remove(2);
+        alone.session = None;
+        let response = Response {
+            container: ContainerId::new("default", "web"),
+            reason: evil.clone(),
+            requested_by: evil.clone(),
+            requested_at: at,
+            finding: None,
+            outcome: Outcome { action: "kill".into(), succeeded: false, message: evil.clone(), at },
+        };
+        let gap = |container, until| Happened::Gap {
+            name: "pipeline_full".into(),
+            container,
+            detail: evil.clone(),
+            until,
+        };
+        let mut sessions = samples().into_iter().map(Box::new);
+        let mut session = || sessions.next().unwrap();
+        let first = session();
+        vec![
+            Happened::SessionOpened(first.clone()),
+            Happened::Command(Box::new(command)),
+            Happened::Finding(Box::new(finding)),
+            Happened::Command(Box::new(hostile)),
+            Happened::Command(Box::new(gone)),
+            Happened::SessionClosed(first),
+            Happened::SessionOpened(session()),
+            Happened::SessionOpened(session()),
+            Happened::SessionClosed(samples().pop().map(Box::new).unwrap()),
+            Happened::Finding(Box::new(alone)),
+            Happened::Response(Box::new(response)),
+            gap(None, None),
+            gap(Some(ContainerId::new("default", "web")), Some(at)),
+        ]
+        .into_iter()
+        .map(|what| TimelineEntry { at, what })
+        .collect()
+    }
+
+    fn listing(output: Format) -> Listing {
+        Listing { output, no_trunc: false, quiet: false }
+    }
+
+    fn lines(listing: &Listing, colour: bool) -> String {
+        entries().iter().map(|entry| line(entry, listing, colour)).collect()
+    }
+
+    #[test]
+    fn a_timeline_as_people_see_it() {
+        insta::assert_snapshot!(lines(&listing(Format::Table), false));
+        insta::assert_snapshot!(lines(&listing(Format::Wide), false));
+        let names: Vec<String> = entries().iter().map(name).collect();
+        assert_eq!(names[1], "ffeeddccbbaa99887766554433221100#1");
+        assert_clean(&names.join("\n"));
+    }
+
+    #[test]
+    fn hostile_text_stays_in_its_line() {
+        for no_trunc in [false, true] {
+            let listing = Listing { no_trunc, ..listing(Format::Wide) };
+            let text = lines(&listing, false);
+            assert_clean(&text);
+            assert_eq!(text.lines().count(), entries().len());
+            assert_eq!(text.contains(&"x".repeat(500)), no_trunc);
+            // What colour says is said in words too.
+            let mut coloured = lines(&listing, true);
+            assert!(coloured.contains("\u{1b}[31mCRITICAL\u{1b}[0m"), "{coloured}");
+            for code in ["\u{1b}[31m", "\u{1b}[36m", "\u{1b}[0m"] {
+                coloured = coloured.replace(code, "");
+            }
+            assert_eq!(coloured, text);
+        }
+    }
+
+    #[test]
+    fn json_of_an_entry_says_what_it_is_of() {
+        let container = ContainerId::new("default", "web");
+        let all: Vec<serde_json::Value> = entries()
+            .into_iter()
+            .map(|entry| serde_json::to_value(json(entry, &container)).unwrap())
+            .collect();
+        for entry in &all {
+            assert_eq!(entry["schema"], "driftd.timeline/v1");
+            let key = match entry["type"].as_str().unwrap() {
+                "session_opened" | "session_closed" => "session",
+                other => other,
+            };
+            for one in ["session", "command", "finding", "response", "gap"] {
+                assert_eq!(entry[one].is_null(), one != key, "{entry}");
+            }
+            assert!(entry[key]["schema"].as_str().unwrap().starts_with("driftd."), "{entry}");
+        }
+        assert_eq!(all[1]["session_id"], all[0]["session"]["id"]);
+    }
+}
