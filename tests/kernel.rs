@@ -769,6 +769,57 @@ fn a_thousand_executions_are_a_thousand_observations() {
     assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
 }
 
+/// An environment with which what execve(2) writes on the stack begins just below a
+/// page's end. On x86-64 a page that nothing has been written to may lie between the
+/// arguments and the stack pointer, and no copy of the stack goes beyond: the more
+/// often, the less of its page is left by the arguments, the environment and the name.
+fn environment(words: &[&str]) -> Vec<(&'static str, String)> {
+    const PAGE: usize = 4096;
+    let search = std::env::var("PATH").unwrap();
+    let length = |text: &str| text.len() + 1;
+    let used = words.iter().map(|word| length(word)).sum::<usize>()
+        + length(words[0])
+        + length("PATH=") + search.len()
+        + length("FILL=")
+        // Behind the name of the program.
+        + size_of::<u64>();
+    let filler = (2 * PAGE + 1).checked_sub(used).expect("a short PATH");
+    vec![("PATH", search), ("FILL", "x".repeat(filler % PAGE))]
+}
+
+#[test]
+fn programs_that_end_at_once_are_told_with_their_arguments() {
+    const COUNT: usize = 1000;
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    let mut expected = BTreeMap::new();
+    for number in 0..COUNT {
+        let number = format!("{number:04}");
+        let words = ["/tmp/true", "", "number", &number];
+        let mut command = container.command(&words);
+        let mut child = command.env_clear().envs(environment(&words)).spawn().unwrap();
+        expected.insert(child.id(), words.map(str::to_owned).to_vec());
+        assert!(child.wait().unwrap().success());
+    }
+    let (mut seen, mut told) = (0, 0);
+    node.until_observed("all executions", |observation| match &observation.fact {
+        Fact::Executed { process, .. } => {
+            if let Some(argv) = &process.argv {
+                assert_eq!(*argv, expected[&process.identity.pid]);
+                told += 1;
+            }
+            seen += 1;
+            (seen == COUNT).then_some(())
+        }
+        _ => None,
+    });
+    eprintln!("{told} of {COUNT} were told with their arguments");
+    assert!(told >= COUNT * 97 / 100, "{told} of {COUNT}");
+    node.assert_no_loss();
+}
+
 /// Runs programs in every way that leaves no name behind.
 fn compile_loader(directory: &Path) -> PathBuf {
     let (source, program) = (directory.join("loader.c"), directory.join("loader"));

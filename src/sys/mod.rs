@@ -16,3 +16,4 @@ pub mod overlay;
 pub mod perf;
 pub mod priority;
 pub mod procfs;
+pub mod stack;

@@ -38,7 +38,7 @@ use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
-use crate::sys::{file, procfs};
+use crate::sys::{file, perf, procfs};
 
 /// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
@@ -229,6 +229,8 @@ impl Gate {
         let caller = procfs::read_stat(event.pid).ok();
         let whose = stat.as_ref().ok().and_then(|stat| self.whose(event, stat));
         let at = Timestamp::now();
+        let asked = Some(perf::now());
+        let caller = Caller { stat: caller, pid: event.pid, asked, pidfd: None };
         // First, so that who has been answered finds itself counted.
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
         let (event, answered) = permission.answer(Answer::Allow);
@@ -246,7 +248,8 @@ impl Gate {
 
     /// A program has been opened for execution, and nobody has waited for us.
     fn told(&self, event: Event) {
-        let caller = procfs::read_stat(event.pid).ok();
+        let stat = procfs::read_stat(event.pid).ok();
+        let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
         match file::stat(&event.file) {
@@ -281,14 +284,13 @@ impl Gate {
         event: Event,
         whose: Option<(Arc<Watched>, Filesystem)>,
         stat: file::Stat,
-        caller: Option<procfs::Stat>,
+        caller: Caller,
         at: Timestamp,
         calm: Option<&Calm>,
     ) {
         // Of a container that is not watched any more, or the host's.
         let Some((watched, filesystem)) = whose else { return };
         let Event { file, pid, .. } = event;
-        let caller = Caller { stat: caller, pid, pidfd: None };
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.

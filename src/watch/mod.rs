@@ -18,6 +18,7 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
+mod arguments;
 mod arm;
 mod code;
 mod content;
@@ -298,6 +299,11 @@ impl Watch {
         }
         let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        if let Some(Recorder::Rings(rings)) = &recorder
+            && rings.tell_arguments()
+        {
+            shared.set_records_arguments();
+        }
         if let Some(recorder) = recorder {
             // What else is made of the records.
             let mut consumers: Vec<Box<dyn TraceConsumer>> = vec![

@@ -58,8 +58,12 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     if sessions.opens(stat, &seen.watched) {
         let began = Instant::now();
         let others_wait = || sessions::others_wait(began, others.len());
-        let executing = process::after_exec(&seen.caller, &seen.watched, &others_wait);
-        sessions.tell(shared, &seen.watched, seen.at, Source::Gate, executing.process);
+        let mut process = process::after_exec(&seen.caller, &seen.watched, &others_wait).process;
+        if process.argv.is_none() {
+            let execve = (seen.caller.pid, seen.caller.asked);
+            process.argv = process::recorded_arguments(shared, execve, &others_wait);
+        }
+        sessions.tell(shared, &seen.watched, seen.at, Source::Gate, process);
     }
 }
 
@@ -93,7 +97,7 @@ impl Entries {
 
 impl TraceConsumer for Entries {
     fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
-        let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
+        let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
         let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
         match self.processes.try_send(Box::new(seen)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
