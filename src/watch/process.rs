@@ -128,7 +128,8 @@ pub(super) fn recorded_arguments(
     (pid, asked): (u32, Option<u64>),
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Vec<String>> {
-    let asked = asked.filter(|_| shared.records_arguments())?;
+    // Of a process that is not visible in our pid namespace there are no records either.
+    let asked = asked.filter(|_| pid != 0 && shared.records_arguments())?;
     let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
     loop {
         let now = perf::now();
