@@ -20,9 +20,11 @@ use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::{Gating, Health, Missing};
 use crate::history::History;
+use crate::model::SessionState;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
 use crate::sys::capabilities::Capabilities;
+use crate::sys::procfs::Handle;
 use crate::watch::{self, Scope, Watch};
 use crate::{api, guardian, respond};
 
@@ -62,6 +64,16 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     history
         .each_member(|finding, member| state.remember_member(finding, &member))
         .context("cannot read the history")?;
+    let reader = history.reader();
+    let mut sessions = reader.open_sessions().context("cannot read the history")?;
+    for session in &mut sessions {
+        if Handle::open_exactly(session.process.identity).is_err() {
+            // It ended while nobody looked.
+            session.state = SessionState::Closed;
+        }
+    }
+    let probes = reader.probes(None).context("cannot read the history")?;
+    state.remember_sessions(sessions, probes);
     let baselines = config.state_dir.join("baselines");
     let _claim = Store::claim(&baselines)?;
     let store = Arc::new(Store::open(&baselines, health.clone())?);

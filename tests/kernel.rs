@@ -771,6 +771,64 @@ fn a_thousand_executions_are_a_thousand_observations() {
     assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
 }
 
+/// An environment with which what execve(2) writes on the stack begins just below a
+/// page's end. On x86-64 a page that nothing has been written to may lie between the
+/// arguments and the stack pointer, and no copy of the stack goes beyond: the more
+/// often, the less of its page is left by the arguments, the environment and the name.
+fn environment(words: &[&str]) -> Vec<(&'static str, String)> {
+    const PAGE: usize = 4096;
+    let search = std::env::var("PATH").unwrap();
+    let length = |text: &str| text.len() + 1;
+    let used = words.iter().map(|word| length(word)).sum::<usize>()
+        + length(words[0])
+        + length("PATH=") + search.len()
+        + length("FILL=")
+        // Behind the name of the program.
+        + size_of::<u64>();
+    let filler = (2 * PAGE + 1).checked_sub(used).expect("a short PATH");
+    vec![("PATH", search), ("FILL", "x".repeat(filler % PAGE))]
+}
+
+#[test]
+fn programs_that_end_at_once_are_told_with_their_arguments() {
+    // Fewer at a time than wait without being counted as one.
+    const TURN: usize = 40;
+    const TURNS: usize = 25;
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    let mut told = 0;
+    for turn in 0..TURNS {
+        let mut expected = BTreeMap::new();
+        for number in 0..TURN {
+            let number = format!("{:04}", turn * TURN + number);
+            let words = ["/tmp/true", "", "number", &number];
+            let mut command = container.command(&words);
+            let mut child = command.env_clear().envs(environment(&words)).spawn().unwrap();
+            expected.insert(child.id(), words.map(str::to_owned).to_vec());
+            assert!(child.wait().unwrap().success());
+        }
+        node.told.clear();
+        let mut seen = 0;
+        node.until_observed("all executions", |observation| match &observation.fact {
+            Fact::Executed { process, .. } => {
+                if let Some(argv) = &process.argv {
+                    assert_eq!(*argv, expected[&process.identity.pid]);
+                    told += 1;
+                }
+                seen += 1;
+                (seen == TURN).then_some(())
+            }
+            _ => None,
+        });
+    }
+    let count = TURNS * TURN;
+    eprintln!("{told} of {count} were told with their arguments");
+    assert!(told >= count * 97 / 100, "{told} of {count}");
+    node.assert_no_loss();
+}
+
 /// Runs programs in every way that leaves no name behind.
 fn compile_loader(directory: &Path) -> PathBuf {
     let (source, program) = (directory.join("loader.c"), directory.join("loader"));
@@ -795,7 +853,7 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     fs::copy(&loader, container.merged().join("tmp/loader")).unwrap();
     // It runs for less than a millisecond.
     container.shell("/tmp/loader memfd 1000 /tmp/loader exit");
-    let mut hashed = 0;
+    let (mut hashed, mut with_arguments) = (0, 0);
     let wanted = path("/memfd:a");
     let expected = hash_of(&loader);
     let deadline = Instant::now() + 4 * PATIENCE;
@@ -805,11 +863,15 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
         let report = *report.unwrap_or_else(|_| panic!("{count} of 1000, {hashed} hashed"));
         if let Report::Observed(Observation {
             source,
-            fact: Fact::Executed { path, filesystem, state, running, .. },
+            fact: Fact::Executed { path, filesystem, state, running, process, .. },
             ..
         }) = &report
             && *path == wanted
         {
+            if let Some(argv) = &process.argv {
+                assert_eq!(*argv, ["a", "exit"]);
+                with_arguments += 1;
+            }
             assert_eq!(
                 (*source, *filesystem, *running, state.deleted),
                 (Source::Trace, Filesystem::Anonymous, false, true)
@@ -825,7 +887,9 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
         }
         node.told.push(report);
     }
-    eprintln!("{hashed} of {count} memfds were hashed");
+    eprintln!("{hashed} of {count} memfds were hashed, {with_arguments} have arguments");
+    // How many it is, the length of the environment decides.
+    assert!(with_arguments > count / 4, "{with_arguments} of {count}");
     node.walk(&container);
     let told = node.executed_paths();
     assert_eq!(told.iter().filter(|path| *path == "/memfd:a").count(), 1000);

@@ -17,3 +17,4 @@ pub mod perf;
 pub mod pidfd;
 pub mod priority;
 pub mod procfs;
+pub mod stack;

@@ -8,6 +8,11 @@
 //! An execve leaves its records in this order: [`Record::Began`], a
 //! [`Record::Mapped`] for the program and another one for its dynamic linker,
 //! [`Record::Executed`]. They can be on two processors' rings; their times tell.
+//!
+//! A third event, in a ring of its own, copies the stack of each new program as the
+//! kernel has just written it: its arguments, whatever becomes of it. It is a help
+//! that everything else does without: where it cannot be had, or its ring is full,
+//! there is no [`Record::Arguments`] and nothing is lost.
 
 use std::fmt;
 use std::io;
@@ -17,6 +22,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+
+use super::stack::{self, Word};
 
 /// One thing that the kernel recorded. Processes are numbered as in the pid
 /// namespace of who opened the rings, times are of [`now`]'s clock.
@@ -28,6 +35,10 @@ pub enum Record {
     Mapped(Mapped),
     /// A process has become a program.
     Executed(Executed),
+    /// With what arguments a process has become a program, one behind the other as
+    /// /proc/PID/cmdline has them. Told at about the time of its [`Record::Executed`],
+    /// before or after it, and not of every one.
+    Arguments { pid: u32, time: u64, arguments: Box<[u8]> },
     /// A process has made another one. (Threads are not told.)
     Forked { pid: u32, parent: u32, time: u64 },
     /// A process has ended.
@@ -42,6 +53,7 @@ impl Record {
             Record::Mapped(Mapped { time, .. })
             | Record::Executed(Executed { time, .. })
             | Record::Began { time, .. }
+            | Record::Arguments { time, .. }
             | Record::Forked { time, .. }
             | Record::Exited { time, .. }
             | Record::Lost { time, .. } => *time,
@@ -141,6 +153,9 @@ const HEADER: usize = 8;
 const MISC_COMM_EXEC: u16 = 1 << 13;
 /// A mapping's build ID is told instead of its device and inode.
 const MISC_MMAP_BUILD_ID: u16 = 1 << 14;
+/// `enum perf_sample_regs_abi`.
+const ABI_32: u64 = 1;
+const ABI_64: u64 = 2;
 /// Behind every record that is no sample: pid, tid, time.
 const TRAILER: usize = 16;
 
@@ -159,11 +174,27 @@ fn text(bytes: &[u8]) -> &[u8] {
 /// Decodes what was in a ring, whole records in the order of their writing. Pure.
 /// Records that say nothing of interest are left out. What was decoded before a
 /// malformed record is handed over all the same.
-pub fn decode(
-    mut bytes: &[u8],
-    layout: Layout,
-    records: &mut Vec<Record>,
-) -> Result<(), Malformed> {
+pub fn decode(bytes: &[u8], layout: Layout, records: &mut Vec<Record>) -> Result<(), Malformed> {
+    // A record that is too short for what it should hold is passed over: its
+    // length is known all the same.
+    split(bytes, |kind, misc, body| records.extend(decode_one(kind, misc, body, layout)))
+}
+
+/// Decodes what was in a ring of arguments, and says how many records were lost.
+/// Pure.
+pub fn decode_arguments(bytes: &[u8], records: &mut Vec<Record>) -> Result<u64, Malformed> {
+    let mut lost = 0_u64;
+    split(bytes, |kind, _, body| match kind {
+        RECORD_SAMPLE => records.extend(decode_stack(body)),
+        RECORD_LOST => lost = lost.saturating_add(u64_at(body, 8).unwrap_or(1)),
+        RECORD_LOST_SAMPLES => lost = lost.saturating_add(u64_at(body, 0).unwrap_or(1)),
+        _ => (),
+    })?;
+    Ok(lost)
+}
+
+/// Calls for each record, with its type, its `misc` and what is behind the header.
+fn split(mut bytes: &[u8], mut take: impl FnMut(u32, u16, &[u8])) -> Result<(), Malformed> {
     while !bytes.is_empty() {
         let left = bytes.len();
         let length = bytes
@@ -178,9 +209,7 @@ pub fn decode(
         bytes = following;
         let kind = u32_at(record, 0).expect("inside the header");
         let misc = u16::from_ne_bytes([record[4], record[5]]);
-        // A record that is too short for what it should hold is passed over: its
-        // length is known all the same.
-        records.extend(decode_one(kind, misc, &record[HEADER..], layout));
+        take(kind, misc, &record[HEADER..]);
     }
     Ok(())
 }
@@ -241,6 +270,26 @@ fn decode_sample(body: &[u8], layout: Layout) -> Option<Executed> {
     Some(Executed { pid, time, file_name, cgroup })
 }
 
+/// A sample of the arguments' event: pid, tid, time, the ABI and one register, the
+/// stack's copy.
+fn decode_stack(body: &[u8]) -> Option<Record> {
+    let pid = u32_at(body, 0)?;
+    let time = u64_at(body, 8)?;
+    let word = match u64_at(body, 16)? {
+        ABI_32 => Word::Four,
+        ABI_64 => Word::Eight,
+        // A thread of the kernel's.
+        _ => return None,
+    };
+    let pointer = u64_at(body, 24)?;
+    let size = usize::try_from(u64_at(body, 32)?).ok()?;
+    let (copy, behind) = body.get(40..)?.split_at_checked(size)?;
+    // Room was made for all of it; the copying ends where the process has no page.
+    let copied = usize::try_from(u64_at(behind, 0)?).ok()?;
+    let arguments = stack::arguments(copy.get(..copied)?, pointer, word)?.into();
+    Some(Record::Arguments { pid, time, arguments })
+}
+
 /// `struct perf_event_attr`, as far as the first version that has all we ask for.
 /// The kernel takes what is behind it for zeros.
 #[repr(C)]
@@ -273,6 +322,8 @@ const COUNT_SOFTWARE_DUMMY: u64 = 9;
 const SAMPLE_TID: u64 = 1 << 1;
 const SAMPLE_TIME: u64 = 1 << 2;
 const SAMPLE_RAW: u64 = 1 << 10;
+const SAMPLE_REGISTERS_USER: u64 = 1 << 12;
+const SAMPLE_STACK_USER: u64 = 1 << 13;
 const SAMPLE_CGROUP: u64 = 1 << 21;
 const FLAG_DISABLED: u64 = 1;
 const FLAG_MMAP: u64 = 1 << 8;
@@ -295,6 +346,35 @@ const DATA_TAIL: usize = 1032;
 /// allowed depends on what else of ours is locked in memory
 /// (`kernel.perf_event_mlock_kb`). One execve leaves about a kilobyte.
 const RING_BYTES: [usize; 3] = [256 << 10, 128 << 10, 64 << 10];
+
+/// The number of the stack pointer among the registers that perf knows
+/// (`asm/perf_regs.h`).
+const STACK_POINTER: Option<u32> = if cfg!(target_arch = "x86_64") {
+    Some(7)
+} else if cfg!(target_arch = "aarch64") {
+    Some(31)
+} else if cfg!(target_arch = "riscv64") {
+    Some(2)
+} else {
+    None
+};
+
+/// How much of a new program's stack is copied. On x86-64 up to 8 KiB lie between the
+/// stack pointer and the arguments, by chance; elsewhere up to a page.
+const STACK_BYTES: u32 = 12 << 10;
+
+/// Bytes for arguments on each processor: some forty executions, tried from the first
+/// on like the others. On all of them together no more than the bound, unless there
+/// are very many.
+const ARGUMENT_RING_BYTES: [usize; 4] = [512 << 10, 256 << 10, 128 << 10, 64 << 10];
+const MAX_ARGUMENT_RINGS_BYTES: usize = 16 << 20;
+
+fn argument_ring_sizes(processors: usize) -> impl Iterator<Item = usize> {
+    let [.., least] = ARGUMENT_RING_BYTES;
+    ARGUMENT_RING_BYTES.into_iter().filter(move |&bytes| {
+        bytes == least || bytes.saturating_mul(processors) <= MAX_ARGUMENT_RINGS_BYTES
+    })
+}
 
 fn open_event(attributes: &Attributes, processor: u32) -> io::Result<OwnedFd> {
     let every_process = -1;
@@ -324,12 +404,8 @@ fn control(event: BorrowedFd<'_>, request: libc::c_ulong, argument: i32) -> io::
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// One processor's ring.
-struct Ring {
-    processor: u32,
-    executions: OwnedFd,
-    /// It writes into the ring of the other; closed, it would not.
-    _mappings: OwnedFd,
+/// The memory that an event's records are written to.
+struct Buffer {
     /// `struct perf_event_mmap_page`, a page long, then the records.
     memory: ptr::NonNull<u8>,
     page: usize,
@@ -338,50 +414,20 @@ struct Ring {
 
 // SAFETY: the mapping belongs to this value alone, and every access to the two
 // words that the kernel uses as well is atomic.
-unsafe impl Send for Ring {}
+unsafe impl Send for Buffer {}
 
-impl Ring {
-    fn open(processor: u32, tracepoint: Tracepoint, with_cgroup: bool) -> io::Result<Ring> {
-        let common = || Attributes {
-            size: u32::try_from(size_of::<Attributes>()).expect("a hundred bytes"),
-            flags: FLAG_DISABLED | FLAG_SAMPLE_ID_ALL | FLAG_USE_CLOCK,
-            clock: libc::CLOCK_MONOTONIC,
-            sample_type: SAMPLE_TID | SAMPLE_TIME,
-            ..Attributes::default()
-        };
-        let cgroup = if with_cgroup { SAMPLE_CGROUP } else { 0 };
-        let executions = Attributes {
-            kind: TYPE_TRACEPOINT,
-            config: tracepoint.id,
-            sample_period: 1,
-            // The reader is woken by executions, and by a ring that is half full.
-            wakeup: 1,
-            sample_type: common().sample_type | SAMPLE_RAW | cgroup,
-            ..common()
-        };
-        let mappings = Attributes {
-            kind: TYPE_SOFTWARE,
-            config: COUNT_SOFTWARE_DUMMY,
-            flags: common().flags | FLAG_MMAP | FLAG_MMAP2 | FLAG_COMM | FLAG_COMM_EXEC | FLAG_TASK,
-            ..common()
-        };
-        let executions = open_event(&executions, processor)?;
-        let mappings = open_event(&mappings, processor)?;
+impl Buffer {
+    /// Of the first of these sizes that the kernel allows.
+    fn map(event: BorrowedFd<'_>, sizes: impl IntoIterator<Item = usize>) -> io::Result<Buffer> {
         let page = rustix::param::page_size();
         let mut outcome = Err(io::Error::from(io::ErrorKind::InvalidInput));
-        for bytes in RING_BYTES {
-            outcome = map(executions.as_fd(), page + bytes).map(|memory| (memory, bytes));
+        for bytes in sizes {
+            outcome = map(event, page + bytes).map(|memory| Buffer { memory, page, bytes });
             if outcome.is_ok() {
                 break;
             }
         }
-        let (memory, bytes) = outcome?;
-        let ring = Ring { processor, executions, _mappings: mappings, memory, page, bytes };
-        let output = ring.executions.as_raw_fd();
-        control(ring._mappings.as_fd(), IOCTL_SET_OUTPUT, output)?;
-        control(ring._mappings.as_fd(), IOCTL_ENABLE, 0)?;
-        control(ring.executions.as_fd(), IOCTL_ENABLE, 0)?;
-        Ok(ring)
+        outcome
     }
 
     fn word(&self, offset: usize) -> &AtomicU64 {
@@ -413,6 +459,78 @@ impl Ring {
     }
 }
 
+/// One processor's ring.
+struct Ring {
+    processor: u32,
+    executions: OwnedFd,
+    /// It writes into the ring of the other; closed, it would not.
+    _mappings: OwnedFd,
+    buffer: Buffer,
+    /// The third event, if it can be had.
+    arguments: Option<(OwnedFd, Buffer)>,
+}
+
+fn common_attributes() -> Attributes {
+    Attributes {
+        size: u32::try_from(size_of::<Attributes>()).expect("a hundred bytes"),
+        flags: FLAG_DISABLED | FLAG_SAMPLE_ID_ALL | FLAG_USE_CLOCK,
+        clock: libc::CLOCK_MONOTONIC,
+        sample_type: SAMPLE_TID | SAMPLE_TIME,
+        ..Attributes::default()
+    }
+}
+
+impl Ring {
+    fn open(processor: u32, tracepoint: Tracepoint, with_cgroup: bool) -> io::Result<Ring> {
+        let common = common_attributes;
+        let cgroup = if with_cgroup { SAMPLE_CGROUP } else { 0 };
+        let executions = Attributes {
+            kind: TYPE_TRACEPOINT,
+            config: tracepoint.id,
+            sample_period: 1,
+            // The reader is woken by executions, and by a ring that is half full.
+            wakeup: 1,
+            sample_type: common().sample_type | SAMPLE_RAW | cgroup,
+            ..common()
+        };
+        let mappings = Attributes {
+            kind: TYPE_SOFTWARE,
+            config: COUNT_SOFTWARE_DUMMY,
+            flags: common().flags | FLAG_MMAP | FLAG_MMAP2 | FLAG_COMM | FLAG_COMM_EXEC | FLAG_TASK,
+            ..common()
+        };
+        let executions = open_event(&executions, processor)?;
+        let mappings = open_event(&mappings, processor)?;
+        let buffer = Buffer::map(executions.as_fd(), RING_BYTES)?;
+        control(mappings.as_fd(), IOCTL_SET_OUTPUT, executions.as_raw_fd())?;
+        control(mappings.as_fd(), IOCTL_ENABLE, 0)?;
+        control(executions.as_fd(), IOCTL_ENABLE, 0)?;
+        Ok(Ring { processor, executions, _mappings: mappings, buffer, arguments: None })
+    }
+
+    /// Opens the third event as well: after the first, so that the kernel writes the
+    /// arguments before it wakes the reader.
+    fn open_arguments(&mut self, tracepoint: Tracepoint, processors: usize) -> io::Result<()> {
+        let stack_pointer = STACK_POINTER.ok_or(io::ErrorKind::Unsupported)?;
+        let common = common_attributes();
+        // It wakes nobody: whoever reads is woken by the execution itself.
+        let attributes = Attributes {
+            kind: TYPE_TRACEPOINT,
+            config: tracepoint.id,
+            sample_period: 1,
+            sample_type: common.sample_type | SAMPLE_REGISTERS_USER | SAMPLE_STACK_USER,
+            sample_registers_user: 1 << stack_pointer,
+            sample_stack_user: STACK_BYTES,
+            ..common
+        };
+        let event = open_event(&attributes, self.processor)?;
+        let buffer = Buffer::map(event.as_fd(), argument_ring_sizes(processors))?;
+        control(event.as_fd(), IOCTL_ENABLE, 0)?;
+        self.arguments = Some((event, buffer));
+        Ok(())
+    }
+}
+
 fn map(event: BorrowedFd<'_>, length: usize) -> io::Result<ptr::NonNull<u8>> {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let memory = unsafe {
@@ -425,7 +543,7 @@ fn map(event: BorrowedFd<'_>, length: usize) -> io::Result<ptr::NonNull<u8>> {
     ptr::NonNull::new(memory.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
-impl Drop for Ring {
+impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: this mapping was made with this length, and nothing refers to it.
         unsafe { libc::munmap(self.memory.as_ptr().cast(), self.page + self.bytes) };
@@ -437,6 +555,7 @@ pub struct Rings {
     rings: Vec<Ring>,
     tracepoint: Tracepoint,
     layout: Layout,
+    lost_arguments: u64,
     scratch: Vec<u8>,
 }
 
@@ -452,7 +571,13 @@ impl Rings {
         let mut refused = None;
         for cgroup in [true, false] {
             let layout = Layout { cgroup, file_name: tracepoint.file_name };
-            let mut rings = Rings { rings: Vec::new(), tracepoint, layout, scratch: Vec::new() };
+            let mut rings = Rings {
+                rings: Vec::new(),
+                tracepoint,
+                layout,
+                lost_arguments: 0,
+                scratch: Vec::new(),
+            };
             match rings.follow_processors() {
                 Ok(_) if !rings.rings.is_empty() => return Ok(rings),
                 Ok(_) => (),
@@ -471,6 +596,7 @@ impl Rings {
         let before = self.rings.len();
         self.rings.retain(|ring| online.contains(&ring.processor));
         let mut has_changed = self.rings.len() != before;
+        let processors = online.len();
         for processor in online {
             if self.rings.iter().any(|ring| ring.processor == processor) {
                 continue;
@@ -482,6 +608,12 @@ impl Rings {
                 Err(err) => return Err(err),
             }
             has_changed = true;
+        }
+        if has_changed {
+            // Last: what may be locked in memory is for the others first.
+            for ring in self.rings.iter_mut().filter(|ring| ring.arguments.is_none()) {
+                let _ = ring.open_arguments(self.tracepoint, processors);
+            }
         }
         Ok(has_changed)
     }
@@ -503,12 +635,30 @@ impl Rings {
     /// order, those of several are not.
     pub fn read(&mut self, records: &mut Vec<Record>) -> Result<(), Malformed> {
         let mut outcome = Ok(());
-        for ring in &self.rings {
+        for ring in &mut self.rings {
             self.scratch.clear();
-            ring.take(&mut self.scratch);
+            ring.buffer.take(&mut self.scratch);
             outcome = outcome.and(decode(&self.scratch, self.layout, records));
+            // What else is copied with them, the environment, stays here.
+            let Some((_, arguments)) = &ring.arguments else { continue };
+            self.scratch.clear();
+            arguments.take(&mut self.scratch);
+            match decode_arguments(&self.scratch, records) {
+                Ok(lost) => self.lost_arguments = self.lost_arguments.saturating_add(lost),
+                Err(_) => ring.arguments = None,
+            }
         }
         outcome
+    }
+
+    /// Whether there are [`Record::Arguments`] of every processor.
+    pub fn tell_arguments(&self) -> bool {
+        self.rings.iter().all(|ring| ring.arguments.is_some())
+    }
+
+    /// How many records of arguments found no room.
+    pub fn lost_arguments(&self) -> u64 {
+        self.lost_arguments
     }
 
     pub fn layout(&self) -> Layout {
@@ -747,7 +897,84 @@ mod tests {
         assert_eq!(parse_format("field:pid_t pid;\toffset:12;"), None);
     }
 
+    /// A new program's stack, whose arguments lie `gap` bytes above what points to them.
+    fn started(gap: usize, copied: usize) -> Vec<u8> {
+        const POINTER: u64 = 0x7ffc_0000_1230;
+        let address = POINTER + 32 + gap as u64;
+        let mut copy: Vec<u8> =
+            [2, address, address + 3, 0].iter().flat_map(|word: &u64| word.to_ne_bytes()).collect();
+        copy.resize(copy.len() + gap, 0);
+        copy.extend(b"ls\0-l\0");
+        copy.resize(copy.len().next_multiple_of(8), 0);
+        let mut body = words(&[7, 8]);
+        let size = copy.len() as u64;
+        body.extend([6, ABI_64, POINTER, size].iter().flat_map(|word| word.to_ne_bytes()));
+        body.extend(copy);
+        body.extend((copied as u64).to_ne_bytes());
+        record(RECORD_SAMPLE, 2, &body)
+    }
+
+    #[track_caller]
+    fn check_arguments(bytes: &[u8], expected: &[Record]) {
+        let mut records = Vec::new();
+        assert_eq!(decode_arguments(bytes, &mut records), Ok(0));
+        assert_eq!(records, expected);
+    }
+
+    #[test]
+    fn arguments_are_told_only_if_all_of_them_were_copied() {
+        let told = Record::Arguments { pid: 7, time: 6, arguments: (*b"ls\0-l\0").into() };
+        check_arguments(&started(1000, 32 + 1000 + 6), std::slice::from_ref(&told));
+        check_arguments(&started(1000, 32 + 1000 + 5), &[]);
+        check_arguments(&started(1000, 0), &[]);
+        // More than there is.
+        check_arguments(&started(0, 4096), &[]);
+        let mut kernels = started(0, 38);
+        kernels[HEADER + 16] = 0;
+        check_arguments(&[kernels, started(0, 38)].concat(), &[told]);
+    }
+
+    #[test]
+    fn arguments_that_found_no_room_are_counted_and_are_no_loss() {
+        let body = [1_u64.to_ne_bytes(), 12_u64.to_ne_bytes()].concat();
+        let bytes = record(RECORD_LOST, 0, &[body, trailer(3)].concat());
+        let mut records = Vec::new();
+        assert_eq!(decode_arguments(&bytes, &mut records), Ok(12));
+        assert_eq!(records, []);
+    }
+
+    #[test]
+    fn rings_for_arguments_are_bounded_over_all_processors() {
+        let largest = |processors| argument_ring_sizes(processors).next();
+        assert_eq!(largest(1), Some(512 << 10));
+        assert_eq!(largest(32), Some(512 << 10));
+        assert_eq!(largest(33), Some(256 << 10));
+        assert_eq!(largest(256), Some(64 << 10));
+        assert_eq!(largest(8192), Some(64 << 10));
+        assert_eq!(argument_ring_sizes(2).count(), ARGUMENT_RING_BYTES.len());
+    }
+
     proptest! {
+        #[test]
+        fn any_bytes_are_arguments_or_malformed(bytes: Vec<u8>) {
+            let _ = decode_arguments(&bytes, &mut Vec::new());
+        }
+
+        #[test]
+        fn any_sample_is_arguments_or_passed_over(
+            body in proptest::collection::vec(any::<u8>(), 0..300), size in 0..300_u64,
+        ) {
+            let mut body = body;
+            if let Some(place) = body.get_mut(32..40) {
+                place.copy_from_slice(&size.to_ne_bytes());
+            }
+            if let Some(place) = body.get_mut(16..24) {
+                place.copy_from_slice(&ABI_64.to_ne_bytes());
+            }
+            let bytes = record(RECORD_SAMPLE, 0, &body);
+            decode_arguments(&bytes, &mut Vec::new()).unwrap();
+        }
+
         #[test]
         fn any_bytes_are_records_or_malformed(
             bytes: Vec<u8>, cgroup: bool, file_name in 0..64_usize,
@@ -811,5 +1038,29 @@ mod tests {
         assert!(order.is_sorted(), "{order:?} of {records:?}");
         assert!(records[forked.unwrap()].time() >= before);
         assert!(records[exited.unwrap()].time() <= now());
+    }
+
+    #[test]
+    fn the_arguments_of_what_ends_at_once_are_recorded() {
+        let mut rings = Rings::open().unwrap_or_else(|err| panic!("{err} (run as root)"));
+        assert!(rings.tell_arguments());
+        let expected = *b"/bin/true\0one\0\0two words\0";
+        // Not of each: chance may leave a page between the stack pointer and the
+        // arguments that nothing has been written to.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let mut records = Vec::new();
+        let mut is_told = false;
+        while !is_told {
+            assert!(std::time::Instant::now() < deadline, "{records:?}");
+            let mut command = std::process::Command::new("/bin/true");
+            let mut child = command.args(["one", "", "two words"]).env_clear().spawn().unwrap();
+            child.wait().unwrap();
+            records.clear();
+            rings.read(&mut records).unwrap();
+            is_told = records.iter().any(|record| {
+                matches!(record, Record::Arguments { pid, arguments, .. }
+                    if *pid == child.id() && **arguments == expected)
+            });
+        }
     }
 }

@@ -574,7 +574,8 @@ fn into_io(err: procfs::ProcError) -> io::Error {
     }
 }
 
-fn split_arguments(cmdline: &[u8]) -> Option<Vec<Vec<u8>>> {
+/// Each argument of what /proc/PID/cmdline says, bounded.
+pub fn split_arguments(cmdline: &[u8]) -> Option<Vec<Vec<u8>>> {
     if cmdline.is_empty() {
         return None;
     }

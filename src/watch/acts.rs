@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
+use super::process;
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::{TraceConsumer, time_of};
@@ -277,7 +278,7 @@ impl Eye {
         let stat = handle.as_ref().map(Handle::first_stat);
         let identity = stat.map_or(ProcessIdentity { pid, start_time: 0 }, |stat| stat.identity);
         let tty = stat.and_then(procfs::Stat::tty);
-        let argv = arguments(shared, handle.as_ref(), pid, time);
+        let argv = process::recorded(shared, pid, time, time);
         // It may have gone on to another program meanwhile: then these are not its words.
         let is_still_it = |handle: &Handle| {
             exe.as_ref().is_none_or(|exe| handle.exe().is_ok_and(|now| now == *exe))
@@ -350,11 +351,6 @@ impl Eye {
         let fact = Fact::SessionProcessEnded { root, process: identity, exit };
         shared.observe(&watched, ended.unwrap_or_else(Timestamp::now), Source::Trace, fact);
     }
-}
-
-/// What the kernel recorded of the arguments of an execve.
-fn arguments(_: &Shared, _: Option<&Handle>, _pid: u32, _time: u64) -> Option<Vec<String>> {
-    None
 }
 
 fn handle_of(identity: ProcessIdentity) -> Option<OwnedFd> {

@@ -42,6 +42,8 @@ pub(super) struct Described {
     layer_file: Option<LayerFile>,
     is_movable: bool,
     executing: Executing,
+    /// When the gate was asked, by the clock of the kernel's records.
+    asked: Option<u64>,
     at: Timestamp,
     times: u64,
 }
@@ -123,7 +125,11 @@ fn describe_one(
         opens.then(|| {
             let began = Instant::now();
             let others_wait = || sessions::others_wait(began, others.len());
-            let executing = process::after_exec(&caller, &watched, &others_wait);
+            let mut executing = process::after_exec(&caller, &watched, &others_wait);
+            if executing.process.argv.is_none() {
+                let execve = (caller.pid, caller.asked);
+                executing.process.argv = process::recorded_arguments(shared, execve, &others_wait);
+            }
             let opened = Opened {
                 process: executing.process.clone(),
                 pidfd: caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
@@ -166,6 +172,7 @@ fn describe_one(
                 layer_file,
                 is_movable,
                 executing,
+                asked: caller.asked,
                 at,
                 times,
             })
@@ -223,6 +230,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         layer_file,
         is_movable,
         executing,
+        asked,
         at,
         times,
     } = execution;
@@ -265,7 +273,12 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         // It would be its own twin, or no image has anything there.
         Some(_) | None => None,
     };
-    let Executing { process, exec_name } = executing;
+    let Executing { mut process, exec_name } = executing;
+    if process.argv.is_none() {
+        // Here and not where it was described: those who wait there may be ending.
+        let execve = (process.identity.pid, asked);
+        process.argv = process::recorded_arguments(shared, execve, &|| is_crowded);
+    }
     let is_deleted = state.deleted;
     // The gate looked before it ran. It may also just have lost its name.
     let is_nameless = layer_file.is_none() && stat.links == 0 && unseen::has_a_number(&path);

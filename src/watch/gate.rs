@@ -39,7 +39,7 @@ use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
-use crate::sys::{file, pidfd, procfs};
+use crate::sys::{file, perf, pidfd, procfs};
 
 /// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
@@ -235,6 +235,8 @@ impl Gate {
             caller.as_ref().is_some_and(|caller| is_before_entry_point(&caller.comm));
         let pidfd = if is_coming_in { pidfd::open(event.pid).ok() } else { None };
         let at = Timestamp::now();
+        let asked = Some(perf::now());
+        let caller = Caller { stat: caller, pid: event.pid, asked, pidfd };
         // First, so that who has been answered finds itself counted.
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
         let (event, answered) = permission.answer(Answer::Allow);
@@ -246,7 +248,6 @@ impl Gate {
         }
         match stat {
             Ok(stat) => {
-                let caller = Caller { stat: caller, pid: event.pid, pidfd };
                 self.hand_on(event, whose, stat, caller, at, calm.as_ref());
             }
             Err(err) => self.lose_sight(&err),
@@ -255,13 +256,13 @@ impl Gate {
 
     /// A program has been opened for execution, and nobody has waited for us.
     fn told(&self, event: Event) {
-        let caller = procfs::read_stat(event.pid).ok();
+        let stat = procfs::read_stat(event.pid).ok();
+        let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
         self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
         match file::stat(&event.file) {
             Ok(stat) => {
                 let whose = self.whose(&event, &stat);
-                let caller = Caller { stat: caller, pid: event.pid, pidfd: None };
                 self.hand_on(event, whose, stat, caller, at, None);
             }
             Err(err) => self.lose_sight(&err),

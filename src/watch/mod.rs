@@ -19,6 +19,7 @@
 //! does not fit and ask for a walk of the container ([`Report::Lost`]).
 
 mod acts;
+mod arguments;
 mod arm;
 mod attachments;
 mod code;
@@ -309,6 +310,11 @@ impl Watch {
         watch.spawn("sessions", move || acts::run(&ours, &receive_acts))?;
         let ours = shared.clone();
         watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        if let Some(Recorder::Rings(rings)) = &recorder
+            && rings.tell_arguments()
+        {
+            shared.set_records_arguments();
+        }
         if let Some(recorder) = recorder {
             // What else is made of the records.
             let consumers: Vec<Box<dyn TraceConsumer>> = vec![

@@ -306,7 +306,7 @@ impl TraceConsumer for Descent {
     ) {
         let name = program.map_or(&executed.file_name, |program| &program.name);
         if str::from_utf8(name).is_ok_and(may_be_package_manager) {
-            let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
+            let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
             let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
             // Without room it is looked at when it writes, or a child executes something.
             let _ = self.processes.try_send(Box::new(seen));

@@ -3,9 +3,12 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
+use super::arguments::Recorded;
+use super::shared::Shared;
 use super::table::Watched;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, printable};
 use crate::sys::overlay;
+use crate::sys::perf;
 use crate::sys::procfs::{self, Handle, Stat};
 
 /// How often a process is looked at while its execve is under way.
@@ -18,6 +21,9 @@ pub(super) struct Caller {
     /// `None` if the process is not visible in our pid namespace.
     pub(super) stat: Option<Stat>,
     pub(super) pid: u32,
+    /// When the gate was asked, by the clock of the kernel's records: its execve ends
+    /// later. `None` if nobody had to be asked.
+    pub(super) asked: Option<u64>,
     pub(super) pidfd: Option<OwnedFd>,
 }
 
@@ -108,6 +114,52 @@ pub(super) fn after_exec(
     }
     executing.process.ancestors = ancestors(stat, watched.pid_namespace);
     executing
+}
+
+/// For how long after the question the kernel's records of an execve are waited for.
+const PATIENCE_FOR_RECORDS: Duration = Duration::from_millis(20);
+
+/// With what arguments a process has become a program that the gate was asked about, by
+/// the kernel's records: of one that had ended before /proc was read. Waits until they
+/// have been read, but not for long if `others_wait`. Counted from the question on, so
+/// that of many who wait each one has been waited for with the others.
+pub(super) fn recorded_arguments(
+    shared: &Shared,
+    (pid, asked): (u32, Option<u64>),
+    others_wait: &dyn Fn() -> bool,
+) -> Option<Vec<String>> {
+    // Of a process that is not visible in our pid namespace there are no records either.
+    let asked = asked.filter(|_| pid != 0 && shared.records_arguments())?;
+    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
+    loop {
+        let now = perf::now();
+        match shared.arguments().of(pid, asked, until) {
+            Recorded::Arguments(arguments) => return listed(&arguments),
+            Recorded::Unknown => return None,
+            Recorded::NotYet => (),
+        }
+        let waited = Duration::from_nanos(now.saturating_sub(asked));
+        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
+            return None;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// The same without waiting: of the first execve between two times.
+pub(super) fn recorded(shared: &Shared, pid: u32, since: u64, until: u64) -> Option<Vec<String>> {
+    match shared.arguments().of(pid, since, until) {
+        Recorded::Arguments(arguments) => listed(&arguments),
+        Recorded::Unknown | Recorded::NotYet => None,
+    }
+}
+
+fn listed(arguments: &[u8]) -> Option<Vec<String>> {
+    procfs::split_arguments(arguments).as_deref().map(texts)
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Sleeps, but not longer than the process lives.

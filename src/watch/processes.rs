@@ -58,9 +58,13 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     if sessions.opens(shared, stat, &seen.watched) {
         let began = Instant::now();
         let others_wait = || sessions::others_wait(began, others.len());
-        let executing = process::after_exec(&seen.caller, &seen.watched, &others_wait);
+        let mut process = process::after_exec(&seen.caller, &seen.watched, &others_wait).process;
+        if process.argv.is_none() {
+            let execve = (seen.caller.pid, seen.caller.asked);
+            process.argv = process::recorded_arguments(shared, execve, &others_wait);
+        }
         let opened = Opened {
-            process: executing.process,
+            process,
             pidfd: seen.caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
             is_by_runtime: is_before_entry_point(&stat.comm),
         };
@@ -100,7 +104,7 @@ impl Entries {
 
 impl TraceConsumer for Entries {
     fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
-        let caller = Caller { stat: None, pid: executed.pid, pidfd: None };
+        let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
         let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
         match self.processes.try_send(Box::new(seen)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),

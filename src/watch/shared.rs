@@ -14,6 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::Report;
 use super::acts::Act;
+use super::arguments::Arguments;
 use super::attachments::Attachments;
 use super::code::Hashed;
 use super::lower::LowerTwins;
@@ -45,6 +46,7 @@ pub(super) struct Shared {
     /// Files on other filesystems about which the gate was asked, by who executes
     /// them: the kernel's records come later and must not tell them again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
+    arguments: Mutex<Arguments>,
     packages: Mutex<Packages>,
     births: Mutex<Births>,
     writers: Mutex<Writers>,
@@ -54,6 +56,7 @@ pub(super) struct Shared {
     /// Readable once the watchers are to stop.
     end: OwnedFd,
     records_executions: AtomicBool,
+    records_arguments: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
 }
@@ -133,6 +136,7 @@ impl Shared {
             roots: Mutex::default(),
             acts,
             asked: Mutex::default(),
+            arguments: Mutex::default(),
             packages: Mutex::default(),
             births: Mutex::default(),
             writers: Mutex::default(),
@@ -141,6 +145,7 @@ impl Shared {
             stopping: AtomicBool::new(false),
             end,
             records_executions: AtomicBool::new(false),
+            records_arguments: AtomicBool::new(false),
             arming: Arming::default(),
         })
     }
@@ -171,6 +176,15 @@ impl Shared {
 
     pub(super) fn records_executions(&self) -> bool {
         self.records_executions.load(Ordering::Acquire)
+    }
+
+    /// The kernel records arguments for us.
+    pub(super) fn set_records_arguments(&self) {
+        self.records_arguments.store(true, Ordering::Release);
+    }
+
+    pub(super) fn records_arguments(&self) -> bool {
+        self.records_arguments.load(Ordering::Acquire)
     }
 
     /// Whether this container should have been armed before it started.
@@ -304,6 +318,11 @@ impl Shared {
                 "too many acts of sessions wait to be looked at",
             ),
         }
+    }
+
+    /// With what arguments processes have become programs.
+    pub(super) fn arguments(&self) -> MutexGuard<'_, Arguments> {
+        self.arguments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands an observation on without ever waiting; false if it was lost.

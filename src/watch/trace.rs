@@ -135,6 +135,8 @@ struct Known {
     is_beginning: bool,
     /// The first file that this execve has mapped.
     first: Option<Arc<Mapped>>,
+    /// With what arguments, if that was told first.
+    arguments: Option<Box<[u8]>>,
     /// What it runs.
     program: Option<Arc<Mapped>>,
     ended: bool,
@@ -350,6 +352,7 @@ impl Trace {
     fn lose(&mut self, detail: &str) {
         self.processes.clear();
         self.ended.clear();
+        self.shared.arguments().forget_all(perf::now());
         self.consumers.iter_mut().for_each(|consumer| consumer.lost());
         self.shared.lose(Failure::TraceLost, None, detail);
     }
@@ -401,10 +404,19 @@ impl Trace {
                 let known = self.known(pid);
                 known.is_beginning = true;
                 known.first = None;
+                known.arguments = None;
                 known.ended = false;
             }
             Record::Mapped(mapped) => self.mapped(mapped),
             Record::Executed(executed) => self.executed(&executed),
+            Record::Arguments { pid, time: _, arguments } => {
+                let Some(known) = self.processes.get_mut(&pid) else { return };
+                if known.is_beginning {
+                    known.arguments = Some(arguments);
+                } else if known.watched.is_some() {
+                    self.shared.arguments().add(pid, arguments);
+                }
+            }
             Record::Exited { pid, time } => {
                 if let Some(known) = self.processes.get_mut(&pid) {
                     known.ended = true;
@@ -472,6 +484,7 @@ impl Trace {
         let known = self.known(executed.pid);
         known.is_beginning = false;
         let program = known.first.take();
+        let arguments = known.arguments.take();
         let previous = std::mem::replace(&mut known.program, program.clone());
         let inherited = known.watched.clone();
         let parent = known.parent;
@@ -498,6 +511,7 @@ impl Trace {
         known.watched.clone_from(&watched);
         known.was_looked_up = true;
         let Some(watched) = watched else { return };
+        self.shared.arguments().executed(executed.pid, executed.time, arguments);
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
             .is_some_and(|known| known.watched.is_some());
@@ -714,6 +728,7 @@ impl Execution<'_> {
             file,
             handle,
             pid: self.executed.pid,
+            executed: self.executed.time,
             parent: self.parent,
             exec_name: self.executed.file_name.to_vec(),
             is_script: false,

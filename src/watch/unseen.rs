@@ -34,6 +34,8 @@ pub(super) struct Unseen {
     pub(super) file: Option<(OwnedFd, Stat)>,
     pub(super) handle: Option<Handle>,
     pub(super) pid: u32,
+    /// When, by the clock of the kernel's records.
+    pub(super) executed: u64,
     pub(super) parent: Option<u32>,
     pub(super) exec_name: Vec<u8>,
     /// Its process runs an interpreter.
@@ -57,7 +59,11 @@ pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
 
 fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
     // First: it may be ending.
-    let process = describe(&unseen);
+    let mut process = describe(&unseen);
+    if process.argv.is_none() {
+        // The record that it was handed on for has been read, and so has this one.
+        process.argv = process::recorded(shared, unseen.pid, unseen.executed, unseen.executed);
+    }
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = match &unseen.file {
         Some((file, stat)) => state_of(file.as_fd(), stat, max_hash_bytes),
