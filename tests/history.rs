@@ -1008,15 +1008,33 @@ fn numbers_go_on_when_the_records_are_brought_up_to_date() {
     let dir = tempfile::tempdir().unwrap();
     write_format_1(dir.path(), &[finding(1, 20), finding(2, 10)]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
-    let response = "INSERT INTO record (seq, at, type, namespace, container, json)
-                    VALUES (7, 1, 'response', 'default', 'web', '{}')";
-    database.execute_batch(response).unwrap();
-    database.execute_batch("DELETE FROM record").unwrap();
+    database
+        .execute_batch(
+            "INSERT INTO record (seq, at, type, namespace, container, json)
+                 VALUES (5, 1, 'response', 'default', 'web', '{}'), (7, 2, 'gap', NULL, NULL, '{}');
+             DELETE FROM record WHERE seq IN (1, 7)",
+        )
+        .unwrap();
+    let rows = |database: &rusqlite::Connection| -> Vec<(i64, String, Option<String>)> {
+        let mut query =
+            database.prepare("SELECT seq, type, container FROM record ORDER BY seq").unwrap();
+        let row = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?));
+        query.query_map([], row).unwrap().collect::<Result<_, _>>().unwrap()
+    };
+    let before = rows(&database);
+    assert_eq!(before.len(), 2);
+    let history = History::open(dir.path()).unwrap();
+    assert_eq!(rows(&database), before);
     drop(database);
-    let writer = start(dir.path());
+    let writer = history.start(Duration::MAX, Arc::new(Health::default()));
     assert_eq!(*writer.committed().borrow(), 7);
-    write(&writer, vec![record(&finding(3, 0))]);
-    let records = writer.reader().after(0, &Filter::default(), 10).unwrap().records;
+    writer.records().send(record(&finding(3, 0))).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while *writer.committed().borrow() < 8 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let records = writer.reader().after(7, &Filter::default(), 10).unwrap().records;
     assert!(matches!(records[0], (8, Record::Finding(_))), "{:?}", records[0]);
     writer.stop();
 }
