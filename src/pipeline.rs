@@ -784,6 +784,10 @@ impl State {
                     detail: Some(evidence),
                     ..Evidence::default()
                 };
+                if self.is_reverse_shell(&observation.container, process.identity) {
+                    // However often it becomes another program, it is one.
+                    return;
+                }
                 let subject = evidence.subject(None);
                 let id = FindingId::new(Some(&observation.container), Kind::ShellReverse, &subject);
                 self.reverse_shell_opened(observation, process, *direct, id, now, effects);

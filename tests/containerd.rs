@@ -558,7 +558,9 @@ impl Driftd {
 
     #[track_caller]
     fn until_paused(&mut self, id: &str) -> Container {
-        self.until_container(id, |container| container.task.as_ref().is_some_and(|task| task.paused))
+        self.until_container(id, |container| {
+            container.task.as_ref().is_some_and(|task| task.paused)
+        })
     }
 
     /// The newest record received so far.
@@ -742,7 +744,8 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     driftd.until_paused(&id);
     assert_eq!(act(&driftd, "pause").unwrap(), "it was paused already");
     assert_eq!(act(&driftd, "resume").unwrap(), format!("resumed (pid {pid})"));
-    driftd.until_container(&id, |container| container.task.as_ref().is_some_and(|task| !task.paused));
+    driftd
+        .until_container(&id, |container| container.task.as_ref().is_some_and(|task| !task.paused));
     assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid}, exit status 137)"));
     driftd.until_seen(&Change::TaskExited { container: container.clone() });
     assert_eq!(act(&driftd, "kill").unwrap(), "it was not running: there was nothing to kill");

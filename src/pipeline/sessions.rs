@@ -688,7 +688,14 @@ impl State {
     /// Everything that runs has shown up: whoever was in another container is there no
     /// more.
     pub(super) fn forget_remembered_sessions(&mut self, effects: &mut Vec<Effect>) {
-        for (sessions, _) in std::mem::take(&mut self.sessions.remembered).into_values() {
+        let remembered: Vec<ContainerId> = self.sessions.remembered.keys().cloned().collect();
+        for container in remembered {
+            let entry = self.inventory.get(&container);
+            if entry.is_some_and(|entry| entry.pid.is_some()) {
+                self.sessions.known(&container);
+                continue;
+            }
+            let Some((sessions, _)) = self.sessions.remembered.remove(&container) else { continue };
             for mut session in sessions {
                 session.state = SessionState::Closed;
                 session.revision += 1;
@@ -802,6 +809,16 @@ impl State {
         let probe = probe.clone();
         effects.push(Effect::Record(Record::Probe(Box::new(probe.clone()))));
         Some(probe)
+    }
+
+    /// Whether this process is known for a shell on a connection.
+    pub(super) fn is_reverse_shell(
+        &mut self,
+        container: &ContainerId,
+        root: ProcessIdentity,
+    ) -> bool {
+        let live = self.sessions.known(container).live.get(&root);
+        live.is_some_and(|live| live.session.entry == Entry::ReverseShell)
     }
 
     /// A shell on a connection is a session from within.

@@ -663,6 +663,12 @@ pub fn mount_namespace_of(pid: u32) -> io::Result<u64> {
     Ok(std::fs::metadata(format!("/proc/{pid}/ns/mnt"))?.ino())
 }
 
+/// The same for its pid namespace.
+pub fn pid_namespace_of(pid: u32) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(std::fs::metadata(format!("/proc/{pid}/ns/pid"))?.ino())
+}
+
 /// A process's group in perf's hierarchy, and whether that is the unified one;
 /// `None` for its root, which is everybody's.
 fn perf_cgroup_path(groups: &[u8]) -> Option<(bool, Vec<u8>)> {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
-use super::process;
+use super::process::{self, Caller};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::{TraceConsumer, time_of};
@@ -48,8 +48,15 @@ pub(super) enum Act {
         root: ProcessIdentity,
         times: u64,
     },
+    /// A process of a container in which a session is open, with a handle of it that
+    /// was opened when it was about to become a program.
+    Alive {
+        identity: ProcessIdentity,
+        process: OwnedFd,
+    },
     /// A process of a session has ended.
     Exited {
+        watched: Arc<Watched>,
         root: ProcessIdentity,
         pid: u32,
         at: Timestamp,
@@ -83,6 +90,8 @@ const TELL_MORE_EVERY: Duration = Duration::from_secs(1);
 pub(super) struct Acts {
     /// Run by processes that are of no session, as far as is known yet.
     waiting: VecDeque<(Instant, Ran)>,
+    /// When processes ended, while something waits.
+    ends: HashMap<u32, u64>,
     /// How many sessions had opened when `waiting` was last looked through.
     opened: u64,
     running: HashMap<u32, ProcessIdentity>,
@@ -125,6 +134,8 @@ impl TraceConsumer for Acts {
         executed: &Executed,
         program: Option<&Mapped>,
     ) {
+        // In the order in which it was run.
+        self.look_again(shared);
         let named = Named::now(executed.pid);
         let root = shared.roots().of(&watched.container, &shared.births(), named);
         let mut ran = Ran {
@@ -149,16 +160,37 @@ impl TraceConsumer for Acts {
 
     fn exited(&mut self, shared: &Shared, pid: u32, time: u64) {
         shared.roots().ended(pid, procfs::ticks_since_boot());
+        if !self.waiting.is_empty() && self.ends.len() < 2 * MAX_WAITING {
+            self.ends.insert(pid, time);
+        }
+        self.end(shared, pid, time);
+    }
+
+    fn turn(&mut self, shared: &Shared) {
+        self.look_again(shared);
+        self.forget(shared);
+    }
+
+    fn lost(&mut self) {
+        self.waiting.clear();
+    }
+}
+
+impl Acts {
+    /// A process has ended that was told.
+    fn end(&mut self, shared: &Shared, pid: u32, time: u64) {
         let Some(root) = self.running.remove(&pid) else { return };
         let Some(count) = self.counts.get(&root) else { return };
         let watched = count.watched.clone();
         if pid == root.pid && count.more == 0 {
             self.counts.remove(&root);
         }
-        shared.act(&watched, Act::Exited { root, pid, at: time_of(time) });
+        let act = Act::Exited { watched: watched.clone(), root, pid, at: time_of(time) };
+        shared.act(&watched, act);
     }
 
-    fn turn(&mut self, shared: &Shared) {
+    /// What was run by processes of sessions that have opened meanwhile.
+    fn look_again(&mut self, shared: &Shared) {
         let opened = shared.roots().opened();
         if opened != self.opened {
             self.opened = opened;
@@ -168,15 +200,28 @@ impl TraceConsumer for Acts {
                 match root {
                     Some(root) => {
                         ran.root = root;
-                        ran.process = pidfd::open(ran.pid).ok();
+                        let (pid, time) = (ran.pid, ran.time);
+                        let ended = self.ends.get(&pid).copied().filter(|ended| *ended >= time);
+                        if ended.is_none() {
+                            ran.process = pidfd::open(pid).ok();
+                        }
                         self.ran(shared, ran);
+                        if let Some(ended) = ended {
+                            self.end(shared, pid, ended);
+                        }
                     }
                     None => self.waiting.push_back((since, ran)),
                 }
             }
         }
+    }
+
+    fn forget(&mut self, shared: &Shared) {
         while self.waiting.front().is_some_and(|(since, _)| since.elapsed() > BEFORE_OPENING) {
             self.waiting.pop_front();
+        }
+        if self.waiting.is_empty() {
+            self.ends.clear();
         }
         if self.told_more.is_none_or(|told| told.elapsed() >= TELL_MORE_EVERY) {
             self.told_more = Some(Instant::now());
@@ -189,10 +234,6 @@ impl TraceConsumer for Acts {
                 times > 0 || self.running.contains_key(&root.pid)
             });
         }
-    }
-
-    fn lost(&mut self) {
-        self.waiting.clear();
     }
 }
 
@@ -215,6 +256,8 @@ const MAX_HANDLES: usize = 2 * 1024;
 #[derive(Default)]
 struct Eye {
     running: HashMap<u32, Running>,
+    /// Handles that nobody has asked for yet.
+    alive: HashMap<u32, (ProcessIdentity, OwnedFd, Instant)>,
     interactive: HashMap<ProcessIdentity, bool>,
 }
 
@@ -223,7 +266,7 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
     let mut last_look = Instant::now();
     while !shared.is_stopping() {
         // Whoever hands on ends when the watchers do.
-        let act = if eye.running.is_empty() {
+        let act = if eye.running.is_empty() && eye.alive.is_empty() {
             acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
         } else {
             acts.recv_timeout(LOOK_EVERY)
@@ -261,14 +304,24 @@ impl Eye {
                 let fact = Fact::SessionRanMore { root, times };
                 shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
             }
-            Act::Exited { root, pid, at } => {
-                if let Some(running) = self.running.get_mut(&pid)
-                    && running.root == root
-                {
+            Act::Alive { identity, process } => {
+                if self.alive.len() < MAX_HANDLES {
+                    self.alive.insert(identity.pid, (identity, process, Instant::now()));
+                }
+            }
+            Act::Exited { watched, root, pid, at } => match self.running.get_mut(&pid) {
+                Some(running) if running.root == root => {
                     running.ended = Some(at);
                     self.try_to_end(shared, pid, false);
                 }
-            }
+                Some(_) | None => {
+                    // Nobody had a handle of it.
+                    let process =
+                        if pid == root.pid { root } else { ProcessIdentity { pid, start_time: 0 } };
+                    let fact = Fact::SessionProcessEnded { root, process, exit: None };
+                    shared.observe(&watched, at, Source::Trace, fact);
+                }
+            },
         }
     }
 
@@ -276,7 +329,12 @@ impl Eye {
         let Ran { watched, root, pid, at, exe, time, process } = ran;
         let handle = Handle::open(pid).ok();
         let stat = handle.as_ref().map(Handle::first_stat);
-        let identity = stat.map_or(ProcessIdentity { pid, start_time: 0 }, |stat| stat.identity);
+        let alive = self.alive.remove(&pid);
+        let identity = stat
+            .map(|stat| stat.identity)
+            .or(alive.as_ref().map(|(identity, ..)| *identity))
+            .unwrap_or(ProcessIdentity { pid, start_time: 0 });
+        let process = process.or(alive.map(|(_, process, _)| process));
         let tty = stat.and_then(procfs::Stat::tty);
         let argv = process::recorded(shared, pid, time, time);
         // It may have gone on to another program meanwhile: then these are not its words.
@@ -328,6 +386,7 @@ impl Eye {
     }
 
     fn look_who_ended(&mut self, shared: &Shared) {
+        self.alive.retain(|_, (.., since)| since.elapsed() < BEFORE_OPENING);
         let pids: Vec<u32> = self.running.keys().copied().collect();
         for pid in pids {
             self.try_to_end(shared, pid, true);
@@ -350,6 +409,17 @@ impl Eye {
         }
         let fact = Fact::SessionProcessEnded { root, process: identity, exit };
         shared.observe(&watched, ended.unwrap_or_else(Timestamp::now), Source::Trace, fact);
+    }
+}
+
+/// Keeps a handle of a process that may be a session's: how it ends may be asked for.
+pub(super) fn keep_handle(shared: &Shared, watched: &Arc<Watched>, caller: &Caller) {
+    if !watched.has_sessions() {
+        return;
+    }
+    let (Some(stat), Some(pidfd)) = (&caller.stat, &caller.pidfd) else { return };
+    if let Ok(process) = pidfd.try_clone() {
+        shared.act(watched, Act::Alive { identity: stat.identity, process });
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
 
+use super::acts;
 use super::crowd;
 use super::files::{Held, Left};
 use super::gate::Execution;
@@ -142,6 +143,7 @@ fn describe_one(
             executing
         })
     };
+    acts::keep_handle(shared, &watched, &caller);
     let mut executing =
         executing.unwrap_or_else(|| process::after_exec(&caller, &watched, &|| !others.is_empty()));
     if let Some(stat) = &caller.stat {

@@ -318,6 +318,10 @@ impl Gate {
                     self.shared.health.gate_ignored.fetch_add(1, Ordering::Relaxed);
                 }
                 drop(file);
+                let mut caller = caller;
+                if caller.pidfd.is_none() && watched.has_sessions() {
+                    caller.pidfd = pidfd::open(pid).ok();
+                }
                 match self.processes.try_send(Box::new(Seen { watched, caller, at })) {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(seen)) => self.shared.lose(

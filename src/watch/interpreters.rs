@@ -225,6 +225,7 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
     let process = Arc::new(look.process.clone());
     let fact = Fact::ReverseShell { process, direct, evidence };
     // What it runs from here on is what is done over the connection.
+    look.watched.set_has_sessions();
     let is_news = shared.roots().open(&look.watched.container, root);
     if shared.observe(&look.watched, look.at, Source::Trace, fact) && is_news {
         let watched = look.watched.clone();

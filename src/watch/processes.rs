@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
+use super::acts;
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::sessions::{self, Opened, is_before_entry_point};
@@ -53,6 +54,7 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
 fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     shared.packages().executes(shared, &seen.watched, stat);
+    acts::keep_handle(shared, &seen.watched, &seen.caller);
     // Held until the session is told, so that it is told before what it does.
     let mut sessions = shared.sessions();
     if sessions.opens(shared, stat, &seen.watched) {

@@ -16,8 +16,8 @@ use super::table::Watched;
 use crate::model::{
     ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
 };
-use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
+use crate::sys::{file, overlay};
 
 /// Half of how many processes are remembered.
 const GENERATION: usize = 16 * 1024;
@@ -156,6 +156,7 @@ impl Sessions {
         let root = opened.process.identity;
         // Whoever comes later to a session is found by its first process.
         shared.roots().open(&watched.container, root);
+        watched.set_has_sessions();
         let handle = opened.pidfd;
         let opening = opening(shared, watched, opened.process, opened.is_by_runtime);
         let is_interactive = opening.interactive.is_some();
@@ -224,7 +225,23 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
         .and_then(|pid| Handle::open(pid).ok())
         .filter(|parent| parent.identity().start_time <= start_time)
         .or_else(|| Handle::open(handle.stat().ok()?.parent).ok())?;
-    Some(!is_inside(&parent, watched))
+    let mut chain = procfs::chain(parent.identity().pid).into_iter();
+    // Who has joined and still runs a program of the host's has only come to start
+    // another one: `nsenter` does so.
+    let first = chain.find(|parent| {
+        parent.identity() == watched.init
+            || !is_inside(parent, watched)
+            || !runs_from_outside(parent)
+    })?;
+    Some(!is_inside(&first, watched))
+}
+
+/// Whether a process runs a program that lies on no mount of its own namespace: it
+/// was started before the process came here.
+fn runs_from_outside(handle: &Handle) -> bool {
+    let exe = handle.open_exe().and_then(|exe| file::stat(&exe));
+    let Some(mount) = exe.ok().and_then(|exe| exe.mount) else { return false };
+    handle.mountinfo().is_ok_and(|mounts| overlay::find_place(&mounts, mount).is_none())
 }
 
 /// What is to be told of a session's beginning, gathered while it may be ending.

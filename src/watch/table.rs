@@ -30,6 +30,8 @@ pub(super) struct Watched {
     pub(super) root_name: Vec<u8>,
     pub(super) pid_namespace: Option<u64>,
     has_own_pid_namespace: AtomicBool,
+    /// Somebody has come into it from outside.
+    has_sessions: AtomicBool,
     pub(super) mount_namespace: Option<u64>,
     /// Its control group in the unified hierarchy; `None` where there is none of
     /// its own.
@@ -185,6 +187,7 @@ impl Watched {
             root_name,
             pid_namespace,
             has_own_pid_namespace: AtomicBool::new(false),
+            has_sessions: AtomicBool::new(false),
             mount_namespace,
             cgroup: unified.filter(|cgroup| cgroup.len() > 1),
             perf_cgroup: perf,
@@ -209,6 +212,15 @@ impl Watched {
     /// number themselves: another container may be in that too, but was put there.
     pub(super) fn has_own_pid_namespace(&self) -> bool {
         self.has_own_pid_namespace.load(Ordering::Acquire)
+    }
+
+    /// Whether somebody has come into it from outside since it is watched.
+    pub(super) fn has_sessions(&self) -> bool {
+        self.has_sessions.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_has_sessions(&self) {
+        self.has_sessions.store(true, Ordering::Release);
     }
 
     pub(super) fn set_has_own_pid_namespace(&self) {

@@ -473,8 +473,10 @@ impl Trace {
 
     /// Whose a process is that still lives, by what /proc says.
     fn look_up(&self, pid: u32) -> Option<Arc<Watched>> {
-        // Most are the host's own: one look tells them.
-        if procfs::is_host_mount_namespace(procfs::mount_namespace_of(pid).ok()?) {
+        // Most are the host's own: two looks tell them.
+        if procfs::is_host_mount_namespace(procfs::mount_namespace_of(pid).ok()?)
+            && procfs::is_host_pid_namespace(procfs::pid_namespace_of(pid).ok()?)
+        {
             return None;
         }
         self.shared.table.of_process(&Handle::open(pid).ok()?)

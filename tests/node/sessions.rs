@@ -12,7 +12,9 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::node::{Container, DEADLINE, Node, Setup, bench, only, wait_for, wait_within};
+use crate::node::{
+    Container, DEADLINE, KUBERNETES, Node, Setup, bench, only, wait_for, wait_within,
+};
 use crate::{programs, trial, trial_alone, trial_on};
 
 /// Commands are watched for a rhythm, as they are out of the box.
@@ -63,10 +65,19 @@ fn closed(container: &Container<'_>, count: usize) -> anyhow::Result<Vec<Value>>
     Ok(seen)
 }
 
-/// A session with its commands and findings.
-fn story_of(node: &Node, session: &Value) -> anyhow::Result<Value> {
+/// A session with its commands and findings, when all of this many commands are told
+/// and have ended.
+fn story_of(node: &Node, session: &Value, count: usize) -> anyhow::Result<Value> {
     let id = session["id"].as_str().context("a session has an ID")?;
-    node.answer(&["show", id])?.into_iter().next().context("no story")
+    let mut story = Value::Null;
+    let waited = wait_for("the commands", || {
+        story = node.answer(&["show", id])?.into_iter().next().context("no story")?;
+        let commands = story["commands"].as_array().context("commands")?;
+        let ended = commands.iter().filter(|command| command["ended_at"].is_string()).count();
+        Ok((ended >= count).then_some(()))
+    });
+    ensure!(waited.is_ok(), "{count} commands were expected: {story:#}");
+    Ok(story)
 }
 
 /// What a session ran, by its arguments.
@@ -163,10 +174,13 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
     let mut person = Person::in_container(&container, "person")?;
     // Sub-shells and a second shell in it are the same session.
     person.types("/bin/ls /\n(/bin/cat /etc/passwd)\n/bin/bash -c '/bin/ls /etc; exit 3'\n")?;
-    person.types("touch /.control/here\n")?;
+    person.types("/usr/bin/touch /.control/here\n")?;
     made(&container, "here")?;
-    let open = sessions(&container)?;
-    assert_eq!(open.len(), 1, "{open:#?}");
+    let open = wait_for("the session", || {
+        let open = sessions(&container)?;
+        ensure!(open.len() < 2, "{open:#?}");
+        Ok((!open.is_empty()).then_some(open))
+    })?;
     assert_eq!((&open[0]["state"], &open[0]["ended_at"]), (&"open".into(), &Value::Null));
     person.types("exec /bin/bash\nexit 5\n")?;
     person.leaves()?;
@@ -183,9 +197,9 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
     );
     assert_eq!(session["exit"]["code"], 5, "{session:#}");
     ensure!(session["process"]["tty"].as_str().is_some_and(|tty| tty.starts_with("pts/")));
-    let shim = session["process"]["ancestors"][0]["exe"].as_str().unwrap_or_default();
-    ensure!(shim.ends_with("runc") || shim.contains("containerd-shim"), "{session:#}");
-    let story = story_of(node, session)?;
+    let above = format!("{}{}", session["process"]["ancestors"], session["host"]);
+    ensure!(above.contains("containerd-shim"), "{session:#}");
+    let story = story_of(node, session, 7)?;
     let commands = commands(&story);
     let expected = [
         "/bin/sh",
@@ -193,7 +207,7 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
         "/bin/cat /etc/passwd",
         "/bin/bash -c /bin/ls /etc; exit 3",
         "/bin/ls /etc",
-        "touch /.control/here",
+        "/usr/bin/touch /.control/here",
         "/bin/bash",
     ];
     assert_eq!(commands, expected, "{story:#}");
@@ -217,7 +231,10 @@ fn a29_exec(node: &Node) -> anyhow::Result<()> {
     let session = &closed(&container, 1)?[0];
     assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_exec".into(), &"copy".into()));
     assert_eq!((&session["interactive"], &session["exit"]["code"]), (&Value::Null, &7.into()));
-    assert_eq!(commands(&story_of(node, session)?), ["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]);
+    assert_eq!(
+        commands(&story_of(node, session, 2)?),
+        ["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]
+    );
     let findings = container.told(&["info session.exec"])?;
     assert_eq!(only(&findings, "session.exec")?["session"], session["id"]);
     Ok(())
@@ -242,7 +259,7 @@ fn a28_by_hand(node: &Node) -> anyhow::Result<()> {
     // Who has called it is on the host.
     let callers = format!("{}{}", session["process"]["ancestors"], session["host"]);
     ensure!(callers.contains("runc") && callers.contains("script"), "{session:#}");
-    assert_eq!(commands(&story_of(node, session)?), ["/bin/sh", "/bin/ls /"]);
+    assert_eq!(commands(&story_of(node, session, 2)?), ["/bin/sh", "/bin/ls /"]);
     container.told(&["medium session.interactive"]).map(drop)
 }
 
@@ -257,7 +274,7 @@ fn a30_nsenter(node: &Node) -> anyhow::Result<()> {
     let cases: [(&str, &[&str], &str); 4] = [
         ("all", &["-m", "-u", "-i", "-n", "-p"], "/bin/ls"),
         ("mount", &["-m"], "/bin/ls"),
-        ("pid", &["-p"], "/bin/true"),
+        ("pid", &["-p"], "/bin/sleep"),
         ("pid-and-mount", &["-m", "-p"], "/bin/ls"),
     ];
     for (name, options, program) in cases {
@@ -265,7 +282,7 @@ fn a30_nsenter(node: &Node) -> anyhow::Result<()> {
         let status = Command::new(programs::find("nsenter")?)
             .args(["-t", &init(&container)?.to_string()])
             .args(options)
-            .args([program, "/"])
+            .args([program, if program == "/bin/sleep" { "1" } else { "/" }])
             .stdout(Stdio::null())
             .stdin(Stdio::null())
             .status()?;
@@ -354,7 +371,7 @@ fn a32_reverse_shells(node: &Node) -> anyhow::Result<()> {
         let session = &closed(&container, 1).context(*name)?[0];
         assert_eq!(session["entry"], "reverse_shell", "{name}: {session:#}");
         assert_eq!(session["interactive"], "socket", "{name}: {session:#}");
-        let commands = commands(&story_of(node, session)?);
+        let commands = commands(&story_of(node, session, 1)?);
         ensure!(commands.contains(&"/bin/ls /".to_owned()), "{name}: {commands:?}");
         let findings = container.told(&["critical shell.reverse"]).context(*name)?;
         let finding = only(&findings, "shell.reverse")?;
@@ -422,7 +439,7 @@ fn terminal_of_init(node: &Node) -> anyhow::Result<()> {
     person.types("/bin/ls /\n/bin/bash -c '/bin/ls /etc'\n")?;
     thread::sleep(Duration::from_secs(1));
     assert_eq!(node.answer(&["sessions", "-c", &id])?, Vec::<Value>::new());
-    assert_eq!(node.answer(&["findings", "-c", &id])?, Vec::<Value>::new());
+    assert_eq!(node.answer(&["findings", "--container", &id])?, Vec::<Value>::new());
     person.types("exit\n")?;
     person.leaves()
 }
@@ -440,7 +457,7 @@ fn attachment(node: &Node) -> anyhow::Result<()> {
     );
     ensure!(session["process"]["argv"].to_string().contains("attach"), "{session:#}");
     let findings = wait_for("the finding", || {
-        let findings = node.answer(&["findings", "-c", &id])?;
+        let findings = node.answer(&["findings", "--container", &id])?;
         Ok((!findings.is_empty()).then_some(findings))
     })?;
     assert_eq!(only(&findings, "session.interactive")?["session"], session["id"]);
@@ -455,7 +472,7 @@ fn attachment(node: &Node) -> anyhow::Result<()> {
 fn b24_copy(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("echo data > /tmp/data")?;
-    run(&container, &["--exec-id", "cp"], &["/bin/tar", "cf", "-", "/tmp/data"])?;
+    run(&container, &["--exec-id", "cp"], &["/bin/cat", "/tmp/data"])?;
     closed(&container, 1)?;
     container.told(&["info session.exec"]).map(drop)
 }
@@ -496,7 +513,7 @@ fn failed_exec(node: &Node) -> anyhow::Result<()> {
 fn over_restart(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let mut known = Person::in_container(&container, "known")?;
-    known.types("touch /.control/one\n")?;
+    known.types("/usr/bin/touch /.control/one\n")?;
     made(&container, "one")?;
     let before = wait_for("the session", || {
         let open = sessions(&container)?;
@@ -504,7 +521,7 @@ fn over_restart(node: &Node) -> anyhow::Result<()> {
     })?;
     node.stop_driftd()?;
     let mut unseen = Person::in_container(&container, "unseen")?;
-    unseen.types("touch /.control/two\n")?;
+    unseen.types("/usr/bin/touch /.control/two\n")?;
     made(&container, "two")?;
     node.start_driftd()?;
     container.wait_until_watched()?;
@@ -523,7 +540,8 @@ fn over_restart(node: &Node) -> anyhow::Result<()> {
         person.leaves()?;
     }
     for session in closed(&container, 2)? {
-        let commands = commands(&story_of(node, &session)?);
+        let count = if session["discovered"] == "scan" { 1 } else { 3 };
+        let commands = commands(&story_of(node, &session, count)?);
         assert_eq!(commands.last().map(String::as_str), Some("/bin/ls /"), "{session:#}");
     }
     Ok(())
@@ -592,9 +610,18 @@ fn a_thousand(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn b15_probe(node: &Node) -> anyhow::Result<()> {
+/// The workbench as a kubelet pulls it, and what a pod needs besides.
+fn pulled_workbench(node: &Node) -> anyhow::Result<String> {
+    let pause = node.path("pause.tar");
+    programs::write_pause(&pause, &bench()?.payload)?;
+    node.ctr_in(KUBERNETES, &["images", "import", &pause.to_string_lossy()])?;
     let image = crate::registry::publish(&bench()?.workbench, "shop/workbench:1")?;
     node.cri().pull(&image)?;
+    Ok(image)
+}
+
+fn b15_probe(node: &Node) -> anyhow::Result<()> {
+    let image = pulled_workbench(node)?;
     let (sandbox, container) = node.pod_of(&image)?;
     let until = Instant::now() + Duration::from_secs(30);
     let mut times = 0;
@@ -633,8 +660,7 @@ fn b15_probe(node: &Node) -> anyhow::Result<()> {
 }
 
 fn a31_debug(node: &Node) -> anyhow::Result<()> {
-    let image = crate::registry::publish(&bench()?.workbench, "shop/workbench:1")?;
-    node.cri().pull(&image)?;
+    let image = pulled_workbench(node)?;
     let (sandbox, container) = node.pod_of(&image)?;
     let debugger = node.debug_container(&sandbox, &container.id, &image)?;
     let session = wait_for("the session", || {
@@ -643,7 +669,7 @@ fn a31_debug(node: &Node) -> anyhow::Result<()> {
     assert_eq!(session["entry"], "shared_pid_namespace", "{session:#}");
     assert_eq!(session["interactive"], "terminal", "{session:#}");
     let findings = wait_for("the finding", || {
-        let findings = node.answer(&["findings", "-c", &debugger])?;
+        let findings = node.answer(&["findings", "--container", &debugger])?;
         Ok((!findings.is_empty()).then_some(findings))
     })?;
     let finding = only(&findings, "session.interactive")?;
@@ -696,7 +722,7 @@ fn story(node: &Node) -> anyhow::Result<()> {
         "/bin/chmod 755 /tmp/.x",
         "/tmp/.x",
         "/bin/rm /tmp/.x",
-        "touch /.control/done-here",
+        "/usr/bin/touch /.control/done-here",
     ] {
         person.types(&format!("{command}\n"))?;
         thread::sleep(Duration::from_millis(300));
@@ -712,6 +738,7 @@ fn story(node: &Node) -> anyhow::Result<()> {
     let session = &sessions(&container)?[0];
     assert_eq!(session["findings"], serde_json::json!([run["id"]]), "{session:#}");
 
+    story_of(node, session, 6)?;
     let output = node.driftd(&["timeline", &container.id])?;
     let text = String::from_utf8(output.stdout)?;
     let expected = "\
@@ -720,10 +747,10 @@ DATE TIME UTC    [ID] MEDIUM session.interactive /bin/sh (ID)
 DATE TIME UTC    [ID] #1 /bin/sh (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #2 /bin/cat /.control/payload (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #3 /bin/chmod 755 /tmp/.x (exit 0 after A WHILE)
-DATE TIME UTC    [ID] #4 /tmp/.x (exit 0 after A WHILE)
 DATE TIME UTC    [ID] CRITICAL exec.new /tmp/.x (ID)
+DATE TIME UTC    [ID] #4 /tmp/.x (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #5 /bin/rm /tmp/.x (exit 0 after A WHILE)
-DATE TIME UTC    [ID] #6 touch /.control/done-here (exit 0 after A WHILE)
+DATE TIME UTC    [ID] #6 /usr/bin/touch /.control/done-here (exit 0 after A WHILE)
 DATE TIME UTC  [ID] session closed: exit 0 after A WHILE";
     assert_eq!(reviewed(&text), expected, "{text}");
     Ok(())
