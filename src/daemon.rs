@@ -21,6 +21,7 @@ use crate::containerd::{Containerd, ContentBlobs};
 use crate::health::{Gating, Health, Missing};
 use crate::history::History;
 use crate::model::SessionState;
+use crate::model::session::MAX_COMMANDS;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
 use crate::sys::capabilities::Capabilities;
@@ -65,12 +66,17 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         .each_member(|finding, member| state.remember_member(finding, &member))
         .context("cannot read the history")?;
     let reader = history.reader();
-    let mut sessions = reader.open_sessions().context("cannot read the history")?;
-    for session in &mut sessions {
+    let mut sessions = Vec::new();
+    for mut session in reader.open_sessions().context("cannot read the history")? {
         if Handle::open_exactly(session.process.identity).is_err() {
             // It ended while nobody looked.
             session.state = SessionState::Closed;
         }
+        let all = usize::try_from(MAX_COMMANDS).unwrap_or(usize::MAX);
+        let listed = reader.commands(session.id, None, all).context("cannot read the history")?;
+        let mut running = listed.commands;
+        running.retain(|command| command.ended_at.is_none());
+        sessions.push((session, running));
     }
     let probes = reader.probes(None).context("cannot read the history")?;
     state.remember_sessions(sessions, probes);

@@ -263,7 +263,12 @@ impl State {
     }
 
     /// Takes in what the history tells of sessions that were open, and of probes.
-    pub fn remember_sessions(&mut self, sessions: Vec<Session>, probes: Vec<Probe>) {
+    /// Sessions come with those of their commands that have not ended.
+    pub fn remember_sessions(
+        &mut self,
+        sessions: Vec<(Session, Vec<crate::model::Command>)>,
+        probes: Vec<Probe>,
+    ) {
         self.sessions.remember(sessions, probes);
     }
 

@@ -45,7 +45,7 @@ pub(super) struct Sessions {
     /// Whose finding waits, and until when.
     held: BTreeSet<(Timestamp, ContainerId, ProcessIdentity)>,
     /// What the history tells of containers that have not shown up yet.
-    remembered: HashMap<ContainerId, (Vec<Session>, Vec<Probe>)>,
+    remembered: HashMap<ContainerId, (Vec<(Session, Vec<Command>)>, Vec<Probe>)>,
 }
 
 /// What is known of one container's.
@@ -92,9 +92,9 @@ impl Live {
 
 impl Sessions {
     /// Takes in what the history knows: sessions that were open, and probes.
-    pub(super) fn remember(&mut self, sessions: Vec<Session>, probes: Vec<Probe>) {
+    pub(super) fn remember(&mut self, sessions: Vec<(Session, Vec<Command>)>, probes: Vec<Probe>) {
         for session in sessions {
-            let container = session.container.id.clone();
+            let container = session.0.container.id.clone();
             self.remembered.entry(container).or_default().0.push(session);
         }
         for probe in probes {
@@ -109,7 +109,7 @@ impl Sessions {
         self.containers.entry(container.clone()).or_insert_with(|| {
             let mut known = Known::default();
             let (sessions, probes) = remembered.remove(container).unwrap_or_default();
-            for session in sessions {
+            for (session, running) in sessions {
                 let root = session.process.identity;
                 known.order.push_back(root);
                 if session.state == SessionState::Closed {
@@ -117,7 +117,10 @@ impl Sessions {
                     unsaid.insert((container.clone(), root));
                     since.get_or_insert(session.started_at);
                 }
-                known.live.insert(root, Live::new(session));
+                let mut live = Live::new(session);
+                live.running =
+                    running.into_iter().map(|command| (command.process.pid, command)).collect();
+                known.live.insert(root, live);
             }
             known.probes = probes.into_iter().map(|probe| (probe.id, probe)).collect();
             known
@@ -696,7 +699,7 @@ impl State {
                 continue;
             }
             let Some((sessions, _)) = self.sessions.remembered.remove(&container) else { continue };
-            for mut session in sessions {
+            for (mut session, _) in sessions {
                 session.state = SessionState::Closed;
                 session.revision += 1;
                 let (session, commands) = (Box::new(session), Vec::new());

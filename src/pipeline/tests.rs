@@ -1686,7 +1686,10 @@ fn a_session_that_was_open_before_a_restart_goes_on() {
     gone.id = model::SessionId::new(&id("c1"), gone.process.identity);
     // Its first process is gone.
     gone.state = SessionState::Closed;
-    after.state.remember_sessions(vec![node.session(100).clone(), gone], Vec::new());
+    after.state.remember_sessions(
+        vec![(node.session(100).clone(), Vec::new()), (gone, Vec::new())],
+        Vec::new(),
+    );
     after.play("start c1\nbaseline\nattached c1\nfound c1 100 pts/0 sh").wait(1).expect(&[]);
     after.play("ran c1 100 102 ls\nended c1 100 100 0");
     let session = after.session(100);

@@ -108,6 +108,23 @@ pub fn stat_path(path: impl rustix::path::Arg) -> io::Result<Stat> {
     Ok(rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), WANTED)?.into())
 }
 
+/// What a regular file of the host's holds; an error if it is another kind of file or
+/// longer than that.
+pub fn read_regular(path: &std::path::Path, limit: u64) -> io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    if !stat(&file)?.is_regular() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut bytes = Vec::new();
+    std::fs::File::from(file).take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
+}
+
 /// Opens a directory of the host, as a place to look below.
 pub fn open_directory(path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

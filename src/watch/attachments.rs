@@ -102,7 +102,7 @@ impl Attachments {
         }
         let Ok(client) = Handle::open(named.pid) else { return };
         let root = client.identity();
-        if !shared.roots().open(&watched.container, root) {
+        if shared.roots().is_open(root) {
             return;
         }
         let process = process::as_it_is(&client, &watched);
@@ -118,7 +118,9 @@ impl Attachments {
             process,
         };
         let fact = Fact::SessionOpened { opening: Arc::new(opening) };
-        if shared.observe(&watched, Timestamp::now(), Source::Change, fact) {
+        if shared.observe(&watched, Timestamp::now(), Source::Change, fact)
+            && shared.roots().open(&watched.container, root)
+        {
             let act =
                 Act::Opened { watched: watched.clone(), root, is_interactive: true, process: None };
             shared.act(&watched, act);

@@ -226,8 +226,9 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
     let fact = Fact::ReverseShell { process, direct, evidence };
     // What it runs from here on is what is done over the connection.
     look.watched.set_has_sessions();
-    let is_news = shared.roots().open(&look.watched.container, root);
-    if shared.observe(&look.watched, look.at, Source::Trace, fact) && is_news {
+    if shared.observe(&look.watched, look.at, Source::Trace, fact)
+        && shared.roots().open(&look.watched.container, root)
+    {
         let watched = look.watched.clone();
         let act = Act::Opened { watched, root, is_interactive: true, process: None };
         shared.act(&look.watched, act);

@@ -60,16 +60,18 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     if sessions.opens(shared, stat, &seen.watched) {
         let began = Instant::now();
         let others_wait = || sessions::others_wait(began, others.len());
+        let is_by_runtime = is_before_entry_point(&stat.comm);
+        // First: it ends when what it has started does.
+        let asked_for =
+            if is_by_runtime { sessions::asked_for(stat.parent, &seen.watched) } else { None };
         let mut process = process::after_exec(&seen.caller, &seen.watched, &others_wait).process;
         if process.argv.is_none() {
             let execve = (seen.caller.pid, seen.caller.asked);
             process.argv = process::recorded_arguments(shared, execve, &others_wait);
         }
-        let opened = Opened {
-            process,
-            pidfd: seen.caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
-            is_by_runtime: is_before_entry_point(&stat.comm),
-        };
+        process.argv = process.argv.or(asked_for);
+        let pidfd = seen.caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
+        let opened = Opened { process, pidfd, is_by_runtime };
         sessions.tell(shared, &seen.watched, seen.at, Source::Gate, opened);
     }
 }

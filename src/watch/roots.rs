@@ -41,7 +41,7 @@ struct Root {
 impl Roots {
     /// False if it is open already.
     pub(super) fn open(&mut self, container: &ContainerId, identity: ProcessIdentity) -> bool {
-        if self.roots.get(&identity.pid).is_some_and(|root| root.identity == identity) {
+        if self.is_open(identity) {
             return false;
         }
         if self.roots.len() >= MAX_ROOTS
@@ -54,6 +54,10 @@ impl Roots {
         let root = Root { container: container.clone(), identity, number: self.opened };
         self.roots.insert(identity.pid, root);
         true
+    }
+
+    pub(super) fn is_open(&self, identity: ProcessIdentity) -> bool {
+        self.roots.get(&identity.pid).is_some_and(|root| root.identity == identity)
     }
 
     /// How many have been opened so far.

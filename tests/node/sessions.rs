@@ -633,11 +633,13 @@ fn b15_probe(node: &Node) -> anyhow::Result<()> {
         times += 1;
         thread::sleep(Duration::from_millis(200).saturating_sub(began.elapsed()));
     }
-    let probe = wait_for("all of them to be counted", || {
-        let probes = node.answer(&["probes", "-c", &container.id])?;
-        ensure!(probes.len() < 2, "{probes:#?}");
-        Ok(probes.into_iter().find(|probe| probe["count"] == times))
-    })?;
+    let mut probes = Vec::new();
+    let waited = wait_for("all of them to be counted", || {
+        probes = node.answer(&["probes", "-c", &container.id])?;
+        Ok((probes.len() == 1 && probes[0]["count"] == times).then_some(()))
+    });
+    ensure!(waited.is_ok(), "{times} were expected: {probes:#?}\n{:#?}", sessions(&container)?);
+    let probe = &probes[0];
     assert_eq!((&probe["source"], &probe["reported"]), (&"learned".into(), &false.into()));
     assert_eq!(probe["container"]["pod"]["namespace"], "shop", "{probe:#}");
     assert_eq!(container.findings()?, Vec::<Value>::new());
