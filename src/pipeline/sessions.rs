@@ -293,9 +293,17 @@ impl State {
         };
         let mut live = Live::new(session);
         let may_be_probe = opening.entry == Entry::RuntimeExec && opening.interactive.is_none();
-        let argv = opening.process.argv.as_deref().filter(|_| may_be_probe);
-        if let Some(argv) = argv {
-            self.is_probe(container, &mut live, argv, observation.at, now);
+        match opening.process.argv.as_deref() {
+            Some(argv) if may_be_probe => {
+                self.is_probe(container, &mut live, argv, observation.at, now);
+            }
+            // Whatever it was, it may have been one.
+            None if may_be_probe => {
+                live.held_until = self.hold_until(now);
+                let held = live.held_until.map(|until| (until, container.clone(), root));
+                self.sessions.held.extend(held);
+            }
+            Some(_) | None => (),
         }
         let is_told = live.probe.is_none();
         let is_held = live.held_until.is_some();
@@ -309,6 +317,14 @@ impl State {
             }
             self.say_session(container, root, effects);
         }
+    }
+
+    /// Until when it is waited for a rhythm.
+    fn hold_until(&self, now: Timestamp) -> Option<Timestamp> {
+        let verdict = self.policy.decide(Kind::SessionExec);
+        let patience = self.policy.probe_patience;
+        let is_held = verdict.disposition == Disposition::Report && patience.is_positive();
+        is_held.then(|| now.saturating_add(patience).ok()).flatten()
     }
 
     /// Decides whether a command is a probe, may turn out to be one, or is none.
@@ -326,9 +342,7 @@ impl State {
             .and_then(|entry| entry.container.as_ref())
             .and_then(|record| record.probes.iter().find(|probe| probe.argv == argv))
             .map(|probe| probe.source);
-        let reports_at_once =
-            self.policy.decide(Kind::SessionExec).disposition != Disposition::Report;
-        let patience = self.policy.probe_patience;
+        let hold = self.hold_until(now);
         let root = live.session.process.identity;
         let id = ProbeId::new(container, argv);
         let known = self.sessions.known(container);
@@ -357,11 +371,13 @@ impl State {
                     live.probe = Some(id);
                     None
                 }
-                Rhythm::Perhaps(interval) => Some(patience.max(interval * INTERVALS)),
-                Rhythm::Steady(_) | Rhythm::None => Some(patience),
+                Rhythm::Perhaps(interval) => {
+                    let next = now.saturating_add(interval * INTERVALS).ok();
+                    hold.map(|until| next.map_or(until, |next| next.max(until)))
+                }
+                Rhythm::Steady(_) | Rhythm::None => hold,
             };
-            let wait = wait.filter(|wait| !reports_at_once && wait.is_positive());
-            live.held_until = wait.and_then(|wait| now.saturating_add(wait).ok());
+            live.held_until = wait;
             let Some(until) = live.held_until else { return };
             let mut waiting = vec![root];
             if let Rhythm::Perhaps(_) = rhythm {

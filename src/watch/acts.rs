@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
+use super::calls;
 use super::process::{self, Caller};
 use super::shared::Shared;
 use super::table::Watched;
@@ -47,6 +48,10 @@ pub(super) enum Act {
         watched: Arc<Watched>,
         root: ProcessIdentity,
         times: u64,
+    },
+    /// A container runtime was called on the host.
+    Runtime {
+        pid: u32,
     },
     /// A process of a container in which a session is open, with a handle of it that
     /// was opened when it was about to become a program.
@@ -156,6 +161,10 @@ impl TraceConsumer for Acts {
             self.waiting.pop_front();
         }
         self.waiting.push_back((Instant::now(), ran));
+    }
+
+    fn runtime_called(&mut self, shared: &Shared, pid: u32) {
+        shared.note_runtime(pid);
     }
 
     fn exited(&mut self, shared: &Shared, pid: u32, time: u64) {
@@ -303,6 +312,11 @@ impl Eye {
             Act::RanMore { watched, root, times } => {
                 let fact = Fact::SessionRanMore { root, times };
                 shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
+            }
+            Act::Runtime { pid } => {
+                if let Some(call) = calls::read(pid) {
+                    shared.calls().keep(pid, call);
+                }
             }
             Act::Alive { identity, process } => {
                 if self.alive.len() < MAX_HANDLES {

@@ -22,6 +22,7 @@ mod acts;
 mod arguments;
 mod arm;
 mod attachments;
+mod calls;
 mod code;
 mod content;
 mod control;

@@ -8,6 +8,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::acts;
+use super::calls;
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::sessions::{self, Opened, is_before_entry_point};
@@ -62,14 +63,20 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
         let others_wait = || sessions::others_wait(began, others.len());
         let is_by_runtime = is_before_entry_point(&stat.comm);
         // First: it ends when what it has started does.
-        let asked_for =
-            if is_by_runtime { sessions::asked_for(stat.parent, &seen.watched) } else { None };
+        let asked_for = if is_by_runtime {
+            calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched)
+        } else {
+            None
+        };
         let mut process = process::after_exec(&seen.caller, &seen.watched, &others_wait).process;
         if process.argv.is_none() {
             let execve = (seen.caller.pid, seen.caller.asked);
             process.argv = process::recorded_arguments(shared, execve, &others_wait);
         }
-        process.argv = process.argv.or(asked_for);
+        if asked_for.is_some() && asked_for != process.argv {
+            // It was over, or had become another program already.
+            (process.argv, process.exe) = (asked_for, None);
+        }
         let pidfd = seen.caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
         let opened = Opened { process, pidfd, is_by_runtime };
         sessions.tell(shared, &seen.watched, seen.at, Source::Gate, opened);

@@ -4,8 +4,6 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -180,62 +178,6 @@ impl Sessions {
     }
 }
 
-/// What a container runtime was asked to execute: by its own arguments, or by the
-/// document that these name. For who has ended before anybody could look at it.
-pub(super) fn asked_for(runtime: u32, watched: &Watched) -> Option<Vec<String>> {
-    let handle = Handle::open(runtime).ok()?;
-    if !handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace) {
-        return None;
-    }
-    let arguments = handle.arguments().ok()??;
-    let id = watched.container.id.as_bytes();
-    match in_arguments(&arguments, id)? {
-        AskedFor::Command(command) => {
-            Some(command.iter().map(|argument| printable(argument)).collect())
-        }
-        AskedFor::Document(path) => {
-            let path = std::ffi::OsStr::from_bytes(&path);
-            let document = file::read_regular(Path::new(path), MAX_DOCUMENT).ok()?;
-            let document: ProcessDocument = serde_json::from_slice(&document).ok()?;
-            let arguments = document.args.into_iter().take(MAX_ARGUMENTS);
-            Some(arguments.map(|argument| printable(argument.as_bytes())).collect())
-        }
-    }
-}
-
-const MAX_DOCUMENT: u64 = 1 << 20;
-const MAX_ARGUMENTS: usize = 128;
-
-/// A process as the OCI runtime specification describes one.
-#[derive(serde::Deserialize)]
-struct ProcessDocument {
-    #[serde(default)]
-    args: Vec<String>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum AskedFor {
-    Command(Vec<Vec<u8>>),
-    Document(Vec<u8>),
-}
-
-/// `runc exec [OPTIONS] ID COMMAND...` or `runc exec --process FILE ... ID`
-fn in_arguments(arguments: &[Vec<u8>], id: &[u8]) -> Option<AskedFor> {
-    let exec = arguments.iter().position(|argument| argument == b"exec")?;
-    let rest = &arguments[exec + 1..];
-    let named = |(index, argument): (usize, &Vec<u8>)| {
-        let value = argument.strip_prefix(b"--process=").map(<[u8]>::to_vec);
-        let is_option = argument == b"--process" || argument == b"-p";
-        value.or_else(|| rest.get(index + 1).filter(|_| is_option).cloned())
-    };
-    let at = rest.iter().position(|argument| argument == id)?;
-    if let Some(document) = rest[..at].iter().enumerate().find_map(named) {
-        return Some(AskedFor::Document(document));
-    }
-    let command = rest[at + 1..].strip_prefix(&[b"--".to_vec()]).unwrap_or(&rest[at + 1..]);
-    (!command.is_empty()).then(|| AskedFor::Command(command.to_vec()))
-}
-
 /// A session that was found to be open.
 pub(super) struct Opened {
     pub(super) process: Process,
@@ -376,24 +318,6 @@ impl Evidence {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_runtime_says_what_it_was_asked_for() {
-        let check = |line: &str, expected: Option<AskedFor>| {
-            let words: Vec<Vec<u8>> = line.split(' ').map(|word| word.into()).collect();
-            assert_eq!(in_arguments(&words, b"c1"), expected, "{line}");
-        };
-        let command =
-            |line: &str| Some(AskedFor::Command(line.split(' ').map(|word| word.into()).collect()));
-        let document = |path: &str| Some(AskedFor::Document(path.into()));
-        check("runc --root /x exec -t c1 sh -c x", command("sh -c x"));
-        check("runc exec c1 -- ls c1", command("ls c1"));
-        check("runc exec --process /tmp/p1 --detach c1", document("/tmp/p1"));
-        check("runc --log x exec --detach --process=/tmp/p2 c1", document("/tmp/p2"));
-        check("runc exec c2 ls", None);
-        check("runc exec c1", None);
-        check("runc init", None);
-    }
 
     #[test]
     fn how_a_session_came_in_is_told_by_evidence() {

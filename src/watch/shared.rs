@@ -16,6 +16,7 @@ use super::Report;
 use super::acts::Act;
 use super::arguments::Arguments;
 use super::attachments::Attachments;
+use super::calls::Calls;
 use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
@@ -43,6 +44,7 @@ pub(super) struct Shared {
     sessions: Mutex<Sessions>,
     roots: Mutex<Roots>,
     acts: Sender<Box<Act>>,
+    calls: Mutex<Calls>,
     /// Files on other filesystems about which the gate was asked, by who executes
     /// them: the kernel's records come later and must not tell them again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
@@ -135,6 +137,7 @@ impl Shared {
             sessions: Mutex::default(),
             roots: Mutex::default(),
             acts,
+            calls: Mutex::default(),
             asked: Mutex::default(),
             arguments: Mutex::default(),
             packages: Mutex::default(),
@@ -323,6 +326,16 @@ impl Shared {
     /// With what arguments processes have become programs.
     pub(super) fn arguments(&self) -> MutexGuard<'_, Arguments> {
         self.arguments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What runtimes were called for lately.
+    pub(super) fn calls(&self) -> MutexGuard<'_, Calls> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A runtime was called; without room it is asked when a session opens.
+    pub(super) fn note_runtime(&self, pid: u32) {
+        let _ = self.acts.try_send(Box::new(Act::Runtime { pid }));
     }
 
     /// Hands an observation on without ever waiting; false if it was lost.

@@ -25,7 +25,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::shared::Shared;
 use super::table::Watched;
-use super::unseen::Unseen;
+use super::unseen::{self, Unseen};
 use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
@@ -51,6 +51,10 @@ pub(super) trait TraceConsumer: Send {
         executed: &Executed,
         program: Option<&Mapped>,
     );
+
+    /// A process of the host's has become a program that is called like a container
+    /// runtime.
+    fn runtime_called(&mut self, _: &Shared, _pid: u32) {}
 
     /// A process of a container has become a program, and who made it is in none.
     fn entered(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed) {}
@@ -388,6 +392,17 @@ impl Trace {
     fn take(&mut self, record: Record) {
         match record {
             Record::Forked { pid, parent, time: _ } => {
+                let is_unknown = self
+                    .processes
+                    .get(&parent)
+                    .is_none_or(|known| known.watched.is_none() && !known.was_looked_up);
+                if is_unknown {
+                    // It was there before us.
+                    let watched = self.look_up(parent);
+                    let known = self.known(parent);
+                    known.watched = watched;
+                    known.was_looked_up = true;
+                }
                 let (watched, program) = match self.processes.get(&parent) {
                     Some(known) => (known.watched.clone(), known.program.clone()),
                     None => (None, None),
@@ -512,7 +527,14 @@ impl Trace {
         let known = self.known(executed.pid);
         known.watched.clone_from(&watched);
         known.was_looked_up = true;
-        let Some(watched) = watched else { return };
+        let Some(watched) = watched else {
+            if unseen::is_called_like_a_runtime(&executed.file_name) {
+                for consumer in &mut self.consumers {
+                    consumer.runtime_called(&self.shared, executed.pid);
+                }
+            }
+            return;
+        };
         self.shared.arguments().executed(executed.pid, executed.time, arguments);
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))

@@ -180,6 +180,12 @@ const PLACES: [&str; 5] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
 const NAMES: [&str; 4] = ["runc", "crun", "youki", "docker-runc"];
 
+/// Whether a program has such a name: no more than a reason to look at it.
+pub(super) fn is_called_like_a_runtime(file_name: &[u8]) -> bool {
+    let name = file_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+    NAMES.iter().any(|known| known.as_bytes() == name)
+}
+
 impl Runtimes {
     /// Whether a program in memory is the copy of a program of the host's: of what
     /// its process or who made it ran before, or of an installed runtime.

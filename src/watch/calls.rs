@@ -1,0 +1,157 @@
+//! What container runtimes are called for, by their own arguments: a session's command
+//! may be over before anybody can look at it, or have become another program.
+//!
+//! A runtime takes some milliseconds to prepare what it executes. It is looked at when
+//! the kernel records that it was called, or at the latest when the gate is asked.
+
+use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::table::Watched;
+use crate::model::printable;
+use crate::sys::file;
+use crate::sys::procfs::{self, Handle};
+
+const MAX_DOCUMENT: u64 = 1 << 20;
+const MAX_ARGUMENTS: usize = 128;
+/// Calls that are remembered, and for how long.
+const MAX_CALLS: usize = 1024;
+const KEPT: Duration = Duration::from_secs(60);
+
+/// The calls of lately, by the runtimes' pids.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    calls: HashMap<u32, (Instant, Call)>,
+}
+
+/// One call of a runtime.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    arguments: Vec<Vec<u8>>,
+    /// The arguments in the document that they name.
+    document: Option<Vec<String>>,
+}
+
+impl Calls {
+    pub(super) fn keep(&mut self, pid: u32, call: Call) {
+        if self.calls.len() >= MAX_CALLS {
+            self.calls.retain(|_, (since, _)| since.elapsed() < KEPT);
+        }
+        if self.calls.len() < MAX_CALLS {
+            self.calls.insert(pid, (Instant::now(), call));
+        }
+    }
+
+    fn take(&mut self, pid: u32) -> Option<Call> {
+        self.calls.remove(&pid).filter(|(since, _)| since.elapsed() < KEPT).map(|(_, call)| call)
+    }
+}
+
+/// What a runtime was asked to execute in a container.
+pub(super) fn asked_for(calls: &mut Calls, pid: u32, watched: &Watched) -> Option<Vec<String>> {
+    let call = calls.take(pid).or_else(|| read(pid))?;
+    let id = watched.container.id.as_bytes();
+    match in_arguments(&call.arguments, Some(id))? {
+        AskedFor::Command(command) => {
+            Some(command.iter().map(|argument| printable(argument)).collect())
+        }
+        AskedFor::Document(_) => call.document,
+    }
+}
+
+/// Looks at a runtime that was called. Nobody else's word is taken: it must live in
+/// the host's mount namespace.
+pub(super) fn read(pid: u32) -> Option<Call> {
+    let handle = Handle::open(pid).ok()?;
+    if !handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace) {
+        return None;
+    }
+    let arguments = handle.arguments().ok()??;
+    let document = match in_arguments(&arguments, None)? {
+        AskedFor::Command(_) => None,
+        AskedFor::Document(path) => read_document(&path),
+    };
+    Some(Call { arguments, document })
+}
+
+fn read_document(path: &[u8]) -> Option<Vec<String>> {
+    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    let document = file::read_regular(path, MAX_DOCUMENT).ok()?;
+    let document: ProcessDocument = serde_json::from_slice(&document).ok()?;
+    let arguments = document.args.into_iter().take(MAX_ARGUMENTS);
+    Some(arguments.map(|argument| printable(argument.as_bytes())).collect())
+}
+
+/// A process as the OCI runtime specification describes one.
+#[derive(serde::Deserialize)]
+struct ProcessDocument {
+    #[serde(default)]
+    args: Vec<String>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum AskedFor {
+    Command(Vec<Vec<u8>>),
+    Document(Vec<u8>),
+}
+
+/// `runc exec [OPTIONS] ID COMMAND...` or `runc exec --process FILE ... ID`. Without
+/// the ID it is not known where the command begins, only that there may be one.
+fn in_arguments(arguments: &[Vec<u8>], id: Option<&[u8]>) -> Option<AskedFor> {
+    let exec = arguments.iter().position(|argument| argument == b"exec")?;
+    let rest = &arguments[exec + 1..];
+    let named = |(index, argument): (usize, &Vec<u8>)| {
+        let value = argument.strip_prefix(b"--process=").map(<[u8]>::to_vec);
+        let is_option = argument == b"--process" || argument == b"-p";
+        value.or_else(|| rest.get(index + 1).filter(|_| is_option).cloned())
+    };
+    let at = match id {
+        Some(id) => rest.iter().position(|argument| argument == id)?,
+        None => rest.len(),
+    };
+    if let Some(document) = rest[..at].iter().enumerate().find_map(named) {
+        return Some(AskedFor::Document(document));
+    }
+    if id.is_none() {
+        return Some(AskedFor::Command(Vec::new()));
+    }
+    let command = rest[at + 1..].strip_prefix(&[b"--".to_vec()]).unwrap_or(&rest[at + 1..]);
+    (!command.is_empty()).then(|| AskedFor::Command(command.to_vec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_runtime_says_what_it_was_asked_for() {
+        let check = |line: &str, expected: Option<AskedFor>| {
+            let words: Vec<Vec<u8>> = line.split(' ').map(|word| word.into()).collect();
+            assert_eq!(in_arguments(&words, Some(b"c1")), expected, "{line}");
+        };
+        let command =
+            |line: &str| Some(AskedFor::Command(line.split(' ').map(|word| word.into()).collect()));
+        let document = |path: &str| Some(AskedFor::Document(path.into()));
+        check("runc --root /x exec -t c1 sh -c x", command("sh -c x"));
+        check("runc exec c1 -- ls c1", command("ls c1"));
+        check("runc exec --process /tmp/p1 --detach c1", document("/tmp/p1"));
+        check("runc --log x exec --detach --process=/tmp/p2 c1", document("/tmp/p2"));
+        check("runc exec c2 ls", None);
+        check("runc exec c1", None);
+        check("runc init", None);
+    }
+
+    #[test]
+    fn calls_are_remembered_and_bounded() {
+        let mut calls = Calls::default();
+        let call = Call { arguments: Vec::new(), document: None };
+        for pid in 0..4000 {
+            calls.keep(pid, call.clone());
+        }
+        assert_eq!(calls.calls.len(), MAX_CALLS);
+        assert!(calls.take(7).is_some());
+        assert!(calls.take(7).is_none(), "a pid is used again");
+    }
+}
