@@ -19,6 +19,8 @@ const MAX_ARGUMENTS: usize = 128;
 /// Calls that are remembered, and for how long.
 const MAX_CALLS: usize = 1024;
 const KEPT: Duration = Duration::from_secs(60);
+/// How long what it prepares may take to begin.
+const BEGINS_WITHIN: Duration = Duration::from_secs(5);
 
 /// The calls of lately, by the runtimes' pids.
 #[derive(Debug, Default)]
@@ -44,6 +46,17 @@ impl Calls {
         }
     }
 
+    /// The only call that can be meant, where the runtime has ended and nobody knows
+    /// which it was.
+    fn take_only(&mut self, id: &[u8]) -> Option<Call> {
+        let is_meant = |(since, call): &(Instant, Call)| {
+            since.elapsed() < BEGINS_WITHIN && call.arguments.iter().any(|argument| argument == id)
+        };
+        let mut meant = self.calls.iter().filter(|(_, call)| is_meant(call)).map(|(pid, _)| *pid);
+        let only = meant.next().filter(|_| meant.next().is_none())?;
+        self.take(only)
+    }
+
     fn take(&mut self, pid: u32) -> Option<Call> {
         self.calls.remove(&pid).filter(|(since, _)| since.elapsed() < KEPT).map(|(_, call)| call)
     }
@@ -51,8 +64,8 @@ impl Calls {
 
 /// What a runtime was asked to execute in a container.
 pub(super) fn asked_for(calls: &mut Calls, pid: u32, watched: &Watched) -> Option<Vec<String>> {
-    let call = calls.take(pid).or_else(|| read(pid))?;
     let id = watched.container.id.as_bytes();
+    let call = calls.take(pid).or_else(|| read(pid)).or_else(|| calls.take_only(id))?;
     match in_arguments(&call.arguments, Some(id))? {
         AskedFor::Command(command) => {
             Some(command.iter().map(|argument| printable(argument)).collect())
@@ -153,5 +166,14 @@ mod tests {
         assert_eq!(calls.calls.len(), MAX_CALLS);
         assert!(calls.take(7).is_some());
         assert!(calls.take(7).is_none(), "a pid is used again");
+
+        let mut calls = Calls::default();
+        let call = |id: &str| Call { arguments: vec![id.into()], document: None };
+        calls.keep(1, call("c1"));
+        calls.keep(2, call("c2"));
+        assert!(calls.take_only(b"c1").is_some());
+        assert!(calls.take_only(b"c1").is_none());
+        calls.keep(3, call("c2"));
+        assert!(calls.take_only(b"c2").is_none(), "it could be either");
     }
 }

@@ -253,11 +253,17 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: 
     let shim = procfs::read_stat(watched.init.pid).ok().map(|init| init.parent);
     let parent = process.ancestors.last().map(|outermost| outermost.identity.pid);
     let parent = parent.or_else(|| Some(handle.as_ref()?.first_stat().parent));
-    let chain = parent.map(procfs::chain).unwrap_or_default();
+    let mut chain = parent.map(procfs::chain).unwrap_or_default();
+    if !is_whole(&chain)
+        && let Some(reaper) = handle.as_ref().and_then(|handle| handle.stat().ok())
+    {
+        // Its parent has ended, and it was given to another one.
+        chain = procfs::chain(reaper.parent);
+    }
     let evidence = Evidence {
         is_by_runtime,
         is_child_of_shim: chain.iter().any(|one| Some(one.identity().pid) == shim),
-        is_parent_gone: chain.is_empty(),
+        is_parent_gone: !is_whole(&chain),
         is_in_control_group: handle.as_ref().and_then(|one| is_in_control_group(one, watched)),
     };
     let beside = if identity == watched.init { beside(shared, watched) } else { None };
@@ -274,6 +280,12 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: 
         beside,
         process,
     }
+}
+
+/// Whether a chain of parents leads to the host's first process. Of who is ending the
+/// kernel does not tell the parent any more.
+fn is_whole(chain: &[Handle]) -> bool {
+    chain.last().is_some_and(|last| last.identity().pid == 1)
 }
 
 /// The container in whose pid namespace this one was put, which is not its own.
