@@ -45,7 +45,15 @@ pub(super) struct Sessions {
     /// Whose finding waits, and until when.
     held: BTreeSet<(Timestamp, ContainerId, ProcessIdentity)>,
     /// What the history tells of containers that have not shown up yet.
-    remembered: HashMap<ContainerId, (Vec<(Session, Vec<Command>)>, Vec<Probe>)>,
+    remembered: HashMap<ContainerId, Remembered>,
+}
+
+/// What the history tells of one container's.
+#[derive(Debug, Default)]
+struct Remembered {
+    /// With those of their commands that have not ended.
+    sessions: Vec<(Session, Vec<Command>)>,
+    probes: Vec<Probe>,
 }
 
 /// What is known of one container's.
@@ -95,11 +103,11 @@ impl Sessions {
     pub(super) fn remember(&mut self, sessions: Vec<(Session, Vec<Command>)>, probes: Vec<Probe>) {
         for session in sessions {
             let container = session.0.container.id.clone();
-            self.remembered.entry(container).or_default().0.push(session);
+            self.remembered.entry(container).or_default().sessions.push(session);
         }
         for probe in probes {
             let container = probe.container.id.clone();
-            self.remembered.entry(container).or_default().1.push(probe);
+            self.remembered.entry(container).or_default().probes.push(probe);
         }
     }
 
@@ -108,7 +116,7 @@ impl Sessions {
         let since = &mut self.since;
         self.containers.entry(container.clone()).or_insert_with(|| {
             let mut known = Known::default();
-            let (sessions, probes) = remembered.remove(container).unwrap_or_default();
+            let Remembered { sessions, probes } = remembered.remove(container).unwrap_or_default();
             for (session, running) in sessions {
                 let root = session.process.identity;
                 known.order.push_back(root);
@@ -224,7 +232,8 @@ impl State {
             pod: container.and_then(|container| container.pod.clone()),
         };
         let mut image = container.map(|container| container.image.clone()).unwrap_or_default();
-        image.chain_id = image.chain_id.or_else(|| entry.and_then(|entry| entry.chain_id()));
+        image.chain_id =
+            image.chain_id.or_else(|| entry.and_then(crate::inventory::Entry::chain_id));
         (evidence, image)
     }
 
@@ -714,8 +723,8 @@ impl State {
                 self.sessions.known(&container);
                 continue;
             }
-            let Some((sessions, _)) = self.sessions.remembered.remove(&container) else { continue };
-            for (mut session, _) in sessions {
+            let Some(gone) = self.sessions.remembered.remove(&container) else { continue };
+            for (mut session, _) in gone.sessions {
                 session.state = SessionState::Closed;
                 session.revision += 1;
                 let (session, commands) = (Box::new(session), Vec::new());

@@ -141,11 +141,11 @@ mod tests {
     #[test]
     fn a_runtime_says_what_it_was_asked_for() {
         let check = |line: &str, expected: Option<AskedFor>| {
-            let words: Vec<Vec<u8>> = line.split(' ').map(|word| word.into()).collect();
+            let words: Vec<Vec<u8>> = line.split(' ').map(Into::into).collect();
             assert_eq!(in_arguments(&words, Some(b"c1")), expected, "{line}");
         };
         let command =
-            |line: &str| Some(AskedFor::Command(line.split(' ').map(|word| word.into()).collect()));
+            |line: &str| Some(AskedFor::Command(line.split(' ').map(Into::into).collect()));
         let document = |path: &str| Some(AskedFor::Document(path.into()));
         check("runc --root /x exec -t c1 sh -c x", command("sh -c x"));
         check("runc exec c1 -- ls c1", command("ls c1"));
