@@ -25,6 +25,9 @@ use crate::model::{
 /// Sessions of one container that are known at once, closed ones among them: what
 /// they have left behind may still act.
 const MAX_SESSIONS: usize = 2 * 1024;
+/// Sessions of one container that are told while driftd runs: whoever makes thousands of
+/// shells must not fill the disk with them.
+const MAX_TOLD: u32 = 64 * 1024;
 /// Executions that the runtime has told of before their process was seen.
 const MAX_EXECS: usize = 1024;
 const EXEC_WITHIN: SignedDuration = SignedDuration::from_secs(60);
@@ -62,6 +65,7 @@ struct Known {
     live: HashMap<ProcessIdentity, Live>,
     order: VecDeque<ProcessIdentity>,
     execs: VecDeque<(u32, String, Timestamp)>,
+    told: u32,
     cadences: Cadences,
     probes: HashMap<ProbeId, Probe>,
 }
@@ -164,9 +168,13 @@ impl Sessions {
         })
     }
 
-    /// Makes room for one more; false if all that are known are open.
+    /// Makes room for one more; false if all that are known are open, or too many have
+    /// been told.
     fn make_room(&mut self, container: &ContainerId) -> bool {
         let known = self.known(container);
+        if known.told >= MAX_TOLD {
+            return false;
+        }
         if known.live.len() < MAX_SESSIONS {
             return true;
         }
@@ -264,7 +272,9 @@ impl State {
         }
         if !self.sessions.make_room(container) {
             let _ = self.health.record(Failure::FindingsFull);
-            let detail = format!("more than {MAX_SESSIONS} sessions are open in it");
+            let detail = format!(
+                "more than {MAX_SESSIONS} sessions are open in it, or more than {MAX_TOLD} were"
+            );
             self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
             return;
         }
@@ -320,6 +330,7 @@ impl State {
         known.order.push_back(root);
         known.live.insert(root, live);
         if is_told {
+            self.sessions.known(container).told += 1;
             self.adopt(container, root);
             if !is_held {
                 self.report_session(container, root, observation.source, now, effects);

@@ -62,10 +62,20 @@ impl Calls {
     }
 }
 
-/// What a runtime was asked to execute in a container.
-pub(super) fn asked_for(calls: &mut Calls, pid: u32, watched: &Watched) -> Option<Vec<String>> {
+/// What a runtime was asked to execute in a container. `is_by_runtime`: the process was
+/// a runtime's just now; then it need not be known any more which one's.
+pub(super) fn asked_for(
+    calls: &mut Calls,
+    pid: u32,
+    watched: &Watched,
+    is_by_runtime: bool,
+) -> Option<Vec<String>> {
     let id = watched.container.id.as_bytes();
-    let call = calls.take(pid).or_else(|| read(pid)).or_else(|| calls.take_only(id))?;
+    let known = calls.take(pid).or_else(|| read(pid));
+    let call = match known {
+        None if is_by_runtime => calls.take_only(id),
+        known => known,
+    }?;
     match in_arguments(&call.arguments, Some(id))? {
         AskedFor::Command(command) => {
             Some(command.iter().map(|argument| printable(argument)).collect())

@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::acts;
+use super::calls;
 use super::crowd;
 use super::files::{Held, Left};
 use super::gate::Execution;
@@ -126,7 +127,13 @@ fn describe_one(
         opens.then(|| {
             let began = Instant::now();
             let others_wait = || sessions::others_wait(began, others.len());
+            // First: it ends when what it has started does.
+            let stat = caller.stat.as_ref();
+            let is_by_runtime = stat.is_some_and(|stat| is_before_entry_point(&stat.comm));
+            let runtime = stat.map_or(0, |stat| stat.parent);
+            let asked_for = calls::asked_for(&mut shared.calls(), runtime, &watched, is_by_runtime);
             let mut executing = process::after_exec(&caller, &watched, &others_wait);
+            executing.process.argv = executing.process.argv.or(asked_for);
             if executing.process.argv.is_none() {
                 let execve = (caller.pid, caller.asked);
                 executing.process.argv = process::recorded_arguments(shared, execve, &others_wait);
@@ -134,10 +141,7 @@ fn describe_one(
             let opened = Opened {
                 process: executing.process.clone(),
                 pidfd: caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
-                is_by_runtime: caller
-                    .stat
-                    .as_ref()
-                    .is_some_and(|stat| is_before_entry_point(&stat.comm)),
+                is_by_runtime,
             };
             sessions.tell(shared, &watched, at, Source::Gate, opened);
             executing

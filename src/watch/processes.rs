@@ -64,7 +64,7 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
         let is_by_runtime = is_before_entry_point(&stat.comm);
         // First: it ends when what it has started does.
         let asked_for = if is_by_runtime {
-            calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched)
+            calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, true)
         } else {
             None
         };
@@ -95,7 +95,9 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.sessions();
     if sessions.opens(shared, stat, &seen.watched) {
-        let process = Process::clone(&process);
+        let mut process = Process::clone(&process);
+        let asked_for = calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, false);
+        process.argv = asked_for.or(process.argv);
         let opened = Opened { process, pidfd: None, is_by_runtime: false };
         sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
     }

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::node::{Container, Control, Node, Setup, append_to, bench, end, lock, talk, wait_for};
 use crate::programs::WORKBENCH;
 use crate::run_without_driftd;
+use crate::sessions::Person;
 
 /// The directory with the `sbin/dockerd` and the `bin/docker` to be used.
 const WHERE: &str = "DRIFTD_TEST_DOCKER";
@@ -25,7 +26,13 @@ pub(crate) fn trials() -> Vec<Trial> {
     };
     vec![
         trial("docker_with_overlay2_is_watched", |node| watched(node, Storage::Overlay2)),
-        // Needs Docker 23 or later.
+        trial("docker_with_overlay2_tells_people_from_health_checks", |node| {
+            people(node, Storage::Overlay2)
+        }),
+        // These need Docker 23 or later.
+        trial("docker_with_containerds_images_tells_people_from_health_checks", |node| {
+            people(node, Storage::Images)
+        }),
         trial("docker_with_containerds_images_is_watched", |node| watched(node, Storage::Images)),
     ]
 }
@@ -118,11 +125,15 @@ impl Docker {
 
     /// Starts a container that does what it is told.
     fn run(&self, image: &str) -> anyhow::Result<Container<'_>> {
+        self.run_with(&[], image)
+    }
+
+    fn run_with(&self, more: &[&str], image: &str) -> anyhow::Result<Container<'_>> {
         let control = Control::new(&self.node, &self.node.next_id())?;
         let mount = format!("{}:/.control", control.path.display());
         let options = ["run", "--detach", "--network", "none", "--volume", &mount];
         let command = [image, "/bin/sh", "-c", Control::INIT];
-        let id = self.docker(&[&options[..], &command].concat())?;
+        let id = self.docker(&[&options[..], more, &command].concat())?;
         Ok(Container::new(&self.node, id, control))
     }
 }
@@ -177,6 +188,45 @@ fn watched(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     let second = docker.run(WORKBENCH)?;
     second.wait_until_watched()?;
     second.told_nothing()
+}
+
+/// The container's own health check is counted, and a person is a session.
+fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
+    let docker = Docker::start(node, storage)?;
+    docker.docker(&["load", "--input", path(&bench()?.workbench)?])?;
+    node.start_driftd()?;
+    let check = ["--health-cmd", "/bin/cat /etc/passwd", "--health-interval", "1s"];
+    let container = docker.run_with(&check, WORKBENCH)?;
+    container.wait_until_watched()?;
+    let counted = || -> anyhow::Result<u64> {
+        let probes = node.answer(&["probes", "-c", &container.id])?;
+        let own = probes.iter().find(|probe| probe["source"] == "healthcheck");
+        Ok(own.and_then(|probe| probe["count"].as_u64()).unwrap_or(0))
+    };
+    wait_for("the health check to be counted", || Ok((counted()? >= 3).then_some(())))?;
+    assert_eq!(container.findings()?, Vec::<Value>::new());
+    assert_eq!(node.answer(&["sessions", "-c", &container.id])?, Vec::<Value>::new());
+
+    let mut person = Person::at(&format!(
+        "{} --host unix://{} exec -it {} /bin/sh",
+        docker.programs.join("bin/docker").display(),
+        node.path("docker/docker.sock").display(),
+        container.id,
+    ))?;
+    person.types("/bin/ls /\nexit 4\n")?;
+    person.leaves()?;
+    let session = wait_for("the session's end", || {
+        let sessions = node.answer(&["sessions", "-c", &container.id])?;
+        ensure!(sessions.len() < 2, "{sessions:#?}");
+        Ok(sessions.into_iter().find(|session| session["state"] == "closed"))
+    })?;
+    assert_eq!((&session["client"], &session["entry"]), (&"docker".into(), &"runtime_exec".into()));
+    assert_eq!(
+        (&session["interactive"], &session["exit"]["code"]),
+        (&"terminal".into(), &4.into())
+    );
+    ensure!(session["exec_id"].is_string(), "{session:#}");
+    container.told(&["medium session.interactive"]).map(drop)
 }
 
 fn path(path: &Path) -> anyhow::Result<&str> {

@@ -117,13 +117,13 @@ fn try_run(
 
 /// Somebody at a terminal. `script` gives a command the terminal that a person at a
 /// keyboard has.
-struct Person {
+pub(crate) struct Person {
     child: Child,
     keyboard: Option<ChildStdin>,
 }
 
 impl Person {
-    fn at(command: &str) -> anyhow::Result<Person> {
+    pub(crate) fn at(command: &str) -> anyhow::Result<Person> {
         let mut child = Command::new(programs::find("script")?)
             .args(["-qec", command, "/dev/null"])
             .stdin(Stdio::piped())
@@ -145,13 +145,13 @@ impl Person {
         Person::at(&ctr(container.node, &rest)?)
     }
 
-    fn types(&mut self, text: &str) -> anyhow::Result<()> {
+    pub(crate) fn types(&mut self, text: &str) -> anyhow::Result<()> {
         let keyboard = self.keyboard.as_mut().context("has left")?;
         Ok(keyboard.write_all(text.as_bytes())?)
     }
 
     /// Waits for the end of what was begun with `exit`.
-    fn leaves(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn leaves(&mut self) -> anyhow::Result<()> {
         wait_for("the person to leave", || Ok(self.child.try_wait()?)).map(drop)
     }
 }
