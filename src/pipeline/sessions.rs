@@ -595,7 +595,7 @@ impl State {
         }
         if process == root {
             live.end(observation.at, exit);
-            self.session_closed(container, root, now, effects);
+            self.session_closed(container, root, effects);
         } else {
             self.sessions.changed(container, root, now);
         }
@@ -605,7 +605,6 @@ impl State {
         &mut self,
         container: &ContainerId,
         root: ProcessIdentity,
-        now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         self.say_session(container, root, effects);
@@ -623,7 +622,6 @@ impl State {
             finding.revision += 1;
             effects.push(Effect::record(finding));
         }
-        let _ = now;
     }
 
     /// The runtime has told of what it was asked to execute.
@@ -692,7 +690,7 @@ impl State {
             command.exit = Some(exit);
             live.changed.push(command);
         }
-        self.session_closed(container, root, now, effects);
+        self.session_closed(container, root, effects);
     }
 
     /// The container's first process has ended, and all others with it.
@@ -720,7 +718,7 @@ impl State {
             if live.held_until.is_some() {
                 self.report_session(container, root, Source::Trace, now, effects);
             }
-            self.session_closed(container, root, now, effects);
+            self.session_closed(container, root, effects);
         }
     }
 

@@ -87,6 +87,8 @@ const BEFORE_OPENING: Duration = Duration::from_secs(3);
 const MAX_WAITING: usize = 4 * 1024;
 /// Processes of sessions whose end is waited for.
 const MAX_RUNNING: usize = 16 * 1024;
+/// How long it is remembered how much a session has run that does nothing any more.
+const COUNTED: Duration = Duration::from_secs(600);
 /// How often those that were run beyond the listed ones are told.
 const TELL_MORE_EVERY: Duration = Duration::from_secs(1);
 
@@ -99,7 +101,8 @@ pub(super) struct Acts {
     ends: HashMap<u32, u64>,
     /// How many sessions had opened when `waiting` was last looked through.
     opened: u64,
-    running: HashMap<u32, ProcessIdentity>,
+    /// What is told of, and not over, by pid.
+    running: HashMap<u32, (ProcessIdentity, Arc<Watched>)>,
     counts: HashMap<ProcessIdentity, Count>,
     told_more: Option<Instant>,
 }
@@ -109,6 +112,7 @@ struct Count {
     watched: Arc<Watched>,
     told: u64,
     more: u64,
+    last: Instant,
 }
 
 impl Acts {
@@ -117,14 +121,16 @@ impl Acts {
             watched: ran.watched.clone(),
             told: 0,
             more: 0,
+            last: Instant::now(),
         });
+        count.last = Instant::now();
         if count.told >= MAX_COMMANDS {
             count.more += 1;
             return;
         }
         count.told += 1;
         if self.running.len() < MAX_RUNNING {
-            self.running.insert(ran.pid, ran.root);
+            self.running.insert(ran.pid, (ran.root, ran.watched.clone()));
         }
         let watched = ran.watched.clone();
         shared.act(&watched, Act::Ran(ran));
@@ -188,12 +194,7 @@ impl TraceConsumer for Acts {
 impl Acts {
     /// A process has ended that was told.
     fn end(&mut self, shared: &Shared, pid: u32, time: u64) {
-        let Some(root) = self.running.remove(&pid) else { return };
-        let Some(count) = self.counts.get(&root) else { return };
-        let watched = count.watched.clone();
-        if pid == root.pid && count.more == 0 {
-            self.counts.remove(&root);
-        }
+        let Some((root, watched)) = self.running.remove(&pid) else { return };
         let act = Act::Exited { watched: watched.clone(), root, pid, at: time_of(time) };
         shared.act(&watched, act);
     }
@@ -204,9 +205,11 @@ impl Acts {
         if opened != self.opened {
             self.opened = opened;
             for (since, mut ran) in std::mem::take(&mut self.waiting) {
-                let named = Named::now(ran.pid);
-                let root = shared.roots().of(&ran.watched.container, &shared.births(), named);
-                match root {
+                let root = || {
+                    let named = Named::now(ran.pid);
+                    shared.roots().of(&ran.watched.container, &shared.births(), named)
+                };
+                match ran.watched.has_sessions().then(root).flatten() {
                     Some(root) => {
                         ran.root = root;
                         let (pid, time) = (ran.pid, ran.time);
@@ -240,7 +243,7 @@ impl Acts {
                     let watched = count.watched.clone();
                     shared.act(&count.watched, Act::RanMore { watched, root: *root, times });
                 }
-                times > 0 || self.running.contains_key(&root.pid)
+                self.running.contains_key(&root.pid) || count.last.elapsed() < COUNTED
             });
         }
     }
