@@ -49,6 +49,8 @@ pub(super) enum Act {
         root: ProcessIdentity,
         times: u64,
     },
+    /// The watchers are to stop.
+    End,
     /// A container runtime was called on the host.
     Runtime {
         pid: u32,
@@ -277,7 +279,6 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
     let mut eye = Eye::default();
     let mut last_look = Instant::now();
     while !shared.is_stopping() {
-        // Whoever hands on ends when the watchers do.
         let act = if eye.running.is_empty() && eye.alive.is_empty() {
             acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
         } else {
@@ -316,6 +317,7 @@ impl Eye {
                 let fact = Fact::SessionRanMore { root, times };
                 shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
             }
+            Act::End => (),
             Act::Runtime { pid } => {
                 if let Some(call) = calls::read(pid) {
                     shared.calls().keep(pid, call);

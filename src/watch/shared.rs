@@ -158,6 +158,8 @@ impl Shared {
         // Full, it is readable already.
         let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
         self.wake_scan();
+        // Full, its reader is awake.
+        let _ = self.acts.try_send(Box::new(Act::End));
     }
 
     pub(super) fn is_stopping(&self) -> bool {
