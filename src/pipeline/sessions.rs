@@ -374,7 +374,7 @@ impl State {
         } else if let Some(source) = declared.filter(|_| !is_full) {
             known.probes.insert(id, probe(live, id, argv, source, None, 1));
             live.probe = Some(id);
-        } else {
+        } else if hold.is_some() {
             let rhythm = known.cadences.came(argv, at);
             let wait = match rhythm {
                 Rhythm::Steady(interval) if !is_full => {

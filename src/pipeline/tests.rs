@@ -1636,6 +1636,13 @@ fn a29_a_command_that_comes_once_is_reported_when_no_rhythm_has_come() {
     node.state.policy.respond.kill_on = [Kind::SessionExec].into();
     node.play("session c1 200 - cat /etc/passwd").expect(&["session.exec pid 200 x1 r1"]);
     assert_eq!(node.orders.len(), 1);
+    // Nor where nothing is to be learned.
+    let mut node = Node::running();
+    for pid in 200..210 {
+        node.play(&format!("session c1 {pid} - check\nended c1 {pid} {pid} 0")).wait(8);
+    }
+    node.expect(&["session.exec pid 200 x10 r10"]);
+    assert!(node.probes.is_empty());
 }
 
 #[test]

@@ -266,10 +266,24 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Handles of processes that are held open.
 const MAX_HANDLES: usize = 2 * 1024;
 
+/// A process of which no handle has come yet.
+struct Unheld {
+    watched: Arc<Watched>,
+    root: ProcessIdentity,
+    identity: ProcessIdentity,
+    since: Instant,
+    ended: Option<Timestamp>,
+}
+
+/// How long a handle may come behind what it is of.
+const HANDLE_WITHIN: Duration = Duration::from_secs(1);
+
 /// What the thread knows of open sessions.
 #[derive(Default)]
 struct Eye {
     running: HashMap<u32, Running>,
+    /// What was run and of which no handle has come: those come by another way.
+    unheld: HashMap<u32, Unheld>,
     /// Handles that nobody has asked for yet.
     alive: HashMap<u32, (ProcessIdentity, OwnedFd, Instant)>,
     interactive: HashMap<ProcessIdentity, bool>,
@@ -279,7 +293,7 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
     let mut eye = Eye::default();
     let mut last_look = Instant::now();
     while !shared.is_stopping() {
-        let act = if eye.running.is_empty() && eye.alive.is_empty() {
+        let act = if eye.is_idle() {
             acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
         } else {
             acts.recv_timeout(LOOK_EVERY)
@@ -297,6 +311,10 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
 }
 
 impl Eye {
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.alive.is_empty() && self.unheld.is_empty()
+    }
+
     fn take(&mut self, shared: &Shared, act: Act) {
         match act {
             Act::Opened { watched, root, is_interactive, process } => {
@@ -324,7 +342,13 @@ impl Eye {
                 }
             }
             Act::Alive { identity, process } => {
-                if self.alive.len() < MAX_HANDLES {
+                if let Some(unheld) = self.unheld.remove(&identity.pid) {
+                    let Unheld { watched, root, ended, .. } = unheld;
+                    self.wait_for(shared, watched, root, identity, process);
+                    if let Some(running) = self.running.get_mut(&identity.pid) {
+                        running.ended = ended;
+                    }
+                } else if self.alive.len() < MAX_HANDLES {
                     self.alive.insert(identity.pid, (identity, process, Instant::now()));
                 }
             }
@@ -334,6 +358,10 @@ impl Eye {
                     self.try_to_end(shared, pid, false);
                 }
                 Some(_) | None => {
+                    if let Some(unheld) = self.unheld.get_mut(&pid) {
+                        unheld.ended = Some(at);
+                        return;
+                    }
                     // Nobody had a handle of it.
                     let process =
                         if pid == root.pid { root } else { ProcessIdentity { pid, start_time: 0 } };
@@ -377,8 +405,14 @@ impl Eye {
         let run = Run { process: identity, exe, argv, tty };
         let fact = Fact::SessionRan { root, run: Arc::new(run) };
         shared.observe(&watched, at, Source::Trace, fact);
-        if let Some(process) = process {
-            self.wait_for(shared, watched, root, identity, process);
+        match process {
+            Some(process) => self.wait_for(shared, watched, root, identity, process),
+            None if !self.running.contains_key(&pid) && self.unheld.len() < MAX_HANDLES => {
+                let since = Instant::now();
+                let unheld = Unheld { watched, root, identity, since, ended: None };
+                self.unheld.insert(pid, unheld);
+            }
+            None => (),
         }
     }
 
@@ -406,6 +440,15 @@ impl Eye {
 
     fn look_who_ended(&mut self, shared: &Shared) {
         self.alive.retain(|_, (.., since)| since.elapsed() < BEFORE_OPENING);
+        let late = |_: &u32, unheld: &mut Unheld| unheld.since.elapsed() >= HANDLE_WITHIN;
+        for (_, unheld) in self.unheld.extract_if(late) {
+            // Nobody had a handle of it. If it lives, the records tell its end.
+            let Unheld { watched, root, identity: process, ended: Some(at), .. } = unheld else {
+                continue;
+            };
+            let fact = Fact::SessionProcessEnded { root, process, exit: None };
+            shared.observe(&watched, at, Source::Trace, fact);
+        }
         let pids: Vec<u32> = self.running.keys().copied().collect();
         for pid in pids {
             self.try_to_end(shared, pid, true);

@@ -85,10 +85,11 @@ pub(super) fn asked_for(
 }
 
 /// Looks at a runtime that was called. Nobody else's word is taken: it must live in
-/// the host's mount namespace.
+/// the host's mount namespace, and be root's, since it names a file to be read.
 pub(super) fn read(pid: u32) -> Option<Call> {
     let handle = Handle::open(pid).ok()?;
-    if !handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace) {
+    let is_hosts = handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace);
+    if !is_hosts || handle.uid().ok()? != 0 {
         return None;
     }
     let arguments = handle.arguments().ok()??;

@@ -114,7 +114,7 @@ impl Sessions {
         };
         let Some(is_root) = is_root(&handle, Some(caller.parent), watched) else { return false };
         self.judged.insert(identity);
-        if is_inside(&handle, watched) {
+        if is_inside(&handle, watched) == Some(true) {
             self.inside.insert(identity);
         }
         is_root
@@ -189,25 +189,31 @@ pub(super) struct Opened {
 
 /// Whether a process is in the container: by its mount namespace, its pid namespace,
 /// its control group or its root directory. One of them is enough: who joins only one
-/// of them is in it all the same.
-fn is_inside(handle: &Handle, watched: &Watched) -> bool {
+/// of them is in it all the same. `None` of who is ending: nothing is known of it.
+fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
+    let own_namespace = handle.mount_namespace();
+    let is_known = own_namespace.is_ok();
     let is_own = |own: Option<u64>, namespace: std::io::Result<u64>, is_hosts: fn(u64) -> bool| {
         namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
     };
-    is_own(watched.mount_namespace, handle.mount_namespace(), procfs::is_host_mount_namespace)
+    let is_inside = is_own(watched.mount_namespace, own_namespace, procfs::is_host_mount_namespace)
         || (watched.has_own_pid_namespace()
             && is_own(watched.pid_namespace, handle.pid_namespace(), |namespace| {
                 procfs::is_host_pid_namespace(namespace)
             }))
         || is_in_control_group(handle, watched) == Some(true)
         || file::stat_path(handle.root_path())
-            .is_ok_and(|root| root.device == watched.device && root.mount == watched.mount)
+            .is_ok_and(|root| root.device == watched.device && root.mount == watched.mount);
+    (is_inside || is_known).then_some(is_inside)
 }
 
 /// `None` if the container has none of its own, or the process is gone.
 fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
     let own = watched.cgroup.as_deref()?;
     let cgroup = handle.cgroup().ok()?;
+    if handle.stat().ok()?.has_ended() {
+        return None;
+    }
     let below = cgroup.strip_prefix(own);
     Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
 }
@@ -215,7 +221,7 @@ fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
 /// Whether a process is in the container and its parent is not; `None` if that
 /// cannot be told any more.
 fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> Option<bool> {
-    if !is_inside(handle, watched) {
+    if !is_inside(handle, watched)? {
         return Some(false);
     }
     let start_time = handle.identity().start_time;
@@ -230,10 +236,10 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
     // another one: `nsenter` does so.
     let first = chain.find(|parent| {
         parent.identity() == watched.init
-            || !is_inside(parent, watched)
+            || is_inside(parent, watched) != Some(true)
             || !runs_from_outside(parent)
     })?;
-    Some(!is_inside(&first, watched))
+    Some(!is_inside(&first, watched)?)
 }
 
 /// Whether a process runs a program that lies on no mount of its own namespace: it

@@ -141,6 +141,11 @@ fn nothing_of_the_host(node: &Node, opened: &BTreeSet<PathBuf>) -> anyhow::Resul
     let ours = [node.path("driftd"), node.path("root"), node.path("state")];
     // Who may speak on the socket, and which users there are, is the host's to say.
     let usual = ["/etc/group", "/etc/passwd", "/etc/nsswitch.conf", "/etc/ld.so.cache"];
+    // What containerd's shim asks of runc: the host's own, and read without following links.
+    let asked_for = |path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("runc-process")
+    };
     let foreign: Vec<_> = opened
         .iter()
         .filter(|path| !ours.iter().any(|ours| path.starts_with(ours)))
@@ -148,6 +153,7 @@ fn nothing_of_the_host(node: &Node, opened: &BTreeSet<PathBuf>) -> anyhow::Resul
         .filter(|path| {
             // Programs and libraries, its own log, directories above its own.
             !path.starts_with("/usr")
+                && !asked_for(path)
                 && !node.directory.path().starts_with(path)
                 && !path.ends_with("driftd.log")
         })
