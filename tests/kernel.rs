@@ -1462,7 +1462,9 @@ fn sessions_are_told_once_and_before_what_they_do() {
         .collect();
     assert_eq!(order, ["session", "executed", "executed"]);
     let (source, process) = node.until_observed("the late session", told);
-    assert_eq!((source, process.tty.as_deref()), (Source::Gate, None));
+    // By the record of `chroot`, the host's own, or when the gate is asked behind it.
+    assert!(matches!(source, Source::Gate | Source::Trace), "{source:?}");
+    assert_eq!(process.tty, None);
     assert_eq!(process.ancestors.last().map(|last| last.identity.pid), Some(late.0.id()));
 }
 
