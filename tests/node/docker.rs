@@ -218,7 +218,9 @@ fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     let session = wait_for("the session's end", || {
         let sessions = node.answer(&["sessions", "-c", &container.id])?;
         ensure!(sessions.len() < 2, "{sessions:#?}");
-        Ok(sessions.into_iter().find(|session| session["state"] == "closed"))
+        let is_whole =
+            |session: &Value| session["state"] == "closed" && session["exec_id"].is_string();
+        Ok(sessions.into_iter().find(is_whole))
     })?;
     assert_eq!((&session["client"], &session["entry"]), (&"docker".into(), &"runtime_exec".into()));
     assert_eq!(

