@@ -133,7 +133,8 @@ impl Sessions {
         let is_root = if stat.identity == watched.init {
             beside(shared, watched).is_some()
         } else {
-            is_root(handle, None, watched) == Some(true)
+            // Who has joined and runs the host's program yet may only start another one.
+            is_root(handle, None, watched) == Some(true) && !runs_from_outside(handle)
         };
         if !is_root {
             return false;
