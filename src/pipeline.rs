@@ -1457,15 +1457,22 @@ fn new_finding(
 
 impl Finding {
     fn belongs_to(&mut self, id: &ContainerId, entry: &Entry) {
-        let container = entry.container.as_ref();
-        self.container = Some(ContainerEvidence {
-            id: id.clone(),
-            labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
-            pod: container.and_then(|container| container.pod.clone()),
-        });
-        self.image = container.map(|container| container.image.clone()).unwrap_or_default();
-        self.image.chain_id = self.image.chain_id.or_else(|| entry.chain_id());
+        let (container, image) = whose(id, entry);
+        (self.container, self.image) = (Some(container), image);
     }
+}
+
+/// The container and its image, as findings and sessions name them.
+fn whose(id: &ContainerId, entry: &Entry) -> (ContainerEvidence, ImageReference) {
+    let container = entry.container.as_ref();
+    let evidence = ContainerEvidence {
+        id: id.clone(),
+        labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
+        pod: container.and_then(|container| container.pod.clone()),
+    };
+    let mut image = container.map(|container| container.image.clone()).unwrap_or_default();
+    image.chain_id = image.chain_id.or_else(|| entry.chain_id());
+    (evidence, image)
 }
 
 /// Owners are told as the container and its image name them.

@@ -9,17 +9,17 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use jiff::{SignedDuration, Timestamp};
 
 use super::probes::{Cadences, Rhythm};
-use super::{Effect, State, new_finding};
+use super::{Effect, State, new_finding, whose};
 use crate::health::Failure;
 use crate::history::Record;
-use crate::model::finding::{ContainerEvidence, Subject};
+use crate::model::finding::Subject;
 use crate::model::session::{
     COMMAND_SCHEMA, MAX_COMMANDS, MAX_SESSION_FINDINGS, PROBE_SCHEMA, SESSION_SCHEMA,
 };
 use crate::model::{
-    Command, Container, ContainerId, Disposition, Entry, Exit, FindingId, ImageReference,
-    Interactive, Kind, Observation, Opening, Probe, ProbeId, ProbeSource, Process, ProcessIdentity,
-    Run, Session, SessionId, SessionState, Source,
+    Command, Container, ContainerId, Disposition, Entry, Exit, FindingId, Interactive, Kind,
+    Observation, Opening, Probe, ProbeId, ProbeSource, Process, ProcessIdentity, Run, Session,
+    SessionId, SessionState, Source,
 };
 
 /// Sessions of one container that are known at once, closed ones among them: what
@@ -208,7 +208,9 @@ fn in_words(entry: Entry) -> Option<&'static str> {
         Entry::Namespace => {
             Some("a process of the host's joined the container's namespaces, past its runtime")
         }
-        Entry::SharedPidNamespace => Some("a container was put into the pid namespace of this one"),
+        Entry::SharedPidNamespace => {
+            Some("this container was put into the pid namespace of another one")
+        }
         Entry::Attach => Some("somebody was connected to the terminal of its first process"),
     }
 }
@@ -231,20 +233,6 @@ fn client(container: Option<&Container>, id: &ContainerId, entry: Entry) -> Opti
 }
 
 impl State {
-    fn container_evidence(&self, id: &ContainerId) -> (ContainerEvidence, ImageReference) {
-        let entry = self.inventory.get(id);
-        let container = entry.and_then(|entry| entry.container.as_ref());
-        let evidence = ContainerEvidence {
-            id: id.clone(),
-            labels: container.map(|container| container.labels.clone()).unwrap_or_default(),
-            pod: container.and_then(|container| container.pod.clone()),
-        };
-        let mut image = container.map(|container| container.image.clone()).unwrap_or_default();
-        image.chain_id =
-            image.chain_id.or_else(|| entry.and_then(crate::inventory::Entry::chain_id));
-        (evidence, image)
-    }
-
     /// Whether this is what holds a pod's namespaces, and no container of it.
     fn is_sandbox(&self, id: &ContainerId) -> bool {
         let container = self.inventory.get(id).and_then(|entry| entry.container.as_ref());
@@ -278,9 +266,9 @@ impl State {
             self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
             return;
         }
-        let (evidence, image) = self.container_evidence(container);
-        let record = self.inventory.get(container).and_then(|entry| entry.container.as_ref());
-        let client = client(record, container, opening.entry);
+        let Some(entry) = self.inventory.get(container) else { return };
+        let (evidence, image) = whose(container, entry);
+        let client = client(entry.container.as_ref(), container, opening.entry);
         let known = self.sessions.known(container);
         let exec = known.execs.iter().position(|(pid, ..)| *pid == root.pid);
         let exec_id = exec.and_then(|index| known.execs.remove(index)).map(|(_, id, _)| id);

@@ -659,14 +659,17 @@ pub fn is_host_pid_namespace(namespace: u64) -> bool {
 /// Names the mount namespace of a process by its pid alone: a hint, since the pid
 /// may be another process's by now.
 pub fn mount_namespace_of(pid: u32) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt as _;
-    Ok(std::fs::metadata(format!("/proc/{pid}/ns/mnt"))?.ino())
+    namespace_of(pid, "mnt")
 }
 
 /// The same for its pid namespace.
 pub fn pid_namespace_of(pid: u32) -> io::Result<u64> {
+    namespace_of(pid, "pid")
+}
+
+fn namespace_of(pid: u32, kind: &str) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
-    Ok(std::fs::metadata(format!("/proc/{pid}/ns/pid"))?.ino())
+    Ok(std::fs::metadata(format!("/proc/{pid}/ns/{kind}"))?.ino())
 }
 
 /// A process's group in perf's hierarchy, and whether that is the unified one;

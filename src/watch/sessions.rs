@@ -210,13 +210,9 @@ fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
 
 /// `None` if the container has none of its own, or the process is gone.
 fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
-    let own = watched.cgroup.as_deref()?;
-    let cgroup = handle.cgroup().ok()?;
-    if handle.stat().ok()?.has_ended() {
-        return None;
-    }
-    let below = cgroup.strip_prefix(own);
-    Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
+    let is_in = watched.holds_cgroup(&handle.cgroup().ok()?)?;
+    // Of who has ended it may be another one.
+    (!handle.stat().ok()?.has_ended()).then_some(is_in)
 }
 
 /// Whether a process is in the container and its parent is not; `None` if that

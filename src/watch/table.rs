@@ -214,6 +214,12 @@ impl Watched {
         self.has_own_pid_namespace.load(Ordering::Acquire)
     }
 
+    /// Whether this control group is its own or within it; `None` if it has none.
+    pub(super) fn holds_cgroup(&self, cgroup: &[u8]) -> Option<bool> {
+        let below = cgroup.strip_prefix(self.cgroup.as_deref()?);
+        Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
+    }
+
     /// Whether somebody has come into it from outside since it is watched.
     pub(super) fn has_sessions(&self) -> bool {
         self.has_sessions.load(Ordering::Acquire)
@@ -541,13 +547,7 @@ impl Table {
         let maps = self.read();
         maps.by_container
             .values()
-            .find(|watched| {
-                watched.cgroup.as_deref().is_some_and(|own| {
-                    cgroup
-                        .strip_prefix(own)
-                        .is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
-                })
-            })
+            .find(|watched| watched.holds_cgroup(cgroup) == Some(true))
             .cloned()
     }
 
