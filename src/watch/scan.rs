@@ -295,7 +295,7 @@ fn settle(shared: &Shared) -> bool {
             Ok(None) if in_image && lower::holds(layers, &path) => (),
             Ok(None) => tell(Fact::Absent { path, writer }),
             Ok(Some(Found::Directory)) => directories.push((watched.clone(), path)),
-            Err(_) if watched.is_detaching() => (),
+            Err(_) if watched.is_detaching() || shared.is_stopping() => (),
             Err(err) => {
                 let detail = format!("the changed file {path} cannot be looked at: {err}");
                 shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
@@ -467,18 +467,24 @@ fn entry(
         return Ok(Found::Whiteout);
     }
     let hashing = if is_sensitive { Hashing::Always } else { Hashing::Programs };
+    // A large file is not what a stop waits for.
+    let state_of = |file: &OwnedFd| {
+        let is_wanted = || !shared.is_stopping();
+        state::while_wanted(file.as_fd(), &stat, hashing, max_hash_bytes, &is_wanted)
+            .ok_or(io::ErrorKind::Interrupted)
+    };
     let state = if overlay::is_metacopy(&fd, user)? {
         // The content is in a layer below. The merged view knows where; once the
         // container has ended there is none.
         let merged = open_merged(watched, path).ok().and_then(|content| {
             // Open, it keeps the container's mount busy.
-            let is_wanted = || !watched.is_detaching();
+            let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
             state::while_wanted(content.as_fd(), &stat, hashing, max_hash_bytes, &is_wanted)
         });
-        let state = merged.or_else(|| {
-            let content = open_below(layers, path, &fd)?;
-            Some(state::of(content.as_fd(), &stat, hashing, max_hash_bytes))
-        });
+        let state = match merged {
+            Some(state) => Some(state),
+            None => open_below(layers, path, &fd).map(|content| state_of(&content)).transpose()?,
+        };
         match state {
             Some(state) => {
                 // The attributes are the upper file's.
@@ -488,7 +494,7 @@ fn entry(
             None => state::unopened(&stat),
         }
     } else {
-        state::of(fd.as_fd(), &stat, hashing, max_hash_bytes)
+        state_of(&fd)?
     };
     let is_program = lower::looks_like_program(state.format, state.mode) || is_sensitive;
     Ok(Found::Entry { stat, state, lower: below(is_program) })
@@ -701,6 +707,7 @@ impl Walk<'_> {
             }
             Ok(Found::Whiteout) => self.absent(path),
             Ok(Found::Directory) => Ok(()),
+            Err(_) if self.shared.is_stopping() => Err(Interrupted),
             Err(err) if is_gone(&err) => Ok(()),
             Err(err) => {
                 self.note(format!("cannot read {path}: {err}"));
