@@ -296,6 +296,16 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+fn kernel_release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap()
+}
+
+fn kernel_version() -> (u32, u32) {
+    let release = kernel_release();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap(), numbers.next().unwrap())
+}
+
 fn hash_of(path: impl AsRef<Path>) -> Blake3Hash {
     Blake3Hash(*blake3::hash(&fs::read(path).unwrap()).as_bytes())
 }
@@ -860,7 +870,7 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     node.attach(&container);
     fs::copy(&loader, container.merged().join("tmp/loader")).unwrap();
     // It runs for less than a millisecond.
-    container.shell("/tmp/loader memfd 1000 /tmp/loader exit");
+    container.inside("/tmp/loader memfd 1000 /tmp/loader exit");
     let (mut hashed, mut with_arguments) = (0, 0);
     let wanted = path("/memfd:a");
     let expected = hash_of(&loader);
@@ -868,7 +878,11 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     let mut count = 0;
     while count < 1000 {
         let report = node.reports.recv_deadline(deadline);
-        let report = *report.unwrap_or_else(|_| panic!("{count} of 1000, {hashed} hashed"));
+        let report = *report.unwrap_or_else(|_| {
+            let told: Vec<_> = node.told.iter().map(summary).collect();
+            let losses = node.health.losses();
+            panic!("{count} of 1000, {hashed} hashed; lost: {losses:?}; told: {told:#?}")
+        });
         if let Report::Observed(Observation {
             source,
             fact: Fact::Executed { path, filesystem, state, running, process, .. },
@@ -1142,7 +1156,7 @@ fn a11_a_program_on_a_tmpfs_is_told_as_the_container_sees_it() {
 #[test]
 fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
     let best = Notifier::new();
-    assert!(!best.is_polling(), "this kernel does not tell of mounts (it must be 6.14 or newer)");
+    assert_eq!(best.is_polling(), kernel_version() < (6, 14), "on {}", kernel_release());
     for notifier in [best, Notifier::polling()] {
         let mut container = container_with_mounts();
         let mut node = Node::with_notifier(notifier);
@@ -1557,9 +1571,7 @@ fn what_the_kernel_lacks_is_known_and_said() {
     for feature in found.missing() {
         eprintln!("no {}: {} ({})", feature.name(), feature.without(), feature.since());
     }
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
-    let version = (numbers.next().unwrap(), numbers.next().unwrap());
+    let (version, release) = (kernel_version(), kernel_release());
     let expected = |feature, since| {
         assert_eq!(found.has(feature), version >= since, "{feature:?} on {release}");
     };

@@ -512,7 +512,7 @@ impl State {
                 process: run.process,
                 exe: run.exe.clone(),
                 argv: run.argv.clone(),
-                started_at: observation.at,
+                started_at: observation.at.max(live.session.started_at),
                 ended_at: None,
                 exit: None,
             };

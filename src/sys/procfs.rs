@@ -17,6 +17,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use procfs::process::Process;
 use rustix::fs::{Mode, OFlags};
@@ -111,12 +112,15 @@ pub fn read_stat(pid: u32) -> io::Result<Stat> {
     Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// For how long a process has been there.
-pub fn age(process: ProcessIdentity) -> std::time::Duration {
-    let ticks = rustix::param::clock_ticks_per_second();
-    let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
-    let since = process.start_time / ticks.max(1);
-    std::time::Duration::from_secs(u64::try_from(up).unwrap_or(0).saturating_sub(since))
+/// For how long a process has been there, to the clock tick before its start: rather
+/// too long than too short.
+pub fn age(process: ProcessIdentity) -> Duration {
+    let ticks = rustix::param::clock_ticks_per_second().max(1);
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let up = Duration::try_from(now).unwrap_or_default();
+    let (seconds, rest) = (process.start_time / ticks, process.start_time % ticks);
+    let since = Duration::from_secs(seconds) + Duration::from_nanos(rest * 1_000_000_000 / ticks);
+    up.saturating_sub(since)
 }
 
 /// The name of a terminal, from `tty_nr` (proc_pid_stat(5), field 7).

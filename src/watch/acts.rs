@@ -19,36 +19,25 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
+use super::arguments::Words;
 use super::calls;
-use super::process::{self, Caller};
+use super::process::{self, Caller, Executing};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::{TraceConsumer, time_of};
 use super::writers::Named;
 use crate::model::session::MAX_COMMANDS;
-use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, Source, printable};
+use crate::model::{Exit, Fact, Interactive, Process, ProcessIdentity, Run, Source, printable};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::pidfd;
-use crate::sys::procfs::{self, Handle};
+use crate::sys::procfs::{self, Handle, Stat};
 
 /// What the thread is told.
 #[derive(Debug)]
 pub(super) enum Act {
-    /// A session has opened; with a handle of its first process, if one was had.
-    Opened {
-        watched: Arc<Watched>,
-        root: ProcessIdentity,
-        is_interactive: bool,
-        process: Option<OwnedFd>,
-    },
+    Event(Event),
     Ran(Ran),
-    /// Beyond those that are told one by one.
-    RanMore {
-        watched: Arc<Watched>,
-        root: ProcessIdentity,
-        times: u64,
-    },
     /// The watchers are to stop.
     End,
     /// A container runtime was called on the host.
@@ -61,13 +50,22 @@ pub(super) enum Act {
         identity: ProcessIdentity,
         process: OwnedFd,
     },
-    /// A process of a session has ended.
-    Exited {
+}
+
+/// What has happened in a session, but for what was run.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A session has opened; with a handle of its first process, if one was had.
+    Opened {
         watched: Arc<Watched>,
         root: ProcessIdentity,
-        pid: u32,
-        at: Timestamp,
+        is_interactive: bool,
+        process: Option<OwnedFd>,
     },
+    /// Beyond those that are told one by one.
+    RanMore { watched: Arc<Watched>, root: ProcessIdentity, times: u64 },
+    /// A process of a session has ended.
+    Exited { watched: Arc<Watched>, root: ProcessIdentity, pid: u32, at: Timestamp },
 }
 
 /// A program that was run in a session.
@@ -197,8 +195,8 @@ impl Acts {
     /// A process has ended that was told.
     fn end(&mut self, shared: &Shared, pid: u32, time: u64) {
         let Some((root, watched)) = self.running.remove(&pid) else { return };
-        let act = Act::Exited { watched: watched.clone(), root, pid, at: time_of(time) };
-        shared.act(&watched, act);
+        let event = Event::Exited { watched: watched.clone(), root, pid, at: time_of(time) };
+        shared.act(&watched, Act::Event(event));
     }
 
     /// What was run by processes of sessions that have opened meanwhile.
@@ -243,7 +241,8 @@ impl Acts {
                 let times = std::mem::take(&mut count.more);
                 if times > 0 {
                     let watched = count.watched.clone();
-                    shared.act(&count.watched, Act::RanMore { watched, root: *root, times });
+                    let event = Event::RanMore { watched, root: *root, times };
+                    shared.act(&count.watched, Act::Event(event));
                 }
                 self.running.contains_key(&root.pid) || count.last.elapsed() < COUNTED
             });
@@ -287,7 +286,30 @@ struct Eye {
     /// Handles that nobody has asked for yet.
     alive: HashMap<u32, (ProcessIdentity, OwnedFd, Instant)>,
     interactive: HashMap<ProcessIdentity, bool>,
+    /// What is to be told, in its order.
+    untold: VecDeque<Untold>,
 }
+
+/// What is told when everything before it is.
+#[derive(Debug)]
+enum Untold {
+    Event(Event),
+    Looked(Looked),
+}
+
+/// A program that was run in a session, as far as it could be looked at.
+#[derive(Debug)]
+struct Looked {
+    ran: Ran,
+    since: Instant,
+    run: Run,
+}
+
+/// For how long what is over waits for whoever was asked about it at the gate and may
+/// have read its arguments; and while how many others wait.
+const WORDS_WITHIN: Duration = Duration::from_millis(20);
+const FEW: usize = 64;
+const STEP: Duration = Duration::from_millis(2);
 
 pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
     let mut eye = Eye::default();
@@ -296,13 +318,14 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
         let act = if eye.is_idle() {
             acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
         } else {
-            acts.recv_timeout(LOOK_EVERY)
+            acts.recv_timeout(if eye.untold.is_empty() { LOOK_EVERY } else { STEP })
         };
         match act {
             Ok(act) => eye.take(shared, *act),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
+        eye.tell(shared);
         if last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
             eye.look_who_ended(shared);
@@ -312,29 +335,14 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
 
 impl Eye {
     fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.alive.is_empty() && self.unheld.is_empty()
+        self.running.is_empty()
+            && self.alive.is_empty()
+            && self.unheld.is_empty()
+            && self.untold.is_empty()
     }
 
     fn take(&mut self, shared: &Shared, act: Act) {
         match act {
-            Act::Opened { watched, root, is_interactive, process } => {
-                if self.interactive.len() >= MAX_HANDLES {
-                    self.interactive.clear();
-                }
-                self.interactive.insert(root, is_interactive);
-                if let Some(process) = process.or_else(|| handle_of(root)) {
-                    self.wait_for(shared, watched, root, root, process);
-                } else {
-                    // Gone before anybody looked.
-                    let fact = Fact::SessionProcessEnded { root, process: root, exit: None };
-                    shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
-                }
-            }
-            Act::Ran(ran) => self.ran(shared, ran),
-            Act::RanMore { watched, root, times } => {
-                let fact = Fact::SessionRanMore { root, times };
-                shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
-            }
             Act::End => (),
             Act::Runtime { pid } => {
                 if let Some(call) = calls::read(pid) {
@@ -352,7 +360,58 @@ impl Eye {
                     self.alive.insert(identity.pid, (identity, process, Instant::now()));
                 }
             }
-            Act::Exited { watched, root, pid, at } => match self.running.get_mut(&pid) {
+            // At once, while it lives.
+            Act::Ran(ran) => {
+                let looked = self.look_at(shared, ran);
+                self.untold.push_back(Untold::Looked(looked));
+            }
+            Act::Event(event) => self.untold.push_back(Untold::Event(event)),
+        }
+    }
+
+    /// Tells what has happened, in its order.
+    fn tell(&mut self, shared: &Shared) {
+        while let Some(first) = self.untold.pop_front() {
+            match first {
+                Untold::Event(event) => self.tell_event(shared, event),
+                Untold::Looked(mut looked) => {
+                    let Ran { pid, time, exe, .. } = &looked.ran;
+                    if looked.run.argv.is_none() {
+                        looked.run.argv = process::found(shared, (*pid, *time), exe.as_deref());
+                    }
+                    let waits = looked.run.argv.is_none()
+                        && looked.since.elapsed() < WORDS_WITHIN
+                        && self.untold.len() < FEW;
+                    if waits {
+                        self.untold.push_front(Untold::Looked(looked));
+                        return;
+                    }
+                    self.tell_ran(shared, looked);
+                }
+            }
+        }
+    }
+
+    fn tell_event(&mut self, shared: &Shared, event: Event) {
+        match event {
+            Event::Opened { watched, root, is_interactive, process } => {
+                if self.interactive.len() >= MAX_HANDLES {
+                    self.interactive.clear();
+                }
+                self.interactive.insert(root, is_interactive);
+                if let Some(process) = process.or_else(|| handle_of(root)) {
+                    self.wait_for(shared, watched, root, root, process);
+                } else {
+                    // Gone before anybody looked.
+                    let fact = Fact::SessionProcessEnded { root, process: root, exit: None };
+                    shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
+                }
+            }
+            Event::RanMore { watched, root, times } => {
+                let fact = Fact::SessionRanMore { root, times };
+                shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
+            }
+            Event::Exited { watched, root, pid, at } => match self.running.get_mut(&pid) {
                 Some(running) if running.root == root => {
                     running.ended = Some(at);
                     self.try_to_end(shared, pid, false);
@@ -372,8 +431,9 @@ impl Eye {
         }
     }
 
-    fn ran(&mut self, shared: &Shared, ran: Ran) {
-        let Ran { watched, root, pid, at, exe, time, process } = ran;
+    fn look_at(&mut self, shared: &Shared, mut ran: Ran) -> Looked {
+        let Ran { pid, time, exe, .. } = &ran;
+        let (pid, time) = (*pid, *time);
         let handle = Handle::open(pid).ok();
         let stat = handle.as_ref().map(Handle::first_stat);
         let alive = self.alive.remove(&pid);
@@ -381,7 +441,6 @@ impl Eye {
             .map(|stat| stat.identity)
             .or(alive.as_ref().map(|(identity, ..)| *identity))
             .unwrap_or(ProcessIdentity { pid, start_time: 0 });
-        let process = process.or(alive.map(|(_, process, _)| process));
         let tty = stat.and_then(procfs::Stat::tty);
         let argv = process::recorded(shared, pid, time, time);
         // It may have gone on to another program meanwhile: then these are not its words.
@@ -393,16 +452,24 @@ impl Eye {
             let argv = handle.arguments().ok()??;
             is_still_it(handle).then(|| argv.iter().map(|argument| printable(argument)).collect())
         });
+        let exe = exe.as_deref();
+        let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(exe)));
+        ran.process = ran.process.take().or(alive.map(|(_, process, _)| process));
+        let run = Run { process: identity, exe, argv, tty };
+        Looked { ran, since: Instant::now(), run }
+    }
+
+    fn tell_ran(&mut self, shared: &Shared, looked: Looked) {
+        let Looked { ran: Ran { watched, root, pid, at, process, .. }, run, .. } = looked;
+        let (identity, tty) = (run.process, run.tty.clone());
         if tty.is_some()
             && let Some(is_interactive) = self.interactive.get_mut(&root)
             && !std::mem::replace(is_interactive, true)
         {
             let interactive = Interactive::TerminalLater;
-            let fact = Fact::SessionInteractive { root, interactive, tty: tty.clone() };
+            let fact = Fact::SessionInteractive { root, interactive, tty };
             shared.observe(&watched, at, Source::Trace, fact);
         }
-        let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(&exe)));
-        let run = Run { process: identity, exe, argv, tty };
         let fact = Fact::SessionRan { root, run: Arc::new(run) };
         shared.observe(&watched, at, Source::Trace, fact);
         match process {
@@ -482,6 +549,33 @@ pub(super) fn keep_handle(shared: &Shared, watched: &Arc<Watched>, caller: &Call
     let (Some(stat), Some(pidfd)) = (&caller.stat, &caller.pidfd) else { return };
     if let Ok(process) = pidfd.try_clone() {
         shared.act(watched, Act::Alive { identity: stat.identity, process });
+    }
+}
+
+/// Whether a process is known to belong to a session. Its birth may not have been read
+/// yet, its parent's has.
+pub(super) fn is_in_session(shared: &Shared, watched: &Watched, caller: &Stat) -> bool {
+    if !watched.has_sessions() {
+        return false;
+    }
+    let (roots, births) = (shared.roots(), shared.births());
+    let of = |pid| roots.of(&watched.container, &births, Named::now(pid));
+    of(caller.identity.pid).or_else(|| of(caller.parent)).is_some()
+}
+
+/// Keeps with what words a process has become a program that the gate was asked about.
+pub(super) fn keep_words(
+    shared: &Shared,
+    watched: &Watched,
+    caller: &Caller,
+    executing: &Executing,
+) {
+    let Process { exe, argv, .. } = &executing.process;
+    if let (Some(asked), Some(argv)) = (caller.asked, argv)
+        && watched.has_sessions()
+    {
+        let words = Words { exe: exe.clone(), argv: argv.clone() };
+        shared.arguments().found(caller.pid, asked, words);
     }
 }
 

@@ -10,6 +10,7 @@ use std::collections::{HashMap, VecDeque};
 /// Bounds for what is kept; the oldest is forgotten.
 const MAX_EXECUTIONS: usize = 4 * 1024;
 const MAX_BYTES: usize = 4 << 20;
+const MAX_EARLY: usize = 256;
 
 /// Times are of the records' clock.
 #[derive(Debug, Default)]
@@ -18,6 +19,9 @@ pub(super) struct Arguments {
     /// Each of them, by time and process.
     order: VecDeque<(u64, u32)>,
     bytes: usize,
+    /// Of an execve whose record has not been read: when the gate was asked, and what
+    /// was found.
+    early: HashMap<u32, (u64, Box<Words>)>,
     /// Of what was executed before this, some may be forgotten.
     forgotten: u64,
 }
@@ -27,11 +31,27 @@ struct Execution {
     time: u64,
     /// As /proc/PID/cmdline has them.
     arguments: Option<Box<[u8]>>,
+    /// What was read there, if that is not known.
+    found: Option<Box<Words>>,
+}
+
+/// What a process was when it was looked at.
+#[derive(Debug)]
+pub(super) struct Words {
+    pub(super) exe: Option<String>,
+    pub(super) argv: Vec<String>,
+}
+
+impl Words {
+    fn bytes(&self) -> usize {
+        self.exe.iter().chain(&self.argv).map(|word| size_of::<String>() + word.len()).sum()
+    }
 }
 
 impl Execution {
     fn bytes(&self) -> usize {
         self.arguments.as_ref().map_or(0, |arguments| arguments.len())
+            + self.found.as_ref().map_or(0, |words| words.bytes())
     }
 }
 
@@ -46,7 +66,9 @@ pub(super) enum Recorded {
 
 impl Arguments {
     pub(super) fn executed(&mut self, pid: u32, time: u64, arguments: Option<Box<[u8]>>) {
-        let execution = Execution { time, arguments };
+        let early = self.early.remove(&pid).filter(|(asked, _)| *asked <= time);
+        let found = early.map(|(_, words)| words).filter(|_| arguments.is_none());
+        let execution = Execution { time, arguments, found };
         self.bytes += execution.bytes();
         self.executions.entry(pid).or_default().push(execution);
         self.order.push_back((time, pid));
@@ -61,6 +83,31 @@ impl Arguments {
             *unknown = Some(arguments);
             self.keep_bounds();
         }
+    }
+
+    /// What was read of a process after the gate was asked about it.
+    pub(super) fn found(&mut self, pid: u32, asked: u64, words: Words) {
+        let executions = self.executions.get_mut(&pid).into_iter().flatten();
+        match executions.into_iter().find(|execution| execution.time >= asked) {
+            Some(execution @ Execution { arguments: None, found: None, .. }) => {
+                self.bytes += words.bytes();
+                execution.found = Some(Box::new(words));
+                self.keep_bounds();
+            }
+            Some(_) => (),
+            None => {
+                if self.early.len() >= MAX_EARLY {
+                    self.early.clear();
+                }
+                self.early.insert(pid, (asked, Box::new(words)));
+            }
+        }
+    }
+
+    /// What was read of a process that has become a program at this time.
+    pub(super) fn found_of(&self, pid: u32, time: u64) -> Option<&Words> {
+        let execution = self.executions.get(&pid)?.iter().find(|one| one.time == time)?;
+        execution.found.as_deref()
     }
 
     /// Records were lost: nobody knows whether what is kept is the first.
@@ -134,6 +181,33 @@ mod tests {
         check(&kept, 7, 21, "c");
         kept.add(8, text("d").unwrap());
         check(&kept, 8, 31, "d");
+    }
+
+    #[test]
+    fn what_was_read_belongs_to_the_first_execve_after_the_question() {
+        let words = |argv: &str| Words { exe: None, argv: vec![argv.to_owned()] };
+        let of = |kept: &Arguments, pid, time| Some(kept.found_of(pid, time)?.argv.concat());
+        let mut kept = Arguments::default();
+        // Before its record, and behind it.
+        kept.found(7, 5, words("a"));
+        kept.executed(7, 10, None);
+        kept.executed(7, 20, None);
+        kept.found(7, 15, words("b"));
+        assert_eq!(of(&kept, 7, 10).as_deref(), Some("a"));
+        assert_eq!(of(&kept, 7, 20).as_deref(), Some("b"));
+        assert_eq!(of(&kept, 7, 15), None);
+        // The question came after the execve: what was read is another one's.
+        kept.found(8, 30, words("c"));
+        kept.executed(8, 25, None);
+        assert_eq!(of(&kept, 8, 25), None);
+        // The kernel's own record is better.
+        kept.executed(9, 40, text("d"));
+        kept.found(9, 35, words("e"));
+        assert_eq!(of(&kept, 9, 40), None);
+        for pid in 100..1_000 {
+            kept.found(pid, 1, words("x"));
+        }
+        assert!(kept.early.len() <= MAX_EARLY);
     }
 
     #[test]

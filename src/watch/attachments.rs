@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use jiff::Timestamp;
 use rustix::io::Errno;
 
-use super::acts::Act;
+use super::acts::{Act, Event};
 use super::process;
 use super::shared::Shared;
 use super::table::Watched;
@@ -121,9 +121,9 @@ impl Attachments {
         if shared.observe(&watched, Timestamp::now(), Source::Change, fact)
             && shared.roots().open(&watched.container, root)
         {
-            let act =
-                Act::Opened { watched: watched.clone(), root, is_interactive: true, process: None };
-            shared.act(&watched, act);
+            let owned = watched.clone();
+            let event = Event::Opened { watched: owned, root, is_interactive: true, process: None };
+            shared.act(&watched, Act::Event(event));
         }
     }
 }

@@ -5,20 +5,17 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::acts;
-use super::calls;
 use super::crowd;
 use super::files::{Held, Left};
 use super::gate::Execution;
 use super::lower;
 use super::mounts;
 use super::process::{self, Executing};
-use super::sessions::{self, Opened, is_before_entry_point};
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
@@ -123,33 +120,14 @@ fn describe_one(
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
-        let opens = caller.stat.as_ref().is_some_and(|stat| sessions.opens(shared, stat, &watched));
-        opens.then(|| {
-            let began = Instant::now();
-            let others_wait = || sessions::others_wait(began, others.len());
-            // First: it ends when what it has started does.
-            let stat = caller.stat.as_ref();
-            let is_by_runtime = stat.is_some_and(|stat| is_before_entry_point(&stat.comm));
-            let runtime = stat.map_or(0, |stat| stat.parent);
-            let asked_for = calls::asked_for(&mut shared.calls(), runtime, &watched, is_by_runtime);
-            let mut executing = process::after_exec(&caller, &watched, &others_wait);
-            executing.process.argv = executing.process.argv.or(asked_for);
-            if executing.process.argv.is_none() {
-                let execve = (caller.pid, caller.asked);
-                executing.process.argv = process::recorded_arguments(shared, execve, &others_wait);
-            }
-            let opened = Opened {
-                process: executing.process.clone(),
-                pidfd: caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
-                is_by_runtime,
-            };
-            sessions.tell(shared, &watched, at, Source::Gate, opened);
-            executing
-        })
+        sessions.open(shared, &caller, &watched, at, &|| others.len())
     };
     acts::keep_handle(shared, &watched, &caller);
-    let mut executing =
-        executing.unwrap_or_else(|| process::after_exec(&caller, &watched, &|| !others.is_empty()));
+    let mut executing = executing.unwrap_or_else(|| {
+        let executing = process::after_exec(&caller, &watched, &|| !others.is_empty());
+        acts::keep_words(shared, &watched, &caller, &executing);
+        executing
+    });
     if let Some(stat) = &caller.stat {
         let mut packages = shared.packages();
         packages.executes(shared, &watched, stat);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
-use super::acts::Act;
+use super::acts::{Act, Event};
 use super::code::{self, Code};
 use super::libraries::processes_of;
 use super::process;
@@ -230,8 +230,8 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
         && shared.roots().open(&look.watched.container, root)
     {
         let watched = look.watched.clone();
-        let act = Act::Opened { watched, root, is_interactive: true, process: None };
-        shared.act(&look.watched, act);
+        let event = Event::Opened { watched, root, is_interactive: true, process: None };
+        shared.act(&look.watched, Act::Event(event));
     }
 }
 

@@ -154,6 +154,19 @@ pub(super) fn recorded(shared: &Shared, pid: u32, since: u64, until: u64) -> Opt
     }
 }
 
+/// What was read of the program that a process has become, at the gate's question.
+pub(super) fn found(
+    shared: &Shared,
+    (pid, time): (u32, u64),
+    exe: Option<&[u8]>,
+) -> Option<Vec<String>> {
+    let arguments = shared.arguments();
+    let words = arguments.found_of(pid, time)?;
+    // A process may have gone on to another program before anything was read.
+    let is_it = words.exe.is_none() || exe.is_none_or(|exe| words.exe == Some(text(exe)));
+    is_it.then(|| words.argv.clone())
+}
+
 fn listed(arguments: &[u8]) -> Option<Vec<String>> {
     procfs::split_arguments(arguments).as_deref().map(texts)
 }

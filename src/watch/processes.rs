@@ -11,7 +11,7 @@ use super::acts;
 use super::calls;
 use super::gate::Seen;
 use super::process::{self, Caller};
-use super::sessions::{self, Opened, is_before_entry_point};
+use super::sessions::{Opened, is_before_entry_point};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::TraceConsumer;
@@ -21,6 +21,9 @@ use crate::model::{Process, Source};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
+
+/// Of how many that wait each one that belongs to a session is looked at.
+const FEW: usize = 64;
 
 /// How often it is asked whether all processes are to be looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -56,30 +59,15 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     shared.packages().executes(shared, &seen.watched, stat);
     acts::keep_handle(shared, &seen.watched, &seen.caller);
-    // Held until the session is told, so that it is told before what it does.
-    let mut sessions = shared.sessions();
-    if sessions.opens(shared, stat, &seen.watched) {
-        let began = Instant::now();
-        let others_wait = || sessions::others_wait(began, others.len());
-        let is_by_runtime = is_before_entry_point(&stat.comm);
-        // First: it ends when what it has started does.
-        let asked_for = if is_by_runtime {
-            calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, true)
-        } else {
-            None
-        };
-        let mut process = process::after_exec(&seen.caller, &seen.watched, &others_wait).process;
-        if process.argv.is_none() {
-            let execve = (seen.caller.pid, seen.caller.asked);
-            process.argv = process::recorded_arguments(shared, execve, &others_wait);
-        }
-        if asked_for.is_some() && asked_for != process.argv {
-            // It was over, or had become another program already.
-            (process.argv, process.exe) = (asked_for, None);
-        }
-        let pidfd = seen.caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
-        let opened = Opened { process, pidfd, is_by_runtime };
-        sessions.tell(shared, &seen.watched, seen.at, Source::Gate, opened);
+    let opened = {
+        // Held until the session is told, so that it is told before what it does.
+        let mut sessions = shared.sessions();
+        sessions.open(shared, &seen.caller, &seen.watched, seen.at, &|| others.len())
+    };
+    // What runs in a session may be over when its record is read.
+    if opened.is_none() && others.len() < FEW && acts::is_in_session(shared, &seen.watched, stat) {
+        let executing = process::after_exec(&seen.caller, &seen.watched, &|| !others.is_empty());
+        acts::keep_words(shared, &seen.watched, &seen.caller, &executing);
     }
 }
 
@@ -172,6 +160,7 @@ fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
     if sessions.is_open(shared, handle, watched) {
         let process = process::as_it_is(handle, watched);
         let opened = Opened { process, pidfd: None, is_by_runtime: false };
-        sessions.tell(shared, watched, Timestamp::now(), Source::Scan, opened);
+        let began = Timestamp::now() - procfs::age(handle.identity());
+        sessions.tell(shared, watched, began, Source::Scan, opened);
     }
 }

@@ -36,6 +36,8 @@ struct Root {
     identity: ProcessIdentity,
     /// In the order of their opening.
     number: u64,
+    /// By the kernel's records.
+    has_ended: bool,
 }
 
 impl Roots {
@@ -51,13 +53,21 @@ impl Roots {
             self.roots.remove(&oldest);
         }
         self.opened += 1;
-        let root = Root { container: container.clone(), identity, number: self.opened };
+        let number = self.opened;
+        let root = Root { container: container.clone(), identity, number, has_ended: false };
         self.roots.insert(identity.pid, root);
         true
     }
 
     pub(super) fn is_open(&self, identity: ProcessIdentity) -> bool {
         self.roots.get(&identity.pid).is_some_and(|root| root.identity == identity)
+    }
+
+    /// The session that a process has opened of which no end is recorded. Who has this
+    /// number now may be another one.
+    pub(super) fn opened_by(&self, pid: u32) -> Option<(&ContainerId, ProcessIdentity)> {
+        let root = self.roots.get(&pid).filter(|root| !root.has_ended)?;
+        Some((&root.container, root.identity))
     }
 
     /// How many have been opened so far.
@@ -108,6 +118,9 @@ impl Roots {
 
     /// A process has ended. What it has written is told later.
     pub(super) fn ended(&mut self, pid: u32, now: u64) {
+        if let Some(root) = self.roots.get_mut(&pid) {
+            root.has_ended = true;
+        }
         if self.members.contains_key(&pid) {
             self.ended.push_back((now, pid));
         }
@@ -153,6 +166,18 @@ mod tests {
         assert_eq!(roots.of(&other, &births, Named { pid: 5, read_at: 12 }), None);
         roots.forget(&container);
         assert_eq!(of(&roots, 5), None);
+    }
+
+    #[test]
+    fn who_has_ended_is_nobodys_opener() {
+        let (container, identity) =
+            (ContainerId::new("default", "c1"), ProcessIdentity { pid: 7, start_time: 1 });
+        let mut roots = Roots::default();
+        roots.open(&container, identity);
+        assert_eq!(roots.opened_by(7), Some((&container, identity)));
+        assert_eq!(roots.opened_by(8), None);
+        roots.ended(7, 20);
+        assert_eq!(roots.opened_by(7), None);
     }
 
     #[test]

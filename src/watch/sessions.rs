@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::acts::Act;
-use super::process;
+use super::acts::{Act, Event};
+use super::calls;
+use super::process::{self, Caller, Executing};
 use super::shared::Shared;
 use super::table::Watched;
 use crate::model::{
@@ -38,7 +39,7 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const FEW: usize = 64;
 
 /// Whether those who wait since `began` have waited long enough.
-pub(super) fn others_wait(began: Instant, waiting: usize) -> bool {
+fn others_wait(began: Instant, waiting: usize) -> bool {
     waiting > FEW || waiting > 0 && began.elapsed() >= PATIENCE
 }
 
@@ -144,6 +145,44 @@ impl Sessions {
         true
     }
 
+    /// Opens a session if this is the first process of one, which is described then.
+    /// It waits for that process to become what it is to be, and less long if
+    /// `others` do.
+    pub(super) fn open(
+        &mut self,
+        shared: &Shared,
+        caller: &Caller,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        others: &dyn Fn() -> usize,
+    ) -> Option<Executing> {
+        let stat = caller.stat.as_ref()?;
+        if !self.opens(shared, stat, watched) {
+            return None;
+        }
+        let began = Instant::now();
+        let others_wait = || others_wait(began, others());
+        let is_by_runtime = is_before_entry_point(&stat.comm);
+        // First: it ends when what it has started does.
+        let asked_for = is_by_runtime
+            .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
+            .flatten();
+        let mut executing = process::after_exec(caller, watched, &others_wait);
+        if executing.process.argv.is_none() {
+            let execve = (caller.pid, caller.asked);
+            executing.process.argv = process::recorded_arguments(shared, execve, &others_wait);
+        }
+        let mut process = executing.process.clone();
+        if asked_for.is_some() && asked_for != process.argv {
+            // It was over, or had become another program already.
+            (process.argv, process.exe) = (asked_for, None);
+        }
+        let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
+        let opened = Opened { process, pidfd, is_by_runtime };
+        self.tell(shared, watched, at, Source::Gate, opened);
+        Some(executing)
+    }
+
     /// Tells that a session has opened. If that is lost, the next look at the
     /// container's processes tells it again.
     pub(super) fn tell(
@@ -164,8 +203,9 @@ impl Sessions {
             // Behind it, so that what is done in it is not told before.
             shared.roots().open(&watched.container, root);
             let watched_too = watched.clone();
-            let act = Act::Opened { watched: watched_too, root, is_interactive, process: handle };
-            shared.act(watched, act);
+            let event =
+                Event::Opened { watched: watched_too, root, is_interactive, process: handle };
+            shared.act(watched, Act::Event(event));
         } else {
             self.judged.remove(root);
         }

@@ -205,6 +205,15 @@ fn is_memfd_name(name: &[u8]) -> bool {
     name.starts_with(b"/memfd:") && name.ends_with(file::DELETED)
 }
 
+/// Whose a process is that has opened a session: it may have ended, and who has come by
+/// `chroot` alone is in no namespace of a container's.
+fn of_session(shared: &Shared, pid: u32) -> Option<Arc<Watched>> {
+    let roots = shared.roots();
+    let (container, identity) = roots.opened_by(pid)?;
+    let is_another = procfs::read_stat(pid).is_ok_and(|stat| stat.identity != identity);
+    if is_another { None } else { shared.table.get(container) }
+}
+
 fn judge(evidence: &Evidence<'_>) -> Judged {
     if evidence.is_mapped_marked {
         return Judged::Known;
@@ -403,6 +412,11 @@ impl Trace {
                     known.watched = watched;
                     known.was_looked_up = true;
                 }
+                if let Some(known) = self.processes.get_mut(&parent)
+                    && known.watched.is_none()
+                {
+                    known.watched = of_session(&self.shared, parent);
+                }
                 let (watched, program) = match self.processes.get(&parent) {
                     Some(known) => (known.watched.clone(), known.program.clone()),
                     None => (None, None),
@@ -518,6 +532,7 @@ impl Trace {
             .or_else(|| executed.cgroup.and_then(|cgroup| table.by_perf_cgroup(cgroup)))
             .or(inherited)
             .or_else(|| self.look_up(executed.pid))
+            .or_else(|| of_session(&self.shared, executed.pid))
             .or_else(|| {
                 // It is gone, or was when we looked.
                 let parent = parent?;
