@@ -856,9 +856,10 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        let has_terminal = process.tty.is_some().then_some(Interactive::Terminal);
         let opening = Opening {
             entry: Entry::ReverseShell,
-            interactive: is_direct.then_some(Interactive::Socket),
+            interactive: is_direct.then_some(Interactive::Socket).or(has_terminal),
             process: process.clone(),
             host: Vec::new(),
             login: None,

@@ -230,15 +230,9 @@ fn stat_without_sync(path: &str) -> io::Result<Statx> {
     Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, WANTED)?)
 }
 
-/// Whether a link of the kernel leads to a FIFO.
-pub(super) fn is_fifo(path: &str) -> io::Result<bool> {
-    Ok(Stat::from(stat_without_sync(path)?).file_type == FileType::Fifo)
-}
-
-/// The device and inode that a link of the kernel leads to.
-pub(super) fn identity_without_sync(path: &str) -> io::Result<(u64, u64)> {
-    let stat = Stat::from(stat_without_sync(path)?);
-    Ok((stat.device, stat.inode))
+/// What a link of the kernel leads to, as far as the kernel itself knows.
+pub(super) fn stat_of_link(path: &str) -> io::Result<Stat> {
+    Ok(Stat::from(stat_without_sync(path)?))
 }
 
 /// The device of every memfd. The kernel has one for all of them.

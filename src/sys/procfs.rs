@@ -8,7 +8,7 @@
 //!
 //! A process that has vanished is an `Err` or a `None`, never a surprise.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io::{self, Read as _};
 use std::net::{IpAddr, SocketAddr};
@@ -22,7 +22,7 @@ use std::time::Duration;
 use procfs::process::Process;
 use rustix::fs::{Mode, OFlags};
 
-use crate::model::{Exit, Login, ProcessIdentity};
+use crate::model::{Exit, FileType, Login, ProcessIdentity};
 
 /// Bounds for what a process may make us read.
 pub const MAX_ARGUMENTS: usize = 128;
@@ -206,7 +206,8 @@ impl Handle {
 
     /// The executable's device and inode.
     pub fn exe_identity(&self) -> io::Result<(u64, u64)> {
-        super::file::identity_without_sync(&format!("/proc/{}/exe", self.process.pid))
+        let stat = super::file::stat_of_link(&format!("/proc/{}/exe", self.process.pid))?;
+        Ok((stat.device, stat.inode))
     }
 
     /// Each argument; `None` for a process that has ended or has none.
@@ -365,14 +366,30 @@ impl Handle {
         let link = std::fs::read_link(&path)?;
         Ok(match Descriptor::parse(link.as_os_str().as_bytes()) {
             Some(descriptor) => descriptor,
-            // A FIFO of a filesystem has a name. What the kernel knows of it is
-            // enough: a filesystem of somebody's own must not be asked.
-            None if super::file::is_fifo(&path)? => {
-                let (device, inode) = super::file::identity_without_sync(&path)?;
-                Descriptor::Pipe { device, inode }
-            }
-            None => Descriptor::Other,
+            // What the kernel knows of it is enough: a filesystem of somebody's own
+            // must not be asked.
+            None => self.named_descriptor(number, &super::file::stat_of_link(&path)?),
         })
+    }
+
+    /// A descriptor of something that has a name in a filesystem.
+    fn named_descriptor(&self, number: u32, stat: &super::file::Stat) -> Descriptor {
+        let terminal = terminal_number(stat.node);
+        match stat.file_type {
+            FileType::Fifo => Descriptor::Pipe { device: stat.device, inode: stat.inode },
+            FileType::CharDevice if stat.node == PTMX => {
+                self.terminal_of(number).map_or(Descriptor::Other, Descriptor::TerminalMaster)
+            }
+            FileType::CharDevice => terminal.map_or(Descriptor::Other, Descriptor::Terminal),
+            _ => Descriptor::Other,
+        }
+    }
+
+    /// The number of the terminal that is reached by this descriptor of /dev/ptmx
+    /// (Linux 4.14).
+    fn terminal_of(&self, number: u32) -> Option<u32> {
+        let info = self.read(&format!("fdinfo/{number}"), 4096).ok()?;
+        field(&info, "tty-index:")?.parse().ok()
     }
 
     /// Whether one of its descriptors is a terminal. `None` if it has no such one.
@@ -409,10 +426,8 @@ impl Handle {
     /// Whether a descriptor can be read from, and written to.
     pub fn access(&self, number: u32) -> io::Result<(bool, bool)> {
         let info = self.read(&format!("fdinfo/{number}"), 4096)?;
-        let flags = info
-            .split(|&byte| byte == b'\n')
-            .find_map(|line| line.strip_prefix(b"flags:"))
-            .and_then(|flags| i32::from_str_radix(str::from_utf8(flags).ok()?.trim(), 8).ok())
+        let flags = field(&info, "flags:")
+            .and_then(|flags| i32::from_str_radix(flags, 8).ok())
             .ok_or(io::ErrorKind::InvalidData)?;
         Ok(match flags & libc::O_ACCMODE {
             libc::O_RDONLY => (true, false),
@@ -421,12 +436,18 @@ impl Handle {
         })
     }
 
-    /// The other ends of the connections in its network namespace, by the socket's
-    /// inode.
-    pub fn connections(&self) -> HashMap<u64, String> {
+    /// The connections in its network namespace, by the socket's inode.
+    pub fn connections(&self) -> HashMap<u64, Connection> {
         let tables = ["net/tcp", "net/tcp6", "net/udp", "net/udp6"];
         let tables = tables.iter().filter_map(|table| self.read(table, MAX_TABLE_BYTES).ok());
-        tables.flat_map(|table| parse_connections(&table)).collect()
+        let sockets: Vec<Socket> = tables.flat_map(|table| parse_sockets(&table)).collect();
+        let listening: HashSet<u16> =
+            sockets.iter().filter(|socket| socket.listens).map(|socket| socket.port).collect();
+        let connected = sockets.into_iter().filter_map(|socket| {
+            let (remote, is_accepted) = (socket.remote?, listening.contains(&socket.port));
+            Some((socket.inode, Connection { remote: remote.to_string(), is_accepted }))
+        });
+        connected.collect()
     }
 
     /// What it has mapped as code from files.
@@ -466,7 +487,35 @@ pub enum Descriptor {
         device: u64,
         inode: u64,
     },
+    /// A pseudo-terminal, by its number in its own instance of devpts.
+    Terminal(u32),
+    /// The other side of one, which whoever types into it holds.
+    TerminalMaster(u32),
     Other,
+}
+
+/// A socket with another end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Address and port of the other end.
+    pub remote: String,
+    /// Its own port is one on which somebody here listens.
+    pub is_accepted: bool,
+}
+
+/// `/dev/ptmx`, and the numbers of what it makes (Documentation/admin-guide/devices.txt).
+const PTMX: (u32, u32) = (5, 2);
+
+fn terminal_number((major, minor): (u32, u32)) -> Option<u32> {
+    // 256 of each of eight numbers once; today all are minor numbers of the first.
+    (136..=143).contains(&major).then(|| (major - 136) * 256 + minor)
+}
+
+/// What a line of `/proc/PID/fdinfo` says.
+fn field<'a>(info: &'a [u8], name: &str) -> Option<&'a str> {
+    let mut lines = info.split(|&byte| byte == b'\n');
+    let value = lines.find_map(|line| line.strip_prefix(name.as_bytes()))?;
+    Some(str::from_utf8(value).ok()?.trim())
 }
 
 impl Descriptor {
@@ -538,14 +587,25 @@ fn unescape_newlines(name: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Reads /proc/PID/net/tcp and its like: which sockets have another end, and where.
-fn parse_connections(table: &[u8]) -> Vec<(u64, String)> {
+/// A line of /proc/PID/net/tcp and its like.
+#[derive(Debug, PartialEq, Eq)]
+struct Socket {
+    inode: u64,
+    port: u16,
+    listens: bool,
+    remote: Option<SocketAddr>,
+}
+
+fn parse_sockets(table: &[u8]) -> Vec<Socket> {
+    /// `TCP_LISTEN`; no socket of UDP is in this state.
+    const LISTENS: &str = "0A";
     let lines = table.split(|&byte| byte == b'\n').skip(1);
     let parsed = lines.filter_map(|line| {
         let fields: Vec<&str> = str::from_utf8(line).ok()?.split_ascii_whitespace().collect();
         // sl local remote st queues timer retransmits uid timeout inode
+        let (_, own) = fields.get(1)?.split_once(':')?;
         let (address, port) = fields.get(2)?.split_once(':')?;
-        let port = u16::from_str_radix(port, 16).ok().filter(|port| *port != 0)?;
+        let port = u16::from_str_radix(port, 16).ok()?;
         let inode = fields.get(9)?.parse().ok().filter(|inode| *inode != 0)?;
         let words: Option<Vec<u32>> = (0..address.len() / 8)
             .map(|word| u32::from_str_radix(address.get(word * 8..word * 8 + 8)?, 16).ok())
@@ -557,7 +617,12 @@ fn parse_connections(table: &[u8]) -> Vec<(u64, String)> {
             16 => <[u8; 16]>::try_from(bytes).ok()?.into(),
             _ => return None,
         };
-        Some((inode, SocketAddr::new(address.to_canonical(), port).to_string()))
+        Some(Socket {
+            inode,
+            port: u16::from_str_radix(own, 16).ok()?,
+            listens: fields.get(3) == Some(&LISTENS),
+            remote: (port != 0).then(|| SocketAddr::new(address.to_canonical(), port)),
+        })
     });
     parsed.collect()
 }
@@ -852,12 +917,23 @@ mod tests {
         let table = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
             \x20  0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0\n\
             \x20  1: 0100007F:A1B2 0100007F:115C 01 00000000:00000000 00:00000000 00000000     0        0 12 1 0\n";
-        assert_eq!(parse_connections(table), [(12, "127.0.0.1:4444".to_owned())]);
+        let told = |table: &[u8]| {
+            let sockets = parse_sockets(table).into_iter();
+            sockets
+                .map(|Socket { inode, port, listens, remote }| {
+                    (inode, port, listens, remote.map(|remote| remote.to_string()))
+                })
+                .collect::<Vec<_>>()
+        };
+        let to = |remote: &str| Some(remote.to_owned());
+        let expected = [(11, 8080, true, None), (12, 0xa1b2, false, to("127.0.0.1:4444"))];
+        assert_eq!(told(table), expected);
         let table = b"  sl  local_address remote_address st\n\
             \x20  0: 00000000000000000000000001000000:1 B80D0120000000000000000001000000:01BB 01 0:0 00:0 0 0 0 13 1\n\
             \x20  1: 0000000000000000FFFF00000100007F:1 0000000000000000FFFF00000100007F:115C 01 0:0 00:0 0 0 0 14 1\n";
-        let expected = [(13, "[2001:db8::1]:443".to_owned()), (14, "127.0.0.1:4444".to_owned())];
-        assert_eq!(parse_connections(table), expected);
+        let expected =
+            [(13, 1, false, to("[2001:db8::1]:443")), (14, 1, false, to("127.0.0.1:4444"))];
+        assert_eq!(told(table), expected);
     }
 
     #[test]
@@ -904,14 +980,15 @@ mod tests {
         let me = Handle::open(std::process::id()).unwrap();
         let number = u32::try_from(std::os::fd::AsRawFd::as_raw_fd(&stream)).unwrap();
         let Descriptor::Socket(inode) = me.descriptor(number).unwrap() else { panic!() };
-        assert_eq!(me.connections().get(&inode), Some(&address.to_string()));
+        let expected = Connection { remote: address.to_string(), is_accepted: false };
+        assert_eq!(me.connections().get(&inode), Some(&expected));
     }
 
     proptest::proptest! {
         #[test]
         fn any_bytes_are_tables_or_none(text: Vec<u8>) {
             let _ = Mapping::parse(&text);
-            let _ = parse_connections(&text);
+            let _ = parse_sockets(&text);
             let _ = Descriptor::parse(&text);
         }
 

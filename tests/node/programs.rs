@@ -246,8 +246,18 @@ pub(crate) fn python() -> anyhow::Result<Layer> {
         &format!("lib{name}-minimal"),
         &format!("lib{name}-stdlib"),
     ];
-    let mut layer = files_of_packages(&packages)?;
-    for library in libraries_of(&program)? {
+    with_libraries(files_of_packages(&packages)?, &program)
+}
+
+/// A program of this machine and what it needs, as a layer.
+pub(crate) fn program(name: &str) -> anyhow::Result<Layer> {
+    let program = find(name)?;
+    let layer = Layer::new().file(format!("/usr/bin/{name}"), 0o755, &fs::read(&program)?);
+    with_libraries(layer, &program)
+}
+
+fn with_libraries(mut layer: Layer, program: &Path) -> anyhow::Result<Layer> {
+    for library in libraries_of(program)? {
         layer = layer.host_file(&library)?;
     }
     Ok(layer)
