@@ -312,17 +312,31 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: 
     let beside = if identity == watched.init { beside(shared, watched) } else { None };
     let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };
     let host = chain.iter().skip(usize::from(!process.ancestors.is_empty()));
-    let requested_by =
-        handle.as_ref().and_then(|handle| handle.variable(&shared.settings.requester_variables));
+    let variables = &shared.settings.requester_variables;
+    let requested_by = requester(variables, process.argv.as_deref().unwrap_or_default())
+        .or_else(|| Some(printable(&handle.as_ref()?.variable(variables)?)));
     Opening {
         entry,
         interactive: has_terminal.then_some(Interactive::Terminal),
         host: host.map(process::ancestor).collect(),
         login: handle.as_ref().and_then(Handle::login),
-        requested_by: requested_by.as_deref().map(printable),
+        requested_by,
         beside,
         process,
     }
+}
+
+/// Who asked for a session whose command is `env NAME=VALUE COMMAND`: webhooks name him
+/// by putting that before what he asked for.
+fn requester(variables: &[String], argv: &[String]) -> Option<String> {
+    let (program, rest) = argv.split_first()?;
+    if program.rsplit('/').next() != Some("env") {
+        return None;
+    }
+    let mut assignments = rest.iter().map_while(|word| word.split_once('='));
+    assignments
+        .find_map(|(name, value)| variables.iter().any(|known| known == name).then_some(value))
+        .map(ToOwned::to_owned)
 }
 
 /// Whether a chain of parents leads to the host's first process. Of who is ending the
@@ -398,6 +412,20 @@ mod tests {
         check(Evidence { is_in_control_group: outside, ..none }, Entry::Namespace);
         check(Evidence { is_in_control_group: outside, ..by_hand }, Entry::Namespace);
         check(none, Entry::Namespace);
+    }
+
+    #[test]
+    fn who_asked_for_a_session_is_told_by_the_command_that_a_webhook_has_changed() {
+        let variables = ["SPO_EXEC_REQUEST_UID".to_owned(), "ASKED_BY".to_owned()];
+        let of = |argv: &str| {
+            let argv: Vec<String> = argv.split(' ').map(str::to_owned).collect();
+            requester(&variables, &argv)
+        };
+        assert_eq!(of("env SPO_EXEC_REQUEST_UID=7f3 sh -i").as_deref(), Some("7f3"));
+        assert_eq!(of("/usr/bin/env A=1 ASKED_BY=a=b sh").as_deref(), Some("a=b"));
+        assert_eq!(of("env sh ASKED_BY=x"), None, "an argument of somebody else's");
+        assert_eq!(of("sh ASKED_BY=x"), None);
+        assert_eq!(requester(&variables, &[]), None);
     }
 
     #[test]

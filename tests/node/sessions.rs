@@ -27,6 +27,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("a28_a_person_at_a_terminal_is_one_session_with_its_commands", a28_person),
         trial("a29_an_exec_is_a_session_with_its_exec_id_and_its_end", a29_exec),
+        trial("who_asked_for_a_session_is_told_as_a_webhook_says", requested_by),
         trial("a28_a_runtime_run_by_hand_is_told_as_that", a28_by_hand),
         trial("a30_nsenter_into_all_or_one_namespace_is_told", a30_nsenter),
         trial("a_root_directory_is_entered_by_chroot", by_chroot),
@@ -275,6 +276,22 @@ fn a28_by_hand(node: &Node) -> anyhow::Result<()> {
     ensure!(callers.contains("runc") && callers.contains("script"), "{session:#}");
     assert_ran(&story_of(node, session, 2)?, &["/bin/sh", "/bin/ls /"]);
     container.told(&["medium session.interactive"]).map(drop)
+}
+
+/// As an admission webhook has changed the command, and as a runtime was told.
+fn requested_by(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    let webhook = ["/bin/env", "SPO_EXEC_REQUEST_UID=request-1", "/bin/sleep", "0.2"];
+    run(&container, &["--exec-id", "webhook"], &webhook)?;
+    let variable = "-e SPO_EXEC_REQUEST_UID=request-2";
+    let by_hand = format!("-t {variable} {} /bin/sleep 1", container.id);
+    Person::at(&runc(&container, &by_hand)?)?.leaves()?;
+    run(&container, &["--exec-id", "nobody"], &["/bin/sleep", "0.2"])?;
+    let requesters: Vec<Value> =
+        closed(&container, 3)?.into_iter().map(|session| session["requested_by"].clone()).collect();
+    assert_eq!(requesters, ["request-1".into(), "request-2".into(), Value::Null]);
+    let told = ["info session.exec", "info session.exec", "medium session.interactive"];
+    container.told(&told).map(drop)
 }
 
 /// The first process of a container, as the host numbers it.
