@@ -170,6 +170,9 @@ pub struct Health {
     /// Changes that a walk had to find because too many came at once. None of them
     /// is lost but the name of who made it.
     pub left_to_sweeps: AtomicU64,
+    /// Executions whose arguments the kernel had no room to record. They are told, and
+    /// without their arguments if nobody has read those in time.
+    pub arguments_unrecorded: AtomicU64,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
 }

@@ -278,6 +278,7 @@ impl DriftService for Service {
                 copy_ups: health.copy_ups.load(Ordering::Relaxed),
             }),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
+            arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
         }))
     }
 

@@ -189,6 +189,11 @@ fn text(
             "Changes that walks had to find because too many came at once",
             Samples::Counter(vec![(Labels::new(), status.left_to_sweeps)]),
         ),
+        (
+            "arguments_unrecorded",
+            "Executions whose arguments the kernel had no room to record",
+            Samples::Counter(vec![(Labels::new(), status.arguments_unrecorded)]),
+        ),
         ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
     ] {
         registry.register(name, help, samples);
@@ -259,6 +264,7 @@ mod tests {
             data_writes: 9,
             gate: Some(proto::Gate { mode: "ask".into(), ..proto::Gate::default() }),
             left_to_sweeps: 12,
+            arguments_unrecorded: 3,
             losses: vec![proto::Loss { name: "pipeline_full".into(), count: 2 }],
             ..proto::GetStatusResponse::default()
         };

@@ -43,6 +43,8 @@ struct StatusJson {
     gate: Option<GateJson>,
     /// Changes that were found by walks, without their author.
     left_to_sweeps: u64,
+    /// Executions whose arguments found no room in the kernel's records.
+    arguments_unrecorded: u64,
     losses: Vec<Loss>,
     /// From when to when the view was incomplete: what still is, then the newest.
     gaps: Vec<GapJson>,
@@ -118,6 +120,7 @@ impl Status {
                 copy_ups: gate.copy_ups,
             }),
             left_to_sweeps: status.left_to_sweeps,
+            arguments_unrecorded: status.arguments_unrecorded,
             losses: status
                 .losses
                 .into_iter()
@@ -192,6 +195,10 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
     if status.left_to_sweeps > 0 {
         let count = status.left_to_sweeps;
         line("", &format!("{count} changes came too fast to say whose they were"));
+    }
+    if status.arguments_unrecorded > 0 {
+        let count = status.arguments_unrecorded;
+        line("", &format!("the arguments of {count} executions found no room in the records"));
     }
     for loss in &status.losses {
         line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
@@ -313,6 +320,7 @@ mod tests {
                 copy_ups: 0,
             }),
             left_to_sweeps: 12,
+            arguments_unrecorded: 3,
             losses: vec![Loss { name: "pipeline_full".into(), count: 2 }],
             gaps: vec![
                 gap(None, None),

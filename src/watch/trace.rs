@@ -18,6 +18,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, TrySendError};
@@ -337,6 +338,8 @@ impl Trace {
             if let Err(err) = rings.read(&mut records) {
                 self.lose(&format!("the kernel's records are not understood: {err}"));
             }
+            let unrecorded = &self.shared.health.arguments_unrecorded;
+            unrecorded.store(rings.lost_arguments(), Ordering::Relaxed);
             records.sort_by_key(Record::time);
             let complete = records.partition_point(|record| record.time() <= horizon);
             is_busy = complete > 0;
