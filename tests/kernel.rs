@@ -1431,8 +1431,10 @@ fn layers_on_two_filesystems_are_recognised_by_their_mount() {
         assert_eq!(node.executed_paths(), ["/tmp/true"]);
     } else {
         // Before Linux 6.5 a tmpfs keeps no births: whose a file is can then not be
-        // told by its times, and every program is compared by its content.
-        assert_eq!(node.executed_paths(), ["/bin/busybox", "/bin/true", "/tmp/true"]);
+        // told by its times, and every program is compared by its content: init's too.
+        let mut executed = node.executed_paths();
+        executed.dedup();
+        assert_eq!(executed, ["/bin/busybox", "/bin/true", "/tmp/true"]);
     }
     assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
 }
@@ -1741,8 +1743,9 @@ fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
     assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
     let walk = node.unordered_walk(&container.id);
     assert_eq!(walk.names(), ["/tmp/runc:[2:INIT]", "/tmp/sleep"]);
-    let sessions = node.told.iter().filter(|report| summary(report).starts_with("session"));
-    assert_eq!(sessions.count(), 0, "init is no session");
+    let told = node.told.iter().map(summary);
+    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
+    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
     node.assert_no_loss();
 }
 

@@ -53,8 +53,10 @@ static int run(int fd, int count, char *argument)
             _exit(126);
         }
         int status;
-        if (waitpid(child, &status, 0) != child || status != 0)
+        if (waitpid(child, &status, 0) != child || status != 0) {
+            fprintf(stderr, "%d of %d: status %x\n", i, count, status);
             die("the program");
+        }
     }
     return 0;
 }

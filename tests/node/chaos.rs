@@ -120,7 +120,7 @@ fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
     eprintln!("chaos: {} s, CHAOS_SEED={seed}", length.as_secs());
     let program = tiny_program(node)?;
     write_image(node, &program)?;
-    let disk = Disk::mount(node)?;
+    let disk = Disk::mount(node, length)?;
     start_with_short_queue(node)?;
     let stage = Stage {
         node,
@@ -713,18 +713,20 @@ fn overflow(stage: &Stage<'_>) -> anyhow::Result<()> {
     node.ctr(&["container", "rm", &container.id]).map(drop)
 }
 
-/// A small disk for what driftd keeps.
+/// A small disk for what driftd keeps: also for a long run, in which every second
+/// containers drift and are remembered.
 struct Disk {
     filler: PathBuf,
 }
 
 impl Disk {
-    fn mount(node: &Node) -> anyhow::Result<Disk> {
+    fn mount(node: &Node, length: Duration) -> anyhow::Result<Disk> {
         let place = node.path("driftd");
         fs::create_dir(&place)?;
         // The node unmounts what it finds below its directory.
+        let options = format!("size={}k,mode=0700", (64 << 10) + 256 * length.as_secs());
         let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=64m,mode=0700", "tmpfs"])
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
             .arg(&place)
             .status()?;
         ensure!(status.success(), "cannot mount a tmpfs at {}", place.display());
