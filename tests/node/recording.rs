@@ -128,9 +128,10 @@ fn removed(node: &Node) -> anyhow::Result<()> {
     // Who looks is told what is missing.
     let (code, answers) = node.verify(&[BIG, "--deep"])?;
     assert_eq!(code, 1, "{answers:#?}");
-    let told = node.answer(&["findings", "--kind", "baseline.tampered"])?;
-    ensure!(told.len() >= 40, "only {} findings", told.len());
-    Ok(())
+    wait_for("the findings", || {
+        let told = node.answer(&["findings", "--kind", "baseline.tampered"])?;
+        Ok((told.len() >= 40).then_some(()))
+    })
 }
 
 fn disk_full(node: &Node) -> anyhow::Result<()> {
