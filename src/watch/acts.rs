@@ -21,13 +21,13 @@ use jiff::Timestamp;
 
 use super::arguments::Words;
 use super::calls;
-use super::process::{self, Caller, Executing};
+use super::process::{self, Caller};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::{TraceConsumer, time_of};
 use super::writers::Named;
 use crate::model::session::MAX_COMMANDS;
-use crate::model::{Exit, Fact, Interactive, Process, ProcessIdentity, Run, Source, printable};
+use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, Source, printable};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::pidfd;
@@ -568,13 +568,11 @@ pub(super) fn keep_words(
     shared: &Shared,
     watched: &Watched,
     caller: &Caller,
-    executing: &Executing,
+    words: Option<Words>,
 ) {
-    let Process { exe, argv, .. } = &executing.process;
-    if let (Some(asked), Some(argv)) = (caller.asked, argv)
+    if let (Some(asked), Some(words)) = (caller.asked, words)
         && watched.has_sessions()
     {
-        let words = Words { exe: exe.clone(), argv: argv.clone() };
         shared.arguments().found(caller.pid, asked, words);
     }
 }

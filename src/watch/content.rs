@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::acts;
+use super::arguments::Words;
 use super::crowd;
 use super::files::{Held, Left};
 use super::gate::Execution;
@@ -125,7 +126,9 @@ fn describe_one(
     acts::keep_handle(shared, &watched, &caller);
     let mut executing = executing.unwrap_or_else(|| {
         let executing = process::after_exec(&caller, &watched, &|| !others.is_empty());
-        acts::keep_words(shared, &watched, &caller, &executing);
+        let described = &executing.process;
+        let words = described.argv.clone().map(|argv| Words { exe: described.exe.clone(), argv });
+        acts::keep_words(shared, &watched, &caller, words);
         executing
     });
     if let Some(stat) = &caller.stat {

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::arguments::Recorded;
+use super::arguments::{Recorded, Words};
 use super::shared::Shared;
 use super::table::Watched;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, printable};
@@ -85,35 +85,59 @@ pub(super) fn after_exec(
     if let Ok(handle) = Handle::open_exactly(stat.identity) {
         // It is the caller's too, and a program may be over before it is described.
         executing.process.root = own_root(&handle, watched);
-        let start = Instant::now();
-        while let Ok(now) = handle.stat() {
-            if now.has_ended() {
-                break;
+        if let Some(now) = wait_for_program(&handle, stat, caller, others_wait) {
+            let exe = handle.exe().ok();
+            let argv = handle.arguments().ok().flatten();
+            let exec_name = handle.exec_name().ok().flatten();
+            if is_still(&handle, &now) {
+                executing.process.exe = exe.as_deref().map(text);
+                executing.process.argv = argv.as_deref().map(texts);
+                executing.exec_name = exec_name;
             }
-            if now.area.is_complete() && now.area != stat.area {
-                let exe = handle.exe().ok();
-                let argv = handle.arguments().ok().flatten();
-                let exec_name = handle.exec_name().ok().flatten();
-                // Unless it has gone on to a third program meanwhile. That it has
-                // ended makes nothing untrue.
-                let then = handle.stat().ok().filter(|then| !then.has_ended());
-                if then.is_none_or(|then| then.area == now.area) {
-                    executing.process.exe = exe.as_deref().map(text);
-                    executing.process.argv = argv.as_deref().map(texts);
-                    executing.exec_name = exec_name;
-                }
-                break;
-            }
-            let waited = start.elapsed();
-            if waited >= PATIENCE_WHEN_IDLE || waited >= PATIENCE && others_wait() {
-                break;
-            }
-            wait_or_end(caller, STEP);
         }
         executing.process.uid = handle.uid().ok();
     }
     executing.process.ancestors = ancestors(stat, watched.pid_namespace);
     executing
+}
+
+/// Waits until the caller has become another program; `None` if it has not, or has ended.
+fn wait_for_program(
+    handle: &Handle,
+    before: &Stat,
+    caller: &Caller,
+    others_wait: &dyn Fn() -> bool,
+) -> Option<Stat> {
+    let start = Instant::now();
+    loop {
+        let now = handle.stat().ok().filter(|now| !now.has_ended())?;
+        if now.area.is_complete() && now.area != before.area {
+            return Some(now);
+        }
+        let waited = start.elapsed();
+        if waited >= PATIENCE_WHEN_IDLE || waited >= PATIENCE && others_wait() {
+            return None;
+        }
+        wait_or_end(caller, STEP);
+    }
+}
+
+/// Whether a process has not gone on to another program meanwhile. That it has ended
+/// makes nothing untrue.
+fn is_still(handle: &Handle, now: &Stat) -> bool {
+    let then = handle.stat().ok().filter(|then| !then.has_ended());
+    then.is_none_or(|then| then.area == now.area)
+}
+
+/// What the caller has become, in as few looks as will do: of what is over within a
+/// moment.
+pub(super) fn words_after_exec(caller: &Caller, others_wait: &dyn Fn() -> bool) -> Option<Words> {
+    let stat = caller.stat.as_ref()?;
+    let handle = Handle::open_exactly(stat.identity).ok()?;
+    let now = wait_for_program(&handle, stat, caller, others_wait)?;
+    let argv = handle.arguments().ok()??;
+    let exe = handle.exe().ok();
+    is_still(&handle, &now).then(|| Words { exe: exe.as_deref().map(text), argv: texts(&argv) })
 }
 
 /// For how long after the question the kernel's records of an execve are waited for.

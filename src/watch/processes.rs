@@ -57,18 +57,16 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
 
 fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
+    // First: what runs in a session may be over when its record is read.
+    if others.len() < FEW && acts::is_in_session(shared, &seen.watched, stat) {
+        let words = process::words_after_exec(&seen.caller, &|| !others.is_empty());
+        acts::keep_words(shared, &seen.watched, &seen.caller, words);
+    }
     shared.packages().executes(shared, &seen.watched, stat);
     acts::keep_handle(shared, &seen.watched, &seen.caller);
-    let opened = {
-        // Held until the session is told, so that it is told before what it does.
-        let mut sessions = shared.sessions();
-        sessions.open(shared, &seen.caller, &seen.watched, seen.at, &|| others.len())
-    };
-    // What runs in a session may be over when its record is read.
-    if opened.is_none() && others.len() < FEW && acts::is_in_session(shared, &seen.watched, stat) {
-        let executing = process::after_exec(&seen.caller, &seen.watched, &|| !others.is_empty());
-        acts::keep_words(shared, &seen.watched, &seen.caller, &executing);
-    }
+    // Held until the session is told, so that it is told before what it does.
+    let mut sessions = shared.sessions();
+    sessions.open(shared, &seen.caller, &seen.watched, seen.at, &|| others.len());
 }
 
 /// Nobody was asked before it became what it is.
