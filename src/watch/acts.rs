@@ -460,7 +460,13 @@ impl Eye {
     }
 
     fn tell_ran(&mut self, shared: &Shared, looked: Looked) {
-        let Looked { ran: Ran { watched, root, pid, at, process, .. }, run, .. } = looked;
+        let Looked { ran: Ran { watched, root, pid, at, process, .. }, mut run, .. } = looked;
+        // It may have come while something else waited.
+        let process = process.or_else(|| {
+            let (identity, process, _) = self.alive.remove(&pid)?;
+            run.process = identity;
+            Some(process)
+        });
         let (identity, tty) = (run.process, run.tty.clone());
         if tty.is_some()
             && let Some(is_interactive) = self.interactive.get_mut(&root)

@@ -4,7 +4,7 @@
 //! Best effort. A process that has ended by the time it is looked at tells nothing,
 //! and what it does later is looked at twice more only.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -82,8 +82,9 @@ pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
+        // Whoever had to stand back goes first, or others could keep it there for ever.
         let mut due = Vec::new();
-        for queue in waiting.iter_mut().chain([&mut deferred]) {
+        for queue in std::iter::once(&mut deferred).chain(&mut waiting) {
             while queue.front().is_some_and(|look| look.due <= Instant::now()) {
                 due.extend(queue.pop_front());
             }
@@ -306,6 +307,16 @@ fn piped_script(look: &Look, standard: &Standard) -> Option<Script> {
     Some(Script::Pipe { from: from.map(|from| from.name) })
 }
 
+/// Whether a process is itself what is told of as a shell on this connection: what it
+/// gives a terminal to is its own affair.
+fn is_shell_on(handle: &Handle, connection: u64) -> bool {
+    let is_interpreter = || {
+        let (exe, arguments) = (handle.exe().ok()?, handle.arguments().ok()??);
+        scripts::interpreter(&exe, &arguments).map(drop)
+    };
+    standard(handle).socket() == Some(connection) && is_interpreter().is_some()
+}
+
 /// The processes of a container, with what leads to and from them.
 fn neighbours(watched: &Watched) -> Vec<Neighbour> {
     let mut connections = None;
@@ -316,7 +327,7 @@ fn neighbours(watched: &Watched) -> Vec<Neighbour> {
                 name: shells::name_of(&handle.exe().unwrap_or_default()),
                 ..Neighbour::default()
             };
-            let mut held: Vec<Connection> = Vec::new();
+            let mut held: BTreeMap<u64, Connection> = BTreeMap::new();
             let numbers = handle.descriptors(MAX_DESCRIPTORS).unwrap_or_default();
             for number in numbers {
                 match handle.descriptor(number) {
@@ -334,7 +345,7 @@ fn neighbours(watched: &Watched) -> Vec<Neighbour> {
                         // made themselves a network of their own.
                         let known = connections.get_or_insert_with(|| handle.connections());
                         match known.get(&inode) {
-                            Some(connection) => held.push(connection.clone()),
+                            Some(connection) => _ = held.insert(inode, connection.clone()),
                             None => neighbour.sockets.push(inode),
                         }
                     }
@@ -342,8 +353,11 @@ fn neighbours(watched: &Watched) -> Vec<Neighbour> {
                     Ok(Descriptor::Terminal(_) | Descriptor::Other) | Err(_) => (),
                 }
             }
-            neighbour.is_relay = matches!(&held[..], [only] if !only.is_accepted);
-            neighbour.connection = held.into_iter().next().map(|connection| connection.remote);
+            neighbour.is_relay = held.len() == 1
+                && held.iter().all(|(inode, connection)| {
+                    !connection.is_accepted && !is_shell_on(&handle, *inode)
+                });
+            neighbour.connection = held.into_values().next().map(|connection| connection.remote);
             neighbour
         })
         .collect()
