@@ -362,7 +362,7 @@ impl Eye {
             }
             // At once, while it lives.
             Act::Ran(ran) => {
-                let looked = self.look_at(shared, ran);
+                let looked = look_at(shared, ran);
                 self.untold.push_back(Untold::Looked(looked));
             }
             Act::Event(event) => self.untold.push_back(Untold::Event(event)),
@@ -431,42 +431,15 @@ impl Eye {
         }
     }
 
-    fn look_at(&mut self, shared: &Shared, mut ran: Ran) -> Looked {
-        let Ran { pid, time, exe, .. } = &ran;
-        let (pid, time) = (*pid, *time);
-        let handle = Handle::open(pid).ok();
-        let stat = handle.as_ref().map(Handle::first_stat);
-        let alive = self.alive.remove(&pid);
-        let identity = stat
-            .map(|stat| stat.identity)
-            .or(alive.as_ref().map(|(identity, ..)| *identity))
-            .unwrap_or(ProcessIdentity { pid, start_time: 0 });
-        let tty = stat.and_then(procfs::Stat::tty);
-        let argv = process::recorded(shared, pid, time, time);
-        // It may have gone on to another program meanwhile: then these are not its words.
-        let is_still_it = |handle: &Handle| {
-            exe.as_ref().is_none_or(|exe| handle.exe().is_ok_and(|now| now == *exe))
-        };
-        let argv = argv.or_else(|| {
-            let handle = handle.as_ref()?;
-            let argv = handle.arguments().ok()??;
-            is_still_it(handle).then(|| argv.iter().map(|argument| printable(argument)).collect())
-        });
-        let exe = exe.as_deref();
-        let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(exe)));
-        ran.process = ran.process.take().or(alive.map(|(_, process, _)| process));
-        let run = Run { process: identity, exe, argv, tty };
-        Looked { ran, since: Instant::now(), run }
-    }
-
     fn tell_ran(&mut self, shared: &Shared, looked: Looked) {
         let Looked { ran: Ran { watched, root, pid, at, process, .. }, mut run, .. } = looked;
-        // It may have come while something else waited.
-        let process = process.or_else(|| {
-            let (identity, process, _) = self.alive.remove(&pid)?;
-            run.process = identity;
-            Some(process)
-        });
+        let alive = self.alive.remove(&pid);
+        if let Some((identity, ..)) = &alive
+            && run.process.start_time == 0
+        {
+            run.process = *identity;
+        }
+        let process = process.or(alive.map(|(_, process, _)| process));
         let (identity, tty) = (run.process, run.tty.clone());
         if tty.is_some()
             && let Some(is_interactive) = self.interactive.get_mut(&root)
@@ -545,6 +518,29 @@ impl Eye {
         let fact = Fact::SessionProcessEnded { root, process: identity, exit };
         shared.observe(&watched, ended.unwrap_or_else(Timestamp::now), Source::Trace, fact);
     }
+}
+
+/// What is to be seen of a program that was run, while it lives.
+fn look_at(shared: &Shared, ran: Ran) -> Looked {
+    let Ran { pid, time, exe, .. } = &ran;
+    let (pid, time) = (*pid, *time);
+    let handle = Handle::open(pid).ok();
+    let stat = handle.as_ref().map(Handle::first_stat);
+    let identity = stat.map(|stat| stat.identity).unwrap_or(ProcessIdentity { pid, start_time: 0 });
+    let tty = stat.and_then(procfs::Stat::tty);
+    let argv = process::recorded(shared, pid, time, time);
+    // It may have gone on to another program meanwhile: then these are not its words.
+    let is_still_it =
+        |handle: &Handle| exe.as_ref().is_none_or(|exe| handle.exe().is_ok_and(|now| now == *exe));
+    let argv = argv.or_else(|| {
+        let handle = handle.as_ref()?;
+        let argv = handle.arguments().ok()??;
+        is_still_it(handle).then(|| argv.iter().map(|argument| printable(argument)).collect())
+    });
+    let exe = exe.as_deref();
+    let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(exe)));
+    let run = Run { process: identity, exe, argv, tty };
+    Looked { ran, since: Instant::now(), run }
 }
 
 /// Keeps a handle of a process that may be a session's: how it ends may be asked for.
