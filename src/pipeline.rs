@@ -356,25 +356,33 @@ impl State {
         if let Some(task) = &container.task {
             let rootfs_is_news = container.rootfs.is_some()
                 && entry.container.as_ref().is_none_or(|known| known.rootfs.is_none());
+            // An event of the task's start does not tell it; the record that follows does.
+            let known = entry.container.as_ref().and_then(|known| known.task.as_ref());
+            let known_input = known.and_then(|known| known.terminal_input.clone());
+            let input = task.terminal_input.clone();
             if entry.pid != Some(task.pid) || matches!(entry.watch, WatchState::No) {
                 entry.pid = Some(task.pid);
                 entry.watch = WatchState::Asked;
                 entry.fresh = true;
             }
-            if entry.fresh || rootfs_is_news || matches!(entry.watch, WatchState::Refused(_)) {
+            let is_attached_anew =
+                entry.fresh || rootfs_is_news || matches!(entry.watch, WatchState::Refused(_));
+            if is_attached_anew {
                 let rootfs = container.rootfs.clone();
                 effects.push(Effect::Watch(Command::Attach {
                     container: id.clone(),
                     pid: task.pid,
                     rootfs,
                 }));
-                if let Some(input) = task.terminal_input.clone() {
-                    let container = id.clone();
-                    effects.push(Effect::Watch(Command::Terminal { container, input }));
-                }
                 // So it is for whoever is attached anew.
                 trusted = Trust::Unknown;
                 layers::tell_entry_point(&id, entry, effects);
+            }
+            let input_is_news = input.is_some() && (is_attached_anew || known_input != input);
+            let is_handed_on = sessions::manager(&container) != sessions::CONTAINERD;
+            if is_attached_anew && is_handed_on || input_is_news {
+                let container = id.clone();
+                effects.push(Effect::Watch(Command::Terminal { container, input, is_handed_on }));
             }
         }
         let chain_id = container.chain_id();

@@ -28,7 +28,8 @@ id! {
 }
 
 impl SessionId {
-    /// `root` is the process that came in; of an attachment, the client outside.
+    /// `root` is the process that came in; of an attachment, the client outside, or of
+    /// one that nobody sees, init's pid and when it was noticed.
     pub fn new(container: &ContainerId, root: ProcessIdentity) -> SessionId {
         let (pid, start_time) = (root.pid.to_le_bytes(), root.start_time.to_le_bytes());
         SessionId::of(&[
@@ -63,7 +64,8 @@ pub enum Entry {
     Namespace,
     /// A container that was put into this one's pid namespace: `kubectl debug`.
     SharedPidNamespace,
-    /// Somebody was connected to the terminal of its init: `ctr task attach`.
+    /// Somebody was connected to the terminal of its init: `kubectl attach`,
+    /// `docker attach`, `ctr task attach`.
     Attach,
     /// From within: a shell whose input and output are a connection.
     ReverseShell,
@@ -158,9 +160,12 @@ impl Exit {
 /// What is seen of a session when it opens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Opening {
+    /// What it is known by: the process that came in. See [`SessionId::new`].
+    pub root: ProcessIdentity,
     pub entry: Entry,
     pub interactive: Option<Interactive>,
-    /// Its first process; its ancestors end with the first one outside.
+    /// Its first process; its ancestors end with the first one outside. Of an attachment
+    /// the client, or init where that is not seen.
     pub process: Process,
     /// The host's processes above that, nearest first.
     pub host: Vec<Ancestor>,

@@ -81,11 +81,14 @@ struct Live {
     held_until: Option<Timestamp>,
     /// It is a probe, and not told as long as it does nothing else.
     probe: Option<ProbeId>,
+    /// When it last ran something, or that ended.
+    acted_at: Timestamp,
 }
 
 impl Live {
     fn new(session: Session) -> Live {
         Live {
+            acted_at: session.started_at,
             session,
             running: HashMap::new(),
             changed: Vec::new(),
@@ -97,7 +100,12 @@ impl Live {
     fn end(&mut self, at: Timestamp, exit: Option<Exit>) {
         let session = &mut self.session;
         session.state = SessionState::Closed;
-        session.ended_at = session.ended_at.or(Some(at.max(session.started_at)));
+        // Whoever does something at a terminal is still there, whenever he typed it.
+        let earliest = match session.entry {
+            Entry::Attach => self.acted_at,
+            _ => session.started_at,
+        };
+        session.ended_at = session.ended_at.or(Some(at.max(earliest)));
         session.exit = exit.or(session.exit);
     }
 }
@@ -121,9 +129,13 @@ impl Sessions {
         self.containers.entry(container.clone()).or_insert_with(|| {
             let mut known = Known::default();
             let Remembered { sessions, probes } = remembered.remove(container).unwrap_or_default();
-            for (session, running) in sessions {
+            for (mut session, running) in sessions {
                 let root = session.process.identity;
                 known.order.push_back(root);
+                if session.entry == Entry::Attach {
+                    // Whether somebody is still there, nobody knows any more.
+                    session.state = SessionState::Closed;
+                }
                 if session.state == SessionState::Closed {
                     // It was over when driftd was started.
                     unsaid.insert((container.clone(), root));
@@ -218,18 +230,31 @@ fn in_words(entry: Entry) -> Option<&'static str> {
 /// What is said of a probe that is reported after all.
 const IS_PROBE: &str = "it is run again and again like a probe, and ran what is not the image's";
 
-fn client(container: Option<&Container>, id: &ContainerId, entry: Entry) -> Option<String> {
-    if entry != Entry::RuntimeExec {
-        return None;
+/// By whom a container is managed, if by nobody above containerd.
+pub(super) const CONTAINERD: &str = "containerd";
+
+/// By whom a container is managed.
+pub(super) fn manager(container: &Container) -> &'static str {
+    match &*container.id.namespace {
+        "k8s.io" => "cri",
+        "moby" => "docker",
+        _ if container.labels.contains_key("io.cri-containerd.kind") => "cri",
+        _ => CONTAINERD,
     }
-    let is_cri =
-        container.is_some_and(|container| container.labels.contains_key("io.cri-containerd.kind"));
-    Some(match &*id.namespace {
-        "k8s.io" => "cri".into(),
-        "moby" => "docker".into(),
-        _ if is_cri => "cri".into(),
-        _ => "containerd".into(),
-    })
+}
+
+/// Whom a session is of, where that can be known: who comes by the shim, or by what the
+/// manager hands on, comes by the manager.
+fn client(container: Option<&Container>, opening: &Opening) -> Option<String> {
+    let is_by_manager = match opening.entry {
+        Entry::RuntimeExec => true,
+        Entry::Attach => opening.root != opening.process.identity,
+        Entry::RuntimeDirect
+        | Entry::Namespace
+        | Entry::SharedPidNamespace
+        | Entry::ReverseShell => false,
+    };
+    Some(manager(container.filter(|_| is_by_manager)?).to_owned())
 }
 
 impl State {
@@ -249,7 +274,7 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let container = &observation.container;
-        let root = opening.process.identity;
+        let root = opening.root;
         if opening.beside.as_ref().is_some_and(|beside| self.is_sandbox(beside)) {
             // All containers of a pod may share the namespace of its sandbox.
             return;
@@ -268,7 +293,7 @@ impl State {
         }
         let Some(entry) = self.inventory.get(container) else { return };
         let (evidence, image) = whose(container, entry);
-        let client = client(entry.container.as_ref(), container, opening.entry);
+        let client = client(entry.container.as_ref(), opening);
         let known = self.sessions.known(container);
         let exec = known.execs.iter().position(|(pid, ..)| *pid == root.pid);
         let exec_id = exec.and_then(|index| known.execs.remove(index)).map(|(_, id, _)| id);
@@ -458,7 +483,7 @@ impl State {
         let subject = if kind == Kind::SessionExec {
             Subject::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
         } else {
-            Subject::Process(process.identity)
+            Subject::Process(root)
         };
         let id = FindingId::new(Some(container), kind, &subject);
         let Some(entry) = self.inventory.get_mut(container) else { return };
@@ -502,6 +527,7 @@ impl State {
     ) {
         let container = &observation.container;
         let Some(live) = self.sessions.known(container).live.get_mut(&root) else { return };
+        live.acted_at = live.acted_at.max(observation.at);
         live.session.commands += 1;
         let number = live.session.commands;
         if number <= MAX_COMMANDS {
@@ -580,6 +606,7 @@ impl State {
             command.ended_at = Some(observation.at.max(command.started_at));
             command.exit = exit;
             live.changed.push(command);
+            live.acted_at = live.acted_at.max(observation.at);
         }
         if process == root {
             live.end(observation.at, exit);
@@ -858,6 +885,7 @@ impl State {
     ) {
         let has_terminal = process.tty.is_some().then_some(Interactive::Terminal);
         let opening = Opening {
+            root: process.identity,
             entry: Entry::ReverseShell,
             interactive: is_direct.then_some(Interactive::Socket).or(has_terminal),
             process: process.clone(),

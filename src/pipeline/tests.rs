@@ -169,6 +169,7 @@ impl Node {
                 process.argv = Some(texts(argv)).filter(|argv| !argv.is_empty());
                 let is_entered = words[0] == "entered";
                 let opening = Opening {
+                    root: process.identity,
                     entry: if is_entered { By::Namespace } else { By::RuntimeExec },
                     interactive: process.tty.is_some().then_some(Interactive::Terminal),
                     process,
@@ -180,6 +181,22 @@ impl Node {
                 let source = if words[0] == "found" { Source::Scan } else { Source::Gate };
                 let fact = Fact::SessionOpened { opening: Arc::new(opening) };
                 Input::Watch(Report::Observed(observed(source, fact)))
+            }
+            ["came", _, root, pid, ref argv @ ..] => {
+                let mut process = process(pid.parse().unwrap());
+                process.argv = Some(texts(argv));
+                let opening = Opening {
+                    root: identity(root),
+                    entry: By::Attach,
+                    interactive: Some(Interactive::Terminal),
+                    process,
+                    host: Vec::new(),
+                    login: None,
+                    requested_by: None,
+                    beside: None,
+                };
+                let fact = Fact::SessionOpened { opening: Arc::new(opening) };
+                Input::Watch(Report::Observed(observed(Source::Change, fact)))
             }
             ["ran-more", _, root, times] => {
                 let times = times.parse().unwrap();
@@ -237,6 +254,18 @@ impl Node {
     fn session(&self, pid: u32) -> &Session {
         let mut sessions = self.sessions.iter().rev().map(|(session, _)| session);
         sessions.find(|session| session.process.identity.pid == pid).expect("a session")
+    }
+
+    /// The newest revision of every session, in the order of their opening.
+    fn newest_sessions(&self) -> Vec<&Session> {
+        let mut newest: Vec<&Session> = Vec::new();
+        for (session, _) in &self.sessions {
+            match newest.iter_mut().find(|known| known.id == session.id) {
+                Some(known) => *known = session,
+                None => newest.push(session),
+            }
+        }
+        newest
     }
 
     /// Its commands: arguments, and how they ended.
@@ -1704,6 +1733,29 @@ fn a_session_that_was_open_before_a_restart_goes_on() {
     assert!(session.revision > node.session(100).revision);
     let gone = after.session(99);
     assert_eq!((gone.state, gone.ended_at), (SessionState::Closed, None));
+}
+
+/// Each time somebody comes to the terminal of init is a session of its own, and after
+/// a restart nobody knows whether he is still there.
+#[test]
+fn who_comes_to_a_terminal_is_known_by_when() {
+    let mut node = Node::running();
+    node.play("came c1 501 1 sh\nran c1 501 102 ls\nended c1 501 501 ?").wait(1);
+    node.play("came c1 502 1 sh").wait(1);
+    let seen = node.newest_sessions();
+    let states: Vec<_> = seen.iter().map(|one| (one.state, one.client.as_deref())).collect();
+    let by = Some("containerd");
+    assert_eq!(states, [(SessionState::Closed, by), (SessionState::Open, by)]);
+    assert!(seen.iter().all(|one| one.process.identity.pid == 1));
+    let told: Vec<_> = node.newest().iter().map(|told| (told.kind, told.session)).collect();
+    let expected = [0, 1].map(|index| (Kind::SessionInteractive, Some(seen[index].id)));
+    assert_eq!(told, expected);
+
+    let mut after = Node::new(Respond::default(), node.told.clone());
+    after.state.remember_sessions(vec![(seen[1].clone(), Vec::new())], Vec::new());
+    after.play("start c1\nbaseline\nattached c1\ncame c1 503 1 sh").wait(9);
+    let left = after.newest_sessions().into_iter().find(|one| one.id == seen[1].id).unwrap();
+    assert_eq!((left.id, left.state, left.ended_at), (seen[1].id, SessionState::Closed, None));
 }
 
 #[test]

@@ -147,13 +147,13 @@ impl TraceConsumer for Acts {
     ) {
         // In the order in which it was run.
         self.look_again(shared);
-        let named = Named::now(executed.pid);
-        let root = shared.roots().of(&watched.container, &shared.births(), named);
+        let at = time_of(executed.time);
+        let root = session_of(shared, watched, executed.pid, at);
         let mut ran = Ran {
             watched: watched.clone(),
             root: root.unwrap_or(ProcessIdentity { pid: 0, start_time: 0 }),
             pid: executed.pid,
-            at: time_of(executed.time),
+            at,
             exe: program.map(|program| program.name.to_vec()),
             time: executed.time,
             process: None,
@@ -205,10 +205,7 @@ impl Acts {
         if opened != self.opened {
             self.opened = opened;
             for (since, mut ran) in std::mem::take(&mut self.waiting) {
-                let root = || {
-                    let named = Named::now(ran.pid);
-                    shared.roots().of(&ran.watched.container, &shared.births(), named)
-                };
+                let root = || session_of(shared, &ran.watched, ran.pid, ran.at);
                 match ran.watched.has_sessions().then(root).flatten() {
                     Some(root) => {
                         ran.root = root;
@@ -248,6 +245,21 @@ impl Acts {
             });
         }
     }
+}
+
+/// In which session a process has become a program.
+fn session_of(
+    shared: &Shared,
+    watched: &Watched,
+    pid: u32,
+    at: Timestamp,
+) -> Option<ProcessIdentity> {
+    let roots = shared.roots();
+    let root = roots.of(&watched.container, &shared.births(), Named::now(pid))?;
+    // What init was before anybody came to its terminal is the container's own.
+    let arrival = roots.at_terminal(watched.init).filter(|_| pid == watched.init.pid);
+    let is_own = arrival.is_some_and(|arrival| arrival.session == root && at < arrival.at);
+    (!is_own).then_some(root)
 }
 
 /// A process whose end is waited for.

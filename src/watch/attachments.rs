@@ -1,9 +1,8 @@
 //! Who is connected to the terminal of a container's init: whoever opens the FIFO
 //! that leads to it, after the runtime did.
 //!
-//! The FIFO is the host's, and so is its directory, which is listened to. What is
-//! handed on inside of one process (the kubelet's and Docker's way to attach) opens
-//! nothing and is not seen.
+//! The FIFO is the host's, and so is its directory, which is listened to. Who attaches
+//! through a process that has it open already is seen by `terminals`.
 
 use std::collections::HashMap;
 use std::io;
@@ -17,9 +16,12 @@ use rustix::io::Errno;
 
 use super::acts::{Act, Event};
 use super::process;
+use super::roots::Arrival;
 use super::shared::Shared;
 use super::table::Watched;
-use crate::model::{Entry, Fact, Interactive, Opening, Source};
+use crate::model::{
+    Ancestor, Entry, Fact, Interactive, Login, Opening, Process, ProcessIdentity, Source,
+};
 use crate::sys::fanotify::{Buffer, DecodedName, Group, Named, ReadError};
 use crate::sys::file;
 use crate::sys::handle::FileHandle;
@@ -38,6 +40,8 @@ pub(super) struct Attachments {
 struct Input {
     watched: Arc<Watched>,
     name: Box<[u8]>,
+    /// Its manager opens it too, whenever that is started again.
+    is_handed_on: bool,
 }
 
 impl Attachments {
@@ -51,7 +55,12 @@ impl Attachments {
     }
 
     /// From now on it is told who opens this FIFO.
-    pub(super) fn listen(&self, watched: &Arc<Watched>, fifo: &Path) -> io::Result<()> {
+    pub(super) fn listen(
+        &self,
+        watched: &Arc<Watched>,
+        fifo: &Path,
+        is_handed_on: bool,
+    ) -> io::Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
         let (Some(directory), Some(name)) = (fifo.parent(), fifo.file_name()) else {
             return Ok(());
@@ -65,7 +74,7 @@ impl Attachments {
         }
         group.mark_children(directory.as_fd(), libc::FAN_OPEN)?;
         let name = name.as_bytes().into();
-        inputs.insert(handle, Input { watched: watched.clone(), name });
+        inputs.insert(handle, Input { watched: watched.clone(), name, is_handed_on });
         Ok(())
     }
 
@@ -73,7 +82,7 @@ impl Attachments {
         let Some(group) = &self.group else { return };
         let mut buffer = Buffer::new();
         while !shared.is_stopping() {
-            shared.wait_for(group.as_fd());
+            shared.wait_for(group, None);
             match group.read_names(&mut buffer) {
                 Ok(events) => {
                     for event in events {
@@ -92,8 +101,8 @@ impl Attachments {
     }
 
     fn opened(&self, shared: &Shared, named: &Named) {
-        let watched = match self.inputs().get(&named.directory) {
-            Some(input) if input.name == named.name => input.watched.clone(),
+        let (watched, is_handed_on) = match self.inputs().get(&named.directory) {
+            Some(input) if input.name == named.name => (input.watched.clone(), input.is_handed_on),
             Some(_) | None => return,
         };
         let shim = procfs::read_stat(watched.init.pid).ok().map(|init| init.parent);
@@ -102,28 +111,48 @@ impl Attachments {
         }
         let Ok(client) = Handle::open(named.pid) else { return };
         let root = client.identity();
+        // A person has a terminal, and a manager that takes up its work again has none.
+        if is_handed_on && client.first_stat().tty().is_none() {
+            return;
+        }
         if shared.roots().is_open(root) {
             return;
         }
         let process = process::as_it_is(&client, &watched);
         let chain = procfs::chain(client.first_stat().parent);
         let known = process.ancestors.len();
-        let opening = Opening {
-            entry: Entry::Attach,
-            interactive: Some(Interactive::Terminal),
-            host: chain.iter().skip(known).map(process::ancestor).collect(),
-            login: client.login(),
-            requested_by: None,
-            beside: None,
-            process,
-        };
-        let fact = Fact::SessionOpened { opening: Arc::new(opening) };
-        if shared.observe(&watched, Timestamp::now(), Source::Change, fact)
+        let host = chain.iter().skip(known).map(process::ancestor).collect();
+        let fact = opened(root, process, host, client.login());
+        watched.set_has_sessions();
+        let at = Timestamp::now();
+        if shared.observe(&watched, at, Source::Change, fact)
             && shared.roots().open(&watched.container, root)
         {
+            let arrival = Arrival { session: root, at, ticks: procfs::ticks_since_boot() };
+            shared.roots().came_to_terminal(&watched.container, watched.init, arrival);
             let owned = watched.clone();
             let event = Event::Opened { watched: owned, root, is_interactive: true, process: None };
             shared.act(&watched, Act::Event(event));
         }
     }
+}
+
+/// Somebody is at the terminal of a container's init.
+pub(super) fn opened(
+    root: ProcessIdentity,
+    process: Process,
+    host: Vec<Ancestor>,
+    login: Option<Login>,
+) -> Fact {
+    let opening = Opening {
+        root,
+        entry: Entry::Attach,
+        interactive: Some(Interactive::Terminal),
+        process,
+        host,
+        login,
+        requested_by: None,
+        beside: None,
+    };
+    Fact::SessionOpened { opening: Arc::new(opening) }
 }

@@ -1,8 +1,10 @@
 //! Carries out commands. Marks first: until they are there, nothing is seen.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -95,10 +97,11 @@ impl Control {
                         watched.ask_for_walk();
                     }
                 }
-                Ok(Command::Terminal { container, input }) => {
+                Ok(Command::Terminal { container, input, is_handed_on }) => {
                     if let Some(watched) = self.shared.table.get(&container)
-                        && let Err(err) = self.shared.attachments.listen(&watched, &input)
+                        && let Err(err) = self.listen(&watched, input.as_deref(), is_handed_on)
                     {
+                        let input = input.unwrap_or_default();
                         let input = printable(input.as_os_str().as_bytes());
                         tracing::warn!(%container, input, "who attaches is not seen: {err}");
                     }
@@ -120,6 +123,20 @@ impl Control {
                 self.marker.forget_unannounced();
             }
         }
+    }
+
+    /// From now on it is seen who comes to the terminal of its init.
+    fn listen(
+        &self,
+        watched: &Arc<Watched>,
+        input: Option<&Path>,
+        is_handed_on: bool,
+    ) -> io::Result<()> {
+        if is_handed_on {
+            self.shared.terminals.listen(watched)?;
+        }
+        let listen = |input| self.shared.attachments.listen(watched, input, is_handed_on);
+        input.map_or(Ok(()), listen)
     }
 
     fn report(&mut self, report: Report) {

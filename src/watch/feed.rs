@@ -37,7 +37,7 @@ impl Feed {
         let group = self.group.clone();
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
-            self.shared.wait_for(group.as_fd());
+            self.shared.wait_for(&*group, None);
             match group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {

@@ -47,6 +47,7 @@ mod shared;
 mod shells;
 mod state;
 mod table;
+mod terminals;
 mod trace;
 mod trial;
 mod trust;
@@ -98,8 +99,9 @@ pub enum Command {
     /// These files of the image start the container: what they hold matters, even
     /// where it is no program.
     EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
-    /// Its init has a terminal, and this FIFO leads there.
-    Terminal { container: ContainerId, input: PathBuf },
+    /// Its init may have a terminal. This FIFO leads there, where that is known; with
+    /// `is_handed_on`, its manager holds it open for whoever attaches.
+    Terminal { container: ContainerId, input: Option<PathBuf>, is_handed_on: bool },
     /// How an executed file of the image's layers was judged.
     Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
 }
@@ -288,6 +290,8 @@ impl Watch {
         watch.spawn("names", move || ours.names.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("attachments", move || ours.attachments.run(&ours))?;
+        let ours = shared.clone();
+        watch.spawn("terminals", move || ours.terminals.run(&ours))?;
         let mut pulse = Pulse::default();
         let mut more_gates = Vec::new();
         let mut copy_ups = None;

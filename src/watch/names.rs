@@ -193,7 +193,7 @@ impl Names {
         let Some(group) = &self.group else { return };
         let mut buffer = Buffer::new();
         while !shared.is_stopping() {
-            shared.wait_for(group.as_fd());
+            shared.wait_for(group, None);
             loop {
                 match group.read_names(&mut buffer) {
                     Ok(events) => self.take(shared, events),

@@ -268,6 +268,11 @@ impl Births {
         self.insert(pid, Birth { parent, read_at });
     }
 
+    /// When the record of a birth was read, in clock ticks since boot.
+    pub(super) fn read_at(&self, pid: u32) -> Option<u64> {
+        Some(self.parents.get(&pid)?.read_at)
+    }
+
     /// The parent, its parent, and so on.
     pub(super) fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
         let parent = move |pid: &u32| {

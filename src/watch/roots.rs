@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use jiff::Timestamp;
+
 use super::packages::Births;
 use super::writers::Named;
 use crate::model::{ContainerId, ProcessIdentity};
@@ -28,6 +30,27 @@ pub(super) struct Roots {
     members: HashMap<u32, ProcessIdentity>,
     /// Those of them that have ended, and when, in clock ticks since boot.
     ended: VecDeque<(u64, u32)>,
+    /// Who is, or was last, at the terminals of containers' inits, by those.
+    terminals: HashMap<u32, Terminal>,
+}
+
+/// Somebody at the terminal of a container's init. What he has done is done by init,
+/// and by whom that makes meanwhile.
+#[derive(Debug)]
+struct Terminal {
+    container: ContainerId,
+    init: ProcessIdentity,
+    arrival: Arrival,
+    has_left: bool,
+}
+
+/// A session that began by coming to a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Arrival {
+    pub(super) session: ProcessIdentity,
+    pub(super) at: Timestamp,
+    /// The same in clock ticks since boot: whoever is born later may be its.
+    pub(super) ticks: u64,
 }
 
 #[derive(Debug)]
@@ -83,7 +106,7 @@ impl Roots {
         births: &Births,
         named: Named,
     ) -> Option<ProcessIdentity> {
-        if self.roots.is_empty() {
+        if self.roots.is_empty() && self.terminals.is_empty() {
             return None;
         }
         let root = |pid: u32| {
@@ -92,19 +115,72 @@ impl Roots {
                 && root.identity.start_time <= named.read_at.saturating_add(1);
             is_it.then_some(root.identity)
         };
-        let known = |pid: u32| {
-            let member = || self.members.get(&pid).and_then(|member| root(member.pid));
-            root(pid).or_else(member)
+        let at_terminal =
+            |pid: u32| self.terminals.get(&pid).filter(|terminal| terminal.container == *container);
+        let member = |pid: u32| {
+            let session = *self.members.get(&pid)?;
+            // Of a terminal also an earlier session: what that has left behind is its own.
+            let was_at_terminal = || at_terminal(session.pid).map(|_| session);
+            root(session.pid).filter(|root| *root == session).or_else(was_at_terminal)
         };
-        known(named.pid).or_else(|| births.parents_of(named).take(MAX_GENERATIONS).find_map(known))
+        let known = |pid: u32| root(pid).or_else(|| member(pid));
+        if let Some(session) = known(named.pid) {
+            return Some(session);
+        }
+        if let Some(terminal) = at_terminal(named.pid) {
+            return (!terminal.has_left).then_some(terminal.arrival.session);
+        }
+        let mut child = named.pid;
+        for parent in births.parents_of(named).take(MAX_GENERATIONS) {
+            if let Some(session) = known(parent) {
+                return Some(session);
+            }
+            if let Some(terminal) = at_terminal(parent) {
+                // Whom it had made before is nobody's.
+                let is_made_meanwhile =
+                    births.read_at(child).is_some_and(|read_at| read_at >= terminal.arrival.ticks);
+                let session = terminal.arrival.session;
+                return (is_made_meanwhile && !terminal.has_left).then_some(session);
+            }
+            child = parent;
+        }
+        None
+    }
+
+    /// Somebody has come to the terminal of a container's init.
+    pub(super) fn came_to_terminal(
+        &mut self,
+        container: &ContainerId,
+        init: ProcessIdentity,
+        arrival: Arrival,
+    ) {
+        let container = container.clone();
+        let terminal = Terminal { container, init, arrival, has_left: false };
+        self.terminals.insert(init.pid, terminal);
+        self.opened += 1;
+    }
+
+    /// Who is at the terminal of a container's init.
+    pub(super) fn at_terminal(&self, init: ProcessIdentity) -> Option<Arrival> {
+        let terminal = self.terminals.get(&init.pid)?;
+        (terminal.init == init && !terminal.has_left).then_some(terminal.arrival)
+    }
+
+    /// Nobody is there any more. What was begun goes on.
+    pub(super) fn left_terminal(&mut self, session: ProcessIdentity) {
+        for terminal in self.terminals.values_mut() {
+            terminal.has_left |= terminal.arrival.session == session;
+        }
     }
 
     /// A process of a container has made another one.
     pub(super) fn born(&mut self, pid: u32, parent: u32) {
-        let session = match self.roots.get(&parent) {
-            Some(root) => Some(root.identity),
-            None => self.members.get(&parent).copied(),
+        let root = self.roots.get(&parent).map(|root| root.identity);
+        let at_terminal = || {
+            let terminal = self.terminals.get(&parent).filter(|terminal| !terminal.has_left);
+            terminal.map(|terminal| terminal.arrival.session)
         };
+        let session = root.or_else(at_terminal).or_else(|| self.members.get(&parent).copied());
         match session {
             Some(root) if self.members.len() < MAX_MEMBERS => {
                 self.members.insert(pid, root);
@@ -120,6 +196,8 @@ impl Roots {
     pub(super) fn ended(&mut self, pid: u32, now: u64) {
         if let Some(root) = self.roots.get_mut(&pid) {
             root.has_ended = true;
+            let session = root.identity;
+            self.left_terminal(session);
         }
         if self.members.contains_key(&pid) {
             self.ended.push_back((now, pid));
@@ -134,6 +212,7 @@ impl Roots {
 
     pub(super) fn forget(&mut self, container: &ContainerId) {
         self.roots.retain(|_, root| root.container != *container);
+        self.terminals.retain(|_, terminal| terminal.container != *container);
     }
 }
 
@@ -178,6 +257,66 @@ mod tests {
         assert_eq!(roots.opened_by(8), None);
         roots.ended(7, 20);
         assert_eq!(roots.opened_by(7), None);
+    }
+
+    #[test]
+    fn what_init_does_while_somebody_is_at_its_terminal_is_his() {
+        let container = ContainerId::new("default", "c1");
+        let init = ProcessIdentity { pid: 2, start_time: 1 };
+        let arrival = |ticks| Arrival {
+            session: ProcessIdentity { pid: 2, start_time: ticks },
+            at: Timestamp::UNIX_EPOCH,
+            ticks,
+        };
+        let mut births = Births::default();
+        let mut roots = Roots::default();
+        let born = |births: &mut Births, roots: &mut Roots, pid, parent, read_at| {
+            births.born(pid, parent, read_at);
+            roots.born(pid, parent);
+        };
+        born(&mut births, &mut roots, 3, 2, 10);
+        // Its record was read before it was known that somebody had come.
+        born(&mut births, &mut roots, 4, 2, 20);
+        let first = arrival(20);
+        roots.came_to_terminal(&container, init, first);
+        let there = |pid| roots.of(&container, &births, Named { pid, read_at: 20 });
+        assert_eq!([2, 3, 4].map(there), [Some(first.session), None, Some(first.session)]);
+        born(&mut births, &mut roots, 5, 2, 25);
+        born(&mut births, &mut roots, 6, 5, 26);
+        born(&mut births, &mut roots, 7, 3, 27);
+        roots.left_terminal(first.session);
+        born(&mut births, &mut roots, 8, 2, 40);
+        born(&mut births, &mut roots, 9, 5, 41);
+        let of = |roots: &Roots, pid| {
+            roots.of(&container, &births, Named { pid, read_at: 50 }).map(|root| root.start_time)
+        };
+        assert_eq!(of(&roots, 2), None, "he has left");
+        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "and left them behind");
+        assert_eq!([3, 7, 8].map(|pid| of(&roots, pid)), [None; 3]);
+
+        let second = arrival(30);
+        roots.came_to_terminal(&container, init, second);
+        assert_eq!(roots.at_terminal(init), Some(second));
+        assert_eq!([2, 8].map(|pid| of(&roots, pid)), [Some(30); 2]);
+        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "still the first one's");
+        assert_eq!([3, 4, 7].map(|pid| of(&roots, pid)), [None; 3]);
+        let other = ContainerId::new("default", "c2");
+        assert_eq!(roots.of(&other, &births, Named { pid: 8, read_at: 50 }), None);
+        roots.forget(&container);
+        assert_eq!(of(&roots, 8), None);
+    }
+
+    #[test]
+    fn a_client_leaves_a_terminal_when_it_ends() {
+        let container = ContainerId::new("default", "c1");
+        let identity = |pid| ProcessIdentity { pid, start_time: 1 };
+        let mut roots = Roots::default();
+        roots.open(&container, identity(90));
+        let arrival = Arrival { session: identity(90), at: Timestamp::UNIX_EPOCH, ticks: 5 };
+        roots.came_to_terminal(&container, identity(2), arrival);
+        assert_eq!(roots.at_terminal(identity(2)), Some(arrival));
+        roots.ended(90, 20);
+        assert_eq!(roots.at_terminal(identity(2)), None);
     }
 
     #[test]

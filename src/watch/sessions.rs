@@ -316,6 +316,7 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: 
     let requested_by = requester(variables, process.argv.as_deref().unwrap_or_default())
         .or_else(|| Some(printable(&handle.as_ref()?.variable(variables)?)));
     Opening {
+        root: identity,
         entry,
         interactive: has_terminal.then_some(Interactive::Terminal),
         host: host.map(process::ancestor).collect(),

@@ -3,14 +3,14 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::Report;
 use super::acts::Act;
@@ -24,6 +24,7 @@ use super::packages::{Births, Packages};
 use super::roots::Roots;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
+use super::terminals::Terminals;
 use super::writers::{Named, Writer, Writers};
 use crate::config;
 use crate::health::{Failure, Health};
@@ -39,6 +40,7 @@ pub(super) struct Shared {
     pub(super) hashed: Hashed,
     pub(super) names: Names,
     pub(super) attachments: Attachments,
+    pub(super) terminals: Terminals,
     reports: Sender<Box<Report>>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     sessions: Mutex<Sessions>,
@@ -132,6 +134,7 @@ impl Shared {
             hashed: Hashed::default(),
             names: Names::new(),
             attachments: Attachments::new(),
+            terminals: Terminals::new(),
             reports,
             dirty: Mutex::default(),
             sessions: Mutex::default(),
@@ -167,11 +170,12 @@ impl Shared {
     }
 
     /// Waits until there is something to read, or the watchers are to stop.
-    pub(super) fn wait_for(&self, events: BorrowedFd<'_>) {
-        let mut fds =
-            [events, self.end.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    pub(super) fn wait_for(&self, events: impl AsFd, at_most: Option<Duration>) {
+        let mut fds = [events.as_fd(), self.end.as_fd()]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let at_most = at_most.and_then(|at_most| Timespec::try_from(at_most).ok());
         // An error here (a signal) only means that the turn comes early.
-        let _ = rustix::event::poll(&mut fds, None);
+        let _ = rustix::event::poll(&mut fds, at_most.as_ref());
     }
 
     /// The kernel records every execution for us.

@@ -2,12 +2,16 @@
 //! (`runtime.v1`) as the tests need, with the field numbers of its `api.proto`.
 
 use std::collections::HashMap;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Endpoint;
+use tungstenite::client::IntoClientRequest as _;
+use tungstenite::http::{HeaderValue, header};
+use tungstenite::{Message, WebSocket};
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct ImageSpec {
@@ -162,6 +166,24 @@ struct ExecSyncResponse {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+struct AttachRequest {
+    #[prost(string, tag = "1")]
+    container_id: String,
+    #[prost(bool, tag = "2")]
+    stdin: bool,
+    #[prost(bool, tag = "3")]
+    tty: bool,
+    #[prost(bool, tag = "4")]
+    stdout: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct AttachResponse {
+    #[prost(string, tag = "1")]
+    url: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
 struct CreateContainerRequest {
     #[prost(string, tag = "1")]
     pod_sandbox_id: String,
@@ -250,23 +272,26 @@ pub(crate) fn container(
     }
 }
 
+/// What `stdin: true` and `tty: true` in a pod's specification make of it.
+pub(crate) fn with_terminal(container: ContainerConfig) -> ContainerConfig {
+    ContainerConfig { stdin: true, tty: true, ..container }
+}
+
 /// What `kubectl debug -it --target` makes of it: a shell with a terminal in the pid
 /// namespace of the container `target`.
 pub(crate) fn beside(target: &str, container: ContainerConfig) -> ContainerConfig {
     let options = NamespaceOption { network: NODE, pid: TARGET, target_id: target.to_owned() };
-    let mut labels = container.labels;
+    let mut labels = container.labels.clone();
     labels.insert("io.kubernetes.container.name".to_owned(), "debugger".to_owned());
     ContainerConfig {
         metadata: Some(ContainerMetadata { name: "debugger".to_owned() }),
         labels,
-        stdin: true,
-        tty: true,
         linux: Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext {
                 namespace_options: Some(options),
             }),
         }),
-        ..container
+        ..with_terminal(container)
     }
 }
 
@@ -342,6 +367,24 @@ impl Cri {
         Ok((response.exit_code, response.stdout))
     }
 
+    /// Attaches to the terminal of a container's init, as `kubectl attach -it` does.
+    pub(crate) fn attach(&self, container_id: &str) -> anyhow::Result<Attached> {
+        let request = AttachRequest {
+            container_id: container_id.to_owned(),
+            stdin: true,
+            tty: true,
+            stdout: true,
+        };
+        let response: AttachResponse = self.call("RuntimeService/Attach", request)?;
+        let address = response.url.strip_prefix("http://").context("no plain connection")?;
+        let mut request = format!("ws://{address}").into_client_request()?;
+        let protocol = HeaderValue::from_static("v4.channel.k8s.io");
+        request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+        let (host, _) = address.split_once('/').context("no path")?;
+        let (socket, _) = tungstenite::client(request, TcpStream::connect(host)?)?;
+        Ok(Attached(socket))
+    }
+
     fn call<Request, Response>(&self, method: &str, request: Request) -> anyhow::Result<Response>
     where
         Request: prost::Message + Send + Sync + 'static,
@@ -360,6 +403,17 @@ impl Cri {
             .block_on(async { tokio::time::timeout(PATIENCE, conversation).await })
             .with_context(|| format!("{method} was not answered in {PATIENCE:?}"))?
             .with_context(|| format!("{method} failed"))
+    }
+}
+
+/// A connection to a container's terminal.
+pub(crate) struct Attached(WebSocket<TcpStream>);
+
+impl Attached {
+    pub(crate) fn types(&mut self, text: &str) -> anyhow::Result<()> {
+        // The first byte says for which stream it is: 0 is the input.
+        let frame = [b"\0", text.as_bytes()].concat();
+        Ok(self.0.send(Message::binary(frame))?)
     }
 }
 

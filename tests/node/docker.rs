@@ -129,11 +129,14 @@ impl Docker {
     }
 
     fn run_with(&self, more: &[&str], image: &str) -> anyhow::Result<Container<'_>> {
+        self.start_with(more, &[image, "/bin/sh", "-c", Control::INIT])
+    }
+
+    fn start_with(&self, more: &[&str], command: &[&str]) -> anyhow::Result<Container<'_>> {
         let control = Control::new(&self.node, &self.node.next_id())?;
         let mount = format!("{}:/.control", control.path.display());
         let options = ["run", "--detach", "--network", "none", "--volume", &mount];
-        let command = [image, "/bin/sh", "-c", Control::INIT];
-        let id = self.docker(&[&options[..], more, &command].concat())?;
+        let id = self.docker(&[&options[..], more, command].concat())?;
         Ok(Container::new(&self.node, id, control))
     }
 }
@@ -207,12 +210,12 @@ fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     assert_eq!(container.findings()?, Vec::<Value>::new());
     assert_eq!(node.answer(&["sessions", "-c", &container.id])?, Vec::<Value>::new());
 
-    let mut person = Person::at(&format!(
-        "{} --host unix://{} exec -it {} /bin/sh",
+    let client = format!(
+        "{} --host unix://{}",
         docker.programs.join("bin/docker").display(),
         node.path("docker/docker.sock").display(),
-        container.id,
-    ))?;
+    );
+    let mut person = Person::at(&format!("{client} exec -it {} /bin/sh", container.id))?;
     person.types("/bin/ls /\nexit 4\n")?;
     person.leaves()?;
     let session = wait_for("the session's end", || {
@@ -228,7 +231,26 @@ fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
         (&"terminal".into(), &4.into())
     );
     ensure!(session["exec_id"].is_string(), "{session:#}");
-    container.told(&["medium session.interactive"]).map(drop)
+    container.told(&["medium session.interactive"])?;
+
+    // Who types at the terminal of init has come too; Docker opens nothing for him.
+    let shell = docker.start_with(&["--interactive", "--tty"], &[WORKBENCH, "/bin/sh"])?;
+    shell.wait_until_watched()?;
+    assert_eq!(node.answer(&["sessions", "-c", &shell.id])?, Vec::<Value>::new());
+    let mut person = Person::at(&format!("{client} attach {}", shell.id))?;
+    person.types("/bin/ls /\n")?;
+    let session = wait_for("who has attached", || {
+        let sessions = node.answer(&["sessions", "-c", &shell.id])?;
+        ensure!(sessions.len() < 2, "{sessions:#?}");
+        Ok(sessions.into_iter().find(|session| session["commands"] == 1))
+    })?;
+    assert_eq!(
+        (&session["client"], &session["entry"], &session["interactive"]),
+        (&"docker".into(), &"attach".into(), &"terminal".into())
+    );
+    let findings = shell.told(&["medium session.interactive"])?;
+    assert_eq!(findings[0]["session"], session["id"]);
+    Ok(())
 }
 
 fn path(path: &Path) -> anyhow::Result<&str> {

@@ -627,6 +627,22 @@ sweep_interval = "1h"
         Ok((sandbox, container))
     }
 
+    /// Starts a container with a shell and a terminal in a pod, and waits until it is
+    /// watched.
+    pub(crate) fn shell_in_pod(&self, sandbox: &str, image: &str) -> anyhow::Result<Container<'_>> {
+        let name = self.next_id();
+        let control = Control::new(self, &name)?;
+        let pod = cri::pod(&name, &format!("/{}", self.namespace));
+        let shell = cri::container(&name, image, &["/bin/sh"], &[(&control.path, "/.control")]);
+        let shell = cri::with_terminal(shell);
+        let id = self.cri().create_container(sandbox, &shell, &pod)?;
+        lock(&self.pods).push(id.clone());
+        self.cri().start_container(&id)?;
+        let container = Container { node: self, id, control };
+        container.wait_until_watched()?;
+        Ok(container)
+    }
+
     /// Puts a container with a shell and a terminal beside one of a pod.
     pub(crate) fn debug_container(
         &self,

@@ -45,6 +45,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial_alone("what_is_over_within_a_moment_is_told_with_its_arguments", "", moments),
         trial_on("b15_a_probe_of_a_pod_is_counted_and_not_reported", POD_NODE, b15_probe),
         trial_on("a31_a_container_beside_another_is_a_session", POD_NODE, a31_debug),
+        trial_on("who_types_by_way_of_the_kubelets_runtime_is_a_session", POD_NODE, attached),
     ]
 }
 
@@ -511,10 +512,14 @@ fn attachment(node: &Node) -> anyhow::Result<()> {
     assert_eq!(only(&findings, "session.interactive")?["session"], session["id"]);
     person.types("/bin/ls /\nexit\n")?;
     person.leaves()?;
-    wait_for("its end", || {
+    let session = wait_for("its end", || {
         let sessions = node.answer(&["sessions", "-c", &id])?;
-        Ok((sessions.len() == 1 && sessions[0]["state"] == "closed").then_some(()))
-    })
+        ensure!(sessions.len() == 1, "{sessions:#?}");
+        Ok(sessions.into_iter().find(|session| session["state"] == "closed"))
+    })?;
+    let story = story_of(node, &session, 1)?;
+    assert_ran(&story, &["/bin/ls /"]);
+    Ok(())
 }
 
 fn b24_copy(node: &Node) -> anyhow::Result<()> {
@@ -753,8 +758,51 @@ fn a31_debug(node: &Node) -> anyhow::Result<()> {
     })?;
     let finding = only(&findings, "session.interactive")?;
     assert_eq!(finding["session"], session["id"]);
+    // Who types there is in that session.
+    let mut person = node.cri().attach(&debugger)?;
+    person.types("/bin/ls /\n")?;
+    wait_for("what was typed", || {
+        let sessions = node.answer(&["sessions", "-c", &debugger])?;
+        ensure!(sessions.len() == 1, "{sessions:#?}");
+        Ok((sessions[0]["commands"] == 2).then_some(()))
+    })?;
     // The container beside which it was put has none.
     assert_eq!(sessions(&container)?, Vec::<Value>::new());
+    node.cri().remove_pod_sandbox(&sandbox)
+}
+
+/// The runtime opens nothing when somebody attaches, and opens everything when it is
+/// started again.
+fn attached(node: &Node) -> anyhow::Result<()> {
+    let image = pulled_workbench(node)?;
+    let (sandbox, _) = node.pod_of(&image)?;
+    let container = node.shell_in_pod(&sandbox, &image)?;
+    container.lay_payload("x")?;
+    node.crash_containerd()?;
+    node.start_containerd()?;
+    let mut person = wait_for("containerd to know its containers", || {
+        Ok(node.cri().attach(&container.id).ok())
+    })?;
+    person.types("/bin/ls /\n")?;
+    let session = wait_for("the session", || Ok(sessions(&container)?.into_iter().next()))?;
+    assert_eq!(
+        (&session["entry"], &session["interactive"], &session["client"]),
+        (&"attach".into(), &"terminal".into(), &"cri".into())
+    );
+    assert_eq!(session["process"]["argv"], serde_json::json!(["/bin/sh"]), "{session:#}");
+    person.types("/bin/cp /.control/x /tmp/x; /tmp/x\n")?;
+    let findings = container.told(&["critical exec.new /tmp/x", "medium session.interactive"])?;
+    for finding in &findings {
+        assert_eq!(finding["session"], session["id"], "{finding:#}");
+    }
+    drop(person);
+    // Somebody else soon after is not told apart.
+    let mut person = node.cri().attach(&container.id)?;
+    person.types("/bin/cat /etc/passwd\nexit\n")?;
+    let session = closed(&container, 1)?.remove(0);
+    let story = story_of(node, &session, 4)?;
+    let copied = "/bin/cp /.control/x /tmp/x";
+    assert_ran(&story, &["/bin/ls /", copied, "/tmp/x", "/bin/cat /etc/passwd"]);
     node.cri().remove_pod_sandbox(&sandbox)
 }
 
