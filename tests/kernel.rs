@@ -21,8 +21,8 @@ use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
 use driftd::health::{Failure, Health};
 use driftd::model::{
-    Blake3Hash, ContainerId, Content, Fact, FileState, FileTime, FileType, Filesystem, Format,
-    LayerFile, Observation, Process, RootfsPath, Source, Unhashed,
+    Blake3Hash, ContainerId, Content, Entry, Fact, FileState, FileTime, FileType, Filesystem,
+    Format, LayerFile, Observation, Process, RootfsPath, Source, Unhashed,
 };
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
 use driftd::sys::mounts::Notifier;
@@ -82,6 +82,17 @@ impl Container {
     /// `change` is made to the image after it was recorded and before there is a
     /// container of it.
     fn of_image(
+        change: impl Fn(&Path),
+        launch: &[&str],
+        mount_options: &str,
+        upper_on_tmpfs: bool,
+    ) -> Container {
+        Container::reading(Stdio::null(), change, launch, mount_options, upper_on_tmpfs)
+    }
+
+    /// `input` is what its init has open as its standard input.
+    fn reading(
+        input: Stdio,
         change: impl Fn(&Path),
         launch: &[&str],
         mount_options: &str,
@@ -151,7 +162,7 @@ impl Container {
         let mut words: Vec<&OsStr> = launch.iter().map(OsStr::new).collect();
         words.extend([OsStr::new("chroot"), merged.as_os_str()]);
         words.extend(["/bin/sleep", "3600"].map(OsStr::new));
-        let init = Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).spawn().unwrap();
+        let init = Command::new(words[0]).args(&words[1..]).stdin(input).spawn().unwrap();
         let child = init.id();
         container.init = Some(init);
         container.pid = wait_for("the container's init", || {
@@ -1499,6 +1510,37 @@ fn sessions_are_told_once_and_before_what_they_do() {
     assert!(matches!(source, Source::Gate | Source::Trace), "{source:?}");
     assert_eq!(process.tty, None);
     assert_eq!(process.ancestors.last().map(|last| last.identity.pid), Some(late.0.id()));
+}
+
+#[test]
+fn what_is_typed_into_the_terminal_of_init_is_heard_where_it_is_read() {
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags).unwrap();
+    unlockpt(&master).unwrap();
+    let terminal = || Stdio::from(ioctl_tiocgptpeer(&master, flags).unwrap());
+    let container =
+        Container::reading(terminal(), |_| (), &["unshare", "--pid", "--fork"], "", false);
+    let mut node = Node::start();
+    node.attach(&container);
+    let id = container.id.clone();
+    node.order(Order::Terminal { container: id, input: None, is_handed_on: true });
+    let reader = Family(container.command(&["/bin/cat"]).stdin(terminal()).spawn().unwrap());
+    container.drop_program("/tmp/true");
+    container.shell("/tmp/true");
+    node.until_executed(&path("/tmp/true"));
+    let came = |report: &Report| match report {
+        Report::Observed(Observation { fact: Fact::SessionOpened { opening }, .. }) => {
+            (opening.entry == Entry::Attach).then(|| (opening.root, opening.process.clone()))
+        }
+        _ => None,
+    };
+    assert_eq!(node.told.iter().find_map(came), None, "nobody has typed");
+    rustix::io::write(&master, b"hello\n").unwrap();
+    let (root, init) = node.until("who types", came);
+    assert_eq!(init.identity.pid, container.pid);
+    assert!(root.start_time >= init.identity.start_time, "{root:?} {init:?}");
+    drop(reader);
 }
 
 #[test]
