@@ -237,7 +237,8 @@ pub struct Session {
     pub host: Vec<Ancestor>,
     pub login: Option<Login>,
     pub requested_by: Option<String>,
-    /// Who saw it: `gate`, `trace`, or `scan` for one that was there before.
+    /// Who saw it: `gate`, `trace`, `change` for an attachment, or `scan` for one that
+    /// was there before.
     pub discovered: String,
     pub started_at: Timestamp,
     /// Null while it is open, and of one whose end nobody saw.

@@ -90,10 +90,12 @@ impl Terminals {
         }
         let watched = watched.clone();
         let mut terminal = Terminal { watched, has_begun: false, listening: None, session: None };
-        if arm(inotify, &mut terminal)? {
+        let armed = arm(inotify, &mut terminal);
+        // Where there is no room, there may be later.
+        if !matches!(armed, Ok(false)) {
             known.push(terminal);
         }
-        Ok(())
+        armed.map(drop)
     }
 
     pub(super) fn run(&self, shared: &Shared) {
@@ -128,6 +130,11 @@ impl Terminals {
 
     fn heard(&self, shared: &Shared, number: i32, events: ReadFlags) {
         let mut known = self.known();
+        if events.contains(ReadFlags::QUEUE_OVERFLOW) {
+            // Whatever was not told is not asked for any more.
+            known.iter_mut().for_each(|terminal| terminal.listening = None);
+            return;
+        }
         let is_it = |terminal: &&mut Terminal| terminal.listening == Some(number);
         let Some(terminal) = known.iter_mut().find(is_it) else { return };
         // Heard once, or gone.
@@ -151,21 +158,22 @@ impl Terminals {
             if let Some(session) = terminal.session
                 && session.typed.0.elapsed() >= IDLE
             {
-                terminal.session = None;
                 shared.roots().left_terminal(session.root);
                 let fact = Fact::SessionProcessEnded {
                     root: session.root,
                     process: session.root,
                     exit: None,
                 };
-                shared.observe(&terminal.watched, session.typed.1, Source::Change, fact);
+                if shared.observe(&terminal.watched, session.typed.1, Source::Change, fact) {
+                    terminal.session = None;
+                }
             }
             if terminal.listening.is_some() {
                 return true;
             }
             match arm(inotify, terminal) {
                 Ok(has_terminal) => has_terminal || terminal.session.is_some(),
-                // It is ending, or there is no room for now.
+                // That was said when it was first asked for.
                 Err(_) => true,
             }
         });
@@ -207,12 +215,12 @@ impl Terminal {
 /// Asks the kernel to tell of the next time something is read from the terminal of a
 /// container's init. False if that has none, and will have none.
 fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
-    let init = Handle::open_exactly(terminal.watched.init)?;
+    let Ok(init) = Handle::open_exactly(terminal.watched.init) else { return Ok(false) };
     terminal.has_begun = !sessions::is_before_entry_point(&init.first_stat().comm);
-    if !matches!(init.descriptor(0)?, Descriptor::Terminal(_)) {
+    let is_terminal = matches!(init.descriptor(0), Ok(Descriptor::Terminal(_)));
+    let Some(input) = is_terminal.then(|| init.open_descriptor(0).ok()).flatten() else {
         return Ok(!terminal.has_begun);
-    }
-    let input = init.open_descriptor(0)?;
+    };
     let path = format!("/proc/self/fd/{}", input.as_raw_fd());
     let flags = WatchFlags::ACCESS | WatchFlags::ONESHOT;
     terminal.listening = Some(inotify::add_watch(inotify, path, flags)?);
