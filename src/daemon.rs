@@ -53,7 +53,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (mut guardian, heartbeat) = guardian::start().context("cannot start the guardian")?;
 
     let history = History::open(&config.state_dir)?;
-    let findings = history.load_findings().context("cannot read the history")?;
+    let reader = history.reader();
+    // What was told of containers is read when those show up.
+    let findings = reader.told_of(None).context("cannot read the history")?;
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let policy = Policy {
         generation: 1,
@@ -62,10 +64,6 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
     };
     let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
-    history
-        .each_member(|finding, member| state.remember_member(finding, &member))
-        .context("cannot read the history")?;
-    let reader = history.reader();
     let mut sessions = Vec::new();
     for mut session in reader.open_sessions().context("cannot read the history")? {
         if Handle::open_exactly(session.process.identity).is_err() {
@@ -129,9 +127,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let pipeline = thread::Builder::new()
         .name("pipeline".into())
         .spawn(move || {
-            // Dropped when the loop returns, and when it panics.
-            let _ended: tokio::sync::oneshot::Sender<()> = pipeline_ended_sender;
-            pipeline::run(state, &inputs, &outputs);
+            // Dropped when the loop panics.
+            let ended: tokio::sync::oneshot::Sender<_> = pipeline_ended_sender;
+            let _ = ended.send(pipeline::run(state, &reader, &inputs, &outputs));
         })
         .context("cannot start the pipeline's thread")?;
 
@@ -158,7 +156,10 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         let guardian_ended = tokio::task::spawn_blocking(move || guardian.wait());
         let reason = tokio::select! {
             result = api::serve(listener, backend, asked_to_stop()) => result.context("the API server failed"),
-            _ = pipeline_ended => Err(anyhow::anyhow!("the pipeline ended")),
+            ended = pipeline_ended => match ended {
+                Ok(Err(err)) => Err(err).context("cannot read the history"),
+                Ok(Ok(())) | Err(_) => Err(anyhow::anyhow!("the pipeline ended")),
+            },
             status = guardian_ended => Err(anyhow::anyhow!(
                 "the guardian ended ({status:?}): without it a stuck driftd would freeze containers"
             )),

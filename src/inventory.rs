@@ -299,6 +299,8 @@ pub struct Inventory {
     hasher: RandomState,
     /// What the history tells of containers that have not shown up yet.
     remembered: HashMap<ContainerId, Vec<Finding>>,
+    /// Everything that runs has shown up: what the history tells of others is over.
+    is_whole: bool,
     /// Findings about layers on disk, without a container.
     pub of_layers: HashMap<FindingId, Finding>,
 }
@@ -307,22 +309,33 @@ impl Inventory {
     /// Starts with what was told before the daemon was restarted.
     pub fn with_history(findings: Vec<Finding>) -> Inventory {
         let mut inventory = Inventory::default();
+        inventory.remember(findings);
+        inventory
+    }
+
+    /// Whether what the history tells of a container is asked for: it is new here, and
+    /// may have run before.
+    pub fn may_remember(&self, id: &ContainerId) -> bool {
+        !self.is_whole && !self.entries.contains_key(id)
+    }
+
+    /// Takes in what the history tells.
+    pub fn remember(&mut self, findings: Vec<Finding>) {
         for finding in findings {
             if finding.files.is_some() {
                 let is_run = finding.kind.is_exec();
                 let deed = if is_run { Deed::Executed } else { Deed::Written };
-                inventory.deeds.insert(finding.id, deed);
+                self.deeds.insert(finding.id, deed);
             }
             match finding.container_id().cloned() {
                 Some(container) => {
-                    inventory.remembered.entry(container).or_default().push(finding);
+                    self.remembered.entry(container).or_default().push(finding);
                 }
                 None => {
-                    inventory.of_layers.insert(finding.id, finding);
+                    self.of_layers.insert(finding.id, finding);
                 }
             }
         }
-        inventory
     }
 
     pub fn get(&self, id: &ContainerId) -> Option<&Entry> {
@@ -361,6 +374,7 @@ impl Inventory {
 
     /// Everything that runs has shown up: what is remembered of others is history.
     pub fn forget_remembered(&mut self) {
+        self.is_whole = true;
         self.remembered = HashMap::new();
         self.remembered_members = HashMap::new();
         self.deeds = HashMap::new();

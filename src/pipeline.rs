@@ -26,7 +26,7 @@ use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
-use crate::history::Record;
+use crate::history::{self, Reader, Record};
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
@@ -270,6 +270,11 @@ impl State {
         probes: Vec<Probe>,
     ) {
         self.sessions.remember(sessions, probes);
+    }
+
+    /// Takes in what the history tells of a container before that shows up.
+    pub fn remember(&mut self, findings: Vec<Finding>) {
+        self.inventory.remember(findings);
     }
 
     /// Takes in what the history tells of one file of an aggregated finding.
@@ -1611,8 +1616,13 @@ pub struct Outputs {
 /// Clocks are set back: what is due then is not as far away as it seems.
 const LONGEST_SLEEP: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// Runs until it is stopped.
-pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
+/// Runs until it is stopped, or the history cannot be read.
+pub fn run(
+    mut state: State,
+    history: &Reader,
+    inputs: &Inputs,
+    outputs: &Outputs,
+) -> Result<(), history::Error> {
     let mut effects = Vec::new();
     loop {
         let due = match state.next_due() {
@@ -1631,7 +1641,7 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
                 state.say_all(&mut effects);
                 state.say_sessions(Timestamp::now(), &mut effects);
                 effects.drain(..).for_each(|effect| drop(carry_out(effect, outputs)));
-                return;
+                return Ok(());
             }
             recv(inputs.changes) -> change => change.map(Input::Node),
             recv(inputs.news) -> news => news.map(|news| {
@@ -1647,7 +1657,10 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
             recv(inputs.reports) -> report => report.map(|report| Input::Watch(*report)),
         };
         // A sender is gone only when the daemon is stopping.
-        let Ok(input) = input else { return };
+        let Ok(input) = input else { return Ok(()) };
+        if let Input::Node(change) = &input {
+            recall(&mut state, history, change)?;
+        }
         let mut next = Some(input);
         while let Some(input) = next.take() {
             state.handle(input, Timestamp::now(), &mut effects);
@@ -1658,11 +1671,32 @@ pub fn run(mut state: State, inputs: &Inputs, outputs: &Outputs) {
                         let _ = state.health.record(Failure::ResponseQueueFull);
                         next = Some(Input::Responded(not_carried_out(order)));
                     }
-                    Carried::Nowhere => return,
+                    Carried::Nowhere => return Ok(()),
                 }
             }
         }
     }
+}
+
+/// Reads what was told of a container that shows up, if it may have run before driftd
+/// was started. Of all that ever ran on a node, the history may hold more than fits.
+fn recall(state: &mut State, history: &Reader, change: &Change) -> Result<(), history::Error> {
+    let container = match change {
+        Change::TaskCreated { container, .. } => container,
+        Change::Container(container) => &container.id,
+        _ => return Ok(()),
+    };
+    if !state.inventory.may_remember(container) {
+        return Ok(());
+    }
+    let findings = history.told_of(Some(container))?;
+    let together: Vec<FindingId> =
+        findings.iter().filter(|finding| finding.files.is_some()).map(|one| one.id).collect();
+    state.remember(findings);
+    for finding in together {
+        history.each_member(finding, |member| state.remember_member(finding, &member))?;
+    }
+    Ok(())
 }
 
 /// An image of which a layer is, to name it by. A name is better than none.

@@ -44,6 +44,20 @@ fn id_of(finding: &Finding) -> &ContainerId {
     finding.container_id().unwrap()
 }
 
+/// Every finding that is kept, by its ID.
+fn all(reader: &history::Reader) -> Result<Vec<Finding>, Error> {
+    let (mut all, mut after) = (Vec::new(), None);
+    loop {
+        let page = reader.findings(&Filter::default(), after, 100)?;
+        all.extend(page.findings);
+        after = page.next;
+        if after.is_none() {
+            all.sort_by_key(|finding| finding.id);
+            return Ok(all);
+        }
+    }
+}
+
 fn record(finding: &Finding) -> Record {
     Record::Finding(Box::new(finding.clone()))
 }
@@ -155,7 +169,7 @@ fn what_was_written_is_read_back_whole() {
     writer.stop();
 
     let history = History::open(dir.path()).unwrap();
-    assert_eq!(history.load_findings().unwrap(), [first, second]);
+    assert_eq!(all(&history.reader()).unwrap(), [first, second]);
     let mode = |name: &str| {
         use std::os::unix::fs::PermissionsExt as _;
         dir.path().join(name).metadata().unwrap().permissions().mode() & 0o777
@@ -430,9 +444,12 @@ fn every_file_of_an_aggregated_finding_is_kept_and_listed_in_pages() {
     // After a restart, all of them are known.
     writer.stop();
     let history = History::open(dir.path()).unwrap();
-    let mut known = BTreeMap::new();
-    history.each_member(|finding, _| *known.entry(finding).or_insert(0) += 1).unwrap();
-    assert_eq!(known, BTreeMap::from([(one.id, 2501), (other.id, 1)]));
+    let known = [one.id, other.id].map(|finding| {
+        let mut count = 0;
+        history.reader().each_member(finding, |_| count += 1).unwrap();
+        count
+    });
+    assert_eq!(known, [2501, 1]);
 }
 
 #[test]
@@ -823,8 +840,7 @@ fn no_acknowledged_record_is_lost_to_kill_9() {
 
         // Reads every record's JSON; a torn one would be an error.
         let history = History::open(dir.path()).unwrap();
-        let kept: BTreeMap<FindingId, u64> = history
-            .load_findings()
+        let kept: BTreeMap<FindingId, u64> = all(&history.reader())
             .unwrap()
             .iter()
             .map(|finding| (finding.id, finding.revision))
@@ -986,7 +1002,7 @@ fn a_history_of_the_first_format_is_brought_up_to_date() {
     assert_eq!(history::format_of(dir.path()).unwrap(), Some(1));
 
     let history = History::open(dir.path()).unwrap();
-    assert_eq!(history.load_findings().unwrap(), [one.clone(), other.clone()]);
+    assert_eq!(all(&history.reader()).unwrap(), [one.clone(), other.clone()]);
     let writer = history.start(RETENTION, Arc::new(Health::default()));
     let container = Filter { container: Some(id_of(&one).clone()), ..Filter::default() };
     assert_eq!(findings(&writer, &container), [other.id, one.id]);
@@ -1051,7 +1067,31 @@ fn a_damaged_history_is_refused_and_kept() {
 }
 
 #[test]
-fn damage_inside_the_tables_is_found_when_findings_are_loaded() {
+fn what_was_told_is_read_container_by_container() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let (one, mut second, mut elsewhere, mut nowhere) =
+        (finding(1, 0), finding(2, 9), finding(3, 0), finding(4, 0));
+    let rename = |finding: &mut Finding, id: ContainerId| {
+        finding.container.as_mut().unwrap().id = id;
+    };
+    let own = id_of(&one).clone();
+    rename(&mut second, own.clone());
+    rename(&mut elsewhere, ContainerId::new("another", &own.id));
+    nowhere.container = None;
+    write(&writer, [&one, &second, &elsewhere, &nowhere].map(record).to_vec());
+    let reader = writer.reader();
+    let ids = |container: Option<&ContainerId>| -> Vec<FindingId> {
+        reader.told_of(container).unwrap().iter().map(|finding| finding.id).collect()
+    };
+    assert_eq!(ids(Some(&own)), [one.id, second.id]);
+    assert_eq!(ids(Some(id_of(&elsewhere))), [elsewhere.id], "the same name in another namespace");
+    assert_eq!(ids(Some(&ContainerId::new("another", "none"))), []);
+    assert_eq!(ids(None), [nowhere.id]);
+}
+
+#[test]
+fn damage_inside_the_tables_is_found_when_findings_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     write(&writer, (0..200).map(|number| record(&finding(number, 0))).collect());
@@ -1066,7 +1106,7 @@ fn damage_inside_the_tables_is_found_when_findings_are_loaded() {
         page[..512].fill(0xee);
     }
     std::fs::write(&path, bytes).unwrap();
-    let err = History::open(dir.path()).and_then(|history| history.load_findings()).unwrap_err();
+    let err = History::open(dir.path()).and_then(|history| all(&history.reader())).unwrap_err();
     assert!(matches!(err, Error::Corrupt { .. }), "{err:?}");
 }
 

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use rusqlite::{Connection, OpenFlags};
 
-use crate::model::{Command, ContainerId, Finding, FindingId, Member, Probe, RootfsPath, Session};
+use crate::model::{Command, ContainerId, Finding, Member, Probe, RootfsPath, Session};
 use crate::respond::Response;
 
 mod json;
@@ -180,40 +180,6 @@ impl History {
     /// Reads what is kept, before and while the thread runs.
     pub fn reader(&self) -> Reader {
         Reader::new(self.path.clone())
-    }
-
-    /// The newest revision of every finding.
-    pub fn load_findings(&self) -> Result<Vec<Finding>, Error> {
-        let failed = Error::sql("read", &self.path);
-        let mut query =
-            self.connection.prepare("SELECT id, json FROM finding ORDER BY id").map_err(&failed)?;
-        let mut rows = query.query([]).map_err(&failed)?;
-        let mut findings = Vec::new();
-        while let Some(row) = rows.next().map_err(&failed)? {
-            findings.push(json::kept(row, 0, 1, &self.path)?);
-        }
-        Ok(findings)
-    }
-}
-
-impl History {
-    /// Tells of every file that an aggregated finding stands for.
-    pub fn each_member(&self, mut tell: impl FnMut(FindingId, Member)) -> Result<(), Error> {
-        let failed = Error::sql("read", &self.path);
-        let mut query = self
-            .connection
-            .prepare(&format!("SELECT {}, finding FROM member", reader::MEMBER))
-            .map_err(&failed)?;
-        let mut rows = query.query([]).map_err(&failed)?;
-        while let Some(row) = rows.next().map_err(&failed)? {
-            let finding: String = row.get(reader::MEMBER_COLUMNS).map_err(&failed)?;
-            let finding = finding.parse().map_err(|_| Error::Corrupt {
-                path: self.path.clone(),
-                detail: format!("a member of {finding}"),
-            })?;
-            tell(finding, reader::member(row, &self.path)?);
-        }
-        Ok(())
     }
 }
 

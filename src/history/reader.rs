@@ -333,6 +333,45 @@ impl Reader {
         })
     }
 
+    /// The newest revision of every finding of a container, or of none, by their IDs.
+    pub fn told_of(&self, container: Option<&ContainerId>) -> Result<Vec<Finding>, Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let (which, names) = match container {
+                Some(id) => ("container = ? AND namespace = ?", vec![&id.id, &id.namespace]),
+                None => ("container IS NULL", Vec::new()),
+            };
+            let mut query = connection
+                .prepare_cached(&format!("SELECT id, json FROM finding WHERE {which} ORDER BY id"))
+                .map_err(&failed)?;
+            let mut rows = query.query(params_from_iter(names)).map_err(&failed)?;
+            let mut findings = Vec::new();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                findings.push(json::kept(row, 0, 1, &self.path)?);
+            }
+            Ok(findings)
+        })
+    }
+
+    /// Tells of every file that an aggregated finding stands for.
+    pub fn each_member(
+        &self,
+        finding: FindingId,
+        mut tell: impl FnMut(Member),
+    ) -> Result<(), Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(&format!("SELECT {MEMBER} FROM member WHERE finding = ?"))
+                .map_err(&failed)?;
+            let mut rows = query.query([finding.to_string()]).map_err(&failed)?;
+            while let Some(row) = rows.next().map_err(&failed)? {
+                tell(member(row, &self.path)?);
+            }
+            Ok(())
+        })
+    }
+
     /// One page of at most `limit` commands of a session; fewer if they are large.
     pub fn commands(
         &self,
@@ -625,7 +664,6 @@ pub(super) fn length(row: &Row<'_>, column: usize) -> rusqlite::Result<usize> {
 
 /// The columns that [`member`] reads, from the first on.
 pub(super) const MEMBER: &str = "path, kind, blake3, first_seen, last_seen, removed";
-pub(super) const MEMBER_COLUMNS: usize = 6;
 
 pub(super) fn member(row: &Row<'_>, path: &Path) -> Result<Member, Error> {
     let failed = Error::sql("read", path);
