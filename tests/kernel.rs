@@ -1807,6 +1807,33 @@ fn what_waits_at_the_gate_goes_on_when_the_watchers_stop() {
 }
 
 #[test]
+fn what_was_executed_before_a_stop_is_told() {
+    const PROGRAMS: usize = 200;
+    let container = Container::start();
+    let mut node = Node::start();
+    node.attach(&container);
+    container.drop_program("/tmp/true");
+    let lay =
+        format!("i=0; while [ $i -lt {PROGRAMS} ]; do cp /tmp/true /opt/t$i; i=$((i+1)); done");
+    container.shell(&lay);
+    // Busybox does not know these names, and ends.
+    let run = format!("i=0; while [ $i -lt {PROGRAMS} ]; do /opt/t$i; i=$((i+1)); done; true");
+    container.shell(&run);
+    node.watch.take().unwrap().stop();
+    let mut told = std::collections::BTreeSet::new();
+    for report in node.reports.try_iter() {
+        if let Report::Observed(Observation { fact: Fact::Executed { path, state, .. }, .. }) =
+            &*report
+            && path.to_string().starts_with("/opt/t")
+        {
+            assert!(state.blake3().is_some(), "{path} was not hashed");
+            told.insert(path.to_string());
+        }
+    }
+    assert_eq!(told.len(), PROGRAMS);
+}
+
+#[test]
 fn the_gate_beats_while_nothing_happens() {
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
     let (reader, writer) = nix::unistd::pipe2(flags).unwrap();

@@ -322,18 +322,24 @@ struct Looked {
 const WORDS_WITHIN: Duration = Duration::from_millis(20);
 const FEW: usize = 64;
 const STEP: Duration = Duration::from_millis(2);
+/// How long after a stop the last of them may come.
+const LAST_WITHIN: Duration = Duration::from_millis(50);
 
 pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
     let mut eye = Eye::default();
     let mut last_look = Instant::now();
-    while !shared.is_stopping() {
-        let act = if eye.is_idle() {
+    while shared.may_tell() {
+        let is_stopping = shared.is_stopping();
+        let act = if is_stopping {
+            acts.recv_timeout(LAST_WITHIN)
+        } else if eye.is_idle() {
             acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
         } else {
             acts.recv_timeout(if eye.untold.is_empty() { LOOK_EVERY } else { STEP })
         };
         match act {
             Ok(act) => eye.take(shared, *act),
+            Err(RecvTimeoutError::Timeout) if is_stopping && eye.untold.is_empty() => return,
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }

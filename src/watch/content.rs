@@ -69,7 +69,7 @@ pub(super) fn describe(
     let _ = rustix::process::setpriority_process(None, -5);
     // Whoever hands on ends when the watchers do.
     while let Ok(execution) = executions.recv()
-        && !shared.is_stopping()
+        && shared.may_tell()
     {
         let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
@@ -180,7 +180,7 @@ pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, st
 /// waiting.
 pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
     while let Ok(execution) = described.recv()
-        && !shared.is_stopping()
+        && shared.may_tell()
     {
         if !execution.is_large(shared) {
             hash_one(shared, execution, described.len() >= crowd::FEW);
@@ -201,7 +201,7 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sen
 pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
     let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
     while let Ok(execution) = large.recv()
-        && !shared.is_stopping()
+        && shared.may_tell()
     {
         hash_one(shared, execution, false);
     }
@@ -227,7 +227,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
     // In a storm of one program every other would wait for its hashes.
     let known = known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&stat)).flatten());
     let state = known.unwrap_or_else(|| {
-        let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
+        let is_wanted = || !watched.is_detaching() && shared.may_tell();
         let open = match file.take() {
             Left::Open(fd) => {
                 let state = state::while_wanted(
@@ -325,9 +325,7 @@ fn in_upperdir(
         return None;
     }
     let max_hash_bytes = shared.settings.max_hash_bytes;
-    state::while_wanted(fd.as_fd(), &found, Hashing::Always, max_hash_bytes, &|| {
-        !shared.is_stopping()
-    })
+    state::while_wanted(fd.as_fd(), &found, Hashing::Always, max_hash_bytes, &|| shared.may_tell())
 }
 
 /// What the kernel calls an event's file when we ask.

@@ -32,6 +32,9 @@ use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, Roo
 use crate::sys::file;
 use crate::sys::perf;
 
+/// How long a stop waits for what was seen before it.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 pub(super) struct Shared {
     pub(super) settings: config::Watch,
     pub(super) table: Table,
@@ -57,6 +60,7 @@ pub(super) struct Shared {
     unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
     stopping: AtomicBool,
+    stopped_at: OnceLock<Instant>,
     /// Readable once the watchers are to stop.
     end: OwnedFd,
     records_executions: AtomicBool,
@@ -149,6 +153,7 @@ impl Shared {
             unsent_losses: Mutex::default(),
             wake_scan,
             stopping: AtomicBool::new(false),
+            stopped_at: OnceLock::new(),
             end,
             records_executions: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
@@ -157,12 +162,19 @@ impl Shared {
     }
 
     pub(super) fn stop(&self) {
+        let _ = self.stopped_at.set(Instant::now());
         self.stopping.store(true, Ordering::Release);
         // Full, it is readable already.
         let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
         self.wake_scan();
         // Full, its reader is awake.
         let _ = self.acts.try_send(Box::new(Act::End));
+    }
+
+    /// Whether what was seen is still told: after a stop for a moment more, since no
+    /// walk finds what was executed.
+    pub(super) fn may_tell(&self) -> bool {
+        self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < LAST_WORDS)
     }
 
     pub(super) fn is_stopping(&self) -> bool {

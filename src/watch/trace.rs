@@ -314,8 +314,12 @@ impl Trace {
         let mut records = Vec::new();
         let mut last_look = Instant::now();
         let mut is_busy = false;
-        while !self.shared.is_stopping() {
+        let mut is_last = false;
+        while !is_last {
+            // What happened before a stop is told.
+            is_last = self.shared.is_stopping();
             let turn = match (records.is_empty(), is_busy) {
+                _ if is_last => Duration::ZERO,
                 (false, _) => SETTLE,
                 (true, true) => SOON,
                 (true, false) => TURN,
@@ -352,8 +356,11 @@ impl Trace {
 
     fn listen(&mut self, mut connector: Connector) {
         let mut records = Vec::new();
-        while !self.shared.is_stopping() {
-            connector.wait(TURN);
+        let mut is_last = false;
+        while !is_last {
+            // What happened before a stop is told.
+            is_last = self.shared.is_stopping();
+            connector.wait(if is_last { Duration::ZERO } else { TURN });
             if let Err(err) = connector.read(&mut records) {
                 self.lose(&format!("the process connector cannot be read: {err}"));
                 std::thread::sleep(TURN);

@@ -51,7 +51,7 @@ pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
     // Whoever hands on ends when the watchers do.
     while let Ok(one) = unseen.recv()
-        && !shared.is_stopping()
+        && shared.may_tell()
     {
         tell(shared, &mut runtimes, *one);
     }
