@@ -177,6 +177,11 @@ impl Shared {
         self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < LAST_WORDS)
     }
 
+    /// Says that a stop came before what had been executed could be told.
+    pub(super) fn leave_untold(&self, executions: usize) {
+        tracing::warn!(executions, "a stop leaves what was executed just before it untold");
+    }
+
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }

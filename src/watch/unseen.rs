@@ -50,9 +50,11 @@ pub(super) struct Unseen {
 pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
     // Whoever hands on ends when the watchers do.
-    while let Ok(one) = unseen.recv()
-        && shared.may_tell()
-    {
+    while let Ok(one) = unseen.recv() {
+        if !shared.may_tell() {
+            shared.leave_untold(1 + unseen.len());
+            return;
+        }
         tell(shared, &mut runtimes, *one);
     }
 }
