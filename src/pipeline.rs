@@ -363,8 +363,8 @@ impl State {
                 && entry.container.as_ref().is_none_or(|known| known.rootfs.is_none());
             // An event of the task's start does not tell it; the record that follows does.
             let known = entry.container.as_ref().and_then(|known| known.task.as_ref());
-            let known_input = known.and_then(|known| known.terminal_input.clone());
-            let input = task.terminal_input.clone();
+            let input_has_changed = known.and_then(|known| known.terminal_input.as_ref())
+                != task.terminal_input.as_ref();
             if entry.pid != Some(task.pid) || matches!(entry.watch, WatchState::No) {
                 entry.pid = Some(task.pid);
                 entry.watch = WatchState::Asked;
@@ -383,8 +383,9 @@ impl State {
                 trusted = Trust::Unknown;
                 layers::tell_entry_point(&id, entry, effects);
             }
-            let input_is_news = input.is_some() && (is_attached_anew || known_input != input);
-            let is_handed_on = sessions::manager(&container) != sessions::CONTAINERD;
+            let input = task.terminal_input.clone();
+            let input_is_news = input.is_some() && (is_attached_anew || input_has_changed);
+            let is_handed_on = sessions::manager(&id, Some(&container)) != sessions::CONTAINERD;
             if is_attached_anew && is_handed_on || input_is_news {
                 let container = id.clone();
                 effects.push(Effect::Watch(Command::Terminal { container, input, is_handed_on }));

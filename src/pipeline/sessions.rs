@@ -233,19 +233,21 @@ const IS_PROBE: &str = "it is run again and again like a probe, and ran what is 
 /// By whom a container is managed, if by nobody above containerd.
 pub(super) const CONTAINERD: &str = "containerd";
 
-/// By whom a container is managed.
-pub(super) fn manager(container: &Container) -> &'static str {
-    match &*container.id.namespace {
+/// By whom a container is managed, as far as is known before its record is.
+pub(super) fn manager(id: &ContainerId, container: Option<&Container>) -> &'static str {
+    let is_cri =
+        container.is_some_and(|container| container.labels.contains_key("io.cri-containerd.kind"));
+    match &*id.namespace {
         "k8s.io" => "cri",
         "moby" => "docker",
-        _ if container.labels.contains_key("io.cri-containerd.kind") => "cri",
+        _ if is_cri => "cri",
         _ => CONTAINERD,
     }
 }
 
 /// Whom a session is of, where that can be known: who comes by the shim, or by what the
 /// manager hands on, comes by the manager.
-fn client(container: Option<&Container>, opening: &Opening) -> Option<String> {
+fn client(id: &ContainerId, container: Option<&Container>, opening: &Opening) -> Option<String> {
     let is_by_manager = match opening.entry {
         Entry::RuntimeExec => true,
         Entry::Attach => opening.root != opening.process.identity,
@@ -254,7 +256,7 @@ fn client(container: Option<&Container>, opening: &Opening) -> Option<String> {
         | Entry::SharedPidNamespace
         | Entry::ReverseShell => false,
     };
-    Some(manager(container.filter(|_| is_by_manager)?).to_owned())
+    is_by_manager.then(|| manager(id, container).to_owned())
 }
 
 impl State {
@@ -293,7 +295,7 @@ impl State {
         }
         let Some(entry) = self.inventory.get(container) else { return };
         let (evidence, image) = whose(container, entry);
-        let client = client(entry.container.as_ref(), opening);
+        let client = client(container, entry.container.as_ref(), opening);
         let known = self.sessions.known(container);
         let exec = known.execs.iter().position(|(pid, ..)| *pid == root.pid);
         let exec_id = exec.and_then(|index| known.execs.remove(index)).map(|(_, id, _)| id);
