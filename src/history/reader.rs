@@ -335,22 +335,15 @@ impl Reader {
 
     /// The newest revision of every finding of a container, or of none, by their IDs.
     pub fn told_of(&self, container: Option<&ContainerId>) -> Result<Vec<Finding>, Error> {
-        self.ask(|connection| {
-            let failed = Error::sql("read", &self.path);
-            let (which, names) = match container {
-                Some(id) => ("container = ? AND namespace = ?", vec![&id.id, &id.namespace]),
-                None => ("container IS NULL", Vec::new()),
-            };
-            let mut query = connection
-                .prepare_cached(&format!("SELECT id, json FROM finding WHERE {which} ORDER BY id"))
-                .map_err(&failed)?;
-            let mut rows = query.query(params_from_iter(names)).map_err(&failed)?;
-            let mut findings = Vec::new();
-            while let Some(row) = rows.next().map_err(&failed)? {
-                findings.push(json::kept(row, 0, 1, &self.path)?);
+        match container {
+            None => {
+                self.select("SELECT id, json FROM finding WHERE container IS NULL ORDER BY id", &[])
             }
-            Ok(findings)
-        })
+            Some(container) => self.select(
+                "SELECT id, json FROM finding WHERE container = ? AND namespace = ? ORDER BY id",
+                &[&container.id, &container.namespace],
+            ),
+        }
     }
 
     /// Tells of every file that an aggregated finding stands for.

@@ -67,12 +67,7 @@ pub(super) fn describe(
 ) {
     // Without CAP_SYS_NICE it runs like the others, and is late more often.
     let _ = rustix::process::setpriority_process(None, -5);
-    // Whoever hands on ends when the watchers do.
-    while let Ok(execution) = executions.recv() {
-        if !shared.may_tell() {
-            shared.leave_untold(1 + executions.len());
-            return;
-        }
+    while let Some(execution) = shared.next_to_tell(executions) {
         let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
         };
@@ -181,11 +176,7 @@ pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, st
 /// Hashes what was executed, but for large files, which must not keep the others
 /// waiting.
 pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
-    while let Ok(execution) = described.recv() {
-        if !shared.may_tell() {
-            shared.leave_untold(1 + described.len());
-            return;
-        }
+    while let Some(execution) = shared.next_to_tell(described) {
         if !execution.is_large(shared) {
             hash_one(shared, execution, described.len() >= crowd::FEW);
             continue;
@@ -204,11 +195,7 @@ pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sen
 /// Hashes large files that were executed, when nobody else needs the processor.
 pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
     let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
-    while let Ok(execution) = large.recv() {
-        if !shared.may_tell() {
-            shared.leave_untold(1 + large.len());
-            return;
-        }
+    while let Some(execution) = shared.next_to_tell(large) {
         hash_one(shared, execution, false);
     }
 }

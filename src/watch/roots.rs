@@ -123,26 +123,20 @@ impl Roots {
             let was_at_terminal = || at_terminal(session.pid).map(|_| session);
             root(session.pid).filter(|root| *root == session).or_else(was_at_terminal)
         };
-        let known = |pid: u32| root(pid).or_else(|| member(pid));
-        if let Some(session) = known(named.pid) {
-            return Some(session);
-        }
-        if let Some(terminal) = at_terminal(named.pid) {
-            return (!terminal.has_left).then_some(terminal.arrival.session);
-        }
-        let mut child = named.pid;
-        for parent in births.parents_of(named).take(MAX_GENERATIONS) {
-            if let Some(session) = known(parent) {
+        let mut child = None;
+        let parents = births.parents_of(named).take(MAX_GENERATIONS);
+        for pid in std::iter::once(named.pid).chain(parents) {
+            if let Some(session) = root(pid).or_else(|| member(pid)) {
                 return Some(session);
             }
-            if let Some(terminal) = at_terminal(parent) {
+            if let Some(Terminal { arrival, has_left, .. }) = at_terminal(pid) {
                 // Whom it had made before is nobody's.
-                let is_made_meanwhile =
-                    births.read_at(child).is_some_and(|read_at| read_at >= terminal.arrival.ticks);
-                let session = terminal.arrival.session;
-                return (is_made_meanwhile && !terminal.has_left).then_some(session);
+                let is_made_meanwhile = child.is_none_or(|child| {
+                    births.read_at(child).is_some_and(|read_at| read_at >= arrival.ticks)
+                });
+                return (is_made_meanwhile && !has_left).then_some(arrival.session);
             }
-            child = parent;
+            child = Some(pid);
         }
         None
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
@@ -59,7 +59,6 @@ pub(super) struct Shared {
     writers: Mutex<Writers>,
     unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
-    stopping: AtomicBool,
     stopped_at: OnceLock<Instant>,
     /// Readable once the watchers are to stop.
     end: OwnedFd,
@@ -152,7 +151,6 @@ impl Shared {
             writers: Mutex::default(),
             unsent_losses: Mutex::default(),
             wake_scan,
-            stopping: AtomicBool::new(false),
             stopped_at: OnceLock::new(),
             end,
             records_executions: AtomicBool::new(false),
@@ -163,7 +161,6 @@ impl Shared {
 
     pub(super) fn stop(&self) {
         let _ = self.stopped_at.set(Instant::now());
-        self.stopping.store(true, Ordering::Release);
         // Full, it is readable already.
         let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
         self.wake_scan();
@@ -177,13 +174,20 @@ impl Shared {
         self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < LAST_WORDS)
     }
 
-    /// Says that a stop came before what had been executed could be told.
-    pub(super) fn leave_untold(&self, executions: usize) {
+    /// The next of what was executed. Whoever hands on ends when the watchers do; what
+    /// a stop has no more time for is said.
+    pub(super) fn next_to_tell<T>(&self, queue: &Receiver<T>) -> Option<T> {
+        let next = queue.recv().ok()?;
+        if self.may_tell() {
+            return Some(next);
+        }
+        let executions = 1 + queue.len();
         tracing::warn!(executions, "a stop leaves what was executed just before it untold");
+        None
     }
 
     pub(super) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Acquire)
+        self.stopped_at.get().is_some()
     }
 
     /// Waits until there is something to read, or the watchers are to stop.

@@ -49,12 +49,7 @@ pub(super) struct Unseen {
 /// Describes and hashes what was executed.
 pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
-    // Whoever hands on ends when the watchers do.
-    while let Ok(one) = unseen.recv() {
-        if !shared.may_tell() {
-            shared.leave_untold(1 + unseen.len());
-            return;
-        }
+    while let Some(one) = shared.next_to_tell(unseen) {
         tell(shared, &mut runtimes, *one);
     }
 }

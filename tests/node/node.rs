@@ -619,12 +619,22 @@ sweep_interval = "1h"
         lock(&self.pods).push(sandbox.clone());
         let command = ["/bin/sh", "-c", Control::INIT];
         let container = cri::container(&name, image, &command, &[(&control.path, "/.control")]);
-        let id = self.cri().create_container(&sandbox, &container, &pod)?;
-        lock(&self.pods).push(id.clone());
-        self.cri().start_container(&id)?;
+        let id = self.start_in_pod(&sandbox, &pod, &container)?;
         let container = Container { node: self, id, control };
         container.wait_until_watched()?;
         Ok((sandbox, container))
+    }
+
+    fn start_in_pod(
+        &self,
+        sandbox: &str,
+        pod: &cri::PodSandboxConfig,
+        container: &cri::ContainerConfig,
+    ) -> anyhow::Result<String> {
+        let id = self.cri().create_container(sandbox, container, pod)?;
+        lock(&self.pods).push(id.clone());
+        self.cri().start_container(&id)?;
+        Ok(id)
     }
 
     /// Starts a container with a shell and a terminal in a pod, and waits until it is
@@ -635,9 +645,7 @@ sweep_interval = "1h"
         let pod = cri::pod(&name, &format!("/{}", self.namespace));
         let shell = cri::container(&name, image, &["/bin/sh"], &[(&control.path, "/.control")]);
         let shell = cri::with_terminal(shell);
-        let id = self.cri().create_container(sandbox, &shell, &pod)?;
-        lock(&self.pods).push(id.clone());
-        self.cri().start_container(&id)?;
+        let id = self.start_in_pod(sandbox, &pod, &shell)?;
         let container = Container { node: self, id, control };
         container.wait_until_watched()?;
         Ok(container)
@@ -654,10 +662,7 @@ sweep_interval = "1h"
         let pod = cri::pod(&name, &format!("/{}", self.namespace));
         let shell = cri::container(&name, image, &["/bin/sh"], &[]);
         let shell = cri::beside(target, shell);
-        let id = self.cri().create_container(sandbox, &shell, &pod)?;
-        lock(&self.pods).push(id.clone());
-        self.cri().start_container(&id)?;
-        Ok(id)
+        self.start_in_pod(sandbox, &pod, &shell)
     }
 
     /// The last lines of both logs, for a test that failed.
