@@ -1,10 +1,13 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::Serialize;
+
+use crate::threads::Threads;
 
 /// Ways in which the daemon can see or keep less than it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,6 +54,8 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// A thread was busy with one item for seconds and made no progress.
+    ThreadStuck,
 }
 
 /// What is done about a [`Failure`].
@@ -65,7 +70,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 21] = [
+    pub const ALL: [Failure; 22] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -87,6 +92,7 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::ThreadStuck,
     ];
 
     pub fn name(self) -> &'static str {
@@ -112,6 +118,7 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::ThreadStuck => "thread_stuck",
         }
     }
 
@@ -137,6 +144,7 @@ impl Failure {
             | Failure::FindingsFull
             | Failure::MountsFull
             | Failure::NamesFull
+            | Failure::ThreadStuck
             | Failure::ExecEventsFull => Reaction::Degrade,
         }
     }
@@ -155,6 +163,9 @@ pub struct Gating {
 #[derive(Debug, Default)]
 pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
+    lasting: Mutex<BTreeMap<&'static str, String>>,
+    /// The daemon's threads: what waits for them, and whether they make progress.
+    pub threads: Threads,
     /// Known once the daemon has begun to watch.
     pub gating: OnceLock<Gating>,
     /// Permission events answered: the gate's progress.
@@ -184,6 +195,24 @@ impl Health {
     pub fn record(&self, failure: Failure) -> Reaction {
         self.counts[failure as usize].fetch_add(1, Ordering::Relaxed);
         failure.reaction()
+    }
+
+    /// A failure that lasts, seen by who cannot tell the pipeline: until it is over,
+    /// the view is incomplete. Says whether it is news.
+    pub fn begin(&self, failure: Failure, detail: &str) -> bool {
+        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        lasting.insert(failure.name(), detail.to_owned()).is_none()
+    }
+
+    /// It is over.
+    pub fn end(&self, failure: Failure) {
+        self.lasting.lock().unwrap_or_else(PoisonError::into_inner).remove(failure.name());
+    }
+
+    /// Failures that last, each with its name.
+    pub fn problems(&self) -> Vec<String> {
+        let lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        lasting.iter().map(|(name, detail)| format!("{detail} ({name})")).collect()
     }
 
     pub fn count(&self, failure: Failure) -> u64 {

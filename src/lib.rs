@@ -23,6 +23,7 @@ pub mod history;
 pub mod api;
 
 pub mod health;
+pub mod threads;
 
 pub mod config;
 pub mod daemon;
