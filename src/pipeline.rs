@@ -16,8 +16,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvError, SendTimeoutError, Sender, TryRecvError};
 use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
@@ -37,6 +38,7 @@ use crate::model::{
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response};
+use crate::threads;
 use crate::watch::{self, Command, Report, Trust};
 
 mod aggregate;
@@ -47,7 +49,7 @@ mod sessions;
 mod together;
 
 pub use self::gaps::Gap;
-use self::gaps::Gaps;
+use self::gaps::{Gaps, Until};
 use self::layers::Tampered;
 use self::sessions::Sessions;
 use self::together::Unsaid;
@@ -208,9 +210,6 @@ pub struct State {
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
     responses: Vec<PendingResponse>,
-    /// When each loss was last written to the history: a flood of one loss is
-    /// one gap a second, the counters have the rest.
-    told_gaps: HashMap<&'static str, Timestamp>,
     gaps: Gaps,
     /// Seen of containers that containerd has not told of yet.
     unannounced: VecDeque<Observation>,
@@ -254,7 +253,6 @@ impl State {
             next_ticket: 1,
             diffs: HashMap::new(),
             responses: Vec::new(),
-            told_gaps: HashMap::new(),
             gaps: Gaps::default(),
             unannounced: VecDeque::new(),
             unsaid: Unsaid::default(),
@@ -307,7 +305,7 @@ impl State {
                     self.endpoints.insert(endpoint.clone(), Some(reason.clone())) == Some(None);
                 if was_connected {
                     let detail = format!("{endpoint}: {reason}");
-                    self.gap(Failure::ContainerdLost, None, detail, now, effects);
+                    self.lost(Failure::ContainerdLost, None, detail, now, effects);
                 }
             }
             Change::TaskCreated { container, pid, rootfs } => {
@@ -423,12 +421,13 @@ impl State {
     fn task_exited(&mut self, id: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
         self.sessions_ended(id, now, effects);
         let Some(entry) = self.inventory.get_mut(id) else { return };
-        if entry.pid.take().is_some() {
+        if let Some(pid) = entry.pid.take() {
             entry.watch = WatchState::No;
             if let Some(container) = &mut entry.container {
                 container.task = None;
             }
-            effects.push(Effect::Watch(Command::Detach { container: id.clone() }));
+            effects.push(Effect::Watch(Command::Detach { container: id.clone(), pid: Some(pid) }));
+            tell_closed(self.gaps.ended(id, now), effects);
         }
     }
 
@@ -479,6 +478,7 @@ impl State {
                 // Its last scan was never reported; nothing more will come.
                 self.inventory.remove(&id);
                 self.forget_sessions(&id);
+                tell_closed(self.gaps.gone(&id, now), effects);
             } else {
                 self.task_exited(&id, now, effects);
                 self.forget(&id, effects);
@@ -505,6 +505,7 @@ impl State {
             }
         }
         if self.is_whole() {
+            tell_closed(self.gaps.over(Failure::ContainerdLost, None, now), effects);
             self.inventory.forget_remembered();
             self.forget_remembered_sessions(effects);
             if reconnected {
@@ -555,6 +556,10 @@ impl State {
                     layers::tell_entry_point(&id, entry, effects);
                     for observation in std::mem::take(&mut entry.backlog) {
                         self.judge(&observation, now, effects);
+                    }
+                    if self.gaps.is_open(Failure::BaselineBacklogFull, &id) {
+                        // What found no room is found again.
+                        effects.push(Effect::Watch(Command::Scan { container: id, ticket: None }));
                     }
                 }
             }
@@ -628,34 +633,14 @@ impl State {
             Report::Lost { failure, container, detail, at } => {
                 self.lost(failure, container, detail, at, effects);
             }
+            Report::Over { failure, container } => {
+                tell_closed(self.gaps.over(failure, container.as_ref(), now), effects);
+            }
         }
     }
 
-    fn gap(
-        &mut self,
-        failure: Failure,
-        container: Option<ContainerId>,
-        detail: String,
-        now: Timestamp,
-        effects: &mut Vec<Effect>,
-    ) {
-        const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
-        let told = self.told_gaps.get(failure.name());
-        // Of a clock that was set back it is not known how long ago that was.
-        if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
-            return;
-        }
-        self.told_gaps.insert(failure.name(), now);
-        effects.push(Effect::Record(Record::Gap {
-            name: failure.name().to_owned(),
-            container,
-            detail,
-            at: now,
-            until: None,
-        }));
-    }
-
-    /// The watchers have lost something, and will walk what it may concern.
+    /// Something was lost. While that lasts, the view is incomplete; the history keeps
+    /// one gap for each cause and container, with its beginning and its end.
     fn lost(
         &mut self,
         failure: Failure,
@@ -664,16 +649,23 @@ impl State {
         at: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        let awaited = match &container {
-            // No walk makes up for it.
-            _ if failure.reaction() != Reaction::Rescan => HashSet::new(),
-            Some(container) => HashSet::from([container.clone()]),
-            None => self
-                .inventory
-                .iter()
-                .filter(|(_, entry)| matches!(entry.watch, WatchState::Attached { .. }))
-                .map(|(id, _)| id.clone())
-                .collect(),
+        let until = match (failure, &container) {
+            // Of containers that nobody has told of: none of them can be walked.
+            (Failure::BaselineBacklogFull, None) => Until::Quiet,
+            // Of layers: nobody makes room for more.
+            (Failure::FindingsFull, None) => Until::Quiet,
+            (Failure::ScanIncomplete, Some(container)) => {
+                Until::Walked(HashSet::from([container.clone()]))
+            }
+            _ if failure.reaction() != Reaction::Rescan => Until::Over,
+            (_, Some(container)) => Until::Walked(HashSet::from([container.clone()])),
+            (_, None) => Until::Walked(
+                self.inventory
+                    .iter()
+                    .filter(|(_, entry)| matches!(entry.watch, WatchState::Attached { .. }))
+                    .map(|(id, _)| id.clone())
+                    .collect(),
+            ),
         };
         let gap = Gap {
             failure,
@@ -682,8 +674,15 @@ impl State {
             since: at,
             until: None,
         };
-        self.gaps.opened(gap, awaited);
-        self.gap(failure, container, detail, at, effects);
+        if self.gaps.opened(gap, until) {
+            effects.push(Effect::Record(Record::Gap {
+                name: failure.name().to_owned(),
+                container,
+                detail,
+                at,
+                until: None,
+            }));
+        }
     }
 
     fn note_difference(&mut self, ticket: u64, observation: &Observation) {
@@ -743,7 +742,7 @@ impl State {
         judged(observation, watch::Verdict::Lost, effects);
         let _ = self.health.record(Failure::BaselineBacklogFull);
         let detail = format!("more than {MAX_UNANNOUNCED} observations of unknown containers");
-        self.gap(Failure::BaselineBacklogFull, None, detail, now, effects);
+        self.lost(Failure::BaselineBacklogFull, None, detail, now, effects);
     }
 
     /// Judges what was seen of a container before it was told of.
@@ -826,7 +825,7 @@ impl State {
                     let _ = self.health.record(Failure::BaselineBacklogFull);
                     let container = observation.container.clone();
                     let detail = format!("more than {BACKLOG} observations wait");
-                    self.gap(Failure::BaselineBacklogFull, Some(container), detail, now, effects);
+                    self.lost(Failure::BaselineBacklogFull, Some(container), detail, now, effects);
                 }
                 return;
             }
@@ -1116,7 +1115,7 @@ impl State {
     ) {
         let _ = self.health.record(Failure::FindingsFull);
         let detail = format!("{MAX_FINDINGS} findings are kept, of programs that never ran half");
-        self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+        self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
     /// Hands a finding's newest revision on, and answers it as the policy says.
@@ -1300,7 +1299,11 @@ impl State {
                 BaselineState::Ready(_) => (),
             }
         }
-        problems.extend(self.gaps.open().map(|gap| {
+        // While the connection is away, that is said above.
+        let is_said = |gap: &&Gap| {
+            gap.failure != Failure::ContainerdLost || endpoints.iter().all(|one| one.connected)
+        };
+        problems.extend(self.gaps.open().filter(is_said).map(|gap| {
             let whose = gap
                 .container
                 .as_ref()
@@ -1595,7 +1598,7 @@ fn view(entry: &Entry) -> Option<ContainerView> {
 }
 
 /// The loop's channels.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Inputs {
     pub changes: Receiver<Change>,
     pub reports: Receiver<Box<Report>>,
@@ -1617,14 +1620,21 @@ pub struct Outputs {
 /// Clocks are set back: what is due then is not as far away as it seems.
 const LONGEST_SLEEP: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// Runs until it is stopped, or the history cannot be read.
+/// How long what is queued may take when the daemon stops, with the responses that are
+/// being carried out.
+pub const DRAIN_WITHIN: std::time::Duration = std::time::Duration::from_millis(3500);
+
+/// Runs until it is stopped, or the history cannot be read. A stop takes in everything
+/// that is queued first.
 pub fn run(
     mut state: State,
     history: &Reader,
     inputs: &Inputs,
     outputs: &Outputs,
 ) -> Result<(), history::Error> {
-    let mut effects = Vec::new();
+    let mut carrier = Carrier { outputs, stop: &inputs.stop, awaited: 0, dropped: 0 };
+    // Whoever has nothing more to say is not listened to; that is no reason to end.
+    let mut open = inputs.clone();
     loop {
         let due = match state.next_due() {
             Some(due) => {
@@ -1636,47 +1646,122 @@ pub fn run(
         };
         // Biased: a new container must be marked within milliseconds, however
         // many observations wait.
-        let input = crossbeam_channel::select_biased! {
-            recv(inputs.stop) -> _ => {
-                // What was judged is kept.
-                state.say_all(&mut effects);
-                state.say_sessions(Timestamp::now(), &mut effects);
-                effects.drain(..).for_each(|effect| drop(carry_out(effect, outputs)));
-                return Ok(());
-            }
-            recv(inputs.changes) -> change => change.map(Input::Node),
-            recv(inputs.news) -> news => news.map(|news| {
-                let image = match &news {
-                    News::Tampered { layer, .. } => image_of(outputs.recorder.store(), *layer),
-                    News::Ready { .. } | News::Failed { .. } => ImageReference::default(),
-                };
-                Input::Baseline(news, image)
-            }),
-            recv(inputs.responses) -> response => response.map(Input::Responded),
-            recv(inputs.questions) -> question => question.map(Input::Asked),
-            recv(due) -> _ => Ok(Input::Due),
-            recv(inputs.reports) -> report => report.map(|report| Input::Watch(*report)),
-        };
-        // A sender is gone only when the daemon is stopping.
-        let Ok(input) = input else { return Ok(()) };
-        if let Input::Node(change) = &input {
-            recall(&mut state, history, change)?;
-        }
-        let mut next = Some(input);
-        while let Some(input) = next.take() {
-            state.handle(input, Timestamp::now(), &mut effects);
-            for effect in effects.drain(..) {
-                match carry_out(effect, outputs) {
-                    Carried::Out => (),
-                    Carried::Back(order) => {
-                        let _ = state.health.record(Failure::ResponseQueueFull);
-                        next = Some(Input::Responded(not_carried_out(order)));
-                    }
-                    Carried::Nowhere => return Ok(()),
+        let input = threads::waiting(|| {
+            crossbeam_channel::select_biased! {
+                recv(inputs.stop) -> _ => None,
+                recv(open.changes) -> change => {
+                    Some(listen(change, &mut open.changes).map(Input::Node))
+                }
+                recv(open.news) -> news => {
+                    let news = listen(news, &mut open.news);
+                    Some(news.map(|news| baseline_input(news, &outputs.recorder)))
+                }
+                recv(open.responses) -> response => {
+                    Some(listen(response, &mut open.responses).map(Input::Responded))
+                }
+                recv(open.questions) -> question => {
+                    Some(listen(question, &mut open.questions).map(Input::Asked))
+                }
+                recv(due) -> _ => Some(Some(Input::Due)),
+                recv(open.reports) -> report => {
+                    let report = listen(report, &mut open.reports);
+                    report.iter().for_each(|_| threads::took());
+                    Some(report.map(|report| Input::Watch(*report)))
                 }
             }
+        });
+        let Some(input) = input else { break };
+        if let Some(input) = input
+            && !carrier.react(&mut state, history, input)?
+        {
+            return Ok(());
         }
     }
+    drain(&mut state, history, inputs, &mut carrier)
+}
+
+/// What was received; a channel whose senders are gone is never ready again.
+fn listen<T>(received: Result<T, RecvError>, from: &mut Receiver<T>) -> Option<T> {
+    if received.is_err() {
+        *from = crossbeam_channel::never();
+    }
+    received.ok()
+}
+
+fn baseline_input(news: News, recorder: &Recorder) -> Input {
+    let image = match &news {
+        News::Tampered { layer, .. } => image_of(recorder.store(), *layer),
+        News::Ready { .. } | News::Failed { .. } => ImageReference::default(),
+    };
+    Input::Baseline(news, image)
+}
+
+/// Takes in what is queued, waits for the responses that are being carried out, and
+/// counts what there is no more time for.
+fn drain(
+    state: &mut State,
+    history: &Reader,
+    inputs: &Inputs,
+    carrier: &mut Carrier<'_>,
+) -> Result<(), history::Error> {
+    let deadline = Instant::now() + DRAIN_WITHIN;
+    while Instant::now() < deadline {
+        let queued = || {
+            let Inputs { changes, reports, news, questions, responses, stop: _ } = inputs;
+            let change = || changes.try_recv().ok().map(Input::Node);
+            let news = || {
+                let news = news.try_recv().ok()?;
+                Some(baseline_input(news, &carrier.outputs.recorder))
+            };
+            let report = || {
+                let report = reports.try_recv().ok()?;
+                threads::took();
+                Some(Input::Watch(*report))
+            };
+            change()
+                .or_else(news)
+                .or_else(|| responses.try_recv().ok().map(Input::Responded))
+                .or_else(report)
+                .or_else(|| questions.try_recv().ok().map(Input::Asked))
+        };
+        let input = match queued() {
+            Some(input) => input,
+            None if carrier.awaited == 0 => break,
+            None => {
+                let wait = || inputs.responses.recv_deadline(deadline);
+                match threads::waiting(wait) {
+                    Ok(response) => Input::Responded(response),
+                    Err(_) => break,
+                }
+            }
+        };
+        if !carrier.react(state, history, input)? {
+            break;
+        }
+    }
+    // What was judged is kept.
+    let mut effects = Vec::new();
+    state.say_all(&mut effects);
+    state.say_sessions(Timestamp::now(), &mut effects);
+    effects.drain(..).for_each(|effect| drop(carrier.carry_out(effect)));
+    let Inputs { changes, reports, news, questions, responses: _, stop: _ } = inputs;
+    let left = [
+        ("reports", reports.len()),
+        ("changes", changes.len()),
+        ("baselines", news.len()),
+        ("questions", questions.len()),
+        ("responses", carrier.awaited),
+        ("records", carrier.dropped),
+    ];
+    let left: Vec<String> = left
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(what, count)| format!("{count} {what}"))
+        .collect();
+    if !left.is_empty() {
+        tracing::warn!(left = left.join(", "), "a stop leaves what the pipeline had no time for");
+    }
+    Ok(())
 }
 
 /// Reads what was told of a container that shows up, if it may have run before driftd
@@ -1724,26 +1809,104 @@ enum Carried {
     Nowhere,
 }
 
-fn carry_out(effect: Effect, outputs: &Outputs) -> Carried {
-    let sent = match effect {
-        Effect::Watch(command) => outputs.commands.send(command).is_ok(),
-        Effect::RecordBaseline(job) => {
-            outputs.recorder.submit(job);
-            true
+/// Carries effects out.
+struct Carrier<'a> {
+    outputs: &'a Outputs,
+    stop: &'a Receiver<std::convert::Infallible>,
+    /// Orders of which no response has come.
+    awaited: usize,
+    /// Records that the history did not take.
+    dropped: usize,
+}
+
+impl Carrier<'_> {
+    /// Lets the state react to an input; false if there is no history any more.
+    fn react(
+        &mut self,
+        state: &mut State,
+        history: &Reader,
+        input: Input,
+    ) -> Result<bool, history::Error> {
+        if let Input::Node(change) = &input {
+            recall(state, history, change)?;
         }
-        Effect::CollectBaselines(in_use) => {
-            outputs.recorder.collect(in_use);
-            true
+        if let Input::Responded(_) = &input {
+            self.awaited = self.awaited.saturating_sub(1);
         }
-        // Waits for the history: see the module's head.
-        Effect::Record(record) => outputs.records.send(record).is_ok(),
-        Effect::Respond(order) => match outputs.orders.try_send(order) {
-            Ok(()) => true,
-            Err(TrySendError::Full(order)) => return Carried::Back(order),
-            Err(TrySendError::Closed(_)) => false,
-        },
-    };
-    if sent { Carried::Out } else { Carried::Nowhere }
+        let mut effects = Vec::new();
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            state.handle(input, Timestamp::now(), &mut effects);
+            for effect in effects.drain(..) {
+                let is_record = matches!(effect, Effect::Record(_));
+                match self.carry_out(effect) {
+                    Carried::Out => (),
+                    Carried::Back(order) => {
+                        let failure = Failure::ResponseQueueFull;
+                        let _ = state.health.record(failure);
+                        state.health.begin(failure, "responses are refused: too many wait");
+                        next = Some(Input::Responded(not_carried_out(order)));
+                    }
+                    Carried::Nowhere if is_record => return Ok(false),
+                    Carried::Nowhere => (),
+                }
+            }
+        }
+        if self.awaited == 0 {
+            state.health.end(Failure::ResponseQueueFull);
+        }
+        Ok(true)
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stop.try_recv() == Err(TryRecvError::Disconnected)
+    }
+
+    fn carry_out(&mut self, effect: Effect) -> Carried {
+        let outputs = self.outputs;
+        let sent = match effect {
+            Effect::Watch(command) => self.command(command),
+            Effect::RecordBaseline(job) => {
+                outputs.recorder.submit(job);
+                true
+            }
+            Effect::CollectBaselines(in_use) => {
+                outputs.recorder.collect(in_use);
+                true
+            }
+            // Waits for the history: see the module's head.
+            Effect::Record(record) => {
+                let is_sent = threads::waiting(|| outputs.records.send(record)).is_ok();
+                self.dropped += usize::from(!is_sent);
+                is_sent
+            }
+            Effect::Respond(order) => match outputs.orders.try_send(order) {
+                Ok(()) => {
+                    self.awaited += 1;
+                    true
+                }
+                Err(TrySendError::Full(order)) => return Carried::Back(order),
+                Err(TrySendError::Closed(_)) => false,
+            },
+        };
+        if sent { Carried::Out } else { Carried::Nowhere }
+    }
+
+    /// Asks the watchers. When they stop they take no command any more, and none is
+    /// worth waiting for.
+    fn command(&self, mut command: Command) -> bool {
+        const STEP: std::time::Duration = std::time::Duration::from_millis(100);
+        loop {
+            if self.is_stopping() {
+                return false;
+            }
+            match threads::waiting(|| self.outputs.commands.send_timeout(command, STEP)) {
+                Ok(()) => return true,
+                Err(SendTimeoutError::Timeout(back)) => command = back,
+                Err(SendTimeoutError::Disconnected(_)) => return false,
+            }
+        }
+    }
 }
 
 fn not_carried_out(order: Order) -> Response {

@@ -138,8 +138,8 @@ pub fn is_replaced() -> bool {
     seated(|seat| seat.is_replaced.load(Ordering::Acquire)).unwrap_or(false)
 }
 
-/// An item was taken from this thread's queue.
-fn took() {
+/// An item was taken from this thread's queue by another way than those below.
+pub fn took() {
     seated(|seat| {
         *lock(&seat.about) = None;
         if let Some(queue) = &seat.queue {
@@ -193,11 +193,19 @@ pub struct Look {
 /// What the supervisor has found out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
-    Stuck { id: u64, name: &'static str, still: Duration, is_replaced: bool },
+    Stuck {
+        id: u64,
+        name: &'static str,
+        still: Duration,
+        is_replaced: bool,
+    },
     /// No thread is stuck any more.
     Recovered,
     /// Nobody can replace it: the daemon has to end.
-    Hopeless { name: &'static str, still: Duration },
+    Hopeless {
+        name: &'static str,
+        still: Duration,
+    },
 }
 
 /// A thread or a queue, as `status` shows it.
@@ -241,7 +249,9 @@ impl Past {
             self.0.pop_front();
         }
         let put = taken + depth;
-        if depth > 0 && self.0.back().is_none_or(|(_, last)| *last < put) && self.0.len() < MAX_POINTS
+        if depth > 0
+            && self.0.back().is_none_or(|(_, last)| *last < put)
+            && self.0.len() < MAX_POINTS
         {
             self.0.push_back((now, put));
         }
@@ -317,7 +327,12 @@ impl Supervisor {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// It does nothing but wait for one item. `about`: whose that is.
-    Stuck { name: &'static str, still: Duration, is_replaced: bool, about: Option<ContainerId> },
+    Stuck {
+        name: &'static str,
+        still: Duration,
+        is_replaced: bool,
+        about: Option<ContainerId>,
+    },
     Recovered,
 }
 

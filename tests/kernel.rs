@@ -563,6 +563,7 @@ fn summary(report: &Report) -> String {
         Report::Attached { .. }
         | Report::NotAttached { .. }
         | Report::Scanned { .. }
+        | Report::Over { .. }
         | Report::Lost { .. } => format!("{report:?}"),
     }
 }
@@ -1195,7 +1196,7 @@ fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
         // Nothing of it is kept.
         container.kill_init();
         container.unmount();
-        node.order(Order::Detach { container: container.id.clone() });
+        node.order(Order::Detach { container: container.id.clone(), pid: None });
     }
 }
 
@@ -1574,7 +1575,7 @@ fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
     node.told.clear();
     container.kill_init();
     container.unmount();
-    node.order(Order::Detach { container: container.id.clone() });
+    node.order(Order::Detach { container: container.id.clone(), pid: None });
     assert_eq!(node.unordered_walk(&container.id).names(), ["/tmp/true"]);
     let complete = wait_for("the container to be forgotten", || {
         (!node.walk(&container).complete).then_some(false)
@@ -1611,7 +1612,7 @@ fn what_is_being_hashed_is_let_go_at_once_when_its_container_ends() {
     }
     wait_for("its hashing", || (opened() == 3).then_some(()));
     container.kill_init();
-    node.order(Order::Detach { container: container.id.clone() });
+    node.order(Order::Detach { container: container.id.clone(), pid: None });
     wait_for("its files to be let go", || (opened() == 0).then_some(()));
     container.unmount();
     drop(node);
@@ -1901,6 +1902,7 @@ fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
         Report::Attached { .. }
         | Report::NotAttached { .. }
         | Report::Scanned { .. }
+        | Report::Over { .. }
         | Report::Lost { .. } => (None, &[][..]),
     };
     one.into_iter().chain(several).map(|observation| &observation.fact)
@@ -2130,7 +2132,7 @@ fn nothing_is_listened_to_once_a_container_has_ended() {
     let id = container.id.clone();
     container.kill_init();
     node.told.clear();
-    node.order(Order::Detach { container: id.clone() });
+    node.order(Order::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
         Report::Scanned { container, .. } if *container == id => Some(()),
         _ => None,
@@ -2192,7 +2194,7 @@ fn b09_metadata_only_copies_are_the_images_own_also_after_the_end() {
     node.told.clear();
     let id = container.id.clone();
     container.kill_init();
-    node.order(Order::Detach { container: id.clone() });
+    node.order(Order::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
         Report::Scanned { container, .. } if *container == id => Some(()),
         _ => None,

@@ -1,6 +1,8 @@
 //! A follower of the history. It reads the database at its client's own pace:
 //! a slow client holds up nobody.
 
+use std::time::Duration;
+
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
@@ -10,6 +12,9 @@ use crate::history::{Filter, Reader, Record};
 
 /// Records read at once.
 const PAGE: usize = 256;
+
+/// How long a client may take for what was committed before driftd stopped.
+const LAST_PAGES: Duration = Duration::from_secs(1);
 
 type Message = Result<proto::FollowFindingsResponse, Status>;
 
@@ -33,7 +38,11 @@ impl Follower {
         tokio::select! {
             () = client.closed() => (),
             // The value that this hands back would hold a lock.
-            () = async { drop(stopping.wait_for(|stopping| *stopping).await) } => (),
+            () = async {
+                drop(stopping.wait_for(|stopping| *stopping).await);
+                // What was committed is told first; it ends by itself after that.
+                tokio::time::sleep(LAST_PAGES).await;
+            } => (),
             result = self.follow(after) => if let Err(status) = result {
                 // The client may be gone; then nobody wants to know.
                 let _ = client.send(Err(status)).await;

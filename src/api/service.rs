@@ -20,8 +20,9 @@ use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
 use crate::model::{ContainerId, FindingId, Session, printable};
-use crate::pipeline::{ContainerView, LookupError, Question};
+use crate::pipeline::{self, ContainerView, LookupError, Question};
 use crate::respond;
+use crate::threads::View;
 
 /// Findings on one page at most, and unless asked otherwise.
 const PAGE: usize = 1000;
@@ -202,6 +203,35 @@ impl Service {
     }
 }
 
+/// The status of a daemon whose pipeline does not answer, and why that may be.
+fn silent(threads: &[View]) -> pipeline::Status {
+    let seconds = BUSY.as_secs();
+    let mut problems = vec![format!("the pipeline has not answered for {seconds} s")];
+    problems.extend(threads.iter().filter(|thread| thread.is_stuck).map(|thread| {
+        let View { name, still, .. } = thread;
+        format!("the thread `{name}` has made no progress for {} s", still.as_secs())
+    }));
+    pipeline::Status {
+        started_at: jiff::Timestamp::now(),
+        endpoints: Vec::new(),
+        containers_watched: 0,
+        containers_waiting: 0,
+        problems,
+        gaps: Vec::new(),
+    }
+}
+
+fn thread_to_proto(view: View) -> proto::Thread {
+    let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    proto::Thread {
+        name: view.name.to_owned(),
+        queued: view.depth,
+        oldest_milliseconds: milliseconds(view.oldest),
+        still_milliseconds: milliseconds(view.still),
+        stuck: view.is_stuck,
+    }
+}
+
 type Stream<T> = ReceiverStream<Result<T, Status>>;
 
 #[tonic::async_trait]
@@ -210,8 +240,16 @@ impl DriftService for Service {
         &self,
         _: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
-        let status = self.ask(Question::Status).await?;
-        let views = self.ask(Question::Containers).await?;
+        let health = &self.backend.health;
+        let asked = async {
+            let status = self.ask(Question::Status).await?;
+            Ok::<_, Status>((status, self.ask(Question::Containers).await?))
+        };
+        let (status, views) = match tokio::time::timeout(BUSY, asked).await {
+            Ok(asked) => asked?,
+            // What is known without the one thread that knows the rest.
+            Err(_) => (silent(&health.threads.views()), Vec::new()),
+        };
         let without_baseline =
             views.iter().filter(|view| view.baseline.starts_with("none")).count();
         let (store, reader) = (self.backend.baselines.clone(), self.backend.history.clone());
@@ -223,8 +261,8 @@ impl DriftService for Service {
         })
         .await?;
         let queue = self.backend.recorder.queue();
-        let health = &self.backend.health;
         let mut problems = status.problems;
+        problems.extend(health.problems());
         problems.extend(self.backend.images.problems());
         let findings = findings.unwrap_or_else(|err| {
             problems.push(err.to_string());
@@ -277,6 +315,7 @@ impl DriftService for Service {
                 ignored: health.gate_ignored.load(Ordering::Relaxed),
                 copy_ups: health.copy_ups.load(Ordering::Relaxed),
             }),
+            threads: health.threads.views().into_iter().map(thread_to_proto).collect(),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
         }))

@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 use super::client::{explain, talk};
 use super::exit::Exit;
 use super::output::write;
+use super::status::seconds;
 use crate::api::{convert, proto};
 use crate::health::Failure;
 
@@ -91,7 +92,8 @@ fn text(
     };
     // More findings than a float can count exactly are not kept.
     #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
-    let large = |number: u64| gauge(number as f64);
+    let float = |number: u64| number as f64;
+    let large = |number: u64| gauge(float(number));
 
     for (name, help, samples) in [
         (
@@ -194,6 +196,21 @@ fn text(
             "Executions whose arguments the kernel had no room to record",
             Samples::Counter(vec![(Labels::new(), status.arguments_unrecorded)]),
         ),
+        (
+            "thread_queue",
+            "Items that wait for a thread",
+            by_thread(status, |thread| thread.queued.map(float)),
+        ),
+        (
+            "thread_queue_oldest_seconds",
+            "How long the oldest of them has waited",
+            by_thread(status, |thread| thread.queued.map(|_| seconds(thread.oldest_milliseconds))),
+        ),
+        (
+            "thread_still_seconds",
+            "How long a thread has been busy with one item without any progress",
+            by_thread(status, |thread| Some(seconds(thread.still_milliseconds))),
+        ),
         ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
     ] {
         registry.register(name, help, samples);
@@ -209,6 +226,14 @@ fn label(name: &'static str, value: &str) -> Labels {
 
 fn gauge(value: f64) -> Samples {
     Samples::Gauge(vec![(Labels::new(), value)])
+}
+
+fn by_thread(
+    status: &proto::GetStatusResponse,
+    value: impl Fn(&proto::Thread) -> Option<f64>,
+) -> Samples {
+    let labelled = |thread: &proto::Thread| Some((label("thread", &thread.name), value(thread)?));
+    Samples::Gauge(status.threads.iter().filter_map(labelled).collect())
 }
 
 /// Those that never happened are told as well: a counter that appears with its
@@ -265,6 +290,13 @@ mod tests {
             gate: Some(proto::Gate { mode: "ask".into(), ..proto::Gate::default() }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,
+            threads: vec![proto::Thread {
+                name: "scan".into(),
+                queued: Some(3),
+                oldest_milliseconds: 1500,
+                still_milliseconds: 250,
+                stuck: false,
+            }],
             losses: vec![proto::Loss { name: "pipeline_full".into(), count: 2 }],
             ..proto::GetStatusResponse::default()
         };

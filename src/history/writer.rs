@@ -14,7 +14,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use super::{History, MemberChange, Reader, Record, StateLock, json};
 use crate::health::{Failure, Health};
 use crate::model::{Command, ContainerId, FindingId, Probe, ProbeId, Session, SessionId};
+use crate::threads::{self, Left, Role, Threads};
 
 /// Records that may wait in the channel; the pipeline blocks beyond that.
 const CHANNEL: usize = 1024;
@@ -53,8 +54,12 @@ pub struct Writer {
     committed: watch::Receiver<u64>,
     reader: Reader,
     stop: Sender<()>,
-    thread: JoinHandle<()>,
+    threads: Threads,
+    unwritten: Arc<AtomicU64>,
 }
+
+/// The name of the writing thread.
+const THREAD: &str = "history";
 
 impl History {
     /// Starts the writing thread. Findings that were last seen longer than
@@ -65,6 +70,9 @@ impl History {
         let newest = newest_seq(&self.connection).unwrap_or(0);
         let (committed_sender, committed) = watch::channel(newest);
         let reader = self.reader();
+        let threads = health.threads.clone();
+        let depth = threads::depth_of(&incoming);
+        let unwritten = Arc::new(AtomicU64::new(0));
         let writing = Writing {
             connection: self.connection,
             path: self.path,
@@ -75,15 +83,15 @@ impl History {
             health,
             retention,
             pending: Pending::default(),
+            unwritten: unwritten.clone(),
             last_commit: None,
             retry: None,
             next_prune: Instant::now(),
         };
-        let thread = std::thread::Builder::new()
-            .name("history".into())
-            .spawn(move || writing.run())
+        threads
+            .spawn(THREAD, Role::Disk, Some(depth), move || writing.run())
             .expect("a thread can be started while driftd starts");
-        Writer { records, committed, reader, stop, thread }
+        Writer { records, committed, reader, stop, threads, unwritten }
     }
 }
 
@@ -106,8 +114,18 @@ impl Writer {
     pub fn stop(self) {
         // The thread may have ended already; then there is nobody to tell.
         let _ = self.stop.try_send(());
-        if self.thread.join().is_err() {
-            tracing::error!("the history's thread panicked");
+        while !self.threads.wait_for_end(&[THREAD], Instant::now() + RETRY_LAST).is_empty() {}
+        self.threads.forget(&[THREAD]);
+    }
+
+    /// What was handed over and is not written, also after a stop.
+    pub fn left(&self) -> impl Fn() -> Vec<Left> + 'static {
+        let (threads, unwritten) = (self.threads.clone(), self.unwritten.clone());
+        move || {
+            let taken = Left { what: "records", count: unwritten.load(Ordering::Relaxed) };
+            let mut left = threads.left(&[THREAD]);
+            left.extend((taken.count > 0).then_some(taken));
+            left
         }
     }
 }
@@ -122,6 +140,8 @@ struct Writing {
     health: Arc<Health>,
     retention: Duration,
     pending: Pending,
+    /// How many records `pending` holds, for others to see.
+    unwritten: Arc<AtomicU64>,
     last_commit: Option<Instant>,
     /// When to try again after a failed commit, and how long to wait after that.
     retry: Option<(Instant, Duration)>,
@@ -160,16 +180,20 @@ impl Writing {
         if full || due <= Instant::now() && self.incoming.is_empty() {
             return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
         }
-        select! {
-            recv(self.incoming) -> record => match record {
-                Ok(record) => {
-                    self.take(record);
-                    Turn::Received
-                }
-                Err(_) => Turn::Stop,
-            },
-            recv(self.stopping) -> _ => Turn::Stop,
-            default(due.saturating_duration_since(Instant::now())) => Turn::Due,
+        let received = threads::waiting(|| {
+            select! {
+                recv(self.incoming) -> record => record.map_err(|_| Turn::Stop),
+                recv(self.stopping) -> _ => Err(Turn::Stop),
+                default(due.saturating_duration_since(Instant::now())) => Err(Turn::Due),
+            }
+        });
+        match received {
+            Ok(record) => {
+                threads::took();
+                self.take(record);
+                Turn::Received
+            }
+            Err(turn) => turn,
         }
     }
 
@@ -185,7 +209,9 @@ impl Writing {
     }
 
     fn take(&mut self, record: Record) {
-        if let Some(dropped) = self.pending.push(record) {
+        let dropped = self.pending.push(record);
+        self.unwritten.store(self.pending.len() as u64, Ordering::Relaxed);
+        if let Some(dropped) = dropped {
             let _reaction = self.health.record(Failure::HistoryWrite);
             tracing::error!(dropped, "the history cannot be written and its memory is full");
         }
@@ -197,14 +223,20 @@ impl Writing {
             Ok(newest) => {
                 if self.retry.take().is_some() {
                     tracing::info!("the history can be written again");
+                    self.health.end(Failure::HistoryWrite);
                 }
                 self.pending = Pending::default();
+                self.unwritten.store(0, Ordering::Relaxed);
                 self.committed.send_replace(newest);
             }
             Err(err) => {
                 // Reaction::Retry.
                 let _reaction = self.health.record(Failure::HistoryWrite);
                 let pause = self.retry.map_or(RETRY_FIRST, |(_, pause)| pause);
+                let waiting = self.pending.len();
+                let detail =
+                    format!("the history cannot be written, {waiting} records wait: {err}");
+                self.health.begin(Failure::HistoryWrite, &detail);
                 tracing::error!(
                     history = %self.path.display(),
                     waiting = self.pending.len(),
@@ -225,7 +257,8 @@ impl Writing {
             }
             self.commit();
             if let Some((at, _)) = self.retry {
-                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                let pause = at.saturating_duration_since(Instant::now());
+                threads::waiting(|| std::thread::sleep(pause));
             }
         }
         if !self.pending.is_empty() {

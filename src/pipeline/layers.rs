@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Effect, State, entry_evidence, expected, new_finding, removed_evidence};
+use super::{Effect, State, entry_evidence, expected, new_finding, removed_evidence, tell_closed};
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
 use crate::health::Failure;
@@ -107,7 +107,7 @@ impl State {
                 "layer {} differs in {} places, {untold} of them were not told one by one",
                 tampered.layer, tampered.total
             );
-            self.gap(Failure::FindingsFull, container.cloned(), detail, now, effects);
+            self.lost(Failure::FindingsFull, container.cloned(), detail, now, effects);
         }
     }
 
@@ -142,7 +142,7 @@ impl State {
         if !has_room {
             let _ = self.health.record(Failure::FindingsFull);
             let detail = format!("{} differs in {layer} and is not told", difference.path);
-            self.gap(Failure::FindingsFull, container.cloned(), detail, now, effects);
+            self.lost(Failure::FindingsFull, container.cloned(), detail, now, effects);
             return;
         }
         let mut finding = new_finding(&self.node, &self.policy, id, kind, VERIFY, now);
@@ -192,10 +192,12 @@ impl State {
             .filter_map(|id| self.inventory.get(id)?.without_baseline)
             .min()
             .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
-        [without_baseline, self.unsaid.due(), self.sessions.due()].into_iter().flatten().min()
+        let others = [self.unsaid.due(), self.sessions.due(), self.gaps.next_due()];
+        others.into_iter().chain([without_baseline]).flatten().min()
     }
 
     pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        tell_closed(self.gaps.due(now), effects);
         if self.unsaid.due().is_some_and(|due| due <= now) {
             self.say_all(effects);
         }

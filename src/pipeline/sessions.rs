@@ -290,7 +290,7 @@ impl State {
             let detail = format!(
                 "more than {MAX_SESSIONS} sessions are open in it, or more than {MAX_TOLD} were"
             );
-            self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+            self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
             return;
         }
         let Some(entry) = self.inventory.get(container) else { return };

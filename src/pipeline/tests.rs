@@ -746,7 +746,8 @@ fn what_a_listing_does_not_name_is_gone() {
     let mut node = Node::running();
     node.commands.clear();
     node.play("list");
-    assert_eq!(node.commands, [Command::Detach { container: id("c1") }]);
+    let pid = Some(100);
+    assert_eq!(node.commands, [Command::Detach { container: id("c1"), pid }]);
     // The last scan is still judged, then the container is forgotten.
     node.play("scan c1 /tmp/x evil").expect(&["file.added /tmp/x x1 r1"]);
     node.give(Input::Watch(Report::Scanned {

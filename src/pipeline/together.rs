@@ -328,7 +328,7 @@ impl State {
             "files are counted and not listed: of one finding {MAX_LISTED} are, of one container \
              {MAX_MEMBERS}"
         );
-        self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+        self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
     /// The finding about what a package manager does.

@@ -625,6 +625,24 @@ impl Group {
         self.mark_object(flags, mask, file)
     }
 
+    /// Takes every mark away, of whatever kind.
+    pub fn unmark_everything(&self) -> io::Result<()> {
+        let path: Option<&Path> = None;
+        let kinds = [MarkFlags::FAN_MARK_FILESYSTEM, MarkFlags::FAN_MARK_MOUNT, MarkFlags::empty()];
+        kinds.into_iter().try_for_each(|kind| {
+            let flags = MarkFlags::FAN_MARK_FLUSH | kind;
+            let done = self.fanotify.mark(flags, MaskFlags::empty(), nix::fcntl::AT_FDCWD, path);
+            done.map_err(io::Error::from)
+        })
+    }
+
+    /// Whether events wait to be read.
+    pub fn has_events(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(self, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
     /// Takes every mark on an inode away, those of directories too. Marks on
     /// filesystems and mounts stay.
     pub fn flush(&self) -> io::Result<()> {

@@ -29,6 +29,7 @@ use crate::model::{
 use crate::sys::file::{self, Stat};
 use crate::sys::procfs::Handle;
 use crate::sys::{overlay, priority};
+use crate::threads;
 
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
@@ -90,6 +91,7 @@ fn describe_one(
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
+    threads::about(&watched.container);
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -214,6 +216,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         at,
         times,
     } = execution;
+    threads::about(&watched.container);
     let max_hash_bytes = shared.settings.max_hash_bytes;
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));

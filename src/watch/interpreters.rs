@@ -5,10 +5,10 @@
 //! and what it does later is looked at twice more only.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
 use super::acts::{Act, Event};
@@ -16,13 +16,14 @@ use super::code::{self, Code};
 use super::libraries::processes_of;
 use super::process;
 use super::scripts::{self, Runs};
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::shells::{self, Neighbour, Standard};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{ContainerId, Fact, Process, Script, Source};
 use crate::sys::overlay;
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
+use crate::threads;
 
 /// A process of a container that has become something that may be an interpreter.
 #[derive(Clone, Debug)]
@@ -62,40 +63,87 @@ struct Look {
     due: Instant,
 }
 
-pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
-    let mut waiting: [VecDeque<Look>; AGAIN.len()] = Default::default();
-    // Those for which there was no time; whoever is in a crowd must not be overlooked.
-    let mut deferred: VecDeque<Look> = VecDeque::new();
+/// Shells that are to be looked at again. Not the thread's own, so that another one can
+/// go on with them.
+#[derive(Default)]
+pub(super) struct Waiting(Mutex<Queues>);
+
+#[derive(Default)]
+struct Queues {
+    waiting: [VecDeque<Look>; AGAIN.len()],
+    /// Those for which there was no time; whoever is in a crowd must not be overlooked.
+    deferred: VecDeque<Look>,
+}
+
+impl Waiting {
+    /// Locked for one step at a time, and never while a process is looked at.
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queues {
+    fn next_due(&self) -> Option<Instant> {
+        let queues = self.waiting.iter().chain([&self.deferred]);
+        queues.filter_map(|queue| Some(queue.front()?.due)).min()
+    }
+
+    /// Whoever had to stand back goes first, or others could keep it there for ever.
+    fn take_due(&mut self, now: Instant) -> Option<Look> {
+        std::iter::once(&mut self.deferred)
+            .chain(&mut self.waiting)
+            .find_map(|queue| queue.pop_front_if(|look| look.due <= now))
+    }
+
+    fn take_any(&mut self) -> Option<Look> {
+        std::iter::once(&mut self.deferred).chain(&mut self.waiting).find_map(VecDeque::pop_front)
+    }
+}
+
+pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>, waiting: &Waiting) {
     let mut around = Around::default();
-    while !shared.is_stopping() {
-        let queues = waiting.iter().chain([&deferred]);
-        let next = queues.filter_map(|queue| Some(queue.front()?.due)).min();
+    loop {
+        let due = waiting.queues().next_due();
         // Whoever hands on ends when the watchers do.
         let patience =
-            next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
-        match started.recv_timeout(patience) {
-            Ok(one) => {
+            due.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
+        match shared.next_within(started, patience) {
+            Next::Item(one) => {
+                threads::about(&one.watched.container);
                 if let Some(look) = first(shared, *one) {
-                    wait_for(shared, &mut waiting, look);
+                    wait_for(shared, &mut waiting.queues().waiting, look);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+            Next::Nothing => (),
+            Next::End if threads::is_replaced() => return,
+            Next::End => return look_a_last_time(shared, waiting, &mut around),
         }
-        // Whoever had to stand back goes first, or others could keep it there for ever.
-        let mut due = Vec::new();
-        for queue in std::iter::once(&mut deferred).chain(&mut waiting) {
-            while queue.front().is_some_and(|look| look.due <= Instant::now()) {
-                due.extend(queue.pop_front());
-            }
-        }
-        for look in due {
-            match again(shared, look, &mut around) {
+        let now = Instant::now();
+        loop {
+            let look = waiting.queues().take_due(now);
+            let Some(look) = look else { break };
+            threads::about(&look.watched.container);
+            let seen = again(shared, look, &mut around);
+            let mut queues = waiting.queues();
+            match seen {
                 Seen::Enough => (),
-                Seen::ForNow(look) => wait_for(shared, &mut waiting, *look),
-                Seen::NotYet(look) => defer(shared, &mut deferred, *look),
+                Seen::ForNow(look) => wait_for(shared, &mut queues.waiting, *look),
+                Seen::NotYet(look) => defer(shared, &mut queues.deferred, *look),
             }
         }
+    }
+}
+
+/// What waits is told as far as it is known: nobody looks again after this.
+fn look_a_last_time(shared: &Shared, waiting: &Waiting, around: &mut Around) {
+    let mut queues = std::mem::take(&mut *waiting.queues());
+    while let Some(look) = queues.take_any() {
+        if !shared.may_tell() {
+            return shared.leave(
+                1 + queues.deferred.len() + queues.waiting.iter().map(VecDeque::len).sum::<usize>(),
+            );
+        }
+        let _ = again(shared, look, around);
     }
 }
 

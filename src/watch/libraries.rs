@@ -16,14 +16,14 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::table::Watched;
 use super::trace::TraceConsumer;
 use crate::health::Failure;
@@ -33,6 +33,7 @@ use crate::model::{
 use crate::sys::overlay::{self, Medium};
 use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
+use crate::threads;
 
 /// Code that a process of a container has mapped, and not by its execve.
 #[derive(Clone, Debug)]
@@ -216,8 +217,9 @@ const BATCH: usize = 512;
 pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
     let mut last_look = Instant::now();
-    while !shared.is_stopping() {
-        if last_look.elapsed() >= LOOK_EVERY {
+    let mut is_last = false;
+    loop {
+        if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             for watched in shared.table.all() {
                 if watched.take_code_scan() {
@@ -229,12 +231,13 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
             None => LOOK_EVERY,
         };
-        match loadings.recv_timeout(patience) {
-            Ok(first) => {
+        match shared.next_within(loadings, patience) {
+            Next::Item(first) => {
                 // What was mapped before we look is covered by the look.
                 let mut image = HashSet::new();
-                let rest = loadings.try_iter().take(BATCH);
+                let rest = std::iter::from_fn(|| threads::try_next(loadings)).take(BATCH);
                 for loading in std::iter::once(first).chain(rest) {
+                    threads::about(&loading.watched.container);
                     let Mapped { device, inode, name, .. } = &loading.mapped;
                     let key = (*device, *inode, name.clone());
                     if image.contains(&key) {
@@ -245,13 +248,18 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
                     }
                 }
             }
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+            Next::Nothing => (),
+            Next::End => is_last = true,
         }
-        while libraries.waiting.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
+        // At the end their writers are not waited for.
+        let is_due = |due: &Instant| *due <= Instant::now() || is_last;
+        while libraries.waiting.front().is_some_and(|(due, ..)| is_due(due)) {
             if let Some((_, loading, code, process)) = libraries.waiting.pop_front() {
                 tell(shared, &loading, code, process, Source::Trace);
             }
+        }
+        if is_last {
+            return;
         }
     }
 }
@@ -343,6 +351,7 @@ impl Libraries {
     /// to see it, or unseen.
     fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>) {
         for handle in processes_of(watched) {
+            threads::beat();
             let Ok(mappings) = handle.mapped_code() else { continue };
             let pid = handle.identity().pid;
             let program = handle.exe_identity().ok();

@@ -10,6 +10,7 @@ use super::table::Layers;
 use crate::model::{FileTime, FileType, Format, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
+use crate::threads;
 
 /// More twins than this are not remembered.
 const MAX_TWINS: usize = 16 * 1024;
@@ -55,7 +56,14 @@ impl LowerTwins {
                 hashes: None,
             };
             if wants(&twin) && stat.size <= max_hash_bytes {
-                let hashes = file::hash(file.as_fd(), max_hash_bytes).ok().flatten();
+                let is_wanted = || {
+                    threads::beat();
+                    true
+                };
+                let hashes = match file::hash_while(file.as_fd(), max_hash_bytes, &is_wanted) {
+                    Ok(file::Hashed::Whole(hashes)) => Some(hashes),
+                    Ok(file::Hashed::TooLong | file::Hashed::Unwanted) | Err(_) => None,
+                };
                 twin.hashes =
                     hashes.map(|hashes| LowerTwin { blake3: hashes.blake3, sha256: hashes.sha256 });
             }

@@ -61,9 +61,9 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
 
 pub use self::arm::Scope;
@@ -73,13 +73,14 @@ pub use self::trust::{Trust, Verdict};
 
 use self::copyup::{CopyUps, Free};
 use self::gate::{Heart, Pulse};
-use self::shared::Shared;
+use self::shared::{LAST_WORDS, Shared};
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
+use crate::threads::{self, Depth, Event, Left, Role};
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,8 +89,9 @@ pub enum Command {
     /// Asking again for the same container and pid only fills in `rootfs`.
     Attach { container: ContainerId, pid: u32, rootfs: Option<OverlayDirs> },
     /// The init process has ended: scan the upperdir a last time, then forget
-    /// the container.
-    Detach { container: ContainerId },
+    /// the container. With a pid, only if that was its init: the container may run
+    /// anew by the time that this is read.
+    Detach { container: ContainerId, pid: Option<u32> },
     /// Walk the upperdir now. With a ticket, the batches and the end of this
     /// scan carry it.
     Scan { container: ContainerId, ticket: Option<u64> },
@@ -136,6 +138,11 @@ pub enum Report {
         /// Whether the whole upperdir was walked.
         complete: bool,
     },
+    /// What was said to be seen no more, and what no walk makes up for, is seen again.
+    Over {
+        failure: Failure,
+        container: Option<ContainerId>,
+    },
     /// Something was not seen. `container` is `None` when it may be any of them.
     /// The watchers have already asked themselves for the rescan.
     Lost {
@@ -179,7 +186,9 @@ pub struct Watch {
     marker: Arc<control::Marker>,
     commands: Sender<Command>,
     copy_ups_held: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    /// The gates whose marks are taken away first when the watchers stop.
+    gates: Vec<Arc<Group>>,
+    threads: Vec<&'static str>,
     executions: Executions,
 }
 
@@ -266,32 +275,45 @@ impl Watch {
             marker: marker.clone(),
             commands,
             copy_ups_held: Arc::default(),
+            gates: vec![gate.clone()],
             threads: Vec::new(),
             executions,
         };
+        let shards = free.iter().flat_map(|free| &free.shards);
+        watch.gates.extend(shards.map(|shard| shard.gate.clone()));
+        let scan_orders_depth = threads::depth_of(&receive_orders);
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
-        watch.spawn("scan", || scan.run())?;
+        let depth = scan_orders_depth;
+        watch.spawn("scan", Role::Owner, Some(depth), || scan.run())?;
         let ours = shared.clone();
         let (large, receive_large) = bounded(LARGE_QUEUE);
-        watch.spawn("content", move || content::hash(&ours, &receive_described, &large))?;
+        watch.consume("content", receive_described, move |queue| {
+            content::hash(&ours, queue, &large);
+        })?;
         let ours = shared.clone();
-        watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
+        watch.consume("large", receive_large, move |queue| content::hash_large(&ours, queue))?;
         let ours = shared.clone();
-        watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
+        watch.consume("describe", receive_content, move |queue| {
+            content::describe(&ours, queue, &described);
+        })?;
         let ours = shared.clone();
-        watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        watch.consume("processes", receive_processes, move |queue| {
+            processes::run(&ours, queue);
+        })?;
         let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);
         let ours = shared.clone();
-        watch.spawn("libraries", move || libraries::run(&ours, &receive_loadings))?;
+        watch.consume("libraries", receive_loadings, move |queue| libraries::run(&ours, queue))?;
         let (started, receive_started) = bounded(INTERPRETER_QUEUE);
+        let (ours, waiting) = (shared.clone(), interpreters::Waiting::default());
+        watch.consume("interpreters", receive_started, move |queue| {
+            interpreters::run(&ours, queue, &waiting);
+        })?;
         let ours = shared.clone();
-        watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
+        watch.spawn("names", Role::Owner, None, move || ours.names.run(&ours))?;
         let ours = shared.clone();
-        watch.spawn("names", move || ours.names.run(&ours))?;
+        watch.spawn("attachments", Role::Owner, None, move || ours.attachments.run(&ours))?;
         let ours = shared.clone();
-        watch.spawn("attachments", move || ours.attachments.run(&ours))?;
-        let ours = shared.clone();
-        watch.spawn("terminals", move || ours.terminals.run(&ours))?;
+        watch.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
         let mut pulse = Pulse::default();
         let mut more_gates = Vec::new();
         let mut copy_ups = None;
@@ -312,9 +334,12 @@ impl Watch {
             copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
         }
         let ours = shared.clone();
-        watch.spawn("sessions", move || acts::run(&ours, &receive_acts))?;
+        let depth = threads::depth_of(&receive_acts);
+        watch.spawn("sessions", Role::Owner, Some(depth), move || {
+            acts::run(&ours, &receive_acts);
+        })?;
         let ours = shared.clone();
-        watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        watch.consume("unseen", receive_unseen, move |queue| unseen::run(&ours, queue))?;
         if let Some(Recorder::Rings(rings)) = &recorder
             && rings.tell_arguments()
         {
@@ -329,7 +354,7 @@ impl Watch {
                 Box::new(acts::Acts::default()),
             ];
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
-            watch.spawn("trace", || trace.run(recorder))?;
+            watch.spawn("trace", Role::Owner, None, || trace.run(recorder))?;
         }
         let thread = gate::Gate {
             group: gate.clone(),
@@ -341,17 +366,20 @@ impl Watch {
             turns: pulse.of_another(),
             heart: Some(Heart { pulse, heartbeat }),
         };
-        watch.spawn("gate", || thread.run())?;
+        watch.spawn("gate", Role::Unsupervised, None, || thread.run())?;
         for thread in more_gates {
-            watch.spawn("gate", || thread.run())?;
+            watch.spawn("gate", Role::Unsupervised, None, || thread.run())?;
         }
         if let Some(thread) = copy_ups {
-            watch.spawn("copy-ups", || thread.run())?;
+            watch.spawn("copy-ups", Role::Unsupervised, None, || thread.run())?;
         }
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
-        watch.spawn("feed", || thread.run())?;
-        watch.spawn("mounts", move || mounts.run())?;
+        watch.spawn("feed", Role::Owner, None, || thread.run())?;
+        watch.spawn("mounts", Role::Owner, None, move || mounts.run())?;
+        let supervised = shared.clone();
+        watch.spawn("heart", Role::Unsupervised, None, move || supervise(&supervised))?;
+        let depth = threads::depth_of(&receive_commands);
         let thread = control::Control {
             shared,
             marker,
@@ -359,7 +387,7 @@ impl Watch {
             commands: receive_commands,
             unsent: VecDeque::new(),
         };
-        watch.spawn("control", || thread.run())?;
+        watch.spawn("control", Role::Owner, Some(depth), || thread.run())?;
         Ok(watch)
     }
 
@@ -377,22 +405,37 @@ impl Watch {
             done,
             wake: wake.clone(),
         };
-        self.spawn("arming", || thread.run())?;
+        self.spawn("arming", Role::Unsupervised, None, || thread.run())?;
         let thread = arm::Arm::new(self.shared.clone(), scope, calls, receive_done, wake)?;
-        self.spawn("arm", || thread.run())
+        self.spawn("arm", Role::Unsupervised, None, || thread.run())
     }
 
     /// On an error, what was started ends by itself when `self` is dropped.
     fn spawn(
         &mut self,
         name: &'static str,
+        role: Role,
+        depth: Option<Depth>,
         run: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
-        let thread = std::thread::Builder::new().name(name.into()).spawn(|| {
-            let _abort = AbortOnPanic;
-            run();
-        });
-        self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
+        let threads = &self.shared.health.threads;
+        threads.spawn(name, role, depth, run).map_err(|source| Error::Thread { name, source })?;
+        self.threads.push(name);
+        Ok(())
+    }
+
+    /// The same for a thread that does nothing but take items from a queue.
+    fn consume<T: Send + 'static>(
+        &mut self,
+        name: &'static str,
+        queue: Receiver<T>,
+        run: impl Fn(&Receiver<T>) + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let threads = &self.shared.health.threads;
+        let depth = threads::depth_of(&queue);
+        let started = threads.spawn_consumer(name, depth, move || run(&queue));
+        started.map_err(|source| Error::Thread { name, source })?;
+        self.threads.push(name);
         Ok(())
     }
 
@@ -412,32 +455,94 @@ impl Watch {
         self.copy_ups_held.clone()
     }
 
-    /// Ends the threads. With them the fanotify groups are closed, and the kernel
-    /// allows every exec that still waits.
-    pub fn stop(mut self) {
-        self.shared.stop();
-        for thread in self.threads.drain(..) {
-            thread.join().expect("a watcher's panic ends the process");
+    /// Closes the gate: from here on no exec waits for driftd. Its threads still answer
+    /// what waits already.
+    pub fn close_gate(&self, deadline: Instant) {
+        self.shared.close_marks();
+        for gate in &self.gates {
+            if let Err(err) = gate.unmark_everything() {
+                tracing::warn!("the gate keeps its marks until it is closed: {err}");
+            }
         }
+        // Whoever was asked for between the last mark and its end is answered by now.
+        let mut quiet_turns = 0;
+        while quiet_turns < 4 && Instant::now() < deadline {
+            let is_quiet = self.gates.iter().all(|gate| !gate.has_events());
+            quiet_turns = if is_quiet { quiet_turns + 1 } else { 0 };
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends the threads: what they have seen is told before, as far as there is time.
+    pub fn drain(&self, deadline: Instant) {
+        self.shared.health.threads.begin_end(&self.threads);
+        self.shared.stop();
+        let running = self.shared.health.threads.wait_for_end(&self.threads, deadline);
+        if !running.is_empty() {
+            tracing::warn!(threads = running.join(", "), "threads that are stuck are left behind");
+        }
+    }
+
+    /// What the threads had no time to tell.
+    pub fn left(&self) -> Vec<Left> {
+        let mut left = self.shared.health.threads.left(&self.threads);
+        let untold = self.shared.untold();
+        let more = [
+            ("items taken and not told", untold),
+            ("changed files, which the next start looks at", self.shared.unsettled()),
+        ];
+        left.extend(
+            more.into_iter()
+                .filter_map(|(what, count)| (count > 0).then_some(Left { what, count })),
+        );
+        left
+    }
+
+    /// Ends everything: the gate first, so that the kernel allows every exec that waits.
+    pub fn stop(self) {
+        self.close_gate(Instant::now() + CLOSED_WITHIN);
+        self.drain(Instant::now() + LAST_WORDS + Duration::from_secs(1));
     }
 }
 
-/// Ends the process if the thread that holds this ends by a panic. A gate that is
-/// open and unread stops every exec, and without one of the others driftd would
-/// be blind and look healthy; when the process ends, the kernel opens the gate and
-/// whoever started driftd knows.
-struct AbortOnPanic;
+/// How long the gate may take to be closed.
+const CLOSED_WITHIN: Duration = Duration::from_millis(500);
 
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
+/// Looks after all of the daemon's threads, until the watchers stop.
+fn supervise(shared: &Shared) {
+    let mut last = Instant::now();
+    while !shared.is_stopping() {
+        shared.wait_for_stop(threads::TURN);
+        let elapsed = last.elapsed();
+        last = Instant::now();
+        for event in shared.health.threads.supervise(elapsed) {
+            match event {
+                Event::Stuck { name, still, is_replaced, about } => {
+                    let whose = about.map_or(String::new(), |id| format!(" of container {id}"));
+                    let then = if is_replaced {
+                        "another one has taken its place"
+                    } else {
+                        "driftd ends if this lasts"
+                    };
+                    let seconds = still.as_secs();
+                    let detail = format!(
+                        "the thread `{name}` has been busy with one item{whose} for {seconds} s: \
+                         {then}"
+                    );
+                    shared.degrade(Failure::ThreadStuck, None, &detail);
+                }
+                Event::Recovered => {
+                    tracing::info!("every thread makes progress again");
+                    shared.restore(Failure::ThreadStuck, None);
+                }
+            }
         }
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
     }
 }

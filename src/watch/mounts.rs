@@ -28,11 +28,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::bounded;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
+use super::Error;
 use super::code;
 use super::content::{self, UnknownPath};
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
-use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::fanotify::{Buffer, Event, Group};
@@ -40,6 +40,7 @@ use crate::sys::file::{self, Stat};
 use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier, Wait};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
+use crate::threads;
 
 /// A container's marks. One that mounts more than this is told of, once.
 const MAX_MARKS: usize = 256;
@@ -505,7 +506,7 @@ impl Mounts {
         let first_listener = fds.len();
         fds.extend(listeners.iter().filter_map(|(_, listener)| listener.poll_fds()).flatten());
         let timeout = Timespec::try_from(timeout).expect("half a second fits");
-        if rustix::event::poll(&mut fds, Some(&timeout)).is_err() {
+        if threads::waiting(|| rustix::event::poll(&mut fds, Some(&timeout))).is_err() {
             return;
         }
         let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
@@ -545,9 +546,15 @@ impl Mounts {
     /// number and a mount's number may have been used a second time since.
     fn list(&self, tracked: &mut Tracked) {
         let start = Instant::now();
-        // An error: the process has ended, and its mounts with it.
-        let outcome = self.mark_all(&tracked.watched).unwrap_or_default();
+        threads::about(&tracked.watched.container);
+        let outcome = self.mark_all(&tracked.watched);
         tracked.pace.spent(start, Instant::now());
+        // An error: the process has ended, and its mounts with it.
+        let Ok(outcome) = outcome else { return };
+        let fits = outcome.refused.is_none() && outcome.missed.is_none() && !outcome.is_full;
+        if fits && tracked.listener.is_some() && std::mem::take(&mut tracked.is_told) {
+            self.shared.restore(Failure::MountsFull, Some(&tracked.watched));
+        }
         if let Some(detail) = outcome.refused {
             self.tell(tracked, &detail);
         }
@@ -564,23 +571,12 @@ impl Mounts {
         }
     }
 
-    /// Counts what is not marked, and says so once.
+    /// Counts what is not marked, and says so once while it lasts.
     fn tell(&self, tracked: &mut Tracked, detail: &str) {
-        let _ = self.shared.health.record(Failure::MountsFull);
-        if tracked.is_told {
-            return;
-        }
-        tracked.is_told = true;
-        let container = tracked.watched.container.clone();
-        tracing::warn!(failure = Failure::MountsFull.name(), %container, "{detail}");
-        let lost = Report::Lost {
-            failure: Failure::MountsFull,
-            container: Some(container),
-            detail: detail.to_owned(),
-            at: jiff::Timestamp::now(),
-        };
-        if self.shared.try_report(lost).is_err() {
-            let _ = self.shared.health.record(Failure::PipelineFull);
+        if std::mem::replace(&mut tracked.is_told, true) {
+            let _ = self.shared.health.record(Failure::MountsFull);
+        } else {
+            self.shared.degrade(Failure::MountsFull, Some(&tracked.watched), detail);
         }
     }
 
@@ -670,11 +666,11 @@ impl Mounts {
         self.shared.table.set_mounts(watched, known);
         for (mount, fd, whole) in &held {
             let mask = super::gate::events(self.shared.settings.gate);
-            let done = if *whole {
-                self.gate.mark_filesystem_of(fd.as_fd(), mask)
-            } else {
-                self.gate.mark_mount_of(fd.as_fd(), mask)
-            };
+            threads::beat();
+            let done = self.shared.mark(|| match whole {
+                true => self.gate.mark_filesystem_of(fd.as_fd(), mask),
+                false => self.gate.mark_mount_of(fd.as_fd(), mask),
+            });
             if let Err(err) = done {
                 outcome.refused =
                     Some(format!("the kernel refuses to mark {}: {err}", name_of(mount)));
@@ -685,6 +681,7 @@ impl Mounts {
 
     /// Opens a mount's own root; `None` if something else is there now.
     fn reach(&self, root: &OwnedFd, mount: &Mount) -> Option<OwnedFd> {
+        threads::beat();
         let fd = match mounts::reach(root, &mount.mount_point, Wait::Never) {
             Err(err) if mounts::would_wait(&err) => self.reach_slowly(root, mount),
             reached => reached,

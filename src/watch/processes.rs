@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::Timestamp;
 
 use super::acts;
@@ -12,7 +12,7 @@ use super::calls;
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::sessions::{Opened, is_before_entry_point};
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::table::Watched;
 use super::trace::TraceConsumer;
 use super::unseen::{Running, Runtimes};
@@ -21,6 +21,7 @@ use crate::model::{Process, Source};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
+use crate::threads;
 
 /// Of how many that wait each one that belongs to a session is looked at.
 const FEW: usize = 64;
@@ -31,8 +32,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
     let mut last_look = Instant::now();
     let mut runtimes = Runtimes::default();
-    while !shared.is_stopping() {
-        if last_look.elapsed() >= LOOK_EVERY {
+    loop {
+        if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             let wanted: Vec<Wanted> = shared
                 .table
@@ -47,10 +48,13 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
                 look_at_all(shared, &wanted, &mut runtimes);
             }
         }
-        match seen.recv_timeout(LOOK_EVERY) {
-            Ok(one) => judge(shared, &one, seen),
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+        match shared.next_within(seen, LOOK_EVERY) {
+            Next::Item(one) => {
+                threads::about(&one.watched.container);
+                judge(shared, &one, seen);
+            }
+            Next::Nothing => (),
+            Next::End => return,
         }
     }
 }
@@ -130,6 +134,7 @@ fn look_at_all(shared: &Shared, wanted: &[Wanted], runtimes: &mut Runtimes) {
     let Ok(pids) = procfs::all() else { return };
     let mut running = Running::default();
     for pid in pids {
+        threads::beat();
         let Ok(handle) = Handle::open(pid) else { continue };
         if let Some(watched) = owner(shared, wanted, &handle) {
             running.tell(shared, runtimes, &watched, &handle);

@@ -27,6 +27,7 @@ use crate::model::{
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
+use crate::threads;
 
 /// An upperdir that is to be walked now.
 #[derive(Debug)]
@@ -93,7 +94,7 @@ impl Scan {
 
     pub(super) fn run(mut self) {
         while !self.shared.is_stopping() {
-            while let Ok(order) = self.orders.try_recv() {
+            while let Some(order) = threads::try_next(&self.orders) {
                 if self.shared.is_stopping() {
                     return;
                 }
@@ -115,7 +116,7 @@ impl Scan {
                 }
             }
             let idle = self.idle_time();
-            match self.wake.recv_timeout(idle) {
+            match threads::waiting(|| self.wake.recv_timeout(idle)) {
                 Ok(()) | Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -174,9 +175,11 @@ impl Scan {
     fn walk(&mut self, watched: &Arc<Watched>, ticket: Option<u64>, is_last: bool) {
         // Told before the walk, so that the walk makes up for them.
         self.shared.report_losses();
-        let began = Timestamp::now();
-        // Before the walk, so that what is lost during it asks for another.
+        threads::about(&watched.container);
+        // Before the walk, so that what is lost during it asks for another; and before
+        // its time is taken, so that it never claims to make up for that.
         let is_lossy = watched.take_rescan();
+        let began = Timestamp::now();
         self.shared.names.begin_walk(watched);
         let started = Instant::now();
         let memory = self.memories.remove(&watched.container);
@@ -217,8 +220,9 @@ impl Scan {
         };
         let Walk { seen, problem, .. } = walk;
         let is_complete = outcome.is_ok() && problem.is_none();
-        if is_complete {
-            self.shared.names.end_walk(watched);
+        if is_complete && self.shared.names.end_walk(watched) {
+            self.shared.restore(Failure::NamesFull, Some(watched));
+            self.shared.restore(Failure::MarkRefused, Some(watched));
         }
         if outcome.is_err() && !self.shared.is_stopping() {
             self.shared.lose(
@@ -230,8 +234,8 @@ impl Scan {
         if let Some(problem) = problem {
             // The snapshot of a container that has ended may go at any time.
             if !is_last {
-                let _ = self.shared.health.record(Failure::ScanIncomplete);
-                tracing::warn!(container = %watched.container, problem, "a scan is incomplete");
+                let detail = format!("a walk of its upper layer is incomplete: {problem}");
+                self.shared.degrade(Failure::ScanIncomplete, Some(watched), &detail);
             }
         }
         let scanned = Report::Scanned {
@@ -269,6 +273,7 @@ fn settle(shared: &Shared) -> bool {
             return false;
         }
         let DirtyPath { watched, writer, source, .. } = dirty;
+        threads::about(&watched.container);
         let writer = writer.and_then(|writer| shared.process_of(&watched, writer));
         let Some(layers) = watched.layers() else { continue };
         let parent = path.parent().unwrap_or_else(RootfsPath::root);
@@ -594,7 +599,7 @@ impl Walk<'_> {
             Err(Deaf::Refused(err, true)) => (Failure::MarkRefused, format!("{path}: {err}")),
         };
         let detail = format!("not every directory can be listened to, sweeps do the rest: {why}");
-        self.shared.degrade(failure, self.watched, &detail);
+        self.shared.degrade(failure, Some(self.watched), &detail);
     }
 
     fn note(&mut self, problem: String) {
@@ -802,6 +807,7 @@ impl Walk<'_> {
 
     /// A long walk must not keep settled files, or the end, waiting.
     fn look_around(&mut self) -> Result<(), Interrupted> {
+        threads::beat();
         self.since_look += 1;
         if self.since_look >= 64 {
             self.since_look = 0;

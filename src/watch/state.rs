@@ -7,6 +7,7 @@ use sha2::Digest as _;
 use super::lower::looks_like_program;
 use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
 use crate::sys::file::{self, Stat};
+use crate::threads;
 
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,12 +102,17 @@ fn content(
     is_wanted: &dyn Fn() -> bool,
 ) -> Option<Content> {
     // A file that changes while it is read has a hash that it never had.
+    // A large file is read for minutes, and each part of it is progress.
+    let is_wanted = || {
+        threads::beat();
+        is_wanted()
+    };
     for _ in 0..3 {
         let Ok(before) = file::stat(file) else { break };
         if before.size > max_hash_bytes {
             return Some(Content::Unhashed(Unhashed::Size));
         }
-        let hashes = match file::hash_while(file, max_hash_bytes, is_wanted) {
+        let hashes = match file::hash_while(file, max_hash_bytes, &is_wanted) {
             Ok(file::Hashed::Whole(hashes)) => hashes,
             Ok(file::Hashed::TooLong) => return Some(Content::Unhashed(Unhashed::Size)),
             Ok(file::Hashed::Unwanted) => return None,

@@ -35,6 +35,7 @@ use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
 use crate::sys::procfs::{self, Handle};
+use crate::threads;
 
 /// What else is made of the records, in the order of their times. It is called on
 /// the thread that reads the rings and must be quick: what it does not do at once,
@@ -324,7 +325,7 @@ impl Trace {
                 (true, true) => SOON,
                 (true, false) => TURN,
             };
-            let has_gone = rings.wait(turn);
+            let has_gone = threads::waiting(|| rings.wait(turn));
             if has_gone || last_look.elapsed() >= LOOK_FOR_PROCESSORS {
                 last_look = Instant::now();
                 match rings.follow_processors() {
@@ -348,6 +349,7 @@ impl Trace {
             let complete = records.partition_point(|record| record.time() <= horizon);
             is_busy = complete > 0;
             for record in records.drain(..complete) {
+                threads::beat();
                 self.take(record);
             }
             self.end_turn(horizon);
@@ -360,7 +362,8 @@ impl Trace {
         while !is_last {
             // What happened before a stop is told.
             is_last = self.shared.is_stopping();
-            connector.wait(if is_last { Duration::ZERO } else { TURN });
+            let turn = if is_last { Duration::ZERO } else { TURN };
+            threads::waiting(|| connector.wait(turn));
             if let Err(err) = connector.read(&mut records) {
                 self.lose(&format!("the process connector cannot be read: {err}"));
                 std::thread::sleep(TURN);

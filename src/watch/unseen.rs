@@ -21,6 +21,7 @@ use crate::model::{
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
 use crate::sys::procfs::{self, Handle};
+use crate::threads;
 
 /// A program that was executed, and that the gate has not seen.
 #[derive(Debug)]
@@ -50,6 +51,7 @@ pub(super) struct Unseen {
 pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
     while let Some(one) = shared.next_to_tell(unseen) {
+        threads::about(&one.watched.container);
         tell(shared, &mut runtimes, *one);
     }
 }
