@@ -1632,7 +1632,7 @@ pub fn run(
     inputs: &Inputs,
     outputs: &Outputs,
 ) -> Result<(), history::Error> {
-    let mut carrier = Carrier { outputs, stop: &inputs.stop, awaited: 0, dropped: 0 };
+    let mut carrier = Carrier { outputs, stop: &inputs.stop, outstanding: 0, dropped: 0 };
     // Whoever has nothing more to say is not listened to; that is no reason to end.
     let mut open = inputs.clone();
     loop {
@@ -1726,7 +1726,7 @@ fn drain(
         };
         let input = match queued() {
             Some(input) => input,
-            None if carrier.awaited == 0 => break,
+            None if carrier.outstanding == 0 => break,
             None => {
                 let wait = || inputs.responses.recv_deadline(deadline);
                 match threads::waiting(wait) {
@@ -1750,7 +1750,7 @@ fn drain(
         ("changes", changes.len()),
         ("baselines", news.len()),
         ("questions", questions.len()),
-        ("responses", carrier.awaited),
+        ("responses", carrier.outstanding),
         ("records", carrier.dropped),
     ];
     let left: Vec<String> = left
@@ -1814,7 +1814,7 @@ struct Carrier<'a> {
     outputs: &'a Outputs,
     stop: &'a Receiver<std::convert::Infallible>,
     /// Orders of which no response has come.
-    awaited: usize,
+    outstanding: usize,
     /// Records that the history did not take.
     dropped: usize,
 }
@@ -1831,7 +1831,7 @@ impl Carrier<'_> {
             recall(state, history, change)?;
         }
         if let Input::Responded(_) = &input {
-            self.awaited = self.awaited.saturating_sub(1);
+            self.outstanding = self.outstanding.saturating_sub(1);
         }
         let mut effects = Vec::new();
         let mut next = Some(input);
@@ -1852,7 +1852,7 @@ impl Carrier<'_> {
                 }
             }
         }
-        if self.awaited == 0 {
+        if self.outstanding == 0 {
             state.health.end(Failure::ResponseQueueFull);
         }
         Ok(true)
@@ -1882,7 +1882,7 @@ impl Carrier<'_> {
             }
             Effect::Respond(order) => match outputs.orders.try_send(order) {
                 Ok(()) => {
-                    self.awaited += 1;
+                    self.outstanding += 1;
                     true
                 }
                 Err(TrySendError::Full(order)) => return Carried::Back(order),
