@@ -1646,7 +1646,7 @@ pub fn run(
         };
         // Biased: a new container must be marked within milliseconds, however
         // many observations wait.
-        let input = threads::waiting(|| {
+        let input = threads::idle(|| {
             crossbeam_channel::select_biased! {
                 recv(inputs.stop) -> _ => None,
                 recv(open.changes) -> change => {
@@ -1729,7 +1729,7 @@ fn drain(
             None if carrier.outstanding == 0 => break,
             None => {
                 let wait = || inputs.responses.recv_deadline(deadline);
-                match threads::waiting(wait) {
+                match threads::blocked(wait) {
                     Ok(response) => Input::Responded(response),
                     Err(_) => break,
                 }
@@ -1876,7 +1876,7 @@ impl Carrier<'_> {
             }
             // Waits for the history: see the module's head.
             Effect::Record(record) => {
-                let is_sent = threads::waiting(|| outputs.records.send(record)).is_ok();
+                let is_sent = threads::blocked(|| outputs.records.send(record)).is_ok();
                 self.dropped += usize::from(!is_sent);
                 is_sent
             }
@@ -1900,7 +1900,7 @@ impl Carrier<'_> {
             if self.is_stopping() {
                 return false;
             }
-            match threads::waiting(|| self.outputs.commands.send_timeout(command, STEP)) {
+            match threads::blocked(|| self.outputs.commands.send_timeout(command, STEP)) {
                 Ok(()) => return true,
                 Err(SendTimeoutError::Timeout(back)) => command = back,
                 Err(SendTimeoutError::Disconnected(_)) => return false,

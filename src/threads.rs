@@ -1,10 +1,11 @@
 //! One harness for the named threads: what waits for each of them, whether it makes
 //! progress, and what a stop leaves undone.
 //!
-//! A thread is *idle* while it waits for its next item and *busy* from then on. Each
-//! step of its work is a beat: an item that is finished, or, in the middle of a long
-//! legal one (a large file is hashed, an upper layer is walked), a part of it. A thread
-//! that is busy and has not beaten for [`STUCK`] is stuck:
+//! A thread is *idle* while it waits for its next item and *busy* from then on; while it
+//! waits for another thread it is *blocked*, and that one is looked at instead. Each step
+//! of its work is a beat: an item that is finished, or, in the middle of a long legal one
+//! (a large file is hashed, an upper layer is walked), a part of it. A thread that has not
+//! beaten for [`STUCK`], and is busy or has items that it does not take, is stuck:
 //!
 //! - If it does nothing but take items from a queue, another thread takes over that
 //!   queue. The stuck one finishes its item if it ever comes back, and ends.
@@ -88,7 +89,7 @@ struct Seat {
     id: u64,
     name: &'static str,
     role: Role,
-    /// Odd while the thread is busy. Every step of its work adds two.
+    /// How many steps of work it has done, and its [`State`] in the lowest bits.
     turns: AtomicU64,
     /// Whose item it is busy with, if it is a container's.
     about: Mutex<Option<ContainerId>>,
@@ -98,6 +99,27 @@ struct Seat {
     run: Mutex<Option<Run>>,
     is_replaced: AtomicBool,
     is_over: AtomicBool,
+}
+
+/// What a thread does, as the lowest bits of its turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    Idle = 0,
+    Busy = 1,
+    Blocked = 2,
+}
+
+/// One step, in turns.
+const STEP: u64 = 4;
+
+impl State {
+    fn of(turns: u64) -> State {
+        match turns % STEP {
+            0 => State::Idle,
+            1 => State::Busy,
+            _ => State::Blocked,
+        }
+    }
 }
 
 thread_local! {
@@ -112,7 +134,7 @@ fn seated<T>(with: impl FnOnce(&Seat) -> T) -> Option<T> {
 
 /// One more step of this thread's work is done.
 pub fn beat() {
-    seated(|seat| seat.turns.fetch_add(2, Ordering::Relaxed));
+    seated(|seat| seat.turns.fetch_add(STEP, Ordering::Relaxed));
 }
 
 /// Says whose item this thread is busy with.
@@ -121,15 +143,31 @@ pub fn about(container: &ContainerId) {
     beat();
 }
 
-/// This thread is idle while `wait` waits for something that is no work of its own.
-pub fn waiting<T>(wait: impl FnOnce() -> T) -> T {
-    let was_busy = seated(|seat| {
-        let busy = seat.turns.load(Ordering::Relaxed) & 1;
-        seat.turns.fetch_add(busy, Ordering::Relaxed);
-        busy
-    });
+/// This thread is idle while `wait` waits for its next item.
+pub fn idle<T>(wait: impl FnOnce() -> T) -> T {
+    while_in(State::Idle, wait)
+}
+
+/// This thread is blocked while `wait` waits for another one.
+pub fn blocked<T>(wait: impl FnOnce() -> T) -> T {
+    while_in(State::Blocked, wait)
+}
+
+fn while_in<T>(state: State, wait: impl FnOnce() -> T) -> T {
+    // Nobody else changes a thread's turns.
+    let enter = |state: State| {
+        seated(|seat| {
+            let turns = seat.turns.load(Ordering::Relaxed);
+            let steps = turns - turns % STEP + STEP;
+            seat.turns.store(steps + state as u64, Ordering::Relaxed);
+            State::of(turns)
+        })
+    };
+    let before = enter(state);
     let waited = wait();
-    seated(|seat| seat.turns.fetch_add(was_busy.unwrap_or(0), Ordering::Relaxed));
+    if let Some(before) = before {
+        enter(before);
+    }
     waited
 }
 
@@ -153,7 +191,7 @@ pub fn recv<T>(queue: &Receiver<T>) -> Result<T, RecvError> {
     if is_replaced() {
         return Err(RecvError);
     }
-    let item = waiting(|| queue.recv())?;
+    let item = idle(|| queue.recv())?;
     took();
     Ok(item)
 }
@@ -163,7 +201,7 @@ pub fn recv_timeout<T>(queue: &Receiver<T>, timeout: Duration) -> Result<T, Recv
     if is_replaced() {
         return Err(RecvTimeoutError::Disconnected);
     }
-    let item = waiting(|| queue.recv_timeout(timeout))?;
+    let item = idle(|| queue.recv_timeout(timeout))?;
     took();
     Ok(item)
 }
@@ -277,8 +315,13 @@ impl Supervisor {
         }
         for look in threads {
             let seen = self.seen.entry(look.id).or_default();
-            let is_busy = look.turns & 1 == 1 && look.role != Role::Unsupervised;
-            if is_busy && seen.turns == look.turns {
+            let is_to_move = match State::of(look.turns) {
+                _ if look.role == Role::Unsupervised => false,
+                State::Busy => true,
+                State::Blocked => false,
+                State::Idle => !look.is_replaced && look.queue.is_some_and(|(depth, _)| depth > 0),
+            };
+            if is_to_move && seen.turns == look.turns {
                 seen.still += elapsed;
             } else {
                 *seen = Seen { turns: look.turns, ..Seen::default() };
@@ -652,22 +695,31 @@ mod tests {
     #[test]
     fn x02_a_busy_thread_without_progress_is_stuck_and_an_idle_one_is_not() {
         let mut supervisor = Supervisor::default();
-        let threads = [look(1, "idle", Role::Owner, 2), look(2, "busy", Role::Consumer, 3)];
+        let threads = [look(1, "idle", Role::Owner, 4), look(2, "busy", Role::Consumer, 5)];
         assert_eq!(within(&mut supervisor, &threads, 5), [""; 0]);
         assert_eq!(within(&mut supervisor, &threads, 1), ["stuck busy true"]);
         let views = supervisor.turn(&threads, TURN).1;
         let seen: Vec<_> = views.iter().map(|view| (view.name, view.is_stuck)).collect();
         assert_eq!(seen, [("idle", false), ("busy", true)]);
         // It has come back.
-        let threads = [look(1, "idle", Role::Owner, 2), look(2, "busy", Role::Consumer, 5)];
+        let threads = [look(1, "idle", Role::Owner, 4), look(2, "busy", Role::Consumer, 9)];
         assert_eq!(within(&mut supervisor, &threads, 1), ["recovered"]);
+    }
+
+    #[test]
+    fn x02_a_thread_that_does_not_take_what_waits_for_it_is_stuck_and_a_blocked_one_is_not() {
+        let mut supervisor = Supervisor::default();
+        let waits =
+            |id, name, turns| Look { queue: Some((3, 0)), ..look(id, name, Role::Consumer, turns) };
+        let threads = [waits(1, "frozen", 4), waits(2, "blocked", 4 + State::Blocked as u64)];
+        assert_eq!(within(&mut supervisor, &threads, 30), ["stuck frozen true", "hopeless frozen"]);
     }
 
     #[test]
     fn long_work_that_beats_is_never_stuck() {
         let mut supervisor = Supervisor::default();
         for turn in 0..400 {
-            let threads = [look(1, "large", Role::Consumer, 2 * (turn / 8) + 1)];
+            let threads = [look(1, "large", Role::Consumer, STEP * (turn / 8) + 1)];
             assert_eq!(names(&supervisor.turn(&threads, TURN).0), [""; 0]);
         }
     }
@@ -717,7 +769,7 @@ mod tests {
         let mut ages = Vec::new();
         // Two items, then a third; the first two are taken; then the last.
         for queue in [(0, 0), (2, 0), (2, 0), (3, 0), (1, 2), (1, 2), (0, 3)] {
-            let thread = Look { queue: Some(queue), ..look(1, "describe", Role::Consumer, 2) };
+            let thread = Look { queue: Some(queue), ..look(1, "describe", Role::Consumer, 4) };
             let view = supervisor.turn(&[thread], TURN).1.remove(0);
             ages.push((view.depth.unwrap(), view.oldest.as_millis()));
         }

@@ -39,16 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "api",
-        &[
-            "baseline",
-            "containerd",
-            "health",
-            "history",
-            "model",
-            "pipeline",
-            "respond",
-            "threads",
-        ],
+        &["baseline", "containerd", "health", "history", "model", "pipeline", "respond", "threads"],
     ),
     (
         "cli",

@@ -180,7 +180,7 @@ impl Writing {
         if full || due <= Instant::now() && self.incoming.is_empty() {
             return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
         }
-        let received = threads::waiting(|| {
+        let received = threads::idle(|| {
             select! {
                 recv(self.incoming) -> record => record.map_err(|_| Turn::Stop),
                 recv(self.stopping) -> _ => Err(Turn::Stop),
@@ -258,7 +258,7 @@ impl Writing {
             self.commit();
             if let Some((at, _)) = self.retry {
                 let pause = at.saturating_duration_since(Instant::now());
-                threads::waiting(|| std::thread::sleep(pause));
+                threads::idle(|| std::thread::sleep(pause));
             }
         }
         if !self.pending.is_empty() {

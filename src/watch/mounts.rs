@@ -506,7 +506,7 @@ impl Mounts {
         let first_listener = fds.len();
         fds.extend(listeners.iter().filter_map(|(_, listener)| listener.poll_fds()).flatten());
         let timeout = Timespec::try_from(timeout).expect("half a second fits");
-        if threads::waiting(|| rustix::event::poll(&mut fds, Some(&timeout))).is_err() {
+        if threads::idle(|| rustix::event::poll(&mut fds, Some(&timeout))).is_err() {
             return;
         }
         let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();

@@ -216,7 +216,7 @@ impl Names {
                     return;
                 }
             }
-            threads::waiting(|| std::thread::sleep(REST));
+            threads::idle(|| std::thread::sleep(REST));
         }
     }
 

@@ -116,7 +116,7 @@ impl Scan {
                 }
             }
             let idle = self.idle_time();
-            match threads::waiting(|| self.wake.recv_timeout(idle)) {
+            match threads::idle(|| self.wake.recv_timeout(idle)) {
                 Ok(()) | Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }

@@ -244,7 +244,7 @@ impl Shared {
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let at_most = at_most.and_then(|at_most| Timespec::try_from(at_most).ok());
         // An error here (a signal) only means that the turn comes early.
-        let _ = threads::waiting(|| rustix::event::poll(&mut fds, at_most.as_ref()));
+        let _ = threads::idle(|| rustix::event::poll(&mut fds, at_most.as_ref()));
     }
 
     /// Waits until the watchers are to stop, or `at_most` so long.
@@ -553,7 +553,7 @@ impl Shared {
         let deadline = Instant::now() + PATIENCE;
         while !self.is_stopping() {
             let sent = || self.reports.send_timeout(report, Duration::from_millis(100));
-            match threads::waiting(sent) {
+            match threads::blocked(sent) {
                 Ok(()) => return true,
                 Err(SendTimeoutError::Disconnected(_)) => return false,
                 Err(SendTimeoutError::Timeout(unsent)) if Instant::now() < deadline => {

@@ -325,7 +325,7 @@ impl Trace {
                 (true, true) => SOON,
                 (true, false) => TURN,
             };
-            let has_gone = threads::waiting(|| rings.wait(turn));
+            let has_gone = threads::idle(|| rings.wait(turn));
             if has_gone || last_look.elapsed() >= LOOK_FOR_PROCESSORS {
                 last_look = Instant::now();
                 match rings.follow_processors() {
@@ -363,7 +363,7 @@ impl Trace {
             // What happened before a stop is told.
             is_last = self.shared.is_stopping();
             let turn = if is_last { Duration::ZERO } else { TURN };
-            threads::waiting(|| connector.wait(turn));
+            threads::idle(|| connector.wait(turn));
             if let Err(err) = connector.read(&mut records) {
                 self.lose(&format!("the process connector cannot be read: {err}"));
                 std::thread::sleep(TURN);
