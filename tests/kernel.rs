@@ -1835,6 +1835,37 @@ fn what_was_executed_before_a_stop_is_told() {
 }
 
 #[test]
+fn x09_nobody_waits_for_a_stop_however_much_is_being_looked_at() {
+    let busy = Container::start();
+    let neighbour = Container::start();
+    let mut node = Node::start();
+    node.attach(&busy);
+    node.attach(&neighbour);
+    busy.drop_program("/tmp/true");
+    // Each takes seconds to be hashed, and is mostly a hole.
+    busy.shell("i=0; while [ $i -lt 20 ]; do cp /tmp/true /opt/t$i; truncate -s 60M /opt/t$i; i=$((i+1)); done");
+    busy.shell("i=0; while [ $i -lt 20 ]; do /opt/t$i; i=$((i+1)); done; true");
+    let watch = node.watch.take().unwrap();
+    let ended = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopping = std::thread::spawn({
+        let ended = ended.clone();
+        move || {
+            watch.stop();
+            ended.store(true, Ordering::Relaxed);
+        }
+    });
+    let mut longest = Duration::ZERO;
+    while !ended.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        neighbour.shell("/bin/true");
+        longest = longest.max(began.elapsed());
+    }
+    stopping.join().unwrap();
+    // On a machine of its own it is some milliseconds.
+    assert!(longest < Duration::from_secs(1), "somebody waited for {longest:?}");
+}
+
+#[test]
 fn the_gate_beats_while_nothing_happens() {
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
     let (reader, writer) = nix::unistd::pipe2(flags).unwrap();

@@ -25,6 +25,7 @@ mod registry;
 mod sessions;
 mod sources;
 mod start;
+mod threads;
 mod together;
 mod trouble;
 mod volumes;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         pods::trials(),
         sessions::trials(),
         start::trials(),
+        threads::trials(),
         docker::trials(),
         trouble::trials(),
         volumes::trials(),
