@@ -518,7 +518,9 @@ fn supervise(shared: &Shared) {
         for event in shared.health.threads.supervise(elapsed) {
             match event {
                 Event::Stuck { name, still, is_replaced, about } => {
-                    let whose = about.map_or(String::new(), |id| format!(" of container {id}"));
+                    let whose = about.map_or(String::new(), |id| {
+                        format!(", busy with something of container {id}")
+                    });
                     let then = if is_replaced {
                         "another one has taken its place"
                     } else {
@@ -526,8 +528,7 @@ fn supervise(shared: &Shared) {
                     };
                     let seconds = still.as_secs();
                     let detail = format!(
-                        "the thread `{name}` has been busy with one item{whose} for {seconds} s: \
-                         {then}"
+                        "the thread `{name}` has made no progress for {seconds} s{whose}: {then}"
                     );
                     shared.degrade(Failure::ThreadStuck, None, &detail);
                 }

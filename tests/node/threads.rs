@@ -160,13 +160,18 @@ fn x02_replaced(node: &Node) -> anyhow::Result<()> {
 
 fn x02_ends(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let _held = Held::new(node, "control")?;
+    let held = Held::new(node, "control")?;
     // Its trust and entry point are commands that nobody takes.
     let other = node.unwatched_container_of(programs::WORKBENCH)?;
     let began = Instant::now();
-    ensure!(node.driftd_ended(Duration::from_secs(60))?.is_none(), "it did not end by itself");
+    let log = wait_within(Duration::from_secs(60), "the daemon to end", || {
+        Ok(Some(log(node)?).filter(|log| log.contains("stage=\"followers\"")))
+    })?;
     ensure!(began.elapsed() > Duration::from_secs(10), "it was not patient");
-    let log = log(node)?;
+    // Whoever holds a thread has to let go of it before its process is gone.
+    drop(held);
+    ensure!(node.driftd_ended(Duration::from_secs(10))?.is_none(), "it did not end by itself");
+    ensure!(log.contains("left=\"") && log.contains(" control\""), "{log}");
     ensure!(log.contains("the thread `control` has made no progress"), "{log}");
     // Nothing waits for it.
     container.sh("/usr/bin/app")?;
