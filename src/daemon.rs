@@ -137,6 +137,11 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     };
     let (pipeline_ended_sender, pipeline_ended) = tokio::sync::oneshot::channel();
     let depth = threads::depth_of(&inputs.reports);
+    health.threads.show_queue("containerd", threads::depth_of(&inputs.changes));
+    // Weak, so that the orders end with the pipeline.
+    let waiting = outputs.orders.downgrade();
+    let waiting = move || waiting.upgrade().map_or(0, |to| to.max_capacity() - to.capacity());
+    health.threads.show_queue("respond", Box::new(waiting));
     // It waits for the history's disk as well.
     let run_pipeline = move || {
         let _ = pipeline_ended_sender.send(pipeline::run(state, &reader, &inputs, &outputs));

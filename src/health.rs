@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -159,11 +160,22 @@ pub struct Gating {
     pub instead: Option<String>,
 }
 
+/// A failure that makes the view incomplete.
+#[derive(Debug)]
+struct Lasting {
+    detail: String,
+    /// When it does so no more; `None`: when it is said to be over.
+    until: Option<Instant>,
+}
+
+/// How long the view counts as incomplete after something that nothing makes up for.
+const RECENT: Duration = Duration::from_secs(60);
+
 /// The counters, one per failure, shared by every thread.
 #[derive(Debug, Default)]
 pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
-    lasting: Mutex<BTreeMap<&'static str, String>>,
+    lasting: Mutex<BTreeMap<&'static str, Lasting>>,
     /// The daemon's threads: what waits for them, and whether they make progress.
     pub threads: Threads,
     /// Known once the daemon has begun to watch.
@@ -198,21 +210,40 @@ impl Health {
     }
 
     /// A failure that lasts, seen by who cannot tell the pipeline: until it is over,
-    /// the view is incomplete. Says whether it is news.
-    pub fn begin(&self, failure: Failure, detail: &str) -> bool {
-        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
-        lasting.insert(failure.name(), detail.to_owned()).is_none()
+    /// the view is incomplete.
+    pub fn begin(&self, failure: Failure, detail: &str) {
+        let lasting = Lasting { detail: detail.to_owned(), until: None };
+        self.lasting().insert(failure.name(), lasting);
     }
 
     /// It is over.
     pub fn end(&self, failure: Failure) {
-        self.lasting.lock().unwrap_or_else(PoisonError::into_inner).remove(failure.name());
+        self.lasting().remove(failure.name());
+    }
+
+    /// A failure that nothing makes up for: the view is incomplete for a while.
+    pub fn happened(&self, failure: Failure, detail: &str) {
+        self.happened_at(failure, detail, Instant::now());
+    }
+
+    fn happened_at(&self, failure: Failure, detail: &str, now: Instant) {
+        let lasting = Lasting { detail: detail.to_owned(), until: Some(now + RECENT) };
+        self.lasting().insert(failure.name(), lasting);
     }
 
     /// Failures that last, each with its name.
     pub fn problems(&self) -> Vec<String> {
-        let lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
-        lasting.iter().map(|(name, detail)| format!("{detail} ({name})")).collect()
+        self.problems_at(Instant::now())
+    }
+
+    fn problems_at(&self, now: Instant) -> Vec<String> {
+        let mut lasting = self.lasting();
+        lasting.retain(|_, lasting| lasting.until.is_none_or(|until| now < until));
+        lasting.iter().map(|(name, Lasting { detail, .. })| format!("{detail} ({name})")).collect()
+    }
+
+    fn lasting(&self) -> MutexGuard<'_, BTreeMap<&'static str, Lasting>> {
+        self.lasting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn count(&self, failure: Failure) -> u64 {
@@ -259,5 +290,21 @@ mod tests {
         }
         let names: std::collections::BTreeSet<_> = Failure::ALL.map(Failure::name).into();
         assert_eq!(names.len(), Failure::ALL.len());
+    }
+
+    #[test]
+    fn h02_a_failure_is_a_problem_until_it_is_over_or_was_a_while_ago() {
+        let health = Health::default();
+        let now = Instant::now();
+        health.begin(Failure::HistoryWrite, "the disk is full");
+        health.happened_at(Failure::ExecEventsFull, "execs were not told", now);
+        let (first, last) = (
+            "execs were not told (exec_events_full)".to_owned(),
+            "the disk is full (history_write)".to_owned(),
+        );
+        assert_eq!(health.problems_at(now + RECENT / 2), [first, last.clone()]);
+        assert_eq!(health.problems_at(now + RECENT), [last]);
+        health.end(Failure::HistoryWrite);
+        assert_eq!(health.problems_at(now), [""; 0]);
     }
 }

@@ -14,7 +14,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("sys", &["model"]),
     ("config", &["model"]),
     ("policy", &["config", "model"]),
-    ("baseline", &["config", "health", "model", "sys", "threads"]),
+    ("baseline", &["config", "health", "model", "sys"]),
     ("containerd", &["baseline", "config", "health", "model", "sys"]),
     ("watch", &["config", "health", "model", "sys", "threads"]),
     ("detect", &["baseline", "model"]),

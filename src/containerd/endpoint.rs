@@ -390,7 +390,7 @@ impl Endpoint {
 
     fn tell_exec(&self, change: Change) -> Result<(), Stopped> {
         if !self.outbox.exec(change)? {
-            let _degraded = self.health.record(Failure::ExecEventsFull);
+            too_many_execs(&self.health);
         }
         Ok(())
     }
@@ -543,7 +543,7 @@ async fn read(
             }
             // A list cannot tell it again, so none is made for it.
             Ok(Some(event)) if event.is_of_exec() && queue.capacity() <= QUEUE_WITHOUT_EXECS => {
-                let _degraded = health.record(Failure::ExecEventsFull);
+                too_many_execs(health);
                 false
             }
             Ok(Some(event)) => {
@@ -570,6 +570,13 @@ async fn read(
             }
         }
     }
+}
+
+/// No list tells of an exec again.
+fn too_many_execs(health: &Health) {
+    let failure = Failure::ExecEventsFull;
+    let _degraded = health.record(failure);
+    health.happened(failure, "what containerd calls some sessions was not told: too many execs");
 }
 
 /// Publishes our marker until it comes back; false if it does not.

@@ -1803,3 +1803,185 @@ fn thousands_of_sessions_are_told_and_not_all_remembered() {
     assert_eq!(told.len(), 5000);
     assert!(node.gaps.is_empty());
 }
+
+// ---- losses that last, and stops
+
+fn lost(failure: Failure, name: &str, second: i64) -> Input {
+    Input::Watch(Report::Lost {
+        failure,
+        container: Some(id(name)),
+        detail: "something".into(),
+        at: Timestamp::from_second(second).unwrap(),
+    })
+}
+
+#[test]
+fn h02_a_degraded_view_is_incomplete_until_its_cause_is_over_or_the_container_ends() {
+    let mut node = Node::running();
+    for failure in [Failure::MountsFull, Failure::NamesFull, Failure::MarkRefused] {
+        node.gaps.clear();
+        node.give(lost(failure, "c1", 10));
+        let problems = node.state.status().problems;
+        assert!(problems.concat().contains(failure.name()), "{problems:?}");
+        // A walk does not help.
+        node.give(scanned("c1", 20));
+        assert_eq!(node.state.status().problems.len(), 1);
+        node.give(Input::Watch(Report::Over { failure, container: Some(id("c1")) }));
+        assert_eq!(node.state.status().problems, [""; 0]);
+        assert_eq!(node.gaps, [failure.name(); 2], "its beginning and its end");
+    }
+    node.give(lost(Failure::MountsFull, "c1", 10));
+    node.play("stop c1");
+    assert_eq!(node.state.status().problems, [""; 0]);
+}
+
+#[test]
+fn h02_an_incomplete_walk_lasts_until_a_complete_one() {
+    let mut node = Node::running();
+    node.give(lost(Failure::ScanIncomplete, "c1", 10));
+    assert_eq!(node.state.status().problems.len(), 1);
+    node.give(scanned("c1", 5));
+    assert_eq!(node.state.status().problems.len(), 1, "it began before");
+    node.give(scanned("c1", 11));
+    assert_eq!(node.state.status().problems, [""; 0]);
+}
+
+#[test]
+fn h07_a_flood_of_one_container_hides_no_gap_of_another() {
+    let mut node = Node::running();
+    node.play("start c2\nattached c2");
+    for second in 0..100 {
+        node.give(lost(Failure::PipelineFull, "c1", second));
+    }
+    node.give(lost(Failure::PipelineFull, "c2", 100));
+    assert_eq!(node.gaps, ["pipeline_full"; 2], "each container's is kept once");
+    let containers: Vec<_> =
+        node.state.status().gaps.into_iter().filter_map(|gap| gap.container).collect();
+    assert_eq!(containers, [id("c1"), id("c2")]);
+}
+
+fn scanned(name: &str, began: i64) -> Input {
+    Input::Watch(Report::Scanned {
+        container: id(name),
+        ticket: None,
+        began: Timestamp::from_second(began).unwrap(),
+        complete: true,
+    })
+}
+
+struct NoBlobs;
+
+impl crate::baseline::Blobs for NoBlobs {
+    fn open(&self, _: &crate::model::Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+        Err("there are none".into())
+    }
+}
+
+/// Everything that the loop needs, and nothing of it is stopped yet.
+struct Loop {
+    state: State,
+    reader: Reader,
+    inputs: Inputs,
+    outputs: Outputs,
+    changes: Sender<Change>,
+    reports: Sender<Box<Report>>,
+    responses: Sender<Response>,
+    questions: Sender<Question>,
+    stop: Sender<std::convert::Infallible>,
+    orders: tokio::sync::mpsc::Receiver<Order>,
+    records: Receiver<Record>,
+    /// Nobody takes these.
+    _commands: Receiver<Command>,
+    _directory: tempfile::TempDir,
+}
+
+fn a_loop(room_for_commands: usize) -> Loop {
+    use crossbeam_channel::{bounded, unbounded};
+    let directory = tempfile::tempdir().unwrap();
+    let health = Arc::new(Health::default());
+    let history = crate::history::History::open(directory.path()).unwrap();
+    let store = Store::open(&directory.path().join("baselines"), health.clone()).unwrap();
+    let (news_sender, news) = bounded(16);
+    let settings = crate::config::Baseline::default();
+    let recorder =
+        Recorder::start(Arc::new(store), &settings, Arc::new(NoBlobs), news_sender, health);
+    let (changes_sender, changes) = unbounded();
+    let (reports_sender, reports) = unbounded();
+    let (questions_sender, questions) = unbounded();
+    let (responses_sender, responses) = unbounded();
+    let (stop_sender, stop) = bounded(0);
+    let (commands, taken_commands) = bounded(room_for_commands);
+    let (records, taken_records) = unbounded();
+    let (orders, taken_orders) = tokio::sync::mpsc::channel(256);
+    Loop {
+        state: Node::running().state,
+        reader: history.reader(),
+        inputs: Inputs { changes, reports, news, questions, responses, stop },
+        outputs: Outputs { commands, recorder, records, orders },
+        changes: changes_sender,
+        reports: reports_sender,
+        responses: responses_sender,
+        questions: questions_sender,
+        stop: stop_sender,
+        orders: taken_orders,
+        records: taken_records,
+        _commands: taken_commands,
+        _directory: directory,
+    }
+}
+
+#[test]
+fn h05_h06_what_is_queued_at_a_stop_is_taken_in_whoever_has_gone_already() {
+    const PROGRAMS: usize = 3000;
+    let parts = a_loop(4);
+    let script = Node::running();
+    for number in 0..PROGRAMS {
+        let line = format!("exec c1 /tmp/x{number} evil{number}");
+        let Input::Watch(report) = script.input(&line) else { panic!("no report") };
+        parts.reports.send(Box::new(report)).unwrap();
+    }
+    // A command for each that nobody takes; and the API and containerd have ended.
+    let Loop { state, reader, inputs, outputs, records, stop, .. } = parts;
+    drop((parts.changes, parts.questions, parts.reports, parts.responses, stop));
+    run(state, &reader, &inputs, &outputs).unwrap();
+    let told = records.try_iter().filter(|record| matches!(record, Record::Finding(_))).count();
+    assert_eq!(told, PROGRAMS);
+    outputs.recorder.stop();
+}
+
+#[test]
+fn h05_a_loop_whose_askers_have_gone_goes_on_until_it_is_stopped() {
+    let parts = a_loop(1024);
+    let Loop { state, reader, inputs, outputs, records, stop, reports, .. } = parts;
+    drop((parts.changes, parts.questions, parts.responses));
+    let running = std::thread::spawn(move || {
+        run(state, &reader, &inputs, &outputs).unwrap();
+        outputs.recorder.stop();
+    });
+    let Input::Watch(report) = Node::running().input("exec c1 /tmp/x evil") else { panic!() };
+    reports.send(Box::new(report)).unwrap();
+    let record = records.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+    assert!(matches!(record, Record::Finding(_)), "{record:?}");
+    drop(stop);
+    running.join().unwrap();
+}
+
+#[test]
+fn a_stop_waits_for_the_response_that_is_being_carried_out() {
+    let parts = a_loop(1024);
+    let Loop { mut state, reader, inputs, outputs, records, stop, reports, mut orders, .. } = parts;
+    state.policy.respond.kill_on = ["exec.new".parse().unwrap()].into();
+    let Input::Watch(report) = Node::running().input("exec c1 /tmp/x evil") else { panic!() };
+    reports.send(Box::new(report)).unwrap();
+    drop(stop);
+    let responses = parts.responses;
+    let responding = std::thread::spawn(move || {
+        let order = orders.blocking_recv().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        responses.send(not_carried_out(order)).unwrap();
+    });
+    run(state, &reader, &inputs, &outputs).unwrap();
+    responding.join().unwrap();
+    assert!(records.try_iter().any(|record| matches!(record, Record::Response(_))));
+    outputs.recorder.stop();
+}
