@@ -161,7 +161,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let containerd = {
         let _runtime = runtime.enter();
         let recording = recorder.clone();
-        Containerd::start_with(&config.containerd, &change_sender, recording, &health, Some(lane))
+        Containerd::start_with(&config.containerd, &change_sender, recording, &health, Some(&lane))
     };
     drop(change_sender);
 

@@ -667,21 +667,19 @@ impl State {
                     .collect(),
             ),
         };
-        let gap = Gap {
-            failure,
-            container: container.clone(),
-            detail: detail.clone(),
-            since: at,
+        self.open_gap(Gap { failure, container, detail, since: at, until: None }, until, effects);
+    }
+
+    fn open_gap(&mut self, gap: Gap, until: Until, effects: &mut Vec<Effect>) {
+        let record = Record::Gap {
+            name: gap.failure.name().to_owned(),
+            container: gap.container.clone(),
+            detail: gap.detail.clone(),
+            at: gap.since,
             until: None,
         };
         if self.gaps.opened(gap, until) {
-            effects.push(Effect::Record(Record::Gap {
-                name: failure.name().to_owned(),
-                container,
-                detail,
-                at,
-                until: None,
-            }));
+            effects.push(Effect::Record(record));
         }
     }
 

@@ -221,7 +221,7 @@ fn silent(threads: &[View]) -> pipeline::Status {
     }
 }
 
-fn thread_to_proto(view: View) -> proto::Thread {
+fn thread_to_proto(view: &View) -> proto::Thread {
     let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     proto::Thread {
         name: view.name.to_owned(),
@@ -315,7 +315,7 @@ impl DriftService for Service {
                 ignored: health.gate_ignored.load(Ordering::Relaxed),
                 copy_ups: health.copy_ups.load(Ordering::Relaxed),
             }),
-            threads: health.threads.views().into_iter().map(thread_to_proto).collect(),
+            threads: health.threads.views().iter().map(thread_to_proto).collect(),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
         }))

@@ -220,7 +220,7 @@ impl Containerd {
         changes: &Sender<Change>,
         recorder: impl Recording,
         health: &Arc<Health>,
-        lane: Option<Lane>,
+        lane: Option<&Lane>,
     ) -> Containerd {
         let recorder: Arc<dyn Recording> = Arc::new(recorder);
         let endpoints: Arc<[Arc<Endpoint>]> = settings
@@ -233,7 +233,7 @@ impl Containerd {
                     changes.clone(),
                     Arc::clone(&recorder),
                     Arc::clone(health),
-                    lane.clone(),
+                    lane.cloned(),
                 ))
             })
             .collect();

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Effect, State, entry_evidence, expected, new_finding, removed_evidence, tell_closed};
+use super::gaps::Until;
+use super::{
+    Effect, Gap, State, entry_evidence, expected, new_finding, removed_evidence, tell_closed,
+};
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
 use crate::health::Failure;
@@ -107,7 +110,10 @@ impl State {
                 "layer {} differs in {} places, {untold} of them were not told one by one",
                 tampered.layer, tampered.total
             );
-            self.lost(Failure::FindingsFull, container.cloned(), detail, now, effects);
+            // Said whole, if not one by one: more is not to come.
+            let (failure, container) = (Failure::FindingsFull, container.cloned());
+            let gap = Gap { failure, container, detail, since: now, until: None };
+            self.open_gap(gap, Until::Quiet, effects);
         }
     }
 

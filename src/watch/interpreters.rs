@@ -92,7 +92,8 @@ impl Queues {
     fn take_due(&mut self, now: Instant) -> Option<Look> {
         std::iter::once(&mut self.deferred)
             .chain(&mut self.waiting)
-            .find_map(|queue| queue.pop_front_if(|look| look.due <= now))
+            .find(|queue| queue.front().is_some_and(|look| look.due <= now))
+            .and_then(VecDeque::pop_front)
     }
 
     fn take_any(&mut self) -> Option<Look> {
