@@ -255,7 +255,7 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
         (
             Box::new(move |_| {
                 let _ = end_api.send(());
-                if let Some(api) = api {
+                if let Some(api) = api.filter(|api| !api.is_finished()) {
                     let _ = runtime.block_on(api);
                 }
             }),

@@ -671,12 +671,14 @@ impl State {
     }
 
     fn open_gap(&mut self, gap: Gap, until: Until, effects: &mut Vec<Effect>) {
+        // Over at once, where there is nothing that a walk could make up for.
+        let is_over = until == Until::Walked(HashSet::new());
         let record = Record::Gap {
             name: gap.failure.name().to_owned(),
             container: gap.container.clone(),
             detail: gap.detail.clone(),
             at: gap.since,
-            until: None,
+            until: is_over.then_some(gap.since),
         };
         if self.gaps.opened(gap, until) {
             effects.push(Effect::Record(record));

@@ -14,6 +14,9 @@
 //! - If it holds a lock that others need, those are stuck too, and their replacements:
 //!   then there is nobody left to replace them, and the daemon ends as well.
 //!
+//! A thread that wants a processor and gets none is not stuck: a container may take what
+//! there is of them, and ending the daemon would be what it wants.
+//!
 //! The time of a machine that was suspended, or of a daemon that was stopped, is nobody's
 //! fault: the supervisor counts its own turns and not the clock's seconds.
 
@@ -21,13 +24,14 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError};
 
 use crate::model::ContainerId;
+use crate::sys::{priority, procfs};
 
 pub mod stop;
 
@@ -99,6 +103,10 @@ struct Seat {
     run: Mutex<Option<Run>>,
     is_replaced: AtomicBool,
     is_over: AtomicBool,
+    /// Its number, once it runs.
+    number: AtomicU32,
+    /// Its turns when they were last looked at, and for how long it had run.
+    last: Mutex<(u64, Duration)>,
 }
 
 /// What a thread does, as the lowest bits of its turns.
@@ -224,6 +232,8 @@ pub struct Look {
     pub role: Role,
     pub turns: u64,
     pub is_replaced: bool,
+    /// It wants a processor and hardly gets one.
+    is_starved: bool,
     /// How many items wait in its queue, and how many were ever taken from that.
     pub queue: Option<(u64, u64)>,
 }
@@ -322,7 +332,7 @@ impl Supervisor {
                 State::Idle => !look.is_replaced && look.queue.is_some_and(|(depth, _)| depth > 0),
             };
             if is_to_move && seen.turns == look.turns {
-                seen.still += elapsed;
+                seen.still += if look.is_starved { Duration::ZERO } else { elapsed };
             } else {
                 *seen = Seen { turns: look.turns, ..Seen::default() };
             }
@@ -452,10 +462,13 @@ impl Threads {
             run: Mutex::new(run),
             is_replaced: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
+            number: AtomicU32::new(0),
+            last: Mutex::default(),
         });
         let own = seat.clone();
         std::thread::Builder::new().name(name.into()).spawn(move || {
             let _end = End(own.clone());
+            own.number.store(priority::current().number(), Ordering::Relaxed);
             SEAT.with(|seat| *seat.borrow_mut() = Some(own));
             body();
         })?;
@@ -478,6 +491,8 @@ impl Threads {
             run: Mutex::default(),
             is_replaced: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
+            number: AtomicU32::new(0),
+            last: Mutex::default(),
         };
         lock(&self.0.seats).push(Arc::new(seat));
     }
@@ -487,7 +502,7 @@ impl Threads {
     pub fn supervise(&self, elapsed: Duration) -> Vec<Event> {
         let seats: Vec<Arc<Seat>> = lock(&self.0.seats).clone();
         let alive = seats.iter().filter(|seat| !seat.is_over.load(Ordering::Acquire));
-        let looks: Vec<Look> = alive.map(|seat| seat.look()).collect();
+        let looks: Vec<Look> = alive.map(|seat| seat.look(elapsed)).collect();
         let (found, views) = {
             let mut supervisor = lock(&self.0.supervisor);
             let (found, views) = supervisor.0.turn(&looks, elapsed);
@@ -602,18 +617,37 @@ impl Threads {
 }
 
 impl Seat {
-    fn look(&self) -> Look {
+    fn look(&self, elapsed: Duration) -> Look {
         // First, so that nothing that is put meanwhile looks older than it is.
         let taken = self.queue.as_ref().map(|queue| queue.taken.load(Ordering::Relaxed));
         let depth = self.queue.as_ref().map(|queue| (queue.depth)() as u64);
+        let turns = self.turns.load(Ordering::Relaxed);
         Look {
             id: self.id,
             name: self.name,
             role: self.role,
-            turns: self.turns.load(Ordering::Relaxed),
+            turns,
             is_replaced: self.is_replaced.load(Ordering::Acquire),
+            is_starved: self.is_starved(turns, elapsed),
             queue: depth.zip(taken),
         }
+    }
+}
+
+impl Seat {
+    /// Asks the kernel only about a thread that has not moved.
+    fn is_starved(&self, turns: u64, elapsed: Duration) -> bool {
+        let mut last = lock(&self.last);
+        let (turns_before, ran_before) = *last;
+        if turns_before != turns || self.role == Role::Unsupervised {
+            *last = (turns, Duration::ZERO);
+            return false;
+        }
+        let Some((wants, ran)) = procfs::activity(self.number.load(Ordering::Relaxed)) else {
+            return false;
+        };
+        *last = (turns, ran);
+        wants && ran.saturating_sub(ran_before) < elapsed / 10
     }
 }
 
@@ -674,7 +708,7 @@ mod tests {
     use super::*;
 
     fn look(id: u64, name: &'static str, role: Role, turns: u64) -> Look {
-        Look { id, name, role, turns, is_replaced: false, queue: None }
+        Look { id, name, role, turns, is_replaced: false, is_starved: false, queue: None }
     }
 
     fn names(found: &[Found]) -> Vec<String> {
@@ -722,6 +756,29 @@ mod tests {
             let threads = [look(1, "large", Role::Consumer, STEP * (turn / 8) + 1)];
             assert_eq!(names(&supervisor.turn(&threads, TURN).0), [""; 0]);
         }
+    }
+
+    #[test]
+    fn a_thread_without_a_processor_is_not_stuck() {
+        let mut supervisor = Supervisor::default();
+        let starved = Look { is_starved: true, ..look(1, "large", Role::Consumer, 1) };
+        assert_eq!(within(&mut supervisor, &[starved], 60), [""; 0]);
+        // One that runs in circles wants a processor too, and has it.
+        let threads = Threads::default();
+        let end = Arc::new(AtomicBool::new(false));
+        let ends = end.clone();
+        let spin = move || while !ends.load(Ordering::Relaxed) {};
+        threads.spawn("spins", Role::Owner, None, spin).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let is_moving = || {
+            let seats = lock(&threads.0.seats);
+            seats[0].is_starved(1, Duration::ZERO);
+            !seats[0].is_starved(1, Duration::from_nanos(10))
+        };
+        while !is_moving() {
+            assert!(Instant::now() < deadline);
+        }
+        end.store(true, Ordering::Relaxed);
     }
 
     #[test]

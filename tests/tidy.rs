@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// arrow here is an architecture change; say why in ARCHITECTURE.md.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
-    ("threads", &["model"]),
+    ("threads", &["model", "sys"]),
     ("health", &["threads"]),
     ("sys", &["model"]),
     ("config", &["model"]),

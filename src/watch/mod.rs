@@ -545,6 +545,8 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
+        // What nobody takes any more is not kept open either.
+        self.shared.health.threads.forget(&self.threads);
     }
 }
 
