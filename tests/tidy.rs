@@ -9,13 +9,15 @@ use std::path::{Path, PathBuf};
 /// arrow here is an architecture change; say why in ARCHITECTURE.md.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
-    ("health", &[]),
     ("sys", &["model"]),
+    ("pulse", &["sys"]),
+    ("health", &["pulse"]),
+    ("gate", &["model", "pulse", "sys"]),
     ("config", &["model"]),
     ("policy", &["config", "model"]),
     ("baseline", &["config", "health", "model", "sys"]),
     ("containerd", &["baseline", "config", "health", "model", "sys"]),
-    ("watch", &["config", "health", "model", "sys"]),
+    ("watch", &["config", "gate", "health", "model", "pulse", "sys"]),
     ("detect", &["baseline", "model"]),
     ("inventory", &["baseline", "model"]),
     ("history", &["health", "model", "respond"]),
@@ -44,6 +46,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "containerd",
             "daemon",
+            "gate",
             "guardian",
             "health",
             "history",
@@ -53,7 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "sys",
         ],
     ),
-    ("guardian", &["sys"]),
+    ("guardian", &["pulse", "sys"]),
 ];
 
 /// These wire the rooms together and may know them all.

@@ -244,7 +244,7 @@ impl DriftService for Service {
                 .containers_waiting
                 .saturating_add(count(self.backend.recorder.pending())),
             findings,
-            gate_answers: health.gate_answers.load(Ordering::Relaxed),
+            gate_answers: health.gate_answers(),
             data_writes: health.data_writes.load(Ordering::Relaxed),
             losses: health
                 .losses()
@@ -274,8 +274,8 @@ impl DriftService for Service {
             gate: health.gating.get().map(|gating| proto::Gate {
                 mode: gating.mode.to_owned(),
                 instead: gating.instead.clone().unwrap_or_default(),
-                ignored: health.gate_ignored.load(Ordering::Relaxed),
-                copy_ups: health.copy_ups.load(Ordering::Relaxed),
+                ignored: health.gate_ignored(),
+                copy_ups: health.copy_ups(),
             }),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),

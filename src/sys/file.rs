@@ -7,12 +7,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
 use crate::model::{Blake3Hash, FileTime, FileType, Format, Sha256Hash};
 
 /// What statx(2) says of an inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     pub device: u64,
     pub inode: u64,
@@ -123,6 +124,13 @@ pub fn read_regular(path: &std::path::Path, limit: u64) -> io::Result<Vec<u8>> {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
     Ok(bytes)
+}
+
+/// Opens a file of the host's for reading, links followed. Not for paths that a container
+/// can choose.
+pub fn open_host_file(path: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 /// Opens a directory of the host, as a place to look below.

@@ -6,7 +6,9 @@
 #![allow(unsafe_code)]
 
 pub mod capabilities;
+pub mod channel;
 pub mod connector;
+pub mod counters;
 pub mod fanotify;
 pub mod file;
 pub mod handle;

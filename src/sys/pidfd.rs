@@ -22,6 +22,13 @@ pub fn has_ended(process: BorrowedFd<'_>) -> bool {
     rustix::event::poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
+/// Waits until the process has ended.
+pub fn wait(process: BorrowedFd<'_>) {
+    let mut fds = [PollFd::from_borrowed_fd(process, PollFlags::IN)];
+    // An error can only be a signal.
+    while !matches!(rustix::event::poll(&mut fds, None), Ok(1..)) {}
+}
+
 /// `struct pidfd_info` in its first version (Linux 6.13), which has all that is
 /// read here; newer kernels take the shorter one.
 #[repr(C)]

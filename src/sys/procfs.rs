@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use procfs::process::Process;
 use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Exit, FileType, Login, ProcessIdentity};
 
@@ -136,6 +137,15 @@ pub fn tty_name(tty_nr: i32) -> Option<String> {
         (136..=143, _) => Some(format!("pts/{}", (major - 136) * 256 + minor)),
         _ => Some(format!("{major}:{minor}")),
     }
+}
+
+/// By what it is known whose a process is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whereabouts {
+    pub mount_namespace: Option<u64>,
+    pub pid_namespace: Option<u64>,
+    /// Its path in the unified hierarchy.
+    pub cgroup: Option<Vec<u8>>,
 }
 
 /// One process, held by its directory in /proc.
@@ -295,6 +305,15 @@ impl Handle {
             .find_map(|line| line.strip_prefix(b"0::"))
             .map(<[u8]>::to_vec)
             .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// Its namespaces and its control group, as far as they can be read.
+    pub fn whereabouts(&self) -> Whereabouts {
+        Whereabouts {
+            mount_namespace: self.mount_namespace().ok(),
+            pid_namespace: self.pid_namespace().ok(),
+            cgroup: self.cgroup().ok(),
+        }
     }
 
     /// The inode of its control group's directory in the hierarchy that perf goes

@@ -30,16 +30,17 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::code;
 use super::content::{self, UnknownPath};
+use super::gate::ExecMarks;
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
 use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
-use crate::sys::fanotify::{Buffer, Event, Group};
+use crate::sys::fanotify::Buffer;
 use crate::sys::file::{self, Stat};
 use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier, Wait};
 use crate::sys::overlay;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{Handle, Whereabouts};
 
 /// A container's marks. One that mounts more than this is told of, once.
 const MAX_MARKS: usize = 256;
@@ -247,21 +248,19 @@ fn is_covered(mount: &Mount, by_id: &HashMap<u64, Mount>) -> bool {
 }
 
 /// Whose an executed file is that lies on no container's own overlay, and on what.
-/// Called while the process waits: it reads links of /proc that take no lock which
-/// a container could hold, and asks the file's filesystem, a local one, nothing.
 pub(super) fn whose(
     table: &Table,
-    event: &Event,
+    file: &OwnedFd,
     stat: &Stat,
+    process: &Whereabouts,
 ) -> Option<(Arc<Watched>, Filesystem)> {
-    let process = Handle::open(event.pid).ok()?;
-    if overlay::is_overlay(&event.file).ok()? {
+    if overlay::is_overlay(file).ok()? {
         // Layers on several filesystems, in a mount namespace of its own.
-        let watched = table.by_pid_namespace(process.pid_namespace().ok()?)?;
+        let watched = table.by_pid_namespace(process.pid_namespace?)?;
         return Some((watched, Filesystem::Overlay));
     }
-    let watched = table.user_of(stat, &process)?;
-    let is_in_memory = file::is_in_memory(&event.file).ok()?;
+    let watched = table.user_of(stat, process)?;
+    let is_in_memory = file::is_in_memory(file).ok()?;
     Some((watched, if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume }))
 }
 
@@ -346,7 +345,7 @@ fn seen_from(own: &[MarkedMount], device: u64, inside: &[u8]) -> Option<Vec<u8>>
 /// attaches and detaches.
 pub(super) struct Mounts {
     shared: Arc<Shared>,
-    gate: Arc<Group>,
+    marks: ExecMarks,
     notifier: Notifier,
     wake: OwnedFd,
     tracked: Mutex<HashMap<ContainerId, Tracked>>,
@@ -396,14 +395,14 @@ struct Outcome {
 impl Mounts {
     pub(super) fn new(
         shared: Arc<Shared>,
-        gate: Arc<Group>,
+        marks: ExecMarks,
         notifier: Notifier,
     ) -> Result<Mounts, Error> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags).map_err(|errno| Error::Wake(errno.into()))?;
         Ok(Mounts {
             shared,
-            gate,
+            marks,
             notifier,
             wake,
             tracked: Mutex::default(),
@@ -669,11 +668,10 @@ impl Mounts {
         }
         self.shared.table.set_mounts(watched, known);
         for (mount, fd, whole) in &held {
-            let mask = super::gate::events(self.shared.settings.gate);
             let done = if *whole {
-                self.gate.mark_filesystem_of(fd.as_fd(), mask)
+                self.marks.mark_filesystem(fd.as_fd())
             } else {
-                self.gate.mark_mount_of(fd.as_fd(), mask)
+                self.marks.mark_mount(fd.as_fd())
             };
             if let Err(err) = done {
                 outcome.refused =

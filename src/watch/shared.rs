@@ -64,6 +64,8 @@ pub(super) struct Shared {
     end: OwnedFd,
     records_executions: AtomicBool,
     records_arguments: AtomicBool,
+    /// Executions that the gate has answered and that have been taken from it.
+    pub(super) gate_taken: AtomicU64,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
 }
@@ -82,7 +84,6 @@ pub(super) struct Arming {
     /// Since when, in the clock ticks by which processes tell when they started;
     /// unset without such a thread.
     pub(super) since: OnceLock<u64>,
-    pub(super) turns: AtomicU64,
 }
 
 /// More paths of one container than this are not waited for one by one: it is
@@ -155,6 +156,7 @@ impl Shared {
             end,
             records_executions: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
+            gate_taken: AtomicU64::new(0),
             arming: Arming::default(),
         })
     }
@@ -299,6 +301,22 @@ impl Shared {
         let files = asked.entry(pid).or_default();
         if files.len() < MAX_ASKED_OF_ONE {
             files.push(Asked { file, at });
+        }
+    }
+
+    /// Waits for a moment until what the gate has answered by now is taken from it, so
+    /// that it is known before the kernel's record of the same execution is looked at.
+    pub(super) fn wait_for_gate(&self) {
+        const STEP: Duration = Duration::from_micros(100);
+        const AT_MOST: u32 = 100;
+        let Some(pulse) = self.health.pulse.get() else { return };
+        let answered = pulse.answers().load(Ordering::SeqCst);
+        for _ in 0..AT_MOST {
+            let lost = pulse.dropped().load(Ordering::Relaxed);
+            if self.gate_taken.load(Ordering::Acquire) + lost >= answered || self.is_stopping() {
+                return;
+            }
+            std::thread::sleep(STEP);
         }
     }
 

@@ -532,6 +532,9 @@ impl Trace {
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
         self.tells_overlays |= overlay.is_some();
+        if program.is_some() && overlay.is_none() {
+            self.shared.wait_for_gate();
+        }
         let asked = self.shared.take_asked(executed.pid, executed.time);
         let is_told = program.as_ref().is_some_and(|program| {
             overlay.is_some()
