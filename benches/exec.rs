@@ -163,8 +163,8 @@ fn block(listener: Listener, container: &mut Container, order: &str) -> anyhow::
             let before = cost::cpu_time_of(driftd.watch.gate().id())?;
             let mut block = measured(container)?;
             // The warm-up counts here and not there: a tenth.
-            let gate = cost::cpu_time_of(driftd.watch.gate().id())?.saturating_sub(before);
-            block.cpu += gate.as_secs_f64() * 1e6 / f64::from(BLOCK + BLOCK / 10);
+            let of_gate = cost::cpu_time_of(driftd.watch.gate().id())?.saturating_sub(before);
+            block.cpu += of_gate.as_secs_f64() * 1e6 / f64::from(BLOCK + BLOCK / 10);
             let seen = driftd.health.gate_answers();
             let ignored = driftd.health.gate_ignored();
             let losses = driftd.health.losses();

@@ -1204,7 +1204,8 @@ fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
             let words = ["umount", point.to_str().unwrap()];
             assert!(container.beside(&words).status().unwrap().success(), "the volume is busy");
         }
-        assert_eq!(node.executed_elsewhere().len(), 20);
+        let told = node.executed_elsewhere();
+        assert_eq!(told.len(), 20, "{told:#?}");
         node.assert_no_loss();
         // Nothing of it is kept.
         container.kill_init();

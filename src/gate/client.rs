@@ -16,6 +16,9 @@ use crate::sys::procfs::Stat;
 /// A gate that takes longer than this to reply is being ended by the guardian.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Requests that are sent before their replies are read: those fit into a socket.
+const MAX_OUTSTANDING: usize = 32;
+
 /// This program, also after an upgrade: by this link it is still the very same.
 pub const THIS_PROGRAM: &str = "/proc/self/exe";
 
@@ -51,11 +54,11 @@ impl Gate {
             .arg("gate")
             .env_clear()
             .stdin(Stdio::from(OwnedFd::from(its_requests)))
-            .stdout(Stdio::from(OwnedFd::from(its_events)))
+            .stdout(Stdio::null())
             .spawn()
             .map_err(Error::Start)?;
         let mut gate = Gate { child, marks: Marks::new(requests), events: Events(events), pulse };
-        match gate.greet(shards) {
+        match gate.greet(shards, &its_events) {
             Ok(()) => Ok(gate),
             Err(err) => {
                 let _ = gate.child.kill();
@@ -65,11 +68,12 @@ impl Gate {
         }
     }
 
-    fn greet(&self, shards: u8) -> Result<(), Error> {
+    fn greet(&self, shards: u8, its_events: &Channel) -> Result<(), Error> {
         let mut buffer = [0; MAX_PACKET];
         let hello = wire::encode(&Hello { shards }, &mut buffer);
         let mut line = self.marks.line();
-        line.channel.send(hello, &[self.pulse.as_fd()], PATIENCE).map_err(Error::Silent)?;
+        let descriptors = [self.pulse.as_fd(), its_events.as_fd()];
+        line.channel.send(hello, &descriptors, PATIENCE).map_err(Error::Silent)?;
         match line.reply().map_err(Error::Silent)? {
             Reply { errno: None } => Ok(()),
             Reply { errno: Some(errno) } => {
@@ -123,26 +127,58 @@ impl Marks {
             return line.channel.try_send(bytes, descriptors);
         }
         line.channel.send(bytes, descriptors, PATIENCE)?;
-        match line.reply()?.errno {
-            None => Ok(()),
-            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+        line.reply().and_then(Reply::outcome)
+    }
+
+    /// Sends all of these, and lets go of each descriptor before the replies are waited
+    /// for: nothing that they point at is kept busy for longer than the gate needs.
+    fn request_all(&self, requests: Vec<(Request, OwnedFd)>) -> Vec<io::Result<()>> {
+        let mut line = self.line();
+        let mut done = Vec::with_capacity(requests.len());
+        let mut requests = requests.into_iter();
+        loop {
+            let mut sent = 0;
+            for (request, descriptor) in requests.by_ref().take(MAX_OUTSTANDING) {
+                let mut buffer = [0; MAX_PACKET];
+                let bytes = wire::encode(&request, &mut buffer);
+                let outcome = match line.is_broken {
+                    true => Err(io::ErrorKind::BrokenPipe.into()),
+                    false => line.channel.send(bytes, &[descriptor.as_fd()], PATIENCE),
+                };
+                if let Err(err) = outcome {
+                    line.is_broken = true;
+                    done.push(Err(err));
+                    continue;
+                }
+                sent += 1;
+            }
+            if sent == 0 {
+                return done;
+            }
+            for _ in 0..sent {
+                done.push(match line.is_broken {
+                    true => Err(io::ErrorKind::BrokenPipe.into()),
+                    false => line.reply().and_then(Reply::outcome),
+                });
+            }
         }
+    }
+
+    /// Marks what each descriptor points into: the whole filesystem where that is said,
+    /// or what is reached through its mount. Never a filesystem that a process or a
+    /// network answers for: opening an event's file there could wait.
+    pub fn mark_others(&self, within: Vec<(OwnedFd, bool)>) -> Vec<io::Result<()>> {
+        let request = |is_whole| match is_whole {
+            true => Request::MarkFilesystem,
+            false => Request::MarkMount,
+        };
+        let requests = within.into_iter().map(|(within, is_whole)| (request(is_whole), within));
+        self.request_all(requests.collect())
     }
 
     /// Asks about a container's own overlay.
     pub fn mark_root(&self, place: Place, root: BorrowedFd<'_>) -> io::Result<()> {
         self.request(Request::MarkRoot(place), &[root])
-    }
-
-    /// Asks about everything on the filesystem that a descriptor points into. Never one
-    /// that a process or a network answers for: opening an event's file there could wait.
-    pub fn mark_filesystem(&self, within: BorrowedFd<'_>) -> io::Result<()> {
-        self.request(Request::MarkFilesystem, &[within])
-    }
-
-    /// Asks about what is reached through the mount that a descriptor points into.
-    pub fn mark_mount(&self, within: BorrowedFd<'_>) -> io::Result<()> {
-        self.request(Request::MarkMount, &[within])
     }
 
     /// Holds the shims' calls of a runtime for a moment, see [`Event::Runtime`].

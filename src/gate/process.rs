@@ -2,7 +2,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -43,19 +43,21 @@ const REQUESTS_IN_A_ROW: usize = 64;
 /// After the groups were closed, what was answered gets this long to be handed over.
 const LAST_PACKETS: Duration = Duration::from_secs(2);
 
-/// Runs until the daemon says so, or is gone. Standard input is the channel of requests,
-/// standard output the one of executions.
+/// Runs until the daemon says so, or is gone. Standard input is the channel of requests.
 pub fn run() -> anyhow::Result<()> {
     ignore_signals().context("cannot block signals")?;
-    let take = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, 3).map(Channel::from);
-    let requests = take(rustix::stdio::stdin()).context("cannot keep the channel of requests")?;
-    let executions = take(rustix::stdio::stdout()).context("cannot keep the other channel")?;
+    let requests = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
+        .map(Channel::from)
+        .context("cannot keep the channel of requests")?;
     let mut buffer = [0; MAX_PACKET];
     let Packet { bytes, descriptors } = requests
         .receive(&mut buffer, Duration::from_secs(10))
         .context("`driftd gate` is started by driftd itself (see: driftd run)")?;
     let Hello { shards } = wire::decode(bytes).context("the daemon's first packet")?;
-    let memory = descriptors.into_iter().next().context("the daemon has sent no memory")?;
+    let [memory, executions] = <[OwnedFd; 2]>::try_from(descriptors)
+        .ok()
+        .context("the daemon's first packet lacks a descriptor")?;
+    let executions = Channel::from(executions);
     let pulse = Pulse::share(memory).context("the daemon's memory")?;
     let max_pending = raise_descriptors();
     // Later under load, and slower when memory is short, without the rights to these.

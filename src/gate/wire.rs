@@ -14,7 +14,7 @@ pub(super) const MAX_PACKET: usize = 4 * 1024;
 /// A control group's path that is longer is left out.
 pub(super) const MAX_CGROUP: usize = 1024;
 
-/// The first packet, with the memory of the pulse.
+/// The first packet, with the memory of the pulse and the channel of executions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Hello {
     /// How many shards ask about an unchanged file only once.
@@ -65,6 +65,15 @@ impl Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Reply {
     pub(super) errno: Option<i32>,
+}
+
+impl Reply {
+    pub(super) fn outcome(self) -> std::io::Result<()> {
+        match self.errno {
+            None => Ok(()),
+            Some(errno) => Err(std::io::Error::from_raw_os_error(errno)),
+        }
+    }
 }
 
 /// That no copy-up was in flight in a shard. Taken before a file is looked at, and

@@ -40,7 +40,7 @@ use crate::model::{Filesystem, LayerFile};
 use crate::pulse::{Pulse, TURN};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::procfs::{self, Handle, Whereabouts};
-use crate::sys::{file, pidfd};
+use crate::sys::{file, perf, pidfd};
 
 /// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
@@ -93,19 +93,19 @@ impl ExecMarks {
         }
     }
 
-    /// Marks everything on the filesystem that a descriptor points into.
-    pub(super) fn mark_filesystem(&self, within: BorrowedFd<'_>) -> io::Result<()> {
+    /// Marks what each descriptor points into: the whole filesystem where that is said,
+    /// or what is reached through its mount. The descriptors are closed as early as can be.
+    pub(super) fn mark_others(&self, within: Vec<(OwnedFd, bool)>) -> Vec<io::Result<()>> {
+        const MASK: u64 = libc::FAN_OPEN_EXEC;
         match self {
-            ExecMarks::Gate(marks) => marks.mark_filesystem(within),
-            ExecMarks::Feed(group) => group.mark_filesystem_of(within, libc::FAN_OPEN_EXEC),
-        }
-    }
-
-    /// Marks what is reached through the mount that a descriptor points into.
-    pub(super) fn mark_mount(&self, within: BorrowedFd<'_>) -> io::Result<()> {
-        match self {
-            ExecMarks::Gate(marks) => marks.mark_mount(within),
-            ExecMarks::Feed(group) => group.mark_mount_of(within, libc::FAN_OPEN_EXEC),
+            ExecMarks::Gate(marks) => marks.mark_others(within),
+            ExecMarks::Feed(group) => within
+                .into_iter()
+                .map(|(within, is_whole)| match is_whole {
+                    true => group.mark_filesystem_of(within.as_fd(), MASK),
+                    false => group.mark_mount_of(within.as_fd(), MASK),
+                })
+                .collect(),
         }
     }
 }
@@ -332,7 +332,8 @@ impl Arrivals {
             let now = || Some(Handle::open(caller.pid).ok()?.whereabouts());
             let whereabouts = whereabouts.clone().or_else(now)?;
             let whose = mounts::whose(&self.shared.table, file, stat, &whereabouts)?;
-            self.shared.note_asked(caller.pid, (stat.device, stat.inode));
+            let at = caller.asked.unwrap_or_else(perf::now);
+            self.shared.note_asked(caller.pid, (stat.device, stat.inode), at);
             Some(whose)
         })
     }

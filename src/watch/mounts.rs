@@ -667,12 +667,9 @@ impl Mounts {
             }
         }
         self.shared.table.set_mounts(watched, known);
-        for (mount, fd, whole) in &held {
-            let done = if *whole {
-                self.marks.mark_filesystem(fd.as_fd())
-            } else {
-                self.marks.mark_mount(fd.as_fd())
-            };
+        let (names, held): (Vec<&Mount>, Vec<(OwnedFd, bool)>) =
+            held.into_iter().map(|(mount, fd, whole)| (mount, (fd, whole))).unzip();
+        for (mount, done) in names.iter().zip(self.marks.mark_others(held)) {
             if let Err(err) = done {
                 outcome.refused =
                     Some(format!("the kernel refuses to mark {}: {err}", name_of(mount)));

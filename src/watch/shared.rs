@@ -30,7 +30,6 @@ use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 use crate::sys::file;
-use crate::sys::perf;
 
 /// How long a stop waits for what was seen before it.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -290,9 +289,9 @@ impl Shared {
         self.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The gate is asked about a file, by its device and inode, and will tell it.
-    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64)) {
-        let at = perf::now();
+    /// The gate was asked about a file at that time, by its device and inode, and it is
+    /// reported as that.
+    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64), at: u64) {
         let mut asked = self.asked();
         if asked.len() >= MAX_ASKED && !asked.contains_key(&pid) {
             // Told twice is better than never.
@@ -308,7 +307,7 @@ impl Shared {
     /// that it is known before the kernel's record of the same execution is looked at.
     pub(super) fn wait_for_gate(&self) {
         const STEP: Duration = Duration::from_micros(100);
-        const AT_MOST: u32 = 100;
+        const AT_MOST: u32 = 1000;
         let Some(pulse) = self.health.pulse.get() else { return };
         let answered = pulse.answers().load(Ordering::SeqCst);
         for _ in 0..AT_MOST {
