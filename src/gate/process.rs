@@ -14,7 +14,7 @@ use super::shards::{CopyUps, Shards};
 use super::wire::{self, Asked, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request};
 use crate::model::process::may_be_runtime;
 use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
-use crate::sys::channel::{Channel, Packet};
+use crate::sys::channel::{Channel, Packet, close_inherited};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
 use crate::sys::procfs::{Handle, Whereabouts};
 use crate::sys::{file, perf, pidfd};
@@ -46,6 +46,7 @@ const LAST_PACKETS: Duration = Duration::from_secs(2);
 /// Runs until the daemon says so, or is gone. Standard input is the channel of requests.
 pub fn run() -> anyhow::Result<()> {
     ignore_signals().context("cannot block signals")?;
+    close_inherited();
     let requests = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .map(Channel::from)
         .context("cannot keep the channel of requests")?;

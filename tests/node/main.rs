@@ -12,6 +12,7 @@ mod cri;
 mod docker;
 mod drift;
 mod fileless;
+mod gate;
 mod hostile;
 mod image;
 mod life;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         trouble::trials(),
         volumes::trials(),
         chaos::trials(),
+        gate::trials(),
         hostile::trials(),
         life::trials(),
     ];

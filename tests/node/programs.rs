@@ -65,7 +65,7 @@ impl Payload {
 }
 
 /// Compiles a static program.
-fn compile(scratch: &Path, name: &str, text: &str) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn compile(scratch: &Path, name: &str, text: &str) -> anyhow::Result<Vec<u8>> {
     let source = scratch.join(format!("{name}.c"));
     let program = scratch.join(name);
     fs::write(&source, text)?;
