@@ -186,14 +186,14 @@ impl Marks {
         self.request(Request::MarkRuntime, &[program])
     }
 
-    /// Meets the copy-ups in a work directory of this container.
-    pub fn meet(&self, shard: u8, container: u64, work: BorrowedFd<'_>) -> io::Result<()> {
-        self.request(Request::Meet { shard, container }, &[work])
+    /// Meets the copy-ups in a work directory.
+    pub fn meet(&self, shard: u8, work: BorrowedFd<'_>) -> io::Result<()> {
+        self.request(Request::Meet { shard }, &[work])
     }
 
     /// A container has ended; these of its work directories are still there.
-    pub fn leave(&self, shard: u8, container: u64, work: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.request(Request::Leave { shard, container }, work)
+    pub fn leave(&self, shard: u8, work: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.request(Request::Leave { shard }, work)
     }
 
     /// Asks again about everything that is ignored in a shard.

@@ -183,6 +183,9 @@ impl<'groups> Process<'groups> {
                 self.read(closes, &mut buffer, Process::closed)?;
             }
             self.read(self.plain, &mut buffer, Process::asked_plainly)?;
+            for (shard, group) in (1..).zip(&groups.copy_ups) {
+                self.read(group, &mut buffer, |this, incoming| this.copies_up(incoming, shard))?;
+            }
             for (shard, group) in (0..).zip(&groups.groups) {
                 self.read(group, &mut buffer, |this, incoming| this.asked(incoming, Some(shard)))?;
             }
@@ -209,7 +212,8 @@ impl<'groups> Process<'groups> {
     }
 
     fn wait(&self) {
-        let groups = [self.plain].into_iter().chain(&self.groups.groups).chain(&self.groups.closes);
+        let Shards { groups, copy_ups, closes } = self.groups;
+        let groups = [self.plain].into_iter().chain(groups).chain(copy_ups).chain(closes);
         let mut fds: Vec<PollFd<'_>> =
             groups.map(|group| PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)).collect();
         fds.push(PollFd::from_borrowed_fd(self.requests.as_fd(), PollFlags::IN));
@@ -262,13 +266,19 @@ impl<'groups> Process<'groups> {
             return self.asked(incoming, None);
         };
         if permission.event().mask & libc::FAN_OPEN_EXEC_PERM == 0 {
-            self.copy_ups.met(self.plain, self.groups, self.pulse, permission.event())?;
-            return allow(permission).map(drop);
+            return self.copies_up(Incoming::Permission(permission), 0);
         }
         if self.is_runtime(permission.event()) {
             return self.hold(permission);
         }
         self.asked(Incoming::Permission(permission), None)
+    }
+
+    fn copies_up(&mut self, incoming: Incoming<'groups>, shard: u8) -> io::Result<()> {
+        let Incoming::Permission(permission) = incoming else { return Ok(()) };
+        let (plain, groups, event) = (self.plain, self.groups, permission.event());
+        self.copy_ups.met(plain, groups, self.pulse, shard, event)?;
+        allow(permission).map(drop)
     }
 
     fn asked(&mut self, incoming: Incoming<'groups>, shard: Option<u8>) -> io::Result<()> {
@@ -411,12 +421,8 @@ impl<'groups> Process<'groups> {
                 }
                 plain.mark_file(runtime.as_fd(), MASK)
             }
-            Request::Meet { shard, container } => {
-                self.copy_ups.meet(plain, groups, shard, container, first()?)
-            }
-            Request::Leave { shard, container } => {
-                self.copy_ups.leave(plain, groups, shard, container, descriptors)
-            }
+            Request::Meet { shard } => self.copy_ups.meet(plain, groups, shard, first()?),
+            Request::Leave { shard } => self.copy_ups.leave(plain, groups, shard, descriptors),
             Request::Forget { shard } => self.copy_ups.forget(groups, shard),
             Request::Ignore(calm) => {
                 self.copy_ups.ignore(groups, self.pulse, calm, first()?.as_fd());

@@ -39,10 +39,14 @@ use crate::sys::overlay::{self, CopyUp};
 /// that hide that are not older than this.
 const REFRESH: Duration = Duration::from_secs(30);
 
-/// The groups that ask about an unchanged file only once.
+/// The groups that ask about an unchanged file only once. A shard meets its copy-ups in a
+/// group of its own, since the kernel does not say in whose work directory one happens:
+/// the first shard in the plain group, which nothing flushes.
 #[derive(Debug)]
 pub(super) struct Shards {
     pub(super) groups: Vec<Group>,
+    /// Of every shard but the first.
+    pub(super) copy_ups: Vec<Group>,
     /// Reports when a copy-up is over; `None` without shards.
     pub(super) closes: Option<Group>,
 }
@@ -50,16 +54,16 @@ pub(super) struct Shards {
 impl Shards {
     pub(super) fn new(count: u8) -> Result<Shards, fanotify::Error> {
         let groups = (0..count).map(|_| Group::exec_gate()).collect::<Result<_, _>>()?;
+        let copy_ups = (1..count).map(|_| Group::copy_up_gate()).collect::<Result<_, _>>()?;
         let closes = if count > 0 { Some(Group::feed(Queue::Unlimited)?) } else { None };
-        Ok(Shards { groups, closes })
+        Ok(Shards { groups, copy_ups, closes })
     }
-}
 
-/// Whose a work directory is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    shard: u8,
-    container: u64,
+    /// The group in which a shard's copy-ups are met.
+    fn copy_ups_of<'group>(&'group self, plain: &'group Group, shard: u8) -> &'group Group {
+        let others = usize::from(shard).checked_sub(1);
+        others.and_then(|other| self.copy_ups.get(other)).unwrap_or(plain)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -73,10 +77,8 @@ struct State {
 #[derive(Debug)]
 pub(super) struct CopyUps {
     shards: Vec<State>,
-    /// The work directories that are marked, by what the kernel calls them.
-    directories: HashMap<Vec<u8>, Place>,
     /// Device and inode of the files that are being filled, and their shards.
-    filling: HashMap<(u64, u64), Vec<u8>>,
+    filling: HashMap<(u64, u64), u8>,
     /// A copy-up was met whose end is not reported.
     is_puzzled: bool,
     refreshed: Instant,
@@ -86,7 +88,6 @@ impl CopyUps {
     pub(super) fn new(shards: usize) -> CopyUps {
         CopyUps {
             shards: vec![State::default(); shards],
-            directories: HashMap::new(),
             filling: HashMap::new(),
             is_puzzled: false,
             refreshed: Instant::now(),
@@ -134,19 +135,17 @@ impl CopyUps {
 
     /// Meets the copy-ups in a work directory from now on.
     pub(super) fn meet(
-        &mut self,
+        &self,
         plain: &Group,
         groups: &Shards,
         shard: u8,
-        container: u64,
         directory: &OwnedFd,
     ) -> io::Result<()> {
         let closes = groups.closes.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         self.shards.get(usize::from(shard)).ok_or(io::ErrorKind::InvalidInput)?;
-        self.directories.insert(file::name_of(directory.as_fd())?, Place { shard, container });
         // The report of the end must be there first.
         closes.mark_children(directory.as_fd(), libc::FAN_CLOSE_WRITE)?;
-        plain.mark_children(directory.as_fd(), libc::FAN_OPEN_PERM)
+        groups.copy_ups_of(plain, shard).mark_children(directory.as_fd(), libc::FAN_OPEN_PERM)
     }
 
     /// A container has ended. Those of its work directories that are gone have taken
@@ -156,15 +155,14 @@ impl CopyUps {
         plain: &Group,
         groups: &Shards,
         shard: u8,
-        container: u64,
         directories: &[OwnedFd],
     ) -> io::Result<()> {
         let closes = groups.closes.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
+        let copy_ups = groups.copy_ups_of(plain, shard);
         for directory in directories {
             let _ = closes.unmark_children(directory.as_fd(), libc::FAN_CLOSE_WRITE);
-            let _ = plain.unmark_children(directory.as_fd(), libc::FAN_OPEN_PERM);
+            let _ = copy_ups.unmark_children(directory.as_fd(), libc::FAN_OPEN_PERM);
         }
-        self.directories.retain(|_, place| *place != Place { shard, container });
         self.forget(groups, shard)
     }
 
@@ -174,6 +172,7 @@ impl CopyUps {
         plain: &Group,
         groups: &Shards,
         pulse: &Pulse,
+        shard: u8,
         event: &Event,
     ) -> io::Result<()> {
         let stat = file::stat(&event.file);
@@ -181,7 +180,8 @@ impl CopyUps {
         if let Ok(Ok(CopyUp::Over)) = what {
             // A file that was copied up some time ago is opened by way of where it was
             // made. Never again is this file the place of a copy-up.
-            let _ = plain.ignore_for_good(event.file.as_fd(), libc::FAN_OPEN_PERM);
+            let copy_ups = groups.copy_ups_of(plain, shard);
+            let _ = copy_ups.ignore_for_good(event.file.as_fd(), libc::FAN_OPEN_PERM);
             return Ok(());
         }
         // An end that will be reported, or none.
@@ -189,16 +189,13 @@ impl CopyUps {
             (Ok(Ok(CopyUp::Begins)), Ok(stat)) => Some((stat.device, stat.inode)),
             _ => None,
         };
-        let shards = self.shards_of(event);
-        for &shard in &shards {
-            if let Some(state) = self.shards.get_mut(usize::from(shard)) {
-                state.in_flight += 1;
-            }
+        if let Some(state) = self.shards.get_mut(usize::from(shard)) {
+            state.in_flight += 1;
         }
         if let Some(key) = key {
             // Its number was given to another file: the one that had it is gone.
-            if let Some(gone) = self.filling.insert(key, shards.clone()) {
-                self.over(&gone);
+            if let Some(gone) = self.filling.insert(key, shard) {
+                self.over(gone);
             }
         } else if !std::mem::replace(&mut self.is_puzzled, true) {
             eprintln!(
@@ -206,36 +203,22 @@ impl CopyUps {
                  of some containers is asked about"
             );
         }
-        for &shard in &shards {
-            self.forget(groups, shard)?;
-        }
+        self.forget(groups, shard)?;
         pulse.copy_ups().fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 
-    /// The shard of the container in whose work directory this is, or all of them.
-    fn shards_of(&self, event: &Event) -> Vec<u8> {
-        let name = file::name_of(event.file.as_fd()).unwrap_or_default();
-        let directory = name.iter().rposition(|&byte| byte == b'/').map(|end| &name[..end]);
-        match directory.and_then(|directory| self.directories.get(directory)) {
-            Some(place) => vec![place.shard],
-            None => (0..self.shards.len()).map(number).collect(),
-        }
-    }
-
-    fn over(&mut self, shards: &[u8]) {
-        for &shard in shards {
-            if let Some(state) = self.shards.get_mut(usize::from(shard)) {
-                state.in_flight = state.in_flight.saturating_sub(1);
-            }
+    fn over(&mut self, shard: u8) {
+        if let Some(state) = self.shards.get_mut(usize::from(shard)) {
+            state.in_flight = state.in_flight.saturating_sub(1);
         }
     }
 
     /// A file was closed in a work directory.
     pub(super) fn ended(&mut self, event: &Event) {
         let Ok(stat) = file::stat(&event.file) else { return };
-        if let Some(shards) = self.filling.remove(&(stat.device, stat.inode)) {
-            self.over(&shards);
+        if let Some(shard) = self.filling.remove(&(stat.device, stat.inode)) {
+            self.over(shard);
         }
     }
 }

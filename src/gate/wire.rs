@@ -42,9 +42,9 @@ pub(super) enum Request {
     /// Hold the shims' calls of the runtime that the descriptor points at.
     MarkRuntime,
     /// Meet the copy-ups in the work directory that the descriptor points at.
-    Meet { shard: u8, container: u64 },
-    /// That container has ended. With descriptors of its work directories that are there.
-    Leave { shard: u8, container: u64 },
+    Meet { shard: u8 },
+    /// The container has ended. With descriptors of its work directories that are there.
+    Leave { shard: u8 },
     /// Ask about everything in this shard again.
     Forget { shard: u8 },
     /// Ask no more about the file that the descriptor points at. Not replied to.

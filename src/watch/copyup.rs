@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::gate::{Marks, Place};
@@ -24,8 +24,6 @@ const SETTLES: Duration = Duration::from_secs(30);
 pub(super) struct Free {
     marks: Marks,
     residents: Vec<AtomicUsize>,
-    /// Counts the containers, so that each has a number.
-    admitted: AtomicU64,
 }
 
 /// Where a container's copy-ups are met.
@@ -33,7 +31,6 @@ pub(super) struct Free {
 pub(super) struct Residence {
     free: Arc<Free>,
     shard: u8,
-    number: u64,
     /// Its work directory's, on the host.
     directories: Vec<PathBuf>,
     free_from: Instant,
@@ -61,7 +58,7 @@ pub(super) enum Unfit {
 impl Free {
     pub(super) fn new(marks: Marks, shards: u8) -> Free {
         let residents = (0..shards).map(|_| AtomicUsize::new(0)).collect();
-        Free { marks, residents, admitted: AtomicU64::new(0) }
+        Free { marks, residents }
     }
 
     /// Listens for a container's copy-ups, before its overlay is marked in the
@@ -107,12 +104,11 @@ impl Free {
         let residence = Residence {
             free: self.clone(),
             shard,
-            number: self.admitted.fetch_add(1, Ordering::Relaxed),
             directories: opened.iter().map(|(path, _)| path.clone()).collect(),
             free_from: Instant::now() + SETTLES,
         };
         for (_, directory) in &opened {
-            if let Err(err) = self.marks.meet(shard, residence.number, directory.as_fd()) {
+            if let Err(err) = self.marks.meet(shard, directory.as_fd()) {
                 residence.leave();
                 return Err(Unfit::Unmarkable(err));
             }
@@ -150,7 +146,7 @@ impl Residence {
         let opened: Vec<OwnedFd> =
             self.directories.iter().filter_map(|path| file::open_directory(path).ok()).collect();
         let opened: Vec<_> = opened.iter().map(OwnedFd::as_fd).collect();
-        let _ = self.free.marks.leave(self.shard, self.number, &opened);
+        let _ = self.free.marks.leave(self.shard, &opened);
         if let Some(residents) = self.free.residents.get(usize::from(self.shard)) {
             residents.fetch_sub(1, Ordering::Relaxed);
         }

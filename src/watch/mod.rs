@@ -439,7 +439,7 @@ impl Watch {
 /// containers one another's copy-ups; a user may have 128 groups in all.
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
-        config::Gate::Free => 3,
+        config::Gate::Free => 2,
         config::Gate::Ask | config::Gate::Notify => 0,
     }
 }
