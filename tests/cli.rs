@@ -307,7 +307,8 @@ fn view() -> ContainerView {
             snapshot_key: "web".into(),
             layers: vec![],
             rootfs: None,
-            task: Some(Task { pid: 4242, paused: false, terminal_input: None }),
+            created_at: None,
+            task: Some(Task { pid: 4242, start_time: None, paused: false, terminal_input: None }),
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),
@@ -369,9 +370,12 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
         Question::Respond { container, action, reason, requested_by, reply } => {
             let _ = reply.send(lookup(&container).map(|container| {
                 let response = Response {
+                    ticket: 1,
+                    incarnation: None,
                     outcome: Outcome {
                         action: action.name().into(),
                         succeeded: &*container.id == "web",
+                        gone: false,
                         message: "as the script says".into(),
                         at: Timestamp::now(),
                     },

@@ -21,8 +21,8 @@ use driftd::config;
 use driftd::containerd::{Change, Containerd, ContentBlobs, Error, Recording};
 use driftd::health::{Failure, Health};
 use driftd::model::{
-    Blob, ChainId, Container, ContainerId, DeclaredProbe, DiffId, Exit, IdMap, IdRange, Layer,
-    LayerId, ManifestDigest, Pod, ProbeSource,
+    Blob, ChainId, Container, ContainerId, DeclaredProbe, DiffId, Exit, IdMap, IdRange,
+    Incarnation, Layer, LayerId, ManifestDigest, Pod, ProbeSource,
 };
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
@@ -573,6 +573,14 @@ impl Driftd {
         newest.unwrap_or_else(|| panic!("no record of {id}: {:#?}", self.seen))
     }
 
+    /// The newest run of a container of which was told.
+    #[track_caller]
+    fn incarnation(&self, id: &str) -> Option<Incarnation> {
+        let Container { task, created_at, .. } = self.record(id);
+        let created_at = Some(created_at.expect("containerd tells when a record was made"));
+        task.map(|task| Incarnation { pid: task.pid, start_time: task.start_time, created_at })
+    }
+
     /// Waits until `count` jobs were submitted.
     #[track_caller]
     fn jobs(&self, count: usize) -> Vec<Submitted> {
@@ -729,12 +737,14 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
 
     let container = default(&id);
     let containerd = driftd.containerd.clone();
+    let meant = driftd.incarnation(&id);
+    assert_eq!(meant.map(|meant| meant.pid), Some(pid));
     let act = |driftd: &Driftd, what: &str| {
         driftd.runtime.block_on(async {
             match what {
-                "pause" => containerd.pause(&container).await,
-                "resume" => containerd.resume(&container).await,
-                "kill" => containerd.kill(&container).await,
+                "pause" => containerd.pause(&container, meant).await,
+                "resume" => containerd.resume(&container, meant).await,
+                "kill" => containerd.kill(&container, meant).await,
                 other => panic!("{other}"),
             }
         })
@@ -746,9 +756,16 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     assert_eq!(act(&driftd, "resume").unwrap(), format!("resumed (pid {pid})"));
     driftd
         .until_container(&id, |container| container.task.as_ref().is_some_and(|task| !task.paused));
-    assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid}, exit status 137)"));
+    assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid})"));
     driftd.until_seen(&Change::TaskExited { container: container.clone() });
-    assert_eq!(act(&driftd, "kill").unwrap(), "it was not running: there was nothing to kill");
+    for what in ["kill", "pause", "resume"] {
+        let err = act(&driftd, what).unwrap_err();
+        assert!(matches!(err, Error::Gone(_)), "{what}: {err:?}");
+    }
+    let known_to_run = driftd.runtime.block_on(containerd.kill(&container, None)).unwrap();
+    assert_eq!(known_to_run, "it was not running: there was nothing to kill");
+    let err = driftd.runtime.block_on(containerd.pause(&container, None)).unwrap_err();
+    assert_eq!(err.to_string(), "it is not running: there is nothing to pause");
 
     node.ctr(&["tasks", "delete", &id]);
     node.ctr(&["containers", "delete", &id]);
@@ -850,7 +867,10 @@ fn a_kill_says_when_the_container_will_come_back_as_it_was() {
     let id = unique("back");
     node.run_with(&image, &id, &["--label", "containerd.io/restart.status=running"]);
     driftd.until_container(&id, |container| container.task.is_some());
-    let told = driftd.runtime.block_on(driftd.containerd.kill(&default(&id))).unwrap();
+    let told = driftd
+        .runtime
+        .block_on(driftd.containerd.kill(&default(&id), driftd.incarnation(&id)))
+        .unwrap();
     assert!(told.contains("will start it again with the same files"), "{told}");
 }
 
@@ -903,7 +923,7 @@ fn a_socket_that_appears_later_is_waited_for() {
     let mut driftd = Driftd::start(&node);
     let reason = driftd.until_disconnected();
     assert!(reason.starts_with("cannot reach containerd at "), "{reason}");
-    let err = driftd.runtime.block_on(driftd.containerd.kill(&default("c"))).unwrap_err();
+    let err = driftd.runtime.block_on(driftd.containerd.kill(&default("c"), None)).unwrap_err();
     assert!(matches!(err, Error::NotConnected { .. }), "{err:?}");
     // Several tries later it was told once.
     std::thread::sleep(Duration::from_millis(500));

@@ -19,7 +19,7 @@ use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
-use crate::model::{ContainerId, FindingId, Session, printable};
+use crate::model::{ContainerId, FindingId, NamedBy, Session, printable};
 use crate::pipeline::{ContainerView, LookupError, Question};
 use crate::respond;
 
@@ -79,10 +79,13 @@ pub(super) fn history_failed(err: &history::Error) -> Status {
 
 fn lookup_failed(err: &LookupError) -> Status {
     match err {
-        LookupError::Unknown(_) => Status::not_found(err.to_string()),
-        LookupError::UnknownProbe(_) => Status::not_found(err.to_string()),
+        LookupError::Unknown(_) | LookupError::NotWhole(..) | LookupError::UnknownProbe(_) => {
+            Status::not_found(err.to_string())
+        }
         LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
-        LookupError::NotWatched(..) => Status::failed_precondition(err.to_string()),
+        LookupError::NotWatched(..) | LookupError::Gone(_) => {
+            Status::failed_precondition(err.to_string())
+        }
         LookupError::Stopping => Status::unavailable(err.to_string()),
     }
 }
@@ -135,32 +138,55 @@ impl Service {
     /// gone and left findings or sessions.
     async fn resolve(&self, text: String) -> Result<ContainerId, Status> {
         let live = self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?;
-        let (reader, wanted) = (self.backend.history.clone(), text.clone());
-        let mut candidates = unblock(move || reader.containers(&wanted))
-            .await?
-            .map_err(|err| history_failed(&err))?;
-        match live {
-            Ok(container) => candidates.push(container),
-            Err(
-                LookupError::Unknown(_)
-                | LookupError::UnknownProbe(_)
-                | LookupError::NotWatched(..),
-            ) => (),
+        let mut candidates = self.remembered(&text).await?;
+        let unknown = match live {
+            Ok(container) => {
+                candidates.push(container);
+                None
+            }
             Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
                 return Err(lookup_failed(&err));
             }
-        }
+            Err(err) => Some(err),
+        };
         candidates.sort();
         candidates.dedup();
-        if candidates.iter().any(|container| *container.id == *text) {
-            candidates.retain(|container| *container.id == *text);
+        let is_whole =
+            |container: &ContainerId| container.named_by(&text) == Some(NamedBy::WholeId);
+        if candidates.iter().any(is_whole) {
+            candidates.retain(is_whole);
         }
         let text = printable(text.as_bytes());
         match candidates.len() {
-            0 => Err(lookup_failed(&LookupError::Unknown(text))),
+            0 => Err(lookup_failed(&unknown.unwrap_or(LookupError::Unknown(text)))),
             1 => Ok(candidates.remove(0)),
             several => Err(lookup_failed(&LookupError::Ambiguous(text, several))),
         }
+    }
+
+    /// The containers of the history that a person names by `text`.
+    async fn remembered(&self, text: &str) -> Result<Vec<ContainerId>, Status> {
+        let wanted = text.to_owned();
+        self.read(move |reader| reader.containers(&wanted)).await
+    }
+
+    /// Makes sure that the one container which is there and which `text` names is the one
+    /// that is meant: one that is gone may have had this as its whole ID.
+    async fn is_meant(&self, text: &str) -> Result<(), Status> {
+        let is_whole = |container: &ContainerId| container.named_by(text) == Some(NamedBy::WholeId);
+        let container = text.to_owned();
+        let live = self.ask(|reply| Question::Lookup { container, reply }).await?;
+        match &live {
+            Ok(container) if is_whole(container) => return Ok(()),
+            Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
+                return Err(lookup_failed(err));
+            }
+            Ok(_) | Err(_) => (),
+        }
+        if let Some(gone) = self.remembered(text).await?.iter().find(|gone| is_whole(gone)) {
+            return Err(lookup_failed(&LookupError::Gone(gone.to_string())));
+        }
+        live.map(drop).map_err(|err| lookup_failed(&err))
     }
 
     async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {
@@ -304,6 +330,7 @@ impl DriftService for Service {
         request: Request<proto::DiffContainerRequest>,
     ) -> Result<Response<proto::DiffContainerResponse>, Status> {
         let container = request.into_inner().container;
+        self.is_meant(&container).await?;
         let diff = self
             .ask(|reply| Question::Diff { container, reply })
             .await?
@@ -669,6 +696,7 @@ impl DriftService for Service {
             )));
         }
         let container = request.container;
+        self.is_meant(&container).await?;
         let response = self
             .ask(|reply| Question::Respond { container, action, reason, requested_by, reply })
             .await?

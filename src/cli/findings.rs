@@ -391,6 +391,7 @@ pub(super) mod tests {
         hostile.outcome = Some(Outcome {
             action: "kill".into(),
             succeeded: false,
+            gone: false,
             message: "no such task".into(),
             at: hostile.last_seen,
         });

@@ -352,6 +352,7 @@ mod tests {
             outcome: Some(convert::outcome_to_proto(Outcome {
                 action: "kill".into(),
                 succeeded: true,
+                gone: false,
                 message: "killed (pid 4100, exit status 137)".into(),
                 at: now,
             })),

@@ -281,12 +281,20 @@ mod tests {
         let mut alone = crate::cli::findings::tests::samples().remove(2);
         alone.session = None;
         let response = Response {
+            ticket: 0,
+            incarnation: None,
             container: ContainerId::new("default", "web"),
             reason: evil.clone(),
             requested_by: evil.clone(),
             requested_at: at,
             finding: None,
-            outcome: Outcome { action: "kill".into(), succeeded: false, message: evil.clone(), at },
+            outcome: Outcome {
+                action: "kill".into(),
+                succeeded: false,
+                gone: false,
+                message: evil.clone(),
+                at,
+            },
         };
         let gap = |container, until| Happened::Gap {
             name: "pipeline_full".into(),

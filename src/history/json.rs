@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Record};
-use crate::model::{Command, ContainerId, Finding, FindingId, Outcome, Probe, Session};
+use crate::model::{
+    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Probe, Session,
+};
 use crate::respond::Response;
 
 const RESPONSE_SCHEMA: &str = "driftd.response/v1";
@@ -22,6 +24,8 @@ struct ResponseJson {
     requested_by: String,
     requested_at: Timestamp,
     finding: Option<FindingId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    incarnation: Option<Incarnation>,
     outcome: Outcome,
 }
 
@@ -51,6 +55,7 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             requested_by: response.requested_by.clone(),
             requested_at: response.requested_at,
             finding: response.finding,
+            incarnation: response.incarnation,
             outcome: response.outcome.clone(),
         }),
         Record::Gap { name, container, detail, at, until } => serde_json::to_string(&GapJson {
@@ -123,6 +128,8 @@ pub(super) fn record(row: &Row<'_>, kind: &str, json: usize, path: &Path) -> Res
 
 pub(super) fn response(text: &str) -> serde_json::Result<Response> {
     serde_json::from_str::<ResponseJson>(text).map(|json| Response {
+        ticket: 0,
+        incarnation: json.incarnation,
         container: json.container,
         reason: json.reason,
         requested_by: json.requested_by,

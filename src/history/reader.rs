@@ -14,6 +14,7 @@ use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 use super::json::Kept;
 use super::writer::newest_seq;
 use super::{Error, Record, json};
+use crate::model::container::FEWEST_DIGITS;
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
     Command, ContainerId, Finding, FindingId, Kind, ManifestDigest, Member, Probe, RootfsPath,
@@ -576,23 +577,25 @@ impl Reader {
         })
     }
 
-    /// Every container with a finding, a session or a probe that a person may mean by
-    /// `text`: an ID, `NAMESPACE/ID`, or the beginning of an ID. A whole ID beats a beginning.
+    /// Every container with a finding, a session or a probe that a person names by
+    /// `text`; see [`ContainerId::named_by`]. A whole ID beats a beginning.
     pub fn containers(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
-        let whole = match text.split_once('/') {
-            Some((namespace, id)) => {
-                self.select_containers("container = ?1 AND namespace = ?2", &[id, namespace])?
-            }
-            None => self.select_containers("container = ?1", &[text])?,
+        let (condition, id, mut values) = match text.split_once('/') {
+            Some((namespace, id)) => (" AND namespace = ?2", id, vec![id, namespace]),
+            None => ("", text, vec![text]),
         };
-        if !whole.is_empty() || text.is_empty() || text.contains('/') {
+        let whole = self.select_containers(&format!("container = ?1{condition}"), &values)?;
+        if !whole.is_empty() || id.len() < FEWEST_DIGITS {
             return Ok(whole);
         }
-        // The greatest character there is: the end of all texts that begin with `text`.
-        self.select_containers(
-            "container BETWEEN ?1 AND ?2",
-            &[text, &format!("{text}{}", char::MAX)],
-        )
+        // The greatest character there is: the end of all texts that begin with `id`.
+        let end = format!("{id}{}", char::MAX);
+        values.push(&end);
+        let last = values.len();
+        let condition = format!("container BETWEEN ?1 AND ?{last}{condition}");
+        let mut found = self.select_containers(&condition, &values)?;
+        found.retain(|container| container.named_by(text).is_some());
+        Ok(found)
     }
 
     fn select_containers(

@@ -438,6 +438,9 @@ pub struct Outcome {
     /// `kill`, `pause` or `resume`.
     pub action: String,
     pub succeeded: bool,
+    /// The run of the container that was meant is over: nothing was done.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gone: bool,
     /// What happened, in words; the error if it failed.
     pub message: String,
     pub at: Timestamp,
