@@ -735,7 +735,14 @@ fn findings_are_listed_filtered_and_shown() {
     };
     let elsewhere_id = elsewhere.container_id().unwrap().to_string();
     assert_eq!(ids(&["--container", "web"]), newest_first(&[&old, &young]));
-    assert_eq!(ids(&["--container", "4f1c"]), newest_first(&[&elsewhere]), "gone, by its prefix");
+    let digits = &elsewhere.container_id().unwrap().id[..8];
+    assert_eq!(ids(&["--container", digits]), newest_first(&[&elsewhere]), "gone, by its prefix");
+    for beginning in ["4f1c", "we"] {
+        let refused = node.run(&["findings", "--container", beginning]);
+        assert_eq!((refused.code, refused.out.as_str()), (2, ""), "u19: {beginning}");
+        let told = &refused.talk;
+        assert!(told.contains("write the whole ID") && told.contains("(there is: "), "{told}");
+    }
     assert_eq!(ids(&["--container", &elsewhere_id]), newest_first(&[&elsewhere]));
     assert_eq!(ids(&["--kind", "file.added"]), newest_first(&[&young]));
     assert_eq!(ids(&["--severity", "high", "--container", "web"]), newest_first(&[&old]));
@@ -834,7 +841,7 @@ fn sessions_are_listed_filtered_and_told_as_stories() {
     let (first, second) = (over.id.to_string(), going_on.id.to_string());
     assert_eq!(ids(&[]), [second.clone(), first.clone()]);
     assert_eq!(ids(&["-c", "web"]), std::slice::from_ref(&first));
-    assert_eq!(ids(&["-c", "d"]), std::slice::from_ref(&second), "it has no finding");
+    assert_eq!(ids(&["-c", "db\u{1b}[31m"]), std::slice::from_ref(&second), "it has no finding");
     assert_eq!(ids(&["--open"]), std::slice::from_ref(&second));
     assert_eq!(ids(&["--since", "55m"]), std::slice::from_ref(&second));
     assert_eq!(ids(&["--until", "55m"]), std::slice::from_ref(&first));

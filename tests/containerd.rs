@@ -875,6 +875,64 @@ fn a_kill_says_when_the_container_will_come_back_as_it_was() {
 }
 
 #[test]
+fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
+    let node = Node::started();
+    let image = TestImage::new("later", &[&[]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let id = unique("later");
+    node.run(&image, &id);
+    driftd.until_container(&id, |container| container.task.is_some());
+    let earlier = driftd.incarnation(&id);
+    let refused = |driftd: &Driftd, meant, containers: &str| {
+        let (containerd, container) = (driftd.containerd.clone(), default(&id));
+        for what in ["kill", "pause", "resume"] {
+            let err = driftd
+                .runtime
+                .block_on(async {
+                    match what {
+                        "kill" => containerd.kill(&container, meant).await,
+                        "pause" => containerd.pause(&container, meant).await,
+                        _ => containerd.resume(&container, meant).await,
+                    }
+                })
+                .unwrap_err();
+            assert!(matches!(err, Error::Gone(_)), "{what} of {containers}: {err:?}");
+        }
+    };
+    // The same container, started again.
+    node.ctr(&["tasks", "kill", "--signal", "SIGKILL", &id]);
+    driftd.until_seen(&Change::TaskExited { container: default(&id) });
+    node.ctr(&["tasks", "delete", &id]);
+    let fifo = node.path("fifo");
+    node.ctr(&["tasks", "start", "-d", "--fifo-dir", fifo.to_str().unwrap(), &id]);
+    let is_new = |container: &Container, earlier: Option<Incarnation>| {
+        container.task.as_ref().is_some_and(|task| Some(task.pid) != earlier.map(|run| run.pid))
+    };
+    driftd.until_container(&id, |container| is_new(container, earlier));
+    refused(&driftd, earlier, "a container that was started again");
+    // Its pid is right, and it is another process or another container all the same.
+    let now = driftd.incarnation(&id).unwrap();
+    let other = |change: &dyn Fn(&mut Incarnation)| {
+        let mut other = now;
+        change(&mut other);
+        Some(other)
+    };
+    refused(&driftd, other(&|run| run.start_time = earlier.unwrap().start_time), "another process");
+    refused(&driftd, other(&|run| run.created_at = Some(Timestamp::UNIX_EPOCH)), "another record");
+    // A process that is there, and is not its init.
+    refused(&driftd, other(&|run| (run.pid, run.start_time) = (std::process::id(), None)), "me");
+    refused(&driftd, None, "a container of which no run was known");
+    assert_eq!(driftd.incarnation(&id), Some(now));
+    let paused = driftd.runtime.block_on(driftd.containerd.pause(&default(&id), Some(now)));
+    assert_eq!(paused.unwrap(), format!("paused (pid {})", now.pid), "it was left alone");
+    // What is frozen is killed all the same.
+    let killed = driftd.runtime.block_on(driftd.containerd.kill(&default(&id), Some(now)));
+    assert_eq!(killed.unwrap(), format!("killed (pid {})", now.pid));
+}
+
+#[test]
 fn a_crash_of_containerd_loses_nothing() {
     let mut node = Node::started();
     let image = TestImage::new("crash", &[&[], &[("b", "2")]]);

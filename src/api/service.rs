@@ -156,12 +156,30 @@ impl Service {
         if candidates.iter().any(is_whole) {
             candidates.retain(is_whole);
         }
-        let text = printable(text.as_bytes());
         match candidates.len() {
-            0 => Err(lookup_failed(&unknown.unwrap_or(LookupError::Unknown(text)))),
+            0 => Err(lookup_failed(&match unknown {
+                None | Some(LookupError::Unknown(_)) => self.alike(&text).await?,
+                Some(told) => told,
+            })),
             1 => Ok(candidates.remove(0)),
-            several => Err(lookup_failed(&LookupError::Ambiguous(text, several))),
+            several => {
+                let text = printable(text.as_bytes());
+                Err(lookup_failed(&LookupError::Ambiguous(text, several)))
+            }
         }
+    }
+
+    /// That a text names no container; which ones begin like it, if some do.
+    async fn alike(&self, text: &str) -> Result<LookupError, Status> {
+        const MOST: usize = 3;
+        let wanted = text.to_owned();
+        let alike = self.read(move |reader| reader.containers_beginning_with(&wanted)).await?;
+        let alike: Vec<String> = alike.iter().take(MOST).map(ToString::to_string).collect();
+        let text = printable(text.as_bytes());
+        Ok(match &alike[..] {
+            [] => LookupError::Unknown(text),
+            some => LookupError::NotWhole(text, some.join(", ")),
+        })
     }
 
     /// The containers of the history that a person names by `text`.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Record};
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Probe, Session,
+    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Probe, Session, printable,
 };
 use crate::respond::Response;
 
@@ -67,6 +67,11 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             until: *until,
         }),
     }
+}
+
+/// The same for the log, where nothing may fail and text is hostile.
+pub(super) fn shown(record: &Record) -> String {
+    text(record).map_or_else(|err| err.to_string(), |text| printable(text.as_bytes()))
 }
 
 /// What is kept as the same JSON that is published.

@@ -14,7 +14,6 @@ use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 use super::json::Kept;
 use super::writer::newest_seq;
 use super::{Error, Record, json};
-use crate::model::container::FEWEST_DIGITS;
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
     Command, ContainerId, Finding, FindingId, Kind, ManifestDigest, Member, Probe, RootfsPath,
@@ -580,22 +579,33 @@ impl Reader {
     /// Every container with a finding, a session or a probe that a person names by
     /// `text`; see [`ContainerId::named_by`]. A whole ID beats a beginning.
     pub fn containers(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
-        let (condition, id, mut values) = match text.split_once('/') {
-            Some((namespace, id)) => (" AND namespace = ?2", id, vec![id, namespace]),
-            None => ("", text, vec![text]),
+        let whole = match text.split_once('/') {
+            Some((namespace, id)) => {
+                self.select_containers("container = ?1 AND namespace = ?2", &[id, namespace])?
+            }
+            None => self.select_containers("container = ?1", &[text])?,
         };
-        let whole = self.select_containers(&format!("container = ?1{condition}"), &values)?;
-        if !whole.is_empty() || id.len() < FEWEST_DIGITS {
+        if !whole.is_empty() {
             return Ok(whole);
+        }
+        let mut found = self.containers_beginning_with(text)?;
+        found.retain(|container| container.named_by(text).is_some());
+        Ok(found)
+    }
+
+    /// Those whose ID begins with `text`, which may name none of them.
+    pub fn containers_beginning_with(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
+        let (condition, id, namespace) = match text.split_once('/') {
+            Some((namespace, id)) => ("AND namespace = ?3", id, Some(namespace)),
+            None => ("", text, None),
+        };
+        if id.is_empty() {
+            return Ok(Vec::new());
         }
         // The greatest character there is: the end of all texts that begin with `id`.
         let end = format!("{id}{}", char::MAX);
-        values.push(&end);
-        let last = values.len();
-        let condition = format!("container BETWEEN ?1 AND ?{last}{condition}");
-        let mut found = self.select_containers(&condition, &values)?;
-        found.retain(|container| container.named_by(text).is_some());
-        Ok(found)
+        let values: Vec<&str> = [id, &end].into_iter().chain(namespace).collect();
+        self.select_containers(&format!("container BETWEEN ?1 AND ?2 {condition}"), &values)
     }
 
     fn select_containers(

@@ -14,6 +14,7 @@ mod drift;
 mod fileless;
 mod hostile;
 mod image;
+mod incarnations;
 mod life;
 mod node;
 mod ordinary;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
+        incarnations::trials(),
         code::trials(),
         sources::trials(),
         together::trials(),

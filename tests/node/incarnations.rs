@@ -1,0 +1,172 @@
+//! Answers hit the run of a container that they mean: no later one of the same ID, none
+//! with a similar name, and they are repeated as long as that run is there.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+
+use crate::answers::{is_running, recorded_responses, state_in};
+use crate::node::{Control, Node, bench, talk, wait_for, wait_within};
+use crate::programs::WORKBENCH;
+use crate::{trial, trial_alone};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial_alone(
+            "x11_a_clean_container_is_not_killed_for_what_another_of_its_id_did",
+            "[respond]\nkill_on = [\"exec.new\"]",
+            x11_reused_id,
+        ),
+        trial("u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone", u19_whole_names),
+        trial_alone(
+            "h10_a_kill_that_failed_is_repeated_until_the_container_has_ended",
+            "[respond]\nkill_on = [\"exec.new\"]",
+            h10_repeated,
+        ),
+        trial("a_kill_ends_every_process_in_a_shared_pid_namespace_too", shared_pid_namespace),
+    ]
+}
+
+/// Starts a container with an ID of the test's own.
+fn run(node: &Node, id: &str, options: &[&str], command: &str) -> anyhow::Result<()> {
+    let cgroup = format!("/{}/{id}", node.namespace);
+    let usual = ["run", "-d", "--null-io", "--cgroup", &cgroup];
+    let image = [WORKBENCH, id, "/bin/sh", "-c", command];
+    node.ctr(&[&usual[..], options, &image].concat()).map(drop)
+}
+
+fn remove(node: &Node, id: &str) -> anyhow::Result<()> {
+    wait_for("the task to be removed", || Ok(node.ctr(&["task", "rm", "--force", id]).ok()))?;
+    node.ctr(&["container", "rm", id]).map(drop)
+}
+
+fn wait_until_watched(node: &Node, id: &str) -> anyhow::Result<()> {
+    wait_for(&format!("driftd to watch {id}"), || {
+        let known = node.answer(&["containers"])?;
+        let is_watched = known.iter().any(|one| one["id"] == id && one["watched"] == true);
+        Ok(is_watched.then_some(()))
+    })
+}
+
+/// The first container ends while a large program that it has run is still being hashed:
+/// its finding comes when the ID is another one's.
+fn x11_reused_id(node: &Node) -> anyhow::Result<()> {
+    const ROUNDS: usize = 4;
+    let id = "reused";
+    node.own_container(id);
+    let control = Control::new(node, id)?;
+    let bind = format!("type=bind,src={},dst=/.control,options=rbind:rw", control.path.display());
+    for round in 0..ROUNDS {
+        let program = bench()?.payload.marked(&format!("{} {round}", node.namespace));
+        let laid = control.path.join("big");
+        std::fs::write(&laid, program)?;
+        let hole = std::fs::OpenOptions::new().write(true).open(&laid)?;
+        hole.set_len(400_000_000)?;
+        let path = format!("/tmp/big{round}");
+        let drop_and_end = format!(
+            "dd if=/dev/zero of={path} bs=1 count=1 seek=399999999 2>/dev/null; \
+             dd if=/.control/big of={path} bs=4096 count=512 conv=notrunc 2>/dev/null; \
+             chmod +x {path}; {path} 20"
+        );
+        run(node, id, &["--mount", &bind], &drop_and_end)?;
+        wait_for("the first one to end", || Ok((!is_running(node, id)?).then_some(())))?;
+        remove(node, id)?;
+        run(node, id, &[], "sleep 600")?;
+        wait_within(Duration::from_secs(10), "the finding of the first one", || {
+            let told = node.answer(&["findings", "--container", id, "--kind", "exec.new"])?;
+            Ok(told.iter().any(|one| one["file"]["path"] == path.as_str()).then_some(()))
+        })?;
+        // Long enough for an order that the finding has given.
+        std::thread::sleep(Duration::from_millis(500));
+        ensure!(is_running(node, id)?, "round {round}: the clean container was killed");
+        remove(node, id)?;
+    }
+    Ok(())
+}
+
+fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
+    let web = node.next_id();
+    let canary = format!("{web}-canary");
+    let generated = format!("4f2a90cc{:056x}", std::process::id());
+    for id in [&web, &canary, &generated] {
+        node.own_container(id);
+        run(node, id, &[], "sleep 600")?;
+    }
+    for id in [&web, &canary, &generated] {
+        wait_until_watched(node, id)?;
+    }
+    let respond = |action: &str, id: &str, expected: i32| {
+        let output = node.driftd(&["respond", action, id, "--reason", "a test"])?;
+        ensure!(output.status.code() == Some(expected), "{action} {id}: {}", talk(&output));
+        Ok(talk(&output))
+    };
+    let state = |id: &str| anyhow::Ok(state_in(&node.ctr(&["task", "ls"])?, id).map(str::to_owned));
+    respond("pause", &web, 0)?;
+    assert_eq!(state(&web)?.as_deref(), Some("PAUSED"));
+    assert_eq!(state(&canary)?.as_deref(), Some("RUNNING"));
+    respond("resume", &format!("{}/{web}", node.namespace), 0)?;
+    assert_eq!(state(&web)?.as_deref(), Some("RUNNING"));
+
+    remove(node, &web)?;
+    let said = wait_for("driftd to know that it is gone", || {
+        let output = node.driftd(&["respond", "pause", &web, "--reason", "a test"])?;
+        let is_known = talk(&output).contains(&canary);
+        ensure!(output.status.code() == Some(2), "{}", talk(&output));
+        Ok(is_known.then(|| talk(&output)))
+    })?;
+    ensure!(said.contains("write the whole ID"), "{said}");
+    for action in ["pause", "kill", "resume"] {
+        respond(action, &web, 2)?;
+        respond(action, &web[..web.len() - 1], 2)?;
+    }
+    for reads in [&["diff", &web][..], &["timeline", &web], &["findings", "--container", &web]] {
+        let output = node.driftd(reads)?;
+        ensure!(output.status.code() == Some(2), "{reads:?}: {}", talk(&output));
+    }
+    assert_eq!(state(&canary)?.as_deref(), Some("RUNNING"));
+
+    respond("pause", &generated[..7], 2)?;
+    respond("pause", &generated[..8], 0)?;
+    assert_eq!(state(&generated)?.as_deref(), Some("PAUSED"));
+    // What is frozen is killed all the same.
+    respond("kill", &generated[..12], 0)?;
+    wait_for("it to end", || Ok((state(&generated)?.as_deref() == Some("STOPPED")).then_some(())))?;
+    let said = respond("pause", &generated, 2)?;
+    ensure!(said.contains("FAILED") || said.contains("gone"), "{said}");
+    Ok(())
+}
+
+fn h10_repeated(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    node.crash_containerd()?;
+    // The shell is killed before it can answer.
+    let _ = container.begin("cp /.control/x /tmp/x; /tmp/x; sleep 600")?;
+    let failed = recorded_responses(node, &container.id, 2)?;
+    for response in &failed {
+        assert_eq!(response["outcome"]["succeeded"], false, "{response:#}");
+        ensure!(response["incarnation"]["pid"].as_u64() > Some(0), "{response:#}");
+        ensure!(response["incarnation"]["start_time"].as_u64() > Some(0), "{response:#}");
+    }
+    node.start_containerd()?;
+    wait_for("the container to end", || Ok((!is_running(node, &container.id)?).then_some(())))?;
+    wait_for("the kill to be recorded", || {
+        let all = recorded_responses(node, &container.id, failed.len() + 1)?;
+        let last = all.last().context("no response")?;
+        Ok((last["outcome"]["succeeded"] == true).then_some(()))
+    })
+}
+
+/// Where init is not the first of a pid namespace, its end takes nobody along.
+fn shared_pid_namespace(node: &Node) -> anyhow::Result<()> {
+    let container = node.container_with(&["--with-ns", "pid:/proc/1/ns/pid"])?;
+    let pid: i32 = container.sh("sleep 600 >/dev/null 2>&1 & echo $!")?.trim().parse()?;
+    let is_there = || kill(Pid::from_raw(pid), None).is_ok();
+    ensure!(is_there(), "the process has another pid here");
+    let output = node.driftd(&["respond", "kill", &container.id, "--reason", "a test"])?;
+    ensure!(output.status.code() == Some(0), "{}", talk(&output));
+    wait_for("all of it to end", || Ok((!is_there()).then_some(())))
+}
