@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
 
 use crate::answers::{is_running, recorded_responses, state_in};
 use crate::node::{Control, Node, bench, talk, wait_for, wait_within};
@@ -111,18 +109,25 @@ fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
     assert_eq!(state(&web)?.as_deref(), Some("RUNNING"));
 
     remove(node, &web)?;
-    let said = wait_for("driftd to know that it is gone", || {
-        let output = node.driftd(&["respond", "pause", &web, "--reason", "a test"])?;
-        let is_known = talk(&output).contains(&canary);
-        ensure!(output.status.code() == Some(2), "{}", talk(&output));
-        Ok(is_known.then(|| talk(&output)))
-    })?;
-    ensure!(said.contains("write the whole ID"), "{said}");
+    for action in ["pause", "kill", "resume"] {
+        let said = respond(action, &web, 2)?;
+        ensure!(said.contains("gone") || said.contains("write the whole ID"), "{said}");
+    }
+    let said = respond("pause", &canary[..canary.len() - 1], 2)?;
+    ensure!(said.contains("write the whole ID") && said.contains(&canary), "{said}");
     for action in ["pause", "kill", "resume"] {
         respond(action, &web, 2)?;
         respond(action, &web[..web.len() - 1], 2)?;
     }
-    for reads in [&["diff", &web][..], &["timeline", &web], &["findings", "--container", &web]] {
+    let beginning = format!("{web}-can");
+    for reads in [
+        &["diff", &web][..],
+        &["diff", &beginning],
+        &["timeline", &beginning],
+        &["sessions", "--container", &beginning],
+        &["probes", "--container", &beginning],
+        &["findings", "--container", &beginning],
+    ] {
         let output = node.driftd(reads)?;
         ensure!(output.status.code() == Some(2), "{reads:?}: {}", talk(&output));
     }
@@ -162,11 +167,27 @@ fn h10_repeated(node: &Node) -> anyhow::Result<()> {
 
 /// Where init is not the first of a pid namespace, its end takes nobody along.
 fn shared_pid_namespace(node: &Node) -> anyhow::Result<()> {
-    let container = node.container_with(&["--with-ns", "pid:/proc/1/ns/pid"])?;
-    let pid: i32 = container.sh("sleep 600 >/dev/null 2>&1 & echo $!")?.trim().parse()?;
-    let is_there = || kill(Pid::from_raw(pid), None).is_ok();
-    ensure!(is_there(), "the process has another pid here");
+    let host = node.container()?;
+    let init = pid_of(node, &host.id)?;
+    let container = node.container_with(&["--with-ns", &format!("pid:/proc/{init}/ns/pid")])?;
+    container.sh("sleep 7654321 >/dev/null 2>&1 &")?;
+    let sleeps = || -> anyhow::Result<bool> {
+        let mut processes = std::fs::read_dir("/proc")?.flatten();
+        Ok(processes.any(|process| {
+            std::fs::read(process.path().join("cmdline"))
+                .is_ok_and(|line| line.ends_with(b"sleep\x007654321\0"))
+        }))
+    };
+    wait_for("its process", || Ok(sleeps()?.then_some(())))?;
     let output = node.driftd(&["respond", "kill", &container.id, "--reason", "a test"])?;
     ensure!(output.status.code() == Some(0), "{}", talk(&output));
-    wait_for("all of it to end", || Ok((!is_there()).then_some(())))
+    wait_for("all of it to end", || Ok((!sleeps()?).then_some(())))?;
+    ensure!(is_running(node, &host.id)?, "the other one was killed");
+    Ok(())
+}
+
+fn pid_of(node: &Node, id: &str) -> anyhow::Result<u64> {
+    let known = node.answer(&["containers"])?;
+    let this = known.iter().find(|one| one["id"] == id).context("it is not listed")?;
+    this["pid"].as_u64().context("it has no pid")
 }
