@@ -52,20 +52,23 @@ fn wait_until_watched(node: &Node, id: &str) -> anyhow::Result<()> {
 /// The first container ends while a large program that it has run is still being hashed:
 /// its finding comes when the ID is another one's.
 fn x11_reused_id(node: &Node) -> anyhow::Result<()> {
-    const ROUNDS: usize = 4;
+    /// Rounds in which the finding came after the ID was another one's.
+    const LATE: usize = 1;
+    const MOST_ROUNDS: usize = 6;
     let id = "reused";
     node.own_container(id);
     let control = Control::new(node, id)?;
     let bind = format!("type=bind,src={},dst=/.control,options=rbind:rw", control.path.display());
-    for round in 0..ROUNDS {
+    let mut late = 0;
+    for round in 0..MOST_ROUNDS {
         let program = bench()?.payload.marked(&format!("{} {round}", node.namespace));
         let laid = control.path.join("big");
         std::fs::write(&laid, program)?;
         let hole = std::fs::OpenOptions::new().write(true).open(&laid)?;
-        hole.set_len(400_000_000)?;
+        hole.set_len(2_097_152)?;
         let path = format!("/tmp/big{round}");
         let drop_and_end = format!(
-            "dd if=/dev/zero of={path} bs=1 count=1 seek=399999999 2>/dev/null; \
+            "dd if=/dev/zero of={path} bs=1 count=1 seek=499999999 2>/dev/null; \
              dd if=/.control/big of={path} bs=4096 count=512 conv=notrunc 2>/dev/null; \
              chmod +x {path}; {path} 20"
         );
@@ -73,16 +76,23 @@ fn x11_reused_id(node: &Node) -> anyhow::Result<()> {
         wait_for("the first one to end", || Ok((!is_running(node, id)?).then_some(())))?;
         remove(node, id)?;
         run(node, id, &[], "sleep 600")?;
-        wait_within(Duration::from_secs(10), "the finding of the first one", || {
-            let told = node.answer(&["findings", "--container", id, "--kind", "exec.new"])?;
-            Ok(told.iter().any(|one| one["file"]["path"] == path.as_str()).then_some(()))
+        let is_told = || {
+            let told = node.answer(&["findings", "--kind", "exec.new"])?;
+            anyhow::Ok(told.iter().any(|one| one["file"]["path"] == path.as_str()))
+        };
+        late += usize::from(!is_told()?);
+        wait_within(Duration::from_secs(20), "the finding of the first one", || {
+            Ok(is_told()?.then_some(()))
         })?;
         // Long enough for an order that the finding has given.
         std::thread::sleep(Duration::from_millis(500));
         ensure!(is_running(node, id)?, "round {round}: the clean container was killed");
         remove(node, id)?;
+        if late == LATE {
+            return Ok(());
+        }
     }
-    Ok(())
+    anyhow::bail!("in {late} of {MOST_ROUNDS} rounds the finding came late enough")
 }
 
 fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
