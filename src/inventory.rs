@@ -255,6 +255,12 @@ impl Entry {
         (!is_over).then_some(Incarnation { pid: init.pid, start_time, created_at })
     }
 
+    /// The name of the run with this init, whether it is there or not.
+    pub fn run_of(&self, init: ProcessIdentity) -> Incarnation {
+        let ProcessIdentity { pid, start_time } = init;
+        Incarnation { pid, start_time: Some(start_time), created_at: self.created_at() }
+    }
+
     fn created_at(&self) -> Option<Timestamp> {
         self.container.as_ref().and_then(|container| container.created_at)
     }

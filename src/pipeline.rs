@@ -99,6 +99,9 @@ pub enum Question {
     /// Answered when the response was carried out and recorded.
     Respond {
         container: String,
+        /// The finding that is answered, and the run in which it was seen. Without one the
+        /// run that there is now is meant.
+        cause: Option<(FindingId, Incarnation)>,
         action: Action,
         reason: String,
         requested_by: String,
@@ -183,6 +186,11 @@ pub enum LookupError {
     NotWhole(String, String),
     #[error("container {0} is gone: nothing on this node has its ID now (see: driftd containers)")]
     Gone(String),
+    #[error(
+        "the run of container {0} in which the finding was seen is over (to answer what runs \
+         now, name the container)"
+    )]
+    RunGone(String),
     #[error("container {0} is not watched: {1}")]
     NotWatched(String, String),
     #[error("probe {0} is of no container that is there (see: driftd probes)")]
@@ -262,6 +270,7 @@ fn pause_after(failures: u32) -> jiff::SignedDuration {
 fn is_same_run(one: &Incarnation, other: &Incarnation) -> bool {
     one.pid == other.pid
         && one.start_time.zip(other.start_time).is_none_or(|(one, other)| one == other)
+        && one.created_at.zip(other.created_at).is_none_or(|(one, other)| one == other)
 }
 
 /// Whether a run that was told of before its container's record belongs to that.
@@ -1135,11 +1144,13 @@ impl State {
         {
             return;
         }
+        let run = entry.run_of(observation.init);
         if let Some(finding) = entry.findings.get_mut(&id) {
             if observation.source == Source::Scan {
                 // What a scan finds again was told already.
                 return;
             }
+            finding.run = Some(run);
             finding.count += observation.times();
             finding.revision += 1;
             finding.last_seen = finding.last_seen.max(observation.at);
@@ -1176,6 +1187,7 @@ impl State {
         finding.detail = evidence.detail.map(ToOwned::to_owned);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
         finding.belongs_to(&observation.container, entry);
+        finding.run = Some(entry.run_of(observation.init));
         let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
         finding.file = evidence
             .path
@@ -1397,8 +1409,8 @@ impl State {
                     effects.push(Effect::Watch(Command::Scan { container, ticket: Some(ticket) }));
                 }
             },
-            Question::Respond { container, action, reason, requested_by, reply } => {
-                match self.answerable(&container) {
+            Question::Respond { container, cause, action, reason, requested_by, reply } => {
+                match self.answerable(&container, cause.map(|(_, run)| run)) {
                     Err(err) => {
                         let _ = reply.send(Err(err));
                     }
@@ -1411,7 +1423,7 @@ impl State {
                             reason,
                             requested_by,
                             requested_at: now,
-                            finding: None,
+                            finding: cause.map(|(finding, _)| finding),
                         };
                         self.order(order, Some(reply), effects);
                     }
@@ -1436,13 +1448,19 @@ impl State {
         }
     }
 
-    /// The container to be answered, and the run of it that there is.
-    fn answerable(&self, text: &str) -> Result<(ContainerId, Option<Incarnation>), LookupError> {
+    /// The container to be answered, and the run of it that there is: `meant`, where that
+    /// is said.
+    fn answerable(
+        &self,
+        text: &str,
+        meant: Option<Incarnation>,
+    ) -> Result<(ContainerId, Option<Incarnation>), LookupError> {
         let id = self.lookup(text)?;
-        match self.inventory.get(&id) {
-            Some(entry) if !entry.removed => Ok((id, entry.incarnation())),
-            Some(_) | None => Err(LookupError::Gone(id.to_string())),
-        }
+        let entry = self.inventory.get(&id).filter(|entry| !entry.removed);
+        let Some(entry) = entry else { return Err(LookupError::Gone(id.to_string())) };
+        let run = entry.incarnation();
+        let is_meant = meant.is_none_or(|meant| run.is_some_and(|run| is_same_run(&run, &meant)));
+        if is_meant { Ok((id, run)) } else { Err(LookupError::RunGone(id.to_string())) }
     }
 
     fn diffable(&self, text: &str) -> Result<ContainerId, LookupError> {
@@ -1640,6 +1658,7 @@ fn new_finding(
         node: node.to_owned(),
         runtime: "containerd".to_owned(),
         container: None,
+        run: None,
         image: ImageReference::default(),
         file: None,
         expected: None,
@@ -1660,6 +1679,7 @@ impl Finding {
     fn belongs_to(&mut self, id: &ContainerId, entry: &Entry) {
         let (container, image) = whose(id, entry);
         (self.container, self.image) = (Some(container), image);
+        self.run = entry.incarnation();
     }
 }
 

@@ -25,8 +25,8 @@ use driftd::history::{
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
     self, ChainId, Container, ContainerId, DiffId, EntryPoint, Exit, FileType, Finding, Format,
-    ImageReference, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, RootfsPath, Session,
-    SessionState, Severity, Task,
+    ImageReference, Incarnation, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, RootfsPath,
+    Session, SessionState, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
@@ -327,6 +327,7 @@ fn view() -> ContainerView {
 fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
     let lookup = |text: &str| match text {
         "web" | "default/web" => Ok(ContainerId::new("default", "web")),
+        "default/clean" => Ok(ContainerId::new("default", "clean")),
         "clean" | "half" => Ok(ContainerId::new("default", text)),
         "w" => Err(LookupError::Ambiguous("w".into(), 2)),
         other => Err(LookupError::Unknown(other.into())),
@@ -367,7 +368,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 Diff { incomplete: &*container.id == "half", differences, container }
             }));
         }
-        Question::Respond { container, action, reason, requested_by, reply } => {
+        Question::Respond { container, cause, action, reason, requested_by, reply } => {
             let _ = reply.send(lookup(&container).map(|container| {
                 let response = Response {
                     ticket: 1,
@@ -383,7 +384,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                     reason,
                     requested_by,
                     requested_at: Timestamp::now(),
-                    finding: None,
+                    finding: cause.map(|(finding, _)| finding),
                 };
                 records.send(Record::Response(Box::new(response.clone()))).unwrap();
                 response
@@ -1718,6 +1719,22 @@ fn a_response_is_kept_with_who_asked_and_why() {
     let failed = node.run(&["respond", "pause", "clean", "--reason", "x"]);
     assert_eq!(failed.code, 2);
     assert_eq!(failed.out, "pause default/clean: FAILED: as the script says\n");
+
+    // A finding that names its run is answered by its ID; one that does not cannot be.
+    let unnamed = node.run(&["respond", "kill", "--finding", &id, "--reason", "x"]);
+    assert_eq!((unnamed.code, unnamed.out.as_str()), (2, ""));
+    assert!(unnamed.talk.contains("name the container instead"), "{}", unnamed.talk);
+    let mut named = finding(2, 60);
+    named.run = Some(Incarnation { pid: 7, start_time: Some(700), created_at: None });
+    named.container.as_mut().unwrap().id = ContainerId::new("default", "clean");
+    node.found(std::slice::from_ref(&named));
+    let of_it = named.id.to_string();
+    let done = node.run(&["respond", "pause", "--finding", &of_it[..8], "--reason", "x"]);
+    assert_eq!(done.out, "pause default/clean: FAILED: as the script says\n", "{done:?}");
+    let other = node.run(&["respond", "pause", "web", "--finding", &of_it, "--reason", "x"]);
+    assert_eq!(other.code, 2);
+    assert!(other.talk.contains("is of container default/clean"), "{}", other.talk);
+    assert_eq!(node.run(&["respond", "pause", "--reason", "x"]).code, 64);
 
     // Whoever was answered finds the response in the history: no waiting here.
     let web = ContainerId::new("default", "web");

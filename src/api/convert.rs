@@ -49,6 +49,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         node,
         runtime,
         container,
+        run,
         image,
         file,
         expected,
@@ -87,6 +88,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         file: file.map(file_to_proto),
         expected: expected.map(expected_to_proto),
         process: process.map(process_to_proto),
+        run: run.map(incarnation_to_proto),
         invoked_as,
         session: session.map(|id| id.to_string()),
         story: story.map(|id| id.to_string()),
@@ -126,6 +128,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         expected,
         process,
         invoked_as,
+        run,
         session,
         story,
         transaction,
@@ -153,6 +156,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
             labels: labels.into_iter().collect(),
             pod: pod.map(pod_from_proto),
         }),
+        run: run.map(incarnation_from_proto).transpose()?,
         image: image_from_proto(image.unwrap_or_default())?,
         file: file.map(file_from_proto).transpose()?,
         expected: expected.map(expected_from_proto).transpose()?,
@@ -866,6 +870,7 @@ mod tests {
             at: Timestamp::new(-1, -5).unwrap(),
         });
         answered.story = Some(answered.id);
+        answered.run = Some(Incarnation { pid: 7, start_time: Some(700), created_at: None });
         answered.transaction = Some(answered.id);
         answered.files = Some(3);
         answered.invoked_as = Some("/bin/x".into());

@@ -19,7 +19,7 @@ use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
-use crate::model::{ContainerId, FindingId, NamedBy, Session, printable};
+use crate::model::{ContainerId, FindingId, Incarnation, NamedBy, Session, printable};
 use crate::pipeline::{ContainerView, LookupError, Question};
 use crate::respond;
 
@@ -83,7 +83,7 @@ fn lookup_failed(err: &LookupError) -> Status {
             Status::not_found(err.to_string())
         }
         LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
-        LookupError::NotWatched(..) | LookupError::Gone(_) => {
+        LookupError::NotWatched(..) | LookupError::Gone(_) | LookupError::RunGone(_) => {
             Status::failed_precondition(err.to_string())
         }
         LookupError::Stopping => Status::unavailable(err.to_string()),
@@ -205,6 +205,37 @@ impl Service {
             return Err(lookup_failed(&LookupError::Gone(gone.to_string())));
         }
         live.map(drop).map_err(|err| lookup_failed(&err))
+    }
+
+    /// Who is to be answered: the container that is named, or that of the finding that is.
+    async fn target(
+        &self,
+        container: String,
+        finding: String,
+    ) -> Result<(String, Option<(FindingId, Incarnation)>), Status> {
+        if finding.is_empty() {
+            self.is_meant(&container).await?;
+            return Ok((container, None));
+        }
+        let shown = printable(finding.as_bytes());
+        let found = self.read(move |reader| reader.finding(&finding)).await?;
+        let finding = the_one(found, "finding", &shown)?;
+        let of = finding.container_id().zip(finding.run).ok_or_else(|| {
+            Status::failed_precondition(format!(
+                "finding {} does not say in which run of a container it was seen: name the \
+                 container instead",
+                finding.id
+            ))
+        })?;
+        let (id, run) = of;
+        if !container.is_empty() && id.named_by(&container).is_none() {
+            return Err(Status::invalid_argument(format!(
+                "finding {} is of container {id}, and not of `{}`",
+                finding.id,
+                printable(container.as_bytes())
+            )));
+        }
+        Ok((format!("{}/{}", id.namespace, id.id), Some((finding.id, run))))
     }
 
     async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {
@@ -713,10 +744,16 @@ impl DriftService for Service {
                 "a response needs a reason, of at most {MAX_REASON} bytes: it is kept in the history"
             )));
         }
-        let container = request.container;
-        self.is_meant(&container).await?;
+        let (container, cause) = self.target(request.container, request.finding).await?;
         let response = self
-            .ask(|reply| Question::Respond { container, action, reason, requested_by, reply })
+            .ask(|reply| Question::Respond {
+                container,
+                cause,
+                action,
+                reason,
+                requested_by,
+                reply,
+            })
             .await?
             .map_err(|err| lookup_failed(&err))?;
         self.wait_until_recorded(&response).await?;

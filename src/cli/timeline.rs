@@ -22,7 +22,7 @@ const LONG: usize = 160;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Timeline {
-    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
+    /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     container: String,
     /// Only what happened after this time (RFC 3339), or in this span back from now
     #[arg(long, value_name = "TIME", value_parser = parse_time)]

@@ -54,7 +54,7 @@ impl ContainerId {
 pub const FEWEST_DIGITS: usize = 8;
 
 fn is_hexadecimal(id: &str) -> bool {
-    id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    id.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 impl fmt::Display for ContainerId {

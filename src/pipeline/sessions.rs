@@ -493,12 +493,14 @@ impl State {
         let id = FindingId::new(Some(container), kind, &subject);
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let seen = session.ended_at.unwrap_or(session.started_at);
+        let run = init.map(|init| entry.run_of(init));
         if let Some(finding) = entry.findings.get_mut(&id) {
             // A look at the processes may find the one that was told before a restart.
             if source != Source::Scan && finding.session != Some(session.id) {
                 finding.count += 1;
                 finding.revision += 1;
                 finding.last_seen = finding.last_seen.max(seen);
+                finding.run = run.or(finding.run);
             }
         } else if !entry.has_room_for(kind) {
             self.findings_full(container, now, effects);
@@ -508,6 +510,7 @@ impl State {
             let mut finding =
                 new_finding(&self.node, &self.policy, id, kind, &session.discovered, at);
             finding.belongs_to(container, entry);
+            finding.run = run.or(finding.run);
             finding.process = Some(process.clone());
             finding.session = Some(session.id);
             finding.last_seen = seen;

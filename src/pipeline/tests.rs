@@ -860,9 +860,14 @@ type Answered = oneshot::Receiver<Result<Response, LookupError>>;
 
 impl Node {
     fn respond(&mut self, container: &str) -> Answered {
+        self.respond_to(container, None)
+    }
+
+    fn respond_to(&mut self, container: &str, cause: Option<(FindingId, Incarnation)>) -> Answered {
         let (reply, answered) = oneshot::channel();
         self.give(Input::Asked(Question::Respond {
             container: container.into(),
+            cause,
             action: Action::Pause,
             reason: "a test".into(),
             requested_by: "uid 0".into(),
@@ -911,6 +916,36 @@ fn u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone() {
             assert_eq!(lookup.try_recv().unwrap().unwrap_err(), alike);
         }
     }
+}
+
+#[test]
+fn u19_an_answer_to_a_finding_refuses_when_its_run_is_over() {
+    let mut node = Node::running();
+    node.play("exec c1 /tmp/x evil");
+    let told = node.told.last().unwrap();
+    let (id, run) = (told.id, told.run.expect("a finding names the run it was seen in"));
+    assert_eq!((run.pid, run.start_time), (7, Some(700)));
+    let mut answered = node.respond_to("default/c1", Some((id, run)));
+    let order = node.orders.pop().unwrap();
+    assert_eq!((order.finding, order.incarnation), (Some(id), Some(run)));
+    node.give(became(&order, true, false));
+    assert!(answered.try_recv().unwrap().is_ok());
+    let told = node.told.last().unwrap();
+    assert_eq!((told.id, told.outcome.is_some()), (id, true));
+    // It was started again, by the name of which one may still write.
+    node.play("stop c1");
+    let refused = |node: &mut Node| {
+        let refused = node.respond_to("default/c1", Some((id, run))).try_recv().unwrap();
+        assert!(node.orders.is_empty());
+        refused.unwrap_err()
+    };
+    assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
+    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(8))))));
+    assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
+    // Seen again, it is of the run that there is.
+    node.init = init(8);
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(node.told.last().unwrap().run.map(|run| run.pid), Some(8));
 }
 
 #[test]

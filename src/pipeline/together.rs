@@ -207,8 +207,10 @@ impl State {
         self.session_caused(observation, evidence.process, id, now, effects);
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
+        let run = entry.run_of(observation.init);
         let Some(finding) = entry.findings.get_mut(&id) else { return };
         if observation.source != Source::Scan {
+            finding.run = Some(run);
             finding.count += observation.times();
             finding.last_seen = finding.last_seen.max(observation.at);
             let kind = finding.kind;
@@ -314,7 +316,11 @@ impl State {
             // Whether it was counted already is not known.
             return;
         }
+        let run = entry.run_of(observation.init);
         let Some(finding) = entry.findings.get_mut(&id) else { return };
+        if observation.source != Source::Scan {
+            finding.run = Some(run);
+        }
         finding.count += observation.times();
         finding.first_seen = finding.first_seen.min(observation.at);
         finding.last_seen = finding.last_seen.max(observation.at);
@@ -360,6 +366,7 @@ impl State {
         finding.process = Some(manager.clone());
         if let Some(entry) = self.inventory.get(&observation.container) {
             finding.belongs_to(&observation.container, entry);
+            finding.run = Some(entry.run_of(observation.init));
         }
         finding.session = self.session_of(observation, Some(manager));
         finding

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 
 use crate::answers::{is_running, recorded_responses, state_in};
-use crate::node::{Control, Node, bench, talk, wait_for, wait_within};
+use crate::node::{Control, Node, bench, only, talk, wait_for, wait_within};
 use crate::programs::WORKBENCH;
 use crate::{trial, trial_alone};
 
@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             x11_reused_id,
         ),
         trial("u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone", u19_whole_names),
+        trial("u19_an_answer_to_a_finding_refuses_when_its_run_is_over", u19_of_a_finding),
         trial_alone(
             "h10_a_kill_that_failed_is_repeated_until_the_container_has_ended",
             "[respond]\nkill_on = [\"exec.new\"]",
@@ -151,6 +152,31 @@ fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
     wait_for("it to end", || Ok((state(&generated)?.as_deref() == Some("STOPPED")).then_some(())))?;
     let said = respond("pause", &generated, 2)?;
     ensure!(said.contains("FAILED") || said.contains("gone"), "{said}");
+    Ok(())
+}
+
+fn u19_of_a_finding(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
+    let told = container.told(&["critical exec.new /tmp/x"])?;
+    let run = only(&told, "exec.new")?;
+    let id = run["id"].as_str().context("it has no ID")?;
+    assert_eq!(run["run"]["pid"].as_u64(), Some(pid_of(node, &container.id)?));
+    let respond = |action: &str, more: &[&str], expected: i32| {
+        let words = ["respond", action, "--finding", &id[..12], "--reason", "a test"];
+        let output = node.driftd(&[&words[..], more].concat())?;
+        ensure!(output.status.code() == Some(expected), "{action}: {}", talk(&output));
+        Ok(talk(&output))
+    };
+    respond("pause", &[], 0)?;
+    respond("resume", &[&container.id], 0)?;
+    respond("pause", &["another"], 2)?;
+    container.stop()?;
+    container.start_again()?;
+    let said = respond("kill", &[], 2)?;
+    ensure!(said.contains("is over"), "{said}");
+    ensure!(is_running(node, &container.id)?, "a later run was killed");
     Ok(())
 }
 
