@@ -12,7 +12,9 @@ use super::output::{Format, Listing, colour, harmless, json_line, safe, short, t
 use super::sessions::{result, told};
 use crate::api::{convert, proto};
 use crate::history::{Happened, TimelineEntry};
-use crate::model::{Command, ContainerId, Finding, FindingId, Outcome, Session, SessionId};
+use crate::model::{
+    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Session, SessionId,
+};
 use crate::respond::Response;
 
 /// Entries asked for at once.
@@ -59,6 +61,7 @@ struct ResponseJson {
     requested_by: String,
     requested_at: Timestamp,
     finding: Option<FindingId>,
+    incarnation: Option<Incarnation>,
     outcome: Outcome,
 }
 
@@ -247,6 +250,7 @@ fn json(entry: TimelineEntry, container: &ContainerId) -> EntryJson {
                 requested_by: response.requested_by,
                 requested_at: response.requested_at,
                 finding: response.finding,
+                incarnation: response.incarnation,
                 outcome: response.outcome,
             });
         }

@@ -24,7 +24,7 @@ struct ResponseJson {
     requested_by: String,
     requested_at: Timestamp,
     finding: Option<FindingId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     incarnation: Option<Incarnation>,
     outcome: Outcome,
 }

@@ -305,7 +305,7 @@ pub struct Finding {
     /// Null for a finding about a layer on disk that no watched container uses.
     pub container: Option<ContainerEvidence>,
     /// The run of the container in which it was seen last.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub run: Option<Incarnation>,
     pub image: ImageReference,
     /// The file as it is; null for sessions, and where a layer has none.
@@ -442,7 +442,7 @@ pub struct Outcome {
     pub action: String,
     pub succeeded: bool,
     /// The run of the container that was meant is over: nothing was done.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default)]
     pub gone: bool,
     /// What happened, in words; the error if it failed.
     pub message: String,
