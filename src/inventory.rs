@@ -18,6 +18,8 @@ use crate::model::{
 pub const MAX_FINDINGS: usize = 32 * 1024;
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
+/// Containers that were removed and are remembered, for what comes late of them.
+const MAX_GONE: usize = 256;
 /// Runs of one container that have ended and are remembered as such.
 const MAX_ENDED: usize = 64;
 /// Files of one container that aggregated findings know one by one: 24 bytes each.
@@ -268,8 +270,11 @@ impl Entry {
     /// Another container has this ID now, of which nothing is known yet.
     pub fn replaced(&mut self) {
         self.run_ended();
+        let before = self.former.take().map(|former| former.ended).unwrap_or_default();
+        let mut ended: VecDeque<u32> = before.into_iter().chain(self.ended.drain(..)).collect();
+        ended.drain(..ended.len().saturating_sub(MAX_ENDED));
         self.former = Some(Box::new(Former {
-            ended: std::mem::take(&mut self.ended),
+            ended,
             container: self.container.take(),
             baseline: std::mem::take(&mut self.baseline),
             entry_point: std::mem::take(&mut self.entry_point),
@@ -427,6 +432,8 @@ pub struct Inventory {
     remembered: HashMap<ContainerId, Vec<Finding>>,
     /// Everything that runs has shown up: what the history tells of others is over.
     is_whole: bool,
+    /// Containers that were removed, the newest last.
+    gone: VecDeque<(ContainerId, Box<Former>)>,
     /// Findings about layers on disk, without a container.
     pub of_layers: HashMap<FindingId, Finding>,
 }
@@ -477,9 +484,12 @@ impl Inventory {
         let remembered = &mut self.remembered;
         let members = &mut self.remembered_members;
         let hasher = &self.hasher;
+        let gone = &mut self.gone;
         self.entries.entry(id.clone()).or_insert_with(|| {
             let mut entry = Entry::default();
             entry.members.hasher = hasher.clone();
+            let before = gone.iter().rposition(|(gone, _)| gone == id);
+            entry.former = before.and_then(|index| gone.remove(index)).map(|(_, former)| former);
             for finding in remembered.remove(id).unwrap_or_default() {
                 for (key, told) in members.remove(&finding.id).unwrap_or_default() {
                     entry.members.put_key(key, finding.id, told);
@@ -506,8 +516,16 @@ impl Inventory {
         self.deeds = HashMap::new();
     }
 
+    /// What is seen of it and comes later still is of the [`Former`] owner of its ID.
     pub fn remove(&mut self, id: &ContainerId) {
-        self.entries.remove(id);
+        let Some(mut entry) = self.entries.remove(id) else { return };
+        entry.replaced();
+        if let Some(former) = entry.former {
+            if self.gone.len() == MAX_GONE {
+                self.gone.pop_front();
+            }
+            self.gone.push_back((id.clone(), former));
+        }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&ContainerId, &Entry)> {

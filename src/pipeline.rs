@@ -101,7 +101,7 @@ pub enum Question {
         container: String,
         /// The finding that is answered, and the run in which it was seen. Without one the
         /// run that there is now is meant.
-        cause: Option<(FindingId, Incarnation)>,
+        cause: Option<Box<(FindingId, Incarnation)>>,
         action: Action,
         reason: String,
         requested_by: String,
@@ -227,7 +227,7 @@ pub struct State {
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
     /// Orders without a response, by ticket, with whoever waits for it.
-    out: HashMap<u64, (Order, Option<oneshot::Sender<Result<Response, LookupError>>>)>,
+    out: HashMap<u64, (Order, Option<Asker>)>,
     /// Containers of which a kill has failed that may be ordered again.
     failed_kills: HashSet<ContainerId>,
     /// When each loss was last written to the history: a flood of one loss is
@@ -248,6 +248,9 @@ struct PendingDiff {
     truncated: bool,
     reply: oneshot::Sender<Result<Diff, LookupError>>,
 }
+
+/// Who waits for a response.
+type Asker = oneshot::Sender<Result<Response, LookupError>>;
 
 /// Why something is answered.
 struct Cause<'a> {
@@ -1294,12 +1297,7 @@ impl State {
         self.order(order, None, effects);
     }
 
-    fn order(
-        &mut self,
-        order: Order,
-        asker: Option<oneshot::Sender<Result<Response, LookupError>>>,
-        effects: &mut Vec<Effect>,
-    ) {
+    fn order(&mut self, order: Order, asker: Option<Asker>, effects: &mut Vec<Effect>) {
         self.out.insert(order.ticket, (order.clone(), asker));
         effects.push(Effect::Respond(order));
     }
@@ -1410,6 +1408,7 @@ impl State {
                 }
             },
             Question::Respond { container, cause, action, reason, requested_by, reply } => {
+                let cause = cause.map(|cause| *cause);
                 match self.answerable(&container, cause.map(|(_, run)| run)) {
                     Err(err) => {
                         let _ = reply.send(Err(err));

@@ -384,7 +384,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                     reason,
                     requested_by,
                     requested_at: Timestamp::now(),
-                    finding: cause.map(|(finding, _)| finding),
+                    finding: cause.map(|cause| cause.0),
                 };
                 records.send(Record::Response(Box::new(response.clone()))).unwrap();
                 response

@@ -311,7 +311,10 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
 
     let (long, short) = (id_of(&one).clone(), id_of(&other).clone());
     assert_eq!(reader.containers(&long.id[..8]).unwrap(), std::slice::from_ref(&long));
-    assert_eq!(reader.containers(&format!("k8s.io/{}", &long.id[..8])).unwrap(), [long.clone()]);
+    assert_eq!(
+        reader.containers(&format!("k8s.io/{}", &long.id[..8])).unwrap(),
+        std::slice::from_ref(&long)
+    );
     assert_eq!(reader.containers(&format!("moby/{}", &long.id[..8])).unwrap(), []);
     assert_eq!(reader.containers(&long.id[..7]).unwrap(), [], "too short to be meant");
     assert_eq!(reader.containers("4f").unwrap(), [short]);

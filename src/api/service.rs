@@ -212,7 +212,7 @@ impl Service {
         &self,
         container: String,
         finding: String,
-    ) -> Result<(String, Option<(FindingId, Incarnation)>), Status> {
+    ) -> Result<(String, Option<Box<(FindingId, Incarnation)>>), Status> {
         if finding.is_empty() {
             self.is_meant(&container).await?;
             return Ok((container, None));
@@ -235,7 +235,7 @@ impl Service {
                 printable(container.as_bytes())
             )));
         }
-        Ok((format!("{}/{}", id.namespace, id.id), Some((finding.id, run))))
+        Ok((format!("{}/{}", id.namespace, id.id), Some(Box::new((finding.id, run)))))
     }
 
     async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {

@@ -831,6 +831,29 @@ fn x11_what_a_container_did_is_judged_by_its_own_image_after_its_id_was_given_aw
 }
 
 #[test]
+fn x11_a_container_is_remembered_after_its_last_scan_for_what_comes_later_still() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("stop c1\nremove c1");
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
+    assert!(node.state.inventory.get(&id("c1")).is_none());
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    next.image.name = Some("other:1".into());
+    next.layers[0].chain_id = ChainId([9; 32]);
+    node.give(Input::Node(Change::Container(Box::new(next))));
+    node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
+    let told: Vec<_> = node.told.iter().map(|told| (told.kind, &told.image.name)).collect();
+    assert_eq!(told, [(Kind::ExecNew, &None)]);
+    assert_eq!(node.told[0].run.map(|run| run.pid), Some(7));
+    assert!(node.orders.is_empty(), "{:?}", node.orders);
+}
+
+#[test]
 fn x11_a_run_that_was_seen_before_containerd_told_of_it_is_answered() {
     let mut node = killing(&[Kind::ExecNew]);
     node.play("stop c1").init = init(8);
@@ -867,7 +890,7 @@ impl Node {
         let (reply, answered) = oneshot::channel();
         self.give(Input::Asked(Question::Respond {
             container: container.into(),
-            cause,
+            cause: cause.map(Box::new),
             action: Action::Pause,
             reason: "a test".into(),
             requested_by: "uid 0".into(),
@@ -885,7 +908,7 @@ fn u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone() {
     let order = node.orders.pop().unwrap();
     assert_eq!((&*order.container.id, order.incarnation.unwrap().pid), ("web", 7));
     node.give(became(&order, true, false));
-    assert!(answered.try_recv().unwrap().is_ok());
+    answered.try_recv().unwrap().unwrap();
     // Its last scan is not over yet, and the other one's name begins like its own.
     node.play("attached web\nstop web\nremove web");
     let refused = |node: &mut Node, text: &str| {
@@ -929,7 +952,7 @@ fn u19_an_answer_to_a_finding_refuses_when_its_run_is_over() {
     let order = node.orders.pop().unwrap();
     assert_eq!((order.finding, order.incarnation), (Some(id), Some(run)));
     node.give(became(&order, true, false));
-    assert!(answered.try_recv().unwrap().is_ok());
+    answered.try_recv().unwrap().unwrap();
     let told = node.told.last().unwrap();
     assert_eq!((told.id, told.outcome.is_some()), (id, true));
     // It was started again, by the name of which one may still write.

@@ -49,6 +49,6 @@ mod tests {
             nix::unistd::getgroups().unwrap().into_iter().map(nix::unistd::Gid::as_raw).collect();
         assert_eq!(told, mine);
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(groups(file.as_fd()).is_err());
+        groups(file.as_fd()).unwrap_err();
     }
 }
