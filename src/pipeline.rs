@@ -1356,7 +1356,7 @@ impl State {
     }
 
     /// Whether something was ordered of which it is not known what came of it.
-    fn awaits_responses(&self) -> bool {
+    fn has_orders_out(&self) -> bool {
         !self.out.is_empty()
     }
 
@@ -1847,7 +1847,7 @@ const LAST_RESPONSES: std::time::Duration = std::time::Duration::from_secs(3);
 fn keep_last_responses(state: &mut State, inputs: &Inputs, outputs: &Outputs) {
     let deadline = std::time::Instant::now() + LAST_RESPONSES;
     let mut effects = Vec::new();
-    while state.awaits_responses()
+    while state.has_orders_out()
         && let Ok(response) = inputs.responses.recv_deadline(deadline)
     {
         state.responded(response, Timestamp::now(), &mut effects);

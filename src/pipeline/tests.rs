@@ -994,7 +994,7 @@ fn h12_each_asker_hears_of_its_own_order_when_many_are_refused_at_once() {
         let response = answered.try_recv().unwrap().unwrap();
         assert_eq!(response.outcome.message, TOO_MANY);
     }
-    assert!(!node.state.awaits_responses());
+    assert!(!node.state.has_orders_out());
     assert_eq!(node.state.health.count(Failure::ResponseQueueFull), 3);
 }
 
