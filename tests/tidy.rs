@@ -37,7 +37,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "watch",
         ],
     ),
-    ("api", &["baseline", "containerd", "health", "history", "model", "pipeline", "respond"]),
+    (
+        "api",
+        &["baseline", "containerd", "health", "history", "model", "pipeline", "respond", "sys"],
+    ),
     (
         "cli",
         &[

@@ -15,6 +15,7 @@ pub mod handle;
 pub mod map;
 pub mod mounts;
 pub mod overlay;
+pub mod peer;
 pub mod perf;
 pub mod pidfd;
 pub mod priority;

@@ -348,7 +348,8 @@ impl Shared {
             let named = Named::now(process.identity.pid);
             self.roots().of(&watched.container, &self.births(), named)
         });
-        Observation { container: watched.container.clone(), at, source, session, fact }
+        let (container, init) = (watched.container.clone(), watched.init);
+        Observation { container, init, at, source, session, fact }
     }
 
     pub(super) fn roots(&self) -> MutexGuard<'_, Roots> {

@@ -15,6 +15,7 @@ mod fileless;
 mod gate;
 mod hostile;
 mod image;
+mod incarnations;
 mod life;
 mod node;
 mod ordinary;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
+        incarnations::trials(),
         code::trials(),
         sources::trials(),
         together::trials(),
