@@ -7,6 +7,7 @@
 
 pub mod capabilities;
 pub mod connector;
+pub mod door;
 pub mod fanotify;
 pub mod file;
 pub mod handle;

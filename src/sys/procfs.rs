@@ -20,7 +20,6 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use procfs::process::Process;
-use rustix::fs::{Mode, OFlags};
 
 use crate::model::{Exit, FileType, Login, ProcessIdentity};
 
@@ -206,7 +205,7 @@ impl Handle {
 
     /// The executable's device and inode.
     pub fn exe_identity(&self) -> io::Result<(u64, u64)> {
-        let stat = super::file::stat_of_link(&format!("/proc/{}/exe", self.process.pid))?;
+        let stat = super::file::stat_path(format!("/proc/{}/exe", self.process.pid))?;
         Ok((stat.device, stat.inode))
     }
 
@@ -265,12 +264,14 @@ impl Handle {
         self.namespace("ns/pid")
     }
 
-    /// Whether its pid namespace calls it 1 (proc_pid_status(5), `NSpid`).
+    /// How its own pid namespace calls it (proc_pid_status(5), `NSpid`).
+    pub fn own_number(&self) -> Option<u32> {
+        let status = self.read("status", 16 * 1024).ok()?;
+        field(&status, "NSpid:")?.split_ascii_whitespace().next_back()?.parse().ok()
+    }
+
     pub fn is_first_in_pid_namespace(&self) -> bool {
-        let Ok(status) = self.read("status", 16 * 1024) else { return false };
-        let mut lines = status.split(|&byte| byte == b'\n');
-        let numbers = lines.find_map(|line| line.strip_prefix(b"NSpid:"));
-        numbers.is_some_and(|numbers| numbers.ends_with(b"\t1"))
+        self.own_number() == Some(1)
     }
 
     /// Names the mount namespace this process is in.
@@ -313,17 +314,25 @@ impl Handle {
     }
 
     /// Opens its program: whatever it was started from, with or without a name. Only
-    /// to ask what it is; `file::reopen` reads it.
+    /// to ask what it is; `door::reopen` reads it.
     pub fn open_exe(&self) -> io::Result<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(format!("/proc/{}/exe", self.process.pid), flags, Mode::empty())?)
+        self.open_link("exe")
     }
 
     /// Opens what it has open as `number`, only to ask what it is.
     pub fn open_descriptor(&self, number: u32) -> io::Result<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let path = format!("/proc/{}/fd/{number}", self.process.pid);
-        Ok(rustix::fs::open(path, flags, Mode::empty())?)
+        self.open_link(&format!("fd/{number}"))
+    }
+
+    /// Opens its root directory, as a place to look from. Keep it only for a moment: it
+    /// keeps a container's mount busy.
+    pub fn open_root(&self) -> io::Result<OwnedFd> {
+        self.open_link("root")
+    }
+
+    /// Opens its working directory, where its relative paths begin.
+    pub fn open_working_directory(&self) -> io::Result<OwnedFd> {
+        self.open_link("cwd")
     }
 
     fn namespace(&self, link: &str) -> io::Result<u64> {
@@ -368,7 +377,7 @@ impl Handle {
             Some(descriptor) => descriptor,
             // What the kernel knows of it is enough: a filesystem of somebody's own
             // must not be asked.
-            None => self.named_descriptor(number, &super::file::stat_of_link(&path)?),
+            None => self.named_descriptor(number, &super::file::stat_path(&path)?),
         })
     }
 
@@ -408,7 +417,7 @@ impl Handle {
     /// Follows one link of the kernel's own in /proc/PID.
     fn open_link(&self, name: &str) -> io::Result<OwnedFd> {
         let path = format!("/proc/{}/{name}", self.process.pid);
-        let fd = super::file::open_kernel_link(&path)?;
+        let fd = super::door::open_link(&path)?;
         // The pid is this process's as long as its directory answers.
         self.stat()?;
         Ok(fd)
@@ -423,17 +432,32 @@ impl Handle {
             .collect())
     }
 
+    /// What the kernel calls what it has open as `number`.
+    pub fn descriptor_name(&self, number: u32) -> io::Result<Vec<u8>> {
+        let link = std::fs::read_link(format!("/proc/{}/fd/{number}", self.process.pid))?;
+        Ok(link.into_os_string().into_vec())
+    }
+
     /// Whether a descriptor can be read from, and written to.
     pub fn access(&self, number: u32) -> io::Result<(bool, bool)> {
-        let info = self.read(&format!("fdinfo/{number}"), 4096)?;
-        let flags = field(&info, "flags:")
-            .and_then(|flags| i32::from_str_radix(flags, 8).ok())
-            .ok_or(io::ErrorKind::InvalidData)?;
-        Ok(match flags & libc::O_ACCMODE {
+        Ok(match self.flags(number)? & libc::O_ACCMODE {
             libc::O_RDONLY => (true, false),
             libc::O_WRONLY => (false, true),
             _ => (true, true),
         })
+    }
+
+    /// Whether a descriptor can only be read from, and is closed when the process executes
+    /// another program: then nobody has given it to this one.
+    pub fn is_read_only_and_its_own(&self, number: u32) -> io::Result<bool> {
+        let flags = self.flags(number)?;
+        Ok(flags & libc::O_ACCMODE == libc::O_RDONLY && flags & libc::O_CLOEXEC != 0)
+    }
+
+    fn flags(&self, number: u32) -> io::Result<i32> {
+        let info = self.read(&format!("fdinfo/{number}"), 4096)?;
+        let flags = field(&info, "flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        flags.ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
     /// The connections in its network namespace, by the socket's inode.

@@ -31,6 +31,7 @@ use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
 use crate::sys::connector::Connector;
+use crate::sys::door::{self, Ground, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
@@ -250,7 +251,7 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
 }
 
 /// The number of the descriptor that was given to execve instead of a name.
-fn descriptor(file_name: &[u8]) -> Option<u32> {
+pub(super) fn descriptor(file_name: &[u8]) -> Option<u32> {
     let rest = match file_name.strip_prefix(b"/dev/fd/") {
         Some(rest) => rest,
         None => {
@@ -622,7 +623,7 @@ impl Trace {
             program.is_none_or(|mapped| (mapped.device, mapped.inode) == (stat.device, stat.inode))
         };
         let may_be_below = !self.tells_overlays;
-        let exe = opened.as_ref().and_then(|(exe, stat)| {
+        let exe = opened.as_ref().and_then(|(_, stat)| {
             let is_marked = table.owner(stat).is_some()
                 || asked.contains(&(stat.device, stat.inode))
                 || self.will_be_told(stat.device, stat.mount, executed);
@@ -630,7 +631,7 @@ impl Trace {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
+                is_on_tmpfs: !is_marked && View::of(handle.as_ref()).ground(stat) == Ground::Memory,
                 is_host: is_host || is_behind(stat),
             })
         });
@@ -682,13 +683,17 @@ impl Trace {
         if !stat.is_regular() || self.shared.table.is_marked(stat.device, stat.mount) {
             return None;
         }
-        let script = file::reopen(fd.as_fd()).ok()?;
-        if file::sniff(script.as_fd()).ok()? != Format::Script {
-            return None;
+        let ground = View::of([&handle]).ground(&stat);
+        // Of what cannot be read it is enough that its interpreter runs.
+        if let Some(local) = ground.local() {
+            let script = door::reopen(fd.as_fd(), local).ok()?;
+            if file::sniff(script.as_fd()).ok()? != Format::Script {
+                return None;
+            }
         }
         let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
             Filesystem::Anonymous
-        } else if file::is_in_memory(&fd).unwrap_or(false) {
+        } else if ground == Ground::Memory {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
