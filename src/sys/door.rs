@@ -449,8 +449,10 @@ impl Walk<'_> {
     /// mounted there be stepped onto.
     fn may_ask(&self) -> bool {
         let Some(next) = self.left.last() else { return true };
-        let is_local = self.view.ground(&self.here().stat).local().is_some();
-        is_local && (next == b".." || self.view.is_free_of_autofs(|| self.path(1)))
+        // Back the way it came, which asks nobody.
+        next == b".."
+            || self.view.ground(&self.here().stat).local().is_some()
+                && self.view.is_free_of_autofs(|| self.path(1))
     }
 
     /// It may not be asked.

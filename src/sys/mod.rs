@@ -8,6 +8,7 @@
 pub mod capabilities;
 pub mod connector;
 pub mod door;
+pub mod errand;
 pub mod fanotify;
 pub mod file;
 pub mod handle;

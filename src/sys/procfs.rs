@@ -14,7 +14,6 @@ use std::io::{self, Read as _};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -27,7 +26,6 @@ use crate::model::{Exit, FileType, Login, ProcessIdentity};
 pub const MAX_ARGUMENTS: usize = 128;
 pub const MAX_ARGUMENT_BYTES: usize = 4 * 1024;
 const MAX_CMDLINE_BYTES: u64 = 64 * 1024;
-const MAX_PATH: usize = 4096;
 const MAX_ENVIRONMENT_BYTES: u64 = 256 * 1024;
 const MAX_VALUE_BYTES: usize = 512;
 const MAX_ANCESTORS: usize = 32;
@@ -209,9 +207,33 @@ impl Handle {
         Ok((stat.device, stat.inode))
     }
 
+    /// Reads one of its files that the kernel makes of its memory.
+    fn read_memory(&self, name: &'static str, limit: u64) -> io::Result<Vec<u8>> {
+        self.patiently(move |pid| {
+            let mut bytes = Vec::new();
+            std::fs::File::open(format!("/proc/{pid}/{name}"))?
+                .take(limit)
+                .read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })
+    }
+
+    /// Does what takes locks of its memory; an error if those are held for long.
+    fn patiently<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(i32) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let pid = self.process.pid;
+        let group = || self.read("cgroup", 64 * 1024).unwrap_or_default();
+        let done = super::errand::run(self.identity(), group, move || work(pid))??;
+        // The pid is this process's as long as its directory answers.
+        self.stat()?;
+        Ok(done)
+    }
+
     /// Each argument; `None` for a process that has ended or has none.
     pub fn arguments(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
-        let cmdline = self.read("cmdline", MAX_CMDLINE_BYTES)?;
+        let cmdline = self.read_memory("cmdline", MAX_CMDLINE_BYTES)?;
         Ok(split_arguments(&cmdline))
     }
 
@@ -235,7 +257,7 @@ impl Handle {
 
     /// The first of these variables that is in the environment it began with.
     pub fn variable(&self, names: &[String]) -> Option<Vec<u8>> {
-        let environment = self.read("environ", MAX_ENVIRONMENT_BYTES).ok()?;
+        let environment = self.read_memory("environ", MAX_ENVIRONMENT_BYTES).ok()?;
         names.iter().find_map(|name| {
             let mut variables = environment.split(|&byte| byte == 0);
             let value =
@@ -341,28 +363,6 @@ impl Handle {
         Ok(file.metadata()?.ino())
     }
 
-    /// The path as it was given to execve, from the new program's own memory.
-    /// It lies right behind the environment; an address elsewhere is not
-    /// believed, since a program can change what /proc/PID/auxv shows.
-    pub fn exec_name(&self) -> io::Result<Option<Vec<u8>>> {
-        const AT_EXECFN: u64 = 31;
-        let auxv = self.process.auxv().map_err(into_io)?;
-        let Some(&address) = auxv.get(&AT_EXECFN) else { return Ok(None) };
-        let end = self.stat()?.area.environment.1;
-        if address < end || address - end > MAX_PATH as u64 {
-            return Ok(None);
-        }
-        let memory = self.process.mem().map_err(into_io)?;
-        let mut name = vec![0; MAX_PATH];
-        // A short read is fine: the name is the last thing on the stack.
-        let len = memory.read_at(&mut name, address)?;
-        name.truncate(len);
-        Ok(name.iter().position(|&byte| byte == 0).map(|end| {
-            name.truncate(end);
-            name
-        }))
-    }
-
     /// Where its relative paths begin, as the kernel names that to us.
     pub fn cwd(&self) -> io::Result<Vec<u8>> {
         Ok(self.process.cwd().map_err(into_io)?.into_os_string().into_vec())
@@ -411,7 +411,9 @@ impl Handle {
 
     /// Opens the file that is mapped there, only to ask what it is.
     pub fn open_mapped(&self, start: u64, end: u64) -> io::Result<OwnedFd> {
-        self.open_link(&format!("map_files/{start:x}-{end:x}"))
+        self.patiently(move |pid| {
+            super::door::open_link(&format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
+        })
     }
 
     /// Follows one link of the kernel's own in /proc/PID.
@@ -438,26 +440,12 @@ impl Handle {
         Ok(link.into_os_string().into_vec())
     }
 
-    /// Whether a descriptor can be read from, and written to.
+    /// Whether a descriptor can be read from, and written to. By the link's own mode: for
+    /// fdinfo the kernel would ask what is open there.
     pub fn access(&self, number: u32) -> io::Result<(bool, bool)> {
-        Ok(match self.flags(number)? & libc::O_ACCMODE {
-            libc::O_RDONLY => (true, false),
-            libc::O_WRONLY => (false, true),
-            _ => (true, true),
-        })
-    }
-
-    /// Whether a descriptor can only be read from, and is closed when the process executes
-    /// another program: then nobody has given it to this one.
-    pub fn is_read_only_and_its_own(&self, number: u32) -> io::Result<bool> {
-        let flags = self.flags(number)?;
-        Ok(flags & libc::O_ACCMODE == libc::O_RDONLY && flags & libc::O_CLOEXEC != 0)
-    }
-
-    fn flags(&self, number: u32) -> io::Result<i32> {
-        let info = self.read(&format!("fdinfo/{number}"), 4096)?;
-        let flags = field(&info, "flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
-        flags.ok_or_else(|| io::ErrorKind::InvalidData.into())
+        use std::os::unix::fs::MetadataExt as _;
+        let link = std::fs::symlink_metadata(format!("/proc/{}/fd/{number}", self.process.pid))?;
+        Ok((link.mode() & 0o400 != 0, link.mode() & 0o200 != 0))
     }
 
     /// The connections in its network namespace, by the socket's inode.
@@ -476,7 +464,7 @@ impl Handle {
 
     /// What it has mapped as code from files.
     pub fn mapped_code(&self) -> io::Result<Vec<Mapping>> {
-        let maps = self.read("maps", MAX_TABLE_BYTES)?;
+        let maps = self.read_memory("maps", MAX_TABLE_BYTES)?;
         Ok(maps.split(|&byte| byte == b'\n').filter_map(Mapping::parse).collect())
     }
 
@@ -908,7 +896,6 @@ mod tests {
             std::env::args_os().map(OsStringExt::into_vec).take(MAX_ARGUMENTS).collect();
         assert_eq!(me.arguments().unwrap(), Some(arguments));
         assert_eq!(me.uid().unwrap(), rustix::process::geteuid().as_raw());
-        assert!(me.exec_name().unwrap().is_some());
         let (started, now) = (me.identity().start_time, ticks_since_boot());
         assert!(started <= now && now - started < 100 * 3600, "{started} and {now}");
         let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get();

@@ -55,15 +55,19 @@ pub(super) fn by_descriptor(handle: &Handle, number: u32) -> Given {
 }
 
 /// The file that a shell reads its script from: under the number that bash uses, or else
-/// the first one that other shells use for themselves. It is closed when the shell
-/// executes another program, so nobody has given it to the shell.
+/// one of the first that other shells use for themselves. What its parent has under the
+/// same number was given to it.
 pub(super) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
-    [255, 10].into_iter().find_map(|number| {
-        let is_its_own = handle.is_read_only_and_its_own(number).ok()?;
-        match by_descriptor(handle, number) {
-            Given::File(fd) if is_its_own => Some(fd),
-            _ => None,
+    let parent = Handle::open(handle.first_stat().parent).ok();
+    let identity = |fd: &OwnedFd| file::stat(fd).ok().map(|stat| (stat.device, stat.inode));
+    [255, 10, 11].into_iter().find_map(|number| {
+        if !matches!(handle.access(number), Ok((true, false))) {
+            return None;
         }
+        let Given::File(fd) = by_descriptor(handle, number) else { return None };
+        let parents = parent.as_ref().and_then(|parent| parent.open_descriptor(number).ok());
+        let is_given = parents.is_some_and(|parents| identity(&parents) == identity(&fd));
+        (!is_given).then_some(fd)
     })
 }
 

@@ -561,7 +561,11 @@ impl Trace {
             }
             return;
         };
-        self.shared.arguments().executed(executed.pid, executed.time, arguments);
+        {
+            let mut kept = self.shared.arguments();
+            kept.executed(executed.pid, executed.time, arguments);
+            kept.named(executed.pid, &executed.file_name);
+        }
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
             .is_some_and(|known| known.watched.is_some());
