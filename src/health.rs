@@ -51,6 +51,8 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// The memory of a process could not be read: something held its lock for long.
+    ProcessUnreadable,
 }
 
 /// What is done about a [`Failure`].
@@ -65,7 +67,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 21] = [
+    pub const ALL: [Failure; 22] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -87,6 +89,7 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::ProcessUnreadable,
     ];
 
     pub fn name(self) -> &'static str {
@@ -112,6 +115,7 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::ProcessUnreadable => "process_unreadable",
         }
     }
 
@@ -137,7 +141,8 @@ impl Failure {
             | Failure::FindingsFull
             | Failure::MountsFull
             | Failure::NamesFull
-            | Failure::ExecEventsFull => Reaction::Degrade,
+            | Failure::ExecEventsFull
+            | Failure::ProcessUnreadable => Reaction::Degrade,
         }
     }
 }

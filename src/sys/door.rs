@@ -62,6 +62,28 @@ const DISK: &[&[u8]] = &[
     b"zfs",
 ];
 
+/// The kernel's own, made of numbers and names.
+const KERNEL: &[&[u8]] = &[
+    b"binfmt_misc",
+    b"bpf",
+    b"cgroup",
+    b"cgroup2",
+    b"configfs",
+    b"cpuset",
+    b"debugfs",
+    b"devpts",
+    b"efivarfs",
+    b"fusectl",
+    b"mqueue",
+    b"pstore",
+    b"resctrl",
+    b"securityfs",
+    b"selinuxfs",
+    b"smackfs",
+    b"sysfs",
+    b"tracefs",
+];
+
 /// Who answers for what lies on a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ground {
@@ -69,8 +91,9 @@ pub enum Ground {
     Memory,
     /// The kernel, from a disk of this machine that the host has mounted.
     Disk,
-    /// The kernel, and each file is made when it is read. Nothing there is a file that
-    /// could be executed, and links there lead anywhere.
+    /// The kernel, which makes each file when it is read. Nothing there can be executed.
+    Kernel,
+    /// The same, but some links there lead anywhere: procfs.
     Process,
     /// Perhaps a process or another machine, which may never answer: FUSE, networks, a
     /// disk or an overlay that only a container has mounted, what nobody has listed.
@@ -268,6 +291,7 @@ impl HostMounts {
         match mount.kind.as_slice() {
             kind if MEMORY.contains(&kind) => Ground::Memory,
             b"proc" => Ground::Process,
+            kind if KERNEL.contains(&kind) => Ground::Kernel,
             b"overlay" if is_hosts => Ground::Disk,
             kind if is_hosts && DISK.contains(&kind) && self.is_disk(mount.device, 0) => {
                 Ground::Disk
@@ -449,10 +473,13 @@ impl Walk<'_> {
     /// mounted there be stepped onto.
     fn may_ask(&self) -> bool {
         let Some(next) = self.left.last() else { return true };
-        // Back the way it came, which asks nobody.
-        next == b".."
-            || self.view.ground(&self.here().stat).local().is_some()
-                && self.view.is_free_of_autofs(|| self.path(1))
+        let may_ask = match self.view.ground(&self.here().stat) {
+            Ground::Memory | Ground::Disk | Ground::Kernel => true,
+            Ground::Process => !is_process(next),
+            Ground::Foreign => false,
+        };
+        // Back the way it came asks nobody.
+        next == b".." || may_ask && self.view.is_free_of_autofs(|| self.path(1))
     }
 
     /// It may not be asked.
@@ -503,7 +530,7 @@ impl Walk<'_> {
             return Err(Errno::LOOP.into());
         }
         // It lies where the last name was asked for, or is the root of a mount.
-        if self.view.ground(&held.stat).local().is_none() {
+        if self.view.ground(&held.stat) == Ground::Foreign {
             self.below.push((held, name));
             return Ok(());
         }
@@ -524,6 +551,11 @@ impl Walk<'_> {
         let opened = rustix::fs::openat2(&self.here().fd, name, flags, Mode::empty(), resolve)?;
         Held::new(opened)
     }
+}
+
+/// Whether this is a directory of procfs in which links lead elsewhere.
+fn is_process(name: &[u8]) -> bool {
+    name.iter().all(u8::is_ascii_digit) || matches!(name, b"self" | b"thread-self")
 }
 
 /// The device of the anonymous memory that has only a descriptor.
@@ -570,6 +602,7 @@ mod tests {
         // The number is that of another filesystem by now.
         check(1, "fuse", Ground::Foreign);
         check(8, "proc", Ground::Process);
+        check(8, "sysfs", Ground::Kernel);
         let network = Mount { device: rustix::fs::makedev(43, 0), ..mount(0, "ext4") };
         assert_eq!(host.ground(&network), Ground::Foreign);
     }
@@ -634,6 +667,11 @@ mod tests {
         let root = Path::new("/");
         assert_eq!(find(root, None, "/proc/self/fd/9"), "proc self/fd/9");
         assert_eq!(find(root, None, "/proc/self/root/etc/passwd"), "proc self/root/etc/passwd");
+        assert_eq!(find(root, None, "/proc/1/cwd"), "proc 1/cwd");
+        // Runtimes mount something on such names.
+        assert_eq!(find(root, None, "/proc/sys/kernel"), "/proc/sys/kernel");
+        assert_eq!(find(root, None, "/proc/net/tcp"), "proc self/net/tcp");
+        assert_eq!(find(root, None, "/sys/kernel"), "/sys/kernel");
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().canonicalize().unwrap();
         symlink("/proc/self/cwd", dir.join("link")).unwrap();

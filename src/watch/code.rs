@@ -174,7 +174,9 @@ fn try_to_look_at(
     let filesystem = match (is_memfd, ground) {
         (Some(_), _) => Filesystem::Anonymous,
         (None, Ground::Memory) => Filesystem::Tmpfs,
-        (None, Ground::Disk | Ground::Process | Ground::Foreign) => Filesystem::Volume,
+        (None, Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) => {
+            Filesystem::Volume
+        }
     };
     if !shared.settings.looks_at(filesystem) {
         return None;

@@ -21,11 +21,11 @@ use super::scripts::{self, Language, Runs};
 use super::shared::Shared;
 use super::shells::{self, Neighbour, Pipe, Standard};
 use super::table::Watched;
-use super::trace;
+use super::{Report, trace};
 use crate::health::Failure;
 use crate::model::{ContainerId, Fact, Filesystem, Process, RootfsPath, Script, Source};
-use crate::sys::file;
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
+use crate::sys::{errand, file};
 
 /// A process of a container that has become something that may be an interpreter.
 #[derive(Clone, Debug)]
@@ -87,7 +87,9 @@ pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
     // Those for which there was no time; whoever is in a crowd must not be overlooked.
     let mut deferred: VecDeque<Look> = VecDeque::new();
     let mut around = Around::default();
+    let mut unreadable = Unreadable { told: errand::given_up(), last: None };
     while !shared.is_stopping() {
+        unreadable.tell(shared);
         let queues = waiting.iter().chain([&deferred]);
         let next = queues.filter_map(|queue| Some(queue.front()?.due)).min();
         // Whoever hands on ends when the watchers do.
@@ -115,6 +117,34 @@ pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
                 Seen::ForNow(look) => wait_for(shared, &mut waiting, *look),
                 Seen::NotYet(look) => defer(shared, &mut deferred, *look),
             }
+        }
+    }
+}
+
+/// Processes whose memory could not be read in time, as far as that has been reported.
+struct Unreadable {
+    told: u64,
+    last: Option<Instant>,
+}
+
+/// How often that is reported. No container is scanned again for it: it would be refused
+/// again.
+const BETWEEN_UNREADABLE: Duration = Duration::from_secs(10);
+
+impl Unreadable {
+    fn tell(&mut self, shared: &Shared) {
+        let count = errand::given_up();
+        if count == self.told || self.last.is_some_and(|last| last.elapsed() < BETWEEN_UNREADABLE) {
+            return;
+        }
+        let detail = format!("the memory of processes was not read, {} times", count - self.told);
+        (self.told, self.last) = (count, Some(Instant::now()));
+        let failure = Failure::ProcessUnreadable;
+        let _degraded = shared.health.record(failure);
+        tracing::warn!(failure = failure.name(), "{detail}");
+        let lost = Report::Lost { failure, container: None, detail, at: Timestamp::now() };
+        if shared.try_report(lost).is_err() {
+            let _ = shared.health.record(Failure::PipelineFull);
         }
     }
 }

@@ -439,7 +439,9 @@ fn look(
             // Of a mount namespace of its own, or a library of the runtime's that it
             // loaded on its way in, from a filesystem of the host of which the
             // container has a part.
-            Some(Ground::Disk | Ground::Process | Ground::Foreign) | None => return None,
+            Some(Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) | None => {
+                return None;
+            }
         }
     };
     Some(code::gone(RootfsPath::new(name).ok()?, filesystem))

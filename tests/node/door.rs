@@ -71,17 +71,31 @@ fn wait_until_told(
     Ok(findings)
 }
 
-/// Threads of a process that wait in the kernel and cannot be interrupted.
-fn waiting(pid: i32) -> Vec<String> {
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let stuck = threads.filter_map(|thread| {
-        let read = |name| std::fs::read_to_string(thread.path().join(name)).ok();
-        let state = read("stat")?.rsplit(") ").next()?.chars().next()?;
-        let at = read("wchan")?;
-        (state == 'D' || at.contains("request_wait"))
-            .then(|| format!("{} {at}", read("comm").unwrap_or_default()))
-    });
-    stuck.collect()
+/// Threads of a process that wait in the kernel for long and cannot be interrupted. Those
+/// that run errands may be left behind: they end with the process.
+fn waiting(pid: i32) -> anyhow::Result<Vec<String>> {
+    let now = || -> Vec<String> {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+        let stuck = threads.flatten().filter_map(|thread| {
+            let read = |name| std::fs::read_to_string(thread.path().join(name)).ok();
+            let state = read("stat")?.rsplit(") ").next()?.chars().next()?;
+            let (name, at) = (read("comm")?, read("wchan")?);
+            let is_stuck = state == 'D' && name.trim() != "errand" || at.contains("request_wait");
+            is_stuck.then(|| format!("{:?} {} {at}", thread.file_name(), name.trim()))
+        });
+        stuck.collect()
+    };
+    // A disk may be waited for, but not again and again at the same place.
+    let mut stuck = now();
+    for _ in 0..10 {
+        if stuck.is_empty() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(100));
+        let again = now();
+        stuck.retain(|thread| again.contains(thread));
+    }
+    Ok(stuck)
 }
 
 /// A neighbour's program runs at once.
@@ -101,7 +115,8 @@ fn driftd_ends(
     for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGKILL] {
         let pid = node.driftd_pid()?;
         nobody_asked()?;
-        ensure!(waiting(pid.as_raw()).is_empty(), "{:?}", waiting(pid.as_raw()));
+        let stuck = waiting(pid.as_raw())?;
+        ensure!(stuck.is_empty(), "{stuck:?}");
         nix::sys::signal::kill(pid, signal)?;
         node.driftd_ended(SOON).with_context(|| format!("{signal}"))?;
         ensure!(!Path::new(&format!("/proc/{pid}")).exists());
