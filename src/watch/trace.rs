@@ -16,7 +16,7 @@
 //! are gone before anybody looks.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
 use crate::sys::connector::Connector;
-use crate::sys::door::{self, Ground, View};
+use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
@@ -627,15 +627,27 @@ impl Trace {
             program.is_none_or(|mapped| (mapped.device, mapped.inode) == (stat.device, stat.inode))
         };
         let may_be_below = !self.tells_overlays;
-        let exe = opened.as_ref().and_then(|(_, stat)| {
-            let is_marked = table.owner(stat).is_some()
+        let is_marked = |stat: &Stat| {
+            table.owner(stat).is_some()
                 || asked.contains(&(stat.device, stat.inode))
-                || self.will_be_told(stat.device, stat.mount, executed);
+                || self.will_be_told(stat.device, stat.mount, executed)
+        };
+        // While the process lives, or its parent, who often sees the same: its mounts may be
+        // gone with it.
+        let ground = match &opened {
+            Some((_, stat)) if !is_marked(stat) => {
+                let parent = execution.parent.and_then(|parent| Handle::open(parent).ok());
+                View::of(handle.iter().chain(&parent)).ground(stat)
+            }
+            Some(_) | None => Ground::Foreign,
+        };
+        let exe = opened.as_ref().and_then(|(_, stat)| {
+            let is_marked = is_marked(stat);
             (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: !is_marked && View::of(handle.as_ref()).ground(stat) == Ground::Memory,
+                is_on_tmpfs: ground == Ground::Memory,
                 is_host: is_host || is_behind(stat),
             })
         });
@@ -670,9 +682,10 @@ impl Trace {
             return None;
         }
         let file = opened.filter(|_| exe.is_some());
+        let file = file.map(|(fd, stat)| (Held { fd, stat }, ground.local()));
         let name = match (program, &file) {
             (Some(mapped), _) => mapped.name.to_vec(),
-            (None, Some((exe, _))) => file::name_of(exe.as_fd()).ok()?,
+            (None, Some((exe, _))) => file::name_of(exe.fd.as_fd()).ok()?,
             (None, None) => return None,
         };
         Some(execution.unseen(filesystem, name, file, handle, is_parent_outside))
@@ -704,7 +717,7 @@ impl Trace {
         };
         let name = file::name_of(fd.as_fd()).ok()?;
         let is_parent_outside = self.is_parent_outside(execution);
-        let file = Some((fd, stat));
+        let file = Some((Held { fd, stat }, ground.local()));
         let found = execution.unseen(filesystem, name, file, Some(handle), is_parent_outside);
         Some(Unseen { is_script: true, ..found })
     }
@@ -774,7 +787,7 @@ impl Execution<'_> {
         &self,
         filesystem: Filesystem,
         name: Vec<u8>,
-        file: Option<(OwnedFd, Stat)>,
+        file: Option<(Held, Option<Local>)>,
         handle: Option<Handle>,
         is_parent_outside: bool,
     ) -> Unseen {

@@ -2,7 +2,7 @@
 //! they hold. Also those that a look at the running processes finds.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
@@ -30,8 +30,8 @@ pub(super) struct Unseen {
     pub(super) filesystem: Filesystem,
     /// As its process sees it, ` (deleted)` and all.
     pub(super) name: Vec<u8>,
-    /// `None` if the process was gone. Opened only to ask what it is.
-    pub(super) file: Option<(OwnedFd, Stat)>,
+    /// `None` if the process was gone. With the proof that it can be read, if it can.
+    pub(super) file: Option<(Held, Option<Local>)>,
     pub(super) handle: Option<Handle>,
     pub(super) pid: u32,
     /// When, by the clock of the kernel's records.
@@ -63,11 +63,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
     }
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = match &unseen.file {
-        Some((file, stat)) => {
-            let init = Handle::open_exactly(unseen.watched.init).ok();
-            let view = View::of(unseen.handle.iter().chain(&init));
-            state_of(file.as_fd(), stat, view.ground(stat).local(), max_hash_bytes)
-        }
+        Some((held, local)) => state_of(held.fd.as_fd(), &held.stat, *local, max_hash_bytes),
         None => state::gone(unseen.filesystem == Filesystem::Anonymous),
     };
     let is_runtimes_own = unseen.is_parent_outside
@@ -150,7 +146,7 @@ fn describe(unseen: &Unseen) -> Process {
         let mut process = process::as_it_is(handle, watched);
         // It may have gone on to another program meanwhile; a script's is another file.
         if !unseen.is_script
-            && let Some((_, stat)) = file
+            && let Some((Held { stat, .. }, _)) = file
             && let Ok(now) = handle.open_exe().and_then(file::stat)
             && (now.device, now.inode) != (stat.device, stat.inode)
         {
