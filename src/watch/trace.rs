@@ -632,12 +632,11 @@ impl Trace {
                 || asked.contains(&(stat.device, stat.inode))
                 || self.will_be_told(stat.device, stat.mount, executed)
         };
-        // While the process lives, or its parent, who often sees the same: its mounts may be
-        // gone with it.
+        // Asked now: its mounts may be gone with it. Lists of mounts can be long, so only
+        // where it matters.
         let ground = match &opened {
-            Some((_, stat)) if !is_marked(stat) => {
-                let parent = execution.parent.and_then(|parent| Handle::open(parent).ok());
-                View::of(handle.iter().chain(&parent)).ground(stat)
+            Some((_, stat)) if !is_host && is_same(stat) && !is_marked(stat) => {
+                self.ground(execution, handle.as_ref(), stat)
             }
             Some(_) | None => Ground::Foreign,
         };
@@ -689,6 +688,19 @@ impl Trace {
             (None, None) => return None,
         };
         Some(execution.unseen(filesystem, name, file, handle, is_parent_outside))
+    }
+
+    /// Who answers for a program's file, as its process sees it, or else its parent.
+    fn ground(&self, execution: &Execution<'_>, handle: Option<&Handle>, stat: &Stat) -> Ground {
+        if Some(stat.device) == self.memfd_device {
+            return Ground::Memory;
+        }
+        let view = View::of(handle);
+        if view.mount(stat).is_some() {
+            return view.ground(stat);
+        }
+        let parent = execution.parent.and_then(|parent| Handle::open(parent).ok());
+        View::of(&parent).ground(stat)
     }
 
     /// A script that was executed by its descriptor: the file that was mapped is its
