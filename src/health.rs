@@ -55,6 +55,8 @@ pub enum Failure {
     ExecEventsFull,
     /// The gate had answered more executions than the daemon had taken.
     GateQueueFull,
+    /// The memory of a process could not be read: something held its lock for long.
+    ProcessUnreadable,
 }
 
 /// What is done about a [`Failure`].
@@ -69,7 +71,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 22] = [
+    pub const ALL: [Failure; 23] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -92,6 +94,7 @@ impl Failure {
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
         Failure::GateQueueFull,
+        Failure::ProcessUnreadable,
     ];
 
     pub fn name(self) -> &'static str {
@@ -118,6 +121,7 @@ impl Failure {
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
             Failure::GateQueueFull => "gate_queue_full",
+            Failure::ProcessUnreadable => "process_unreadable",
         }
     }
 
@@ -144,7 +148,8 @@ impl Failure {
             | Failure::FindingsFull
             | Failure::MountsFull
             | Failure::NamesFull
-            | Failure::ExecEventsFull => Reaction::Degrade,
+            | Failure::ExecEventsFull
+            | Failure::ProcessUnreadable => Reaction::Degrade,
         }
     }
 }

@@ -295,8 +295,7 @@ impl<'groups> Process<'groups> {
         // Before anything is known of the file: see `shards`.
         let calm = shard.and_then(|shard| self.copy_ups.calm(shard));
         // As far as the kernel knows by itself: no filesystem's server is asked.
-        let stat =
-            file::stat_as_known(&event.file).map_err(|err| err.raw_os_error().unwrap_or(libc::EIO));
+        let stat = file::stat(&event.file).map_err(|err| err.raw_os_error().unwrap_or(libc::EIO));
         // The one look into /proc before the answer. It takes no lock that the
         // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
         // files beside it), and only now is the process certain to be there.
@@ -332,7 +331,7 @@ impl<'groups> Process<'groups> {
         if self.runtimes.is_empty() {
             return false;
         }
-        let Ok(stat) = file::stat_as_known(&event.file) else { return false };
+        let Ok(stat) = file::stat(&event.file) else { return false };
         self.runtimes.contains(&(stat.device, stat.inode))
     }
 
@@ -401,15 +400,15 @@ impl<'groups> Process<'groups> {
                     Place::Shard(shard) => groups.groups.get(usize::from(shard)),
                 };
                 let group = group.ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
-                self.roots.insert(&file::stat_as_known(first()?)?);
+                self.roots.insert(&file::stat(first()?)?);
                 group.mark_filesystem_of(first()?.as_fd(), MASK)
             }
             Request::MarkFilesystem => {
-                self.roots.remove(&file::stat_as_known(first()?)?);
+                self.roots.remove(&file::stat(first()?)?);
                 plain.mark_filesystem_of(first()?.as_fd(), MASK)
             }
             Request::MarkMount => {
-                self.roots.remove(&file::stat_as_known(first()?)?);
+                self.roots.remove(&file::stat(first()?)?);
                 plain.mark_mount_of(first()?.as_fd(), MASK)
             }
             Request::MarkRuntime => {

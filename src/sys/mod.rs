@@ -9,6 +9,8 @@ pub mod capabilities;
 pub mod channel;
 pub mod connector;
 pub mod counters;
+pub mod door;
+pub mod errand;
 pub mod fanotify;
 pub mod file;
 pub mod handle;

@@ -22,6 +22,7 @@ use super::{Command, Report, Verdict};
 use crate::gate::Place;
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, printable};
+use crate::sys::door::View;
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::Handle;
 use crate::sys::{file, overlay};
@@ -234,11 +235,12 @@ impl Marker {
             }
             return Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false });
         }
-        let root = file::open_root(&init.root_path()).map_err(Refusal::NoRoot)?;
-        if !overlay::is_overlay(&root).map_err(Refusal::NoRoot)? {
+        let root = init.open_root().map_err(Refusal::NoRoot)?;
+        let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
+        // By the kernel's list: to ask the filesystem could mean to wait for a process.
+        if View::of([&init]).mount(&stat).is_none_or(|mount| mount.kind != b"overlay") {
             return Err(Refusal::NotOverlay);
         }
-        let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
         // A gate on the host's root would ask us before our own programs run.
         if file::stat_path("/").is_ok_and(|host| host.device == stat.device) {
             return Err(Refusal::HostRoot);

@@ -305,7 +305,7 @@ impl Arrivals {
         let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
         self.pulse.answers().fetch_add(1, Ordering::Relaxed);
-        match file::stat_as_known(&event.file) {
+        match file::stat(&event.file) {
             Ok(stat) => {
                 let Event { file, .. } = event;
                 let (whereabouts, calm) = (None, None);

@@ -31,6 +31,7 @@ mod crowd;
 mod feed;
 mod files;
 mod gate;
+mod given;
 mod interpreters;
 mod libraries;
 mod lower;

@@ -10,8 +10,10 @@ mod chaos;
 mod code;
 mod cri;
 mod docker;
+mod door;
 mod drift;
 mod fileless;
+mod fuse;
 mod gate;
 mod hostile;
 mod image;
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         gate::trials(),
         hostile::trials(),
         life::trials(),
+        door::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
