@@ -2,6 +2,7 @@
 //!
 //! Nothing here is clever on purpose: this file is the map of what runs.
 
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,18 +18,23 @@ use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs, Lane, Urgent};
+use crate::gate::{self, Gate};
+use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
 use crate::history::{History, Writer};
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
+use crate::pulse::{Part, Pulse};
 use crate::sys::capabilities::Capabilities;
+use crate::sys::channel::Channel;
+use crate::sys::pidfd;
 use crate::sys::procfs::Handle;
 use crate::threads::stop::{self, Stage};
 use crate::threads::{self, Left, Role, Threads};
 use crate::watch::{self, Command, Scope, Watch};
-use crate::{api, guardian, respond};
+use crate::{api, respond};
 
 /// The order in which a stop ends everything, each stage with how long it may take: the
 /// gate, so that the kernel answers by itself from there on, and then from left to right,
@@ -61,8 +67,16 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     });
     let _ = health.missing.set(missing.collect());
 
-    // The guardian comes before the gate: from its first answer on, the gate is watched.
-    let (mut guardian, heartbeat) = guardian::start().context("cannot start the guardian")?;
+    let settings = settle_the_gate(config, &health);
+    let program = Path::new(gate::THIS_PROGRAM);
+    let gate = Gate::start(program, watch::shards(settings.gate))?;
+    let pulse = gate.pulse.clone();
+    // Before anything is marked: from its first answer on, the gate is watched.
+    let Guardian { child: mut guardian, channel: guarding } =
+        Guardian::start(program, &pulse, &gate.child).context("cannot start the guardian")?;
+    let heart = Heart::start(pulse.clone(), &gate.child, &guardian)
+        .context("cannot start the heart's thread")?;
+    let gate_ended = pidfd::open(gate.child.id()).context("cannot watch the gate")?;
 
     let history = History::open(&config.state_dir)?;
     let reader = history.reader();
@@ -95,8 +109,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let store = Arc::new(Store::open(&baselines, health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
-    let settings = settle_the_gate(config, &health);
-    let mut watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
+    let mut watch = Watch::start(&settings, report_sender, health.clone(), gate)?;
+    heart.progress().needs(watch.gate_turns());
+    heart.progress().needs(health.threads.beats());
     if config.watch.arm == Arm::Strict {
         watch.arm_before_start(&Scope {
             runtimes: config.watch.runtimes.clone(),
@@ -178,12 +193,13 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             recorder: recorder.clone(),
             images: Arc::new(containerd.clone()),
         };
-        tokio::spawn(feed_watchdog(health.clone()));
+        tokio::spawn(feed_watchdog(pulse));
         // Without systemd there is nobody to tell, which is no error.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         tracing::info!(socket = %config.socket.display(), "driftd is watching");
 
         let guardian_ended = tokio::task::spawn_blocking(move || guardian.wait());
+        let gate_ended = tokio::task::spawn_blocking(move || pidfd::wait(gate_ended.as_fd()));
         // It goes on until what was seen before a stop is told to its followers.
         let mut api = tokio::spawn(api::serve(listener, backend, async { drop(api_ends.await) }));
         let reason = tokio::select! {
@@ -198,7 +214,10 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
                 Ok(Ok(())) | Err(_) => Err(anyhow::anyhow!("the pipeline ended")),
             },
             status = guardian_ended => Err(anyhow::anyhow!(
-                "the guardian ended ({status:?}): without it a stuck driftd would freeze containers"
+                "the guardian ended ({status:?}): without it a stuck gate would freeze containers"
+            )),
+            _ = gate_ended => Err(anyhow::anyhow!(
+                "the gate's process ended: without it executions are not seen"
             )),
         };
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -209,7 +228,16 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         Err(err) => (Err(err), None),
     };
     stop::run(stages(
-        Running { watch: Arc::new(watch), containerd, stop_sender, recorder, writer, end_api, api },
+        Running {
+            watch: Arc::new(watch),
+            watched_by: (guarding, heart),
+            containerd,
+            stop_sender,
+            recorder,
+            writer,
+            end_api,
+            api,
+        },
         runtime.handle(),
         &health.threads,
     ));
@@ -223,6 +251,8 @@ const PIPELINE: &str = "pipeline";
 /// What is there to be stopped.
 struct Running {
     watch: Arc<Watch>,
+    /// The guardian's channel and the heart, needed as long as the gate is open.
+    watched_by: (Channel, Heart),
     containerd: Containerd,
     stop_sender: crossbeam_channel::Sender<std::convert::Infallible>,
     recorder: Recorder,
@@ -234,13 +264,20 @@ struct Running {
 /// What each stage of a stop does, and what it leaves undone.
 fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads) -> Vec<Stage> {
     type Work = (Box<dyn FnOnce(Instant) + Send>, Box<dyn Fn() -> Vec<Left>>);
-    let Running { watch, containerd, stop_sender, recorder, writer, end_api, api } = running;
+    let Running { watch, watched_by, containerd, stop_sender, recorder, writer, end_api, api } =
+        running;
     let nothing = || Vec::new();
     let unwritten = writer.left();
     let (gate, watchers, drained) = (watch.clone(), watch.clone(), watch);
     let (end_of_pipeline, pipeline, runtime) = (threads.clone(), threads.clone(), runtime.clone());
     let works: [Work; STOP.len()] = [
-        (Box::new(move |deadline| gate.close_gate(deadline)), Box::new(nothing)),
+        (
+            Box::new(move |_| {
+                gate.close_gate();
+                drop(watched_by);
+            }),
+            Box::new(nothing),
+        ),
         (Box::new(move |_| containerd.stop_following()), Box::new(nothing)),
         (Box::new(move |deadline| watchers.drain(deadline)), Box::new(move || drained.left())),
         (
@@ -306,16 +343,18 @@ async fn asked_to_stop() {
     }
 }
 
-/// Tells systemd's watchdog that we live, as long as the gate's loop turns.
-async fn feed_watchdog(health: Arc<Health>) {
+/// Reports to systemd's watchdog as long as the daemon and its gate make progress.
+async fn feed_watchdog(pulse: Arc<Pulse>) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
     let mut ticks = tokio::time::interval(limit / 3);
-    let mut seen = health.gate_turns.load(Ordering::Relaxed);
+    let turns =
+        || [Part::Daemon, Part::Gate].map(|part| pulse.turns_of(part).load(Ordering::Relaxed));
+    let mut seen = turns();
     loop {
         ticks.tick().await;
-        let turns = health.gate_turns.load(Ordering::Relaxed);
-        if turns != seen {
-            seen = turns;
+        let now = turns();
+        if now[0] != seen[0] && now[1] != seen[1] {
+            seen = now;
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
     }

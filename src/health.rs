@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::pulse::Pulse;
 use crate::threads::Threads;
 
 /// Ways in which the daemon can see or keep less than it should.
@@ -55,6 +56,10 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// The gate had answered more executions than the daemon had taken.
+    GateQueueFull,
+    /// The memory of a process could not be read: something held its lock for long.
+    ProcessUnreadable,
     /// A thread was busy with one item for seconds and made no progress.
     ThreadStuck,
 }
@@ -71,7 +76,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 22] = [
+    pub const ALL: [Failure; 24] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -93,6 +98,8 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::GateQueueFull,
+        Failure::ProcessUnreadable,
         Failure::ThreadStuck,
     ];
 
@@ -119,6 +126,8 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::GateQueueFull => "gate_queue_full",
+            Failure::ProcessUnreadable => "process_unreadable",
             Failure::ThreadStuck => "thread_stuck",
         }
     }
@@ -133,6 +142,7 @@ impl Failure {
             | Failure::TraceLost
             | Failure::CodeQueueFull
             | Failure::ArmedLate
+            | Failure::GateQueueFull
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry
@@ -146,7 +156,8 @@ impl Failure {
             | Failure::MountsFull
             | Failure::NamesFull
             | Failure::ThreadStuck
-            | Failure::ExecEventsFull => Reaction::Degrade,
+            | Failure::ExecEventsFull
+            | Failure::ProcessUnreadable => Reaction::Degrade,
         }
     }
 }
@@ -180,14 +191,8 @@ pub struct Health {
     pub threads: Threads,
     /// Known once the daemon has begun to watch.
     pub gating: OnceLock<Gating>,
-    /// Permission events answered: the gate's progress.
-    pub gate_answers: AtomicU64,
-    /// Turns of the gate's loop; it turns at least every quarter of a second.
-    pub gate_turns: AtomicU64,
-    /// Files that the kernel was told to ask no more about.
-    pub gate_ignored: AtomicU64,
-    /// Files of the image that were about to be changed, and were asked about again.
-    pub copy_ups: AtomicU64,
+    /// What the gate counts, once it has been started.
+    pub pulse: OnceLock<Arc<Pulse>>,
     /// Writes of files that are no programs: seen, counted, not reported.
     pub data_writes: AtomicU64,
     /// Changes that a walk had to find because too many came at once. None of them
@@ -248,6 +253,25 @@ impl Health {
 
     pub fn count(&self, failure: Failure) -> u64 {
         self.counts[failure as usize].load(Ordering::Relaxed)
+    }
+
+    fn in_pulse(&self, counter: fn(&Pulse) -> &AtomicU64) -> u64 {
+        self.pulse.get().map_or(0, |pulse| counter(pulse).load(Ordering::SeqCst))
+    }
+
+    /// Executions that the gate has answered.
+    pub fn gate_answers(&self) -> u64 {
+        self.in_pulse(Pulse::answers)
+    }
+
+    /// Files that the kernel was told to ask no more about.
+    pub fn gate_ignored(&self) -> u64 {
+        self.in_pulse(Pulse::ignored)
+    }
+
+    /// Files of the image that were about to be changed, and were asked about again.
+    pub fn copy_ups(&self) -> u64 {
+        self.in_pulse(Pulse::copy_ups)
     }
 
     /// Every failure that has happened, with its count.

@@ -23,10 +23,12 @@ pub mod history;
 pub mod api;
 
 pub mod health;
+pub mod pulse;
 pub mod threads;
 
 pub mod config;
 pub mod daemon;
+pub mod gate;
 pub mod guardian;
 
 pub mod cli;

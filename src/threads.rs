@@ -569,9 +569,10 @@ impl Threads {
         lock(&self.0.supervisor).1.clone()
     }
 
-    /// Whether the daemon makes progress, for another part of it.
-    pub fn progress(&self) -> Progress {
-        Progress { beats: self.0.beats.clone(), last: 0, since: Instant::now() }
+    /// Counts the supervisor's turns, as long as no thread is beyond help: while this
+    /// moves, the daemon makes progress.
+    pub fn beats(&self) -> Arc<AtomicU64> {
+        self.0.beats.clone()
     }
 
     /// From here on these threads are not replaced: they are to end.
@@ -661,38 +662,6 @@ impl Drop for End {
             std::process::abort();
         }
         self.0.is_over.store(true, Ordering::Release);
-    }
-}
-
-/// Whether the daemon makes progress. It does while the supervisor turns and no thread
-/// that it watches over is beyond help.
-#[derive(Debug)]
-pub struct Progress {
-    beats: Arc<AtomicU64>,
-    last: u64,
-    since: Instant,
-}
-
-/// Without a beat for so long, the daemon makes no progress.
-const SILENT: Duration = Duration::from_secs(3);
-
-impl Progress {
-    /// How often the daemon was found to make progress.
-    pub fn beats(&self) -> u64 {
-        self.beats.load(Ordering::Relaxed)
-    }
-
-    /// To be asked at least once a second.
-    pub fn is_alive(&mut self) -> bool {
-        self.is_alive_at(Instant::now())
-    }
-
-    fn is_alive_at(&mut self, now: Instant) -> bool {
-        let beats = self.beats();
-        if beats != self.last {
-            (self.last, self.since) = (beats, now);
-        }
-        now.saturating_duration_since(self.since) < SILENT
     }
 }
 
@@ -885,20 +854,20 @@ mod tests {
         // In a test the process goes on.
         threads.0.is_given_up.store(false, Ordering::Relaxed);
         threads.on_give_up(move |reason| told.send(reason).unwrap());
-        let mut progress = threads.progress();
+        let beats = threads.beats();
+        let beats = || beats.load(Ordering::Relaxed);
         let (end, ends) = bounded::<()>(0);
         threads.spawn("test", Role::Owner, None, move || assert!(ends.recv().is_err())).unwrap();
         threads.supervise(TURN);
-        assert!(progress.is_alive());
+        assert_eq!(beats(), 1);
         // The daemon's end is the test's: the last resort is not waited for.
         threads.0.is_given_up.store(true, Ordering::Relaxed);
         for _ in 0..30 {
             threads.supervise(Duration::from_secs(1));
         }
-        let beats = progress.beats();
+        let last = beats();
         threads.supervise(TURN);
-        assert_eq!(progress.beats(), beats);
-        assert!(!progress.is_alive_at(Instant::now() + SILENT));
+        assert_eq!(beats(), last);
         assert!(reasons.is_empty());
         drop(end);
     }

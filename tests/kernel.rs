@@ -19,15 +19,17 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
+use driftd::gate::Gate;
 use driftd::health::{Failure, Health};
 use driftd::model::{
     Blake3Hash, ContainerId, Content, Entry, Fact, FileState, FileTime, FileType, Filesystem,
     Format, LayerFile, Observation, Process, RootfsPath, Source, Unhashed,
 };
+use driftd::pulse::Part;
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
 use driftd::sys::mounts::Notifier;
 use driftd::sys::procfs;
-use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
+use driftd::watch::{self, Command as Order, Report, Trust, Verdict, Watch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// In an emulated machine, where all is slow.
@@ -340,6 +342,12 @@ fn settings() -> config::Watch {
     }
 }
 
+/// The gate's process, of the program that is installed.
+fn start_gate(settings: &config::Watch) -> Gate {
+    Gate::start(Path::new(env!("CARGO_BIN_EXE_driftd")), watch::shards(settings.gate))
+        .unwrap_or_else(|err| panic!("the gate cannot start: {err}"))
+}
+
 /// The watchers, and everything they have told.
 struct Node {
     watch: Option<Watch>,
@@ -361,7 +369,7 @@ impl Node {
     fn with(reports: usize, settings: &config::Watch) -> Node {
         let (sender, reports) = bounded(reports);
         let health = Arc::new(Health::default());
-        let watch = Watch::start(settings, sender, health.clone(), None)
+        let watch = Watch::start(settings, sender, health.clone(), start_gate(settings))
             .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
@@ -803,7 +811,7 @@ fn a_thousand_executions_are_a_thousand_observations() {
         _ => None,
     });
     node.assert_no_loss();
-    assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
+    assert!(node.health.gate_answers() >= 1000);
 }
 
 /// An environment with which what execve(2) writes on the stack begins just below a
@@ -1128,8 +1136,14 @@ impl Node {
     fn with_notifier(notifier: Notifier) -> Node {
         let (sender, reports) = bounded(64 * 1024);
         let health = Arc::new(Health::default());
-        let watch = Watch::start_with(&settings(), sender, health.clone(), None, notifier)
-            .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
+        let watch = Watch::start_with(
+            &settings(),
+            sender,
+            health.clone(),
+            start_gate(&settings()),
+            notifier,
+        )
+        .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
 
@@ -1191,7 +1205,8 @@ fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
             let words = ["umount", point.to_str().unwrap()];
             assert!(container.beside(&words).status().unwrap().success(), "the volume is busy");
         }
-        assert_eq!(node.executed_elsewhere().len(), 20);
+        let told = node.executed_elsewhere();
+        assert_eq!(told.len(), 20, "{told:#?}");
         node.assert_no_loss();
         // Nothing of it is kept.
         container.kill_init();
@@ -1800,9 +1815,7 @@ fn what_waits_at_the_gate_goes_on_when_the_watchers_stop() {
     node.attach(&container);
     let script = "i=0; while [ $i -lt 300 ]; do /bin/true || exit 1; i=$((i+1)); done";
     let mut busy = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
-    wait_for("the gate to be busy", || {
-        (node.health.gate_answers.load(Ordering::Relaxed) > 20).then_some(())
-    });
+    wait_for("the gate to be busy", || (node.health.gate_answers() > 20).then_some(()));
     node.watch.take().unwrap().stop();
     assert!(busy.0.wait().unwrap().success());
 }
@@ -1866,16 +1879,17 @@ fn x09_nobody_waits_for_a_stop_however_much_is_being_looked_at() {
 }
 
 #[test]
-fn the_gate_beats_while_nothing_happens() {
-    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
-    let (reader, writer) = nix::unistd::pipe2(flags).unwrap();
+fn the_gate_counts_its_turns_while_nothing_happens() {
     let (sender, _reports) = bounded(8);
-    let watch =
-        Watch::start(&settings(), sender, Arc::new(Health::default()), Some(writer)).unwrap();
-    let mut beats = 0;
-    wait_for("three beats", || {
-        beats += rustix::io::read(&reader, &mut [0; 64]).unwrap_or(0);
-        (beats >= 3).then_some(())
+    let gate = start_gate(&settings());
+    let pulse = gate.pulse.clone();
+    let watch = Watch::start(&settings(), sender, Arc::new(Health::default()), gate).unwrap();
+    let turns = [pulse.turns_of(Part::Gate), &*watch.gate_turns()]
+        .map(|turns| turns.load(Ordering::Relaxed) + 3);
+    wait_for("three turns", || {
+        let now = [pulse.turns_of(Part::Gate), &*watch.gate_turns()]
+            .map(|turns| turns.load(Ordering::Relaxed));
+        (now[0] >= turns[0] && now[1] >= turns[1]).then_some(())
     });
     watch.stop();
 }

@@ -37,6 +37,9 @@ impl Source {
 #[derive(Clone, Debug)]
 pub struct Observation {
     pub container: ContainerId,
+    /// The init process of the run in which it was seen: the container's ID may name a
+    /// later run by the time this is read.
+    pub init: ProcessIdentity,
     pub at: Timestamp,
     pub source: Source,
     /// The first process of the session to which the one that did it belongs, where

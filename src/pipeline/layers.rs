@@ -171,7 +171,7 @@ impl State {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
                 entry.insert_finding(finding);
-                self.publish(container, id, now, effects);
+                self.publish(container, id, None, now, effects);
             }
             None => {
                 effects.push(Effect::record(&finding));
@@ -199,7 +199,7 @@ impl State {
             .min()
             .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
         let others = [self.unsaid.due(), self.sessions.due(), self.gaps.next_due()];
-        others.into_iter().chain([without_baseline]).flatten().min()
+        others.into_iter().chain([without_baseline, self.kill_due()]).flatten().min()
     }
 
     pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
@@ -210,6 +210,7 @@ impl State {
         if self.sessions.due().is_some_and(|due| due <= now) {
             self.say_sessions(now, effects);
         }
+        self.kill_again(now, effects);
         let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
         for id in unsettled {
             let since = self.inventory.get(&id).and_then(|entry| entry.without_baseline);
@@ -251,7 +252,7 @@ impl State {
         missing.belongs_to(id, entry);
         missing.detail = Some(reason);
         entry.insert_finding(missing);
-        self.publish(id, finding, now, effects);
+        self.publish(id, finding, None, now, effects);
     }
 }
 

@@ -625,24 +625,6 @@ impl Group {
         self.mark_object(flags, mask, file)
     }
 
-    /// Takes every mark away, of whatever kind.
-    pub fn unmark_everything(&self) -> io::Result<()> {
-        let path: Option<&Path> = None;
-        let kinds = [MarkFlags::FAN_MARK_FILESYSTEM, MarkFlags::FAN_MARK_MOUNT, MarkFlags::empty()];
-        kinds.into_iter().try_for_each(|kind| {
-            let flags = MarkFlags::FAN_MARK_FLUSH | kind;
-            let done = self.fanotify.mark(flags, MaskFlags::empty(), nix::fcntl::AT_FDCWD, path);
-            done.map_err(io::Error::from)
-        })
-    }
-
-    /// Whether events wait to be read.
-    pub fn has_events(&self) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut fds = [PollFd::new(self, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-    }
-
     /// Takes every mark on an inode away, those of directories too. Marks on
     /// filesystems and mounts stay.
     pub fn flush(&self) -> io::Result<()> {
@@ -669,6 +651,25 @@ pub enum ReadError {
 }
 
 impl Error {
+    /// What another process could not make a group for.
+    pub fn from_errno(err: io::Error) -> Error {
+        match err.raw_os_error() {
+            Some(errno) => Error::from_init(Errno::from_raw(errno)),
+            None => Error::Other(err),
+        }
+    }
+
+    /// The kernel's number for it.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::Missing => libc::ENOSYS,
+            Error::NotPermitted => libc::EPERM,
+            Error::TooMany => libc::EMFILE,
+            Error::NoPermissionEvents => libc::EINVAL,
+            Error::Other(err) => err.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+
     fn from_init(errno: Errno) -> Error {
         match errno {
             Errno::ENOSYS => Error::Missing,

@@ -256,12 +256,14 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         // It would be its own twin, or no image has anything there.
         Some(_) | None => None,
     };
-    let Executing { mut process, exec_name } = executing;
+    let Executing { mut process } = executing;
     if process.argv.is_none() {
         // Here and not where it was described: those who wait there may be ending.
         let execve = (process.identity.pid, asked);
         process.argv = process::recorded_arguments(shared, execve, &|| is_crowded);
     }
+    let execve = (process.identity.pid, asked);
+    let exec_name = process::recorded_name(shared, execve, &|| is_crowded);
     let is_deleted = state.deleted;
     // The gate looked before it ran. It may also just have lost its name.
     let is_nameless = layer_file.is_none() && stat.links == 0 && unseen::has_a_number(&path);

@@ -12,15 +12,17 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use jiff::Timestamp;
 
 use super::copyup::{Free, Residence};
-use super::gate::events;
+use super::gate::ExecMarks;
 use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report, Verdict};
+use crate::gate::Place;
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, printable};
+use crate::sys::door::View;
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::Handle;
 use crate::sys::{file, overlay};
@@ -40,7 +42,7 @@ pub(super) struct Control {
 /// it, or the runtime that is about to start it.
 pub(super) struct Marker {
     pub(super) shared: Arc<Shared>,
-    pub(super) gate: Arc<Group>,
+    pub(super) marks: ExecMarks,
     /// If unchanged programs are asked about only once.
     pub(super) free: Option<Arc<Free>>,
     pub(super) feed: Arc<Group>,
@@ -249,11 +251,12 @@ impl Marker {
             }
             return Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false });
         }
-        let root = file::open_root(&init.root_path()).map_err(Refusal::NoRoot)?;
-        if !overlay::is_overlay(&root).map_err(Refusal::NoRoot)? {
+        let root = init.open_root().map_err(Refusal::NoRoot)?;
+        let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
+        // By the kernel's list: to ask the filesystem could mean to wait for a process.
+        if View::of([&init]).mount(&stat).is_none_or(|mount| mount.kind != b"overlay") {
             return Err(Refusal::NotOverlay);
         }
-        let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
         // A gate on the host's root would ask us before our own programs run.
         if file::stat_path("/").is_ok_and(|host| host.device == stat.device) {
             return Err(Refusal::HostRoot);
@@ -275,18 +278,17 @@ impl Marker {
         // Known before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
         let mut residence = self.admit(&watched, &init);
-        let gate = residence.as_ref().map_or(&self.gate, |residence| &residence.shard.gate);
-        let mask = events(self.shared.settings.gate);
+        let place = residence.as_ref().map_or(Place::Plain, Residence::place);
         let marked = self
-            .shared
-            .mark(|| gate.mark_filesystem(root.as_fd(), mask))
+            .marks
+            .mark_root(place, root.as_fd())
             .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
         // The marks do not keep the mount busy, but this would.
         drop(root);
         if let Err(err) = marked {
             self.shared.table.remove(&watched);
-            if let (Some(free), Some(residence)) = (&self.free, &residence) {
-                free.leave(residence);
+            if let Some(residence) = &residence {
+                residence.leave();
             }
             return Err(Refusal::MarkRefused(err));
         }
@@ -345,8 +347,8 @@ impl Marker {
         if !watched.detach() {
             return;
         }
-        if let (Some(free), Some(residence)) = (&self.free, watched.residence()) {
-            free.leave(residence);
+        if let Some(residence) = watched.residence() {
+            residence.leave();
         }
         watched.files.close();
         self.mounts.detach(&watched);
@@ -378,7 +380,7 @@ fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
 /// What was known of the image's files counts no more: all are asked about again.
 fn forget(watched: &Watched) {
     if let Some(residence) = watched.residence() {
-        residence.shard.forget();
+        residence.forget();
     }
 }
 

@@ -30,7 +30,7 @@ use crate::health::Failure;
 use crate::model::{
     Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
 };
-use crate::sys::overlay::{self, Medium};
+use crate::sys::door::{Ground, View};
 use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 use crate::threads;
@@ -58,11 +58,7 @@ pub(super) struct Program {
 impl Program {
     /// Whether it is a dynamic linker, which runs the program that it is given.
     fn is_linker(&self) -> bool {
-        let Some(file) = &self.file else { return false };
-        let name = file.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
-        [b"ld-linux".as_slice(), b"ld-musl", b"ld.so", b"ld64.so", b"ld-2."]
-            .iter()
-            .any(|start| name.starts_with(start))
+        self.file.as_deref().is_some_and(scripts::is_linker)
     }
 }
 
@@ -148,6 +144,7 @@ impl TraceConsumer for Tracing {
             pid: *pid,
             file: program.file.clone(),
             exec_name: file_name.clone(),
+            executed: *time,
             at: timestamp(*time),
         };
         if let Err(TrySendError::Full(_)) = self.started.try_send(Box::new(started)) {
@@ -434,8 +431,8 @@ fn look(
     let name = mapped.name.strip_suffix(b" (deleted)").unwrap_or(&mapped.name);
     let init = Handle::open_exactly(watched.init).ok();
     for viewer in [handle, init.as_ref()].into_iter().flatten() {
-        let Some(fd) = code::open_in(viewer, name) else { continue };
-        let is_same = crate::sys::file::stat_as_known(&fd)
+        let Some(fd) = code::open_in(watched, viewer, name) else { continue };
+        let is_same = crate::sys::file::stat(&fd)
             .is_ok_and(|stat| (stat.device, stat.inode) == (mapped.device, mapped.inode));
         if is_same {
             return is_library(code::of_descriptor(shared, watched, Some(viewer), &fd)?);
@@ -446,13 +443,14 @@ fn look(
     } else if code::memfd_name(mapped.device, &mapped.name).is_some() {
         Filesystem::Anonymous
     } else {
-        let mountinfo = init?.mountinfo().ok()?;
-        match overlay::medium_of_device(&mountinfo, mapped.device) {
-            Some(Medium::Tmpfs) => Filesystem::Tmpfs,
+        match View::of([&init?]).ground_of_device(mapped.device) {
+            Some(Ground::Memory) => Filesystem::Tmpfs,
             // Of a mount namespace of its own, or a library of the runtime's that it
             // loaded on its way in, from a filesystem of the host of which the
             // container has a part.
-            Some(Medium::Local | Medium::Foreign) | None => return None,
+            Some(Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) | None => {
+                return None;
+            }
         }
     };
     Some(code::gone(RootfsPath::new(name).ok()?, filesystem))

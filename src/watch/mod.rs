@@ -3,8 +3,8 @@
 //! Plain threads, because disks and the kernel block:
 //!
 //! ```text
-//! Command ─> control ── marks ──> kernel
-//!     mounts <───┤                  │ exec?                     │ closed after writing
+//! Command ─> control ── marks ──> gate's process, kernel
+//!     mounts <───┤                  │ executed                  │ closed after writing
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
@@ -31,6 +31,7 @@ mod crowd;
 mod feed;
 mod files;
 mod gate;
+mod given;
 mod interpreters;
 mod libraries;
 mod lower;
@@ -57,9 +58,8 @@ mod writers;
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -71,11 +71,12 @@ pub use self::trace::Executions;
 pub use self::trial::{Distrust, try_free_gate};
 pub use self::trust::{Trust, Verdict};
 
-use self::copyup::{CopyUps, Free};
-use self::gate::{Heart, Pulse};
+use self::copyup::Free;
+use self::gate::{Arrivals, ExecMarks};
 use self::shared::{LAST_WORDS, Shared};
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
+use crate::gate::{Gate, Stopper};
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
@@ -185,11 +186,14 @@ pub struct Watch {
     shared: Arc<Shared>,
     marker: Arc<control::Marker>,
     commands: Sender<Command>,
-    copy_ups_held: Arc<AtomicBool>,
-    /// The gates whose marks are taken away first when the watchers stop.
-    gates: Vec<Arc<Group>>,
     threads: Vec<&'static str>,
     executions: Executions,
+    gate: std::process::Child,
+    is_gate_closed: AtomicBool,
+    stopper: Stopper,
+    /// Until a thread takes the calls of runtimes, the gate holds none.
+    calls: Option<Receiver<arm::Call>>,
+    gate_turns: Arc<AtomicU64>,
 }
 
 impl std::fmt::Debug for control::Marker {
@@ -205,33 +209,39 @@ impl std::fmt::Debug for Shared {
 }
 
 impl Watch {
-    /// Starts watching, of nothing yet. The gate writes a byte to `heartbeat`, the
-    /// non-blocking end of a pipe, at least every quarter of a second.
+    /// Starts watching, of nothing yet. `gate` was started with [`shards`].
     pub fn start(
         settings: &config::Watch,
         reports: Sender<Box<Report>>,
         health: Arc<Health>,
-        heartbeat: Option<OwnedFd>,
+        gate: Gate,
     ) -> Result<Watch, Error> {
         let notifier = if settings.volumes { Notifier::new() } else { Notifier::polling() };
-        Watch::start_with(settings, reports, health, heartbeat, notifier)
+        Watch::start_with(settings, reports, health, gate, notifier)
     }
 
-    /// The same, told of new mounts by `notifier`.
+    /// The same, notified of new mounts by `notifier`.
     pub fn start_with(
         settings: &config::Watch,
         reports: Sender<Box<Report>>,
         health: Arc<Health>,
-        heartbeat: Option<OwnedFd>,
+        gate: Gate,
         notifier: Notifier,
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
-        let gate = Arc::new(match settings.gate {
-            config::Gate::Ask | config::Gate::Free => Group::exec_gate()?,
-            config::Gate::Notify => Group::exec_feed()?,
-        });
+        let Gate { child, marks: gate_marks, events, pulse } = gate;
+        let _ = health.pulse.set(pulse.clone());
+        let (marks, exec_feed) = match settings.gate {
+            config::Gate::Ask | config::Gate::Free => (ExecMarks::Gate(gate_marks.clone()), None),
+            config::Gate::Notify => {
+                let group = Arc::new(Group::exec_feed()?);
+                (ExecMarks::Feed(group.clone()), Some(group))
+            }
+        };
         let free = match settings.gate {
-            config::Gate::Free => Some(Arc::new(Free::new()?)),
+            config::Gate::Free => {
+                Some(Arc::new(Free::new(gate_marks.clone(), shards(settings.gate))))
+            }
             config::Gate::Ask | config::Gate::Notify => None,
         };
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
@@ -247,11 +257,11 @@ impl Watch {
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
-        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone(), notifier)?);
+        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
         let marker = Arc::new(control::Marker {
             shared: shared.clone(),
-            gate: gate.clone(),
-            free: free.clone(),
+            marks,
+            free,
             feed: feed.clone(),
             mounts: mounts.clone(),
             orders: orders.clone(),
@@ -270,20 +280,21 @@ impl Watch {
             }
         }
 
+        let (calls, receive_calls) = bounded(arm::QUEUE);
         let mut watch = Watch {
             shared: shared.clone(),
             marker: marker.clone(),
             commands,
-            copy_ups_held: Arc::default(),
-            gates: vec![gate.clone()],
             threads: Vec::new(),
             executions,
+            gate: child,
+            is_gate_closed: AtomicBool::new(false),
+            stopper: gate_marks.stopper(),
+            calls: Some(receive_calls),
+            gate_turns: Arc::default(),
         };
-        let shards = free.iter().flat_map(|free| &free.shards);
-        watch.gates.extend(shards.map(|shard| shard.gate.clone()));
-        let scan_orders_depth = threads::depth_of(&receive_orders);
+        let depth = threads::depth_of(&receive_orders);
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
-        let depth = scan_orders_depth;
         watch.spawn("scan", Role::Owner, Some(depth), || scan.run())?;
         let ours = shared.clone();
         let (large, receive_large) = bounded(LARGE_QUEUE);
@@ -314,25 +325,6 @@ impl Watch {
         watch.spawn("attachments", Role::Owner, None, move || ours.attachments.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
-        let mut pulse = Pulse::default();
-        let mut more_gates = Vec::new();
-        let mut copy_ups = None;
-        if let Some(free) = &free {
-            for shard in &free.shards {
-                more_gates.push(gate::Gate {
-                    group: shard.gate.clone(),
-                    shard: Some(shard.clone()),
-                    shared: shared.clone(),
-                    content: content.clone(),
-                    crowd: RefCell::default(),
-                    processes: processes.clone(),
-                    turns: pulse.of_another(),
-                    heart: None,
-                });
-            }
-            let (shared, held) = (shared.clone(), watch.copy_ups_held.clone());
-            copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
-        }
         let ours = shared.clone();
         let depth = threads::depth_of(&receive_acts);
         watch.spawn("sessions", Role::Owner, Some(depth), move || {
@@ -356,29 +348,33 @@ impl Watch {
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
             watch.spawn("trace", Role::Owner, None, || trace.run(recorder))?;
         }
-        let thread = gate::Gate {
-            group: gate.clone(),
-            shard: None,
+        let arrivals = || Arrivals {
             shared: shared.clone(),
-            content,
+            marks: gate_marks.clone(),
+            pulse: pulse.clone(),
+            content: content.clone(),
             crowd: RefCell::default(),
-            processes,
-            turns: pulse.of_another(),
-            heart: Some(Heart { pulse, heartbeat }),
+            processes: processes.clone(),
         };
-        watch.spawn("gate", Role::Unsupervised, None, || thread.run())?;
-        for thread in more_gates {
-            watch.spawn("gate", Role::Unsupervised, None, || thread.run())?;
+        let thread = gate::Gate {
+            arrivals: arrivals(),
+            events,
+            calls,
+            turns: watch.gate_turns.clone(),
+            losses: gate::Losses::default(),
+        };
+        watch.spawn("gate", Role::Owner, None, || thread.run())?;
+        if let Some(group) = exec_feed {
+            let thread = gate::Feed { arrivals: arrivals(), group };
+            watch.spawn("executions", Role::Owner, None, || thread.run())?;
         }
-        if let Some(thread) = copy_ups {
-            watch.spawn("copy-ups", Role::Unsupervised, None, || thread.run())?;
-        }
+        drop((content, processes));
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", Role::Owner, None, || thread.run())?;
         watch.spawn("mounts", Role::Owner, None, move || mounts.run())?;
         let supervised = shared.clone();
-        watch.spawn("heart", Role::Unsupervised, None, move || supervise(&supervised))?;
+        watch.spawn("supervisor", Role::Unsupervised, None, move || supervise(&supervised))?;
         let depth = threads::depth_of(&receive_commands);
         let thread = control::Control {
             shared,
@@ -394,20 +390,11 @@ impl Watch {
     /// From now on, containers are armed before their runtime starts them: what
     /// `watch.arm = "strict"` means.
     pub fn arm_before_start(&mut self, scope: &Scope) -> Result<(), Error> {
-        let (calls, receive_calls) = bounded(arm::QUEUE);
-        let (done, receive_done) = bounded(2 * arm::QUEUE);
-        let wake = arm::waker()?;
-        let thread = arm::Arming {
-            shared: self.shared.clone(),
-            marker: self.marker.clone(),
-            scope: scope.clone(),
-            calls: receive_calls,
-            done,
-            wake: wake.clone(),
-        };
-        self.spawn("arming", Role::Unsupervised, None, || thread.run())?;
-        let thread = arm::Arm::new(self.shared.clone(), scope, calls, receive_done, wake)?;
-        self.spawn("arm", Role::Unsupervised, None, || thread.run())
+        let Some(calls) = self.calls.take() else { return Ok(()) };
+        let (shared, marker) = (self.shared.clone(), self.marker.clone());
+        let depth = threads::depth_of(&calls);
+        let thread = arm::Arming::new(shared, marker, self.stopper.marks(), scope, calls)?;
+        self.spawn("arming", Role::Owner, Some(depth), || thread.run())
     }
 
     /// On an error, what was started ends by itself when `self` is dropped.
@@ -448,28 +435,28 @@ impl Watch {
         self.commands.clone()
     }
 
-    /// While this is set, copy-ups wait, as if their thread had been stopped. For
-    /// tests only.
-    #[doc(hidden)]
-    pub fn copy_ups_held(&self) -> Arc<AtomicBool> {
-        self.copy_ups_held.clone()
+    /// The process of the gate.
+    pub fn gate(&self) -> &std::process::Child {
+        &self.gate
     }
 
-    /// Closes the gate: from here on no exec waits for driftd. Its threads still answer
-    /// what waits already.
-    pub fn close_gate(&self, deadline: Instant) {
-        self.shared.close_marks();
-        for gate in &self.gates {
-            if let Err(err) = gate.unmark_everything() {
-                tracing::warn!("the gate keeps its marks until it is closed: {err}");
-            }
+    /// Turns of the thread that takes what the gate hands on: while they stand still,
+    /// nothing is seen of what is executed.
+    pub fn gate_turns(&self) -> Arc<AtomicU64> {
+        self.gate_turns.clone()
+    }
+
+    /// Closes the gate: the kernel lets everything run from then on.
+    pub fn close_gate(&self) {
+        if self.is_gate_closed.swap(true, Ordering::Relaxed) {
+            return;
         }
-        // Whoever was asked for between the last mark and its end is answered by now.
-        let mut quiet_turns = 0;
-        while quiet_turns < 4 && Instant::now() < deadline {
-            let is_quiet = self.gates.iter().all(|gate| !gate.has_events());
-            quiet_turns = if is_quiet { quiet_turns + 1 } else { 0 };
-            std::thread::sleep(Duration::from_millis(5));
+        if let Err(err) = self.stopper.close() {
+            // Ended already, or to be ended: either way the kernel opens it. Nobody has
+            // waited for it, so that its pid is its own.
+            tracing::debug!("the gate could not be closed and is ended: {err}");
+            let gate = rustix::process::Pid::from_child(&self.gate);
+            let _ = rustix::process::kill_process(gate, rustix::process::Signal::KILL);
         }
     }
 
@@ -489,6 +476,7 @@ impl Watch {
         let untold = self.shared.untold();
         let more = [
             ("items taken and not told", untold),
+            ("executions answered and not taken from the gate", self.shared.untaken()),
             ("changed files, which the next start looks at", self.shared.unsettled()),
         ];
         left.extend(
@@ -500,13 +488,22 @@ impl Watch {
 
     /// Ends everything: the gate first, so that the kernel allows every exec that waits.
     pub fn stop(self) {
-        self.close_gate(Instant::now() + CLOSED_WITHIN);
+        self.close_gate();
         self.drain(Instant::now() + LAST_WORDS + Duration::from_secs(1));
     }
 }
 
-/// How long the gate may take to be closed.
-const CLOSED_WITHIN: Duration = Duration::from_millis(500);
+/// How long the gate's process may take to end once nobody takes anything from it.
+const GATE_ENDS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How many groups of the gate ask about an unchanged file only once. More would spare
+/// containers one another's copy-ups; a user may have 128 groups in all.
+pub fn shards(gate: config::Gate) -> u8 {
+    match gate {
+        config::Gate::Free => 2,
+        config::Gate::Ask | config::Gate::Notify => 0,
+    }
+}
 
 /// Looks after all of the daemon's threads, until the watchers stop.
 fn supervise(shared: &Shared) {
@@ -543,10 +540,20 @@ fn supervise(shared: &Shared) {
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        self.close_gate();
         self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
         // What nobody takes any more is not kept open either.
         self.shared.health.threads.forget(&self.threads);
+        // It ends when what it has answered is handed over.
+        let deadline = Instant::now() + GATE_ENDS_WITHIN;
+        while matches!(self.gate.try_wait(), Ok(None)) {
+            if Instant::now() >= deadline {
+                let _ = self.gate.kill();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 

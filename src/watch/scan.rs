@@ -520,7 +520,7 @@ fn open_below(layers: &Layers, path: &RootfsPath, upper: &OwnedFd) -> Option<Own
 /// mount and must not be kept.
 fn open_merged(watched: &Watched, path: &RootfsPath) -> io::Result<OwnedFd> {
     let handle = crate::sys::procfs::Handle::open_exactly(watched.init)?;
-    let root = file::open_root(&handle.root_path())?;
+    let root = handle.open_root()?;
     if file::stat(&root)?.device != watched.device {
         return Err(io::ErrorKind::NotFound.into());
     }

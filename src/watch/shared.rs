@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, TrySendError};
@@ -30,7 +30,6 @@ use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 use crate::sys::file;
-use crate::sys::perf;
 use crate::threads;
 
 /// How long a stop waits for what was seen before it.
@@ -72,12 +71,12 @@ pub(super) struct Shared {
     stopped_at: OnceLock<Instant>,
     /// What threads had taken from their queues when there was no more time for it.
     untold: AtomicU64,
-    /// Held for reading while marks of the gate are set; true once none may be set.
-    marks: RwLock<bool>,
     /// Readable once the watchers are to stop.
     end: OwnedFd,
     records_executions: AtomicBool,
     records_arguments: AtomicBool,
+    /// Executions that the gate has answered and that have been taken from it.
+    pub(super) gate_taken: AtomicU64,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
 }
@@ -96,7 +95,6 @@ pub(super) struct Arming {
     /// Since when, in the clock ticks by which processes tell when they started;
     /// unset without such a thread.
     pub(super) since: OnceLock<u64>,
-    pub(super) turns: AtomicU64,
 }
 
 /// More paths of one container than this are not waited for one by one: it is
@@ -167,10 +165,10 @@ impl Shared {
             wake_scan,
             stopped_at: OnceLock::new(),
             untold: AtomicU64::new(0),
-            marks: RwLock::default(),
             end,
             records_executions: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
+            gate_taken: AtomicU64::new(0),
             arming: Arming::default(),
         })
     }
@@ -221,17 +219,6 @@ impl Shared {
     /// What was taken from queues and could not be told before the stop was over.
     pub(super) fn untold(&self) -> u64 {
         self.untold.load(Ordering::Relaxed)
-    }
-
-    /// Sets marks of the gate, unless it is closed for good.
-    pub(super) fn mark<T>(&self, mark: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let is_closed = self.marks.read().unwrap_or_else(PoisonError::into_inner);
-        if *is_closed { Err(io::Error::other("driftd is stopping")) } else { mark() }
-    }
-
-    /// From here on nobody sets a mark.
-    pub(super) fn close_marks(&self) {
-        *self.marks.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -341,9 +328,9 @@ impl Shared {
         self.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The gate is asked about a file, by its device and inode, and will tell it.
-    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64)) {
-        let at = perf::now();
+    /// The gate was asked about a file at that time, by its device and inode, and it is
+    /// reported as that.
+    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64), at: u64) {
         let mut asked = self.asked();
         if asked.len() >= MAX_ASKED && !asked.contains_key(&pid) {
             // Told twice is better than never.
@@ -353,6 +340,30 @@ impl Shared {
         if files.len() < MAX_ASKED_OF_ONE {
             files.push(Asked { file, at });
         }
+    }
+
+    /// Waits for a moment until what the gate has answered by now is taken from it, so
+    /// that it is known before the kernel's record of the same execution is looked at.
+    pub(super) fn wait_for_gate(&self) {
+        const STEP: Duration = Duration::from_micros(100);
+        const AT_MOST: u32 = 1000;
+        let Some(pulse) = self.health.pulse.get() else { return };
+        let answered = pulse.answers().load(Ordering::SeqCst);
+        for _ in 0..AT_MOST {
+            let lost = pulse.dropped().load(Ordering::Relaxed);
+            if self.gate_taken.load(Ordering::Acquire) + lost >= answered || self.is_stopping() {
+                return;
+            }
+            std::thread::sleep(STEP);
+        }
+    }
+
+    /// How many executions the gate has answered that were not taken from it.
+    pub(super) fn untaken(&self) -> u64 {
+        let Some(pulse) = self.health.pulse.get() else { return 0 };
+        let answered = pulse.answers().load(Ordering::SeqCst);
+        let lost = pulse.dropped().load(Ordering::Relaxed);
+        answered.saturating_sub(self.gate_taken.load(Ordering::Acquire) + lost)
     }
 
     /// What the gate was asked about between a process's last execve and this time, by
@@ -384,7 +395,8 @@ impl Shared {
             let named = Named::now(process.identity.pid);
             self.roots().of(&watched.container, &self.births(), named)
         });
-        Observation { container: watched.container.clone(), at, source, session, fact }
+        let (container, init) = (watched.container.clone(), watched.init);
+        Observation { container, init, at, source, session, fact }
     }
 
     pub(super) fn roots(&self) -> MutexGuard<'_, Roots> {

@@ -12,7 +12,7 @@ use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentit
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf;
-use crate::sys::procfs::{self, Handle};
+use crate::sys::procfs::{self, Handle, Whereabouts};
 
 /// One container whose overlay carries our marks.
 ///
@@ -480,12 +480,12 @@ impl Table {
     /// Whose an executed file is that lies on no container's own overlay: by who
     /// executes it. A program of the host's is nobody's, even from a volume that a
     /// container shares.
-    pub(super) fn user_of(&self, stat: &Stat, process: &Handle) -> Option<Arc<Watched>> {
-        if let Some(watched) = self.of_process(process) {
+    pub(super) fn user_of(&self, stat: &Stat, process: &Whereabouts) -> Option<Arc<Watched>> {
+        if let Some(watched) = self.of_whereabouts(process) {
             return Some(watched);
         }
         // In namespaces of its own, where control groups tell nothing.
-        if procfs::is_host_pid_namespace(process.pid_namespace().ok()?) {
+        if procfs::is_host_pid_namespace(process.pid_namespace?) {
             return None;
         }
         let maps = self.read();
@@ -538,6 +538,22 @@ impl Table {
             return Some(watched);
         }
         self.by_cgroup(&process.cgroup().ok()?)
+    }
+
+    /// The same of a process that may be gone by now.
+    pub(super) fn of_whereabouts(&self, process: &Whereabouts) -> Option<Arc<Watched>> {
+        let Whereabouts { mount_namespace, pid_namespace, cgroup } = process;
+        let by_mount_namespace = || {
+            let namespace = mount_namespace.filter(|&it| !procfs::is_host_mount_namespace(it))?;
+            self.by_mount_namespace(namespace)
+        };
+        let by_pid_namespace = || {
+            let namespace = pid_namespace.filter(|&it| !procfs::is_host_pid_namespace(it))?;
+            self.by_pid_namespace(namespace)
+        };
+        by_mount_namespace()
+            .or_else(by_pid_namespace)
+            .or_else(|| self.by_cgroup(cgroup.as_deref()?))
     }
 
     /// Whether a container is in this mount namespace.

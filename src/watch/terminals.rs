@@ -19,6 +19,8 @@ use super::sessions;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::model::{Fact, ProcessIdentity, Source};
+use crate::sys::door::{Ground, View};
+use crate::sys::file;
 use crate::sys::procfs::{self, Descriptor, Handle};
 
 /// Terminals that are listened to at once.
@@ -221,6 +223,10 @@ fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
     let Some(input) = is_terminal.then(|| init.open_descriptor(0).ok()).flatten() else {
         return Ok(!terminal.has_begun);
     };
+    // A container's own filesystem can show such a device too, and would be asked.
+    if View::of([&init]).ground(&file::stat(&input)?) != Ground::Kernel {
+        return Ok(!terminal.has_begun);
+    }
     let path = format!("/proc/self/fd/{}", input.as_raw_fd());
     let flags = WatchFlags::ACCESS | WatchFlags::ONESHOT;
     terminal.listening = Some(inotify::add_watch(inotify, path, flags)?);

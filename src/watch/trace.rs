@@ -16,7 +16,7 @@
 //! are gone before anybody looks.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -31,6 +31,7 @@ use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, Format};
 use crate::sys::connector::Connector;
+use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
@@ -251,7 +252,7 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
 }
 
 /// The number of the descriptor that was given to execve instead of a name.
-fn descriptor(file_name: &[u8]) -> Option<u32> {
+pub(super) fn descriptor(file_name: &[u8]) -> Option<u32> {
     let rest = match file_name.strip_prefix(b"/dev/fd/") {
         Some(rest) => rest,
         None => {
@@ -535,6 +536,9 @@ impl Trace {
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
         self.tells_overlays |= overlay.is_some();
+        if program.is_some() && overlay.is_none() {
+            self.shared.wait_for_gate();
+        }
         let asked = self.shared.take_asked(executed.pid, executed.time);
         let is_told = program.as_ref().is_some_and(|program| {
             overlay.is_some()
@@ -563,7 +567,11 @@ impl Trace {
             }
             return;
         };
-        self.shared.arguments().executed(executed.pid, executed.time, arguments);
+        {
+            let mut kept = self.shared.arguments();
+            kept.executed(executed.pid, executed.time, arguments);
+            kept.named(executed.pid, &executed.file_name);
+        }
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
             .is_some_and(|known| known.watched.is_some());
@@ -625,15 +633,26 @@ impl Trace {
             program.is_none_or(|mapped| (mapped.device, mapped.inode) == (stat.device, stat.inode))
         };
         let may_be_below = !self.tells_overlays;
-        let exe = opened.as_ref().and_then(|(exe, stat)| {
-            let is_marked = table.owner(stat).is_some()
+        let is_marked = |stat: &Stat| {
+            table.owner(stat).is_some()
                 || asked.contains(&(stat.device, stat.inode))
-                || self.will_be_told(stat.device, stat.mount, executed);
+                || self.will_be_told(stat.device, stat.mount, executed)
+        };
+        // Asked now: its mounts may be gone with it. Lists of mounts can be long, so only
+        // where it matters.
+        let ground = match &opened {
+            Some((_, stat)) if !is_host && is_same(stat) && !is_marked(stat) => {
+                self.ground(execution, handle.as_ref(), stat)
+            }
+            Some(_) | None => Ground::Foreign,
+        };
+        let exe = opened.as_ref().and_then(|(_, stat)| {
+            let is_marked = is_marked(stat);
             (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
+                is_on_tmpfs: ground == Ground::Memory,
                 is_host: is_host || is_behind(stat),
             })
         });
@@ -668,12 +687,26 @@ impl Trace {
             return None;
         }
         let file = opened.filter(|_| exe.is_some());
+        let file = file.map(|(fd, stat)| (Held { fd, stat }, ground.local()));
         let name = match (program, &file) {
             (Some(mapped), _) => mapped.name.to_vec(),
-            (None, Some((exe, _))) => file::name_of(exe.as_fd()).ok()?,
+            (None, Some((exe, _))) => file::name_of(exe.fd.as_fd()).ok()?,
             (None, None) => return None,
         };
         Some(execution.unseen(filesystem, name, file, handle, is_parent_outside))
+    }
+
+    /// Who answers for a program's file, as its process sees it, or else its parent.
+    fn ground(&self, execution: &Execution<'_>, handle: Option<&Handle>, stat: &Stat) -> Ground {
+        if Some(stat.device) == self.memfd_device {
+            return Ground::Memory;
+        }
+        let view = View::of(handle);
+        if view.mount(stat).is_some() {
+            return view.ground(stat);
+        }
+        let parent = execution.parent.and_then(|parent| Handle::open(parent).ok());
+        View::of(&parent).ground(stat)
     }
 
     /// A script that was executed by its descriptor: the file that was mapped is its
@@ -685,20 +718,24 @@ impl Trace {
         if !stat.is_regular() || self.shared.table.is_marked(stat.device, stat.mount) {
             return None;
         }
-        let script = file::reopen(fd.as_fd()).ok()?;
-        if file::sniff(script.as_fd()).ok()? != Format::Script {
-            return None;
+        let ground = View::of([&handle]).ground(&stat);
+        // Of what cannot be read it is enough that its interpreter runs.
+        if let Some(local) = ground.local() {
+            let script = door::reopen(fd.as_fd(), local).ok()?;
+            if file::sniff(script.as_fd()).ok()? != Format::Script {
+                return None;
+            }
         }
         let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
             Filesystem::Anonymous
-        } else if file::is_in_memory(&fd).unwrap_or(false) {
+        } else if ground == Ground::Memory {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
         };
         let name = file::name_of(fd.as_fd()).ok()?;
         let is_parent_outside = self.is_parent_outside(execution);
-        let file = Some((fd, stat));
+        let file = Some((Held { fd, stat }, ground.local()));
         let found = execution.unseen(filesystem, name, file, Some(handle), is_parent_outside);
         Some(Unseen { is_script: true, ..found })
     }
@@ -768,7 +805,7 @@ impl Execution<'_> {
         &self,
         filesystem: Filesystem,
         name: Vec<u8>,
-        file: Option<(OwnedFd, Stat)>,
+        file: Option<(Held, Option<Local>)>,
         handle: Option<Handle>,
         is_parent_outside: bool,
     ) -> Unseen {

@@ -2,8 +2,7 @@
 //! they hold. Also those that a look at the running processes finds.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
@@ -18,6 +17,7 @@ use crate::model::{
     Blake3Hash, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
     Source, printable,
 };
+use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
 use crate::sys::procfs::{self, Handle};
@@ -31,8 +31,8 @@ pub(super) struct Unseen {
     pub(super) filesystem: Filesystem,
     /// As its process sees it, ` (deleted)` and all.
     pub(super) name: Vec<u8>,
-    /// `None` if the process was gone. Opened only to ask what it is.
-    pub(super) file: Option<(OwnedFd, Stat)>,
+    /// `None` if the process was gone. With the proof that it can be read, if it can.
+    pub(super) file: Option<(Held, Option<Local>)>,
     pub(super) handle: Option<Handle>,
     pub(super) pid: u32,
     /// When, by the clock of the kernel's records.
@@ -65,7 +65,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
     }
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = match &unseen.file {
-        Some((file, stat)) => state_of(file.as_fd(), stat, max_hash_bytes),
+        Some((held, local)) => state_of(held.fd.as_fd(), &held.stat, *local, max_hash_bytes),
         None => state::gone(unseen.filesystem == Filesystem::Anonymous),
     };
     let is_runtimes_own = unseen.is_parent_outside
@@ -102,14 +102,18 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
     }
 }
 
-/// The state of a file that was opened only to ask what it is.
-pub(super) fn state_of(file: BorrowedFd<'_>, stat: &Stat, max_hash_bytes: u64) -> FileState {
-    if !stat.is_regular() {
-        return state::unopened(stat);
-    }
-    match file::reopen(file) {
-        Ok(file) => state::of(file.as_fd(), stat, Hashing::Always, max_hash_bytes),
-        Err(_) => state::unopened(stat),
+/// The state of a file that was opened only to ask what it is. Without the proof that
+/// nobody can make us wait for it, that is what the kernel knows of it.
+pub(super) fn state_of(
+    file: BorrowedFd<'_>,
+    stat: &Stat,
+    local: Option<Local>,
+    max_hash_bytes: u64,
+) -> FileState {
+    let readable = local.filter(|_| stat.is_regular());
+    match readable.and_then(|local| door::reopen(file, local).ok()) {
+        Some(file) => state::of(file.as_fd(), stat, Hashing::Always, max_hash_bytes),
+        None => state::unopened(stat),
     }
 }
 
@@ -144,7 +148,7 @@ fn describe(unseen: &Unseen) -> Process {
         let mut process = process::as_it_is(handle, watched);
         // It may have gone on to another program meanwhile; a script's is another file.
         if !unseen.is_script
-            && let Some((_, stat)) = file
+            && let Some((Held { stat, .. }, _)) = file
             && let Ok(now) = handle.open_exe().and_then(file::stat)
             && (now.device, now.inode) != (stat.device, stat.inode)
         {
@@ -195,15 +199,15 @@ impl Runtimes {
             // of the host's just before.
             return previous.is_some();
         };
-        let parent = unseen.parent.and_then(|parent| Handle::open(parent).ok()?.open_exe().ok());
-        let of_parent = parent.and_then(|exe| {
-            let stat = file::stat(&exe).ok()?;
-            Some((exe, stat))
+        let of_parent = unseen.parent.and_then(|parent| {
+            let fd = Handle::open(parent).ok()?.open_exe().ok()?;
+            let stat = file::stat(&fd).ok()?;
+            Some(Held { fd, stat })
         });
         previous
             .into_iter()
             .chain(of_parent)
-            .any(|(file, stat)| self.hash(file.as_fd(), &stat, state.size, max) == Some(content))
+            .any(|held| self.hash(&held, state.size, max) == Some(content))
             || self.is_installed(state, max)
     }
 
@@ -212,22 +216,16 @@ impl Runtimes {
         let Some(content) = state.blake3() else { return false };
         PLACES.iter().any(|place| {
             NAMES.iter().any(|name| {
-                let path = PathBuf::from(place).join(name);
-                let Ok(file) = std::fs::File::open(path) else { return false };
-                let Ok(stat) = file::stat(&file) else { return false };
-                self.hash(file.as_fd(), &stat, state.size, max) == Some(content)
+                let Ok(held) = door::on_host(format!("{place}/{name}").as_bytes()) else {
+                    return false;
+                };
+                self.hash(&held, state.size, max) == Some(content)
             })
         })
     }
 
     /// The hash of a program of the host's, if it is of this size at all.
-    fn hash(
-        &mut self,
-        file: BorrowedFd<'_>,
-        stat: &Stat,
-        size: u64,
-        max: u64,
-    ) -> Option<Blake3Hash> {
+    fn hash(&mut self, Held { fd, stat }: &Held, size: u64, max: u64) -> Option<Blake3Hash> {
         if stat.size != size || !stat.is_regular() {
             return None;
         }
@@ -239,19 +237,18 @@ impl Runtimes {
         if self.hashes.len() >= MOST {
             self.hashes.clear();
         }
-        let hash = state_of(file, stat, max).blake3();
+        // Of a container's it would be no copy of the host's.
+        let local = View::of([]).ground(stat).local();
+        let hash = state_of(fd.as_fd(), stat, local, max).blake3();
         self.hashes.insert(key, hash);
         hash
     }
 }
 
 /// A mapped file by its name, if the host has the same file there.
-fn on_host(mapped: &Mapped) -> Option<(OwnedFd, Stat)> {
-    let flags =
-        rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
-    let file = rustix::fs::open(&*mapped.name, flags, rustix::fs::Mode::empty()).ok()?;
-    let stat = file::stat(&file).ok()?;
-    ((stat.device, stat.inode) == (mapped.device, mapped.inode)).then_some((file, stat))
+fn on_host(mapped: &Mapped) -> Option<Held> {
+    let held = door::on_host(&mapped.name).ok()?;
+    ((held.stat.device, held.stat.inode) == (mapped.device, mapped.inode)).then_some(held)
 }
 
 /// What the programs of a container's running processes are, each file once.
@@ -299,13 +296,19 @@ impl Running {
         let process = process::as_it_is(handle, watched);
         let pid = handle.identity().pid;
         let name = handle.exe().unwrap_or_default();
+        let ground = if is_overlays {
+            Ground::Disk
+        } else {
+            let init = Handle::open_exactly(watched.init).ok();
+            View::of(std::iter::once(handle).chain(&init)).ground(&stat)
+        };
         let filesystem = if is_overlays {
             Filesystem::Overlay
         } else if handle.has_host_root() {
             return;
-        } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
+        } else if door::memfd_device() == Some(stat.device) || name.starts_with(b"/memfd:") {
             Filesystem::Anonymous
-        } else if file::is_in_memory(&exe).unwrap_or(false) {
+        } else if ground == Ground::Memory {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
@@ -335,7 +338,8 @@ impl Running {
             return;
         }
         let known = layer_file.and_then(|file| watched.layer_files().known(&file));
-        let state = known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, max_hash_bytes));
+        let state =
+            known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes));
         drop(exe);
         let is_from_outside = || {
             procfs::mount_namespace_of(handle.first_stat().parent)

@@ -10,10 +10,14 @@ mod chaos;
 mod code;
 mod cri;
 mod docker;
+mod door;
 mod drift;
 mod fileless;
+mod fuse;
+mod gate;
 mod hostile;
 mod image;
+mod incarnations;
 mod life;
 mod node;
 mod ordinary;
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
+        incarnations::trials(),
         code::trials(),
         sources::trials(),
         together::trials(),
@@ -69,8 +74,10 @@ fn main() -> ExitCode {
         trouble::trials(),
         volumes::trials(),
         chaos::trials(),
+        gate::trials(),
         hostile::trials(),
         life::trials(),
+        door::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
