@@ -14,7 +14,7 @@
 //! watchers, which must never wait, then find their channel full and ask
 //! themselves for a rescan.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -23,11 +23,12 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
+use crate::budget::{self, Pool, Waiting};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
-use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
+use crate::inventory::{BaselineState, Deed, Entry, Inventory, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
@@ -182,12 +183,10 @@ pub enum LookupError {
     Stopping,
 }
 
-/// How many observations of one container may wait for its baseline.
-const BACKLOG: usize = 8192;
-/// How long and how many observations may wait for containerd to tell of their
-/// container.
+/// How long observations may wait for containerd to tell of their container.
 const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
-const MAX_UNANNOUNCED: usize = 1024;
+/// Of how many such containers.
+const MAX_UNANNOUNCED: usize = 256;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
 
@@ -213,7 +212,8 @@ pub struct State {
     told_gaps: HashMap<&'static str, Timestamp>,
     gaps: Gaps,
     /// Seen of containers that containerd has not told of yet.
-    unannounced: VecDeque<Observation>,
+    unannounced: BTreeMap<ContainerId, Waiting>,
+    unannounced_pool: Arc<Pool>,
     /// What is new of aggregated findings and not told yet.
     unsaid: Unsaid,
     sessions: Sessions,
@@ -256,7 +256,8 @@ impl State {
             responses: Vec::new(),
             told_gaps: HashMap::new(),
             gaps: Gaps::default(),
-            unannounced: VecDeque::new(),
+            unannounced: BTreeMap::new(),
+            unannounced_pool: Pool::new(budget::ALL_UNANNOUNCED),
             unsaid: Unsaid::default(),
             sessions: Sessions::default(),
         }
@@ -478,7 +479,7 @@ impl State {
                 self.say_all(effects);
                 // Its last scan was never reported; nothing more will come.
                 self.inventory.remove(&id);
-                self.forget_sessions(&id);
+                self.forget_sessions(&id, effects);
             } else {
                 self.task_exited(&id, now, effects);
                 self.forget(&id, effects);
@@ -553,7 +554,7 @@ impl State {
                         entry.entry_point = detect::entry_point(&baseline, &container.entry_point);
                     }
                     layers::tell_entry_point(&id, entry, effects);
-                    for observation in std::mem::take(&mut entry.backlog) {
+                    for observation in entry.backlog.take() {
                         self.judge(&observation, now, effects);
                     }
                 }
@@ -621,7 +622,7 @@ impl State {
                 {
                     self.say_all(effects);
                     self.inventory.remove(&container);
-                    self.forget_sessions(&container);
+                    self.forget_sessions(&container, effects);
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
@@ -735,24 +736,50 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        self.unannounced.retain(|one| now.duration_since(one.at) < ANNOUNCED_WITHIN);
-        if self.unannounced.len() < MAX_UNANNOUNCED {
-            self.unannounced.push_back(observation.clone());
-            return;
+        self.unannounced.retain(|_, waiting| {
+            let is_old = |one: &Observation| now.duration_since(one.at) >= ANNOUNCED_WITHIN;
+            while waiting.first().is_some_and(is_old) {
+                waiting.pop();
+            }
+            !waiting.is_empty()
+        });
+        let container = &observation.container;
+        let lost = if self.unannounced.contains_key(container)
+            || self.unannounced.len() < MAX_UNANNOUNCED
+        {
+            let pool = &self.unannounced_pool;
+            let waiting = self
+                .unannounced
+                .entry(container.clone())
+                .or_insert_with(|| Waiting::new(pool, budget::UNANNOUNCED));
+            waiting.push(observation.clone())
+        } else {
+            vec![observation.clone()]
+        };
+        self.not_judged(lost, "containerd has not reported the container", now, effects);
+    }
+
+    /// What waited for something found no room.
+    fn not_judged(
+        &mut self,
+        lost: Vec<Observation>,
+        awaited: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        for observation in lost {
+            judged(&observation, watch::Verdict::Lost, effects);
+            let _ = self.health.record(Failure::BaselineBacklogFull);
+            let detail = format!("{awaited}, and more observations wait than may wait");
+            let container = Some(observation.container);
+            self.gap(Failure::BaselineBacklogFull, container, detail, now, effects);
         }
-        judged(observation, watch::Verdict::Lost, effects);
-        let _ = self.health.record(Failure::BaselineBacklogFull);
-        let detail = format!("more than {MAX_UNANNOUNCED} observations of unknown containers");
-        self.gap(Failure::BaselineBacklogFull, None, detail, now, effects);
     }
 
     /// Judges what was seen of a container before it was told of.
     fn announced(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
-        let (of_it, others) = std::mem::take(&mut self.unannounced)
-            .into_iter()
-            .partition::<VecDeque<_>, _>(|one| one.container == *container);
-        self.unannounced = others;
-        for observation in of_it {
+        let Some(mut waiting) = self.unannounced.remove(container) else { return };
+        for observation in waiting.take() {
             self.judge(&observation, now, effects);
         }
     }
@@ -819,15 +846,8 @@ impl State {
             BaselineState::Ready(baseline) => baseline.clone(),
             BaselineState::None(_) => return,
             BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Failed(..) => {
-                if entry.backlog.len() < BACKLOG {
-                    entry.backlog.push_back(observation.clone());
-                } else {
-                    judged(observation, watch::Verdict::Lost, effects);
-                    let _ = self.health.record(Failure::BaselineBacklogFull);
-                    let container = observation.container.clone();
-                    let detail = format!("more than {BACKLOG} observations wait");
-                    self.gap(Failure::BaselineBacklogFull, Some(container), detail, now, effects);
-                }
+                let lost = entry.backlog.push(observation.clone());
+                self.not_judged(lost, "its baseline is not ready", now, effects);
                 return;
             }
         };
@@ -1040,12 +1060,13 @@ impl State {
             if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
                 file.deleted = state.deleted;
             }
-        } else if !entry.has_room_for(kind) {
-            self.findings_full(&observation.container, now, effects);
-            return;
         } else {
             let finding = self.about_file(id, observation, judgement, evidence);
             let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+            if !entry.has_room_for(&finding) {
+                self.fold(observation, judgement, evidence, finding, now, effects);
+                return;
+            }
             entry.insert_finding(finding);
         }
         self.session_caused(observation, evidence.process, id, now, effects);
@@ -1111,11 +1132,16 @@ impl State {
     fn findings_full(
         &mut self,
         container: &ContainerId,
+        kind: Kind,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        if let Some(entry) = self.inventory.get_mut(container) {
+            entry.fold();
+        }
         let _ = self.health.record(Failure::FindingsFull);
-        let detail = format!("{MAX_FINDINGS} findings are kept, of programs that never ran half");
+        let detail =
+            format!("more {kind} than are kept one by one: they are counted in one finding");
         self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
@@ -1300,6 +1326,15 @@ impl State {
                 BaselineState::Ready(_) => (),
             }
         }
+        problems.extend(self.inventory.iter().filter(|(_, entry)| entry.folded() > 0).map(
+            |(id, entry)| {
+                let folded = entry.folded();
+                format!(
+                    "container {id} has more findings than are kept one by one: {folded} sightings \
+                     are counted in one finding of each kind (findings_full)"
+                )
+            },
+        ));
         problems.extend(self.gaps.open().map(|gap| {
             let whose = gap
                 .container

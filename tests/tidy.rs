@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("health", &[]),
+    ("budget", &["model"]),
     ("sys", &["model"]),
     ("config", &["model"]),
     ("policy", &["config", "model"]),
@@ -17,13 +18,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("containerd", &["baseline", "config", "health", "model", "sys"]),
     ("watch", &["config", "health", "model", "sys"]),
     ("detect", &["baseline", "model"]),
-    ("inventory", &["baseline", "model"]),
+    ("inventory", &["baseline", "budget", "model"]),
     ("history", &["health", "model", "respond"]),
     ("respond", &["containerd", "model"]),
     (
         "pipeline",
         &[
             "baseline",
+            "budget",
             "containerd",
             "detect",
             "health",
@@ -35,7 +37,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "watch",
         ],
     ),
-    ("api", &["baseline", "containerd", "health", "history", "model", "pipeline", "respond"]),
+    (
+        "api",
+        &["baseline", "budget", "containerd", "health", "history", "model", "pipeline", "respond"],
+    ),
     (
         "cli",
         &[
