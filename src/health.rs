@@ -1,8 +1,9 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::Serialize;
 
@@ -51,6 +52,11 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// The history holds more bytes than it may: the least severe of the container that
+    /// takes most of it was dropped.
+    HistoryFull,
+    /// The history's file was removed or replaced while driftd ran.
+    HistoryGone,
 }
 
 /// What is done about a [`Failure`].
@@ -65,7 +71,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 21] = [
+    pub const ALL: [Failure; 23] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -87,6 +93,8 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::HistoryFull,
+        Failure::HistoryGone,
     ];
 
     pub fn name(self) -> &'static str {
@@ -112,6 +120,8 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::HistoryFull => "history_full",
+            Failure::HistoryGone => "history_gone",
         }
     }
 
@@ -126,9 +136,10 @@ impl Failure {
             | Failure::CodeQueueFull
             | Failure::ArmedLate
             | Failure::BaselineBacklogFull => Reaction::Rescan,
-            Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
-                Reaction::Retry
-            }
+            Failure::ContainerdLost
+            | Failure::BaselineCorrupt
+            | Failure::HistoryWrite
+            | Failure::HistoryGone => Reaction::Retry,
             Failure::MarkRefused
             | Failure::ScanIncomplete
             | Failure::BaselineUnavailable
@@ -137,7 +148,8 @@ impl Failure {
             | Failure::FindingsFull
             | Failure::MountsFull
             | Failure::NamesFull
-            | Failure::ExecEventsFull => Reaction::Degrade,
+            | Failure::ExecEventsFull
+            | Failure::HistoryFull => Reaction::Degrade,
         }
     }
 }
@@ -173,6 +185,8 @@ pub struct Health {
     /// Executions whose arguments the kernel had no room to record. They are told, and
     /// without their arguments if nobody has read those in time.
     pub arguments_unrecorded: AtomicU64,
+    /// What is wrong with the history at this time, in words.
+    history_problems: Mutex<BTreeMap<&'static str, String>>,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
 }
@@ -188,6 +202,20 @@ impl Health {
 
     pub fn count(&self, failure: Failure) -> u64 {
         self.counts[failure as usize].load(Ordering::Relaxed)
+    }
+
+    /// Says what is wrong with the history, for as long as it is: then `None`.
+    pub fn set_history_problem(&self, failure: Failure, problem: Option<String>) {
+        let mut problems = self.history_problems.lock().unwrap_or_else(PoisonError::into_inner);
+        match problem {
+            Some(problem) => problems.insert(failure.name(), problem),
+            None => problems.remove(failure.name()),
+        };
+    }
+
+    pub fn history_problems(&self) -> Vec<String> {
+        let problems = self.history_problems.lock().unwrap_or_else(PoisonError::into_inner);
+        problems.values().cloned().collect()
     }
 
     /// Every failure that has happened, with its count.

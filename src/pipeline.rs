@@ -63,6 +63,8 @@ pub enum Input {
     Watch(Report),
     Asked(Question),
     Responded(Response),
+    /// The history begins anew: it wants everything that is known.
+    HistoryBegun,
     /// It is [`State::next_due`].
     Due,
 }
@@ -291,8 +293,18 @@ impl State {
             Input::Watch(report) => self.watched(report, now, effects),
             Input::Asked(question) => self.asked(question, now, effects),
             Input::Responded(response) => self.responded(response, effects),
+            Input::HistoryBegun => self.report_again(effects),
             Input::Due => self.due(now, effects),
         }
+    }
+
+    /// Hands on everything that is known. Of files that are counted in one finding only
+    /// the number is.
+    fn report_again(&mut self, effects: &mut Vec<Effect>) {
+        self.say_all(effects);
+        let of_containers = self.inventory.iter().flat_map(|(_, entry)| entry.findings.values());
+        effects.extend(of_containers.chain(self.inventory.of_layers.values()).map(Effect::record));
+        self.sessions_again(effects);
     }
 
     // ---- the node
@@ -1637,6 +1649,8 @@ pub struct Inputs {
     pub news: Receiver<News>,
     pub questions: Receiver<Question>,
     pub responses: Receiver<Response>,
+    /// Something comes when the history begins anew.
+    pub history_begun: Receiver<()>,
     /// Closed when the daemon stops.
     pub stop: Receiver<std::convert::Infallible>,
 }
@@ -1660,6 +1674,8 @@ pub fn run(
     outputs: &Outputs,
 ) -> Result<(), history::Error> {
     let mut effects = Vec::new();
+    let never = crossbeam_channel::never();
+    let mut history_begun = &inputs.history_begun;
     loop {
         let due = match state.next_due() {
             Some(due) => {
@@ -1688,6 +1704,14 @@ pub fn run(
                 Input::Baseline(news, image)
             }),
             recv(inputs.responses) -> response => response.map(Input::Responded),
+            // That its sender is gone is seen when something is to be written.
+            recv(history_begun) -> begun => match begun {
+                Ok(()) => Ok(Input::HistoryBegun),
+                Err(_) => {
+                    history_begun = &never;
+                    continue;
+                }
+            },
             recv(inputs.questions) -> question => question.map(Input::Asked),
             recv(due) -> _ => Ok(Input::Due),
             recv(inputs.reports) -> report => report.map(|report| Input::Watch(*report)),

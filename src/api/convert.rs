@@ -1,6 +1,6 @@
 //! Model to proto and back, and nothing else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -11,8 +11,8 @@ use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
 use crate::model::session::{COMMAND_SCHEMA, PROBE_SCHEMA, SESSION_SCHEMA};
 use crate::model::{
     self, Ancestor, Attack, Command, ContainerId, Entry, Exit, Expected, FileEvidence, FileType,
-    Finding, Format, ImageReference, Interactive, Login, Member, Outcome, Pod, Probe, ProbeSource,
-    Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
+    Finding, Format, ImageReference, Interactive, Labels, Login, Member, Outcome, Pod, Probe,
+    ProbeSource, Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
 };
 use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
@@ -65,7 +65,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
     } = finding;
     let (container, labels, pod) = match container {
         Some(ContainerEvidence { id, labels, pod }) => (Some(id), labels, pod),
-        None => (None, BTreeMap::new(), None),
+        None => (None, Labels::default(), None),
     };
     let text = |text: Option<&Arc<str>>| text.map(ToString::to_string).unwrap_or_default();
     proto::Finding {
@@ -81,7 +81,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         runtime,
         namespace: text(container.as_ref().map(|id| &id.namespace)),
         container: text(container.as_ref().map(|id| &id.id)),
-        labels: labels.into_iter().collect(),
+        labels: labels_to_proto(labels),
         pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&image)),
         file: file.map(file_to_proto),
@@ -102,6 +102,14 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
         detail,
     }
+}
+
+fn labels_to_proto(labels: Labels) -> HashMap<String, String> {
+    BTreeMap::from(labels).into_iter().collect()
+}
+
+fn labels_from_proto(labels: HashMap<String, String>) -> Labels {
+    labels.into_iter().collect::<BTreeMap<_, _>>().into()
 }
 
 pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed> {
@@ -150,7 +158,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         runtime,
         container: (!container.is_empty()).then(|| ContainerEvidence {
             id: ContainerId::new(&namespace, &container),
-            labels: labels.into_iter().collect(),
+            labels: labels_from_proto(labels),
             pod: pod.map(pod_from_proto),
         }),
         image: image_from_proto(image.unwrap_or_default())?,
@@ -363,7 +371,7 @@ pub fn session_to_proto(session: Session) -> proto::Session {
         runtime: session.runtime,
         namespace: container.namespace.to_string(),
         container: container.id.to_string(),
-        labels: labels.into_iter().collect(),
+        labels: labels_to_proto(labels),
         pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&session.image)),
         entry: session.entry.name().into(),
@@ -403,7 +411,7 @@ pub fn session_from_proto(session: proto::Session) -> Result<Session, Malformed>
         runtime: session.runtime,
         container: ContainerEvidence {
             id: ContainerId::new(&session.namespace, &session.container),
-            labels: session.labels.into_iter().collect(),
+            labels: labels_from_proto(session.labels),
             pod: session.pod.map(pod_from_proto),
         },
         image: image_from_proto(session.image.unwrap_or_default())?,
@@ -486,7 +494,7 @@ pub fn probe_to_proto(probe: Probe) -> proto::Probe {
         id: probe.id.to_string(),
         namespace: container.namespace.to_string(),
         container: container.id.to_string(),
-        labels: labels.into_iter().collect(),
+        labels: labels_to_proto(labels),
         pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&probe.image)),
         argv: probe.argv,
@@ -505,7 +513,7 @@ pub fn probe_from_proto(probe: proto::Probe) -> Result<Probe, Malformed> {
         id: probe.id.parse().map_err(malformed("probe.id"))?,
         container: ContainerEvidence {
             id: ContainerId::new(&probe.namespace, &probe.container),
-            labels: probe.labels.into_iter().collect(),
+            labels: labels_from_proto(probe.labels),
             pod: probe.pod.map(pod_from_proto),
         },
         image: image_from_proto(probe.image.unwrap_or_default())?,
@@ -614,7 +622,7 @@ pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto:
         runtime: container.runtime,
         image: Some(image_to_proto(&container.image)),
         pod: container.pod.map(pod_to_proto),
-        labels: container.labels.into_iter().collect(),
+        labels: labels_to_proto(container.labels),
         pid: container.task.as_ref().map_or(0, |task| task.pid),
         paused: container.task.as_ref().is_some_and(|task| task.paused),
         baseline,

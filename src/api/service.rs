@@ -225,6 +225,7 @@ impl DriftService for Service {
         let queue = self.backend.recorder.queue();
         let health = &self.backend.health;
         let mut problems = status.problems;
+        problems.extend(health.history_problems());
         problems.extend(self.backend.images.problems());
         let findings = findings.unwrap_or_else(|err| {
             problems.push(err.to_string());

@@ -20,6 +20,10 @@ use crate::model::{
     OverlayDirs, Task,
 };
 
+/// Longer than any name of a registry, a repository and a tag.
+const MAX_IMAGE_NAME: usize = 1024;
+/// The longest reason for having no baseline, in bytes.
+const MAX_REASON: usize = 2048;
 /// More layers than any image has (OCI runtimes stop at 127).
 const LAYER_LIMIT: usize = 512;
 
@@ -81,7 +85,7 @@ pub(super) async fn describe(
         endpoint: Arc::clone(endpoint),
         runtime: runtime.name,
         pod,
-        labels,
+        labels: labels.into(),
         image,
         snapshotter: record.snapshotter,
         snapshot_key: record.snapshot_key,
@@ -145,6 +149,11 @@ async fn image(
         }
     }
     let manifest_digest = facts.as_ref().map(|facts| facts.manifest_digest);
+    // An archive can name its images as it likes.
+    let name = name.map(|mut name| {
+        name.truncate(name.floor_char_boundary(MAX_IMAGE_NAME));
+        name
+    });
     Ok((ImageReference { name, manifest_digest, chain_id: rootfs.image_chain }, facts))
 }
 
@@ -159,7 +168,8 @@ struct Rootfs {
 }
 
 impl Rootfs {
-    fn without(reason: String) -> Rootfs {
+    fn without(mut reason: String) -> Rootfs {
+        reason.truncate(reason.floor_char_boundary(MAX_REASON));
         Rootfs { layers: Vec::new(), image_chain: None, overlay: None, no_baseline: Some(reason) }
     }
 }

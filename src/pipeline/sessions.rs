@@ -894,6 +894,22 @@ impl State {
         }
     }
 
+    /// Hands on every session and probe that is known, with what runs in it.
+    pub(super) fn sessions_again(&mut self, effects: &mut Vec<Effect>) {
+        for known in self.sessions.containers.values() {
+            let told = known.live.values().filter(|live| live.probe.is_none());
+            effects.extend(told.map(|live| {
+                let commands = live.running.values().cloned().collect();
+                Effect::Record(Record::Session {
+                    session: Box::new(live.session.clone()),
+                    commands,
+                })
+            }));
+            let probes = known.probes.values().cloned();
+            effects.extend(probes.map(|probe| Effect::Record(Record::Probe(Box::new(probe)))));
+        }
+    }
+
     /// A container is forgotten. What is new of its sessions is told before.
     pub(super) fn forget_sessions(&mut self, container: &ContainerId, effects: &mut Vec<Effect>) {
         let unsaid = self.sessions.unsaid.extract_if(.., |(of, _)| of == container);

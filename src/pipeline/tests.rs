@@ -357,7 +357,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         id: id(name),
         endpoint: ENDPOINT.into(),
         runtime: "io.containerd.runc.v2".into(),
-        labels: BTreeMap::new(),
+        labels: model::Labels::default(),
         pod: None,
         image: ImageReference::default(),
         snapshotter: "overlayfs".into(),
