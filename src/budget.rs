@@ -56,7 +56,7 @@ pub const ALL_UNANNOUNCED: usize = 8 << 20;
 /// Bytes that one follower of the history may leave unread.
 pub const FOLLOWER: usize = 256 << 10;
 /// Bytes that all followers may leave unread.
-pub const ALL_FOLLOWERS: usize = 16 << 20;
+pub const ALL_FOLLOWERS: usize = 8 << 20;
 
 /// What all containers may take together.
 #[derive(Debug)]

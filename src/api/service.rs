@@ -7,16 +7,18 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::baselines::{self, RecordImage, Unusable};
-use super::follow::Follower;
+use super::follow::{Follower, READING};
+use super::outbox::{Inbox, PATIENCE, outbox};
 use super::peer::Peer;
 use super::proto::drift_service_server::DriftService;
 use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
+use crate::budget::{self, Pool};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
 use crate::model::{ContainerId, FindingId, Session, printable};
@@ -63,6 +65,23 @@ pub(super) struct Service {
     pub(super) backend: Backend,
     /// Becomes true when driftd stops.
     pub(super) stopping: watch::Receiver<bool>,
+    pub(super) followers: Followers,
+}
+
+/// What all followers of the history share.
+#[derive(Clone)]
+pub(super) struct Followers {
+    pool: Arc<Pool>,
+    reading: Arc<Semaphore>,
+}
+
+impl Default for Followers {
+    fn default() -> Followers {
+        Followers {
+            pool: Pool::new(budget::ALL_FOLLOWERS),
+            reading: Arc::new(Semaphore::new(READING)),
+        }
+    }
 }
 
 /// Runs what blocks (a disk) where it holds up no other call.
@@ -629,7 +648,7 @@ impl DriftService for Service {
         Ok(Response::new(proto::SetProbeResponse { probe: Some(convert::probe_to_proto(probe)) }))
     }
 
-    type FollowFindingsStream = Stream<proto::FollowFindingsResponse>;
+    type FollowFindingsStream = Inbox;
 
     async fn follow_findings(
         &self,
@@ -637,8 +656,10 @@ impl DriftService for Service {
     ) -> Result<Response<Self::FollowFindingsStream>, Status> {
         let request = request.into_inner();
         let filter = self.filter(request.filter).await?;
-        let (client, stream) = mpsc::channel(STREAM);
+        let cursor = request.after_cursor.unwrap_or_default();
+        let (client, stream) = outbox(&self.followers.pool, cursor, PATIENCE);
         let follower = Follower {
+            reading: Arc::clone(&self.followers.reading),
             reader: self.backend.history.clone(),
             filter,
             sessions: request.sessions,
@@ -647,7 +668,7 @@ impl DriftService for Service {
             client,
         };
         tokio::spawn(follower.run(request.after_cursor));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(Response::new(stream))
     }
 
     async fn respond(

@@ -514,6 +514,17 @@ impl Reader {
     /// that looked. A gap concerns a filter unless it is another container's; a
     /// response and a session concern their container only.
     pub fn after(&self, cursor: u64, filter: &Filter, limit: usize) -> Result<Followed, Error> {
+        self.page_after(cursor, filter, limit, usize::MAX)
+    }
+
+    /// The same; fewer if they have more than about `bytes` of JSON.
+    pub fn page_after(
+        &self,
+        cursor: u64,
+        filter: &Filter,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Followed, Error> {
         let mut of_finding = Conditions::of(filter, "finding.");
         let mut of_others = Conditions::default();
         if let Some(container) = &filter.container {
@@ -562,12 +573,14 @@ impl Reader {
                 more: false,
                 pruned_through: pruned_through.unsigned_abs(),
             };
+            let mut read = 0;
             while let Some(row) = rows.next().map_err(&failed)? {
-                if followed.records.len() == limit {
+                if followed.records.len() == limit || read > bytes {
                     followed.cursor = followed.records.last().map_or(cursor, |(seq, _)| *seq);
                     followed.more = true;
                     break;
                 }
+                read += length(row, 2).map_err(&failed)?;
                 let seq: i64 = row.get(0).map_err(&failed)?;
                 let kind: String = row.get(1).map_err(&failed)?;
                 followed
@@ -675,6 +688,8 @@ impl Reader {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags).map_err(&failed)?;
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
+        // In KiB: there are many of them, and the kernel has a cache too.
+        connection.pragma_update(None, "cache_size", -256).map_err(&failed)?;
         // The last one to close a file that is gone would remove the side files of the
         // one that has its name now.
         connection

@@ -80,10 +80,17 @@ pub struct Keep {
     pub max_bytes: u64,
 }
 
+impl From<Duration> for Keep {
+    /// Without a bound in bytes.
+    fn from(retention: Duration) -> Keep {
+        Keep { retention, max_bytes: u64::MAX }
+    }
+}
+
 impl History {
     /// Starts the writing thread. What is more than is to be kept is forgotten, now and
     /// while it runs.
-    pub fn start(self, keep: Keep, health: Arc<Health>) -> Writer {
+    pub fn start(self, keep: impl Into<Keep>, health: Arc<Health>) -> Writer {
         let (records, incoming) = bounded(CHANNEL);
         let (begun_sender, begun) = bounded(1);
         let (stop, stopping) = bounded(1);
@@ -101,7 +108,7 @@ impl History {
             stopping,
             committed: committed_sender,
             health,
-            keep,
+            keep: keep.into(),
             pending: Pending::default(),
             last_commit: None,
             retry: None,
