@@ -191,6 +191,8 @@ const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(1
 const MAX_UNANNOUNCED: usize = 256;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
+/// And how many bytes of paths.
+const MAX_DIFFERENCE_BYTES: usize = 64 << 20;
 
 /// The state and the rules by which it changes.
 #[derive(Debug)]
@@ -225,6 +227,8 @@ pub struct State {
 struct PendingDiff {
     container: ContainerId,
     differences: Vec<Difference>,
+    /// Of their paths.
+    bytes: usize,
     truncated: bool,
     reply: oneshot::Sender<Result<Diff, LookupError>>,
 }
@@ -726,7 +730,9 @@ impl State {
         let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
             return;
         };
-        if pending.differences.len() == MAX_DIFFERENCES {
+        pending.bytes += path.as_bytes().len();
+        let is_full = pending.differences.len() == MAX_DIFFERENCES;
+        if is_full || pending.bytes > MAX_DIFFERENCE_BYTES {
             pending.truncated = true;
             return;
         }
@@ -1254,6 +1260,7 @@ impl State {
                         PendingDiff {
                             container: container.clone(),
                             differences: Vec::new(),
+                            bytes: 0,
                             truncated: false,
                             reply,
                         },

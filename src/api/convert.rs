@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use prost::Message as _;
 
 use super::proto;
 use crate::history::{Happened, TimelineEntry};
@@ -14,7 +15,7 @@ use crate::model::{
     Finding, Format, ImageReference, Interactive, Labels, Login, Member, Outcome, Pod, Probe,
     ProbeSource, Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
 };
-use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
+use crate::pipeline::{ContainerView, Diff, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
 
 /// A message that this version of driftd cannot read.
@@ -655,6 +656,50 @@ pub fn endpoint_to_proto(endpoint: EndpointView) -> proto::Endpoint {
     }
 }
 
+/// Most bytes of one message, beside what one difference takes: a client reads 4 MiB
+/// unless it is told otherwise, and ours 64.
+const ONE_MESSAGE: usize = 32 << 20;
+const ONE_OF_MANY: usize = 1 << 20;
+
+/// What one message can hold; what it cannot makes it incomplete.
+pub fn diff_to_proto(diff: &Diff) -> proto::DiffContainerResponse {
+    let mut pages = pages(diff, ONE_MESSAGE);
+    let first = pages.next().unwrap_or_default();
+    let incomplete = diff.incomplete || pages.next().is_some();
+    proto::DiffContainerResponse { incomplete, ..first }
+}
+
+/// All of it, in messages of bounded size: at least one.
+pub fn diff_to_protos(diff: &Diff) -> impl Iterator<Item = proto::DiffContainerResponse> {
+    pages(diff, ONE_OF_MANY)
+}
+
+fn pages(diff: &Diff, most: usize) -> impl Iterator<Item = proto::DiffContainerResponse> {
+    let mut rest = diff.differences.iter().peekable();
+    let mut is_first = true;
+    std::iter::from_fn(move || {
+        if !std::mem::take(&mut is_first) && rest.peek().is_none() {
+            return None;
+        }
+        let mut page = proto::DiffContainerResponse {
+            namespace: diff.container.namespace.to_string(),
+            id: diff.container.id.to_string(),
+            differences: Vec::new(),
+            incomplete: diff.incomplete,
+        };
+        let mut bytes = 0;
+        while bytes < most
+            && let Some(difference) = rest.next()
+        {
+            let difference = difference_to_proto(difference);
+            // With its tag and length.
+            bytes += difference.encoded_len() + 8;
+            page.differences.push(difference);
+        }
+        Some(page)
+    })
+}
+
 pub fn difference_to_proto(difference: &Difference) -> proto::Difference {
     use proto::difference::Change;
     let change = match difference.change {
@@ -830,6 +875,33 @@ mod tests {
         let wire = finding_to_proto(finding.clone()).encode_to_vec();
         let read = proto::Finding::decode(&wire[..]).unwrap();
         assert_eq!(finding_from_proto(read).as_ref(), Ok(finding));
+    }
+
+    #[test]
+    fn h15_a_diff_of_any_size_comes_in_messages_that_can_be_read() {
+        let differences: Vec<Difference> = (0..20_000)
+            .map(|number| Difference {
+                path: RootfsPath::new(format!("/{number:05}{}", "x".repeat(4000))).unwrap(),
+                change: DifferenceKind::Added,
+                finding: None,
+            })
+            .collect();
+        let container = ContainerId::new("default", "c1");
+        let diff = Diff { container, differences, incomplete: false };
+        let one = diff_to_proto(&diff);
+        assert!(one.encoded_len() < 64 << 20 && one.incomplete, "{}", one.encoded_len());
+        assert!(one.differences.len() > 8000);
+        let mut all = Vec::new();
+        for page in diff_to_protos(&diff) {
+            assert!(page.encoded_len() < 2 << 20 && !page.incomplete);
+            all.extend(page.differences);
+        }
+        let expected: Vec<_> = diff.differences.iter().map(difference_to_proto).collect();
+        assert_eq!(all, expected);
+        let small = Diff { differences: diff.differences[..3].to_vec(), ..diff.clone() };
+        assert!(!diff_to_proto(&small).incomplete);
+        let none = Diff { differences: Vec::new(), incomplete: true, ..diff };
+        assert_eq!(diff_to_protos(&none).map(|page| page.incomplete).collect::<Vec<_>>(), [true]);
     }
 
     #[test]

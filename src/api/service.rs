@@ -22,7 +22,7 @@ use crate::budget::{self, Pool};
 use crate::health::Health;
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
 use crate::model::{ContainerId, FindingId, Session, printable};
-use crate::pipeline::{ContainerView, LookupError, Question};
+use crate::pipeline::{ContainerView, Diff, LookupError, Question};
 use crate::respond;
 
 /// Findings on one page at most, and unless asked otherwise.
@@ -214,6 +214,13 @@ impl Service {
         unblock(move || read(&reader)).await?.map_err(|err| history_failed(&err))
     }
 
+    /// How a container differs from its image, when a scan of it is over.
+    async fn diff(&self, container: String) -> Result<Diff, Status> {
+        self.ask(|reply| Question::Diff { container, reply })
+            .await?
+            .map_err(|err| lookup_failed(&err))
+    }
+
     async fn session(&self, text: String) -> Result<Box<Session>, Status> {
         let shown = printable(text.as_bytes());
         let found = self.read(move |reader| reader.session(&text)).await?;
@@ -323,17 +330,27 @@ impl DriftService for Service {
         &self,
         request: Request<proto::DiffContainerRequest>,
     ) -> Result<Response<proto::DiffContainerResponse>, Status> {
-        let container = request.into_inner().container;
-        let diff = self
-            .ask(|reply| Question::Diff { container, reply })
-            .await?
-            .map_err(|err| lookup_failed(&err))?;
-        Ok(Response::new(proto::DiffContainerResponse {
-            namespace: diff.container.namespace.to_string(),
-            id: diff.container.id.to_string(),
-            differences: diff.differences.iter().map(convert::difference_to_proto).collect(),
-            incomplete: diff.incomplete,
-        }))
+        let diff = self.diff(request.into_inner().container).await?;
+        Ok(Response::new(convert::diff_to_proto(&diff)))
+    }
+
+    type StreamDiffStream = Stream<proto::DiffContainerResponse>;
+
+    async fn stream_diff(
+        &self,
+        request: Request<proto::DiffContainerRequest>,
+    ) -> Result<Response<Self::StreamDiffStream>, Status> {
+        let diff = self.diff(request.into_inner().container).await?;
+        // Whoever reads them one after the other needs few of them ready.
+        let (client, stream) = mpsc::channel(1);
+        tokio::spawn(async move {
+            for message in convert::diff_to_protos(&diff) {
+                if client.send(Ok(message)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 
     async fn list_baselines(

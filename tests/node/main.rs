@@ -6,6 +6,7 @@
 //! says what to do.
 
 mod answers;
+mod budget;
 mod chaos;
 mod code;
 mod cri;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         chaos::trials(),
         hostile::trials(),
         life::trials(),
+        budget::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
