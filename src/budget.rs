@@ -32,11 +32,11 @@ pub struct Size {
 }
 
 /// Findings of one container that are kept one by one.
-pub const FINDINGS: Size = Size { number: 16 * 1024, bytes: 32 << 20 };
+pub const FINDINGS: Size = Size { number: 8 * 1024, bytes: 20 << 20 };
 /// The same of one kind and severity that nothing else can take.
 pub const RESERVED: Size = Size { number: 32, bytes: 64 << 10 };
 /// Bytes of the findings of all containers, beside what is reserved.
-pub const ALL_FINDINGS: usize = 256 << 20;
+pub const ALL_FINDINGS: usize = 160 << 20;
 
 /// Files that findings of one container list one by one, about 32 bytes each.
 pub const MEMBERS: usize = 256 * 1024;
@@ -212,6 +212,49 @@ fn part(severity: Severity) -> Size {
         Severity::Critical => 16,
     };
     Size { number: FINDINGS.number / 16 * sixteenths, bytes: FINDINGS.bytes / 16 * sixteenths }
+}
+
+/// Bytes of the arguments of a process that a finding, a session or a command names, and
+/// of each of its ancestors'. A container can give each of them sixty kilobytes.
+pub const ARGUMENTS: usize = 16 << 10;
+pub const ANCESTORS_ARGUMENTS: usize = 2 << 10;
+/// What stands for the arguments that are left out.
+const MORE: &str = "…";
+
+/// The process with as much of its arguments as is kept. A cut is marked.
+pub fn process(process: &Process) -> Process {
+    let mut process = process.clone();
+    cut(&mut process.argv, ARGUMENTS);
+    for ancestor in &mut process.ancestors {
+        cut(&mut ancestor.argv, ANCESTORS_ARGUMENTS);
+    }
+    process
+}
+
+/// The same of arguments alone.
+pub fn arguments(argv: &Option<Vec<String>>) -> Option<Vec<String>> {
+    let mut argv = argv.clone();
+    cut(&mut argv, ARGUMENTS);
+    argv
+}
+
+fn cut(argv: &mut Option<Vec<String>>, most: usize) {
+    let Some(argv) = argv else { return };
+    let mut room = most;
+    for index in 0..argv.len() {
+        // Empty ones take something too.
+        let bytes = argv[index].len() + 1;
+        if bytes <= room {
+            room -= bytes;
+            continue;
+        }
+        let kept = argv[index].floor_char_boundary(room.saturating_sub(MORE.len()));
+        argv[index].truncate(kept);
+        argv[index].push_str(MORE);
+        argv.truncate(index + 1);
+        argv.shrink_to_fit();
+        return;
+    }
 }
 
 /// About how many bytes a finding takes in memory.
@@ -412,6 +455,37 @@ mod tests {
         assert!(quiet.try_take(650));
         quiet.give_back(100);
         assert_eq!((quiet.used(), pool.used()), (800, 800));
+    }
+
+    #[test]
+    fn arguments_without_end_are_cut_and_the_cut_is_marked() {
+        let argv = |number: usize, bytes: usize| Some(vec!["a".repeat(bytes); number]);
+        let ancestor = crate::model::Ancestor {
+            identity: crate::model::ProcessIdentity { pid: 1, start_time: 1 },
+            exe: None,
+            argv: argv(128, 4096),
+        };
+        let whole = Process {
+            identity: ancestor.identity,
+            exe: Some("/bin/x".into()),
+            argv: argv(128, 4096),
+            uid: None,
+            tty: None,
+            root: None,
+            ancestors: vec![ancestor; 32],
+        };
+        let kept = process(&whole);
+        let bytes = |argv: &Option<Vec<String>>| argv.iter().flatten().map(String::len).sum();
+        let own: usize = bytes(&kept.argv);
+        assert!(own <= ARGUMENTS && own > ARGUMENTS / 2, "{own}");
+        assert!(kept.ancestors.iter().all(|one| {
+            let bytes: usize = bytes(&one.argv);
+            bytes <= ANCESTORS_ARGUMENTS && one.argv.as_ref().unwrap()[0].ends_with(MORE)
+        }));
+        assert!(weight_of_process(&kept) < 100 << 10);
+        assert_eq!(process(&kept), kept, "it is cut once");
+        let usual = Process { argv: argv(3, 100), ancestors: Vec::new(), ..whole };
+        assert_eq!(process(&usual), usual);
     }
 
     fn observed(number: usize, fact: Fact) -> Observation {

@@ -1104,7 +1104,7 @@ impl State {
         let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
         finding.severity = judgement.severity;
         finding.count = observation.times();
-        finding.process = evidence.process.cloned();
+        finding.process = evidence.process.map(budget::process);
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
         finding.detail = evidence.detail.map(ToOwned::to_owned);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };

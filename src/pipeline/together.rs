@@ -407,7 +407,7 @@ impl State {
         let kind = Kind::PackageTransaction;
         let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
         finding.files = Some(1);
-        finding.process = Some(manager.clone());
+        finding.process = Some(budget::process(manager));
         if let Some(entry) = self.inventory.get(&observation.container) {
             finding.belongs_to(&observation.container, entry);
         }
