@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::model::{
-    Fact, FileEvidence, Filesystem, Finding, Kind, Observation, Process, Script, Severity,
+    Fact, FileEvidence, Filesystem, Finding, Kind, Observation, Process, Script, Severity, shorten,
 };
 
 /// A number of things, and the bytes that they take.
@@ -248,8 +248,7 @@ fn cut(argv: &mut Option<Vec<String>>, most: usize) {
             room -= bytes;
             continue;
         }
-        let kept = argv[index].floor_char_boundary(room.saturating_sub(MORE.len()));
-        argv[index].truncate(kept);
+        shorten(&mut argv[index], room.saturating_sub(MORE.len()));
         argv[index].push_str(MORE);
         argv.truncate(index + 1);
         argv.shrink_to_fit();

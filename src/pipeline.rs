@@ -1082,7 +1082,7 @@ impl State {
             let finding = self.about_file(id, observation, judgement, evidence);
             let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
             if !entry.has_room_for(&finding) {
-                self.fold(observation, judgement, evidence, finding, now, effects);
+                self.fold(observation, judgement, evidence, &finding, now, effects);
                 return;
             }
             entry.insert_finding(finding);

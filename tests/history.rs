@@ -1005,7 +1005,7 @@ fn a_full_history_drops_the_least_severe_of_the_noisiest_and_never_a_response() 
         let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
         let pragma =
             |name| -> i64 { database.pragma_query_value(None, name, |row| row.get(0)).unwrap() };
-        (pragma("page_count") - pragma("freelist_count")) as u64 * 4096
+        (pragma("page_count") - pragma("freelist_count")).unsigned_abs() * 4096
     };
     let newest = of("noisy", 5999, 1, Severity::Low).id;
     let deadline = Instant::now() + PATIENCE;
@@ -1052,7 +1052,10 @@ fn what_a_container_holds_is_known_through_every_change() {
     let mut came = session(1, 0);
     came.container.id = id_of(&finding).clone();
     let run = command(&came, 1, 50);
-    write(&writer, vec![record(&finding), told(&came, &[run.clone()]), told(&came, &[run])]);
+    write(
+        &writer,
+        vec![record(&finding), told(&came, std::slice::from_ref(&run)), told(&came, &[run])],
+    );
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let held = || -> i64 {
         let sql = "SELECT coalesce(sum(bytes), 0) FROM held WHERE container <> ''";
@@ -1109,7 +1112,7 @@ fn x18_a_history_that_is_removed_begins_anew_and_asks_for_what_is_known() {
         assert_eq!(health.count(Failure::HistoryGone), 1);
         assert_eq!(all(&reader).unwrap(), [], "readers see the new one");
         write(&writer, vec![record(&other)]);
-        assert_eq!(all(&reader).unwrap(), [other.clone()]);
+        assert_eq!(all(&reader).unwrap(), std::slice::from_ref(&other));
         // A follower reads on, and is told what it misses.
         let followed = reader.after(before, &Filter::default(), 10).unwrap();
         assert_eq!(followed.pruned_through, before);

@@ -498,11 +498,11 @@ impl Store {
                     record.names.extend(names.iter().copied().cloned());
                     record.unneeded_since = None;
                     record.names.sort();
-                    let digests = record.names.iter().filter_map(|image| image.manifest_digest);
+                    let mut digests = record.names.iter().filter_map(|image| image.manifest_digest);
                     // One that is still a name's own stays.
                     let is_named = digests.clone().any(|one| Some(one) == record.manifest_digest);
                     if !is_named {
-                        record.manifest_digest = digests.last().or(record.manifest_digest);
+                        record.manifest_digest = digests.next_back().or(record.manifest_digest);
                     }
                 }
                 if before != (record.names.clone(), record.manifest_digest) {

@@ -17,7 +17,7 @@ use super::spec::{self, Spec};
 use super::{cri, docker};
 use crate::model::{
     ChainId, Container, ContainerId, DeclaredProbe, IdMap, IdRange, ImageReference, Layer, LayerId,
-    OverlayDirs, Task,
+    OverlayDirs, Task, shorten,
 };
 
 /// Longer than any name of a registry, a repository and a tag.
@@ -151,7 +151,7 @@ async fn image(
     let manifest_digest = facts.as_ref().map(|facts| facts.manifest_digest);
     // An archive can name its images as it likes.
     let name = name.map(|mut name| {
-        name.truncate(name.floor_char_boundary(MAX_IMAGE_NAME));
+        shorten(&mut name, MAX_IMAGE_NAME);
         name
     });
     Ok((ImageReference { name, manifest_digest, chain_id: rootfs.image_chain }, facts))
@@ -169,7 +169,7 @@ struct Rootfs {
 
 impl Rootfs {
     fn without(mut reason: String) -> Rootfs {
-        reason.truncate(reason.floor_char_boundary(MAX_REASON));
+        shorten(&mut reason, MAX_REASON);
         Rootfs { layers: Vec::new(), image_chain: None, overlay: None, no_baseline: Some(reason) }
     }
 }

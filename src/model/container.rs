@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable};
+use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable, shorten};
 
 /// A container's name on this node: containerd's namespace and the container's
 /// ID in it.
@@ -122,7 +122,7 @@ impl From<BTreeMap<String, String>> for Labels {
             }
             let is_cut = value.len() > MAX_VALUE;
             if is_cut {
-                value.truncate(value.floor_char_boundary(MAX_VALUE - MORE.len()));
+                shorten(&mut value, MAX_VALUE - MORE.len());
                 value.push_str(MORE);
             }
             let bytes = bytes(&name, &value);

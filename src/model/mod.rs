@@ -32,3 +32,12 @@ pub use session::{
     Command, DeclaredProbe, Entry, Exit, Interactive, Login, Opening, Probe, ProbeId, ProbeSource,
     Run, Session, SessionId, SessionState,
 };
+
+/// Cuts text to at most this many bytes, between two characters.
+pub fn shorten(text: &mut String, most: usize) {
+    let mut end = most.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+}

@@ -166,7 +166,7 @@ impl State {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
                 if !entry.has_room_for(&finding) {
-                    self.fold_finding(container, finding, now, effects);
+                    self.fold_finding(container, &finding, now, effects);
                     return;
                 }
                 entry.insert_finding(finding);
@@ -244,7 +244,7 @@ impl State {
         missing.belongs_to(id, entry);
         missing.detail = Some(reason);
         if !entry.has_room_for(&missing) {
-            self.fold_finding(id, missing, now, effects);
+            self.fold_finding(id, &missing, now, effects);
             return;
         }
         entry.insert_finding(missing);

@@ -632,7 +632,7 @@ impl State {
             let detail = if is_probe { Some(IS_PROBE) } else { in_words(session.entry) };
             finding.detail = detail.map(ToOwned::to_owned);
             if !entry.has_room_for(&finding) {
-                return Some(self.fold_finding(container, finding, now, effects));
+                return Some(self.fold_finding(container, &finding, now, effects));
             }
             entry.insert_finding(finding);
         }
@@ -912,14 +912,18 @@ impl State {
 
     /// A container is forgotten. What is new of its sessions is told before.
     pub(super) fn forget_sessions(&mut self, container: &ContainerId, effects: &mut Vec<Effect>) {
-        let unsaid = self.sessions.unsaid.extract_if(.., |(of, _)| of == container);
-        for (container, root) in unsaid.collect::<Vec<_>>() {
-            self.say_session(&container, root, effects);
+        let own = |(of, root): &(ContainerId, _)| (of == container).then_some(*root);
+        let sessions: Vec<ProcessIdentity> = self.sessions.unsaid.iter().filter_map(own).collect();
+        for root in sessions {
+            self.say_session(container, root, effects);
         }
-        let unsaid = self.sessions.unsaid_probes.extract_if(.., |(of, _)| of == container);
-        for (container, id) in unsaid.collect::<Vec<_>>() {
-            self.say_probe(&container, id, effects);
+        let own = |(of, id): &(ContainerId, _)| (of == container).then_some(*id);
+        let probes: Vec<ProbeId> = self.sessions.unsaid_probes.iter().filter_map(own).collect();
+        for id in probes {
+            self.say_probe(container, id, effects);
         }
+        self.sessions.unsaid.retain(|(of, _)| of != container);
+        self.sessions.unsaid_probes.retain(|(of, _)| of != container);
         if self.sessions.unsaid.is_empty() && self.sessions.unsaid_probes.is_empty() {
             self.sessions.since = None;
         }

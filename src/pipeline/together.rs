@@ -265,7 +265,7 @@ impl State {
             let has_room = matches!(into, Into::Group(group) if group.is_rest());
             let Some(entry) = self.inventory.get_mut(container) else { return };
             if !has_room && !entry.has_room_for(&finding) {
-                self.fold(observation, judgement, evidence, finding, now, effects);
+                self.fold(observation, judgement, evidence, &finding, now, effects);
                 return;
             }
             entry.insert_finding(finding);
@@ -327,7 +327,7 @@ impl State {
         observation: &Observation,
         judgement: &Judgement,
         evidence: &Evidence<'_>,
-        finding: Finding,
+        finding: &Finding,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
@@ -360,7 +360,7 @@ impl State {
     pub(super) fn fold_finding(
         &mut self,
         container: &ContainerId,
-        finding: Finding,
+        finding: &Finding,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) -> FindingId {
