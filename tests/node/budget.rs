@@ -137,7 +137,7 @@ fn x12_fileless(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     flood(node, &container)?;
     container.lay_payload("x")?;
-    drop(container.begin("/usr/bin/loader memfd 1 /.control/x 300")?);
+    let _running = container.begin("/usr/bin/loader memfd 1 /.control/x 300")?;
     is_killed(&container, "exec.fileless")
 }
 
