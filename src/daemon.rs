@@ -21,7 +21,7 @@ use crate::containerd::{Containerd, ContentBlobs, Lane, Urgent};
 use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
-use crate::history::{History, Writer};
+use crate::history::{History, Keep, Writer};
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
 use crate::pipeline::{self, Inputs, Outputs, State};
@@ -119,7 +119,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             exclude_namespaces: config.containerd.exclude_namespaces.clone(),
         })?;
     }
-    let writer = history.start(config.history.retention, health.clone());
+    let keep = Keep { retention: config.history.retention, max_bytes: config.history.max_bytes };
+    let writer = history.start(keep, health.clone());
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -143,7 +144,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (response_sender, responses) = bounded(256);
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);
     let (stop_sender, stop) = bounded(0);
-    let inputs = Inputs { changes, reports, news, questions, responses, stop };
+    let history_begun = writer.begun();
+    let inputs = Inputs { changes, reports, news, questions, responses, history_begun, stop };
     let outputs = Outputs {
         commands: watch.commands(),
         recorder: recorder.clone(),

@@ -62,6 +62,11 @@ pub enum Failure {
     ProcessUnreadable,
     /// A thread was busy with one item for seconds and made no progress.
     ThreadStuck,
+    /// The history holds more bytes than it may: the least severe of the container that
+    /// takes most of it was dropped.
+    HistoryFull,
+    /// The history's file was removed or replaced while driftd ran.
+    HistoryGone,
 }
 
 /// What is done about a [`Failure`].
@@ -76,7 +81,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 24] = [
+    pub const ALL: [Failure; 26] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -101,6 +106,8 @@ impl Failure {
         Failure::GateQueueFull,
         Failure::ProcessUnreadable,
         Failure::ThreadStuck,
+        Failure::HistoryFull,
+        Failure::HistoryGone,
     ];
 
     pub fn name(self) -> &'static str {
@@ -129,6 +136,8 @@ impl Failure {
             Failure::GateQueueFull => "gate_queue_full",
             Failure::ProcessUnreadable => "process_unreadable",
             Failure::ThreadStuck => "thread_stuck",
+            Failure::HistoryFull => "history_full",
+            Failure::HistoryGone => "history_gone",
         }
     }
 
@@ -144,9 +153,10 @@ impl Failure {
             | Failure::ArmedLate
             | Failure::GateQueueFull
             | Failure::BaselineBacklogFull => Reaction::Rescan,
-            Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
-                Reaction::Retry
-            }
+            Failure::ContainerdLost
+            | Failure::BaselineCorrupt
+            | Failure::HistoryWrite
+            | Failure::HistoryGone => Reaction::Retry,
             Failure::MarkRefused
             | Failure::ScanIncomplete
             | Failure::BaselineUnavailable
@@ -157,7 +167,8 @@ impl Failure {
             | Failure::NamesFull
             | Failure::ThreadStuck
             | Failure::ExecEventsFull
-            | Failure::ProcessUnreadable => Reaction::Degrade,
+            | Failure::ProcessUnreadable
+            | Failure::HistoryFull => Reaction::Degrade,
         }
     }
 }

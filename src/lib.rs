@@ -10,6 +10,7 @@ pub mod containerd;
 pub mod watch;
 
 pub mod baseline;
+pub mod budget;
 pub mod detect;
 pub mod inventory;
 pub mod policy;

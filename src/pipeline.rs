@@ -24,13 +24,12 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::baseline::{FileEntry, ImageBaseline, Job, Known, News, Proof, Recorder, Store};
+use crate::budget::{self, Pool, Waiting};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
-use crate::inventory::{
-    BaselineState, Deed, Entry, Inventory, Kill, MAX_FINDINGS, Told, WatchState,
-};
+use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
@@ -66,6 +65,8 @@ pub enum Input {
     Watch(Report),
     Asked(Question),
     Responded(Response),
+    /// The history begins anew: it wants everything that is known.
+    HistoryBegun,
     /// It is [`State::next_due`].
     Due,
 }
@@ -201,16 +202,16 @@ pub enum LookupError {
     Stopping,
 }
 
-/// How many observations of one container may wait for its baseline.
-const BACKLOG: usize = 8192;
-/// How long and how many observations may wait for containerd to tell of their
-/// container.
+/// How long observations may wait for containerd to tell of their container.
 const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
-const MAX_UNANNOUNCED: usize = 1024;
+/// Of how many such containers.
+const MAX_UNANNOUNCED: usize = 256;
 /// How many containers are named to somebody who may have meant one of them.
 const MOST_ALIKE: usize = 3;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
+/// And how many bytes of paths.
+const MAX_DIFFERENCE_BYTES: usize = 64 << 20;
 
 /// The state and the rules by which it changes.
 #[derive(Debug)]
@@ -234,7 +235,8 @@ pub struct State {
     failed_kills: HashSet<ContainerId>,
     gaps: Gaps,
     /// Seen of containers that containerd has not told of yet.
-    unannounced: VecDeque<Observation>,
+    unannounced: BTreeMap<ContainerId, Waiting>,
+    unannounced_pool: Arc<Pool>,
     /// What is new of aggregated findings and not told yet.
     unsaid: Unsaid,
     sessions: Sessions,
@@ -244,6 +246,8 @@ pub struct State {
 struct PendingDiff {
     container: ContainerId,
     differences: Vec<Difference>,
+    /// Of their paths.
+    bytes: usize,
     truncated: bool,
     reply: oneshot::Sender<Result<Diff, LookupError>>,
 }
@@ -302,7 +306,8 @@ impl State {
             out: HashMap::new(),
             failed_kills: HashSet::new(),
             gaps: Gaps::default(),
-            unannounced: VecDeque::new(),
+            unannounced: BTreeMap::new(),
+            unannounced_pool: Pool::new(budget::ALL_UNANNOUNCED),
             unsaid: Unsaid::default(),
             sessions: Sessions::default(),
         }
@@ -336,8 +341,18 @@ impl State {
             Input::Watch(report) => self.watched(report, now, effects),
             Input::Asked(question) => self.asked(question, now, effects),
             Input::Responded(response) => self.responded(response, now, effects),
+            Input::HistoryBegun => self.report_again(effects),
             Input::Due => self.due(now, effects),
         }
+    }
+
+    /// Hands on everything that is known. Of files that are counted in one finding only
+    /// the number is.
+    fn report_again(&mut self, effects: &mut Vec<Effect>) {
+        self.say_all(effects);
+        let of_containers = self.inventory.iter().flat_map(|(_, entry)| entry.findings.values());
+        effects.extend(of_containers.chain(self.inventory.of_layers.values()).map(Effect::record));
+        self.sessions_again(effects);
     }
 
     // ---- the node
@@ -545,7 +560,7 @@ impl State {
                 self.say_all(effects);
                 // Its last scan was never reported; nothing more will come.
                 self.inventory.remove(&id);
-                self.forget_sessions(&id);
+                self.forget_sessions(&id, effects);
                 tell_closed(self.gaps.gone(&id, now), effects);
             } else {
                 self.task_exited(&id, now, effects);
@@ -622,7 +637,7 @@ impl State {
                         entry.entry_point = detect::entry_point(&baseline, &container.entry_point);
                     }
                     layers::tell_entry_point(&id, entry, effects);
-                    for observation in std::mem::take(&mut entry.backlog) {
+                    for observation in entry.backlog.take() {
                         self.judge(&observation, now, effects);
                     }
                     if self.gaps.is_open(Failure::BaselineBacklogFull, &id) {
@@ -668,7 +683,7 @@ impl State {
                 if let Some(container) = &entry.container {
                     entry.entry_point = detect::entry_point(baseline, &container.entry_point);
                 }
-                waiting.extend(std::mem::take(&mut entry.backlog));
+                waiting.extend(entry.backlog.take());
             }
             entry.swap_with_former();
         }
@@ -722,7 +737,7 @@ impl State {
                 {
                     self.say_all(effects);
                     self.inventory.remove(&container);
-                    self.forget_sessions(&container);
+                    self.forget_sessions(&container, effects);
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
@@ -747,7 +762,11 @@ impl State {
     ) {
         let until = match (failure, &container) {
             // Of containers that nobody has told of: none of them can be walked.
-            (Failure::BaselineBacklogFull, None) => Until::Quiet,
+            (Failure::BaselineBacklogFull, container)
+                if container.as_ref().is_none_or(|id| self.inventory.get(id).is_none()) =>
+            {
+                Until::Quiet
+            }
             // Of layers: nobody makes room for more.
             (Failure::FindingsFull, None) => Until::Quiet,
             (Failure::ScanIncomplete, Some(container)) => {
@@ -810,7 +829,9 @@ impl State {
         let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
             return;
         };
-        if pending.differences.len() == MAX_DIFFERENCES {
+        pending.bytes += path.as_bytes().len();
+        let is_full = pending.differences.len() == MAX_DIFFERENCES;
+        if is_full || pending.bytes > MAX_DIFFERENCE_BYTES {
             pending.truncated = true;
             return;
         }
@@ -832,24 +853,50 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        self.unannounced.retain(|one| now.duration_since(one.at) < ANNOUNCED_WITHIN);
-        if self.unannounced.len() < MAX_UNANNOUNCED {
-            self.unannounced.push_back(observation.clone());
-            return;
+        self.unannounced.retain(|_, waiting| {
+            let is_old = |one: &Observation| now.duration_since(one.at) >= ANNOUNCED_WITHIN;
+            while waiting.first().is_some_and(is_old) {
+                waiting.pop();
+            }
+            !waiting.is_empty()
+        });
+        let container = &observation.container;
+        let lost = if self.unannounced.contains_key(container)
+            || self.unannounced.len() < MAX_UNANNOUNCED
+        {
+            let pool = &self.unannounced_pool;
+            let waiting = self
+                .unannounced
+                .entry(container.clone())
+                .or_insert_with(|| Waiting::new(pool, budget::UNANNOUNCED));
+            waiting.push(observation.clone())
+        } else {
+            vec![observation.clone()]
+        };
+        self.not_judged(lost, "containerd has not reported the container", now, effects);
+    }
+
+    /// What waited for something found no room.
+    fn not_judged(
+        &mut self,
+        lost: Vec<Observation>,
+        awaited: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        for observation in lost {
+            judged(&observation, watch::Verdict::Lost, effects);
+            let _ = self.health.record(Failure::BaselineBacklogFull);
+            let detail = format!("{awaited}, and more observations wait than may wait");
+            let container = Some(observation.container);
+            self.lost(Failure::BaselineBacklogFull, container, detail, now, effects);
         }
-        judged(observation, watch::Verdict::Lost, effects);
-        let _ = self.health.record(Failure::BaselineBacklogFull);
-        let detail = format!("more than {MAX_UNANNOUNCED} observations of unknown containers");
-        self.lost(Failure::BaselineBacklogFull, None, detail, now, effects);
     }
 
     /// Judges what was seen of a container before it was told of.
     fn announced(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
-        let (of_it, others) = std::mem::take(&mut self.unannounced)
-            .into_iter()
-            .partition::<VecDeque<_>, _>(|one| one.container == *container);
-        self.unannounced = others;
-        for observation in of_it {
+        let Some(mut waiting) = self.unannounced.remove(container) else { return };
+        for observation in waiting.take() {
             self.judge(&observation, now, effects);
         }
     }
@@ -938,15 +985,8 @@ impl State {
             BaselineState::Ready(baseline) => baseline.clone(),
             BaselineState::None(_) => return,
             BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Failed(..) => {
-                if entry.backlog.len() < BACKLOG {
-                    entry.backlog.push_back(observation.clone());
-                } else {
-                    judged(observation, watch::Verdict::Lost, effects);
-                    let _ = self.health.record(Failure::BaselineBacklogFull);
-                    let container = observation.container.clone();
-                    let detail = format!("more than {BACKLOG} observations wait");
-                    self.lost(Failure::BaselineBacklogFull, Some(container), detail, now, effects);
-                }
+                let lost = entry.backlog.push(observation.clone());
+                self.not_judged(lost, "its baseline is not ready", now, effects);
                 return;
             }
         };
@@ -1161,12 +1201,13 @@ impl State {
             if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
                 file.deleted = state.deleted;
             }
-        } else if !entry.has_room_for(kind) {
-            self.findings_full(&observation.container, now, effects);
-            return;
         } else {
             let finding = self.about_file(id, observation, judgement, evidence);
             let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+            if !entry.has_room_for(&finding) {
+                self.fold(observation, judgement, evidence, &finding, now, effects);
+                return;
+            }
             entry.insert_finding(finding);
         }
         self.session_caused(observation, evidence.process, id, now, effects);
@@ -1186,7 +1227,7 @@ impl State {
         let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
         finding.severity = judgement.severity;
         finding.count = observation.times();
-        finding.process = evidence.process.cloned();
+        finding.process = evidence.process.map(budget::process);
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
         finding.detail = evidence.detail.map(ToOwned::to_owned);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
@@ -1233,11 +1274,16 @@ impl State {
     fn findings_full(
         &mut self,
         container: &ContainerId,
+        kind: Kind,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        if let Some(entry) = self.inventory.get_mut(container) {
+            entry.fold();
+        }
         let _ = self.health.record(Failure::FindingsFull);
-        let detail = format!("{MAX_FINDINGS} findings are kept, of programs that never ran half");
+        let detail =
+            format!("more {kind} than are kept one by one: they are counted in one finding");
         self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
@@ -1401,6 +1447,7 @@ impl State {
                         PendingDiff {
                             container: container.clone(),
                             differences: Vec::new(),
+                            bytes: 0,
                             truncated: false,
                             reply,
                         },
@@ -1505,9 +1552,22 @@ impl State {
                 BaselineState::Ready(_) => (),
             }
         }
-        // While the connection is away, that is said above.
-        let is_said = |gap: &&Gap| {
-            gap.failure != Failure::ContainerdLost || endpoints.iter().all(|one| one.connected)
+        problems.extend(self.inventory.iter().filter(|(_, entry)| entry.folded() > 0).map(
+            |(id, entry)| {
+                let folded = entry.folded();
+                format!(
+                    "container {id} has more findings than are kept one by one: {folded} sightings \
+                     are counted in one finding of each kind (findings_full)"
+                )
+            },
+        ));
+        // While the connection is away, that is said above, and so is what was folded.
+        let is_folded =
+            |id: &ContainerId| self.inventory.get(id).is_some_and(|entry| entry.folded() > 0);
+        let is_said = |gap: &&Gap| match gap.failure {
+            Failure::ContainerdLost => endpoints.iter().all(|one| one.connected),
+            Failure::FindingsFull => !gap.container.as_ref().is_some_and(is_folded),
+            _ => true,
         };
         problems.extend(self.gaps.open().filter(is_said).map(|gap| {
             let whose = gap
@@ -1818,6 +1878,8 @@ pub struct Inputs {
     pub news: Receiver<News>,
     pub questions: Receiver<Question>,
     pub responses: Receiver<Response>,
+    /// Something comes when the history begins anew.
+    pub history_begun: Receiver<()>,
     /// Closed when the daemon stops.
     pub stop: Receiver<std::convert::Infallible>,
 }
@@ -1895,6 +1957,9 @@ fn run_until_stopped(
                 recv(open.responses) -> response => {
                     Some(listen(response, &mut open.responses).map(Input::Responded))
                 }
+                recv(open.history_begun) -> begun => {
+                    Some(listen(begun, &mut open.history_begun).map(|()| Input::HistoryBegun))
+                }
                 recv(open.questions) -> question => {
                     Some(listen(question, &mut open.questions).map(Input::Asked))
                 }
@@ -1941,7 +2006,8 @@ fn drain(
     let deadline = Instant::now() + DRAIN_WITHIN;
     while Instant::now() < deadline {
         let queued = || {
-            let Inputs { changes, reports, news, questions, responses, stop: _ } = inputs;
+            let Inputs { changes, reports, news, questions, responses, history_begun, stop: _ } =
+                inputs;
             let change = || changes.try_recv().ok().map(Input::Node);
             let news = || {
                 let news = news.try_recv().ok()?;
@@ -1956,6 +2022,7 @@ fn drain(
                 .or_else(news)
                 .or_else(|| responses.try_recv().ok().map(Input::Responded))
                 .or_else(report)
+                .or_else(|| history_begun.try_recv().ok().map(|()| Input::HistoryBegun))
                 .or_else(|| questions.try_recv().ok().map(Input::Asked))
         };
         let input = match queued() {
@@ -1985,7 +2052,7 @@ fn keep_the_rest(state: &mut State, inputs: &Inputs, carrier: &mut Carrier<'_>) 
     let without_response = state.out.len();
     state.give_up_orders(&mut effects);
     effects.drain(..).for_each(|effect| drop(carrier.carry_out(effect)));
-    let Inputs { changes, reports, news, questions, responses: _, stop: _ } = inputs;
+    let Inputs { changes, reports, news, questions, .. } = inputs;
     let left = [
         ("reports", reports.len()),
         ("changes", changes.len()),

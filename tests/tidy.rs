@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// arrow here is an architecture change; say why in ARCHITECTURE.md.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
+    ("budget", &["model"]),
     ("sys", &["model"]),
     ("pulse", &["sys"]),
     ("threads", &["model", "sys"]),
@@ -20,13 +21,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("containerd", &["baseline", "config", "health", "model", "sys"]),
     ("watch", &["config", "gate", "health", "model", "pulse", "sys", "threads"]),
     ("detect", &["baseline", "model"]),
-    ("inventory", &["baseline", "model"]),
+    ("inventory", &["baseline", "budget", "model"]),
     ("history", &["health", "model", "respond", "threads"]),
     ("respond", &["containerd", "model"]),
     (
         "pipeline",
         &[
             "baseline",
+            "budget",
             "containerd",
             "detect",
             "health",
@@ -43,6 +45,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "api",
         &[
             "baseline",
+            "budget",
             "containerd",
             "health",
             "history",

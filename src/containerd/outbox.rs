@@ -305,7 +305,7 @@ mod tests {
             id: id(name),
             endpoint: "test".into(),
             runtime: "io.containerd.runc.v2".into(),
-            labels: [].into(),
+            labels: crate::model::Labels::default(),
             pod: None,
             image: ImageReference::default(),
             snapshotter: "overlayfs".into(),

@@ -12,8 +12,9 @@ use super::{
 };
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
+use crate::budget;
 use crate::health::Failure;
-use crate::inventory::{BaselineState, Entry, MAX_FINDINGS, WatchState};
+use crate::inventory::{BaselineState, Entry, WatchState};
 use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
@@ -134,11 +135,11 @@ impl State {
         let (entry, is_known, has_room) = match container {
             Some(container) => {
                 let Some(entry) = self.inventory.get(container) else { return };
-                (Some(entry), entry.findings.contains_key(&id), entry.has_room_for(kind))
+                (Some(entry), entry.findings.contains_key(&id), true)
             }
             None => {
                 let known = &self.inventory.of_layers;
-                (None, known.contains_key(&id), known.len() < MAX_FINDINGS)
+                (None, known.contains_key(&id), known.len() < budget::FINDINGS.number)
             }
         };
         // However often the layer is compared, it is told once.
@@ -170,6 +171,10 @@ impl State {
         match container {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
+                if !entry.has_room_for(&finding) {
+                    self.fold_finding(container, None, &finding, now, effects);
+                    return;
+                }
                 entry.insert_finding(finding);
                 self.publish(container, id, None, now, effects);
             }
@@ -244,13 +249,13 @@ impl State {
         if entry.findings.contains_key(&finding) {
             return;
         }
-        if !entry.has_room_for(kind) {
-            self.findings_full(id, now, effects);
-            return;
-        }
         let mut missing = new_finding(&self.node, &self.policy, finding, kind, BASELINE, now);
         missing.belongs_to(id, entry);
         missing.detail = Some(reason);
+        if !entry.has_room_for(&missing) {
+            self.fold_finding(id, None, &missing, now, effects);
+            return;
+        }
         entry.insert_finding(missing);
         self.publish(id, finding, None, now, effects);
     }

@@ -149,6 +149,43 @@ struct Known {
     ended: bool,
 }
 
+/// Forgets enough processes for a quarter of `most` to be free, and hands back of which
+/// containers, and how many. The host's own go first: they can be looked up again. Then
+/// those of the containers that have the most, so that none makes another one's unknown.
+fn make_room(processes: &mut HashMap<u32, Known>, most: usize) -> Vec<(Arc<Watched>, usize)> {
+    let enough = most - most / 4;
+    processes.retain(|_, known| known.watched.is_some());
+    let mut by_container: HashMap<*const Watched, Vec<u32>> = HashMap::new();
+    for (pid, known) in &*processes {
+        let Some(watched) = &known.watched else { continue };
+        by_container.entry(Arc::as_ptr(watched)).or_default().push(*pid);
+    }
+    // The least that each may keep, so that all of them together are few enough.
+    let mut sizes: Vec<usize> = by_container.values().map(Vec::len).collect();
+    sizes.sort_unstable();
+    let (mut room, mut each) = (enough, enough);
+    for (index, size) in sizes.iter().enumerate() {
+        each = room / (sizes.len() - index);
+        if *size > each {
+            break;
+        }
+        room -= size;
+    }
+    let mut forgotten = Vec::new();
+    for pids in by_container.into_values().filter(|pids| pids.len() > each) {
+        let more = pids.len() - each;
+        let mut watched = None;
+        // Those that live can be looked up again.
+        let (living, ended): (Vec<u32>, Vec<u32>) =
+            pids.into_iter().partition(|pid| processes.get(pid).is_some_and(|known| !known.ended));
+        for pid in ended.into_iter().chain(living).take(more) {
+            watched = processes.remove(&pid).and_then(|known| known.watched).or(watched);
+        }
+        forgotten.extend(watched.map(|watched| (watched, more)));
+    }
+    forgotten
+}
+
 pub(super) struct Trace {
     shared: Arc<Shared>,
     unseen: Sender<Box<Unseen>>,
@@ -405,9 +442,14 @@ impl Trace {
 
     fn known(&mut self, pid: u32) -> &mut Known {
         if self.processes.len() >= MAX_PROCESSES && !self.processes.contains_key(&pid) {
-            // What is known can be looked up again, of those that still live.
-            self.processes.clear();
-            self.ended.clear();
+            for (watched, number) in make_room(&mut self.processes, MAX_PROCESSES) {
+                let detail = format!(
+                    "it has more processes than are remembered: {number} are looked up again, \
+                     and those that have ended cannot be"
+                );
+                self.shared.lose(Failure::TraceLost, Some(&watched), &detail);
+            }
+            self.ended.retain(|(_, pid)| self.processes.contains_key(pid));
         }
         self.processes.entry(pid).or_default()
     }
@@ -830,6 +872,7 @@ impl Execution<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{ContainerId, FileTime, FileType, ProcessIdentity};
 
     const MEMFD: u64 = 1;
 
@@ -857,6 +900,56 @@ mod tests {
     #[track_caller]
     fn check(evidence: Evidence<'_>, expected: Option<Filesystem>) {
         assert_eq!(judge(&evidence), expected.map_or(Judged::Known, Judged::Unseen));
+    }
+
+    #[test]
+    fn h17_no_container_makes_anothers_processes_unknown() {
+        let time = FileTime { seconds: 0, nanoseconds: 0 };
+        let root = Stat {
+            device: 1,
+            inode: 1,
+            born: None,
+            changed: time,
+            modified: time,
+            file_type: FileType::Directory,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            links: 1,
+            node: (0, 0),
+            mount: None,
+        };
+        let watched = |name: &str| {
+            let (id, path) = (ContainerId::new("n", name), b"/".to_vec());
+            let init = ProcessIdentity { pid: 1, start_time: 1 };
+            Arc::new(Watched::new(id, init, &root, path, None, None, None))
+        };
+        let (noisy, quiet) = (watched("noisy"), watched("quiet"));
+        let mut processes = HashMap::new();
+        let mut add = |pids: std::ops::Range<u32>, watched: Option<&Arc<Watched>>| {
+            for pid in pids {
+                let known =
+                    Known { watched: watched.cloned(), ended: pid % 2 == 0, ..Known::default() };
+                processes.insert(pid, known);
+            }
+        };
+        add(0..100, None);
+        add(1000..1800, Some(&noisy));
+        add(2000..2100, Some(&quiet));
+        let forgotten = make_room(&mut processes, 1000);
+        let left = |watched: &Arc<Watched>, living: bool| {
+            let is_it = |known: &&Known| {
+                known.ended != living
+                    && known.watched.as_ref().is_some_and(|one| Arc::ptr_eq(one, watched))
+            };
+            processes.values().filter(is_it).count()
+        };
+        assert_eq!((left(&quiet, true), left(&quiet, false)), (50, 50));
+        assert_eq!((left(&noisy, true), left(&noisy, false)), (400, 250), "the ended go first");
+        assert_eq!(processes.len(), 750, "the host's own are asked for again");
+        assert_eq!(forgotten.len(), 1);
+        assert!(Arc::ptr_eq(&forgotten[0].0, &noisy) && forgotten[0].1 == 150);
     }
 
     #[test]

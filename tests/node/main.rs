@@ -6,6 +6,7 @@
 //! says what to do.
 
 mod answers;
+mod budget;
 mod chaos;
 mod code;
 mod cri;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         life::trials(),
         door::trials(),
+        budget::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
