@@ -265,12 +265,17 @@ impl Handle {
         self.namespace("ns/pid")
     }
 
-    /// Whether its pid namespace calls it 1 (proc_pid_status(5), `NSpid`).
+    /// Whether its pid namespace calls it 1.
     pub fn is_first_in_pid_namespace(&self) -> bool {
-        let Ok(status) = self.read("status", 16 * 1024) else { return false };
+        self.number_in_pid_namespace() == Some(1)
+    }
+
+    /// What its own pid namespace calls it (proc_pid_status(5), `NSpid`).
+    pub fn number_in_pid_namespace(&self) -> Option<u32> {
+        let status = self.read("status", 16 * 1024).ok()?;
         let mut lines = status.split(|&byte| byte == b'\n');
-        let numbers = lines.find_map(|line| line.strip_prefix(b"NSpid:"));
-        numbers.is_some_and(|numbers| numbers.ends_with(b"\t1"))
+        let numbers = lines.find_map(|line| line.strip_prefix(b"NSpid:"))?;
+        str::from_utf8(numbers).ok()?.split_ascii_whitespace().next_back()?.parse().ok()
     }
 
     /// Names the mount namespace this process is in.

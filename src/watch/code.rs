@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::content::event_path;
+use super::deeds;
 use super::lower;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::{Standing, Watched};
-use crate::model::{Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
+use crate::model::{ContainerId, Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Medium};
 use crate::sys::procfs::Handle;
@@ -22,6 +23,8 @@ pub(super) struct Code {
     pub(super) filesystem: Filesystem,
     pub(super) state: FileState,
     pub(super) lower: Option<LowerTwin>,
+    /// The container in whose root it lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
 }
 
 /// Hashes of such files, so that one that is loaded all the time is read once in a
@@ -130,7 +133,14 @@ pub(super) fn of_descriptor(
         return None;
     }
     let max_hash_bytes = shared.settings.max_hash_bytes;
-    if shared.table.owner(&stat).is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
+    let owner = shared.table.owner(&stat);
+    if let Some(owner) = owner.as_ref().filter(|owner| deeds::is_apart(shared, watched, owner)) {
+        let path = RootfsPath::new(&file::name_of(fd.as_fd()).ok()?).ok()?;
+        let state = shared.hashed.state(fd, &stat, max_hash_bytes);
+        let (filesystem, file_of) = (Filesystem::Container, Some(owner.container.clone()));
+        return Some(Code { path, filesystem, state, lower: None, file_of });
+    }
+    if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
         match watched.standing(&stat) {
             Standing::Own => (),
             Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => return None,
@@ -141,13 +151,19 @@ pub(super) fn of_descriptor(
         let lower = watched
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-        return Some(Code { path, filesystem: Filesystem::Overlay, state, lower });
+        return Some(Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None });
     }
     let name = file::name_of(fd.as_fd()).ok()?;
     if let Some(name) = memfd_name(stat.device, &name) {
         let path = RootfsPath::new(name).ok()?;
         let state = shared.hashed.state(fd, &stat, max_hash_bytes);
-        return Some(Code { path, filesystem: Filesystem::Anonymous, state, lower: None });
+        return Some(Code {
+            path,
+            filesystem: Filesystem::Anonymous,
+            state,
+            lower: None,
+            file_of: None,
+        });
     }
     let path =
         if stat.links == 0 { name.strip_suffix(b" (deleted)").unwrap_or(&name) } else { &name };
@@ -166,7 +182,7 @@ pub(super) fn of_descriptor(
         // Whoever answers for it might never.
         Medium::Foreign => state::unopened(&stat),
     };
-    Some(Code { path, filesystem, state, lower: None })
+    Some(Code { path, filesystem, state, lower: None, file_of: None })
 }
 
 /// What a file lies on, if it is on a mount of the process's or the container's.
@@ -202,7 +218,7 @@ pub(super) fn open_in(handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
 
 /// What is left to tell of a file that nobody can look at any more.
 pub(super) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
-    Code { path, filesystem, state: state::gone(true), lower: None }
+    Code { path, filesystem, state: state::gone(true), lower: None, file_of: None }
 }
 
 /// A file of the container's own layer, by its name there.
@@ -257,7 +273,7 @@ pub(super) fn of_upper(
     let lower = watched
         .layers()
         .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-    Code { path, filesystem: Filesystem::Overlay, state, lower }
+    Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None }
 }
 
 /// The inode that the image's layers have at a path, and its device.

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 
 use super::acts::{Act, Event};
 use super::code::{self, Code};
+use super::deeds;
 use super::libraries::processes_of;
 use super::process;
 use super::scripts::{self, Runs};
@@ -266,16 +267,17 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
 }
 
 fn tell_script(shared: &Shared, look: &Look, code: Code) {
-    let Code { path, filesystem, state, lower } = code;
+    let Code { path, filesystem, state, lower, file_of } = code;
     let script = Script::File { path, filesystem, state, lower };
     let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
-    shared.observe(&look.watched, look.at, Source::Trace, fact);
+    shared.observe_file_of(&look.watched, file_of, look.at, Source::Trace, fact);
 }
 
 /// The script's file, unless it is the image's own or there is none.
 fn script(shared: &Shared, look: &Look, name: &[u8]) -> Option<Code> {
     let fd = if name.starts_with(b"/") {
-        code::open_in(&look.handle, name)?
+        code::open_in(&look.handle, name)
+            .or_else(|| deeds::open_through_proc(&look.handle, name))?
     } else {
         // The kernel names the directory as seen from the container's root.
         let cwd = look.handle.cwd().ok()?;

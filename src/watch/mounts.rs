@@ -32,6 +32,7 @@ use super::code;
 use super::content::{self, UnknownPath};
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
+use super::ways;
 use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
@@ -604,6 +605,7 @@ impl Mounts {
     fn mark_all(&self, watched: &Arc<Watched>) -> io::Result<Outcome> {
         let init = Handle::open_exactly(watched.init)?;
         let mountinfo = init.mountinfo()?;
+        ways::note_mounts(&self.shared, watched, &init, mounts::parse(&mountinfo));
         let choice = choose(mounts::parse(&mountinfo), watched.device, &self.host_devices());
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };

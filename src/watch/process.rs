@@ -170,7 +170,25 @@ pub(super) fn recorded_arguments(
     }
 }
 
-/// The same without waiting: of the first execve between two times.
+/// Waits until the kernel's records of an execve that the gate was asked about have been
+/// read, but not for long if `others_wait`.
+pub(super) fn wait_for_records(
+    shared: &Shared,
+    (pid, asked): (u32, u64),
+    others_wait: &dyn Fn() -> bool,
+) {
+    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
+    let is_read = || !matches!(shared.arguments().of(pid, asked, until), Recorded::NotYet);
+    while shared.records_executions() && !is_read() {
+        let waited = Duration::from_nanos(perf::now().saturating_sub(asked));
+        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
+            return;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// The recorded arguments without waiting: of the first execve between two times.
 pub(super) fn recorded(shared: &Shared, pid: u32, since: u64, until: u64) -> Option<Vec<String>> {
     match shared.arguments().of(pid, since, until) {
         Recorded::Arguments(arguments) => listed(&arguments),

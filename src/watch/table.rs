@@ -1,12 +1,15 @@
 //! The containers that are watched, by what an event can tell of them.
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::copyup::Residence;
 use super::files::Files;
 use super::trust::LayerFiles;
+use super::ways::Ways;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
@@ -43,6 +46,8 @@ pub(super) struct Watched {
     residence: OnceLock<Residence>,
     /// Its other mounts that carry our marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
+    /// How its files are reached beside their own paths.
+    pub(super) ways: Ways,
     /// Files that matter whatever they hold, beside those that the settings name.
     entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
@@ -194,6 +199,7 @@ impl Watched {
             layers: OnceLock::new(),
             residence: OnceLock::new(),
             mounts: RwLock::default(),
+            ways: Ways::default(),
             entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
@@ -212,6 +218,12 @@ impl Watched {
     /// number themselves: another container may be in that too, but was put there.
     pub(super) fn has_own_pid_namespace(&self) -> bool {
         self.has_own_pid_namespace.load(Ordering::Acquire)
+    }
+
+    /// Whether a process in one of its namespaces is its. With the first process of a
+    /// pid namespace all others end, and the kernel gives the numbers out again.
+    fn has_namespaces(&self) -> bool {
+        !(self.is_detaching() && self.has_own_pid_namespace())
     }
 
     /// Whether this control group is its own or within it; `None` if it has none.
@@ -384,9 +396,67 @@ struct Maps {
     /// Since when the devices of `other_devices` are known, by the clock of the
     /// kernel's records.
     since: HashMap<u64, u64>,
+    /// The containers of `by_container` by what their processes show: each record of
+    /// the kernel asks for one of these.
+    by_mount_namespace: Index<u64>,
+    by_pid_namespace: Index<u64>,
+    by_perf_cgroup: Index<u64>,
+    by_cgroup: Index<Vec<u8>>,
+}
+
+/// Containers by a value that several of them can share. The newest is the last.
+#[derive(Debug)]
+struct Index<K>(HashMap<K, Vec<Arc<Watched>>>);
+
+impl<K> Default for Index<K> {
+    fn default() -> Index<K> {
+        Index(HashMap::new())
+    }
+}
+
+impl<K: Eq + Hash> Index<K> {
+    fn insert(&mut self, key: Option<K>, watched: &Arc<Watched>) {
+        if let Some(key) = key {
+            self.0.entry(key).or_default().push(watched.clone());
+        }
+    }
+
+    fn remove<Q: ?Sized + Eq + Hash>(&mut self, key: Option<&Q>, watched: &Arc<Watched>)
+    where
+        K: Borrow<Q>,
+    {
+        let Some(key) = key else { return };
+        if let Some(entries) = self.0.get_mut(key) {
+            entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+            if entries.is_empty() {
+                self.0.remove(key);
+            }
+        }
+    }
+
+    fn get<Q: ?Sized + Eq + Hash>(&self, key: &Q) -> &[Arc<Watched>]
+    where
+        K: Borrow<Q>,
+    {
+        self.0.get(key).map(Vec::as_slice).unwrap_or_default()
+    }
 }
 
 impl Maps {
+    fn index(&mut self, watched: &Arc<Watched>) {
+        self.by_mount_namespace.insert(watched.mount_namespace, watched);
+        self.by_pid_namespace.insert(watched.pid_namespace, watched);
+        self.by_perf_cgroup.insert(watched.perf_cgroup, watched);
+        self.by_cgroup.insert(watched.cgroup.clone(), watched);
+    }
+
+    fn unindex(&mut self, watched: &Arc<Watched>) {
+        self.by_mount_namespace.remove(watched.mount_namespace.as_ref(), watched);
+        self.by_pid_namespace.remove(watched.pid_namespace.as_ref(), watched);
+        self.by_perf_cgroup.remove(watched.perf_cgroup.as_ref(), watched);
+        self.by_cgroup.remove(watched.cgroup.as_deref(), watched);
+    }
+
     fn forget_mounts(&mut self, watched: &Arc<Watched>) {
         self.other_mounts.retain(|_, entry| !Arc::ptr_eq(entry, watched));
         self.other_devices.retain(|_, entries| {
@@ -409,7 +479,11 @@ impl Table {
 
     pub(super) fn insert(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
-        maps.by_container.insert(watched.container.clone(), watched.clone());
+        let before = maps.by_container.insert(watched.container.clone(), watched.clone());
+        if let Some(before) = before {
+            maps.unindex(&before);
+        }
+        maps.index(watched);
         maps.by_device.insert(watched.device, watched.clone());
         if let Some(mount) = watched.mount {
             maps.by_mount.insert(mount, watched.clone());
@@ -420,6 +494,7 @@ impl Table {
     pub(super) fn remove(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
         let other = |entry: &Arc<Watched>| !Arc::ptr_eq(entry, watched);
+        maps.unindex(watched);
         maps.by_container.retain(|_, entry| other(entry));
         maps.by_device.retain(|_, entry| other(entry));
         maps.by_mount.retain(|_, entry| other(entry));
@@ -495,8 +570,7 @@ impl Table {
 
     /// The container of a control group, as the kernel's records name it.
     pub(super) fn by_perf_cgroup(&self, cgroup: u64) -> Option<Arc<Watched>> {
-        let maps = self.read();
-        maps.by_container.values().find(|watched| watched.perf_cgroup == Some(cgroup)).cloned()
+        self.read().by_perf_cgroup.get(&cgroup).last().cloned()
     }
 
     pub(super) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
@@ -536,29 +610,33 @@ impl Table {
 
     fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
-        maps.by_container
-            .values()
-            .find(|watched| watched.mount_namespace == Some(namespace))
-            .cloned()
+        let found = maps.by_mount_namespace.get(&namespace);
+        found.iter().rev().find(|watched| watched.has_namespaces()).cloned()
     }
 
-    /// The container whose control group is `cgroup`, or holds it.
+    /// The container whose control group is `cgroup`, or holds it: the innermost.
     fn by_cgroup(&self, cgroup: &[u8]) -> Option<Arc<Watched>> {
         let maps = self.read();
-        maps.by_container
-            .values()
-            .find(|watched| watched.holds_cgroup(cgroup) == Some(true))
-            .cloned()
+        let above = |path: &[u8]| path.iter().rposition(|&byte| byte == b'/');
+        std::iter::successors(Some(cgroup), |path| above(path).map(|end| &path[..end]))
+            .find_map(|path| maps.by_cgroup.get(path).last().cloned())
     }
 
     /// The container in whose pid namespace a process is.
     pub(super) fn by_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
-        let mut found =
-            maps.by_container.values().filter(|watched| watched.pid_namespace == Some(namespace));
+        let found = maps.by_pid_namespace.get(&namespace);
+        let mut found = found.iter().filter(|watched| watched.has_namespaces());
         let first = found.next()?;
         // Several containers of a pod can share one; then it names nobody.
         found.next().is_none().then(|| first.clone())
+    }
+
+    /// The container that began a pid namespace, in which others may be too.
+    pub(super) fn first_in_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
+        let maps = self.read();
+        let found = maps.by_pid_namespace.get(&namespace);
+        found.iter().find(|watched| watched.has_own_pid_namespace()).cloned()
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Watched>> {
@@ -567,9 +645,100 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::model::FileType;
+
+    fn root(device: u64) -> Stat {
+        let time = FileTime { seconds: 0, nanoseconds: 0 };
+        Stat {
+            device,
+            inode: 1,
+            born: None,
+            changed: time,
+            modified: time,
+            file_type: FileType::Directory,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            links: 1,
+            node: (0, 0),
+            mount: None,
+        }
+    }
+
+    /// A container whose overlay has this device.
+    pub(in crate::watch) fn watched(id: &str, device: u64) -> Watched {
+        in_namespaces(id, device, None, None, None, None)
+    }
+
+    fn in_namespaces(
+        id: &str,
+        device: u64,
+        pid: Option<u64>,
+        mount: Option<u64>,
+        cgroup: Option<&str>,
+        perf: Option<u64>,
+    ) -> Watched {
+        let number = u32::try_from(device).unwrap();
+        let init = ProcessIdentity { pid: number, start_time: device };
+        let unified = cgroup.map(|cgroup| cgroup.as_bytes().to_vec());
+        let groups = Some(ControlGroups { unified, perf });
+        let id = ContainerId::new("default", id);
+        Watched::new(id, init, &root(device), b"/".into(), pid, mount, groups)
+    }
+
+    #[test]
+    fn h18_who_is_meant_is_found_by_each_thing_that_a_process_shows() {
+        let table = Table::default();
+        let id = |found: Option<Arc<Watched>>| found.map(|found| found.container.id.to_string());
+        let id = |found| id(found).unwrap_or_default();
+        let add = |id, device, pid, mount, cgroup, perf| {
+            let watched = Arc::new(in_namespaces(id, device, pid, mount, cgroup, perf));
+            table.insert(&watched);
+            watched
+        };
+        let outer = add("outer", 1, Some(11), Some(21), Some("/k/outer"), Some(31));
+        let inner = add("inner", 2, Some(12), Some(22), Some("/k/outer/x/inner"), Some(32));
+        let beside = add("beside", 3, Some(12), Some(23), Some("/k/outerx"), Some(33));
+        let bare = add("bare", 4, None, None, Some("/"), None);
+        assert_eq!(id(table.by_perf_cgroup(32)), "inner");
+        assert_eq!(id(table.by_perf_cgroup(39)), "");
+        assert_eq!(id(table.by_mount_namespace(21)), "outer");
+        assert_eq!(id(table.by_pid_namespace(11)), "outer");
+        assert_eq!(id(table.by_pid_namespace(12)), "", "two share it");
+        let by_cgroup = |path: &str| id(table.by_cgroup(path.as_bytes()));
+        assert_eq!(by_cgroup("/k/outer"), "outer");
+        assert_eq!(by_cgroup("/k/outer/x"), "outer");
+        assert_eq!(by_cgroup("/k/outer/x/inner/deep/er"), "inner", "the innermost");
+        assert_eq!(by_cgroup("/k/outerx"), "beside", "no mere beginning of a name");
+        assert_eq!(by_cgroup("/k/outery"), "");
+        assert_eq!(by_cgroup("/k"), "");
+        assert_eq!(by_cgroup("/"), "", "the root is nobody's own");
+
+        // The container runs anew, in namespaces and a group that have the same numbers.
+        let again = add("inner", 5, Some(12), Some(22), Some("/k/outer/x/inner"), Some(34));
+        assert_eq!(id(table.by_perf_cgroup(32)), "", "the earlier run has gone");
+        assert_eq!(table.by_mount_namespace(22).unwrap().device, 5);
+        table.remove(&inner);
+        assert_eq!(table.by_mount_namespace(22).unwrap().device, 5);
+        assert_eq!(by_cgroup("/k/outer/x/inner"), "inner");
+        table.remove(&beside);
+        assert_eq!(id(table.by_pid_namespace(12)), "inner", "nobody shares it any more");
+
+        // Its first process has ended, and the kernel gives the number to somebody else.
+        again.set_has_own_pid_namespace();
+        again.detach();
+        assert_eq!(id(table.by_pid_namespace(12)), "");
+        assert_eq!(id(table.by_mount_namespace(22)), "");
+        for watched in [&outer, &again, &bare] {
+            table.remove(watched);
+        }
+        let maps = table.read();
+        assert!(maps.by_mount_namespace.0.is_empty() && maps.by_pid_namespace.0.is_empty());
+        assert!(maps.by_perf_cgroup.0.is_empty() && maps.by_cgroup.0.is_empty());
+    }
 
     #[track_caller]
     fn check(born: Option<i64>, changed: i64, expected: Place) {

@@ -15,8 +15,8 @@ use super::state::{self, Hashing};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{
-    Blake3Hash, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
-    Source, printable,
+    Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
+    RootfsPath, Source, printable,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
@@ -44,6 +44,8 @@ pub(super) struct Unseen {
     /// container.
     pub(super) previous: Option<Arc<Mapped>>,
     pub(super) is_parent_outside: bool,
+    /// The container in whose root the program lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
 }
 
 /// Describes and hashes what was executed.
@@ -71,12 +73,12 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
             Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
             // Or from a mount that nobody else sees.
             Filesystem::Volume => runtimes.is_installed(&state, max_hash_bytes),
-            Filesystem::Tmpfs | Filesystem::Overlay => false,
+            Filesystem::Tmpfs | Filesystem::Overlay | Filesystem::Container => false,
         };
     if is_runtimes_own {
         return;
     }
-    let Unseen { watched, at, filesystem, name, exec_name, .. } = unseen;
+    let Unseen { watched, at, filesystem, name, exec_name, file_of, .. } = unseen;
     let is_nameless = filesystem == Filesystem::Anonymous || state.deleted;
     match path(&name, is_nameless) {
         Ok(path) => {
@@ -91,7 +93,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
                 process: Arc::new(process),
                 layer_file: None,
             };
-            shared.observe(&watched, at, Source::Trace, fact);
+            shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
