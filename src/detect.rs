@@ -595,6 +595,7 @@ mod tests {
 /docker-entrypoint.sh 755 script entry
 /etc/passwd 644 data users
 /etc/cron.d 755 dir
+/etc/cron.weekly 777 symlink cron.d
 /app/main.py 644 data main
 /usr/local/bin/python3 777 symlink python3.11
 /usr/local/bin/python3.11 755 elf python
@@ -829,7 +830,7 @@ mod tests {
         check("link /tmp/x /tmp/cr", "Added: ");
         check("mount /tmp/x", "Added: ");
         // The image has this very link.
-        check("link /bin/sh busybox", "Metadata: ");
+        check("link /etc/cron.weekly cron.d", "Modified: ");
         check("write /tmp/cr/a 644 data evil as /etc/cron.d/a", "Added: file.persistence high");
         check("write /tmp/cr/a 644 data evil as /srv/a", "Added: ");
         // A link on the way of a link.

@@ -51,6 +51,9 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// A file of an upper layer looks older than the layer: the clock was set back, and
+    /// until then it passed for a file of the image.
+    ClockSet,
 }
 
 /// What is done about a [`Failure`].
@@ -65,7 +68,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 21] = [
+    pub const ALL: [Failure; 22] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -87,6 +90,7 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::ClockSet,
     ];
 
     pub fn name(self) -> &'static str {
@@ -112,6 +116,7 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::ClockSet => "clock_set",
         }
     }
 
@@ -125,6 +130,7 @@ impl Failure {
             | Failure::TraceLost
             | Failure::CodeQueueFull
             | Failure::ArmedLate
+            | Failure::ClockSet
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod capabilities;
+pub mod clock;
 pub mod connector;
 pub mod fanotify;
 pub mod file;

@@ -26,6 +26,7 @@ use crate::model::{
     ContainerId, Content, Fact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath,
     Source, Unhashed,
 };
+use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
 
@@ -93,7 +94,15 @@ impl Scan {
     }
 
     pub(super) fn run(mut self) {
+        let mut times_set = clock::times_set();
         while !self.shared.is_stopping() {
+            if times_set != clock::times_set() {
+                times_set = clock::times_set();
+                tracing::warn!(
+                    "the machine's clock was set: programs of running containers are judged by \
+                     their content alone"
+                );
+            }
             while let Ok(order) = self.orders.try_recv() {
                 if self.shared.is_stopping() {
                     return;
@@ -677,7 +686,13 @@ impl Walk<'_> {
                         Err(err) => self.note(format!("cannot open {child}: {err}")),
                     }
                 }
-                Ok(stat) => self.entry(layers, &place, child, stat)?,
+                Ok(stat) => {
+                    if stat.is_regular() && layers.note_birth(&stat) {
+                        let detail = format!("{child} looks older than the layer that holds it");
+                        self.shared.lose(Failure::ClockSet, Some(self.watched), &detail);
+                    }
+                    self.entry(layers, &place, child, stat)?;
+                }
                 Err(err) if is_gone(&err) => (),
                 Err(err) => self.note(format!("cannot look at {child}: {err}")),
             }

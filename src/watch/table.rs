@@ -11,6 +11,7 @@ use super::files::Files;
 use super::trust::LayerFiles;
 use super::ways::Ways;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
+use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf;
@@ -95,6 +96,11 @@ pub(super) struct Layers {
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
     born: Option<FileTime>,
+    /// How often the clock had been set by then.
+    times_set: u64,
+    /// A file was found in the upper layer that looks older than the layer: the clock was
+    /// set while nobody could notice.
+    holds_older: AtomicBool,
     /// The filesystems that its directories are on.
     devices: Vec<u64>,
 }
@@ -150,6 +156,7 @@ fn place(stat: &Stat, own: Option<FileTime>) -> Place {
 impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
+        let times_set = clock::times_set();
         let upper = file::stat_path(&mount.dirs.upperdir).ok()?;
         let born = upper.born;
         let lower = mount.dirs.lowerdirs.iter().filter_map(|lower| file::stat_path(lower).ok());
@@ -163,8 +170,29 @@ impl Layers {
             userxattr: mount.userxattr,
             redirects: mount.redirects,
             born,
+            times_set,
+            holds_older: AtomicBool::new(false),
             devices,
         })
+    }
+
+    /// Since when the container has an upper layer, as long as times tell anything: a
+    /// file that was made after the clock was set back looks older than it is. Then
+    /// nothing is known by its times, and all is compared by content.
+    fn born(&self) -> Option<FileTime> {
+        let is_trusted =
+            clock::times_set() == self.times_set && !self.holds_older.load(Ordering::Acquire);
+        self.born.filter(|_| is_trusted)
+    }
+
+    /// Notes the birth of a file of the upper layer. True if it is the first that cannot
+    /// be true.
+    pub(super) fn note_birth(&self, stat: &Stat) -> bool {
+        let is_older = match (stat.born, self.born) {
+            (Some(file), Some(layer)) => file < layer,
+            _ => false,
+        };
+        is_older && !self.holds_older.swap(true, Ordering::AcqRel)
     }
 
     /// Whether some of it is on this filesystem.
@@ -264,7 +292,7 @@ impl Watched {
 
     /// Whether a file is the image's own as far as anybody can know, until it changes.
     pub(super) fn is_certain(&self, stat: &Stat) -> bool {
-        let born = self.layers().and_then(|layers| layers.born);
+        let born = self.layers().and_then(Layers::born);
         match place(stat, born) {
             Place::Own => false,
             Place::Layers { is_young } => {
@@ -299,7 +327,7 @@ impl Watched {
 
     /// Whose an executed file is.
     pub(super) fn standing(&self, stat: &Stat) -> Standing {
-        let born = self.layers().and_then(|layers| layers.born);
+        let born = self.layers().and_then(Layers::born);
         match place(stat, born) {
             Place::Own => Standing::Own,
             Place::Layers { is_young } => {
@@ -687,6 +715,38 @@ pub(super) mod tests {
         let groups = Some(ControlGroups { unified, perf });
         let id = ContainerId::new("default", id);
         Watched::new(id, init, &root(device), b"/".into(), pid, mount, groups)
+    }
+
+    #[test]
+    fn x19_what_the_upper_layer_holds_shows_that_the_clock_was_set_back() {
+        let scratch = tempfile::tempdir().unwrap();
+        let early = scratch.path().join("early");
+        std::fs::write(&early, b"x").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let upperdir = scratch.path().join("upper");
+        std::fs::create_dir(&upperdir).unwrap();
+        let mount = || overlay::Mount {
+            dirs: OverlayDirs { upperdir: upperdir.clone(), lowerdirs: Vec::new() },
+            userxattr: false,
+            redirects: false,
+            workdir: None,
+            is_exported: false,
+        };
+        let layers = Layers::new(mount()).unwrap();
+        let late = upperdir.join("late");
+        std::fs::write(&late, b"x").unwrap();
+        let stat = |path| file::stat_path(path).unwrap();
+        assert!(!layers.note_birth(&stat(&late)));
+        assert!(layers.born().is_some(), "a filesystem that keeps births");
+        assert_eq!(place(&stat(&early), layers.born()), Place::Layers { is_young: false });
+        // No file can be made in the layer before the layer.
+        assert!(layers.note_birth(&stat(&early)));
+        assert!(!layers.note_birth(&stat(&early)), "that is said once");
+        assert_eq!(place(&stat(&early), layers.born()), Place::Own);
+
+        let set_since =
+            Layers { times_set: clock::times_set() + 1, ..Layers::new(mount()).unwrap() };
+        assert_eq!(place(&stat(&early), set_since.born()), Place::Own, "the clock was set");
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod answers;
 mod chaos;
 mod code;
 mod cri;
+mod deeds;
 mod docker;
 mod drift;
 mod fileless;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         chaos::trials(),
         hostile::trials(),
         life::trials(),
+        deeds::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
