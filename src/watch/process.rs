@@ -27,6 +27,14 @@ pub(super) struct Caller {
     pub(super) pidfd: Option<OwnedFd>,
 }
 
+impl Caller {
+    /// `None` if there is no descriptor left for the handle.
+    pub(super) fn try_clone(&self) -> Option<Caller> {
+        let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose().ok()?;
+        Some(Caller { stat: self.stat.clone(), pid: self.pid, asked: self.asked, pidfd })
+    }
+}
+
 /// A process after its execve.
 #[derive(Debug)]
 pub(super) struct Executing {

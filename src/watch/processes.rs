@@ -75,6 +75,7 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
 
 /// Nobody was asked before it became what it is.
 fn judge_running(shared: &Shared, seen: &Seen) {
+    shared.sessions().open_gone(shared, seen.caller.pid);
     let Ok(handle) = Handle::open(seen.caller.pid) else { return };
     let stat = handle.first_stat();
     // What the runtime is on its way in will be seen again when it is there.

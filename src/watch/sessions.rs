@@ -2,7 +2,7 @@
 //! namespaces, its control group or its root whose parent is in none of them, and that
 //! is not the container's init.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +31,21 @@ pub(super) struct Sessions {
     judged: Recent,
     /// Those of them that are known to be in a container, as parents of others.
     inside: Recent,
+    /// Gone before anybody looked, and the kernel's record of where they came from has
+    /// not been read: the gate's facts of them, oldest first.
+    unclear: VecDeque<Unclear>,
 }
+
+/// A process that may have opened a session.
+#[derive(Debug)]
+struct Unclear {
+    caller: Caller,
+    watched: Arc<Watched>,
+    at: Timestamp,
+}
+
+/// More of them are not kept: their records are late, or nobody came from outside.
+const MAX_UNCLEAR: usize = 1024;
 
 /// How long others wait for the arguments of who opens a session: on a busy machine an
 /// execve may take its time, and a session without its command says little. Not while
@@ -83,16 +97,22 @@ pub(super) fn is_before_entry_point(comm: &[u8]) -> bool {
     comm.starts_with(b"runc:[") || comm == b"crun" || comm.starts_with(b"youki")
 }
 
-/// Whether a process still runs a program of the host's: a runtime on its way into the
-/// container, before it becomes what it was asked for.
-pub(super) fn is_on_its_way(handle: &Handle) -> bool {
+/// Whether a process runs a program of the host's.
+pub(super) fn runs_program_of_host(handle: &Handle) -> bool {
     handle.has_host_root() || runs_from_outside(handle)
+}
+
+/// Whether a process is a runtime on its way into the container, before it becomes what it
+/// was asked for. What a program of the host's calls itself may be believed.
+pub(super) fn is_on_its_way(handle: &Handle) -> bool {
+    runs_from_outside(handle)
+        || is_before_entry_point(&handle.first_stat().comm) && handle.has_host_root()
 }
 
 /// Whether an init that was found is still its runtime's. It may wait for its start for
 /// as long as its runtime likes.
 pub(super) fn has_not_begun(init: &Handle, max_hash_bytes: u64) -> bool {
-    is_on_its_way(init) || runs_copy_of_runtime(init, max_hash_bytes)
+    runs_program_of_host(init) || runs_copy_of_runtime(init, max_hash_bytes)
 }
 
 /// Whether a process that has been there for a while runs a runtime's copy of itself in
@@ -198,8 +218,46 @@ impl Sessions {
             arrival.is_some()
         };
         if !self.opens(shared, stat, watched, &mut has_arrived) {
+            let is_unclear = !self.judged.contains(stat.identity)
+                && is_before_entry_point(&stat.comm)
+                && caller.asked.is_some();
+            if is_unclear && let Some(caller) = caller.try_clone() {
+                if self.unclear.len() == MAX_UNCLEAR {
+                    self.unclear.pop_front();
+                }
+                let watched = watched.clone();
+                self.unclear.push_back(Unclear { caller, watched, at });
+            }
             return None;
         }
+        Some(self.tell_of_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
+    }
+
+    /// The kernel has recorded that a process came from outside that was gone before
+    /// anybody looked: the gate was asked about it.
+    pub(super) fn open_gone(&mut self, shared: &Shared, pid: u32) {
+        let has_arrived = |one: &Unclear| {
+            let asked = one.caller.asked.unwrap_or(u64::MAX);
+            one.caller.pid == pid && shared.roots().has_arrived(&one.watched.container, pid, asked)
+        };
+        let Some(at) = self.unclear.iter().position(has_arrived) else { return };
+        let Some(Unclear { caller, watched, at }) = self.unclear.remove(at) else { return };
+        let Some(stat) = &caller.stat else { return };
+        self.judged.insert(stat.identity);
+        self.inside.insert(stat.identity);
+        let caller = (&caller, stat);
+        self.tell_of_caller(shared, caller, &watched, at, Some(Arrived), &|| true);
+    }
+
+    fn tell_of_caller(
+        &mut self,
+        shared: &Shared,
+        (caller, stat): (&Caller, &Stat),
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        arrival: Option<Arrived>,
+        others_wait: &dyn Fn() -> bool,
+    ) -> Executing {
         // First: it ends when what it has started does. That a runtime was called for it
         // is known of the runtime; by its name is only known that it may be worth asking.
         let may_be_by_runtime = arrival.is_some() || is_before_entry_point(&stat.comm);
@@ -210,10 +268,10 @@ impl Sessions {
             was_called: asked_for.is_some(),
             is_in_control_group: arrival.map(|Arrived| true),
         };
-        let mut executing = process::after_exec(caller, watched, &others_wait);
+        let mut executing = process::after_exec(caller, watched, others_wait);
         if executing.process.argv.is_none() {
             let execve = (caller.pid, caller.asked);
-            executing.process.argv = process::recorded_arguments(shared, execve, &others_wait);
+            executing.process.argv = process::recorded_arguments(shared, execve, others_wait);
         }
         let mut process = executing.process.clone();
         if asked_for.is_some() && asked_for != process.argv {
@@ -223,7 +281,7 @@ impl Sessions {
         let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
         let opened = Opened { process, pidfd, by_runtime };
         self.tell(shared, watched, at, Source::Gate, opened);
-        Some(executing)
+        executing
     }
 
     /// Tells that a session has opened. If that is lost, the next look at the

@@ -140,6 +140,8 @@ struct Known {
     /// It is of that container without doubt: it or an ancestor has become a program of
     /// the container's while it was in the container. A runtime on its way in has not.
     is_resident: bool,
+    /// Its birth was recorded, and who made it was no container's in that sense.
+    is_made_outside: bool,
     /// Whose it is was looked up in /proc, if anybody's.
     was_looked_up: bool,
     /// An execve is under way.
@@ -214,7 +216,7 @@ fn is_memfd_name(name: &[u8]) -> bool {
 
 /// Whether a process still runs a program of the host's, on its way into a container.
 fn is_on_its_way(pid: u32) -> bool {
-    Handle::open(pid).is_ok_and(|handle| sessions::is_on_its_way(&handle))
+    Handle::open(pid).is_ok_and(|handle| sessions::runs_program_of_host(&handle))
 }
 
 /// Whose a process is that has opened a session: it may have ended, and who has come by
@@ -457,7 +459,15 @@ impl Trace {
                     self.shared.births().forget(pid);
                 }
                 let parent = Some(parent);
-                let known = Known { parent, watched, is_resident, program, ..Known::default() };
+                let is_made_outside = !is_resident;
+                let known = Known {
+                    parent,
+                    watched,
+                    is_resident,
+                    is_made_outside,
+                    program,
+                    ..Known::default()
+                };
                 *self.known(pid) = known;
             }
             Record::Began { pid, time: _ } => {
@@ -550,6 +560,7 @@ impl Trace {
         let previous = std::mem::replace(&mut known.program, program.clone());
         let inherited = known.watched.clone();
         let was_resident = known.is_resident;
+        let is_made_outside = known.is_made_outside && !was_resident;
         let parent = known.parent;
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
@@ -596,13 +607,10 @@ impl Trace {
             }
             return;
         };
-        let is_made_outside = !was_resident
-            && parent
-                .and_then(|parent| self.processes.get(&parent))
-                .is_some_and(|parent| !parent.is_resident);
         let is_in_control_group =
             watched.perf_cgroup.is_some() && executed.cgroup == watched.perf_cgroup;
-        if is_made_outside && is_in_control_group {
+        let has_arrived = is_made_outside && is_in_control_group;
+        if has_arrived {
             // First: who waits for the arguments may want to know this too.
             self.shared.roots().arrived(&watched.container, executed.pid, executed.time);
         }
@@ -612,7 +620,7 @@ impl Trace {
             .is_some_and(|known| known.watched.is_some());
         for consumer in &mut self.consumers {
             consumer.executed(&self.shared, &watched, executed, program.as_deref());
-            if !has_parent_inside {
+            if !has_parent_inside || has_arrived {
                 consumer.entered(&self.shared, &watched, executed);
             }
         }

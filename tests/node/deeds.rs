@@ -31,7 +31,7 @@ const OTHER: &str = "docker.io/driftd/other:1";
 fn two(node: &Node) -> anyhow::Result<(Container<'_>, Container<'_>)> {
     let payload = &bench()?.payload;
     let mut layers = programs::workbench(payload)?;
-    let script = "#!/bin/sh\necho scanned\n";
+    let script = "#!/bin/sh\necho scanned\nsleep 1\n";
     layers.push(Layer::new().file("/usr/bin/nmap", 0o755, &payload.marked("nmap")).file(
         "/opt/scan.sh",
         0o755,
