@@ -214,9 +214,11 @@ fn is_memfd_name(name: &[u8]) -> bool {
     name.starts_with(b"/memfd:") && name.ends_with(file::DELETED)
 }
 
-/// Whether a process still runs a program of the host's, on its way into a container.
-fn is_on_its_way(pid: u32) -> bool {
-    Handle::open(pid).is_ok_and(|handle| sessions::runs_program_of_host(&handle))
+/// Whether a process runs a program of the container that it is in. Of one that is on
+/// its way there, or ending, that cannot be said.
+fn runs_own_program(pid: u32) -> bool {
+    Handle::open(pid)
+        .is_ok_and(|handle| !sessions::runs_program_of_host(&handle) && handle.open_exe().is_ok())
 }
 
 /// Whose a process is that has opened a session: it may have ended, and who has come by
@@ -431,10 +433,10 @@ impl Trace {
                 if is_unknown {
                     // It was there before us.
                     let watched = self.look_up(parent);
-                    let is_resident = watched.is_some() && !is_on_its_way(parent);
+                    let is_resident = watched.is_some() && runs_own_program(parent);
                     let known = self.known(parent);
                     known.watched = watched;
-                    known.is_resident = is_resident;
+                    known.is_resident = is_resident && !known.is_made_outside;
                     known.was_looked_up = true;
                 }
                 if let Some(known) = self.processes.get_mut(&parent)
