@@ -56,7 +56,7 @@ impl Ways {
         all.ways.iter().find_map(|way| {
             let rest = overlay::strip_directory(path.as_bytes(), way.to.as_bytes())?;
             let from = way.from.as_bytes();
-            RootfsPath::new(&[from, b"/".as_slice(), rest].concat()).ok()
+            RootfsPath::new([from, b"/".as_slice(), rest].concat()).ok()
         })
     }
 
