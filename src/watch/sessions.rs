@@ -105,8 +105,7 @@ pub(super) fn runs_program_of_host(handle: &Handle) -> bool {
 /// Whether a process is a runtime on its way into the container, before it becomes what it
 /// was asked for. What a program of the host's calls itself may be believed.
 pub(super) fn is_on_its_way(handle: &Handle) -> bool {
-    runs_from_outside(handle)
-        || is_before_entry_point(&handle.first_stat().comm) && handle.has_host_root()
+    is_before_entry_point(&handle.first_stat().comm) && runs_program_of_host(handle)
 }
 
 /// Whether an init that was found is still its runtime's. It may wait for its start for
@@ -188,6 +187,7 @@ impl Sessions {
             // may only start another one.
             is_root(handle, None, watched) == Some(true)
                 && !shared.births().is_born_inside(stat.identity)
+                && !runs_from_outside(handle)
                 && !is_on_its_way(handle)
         };
         if !is_root {
