@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
+use super::deeds;
 use super::process;
 use super::shared::Shared;
 use super::state::{self, Hashing};
@@ -278,7 +279,14 @@ impl Running {
             return;
         }
         let max_hash_bytes = shared.settings.max_hash_bytes;
-        let is_overlays = shared.table.owner(&stat).is_some();
+        let owner = shared.table.owner(&stat);
+        let is_apart = |owner: &&Arc<Watched>| {
+            deeds::is_apart(shared, watched, owner)
+                // A runtime that runs in a container, on its way into one of its own.
+                && !deeds::is_within(&shared.table, watched, owner)
+        };
+        let file_of = owner.as_ref().filter(is_apart).map(|owner| owner.container.clone());
+        let is_overlays = owner.is_some() && file_of.is_none();
         let mut layer_file = None;
         let mut is_movable = false;
         if is_overlays {
@@ -301,6 +309,8 @@ impl Running {
         let name = handle.exe().unwrap_or_default();
         let filesystem = if is_overlays {
             Filesystem::Overlay
+        } else if file_of.is_some() {
+            Filesystem::Container
         } else if handle.has_host_root() {
             return;
         } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
@@ -369,7 +379,7 @@ impl Running {
             process: Arc::new(process),
             layer_file,
         };
-        let is_told = shared.observe(watched, at, Source::Scan, fact);
+        let is_told = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file
             && !is_told
         {
