@@ -57,6 +57,9 @@ pub enum Failure {
     GateQueueFull,
     /// The memory of a process could not be read: something held its lock for long.
     ProcessUnreadable,
+    /// A file of an upper layer looks older than the layer: the clock was set back, and
+    /// until then it passed for a file of the image.
+    ClockSet,
 }
 
 /// What is done about a [`Failure`].
@@ -71,7 +74,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 23] = [
+    pub const ALL: [Failure; 24] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -95,6 +98,7 @@ impl Failure {
         Failure::ExecEventsFull,
         Failure::GateQueueFull,
         Failure::ProcessUnreadable,
+        Failure::ClockSet,
     ];
 
     pub fn name(self) -> &'static str {
@@ -122,6 +126,7 @@ impl Failure {
             Failure::ExecEventsFull => "exec_events_full",
             Failure::GateQueueFull => "gate_queue_full",
             Failure::ProcessUnreadable => "process_unreadable",
+            Failure::ClockSet => "clock_set",
         }
     }
 
@@ -136,6 +141,7 @@ impl Failure {
             | Failure::CodeQueueFull
             | Failure::ArmedLate
             | Failure::GateQueueFull
+            | Failure::ClockSet
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry

@@ -1559,7 +1559,7 @@ fn what_is_typed_into_the_terminal_of_init_is_heard_where_it_is_read() {
 }
 
 #[test]
-fn a_runtimes_init_is_a_session_by_its_name() {
+fn h03_a_runtimes_init_is_a_session_by_where_it_comes_from() {
     let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
     // What runc calls itself until it becomes the session's command.
     let runtime = container.dir.path().join("runc:[2:INIT]");
@@ -1775,36 +1775,120 @@ fn a_full_queue_is_an_overflow_and_not_an_event() {
     assert_eq!((overflows, decoded.len()), (1, limit + 1));
 }
 
+/// A process with a container's root that still runs a program of the host's, as a
+/// runtime does until it is told to go on.
+struct Waiting {
+    pid: u32,
+    go_on: std::io::PipeWriter,
+    started: std::thread::JoinHandle<Child>,
+}
+
+impl Waiting {
+    #[allow(unsafe_code, reason = "it stays itself between fork and exec, like a runtime")]
+    fn to_become(container: &Container, program: &str) -> Waiting {
+        let (told, tell) = std::io::pipe().unwrap();
+        let (wait, go_on) = std::io::pipe().unwrap();
+        let mut command = Command::new(program);
+        command.arg("3600").stdin(Stdio::null());
+        let merged = container.merged();
+        let become_it = move || {
+            rustix::process::chroot(&merged)?;
+            std::env::set_current_dir("/")?;
+            let pid = rustix::process::getpid().as_raw_nonzero().get();
+            rustix::io::write(&tell, &pid.to_ne_bytes())?;
+            rustix::io::read(&wait, &mut [0_u8])?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec it makes system calls only; its memory is its own.
+        unsafe { command.pre_exec(become_it) };
+        let started = std::thread::spawn(move || command.spawn().unwrap());
+        let mut pid = [0; 4];
+        rustix::io::read(&told, &mut pid).unwrap();
+        Waiting { pid: u32::try_from(i32::from_ne_bytes(pid)).unwrap(), go_on, started }
+    }
+
+    fn go_on(self) -> Family {
+        rustix::io::write(&self.go_on, b".").unwrap();
+        Family(self.started.join().unwrap())
+    }
+}
+
 #[test]
 fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
     let container = Container::start();
-    // What runc's init is called while it waits to become the entry point.
+    let blake3 = container.drop_program("/tmp/sleep");
+    let init = Waiting::to_become(&container, "/tmp/sleep");
+    let mut node = Node::start();
+    let id = container.id.clone();
+    node.order(Order::Attach { container: id, pid: init.pid, rootfs: None });
+    let before_start = node.until("the container to be attached", |report| match report {
+        Report::Attached { before_start, .. } => Some(*before_start),
+        _ => None,
+    });
+    assert!(before_start);
+    let _init = init.go_on();
+    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
+    let walk = node.unordered_walk(&container.id);
+    assert_eq!(walk.names(), ["/tmp/sleep"]);
+    let told = node.told.iter().map(summary);
+    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
+    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
+    node.assert_no_loss();
+}
+
+#[test]
+fn h03_an_init_that_calls_itself_a_runtimes_has_begun() {
+    let container = Container::start();
     let init = container.merged().join("tmp/runc:[2:INIT]");
-    fs::write(&init, "#!/bin/sh\nread line\nexec /tmp/sleep 3600\n").unwrap();
+    fs::write(&init, "#!/bin/sh\nread line\nexec /bin/sleep 3600\n").unwrap();
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
     let mut init = container.command(&["/tmp/runc:[2:INIT]"]);
-    let mut init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
+    let init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
     let pid = init.0.id();
     wait_for("the init", || {
         let comm = fs::read(format!("/proc/{pid}/comm")).unwrap();
         (comm == b"runc:[2:INIT]\n").then_some(())
     });
-    let blake3 = container.drop_program("/tmp/sleep");
     let mut node = Node::start();
     node.order(Order::Attach { container: container.id.clone(), pid, rootfs: None });
     let before_start = node.until("the container to be attached", |report| match report {
         Report::Attached { before_start, .. } => Some(*before_start),
         _ => None,
     });
-    assert!(before_start);
-    init.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
-    let walk = node.unordered_walk(&container.id);
-    assert_eq!(walk.names(), ["/tmp/runc:[2:INIT]", "/tmp/sleep"]);
-    let told = node.told.iter().map(summary);
-    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
-    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
-    node.assert_no_loss();
+    assert!(!before_start, "its program is the container's own");
+}
+
+#[test]
+fn x19_a_file_that_looks_older_than_the_layer_is_no_file_of_the_image() {
+    // As one looks that was made after the clock was set back.
+    let scratch = tempfile::tempdir().unwrap();
+    let old = scratch.path().join("old");
+    fs::copy(BUSYBOX, &old).unwrap();
+    let container = Container::start();
+    // A directory of the upper layer, into which the overlay has not looked.
+    container.shell("/bin/mkdir /tmp/late");
+    let hidden = container.upper().join("tmp/late/true");
+    fs::OpenOptions::new().append(true).open(&old).unwrap().write_all(b"other").unwrap();
+    fs::rename(&old, &hidden).unwrap();
+    let times = |path: &Path| driftd::sys::file::stat_path(path).unwrap().born;
+    assert!(times(&hidden) < times(&container.upper()), "a filesystem that keeps births");
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("/tmp/late/true");
+    let (state, layer_file) =
+        node.until_observed("it to be told", |observation| match &observation.fact {
+            Fact::Executed { path: told, state, layer_file, .. }
+                if *told == path("/tmp/late/true") =>
+            {
+                Some((state.clone(), *layer_file))
+            }
+            _ => None,
+        });
+    assert_eq!(state.blake3(), Some(hash_of(&hidden)));
+    assert_eq!(layer_file, None, "it is taken for the container's own");
+    // It is said, and once.
+    node.walk(&container);
+    assert_eq!(node.health.count(Failure::ClockSet), 1);
 }
 
 #[test]

@@ -7,6 +7,7 @@
 
 pub mod capabilities;
 pub mod channel;
+pub mod clock;
 pub mod connector;
 pub mod counters;
 pub mod door;

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use super::acts;
 use super::arguments::Words;
 use super::crowd;
+use super::deeds;
 use super::files::{Held, Left};
 use super::gate::Execution;
 use super::lower;
@@ -90,6 +91,9 @@ fn describe_one(
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
+    if filesystem == Filesystem::Overlay && deeds::is_of_another(shared, &watched, &caller) {
+        return None;
+    }
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -99,7 +103,10 @@ fn describe_one(
                 Filesystem::Overlay => {
                     event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
                 }
-                Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+                Filesystem::Tmpfs
+                | Filesystem::Volume
+                | Filesystem::Anonymous
+                | Filesystem::Container => {
                     mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
                 }
             };

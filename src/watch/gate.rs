@@ -346,7 +346,10 @@ impl Arrivals {
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.
-            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => Standing::Own,
+            Filesystem::Tmpfs
+            | Filesystem::Volume
+            | Filesystem::Anonymous
+            | Filesystem::Container => Standing::Own,
         };
         let is_movable = matches!(standing, Standing::Movable(_));
         let layer_file = match standing {

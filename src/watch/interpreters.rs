@@ -401,7 +401,7 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
 }
 
 fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: bool) {
-    let Code { path, filesystem, state, lower } = code;
+    let Code { path, filesystem, state, lower, file_of } = code;
     let process = Arc::new(look.process.clone());
     let executed = look.script.as_ref().filter(|script| script.is_executed);
     let fact = match executed {
@@ -424,7 +424,7 @@ fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: 
             Fact::Interpreted { script: Script::File { path, filesystem, state, lower }, process }
         }
     };
-    shared.observe(&look.watched, look.at, Source::Trace, fact);
+    shared.observe_file_of(&look.watched, file_of, look.at, Source::Trace, fact);
 }
 
 /// A script from a pipe that the container's own processes have made. What came in

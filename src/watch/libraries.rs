@@ -20,6 +20,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
+use super::deeds;
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
@@ -279,6 +280,13 @@ impl Libraries {
         let Some(code) = look(shared, watched, mapped, handle.as_ref(), place) else {
             return false;
         };
+        if code.file_of.is_some()
+            && code.file_of
+                == handle.as_ref().and_then(|handle| deeds::runs_file_of(shared, handle))
+        {
+            // A program of that container is reported itself; its own libraries are not.
+            return false;
+        }
         if self.told.len() >= MAX_TOLD {
             self.told.clear();
         }
@@ -457,7 +465,7 @@ fn is_library(code: Code) -> Option<Code> {
 
 fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>, source: Source) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    let Code { path, filesystem, state, lower } = code;
+    let Code { path, filesystem, state, lower, file_of } = code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
         exe: program.file.as_deref().map(printable),
@@ -469,7 +477,9 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
     });
     let writer = match filesystem {
         Filesystem::Overlay => shared.writer_of(watched, &path),
-        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => None,
+        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous | Filesystem::Container => {
+            None
+        }
     };
     let by_linker = *is_first && program.is_linker();
     let fact = Fact::Loaded {
@@ -481,7 +491,7 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         by_linker,
         writer,
     };
-    shared.observe(watched, *at, source, fact);
+    shared.observe_file_of(watched, file_of, *at, source, fact);
 }
 
 /// The processes of a container, as far as its namespaces tell.

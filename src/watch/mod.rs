@@ -28,6 +28,7 @@ mod content;
 mod control;
 mod copyup;
 mod crowd;
+mod deeds;
 mod feed;
 mod files;
 mod gate;
@@ -53,6 +54,7 @@ mod trace;
 mod trial;
 mod trust;
 mod unseen;
+mod ways;
 mod writers;
 
 use std::cell::RefCell;

@@ -34,6 +34,7 @@ use super::content::{self, UnknownPath};
 use super::gate::ExecMarks;
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
+use super::ways;
 use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
@@ -575,6 +576,7 @@ impl Mounts {
     fn mark_all(&self, watched: &Arc<Watched>) -> io::Result<Outcome> {
         let init = Handle::open_exactly(watched.init)?;
         let mountinfo = init.mountinfo()?;
+        ways::note_mounts(&self.shared, watched, &init, mounts::parse(&mountinfo));
         let host = HostMounts::now();
         let ground = |mount: &Mount| host.ground(mount);
         let all = mounts::parse(&mountinfo);

@@ -60,6 +60,15 @@ pub(super) fn gone(deleted: bool) -> FileState {
     }
 }
 
+/// The state of what was mounted somewhere and cannot be asked.
+pub(super) fn of_mount() -> FileState {
+    FileState {
+        file_type: FileType::Directory,
+        content: Content::Unhashed(Unhashed::NotRegular),
+        ..gone(false)
+    }
+}
+
 /// The state of an open file. `stat` is what its metadata is taken from, `file`
 /// its content: of a metadata-only copy they are two inodes.
 pub(super) fn of(

@@ -8,14 +8,15 @@ use std::sync::Arc;
 use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
+use super::deeds;
 use super::process;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{
-    Blake3Hash, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
-    Source, printable,
+    Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
+    RootfsPath, Source, printable,
 };
 use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
@@ -44,6 +45,8 @@ pub(super) struct Unseen {
     /// container.
     pub(super) previous: Option<Arc<Mapped>>,
     pub(super) is_parent_outside: bool,
+    /// The container in whose root the program lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
 }
 
 /// Describes and hashes what was executed.
@@ -71,12 +74,12 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
             Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
             // Or from a mount that nobody else sees.
             Filesystem::Volume => runtimes.is_installed(&state, max_hash_bytes),
-            Filesystem::Tmpfs | Filesystem::Overlay => false,
+            Filesystem::Tmpfs | Filesystem::Overlay | Filesystem::Container => false,
         };
     if is_runtimes_own {
         return;
     }
-    let Unseen { watched, at, filesystem, name, exec_name, .. } = unseen;
+    let Unseen { watched, at, filesystem, name, exec_name, file_of, .. } = unseen;
     let is_nameless = filesystem == Filesystem::Anonymous || state.deleted;
     match path(&name, is_nameless) {
         Ok(path) => {
@@ -91,7 +94,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
                 process: Arc::new(process),
                 layer_file: None,
             };
-            shared.observe(&watched, at, Source::Trace, fact);
+            shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -273,7 +276,14 @@ impl Running {
             return;
         }
         let max_hash_bytes = shared.settings.max_hash_bytes;
-        let is_overlays = shared.table.owner(&stat).is_some();
+        let owner = shared.table.owner(&stat);
+        let is_apart = |owner: &&Arc<Watched>| {
+            deeds::is_apart(shared, watched, owner)
+                // A runtime that runs in a container, on its way into one of its own.
+                && !deeds::is_within(&shared.table, watched, owner)
+        };
+        let file_of = owner.as_ref().filter(is_apart).map(|owner| owner.container.clone());
+        let is_overlays = owner.is_some() && file_of.is_none();
         let mut layer_file = None;
         let mut is_movable = false;
         if is_overlays {
@@ -302,6 +312,8 @@ impl Running {
         };
         let filesystem = if is_overlays {
             Filesystem::Overlay
+        } else if file_of.is_some() {
+            Filesystem::Container
         } else if handle.has_host_root() {
             return;
         } else if door::memfd_device() == Some(stat.device) || name.starts_with(b"/memfd:") {
@@ -371,7 +383,7 @@ impl Running {
             process: Arc::new(process),
             layer_file,
         };
-        let is_told = shared.observe(watched, at, Source::Scan, fact);
+        let is_told = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file
             && !is_told
         {

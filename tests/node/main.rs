@@ -9,6 +9,7 @@ mod answers;
 mod chaos;
 mod code;
 mod cri;
+mod deeds;
 mod docker;
 mod door;
 mod drift;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         life::trials(),
         door::trials(),
+        deeds::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
