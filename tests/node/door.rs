@@ -318,6 +318,7 @@ fn x08_scripts(node: &Node) -> anyhow::Result<()> {
             "cp /.control/s /tmp/linker; /lib64/ld-linux-x86-64.so.2 /bin/bash /tmp/linker",
             "/tmp/linker",
         ),
+        ("cp /.control/s /tmp/hard; bash -c 'exec -a sh /bin/cat /tmp/hard'", "/tmp/hard"),
         ("mkfifo /tmp/fifo; ( cat /.control/s >/tmp/fifo & ); sh /tmp/fifo", ""),
         (
             "cp /.control/s /tmp/link-; ln -s /tmp/link- /tmp/link; cd /usr/bin; sh ../../tmp/link",
