@@ -202,7 +202,11 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
     if *exec_name == *b"/proc/self/exe" {
         scripts::interpreter(b"busybox", &arguments)?;
     }
-    let (language, rest) = scripts::interpreter(&exe, &arguments)?;
+    // A hard link to it may be called like any other program.
+    let is_multicall =
+        handle.exe_identity().is_ok_and(|(device, inode)| watched.is_multicall(device, inode));
+    let program = if is_multicall { b"busybox" } else { exe.as_slice() };
+    let (language, rest) = scripts::interpreter(program, &arguments)?;
     let process = process::as_it_is(&handle, &watched);
     let mut look = Look {
         watched,

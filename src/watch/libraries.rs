@@ -131,11 +131,14 @@ impl TraceConsumer for Tracing {
     ) {
         let Executed { pid, time, file_name, .. } = executed;
         let file = program.map(|program| &*program.name);
+        let is_multicall =
+            program.is_some_and(|program| watched.is_multicall(program.device, program.inode));
         let program = self.programs.executed(*pid, *time, file);
-        let may_interpret = match &program.file {
-            Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
-            None => true,
-        };
+        let may_interpret = is_multicall
+            || match &program.file {
+                Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
+                None => true,
+            };
         if !may_interpret {
             return;
         }
@@ -218,6 +221,7 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
         if last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
             for watched in shared.table.all() {
+                watched.learn_multicall(multicall);
                 if watched.take_code_scan() {
                     libraries.scan(shared, &watched);
                 }
@@ -492,6 +496,15 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         writer,
     };
     shared.observe_file_of(watched, file_of, *at, source, fact);
+}
+
+/// The image's programs that are many.
+fn multicall(watched: &Watched) -> Vec<u64> {
+    let paths = ["/bin/busybox", "/usr/bin/busybox", "/bin/toybox", "/usr/bin/toybox"];
+    let inodes = paths.iter().filter_map(|path| {
+        code::image_inode(watched, &RootfsPath::new(path).ok()?).map(|(_, inode)| inode)
+    });
+    inodes.collect()
 }
 
 /// The processes of a container, as far as its namespaces tell.

@@ -43,6 +43,9 @@ pub(super) struct Watched {
     /// The same group as the kernel's records name it.
     pub(super) perf_cgroup: Option<u64>,
     layers: OnceLock<Layers>,
+    /// Inodes of the image's programs that are many, such as busybox, whose hard links are
+    /// named like other programs.
+    multicall: OnceLock<Vec<u64>>,
     /// Where its unchanged programs are asked about only once; `None` if nowhere.
     residence: OnceLock<Residence>,
     /// Its other mounts that carry our marks.
@@ -225,6 +228,7 @@ impl Watched {
             cgroup: unified.filter(|cgroup| cgroup.len() > 1),
             perf_cgroup: perf,
             layers: OnceLock::new(),
+            multicall: OnceLock::new(),
             residence: OnceLock::new(),
             mounts: RwLock::default(),
             ways: Ways::default(),
@@ -280,6 +284,18 @@ impl Watched {
     /// The first answer stays.
     pub(super) fn set_layers(&self, layers: Layers) {
         let _ = self.layers.set(layers);
+    }
+
+    /// Asks once, when its layers are known, which inodes its programs have that are many.
+    pub(super) fn learn_multicall(&self, inodes: impl FnOnce(&Watched) -> Vec<u64>) {
+        if self.layers().is_some() {
+            self.multicall.get_or_init(|| inodes(self));
+        }
+    }
+
+    /// Whether a program is one of those, whatever its file is called.
+    pub(super) fn is_multicall(&self, device: u64, inode: u64) -> bool {
+        device == self.device && self.multicall.get().is_some_and(|inodes| inodes.contains(&inode))
     }
 
     pub(super) fn residence(&self) -> Option<&Residence> {
