@@ -144,7 +144,7 @@ fn assess_code(
     state: &FileState,
 ) -> Assessment {
     let known = image.get(path).filter(|_| filesystem == Filesystem::Overlay);
-    if known.as_ref().is_some_and(|known| same(known, state)) {
+    if known.as_ref().is_some_and(|known| ran_as_known(known, state)) {
         return Assessment { change: Change::Metadata, judgements: Vec::new() };
     }
     // Volumes are how scripts and drivers are handed to a container from outside.
@@ -156,7 +156,8 @@ fn assess_code(
         (Kind::ExecInterpreted, Filesystem::Volume) => Severity::Low,
         _ => severity,
     };
-    if let Some(origins) = origin(image, state) {
+    let origins = origin(image, state).filter(|_| known.is_none() || !state.could_change);
+    if let Some(origins) = origins {
         // Known code from an unusual place: it can stand in for other code.
         let expected = origins.into_iter().next();
         let severity = severity.min(Severity::Medium);
@@ -203,7 +204,9 @@ fn assess_executed(
     running: bool,
 ) -> Assessment {
     let known = image.get(path);
-    let (change, main) = if let Some(known) = known.as_ref().filter(|known| same(known, state)) {
+    let (change, main) = if let Some(known) =
+        known.as_ref().filter(|known| ran_as_known(known, state))
+    {
         debug_assert_eq!(known.entry.file_type, FileType::Regular);
         (Change::Metadata, None)
     } else {
@@ -419,6 +422,12 @@ fn same(known: &Known, state: &FileState) -> bool {
         && known.entry.blake3 == state.blake3()
 }
 
+/// Whether a file that was run held what the image has there, and could not have held
+/// anything else at that moment.
+fn ran_as_known(known: &Known, state: &FileState) -> bool {
+    same(known, state) && !state.could_change
+}
+
 fn known_program(known: &Known) -> bool {
     known.entry.file_type == FileType::Regular && is_program(known.entry.format, known.entry.mode)
 }
@@ -614,6 +623,7 @@ mod tests {
             capability: None,
             content: content_of,
             deleted: false,
+            could_change: false,
         }
     }
 
@@ -632,7 +642,10 @@ mod tests {
     fn fact(line: &str) -> Fact {
         let words: Vec<&str> = line.split_whitespace().collect();
         let path = || RootfsPath::new(words[1]).unwrap();
-        let state = || state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4]);
+        let state = || FileState {
+            could_change: words.get(5) == Some(&"written-to"),
+            ..state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4])
+        };
         match words[0] {
             "exec" | "tmpfs" | "volume" | "memory" | "running" => Fact::Executed {
                 path: path(),

@@ -1067,7 +1067,9 @@ impl State {
         finding.count = observation.times();
         finding.process = evidence.process.cloned();
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
-        finding.detail = evidence.detail.map(ToOwned::to_owned);
+        let could_change = evidence.state.is_some_and(|state| state.could_change);
+        let details = evidence.detail.into_iter().chain(could_change.then_some(COULD_CHANGE));
+        finding.detail = details.map(ToOwned::to_owned).reduce(|all, next| all + "; " + &next);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
         finding.belongs_to(&observation.container, entry);
         let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
@@ -1404,6 +1406,9 @@ fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3H
 }
 
 /// What is said of an executed file that is not the container's own.
+const COULD_CHANGE: &str = "its content could change between its execution and the moment it was \
+     read: what ran may not be the content that is reported here";
+
 const IN_LAYER: &str =
     "it lies in a layer of the image on this node's disk, not in the container's own layer";
 

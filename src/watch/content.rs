@@ -20,8 +20,10 @@ use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
+use super::take::Taken;
 use super::trust::Verdict;
 use super::unseen;
+use super::writable;
 use crate::health::Failure;
 use crate::model::{
     Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
@@ -41,6 +43,7 @@ pub(super) struct Described {
     stat: Stat,
     layer_file: Option<LayerFile>,
     is_movable: bool,
+    had_writer: bool,
     executing: Executing,
     /// When the gate was asked, by the clock of the kernel's records.
     asked: Option<u64>,
@@ -62,7 +65,7 @@ impl Described {
 /// time than the file before it takes to hash.
 pub(super) fn describe(
     shared: &Shared,
-    executions: &Receiver<Execution>,
+    executions: &Receiver<Taken>,
     described: &Sender<Described>,
 ) {
     // Without CAP_SYS_NICE it runs like the others, and is late more often.
@@ -84,37 +87,14 @@ pub(super) fn describe(
 
 fn describe_one(
     shared: &Shared,
-    execution: Execution,
-    others: &Receiver<Execution>,
+    taken: Taken,
+    others: &Receiver<Taken>,
 ) -> Option<Described> {
+    let Taken { execution, path, had_writer } = taken;
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
 
-    // The mounts by which the file was reached may be gone with the process.
-    let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    let path = match file.take() {
-        Left::Open(fd) => {
-            let path = match filesystem {
-                Filesystem::Overlay => {
-                    event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
-                }
-                Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
-                    mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
-                }
-            };
-            file.give_back(&watched, fd);
-            path
-        }
-        // The container has ended, and with it the mounts that say more.
-        Left::Name(Some(name)) => {
-            let below_root = overlay::strip_directory(&name, &watched.root_name);
-            RootfsPath::new(below_root.unwrap_or(&name))
-                .map(|path| (path, true))
-                .map_err(UnknownPath::from)
-        }
-        Left::Name(None) => Err(UnknownPath::NotAbsolute),
-    };
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -155,6 +135,7 @@ fn describe_one(
                 stat,
                 layer_file,
                 is_movable,
+                had_writer,
                 executing,
                 asked: caller.asked,
                 at,
@@ -209,6 +190,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         stat,
         layer_file,
         is_movable,
+        had_writer,
         executing,
         asked,
         at,
@@ -218,8 +200,9 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
     // In a storm of one program every other would wait for its hashes.
+    let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
     let known = known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&stat)).flatten());
-    let state = known.unwrap_or_else(|| {
+    let mut state = known.unwrap_or_else(|| {
         let is_wanted = || !watched.is_detaching() && shared.may_tell();
         let open = match file.take() {
             Left::Open(fd) => {
@@ -230,14 +213,17 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
                     max_hash_bytes,
                     &is_wanted,
                 );
-                if let Some(state) = &state {
-                    shared.hashed.remember_executed(&stat, state);
-                }
-                state
+                let has_changed = state.is_some()
+                    && is_own
+                    && file::stat(&fd).is_ok_and(|now| writable::has_changed(&stat, &now));
+                state.map(|state| FileState { could_change: has_changed, ..state })
             }
+            Left::Copy(copy) => Some(state::of_copy(&copy, &stat)),
             Left::Name(_) => None,
         };
-        let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
+        if let Some(state) = open.as_ref().filter(|state| !had_writer && !state.could_change) {
+            shared.hashed.remember_executed(&stat, state);
+        }
         open.or_else(|| if is_own { in_upperdir(shared, &watched, &path, &stat) } else { None })
             .unwrap_or_else(|| FileState {
                 content: Content::Unhashed(Unhashed::Gone),
@@ -245,6 +231,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
             })
     });
     drop(file);
+    state.could_change |= had_writer;
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let lower = match layer_file {
         None if is_on_overlay => watched

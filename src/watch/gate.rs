@@ -8,7 +8,7 @@
 //! ```text
 //! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
 //!                              │
-//!                              ├── own layer, other ──> describe thread (with the fd)
+//!                              ├── own layer, other ──> take thread (with the fd)
 //!                              │   filesystem, or changed in a layer
 //!                              └── image layer ────> processes thread (fd closed)
 //! ```
@@ -35,6 +35,7 @@ use super::process::Caller;
 use super::sessions::is_before_entry_point;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
+use super::take;
 use crate::config;
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
@@ -135,7 +136,7 @@ pub(super) struct Gate {
     /// The containers of this gate, if unchanged programs are asked about only once.
     pub(super) shard: Option<Arc<Shard>>,
     pub(super) shared: Arc<Shared>,
-    pub(super) content: Sender<Execution>,
+    pub(super) content: take::Entrance,
     pub(super) crowd: RefCell<Crowd>,
     pub(super) processes: Sender<Box<Seen>>,
     pub(super) turns: Turns,

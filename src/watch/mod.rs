@@ -6,7 +6,7 @@
 //! Command ─> control ── marks ──> kernel
 //!     mounts <───┤                  │ exec?                     │ closed after writing
 //!                │                  v                           v
-//!                │                gate ─> describe ─> content   feed
+//!                │        gate ─> take ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <────────────────────┤
 //!                                    │ └── everyone's Report  │ dirty paths
@@ -47,11 +47,13 @@ mod shared;
 mod shells;
 mod state;
 mod table;
+mod take;
 mod terminals;
 mod trace;
 mod trial;
 mod trust;
 mod unseen;
+mod writable;
 mod writers;
 
 use std::cell::RefCell;
@@ -234,7 +236,7 @@ impl Watch {
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
-        let (content, receive_content) = bounded(content_queue);
+        let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
@@ -277,7 +279,8 @@ impl Watch {
         let ours = shared.clone();
         watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
         let ours = shared.clone();
-        watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
+        watch.spawn("describe", move || content::describe(&ours, &receive_taken, &described))?;
+        watch.spawn("take", || take.run())?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
         let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);

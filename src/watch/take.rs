@@ -1,0 +1,225 @@
+//! What an executed file holds, taken as soon as the gate has handed it on.
+//!
+//! Whatever comes later is too late for two things. A file can be changed back before
+//! it is read: see [`writable`]. And an open file keeps its mount busy, so that a
+//! container could not unmount what it has just run a program from. So this thread
+//! finds the path, asks whether the file has a writer, copies a small file into memory
+//! and closes it. Who ran it is found out by the threads that follow, and what is
+//! hashed is the copy.
+//!
+//! ```text
+//! gate ── Execution ──> take ── Taken ──> describe ──> content
+//! ```
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+
+use super::content::{UnknownPath, event_path};
+use super::files::Left;
+use super::gate::Execution;
+use super::mounts;
+use super::shared::Shared;
+use super::writable;
+use crate::health::Failure;
+use crate::model::{Filesystem, RootfsPath};
+use crate::sys::file;
+use crate::sys::overlay;
+
+/// Longer files stay open and are read where they are hashed.
+const SMALL: u64 = 4 << 20;
+
+/// All copies together. What does not fit stays open.
+const MOST: usize = 32 << 20;
+
+/// How much is read before a file that has come meanwhile is asked about.
+const CHUNK: usize = 256 << 10;
+
+/// An execution whose file has been looked at.
+#[derive(Debug)]
+pub(super) struct Taken {
+    pub(super) execution: Execution,
+    /// In its container, and whether that is certain.
+    pub(super) path: Result<(RootfsPath, bool), UnknownPath>,
+    /// Somebody could write to it while it was executed, and may have since.
+    pub(super) had_writer: bool,
+}
+
+/// A small file's content.
+#[derive(Debug)]
+pub(super) struct Copy {
+    pub(super) bytes: Vec<u8>,
+    pub(super) capability: Option<Box<[u8]>>,
+    room: Arc<AtomicUsize>,
+    size: usize,
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        self.room.fetch_add(self.size, Ordering::Relaxed);
+    }
+}
+
+/// Where executions enter, and how many of them wait to be described.
+#[derive(Clone, Debug)]
+pub(super) struct Entrance {
+    arrived: Sender<Execution>,
+    held: Arc<AtomicUsize>,
+    taken: Sender<Taken>,
+    limit: usize,
+}
+
+impl Entrance {
+    pub(super) fn len(&self) -> usize {
+        self.arrived.len() + self.held.load(Ordering::Relaxed) + self.taken.len()
+    }
+
+    #[expect(clippy::result_large_err, reason = "it is counted as a loss, and then dropped")]
+    pub(super) fn try_send(&self, execution: Execution) -> Result<(), TrySendError<Execution>> {
+        if self.len() >= self.limit {
+            return Err(TrySendError::Full(execution));
+        }
+        self.arrived.try_send(execution)
+    }
+}
+
+/// The thread's own part.
+pub(super) struct Take {
+    shared: Arc<Shared>,
+    arrived: Receiver<Execution>,
+    taken: Sender<Taken>,
+    /// Asked about, and still to be copied.
+    waiting: VecDeque<Taken>,
+    held: Arc<AtomicUsize>,
+    room: Arc<AtomicUsize>,
+}
+
+/// The thread, where executions enter it, and where they leave it. No more than `limit`
+/// of them wait.
+pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receiver<Taken>) {
+    let (arrived, receive_arrived) = bounded(limit);
+    let (taken, receive_taken) = bounded(limit);
+    let held = Arc::new(AtomicUsize::new(0));
+    let entrance = Entrance { arrived, held: held.clone(), taken: taken.clone(), limit };
+    let take = Take {
+        shared,
+        arrived: receive_arrived,
+        taken,
+        waiting: VecDeque::new(),
+        held,
+        room: Arc::new(AtomicUsize::new(MOST)),
+    };
+    (take, entrance, receive_taken)
+}
+
+impl Take {
+    pub(super) fn run(mut self) {
+        // A file can be changed back within microseconds. Without CAP_SYS_NICE it runs
+        // like the others, and is late more often.
+        let _ = rustix::process::setpriority_process(None, -10);
+        let shared = self.shared.clone();
+        while let Some(execution) = shared.next_to_tell(&self.arrived) {
+            self.ask(execution);
+            self.ask_others();
+            while let Some(one) = self.waiting.pop_front() {
+                self.copy(&one);
+                self.held.store(self.waiting.len(), Ordering::Relaxed);
+                self.hand_on(one);
+                self.ask_others();
+            }
+        }
+    }
+
+    fn ask_others(&mut self) {
+        while let Ok(execution) = self.arrived.try_recv() {
+            self.ask(execution);
+        }
+    }
+
+    fn ask(&mut self, execution: Execution) {
+        let Execution { watched, filesystem, file, stat, layer_file, caller, .. } = &execution;
+        let is_own = *filesystem == Filesystem::Overlay && layer_file.is_none();
+        let mut had_writer = false;
+        // The mounts by which the file was reached may be gone with the process.
+        let parent = caller.stat.as_ref().map(|stat| stat.parent);
+        let path = match file.take() {
+            Left::Open(fd) => {
+                let path = match filesystem {
+                    Filesystem::Overlay => event_path(watched, &fd, stat, caller.pid, parent)
+                        .map(|path| (path, true)),
+                    Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+                        mounts::event_path(watched, &fd, stat, caller.pid, parent)
+                    }
+                };
+                if let Ok((path, _)) = &path
+                    && is_own
+                {
+                    had_writer = writable::has_writer(watched, path, stat) == Some(true);
+                }
+                file.give_back(watched, fd);
+                path
+            }
+            // The container has ended, and with it the mounts that say more.
+            Left::Name(Some(name)) => {
+                let below_root = overlay::strip_directory(&name, &watched.root_name);
+                RootfsPath::new(below_root.unwrap_or(&name))
+                    .map(|path| (path, true))
+                    .map_err(UnknownPath::from)
+            }
+            Left::Name(None) | Left::Copy(_) => Err(UnknownPath::NotAbsolute),
+        };
+        self.waiting.push_back(Taken { execution, path, had_writer });
+        self.held.store(self.waiting.len(), Ordering::Relaxed);
+    }
+
+    /// Copies a small file, so that it can be closed.
+    fn copy(&mut self, taken: &Taken) {
+        let Execution { watched, file, stat, .. } = &taken.execution;
+        let Ok(size) = usize::try_from(stat.size) else { return };
+        if !stat.is_regular() || stat.size > SMALL.min(self.shared.settings.max_hash_bytes) {
+            return;
+        }
+        let has_room = |room: usize| room.checked_sub(size);
+        if self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, has_room).is_err() {
+            return;
+        }
+        let mut copy = Copy { bytes: Vec::new(), capability: None, room: self.room.clone(), size };
+        let Left::Open(fd) = file.take() else { return };
+        // What changes while it is read is read again, where it is hashed.
+        let is_whole = self.read(&fd, &mut copy)
+            && file::stat(&fd).is_ok_and(|now| !writable::has_changed(stat, &now));
+        if is_whole {
+            file.keep(copy);
+        } else {
+            file.give_back(watched, fd);
+        }
+    }
+
+    /// Reads a file as long as it was; whether that was possible.
+    fn read(&mut self, fd: &OwnedFd, copy: &mut Copy) -> bool {
+        copy.capability = file::xattr(fd, "security.capability").unwrap_or(None);
+        copy.bytes.reserve_exact(copy.size);
+        while copy.bytes.len() < copy.size {
+            let most = CHUNK.min(copy.size - copy.bytes.len());
+            match file::read_on(fd.as_fd(), &mut copy.bytes, most) {
+                Ok(0) | Err(_) => return false,
+                Ok(_) => self.ask_others(),
+            }
+        }
+        true
+    }
+
+    fn hand_on(&self, taken: Taken) {
+        match self.taken.try_send(taken) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(taken)) => self.shared.lose(
+                Failure::ContentQueueFull,
+                Some(&taken.execution.watched),
+                "too many executed files wait to be hashed",
+            ),
+        }
+    }
+}
