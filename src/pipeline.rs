@@ -1405,10 +1405,11 @@ fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3H
             .is_some_and(|(_, told)| told == Told::content(content))
 }
 
-/// What is said of an executed file that is not the container's own.
+/// What is said of code that somebody could write to while it was run.
 const COULD_CHANGE: &str = "its content could change between its execution and the moment it was \
      read: what ran may not be the content that is reported here";
 
+/// What is said of an executed file that is not the container's own.
 const IN_LAYER: &str =
     "it lies in a layer of the image on this node's disk, not in the container's own layer";
 
