@@ -204,39 +204,38 @@ fn assess_executed(
     running: bool,
 ) -> Assessment {
     let known = image.get(path);
-    let (change, main) = if let Some(known) =
-        known.as_ref().filter(|known| ran_as_known(known, state))
-    {
-        debug_assert_eq!(known.entry.file_type, FileType::Regular);
-        (Change::Metadata, None)
-    } else {
-        // Text without `#!` that was executed is run by the shell that tried.
-        let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
-        match (known.clone().filter(occupies), origin(image, state)) {
-            // A symlink of the image that became a copy of one of its programs:
-            // the path promised a name, not a content.
-            (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
-                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+    let (change, main) =
+        if let Some(known) = known.as_ref().filter(|known| ran_as_known(known, state)) {
+            debug_assert_eq!(known.entry.file_type, FileType::Regular);
+            (Change::Metadata, None)
+        } else {
+            // Text without `#!` that was executed is run by the shell that tried.
+            let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
+            match (known.clone().filter(occupies), origin(image, state)) {
+                // A symlink of the image that became a copy of one of its programs:
+                // the path promised a name, not a content.
+                (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
+                    (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+                }
+                // Nobody saw it start, and no name leads to it: what it was called is
+                // hearsay.
+                (known, _) if running && state.deleted => {
+                    let change = if known.is_some() { Change::Modified } else { Change::Added };
+                    (change, Some(judgement(Kind::ExecDeleted, known)))
+                }
+                (Some(known), _) => {
+                    let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
+                    (Change::Modified, Some(judgement(kind, Some(known))))
+                }
+                (None, Some(origin)) => {
+                    (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+                }
+                (None, None) => {
+                    let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
+                    (Change::Added, Some(judgement(kind, None)))
+                }
             }
-            // Nobody saw it start, and no name leads to it: what it was called is
-            // hearsay.
-            (known, _) if running && state.deleted => {
-                let change = if known.is_some() { Change::Modified } else { Change::Added };
-                (change, Some(judgement(Kind::ExecDeleted, known)))
-            }
-            (Some(known), _) => {
-                let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
-                (Change::Modified, Some(judgement(kind, Some(known))))
-            }
-            (None, Some(origin)) => {
-                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
-            }
-            (None, None) => {
-                let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
-                (Change::Added, Some(judgement(kind, None)))
-            }
-        }
-    };
+        };
     let privileged = privileged(known, state);
     Assessment { change, judgements: main.into_iter().chain(privileged).collect() }
 }

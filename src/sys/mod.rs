@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod capabilities;
+pub mod closings;
 pub mod connector;
 pub mod fanotify;
 pub mod file;

@@ -23,7 +23,7 @@ use super::table::Watched;
 use super::take::Taken;
 use super::trust::Verdict;
 use super::unseen;
-use super::writable;
+use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{
     Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
@@ -43,7 +43,8 @@ pub(super) struct Described {
     stat: Stat,
     layer_file: Option<LayerFile>,
     is_movable: bool,
-    had_writer: bool,
+    look: Look,
+    could_change: Option<bool>,
     executing: Executing,
     /// When the gate was asked, by the clock of the kernel's records.
     asked: Option<u64>,
@@ -85,12 +86,8 @@ pub(super) fn describe(
     }
 }
 
-fn describe_one(
-    shared: &Shared,
-    taken: Taken,
-    others: &Receiver<Taken>,
-) -> Option<Described> {
-    let Taken { execution, path, had_writer } = taken;
+fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
+    let Taken { execution, path, look, could_change } = taken;
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
@@ -135,7 +132,8 @@ fn describe_one(
                 stat,
                 layer_file,
                 is_movable,
-                had_writer,
+                look,
+                could_change,
                 executing,
                 asked: caller.asked,
                 at,
@@ -190,7 +188,8 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         stat,
         layer_file,
         is_movable,
-        had_writer,
+        look,
+        mut could_change,
         executing,
         asked,
         at,
@@ -213,15 +212,17 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
                     max_hash_bytes,
                     &is_wanted,
                 );
-                let has_changed = state.is_some()
-                    && is_own
-                    && file::stat(&fd).is_ok_and(|now| writable::has_changed(&stat, &now));
-                state.map(|state| FileState { could_change: has_changed, ..state })
+                let now = state.as_ref().and_then(|_| file::stat(&fd).ok());
+                if could_change.is_none() {
+                    could_change =
+                        now.map(|now| look.could_change(shared, &watched, &path, &stat, &now));
+                }
+                state
             }
             Left::Copy(copy) => Some(state::of_copy(&copy, &stat)),
             Left::Name(_) => None,
         };
-        if let Some(state) = open.as_ref().filter(|state| !had_writer && !state.could_change) {
+        if let Some(state) = open.as_ref().filter(|_| could_change == Some(false)) {
             shared.hashed.remember_executed(&stat, state);
         }
         open.or_else(|| if is_own { in_upperdir(shared, &watched, &path, &stat) } else { None })
@@ -231,7 +232,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
             })
     });
     drop(file);
-    state.could_change |= had_writer;
+    state.could_change |= could_change.unwrap_or(look.had_writer());
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let lower = match layer_file {
         None if is_on_overlay => watched

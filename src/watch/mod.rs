@@ -23,6 +23,7 @@ mod arguments;
 mod arm;
 mod attachments;
 mod calls;
+mod closings;
 mod code;
 mod content;
 mod control;
@@ -291,6 +292,8 @@ impl Watch {
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();
         watch.spawn("names", move || ours.names.run(&ours))?;
+        let ours = shared.clone();
+        watch.spawn("closings", move || ours.closings.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("attachments", move || ours.attachments.run(&ours))?;
         let ours = shared.clone();

@@ -23,7 +23,7 @@ use super::files::Left;
 use super::gate::Execution;
 use super::mounts;
 use super::shared::Shared;
-use super::writable;
+use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{Filesystem, RootfsPath};
 use crate::sys::file;
@@ -44,8 +44,10 @@ pub(super) struct Taken {
     pub(super) execution: Execution,
     /// In its container, and whether that is certain.
     pub(super) path: Result<(RootfsPath, bool), UnknownPath>,
-    /// Somebody could write to it while it was executed, and may have since.
-    pub(super) had_writer: bool,
+    pub(super) look: Look,
+    /// What it holds may not be what it held when it was executed; `None` until it was
+    /// read.
+    pub(super) could_change: Option<bool>,
 }
 
 /// A small file's content.
@@ -124,8 +126,9 @@ impl Take {
         while let Some(execution) = shared.next_to_tell(&self.arrived) {
             self.ask(execution);
             self.ask_others();
-            while let Some(one) = self.waiting.pop_front() {
-                self.copy(&one);
+            while let Some(mut one) = self.waiting.pop_front() {
+                self.copy(&mut one);
+                one.look.release();
                 self.held.store(self.waiting.len(), Ordering::Relaxed);
                 self.hand_on(one);
                 self.ask_others();
@@ -140,25 +143,22 @@ impl Take {
     }
 
     fn ask(&mut self, execution: Execution) {
-        let Execution { watched, filesystem, file, stat, layer_file, caller, .. } = &execution;
-        let is_own = *filesystem == Filesystem::Overlay && layer_file.is_none();
-        let mut had_writer = false;
+        let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
+        let mut look = Look::default();
         // The mounts by which the file was reached may be gone with the process.
         let parent = caller.stat.as_ref().map(|stat| stat.parent);
         let path = match file.take() {
             Left::Open(fd) => {
                 let path = match filesystem {
-                    Filesystem::Overlay => event_path(watched, &fd, stat, caller.pid, parent)
-                        .map(|path| (path, true)),
+                    Filesystem::Overlay => {
+                        event_path(watched, &fd, stat, caller.pid, parent).map(|path| (path, true))
+                    }
                     Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
                         mounts::event_path(watched, &fd, stat, caller.pid, parent)
                     }
                 };
-                if let Ok((path, _)) = &path
-                    && is_own
-                {
-                    had_writer = writable::has_writer(watched, path, stat) == Some(true);
-                }
+                let known = path.as_ref().ok().map(|(path, _)| path);
+                look = Look::at(&self.shared, &execution, known);
                 file.give_back(watched, fd);
                 path
             }
@@ -171,13 +171,14 @@ impl Take {
             }
             Left::Name(None) | Left::Copy(_) => Err(UnknownPath::NotAbsolute),
         };
-        self.waiting.push_back(Taken { execution, path, had_writer });
+        self.waiting.push_back(Taken { execution, path, look, could_change: None });
         self.held.store(self.waiting.len(), Ordering::Relaxed);
     }
 
     /// Copies a small file, so that it can be closed.
-    fn copy(&mut self, taken: &Taken) {
-        let Execution { watched, file, stat, .. } = &taken.execution;
+    fn copy(&mut self, taken: &mut Taken) {
+        let Taken { execution, path, look, could_change } = taken;
+        let Execution { watched, file, stat, .. } = execution;
         let Ok(size) = usize::try_from(stat.size) else { return };
         if !stat.is_regular() || stat.size > SMALL.min(self.shared.settings.max_hash_bytes) {
             return;
@@ -188,12 +189,17 @@ impl Take {
         }
         let mut copy = Copy { bytes: Vec::new(), capability: None, room: self.room.clone(), size };
         let Left::Open(fd) = file.take() else { return };
-        // What changes while it is read is read again, where it is hashed.
-        let is_whole = self.read(&fd, &mut copy)
-            && file::stat(&fd).is_ok_and(|now| !writable::has_changed(stat, &now));
-        if is_whole {
+        if !self.read(&fd, &mut copy) {
+            file.give_back(watched, fd);
+            return;
+        }
+        if let (Ok(now), Ok((path, _))) = (file::stat(&fd), path) {
+            *could_change = Some(look.could_change(&self.shared, watched, path, stat, &now));
+        }
+        if *could_change == Some(false) {
             file.keep(copy);
         } else {
+            // It is read again where it is hashed, until it holds still.
             file.give_back(watched, fd);
         }
     }

@@ -133,8 +133,10 @@ int main(int argc, char **argv)
         spins = 1;
 
     char *held = NULL;
-    if (strncmp(mode, "first", 5))
-        munmap(map(tool), size);
+    if (strncmp(mode, "first", 5)) {
+        char *bytes = map(tool);
+        munmap(bytes, size);
+    }
     for (int round = 0; round < rounds; round++) {
         if (!strncmp(mode, "held", 4)) {
             /* One mapping for all rounds. */
@@ -234,11 +236,11 @@ int main(int argc, char **argv)
             end(pid, byte);
         } else if (!strncmp(mode, "touch", 5)) {
             /* Ordinary life: nothing of it changes what the file holds. */
-            switch (round % 4) {
-            case 0: utimensat(AT_FDCWD, tool, NULL, 0); break;
-            case 1: chmod(tool, round % 8 == 1 ? 0755 : 0555); break;
-            case 2: close(open(tool, O_RDWR)); break;
-            case 3:
+            switch (mode[5]) {
+            case '0': utimensat(AT_FDCWD, tool, NULL, 0); break;
+            case '1': chmod(tool, 0555); chmod(tool, 0755); break;
+            case '2': close(open(tool, O_RDWR)); break;
+            case '3':
                 copy(tool, argv[4]);
                 chmod(argv[4], 0755);
                 rename(argv[4], tool);

@@ -1,0 +1,206 @@
+//! When the files of upper layers were closed by the last one of those who could write
+//! to them, and whether that was after they were executed.
+//!
+//! ```text
+//! walk ── directory ──> marks ──> kernel ──> log <── asked ── writable
+//! ```
+//!
+//! The kernel queues an event of closing before it takes back the right to write. So
+//! whoever finds that a file has no writer, and then reads the queue to its end, knows
+//! of every writer that there was before.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::shared::Shared;
+use crate::sys::closings::{self, Happened, READ_BYTES};
+use crate::sys::handle::FileHandle;
+use crate::sys::perf;
+
+/// Files and directories that are remembered. Beyond that all are forgotten, and what
+/// happened until then is not known.
+const MOST: usize = 64 * 1024;
+
+/// How many readings of the queue are remembered with their time.
+const READINGS: usize = 256;
+
+/// What comes within this time is read at once.
+const REST: Duration = Duration::from_millis(2);
+
+/// A place in the kernel's queue.
+type Position = u64;
+
+#[derive(Debug)]
+pub(super) struct Closings {
+    /// `None` where the kernel cannot.
+    group: Option<closings::Closings>,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    last: Position,
+    /// Whoever closed a file last.
+    closed: HashMap<FileHandle, Position>,
+    executed: HashMap<(FileHandle, u32), Position>,
+    /// Since when a directory is marked, by the clock of the kernel's records.
+    directories: HashMap<FileHandle, u64>,
+    /// When the queue was read to its end, and how far that was.
+    readings: VecDeque<(u64, Position)>,
+    /// What happened up to this is not known.
+    forgotten: Position,
+}
+
+/// An execution of a file of an upper layer.
+#[derive(Debug)]
+pub(super) struct Executed<'a> {
+    pub(super) file: &'a FileHandle,
+    /// The directory by which it was executed.
+    pub(super) directory: &'a FileHandle,
+    pub(super) pid: u32,
+    /// When the gate was asked, by the clock of the kernel's records.
+    pub(super) asked: u64,
+}
+
+/// What is known of the writers of an executed file that has none any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Writers {
+    /// One that was there when it was executed has gone since.
+    pub(super) has_gone: bool,
+    /// None may have gone since; `false` also where that is not known.
+    pub(super) none_since: bool,
+}
+
+impl Closings {
+    pub(super) fn new() -> Closings {
+        let group = closings::Closings::new()
+            .inspect_err(|err| {
+                tracing::warn!("a writer that is gone at once is not seen: {err}");
+            })
+            .ok();
+        Closings { group, log: Mutex::default() }
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        // What a panic leaves is a log that knows less.
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens to an open directory of an upper layer from now on.
+    pub(super) fn listen(&self, directory: &OwnedFd) {
+        if let Ok(handle) = FileHandle::of(directory) {
+            self.listen_to(handle, directory);
+        }
+    }
+
+    /// The same of a directory whose handle is known.
+    pub(super) fn listen_to(&self, handle: FileHandle, directory: &OwnedFd) {
+        let Some(group) = &self.group else { return };
+        if self.log().directories.contains_key(&handle) || group.mark(directory.as_fd()).is_err() {
+            return;
+        }
+        let now = perf::now();
+        let directories = &mut self.log().directories;
+        if directories.len() >= MOST {
+            directories.clear();
+        }
+        directories.insert(handle, now);
+    }
+
+    pub(super) fn unlisten(&self, directory: &OwnedFd) {
+        let Some(group) = &self.group else { return };
+        if let Ok(handle) = FileHandle::of(directory) {
+            self.log().directories.remove(&handle);
+        }
+        // Most errors say that there is no mark; it goes with the directory.
+        let _ = group.unmark(directory.as_fd());
+    }
+
+    /// Keeps the queue short until the watchers stop.
+    pub(super) fn run(&self, shared: &Shared) {
+        let Some(group) = &self.group else { return };
+        while !shared.is_stopping() {
+            shared.wait_for(group, None);
+            self.read_all(&mut self.log());
+            std::thread::sleep(REST);
+        }
+    }
+
+    fn read_all(&self, log: &mut Log) {
+        let Some(group) = &self.group else { return };
+        let mut buffer = vec![0; READ_BYTES];
+        // Whoever fills it as fast as it is read does not hold up the others.
+        for _ in 0..64 {
+            match group.read(&mut buffer) {
+                Ok(happened) => happened.into_iter().for_each(|happened| log.add(happened)),
+                Err(err) if err.kind() == std::io::ErrorKind::WouldBlock => {
+                    log.has_read_all(perf::now());
+                    return;
+                }
+                Err(_) => {
+                    log.forget();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// What is known of the writers of an executed file. Ask when it has none any more.
+    pub(super) fn writers(&self, executed: &Executed<'_>) -> Writers {
+        let mut log = self.log();
+        self.read_all(&mut log);
+        log.writers(executed)
+    }
+}
+
+impl Log {
+    fn add(&mut self, happened: Happened) {
+        self.last += 1;
+        let Happened::To { file, pid, executed, closed } = happened else {
+            self.forget();
+            return;
+        };
+        if self.closed.len() >= MOST || self.executed.len() >= MOST {
+            self.forget();
+        }
+        if closed {
+            self.closed.insert(file.clone(), self.last);
+        }
+        if executed {
+            // Behind the closing: a process that executes a file lets go of its mappings.
+            self.last += 1;
+            self.executed.insert((file, pid), self.last);
+        }
+    }
+
+    fn forget(&mut self) {
+        self.closed.clear();
+        self.executed.clear();
+        self.forgotten = self.last;
+    }
+
+    /// The queue was empty at some time before this.
+    fn has_read_all(&mut self, now: u64) {
+        if self.readings.len() >= READINGS {
+            self.readings.pop_front();
+        }
+        self.readings.push_back((now, self.last));
+    }
+
+    fn writers(&mut self, executed: &Executed<'_>) -> Writers {
+        let Executed { file, directory, pid, asked } = *executed;
+        let closed = self.closed.get(file).copied().unwrap_or(0);
+        // Its process may execute it again.
+        let execution = self.executed.remove(&(file.clone(), pid));
+        // What had been read by then was before, and nothing was added to it later.
+        let before = self.readings.iter().rev().find(|(read, _)| *read <= asked);
+        let was_marked = self.directories.get(directory).is_some_and(|since| *since <= asked);
+        Writers {
+            has_gone: execution.is_some_and(|execution| closed > execution),
+            none_since: was_marked
+                && before.is_some_and(|(_, before)| closed <= *before && self.forgotten <= *before),
+        }
+    }
+}
