@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
 use driftd::health::Health;
-use driftd::model::{Blake3Hash, ContainerId, Fact, FileTime, Observation};
+use driftd::model::{Blake3Hash, ContainerId, Fact, FileTime, Filesystem, Observation};
 use driftd::watch::{Command as Order, Report, Trust, Watch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -209,6 +209,21 @@ impl Node {
         reported
     }
 
+    /// From which filesystem each of these executions was reported.
+    fn filesystems(&self, pids: &BTreeMap<u32, char>) -> BTreeMap<u32, Filesystem> {
+        let mut filesystems = BTreeMap::new();
+        let deadline = Instant::now() + PATIENCE;
+        while pids.keys().any(|pid| !filesystems.contains_key(pid)) {
+            let Ok(report) = self.reports.recv_deadline(deadline) else { break };
+            let Report::Observed(Observation { fact, .. }) = &*report else { continue };
+            let Fact::Executed { filesystem, process, .. } = fact else { continue };
+            if pids.contains_key(&process.identity.pid) {
+                filesystems.insert(process.identity.pid, *filesystem);
+            }
+        }
+        filesystems
+    }
+
     /// Races, and says how many executions of other bytes there were, and how many of
     /// them were taken for the image's.
     fn race(&self, container: &Container, mode: &str, rounds: usize, tool: &str) -> (usize, usize) {
@@ -294,4 +309,18 @@ fn x04_a_program_that_is_touched_and_executed_again_and_again_is_silent() {
             assert_eq!(reported, [Reported::Image], "{mode} in round {round}");
         }
     }
+}
+
+#[test]
+fn x16_a_filesystem_is_unmounted_as_soon_as_its_program_has_ended() {
+    let mut node = Node::start();
+    let container = Container::start(0);
+    let busy = |ran: &BTreeMap<u32, char>| ran.values().filter(|byte| **byte == 'B').count();
+    assert_eq!(busy(&container.race("mount", 20, "/bin/tool")), 0, "nobody watches it yet");
+    node.attach(&container);
+    let ran = container.race("mount", 60, "/bin/tool");
+    let kinds = node.filesystems(&ran);
+    let tmpfs = kinds.values().filter(|kind| **kind == Filesystem::Tmpfs).count();
+    println!("busy: {} of {}; on a tmpfs: {tmpfs} of {}", busy(&ran), ran.len(), kinds.len());
+    assert_eq!((busy(&ran), tmpfs), (0, 60));
 }

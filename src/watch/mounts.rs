@@ -14,7 +14,8 @@
 //! a container has mounted are seen when their real files are opened below it.
 //!
 //! A container can change its mounts while we look at them, so a mount is first
-//! held by a descriptor, which keeps its number its own, and then looked up again.
+//! remembered by the number that no other one gets (before Linux 6.8 it is held by a
+//! descriptor, which keeps its number its own), and then looked up again.
 //! Nothing here waits for a filesystem: not the look-ups (`RESOLVE_CACHED`), and
 //! what they cannot do goes to a thread that may be left behind.
 
@@ -230,6 +231,38 @@ fn choose(mounts: impl Iterator<Item = Mount>, own: u64, host: &HashSet<u64>) ->
         }
     }
     choice
+}
+
+/// A mount that is about to be marked.
+#[derive(Debug)]
+struct Reached<'a> {
+    mount: &'a Mount,
+    kept: Kept,
+    /// The device that its files show.
+    shown: u64,
+    whole: bool,
+}
+
+/// What makes certain that a mount is still the same one.
+#[derive(Debug)]
+enum Kept {
+    /// Its number that no other one gets. A descriptor would keep it busy, and whoever
+    /// unmounts it meanwhile would be refused.
+    Known(u64),
+    /// Where there is no such number.
+    Open(OwnedFd),
+}
+
+impl Reached<'_> {
+    fn new(mount: &Mount, fd: OwnedFd, whole: bool) -> Reached<'_> {
+        // It may be another one by now, whose server would have to be waited for.
+        let shown = file::stat_as_known(&fd).map_or(mount.device, |stat| stat.device);
+        let kept = match mounts::unique_mount_of(fd.as_fd()) {
+            Some(unique) => Kept::Known(unique),
+            None => Kept::Open(fd),
+        };
+        Reached { mount, kept, shown, whole }
+    }
 }
 
 /// Whether no path leads to a mount, because another one stands on its way.
@@ -610,13 +643,13 @@ impl Mounts {
         drop(mountinfo);
         // It keeps the container's root busy: for as long as this takes and no longer.
         let root = file::open_root(&init.root_path())?;
-        let mut held: Vec<(&Mount, OwnedFd, bool)> = Vec::new();
+        let mut held: Vec<Reached<'_>> = Vec::new();
         let mut unreached: Vec<&Mount> = Vec::new();
         for ways in &choice.filesystems {
             let reached = ways
                 .iter()
                 .take(MAX_TRIES)
-                .find_map(|mount| Some((mount, self.reach(&root, mount)?, true)));
+                .find_map(|mount| Some(Reached::new(mount, self.reach(&root, mount)?, true)));
             match reached {
                 Some(reached) => held.push(reached),
                 None => unreached.extend(ways.first()),
@@ -624,14 +657,16 @@ impl Mounts {
         }
         for mount in &choice.mounts {
             match self.reach(&root, mount) {
-                Some(fd) => held.push((mount, fd, false)),
+                Some(fd) => held.push(Reached::new(mount, fd, false)),
                 None => unreached.push(mount),
             }
         }
+
         drop(root);
 
         // The descriptors keep the mounts and their numbers: what is still listed
-        // under a number is what we hold.
+        // under a number is what we hold. Without a descriptor it is so if the mount is
+        // the same one afterwards.
         let mountinfo = init.mountinfo()?;
         let now: HashMap<u64, Mount> =
             mounts::parse(&mountinfo).map(|mount| (mount.id, mount)).collect();
@@ -643,8 +678,8 @@ impl Mounts {
             }
         }
         let (held, moved): (Vec<_>, Vec<_>) =
-            held.into_iter().partition(|(mount, ..)| is_still(mount));
-        if let Some((mount, ..)) = moved.first() {
+            held.into_iter().partition(|reached| is_still(reached.mount));
+        if let Some(Reached { mount, .. }) = moved.first() {
             outcome.missed = Some(format!("the mount {} comes and goes", name_of(mount)));
         }
         drop(moved);
@@ -652,10 +687,10 @@ impl Mounts {
         // Known before it is marked, so that its first event finds it. Every mount of
         // a filesystem that is marked whole has its path.
         let marked_whole: HashSet<u64> =
-            held.iter().filter(|(.., whole)| *whole).map(|(mount, ..)| mount.device).collect();
+            held.iter().filter(|it| it.whole).map(|it| it.mount.device).collect();
         let mut known: Vec<MarkedMount> = Vec::new();
-        for (mount, fd, whole) in &held {
-            let shown = file::stat(fd).map_or(mount.device, |stat| stat.device);
+        for Reached { mount, shown, whole, .. } in &held {
+            let (mount, shown) = (*mount, *shown);
             let devices = [mount.device, shown];
             // A btrfs subvolume shows a device of its own.
             let devices = if shown == mount.device { &devices[..1] } else { &devices[..] };
@@ -663,12 +698,27 @@ impl Mounts {
         }
         let more = now.values().filter(|mount| marked_whole.contains(&mount.device));
         for mount in more.take(16 * MAX_MARKS) {
-            if !held.iter().any(|(held, ..)| held.id == mount.id) {
+            if !held.iter().any(|held| held.mount.id == mount.id) {
                 known.push(marked(mount, mount.device, true));
             }
         }
         self.shared.table.set_mounts(watched, known);
-        for (mount, fd, whole) in &held {
+        let root = file::open_root(&init.root_path())?;
+        for Reached { mount, kept, whole, .. } in &held {
+            let reached_again;
+            let fd = match kept {
+                Kept::Open(fd) => fd,
+                Kept::Known(unique) => {
+                    let again = self.reach(&root, mount);
+                    reached_again =
+                        again.filter(|fd| mounts::unique_mount_of(fd.as_fd()) == Some(*unique));
+                    let Some(fd) = &reached_again else {
+                        // Who has mounted or unmounted it has been told of, and so have we.
+                        continue;
+                    };
+                    fd
+                }
+            };
             let mask = super::gate::events(self.shared.settings.gate);
             let done = if *whole {
                 self.gate.mark_filesystem_of(fd.as_fd(), mask)
