@@ -638,6 +638,11 @@ impl Mounts {
         let init = Handle::open_exactly(watched.init)?;
         let mountinfo = init.mountinfo()?;
         let choice = choose(mounts::parse(&mountinfo), watched.device, &self.host_devices());
+        self.shared.table.note_kinds(mounts::parse(&mountinfo).map(|mount| {
+            let is_in_memory = MEMORY.contains(&mount.kind.as_slice());
+            let kind = if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume };
+            (mount.device, kind)
+        }));
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
