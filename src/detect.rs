@@ -734,6 +734,17 @@ mod tests {
             "exec /usr/bin/curl 755 elf evil",
             "Modified: exec.modified critical from /usr/bin/curl",
         );
+        // What it held when it was executed is not known.
+        check(
+            "exec /usr/bin/curl 755 elf curl written-to",
+            "Modified: exec.modified critical from /usr/bin/curl",
+        );
+        check(
+            "exec /opt/tool/run 755 script run written-to",
+            "Modified: exec.script high from /opt/tool/run",
+        );
+        check("exec /tmp/ls 755 elf ls written-to", "Relocated: exec.relocated high from /bin/ls");
+        check("load /bin/ls 755 elf ls written-to", "Modified: library.loaded high from /bin/ls");
         check(
             "exec /docker-entrypoint.sh 755 script evil",
             "Modified: exec.script high from /docker-entrypoint.sh",

@@ -10,6 +10,7 @@ use super::lower;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::{Standing, Watched};
+use super::writable;
 use crate::model::{Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Medium};
@@ -138,6 +139,8 @@ pub(super) fn of_descriptor(
         let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
         let path = event_path(watched, fd, &stat, pid, None).ok()?;
         let state = shared.hashed.state(fd, &stat, max_hash_bytes);
+        let could_change = writable::has_writer(watched, &path, &stat);
+        let state = FileState { could_change, ..state };
         let lower = watched
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
@@ -254,6 +257,8 @@ pub(super) fn of_upper(
 ) -> Code {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = shared.hashed.state(fd, stat, max_hash_bytes);
+    let could_change = writable::has_writer(watched, &path, stat);
+    let state = FileState { could_change, ..state };
     let lower = watched
         .layers()
         .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));

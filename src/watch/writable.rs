@@ -113,6 +113,13 @@ impl Look {
     }
 }
 
+/// Whether a file of the container's own layer that is read or mapped as code has a
+/// writer now. Nothing keeps such a file from being written to.
+pub(super) fn has_writer(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
+    let fd = upper(watched, path, stat);
+    fd.is_some_and(|fd| lease::has_writer(fd.as_fd()).unwrap_or(false))
+}
+
 /// Opens a file of the container's own layer in that layer. `None` if it has another
 /// name by now.
 fn upper(watched: &Watched, path: &RootfsPath, stat: &Stat) -> Option<OwnedFd> {

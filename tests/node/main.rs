@@ -7,6 +7,7 @@
 
 mod answers;
 mod chaos;
+mod check;
 mod code;
 mod cri;
 mod docker;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         trouble::trials(),
         volumes::trials(),
         chaos::trials(),
+        check::trials(),
         hostile::trials(),
         life::trials(),
     ];
