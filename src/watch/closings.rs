@@ -28,7 +28,7 @@ const READINGS: usize = 256;
 
 /// So much at one time is many: then what comes within a while is read at once. What is
 /// read soon is told apart from what comes after it.
-const MANY: u64 = 64;
+const MANY: u64 = 16;
 const REST: Duration = Duration::from_millis(2);
 
 /// A place in the kernel's queue.
@@ -73,6 +73,8 @@ pub(super) struct Writers {
     pub(super) has_gone: bool,
     /// None may have gone since; `false` also where that is not known.
     pub(super) none_since: bool,
+    /// The execution itself was told: without it the kernel tells nothing.
+    pub(super) was_told: bool,
 }
 
 impl Closings {
@@ -209,9 +211,81 @@ impl Log {
         let before = self.readings.iter().rev().find(|(read, _)| *read <= asked);
         let was_marked = self.directories.get(directory).is_some_and(|since| *since <= asked);
         Writers {
+            was_told: execution.is_some(),
             has_gone: execution.is_some_and(|execution| closed > execution),
             none_since: was_marked
                 && before.is_some_and(|(_, before)| closed <= *before && self.forgotten <= *before),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handle(name: &str) -> FileHandle {
+        FileHandle::new(1, 1, name.as_bytes())
+    }
+
+    /// Events of the file `f` by process and letter, `x` for executed, `c` for closed,
+    /// `?` for one that is not known; `|` where the queue was read to its end, one tick
+    /// after the other. It was asked about process 7 at tick `asked`.
+    #[track_caller]
+    fn check(events: &str, asked: u64, expected: &str) {
+        let mut log = Log::default();
+        log.directories.insert(handle("d"), 1);
+        let mut tick = 1;
+        for event in events.split_whitespace() {
+            match event.split_at(1) {
+                ("|", _) => {
+                    log.has_read_all(tick);
+                    tick += 1;
+                }
+                ("?", _) => log.add(Happened::Unknown),
+                (pid, what) => log.add(Happened::To {
+                    file: handle("f"),
+                    pid: pid.parse().unwrap(),
+                    executed: what.contains('x'),
+                    closed: what.contains('c'),
+                }),
+            }
+        }
+        let (file, directory) = (&handle("f"), &handle("d"));
+        let writers = log.writers(&Executed { file, directory, pid: 7, asked });
+        let mut said = Vec::new();
+        said.extend(writers.has_gone.then_some("gone"));
+        said.extend(writers.none_since.then_some("none since"));
+        said.extend(writers.was_told.then_some("told"));
+        assert_eq!(said.join(", "), expected, "{events}");
+    }
+
+    #[test]
+    fn a_writer_that_goes_after_the_execution_was_there_before_it() {
+        check("| 7x 8c |", 1, "gone, told");
+        check("| 8c 7x |", 1, "told");
+        check("| 8c | 7x |", 2, "none since, told");
+        check("| 8c | 7x | 8c |", 2, "gone, told");
+        // Of another execution.
+        check("| 6x 8c 7x |", 1, "told");
+    }
+
+    #[test]
+    fn a_process_that_executes_what_it_has_mapped_lets_go_of_it() {
+        check("| 7xc |", 1, "told");
+    }
+
+    #[test]
+    fn without_the_execution_nothing_is_known() {
+        check("| 8c |", 1, "");
+        check("|", 1, "none since");
+        // The directory was not listened to yet, or the queue not read.
+        check("| | 7x |", 0, "told");
+        check("7x", 1, "told");
+    }
+
+    #[test]
+    fn what_is_lost_is_not_taken_for_nothing() {
+        check("| 7x ? |", 1, "");
+        check("| ? | 7x |", 2, "none since, told");
     }
 }

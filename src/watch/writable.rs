@@ -35,6 +35,8 @@ use crate::sys::lease;
 pub(super) struct Look {
     /// Somebody could write to it while it was executed.
     had_writer: bool,
+    /// The kernel tells of what happens to this file.
+    was_told: bool,
     is_own: bool,
     upper: Option<Upper>,
     pid: u32,
@@ -60,10 +62,10 @@ impl Look {
         let Some(fd) = upper(watched, path, stat) else { return look };
         let has_writer = lease::has_writer(fd.as_fd());
         look.upper = Upper::of(shared, watched, path, fd);
-        look.had_writer = match has_writer {
-            Ok(has_writer) => has_writer || look.writers(shared).is_some_and(|it| it.has_gone),
-            Err(_) => false,
-        };
+        if let (Ok(has_writer), writers) = (has_writer, look.writers(shared)) {
+            look.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
+            look.was_told = writers.is_some_and(|writers| writers.was_told);
+        }
         look
     }
 
@@ -95,7 +97,9 @@ impl Look {
                 Some(fd) => lease::has_writer(fd.as_fd()),
                 None => lease::has_writer(upper(watched, path, now)?.as_fd()),
             };
-            Some(!has_writer.ok()? && self.writers(shared)?.none_since)
+            let writers = self.writers(shared)?;
+            let is_told = self.was_told || writers.was_told;
+            Some(!has_writer.ok()? && is_told && writers.none_since)
         };
         !had_none().unwrap_or(false)
     }

@@ -275,5 +275,8 @@ int main(int argc, char **argv)
             return 2;
         }
     }
+    /* A mapping that is held is held until it was looked for. */
+    if (held)
+        usleep(300000);
     return fflush(stdout) ? 1 : 0;
 }

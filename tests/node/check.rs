@@ -44,7 +44,7 @@ fn container(node: &Node) -> anyhow::Result<Container<'_>> {
     }
     layer = layer.directory("/tmp", 0o1777);
     layer = layer.file("/bin/busybox", 0o755, &fs::read(programs::find("busybox")?)?);
-    for applet in ["chown", "sh", "touch", "true"] {
+    for applet in ["chown", "cp", "sh", "touch", "true"] {
         layer = layer.hard_link(format!("/bin/{applet}"), "/bin/busybox");
     }
     layer = layer.file("/bin/racer", 0o755, &compile(node, "racer.c", &[])?).file(
@@ -81,10 +81,15 @@ fn x04_changed_back(node: &Node) -> anyhow::Result<()> {
 
 fn x04_touched(node: &Node) -> anyhow::Result<()> {
     let container = container(node)?;
-    let ran = container.sh(&format!(
-        "for i in 1 2 3; do touch {TOOL}; {TOOL} 3>&1; chown 0:0 {TOOL}; {TOOL} 3>&1\n\
-         exec 5<>{TOOL}; exec 5>&-; {TOOL} 3>&1; done"
-    ))?;
-    ensure!(ran.matches('G').count() == 9, "it did not run: {ran}");
+    for _ in 0..2 {
+        for change in [
+            format!("touch {TOOL}"),
+            format!("chown 0:0 {TOOL}"),
+            format!("exec 5<>{TOOL}; exec 5>&-"),
+        ] {
+            let ran = container.sh(&format!("{change}; {TOOL} 3>&1"))?;
+            ensure!(ran == "G", "it did not run: {ran}");
+        }
+    }
     container.told_nothing()
 }
