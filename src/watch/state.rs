@@ -65,10 +65,11 @@ pub(super) fn gone(deleted: bool) -> FileState {
 
 /// The state of a file of which there is a copy.
 pub(super) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
-    let file::Hashes { blake3, sha256 } = file::hash_bytes(&copy.bytes);
+    let bytes = copy.bytes();
+    let file::Hashes { blake3, sha256 } = file::hash_bytes(bytes);
     FileState {
-        format: Format::sniff(&copy.bytes[..copy.bytes.len().min(Format::HEAD)]),
-        capability: copy.capability.clone(),
+        format: Format::sniff(&bytes[..bytes.len().min(Format::HEAD)]),
+        capability: copy.capability(),
         content: Content::Hashed { blake3, sha256 },
         ..unopened(stat)
     }

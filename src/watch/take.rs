@@ -26,7 +26,7 @@ use super::shared::Shared;
 use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{Filesystem, RootfsPath};
-use crate::sys::file;
+use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 
 /// Longer files stay open and are read where they are hashed.
@@ -53,16 +53,64 @@ pub(super) struct Taken {
 /// A small file's content.
 #[derive(Debug)]
 pub(super) struct Copy {
-    pub(super) bytes: Vec<u8>,
-    pub(super) capability: Option<Box<[u8]>>,
+    bytes: Vec<u8>,
+    capability: Option<Box<[u8]>>,
+    /// What is left for all copies.
     room: Arc<AtomicUsize>,
     size: usize,
+}
+
+impl Copy {
+    /// A place for what a file holds, if it is small and there is room.
+    fn begin(room: &Arc<AtomicUsize>, stat: &Stat) -> Option<Copy> {
+        let size = usize::try_from(stat.size).ok()?;
+        if !stat.is_regular() || stat.size > SMALL {
+            return None;
+        }
+        let less = |room: usize| room.checked_sub(size);
+        room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok()?;
+        Some(Copy { bytes: Vec::new(), capability: None, room: room.clone(), size })
+    }
+
+    /// Reads a file as long as it was, and does something between two chunks of it;
+    /// whether that was possible.
+    fn read(&mut self, fd: &OwnedFd, mut between: impl FnMut()) -> bool {
+        self.capability = file::xattr(fd, "security.capability").unwrap_or(None);
+        self.bytes.reserve_exact(self.size);
+        while self.bytes.len() < self.size {
+            let most = CHUNK.min(self.size - self.bytes.len());
+            match file::read_on(fd.as_fd(), &mut self.bytes, most) {
+                Ok(0) | Err(_) => return false,
+                Ok(_) => between(),
+            }
+        }
+        true
+    }
+
+    /// Copies a small file that is open for reading.
+    pub(super) fn of(room: &Arc<AtomicUsize>, fd: &OwnedFd, stat: &Stat) -> Option<Copy> {
+        let mut copy = Copy::begin(room, stat)?;
+        copy.read(fd, || ()).then_some(copy)
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    pub(super) fn capability(&self) -> Option<Box<[u8]>> {
+        self.capability.clone()
+    }
 }
 
 impl Drop for Copy {
     fn drop(&mut self) {
         self.room.fetch_add(self.size, Ordering::Relaxed);
     }
+}
+
+/// Room for all copies of those who share it.
+pub(super) fn room() -> Arc<AtomicUsize> {
+    Arc::new(AtomicUsize::new(MOST))
 }
 
 /// Where executions enter, and how many of them wait to be described.
@@ -112,7 +160,7 @@ pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receive
         taken,
         waiting: VecDeque::new(),
         held,
-        room: Arc::new(AtomicUsize::new(MOST)),
+        room: room(),
     };
     (take, entrance, receive_taken)
 }
@@ -179,17 +227,12 @@ impl Take {
     fn copy(&mut self, taken: &mut Taken) {
         let Taken { execution, path, look, could_change } = taken;
         let Execution { watched, file, stat, .. } = execution;
-        let Ok(size) = usize::try_from(stat.size) else { return };
-        if !stat.is_regular() || stat.size > SMALL.min(self.shared.settings.max_hash_bytes) {
+        if stat.size > self.shared.settings.max_hash_bytes {
             return;
         }
-        let has_room = |room: usize| room.checked_sub(size);
-        if self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, has_room).is_err() {
-            return;
-        }
-        let mut copy = Copy { bytes: Vec::new(), capability: None, room: self.room.clone(), size };
+        let Some(mut copy) = Copy::begin(&self.room, stat) else { return };
         let Left::Open(fd) = file.take() else { return };
-        if !self.read(&fd, &mut copy) {
+        if !copy.read(&fd, || self.ask_others()) {
             file.give_back(watched, fd);
             return;
         }
@@ -202,20 +245,6 @@ impl Take {
             // It is read again where it is hashed, until it holds still.
             file.give_back(watched, fd);
         }
-    }
-
-    /// Reads a file as long as it was; whether that was possible.
-    fn read(&mut self, fd: &OwnedFd, copy: &mut Copy) -> bool {
-        copy.capability = file::xattr(fd, "security.capability").unwrap_or(None);
-        copy.bytes.reserve_exact(copy.size);
-        while copy.bytes.len() < copy.size {
-            let most = CHUNK.min(copy.size - copy.bytes.len());
-            match file::read_on(fd.as_fd(), &mut copy.bytes, most) {
-                Ok(0) | Err(_) => return false,
-                Ok(_) => self.ask_others(),
-            }
-        }
-        true
     }
 
     fn hand_on(&self, taken: Taken) {

@@ -67,8 +67,11 @@ static size_t mark;
 
 static char *map(const char *tool)
 {
-    int fd = open(tool, O_RDWR);
+    int fd;
     struct stat stat;
+    /* Whoever looks at a process that has ended keeps its program busy for a moment. */
+    while ((fd = open(tool, O_RDWR)) < 0 && errno == ETXTBSY)
+        usleep(100);
     if (fd < 0 || fstat(fd, &stat))
         fail(tool);
     size = stat.st_size;
