@@ -87,6 +87,8 @@ fn x04_touched(node: &Node) -> anyhow::Result<()> {
         for change in [format!("touch {TOOL}"), format!("chown 0:0 {TOOL}"), opening.clone()] {
             let ran = container.sh(&format!("{change}; {TOOL} 3>&1"))?;
             ensure!(ran == "G", "it did not run: {ran}");
+            // What changes it next comes when this execution has been looked at.
+            container.diff()?;
         }
     }
     container.told_nothing()
