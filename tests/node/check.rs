@@ -3,12 +3,13 @@
 
 use std::fs;
 use std::process::Command;
+use std::sync::Mutex;
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 
 use crate::image::Layer;
-use crate::node::{Container, Node, summaries, wait_for};
+use crate::node::{Container, Node, lock, summaries, wait_for};
 use crate::{programs, trial};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -37,7 +38,11 @@ fn compile(node: &Node, source: &str, options: &[&str]) -> anyhow::Result<Vec<u8
     Ok(fs::read(program)?)
 }
 
+/// One at a time: the archive has one name.
+static IMPORTING: Mutex<()> = Mutex::new(());
+
 fn container(node: &Node) -> anyhow::Result<Container<'_>> {
+    let importing = lock(&IMPORTING);
     let mut layer = Layer::new();
     for directory in ["/bin", "/dev", "/etc", "/proc", "/run", "/sys", "/app", "/.control"] {
         layer = layer.directory(directory, 0o755);
@@ -53,6 +58,7 @@ fn container(node: &Node) -> anyhow::Result<Container<'_>> {
         &compile(node, "tool.c", &["-nostdlib"])?,
     );
     node.import_layers(IMAGE, vec![layer])?;
+    drop(importing);
     node.container_of(IMAGE)
 }
 
