@@ -119,10 +119,11 @@ fn judge_kernel(release: &str) -> Check {
 }
 
 /// What is needed of the kernel's privileges, and for what.
-const NEEDED: [(Capability, &str); 3] = [
+const NEEDED: [(Capability, &str); 4] = [
     (Capability::CAP_SYS_ADMIN, "to watch executions with fanotify"),
     (Capability::CAP_SYS_PTRACE, "to look at the processes of containers"),
     (Capability::CAP_DAC_READ_SEARCH, "to read the layers of images and containers"),
+    (Capability::CAP_LEASE, "to see who can write to a program while it is executed"),
 ];
 
 fn capabilities() -> Check {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 
 use super::fanotify::{Buffer, Group};
 use super::overlay::unescape_octal;
@@ -98,6 +98,16 @@ pub fn mount_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
         .find_map(|line| line.strip_prefix(b"mnt_id:"))
         .and_then(|id| str::from_utf8(id).ok()?.trim().parse().ok())
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The number of an open file's mount that no other mount ever gets. `None` before
+/// Linux 6.8.
+pub fn unique_mount_of(fd: BorrowedFd<'_>) -> Option<u64> {
+    /// `STATX_MNT_ID_UNIQUE`
+    const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let statx = rustix::fs::statx(fd, c"", flags, UNIQUE).ok()?;
+    StatxFlags::from_bits_retain(statx.stx_mask).contains(UNIQUE).then_some(statx.stx_mnt_id)
 }
 
 /// The path by which a system call reaches what a descriptor points at, be it a

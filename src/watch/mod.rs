@@ -6,7 +6,7 @@
 //! Command ─> control ── marks ──> gate's process, kernel
 //!     mounts <───┤                  │ executed                  │ closed after writing
 //!                │                  v                           v
-//!                │                gate ─> describe ─> content   feed
+//!                │        gate ─> take ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <────────────────────┤
 //!                                    │ └── everyone's Report  │ dirty paths
@@ -23,6 +23,7 @@ mod arguments;
 mod arm;
 mod attachments;
 mod calls;
+mod closings;
 mod code;
 mod content;
 mod control;
@@ -49,12 +50,14 @@ mod shared;
 mod shells;
 mod state;
 mod table;
+mod take;
 mod terminals;
 mod trace;
 mod trial;
 mod trust;
 mod unseen;
 mod ways;
+mod writable;
 mod writers;
 
 use std::cell::RefCell;
@@ -248,7 +251,7 @@ impl Watch {
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
-        let (content, receive_content) = bounded(content_queue);
+        let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
@@ -296,7 +299,8 @@ impl Watch {
         let ours = shared.clone();
         watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
         let ours = shared.clone();
-        watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
+        watch.spawn("describe", move || content::describe(&ours, &receive_taken, &described))?;
+        watch.spawn("take", || take.run())?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
         let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);
@@ -307,6 +311,8 @@ impl Watch {
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();
         watch.spawn("names", move || ours.names.run(&ours))?;
+        let ours = shared.clone();
+        watch.spawn("closings", move || ours.closings.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("attachments", move || ours.attachments.run(&ours))?;
         let ours = shared.clone();
@@ -442,7 +448,7 @@ impl Watch {
 /// containers one another's copy-ups; a user may have 128 groups in all.
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
-        config::Gate::Free => 2,
+        config::Gate::Free => 1,
         config::Gate::Ask | config::Gate::Notify => 0,
     }
 }

@@ -16,7 +16,8 @@
 //! it, and the rest is left to the trace.
 //!
 //! A container can change its mounts while we look at them, so a mount is first
-//! held by a descriptor, which keeps its number its own, and then looked up again.
+//! remembered by the number that no other one gets (before Linux 6.8 it is held by a
+//! descriptor, which keeps its number its own), and then looked up again.
 //! Nothing here waits for a filesystem: look-ups are made in the kernel's memory
 //! (`RESOLVE_CACHED`), and what cannot be found there only where this machine's own
 //! disks answer.
@@ -206,6 +207,38 @@ fn choose(
         }
     }
     choice
+}
+
+/// A mount that is about to be marked.
+#[derive(Debug)]
+struct Reached<'a> {
+    mount: &'a Mount,
+    kept: Kept,
+    /// The device that its files show.
+    shown: u64,
+    whole: bool,
+}
+
+/// What makes certain that a mount is still the same one.
+#[derive(Debug)]
+enum Kept {
+    /// Its number that no other one gets. A descriptor would keep it busy, and whoever
+    /// unmounts it meanwhile would be refused.
+    Known(u64),
+    /// Where there is no such number.
+    Open(OwnedFd),
+}
+
+impl Reached<'_> {
+    fn new(mount: &Mount, fd: OwnedFd, whole: bool) -> Reached<'_> {
+        // It may be another one by now, whose server would have to be waited for.
+        let shown = file::stat(&fd).map_or(mount.device, |stat| stat.device);
+        let kept = match mounts::unique_mount_of(fd.as_fd()) {
+            Some(unique) => Kept::Known(unique),
+            None => Kept::Open(fd),
+        };
+        Reached { mount, kept, shown, whole }
+    }
 }
 
 /// Whether no path leads to a mount, because another one stands on its way.
@@ -581,19 +614,23 @@ impl Mounts {
         let ground = |mount: &Mount| host.ground(mount);
         let all = mounts::parse(&mountinfo);
         let choice = choose(all, watched.device, ground, &self.host_devices());
+        self.shared.table.note_kinds(mounts::parse(&mountinfo).map(|mount| {
+            let is_in_memory = host.ground(&mount) == Ground::Memory;
+            let kind = if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume };
+            (mount.device, kind)
+        }));
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
         let view = View::of([&init]).and_root(watched.device);
         // It keeps the container's root busy: for as long as this takes and no longer.
         let root = init.open_root()?;
-        let mut held: Vec<(&Mount, OwnedFd, bool)> = Vec::new();
+        let mut held: Vec<Reached<'_>> = Vec::new();
         let mut unreached: Vec<&Mount> = Vec::new();
         for ways in &choice.filesystems {
-            let reached = ways
-                .iter()
-                .take(MAX_TRIES)
-                .find_map(|mount| Some((mount, Mounts::reach(&root, &view, mount)?, true)));
+            let reached = ways.iter().take(MAX_TRIES).find_map(|mount| {
+                Some(Reached::new(mount, Mounts::reach(&root, &view, mount)?, true))
+            });
             match reached {
                 Some(reached) => held.push(reached),
                 None => unreached.extend(ways.first()),
@@ -601,14 +638,16 @@ impl Mounts {
         }
         for mount in &choice.mounts {
             match Mounts::reach(&root, &view, mount) {
-                Some(fd) => held.push((mount, fd, false)),
+                Some(fd) => held.push(Reached::new(mount, fd, false)),
                 None => unreached.push(mount),
             }
         }
+
         drop(root);
 
         // The descriptors keep the mounts and their numbers: what is still listed
-        // under a number is what we hold.
+        // under a number is what we hold. Without a descriptor it is so if the mount is
+        // the same one afterwards.
         let mountinfo = init.mountinfo()?;
         let now: HashMap<u64, Mount> =
             mounts::parse(&mountinfo).map(|mount| (mount.id, mount)).collect();
@@ -620,8 +659,8 @@ impl Mounts {
             }
         }
         let (held, moved): (Vec<_>, Vec<_>) =
-            held.into_iter().partition(|(mount, ..)| is_still(mount));
-        if let Some((mount, ..)) = moved.first() {
+            held.into_iter().partition(|reached| is_still(reached.mount));
+        if let Some(Reached { mount, .. }) = moved.first() {
             outcome.missed = Some(format!("the mount {} comes and goes", name_of(mount)));
         }
         drop(moved);
@@ -629,10 +668,10 @@ impl Mounts {
         // Known before it is marked, so that its first event finds it. Every mount of
         // a filesystem that is marked whole has its path.
         let marked_whole: HashSet<u64> =
-            held.iter().filter(|(.., whole)| *whole).map(|(mount, ..)| mount.device).collect();
+            held.iter().filter(|it| it.whole).map(|it| it.mount.device).collect();
         let mut known: Vec<MarkedMount> = Vec::new();
-        for (mount, fd, whole) in &held {
-            let shown = file::stat(fd).map_or(mount.device, |stat| stat.device);
+        for Reached { mount, shown, whole, .. } in &held {
+            let (mount, shown) = (*mount, *shown);
             let devices = [mount.device, shown];
             // A btrfs subvolume shows a device of its own.
             let devices = if shown == mount.device { &devices[..1] } else { &devices[..] };
@@ -640,14 +679,27 @@ impl Mounts {
         }
         let more = now.values().filter(|mount| marked_whole.contains(&mount.device));
         for mount in more.take(16 * MAX_MARKS) {
-            if !held.iter().any(|(held, ..)| held.id == mount.id) {
+            if !held.iter().any(|held| held.mount.id == mount.id) {
                 known.push(marked(mount, mount.device, true));
             }
         }
         self.shared.table.set_mounts(watched, known);
-        let (names, held): (Vec<&Mount>, Vec<(OwnedFd, bool)>) =
-            held.into_iter().map(|(mount, fd, whole)| (mount, (fd, whole))).unzip();
-        for (mount, done) in names.iter().zip(self.marks.mark_others(held)) {
+        let root = init.open_root()?;
+        let (mut names, mut marked) = (Vec::new(), Vec::new());
+        for Reached { mount, kept, whole, .. } in held {
+            let fd = match kept {
+                Kept::Open(fd) => Some(fd),
+                // A mount that has come or gone since was reported, also to us.
+                Kept::Known(unique) => Mounts::reach(&root, &view, mount)
+                    .filter(|fd| mounts::unique_mount_of(fd.as_fd()) == Some(unique)),
+            };
+            if let Some(fd) = fd {
+                names.push(mount);
+                marked.push((fd, whole));
+            }
+        }
+        drop(root);
+        for (mount, done) in names.iter().zip(self.marks.mark_others(marked)) {
             if let Err(err) = done {
                 outcome.refused =
                     Some(format!("the kernel refuses to mark {}: {err}", name_of(mount)));

@@ -609,8 +609,10 @@ impl Walk<'_> {
         let names = &self.shared.names;
         if self.extent == Extent::Last {
             names.unlisten(directory);
+            self.shared.closings.unlisten(directory);
             return;
         }
+        self.shared.closings.listen(directory);
         let (failure, why) = match names.listen(self.watched, path, directory) {
             Ok(()) | Err(Deaf::Missing | Deaf::Full(false) | Deaf::Refused(_, false)) => return,
             Err(Deaf::Full(true)) => {

@@ -17,6 +17,7 @@ use super::acts::Act;
 use super::arguments::Arguments;
 use super::attachments::Attachments;
 use super::calls::Calls;
+use super::closings::Closings;
 use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
@@ -41,6 +42,7 @@ pub(super) struct Shared {
     pub(super) lower_twins: LowerTwins,
     pub(super) hashed: Hashed,
     pub(super) names: Names,
+    pub(super) closings: Closings,
     pub(super) attachments: Attachments,
     pub(super) terminals: Terminals,
     reports: Sender<Box<Report>>,
@@ -136,6 +138,7 @@ impl Shared {
             lower_twins: LowerTwins::default(),
             hashed: Hashed::default(),
             names: Names::new(),
+            closings: Closings::new(),
             attachments: Attachments::new(),
             terminals: Terminals::new(),
             reports,

@@ -846,6 +846,7 @@ impl Trace {
             .into_iter()
             .flatten()
             .find_map(|viewer| mounted(&Handle::open(viewer).ok()?.mountinfo().ok()?, device))
+            .or_else(|| self.shared.table.kind_of(device))
     }
 
     /// Whether who made this process is not in a container.

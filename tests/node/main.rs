@@ -7,6 +7,7 @@
 
 mod answers;
 mod chaos;
+mod check;
 mod code;
 mod cri;
 mod deeds;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         volumes::trials(),
         chaos::trials(),
         gate::trials(),
+        check::trials(),
         hostile::trials(),
         life::trials(),
         door::trials(),
