@@ -36,6 +36,7 @@ mod libraries;
 mod lower;
 mod mounts;
 mod names;
+mod namespaces;
 mod packages;
 mod process;
 mod processes;
@@ -405,6 +406,11 @@ impl Watch {
     /// nothing is seen of what is executed.
     pub fn gate_turns(&self) -> Arc<AtomicU64> {
         self.gate_turns.clone()
+    }
+
+    /// How often a container's mounts have been listed; `None` if they are not followed.
+    pub fn listings_of_mounts(&self, container: &ContainerId) -> Option<u64> {
+        self.marker.mounts.listings(container)
     }
 
     /// Closes the gate first, so that nothing waits for it any more, and then ends the

@@ -583,7 +583,7 @@ impl Walk<'_> {
     fn listen(&mut self, path: &RootfsPath, directory: &OwnedFd) {
         let names = &self.shared.names;
         if self.extent == Extent::Last {
-            names.unlisten(directory);
+            names.unlisten(directory, &self.shared.attachments);
             return;
         }
         let (failure, why) = match names.listen(self.watched, path, directory) {
