@@ -442,7 +442,8 @@ impl Watch {
 }
 
 /// How many groups of the gate ask about an unchanged file only once. More would spare
-/// containers one another's copy-ups; a user may have 128 groups in all.
+/// containers one another's copy-ups, and a daemon more of its user's groups
+/// (`GROUPS_OF_A_DAEMON`).
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
         config::Gate::Free => 3,

@@ -12,6 +12,7 @@ mod cri;
 mod docker;
 mod drift;
 mod fileless;
+mod groups;
 mod hostile;
 mod image;
 mod life;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         chaos::trials(),
         hostile::trials(),
         life::trials(),
+        groups::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
