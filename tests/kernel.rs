@@ -1403,7 +1403,7 @@ fn x14_a_change_of_mounts_is_the_one_containers_and_no_others() {
     // It may have some of its own: a directory of the host that is removed takes the
     // copies of its mounts away, everywhere.
     let others = node.listings(&second) - others;
-    assert!(others < 10, "the other one's mounts were listed {others} times");
+    assert!(others < 5, "the other one's mounts were listed {others} times");
     // Its own changes are seen all the same.
     second.mount_tmpfs("/mnt");
     node.until_seen_in(&second, "/mnt");
@@ -1419,7 +1419,7 @@ fn x14_a_container_that_mounts_without_end_costs_a_quiet_one_nothing() {
     let goes_on = loud.merged().join("tmp/on");
     fs::write(&goes_on, "").unwrap();
     let flood = format!(
-        "cd {}; while [ -e tmp/on ]; do mount -t tmpfs none mnt; umount mnt; done",
+        "cd {}; while [ -e tmp/on ]; do mount -t tmpfs none mnt; umount mnt 2>/dev/null; done",
         loud.merged().display()
     );
     let mut flood = loud.beside(&["busybox", "sh", "-c", &flood]).spawn().unwrap();

@@ -940,6 +940,19 @@ mod tests {
     }
 
     #[test]
+    fn too_few_groups_are_an_error_with_the_number_and_the_next_step() {
+        let limit = max_user_groups().unwrap_or(128);
+        let said = Error::from_init(Errno::EMFILE).to_string();
+        for part in [
+            "up to 8".to_owned(),
+            format!("may have {limit} in all"),
+            format!("sysctl fs.fanotify.max_user_groups={}", limit * 2),
+        ] {
+            assert!(said.contains(&part), "{said}");
+        }
+    }
+
+    #[test]
     fn a_changed_mount_is_known_by_its_unique_id() {
         let mount =
             |id: u64| record(FAN_EVENT_INFO_TYPE_MNT, &[&[0; 4][..], &id.to_ne_bytes()].concat());
