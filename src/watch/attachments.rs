@@ -46,7 +46,7 @@ const MASK: u64 = libc::FAN_OPEN | libc::FAN_EVENT_ON_CHILD;
 
 /// Listens to the inputs of terminals.
 pub(super) struct Attachments {
-    /// `None` where the kernel cannot report names.
+    /// `None` where the kernel cannot report names, or makes no more groups.
     group: Option<Arc<Group>>,
     inputs: Mutex<HashMap<FileHandle, Input>>,
     send: Sender<Named>,

@@ -26,7 +26,7 @@ const MAX_UNEXPLAINED: usize = 16 * 1024;
 
 /// A list takes microseconds. A container that stacks thousands of mounts on one another
 /// makes the kernel walk all of them for each.
-const MAX_TIME: Duration = Duration::from_millis(20);
+const MAX_TIME: Duration = Duration::from_millis(10);
 
 /// Which mounts are in which namespace.
 #[derive(Default)]
