@@ -39,6 +39,7 @@ mod libraries;
 mod lower;
 mod mounts;
 mod names;
+mod namespaces;
 mod packages;
 mod process;
 mod processes;
@@ -416,6 +417,11 @@ impl Watch {
         self.gate_turns.clone()
     }
 
+    /// How often a container's mounts have been listed; `None` if they are not followed.
+    pub fn listings_of_mounts(&self, container: &ContainerId) -> Option<u64> {
+        self.marker.mounts.listings(container)
+    }
+
     /// Closes the gate first, so that nothing waits for it any more, and then ends the
     /// threads.
     pub fn stop(mut self) {
@@ -445,7 +451,8 @@ impl Watch {
 }
 
 /// How many groups of the gate ask about an unchanged file only once. More would spare
-/// containers one another's copy-ups; a user may have 128 groups in all.
+/// containers one another's copy-ups, and a daemon more of its user's groups
+/// (`GROUPS_OF_A_DAEMON`).
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
         config::Gate::Free => 1,

@@ -33,6 +33,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use super::code;
 use super::content::{self, UnknownPath};
 use super::gate::ExecMarks;
+use super::namespaces::Namespaces;
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
 use super::ways;
@@ -355,8 +356,11 @@ pub(super) struct Mounts {
     shared: Arc<Shared>,
     marks: ExecMarks,
     notifier: Notifier,
+    namespaces: Namespaces,
     wake: OwnedFd,
     tracked: Mutex<HashMap<ContainerId, Tracked>>,
+    /// Of the listings that are only possibly needed.
+    guesses: Mutex<Pace>,
     host: Mutex<Option<(Instant, Arc<HashSet<u64>>)>>,
 }
 
@@ -365,27 +369,59 @@ struct Tracked {
     listener: Option<Arc<Listener>>,
     /// Its mounts have changed, and have not been listed since.
     is_due: bool,
+    /// They only may have: that costs no more than a bounded share for all together.
+    is_guess: bool,
     pace: Pace,
+    /// How often they were listed.
+    listings: u64,
     attempts: u8,
     /// That something of it is not marked has been said.
     is_told: bool,
 }
 
-/// How much of a processor's time a container's listings have had lately.
-struct Pace {
+impl Tracked {
+    fn namespace(&self) -> Option<u64> {
+        match self.listener.as_deref() {
+            Some(Listener::Group(namespace)) => Some(*namespace),
+            Some(Listener::Poll { .. }) | None => None,
+        }
+    }
+
+    /// Its mounts have changed, or may have.
+    fn set_due(&mut self, is_guess: bool) {
+        self.is_guess = is_guess && (self.is_guess || !self.is_due);
+        self.is_due = true;
+        self.attempts = 0;
+    }
+
+    /// When it may be listed.
+    fn next(&self, next_guess: Instant) -> Instant {
+        if self.is_guess { self.pace.next().max(next_guess) } else { self.pace.next() }
+    }
+}
+
+/// How much of a processor's time listings have had lately: those of a container, or all
+/// of a kind.
+pub(super) struct Pace {
     debt: Duration,
     since: Instant,
 }
 
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace { debt: Duration::ZERO, since: Instant::now() }
+    }
+}
+
 impl Pace {
-    fn spent(&mut self, start: Instant, end: Instant) {
+    pub(super) fn spent(&mut self, start: Instant, end: Instant) {
         let paid = start.saturating_duration_since(self.since) / REST_PER_LISTING;
         self.debt = self.debt.saturating_sub(paid) + (end - start);
         self.since = end;
     }
 
     /// From when on there may be another one.
-    fn next(&self) -> Instant {
+    pub(super) fn next(&self) -> Instant {
         self.since + self.debt.saturating_sub(BURST) * REST_PER_LISTING
     }
 }
@@ -411,14 +447,20 @@ impl Mounts {
             shared,
             marks,
             notifier,
+            namespaces: Namespaces::default(),
             wake,
             tracked: Mutex::default(),
+            guesses: Mutex::default(),
             host: Mutex::default(),
         })
     }
 
     fn tracked(&self) -> MutexGuard<'_, HashMap<ContainerId, Tracked>> {
         self.tracked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guesses(&self) -> MutexGuard<'_, Pace> {
+        self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wake(&self) {
@@ -433,13 +475,16 @@ impl Mounts {
         }
         let listener = self.notifier.listen(init);
         let mut all = self.tracked();
+        self.remove(&mut all, &watched.container);
         // There before its mounts are listed: a change that is told meanwhile waits
         // for the lock, and then for the next listing.
         let mut entry = all.entry(watched.container.clone()).insert_entry(Tracked {
             watched: watched.clone(),
             listener: None,
             is_due: false,
-            pace: Pace { debt: Duration::ZERO, since: Instant::now() },
+            is_guess: false,
+            pace: Pace::default(),
+            listings: 0,
             attempts: 0,
             is_told: false,
         });
@@ -459,9 +504,22 @@ impl Mounts {
     pub(super) fn detach(&self, watched: &Arc<Watched>) {
         let mut tracked = self.tracked();
         if tracked.get(&watched.container).is_some_and(|own| Arc::ptr_eq(&own.watched, watched)) {
-            tracked.remove(&watched.container);
+            self.remove(&mut tracked, &watched.container);
             self.wake();
         }
+    }
+
+    fn remove(&self, all: &mut HashMap<ContainerId, Tracked>, container: &ContainerId) {
+        let namespace = all.remove(container).and_then(|removed| removed.namespace());
+        let is_used = |namespace| all.values().any(|other| other.namespace() == Some(namespace));
+        if let Some(namespace) = namespace.filter(|namespace| !is_used(*namespace)) {
+            self.namespaces.forget(namespace);
+        }
+    }
+
+    /// How often a container's mounts have been listed.
+    pub(super) fn listings(&self, container: &ContainerId) -> Option<u64> {
+        Some(self.tracked().get(container)?.listings)
     }
 
     pub(super) fn run(&self) {
@@ -470,19 +528,50 @@ impl Mounts {
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
             self.wait(&mut buffer);
-            let now = Instant::now();
-            let due: Vec<ContainerId> = self
-                .tracked()
-                .iter()
-                .filter(|(_, tracked)| tracked.is_due && tracked.pace.next() <= now)
-                .map(|(container, _)| container.clone())
-                .collect();
-            for container in due {
+            self.explain();
+            for container in self.due(Instant::now()) {
                 // Locked for one container at a time: whoever attaches waits for it.
                 if let Some(tracked) = self.tracked().get_mut(&container) {
+                    let start = Instant::now();
+                    if tracked.next(self.guesses().next()) > start {
+                        continue;
+                    }
                     tracked.is_due = false;
                     self.list(tracked);
+                    if std::mem::take(&mut tracked.is_guess) {
+                        self.guesses().spent(start, Instant::now());
+                    }
                 }
+            }
+        }
+    }
+
+    /// Whose mounts are to be listed now, and whose were listed longest ago first: no
+    /// container keeps another one waiting.
+    fn due(&self, now: Instant) -> Vec<ContainerId> {
+        let next_guess = self.guesses().next();
+        let tracked = self.tracked();
+        let mut due: Vec<(Instant, &ContainerId)> = tracked
+            .iter()
+            .filter(|(_, tracked)| tracked.is_due && tracked.next(next_guess) <= now)
+            .map(|(container, tracked)| (tracked.pace.since, container))
+            .collect();
+        due.sort_unstable();
+        due.into_iter().map(|(_, container)| container.clone()).collect()
+    }
+
+    /// Notes whose the changes are that were not known at once.
+    fn explain(&self) {
+        let changed = self.namespaces.explain(Instant::now());
+        if changed.certain.is_empty() && changed.possible.is_empty() {
+            return;
+        }
+        for tracked in self.tracked().values_mut() {
+            let Some(namespace) = tracked.namespace() else { continue };
+            if changed.certain.contains(&namespace) {
+                tracked.set_due(false);
+            } else if changed.possible.contains(&namespace) {
+                tracked.set_due(true);
             }
         }
     }
@@ -490,9 +579,11 @@ impl Mounts {
     /// Waits until mounts have changed, and notes whose.
     fn wait(&self, buffer: &mut Buffer) {
         let (listeners, timeout) = {
+            let next_guess = self.guesses().next();
             let tracked = self.tracked();
             let next = tracked.values().filter(|tracked| tracked.is_due);
-            let next = next.map(|tracked| tracked.pace.next()).min();
+            let next = next.map(|tracked| tracked.next(next_guess));
+            let next = next.chain(self.namespaces.next()).min();
             let now = Instant::now();
             let timeout = next.map_or(TURN, |next| next.saturating_duration_since(now).min(TURN));
             let polled: Vec<(ContainerId, Arc<Listener>)> = tracked
@@ -506,7 +597,7 @@ impl Mounts {
             (polled, timeout)
         };
         let mut fds = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
-        fds.extend(self.notifier.groups().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.notifier.group().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let first_listener = fds.len();
         fds.extend(listeners.iter().filter_map(|(_, listener)| listener.poll_fds()).flatten());
         let timeout = Timespec::try_from(timeout).expect("half a second fits");
@@ -517,16 +608,17 @@ impl Mounts {
         if happened[0] {
             let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
         }
-        let groups: Vec<usize> = (0..first_listener - 1).filter(|at| happened[at + 1]).collect();
-        // Emptied first: what comes after that is told again.
-        groups.iter().for_each(|group| self.notifier.drain(*group, buffer));
+        let changed = if happened[1..first_listener].contains(&true) {
+            self.namespaces.take(self.notifier.take(buffer))
+        } else {
+            HashSet::new()
+        };
         let mut tracked = self.tracked();
-        for tracked in tracked.values_mut() {
-            if let Some(Listener::Group(group)) = tracked.listener.as_deref()
-                && groups.contains(group)
-            {
-                tracked.is_due = true;
-                tracked.attempts = 0;
+        if !changed.is_empty() {
+            for tracked in tracked.values_mut() {
+                if tracked.namespace().is_some_and(|namespace| changed.contains(&namespace)) {
+                    tracked.set_due(false);
+                }
             }
         }
         for ((container, listener), happened) in
@@ -537,8 +629,7 @@ impl Mounts {
             });
             let Some(tracked) = tracked else { continue };
             if happened[0] {
-                tracked.is_due = true;
-                tracked.attempts = 0;
+                tracked.set_due(false);
             }
             if happened[1] {
                 tracked.listener = None;
@@ -550,6 +641,11 @@ impl Mounts {
     /// number and a mount's number may have been used a second time since.
     fn list(&self, tracked: &mut Tracked) {
         let start = Instant::now();
+        tracked.listings += 1;
+        // Before its mounts are read: what changes in between is reported and then due.
+        if let Some(namespace) = tracked.namespace() {
+            self.namespaces.know(namespace);
+        }
         // An error: the process has ended, and its mounts with it.
         let outcome = self.mark_all(&tracked.watched).unwrap_or_default();
         tracked.pace.spent(start, Instant::now());

@@ -608,7 +608,7 @@ impl Walk<'_> {
     fn listen(&mut self, path: &RootfsPath, directory: &OwnedFd) {
         let names = &self.shared.names;
         if self.extent == Extent::Last {
-            names.unlisten(directory);
+            names.unlisten(directory, &self.shared.attachments);
             self.shared.closings.unlisten(directory);
             return;
         }

@@ -131,15 +131,16 @@ impl Shared {
         acts: Sender<Box<Act>>,
     ) -> io::Result<Shared> {
         let end = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let names = Names::new();
         Ok(Shared {
             settings,
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
             hashed: Hashed::default(),
-            names: Names::new(),
+            attachments: Attachments::new(names.group()),
             closings: Closings::new(),
-            attachments: Attachments::new(),
+            names,
             terminals: Terminals::new(),
             reports,
             dirty: Mutex::default(),

@@ -17,6 +17,7 @@ mod drift;
 mod fileless;
 mod fuse;
 mod gate;
+mod groups;
 mod hostile;
 mod image;
 mod incarnations;
@@ -80,6 +81,7 @@ fn main() -> ExitCode {
         life::trials(),
         door::trials(),
         deeds::trials(),
+        groups::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
