@@ -738,6 +738,8 @@ impl Trace {
         // Asked now: its mounts may be gone with it. Lists of mounts can be long, so only
         // where it matters.
         let ground = match &opened {
+            // Memory needs no list.
+            Some((_, stat)) if Some(stat.device) == self.memfd_device => Ground::Memory,
             Some((_, stat)) if !is_host && is_same(stat) && !is_marked(stat) => {
                 self.ground(execution, handle.as_ref(), stat)
             }
