@@ -288,6 +288,7 @@ pub fn weight_of_process(process: &Process) -> usize {
 /// About how many bytes an observation takes in memory.
 fn weight_of_observation(observation: &Observation) -> usize {
     let process = observation.fact.process().map_or(0, |process| weight_of_process(process));
+    let other = observation.reached_as.as_ref().map_or(0, |path| path.as_bytes().len());
     let path = match &observation.fact {
         Fact::Executed { path, .. }
         | Fact::Loaded { path, .. }
@@ -303,7 +304,7 @@ fn weight_of_observation(observation: &Observation) -> usize {
         | Fact::SessionInteractive { .. }
         | Fact::SessionProcessEnded { .. } => 0,
     };
-    size_of::<Observation>() + process + path
+    size_of::<Observation>() + process + path + other
 }
 
 /// How bad it is to lose an observation that nobody has judged yet.
@@ -491,6 +492,8 @@ mod tests {
         Observation {
             container: ContainerId::new("default", "c1"),
             init: crate::model::ProcessIdentity { pid: 7, start_time: 1 },
+            file_of: None,
+            reached_as: None,
             at: Timestamp::from_second(number as i64).unwrap(),
             source: Source::Gate,
             session: None,

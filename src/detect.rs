@@ -20,11 +20,19 @@ pub struct Sensitive<'a> {
     pub persistence: &'a PathGlobs,
     /// As [`entry_point`] says.
     pub entry_point: &'a [RootfsPath],
+    /// The path by which the container reaches the file as well.
+    pub reached_as: Option<&'a RootfsPath>,
 }
 
 impl Sensitive<'_> {
-    fn covers(self, path: &RootfsPath) -> bool {
-        self.persistence.matches(path) || self.entry_point.contains(path)
+    fn covers(self, path: &RootfsPath, state: &FileState) -> bool {
+        // A directory is reported only if something was mounted there.
+        let leads_away = matches!(state.file_type, FileType::Symlink | FileType::Directory);
+        [Some(path), self.reached_as].into_iter().flatten().any(|path| {
+            self.persistence.matches(path)
+                || self.entry_point.contains(path)
+                || leads_away && self.persistence.leads_to(path)
+        })
     }
 }
 
@@ -65,9 +73,10 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
     match fact {
         Fact::Executed { path, filesystem, running, state, .. } => Some(match filesystem {
             Filesystem::Overlay => assess_executed(image, path, state, *running),
-            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
-                assess_executed_elsewhere(image, path, *filesystem, state)
-            }
+            Filesystem::Tmpfs
+            | Filesystem::Volume
+            | Filesystem::Anonymous
+            | Filesystem::Container => assess_executed_elsewhere(image, path, *filesystem, state),
         }),
         Fact::Loaded { path, filesystem, state, .. } => {
             Some(assess_code(image, Kind::LibraryLoaded, path, *filesystem, state))
@@ -81,7 +90,7 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
         }),
         Fact::Present { path, state, .. } => {
             let mut assessment = assess_present(image, path, state);
-            if sensitive.covers(path) {
+            if sensitive.covers(path, state) {
                 // Before what it may grant, behind what it is.
                 let at = assessment.judgements.len().min(1);
                 let told = persistence(image, path, state);
@@ -121,11 +130,17 @@ fn assess_executed_elsewhere(
     let change = if origins.is_some() { Change::Relocated } else { Change::Added };
     let main = match (filesystem, origins) {
         (Filesystem::Volume, Some(origins)) => relocated(image, Kind::ExecRelocated, path, origins),
+        // Its path is another container's and says nothing here.
+        (Filesystem::Container, Some(origins)) => {
+            judgement(Kind::ExecRelocated, origins.into_iter().next())
+        }
         (_, origins) => {
             let kind = match filesystem {
                 Filesystem::Anonymous => Kind::ExecFileless,
                 Filesystem::Tmpfs => Kind::ExecTmpfs,
                 Filesystem::Volume | Filesystem::Overlay => Kind::ExecVolume,
+                Filesystem::Container if state.format == Format::Script => Kind::ExecScript,
+                Filesystem::Container => Kind::ExecNew,
             };
             judgement(kind, origins.and_then(|origins| origins.into_iter().next()))
         }
@@ -144,19 +159,22 @@ fn assess_code(
     state: &FileState,
 ) -> Assessment {
     let known = image.get(path).filter(|_| filesystem == Filesystem::Overlay);
-    if known.as_ref().is_some_and(|known| same(known, state)) {
+    if known.as_ref().is_some_and(|known| ran_as_known(known, state)) {
         return Assessment { change: Change::Metadata, judgements: Vec::new() };
     }
     // Volumes are how scripts and drivers are handed to a container from outside.
     let severity = match filesystem {
         Filesystem::Volume => kind.severity().min(Severity::Medium),
-        Filesystem::Overlay | Filesystem::Tmpfs | Filesystem::Anonymous => kind.severity(),
+        Filesystem::Overlay | Filesystem::Tmpfs | Filesystem::Anonymous | Filesystem::Container => {
+            kind.severity()
+        }
     };
     let severity = match (kind, filesystem) {
         (Kind::ExecInterpreted, Filesystem::Volume) => Severity::Low,
         _ => severity,
     };
-    if let Some(origins) = origin(image, state) {
+    let origins = origin(image, state).filter(|_| known.is_none() || !state.could_change);
+    if let Some(origins) = origins {
         // Known code from an unusual place: it can stand in for other code.
         let expected = origins.into_iter().next();
         let severity = severity.min(Severity::Medium);
@@ -203,37 +221,38 @@ fn assess_executed(
     running: bool,
 ) -> Assessment {
     let known = image.get(path);
-    let (change, main) = if let Some(known) = known.as_ref().filter(|known| same(known, state)) {
-        debug_assert_eq!(known.entry.file_type, FileType::Regular);
-        (Change::Metadata, None)
-    } else {
-        // Text without `#!` that was executed is run by the shell that tried.
-        let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
-        match (known.clone().filter(occupies), origin(image, state)) {
-            // A symlink of the image that became a copy of one of its programs:
-            // the path promised a name, not a content.
-            (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
-                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+    let (change, main) =
+        if let Some(known) = known.as_ref().filter(|known| ran_as_known(known, state)) {
+            debug_assert_eq!(known.entry.file_type, FileType::Regular);
+            (Change::Metadata, None)
+        } else {
+            // Text without `#!` that was executed is run by the shell that tried.
+            let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
+            match (known.clone().filter(occupies), origin(image, state)) {
+                // A symlink of the image that became a copy of one of its programs:
+                // the path promised a name, not a content.
+                (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
+                    (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+                }
+                // Nobody saw it start, and no name leads to it: what it was called is
+                // hearsay.
+                (known, _) if running && state.deleted => {
+                    let change = if known.is_some() { Change::Modified } else { Change::Added };
+                    (change, Some(judgement(Kind::ExecDeleted, known)))
+                }
+                (Some(known), _) => {
+                    let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
+                    (Change::Modified, Some(judgement(kind, Some(known))))
+                }
+                (None, Some(origin)) => {
+                    (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+                }
+                (None, None) => {
+                    let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
+                    (Change::Added, Some(judgement(kind, None)))
+                }
             }
-            // Nobody saw it start, and no name leads to it: what it was called is
-            // hearsay.
-            (known, _) if running && state.deleted => {
-                let change = if known.is_some() { Change::Modified } else { Change::Added };
-                (change, Some(judgement(Kind::ExecDeleted, known)))
-            }
-            (Some(known), _) => {
-                let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
-                (Change::Modified, Some(judgement(kind, Some(known))))
-            }
-            (None, Some(origin)) => {
-                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
-            }
-            (None, None) => {
-                let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
-                (Change::Added, Some(judgement(kind, None)))
-            }
-        }
-    };
+        };
     let privileged = privileged(known, state);
     Assessment { change, judgements: main.into_iter().chain(privileged).collect() }
 }
@@ -419,6 +438,12 @@ fn same(known: &Known, state: &FileState) -> bool {
         && known.entry.blake3 == state.blake3()
 }
 
+/// Whether a file that was run held what the image has there, and could not have held
+/// anything else at that moment.
+fn ran_as_known(known: &Known, state: &FileState) -> bool {
+    same(known, state) && !state.could_change
+}
+
 fn known_program(known: &Known) -> bool {
     known.entry.file_type == FileType::Regular && is_program(known.entry.format, known.entry.mode)
 }
@@ -529,7 +554,7 @@ fn leads_to_program(image: &ImageBaseline, path: &RootfsPath) -> bool {
             (FileType::Regular, _) => {
                 return is_program(known.entry.format, known.entry.mode);
             }
-            (FileType::Symlink, Some(target)) => match resolve(&path, &target) {
+            (FileType::Symlink, Some(target)) => match path.resolve(&target) {
                 Some(next) => path = next,
                 None => return false,
             },
@@ -537,16 +562,6 @@ fn leads_to_program(image: &ImageBaseline, path: &RootfsPath) -> bool {
         }
     }
     false
-}
-
-/// Where a symlink at `link` points, by its text alone.
-fn resolve(link: &RootfsPath, target: &[u8]) -> Option<RootfsPath> {
-    let base = if target.starts_with(b"/") { RootfsPath::root() } else { link.parent()? };
-    target.split(|&byte| byte == b'/').try_fold(base, |at, component| match component {
-        b"" | b"." => Some(at),
-        b".." => Some(at.parent().unwrap_or_else(RootfsPath::root)),
-        name => at.join(name).ok(),
-    })
 }
 
 /// A way to more rights that the image does not give at this path.
@@ -588,6 +603,7 @@ mod tests {
 /docker-entrypoint.sh 755 script entry
 /etc/passwd 644 data users
 /etc/cron.d 755 dir
+/etc/cron.weekly 777 symlink cron.d
 /app/main.py 644 data main
 /usr/local/bin/python3 777 symlink python3.11
 /usr/local/bin/python3.11 755 elf python
@@ -614,6 +630,7 @@ mod tests {
             capability: None,
             content: content_of,
             deleted: false,
+            could_change: false,
         }
     }
 
@@ -632,14 +649,18 @@ mod tests {
     fn fact(line: &str) -> Fact {
         let words: Vec<&str> = line.split_whitespace().collect();
         let path = || RootfsPath::new(words[1]).unwrap();
-        let state = || state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4]);
+        let state = || FileState {
+            could_change: words.get(5) == Some(&"written-to"),
+            ..state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4])
+        };
         match words[0] {
-            "exec" | "tmpfs" | "volume" | "memory" | "running" => Fact::Executed {
+            "exec" | "tmpfs" | "volume" | "memory" | "foreign" | "running" => Fact::Executed {
                 path: path(),
                 filesystem: match words[0] {
                     "tmpfs" => Filesystem::Tmpfs,
                     "volume" => Filesystem::Volume,
                     "memory" => Filesystem::Anonymous,
+                    "foreign" => Filesystem::Container,
                     _ => Filesystem::Overlay,
                 },
                 running: words[0] == "running",
@@ -675,6 +696,25 @@ mod tests {
                 process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
+            "link" | "mount" => Fact::Present {
+                path: path(),
+                state: FileState {
+                    file_type: match words[0] {
+                        "link" => FileType::Symlink,
+                        _ => FileType::Directory,
+                    },
+                    content: match words[0] {
+                        "link" => Content::Hashed {
+                            blake3: blake3_of(words[2]),
+                            sha256: Sha256Hash([0; 32]),
+                        },
+                        _ => Content::Unhashed(Unhashed::NotRegular),
+                    },
+                    ..self::state(0o777, "data", "-")
+                },
+                lower: None,
+                writer: None,
+            },
             "remove" => Fact::Absent { path: path(), writer: None },
             other => panic!("bad verb {other}"),
         }
@@ -687,7 +727,16 @@ mod tests {
         let globs = ["/etc/passwd", "/etc/cron.*/**", "**/.ssh/authorized_keys"];
         let globs = PathGlobs::new(globs.map(str::to_owned).into()).unwrap();
         let entry_point = [RootfsPath::new("/docker-entrypoint.sh").unwrap()];
-        let sensitive = Sensitive { persistence: &globs, entry_point: &entry_point };
+        let (event, as_well) = match event.split_once(" as ") {
+            Some((event, as_well)) => (event, Some(as_well)),
+            None => (event, None),
+        };
+        let reached_as = as_well.map(|path| RootfsPath::new(path).unwrap());
+        let sensitive = Sensitive {
+            persistence: &globs,
+            entry_point: &entry_point,
+            reached_as: reached_as.as_ref(),
+        };
         let assessment = assess(&image, sensitive, &fact(event)).unwrap();
         let said: Vec<String> = assessment
             .judgements
@@ -722,6 +771,17 @@ mod tests {
             "exec /usr/bin/curl 755 elf evil",
             "Modified: exec.modified critical from /usr/bin/curl",
         );
+        // What it held when it was executed is not known.
+        check(
+            "exec /usr/bin/curl 755 elf curl written-to",
+            "Modified: exec.modified critical from /usr/bin/curl",
+        );
+        check(
+            "exec /opt/tool/run 755 script run written-to",
+            "Modified: exec.script high from /opt/tool/run",
+        );
+        check("exec /tmp/ls 755 elf ls written-to", "Relocated: exec.relocated high from /bin/ls");
+        check("load /bin/ls 755 elf ls written-to", "Modified: library.loaded high from /bin/ls");
         check(
             "exec /docker-entrypoint.sh 755 script evil",
             "Modified: exec.script high from /docker-entrypoint.sh",
@@ -786,6 +846,21 @@ mod tests {
     }
 
     #[test]
+    fn x15_a_way_around_a_watched_directory_is_told_and_so_is_what_lies_behind_it() {
+        check("link /etc/cron.d /tmp/cr", "Added: file.persistence high");
+        check("link /root/.ssh /tmp/keys", "Added: file.persistence high");
+        check("mount /etc/cron.d", "Added: file.persistence high");
+        check("link /tmp/x /tmp/cr", "Added: ");
+        check("mount /tmp/x", "Added: ");
+        // The image has this very link.
+        check("link /etc/cron.weekly cron.d", "Modified: ");
+        check("write /tmp/cr/a 644 data evil as /etc/cron.d/a", "Added: file.persistence high");
+        check("write /tmp/cr/a 644 data evil as /srv/a", "Added: ");
+        // A link on the way of a link.
+        check("link /tmp/cr /tmp/cr2 as /etc/cron.d", "Added: file.persistence high");
+    }
+
+    #[test]
     fn a35_the_entry_point_is_watched() {
         check(
             "write /docker-entrypoint.sh 755 script evil",
@@ -843,6 +918,15 @@ mod tests {
         // What the volume hides promises nothing.
         check("volume /usr/bin/curl 755 elf evil", "Added: exec.volume medium");
         check("volume /data/x 4755 elf evil", "Added: exec.volume medium, file.privileged high");
+    }
+
+    #[test]
+    fn x13_a_program_of_another_container_is_none_of_the_image() {
+        check("foreign /usr/bin/nmap 755 elf nmap", "Added: exec.new critical");
+        check("foreign /opt/run 755 script other", "Added: exec.script high");
+        // The image has such a program too, but it is another container's file.
+        check("foreign /bin/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
+        check("foreign /tmp/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
     }
 
     #[test]

@@ -60,6 +60,9 @@ pub enum Failure {
     GateQueueFull,
     /// The memory of a process could not be read: something held its lock for long.
     ProcessUnreadable,
+    /// A file of an upper layer looks older than the layer: the clock was set back, and
+    /// until then it passed for a file of the image.
+    ClockSet,
     /// A thread was busy with one item for seconds and made no progress.
     ThreadStuck,
     /// The history holds more bytes than it may: the least severe of the container that
@@ -81,7 +84,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 26] = [
+    pub const ALL: [Failure; 27] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -105,6 +108,7 @@ impl Failure {
         Failure::ExecEventsFull,
         Failure::GateQueueFull,
         Failure::ProcessUnreadable,
+        Failure::ClockSet,
         Failure::ThreadStuck,
         Failure::HistoryFull,
         Failure::HistoryGone,
@@ -135,6 +139,7 @@ impl Failure {
             Failure::ExecEventsFull => "exec_events_full",
             Failure::GateQueueFull => "gate_queue_full",
             Failure::ProcessUnreadable => "process_unreadable",
+            Failure::ClockSet => "clock_set",
             Failure::ThreadStuck => "thread_stuck",
             Failure::HistoryFull => "history_full",
             Failure::HistoryGone => "history_gone",
@@ -152,6 +157,7 @@ impl Failure {
             | Failure::CodeQueueFull
             | Failure::ArmedLate
             | Failure::GateQueueFull
+            | Failure::ClockSet
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost
             | Failure::BaselineCorrupt

@@ -33,9 +33,9 @@ use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchS
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
-    FileEvidence, FileState, Filesystem, Finding, FindingId, IdMap, ImageReference, Incarnation,
-    Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process, ProcessIdentity,
-    RootfsPath, Script, Session, Severity, Source,
+    FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
+    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
+    ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
@@ -824,8 +824,11 @@ impl State {
             | Fact::SessionProcessEnded { .. } => return,
         };
         let Some(entry) = self.inventory.get(&observation.container) else { return };
-        let sensitive =
-            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let sensitive = Sensitive {
+            persistence: &self.policy.persistence,
+            entry_point: &entry.entry_point,
+            reached_as: observation.reached_as.as_ref(),
+        };
         let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
             return;
         };
@@ -994,8 +997,11 @@ impl State {
             self.package_manager(&observation.container, process, &baseline);
             return;
         }
-        let sensitive =
-            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let sensitive = Sensitive {
+            persistence: &self.policy.persistence,
+            entry_point: &entry.entry_point,
+            reached_as: observation.reached_as.as_ref(),
+        };
         let Some(mut assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
             return;
         };
@@ -1088,6 +1094,7 @@ impl State {
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: writer.as_deref(),
+                    detail: (state.file_type == FileType::Directory).then_some(BY_MOUNT),
                     ..Evidence::default()
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
@@ -1229,7 +1236,10 @@ impl State {
         finding.count = observation.times();
         finding.process = evidence.process.map(budget::process);
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
-        finding.detail = evidence.detail.map(ToOwned::to_owned);
+        let could_change = evidence.state.is_some_and(|state| state.could_change);
+        let details = detail(observation, evidence.detail).into_iter();
+        let details = details.chain(could_change.then(|| COULD_CHANGE.to_owned()));
+        finding.detail = details.reduce(|all, next| all + "; " + &next);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
         finding.belongs_to(&observation.container, entry);
         finding.run = Some(entry.run_of(observation.init));
@@ -1672,11 +1682,28 @@ fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3H
             .is_some_and(|(_, told)| told == Told::content(content))
 }
 
+/// What is said of code that somebody could write to while it was run.
+const COULD_CHANGE: &str = "its content could change between its execution and the moment it was \
+     read: what ran may not be the content that is reported here";
+
 /// What is said of an executed file that is not the container's own.
 const IN_LAYER: &str =
     "it lies in a layer of the image on this node's disk, not in the container's own layer";
 
 /// What is said of a program that was given to the dynamic linker.
+/// What is to be said of a file beside what the other keys hold: first whose it is.
+fn detail(observation: &Observation, detail: Option<&str>) -> Option<String> {
+    let owner = observation.file_of.as_ref();
+    let owner = owner.map(|owner| format!("the file lies in the root of the container {owner}"));
+    let way = observation.reached_as.as_ref();
+    let way = way.map(|path| format!("the container reaches it as {path}"));
+    let parts: Vec<String> =
+        owner.into_iter().chain(way).chain(detail.map(ToOwned::to_owned)).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+const BY_MOUNT: &str = "something was mounted there while the container ran";
+
 const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
 
 /// What is said of a library that a program of the image brings along packed.

@@ -1236,7 +1236,8 @@ fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
                 let mut fds: Vec<rustix::event::PollFd<'_>> = match fds {
                     Some(fds) => fds.into(),
                     None => notifier
-                        .groups()
+                        .group()
+                        .into_iter()
                         .map(|fd| {
                             rustix::event::PollFd::from_borrowed_fd(
                                 fd,
@@ -1252,13 +1253,13 @@ fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
             let output = mount.wait_with_output().unwrap();
             let done: i128 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
             delays.push((seen - done) / 1000);
-            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            notifier.take(&mut buffer);
             // What the listener says of the unmounting is taken with it.
             assert!(
                 container.beside(&["umount", point.to_str().unwrap()]).status().unwrap().success()
             );
             std::thread::sleep(Duration::from_millis(5));
-            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            notifier.take(&mut buffer);
             if let Some(mut fds) = listener.poll_fds() {
                 let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
                 let _ = rustix::event::poll(&mut fds, Some(&now));
@@ -1350,6 +1351,128 @@ fn binding_its_own_root_again_and_again_costs_a_container_and_not_driftd() {
     container.inside("/tmp/true");
     node.until_executed(&path("/tmp/true"));
     node.assert_no_loss();
+}
+
+impl Node {
+    fn listings(&self, container: &Container) -> u64 {
+        let listings = self.watch.as_ref().unwrap().listings_of_mounts(&container.id);
+        listings.expect("its mounts are followed")
+    }
+
+    #[track_caller]
+    fn until_listed(&self, container: &Container, at_least: u64) {
+        let listed = || (self.listings(container) >= at_least).then_some(());
+        wait_for("its mounts to be listed", listed);
+    }
+
+    /// Runs a program of its own from a directory of the container.
+    #[track_caller]
+    fn until_seen_in(&mut self, container: &Container, directory: &str) {
+        let program = format!("{directory}/true");
+        container.inside(&format!("cp /bin/busybox {program}; echo >> {program}; {program}"));
+        self.until_executed(&path(&program));
+    }
+}
+
+#[test]
+fn x14_a_change_of_mounts_is_the_one_containers_and_no_others() {
+    let (first, second) = (container_with_mounts(), container_with_mounts());
+    let mut node = Node::start();
+    node.attach(&first);
+    node.attach(&second);
+    first.shell("mkdir /tmp/there");
+    let [from, to] = ["mnt", "tmp/there"].map(|at| first.merged().join(at));
+    let change = |node: &Node, words: &[&OsStr]| {
+        let before = node.listings(&first);
+        let words: Vec<&str> = words.iter().map(|word| word.to_str().unwrap()).collect();
+        assert!(first.beside(&words).status().unwrap().success());
+        node.until_listed(&first, before + 1);
+    };
+    let words = |words: &'static [&str]| words.iter().map(OsStr::new);
+    let mount: Vec<&OsStr> =
+        words(&["mount", "-t", "tmpfs", "none"]).chain([from.as_os_str()]).collect();
+    let travel: Vec<&OsStr> =
+        words(&["mount", "--move"]).chain([from.as_os_str(), to.as_os_str()]).collect();
+    let unmount: Vec<&OsStr> = words(&["umount"]).chain([to.as_os_str()]).collect();
+    let others = node.listings(&second);
+    for _ in 0..10 {
+        change(&node, &mount);
+        // One that moves neither comes nor goes.
+        change(&node, &travel);
+        change(&node, &unmount);
+    }
+    // It may have some of its own: a directory of the host that is removed takes the
+    // copies of its mounts away, everywhere.
+    let others = node.listings(&second) - others;
+    assert!(others < 5, "the other one's mounts were listed {others} times");
+    // Its own changes are seen all the same.
+    second.mount_tmpfs("/mnt");
+    node.until_seen_in(&second, "/mnt");
+    node.assert_no_loss();
+}
+
+#[test]
+fn x14_a_container_that_mounts_without_end_costs_a_quiet_one_nothing() {
+    let (loud, quiet) = (container_with_mounts(), container_with_mounts());
+    let mut node = Node::start();
+    node.attach(&loud);
+    node.attach(&quiet);
+    let goes_on = loud.merged().join("tmp/on");
+    fs::write(&goes_on, "").unwrap();
+    let flood = format!(
+        "cd {}; while [ -e tmp/on ]; do mount -t tmpfs none mnt; umount mnt 2>/dev/null; done",
+        loud.merged().display()
+    );
+    let mut flood = loud.beside(&["busybox", "sh", "-c", &flood]).spawn().unwrap();
+    let before = node.listings(&quiet);
+    // As many as come at once, and then some of those that are paced.
+    node.until_listed(&loud, 50);
+    let listed = node.listings(&quiet) - before;
+    assert!(listed < 20, "the quiet one's mounts were listed {listed} times");
+    // What the quiet one mounts meanwhile is marked.
+    quiet.mount_tmpfs("/mnt");
+    node.until_seen_in(&quiet, "/mnt");
+    assert_eq!(flood.try_wait().unwrap(), None, "the flood has ended by itself");
+    fs::remove_file(goes_on).unwrap();
+    assert!(flood.wait().unwrap().success());
+}
+
+#[test]
+fn x14_a_directory_that_two_listen_to_keeps_the_mark_of_the_one_that_goes_on() {
+    // The FIFO of one container's terminal lies in the upper layer of another one.
+    let mut outer = Container::start();
+    let inner = container_with_mounts();
+    outer.shell("mkdir /tmp/fifo; cp /bin/true /tmp/fifo/true");
+    let fifo = outer.upper().join("tmp/fifo/in");
+    run(&[OsStr::new("mkfifo"), fifo.as_os_str()]);
+    let mut node = Node::start();
+    node.attach(&inner);
+    node.attach(&outer);
+    node.order(Order::Terminal {
+        container: inner.id.clone(),
+        input: Some(fifo.clone()),
+        is_handed_on: false,
+    });
+    node.walk(&outer);
+    node.told.clear();
+    outer.shell("chmod u+s /tmp/fifo/true");
+    node.until_present("/tmp/fifo/true", |state| state.mode == 0o4755);
+    let id = outer.id.clone();
+    outer.kill_init();
+    node.told.clear();
+    node.order(Order::Detach { container: id.clone(), pid: None });
+    node.until("the last walk", |report| match report {
+        Report::Scanned { container, .. } if *container == id => Some(()),
+        _ => None,
+    });
+    let mut client = Command::new("sh");
+    client.arg("-c").arg("exec 3<> \"$0\"; exec sleep 3600").arg(&fifo).stdin(Stdio::null());
+    let client = Family(client.spawn().unwrap());
+    let root = node.until_observed("who attaches", |observation| match &observation.fact {
+        Fact::SessionOpened { opening } if opening.entry == Entry::Attach => Some(opening.root),
+        _ => None,
+    });
+    assert_eq!(root.pid, client.0.id());
 }
 
 /// The processor time of this process's threads with this name.
@@ -1560,7 +1683,7 @@ fn what_is_typed_into_the_terminal_of_init_is_heard_where_it_is_read() {
 }
 
 #[test]
-fn a_runtimes_init_is_a_session_by_its_name() {
+fn h03_a_runtimes_init_is_a_session_by_where_it_comes_from() {
     let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
     // What runc calls itself until it becomes the session's command.
     let runtime = container.dir.path().join("runc:[2:INIT]");
@@ -1776,36 +1899,120 @@ fn a_full_queue_is_an_overflow_and_not_an_event() {
     assert_eq!((overflows, decoded.len()), (1, limit + 1));
 }
 
+/// A process with a container's root that still runs a program of the host's, as a
+/// runtime does until it is told to go on.
+struct Waiting {
+    pid: u32,
+    go_on: std::io::PipeWriter,
+    started: std::thread::JoinHandle<Child>,
+}
+
+impl Waiting {
+    #[allow(unsafe_code, reason = "it stays itself between fork and exec, like a runtime")]
+    fn to_become(container: &Container, program: &str) -> Waiting {
+        let (told, tell) = std::io::pipe().unwrap();
+        let (wait, go_on) = std::io::pipe().unwrap();
+        let mut command = Command::new(program);
+        command.arg("3600").stdin(Stdio::null());
+        let merged = container.merged();
+        let become_it = move || {
+            rustix::process::chroot(&merged)?;
+            std::env::set_current_dir("/")?;
+            let pid = rustix::process::getpid().as_raw_nonzero().get();
+            rustix::io::write(&tell, &pid.to_ne_bytes())?;
+            rustix::io::read(&wait, &mut [0_u8])?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec it makes system calls only; its memory is its own.
+        unsafe { command.pre_exec(become_it) };
+        let started = std::thread::spawn(move || command.spawn().unwrap());
+        let mut pid = [0; 4];
+        rustix::io::read(&told, &mut pid).unwrap();
+        Waiting { pid: u32::try_from(i32::from_ne_bytes(pid)).unwrap(), go_on, started }
+    }
+
+    fn go_on(self) -> Family {
+        rustix::io::write(&self.go_on, b".").unwrap();
+        Family(self.started.join().unwrap())
+    }
+}
+
 #[test]
 fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
     let container = Container::start();
-    // What runc's init is called while it waits to become the entry point.
+    let blake3 = container.drop_program("/tmp/sleep");
+    let init = Waiting::to_become(&container, "/tmp/sleep");
+    let mut node = Node::start();
+    let id = container.id.clone();
+    node.order(Order::Attach { container: id, pid: init.pid, rootfs: None });
+    let before_start = node.until("the container to be attached", |report| match report {
+        Report::Attached { before_start, .. } => Some(*before_start),
+        _ => None,
+    });
+    assert!(before_start);
+    let _init = init.go_on();
+    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
+    let walk = node.unordered_walk(&container.id);
+    assert_eq!(walk.names(), ["/tmp/sleep"]);
+    let told = node.told.iter().map(summary);
+    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
+    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
+    node.assert_no_loss();
+}
+
+#[test]
+fn h03_an_init_that_calls_itself_a_runtimes_has_begun() {
+    let container = Container::start();
     let init = container.merged().join("tmp/runc:[2:INIT]");
-    fs::write(&init, "#!/bin/sh\nread line\nexec /tmp/sleep 3600\n").unwrap();
+    fs::write(&init, "#!/bin/sh\nread line\nexec /bin/sleep 3600\n").unwrap();
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
     let mut init = container.command(&["/tmp/runc:[2:INIT]"]);
-    let mut init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
+    let init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
     let pid = init.0.id();
     wait_for("the init", || {
         let comm = fs::read(format!("/proc/{pid}/comm")).unwrap();
         (comm == b"runc:[2:INIT]\n").then_some(())
     });
-    let blake3 = container.drop_program("/tmp/sleep");
     let mut node = Node::start();
     node.order(Order::Attach { container: container.id.clone(), pid, rootfs: None });
     let before_start = node.until("the container to be attached", |report| match report {
         Report::Attached { before_start, .. } => Some(*before_start),
         _ => None,
     });
-    assert!(before_start);
-    init.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
-    let walk = node.unordered_walk(&container.id);
-    assert_eq!(walk.names(), ["/tmp/runc:[2:INIT]", "/tmp/sleep"]);
-    let told = node.told.iter().map(summary);
-    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
-    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
-    node.assert_no_loss();
+    assert!(!before_start, "its program is the container's own");
+}
+
+#[test]
+fn x19_a_file_that_looks_older_than_the_layer_is_no_file_of_the_image() {
+    // As one looks that was made after the clock was set back.
+    let scratch = tempfile::tempdir().unwrap();
+    let old = scratch.path().join("old");
+    fs::copy(BUSYBOX, &old).unwrap();
+    let container = Container::start();
+    // A directory of the upper layer, into which the overlay has not looked.
+    container.shell("/bin/mkdir /tmp/late");
+    let hidden = container.upper().join("tmp/late/true");
+    fs::OpenOptions::new().append(true).open(&old).unwrap().write_all(b"other").unwrap();
+    fs::rename(&old, &hidden).unwrap();
+    let times = |path: &Path| driftd::sys::file::stat_path(path).unwrap().born;
+    assert!(times(&hidden) < times(&container.upper()), "a filesystem that keeps births");
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("/tmp/late/true");
+    let (state, layer_file) =
+        node.until_observed("it to be told", |observation| match &observation.fact {
+            Fact::Executed { path: told, state, layer_file, .. }
+                if *told == path("/tmp/late/true") =>
+            {
+                Some((state.clone(), *layer_file))
+            }
+            _ => None,
+        });
+    assert_eq!(state.blake3(), Some(hash_of(&hidden)));
+    assert_eq!(layer_file, None, "it is taken for the container's own");
+    // It is said, and once.
+    node.walk(&container);
+    assert_eq!(node.health.count(Failure::ClockSet), 1);
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub enum Filesystem {
     Volume,
     /// None that has a name: a memfd, or a file made with `O_TMPFILE`.
     Anonymous,
+    /// The root of another container, reached through `/proc/PID/root` or the like.
+    Container,
 }
 
 impl Filesystem {
@@ -48,6 +50,7 @@ impl Filesystem {
             Filesystem::Tmpfs => "tmpfs",
             Filesystem::Volume => "volume",
             Filesystem::Anonymous => "anonymous",
+            Filesystem::Container => "container",
         }
     }
 }
@@ -164,6 +167,9 @@ pub struct FileState {
     pub content: Content,
     /// No name leads to the inode any more (`st_nlink == 0`).
     pub deleted: bool,
+    /// The content was read after the file was executed, and may have been another one
+    /// then: it had a writer, or its times have changed since.
+    pub could_change: bool,
 }
 
 impl FileState {
@@ -214,6 +220,9 @@ impl fmt::Debug for FileState {
         }
         if self.deleted {
             f.write_str(" deleted")?;
+        }
+        if self.could_change {
+            f.write_str(" that could change")?;
         }
         Ok(())
     }

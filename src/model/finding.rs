@@ -385,7 +385,8 @@ pub struct FileEvidence {
     /// Why there is no hash: `size`, `unreadable`, `gone`, `not_regular`, `not_a_program`.
     pub unhashed: Option<String>,
     pub deleted: bool,
-    /// `overlay`, `tmpfs`, `volume`, or `anonymous` for one that never had a name.
+    /// `overlay`, `tmpfs`, `volume`, `anonymous` for one that never had a name, or
+    /// `container` for one in the root of another container, which `detail` names.
     pub filesystem: String,
 }
 

@@ -46,6 +46,10 @@ pub struct Observation {
     /// that is known by its descent. A process whose parents have ended has no
     /// ancestors that tell.
     pub session: Option<ProcessIdentity>,
+    /// The container in whose root the file lies, where that is another one.
+    pub file_of: Option<ContainerId>,
+    /// Another path by which the container reaches the file: through a link, or a mount.
+    pub reached_as: Option<RootfsPath>,
     pub fact: Fact,
 }
 

@@ -108,8 +108,16 @@ impl Node {
         let words: Vec<&str> = line.split_whitespace().collect();
         let observed = |source, fact| {
             let at = Timestamp::from_second(self.clock + 1).unwrap();
-            let (container, init) = (id(words[1]), self.init);
-            Observation { container, init, at, source, session: None, fact }
+            Observation {
+                container: id(words[1]),
+                init: self.init,
+                at,
+                source,
+                session: None,
+                file_of: None,
+                reached_as: None,
+                fact,
+            }
         };
         let path = || RootfsPath::new(words[2]).unwrap();
         match words[..] {
@@ -432,6 +440,7 @@ fn state_of(content: &str) -> FileState {
             sha256: Sha256Hash([0; 32]),
         },
         deleted: false,
+        could_change: false,
     }
 }
 
@@ -486,6 +495,8 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
         at,
         source: Source::Trace,
         session: None,
+        file_of: None,
+        reached_as: None,
         fact,
     }))
 }
@@ -524,6 +535,8 @@ fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_ala
         at,
         source,
         session: None,
+        file_of: None,
+        reached_as: None,
         fact,
     })));
     node.give(load("/tmp/lib.so", "jni", app(), None));
@@ -558,6 +571,8 @@ fn owners_are_told_as_the_container_names_them() {
             at,
             source: Source::Gate,
             session: None,
+            file_of: None,
+            reached_as: None,
             fact,
         })
     };
@@ -825,7 +840,16 @@ fn one_container_that_nobody_has_reported_takes_no_room_from_another_one() {
         let at = Timestamp::from_second(1).unwrap();
         let source = Source::Gate;
         let (container, session) = (id(container), None);
-        let observation = Observation { container, init: init(7), at, source, session, fact };
+        let observation = Observation {
+            container,
+            init: init(7),
+            at,
+            source,
+            session,
+            file_of: None,
+            reached_as: None,
+            fact,
+        };
         Input::Watch(Report::Observed(observation))
     };
     node.give(of("c2", exec(at("/tmp/x"), "evil")));
@@ -883,6 +907,8 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
             at,
             source: Source::Change,
             session: None,
+            file_of: None,
+            reached_as: None,
             fact,
         })));
         let told = node.told.last().unwrap();
@@ -1268,6 +1294,8 @@ fn a_diff_names_every_difference_and_which_are_findings() {
             at: Timestamp::UNIX_EPOCH,
             source: Source::Scan,
             session: None,
+            file_of: None,
+            reached_as: None,
             fact: present(RootfsPath::new(path).unwrap(), content),
         })
         .into();
@@ -1708,8 +1736,16 @@ fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
 impl Node {
     fn see(&mut self, source: Source, fact: Fact) {
         let at = Timestamp::from_second(self.clock + 1).unwrap();
-        let observation =
-            Observation { container: id("c1"), init: self.init, at, source, session: None, fact };
+        let observation = Observation {
+            container: id("c1"),
+            init: self.init,
+            at,
+            source,
+            session: None,
+            file_of: None,
+            reached_as: None,
+            fact,
+        };
         self.give(Input::Watch(Report::Observed(observation)));
     }
 

@@ -7,6 +7,8 @@
 
 pub mod capabilities;
 pub mod channel;
+pub mod clock;
+pub mod closings;
 pub mod connector;
 pub mod counters;
 pub mod door;
@@ -14,6 +16,7 @@ pub mod errand;
 pub mod fanotify;
 pub mod file;
 pub mod handle;
+pub mod lease;
 pub mod map;
 pub mod mounts;
 pub mod overlay;

@@ -226,7 +226,7 @@ impl Handle {
         Ok((stat.device, stat.inode))
     }
 
-    /// Reads one of its files that the kernel makes of its memory.
+    /// Reads one of its files of which already the opening takes locks of its memory.
     fn read_memory(&self, name: &'static str, limit: u64) -> io::Result<Vec<u8>> {
         self.patiently(move |pid| {
             let mut bytes = Vec::new();
@@ -235,6 +235,12 @@ impl Handle {
                 .read_to_end(&mut bytes)?;
             Ok(bytes)
         })
+        .and_then(|bytes| self.if_still_there(bytes))
+    }
+
+    /// The pid is this process's as long as its directory answers.
+    fn if_still_there<T>(&self, found: T) -> io::Result<T> {
+        self.stat().map(|_| found)
     }
 
     /// Does what takes locks of its memory; an error if those are held for long.
@@ -244,15 +250,18 @@ impl Handle {
     ) -> io::Result<T> {
         let pid = self.process.pid;
         let group = || self.read("cgroup", 64 * 1024).unwrap_or_default();
-        let done = super::errand::run(self.identity(), group, move || work(pid))??;
-        // The pid is this process's as long as its directory answers.
-        self.stat()?;
-        Ok(done)
+        super::errand::run(self.identity(), group, move || work(pid))?
     }
 
     /// Each argument; `None` for a process that has ended or has none.
     pub fn arguments(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
-        let cmdline = self.read_memory("cmdline", MAX_CMDLINE_BYTES)?;
+        // To open it asks for nothing, and by then it is this process's.
+        let file = self.process.open_relative("cmdline").map_err(into_io)?;
+        let cmdline = self.patiently(move |_| {
+            let mut bytes = Vec::new();
+            file.take(MAX_CMDLINE_BYTES).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })?;
         Ok(split_arguments(&cmdline))
     }
 
@@ -442,6 +451,7 @@ impl Handle {
         self.patiently(move |pid| {
             super::door::open_link(&format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
         })
+        .and_then(|file| self.if_still_there(file))
     }
 
     /// Follows one link of the kernel's own in /proc/PID.

@@ -6,11 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::content::event_path;
+use super::deeds;
 use super::lower;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::{Standing, Watched};
-use crate::model::{Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath, Unhashed};
+use super::writable;
+use crate::model::{
+    ContainerId, Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath, Unhashed,
+};
 use crate::sys::door::{self, Ground, Held, Listed, Local, View, Way};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
@@ -23,6 +27,8 @@ pub(super) struct Code {
     pub(super) filesystem: Filesystem,
     pub(super) state: FileState,
     pub(super) lower: Option<LowerTwin>,
+    /// The container in whose root it lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
 }
 
 /// Hashes of such files, so that one that is loaded all the time is read once in a
@@ -148,7 +154,14 @@ fn try_to_look_at(
         return None;
     }
     let max_hash_bytes = shared.settings.max_hash_bytes;
-    if shared.table.owner(&stat).is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
+    let owner = shared.table.owner(&stat);
+    if let Some(owner) = owner.as_ref().filter(|owner| deeds::is_apart(shared, watched, owner)) {
+        let path = RootfsPath::new(&file::name_of(fd.as_fd()).ok()?).ok()?;
+        let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let (filesystem, file_of) = (Filesystem::Container, Some(owner.container.clone()));
+        return Some(Look::Code(Code { path, filesystem, state, lower: None, file_of }));
+    }
+    if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
         match watched.standing(&stat) {
             Standing::Own => (),
             Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
@@ -158,10 +171,13 @@ fn try_to_look_at(
         let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
         let path = event_path(watched, fd, &stat, pid, None).ok()?;
         let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let could_change = writable::has_writer(watched, &path, &stat);
+        let state = FileState { could_change, ..state };
         let lower = watched
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-        return Some(Look::Code(Code { path, filesystem: Filesystem::Overlay, state, lower }));
+        let (filesystem, file_of) = (Filesystem::Overlay, None);
+        return Some(Look::Code(Code { path, filesystem, state, lower, file_of }));
     }
     let name = file::name_of(fd.as_fd()).ok()?;
     let is_memfd = memfd_name(stat.device, &name);
@@ -192,7 +208,7 @@ fn try_to_look_at(
         // Whoever answers for it might never.
         None => state::unopened(&stat),
     };
-    let code = Code { path, filesystem, state, lower: None };
+    let code = Code { path, filesystem, state, lower: None, file_of: None };
     let is_hosts = is_memfd.is_none() && view.listed(&stat) == Listed::ByHost;
     Some(if is_hosts { Look::Hosts(code) } else { Look::Code(code) })
 }
@@ -224,12 +240,12 @@ pub(super) fn open_in(watched: &Watched, handle: &Handle, name: &[u8]) -> Option
 pub(super) fn unasked(path: RootfsPath) -> Code {
     let state =
         FileState { content: Content::Unhashed(Unhashed::Unreadable), ..state::gone(false) };
-    Code { path, filesystem: Filesystem::Volume, state, lower: None }
+    Code { path, filesystem: Filesystem::Volume, state, lower: None, file_of: None }
 }
 
 /// What is left to tell of a file that nobody can look at any more.
 pub(super) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
-    Code { path, filesystem, state: state::gone(true), lower: None }
+    Code { path, filesystem, state: state::gone(true), lower: None, file_of: None }
 }
 
 /// A file of the container's own layer, by its name there.
@@ -283,10 +299,12 @@ pub(super) fn of_upper(
 ) -> Code {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
+    let could_change = writable::has_writer(watched, &path, stat);
+    let state = FileState { could_change, ..state };
     let lower = watched
         .layers()
         .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-    Code { path, filesystem: Filesystem::Overlay, state, lower }
+    Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None }
 }
 
 /// The inode that the image's layers have at a path, and its device.

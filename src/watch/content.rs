@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use super::acts;
 use super::arguments::Words;
 use super::crowd;
+use super::deeds;
 use super::files::{Held, Left};
 use super::gate::Execution;
 use super::lower;
@@ -20,8 +21,10 @@ use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
+use super::take::Taken;
 use super::trust::Verdict;
 use super::unseen;
+use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{
     Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
@@ -42,6 +45,8 @@ pub(super) struct Described {
     stat: Stat,
     layer_file: Option<LayerFile>,
     is_movable: bool,
+    look: Look,
+    could_change: Option<bool>,
     executing: Executing,
     /// When the gate was asked, by the clock of the kernel's records.
     asked: Option<u64>,
@@ -63,7 +68,7 @@ impl Described {
 /// time than the file before it takes to hash.
 pub(super) fn describe(
     shared: &Shared,
-    executions: &Receiver<Execution>,
+    executions: &Receiver<Taken>,
     described: &Sender<Described>,
 ) {
     // Without CAP_SYS_NICE it runs like the others, and is late more often.
@@ -83,40 +88,16 @@ pub(super) fn describe(
     }
 }
 
-fn describe_one(
-    shared: &Shared,
-    execution: Execution,
-    others: &Receiver<Execution>,
-) -> Option<Described> {
+fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
+    let Taken { execution, path, look, could_change } = taken;
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
     threads::about(&watched.container);
+    if filesystem == Filesystem::Overlay && deeds::is_of_another(shared, &watched, &caller) {
+        return None;
+    }
 
-    // The mounts by which the file was reached may be gone with the process.
-    let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    let path = match file.take() {
-        Left::Open(fd) => {
-            let path = match filesystem {
-                Filesystem::Overlay => {
-                    event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
-                }
-                Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
-                    mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
-                }
-            };
-            file.give_back(&watched, fd);
-            path
-        }
-        // The container has ended, and with it the mounts that say more.
-        Left::Name(Some(name)) => {
-            let below_root = overlay::strip_directory(&name, &watched.root_name);
-            RootfsPath::new(below_root.unwrap_or(&name))
-                .map(|path| (path, true))
-                .map_err(UnknownPath::from)
-        }
-        Left::Name(None) => Err(UnknownPath::NotAbsolute),
-    };
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -157,6 +138,8 @@ fn describe_one(
                 stat,
                 layer_file,
                 is_movable,
+                look,
+                could_change,
                 executing,
                 asked: caller.asked,
                 at,
@@ -211,6 +194,8 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         stat,
         layer_file,
         is_movable,
+        look,
+        mut could_change,
         executing,
         asked,
         at,
@@ -221,8 +206,9 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
     // The guard is gone before the file is read.
     let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
     // In a storm of one program every other would wait for its hashes.
+    let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
     let known = known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&stat)).flatten());
-    let state = known.unwrap_or_else(|| {
+    let mut state = known.unwrap_or_else(|| {
         let is_wanted = || !watched.is_detaching() && shared.may_tell();
         let open = match file.take() {
             Left::Open(fd) => {
@@ -233,14 +219,19 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
                     max_hash_bytes,
                     &is_wanted,
                 );
-                if let Some(state) = &state {
-                    shared.hashed.remember_executed(&stat, state);
+                let now = state.as_ref().and_then(|_| file::stat(&fd).ok());
+                if could_change.is_none() {
+                    could_change =
+                        now.map(|now| look.could_change(shared, &watched, &path, &stat, &now));
                 }
                 state
             }
+            Left::Copy(copy) => Some(state::of_copy(&copy, &stat)),
             Left::Name(_) => None,
         };
-        let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
+        if let Some(state) = open.as_ref().filter(|_| could_change == Some(false)) {
+            shared.hashed.remember_executed(&stat, state);
+        }
         open.or_else(|| if is_own { in_upperdir(shared, &watched, &path, &stat) } else { None })
             .unwrap_or_else(|| FileState {
                 content: Content::Unhashed(Unhashed::Gone),
@@ -248,6 +239,7 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
             })
     });
     drop(file);
+    state.could_change |= could_change.unwrap_or(look.had_writer());
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let lower = match layer_file {
         None if is_on_overlay => watched

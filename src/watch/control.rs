@@ -295,8 +295,8 @@ impl Marker {
         self.mounts.attach(&watched, &init);
         // What init is now, after the marks: if it has not executed the entry
         // point by now, the gate will see it do so.
-        let before_start =
-            init.stat().is_ok_and(|stat| sessions::is_before_entry_point(&stat.comm));
+        let max_hash_bytes = self.shared.settings.max_hash_bytes;
+        let before_start = sessions::has_not_begun(&init, max_hash_bytes);
         if before_start {
             watched.set_armed_before_start();
         }

@@ -12,7 +12,7 @@ use crate::model::FileType;
 use crate::sys::door::{self, Base, Held, Local, View, Way};
 use crate::sys::file;
 use crate::sys::overlay::strip_directory;
-use crate::sys::procfs::{Descriptor, Handle};
+use crate::sys::procfs::{self, Descriptor, Handle};
 
 /// What was found.
 #[derive(Debug)]
@@ -156,7 +156,8 @@ fn in_proc(watched: &Watched, handle: &Handle, names: &[&[u8]], detours: u32) ->
                 handle
             } else {
                 let mut all = processes_of(watched).into_iter();
-                other = all.find(|process| process.own_number() == Some(wanted));
+                let own = all.find(|process| process.own_number() == Some(wanted));
+                other = own.or_else(|| in_pid_namespace_of(handle, wanted));
                 let Some(other) = &other else { return Given::Missing };
                 other
             }
@@ -193,4 +194,13 @@ fn in_proc(watched: &Watched, handle: &Handle, names: &[&[u8]], detours: u32) ->
         }
         _ => Given::Missing,
     }
+}
+
+/// The process that this number means in the pid namespace of another one, which several
+/// containers may share.
+fn in_pid_namespace_of(handle: &Handle, number: u32) -> Option<Handle> {
+    let namespace = handle.pid_namespace().ok()?;
+    let is_there = |pid: &u32| procfs::pid_namespace_of(*pid).is_ok_and(|it| it == namespace);
+    let beside = procfs::all().ok()?.into_iter().filter(is_there);
+    beside.filter_map(|pid| Handle::open(pid).ok()).find(|it| it.own_number() == Some(number))
 }

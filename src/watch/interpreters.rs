@@ -245,7 +245,11 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
     if *exec_name == *b"/proc/self/exe" {
         scripts::interpreter(b"busybox", &arguments)?;
     }
-    let (language, rest) = scripts::interpreter(&exe, &arguments)?;
+    // A hard link to it may be called like any other program.
+    let is_multicall =
+        handle.exe_identity().is_ok_and(|(device, inode)| watched.is_multicall(device, inode));
+    let program = if is_multicall { b"busybox" } else { exe.as_slice() };
+    let (language, rest) = scripts::interpreter(program, &arguments)?;
     let process = process::as_it_is(&handle, &watched);
     let mut look = Look {
         watched,
@@ -444,7 +448,7 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
 }
 
 fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: bool) {
-    let Code { path, filesystem, state, lower } = code;
+    let Code { path, filesystem, state, lower, file_of } = code;
     let process = Arc::new(look.process.clone());
     let executed = look.script.as_ref().filter(|script| script.is_executed);
     let fact = match executed {
@@ -467,7 +471,7 @@ fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: 
             Fact::Interpreted { script: Script::File { path, filesystem, state, lower }, process }
         }
     };
-    shared.observe(&look.watched, look.at, Source::Trace, fact);
+    shared.observe_file_of(&look.watched, file_of, look.at, Source::Trace, fact);
 }
 
 /// A script from a pipe that the container's own processes have made. What came in

@@ -20,6 +20,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
+use super::deeds;
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
@@ -131,11 +132,14 @@ impl TraceConsumer for Tracing {
     ) {
         let Executed { pid, time, file_name, .. } = executed;
         let file = program.map(|program| &*program.name);
+        let is_multicall =
+            program.is_some_and(|program| watched.is_multicall(program.device, program.inode));
         let program = self.programs.executed(*pid, *time, file);
-        let may_interpret = match &program.file {
-            Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
-            None => true,
-        };
+        let may_interpret = is_multicall
+            || match &program.file {
+                Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
+                None => true,
+            };
         if !may_interpret {
             return;
         }
@@ -219,6 +223,7 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
         if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             for watched in shared.table.all() {
+                watched.learn_multicall(multicall);
                 if watched.take_code_scan() {
                     libraries.scan(shared, &watched);
                 }
@@ -287,6 +292,13 @@ impl Libraries {
         let Some(code) = look(shared, watched, mapped, handle.as_ref(), place) else {
             return false;
         };
+        if code.file_of.is_some()
+            && code.file_of
+                == handle.as_ref().and_then(|handle| deeds::runs_file_of(shared, handle))
+        {
+            // A program of that container is reported itself; its own libraries are not.
+            return false;
+        }
         if self.told.len() >= MAX_TOLD {
             self.told.clear();
         }
@@ -466,7 +478,7 @@ fn is_library(code: Code) -> Option<Code> {
 
 fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>, source: Source) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    let Code { path, filesystem, state, lower } = code;
+    let Code { path, filesystem, state, lower, file_of } = code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
         exe: program.file.as_deref().map(printable),
@@ -478,7 +490,9 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
     });
     let writer = match filesystem {
         Filesystem::Overlay => shared.writer_of(watched, &path),
-        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => None,
+        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous | Filesystem::Container => {
+            None
+        }
     };
     let by_linker = *is_first && program.is_linker();
     let fact = Fact::Loaded {
@@ -490,7 +504,16 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         by_linker,
         writer,
     };
-    shared.observe(watched, *at, source, fact);
+    shared.observe_file_of(watched, file_of, *at, source, fact);
+}
+
+/// The image's programs that are many.
+fn multicall(watched: &Watched) -> Vec<u64> {
+    let paths = ["/bin/busybox", "/usr/bin/busybox", "/bin/toybox", "/usr/bin/toybox"];
+    let inodes = paths.iter().filter_map(|path| {
+        code::image_inode(watched, &RootfsPath::new(path).ok()?).map(|(_, inode)| inode)
+    });
+    inodes.collect()
 }
 
 /// The processes of a container, as far as its namespaces tell.

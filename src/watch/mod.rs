@@ -6,7 +6,7 @@
 //! Command ─> control ── marks ──> gate's process, kernel
 //!     mounts <───┤                  │ executed                  │ closed after writing
 //!                │                  v                           v
-//!                │                gate ─> describe ─> content   feed
+//!                │        gate ─> take ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <────────────────────┤
 //!                                    │ └── everyone's Report  │ dirty paths
@@ -23,11 +23,13 @@ mod arguments;
 mod arm;
 mod attachments;
 mod calls;
+mod closings;
 mod code;
 mod content;
 mod control;
 mod copyup;
 mod crowd;
+mod deeds;
 mod feed;
 mod files;
 mod gate;
@@ -37,6 +39,7 @@ mod libraries;
 mod lower;
 mod mounts;
 mod names;
+mod namespaces;
 mod packages;
 mod process;
 mod processes;
@@ -48,11 +51,14 @@ mod shared;
 mod shells;
 mod state;
 mod table;
+mod take;
 mod terminals;
 mod trace;
 mod trial;
 mod trust;
 mod unseen;
+mod ways;
+mod writable;
 mod writers;
 
 use std::cell::RefCell;
@@ -253,7 +259,8 @@ impl Watch {
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
-        let (content, receive_content) = bounded(content_queue);
+        let (take, content, receive_content, receive_taken) =
+            take::new(shared.clone(), content_queue);
         let (described, receive_described) = bounded(content_queue);
         let (processes, receive_processes) = bounded(PROCESS_QUEUE);
 
@@ -304,9 +311,10 @@ impl Watch {
         let ours = shared.clone();
         watch.consume("large", receive_large, move |queue| content::hash_large(&ours, queue))?;
         let ours = shared.clone();
-        watch.consume("describe", receive_content, move |queue| {
+        watch.consume("describe", receive_taken, move |queue| {
             content::describe(&ours, queue, &described);
         })?;
+        watch.consume("take", receive_content, move |queue| take.again().run(queue))?;
         let ours = shared.clone();
         watch.consume("processes", receive_processes, move |queue| {
             processes::run(&ours, queue);
@@ -323,6 +331,8 @@ impl Watch {
         watch.spawn("names", Role::Owner, None, move || ours.names.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("attachments", Role::Owner, None, move || ours.attachments.run(&ours))?;
+        let ours = shared.clone();
+        watch.spawn("closings", Role::Owner, None, move || ours.closings.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
         let ours = shared.clone();
@@ -446,6 +456,11 @@ impl Watch {
         self.gate_turns.clone()
     }
 
+    /// How often a container's mounts have been listed; `None` if they are not followed.
+    pub fn listings_of_mounts(&self, container: &ContainerId) -> Option<u64> {
+        self.marker.mounts.listings(container)
+    }
+
     /// Closes the gate: the kernel lets everything run from then on.
     pub fn close_gate(&self) {
         if self.is_gate_closed.swap(true, Ordering::Relaxed) {
@@ -497,10 +512,11 @@ impl Watch {
 const GATE_ENDS_WITHIN: Duration = Duration::from_secs(2);
 
 /// How many groups of the gate ask about an unchanged file only once. More would spare
-/// containers one another's copy-ups; a user may have 128 groups in all.
+/// containers one another's copy-ups, and a daemon more of its user's groups
+/// (`GROUPS_OF_A_DAEMON`).
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
-        config::Gate::Free => 2,
+        config::Gate::Free => 1,
         config::Gate::Ask | config::Gate::Notify => 0,
     }
 }

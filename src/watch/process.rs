@@ -27,6 +27,14 @@ pub(super) struct Caller {
     pub(super) pidfd: Option<OwnedFd>,
 }
 
+impl Caller {
+    /// `None` if there is no descriptor left for the handle.
+    pub(super) fn try_clone(&self) -> Option<Caller> {
+        let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose().ok()?;
+        Some(Caller { stat: self.stat.clone(), pid: self.pid, asked: self.asked, pidfd })
+    }
+}
+
 /// A process after its execve.
 #[derive(Debug)]
 pub(super) struct Executing {
@@ -180,6 +188,24 @@ pub(super) fn recorded_name(
         let waited = Duration::from_nanos(now.saturating_sub(asked));
         if name.is_some() || waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return name;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// Waits until the kernel's records of an execve that the gate was asked about have been
+/// read, but not for long if `others_wait`.
+pub(super) fn wait_for_records(
+    shared: &Shared,
+    (pid, asked): (u32, u64),
+    others_wait: &dyn Fn() -> bool,
+) {
+    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
+    let is_read = || !matches!(shared.arguments().of(pid, asked, until), Recorded::NotYet);
+    while shared.records_executions() && !is_read() {
+        let waited = Duration::from_nanos(perf::now().saturating_sub(asked));
+        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
+            return;
         }
         std::thread::sleep(STEP);
     }

@@ -19,12 +19,14 @@ use super::names::Deaf;
 use super::shared::{DirtyPath, Shared};
 use super::state::{self, Hashing};
 use super::table::{Layers, Watched};
+use super::ways;
 use crate::health::Failure;
 use crate::model::file::{SETGID, SETUID};
 use crate::model::{
     ContainerId, Content, Fact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath,
     Source, Unhashed,
 };
+use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
 use crate::threads;
@@ -93,7 +95,15 @@ impl Scan {
     }
 
     pub(super) fn run(mut self) {
+        let mut times_set = clock::times_set();
         while !self.shared.is_stopping() {
+            if times_set != clock::times_set() {
+                times_set = clock::times_set();
+                tracing::warn!(
+                    "the machine's clock was set: programs of running containers are judged by \
+                     their content alone"
+                );
+            }
             while let Some(order) = threads::try_next(&self.orders) {
                 if self.shared.is_stopping() {
                     return;
@@ -181,6 +191,7 @@ impl Scan {
         let is_lossy = watched.take_rescan();
         let began = Timestamp::now();
         self.shared.names.begin_walk(watched);
+        watched.ways.begin_walk();
         let started = Instant::now();
         let memory = self.memories.remove(&watched.container);
         let cache = memory
@@ -220,9 +231,12 @@ impl Scan {
         };
         let Walk { seen, problem, .. } = walk;
         let is_complete = outcome.is_ok() && problem.is_none();
-        if is_complete && self.shared.names.end_walk(watched) {
-            self.shared.restore(Failure::NamesFull, Some(watched));
-            self.shared.restore(Failure::MarkRefused, Some(watched));
+        if is_complete {
+            watched.ways.end_walk();
+            if self.shared.names.end_walk(watched) {
+                self.shared.restore(Failure::NamesFull, Some(watched));
+                self.shared.restore(Failure::MarkRefused, Some(watched));
+            }
         }
         if outcome.is_err() && !self.shared.is_stopping() {
             self.shared.lose(
@@ -287,6 +301,9 @@ fn settle(shared: &Shared) -> bool {
         let tell = |fact| shared.observe_patiently(&watched, Timestamp::now(), source, fact);
         match found {
             Ok(Some(Found::Entry { stat, state, lower })) => {
+                if stat.file_type != FileType::Symlink {
+                    watched.ways.forget(&path);
+                }
                 if matters(shared, &watched, &path, &state, lower.as_ref()) {
                     let writer = writer.or_else(|| shared.last_writer(&watched, &stat));
                     tell(Fact::Present { path, state, lower, writer });
@@ -294,12 +311,21 @@ fn settle(shared: &Shared) -> bool {
             }
             // Whether the container or its owner removed it cannot be told.
             Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
-            Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path, writer }),
+            Ok(Some(Found::Whiteout)) => {
+                watched.ways.forget(&path);
+                tell(Fact::Absent { path, writer });
+            }
             // The image's own file shows through: executed before it was known
             // which files are the image's.
             Ok(None) if in_image && lower::holds(layers, &path) => (),
-            Ok(None) => tell(Fact::Absent { path, writer }),
-            Ok(Some(Found::Directory)) => directories.push((watched.clone(), path)),
+            Ok(None) => {
+                watched.ways.forget(&path);
+                tell(Fact::Absent { path, writer });
+            }
+            Ok(Some(Found::Directory)) => {
+                watched.ways.forget(&path);
+                directories.push((watched.clone(), path));
+            }
             Err(_) if watched.is_detaching() || shared.is_stopping() => (),
             Err(err) => {
                 let detail = format!("the changed file {path} cannot be looked at: {err}");
@@ -448,8 +474,9 @@ fn entry(
     match stat.file_type {
         FileType::Directory => return Ok(Found::Directory),
         FileType::Regular => (),
-        FileType::Symlink if is_sensitive => {
+        FileType::Symlink if is_sensitive || shared.leads_to_sensitive(watched, path) => {
             let target = rustix::fs::readlinkat(directory, path.file_name(), Vec::new())?;
+            ways::note_link(shared, watched, path, target.as_bytes());
             let state = state::of_link(&stat, target.as_bytes());
             return Ok(Found::Entry { stat, state, lower: below(false) });
         }
@@ -588,9 +615,11 @@ impl Walk<'_> {
     fn listen(&mut self, path: &RootfsPath, directory: &OwnedFd) {
         let names = &self.shared.names;
         if self.extent == Extent::Last {
-            names.unlisten(directory);
+            names.unlisten(directory, &self.shared.attachments);
+            self.shared.closings.unlisten(directory);
             return;
         }
+        self.shared.closings.listen(directory);
         let (failure, why) = match names.listen(self.watched, path, directory) {
             Ok(()) | Err(Deaf::Missing | Deaf::Full(false) | Deaf::Refused(_, false)) => return,
             Err(Deaf::Full(true)) => {
@@ -666,7 +695,13 @@ impl Walk<'_> {
                         Err(err) => self.note(format!("cannot open {child}: {err}")),
                     }
                 }
-                Ok(stat) => self.entry(layers, &place, child, stat)?,
+                Ok(stat) => {
+                    if stat.is_regular() && layers.note_birth(&stat) {
+                        let detail = format!("{child} looks older than the layer that holds it");
+                        self.shared.lose(Failure::ClockSet, Some(self.watched), &detail);
+                    }
+                    self.entry(layers, &place, child, stat)?;
+                }
                 Err(err) if is_gone(&err) => (),
                 Err(err) => self.note(format!("cannot look at {child}: {err}")),
             }
@@ -696,8 +731,17 @@ impl Walk<'_> {
         }
         let is_whole = |cached: &Cached| {
             // What starts the container is known later than what lies in it.
-            cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
-                || !self.shared.is_sensitive(self.watched, &path)
+            // A link is looked at each time: where it leads is not remembered with it.
+            match cached.state.file_type {
+                FileType::Symlink => {
+                    !self.shared.leads_to_sensitive(self.watched, &path)
+                        && !self.shared.is_sensitive(self.watched, &path)
+                }
+                _ => {
+                    cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
+                        || !self.shared.is_sensitive(self.watched, &path)
+                }
+            }
         };
         if let Some(cached) = self.known.remove(&path)
             && cached.stat == stat

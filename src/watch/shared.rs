@@ -17,6 +17,7 @@ use super::acts::Act;
 use super::arguments::Arguments;
 use super::attachments::Attachments;
 use super::calls::Calls;
+use super::closings::Closings;
 use super::code::Hashed;
 use super::lower::LowerTwins;
 use super::names::Names;
@@ -51,6 +52,7 @@ pub(super) struct Shared {
     pub(super) lower_twins: LowerTwins,
     pub(super) hashed: Hashed,
     pub(super) names: Names,
+    pub(super) closings: Closings,
     pub(super) attachments: Attachments,
     pub(super) terminals: Terminals,
     reports: Sender<Box<Report>>,
@@ -141,14 +143,16 @@ impl Shared {
         acts: Sender<Box<Act>>,
     ) -> io::Result<Shared> {
         let end = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let names = Names::new();
         Ok(Shared {
             settings,
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
             hashed: Hashed::default(),
-            names: Names::new(),
-            attachments: Attachments::new(),
+            attachments: Attachments::new(names.group()),
+            closings: Closings::new(),
+            names,
             terminals: Terminals::new(),
             reports,
             dirty: Mutex::default(),
@@ -269,7 +273,19 @@ impl Shared {
 
     /// Whether what a path holds matters, be it a program or not.
     pub(super) fn is_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
-        self.settings.persistence.matches(path) || watched.is_entry_point(path)
+        self.settings.persistence.matches(path)
+            || watched.is_entry_point(path)
+            || watched.ways.leading_to(path).is_some_and(|as_well| {
+                self.settings.persistence.matches(&as_well) || watched.is_entry_point(&as_well)
+            })
+    }
+
+    /// Whether what lies below a path may matter, so that it does not stand for itself
+    /// if it is a link.
+    pub(super) fn leads_to_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
+        let persistence = &self.settings.persistence;
+        persistence.leads_to(path)
+            || watched.ways.leading_to(path).is_some_and(|path| persistence.leads_to(&path))
     }
 
     pub(super) fn sessions(&self) -> MutexGuard<'_, Sessions> {
@@ -391,12 +407,27 @@ impl Shared {
         source: Source,
         fact: Fact,
     ) -> Observation {
+        self.observation_of(watched, None, at, source, fact)
+    }
+
+    fn observation_of(
+        &self,
+        watched: &Watched,
+        file_of: Option<ContainerId>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> Observation {
         let session = fact.process().and_then(|process| {
             let named = Named::now(process.identity.pid);
             self.roots().of(&watched.container, &self.births(), named)
         });
+        let reached_as = match &fact {
+            Fact::Present { path, .. } => watched.ways.leading_to(path),
+            _ => None,
+        };
         let (container, init) = (watched.container.clone(), watched.init);
-        Observation { container, init, at, source, session, fact }
+        Observation { container, init, at, source, session, file_of, reached_as, fact }
     }
 
     pub(super) fn roots(&self) -> MutexGuard<'_, Roots> {
@@ -438,7 +469,20 @@ impl Shared {
         source: Source,
         fact: Fact,
     ) -> bool {
-        let observation = self.observation(watched, at, source, fact);
+        self.observe_file_of(watched, None, at, source, fact)
+    }
+
+    /// The same of a file that lies in the root of another container, if `file_of` is
+    /// one.
+    pub(super) fn observe_file_of(
+        &self,
+        watched: &Arc<Watched>,
+        file_of: Option<ContainerId>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> bool {
+        let observation = self.observation_of(watched, file_of, at, source, fact);
         match self.reports.try_send(Box::new(Report::Observed(observation))) {
             // Nobody listens any more: the daemon is ending.
             Ok(()) | Err(TrySendError::Disconnected(_)) => true,

@@ -218,7 +218,7 @@ impl Terminal {
 /// container's init. False if that has none, and will have none.
 fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
     let Ok(init) = Handle::open_exactly(terminal.watched.init) else { return Ok(false) };
-    terminal.has_begun = !sessions::is_before_entry_point(&init.first_stat().comm);
+    terminal.has_begun = !sessions::runs_program_of_host(&init);
     let is_terminal = matches!(init.descriptor(0), Ok(Descriptor::Terminal(_)));
     let Some(input) = is_terminal.then(|| init.open_descriptor(0).ok()).flatten() else {
         return Ok(!terminal.has_begun);

@@ -4,18 +4,21 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
+use super::deeds;
 use super::process;
 use super::shared::Shared;
 use super::state::{self, Hashing};
 use super::table::Watched;
+use super::take::{self, Copy};
 use crate::health::Failure;
 use crate::model::{
-    Blake3Hash, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
-    Source, printable,
+    Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
+    RootfsPath, Source, printable,
 };
 use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
@@ -45,40 +48,61 @@ pub(super) struct Unseen {
     /// container.
     pub(super) previous: Option<Arc<Mapped>>,
     pub(super) is_parent_outside: bool,
+    /// The container in whose root the program lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
 }
 
 /// Describes and hashes what was executed.
 pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
+    let room = take::room();
+    // What it looks at is closed the sooner. Without CAP_SYS_NICE it runs like the others.
+    let _ = rustix::process::setpriority_process(None, -5);
     while let Some(one) = shared.next_to_tell(unseen) {
         threads::about(&one.watched.container);
-        tell(shared, &mut runtimes, *one);
+        tell(shared, &mut runtimes, &room, *one);
     }
 }
 
-fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
-    // First: it may be ending.
-    let mut process = describe(&unseen);
+fn tell(shared: &Shared, runtimes: &mut Runtimes, room: &Arc<AtomicUsize>, mut unseen: Unseen) {
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let is_small = |held: &Held| held.stat.size <= max_hash_bytes;
+    let copied = unseen.file.take_if(|(held, _)| is_small(held)).and_then(|file| {
+        // An open file keeps its mount busy.
+        let (Held { fd, stat }, local) = &file;
+        let readable = local.filter(|_| stat.is_regular());
+        let copy = readable.and_then(|local| door::reopen(fd.as_fd(), local).ok());
+        match copy.and_then(|readable| Copy::of(room, &readable, stat)) {
+            Some(copy) => Some((copy, *stat)),
+            None => {
+                unseen.file = Some(file);
+                None
+            }
+        }
+    });
+    let stat = copied.as_ref().map(|(_, stat)| *stat);
+    // Before it is hashed: it may be ending.
+    let mut process = describe(&unseen, stat);
     if process.argv.is_none() {
         // The record that it was handed on for has been read, and so has this one.
         process.argv = process::recorded(shared, unseen.pid, unseen.executed, unseen.executed);
     }
-    let max_hash_bytes = shared.settings.max_hash_bytes;
-    let state = match &unseen.file {
-        Some((held, local)) => state_of(held.fd.as_fd(), &held.stat, *local, max_hash_bytes),
-        None => state::gone(unseen.filesystem == Filesystem::Anonymous),
+    let state = match (copied, unseen.file.take()) {
+        (Some((copy, stat)), _) => state::of_copy(&copy, &stat),
+        (None, Some((held, local))) => state_of(held.fd.as_fd(), &held.stat, local, max_hash_bytes),
+        (None, None) => state::gone(unseen.filesystem == Filesystem::Anonymous),
     };
     let is_runtimes_own = unseen.is_parent_outside
         && match unseen.filesystem {
             Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
             // Or from a mount that nobody else sees.
             Filesystem::Volume => runtimes.is_installed(&state, max_hash_bytes),
-            Filesystem::Tmpfs | Filesystem::Overlay => false,
+            Filesystem::Tmpfs | Filesystem::Overlay | Filesystem::Container => false,
         };
     if is_runtimes_own {
         return;
     }
-    let Unseen { watched, at, filesystem, name, exec_name, .. } = unseen;
+    let Unseen { watched, at, filesystem, name, exec_name, file_of, .. } = unseen;
     let is_nameless = filesystem == Filesystem::Anonymous || state.deleted;
     match path(&name, is_nameless) {
         Ok(path) => {
@@ -93,7 +117,7 @@ fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
                 process: Arc::new(process),
                 layer_file: None,
             };
-            shared.observe(&watched, at, Source::Trace, fact);
+            shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -142,13 +166,15 @@ pub(super) fn without_number(path: RootfsPath) -> RootfsPath {
     directory.join(b"#tmpfile").unwrap_or(path)
 }
 
-fn describe(unseen: &Unseen) -> Process {
+/// `copied` is what is known of a file that is closed already.
+fn describe(unseen: &Unseen, copied: Option<Stat>) -> Process {
     let Unseen { watched, name, handle, pid, parent, file, .. } = unseen;
+    let stat = copied.or(file.as_ref().map(|(held, _)| held.stat));
     if let Some(handle) = handle {
         let mut process = process::as_it_is(handle, watched);
         // It may have gone on to another program meanwhile; a script's is another file.
         if !unseen.is_script
-            && let Some((Held { stat, .. }, _)) = file
+            && let Some(stat) = stat
             && let Ok(now) = handle.open_exe().and_then(file::stat)
             && (now.device, now.inode) != (stat.device, stat.inode)
         {
@@ -275,7 +301,14 @@ impl Running {
             return;
         }
         let max_hash_bytes = shared.settings.max_hash_bytes;
-        let is_overlays = shared.table.owner(&stat).is_some();
+        let owner = shared.table.owner(&stat);
+        let is_apart = |owner: &&Arc<Watched>| {
+            deeds::is_apart(shared, watched, owner)
+                // A runtime that runs in a container, on its way into one of its own.
+                && !deeds::is_within(&shared.table, watched, owner)
+        };
+        let file_of = owner.as_ref().filter(is_apart).map(|owner| owner.container.clone());
+        let is_overlays = owner.is_some() && file_of.is_none();
         let mut layer_file = None;
         let mut is_movable = false;
         if is_overlays {
@@ -304,6 +337,8 @@ impl Running {
         };
         let filesystem = if is_overlays {
             Filesystem::Overlay
+        } else if file_of.is_some() {
+            Filesystem::Container
         } else if handle.has_host_root() {
             return;
         } else if door::memfd_device() == Some(stat.device) || name.starts_with(b"/memfd:") {
@@ -373,7 +408,7 @@ impl Running {
             process: Arc::new(process),
             layer_file,
         };
-        let is_told = shared.observe(watched, at, Source::Scan, fact);
+        let is_told = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file
             && !is_told
         {

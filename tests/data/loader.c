@@ -180,6 +180,8 @@ int main(int argc, char **argv)
         char *page = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, fd, 0);
         if (page == MAP_FAILED)
             die(argv[2]);
+        snprintf(name, sizeof name, "%s.ready", argv[3]);
+        close(open(name, O_CREAT | O_WRONLY, 0644));
         while (access(argv[3], F_OK))
             usleep(10000);
         snprintf(name, sizeof name, "/proc/%d/mem", getpid());

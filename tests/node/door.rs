@@ -218,7 +218,7 @@ fn x02_memory(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x\n\
          ( /usr/bin/loader lock /mnt/f/x /.control/go /tmp/x 2000 ) </dev/null >/dev/null 2>&1 &")?;
-    thread::sleep(Duration::from_millis(300));
+    wait_for("the file to be mapped", || Ok(container.laid("go.ready").exists().then_some(())))?;
     fuse.answer(Answers::Nobody)?;
     container.lay("go", b"")?;
     // Its parent's arguments cannot be read, and it is told all the same; so are others.
@@ -318,6 +318,7 @@ fn x08_scripts(node: &Node) -> anyhow::Result<()> {
             "cp /.control/s /tmp/linker; /lib64/ld-linux-x86-64.so.2 /bin/bash /tmp/linker",
             "/tmp/linker",
         ),
+        ("cp /.control/s /tmp/hard; bash -c 'exec -a sh /bin/cat /tmp/hard'", "/tmp/hard"),
         ("mkfifo /tmp/fifo; ( cat /.control/s >/tmp/fifo & ); sh /tmp/fifo", ""),
         (
             "cp /.control/s /tmp/link-; ln -s /tmp/link- /tmp/link; cd /usr/bin; sh ../../tmp/link",

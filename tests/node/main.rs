@@ -8,14 +8,17 @@
 mod answers;
 mod budget;
 mod chaos;
+mod check;
 mod code;
 mod cri;
+mod deeds;
 mod docker;
 mod door;
 mod drift;
 mod fileless;
 mod fuse;
 mod gate;
+mod groups;
 mod hostile;
 mod image;
 mod incarnations;
@@ -76,10 +79,13 @@ fn main() -> ExitCode {
         volumes::trials(),
         chaos::trials(),
         gate::trials(),
+        check::trials(),
         hostile::trials(),
         life::trials(),
         door::trials(),
         budget::trials(),
+        deeds::trials(),
+        groups::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
