@@ -31,6 +31,7 @@ use crate::sys::fanotify::{DecodedName, Group, Named};
 use crate::sys::file;
 use crate::sys::handle::FileHandle;
 use crate::sys::procfs::{self, Handle};
+use crate::threads;
 
 /// FIFOs that are listened to at once.
 const MAX_INPUTS: usize = 1024;
@@ -139,7 +140,7 @@ impl Attachments {
 
     pub(super) fn run(&self, shared: &Shared) {
         while !shared.is_stopping() {
-            if let Ok(named) = self.receive.recv_timeout(TURN) {
+            if let Ok(named) = threads::recv_timeout(&self.receive, TURN) {
                 self.opened(shared, &named);
             }
         }
