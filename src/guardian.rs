@@ -16,7 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
@@ -50,6 +50,14 @@ impl Guardian {
         let handles = [pidfd::open(std::process::id())?, pidfd::open(gate.id())?];
         let [daemon, gate] = handles.each_ref().map(OwnedFd::as_fd);
         channel.send(b"watch", &[pulse.as_fd(), daemon, gate], START)?;
+        // One that has never counted would not be missed.
+        let deadline = Instant::now() + START;
+        while pulse.turns_of(Part::Guardian).load(Ordering::Relaxed) == 0 {
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not begin"));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
         Ok(Guardian { child, channel })
     }
 }
@@ -79,6 +87,7 @@ pub fn run() -> io::Result<Ended> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     };
     let pulse = Pulse::share(memory)?;
+    pulse.beat(Part::Guardian);
     let turn = Timespec::try_from(TURN).expect("a quarter of a second fits");
     let mut silences = [(Part::Gate, Silence::default()), (Part::Daemon, Silence::default())];
     loop {
