@@ -3,6 +3,7 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -51,6 +52,8 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// Something of a container waited for too long to be looked at.
+    FindingsDelayed,
 }
 
 /// What is done about a [`Failure`].
@@ -65,7 +68,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 21] = [
+    pub const ALL: [Failure; 22] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -87,6 +90,7 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::FindingsDelayed,
     ];
 
     pub fn name(self) -> &'static str {
@@ -112,6 +116,7 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::FindingsDelayed => "findings_delayed",
         }
     }
 
@@ -137,7 +142,8 @@ impl Failure {
             | Failure::FindingsFull
             | Failure::MountsFull
             | Failure::NamesFull
-            | Failure::ExecEventsFull => Reaction::Degrade,
+            | Failure::ExecEventsFull
+            | Failure::FindingsDelayed => Reaction::Degrade,
         }
     }
 }
@@ -175,6 +181,8 @@ pub struct Health {
     pub arguments_unrecorded: AtomicU64,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
+    /// Says what waits to be looked at, once the daemon has begun to watch.
+    pub backlogs: OnceLock<Backlogs>,
 }
 
 impl Health {
@@ -190,6 +198,13 @@ impl Health {
         self.counts[failure as usize].load(Ordering::Relaxed)
     }
 
+    /// What waits to be looked at, the oldest first.
+    pub fn backlogs(&self) -> Vec<Backlog> {
+        let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();
+        all.sort_by(|one, other| other.oldest.cmp(&one.oldest));
+        all
+    }
+
     /// Every failure that has happened, with its count.
     pub fn losses(&self) -> Vec<Loss> {
         Failure::ALL
@@ -197,6 +212,33 @@ impl Health {
             .map(|failure| Loss { name: failure.name().into(), count: self.count(failure) })
             .filter(|loss| loss.count > 0)
             .collect()
+    }
+}
+
+/// Asks what waits to be looked at.
+pub struct Backlogs(pub Box<dyn Fn() -> Vec<Backlog> + Send + Sync>);
+
+impl std::fmt::Debug for Backlogs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Backlogs")
+    }
+}
+
+/// What of one container waits in one place: so long its findings are delayed now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backlog {
+    pub stage: &'static str,
+    pub container: String,
+    pub waiting: usize,
+    pub oldest: Duration,
+}
+
+/// What waits for longer makes the view incomplete.
+pub const LATE: Duration = Duration::from_secs(10);
+
+impl Backlog {
+    pub fn is_late(&self) -> bool {
+        self.oldest >= LATE
     }
 }
 

@@ -10,6 +10,7 @@ pub mod connector;
 pub mod fanotify;
 pub mod file;
 pub mod handle;
+pub mod hash;
 pub mod map;
 pub mod mounts;
 pub mod overlay;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::content::event_path;
 use super::lower;
 use super::shared::Shared;
-use super::state::{self, Hashing};
+use super::state::{self, Which};
 use super::table::{Standing, Watched};
 use crate::model::{Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
@@ -98,7 +98,7 @@ impl Hashed {
             }
         }
         let Ok(readable) = file::reopen(file.as_fd()) else { return state::unopened(stat) };
-        let state = state::of(readable.as_fd(), stat, Hashing::Always, max_hash_bytes);
+        let state = state::of(readable.as_fd(), stat, Which::Always, max_hash_bytes);
         let until = Instant::now() + GOOD_FOR.max(begun.elapsed() * TIMES_ITS_COST);
         self.remember(key, state.clone(), until);
         state

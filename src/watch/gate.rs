@@ -22,13 +22,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::copyup::{Calm, Residence, Shard};
 use super::crowd::{self, Crowd, More};
+use super::fair::Sender;
 use super::files::Held;
 use super::mounts;
 use super::process::Caller;

@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::RecvTimeoutError;
 use jiff::Timestamp;
 
 use super::acts::{Act, Event};
 use super::code::{self, Code};
+use super::fair::{Owned, Receiver};
 use super::libraries::processes_of;
 use super::process;
 use super::scripts::{self, Runs};
@@ -34,6 +35,12 @@ pub(super) struct Started {
     /// As it was given to execve.
     pub(super) exec_name: Box<[u8]>,
     pub(super) at: Timestamp,
+}
+
+impl Owned for Started {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// When a shell is looked at again: what it has for input and output may come

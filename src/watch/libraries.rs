@@ -16,10 +16,11 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{RecvTimeoutError, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
+use super::fair::{Owned, Receiver, Sender};
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
@@ -28,7 +29,7 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use crate::health::Failure;
 use crate::model::{
-    Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
+    ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
 };
 use crate::sys::overlay::{self, Medium};
 use crate::sys::perf::{self, Executed, Mapped};
@@ -43,6 +44,12 @@ pub(super) struct Loading {
     pub(super) program: Program,
     /// The first code since its execve.
     pub(super) is_first: bool,
+}
+
+impl Owned for Loading {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// What a process runs, as its execve was recorded.
@@ -149,9 +156,9 @@ impl TraceConsumer for Tracing {
             exec_name: file_name.clone(),
             at: timestamp(*time),
         };
-        if let Err(TrySendError::Full(_)) = self.started.try_send(Box::new(started)) {
+        if let Err(TrySendError::Full(dropped)) = self.started.try_send(Box::new(started)) {
             let detail = "too many interpreters wait to be looked at";
-            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+            shared.lose(Failure::CodeQueueFull, Some(&dropped.watched), detail);
         }
     }
 
@@ -167,9 +174,9 @@ impl TraceConsumer for Tracing {
             program,
             is_first,
         };
-        if let Err(TrySendError::Full(_)) = self.loadings.try_send(Box::new(loading)) {
+        if let Err(TrySendError::Full(dropped)) = self.loadings.try_send(Box::new(loading)) {
             let detail = "too many libraries wait to be looked at";
-            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+            shared.lose(Failure::CodeQueueFull, Some(&dropped.watched), detail);
         }
     }
 
@@ -233,8 +240,8 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
             Ok(first) => {
                 // What was mapped before we look is covered by the look.
                 let mut image = HashSet::new();
-                let rest = loadings.try_iter().take(BATCH);
-                for loading in std::iter::once(first).chain(rest) {
+                let rest = std::iter::from_fn(|| loadings.recv_timeout(Duration::ZERO).ok());
+                for loading in std::iter::once(first).chain(rest.take(BATCH)) {
                     let Mapped { device, inode, name, .. } = &loading.mapped;
                     let key = (*device, *inode, name.clone());
                     if image.contains(&key) {

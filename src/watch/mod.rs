@@ -28,6 +28,7 @@ mod content;
 mod control;
 mod copyup;
 mod crowd;
+mod fair;
 mod feed;
 mod files;
 mod gate;
@@ -76,7 +77,7 @@ use self::gate::{Heart, Pulse};
 use self::shared::Shared;
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
-use crate::health::{Failure, Health};
+use crate::health::{Backlogs, Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
@@ -234,9 +235,9 @@ impl Watch {
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
-        let (content, receive_content) = bounded(content_queue);
-        let (described, receive_described) = bounded(content_queue);
-        let (processes, receive_processes) = bounded(PROCESS_QUEUE);
+        let (content, receive_content) = fair::channel(content_queue);
+        let (described, receive_described) = fair::channel(content_queue);
+        let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
         let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone(), notifier)?);
         let marker = Arc::new(control::Marker {
@@ -248,7 +249,7 @@ impl Watch {
             orders: orders.clone(),
             turn: Mutex::default(),
         });
-        let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
+        let (unseen, receive_unseen) = fair::channel(PROCESS_QUEUE);
         let (recorder, executions) = Recorder::open();
         match &executions {
             Executions::Recorded => shared.set_records_executions(),
@@ -269,10 +270,24 @@ impl Watch {
             threads: Vec::new(),
             executions,
         };
+        let (large, receive_large) = fair::channel(LARGE_QUEUE);
+        let (loadings, receive_loadings) = fair::channel(LIBRARY_QUEUE);
+        let (started, receive_started) = fair::channel(INTERPRETER_QUEUE);
+        shared.set_stages(vec![
+            ("describe", receive_content.waits()),
+            ("content", receive_described.waits()),
+            ("large", receive_large.waits()),
+            ("processes", receive_processes.waits()),
+            ("unseen", receive_unseen.waits()),
+            ("libraries", receive_loadings.waits()),
+            ("interpreters", receive_started.waits()),
+        ]);
+        let asked = Arc::downgrade(&shared);
+        let backlogs = move || asked.upgrade().map(|shared| shared.backlogs()).unwrap_or_default();
+        let _ = shared.health.backlogs.set(Backlogs(Box::new(backlogs)));
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", || scan.run())?;
         let ours = shared.clone();
-        let (large, receive_large) = bounded(LARGE_QUEUE);
         watch.spawn("content", move || content::hash(&ours, &receive_described, &large))?;
         let ours = shared.clone();
         watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
@@ -280,10 +295,8 @@ impl Watch {
         watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
-        let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);
         let ours = shared.clone();
         watch.spawn("libraries", move || libraries::run(&ours, &receive_loadings))?;
-        let (started, receive_started) = bounded(INTERPRETER_QUEUE);
         let ours = shared.clone();
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();

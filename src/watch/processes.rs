@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{RecvTimeoutError, TrySendError};
 use jiff::Timestamp;
 
 use super::acts;
 use super::calls;
+use super::fair::{Owned, Receiver, Sender};
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::sessions::{Opened, is_before_entry_point};
@@ -17,7 +18,7 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use super::unseen::{Running, Runtimes};
 use crate::health::Failure;
-use crate::model::{Process, Source};
+use crate::model::{ContainerId, Process, Source};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
@@ -27,6 +28,12 @@ const FEW: usize = 64;
 
 /// How often it is asked whether all processes are to be looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+impl Owned for Seen {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
+}
 
 pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
     let mut last_look = Instant::now();

@@ -6,16 +6,16 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
+use super::fair::{Owned, Receiver};
 use super::process;
 use super::shared::Shared;
-use super::state::{self, Hashing};
+use super::state::{self, Which};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{
-    Blake3Hash, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
+    Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
     Source, printable,
 };
 use crate::sys::file::{self, Stat};
@@ -44,6 +44,12 @@ pub(super) struct Unseen {
     /// container.
     pub(super) previous: Option<Arc<Mapped>>,
     pub(super) is_parent_outside: bool,
+}
+
+impl Owned for Unseen {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// Describes and hashes what was executed.
@@ -106,7 +112,7 @@ pub(super) fn state_of(file: BorrowedFd<'_>, stat: &Stat, max_hash_bytes: u64) -
         return state::unopened(stat);
     }
     match file::reopen(file) {
-        Ok(file) => state::of(file.as_fd(), stat, Hashing::Always, max_hash_bytes),
+        Ok(file) => state::of(file.as_fd(), stat, Which::Always, max_hash_bytes),
         Err(_) => state::unopened(stat),
     }
 }
