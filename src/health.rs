@@ -233,6 +233,18 @@ pub struct Backlog {
     pub oldest: Duration,
 }
 
+/// Where something may wait.
+pub const STAGES: [&str; 8] = [
+    "describe",
+    "content",
+    "large",
+    "settled",
+    "processes",
+    "unseen",
+    "libraries",
+    "interpreters",
+];
+
 /// What waits for longer makes the view incomplete.
 pub const LATE: Duration = Duration::from_secs(10);
 

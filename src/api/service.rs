@@ -17,7 +17,7 @@ use super::peer::Peer;
 use super::proto::drift_service_server::DriftService;
 use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
-use crate::health::Health;
+use crate::health::{Backlog, Failure, Health};
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
 use crate::model::{ContainerId, FindingId, Session, printable};
 use crate::pipeline::{ContainerView, LookupError, Question};
@@ -226,6 +226,15 @@ impl DriftService for Service {
         let health = &self.backend.health;
         let mut problems = status.problems;
         problems.extend(self.backend.images.problems());
+        let backlogs = health.backlogs();
+        problems.extend(backlogs.iter().filter(|backlog| backlog.is_late()).map(|backlog| {
+            let Backlog { stage, container, waiting, oldest } = backlog;
+            let (name, seconds) = (Failure::FindingsDelayed.name(), oldest.as_secs());
+            format!(
+                "findings of container {container} are delayed by {seconds}s ({name}): \
+                 {waiting} waiting in {stage}"
+            )
+        }));
         let findings = findings.unwrap_or_else(|err| {
             problems.push(err.to_string());
             0
@@ -251,6 +260,7 @@ impl DriftService for Service {
                 .into_iter()
                 .map(|loss| proto::Loss { name: loss.name, count: loss.count })
                 .collect(),
+            backlogs: backlogs.into_iter().map(convert::backlog_to_proto).collect(),
             gaps: status.gaps.into_iter().map(convert::gap_to_proto).collect(),
             missing: health
                 .missing
