@@ -11,6 +11,7 @@ mod code;
 mod cri;
 mod docker;
 mod drift;
+mod fair;
 mod fileless;
 mod hostile;
 mod image;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fair::trials(),
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
