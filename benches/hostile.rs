@@ -56,7 +56,7 @@ const FLOODS: [(&str, &str); 6] = [
 
 /// `probe SECONDS` is the neighbour: it executes a program of its image, and a dropped
 /// one ten times a second. The floods last as many seconds, in four processes each.
-const PROGRAM: &str = r#"
+const PROGRAM: &str = r##"
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <spawn.h>
@@ -180,7 +180,7 @@ int main(int argc, char **argv)
     }
     return 0;
 }
-"#;
+"##;
 
 fn main() -> anyhow::Result<()> {
     // `cargo test --benches` only asks whether it can be built.
@@ -309,7 +309,8 @@ impl Follower {
             }
         });
         // It follows when it has read the first one.
-        calm.begin("cp /app/tiny /tmp/first; echo 1 >> /tmp/first; /tmp/first")?.finish(PATIENCE)?;
+        calm.begin("cp /app/tiny /tmp/first; echo 1 >> /tmp/first; /tmp/first")?
+            .finish(PATIENCE)?;
         received.recv_timeout(Duration::from_secs(60)).context("the stream is silent")?;
         Ok(Follower { child, received })
     }

@@ -602,7 +602,9 @@ mod tests {
         };
         let content_of = match content {
             "-" => Content::Unhashed(Unhashed::NotAProgram),
-            content => Content::Hashed { blake3: blake3_of(content), sha256: Some(Sha256Hash([0; 32])) },
+            content => {
+                Content::Hashed { blake3: blake3_of(content), sha256: Some(Sha256Hash([0; 32])) }
+            }
         };
         FileState {
             file_type: FileType::Regular,

@@ -201,7 +201,7 @@ impl Health {
     /// What waits to be looked at, the oldest first.
     pub fn backlogs(&self) -> Vec<Backlog> {
         let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();
-        all.sort_by(|one, other| other.oldest.cmp(&one.oldest));
+        all.sort_by_key(|backlog| std::cmp::Reverse(backlog.oldest));
         all
     }
 
@@ -234,16 +234,8 @@ pub struct Backlog {
 }
 
 /// Where something may wait.
-pub const STAGES: [&str; 8] = [
-    "describe",
-    "content",
-    "large",
-    "settled",
-    "processes",
-    "unseen",
-    "libraries",
-    "interpreters",
-];
+pub const STAGES: [&str; 8] =
+    ["describe", "content", "large", "settled", "processes", "unseen", "libraries", "interpreters"];
 
 /// What waits for longer makes the view incomplete.
 pub const LATE: Duration = Duration::from_secs(10);

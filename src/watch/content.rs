@@ -291,7 +291,8 @@ impl Described {
             return self.begin_twin(shared, state);
         }
         let max_hash_bytes = shared.settings.max_hash_bytes;
-        let begin = |file: BorrowedFd<'_>, stat| Reading::begin(file, stat, Which::Always, max_hash_bytes);
+        let begin =
+            |file: BorrowedFd<'_>, stat| Reading::begin(file, stat, Which::Always, max_hash_bytes);
         let begun = match &self.file {
             Executed::Held(held) => match held.take() {
                 Left::Open(fd) => {

@@ -29,7 +29,8 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use crate::health::Failure;
 use crate::model::{
-    ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
+    ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
+    printable,
 };
 use crate::sys::overlay::{self, Medium};
 use crate::sys::perf::{self, Executed, Mapped};

@@ -273,42 +273,11 @@ fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{FileTime, FileType, ProcessIdentity};
-    use crate::watch::table::ControlGroups;
-
-    fn container(number: u64) -> Watched {
-        let time = FileTime { seconds: 0, nanoseconds: 0 };
-        let root = file::Stat {
-            device: number,
-            inode: 1,
-            born: None,
-            changed: time,
-            modified: time,
-            file_type: FileType::Directory,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            size: 0,
-            links: 1,
-            node: (0, 0),
-            mount: Some(number),
-        };
-        let unified = Some(format!("/pods/{number}").into_bytes());
-        Watched::new(
-            ContainerId::new("n", &number.to_string()),
-            ProcessIdentity { pid: 1, start_time: 1 },
-            &root,
-            b"/".to_vec(),
-            // Two of a pod share one.
-            Some(number / 2),
-            Some(1000 + number),
-            Some(ControlGroups { unified, perf: None }),
-        )
-    }
+    use crate::watch::files::some_container;
 
     #[test]
     fn h09_a_process_is_compared_only_with_containers_that_it_can_be_in() {
-        let containers: Vec<Watched> = (0..200).map(container).collect();
+        let containers: Vec<Watched> = (0..200).map(some_container).collect();
         let places = Places::of(containers.iter());
         let may_hold = |process| Vec::from_iter(places.may_hold(&process));
         let nowhere = Whereabouts {

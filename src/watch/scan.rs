@@ -67,10 +67,12 @@ const STABLE_AFTER: Duration = Duration::from_secs(60);
 const REST_PER_WALK: u32 = 50;
 
 /// What sweeps may save up while nothing is walked.
-const SWEEP_BURST: Duration = Duration::from_secs(1);
+const SWEEP_BURST: Duration = Duration::from_millis(200);
 
-/// How often it is looked for what is due.
+/// How often it is looked for what is due, and how many times longer than that takes
+/// it is left alone.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+const REST_PER_LOOK: u32 = 50;
 
 /// How often it is asked whether something waits for too long.
 const ASK_EVERY: Duration = Duration::from_secs(1);
@@ -202,7 +204,8 @@ pub(super) struct Scan {
     work: HashMap<ContainerId, Work>,
     turns: Turns<ContainerId>,
     sweeps: Pace,
-    last_look: Option<Instant>,
+    /// When it is looked next for what is due.
+    next_look: Instant,
     last_asked: Instant,
     /// Whose findings are known to be delayed, and where.
     late: HashSet<(&'static str, String)>,
@@ -222,7 +225,7 @@ impl Scan {
             work: HashMap::new(),
             turns: Turns::default(),
             sweeps: Pace::new(REST_PER_WALK, SWEEP_BURST, now),
-            last_look: None,
+            next_look: now,
             last_asked: now,
             late: HashSet::new(),
         }
@@ -231,16 +234,17 @@ impl Scan {
     pub(super) fn run(mut self) {
         while !self.shared.is_stopping() {
             let is_told = self.take_orders();
-            if is_told || self.last_look.is_none_or(|look| look.elapsed() >= LOOK_EVERY) {
-                self.last_look = Some(Instant::now());
+            if is_told || self.next_look <= Instant::now() {
+                let begun = Instant::now();
                 self.look();
+                self.next_look = Instant::now() + LOOK_EVERY.max(begun.elapsed() * REST_PER_LOOK);
             }
             if self.serve_next() {
                 continue;
             }
             let idle = self.idle_time();
             match self.wake.recv_timeout(idle) {
-                Ok(()) => self.last_look = None,
+                Ok(()) => self.next_look = Instant::now(),
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -332,7 +336,8 @@ impl Scan {
     }
 
     fn allowed(&mut self) -> Allowed {
-        let open: usize = self.work.values().map(|work| work.walk.as_ref().map_or(0, Walk::open)).sum();
+        let open: usize =
+            self.work.values().map(|work| work.walk.as_ref().map_or(0, Walk::open)).sum();
         Allowed {
             urgent: self.shared.rest().is_zero(),
             sweeps: self.sweeps.wait(Instant::now()).is_zero(),
@@ -507,9 +512,9 @@ impl Scan {
         let _ = self.shared.report_patiently(scanned);
         if extent == Extent::Last {
             let is_its = |memory: &mut Memory| Arc::ptr_eq(&memory.watched, &watched);
-            self.memories.extract_if(|container, memory| {
-                *container == watched.container && is_its(memory)
-            }).for_each(drop);
+            self.memories
+                .extract_if(|container, memory| *container == watched.container && is_its(memory))
+                .for_each(drop);
             self.shared.forget(&watched);
             return;
         }
@@ -1186,8 +1191,7 @@ impl Walk {
         let Ok(child) = directory.path.join(name.to_bytes()) else { return };
         let (depth, in_image) = (directory.depth, directory.in_image);
         if child.as_bytes().len() > MAX_PATH {
-            let problem =
-                format!("{} holds paths of more than {MAX_PATH} bytes", directory.path);
+            let problem = format!("{} holds paths of more than {MAX_PATH} bytes", directory.path);
             return self.note(problem);
         }
         let opened = directory.open();
@@ -1336,4 +1340,41 @@ fn is_stable(stat: &Stat) -> bool {
     let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else { return false };
     let Ok(changed) = u64::try_from(stat.changed.seconds) else { return true };
     now.as_secs() >= changed.saturating_add(STABLE_AFTER.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::files::some_container;
+
+    const CLOSED: Allowed = Allowed { urgent: false, sweeps: false, begin: true };
+    const URGENT: Allowed = Allowed { urgent: true, ..CLOSED };
+    const SWEEPS: Allowed = Allowed { sweeps: true, ..CLOSED };
+
+    #[track_caller]
+    fn check(work: &Work, expected: [bool; 3]) {
+        let ready = [CLOSED, URGENT, SWEEPS].map(|allowed| work.is_ready(allowed));
+        assert_eq!(ready, expected, "closed, urgent, sweeps");
+        // However much waits, no walk begins where too many directories are open.
+        let begins = work.walk.is_none() && !work.settles();
+        assert!(!begins || !work.is_ready(Allowed { begin: false, ..URGENT }));
+    }
+
+    #[test]
+    fn w14_sweeps_wait_for_their_pace_and_nothing_else_does() {
+        let watched = Arc::new(some_container(1));
+        let due = |is_urgent| Some(Due { watched: watched.clone(), is_urgent });
+        check(&Work::default(), [false; 3]);
+        check(&Work { due: due(false), ..Work::default() }, [false, false, true]);
+        check(&Work { due: due(true), ..Work::default() }, [false, true, false]);
+        check(&Work { has_settled: true, ..Work::default() }, [false, true, false]);
+        let order = Order::Scan { watched: watched.clone(), ticket: Some(1) };
+        check(&Work { orders: [order].into(), ..Work::default() }, [false, true, false]);
+        let walk = |is_urgent| Some(Walk::new(&watched, Extent::All, is_urgent));
+        let mut work = Work { walk: walk(false), due: due(true), ..Work::default() };
+        check(&work, [false, false, true]);
+        // What a sweep does not make up for is not to wait for its end.
+        work.hurry();
+        check(&work, [false, true, false]);
+    }
 }

@@ -195,8 +195,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(3 << 20).unwrap();
         let stat = file::stat(&file).unwrap();
-        let Begun::Reads(mut reading) =
-            Reading::begin(file.as_fd(), &stat, Which::Always, 4 << 20)
+        let Begun::Reads(mut reading) = Reading::begin(file.as_fd(), &stat, Which::Always, 4 << 20)
         else {
             panic!("it is to be read")
         };
@@ -221,21 +220,17 @@ mod tests {
         file.write_all_at(b"x", (2 << 20) - 1).unwrap();
         let stat = file::stat(&file).unwrap();
         let mut changes = 0_u32;
+        let Begun::Reads(mut reading) = Reading::begin(file.as_fd(), &stat, Which::Always, 4 << 20)
+        else {
+            panic!("it is to be read")
+        };
         let state = loop {
-            let Begun::Reads(mut reading) =
-                Reading::begin(file.as_fd(), &stat, Which::Always, 4 << 20)
-            else {
-                panic!("it is to be read")
-            };
-            let state = loop {
-                if let Some(state) = reading.step(file.as_fd(), SLICE) {
-                    break state;
-                }
-                changes += 1;
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                file.write_all_at(&changes.to_le_bytes(), 0).unwrap();
-            };
-            break state;
+            if let Some(state) = reading.step(file.as_fd(), SLICE) {
+                break state;
+            }
+            changes += 1;
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            file.write_all_at(&changes.to_le_bytes(), 0).unwrap();
         };
         assert_eq!(state.content, Content::Unhashed(Unhashed::Unreadable));
         assert!(changes <= 9, "{changes}");

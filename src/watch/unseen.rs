@@ -15,8 +15,8 @@ use super::state::{self, Which};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{
-    Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity, RootfsPath,
-    Source, printable,
+    Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
+    RootfsPath, Source, printable,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;

@@ -325,8 +325,7 @@ disabled_plugins = [{without}
         let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
         // Few tests have the time to see whether a command comes again.
         let patience = if more.contains("probe_patience") { "" } else { "probe_patience = \"0s\"" };
-        let sweeps =
-            if more.contains("sweep_interval") { "" } else { "sweep_interval = \"1h\"" };
+        let sweeps = if more.contains("sweep_interval") { "" } else { "sweep_interval = \"1h\"" };
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
