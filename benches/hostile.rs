@@ -297,6 +297,7 @@ impl Follower {
         let mut child = node
             .driftd_command(&["findings", "--follow", "-o", "jsonl", "--container", &calm.id])
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()?;
         let lines = BufReader::new(child.stdout.take().context("stdout is piped")?).lines();
         let (send, received) = mpsc::channel();

@@ -20,7 +20,7 @@ use crossbeam_channel::{RecvTimeoutError, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
-use super::fair::{Owned, Receiver, Sender};
+use super::fair::{self, Owned, Receiver, Sender};
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
@@ -224,19 +224,26 @@ const BATCH: usize = 512;
 pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
     let mut last_look = Instant::now();
+    let mut pass: Option<Pass> = None;
     while !shared.is_stopping() {
-        if last_look.elapsed() >= LOOK_EVERY {
+        if pass.is_none() && last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
-            for watched in shared.table.all() {
-                if watched.take_code_scan() {
-                    libraries.scan(shared, &watched);
-                }
-            }
+            pass = Pass::begin(shared);
         }
-        let patience = match libraries.waiting.front() {
+        let mut patience = match libraries.waiting.front() {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
             None => LOOK_EVERY,
         };
+        if let Some(going) = &mut pass {
+            let rest = shared.rest();
+            if rest.is_zero() {
+                let used = fair::processor_time();
+                let is_over = going.step(shared, &mut libraries);
+                shared.spend(fair::processor_time().saturating_sub(used));
+                pass.take_if(|_| is_over);
+            }
+            patience = patience.min(rest);
+        }
         match loadings.recv_timeout(patience) {
             Ok(first) => {
                 // What was mapped before we look is covered by the look.
@@ -261,6 +268,47 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
                 tell(shared, &loading, code, process, Source::Trace);
             }
         }
+    }
+}
+
+/// One pass over all processes, for all containers of which it is to be looked at
+/// what they have loaded. It goes on in slices, so that what is loaded meanwhile does
+/// not wait.
+struct Pass {
+    /// By their pid and mount namespaces: each process is asked once where it is.
+    wanted: HashMap<(u64, Option<u64>), Vec<Arc<Watched>>>,
+    pids: std::vec::IntoIter<u32>,
+}
+
+impl Pass {
+    fn begin(shared: &Shared) -> Option<Pass> {
+        let mut wanted: HashMap<_, Vec<Arc<Watched>>> = HashMap::new();
+        for watched in shared.table.all() {
+            if watched.take_code_scan()
+                && let Some(namespace) = watched.pid_namespace
+            {
+                wanted.entry((namespace, watched.mount_namespace)).or_default().push(watched);
+            }
+        }
+        if wanted.is_empty() {
+            return None;
+        }
+        Some(Pass { wanted, pids: procfs::all().ok()?.into_iter() })
+    }
+
+    /// Looks at some processes; true when all have been looked at.
+    fn step(&mut self, shared: &Shared, libraries: &mut Libraries) -> bool {
+        let begun = Instant::now();
+        while begun.elapsed() < fair::SLICE {
+            let Some(pid) = self.pids.next() else { return true };
+            let Ok(handle) = Handle::open(pid) else { continue };
+            let Ok(pid_namespace) = handle.pid_namespace() else { continue };
+            let place = (pid_namespace, handle.mount_namespace().ok());
+            for watched in self.wanted.get(&place).into_iter().flatten() {
+                libraries.scan(shared, watched, &handle);
+            }
+        }
+        false
     }
 }
 
@@ -347,47 +395,45 @@ impl Libraries {
         }
     }
 
-    /// What the container's processes have loaded by now: before there was anybody
+    /// What a process of the container has loaded by now: before there was anybody
     /// to see it, or unseen.
-    fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>) {
-        for handle in processes_of(watched) {
-            let Ok(mappings) = handle.mapped_code() else { continue };
-            let pid = handle.identity().pid;
-            let program = handle.exe_identity().ok();
-            let mut seen = HashSet::new();
-            for mapping in mappings {
-                if program == Some((mapping.device, mapping.inode))
-                    || !seen.insert((mapping.device, mapping.inode))
-                {
-                    continue;
-                }
-                let mapped = Mapped {
-                    pid,
-                    time: 0,
-                    address: mapping.start,
-                    length: mapping.end - mapping.start,
-                    device: mapping.device,
-                    inode: mapping.inode,
-                    is_shared: mapping.is_shared,
-                    name: mapping.name.into(),
-                };
-                let place = self.place(watched, &mapped);
-                if matches!(place, Place::Image | Place::NoFile) {
-                    continue;
-                }
-                let Some(code) = look(shared, watched, &mapped, Some(&handle), place) else {
-                    continue;
-                };
-                let process = Some(process::as_it_is(&handle, watched));
-                let loading = Loading {
-                    watched: watched.clone(),
-                    mapped,
-                    at: Timestamp::now(),
-                    program: Program::default(),
-                    is_first: false,
-                };
-                tell(shared, &loading, code, process, Source::Scan);
+    fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+        let Ok(mappings) = handle.mapped_code() else { return };
+        let pid = handle.identity().pid;
+        let program = handle.exe_identity().ok();
+        let mut seen = HashSet::new();
+        for mapping in mappings {
+            if program == Some((mapping.device, mapping.inode))
+                || !seen.insert((mapping.device, mapping.inode))
+            {
+                continue;
             }
+            let mapped = Mapped {
+                pid,
+                time: 0,
+                address: mapping.start,
+                length: mapping.end - mapping.start,
+                device: mapping.device,
+                inode: mapping.inode,
+                is_shared: mapping.is_shared,
+                name: mapping.name.into(),
+            };
+            let place = self.place(watched, &mapped);
+            if matches!(place, Place::Image | Place::NoFile) {
+                continue;
+            }
+            let Some(code) = look(shared, watched, &mapped, Some(handle), place) else {
+                continue;
+            };
+            let process = Some(process::as_it_is(handle, watched));
+            let loading = Loading {
+                watched: watched.clone(),
+                mapped,
+                at: Timestamp::now(),
+                program: Program::default(),
+                is_first: false,
+            };
+            tell(shared, &loading, code, process, Source::Scan);
         }
     }
 }

@@ -789,6 +789,7 @@ impl Execution<'_> {
             is_script: false,
             previous: self.previous.clone().filter(|_| is_parent_outside),
             is_parent_outside,
+            progress: None,
         }
     }
 }

@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
 
-use super::fair::{Owned, Receiver};
+use super::fair::{self, Owned, Receiver};
 use super::process;
 use super::shared::Shared;
-use super::state::{self, Which};
+use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use crate::health::Failure;
 use crate::model::{
@@ -44,6 +45,16 @@ pub(super) struct Unseen {
     /// container.
     pub(super) previous: Option<Arc<Mapped>>,
     pub(super) is_parent_outside: bool,
+    pub(super) progress: Option<Box<InProgress>>,
+}
+
+/// A program whose process has been described and that is being read, put aside
+/// between two slices.
+#[derive(Debug)]
+pub(super) struct InProgress {
+    process: Process,
+    file: OwnedFd,
+    reading: Reading,
 }
 
 impl Owned for Unseen {
@@ -55,23 +66,69 @@ impl Owned for Unseen {
 /// Describes and hashes what was executed.
 pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
-    while let Some(one) = shared.next_to_tell(unseen) {
-        tell(shared, &mut runtimes, *one);
+    while let Some(mut one) = shared.next_to_tell(unseen) {
+        let used = fair::processor_time();
+        match read_on(shared, &mut one) {
+            Some((process, state)) => tell(shared, &mut runtimes, *one, process, state),
+            None => {
+                unseen.put_back(one);
+                shared.spend(fair::processor_time().saturating_sub(used));
+                shared.keep_pace();
+            }
+        }
     }
 }
 
-fn tell(shared: &Shared, runtimes: &mut Runtimes, unseen: Unseen) {
-    // First: it may be ending.
-    let mut process = describe(&unseen);
-    if process.argv.is_none() {
-        // The record that it was handed on for has been read, and so has this one.
-        process.argv = process::recorded(shared, unseen.pid, unseen.executed, unseen.executed);
-    }
-    let max_hash_bytes = shared.settings.max_hash_bytes;
-    let state = match &unseen.file {
-        Some((file, stat)) => state_of(file.as_fd(), stat, max_hash_bytes),
-        None => state::gone(unseen.filesystem == Filesystem::Anonymous),
+/// Describes who has executed it, and then reads a slice of what it holds. `None`:
+/// there is more to read.
+fn read_on(shared: &Shared, unseen: &mut Unseen) -> Option<(Process, FileState)> {
+    let mut progress = match unseen.progress.take() {
+        Some(progress) if shared.may_tell() && !unseen.watched.is_detaching() => progress,
+        Some(progress) => {
+            let state = state::gone(unseen.filesystem == Filesystem::Anonymous);
+            return Some((progress.process, state));
+        }
+        None => {
+            // First: it may be ending.
+            let mut process = describe(unseen);
+            if process.argv.is_none() {
+                // The record that it was handed on for has been read, and so has this one.
+                let Unseen { pid, executed, .. } = *unseen;
+                process.argv = process::recorded(shared, pid, executed, executed);
+            }
+            let Some((file, stat)) = &unseen.file else {
+                let state = state::gone(unseen.filesystem == Filesystem::Anonymous);
+                return Some((process, state));
+            };
+            let opened = if stat.is_regular() { file::reopen(file.as_fd()).ok() } else { None };
+            let Some(file) = opened else { return Some((process, state::unopened(stat))) };
+            let max_hash_bytes = shared.settings.max_hash_bytes;
+            match Reading::begin(file.as_fd(), stat, Which::Always, max_hash_bytes) {
+                Begun::Known(state) => return Some((process, state)),
+                Begun::Reads(reading) => Box::new(InProgress { process, file, reading }),
+            }
+        }
     };
+    let begun = Instant::now();
+    loop {
+        if let Some(state) = progress.reading.step(progress.file.as_fd(), state::SLICE) {
+            return Some((progress.process, state));
+        }
+        if begun.elapsed() >= fair::SLICE {
+            unseen.progress = Some(progress);
+            return None;
+        }
+    }
+}
+
+fn tell(
+    shared: &Shared,
+    runtimes: &mut Runtimes,
+    unseen: Unseen,
+    process: Process,
+    state: FileState,
+) {
+    let max_hash_bytes = shared.settings.max_hash_bytes;
     let is_runtimes_own = unseen.is_parent_outside
         && match unseen.filesystem {
             Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
