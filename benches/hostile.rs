@@ -7,6 +7,7 @@
 //!
 //! Needs root, containerd, `ctr`, runc and gcc (`scripts/setup`).
 //! `DRIFTD_PROGRAM` names another build of driftd to be measured, of any version.
+//! `DRIFTD_BENCH_FLOOD` names the one flood to be played (`holes`, `scripts`, …).
 //! `DRIFTD_BENCH_QUICK` makes everything small: to see that it runs.
 
 #![allow(clippy::print_stdout)]
@@ -205,7 +206,11 @@ fn run(seconds: u64) -> anyhow::Result<()> {
         "{:<42} {:>17}   {:>17} {:>19}",
         "flood", "exec, unwatched", "exec, watched", "finding, watched"
     );
+    let only = std::env::var("DRIFTD_BENCH_FLOOD").ok();
     for (flood, what) in FLOODS {
+        if only.as_deref().is_some_and(|only| only != flood) {
+            continue;
+        }
         let alone = play(flood, seconds, Flooder::Unwatched)?;
         let with = play(flood, seconds, Flooder::Watched)?;
         println!(

@@ -173,7 +173,8 @@ pub(super) trait Waits: Send + Sync {
 /// A bounded channel to one thread, which serves containers by turns and is charged
 /// for the time from one item to the next.
 pub(super) fn channel<T: Owned>(capacity: usize) -> (Sender<T>, Receiver<T>) {
-    let state = State { queue: Queue::new(capacity), senders: 1, is_heard: true, served: None };
+    let state =
+        State { queue: Queue::new(capacity), senders: 1, receivers: 1, waiting: 0, served: None };
     let channel = Arc::new(Channel { state: Mutex::new(state), wake: Condvar::new() });
     (Sender { channel: channel.clone() }, Receiver { channel })
 }
@@ -188,7 +189,9 @@ struct Channel<T> {
 struct State<T> {
     queue: Queue<ContainerId, T>,
     senders: usize,
-    is_heard: bool,
+    receivers: usize,
+    /// Receivers that are to be woken.
+    waiting: usize,
     served: Option<Served>,
 }
 
@@ -238,13 +241,17 @@ impl<T: Owned> Sender<T> {
     /// another container: of the one that has the most waiting.
     pub(super) fn try_send(&self, item: T) -> Result<(), TrySendError<T>> {
         let mut state = self.channel.lock();
-        if !state.is_heard {
+        if state.receivers == 0 {
             return Err(TrySendError::Disconnected(item));
         }
         let owner = item.owner().clone();
         let dropped = state.queue.push(&owner, item, Instant::now());
+        // Waking costs a system call, and the gate is among those that send.
+        let wakes = state.waiting > 0;
         drop(state);
-        self.channel.wake.notify_one();
+        if wakes {
+            self.channel.wake.notify_one();
+        }
         dropped.map_or(Ok(()), |dropped| Err(TrySendError::Full(dropped)))
     }
 
@@ -268,7 +275,7 @@ impl<T> Clone for Sender<T> {
 impl<T> Drop for Sender<T> {
     fn drop(&mut self) {
         self.channel.lock().senders -= 1;
-        self.channel.wake.notify_one();
+        self.channel.wake.notify_all();
     }
 }
 
@@ -301,7 +308,9 @@ impl<T: Owned> Receiver<T> {
             if state.senders == 0 {
                 return Err(RecvError);
             }
+            state.waiting += 1;
             state = self.channel.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
     }
 
@@ -322,9 +331,10 @@ impl<T: Owned> Receiver<T> {
             if left.is_zero() {
                 return Err(RecvTimeoutError::Timeout);
             }
-            let (woken, _) =
+            state.waiting += 1;
+            (state, _) =
                 self.channel.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
-            state = woken;
+            state.waiting -= 1;
         }
     }
 
@@ -358,10 +368,22 @@ impl<T: Owned + Send + 'static> Receiver<T> {
     }
 }
 
+/// For the thread that takes the place of one that does not come back. What that one
+/// is busy with is its container's cost.
+impl<T> Clone for Receiver<T> {
+    fn clone(&self) -> Receiver<T> {
+        self.channel.lock().receivers += 1;
+        Receiver { channel: self.channel.clone() }
+    }
+}
+
 impl<T> Drop for Receiver<T> {
     fn drop(&mut self) {
         let mut state = self.channel.lock();
-        state.is_heard = false;
+        state.receivers -= 1;
+        if state.receivers > 0 {
+            return;
+        }
         // Held files are closed, and not when the last sender ends.
         let capacity = state.queue.capacity;
         let left = std::mem::replace(&mut state.queue, Queue::new(capacity));
@@ -620,7 +642,11 @@ mod tests {
         thread.join().unwrap();
         assert_eq!(receiver.recv_timeout(timeout), Err(RecvTimeoutError::Disconnected));
         let (sender, receiver) = channel(8);
+        let another = receiver.clone();
         drop(receiver);
+        sender.try_send(item("a", 1)).unwrap();
+        assert_eq!(another.recv(), Ok(item("a", 1)));
+        drop(another);
         let item = item("a", 1);
         assert!(matches!(sender.try_send(item), Err(TrySendError::Disconnected(_))));
     }

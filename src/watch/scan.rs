@@ -430,8 +430,11 @@ impl Scan {
             work.due.take_if(|due| Arc::ptr_eq(&due.watched, &watched));
             return Some(self.begin_walk(&watched, ticket, extent, true));
         }
-        if let Some((watched, path)) = work.below.pop_front() {
-            return Walk::below(&self.shared, &watched, &path);
+        while let Some((watched, path)) = work.below.pop_front() {
+            // Of one that has ended nothing is to be listened to any more.
+            if !watched.is_detaching() {
+                return Walk::below(&self.shared, &watched, &path);
+            }
         }
         let Due { watched, is_urgent } = work.due.take()?;
         Some(self.begin_walk(&watched, None, Extent::All, is_urgent))
