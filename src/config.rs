@@ -131,7 +131,7 @@ impl Watch {
     /// Whether code on such a filesystem is anybody's business.
     pub fn looks_at(&self, filesystem: Filesystem) -> bool {
         match filesystem {
-            Filesystem::Overlay | Filesystem::Anonymous => true,
+            Filesystem::Overlay | Filesystem::Anonymous | Filesystem::Container => true,
             Filesystem::Tmpfs | Filesystem::Volume => self.volumes,
         }
     }

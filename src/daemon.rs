@@ -2,6 +2,7 @@
 //!
 //! Nothing here is clever on purpose: this file is the map of what runs.
 
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,16 +19,20 @@ use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs};
+use crate::gate::{self, Gate};
+use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
 use crate::history::History;
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
+use crate::pulse::{Part, Pulse};
 use crate::sys::capabilities::Capabilities;
+use crate::sys::pidfd;
 use crate::sys::procfs::Handle;
 use crate::watch::{self, Scope, Watch};
-use crate::{api, guardian, respond};
+use crate::{api, respond};
 
 /// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
 const GRACE: Duration = Duration::from_secs(10);
@@ -49,8 +54,16 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     });
     let _ = health.missing.set(missing.collect());
 
-    // The guardian comes before the gate: from its first answer on, the gate is watched.
-    let (mut guardian, heartbeat) = guardian::start().context("cannot start the guardian")?;
+    let settings = settle_the_gate(config, &health);
+    let program = Path::new(gate::THIS_PROGRAM);
+    let gate = Gate::start(program, watch::shards(settings.gate))?;
+    let pulse = gate.pulse.clone();
+    // Before anything is marked: from its first answer on, the gate is watched.
+    let Guardian { child: mut guardian, channel: guarding } =
+        Guardian::start(program, &pulse, &gate.child).context("cannot start the guardian")?;
+    let heart = Heart::start(pulse.clone(), &gate.child, &guardian)
+        .context("cannot start the heart's thread")?;
+    let gate_ended = pidfd::open(gate.child.id()).context("cannot watch the gate")?;
 
     let history = History::open(&config.state_dir)?;
     let reader = history.reader();
@@ -83,8 +96,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let store = Arc::new(Store::open(&baselines, health.clone())?);
 
     let (report_sender, reports) = bounded(16_384);
-    let settings = settle_the_gate(config, &health);
-    let mut watch = Watch::start(&settings, report_sender, health.clone(), Some(heartbeat))?;
+    let mut watch = Watch::start(&settings, report_sender, health.clone(), gate)?;
+    heart.progress().needs(watch.gate_turns());
     if config.watch.arm == Arm::Strict {
         watch.arm_before_start(&Scope {
             runtimes: config.watch.runtimes.clone(),
@@ -148,12 +161,13 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             recorder: recorder.clone(),
             images: Arc::new(containerd),
         };
-        tokio::spawn(feed_watchdog(health.clone()));
+        tokio::spawn(feed_watchdog(pulse));
         // Without systemd there is nobody to tell, which is no error.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         tracing::info!(socket = %config.socket.display(), "driftd is watching");
 
         let guardian_ended = tokio::task::spawn_blocking(move || guardian.wait());
+        let gate_ended = tokio::task::spawn_blocking(move || pidfd::wait(gate_ended.as_fd()));
         let reason = tokio::select! {
             result = api::serve(listener, backend, asked_to_stop()) => result.context("the API server failed"),
             ended = pipeline_ended => match ended {
@@ -161,7 +175,10 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
                 Ok(Ok(())) | Err(_) => Err(anyhow::anyhow!("the pipeline ended")),
             },
             status = guardian_ended => Err(anyhow::anyhow!(
-                "the guardian ended ({status:?}): without it a stuck driftd would freeze containers"
+                "the guardian ended ({status:?}): without it a stuck gate would freeze containers"
+            )),
+            _ = gate_ended => Err(anyhow::anyhow!(
+                "the gate's process ended: without it executions are not seen"
             )),
         };
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -171,6 +188,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     // The gate first: from here on the kernel answers by itself. Then from left to
     // right, so that what was seen is still judged and kept.
     let stopped = thread::spawn(move || {
+        watch.close_gate();
+        // The guardian and the heart are needed as long as the gate is open.
+        drop((guarding, heart));
         watch.stop();
         drop(stop_sender);
         let _ = pipeline.join();
@@ -218,16 +238,18 @@ async fn asked_to_stop() {
     }
 }
 
-/// Tells systemd's watchdog that we live, as long as the gate's loop turns.
-async fn feed_watchdog(health: Arc<Health>) {
+/// Reports to systemd's watchdog as long as the daemon and its gate make progress.
+async fn feed_watchdog(pulse: Arc<Pulse>) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
     let mut ticks = tokio::time::interval(limit / 3);
-    let mut seen = health.gate_turns.load(Ordering::Relaxed);
+    let turns =
+        || [Part::Daemon, Part::Gate].map(|part| pulse.turns_of(part).load(Ordering::Relaxed));
+    let mut seen = turns();
     loop {
         ticks.tick().await;
-        let turns = health.gate_turns.load(Ordering::Relaxed);
-        if turns != seen {
-            seen = turns;
+        let now = turns();
+        if now[0] != seen[0] && now[1] != seen[1] {
+            seen = now;
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
     }

@@ -20,11 +20,19 @@ pub struct Sensitive<'a> {
     pub persistence: &'a PathGlobs,
     /// As [`entry_point`] says.
     pub entry_point: &'a [RootfsPath],
+    /// The path by which the container reaches the file as well.
+    pub reached_as: Option<&'a RootfsPath>,
 }
 
 impl Sensitive<'_> {
-    fn covers(self, path: &RootfsPath) -> bool {
-        self.persistence.matches(path) || self.entry_point.contains(path)
+    fn covers(self, path: &RootfsPath, state: &FileState) -> bool {
+        // A directory is reported only if something was mounted there.
+        let leads_away = matches!(state.file_type, FileType::Symlink | FileType::Directory);
+        [Some(path), self.reached_as].into_iter().flatten().any(|path| {
+            self.persistence.matches(path)
+                || self.entry_point.contains(path)
+                || leads_away && self.persistence.leads_to(path)
+        })
     }
 }
 
@@ -65,9 +73,10 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
     match fact {
         Fact::Executed { path, filesystem, running, state, .. } => Some(match filesystem {
             Filesystem::Overlay => assess_executed(image, path, state, *running),
-            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
-                assess_executed_elsewhere(image, path, *filesystem, state)
-            }
+            Filesystem::Tmpfs
+            | Filesystem::Volume
+            | Filesystem::Anonymous
+            | Filesystem::Container => assess_executed_elsewhere(image, path, *filesystem, state),
         }),
         Fact::Loaded { path, filesystem, state, .. } => {
             Some(assess_code(image, Kind::LibraryLoaded, path, *filesystem, state))
@@ -81,7 +90,7 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
         }),
         Fact::Present { path, state, .. } => {
             let mut assessment = assess_present(image, path, state);
-            if sensitive.covers(path) {
+            if sensitive.covers(path, state) {
                 // Before what it may grant, behind what it is.
                 let at = assessment.judgements.len().min(1);
                 let told = persistence(image, path, state);
@@ -121,11 +130,17 @@ fn assess_executed_elsewhere(
     let change = if origins.is_some() { Change::Relocated } else { Change::Added };
     let main = match (filesystem, origins) {
         (Filesystem::Volume, Some(origins)) => relocated(image, Kind::ExecRelocated, path, origins),
+        // Its path is another container's and says nothing here.
+        (Filesystem::Container, Some(origins)) => {
+            judgement(Kind::ExecRelocated, origins.into_iter().next())
+        }
         (_, origins) => {
             let kind = match filesystem {
                 Filesystem::Anonymous => Kind::ExecFileless,
                 Filesystem::Tmpfs => Kind::ExecTmpfs,
                 Filesystem::Volume | Filesystem::Overlay => Kind::ExecVolume,
+                Filesystem::Container if state.format == Format::Script => Kind::ExecScript,
+                Filesystem::Container => Kind::ExecNew,
             };
             judgement(kind, origins.and_then(|origins| origins.into_iter().next()))
         }
@@ -150,7 +165,9 @@ fn assess_code(
     // Volumes are how scripts and drivers are handed to a container from outside.
     let severity = match filesystem {
         Filesystem::Volume => kind.severity().min(Severity::Medium),
-        Filesystem::Overlay | Filesystem::Tmpfs | Filesystem::Anonymous => kind.severity(),
+        Filesystem::Overlay | Filesystem::Tmpfs | Filesystem::Anonymous | Filesystem::Container => {
+            kind.severity()
+        }
     };
     let severity = match (kind, filesystem) {
         (Kind::ExecInterpreted, Filesystem::Volume) => Severity::Low,
@@ -529,7 +546,7 @@ fn leads_to_program(image: &ImageBaseline, path: &RootfsPath) -> bool {
             (FileType::Regular, _) => {
                 return is_program(known.entry.format, known.entry.mode);
             }
-            (FileType::Symlink, Some(target)) => match resolve(&path, &target) {
+            (FileType::Symlink, Some(target)) => match path.resolve(&target) {
                 Some(next) => path = next,
                 None => return false,
             },
@@ -537,16 +554,6 @@ fn leads_to_program(image: &ImageBaseline, path: &RootfsPath) -> bool {
         }
     }
     false
-}
-
-/// Where a symlink at `link` points, by its text alone.
-fn resolve(link: &RootfsPath, target: &[u8]) -> Option<RootfsPath> {
-    let base = if target.starts_with(b"/") { RootfsPath::root() } else { link.parent()? };
-    target.split(|&byte| byte == b'/').try_fold(base, |at, component| match component {
-        b"" | b"." => Some(at),
-        b".." => Some(at.parent().unwrap_or_else(RootfsPath::root)),
-        name => at.join(name).ok(),
-    })
 }
 
 /// A way to more rights that the image does not give at this path.
@@ -588,6 +595,7 @@ mod tests {
 /docker-entrypoint.sh 755 script entry
 /etc/passwd 644 data users
 /etc/cron.d 755 dir
+/etc/cron.weekly 777 symlink cron.d
 /app/main.py 644 data main
 /usr/local/bin/python3 777 symlink python3.11
 /usr/local/bin/python3.11 755 elf python
@@ -636,12 +644,13 @@ mod tests {
         let path = || RootfsPath::new(words[1]).unwrap();
         let state = || state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4]);
         match words[0] {
-            "exec" | "tmpfs" | "volume" | "memory" | "running" => Fact::Executed {
+            "exec" | "tmpfs" | "volume" | "memory" | "foreign" | "running" => Fact::Executed {
                 path: path(),
                 filesystem: match words[0] {
                     "tmpfs" => Filesystem::Tmpfs,
                     "volume" => Filesystem::Volume,
                     "memory" => Filesystem::Anonymous,
+                    "foreign" => Filesystem::Container,
                     _ => Filesystem::Overlay,
                 },
                 running: words[0] == "running",
@@ -677,6 +686,25 @@ mod tests {
                 process: process(),
             },
             "write" => Fact::Present { path: path(), state: state(), lower: None, writer: None },
+            "link" | "mount" => Fact::Present {
+                path: path(),
+                state: FileState {
+                    file_type: match words[0] {
+                        "link" => FileType::Symlink,
+                        _ => FileType::Directory,
+                    },
+                    content: match words[0] {
+                        "link" => Content::Hashed {
+                            blake3: blake3_of(words[2]),
+                            sha256: Some(Sha256Hash([0; 32])),
+                        },
+                        _ => Content::Unhashed(Unhashed::NotRegular),
+                    },
+                    ..self::state(0o777, "data", "-")
+                },
+                lower: None,
+                writer: None,
+            },
             "remove" => Fact::Absent { path: path(), writer: None },
             other => panic!("bad verb {other}"),
         }
@@ -689,7 +717,16 @@ mod tests {
         let globs = ["/etc/passwd", "/etc/cron.*/**", "**/.ssh/authorized_keys"];
         let globs = PathGlobs::new(globs.map(str::to_owned).into()).unwrap();
         let entry_point = [RootfsPath::new("/docker-entrypoint.sh").unwrap()];
-        let sensitive = Sensitive { persistence: &globs, entry_point: &entry_point };
+        let (event, as_well) = match event.split_once(" as ") {
+            Some((event, as_well)) => (event, Some(as_well)),
+            None => (event, None),
+        };
+        let reached_as = as_well.map(|path| RootfsPath::new(path).unwrap());
+        let sensitive = Sensitive {
+            persistence: &globs,
+            entry_point: &entry_point,
+            reached_as: reached_as.as_ref(),
+        };
         let assessment = assess(&image, sensitive, &fact(event)).unwrap();
         let said: Vec<String> = assessment
             .judgements
@@ -788,6 +825,21 @@ mod tests {
     }
 
     #[test]
+    fn x15_a_way_around_a_watched_directory_is_told_and_so_is_what_lies_behind_it() {
+        check("link /etc/cron.d /tmp/cr", "Added: file.persistence high");
+        check("link /root/.ssh /tmp/keys", "Added: file.persistence high");
+        check("mount /etc/cron.d", "Added: file.persistence high");
+        check("link /tmp/x /tmp/cr", "Added: ");
+        check("mount /tmp/x", "Added: ");
+        // The image has this very link.
+        check("link /etc/cron.weekly cron.d", "Modified: ");
+        check("write /tmp/cr/a 644 data evil as /etc/cron.d/a", "Added: file.persistence high");
+        check("write /tmp/cr/a 644 data evil as /srv/a", "Added: ");
+        // A link on the way of a link.
+        check("link /tmp/cr /tmp/cr2 as /etc/cron.d", "Added: file.persistence high");
+    }
+
+    #[test]
     fn a35_the_entry_point_is_watched() {
         check(
             "write /docker-entrypoint.sh 755 script evil",
@@ -845,6 +897,15 @@ mod tests {
         // What the volume hides promises nothing.
         check("volume /usr/bin/curl 755 elf evil", "Added: exec.volume medium");
         check("volume /data/x 4755 elf evil", "Added: exec.volume medium, file.privileged high");
+    }
+
+    #[test]
+    fn x13_a_program_of_another_container_is_none_of_the_image() {
+        check("foreign /usr/bin/nmap 755 elf nmap", "Added: exec.new critical");
+        check("foreign /opt/run 755 script other", "Added: exec.script high");
+        // The image has such a program too, but it is another container's file.
+        check("foreign /bin/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
+        check("foreign /tmp/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
     }
 
     #[test]

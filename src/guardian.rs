@@ -1,103 +1,212 @@
-//! A second, tiny process that ends a stuck daemon.
+//! A second, tiny process that ends a gate that does not answer.
 //!
-//! While driftd is stopped, every exec in every watched container waits for its
-//! answer; once driftd is dead, the kernel allows them all at once. So a driftd
-//! that makes no progress is worse than none. The guardian holds the reading end
-//! of a pipe into which the gate's own thread writes a byte every quarter of a
-//! second. When the bytes stay away it kills the daemon; when the pipe closes,
-//! the daemon has ended by itself and so does the guardian.
+//! While a gate is open and does not answer, every exec in every watched container
+//! waits; once the gate's process is gone, the kernel lets them all run. So a gate that
+//! makes no progress is worse than none, and so is one whose daemon makes none: what it
+//! hands on is lost. The guardian looks at the counters that the three processes share
+//! (`pulse`). When the gate's or the daemon's stands still, it ends the gate first,
+//! which frees the node whatever the daemon is stuck in, and then the daemon.
 //!
-//! It counts its own turns, not seconds: a machine that was suspended, or a
-//! guardian that was stopped itself, has not seen the daemon fail.
+//! When its channel closes, the daemon has ended by itself, and so does the guardian.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 
-/// How long the guardian waits for a byte in one turn.
-const TURN: Duration = Duration::from_millis(250);
-/// How many turns without a byte it allows: three seconds.
-const PATIENCE: u32 = 12;
+use crate::pulse::{GUARDIANS_PATIENCE, PATIENCE, Part, Pulse, Silence, TURN};
+use crate::sys::channel::Channel;
+use crate::sys::pidfd;
 
-/// Starts the guardian of this process. The descriptor is the writing end of its
-/// pipe, non-blocking; from the first byte on, the guardian counts.
-pub fn start() -> io::Result<(Child, OwnedFd)> {
-    let (reader, writer) = io::pipe()?;
-    let writer = OwnedFd::from(writer);
-    rustix::io::ioctl_fionbio(&writer, true)?;
-    // By this link, not by argv[0]: after an upgrade it is still this very program.
-    let child = Command::new("/proc/self/exe")
-        .arg("guardian")
-        .arg(std::process::id().to_string())
-        .stdin(Stdio::from(OwnedFd::from(reader)))
-        .stdout(Stdio::null())
-        .spawn()?;
-    Ok((child, writer))
+/// How long the first packet may take.
+const START: Duration = Duration::from_secs(10);
+
+/// A running guardian.
+#[derive(Debug)]
+pub struct Guardian {
+    pub child: Child,
+    /// It ends when this is dropped.
+    pub channel: Channel,
+}
+
+impl Guardian {
+    /// Starts the guardian of this process and of its gate.
+    pub fn start(program: &Path, pulse: &Pulse, gate: &Child) -> io::Result<Guardian> {
+        let (channel, its_channel) = Channel::pair()?;
+        let child = Command::new(program)
+            .arg("guardian")
+            .env_clear()
+            .stdin(Stdio::from(OwnedFd::from(its_channel)))
+            .stdout(Stdio::null())
+            .spawn()?;
+        // Nobody has waited for the gate, so that its pid is no other process's.
+        let handles = [pidfd::open(std::process::id())?, pidfd::open(gate.id())?];
+        let [daemon, gate] = handles.each_ref().map(OwnedFd::as_fd);
+        channel.send(b"watch", &[pulse.as_fd(), daemon, gate], START)?;
+        Ok(Guardian { child, channel })
+    }
 }
 
 /// Why the guardian ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The pipe was closed: the daemon is gone, or is stopping in good order.
+    /// The channel was closed: the daemon is gone, or is stopping in good order.
     DaemonGone,
-    /// The daemon made no progress and was killed.
-    Killed,
+    /// This process made no progress, and the gate and the daemon were ended.
+    Killed(Part),
 }
 
-/// The guardian itself: watches over `daemon`, which must be the parent.
-pub fn watch_over(daemon: u32) -> io::Result<Ended> {
+/// The guardian itself.
+pub fn run() -> io::Result<Ended> {
     // Stopping is the daemon's to decide; a signal to the whole group (systemd, a
     // terminal) must not take its guardian away first.
-    let mut ignored = nix::sys::signal::SigSet::empty();
-    for signal in [
-        nix::sys::signal::Signal::SIGTERM,
-        nix::sys::signal::Signal::SIGINT,
-        nix::sys::signal::Signal::SIGHUP,
-    ] {
-        ignored.add(signal);
-    }
-    ignored.thread_block()?;
-    let wrong = || io::Error::new(io::ErrorKind::InvalidInput, "the daemon is not my parent");
-    let daemon = i32::try_from(daemon).ok().and_then(Pid::from_raw).ok_or_else(wrong)?;
-    let pidfd = pidfd_open(daemon, PidfdFlags::empty())?;
-    // Only now is it certain that the pid was not another process's by then.
-    if getppid() != Some(daemon) {
-        return Ok(Ended::DaemonGone);
-    }
-    // Unbuffered: what is read ahead would be hidden from `poll`.
-    let stdin = rustix::stdio::stdin();
+    use nix::sys::signal::{SigSet, Signal};
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block()?;
+    let channel = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let channel = Channel::from(channel);
+    let mut buffer = [0; 16];
+    let descriptors = channel.receive(&mut buffer, START)?.descriptors;
+    let Ok([memory, daemon, gate]) = <[OwnedFd; 3]>::try_from(descriptors) else {
+        let message = "`driftd guardian` is started by driftd itself (see: driftd run)";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    };
+    let pulse = Pulse::share(memory)?;
     let turn = Timespec::try_from(TURN).expect("a quarter of a second fits");
-    let mut armed = false;
-    let mut silent_turns = 0;
+    let mut silences = [(Part::Gate, Silence::default()), (Part::Daemon, Silence::default())];
     loop {
-        let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
+        let mut fds = [PollFd::new(&channel, PollFlags::IN)];
         match poll(&mut fds, Some(&turn)) {
-            Ok(0) => silent_turns += u32::from(armed),
-            Ok(_) => {
-                let mut bytes = [0; 64];
-                if rustix::io::read(stdin, &mut bytes)? == 0 {
-                    return Ok(Ended::DaemonGone);
-                }
-                armed = true;
-                silent_turns = 0;
-            }
-            Err(rustix::io::Errno::INTR) => (),
+            Ok(0) | Err(rustix::io::Errno::INTR) => (),
+            Ok(_) => return Ok(Ended::DaemonGone),
             Err(err) => return Err(err.into()),
         }
-        if silent_turns >= PATIENCE {
-            // Kill first: standard error may be what is stuck.
-            pidfd_send_signal(&pidfd, Signal::KILL)?;
-            eprintln!(
-                "driftd guardian: the gate made no progress for {} s; killed driftd (pid {}), \
-                 so that the kernel lets waiting programs run",
-                (TURN * PATIENCE).as_secs(),
-                daemon.as_raw_nonzero(),
-            );
-            return Ok(Ended::Killed);
+        pulse.beat(Part::Guardian);
+        for (part, silence) in &mut silences {
+            let turns = pulse.turns_of(*part).load(Ordering::Relaxed);
+            if silence.turn(turns) >= GUARDIANS_PATIENCE {
+                return Ok(end(*part, daemon.as_fd(), gate.as_fd()));
+            }
         }
+    }
+}
+
+/// Ends the gate, so that the node is free, and then the daemon, so that it is started
+/// again.
+fn end(silent: Part, daemon: BorrowedFd<'_>, gate: BorrowedFd<'_>) -> Ended {
+    // An error: it has ended already. First the signals: standard error may be what is
+    // stuck.
+    let _ = pidfd_send_signal(gate, Signal::KILL);
+    let _ = pidfd_send_signal(daemon, Signal::KILL);
+    let name = match silent {
+        Part::Gate => "gate",
+        Part::Daemon => "daemon",
+        Part::Guardian => "guardian",
+    };
+    eprintln!(
+        "driftd guardian: the {name} made no progress for {} s; killed the gate and the daemon, \
+         so that the kernel lets waiting programs run",
+        (TURN * GUARDIANS_PATIENCE).as_secs_f32(),
+    );
+    Ended::Killed(silent)
+}
+
+/// The daemon's own part: it counts as long as what it must do makes progress, and ends
+/// a gate or a guardian that does not. A daemon whose gate or guardian has ended, ends.
+#[derive(Debug)]
+pub struct Heart {
+    progress: Arc<Progress>,
+    stop: Arc<AtomicBool>,
+}
+
+/// Counters of threads that have to move.
+#[derive(Debug, Default)]
+pub struct Progress(Mutex<Vec<(Arc<AtomicU64>, u64)>>);
+
+impl Progress {
+    /// From now on, the daemon makes progress only while this counter moves.
+    pub fn needs(&self, counter: Arc<AtomicU64>) {
+        let seen = counter.load(Ordering::Relaxed);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((counter, seen));
+    }
+
+    /// Whether all of them have moved since this was last true.
+    fn is_made(&self) -> bool {
+        let mut counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let have_moved =
+            counters.iter().all(|(counter, seen)| counter.load(Ordering::Relaxed) != *seen);
+        if have_moved {
+            for (counter, seen) in counters.iter_mut() {
+                *seen = counter.load(Ordering::Relaxed);
+            }
+        }
+        have_moved
+    }
+}
+
+impl Heart {
+    /// Starts to beat.
+    pub fn start(pulse: Arc<Pulse>, gate: &Child, guardian: &Child) -> io::Result<Heart> {
+        let (progress, stop) = (Arc::new(Progress::default()), Arc::new(AtomicBool::new(false)));
+        let heart = Heart { progress: progress.clone(), stop: stop.clone() };
+        // Nobody has waited for them, so that their pids are theirs.
+        let mut others = [
+            (Part::Gate, pidfd::open(gate.id())?, Silence::default()),
+            (Part::Guardian, pidfd::open(guardian.id())?, Silence::default()),
+        ];
+        thread::Builder::new().name("heart".into()).spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                if progress.is_made() {
+                    pulse.beat(Part::Daemon);
+                }
+                for (part, process, silence) in &mut others {
+                    let turns = pulse.turns_of(*part).load(Ordering::Relaxed);
+                    // Once: it may have ended by itself.
+                    if silence.turn(turns) == PATIENCE {
+                        let _ = pidfd_send_signal(&*process, Signal::KILL);
+                        tracing::error!("the {part:?} makes no progress and was killed");
+                    }
+                }
+                thread::sleep(TURN);
+            }
+        })?;
+        Ok(heart)
+    }
+
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_daemon_makes_progress_while_every_counter_moves() {
+        let progress = Progress::default();
+        assert!(progress.is_made(), "nothing is needed yet");
+        let [one, other] = [0, 0].map(|_| Arc::new(AtomicU64::new(0)));
+        progress.needs(one.clone());
+        progress.needs(other.clone());
+        assert!(!progress.is_made());
+        one.fetch_add(1, Ordering::Relaxed);
+        assert!(!progress.is_made());
+        other.fetch_add(5, Ordering::Relaxed);
+        assert!(progress.is_made());
+        assert!(!progress.is_made(), "both have to move again");
     }
 }

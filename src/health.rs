@@ -1,11 +1,13 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use serde::Serialize;
+
+use crate::pulse::Pulse;
 
 /// Ways in which the daemon can see or keep less than it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,6 +54,13 @@ pub enum Failure {
     CodeQueueFull,
     /// containerd told of more execs than there was room for.
     ExecEventsFull,
+    /// The gate had answered more executions than the daemon had taken.
+    GateQueueFull,
+    /// The memory of a process could not be read: something held its lock for long.
+    ProcessUnreadable,
+    /// A file of an upper layer looks older than the layer: the clock was set back, and
+    /// until then it passed for a file of the image.
+    ClockSet,
     /// Something of a container waited for too long to be looked at.
     FindingsDelayed,
 }
@@ -68,7 +77,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 22] = [
+    pub const ALL: [Failure; 25] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -90,6 +99,9 @@ impl Failure {
         Failure::ArmedLate,
         Failure::CodeQueueFull,
         Failure::ExecEventsFull,
+        Failure::GateQueueFull,
+        Failure::ProcessUnreadable,
+        Failure::ClockSet,
         Failure::FindingsDelayed,
     ];
 
@@ -116,6 +128,9 @@ impl Failure {
             Failure::ArmedLate => "armed_late",
             Failure::CodeQueueFull => "code_queue_full",
             Failure::ExecEventsFull => "exec_events_full",
+            Failure::GateQueueFull => "gate_queue_full",
+            Failure::ProcessUnreadable => "process_unreadable",
+            Failure::ClockSet => "clock_set",
             Failure::FindingsDelayed => "findings_delayed",
         }
     }
@@ -130,6 +145,8 @@ impl Failure {
             | Failure::TraceLost
             | Failure::CodeQueueFull
             | Failure::ArmedLate
+            | Failure::GateQueueFull
+            | Failure::ClockSet
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
                 Reaction::Retry
@@ -143,6 +160,7 @@ impl Failure {
             | Failure::MountsFull
             | Failure::NamesFull
             | Failure::ExecEventsFull
+            | Failure::ProcessUnreadable
             | Failure::FindingsDelayed => Reaction::Degrade,
         }
     }
@@ -163,14 +181,8 @@ pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
     /// Known once the daemon has begun to watch.
     pub gating: OnceLock<Gating>,
-    /// Permission events answered: the gate's progress.
-    pub gate_answers: AtomicU64,
-    /// Turns of the gate's loop; it turns at least every quarter of a second.
-    pub gate_turns: AtomicU64,
-    /// Files that the kernel was told to ask no more about.
-    pub gate_ignored: AtomicU64,
-    /// Files of the image that were about to be changed, and were asked about again.
-    pub copy_ups: AtomicU64,
+    /// What the gate counts, once it has been started.
+    pub pulse: OnceLock<Arc<Pulse>>,
     /// Writes of files that are no programs: seen, counted, not reported.
     pub data_writes: AtomicU64,
     /// Changes that a walk had to find because too many came at once. None of them
@@ -196,6 +208,25 @@ impl Health {
 
     pub fn count(&self, failure: Failure) -> u64 {
         self.counts[failure as usize].load(Ordering::Relaxed)
+    }
+
+    fn in_pulse(&self, counter: fn(&Pulse) -> &AtomicU64) -> u64 {
+        self.pulse.get().map_or(0, |pulse| counter(pulse).load(Ordering::SeqCst))
+    }
+
+    /// Executions that the gate has answered.
+    pub fn gate_answers(&self) -> u64 {
+        self.in_pulse(Pulse::answers)
+    }
+
+    /// Files that the kernel was told to ask no more about.
+    pub fn gate_ignored(&self) -> u64 {
+        self.in_pulse(Pulse::ignored)
+    }
+
+    /// Files of the image that were about to be changed, and were asked about again.
+    pub fn copy_ups(&self) -> u64 {
+        self.in_pulse(Pulse::copy_ups)
     }
 
     /// What waits to be looked at, the oldest first.

@@ -10,14 +10,18 @@ use jiff::Timestamp;
 
 use crate::baseline::ImageBaseline;
 use crate::model::{
-    Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Kind, LayerId,
-    Member, Observation, Process, ProcessIdentity, RootfsPath,
+    Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Incarnation, Kind,
+    LayerId, Member, NamedBy, Observation, Process, ProcessIdentity, RootfsPath,
 };
 
 /// Findings of one container that are kept in memory.
 pub const MAX_FINDINGS: usize = 32 * 1024;
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
+/// Containers that were removed and are remembered, for what comes late of them.
+const MAX_GONE: usize = 256;
+/// Runs of one container that have ended and are remembered as such.
+const MAX_ENDED: usize = 64;
 /// Files of one container that aggregated findings know one by one: 24 bytes each.
 pub const MAX_MEMBERS: usize = 256 * 1024;
 
@@ -28,6 +32,13 @@ pub struct Entry {
     pub container: Option<Container>,
     /// The init process, while it runs.
     pub pid: Option<u32>,
+    /// The same with its start time, once that is known.
+    pub init: Option<ProcessIdentity>,
+    /// The init processes of runs that have ended, the newest last.
+    ended: VecDeque<u32>,
+    /// The container that had this ID before: what was seen of it and comes late is judged
+    /// by its image.
+    former: Option<Box<Former>>,
     pub baseline: BaselineState,
     /// Files of the image that start the container.
     pub entry_point: Vec<RootfsPath>,
@@ -42,8 +53,8 @@ pub struct Entry {
     pub removed: bool,
     /// Attached since the last listing began: no extra scan is due.
     pub fresh: bool,
-    /// The task for which a kill was ordered already.
-    pub kill_ordered_for: Option<u32>,
+    /// What the settings have ordered for the run that there is.
+    pub kill: Option<Kill>,
     pub findings: HashMap<FindingId, Finding>,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
@@ -57,6 +68,29 @@ pub struct Entry {
     together: HashMap<Kind, usize>,
     /// Seen before the baseline was there.
     pub backlog: VecDeque<Observation>,
+}
+
+/// An automatic kill of one run. It is ordered once, and again as long as it fails.
+#[derive(Debug)]
+pub struct Kill {
+    pub incarnation: Incarnation,
+    pub kind: Kind,
+    pub finding: FindingId,
+    /// The order that is being carried out.
+    pub ticket: Option<u64>,
+    /// How often it has failed.
+    pub failures: u32,
+    /// When it is ordered again.
+    pub due: Option<Timestamp>,
+}
+
+/// A container whose ID has been given to another one.
+#[derive(Debug, Default)]
+struct Former {
+    ended: VecDeque<u32>,
+    container: Option<Container>,
+    baseline: BaselineState,
+    entry_point: Vec<RootfsPath>,
 }
 
 /// Which finding tells of each file that has none of its own. A file is told by one
@@ -172,6 +206,103 @@ pub enum WatchState {
 }
 
 impl Entry {
+    /// A run has begun whose init has this pid.
+    pub fn began(&mut self, pid: u32) {
+        if self.pid == Some(pid) {
+            return;
+        }
+        // It may have been seen, and answered, before containerd told of it.
+        let kill = self.kill.take().filter(|kill| kill.incarnation.pid == pid);
+        self.run_ended();
+        self.kill = kill;
+        self.ended.retain(|ended| *ended != pid);
+        if let Some(former) = &mut self.former {
+            former.ended.retain(|ended| *ended != pid);
+        }
+        self.pid = Some(pid);
+    }
+
+    /// The run is over; says whether there was one. What was ordered for it is settled.
+    pub fn run_ended(&mut self) -> bool {
+        self.init = None;
+        self.kill = None;
+        let Some(pid) = self.pid.take() else { return false };
+        if self.ended.len() == MAX_ENDED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(pid);
+        true
+    }
+
+    /// The run that there is, if there is one.
+    pub fn incarnation(&self) -> Option<Incarnation> {
+        let pid = self.pid?;
+        let start_time = self.init.filter(|init| init.pid == pid).map(|init| init.start_time);
+        Some(Incarnation { pid, start_time, created_at: self.created_at() })
+    }
+
+    /// The run with this init; `None` if it has ended. One that containerd has not told of
+    /// yet may run: its runtime's call was seen first.
+    pub fn incarnation_of(&self, init: ProcessIdentity) -> Option<Incarnation> {
+        let is_there = self.pid == Some(init.pid);
+        let is_over = if is_there {
+            // The same number once more.
+            self.init.is_some_and(|known| known.start_time > init.start_time)
+        } else {
+            let before = self.former.iter().flat_map(|former| &former.ended);
+            self.ended.iter().chain(before).any(|ended| *ended == init.pid)
+        };
+        let start_time = Some(init.start_time);
+        let created_at = self.created_at().filter(|_| is_there);
+        (!is_over).then_some(Incarnation { pid: init.pid, start_time, created_at })
+    }
+
+    /// The name of the run with this init, whether it is there or not.
+    pub fn run_of(&self, init: ProcessIdentity) -> Incarnation {
+        let ProcessIdentity { pid, start_time } = init;
+        Incarnation { pid, start_time: Some(start_time), created_at: self.created_at() }
+    }
+
+    fn created_at(&self) -> Option<Timestamp> {
+        self.container.as_ref().and_then(|container| container.created_at)
+    }
+
+    /// Another container has this ID now, of which nothing is known yet.
+    pub fn replaced(&mut self) {
+        self.run_ended();
+        let before = self.former.take().map(|former| former.ended).unwrap_or_default();
+        let mut ended: VecDeque<u32> = before.into_iter().chain(self.ended.drain(..)).collect();
+        ended.drain(..ended.len().saturating_sub(MAX_ENDED));
+        self.former = Some(Box::new(Former {
+            ended,
+            container: self.container.take(),
+            baseline: std::mem::take(&mut self.baseline),
+            entry_point: std::mem::take(&mut self.entry_point),
+        }));
+        self.unchanged_since = None;
+        self.without_baseline = None;
+    }
+
+    /// Whether a run with this init was one of the container that had this ID before.
+    pub fn is_of_former(&self, init: ProcessIdentity) -> bool {
+        self.pid != Some(init.pid)
+            && self.former.as_ref().is_some_and(|former| former.ended.contains(&init.pid))
+    }
+
+    pub fn has_former(&self) -> bool {
+        self.former.is_some()
+    }
+
+    /// Puts the container that had this ID before in the place of the one that has it now,
+    /// and the other way round.
+    pub fn swap_with_former(&mut self) {
+        if let Some(former) = &mut self.former {
+            std::mem::swap(&mut former.container, &mut self.container);
+            std::mem::swap(&mut former.baseline, &mut self.baseline);
+            std::mem::swap(&mut former.entry_point, &mut self.entry_point);
+        }
+    }
+
     pub fn insert_finding(&mut self, finding: Finding) {
         if let Some(file) = &finding.file {
             if finding.files.is_some() {
@@ -301,6 +432,8 @@ pub struct Inventory {
     remembered: HashMap<ContainerId, Vec<Finding>>,
     /// Everything that runs has shown up: what the history tells of others is over.
     is_whole: bool,
+    /// Containers that were removed, the newest last.
+    gone: VecDeque<(ContainerId, Box<Former>)>,
     /// Findings about layers on disk, without a container.
     pub of_layers: HashMap<FindingId, Finding>,
 }
@@ -351,9 +484,12 @@ impl Inventory {
         let remembered = &mut self.remembered;
         let members = &mut self.remembered_members;
         let hasher = &self.hasher;
+        let gone = &mut self.gone;
         self.entries.entry(id.clone()).or_insert_with(|| {
             let mut entry = Entry::default();
             entry.members.hasher = hasher.clone();
+            let before = gone.iter().rposition(|(gone, _)| gone == id);
+            entry.former = before.and_then(|index| gone.remove(index)).map(|(_, former)| former);
             for finding in remembered.remove(id).unwrap_or_default() {
                 for (key, told) in members.remove(&finding.id).unwrap_or_default() {
                     entry.members.put_key(key, finding.id, told);
@@ -380,8 +516,16 @@ impl Inventory {
         self.deeds = HashMap::new();
     }
 
+    /// What is seen of it and comes later still is of the [`Former`] owner of its ID.
     pub fn remove(&mut self, id: &ContainerId) {
-        self.entries.remove(id);
+        let Some(mut entry) = self.entries.remove(id) else { return };
+        entry.replaced();
+        if let Some(former) = entry.former {
+            if self.gone.len() == MAX_GONE {
+                self.gone.pop_front();
+            }
+            self.gone.push_back((id.clone(), former));
+        }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&ContainerId, &Entry)> {
@@ -392,21 +536,18 @@ impl Inventory {
         self.entries.iter_mut()
     }
 
-    /// The containers a person may mean by `text`: an ID, NAMESPACE/ID, or the
-    /// beginning of an ID. An exact match is the only match.
-    pub fn matching(&self, text: &str) -> Vec<&ContainerId> {
-        let (namespace, id) = match text.split_once('/') {
-            Some((namespace, id)) => (Some(namespace), id),
-            None => (None, text),
-        };
-        let in_namespace =
-            |known: &&ContainerId| namespace.is_none_or(|namespace| *known.namespace == *namespace);
-        let candidates = || self.entries.keys().filter(in_namespace);
-        let exact: Vec<_> = candidates().filter(|known| *known.id == *id).collect();
-        if !exact.is_empty() || id.is_empty() {
-            return exact;
-        }
-        candidates().filter(|known| known.id.starts_with(id)).collect()
+    /// The containers that a person names by `text`; see [`ContainerId::named_by`]. A
+    /// whole ID is never the beginning of another one.
+    pub fn named(&self, text: &str) -> Vec<&ContainerId> {
+        let by = |how| self.entries.keys().filter(move |id| id.named_by(text) == Some(how));
+        let whole: Vec<_> = by(NamedBy::WholeId).collect();
+        if whole.is_empty() { by(NamedBy::FirstDigits).collect() } else { whole }
+    }
+
+    /// Those whose ID begins with `text`, which does not name them.
+    pub fn beginning_with(&self, text: &str) -> impl Iterator<Item = &ContainerId> {
+        let id = text.split_once('/').map_or(text, |(_, id)| id);
+        self.entries.keys().filter(move |known| !id.is_empty() && known.id.starts_with(id))
     }
 }
 
@@ -414,24 +555,68 @@ impl Inventory {
 mod tests {
     use super::*;
 
+    const GENERATED: &str = "4f2a90cc1b7de3054f2a90cc1b7de3054f2a90cc1b7de3054f2a90cc1b7de305";
+    const OTHER: &str = "4f2a90cc0000000000000000000000000000000000000000000000000000ffff";
+
     #[track_caller]
     fn check(text: &str, expected: &[&str]) {
         let mut inventory = Inventory::default();
-        for (namespace, id) in [("default", "web"), ("default", "web2"), ("k8s.io", "web")] {
+        for (namespace, id) in [
+            ("default", "web"),
+            ("default", "web2"),
+            ("k8s.io", "web"),
+            ("k8s.io", GENERATED),
+            ("moby", OTHER),
+        ] {
             inventory.entry(&ContainerId::new(namespace, id));
         }
-        let found: Vec<String> =
-            inventory.matching(text).into_iter().map(ToString::to_string).collect();
+        let found: Vec<&str> = inventory.named(text).into_iter().map(|id| &*id.id).collect();
         assert_eq!(found, expected, "{text}");
     }
 
     #[test]
-    fn a_container_is_found_by_id_namespace_or_prefix() {
-        check("web2", &["default/web2"]);
-        check("web", &["default/web", "k8s.io/web"]);
-        check("k8s.io/web", &["k8s.io/web"]);
-        check("default/we", &["default/web", "default/web2"]);
+    fn u19_a_container_is_found_by_what_names_it_and_by_nothing_else() {
+        check("web2", &["web2"]);
+        check("web", &["web", "web"]);
+        check("k8s.io/web", &["web"]);
+        check("default/we", &[]);
+        check("we", &[]);
         check("db", &[]);
         check("", &[]);
+        check(GENERATED, &[GENERATED]);
+        check("4f2a90cc1b", &[GENERATED]);
+        check("4f2a90cc", &[GENERATED, OTHER]);
+        check("moby/4f2a90cc", &[OTHER]);
+        check("4f2a90c", &[]);
+    }
+
+    fn init(pid: u32, start_time: u64) -> ProcessIdentity {
+        ProcessIdentity { pid, start_time }
+    }
+
+    #[test]
+    fn x11_a_run_that_has_ended_is_never_taken_for_a_later_one() {
+        let mut entry = Entry::default();
+        let runs = |entry: &Entry, one| entry.incarnation_of(one).is_some();
+        assert!(runs(&entry, init(7, 100)), "armed, and containerd has not told of it yet");
+        entry.began(7);
+        assert!(runs(&entry, init(7, 100)));
+        entry.init = Some(init(7, 100));
+        assert!(entry.run_ended());
+        assert!(!entry.run_ended() && !runs(&entry, init(7, 100)));
+        entry.began(8);
+        assert!(!runs(&entry, init(7, 100)) && runs(&entry, init(8, 200)));
+        assert!(runs(&entry, init(9, 300)), "the next one");
+        // The same number once more, for a process of its own.
+        entry.began(7);
+        entry.init = Some(init(7, 400));
+        assert!(!runs(&entry, init(8, 200)));
+        assert!(!runs(&entry, init(7, 100)) && runs(&entry, init(7, 400)));
+        // Another container of the same ID.
+        entry.replaced();
+        entry.began(10);
+        assert!(!runs(&entry, init(7, 400)) && !runs(&entry, init(8, 200)));
+        assert!(entry.is_of_former(init(7, 400)) && !entry.is_of_former(init(10, 500)));
+        assert_eq!(entry.incarnation().map(|run| (run.pid, run.start_time)), Some((10, None)));
     }
 }

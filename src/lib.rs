@@ -23,9 +23,11 @@ pub mod history;
 pub mod api;
 
 pub mod health;
+pub mod pulse;
 
 pub mod config;
 pub mod daemon;
+pub mod gate;
 pub mod guardian;
 
 pub mod cli;

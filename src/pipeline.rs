@@ -22,21 +22,23 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::baseline::{FileEntry, Job, Known, News, Proof, Recorder, Store};
+use crate::baseline::{FileEntry, ImageBaseline, Job, Known, News, Proof, Recorder, Store};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
-use crate::inventory::{BaselineState, Deed, Entry, Inventory, MAX_FINDINGS, Told, WatchState};
+use crate::inventory::{
+    BaselineState, Deed, Entry, Inventory, Kill, MAX_FINDINGS, Told, WatchState,
+};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
-    FileEvidence, FileState, Filesystem, Finding, FindingId, IdMap, ImageReference, Kind, LayerId,
-    LowerTwin, Member, Observation, Outcome, Probe, ProbeId, Process, RootfsPath, Script, Session,
-    Severity, Source,
+    FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
+    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
+    ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
 };
 use crate::policy::Policy;
-use crate::respond::{Action, Order, Response};
+use crate::respond::{Action, Order, Response, TOO_MANY};
 use crate::watch::{self, Command, Report, Trust};
 
 mod aggregate;
@@ -97,6 +99,9 @@ pub enum Question {
     /// Answered when the response was carried out and recorded.
     Respond {
         container: String,
+        /// The finding that is answered, and the run in which it was seen. Without one the
+        /// run that there is now is meant.
+        cause: Option<Box<(FindingId, Incarnation)>>,
         action: Action,
         reason: String,
         requested_by: String,
@@ -174,6 +179,18 @@ pub enum LookupError {
     Unknown(String),
     #[error("`{0}` could be {1} containers: write more of the ID, or NAMESPACE/ID")]
     Ambiguous(String, usize),
+    #[error(
+        "no container `{0}` is known, and a beginning is no name: write the whole ID, \
+         NAMESPACE/ID, or at least 8 digits of a hexadecimal ID (there is: {1})"
+    )]
+    NotWhole(String, String),
+    #[error("container {0} is gone: nothing on this node has its ID now (see: driftd containers)")]
+    Gone(String),
+    #[error(
+        "the run of container {0} in which the finding was seen is over (to answer what runs \
+         now, name the container)"
+    )]
+    RunGone(String),
     #[error("container {0} is not watched: {1}")]
     NotWatched(String, String),
     #[error("probe {0} is of no container that is there (see: driftd probes)")]
@@ -188,6 +205,8 @@ const BACKLOG: usize = 8192;
 /// container.
 const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
 const MAX_UNANNOUNCED: usize = 1024;
+/// How many containers are named to somebody who may have meant one of them.
+const MOST_ALIKE: usize = 3;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
 
@@ -207,7 +226,10 @@ pub struct State {
     unsettled: HashSet<ContainerId>,
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
-    responses: Vec<PendingResponse>,
+    /// Orders without a response, by ticket, with whoever waits for it.
+    out: HashMap<u64, (Order, Option<Asker>)>,
+    /// Containers of which a kill has failed that may be ordered again.
+    failed_kills: HashSet<ContainerId>,
     /// When each loss was last written to the history: a flood of one loss is
     /// one gap a second, the counters have the rest.
     told_gaps: HashMap<&'static str, Timestamp>,
@@ -227,11 +249,36 @@ struct PendingDiff {
     reply: oneshot::Sender<Result<Diff, LookupError>>,
 }
 
-#[derive(Debug)]
-struct PendingResponse {
-    container: ContainerId,
-    requested_at: Timestamp,
-    reply: oneshot::Sender<Result<Response, LookupError>>,
+/// Who waits for a response.
+type Asker = oneshot::Sender<Result<Response, LookupError>>;
+
+/// Why something is answered.
+struct Cause<'a> {
+    container: &'a ContainerId,
+    /// The init of the run that did it; without one, whatever runs now.
+    init: Option<ProcessIdentity>,
+    kind: Kind,
+    finding: FindingId,
+}
+
+/// The pauses before a failed kill is tried again: each twice as long as the last one.
+const FIRST_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
+const LONGEST_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_secs(300);
+
+fn pause_after(failures: u32) -> jiff::SignedDuration {
+    (FIRST_PAUSE * (1 << failures.saturating_sub(1).min(16))).min(LONGEST_PAUSE)
+}
+
+/// Whether both name one run, as far as they tell.
+fn is_same_run(one: &Incarnation, other: &Incarnation) -> bool {
+    one.pid == other.pid
+        && one.start_time.zip(other.start_time).is_none_or(|(one, other)| one == other)
+        && one.created_at.zip(other.created_at).is_none_or(|(one, other)| one == other)
+}
+
+/// Whether a run that was told of before its container's record belongs to that.
+fn is_run_of(container: &Container, pid: u32) -> bool {
+    container.task.as_ref().is_none_or(|task| task.pid == pid)
 }
 
 impl State {
@@ -251,9 +298,10 @@ impl State {
             endpoints: BTreeMap::new(),
             unlisted: HashSet::new(),
             unsettled: HashSet::new(),
-            next_ticket: 1,
+            next_ticket: 0,
             diffs: HashMap::new(),
-            responses: Vec::new(),
+            out: HashMap::new(),
+            failed_kills: HashSet::new(),
             told_gaps: HashMap::new(),
             gaps: Gaps::default(),
             unannounced: VecDeque::new(),
@@ -289,7 +337,7 @@ impl State {
             Input::Baseline(news, image) => self.baseline_changed(news, image, now, effects),
             Input::Watch(report) => self.watched(report, now, effects),
             Input::Asked(question) => self.asked(question, now, effects),
-            Input::Responded(response) => self.responded(response, effects),
+            Input::Responded(response) => self.responded(response, now, effects),
             Input::Due => self.due(now, effects),
         }
     }
@@ -312,8 +360,10 @@ impl State {
             }
             Change::TaskCreated { container, pid, rootfs } => {
                 let entry = self.inventory.entry(&container);
-                entry.removed = false;
-                entry.pid = Some(pid);
+                if std::mem::take(&mut entry.removed) {
+                    entry.replaced();
+                }
+                entry.began(pid);
                 entry.watch = WatchState::Asked;
                 entry.armed_before_start = false;
                 entry.fresh = true;
@@ -356,7 +406,20 @@ impl State {
     ) {
         let id = container.id.clone();
         let entry = self.inventory.entry(&id);
-        entry.removed = false;
+        let is_another = std::mem::take(&mut entry.removed)
+            || entry.container.as_ref().is_some_and(|known| {
+                known.created_at.is_some()
+                    && container.created_at.is_some()
+                    && known.created_at != container.created_at
+            });
+        if is_another {
+            let pid = entry.pid;
+            entry.replaced();
+            // What containerd has told of before its record is a run of the new one.
+            if let Some(pid) = pid.filter(|pid| is_run_of(&container, *pid)) {
+                entry.began(pid);
+            }
+        }
         let mut trusted = layers::trust(entry);
         if let Some(task) = &container.task {
             let rootfs_is_news = container.rootfs.is_some()
@@ -366,9 +429,12 @@ impl State {
             let input_has_changed = known.and_then(|known| known.terminal_input.as_ref())
                 != task.terminal_input.as_ref();
             if entry.pid != Some(task.pid) || matches!(entry.watch, WatchState::No) {
-                entry.pid = Some(task.pid);
+                entry.began(task.pid);
                 entry.watch = WatchState::Asked;
                 entry.fresh = true;
+            }
+            if let Some(start_time) = task.start_time {
+                entry.init = Some(ProcessIdentity { pid: task.pid, start_time });
             }
             let is_attached_anew =
                 entry.fresh || rootfs_is_news || matches!(entry.watch, WatchState::Refused(_));
@@ -421,9 +487,11 @@ impl State {
     }
 
     fn task_exited(&mut self, id: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        // First: what is told of it from here on is answered by nothing.
+        let has_run = self.inventory.get_mut(id).is_some_and(Entry::run_ended);
         self.sessions_ended(id, now, effects);
         let Some(entry) = self.inventory.get_mut(id) else { return };
-        if entry.pid.take().is_some() {
+        if has_run {
             entry.watch = WatchState::No;
             if let Some(container) = &mut entry.container {
                 container.task = None;
@@ -557,6 +625,7 @@ impl State {
                         self.judge(&observation, now, effects);
                     }
                 }
+                self.former_baseline(chain_id, &baseline, now, effects);
             }
             News::Failed { chain_id, reason } => {
                 let mut failed = Vec::new();
@@ -573,6 +642,33 @@ impl State {
                     self.misses_baseline(&id, now);
                 }
             }
+        }
+    }
+
+    /// A container may have given its ID away before its baseline was there.
+    fn former_baseline(
+        &mut self,
+        chain_id: ChainId,
+        baseline: &Arc<ImageBaseline>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let mut waiting = Vec::new();
+        for (_, entry) in self.inventory.iter_mut().filter(|(_, entry)| entry.has_former()) {
+            entry.swap_with_former();
+            if entry.chain_id() == Some(chain_id)
+                && !matches!(entry.baseline, BaselineState::Ready(_))
+            {
+                entry.baseline = BaselineState::Ready(Arc::clone(baseline));
+                if let Some(container) = &entry.container {
+                    entry.entry_point = detect::entry_point(baseline, &container.entry_point);
+                }
+                waiting.extend(std::mem::take(&mut entry.backlog));
+            }
+            entry.swap_with_former();
+        }
+        for observation in waiting {
+            self.judge(&observation, now, effects);
         }
     }
 
@@ -708,8 +804,11 @@ impl State {
             | Fact::SessionProcessEnded { .. } => return,
         };
         let Some(entry) = self.inventory.get(&observation.container) else { return };
-        let sensitive =
-            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let sensitive = Sensitive {
+            persistence: &self.policy.persistence,
+            entry_point: &entry.entry_point,
+            reached_as: observation.reached_as.as_ref(),
+        };
         let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
             return;
         };
@@ -759,6 +858,28 @@ impl State {
 
     /// Turns one fact into findings.
     fn judge(&mut self, observation: &Observation, now: Timestamp, effects: &mut Vec<Effect>) {
+        let container = &observation.container;
+        let is_of_former =
+            self.inventory.get(container).is_some_and(|entry| entry.is_of_former(observation.init));
+        // What the container did that had this ID before is judged by that one's image.
+        let swap = |state: &mut State| {
+            state.inventory.get_mut(container).into_iter().for_each(Entry::swap_with_former);
+        };
+        if is_of_former {
+            swap(self);
+        }
+        self.judge_as_it_is(observation, now, effects);
+        if is_of_former {
+            swap(self);
+        }
+    }
+
+    fn judge_as_it_is(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
         // A container that we do not know has gone, or was armed by its runtime's call
         // before containerd's event of it came.
         let Some(entry) = self.inventory.get_mut(&observation.container) else {
@@ -835,8 +956,11 @@ impl State {
             self.package_manager(&observation.container, process, &baseline);
             return;
         }
-        let sensitive =
-            Sensitive { persistence: &self.policy.persistence, entry_point: &entry.entry_point };
+        let sensitive = Sensitive {
+            persistence: &self.policy.persistence,
+            entry_point: &entry.entry_point,
+            reached_as: observation.reached_as.as_ref(),
+        };
         let Some(mut assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
             return;
         };
@@ -929,6 +1053,7 @@ impl State {
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: writer.as_deref(),
+                    detail: (state.file_type == FileType::Directory).then_some(BY_MOUNT),
                     ..Evidence::default()
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
@@ -1029,11 +1154,13 @@ impl State {
         {
             return;
         }
+        let run = entry.run_of(observation.init);
         if let Some(finding) = entry.findings.get_mut(&id) {
             if observation.source == Source::Scan {
                 // What a scan finds again was told already.
                 return;
             }
+            finding.run = Some(run);
             finding.count += observation.times();
             finding.revision += 1;
             finding.last_seen = finding.last_seen.max(observation.at);
@@ -1049,7 +1176,7 @@ impl State {
             entry.insert_finding(finding);
         }
         self.session_caused(observation, evidence.process, id, now, effects);
-        self.publish(&observation.container, id, observation.at, effects);
+        self.publish(&observation.container, id, Some(observation.init), now, effects);
     }
 
     /// A finding that has not been told yet.
@@ -1067,9 +1194,10 @@ impl State {
         finding.count = observation.times();
         finding.process = evidence.process.cloned();
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
-        finding.detail = evidence.detail.map(ToOwned::to_owned);
+        finding.detail = detail(observation, evidence.detail);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
         finding.belongs_to(&observation.container, entry);
+        finding.run = Some(entry.run_of(observation.init));
         let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
         finding.file = evidence
             .path
@@ -1119,68 +1247,132 @@ impl State {
         self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
-    /// Hands a finding's newest revision on, and answers it as the policy says.
+    /// Hands a finding's newest revision on, and answers it as the policy says. `init` is
+    /// of the run that it tells of; without one it tells of what is there now.
     fn publish(
         &mut self,
         container: &ContainerId,
         id: FindingId,
+        init: Option<ProcessIdentity>,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(finding) = entry.findings.get(&id) else { return };
         effects.push(Effect::record(finding));
-        self.respond(container, id, now, effects);
-    }
-
-    /// Answers a finding as the policy says.
-    fn respond(
-        &mut self,
-        container: &ContainerId,
-        id: FindingId,
-        now: Timestamp,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(entry) = self.inventory.get_mut(container) else { return };
-        let Some(finding) = entry.findings.get(&id) else { return };
-        if finding.verdict.disposition == Disposition::Kill
-            && entry.pid.is_some()
-            && entry.kill_ordered_for != entry.pid
-        {
-            entry.kill_ordered_for = entry.pid;
-            effects.push(Effect::Respond(Order {
-                container: container.clone(),
-                action: Action::Kill,
-                reason: format!("{} {}", finding.kind, finding.id),
-                requested_by: "setting respond.kill_on".into(),
-                requested_at: now,
-                finding: Some(id),
-            }));
-        }
+        let cause = Cause { container, init, kind: finding.kind, finding: id };
+        self.answer(&cause, now, effects);
     }
 
     // ---- responses
 
-    fn responded(&mut self, response: Response, effects: &mut Vec<Effect>) {
+    /// Answers what was judged as the policy says, once for a run. Whether the finding was
+    /// kept anywhere makes no difference.
+    fn answer(&mut self, cause: &Cause<'_>, now: Timestamp, effects: &mut Vec<Effect>) {
+        let Cause { container, init, kind, finding } = *cause;
+        if self.policy.decide(kind).disposition != Disposition::Kill {
+            return;
+        }
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let meant = init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
+        // Whoever did it has ended: what runs now is another one.
+        let Some(incarnation) = meant else { return };
+        if entry.kill.as_ref().is_some_and(|kill| is_same_run(&kill.incarnation, &incarnation)) {
+            return;
+        }
+        let (ticket, failures, due) = (None, 0, None);
+        entry.kill = Some(Kill { incarnation, kind, finding, ticket, failures, due });
+        self.order_kill(container, now, effects);
+    }
+
+    /// Orders the kill that a container's entry holds.
+    fn order_kill(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        let ticket = self.ticket();
+        let kill = self.inventory.get_mut(container).and_then(|entry| entry.kill.as_mut());
+        let Some(kill) = kill else { return };
+        (kill.ticket, kill.due) = (Some(ticket), None);
+        let order = Order {
+            ticket,
+            container: container.clone(),
+            incarnation: Some(kill.incarnation),
+            action: Action::Kill,
+            reason: format!("{} {}", kill.kind, kill.finding),
+            requested_by: "setting respond.kill_on".into(),
+            requested_at: now,
+            finding: Some(kill.finding),
+        };
+        self.order(order, None, effects);
+    }
+
+    fn order(&mut self, order: Order, asker: Option<Asker>, effects: &mut Vec<Effect>) {
+        self.out.insert(order.ticket, (order.clone(), asker));
+        effects.push(Effect::Respond(order));
+    }
+
+    fn ticket(&mut self) -> u64 {
+        self.next_ticket += 1;
+        self.next_ticket
+    }
+
+    fn responded(&mut self, response: Response, now: Timestamp, effects: &mut Vec<Effect>) {
         effects.push(Effect::Record(Record::Response(Box::new(response.clone()))));
-        if let Some(id) = response.finding
-            && let Some(entry) = self.inventory.get_mut(&response.container)
-        {
-            if !response.outcome.succeeded {
-                // The next sighting may ask again.
-                entry.kill_ordered_for = None;
+        if let Some(entry) = self.inventory.get_mut(&response.container) {
+            if let Some(kill) = &mut entry.kill
+                && kill.ticket == Some(response.ticket)
+            {
+                kill.ticket = None;
+                if !response.outcome.succeeded && !response.outcome.gone {
+                    kill.failures = kill.failures.saturating_add(1);
+                    kill.due = Some(now.saturating_add(pause_after(kill.failures)).unwrap_or(now));
+                    self.failed_kills.insert(response.container.clone());
+                }
             }
-            if let Some(finding) = entry.findings.get_mut(&id) {
+            if let Some(finding) = response.finding.and_then(|id| entry.findings.get_mut(&id)) {
                 finding.outcome = Some(response.outcome.clone());
                 finding.revision += 1;
-                effects.push(Effect::Record(Record::Finding(Box::new(finding.clone()))));
+                effects.push(Effect::record(finding));
             }
         }
-        let asked = self.responses.iter().position(|pending| {
-            pending.container == response.container && pending.requested_at == response.requested_at
-        });
-        if let Some(index) = asked {
-            let _ = self.responses.swap_remove(index).reply.send(Ok(response));
+        if let Some((_, Some(asker))) = self.out.remove(&response.ticket) {
+            let _ = asker.send(Ok(response));
+        }
+    }
+
+    /// When a kill that has failed is ordered again.
+    fn kill_due(&self) -> Option<Timestamp> {
+        let kills = self.failed_kills.iter().filter_map(|id| self.inventory.get(id)?.kill.as_ref());
+        kills.filter_map(|kill| kill.due).min()
+    }
+
+    /// Orders again what has failed, as long as that run is there.
+    fn kill_again(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        let is_due = |due: Timestamp| {
+            // After a clock was set back it would be far away.
+            due <= now || due.duration_since(now) > LONGEST_PAUSE
+        };
+        for id in std::mem::take(&mut self.failed_kills) {
+            let kill = self.inventory.get(&id).and_then(|entry| entry.kill.as_ref());
+            match kill.and_then(|kill| kill.due) {
+                Some(due) if is_due(due) => self.order_kill(&id, now, effects),
+                Some(_) => {
+                    self.failed_kills.insert(id);
+                }
+                None => (),
+            }
+        }
+    }
+
+    /// Whether something was ordered of which it is not known what came of it.
+    fn has_orders_out(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    /// Records that it is not known what came of the orders that are out.
+    fn give_up_orders(&mut self, effects: &mut Vec<Effect>) {
+        for (_, (order, _)) in std::mem::take(&mut self.out) {
+            let message = "driftd was stopped before it was known what came of it; it may happen";
+            let response = order.failed(message.to_owned());
+            effects.push(Effect::Record(Record::Response(Box::new(response))));
         }
     }
 
@@ -1208,8 +1400,7 @@ impl State {
                     let _ = reply.send(Err(err));
                 }
                 Ok(container) => {
-                    let ticket = self.next_ticket;
-                    self.next_ticket += 1;
+                    let ticket = self.ticket();
                     self.diffs.retain(|_, pending| !pending.reply.is_closed());
                     self.diffs.insert(
                         ticket,
@@ -1223,26 +1414,24 @@ impl State {
                     effects.push(Effect::Watch(Command::Scan { container, ticket: Some(ticket) }));
                 }
             },
-            Question::Respond { container, action, reason, requested_by, reply } => {
-                match self.lookup(&container) {
+            Question::Respond { container, cause, action, reason, requested_by, reply } => {
+                let cause = cause.map(|cause| *cause);
+                match self.answerable(&container, cause.map(|(_, run)| run)) {
                     Err(err) => {
                         let _ = reply.send(Err(err));
                     }
-                    Ok(container) => {
-                        self.responses.retain(|pending| !pending.reply.is_closed());
-                        self.responses.push(PendingResponse {
-                            container: container.clone(),
-                            requested_at: now,
-                            reply,
-                        });
-                        effects.push(Effect::Respond(Order {
+                    Ok((container, incarnation)) => {
+                        let order = Order {
+                            ticket: self.ticket(),
                             container,
+                            incarnation,
                             action,
                             reason,
                             requested_by,
                             requested_at: now,
-                            finding: None,
-                        }));
+                            finding: cause.map(|(finding, _)| finding),
+                        };
+                        self.order(order, Some(reply), effects);
                     }
                 }
             }
@@ -1251,11 +1440,33 @@ impl State {
 
     fn lookup(&self, text: &str) -> Result<ContainerId, LookupError> {
         let text_safe = || crate::model::printable(text.as_bytes());
-        match self.inventory.matching(text)[..] {
-            [] => Err(LookupError::Unknown(text_safe())),
+        match self.inventory.named(text)[..] {
+            [] => {
+                let mut alike = self.inventory.beginning_with(text).peekable();
+                if alike.peek().is_none() {
+                    return Err(LookupError::Unknown(text_safe()));
+                }
+                let alike: Vec<String> = alike.take(MOST_ALIKE).map(ToString::to_string).collect();
+                Err(LookupError::NotWhole(text_safe(), alike.join(", ")))
+            }
             [id] => Ok(id.clone()),
             ref several => Err(LookupError::Ambiguous(text_safe(), several.len())),
         }
+    }
+
+    /// The container to be answered, and the run of it that there is: `meant`, where that
+    /// is said.
+    fn answerable(
+        &self,
+        text: &str,
+        meant: Option<Incarnation>,
+    ) -> Result<(ContainerId, Option<Incarnation>), LookupError> {
+        let id = self.lookup(text)?;
+        let entry = self.inventory.get(&id).filter(|entry| !entry.removed);
+        let Some(entry) = entry else { return Err(LookupError::Gone(id.to_string())) };
+        let run = entry.incarnation();
+        let is_meant = meant.is_none_or(|meant| run.is_some_and(|run| is_same_run(&run, &meant)));
+        if is_meant { Ok((id, run)) } else { Err(LookupError::RunGone(id.to_string())) }
     }
 
     fn diffable(&self, text: &str) -> Result<ContainerId, LookupError> {
@@ -1408,6 +1619,19 @@ const IN_LAYER: &str =
     "it lies in a layer of the image on this node's disk, not in the container's own layer";
 
 /// What is said of a program that was given to the dynamic linker.
+/// What is to be said of a file beside what the other keys hold: first whose it is.
+fn detail(observation: &Observation, detail: Option<&str>) -> Option<String> {
+    let owner = observation.file_of.as_ref();
+    let owner = owner.map(|owner| format!("the file lies in the root of the container {owner}"));
+    let way = observation.reached_as.as_ref();
+    let way = way.map(|path| format!("the container reaches it as {path}"));
+    let parts: Vec<String> =
+        owner.into_iter().chain(way).chain(detail.map(ToOwned::to_owned)).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+const BY_MOUNT: &str = "something was mounted there while the container ran";
+
 const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
 
 /// What is said of a library that a program of the image brings along packed.
@@ -1453,6 +1677,7 @@ fn new_finding(
         node: node.to_owned(),
         runtime: "containerd".to_owned(),
         container: None,
+        run: None,
         image: ImageReference::default(),
         file: None,
         expected: None,
@@ -1473,6 +1698,7 @@ impl Finding {
     fn belongs_to(&mut self, id: &ContainerId, entry: &Entry) {
         let (container, image) = whose(id, entry);
         (self.container, self.image) = (Some(container), image);
+        self.run = entry.incarnation();
     }
 }
 
@@ -1572,7 +1798,12 @@ fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>)
 fn view(entry: &Entry) -> Option<ContainerView> {
     let mut container = entry.container.clone().filter(|_| !entry.removed)?;
     if container.task.as_ref().map(|task| task.pid) != entry.pid {
-        let task = |pid| crate::model::Task { pid, paused: false, terminal_input: None };
+        let task = |pid| crate::model::Task {
+            pid,
+            start_time: entry.init.map(|init| init.start_time),
+            paused: false,
+            terminal_input: None,
+        };
         container.task = entry.pid.map(task);
     }
     let problem = match (&entry.watch, &entry.baseline) {
@@ -1622,6 +1853,34 @@ pub fn run(
     inputs: &Inputs,
     outputs: &Outputs,
 ) -> Result<(), history::Error> {
+    let ended = run_until_stopped(&mut state, history, inputs, outputs);
+    keep_last_responses(&mut state, inputs, outputs);
+    ended
+}
+
+/// How long a stop waits for what was ordered before it.
+const LAST_RESPONSES: std::time::Duration = std::time::Duration::from_secs(3);
+
+/// What was ordered is recorded, whatever came of it.
+fn keep_last_responses(state: &mut State, inputs: &Inputs, outputs: &Outputs) {
+    let deadline = std::time::Instant::now() + LAST_RESPONSES;
+    let mut effects = Vec::new();
+    while state.has_orders_out()
+        && let Ok(response) = inputs.responses.recv_deadline(deadline)
+    {
+        state.responded(response, Timestamp::now(), &mut effects);
+    }
+    state.give_up_orders(&mut effects);
+    let records = effects.into_iter().filter(|effect| matches!(effect, Effect::Record(_)));
+    records.for_each(|effect| drop(carry_out(effect, outputs)));
+}
+
+fn run_until_stopped(
+    state: &mut State,
+    history: &Reader,
+    inputs: &Inputs,
+    outputs: &Outputs,
+) -> Result<(), history::Error> {
     let mut effects = Vec::new();
     loop {
         let due = match state.next_due() {
@@ -1658,23 +1917,38 @@ pub fn run(
         // A sender is gone only when the daemon is stopping.
         let Ok(input) = input else { return Ok(()) };
         if let Input::Node(change) = &input {
-            recall(&mut state, history, change)?;
+            recall(state, history, change)?;
         }
-        let mut next = Some(input);
-        while let Some(input) = next.take() {
-            state.handle(input, Timestamp::now(), &mut effects);
-            for effect in effects.drain(..) {
-                match carry_out(effect, outputs) {
-                    Carried::Out => (),
-                    Carried::Back(order) => {
-                        let _ = state.health.record(Failure::ResponseQueueFull);
-                        next = Some(Input::Responded(not_carried_out(order)));
-                    }
-                    Carried::Nowhere => return Ok(()),
-                }
-            }
+        state.handle(input, Timestamp::now(), &mut effects);
+        let effects = std::mem::take(&mut effects);
+        if !carry_out_all(state, effects, &mut |effect| carry_out(effect, outputs)) {
+            return Ok(());
         }
     }
+}
+
+/// Carries out everything, and what comes of that for which there is no room. False if a
+/// receiver is gone.
+fn carry_out_all(
+    state: &mut State,
+    effects: Vec<Effect>,
+    carry_out: &mut dyn FnMut(Effect) -> Carried,
+) -> bool {
+    let mut effects = VecDeque::from(effects);
+    let mut more = Vec::new();
+    while let Some(effect) = effects.pop_front() {
+        match carry_out(effect) {
+            Carried::Out => (),
+            Carried::Back(order) => {
+                let _ = state.health.record(Failure::ResponseQueueFull);
+                let refused = Input::Responded(order.failed(TOO_MANY.to_owned()));
+                state.handle(refused, Timestamp::now(), &mut more);
+                effects.extend(more.drain(..));
+            }
+            Carried::Nowhere => return false,
+        }
+    }
+    true
 }
 
 /// Reads what was told of a container that shows up, if it may have run before driftd
@@ -1742,22 +2016,6 @@ fn carry_out(effect: Effect, outputs: &Outputs) -> Carried {
         },
     };
     if sent { Carried::Out } else { Carried::Nowhere }
-}
-
-fn not_carried_out(order: Order) -> Response {
-    Response {
-        container: order.container,
-        reason: order.reason,
-        requested_by: order.requested_by,
-        requested_at: order.requested_at,
-        finding: order.finding,
-        outcome: Outcome {
-            action: order.action.name().to_owned(),
-            succeeded: false,
-            message: "too many responses wait to be carried out".to_owned(),
-            at: Timestamp::now(),
-        },
-    }
 }
 
 #[cfg(test)]

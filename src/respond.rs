@@ -10,16 +10,21 @@ use std::time::Duration;
 use crossbeam_channel::{Sender, TrySendError};
 use jiff::Timestamp;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 
-use crate::containerd::Containerd;
-use crate::model::{ContainerId, FindingId, Outcome};
+use crate::containerd::{Containerd, Error};
+use crate::model::{ContainerId, FindingId, Incarnation, Outcome};
 
 /// How long one order may take before it has failed.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// The runtime must not be blocked by a crossbeam channel, and a response must
 /// not be dropped.
 const FULL_PAUSE: Duration = Duration::from_millis(2);
+
+/// Orders for one container that may wait while one of its is carried out.
+const MOST_BEHIND: usize = 32;
+/// What is said of an order for which there is no room.
+pub const TOO_MANY: &str = "too many responses wait to be carried out";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -39,9 +44,13 @@ impl Action {
 }
 
 /// A response somebody or some setting asked for.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Order {
+    /// By which its response is known; no two orders have the same.
+    pub ticket: u64,
     pub container: ContainerId,
+    /// The run that is meant. `None` if no run was known when it was ordered.
+    pub incarnation: Option<Incarnation>,
     pub action: Action,
     pub reason: String,
     /// `uid 0 (pid 4242)` for a person, `setting respond.kill_on` for the policy.
@@ -51,10 +60,34 @@ pub struct Order {
     pub finding: Option<FindingId>,
 }
 
+impl Order {
+    /// That it was not carried out, and why.
+    pub fn failed(&self, message: String) -> Response {
+        self.answered(false, false, message)
+    }
+
+    fn answered(&self, succeeded: bool, gone: bool, message: String) -> Response {
+        let action = self.action.name().to_owned();
+        Response {
+            ticket: self.ticket,
+            container: self.container.clone(),
+            incarnation: self.incarnation,
+            reason: self.reason.clone(),
+            requested_by: self.requested_by.clone(),
+            requested_at: self.requested_at,
+            finding: self.finding,
+            outcome: Outcome { action, succeeded, gone, message, at: Timestamp::now() },
+        }
+    }
+}
+
 /// What came of an order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
+    /// The order's. 0 for one that was read from the history.
+    pub ticket: u64,
     pub container: ContainerId,
+    pub incarnation: Option<Incarnation>,
     pub reason: String,
     pub requested_by: String,
     pub requested_at: Timestamp,
@@ -63,42 +96,64 @@ pub struct Response {
 }
 
 /// Carries out orders until their sender is gone and the last one is done, or
-/// nobody wants the responses any more.
+/// nobody wants the responses any more. Each order has one response, whatever happens.
 pub async fn run(
     containerd: Containerd,
-    mut orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<Order>,
     responses: Sender<Response>,
 ) {
+    let by_containerd = move |order: Order| carry_out(containerd.clone(), order);
+    run_with(by_containerd, orders, responses).await;
+}
+
+async fn run_with<Answering>(
+    answer: impl Fn(Order) -> Answering,
+    mut orders: mpsc::Receiver<Order>,
+    responses: Sender<Response>,
+) where
+    Answering: Future<Output = Response> + Send + 'static,
+{
     // Orders behind the one that is being carried out, by container.
     let mut behind: HashMap<ContainerId, VecDeque<Order>> = HashMap::new();
     let mut running: JoinSet<Response> = JoinSet::new();
+    // What is being carried out, for the case that this ends without a response.
+    let mut carried: HashMap<task::Id, Order> = HashMap::new();
+    let begin = |order: Order, running: &mut JoinSet<Response>, carried: &mut HashMap<_, _>| {
+        carried.insert(running.spawn(answer(order.clone())).id(), order);
+    };
     let mut open = true;
     while open || !running.is_empty() {
         tokio::select! {
             order = orders.recv(), if open => match order {
                 None => open = false,
                 Some(order) => match behind.get_mut(&order.container) {
-                    Some(queue) => queue.push_back(order),
+                    Some(queue) if queue.len() < MOST_BEHIND => queue.push_back(order),
+                    Some(_) => {
+                        let full = order.failed(TOO_MANY.to_owned());
+                        if !send(&responses, full).await {
+                            return;
+                        }
+                    }
                     None => {
                         behind.insert(order.container.clone(), VecDeque::new());
-                        running.spawn(carry_out(containerd.clone(), order));
+                        begin(order, &mut running, &mut carried);
                     }
                 },
             },
-            Some(done) = running.join_next() => {
-                let response = match done {
-                    Ok(response) => response,
-                    Err(err) => {
-                        tracing::error!("an order ended without a response: {err}");
-                        continue;
-                    }
+            Some(done) = running.join_next_with_id() => {
+                let (id, response) = match done {
+                    Ok((id, response)) => (id, Ok(response)),
+                    Err(err) => (err.id(), Err(err)),
                 };
-                match behind.get_mut(&response.container).and_then(VecDeque::pop_front) {
-                    Some(next) => {
-                        running.spawn(carry_out(containerd.clone(), next));
-                    }
+                let Some(order) = carried.remove(&id) else { continue };
+                let response = response.unwrap_or_else(|err| {
+                    tracing::error!("an order ended without a response: {err}");
+                    order.failed("driftd failed while it was carried out; it may have happened".into())
+                });
+                match behind.get_mut(&order.container).and_then(VecDeque::pop_front) {
+                    Some(next) => begin(next, &mut running, &mut carried),
                     None => {
-                        behind.remove(&response.container);
+                        behind.remove(&order.container);
                     }
                 }
                 if !send(&responses, response).await {
@@ -124,40 +179,32 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
 async fn carry_out(containerd: Containerd, order: Order) -> Response {
     let asked = async {
         match order.action {
-            Action::Kill => containerd.kill(&order.container).await,
-            Action::Pause => containerd.pause(&order.container).await,
-            Action::Resume => containerd.resume(&order.container).await,
+            Action::Kill => containerd.kill(&order.container, order.incarnation).await,
+            Action::Pause => containerd.pause(&order.container, order.incarnation).await,
+            Action::Resume => containerd.resume(&order.container, order.incarnation).await,
         }
     };
-    let (succeeded, message) = match tokio::time::timeout(DEADLINE, asked).await {
-        Ok(Ok(message)) => (true, message),
-        Ok(Err(err)) => (false, err.to_string()),
-        Err(_) => (
-            false,
-            format!(
-                "containerd did not answer within {} s; the {} may still happen",
-                DEADLINE.as_secs(),
-                order.action.name()
-            ),
-        ),
+    let response = match tokio::time::timeout(DEADLINE, asked).await {
+        Ok(Ok(message)) => order.answered(true, false, message),
+        Ok(Err(err @ (Error::Gone(_) | Error::UnknownContainer(_)))) => {
+            order.answered(false, true, err.to_string())
+        }
+        Ok(Err(err)) => order.failed(err.to_string()),
+        Err(_) => order.failed(format!(
+            "containerd did not answer within {} s; the {} may still happen",
+            DEADLINE.as_secs(),
+            order.action.name()
+        )),
     };
-    let outcome =
-        Outcome { action: order.action.name().into(), succeeded, message, at: Timestamp::now() };
+    let outcome = &response.outcome;
     tracing::info!(
-        container = %order.container,
+        container = %response.container,
         action = outcome.action,
-        succeeded,
+        succeeded = outcome.succeeded,
         "{}",
         outcome.message
     );
-    Response {
-        container: order.container,
-        reason: order.reason,
-        requested_by: order.requested_by,
-        requested_at: order.requested_at,
-        finding: order.finding,
-        outcome,
-    }
+    response
 }
 
 #[cfg(test)]
@@ -184,7 +231,9 @@ mod tests {
 
     fn order(id: &str, action: Action) -> Order {
         Order {
+            ticket: 0,
             container: ContainerId::new("default", id),
+            incarnation: None,
             action,
             reason: "a test".into(),
             requested_by: "uid 0 (pid 1)".into(),
@@ -224,5 +273,55 @@ mod tests {
             ["kill", "pause", "resume"].map(|action| (action.into(), false, message.into())),
             "in their order"
         );
+    }
+
+    /// Has `orders` carried out by `answer`, and hands back whose response said what.
+    async fn responses_of<Answering>(
+        orders: Vec<Order>,
+        answer: impl Fn(Order) -> Answering + Send + 'static,
+    ) -> Vec<(u64, bool, String)>
+    where
+        Answering: Future<Output = Response> + Send + 'static,
+    {
+        let (order_to, waiting) = mpsc::channel(128);
+        let (response_to, responses) = crossbeam_channel::bounded(128);
+        for order in orders {
+            order_to.send(order).await.unwrap();
+        }
+        drop(order_to);
+        run_with(answer, waiting, response_to).await;
+        let told = responses.iter();
+        told.map(|one| (one.ticket, one.outcome.succeeded, one.outcome.message)).collect()
+    }
+
+    #[tokio::test]
+    async fn h11_an_order_that_panics_has_a_response_and_holds_up_no_later_one() {
+        let numbered = |ticket| Order { ticket, ..order("c", Action::Kill) };
+        let told = responses_of(vec![numbered(1), numbered(2)], |order| async move {
+            assert_ne!(order.ticket, 1, "this one panics");
+            order.answered(true, false, "killed".into())
+        })
+        .await;
+        let failed = "driftd failed while it was carried out; it may have happened";
+        assert_eq!(told, [(1, false, failed.into()), (2, true, "killed".into())]);
+    }
+
+    #[tokio::test]
+    async fn orders_for_one_container_beyond_those_that_may_wait_are_refused_at_once() {
+        let count = MOST_BEHIND as u64 + 3;
+        let orders = (0..count).map(|ticket| Order { ticket, ..order("c", Action::Kill) });
+        let told = responses_of(orders.collect(), |order| async move {
+            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            order.answered(true, false, "killed".into())
+        })
+        .await;
+        assert_eq!(told.len() as u64, count, "each order has one response");
+        let refused: Vec<u64> = told
+            .iter()
+            .filter(|(_, succeeded, _)| !succeeded)
+            .map(|(ticket, ..)| *ticket)
+            .collect();
+        assert_eq!(refused, [count - 2, count - 1]);
     }
 }

@@ -25,8 +25,8 @@ use driftd::history::{
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
     self, ChainId, Container, ContainerId, DiffId, EntryPoint, Exit, FileType, Finding, Format,
-    ImageReference, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, RootfsPath, Session,
-    SessionState, Severity, Task,
+    ImageReference, Incarnation, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, RootfsPath,
+    Session, SessionState, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
@@ -307,7 +307,8 @@ fn view() -> ContainerView {
             snapshot_key: "web".into(),
             layers: vec![],
             rootfs: None,
-            task: Some(Task { pid: 4242, paused: false, terminal_input: None }),
+            created_at: None,
+            task: Some(Task { pid: 4242, start_time: None, paused: false, terminal_input: None }),
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),
@@ -326,6 +327,7 @@ fn view() -> ContainerView {
 fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
     let lookup = |text: &str| match text {
         "web" | "default/web" => Ok(ContainerId::new("default", "web")),
+        "default/clean" => Ok(ContainerId::new("default", "clean")),
         "clean" | "half" => Ok(ContainerId::new("default", text)),
         "w" => Err(LookupError::Ambiguous("w".into(), 2)),
         other => Err(LookupError::Unknown(other.into())),
@@ -366,12 +368,15 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 Diff { incomplete: &*container.id == "half", differences, container }
             }));
         }
-        Question::Respond { container, action, reason, requested_by, reply } => {
+        Question::Respond { container, cause, action, reason, requested_by, reply } => {
             let _ = reply.send(lookup(&container).map(|container| {
                 let response = Response {
+                    ticket: 1,
+                    incarnation: None,
                     outcome: Outcome {
                         action: action.name().into(),
                         succeeded: &*container.id == "web",
+                        gone: false,
                         message: "as the script says".into(),
                         at: Timestamp::now(),
                     },
@@ -379,7 +384,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                     reason,
                     requested_by,
                     requested_at: Timestamp::now(),
-                    finding: None,
+                    finding: cause.map(|cause| cause.0),
                 };
                 records.send(Record::Response(Box::new(response.clone()))).unwrap();
                 response
@@ -731,7 +736,14 @@ fn findings_are_listed_filtered_and_shown() {
     };
     let elsewhere_id = elsewhere.container_id().unwrap().to_string();
     assert_eq!(ids(&["--container", "web"]), newest_first(&[&old, &young]));
-    assert_eq!(ids(&["--container", "4f1c"]), newest_first(&[&elsewhere]), "gone, by its prefix");
+    let digits = &elsewhere.container_id().unwrap().id[..8];
+    assert_eq!(ids(&["--container", digits]), newest_first(&[&elsewhere]), "gone, by its prefix");
+    for beginning in ["4f1c", "we"] {
+        let refused = node.run(&["findings", "--container", beginning]);
+        assert_eq!((refused.code, refused.out.as_str()), (2, ""), "u19: {beginning}");
+        let told = &refused.talk;
+        assert!(told.contains("write the whole ID") && told.contains("(there is: "), "{told}");
+    }
     assert_eq!(ids(&["--container", &elsewhere_id]), newest_first(&[&elsewhere]));
     assert_eq!(ids(&["--kind", "file.added"]), newest_first(&[&young]));
     assert_eq!(ids(&["--severity", "high", "--container", "web"]), newest_first(&[&old]));
@@ -830,7 +842,7 @@ fn sessions_are_listed_filtered_and_told_as_stories() {
     let (first, second) = (over.id.to_string(), going_on.id.to_string());
     assert_eq!(ids(&[]), [second.clone(), first.clone()]);
     assert_eq!(ids(&["-c", "web"]), std::slice::from_ref(&first));
-    assert_eq!(ids(&["-c", "d"]), std::slice::from_ref(&second), "it has no finding");
+    assert_eq!(ids(&["-c", "db\u{1b}[31m"]), std::slice::from_ref(&second), "it has no finding");
     assert_eq!(ids(&["--open"]), std::slice::from_ref(&second));
     assert_eq!(ids(&["--since", "55m"]), std::slice::from_ref(&second));
     assert_eq!(ids(&["--until", "55m"]), std::slice::from_ref(&first));
@@ -1707,6 +1719,22 @@ fn a_response_is_kept_with_who_asked_and_why() {
     let failed = node.run(&["respond", "pause", "clean", "--reason", "x"]);
     assert_eq!(failed.code, 2);
     assert_eq!(failed.out, "pause default/clean: FAILED: as the script says\n");
+
+    // A finding that names its run is answered by its ID; one that does not cannot be.
+    let unnamed = node.run(&["respond", "kill", "--finding", &id, "--reason", "x"]);
+    assert_eq!((unnamed.code, unnamed.out.as_str()), (2, ""));
+    assert!(unnamed.talk.contains("name the container instead"), "{}", unnamed.talk);
+    let mut named = finding(2, 60);
+    named.run = Some(Incarnation { pid: 7, start_time: Some(700), created_at: None });
+    named.container.as_mut().unwrap().id = ContainerId::new("default", "clean");
+    node.found(std::slice::from_ref(&named));
+    let of_it = named.id.to_string();
+    let done = node.run(&["respond", "pause", "--finding", &of_it[..8], "--reason", "x"]);
+    assert_eq!(done.out, "pause default/clean: FAILED: as the script says\n", "{done:?}");
+    let other = node.run(&["respond", "pause", "web", "--finding", &of_it, "--reason", "x"]);
+    assert_eq!(other.code, 2);
+    assert!(other.talk.contains("is of container default/clean"), "{}", other.talk);
+    assert_eq!(node.run(&["respond", "pause", "--reason", "x"]).code, 64);
 
     // Whoever was answered finds the response in the history: no waiting here.
     let web = ContainerId::new("default", "web");

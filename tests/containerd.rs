@@ -21,8 +21,8 @@ use driftd::config;
 use driftd::containerd::{Change, Containerd, ContentBlobs, Error, Recording};
 use driftd::health::{Failure, Health};
 use driftd::model::{
-    Blob, ChainId, Container, ContainerId, DeclaredProbe, DiffId, Exit, IdMap, IdRange, Layer,
-    LayerId, ManifestDigest, Pod, ProbeSource,
+    Blob, ChainId, Container, ContainerId, DeclaredProbe, DiffId, Exit, IdMap, IdRange,
+    Incarnation, Layer, LayerId, ManifestDigest, Pod, ProbeSource,
 };
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
@@ -573,6 +573,14 @@ impl Driftd {
         newest.unwrap_or_else(|| panic!("no record of {id}: {:#?}", self.seen))
     }
 
+    /// The newest run of a container of which was told.
+    #[track_caller]
+    fn incarnation(&self, id: &str) -> Option<Incarnation> {
+        let Container { task, created_at, .. } = self.record(id);
+        let created_at = Some(created_at.expect("containerd tells when a record was made"));
+        task.map(|task| Incarnation { pid: task.pid, start_time: task.start_time, created_at })
+    }
+
     /// Waits until `count` jobs were submitted.
     #[track_caller]
     fn jobs(&self, count: usize) -> Vec<Submitted> {
@@ -729,12 +737,14 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
 
     let container = default(&id);
     let containerd = driftd.containerd.clone();
+    let meant = driftd.incarnation(&id);
+    assert_eq!(meant.map(|meant| meant.pid), Some(pid));
     let act = |driftd: &Driftd, what: &str| {
         driftd.runtime.block_on(async {
             match what {
-                "pause" => containerd.pause(&container).await,
-                "resume" => containerd.resume(&container).await,
-                "kill" => containerd.kill(&container).await,
+                "pause" => containerd.pause(&container, meant).await,
+                "resume" => containerd.resume(&container, meant).await,
+                "kill" => containerd.kill(&container, meant).await,
                 other => panic!("{other}"),
             }
         })
@@ -746,9 +756,16 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     assert_eq!(act(&driftd, "resume").unwrap(), format!("resumed (pid {pid})"));
     driftd
         .until_container(&id, |container| container.task.as_ref().is_some_and(|task| !task.paused));
-    assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid}, exit status 137)"));
+    assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid})"));
     driftd.until_seen(&Change::TaskExited { container: container.clone() });
-    assert_eq!(act(&driftd, "kill").unwrap(), "it was not running: there was nothing to kill");
+    for what in ["kill", "pause", "resume"] {
+        let err = act(&driftd, what).unwrap_err();
+        assert!(matches!(err, Error::Gone(_)), "{what}: {err:?}");
+    }
+    let known_to_run = driftd.runtime.block_on(containerd.kill(&container, None)).unwrap();
+    assert_eq!(known_to_run, "it was not running: there was nothing to kill");
+    let err = driftd.runtime.block_on(containerd.pause(&container, None)).unwrap_err();
+    assert_eq!(err.to_string(), "it is not running: there is nothing to pause");
 
     node.ctr(&["tasks", "delete", &id]);
     node.ctr(&["containers", "delete", &id]);
@@ -850,8 +867,69 @@ fn a_kill_says_when_the_container_will_come_back_as_it_was() {
     let id = unique("back");
     node.run_with(&image, &id, &["--label", "containerd.io/restart.status=running"]);
     driftd.until_container(&id, |container| container.task.is_some());
-    let told = driftd.runtime.block_on(driftd.containerd.kill(&default(&id))).unwrap();
+    let told = driftd
+        .runtime
+        .block_on(driftd.containerd.kill(&default(&id), driftd.incarnation(&id)))
+        .unwrap();
     assert!(told.contains("will start it again with the same files"), "{told}");
+}
+
+#[test]
+fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
+    let node = Node::started();
+    let image = TestImage::new("later", &[&[]]);
+    node.import(&image);
+    let mut driftd = Driftd::start(&node);
+    driftd.until_listed();
+    let id = unique("later");
+    node.run(&image, &id);
+    driftd.until_container(&id, |container| container.task.is_some());
+    let earlier = driftd.incarnation(&id);
+    let refused = |driftd: &Driftd, meant, containers: &str| {
+        let (containerd, container) = (driftd.containerd.clone(), default(&id));
+        for what in ["kill", "pause", "resume"] {
+            let err = driftd
+                .runtime
+                .block_on(async {
+                    match what {
+                        "kill" => containerd.kill(&container, meant).await,
+                        "pause" => containerd.pause(&container, meant).await,
+                        _ => containerd.resume(&container, meant).await,
+                    }
+                })
+                .unwrap_err();
+            assert!(matches!(err, Error::Gone(_)), "{what} of {containers}: {err:?}");
+        }
+    };
+    // The same container, started again.
+    node.ctr(&["tasks", "kill", "--signal", "SIGKILL", &id]);
+    driftd.until_seen(&Change::TaskExited { container: default(&id) });
+    node.ctr(&["tasks", "delete", &id]);
+    let fifo = node.path("fifo");
+    node.ctr(&["tasks", "start", "-d", "--fifo-dir", fifo.to_str().unwrap(), &id]);
+    let is_new = |container: &Container, earlier: Option<Incarnation>| {
+        container.task.as_ref().is_some_and(|task| Some(task.pid) != earlier.map(|run| run.pid))
+    };
+    driftd.until_container(&id, |container| is_new(container, earlier));
+    refused(&driftd, earlier, "a container that was started again");
+    // Its pid is right, and it is another process or another container all the same.
+    let now = driftd.incarnation(&id).unwrap();
+    let other = |change: &dyn Fn(&mut Incarnation)| {
+        let mut other = now;
+        change(&mut other);
+        Some(other)
+    };
+    refused(&driftd, other(&|run| run.start_time = earlier.unwrap().start_time), "another process");
+    refused(&driftd, other(&|run| run.created_at = Some(Timestamp::UNIX_EPOCH)), "another record");
+    // A process that is there, and is not its init.
+    refused(&driftd, other(&|run| (run.pid, run.start_time) = (std::process::id(), None)), "me");
+    refused(&driftd, None, "a container of which no run was known");
+    assert_eq!(driftd.incarnation(&id), Some(now));
+    let paused = driftd.runtime.block_on(driftd.containerd.pause(&default(&id), Some(now)));
+    assert_eq!(paused.unwrap(), format!("paused (pid {})", now.pid), "it was left alone");
+    // What is frozen is killed all the same.
+    let killed = driftd.runtime.block_on(driftd.containerd.kill(&default(&id), Some(now)));
+    assert_eq!(killed.unwrap(), format!("killed (pid {})", now.pid));
 }
 
 #[test]
@@ -903,7 +981,7 @@ fn a_socket_that_appears_later_is_waited_for() {
     let mut driftd = Driftd::start(&node);
     let reason = driftd.until_disconnected();
     assert!(reason.starts_with("cannot reach containerd at "), "{reason}");
-    let err = driftd.runtime.block_on(driftd.containerd.kill(&default("c"))).unwrap_err();
+    let err = driftd.runtime.block_on(driftd.containerd.kill(&default("c"), None)).unwrap_err();
     assert!(matches!(err, Error::NotConnected { .. }), "{err:?}");
     // Several tries later it was told once.
     std::thread::sleep(Duration::from_millis(500));

@@ -12,7 +12,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use driftd::config::{self, Gate};
 use driftd::health::Health;
 use driftd::model::{ContainerId, Fact, FileTime, Observation};
 use driftd::watch::{self, Command as Order, Report, Trust, Watch};
+use nix::sys::signal::Signal;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -236,6 +237,11 @@ fn command(program: &str, arguments: &[&Path]) {
     assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
 }
 
+fn signal_process(pid: u32, signal: Signal) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(pid, signal).unwrap();
+}
+
 #[track_caller]
 fn wait_for(what: &str, is_there: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -245,8 +251,14 @@ fn wait_for(what: &str, is_there: impl Fn() -> bool) {
     }
 }
 
-/// A user may have 128 groups, and each free gate has nineteen: one at a time.
+/// One at a time: each has groups, of which a user may have 128.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// The gate's process, of the program that is installed.
+fn start_gate(gate: Gate) -> driftd::gate::Gate {
+    let program = Path::new(env!("CARGO_BIN_EXE_driftd"));
+    driftd::gate::Gate::start(program, watch::shards(gate)).unwrap()
+}
 
 struct Node {
     _turn: MutexGuard<'static, ()>,
@@ -265,7 +277,7 @@ impl Node {
             gate,
             ..config::Watch::default()
         };
-        let watch = Watch::start(&settings, sender, health.clone(), None).unwrap();
+        let watch = Watch::start(&settings, sender, health.clone(), start_gate(gate)).unwrap();
         Node { _turn: turn, watch: Some(watch), reports, health }
     }
 
@@ -309,8 +321,19 @@ impl Node {
         }
     }
 
+    /// Stops the gate's process, or lets it go on.
+    fn signal_gate(&self, signal: Signal) {
+        signal_process(self.watch.as_ref().unwrap().gate().id(), signal);
+    }
+
+    /// Runs a program until the kernel asks no more about it.
+    #[track_caller]
+    fn until_ignored(&self, path: &Path) {
+        wait_for("the program to be ignored", || !self.is_asked_about(path));
+    }
+
     fn answers(&self) -> u64 {
-        self.health.gate_answers.load(Ordering::SeqCst)
+        self.health.gate_answers()
     }
 
     /// Runs a program, and says whether the kernel has asked.
@@ -439,7 +462,7 @@ struct Tally {
 fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
     let image = Image::new(FILES);
     let mut node = Node::start(Gate::Free);
-    let held = node.watch.as_ref().unwrap().copy_ups_held();
+    let gate = node.watch.as_ref().unwrap().gate().id();
     let mut tally = Tally::default();
     let mut number = 0;
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
@@ -449,7 +472,7 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
         for container in &all {
             node.attach(container, &image);
         }
-        let free = node.health.gate_ignored.load(Ordering::SeqCst);
+        let free = node.health.gate_ignored();
         for file in 0..FILES {
             if tally.rounds >= rounds {
                 break;
@@ -488,11 +511,10 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
                     run_surely(&container.file(file));
                 }
                 if is_held {
-                    held.store(true, Ordering::Relaxed);
-                    let held = held.clone();
+                    signal_process(gate, Signal::SIGSTOP);
                     thread::spawn(move || {
                         thread::sleep(Duration::from_millis(2));
-                        held.store(false, Ordering::Relaxed);
+                        signal_process(gate, Signal::SIGCONT);
                     });
                 }
                 let (paths, mut map) = change(kind, container, file);
@@ -518,7 +540,7 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
                 while node.reports.try_recv().is_ok() {}
             }
         }
-        let ignored = node.health.gate_ignored.load(Ordering::SeqCst) - free;
+        let ignored = node.health.gate_ignored() - free;
         // Where directories can be moved, every program is asked about.
         let may_ignore = !mount_options.contains("redirect_dir=on");
         assert_eq!(ignored > 0, may_ignore, "ignored {ignored}");
@@ -528,8 +550,8 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
     }
     eprintln!(
         "{mount_options:?}: {tally:?}, ignored {}, copy-ups {}, answers {}",
-        node.health.gate_ignored.load(Ordering::SeqCst),
-        node.health.copy_ups.load(Ordering::SeqCst),
+        node.health.gate_ignored(),
+        node.health.copy_ups(),
         node.answers()
     );
     node.stop();
@@ -561,6 +583,7 @@ fn an_unchanged_program_is_asked_about_once() {
     let mut node = Node::start(Gate::Free);
     node.attach(&container, &image);
     assert!(node.is_asked_about(&container.file(0)));
+    node.until_ignored(&container.file(0));
     for _ in 0..20 {
         assert!(!node.is_asked_about(&container.file(0)));
     }
@@ -582,8 +605,7 @@ fn with_another_trust_every_program_is_asked_about_anew() {
     let container = Container::start(&image, "");
     let mut node = Node::start(Gate::Free);
     node.attach(&container, &image);
-    node.is_asked_about(&container.file(0));
-    assert!(!node.is_asked_about(&container.file(0)));
+    node.until_ignored(&container.file(0));
     node.order(Order::Trust { container: container.id.clone(), trust: Trust::Unknown });
     wait_for("the doubt", || node.is_asked_about(&container.file(0)));
     for _ in 0..3 {
@@ -593,39 +615,22 @@ fn with_another_trust_every_program_is_asked_about_anew() {
 }
 
 #[test]
-fn while_copy_ups_are_not_answered_writers_wait_and_nothing_else_does() {
+fn while_the_gate_is_stopped_writers_wait_and_ignored_programs_do_not() {
     let image = Image::new(2);
     let container = Container::start(&image, "");
-    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let (pulse, heartbeat) = nix::unistd::pipe2(flags).unwrap();
-    let (sender, reports) = bounded(64 * 1024);
-    let health = Arc::new(Health::default());
-    let settings = config::Watch { gate: Gate::Free, ..config::Watch::default() };
-    let watch = Watch::start(&settings, sender, health.clone(), Some(heartbeat)).unwrap();
-    let mut node = Node { _turn: turn, watch: Some(watch), reports, health };
+    let mut node = Node::start(Gate::Free);
     node.attach(&container, &image);
-    let beats = || rustix::io::read(&pulse, &mut [0; 64]).unwrap_or(0);
-    let counted = AtomicU64::new(0);
-    wait_for("the heart to beat", || counted.fetch_add(beats() as u64, Ordering::Relaxed) > 2);
-    let held = node.watch.as_ref().unwrap().copy_ups_held();
-    held.store(true, Ordering::Relaxed);
-    // Turns may have been under way.
-    wait_for("the heart to stop", || {
-        thread::sleep(Duration::from_millis(600));
-        beats() == 0
-    });
+    node.until_ignored(&container.file(1));
+    node.signal_gate(Signal::SIGSTOP);
     let path = container.file(0);
     let writer = thread::spawn(move || {
         OpenOptions::new().write(true).open(path).map(drop).unwrap();
     });
     run_surely(&container.file(1));
-    thread::sleep(Duration::from_millis(800));
+    thread::sleep(Duration::from_millis(500));
     assert!(!writer.is_finished(), "the copy-up was not asked about");
-    assert_eq!(beats(), 0, "the heart beats although writers wait for ever");
-    held.store(false, Ordering::Relaxed);
+    node.signal_gate(Signal::SIGCONT);
     writer.join().unwrap();
-    wait_for("the heart to beat again", || beats() > 0);
     container.stop(&mut node);
 }
 
@@ -638,12 +643,10 @@ fn a_container_that_has_ended_leaves_no_gate_behind() {
     let _ = container.init.kill();
     let _ = container.init.wait();
     node.detach(&container.id);
-    let held = node.watch.as_ref().unwrap().copy_ups_held();
-    held.store(true, Ordering::Relaxed);
-    thread::sleep(Duration::from_millis(300));
-    // Nobody is asked, or this would wait for ever.
+    node.signal_gate(Signal::SIGSTOP);
+    // Nothing is asked, or this would wait for ever.
     OpenOptions::new().write(true).open(container.file(0)).map(drop).unwrap();
-    held.store(false, Ordering::Relaxed);
+    node.signal_gate(Signal::SIGCONT);
 }
 
 #[test]

@@ -15,8 +15,8 @@ use driftd::history::{
 };
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
-    self, Blake3Hash, ContainerId, Finding, FindingId, Kind, Member, Outcome, Probe, RootfsPath,
-    Session, SessionId, SessionState, Severity,
+    self, Blake3Hash, ContainerId, Finding, FindingId, Incarnation, Kind, Member, Outcome, Probe,
+    RootfsPath, Session, SessionId, SessionState, Severity,
 };
 use driftd::respond::Response;
 use jiff::{Timestamp, ToSpan as _};
@@ -116,6 +116,12 @@ fn findings(writer: &Writer, filter: &Filter) -> Vec<FindingId> {
 
 fn response(container: &ContainerId) -> Response {
     Response {
+        ticket: 0,
+        incarnation: Some(Incarnation {
+            pid: 7,
+            start_time: Some(700),
+            created_at: Some(Timestamp::now()),
+        }),
         container: container.clone(),
         reason: "a test \u{1b} says so".into(),
         requested_by: "uid 0 pid 1 (/bin/sh)".into(),
@@ -124,6 +130,7 @@ fn response(container: &ContainerId) -> Response {
         outcome: Outcome {
             action: "kill".into(),
             succeeded: true,
+            gone: false,
             message: "killed".into(),
             at: Timestamp::now(),
         },
@@ -303,13 +310,14 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
     assert_eq!(reader.finding("%").unwrap(), FindingLookup::Unknown);
 
     let (long, short) = (id_of(&one).clone(), id_of(&other).clone());
-    assert_eq!(reader.containers("4f1").unwrap(), std::slice::from_ref(&long));
+    assert_eq!(reader.containers(&long.id[..8]).unwrap(), std::slice::from_ref(&long));
     assert_eq!(
-        reader.containers("4f").unwrap(),
-        std::slice::from_ref(&short),
-        "a whole ID beats a beginning"
+        reader.containers(&format!("k8s.io/{}", &long.id[..8])).unwrap(),
+        std::slice::from_ref(&long)
     );
-    assert_eq!(reader.containers("4").unwrap(), [short, long.clone()]);
+    assert_eq!(reader.containers(&format!("moby/{}", &long.id[..8])).unwrap(), []);
+    assert_eq!(reader.containers(&long.id[..7]).unwrap(), [], "too short to be meant");
+    assert_eq!(reader.containers("4f").unwrap(), [short]);
     assert_eq!(reader.containers(&format!("k8s.io/{}", long.id)).unwrap(), [long]);
     assert_eq!(reader.containers("x").unwrap(), []);
     let mut of_a_layer = finding(0xad00_0000, 0);
@@ -539,7 +547,7 @@ fn a_session_is_kept_with_its_commands_in_its_newest_revision() {
     let page = reader.commands(over.id, Some(next), 1).unwrap();
     assert_eq!((page.commands, page.next), (vec![second], None));
     assert_eq!(
-        reader.containers("we").unwrap(),
+        reader.containers(&over.container.id.id).unwrap(),
         std::slice::from_ref(&over.container.id),
         "it has no finding"
     );
@@ -624,7 +632,7 @@ fn probes_are_kept_by_their_newest_count() {
     assert_eq!(reader.probes(Some(&db.container.id)).unwrap(), std::slice::from_ref(&db));
     assert_eq!(reader.probe("01").unwrap(), ProbeLookup::Found(Box::new(web)));
     assert_eq!(reader.probe("0").unwrap(), ProbeLookup::Ambiguous(2));
-    assert_eq!(reader.containers("d").unwrap(), [db.container.id]);
+    assert_eq!(reader.containers(&db.container.id.id.clone()).unwrap(), [db.container.id]);
     writer.stop();
 }
 

@@ -19,15 +19,17 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
+use driftd::gate::Gate;
 use driftd::health::{Failure, Health};
 use driftd::model::{
     Blake3Hash, ContainerId, Content, Entry, Fact, FileState, FileTime, FileType, Filesystem,
     Format, LayerFile, Observation, Process, RootfsPath, Source, Unhashed,
 };
+use driftd::pulse::Part;
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
 use driftd::sys::mounts::Notifier;
 use driftd::sys::procfs;
-use driftd::watch::{Command as Order, Report, Trust, Verdict, Watch};
+use driftd::watch::{self, Command as Order, Report, Trust, Verdict, Watch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// In an emulated machine, where all is slow.
@@ -340,6 +342,12 @@ fn settings() -> config::Watch {
     }
 }
 
+/// The gate's process, of the program that is installed.
+fn start_gate(settings: &config::Watch) -> Gate {
+    Gate::start(Path::new(env!("CARGO_BIN_EXE_driftd")), watch::shards(settings.gate))
+        .unwrap_or_else(|err| panic!("the gate cannot start: {err}"))
+}
+
 /// The watchers, and everything they have told.
 struct Node {
     watch: Option<Watch>,
@@ -361,7 +369,7 @@ impl Node {
     fn with(reports: usize, settings: &config::Watch) -> Node {
         let (sender, reports) = bounded(reports);
         let health = Arc::new(Health::default());
-        let watch = Watch::start(settings, sender, health.clone(), None)
+        let watch = Watch::start(settings, sender, health.clone(), start_gate(settings))
             .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
@@ -802,7 +810,7 @@ fn a_thousand_executions_are_a_thousand_observations() {
         _ => None,
     });
     node.assert_no_loss();
-    assert!(node.health.gate_answers.load(Ordering::Relaxed) >= 1000);
+    assert!(node.health.gate_answers() >= 1000);
 }
 
 /// An environment with which what execve(2) writes on the stack begins just below a
@@ -1127,8 +1135,14 @@ impl Node {
     fn with_notifier(notifier: Notifier) -> Node {
         let (sender, reports) = bounded(64 * 1024);
         let health = Arc::new(Health::default());
-        let watch = Watch::start_with(&settings(), sender, health.clone(), None, notifier)
-            .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
+        let watch = Watch::start_with(
+            &settings(),
+            sender,
+            health.clone(),
+            start_gate(&settings()),
+            notifier,
+        )
+        .unwrap_or_else(|err| panic!("the watchers cannot start: {err}"));
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
 
@@ -1190,7 +1204,8 @@ fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
             let words = ["umount", point.to_str().unwrap()];
             assert!(container.beside(&words).status().unwrap().success(), "the volume is busy");
         }
-        assert_eq!(node.executed_elsewhere().len(), 20);
+        let told = node.executed_elsewhere();
+        assert_eq!(told.len(), 20, "{told:#?}");
         node.assert_no_loss();
         // Nothing of it is kept.
         container.kill_init();
@@ -1544,7 +1559,7 @@ fn what_is_typed_into_the_terminal_of_init_is_heard_where_it_is_read() {
 }
 
 #[test]
-fn a_runtimes_init_is_a_session_by_its_name() {
+fn h03_a_runtimes_init_is_a_session_by_where_it_comes_from() {
     let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
     // What runc calls itself until it becomes the session's command.
     let runtime = container.dir.path().join("runc:[2:INIT]");
@@ -1760,36 +1775,120 @@ fn a_full_queue_is_an_overflow_and_not_an_event() {
     assert_eq!((overflows, decoded.len()), (1, limit + 1));
 }
 
+/// A process with a container's root that still runs a program of the host's, as a
+/// runtime does until it is told to go on.
+struct Waiting {
+    pid: u32,
+    go_on: std::io::PipeWriter,
+    started: std::thread::JoinHandle<Child>,
+}
+
+impl Waiting {
+    #[allow(unsafe_code, reason = "it stays itself between fork and exec, like a runtime")]
+    fn to_become(container: &Container, program: &str) -> Waiting {
+        let (told, tell) = std::io::pipe().unwrap();
+        let (wait, go_on) = std::io::pipe().unwrap();
+        let mut command = Command::new(program);
+        command.arg("3600").stdin(Stdio::null());
+        let merged = container.merged();
+        let become_it = move || {
+            rustix::process::chroot(&merged)?;
+            std::env::set_current_dir("/")?;
+            let pid = rustix::process::getpid().as_raw_nonzero().get();
+            rustix::io::write(&tell, &pid.to_ne_bytes())?;
+            rustix::io::read(&wait, &mut [0_u8])?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec it makes system calls only; its memory is its own.
+        unsafe { command.pre_exec(become_it) };
+        let started = std::thread::spawn(move || command.spawn().unwrap());
+        let mut pid = [0; 4];
+        rustix::io::read(&told, &mut pid).unwrap();
+        Waiting { pid: u32::try_from(i32::from_ne_bytes(pid)).unwrap(), go_on, started }
+    }
+
+    fn go_on(self) -> Family {
+        rustix::io::write(&self.go_on, b".").unwrap();
+        Family(self.started.join().unwrap())
+    }
+}
+
 #[test]
 fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
     let container = Container::start();
-    // What runc's init is called while it waits to become the entry point.
+    let blake3 = container.drop_program("/tmp/sleep");
+    let init = Waiting::to_become(&container, "/tmp/sleep");
+    let mut node = Node::start();
+    let id = container.id.clone();
+    node.order(Order::Attach { container: id, pid: init.pid, rootfs: None });
+    let before_start = node.until("the container to be attached", |report| match report {
+        Report::Attached { before_start, .. } => Some(*before_start),
+        _ => None,
+    });
+    assert!(before_start);
+    let _init = init.go_on();
+    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
+    let walk = node.unordered_walk(&container.id);
+    assert_eq!(walk.names(), ["/tmp/sleep"]);
+    let told = node.told.iter().map(summary);
+    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
+    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
+    node.assert_no_loss();
+}
+
+#[test]
+fn h03_an_init_that_calls_itself_a_runtimes_has_begun() {
+    let container = Container::start();
     let init = container.merged().join("tmp/runc:[2:INIT]");
-    fs::write(&init, "#!/bin/sh\nread line\nexec /tmp/sleep 3600\n").unwrap();
+    fs::write(&init, "#!/bin/sh\nread line\nexec /bin/sleep 3600\n").unwrap();
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
     let mut init = container.command(&["/tmp/runc:[2:INIT]"]);
-    let mut init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
+    let init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
     let pid = init.0.id();
     wait_for("the init", || {
         let comm = fs::read(format!("/proc/{pid}/comm")).unwrap();
         (comm == b"runc:[2:INIT]\n").then_some(())
     });
-    let blake3 = container.drop_program("/tmp/sleep");
     let mut node = Node::start();
     node.order(Order::Attach { container: container.id.clone(), pid, rootfs: None });
     let before_start = node.until("the container to be attached", |report| match report {
         Report::Attached { before_start, .. } => Some(*before_start),
         _ => None,
     });
-    assert!(before_start);
-    init.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    assert_eq!(node.until_executed(&path("/tmp/sleep")).state.blake3(), Some(blake3));
-    let walk = node.unordered_walk(&container.id);
-    assert_eq!(walk.names(), ["/tmp/runc:[2:INIT]", "/tmp/sleep"]);
-    let told = node.told.iter().map(summary);
-    let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
-    assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
-    node.assert_no_loss();
+    assert!(!before_start, "its program is the container's own");
+}
+
+#[test]
+fn x19_a_file_that_looks_older_than_the_layer_is_no_file_of_the_image() {
+    // As one looks that was made after the clock was set back.
+    let scratch = tempfile::tempdir().unwrap();
+    let old = scratch.path().join("old");
+    fs::copy(BUSYBOX, &old).unwrap();
+    let container = Container::start();
+    // A directory of the upper layer, into which the overlay has not looked.
+    container.shell("/bin/mkdir /tmp/late");
+    let hidden = container.upper().join("tmp/late/true");
+    fs::OpenOptions::new().append(true).open(&old).unwrap().write_all(b"other").unwrap();
+    fs::rename(&old, &hidden).unwrap();
+    let times = |path: &Path| driftd::sys::file::stat_path(path).unwrap().born;
+    assert!(times(&hidden) < times(&container.upper()), "a filesystem that keeps births");
+    let mut node = Node::start();
+    node.attach(&container);
+    container.shell("/tmp/late/true");
+    let (state, layer_file) =
+        node.until_observed("it to be told", |observation| match &observation.fact {
+            Fact::Executed { path: told, state, layer_file, .. }
+                if *told == path("/tmp/late/true") =>
+            {
+                Some((state.clone(), *layer_file))
+            }
+            _ => None,
+        });
+    assert_eq!(state.blake3(), Some(hash_of(&hidden)));
+    assert_eq!(layer_file, None, "it is taken for the container's own");
+    // It is said, and once.
+    node.walk(&container);
+    assert_eq!(node.health.count(Failure::ClockSet), 1);
 }
 
 #[test]
@@ -1799,9 +1898,7 @@ fn what_waits_at_the_gate_goes_on_when_the_watchers_stop() {
     node.attach(&container);
     let script = "i=0; while [ $i -lt 300 ]; do /bin/true || exit 1; i=$((i+1)); done";
     let mut busy = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
-    wait_for("the gate to be busy", || {
-        (node.health.gate_answers.load(Ordering::Relaxed) > 20).then_some(())
-    });
+    wait_for("the gate to be busy", || (node.health.gate_answers() > 20).then_some(()));
     node.watch.take().unwrap().stop();
     assert!(busy.0.wait().unwrap().success());
 }
@@ -1834,16 +1931,17 @@ fn what_was_executed_before_a_stop_is_told() {
 }
 
 #[test]
-fn the_gate_beats_while_nothing_happens() {
-    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
-    let (reader, writer) = nix::unistd::pipe2(flags).unwrap();
+fn the_gate_counts_its_turns_while_nothing_happens() {
     let (sender, _reports) = bounded(8);
-    let watch =
-        Watch::start(&settings(), sender, Arc::new(Health::default()), Some(writer)).unwrap();
-    let mut beats = 0;
-    wait_for("three beats", || {
-        beats += rustix::io::read(&reader, &mut [0; 64]).unwrap_or(0);
-        (beats >= 3).then_some(())
+    let gate = start_gate(&settings());
+    let pulse = gate.pulse.clone();
+    let watch = Watch::start(&settings(), sender, Arc::new(Health::default()), gate).unwrap();
+    let turns = [pulse.turns_of(Part::Gate), &*watch.gate_turns()]
+        .map(|turns| turns.load(Ordering::Relaxed) + 3);
+    wait_for("three turns", || {
+        let now = [pulse.turns_of(Part::Gate), &*watch.gate_turns()]
+            .map(|turns| turns.load(Ordering::Relaxed));
+        (now[0] >= turns[0] && now[1] >= turns[1]).then_some(())
     });
     watch.stop();
 }

@@ -9,13 +9,15 @@ use std::path::{Path, PathBuf};
 /// arrow here is an architecture change; say why in ARCHITECTURE.md.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
-    ("health", &[]),
     ("sys", &["model"]),
+    ("pulse", &["sys"]),
+    ("health", &["pulse"]),
+    ("gate", &["model", "pulse", "sys"]),
     ("config", &["model"]),
     ("policy", &["config", "model"]),
     ("baseline", &["config", "health", "model", "sys"]),
     ("containerd", &["baseline", "config", "health", "model", "sys"]),
-    ("watch", &["config", "health", "model", "sys"]),
+    ("watch", &["config", "gate", "health", "model", "pulse", "sys"]),
     ("detect", &["baseline", "model"]),
     ("inventory", &["baseline", "model"]),
     ("history", &["health", "model", "respond"]),
@@ -35,7 +37,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "watch",
         ],
     ),
-    ("api", &["baseline", "containerd", "health", "history", "model", "pipeline", "respond"]),
+    (
+        "api",
+        &["baseline", "containerd", "health", "history", "model", "pipeline", "respond", "sys"],
+    ),
     (
         "cli",
         &[
@@ -44,6 +49,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "containerd",
             "daemon",
+            "gate",
             "guardian",
             "health",
             "history",
@@ -53,7 +59,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "sys",
         ],
     ),
-    ("guardian", &["sys"]),
+    ("guardian", &["pulse", "sys"]),
 ];
 
 /// These wire the rooms together and may know them all.
@@ -208,6 +214,80 @@ fn generated_messages_stop_at_their_door() {
         code.contains("containerd_client::")
     });
     assert_only_in("our proto", &["api", "cli"], |code| code.contains("api::v1"));
+}
+
+/// Ways to ask a filesystem. Those of them that a container can make wait are for the door
+/// alone (`sys::door`, and `sys::file` by descriptor).
+const ASKS: &[&str] = &[
+    "File::open",
+    "OpenOptions",
+    "Dir::read_from",
+    "canonicalize(",
+    ".exists()",
+    ".is_dir()",
+    ".is_file()",
+    "fs::copy",
+    "fs::metadata",
+    "fs::open",
+    "fs::read(",
+    "fs::read_to_string",
+    "fs::statx",
+    "fs::access",
+    "fstat(",
+    "getxattr",
+    "is_in_memory(",
+    "is_overlay(",
+    "is_remote(",
+    "listxattr",
+    "openat",
+    "read_dir",
+    "read_link",
+    "readlinkat",
+    "statfs",
+    "symlink_metadata",
+    "try_exists",
+];
+
+/// Where one of them is right all the same, and why.
+const MAY_ASK: &[(&str, &str, &str)] = &[
+    ("arm.rs", "read_dir", "bundles of the host's runtimes"),
+    ("arm.rs", "canonicalize(", "sockets of the host's runtimes"),
+    ("copyup.rs", "OpenOptions", "a file of our own in a work directory of containerd's"),
+    ("copyup.rs", "is_remote(", "directories of containerd's"),
+    ("lower.rs", "Dir::read_from", "a directory below an image's layer, held already"),
+    ("mounts.rs", "is_in_memory(", "a file on a filesystem that carries our marks"),
+    ("mounts.rs", "is_overlay(", "a file on a filesystem that carries our marks"),
+    ("scan.rs", "Dir::read_from", "a directory below an upper layer, held already"),
+    ("scan.rs", "readlinkat", "a link of an upper layer, in a directory that is held"),
+    ("trial.rs", "OpenOptions", "files of our own"),
+    ("trial.rs", "fs::", "files of our own"),
+];
+
+#[test]
+fn x01_who_watches_asks_filesystems_only_through_the_door() {
+    let mut wrong = Vec::new();
+    for Source { room, file, code } in sources() {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        if room != "watch" {
+            continue;
+        }
+        for ask in ASKS.iter().filter(|ask| code.contains(**ask)) {
+            let may = MAY_ASK.iter().any(|(file, way, _)| *file == name && ask.contains(*way));
+            if !may {
+                wrong.push(format!("src/{}: {ask}", file.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "not through sys::door: {wrong:#?}");
+    // In `sys`, one place opens again what was held, and none reads another's memory.
+    let asks = |code: &str, what: &str| code.contains(what);
+    for Source { room, file, code } in sources() {
+        if room == "sys" {
+            assert!(!asks(&code, "/mem\"") && !asks(&code, ".mem()"), "{}", file.display());
+            let reopens = asks(&code, "fs::open(&path");
+            assert!(!reopens || file.ends_with("door.rs"), "{}", file.display());
+        }
+    }
 }
 
 #[test]

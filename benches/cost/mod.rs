@@ -34,6 +34,13 @@ fn cpu_time(who: UsageWho) -> anyhow::Result<Duration> {
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
+/// For how long another process's only thread has run.
+pub(crate) fn cpu_time_of(pid: u32) -> anyhow::Result<Duration> {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat"))?;
+    let run = text.split_whitespace().next().context("no time in schedstat")?;
+    Ok(Duration::from_nanos(run.parse()?))
+}
+
 /// A figure from /proc/self/status, in bytes.
 pub(crate) fn memory(name: &str) -> anyhow::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;

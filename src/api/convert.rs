@@ -11,8 +11,8 @@ use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
 use crate::model::session::{COMMAND_SCHEMA, PROBE_SCHEMA, SESSION_SCHEMA};
 use crate::model::{
     self, Ancestor, Attack, Command, ContainerId, Entry, Exit, Expected, FileEvidence, FileType,
-    Finding, Format, ImageReference, Interactive, Login, Member, Outcome, Pod, Probe, ProbeSource,
-    Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
+    Finding, Format, ImageReference, Incarnation, Interactive, Login, Member, Outcome, Pod, Probe,
+    ProbeSource, Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
 };
 use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
@@ -49,6 +49,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         node,
         runtime,
         container,
+        run,
         image,
         file,
         expected,
@@ -87,6 +88,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         file: file.map(file_to_proto),
         expected: expected.map(expected_to_proto),
         process: process.map(process_to_proto),
+        run: run.map(incarnation_to_proto),
         invoked_as,
         session: session.map(|id| id.to_string()),
         story: story.map(|id| id.to_string()),
@@ -126,6 +128,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         expected,
         process,
         invoked_as,
+        run,
         session,
         story,
         transaction,
@@ -153,6 +156,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
             labels: labels.into_iter().collect(),
             pod: pod.map(pod_from_proto),
         }),
+        run: run.map(incarnation_from_proto).transpose()?,
         image: image_from_proto(image.unwrap_or_default())?,
         file: file.map(file_from_proto).transpose()?,
         expected: expected.map(expected_from_proto).transpose()?,
@@ -313,6 +317,7 @@ pub fn outcome_to_proto(outcome: Outcome) -> proto::Outcome {
     proto::Outcome {
         action: outcome.action,
         succeeded: outcome.succeeded,
+        gone: outcome.gone,
         message: outcome.message,
         at: Some(time_to_proto(outcome.at)),
     }
@@ -322,6 +327,7 @@ pub fn outcome_from_proto(outcome: proto::Outcome) -> Result<Outcome, Malformed>
     Ok(Outcome {
         action: outcome.action,
         succeeded: outcome.succeeded,
+        gone: outcome.gone,
         message: outcome.message,
         at: time_from_proto("outcome.at", outcome.at)?,
     })
@@ -336,12 +342,26 @@ pub fn response_to_proto(response: Response) -> proto::Response {
         finding: response.finding.map(|id| id.to_string()),
         namespace: response.container.namespace.to_string(),
         container: response.container.id.to_string(),
+        incarnation: response.incarnation.map(incarnation_to_proto),
     }
+}
+
+fn incarnation_to_proto(incarnation: Incarnation) -> proto::Incarnation {
+    let Incarnation { pid, start_time, created_at } = incarnation;
+    proto::Incarnation { pid, start_time, created_at: created_at.map(time_to_proto) }
+}
+
+fn incarnation_from_proto(incarnation: proto::Incarnation) -> Result<Incarnation, Malformed> {
+    let proto::Incarnation { pid, start_time, created_at } = incarnation;
+    let created_at = optional_time_from_proto("incarnation.created_at", created_at)?;
+    Ok(Incarnation { pid, start_time, created_at })
 }
 
 pub fn response_from_proto(response: proto::Response) -> Result<Response, Malformed> {
     let outcome = response.outcome.ok_or_else(|| missing("response.outcome"))?;
     Ok(Response {
+        ticket: 0,
+        incarnation: response.incarnation.map(incarnation_from_proto).transpose()?,
         container: ContainerId::new(&response.namespace, &response.container),
         reason: response.reason,
         requested_by: response.requested_by,
@@ -855,10 +875,12 @@ mod tests {
         answered.outcome = Some(Outcome {
             action: "kill".into(),
             succeeded: false,
+            gone: true,
             message: "no such task".into(),
             at: Timestamp::new(-1, -5).unwrap(),
         });
         answered.story = Some(answered.id);
+        answered.run = Some(Incarnation { pid: 7, start_time: Some(700), created_at: None });
         answered.transaction = Some(answered.id);
         answered.files = Some(3);
         answered.invoked_as = Some("/bin/x".into());
@@ -977,8 +999,14 @@ mod tests {
     fn every_entry_of_a_timeline_survives_the_wire() {
         let at = "2026-11-20T10:00:00Z".parse().unwrap();
         check_entry(Happened::Finding(Box::new(sample())));
-        for finding in [None, Some(sample().id)] {
+        let whole = Incarnation { pid: 7, start_time: Some(u64::MAX), created_at: Some(at) };
+        let bare = Incarnation { start_time: None, created_at: None, ..whole };
+        for (finding, incarnation) in
+            [(None, None), (Some(sample().id), Some(whole)), (None, Some(bare))]
+        {
             check_entry(Happened::Response(Box::new(Response {
+                ticket: 0,
+                incarnation,
                 container: ContainerId::new("default", "web"),
                 reason: "a\u{1b}b".into(),
                 requested_by: "uid 0".into(),
@@ -987,6 +1015,7 @@ mod tests {
                 outcome: Outcome {
                     action: "kill".into(),
                     succeeded: true,
+                    gone: false,
                     message: "killed".into(),
                     at,
                 },

@@ -1,14 +1,21 @@
 //! Who is asking. The socket's mode keeps strangers out; this checks again, on
-//! every call, by what the kernel says of the other end.
+//! every call, by what the kernel said of the other end when it connected. No user
+//! database is asked: it may be slow, and a call would wait for it.
 
 use std::fmt;
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
-use nix::unistd::{Gid, Group, Uid, User};
-use tonic::transport::server::UdsConnectInfo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
 use crate::model::printable;
+use crate::sys::peer;
 
 /// Members of this group may ask, besides root.
 pub(super) const GROUP: &str = "driftd";
@@ -34,47 +41,125 @@ impl fmt::Display for Peer {
     }
 }
 
+/// What the kernel says of whoever has connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Credentials {
+    peer: Peer,
+    is_member: bool,
+}
+
+/// A connection to the socket.
+pub(super) struct Connection {
+    stream: UnixStream,
+    /// The group whose members may ask, if there is one.
+    group: Option<u32>,
+}
+
+impl Connection {
+    pub(super) fn new(stream: UnixStream, group: Option<u32>) -> Connection {
+        Connection { stream, group }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Option<Credentials>;
+
+    fn connect_info(&self) -> Option<Credentials> {
+        let kernels = self.stream.peer_cred().ok()?;
+        let groups = peer::groups(self.stream.as_fd()).unwrap_or_default();
+        let is_member =
+            self.group.is_some_and(|group| kernels.gid() == group || groups.contains(&group));
+        Some(Credentials { peer: Peer { uid: kernels.uid(), pid: kernels.pid() }, is_member })
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
 /// Lets root and the group through, and leaves a [`Peer`] with the request.
 pub(super) fn check(mut request: Request<()>) -> Result<Request<()>, Status> {
-    let credentials = request
-        .extensions()
-        .get::<UdsConnectInfo>()
-        .and_then(|info| info.peer_cred)
+    let credentials = request.extensions().get::<Option<Credentials>>().copied().flatten();
+    let Credentials { peer, is_member } = credentials
         .ok_or_else(|| Status::permission_denied("the kernel does not say who is asking"))?;
-    let uid = Uid::from_raw(credentials.uid());
-    if !uid.is_root() && !is_member(uid, Gid::from_raw(credentials.gid())) {
+    if peer.uid != 0 && !is_member {
         return Err(Status::permission_denied(format!(
-            "uid {uid} may not ask driftd: only root and members of the group {GROUP} may \
-             (try: sudo, or usermod -aG {GROUP} USER)"
+            "uid {} may not ask driftd: only root and members of the group {GROUP} may \
+             (try: sudo, or usermod -aG {GROUP} USER)",
+            peer.uid
         )));
     }
-    request.extensions_mut().insert(Peer { uid: uid.as_raw(), pid: credentials.pid() });
+    request.extensions_mut().insert(peer);
     Ok(request)
-}
-
-fn is_member(uid: Uid, gid: Gid) -> bool {
-    let Ok(Some(group)) = Group::from_name(GROUP) else { return false };
-    let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
-    belongs(gid, name.as_deref(), &group)
-}
-
-fn belongs(gid: Gid, name: Option<&str>, group: &Group) -> bool {
-    group.gid == gid || name.is_some_and(|name| group.mem.iter().any(|member| member == name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn may_ask(uid: u32, is_member: bool) -> bool {
+        let mut request = Request::new(());
+        let credentials = Credentials { peer: Peer { uid, pid: None }, is_member };
+        request.extensions_mut().insert(Some(credentials));
+        check(request).is_ok()
+    }
+
     #[test]
-    fn the_group_counts_whether_primary_or_supplementary() {
-        let mut group = Group::from_gid(Gid::from_raw(0)).unwrap().unwrap();
-        group.gid = Gid::from_raw(990);
-        group.mem = vec!["ann".into()];
-        assert!(belongs(Gid::from_raw(990), None, &group));
-        assert!(belongs(Gid::from_raw(1000), Some("ann"), &group));
-        assert!(!belongs(Gid::from_raw(1000), Some("bob"), &group));
-        assert!(!belongs(Gid::from_raw(1000), None, &group));
+    fn root_and_members_of_the_group_may_ask() {
+        assert!(may_ask(0, false) && may_ask(1000, true) && !may_ask(1000, false));
+    }
+
+    #[tokio::test]
+    async fn h13_a_member_is_known_by_the_groups_that_its_process_has() {
+        let connected = |group| {
+            let (stream, other) = UnixStream::pair().unwrap();
+            (Connection::new(stream, group).connect_info().unwrap(), other)
+        };
+        let mine = nix::unistd::getgid().as_raw();
+        let supplementary = nix::unistd::getgroups().unwrap();
+        assert!(connected(Some(mine)).0.is_member);
+        for group in &supplementary {
+            assert!(connected(Some(group.as_raw())).0.is_member, "{group}");
+        }
+        let nobodys = (1..)
+            .find(|gid| *gid != mine && !supplementary.iter().any(|group| group.as_raw() == *gid));
+        assert!(!connected(nobodys).0.is_member && !connected(None).0.is_member);
     }
 
     #[test]

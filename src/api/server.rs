@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use nix::unistd::Group;
 use tokio::sync::watch;
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
-use super::peer;
+use super::peer::{self, Connection};
 use super::proto;
 use super::proto::drift_service_server::DriftServiceServer;
 use super::service::{Backend, Service};
@@ -50,6 +51,8 @@ fn failed<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Error
 pub struct Listener {
     socket: UnixListener,
     name: SocketName,
+    /// The group whose members may ask, as it was when the socket was made.
+    group: Option<u32>,
 }
 
 /// The name of our socket, as long as it is ours.
@@ -87,16 +90,16 @@ impl Listener {
             _ => failed("listen on", path)(err),
         })?;
         // Until here only root can connect: the umask takes the write bits of others.
-        if let Ok(Some(group)) = Group::from_name(peer::GROUP) {
-            chown(path, None, Some(group.gid.as_raw()))
-                .map_err(failed("give to the group driftd", path))?;
+        let group = Group::from_name(peer::GROUP).ok().flatten().map(|group| group.gid.as_raw());
+        if let Some(group) = group {
+            chown(path, None, Some(group)).map_err(failed("give to the group driftd", path))?;
         }
         fs::set_permissions(path, Permissions::from_mode(0o660))
             .map_err(failed("set the mode of", path))?;
         let found = fs::symlink_metadata(path).map_err(failed("look at", path))?;
         socket.set_nonblocking(true).map_err(failed("listen on", path))?;
         let name = SocketName { path: path.into(), inode: (found.dev(), found.ino()) };
-        Ok(Listener { socket, name })
+        Ok(Listener { socket, name, group })
     }
 }
 
@@ -124,7 +127,7 @@ pub async fn serve(
     backend: Backend,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
-    let Listener { socket, name } = listener;
+    let Listener { socket, name, group } = listener;
     let socket =
         tokio::net::UnixListener::from_std(socket).map_err(failed("listen on", &name.path))?;
     let (stop, stopping) = watch::channel(false);
@@ -138,13 +141,15 @@ pub async fn serve(
         .expect("the descriptor sets are compiled into this program");
     let service = DriftServiceServer::new(Service { backend, stopping: stopping.clone() });
 
+    let connections = UnixListenerStream::new(socket)
+        .map(move |accepted| accepted.map(|stream| Connection::new(stream, group)));
     let mut until = stopping.clone();
     let server = Server::builder()
         .layer(InterceptorLayer::new(peer::check))
         .add_service(health)
         .add_service(reflection)
         .add_service(service)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async move {
+        .serve_with_incoming_shutdown(connections, async move {
             // An error means that `stop` is gone, which is the end too.
             let _ = until.wait_for(|stopping| *stopping).await;
         });

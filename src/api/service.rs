@@ -19,7 +19,7 @@ use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::health::{Backlog, Failure, Health};
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
-use crate::model::{ContainerId, FindingId, Session, printable};
+use crate::model::{ContainerId, FindingId, Incarnation, NamedBy, Session, printable};
 use crate::pipeline::{ContainerView, LookupError, Question};
 use crate::respond;
 
@@ -79,10 +79,13 @@ pub(super) fn history_failed(err: &history::Error) -> Status {
 
 fn lookup_failed(err: &LookupError) -> Status {
     match err {
-        LookupError::Unknown(_) => Status::not_found(err.to_string()),
-        LookupError::UnknownProbe(_) => Status::not_found(err.to_string()),
+        LookupError::Unknown(_) | LookupError::NotWhole(..) | LookupError::UnknownProbe(_) => {
+            Status::not_found(err.to_string())
+        }
         LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
-        LookupError::NotWatched(..) => Status::failed_precondition(err.to_string()),
+        LookupError::NotWatched(..) | LookupError::Gone(_) | LookupError::RunGone(_) => {
+            Status::failed_precondition(err.to_string())
+        }
         LookupError::Stopping => Status::unavailable(err.to_string()),
     }
 }
@@ -135,32 +138,104 @@ impl Service {
     /// gone and left findings or sessions.
     async fn resolve(&self, text: String) -> Result<ContainerId, Status> {
         let live = self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?;
-        let (reader, wanted) = (self.backend.history.clone(), text.clone());
-        let mut candidates = unblock(move || reader.containers(&wanted))
-            .await?
-            .map_err(|err| history_failed(&err))?;
-        match live {
-            Ok(container) => candidates.push(container),
-            Err(
-                LookupError::Unknown(_)
-                | LookupError::UnknownProbe(_)
-                | LookupError::NotWatched(..),
-            ) => (),
+        let mut candidates = self.remembered(&text).await?;
+        let unknown = match live {
+            Ok(container) => {
+                candidates.push(container);
+                None
+            }
             Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
                 return Err(lookup_failed(&err));
             }
-        }
+            Err(err) => Some(err),
+        };
         candidates.sort();
         candidates.dedup();
-        if candidates.iter().any(|container| *container.id == *text) {
-            candidates.retain(|container| *container.id == *text);
+        let is_whole =
+            |container: &ContainerId| container.named_by(&text) == Some(NamedBy::WholeId);
+        if candidates.iter().any(is_whole) {
+            candidates.retain(is_whole);
         }
-        let text = printable(text.as_bytes());
         match candidates.len() {
-            0 => Err(lookup_failed(&LookupError::Unknown(text))),
+            0 => Err(lookup_failed(&match unknown {
+                None | Some(LookupError::Unknown(_)) => self.alike(&text).await?,
+                Some(told) => told,
+            })),
             1 => Ok(candidates.remove(0)),
-            several => Err(lookup_failed(&LookupError::Ambiguous(text, several))),
+            several => {
+                let text = printable(text.as_bytes());
+                Err(lookup_failed(&LookupError::Ambiguous(text, several)))
+            }
         }
+    }
+
+    /// That a text names no container; which ones begin like it, if some do.
+    async fn alike(&self, text: &str) -> Result<LookupError, Status> {
+        const MOST: usize = 3;
+        let wanted = text.to_owned();
+        let alike = self.read(move |reader| reader.containers_beginning_with(&wanted)).await?;
+        let alike: Vec<String> = alike.iter().take(MOST).map(ToString::to_string).collect();
+        let text = printable(text.as_bytes());
+        Ok(match &alike[..] {
+            [] => LookupError::Unknown(text),
+            some => LookupError::NotWhole(text, some.join(", ")),
+        })
+    }
+
+    /// The containers of the history that a person names by `text`.
+    async fn remembered(&self, text: &str) -> Result<Vec<ContainerId>, Status> {
+        let wanted = text.to_owned();
+        self.read(move |reader| reader.containers(&wanted)).await
+    }
+
+    /// Makes sure that the one container which is there and which `text` names is the one
+    /// that is meant: one that is gone may have had this as its whole ID.
+    async fn is_meant(&self, text: &str) -> Result<(), Status> {
+        let is_whole = |container: &ContainerId| container.named_by(text) == Some(NamedBy::WholeId);
+        let container = text.to_owned();
+        let live = self.ask(|reply| Question::Lookup { container, reply }).await?;
+        match &live {
+            Ok(container) if is_whole(container) => return Ok(()),
+            Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
+                return Err(lookup_failed(err));
+            }
+            Ok(_) | Err(_) => (),
+        }
+        if let Some(gone) = self.remembered(text).await?.iter().find(|gone| is_whole(gone)) {
+            return Err(lookup_failed(&LookupError::Gone(gone.to_string())));
+        }
+        live.map(drop).map_err(|err| lookup_failed(&err))
+    }
+
+    /// Who is to be answered: the container that is named, or that of the finding that is.
+    async fn target(
+        &self,
+        container: String,
+        finding: String,
+    ) -> Result<(String, Option<Box<(FindingId, Incarnation)>>), Status> {
+        if finding.is_empty() {
+            self.is_meant(&container).await?;
+            return Ok((container, None));
+        }
+        let shown = printable(finding.as_bytes());
+        let found = self.read(move |reader| reader.finding(&finding)).await?;
+        let finding = the_one(found, "finding", &shown)?;
+        let of = finding.container_id().zip(finding.run).ok_or_else(|| {
+            Status::failed_precondition(format!(
+                "finding {} does not say in which run of a container it was seen: name the \
+                 container instead",
+                finding.id
+            ))
+        })?;
+        let (id, run) = of;
+        if !container.is_empty() && id.named_by(&container).is_none() {
+            return Err(Status::invalid_argument(format!(
+                "finding {} is of container {id}, and not of `{}`",
+                finding.id,
+                printable(container.as_bytes())
+            )));
+        }
+        Ok((format!("{}/{}", id.namespace, id.id), Some(Box::new((finding.id, run)))))
     }
 
     async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {
@@ -253,7 +328,7 @@ impl DriftService for Service {
                 .containers_waiting
                 .saturating_add(count(self.backend.recorder.pending())),
             findings,
-            gate_answers: health.gate_answers.load(Ordering::Relaxed),
+            gate_answers: health.gate_answers(),
             data_writes: health.data_writes.load(Ordering::Relaxed),
             losses: health
                 .losses()
@@ -284,8 +359,8 @@ impl DriftService for Service {
             gate: health.gating.get().map(|gating| proto::Gate {
                 mode: gating.mode.to_owned(),
                 instead: gating.instead.clone().unwrap_or_default(),
-                ignored: health.gate_ignored.load(Ordering::Relaxed),
-                copy_ups: health.copy_ups.load(Ordering::Relaxed),
+                ignored: health.gate_ignored(),
+                copy_ups: health.copy_ups(),
             }),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
@@ -314,6 +389,7 @@ impl DriftService for Service {
         request: Request<proto::DiffContainerRequest>,
     ) -> Result<Response<proto::DiffContainerResponse>, Status> {
         let container = request.into_inner().container;
+        self.is_meant(&container).await?;
         let diff = self
             .ask(|reply| Question::Diff { container, reply })
             .await?
@@ -678,9 +754,16 @@ impl DriftService for Service {
                 "a response needs a reason, of at most {MAX_REASON} bytes: it is kept in the history"
             )));
         }
-        let container = request.container;
+        let (container, cause) = self.target(request.container, request.finding).await?;
         let response = self
-            .ask(|reply| Question::Respond { container, action, reason, requested_by, reply })
+            .ask(|reply| Question::Respond {
+                container,
+                cause,
+                action,
+                reason,
+                requested_by,
+                reply,
+            })
             .await?
             .map_err(|err| lookup_failed(&err))?;
         self.wait_until_recorded(&response).await?;

@@ -144,7 +144,7 @@ pub(super) fn pod(pod: Option<&Pod>) -> String {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Diff {
-    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
+    /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     container: String,
     #[command(flatten)]
     listing: Listing,

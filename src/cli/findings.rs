@@ -42,7 +42,7 @@ pub(super) struct Findings {
 
 #[derive(Debug, clap::Args)]
 struct Filter {
-    /// Only of this container: an ID, NAMESPACE/ID, or the beginning of an ID
+    /// Only of this container: its whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     #[arg(long, value_name = "CONTAINER")]
     container: Option<String>,
     /// Only of this image: a name or a manifest digest
@@ -391,6 +391,7 @@ pub(super) mod tests {
         hostile.outcome = Some(Outcome {
             action: "kill".into(),
             succeeded: false,
+            gone: false,
             message: "no such task".into(),
             at: hostile.last_seen,
         });

@@ -88,10 +88,10 @@ enum Command {
     },
     /// Watch over the daemon (started by the daemon itself)
     #[command(hide = true)]
-    Guardian {
-        /// The daemon's pid: this process's parent
-        daemon: u32,
-    },
+    Guardian,
+    /// Answer the kernel's questions (started by the daemon itself)
+    #[command(hide = true)]
+    Gate,
 }
 
 /// Where the settings come from, and what overrides them.
@@ -155,12 +155,13 @@ impl Cli {
             Command::Respond(respond) => respond.run(server),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),
-            Command::Guardian { daemon } => {
-                let ended = crate::guardian::watch_over(daemon)?;
-                Ok(match ended {
-                    crate::guardian::Ended::DaemonGone => Exit::Clean,
-                    crate::guardian::Ended::Killed => Exit::Failed,
-                })
+            Command::Guardian => Ok(match crate::guardian::run()? {
+                crate::guardian::Ended::DaemonGone => Exit::Clean,
+                crate::guardian::Ended::Killed(_) => Exit::Failed,
+            }),
+            Command::Gate => {
+                crate::gate::run()?;
+                Ok(Exit::Clean)
             }
         }
     }

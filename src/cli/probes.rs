@@ -15,7 +15,7 @@ use crate::model::{Probe, ProbeSource};
 pub(super) struct Probes {
     #[command(subcommand)]
     change: Option<Change>,
-    /// Only of this container: an ID, NAMESPACE/ID, or the beginning of an ID
+    /// Only of this container: its whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     #[arg(short, long, value_name = "CONTAINER")]
     container: Option<String>,
     #[command(flatten)]

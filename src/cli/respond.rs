@@ -24,8 +24,12 @@ pub(super) enum Respond {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Target {
-    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
-    container: String,
+    /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
+    #[arg(required_unless_present = "finding")]
+    container: Option<String>,
+    /// Answer what this finding tells of, and refuse if that run of its container is over
+    #[arg(long, value_name = "ID")]
+    finding: Option<String>,
     /// Why; it is kept in the history
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     reason: String,
@@ -50,7 +54,8 @@ impl Respond {
             Respond::Resume(target) => (Action::Resume, target),
         };
         let request = proto::RespondRequest {
-            container: target.container,
+            container: target.container.unwrap_or_default(),
+            finding: target.finding.unwrap_or_default(),
             action: convert::action_to_proto(action).into(),
             reason: target.reason.clone(),
         };

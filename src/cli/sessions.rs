@@ -20,7 +20,7 @@ const PAGE: u32 = 1000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Sessions {
-    /// Only of this container: an ID, NAMESPACE/ID, or the beginning of an ID
+    /// Only of this container: its whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     #[arg(short, long, value_name = "CONTAINER")]
     container: Option<String>,
     /// Only those that go on

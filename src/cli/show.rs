@@ -322,13 +322,15 @@ fn next_steps(finding: &Finding) -> String {
         .as_ref()
         .is_some_and(|outcome| outcome.succeeded && outcome.action == "kill");
     if !killed {
+        let id = short(&finding.id.to_string());
+        // By the finding its run of the container is named, and no later one.
+        let (whom, why) = match finding.run {
+            Some(_) => (format!("--finding {id}"), "it is drift".to_owned()),
+            None => (container, format!("finding {id}")),
+        };
         for action in ["pause", "kill"] {
-            writeln!(
-                text,
-                "  driftd respond {action} {container} --reason 'finding {}'",
-                short(&finding.id.to_string())
-            )
-            .expect("writing to a String cannot fail");
+            writeln!(text, "  driftd respond {action} {whom} --reason '{why}'")
+                .expect("writing to a String cannot fail");
         }
     }
     text
@@ -343,6 +345,7 @@ pub(super) fn shell_word(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::cli::findings::tests::samples;
+    use crate::model::Incarnation;
 
     #[test]
     fn a_finding_as_a_person_sees_it() {
@@ -352,6 +355,7 @@ mod tests {
             outcome: Some(convert::outcome_to_proto(Outcome {
                 action: "kill".into(),
                 succeeded: true,
+                gone: false,
                 message: "killed (pid 4100, exit status 137)".into(),
                 at: now,
             })),
@@ -361,6 +365,10 @@ mod tests {
             ..Default::default()
         };
         insta::assert_snapshot!(text(&modified, &[], now));
+        let run = Some(Incarnation { pid: 4100, start_time: Some(7), created_at: None });
+        let shown = text(&Finding { run, ..modified.clone() }, &[], now);
+        let id = short(&modified.id.to_string());
+        assert!(shown.contains(&format!("driftd respond kill --finding {id} --reason")), "{shown}");
         insta::assert_snapshot!(text(&session, &[killed], now));
         insta::assert_snapshot!(text(&hostile, &[], now));
     }

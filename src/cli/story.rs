@@ -138,8 +138,13 @@ impl Story {
             writeln!(text, "  driftd show {id}").expect("writing to a String cannot fail");
         }
         let id = short(&self.session.id.to_string());
+        // By its finding the session's run of the container is named, and no later one.
+        let whom = match self.findings.iter().find(|finding| finding.run.is_some()) {
+            Some(finding) => format!("--finding {}", short(&finding.id.to_string())),
+            None => container,
+        };
         for action in ["pause", "kill"] {
-            writeln!(text, "  driftd respond {action} {container} --reason 'session {id}'")
+            writeln!(text, "  driftd respond {action} {whom} --reason 'session {id}'")
                 .expect("writing to a String cannot fail");
         }
         text

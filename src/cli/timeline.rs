@@ -12,7 +12,9 @@ use super::output::{Format, Listing, colour, harmless, json_line, safe, short, t
 use super::sessions::{result, told};
 use crate::api::{convert, proto};
 use crate::history::{Happened, TimelineEntry};
-use crate::model::{Command, ContainerId, Finding, FindingId, Outcome, Session, SessionId};
+use crate::model::{
+    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Session, SessionId,
+};
 use crate::respond::Response;
 
 /// Entries asked for at once.
@@ -22,7 +24,7 @@ const LONG: usize = 160;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Timeline {
-    /// A container's ID, NAMESPACE/ID, or the beginning of an ID
+    /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     container: String,
     /// Only what happened after this time (RFC 3339), or in this span back from now
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
@@ -59,6 +61,7 @@ struct ResponseJson {
     requested_by: String,
     requested_at: Timestamp,
     finding: Option<FindingId>,
+    incarnation: Option<Incarnation>,
     outcome: Outcome,
 }
 
@@ -247,6 +250,7 @@ fn json(entry: TimelineEntry, container: &ContainerId) -> EntryJson {
                 requested_by: response.requested_by,
                 requested_at: response.requested_at,
                 finding: response.finding,
+                incarnation: response.incarnation,
                 outcome: response.outcome,
             });
         }
@@ -281,12 +285,20 @@ mod tests {
         let mut alone = crate::cli::findings::tests::samples().remove(2);
         alone.session = None;
         let response = Response {
+            ticket: 0,
+            incarnation: None,
             container: ContainerId::new("default", "web"),
             reason: evil.clone(),
             requested_by: evil.clone(),
             requested_at: at,
             finding: None,
-            outcome: Outcome { action: "kill".into(), succeeded: false, message: evil.clone(), at },
+            outcome: Outcome {
+                action: "kill".into(),
+                succeeded: false,
+                gone: false,
+                message: evil.clone(),
+                at,
+            },
         };
         let gap = |container, until| Happened::Gap {
             name: "pipeline_full".into(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use containerd_client::services::v1::{
     Container as Record, GetContainerRequest, ListContainersRequest,
 };
+use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
@@ -34,6 +35,12 @@ pub(super) async fn get(namespace: &Namespace, id: &str) -> Result<Option<Record
     Ok(answer.and_then(|response| response.into_inner().container))
 }
 
+/// When the record was made: it tells a container from a later one of the same ID.
+pub(super) fn created_at(record: &Record) -> Option<Timestamp> {
+    let told = record.created_at.as_ref()?;
+    Timestamp::new(told.seconds, told.nanos).ok()
+}
+
 /// The container as driftd's other rooms know it. Only a lost connection is an
 /// error: what containerd refuses becomes the reason for having no baseline.
 pub(super) async fn describe(
@@ -59,6 +66,7 @@ pub(super) async fn describe(
         }
         None => None,
     };
+    let created_at = created_at(&record);
     let runtime = record.runtime.unwrap_or_default();
     let options = runtime.options.map(|options| options.value).unwrap_or_default();
     if let Some(reason) = spec::own_kernel(&runtime.name, &options) {
@@ -80,6 +88,7 @@ pub(super) async fn describe(
         id: ContainerId::new(&namespace.name, &record.id),
         endpoint: Arc::clone(endpoint),
         runtime: runtime.name,
+        created_at,
         pod,
         labels,
         image,

@@ -154,6 +154,14 @@ impl Endpoint {
         Error::Refused { socket: self.socket_words(), reason: words(status) }
     }
 
+    pub(super) fn not_answered(&self, refused: tasks::Refused) -> Error {
+        match refused {
+            tasks::Refused::Gone(how) => Error::Gone(how),
+            tasks::Refused::Failed(why) => Error::Failed(why),
+            tasks::Refused::Containerd(status) => self.refused(&status),
+        }
+    }
+
     /// Why the image `name` could not be recorded.
     pub(super) fn trouble(&self, name: &str, trouble: Trouble) -> Error {
         let name = printable(name.as_bytes());

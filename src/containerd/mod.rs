@@ -60,7 +60,9 @@ use self::images::{Ask, Trouble};
 use crate::baseline::{ImageName, Job, Progress, Proof, Recorded, Recorder};
 use crate::config;
 use crate::health::Health;
-use crate::model::{ChainId, Container, ContainerId, Exit, LayerId, OverlayDirs, printable};
+use crate::model::{
+    ChainId, Container, ContainerId, Exit, Incarnation, LayerId, OverlayDirs, printable,
+};
 
 /// One change on the node. containerd replays nothing, so after every
 /// (re)connection everything is listed anew and [`Change::Listed`] ends the list.
@@ -161,6 +163,11 @@ pub struct ImageProblem {
 pub enum Error {
     #[error("no containerd knows the container {0} (see: driftd containers)")]
     UnknownContainer(ContainerId),
+    /// The run of a container that was meant is over: nothing was done.
+    #[error("gone: {0}")]
+    Gone(String),
+    #[error("{0}")]
+    Failed(String),
     #[error("containerd at {socket} is not connected")]
     NotConnected { socket: String },
     #[error("containerd at {socket} refused: {reason}")]
@@ -217,25 +224,38 @@ impl Containerd {
         Containerd { endpoints }
     }
 
-    /// Kills all processes of a container; what happened, in words.
-    pub async fn kill(&self, container: &ContainerId) -> Result<String, Error> {
+    /// Kills all processes of one run of a container; what happened, in words. `None`
+    /// stands for a container of which no run is known.
+    pub async fn kill(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
         let (endpoint, namespace) = self.find(container).await?;
-        let outcome = tasks::kill(&namespace, &container.id).await;
-        outcome.map_err(|status| endpoint.refused(&status))
+        let outcome = tasks::kill(&namespace, &container.id, meant).await;
+        outcome.map_err(|refused| endpoint.not_answered(refused))
     }
 
-    /// Freezes a container; what happened, in words.
-    pub async fn pause(&self, container: &ContainerId) -> Result<String, Error> {
+    /// Freezes one run of a container; what happened, in words.
+    pub async fn pause(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
         let (endpoint, namespace) = self.find(container).await?;
-        let outcome = tasks::pause(&namespace, &container.id).await;
-        outcome.map_err(|status| endpoint.refused(&status))
+        let outcome = tasks::pause(&namespace, &container.id, meant).await;
+        outcome.map_err(|refused| endpoint.not_answered(refused))
     }
 
-    /// Thaws a container; what happened, in words.
-    pub async fn resume(&self, container: &ContainerId) -> Result<String, Error> {
+    /// Thaws one run of a container; what happened, in words.
+    pub async fn resume(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
         let (endpoint, namespace) = self.find(container).await?;
-        let outcome = tasks::resume(&namespace, &container.id).await;
-        outcome.map_err(|status| endpoint.refused(&status))
+        let outcome = tasks::resume(&namespace, &container.id, meant).await;
+        outcome.map_err(|refused| endpoint.not_answered(refused))
     }
 
     /// Has the image `name` recorded, in whichever namespace it is, and waits

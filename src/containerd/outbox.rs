@@ -198,7 +198,8 @@ impl Outbox {
             && let (Some(pid), Some(created)) = (known.running, known.created)
             && created.elapsed() < BELIEVE_EVENT
         {
-            container.task = Some(Task { pid, paused: false, terminal_input: None });
+            container.task =
+                Some(Task { pid, start_time: None, paused: false, terminal_input: None });
             answer = Answer::AskAgainLater;
         }
         known.removed = false;
@@ -282,7 +283,13 @@ mod tests {
             snapshot_key: name.into(),
             layers: Vec::new(),
             rootfs: None,
-            task: task.map(|pid| Task { pid, paused: false, terminal_input: None }),
+            created_at: None,
+            task: task.map(|pid| Task {
+                pid,
+                start_time: None,
+                paused: false,
+                terminal_input: None,
+            }),
             no_baseline: None,
             id_map: None,
             entry_point: EntryPoint::default(),

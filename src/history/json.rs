@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Record};
-use crate::model::{Command, ContainerId, Finding, FindingId, Outcome, Probe, Session};
+use crate::model::{
+    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Probe, Session, printable,
+};
 use crate::respond::Response;
 
 const RESPONSE_SCHEMA: &str = "driftd.response/v1";
@@ -22,6 +24,8 @@ struct ResponseJson {
     requested_by: String,
     requested_at: Timestamp,
     finding: Option<FindingId>,
+    #[serde(default)]
+    incarnation: Option<Incarnation>,
     outcome: Outcome,
 }
 
@@ -51,6 +55,7 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             requested_by: response.requested_by.clone(),
             requested_at: response.requested_at,
             finding: response.finding,
+            incarnation: response.incarnation,
             outcome: response.outcome.clone(),
         }),
         Record::Gap { name, container, detail, at, until } => serde_json::to_string(&GapJson {
@@ -62,6 +67,11 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             until: *until,
         }),
     }
+}
+
+/// The same for the log, where nothing may fail and text is hostile.
+pub(super) fn shown(record: &Record) -> String {
+    text(record).map_or_else(|err| err.to_string(), |text| printable(text.as_bytes()))
 }
 
 /// What is kept as the same JSON that is published.
@@ -123,6 +133,8 @@ pub(super) fn record(row: &Row<'_>, kind: &str, json: usize, path: &Path) -> Res
 
 pub(super) fn response(text: &str) -> serde_json::Result<Response> {
     serde_json::from_str::<ResponseJson>(text).map(|json| Response {
+        ticket: 0,
+        incarnation: json.incarnation,
         container: json.container,
         reason: json.reason,
         requested_by: json.requested_by,

@@ -576,8 +576,8 @@ impl Reader {
         })
     }
 
-    /// Every container with a finding, a session or a probe that a person may mean by
-    /// `text`: an ID, `NAMESPACE/ID`, or the beginning of an ID. A whole ID beats a beginning.
+    /// Every container with a finding, a session or a probe that a person names by
+    /// `text`; see [`ContainerId::named_by`]. A whole ID beats a beginning.
     pub fn containers(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
         let whole = match text.split_once('/') {
             Some((namespace, id)) => {
@@ -585,14 +585,27 @@ impl Reader {
             }
             None => self.select_containers("container = ?1", &[text])?,
         };
-        if !whole.is_empty() || text.is_empty() || text.contains('/') {
+        if !whole.is_empty() {
             return Ok(whole);
         }
-        // The greatest character there is: the end of all texts that begin with `text`.
-        self.select_containers(
-            "container BETWEEN ?1 AND ?2",
-            &[text, &format!("{text}{}", char::MAX)],
-        )
+        let mut found = self.containers_beginning_with(text)?;
+        found.retain(|container| container.named_by(text).is_some());
+        Ok(found)
+    }
+
+    /// Those whose ID begins with `text`, which may name none of them.
+    pub fn containers_beginning_with(&self, text: &str) -> Result<Vec<ContainerId>, Error> {
+        let (condition, id, namespace) = match text.split_once('/') {
+            Some((namespace, id)) => ("AND namespace = ?3", id, Some(namespace)),
+            None => ("", text, None),
+        };
+        if id.is_empty() {
+            return Ok(Vec::new());
+        }
+        // The greatest character there is: the end of all texts that begin with `id`.
+        let end = format!("{id}{}", char::MAX);
+        let values: Vec<&str> = [id, &end].into_iter().chain(namespace).collect();
+        self.select_containers(&format!("container BETWEEN ?1 AND ?2 {condition}"), &values)
     }
 
     fn select_containers(

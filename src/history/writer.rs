@@ -9,7 +9,8 @@
 //!
 //! When a commit fails (the disk is full, or gone), the batch is kept and tried
 //! again. New records join it, up to [`PENDING`]; beyond that the oldest are
-//! dropped, gaps first, and a gap of its own says how many.
+//! dropped, gaps first, and a gap of its own says how many. Responses are never
+//! dropped: they tell what driftd did, and nothing else does.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
@@ -230,6 +231,10 @@ impl Writing {
         }
         if !self.pending.is_empty() {
             tracing::error!(lost = self.pending.len(), "records were lost: no write succeeded");
+            // What driftd did is told at least here.
+            for response in self.pending.responses() {
+                tracing::error!(response = %json::shown(response), "a response was not kept");
+            }
         }
     }
 
@@ -278,6 +283,8 @@ struct Pending {
     /// Position in `records`, counted from the very first.
     newest: HashMap<Revised, usize>,
     held: usize,
+    /// How many of them are responses, for which there is always room.
+    responses: usize,
     /// What is new of the files of findings that are held, in order.
     members: Vec<(FindingId, MemberChange)>,
     /// What sessions have run, in order.
@@ -293,6 +300,10 @@ impl Pending {
 
     fn is_empty(&self) -> bool {
         self.held == 0
+    }
+
+    fn responses(&self) -> impl Iterator<Item = &Record> {
+        self.records.iter().flatten().filter(|record| matches!(record, Record::Response(_)))
     }
 
     /// Whether this is enough for one commit.
@@ -334,10 +345,11 @@ impl Pending {
                 self.held -= 1;
             }
         }
+        self.responses += usize::from(matches!(record, Record::Response(_)));
         self.records.push_back(Some(record));
         self.held += 1;
         self.trim();
-        (self.held > PENDING).then(|| self.drop_one())
+        (self.held - self.responses > PENDING).then(|| self.drop_one())
     }
 
     fn trim(&mut self) {
@@ -360,11 +372,13 @@ impl Pending {
 
     fn drop_one(&mut self) -> u64 {
         let is_gap = |record: &Option<Record>| matches!(record, Some(Record::Gap { .. }));
+        let is_droppable =
+            |record: &Option<Record>| !matches!(record, None | Some(Record::Response(_)));
         let victim = self
             .records
             .iter()
             .position(is_gap)
-            .or_else(|| self.records.iter().position(Option::is_some))
+            .or_else(|| self.records.iter().position(is_droppable))
             .expect("more records are held than may be");
         if let Some(revised) = self.records[victim].take().as_ref().and_then(Revised::by) {
             self.newest.remove(&revised);
@@ -683,7 +697,8 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
 mod tests {
     use super::*;
     use crate::model::finding::MEMBER_SCHEMA;
-    use crate::model::{Finding, Kind, Member, RootfsPath};
+    use crate::model::{Finding, Kind, Member, Outcome, RootfsPath};
+    use crate::respond::Response;
 
     fn finding(number: usize, revision: u64) -> Record {
         let mut finding: Finding =
@@ -771,6 +786,49 @@ mod tests {
         assert_eq!(pending.commands.len(), 3);
         assert_eq!(pending.push(session(3, PENDING_COMMANDS)), Some(3), "what does not fit");
         assert_eq!(pending.commands.len(), PENDING_COMMANDS);
+    }
+
+    #[test]
+    fn h17_a_full_memory_drops_no_response() {
+        let response = |number: i64| {
+            Record::Response(Box::new(Response {
+                ticket: 0,
+                container: ContainerId::new("default", "web"),
+                incarnation: None,
+                reason: format!("number {number}"),
+                requested_by: "uid 0".into(),
+                requested_at: Timestamp::from_second(number).unwrap(),
+                finding: None,
+                outcome: Outcome {
+                    action: "kill".into(),
+                    succeeded: true,
+                    gone: false,
+                    message: "killed".into(),
+                    at: Timestamp::from_second(number).unwrap(),
+                },
+            }))
+        };
+        let mut pending = Pending::default();
+        assert_eq!(pending.push(response(1)), None);
+        let flood = PENDING + 500;
+        for number in 0..flood {
+            pending.push(finding(number, 1));
+            pending.push(gap("x"));
+        }
+        for number in 2..=50 {
+            assert_eq!(pending.push(response(number)), None, "there is always room for it");
+        }
+        let kept: Vec<Record> = pending.responses().cloned().collect();
+        assert_eq!(kept, (1..=50).map(response).collect::<Vec<_>>());
+        assert_eq!(pending.len(), PENDING + 50);
+        // In their place among what is left.
+        assert_eq!(held(&pending).first(), Some(&response(1)));
+        let mut connection = Connection::open_in_memory().unwrap();
+        super::super::schema::prepare(&mut connection, std::path::Path::new("memory")).unwrap();
+        pending.write(&mut connection).unwrap();
+        let count = "SELECT count(*) FROM record WHERE type = 'response'";
+        let written: i64 = connection.query_row(count, [], |row| row.get(0)).unwrap();
+        assert_eq!(written, 50, "kept until it can be written");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable};
@@ -23,6 +24,39 @@ impl ContainerId {
     }
 }
 
+/// How a text that a person wrote names a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NamedBy {
+    /// Its whole ID, or its namespace and its whole ID.
+    WholeId,
+    /// The first digits of an ID that a machine has made.
+    FirstDigits,
+}
+
+impl ContainerId {
+    /// How `text` names this container: by its ID, by `NAMESPACE/ID`, or by the first
+    /// [`FEWEST_DIGITS`] or more digits of an ID that is hexadecimal as a whole. The
+    /// beginning of any other ID is a name that another container may have.
+    pub fn named_by(&self, text: &str) -> Option<NamedBy> {
+        let id = match text.split_once('/') {
+            Some((namespace, id)) => Some(id).filter(|_| *self.namespace == *namespace)?,
+            None => text,
+        };
+        if *self.id == *id {
+            return Some(NamedBy::WholeId);
+        }
+        let is_beginning = id.len() >= FEWEST_DIGITS && self.id.starts_with(id);
+        (is_beginning && is_hexadecimal(&self.id)).then_some(NamedBy::FirstDigits)
+    }
+}
+
+/// How much of a hexadecimal ID has to be written at least.
+pub const FEWEST_DIGITS: usize = 8;
+
+fn is_hexadecimal(id: &str) -> bool {
+    id.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 impl fmt::Display for ContainerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&format!(
@@ -39,6 +73,18 @@ impl fmt::Debug for ContainerId {
     }
 }
 
+/// One run of one container. A container's ID may be given to another one, and a pid to
+/// another process: together with what is here they name one run for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Incarnation {
+    /// The init process, in the host's pid namespace.
+    pub pid: u32,
+    /// When that started, in clock ticks after boot; `None` if nobody has looked.
+    pub start_time: Option<u64>,
+    /// When the container's record was made; `None` if the record is not known yet.
+    pub created_at: Option<Timestamp>,
+}
+
 /// A container as its runtime describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
@@ -47,6 +93,8 @@ pub struct Container {
     pub endpoint: Arc<str>,
     /// The runtime's name, e.g. `io.containerd.runc.v2`.
     pub runtime: String,
+    /// When its record was made. Another container of the same ID has another one.
+    pub created_at: Option<Timestamp>,
     pub labels: BTreeMap<String, String>,
     pub pod: Option<Pod>,
     pub image: ImageReference,
@@ -162,6 +210,8 @@ pub struct OverlayDirs {
 pub struct Task {
     /// The init process, in the host's pid namespace.
     pub pid: u32,
+    /// When that started, in clock ticks after boot; `None` if it was not there to look at.
+    pub start_time: Option<u64>,
     pub paused: bool,
     /// The FIFO on the host that leads to its init's terminal, if that has one.
     pub terminal_input: Option<PathBuf>,
@@ -209,6 +259,29 @@ fn to_container(ranges: &[IdRange], id: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn u19_a_container_is_named_by_its_whole_id_or_by_eight_digits_of_a_hexadecimal_one() {
+        let check = |id: &str, text: &str, expected| {
+            assert_eq!(ContainerId::new("k8s.io", id).named_by(text), expected, "{id} {text}");
+        };
+        check("web", "web", Some(NamedBy::WholeId));
+        check("web", "k8s.io/web", Some(NamedBy::WholeId));
+        check("web", "default/web", None);
+        check("web-canary", "web", None);
+        check("web-canary-1", "web-canary", None);
+        let generated = "4f2a90cc1b7de3054f2a90cc1b7de305";
+        check(generated, generated, Some(NamedBy::WholeId));
+        check(generated, "4f2a90cc", Some(NamedBy::FirstDigits));
+        check(generated, "k8s.io/4f2a90cc1b", Some(NamedBy::FirstDigits));
+        check(generated, "moby/4f2a90cc1b", None);
+        check(generated, "4f2a90c", None);
+        check(generated, "4F2A90CC", None);
+        check(generated, "", None);
+        // A name that begins with digits is a name.
+        check("20240101-backup", "20240101", None);
+        check("deadbeef-web", "deadbeef", None);
+    }
 
     #[test]
     fn a_hosts_user_is_named_as_the_container_names_it() {

@@ -39,6 +39,8 @@ pub enum Filesystem {
     Volume,
     /// None that has a name: a memfd, or a file made with `O_TMPFILE`.
     Anonymous,
+    /// The root of another container, reached through `/proc/PID/root` or the like.
+    Container,
 }
 
 impl Filesystem {
@@ -48,6 +50,7 @@ impl Filesystem {
             Filesystem::Tmpfs => "tmpfs",
             Filesystem::Volume => "volume",
             Filesystem::Anonymous => "anonymous",
+            Filesystem::Container => "container",
         }
     }
 }

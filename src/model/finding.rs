@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::id::id;
 use super::{
-    Blake3Hash, ContainerId, FileType, Format, ImageReference, Pod, Process, ProcessIdentity,
-    RootfsPath, SessionId, Sha256Hash,
+    Blake3Hash, ContainerId, FileType, Format, ImageReference, Incarnation, Pod, Process,
+    ProcessIdentity, RootfsPath, SessionId, Sha256Hash,
 };
 
 /// The finding schema's name, in every finding's JSON.
@@ -304,6 +304,9 @@ pub struct Finding {
     pub runtime: String,
     /// Null for a finding about a layer on disk that no watched container uses.
     pub container: Option<ContainerEvidence>,
+    /// The run of the container in which it was seen last.
+    #[serde(default)]
+    pub run: Option<Incarnation>,
     pub image: ImageReference,
     /// The file as it is; null for sessions, and where a layer has none.
     pub file: Option<FileEvidence>,
@@ -383,7 +386,8 @@ pub struct FileEvidence {
     /// Why there is no hash: `size`, `unreadable`, `gone`, `not_regular`, `not_a_program`.
     pub unhashed: Option<String>,
     pub deleted: bool,
-    /// `overlay`, `tmpfs`, `volume`, or `anonymous` for one that never had a name.
+    /// `overlay`, `tmpfs`, `volume`, `anonymous` for one that never had a name, or
+    /// `container` for one in the root of another container, which `detail` names.
     pub filesystem: String,
 }
 
@@ -438,6 +442,9 @@ pub struct Outcome {
     /// `kill`, `pause` or `resume`.
     pub action: String,
     pub succeeded: bool,
+    /// The run of the container that was meant is over: nothing was done.
+    #[serde(default)]
+    pub gone: bool,
     /// What happened, in words; the error if it failed.
     pub message: String,
     pub at: Timestamp,

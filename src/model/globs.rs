@@ -17,26 +17,52 @@ use super::RootfsPath;
 pub struct PathGlobs {
     patterns: Vec<String>,
     compiled: Arc<GlobSet>,
+    /// The directories above what is meant, as far as the patterns name them.
+    above: Arc<GlobSet>,
 }
 
 impl PathGlobs {
     /// The error names the pattern and says what is wrong with it.
     pub fn new(patterns: Vec<String>) -> Result<PathGlobs, String> {
         let mut set = GlobSet::builder();
+        let mut above = GlobSet::builder();
         for pattern in &patterns {
             if !pattern.starts_with('/') && !pattern.starts_with("**/") {
                 return Err(format!("the pattern `{pattern}` starts with neither `/` nor `**/`"));
             }
             let glob = GlobBuilder::new(pattern).literal_separator(true).build();
             set.add(glob.map_err(|err| format!("the pattern `{pattern}` is wrong: {err}"))?);
+            for directory in directories_above(pattern) {
+                // Cut inside of a pattern's brackets it may mean nothing.
+                if let Ok(glob) = GlobBuilder::new(directory).literal_separator(true).build() {
+                    above.add(glob);
+                }
+            }
         }
         let compiled = set.build().map_err(|err| format!("the patterns are too much: {err}"))?;
-        Ok(PathGlobs { patterns, compiled: Arc::new(compiled) })
+        let above = above.build().map_err(|err| format!("the patterns are too much: {err}"))?;
+        Ok(PathGlobs { patterns, compiled: Arc::new(compiled), above: Arc::new(above) })
+    }
+
+    /// Whether a path is that of a directory which the patterns name as above of what
+    /// they mean: `/etc` and `/etc/cron.d` of `/etc/cron.d/*`.
+    pub fn leads_to(&self, path: &RootfsPath) -> bool {
+        self.above.is_match(Path::new(OsStr::from_bytes(path.as_bytes())))
     }
 
     pub fn matches(&self, path: &RootfsPath) -> bool {
         self.compiled.is_match(Path::new(OsStr::from_bytes(path.as_bytes())))
     }
+}
+
+/// Every beginning of a pattern that ends before a `/`. `**` alone is above everything
+/// and names nothing.
+fn directories_above(pattern: &str) -> impl Iterator<Item = &str> {
+    pattern
+        .char_indices()
+        .filter(|(_, character)| *character == '/')
+        .map(|(at, _)| &pattern[..at])
+        .filter(|directory| !matches!(*directory, "" | "**" | "/**"))
 }
 
 impl PartialEq for PathGlobs {
@@ -80,6 +106,19 @@ mod tests {
         check("**/.ssh/authorized_keys", b"/root/.ssh/authorized_keys", true);
         check("**/.ssh/authorized_keys", b"/.ssh/authorized_keys", true);
         check("/etc/passwd", b"/srv/etc/passwd", false);
+    }
+
+    #[test]
+    fn x15_the_directories_above_are_known() {
+        let globs = ["/etc/cron.*/**", "/home/*/.bashrc", "**/.ssh/rc", "/etc/{a/b,c}/d"];
+        let globs = PathGlobs::new(globs.map(str::to_owned).into()).unwrap();
+        let leads = |path: &str| globs.leads_to(&RootfsPath::new(path).unwrap());
+        for above in ["/etc", "/etc/cron.d", "/home", "/home/a", "/.ssh", "/root/.ssh"] {
+            assert!(leads(above), "{above}");
+        }
+        for other in ["/", "/etc/crontab", "/home/a/b", "/root", "/tmp", "/tmp/etc"] {
+            assert!(!leads(other), "{other}");
+        }
     }
 
     #[test]

@@ -13,8 +13,8 @@ pub mod process;
 pub mod session;
 
 pub use container::{
-    Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Layer, LayerId,
-    OverlayDirs, Pod, Task,
+    Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Incarnation, Layer,
+    LayerId, NamedBy, OverlayDirs, Pod, Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};

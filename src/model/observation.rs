@@ -37,12 +37,19 @@ impl Source {
 #[derive(Clone, Debug)]
 pub struct Observation {
     pub container: ContainerId,
+    /// The init process of the run in which it was seen: the container's ID may name a
+    /// later run by the time this is read.
+    pub init: ProcessIdentity,
     pub at: Timestamp,
     pub source: Source,
     /// The first process of the session to which the one that did it belongs, where
     /// that is known by its descent. A process whose parents have ended has no
     /// ancestors that tell.
     pub session: Option<ProcessIdentity>,
+    /// The container in whose root the file lies, where that is another one.
+    pub file_of: Option<ContainerId>,
+    /// Another path by which the container reaches the file: through a link, or a mount.
+    pub reached_as: Option<RootfsPath>,
     pub fact: Fact,
 }
 

@@ -88,6 +88,16 @@ impl RootfsPath {
         RootfsPath::new(raw)
     }
 
+    /// Where a symlink at this path points, by its text alone.
+    pub fn resolve(&self, target: &[u8]) -> Option<RootfsPath> {
+        let base = if target.starts_with(b"/") { RootfsPath::root() } else { self.parent()? };
+        target.split(|&byte| byte == b'/').try_fold(base, |at, component| match component {
+            b"" | b"." => Some(at),
+            b".." => Some(at.parent().unwrap_or_else(RootfsPath::root)),
+            name => at.join(name).ok(),
+        })
+    }
+
     /// Whether `self` is `directory` or lies below it.
     pub fn is_within(&self, directory: &RootfsPath) -> bool {
         if directory.bytes.len() == 1 {

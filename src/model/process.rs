@@ -42,6 +42,13 @@ pub struct Ancestor {
     pub argv: Option<Vec<String>>,
 }
 
+/// Whether a process with this name may be a container runtime on its way into a
+/// container. A hint for what to keep of it: any process can take the name.
+pub fn may_be_runtime(comm: &[u8]) -> bool {
+    // crun and youki keep their own name until they become the container's program.
+    comm.starts_with(b"runc:[") || comm == b"crun" || comm.starts_with(b"youki")
+}
+
 impl Process {
     /// Its root directory, where that is not the container's own.
     pub fn own_root(&self) -> Option<RootfsPath> {

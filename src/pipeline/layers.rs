@@ -165,7 +165,7 @@ impl State {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
                 entry.insert_finding(finding);
-                self.publish(container, id, now, effects);
+                self.publish(container, id, None, now, effects);
             }
             None => {
                 effects.push(Effect::record(&finding));
@@ -192,7 +192,8 @@ impl State {
             .filter_map(|id| self.inventory.get(id)?.without_baseline)
             .min()
             .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
-        [without_baseline, self.unsaid.due(), self.sessions.due()].into_iter().flatten().min()
+        let told = [without_baseline, self.unsaid.due(), self.sessions.due()];
+        told.into_iter().chain([self.kill_due()]).flatten().min()
     }
 
     pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
@@ -202,6 +203,7 @@ impl State {
         if self.sessions.due().is_some_and(|due| due <= now) {
             self.say_sessions(now, effects);
         }
+        self.kill_again(now, effects);
         let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
         for id in unsettled {
             let since = self.inventory.get(&id).and_then(|entry| entry.without_baseline);
@@ -243,7 +245,7 @@ impl State {
         missing.belongs_to(id, entry);
         missing.detail = Some(reason);
         entry.insert_finding(missing);
-        self.publish(id, finding, now, effects);
+        self.publish(id, finding, None, now, effects);
     }
 }
 

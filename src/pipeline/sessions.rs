@@ -73,6 +73,8 @@ struct Known {
 #[derive(Debug)]
 struct Live {
     session: Session,
+    /// The init of the container's run that it came into, if that was seen.
+    init: Option<ProcessIdentity>,
     /// What it runs, by pid, if it is listed.
     running: HashMap<u32, Command>,
     /// New commands, and such as have ended, in their order.
@@ -86,10 +88,11 @@ struct Live {
 }
 
 impl Live {
-    fn new(session: Session) -> Live {
+    fn new(session: Session, init: Option<ProcessIdentity>) -> Live {
         Live {
             acted_at: session.started_at,
             session,
+            init,
             running: HashMap::new(),
             changed: Vec::new(),
             held_until: None,
@@ -141,7 +144,7 @@ impl Sessions {
                     unsaid.insert((container.clone(), root));
                     since.get_or_insert(session.started_at);
                 }
-                let mut live = Live::new(session);
+                let mut live = Live::new(session, None);
                 live.running =
                     running.into_iter().map(|command| (command.process.pid, command)).collect();
                 known.live.insert(root, live);
@@ -325,7 +328,7 @@ impl State {
             findings: Vec::new(),
             findings_total: 0,
         };
-        let mut live = Live::new(session);
+        let mut live = Live::new(session, Some(observation.init));
         let may_be_probe = opening.entry == Entry::RuntimeExec && opening.interactive.is_none();
         match opening.process.argv.as_deref() {
             Some(argv) if may_be_probe => {
@@ -480,7 +483,7 @@ impl State {
     ) {
         let Some(live) = self.sessions.known(container).live.get(&root) else { return };
         let session = live.session.clone();
-        let is_probe = live.probe.is_some();
+        let (is_probe, init) = (live.probe.is_some(), live.init);
         let process = &session.process;
         let subject = if kind == Kind::SessionExec {
             Subject::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
@@ -490,12 +493,14 @@ impl State {
         let id = FindingId::new(Some(container), kind, &subject);
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let seen = session.ended_at.unwrap_or(session.started_at);
+        let run = init.map(|init| entry.run_of(init));
         if let Some(finding) = entry.findings.get_mut(&id) {
             // A look at the processes may find the one that was told before a restart.
             if source != Source::Scan && finding.session != Some(session.id) {
                 finding.count += 1;
                 finding.revision += 1;
                 finding.last_seen = finding.last_seen.max(seen);
+                finding.run = run.or(finding.run);
             }
         } else if !entry.has_room_for(kind) {
             self.findings_full(container, now, effects);
@@ -505,6 +510,7 @@ impl State {
             let mut finding =
                 new_finding(&self.node, &self.policy, id, kind, &session.discovered, at);
             finding.belongs_to(container, entry);
+            finding.run = run.or(finding.run);
             finding.process = Some(process.clone());
             finding.session = Some(session.id);
             finding.last_seen = seen;
@@ -516,7 +522,7 @@ impl State {
             live.session.finding.get_or_insert(id);
         }
         self.sessions.changed(container, root, now);
-        self.publish(container, id, now, effects);
+        self.publish(container, id, init, now, effects);
     }
 
     /// A program was run in a session.

@@ -6,8 +6,8 @@ use crate::config::Respond;
 use crate::history::MemberChange;
 use crate::model::{
     self, Ancestor, DeclaredProbe, DiffId, Entry as By, EntryPoint, Exit, FileTime, FileType,
-    Format, IdRange, ImageReference, Interactive, Layer, LayerFile, LayerId, Opening, Outcome,
-    OverlayDirs, ProbeSource, ProcessIdentity, Run, SessionState, Sha256Hash, Task,
+    Format, IdRange, ImageReference, Interactive, Layer, LayerFile, LayerId, Opening, OverlayDirs,
+    ProbeSource, ProcessIdentity, Run, SessionState, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -26,10 +26,13 @@ const ENDPOINT: &str = "/run/containerd/containerd.sock";
 struct Node {
     state: State,
     clock: i64,
+    /// The run in which things are observed.
+    init: ProcessIdentity,
     /// Every finding revision that was recorded, in order.
     told: Vec<Finding>,
     commands: Vec<Command>,
     orders: Vec<Order>,
+    responses: Vec<Response>,
     gaps: Vec<String>,
     /// What was told of aggregated findings' files.
     changes: Vec<(FindingId, MemberChange)>,
@@ -46,9 +49,11 @@ impl Node {
         Node {
             state,
             clock: 0,
+            init: init(7),
             told: Vec::new(),
             commands: Vec::new(),
             orders: Vec::new(),
+            responses: Vec::new(),
             gaps: Vec::new(),
             changes: Vec::new(),
             jobs: 0,
@@ -92,7 +97,7 @@ impl Node {
                     self.sessions.push((*session, commands));
                 }
                 Effect::Record(Record::Probe(probe)) => self.probes.push(*probe),
-                Effect::Record(Record::Response(_)) => (),
+                Effect::Record(Record::Response(response)) => self.responses.push(*response),
                 Effect::Record(Record::Gap { name, .. }) => self.gaps.push(name),
                 Effect::Respond(order) => self.orders.push(order),
             }
@@ -103,7 +108,16 @@ impl Node {
         let words: Vec<&str> = line.split_whitespace().collect();
         let observed = |source, fact| {
             let at = Timestamp::from_second(self.clock + 1).unwrap();
-            Observation { container: id(words[1]), at, source, session: None, fact }
+            Observation {
+                container: id(words[1]),
+                init: self.init,
+                at,
+                source,
+                session: None,
+                file_of: None,
+                reached_as: None,
+                fact,
+            }
         };
         let path = || RootfsPath::new(words[2]).unwrap();
         match words[..] {
@@ -347,6 +361,11 @@ fn layer_file_of(content: &str) -> LayerFile {
     LayerFile { device: 1, inode: content.len() as u64, changed: up_to(5) }
 }
 
+/// The init of a run, by its pid.
+fn init(pid: u32) -> ProcessIdentity {
+    ProcessIdentity { pid, start_time: u64::from(pid) * 100 }
+}
+
 fn container(name: &str, pid: Option<u32>) -> Container {
     let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
     Container {
@@ -365,7 +384,13 @@ fn container(name: &str, pid: Option<u32>) -> Container {
             blob: None,
         }],
         rootfs: Some(OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] }),
-        task: pid.map(|pid| Task { pid, paused: false, terminal_input: None }),
+        created_at: Some(Timestamp::UNIX_EPOCH),
+        task: pid.map(|pid| Task {
+            pid,
+            start_time: Some(u64::from(pid) * 100),
+            paused: false,
+            terminal_input: None,
+        }),
         no_baseline: None,
         id_map: None,
         entry_point: EntryPoint::default(),
@@ -461,9 +486,12 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
     let container = id("c1");
     Input::Watch(Report::Observed(Observation {
         container,
+        init: init(7),
         at,
         source: Source::Trace,
         session: None,
+        file_of: None,
+        reached_as: None,
         fact,
     }))
 }
@@ -498,9 +526,12 @@ fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_ala
     let (container, source) = (id("c1"), Source::Change);
     node.give(Input::Watch(Report::Observed(Observation {
         container,
+        init: init(7),
         at,
         source,
         session: None,
+        file_of: None,
+        reached_as: None,
         fact,
     })));
     node.give(load("/tmp/lib.so", "jni", app(), None));
@@ -531,9 +562,12 @@ fn owners_are_told_as_the_container_names_them() {
         let at = Timestamp::from_second(9).unwrap();
         Report::Observed(Observation {
             container: id("c1"),
+            init: init(7),
             at,
             source: Source::Gate,
             session: None,
+            file_of: None,
+            reached_as: None,
             fact,
         })
     };
@@ -671,9 +705,12 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
         let at = Timestamp::UNIX_EPOCH;
         node.give(Input::Watch(Report::Observed(Observation {
             container: id("c1"),
+            init: init(7),
             at,
             source: Source::Change,
             session: None,
+            file_of: None,
+            reached_as: None,
             fact,
         })));
         let told = node.told.last().unwrap();
@@ -682,33 +719,311 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
     }
 }
 
+// ---- answers
+
+/// What became of an order, as `respond` says it.
+fn became(order: &Order, succeeded: bool, gone: bool) -> Input {
+    let mut response = order.failed("as the test says".into());
+    (response.outcome.succeeded, response.outcome.gone) = (succeeded, gone);
+    Input::Responded(response)
+}
+
+fn killing(kinds: &[Kind]) -> Node {
+    let mut node = Node::new(Respond { kill_on: kinds.iter().copied().collect() }, Vec::new());
+    node.play("start c1\nbaseline\nattached c1");
+    node
+}
+
 #[test]
-fn a_kill_is_ordered_once_for_a_task_and_again_when_it_failed() {
-    let respond = Respond { kill_on: [Kind::ExecNew].into() };
-    let mut node = Node::new(respond, Vec::new());
-    node.play("start c1\nbaseline\nattached c1\nwrite c1 /tmp/x evil");
+fn a_kill_is_ordered_once_for_a_run_and_names_it() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("write c1 /tmp/x evil");
     assert!(node.orders.is_empty());
-    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/x evil");
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/x evil\nexec c1 /tmp/y other");
     assert_eq!(node.orders.len(), 1);
     let order = node.orders.remove(0);
     assert_eq!(order.action, Action::Kill);
-    assert_eq!(order.finding, Some(node.told.last().unwrap().id));
-    node.give(Input::Responded(Response {
-        container: order.container,
-        reason: order.reason,
-        requested_by: order.requested_by,
-        requested_at: order.requested_at,
-        finding: order.finding,
-        outcome: Outcome {
-            action: "kill".into(),
-            succeeded: false,
-            message: "containerd is gone".into(),
-            at: Timestamp::UNIX_EPOCH,
-        },
-    }));
-    assert_eq!(node.told.last().unwrap().outcome.as_ref().map(|o| o.succeeded), Some(false));
+    let run = node.told.iter().find(|told| told.kind == Kind::ExecNew).unwrap().id;
+    assert_eq!(order.finding, Some(run));
+    let created_at = Some(Timestamp::UNIX_EPOCH);
+    let meant = Incarnation { pid: 7, start_time: Some(700), created_at };
+    assert_eq!(order.incarnation, Some(meant));
+    node.give(became(&order, true, false));
+    assert_eq!(node.told.last().unwrap().outcome.as_ref().map(|o| o.succeeded), Some(true));
+    node.play("exec c1 /tmp/x evil").wait(1000);
+    assert!(node.orders.is_empty(), "it is killed already");
+    // It runs again, and so does what it was killed for.
+    node.play("stop c1").init = init(8);
+    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(8))))));
     node.play("exec c1 /tmp/x evil");
+    assert_eq!(node.orders.iter().map(|one| one.incarnation.unwrap().pid).collect::<Vec<_>>(), [8]);
+}
+
+#[test]
+fn h10_a_failed_kill_is_ordered_again_while_the_run_is_there_and_each_failure_is_kept() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    let mut pauses = Vec::new();
+    for _ in 0..12 {
+        let order = node.orders.pop().expect("it is ordered again");
+        assert!(node.orders.is_empty());
+        node.give(became(&order, false, false));
+        let from = node.clock;
+        while node.orders.is_empty() {
+            // However often it is seen, that makes it no faster.
+            node.play("exec c1 /tmp/x evil").wait(0);
+            assert!(node.clock - from < 1000, "{pauses:?}");
+        }
+        pauses.push(node.clock - from);
+    }
+    assert_eq!(node.responses.len(), 12);
+    assert!(node.responses.iter().all(|kept| !kept.outcome.succeeded));
+    assert!(pauses.is_sorted() && pauses[0] <= 3, "{pauses:?}");
+    assert!((300..=303).contains(pauses.last().unwrap()), "bounded in rate: {pauses:?}");
+    // The reason is gone with the run.
+    let order = node.orders.pop().unwrap();
+    node.give(became(&order, false, false));
+    node.play("stop c1").wait(1000);
+    assert!(node.orders.is_empty() && node.state.kill_due().is_none());
+    assert_eq!(node.responses.len(), 13);
+}
+
+#[test]
+fn h10_a_run_that_is_gone_is_not_tried_again_and_a_clock_that_is_set_back_delays_nothing() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil").clock = 1_000_000;
+    let order = node.orders.pop().unwrap();
+    node.give(became(&order, false, false));
+    node.clock = 1;
+    node.give(Input::Due);
+    let order = node.orders.pop().expect("it is ordered again at once");
+    node.give(became(&order, false, true));
+    assert!(node.told.last().unwrap().outcome.as_ref().is_some_and(|outcome| outcome.gone));
+    node.play("exec c1 /tmp/x evil").wait(1000);
+    assert!(node.orders.is_empty());
+}
+
+#[test]
+fn x11_what_is_told_late_of_an_ended_run_orders_nothing_for_a_later_one() {
+    let mut node = killing(&[Kind::ExecNew, Kind::FileAdded, Kind::SessionInteractive]);
+    // It ends, and another container gets its ID.
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    node.play("stop c1\nremove c1");
+    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    node.give(Input::Node(Change::Container(Box::new(next))));
+    node.play("baseline\nexec c1 /tmp/big evil\nwrite c1 /tmp/y evil\nsession c1 100 pts/0");
+    let kinds: Vec<Kind> = node.told.iter().map(|told| told.kind).collect();
+    assert!(kinds.contains(&Kind::ExecNew) && kinds.contains(&Kind::FileAdded), "{kinds:?}");
+    assert!(node.orders.is_empty(), "{:?}", node.orders);
+    // The new one answers for what it does itself.
+    node.init = init(8);
+    node.play("exec c1 /tmp/big evil");
+    let created_at = Some(Timestamp::from_second(60).unwrap());
+    let meant = Incarnation { pid: 8, start_time: Some(800), created_at };
+    assert_eq!(node.orders.iter().map(|one| one.incarnation).collect::<Vec<_>>(), [Some(meant)]);
+}
+
+#[test]
+fn x11_what_a_container_did_is_judged_by_its_own_image_after_its_id_was_given_away() {
+    let mut node = killing(&[Kind::ExecNew]);
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    next.labels.insert("app".into(), "clean".into());
+    next.image.name = Some("other:1".into());
+    next.layers[0].chain_id = ChainId([9; 32]);
+    node.play("stop c1\nremove c1");
+    node.give(Input::Node(Change::Container(Box::new(next))));
+    // `ls` is of the former image, and nothing is known of the new one's yet.
+    node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
+    let told: Vec<_> = node.told.iter().map(|told| (told.kind, &told.image.name)).collect();
+    assert_eq!(told, [(Kind::ExecNew, &None)]);
+    assert!(node.told[0].container.as_ref().unwrap().labels.is_empty());
+    // What the new one does waits for its baseline.
+    node.init = init(8);
+    node.play("exec c1 /tmp/z evil");
+    assert_eq!(node.told.len(), 1);
+    assert!(node.orders.is_empty());
+}
+
+#[test]
+fn x11_a_container_is_remembered_after_its_last_scan_for_what_comes_later_still() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("stop c1\nremove c1");
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
+    assert!(node.state.inventory.get(&id("c1")).is_none());
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    next.image.name = Some("other:1".into());
+    next.layers[0].chain_id = ChainId([9; 32]);
+    node.give(Input::Node(Change::Container(Box::new(next))));
+    node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
+    let told: Vec<_> = node.told.iter().map(|told| (told.kind, &told.image.name)).collect();
+    assert_eq!(told, [(Kind::ExecNew, &None)]);
+    assert_eq!(node.told[0].run.map(|run| run.pid), Some(7));
+    assert!(node.orders.is_empty(), "{:?}", node.orders);
+}
+
+#[test]
+fn x11_a_run_that_was_seen_before_containerd_told_of_it_is_answered() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("stop c1").init = init(8);
+    node.play("exec c1 /tmp/x evil");
+    let order = node.orders.pop().expect("it runs, whoever has told of it");
+    assert_eq!(order.incarnation.map(|run| (run.pid, run.start_time)), Some((8, Some(800))));
+    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    // containerd did not know it yet.
+    node.give(became(&order, false, false));
+    node.wait(2);
     assert_eq!(node.orders.len(), 1);
+}
+
+#[test]
+fn an_answer_needs_no_finding_that_is_kept() {
+    let mut node = killing(&[Kind::ExecFileless]);
+    let container = id("c1");
+    let (finding, kind) = (FindingId([9; 16]), Kind::ExecFileless);
+    let mut effects = Vec::new();
+    let cause = Cause { container: &container, init: Some(init(7)), kind, finding };
+    node.state.answer(&cause, Timestamp::UNIX_EPOCH, &mut effects);
+    let [Effect::Respond(order)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((order.finding, order.incarnation.unwrap().pid), (Some(finding), 7));
+}
+
+type Answered = oneshot::Receiver<Result<Response, LookupError>>;
+
+impl Node {
+    fn respond(&mut self, container: &str) -> Answered {
+        self.respond_to(container, None)
+    }
+
+    fn respond_to(&mut self, container: &str, cause: Option<(FindingId, Incarnation)>) -> Answered {
+        let (reply, answered) = oneshot::channel();
+        self.give(Input::Asked(Question::Respond {
+            container: container.into(),
+            cause: cause.map(Box::new),
+            action: Action::Pause,
+            reason: "a test".into(),
+            requested_by: "uid 0".into(),
+            reply,
+        }));
+        answered
+    }
+}
+
+#[test]
+fn u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start web\nstart web-canary");
+    let mut answered = node.respond("web");
+    let order = node.orders.pop().unwrap();
+    assert_eq!((&*order.container.id, order.incarnation.unwrap().pid), ("web", 7));
+    node.give(became(&order, true, false));
+    answered.try_recv().unwrap().unwrap();
+    // Its last scan is not over yet, and the other one's name begins like its own.
+    node.play("attached web\nstop web\nremove web");
+    let refused = |node: &mut Node, text: &str| {
+        let refused = node.respond(text).try_recv().unwrap().unwrap_err();
+        assert!(node.orders.is_empty(), "{text}");
+        refused
+    };
+    assert!(matches!(refused(&mut node, "web"), LookupError::Gone(_)));
+    node.give(Input::Watch(Report::Scanned {
+        container: id("web"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
+    let alike = LookupError::NotWhole("web".into(), "default/web-canary".into());
+    assert_eq!(refused(&mut node, "web"), alike);
+    assert_eq!(refused(&mut node, "db"), LookupError::Unknown("db".into()));
+    for text in ["diff", "lookup"] {
+        let (reply, mut diff) = oneshot::channel();
+        let (reply_to_lookup, mut lookup) = oneshot::channel();
+        let container = "web".to_owned();
+        if text == "diff" {
+            node.give(Input::Asked(Question::Diff { container, reply }));
+            assert_eq!(diff.try_recv().unwrap().unwrap_err(), alike);
+        } else {
+            let reply = reply_to_lookup;
+            node.give(Input::Asked(Question::Lookup { container, reply }));
+            assert_eq!(lookup.try_recv().unwrap().unwrap_err(), alike);
+        }
+    }
+}
+
+#[test]
+fn u19_an_answer_to_a_finding_refuses_when_its_run_is_over() {
+    let mut node = Node::running();
+    node.play("exec c1 /tmp/x evil");
+    let told = node.told.last().unwrap();
+    let (id, run) = (told.id, told.run.expect("a finding names the run it was seen in"));
+    assert_eq!((run.pid, run.start_time), (7, Some(700)));
+    let mut answered = node.respond_to("default/c1", Some((id, run)));
+    let order = node.orders.pop().unwrap();
+    assert_eq!((order.finding, order.incarnation), (Some(id), Some(run)));
+    node.give(became(&order, true, false));
+    answered.try_recv().unwrap().unwrap();
+    let told = node.told.last().unwrap();
+    assert_eq!((told.id, told.outcome.is_some()), (id, true));
+    // It was started again, by the name of which one may still write.
+    node.play("stop c1");
+    let refused = |node: &mut Node| {
+        let refused = node.respond_to("default/c1", Some((id, run))).try_recv().unwrap();
+        assert!(node.orders.is_empty());
+        refused.unwrap_err()
+    };
+    assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
+    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(8))))));
+    assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
+    // Seen again, it is of the run that there is.
+    node.init = init(8);
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(node.told.last().unwrap().run.map(|run| run.pid), Some(8));
+}
+
+#[test]
+fn h12_each_asker_hears_of_its_own_order_when_many_are_refused_at_once() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start web\nstart db");
+    let mut answers = [node.respond("web"), node.respond("db"), node.respond("web")];
+    let mut refused = VecDeque::from(std::mem::take(&mut node.orders));
+    let mut kept = Vec::new();
+    let mut carry = |effect| match effect {
+        Effect::Respond(order) => Carried::Back(order),
+        Effect::Record(Record::Response(response)) => {
+            kept.push(response.requested_at);
+            Carried::Out
+        }
+        _ => Carried::Out,
+    };
+    // All of them in the effects of one input.
+    let effects = refused.drain(..).map(Effect::Respond).collect();
+    assert!(carry_out_all(&mut node.state, effects, &mut carry));
+    assert_eq!(kept.len(), 3);
+    for answered in &mut answers {
+        let response = answered.try_recv().unwrap().unwrap();
+        assert_eq!(response.outcome.message, TOO_MANY);
+    }
+    assert!(!node.state.has_orders_out());
+    assert_eq!(node.state.health.count(Failure::ResponseQueueFull), 3);
+}
+
+#[test]
+fn h17_a_stop_keeps_what_was_ordered_and_has_no_response_yet() {
+    let mut node = Node::running();
+    let mut answered = node.respond("c1");
+    let mut effects = Vec::new();
+    node.state.give_up_orders(&mut effects);
+    let [Effect::Record(Record::Response(kept))] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((kept.outcome.succeeded, &*kept.container.id), (false, "c1"));
+    assert!(kept.outcome.message.contains("it may happen"), "{}", kept.outcome.message);
+    assert!(answered.try_recv().is_err(), "whoever asked is told that driftd is stopping");
 }
 
 #[test]
@@ -776,9 +1091,12 @@ fn a_diff_names_every_difference_and_which_are_findings() {
     let observations = [("/usr/bin/curl", "evil"), ("/bin/ls", "ls"), ("/bin/.ls", "ls")]
         .map(|(path, content)| Observation {
             container: id("c1"),
+            init: init(7),
             at: Timestamp::UNIX_EPOCH,
             source: Source::Scan,
             session: None,
+            file_of: None,
+            reached_as: None,
             fact: present(RootfsPath::new(path).unwrap(), content),
         })
         .into();
@@ -1219,7 +1537,16 @@ fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
 impl Node {
     fn see(&mut self, source: Source, fact: Fact) {
         let at = Timestamp::from_second(self.clock + 1).unwrap();
-        let observation = Observation { container: id("c1"), at, source, session: None, fact };
+        let observation = Observation {
+            container: id("c1"),
+            init: self.init,
+            at,
+            source,
+            session: None,
+            file_of: None,
+            reached_as: None,
+            fact,
+        };
         self.give(Input::Watch(Report::Observed(observation)));
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use jiff::{SignedDuration, Timestamp};
 
 use super::aggregate::{self, Candidate, Group, MAX_LISTED};
-use super::{Effect, Evidence, State, is_told_as_executed, new_finding};
+use super::{Cause, Effect, Evidence, State, is_told_as_executed, new_finding};
 use crate::baseline::{ImageBaseline, Known};
 use crate::detect::Judgement;
 use crate::health::Failure;
@@ -69,6 +69,13 @@ impl Into {
         match self {
             Into::Group(group) => group.id(container),
             Into::Transaction(manager) => transaction_id(container, manager),
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        match self {
+            Into::Group(group) => group.kind,
+            Into::Transaction(_) => Kind::PackageTransaction,
         }
     }
 }
@@ -200,11 +207,16 @@ impl State {
         self.session_caused(observation, evidence.process, id, now, effects);
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
+        let run = entry.run_of(observation.init);
         let Some(finding) = entry.findings.get_mut(&id) else { return };
         if observation.source != Source::Scan {
+            finding.run = Some(run);
             finding.count += observation.times();
             finding.last_seen = finding.last_seen.max(observation.at);
+            let kind = finding.kind;
             self.unsaid.push(container, id, None, now);
+            let cause = Cause { container, init: Some(observation.init), kind, finding: id };
+            self.answer(&cause, now, effects);
         }
     }
 
@@ -220,9 +232,18 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        let container = &observation.container;
+        let id = into.id(container);
+        let entry = self.inventory.get(container);
+        let is_new = entry.is_some_and(|entry| !entry.findings.contains_key(&id));
         self.put_in(into, file, observation, judgement, evidence, now, effects);
-        let id = into.id(&observation.container);
         self.session_caused(observation, evidence.process, id, now, effects);
+        // At once, and not when it is told: the run that did it may have ended by then.
+        if is_new || observation.source != Source::Scan {
+            let init = Some(observation.init);
+            let cause = Cause { container, init, kind: into.kind(), finding: id };
+            self.answer(&cause, now, effects);
+        }
     }
 
     #[expect(clippy::too_many_arguments, reason = "what is to be told, and where to")]
@@ -283,7 +304,8 @@ impl State {
                     self.unlisted(container, now, effects);
                 }
             } else {
-                self.publish(container, id, observation.at, effects);
+                let (container, init) = (container.clone(), Some(observation.init));
+                self.publish(&container, id, init, now, effects);
             }
             return;
         };
@@ -294,7 +316,11 @@ impl State {
             // Whether it was counted already is not known.
             return;
         }
+        let run = entry.run_of(observation.init);
         let Some(finding) = entry.findings.get_mut(&id) else { return };
+        if observation.source != Source::Scan {
+            finding.run = Some(run);
+        }
         finding.count += observation.times();
         finding.first_seen = finding.first_seen.min(observation.at);
         finding.last_seen = finding.last_seen.max(observation.at);
@@ -340,6 +366,7 @@ impl State {
         finding.process = Some(manager.clone());
         if let Some(entry) = self.inventory.get(&observation.container) {
             finding.belongs_to(&observation.container, entry);
+            finding.run = Some(entry.run_of(observation.init));
         }
         finding.session = self.session_of(observation, Some(manager));
         finding
@@ -415,10 +442,8 @@ impl State {
         let Some(entry) = self.inventory.get_mut(&key.0) else { return };
         let Some(finding) = entry.findings.get_mut(&id) else { return };
         finding.revision += 1;
-        let at = finding.last_seen;
         let finding = Box::new(finding.clone());
         effects.push(Effect::Record(Record::Aggregate { finding, changes }));
-        self.respond(&key.0, id, at, effects);
     }
 
     /// Tells what is new of all of them.

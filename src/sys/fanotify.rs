@@ -651,6 +651,25 @@ pub enum ReadError {
 }
 
 impl Error {
+    /// What another process could not make a group for.
+    pub fn from_errno(err: io::Error) -> Error {
+        match err.raw_os_error() {
+            Some(errno) => Error::from_init(Errno::from_raw(errno)),
+            None => Error::Other(err),
+        }
+    }
+
+    /// The kernel's number for it.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::Missing => libc::ENOSYS,
+            Error::NotPermitted => libc::EPERM,
+            Error::TooMany => libc::EMFILE,
+            Error::NoPermissionEvents => libc::EINVAL,
+            Error::Other(err) => err.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+
     fn from_init(errno: Errno) -> Error {
         match errno {
             Errno::ENOSYS => Error::Missing,

@@ -7,11 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{FileTime, FileType, Format};
 
 /// What statx(2) says of an inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     pub device: u64,
     pub inode: u64,
@@ -90,21 +91,26 @@ impl From<Statx> for Stat {
 const WANTED: StatxFlags =
     StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
+/// What the kernel knows by itself: a filesystem for which a process or another machine
+/// answers is not asked for newer values, and nothing is mounted for us. To the
+/// filesystems of this machine that makes no difference.
+const AS_KNOWN: AtFlags = AtFlags::STATX_DONT_SYNC.union(AtFlags::NO_AUTOMOUNT);
+
 /// What an open file is.
 pub fn stat(fd: impl AsFd) -> io::Result<Stat> {
-    Ok(rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, WANTED)?.into())
+    Ok(rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH | AS_KNOWN, WANTED)?.into())
 }
 
 /// What a directory's entry is; a symlink itself, not its target.
 pub fn stat_at(directory: impl AsFd, name: impl rustix::path::Arg) -> io::Result<Stat> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AS_KNOWN;
     Ok(rustix::fs::statx(directory, name, flags, WANTED)?.into())
 }
 
-/// What a path of the host leads to, links followed. Not for paths that a
-/// container can choose.
+/// What a path of the host leads to, links followed; or a link of /proc/PID. Not for
+/// paths that a container can choose.
 pub fn stat_path(path: impl rustix::path::Arg) -> io::Result<Stat> {
-    Ok(rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), WANTED)?.into())
+    Ok(rustix::fs::statx(rustix::fs::CWD, path, AS_KNOWN, WANTED)?.into())
 }
 
 /// What a regular file of the host's holds; an error if it is another kind of file or
@@ -124,17 +130,17 @@ pub fn read_regular(path: &std::path::Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Opens a file of the host's for reading, links followed. Not for paths that a container
+/// can choose.
+pub fn open_host_file(path: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
 /// Opens a directory of the host, as a place to look below.
 pub fn open_directory(path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
-}
-
-/// Opens the root directory of a process, as a place to look from. Keep it only
-/// for a moment: it keeps a container's mount busy.
-pub fn open_root(link: &std::path::Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(rustix::fs::open(link, flags, Mode::empty())?)
 }
 
 /// The one way to open what a container may have put there: below `directory`,
@@ -181,67 +187,14 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
-/// Follows a link that the kernel keeps in /proc/PID, which leads to a file and by
-/// no name, and opens it only to ask what it is.
-pub(super) fn open_kernel_link(path: &str) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
-}
-
-/// Looks up a path as a process in `root` would, and opens what is there only to
-/// ask what it is: symlinks lead to where they lead inside, never out of it. With
-/// `one_mount` nothing beyond the mount of `root` is touched.
-pub fn open_path_in_root(root: impl AsFd, path: &[u8], one_mount: bool) -> io::Result<OwnedFd> {
-    let mut resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    if one_mount {
-        resolve |= ResolveFlags::NO_XDEV;
-    }
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let mut attempts = 0;
-    loop {
-        match rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) {
-            Err(Errno::AGAIN) if attempts < 16 => attempts += 1,
-            opened => return Ok(opened?),
-        }
-    }
-}
-
-/// Opens for reading what was opened only to ask what it is. The caller has asked:
-/// anything but a regular file could wait, or do something.
-pub fn reopen(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    use std::os::fd::AsRawFd as _;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    match rustix::fs::open(&path, flags | OFlags::NOATIME, Mode::empty()) {
-        Err(Errno::PERM) => Ok(rustix::fs::open(&path, flags, Mode::empty())?),
-        opened => Ok(opened?),
-    }
-}
-
-/// What an open file is, as far as the kernel knows by itself: no filesystem that
-/// is another machine's or a process's is asked.
-pub fn stat_as_known(fd: impl AsFd) -> io::Result<Stat> {
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    Ok(rustix::fs::statx(fd, c"", flags, WANTED)?.into())
-}
-
-fn stat_without_sync(path: &str) -> io::Result<Statx> {
-    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-    Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, WANTED)?)
-}
-
-/// What a link of the kernel leads to, as far as the kernel itself knows.
-pub(super) fn stat_of_link(path: &str) -> io::Result<Stat> {
-    Ok(Stat::from(stat_without_sync(path)?))
-}
-
 /// The device of every memfd. The kernel has one for all of them.
 pub fn memfd_device() -> io::Result<u64> {
     let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
     Ok(stat(&memfd)?.device)
 }
 
-/// Whether an open file is kept in memory only. For files of local filesystems:
-/// others may be asked over a network.
+/// Whether an open file is kept in memory only. For files of filesystems that carry our
+/// marks: to others this is a question, which nobody may answer.
 pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
     const TMPFS: u32 = 0x0102_1994;
     const RAMFS: u32 = 0x8584_58f6;
@@ -340,34 +293,5 @@ mod tests {
             assert!(matches!(err.raw_os_error(), Some(libc::ELOOP | libc::EXDEV)), "{err}");
         }
         assert!(open_file_beneath(&root, b"here").unwrap().1.is_regular());
-    }
-
-    #[test]
-    fn a_look_up_in_a_root_stays_in_it() {
-        let dir = tempfile::tempdir().unwrap();
-        symlink("/real", dir.path().join("link")).unwrap();
-        symlink("/../../../../etc/passwd", dir.path().join("out")).unwrap();
-        symlink("/proc/self/root/etc/passwd", dir.path().join("magic")).unwrap();
-        std::fs::write(dir.path().join("real"), "x").unwrap();
-        let root = open_directory(dir.path()).unwrap();
-        let real = stat_path(dir.path().join("real")).unwrap();
-        for path in [b"/real".as_slice(), b"link", b"/x/../link"] {
-            match open_path_in_root(&root, path, true) {
-                Ok(found) => assert_eq!(stat(&found).unwrap(), real),
-                Err(err) => assert_eq!(
-                    (path, err.raw_os_error()),
-                    (b"/x/../link".as_slice(), Some(libc::ENOENT))
-                ),
-            }
-        }
-        for path in [b"out".as_slice(), b"magic", b"/etc/passwd"] {
-            let err = open_path_in_root(&root, path, true).unwrap_err();
-            assert_eq!(err.raw_os_error(), Some(libc::ENOENT), "{err}");
-        }
-        let host = open_directory("/").unwrap();
-        let err = open_path_in_root(&host, b"/proc/self/root/etc/passwd", false).unwrap_err();
-        assert_eq!(err.raw_os_error(), Some(libc::ELOOP), "{err}");
-        let read = reopen(open_path_in_root(&root, b"link", true).unwrap().as_fd()).unwrap();
-        assert_eq!(sniff(read.as_fd()).unwrap(), Format::Data);
     }
 }

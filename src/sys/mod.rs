@@ -6,7 +6,12 @@
 #![allow(unsafe_code)]
 
 pub mod capabilities;
+pub mod channel;
+pub mod clock;
 pub mod connector;
+pub mod counters;
+pub mod door;
+pub mod errand;
 pub mod fanotify;
 pub mod file;
 pub mod handle;
@@ -14,6 +19,7 @@ pub mod hash;
 pub mod map;
 pub mod mounts;
 pub mod overlay;
+pub mod peer;
 pub mod perf;
 pub mod pidfd;
 pub mod priority;

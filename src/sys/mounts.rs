@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
-use rustix::io::Errno;
 
 use super::fanotify::{Buffer, Group};
 use super::overlay::unescape_octal;
@@ -41,6 +40,26 @@ pub fn parse(mountinfo: &[u8]) -> impl Iterator<Item = Mount> {
     mountinfo[..end].split(|&byte| byte == b'\n').filter_map(parse_line)
 }
 
+/// Finds a mount by its ID, which statx(2) tells of an open file.
+pub fn find(mountinfo: &[u8], id: u64) -> Option<Mount> {
+    let id = id.to_string();
+    find_line(mountinfo, |fields| fields.next() == Some(id.as_bytes()))
+}
+
+/// Finds a mount of the filesystem that has this device.
+pub fn find_device(mountinfo: &[u8], device: u64) -> Option<Mount> {
+    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    find_line(mountinfo, |fields| fields.nth(2) == Some(device.as_bytes()))
+}
+
+fn find_line<'a>(
+    mountinfo: &'a [u8],
+    is_it: impl Fn(&mut dyn Iterator<Item = &'a [u8]>) -> bool,
+) -> Option<Mount> {
+    let mut lines = mountinfo.split(|&byte| byte == b'\n');
+    lines.find(|line| is_it(&mut line.split(|&byte| byte == b' '))).and_then(parse_line)
+}
+
 fn parse_line(line: &[u8]) -> Option<Mount> {
     // ID, parent, device, root, mount point, options, tags…, "-", type, source, options
     let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
@@ -57,24 +76,15 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     })
 }
 
-/// Whether a look-up may wait for a filesystem's server or disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// `WouldBlock` instead (Linux 5.12; `InvalidInput` before).
-    Never,
-    May,
-}
-
 /// Opens what is at `mount_point` below a process's root directory, only to point
-/// at it: through no symlink, and not out of that root.
-pub fn reach(root: impl AsFd, mount_point: &[u8], wait: Wait) -> io::Result<OwnedFd> {
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let resolve = match wait {
-        // A mount point and all above it are in the kernel's memory, so that this
-        // is rarely refused.
-        Wait::Never => resolve | ResolveFlags::CACHED,
-        Wait::May => resolve,
-    };
+/// at it: through no symlink, and not out of that root. It never waits, neither for a
+/// server nor for a disk, and fails instead (Linux 5.12; always before). A mount point and
+/// all above it are in the kernel's memory, so that this is rare.
+pub fn reach(root: impl AsFd, mount_point: &[u8]) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::IN_ROOT
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::CACHED;
     // Without O_NOFOLLOW, which would allow a link as the last part.
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     Ok(rustix::fs::openat2(root, mount_point, flags, Mode::empty(), resolve)?)
@@ -202,12 +212,6 @@ impl Group {
     }
 }
 
-/// `WouldBlock`, or a kernel that cannot promise not to.
-pub fn would_wait(err: &io::Error) -> bool {
-    let errno = Errno::from_io_error(err);
-    matches!(errno, Some(Errno::AGAIN | Errno::INVAL))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -239,18 +243,15 @@ mod tests {
         std::fs::create_dir(dir.path().join("here")).unwrap();
         symlink("here", dir.path().join("link")).unwrap();
         symlink("/proc", dir.path().join("out")).unwrap();
-        let root = super::super::file::open_root(dir.path()).unwrap();
-        let here = reach(&root, b"/here", Wait::May).unwrap();
+        let root = super::super::file::open_directory(dir.path()).unwrap();
+        let here = reach(&root, b"/here").unwrap();
         let stat = super::super::file::stat(&here).unwrap();
         assert_eq!(Some(mount_of(here.as_fd()).unwrap()), stat.mount);
         for path in [b"/link".as_slice(), b"/out/self", b"/here/../link"] {
-            assert_eq!(
-                reach(&root, path, Wait::May).unwrap_err().raw_os_error(),
-                Some(libc::ELOOP)
-            );
+            assert_eq!(reach(&root, path).unwrap_err().raw_os_error(), Some(libc::ELOOP));
         }
         // Not out of the root, however often it is tried.
-        let same = reach(&root, b"/../../here", Wait::May).unwrap();
+        let same = reach(&root, b"/../../here").unwrap();
         assert_eq!(super::super::file::stat(&same).unwrap().inode, stat.inode);
     }
 

@@ -207,59 +207,6 @@ pub fn find_place(mountinfo: &[u8], mount: u64) -> Option<Place> {
     })
 }
 
-/// Who answers for what is on a filesystem.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Medium {
-    /// It is in memory.
-    Tmpfs,
-    /// This machine's kernel.
-    Local,
-    /// Another machine, or a process, which may not answer at all.
-    Foreign,
-}
-
-impl Medium {
-    fn of(kind: &[u8]) -> Medium {
-        match kind {
-            b"tmpfs" | b"ramfs" => Medium::Tmpfs,
-            b"ext2" | b"ext3" | b"ext4" | b"xfs" | b"btrfs" | b"overlay" | b"f2fs" | b"erofs"
-            | b"squashfs" | b"zfs" | b"bcachefs" => Medium::Local,
-            _ => Medium::Foreign,
-        }
-    }
-}
-
-/// What a mountinfo line is of: its ID, where it stands, and its kind.
-fn kind_of_line(line: &[u8]) -> Option<(u64, Vec<u8>, Medium)> {
-    let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
-    let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
-    let mount = str::from_utf8(fields.first()?).ok()?.parse().ok()?;
-    Some((mount, unescape_octal(fields.get(4)?), Medium::of(fields.get(dash + 1)?)))
-}
-
-/// What the mount with this ID is of.
-pub fn medium_of(mountinfo: &[u8], mount: u64) -> Option<Medium> {
-    let mut lines = mountinfo.split(|&byte| byte == b'\n').filter_map(kind_of_line);
-    lines.find(|(id, _, _)| *id == mount).map(|(_, _, medium)| medium)
-}
-
-/// What a filesystem is, by its device.
-pub fn medium_of_device(mountinfo: &[u8], device: u64) -> Option<Medium> {
-    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
-        let is_it = line.split(|&byte| byte == b' ').nth(2) == Some(device.as_bytes());
-        is_it.then(|| kind_of_line(line)).flatten().map(|(_, _, medium)| medium)
-    })
-}
-
-/// Whether every mount on the way to `path` is one that answers by itself.
-pub fn is_local_way(mountinfo: &[u8], path: &[u8]) -> bool {
-    let mut lines = mountinfo.split(|&byte| byte == b'\n').filter_map(kind_of_line);
-    lines.all(|(_, point, medium)| {
-        medium != Medium::Foreign || strip_directory(path, &point).is_none()
-    })
-}
-
 impl Place {
     /// The path inside the filesystem, of a file seen at `name`.
     pub fn inside(&self, name: &[u8]) -> Option<Vec<u8>> {
@@ -371,22 +318,6 @@ fn split_lowerdirs(list: &[u8]) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_filesystem_that_may_not_answer_is_known() {
-        let mountinfo = b"1 0 0:39 / / rw - overlay overlay rw,upperdir=/u\n\
-            2 1 0:40 / /dev/shm rw shared:1 - tmpfs tmpfs rw\n\
-            3 1 0:41 / /mnt/a\\040b rw - fuse.sshfs x rw\n";
-        assert_eq!(medium_of(mountinfo, 1), Some(Medium::Local));
-        assert_eq!(medium_of(mountinfo, 2), Some(Medium::Tmpfs));
-        assert_eq!(medium_of(mountinfo, 3), Some(Medium::Foreign));
-        assert_eq!(medium_of(mountinfo, 4), None);
-        let tmpfs = rustix::fs::makedev(0, 40);
-        assert_eq!(medium_of_device(mountinfo, tmpfs), Some(Medium::Tmpfs));
-        assert!(is_local_way(mountinfo, b"/dev/shm/x"));
-        assert!(is_local_way(mountinfo, b"/mnt/a"));
-        assert!(!is_local_way(mountinfo, b"/mnt/a b/x"));
-    }
 
     fn device(major: u32, minor: u32) -> u64 {
         rustix::fs::makedev(major, minor)

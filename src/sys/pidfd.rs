@@ -15,11 +15,29 @@ pub fn open(pid: u32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
+/// Whether [`open`] failed because there is no such process.
+pub fn is_gone(err: &io::Error) -> bool {
+    err.kind() == io::ErrorKind::NotFound
+        || matches!(err.raw_os_error(), Some(libc::ESRCH | libc::EINVAL | libc::ENOENT))
+}
+
+/// Ends the process, and no other one whatever its pid names by now.
+pub fn kill(process: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL)?)
+}
+
 /// Whether the process has ended.
 pub fn has_ended(process: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(process, PollFlags::IN)];
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::event::poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
+}
+
+/// Waits until the process has ended.
+pub fn wait(process: BorrowedFd<'_>) {
+    let mut fds = [PollFd::from_borrowed_fd(process, PollFlags::IN)];
+    // An error can only be a signal.
+    while !matches!(rustix::event::poll(&mut fds, None), Ok(1..)) {}
 }
 
 /// `struct pidfd_info` in its first version (Linux 6.13), which has all that is
@@ -70,6 +88,18 @@ mod tests {
         }
         assert_eq!(code, Some(Exit { code: Some(3), signal: None }));
         assert_eq!(signal, Some(Exit { code: None, signal: Some(9) }));
+    }
+
+    #[test]
+    fn a_kill_reaches_the_process_that_was_opened_and_no_later_one() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let handle = open(child.id()).unwrap();
+        assert!(!has_ended(handle.as_fd()));
+        kill(handle.as_fd()).unwrap();
+        child.wait().unwrap();
+        assert!(has_ended(handle.as_fd()));
+        assert!(is_gone(&kill(handle.as_fd()).unwrap_err()));
+        assert!(is_gone(&open(child.id()).unwrap_err()) && is_gone(&open(0).unwrap_err()));
     }
 
     #[test]

@@ -14,13 +14,13 @@ use std::io::{self, Read as _};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use procfs::process::Process;
-use rustix::fs::{Mode, OFlags};
+
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Exit, FileType, Login, ProcessIdentity};
 
@@ -28,7 +28,6 @@ use crate::model::{Exit, FileType, Login, ProcessIdentity};
 pub const MAX_ARGUMENTS: usize = 128;
 pub const MAX_ARGUMENT_BYTES: usize = 4 * 1024;
 const MAX_CMDLINE_BYTES: u64 = 64 * 1024;
-const MAX_PATH: usize = 4096;
 const MAX_ENVIRONMENT_BYTES: u64 = 256 * 1024;
 const MAX_VALUE_BYTES: usize = 512;
 const MAX_ANCESTORS: usize = 32;
@@ -138,6 +137,15 @@ pub fn tty_name(tty_nr: i32) -> Option<String> {
     }
 }
 
+/// By what it is known whose a process is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whereabouts {
+    pub mount_namespace: Option<u64>,
+    pub pid_namespace: Option<u64>,
+    /// Its path in the unified hierarchy.
+    pub cgroup: Option<Vec<u8>>,
+}
+
 /// One process, held by its directory in /proc.
 pub struct Handle {
     process: Process,
@@ -206,13 +214,46 @@ impl Handle {
 
     /// The executable's device and inode.
     pub fn exe_identity(&self) -> io::Result<(u64, u64)> {
-        let stat = super::file::stat_of_link(&format!("/proc/{}/exe", self.process.pid))?;
+        let stat = super::file::stat_path(format!("/proc/{}/exe", self.process.pid))?;
         Ok((stat.device, stat.inode))
+    }
+
+    /// Reads one of its files of which already the opening takes locks of its memory.
+    fn read_memory(&self, name: &'static str, limit: u64) -> io::Result<Vec<u8>> {
+        self.patiently(move |pid| {
+            let mut bytes = Vec::new();
+            std::fs::File::open(format!("/proc/{pid}/{name}"))?
+                .take(limit)
+                .read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })
+        .and_then(|bytes| self.if_still_there(bytes))
+    }
+
+    /// The pid is this process's as long as its directory answers.
+    fn if_still_there<T>(&self, found: T) -> io::Result<T> {
+        self.stat().map(|_| found)
+    }
+
+    /// Does what takes locks of its memory; an error if those are held for long.
+    fn patiently<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(i32) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let pid = self.process.pid;
+        let group = || self.read("cgroup", 64 * 1024).unwrap_or_default();
+        super::errand::run(self.identity(), group, move || work(pid))?
     }
 
     /// Each argument; `None` for a process that has ended or has none.
     pub fn arguments(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
-        let cmdline = self.read("cmdline", MAX_CMDLINE_BYTES)?;
+        // To open it asks for nothing, and by then it is this process's.
+        let file = self.process.open_relative("cmdline").map_err(into_io)?;
+        let cmdline = self.patiently(move |_| {
+            let mut bytes = Vec::new();
+            file.take(MAX_CMDLINE_BYTES).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })?;
         Ok(split_arguments(&cmdline))
     }
 
@@ -236,7 +277,7 @@ impl Handle {
 
     /// The first of these variables that is in the environment it began with.
     pub fn variable(&self, names: &[String]) -> Option<Vec<u8>> {
-        let environment = self.read("environ", MAX_ENVIRONMENT_BYTES).ok()?;
+        let environment = self.read_memory("environ", MAX_ENVIRONMENT_BYTES).ok()?;
         names.iter().find_map(|name| {
             let mut variables = environment.split(|&byte| byte == 0);
             let value =
@@ -265,12 +306,14 @@ impl Handle {
         self.namespace("ns/pid")
     }
 
-    /// Whether its pid namespace calls it 1 (proc_pid_status(5), `NSpid`).
+    /// How its own pid namespace calls it (proc_pid_status(5), `NSpid`).
+    pub fn own_number(&self) -> Option<u32> {
+        let status = self.read("status", 16 * 1024).ok()?;
+        field(&status, "NSpid:")?.split_ascii_whitespace().next_back()?.parse().ok()
+    }
+
     pub fn is_first_in_pid_namespace(&self) -> bool {
-        let Ok(status) = self.read("status", 16 * 1024) else { return false };
-        let mut lines = status.split(|&byte| byte == b'\n');
-        let numbers = lines.find_map(|line| line.strip_prefix(b"NSpid:"));
-        numbers.is_some_and(|numbers| numbers.ends_with(b"\t1"))
+        self.own_number() == Some(1)
     }
 
     /// Names the mount namespace this process is in.
@@ -297,6 +340,15 @@ impl Handle {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
+    /// Its namespaces and its control group, as far as they can be read.
+    pub fn whereabouts(&self) -> Whereabouts {
+        Whereabouts {
+            mount_namespace: self.mount_namespace().ok(),
+            pid_namespace: self.pid_namespace().ok(),
+            cgroup: self.cgroup().ok(),
+        }
+    }
+
     /// The inode of its control group's directory in the hierarchy that perf goes
     /// by: the unified one, unless perf has one of its own. `None` if it is in the
     /// root of it, or nobody has mounted it here.
@@ -313,45 +365,31 @@ impl Handle {
     }
 
     /// Opens its program: whatever it was started from, with or without a name. Only
-    /// to ask what it is; `file::reopen` reads it.
+    /// to ask what it is; `door::reopen` reads it.
     pub fn open_exe(&self) -> io::Result<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(format!("/proc/{}/exe", self.process.pid), flags, Mode::empty())?)
+        self.open_link("exe")
     }
 
     /// Opens what it has open as `number`, only to ask what it is.
     pub fn open_descriptor(&self, number: u32) -> io::Result<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let path = format!("/proc/{}/fd/{number}", self.process.pid);
-        Ok(rustix::fs::open(path, flags, Mode::empty())?)
+        self.open_link(&format!("fd/{number}"))
+    }
+
+    /// Opens its root directory, as a place to look from. Keep it only for a moment: it
+    /// keeps a container's mount busy.
+    pub fn open_root(&self) -> io::Result<OwnedFd> {
+        self.open_link("root")
+    }
+
+    /// Opens its working directory, where its relative paths begin.
+    pub fn open_working_directory(&self) -> io::Result<OwnedFd> {
+        self.open_link("cwd")
     }
 
     fn namespace(&self, link: &str) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt as _;
         let file = self.process.open_relative(link).map_err(into_io)?;
         Ok(file.metadata()?.ino())
-    }
-
-    /// The path as it was given to execve, from the new program's own memory.
-    /// It lies right behind the environment; an address elsewhere is not
-    /// believed, since a program can change what /proc/PID/auxv shows.
-    pub fn exec_name(&self) -> io::Result<Option<Vec<u8>>> {
-        const AT_EXECFN: u64 = 31;
-        let auxv = self.process.auxv().map_err(into_io)?;
-        let Some(&address) = auxv.get(&AT_EXECFN) else { return Ok(None) };
-        let end = self.stat()?.area.environment.1;
-        if address < end || address - end > MAX_PATH as u64 {
-            return Ok(None);
-        }
-        let memory = self.process.mem().map_err(into_io)?;
-        let mut name = vec![0; MAX_PATH];
-        // A short read is fine: the name is the last thing on the stack.
-        let len = memory.read_at(&mut name, address)?;
-        name.truncate(len);
-        Ok(name.iter().position(|&byte| byte == 0).map(|end| {
-            name.truncate(end);
-            name
-        }))
     }
 
     /// Where its relative paths begin, as the kernel names that to us.
@@ -368,7 +406,7 @@ impl Handle {
             Some(descriptor) => descriptor,
             // What the kernel knows of it is enough: a filesystem of somebody's own
             // must not be asked.
-            None => self.named_descriptor(number, &super::file::stat_of_link(&path)?),
+            None => self.named_descriptor(number, &super::file::stat_path(&path)?),
         })
     }
 
@@ -402,13 +440,16 @@ impl Handle {
 
     /// Opens the file that is mapped there, only to ask what it is.
     pub fn open_mapped(&self, start: u64, end: u64) -> io::Result<OwnedFd> {
-        self.open_link(&format!("map_files/{start:x}-{end:x}"))
+        self.patiently(move |pid| {
+            super::door::open_link(&format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
+        })
+        .and_then(|file| self.if_still_there(file))
     }
 
     /// Follows one link of the kernel's own in /proc/PID.
     fn open_link(&self, name: &str) -> io::Result<OwnedFd> {
         let path = format!("/proc/{}/{name}", self.process.pid);
-        let fd = super::file::open_kernel_link(&path)?;
+        let fd = super::door::open_link(&path)?;
         // The pid is this process's as long as its directory answers.
         self.stat()?;
         Ok(fd)
@@ -423,17 +464,18 @@ impl Handle {
             .collect())
     }
 
-    /// Whether a descriptor can be read from, and written to.
+    /// What the kernel calls what it has open as `number`.
+    pub fn descriptor_name(&self, number: u32) -> io::Result<Vec<u8>> {
+        let link = std::fs::read_link(format!("/proc/{}/fd/{number}", self.process.pid))?;
+        Ok(link.into_os_string().into_vec())
+    }
+
+    /// Whether a descriptor can be read from, and written to. By the link's own mode: for
+    /// fdinfo the kernel would ask what is open there.
     pub fn access(&self, number: u32) -> io::Result<(bool, bool)> {
-        let info = self.read(&format!("fdinfo/{number}"), 4096)?;
-        let flags = field(&info, "flags:")
-            .and_then(|flags| i32::from_str_radix(flags, 8).ok())
-            .ok_or(io::ErrorKind::InvalidData)?;
-        Ok(match flags & libc::O_ACCMODE {
-            libc::O_RDONLY => (true, false),
-            libc::O_WRONLY => (false, true),
-            _ => (true, true),
-        })
+        use std::os::unix::fs::MetadataExt as _;
+        let link = std::fs::symlink_metadata(format!("/proc/{}/fd/{number}", self.process.pid))?;
+        Ok((link.mode() & 0o400 != 0, link.mode() & 0o200 != 0))
     }
 
     /// The connections in its network namespace, by the socket's inode.
@@ -452,7 +494,7 @@ impl Handle {
 
     /// What it has mapped as code from files.
     pub fn mapped_code(&self) -> io::Result<Vec<Mapping>> {
-        let maps = self.read("maps", MAX_TABLE_BYTES)?;
+        let maps = self.read_memory("maps", MAX_TABLE_BYTES)?;
         Ok(maps.split(|&byte| byte == b'\n').filter_map(Mapping::parse).collect())
     }
 
@@ -884,7 +926,6 @@ mod tests {
             std::env::args_os().map(OsStringExt::into_vec).take(MAX_ARGUMENTS).collect();
         assert_eq!(me.arguments().unwrap(), Some(arguments));
         assert_eq!(me.uid().unwrap(), rustix::process::geteuid().as_raw());
-        assert!(me.exec_name().unwrap().is_some());
         let (started, now) = (me.identity().start_time, ticks_since_boot());
         assert!(started <= now && now - started < 100 * 3600, "{started} and {now}");
         let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get();

@@ -29,6 +29,8 @@ pub(super) struct Arguments {
 #[derive(Debug)]
 struct Execution {
     time: u64,
+    /// The path as it was given to execve.
+    name: Box<[u8]>,
     /// As /proc/PID/cmdline has them.
     arguments: Option<Box<[u8]>>,
     /// What was read there, if that is not known.
@@ -50,7 +52,8 @@ impl Words {
 
 impl Execution {
     fn bytes(&self) -> usize {
-        self.arguments.as_ref().map_or(0, |arguments| arguments.len())
+        self.name.len()
+            + self.arguments.as_ref().map_or(0, |arguments| arguments.len())
             + self.found.as_ref().map_or(0, |words| words.bytes())
     }
 }
@@ -68,11 +71,29 @@ impl Arguments {
     pub(super) fn executed(&mut self, pid: u32, time: u64, arguments: Option<Box<[u8]>>) {
         let early = self.early.remove(&pid).filter(|(asked, _)| *asked <= time);
         let found = early.map(|(_, words)| words).filter(|_| arguments.is_none());
-        let execution = Execution { time, arguments, found };
+        let execution = Execution { time, name: Box::default(), arguments, found };
         self.bytes += execution.bytes();
         self.executions.entry(pid).or_default().push(execution);
         self.order.push_back((time, pid));
         self.keep_bounds();
+    }
+
+    /// By what path the last execve of a process was.
+    pub(super) fn named(&mut self, pid: u32, name: &[u8]) {
+        let last = self.executions.get_mut(&pid).and_then(|executions| executions.last_mut());
+        if let Some(execution) = last {
+            self.bytes += name.len();
+            execution.name = name.into();
+            self.keep_bounds();
+        }
+    }
+
+    /// The same of the first execve of a process from `since` on, and not after `until`.
+    pub(super) fn name_of(&self, pid: u32, since: u64, until: u64) -> Option<Box<[u8]>> {
+        let mut executions = self.executions.get(&pid)?.iter();
+        let first = executions.find(|execution| execution.time >= since)?;
+        let is_it = since > self.forgotten && first.time <= until && !first.name.is_empty();
+        is_it.then(|| first.name.clone())
     }
 
     /// The arguments of a process's last execve, if that came without.

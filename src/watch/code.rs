@@ -2,17 +2,21 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::content::event_path;
+use super::deeds;
 use super::lower;
 use super::shared::Shared;
 use super::state::{self, Which};
 use super::table::{Standing, Watched};
-use crate::model::{Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath};
+use crate::model::{
+    ContainerId, Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath, Unhashed,
+};
+use crate::sys::door::{self, Ground, Held, Listed, Local, View, Way};
 use crate::sys::file::{self, Stat};
-use crate::sys::overlay::{self, Medium};
+use crate::sys::overlay;
 use crate::sys::procfs::Handle;
 
 /// A file of code that is not known to be the image's own.
@@ -22,6 +26,8 @@ pub(super) struct Code {
     pub(super) filesystem: Filesystem,
     pub(super) state: FileState,
     pub(super) lower: Option<LowerTwin>,
+    /// The container in whose root it lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
 }
 
 /// Hashes of such files, so that one that is loaded all the time is read once in a
@@ -86,7 +92,7 @@ impl Hashed {
         known.insert(key, Known { state, until });
     }
 
-    fn state(&self, file: &OwnedFd, stat: &Stat, max_hash_bytes: u64) -> FileState {
+    fn state(&self, file: &OwnedFd, stat: &Stat, local: Local, max_hash_bytes: u64) -> FileState {
         let key = key(stat);
         let begun = Instant::now();
         {
@@ -97,7 +103,9 @@ impl Hashed {
                 return state;
             }
         }
-        let Ok(readable) = file::reopen(file.as_fd()) else { return state::unopened(stat) };
+        let Ok(readable) = door::reopen(file.as_fd(), local) else {
+            return state::unopened(stat);
+        };
         let state = state::of(readable.as_fd(), stat, Which::Always, max_hash_bytes);
         let until = Instant::now() + GOOD_FOR.max(begun.elapsed() * TIMES_ITS_COST);
         self.remember(key, state.clone(), until);
@@ -105,104 +113,136 @@ impl Hashed {
     }
 }
 
-/// The device of memory that has only a descriptor.
-fn memory_device() -> Option<u64> {
-    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
-    *DEVICE.get_or_init(|| file::memfd_device().ok())
-}
-
 /// What the kernel calls a memfd, without what it adds to the name.
 pub(super) fn memfd_name(device: u64, name: &[u8]) -> Option<&[u8]> {
     let name = name.strip_suffix(b" (deleted)")?;
-    (name.starts_with(b"/memfd:") && memory_device() == Some(device)).then_some(name)
+    (name.starts_with(b"/memfd:") && door::memfd_device() == Some(device)).then_some(name)
 }
 
-/// Looks at a file by a descriptor that was opened only for that. `None` if it is
-/// the image's own, or no file with content.
+/// What a file of code is.
+#[derive(Debug)]
+pub(super) enum Look {
+    /// The image's own, as far as anybody knows.
+    Image,
+    Code(Code),
+    /// It lies on a filesystem of the host that the container does not see: a library of
+    /// its runtime, which is on its way in; or the container has detached the mount.
+    Hosts(Code),
+    /// No file with content, or the file of who is not in the container yet.
+    Nothing,
+}
+
+/// Looks at a file by a descriptor that was opened only for that.
+pub(super) fn look_at(
+    shared: &Shared,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+) -> Look {
+    try_to_look_at(shared, watched, handle, fd).unwrap_or(Look::Nothing)
+}
+
+fn try_to_look_at(
+    shared: &Shared,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+) -> Option<Look> {
+    let stat = file::stat(fd).ok()?;
+    if !stat.is_regular() {
+        return None;
+    }
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let owner = shared.table.owner(&stat);
+    if let Some(owner) = owner.as_ref().filter(|owner| deeds::is_apart(shared, watched, owner)) {
+        let path = RootfsPath::new(&file::name_of(fd.as_fd()).ok()?).ok()?;
+        let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let (filesystem, file_of) = (Filesystem::Container, Some(owner.container.clone()));
+        return Some(Look::Code(Code { path, filesystem, state, lower: None, file_of }));
+    }
+    if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
+        match watched.standing(&stat) {
+            Standing::Own => (),
+            Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
+                return Some(Look::Image);
+            }
+        }
+        let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+        let path = event_path(watched, fd, &stat, pid, None).ok()?;
+        let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let lower = watched
+            .layers()
+            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+        let (filesystem, file_of) = (Filesystem::Overlay, None);
+        return Some(Look::Code(Code { path, filesystem, state, lower, file_of }));
+    }
+    let name = file::name_of(fd.as_fd()).ok()?;
+    let is_memfd = memfd_name(stat.device, &name);
+    if is_memfd.is_none() && handle.is_some_and(Handle::has_host_root) {
+        return None;
+    }
+    let init = Handle::open_exactly(watched.init).ok();
+    let view = View::of(handle.into_iter().chain(&init)).and_root(watched.device);
+    let ground = view.ground(&stat);
+    let filesystem = match (is_memfd, ground) {
+        (Some(_), _) => Filesystem::Anonymous,
+        (None, Ground::Memory) => Filesystem::Tmpfs,
+        (None, Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) => {
+            Filesystem::Volume
+        }
+    };
+    if !shared.settings.looks_at(filesystem) {
+        return None;
+    }
+    let path = match is_memfd {
+        Some(name) => name,
+        None if stat.links == 0 => name.strip_suffix(file::DELETED).unwrap_or(&name),
+        None => &name,
+    };
+    let path = RootfsPath::new(path).ok()?;
+    let state = match ground.local() {
+        Some(local) => shared.hashed.state(fd, &stat, local, max_hash_bytes),
+        // Whoever answers for it might never.
+        None => state::unopened(&stat),
+    };
+    let code = Code { path, filesystem, state, lower: None, file_of: None };
+    let is_hosts = is_memfd.is_none() && view.listed(&stat) == Listed::ByHost;
+    Some(if is_hosts { Look::Hosts(code) } else { Look::Code(code) })
+}
+
+/// The file of a library. `None` if it is the image's own, its runtime's, or no file with
+/// content.
 pub(super) fn of_descriptor(
     shared: &Shared,
     watched: &Arc<Watched>,
     handle: Option<&Handle>,
     fd: &OwnedFd,
 ) -> Option<Code> {
-    let stat = file::stat_as_known(fd).ok()?;
-    if !stat.is_regular() {
-        return None;
+    match look_at(shared, watched, handle, fd) {
+        Look::Code(code) => Some(code),
+        Look::Image | Look::Hosts(_) | Look::Nothing => None,
     }
-    let max_hash_bytes = shared.settings.max_hash_bytes;
-    if shared.table.owner(&stat).is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
-        match watched.standing(&stat) {
-            Standing::Own => (),
-            Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => return None,
-        }
-        let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
-        let path = event_path(watched, fd, &stat, pid, None).ok()?;
-        let state = shared.hashed.state(fd, &stat, max_hash_bytes);
-        let lower = watched
-            .layers()
-            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-        return Some(Code { path, filesystem: Filesystem::Overlay, state, lower });
-    }
-    let name = file::name_of(fd.as_fd()).ok()?;
-    if let Some(name) = memfd_name(stat.device, &name) {
-        let path = RootfsPath::new(name).ok()?;
-        let state = shared.hashed.state(fd, &stat, max_hash_bytes);
-        return Some(Code { path, filesystem: Filesystem::Anonymous, state, lower: None });
-    }
-    let path =
-        if stat.links == 0 { name.strip_suffix(b" (deleted)").unwrap_or(&name) } else { &name };
-    let path = RootfsPath::new(path).ok()?;
-    // Of no mount of the container's: the runtime's own, on its way in.
-    let medium = medium(watched, handle, &stat)?;
-    let filesystem = match medium {
-        Medium::Tmpfs => Filesystem::Tmpfs,
-        Medium::Local | Medium::Foreign => Filesystem::Volume,
-    };
-    if !shared.settings.looks_at(filesystem) {
-        return None;
-    }
-    let state = match medium {
-        Medium::Tmpfs | Medium::Local => shared.hashed.state(fd, &stat, max_hash_bytes),
-        // Whoever answers for it might never.
-        Medium::Foreign => state::unopened(&stat),
-    };
-    Some(Code { path, filesystem, state, lower: None })
-}
-
-/// What a file lies on, if it is on a mount of the process's or the container's.
-fn medium(watched: &Watched, handle: Option<&Handle>, stat: &Stat) -> Option<Medium> {
-    if handle.is_some_and(Handle::has_host_root) {
-        return None;
-    }
-    let init = Handle::open_exactly(watched.init).ok();
-    let viewers = [handle, init.as_ref()].into_iter().flatten();
-    let mut mountinfos = viewers.filter_map(|viewer| viewer.mountinfo().ok());
-    mountinfos.find_map(|mountinfo| match stat.mount {
-        Some(mount) => overlay::medium_of(&mountinfo, mount),
-        // Before Linux 5.8 nobody tells which mount.
-        None => overlay::medium_of_device(&mountinfo, stat.device),
-    })
 }
 
 /// Looks up a name as a process does whose root is that of `handle`.
-pub(super) fn open_in(handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
-    let root = file::open_root(&handle.root_path()).ok()?;
-    match file::open_path_in_root(&root, name, true) {
-        Ok(found) => Some(found),
-        // Beyond its root's mount: only where nobody can keep us waiting.
-        Err(err) if err.raw_os_error() == Some(libc::EXDEV) => {
-            let mountinfo = handle.mountinfo().ok()?;
-            overlay::is_local_way(&mountinfo, name)
-                .then(|| file::open_path_in_root(&root, name, false).ok())
-                .flatten()
-        }
-        Err(_) => None,
+pub(super) fn open_in(watched: &Watched, handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
+    let view = View::of([handle]).and_root(watched.device);
+    match door::walk(handle.open_root().ok()?, None, name, &view) {
+        Ok(Way::Found(Held { fd, .. })) => Some(fd),
+        Ok(Way::Foreign(_) | Way::Process(_)) | Err(_) => None,
     }
+}
+
+/// A file that lies where nobody may ask for it.
+pub(super) fn unasked(path: RootfsPath) -> Code {
+    let state =
+        FileState { content: Content::Unhashed(Unhashed::Unreadable), ..state::gone(false) };
+    Code { path, filesystem: Filesystem::Volume, state, lower: None, file_of: None }
 }
 
 /// What is left to tell of a file that nobody can look at any more.
 pub(super) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
-    Code { path, filesystem, state: state::gone(true), lower: None }
+    Code { path, filesystem, state: state::gone(true), lower: None, file_of: None }
 }
 
 /// A file of the container's own layer, by its name there.
@@ -228,7 +268,9 @@ pub(super) fn upper(watched: &Watched, path: &RootfsPath) -> Upper {
             Ok(stat) if stat.is_regular() => {
                 // Only its metadata is the container's own. (A path descriptor has no
                 // attributes to read.)
-                let Ok(readable) = file::reopen(fd.as_fd()) else { return Upper::Unknown };
+                let Ok(readable) = door::reopen(fd.as_fd(), Local::by_layers()) else {
+                    return Upper::Unknown;
+                };
                 match overlay::is_metacopy(&readable, layers.userxattr) {
                     Ok(true) => Upper::Absent,
                     Ok(false) | Err(_) => Upper::File { fd, stat },
@@ -253,11 +295,11 @@ pub(super) fn of_upper(
     stat: &Stat,
 ) -> Code {
     let max_hash_bytes = shared.settings.max_hash_bytes;
-    let state = shared.hashed.state(fd, stat, max_hash_bytes);
+    let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
     let lower = watched
         .layers()
         .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-    Code { path, filesystem: Filesystem::Overlay, state, lower }
+    Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None }
 }
 
 /// The inode that the image's layers have at a path, and its device.

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use super::acts;
 use super::arguments::Words;
 use super::crowd;
+use super::deeds;
 use super::fair::{self, Owned, Receiver, Sender};
 use super::files::{Held, Left};
 use super::gate::Execution;
@@ -117,6 +118,9 @@ fn describe_one(
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
+    if filesystem == Filesystem::Overlay && deeds::is_of_another(shared, &watched, &caller) {
+        return None;
+    }
 
     // The mounts by which the file was reached may be gone with the process.
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -126,7 +130,10 @@ fn describe_one(
                 Filesystem::Overlay => {
                     event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
                 }
-                Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => {
+                Filesystem::Tmpfs
+                | Filesystem::Volume
+                | Filesystem::Anonymous
+                | Filesystem::Container => {
                     mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
                 }
             };
@@ -384,12 +391,14 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     drop(file);
     let Progress::Done(state, lower) = progress else { return };
     let is_on_overlay = filesystem == Filesystem::Overlay;
-    let Executing { mut process, exec_name } = executing;
+    let Executing { mut process } = executing;
     if process.argv.is_none() {
         // Here and not where it was described: those who wait there may be ending.
         let execve = (process.identity.pid, asked);
         process.argv = process::recorded_arguments(shared, execve, &|| is_crowded);
     }
+    let execve = (process.identity.pid, asked);
+    let exec_name = process::recorded_name(shared, execve, &|| is_crowded);
     let is_deleted = state.deleted;
     // The gate looked before it ran. It may also just have lost its name.
     let is_nameless = layer_file.is_none() && stat.links == 0 && unseen::has_a_number(&path);

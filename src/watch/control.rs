@@ -12,15 +12,17 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use jiff::Timestamp;
 
 use super::copyup::{Free, Residence};
-use super::gate::events;
+use super::gate::ExecMarks;
 use super::mounts::Mounts;
 use super::scan::Order;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report, Verdict};
+use crate::gate::Place;
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, printable};
+use crate::sys::door::View;
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::Handle;
 use crate::sys::{file, overlay};
@@ -39,7 +41,7 @@ pub(super) struct Control {
 /// it, or the runtime that is about to start it.
 pub(super) struct Marker {
     pub(super) shared: Arc<Shared>,
-    pub(super) gate: Arc<Group>,
+    pub(super) marks: ExecMarks,
     /// If unchanged programs are asked about only once.
     pub(super) free: Option<Arc<Free>>,
     pub(super) feed: Arc<Group>,
@@ -233,11 +235,12 @@ impl Marker {
             }
             return Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false });
         }
-        let root = file::open_root(&init.root_path()).map_err(Refusal::NoRoot)?;
-        if !overlay::is_overlay(&root).map_err(Refusal::NoRoot)? {
+        let root = init.open_root().map_err(Refusal::NoRoot)?;
+        let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
+        // By the kernel's list: to ask the filesystem could mean to wait for a process.
+        if View::of([&init]).mount(&stat).is_none_or(|mount| mount.kind != b"overlay") {
             return Err(Refusal::NotOverlay);
         }
-        let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
         // A gate on the host's root would ask us before our own programs run.
         if file::stat_path("/").is_ok_and(|host| host.device == stat.device) {
             return Err(Refusal::HostRoot);
@@ -259,24 +262,25 @@ impl Marker {
         // Known before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
         let mut residence = self.admit(&watched, &init);
-        let gate = residence.as_ref().map_or(&self.gate, |residence| &residence.shard.gate);
-        let marked = gate
-            .mark_filesystem(root.as_fd(), events(self.shared.settings.gate))
+        let place = residence.as_ref().map_or(Place::Plain, Residence::place);
+        let marked = self
+            .marks
+            .mark_root(place, root.as_fd())
             .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
         // The marks do not keep the mount busy, but this would.
         drop(root);
         if let Err(err) = marked {
             self.shared.table.remove(&watched);
-            if let (Some(free), Some(residence)) = (&self.free, &residence) {
-                free.leave(residence);
+            if let Some(residence) = &residence {
+                residence.leave();
             }
             return Err(Refusal::MarkRefused(err));
         }
         self.mounts.attach(&watched, &init);
         // What init is now, after the marks: if it has not executed the entry
         // point by now, the gate will see it do so.
-        let before_start =
-            init.stat().is_ok_and(|stat| sessions::is_before_entry_point(&stat.comm));
+        let max_hash_bytes = self.shared.settings.max_hash_bytes;
+        let before_start = sessions::has_not_begun(&init, max_hash_bytes);
         if before_start {
             watched.set_armed_before_start();
         }
@@ -327,8 +331,8 @@ impl Marker {
         if !watched.detach() {
             return;
         }
-        if let (Some(free), Some(residence)) = (&self.free, watched.residence()) {
-            free.leave(residence);
+        if let Some(residence) = watched.residence() {
+            residence.leave();
         }
         watched.files.close();
         self.mounts.detach(&watched);
@@ -360,7 +364,7 @@ fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
 /// What was known of the image's files counts no more: all are asked about again.
 fn forget(watched: &Watched) {
     if let Some(residence) = watched.residence() {
-        residence.shard.forget();
+        residence.forget();
     }
 }
 

@@ -1,25 +1,24 @@
-//! The gate: asked by the kernel before a program runs.
+//! What passes the gate: executions that its process has answered, taken from there.
 //!
-//! While the kernel asks, a process of the container waits, so this thread does
-//! as little as can be: what the file is, who asks, the answer. Everything else
-//! is handed to other threads by channels that never make it wait, and what does
-//! not fit in them is a named loss.
+//! The gate answers before it hands anything on, so nothing waits for this thread. It
+//! only finds out whose file it is and hands it to others by channels that never make it
+//! wait; what does not fit in them is a named loss.
 //!
 //! ```text
-//! kernel ── Permission ──> statx(fd), /proc/PID/stat ── Allow ──> kernel
-//!                              │
-//!                              ├── own layer, other ──> describe thread (with the fd)
-//!                              │   filesystem, or changed in a layer
-//!                              └── image layer ────> processes thread (fd closed)
+//! gate's process ── Executed ──> own layer, other ──> describe thread (with the file)
+//!                                filesystem, or changed in a layer
+//!                            └─> image layer ───────> processes thread (file closed)
+//!                ── Runtime ───> arming
 //! ```
 //!
-//! If it cannot go on, the whole process ends: then the kernel allows what is
-//! pending, while a gate that is open and unread would stop every exec.
+//! With `watch.gate = "notify"` no process waits at all: the kernel reports executions to
+//! a group of this process, and the same is done with them.
 
-use std::cell::RefCell;
-use std::os::fd::{AsFd, OwnedFd};
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::TrySendError;
@@ -27,20 +26,22 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::copyup::{Calm, Residence, Shard};
+use super::arm::Call;
+use super::copyup::Residence;
 use super::crowd::{self, Crowd, More};
 use super::fair::Sender;
 use super::files::Held;
 use super::mounts;
 use super::process::Caller;
-use super::sessions::is_before_entry_point;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
-use crate::config;
+use crate::gate::{self, Calm, Events, Marks, Place};
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
-use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
-use crate::sys::{file, perf, pidfd, procfs};
+use crate::pulse::{Pulse, TURN};
+use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
+use crate::sys::procfs::{self, Handle, Whereabouts};
+use crate::sys::{file, perf, pidfd};
 
 /// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
@@ -69,208 +70,254 @@ pub(super) struct Seen {
     pub(super) at: Timestamp,
 }
 
-/// The gate turns at least this often, with or without events.
-pub(super) const TURN: Duration = Duration::from_millis(250);
-
-/// How much one read may bring: about a hundred events, each with two
-/// descriptors. With none left to open, the kernel denies.
+/// How much one read may bring: about a hundred events, each with a descriptor.
 const READ_BYTES: usize = 4 * 1024;
 
-/// Which events the gate's marks ask for.
-pub(super) fn events(gate: config::Gate) -> u64 {
-    match gate {
-        config::Gate::Ask | config::Gate::Free => libc::FAN_OPEN_EXEC_PERM,
-        config::Gate::Notify => libc::FAN_OPEN_EXEC,
-    }
+/// After a stop, the gate's process gets this long to end.
+const LAST_PACKETS: Duration = Duration::from_secs(4);
+
+/// Where the marks are placed by which executions are seen.
+#[derive(Clone, Debug)]
+pub(super) enum ExecMarks {
+    /// In the gate's process, which the kernel asks.
+    Gate(Marks),
+    /// In a group of this process, which the kernel notifies.
+    Feed(Arc<Group>),
 }
 
-/// Whether every thread that somebody may wait for still turns.
-#[derive(Debug, Default)]
-pub(super) struct Pulse {
-    threads: Vec<Arc<AtomicBool>>,
-}
-
-/// One thread's part in the pulse.
-#[derive(Debug)]
-pub(super) struct Turns(Arc<AtomicBool>);
-
-impl Turns {
-    pub(super) fn turn(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-impl Pulse {
-    pub(super) fn of_another(&mut self) -> Turns {
-        let turned = Arc::new(AtomicBool::new(false));
-        self.threads.push(turned.clone());
-        Turns(turned)
-    }
-
-    /// Whether all of them have turned since this was last true.
-    fn beats(&self) -> bool {
-        let beats = self.threads.iter().all(|turned| turned.load(Ordering::Relaxed));
-        if beats {
-            self.threads.iter().for_each(|turned| turned.store(false, Ordering::Relaxed));
+impl ExecMarks {
+    /// Marks a container's own overlay.
+    pub(super) fn mark_root(&self, place: Place, root: BorrowedFd<'_>) -> io::Result<()> {
+        match self {
+            ExecMarks::Gate(marks) => marks.mark_root(place, root),
+            ExecMarks::Feed(group) => group.mark_filesystem_of(root, libc::FAN_OPEN_EXEC),
         }
-        beats
+    }
+
+    /// Marks what each descriptor points into: the whole filesystem where that is said,
+    /// or what is reached through its mount. The descriptors are closed as early as can be.
+    pub(super) fn mark_others(&self, within: Vec<(OwnedFd, bool)>) -> Vec<io::Result<()>> {
+        const MASK: u64 = libc::FAN_OPEN_EXEC;
+        match self {
+            ExecMarks::Gate(marks) => marks.mark_others(within),
+            ExecMarks::Feed(group) => within
+                .into_iter()
+                .map(|(within, is_whole)| match is_whole {
+                    true => group.mark_filesystem_of(within.as_fd(), MASK),
+                    false => group.mark_mount_of(within.as_fd(), MASK),
+                })
+                .collect(),
+        }
     }
 }
 
-/// Who tells that the gate makes progress.
-#[derive(Debug)]
-pub(super) struct Heart {
-    pub(super) pulse: Pulse,
-    /// Who watches the gate's progress reads the other end. Non-blocking.
-    pub(super) heartbeat: Option<OwnedFd>,
+/// An execution that has been seen.
+struct Arrival {
+    file: OwnedFd,
+    stat: file::Stat,
+    caller: Caller,
+    /// Where the process was, if the gate has asked.
+    whereabouts: Option<Whereabouts>,
+    at: Timestamp,
+    /// If it may be ignored from now on.
+    calm: Option<Calm>,
 }
 
-/// Since when another thread's count of turns is what it is.
-struct Progress {
-    turns: u64,
-    since: Instant,
-}
-
-pub(super) struct Gate {
-    pub(super) group: Arc<Group>,
-    /// The containers of this gate, if unchanged programs are asked about only once.
-    pub(super) shard: Option<Arc<Shard>>,
+/// What both ways of seeing executions have in common.
+pub(super) struct Arrivals {
     pub(super) shared: Arc<Shared>,
+    pub(super) marks: Marks,
+    pub(super) pulse: Arc<Pulse>,
     pub(super) content: Sender<Execution>,
     pub(super) crowd: RefCell<Crowd>,
     pub(super) processes: Sender<Box<Seen>>,
-    pub(super) turns: Turns,
-    /// The first gate has it.
-    pub(super) heart: Option<Heart>,
+}
+
+/// Takes what the gate's process hands on.
+pub(super) struct Gate {
+    pub(super) arrivals: Arrivals,
+    pub(super) events: Events,
+    pub(super) calls: crossbeam_channel::Sender<Call>,
+    /// Turns of this thread.
+    pub(super) turns: Arc<AtomicU64>,
+    pub(super) losses: Losses,
+}
+
+/// What the gate had lost when it was last looked at.
+#[derive(Debug, Default)]
+pub(super) struct Losses {
+    dropped: Cell<u64>,
+    unreadable: Cell<u64>,
+    late: Cell<u64>,
 }
 
 impl Gate {
+    /// Ends when the gate's process has ended and what it handed on is taken.
     pub(super) fn run(self) {
         // Without CAP_SYS_NICE it runs like the others, only later under load.
         let _ = rustix::process::setpriority_process(None, -10);
-        let mut buffer = Buffer::new();
-        let mut last_beat = None;
-        let mut arming = Progress { turns: 0, since: Instant::now() };
-        while !self.shared.is_stopping() {
-            self.wait();
-            self.turns.turn();
-            if !self.is_arming_stuck(&mut arming) {
-                self.beat(&mut last_beat);
+        let shared = &self.arrivals.shared;
+        let mut last = Instant::now();
+        loop {
+            wait_for(&self.events);
+            self.turns.fetch_add(1, Ordering::Relaxed);
+            loop {
+                match self.events.receive() {
+                    Ok(event) => {
+                        last = Instant::now();
+                        self.take(event);
+                    }
+                    Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(err) if err.kind() == io::ErrorKind::InvalidData => {
+                        let detail = format!("what the gate handed on is not readable: {err}");
+                        shared.lose(Failure::EventUnreadable, None, &detail);
+                        shared.gate_taken.fetch_add(1, Ordering::Release);
+                    }
+                    Err(err) => {
+                        self.note_losses();
+                        if !shared.is_stopping() {
+                            tracing::error!("the gate's process has ended: {err}");
+                        }
+                        return;
+                    }
+                }
             }
-            match self.group.read(&mut buffer, READ_BYTES) {
-                Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
+            self.note_losses();
+            if shared.is_stopping() && last.elapsed() > LAST_PACKETS {
+                tracing::warn!("the gate's process does not end; what it still holds is lost");
+                return;
+            }
+        }
+    }
+
+    /// Reports what the gate itself could not hand on.
+    fn note_losses(&self) {
+        let Arrivals { shared, pulse, .. } = &self.arrivals;
+        let is_news = |counter: &AtomicU64, seen: &Cell<u64>| {
+            let now = counter.load(Ordering::Relaxed);
+            seen.replace(now) != now
+        };
+        if is_news(pulse.dropped(), &self.losses.dropped) {
+            let detail = "more programs were executed than could be handed on";
+            shared.lose(Failure::GateQueueFull, None, detail);
+        }
+        if is_news(pulse.unreadable(), &self.losses.unreadable) {
+            let detail = "an event of the gate could not be opened";
+            shared.lose(Failure::EventUnreadable, None, detail);
+        }
+        if is_news(pulse.late(), &self.losses.late) {
+            let detail = "a runtime was let run before its container was marked";
+            shared.lose(Failure::ArmedLate, None, detail);
+        }
+    }
+
+    fn take(&self, event: gate::Event) {
+        match event {
+            gate::Event::Executed { asked, process, file, handle } => {
+                let caller =
+                    Caller { stat: process, pid: asked.pid, asked: Some(asked.at), pidfd: handle };
+                let at = Timestamp::from_nanosecond(asked.time.into()).unwrap_or_default();
+                match asked.stat {
+                    Ok(stat) => {
+                        let seen = Arrival {
+                            file,
+                            stat,
+                            caller,
+                            whereabouts: asked.whereabouts,
+                            at,
+                            calm: asked.calm,
+                        };
+                        self.arrivals.hand_on(seen);
+                    }
+                    Err(errno) => {
+                        self.arrivals.lose_sight(&io::Error::from_raw_os_error(errno));
+                    }
+                }
+                self.arrivals.shared.gate_taken.fetch_add(1, Ordering::Release);
+            }
+            gate::Event::Runtime { number, process } => {
+                let Arrivals { shared, marks, .. } = &self.arrivals;
+                let Some(process) = process else { return marks.release(number) };
+                if self.calls.try_send(Call { number, caller: process }).is_err() {
+                    marks.release(number);
+                    let detail = "too many runtimes run at once to look at each";
+                    shared.lose(Failure::ArmedLate, None, detail);
+                }
+            }
+        }
+    }
+}
+
+/// Waits until there is something to take, also during a stop.
+fn wait_for(events: &Events) {
+    let mut fds = [PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
+    let turn = Timespec::try_from(TURN).expect("a quarter of a second fits");
+    // An error here (a signal) only means that the turn comes early.
+    let _ = rustix::event::poll(&mut fds, Some(&turn));
+}
+
+/// Takes what the kernel reports where it does not ask.
+pub(super) struct Feed {
+    pub(super) arrivals: Arrivals,
+    pub(super) group: Arc<Group>,
+}
+
+impl Feed {
+    pub(super) fn run(self) {
+        let _ = rustix::process::setpriority_process(None, -10);
+        let Feed { arrivals, group } = self;
+        let shared = &arrivals.shared;
+        let mut buffer = Buffer::new();
+        while !shared.is_stopping() {
+            shared.wait_for(&*group, Some(TURN));
+            match group.read(&mut buffer, READ_BYTES) {
+                Ok(incoming) => incoming.into_iter().for_each(|incoming| match incoming {
+                    Incoming::Notification(event) => arrivals.told(event),
+                    // This group is never asked.
+                    Incoming::Permission(_) => (),
+                    Incoming::Overflow => shared.lose(
+                        Failure::KernelQueueOverflow,
+                        None,
+                        "the kernel dropped events of executions",
+                    ),
+                }),
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
                     Some(Errno::AGAIN | Errno::INTR) => (),
-                    Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => give_up(&err),
+                    Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => {
+                        panic!("executions cannot be read any more: {err}")
+                    }
                     // The event is used up. Nobody knows which container's it was.
-                    Some(_) => self.shared.lose(
+                    Some(_) => shared.lose(
                         Failure::EventUnreadable,
                         None,
-                        &format!("an event of the gate could not be opened: {err}"),
+                        &format!("an event of an execution could not be opened: {err}"),
                     ),
                 },
-                Err(ReadError::Malformed(err)) => give_up(&err),
+                Err(ReadError::Malformed(err)) => panic!("executions cannot be read: {err}"),
             }
         }
     }
+}
 
-    fn wait(&self) {
-        let mut fds = [PollFd::from_borrowed_fd(self.group.as_fd(), PollFlags::IN)];
-        let timeout = Timespec::try_from(TURN).expect("a quarter of a second fits");
-        // An error here (a signal) only means that the turn comes early.
-        let _ = rustix::event::poll(&mut fds, Some(&timeout));
-    }
-
-    /// Whether the thread that is asked before a runtime runs has made no turn in a
-    /// while. Containers could not start: then there is no heartbeat from here.
-    fn is_arming_stuck(&self, last: &mut Progress) -> bool {
-        if self.shared.arming.since.get().is_none() {
-            return false;
-        }
-        let turns = self.shared.arming.turns.load(Ordering::Relaxed);
-        if turns != last.turns {
-            *last = Progress { turns, since: Instant::now() };
-        }
-        last.since.elapsed() > 4 * TURN
-    }
-
-    fn beat(&self, last: &mut Option<Instant>) {
-        let Some(Heart { pulse, heartbeat }) = &self.heart else { return };
-        if last.is_some_and(|last| last.elapsed() < TURN / 4) || !pulse.beats() {
-            return;
-        }
-        *last = Some(Instant::now());
-        self.shared.health.gate_turns.fetch_add(1, Ordering::Relaxed);
-        if let Some(heartbeat) = heartbeat {
-            // A full pipe means that the last beats were not read yet: they are there.
-            let _ = rustix::io::write(heartbeat, b".");
-        }
-    }
-
-    fn take(&self, incoming: Incoming<'_>) {
-        match incoming {
-            Incoming::Permission(permission) => self.answer(permission),
-            Incoming::Overflow => self.shared.lose(
-                Failure::KernelQueueOverflow,
-                None,
-                "the kernel dropped events of the gate",
-            ),
-            // Only where nobody is to wait.
-            Incoming::Notification(event) => self.told(event),
-        }
-    }
-
-    fn answer(&self, permission: Permission<'_>) {
-        let event = permission.event();
-        // Before anything is known of the file: see `copyup`.
-        let calm = self.shard.as_ref().and_then(|shard| shard.calm());
-        let stat = file::stat(&event.file);
-        // The one look into /proc before the answer. It takes no lock that the
-        // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
-        // files beside it), and only now is the process certain to be there.
-        let caller = procfs::read_stat(event.pid).ok();
-        let whose = stat.as_ref().ok().and_then(|stat| self.whose(event, stat));
-        // Who comes in may be over before anybody else looks, and how it ended is
-        // told by a handle only.
-        let is_coming_in =
-            caller.as_ref().is_some_and(|caller| is_before_entry_point(&caller.comm));
-        let pidfd = if is_coming_in { pidfd::open(event.pid).ok() } else { None };
-        let at = Timestamp::now();
-        let asked = Some(perf::now());
-        let caller = Caller { stat: caller, pid: event.pid, asked, pidfd };
-        // First, so that who has been answered finds itself counted.
-        self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
-        let (event, answered) = permission.answer(Answer::Allow);
-        if let Err(err) = answered {
-            // ENOENT: the process was killed while it waited.
-            if err.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
-                give_up(&err);
-            }
-        }
-        match stat {
-            Ok(stat) => {
-                self.hand_on(event, whose, stat, caller, at, calm.as_ref());
-            }
-            Err(err) => self.lose_sight(&err),
-        }
-    }
-
+impl Arrivals {
     /// A program has been opened for execution, and nobody has waited for us.
     fn told(&self, event: Event) {
         let stat = procfs::read_stat(event.pid).ok();
         let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
-        self.shared.health.gate_answers.fetch_add(1, Ordering::Relaxed);
+        self.pulse.answers().fetch_add(1, Ordering::Relaxed);
         match file::stat(&event.file) {
             Ok(stat) => {
-                let whose = self.whose(&event, &stat);
-                self.hand_on(event, whose, stat, caller, at, None);
+                let Event { file, .. } = event;
+                let (whereabouts, calm) = (None, None);
+                self.hand_on(Arrival { file, stat, caller, whereabouts, at, calm });
             }
             Err(err) => self.lose_sight(&err),
         }
+        self.shared.gate_taken.fetch_add(1, Ordering::Release);
     }
 
-    fn lose_sight(&self, err: &std::io::Error) {
+    fn lose_sight(&self, err: &io::Error) {
         self.shared.lose(
             Failure::EventUnreadable,
             None,
@@ -278,45 +325,44 @@ impl Gate {
         );
     }
 
-    fn whose(&self, event: &Event, stat: &file::Stat) -> Option<(Arc<Watched>, Filesystem)> {
+    fn whose(&self, seen: &Arrival) -> Option<(Arc<Watched>, Filesystem)> {
+        let Arrival { file, stat, caller, whereabouts, .. } = seen;
         let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
-        // Slower, and so for no other file.
         owner.or_else(|| {
-            let whose = mounts::whose(&self.shared.table, event, stat)?;
-            self.shared.note_asked(event.pid, (stat.device, stat.inode));
+            // Nobody has waited, or the file was on a container's own overlay.
+            let now = || Some(Handle::open(caller.pid).ok()?.whereabouts());
+            let whereabouts = whereabouts.clone().or_else(now)?;
+            let whose = mounts::whose(&self.shared.table, file, stat, &whereabouts)?;
+            let at = caller.asked.unwrap_or_else(perf::now);
+            self.shared.note_asked(caller.pid, (stat.device, stat.inode), at);
             Some(whose)
         })
     }
 
-    fn hand_on(
-        &self,
-        event: Event,
-        whose: Option<(Arc<Watched>, Filesystem)>,
-        stat: file::Stat,
-        caller: Caller,
-        at: Timestamp,
-        calm: Option<&Calm>,
-    ) {
+    fn hand_on(&self, seen: Arrival) {
         // Of a container that is not watched any more, or the host's.
-        let Some((watched, filesystem)) = whose else { return };
-        let Event { file, pid, .. } = event;
+        let Some((watched, filesystem)) = self.whose(&seen) else { return };
+        let Arrival { file, stat, caller, at, calm, .. } = seen;
+        let pid = caller.pid;
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.
-            Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => Standing::Own,
+            Filesystem::Tmpfs
+            | Filesystem::Volume
+            | Filesystem::Anonymous
+            | Filesystem::Container => Standing::Own,
         };
         let is_movable = matches!(standing, Standing::Movable(_));
         let layer_file = match standing {
             Standing::Own => None,
             Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
-                if let (Some(shard), Some(calm)) = (&self.shard, calm)
+                if let Some(calm) = calm
                     && watched.residence().is_some_and(Residence::has_settled)
                     && !watched.is_detaching()
                     && watched.is_certain(&stat)
-                    && shard.ignore(&file, calm)
                 {
-                    self.shared.health.gate_ignored.fetch_add(1, Ordering::Relaxed);
+                    self.marks.ignore(calm, file.as_fd());
                 }
                 drop(file);
                 let mut caller = caller;
@@ -359,9 +405,4 @@ impl Gate {
             ),
         }
     }
-}
-
-/// Execs would wait for ever at a gate that nobody can read or answer.
-pub(super) fn give_up(err: &dyn std::fmt::Display) -> ! {
-    panic!("the gate cannot go on ({err}); driftd ends so that the kernel opens it");
 }

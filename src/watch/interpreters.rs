@@ -12,18 +12,21 @@ use crossbeam_channel::RecvTimeoutError;
 use jiff::Timestamp;
 
 use super::acts::{Act, Event};
+use super::arguments::Recorded;
 use super::code::{self, Code};
 use super::fair::{Owned, Receiver};
+use super::given::{self, Given};
 use super::libraries::processes_of;
 use super::process;
-use super::scripts::{self, Runs};
+use super::scripts::{self, Language, Runs};
 use super::shared::Shared;
-use super::shells::{self, Neighbour, Standard};
+use super::shells::{self, Neighbour, Pipe, Standard};
 use super::table::Watched;
+use super::{Report, trace};
 use crate::health::Failure;
-use crate::model::{ContainerId, Fact, Process, Script, Source};
-use crate::sys::overlay;
+use crate::model::{ContainerId, Fact, Filesystem, Process, RootfsPath, Script, Source};
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
+use crate::sys::{errand, file};
 
 /// A process of a container that has become something that may be an interpreter.
 #[derive(Clone, Debug)]
@@ -34,6 +37,8 @@ pub(super) struct Started {
     pub(super) file: Option<Arc<[u8]>>,
     /// As it was given to execve.
     pub(super) exec_name: Box<[u8]>,
+    /// When, by the clock of the kernel's records.
+    pub(super) executed: u64,
     pub(super) at: Timestamp,
 }
 
@@ -65,8 +70,23 @@ struct Look {
     pipe: Option<Script>,
     /// It runs a script of the image: a connection is its business.
     is_service: bool,
+    /// The script that it was given by name.
+    script: Option<Named>,
     again: usize,
     due: Instant,
+}
+
+/// A script, by the name that an interpreter was given.
+struct Named {
+    name: Vec<u8>,
+    /// The interpreter is a shell, which keeps its script open.
+    is_shells: bool,
+    /// It was itself what was executed.
+    is_executed: bool,
+    /// Nothing was found there.
+    is_missing: bool,
+    /// Looked at by the descriptor that the shell reads from.
+    is_certain: bool,
 }
 
 pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
@@ -74,7 +94,9 @@ pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
     // Those for which there was no time; whoever is in a crowd must not be overlooked.
     let mut deferred: VecDeque<Look> = VecDeque::new();
     let mut around = Around::default();
+    let mut unreadable = Unreadable { told: errand::given_up(), last: None };
     while !shared.is_stopping() {
+        unreadable.tell(shared);
         let queues = waiting.iter().chain([&deferred]);
         let next = queues.filter_map(|queue| Some(queue.front()?.due)).min();
         // Whoever hands on ends when the watchers do.
@@ -102,6 +124,34 @@ pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
                 Seen::ForNow(look) => wait_for(shared, &mut waiting, *look),
                 Seen::NotYet(look) => defer(shared, &mut deferred, *look),
             }
+        }
+    }
+}
+
+/// Processes whose memory could not be read in time, as far as that has been reported.
+struct Unreadable {
+    told: u64,
+    last: Option<Instant>,
+}
+
+/// How often that is reported. No container is scanned again for it: it would be refused
+/// again.
+const BETWEEN_UNREADABLE: Duration = Duration::from_secs(10);
+
+impl Unreadable {
+    fn tell(&mut self, shared: &Shared) {
+        let count = errand::given_up();
+        if count == self.told || self.last.is_some_and(|last| last.elapsed() < BETWEEN_UNREADABLE) {
+            return;
+        }
+        let detail = format!("the memory of processes was not read, {} times", count - self.told);
+        (self.told, self.last) = (count, Some(Instant::now()));
+        let failure = Failure::ProcessUnreadable;
+        let _degraded = shared.health.record(failure);
+        tracing::warn!(failure = failure.name(), "{detail}");
+        let lost = Report::Lost { failure, container: None, detail, at: Timestamp::now() };
+        if shared.try_report(lost).is_err() {
+            let _ = shared.health.record(Failure::PipelineFull);
         }
     }
 }
@@ -137,22 +187,33 @@ fn push(shared: &Shared, queue: &mut VecDeque<Look>, look: Look) {
 
 /// The first look, right behind the execve; `None` if there is nothing more to see.
 fn first(shared: &Shared, started: Started) -> Option<Look> {
-    let Started { watched, pid, file, exec_name, at } = started;
+    let Started { watched, pid, file, exec_name, executed, at } = started;
     let handle = Handle::open(pid).ok()?;
-    let arguments = handle.arguments().ok()??;
-    let standard = standard(&handle);
     let exe = handle.exe().ok()?;
-    // By now it may be another program: then these are not the arguments.
+    // By now it may be another program: then what it has is not what was executed.
     if file.as_deref().is_some_and(|file| file != exe) {
         return None;
     }
-    let file = exe;
+    // As the kernel has recorded them: what /proc shows, the process can change.
+    let recorded = match shared.arguments().of(pid, executed, executed) {
+        Recorded::Arguments(arguments) => procfs::split_arguments(&arguments),
+        Recorded::Unknown | Recorded::NotYet => None,
+    };
+    let arguments = match recorded {
+        Some(arguments) => arguments,
+        None => handle.arguments().ok()??,
+    };
+    let standard = standard(&handle);
     // A shell that is many programs runs its own file again for each of them, by
     // whatever name it has itself.
     if *exec_name == *b"/proc/self/exe" {
         scripts::interpreter(b"busybox", &arguments)?;
     }
-    let (language, rest) = scripts::interpreter(&file, &arguments)?;
+    // A hard link to it may be called like any other program.
+    let is_multicall =
+        handle.exe_identity().is_ok_and(|(device, inode)| watched.is_multicall(device, inode));
+    let program = if is_multicall { b"busybox" } else { exe.as_slice() };
+    let (language, rest) = scripts::interpreter(program, &arguments)?;
     let process = process::as_it_is(&handle, &watched);
     let mut look = Look {
         watched,
@@ -161,39 +222,116 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
         process,
         pipe: None,
         is_service: false,
+        script: None,
         again: 0,
         due: Instant::now(),
     };
     match scripts::runs(language, rest) {
         Runs::Inline => (),
-        // It is the script that was executed, and the gate has seen that.
-        Runs::File(name) if *name == *exec_name => look.is_service = true,
-        Runs::File(name) => match script(shared, &look, &name) {
-            Some(code) => tell_script(shared, &look, code),
-            None => look.is_service = true,
-        },
+        Runs::File(name) => {
+            look.script = Some(Named {
+                is_shells: language == Language::Shell,
+                is_executed: *name == *exec_name,
+                is_missing: false,
+                is_certain: false,
+                name,
+            });
+            named(shared, &mut look);
+        }
         Runs::Input => match standard.0[0] {
-            Some(Descriptor::Pipe { .. }) => look.pipe = piped_script(&look, &standard),
             Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
                 let from = look.handle.connections().remove(&inode);
                 look.pipe = from.map(|from| Script::Pipe {
                     from: Some(format!("a connection to {}", from.remote)),
                 });
             }
-            Some(Descriptor::Other | Descriptor::Terminal(_) | Descriptor::TerminalMaster(_)) => {
-                let fd = look.handle.open_descriptor(0).ok();
-                let code = fd.and_then(|fd| {
-                    code::of_descriptor(shared, &look.watched, Some(&look.handle), &fd)
-                });
-                if let Some(code) = code {
-                    tell_script(shared, &look, code);
-                }
-            }
             Some(Descriptor::Socket(_)) | None => (),
+            Some(_) => {
+                let given = given::by_descriptor(&look.handle, 0);
+                take(shared, &mut look, given);
+            }
         },
     }
     let is_told = direct(shared, &look, &standard);
     (!is_told).then_some(look)
+}
+
+/// Finds the script that was given by name, and judges it. The name is looked up first:
+/// what the shell has not opened yet, it will find there.
+fn named(shared: &Shared, look: &mut Look) {
+    let Some(script) = &look.script else { return };
+    let by_name = given::by_name(&look.watched, &look.handle, &script.name);
+    let held = script.is_shells.then(|| given::held_by_shell(&look.handle)).flatten();
+    if let (Some(script), Some(_)) = (&mut look.script, &held) {
+        script.is_certain = true;
+    }
+    take(shared, look, held.map_or(by_name, Given::File));
+}
+
+/// Tells of a script, if it is not the image's own.
+fn take(shared: &Shared, look: &mut Look, given: Given) {
+    match given {
+        Given::File(fd) => {
+            match code::look_at(shared, &look.watched, Some(&look.handle), &fd) {
+                code::Look::Image => look.is_service = true,
+                code::Look::Code(code) | code::Look::Hosts(code) => {
+                    let stat = file::stat(&fd);
+                    // What was executed itself is told by the gate, if that was asked.
+                    let is_told =
+                        stat.is_ok_and(|stat| shared.table.is_marked(stat.device, stat.mount));
+                    tell_script(shared, look, code, is_told);
+                }
+                code::Look::Nothing => (),
+            }
+        }
+        Given::Pipe(pipe) => look.pipe = piped_script(look, pipe),
+        Given::Foreign(path) => {
+            if shared.settings.looks_at(Filesystem::Volume)
+                && let Ok(path) = RootfsPath::new(path)
+            {
+                tell_script(shared, look, code::unasked(path), false);
+            }
+        }
+        Given::Nothing => (),
+        Given::Missing => {
+            if let Some(script) = &mut look.script {
+                script.is_missing = true;
+            }
+        }
+    }
+}
+
+/// A later look at a script: by now the shell has opened it, or the name has led nowhere
+/// for so long that it was no mistake.
+fn named_again(shared: &Shared, look: &mut Look) {
+    let Some(script) = &mut look.script else { return };
+    let is_missing = std::mem::take(&mut script.is_missing);
+    let is_shells = script.is_shells && !std::mem::replace(&mut script.is_certain, true);
+    if is_shells
+        && (is_missing || look.is_service)
+        && let Some(held) = given::held_by_shell(&look.handle)
+    {
+        look.is_service = false;
+        return take(shared, look, Given::File(held));
+    }
+    if !is_missing {
+        return;
+    }
+    let given = given::by_name(&look.watched, &look.handle, &script.name);
+    if !matches!(given, Given::Missing) {
+        return take(shared, look, given);
+    }
+    // It runs, so there was one. What cannot be found is not the image's own.
+    let name = script.name.clone();
+    let path = if name.starts_with(b"/") {
+        RootfsPath::new(name)
+    } else {
+        let directory = look.handle.cwd().unwrap_or_default();
+        RootfsPath::new([&directory, &b"/"[..], &name].concat())
+    };
+    if let Ok(path) = path {
+        tell_script(shared, look, code::gone(path, Filesystem::Overlay), false);
+    }
 }
 
 /// A later look: it may have become a shell on a connection, or have been one all
@@ -201,6 +339,7 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
 fn again(shared: &Shared, mut look: Look, around: &mut Around) -> Seen {
     let is_alive = look.handle.stat().is_ok_and(|stat| !stat.has_ended());
     if is_alive {
+        named_again(shared, &mut look);
         let standard = standard(&look.handle);
         if direct(shared, &look, &standard) {
             return Seen::Enough;
@@ -272,33 +411,36 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
     }
 }
 
-fn tell_script(shared: &Shared, look: &Look, code: Code) {
-    let Code { path, filesystem, state, lower } = code;
-    let script = Script::File { path, filesystem, state, lower };
-    let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
-    shared.observe(&look.watched, look.at, Source::Trace, fact);
-}
-
-/// The script's file, unless it is the image's own or there is none.
-fn script(shared: &Shared, look: &Look, name: &[u8]) -> Option<Code> {
-    let fd = if name.starts_with(b"/") {
-        code::open_in(&look.handle, name)?
-    } else {
-        // The kernel names the directory as seen from the container's root.
-        let cwd = look.handle.cwd().ok()?;
-        let mut path = overlay::strip_directory(&cwd, &look.watched.root_name)?.to_vec();
-        path.push(b'/');
-        path.extend_from_slice(name);
-        let init = Handle::open_exactly(look.watched.init).ok();
-        code::open_in(init.as_ref().unwrap_or(&look.handle), &path)?
+fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: bool) {
+    let Code { path, filesystem, state, lower, file_of } = code;
+    let process = Arc::new(look.process.clone());
+    let executed = look.script.as_ref().filter(|script| script.is_executed);
+    let fact = match executed {
+        // A descriptor that was executed is the trace's affair.
+        Some(script) if is_told_when_executed || trace::descriptor(&script.name).is_some() => {
+            return;
+        }
+        Some(_) => Fact::Executed {
+            path,
+            filesystem,
+            running: false,
+            times: 1,
+            state,
+            lower,
+            process,
+            invoked_as: None,
+            layer_file: None,
+        },
+        None => {
+            Fact::Interpreted { script: Script::File { path, filesystem, state, lower }, process }
+        }
     };
-    code::of_descriptor(shared, &look.watched, Some(&look.handle), &fd)
+    shared.observe_file_of(&look.watched, file_of, look.at, Source::Trace, fact);
 }
 
 /// A script from a pipe that the container's own processes have made. What came in
 /// with a session, or with the container's start, is whoever's who opened it.
-fn piped_script(look: &Look, standard: &Standard) -> Option<Script> {
-    let pipe = standard.input_pipe()?;
+fn piped_script(look: &Look, pipe: Pipe) -> Option<Script> {
     let stat = look.handle.first_stat();
     // The last one is outside.
     let mut chain = procfs::ancestors(stat, look.watched.pid_namespace);
@@ -306,8 +448,9 @@ fn piped_script(look: &Look, standard: &Standard) -> Option<Script> {
         ancestor.pid_namespace().ok() == look.watched.pid_namespace
             && ancestor.mount_namespace().ok() == look.watched.mount_namespace
     });
-    let root = chain.last()?;
-    if root.descriptor(0).ok() == standard.0[0] {
+    let is_it =
+        |found| matches!(found, Ok(Descriptor::Pipe { device, inode }) if (device, inode) == pipe);
+    if is_it(chain.last()?.descriptor(0)) {
         return None;
     }
     let from = neighbours(&look.watched).into_iter().find(|other| other.writes.contains(&pipe));

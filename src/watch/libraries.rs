@@ -20,6 +20,7 @@ use crossbeam_channel::{RecvTimeoutError, TrySendError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
+use super::deeds;
 use super::fair::{self, Owned, Receiver, Sender};
 use super::interpreters::Started;
 use super::process;
@@ -32,7 +33,7 @@ use crate::model::{
     ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
     printable,
 };
-use crate::sys::overlay::{self, Medium};
+use crate::sys::door::{Ground, View};
 use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 
@@ -65,11 +66,7 @@ pub(super) struct Program {
 impl Program {
     /// Whether it is a dynamic linker, which runs the program that it is given.
     fn is_linker(&self) -> bool {
-        let Some(file) = &self.file else { return false };
-        let name = file.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
-        [b"ld-linux".as_slice(), b"ld-musl", b"ld.so", b"ld64.so", b"ld-2."]
-            .iter()
-            .any(|start| name.starts_with(start))
+        self.file.as_deref().is_some_and(scripts::is_linker)
     }
 }
 
@@ -142,11 +139,14 @@ impl TraceConsumer for Tracing {
     ) {
         let Executed { pid, time, file_name, .. } = executed;
         let file = program.map(|program| &*program.name);
+        let is_multicall =
+            program.is_some_and(|program| watched.is_multicall(program.device, program.inode));
         let program = self.programs.executed(*pid, *time, file);
-        let may_interpret = match &program.file {
-            Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
-            None => true,
-        };
+        let may_interpret = is_multicall
+            || match &program.file {
+                Some(file) => scripts::may_interpret(file) || scripts::may_interpret(file_name),
+                None => true,
+            };
         if !may_interpret {
             return;
         }
@@ -155,6 +155,7 @@ impl TraceConsumer for Tracing {
             pid: *pid,
             file: program.file.clone(),
             exec_name: file_name.clone(),
+            executed: *time,
             at: timestamp(*time),
         };
         if let Err(TrySendError::Full(dropped)) = self.started.try_send(Box::new(started)) {
@@ -226,9 +227,14 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
     let mut last_look = Instant::now();
     let mut pass: Option<Pass> = None;
     while !shared.is_stopping() {
-        if pass.is_none() && last_look.elapsed() >= LOOK_EVERY {
+        if last_look.elapsed() >= LOOK_EVERY {
             last_look = Instant::now();
-            pass = Pass::begin(shared);
+            for watched in shared.table.all() {
+                watched.learn_multicall(multicall);
+            }
+            if pass.is_none() {
+                pass = Pass::begin(shared);
+            }
         }
         let mut patience = match libraries.waiting.front() {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
@@ -338,6 +344,13 @@ impl Libraries {
         let Some(code) = look(shared, watched, mapped, handle.as_ref(), place) else {
             return false;
         };
+        if code.file_of.is_some()
+            && code.file_of
+                == handle.as_ref().and_then(|handle| deeds::runs_file_of(shared, handle))
+        {
+            // A program of that container is reported itself; its own libraries are not.
+            return false;
+        }
         if self.told.len() >= MAX_TOLD {
             self.told.clear();
         }
@@ -479,8 +492,8 @@ fn look(
     let name = mapped.name.strip_suffix(b" (deleted)").unwrap_or(&mapped.name);
     let init = Handle::open_exactly(watched.init).ok();
     for viewer in [handle, init.as_ref()].into_iter().flatten() {
-        let Some(fd) = code::open_in(viewer, name) else { continue };
-        let is_same = crate::sys::file::stat_as_known(&fd)
+        let Some(fd) = code::open_in(watched, viewer, name) else { continue };
+        let is_same = crate::sys::file::stat(&fd)
             .is_ok_and(|stat| (stat.device, stat.inode) == (mapped.device, mapped.inode));
         if is_same {
             return is_library(code::of_descriptor(shared, watched, Some(viewer), &fd)?);
@@ -491,13 +504,14 @@ fn look(
     } else if code::memfd_name(mapped.device, &mapped.name).is_some() {
         Filesystem::Anonymous
     } else {
-        let mountinfo = init?.mountinfo().ok()?;
-        match overlay::medium_of_device(&mountinfo, mapped.device) {
-            Some(Medium::Tmpfs) => Filesystem::Tmpfs,
+        match View::of([&init?]).ground_of_device(mapped.device) {
+            Some(Ground::Memory) => Filesystem::Tmpfs,
             // Of a mount namespace of its own, or a library of the runtime's that it
             // loaded on its way in, from a filesystem of the host of which the
             // container has a part.
-            Some(Medium::Local | Medium::Foreign) | None => return None,
+            Some(Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) | None => {
+                return None;
+            }
         }
     };
     Some(code::gone(RootfsPath::new(name).ok()?, filesystem))
@@ -513,7 +527,7 @@ fn is_library(code: Code) -> Option<Code> {
 
 fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>, source: Source) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    let Code { path, filesystem, state, lower } = code;
+    let Code { path, filesystem, state, lower, file_of } = code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
         exe: program.file.as_deref().map(printable),
@@ -525,7 +539,9 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
     });
     let writer = match filesystem {
         Filesystem::Overlay => shared.writer_of(watched, &path),
-        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous => None,
+        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous | Filesystem::Container => {
+            None
+        }
     };
     let by_linker = *is_first && program.is_linker();
     let fact = Fact::Loaded {
@@ -537,7 +553,16 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         by_linker,
         writer,
     };
-    shared.observe(watched, *at, source, fact);
+    shared.observe_file_of(watched, file_of, *at, source, fact);
+}
+
+/// The image's programs that are many.
+fn multicall(watched: &Watched) -> Vec<u64> {
+    let paths = ["/bin/busybox", "/usr/bin/busybox", "/bin/toybox", "/usr/bin/toybox"];
+    let inodes = paths.iter().filter_map(|path| {
+        code::image_inode(watched, &RootfsPath::new(path).ok()?).map(|(_, inode)| inode)
+    });
+    inodes.collect()
 }
 
 /// The processes of a container, as far as its namespaces tell.

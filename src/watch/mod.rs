@@ -3,8 +3,8 @@
 //! Plain threads, because disks and the kernel block:
 //!
 //! ```text
-//! Command ─> control ── marks ──> kernel
-//!     mounts <───┤                  │ exec?                     │ closed after writing
+//! Command ─> control ── marks ──> gate's process, kernel
+//!     mounts <───┤                  │ executed                  │ closed after writing
 //!                │                  v                           v
 //!                │                gate ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
@@ -28,10 +28,12 @@ mod content;
 mod control;
 mod copyup;
 mod crowd;
+mod deeds;
 mod fair;
 mod feed;
 mod files;
 mod gate;
+mod given;
 mod interpreters;
 mod libraries;
 mod lower;
@@ -53,18 +55,18 @@ mod trace;
 mod trial;
 mod trust;
 mod unseen;
+mod ways;
 mod writers;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
 
 pub use self::arm::Scope;
@@ -72,11 +74,12 @@ pub use self::trace::Executions;
 pub use self::trial::{Distrust, try_free_gate};
 pub use self::trust::{Trust, Verdict};
 
-use self::copyup::{CopyUps, Free};
-use self::gate::{Heart, Pulse};
+use self::copyup::Free;
+use self::gate::{Arrivals, ExecMarks};
 use self::shared::Shared;
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
+use crate::gate::{Gate, Stopper};
 use crate::health::{Backlogs, Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
@@ -179,9 +182,14 @@ pub struct Watch {
     shared: Arc<Shared>,
     marker: Arc<control::Marker>,
     commands: Sender<Command>,
-    copy_ups_held: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     executions: Executions,
+    gate: std::process::Child,
+    is_gate_closed: bool,
+    stopper: Stopper,
+    /// Until a thread takes the calls of runtimes, the gate holds none.
+    calls: Option<Receiver<arm::Call>>,
+    gate_turns: Arc<AtomicU64>,
 }
 
 impl std::fmt::Debug for control::Marker {
@@ -197,33 +205,39 @@ impl std::fmt::Debug for Shared {
 }
 
 impl Watch {
-    /// Starts watching, of nothing yet. The gate writes a byte to `heartbeat`, the
-    /// non-blocking end of a pipe, at least every quarter of a second.
+    /// Starts watching, of nothing yet. `gate` was started with [`shards`].
     pub fn start(
         settings: &config::Watch,
         reports: Sender<Box<Report>>,
         health: Arc<Health>,
-        heartbeat: Option<OwnedFd>,
+        gate: Gate,
     ) -> Result<Watch, Error> {
         let notifier = if settings.volumes { Notifier::new() } else { Notifier::polling() };
-        Watch::start_with(settings, reports, health, heartbeat, notifier)
+        Watch::start_with(settings, reports, health, gate, notifier)
     }
 
-    /// The same, told of new mounts by `notifier`.
+    /// The same, notified of new mounts by `notifier`.
     pub fn start_with(
         settings: &config::Watch,
         reports: Sender<Box<Report>>,
         health: Arc<Health>,
-        heartbeat: Option<OwnedFd>,
+        gate: Gate,
         notifier: Notifier,
     ) -> Result<Watch, Error> {
         fanotify::probe()?;
-        let gate = Arc::new(match settings.gate {
-            config::Gate::Ask | config::Gate::Free => Group::exec_gate()?,
-            config::Gate::Notify => Group::exec_feed()?,
-        });
+        let Gate { child, marks: gate_marks, events, pulse } = gate;
+        let _ = health.pulse.set(pulse.clone());
+        let (marks, exec_feed) = match settings.gate {
+            config::Gate::Ask | config::Gate::Free => (ExecMarks::Gate(gate_marks.clone()), None),
+            config::Gate::Notify => {
+                let group = Arc::new(Group::exec_feed()?);
+                (ExecMarks::Feed(group.clone()), Some(group))
+            }
+        };
         let free = match settings.gate {
-            config::Gate::Free => Some(Arc::new(Free::new()?)),
+            config::Gate::Free => {
+                Some(Arc::new(Free::new(gate_marks.clone(), shards(settings.gate))))
+            }
             config::Gate::Ask | config::Gate::Notify => None,
         };
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
@@ -239,11 +253,11 @@ impl Watch {
         let (described, receive_described) = fair::channel(content_queue);
         let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
-        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), gate.clone(), notifier)?);
+        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
         let marker = Arc::new(control::Marker {
             shared: shared.clone(),
-            gate: gate.clone(),
-            free: free.clone(),
+            marks,
+            free,
             feed: feed.clone(),
             mounts: mounts.clone(),
             orders: orders.clone(),
@@ -262,13 +276,18 @@ impl Watch {
             }
         }
 
+        let (calls, receive_calls) = bounded(arm::QUEUE);
         let mut watch = Watch {
             shared: shared.clone(),
             marker: marker.clone(),
             commands,
-            copy_ups_held: Arc::default(),
             threads: Vec::new(),
             executions,
+            gate: child,
+            is_gate_closed: false,
+            stopper: gate_marks.stopper(),
+            calls: Some(receive_calls),
+            gate_turns: Arc::default(),
         };
         let (large, receive_large) = fair::channel(LARGE_QUEUE);
         let (loadings, receive_loadings) = fair::channel(LIBRARY_QUEUE);
@@ -305,25 +324,6 @@ impl Watch {
         watch.spawn("attachments", move || ours.attachments.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("terminals", move || ours.terminals.run(&ours))?;
-        let mut pulse = Pulse::default();
-        let mut more_gates = Vec::new();
-        let mut copy_ups = None;
-        if let Some(free) = &free {
-            for shard in &free.shards {
-                more_gates.push(gate::Gate {
-                    group: shard.gate.clone(),
-                    shard: Some(shard.clone()),
-                    shared: shared.clone(),
-                    content: content.clone(),
-                    crowd: RefCell::default(),
-                    processes: processes.clone(),
-                    turns: pulse.of_another(),
-                    heart: None,
-                });
-            }
-            let (shared, held) = (shared.clone(), watch.copy_ups_held.clone());
-            copy_ups = Some(CopyUps::new(free.clone(), shared, pulse.of_another(), held));
-        }
         let ours = shared.clone();
         watch.spawn("sessions", move || acts::run(&ours, &receive_acts))?;
         let ours = shared.clone();
@@ -344,23 +344,27 @@ impl Watch {
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
             watch.spawn("trace", || trace.run(recorder))?;
         }
-        let thread = gate::Gate {
-            group: gate.clone(),
-            shard: None,
+        let arrivals = || Arrivals {
             shared: shared.clone(),
-            content,
+            marks: gate_marks.clone(),
+            pulse: pulse.clone(),
+            content: content.clone(),
             crowd: RefCell::default(),
-            processes,
-            turns: pulse.of_another(),
-            heart: Some(Heart { pulse, heartbeat }),
+            processes: processes.clone(),
+        };
+        let thread = gate::Gate {
+            arrivals: arrivals(),
+            events,
+            calls,
+            turns: watch.gate_turns.clone(),
+            losses: gate::Losses::default(),
         };
         watch.spawn("gate", || thread.run())?;
-        for thread in more_gates {
-            watch.spawn("gate", || thread.run())?;
+        if let Some(group) = exec_feed {
+            let thread = gate::Feed { arrivals: arrivals(), group };
+            watch.spawn("executions", || thread.run())?;
         }
-        if let Some(thread) = copy_ups {
-            watch.spawn("copy-ups", || thread.run())?;
-        }
+        drop((content, processes));
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
         watch.spawn("feed", || thread.run())?;
@@ -379,20 +383,10 @@ impl Watch {
     /// From now on, containers are armed before their runtime starts them: what
     /// `watch.arm = "strict"` means.
     pub fn arm_before_start(&mut self, scope: &Scope) -> Result<(), Error> {
-        let (calls, receive_calls) = bounded(arm::QUEUE);
-        let (done, receive_done) = bounded(2 * arm::QUEUE);
-        let wake = arm::waker()?;
-        let thread = arm::Arming {
-            shared: self.shared.clone(),
-            marker: self.marker.clone(),
-            scope: scope.clone(),
-            calls: receive_calls,
-            done,
-            wake: wake.clone(),
-        };
-        self.spawn("arming", || thread.run())?;
-        let thread = arm::Arm::new(self.shared.clone(), scope, calls, receive_done, wake)?;
-        self.spawn("arm", || thread.run())
+        let Some(calls) = self.calls.take() else { return Ok(()) };
+        let (shared, marker) = (self.shared.clone(), self.marker.clone());
+        let thread = arm::Arming::new(shared, marker, self.stopper.marks(), scope, calls)?;
+        self.spawn("arming", || thread.run())
     }
 
     /// On an error, what was started ends by itself when `self` is dropped.
@@ -418,20 +412,51 @@ impl Watch {
         self.commands.clone()
     }
 
-    /// While this is set, copy-ups wait, as if their thread had been stopped. For
-    /// tests only.
-    #[doc(hidden)]
-    pub fn copy_ups_held(&self) -> Arc<AtomicBool> {
-        self.copy_ups_held.clone()
+    /// The process of the gate.
+    pub fn gate(&self) -> &std::process::Child {
+        &self.gate
     }
 
-    /// Ends the threads. With them the fanotify groups are closed, and the kernel
-    /// allows every exec that still waits.
+    /// Turns of the thread that takes what the gate hands on: while they stand still,
+    /// nothing is seen of what is executed.
+    pub fn gate_turns(&self) -> Arc<AtomicU64> {
+        self.gate_turns.clone()
+    }
+
+    /// Closes the gate first, so that nothing waits for it any more, and then ends the
+    /// threads.
     pub fn stop(mut self) {
+        self.close_gate();
+        self.end_threads();
+    }
+
+    /// Closes the gate: the kernel lets everything run from then on.
+    pub fn close_gate(&mut self) {
+        if self.is_gate_closed {
+            return;
+        }
+        self.is_gate_closed = true;
+        if let Err(err) = self.stopper.close() {
+            // Ended already, or to be ended: either way the kernel opens it.
+            tracing::debug!("the gate could not be closed and is ended: {err}");
+            let _ = self.gate.kill();
+        }
+    }
+
+    fn end_threads(&mut self) {
         self.shared.stop();
         for thread in self.threads.drain(..) {
             thread.join().expect("a watcher's panic ends the process");
         }
+    }
+}
+
+/// How many groups of the gate ask about an unchanged file only once. More would spare
+/// containers one another's copy-ups; a user may have 128 groups in all.
+pub fn shards(gate: config::Gate) -> u8 {
+    match gate {
+        config::Gate::Free => 2,
+        config::Gate::Ask | config::Gate::Notify => 0,
     }
 }
 
@@ -451,7 +476,10 @@ impl Drop for AbortOnPanic {
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        self.close_gate();
         self.shared.stop();
+        // It ends when what it has answered is handed over.
+        let _ = self.gate.wait();
     }
 }
 

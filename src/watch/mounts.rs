@@ -9,37 +9,42 @@
 //!
 //! Opening an event's file asks its filesystem. On one that a process answers for
 //! (FUSE, 9p) or a network, whoever runs that process could hold the gate open for
-//! ever, so only filesystems that are known to be local are marked. An overlay is
-//! as local as its layers, which nobody can tell from outside; programs on one that
-//! a container has mounted are seen when their real files are opened below it.
+//! ever, so only filesystems that are known to be local are marked ([`door::Ground`]). A
+//! disk that only a container has mounted may be a file on such a filesystem, and an
+//! overlay is as local as its layers, which nobody can tell from outside; programs on an
+//! overlay that a container has mounted are seen when their real files are opened below
+//! it, and the rest is left to the trace.
 //!
 //! A container can change its mounts while we look at them, so a mount is first
 //! held by a descriptor, which keeps its number its own, and then looked up again.
-//! Nothing here waits for a filesystem: not the look-ups (`RESOLVE_CACHED`), and
-//! what they cannot do goes to a thread that may be left behind.
+//! Nothing here waits for a filesystem: look-ups are made in the kernel's memory
+//! (`RESOLVE_CACHED`), and what cannot be found there only where this machine's own
+//! disks answer.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::code;
 use super::content::{self, UnknownPath};
+use super::gate::ExecMarks;
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
+use super::ways;
 use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
-use crate::sys::fanotify::{Buffer, Event, Group};
+use crate::sys::door::{self, Ground, HostMounts, View, Way};
+use crate::sys::fanotify::Buffer;
+
 use crate::sys::file::{self, Stat};
-use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier, Wait};
+use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier};
 use crate::sys::overlay;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{Handle, Whereabouts};
 
 /// A container's marks. One that mounts more than this is told of, once.
 const MAX_MARKS: usize = 256;
@@ -56,45 +61,11 @@ const REST_PER_LISTING: u32 = 20;
 /// How often a mount is looked for again that is there and cannot be reached.
 const MAX_ATTEMPTS: u8 = 3;
 
-/// A look-up that waits for a disk gets this long; one that waits for longer is
-/// left behind, and so are no more than a few at a time.
-const LOOK_UP_PATIENCE: Duration = Duration::from_millis(20);
-const MAX_LEFT_BEHIND: usize = 8;
-
 /// Without anything to do, the thread still looks whether it is to end.
 const TURN: Duration = Duration::from_millis(500);
 
 /// What the host runs from is asked for again when this old.
 const HOST_DEVICES_AGE: Duration = Duration::from_secs(60);
-
-/// Filesystems in memory.
-const MEMORY: &[&[u8]] = &[b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"];
-
-/// Filesystems on disks, which no process and no network answers for.
-const DISK: &[&[u8]] = &[
-    b"bcachefs",
-    b"btrfs",
-    b"erofs",
-    b"exfat",
-    b"ext2",
-    b"ext3",
-    b"ext4",
-    b"f2fs",
-    b"hfs",
-    b"hfsplus",
-    b"iso9660",
-    b"jfs",
-    b"minix",
-    b"msdos",
-    b"nilfs2",
-    b"ntfs3",
-    b"reiserfs",
-    b"squashfs",
-    b"udf",
-    b"vfat",
-    b"xfs",
-    b"zfs",
-];
 
 /// Nothing on these can be executed: the kernel's own, made of numbers and names.
 const NO_PROGRAMS: &[&[u8]] = &[
@@ -166,12 +137,12 @@ enum Treatment {
     MarkMount,
 }
 
-fn treat(mount: &Mount, own_device: u64, host: &HashSet<u64>) -> Treatment {
+fn treat(mount: &Mount, own_device: u64, ground: Ground, host: &HashSet<u64>) -> Treatment {
     let kind = mount.kind.as_slice();
     let is_hosts = host.contains(&mount.device);
     if mount.device == own_device || NO_PROGRAMS.contains(&kind) {
         Treatment::Ignore
-    } else if !(MEMORY.contains(&kind) || DISK.contains(&kind) || is_hosts && kind == b"overlay") {
+    } else if ground.local().is_none() || kind == b"overlay" && !is_hosts {
         Treatment::Refuse
     } else if is_hosts {
         Treatment::MarkMount
@@ -210,12 +181,17 @@ struct Choice {
     is_full: bool,
 }
 
-fn choose(mounts: impl Iterator<Item = Mount>, own: u64, host: &HashSet<u64>) -> Choice {
+fn choose(
+    mounts: impl Iterator<Item = Mount>,
+    own: u64,
+    ground: impl Fn(&Mount) -> Ground,
+    host: &HashSet<u64>,
+) -> Choice {
     let mut choice = Choice::default();
     let mut by_device: HashMap<u64, usize> = HashMap::new();
     for mount in mounts {
         let is_full = choice.filesystems.len() + choice.mounts.len() >= MAX_MARKS;
-        match treat(&mount, own, host) {
+        match treat(&mount, own, ground(&mount), host) {
             Treatment::Ignore | Treatment::Refuse => (),
             Treatment::MarkFilesystem => match by_device.get(&mount.device) {
                 Some(&at) => choice.filesystems[at].push(mount),
@@ -247,21 +223,19 @@ fn is_covered(mount: &Mount, by_id: &HashMap<u64, Mount>) -> bool {
 }
 
 /// Whose an executed file is that lies on no container's own overlay, and on what.
-/// Called while the process waits: it reads links of /proc that take no lock which
-/// a container could hold, and asks the file's filesystem, a local one, nothing.
 pub(super) fn whose(
     table: &Table,
-    event: &Event,
+    file: &OwnedFd,
     stat: &Stat,
+    process: &Whereabouts,
 ) -> Option<(Arc<Watched>, Filesystem)> {
-    let process = Handle::open(event.pid).ok()?;
-    if overlay::is_overlay(&event.file).ok()? {
+    if overlay::is_overlay(file).ok()? {
         // Layers on several filesystems, in a mount namespace of its own.
-        let watched = table.by_pid_namespace(process.pid_namespace().ok()?)?;
+        let watched = table.by_pid_namespace(process.pid_namespace?)?;
         return Some((watched, Filesystem::Overlay));
     }
-    let watched = table.user_of(stat, &process)?;
-    let is_in_memory = file::is_in_memory(&event.file).ok()?;
+    let watched = table.user_of(stat, process)?;
+    let is_in_memory = file::is_in_memory(file).ok()?;
     Some((watched, if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume }))
 }
 
@@ -286,7 +260,7 @@ pub(super) fn event_path(
             let viewer = Handle::open(viewer).ok()?;
             let place = overlay::find_place(&viewer.mountinfo().ok()?, mount)?;
             // Its mount points are below its root, the name is not.
-            let root = file::name_of(file::open_root(&viewer.root_path()).ok()?.as_fd()).ok()?;
+            let root = viewer.root().ok()?;
             place.inside(overlay::strip_directory(&name, &root)?)
         });
         is_certain = inside.is_some();
@@ -312,7 +286,7 @@ fn by_a_twin(
     let init = Handle::open_exactly(watched.init).ok()?;
     own.iter().filter(|mount| mount.device == stat.device).find_map(|mount| {
         let path = [&mount.mount_point[..], name].concat();
-        let found = file::stat(&code::open_in(&init, &path)?).ok()?;
+        let found = file::stat(&code::open_in(watched, &init, &path)?).ok()?;
         let is_it = (found.device, found.inode) == (stat.device, stat.inode);
         is_it.then(|| RootfsPath::new(path).ok()).flatten()
     })
@@ -346,12 +320,11 @@ fn seen_from(own: &[MarkedMount], device: u64, inside: &[u8]) -> Option<Vec<u8>>
 /// attaches and detaches.
 pub(super) struct Mounts {
     shared: Arc<Shared>,
-    gate: Arc<Group>,
+    marks: ExecMarks,
     notifier: Notifier,
     wake: OwnedFd,
     tracked: Mutex<HashMap<ContainerId, Tracked>>,
     host: Mutex<Option<(Instant, Arc<HashSet<u64>>)>>,
-    left_behind: Arc<AtomicUsize>,
 }
 
 struct Tracked {
@@ -396,19 +369,18 @@ struct Outcome {
 impl Mounts {
     pub(super) fn new(
         shared: Arc<Shared>,
-        gate: Arc<Group>,
+        marks: ExecMarks,
         notifier: Notifier,
     ) -> Result<Mounts, Error> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags).map_err(|errno| Error::Wake(errno.into()))?;
         Ok(Mounts {
             shared,
-            gate,
+            marks,
             notifier,
             wake,
             tracked: Mutex::default(),
             host: Mutex::default(),
-            left_behind: Arc::default(),
         })
     }
 
@@ -604,26 +576,31 @@ impl Mounts {
     fn mark_all(&self, watched: &Arc<Watched>) -> io::Result<Outcome> {
         let init = Handle::open_exactly(watched.init)?;
         let mountinfo = init.mountinfo()?;
-        let choice = choose(mounts::parse(&mountinfo), watched.device, &self.host_devices());
+        ways::note_mounts(&self.shared, watched, &init, mounts::parse(&mountinfo));
+        let host = HostMounts::now();
+        let ground = |mount: &Mount| host.ground(mount);
+        let all = mounts::parse(&mountinfo);
+        let choice = choose(all, watched.device, ground, &self.host_devices());
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
+        let view = View::of([&init]).and_root(watched.device);
         // It keeps the container's root busy: for as long as this takes and no longer.
-        let root = file::open_root(&init.root_path())?;
+        let root = init.open_root()?;
         let mut held: Vec<(&Mount, OwnedFd, bool)> = Vec::new();
         let mut unreached: Vec<&Mount> = Vec::new();
         for ways in &choice.filesystems {
             let reached = ways
                 .iter()
                 .take(MAX_TRIES)
-                .find_map(|mount| Some((mount, self.reach(&root, mount)?, true)));
+                .find_map(|mount| Some((mount, Mounts::reach(&root, &view, mount)?, true)));
             match reached {
                 Some(reached) => held.push(reached),
                 None => unreached.extend(ways.first()),
             }
         }
         for mount in &choice.mounts {
-            match self.reach(&root, mount) {
+            match Mounts::reach(&root, &view, mount) {
                 Some(fd) => held.push((mount, fd, false)),
                 None => unreached.push(mount),
             }
@@ -668,13 +645,9 @@ impl Mounts {
             }
         }
         self.shared.table.set_mounts(watched, known);
-        for (mount, fd, whole) in &held {
-            let mask = super::gate::events(self.shared.settings.gate);
-            let done = if *whole {
-                self.gate.mark_filesystem_of(fd.as_fd(), mask)
-            } else {
-                self.gate.mark_mount_of(fd.as_fd(), mask)
-            };
+        let (names, held): (Vec<&Mount>, Vec<(OwnedFd, bool)>) =
+            held.into_iter().map(|(mount, fd, whole)| (mount, (fd, whole))).unzip();
+        for (mount, done) in names.iter().zip(self.marks.mark_others(held)) {
             if let Err(err) = done {
                 outcome.refused =
                     Some(format!("the kernel refuses to mark {}: {err}", name_of(mount)));
@@ -683,37 +656,15 @@ impl Mounts {
         Ok(outcome)
     }
 
-    /// Opens a mount's own root; `None` if something else is there now.
-    fn reach(&self, root: &OwnedFd, mount: &Mount) -> Option<OwnedFd> {
-        let fd = match mounts::reach(root, &mount.mount_point, Wait::Never) {
-            Err(err) if mounts::would_wait(&err) => self.reach_slowly(root, mount),
-            reached => reached,
+    /// Opens a mount's own root; `None` if something else is there now, or the way there
+    /// leads over a filesystem that may not answer.
+    fn reach(root: &OwnedFd, view: &View, mount: &Mount) -> Option<OwnedFd> {
+        let slowly = || match door::walk(root.try_clone().ok()?, None, &mount.mount_point, view) {
+            Ok(Way::Found(held)) => Some(held.fd),
+            Ok(Way::Foreign(_) | Way::Process(_)) | Err(_) => None,
         };
-        fd.ok().filter(|fd| mounts::mount_of(fd.as_fd()).is_ok_and(|id| id == mount.id))
-    }
-
-    /// The same where it may wait, by a thread that need not come back.
-    fn reach_slowly(&self, root: &OwnedFd, mount: &Mount) -> io::Result<OwnedFd> {
-        if self.left_behind.load(Ordering::Acquire) >= MAX_LEFT_BEHIND {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        let root = root.try_clone()?;
-        let mount_point = mount.mount_point.clone();
-        let left_behind = self.left_behind.clone();
-        let (send, receive) = bounded(1);
-        left_behind.fetch_add(1, Ordering::AcqRel);
-        let thread = std::thread::Builder::new().name("reach".into()).spawn(move || {
-            let reached = mounts::reach(&root, &mount_point, Wait::May);
-            drop(root);
-            left_behind.fetch_sub(1, Ordering::AcqRel);
-            // Nobody listens any more: then it is closed here.
-            let _ = send.send(reached);
-        });
-        if let Err(err) = thread {
-            self.left_behind.fetch_sub(1, Ordering::AcqRel);
-            return Err(err);
-        }
-        receive.recv_timeout(LOOK_UP_PATIENCE).map_err(|_| io::ErrorKind::TimedOut)?
+        let fd = mounts::reach(root, &mount.mount_point).ok().or_else(slowly);
+        fd.filter(|fd| mounts::mount_of(fd.as_fd()).is_ok_and(|id| id == mount.id))
     }
 }
 
@@ -753,8 +704,21 @@ mod tests {
     #[track_caller]
     fn check(kind: &str, is_hosts: bool, expected: Treatment) {
         let host = if is_hosts { HashSet::from([device(0, 7)]) } else { HashSet::new() };
-        let treatment = treat(&mount(2, 1, 7, "/m", kind), device(0, 1), &host);
+        let mount = mount(2, 1, 7, "/m", kind);
+        let treatment = treat(&mount, device(0, 1), ground(&mount), &host);
         assert_eq!(treatment, expected, "{kind}, the host's: {is_hosts}");
+    }
+
+    /// As if the host had mounted everything.
+    fn ground(mount: &Mount) -> Ground {
+        HostMounts::parse([format!(
+            "1 0 {}:{} / / rw - {} x rw\n",
+            0,
+            rustix::fs::minor(mount.device),
+            String::from_utf8_lossy(&mount.kind)
+        )
+        .as_bytes()])
+        .ground(mount)
     }
 
     #[test]
@@ -804,7 +768,7 @@ mod tests {
             mount(14, 10, 2, "/again", "tmpfs"),
             mount(15, 10, 1, "/bind", "overlay"),
         ];
-        let choice = choose(mounts.clone().into_iter(), own, &host);
+        let choice = choose(mounts.clone().into_iter(), own, ground, &host);
         let [_, dev, hosts, directory, again, _] = mounts;
         let expected = Choice {
             filesystems: vec![vec![dev, again]],
@@ -817,13 +781,13 @@ mod tests {
     #[test]
     fn a_container_cannot_have_more_marks_than_there_may_be() {
         let many = (0..1000_u32).map(|n| mount(u64::from(n), 0, n + 10, "/m", "tmpfs"));
-        let choice = choose(many, device(0, 1), &HashSet::new());
+        let choice = choose(many, device(0, 1), ground, &HashSet::new());
         assert_eq!((choice.filesystems.len(), choice.is_full), (MAX_MARKS, true));
         // Of one and the same filesystem, or of its own root, it may have any number.
         let many = (0..10_000).flat_map(|n| {
             [mount(n, 0, 1, "/m", "overlay"), mount(n + 10_000, 0, 2, "/n", "tmpfs")]
         });
-        let choice = choose(many, device(0, 1), &HashSet::new());
+        let choice = choose(many, device(0, 1), ground, &HashSet::new());
         assert_eq!((choice.filesystems.len(), choice.is_full), (1, false));
     }
 

@@ -247,11 +247,13 @@ pub(super) struct Births {
     pids: VecDeque<u32>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Birth {
     parent: u32,
     /// When its record was read, in clock ticks since boot.
     read_at: u64,
+    /// The container in which it was born, where that is certain.
+    home: Option<Arc<Watched>>,
 }
 
 impl Births {
@@ -267,7 +269,32 @@ impl Births {
     }
 
     pub(super) fn born(&mut self, pid: u32, parent: u32, read_at: u64) {
-        self.insert(pid, Birth { parent, read_at });
+        self.insert(pid, Birth { parent, read_at, home: None });
+    }
+
+    /// The same of one whose parent is a container's without doubt.
+    pub(super) fn born_in(&mut self, home: Arc<Watched>, pid: u32, parent: u32, read_at: u64) {
+        self.insert(pid, Birth { parent, read_at, home: Some(home) });
+    }
+
+    /// The container in which a process was born, whatever it has joined since.
+    pub(super) fn home_of(&self, named: Named) -> Option<&Arc<Watched>> {
+        let birth = self.parents.get(&named.pid)?;
+        birth.home.as_ref().filter(|_| birth.read_at <= named.read_at + LAG)
+    }
+
+    /// Whether a process that lives or has just ended was born in a container, wherever
+    /// its parents are by now.
+    pub(super) fn is_born_inside(&self, identity: ProcessIdentity) -> bool {
+        self.parents.get(&identity.pid).is_some_and(|birth| {
+            // Its record is read after its birth, and before another one has its number.
+            birth.home.is_some() && identity.start_time <= birth.read_at + 1
+        })
+    }
+
+    /// A process that no container has made has this number now.
+    pub(super) fn forget(&mut self, pid: u32) {
+        self.parents.remove(&pid);
     }
 
     /// When the record of a birth was read, in clock ticks since boot.
@@ -299,8 +326,12 @@ impl Descent {
 }
 
 impl TraceConsumer for Descent {
-    fn forked(&mut self, shared: &Shared, pid: u32, parent: u32) {
-        shared.births().born(pid, parent, procfs::ticks_since_boot());
+    fn forked(&mut self, shared: &Shared, home: Option<&Arc<Watched>>, pid: u32, parent: u32) {
+        let now = procfs::ticks_since_boot();
+        match home {
+            Some(home) => shared.births().born_in(home.clone(), pid, parent, now),
+            None => shared.births().born(pid, parent, now),
+        }
         shared.roots().born(pid, parent);
     }
 
@@ -359,7 +390,8 @@ mod tests {
     #[test]
     fn births_are_followed_to_the_parents_and_no_further_than_they_are_remembered() {
         let mut births = Births::default();
-        let mut born = |pid, parent, read_at| births.insert(pid, Birth { parent, read_at });
+        let mut born =
+            |pid, parent, read_at| births.insert(pid, Birth { parent, read_at, home: None });
         born(2, 1, 10);
         born(3, 2, 20);
         born(4, 3, 30);
@@ -371,7 +403,7 @@ mod tests {
         assert_eq!(parents(&births, 4), [3, 2, 1]);
         assert!(parents(&births, 9).is_empty());
         for pid in 0..u32::try_from(MAX_BIRTHS).unwrap() {
-            births.insert(100 + pid, Birth { parent: 4, read_at: 40 });
+            births.insert(100 + pid, Birth { parent: 4, read_at: 40, home: None });
         }
         assert!(parents(&births, 4).is_empty());
         assert_eq!((births.parents.len(), births.pids.len()), (MAX_BIRTHS, MAX_BIRTHS));

@@ -27,12 +27,18 @@ pub(super) struct Caller {
     pub(super) pidfd: Option<OwnedFd>,
 }
 
+impl Caller {
+    /// `None` if there is no descriptor left for the handle.
+    pub(super) fn try_clone(&self) -> Option<Caller> {
+        let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose().ok()?;
+        Some(Caller { stat: self.stat.clone(), pid: self.pid, asked: self.asked, pidfd })
+    }
+}
+
 /// A process after its execve.
 #[derive(Debug)]
 pub(super) struct Executing {
     pub(super) process: Process,
-    /// The path as it was given to execve.
-    pub(super) exec_name: Option<Vec<u8>>,
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -67,7 +73,6 @@ pub(super) fn after_exec(
                 root: None,
                 ancestors: Vec::new(),
             },
-            exec_name: None,
         };
     };
     let mut executing = Executing {
@@ -80,7 +85,6 @@ pub(super) fn after_exec(
             root: None,
             ancestors: Vec::new(),
         },
-        exec_name: None,
     };
     if let Ok(handle) = Handle::open_exactly(stat.identity) {
         // It is the caller's too, and a program may be over before it is described.
@@ -88,11 +92,9 @@ pub(super) fn after_exec(
         if let Some(now) = wait_for_program(&handle, stat, caller, others_wait) {
             let exe = handle.exe().ok();
             let argv = handle.arguments().ok().flatten();
-            let exec_name = handle.exec_name().ok().flatten();
             if is_still(&handle, &now) {
                 executing.process.exe = exe.as_deref().map(text);
                 executing.process.argv = argv.as_deref().map(texts);
-                executing.exec_name = exec_name;
             }
         }
         executing.process.uid = handle.uid().ok();
@@ -165,6 +167,45 @@ pub(super) fn recorded_arguments(
         let waited = Duration::from_nanos(now.saturating_sub(asked));
         if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return None;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// By what path a process has become a program that the gate was asked about, by the same
+/// records. Its own memory is not read for it: a container can put there what is read from
+/// a filesystem of its own.
+pub(super) fn recorded_name(
+    shared: &Shared,
+    (pid, asked): (u32, Option<u64>),
+    others_wait: &dyn Fn() -> bool,
+) -> Option<Box<[u8]>> {
+    let asked = asked.filter(|_| pid != 0 && shared.records_executions())?;
+    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
+    loop {
+        let now = perf::now();
+        let name = shared.arguments().name_of(pid, asked, until);
+        let waited = Duration::from_nanos(now.saturating_sub(asked));
+        if name.is_some() || waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
+            return name;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// Waits until the kernel's records of an execve that the gate was asked about have been
+/// read, but not for long if `others_wait`.
+pub(super) fn wait_for_records(
+    shared: &Shared,
+    (pid, asked): (u32, u64),
+    others_wait: &dyn Fn() -> bool,
+) {
+    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
+    let is_read = || !matches!(shared.arguments().of(pid, asked, until), Recorded::NotYet);
+    while shared.records_executions() && !is_read() {
+        let waited = Duration::from_nanos(perf::now().saturating_sub(asked));
+        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
+            return;
         }
         std::thread::sleep(STEP);
     }

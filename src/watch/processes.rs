@@ -10,10 +10,11 @@ use jiff::Timestamp;
 
 use super::acts;
 use super::calls;
+use super::deeds;
 use super::fair::{self, Owned, Receiver, Sender};
 use super::gate::Seen;
 use super::process::{self, Caller};
-use super::sessions::{Opened, is_before_entry_point};
+use super::sessions::{ByRuntime, Opened, is_on_its_way};
 use super::shared::Shared;
 use super::table::Watched;
 use super::trace::TraceConsumer;
@@ -69,6 +70,9 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
 
 fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
+    if deeds::is_of_another(shared, &seen.watched, &seen.caller) {
+        return;
+    }
     // First: what runs in a session may be over when its record is read.
     if others.len() < FEW && acts::is_in_session(shared, &seen.watched, stat) {
         let words = process::words_after_exec(&seen.caller, &|| !others.is_empty());
@@ -83,20 +87,21 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
 
 /// Nobody was asked before it became what it is.
 fn judge_running(shared: &Shared, seen: &Seen) {
+    shared.sessions().open_gone(shared, seen.caller.pid);
     let Ok(handle) = Handle::open(seen.caller.pid) else { return };
     let stat = handle.first_stat();
     // What the runtime is on its way in will be seen again when it is there.
-    if stat.has_ended() || is_before_entry_point(&stat.comm) {
+    if stat.has_ended() || is_on_its_way(&handle) {
         return;
     }
     let process = Arc::new(process::as_it_is(&handle, &seen.watched));
     shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.sessions();
-    if sessions.opens(shared, stat, &seen.watched) {
+    if sessions.opens(shared, stat, &seen.watched, &mut || false) {
         let mut process = Process::clone(&process);
         let asked_for = calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, false);
         process.argv = asked_for.or(process.argv);
-        let opened = Opened { process, pidfd: None, is_by_runtime: false };
+        let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
         sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
     }
 }
@@ -264,7 +269,7 @@ fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
     let mut sessions = shared.sessions();
     if sessions.is_open(shared, handle, watched) {
         let process = process::as_it_is(handle, watched);
-        let opened = Opened { process, pidfd: None, is_by_runtime: false };
+        let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
         let began = Timestamp::now() - procfs::age(handle.identity());
         sessions.tell(shared, watched, began, Source::Scan, opened);
     }

@@ -32,7 +32,23 @@ pub(super) struct Roots {
     ended: VecDeque<(u64, u32)>,
     /// Who is, or was last, at the terminals of containers' inits, by those.
     terminals: HashMap<u32, Terminal>,
+    /// Processes that came from outside, by the kernel's records: as long as the gate's
+    /// question of one may wait to be looked at.
+    arrivals: VecDeque<Arrived>,
 }
+
+/// A process that came from outside has become a program in a container's own control
+/// group.
+#[derive(Debug)]
+struct Arrived {
+    container: ContainerId,
+    pid: u32,
+    /// By the clock of the kernel's records.
+    executed: u64,
+}
+
+/// How many arrivals are remembered.
+const MAX_ARRIVALS: usize = 1024;
 
 /// Somebody at the terminal of a container's init. What he has done is done by init,
 /// and by whom that makes meanwhile.
@@ -64,6 +80,22 @@ struct Root {
 }
 
 impl Roots {
+    /// A process from outside has become a program in a container's control group.
+    pub(super) fn arrived(&mut self, container: &ContainerId, pid: u32, executed: u64) {
+        if self.arrivals.len() == MAX_ARRIVALS {
+            self.arrivals.pop_front();
+        }
+        self.arrivals.push_back(Arrived { container: container.clone(), pid, executed });
+    }
+
+    /// Whether a process that executed something, as the gate was asked at this time, had
+    /// come from outside.
+    pub(super) fn has_arrived(&self, container: &ContainerId, pid: u32, asked: u64) -> bool {
+        self.arrivals.iter().any(|arrived| {
+            arrived.pid == pid && arrived.executed >= asked && arrived.container == *container
+        })
+    }
+
     /// False if it is open already.
     pub(super) fn open(&mut self, container: &ContainerId, identity: ProcessIdentity) -> bool {
         if self.is_open(identity) {
@@ -207,6 +239,7 @@ impl Roots {
     pub(super) fn forget(&mut self, container: &ContainerId) {
         self.roots.retain(|_, root| root.container != *container);
         self.terminals.retain(|_, terminal| terminal.container != *container);
+        self.arrivals.retain(|arrived| arrived.container != *container);
     }
 }
 
@@ -239,6 +272,24 @@ mod tests {
         assert_eq!(roots.of(&other, &births, Named { pid: 5, read_at: 12 }), None);
         roots.forget(&container);
         assert_eq!(of(&roots, 5), None);
+    }
+
+    #[test]
+    fn h03_who_came_from_outside_is_known_by_the_record_of_it() {
+        let container = |id| ContainerId::new("default", id);
+        let mut roots = Roots::default();
+        roots.arrived(&container("c1"), 7, 100);
+        assert!(roots.has_arrived(&container("c1"), 7, 90));
+        assert!(!roots.has_arrived(&container("c1"), 7, 110), "another one by then");
+        assert!(!roots.has_arrived(&container("c1"), 8, 90));
+        assert!(!roots.has_arrived(&container("c2"), 7, 90));
+        for pid in 0..2 * u32::try_from(MAX_ARRIVALS).unwrap() {
+            roots.arrived(&container("c2"), 1000 + pid, 200);
+        }
+        assert_eq!(roots.arrivals.len(), MAX_ARRIVALS);
+        assert!(!roots.has_arrived(&container("c1"), 7, 90));
+        roots.forget(&container("c2"));
+        assert!(roots.arrivals.is_empty());
     }
 
     #[test]

@@ -28,12 +28,14 @@ use super::names::Deaf;
 use super::shared::{Settled, Shared};
 use super::state::{self, Begun, Reading, Which};
 use super::table::{Layers, Watched};
+use super::ways;
 use crate::health::{Backlog, Failure};
 use crate::model::file::{SETGID, SETUID};
 use crate::model::{
     ContainerId, Content, Fact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath,
     Source, Unhashed,
 };
+use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
 
@@ -232,7 +234,15 @@ impl Scan {
     }
 
     pub(super) fn run(mut self) {
+        let mut times_set = clock::times_set();
         while !self.shared.is_stopping() {
+            if times_set != clock::times_set() {
+                times_set = clock::times_set();
+                tracing::warn!(
+                    "the machine's clock was set: programs of running containers are judged by \
+                     their content alone"
+                );
+            }
             let is_told = self.take_orders();
             if is_told || self.next_look <= Instant::now() {
                 let begun = Instant::now();
@@ -453,6 +463,7 @@ impl Scan {
         // Before the walk, so that what is lost during it asks for another.
         let is_lossy = watched.take_rescan();
         self.shared.names.begin_walk(watched);
+        watched.ways.begin_walk();
         walk.ticket = ticket;
         walk.leaves_settling = ticket.is_none() && !is_lossy;
         if let Some(memory) = self.memories.get_mut(&watched.container)
@@ -491,6 +502,7 @@ impl Scan {
         let is_complete = is_whole && problem.is_none();
         if is_complete {
             self.shared.names.end_walk(&watched);
+            watched.ways.end_walk();
         }
         if !is_whole && !self.shared.is_stopping() {
             self.shared.lose(
@@ -593,6 +605,9 @@ fn tell_settled(
     let tell = |fact| shared.observe_patiently(&watched, Timestamp::now(), source, fact);
     match found {
         Ok(Some(Found::Entry { stat, state, lower })) => {
+            if stat.file_type != FileType::Symlink {
+                watched.ways.forget(&path);
+            }
             if matters(shared, &watched, &path, &state, lower.as_ref()) {
                 let writer = writer.or_else(|| shared.last_writer(&watched, &stat));
                 tell(Fact::Present { path, state, lower, writer });
@@ -600,16 +615,27 @@ fn tell_settled(
         }
         // Whether the container or its owner removed it cannot be told.
         Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
-        Ok(Some(Found::Whiteout)) => tell(Fact::Absent { path, writer }),
+        Ok(Some(Found::Whiteout)) => {
+            watched.ways.forget(&path);
+            tell(Fact::Absent { path, writer });
+        }
         // The image's own file shows through: executed before it was known
         // which files are the image's.
         Ok(None) if in_image && lower::holds(layers, &path) => (),
-        Ok(None) => tell(Fact::Absent { path, writer }),
-        // Walked behind everything that is told by itself, so that nothing is told twice.
-        Ok(Some(Found::Directory)) if work.below.len() < MAX_BELOW => {
-            work.below.push_back((watched, path));
+        Ok(None) => {
+            watched.ways.forget(&path);
+            tell(Fact::Absent { path, writer });
         }
-        Ok(Some(Found::Directory)) => watched.ask_for_walk(),
+        Ok(Some(Found::Directory)) => {
+            watched.ways.forget(&path);
+            if work.below.len() < MAX_BELOW {
+                // Walked behind everything that is told by itself, so that nothing is told
+                // twice.
+                work.below.push_back((watched, path));
+            } else {
+                watched.ask_for_walk();
+            }
+        }
         Err(_) if watched.is_detaching() || shared.is_stopping() => (),
         Err(err) => {
             let detail = format!("the changed file {path} cannot be looked at: {err}");
@@ -736,8 +762,9 @@ fn entry(
     match stat.file_type {
         FileType::Directory => return Ok(Look::Found(Found::Directory)),
         FileType::Regular => (),
-        FileType::Symlink if is_sensitive => {
+        FileType::Symlink if is_sensitive || shared.leads_to_sensitive(watched, path) => {
             let target = rustix::fs::readlinkat(directory, path.file_name(), Vec::new())?;
+            ways::note_link(shared, watched, path, target.as_bytes());
             let state = state::of_link(&stat, target.as_bytes());
             return Ok(reading.look_below(shared, state, false));
         }
@@ -968,7 +995,7 @@ fn open_below(layers: &Layers, path: &RootfsPath, upper: &OwnedFd) -> Option<Own
 /// mount and must not be kept.
 fn open_merged(watched: &Watched, path: &RootfsPath) -> io::Result<OwnedFd> {
     let handle = crate::sys::procfs::Handle::open_exactly(watched.init)?;
-    let root = file::open_root(&handle.root_path())?;
+    let root = handle.open_root()?;
     if file::stat(&root)?.device != watched.device {
         return Err(io::ErrorKind::NotFound.into());
     }
@@ -1213,7 +1240,13 @@ impl Walk {
                     Err(err) => self.note(format!("cannot open {child}: {err}")),
                 }
             }
-            Ok((_, stat)) => self.entry(shared, layers, child, stat),
+            Ok((_, stat)) => {
+                if stat.is_regular() && layers.note_birth(&stat) {
+                    let detail = format!("{child} looks older than the layer that holds it");
+                    shared.lose(Failure::ClockSet, Some(&self.watched), &detail);
+                }
+                self.entry(shared, layers, child, stat);
+            }
             Err(err) if is_gone(&err) => (),
             Err(err) => self.note(format!("cannot look at {child}: {err}")),
         }
@@ -1234,8 +1267,17 @@ impl Walk {
         }
         let is_whole = |cached: &Cached| {
             // What starts the container is known later than what lies in it.
-            cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
-                || !shared.is_sensitive(&self.watched, &path)
+            // A link is looked at each time: where it leads is not remembered with it.
+            match cached.state.file_type {
+                FileType::Symlink => {
+                    !shared.leads_to_sensitive(&self.watched, &path)
+                        && !shared.is_sensitive(&self.watched, &path)
+                }
+                _ => {
+                    cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
+                        || !shared.is_sensitive(&self.watched, &path)
+                }
+            }
         };
         if let Some(cached) = self.known.remove(&path)
             && cached.stat == stat

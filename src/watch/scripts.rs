@@ -30,9 +30,46 @@ pub(super) enum Language {
     Awk,
 }
 
-/// A program that is many, by the name under which it is called.
+/// A program that is many, by the name of its file.
 fn is_multicall(program: &[u8]) -> bool {
-    matches!(program, b"busybox" | b"toybox")
+    matches!(program, b"busybox" | b"busybox.static" | b"toybox")
+}
+
+/// Whether a program that is many takes its first argument for the name of one: it does so
+/// for any name that begins with its own.
+fn is_called_as_itself(called: &[u8]) -> bool {
+    called.starts_with(b"busybox") || called.starts_with(b"toybox")
+}
+
+/// A dynamic linker, which runs the program that it is given.
+pub(super) fn is_linker(path: &[u8]) -> bool {
+    let name = file_name(path);
+    [b"ld-linux".as_slice(), b"ld-musl", b"ld.so", b"ld64.so", b"ld-2."]
+        .iter()
+        .any(|start| name.starts_with(start))
+}
+
+/// The program that a dynamic linker was given, and that program's arguments, its name
+/// among them.
+fn behind_linker(arguments: &[Vec<u8>]) -> Option<(&[u8], &[Vec<u8>])> {
+    const WITH_VALUE: &[&[u8]] = &[
+        b"--argv0",
+        b"--audit",
+        b"--glibc-hwcaps-mask",
+        b"--glibc-hwcaps-prepend",
+        b"--inhibit-rpath",
+        b"--library-path",
+        b"--preload",
+    ];
+    let mut at = 1;
+    while let Some(argument) = arguments.get(at) {
+        match argument.as_slice() {
+            option if WITH_VALUE.contains(&option) => at += 2,
+            [b'-', ..] => at += 1,
+            program => return Some((program, &arguments[at..])),
+        }
+    }
+    None
 }
 
 fn file_name(path: &[u8]) -> &[u8] {
@@ -66,7 +103,7 @@ fn language(name: &[u8]) -> Option<Language> {
 /// reading its arguments.
 pub(super) fn may_interpret(program: &[u8]) -> bool {
     let name = file_name(program);
-    is_multicall(name) || language(name).is_some()
+    is_multicall(name) || language(name).is_some() || is_linker(name)
 }
 
 /// Which interpreter this is: by its file's own name, and by the name it was
@@ -76,11 +113,15 @@ pub(super) fn interpreter<'a>(
     program: &[u8],
     arguments: &'a [Vec<u8>],
 ) -> Option<(Language, &'a [Vec<u8>])> {
-    let (first, rest) = arguments.split_first()?;
     let name = file_name(program);
+    if is_linker(name) {
+        let (program, arguments) = behind_linker(arguments)?;
+        return if is_linker(program) { None } else { interpreter(program, arguments) };
+    }
+    let (first, rest) = arguments.split_first()?;
     // A login shell's name begins with a dash.
     let called = file_name(first.strip_prefix(b"-").unwrap_or(first));
-    if is_multicall(name) && is_multicall(called) {
+    if is_multicall(name) && is_called_as_itself(called) {
         let (applet, rest) = rest.split_first()?;
         return Some((language(file_name(applet))?, rest));
     }
@@ -407,9 +448,21 @@ mod tests {
         check("/bin/busybox: awk -f /tmp/x.awk", "file /tmp/x.awk");
         check("/bin/busybox: cat /tmp/i.sh", "none");
         check("/bin/busybox: busybox", "none");
+        check("/bin/busybox: busyboxx sh /tmp/i.sh", "file /tmp/i.sh");
+        check("/bin/busybox: busybox.anything ash -c x", "inline");
         // What a program calls itself does not make it another one.
         check("/bin/cat: sh /tmp/i.sh", "none");
         check("/bin/dash: cat /tmp/i.sh", "file /tmp/i.sh");
+    }
+
+    #[test]
+    fn x08_a_dynamic_linker_runs_the_interpreter_that_it_is_given() {
+        check("/lib64/ld-linux-x86-64.so.2: ld.so /bin/dash /tmp/i.sh", "file /tmp/i.sh");
+        check("/lib/ld-musl-x86_64.so.1: x --library-path /l /bin/busybox sh i.sh", "file i.sh");
+        check("/lib/ld-musl-x86_64.so.1: x --argv0 sh /usr/bin/python3 i.py", "file i.py");
+        check("/lib64/ld-linux-x86-64.so.2: x --preload /x.so /bin/ls", "none");
+        check("/lib64/ld-linux-x86-64.so.2: x", "none");
+        check("/lib64/ld-linux-x86-64.so.2: x /lib64/ld-linux-x86-64.so.2 /bin/sh i", "none");
     }
 
     #[test]

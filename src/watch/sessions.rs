@@ -2,8 +2,8 @@
 //! namespaces, its control group or its root whose parent is in none of them, and that
 //! is not the container's init.
 
-use std::collections::HashSet;
-use std::os::fd::OwnedFd;
+use std::collections::{HashSet, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,11 @@ use super::calls;
 use super::process::{self, Caller, Executing};
 use super::shared::Shared;
 use super::table::Watched;
+use super::unseen::{self, Runtimes};
 use crate::model::{
     ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
 };
+use crate::sys::door::View;
 use crate::sys::procfs::{self, Handle, Stat};
 use crate::sys::{file, overlay};
 
@@ -30,7 +32,21 @@ pub(super) struct Sessions {
     judged: Recent,
     /// Those of them that are known to be in a container, as parents of others.
     inside: Recent,
+    /// Gone before anybody looked, and the kernel's record of where they came from has
+    /// not been read: the gate's facts of them, oldest first.
+    unclear: VecDeque<Unclear>,
 }
+
+/// A process that may have opened a session.
+#[derive(Debug)]
+struct Unclear {
+    caller: Caller,
+    watched: Arc<Watched>,
+    at: Timestamp,
+}
+
+/// More of them are not kept: their records are late, or nobody came from outside.
+const MAX_UNCLEAR: usize = 1024;
 
 /// How long others wait for the arguments of who opens a session: on a busy machine an
 /// execve may take its time, and a session without its command says little. Not while
@@ -75,21 +91,58 @@ impl Recent {
     }
 }
 
-/// The name that runc's init has until it becomes the container's program, or a
-/// session's command.
-fn is_runtime_init(comm: &[u8]) -> bool {
-    comm.starts_with(b"runc:[")
+/// Whether a process is called as a runtime's init is until it becomes the container's
+/// program, or a session's command. A process chooses its name, so this is a reason to
+/// look at it and evidence of nothing.
+pub(super) fn is_before_entry_point(comm: &[u8]) -> bool {
+    comm.starts_with(b"runc:[") || comm == b"crun" || comm.starts_with(b"youki")
 }
 
-/// Whether init has not yet become the container's program. crun and youki keep
-/// their own name until then.
-pub(super) fn is_before_entry_point(comm: &[u8]) -> bool {
-    is_runtime_init(comm) || comm == b"crun" || comm.starts_with(b"youki")
+/// Whether a process runs a program of the host's.
+pub(super) fn runs_program_of_host(handle: &Handle) -> bool {
+    handle.has_host_root() || runs_from_outside(handle)
 }
+
+/// Whether a process is a runtime on its way into the container, before it becomes what it
+/// was asked for. What a program of the host's calls itself may be believed.
+pub(super) fn is_on_its_way(handle: &Handle) -> bool {
+    is_before_entry_point(&handle.first_stat().comm) && runs_program_of_host(handle)
+}
+
+/// Whether an init that was found is still its runtime's. It may wait for its start for
+/// as long as its runtime likes.
+pub(super) fn has_not_begun(init: &Handle, max_hash_bytes: u64) -> bool {
+    runs_program_of_host(init) || runs_copy_of_runtime(init, max_hash_bytes)
+}
+
+/// Whether a process that has been there for a while runs a runtime's copy of itself in
+/// memory: known by its content, since anybody can run a file in memory.
+fn runs_copy_of_runtime(handle: &Handle, max_hash_bytes: u64) -> bool {
+    let Ok(exe) = handle.open_exe() else { return false };
+    let Ok(stat) = file::stat(&exe) else { return false };
+    let local = View::of([handle]).ground(&stat).local();
+    stat.links == 0
+        && Runtimes::default().is_installed(
+            &unseen::state_of(exe.as_fd(), &stat, local, max_hash_bytes),
+            max_hash_bytes,
+        )
+}
+
+/// A runtime has no more time than this between its copy in memory and what it was asked
+/// for, unless the copy is recognised.
+const ON_ITS_WAY: Duration = Duration::from_secs(10);
 
 impl Sessions {
     /// Judges a process that the gate saw; true once for each session's first process.
-    pub(super) fn opens(&mut self, shared: &Shared, caller: &Stat, watched: &Watched) -> bool {
+    /// `has_arrived`: whether the kernel has recorded that it came from outside, asked
+    /// of a process that is gone.
+    pub(super) fn opens(
+        &mut self,
+        shared: &Shared,
+        caller: &Stat,
+        watched: &Watched,
+        has_arrived: &mut dyn FnMut() -> bool,
+    ) -> bool {
         let identity = caller.identity;
         if self.judged.contains(identity) {
             return false;
@@ -99,21 +152,25 @@ impl Sessions {
             self.inside.insert(identity);
             return beside(shared, watched).is_some();
         }
-        if is_runtime_init(&caller.comm) {
-            self.judged.insert(identity);
-            self.inside.insert(identity);
-            return true;
-        }
-        if self.has_parent_inside(caller) {
+        if self.has_parent_inside(caller) || shared.births().is_born_inside(identity) {
             self.judged.insert(identity);
             self.inside.insert(identity);
             return false;
         }
-        let Ok(handle) = Handle::open_exactly(identity) else {
-            // Gone, and its parent tells nothing certain: no session is invented.
-            return false;
+        let handle = Handle::open_exactly(identity).ok();
+        let judged = handle.and_then(|handle| {
+            let is_root = is_root(&handle, Some(caller.parent), watched)?;
+            Some((handle, is_root))
+        });
+        let Some((handle, is_root)) = judged else {
+            // Gone. Without a record of where it came from, no session is invented.
+            let is_root = has_arrived();
+            if is_root {
+                self.judged.insert(identity);
+                self.inside.insert(identity);
+            }
+            return is_root;
         };
-        let Some(is_root) = is_root(&handle, Some(caller.parent), watched) else { return false };
         self.judged.insert(identity);
         if is_inside(&handle, watched) == Some(true) {
             self.inside.insert(identity);
@@ -124,18 +181,18 @@ impl Sessions {
     /// Judges a process that a scan found.
     pub(super) fn is_open(&mut self, shared: &Shared, handle: &Handle, watched: &Watched) -> bool {
         let stat = handle.first_stat();
-        // One that has not become its command yet will be seen by the gate.
-        if stat.has_ended()
-            || is_before_entry_point(&stat.comm)
-            || self.judged.contains(stat.identity)
-        {
+        if stat.has_ended() || self.judged.contains(stat.identity) {
             return false;
         }
         let is_root = if stat.identity == watched.init {
             beside(shared, watched).is_some()
         } else {
-            // Who has joined and runs the host's program yet may only start another one.
-            is_root(handle, None, watched) == Some(true) && !runs_from_outside(handle)
+            // One that still runs the host's program has not become its command yet, and
+            // may only start another one.
+            is_root(handle, None, watched) == Some(true)
+                && !shared.births().is_born_inside(stat.identity)
+                && !runs_from_outside(handle)
+                && !is_on_its_way(handle)
         };
         if !is_root {
             return false;
@@ -157,20 +214,68 @@ impl Sessions {
         others: &dyn Fn() -> usize,
     ) -> Option<Executing> {
         let stat = caller.stat.as_ref()?;
-        if !self.opens(shared, stat, watched) {
-            return None;
-        }
         let began = Instant::now();
         let others_wait = || others_wait(began, others());
-        let is_by_runtime = is_before_entry_point(&stat.comm);
-        // First: it ends when what it has started does.
-        let asked_for = is_by_runtime
+        let mut arrival = None;
+        let mut has_arrived = || {
+            arrival = arrived(shared, caller, watched, &others_wait);
+            arrival.is_some()
+        };
+        if !self.opens(shared, stat, watched, &mut has_arrived) {
+            let is_unclear = !self.judged.contains(stat.identity)
+                && is_before_entry_point(&stat.comm)
+                && caller.asked.is_some();
+            if is_unclear && let Some(caller) = caller.try_clone() {
+                if self.unclear.len() == MAX_UNCLEAR {
+                    self.unclear.pop_front();
+                }
+                let watched = watched.clone();
+                self.unclear.push_back(Unclear { caller, watched, at });
+            }
+            return None;
+        }
+        Some(self.tell_of_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
+    }
+
+    /// The kernel has recorded that a process came from outside that was gone before
+    /// anybody looked: the gate was asked about it.
+    pub(super) fn open_gone(&mut self, shared: &Shared, pid: u32) {
+        let has_arrived = |one: &Unclear| {
+            let asked = one.caller.asked.unwrap_or(u64::MAX);
+            one.caller.pid == pid && shared.roots().has_arrived(&one.watched.container, pid, asked)
+        };
+        let Some(at) = self.unclear.iter().position(has_arrived) else { return };
+        let Some(Unclear { caller, watched, at }) = self.unclear.remove(at) else { return };
+        let Some(stat) = &caller.stat else { return };
+        self.judged.insert(stat.identity);
+        self.inside.insert(stat.identity);
+        let caller = (&caller, stat);
+        self.tell_of_caller(shared, caller, &watched, at, Some(Arrived), &|| true);
+    }
+
+    fn tell_of_caller(
+        &mut self,
+        shared: &Shared,
+        (caller, stat): (&Caller, &Stat),
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        arrival: Option<Arrived>,
+        others_wait: &dyn Fn() -> bool,
+    ) -> Executing {
+        // First: it ends when what it has started does. That a runtime was called for it
+        // is known of the runtime; by its name is only known that it may be worth asking.
+        let may_be_by_runtime = arrival.is_some() || is_before_entry_point(&stat.comm);
+        let asked_for = may_be_by_runtime
             .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
             .flatten();
-        let mut executing = process::after_exec(caller, watched, &others_wait);
+        let by_runtime = ByRuntime {
+            was_called: asked_for.is_some(),
+            is_in_control_group: arrival.map(|Arrived| true),
+        };
+        let mut executing = process::after_exec(caller, watched, others_wait);
         if executing.process.argv.is_none() {
             let execve = (caller.pid, caller.asked);
-            executing.process.argv = process::recorded_arguments(shared, execve, &others_wait);
+            executing.process.argv = process::recorded_arguments(shared, execve, others_wait);
         }
         let mut process = executing.process.clone();
         if asked_for.is_some() && asked_for != process.argv {
@@ -178,9 +283,9 @@ impl Sessions {
             (process.argv, process.exe) = (asked_for, None);
         }
         let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
-        let opened = Opened { process, pidfd, is_by_runtime };
+        let opened = Opened { process, pidfd, by_runtime };
         self.tell(shared, watched, at, Source::Gate, opened);
-        Some(executing)
+        executing
     }
 
     /// Tells that a session has opened. If that is lost, the next look at the
@@ -196,7 +301,7 @@ impl Sessions {
         let root = opened.process.identity;
         watched.set_has_sessions();
         let handle = opened.pidfd;
-        let opening = opening(shared, watched, opened.process, opened.is_by_runtime);
+        let opening = opening(shared, watched, opened.process, opened.by_runtime);
         let is_interactive = opening.interactive.is_some();
         let fact = Fact::SessionOpened { opening: Arc::new(opening) };
         if shared.observe(watched, at, source, fact) {
@@ -224,8 +329,38 @@ pub(super) struct Opened {
     pub(super) process: Process,
     /// A handle of its first process that was opened before it could end.
     pub(super) pidfd: Option<OwnedFd>,
-    /// It was seen while it was still the runtime's own program.
-    pub(super) is_by_runtime: bool,
+    pub(super) by_runtime: ByRuntime,
+}
+
+/// What is known of how a runtime has made a process, beside what the process shows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ByRuntime {
+    /// A runtime on the host was called to execute something in this container.
+    was_called: bool,
+    /// By the kernel's record, of one that is gone.
+    is_in_control_group: Option<bool>,
+}
+
+/// The kernel has recorded that a process came from outside into the container's own
+/// control group.
+#[derive(Clone, Copy, Debug)]
+struct Arrived;
+
+/// Whether the kernel has recorded where a process came from that is gone by now. Waits
+/// for its records only if it is worth asking, and not for long if `others_wait`.
+fn arrived(
+    shared: &Shared,
+    caller: &Caller,
+    watched: &Watched,
+    others_wait: &dyn Fn() -> bool,
+) -> Option<Arrived> {
+    let asked = caller.asked?;
+    let found = || shared.roots().has_arrived(&watched.container, caller.pid, asked);
+    let may_be_runtimes = caller.stat.as_ref().is_some_and(|it| is_before_entry_point(&it.comm));
+    if may_be_runtimes && !found() {
+        process::wait_for_records(shared, (caller.pid, asked), others_wait);
+    }
+    found().then_some(Arrived)
 }
 
 /// Whether a process is in the container: by its mount namespace, its pid namespace,
@@ -250,7 +385,10 @@ fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
 
 /// `None` if the container has none of its own, or the process is gone.
 fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
-    let is_in = watched.holds_cgroup(&handle.cgroup().ok()?)?;
+    let unified = || watched.holds_cgroup(&handle.cgroup().ok()?);
+    // Where the unified hierarchy is not what runtimes use.
+    let of_records = || Some(handle.perf_cgroup() == Some(watched.perf_cgroup?));
+    let is_in = unified().or_else(of_records)?;
     // Of who has ended it may be another one.
     (!handle.stat().ok()?.has_ended()).then_some(is_in)
 }
@@ -282,13 +420,15 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
 /// Whether a process runs a program that lies on no mount of its own namespace: it
 /// was started before the process came here.
 fn runs_from_outside(handle: &Handle) -> bool {
-    let exe = handle.open_exe().and_then(|exe| file::stat(&exe));
-    let Some(mount) = exe.ok().and_then(|exe| exe.mount) else { return false };
-    handle.mountinfo().is_ok_and(|mounts| overlay::find_place(&mounts, mount).is_none())
+    let Ok(exe) = handle.open_exe().and_then(file::stat) else { return false };
+    let Some(mount) = exe.mount else { return false };
+    // A file in memory is on no mount, whoever runs it.
+    let may_be = exe.links > 0 || procfs::age(handle.identity()) < ON_ITS_WAY;
+    may_be && handle.mountinfo().is_ok_and(|mounts| overlay::find_place(&mounts, mount).is_none())
 }
 
 /// What is to be told of a session's beginning, gathered while it may be ending.
-fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: bool) -> Opening {
+fn opening(shared: &Shared, watched: &Watched, process: Process, by_runtime: ByRuntime) -> Opening {
     let identity = process.identity;
     let handle = Handle::open_exactly(identity).ok();
     let has_terminal = process.tty.is_some()
@@ -304,10 +444,13 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, is_by_runtime: 
         chain = procfs::chain(reaper.parent);
     }
     let evidence = Evidence {
-        is_by_runtime,
+        is_by_runtime: by_runtime.was_called,
         is_child_of_shim: chain.iter().any(|one| Some(one.identity().pid) == shim),
         is_parent_gone: !is_whole(&chain),
-        is_in_control_group: handle.as_ref().and_then(|one| is_in_control_group(one, watched)),
+        is_in_control_group: handle
+            .as_ref()
+            .and_then(|one| is_in_control_group(one, watched))
+            .or(by_runtime.is_in_control_group),
     };
     let beside = if identity == watched.init { beside(shared, watched) } else { None };
     let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };
@@ -352,11 +495,7 @@ fn beside(shared: &Shared, watched: &Watched) -> Option<ContainerId> {
     if watched.has_own_pid_namespace() || procfs::is_host_pid_namespace(namespace) {
         return None;
     }
-    let all = shared.table.all();
-    let first = all
-        .iter()
-        .find(|other| other.pid_namespace == Some(namespace) && other.has_own_pid_namespace())?;
-    Some(first.container.clone())
+    Some(shared.table.first_in_pid_namespace(namespace)?.container.clone())
 }
 
 /// By what it is told how a session came in. Names are no evidence: what a process
@@ -376,7 +515,10 @@ impl Evidence {
         match self {
             Evidence { is_in_control_group: Some(false), .. } => Entry::Namespace,
             Evidence { is_child_of_shim: true, .. } => Entry::RuntimeExec,
-            Evidence { is_by_runtime: true, is_parent_gone: true, .. } => Entry::RuntimeExec,
+            // A shim does not wait for what it has asked for; who calls a runtime by hand
+            // does.
+            Evidence { is_parent_gone: true, is_in_control_group: Some(true), .. }
+            | Evidence { is_parent_gone: true, is_by_runtime: true, .. } => Entry::RuntimeExec,
             Evidence { is_by_runtime: true, .. } => Entry::RuntimeDirect,
             // A runtime puts what it executes into the container's control group.
             Evidence { is_in_control_group: Some(true), .. } => Entry::RuntimeDirect,
@@ -408,6 +550,8 @@ mod tests {
         // Over before anything but the gate's own facts could be read.
         let short = Evidence { is_by_runtime: true, is_parent_gone: true, ..none };
         check(short, Entry::RuntimeExec);
+        let recorded = Evidence { is_parent_gone: true, is_in_control_group: inside, ..none };
+        check(recorded, Entry::RuntimeExec);
         // Whatever it calls itself, no runtime has put it there.
         let outside = Some(false);
         check(Evidence { is_in_control_group: outside, ..none }, Entry::Namespace);

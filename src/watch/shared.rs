@@ -31,7 +31,6 @@ use crate::config;
 use crate::health::{Backlog, Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 use crate::sys::file;
-use crate::sys::perf;
 
 /// How long a stop waits for what was seen before it.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -69,6 +68,8 @@ pub(super) struct Shared {
     end: OwnedFd,
     records_executions: AtomicBool,
     records_arguments: AtomicBool,
+    /// Executions that the gate has answered and that have been taken from it.
+    pub(super) gate_taken: AtomicU64,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
 }
@@ -87,7 +88,6 @@ pub(super) struct Arming {
     /// Since when, in the clock ticks by which processes tell when they started;
     /// unset without such a thread.
     pub(super) since: OnceLock<u64>,
-    pub(super) turns: AtomicU64,
 }
 
 /// More paths of one container than this are not waited for one by one: it is
@@ -180,6 +180,7 @@ impl Shared {
             end,
             records_executions: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
+            gate_taken: AtomicU64::new(0),
             arming: Arming::default(),
         })
     }
@@ -302,7 +303,19 @@ impl Shared {
 
     /// Whether what a path holds matters, be it a program or not.
     pub(super) fn is_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
-        self.settings.persistence.matches(path) || watched.is_entry_point(path)
+        self.settings.persistence.matches(path)
+            || watched.is_entry_point(path)
+            || watched.ways.leading_to(path).is_some_and(|as_well| {
+                self.settings.persistence.matches(&as_well) || watched.is_entry_point(&as_well)
+            })
+    }
+
+    /// Whether what lies below a path may matter, so that it does not stand for itself
+    /// if it is a link.
+    pub(super) fn leads_to_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
+        let persistence = &self.settings.persistence;
+        persistence.leads_to(path)
+            || watched.ways.leading_to(path).is_some_and(|path| persistence.leads_to(&path))
     }
 
     pub(super) fn sessions(&self) -> MutexGuard<'_, Sessions> {
@@ -361,9 +374,9 @@ impl Shared {
         self.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The gate is asked about a file, by its device and inode, and will tell it.
-    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64)) {
-        let at = perf::now();
+    /// The gate was asked about a file at that time, by its device and inode, and it is
+    /// reported as that.
+    pub(super) fn note_asked(&self, pid: u32, file: (u64, u64), at: u64) {
         let mut asked = self.asked();
         if asked.len() >= MAX_ASKED && !asked.contains_key(&pid) {
             // Told twice is better than never.
@@ -372,6 +385,22 @@ impl Shared {
         let files = asked.entry(pid).or_default();
         if files.len() < MAX_ASKED_OF_ONE {
             files.push(Asked { file, at });
+        }
+    }
+
+    /// Waits for a moment until what the gate has answered by now is taken from it, so
+    /// that it is known before the kernel's record of the same execution is looked at.
+    pub(super) fn wait_for_gate(&self) {
+        const STEP: Duration = Duration::from_micros(100);
+        const AT_MOST: u32 = 1000;
+        let Some(pulse) = self.health.pulse.get() else { return };
+        let answered = pulse.answers().load(Ordering::SeqCst);
+        for _ in 0..AT_MOST {
+            let lost = pulse.dropped().load(Ordering::Relaxed);
+            if self.gate_taken.load(Ordering::Acquire) + lost >= answered || self.is_stopping() {
+                return;
+            }
+            std::thread::sleep(STEP);
         }
     }
 
@@ -400,11 +429,27 @@ impl Shared {
         source: Source,
         fact: Fact,
     ) -> Observation {
+        self.observation_of(watched, None, at, source, fact)
+    }
+
+    fn observation_of(
+        &self,
+        watched: &Watched,
+        file_of: Option<ContainerId>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> Observation {
         let session = fact.process().and_then(|process| {
             let named = Named::now(process.identity.pid);
             self.roots().of(&watched.container, &self.births(), named)
         });
-        Observation { container: watched.container.clone(), at, source, session, fact }
+        let reached_as = match &fact {
+            Fact::Present { path, .. } => watched.ways.leading_to(path),
+            _ => None,
+        };
+        let (container, init) = (watched.container.clone(), watched.init);
+        Observation { container, init, at, source, session, file_of, reached_as, fact }
     }
 
     pub(super) fn roots(&self) -> MutexGuard<'_, Roots> {
@@ -446,7 +491,20 @@ impl Shared {
         source: Source,
         fact: Fact,
     ) -> bool {
-        let observation = self.observation(watched, at, source, fact);
+        self.observe_file_of(watched, None, at, source, fact)
+    }
+
+    /// The same of a file that lies in the root of another container, if `file_of` is
+    /// one.
+    pub(super) fn observe_file_of(
+        &self,
+        watched: &Arc<Watched>,
+        file_of: Option<ContainerId>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> bool {
+        let observation = self.observation_of(watched, file_of, at, source, fact);
         match self.reports.try_send(Box::new(Report::Observed(observation))) {
             // Nobody listens any more: the daemon is ending.
             Ok(()) | Err(TrySendError::Disconnected(_)) => true,

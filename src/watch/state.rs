@@ -61,6 +61,15 @@ pub(super) fn gone(deleted: bool) -> FileState {
     }
 }
 
+/// The state of what was mounted somewhere and cannot be asked.
+pub(super) fn of_mount() -> FileState {
+    FileState {
+        file_type: FileType::Directory,
+        content: Content::Unhashed(Unhashed::NotRegular),
+        ..gone(false)
+    }
+}
+
 /// How much of a file is read before somebody is asked whether to go on.
 pub(super) const SLICE: u64 = 1 << 20;
 

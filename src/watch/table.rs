@@ -1,17 +1,21 @@
 //! The containers that are watched, by what an event can tell of them.
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::copyup::Residence;
 use super::files::Files;
 use super::trust::LayerFiles;
+use super::ways::Ways;
 use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
+use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf;
-use crate::sys::procfs::{self, Handle};
+use crate::sys::procfs::{self, Handle, Whereabouts};
 
 /// One container whose overlay carries our marks.
 ///
@@ -39,10 +43,15 @@ pub(super) struct Watched {
     /// The same group as the kernel's records name it.
     pub(super) perf_cgroup: Option<u64>,
     layers: OnceLock<Layers>,
+    /// Inodes of the image's programs that are many, such as busybox, whose hard links are
+    /// named like other programs.
+    multicall: OnceLock<Vec<u64>>,
     /// Where its unchanged programs are asked about only once; `None` if nowhere.
     residence: OnceLock<Residence>,
     /// Its other mounts that carry our marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
+    /// How its files are reached beside their own paths.
+    pub(super) ways: Ways,
     /// Files that matter whatever they hold, beside those that the settings name.
     entry_point: RwLock<Vec<RootfsPath>>,
     /// Locked for a look-up or an insert at a time: the gate reads it.
@@ -90,6 +99,11 @@ pub(super) struct Layers {
     /// keeps no birth times: the upperdir's ctime would be no substitute, since
     /// it moves with every entry made in it.
     born: Option<FileTime>,
+    /// How often the clock had been set by then.
+    times_set: u64,
+    /// A file was found in the upper layer that looks older than the layer: the clock was
+    /// set while nobody could notice.
+    holds_older: AtomicBool,
     /// The filesystems that its directories are on.
     devices: Vec<u64>,
 }
@@ -145,6 +159,7 @@ fn place(stat: &Stat, own: Option<FileTime>) -> Place {
 impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
+        let times_set = clock::times_set();
         let upper = file::stat_path(&mount.dirs.upperdir).ok()?;
         let born = upper.born;
         let lower = mount.dirs.lowerdirs.iter().filter_map(|lower| file::stat_path(lower).ok());
@@ -158,8 +173,29 @@ impl Layers {
             userxattr: mount.userxattr,
             redirects: mount.redirects,
             born,
+            times_set,
+            holds_older: AtomicBool::new(false),
             devices,
         })
+    }
+
+    /// Since when the container has an upper layer, as long as times tell anything: a
+    /// file that was made after the clock was set back looks older than it is. Then
+    /// nothing is known by its times, and all is compared by content.
+    fn born(&self) -> Option<FileTime> {
+        let is_trusted =
+            clock::times_set() == self.times_set && !self.holds_older.load(Ordering::Acquire);
+        self.born.filter(|_| is_trusted)
+    }
+
+    /// Notes the birth of a file of the upper layer. True if it is the first that cannot
+    /// be true.
+    pub(super) fn note_birth(&self, stat: &Stat) -> bool {
+        let is_older = match (stat.born, self.born) {
+            (Some(file), Some(layer)) => file < layer,
+            _ => false,
+        };
+        is_older && !self.holds_older.swap(true, Ordering::AcqRel)
     }
 
     /// Whether some of it is on this filesystem.
@@ -192,8 +228,10 @@ impl Watched {
             cgroup: unified.filter(|cgroup| cgroup.len() > 1),
             perf_cgroup: perf,
             layers: OnceLock::new(),
+            multicall: OnceLock::new(),
             residence: OnceLock::new(),
             mounts: RwLock::default(),
+            ways: Ways::default(),
             entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
@@ -212,6 +250,12 @@ impl Watched {
     /// number themselves: another container may be in that too, but was put there.
     pub(super) fn has_own_pid_namespace(&self) -> bool {
         self.has_own_pid_namespace.load(Ordering::Acquire)
+    }
+
+    /// Whether a process in one of its namespaces is its. With the first process of a
+    /// pid namespace all others end, and the kernel gives the numbers out again.
+    fn has_namespaces(&self) -> bool {
+        !(self.is_detaching() && self.has_own_pid_namespace())
     }
 
     /// Whether this control group is its own or within it; `None` if it has none.
@@ -242,6 +286,18 @@ impl Watched {
         let _ = self.layers.set(layers);
     }
 
+    /// Asks once, when its layers are known, which inodes its programs have that are many.
+    pub(super) fn learn_multicall(&self, inodes: impl FnOnce(&Watched) -> Vec<u64>) {
+        if self.layers().is_some() {
+            self.multicall.get_or_init(|| inodes(self));
+        }
+    }
+
+    /// Whether a program is one of those, whatever its file is called.
+    pub(super) fn is_multicall(&self, device: u64, inode: u64) -> bool {
+        device == self.device && self.multicall.get().is_some_and(|inodes| inodes.contains(&inode))
+    }
+
     pub(super) fn residence(&self) -> Option<&Residence> {
         self.residence.get()
     }
@@ -252,7 +308,7 @@ impl Watched {
 
     /// Whether a file is the image's own as far as anybody can know, until it changes.
     pub(super) fn is_certain(&self, stat: &Stat) -> bool {
-        let born = self.layers().and_then(|layers| layers.born);
+        let born = self.layers().and_then(Layers::born);
         match place(stat, born) {
             Place::Own => false,
             Place::Layers { is_young } => {
@@ -287,7 +343,7 @@ impl Watched {
 
     /// Whose an executed file is.
     pub(super) fn standing(&self, stat: &Stat) -> Standing {
-        let born = self.layers().and_then(|layers| layers.born);
+        let born = self.layers().and_then(Layers::born);
         match place(stat, born) {
             Place::Own => Standing::Own,
             Place::Layers { is_young } => {
@@ -384,9 +440,67 @@ struct Maps {
     /// Since when the devices of `other_devices` are known, by the clock of the
     /// kernel's records.
     since: HashMap<u64, u64>,
+    /// The containers of `by_container` by what their processes show: each record of
+    /// the kernel asks for one of these.
+    by_mount_namespace: Index<u64>,
+    by_pid_namespace: Index<u64>,
+    by_perf_cgroup: Index<u64>,
+    by_cgroup: Index<Vec<u8>>,
+}
+
+/// Containers by a value that several of them can share. The newest is the last.
+#[derive(Debug)]
+struct Index<K>(HashMap<K, Vec<Arc<Watched>>>);
+
+impl<K> Default for Index<K> {
+    fn default() -> Index<K> {
+        Index(HashMap::new())
+    }
+}
+
+impl<K: Eq + Hash> Index<K> {
+    fn insert(&mut self, key: Option<K>, watched: &Arc<Watched>) {
+        if let Some(key) = key {
+            self.0.entry(key).or_default().push(watched.clone());
+        }
+    }
+
+    fn remove<Q: ?Sized + Eq + Hash>(&mut self, key: Option<&Q>, watched: &Arc<Watched>)
+    where
+        K: Borrow<Q>,
+    {
+        let Some(key) = key else { return };
+        if let Some(entries) = self.0.get_mut(key) {
+            entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+            if entries.is_empty() {
+                self.0.remove(key);
+            }
+        }
+    }
+
+    fn get<Q: ?Sized + Eq + Hash>(&self, key: &Q) -> &[Arc<Watched>]
+    where
+        K: Borrow<Q>,
+    {
+        self.0.get(key).map(Vec::as_slice).unwrap_or_default()
+    }
 }
 
 impl Maps {
+    fn index(&mut self, watched: &Arc<Watched>) {
+        self.by_mount_namespace.insert(watched.mount_namespace, watched);
+        self.by_pid_namespace.insert(watched.pid_namespace, watched);
+        self.by_perf_cgroup.insert(watched.perf_cgroup, watched);
+        self.by_cgroup.insert(watched.cgroup.clone(), watched);
+    }
+
+    fn unindex(&mut self, watched: &Arc<Watched>) {
+        self.by_mount_namespace.remove(watched.mount_namespace.as_ref(), watched);
+        self.by_pid_namespace.remove(watched.pid_namespace.as_ref(), watched);
+        self.by_perf_cgroup.remove(watched.perf_cgroup.as_ref(), watched);
+        self.by_cgroup.remove(watched.cgroup.as_deref(), watched);
+    }
+
     fn forget_mounts(&mut self, watched: &Arc<Watched>) {
         self.other_mounts.retain(|_, entry| !Arc::ptr_eq(entry, watched));
         self.other_devices.retain(|_, entries| {
@@ -409,7 +523,11 @@ impl Table {
 
     pub(super) fn insert(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
-        maps.by_container.insert(watched.container.clone(), watched.clone());
+        let before = maps.by_container.insert(watched.container.clone(), watched.clone());
+        if let Some(before) = before {
+            maps.unindex(&before);
+        }
+        maps.index(watched);
         maps.by_device.insert(watched.device, watched.clone());
         if let Some(mount) = watched.mount {
             maps.by_mount.insert(mount, watched.clone());
@@ -420,6 +538,7 @@ impl Table {
     pub(super) fn remove(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
         let other = |entry: &Arc<Watched>| !Arc::ptr_eq(entry, watched);
+        maps.unindex(watched);
         maps.by_container.retain(|_, entry| other(entry));
         maps.by_device.retain(|_, entry| other(entry));
         maps.by_mount.retain(|_, entry| other(entry));
@@ -469,12 +588,12 @@ impl Table {
     /// Whose an executed file is that lies on no container's own overlay: by who
     /// executes it. A program of the host's is nobody's, even from a volume that a
     /// container shares.
-    pub(super) fn user_of(&self, stat: &Stat, process: &Handle) -> Option<Arc<Watched>> {
-        if let Some(watched) = self.of_process(process) {
+    pub(super) fn user_of(&self, stat: &Stat, process: &Whereabouts) -> Option<Arc<Watched>> {
+        if let Some(watched) = self.of_whereabouts(process) {
             return Some(watched);
         }
         // In namespaces of its own, where control groups tell nothing.
-        if procfs::is_host_pid_namespace(process.pid_namespace().ok()?) {
+        if procfs::is_host_pid_namespace(process.pid_namespace?) {
             return None;
         }
         let maps = self.read();
@@ -495,8 +614,7 @@ impl Table {
 
     /// The container of a control group, as the kernel's records name it.
     pub(super) fn by_perf_cgroup(&self, cgroup: u64) -> Option<Arc<Watched>> {
-        let maps = self.read();
-        maps.by_container.values().find(|watched| watched.perf_cgroup == Some(cgroup)).cloned()
+        self.read().by_perf_cgroup.get(&cgroup).last().cloned()
     }
 
     pub(super) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
@@ -529,6 +647,22 @@ impl Table {
         self.by_cgroup(&process.cgroup().ok()?)
     }
 
+    /// The same of a process that may be gone by now.
+    pub(super) fn of_whereabouts(&self, process: &Whereabouts) -> Option<Arc<Watched>> {
+        let Whereabouts { mount_namespace, pid_namespace, cgroup } = process;
+        let by_mount_namespace = || {
+            let namespace = mount_namespace.filter(|&it| !procfs::is_host_mount_namespace(it))?;
+            self.by_mount_namespace(namespace)
+        };
+        let by_pid_namespace = || {
+            let namespace = pid_namespace.filter(|&it| !procfs::is_host_pid_namespace(it))?;
+            self.by_pid_namespace(namespace)
+        };
+        by_mount_namespace()
+            .or_else(by_pid_namespace)
+            .or_else(|| self.by_cgroup(cgroup.as_deref()?))
+    }
+
     /// Whether a container is in this mount namespace.
     pub(super) fn is_mount_namespace(&self, namespace: u64) -> bool {
         self.by_mount_namespace(namespace).is_some()
@@ -536,29 +670,33 @@ impl Table {
 
     fn by_mount_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
-        maps.by_container
-            .values()
-            .find(|watched| watched.mount_namespace == Some(namespace))
-            .cloned()
+        let found = maps.by_mount_namespace.get(&namespace);
+        found.iter().rev().find(|watched| watched.has_namespaces()).cloned()
     }
 
-    /// The container whose control group is `cgroup`, or holds it.
+    /// The container whose control group is `cgroup`, or holds it: the innermost.
     fn by_cgroup(&self, cgroup: &[u8]) -> Option<Arc<Watched>> {
         let maps = self.read();
-        maps.by_container
-            .values()
-            .find(|watched| watched.holds_cgroup(cgroup) == Some(true))
-            .cloned()
+        let above = |path: &[u8]| path.iter().rposition(|&byte| byte == b'/');
+        std::iter::successors(Some(cgroup), |path| above(path).map(|end| &path[..end]))
+            .find_map(|path| maps.by_cgroup.get(path).last().cloned())
     }
 
     /// The container in whose pid namespace a process is.
     pub(super) fn by_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
-        let mut found =
-            maps.by_container.values().filter(|watched| watched.pid_namespace == Some(namespace));
+        let found = maps.by_pid_namespace.get(&namespace);
+        let mut found = found.iter().filter(|watched| watched.has_namespaces());
         let first = found.next()?;
         // Several containers of a pod can share one; then it names nobody.
         found.next().is_none().then(|| first.clone())
+    }
+
+    /// The container that began a pid namespace, in which others may be too.
+    pub(super) fn first_in_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
+        let maps = self.read();
+        let found = maps.by_pid_namespace.get(&namespace);
+        found.iter().find(|watched| watched.has_own_pid_namespace()).cloned()
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Watched>> {
@@ -567,9 +705,132 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::model::FileType;
+
+    fn root(device: u64) -> Stat {
+        let time = FileTime { seconds: 0, nanoseconds: 0 };
+        Stat {
+            device,
+            inode: 1,
+            born: None,
+            changed: time,
+            modified: time,
+            file_type: FileType::Directory,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            links: 1,
+            node: (0, 0),
+            mount: None,
+        }
+    }
+
+    /// A container whose overlay has this device.
+    pub(in crate::watch) fn watched(id: &str, device: u64) -> Watched {
+        in_namespaces(id, device, None, None, None, None)
+    }
+
+    fn in_namespaces(
+        id: &str,
+        device: u64,
+        pid: Option<u64>,
+        mount: Option<u64>,
+        cgroup: Option<&str>,
+        perf: Option<u64>,
+    ) -> Watched {
+        let number = u32::try_from(device).unwrap();
+        let init = ProcessIdentity { pid: number, start_time: device };
+        let unified = cgroup.map(|cgroup| cgroup.as_bytes().to_vec());
+        let groups = Some(ControlGroups { unified, perf });
+        let id = ContainerId::new("default", id);
+        Watched::new(id, init, &root(device), b"/".into(), pid, mount, groups)
+    }
+
+    #[test]
+    fn x19_what_the_upper_layer_holds_shows_that_the_clock_was_set_back() {
+        let scratch = tempfile::tempdir().unwrap();
+        let early = scratch.path().join("early");
+        std::fs::write(&early, b"x").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let upperdir = scratch.path().join("upper");
+        std::fs::create_dir(&upperdir).unwrap();
+        let mount = || overlay::Mount {
+            dirs: OverlayDirs { upperdir: upperdir.clone(), lowerdirs: Vec::new() },
+            userxattr: false,
+            redirects: false,
+            workdir: None,
+            is_exported: false,
+        };
+        let layers = Layers::new(mount()).unwrap();
+        let late = upperdir.join("late");
+        std::fs::write(&late, b"x").unwrap();
+        let stat = |path| file::stat_path(path).unwrap();
+        assert!(!layers.note_birth(&stat(&late)));
+        assert!(layers.born().is_some(), "a filesystem that keeps births");
+        assert_eq!(place(&stat(&early), layers.born()), Place::Layers { is_young: false });
+        // No file can be made in the layer before the layer.
+        assert!(layers.note_birth(&stat(&early)));
+        assert!(!layers.note_birth(&stat(&early)), "that is said once");
+        assert_eq!(place(&stat(&early), layers.born()), Place::Own);
+
+        let set_since =
+            Layers { times_set: clock::times_set() + 1, ..Layers::new(mount()).unwrap() };
+        assert_eq!(place(&stat(&early), set_since.born()), Place::Own, "the clock was set");
+    }
+
+    #[test]
+    fn h18_who_is_meant_is_found_by_each_thing_that_a_process_shows() {
+        let table = Table::default();
+        let id = |found: Option<Arc<Watched>>| found.map(|found| found.container.id.to_string());
+        let id = |found| id(found).unwrap_or_default();
+        let add = |id, device, pid, mount, cgroup, perf| {
+            let watched = Arc::new(in_namespaces(id, device, pid, mount, cgroup, perf));
+            table.insert(&watched);
+            watched
+        };
+        let outer = add("outer", 1, Some(11), Some(21), Some("/k/outer"), Some(31));
+        let inner = add("inner", 2, Some(12), Some(22), Some("/k/outer/x/inner"), Some(32));
+        let beside = add("beside", 3, Some(12), Some(23), Some("/k/outerx"), Some(33));
+        let bare = add("bare", 4, None, None, Some("/"), None);
+        assert_eq!(id(table.by_perf_cgroup(32)), "inner");
+        assert_eq!(id(table.by_perf_cgroup(39)), "");
+        assert_eq!(id(table.by_mount_namespace(21)), "outer");
+        assert_eq!(id(table.by_pid_namespace(11)), "outer");
+        assert_eq!(id(table.by_pid_namespace(12)), "", "two share it");
+        let by_cgroup = |path: &str| id(table.by_cgroup(path.as_bytes()));
+        assert_eq!(by_cgroup("/k/outer"), "outer");
+        assert_eq!(by_cgroup("/k/outer/x"), "outer");
+        assert_eq!(by_cgroup("/k/outer/x/inner/deep/er"), "inner", "the innermost");
+        assert_eq!(by_cgroup("/k/outerx"), "beside", "no mere beginning of a name");
+        assert_eq!(by_cgroup("/k/outery"), "");
+        assert_eq!(by_cgroup("/k"), "");
+        assert_eq!(by_cgroup("/"), "", "the root is nobody's own");
+
+        // The container runs anew, in namespaces and a group that have the same numbers.
+        let again = add("inner", 5, Some(12), Some(22), Some("/k/outer/x/inner"), Some(34));
+        assert_eq!(id(table.by_perf_cgroup(32)), "", "the earlier run has gone");
+        assert_eq!(table.by_mount_namespace(22).unwrap().device, 5);
+        table.remove(&inner);
+        assert_eq!(table.by_mount_namespace(22).unwrap().device, 5);
+        assert_eq!(by_cgroup("/k/outer/x/inner"), "inner");
+        table.remove(&beside);
+        assert_eq!(id(table.by_pid_namespace(12)), "inner", "nobody shares it any more");
+
+        // Its first process has ended, and the kernel gives the number to somebody else.
+        again.set_has_own_pid_namespace();
+        again.detach();
+        assert_eq!(id(table.by_pid_namespace(12)), "");
+        assert_eq!(id(table.by_mount_namespace(22)), "");
+        for watched in [&outer, &again, &bare] {
+            table.remove(watched);
+        }
+        let maps = table.read();
+        assert!(maps.by_mount_namespace.0.is_empty() && maps.by_pid_namespace.0.is_empty());
+        assert!(maps.by_perf_cgroup.0.is_empty() && maps.by_cgroup.0.is_empty());
+    }
 
     #[track_caller]
     fn check(born: Option<i64>, changed: i64, expected: Place) {

@@ -19,6 +19,8 @@ use super::sessions;
 use super::shared::Shared;
 use super::table::Watched;
 use crate::model::{Fact, ProcessIdentity, Source};
+use crate::sys::door::{Ground, View};
+use crate::sys::file;
 use crate::sys::procfs::{self, Descriptor, Handle};
 
 /// Terminals that are listened to at once.
@@ -216,11 +218,15 @@ impl Terminal {
 /// container's init. False if that has none, and will have none.
 fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
     let Ok(init) = Handle::open_exactly(terminal.watched.init) else { return Ok(false) };
-    terminal.has_begun = !sessions::is_before_entry_point(&init.first_stat().comm);
+    terminal.has_begun = !sessions::runs_program_of_host(&init);
     let is_terminal = matches!(init.descriptor(0), Ok(Descriptor::Terminal(_)));
     let Some(input) = is_terminal.then(|| init.open_descriptor(0).ok()).flatten() else {
         return Ok(!terminal.has_begun);
     };
+    // A container's own filesystem can show such a device too, and would be asked.
+    if View::of([&init]).ground(&file::stat(&input)?) != Ground::Kernel {
+        return Ok(!terminal.has_begun);
+    }
     let path = format!("/proc/self/fd/{}", input.as_raw_fd());
     let flags = WatchFlags::ACCESS | WatchFlags::ONESHOT;
     terminal.listening = Some(inotify::add_watch(inotify, path, flags)?);

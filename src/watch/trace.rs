@@ -16,7 +16,7 @@
 //! are gone before anybody looks.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -24,14 +24,17 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
+use super::deeds::{self, Deed};
 use super::fair::Sender;
+use super::sessions;
 use super::shared::Shared;
 use super::table::Watched;
 use super::unseen::{self, Unseen};
 use crate::config;
 use crate::health::Failure;
-use crate::model::{Filesystem, Format};
+use crate::model::{ContainerId, Filesystem, Format};
 use crate::sys::connector::Connector;
+use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
@@ -44,8 +47,9 @@ const FEW_FILES: usize = 8;
 /// the thread that reads the rings and must be quick: what it does not do at once,
 /// it hands to a thread of its own by a bounded channel.
 pub(super) trait TraceConsumer: Send {
-    /// A process of a container has made another.
-    fn forked(&mut self, _: &Shared, _pid: u32, _parent: u32) {}
+    /// A process of a container has made another. `home` is that container where it is
+    /// certain: the parent may also be of the host and run a file of the container's.
+    fn forked(&mut self, _: &Shared, _home: Option<&Arc<Watched>>, _pid: u32, _parent: u32) {}
 
     /// A process of a container has become a program. `program` is the file that
     /// was mapped first: of a script, its interpreter. `None` if it was not seen.
@@ -138,6 +142,11 @@ const MAX_PROCESSES: usize = 64 * 1024;
 struct Known {
     parent: Option<u32>,
     watched: Option<Arc<Watched>>,
+    /// It is of that container without doubt: it or an ancestor has become a program of
+    /// the container's while it was in the container. A runtime on its way in has not.
+    is_resident: bool,
+    /// Its birth was recorded, and who made it was no container's in that sense.
+    is_made_outside: bool,
     /// Whose it is was looked up in /proc, if anybody's.
     was_looked_up: bool,
     /// An execve is under way.
@@ -210,6 +219,13 @@ fn is_memfd_name(name: &[u8]) -> bool {
     name.starts_with(b"/memfd:") && name.ends_with(file::DELETED)
 }
 
+/// Whether a process runs a program of the container that it is in. Of one that is on
+/// its way there, or ending, that cannot be said.
+fn runs_own_program(pid: u32) -> bool {
+    Handle::open(pid)
+        .is_ok_and(|handle| !sessions::runs_program_of_host(&handle) && handle.open_exe().is_ok())
+}
+
 /// Whose a process is that has opened a session: it may have ended, and who has come by
 /// `chroot` alone is in no namespace of a container's.
 fn of_session(shared: &Shared, pid: u32) -> Option<Arc<Watched>> {
@@ -254,7 +270,7 @@ fn judge(evidence: &Evidence<'_>) -> Judged {
 }
 
 /// The number of the descriptor that was given to execve instead of a name.
-fn descriptor(file_name: &[u8]) -> Option<u32> {
+pub(super) fn descriptor(file_name: &[u8]) -> Option<u32> {
     let rest = match file_name.strip_prefix(b"/dev/fd/") {
         Some(rest) => rest,
         None => {
@@ -422,8 +438,10 @@ impl Trace {
                 if is_unknown {
                     // It was there before us.
                     let watched = self.look_up(parent);
+                    let is_resident = watched.is_some() && runs_own_program(parent);
                     let known = self.known(parent);
                     known.watched = watched;
+                    known.is_resident = is_resident && !known.is_made_outside;
                     known.was_looked_up = true;
                 }
                 if let Some(known) = self.processes.get_mut(&parent)
@@ -431,16 +449,32 @@ impl Trace {
                 {
                     known.watched = of_session(&self.shared, parent);
                 }
-                let (watched, program) = match self.processes.get(&parent) {
-                    Some(known) => (known.watched.clone(), known.program.clone()),
-                    None => (None, None),
+                let (watched, is_resident, program) = match self.processes.get(&parent) {
+                    Some(known) => {
+                        (known.watched.clone(), known.is_resident, known.program.clone())
+                    }
+                    None => (None, false, None),
                 };
                 if watched.is_some() {
+                    let home = watched.as_ref().filter(|_| is_resident);
                     for consumer in &mut self.consumers {
-                        consumer.forked(&self.shared, pid, parent);
+                        consumer.forked(&self.shared, home, pid, parent);
                     }
                 }
-                let known = Known { parent: Some(parent), watched, program, ..Known::default() };
+                if watched.is_none() {
+                    // Before another one had this number.
+                    self.shared.births().forget(pid);
+                }
+                let parent = Some(parent);
+                let is_made_outside = !is_resident;
+                let known = Known {
+                    parent,
+                    watched,
+                    is_resident,
+                    is_made_outside,
+                    program,
+                    ..Known::default()
+                };
                 *self.known(pid) = known;
             }
             Record::Began { pid, time: _ } => {
@@ -532,20 +566,37 @@ impl Trace {
         let arguments = known.arguments.take();
         let previous = std::mem::replace(&mut known.program, program.clone());
         let inherited = known.watched.clone();
+        let was_resident = known.is_resident;
+        let is_made_outside = known.is_made_outside && !was_resident;
         let parent = known.parent;
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
         self.tells_overlays |= overlay.is_some();
+        if program.is_some() && overlay.is_none() {
+            self.shared.wait_for_gate();
+        }
         let asked = self.shared.take_asked(executed.pid, executed.time);
         let is_told = program.as_ref().is_some_and(|program| {
             overlay.is_some()
                 || asked.contains(&(program.device, program.inode))
                 || self.will_be_told(program.device, None, executed)
         });
-        let watched = overlay
+        // Who made it cannot be changed; what it has joined can.
+        let actor = inherited
+            .clone()
+            .filter(|_| was_resident)
             .or_else(|| executed.cgroup.and_then(|cgroup| table.by_perf_cgroup(cgroup)))
+            .or_else(|| self.look_up(executed.pid));
+        let is_certain = actor.is_some();
+        let owner = overlay.or_else(|| self.owner_of_running(executed, program.as_deref()));
+        let is_overlays = owner.is_some();
+        let deed = Deed::new(actor, owner, |inner, outer| deeds::is_within(table, inner, outer));
+        let (watched, file_of) = match deed {
+            Some(Deed { watched, file_of }) => (Some(watched), file_of),
+            None => (None, None),
+        };
+        let watched = watched
             .or(inherited)
-            .or_else(|| self.look_up(executed.pid))
             .or_else(|| of_session(&self.shared, executed.pid))
             .or_else(|| {
                 // It is gone, or was when we looked.
@@ -553,9 +604,11 @@ impl Trace {
                 let known = self.processes.get(&parent);
                 known.and_then(|known| known.watched.clone())
             });
+        let is_resident = was_resident || is_certain && (is_told || is_overlays);
         let known = self.known(executed.pid);
         known.watched.clone_from(&watched);
         known.was_looked_up = true;
+        known.is_resident = is_resident;
         let Some(watched) = watched else {
             if unseen::is_called_like_a_runtime(&executed.file_name) {
                 for consumer in &mut self.consumers {
@@ -564,21 +617,48 @@ impl Trace {
             }
             return;
         };
-        self.shared.arguments().executed(executed.pid, executed.time, arguments);
+        let is_in_control_group =
+            watched.perf_cgroup.is_some() && executed.cgroup == watched.perf_cgroup;
+        let has_arrived = is_made_outside && is_in_control_group;
+        if has_arrived {
+            // First: who waits for the arguments may want to know this too.
+            self.shared.roots().arrived(&watched.container, executed.pid, executed.time);
+        }
+        {
+            let mut kept = self.shared.arguments();
+            kept.executed(executed.pid, executed.time, arguments);
+            kept.named(executed.pid, &executed.file_name);
+        }
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
             .is_some_and(|known| known.watched.is_some());
         for consumer in &mut self.consumers {
             consumer.executed(&self.shared, &watched, executed, program.as_deref());
-            if !has_parent_inside {
+            if !has_parent_inside || has_arrived {
                 consumer.entered(&self.shared, &watched, executed);
             }
+        }
+        let mut execution = Execution {
+            watched,
+            executed,
+            program,
+            previous,
+            parent,
+            asked,
+            was_resident,
+            file_of: None,
+        };
+        if let Some(owner) = file_of {
+            execution.file_of = Some(owner.container.clone());
+            if let Some(found) = self.look_at_anothers(&execution, &owner) {
+                self.hand_on(found);
+            }
+            return;
         }
         let by_descriptor = descriptor(&executed.file_name);
         if is_told && by_descriptor.is_none() {
             return;
         }
-        let execution = Execution { watched, executed, program, previous, parent, asked };
         let found = self.look_at(&execution).or_else(|| {
             // The file that was mapped is the interpreter.
             self.look_at_script(&execution, by_descriptor?)
@@ -586,6 +666,33 @@ impl Trace {
         if let Some(found) = found {
             self.hand_on(found);
         }
+    }
+
+    /// Where no mapping is recorded: the container in whose root the program lies.
+    fn owner_of_running(
+        &self,
+        executed: &Executed,
+        program: Option<&Mapped>,
+    ) -> Option<Arc<Watched>> {
+        if program.is_some() {
+            return None;
+        }
+        let exe = Handle::open(executed.pid).ok()?.open_exe().ok()?;
+        self.shared.table.owner(&file::stat(exe).ok()?)
+    }
+
+    /// Looks at a program in another container's root.
+    fn look_at_anothers(&self, execution: &Execution<'_>, owner: &Watched) -> Option<Unseen> {
+        let handle = Handle::open(execution.executed.pid).ok();
+        let mapped = execution.program.as_deref();
+        let file = deeds::open_program(owner, handle.as_ref(), mapped);
+        let name = match &file {
+            Some(Held { fd, .. }) => file::name_of(fd.as_fd()).ok()?,
+            None => mapped?.name.to_vec(),
+        };
+        // It lies on the other container's own overlay.
+        let file = file.map(|held| (held, Some(Local::by_layers())));
+        Some(execution.unseen(Filesystem::Container, name, file, handle, false))
     }
 
     /// Whether the gate tells of what is executed from there, although it was not asked
@@ -597,7 +704,8 @@ impl Trace {
 
     /// Looks at a program that the gate may not have seen.
     fn look_at(&self, execution: &Execution<'_>) -> Option<Unseen> {
-        let Execution { watched, executed, program, asked, .. } = execution;
+        let Execution { watched, executed, program, asked, was_resident, .. } = execution;
+        let was_resident = *was_resident;
         let table = &self.shared.table;
         let program = program.as_deref();
         let handle = Handle::open(executed.pid).ok();
@@ -626,22 +734,34 @@ impl Trace {
             program.is_none_or(|mapped| (mapped.device, mapped.inode) == (stat.device, stat.inode))
         };
         let may_be_below = !self.tells_overlays;
-        let exe = opened.as_ref().and_then(|(exe, stat)| {
-            let is_marked = table.owner(stat).is_some()
+        let is_marked = |stat: &Stat| {
+            table.owner(stat).is_some()
                 || asked.contains(&(stat.device, stat.inode))
-                || self.will_be_told(stat.device, stat.mount, executed);
+                || self.will_be_told(stat.device, stat.mount, executed)
+        };
+        // Asked now: its mounts may be gone with it. Lists of mounts can be long, so only
+        // where it matters.
+        let ground = match &opened {
+            Some((_, stat)) if !is_host && is_same(stat) && !is_marked(stat) => {
+                self.ground(execution, handle.as_ref(), stat)
+            }
+            Some(_) | None => Ground::Foreign,
+        };
+        let exe = opened.as_ref().and_then(|(_, stat)| {
+            let is_marked = is_marked(stat);
             (is_same(stat) || (may_be_below && is_marked)).then(|| Exe {
                 device: stat.device,
                 links: stat.links,
                 is_marked,
-                is_on_tmpfs: file::is_in_memory(exe).unwrap_or(false),
-                is_host: is_host || is_behind(stat),
+                is_on_tmpfs: ground == Ground::Memory,
+                // Only who comes from outside is on its way in.
+                is_host: !was_resident && (is_host || is_behind(stat)),
             })
         });
         // Of who is gone, or runs something else by now, a file of the host's own root
         // tells nothing: the gate was asked about what is mounted from there.
         let is_mapped_below = program.is_some_and(|mapped| {
-            self.host_device == Some(mapped.device)
+            !was_resident && self.host_device == Some(mapped.device)
                 || may_be_below && watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
         });
         let is_mapped_marked = program.is_some_and(|mapped| {
@@ -669,12 +789,26 @@ impl Trace {
             return None;
         }
         let file = opened.filter(|_| exe.is_some());
+        let file = file.map(|(fd, stat)| (Held { fd, stat }, ground.local()));
         let name = match (program, &file) {
             (Some(mapped), _) => mapped.name.to_vec(),
-            (None, Some((exe, _))) => file::name_of(exe.as_fd()).ok()?,
+            (None, Some((exe, _))) => file::name_of(exe.fd.as_fd()).ok()?,
             (None, None) => return None,
         };
         Some(execution.unseen(filesystem, name, file, handle, is_parent_outside))
+    }
+
+    /// Who answers for a program's file, as its process sees it, or else its parent.
+    fn ground(&self, execution: &Execution<'_>, handle: Option<&Handle>, stat: &Stat) -> Ground {
+        if Some(stat.device) == self.memfd_device {
+            return Ground::Memory;
+        }
+        let view = View::of(handle);
+        if view.mount(stat).is_some() {
+            return view.ground(stat);
+        }
+        let parent = execution.parent.and_then(|parent| Handle::open(parent).ok());
+        View::of(&parent).ground(stat)
     }
 
     /// A script that was executed by its descriptor: the file that was mapped is its
@@ -686,20 +820,24 @@ impl Trace {
         if !stat.is_regular() || self.shared.table.is_marked(stat.device, stat.mount) {
             return None;
         }
-        let script = file::reopen(fd.as_fd()).ok()?;
-        if file::sniff(script.as_fd()).ok()? != Format::Script {
-            return None;
+        let ground = View::of([&handle]).ground(&stat);
+        // Of what cannot be read it is enough that its interpreter runs.
+        if let Some(local) = ground.local() {
+            let script = door::reopen(fd.as_fd(), local).ok()?;
+            if file::sniff(script.as_fd()).ok()? != Format::Script {
+                return None;
+            }
         }
         let filesystem = if Some(stat.device) == self.memfd_device || stat.links == 0 {
             Filesystem::Anonymous
-        } else if file::is_in_memory(&fd).unwrap_or(false) {
+        } else if ground == Ground::Memory {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
         };
         let name = file::name_of(fd.as_fd()).ok()?;
         let is_parent_outside = self.is_parent_outside(execution);
-        let file = Some((fd, stat));
+        let file = Some((Held { fd, stat }, ground.local()));
         let found = execution.unseen(filesystem, name, file, Some(handle), is_parent_outside);
         Some(Unseen { is_script: true, ..found })
     }
@@ -764,6 +902,10 @@ struct Execution<'a> {
     parent: Option<u32>,
     /// What the gate was asked about, by device and inode.
     asked: Vec<(u64, u64)>,
+    /// The process was the container's before, and does not come from outside.
+    was_resident: bool,
+    /// The container in whose root the program lies, where that is another one.
+    file_of: Option<ContainerId>,
 }
 
 impl Execution<'_> {
@@ -771,7 +913,7 @@ impl Execution<'_> {
         &self,
         filesystem: Filesystem,
         name: Vec<u8>,
-        file: Option<(OwnedFd, Stat)>,
+        file: Option<(Held, Option<Local>)>,
         handle: Option<Handle>,
         is_parent_outside: bool,
     ) -> Unseen {
@@ -790,6 +932,7 @@ impl Execution<'_> {
             previous: self.previous.clone().filter(|_| is_parent_outside),
             is_parent_outside,
             progress: None,
+            file_of: self.file_of.clone(),
         }
     }
 }

@@ -3,12 +3,12 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use jiff::Timestamp;
 
+use super::deeds;
 use super::fair::{self, Owned, Receiver};
 use super::process;
 use super::shared::Shared;
@@ -19,6 +19,7 @@ use crate::model::{
     Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
     RootfsPath, Source, printable,
 };
+use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
 use crate::sys::procfs::{self, Handle};
@@ -31,8 +32,8 @@ pub(super) struct Unseen {
     pub(super) filesystem: Filesystem,
     /// As its process sees it, ` (deleted)` and all.
     pub(super) name: Vec<u8>,
-    /// `None` if the process was gone. Opened only to ask what it is.
-    pub(super) file: Option<(OwnedFd, Stat)>,
+    /// `None` if the process was gone. With the proof that it can be read, if it can.
+    pub(super) file: Option<(Held, Option<Local>)>,
     pub(super) handle: Option<Handle>,
     pub(super) pid: u32,
     /// When, by the clock of the kernel's records.
@@ -45,6 +46,8 @@ pub(super) struct Unseen {
     /// container.
     pub(super) previous: Option<Arc<Mapped>>,
     pub(super) is_parent_outside: bool,
+    /// The container in whose root the program lies, where that is another one.
+    pub(super) file_of: Option<ContainerId>,
     pub(super) progress: Option<Box<InProgress>>,
 }
 
@@ -96,12 +99,13 @@ fn read_on(shared: &Shared, unseen: &mut Unseen) -> Option<(Process, FileState)>
                 let Unseen { pid, executed, .. } = *unseen;
                 process.argv = process::recorded(shared, pid, executed, executed);
             }
-            let Some((file, stat)) = &unseen.file else {
+            let Some((Held { fd, stat }, local)) = &unseen.file else {
                 let state = state::gone(unseen.filesystem == Filesystem::Anonymous);
                 return Some((process, state));
             };
-            let opened = if stat.is_regular() { file::reopen(file.as_fd()).ok() } else { None };
-            let Some(file) = opened else { return Some((process, state::unopened(stat))) };
+            let Some(file) = reopen(fd.as_fd(), stat, *local) else {
+                return Some((process, state::unopened(stat)));
+            };
             let max_hash_bytes = shared.settings.max_hash_bytes;
             match Reading::begin(file.as_fd(), stat, Which::Always, max_hash_bytes) {
                 Begun::Known(state) => return Some((process, state)),
@@ -134,12 +138,12 @@ fn tell(
             Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
             // Or from a mount that nobody else sees.
             Filesystem::Volume => runtimes.is_installed(&state, max_hash_bytes),
-            Filesystem::Tmpfs | Filesystem::Overlay => false,
+            Filesystem::Tmpfs | Filesystem::Overlay | Filesystem::Container => false,
         };
     if is_runtimes_own {
         return;
     }
-    let Unseen { watched, at, filesystem, name, exec_name, .. } = unseen;
+    let Unseen { watched, at, filesystem, name, exec_name, file_of, .. } = unseen;
     let is_nameless = filesystem == Filesystem::Anonymous || state.deleted;
     match path(&name, is_nameless) {
         Ok(path) => {
@@ -154,7 +158,7 @@ fn tell(
                 process: Arc::new(process),
                 layer_file: None,
             };
-            shared.observe(&watched, at, Source::Trace, fact);
+            shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
         Err(why) => {
             let detail = format!("the path of an executed file cannot be told: {why}");
@@ -163,15 +167,24 @@ fn tell(
     }
 }
 
-/// The state of a file that was opened only to ask what it is.
-pub(super) fn state_of(file: BorrowedFd<'_>, stat: &Stat, max_hash_bytes: u64) -> FileState {
-    if !stat.is_regular() {
-        return state::unopened(stat);
+/// The state of a file that was opened only to ask what it is. Without the proof that
+/// nobody can make us wait for it, that is what the kernel knows of it.
+pub(super) fn state_of(
+    file: BorrowedFd<'_>,
+    stat: &Stat,
+    local: Option<Local>,
+    max_hash_bytes: u64,
+) -> FileState {
+    match reopen(file, stat, local) {
+        Some(file) => state::of(file.as_fd(), stat, Which::Always, max_hash_bytes),
+        None => state::unopened(stat),
     }
-    match file::reopen(file) {
-        Ok(file) => state::of(file.as_fd(), stat, Which::Always, max_hash_bytes),
-        Err(_) => state::unopened(stat),
-    }
+}
+
+/// Opens it for reading, if it can be read without waiting.
+fn reopen(file: BorrowedFd<'_>, stat: &Stat, local: Option<Local>) -> Option<OwnedFd> {
+    let readable = local.filter(|_| stat.is_regular());
+    readable.and_then(|local| door::reopen(file, local).ok())
 }
 
 /// The path to tell of a file that the kernel names so.
@@ -205,7 +218,7 @@ fn describe(unseen: &Unseen) -> Process {
         let mut process = process::as_it_is(handle, watched);
         // It may have gone on to another program meanwhile; a script's is another file.
         if !unseen.is_script
-            && let Some((_, stat)) = file
+            && let Some((Held { stat, .. }, _)) = file
             && let Ok(now) = handle.open_exe().and_then(file::stat)
             && (now.device, now.inode) != (stat.device, stat.inode)
         {
@@ -256,15 +269,15 @@ impl Runtimes {
             // of the host's just before.
             return previous.is_some();
         };
-        let parent = unseen.parent.and_then(|parent| Handle::open(parent).ok()?.open_exe().ok());
-        let of_parent = parent.and_then(|exe| {
-            let stat = file::stat(&exe).ok()?;
-            Some((exe, stat))
+        let of_parent = unseen.parent.and_then(|parent| {
+            let fd = Handle::open(parent).ok()?.open_exe().ok()?;
+            let stat = file::stat(&fd).ok()?;
+            Some(Held { fd, stat })
         });
         previous
             .into_iter()
             .chain(of_parent)
-            .any(|(file, stat)| self.hash(file.as_fd(), &stat, state.size, max) == Some(content))
+            .any(|held| self.hash(&held, state.size, max) == Some(content))
             || self.is_installed(state, max)
     }
 
@@ -273,22 +286,16 @@ impl Runtimes {
         let Some(content) = state.blake3() else { return false };
         PLACES.iter().any(|place| {
             NAMES.iter().any(|name| {
-                let path = PathBuf::from(place).join(name);
-                let Ok(file) = std::fs::File::open(path) else { return false };
-                let Ok(stat) = file::stat(&file) else { return false };
-                self.hash(file.as_fd(), &stat, state.size, max) == Some(content)
+                let Ok(held) = door::on_host(format!("{place}/{name}").as_bytes()) else {
+                    return false;
+                };
+                self.hash(&held, state.size, max) == Some(content)
             })
         })
     }
 
     /// The hash of a program of the host's, if it is of this size at all.
-    fn hash(
-        &mut self,
-        file: BorrowedFd<'_>,
-        stat: &Stat,
-        size: u64,
-        max: u64,
-    ) -> Option<Blake3Hash> {
+    fn hash(&mut self, Held { fd, stat }: &Held, size: u64, max: u64) -> Option<Blake3Hash> {
         if stat.size != size || !stat.is_regular() {
             return None;
         }
@@ -300,19 +307,18 @@ impl Runtimes {
         if self.hashes.len() >= MOST {
             self.hashes.clear();
         }
-        let hash = state_of(file, stat, max).blake3();
+        // Of a container's it would be no copy of the host's.
+        let local = View::of([]).ground(stat).local();
+        let hash = state_of(fd.as_fd(), stat, local, max).blake3();
         self.hashes.insert(key, hash);
         hash
     }
 }
 
 /// A mapped file by its name, if the host has the same file there.
-fn on_host(mapped: &Mapped) -> Option<(OwnedFd, Stat)> {
-    let flags =
-        rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
-    let file = rustix::fs::open(&*mapped.name, flags, rustix::fs::Mode::empty()).ok()?;
-    let stat = file::stat(&file).ok()?;
-    ((stat.device, stat.inode) == (mapped.device, mapped.inode)).then_some((file, stat))
+fn on_host(mapped: &Mapped) -> Option<Held> {
+    let held = door::on_host(&mapped.name).ok()?;
+    ((held.stat.device, held.stat.inode) == (mapped.device, mapped.inode)).then_some(held)
 }
 
 /// What the programs of a container's running processes are, each file once.
@@ -339,7 +345,14 @@ impl Running {
             return;
         }
         let max_hash_bytes = shared.settings.max_hash_bytes;
-        let is_overlays = shared.table.owner(&stat).is_some();
+        let owner = shared.table.owner(&stat);
+        let is_apart = |owner: &&Arc<Watched>| {
+            deeds::is_apart(shared, watched, owner)
+                // A runtime that runs in a container, on its way into one of its own.
+                && !deeds::is_within(&shared.table, watched, owner)
+        };
+        let file_of = owner.as_ref().filter(is_apart).map(|owner| owner.container.clone());
+        let is_overlays = owner.is_some() && file_of.is_none();
         let mut layer_file = None;
         let mut is_movable = false;
         if is_overlays {
@@ -360,13 +373,21 @@ impl Running {
         let process = process::as_it_is(handle, watched);
         let pid = handle.identity().pid;
         let name = handle.exe().unwrap_or_default();
+        let ground = if is_overlays {
+            Ground::Disk
+        } else {
+            let init = Handle::open_exactly(watched.init).ok();
+            View::of(std::iter::once(handle).chain(&init)).ground(&stat)
+        };
         let filesystem = if is_overlays {
             Filesystem::Overlay
+        } else if file_of.is_some() {
+            Filesystem::Container
         } else if handle.has_host_root() {
             return;
-        } else if file::memfd_device().ok() == Some(stat.device) || name.starts_with(b"/memfd:") {
+        } else if door::memfd_device() == Some(stat.device) || name.starts_with(b"/memfd:") {
             Filesystem::Anonymous
-        } else if file::is_in_memory(&exe).unwrap_or(false) {
+        } else if ground == Ground::Memory {
             Filesystem::Tmpfs
         } else {
             Filesystem::Volume
@@ -396,7 +417,8 @@ impl Running {
             return;
         }
         let known = layer_file.and_then(|file| watched.layer_files().known(&file));
-        let state = known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, max_hash_bytes));
+        let state =
+            known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes));
         drop(exe);
         let is_from_outside = || {
             procfs::mount_namespace_of(handle.first_stat().parent)
@@ -430,7 +452,7 @@ impl Running {
             process: Arc::new(process),
             layer_file,
         };
-        let is_told = shared.observe(watched, at, Source::Scan, fact);
+        let is_told = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file
             && !is_told
         {

@@ -269,7 +269,11 @@ fn kill_on_request(node: &Node) -> anyhow::Result<()> {
 
 /// The `expected` number of responses to a container in the history, oldest first,
 /// as whoever opens the file with `sqlite3` reads them.
-fn recorded_responses(node: &Node, id: &str, expected: usize) -> anyhow::Result<Vec<Value>> {
+pub(crate) fn recorded_responses(
+    node: &Node,
+    id: &str,
+    expected: usize,
+) -> anyhow::Result<Vec<Value>> {
     let history = rusqlite::Connection::open_with_flags(
         node.path("driftd/history.db"),
         rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
@@ -358,13 +362,13 @@ fn deleted_image(node: &Node) -> anyhow::Result<()> {
         .map(drop)
 }
 
-fn is_running(node: &Node, id: &str) -> anyhow::Result<bool> {
+pub(crate) fn is_running(node: &Node, id: &str) -> anyhow::Result<bool> {
     let listed = node.ctr(&["task", "ls"])?;
     Ok(state_in(&listed, id) == Some("RUNNING"))
 }
 
 /// The state of a task in what `ctr task ls` prints.
-fn state_in<'a>(listed: &'a str, id: &str) -> Option<&'a str> {
+pub(crate) fn state_in<'a>(listed: &'a str, id: &str) -> Option<&'a str> {
     listed
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>())

@@ -403,7 +403,6 @@ fn a40_trees(node: &Node) -> anyhow::Result<()> {
     )?;
     let ran = running.finish(Duration::from_secs(120))?;
     ensure!(ran.status == 0, "{ran:?}");
-    let unreadable = node.losses("event_unreadable")?;
     container.diff()?;
     let findings = wait_for("what ran to be told", || {
         let findings = container.findings()?;
@@ -412,6 +411,7 @@ fn a40_trees(node: &Node) -> anyhow::Result<()> {
         Ok((of("/tmp/x") && of(&deep)).then_some(findings))
     })?;
     ensure!(findings.iter().all(|finding| finding["kind"] == "exec.new"), "{findings:#?}");
+    let unreadable = node.losses("event_unreadable")?;
     // A path of more than 4,096 bytes has no name that the kernel could tell. That
     // it ran is not hidden: it is told without a path, or counted as unreadable.
     ensure!(

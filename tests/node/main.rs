@@ -9,12 +9,17 @@ mod answers;
 mod chaos;
 mod code;
 mod cri;
+mod deeds;
 mod docker;
+mod door;
 mod drift;
 mod fair;
 mod fileless;
+mod fuse;
+mod gate;
 mod hostile;
 mod image;
+mod incarnations;
 mod life;
 mod node;
 mod ordinary;
@@ -57,6 +62,7 @@ fn main() -> ExitCode {
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),
+        incarnations::trials(),
         code::trials(),
         sources::trials(),
         together::trials(),
@@ -69,8 +75,11 @@ fn main() -> ExitCode {
         trouble::trials(),
         volumes::trials(),
         chaos::trials(),
+        gate::trials(),
         hostile::trials(),
         life::trials(),
+        door::trials(),
+        deeds::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

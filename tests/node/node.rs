@@ -928,6 +928,14 @@ impl Container<'_> {
         Ok(Running { container: self, number })
     }
 
+    /// The pid of its init, on the host.
+    pub(crate) fn init(&self) -> anyhow::Result<i32> {
+        let tasks = self.node.ctr(&["task", "ls"])?;
+        let mut lines = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let line = lines.find(|line| line.first() == Some(&self.id.as_str()));
+        line.and_then(|line| line.get(1)?.parse().ok()).context("its task is not listed")
+    }
+
     pub(crate) fn wait_until_watched(&self) -> anyhow::Result<()> {
         wait_for(&format!("driftd to watch {}", self.id), || {
             let known = self.node.answer(&["containers"])?;

@@ -46,14 +46,21 @@ pub(crate) struct Payload {
     bytes: Vec<u8>,
     /// Runs programs in every way that leaves no name behind.
     loader: Vec<u8>,
+    /// A filesystem that a process answers for.
+    fuse: Vec<u8>,
 }
 
 const LOADER: &str = include_str!("../data/loader.c");
 
+/// Where the image has the program that answers for a filesystem (`fuse.rs`).
+pub(crate) const FUSE_SERVER: &str = "/usr/bin/fuse-server";
+const FUSE: &str = include_str!("fuse.c");
+
 impl Payload {
     pub(crate) fn compile(scratch: &Path) -> anyhow::Result<Payload> {
         let bytes = compile(scratch, "payload", PAYLOAD)?;
-        Ok(Payload { bytes, loader: compile(scratch, "loader", LOADER)? })
+        let loader = compile(scratch, "loader", LOADER)?;
+        Ok(Payload { bytes, loader, fuse: compile(scratch, "fuse-server", FUSE)? })
     }
 
     /// This program, made different from every other by `mark`.
@@ -65,7 +72,7 @@ impl Payload {
 }
 
 /// Compiles a static program.
-fn compile(scratch: &Path, name: &str, text: &str) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn compile(scratch: &Path, name: &str, text: &str) -> anyhow::Result<Vec<u8>> {
     let source = scratch.join(format!("{name}.c"));
     let program = scratch.join(name);
     fs::write(&source, text)?;
@@ -211,6 +218,7 @@ pub(crate) fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
         .file("/docker-entrypoint.sh", 0o755, format!("#!/bin/sh\n{}\n", Control::INIT).as_bytes())
         .file("/docker-entrypoint.d/10-x.sh", 0o644, b"#!/bin/sh\necho configured\n")
         .file("/usr/bin/loader", 0o755, &payload.loader)
+        .file(FUSE_SERVER, 0o755, &payload.fuse)
         .symlink("/usr/bin/editor", "/usr/bin/app");
     for path in IMAGE_PROGRAMS {
         application = application.file(path, 0o755, &payload.marked(path));

@@ -296,7 +296,7 @@ fn requested_by(node: &Node) -> anyhow::Result<()> {
 }
 
 /// The first process of a container, as the host numbers it.
-fn init(container: &Container<'_>) -> anyhow::Result<u64> {
+pub(crate) fn init(container: &Container<'_>) -> anyhow::Result<u64> {
     let known = container.node.answer(&["containers"])?;
     let own = known.iter().find(|known| known["id"] == container.id.as_str());
     own.and_then(|own| own["pid"].as_u64()).context("no such container")

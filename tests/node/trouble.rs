@@ -7,11 +7,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
-use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::image::Layer;
@@ -25,7 +24,6 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial_alone("kill_9_during_drift_loses_nothing_and_repeats_nothing", "", crashed),
         trial_alone("containerd_killed_and_restarted_loses_nothing", "", containerd_restarted),
         trial_alone("containerd_that_is_not_there_yet_is_waited_for", "", containerd_late),
-        trial_alone("a_stopped_daemon_is_ended_and_blocked_executions_go_on", "", stopped),
         trial_alone("a_corrupt_baseline_is_recorded_again", "", corrupt_baseline),
         trial_alone("a_newer_history_is_refused_by_name", "", newer_history),
         trial_alone("an_image_with_a_missing_blob_stops_no_other", "", missing_blob),
@@ -188,39 +186,6 @@ fn containerd_late(node: &Node) -> anyhow::Result<()> {
     assert_eq!(status["endpoints"][0]["connected"], false, "{status:#}");
     node.start_containerd()?;
     let container = node.container()?;
-    container.told_nothing()
-}
-
-fn stopped(node: &Node) -> anyhow::Result<()> {
-    let container = node.container()?;
-    // The daemon's main process; the guardian is another one and is not stopped.
-    let daemon = node.driftd_pid()?;
-    kill(daemon, Signal::SIGSTOP)?;
-    // The signal stops one thread after the other; the gate's may be the last.
-    wait_for("every thread to stop", || {
-        for thread in fs::read_dir(format!("/proc/{daemon}/task"))? {
-            let stat = fs::read_to_string(thread?.path().join("stat"))?;
-            if !stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")) {
-                return Ok(None);
-            }
-        }
-        Ok(Some(()))
-    })?;
-    let began = Instant::now();
-    let ran = container.begin("/usr/bin/app; /usr/bin/app")?.finish(Duration::from_secs(10));
-    let took = began.elapsed();
-    if ran.is_err() {
-        // Otherwise the container cannot even be ended.
-        let _ = kill(daemon, Signal::SIGKILL);
-    }
-    assert_eq!(ran?.status, 0);
-    ensure!(took < Duration::from_secs(5), "the executions were blocked for {took:?}");
-    ensure!(took > Duration::from_secs(1), "nothing was blocked ({took:?}): a vacuous test");
-    assert_eq!(node.driftd_ended(Duration::from_secs(5))?, Some(Signal::SIGKILL));
-
-    // Started again, as systemd does, all is as before.
-    node.start_driftd()?;
-    container.wait_until_watched()?;
     container.told_nothing()
 }
 

@@ -1,0 +1,589 @@
+//! The process itself: one thread that reads, answers, and hands on.
+
+use std::collections::{HashSet, VecDeque};
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use super::shards::{CopyUps, Shards};
+use super::wire::{self, Asked, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request};
+use crate::model::process::may_be_runtime;
+use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
+use crate::sys::channel::{Channel, Packet, close_inherited};
+use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
+use crate::sys::procfs::{Handle, Whereabouts};
+use crate::sys::{file, perf, pidfd};
+
+/// `/proc/PID/stat`: 52 numbers of at most 20 digits and a name of at most 64 bytes.
+pub(super) const MAX_STAT: usize = 1200;
+
+/// How much one read may bring: about a hundred events, each with a descriptor. With
+/// none left to open, the kernel denies.
+const READ_BYTES: usize = 4 * 1024;
+
+/// Answered executions that wait here when the daemon is slower than the containers.
+/// Each has a descriptor or two.
+const MAX_PENDING: usize = 4 * 1024;
+
+/// Descriptors for everything else.
+const OTHER_DESCRIPTORS: u64 = 512;
+
+/// For how long a runtime may be held, and how many at a time.
+const HELD_FOR: Duration = Duration::from_millis(500);
+const MAX_HELD: usize = 256;
+
+/// Requests that are carried out before the groups are read again.
+const REQUESTS_IN_A_ROW: usize = 64;
+
+/// After the groups were closed, what was answered gets this long to be handed over.
+const LAST_PACKETS: Duration = Duration::from_secs(2);
+
+/// Runs until the daemon says so, or is gone. Standard input is the channel of requests.
+pub fn run() -> anyhow::Result<()> {
+    ignore_signals().context("cannot block signals")?;
+    close_inherited();
+    let requests = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
+        .map(Channel::from)
+        .context("cannot keep the channel of requests")?;
+    let mut buffer = [0; MAX_PACKET];
+    let Packet { bytes, descriptors } = requests
+        .receive(&mut buffer, Duration::from_secs(10))
+        .context("`driftd gate` is started by driftd itself (see: driftd run)")?;
+    let Hello { shards } = wire::decode(bytes).context("the daemon's first packet")?;
+    let [memory, executions] = <[OwnedFd; 2]>::try_from(descriptors)
+        .ok()
+        .context("the daemon's first packet lacks a descriptor")?;
+    let executions = Channel::from(executions);
+    let pulse = Pulse::share(memory).context("the daemon's memory")?;
+    let max_pending = raise_descriptors();
+    // Later under load, and slower when memory is short, without the rights to these.
+    let _ = rustix::process::setpriority_process(None, -10);
+    lock_memory();
+    let outcome = Group::exec_gate().and_then(|plain| Ok((plain, Shards::new(shards)?)));
+    let (plain, groups) = match outcome {
+        Ok(groups) => {
+            reply(&requests, None)?;
+            groups
+        }
+        Err(err) => {
+            reply(&requests, Some(err.errno()))?;
+            return Ok(());
+        }
+    };
+    let process = Process {
+        plain: &plain,
+        groups: &groups,
+        requests: &requests,
+        pulse: &pulse,
+        copy_ups: CopyUps::new(groups.groups.len()),
+        roots: Roots::default(),
+        runtimes: Vec::new(),
+        held: Vec::new(),
+        held_so_far: 0,
+        outbox: Outbox { channel: executions, pending: VecDeque::new(), max_pending },
+        daemon: Silence::default(),
+        judged: Instant::now(),
+    };
+    // What is held is allowed as it is dropped, and what is queued as the groups close.
+    let (ended, mut outbox) = process.serve()?;
+    drop((plain, groups));
+    if ended == Ended::Closed {
+        reply(&requests, None)?;
+        outbox.drain(&pulse);
+    }
+    Ok(())
+}
+
+/// Stopping is the daemon's to decide: a signal to the whole group (systemd, a terminal)
+/// must not end the gate first.
+fn ignore_signals() -> io::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    Ok(signals.thread_block()?)
+}
+
+/// How many executions may wait, given the descriptors that may be open.
+fn raise_descriptors() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // The soft limit is for programs that use select(2).
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    // Those that are in a packet which the daemon has not taken count too.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 4;
+    usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, MAX_PENDING)
+}
+
+/// What has been touched stays in memory: an answer never waits for a disk.
+fn lock_memory() {
+    use rustix::mm::{MlockAllFlags, mlockall};
+    // With ONFAULT only what is used counts, and not the whole program.
+    let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    if let Err(err) = mlockall(flags) {
+        eprintln!("driftd gate: its memory cannot be locked ({err}); see: LimitMEMLOCK=");
+    }
+}
+
+fn reply(requests: &Channel, errno: Option<i32>) -> io::Result<()> {
+    let mut buffer = [0; 16];
+    requests.try_send(wire::encode(&Reply { errno }, &mut buffer), &[])
+}
+
+/// Why the gate was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Closed,
+    DaemonGone,
+}
+
+/// A runtime that waits until its container is marked.
+struct Held<'groups> {
+    number: u64,
+    permission: Permission<'groups>,
+    since: Instant,
+}
+
+struct Process<'groups> {
+    /// Asks about every execution, about runtimes, and about copy-ups. Nothing takes its
+    /// marks away.
+    plain: &'groups Group,
+    groups: &'groups Shards,
+    requests: &'groups Channel,
+    pulse: &'groups Pulse,
+    copy_ups: CopyUps,
+    roots: Roots,
+    /// Device and inode of the host's container runtimes, if their calls are held.
+    runtimes: Vec<(u64, u64)>,
+    held: Vec<Held<'groups>>,
+    held_so_far: u64,
+    outbox: Outbox,
+    daemon: Silence,
+    judged: Instant,
+}
+
+impl<'groups> Process<'groups> {
+    fn serve(mut self) -> anyhow::Result<(Ended, Outbox)> {
+        let ended = self.answer_until_the_end()?;
+        Ok((ended, self.outbox))
+    }
+
+    fn answer_until_the_end(&mut self) -> anyhow::Result<Ended> {
+        let mut buffer = Buffer::new();
+        let groups = self.groups;
+        loop {
+            self.wait();
+            self.pulse.beat(Part::Gate);
+            // Ends of copy-ups first: they only make it ask less.
+            if let Some(closes) = &groups.closes {
+                self.read(closes, &mut buffer, Process::closed)?;
+            }
+            self.read(self.plain, &mut buffer, Process::asked_plainly)?;
+            for (shard, group) in (1..).zip(&groups.copy_ups) {
+                self.read(group, &mut buffer, |this, incoming| this.copies_up(incoming, shard))?;
+            }
+            for (shard, group) in (0..).zip(&groups.groups) {
+                self.read(group, &mut buffer, |this, incoming| this.asked(incoming, Some(shard)))?;
+            }
+            for _ in 0..REQUESTS_IN_A_ROW {
+                match self.take_request()? {
+                    Some(Taken::Done) => (),
+                    Some(Taken::Close) => return self.close(&mut buffer),
+                    Some(Taken::DaemonGone) => return Ok(Ended::DaemonGone),
+                    None => break,
+                }
+            }
+            self.release_late();
+            self.outbox.flush(self.pulse);
+            self.copy_ups.refresh(self.groups)?;
+            if self.judged.elapsed() >= TURN {
+                self.judged = Instant::now();
+                let turns = self.pulse.turns_of(Part::Daemon).load(Ordering::Relaxed);
+                if self.daemon.turn(turns) >= PATIENCE {
+                    eprintln!("driftd gate: the daemon makes no progress; the gate ends");
+                    return Ok(Ended::DaemonGone);
+                }
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let Shards { groups, copy_ups, closes } = self.groups;
+        let groups = [self.plain].into_iter().chain(groups).chain(copy_ups).chain(closes);
+        let mut fds: Vec<PollFd<'_>> =
+            groups.map(|group| PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)).collect();
+        fds.push(PollFd::from_borrowed_fd(self.requests.as_fd(), PollFlags::IN));
+        if !self.outbox.pending.is_empty() {
+            fds.push(PollFd::from_borrowed_fd(self.outbox.channel.as_fd(), PollFlags::OUT));
+        }
+        let late = self.held.iter().map(|held| HELD_FOR.saturating_sub(held.since.elapsed())).min();
+        let timeout = late.unwrap_or(TURN).min(TURN);
+        let timeout = Timespec::try_from(timeout).expect("a quarter of a second fits");
+        // An error here (a signal) only means that the turn comes early.
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+    }
+
+    /// What cannot be read or answered ends the process: then the kernel opens the gate.
+    fn read(
+        &mut self,
+        group: &'groups Group,
+        buffer: &mut Buffer,
+        mut take: impl FnMut(&mut Self, Incoming<'groups>) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
+        match group.read(buffer, READ_BYTES) {
+            Ok(incoming) => incoming
+                .into_iter()
+                .try_for_each(|incoming| take(self, incoming))
+                .context("the kernel takes no answer"),
+            Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
+                Some(Errno::AGAIN | Errno::INTR) => Ok(()),
+                Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => {
+                    Err(err).context("the kernel's questions cannot be read")
+                }
+                // The event is used up. Nobody knows which container's it was.
+                Some(_) => {
+                    self.pulse.unreadable().fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                }
+            },
+            Err(ReadError::Malformed(err)) => Err(err).context("the kernel's questions"),
+        }
+    }
+
+    fn closed(&mut self, incoming: Incoming<'groups>) -> io::Result<()> {
+        if let Incoming::Notification(event) = incoming {
+            self.copy_ups.ended(&event);
+        }
+        Ok(())
+    }
+
+    fn asked_plainly(&mut self, incoming: Incoming<'groups>) -> io::Result<()> {
+        let Incoming::Permission(permission) = incoming else {
+            return self.asked(incoming, None);
+        };
+        if permission.event().mask & libc::FAN_OPEN_EXEC_PERM == 0 {
+            return self.copies_up(Incoming::Permission(permission), 0);
+        }
+        if self.is_runtime(permission.event()) {
+            return self.hold(permission);
+        }
+        self.asked(Incoming::Permission(permission), None)
+    }
+
+    fn copies_up(&mut self, incoming: Incoming<'groups>, shard: u8) -> io::Result<()> {
+        let Incoming::Permission(permission) = incoming else { return Ok(()) };
+        let (plain, groups, event) = (self.plain, self.groups, permission.event());
+        self.copy_ups.met(plain, groups, self.pulse, shard, event)?;
+        allow(permission).map(drop)
+    }
+
+    fn asked(&mut self, incoming: Incoming<'groups>, shard: Option<u8>) -> io::Result<()> {
+        let permission = match incoming {
+            Incoming::Permission(permission) => permission,
+            Incoming::Overflow => {
+                self.pulse.unreadable().fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
+            // No group here is asked for any.
+            Incoming::Notification(_) => return Ok(()),
+        };
+        let event = permission.event();
+        // Before anything is known of the file: see `shards`.
+        let calm = shard.and_then(|shard| self.copy_ups.calm(shard));
+        // As far as the kernel knows by itself: no filesystem's server is asked.
+        let stat = file::stat(&event.file).map_err(|err| err.raw_os_error().unwrap_or(libc::EIO));
+        // The one look into /proc before the answer. It takes no lock that the
+        // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
+        // files beside it), and only now is the process certain to be there.
+        let mut process = [0; MAX_STAT];
+        let process = read_stat(event.pid, &mut process);
+        // A runtime on its way in may be over before anybody else looks, and how it
+        // ended is known by a handle only.
+        let is_coming_in = comm(process).is_some_and(may_be_runtime);
+        let handle = if is_coming_in { pidfd::open(event.pid).ok() } else { None };
+        let whereabouts = match &stat {
+            Ok(stat) if !self.roots.hold(stat) => whereabouts(event.pid),
+            Ok(_) | Err(_) => None,
+        };
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let asked = Asked {
+            pid: event.pid,
+            at: perf::now(),
+            time: time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec),
+            stat,
+            whereabouts,
+            calm,
+        };
+        // First, so that a process that was answered finds itself counted.
+        self.pulse.answers().fetch_add(1, Ordering::SeqCst);
+        let event = allow(permission)?;
+        let message = Message::Executed { asked, process };
+        self.outbox.hand_on(&message, Some(event.file), handle, self.pulse);
+        Ok(())
+    }
+
+    /// A shim calls a runtime, as far as a name can tell: the daemon looks closer.
+    fn is_runtime(&self, event: &Event) -> bool {
+        if self.runtimes.is_empty() {
+            return false;
+        }
+        let Ok(stat) = file::stat(&event.file) else { return false };
+        self.runtimes.contains(&(stat.device, stat.inode))
+    }
+
+    fn hold(&mut self, permission: Permission<'groups>) -> io::Result<()> {
+        let mut process = [0; MAX_STAT];
+        let process = read_stat(permission.event().pid, &mut process);
+        let is_shim = comm(process).is_some_and(|comm| comm.starts_with(b"containerd-shim"));
+        if !is_shim {
+            return allow(permission).map(drop);
+        }
+        self.held_so_far += 1;
+        let number = self.held_so_far;
+        let message = Message::Runtime { number, process };
+        if self.held.len() >= MAX_HELD || !self.outbox.hand_on(&message, None, None, self.pulse) {
+            self.pulse.late().fetch_add(1, Ordering::Relaxed);
+            return allow(permission).map(drop);
+        }
+        self.held.push(Held { number, permission, since: Instant::now() });
+        Ok(())
+    }
+
+    fn release_late(&mut self) {
+        let is_late = |held: &mut Held<'_>| held.since.elapsed() >= HELD_FOR;
+        // Allowed as it is dropped.
+        let late = self.held.extract_if(.., is_late).count();
+        self.pulse.late().fetch_add(late as u64, Ordering::Relaxed);
+    }
+
+    // ---- requests
+
+    fn take_request(&mut self) -> io::Result<Option<Taken>> {
+        let mut buffer = [0; MAX_PACKET];
+        let Packet { bytes, descriptors } = match self.requests.try_receive(&mut buffer) {
+            Ok(packet) => packet,
+            Err(err) => match err.kind() {
+                io::ErrorKind::WouldBlock => return Ok(None),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+                    return Ok(Some(Taken::DaemonGone));
+                }
+                _ => return Err(err),
+            },
+        };
+        let request: Request = wire::decode(bytes)?;
+        if request == Request::Close {
+            return Ok(Some(Taken::Close));
+        }
+        let done = self.carry_out(request, &descriptors);
+        // Before the reply: they keep what they point at busy, and the daemon believes them
+        // closed then.
+        drop(descriptors);
+        if request.is_replied_to() {
+            let errno = done.err().map(|err| err.raw_os_error().unwrap_or(libc::EINVAL));
+            reply(self.requests, errno)?;
+        }
+        Ok(Some(Taken::Done))
+    }
+
+    fn carry_out(&mut self, request: Request, descriptors: &[OwnedFd]) -> io::Result<()> {
+        const MASK: u64 = libc::FAN_OPEN_EXEC_PERM;
+        let first = || descriptors.first().ok_or(io::Error::from(io::ErrorKind::InvalidInput));
+        let (plain, groups) = (self.plain, self.groups);
+        match request {
+            Request::MarkRoot(place) => {
+                let group = match place {
+                    Place::Plain => Some(plain),
+                    Place::Shard(shard) => groups.groups.get(usize::from(shard)),
+                };
+                let group = group.ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
+                self.roots.insert(&file::stat(first()?)?);
+                group.mark_filesystem_of(first()?.as_fd(), MASK)
+            }
+            Request::MarkFilesystem => {
+                self.roots.remove(&file::stat(first()?)?);
+                plain.mark_filesystem_of(first()?.as_fd(), MASK)
+            }
+            Request::MarkMount => {
+                self.roots.remove(&file::stat(first()?)?);
+                plain.mark_mount_of(first()?.as_fd(), MASK)
+            }
+            Request::MarkRuntime => {
+                let runtime = first()?;
+                let stat = file::stat(runtime)?;
+                let runtime_file = (stat.device, stat.inode);
+                if !self.runtimes.contains(&runtime_file) {
+                    self.runtimes.push(runtime_file);
+                }
+                plain.mark_file(runtime.as_fd(), MASK)
+            }
+            Request::Meet { shard } => self.copy_ups.meet(plain, groups, shard, first()?),
+            Request::Leave { shard } => self.copy_ups.leave(plain, groups, shard, descriptors),
+            Request::Forget { shard } => self.copy_ups.forget(groups, shard),
+            Request::Ignore(calm) => {
+                self.copy_ups.ignore(groups, self.pulse, calm, first()?.as_fd());
+                Ok(())
+            }
+            Request::Release { number } => {
+                if let Some(at) = self.held.iter().position(|held| held.number == number) {
+                    allow(self.held.swap_remove(at).permission)?;
+                }
+                Ok(())
+            }
+            Request::Close => Ok(()),
+        }
+    }
+
+    /// What the kernel has asked by now is answered and handed on, once: containers that
+    /// never stop executing do not hold up a stop.
+    fn close(&mut self, buffer: &mut Buffer) -> anyhow::Result<Ended> {
+        let (plain, groups) = (self.plain, self.groups);
+        self.read(plain, buffer, Process::asked_plainly)?;
+        for (shard, group) in (0..).zip(&groups.groups) {
+            self.read(group, buffer, |this, incoming| this.asked(incoming, Some(shard)))?;
+        }
+        Ok(Ended::Closed)
+    }
+}
+
+enum Taken {
+    Done,
+    Close,
+    DaemonGone,
+}
+
+fn allow(permission: Permission<'_>) -> io::Result<Event> {
+    let (event, answered) = permission.answer(Answer::Allow);
+    match answered {
+        // ENOENT: the process was killed while it waited.
+        Err(err) if err.raw_os_error() != Some(libc::ENOENT) => Err(err),
+        Ok(()) | Err(_) => Ok(event),
+    }
+}
+
+/// The process's `/proc/PID/stat`; empty if it cannot be read.
+fn read_stat(pid: u32, buffer: &mut [u8; MAX_STAT]) -> &[u8] {
+    let read = std::fs::File::open(format!("/proc/{pid}/stat"))
+        .and_then(|mut file| file.read(&mut buffer[..]))
+        .unwrap_or(0);
+    &buffer[..read]
+}
+
+/// Where a process is. Nothing of this takes a lock that a container could hold.
+fn whereabouts(pid: u32) -> Option<Whereabouts> {
+    let mut whereabouts = Handle::open(pid).ok()?.whereabouts();
+    whereabouts.cgroup = whereabouts.cgroup.filter(|cgroup| cgroup.len() <= MAX_CGROUP);
+    Some(whereabouts)
+}
+
+/// The containers' own overlays: their files say whose they are.
+#[derive(Debug, Default)]
+struct Roots {
+    devices: HashSet<u64>,
+    /// Files of an overlay whose layers are on several filesystems show other devices.
+    mounts: HashSet<u64>,
+}
+
+impl Roots {
+    fn insert(&mut self, root: &file::Stat) {
+        self.devices.insert(root.device);
+        self.mounts.extend(root.mount);
+    }
+
+    /// Both numbers are used again when a container is gone.
+    fn remove(&mut self, other: &file::Stat) {
+        self.devices.remove(&other.device);
+        if let Some(mount) = other.mount {
+            self.mounts.remove(&mount);
+        }
+    }
+
+    fn hold(&self, file: &file::Stat) -> bool {
+        self.devices.contains(&file.device)
+            || file.mount.is_some_and(|mount| self.mounts.contains(&mount))
+    }
+}
+
+/// The name of a process, from its `/proc/PID/stat`.
+fn comm(stat: &[u8]) -> Option<&[u8]> {
+    let open = stat.iter().position(|&byte| byte == b'(')?;
+    let close = stat.iter().rposition(|&byte| byte == b')')?;
+    stat.get(open + 1..close)
+}
+
+/// What the daemon has not taken yet.
+struct Outbox {
+    channel: Channel,
+    pending: VecDeque<Waiting>,
+    max_pending: usize,
+}
+
+struct Waiting {
+    bytes: Box<[u8]>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Outbox {
+    /// Hands a message on without ever waiting; false if there was no room for it.
+    fn hand_on(
+        &mut self,
+        message: &Message<'_>,
+        file: Option<OwnedFd>,
+        handle: Option<OwnedFd>,
+        pulse: &Pulse,
+    ) -> bool {
+        let mut buffer = [0; MAX_PACKET];
+        let bytes = wire::encode(message, &mut buffer);
+        if self.pending.is_empty() {
+            let mut both = [file.as_ref(), handle.as_ref()].into_iter().flatten();
+            let sent = match (both.next(), both.next()) {
+                (None, _) => self.channel.try_send(bytes, &[]),
+                (Some(one), None) => self.channel.try_send(bytes, &[one.as_fd()]),
+                (Some(one), Some(other)) => {
+                    self.channel.try_send(bytes, &[one.as_fd(), other.as_fd()])
+                }
+            };
+            if sent.is_ok() {
+                return true;
+            }
+        }
+        if self.pending.len() >= self.max_pending {
+            pulse.dropped().fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        let descriptors = [file, handle].into_iter().flatten().collect();
+        self.pending.push_back(Waiting { bytes: bytes.into(), descriptors });
+        true
+    }
+
+    fn flush(&mut self, pulse: &Pulse) {
+        while let Some(waiting) = self.pending.front() {
+            let descriptors: Vec<_> = waiting.descriptors.iter().map(OwnedFd::as_fd).collect();
+            match self.channel.try_send(&waiting.bytes, &descriptors) {
+                Ok(()) => drop(self.pending.pop_front()),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return,
+                // The daemon is gone, which the other channel tells.
+                Err(_) => {
+                    pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
+                    self.pending.clear();
+                }
+            }
+        }
+    }
+
+    /// Hands on what is left, within a bound.
+    fn drain(&mut self, pulse: &Pulse) {
+        let deadline = Instant::now() + LAST_PACKETS;
+        self.flush(pulse);
+        while !self.pending.is_empty() && Instant::now() < deadline {
+            let mut fds = [PollFd::from_borrowed_fd(self.channel.as_fd(), PollFlags::OUT)];
+            let turn = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+            let _ = rustix::event::poll(&mut fds, Some(&turn));
+            self.flush(pulse);
+        }
+        pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
+    }
+}

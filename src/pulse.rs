@@ -1,0 +1,161 @@
+//! What driftd's three processes count for each other, in memory that they share:
+//! how each of them makes progress, and what the gate has done.
+//!
+//! A process that is stopped, stuck or gone does not count any more, and needs no
+//! system call while it does. Progress is judged by turns of the judge's own and not
+//! by seconds: a machine that was suspended, or a judge that was stopped itself, has
+//! not seen anybody fail.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::sys::counters::Counters;
+
+/// How often each process counts, and judges the others.
+pub const TURN: Duration = Duration::from_millis(250);
+
+/// How many turns without progress the guardian allows: it acts within three seconds.
+pub const GUARDIANS_PATIENCE: u32 = 11;
+
+/// The others wait for longer, so that they act only where the guardian does not.
+pub const PATIENCE: u32 = 18;
+
+/// The counters. A clone counts in the same memory.
+#[derive(Debug)]
+pub struct Pulse(Counters);
+
+/// The number of a counter in the shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+enum Counter {
+    Daemon,
+    Gate,
+    Guardian,
+    Answers,
+    Ignored,
+    CopyUps,
+    Dropped,
+    Unreadable,
+    Late,
+}
+
+/// One of driftd's processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Daemon,
+    Gate,
+    Guardian,
+}
+
+impl Pulse {
+    pub fn new() -> io::Result<Pulse> {
+        Ok(Pulse(Counters::new()?))
+    }
+
+    /// The counters of another process, which has sent their memory.
+    pub fn share(memory: OwnedFd) -> io::Result<Pulse> {
+        Ok(Pulse(Counters::map(memory)?))
+    }
+
+    fn counter(&self, counter: Counter) -> &AtomicU64 {
+        self.0.at(counter as usize)
+    }
+
+    /// Turns of a process: 0 until it has begun.
+    pub fn turns_of(&self, part: Part) -> &AtomicU64 {
+        self.counter(match part {
+            Part::Daemon => Counter::Daemon,
+            Part::Gate => Counter::Gate,
+            Part::Guardian => Counter::Guardian,
+        })
+    }
+
+    /// This process makes progress.
+    pub fn beat(&self, part: Part) {
+        self.turns_of(part).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Programs that were let run, or reported by the kernel where it does not ask.
+    pub fn answers(&self) -> &AtomicU64 {
+        self.counter(Counter::Answers)
+    }
+
+    /// Files that the kernel was told to ask no more about.
+    pub fn ignored(&self) -> &AtomicU64 {
+        self.counter(Counter::Ignored)
+    }
+
+    /// Files of an image that were about to be changed.
+    pub fn copy_ups(&self) -> &AtomicU64 {
+        self.counter(Counter::CopyUps)
+    }
+
+    /// Executions that were answered and could not be handed to the daemon.
+    pub fn dropped(&self) -> &AtomicU64 {
+        self.counter(Counter::Dropped)
+    }
+
+    /// Events that the kernel could not hand to the gate.
+    pub fn unreadable(&self) -> &AtomicU64 {
+        self.counter(Counter::Unreadable)
+    }
+
+    /// Runtimes that were held and had to be let run before anybody said so.
+    pub fn late(&self) -> &AtomicU64 {
+        self.counter(Counter::Late)
+    }
+}
+
+impl AsFd for Pulse {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Judges whether a counter moves.
+#[derive(Debug, Default)]
+pub struct Silence {
+    last: u64,
+    turns: u32,
+}
+
+impl Silence {
+    /// One turn of the judge: for how many turns in a row the counter has not moved. One
+    /// that has not begun is not silent.
+    pub fn turn(&mut self, count: u64) -> u32 {
+        if count == 0 || count != self.last {
+            *self = Silence { last: count, turns: 0 };
+        } else {
+            self.turns += 1;
+        }
+        self.turns
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pulse_is_shared_and_its_counters_are_apart() {
+        let here = Pulse::new().unwrap();
+        let there = Pulse::share(here.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        here.beat(Part::Gate);
+        for counter in [there.answers(), there.ignored(), there.copy_ups(), there.dropped()] {
+            assert_eq!(counter.fetch_add(2, Ordering::Relaxed), 0);
+        }
+        let turns = [Part::Daemon, Part::Gate, Part::Guardian]
+            .map(|part| there.turns_of(part).load(Ordering::Relaxed));
+        assert_eq!(turns, [0, 1, 0]);
+        assert_eq!(here.unreadable().load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn who_has_not_begun_is_not_silent_and_who_stops_is() {
+        let mut silence = Silence::default();
+        assert_eq!([0, 0, 0].map(|count| silence.turn(count)), [0, 0, 0]);
+        assert_eq!([1, 1, 1, 2, 2].map(|count| silence.turn(count)), [0, 1, 2, 0, 1]);
+    }
+}

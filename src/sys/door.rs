@@ -1,0 +1,688 @@
+//! The one door to files that lie below a container, or that one of its links leads to.
+//!
+//! A container can mount filesystems for which one of its own processes answers. Who
+//! asks such a filesystem waits for as long as that process likes, and not even SIGKILL
+//! ends the wait. So nothing here asks a filesystem before it is known who answers:
+//!
+//! - A file is held by a descriptor that was opened with O_PATH, through a link of
+//!   /proc/PID or by [`walk`]. Neither asks the file's own filesystem.
+//! - What it is, is what the kernel knows already ([`file::stat`], which never asks for
+//!   newer values), and so is the mount through which it was reached.
+//! - Who answers for that mount is read from the kernel's lists of mounts ([`View`]),
+//!   never from the filesystem: fstatfs(2) asks the server of a FUSE filesystem.
+//! - Only [`reopen`] opens it for reading, and it wants the proof ([`Local`]).
+//! - A look-up goes one name at a time, and looks at each mount before it steps onto it.
+//!
+//! The lists are read after the descriptor was opened, which keeps its mount and the
+//! numbers of that mount its own.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::file::{self, Stat};
+use super::mounts::{self, Mount};
+use super::overlay::strip_directory;
+use super::procfs::Handle;
+use crate::model::FileType;
+
+/// Filesystems in memory.
+const MEMORY: &[&[u8]] = &[b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"];
+
+/// Filesystems on disks: as local as the disk is.
+const DISK: &[&[u8]] = &[
+    b"bcachefs",
+    b"btrfs",
+    b"erofs",
+    b"exfat",
+    b"ext2",
+    b"ext3",
+    b"ext4",
+    b"f2fs",
+    b"hfs",
+    b"hfsplus",
+    b"iso9660",
+    b"jfs",
+    b"minix",
+    b"msdos",
+    b"nilfs2",
+    b"ntfs3",
+    b"reiserfs",
+    b"squashfs",
+    b"udf",
+    b"vfat",
+    b"xfs",
+    b"zfs",
+];
+
+/// The kernel's own, made of numbers and names.
+const KERNEL: &[&[u8]] = &[
+    b"binfmt_misc",
+    b"bpf",
+    b"cgroup",
+    b"cgroup2",
+    b"configfs",
+    b"cpuset",
+    b"debugfs",
+    b"devpts",
+    b"efivarfs",
+    b"fusectl",
+    b"mqueue",
+    b"pstore",
+    b"resctrl",
+    b"securityfs",
+    b"selinuxfs",
+    b"smackfs",
+    b"sysfs",
+    b"tracefs",
+];
+
+/// Who answers for what lies on a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ground {
+    /// The kernel, from memory.
+    Memory,
+    /// The kernel, from a disk of this machine that the host has mounted.
+    Disk,
+    /// The kernel, which makes each file when it is read. Nothing there can be executed.
+    Kernel,
+    /// The same, but some links there lead anywhere: procfs.
+    Process,
+    /// Perhaps a process or another machine, which may never answer: FUSE, networks, a
+    /// disk or an overlay that only a container has mounted, what nobody has listed.
+    Foreign,
+}
+
+/// The proof that the kernel answers by itself for an open file.
+#[derive(Clone, Copy, Debug)]
+pub struct Local(());
+
+impl Ground {
+    pub fn local(self) -> Option<Local> {
+        matches!(self, Ground::Memory | Ground::Disk).then_some(Local(()))
+    }
+}
+
+impl Local {
+    /// Of a file that was reached below a directory of containerd's or of the host's by
+    /// descriptors, and onto no other mount ([`file::open_path_beneath`]); or that lies
+    /// on a container's own overlay, which the host has mounted.
+    pub fn by_layers() -> Local {
+        Local(())
+    }
+}
+
+/// Opens for reading what was opened only to be looked at. The caller has asked what it
+/// is: anything but a regular file could wait, or do something.
+pub fn reopen(file: BorrowedFd<'_>, _: Local) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    match rustix::fs::open(&path, flags | OFlags::NOATIME, Mode::empty()) {
+        Err(Errno::PERM) => Ok(rustix::fs::open(&path, flags, Mode::empty())?),
+        opened => Ok(opened?),
+    }
+}
+
+/// Follows a link that the kernel keeps in /proc/PID, which leads to a file and by no
+/// name, and opens it only to be looked at.
+pub(super) fn open_link(path: &str) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+// ---- mounts
+
+/// Whose list of mounts names a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listed {
+    /// A viewer's: a process, or its container.
+    Inside,
+    /// Only the host's.
+    ByHost,
+    /// Nobody's: it was detached, or belongs to a mount namespace that nobody shows.
+    Nowhere,
+}
+
+/// What is mounted, as some processes and the host see it.
+#[derive(Debug)]
+pub struct View {
+    inside: Vec<Vec<u8>>,
+    host: Arc<HostMounts>,
+    /// A container's own overlay, which its runtime has mounted.
+    root: Option<u64>,
+}
+
+impl View {
+    /// The lists of these processes, nearest first, and that of the host.
+    pub fn of<'a>(viewers: impl IntoIterator<Item = &'a Handle>) -> View {
+        let inside = viewers.into_iter().filter_map(|viewer| viewer.mountinfo().ok()).collect();
+        View { inside, host: HostMounts::now(), root: None }
+    }
+
+    /// Believes this filesystem as well: the root of a watched container. Who mounted it
+    /// may have had a mount namespace of his own.
+    pub fn and_root(self, device: u64) -> View {
+        View { root: Some(device), ..self }
+    }
+
+    /// The mount on which a held file lies, and whose list names it.
+    pub fn mount(&self, stat: &Stat) -> Option<Mount> {
+        let by_number = stat.mount.and_then(|id| {
+            let mut inside = self.inside.iter();
+            inside
+                .find_map(|mountinfo| mounts::find(mountinfo, id))
+                .or_else(|| self.host.by_id.get(&id).cloned())
+        });
+        // Before Linux 5.8 nobody says which mount; and what was unmounted still has
+        // its filesystem, which may be mounted elsewhere.
+        by_number.or_else(|| {
+            let mut inside = self.inside.iter();
+            inside
+                .find_map(|mountinfo| mounts::find_device(mountinfo, stat.device))
+                .or_else(|| self.host.by_device.get(&stat.device).cloned())
+        })
+    }
+
+    pub fn listed(&self, stat: &Stat) -> Listed {
+        let is_inside = |mountinfo: &Vec<u8>| match stat.mount {
+            Some(id) => mounts::find(mountinfo, id).is_some(),
+            None => mounts::find_device(mountinfo, stat.device).is_some(),
+        };
+        if self.inside.iter().any(is_inside) {
+            Listed::Inside
+        } else if self.host.by_device.contains_key(&stat.device) {
+            Listed::ByHost
+        } else {
+            Listed::Nowhere
+        }
+    }
+
+    /// Who answers for a held file.
+    pub fn ground(&self, stat: &Stat) -> Ground {
+        if memfd_device() == Some(stat.device) {
+            return Ground::Memory;
+        }
+        match self.mount(stat) {
+            Some(mount) if Some(mount.device) == self.root => Ground::Disk,
+            Some(mount) => self.host.ground(&mount),
+            None if Some(stat.device) == self.root => Ground::Disk,
+            None => Ground::Foreign,
+        }
+    }
+
+    /// Whether no autofs is mounted at a path: to step onto one can mean to wait for its
+    /// daemon.
+    fn is_free_of_autofs(&self, path: impl FnOnce() -> Vec<u8>) -> bool {
+        const MARK: &[u8] = b" - autofs ";
+        let has_any = |text: &Vec<u8>| text.windows(MARK.len()).any(|here| here == MARK);
+        if !self.inside.iter().any(has_any) {
+            return true;
+        }
+        let path = path();
+        let mut mounts = self.inside.iter().flat_map(|text| mounts::parse(text));
+        !mounts.any(|mount| mount.kind == b"autofs" && mount.mount_point == path)
+    }
+
+    /// Who answers for what has this device, where no file can be held any more.
+    pub fn ground_of_device(&self, device: u64) -> Option<Ground> {
+        let mut inside = self.inside.iter();
+        let mount = inside.find_map(|mountinfo| mounts::find_device(mountinfo, device))?;
+        Some(self.host.ground(&mount))
+    }
+}
+
+/// What the host has mounted: by the lists of its first process and of our own.
+#[derive(Debug, Default)]
+pub struct HostMounts {
+    by_id: HashMap<u64, Mount>,
+    by_device: HashMap<u64, Mount>,
+    all: Vec<Mount>,
+}
+
+/// The lists as they were read last. An open list can be polled for changes.
+#[derive(Debug)]
+struct Cached {
+    files: Vec<File>,
+    mounts: Arc<HostMounts>,
+}
+
+impl HostMounts {
+    /// As it is now: read again only if the kernel says that it has changed.
+    pub fn now() -> Arc<HostMounts> {
+        static CACHED: Mutex<Option<Cached>> = Mutex::new(None);
+        let mut cached = CACHED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cached) = &*cached
+            && !has_changed(&cached.files)
+        {
+            return cached.mounts.clone();
+        }
+        // Opened before it is read: a change meanwhile is told of this one.
+        let files: Vec<File> = [1, std::process::id()]
+            .iter()
+            .filter_map(|pid| File::open(format!("/proc/{pid}/mountinfo")).ok())
+            .collect();
+        let texts: Vec<Vec<u8>> = files.iter().filter_map(|file| read(file).ok()).collect();
+        let mounts = Arc::new(HostMounts::parse(texts.iter().map(Vec::as_slice)));
+        *cached = Some(Cached { files, mounts: mounts.clone() });
+        mounts
+    }
+
+    /// Of these lists.
+    pub fn parse<'a>(mountinfos: impl IntoIterator<Item = &'a [u8]>) -> HostMounts {
+        let mut host = HostMounts::default();
+        for mount in mountinfos.into_iter().flat_map(mounts::parse) {
+            host.by_id.insert(mount.id, mount.clone());
+            host.by_device.entry(mount.device).or_insert_with(|| mount.clone());
+            host.all.push(mount);
+        }
+        host
+    }
+
+    /// Who answers for a mount, the host's or a container's. What is not in memory is
+    /// vouched for only if the host has mounted it too.
+    pub fn ground(&self, mount: &Mount) -> Ground {
+        let is_hosts = self.by_device.get(&mount.device).is_some_and(|own| own.kind == mount.kind);
+        match mount.kind.as_slice() {
+            kind if MEMORY.contains(&kind) => Ground::Memory,
+            b"proc" => Ground::Process,
+            kind if KERNEL.contains(&kind) => Ground::Kernel,
+            b"overlay" if is_hosts => Ground::Disk,
+            kind if is_hosts && DISK.contains(&kind) && self.is_disk(mount.device, 0) => {
+                Ground::Disk
+            }
+            _ => Ground::Foreign,
+        }
+    }
+
+    /// Whether no process answers for what a disk holds.
+    fn is_disk(&self, device: u64, depth: u32) -> bool {
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        // Numbers without a device: btrfs, zfs, whose disks the host has chosen.
+        major == 0
+            || std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"))
+                .is_ok_and(|disk| self.is_disk_at(&disk, depth))
+    }
+
+    /// The same, by its directory in sysfs.
+    fn is_disk_at(&self, disk: &Path, depth: u32) -> bool {
+        const MOST: u32 = 8;
+        let name = disk.file_name().unwrap_or_default().as_encoded_bytes();
+        // What these hold, a process says.
+        if depth > MOST || name.starts_with(b"nbd") || name.starts_with(b"ublk") {
+            return false;
+        }
+        if disk.join("partition").exists() {
+            return disk.parent().is_some_and(|whole| self.is_disk_at(whole, depth + 1));
+        }
+        if disk.join("loop").exists() {
+            let backing = std::fs::read(disk.join("loop/backing_file"));
+            return backing.is_ok_and(|name| self.is_way_local(name.trim_ascii_end(), depth));
+        }
+        let parts: Vec<PathBuf> = std::fs::read_dir(disk.join("slaves"))
+            .into_iter()
+            .flatten()
+            .filter_map(|part| std::fs::canonicalize(part.ok()?.path()).ok())
+            .collect();
+        parts.iter().all(|part| self.is_disk_at(part, depth + 1))
+    }
+
+    /// Whether every mount of the host on the way to a file is one that answers by itself.
+    fn is_way_local(&self, path: &[u8], depth: u32) -> bool {
+        let mut way = self
+            .all
+            .iter()
+            .filter(|mount| strip_directory(path, &mount.mount_point).is_some())
+            .peekable();
+        way.peek().is_some()
+            && way.all(|mount| match mount.kind.as_slice() {
+                b"overlay" => true,
+                kind if MEMORY.contains(&kind) => true,
+                kind => DISK.contains(&kind) && self.is_disk(mount.device, depth + 1),
+            })
+    }
+}
+
+fn has_changed(files: &[File]) -> bool {
+    let mut fds: Vec<PollFd<'_>> =
+        files.iter().map(|file| PollFd::from_borrowed_fd(file.as_fd(), PollFlags::PRI)).collect();
+    let at_once = Timespec::default();
+    !matches!(rustix::event::poll(&mut fds, Some(&at_once)), Ok(0))
+}
+
+fn read(mut file: &File) -> io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let mut text = Vec::new();
+    (&mut file).take(mounts::MAX_MOUNTINFO).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+// ---- look-ups
+
+/// A file that is held only to be looked at.
+#[derive(Debug)]
+pub struct Held {
+    pub fd: OwnedFd,
+    pub stat: Stat,
+}
+
+impl Held {
+    fn new(fd: OwnedFd) -> io::Result<Held> {
+        let stat = file::stat(&fd)?;
+        Ok(Held { fd, stat })
+    }
+}
+
+/// A file of the host's own, by a path of it.
+pub fn on_host(path: &[u8]) -> io::Result<Held> {
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    match walk(root, None, path, &View::of([]))? {
+        Way::Found(held) => Ok(held),
+        Way::Foreign(_) | Way::Process(_) => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// Where a look-up has led.
+#[derive(Debug)]
+pub enum Way {
+    Found(Held),
+    /// Into a filesystem that must not be asked. The whole path, links resolved as far
+    /// as they were followed.
+    Foreign(Vec<u8>),
+    /// Into /proc, whose links lead elsewhere: what is left of the path.
+    Process(Vec<Vec<u8>>),
+}
+
+/// From where a path is looked up, and how it is called there.
+#[derive(Debug)]
+pub struct Base {
+    pub fd: OwnedFd,
+    /// Seen from the root.
+    pub path: Vec<u8>,
+}
+
+/// Symlinks that are followed, as many as the kernel does.
+const MOST_LINKS: u32 = 40;
+/// Names that are looked up at most, those of links among them.
+const MOST_NAMES: u32 = 4096;
+
+/// Looks up a path below a directory whose filesystem answers by itself, as [`walk`] does
+/// where that leads onto no other mount; an error everywhere else.
+pub fn find_on_one_mount(root: &OwnedFd, path: &[u8], _: Local) -> io::Result<Held> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    Held::new(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
+}
+
+/// Looks up a path as a process in `root` would; relative ones begin at `base`, or else
+/// at the root. Symlinks lead to where they lead inside, never out of it.
+pub fn walk(root: OwnedFd, base: Option<Base>, path: &[u8], view: &View) -> io::Result<Way> {
+    let mut walk = Walk {
+        view,
+        root: Held::new(root)?,
+        below: Vec::new(),
+        base: None,
+        left: Vec::new(),
+        links: 0,
+    };
+    if !path.starts_with(b"/")
+        && let Some(base) = base
+    {
+        walk.base = Some((Held::new(base.fd)?, base.path));
+    }
+    walk.push(path);
+    for _ in 0..MOST_NAMES {
+        if !walk.may_ask() {
+            return Ok(walk.stop());
+        }
+        let Some(name) = walk.left.pop() else { return Ok(walk.end()) };
+        walk.step(name)?;
+    }
+    Err(Errno::LOOP.into())
+}
+
+/// A look-up under way.
+struct Walk<'a> {
+    view: &'a View,
+    root: Held,
+    /// The way from the base on, or else from the root.
+    below: Vec<(Held, Vec<u8>)>,
+    base: Option<(Held, Vec<u8>)>,
+    /// Names that are still to be looked up, the next one last.
+    left: Vec<Vec<u8>>,
+    links: u32,
+}
+
+impl Walk<'_> {
+    fn here(&self) -> &Held {
+        let base = self.base.as_ref().map_or(&self.root, |(base, _)| base);
+        self.below.last().map_or(base, |(held, _)| held)
+    }
+
+    fn push(&mut self, path: &[u8]) {
+        let names = path.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
+        self.left.extend(names.rev().map(<[u8]>::to_vec));
+    }
+
+    /// Whether the place where the look-up is may be asked for the next name, and what is
+    /// mounted there be stepped onto.
+    fn may_ask(&self) -> bool {
+        let Some(next) = self.left.last() else { return true };
+        let may_ask = match self.view.ground(&self.here().stat) {
+            Ground::Memory | Ground::Disk | Ground::Kernel => true,
+            Ground::Process => !is_process(next),
+            Ground::Foreign => false,
+        };
+        // Back the way it came asks nobody.
+        next == b".." || may_ask && self.view.is_free_of_autofs(|| self.path(1))
+    }
+
+    /// It may not be asked.
+    fn stop(self) -> Way {
+        let ground = self.view.ground(&self.here().stat);
+        if ground == Ground::Process {
+            return Way::Process(self.left.into_iter().rev().collect());
+        }
+        Way::Foreign(self.path(self.left.len()))
+    }
+
+    /// What was found, and the next names of what is left, as one path.
+    fn path(&self, next: usize) -> Vec<u8> {
+        let mut path = self.base.as_ref().map(|(_, path)| path.clone()).unwrap_or_default();
+        let below = self.below.iter().map(|(_, name)| name);
+        for name in below.chain(self.left.iter().rev().take(next)) {
+            path.push(b'/');
+            path.extend(name);
+        }
+        path
+    }
+
+    fn end(mut self) -> Way {
+        Way::Found(match self.below.pop() {
+            Some((held, _)) => held,
+            None => self.base.map_or(self.root, |(base, _)| base),
+        })
+    }
+
+    fn step(&mut self, name: Vec<u8>) -> io::Result<()> {
+        if name == b".." {
+            if self.below.pop().is_none()
+                && let Some((_, path)) = self.base.take()
+            {
+                // Above where it began: by the name of that place.
+                let end = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
+                self.push(&path[..end]);
+            }
+            return Ok(());
+        }
+        let held = self.open(&name)?;
+        if held.stat.file_type != FileType::Symlink {
+            self.below.push((held, name));
+            return Ok(());
+        }
+        self.links += 1;
+        if self.links > MOST_LINKS {
+            return Err(Errno::LOOP.into());
+        }
+        // It lies where the last name was asked for, or is the root of a mount.
+        if self.view.ground(&held.stat) == Ground::Foreign {
+            self.below.push((held, name));
+            return Ok(());
+        }
+        let target = rustix::fs::readlinkat(&held.fd, c"", Vec::new())?.into_bytes();
+        if target.starts_with(b"/") {
+            self.below.clear();
+            self.base = None;
+        }
+        self.push(&target);
+        Ok(())
+    }
+
+    /// Opens a name of the directory where the look-up is; what is mounted there is not
+    /// asked for anything.
+    fn open(&self, name: &[u8]) -> io::Result<Held> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let opened = rustix::fs::openat2(&self.here().fd, name, flags, Mode::empty(), resolve)?;
+        Held::new(opened)
+    }
+}
+
+/// Whether this is a directory of procfs in which links lead elsewhere.
+fn is_process(name: &[u8]) -> bool {
+    name.iter().all(u8::is_ascii_digit) || matches!(name, b"self" | b"thread-self")
+}
+
+/// The device of the anonymous memory that has only a descriptor.
+pub fn memfd_device() -> Option<u64> {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    *DEVICE.get_or_init(|| file::memfd_device().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn mount(minor: u32, kind: &str) -> Mount {
+        Mount {
+            id: 7,
+            parent: 1,
+            device: rustix::fs::makedev(0, minor),
+            root: b"/".to_vec(),
+            mount_point: b"/m".to_vec(),
+            kind: kind.into(),
+        }
+    }
+
+    #[test]
+    fn x01_only_what_the_host_has_mounted_or_memory_holds_answers_by_itself() {
+        let host = HostMounts::parse([b"1 0 0:1 / / rw - btrfs /dev/sda rw\n\
+            2 1 0:2 / /o rw - overlay o rw\n3 1 0:3 / /f rw - fuse x rw\n\
+            4 1 0:4 / /t rw - tmpfs t rw\n5 1 43:0 / /n rw - ext4 /dev/nbd0 rw\n"
+            .as_slice()]);
+        let check = |minor, kind, expected| {
+            assert_eq!(host.ground(&mount(minor, kind)), expected, "{minor} {kind}");
+        };
+        check(1, "btrfs", Ground::Disk);
+        check(2, "overlay", Ground::Disk);
+        check(3, "fuse", Ground::Foreign);
+        check(4, "tmpfs", Ground::Memory);
+        // Only a container has mounted these.
+        check(8, "tmpfs", Ground::Memory);
+        for kind in ["ext4", "overlay", "squashfs", "fuse", "nfs4", "9p", "autofs", "", "new"] {
+            check(8, kind, Ground::Foreign);
+        }
+        // The number is that of another filesystem by now.
+        check(1, "fuse", Ground::Foreign);
+        check(8, "proc", Ground::Process);
+        check(8, "sysfs", Ground::Kernel);
+        let network = Mount { device: rustix::fs::makedev(43, 0), ..mount(0, "ext4") };
+        assert_eq!(host.ground(&network), Ground::Foreign);
+    }
+
+    fn find(root: &Path, base: Option<Base>, path: &str) -> String {
+        let root = file::open_directory(root).unwrap();
+        match walk(root, base, path.as_bytes(), &View::of([])) {
+            Ok(Way::Found(held)) => {
+                String::from_utf8(file::name_of(held.fd.as_fd()).unwrap()).unwrap()
+            }
+            Ok(Way::Foreign(path)) => format!("foreign {}", String::from_utf8(path).unwrap()),
+            Ok(Way::Process(rest)) => {
+                format!("proc {}", String::from_utf8(rest.join(&b'/')).unwrap())
+            }
+            Err(err) => err.raw_os_error().unwrap().to_string(),
+        }
+    }
+
+    #[test]
+    fn a_look_up_stays_in_its_root_and_follows_links_as_the_kernel_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let at = |name: &str| dir.join(name);
+        std::fs::create_dir_all(at("a/b")).unwrap();
+        std::fs::write(at("real"), "x").unwrap();
+        std::fs::write(at("a/real"), "x").unwrap();
+        symlink("/real", at("link")).unwrap();
+        symlink("../real", at("a/up")).unwrap();
+        symlink("/../../../etc/passwd", at("out")).unwrap();
+        symlink("loop", at("loop")).unwrap();
+        symlink("a", at("dir")).unwrap();
+        let name = |name: &str| at(name).display().to_string();
+        for path in ["/real", "real", "link", "/x/../real", "dir/../real", "a/up", "../../real"] {
+            let expected =
+                if path.starts_with("/x") { libc::ENOENT.to_string() } else { name("real") };
+            assert_eq!(find(&dir, None, path), expected, "{path}");
+        }
+        for path in ["out", "/etc/passwd", "a/none"] {
+            assert_eq!(find(&dir, None, path), libc::ENOENT.to_string(), "{path}");
+        }
+        assert_eq!(find(&dir, None, "loop"), libc::ELOOP.to_string());
+        assert_eq!(find(&dir, None, "real/x"), libc::ENOTDIR.to_string());
+        assert_eq!(find(&dir, None, "dir/."), name("a"));
+        let base = |path: &str| {
+            let fd = file::open_directory(at(path)).unwrap();
+            Some(Base { fd, path: format!("/{path}").into_bytes() })
+        };
+        assert_eq!(find(&dir, base("a/b"), "../real"), name("a/real"));
+        assert_eq!(find(&dir, base("a/b"), "../../real"), name("real"));
+        assert_eq!(find(&dir, base("a"), "up"), name("real"));
+        assert_eq!(find(&dir, base("a"), "/real"), name("real"));
+        let local = View::of([]).ground(&file::stat_path(&dir).unwrap()).local().unwrap();
+        let root = file::open_directory(&dir).unwrap();
+        let found = find_on_one_mount(&root, b"a/up", local).unwrap();
+        assert_eq!(found.stat, file::stat_path(at("real")).unwrap());
+        let read = reopen(found.fd.as_fd(), local).unwrap();
+        assert_eq!(file::sniff(read.as_fd()).unwrap(), crate::model::Format::Data);
+    }
+
+    #[test]
+    fn links_of_proc_are_not_followed_but_said() {
+        let root = Path::new("/");
+        assert_eq!(find(root, None, "/proc/self/fd/9"), "proc self/fd/9");
+        assert_eq!(find(root, None, "/proc/self/root/etc/passwd"), "proc self/root/etc/passwd");
+        assert_eq!(find(root, None, "/proc/1/cwd"), "proc 1/cwd");
+        // Runtimes mount something on such names.
+        assert_eq!(find(root, None, "/proc/sys/kernel"), "/proc/sys/kernel");
+        assert_eq!(find(root, None, "/proc/net/tcp"), "proc self/net/tcp");
+        assert_eq!(find(root, None, "/sys/kernel"), "/sys/kernel");
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        symlink("/proc/self/cwd", dir.join("link")).unwrap();
+        let link = dir.join("link/x").display().to_string();
+        assert_eq!(find(root, None, &link), "proc self/cwd/x");
+    }
+
+    #[test]
+    fn the_hosts_list_is_read_again_when_it_has_changed() {
+        let before = HostMounts::now();
+        assert!(before.all.iter().any(|mount| mount.mount_point == b"/"));
+        assert_eq!(before.by_id.len(), HostMounts::now().by_id.len());
+    }
+}
