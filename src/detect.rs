@@ -159,7 +159,7 @@ fn assess_code(
     state: &FileState,
 ) -> Assessment {
     let known = image.get(path).filter(|_| filesystem == Filesystem::Overlay);
-    if known.as_ref().is_some_and(|known| same(known, state)) {
+    if known.as_ref().is_some_and(|known| ran_as_known(known, state)) {
         return Assessment { change: Change::Metadata, judgements: Vec::new() };
     }
     // Volumes are how scripts and drivers are handed to a container from outside.
@@ -173,7 +173,8 @@ fn assess_code(
         (Kind::ExecInterpreted, Filesystem::Volume) => Severity::Low,
         _ => severity,
     };
-    if let Some(origins) = origin(image, state) {
+    let origins = origin(image, state).filter(|_| known.is_none() || !state.could_change);
+    if let Some(origins) = origins {
         // Known code from an unusual place: it can stand in for other code.
         let expected = origins.into_iter().next();
         let severity = severity.min(Severity::Medium);
@@ -220,37 +221,38 @@ fn assess_executed(
     running: bool,
 ) -> Assessment {
     let known = image.get(path);
-    let (change, main) = if let Some(known) = known.as_ref().filter(|known| same(known, state)) {
-        debug_assert_eq!(known.entry.file_type, FileType::Regular);
-        (Change::Metadata, None)
-    } else {
-        // Text without `#!` that was executed is run by the shell that tried.
-        let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
-        match (known.clone().filter(occupies), origin(image, state)) {
-            // A symlink of the image that became a copy of one of its programs:
-            // the path promised a name, not a content.
-            (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
-                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+    let (change, main) =
+        if let Some(known) = known.as_ref().filter(|known| ran_as_known(known, state)) {
+            debug_assert_eq!(known.entry.file_type, FileType::Regular);
+            (Change::Metadata, None)
+        } else {
+            // Text without `#!` that was executed is run by the shell that tried.
+            let script = matches!(state.format, Format::Script | Format::Data | Format::Empty);
+            match (known.clone().filter(occupies), origin(image, state)) {
+                // A symlink of the image that became a copy of one of its programs:
+                // the path promised a name, not a content.
+                (Some(known), Some(origin)) if known.entry.file_type == FileType::Symlink => {
+                    (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+                }
+                // Nobody saw it start, and no name leads to it: what it was called is
+                // hearsay.
+                (known, _) if running && state.deleted => {
+                    let change = if known.is_some() { Change::Modified } else { Change::Added };
+                    (change, Some(judgement(Kind::ExecDeleted, known)))
+                }
+                (Some(known), _) => {
+                    let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
+                    (Change::Modified, Some(judgement(kind, Some(known))))
+                }
+                (None, Some(origin)) => {
+                    (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
+                }
+                (None, None) => {
+                    let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
+                    (Change::Added, Some(judgement(kind, None)))
+                }
             }
-            // Nobody saw it start, and no name leads to it: what it was called is
-            // hearsay.
-            (known, _) if running && state.deleted => {
-                let change = if known.is_some() { Change::Modified } else { Change::Added };
-                (change, Some(judgement(Kind::ExecDeleted, known)))
-            }
-            (Some(known), _) => {
-                let kind = if script { Kind::ExecScript } else { Kind::ExecModified };
-                (Change::Modified, Some(judgement(kind, Some(known))))
-            }
-            (None, Some(origin)) => {
-                (Change::Relocated, Some(relocated(image, Kind::ExecRelocated, path, origin)))
-            }
-            (None, None) => {
-                let kind = if script { Kind::ExecScript } else { Kind::ExecNew };
-                (Change::Added, Some(judgement(kind, None)))
-            }
-        }
-    };
+        };
     let privileged = privileged(known, state);
     Assessment { change, judgements: main.into_iter().chain(privileged).collect() }
 }
@@ -434,6 +436,12 @@ fn same(known: &Known, state: &FileState) -> bool {
         && state.file_type == FileType::Regular
         && known.entry.blake3.is_some()
         && known.entry.blake3 == state.blake3()
+}
+
+/// Whether a file that was run held what the image has there, and could not have held
+/// anything else at that moment.
+fn ran_as_known(known: &Known, state: &FileState) -> bool {
+    same(known, state) && !state.could_change
 }
 
 fn known_program(known: &Known) -> bool {
@@ -624,6 +632,7 @@ mod tests {
             capability: None,
             content: content_of,
             deleted: false,
+            could_change: false,
         }
     }
 
@@ -642,7 +651,10 @@ mod tests {
     fn fact(line: &str) -> Fact {
         let words: Vec<&str> = line.split_whitespace().collect();
         let path = || RootfsPath::new(words[1]).unwrap();
-        let state = || state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4]);
+        let state = || FileState {
+            could_change: words.get(5) == Some(&"written-to"),
+            ..state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4])
+        };
         match words[0] {
             "exec" | "tmpfs" | "volume" | "memory" | "foreign" | "running" => Fact::Executed {
                 path: path(),
@@ -761,6 +773,17 @@ mod tests {
             "exec /usr/bin/curl 755 elf evil",
             "Modified: exec.modified critical from /usr/bin/curl",
         );
+        // What it held when it was executed is not known.
+        check(
+            "exec /usr/bin/curl 755 elf curl written-to",
+            "Modified: exec.modified critical from /usr/bin/curl",
+        );
+        check(
+            "exec /opt/tool/run 755 script run written-to",
+            "Modified: exec.script high from /opt/tool/run",
+        );
+        check("exec /tmp/ls 755 elf ls written-to", "Relocated: exec.relocated high from /bin/ls");
+        check("load /bin/ls 755 elf ls written-to", "Modified: library.loaded high from /bin/ls");
         check(
             "exec /docker-entrypoint.sh 755 script evil",
             "Modified: exec.script high from /docker-entrypoint.sh",

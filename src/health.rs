@@ -265,8 +265,17 @@ pub struct Backlog {
 }
 
 /// Where something may wait.
-pub const STAGES: [&str; 8] =
-    ["describe", "content", "large", "settled", "processes", "unseen", "libraries", "interpreters"];
+pub const STAGES: [&str; 9] = [
+    "take",
+    "describe",
+    "content",
+    "large",
+    "settled",
+    "processes",
+    "unseen",
+    "libraries",
+    "interpreters",
+];
 
 /// What waits for longer makes the view incomplete.
 pub const LATE: Duration = Duration::from_secs(10);

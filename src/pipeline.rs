@@ -1194,7 +1194,10 @@ impl State {
         finding.count = observation.times();
         finding.process = evidence.process.cloned();
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
-        finding.detail = detail(observation, evidence.detail);
+        let could_change = evidence.state.is_some_and(|state| state.could_change);
+        let details = detail(observation, evidence.detail).into_iter();
+        let details = details.chain(could_change.then(|| COULD_CHANGE.to_owned()));
+        finding.detail = details.reduce(|all, next| all + "; " + &next);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
         finding.belongs_to(&observation.container, entry);
         finding.run = Some(entry.run_of(observation.init));
@@ -1613,6 +1616,10 @@ fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3H
             .of(Deed::Executed, path)
             .is_some_and(|(_, told)| told == Told::content(content))
 }
+
+/// What is said of code that somebody could write to while it was run.
+const COULD_CHANGE: &str = "its content could change between its execution and the moment it was \
+     read: what ran may not be the content that is reported here";
 
 /// What is said of an executed file that is not the container's own.
 const IN_LAYER: &str =

@@ -1235,7 +1235,8 @@ fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
                 let mut fds: Vec<rustix::event::PollFd<'_>> = match fds {
                     Some(fds) => fds.into(),
                     None => notifier
-                        .groups()
+                        .group()
+                        .into_iter()
                         .map(|fd| {
                             rustix::event::PollFd::from_borrowed_fd(
                                 fd,
@@ -1251,13 +1252,13 @@ fn a_change_of_mounts_is_told_within_milliseconds_either_way() {
             let output = mount.wait_with_output().unwrap();
             let done: i128 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
             delays.push((seen - done) / 1000);
-            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            notifier.take(&mut buffer);
             // What the listener says of the unmounting is taken with it.
             assert!(
                 container.beside(&["umount", point.to_str().unwrap()]).status().unwrap().success()
             );
             std::thread::sleep(Duration::from_millis(5));
-            (0..16).for_each(|group| notifier.drain(group, &mut buffer));
+            notifier.take(&mut buffer);
             if let Some(mut fds) = listener.poll_fds() {
                 let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
                 let _ = rustix::event::poll(&mut fds, Some(&now));
@@ -1349,6 +1350,128 @@ fn binding_its_own_root_again_and_again_costs_a_container_and_not_driftd() {
     container.inside("/tmp/true");
     node.until_executed(&path("/tmp/true"));
     node.assert_no_loss();
+}
+
+impl Node {
+    fn listings(&self, container: &Container) -> u64 {
+        let listings = self.watch.as_ref().unwrap().listings_of_mounts(&container.id);
+        listings.expect("its mounts are followed")
+    }
+
+    #[track_caller]
+    fn until_listed(&self, container: &Container, at_least: u64) {
+        let listed = || (self.listings(container) >= at_least).then_some(());
+        wait_for("its mounts to be listed", listed);
+    }
+
+    /// Runs a program of its own from a directory of the container.
+    #[track_caller]
+    fn until_seen_in(&mut self, container: &Container, directory: &str) {
+        let program = format!("{directory}/true");
+        container.inside(&format!("cp /bin/busybox {program}; echo >> {program}; {program}"));
+        self.until_executed(&path(&program));
+    }
+}
+
+#[test]
+fn x14_a_change_of_mounts_is_the_one_containers_and_no_others() {
+    let (first, second) = (container_with_mounts(), container_with_mounts());
+    let mut node = Node::start();
+    node.attach(&first);
+    node.attach(&second);
+    first.shell("mkdir /tmp/there");
+    let [from, to] = ["mnt", "tmp/there"].map(|at| first.merged().join(at));
+    let change = |node: &Node, words: &[&OsStr]| {
+        let before = node.listings(&first);
+        let words: Vec<&str> = words.iter().map(|word| word.to_str().unwrap()).collect();
+        assert!(first.beside(&words).status().unwrap().success());
+        node.until_listed(&first, before + 1);
+    };
+    let words = |words: &'static [&str]| words.iter().map(OsStr::new);
+    let mount: Vec<&OsStr> =
+        words(&["mount", "-t", "tmpfs", "none"]).chain([from.as_os_str()]).collect();
+    let travel: Vec<&OsStr> =
+        words(&["mount", "--move"]).chain([from.as_os_str(), to.as_os_str()]).collect();
+    let unmount: Vec<&OsStr> = words(&["umount"]).chain([to.as_os_str()]).collect();
+    let others = node.listings(&second);
+    for _ in 0..10 {
+        change(&node, &mount);
+        // One that moves neither comes nor goes.
+        change(&node, &travel);
+        change(&node, &unmount);
+    }
+    // It may have some of its own: a directory of the host that is removed takes the
+    // copies of its mounts away, everywhere.
+    let others = node.listings(&second) - others;
+    assert!(others < 5, "the other one's mounts were listed {others} times");
+    // Its own changes are seen all the same.
+    second.mount_tmpfs("/mnt");
+    node.until_seen_in(&second, "/mnt");
+    node.assert_no_loss();
+}
+
+#[test]
+fn x14_a_container_that_mounts_without_end_costs_a_quiet_one_nothing() {
+    let (loud, quiet) = (container_with_mounts(), container_with_mounts());
+    let mut node = Node::start();
+    node.attach(&loud);
+    node.attach(&quiet);
+    let goes_on = loud.merged().join("tmp/on");
+    fs::write(&goes_on, "").unwrap();
+    let flood = format!(
+        "cd {}; while [ -e tmp/on ]; do mount -t tmpfs none mnt; umount mnt 2>/dev/null; done",
+        loud.merged().display()
+    );
+    let mut flood = loud.beside(&["busybox", "sh", "-c", &flood]).spawn().unwrap();
+    let before = node.listings(&quiet);
+    // As many as come at once, and then some of those that are paced.
+    node.until_listed(&loud, 50);
+    let listed = node.listings(&quiet) - before;
+    assert!(listed < 20, "the quiet one's mounts were listed {listed} times");
+    // What the quiet one mounts meanwhile is marked.
+    quiet.mount_tmpfs("/mnt");
+    node.until_seen_in(&quiet, "/mnt");
+    assert_eq!(flood.try_wait().unwrap(), None, "the flood has ended by itself");
+    fs::remove_file(goes_on).unwrap();
+    assert!(flood.wait().unwrap().success());
+}
+
+#[test]
+fn x14_a_directory_that_two_listen_to_keeps_the_mark_of_the_one_that_goes_on() {
+    // The FIFO of one container's terminal lies in the upper layer of another one.
+    let mut outer = Container::start();
+    let inner = container_with_mounts();
+    outer.shell("mkdir /tmp/fifo; cp /bin/true /tmp/fifo/true");
+    let fifo = outer.upper().join("tmp/fifo/in");
+    run(&[OsStr::new("mkfifo"), fifo.as_os_str()]);
+    let mut node = Node::start();
+    node.attach(&inner);
+    node.attach(&outer);
+    node.order(Order::Terminal {
+        container: inner.id.clone(),
+        input: Some(fifo.clone()),
+        is_handed_on: false,
+    });
+    node.walk(&outer);
+    node.told.clear();
+    outer.shell("chmod u+s /tmp/fifo/true");
+    node.until_present("/tmp/fifo/true", |state| state.mode == 0o4755);
+    let id = outer.id.clone();
+    outer.kill_init();
+    node.told.clear();
+    node.order(Order::Detach { container: id.clone() });
+    node.until("the last walk", |report| match report {
+        Report::Scanned { container, .. } if *container == id => Some(()),
+        _ => None,
+    });
+    let mut client = Command::new("sh");
+    client.arg("-c").arg("exec 3<> \"$0\"; exec sleep 3600").arg(&fifo).stdin(Stdio::null());
+    let client = Family(client.spawn().unwrap());
+    let root = node.until_observed("who attaches", |observation| match &observation.fact {
+        Fact::SessionOpened { opening } if opening.entry == Entry::Attach => Some(opening.root),
+        _ => None,
+    });
+    assert_eq!(root.pid, client.0.id());
 }
 
 /// The processor time of this process's threads with this name.

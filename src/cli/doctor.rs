@@ -15,12 +15,18 @@ use super::output::{Format, json_line, safe, size, write};
 use crate::config::Config;
 use crate::containerd::describe::describe;
 use crate::sys::capabilities::{Capabilities, Feature};
+use crate::sys::fanotify::{GROUPS_OF_A_DAEMON, GroupsLeft, groups_left, max_user_groups};
 use crate::{history, sys};
 
 /// How long a containerd may take to say what it is.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The oldest kernel with all that the gate needs.
 const OLDEST_KERNEL: (u32, u32) = (5, 6);
+/// Groups of fanotify that are counted; of more, it is said that there are more.
+const MANY_GROUPS: u64 = 512;
+/// Fewer of them are worth a warning: a container without a user namespace takes from
+/// the same ones.
+const FEW_GROUPS: u64 = 2 * GROUPS_OF_A_DAEMON;
 /// Less free space than this is worth a warning.
 const LITTLE_SPACE: u64 = 1 << 30;
 
@@ -61,6 +67,7 @@ impl Doctor {
         let config = self.settings.load(socket)?;
         let mut checks = vec![kernel(), capabilities(), fanotify()];
         checks.extend(features(&Capabilities::probe()));
+        checks.push(fanotify_groups());
         checks.extend(fanotify_limits());
         checks.push(overlay());
         checks.extend(containerds(&config.containerd.sockets)?);
@@ -119,10 +126,11 @@ fn judge_kernel(release: &str) -> Check {
 }
 
 /// What is needed of the kernel's privileges, and for what.
-const NEEDED: [(Capability, &str); 3] = [
+const NEEDED: [(Capability, &str); 4] = [
     (Capability::CAP_SYS_ADMIN, "to watch executions with fanotify"),
     (Capability::CAP_SYS_PTRACE, "to look at the processes of containers"),
     (Capability::CAP_DAC_READ_SEARCH, "to read the layers of images and containers"),
+    (Capability::CAP_LEASE, "to see who can write to a program while it is executed"),
 ];
 
 fn capabilities() -> Check {
@@ -177,9 +185,43 @@ fn features(found: &Capabilities) -> Vec<Check> {
         .collect()
 }
 
+fn fanotify_groups() -> Check {
+    let limit = max_user_groups();
+    let at_most = limit.unwrap_or(128).min(MANY_GROUPS);
+    match groups_left(at_most) {
+        Ok(left) => judge_groups(left, limit),
+        Err(err) => check(GROUPS, Result::Fail, format!("they cannot be counted: {err}")),
+    }
+}
+
+const GROUPS: &str = "fanotify groups";
+
+fn judge_groups(left: GroupsLeft, limit: Option<u64>) -> Check {
+    // Nothing else ends a count at the limit.
+    let is_more = left.is_more && limit != Some(left.count);
+    let more = if is_more { " or more" } else { "" };
+    let all = limit.map(|limit| format!(" of {limit}")).unwrap_or_default();
+    let found = format!(
+        "{}{more}{all} left for this user; driftd takes up to {GROUPS_OF_A_DAEMON}",
+        left.count
+    );
+    if left.count >= FEW_GROUPS {
+        return check(GROUPS, Result::Ok, found);
+    }
+    let next = match limit {
+        Some(_) if is_more => "raise the limit of open files and ask again".to_owned(),
+        Some(limit) => {
+            format!("try: sysctl fs.fanotify.max_user_groups={}", limit.saturating_mul(2).max(128))
+        }
+        None => "end what uses fanotify: this kernel's limit is built in".to_owned(),
+    };
+    let use_of_all = "every process of this user and every container without a user namespace \
+                      takes from the same ones";
+    check(GROUPS, Result::Warn, format!("{found}: {use_of_all} ({next})"))
+}
+
 fn fanotify_limits() -> Vec<Check> {
     let limits = [
-        ("max_user_groups", 64, "driftd takes up to 40 groups"),
         ("max_user_marks", 8192, "every container takes a mark, and its directories may"),
         ("max_queued_events", 16_384, "a burst of writes beyond it means another scan"),
     ];
@@ -355,6 +397,27 @@ mod tests {
         ] {
             assert_eq!(judge_kernel(release).result, expected, "{release}");
         }
+    }
+
+    #[test]
+    fn few_groups_are_a_warning_with_the_next_step() {
+        let left = |count, is_more| GroupsLeft { count, is_more };
+        let found = judge_groups(left(128, true), Some(128));
+        assert_eq!(
+            (found.result, &*found.detail),
+            (Result::Ok, "128 of 128 left for this user; driftd takes up to 8")
+        );
+        let found = judge_groups(left(512, true), Some(100_000));
+        assert!(found.detail.starts_with("512 or more of 100000 left"), "{found:?}");
+        let found = judge_groups(left(15, false), Some(128));
+        assert_eq!(found.result, Result::Warn);
+        assert!(found.detail.starts_with("15 of 128 left"), "{found:?}");
+        assert!(found.detail.ends_with("(try: sysctl fs.fanotify.max_user_groups=256)"));
+        let found = judge_groups(left(3, true), Some(128));
+        assert!(found.detail.contains("3 or more of 128 left"), "{found:?}");
+        assert!(found.detail.contains("open files"), "{found:?}");
+        let found = judge_groups(left(0, false), None);
+        assert!(found.detail.starts_with("0 left for this user"), "{found:?}");
     }
 
     #[test]

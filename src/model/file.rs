@@ -171,6 +171,9 @@ pub struct FileState {
     pub content: Content,
     /// No name leads to the inode any more (`st_nlink == 0`).
     pub deleted: bool,
+    /// The content was read after the file was executed, and may have been another one
+    /// then: it had a writer, or its times have changed since.
+    pub could_change: bool,
 }
 
 impl FileState {
@@ -221,6 +224,9 @@ impl fmt::Debug for FileState {
         }
         if self.deleted {
             f.write_str(" deleted")?;
+        }
+        if self.could_change {
+            f.write_str(" that could change")?;
         }
         Ok(())
     }

@@ -436,6 +436,7 @@ fn state_of(content: &str) -> FileState {
             sha256: Some(Sha256Hash([0; 32])),
         },
         deleted: false,
+        could_change: false,
     }
 }
 

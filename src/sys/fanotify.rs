@@ -110,6 +110,7 @@ const FAN_REPORT_MNT: u32 = 0x4000;
 const FAN_MARK_MNTNS: u32 = 0x110;
 const FAN_MNT_ATTACH: u64 = 0x0100_0000;
 const FAN_MNT_DETACH: u64 = 0x0200_0000;
+const FAN_EVENT_INFO_TYPE_MNT: u8 = 7;
 
 const METADATA_LEN: usize = size_of::<Metadata>();
 const INFO_HEADER_LEN: usize = size_of::<InfoHeader>();
@@ -268,6 +269,42 @@ fn name_record(mut records: &[u8]) -> Option<(FileHandle, &[u8])> {
     }
 }
 
+/// An event of a group that reports changes of mounts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodedMount {
+    /// The mount with this unique ID was attached, detached or moved.
+    Changed(u64),
+    /// The kernel dropped events, or does not name the mount.
+    Unnamed,
+}
+
+/// Decodes what a read of a group that reports changes of mounts returned. Pure.
+pub fn decode_mounts(bytes: &[u8]) -> (Vec<DecodedMount>, Result<(), Malformed>) {
+    let mut decoded = Vec::new();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let (Raw { records, .. }, following) = match split_event(rest) {
+            Ok(split) => split,
+            Err(malformed) => return (decoded, Err(malformed)),
+        };
+        rest = following;
+        // An overflow has no record.
+        decoded.push(mount_record(records).map_or(DecodedMount::Unnamed, DecodedMount::Changed));
+    }
+    (decoded, Ok(()))
+}
+
+/// The mount in an event's record of it: behind the header and four bytes of padding.
+fn mount_record(mut records: &[u8]) -> Option<u64> {
+    loop {
+        let (info_type, record, following) = split_record(records)?;
+        if info_type == FAN_EVENT_INFO_TYPE_MNT {
+            return bytes_at(record, INFO_HEADER_LEN.next_multiple_of(8)).map(u64::from_ne_bytes);
+        }
+        records = following;
+    }
+}
+
 /// The first of an event's records: its type, itself, and what follows. One that
 /// lies about its length ends the search.
 fn split_record(records: &[u8]) -> Option<(u8, &[u8], &[u8])> {
@@ -326,13 +363,57 @@ pub enum Error {
          CONFIG_FANOTIFY_ACCESS_PERMISSIONS and Linux 5.0 or newer)"
     )]
     NoPermissionEvents,
-    #[error(
-        "no more fanotify groups can be made (see: sysctl fs.fanotify.max_user_groups, \
-         and the limit of open files)"
-    )]
+    #[error("{}", too_many())]
     TooMany,
     #[error("cannot make a fanotify group: {0}")]
     Other(#[source] io::Error),
+}
+
+/// The most groups that a daemon and its gate take together.
+pub const GROUPS_OF_A_DAEMON: u64 = 8;
+
+/// How many groups one user may have; `None` before Linux 5.13, where it is 128.
+pub fn max_user_groups() -> Option<u64> {
+    std::fs::read_to_string("/proc/sys/fs/fanotify/max_user_groups").ok()?.trim().parse().ok()
+}
+
+fn too_many() -> String {
+    let limit = max_user_groups().unwrap_or(128);
+    format!(
+        "no more fanotify groups can be made: driftd takes up to {GROUPS_OF_A_DAEMON}, and this \
+         user may have {limit} in all, those of containers without a user namespace included \
+         (try: sysctl fs.fanotify.max_user_groups={}; driftd doctor reports how many are left; \
+         or the limit of open files is reached)",
+        limit.saturating_mul(2),
+    )
+}
+
+/// How many groups can still be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupsLeft {
+    pub count: u64,
+    /// There are more, which were not counted.
+    pub is_more: bool,
+}
+
+/// Counts the groups that this user can still make, up to `at_most`. The kernel shows the
+/// number nowhere, so they are made and closed at once: for that moment no other process
+/// of the user can make one.
+pub fn groups_left(at_most: u64) -> Result<GroupsLeft, Error> {
+    let flags = InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC;
+    let mut made = Vec::new();
+    for count in 0..at_most {
+        match Fanotify::init(flags, EventFFlags::O_CLOEXEC) {
+            Ok(group) => made.push(group),
+            Err(Errno::EMFILE) => {
+                // The same error says that no more files may be open.
+                let is_more = std::fs::File::open("/proc/self/stat").is_err();
+                return Ok(GroupsLeft { count, is_more });
+            }
+            Err(errno) => return Err(Error::from_init(errno)),
+        }
+    }
+    Ok(GroupsLeft { count: at_most, is_more: true })
 }
 
 /// How many events the kernel keeps for a group that reads more slowly than things
@@ -440,8 +521,8 @@ impl Group {
         Err(Error::from_init(refused))
     }
 
-    /// A group that is told of mounts that come and go (Linux 6.14). Its queue may
-    /// overflow: that says as much as any event, since none of them is looked into.
+    /// A group that reports mounts that come and go (Linux 6.14). Its queue may
+    /// overflow: then any mount may have changed.
     pub(super) fn mounts() -> Result<Group, Error> {
         let flags = InitFlags::FAN_CLASS_NOTIF
             | InitFlags::FAN_CLOEXEC
@@ -525,6 +606,15 @@ impl Group {
         let read = rustix::io::read(&self.fanotify, &mut buffer.0[..])
             .map_err(|errno| ReadError::Os(errno.into()))?;
         let (decoded, outcome) = decode_names(&buffer.0[..read]);
+        outcome.map_err(ReadError::Malformed)?;
+        Ok(decoded)
+    }
+
+    /// Reads which mounts have changed; `WouldBlock` if none has.
+    pub(super) fn read_mounts(&self, buffer: &mut Buffer) -> Result<Vec<DecodedMount>, ReadError> {
+        let read = rustix::io::read(&self.fanotify, &mut buffer.0[..])
+            .map_err(|errno| ReadError::Os(errno.into()))?;
+        let (decoded, outcome) = decode_mounts(&buffer.0[..read]);
         outcome.map_err(ReadError::Malformed)?;
         Ok(decoded)
     }
@@ -849,11 +939,38 @@ mod tests {
         );
     }
 
+    #[test]
+    fn too_few_groups_are_an_error_with_the_number_and_the_next_step() {
+        let limit = max_user_groups().unwrap_or(128);
+        let said = Error::from_init(Errno::EMFILE).to_string();
+        for part in [
+            "up to 8".to_owned(),
+            format!("may have {limit} in all"),
+            format!("sysctl fs.fanotify.max_user_groups={}", limit * 2),
+        ] {
+            assert!(said.contains(&part), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_changed_mount_is_known_by_its_unique_id() {
+        let mount =
+            |id: u64| record(FAN_EVENT_INFO_TYPE_MNT, &[&[0; 4][..], &id.to_ne_bytes()].concat());
+        let moved = FAN_MNT_ATTACH | FAN_MNT_DETACH;
+        let mut bytes = event(moved, libc::FAN_NOFD, 0, &mount(1 << 40));
+        bytes.extend(event(libc::FAN_Q_OVERFLOW, libc::FAN_NOFD, 0, &[]));
+        bytes.extend(event(FAN_MNT_ATTACH, libc::FAN_NOFD, 0, &mount(7)[..12]));
+        let expected =
+            [DecodedMount::Changed(1 << 40), DecodedMount::Unnamed, DecodedMount::Unnamed];
+        assert_eq!(decode_mounts(&bytes), (expected.to_vec(), Ok(())));
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_decoded_or_refused(bytes: Vec<u8>) {
             let _ = decode(&bytes, |fd| fd);
             let _ = decode_names(&bytes);
+            let _ = decode_mounts(&bytes);
         }
 
         #[test]

@@ -229,6 +229,17 @@ pub fn sniff(file: BorrowedFd<'_>) -> io::Result<Format> {
     Ok(Format::sniff(&head[..filled]))
 }
 
+/// Reads what comes behind `bytes` in a regular file, at most that much, and adds it;
+/// how much that was.
+pub fn read_on(file: BorrowedFd<'_>, bytes: &mut Vec<u8>, most: usize) -> io::Result<usize> {
+    let begin = bytes.len();
+    bytes.resize(begin + most, 0);
+    let offset = begin as u64;
+    let read = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut bytes[begin..], offset));
+    bytes.truncate(begin + *read.as_ref().unwrap_or(&0));
+    Ok(read?)
+}
+
 /// Where an open file is, or was when it had its last name.
 pub fn name_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     let mut name = link_of(fd)?;

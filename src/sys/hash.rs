@@ -299,6 +299,14 @@ pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
     }
 }
 
+/// Both hashes of what was read before.
+pub fn hash_bytes(bytes: &[u8]) -> Hashes {
+    Hashes {
+        blake3: Blake3Hash(*blake3::hash(bytes).as_bytes()),
+        sha256: Some(Sha256Hash(sha2::Sha256::digest(bytes).into())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;

@@ -8,6 +8,7 @@
 pub mod capabilities;
 pub mod channel;
 pub mod clock;
+pub mod closings;
 pub mod connector;
 pub mod counters;
 pub mod door;
@@ -16,6 +17,7 @@ pub mod fanotify;
 pub mod file;
 pub mod handle;
 pub mod hash;
+pub mod lease;
 pub mod map;
 pub mod mounts;
 pub mod overlay;

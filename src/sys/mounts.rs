@@ -1,16 +1,17 @@
 //! Mounts of another process: what /proc says of them, how to reach one without
 //! being led astray or made to wait, and how to be told that they change.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
+use rustix::io::Errno;
 
-use super::fanotify::{Buffer, Group};
+use super::fanotify::{Buffer, DecodedMount, Group, ReadError};
 use super::overlay::unescape_octal;
 use super::procfs::Handle;
 
@@ -100,74 +101,117 @@ pub fn mount_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// The number of an open file's mount that no other mount ever gets. `None` before
+/// Linux 6.8.
+pub fn unique_mount_of(fd: BorrowedFd<'_>) -> Option<u64> {
+    /// `STATX_MNT_ID_UNIQUE`
+    const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let statx = rustix::fs::statx(fd, c"", flags, UNIQUE).ok()?;
+    StatxFlags::from_bits_retain(statx.stx_mask).contains(UNIQUE).then_some(statx.stx_mnt_id)
+}
+
 /// The path by which a system call reaches what a descriptor points at, be it a
 /// directory or a file.
 pub(super) fn path_of(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// How many mount namespaces are told apart exactly. Events do not say in which
-/// namespace they happened, only to which group they belong, and a user has 128.
-const GROUPS: usize = 16;
-
-/// Where one is told of mounts that come and go.
+/// Where changes of mounts are reported.
 #[derive(Debug)]
 pub struct Notifier {
-    /// None on kernels before 6.14: there each process's mountinfo is polled.
-    groups: Vec<Group>,
-    next: AtomicUsize,
+    /// `None` on kernels before 6.14: there each process's mountinfo is polled.
+    group: Option<Group>,
 }
 
-/// By what a change of one mount namespace is told.
+/// By what a change of one mount namespace is reported.
 #[derive(Debug)]
 pub enum Listener {
-    /// The group with this number, which tells of others as well. The mark goes
-    /// with the namespace and keeps nothing alive.
-    Group(usize),
+    /// The notifier's group, which reports changes of all namespaces; this one has this
+    /// ID. The mark goes with the namespace and keeps nothing alive.
+    Group(u64),
     /// An open mountinfo keeps the mount namespace alive: to be dropped when the
-    /// process ends, which its handle tells.
+    /// process ends, which its handle reports.
     Poll { mountinfo: File, process: OwnedFd },
 }
 
+/// What the notifier's group has reported.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Mounts that came, went or moved, by their unique IDs. None is used twice.
+    pub mounts: HashSet<u64>,
+    /// Any other mount may have changed too.
+    pub is_incomplete: bool,
+}
+
+/// One taking of the group's events: so many reads, and so many mounts by name.
+const MAX_READS: usize = 64;
+const MAX_CHANGES: usize = 16 * 1024;
+
 impl Notifier {
-    /// Uses what this kernel has.
+    /// Uses what this kernel has and allows. An event names a mount and no namespace, so
+    /// a group serves only where a namespace's mounts can be listed by the same IDs.
+    /// Polling reports as much, and keeps a file open for each container.
     pub fn new() -> Notifier {
-        let groups = (0..GROUPS).map_while(|_| Group::mounts().ok()).collect();
-        Notifier { groups, next: AtomicUsize::new(0) }
+        let can_list = || {
+            let own = File::open("/proc/self/ns/mnt")?;
+            members_after(namespace_id(own.as_fd())?, 0)
+        };
+        Notifier { group: Group::mounts().ok().filter(|_| can_list().is_ok()) }
     }
 
     /// Uses what every kernel has.
     pub fn polling() -> Notifier {
-        Notifier { groups: Vec::new(), next: AtomicUsize::new(0) }
+        Notifier { group: None }
     }
 
     pub fn is_polling(&self) -> bool {
-        self.groups.is_empty()
+        self.group.is_none()
     }
 
-    /// The groups' descriptors, readable when mounts have changed.
-    pub fn groups(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.groups.iter().map(AsFd::as_fd)
+    /// The group's descriptor, readable when mounts have changed.
+    pub fn group(&self) -> Option<BorrowedFd<'_>> {
+        self.group.as_ref().map(AsFd::as_fd)
     }
 
-    /// Empties a group's queue. Only that there was something counts: even an
-    /// overflow says no less. Bounded, because mounts may come faster than this.
-    pub fn drain(&self, group: usize, buffer: &mut Buffer) {
-        let Some(group) = self.groups.get(group) else { return };
-        for _ in 0..64 {
-            if group.read(buffer, usize::MAX).is_err() {
-                return;
+    /// Takes what the group has reported. Bounded, because mounts may come faster than
+    /// this: the rest is taken the next time.
+    pub fn take(&self, buffer: &mut Buffer) -> Changes {
+        let mut changes = Changes::default();
+        let Some(group) = &self.group else { return changes };
+        for _ in 0..MAX_READS {
+            let events = match group.read_mounts(buffer) {
+                Ok(events) => events,
+                Err(ReadError::Os(err)) if Errno::from_io_error(&err) == Some(Errno::AGAIN) => {
+                    break;
+                }
+                Err(_) => {
+                    changes.is_incomplete = true;
+                    break;
+                }
+            };
+            for event in events {
+                match event {
+                    DecodedMount::Changed(mount) if changes.mounts.len() < MAX_CHANGES => {
+                        changes.mounts.insert(mount);
+                    }
+                    DecodedMount::Changed(_) | DecodedMount::Unnamed => {
+                        changes.is_incomplete = true;
+                    }
+                }
             }
         }
+        changes
     }
 
-    /// From now on, changes of the mount namespace of this process are told.
+    /// From now on, changes of the mount namespace of this process are reported.
     pub fn listen(&self, process: &Handle) -> io::Result<Listener> {
-        if !self.groups.is_empty() {
-            let number = self.next.fetch_add(1, Ordering::Relaxed) % self.groups.len();
+        if let Some(group) = &self.group {
             let namespace = process.open_file("ns/mnt")?;
-            if self.groups[number].mark_mount_namespace(namespace.as_fd()).is_ok() {
-                return Ok(Listener::Group(number));
+            if let Ok(id) = namespace_id(namespace.as_fd())
+                && group.mark_mount_namespace(namespace.as_fd()).is_ok()
+            {
+                return Ok(Listener::Group(id));
             }
         }
         let mountinfo = process.open_file("mountinfo")?;
@@ -179,6 +223,56 @@ impl Notifier {
         Handle::open_exactly(identity)?;
         Ok(Listener::Poll { mountinfo, process: handle })
     }
+}
+
+/// `_IOR(0xb7, 5, __u64)`: the ID of a mount namespace (Linux 6.11).
+const NS_GET_MNTNS_ID: libc::c_ulong = 0x8008_b705;
+
+fn namespace_id(namespace: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut id = 0_u64;
+    // SAFETY: the kernel writes eight bytes to `id`, which lives during the call.
+    let done = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_MNTNS_ID, &raw mut id) };
+    if done == 0 { Ok(id) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `struct mnt_id_req` with the namespace (Linux 6.11).
+#[repr(C)]
+struct ListRequest {
+    size: u32,
+    spare: u32,
+    /// Of the mount below which to list.
+    mount: u64,
+    /// Behind which ID to go on.
+    last: u64,
+    namespace: u64,
+}
+
+/// The number of listmount(2) on x86-64 and arm64; not yet in libc.
+const SYS_LISTMOUNT: libc::c_long = 458;
+/// The root of the namespace, and so all of it.
+const LSMT_ROOT: u64 = u64::MAX;
+/// The kernel holds its lock of all mounts during a call, and walks to the root for each.
+const MEMBERS_AT_ONCE: usize = 64;
+
+/// Some of a namespace's mounts, by their unique IDs in ascending order: the first ones
+/// that are greater than `last`. None: there are no more.
+pub fn members_after(namespace: u64, last: u64) -> io::Result<Vec<u64>> {
+    let request = ListRequest { size: 32, spare: 0, mount: LSMT_ROOT, last, namespace };
+    let mut members = vec![0_u64; MEMBERS_AT_ONCE];
+    // SAFETY: `request` is as long as it says, and `members` has room for as many IDs as
+    // the call says; both live during the call.
+    let listed = unsafe {
+        libc::syscall(
+            SYS_LISTMOUNT,
+            &raw const request,
+            members.as_mut_ptr(),
+            MEMBERS_AT_ONCE,
+            0_usize,
+        )
+    };
+    let listed = usize::try_from(listed).map_err(|_| io::Error::last_os_error())?;
+    members.truncate(listed);
+    Ok(members)
 }
 
 impl Default for Notifier {

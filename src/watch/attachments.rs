@@ -3,26 +3,31 @@
 //!
 //! The FIFO is the host's, and so is its directory, which is listened to. Who attaches
 //! through a process that has it open already is seen by `terminals`.
+//!
+//! The marks are in the group of `names`, which reads it and hands on what is for here. A
+//! directory that both listen to has one mark, with what both listen for.
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
-use rustix::io::Errno;
 
 use super::acts::{Act, Event};
 use super::process;
 use super::roots::Arrival;
 use super::shared::Shared;
 use super::table::Watched;
+use crate::health::Failure;
 use crate::model::{
     Ancestor, Entry, Fact, Interactive, Login, Opening, Process, ProcessIdentity, Source,
 };
-use crate::sys::fanotify::{Buffer, DecodedName, Group, Named, ReadError};
+use crate::sys::fanotify::{DecodedName, Group, Named};
 use crate::sys::file;
 use crate::sys::handle::FileHandle;
 use crate::sys::procfs::{self, Handle};
@@ -30,11 +35,22 @@ use crate::sys::procfs::{self, Handle};
 /// FIFOs that are listened to at once.
 const MAX_INPUTS: usize = 1024;
 
+/// FIFOs that were opened and wait to be looked at.
+const QUEUE: usize = 1024;
+
+/// Without anything to do, the thread still checks whether it is to end.
+const TURN: Duration = Duration::from_millis(500);
+
+/// What a directory with a FIFO is listened to for.
+const MASK: u64 = libc::FAN_OPEN | libc::FAN_EVENT_ON_CHILD;
+
 /// Listens to the inputs of terminals.
 pub(super) struct Attachments {
-    /// `None` where the kernel cannot tell names.
-    group: Option<Group>,
+    /// `None` where the kernel cannot report names, or makes no more groups.
+    group: Option<Arc<Group>>,
     inputs: Mutex<HashMap<FileHandle, Input>>,
+    send: Sender<Named>,
+    receive: Receiver<Named>,
 }
 
 struct Input {
@@ -45,9 +61,10 @@ struct Input {
 }
 
 impl Attachments {
-    pub(super) fn new() -> Attachments {
-        // That it is missing is said once, by who listens to names.
-        Attachments { group: Group::names().ok(), inputs: Mutex::default() }
+    /// `group` is read by `names`, which also says if it is missing.
+    pub(super) fn new(group: Option<Arc<Group>>) -> Attachments {
+        let (send, receive) = bounded(QUEUE);
+        Attachments { group, inputs: Mutex::default(), send, receive }
     }
 
     fn inputs(&self) -> MutexGuard<'_, HashMap<FileHandle, Input>> {
@@ -72,30 +89,58 @@ impl Attachments {
         if inputs.len() >= MAX_INPUTS {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        group.mark_children(directory.as_fd(), libc::FAN_OPEN)?;
+        group.mark_children(directory.as_fd(), MASK)?;
         let name = name.as_bytes().into();
         inputs.insert(handle, Input { watched: watched.clone(), name, is_handed_on });
         Ok(())
     }
 
-    pub(super) fn run(&self, shared: &Shared) {
-        let Some(group) = &self.group else { return };
-        let mut buffer = Buffer::new();
-        while !shared.is_stopping() {
-            shared.wait_for(group, None);
-            match group.read_names(&mut buffer) {
-                Ok(events) => {
-                    for event in events {
-                        // Without a name, or too many: nobody is told who attached.
-                        let DecodedName::Named(named) = event else { continue };
-                        self.opened(shared, &named);
+    /// What may be taken off the mark of this directory of all that is in `mask`, done by
+    /// `unmark`: what is listened for here stays.
+    pub(super) fn unmark_the_rest(
+        &self,
+        directory: &OwnedFd,
+        mask: u64,
+        unmark: impl FnOnce(u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        // Locked, so that the directory is not marked in between.
+        let inputs = self.inputs();
+        let is_shared = !inputs.is_empty()
+            && FileHandle::of(directory).is_ok_and(|handle| inputs.contains_key(&handle));
+        unmark(if is_shared { mask & !MASK } else { mask })
+    }
+
+    /// Takes from events what was listened for here, and leaves the rest.
+    pub(super) fn take(&self, shared: &Shared, events: Vec<DecodedName>) -> Vec<DecodedName> {
+        let mut rest = Vec::with_capacity(events.len());
+        for event in events {
+            match event {
+                DecodedName::Named(mut named) if named.mask & libc::FAN_OPEN != 0 => {
+                    let opened = Some(&named).filter(|named| self.is_input(named)).cloned();
+                    if opened.is_some_and(|opened| self.send.try_send(opened).is_err()) {
+                        let detail = "who attached to a terminal was not looked at";
+                        shared.lose(Failure::ProcessQueueFull, None, detail);
+                    }
+                    // The kernel merges what one process does to one name.
+                    named.mask &= !libc::FAN_OPEN;
+                    if named.mask & !(libc::FAN_ONDIR | libc::FAN_EVENT_ON_CHILD) != 0 {
+                        rest.push(DecodedName::Named(named));
                     }
                 }
-                Err(ReadError::Os(err)) if Errno::from_io_error(&err) == Some(Errno::AGAIN) => (),
-                Err(err) => {
-                    tracing::warn!("who attaches to terminals is not seen any more: {err}");
-                    return;
-                }
+                other => rest.push(other),
+            }
+        }
+        rest
+    }
+
+    fn is_input(&self, named: &Named) -> bool {
+        self.inputs().get(&named.directory).is_some_and(|input| input.name == named.name)
+    }
+
+    pub(super) fn run(&self, shared: &Shared) {
+        while !shared.is_stopping() {
+            if let Ok(named) = self.receive.recv_timeout(TURN) {
+                self.opened(shared, &named);
             }
         }
     }

@@ -11,6 +11,7 @@ use super::lower;
 use super::shared::Shared;
 use super::state::{self, Which};
 use super::table::{Standing, Watched};
+use super::writable;
 use crate::model::{
     ContainerId, Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath, Unhashed,
 };
@@ -170,6 +171,8 @@ fn try_to_look_at(
         let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
         let path = event_path(watched, fd, &stat, pid, None).ok()?;
         let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let could_change = writable::has_writer(watched, &path, &stat);
+        let state = FileState { could_change, ..state };
         let lower = watched
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
@@ -296,6 +299,8 @@ pub(super) fn of_upper(
 ) -> Code {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
+    let could_change = writable::has_writer(watched, &path, stat);
+    let state = FileState { could_change, ..state };
     let lower = watched
         .layers()
         .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));

@@ -23,8 +23,10 @@ use super::process::{self, Executing};
 use super::shared::Shared;
 use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
+use super::take::Taken;
 use super::trust::Verdict;
 use super::unseen;
+use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{
     ContainerId, Content, Fact, FileState, Filesystem, HostilePath, LayerFile, LowerTwin,
@@ -45,6 +47,8 @@ pub(super) struct Described {
     stat: Stat,
     layer_file: Option<LayerFile>,
     is_movable: bool,
+    look: Look,
+    could_change: Option<bool>,
     executing: Executing,
     /// When the gate was asked, by the clock of the kernel's records.
     asked: Option<u64>,
@@ -90,7 +94,7 @@ const LARGE: u64 = 16 << 20;
 /// time than the file before it takes to hash.
 pub(super) fn describe(
     shared: &Shared,
-    executions: &Receiver<Execution>,
+    executions: &Receiver<Taken>,
     described: &Sender<Described>,
 ) {
     // Without CAP_SYS_NICE it runs like the others, and is late more often.
@@ -110,11 +114,8 @@ pub(super) fn describe(
     }
 }
 
-fn describe_one(
-    shared: &Shared,
-    execution: Execution,
-    others: &Receiver<Execution>,
-) -> Option<Described> {
+fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
+    let Taken { execution, path, look, could_change } = taken;
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
@@ -122,33 +123,6 @@ fn describe_one(
         return None;
     }
 
-    // The mounts by which the file was reached may be gone with the process.
-    let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    let path = match file.take() {
-        Left::Open(fd) => {
-            let path = match filesystem {
-                Filesystem::Overlay => {
-                    event_path(&watched, &fd, &stat, caller.pid, parent).map(|path| (path, true))
-                }
-                Filesystem::Tmpfs
-                | Filesystem::Volume
-                | Filesystem::Anonymous
-                | Filesystem::Container => {
-                    mounts::event_path(&watched, &fd, &stat, caller.pid, parent)
-                }
-            };
-            file.give_back(&watched, fd);
-            path
-        }
-        // The container has ended, and with it the mounts that say more.
-        Left::Name(Some(name)) => {
-            let below_root = overlay::strip_directory(&name, &watched.root_name);
-            RootfsPath::new(below_root.unwrap_or(&name))
-                .map(|path| (path, true))
-                .map_err(UnknownPath::from)
-        }
-        Left::Name(None) => Err(UnknownPath::NotAbsolute),
-    };
     let executing = {
         // Held until the session is told, so that it is told before what it does.
         let mut sessions = shared.sessions();
@@ -189,6 +163,8 @@ fn describe_one(
                 stat,
                 layer_file,
                 is_movable,
+                look,
+                could_change,
                 executing,
                 asked: caller.asked,
                 at,
@@ -304,8 +280,16 @@ impl Described {
             Executed::Held(held) => match held.take() {
                 Left::Open(fd) => {
                     let begun = begin(fd.as_fd(), &self.stat);
-                    held.give_back(&self.watched, fd);
+                    match &begun {
+                        Begun::Known(state) => self.was_read(shared, &fd, state),
+                        Begun::Reads(_) => held.give_back(&self.watched, fd),
+                    }
                     begun
+                }
+                Left::Copy(copy) => {
+                    let state = state::of_copy(&copy, &self.stat);
+                    self.remember(shared, &state);
+                    Begun::Known(state)
                 }
                 Left::Name(_) => return self.find_in_upperdir(shared),
             },
@@ -326,19 +310,38 @@ impl Described {
                 Left::Open(fd) => {
                     let state = reading.step(fd.as_fd(), state::SLICE);
                     match &state {
-                        Some(state) => shared.hashed.remember_executed(&self.stat, state),
+                        Some(state) => self.was_read(shared, &fd, state),
                         // Its container may end while it is put aside.
                         None => held.give_back(&self.watched, fd),
                     }
                     state
                 }
-                Left::Name(_) => return self.find_in_upperdir(shared),
+                // Only what has not been begun is copied.
+                Left::Name(_) | Left::Copy(_) => return self.find_in_upperdir(shared),
             },
             Executed::Upper(fd, _) => reading.step(fd.as_fd(), state::SLICE),
         };
         match state {
             Some(state) => self.begin_twin(shared, state),
             None => Progress::Reading(reading),
+        }
+    }
+
+    /// The file as it was executed has been read to its end.
+    fn was_read(&mut self, shared: &Shared, fd: &OwnedFd, state: &FileState) {
+        if self.could_change.is_none()
+            && let Ok(now) = file::stat(fd)
+        {
+            let Described { look, watched, path, stat, .. } = self;
+            self.could_change = Some(look.could_change(shared, watched, path, stat, &now));
+        }
+        self.remember(shared, state);
+    }
+
+    /// What may have been changed back meanwhile is read anew each time.
+    fn remember(&self, shared: &Shared, state: &FileState) {
+        if self.could_change == Some(false) {
+            shared.hashed.remember_executed(&self.stat, state);
         }
     }
 
@@ -382,6 +385,8 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         stat,
         layer_file,
         is_movable,
+        look,
+        could_change,
         executing,
         asked,
         at,
@@ -389,7 +394,8 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         progress,
     } = execution;
     drop(file);
-    let Progress::Done(state, lower) = progress else { return };
+    let Progress::Done(mut state, lower) = progress else { return };
+    state.could_change |= could_change.unwrap_or(look.had_writer());
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let Executing { mut process } = executing;
     if process.argv.is_none() {

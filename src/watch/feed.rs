@@ -12,6 +12,7 @@ use super::content::event_path;
 use super::lower;
 use super::shared::Shared;
 use super::table::Watched;
+use super::writable;
 use crate::health::Failure;
 use crate::model::{ContainerId, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
@@ -88,6 +89,9 @@ impl Feed {
             .is_ok_and(|format| lower::looks_like_program(format, stat.mode));
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
+        if is_program {
+            writable::listen_near(&self.shared, &watched, &path);
+        }
         if is_program || self.shared.is_sensitive(&watched, &path) {
             let writer = self.shared.writer_to(&watched, pid, &stat);
             self.shared.mark_dirty(&watched, path, Source::Change, Some(writer));

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::table::Watched;
+use super::take::Copy;
 use crate::sys::file;
 
 /// Every file of one container that waits.
@@ -32,6 +33,8 @@ enum File {
     Taken,
     /// Closed, because the container has ended; what the kernel called it.
     Closed(Option<Vec<u8>>),
+    /// Closed, because it was small enough to be copied.
+    Copied(Copy),
 }
 
 /// One file that waits.
@@ -44,6 +47,7 @@ pub(super) enum Left {
     Open(OwnedFd),
     /// What the kernel called it, if that was known.
     Name(Option<Vec<u8>>),
+    Copy(Copy),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -97,7 +101,13 @@ impl Held {
             File::Open(fd) => Left::Open(fd),
             File::Taken => Left::Name(None),
             File::Closed(name) => Left::Name(name),
+            File::Copied(copy) => Left::Copy(copy),
         }
+    }
+
+    /// Lets a copy wait in place of the file.
+    pub(super) fn keep(&self, copy: Copy) {
+        *lock(&self.0) = File::Copied(copy);
     }
 
     /// Lets it wait again.

@@ -5,7 +5,7 @@
 //! wait; what does not fit in them is a named loss.
 //!
 //! ```text
-//! gate's process ── Executed ──> own layer, other ──> describe thread (with the file)
+//! gate's process ── Executed ──> own layer, other ──> take thread (with the file)
 //!                                filesystem, or changed in a layer
 //!                            └─> image layer ───────> processes thread (file closed)
 //!                ── Runtime ───> arming
@@ -35,6 +35,7 @@ use super::mounts;
 use super::process::Caller;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
+use super::take;
 use crate::gate::{self, Calm, Events, Marks, Place};
 use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
@@ -128,7 +129,7 @@ pub(super) struct Arrivals {
     pub(super) shared: Arc<Shared>,
     pub(super) marks: Marks,
     pub(super) pulse: Arc<Pulse>,
-    pub(super) content: Sender<Execution>,
+    pub(super) content: take::Entrance,
     pub(super) crowd: RefCell<Crowd>,
     pub(super) processes: Sender<Box<Seen>>,
 }

@@ -6,7 +6,7 @@
 //! Command ─> control ── marks ──> gate's process, kernel
 //!     mounts <───┤                  │ executed                  │ closed after writing
 //!                │                  v                           v
-//!                │                gate ─> describe ─> content   feed
+//!                │        gate ─> take ─> describe ─> content   feed
 //!                │                  └───> processes           │ dirty paths
 //!                └──── orders ────> scan <────────────────────┤
 //!                                    │ └── everyone's Report  │ dirty paths
@@ -23,6 +23,7 @@ mod arguments;
 mod arm;
 mod attachments;
 mod calls;
+mod closings;
 mod code;
 mod content;
 mod control;
@@ -39,6 +40,7 @@ mod libraries;
 mod lower;
 mod mounts;
 mod names;
+mod namespaces;
 mod packages;
 mod process;
 mod processes;
@@ -50,12 +52,14 @@ mod shared;
 mod shells;
 mod state;
 mod table;
+mod take;
 mod terminals;
 mod trace;
 mod trial;
 mod trust;
 mod unseen;
 mod ways;
+mod writable;
 mod writers;
 
 use std::cell::RefCell;
@@ -249,7 +253,7 @@ impl Watch {
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
-        let (content, receive_content) = fair::channel(content_queue);
+        let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
         let (described, receive_described) = fair::channel(content_queue);
         let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
@@ -293,7 +297,8 @@ impl Watch {
         let (loadings, receive_loadings) = fair::channel(LIBRARY_QUEUE);
         let (started, receive_started) = fair::channel(INTERPRETER_QUEUE);
         shared.set_stages(vec![
-            ("describe", receive_content.waits()),
+            ("take", take.waits()),
+            ("describe", receive_taken.waits()),
             ("content", receive_described.waits()),
             ("large", receive_large.waits()),
             ("processes", receive_processes.waits()),
@@ -311,7 +316,8 @@ impl Watch {
         let ours = shared.clone();
         watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
         let ours = shared.clone();
-        watch.spawn("describe", move || content::describe(&ours, &receive_content, &described))?;
+        watch.spawn("describe", move || content::describe(&ours, &receive_taken, &described))?;
+        watch.spawn("take", || take.run())?;
         let ours = shared.clone();
         watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
         let ours = shared.clone();
@@ -320,6 +326,8 @@ impl Watch {
         watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
         let ours = shared.clone();
         watch.spawn("names", move || ours.names.run(&ours))?;
+        let ours = shared.clone();
+        watch.spawn("closings", move || ours.closings.run(&ours))?;
         let ours = shared.clone();
         watch.spawn("attachments", move || ours.attachments.run(&ours))?;
         let ours = shared.clone();
@@ -423,6 +431,11 @@ impl Watch {
         self.gate_turns.clone()
     }
 
+    /// How often a container's mounts have been listed; `None` if they are not followed.
+    pub fn listings_of_mounts(&self, container: &ContainerId) -> Option<u64> {
+        self.marker.mounts.listings(container)
+    }
+
     /// Closes the gate first, so that nothing waits for it any more, and then ends the
     /// threads.
     pub fn stop(mut self) {
@@ -452,10 +465,11 @@ impl Watch {
 }
 
 /// How many groups of the gate ask about an unchanged file only once. More would spare
-/// containers one another's copy-ups; a user may have 128 groups in all.
+/// containers one another's copy-ups, and a daemon more of its user's groups
+/// (`GROUPS_OF_A_DAEMON`).
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
-        config::Gate::Free => 2,
+        config::Gate::Free => 1,
         config::Gate::Ask | config::Gate::Notify => 0,
     }
 }
@@ -490,8 +504,9 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    // With a process's handle while that is described, then without; and the same
-    // for what only the trace has seen.
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 5;
+    // With a process's handle until that is described, then without: in the three queues
+    // before that, in one of which the upper layer's file is open as well, and in one
+    // behind; and two for what only the trace has seen.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 10;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

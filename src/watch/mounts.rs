@@ -16,7 +16,8 @@
 //! it, and the rest is left to the trace.
 //!
 //! A container can change its mounts while we look at them, so a mount is first
-//! held by a descriptor, which keeps its number its own, and then looked up again.
+//! remembered by the number that no other one gets (before Linux 6.8 it is held by a
+//! descriptor, which keeps its number its own), and then looked up again.
 //! Nothing here waits for a filesystem: look-ups are made in the kernel's memory
 //! (`RESOLVE_CACHED`), and what cannot be found there only where this machine's own
 //! disks answer.
@@ -32,6 +33,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use super::code;
 use super::content::{self, UnknownPath};
 use super::gate::ExecMarks;
+use super::namespaces::Namespaces;
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
 use super::ways;
@@ -208,6 +210,38 @@ fn choose(
     choice
 }
 
+/// A mount that is about to be marked.
+#[derive(Debug)]
+struct Reached<'a> {
+    mount: &'a Mount,
+    kept: Kept,
+    /// The device that its files show.
+    shown: u64,
+    whole: bool,
+}
+
+/// What makes certain that a mount is still the same one.
+#[derive(Debug)]
+enum Kept {
+    /// Its number that no other one gets. A descriptor would keep it busy, and whoever
+    /// unmounts it meanwhile would be refused.
+    Known(u64),
+    /// Where there is no such number.
+    Open(OwnedFd),
+}
+
+impl Reached<'_> {
+    fn new(mount: &Mount, fd: OwnedFd, whole: bool) -> Reached<'_> {
+        // It may be another one by now, whose server would have to be waited for.
+        let shown = file::stat(&fd).map_or(mount.device, |stat| stat.device);
+        let kept = match mounts::unique_mount_of(fd.as_fd()) {
+            Some(unique) => Kept::Known(unique),
+            None => Kept::Open(fd),
+        };
+        Reached { mount, kept, shown, whole }
+    }
+}
+
 /// Whether no path leads to a mount, because another one stands on its way.
 fn is_covered(mount: &Mount, by_id: &HashMap<u64, Mount>) -> bool {
     let mut way = HashSet::from([mount.id]);
@@ -322,8 +356,11 @@ pub(super) struct Mounts {
     shared: Arc<Shared>,
     marks: ExecMarks,
     notifier: Notifier,
+    namespaces: Namespaces,
     wake: OwnedFd,
     tracked: Mutex<HashMap<ContainerId, Tracked>>,
+    /// Of the listings that are only possibly needed.
+    guesses: Mutex<Pace>,
     host: Mutex<Option<(Instant, Arc<HashSet<u64>>)>>,
 }
 
@@ -332,27 +369,59 @@ struct Tracked {
     listener: Option<Arc<Listener>>,
     /// Its mounts have changed, and have not been listed since.
     is_due: bool,
+    /// They only may have: that costs no more than a bounded share for all together.
+    is_guess: bool,
     pace: Pace,
+    /// How often they were listed.
+    listings: u64,
     attempts: u8,
     /// That something of it is not marked has been said.
     is_told: bool,
 }
 
-/// How much of a processor's time a container's listings have had lately.
-struct Pace {
+impl Tracked {
+    fn namespace(&self) -> Option<u64> {
+        match self.listener.as_deref() {
+            Some(Listener::Group(namespace)) => Some(*namespace),
+            Some(Listener::Poll { .. }) | None => None,
+        }
+    }
+
+    /// Its mounts have changed, or may have.
+    fn set_due(&mut self, is_guess: bool) {
+        self.is_guess = is_guess && (self.is_guess || !self.is_due);
+        self.is_due = true;
+        self.attempts = 0;
+    }
+
+    /// When it may be listed.
+    fn next(&self, next_guess: Instant) -> Instant {
+        if self.is_guess { self.pace.next().max(next_guess) } else { self.pace.next() }
+    }
+}
+
+/// How much of a processor's time listings have had lately: those of a container, or all
+/// of a kind.
+pub(super) struct Pace {
     debt: Duration,
     since: Instant,
 }
 
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace { debt: Duration::ZERO, since: Instant::now() }
+    }
+}
+
 impl Pace {
-    fn spent(&mut self, start: Instant, end: Instant) {
+    pub(super) fn spent(&mut self, start: Instant, end: Instant) {
         let paid = start.saturating_duration_since(self.since) / REST_PER_LISTING;
         self.debt = self.debt.saturating_sub(paid) + (end - start);
         self.since = end;
     }
 
     /// From when on there may be another one.
-    fn next(&self) -> Instant {
+    pub(super) fn next(&self) -> Instant {
         self.since + self.debt.saturating_sub(BURST) * REST_PER_LISTING
     }
 }
@@ -378,14 +447,20 @@ impl Mounts {
             shared,
             marks,
             notifier,
+            namespaces: Namespaces::default(),
             wake,
             tracked: Mutex::default(),
+            guesses: Mutex::default(),
             host: Mutex::default(),
         })
     }
 
     fn tracked(&self) -> MutexGuard<'_, HashMap<ContainerId, Tracked>> {
         self.tracked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guesses(&self) -> MutexGuard<'_, Pace> {
+        self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wake(&self) {
@@ -400,13 +475,16 @@ impl Mounts {
         }
         let listener = self.notifier.listen(init);
         let mut all = self.tracked();
+        self.remove(&mut all, &watched.container);
         // There before its mounts are listed: a change that is told meanwhile waits
         // for the lock, and then for the next listing.
         let mut entry = all.entry(watched.container.clone()).insert_entry(Tracked {
             watched: watched.clone(),
             listener: None,
             is_due: false,
-            pace: Pace { debt: Duration::ZERO, since: Instant::now() },
+            is_guess: false,
+            pace: Pace::default(),
+            listings: 0,
             attempts: 0,
             is_told: false,
         });
@@ -426,9 +504,22 @@ impl Mounts {
     pub(super) fn detach(&self, watched: &Arc<Watched>) {
         let mut tracked = self.tracked();
         if tracked.get(&watched.container).is_some_and(|own| Arc::ptr_eq(&own.watched, watched)) {
-            tracked.remove(&watched.container);
+            self.remove(&mut tracked, &watched.container);
             self.wake();
         }
+    }
+
+    fn remove(&self, all: &mut HashMap<ContainerId, Tracked>, container: &ContainerId) {
+        let namespace = all.remove(container).and_then(|removed| removed.namespace());
+        let is_used = |namespace| all.values().any(|other| other.namespace() == Some(namespace));
+        if let Some(namespace) = namespace.filter(|namespace| !is_used(*namespace)) {
+            self.namespaces.forget(namespace);
+        }
+    }
+
+    /// How often a container's mounts have been listed.
+    pub(super) fn listings(&self, container: &ContainerId) -> Option<u64> {
+        Some(self.tracked().get(container)?.listings)
     }
 
     pub(super) fn run(&self) {
@@ -437,19 +528,50 @@ impl Mounts {
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
             self.wait(&mut buffer);
-            let now = Instant::now();
-            let due: Vec<ContainerId> = self
-                .tracked()
-                .iter()
-                .filter(|(_, tracked)| tracked.is_due && tracked.pace.next() <= now)
-                .map(|(container, _)| container.clone())
-                .collect();
-            for container in due {
+            self.explain();
+            for container in self.due(Instant::now()) {
                 // Locked for one container at a time: whoever attaches waits for it.
                 if let Some(tracked) = self.tracked().get_mut(&container) {
+                    let start = Instant::now();
+                    if tracked.next(self.guesses().next()) > start {
+                        continue;
+                    }
                     tracked.is_due = false;
                     self.list(tracked);
+                    if std::mem::take(&mut tracked.is_guess) {
+                        self.guesses().spent(start, Instant::now());
+                    }
                 }
+            }
+        }
+    }
+
+    /// Whose mounts are to be listed now, and whose were listed longest ago first: no
+    /// container keeps another one waiting.
+    fn due(&self, now: Instant) -> Vec<ContainerId> {
+        let next_guess = self.guesses().next();
+        let tracked = self.tracked();
+        let mut due: Vec<(Instant, &ContainerId)> = tracked
+            .iter()
+            .filter(|(_, tracked)| tracked.is_due && tracked.next(next_guess) <= now)
+            .map(|(container, tracked)| (tracked.pace.since, container))
+            .collect();
+        due.sort_unstable();
+        due.into_iter().map(|(_, container)| container.clone()).collect()
+    }
+
+    /// Notes whose the changes are that were not known at once.
+    fn explain(&self) {
+        let changed = self.namespaces.explain(Instant::now());
+        if changed.certain.is_empty() && changed.possible.is_empty() {
+            return;
+        }
+        for tracked in self.tracked().values_mut() {
+            let Some(namespace) = tracked.namespace() else { continue };
+            if changed.certain.contains(&namespace) {
+                tracked.set_due(false);
+            } else if changed.possible.contains(&namespace) {
+                tracked.set_due(true);
             }
         }
     }
@@ -457,9 +579,11 @@ impl Mounts {
     /// Waits until mounts have changed, and notes whose.
     fn wait(&self, buffer: &mut Buffer) {
         let (listeners, timeout) = {
+            let next_guess = self.guesses().next();
             let tracked = self.tracked();
             let next = tracked.values().filter(|tracked| tracked.is_due);
-            let next = next.map(|tracked| tracked.pace.next()).min();
+            let next = next.map(|tracked| tracked.next(next_guess));
+            let next = next.chain(self.namespaces.next()).min();
             let now = Instant::now();
             let timeout = next.map_or(TURN, |next| next.saturating_duration_since(now).min(TURN));
             let polled: Vec<(ContainerId, Arc<Listener>)> = tracked
@@ -473,7 +597,7 @@ impl Mounts {
             (polled, timeout)
         };
         let mut fds = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
-        fds.extend(self.notifier.groups().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.notifier.group().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let first_listener = fds.len();
         fds.extend(listeners.iter().filter_map(|(_, listener)| listener.poll_fds()).flatten());
         let timeout = Timespec::try_from(timeout).expect("half a second fits");
@@ -484,16 +608,17 @@ impl Mounts {
         if happened[0] {
             let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
         }
-        let groups: Vec<usize> = (0..first_listener - 1).filter(|at| happened[at + 1]).collect();
-        // Emptied first: what comes after that is told again.
-        groups.iter().for_each(|group| self.notifier.drain(*group, buffer));
+        let changed = if happened[1..first_listener].contains(&true) {
+            self.namespaces.take(self.notifier.take(buffer))
+        } else {
+            HashSet::new()
+        };
         let mut tracked = self.tracked();
-        for tracked in tracked.values_mut() {
-            if let Some(Listener::Group(group)) = tracked.listener.as_deref()
-                && groups.contains(group)
-            {
-                tracked.is_due = true;
-                tracked.attempts = 0;
+        if !changed.is_empty() {
+            for tracked in tracked.values_mut() {
+                if tracked.namespace().is_some_and(|namespace| changed.contains(&namespace)) {
+                    tracked.set_due(false);
+                }
             }
         }
         for ((container, listener), happened) in
@@ -504,8 +629,7 @@ impl Mounts {
             });
             let Some(tracked) = tracked else { continue };
             if happened[0] {
-                tracked.is_due = true;
-                tracked.attempts = 0;
+                tracked.set_due(false);
             }
             if happened[1] {
                 tracked.listener = None;
@@ -517,6 +641,11 @@ impl Mounts {
     /// number and a mount's number may have been used a second time since.
     fn list(&self, tracked: &mut Tracked) {
         let start = Instant::now();
+        tracked.listings += 1;
+        // Before its mounts are read: what changes in between is reported and then due.
+        if let Some(namespace) = tracked.namespace() {
+            self.namespaces.know(namespace);
+        }
         // An error: the process has ended, and its mounts with it.
         let outcome = self.mark_all(&tracked.watched).unwrap_or_default();
         tracked.pace.spent(start, Instant::now());
@@ -581,19 +710,23 @@ impl Mounts {
         let ground = |mount: &Mount| host.ground(mount);
         let all = mounts::parse(&mountinfo);
         let choice = choose(all, watched.device, ground, &self.host_devices());
+        self.shared.table.note_kinds(mounts::parse(&mountinfo).map(|mount| {
+            let is_in_memory = host.ground(&mount) == Ground::Memory;
+            let kind = if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume };
+            (mount.device, kind)
+        }));
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
         let view = View::of([&init]).and_root(watched.device);
         // It keeps the container's root busy: for as long as this takes and no longer.
         let root = init.open_root()?;
-        let mut held: Vec<(&Mount, OwnedFd, bool)> = Vec::new();
+        let mut held: Vec<Reached<'_>> = Vec::new();
         let mut unreached: Vec<&Mount> = Vec::new();
         for ways in &choice.filesystems {
-            let reached = ways
-                .iter()
-                .take(MAX_TRIES)
-                .find_map(|mount| Some((mount, Mounts::reach(&root, &view, mount)?, true)));
+            let reached = ways.iter().take(MAX_TRIES).find_map(|mount| {
+                Some(Reached::new(mount, Mounts::reach(&root, &view, mount)?, true))
+            });
             match reached {
                 Some(reached) => held.push(reached),
                 None => unreached.extend(ways.first()),
@@ -601,14 +734,16 @@ impl Mounts {
         }
         for mount in &choice.mounts {
             match Mounts::reach(&root, &view, mount) {
-                Some(fd) => held.push((mount, fd, false)),
+                Some(fd) => held.push(Reached::new(mount, fd, false)),
                 None => unreached.push(mount),
             }
         }
+
         drop(root);
 
         // The descriptors keep the mounts and their numbers: what is still listed
-        // under a number is what we hold.
+        // under a number is what we hold. Without a descriptor it is so if the mount is
+        // the same one afterwards.
         let mountinfo = init.mountinfo()?;
         let now: HashMap<u64, Mount> =
             mounts::parse(&mountinfo).map(|mount| (mount.id, mount)).collect();
@@ -620,8 +755,8 @@ impl Mounts {
             }
         }
         let (held, moved): (Vec<_>, Vec<_>) =
-            held.into_iter().partition(|(mount, ..)| is_still(mount));
-        if let Some((mount, ..)) = moved.first() {
+            held.into_iter().partition(|reached| is_still(reached.mount));
+        if let Some(Reached { mount, .. }) = moved.first() {
             outcome.missed = Some(format!("the mount {} comes and goes", name_of(mount)));
         }
         drop(moved);
@@ -629,10 +764,10 @@ impl Mounts {
         // Known before it is marked, so that its first event finds it. Every mount of
         // a filesystem that is marked whole has its path.
         let marked_whole: HashSet<u64> =
-            held.iter().filter(|(.., whole)| *whole).map(|(mount, ..)| mount.device).collect();
+            held.iter().filter(|it| it.whole).map(|it| it.mount.device).collect();
         let mut known: Vec<MarkedMount> = Vec::new();
-        for (mount, fd, whole) in &held {
-            let shown = file::stat(fd).map_or(mount.device, |stat| stat.device);
+        for Reached { mount, shown, whole, .. } in &held {
+            let (mount, shown) = (*mount, *shown);
             let devices = [mount.device, shown];
             // A btrfs subvolume shows a device of its own.
             let devices = if shown == mount.device { &devices[..1] } else { &devices[..] };
@@ -640,14 +775,27 @@ impl Mounts {
         }
         let more = now.values().filter(|mount| marked_whole.contains(&mount.device));
         for mount in more.take(16 * MAX_MARKS) {
-            if !held.iter().any(|(held, ..)| held.id == mount.id) {
+            if !held.iter().any(|held| held.mount.id == mount.id) {
                 known.push(marked(mount, mount.device, true));
             }
         }
         self.shared.table.set_mounts(watched, known);
-        let (names, held): (Vec<&Mount>, Vec<(OwnedFd, bool)>) =
-            held.into_iter().map(|(mount, fd, whole)| (mount, (fd, whole))).unzip();
-        for (mount, done) in names.iter().zip(self.marks.mark_others(held)) {
+        let root = init.open_root()?;
+        let (mut names, mut marked) = (Vec::new(), Vec::new());
+        for Reached { mount, kept, whole, .. } in held {
+            let fd = match kept {
+                Kept::Open(fd) => Some(fd),
+                // A mount that has come or gone since was reported, also to us.
+                Kept::Known(unique) => Mounts::reach(&root, &view, mount)
+                    .filter(|fd| mounts::unique_mount_of(fd.as_fd()) == Some(unique)),
+            };
+            if let Some(fd) = fd {
+                names.push(mount);
+                marked.push((fd, whole));
+            }
+        }
+        drop(root);
+        for (mount, done) in names.iter().zip(self.marks.mark_others(marked)) {
             if let Err(err) = done {
                 outcome.refused =
                     Some(format!("the kernel refuses to mark {}: {err}", name_of(mount)));

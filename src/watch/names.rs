@@ -27,12 +27,13 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::attachments::Attachments;
 use super::shared::Shared;
 use super::table::Watched;
 use super::writers::Writer;
 use crate::health::Failure;
 use crate::model::{ContainerId, RootfsPath, Source};
-use crate::sys::fanotify::{Buffer, DecodedName, Group, Named, ReadError};
+use crate::sys::fanotify::{self, Buffer, DecodedName, Group, Named, ReadError};
 use crate::sys::handle::FileHandle;
 
 /// Directories of one container, and of all, that are listened to. Each pins an
@@ -62,8 +63,10 @@ const REST: Duration = Duration::from_millis(20);
 
 /// The directories that are listened to.
 pub(super) struct Names {
-    /// `None` where the kernel cannot.
-    group: Option<Group>,
+    /// `None` where the kernel cannot, or makes no more groups.
+    group: Option<Arc<Group>>,
+    /// It could, with more groups.
+    lacks_group: bool,
     map: Mutex<Map>,
 }
 
@@ -102,14 +105,18 @@ pub(super) enum Deaf {
 
 impl Names {
     pub(super) fn new() -> Names {
-        let group = Group::names()
-            .inspect_err(|err| {
-                tracing::warn!(
-                    "renames, removals and changes of metadata are found by sweeps only: {err}"
-                );
-            })
-            .ok();
-        Names { group, map: Mutex::default() }
+        let group = Group::names().inspect_err(|err| {
+            tracing::warn!(
+                "renames, removals and changes of metadata are found by sweeps only: {err}"
+            );
+        });
+        let lacks_group = matches!(group, Err(fanotify::Error::TooMany));
+        Names { group: group.ok().map(Arc::new), lacks_group, map: Mutex::default() }
+    }
+
+    /// Where the marks are, those of `attachments` too.
+    pub(super) fn group(&self) -> Option<Arc<Group>> {
+        self.group.clone()
     }
 
     fn map(&self) -> MutexGuard<'_, Map> {
@@ -141,7 +148,13 @@ impl Names {
         path: &RootfsPath,
         directory: &OwnedFd,
     ) -> Result<(), Deaf> {
-        let Some(group) = &self.group else { return Err(Deaf::Missing) };
+        let Some(group) = &self.group else {
+            if !self.lacks_group {
+                return Err(Deaf::Missing);
+            }
+            let is_news = self.map().is_news(watched);
+            return Err(Deaf::Refused(io::Error::other(fanotify::Error::TooMany), is_news));
+        };
         let handle = match FileHandle::of(directory) {
             Ok(handle) => handle,
             Err(err) => {
@@ -172,11 +185,12 @@ impl Names {
     }
 
     /// Listens no more to an open directory.
-    pub(super) fn unlisten(&self, directory: &OwnedFd) {
+    pub(super) fn unlisten(&self, directory: &OwnedFd, attachments: &Attachments) {
         let Some(group) = &self.group else { return };
         // Most errors say that there is no mark, and the others change nothing: it
         // goes with the directory.
-        let _ = group.unmark_directory(directory.as_fd(), MASK);
+        let unmark = |mask| group.unmark_directory(directory.as_fd(), mask);
+        let _ = attachments.unmark_the_rest(directory, MASK, unmark);
     }
 
     /// Forgets this attachment and no later one of the same container.
@@ -196,7 +210,7 @@ impl Names {
             shared.wait_for(group, None);
             loop {
                 match group.read_names(&mut buffer) {
-                    Ok(events) => self.take(shared, events),
+                    Ok(events) => self.take(shared, shared.attachments.take(shared, events)),
                     Err(ReadError::Os(err)) if Errno::from_io_error(&err) == Some(Errno::AGAIN) => {
                         break;
                     }

@@ -862,7 +862,7 @@ impl EntryReading {
                     merged.give_back(&self.watched, fd);
                     begun
                 }
-                Left::Name(_) => return self.begin_below(shared, stored),
+                Left::Name(_) | Left::Copy(_) => return self.begin_below(shared, stored),
             },
             Stored::Nowhere => Begun::Known(state::unopened(&self.stat)),
         };
@@ -933,7 +933,7 @@ impl EntryReading {
                             merged.give_back(&self.watched, fd);
                             state
                         }
-                        Left::Name(_) => {
+                        Left::Name(_) | Left::Copy(_) => {
                             return self.goes_on(|entry| entry.begin_below(shared, stored));
                         }
                     },
@@ -1117,9 +1117,11 @@ impl Walk {
     fn listen(&mut self, shared: &Shared, path: &RootfsPath, directory: &OwnedFd) {
         let names = &shared.names;
         if self.extent == Extent::Last {
-            names.unlisten(directory);
+            names.unlisten(directory, &shared.attachments);
+            shared.closings.unlisten(directory);
             return;
         }
+        shared.closings.listen(directory);
         let (failure, why) = match names.listen(&self.watched, path, directory) {
             Ok(()) | Err(Deaf::Missing | Deaf::Full(false) | Deaf::Refused(_, false)) => return,
             Err(Deaf::Full(true)) => {

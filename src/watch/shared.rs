@@ -17,6 +17,7 @@ use super::acts::Act;
 use super::arguments::Arguments;
 use super::attachments::Attachments;
 use super::calls::Calls;
+use super::closings::Closings;
 use super::code::Hashed;
 use super::fair::{self, Owned, Pace, Waits};
 use super::lower::LowerTwins;
@@ -42,6 +43,7 @@ pub(super) struct Shared {
     pub(super) lower_twins: LowerTwins,
     pub(super) hashed: Hashed,
     pub(super) names: Names,
+    pub(super) closings: Closings,
     pub(super) attachments: Attachments,
     pub(super) terminals: Terminals,
     reports: Sender<Box<Report>>,
@@ -152,14 +154,16 @@ impl Shared {
         acts: Sender<Box<Act>>,
     ) -> io::Result<Shared> {
         let end = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let names = Names::new();
         Ok(Shared {
             settings,
             table: Table::default(),
             health,
             lower_twins: LowerTwins::default(),
             hashed: Hashed::default(),
-            names: Names::new(),
-            attachments: Attachments::new(),
+            attachments: Attachments::new(names.group()),
+            closings: Closings::new(),
+            names,
             terminals: Terminals::new(),
             reports,
             dirty: Mutex::default(),

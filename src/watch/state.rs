@@ -5,9 +5,10 @@ use std::os::fd::BorrowedFd;
 use sha2::Digest as _;
 
 use super::lower::looks_like_program;
+use super::take::Copy;
 use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
 use crate::sys::file::{self, Stat};
-use crate::sys::hash::{Hashed, Hashes, Hashing};
+use crate::sys::hash::{self, Hashed, Hashes, Hashing};
 
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,7 @@ pub(super) fn unopened(stat: &Stat) -> FileState {
         capability: None,
         content: Content::Unhashed(why),
         deleted: stat.links == 0,
+        could_change: false,
     }
 }
 
@@ -58,6 +60,19 @@ pub(super) fn gone(deleted: bool) -> FileState {
         capability: None,
         content: Content::Unhashed(Unhashed::Gone),
         deleted,
+        could_change: false,
+    }
+}
+
+/// The state of a file of which there is a copy.
+pub(super) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
+    let bytes = copy.bytes();
+    let Hashes { blake3, sha256 } = hash::hash_bytes(bytes);
+    FileState {
+        format: Format::sniff(&bytes[..bytes.len().min(Format::HEAD)]),
+        capability: copy.capability(),
+        content: Content::Hashed { blake3, sha256 },
+        ..unopened(stat)
     }
 }
 

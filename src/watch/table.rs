@@ -10,7 +10,9 @@ use super::copyup::Residence;
 use super::files::Files;
 use super::trust::LayerFiles;
 use super::ways::Ways;
-use crate::model::{ContainerId, FileTime, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
+use crate::model::{
+    ContainerId, FileTime, Filesystem, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath,
+};
 use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
@@ -440,6 +442,8 @@ struct Maps {
     /// Since when the devices of `other_devices` are known, by the clock of the
     /// kernel's records.
     since: HashMap<u64, u64>,
+    /// What the devices of containers' other filesystems were when they were listed last.
+    kinds: HashMap<u64, Filesystem>,
     /// The containers of `by_container` by what their processes show: each record of
     /// the kernel asks for one of these.
     by_mount_namespace: Index<u64>,
@@ -485,6 +489,9 @@ impl<K: Eq + Hash> Index<K> {
         self.0.get(key).map(Vec::as_slice).unwrap_or_default()
     }
 }
+
+/// More kinds than this are not remembered.
+const MAX_KINDS: usize = 4096;
 
 impl Maps {
     fn index(&mut self, watched: &Arc<Watched>) {
@@ -565,6 +572,21 @@ impl Table {
         let Maps { since, other_devices, .. } = &mut *maps;
         since.retain(|device, _| other_devices.contains_key(device));
         *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
+    }
+
+    /// Remembers what filesystems are. A mount may be gone when it is asked for.
+    pub(super) fn note_kinds(&self, kinds: impl Iterator<Item = (u64, Filesystem)>) {
+        let kinds: Vec<_> = kinds.take(MAX_KINDS).collect();
+        let mut maps = self.write();
+        if maps.kinds.len() + kinds.len() > MAX_KINDS {
+            maps.kinds.clear();
+        }
+        maps.kinds.extend(kinds);
+    }
+
+    /// What a filesystem was that nothing is mounted from any more.
+    pub(super) fn kind_of(&self, device: u64) -> Option<Filesystem> {
+        self.read().kinds.get(&device).copied()
     }
 
     /// Whether the gate is asked before a file of this device, reached through this

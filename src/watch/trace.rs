@@ -742,6 +742,8 @@ impl Trace {
         // Asked now: its mounts may be gone with it. Lists of mounts can be long, so only
         // where it matters.
         let ground = match &opened {
+            // Memory needs no list.
+            Some((_, stat)) if Some(stat.device) == self.memfd_device => Ground::Memory,
             Some((_, stat)) if !is_host && is_same(stat) && !is_marked(stat) => {
                 self.ground(execution, handle.as_ref(), stat)
             }
@@ -850,6 +852,7 @@ impl Trace {
             .into_iter()
             .flatten()
             .find_map(|viewer| mounted(&Handle::open(viewer).ok()?.mountinfo().ok()?, device))
+            .or_else(|| self.shared.table.kind_of(device))
     }
 
     /// Whether who made this process is not in a container.

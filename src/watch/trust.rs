@@ -149,6 +149,7 @@ mod tests {
             size: 1,
             capability: None,
             content: Content::Unhashed(Unhashed::Size),
+            could_change: false,
             deleted: false,
         }
     }

@@ -7,6 +7,7 @@
 
 mod answers;
 mod chaos;
+mod check;
 mod code;
 mod cri;
 mod deeds;
@@ -17,6 +18,7 @@ mod fair;
 mod fileless;
 mod fuse;
 mod gate;
+mod groups;
 mod hostile;
 mod image;
 mod incarnations;
@@ -76,10 +78,12 @@ fn main() -> ExitCode {
         volumes::trials(),
         chaos::trials(),
         gate::trials(),
+        check::trials(),
         hostile::trials(),
         life::trials(),
         door::trials(),
         deeds::trials(),
+        groups::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
