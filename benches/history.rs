@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use driftd::history::{Filter, History, Record, Writer};
+use driftd::history::{Filter, History, Keep, Record, Writer};
 use driftd::model::{ContainerId, Finding};
 use jiff::{Timestamp, ToSpan as _};
 
@@ -200,7 +200,8 @@ fn with_sqlite(findings: &[Finding]) -> Figures {
 }
 
 fn open(dir: &Path, retention: Duration) -> Writer {
-    History::open(dir).expect("it opens").start(retention, Arc::default())
+    let keep = Keep { retention, max_bytes: 1 << 40 };
+    History::open(dir).expect("it opens").start(keep, Arc::default())
 }
 
 fn store(writer: &Writer, finding: &Finding) {

@@ -168,7 +168,13 @@ pub struct History {
     /// How long findings are kept after they were last seen.
     #[serde(with = "duration")]
     pub retention: Duration,
+    /// How many bytes the history may take. When it is full, the least severe and oldest
+    /// go first, of the container that takes the most; responses stay.
+    pub max_bytes: u64,
 }
+
+/// Less than this, and what a container makes in a minute is dropped in the next.
+const MIN_HISTORY: u64 = 1 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default, deny_unknown_fields)]
@@ -186,7 +192,10 @@ impl Default for Config {
             containerd: Containerd::default(),
             baseline: Baseline::default(),
             watch: Watch::default(),
-            history: History { retention: Duration::from_secs(30 * 24 * 60 * 60) },
+            history: History {
+                retention: Duration::from_secs(30 * 24 * 60 * 60),
+                max_bytes: 1 << 30,
+            },
             respond: Respond::default(),
         }
     }
@@ -343,6 +352,9 @@ impl Config {
         }
         if config.watch.sweep_interval < Duration::from_secs(1) {
             return Err("watch.sweep_interval is below 1s".into());
+        }
+        if config.history.max_bytes < MIN_HISTORY {
+            return Err(format!("history.max_bytes is below {MIN_HISTORY}"));
         }
         let Baseline { recheck_period, recheck_rate, max_layer_bytes, max_layer_entries, .. } =
             config.baseline;

@@ -6,8 +6,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use crossbeam_channel::bounded;
@@ -18,24 +17,38 @@ use tracing_appender::non_blocking::WorkerGuard;
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::{self, Arm, Config};
-use crate::containerd::{Containerd, ContentBlobs};
+use crate::containerd::{Containerd, ContentBlobs, Lane, Urgent};
 use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
-use crate::history::History;
+use crate::history::{History, Keep, Writer};
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
 use crate::pipeline::{self, Inputs, Outputs, State};
 use crate::policy::Policy;
 use crate::pulse::{Part, Pulse};
 use crate::sys::capabilities::Capabilities;
+use crate::sys::channel::Channel;
 use crate::sys::pidfd;
 use crate::sys::procfs::Handle;
-use crate::watch::{self, Scope, Watch};
+use crate::threads::stop::{self, Stage};
+use crate::threads::{self, Left, Role, Threads};
+use crate::watch::{self, Command, Scope, Watch};
 use crate::{api, respond};
 
-/// systemd's own limit is longer (`TimeoutStopSec=`), so that we, not it, choose.
-const GRACE: Duration = Duration::from_secs(10);
+/// The order in which a stop ends everything, each stage with how long it may take: the
+/// gate, so that the kernel answers by itself from there on, and then from left to right,
+/// so that what was seen is still judged, kept and told. systemd's own limit is longer
+/// (`TimeoutStopSec=`), so that we, not it, choose.
+const STOP: [(&str, Duration); 7] = [
+    ("gate", Duration::from_millis(500)),
+    ("containerd", Duration::from_millis(500)),
+    ("watchers", Duration::from_millis(4500)),
+    ("pipeline", Duration::from_millis(4000)),
+    ("baselines", Duration::from_millis(1000)),
+    ("history", Duration::from_millis(3000)),
+    ("followers", Duration::from_millis(1500)),
+];
 
 /// The daemon, in the foreground, until it is asked to stop.
 pub fn run(config: &Config) -> anyhow::Result<Exit> {
@@ -98,6 +111,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (report_sender, reports) = bounded(16_384);
     let mut watch = Watch::start(&settings, report_sender, health.clone(), gate)?;
     heart.progress().needs(watch.gate_turns());
+    heart.progress().needs(health.threads.beats());
     if config.watch.arm == Arm::Strict {
         watch.arm_before_start(&Scope {
             runtimes: config.watch.runtimes.clone(),
@@ -105,7 +119,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             exclude_namespaces: config.containerd.exclude_namespaces.clone(),
         })?;
     }
-    let writer = history.start(config.history.retention, health.clone());
+    let keep = Keep { retention: config.history.retention, max_bytes: config.history.max_bytes };
+    let writer = history.start(keep, health.clone());
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -129,7 +144,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let (response_sender, responses) = bounded(256);
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);
     let (stop_sender, stop) = bounded(0);
-    let inputs = Inputs { changes, reports, news, questions, responses, stop };
+    let history_begun = writer.begun();
+    let inputs = Inputs { changes, reports, news, questions, responses, history_begun, stop };
     let outputs = Outputs {
         commands: watch.commands(),
         recorder: recorder.clone(),
@@ -137,18 +153,36 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         orders: order_sender,
     };
     let (pipeline_ended_sender, pipeline_ended) = tokio::sync::oneshot::channel();
-    let pipeline = thread::Builder::new()
-        .name("pipeline".into())
-        .spawn(move || {
-            // Dropped when the loop panics.
-            let ended: tokio::sync::oneshot::Sender<_> = pipeline_ended_sender;
-            let _ = ended.send(pipeline::run(state, &reader, &inputs, &outputs));
-        })
+    let depth = threads::depth_of(&inputs.reports);
+    health.threads.show_queue("containerd", threads::depth_of(&inputs.changes));
+    // Weak, so that the orders end with the pipeline.
+    let waiting = outputs.orders.downgrade();
+    let waiting = move || waiting.upgrade().map_or(0, |to| to.max_capacity() - to.capacity());
+    health.threads.show_queue("respond", Box::new(waiting));
+    // It waits for the history's disk as well.
+    let run_pipeline = move || {
+        let _ = pipeline_ended_sender.send(pipeline::run(state, &reader, &inputs, &outputs));
+    };
+    health
+        .threads
+        .spawn(PIPELINE, Role::Disk, Some(depth), run_pipeline)
         .context("cannot start the pipeline's thread")?;
+    let (gave_up_sender, mut gave_up) = tokio::sync::mpsc::unbounded_channel();
+    health.threads.on_give_up(move |reason| drop(gave_up_sender.send(reason)));
 
-    let reason = runtime.block_on(async {
-        let containerd =
-            Containerd::start(&config.containerd, &change_sender, recorder.clone(), &health);
+    // Who marks containers is told of them at once: the pipeline may wait for the disk.
+    let commands = watch.commands();
+    // Without room, the pipeline's own command marks it.
+    let lane: Lane = Arc::new(move |urgent| drop(commands.try_send(command_for(urgent))));
+    let (end_api, api_ends) = tokio::sync::oneshot::channel::<()>();
+    let containerd = {
+        let _runtime = runtime.enter();
+        let recording = recorder.clone();
+        Containerd::start_with(&config.containerd, &change_sender, recording, &health, Some(&lane))
+    };
+    drop(change_sender);
+
+    let served = runtime.block_on(async {
         tokio::spawn(respond::run(containerd.clone(), orders, response_sender));
         let listener = api::Listener::bind(&config.socket)?;
         let backend = api::Backend {
@@ -159,7 +193,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             health: health.clone(),
             baselines: store,
             recorder: recorder.clone(),
-            images: Arc::new(containerd),
+            images: Arc::new(containerd.clone()),
         };
         tokio::spawn(feed_watchdog(pulse));
         // Without systemd there is nobody to tell, which is no error.
@@ -168,8 +202,15 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
 
         let guardian_ended = tokio::task::spawn_blocking(move || guardian.wait());
         let gate_ended = tokio::task::spawn_blocking(move || pidfd::wait(gate_ended.as_fd()));
+        // It goes on until what was seen before a stop is told to its followers.
+        let mut api = tokio::spawn(api::serve(listener, backend, async { drop(api_ends.await) }));
         let reason = tokio::select! {
-            result = api::serve(listener, backend, asked_to_stop()) => result.context("the API server failed"),
+            () = asked_to_stop() => Ok(()),
+            result = &mut api => match result {
+                Ok(result) => result.context("the API server failed"),
+                Err(err) => Err(err).context("the API server failed"),
+            },
+            Some(reason) = gave_up.recv() => Err(anyhow::anyhow!(reason)),
             ended = pipeline_ended => match ended {
                 Ok(Err(err)) => Err(err).context("cannot read the history"),
                 Ok(Ok(())) | Err(_) => Err(anyhow::anyhow!("the pipeline ended")),
@@ -182,30 +223,96 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             )),
         };
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        reason
+        anyhow::Ok((reason, api))
     });
-
-    // The gate first: from here on the kernel answers by itself. Then from left to
-    // right, so that what was seen is still judged and kept.
-    let stopped = thread::spawn(move || {
-        watch.close_gate();
-        // The guardian and the heart are needed as long as the gate is open.
-        drop((guarding, heart));
-        watch.stop();
-        drop(stop_sender);
-        let _ = pipeline.join();
-        recorder.stop();
-        writer.stop();
-    });
-    let deadline = std::time::Instant::now() + GRACE;
-    while !stopped.is_finished() && std::time::Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(10));
-    }
-    if !stopped.is_finished() {
-        tracing::warn!(grace = ?GRACE, "gave up waiting for the history to be written");
-    }
+    let (reason, api) = match served {
+        Ok((reason, api)) => (reason, Some(api)),
+        Err(err) => (Err(err), None),
+    };
+    stop::run(stages(
+        Running {
+            watch: Arc::new(watch),
+            watched_by: (guarding, heart),
+            containerd,
+            stop_sender,
+            recorder,
+            writer,
+            end_api,
+            api,
+        },
+        runtime.handle(),
+        &health.threads,
+    ));
     runtime.shutdown_background();
     reason.map(|()| Exit::Clean)
+}
+
+/// The name of the pipeline's thread.
+const PIPELINE: &str = "pipeline";
+
+/// What is there to be stopped.
+struct Running {
+    watch: Arc<Watch>,
+    /// The guardian's channel and the heart, needed as long as the gate is open.
+    watched_by: (Channel, Heart),
+    containerd: Containerd,
+    stop_sender: crossbeam_channel::Sender<std::convert::Infallible>,
+    recorder: Recorder,
+    writer: Writer,
+    end_api: tokio::sync::oneshot::Sender<()>,
+    api: Option<tokio::task::JoinHandle<Result<(), api::Error>>>,
+}
+
+/// What each stage of a stop does, and what it leaves undone.
+fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads) -> Vec<Stage> {
+    type Work = (Box<dyn FnOnce(Instant) + Send>, Box<dyn Fn() -> Vec<Left>>);
+    let Running { watch, watched_by, containerd, stop_sender, recorder, writer, end_api, api } =
+        running;
+    let nothing = || Vec::new();
+    let unwritten = writer.left();
+    let (gate, watchers, drained) = (watch.clone(), watch.clone(), watch);
+    let (end_of_pipeline, pipeline, runtime) = (threads.clone(), threads.clone(), runtime.clone());
+    let works: [Work; STOP.len()] = [
+        (
+            Box::new(move |_| {
+                gate.close_gate();
+                drop(watched_by);
+            }),
+            Box::new(nothing),
+        ),
+        (Box::new(move |_| containerd.stop_following()), Box::new(nothing)),
+        (Box::new(move |deadline| watchers.drain(deadline)), Box::new(move || drained.left())),
+        (
+            Box::new(move |deadline| {
+                drop(stop_sender);
+                end_of_pipeline.wait_for_end(&[PIPELINE], deadline);
+            }),
+            Box::new(move || pipeline.left(&[PIPELINE])),
+        ),
+        (Box::new(move |_| recorder.stop()), Box::new(nothing)),
+        (Box::new(move |_| writer.stop()), Box::new(unwritten)),
+        (
+            Box::new(move |_| {
+                let _ = end_api.send(());
+                if let Some(api) = api.filter(|api| !api.is_finished()) {
+                    let _ = runtime.block_on(api);
+                }
+            }),
+            Box::new(nothing),
+        ),
+    ];
+    let stage = |((name, within), (run, left)): (_, Work)| Stage { name, within, run, left };
+    STOP.into_iter().zip(works).map(stage).collect()
+}
+
+/// What is asked of the watchers when containerd tells of a task.
+fn command_for(urgent: Urgent) -> Command {
+    match urgent {
+        Urgent::TaskCreated { container, pid, rootfs } => {
+            Command::Attach { container, pid, rootfs }
+        }
+        Urgent::TaskExited { container, pid } => Command::Detach { container, pid: Some(pid) },
+    }
 }
 
 /// The free gate is only for kernels that can be relied upon for it.
@@ -288,4 +395,25 @@ fn create_private(directory: &Path) -> anyhow::Result<()> {
         .mode(0o700)
         .create(directory)
         .with_context(|| format!("cannot create the state directory {}", directory.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stop_closes_the_gate_first_and_ends_before_systemd_loses_patience() {
+        let names = STOP.map(|(name, _)| name);
+        let expected =
+            ["gate", "containerd", "watchers", "pipeline", "baselines", "history", "followers"];
+        assert_eq!(names, expected);
+        let longest: Duration = STOP.iter().map(|(_, within)| *within).sum();
+        let unit = include_str!("../systemd/driftd.service");
+        let limit = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec="));
+        let limit = limit.and_then(|limit| limit.strip_suffix('s')).unwrap();
+        assert!(longest + Duration::from_secs(3) < Duration::from_secs(limit.parse().unwrap()));
+        // The pipeline's own limit leaves time for what it says last.
+        let (_, within) = STOP.into_iter().find(|(name, _)| *name == PIPELINE).unwrap();
+        assert!(pipeline::DRAIN_WITHIN < within);
+    }
 }

@@ -1,13 +1,15 @@
 //! Is the view complete? Every way to see less has a stable name, a counter and
 //! one planned reaction.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::pulse::Pulse;
+use crate::threads::Threads;
 
 /// Ways in which the daemon can see or keep less than it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,6 +65,13 @@ pub enum Failure {
     ClockSet,
     /// Something of a container waited for too long to be looked at.
     FindingsDelayed,
+    /// A thread was busy with one item for seconds and made no progress.
+    ThreadStuck,
+    /// The history holds more bytes than it may: the least severe of the container that
+    /// takes most of it was dropped.
+    HistoryFull,
+    /// The history's file was removed or replaced while driftd ran.
+    HistoryGone,
 }
 
 /// What is done about a [`Failure`].
@@ -77,7 +86,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 25] = [
+    pub const ALL: [Failure; 28] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -103,6 +112,9 @@ impl Failure {
         Failure::ProcessUnreadable,
         Failure::ClockSet,
         Failure::FindingsDelayed,
+        Failure::ThreadStuck,
+        Failure::HistoryFull,
+        Failure::HistoryGone,
     ];
 
     pub fn name(self) -> &'static str {
@@ -132,6 +144,9 @@ impl Failure {
             Failure::ProcessUnreadable => "process_unreadable",
             Failure::ClockSet => "clock_set",
             Failure::FindingsDelayed => "findings_delayed",
+            Failure::ThreadStuck => "thread_stuck",
+            Failure::HistoryFull => "history_full",
+            Failure::HistoryGone => "history_gone",
         }
     }
 
@@ -148,9 +163,10 @@ impl Failure {
             | Failure::GateQueueFull
             | Failure::ClockSet
             | Failure::BaselineBacklogFull => Reaction::Rescan,
-            Failure::ContainerdLost | Failure::BaselineCorrupt | Failure::HistoryWrite => {
-                Reaction::Retry
-            }
+            Failure::ContainerdLost
+            | Failure::BaselineCorrupt
+            | Failure::HistoryWrite
+            | Failure::HistoryGone => Reaction::Retry,
             Failure::MarkRefused
             | Failure::ScanIncomplete
             | Failure::BaselineUnavailable
@@ -159,9 +175,11 @@ impl Failure {
             | Failure::FindingsFull
             | Failure::MountsFull
             | Failure::NamesFull
+            | Failure::ThreadStuck
             | Failure::ExecEventsFull
             | Failure::ProcessUnreadable
-            | Failure::FindingsDelayed => Reaction::Degrade,
+            | Failure::FindingsDelayed
+            | Failure::HistoryFull => Reaction::Degrade,
         }
     }
 }
@@ -175,10 +193,24 @@ pub struct Gating {
     pub instead: Option<String>,
 }
 
+/// A failure that makes the view incomplete.
+#[derive(Debug)]
+struct Lasting {
+    detail: String,
+    /// When it does so no more; `None`: when it is said to be over.
+    until: Option<Instant>,
+}
+
+/// How long the view counts as incomplete after something that nothing makes up for.
+const RECENT: Duration = Duration::from_secs(60);
+
 /// The counters, one per failure, shared by every thread.
 #[derive(Debug, Default)]
 pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
+    lasting: Mutex<BTreeMap<&'static str, Lasting>>,
+    /// The daemon's threads: what waits for them, and whether they make progress.
+    pub threads: Threads,
     /// Known once the daemon has begun to watch.
     pub gating: OnceLock<Gating>,
     /// What the gate counts, once it has been started.
@@ -204,6 +236,43 @@ impl Health {
     pub fn record(&self, failure: Failure) -> Reaction {
         self.counts[failure as usize].fetch_add(1, Ordering::Relaxed);
         failure.reaction()
+    }
+
+    /// A failure that lasts, seen by who cannot tell the pipeline: until it is over,
+    /// the view is incomplete.
+    pub fn begin(&self, failure: Failure, detail: &str) {
+        let lasting = Lasting { detail: detail.to_owned(), until: None };
+        self.lasting().insert(failure.name(), lasting);
+    }
+
+    /// It is over.
+    pub fn end(&self, failure: Failure) {
+        self.lasting().remove(failure.name());
+    }
+
+    /// A failure that nothing makes up for: the view is incomplete for a while.
+    pub fn happened(&self, failure: Failure, detail: &str) {
+        self.happened_at(failure, detail, Instant::now());
+    }
+
+    fn happened_at(&self, failure: Failure, detail: &str, now: Instant) {
+        let lasting = Lasting { detail: detail.to_owned(), until: Some(now + RECENT) };
+        self.lasting().insert(failure.name(), lasting);
+    }
+
+    /// Failures that last, each with its name.
+    pub fn problems(&self) -> Vec<String> {
+        self.problems_at(Instant::now())
+    }
+
+    fn problems_at(&self, now: Instant) -> Vec<String> {
+        let mut lasting = self.lasting();
+        lasting.retain(|_, lasting| lasting.until.is_none_or(|until| now < until));
+        lasting.iter().map(|(name, Lasting { detail, .. })| format!("{detail} ({name})")).collect()
+    }
+
+    fn lasting(&self) -> MutexGuard<'_, BTreeMap<&'static str, Lasting>> {
+        self.lasting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn count(&self, failure: Failure) -> u64 {
@@ -316,5 +385,21 @@ mod tests {
         }
         let names: std::collections::BTreeSet<_> = Failure::ALL.map(Failure::name).into();
         assert_eq!(names.len(), Failure::ALL.len());
+    }
+
+    #[test]
+    fn h02_a_failure_is_a_problem_until_it_is_over_or_was_a_while_ago() {
+        let health = Health::default();
+        let now = Instant::now();
+        health.begin(Failure::HistoryWrite, "the disk is full");
+        health.happened_at(Failure::ExecEventsFull, "execs were not told", now);
+        let (first, last) = (
+            "execs were not told (exec_events_full)".to_owned(),
+            "the disk is full (history_write)".to_owned(),
+        );
+        assert_eq!(health.problems_at(now + RECENT / 2), [first, last.clone()]);
+        assert_eq!(health.problems_at(now + RECENT), [last]);
+        health.end(Failure::HistoryWrite);
+        assert_eq!(health.problems_at(now), [""; 0]);
     }
 }

@@ -9,21 +9,18 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::baseline::ImageBaseline;
+use crate::budget::{self, Account, Pool, Share, Waiting};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Incarnation, Kind,
-    LayerId, Member, NamedBy, Observation, Process, ProcessIdentity, RootfsPath,
+    LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath,
 };
 
-/// Findings of one container that are kept in memory.
-pub const MAX_FINDINGS: usize = 32 * 1024;
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
 /// Containers that were removed and are remembered, for what comes late of them.
 const MAX_GONE: usize = 256;
 /// Runs of one container that have ended and are remembered as such.
 const MAX_ENDED: usize = 64;
-/// Files of one container that aggregated findings know one by one: 24 bytes each.
-pub const MAX_MEMBERS: usize = 256 * 1024;
 
 /// Everything about one container.
 #[derive(Debug, Default)]
@@ -56,6 +53,8 @@ pub struct Entry {
     /// What the settings have ordered for the run that there is.
     pub kill: Option<Kill>,
     pub findings: HashMap<FindingId, Finding>,
+    /// What these take.
+    account: Account,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
     /// The newest package managers at work, a parent before its children.
@@ -67,7 +66,7 @@ pub struct Entry {
     /// How many findings tell of several files, by kind.
     together: HashMap<Kind, usize>,
     /// Seen before the baseline was there.
-    pub backlog: VecDeque<Observation>,
+    pub backlog: Waiting,
 }
 
 /// An automatic kill of one run. It is ordered once, and again as long as it fails.
@@ -102,6 +101,7 @@ pub struct Members {
     groups: Vec<FindingId>,
     indexes: HashMap<FindingId, u32>,
     known: HashMap<u64, (u32, Told)>,
+    share: Share,
 }
 
 /// Written files and executed ones are told apart: one path may be both.
@@ -109,6 +109,25 @@ pub struct Members {
 pub enum Deed {
     Written,
     Executed,
+    /// What found no room as a finding of this kind, and is neither of the others.
+    Counted(Kind),
+}
+
+impl Deed {
+    /// What the files of an aggregated finding of this kind have in common.
+    pub fn of(kind: Kind) -> Deed {
+        match kind {
+            Kind::FileAdded
+            | Kind::FileModified
+            | Kind::FileRelocated
+            | Kind::FileRemoved
+            | Kind::PackageTransaction => Deed::Written,
+            Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated | Kind::ExecInterpreted => {
+                Deed::Executed
+            }
+            kind => Deed::Counted(kind),
+        }
+    }
 }
 
 /// What was told of a member, short enough to keep many.
@@ -154,7 +173,7 @@ impl Members {
     }
 
     fn put_key(&mut self, key: u64, finding: FindingId, told: Told) -> bool {
-        if self.known.len() >= MAX_MEMBERS && !self.known.contains_key(&key) {
+        if !self.known.contains_key(&key) && !self.share.try_take(1) {
             return false;
         }
         let groups = &mut self.groups;
@@ -222,16 +241,17 @@ impl Entry {
         self.pid = Some(pid);
     }
 
-    /// The run is over; says whether there was one. What was ordered for it is settled.
-    pub fn run_ended(&mut self) -> bool {
+    /// The run is over; hands back its init's pid, if there was one. What was ordered for it
+    /// is settled.
+    pub fn run_ended(&mut self) -> Option<u32> {
         self.init = None;
         self.kill = None;
-        let Some(pid) = self.pid.take() else { return false };
+        let pid = self.pid.take()?;
         if self.ended.len() == MAX_ENDED {
             self.ended.pop_front();
         }
         self.ended.push_back(pid);
-        true
+        Some(pid)
     }
 
     /// The run that there is, if there is one.
@@ -327,7 +347,10 @@ impl Entry {
         {
             self.remember_package_manager(Arc::new(process.clone()));
         }
-        self.findings.insert(finding.id, finding);
+        let (kind, severity, bytes) = (finding.kind, finding.severity, budget::weight(&finding));
+        if self.findings.insert(finding.id, finding).is_none() {
+            self.account.keep(kind, severity, bytes);
+        }
     }
 
     /// Whoever descends from a known one belongs to that.
@@ -358,11 +381,19 @@ impl Entry {
         self.together.get(&kind).copied().unwrap_or_default()
     }
 
-    /// Whether another finding of this kind may be kept. A container can make new
-    /// programs faster than anybody can read of them, and must not fill the
-    /// daemon's memory; what was run has more room than what only lies there.
-    pub fn has_room_for(&self, kind: Kind) -> bool {
-        self.findings.len() < if kind.is_exec() { MAX_FINDINGS } else { MAX_FINDINGS / 2 }
+    /// Whether this finding may be kept as one of its own.
+    pub fn has_room_for(&self, finding: &Finding) -> bool {
+        self.account.has_room(finding.kind, finding.severity, budget::weight(finding))
+    }
+
+    /// A finding found no room: it is counted in another one.
+    pub fn fold(&mut self) {
+        self.account.fold();
+    }
+
+    /// How many sightings found no room for findings of their own.
+    pub fn folded(&self) -> u64 {
+        self.account.folded()
     }
 
     /// The findings about `path`, of any content.
@@ -419,9 +450,10 @@ fn place_of(finding: &Finding) -> Option<RootfsPath> {
 }
 
 /// All containers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Inventory {
     entries: BTreeMap<ContainerId, Entry>,
+    pools: Pools,
     /// The files that remembered findings tell together.
     remembered_members: HashMap<FindingId, Vec<(u64, Told)>>,
     /// What the files of remembered findings have in common.
@@ -436,6 +468,34 @@ pub struct Inventory {
     gone: VecDeque<(ContainerId, Box<Former>)>,
     /// Findings about layers on disk, without a container.
     pub of_layers: HashMap<FindingId, Finding>,
+}
+
+/// What the containers share.
+#[derive(Debug)]
+struct Pools {
+    findings: Arc<Pool>,
+    members: Arc<Pool>,
+    backlogs: Arc<Pool>,
+}
+
+impl Default for Inventory {
+    fn default() -> Inventory {
+        Inventory {
+            entries: BTreeMap::new(),
+            pools: Pools {
+                findings: Pool::new(budget::ALL_FINDINGS),
+                members: Pool::new(budget::ALL_MEMBERS),
+                backlogs: Pool::new(budget::ALL_BACKLOGS),
+            },
+            remembered_members: HashMap::new(),
+            deeds: HashMap::new(),
+            hasher: RandomState::new(),
+            remembered: HashMap::new(),
+            gone: VecDeque::new(),
+            is_whole: false,
+            of_layers: HashMap::new(),
+        }
+    }
 }
 
 impl Inventory {
@@ -456,9 +516,7 @@ impl Inventory {
     pub fn remember(&mut self, findings: Vec<Finding>) {
         for finding in findings {
             if finding.files.is_some() {
-                let is_run = finding.kind.is_exec();
-                let deed = if is_run { Deed::Executed } else { Deed::Written };
-                self.deeds.insert(finding.id, deed);
+                self.deeds.insert(finding.id, Deed::of(finding.kind));
             }
             match finding.container_id().cloned() {
                 Some(container) => {
@@ -483,14 +541,27 @@ impl Inventory {
     pub fn entry(&mut self, id: &ContainerId) -> &mut Entry {
         let remembered = &mut self.remembered;
         let members = &mut self.remembered_members;
-        let hasher = &self.hasher;
-        let gone = &mut self.gone;
+        let (hasher, pools, gone) = (&self.hasher, &self.pools, &mut self.gone);
         self.entries.entry(id.clone()).or_insert_with(|| {
-            let mut entry = Entry::default();
+            let mut entry = Entry {
+                account: Account::new(&pools.findings),
+                backlog: Waiting::new(&pools.backlogs, budget::BACKLOG),
+                ..Entry::default()
+            };
             entry.members.hasher = hasher.clone();
             let before = gone.iter().rposition(|(gone, _)| gone == id);
             entry.former = before.and_then(|index| gone.remove(index)).map(|(_, former)| former);
-            for finding in remembered.remove(id).unwrap_or_default() {
+            entry.members.share = pools.members.share(budget::MEMBERS);
+            let mut findings = remembered.remove(id).unwrap_or_default();
+            // If the history has more than fits, the worst and the newest are known.
+            findings.sort_by_key(|finding| {
+                let is_group = finding.files.is_some();
+                std::cmp::Reverse((is_group, finding.severity, finding.last_seen))
+            });
+            for finding in findings {
+                if !entry.has_room_for(&finding) {
+                    continue;
+                }
                 for (key, told) in members.remove(&finding.id).unwrap_or_default() {
                     entry.members.put_key(key, finding.id, told);
                 }
@@ -602,8 +673,8 @@ mod tests {
         entry.began(7);
         assert!(runs(&entry, init(7, 100)));
         entry.init = Some(init(7, 100));
-        assert!(entry.run_ended());
-        assert!(!entry.run_ended() && !runs(&entry, init(7, 100)));
+        assert!(entry.run_ended().is_some());
+        assert!(entry.run_ended().is_none() && !runs(&entry, init(7, 100)));
         entry.began(8);
         assert!(!runs(&entry, init(7, 100)) && runs(&entry, init(8, 200)));
         assert!(runs(&entry, init(9, 300)), "the next one");

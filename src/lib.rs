@@ -10,6 +10,7 @@ pub mod containerd;
 pub mod watch;
 
 pub mod baseline;
+pub mod budget;
 pub mod detect;
 pub mod inventory;
 pub mod policy;
@@ -24,6 +25,7 @@ pub mod api;
 
 pub mod health;
 pub mod pulse;
+pub mod threads;
 
 pub mod config;
 pub mod daemon;

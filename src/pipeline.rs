@@ -16,20 +16,20 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvError, SendTimeoutError, Sender, TryRecvError};
 use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::baseline::{FileEntry, ImageBaseline, Job, Known, News, Proof, Recorder, Store};
+use crate::budget::{self, Pool, Waiting};
 use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
-use crate::inventory::{
-    BaselineState, Deed, Entry, Inventory, Kill, MAX_FINDINGS, Told, WatchState,
-};
+use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
@@ -39,6 +39,7 @@ use crate::model::{
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
+use crate::threads;
 use crate::watch::{self, Command, Report, Trust};
 
 mod aggregate;
@@ -49,7 +50,7 @@ mod sessions;
 mod together;
 
 pub use self::gaps::Gap;
-use self::gaps::Gaps;
+use self::gaps::{Gaps, Until};
 use self::layers::Tampered;
 use self::sessions::Sessions;
 use self::together::Unsaid;
@@ -64,6 +65,8 @@ pub enum Input {
     Watch(Report),
     Asked(Question),
     Responded(Response),
+    /// The history begins anew: it wants everything that is known.
+    HistoryBegun,
     /// It is [`State::next_due`].
     Due,
 }
@@ -199,16 +202,16 @@ pub enum LookupError {
     Stopping,
 }
 
-/// How many observations of one container may wait for its baseline.
-const BACKLOG: usize = 8192;
-/// How long and how many observations may wait for containerd to tell of their
-/// container.
+/// How long observations may wait for containerd to tell of their container.
 const ANNOUNCED_WITHIN: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
-const MAX_UNANNOUNCED: usize = 1024;
+/// Of how many such containers.
+const MAX_UNANNOUNCED: usize = 256;
 /// How many containers are named to somebody who may have meant one of them.
 const MOST_ALIKE: usize = 3;
 /// How many differences one answer may hold.
 const MAX_DIFFERENCES: usize = 100_000;
+/// And how many bytes of paths.
+const MAX_DIFFERENCE_BYTES: usize = 64 << 20;
 
 /// The state and the rules by which it changes.
 #[derive(Debug)]
@@ -230,12 +233,10 @@ pub struct State {
     out: HashMap<u64, (Order, Option<Asker>)>,
     /// Containers of which a kill has failed that may be ordered again.
     failed_kills: HashSet<ContainerId>,
-    /// When each loss was last written to the history: a flood of one loss is
-    /// one gap a second, the counters have the rest.
-    told_gaps: HashMap<&'static str, Timestamp>,
     gaps: Gaps,
     /// Seen of containers that containerd has not told of yet.
-    unannounced: VecDeque<Observation>,
+    unannounced: BTreeMap<ContainerId, Waiting>,
+    unannounced_pool: Arc<Pool>,
     /// What is new of aggregated findings and not told yet.
     unsaid: Unsaid,
     sessions: Sessions,
@@ -245,6 +246,8 @@ pub struct State {
 struct PendingDiff {
     container: ContainerId,
     differences: Vec<Difference>,
+    /// Of their paths.
+    bytes: usize,
     truncated: bool,
     reply: oneshot::Sender<Result<Diff, LookupError>>,
 }
@@ -302,9 +305,9 @@ impl State {
             diffs: HashMap::new(),
             out: HashMap::new(),
             failed_kills: HashSet::new(),
-            told_gaps: HashMap::new(),
             gaps: Gaps::default(),
-            unannounced: VecDeque::new(),
+            unannounced: BTreeMap::new(),
+            unannounced_pool: Pool::new(budget::ALL_UNANNOUNCED),
             unsaid: Unsaid::default(),
             sessions: Sessions::default(),
         }
@@ -338,8 +341,18 @@ impl State {
             Input::Watch(report) => self.watched(report, now, effects),
             Input::Asked(question) => self.asked(question, now, effects),
             Input::Responded(response) => self.responded(response, now, effects),
+            Input::HistoryBegun => self.report_again(effects),
             Input::Due => self.due(now, effects),
         }
+    }
+
+    /// Hands on everything that is known. Of files that are counted in one finding only
+    /// the number is.
+    fn report_again(&mut self, effects: &mut Vec<Effect>) {
+        self.say_all(effects);
+        let of_containers = self.inventory.iter().flat_map(|(_, entry)| entry.findings.values());
+        effects.extend(of_containers.chain(self.inventory.of_layers.values()).map(Effect::record));
+        self.sessions_again(effects);
     }
 
     // ---- the node
@@ -355,7 +368,7 @@ impl State {
                     self.endpoints.insert(endpoint.clone(), Some(reason.clone())) == Some(None);
                 if was_connected {
                     let detail = format!("{endpoint}: {reason}");
-                    self.gap(Failure::ContainerdLost, None, detail, now, effects);
+                    self.lost(Failure::ContainerdLost, None, detail, now, effects);
                 }
             }
             Change::TaskCreated { container, pid, rootfs } => {
@@ -488,15 +501,16 @@ impl State {
 
     fn task_exited(&mut self, id: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
         // First: what is told of it from here on is answered by nothing.
-        let has_run = self.inventory.get_mut(id).is_some_and(Entry::run_ended);
+        let pid = self.inventory.get_mut(id).and_then(Entry::run_ended);
         self.sessions_ended(id, now, effects);
         let Some(entry) = self.inventory.get_mut(id) else { return };
-        if has_run {
+        if let Some(pid) = pid {
             entry.watch = WatchState::No;
             if let Some(container) = &mut entry.container {
                 container.task = None;
             }
-            effects.push(Effect::Watch(Command::Detach { container: id.clone() }));
+            effects.push(Effect::Watch(Command::Detach { container: id.clone(), pid: Some(pid) }));
+            tell_closed(self.gaps.ended(id, now), effects);
         }
     }
 
@@ -546,7 +560,8 @@ impl State {
                 self.say_all(effects);
                 // Its last scan was never reported; nothing more will come.
                 self.inventory.remove(&id);
-                self.forget_sessions(&id);
+                self.forget_sessions(&id, effects);
+                tell_closed(self.gaps.gone(&id, now), effects);
             } else {
                 self.task_exited(&id, now, effects);
                 self.forget(&id, effects);
@@ -573,6 +588,7 @@ impl State {
             }
         }
         if self.is_whole() {
+            tell_closed(self.gaps.over(Failure::ContainerdLost, None, now), effects);
             self.inventory.forget_remembered();
             self.forget_remembered_sessions(effects);
             if reconnected {
@@ -621,8 +637,12 @@ impl State {
                         entry.entry_point = detect::entry_point(&baseline, &container.entry_point);
                     }
                     layers::tell_entry_point(&id, entry, effects);
-                    for observation in std::mem::take(&mut entry.backlog) {
+                    for observation in entry.backlog.take() {
                         self.judge(&observation, now, effects);
+                    }
+                    if self.gaps.is_open(Failure::BaselineBacklogFull, &id) {
+                        // What found no room is found again.
+                        effects.push(Effect::Watch(Command::Scan { container: id, ticket: None }));
                     }
                 }
                 self.former_baseline(chain_id, &baseline, now, effects);
@@ -663,7 +683,7 @@ impl State {
                 if let Some(container) = &entry.container {
                     entry.entry_point = detect::entry_point(baseline, &container.entry_point);
                 }
-                waiting.extend(std::mem::take(&mut entry.backlog));
+                waiting.extend(entry.backlog.take());
             }
             entry.swap_with_former();
         }
@@ -717,41 +737,21 @@ impl State {
                 {
                     self.say_all(effects);
                     self.inventory.remove(&container);
-                    self.forget_sessions(&container);
+                    self.forget_sessions(&container, effects);
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
             Report::Lost { failure, container, detail, at } => {
                 self.lost(failure, container, detail, at, effects);
             }
+            Report::Over { failure, container } => {
+                tell_closed(self.gaps.over(failure, container.as_ref(), now), effects);
+            }
         }
     }
 
-    fn gap(
-        &mut self,
-        failure: Failure,
-        container: Option<ContainerId>,
-        detail: String,
-        now: Timestamp,
-        effects: &mut Vec<Effect>,
-    ) {
-        const QUIET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
-        let told = self.told_gaps.get(failure.name());
-        // Of a clock that was set back it is not known how long ago that was.
-        if told.is_some_and(|told| now.duration_since(*told).abs() < QUIET) {
-            return;
-        }
-        self.told_gaps.insert(failure.name(), now);
-        effects.push(Effect::Record(Record::Gap {
-            name: failure.name().to_owned(),
-            container,
-            detail,
-            at: now,
-            until: None,
-        }));
-    }
-
-    /// The watchers have lost something, and will walk what it may concern.
+    /// Something was lost. While that lasts, the view is incomplete; the history keeps
+    /// one gap for each cause and container, with its beginning and its end.
     fn lost(
         &mut self,
         failure: Failure,
@@ -760,26 +760,46 @@ impl State {
         at: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        let awaited = match &container {
-            // No walk makes up for it.
-            _ if failure.reaction() != Reaction::Rescan => HashSet::new(),
-            Some(container) => HashSet::from([container.clone()]),
-            None => self
-                .inventory
-                .iter()
-                .filter(|(_, entry)| matches!(entry.watch, WatchState::Attached { .. }))
-                .map(|(id, _)| id.clone())
-                .collect(),
+        let until = match (failure, &container) {
+            // Of containers that nobody has told of: none of them can be walked.
+            (Failure::BaselineBacklogFull, container)
+                if container.as_ref().is_none_or(|id| self.inventory.get(id).is_none()) =>
+            {
+                Until::Quiet
+            }
+            // Of layers: nobody makes room for more.
+            (Failure::FindingsFull, None) => Until::Quiet,
+            (Failure::ScanIncomplete, Some(container)) => {
+                Until::Walked(HashSet::from([container.clone()]))
+            }
+            // Nobody reads it once more.
+            (Failure::ProcessUnreadable, _) => Until::Quiet,
+            _ if failure.reaction() != Reaction::Rescan => Until::Over,
+            (_, Some(container)) => Until::Walked(HashSet::from([container.clone()])),
+            (_, None) => Until::Walked(
+                self.inventory
+                    .iter()
+                    .filter(|(_, entry)| matches!(entry.watch, WatchState::Attached { .. }))
+                    .map(|(id, _)| id.clone())
+                    .collect(),
+            ),
         };
-        let gap = Gap {
-            failure,
-            container: container.clone(),
-            detail: detail.clone(),
-            since: at,
-            until: None,
+        self.open_gap(Gap { failure, container, detail, since: at, until: None }, until, effects);
+    }
+
+    fn open_gap(&mut self, gap: Gap, until: Until, effects: &mut Vec<Effect>) {
+        // Over at once, where there is nothing that a walk could make up for.
+        let is_over = until == Until::Walked(HashSet::new());
+        let record = Record::Gap {
+            name: gap.failure.name().to_owned(),
+            container: gap.container.clone(),
+            detail: gap.detail.clone(),
+            at: gap.since,
+            until: is_over.then_some(gap.since),
         };
-        self.gaps.opened(gap, awaited);
-        self.gap(failure, container, detail, at, effects);
+        if self.gaps.opened(gap, until) {
+            effects.push(Effect::Record(record));
+        }
     }
 
     fn note_difference(&mut self, ticket: u64, observation: &Observation) {
@@ -812,7 +832,9 @@ impl State {
         let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
             return;
         };
-        if pending.differences.len() == MAX_DIFFERENCES {
+        pending.bytes += path.as_bytes().len();
+        let is_full = pending.differences.len() == MAX_DIFFERENCES;
+        if is_full || pending.bytes > MAX_DIFFERENCE_BYTES {
             pending.truncated = true;
             return;
         }
@@ -834,24 +856,50 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        self.unannounced.retain(|one| now.duration_since(one.at) < ANNOUNCED_WITHIN);
-        if self.unannounced.len() < MAX_UNANNOUNCED {
-            self.unannounced.push_back(observation.clone());
-            return;
+        self.unannounced.retain(|_, waiting| {
+            let is_old = |one: &Observation| now.duration_since(one.at) >= ANNOUNCED_WITHIN;
+            while waiting.first().is_some_and(is_old) {
+                waiting.pop();
+            }
+            !waiting.is_empty()
+        });
+        let container = &observation.container;
+        let lost = if self.unannounced.contains_key(container)
+            || self.unannounced.len() < MAX_UNANNOUNCED
+        {
+            let pool = &self.unannounced_pool;
+            let waiting = self
+                .unannounced
+                .entry(container.clone())
+                .or_insert_with(|| Waiting::new(pool, budget::UNANNOUNCED));
+            waiting.push(observation.clone())
+        } else {
+            vec![observation.clone()]
+        };
+        self.not_judged(lost, "containerd has not reported the container", now, effects);
+    }
+
+    /// What waited for something found no room.
+    fn not_judged(
+        &mut self,
+        lost: Vec<Observation>,
+        awaited: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        for observation in lost {
+            judged(&observation, watch::Verdict::Lost, effects);
+            let _ = self.health.record(Failure::BaselineBacklogFull);
+            let detail = format!("{awaited}, and more observations wait than may wait");
+            let container = Some(observation.container);
+            self.lost(Failure::BaselineBacklogFull, container, detail, now, effects);
         }
-        judged(observation, watch::Verdict::Lost, effects);
-        let _ = self.health.record(Failure::BaselineBacklogFull);
-        let detail = format!("more than {MAX_UNANNOUNCED} observations of unknown containers");
-        self.gap(Failure::BaselineBacklogFull, None, detail, now, effects);
     }
 
     /// Judges what was seen of a container before it was told of.
     fn announced(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
-        let (of_it, others) = std::mem::take(&mut self.unannounced)
-            .into_iter()
-            .partition::<VecDeque<_>, _>(|one| one.container == *container);
-        self.unannounced = others;
-        for observation in of_it {
+        let Some(mut waiting) = self.unannounced.remove(container) else { return };
+        for observation in waiting.take() {
             self.judge(&observation, now, effects);
         }
     }
@@ -940,15 +988,8 @@ impl State {
             BaselineState::Ready(baseline) => baseline.clone(),
             BaselineState::None(_) => return,
             BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Failed(..) => {
-                if entry.backlog.len() < BACKLOG {
-                    entry.backlog.push_back(observation.clone());
-                } else {
-                    judged(observation, watch::Verdict::Lost, effects);
-                    let _ = self.health.record(Failure::BaselineBacklogFull);
-                    let container = observation.container.clone();
-                    let detail = format!("more than {BACKLOG} observations wait");
-                    self.gap(Failure::BaselineBacklogFull, Some(container), detail, now, effects);
-                }
+                let lost = entry.backlog.push(observation.clone());
+                self.not_judged(lost, "its baseline is not ready", now, effects);
                 return;
             }
         };
@@ -1167,12 +1208,13 @@ impl State {
             if let (Some(file), Some(state)) = (&mut finding.file, evidence.state) {
                 file.deleted = state.deleted;
             }
-        } else if !entry.has_room_for(kind) {
-            self.findings_full(&observation.container, now, effects);
-            return;
         } else {
             let finding = self.about_file(id, observation, judgement, evidence);
             let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+            if !entry.has_room_for(&finding) {
+                self.fold(observation, judgement, evidence, &finding, now, effects);
+                return;
+            }
             entry.insert_finding(finding);
         }
         self.session_caused(observation, evidence.process, id, now, effects);
@@ -1192,7 +1234,7 @@ impl State {
         let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
         finding.severity = judgement.severity;
         finding.count = observation.times();
-        finding.process = evidence.process.cloned();
+        finding.process = evidence.process.map(budget::process);
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
         let could_change = evidence.state.is_some_and(|state| state.could_change);
         let details = detail(observation, evidence.detail).into_iter();
@@ -1242,12 +1284,17 @@ impl State {
     fn findings_full(
         &mut self,
         container: &ContainerId,
+        kind: Kind,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        if let Some(entry) = self.inventory.get_mut(container) {
+            entry.fold();
+        }
         let _ = self.health.record(Failure::FindingsFull);
-        let detail = format!("{MAX_FINDINGS} findings are kept, of programs that never ran half");
-        self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+        let detail =
+            format!("more {kind} than are kept one by one: they are counted in one finding");
+        self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
     /// Hands a finding's newest revision on, and answers it as the policy says. `init` is
@@ -1410,6 +1457,7 @@ impl State {
                         PendingDiff {
                             container: container.clone(),
                             differences: Vec::new(),
+                            bytes: 0,
                             truncated: false,
                             reply,
                         },
@@ -1514,7 +1562,24 @@ impl State {
                 BaselineState::Ready(_) => (),
             }
         }
-        problems.extend(self.gaps.open().map(|gap| {
+        problems.extend(self.inventory.iter().filter(|(_, entry)| entry.folded() > 0).map(
+            |(id, entry)| {
+                let folded = entry.folded();
+                format!(
+                    "container {id} has more findings than are kept one by one: {folded} sightings \
+                     are counted in one finding of each kind (findings_full)"
+                )
+            },
+        ));
+        // While the connection is away, that is said above, and so is what was folded.
+        let is_folded =
+            |id: &ContainerId| self.inventory.get(id).is_some_and(|entry| entry.folded() > 0);
+        let is_said = |gap: &&Gap| match gap.failure {
+            Failure::ContainerdLost => endpoints.iter().all(|one| one.connected),
+            Failure::FindingsFull => !gap.container.as_ref().is_some_and(is_folded),
+            _ => true,
+        };
+        problems.extend(self.gaps.open().filter(is_said).map(|gap| {
             let whose = gap
                 .container
                 .as_ref()
@@ -1831,13 +1896,15 @@ fn view(entry: &Entry) -> Option<ContainerView> {
 }
 
 /// The loop's channels.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Inputs {
     pub changes: Receiver<Change>,
     pub reports: Receiver<Box<Report>>,
     pub news: Receiver<News>,
     pub questions: Receiver<Question>,
     pub responses: Receiver<Response>,
+    /// Something comes when the history begins anew.
+    pub history_begun: Receiver<()>,
     /// Closed when the daemon stops.
     pub stop: Receiver<std::convert::Infallible>,
 }
@@ -1853,42 +1920,44 @@ pub struct Outputs {
 /// Clocks are set back: what is due then is not as far away as it seems.
 const LONGEST_SLEEP: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// Runs until it is stopped, or the history cannot be read.
+/// How long what is queued may take when the daemon stops, with the responses that are
+/// being carried out.
+pub const DRAIN_WITHIN: std::time::Duration = std::time::Duration::from_millis(3500);
+
+/// Runs until it is stopped, or the history cannot be read. A stop takes in everything
+/// that is queued first.
 pub fn run(
     mut state: State,
     history: &Reader,
     inputs: &Inputs,
     outputs: &Outputs,
 ) -> Result<(), history::Error> {
-    let ended = run_until_stopped(&mut state, history, inputs, outputs);
-    keep_last_responses(&mut state, inputs, outputs);
-    ended
+    let mut carrier = Carrier { outputs, stop: &inputs.stop, dropped: 0 };
+    let ended = run_until_stopped(&mut state, history, inputs, &mut carrier);
+    let drained = match ended {
+        Ok(Ended::Stopped) => drain(&mut state, history, inputs, &mut carrier),
+        Ok(Ended::WithoutHistory) => Ok(()),
+        Err(err) => Err(err),
+    };
+    keep_the_rest(&mut state, inputs, &mut carrier);
+    drained
 }
 
-/// How long a stop waits for what was ordered before it.
-const LAST_RESPONSES: std::time::Duration = std::time::Duration::from_secs(3);
-
-/// What was ordered is recorded, whatever came of it.
-fn keep_last_responses(state: &mut State, inputs: &Inputs, outputs: &Outputs) {
-    let deadline = std::time::Instant::now() + LAST_RESPONSES;
-    let mut effects = Vec::new();
-    while state.has_orders_out()
-        && let Ok(response) = inputs.responses.recv_deadline(deadline)
-    {
-        state.responded(response, Timestamp::now(), &mut effects);
-    }
-    state.give_up_orders(&mut effects);
-    let records = effects.into_iter().filter(|effect| matches!(effect, Effect::Record(_)));
-    records.for_each(|effect| drop(carry_out(effect, outputs)));
+/// Why the loop has ended.
+enum Ended {
+    Stopped,
+    /// Nobody takes records any more.
+    WithoutHistory,
 }
 
 fn run_until_stopped(
     state: &mut State,
     history: &Reader,
     inputs: &Inputs,
-    outputs: &Outputs,
-) -> Result<(), history::Error> {
-    let mut effects = Vec::new();
+    carrier: &mut Carrier<'_>,
+) -> Result<Ended, history::Error> {
+    // Whoever has nothing more to say is not listened to; that is no reason to end.
+    let mut open = inputs.clone();
     loop {
         let due = match state.next_due() {
             Some(due) => {
@@ -1900,42 +1969,135 @@ fn run_until_stopped(
         };
         // Biased: a new container must be marked within milliseconds, however
         // many observations wait.
-        let input = crossbeam_channel::select_biased! {
-            recv(inputs.stop) -> _ => {
-                // What was judged is kept.
-                state.say_all(&mut effects);
-                state.say_sessions(Timestamp::now(), &mut effects);
-                effects.drain(..).for_each(|effect| drop(carry_out(effect, outputs)));
-                return Ok(());
+        let input = threads::idle(|| {
+            crossbeam_channel::select_biased! {
+                recv(inputs.stop) -> _ => None,
+                recv(open.changes) -> change => {
+                    Some(listen(change, &mut open.changes).map(Input::Node))
+                }
+                recv(open.news) -> news => {
+                    let news = listen(news, &mut open.news);
+                    Some(news.map(|news| baseline_input(news, &carrier.outputs.recorder)))
+                }
+                recv(open.responses) -> response => {
+                    Some(listen(response, &mut open.responses).map(Input::Responded))
+                }
+                recv(open.history_begun) -> begun => {
+                    Some(listen(begun, &mut open.history_begun).map(|()| Input::HistoryBegun))
+                }
+                recv(open.questions) -> question => {
+                    Some(listen(question, &mut open.questions).map(Input::Asked))
+                }
+                recv(due) -> _ => Some(Some(Input::Due)),
+                recv(open.reports) -> report => {
+                    let report = listen(report, &mut open.reports);
+                    report.iter().for_each(|_| threads::took());
+                    Some(report.map(|report| Input::Watch(*report)))
+                }
             }
-            recv(inputs.changes) -> change => change.map(Input::Node),
-            recv(inputs.news) -> news => news.map(|news| {
-                let image = match &news {
-                    News::Tampered { layer, .. } => image_of(outputs.recorder.store(), *layer),
-                    News::Ready { .. } | News::Failed { .. } => ImageReference::default(),
-                };
-                Input::Baseline(news, image)
-            }),
-            recv(inputs.responses) -> response => response.map(Input::Responded),
-            recv(inputs.questions) -> question => question.map(Input::Asked),
-            recv(due) -> _ => Ok(Input::Due),
-            recv(inputs.reports) -> report => report.map(|report| Input::Watch(*report)),
-        };
-        // A sender is gone only when the daemon is stopping.
-        let Ok(input) = input else { return Ok(()) };
-        if let Input::Node(change) = &input {
-            recall(state, history, change)?;
-        }
-        state.handle(input, Timestamp::now(), &mut effects);
-        let effects = std::mem::take(&mut effects);
-        if !carry_out_all(state, effects, &mut |effect| carry_out(effect, outputs)) {
-            return Ok(());
+        });
+        let Some(input) = input else { return Ok(Ended::Stopped) };
+        if let Some(input) = input
+            && !carrier.react(state, history, input)?
+        {
+            return Ok(Ended::WithoutHistory);
         }
     }
 }
 
-/// Carries out everything, and what comes of that for which there is no room. False if a
-/// receiver is gone.
+/// What was received; a channel whose senders are gone is never ready again.
+fn listen<T>(received: Result<T, RecvError>, from: &mut Receiver<T>) -> Option<T> {
+    if received.is_err() {
+        *from = crossbeam_channel::never();
+    }
+    received.ok()
+}
+
+fn baseline_input(news: News, recorder: &Recorder) -> Input {
+    let image = match &news {
+        News::Tampered { layer, .. } => image_of(recorder.store(), *layer),
+        News::Ready { .. } | News::Failed { .. } => ImageReference::default(),
+    };
+    Input::Baseline(news, image)
+}
+
+/// Takes in what is queued, and waits for the responses that are being carried out.
+fn drain(
+    state: &mut State,
+    history: &Reader,
+    inputs: &Inputs,
+    carrier: &mut Carrier<'_>,
+) -> Result<(), history::Error> {
+    let deadline = Instant::now() + DRAIN_WITHIN;
+    while Instant::now() < deadline {
+        let queued = || {
+            let Inputs { changes, reports, news, questions, responses, history_begun, stop: _ } =
+                inputs;
+            let change = || changes.try_recv().ok().map(Input::Node);
+            let news = || {
+                let news = news.try_recv().ok()?;
+                Some(baseline_input(news, &carrier.outputs.recorder))
+            };
+            let report = || {
+                let report = reports.try_recv().ok()?;
+                threads::took();
+                Some(Input::Watch(*report))
+            };
+            change()
+                .or_else(news)
+                .or_else(|| responses.try_recv().ok().map(Input::Responded))
+                .or_else(report)
+                .or_else(|| history_begun.try_recv().ok().map(|()| Input::HistoryBegun))
+                .or_else(|| questions.try_recv().ok().map(Input::Asked))
+        };
+        let input = match queued() {
+            Some(input) => input,
+            None if !state.has_orders_out() => break,
+            None => {
+                let wait = || inputs.responses.recv_deadline(deadline);
+                match threads::blocked(wait) {
+                    Ok(response) => Input::Responded(response),
+                    Err(_) => break,
+                }
+            }
+        };
+        if !carrier.react(state, history, input)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What was judged is kept, and what was ordered is recorded, whatever came of it. What
+/// there was no more time for is counted.
+fn keep_the_rest(state: &mut State, inputs: &Inputs, carrier: &mut Carrier<'_>) {
+    let mut effects = Vec::new();
+    state.say_all(&mut effects);
+    state.say_sessions(Timestamp::now(), &mut effects);
+    let without_response = state.out.len();
+    state.give_up_orders(&mut effects);
+    effects.drain(..).for_each(|effect| drop(carrier.carry_out(effect)));
+    let Inputs { changes, reports, news, questions, .. } = inputs;
+    let left = [
+        ("reports", reports.len()),
+        ("changes", changes.len()),
+        ("baselines", news.len()),
+        ("questions", questions.len()),
+        ("responses", without_response),
+        ("records", carrier.dropped),
+    ];
+    let left: Vec<String> = left
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(what, count)| format!("{count} {what}"))
+        .collect();
+    if !left.is_empty() {
+        tracing::warn!(left = left.join(", "), "a stop leaves what the pipeline had no time for");
+    }
+}
+
+/// Carries out everything, and what comes of that for which there is no room. False if
+/// nobody takes records any more.
 fn carry_out_all(
     state: &mut State,
     effects: Vec<Effect>,
@@ -1947,7 +2109,9 @@ fn carry_out_all(
         match carry_out(effect) {
             Carried::Out => (),
             Carried::Back(order) => {
-                let _ = state.health.record(Failure::ResponseQueueFull);
+                let failure = Failure::ResponseQueueFull;
+                let _ = state.health.record(failure);
+                state.health.begin(failure, "responses are refused: too many wait");
                 let refused = Input::Responded(order.failed(TOO_MANY.to_owned()));
                 state.handle(refused, Timestamp::now(), &mut more);
                 effects.extend(more.drain(..));
@@ -1999,30 +2163,78 @@ enum Carried {
     Out,
     /// Too many orders wait already.
     Back(Order),
-    /// Its receiver is gone: the daemon is stopping.
+    /// Nobody takes records any more.
     Nowhere,
 }
 
-fn carry_out(effect: Effect, outputs: &Outputs) -> Carried {
-    let sent = match effect {
-        Effect::Watch(command) => outputs.commands.send(command).is_ok(),
-        Effect::RecordBaseline(job) => {
-            outputs.recorder.submit(job);
-            true
+/// Carries effects out.
+struct Carrier<'a> {
+    outputs: &'a Outputs,
+    stop: &'a Receiver<std::convert::Infallible>,
+    /// Records that the history did not take.
+    dropped: usize,
+}
+
+impl Carrier<'_> {
+    /// Lets the state react to an input; false if there is no history any more.
+    fn react(
+        &mut self,
+        state: &mut State,
+        history: &Reader,
+        input: Input,
+    ) -> Result<bool, history::Error> {
+        if let Input::Node(change) = &input {
+            recall(state, history, change)?;
         }
-        Effect::CollectBaselines(in_use) => {
-            outputs.recorder.collect(in_use);
-            true
+        let mut effects = Vec::new();
+        state.handle(input, Timestamp::now(), &mut effects);
+        let is_kept = carry_out_all(state, effects, &mut |effect| self.carry_out(effect));
+        if !state.has_orders_out() {
+            state.health.end(Failure::ResponseQueueFull);
         }
-        // Waits for the history: see the module's head.
-        Effect::Record(record) => outputs.records.send(record).is_ok(),
-        Effect::Respond(order) => match outputs.orders.try_send(order) {
-            Ok(()) => true,
-            Err(TrySendError::Full(order)) => return Carried::Back(order),
-            Err(TrySendError::Closed(_)) => false,
-        },
-    };
-    if sent { Carried::Out } else { Carried::Nowhere }
+        Ok(is_kept)
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stop.try_recv() == Err(TryRecvError::Disconnected)
+    }
+
+    fn carry_out(&mut self, effect: Effect) -> Carried {
+        let outputs = self.outputs;
+        match effect {
+            Effect::Watch(command) => self.command(command),
+            Effect::RecordBaseline(job) => outputs.recorder.submit(job),
+            Effect::CollectBaselines(in_use) => outputs.recorder.collect(in_use),
+            // Waits for the history: see the module's head.
+            Effect::Record(record) => {
+                if threads::blocked(|| outputs.records.send(record)).is_err() {
+                    self.dropped += 1;
+                    return Carried::Nowhere;
+                }
+            }
+            Effect::Respond(order) => match outputs.orders.try_send(order) {
+                // Where nobody takes it any more, it is given up at the end.
+                Ok(()) | Err(TrySendError::Closed(_)) => (),
+                Err(TrySendError::Full(order)) => return Carried::Back(order),
+            },
+        }
+        Carried::Out
+    }
+
+    /// Asks the watchers. When they stop they take no command any more, and none is
+    /// worth waiting for.
+    fn command(&self, mut command: Command) {
+        const STEP: std::time::Duration = std::time::Duration::from_millis(100);
+        loop {
+            if self.is_stopping() {
+                return;
+            }
+            match threads::blocked(|| self.outputs.commands.send_timeout(command, STEP)) {
+                Ok(()) | Err(SendTimeoutError::Disconnected(_)) => return,
+                Err(SendTimeoutError::Timeout(back)) => command = back,
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -300,7 +300,7 @@ fn view() -> ContainerView {
             id: ContainerId::new("default", "web"),
             endpoint: "/run/containerd/containerd.sock".into(),
             runtime: "io.containerd.runc.v2".into(),
-            labels: [("app".into(), "shop".into())].into(),
+            labels: std::collections::BTreeMap::from([("app".into(), "shop".into())]).into(),
             pod: None,
             image: ImageReference { name: Some("shop:1".into()), ..ImageReference::default() },
             snapshotter: "overlayfs".into(),

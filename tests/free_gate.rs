@@ -298,7 +298,7 @@ impl Node {
     }
 
     fn detach(&mut self, id: &ContainerId) {
-        self.order(Order::Detach { container: id.clone() });
+        self.order(Order::Detach { container: id.clone(), pid: None });
         // Orders are carried out one after the other.
         let nobody = ContainerId::new("race", "nobody");
         self.order(Order::Scan { container: nobody.clone(), ticket: Some(2) });

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use driftd::health::{Failure, Health};
 use driftd::history::{
-    self, Error, Filter, FindingLookup, Happened, History, MemberChange, ProbeLookup, Record,
+    self, Error, Filter, FindingLookup, Happened, History, Keep, MemberChange, ProbeLookup, Record,
     SessionFilter, SessionLookup, Writer,
 };
 use driftd::model::finding::MEMBER_SCHEMA;
@@ -21,7 +21,7 @@ use driftd::model::{
 use driftd::respond::Response;
 use jiff::{Timestamp, ToSpan as _};
 
-const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+const KEEP: Keep = Keep { retention: Duration::from_secs(30 * 24 * 60 * 60), max_bytes: 1 << 30 };
 /// Long enough for a loaded machine; nothing waits this long when all is well.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -67,7 +67,7 @@ fn start(state_dir: &Path) -> Writer {
 }
 
 fn start_with(state_dir: &Path, health: &Arc<Health>) -> Writer {
-    History::open(state_dir).unwrap().start(RETENTION, health.clone())
+    History::open(state_dir).unwrap().start(KEEP, health.clone())
 }
 
 /// Hands records over and waits until they are committed.
@@ -926,6 +926,246 @@ fn a_full_disk_loses_nothing_and_writing_goes_on() {
     writer.stop();
 }
 
+// ---- bounds in bytes
+
+/// The file and what is beside it, in bytes.
+fn size_of(dir: &Path) -> u64 {
+    let names = ["", "-wal"].map(|suffix| dir.join(format!("{}{suffix}", history::FILE)));
+    names.iter().filter_map(|name| std::fs::metadata(name).ok()).map(|file| file.len()).sum()
+}
+
+#[test]
+fn x03_the_labels_of_a_container_are_kept_once_and_read_back_with_everything_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let labels: BTreeMap<String, String> =
+        (0..200).map(|number| (format!("label-{number}"), "v".repeat(4000))).collect();
+    let all: Vec<Finding> = (0..400)
+        .map(|number| {
+            let mut finding = finding(number, 0);
+            finding.container.as_mut().unwrap().labels = labels.clone().into();
+            finding
+        })
+        .collect();
+    let text = serde_json::to_string(&all[0].container.as_ref().unwrap().labels).unwrap();
+    assert!(text.len() < 9000 && text.contains("left out"), "{text}");
+    let mut came = session(1, 0);
+    came.container = all[0].container.clone().unwrap();
+    let mut seen = probe(1, "web");
+    seen.container = came.container.clone();
+    let mut records: Vec<Record> = all.iter().map(record).collect();
+    records.extend([told(&came, &[]), Record::Probe(Box::new(seen.clone()))]);
+    write(&writer, records);
+    let bytes = size_of(dir.path());
+    assert!(bytes < 400 * 8000, "{} bytes a finding", bytes / 400);
+
+    let reader = writer.reader();
+    let container = id_of(&all[0]).clone();
+    let mut kept = reader.told_of(Some(&container)).unwrap();
+    kept.sort_by_key(|finding| finding.id);
+    assert_eq!(kept, all);
+    assert_eq!(reader.session(&came.id.to_string()).unwrap(), found(&came));
+    assert_eq!(reader.probes(None).unwrap(), [seen]);
+    let followed = reader.after(0, &Filter::default(), 1).unwrap().records;
+    assert_eq!(followed, [(1, record(&all[0]))]);
+    let timeline = reader.timeline(&container, None, None, None, 1000).unwrap().entries;
+    assert!(timeline.iter().any(|one| one.what == Happened::Finding(Box::new(all[7].clone()))));
+    writer.stop();
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let count = |sql: &str| database.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(count("SELECT count(*) FROM labels"), 1);
+    assert_eq!(count("SELECT max(length(json ->> '$.container.labels')) FROM finding"), 2);
+    let shown = count(
+        "SELECT min(length(json ->> '$.container.labels')) FROM timeline
+                       WHERE type IN ('finding', 'session')",
+    );
+    assert_eq!(shown, text.chars().count() as i64);
+}
+
+#[test]
+fn a_full_history_drops_the_least_severe_of_the_noisiest_and_never_a_response() {
+    const MOST: u64 = 3 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let health = Arc::new(Health::default());
+    let keep = Keep { max_bytes: MOST, ..KEEP };
+    let writer = History::open(dir.path()).unwrap().start(keep, health.clone());
+    let of = |container: &str, number: u32, ago: i64, severity| {
+        let mut finding = finding(number, ago);
+        finding.container.as_mut().unwrap().id = ContainerId::new("default", container);
+        finding.kind = Kind::ExecNew;
+        finding.severity = severity;
+        finding
+    };
+    // The quiet one's are the oldest and the least severe of all.
+    let quiet: Vec<Finding> =
+        (0..20).map(|number| of("quiet", number, 10_000, Severity::Info)).collect();
+    let worst = of("noisy", 50, 9_000, Severity::Critical);
+    let answer = response(&ContainerId::new("default", "noisy"));
+    write(&writer, quiet.iter().chain([&worst]).map(record).collect());
+    write(&writer, vec![Record::Response(Box::new(answer.clone()))]);
+    let over = session(1, 0);
+    write(&writer, vec![told(&closed(&over, 0), &[])]);
+    for number in 100..6000 {
+        let flood = of("noisy", number, 6000 - i64::from(number), Severity::Low);
+        writer.records().send(record(&flood)).unwrap();
+    }
+    let pages = || {
+        let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+        let pragma =
+            |name| -> i64 { database.pragma_query_value(None, name, |row| row.get(0)).unwrap() };
+        (pragma("page_count") - pragma("freelist_count")).unsigned_abs() * 4096
+    };
+    let newest = of("noisy", 5999, 1, Severity::Low).id;
+    let deadline = Instant::now() + PATIENCE;
+    while writer.reader().finding(&newest.to_string()).unwrap() == FindingLookup::Unknown
+        || pages() > MOST
+    {
+        assert!(Instant::now() < deadline, "{} bytes", pages());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let reader = writer.reader();
+    let kept: Vec<Finding> = all(&reader).unwrap();
+    let names = |container: &str| -> Vec<FindingId> {
+        let of_it = kept.iter().filter(|one| *id_of(one).id == *container);
+        of_it.map(|one| one.id).collect()
+    };
+    assert_eq!(names("quiet").len(), 20, "nothing of another container's");
+    let noisy = names("noisy");
+    assert!(noisy.contains(&worst.id), "nor what is worse");
+    assert!(noisy.contains(&newest), "nor the newest");
+    assert!(noisy.len() > 200 && noisy.len() < 5000, "{}", noisy.len());
+    assert_eq!(reader.responses(&answer.container).unwrap(), [answer]);
+    assert!(health.count(Failure::HistoryFull) > 0);
+    assert_eq!(health.problems().len(), 1, "{:?}", health.problems());
+    let told = reader.after(0, &Filter::default(), 10_000).unwrap();
+    assert!(told.pruned_through > 0);
+    let gaps = told.records.iter().filter(|(_, record)| {
+        matches!(record, Record::Gap { name, container: Some(container), .. }
+            if name == "history_full" && *container.id == *"noisy")
+    });
+    assert!(gaps.count() >= 1);
+    writer.stop();
+}
+
+#[test]
+fn what_a_container_holds_is_known_through_every_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let mut finding = finding(1, 0);
+    let changes =
+        vec![MemberChange::Seen(member("/tmp/a", 0)), MemberChange::Seen(member("/b", 1))];
+    write(&writer, vec![aggregate(&finding, changes)]);
+    finding.revision = 2;
+    finding.detail = Some("longer".repeat(100));
+    let mut came = session(1, 0);
+    came.container.id = id_of(&finding).clone();
+    let run = command(&came, 1, 50);
+    write(
+        &writer,
+        vec![record(&finding), told(&came, std::slice::from_ref(&run)), told(&came, &[run])],
+    );
+    let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
+    let held = || -> i64 {
+        let sql = "SELECT coalesce(sum(bytes), 0) FROM held WHERE container <> ''";
+        database.query_row(sql, [], |row| row.get(0)).unwrap()
+    };
+    let real: i64 = database
+        .query_row(
+            "SELECT (SELECT sum(octet_length(json) + 512) FROM finding)
+                  + (SELECT sum(octet_length(json) + 512) FROM session)
+                  + (SELECT sum(octet_length(json) + 256) FROM command)
+                  + (SELECT sum(octet_length(path) + 256) FROM member)",
+            [],
+            |row| row.get(0),
+        )
+        .unwrap();
+    assert_eq!(held(), real);
+    writer.stop();
+    database.execute("UPDATE record SET at = 0", []).unwrap();
+    database.execute("UPDATE session SET state = 'closed'", []).unwrap();
+    let writer = start(dir.path());
+    let deadline = Instant::now() + PATIENCE;
+    while held() != 0 {
+        assert!(Instant::now() < deadline, "{}", held());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let labels = || -> i64 {
+        database.query_row("SELECT count(*) FROM labels", [], |row| row.get(0)).unwrap()
+    };
+    assert_eq!(labels(), 0, "they go with the last that names the container");
+    writer.stop();
+}
+
+// ---- a file that is gone
+
+#[test]
+fn x18_a_history_that_is_removed_begins_anew_and_asks_for_what_is_known() {
+    for keep_side_files in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let health = Arc::new(Health::default());
+        let writer = start_with(dir.path(), &health);
+        let (one, other) = (finding(1, 20), finding(2, 10));
+        write(&writer, vec![record(&one)]);
+        let reader = writer.reader();
+        let before = reader.newest().unwrap();
+        let path = dir.path().join(history::FILE);
+        std::fs::remove_file(&path).unwrap();
+        if !keep_side_files {
+            for suffix in ["-wal", "-shm"] {
+                std::fs::remove_file(dir.path().join(format!("{}{suffix}", history::FILE)))
+                    .unwrap();
+            }
+        }
+        writer.begun().recv_timeout(PATIENCE).expect("it is asked for what is known");
+        assert_eq!(health.count(Failure::HistoryGone), 1);
+        assert_eq!(all(&reader).unwrap(), [], "readers see the new one");
+        write(&writer, vec![record(&other)]);
+        assert_eq!(all(&reader).unwrap(), std::slice::from_ref(&other));
+        // A follower reads on, and is told what it misses.
+        let followed = reader.after(before, &Filter::default(), 10).unwrap();
+        assert_eq!(followed.pruned_through, before);
+        let names: Vec<&str> = followed
+            .records
+            .iter()
+            .filter_map(|(_, record)| match record {
+                Record::Gap { name, .. } => Some(name.as_str()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(names, ["history_gone", "marker"]);
+        assert!(health.problems().is_empty());
+        writer.stop();
+        assert_eq!(all(&History::open(dir.path()).unwrap().reader()).unwrap(), [other]);
+    }
+}
+
+#[test]
+fn x18_while_no_history_can_be_begun_it_is_said_and_nothing_is_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let health = Arc::new(Health::default());
+    let writer = start_with(&state, &health);
+    write(&writer, vec![record(&finding(1, 20))]);
+    std::fs::rename(&state, dir.path().join("moved")).unwrap();
+    writer.records().send(record(&finding(2, 10))).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while health.problems().is_empty() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::fs::create_dir(&state).unwrap();
+    let reader = writer.reader();
+    while !reader.count().is_ok_and(|count| count == 1) {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    while !health.problems().is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", health.problems());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    writer.stop();
+}
+
 // ---- refusals
 
 #[track_caller]
@@ -1011,7 +1251,7 @@ fn a_history_of_the_first_format_is_brought_up_to_date() {
 
     let history = History::open(dir.path()).unwrap();
     assert_eq!(all(&history.reader()).unwrap(), [one.clone(), other.clone()]);
-    let writer = history.start(RETENTION, Arc::new(Health::default()));
+    let writer = history.start(KEEP, Arc::new(Health::default()));
     let container = Filter { container: Some(id_of(&one).clone()), ..Filter::default() };
     assert_eq!(findings(&writer, &container), [other.id, one.id]);
     let followed = writer.reader().after(1, &Filter::default(), 10).unwrap();
@@ -1050,7 +1290,8 @@ fn numbers_go_on_when_the_records_are_brought_up_to_date() {
     let history = History::open(dir.path()).unwrap();
     assert_eq!(rows(&database), before);
     drop(database);
-    let writer = history.start(Duration::MAX, Arc::new(Health::default()));
+    let writer =
+        history.start(Keep { retention: Duration::MAX, ..KEEP }, Arc::new(Health::default()));
     assert_eq!(*writer.committed().borrow(), 7);
     writer.records().send(record(&finding(3, 0))).unwrap();
     let deadline = Instant::now() + PATIENCE;

@@ -571,6 +571,7 @@ fn summary(report: &Report) -> String {
         Report::Attached { .. }
         | Report::NotAttached { .. }
         | Report::Scanned { .. }
+        | Report::Over { .. }
         | Report::Lost { .. } => format!("{report:?}"),
     }
 }
@@ -1210,7 +1211,7 @@ fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
         // Nothing of it is kept.
         container.kill_init();
         container.unmount();
-        node.order(Order::Detach { container: container.id.clone() });
+        node.order(Order::Detach { container: container.id.clone(), pid: None });
     }
 }
 
@@ -1459,7 +1460,7 @@ fn x14_a_directory_that_two_listen_to_keeps_the_mark_of_the_one_that_goes_on() {
     let id = outer.id.clone();
     outer.kill_init();
     node.told.clear();
-    node.order(Order::Detach { container: id.clone() });
+    node.order(Order::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
         Report::Scanned { container, .. } if *container == id => Some(()),
         _ => None,
@@ -1712,7 +1713,7 @@ fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
     node.told.clear();
     container.kill_init();
     container.unmount();
-    node.order(Order::Detach { container: container.id.clone() });
+    node.order(Order::Detach { container: container.id.clone(), pid: None });
     assert_eq!(node.unordered_walk(&container.id).names(), ["/tmp/true"]);
     let complete = wait_for("the container to be forgotten", || {
         (!node.walk(&container).complete).then_some(false)
@@ -1749,7 +1750,7 @@ fn what_is_being_hashed_is_let_go_at_once_when_its_container_ends() {
     }
     wait_for("its hashing", || (opened() == 3).then_some(()));
     container.kill_init();
-    node.order(Order::Detach { container: container.id.clone() });
+    node.order(Order::Detach { container: container.id.clone(), pid: None });
     wait_for("its files to be let go", || (opened() == 0).then_some(()));
     container.unmount();
     drop(node);
@@ -2054,6 +2055,37 @@ fn what_was_executed_before_a_stop_is_told() {
 }
 
 #[test]
+fn x09_nobody_waits_for_a_stop_however_much_is_being_looked_at() {
+    let busy = Container::start();
+    let neighbour = Container::start();
+    let mut node = Node::start();
+    node.attach(&busy);
+    node.attach(&neighbour);
+    busy.drop_program("/tmp/true");
+    // Each takes seconds to be hashed, and is mostly a hole.
+    busy.shell("i=0; while [ $i -lt 20 ]; do cp /tmp/true /opt/t$i; truncate -s 60M /opt/t$i; i=$((i+1)); done");
+    busy.shell("i=0; while [ $i -lt 20 ]; do /opt/t$i; i=$((i+1)); done; true");
+    let watch = node.watch.take().unwrap();
+    let ended = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopping = std::thread::spawn({
+        let ended = ended.clone();
+        move || {
+            watch.stop();
+            ended.store(true, Ordering::Relaxed);
+        }
+    });
+    let mut longest = Duration::ZERO;
+    while !ended.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        neighbour.shell("/bin/true");
+        longest = longest.max(began.elapsed());
+    }
+    stopping.join().unwrap();
+    // On a machine of its own it is some milliseconds.
+    assert!(longest < Duration::from_secs(1), "somebody waited for {longest:?}");
+}
+
+#[test]
 fn the_gate_counts_its_turns_while_nothing_happens() {
     let (sender, _reports) = bounded(8);
     let gate = start_gate(&settings());
@@ -2122,6 +2154,7 @@ fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
         Report::Attached { .. }
         | Report::NotAttached { .. }
         | Report::Scanned { .. }
+        | Report::Over { .. }
         | Report::Lost { .. } => (None, &[][..]),
     };
     one.into_iter().chain(several).map(|observation| &observation.fact)
@@ -2351,7 +2384,7 @@ fn nothing_is_listened_to_once_a_container_has_ended() {
     let id = container.id.clone();
     container.kill_init();
     node.told.clear();
-    node.order(Order::Detach { container: id.clone() });
+    node.order(Order::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
         Report::Scanned { container, .. } if *container == id => Some(()),
         _ => None,
@@ -2413,7 +2446,7 @@ fn b09_metadata_only_copies_are_the_images_own_also_after_the_end() {
     node.told.clear();
     let id = container.id.clone();
     container.kill_init();
-    node.order(Order::Detach { container: id.clone() });
+    node.order(Order::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
         Report::Scanned { container, .. } if *container == id => Some(()),
         _ => None,

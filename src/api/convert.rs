@@ -1,9 +1,10 @@
 //! Model to proto and back, and nothing else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use prost::Message as _;
 
 use super::proto;
 use crate::history::{Happened, TimelineEntry};
@@ -11,10 +12,11 @@ use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
 use crate::model::session::{COMMAND_SCHEMA, PROBE_SCHEMA, SESSION_SCHEMA};
 use crate::model::{
     self, Ancestor, Attack, Command, ContainerId, Entry, Exit, Expected, FileEvidence, FileType,
-    Finding, Format, ImageReference, Incarnation, Interactive, Login, Member, Outcome, Pod, Probe,
-    ProbeSource, Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity, Verdict,
+    Finding, Format, ImageReference, Incarnation, Interactive, Labels, Login, Member, Outcome, Pod,
+    Probe, ProbeSource, Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity,
+    Verdict,
 };
-use crate::pipeline::{ContainerView, Difference, DifferenceKind, EndpointView};
+use crate::pipeline::{ContainerView, Diff, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
 
 /// A message that this version of driftd cannot read.
@@ -66,7 +68,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
     } = finding;
     let (container, labels, pod) = match container {
         Some(ContainerEvidence { id, labels, pod }) => (Some(id), labels, pod),
-        None => (None, BTreeMap::new(), None),
+        None => (None, Labels::default(), None),
     };
     let text = |text: Option<&Arc<str>>| text.map(ToString::to_string).unwrap_or_default();
     proto::Finding {
@@ -82,7 +84,7 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         runtime,
         namespace: text(container.as_ref().map(|id| &id.namespace)),
         container: text(container.as_ref().map(|id| &id.id)),
-        labels: labels.into_iter().collect(),
+        labels: labels_to_proto(labels),
         pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&image)),
         file: file.map(file_to_proto),
@@ -104,6 +106,14 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
         detail,
     }
+}
+
+fn labels_to_proto(labels: Labels) -> HashMap<String, String> {
+    BTreeMap::from(labels).into_iter().collect()
+}
+
+fn labels_from_proto(labels: HashMap<String, String>) -> Labels {
+    labels.into_iter().collect::<BTreeMap<_, _>>().into()
 }
 
 pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed> {
@@ -153,7 +163,7 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         runtime,
         container: (!container.is_empty()).then(|| ContainerEvidence {
             id: ContainerId::new(&namespace, &container),
-            labels: labels.into_iter().collect(),
+            labels: labels_from_proto(labels),
             pod: pod.map(pod_from_proto),
         }),
         run: run.map(incarnation_from_proto).transpose()?,
@@ -383,7 +393,7 @@ pub fn session_to_proto(session: Session) -> proto::Session {
         runtime: session.runtime,
         namespace: container.namespace.to_string(),
         container: container.id.to_string(),
-        labels: labels.into_iter().collect(),
+        labels: labels_to_proto(labels),
         pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&session.image)),
         entry: session.entry.name().into(),
@@ -423,7 +433,7 @@ pub fn session_from_proto(session: proto::Session) -> Result<Session, Malformed>
         runtime: session.runtime,
         container: ContainerEvidence {
             id: ContainerId::new(&session.namespace, &session.container),
-            labels: session.labels.into_iter().collect(),
+            labels: labels_from_proto(session.labels),
             pod: session.pod.map(pod_from_proto),
         },
         image: image_from_proto(session.image.unwrap_or_default())?,
@@ -506,7 +516,7 @@ pub fn probe_to_proto(probe: Probe) -> proto::Probe {
         id: probe.id.to_string(),
         namespace: container.namespace.to_string(),
         container: container.id.to_string(),
-        labels: labels.into_iter().collect(),
+        labels: labels_to_proto(labels),
         pod: pod.map(pod_to_proto),
         image: Some(image_to_proto(&probe.image)),
         argv: probe.argv,
@@ -525,7 +535,7 @@ pub fn probe_from_proto(probe: proto::Probe) -> Result<Probe, Malformed> {
         id: probe.id.parse().map_err(malformed("probe.id"))?,
         container: ContainerEvidence {
             id: ContainerId::new(&probe.namespace, &probe.container),
-            labels: probe.labels.into_iter().collect(),
+            labels: labels_from_proto(probe.labels),
             pod: probe.pod.map(pod_from_proto),
         },
         image: image_from_proto(probe.image.unwrap_or_default())?,
@@ -634,7 +644,7 @@ pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto:
         runtime: container.runtime,
         image: Some(image_to_proto(&container.image)),
         pod: container.pod.map(pod_to_proto),
-        labels: container.labels.into_iter().collect(),
+        labels: labels_to_proto(container.labels),
         pid: container.task.as_ref().map_or(0, |task| task.pid),
         paused: container.task.as_ref().is_some_and(|task| task.paused),
         baseline,
@@ -675,6 +685,50 @@ pub fn endpoint_to_proto(endpoint: EndpointView) -> proto::Endpoint {
         connected: endpoint.connected,
         reason: endpoint.reason,
     }
+}
+
+/// Most bytes of one message, beside what one difference takes: a client reads 4 MiB
+/// unless it is told otherwise, and ours 64.
+const ONE_MESSAGE: usize = 32 << 20;
+const ONE_OF_MANY: usize = 1 << 20;
+
+/// What one message can hold; what it cannot makes it incomplete.
+pub fn diff_to_proto(diff: &Diff) -> proto::DiffContainerResponse {
+    let mut pages = pages(diff, ONE_MESSAGE);
+    let first = pages.next().unwrap_or_default();
+    let incomplete = diff.incomplete || pages.next().is_some();
+    proto::DiffContainerResponse { incomplete, ..first }
+}
+
+/// All of it, in messages of bounded size: at least one.
+pub fn diff_to_protos(diff: &Diff) -> impl Iterator<Item = proto::DiffContainerResponse> {
+    pages(diff, ONE_OF_MANY)
+}
+
+fn pages(diff: &Diff, most: usize) -> impl Iterator<Item = proto::DiffContainerResponse> {
+    let mut rest = diff.differences.iter().peekable();
+    let mut is_first = true;
+    std::iter::from_fn(move || {
+        if !std::mem::take(&mut is_first) && rest.peek().is_none() {
+            return None;
+        }
+        let mut page = proto::DiffContainerResponse {
+            namespace: diff.container.namespace.to_string(),
+            id: diff.container.id.to_string(),
+            differences: Vec::new(),
+            incomplete: diff.incomplete,
+        };
+        let mut bytes = 0;
+        while bytes < most
+            && let Some(difference) = rest.next()
+        {
+            let difference = difference_to_proto(difference);
+            // With its tag and length.
+            bytes += difference.encoded_len() + 8;
+            page.differences.push(difference);
+        }
+        Some(page)
+    })
 }
 
 pub fn difference_to_proto(difference: &Difference) -> proto::Difference {
@@ -852,6 +906,33 @@ mod tests {
         let wire = finding_to_proto(finding.clone()).encode_to_vec();
         let read = proto::Finding::decode(&wire[..]).unwrap();
         assert_eq!(finding_from_proto(read).as_ref(), Ok(finding));
+    }
+
+    #[test]
+    fn h15_a_diff_of_any_size_comes_in_messages_that_can_be_read() {
+        let differences: Vec<Difference> = (0..20_000)
+            .map(|number| Difference {
+                path: RootfsPath::new(format!("/{number:05}{}", "x".repeat(4000))).unwrap(),
+                change: DifferenceKind::Added,
+                finding: None,
+            })
+            .collect();
+        let container = ContainerId::new("default", "c1");
+        let diff = Diff { container, differences, incomplete: false };
+        let one = diff_to_proto(&diff);
+        assert!(one.encoded_len() < 64 << 20 && one.incomplete, "{}", one.encoded_len());
+        assert!(one.differences.len() > 8000);
+        let mut all = Vec::new();
+        for page in diff_to_protos(&diff) {
+            assert!(page.encoded_len() < 2 << 20 && !page.incomplete);
+            all.extend(page.differences);
+        }
+        let expected: Vec<_> = diff.differences.iter().map(difference_to_proto).collect();
+        assert_eq!(all, expected);
+        let small = Diff { differences: diff.differences[..3].to_vec(), ..diff.clone() };
+        assert!(!diff_to_proto(&small).incomplete);
+        let none = Diff { differences: Vec::new(), incomplete: true, ..diff };
+        assert_eq!(diff_to_protos(&none).map(|page| page.incomplete).collect::<Vec<_>>(), [true]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod baselines;
 pub mod convert;
 
 mod follow;
+mod outbox;
 mod peer;
 mod server;
 mod service;

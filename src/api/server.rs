@@ -20,7 +20,7 @@ use tonic::transport::Server;
 use super::peer::{self, Connection};
 use super::proto;
 use super::proto::drift_service_server::DriftServiceServer;
-use super::service::{Backend, Service};
+use super::service::{Backend, Followers, Service};
 
 /// How long calls may still take when driftd stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -139,7 +139,11 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptor sets are compiled into this program");
-    let service = DriftServiceServer::new(Service { backend, stopping: stopping.clone() });
+    let service = DriftServiceServer::new(Service {
+        backend,
+        stopping: stopping.clone(),
+        followers: Followers::default(),
+    });
 
     let connections = UnixListenerStream::new(socket)
         .map(move |accepted| accepted.map(|stream| Connection::new(stream, group)));

@@ -7,21 +7,24 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::baselines::{self, RecordImage, Unusable};
-use super::follow::Follower;
+use super::follow::{Follower, READING};
+use super::outbox::{Inbox, PATIENCE, outbox};
 use super::peer::Peer;
 use super::proto::drift_service_server::DriftService;
 use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
+use crate::budget::{self, Pool};
 use crate::health::{Backlog, Failure, Health};
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
 use crate::model::{ContainerId, FindingId, Incarnation, NamedBy, Session, printable};
-use crate::pipeline::{ContainerView, LookupError, Question};
+use crate::pipeline::{self, ContainerView, Diff, LookupError, Question};
 use crate::respond;
+use crate::threads::View;
 
 /// Findings on one page at most, and unless asked otherwise.
 const PAGE: usize = 1000;
@@ -63,6 +66,23 @@ pub(super) struct Service {
     pub(super) backend: Backend,
     /// Becomes true when driftd stops.
     pub(super) stopping: watch::Receiver<bool>,
+    pub(super) followers: Followers,
+}
+
+/// What all followers of the history share.
+#[derive(Clone)]
+pub(super) struct Followers {
+    pool: Arc<Pool>,
+    reading: Arc<Semaphore>,
+}
+
+impl Default for Followers {
+    fn default() -> Followers {
+        Followers {
+            pool: Pool::new(budget::ALL_FOLLOWERS),
+            reading: Arc::new(Semaphore::new(READING)),
+        }
+    }
 }
 
 /// Runs what blocks (a disk) where it holds up no other call.
@@ -270,10 +290,47 @@ impl Service {
         unblock(move || read(&reader)).await?.map_err(|err| history_failed(&err))
     }
 
+    /// How a container differs from its image, when a scan of it is over.
+    async fn diff(&self, container: String) -> Result<Diff, Status> {
+        self.is_meant(&container).await?;
+        self.ask(|reply| Question::Diff { container, reply })
+            .await?
+            .map_err(|err| lookup_failed(&err))
+    }
+
     async fn session(&self, text: String) -> Result<Box<Session>, Status> {
         let shown = printable(text.as_bytes());
         let found = self.read(move |reader| reader.session(&text)).await?;
         the_one(found, "session", &shown)
+    }
+}
+
+/// The status of a daemon whose pipeline does not answer, and why that may be.
+fn silent(threads: &[View]) -> pipeline::Status {
+    let seconds = BUSY.as_secs();
+    let mut problems = vec![format!("the pipeline has not answered for {seconds} s")];
+    problems.extend(threads.iter().filter(|thread| thread.is_stuck).map(|thread| {
+        let View { name, still, .. } = thread;
+        format!("the thread `{name}` has made no progress for {} s", still.as_secs())
+    }));
+    pipeline::Status {
+        started_at: jiff::Timestamp::now(),
+        endpoints: Vec::new(),
+        containers_watched: 0,
+        containers_waiting: 0,
+        problems,
+        gaps: Vec::new(),
+    }
+}
+
+fn thread_to_proto(view: &View) -> proto::Thread {
+    let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    proto::Thread {
+        name: view.name.to_owned(),
+        queued: view.depth,
+        oldest_milliseconds: milliseconds(view.oldest),
+        still_milliseconds: milliseconds(view.still),
+        stuck: view.is_stuck,
     }
 }
 
@@ -285,8 +342,16 @@ impl DriftService for Service {
         &self,
         _: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
-        let status = self.ask(Question::Status).await?;
-        let views = self.ask(Question::Containers).await?;
+        let health = &self.backend.health;
+        let asked = async {
+            let status = self.ask(Question::Status).await?;
+            Ok::<_, Status>((status, self.ask(Question::Containers).await?))
+        };
+        let (status, views) = match tokio::time::timeout(BUSY, asked).await {
+            Ok(asked) => asked?,
+            // What is known without the one thread that knows the rest.
+            Err(_) => (silent(&health.threads.views()), Vec::new()),
+        };
         let without_baseline =
             views.iter().filter(|view| view.baseline.starts_with("none")).count();
         let (store, reader) = (self.backend.baselines.clone(), self.backend.history.clone());
@@ -298,8 +363,8 @@ impl DriftService for Service {
         })
         .await?;
         let queue = self.backend.recorder.queue();
-        let health = &self.backend.health;
         let mut problems = status.problems;
+        problems.extend(health.problems());
         problems.extend(self.backend.images.problems());
         let backlogs = health.backlogs();
         problems.extend(backlogs.iter().filter(|backlog| backlog.is_late()).map(|backlog| {
@@ -362,6 +427,7 @@ impl DriftService for Service {
                 ignored: health.gate_ignored(),
                 copy_ups: health.copy_ups(),
             }),
+            threads: health.threads.views().iter().map(thread_to_proto).collect(),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
         }))
@@ -388,18 +454,27 @@ impl DriftService for Service {
         &self,
         request: Request<proto::DiffContainerRequest>,
     ) -> Result<Response<proto::DiffContainerResponse>, Status> {
-        let container = request.into_inner().container;
-        self.is_meant(&container).await?;
-        let diff = self
-            .ask(|reply| Question::Diff { container, reply })
-            .await?
-            .map_err(|err| lookup_failed(&err))?;
-        Ok(Response::new(proto::DiffContainerResponse {
-            namespace: diff.container.namespace.to_string(),
-            id: diff.container.id.to_string(),
-            differences: diff.differences.iter().map(convert::difference_to_proto).collect(),
-            incomplete: diff.incomplete,
-        }))
+        let diff = self.diff(request.into_inner().container).await?;
+        Ok(Response::new(convert::diff_to_proto(&diff)))
+    }
+
+    type StreamDiffStream = Stream<proto::DiffContainerResponse>;
+
+    async fn stream_diff(
+        &self,
+        request: Request<proto::DiffContainerRequest>,
+    ) -> Result<Response<Self::StreamDiffStream>, Status> {
+        let diff = self.diff(request.into_inner().container).await?;
+        // Whoever reads them one after the other needs few of them ready.
+        let (client, stream) = mpsc::channel(1);
+        tokio::spawn(async move {
+            for message in convert::diff_to_protos(&diff) {
+                if client.send(Ok(message)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 
     async fn list_baselines(
@@ -714,7 +789,7 @@ impl DriftService for Service {
         Ok(Response::new(proto::SetProbeResponse { probe: Some(convert::probe_to_proto(probe)) }))
     }
 
-    type FollowFindingsStream = Stream<proto::FollowFindingsResponse>;
+    type FollowFindingsStream = Inbox;
 
     async fn follow_findings(
         &self,
@@ -722,8 +797,10 @@ impl DriftService for Service {
     ) -> Result<Response<Self::FollowFindingsStream>, Status> {
         let request = request.into_inner();
         let filter = self.filter(request.filter).await?;
-        let (client, stream) = mpsc::channel(STREAM);
+        let cursor = request.after_cursor.unwrap_or_default();
+        let (client, stream) = outbox(&self.followers.pool, cursor, PATIENCE);
         let follower = Follower {
+            reading: Arc::clone(&self.followers.reading),
             reader: self.backend.history.clone(),
             filter,
             sessions: request.sessions,
@@ -732,7 +809,7 @@ impl DriftService for Service {
             client,
         };
         tokio::spawn(follower.run(request.after_cursor));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(Response::new(stream))
     }
 
     async fn respond(

@@ -212,10 +212,14 @@ impl Recorder {
             next_recheck: now,
             pool: None,
         };
-        let start = |name: &str, run: Box<dyn FnOnce() + Send>| {
+        let start = |name: &'static str, run: Box<dyn FnOnce() + Send>| {
+            let health = Arc::clone(&shared.health);
             std::thread::Builder::new()
                 .name(name.into())
-                .spawn(run)
+                .spawn(move || {
+                    let _end = End { name, health };
+                    run();
+                })
                 .expect("a thread can be started when the daemon starts")
         };
         let threads = vec![
@@ -223,7 +227,16 @@ impl Recorder {
             start("verifier", Box::new(move || verifier.run())),
         ];
         *lock(&shared.threads) = threads;
-        Recorder { shared }
+        let recorder = Recorder { shared };
+        let threads = &recorder.shared.health.threads;
+        // Weak, since the recorder's end is what its threads wait for.
+        let shared = Arc::downgrade(&recorder.shared);
+        let jobs = move || shared.upgrade().map_or(0, |shared| lock(&shared.unfinished).len());
+        threads.show_queue("recorder", Box::new(jobs));
+        let agenda = Arc::downgrade(&recorder.shared.agenda);
+        let layers = move || agenda.upgrade().map_or(0, |agenda| agenda.len());
+        threads.show_queue("verifier", Box::new(layers));
+        recorder
     }
 
     /// Asks for a baseline. [`News`] and `done` tell how it went; a job whose
@@ -346,6 +359,26 @@ impl Recorder {
             if thread.join().is_err() {
                 tracing::error!("the {name} has panicked");
             }
+        }
+    }
+}
+
+/// Says that a thread has ended by a panic. An image may be the reason, so that the
+/// process goes on: a new one would meet the same image.
+struct End {
+    name: &'static str,
+    health: Arc<Health>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Self { name, health } = self;
+            let detail =
+                format!("the thread `{name}` has panicked: no baseline is recorded or verified");
+            let _ = health.record(Failure::ThreadStuck);
+            health.begin(Failure::ThreadStuck, &detail);
+            tracing::error!(thread = *name, "{detail}");
         }
     }
 }

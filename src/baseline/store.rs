@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A file is written under another name, synced, and renamed: under its own name
-//! it is whole and never changes. Only the recorder's thread writes.
+//! it is whole and never changes. Only the recorder's thread writes. The state's lock is
+//! held by nobody who waits for the disk: whoever reads must not wait for that.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -321,8 +322,10 @@ impl Store {
         state
             .open_images
             .retain(|_, image| image.upgrade().is_some_and(|image| !image.layers().contains(&id)));
-        if state.proofs.get(&id).is_some_and(|proof| checksum != Some(proof.checksum)) {
+        let is_void = state.proofs.get(&id).is_some_and(|proof| checksum != Some(proof.checksum));
+        if is_void {
             state.proofs.remove(&id);
+            drop(state);
             remove(&self.proof_path(id))?;
         }
         Ok(())
@@ -462,19 +465,48 @@ impl Store {
     /// What one socket of containerd lists; names of its that are not listed
     /// any more are gone.
     pub fn set_names(&self, endpoint: &str, listed: &[(ImageName, ChainId)]) -> Result<(), Error> {
-        let names: HashSet<(&str, &str)> = listed
+        // A name that is listed twice is the last one's.
+        let owners: HashMap<(&str, &str), (&ImageName, ChainId)> = listed
             .iter()
-            .map(|(image, _)| (image.namespace.as_str(), image.name.as_str()))
+            .map(|(image, chain_id)| {
+                ((image.namespace.as_str(), image.name.as_str()), (image, *chain_id))
+            })
             .collect();
-        let mut gone = Vec::new();
+        let mut given: HashMap<ChainId, Vec<&ImageName>> = HashMap::new();
+        for (image, chain_id) in owners.values() {
+            given.entry(*chain_id).or_default().push(image);
+        }
+        let mut changed = Vec::new();
         {
             let mut state = self.state();
             let State { records, listed_by, .. } = &mut *state;
-            for image in records.values().flat_map(|record| &record.names) {
-                let key = (image.namespace.clone(), image.name.clone());
-                let is_ours = listed_by.get(&key).is_none_or(|by| by == endpoint);
-                if is_ours && !names.contains(&(image.namespace.as_str(), image.name.as_str())) {
-                    gone.push(key);
+            for record in records.values_mut() {
+                let before = (record.names.clone(), record.manifest_digest);
+                record.names.retain(|image| {
+                    if owners.contains_key(&(image.namespace.as_str(), image.name.as_str())) {
+                        // Whoever has it now is given it below.
+                        return false;
+                    }
+                    let key = (image.namespace.clone(), image.name.clone());
+                    let is_gone = listed_by.get(&key).is_none_or(|by| by == endpoint);
+                    if is_gone {
+                        listed_by.remove(&key);
+                    }
+                    !is_gone
+                });
+                if let Some(names) = given.get(&record.chain_id) {
+                    record.names.extend(names.iter().copied().cloned());
+                    record.unneeded_since = None;
+                    record.names.sort();
+                    let mut digests = record.names.iter().filter_map(|image| image.manifest_digest);
+                    // One that is still a name's own stays.
+                    let is_named = digests.clone().any(|one| Some(one) == record.manifest_digest);
+                    if !is_named {
+                        record.manifest_digest = digests.next_back().or(record.manifest_digest);
+                    }
+                }
+                if before != (record.names.clone(), record.manifest_digest) {
+                    changed.push(record.clone());
                 }
             }
             for (image, _) in listed {
@@ -482,13 +514,7 @@ impl Store {
                 listed_by.insert(key, endpoint.to_owned());
             }
         }
-        for (namespace, name) in gone {
-            self.remove_name(&namespace, &name)?;
-        }
-        for (image, chain_id) in listed {
-            self.name_image(*chain_id, image)?;
-        }
-        Ok(())
+        changed.iter().try_for_each(|record| self.write_record(record))
     }
 
     /// An image was removed. What was recorded stays until it is collected.
@@ -519,7 +545,7 @@ impl Store {
         let mut state = self.state();
         state.open_images.retain(|_, image| image.strong_count() > 0);
         let State { records, open_images, .. } = &mut *state;
-        let mut forgotten = Vec::new();
+        let (mut changed, mut forgotten) = (Vec::new(), Vec::new());
         for record in records.values_mut() {
             let chain_id = record.chain_id;
             let needed = !record.names.is_empty()
@@ -528,7 +554,7 @@ impl Store {
             let since = if needed { None } else { record.unneeded_since.or(Some(now)) };
             if since != record.unneeded_since {
                 record.unneeded_since = since;
-                self.write_record(record)?;
+                changed.push(record.clone());
             }
             // A clock that was set back makes it wait longer.
             let age = since.and_then(|since| Duration::try_from(now.duration_since(since)).ok());
@@ -536,12 +562,14 @@ impl Store {
                 forgotten.push(chain_id);
             }
         }
+        drop(state);
+        changed.iter().try_for_each(|record| self.write_record(record))?;
         let mut collected = Collected { images: forgotten.len(), ..Collected::default() };
         for chain_id in forgotten {
             remove(&self.image_path(chain_id))?;
-            records.remove(&chain_id);
+            self.state().records.remove(&chain_id);
         }
-        self.remove_unneeded_layers(&mut state, &mut collected)?;
+        self.remove_unneeded_layers(&mut collected)?;
         Ok(collected)
     }
 
@@ -552,29 +580,39 @@ impl Store {
         let mut state = self.state();
         state.records.remove(&chain_id);
         state.open_images.remove(&chain_id);
-        self.remove_unneeded_layers(&mut state, &mut Collected::default())
+        drop(state);
+        self.remove_unneeded_layers(&mut Collected::default())
     }
 
-    fn remove_unneeded_layers(
-        &self,
-        state: &mut State,
-        collected: &mut Collected,
-    ) -> Result<(), Error> {
-        state.open_layers.retain(|_, layer| layer.strong_count() > 0);
-        let needed: HashSet<LayerId> =
-            state.records.values().flat_map(|record| record.layers.iter().copied()).collect();
-        for (path, stem) in files_in(&self.layers, LAYER_SUFFIX)? {
+    fn remove_unneeded_layers(&self, collected: &mut Collected) -> Result<(), Error> {
+        let files = files_in(&self.layers, LAYER_SUFFIX)?;
+        let needed: HashSet<LayerId> = {
+            let mut state = self.state();
+            state.open_layers.retain(|_, layer| layer.strong_count() > 0);
+            let recorded = state.records.values().flat_map(|record| record.layers.iter().copied());
+            recorded.chain(state.open_layers.keys().copied()).collect()
+        };
+        for (path, stem) in files {
             // A file of another name is not ours to remove.
             let Some(id) = layer_of_stem(&stem) else { continue };
-            if !needed.contains(&id) && !state.open_layers.contains_key(&id) {
-                let bytes = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-                remove(&path)?;
-                remove(&self.proof_path(id))?;
+            if needed.contains(&id) {
+                continue;
+            }
+            {
+                // Known by nobody first: it is not there any more in a moment. Whoever has
+                // opened it since then keeps it.
+                let mut state = self.state();
+                if state.open_layers.get(&id).is_some_and(|layer| layer.strong_count() > 0) {
+                    continue;
+                }
                 state.sound.remove(&id);
                 state.proofs.remove(&id);
-                collected.layers += 1;
-                collected.bytes += bytes;
             }
+            let bytes = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+            remove(&path)?;
+            remove(&self.proof_path(id))?;
+            collected.layers += 1;
+            collected.bytes += bytes;
         }
         Ok(())
     }
@@ -1178,6 +1216,30 @@ mod tests {
         assert_eq!(names(&store), expected);
         assert_eq!(names(&open(scratch.path())), expected);
         assert_eq!(store.find("busybox").unwrap().manifest_digest, Some(manifest(9)));
+    }
+
+    #[test]
+    fn h14_thousands_of_names_are_set_in_one_pass_each_with_its_image() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = two_images(scratch.path());
+        let of = |number: usize| ImageName {
+            namespace: "default".into(),
+            name: format!("registry.test/{number}:1"),
+            manifest_digest: None,
+        };
+        let list = |shift: usize| -> Vec<(ImageName, ChainId)> {
+            let chain_of = |number: usize| chain(u8::try_from((number + shift) % 2 + 1).unwrap());
+            (0..5000).map(|number| (of(number), chain_of(number))).collect()
+        };
+        let begun = std::time::Instant::now();
+        store.set_names("socket", &list(0)).unwrap();
+        store.set_names("socket", &list(1)).unwrap();
+        // Compared each with each, this takes minutes.
+        assert!(begun.elapsed() < std::time::Duration::from_secs(10), "{:?}", begun.elapsed());
+        let images = store.images();
+        assert_eq!(images.iter().map(|image| image.names.len()).sum::<usize>(), 5000);
+        let second = images.iter().find(|image| image.chain_id == chain(2)).unwrap();
+        assert!(second.names.contains(&of(0)) && !second.names.contains(&of(1)));
     }
 
     #[test]

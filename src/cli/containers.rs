@@ -166,7 +166,22 @@ impl Diff {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
         let request = proto::DiffContainerRequest { container: self.container };
         let diff = talk(socket, |mut client| async move {
-            Ok(client.diff_container(request).await.map_err(explain)?.into_inner())
+            let mut pages = match client.stream_diff(request.clone()).await {
+                Ok(pages) => pages.into_inner(),
+                // An older daemon.
+                Err(status) if status.code() == tonic::Code::Unimplemented => {
+                    let answer = client.diff_container(request).await.map_err(explain)?;
+                    return Ok(answer.into_inner());
+                }
+                Err(status) => return Err(explain(status)),
+            };
+            let mut all = proto::DiffContainerResponse::default();
+            while let Some(page) = pages.message().await.map_err(explain)? {
+                let proto::DiffContainerResponse { namespace, id, differences, incomplete } = page;
+                all.differences.extend(differences);
+                (all.namespace, all.id, all.incomplete) = (namespace, id, incomplete);
+            }
+            Ok(all)
         })?;
         let container = ContainerId::new(&diff.namespace, &diff.id);
         let differences: Vec<DifferenceJson> = diff

@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 use super::client::{explain, talk};
 use super::exit::Exit;
 use super::output::write;
+use super::status::seconds;
 use crate::api::{convert, proto};
 use crate::health::{Failure, STAGES};
 
@@ -91,7 +92,8 @@ fn text(
     };
     // More findings than a float can count exactly are not kept.
     #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
-    let large = |number: u64| gauge(number as f64);
+    let float = |number: u64| number as f64;
+    let large = |number: u64| gauge(float(number));
 
     for (name, help, samples) in [
         (
@@ -204,6 +206,21 @@ fn text(
             "How long the oldest of it has waited: so long findings are delayed now",
             by_stage(&status.backlogs, true),
         ),
+        (
+            "thread_queue",
+            "Items that wait for a thread",
+            by_thread(status, |thread| thread.queued.map(float)),
+        ),
+        (
+            "thread_queue_oldest_seconds",
+            "How long the oldest of them has waited",
+            by_thread(status, |thread| thread.queued.map(|_| seconds(thread.oldest_milliseconds))),
+        ),
+        (
+            "thread_still_seconds",
+            "How long a thread has been busy with one item without any progress",
+            by_thread(status, |thread| Some(seconds(thread.still_milliseconds))),
+        ),
         ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
     ] {
         registry.register(name, help, samples);
@@ -235,6 +252,14 @@ fn by_stage(backlogs: &[proto::Backlog], oldest: bool) -> Samples {
     let number = |value: u64| if oldest { value as f64 / 1000.0 } else { value as f64 };
     let labelled = stages.into_iter().map(|(stage, value)| (label("stage", stage), number(value)));
     Samples::Gauge(labelled.collect())
+}
+
+fn by_thread(
+    status: &proto::GetStatusResponse,
+    value: impl Fn(&proto::Thread) -> Option<f64>,
+) -> Samples {
+    let labelled = |thread: &proto::Thread| Some((label("thread", &thread.name), value(thread)?));
+    Samples::Gauge(status.threads.iter().filter_map(labelled).collect())
 }
 
 /// Those that never happened are told as well: a counter that appears with its
@@ -305,6 +330,13 @@ mod tests {
                     oldest_milliseconds: 3,
                 },
             ],
+            threads: vec![proto::Thread {
+                name: "scan".into(),
+                queued: Some(3),
+                oldest_milliseconds: 1500,
+                still_milliseconds: 250,
+                stuck: false,
+            }],
             losses: vec![proto::Loss { name: "pipeline_full".into(), count: 2 }],
             ..proto::GetStatusResponse::default()
         };

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -48,6 +49,8 @@ struct StatusJson {
     /// What waits to be looked at, the oldest first.
     backlogs: Vec<BacklogJson>,
     losses: Vec<Loss>,
+    /// What waits for the daemon's threads, and whether they make progress.
+    threads: Vec<ThreadJson>,
     /// From when to when the view was incomplete: what still is, then the newest.
     gaps: Vec<GapJson>,
     /// What this kernel lacks.
@@ -60,6 +63,23 @@ struct BacklogJson {
     stage: String,
     waiting: u64,
     oldest_milliseconds: u64,
+}
+
+#[derive(Serialize)]
+struct ThreadJson {
+    name: String,
+    /// Unset where there is no queue.
+    queued: Option<u64>,
+    /// For how long the oldest item has waited.
+    oldest_seconds: f64,
+    /// For how long it has been busy with one item without any progress.
+    still_seconds: f64,
+    stuck: bool,
+}
+
+/// Seconds, to the millisecond.
+pub(super) fn seconds(milliseconds: u64) -> f64 {
+    Duration::from_millis(milliseconds).as_secs_f64()
 }
 
 #[derive(Serialize)]
@@ -146,6 +166,17 @@ impl Status {
                 .into_iter()
                 .map(|loss| Loss { name: loss.name, count: loss.count })
                 .collect(),
+            threads: status
+                .threads
+                .into_iter()
+                .map(|thread| ThreadJson {
+                    name: thread.name,
+                    queued: thread.queued,
+                    oldest_seconds: seconds(thread.oldest_milliseconds),
+                    still_seconds: seconds(thread.still_milliseconds),
+                    stuck: thread.stuck,
+                })
+                .collect(),
             gaps: status.gaps.iter().map(gap_json).collect::<anyhow::Result<_>>()?,
             missing: status
                 .missing
@@ -223,6 +254,11 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
     for backlog in delayed(&status.backlogs) {
         line("Delayed", &backlog);
     }
+    for thread in &status.threads {
+        if let Some(words) = behind(thread) {
+            line("Behind", &words);
+        }
+    }
     for loss in &status.losses {
         line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
     }
@@ -263,6 +299,20 @@ fn delayed(backlogs: &[BacklogJson]) -> Vec<String> {
         lines.push(format!("and {more} more (-o json)"));
     }
     lines
+}
+
+/// How long a queue may be behind before people are shown it, in seconds.
+const BEHIND: f64 = 2.0;
+
+/// What is said of a thread that is stuck or behind; `None`: nothing.
+fn behind(thread: &ThreadJson) -> Option<String> {
+    let ThreadJson { name, queued, oldest_seconds, still_seconds, stuck } = thread;
+    let name = safe(name);
+    if *stuck {
+        return Some(format!("{name} IS STUCK: it has made no progress for {still_seconds:.0}s"));
+    }
+    let queued = queued.filter(|_| *oldest_seconds >= BEHIND)?;
+    Some(format!("{name}: {queued} wait, the oldest for {oldest_seconds:.0}s"))
 }
 
 /// How many gaps people are shown.
@@ -378,6 +428,17 @@ mod tests {
                 },
             ],
             losses: vec![Loss { name: "pipeline_full".into(), count: 2 }],
+            threads: [("describe", Some(7), 3.2, 0.0, false), ("scan", Some(0), 0.0, 6.1, true)]
+                .into_iter()
+                .chain([("content", Some(1), 0.5, 0.5, false), ("trace", None, 0.0, 0.0, false)])
+                .map(|(name, queued, oldest_seconds, still_seconds, stuck)| ThreadJson {
+                    name: name.into(),
+                    queued,
+                    oldest_seconds,
+                    still_seconds,
+                    stuck,
+                })
+                .collect(),
             gaps: vec![
                 gap(None, None),
                 gap(Some(crate::model::ContainerId::new("default", "c\u{1b}1")), Some(7200)),

@@ -18,9 +18,13 @@ use super::spec::{self, Spec};
 use super::{cri, docker};
 use crate::model::{
     ChainId, Container, ContainerId, DeclaredProbe, IdMap, IdRange, ImageReference, Layer, LayerId,
-    OverlayDirs, Task,
+    OverlayDirs, Task, shorten,
 };
 
+/// Longer than any name of a registry, a repository and a tag.
+const MAX_IMAGE_NAME: usize = 1024;
+/// The longest reason for having no baseline, in bytes.
+const MAX_REASON: usize = 2048;
 /// More layers than any image has (OCI runtimes stop at 127).
 const LAYER_LIMIT: usize = 512;
 
@@ -90,7 +94,7 @@ pub(super) async fn describe(
         runtime: runtime.name,
         created_at,
         pod,
-        labels,
+        labels: labels.into(),
         image,
         snapshotter: record.snapshotter,
         snapshot_key: record.snapshot_key,
@@ -154,6 +158,11 @@ async fn image(
         }
     }
     let manifest_digest = facts.as_ref().map(|facts| facts.manifest_digest);
+    // An archive can name its images as it likes.
+    let name = name.map(|mut name| {
+        shorten(&mut name, MAX_IMAGE_NAME);
+        name
+    });
     Ok((ImageReference { name, manifest_digest, chain_id: rootfs.image_chain }, facts))
 }
 
@@ -168,7 +177,8 @@ struct Rootfs {
 }
 
 impl Rootfs {
-    fn without(reason: String) -> Rootfs {
+    fn without(mut reason: String) -> Rootfs {
+        shorten(&mut reason, MAX_REASON);
         Rootfs { layers: Vec::new(), image_chain: None, overlay: None, no_baseline: Some(reason) }
     }
 }

@@ -18,7 +18,7 @@ use super::connection::{Connection, Namespace, interrupted, words};
 use super::events::{self, Event};
 use super::images::{Images, Trouble};
 use super::outbox::{Answer, Outbox, Stopped};
-use super::{Change, Error, Recording, containers, snapshots, tasks};
+use super::{Change, Error, Lane, Recording, containers, snapshots, tasks};
 use crate::health::{Failure, Health};
 use crate::model::{Container, ContainerId, printable};
 
@@ -66,6 +66,7 @@ pub(super) struct Endpoint {
     name: Arc<str>,
     exclude: BTreeSet<String>,
     outbox: Outbox,
+    lane: Option<Lane>,
     pub(super) images: Arc<Images>,
     health: Arc<Health>,
     connection: Mutex<Option<Connection>>,
@@ -129,13 +130,15 @@ impl Endpoint {
         changes: Sender<Change>,
         recorder: Arc<dyn Recording>,
         health: Arc<Health>,
+        lane: Option<Lane>,
     ) -> Endpoint {
         let name: Arc<str> = socket.to_string_lossy().into();
         Endpoint {
             socket: socket.into(),
             name: Arc::clone(&name),
             exclude: exclude.clone(),
-            outbox: Outbox::new(Arc::clone(&name), changes),
+            outbox: Outbox::new(Arc::clone(&name), changes, lane.clone()),
+            lane,
             images: Arc::new(Images::new(name, recorder, Arc::clone(&health))),
             health,
             connection: Mutex::default(),
@@ -267,7 +270,7 @@ impl Endpoint {
         let (queue, waiting) = mpsc::channel(QUEUE);
         // Dropped, and with it all of them ended, when the first one ends.
         let mut parts: JoinSet<Ended> = JoinSet::new();
-        parts.spawn(read(Arc::clone(following), queue, Arc::clone(&self.health)));
+        parts.spawn(read(Arc::clone(self), Arc::clone(following), queue));
         parts.spawn(pulse(following.connection.clone()));
         parts.spawn({
             let (endpoint, following) = (Arc::clone(self), Arc::clone(following));
@@ -329,6 +332,15 @@ impl Endpoint {
         }
     }
 
+    /// Hands on at once what cannot wait for those that come before it.
+    fn tell_urgent(&self, event: &Event) {
+        if let (Some(lane), Some(urgent)) = (&self.lane, event.urgent())
+            && event.namespace().is_some_and(|name| !self.exclude.contains(name))
+        {
+            lane(urgent);
+        }
+    }
+
     /// Gives events on in their order, without asking containerd anything.
     async fn dispatch(
         &self,
@@ -362,7 +374,7 @@ impl Endpoint {
                 self.outbox.task_created(container.clone(), pid, rootfs).await?;
                 following.look_again(container);
             }
-            Event::TaskExited { container } => self.outbox.task_exited(container).await?,
+            Event::TaskExited { container, .. } => self.outbox.task_exited(container).await?,
             Event::ExecStarted { container, exec_id, pid } => {
                 self.tell_exec(Change::ExecStarted { container, exec_id, pid })?;
             }
@@ -386,7 +398,7 @@ impl Endpoint {
 
     fn tell_exec(&self, change: Change) -> Result<(), Stopped> {
         if !self.outbox.exec(change)? {
-            let _degraded = self.health.record(Failure::ExecEventsFull);
+            too_many_execs(&self.health);
         }
         Ok(())
     }
@@ -515,7 +527,12 @@ impl Endpoint {
 }
 
 /// Drains the event stream into the queue; never waits for anything else.
-async fn read(following: Arc<Following>, queue: mpsc::Sender<Event>, health: Arc<Health>) -> Ended {
+async fn read(
+    endpoint: Arc<Endpoint>,
+    following: Arc<Following>,
+    queue: mpsc::Sender<Event>,
+) -> Ended {
+    let health = &endpoint.health;
     let request = SubscribeRequest { filters: events::filters(&following.marker) };
     let mut stream = match following.connection.event_stream().subscribe(request).await {
         Ok(response) => response.into_inner(),
@@ -534,10 +551,13 @@ async fn read(following: Arc<Following>, queue: mpsc::Sender<Event>, health: Arc
             }
             // A list cannot tell it again, so none is made for it.
             Ok(Some(event)) if event.is_of_exec() && queue.capacity() <= QUEUE_WITHOUT_EXECS => {
-                let _degraded = health.record(Failure::ExecEventsFull);
+                too_many_execs(health);
                 false
             }
-            Ok(Some(event)) => queue.try_send(event).is_err(),
+            Ok(Some(event)) => {
+                endpoint.tell_urgent(&event);
+                queue.try_send(event).is_err()
+            }
             Ok(None) => false,
             Err(err) => {
                 tracing::warn!(
@@ -558,6 +578,13 @@ async fn read(following: Arc<Following>, queue: mpsc::Sender<Event>, health: Arc
             }
         }
     }
+}
+
+/// No list tells of an exec again.
+fn too_many_execs(health: &Health) {
+    let failure = Failure::ExecEventsFull;
+    let _degraded = health.record(failure);
+    health.happened(failure, "what containerd calls some sessions was not told: too many execs");
 }
 
 /// Publishes our marker until it comes back; false if it does not.

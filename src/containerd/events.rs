@@ -9,7 +9,7 @@ use containerd_client::types::Envelope;
 use jiff::Timestamp;
 use prost::Message;
 
-use super::snapshots;
+use super::{Urgent, snapshots};
 use crate::model::{ChainId, ContainerId, Exit, OverlayDirs};
 
 /// What an event says, as far as driftd cares.
@@ -23,6 +23,7 @@ pub(super) enum Event {
     /// The init process has ended, not merely a process entered later.
     TaskExited {
         container: ContainerId,
+        pid: u32,
     },
     ExecStarted {
         container: ContainerId,
@@ -65,7 +66,7 @@ impl Event {
     pub(super) fn namespace(&self) -> Option<&str> {
         match self {
             Event::TaskCreated { container, .. }
-            | Event::TaskExited { container }
+            | Event::TaskExited { container, .. }
             | Event::ExecStarted { container, .. }
             | Event::ExecExited { container, .. }
             | Event::ContainerChanged { container }
@@ -74,6 +75,22 @@ impl Event {
             | Event::ImageRemoved { namespace, .. }
             | Event::LayerCommitted { namespace, .. } => Some(namespace),
             Event::Marker => None,
+        }
+    }
+
+    /// What whoever marks containers is told at once.
+    pub(super) fn urgent(&self) -> Option<Urgent> {
+        match self {
+            Event::TaskCreated { container, pid, rootfs } => Some(Urgent::TaskCreated {
+                container: container.clone(),
+                pid: *pid,
+                rootfs: rootfs.clone(),
+            }),
+            // Without a pid nobody can tell which run has ended.
+            Event::TaskExited { container, pid } if *pid != 0 => {
+                Some(Urgent::TaskExited { container: container.clone(), pid: *pid })
+            }
+            _ => None,
         }
     }
 
@@ -152,7 +169,7 @@ pub(super) fn decode(
             let event = TaskExit::decode(value)?;
             let container = container(&event.container_id);
             if event.id == event.container_id {
-                Event::TaskExited { container }
+                Event::TaskExited { container, pid: event.pid }
             } else if event.id.is_empty() {
                 return Ok(None);
             } else {
@@ -296,7 +313,8 @@ mod tests {
     fn only_the_end_of_init_ends_a_task() {
         let exit =
             |id: &str| TaskExit { container_id: "c1".into(), id: id.into(), ..TaskExit::default() };
-        let ended = Event::TaskExited { container: container() };
+        let ended = Event::TaskExited { container: container(), pid: 0 };
+        assert_eq!(ended.urgent(), None, "which run has ended is not said");
         check("containerd.events.TaskExit", &exit("c1"), Some(ended));
         check("containerd.events.TaskExit", &exit(""), None);
         let ended = Event::ExecExited {
@@ -307,6 +325,18 @@ mod tests {
             at: at(9),
         };
         check("containerd.events.TaskExit", &exit("some-exec"), Some(ended));
+    }
+
+    #[test]
+    fn h08_a_task_that_comes_or_goes_is_urgent() {
+        let (container, rootfs) = (container(), None);
+        let created = Event::TaskCreated { container: container.clone(), pid: 7, rootfs };
+        let urgent = Urgent::TaskCreated { container: container.clone(), pid: 7, rootfs: None };
+        assert_eq!(created.urgent(), Some(urgent));
+        let exited = Event::TaskExited { container: container.clone(), pid: 7 };
+        let urgent = Urgent::TaskExited { container: container.clone(), pid: 7 };
+        assert_eq!(exited.urgent(), Some(urgent));
+        assert_eq!(Event::ContainerChanged { container }.urgent(), None);
     }
 
     #[test]

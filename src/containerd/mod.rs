@@ -53,6 +53,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 use jiff::Timestamp;
+use tokio::task::AbortHandle;
 
 pub use self::blobs::ContentBlobs;
 use self::endpoint::Endpoint;
@@ -116,6 +117,17 @@ pub enum Change {
         containers: Vec<ContainerId>,
     },
 }
+
+/// What whoever marks containers is told at once, on a way of its own: behind the
+/// pipeline it would wait for the disk. The pipeline is told as well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Urgent {
+    TaskCreated { container: ContainerId, pid: u32, rootfs: Option<OverlayDirs> },
+    TaskExited { container: ContainerId, pid: u32 },
+}
+
+/// Takes what is urgent, and never waits.
+pub type Lane = Arc<dyn Fn(Urgent) + Send + Sync>;
 
 /// Who makes baselines of the images that containerd has.
 pub trait Recording: Send + Sync + 'static {
@@ -186,6 +198,8 @@ pub enum Error {
 #[derive(Clone)]
 pub struct Containerd {
     endpoints: Arc<[Arc<Endpoint>]>,
+    /// The tasks that follow them.
+    following: Arc<[AbortHandle]>,
 }
 
 impl fmt::Debug for Containerd {
@@ -204,6 +218,17 @@ impl Containerd {
         recorder: impl Recording,
         health: &Arc<Health>,
     ) -> Containerd {
+        Containerd::start_with(settings, changes, recorder, health, None)
+    }
+
+    /// The same, with a way for what is urgent.
+    pub fn start_with(
+        settings: &config::Containerd,
+        changes: &Sender<Change>,
+        recorder: impl Recording,
+        health: &Arc<Health>,
+        lane: Option<&Lane>,
+    ) -> Containerd {
         let recorder: Arc<dyn Recording> = Arc::new(recorder);
         let endpoints: Arc<[Arc<Endpoint>]> = settings
             .sockets
@@ -215,13 +240,18 @@ impl Containerd {
                     changes.clone(),
                     Arc::clone(&recorder),
                     Arc::clone(health),
+                    lane.cloned(),
                 ))
             })
             .collect();
-        for endpoint in endpoints.iter() {
-            tokio::spawn(Arc::clone(endpoint).run());
-        }
-        Containerd { endpoints }
+        let follow = |endpoint| tokio::spawn(Endpoint::run(endpoint)).abort_handle();
+        let following = endpoints.iter().cloned().map(follow).collect();
+        Containerd { endpoints, following }
+    }
+
+    /// Listens to no event any more. Containers can still be killed and paused.
+    pub fn stop_following(&self) {
+        self.following.iter().for_each(AbortHandle::abort);
     }
 
     /// Kills all processes of one run of a container; what happened, in words. `None`

@@ -7,13 +7,14 @@
 //! is refused: the asker asks again.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, TrySendError};
 use tokio::sync::Mutex;
 
-use super::Change;
+use super::{Change, Lane, Urgent};
 use crate::model::{Container, ContainerId, OverlayDirs, Task};
 
 /// The pipeline is gone: driftd is stopping.
@@ -41,11 +42,17 @@ const BELIEVE_EVENT: Duration = Duration::from_secs(5);
 /// there is must not be dropped.
 const FULL_PAUSE: Duration = Duration::from_millis(2);
 
-#[derive(Debug)]
 pub(super) struct Outbox {
     endpoint: Arc<str>,
     changes: Sender<Change>,
+    lane: Option<Lane>,
     state: Mutex<State>,
+}
+
+impl fmt::Debug for Outbox {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outbox").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -87,8 +94,23 @@ impl State {
 }
 
 impl Outbox {
-    pub(super) fn new(endpoint: Arc<str>, changes: Sender<Change>) -> Outbox {
-        Outbox { endpoint, changes, state: Mutex::default() }
+    pub(super) fn new(endpoint: Arc<str>, changes: Sender<Change>, lane: Option<Lane>) -> Outbox {
+        Outbox { endpoint, changes, lane, state: Mutex::default() }
+    }
+
+    /// What no event has told, but a record, is said on the fast way too, before anything
+    /// else and in its order: whoever calls this holds the lock.
+    fn created(&self, container: &ContainerId, pid: u32, rootfs: Option<&OverlayDirs>) {
+        if let Some(lane) = &self.lane {
+            let (container, rootfs) = (container.clone(), rootfs.cloned());
+            lane(Urgent::TaskCreated { container, pid, rootfs });
+        }
+    }
+
+    fn exited(&self, container: &ContainerId, pid: Option<u32>) {
+        if let (Some(lane), Some(pid)) = (&self.lane, pid) {
+            lane(Urgent::TaskExited { container: container.clone(), pid });
+        }
     }
 
     pub(super) async fn connected(&self) -> Result<(), Stopped> {
@@ -171,6 +193,7 @@ impl Outbox {
         }
         if state.containers.get(container).is_some_and(|known| !known.removed) {
             let known = state.event(container);
+            self.exited(container, known.running);
             *known = Known { changed: known.changed, removed: true, ..Known::default() };
             self.send(Change::Removed { container: container.clone() }).await?;
         }
@@ -207,6 +230,12 @@ impl Outbox {
             return Ok(answer);
         }
         let pid = container.task.as_ref().map(|task| task.pid);
+        if known.running != pid {
+            self.exited(&container.id, known.running);
+            if let Some(pid) = pid {
+                self.created(&container.id, pid, container.rootfs.as_ref());
+            }
+        }
         if known.running.is_some() && known.running != pid {
             // Its exit was not heard of.
             self.send(Change::TaskExited { container: container.id.clone() }).await?;
@@ -276,7 +305,7 @@ mod tests {
             id: id(name),
             endpoint: "test".into(),
             runtime: "io.containerd.runc.v2".into(),
-            labels: [].into(),
+            labels: crate::model::Labels::default(),
             pod: None,
             image: ImageReference::default(),
             snapshotter: "overlayfs".into(),
@@ -299,7 +328,33 @@ mod tests {
 
     fn outbox() -> (Outbox, Receiver<Change>) {
         let (changes, received) = crossbeam_channel::bounded(16);
-        (Outbox::new("test".into(), changes), received)
+        (Outbox::new("test".into(), changes, None), received)
+    }
+
+    #[tokio::test]
+    async fn h08_what_a_record_tells_of_a_task_is_told_at_once() {
+        let (changes, _received) = crossbeam_channel::bounded(16);
+        let (told, urgent) = crossbeam_channel::unbounded();
+        let lane: Lane = Arc::new(move |one| told.send(one).unwrap());
+        let outbox = Outbox::new("test".into(), changes, Some(lane));
+        for task in [Some(7), Some(7), Some(8), None] {
+            outbox.container(outbox.asking().await, record("c", task)).await.unwrap();
+        }
+        outbox.container(outbox.asking().await, record("d", Some(9))).await.unwrap();
+        outbox.gone(outbox.asking().await, &id("d")).await.unwrap();
+        let created = |name, pid| Urgent::TaskCreated { container: id(name), pid, rootfs: None };
+        let exited = |name, pid| Urgent::TaskExited { container: id(name), pid };
+        assert_eq!(
+            urgent.try_iter().collect::<Vec<_>>(),
+            [
+                created("c", 7),
+                exited("c", 7),
+                created("c", 8),
+                exited("c", 8),
+                created("d", 9),
+                exited("d", 9),
+            ]
+        );
     }
 
     fn sent(received: &Receiver<Change>) -> Vec<Change> {

@@ -12,6 +12,10 @@ use crate::model::{EntryPoint, IdMap, IdRange, printable};
 /// Where a program without a path is looked for if the environment does not say.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// How many arguments and directories of an entry point are kept, and the longest.
+const MAX_TEXTS: usize = 65;
+const MAX_TEXT: usize = 1024;
+
 /// The few fields that are read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Spec {
@@ -81,10 +85,17 @@ impl Spec {
         let entry_point = document.process.map(|process| {
             let environment = process.env.unwrap_or_default();
             let path = environment.iter().find_map(|variable| variable.strip_prefix("PATH="));
+            let is_short = |text: &str| text.len() <= MAX_TEXT;
+            let search = path.unwrap_or(USUAL_PATH).split(':').filter(|one| is_short(one));
+            let mut arguments = process.args.unwrap_or_default();
+            arguments.truncate(MAX_TEXTS);
+            // Too long for a path: read as an option, which is none either.
+            let long = arguments.iter_mut().filter(|one| !is_short(one));
+            long.for_each(|one| "-".clone_into(one));
             EntryPoint {
-                arguments: process.args.unwrap_or_default(),
-                search: path.unwrap_or(USUAL_PATH).split(':').map(str::to_owned).collect(),
-                directory: process.cwd,
+                arguments,
+                search: search.take(MAX_TEXTS).map(str::to_owned).collect(),
+                directory: Some(process.cwd).filter(|one| is_short(one)).unwrap_or_default(),
             }
         });
         let mut annotations = document.annotations.unwrap_or_default();

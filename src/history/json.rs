@@ -7,9 +7,12 @@ use rusqlite::Row;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::schema::whole_json;
 use super::{Error, Record};
+use crate::model::finding::hex;
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Probe, Session, printable,
+    Command, ContainerId, Finding, FindingId, Incarnation, Labels, Outcome, Probe, Session,
+    printable,
 };
 use crate::respond::Response;
 
@@ -40,14 +43,26 @@ pub(super) struct GapJson {
     pub(super) until: Option<Timestamp>,
 }
 
-/// The text kept for a record.
+/// The text kept for a record. Labels are kept beside it: see [`labels`].
 pub(super) fn text(record: &Record) -> serde_json::Result<String> {
     match record {
         Record::Finding(finding) | Record::Aggregate { finding, .. } => {
-            serde_json::to_string(finding)
+            let mut finding = finding.clone();
+            if let Some(container) = &mut finding.container {
+                container.labels = Labels::default();
+            }
+            serde_json::to_string(&finding)
         }
-        Record::Session { session, .. } => serde_json::to_string(session),
-        Record::Probe(probe) => serde_json::to_string(probe),
+        Record::Session { session, .. } => {
+            let mut session = session.clone();
+            session.container.labels = Labels::default();
+            serde_json::to_string(&session)
+        }
+        Record::Probe(probe) => {
+            let mut probe = probe.clone();
+            probe.container.labels = Labels::default();
+            serde_json::to_string(&probe)
+        }
         Record::Response(response) => serde_json::to_string(&ResponseJson {
             schema: RESPONSE_SCHEMA.into(),
             container: response.container.clone(),
@@ -74,26 +89,59 @@ pub(super) fn shown(record: &Record) -> String {
     text(record).map_or_else(|err| err.to_string(), |text| printable(text.as_bytes()))
 }
 
+/// The labels of a container, as text, with a name that the same ones always have.
+pub(super) fn labels(labels: &Labels) -> serde_json::Result<(String, String)> {
+    let text = serde_json::to_string(labels)?;
+    let hash = blake3::hash(text.as_bytes());
+    Ok((hex(&hash.as_bytes()[..16]), text))
+}
+
 /// What is kept as the same JSON that is published.
 pub(super) trait Kept: DeserializeOwned {
     /// Its table, and what one of them is called.
     const TABLE: &'static str;
+
+    /// What is asked for to have it whole.
+    fn column() -> String {
+        whole_json(Self::TABLE)
+    }
+
+    /// The labels that it shares with others of its container.
+    fn labels(&mut self) -> Option<&mut Labels> {
+        None
+    }
 }
 
 impl Kept for Finding {
     const TABLE: &'static str = "finding";
+
+    fn labels(&mut self) -> Option<&mut Labels> {
+        self.container.as_mut().map(|container| &mut container.labels)
+    }
 }
 
 impl Kept for Session {
     const TABLE: &'static str = "session";
+
+    fn labels(&mut self) -> Option<&mut Labels> {
+        Some(&mut self.container.labels)
+    }
 }
 
 impl Kept for Command {
     const TABLE: &'static str = "command";
+
+    fn column() -> String {
+        "json".to_owned()
+    }
 }
 
 impl Kept for Probe {
     const TABLE: &'static str = "probe";
+
+    fn labels(&mut self) -> Option<&mut Labels> {
+        Some(&mut self.container.labels)
+    }
 }
 
 /// Reads one from the columns `id` and `json` of `row`.

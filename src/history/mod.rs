@@ -15,8 +15,12 @@
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OpenFlags};
@@ -36,7 +40,7 @@ pub use reader::{
     SessionsPage,
 };
 pub use timeline::{Happened, TimelineEntry, TimelinePage, TimelineToken};
-pub use writer::Writer;
+pub use writer::{Keep, Writer};
 
 /// The history's file in the state directory.
 pub const FILE: &str = "history.db";
@@ -146,6 +150,10 @@ impl Error {
 #[derive(Debug)]
 pub struct History {
     connection: Connection,
+    /// Device and inode of the file.
+    identity: (u64, u64),
+    /// Moves when another file takes its place.
+    generation: Arc<AtomicU64>,
     path: PathBuf,
     lock: StateLock,
 }
@@ -162,25 +170,39 @@ impl History {
         let lock = lock(state_dir)?;
 
         let path = state_dir.join(FILE);
-        // SQLite gives its side files the mode of the database.
-        OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&path)
-            .and_then(|file| file.set_permissions(Permissions::from_mode(0o600)))
-            .map_err(Error::io("open the history", &path))?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut connection =
-            Connection::open_with_flags(&path, flags).map_err(Error::sql("open", &path))?;
-        schema::prepare(&mut connection, &path)?;
-        Ok(History { connection, path, lock })
+        let (connection, identity) = open(&path)?;
+        Ok(History { connection, identity, generation: Arc::default(), path, lock })
     }
 
     /// Reads what is kept, before and while the thread runs.
     pub fn reader(&self) -> Reader {
-        Reader::new(self.path.clone())
+        Reader::new(self.path.clone(), self.generation.clone())
     }
+}
+
+/// Opens or creates the file, and says which one it is.
+fn open(path: &Path) -> Result<(Connection, (u64, u64)), Error> {
+    // SQLite gives its side files the mode of the database.
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::io("open the history", path))?;
+    file.set_permissions(Permissions::from_mode(0o600))
+        .map_err(Error::io("open the history", path))?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection =
+        Connection::open_with_flags(path, flags).map_err(Error::sql("open", path))?;
+    schema::prepare(&mut connection, path)?;
+    let stat = file.metadata().map_err(Error::io("look at the history", path))?;
+    Ok((connection, (stat.dev(), stat.ino())))
+}
+
+/// Which file is at this path.
+fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
+    let stat = std::fs::metadata(path)?;
+    Ok((stat.dev(), stat.ino()))
 }
 
 /// Held, not used: it keeps a second driftd away from the state directory.

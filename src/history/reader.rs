@@ -4,10 +4,12 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use rusqlite::config::DbConfig;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 
@@ -16,8 +18,8 @@ use super::writer::newest_seq;
 use super::{Error, Record, json};
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, Kind, ManifestDigest, Member, Probe, RootfsPath,
-    Session, SessionId, SessionState, Severity,
+    Command, ContainerId, Finding, FindingId, Kind, Labels, ManifestDigest, Member, Probe,
+    RootfsPath, Session, SessionId, SessionState, Severity,
 };
 use crate::respond::Response;
 
@@ -29,6 +31,9 @@ pub(super) const PAGE_BYTES: usize = 2 << 20;
 
 /// Most sessions that are handed over as open, the newest.
 const OPEN_SESSIONS: usize = 10_000;
+/// Most findings of one container that are handed over when it shows up: the worst and
+/// the newest.
+const TOLD: usize = 32 * 1024;
 /// Most probes that are listed, those seen last.
 const PROBES: usize = 2_000;
 
@@ -196,12 +201,15 @@ pub type ProbeLookup = Lookup<Probe>;
 #[derive(Clone, Debug)]
 pub struct Reader {
     pub(super) path: PathBuf,
-    idle: Arc<Mutex<Vec<Connection>>>,
+    /// Which file is at the path; moved by the writer.
+    generation: Arc<AtomicU64>,
+    /// Each with the file that it was opened for.
+    idle: Arc<Mutex<Vec<(u64, Connection)>>>,
 }
 
 impl Reader {
-    pub(super) fn new(path: PathBuf) -> Reader {
-        Reader { path, idle: Arc::default() }
+    pub(super) fn new(path: PathBuf, generation: Arc<AtomicU64>) -> Reader {
+        Reader { path, generation, idle: Arc::default() }
     }
 
     /// One page of at most `limit` findings; fewer if they are large.
@@ -247,7 +255,8 @@ impl Reader {
             );
         }
         let sql = format!(
-            "SELECT id, json, {time} FROM {} {} ORDER BY {time} DESC, id DESC LIMIT {}",
+            "SELECT id, {}, {time} FROM {} {} ORDER BY {time} DESC, id DESC LIMIT {}",
+            T::column(),
             T::TABLE,
             conditions.sql(),
             limit.saturating_add(1),
@@ -297,7 +306,8 @@ impl Reader {
             let failed = Error::sql("read", &self.path);
             let mut query = connection
                 .prepare_cached(&format!(
-                    "SELECT id, json, count(*) OVER () FROM {} WHERE id >= ? AND id < ? LIMIT 1",
+                    "SELECT id, {}, count(*) OVER () FROM {} WHERE id >= ? AND id < ? LIMIT 1",
+                    T::column(),
                     T::TABLE
                 ))
                 .map_err(&failed)?;
@@ -317,7 +327,10 @@ impl Reader {
         self.ask(|connection| {
             let failed = Error::sql("read", &self.path);
             let mut query = connection
-                .prepare_cached("SELECT id, json FROM finding WHERE id = ?")
+                .prepare_cached(&format!(
+                    "SELECT id, {} FROM finding WHERE id = ?",
+                    Finding::column()
+                ))
                 .map_err(&failed)?;
             let (mut findings, mut bytes) = (Vec::new(), 0);
             for id in ids {
@@ -336,11 +349,12 @@ impl Reader {
     /// The newest revision of every finding of a container, or of none, by their IDs.
     pub fn told_of(&self, container: Option<&ContainerId>) -> Result<Vec<Finding>, Error> {
         match container {
-            None => {
-                self.select("SELECT id, json FROM finding WHERE container IS NULL ORDER BY id", &[])
-            }
+            None => self.select("finding WHERE container IS NULL ORDER BY id", &[]),
             Some(container) => self.select(
-                "SELECT id, json FROM finding WHERE container = ? AND namespace = ? ORDER BY id",
+                &format!(
+                    "finding WHERE container = ? AND namespace = ?
+                     ORDER BY severity DESC, last_seen DESC, id LIMIT {TOLD}"
+                ),
                 &[&container.id, &container.namespace],
             ),
         }
@@ -403,7 +417,7 @@ impl Reader {
     pub fn open_sessions(&self) -> Result<Vec<Session>, Error> {
         self.select(
             &format!(
-                "SELECT id, json FROM session WHERE state = 'open'
+                "session WHERE state = 'open'
                  ORDER BY started_at DESC, id DESC LIMIT {OPEN_SESSIONS}"
             ),
             &[],
@@ -414,25 +428,33 @@ impl Reader {
     pub fn probes(&self, container: Option<&ContainerId>) -> Result<Vec<Probe>, Error> {
         let order = format!("ORDER BY last_seen DESC, id DESC LIMIT {PROBES}");
         match container {
-            None => self.select(&format!("SELECT id, json FROM probe {order}"), &[]),
+            None => self.select(&format!("probe {order}"), &[]),
             Some(container) => self.select(
-                &format!(
-                    "SELECT id, json FROM probe WHERE container = ? AND namespace = ? {order}"
-                ),
+                &format!("probe WHERE container = ? AND namespace = ? {order}"),
                 &[&container.id, &container.namespace],
             ),
         }
     }
 
-    /// What a query for `id` and `json` gives, whole.
-    fn select<T: Kept>(&self, sql: &str, values: &[&str]) -> Result<Vec<T>, Error> {
+    /// All that `rows` gives: a table, and which of its rows.
+    fn select<T: Kept>(&self, rows: &str, values: &[&str]) -> Result<Vec<T>, Error> {
+        let sql = format!("SELECT id, {} FROM {rows}", T::column());
         self.ask(|connection| {
             let failed = Error::sql("read", &self.path);
-            let mut query = connection.prepare_cached(sql).map_err(&failed)?;
+            let mut query = connection.prepare_cached(&sql).map_err(&failed)?;
             let mut rows = query.query(params_from_iter(values)).map_err(&failed)?;
             let mut all = Vec::new();
+            let mut last = Labels::default();
             while let Some(row) = rows.next().map_err(&failed)? {
-                all.push(json::kept(row, 0, 1, &self.path)?);
+                let mut one: T = json::kept(row, 0, 1, &self.path)?;
+                if let Some(labels) = one.labels() {
+                    // Those of one container share them.
+                    if *labels == last {
+                        labels.clone_from(&last);
+                    }
+                    last.clone_from(labels);
+                }
+                all.push(one);
             }
             Ok(all)
         })
@@ -492,6 +514,17 @@ impl Reader {
     /// that looked. A gap concerns a filter unless it is another container's; a
     /// response and a session concern their container only.
     pub fn after(&self, cursor: u64, filter: &Filter, limit: usize) -> Result<Followed, Error> {
+        self.page_after(cursor, filter, limit, usize::MAX)
+    }
+
+    /// The same; fewer if they have more than about `bytes` of JSON.
+    pub fn page_after(
+        &self,
+        cursor: u64,
+        filter: &Filter,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Followed, Error> {
         let mut of_finding = Conditions::of(filter, "finding.");
         let mut of_others = Conditions::default();
         if let Some(container) = &filter.container {
@@ -506,12 +539,14 @@ impl Reader {
         of_finding.add("record.type = 'finding'", []);
         of_others.add("record.type <> 'finding'", []);
         let sql = format!(
-            "SELECT record.seq, record.type, coalesce(record.json, finding.json, session.json)
+            "SELECT record.seq, record.type, coalesce(record.json, {}, {})
              FROM record
              LEFT JOIN finding ON record.type = 'finding' AND finding.id = record.finding
              LEFT JOIN session ON record.type = 'session' AND session.id = record.session
              WHERE record.seq > ? AND (({}) OR ({}))
              ORDER BY record.seq LIMIT {}",
+            Finding::column(),
+            Session::column(),
             of_finding.joined(),
             of_others.joined(),
             limit.saturating_add(1),
@@ -538,12 +573,14 @@ impl Reader {
                 more: false,
                 pruned_through: pruned_through.unsigned_abs(),
             };
+            let mut read = 0;
             while let Some(row) = rows.next().map_err(&failed)? {
-                if followed.records.len() == limit {
+                if followed.records.len() == limit || read > bytes {
                     followed.cursor = followed.records.last().map_or(cursor, |(seq, _)| *seq);
                     followed.more = true;
                     break;
                 }
+                read += length(row, 2).map_err(&failed)?;
                 let seq: i64 = row.get(0).map_err(&failed)?;
                 let kind: String = row.get(1).map_err(&failed)?;
                 followed
@@ -641,15 +678,20 @@ impl Reader {
         ask: impl FnOnce(&mut Connection) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let lock = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = lock().pop();
+        let current = self.generation.load(Ordering::Acquire);
+        let idle = {
+            let mut idle = lock();
+            idle.retain(|(generation, _)| *generation == current);
+            idle.pop()
+        };
         let mut connection = match idle {
-            Some(connection) => connection,
+            Some((_, connection)) => connection,
             None => self.connect()?,
         };
         let answer = ask(&mut connection);
         let mut idle = lock();
         if idle.len() < IDLE {
-            idle.push(connection);
+            idle.push((current, connection));
         }
         answer
     }
@@ -659,6 +701,13 @@ impl Reader {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags).map_err(&failed)?;
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
+        // In KiB: there are many of them, and the kernel has a cache too.
+        connection.pragma_update(None, "cache_size", -256).map_err(&failed)?;
+        // The last one to close a file that is gone would remove the side files of the
+        // one that has its name now.
+        connection
+            .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+            .map_err(&failed)?;
         Ok(connection)
     }
 }

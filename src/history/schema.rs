@@ -215,7 +215,134 @@ pub(super) const MIGRATIONS: &[&str] = &[
         LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding'
         LEFT JOIN session ON session.id = record.session AND record.type = 'session';
 ",
+    "
+    -- A container's labels, once for all that names it. A row of an earlier format has
+    -- them in its JSON, and no reference.
+    CREATE TABLE labels (
+        namespace TEXT NOT NULL,
+        container TEXT NOT NULL,
+        id        TEXT NOT NULL,
+        json      TEXT NOT NULL CHECK (json_valid(json)),
+        PRIMARY KEY (container, namespace, id)
+    ) STRICT, WITHOUT ROWID;
+    ALTER TABLE finding ADD COLUMN labels TEXT;
+    ALTER TABLE session ADD COLUMN labels TEXT;
+    ALTER TABLE probe   ADD COLUMN labels TEXT;
+
+    -- What is dropped first when the history is full.
+    CREATE INDEX finding_by_severity ON finding (container, namespace, severity, last_seen, id);
+
+    -- About how many bytes each container's rows take. What is of no container counts
+    -- under empty names.
+    CREATE TABLE held (
+        namespace TEXT NOT NULL,
+        container TEXT NOT NULL,
+        bytes     INTEGER NOT NULL,
+        PRIMARY KEY (container, namespace)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX held_by_bytes ON held (bytes);
+    INSERT INTO held SELECT namespace, container, sum(bytes) FROM (
+        SELECT coalesce(namespace, '') AS namespace, coalesce(container, '') AS container,
+               octet_length(json) + 512 AS bytes FROM finding
+        UNION ALL
+        SELECT namespace, container, octet_length(json) + 512 FROM session
+        UNION ALL
+        SELECT namespace, container, octet_length(json) + 256 FROM command
+        UNION ALL
+        SELECT coalesce(finding.namespace, ''), coalesce(finding.container, ''),
+               octet_length(member.path) + 256
+        FROM member JOIN finding ON finding.id = member.finding
+        UNION ALL
+        SELECT '', '', octet_length(json) + 128 FROM record WHERE type = 'gap'
+    ) GROUP BY namespace, container;
+
+    CREATE TRIGGER finding_added AFTER INSERT ON finding BEGIN
+        INSERT INTO held VALUES (coalesce(new.namespace, ''), coalesce(new.container, ''),
+                                 octet_length(new.json) + 512)
+        ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+    END;
+    CREATE TRIGGER finding_changed AFTER UPDATE OF json ON finding BEGIN
+        UPDATE held SET bytes = bytes + octet_length(new.json) - octet_length(old.json)
+        WHERE container = coalesce(new.container, '') AND namespace = coalesce(new.namespace, '');
+    END;
+    CREATE TRIGGER finding_dropped AFTER DELETE ON finding BEGIN
+        UPDATE held SET bytes = bytes - octet_length(old.json) - 512
+        WHERE container = coalesce(old.container, '') AND namespace = coalesce(old.namespace, '');
+    END;
+    CREATE TRIGGER session_added AFTER INSERT ON session BEGIN
+        INSERT INTO held VALUES (new.namespace, new.container, octet_length(new.json) + 512)
+        ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+    END;
+    CREATE TRIGGER session_changed AFTER UPDATE OF json ON session BEGIN
+        UPDATE held SET bytes = bytes + octet_length(new.json) - octet_length(old.json)
+        WHERE container = new.container AND namespace = new.namespace;
+    END;
+    CREATE TRIGGER session_dropped AFTER DELETE ON session BEGIN
+        UPDATE held SET bytes = bytes - octet_length(old.json) - 512
+        WHERE container = old.container AND namespace = old.namespace;
+    END;
+    CREATE TRIGGER command_added AFTER INSERT ON command BEGIN
+        INSERT INTO held VALUES (new.namespace, new.container, octet_length(new.json) + 256)
+        ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+    END;
+    CREATE TRIGGER command_changed AFTER UPDATE OF json ON command BEGIN
+        UPDATE held SET bytes = bytes + octet_length(new.json) - octet_length(old.json)
+        WHERE container = new.container AND namespace = new.namespace;
+    END;
+    CREATE TRIGGER command_dropped AFTER DELETE ON command BEGIN
+        UPDATE held SET bytes = bytes - octet_length(old.json) - 256
+        WHERE container = old.container AND namespace = old.namespace;
+    END;
+    CREATE TRIGGER member_added AFTER INSERT ON member BEGIN
+        UPDATE held SET bytes = bytes + octet_length(new.path) + 256
+        WHERE (container, namespace) = (SELECT coalesce(container, ''), coalesce(namespace, '')
+                                        FROM finding WHERE id = new.finding);
+    END;
+    CREATE TRIGGER member_dropped AFTER DELETE ON member BEGIN
+        UPDATE held SET bytes = bytes - octet_length(old.path) - 256
+        WHERE (container, namespace) = (SELECT coalesce(container, ''), coalesce(namespace, '')
+                                        FROM finding WHERE id = old.finding);
+    END;
+    CREATE TRIGGER gap_added AFTER INSERT ON record WHEN new.type = 'gap' BEGIN
+        INSERT INTO held VALUES ('', '', octet_length(new.json) + 128)
+        ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+    END;
+    CREATE TRIGGER gap_dropped AFTER DELETE ON record WHEN old.type = 'gap' BEGIN
+        UPDATE held SET bytes = bytes - octet_length(old.json) - 128
+        WHERE container = '' AND namespace = '';
+    END;
+
+    DROP VIEW timeline;
+    CREATE VIEW timeline AS
+        SELECT record.seq,
+               strftime('%Y-%m-%dT%H:%M:%fZ', record.at / 1e6, 'unixepoch') AS at,
+               record.type, record.namespace, record.container,
+               finding.kind, finding.severity, record.finding, record.session,
+               CASE WHEN labels.json IS NULL
+                   THEN coalesce(record.json, finding.json, session.json)
+                   ELSE json_set(coalesce(finding.json, session.json), '$.container.labels',
+                                 json(labels.json))
+               END AS json
+        FROM record
+        LEFT JOIN finding ON finding.id = record.finding AND record.type = 'finding'
+        LEFT JOIN session ON session.id = record.session AND record.type = 'session'
+        LEFT JOIN labels ON labels.container = record.container
+            AND labels.namespace = record.namespace
+            AND labels.id = coalesce(finding.labels, session.labels);
+",
 ];
+
+/// The JSON of a row as it is published, with its container's labels.
+pub(super) fn whole_json(table: &str) -> String {
+    format!(
+        "CASE WHEN {table}.labels IS NULL THEN {table}.json
+         ELSE json_set({table}.json, '$.container.labels', json(coalesce(
+             (SELECT labels.json FROM labels
+              WHERE labels.container = {table}.container
+                  AND labels.namespace = {table}.namespace AND labels.id = {table}.labels),
+             '{{}}'))) END"
+    )
+}
 
 /// Whose file this is and in which format; refuses what is not ours or newer.
 pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, Error> {

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use rusqlite::{Connection, named_params, params};
 
+use super::json::Kept as _;
 use super::reader::PAGE_BYTES;
 use super::{BadPageToken, Error, Reader, json};
 use crate::model::{Command, ContainerId, Finding, Session};
@@ -150,10 +151,10 @@ impl Source {
         let number = |text: &str| text.parse::<i64>().unwrap_or(0);
         match self {
             Source::Opened | Source::Closed => connection
-                .prepare_cached("SELECT json FROM session WHERE id = ?")?
+                .prepare_cached(&format!("SELECT {} FROM session WHERE id = ?", Session::column()))?
                 .query_row([key], |row| row.get(0)),
             Source::Finding => connection
-                .prepare_cached("SELECT json FROM finding WHERE id = ?")?
+                .prepare_cached(&format!("SELECT {} FROM finding WHERE id = ?", Finding::column()))?
                 .query_row([key], |row| row.get(0)),
             Source::Command => {
                 let (session, digits) = key.split_once('.').unwrap_or_default();

@@ -11,11 +11,17 @@
 //! again. New records join it, up to [`PENDING`]; beyond that the oldest are
 //! dropped, gaps first, and a gap of its own says how many. Responses are never
 //! dropped: they tell what driftd did, and nothing else does.
+//!
+//! The file is bounded in bytes. When it is full, rows are dropped of the container that
+//! takes the most: the least severe first, and of these the oldest. Responses stay.
+//!
+//! When the file is removed or replaced while driftd runs, a new one is begun, and the
+//! pipeline is asked for everything that it still knows.
 
-use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -23,9 +29,11 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
-use super::{History, MemberChange, Reader, Record, StateLock, json};
+use super::{Error, History, MemberChange, Reader, Record, StateLock, identity_of, json, open};
 use crate::health::{Failure, Health};
-use crate::model::{Command, ContainerId, FindingId, Probe, ProbeId, Session, SessionId};
+use crate::model::finding::ContainerEvidence;
+use crate::model::{Command, ContainerId, FindingId, Probe, ProbeId, Session, SessionId, Severity};
+use crate::threads::{self, Left, Role, Threads};
 
 /// Records that may wait in the channel; the pipeline blocks beyond that.
 const CHANNEL: usize = 1024;
@@ -46,45 +54,81 @@ const TRIES_AT_STOP: u32 = 3;
 const PRUNE_EVERY: Duration = Duration::from_secs(60 * 60);
 /// Most records one transaction prunes: new records never wait long behind it.
 const PRUNE_STEP: usize = 500;
+/// The same while the history is full: more than one commit can add.
+const SHRINK_STEP: usize = 4 * BATCH;
+/// Most containers that are tried for something to drop.
+const SHRINK_FROM: usize = 64;
+/// How often it is asked whether the file is still there.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The running history.
 #[derive(Debug)]
 pub struct Writer {
     records: Sender<Record>,
     committed: watch::Receiver<u64>,
+    begun: Receiver<()>,
     reader: Reader,
     stop: Sender<()>,
-    thread: JoinHandle<()>,
+    threads: Threads,
+    unwritten: Arc<AtomicU64>,
+}
+
+/// The name of the writing thread.
+const THREAD: &str = "history";
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// How long, after something was last seen.
+    pub retention: Duration,
+    /// How many bytes the file may take.
+    pub max_bytes: u64,
+}
+
+impl From<Duration> for Keep {
+    /// Without a bound in bytes.
+    fn from(retention: Duration) -> Keep {
+        Keep { retention, max_bytes: u64::MAX }
+    }
 }
 
 impl History {
-    /// Starts the writing thread. Findings that were last seen longer than
-    /// `retention` ago are forgotten, now and then every hour.
-    pub fn start(self, retention: Duration, health: Arc<Health>) -> Writer {
+    /// Starts the writing thread. What is more than is to be kept is forgotten, now and
+    /// while it runs.
+    pub fn start(self, keep: impl Into<Keep>, health: Arc<Health>) -> Writer {
         let (records, incoming) = bounded(CHANNEL);
+        let (begun_sender, begun) = bounded(1);
         let (stop, stopping) = bounded(1);
         let newest = newest_seq(&self.connection).unwrap_or(0);
         let (committed_sender, committed) = watch::channel(newest);
         let reader = self.reader();
+        let threads = health.threads.clone();
+        let depth = threads::depth_of(&incoming);
+        let unwritten = Arc::new(AtomicU64::new(0));
         let writing = Writing {
             connection: self.connection,
+            identity: self.identity,
+            generation: self.generation,
+            begun: begun_sender,
             path: self.path,
             _lock: self.lock,
             incoming,
             stopping,
             committed: committed_sender,
             health,
-            retention,
+            keep: keep.into(),
             pending: Pending::default(),
+            unwritten: unwritten.clone(),
             last_commit: None,
             retry: None,
             next_prune: Instant::now(),
+            next_look: Instant::now() + LOOK_EVERY,
+            shrinking: None,
         };
-        let thread = std::thread::Builder::new()
-            .name("history".into())
-            .spawn(move || writing.run())
+        threads
+            .spawn(THREAD, Role::Disk, Some(depth), move || writing.run())
             .expect("a thread can be started while driftd starts");
-        Writer { records, committed, reader, stop, thread }
+        Writer { records, committed, begun, reader, stop, threads, unwritten }
     }
 }
 
@@ -99,6 +143,11 @@ impl Writer {
         self.committed.clone()
     }
 
+    /// Something comes whenever a new file was begun: what is known is wanted again.
+    pub fn begun(&self) -> Receiver<()> {
+        self.begun.clone()
+    }
+
     pub fn reader(&self) -> Reader {
         self.reader.clone()
     }
@@ -107,26 +156,47 @@ impl Writer {
     pub fn stop(self) {
         // The thread may have ended already; then there is nobody to tell.
         let _ = self.stop.try_send(());
-        if self.thread.join().is_err() {
-            tracing::error!("the history's thread panicked");
+        while !self.threads.wait_for_end(&[THREAD], Instant::now() + RETRY_LAST).is_empty() {}
+        self.threads.forget(&[THREAD]);
+    }
+
+    /// What was handed over and is not written, also after a stop.
+    pub fn left(&self) -> impl Fn() -> Vec<Left> + 'static {
+        let (threads, unwritten) = (self.threads.clone(), self.unwritten.clone());
+        move || {
+            let taken = Left { what: "records", count: unwritten.load(Ordering::Relaxed) };
+            let mut left = threads.left(&[THREAD]);
+            left.extend((taken.count > 0).then_some(taken));
+            left
         }
     }
 }
 
 struct Writing {
     connection: Connection,
+    /// Device and inode of the file that is open.
+    identity: (u64, u64),
+    /// Which file readers are to read.
+    generation: Arc<AtomicU64>,
+    begun: Sender<()>,
     path: PathBuf,
     _lock: StateLock,
     incoming: Receiver<Record>,
     stopping: Receiver<()>,
     committed: watch::Sender<u64>,
     health: Arc<Health>,
-    retention: Duration,
+    keep: Keep,
     pending: Pending,
+    /// How many records `pending` holds, for others to see.
+    unwritten: Arc<AtomicU64>,
     last_commit: Option<Instant>,
     /// When to try again after a failed commit, and how long to wait after that.
     retry: Option<(Instant, Duration)>,
     next_prune: Instant,
+    next_look: Instant,
+    /// Containers of which something was dropped since the history became full. `None`
+    /// while it is not.
+    shrinking: Option<HashSet<ContainerId>>,
 }
 
 enum Turn {
@@ -141,10 +211,15 @@ impl Writing {
             match self.wait() {
                 Turn::Received => (),
                 Turn::Due => {
-                    if !self.pending.is_empty() {
+                    self.look();
+                    let is_due = self.retry.is_none_or(|(at, _)| at <= Instant::now());
+                    if is_due && !self.pending.is_empty() {
                         self.commit();
                     }
                     // After a commit too, so that no load keeps old records for ever.
+                    if self.retry.is_none() {
+                        self.shrink();
+                    }
                     if self.retry.is_none() && self.next_prune <= Instant::now() {
                         self.prune();
                     }
@@ -161,32 +236,40 @@ impl Writing {
         if full || due <= Instant::now() && self.incoming.is_empty() {
             return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
         }
-        select! {
-            recv(self.incoming) -> record => match record {
-                Ok(record) => {
-                    self.take(record);
-                    Turn::Received
-                }
-                Err(_) => Turn::Stop,
-            },
-            recv(self.stopping) -> _ => Turn::Stop,
-            default(due.saturating_duration_since(Instant::now())) => Turn::Due,
+        let received = threads::idle(|| {
+            select! {
+                recv(self.incoming) -> record => record.map_err(|_| Turn::Stop),
+                recv(self.stopping) -> _ => Err(Turn::Stop),
+                default(due.saturating_duration_since(Instant::now())) => Err(Turn::Due),
+            }
+        });
+        match received {
+            Ok(record) => {
+                threads::took();
+                self.take(record);
+                Turn::Received
+            }
+            Err(turn) => turn,
         }
     }
 
     fn due(&self) -> Instant {
-        if self.pending.is_empty() {
-            return self.next_prune;
-        }
-        match (self.retry, self.last_commit) {
+        let write = match (self.retry, self.last_commit) {
+            _ if self.pending.is_empty() => self.next_prune,
             (Some((at, _)), _) => at,
             (None, Some(last)) => last + COMMIT_SPACING,
             (None, None) => Instant::now(),
+        };
+        if self.shrinking.is_some() && self.retry.is_none() {
+            return Instant::now();
         }
+        write.min(self.next_look)
     }
 
     fn take(&mut self, record: Record) {
-        if let Some(dropped) = self.pending.push(record) {
+        let dropped = self.pending.push(record);
+        self.unwritten.store(self.pending.len() as u64, Ordering::Relaxed);
+        if let Some(dropped) = dropped {
             let _reaction = self.health.record(Failure::HistoryWrite);
             tracing::error!(dropped, "the history cannot be written and its memory is full");
         }
@@ -198,14 +281,20 @@ impl Writing {
             Ok(newest) => {
                 if self.retry.take().is_some() {
                     tracing::info!("the history can be written again");
+                    self.health.end(Failure::HistoryWrite);
                 }
                 self.pending = Pending::default();
+                self.unwritten.store(0, Ordering::Relaxed);
                 self.committed.send_replace(newest);
             }
             Err(err) => {
                 // Reaction::Retry.
                 let _reaction = self.health.record(Failure::HistoryWrite);
                 let pause = self.retry.map_or(RETRY_FIRST, |(_, pause)| pause);
+                let waiting = self.pending.len();
+                let detail =
+                    format!("the history cannot be written, {waiting} records wait: {err}");
+                self.health.begin(Failure::HistoryWrite, &detail);
                 tracing::error!(
                     history = %self.path.display(),
                     waiting = self.pending.len(),
@@ -216,6 +305,89 @@ impl Writing {
         }
     }
 
+    /// Begins a new file if the one that is open is not the one at its path any more.
+    fn look(&mut self) {
+        if Instant::now() < self.next_look && self.pending.is_empty() {
+            return;
+        }
+        self.next_look = Instant::now() + LOOK_EVERY;
+        if identity_of(&self.path).is_ok_and(|found| found == self.identity) {
+            return;
+        }
+        let _reaction = self.health.record(Failure::HistoryGone);
+        let path = self.path.display().to_string();
+        match self.begin() {
+            Ok(()) => {
+                tracing::error!("the history {path} was removed or replaced: a new one is begun");
+                self.health.end(Failure::HistoryGone);
+                self.shrinking = None;
+                // One that was sent before will do.
+                let _ = self.begun.try_send(());
+            }
+            Err(err) => {
+                let problem = format!("the history {path} is gone, and none can be begun: {err}");
+                tracing::error!("{problem}");
+                self.health.begin(Failure::HistoryGone, &problem);
+                // Nothing is written into a file that nobody will find.
+                self.retry = Some((self.next_look, RETRY_FIRST));
+            }
+        }
+    }
+
+    fn begin(&mut self) -> Result<(), Error> {
+        let newest = *self.committed.borrow();
+        // The old one is closed first: SQLite removes its side files by their names.
+        let none = Connection::open_in_memory().map_err(Error::sql("open", &self.path))?;
+        drop(std::mem::replace(&mut self.connection, none));
+        if !self.path.exists() {
+            for suffix in ["-wal", "-shm"] {
+                let mut name = self.path.clone().into_os_string();
+                name.push(suffix);
+                match std::fs::remove_file(&name) {
+                    Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(Error::io("remove", Path::new(&name))(err));
+                    }
+                    Ok(()) | Err(_) => (),
+                }
+            }
+        }
+        let (mut connection, identity) = open(&self.path)?;
+        let failed = Error::sql("begin", &self.path);
+        let mut begun = || -> rusqlite::Result<()> {
+            let transaction = connection.transaction()?;
+            // Numbers that were given are not given again: followers read on.
+            if newest_seq(&transaction)? < newest {
+                transaction.execute("DELETE FROM sqlite_sequence WHERE name = 'record'", [])?;
+                transaction.execute(
+                    "INSERT INTO sqlite_sequence (name, seq) VALUES ('record', ?1)",
+                    [sql_integer(newest)],
+                )?;
+                transaction.execute(
+                    "UPDATE pruned SET through = max(through, ?1)",
+                    [sql_integer(newest)],
+                )?;
+            }
+            let gap = Record::Gap {
+                name: Failure::HistoryGone.name().into(),
+                container: None,
+                detail: "the history's file was removed or replaced: what is still known is \
+                         written again"
+                    .into(),
+                at: Timestamp::now(),
+                until: None,
+            };
+            store(&transaction, &gap)?;
+            transaction.commit()
+        };
+        begun().map_err(failed)?;
+        let newest = newest_seq(&connection).map_err(Error::sql("read", &self.path))?;
+        (self.connection, self.identity) = (connection, identity);
+        self.retry = None;
+        self.generation.fetch_add(1, Ordering::Release);
+        self.committed.send_replace(newest);
+        Ok(())
+    }
+
     fn finish(mut self) {
         while let Ok(record) = self.incoming.try_recv() {
             self.take(record);
@@ -224,9 +396,11 @@ impl Writing {
             if self.pending.is_empty() {
                 return;
             }
+            self.look();
             self.commit();
             if let Some((at, _)) = self.retry {
-                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                let pause = at.saturating_duration_since(Instant::now());
+                threads::idle(|| std::thread::sleep(pause));
             }
         }
         if !self.pending.is_empty() {
@@ -240,13 +414,63 @@ impl Writing {
 
     /// Forgets some of what is too old; comes again at once while there is more.
     fn prune(&mut self) {
-        match prune_step(&mut self.connection, self.retention) {
+        match prune_step(&mut self.connection, self.keep.retention) {
             Ok(pruned) if pruned == PRUNE_STEP => (),
-            Ok(_) => self.next_prune = Instant::now() + PRUNE_EVERY,
+            Ok(_) => {
+                self.next_prune = Instant::now() + PRUNE_EVERY;
+                if self.shrinking.is_none() {
+                    self.health.end(Failure::HistoryFull);
+                }
+            }
             Err(err) => {
                 let _reaction = self.health.record(Failure::HistoryWrite);
                 tracing::error!(history = %self.path.display(), "cannot prune the history: {err}");
                 self.next_prune = Instant::now() + PRUNE_EVERY;
+            }
+        }
+    }
+
+    /// Drops some of what is too much, once the history is full until it is well below
+    /// that.
+    fn shrink(&mut self) {
+        let most = self.keep.max_bytes;
+        let limit = if self.shrinking.is_some() { most - most / 8 } else { most };
+        let excess = match bytes_of(&self.connection) {
+            Ok(bytes) if bytes <= limit => {
+                self.shrinking = None;
+                return;
+            }
+            Ok(bytes) => bytes - (most - most / 8),
+            Err(err) => {
+                tracing::error!("cannot ask how large the history is: {err}");
+                return;
+            }
+        };
+        let told = self.shrinking.get_or_insert_default();
+        let _reaction = self.health.record(Failure::HistoryFull);
+        match shrink_step(&mut self.connection, told, excess, most) {
+            Ok(Some(newest)) => {
+                let problem = format!(
+                    "the history is full (history.max_bytes is {most}): what is old or not severe \
+                     was dropped"
+                );
+                self.health.begin(Failure::HistoryFull, &problem);
+                self.next_prune = Instant::now() + PRUNE_EVERY;
+                self.committed.send_replace(newest);
+            }
+            Ok(None) => {
+                let problem = format!(
+                    "the history is full (history.max_bytes is {most}), and nothing in it may be \
+                     dropped"
+                );
+                tracing::error!("{problem}");
+                self.health.begin(Failure::HistoryFull, &problem);
+                self.shrinking = None;
+            }
+            Err(err) => {
+                let _reaction = self.health.record(Failure::HistoryWrite);
+                tracing::error!(history = %self.path.display(), "cannot shrink the history: {err}");
+                self.shrinking = None;
             }
         }
     }
@@ -430,23 +654,43 @@ fn unwritable(err: serde_json::Error) -> rusqlite::Error {
     rusqlite::Error::ToSqlConversionFailure(Box::new(err))
 }
 
+/// Keeps a container's labels, and names them.
+fn store_labels(
+    connection: &Connection,
+    container: &ContainerEvidence,
+) -> rusqlite::Result<Option<String>> {
+    if container.labels.is_empty() {
+        return Ok(None);
+    }
+    let (name, text) = json::labels(&container.labels).map_err(unwritable)?;
+    connection
+        .prepare_cached(
+            "INSERT OR IGNORE INTO labels (namespace, container, id, json) VALUES (?1, ?2, ?3, ?4)",
+        )?
+        .execute(params![container.id.namespace, container.id.id, name, text])?;
+    Ok(Some(name))
+}
+
 fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
     let text = json::text(record).map_err(unwritable)?;
     match record {
         Record::Finding(finding) | Record::Aggregate { finding, .. } => {
             let id = finding.id.to_string();
             let container = finding.container_id();
+            let evidence = finding.container.as_ref();
+            let labels = evidence.map(|one| store_labels(connection, one)).transpose()?.flatten();
             connection
                 .prepare_cached(
                     "INSERT INTO finding (id, revision, namespace, container, image,
-                         manifest_digest, kind, severity, first_seen, last_seen, count, json)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
+                         manifest_digest, kind, severity, first_seen, last_seen, count, json,
+                         labels)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)
                      ON CONFLICT (id) DO UPDATE SET
                          revision = excluded.revision, image = excluded.image,
                          manifest_digest = excluded.manifest_digest,
                          severity = excluded.severity, first_seen = excluded.first_seen,
                          last_seen = excluded.last_seen, count = excluded.count,
-                         json = excluded.json",
+                         json = excluded.json, labels = excluded.labels",
                 )?
                 .execute(params![
                     id,
@@ -461,6 +705,7 @@ fn store(connection: &Connection, record: &Record) -> rusqlite::Result<()> {
                     finding.last_seen.as_microsecond(),
                     sql_integer(finding.count),
                     text,
+                    labels,
                 ])?;
             connection
                 .prepare_cached("DELETE FROM record WHERE type = 'finding' AND finding = ?1")?
@@ -493,15 +738,17 @@ fn store_session(connection: &Connection, session: &Session, text: &str) -> rusq
     let container = &session.container.id;
     // Its own times cannot say when it was told: nobody may have seen its end.
     let now = Timestamp::now();
+    let labels = store_labels(connection, &session.container)?;
     connection
         .prepare_cached(
             "INSERT INTO session (id, revision, namespace, container, state, started_at,
-                 ended_at, changed_at, json)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+                 ended_at, changed_at, json, labels)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
              ON CONFLICT (id) DO UPDATE SET
                  revision = excluded.revision, state = excluded.state,
                  started_at = excluded.started_at, ended_at = excluded.ended_at,
-                 changed_at = excluded.changed_at, json = excluded.json",
+                 changed_at = excluded.changed_at, json = excluded.json,
+                 labels = excluded.labels",
         )?
         .execute(params![
             id,
@@ -513,6 +760,7 @@ fn store_session(connection: &Connection, session: &Session, text: &str) -> rusq
             session.ended_at.map(Timestamp::as_microsecond),
             now.as_microsecond(),
             text,
+            labels,
         ])?;
     connection
         .prepare_cached("DELETE FROM record WHERE type = 'session' AND session = ?1")?
@@ -542,11 +790,13 @@ fn store_command(connection: &Connection, command: &Command) -> rusqlite::Result
 
 fn store_probe(connection: &Connection, probe: &Probe, text: &str) -> rusqlite::Result<()> {
     let container = &probe.container.id;
+    let labels = store_labels(connection, &probe.container)?;
     connection
         .prepare_cached(
-            "INSERT INTO probe (id, namespace, container, last_seen, json)
-             VALUES (?1, ?2, ?3, ?4, ?5)
-             ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen, json = excluded.json",
+            "INSERT INTO probe (id, namespace, container, last_seen, json, labels)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+             ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen, json = excluded.json,
+                 labels = excluded.labels",
         )?
         .execute(params![
             probe.id.to_string(),
@@ -554,6 +804,7 @@ fn store_probe(connection: &Connection, probe: &Probe, text: &str) -> rusqlite::
             container.id,
             probe.last_seen.as_microsecond(),
             text,
+            labels,
         ])?;
     Ok(())
 }
@@ -657,19 +908,10 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
             Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
         })?
         .collect::<rusqlite::Result<_>>()?;
-    let forget = |statement: &str, id: &Option<String>| -> rusqlite::Result<()> {
-        transaction.prepare_cached(statement)?.execute([id]).map(drop)
-    };
     for (seq, kind, finding, session) in &old {
         match kind.as_str() {
-            "finding" => {
-                forget("DELETE FROM finding WHERE id = ?1", finding)?;
-                forget("DELETE FROM member WHERE finding = ?1", finding)?;
-            }
-            "session" => {
-                forget("DELETE FROM session WHERE id = ?1", session)?;
-                forget("DELETE FROM command WHERE session = ?1", session)?;
-            }
+            "finding" => forget_finding(&transaction, finding.as_deref())?,
+            "session" => forget_session(&transaction, session.as_deref())?,
             _ => (),
         }
         transaction.prepare_cached("DELETE FROM record WHERE seq = ?1")?.execute([seq])?;
@@ -683,14 +925,209 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
     if let Some(through) = old.iter().map(|(seq, ..)| seq).max() {
         transaction.execute("UPDATE pruned SET through = max(through, ?1)", [through])?;
     }
+    if !old.is_empty() {
+        forget_labels(&transaction)?;
+    }
     transaction.commit()?;
     if !old.is_empty() || probes > 0 {
-        // Steps through the result: each row frees one page.
-        let mut vacuum = connection.prepare_cached("PRAGMA incremental_vacuum(4096)")?;
-        let mut pages = vacuum.query([])?;
-        while pages.next()?.is_some() {}
+        give_back(connection)?;
     }
     Ok(old.len().max(probes))
+}
+
+/// Gives what is free in the file back to the disk.
+fn give_back(connection: &Connection) -> rusqlite::Result<()> {
+    // Steps through the result: each row frees one page.
+    let mut vacuum = connection.prepare_cached("PRAGMA incremental_vacuum(4096)")?;
+    let mut pages = vacuum.query([])?;
+    while pages.next()?.is_some() {}
+    Ok(())
+}
+
+fn forget_finding(connection: &Connection, id: Option<&str>) -> rusqlite::Result<()> {
+    // While the finding is there it is known whose the files are.
+    connection.prepare_cached("DELETE FROM member WHERE finding = ?1")?.execute([id])?;
+    connection.prepare_cached("DELETE FROM finding WHERE id = ?1")?.execute([id])?;
+    Ok(())
+}
+
+fn forget_session(connection: &Connection, id: Option<&str>) -> rusqlite::Result<()> {
+    connection.prepare_cached("DELETE FROM command WHERE session = ?1")?.execute([id])?;
+    connection.prepare_cached("DELETE FROM session WHERE id = ?1")?.execute([id])?;
+    Ok(())
+}
+
+/// Drops the record of a finding or a session, and hands back its number.
+fn forget_record(connection: &Connection, what: &str, id: &str) -> rusqlite::Result<i64> {
+    let seq: Option<i64> = connection
+        .prepare_cached(&format!(
+            "DELETE FROM record WHERE type = '{what}' AND {what} = ?1 RETURNING seq"
+        ))?
+        .query_row([id], |row| row.get(0))
+        .optional()?;
+    Ok(seq.unwrap_or_default())
+}
+
+/// Labels go with everything else of their container.
+fn forget_labels(connection: &Connection) -> rusqlite::Result<()> {
+    connection.prepare_cached("DELETE FROM held WHERE bytes <= 0")?.execute([])?;
+    connection
+        .prepare_cached(
+            "DELETE FROM labels WHERE NOT EXISTS
+                 (SELECT 1 FROM held WHERE held.container = labels.container
+                      AND held.namespace = labels.namespace)
+             AND NOT EXISTS
+                 (SELECT 1 FROM probe WHERE probe.container = labels.container
+                      AND probe.namespace = labels.namespace)",
+        )?
+        .execute([])?;
+    Ok(())
+}
+
+/// How many bytes of the file are in use.
+fn bytes_of(connection: &Connection) -> rusqlite::Result<u64> {
+    let pragma = |name: &str| -> rusqlite::Result<u64> {
+        let value: i64 = connection
+            .prepare_cached(&format!("PRAGMA {name}"))?
+            .query_row([], |row| row.get(0))?;
+        Ok(value.unsigned_abs())
+    };
+    let pages = pragma("page_count")?.saturating_sub(pragma("freelist_count")?);
+    Ok(pages * pragma("page_size")?)
+}
+
+/// The sum of what all containers are counted to hold.
+fn held(connection: &Connection) -> rusqlite::Result<u64> {
+    let sum: i64 = connection
+        .prepare_cached("SELECT coalesce(sum(bytes), 0) FROM held")?
+        .query_row([], |row| row.get(0))?;
+    Ok(sum.unsigned_abs())
+}
+
+/// Drops about `excess` bytes, and up to [`SHRINK_STEP`] rows, of the container that takes
+/// the most, and says so once for each in `told`. Hands back the newest sequence number, or `None` if there is
+/// nothing that may be dropped.
+fn shrink_step(
+    connection: &mut Connection,
+    told: &mut HashSet<ContainerId>,
+    excess: u64,
+    max_bytes: u64,
+) -> rusqlite::Result<Option<u64>> {
+    let transaction = connection.transaction()?;
+    // Rows are counted without what pages and indexes take, which is as much again.
+    let (bytes, held) = (bytes_of(&transaction)?, held(&transaction)?);
+    let excess = u64::try_from(u128::from(excess) * u128::from(held) / u128::from(bytes.max(1)))
+        .unwrap_or(excess);
+    let largest: Vec<(String, String)> = transaction
+        .prepare_cached("SELECT namespace, container FROM held ORDER BY bytes DESC LIMIT ?1")?
+        .query_map([SHRINK_FROM as i64], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    for (namespace, container) in largest {
+        let (dropped, through) = shrink_container(&transaction, &namespace, &container, excess)?;
+        if dropped == 0 {
+            continue;
+        }
+        transaction.execute("UPDATE pruned SET through = max(through, ?1)", [through])?;
+        forget_labels(&transaction)?;
+        let container = ContainerId::new(&namespace, &container);
+        if told.insert(container.clone()) {
+            let gap = Record::Gap {
+                name: Failure::HistoryFull.name().into(),
+                container: Some(container).filter(|container| !container.id.is_empty()),
+                detail: format!(
+                    "the history is full: what is not severe and old is dropped \
+                     (history.max_bytes is {max_bytes})"
+                ),
+                at: Timestamp::now(),
+                until: None,
+            };
+            store(&transaction, &gap)?;
+        }
+        let newest = newest_seq(&transaction)?;
+        transaction.commit()?;
+        give_back(connection)?;
+        return Ok(Some(newest));
+    }
+    Ok(None)
+}
+
+/// Drops the least severe rows of one container, of these the oldest: how many, and the
+/// newest sequence number among them. Sessions that are over count as low. Of no
+/// container are gaps and what was found in layers.
+fn shrink_container(
+    connection: &Connection,
+    namespace: &str,
+    container: &str,
+    excess: u64,
+) -> rusqlite::Result<(usize, i64)> {
+    const LOW: i64 = Severity::Low as i64 + 1;
+    let most = SHRINK_STEP as i64;
+    let is_none = container.is_empty();
+    if is_none {
+        let gaps = "SELECT seq FROM record WHERE type = 'gap' ORDER BY at, seq LIMIT ?1";
+        let through: Option<i64> = connection
+            .prepare_cached(&format!("SELECT max(seq) FROM ({gaps})"))?
+            .query_row([most], |row| row.get(0))?;
+        let dropped = connection
+            .prepare_cached(&format!("DELETE FROM record WHERE seq IN ({gaps})"))?
+            .execute([most])?;
+        if dropped > 0 {
+            return Ok((dropped, through.unwrap_or_default()));
+        }
+    }
+    let whose = if is_none {
+        "container IS NULL AND ?2 = ?2 AND ?1 = ?1"
+    } else {
+        "container = ?1 AND namespace = ?2"
+    };
+    let findings: Vec<(String, i64, u64)> = connection
+        .prepare_cached(&format!(
+            "SELECT id, severity, octet_length(json) + 512 FROM finding WHERE {whose}
+             ORDER BY severity, last_seen, id LIMIT ?3"
+        ))?
+        .query_map(params![container, namespace, most], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?.unsigned_abs()))
+        })?
+        .collect::<rusqlite::Result<_>>()?;
+    let lowest = findings.first().map_or(i64::MAX, |(_, severity, _)| *severity);
+    let mut freed = 0;
+    let mut through = 0;
+    let mut dropped = 0;
+    if lowest > LOW && !is_none {
+        let sessions: Vec<(String, u64)> = connection
+            .prepare_cached(
+                "SELECT id, octet_length(json) + 512 +
+                     (SELECT coalesce(sum(octet_length(json) + 256), 0) FROM command
+                      WHERE command.session = session.id)
+                 FROM session WHERE container = ?1 AND namespace = ?2
+                     AND state = 'closed' ORDER BY coalesce(ended_at, changed_at), id LIMIT ?3",
+            )?
+            .query_map(params![container, namespace, most / 8], |row| {
+                Ok((row.get(0)?, row.get::<_, i64>(1)?.unsigned_abs()))
+            })?
+            .collect::<rusqlite::Result<_>>()?;
+        for (id, bytes) in &sessions {
+            if freed >= excess {
+                break;
+            }
+            freed += bytes;
+            forget_session(connection, Some(id))?;
+            through = forget_record(connection, "session", id)?.max(through);
+            dropped += 1;
+        }
+    }
+    if dropped == 0 {
+        for (id, _, bytes) in findings.iter().filter(|(_, severity, _)| *severity == lowest) {
+            if freed >= excess {
+                break;
+            }
+            freed += bytes;
+            forget_finding(connection, Some(id))?;
+            through = forget_record(connection, "finding", id)?.max(through);
+            dropped += 1;
+        }
+    }
+    Ok((dropped, through))
 }
 
 #[cfg(test)]

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable};
+use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable, shorten};
 
 /// A container's name on this node: containerd's namespace and the container's
 /// ID in it.
@@ -95,7 +96,7 @@ pub struct Container {
     pub runtime: String,
     /// When its record was made. Another container of the same ID has another one.
     pub created_at: Option<Timestamp>,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     pub pod: Option<Pod>,
     pub image: ImageReference,
     pub snapshotter: String,
@@ -114,6 +115,92 @@ pub struct Container {
     pub entry_point: EntryPoint,
     /// What its specification says is run in it again and again.
     pub probes: Vec<DeclaredProbe>,
+}
+
+/// Labels of one container that are kept.
+pub const MAX_LABELS: usize = 64;
+/// Bytes of all of them, names included.
+pub const MAX_LABEL_BYTES: usize = 8 << 10;
+/// Bytes of one name, and of one value.
+const MAX_NAME: usize = 256;
+const MAX_VALUE: usize = 1024;
+/// The label that says what is missing of the others.
+const CUT: &str = "driftd.io/cut";
+/// What ends a value that is cut.
+const MORE: &str = "…";
+
+/// A container's labels. An image chooses as many as it likes, of any length: they are
+/// bounded here, and everything that names the container shares them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
+pub struct Labels(Arc<BTreeMap<String, String>>);
+
+impl Deref for Labels {
+    type Target = BTreeMap<String, String>;
+
+    fn deref(&self) -> &BTreeMap<String, String> {
+        &self.0
+    }
+}
+
+impl From<Labels> for BTreeMap<String, String> {
+    fn from(labels: Labels) -> BTreeMap<String, String> {
+        Arc::unwrap_or_clone(labels.0)
+    }
+}
+
+impl From<BTreeMap<String, String>> for Labels {
+    /// Keeps those that driftd and people need first, then the shortest. What is cut or
+    /// left out is said by a label of its own.
+    fn from(labels: BTreeMap<String, String>) -> Labels {
+        let bytes = |name: &str, value: &str| name.len() + value.len();
+        let all: usize = labels.iter().map(|(name, value)| bytes(name, value)).sum();
+        let is_long =
+            |(name, value): (&String, &String)| name.len() > MAX_NAME || value.len() > MAX_VALUE;
+        if labels.len() <= MAX_LABELS && all <= MAX_LABEL_BYTES && !labels.iter().any(is_long) {
+            return Labels(Arc::new(labels));
+        }
+        let mut in_order: Vec<(String, String)> = labels.into_iter().collect();
+        in_order.sort_by_cached_key(|(name, value)| (rank(name), bytes(name, value)));
+        let (mut kept, mut room) = (BTreeMap::new(), MAX_LABEL_BYTES - MAX_NAME);
+        let (mut left_out, mut cut) = (0_usize, 0_usize);
+        for (name, mut value) in in_order {
+            if name == CUT {
+                continue;
+            }
+            let is_cut = value.len() > MAX_VALUE;
+            if is_cut {
+                shorten(&mut value, MAX_VALUE - MORE.len());
+                value.push_str(MORE);
+            }
+            let bytes = bytes(&name, &value);
+            if kept.len() == MAX_LABELS - 1 || name.len() > MAX_NAME || bytes > room {
+                left_out += 1;
+                continue;
+            }
+            cut += usize::from(is_cut);
+            room -= bytes;
+            kept.insert(name, value);
+        }
+        kept.insert(CUT.to_owned(), format!("{left_out} labels left out, {cut} values cut"));
+        Labels(Arc::new(kept))
+    }
+}
+
+/// Which labels are kept first. An image may set any, also of these names.
+fn rank(name: &str) -> usize {
+    const NEEDED: &[&str] = &[
+        "io.cri-containerd.kind",
+        "io.kubernetes.container.name",
+        "io.kubernetes.pod.name",
+        "io.kubernetes.pod.namespace",
+        "io.kubernetes.pod.uid",
+        "containerd.io/restart.status",
+        "containerd.io/restart.policy",
+        "nerdctl/namespace",
+        "nerdctl/name",
+    ];
+    NEEDED.iter().position(|needed| *needed == name).unwrap_or(NEEDED.len())
 }
 
 /// What a container's init is started as, in the specification's words.
@@ -259,6 +346,34 @@ fn to_container(ranges: &[IdRange], id: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn labels(number: usize, length: usize) -> BTreeMap<String, String> {
+        (0..number).map(|number| (format!("x{number}"), "v".repeat(length))).collect()
+    }
+
+    #[test]
+    fn x03_an_images_labels_are_bounded_in_number_and_bytes_and_a_cut_is_marked() {
+        let few = labels(60, 100);
+        assert_eq!(*Labels::from(few.clone()), few);
+        let mut many = labels(200, 4000);
+        many.insert("io.cri-containerd.kind".into(), "sandbox".into());
+        many.insert("team".into(), "shop".into());
+        let kept = Labels::from(many);
+        let bytes: usize = kept.iter().map(|(name, value)| name.len() + value.len()).sum();
+        assert!(kept.len() <= MAX_LABELS && bytes <= MAX_LABEL_BYTES, "{} {bytes}", kept.len());
+        assert_eq!(kept["io.cri-containerd.kind"], "sandbox");
+        assert_eq!(kept["team"], "shop");
+        assert_eq!(kept[CUT], "193 labels left out, 7 values cut");
+        assert!(kept["x0"].ends_with(MORE) && kept["x0"].len() <= MAX_VALUE);
+        // What is read back is not cut again.
+        assert_eq!(Labels::from(BTreeMap::from(kept.clone())), kept);
+        let kept = Labels::from(labels(10_000, 1));
+        assert_eq!((kept.len(), &*kept[CUT]), (64, "9937 labels left out, 0 values cut"));
+        let wide = BTreeMap::from([("wide".to_owned(), "木".repeat(1000))]);
+        assert!(Labels::from(wide)["wide"].ends_with("木…"));
+        let long = BTreeMap::from([("n".repeat(4000), String::new())]);
+        assert_eq!(Labels::from(long)[CUT], "1 labels left out, 0 values cut");
+    }
 
     #[test]
     fn u19_a_container_is_named_by_its_whole_id_or_by_eight_digits_of_a_hexadecimal_one() {

@@ -2,7 +2,6 @@
 //! [`Finding`] is the published JSON schema `driftd.finding/v1`, and what the
 //! history stores.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -11,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::id::id;
 use super::{
-    Blake3Hash, ContainerId, FileType, Format, ImageReference, Incarnation, Pod, Process,
+    Blake3Hash, ContainerId, FileType, Format, ImageReference, Incarnation, Labels, Pod, Process,
     ProcessIdentity, RootfsPath, SessionId, Sha256Hash,
 };
 
@@ -362,7 +361,7 @@ pub struct Member {
 pub struct ContainerEvidence {
     #[serde(flatten)]
     pub id: ContainerId,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     pub pod: Option<Pod>,
 }
 

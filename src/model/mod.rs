@@ -13,8 +13,8 @@ pub mod process;
 pub mod session;
 
 pub use container::{
-    Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Incarnation, Layer,
-    LayerId, NamedBy, OverlayDirs, Pod, Task,
+    Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Incarnation, Labels,
+    Layer, LayerId, NamedBy, OverlayDirs, Pod, Task,
 };
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
@@ -32,3 +32,12 @@ pub use session::{
     Command, DeclaredProbe, Entry, Exit, Interactive, Login, Opening, Probe, ProbeId, ProbeSource,
     Run, Session, SessionId, SessionState,
 };
+
+/// Cuts text to at most this many bytes, between two characters.
+pub fn shorten(text: &mut String, most: usize) {
+    let mut end = most.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+}

@@ -47,13 +47,24 @@ impl Group {
         FindingId::new(Some(container), self.kind, &subject)
     }
 
+    /// What found no room among the findings of a container, of one kind.
+    pub(super) fn rest(kind: Kind) -> Group {
+        Group { kind, place: None, content: None }
+    }
+
+    /// Whether this is the one that always has room.
+    pub(super) fn is_rest(&self) -> bool {
+        self.place.is_none() && self.content.is_none()
+    }
+
     /// What the files have in common, in words.
     pub(super) fn detail(&self) -> Option<String> {
         let what = match self.kind {
             Kind::FileAdded => "added",
             Kind::FileModified => "changed",
             Kind::FileRemoved => "removed",
-            kind if kind.is_exec() => "executed",
+            kind if kind.is_exec() && self.place.is_some() => "executed",
+            _ if self.is_rest() => return Some(REST.to_owned()),
             _ => return None,
         };
         let of_these = "what came after the first ones, which have findings of their own";
@@ -66,6 +77,10 @@ impl Group {
         })
     }
 }
+
+/// What is said of a finding that stands for those that found no room.
+const REST: &str = "more of this kind than are kept one by one: what came after the first ones, \
+     which have findings of their own, is counted here";
 
 /// What is known of a file that has no finding yet.
 #[derive(Clone, Copy, Debug)]

@@ -1,9 +1,9 @@
-//! From when to when something was not seen: opened by a loss, closed when the
-//! walk that makes up for it is complete.
+//! From when to when something was not seen: opened by a loss, closed when what it
+//! lasts for is over.
 
 use std::collections::{HashSet, VecDeque};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use crate::health::Failure;
 use crate::model::ContainerId;
@@ -25,13 +25,33 @@ pub struct Gap {
     pub until: Option<Timestamp>,
 }
 
+/// How long a loss counts as new that nothing makes up for.
+const QUIET: SignedDuration = SignedDuration::from_secs(60);
+
+/// What a gap lasts for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Until {
+    /// Until each of these containers was walked completely, by a walk that began
+    /// after the loss.
+    Walked(HashSet<ContainerId>),
+    /// Until its cause is said to be over, or its container has ended.
+    Over,
+    /// Nothing makes up for it: until a while after the last one.
+    Quiet,
+}
+
 #[derive(Debug)]
 struct Open {
     gap: Gap,
-    /// Walks that began before this make up for nothing.
+    /// The last loss of it.
     last: Timestamp,
-    /// Containers of which a complete walk is still to come.
-    unwalked: HashSet<ContainerId>,
+    until: Until,
+}
+
+impl Open {
+    fn is_over(&self) -> bool {
+        matches!(&self.until, Until::Walked(unwalked) if unwalked.is_empty())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -41,29 +61,37 @@ pub(super) struct Gaps {
 }
 
 impl Gaps {
-    /// Something was not seen in `awaited`. Says whether that is news.
-    pub(super) fn opened(&mut self, gap: Gap, awaited: HashSet<ContainerId>) -> bool {
+    /// Something was not seen. Says whether that is news.
+    pub(super) fn opened(&mut self, gap: Gap, until: Until) -> bool {
         let is_full = self.open.len() >= MAX_OPEN;
         let same = self.open.iter_mut().find(|open| {
             open.gap.failure == gap.failure && (is_full || open.gap.container == gap.container)
         });
         match same {
             Some(open) => {
-                open.last = open.last.max(gap.since);
+                // By a clock that was set back no walk would ever begin after the last loss.
+                let is_set_back = open.last.duration_since(gap.since) > QUIET;
+                open.last = if is_set_back { gap.since } else { open.last.max(gap.since) };
                 open.gap.since = open.gap.since.min(gap.since);
-                if open.gap.container != gap.container {
+                match (&mut open.until, until) {
+                    (Until::Walked(unwalked), Until::Walked(more)) => unwalked.extend(more),
+                    (_, until) => open.until = until,
+                }
+                // From here on it is everybody's.
+                let is_widened =
+                    open.gap.container.is_some() && open.gap.container != gap.container;
+                if is_widened {
                     open.gap.container = None;
                 }
-                open.unwalked.extend(awaited);
-                false
+                is_widened || is_set_back
             }
-            None if awaited.is_empty() => {
+            None if until == Until::Walked(HashSet::new()) => {
                 let until = Some(gap.since);
                 self.remember(Gap { until, ..gap });
-                false
+                true
             }
             None => {
-                self.open.push(Open { last: gap.since, gap, unwalked: awaited });
+                self.open.push(Open { last: gap.since, gap, until });
                 true
             }
         }
@@ -78,24 +106,70 @@ impl Gaps {
         now: Timestamp,
     ) -> Vec<Gap> {
         for open in self.open.iter_mut().filter(|open| began >= open.last) {
-            open.unwalked.remove(container);
+            if let Until::Walked(unwalked) = &mut open.until {
+                unwalked.remove(container);
+            }
         }
-        self.close(now)
+        self.close(now, Open::is_over)
     }
 
     /// A container has gone: of it nothing will be seen any more.
     pub(super) fn gone(&mut self, container: &ContainerId, now: Timestamp) -> Vec<Gap> {
         for open in &mut self.open {
-            open.unwalked.remove(container);
+            if let Until::Walked(unwalked) = &mut open.until {
+                unwalked.remove(container);
+            }
         }
-        self.close(now)
+        let mut closed = self.close(now, Open::is_over);
+        closed.extend(self.ended(container, now));
+        closed
     }
 
-    fn close(&mut self, now: Timestamp) -> Vec<Gap> {
-        let is_over = |open: &mut Open| open.unwalked.is_empty();
+    /// A container has ended. What it has left may still be walked; what could not be
+    /// listened to while it ran is over.
+    pub(super) fn ended(&mut self, container: &ContainerId, now: Timestamp) -> Vec<Gap> {
+        self.close(now, |open| {
+            open.until == Until::Over && open.gap.container.as_ref() == Some(container)
+        })
+    }
+
+    /// The cause of a loss is over.
+    pub(super) fn over(
+        &mut self,
+        failure: Failure,
+        container: Option<&ContainerId>,
+        now: Timestamp,
+    ) -> Vec<Gap> {
+        self.close(now, |open| {
+            open.until == Until::Over
+                && open.gap.failure == failure
+                && open.gap.container.as_ref() == container
+        })
+    }
+
+    /// When the next gap closes by itself.
+    pub(super) fn next_due(&self) -> Option<Timestamp> {
+        let quiet = self.open.iter().filter(|open| open.until == Until::Quiet);
+        quiet.filter_map(|open| open.last.checked_add(QUIET).ok()).min()
+    }
+
+    /// Closes what has been quiet for long enough. A clock that was set back is no
+    /// reason to wait for longer.
+    pub(super) fn due(&mut self, now: Timestamp) -> Vec<Gap> {
+        self.close(now, |open| {
+            open.until == Until::Quiet && now.duration_since(open.last).abs() >= QUIET
+        })
+    }
+
+    /// Whether there is a gap of this kind and container.
+    pub(super) fn is_open(&self, failure: Failure, container: &ContainerId) -> bool {
+        self.open().any(|gap| gap.failure == failure && gap.container.as_ref() == Some(container))
+    }
+
+    fn close(&mut self, now: Timestamp, is_over: impl Fn(&Open) -> bool) -> Vec<Gap> {
         let closed: Vec<Gap> = self
             .open
-            .extract_if(.., is_over)
+            .extract_if(.., |open| is_over(open))
             .map(|open| Gap { until: Some(now), ..open.gap })
             .collect();
         for gap in &closed {
@@ -144,8 +218,50 @@ mod tests {
         }
     }
 
-    fn awaited(names: &[&str]) -> HashSet<ContainerId> {
-        names.iter().map(|name| id(name)).collect()
+    fn awaited(names: &[&str]) -> Until {
+        Until::Walked(names.iter().map(|name| id(name)).collect())
+    }
+
+    #[test]
+    fn h02_a_loss_that_lasts_is_open_until_its_cause_is_over_or_its_container_ends() {
+        let mut gaps = Gaps::default();
+        let full =
+            |name: Option<&str>, since| Gap { failure: Failure::MountsFull, ..gap(name, since) };
+        assert!(gaps.opened(full(Some("a"), 10), Until::Over));
+        assert!(gaps.opened(full(Some("b"), 11), Until::Over));
+        // Said again, it is no news, and no walk ends it.
+        assert!(!gaps.opened(full(Some("a"), 12), Until::Over));
+        assert_eq!(gaps.walked(&id("a"), at(20), at(21)), []);
+        assert_eq!(gaps.over(Failure::NamesFull, Some(&id("a")), at(22)), []);
+        let closed = |name, since, until| Gap { until: Some(at(until)), ..full(Some(name), since) };
+        assert_eq!(gaps.over(Failure::MountsFull, Some(&id("a")), at(23)), [closed("a", 10, 23)]);
+        assert_eq!(gaps.ended(&id("b"), at(24)), [closed("b", 11, 24)]);
+        assert_eq!(gaps.open().count(), 0);
+    }
+
+    #[test]
+    fn h02_a_loss_that_nothing_makes_up_for_is_open_for_a_while() {
+        let mut gaps = Gaps::default();
+        assert!(gaps.opened(gap(None, 100), Until::Quiet));
+        assert!(!gaps.opened(gap(None, 130), Until::Quiet));
+        assert_eq!(gaps.next_due(), Some(at(190)));
+        assert_eq!(gaps.due(at(189)), []);
+        assert_eq!(gaps.due(at(190)), [Gap { until: Some(at(190)), ..gap(None, 100) }]);
+        assert_eq!(gaps.next_due(), None);
+    }
+
+    #[test]
+    fn h07_a_containers_gap_is_news_beside_anothers_of_the_same_kind() {
+        let mut gaps = Gaps::default();
+        assert!(gaps.opened(gap(Some("flood"), 10), awaited(&["flood"])));
+        assert!(gaps.opened(gap(Some("quiet"), 10), awaited(&["quiet"])));
+        // Also where there is no room for one of its own.
+        for number in 0..MAX_OPEN as i64 {
+            let name = number.to_string();
+            gaps.opened(gap(Some(&name), number), awaited(&[&name]));
+        }
+        assert!(gaps.is_open(Failure::PipelineFull, &id("quiet")));
+        assert!(gaps.opened(gap(Some("late"), 10), awaited(&["late"])));
     }
 
     #[test]
@@ -168,7 +284,7 @@ mod tests {
         assert_eq!(gaps.walked(&id("a"), at(11), at(12)), []);
         assert_eq!(gaps.gone(&id("b"), at(13)), [Gap { until: Some(at(13)), ..gap(None, 10) }]);
         // There is nothing that could be walked.
-        assert!(!gaps.opened(gap(None, 20), awaited(&[])));
+        assert!(gaps.opened(gap(None, 20), awaited(&[])));
         assert_eq!(gaps.all()[0], Gap { until: Some(at(20)), ..gap(None, 20) });
     }
 

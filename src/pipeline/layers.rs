@@ -6,11 +6,15 @@ use std::path::PathBuf;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Effect, State, entry_evidence, expected, new_finding, removed_evidence};
+use super::gaps::Until;
+use super::{
+    Effect, Gap, State, entry_evidence, expected, new_finding, removed_evidence, tell_closed,
+};
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
+use crate::budget;
 use crate::health::Failure;
-use crate::inventory::{BaselineState, Entry, MAX_FINDINGS, WatchState};
+use crate::inventory::{BaselineState, Entry, WatchState};
 use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
@@ -107,7 +111,10 @@ impl State {
                 "layer {} differs in {} places, {untold} of them were not told one by one",
                 tampered.layer, tampered.total
             );
-            self.gap(Failure::FindingsFull, container.cloned(), detail, now, effects);
+            // Said whole, if not one by one: more is not to come.
+            let (failure, container) = (Failure::FindingsFull, container.cloned());
+            let gap = Gap { failure, container, detail, since: now, until: None };
+            self.open_gap(gap, Until::Quiet, effects);
         }
     }
 
@@ -128,11 +135,11 @@ impl State {
         let (entry, is_known, has_room) = match container {
             Some(container) => {
                 let Some(entry) = self.inventory.get(container) else { return };
-                (Some(entry), entry.findings.contains_key(&id), entry.has_room_for(kind))
+                (Some(entry), entry.findings.contains_key(&id), true)
             }
             None => {
                 let known = &self.inventory.of_layers;
-                (None, known.contains_key(&id), known.len() < MAX_FINDINGS)
+                (None, known.contains_key(&id), known.len() < budget::FINDINGS.number)
             }
         };
         // However often the layer is compared, it is told once.
@@ -142,7 +149,7 @@ impl State {
         if !has_room {
             let _ = self.health.record(Failure::FindingsFull);
             let detail = format!("{} differs in {layer} and is not told", difference.path);
-            self.gap(Failure::FindingsFull, container.cloned(), detail, now, effects);
+            self.lost(Failure::FindingsFull, container.cloned(), detail, now, effects);
             return;
         }
         let mut finding = new_finding(&self.node, &self.policy, id, kind, VERIFY, now);
@@ -164,6 +171,10 @@ impl State {
         match container {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
+                if !entry.has_room_for(&finding) {
+                    self.fold_finding(container, None, &finding, now, effects);
+                    return;
+                }
                 entry.insert_finding(finding);
                 self.publish(container, id, None, now, effects);
             }
@@ -192,11 +203,12 @@ impl State {
             .filter_map(|id| self.inventory.get(id)?.without_baseline)
             .min()
             .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
-        let told = [without_baseline, self.unsaid.due(), self.sessions.due()];
-        told.into_iter().chain([self.kill_due()]).flatten().min()
+        let others = [self.unsaid.due(), self.sessions.due(), self.gaps.next_due()];
+        others.into_iter().chain([without_baseline, self.kill_due()]).flatten().min()
     }
 
     pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        tell_closed(self.gaps.due(now), effects);
         if self.unsaid.due().is_some_and(|due| due <= now) {
             self.say_all(effects);
         }
@@ -237,13 +249,13 @@ impl State {
         if entry.findings.contains_key(&finding) {
             return;
         }
-        if !entry.has_room_for(kind) {
-            self.findings_full(id, now, effects);
-            return;
-        }
         let mut missing = new_finding(&self.node, &self.policy, finding, kind, BASELINE, now);
         missing.belongs_to(id, entry);
         missing.detail = Some(reason);
+        if !entry.has_room_for(&missing) {
+            self.fold_finding(id, None, &missing, now, effects);
+            return;
+        }
         entry.insert_finding(missing);
         self.publish(id, finding, None, now, effects);
     }

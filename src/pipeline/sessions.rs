@@ -5,11 +5,13 @@
 //! be a probe, which is counted and not reported.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 
 use super::probes::{Cadences, Rhythm};
 use super::{Effect, State, new_finding, whose};
+use crate::budget::{self, Pool, Share};
 use crate::health::Failure;
 use crate::history::Record;
 use crate::model::finding::Subject;
@@ -17,17 +19,21 @@ use crate::model::session::{
     COMMAND_SCHEMA, MAX_COMMANDS, MAX_SESSION_FINDINGS, PROBE_SCHEMA, SESSION_SCHEMA,
 };
 use crate::model::{
-    Command, Container, ContainerId, Disposition, Entry, Exit, FindingId, Interactive, Kind,
-    Observation, Opening, Probe, ProbeId, ProbeSource, Process, ProcessIdentity, Run, Session,
-    SessionId, SessionState, Source,
+    Ancestor, Command, Container, ContainerId, Disposition, Entry, Exit, FindingId, Interactive,
+    Kind, Observation, Opening, Probe, ProbeId, ProbeSource, Process, ProcessIdentity, Run,
+    Session, SessionId, SessionState, Source,
 };
 
 /// Sessions of one container that are known at once, closed ones among them: what
-/// they have left behind may still act.
+/// they have left behind may still act. Those that come from within may be half as many,
+/// so that no container hides who comes in.
 const MAX_SESSIONS: usize = 2 * 1024;
-/// Sessions of one container that are told while driftd runs: whoever makes thousands of
-/// shells must not fill the disk with them.
-const MAX_TOLD: u32 = 64 * 1024;
+/// Sessions of one container that are told while driftd runs, and half as many again
+/// from within: whoever makes thousands of shells must not fill the disk with them.
+const MAX_TOLD: usize = 64 * 1024;
+/// Bytes of what the sessions of one container run, and those of all.
+const MAX_BYTES: usize = 8 << 20;
+const ALL_BYTES: usize = 64 << 20;
 /// Executions that the runtime has told of before their process was seen.
 const MAX_EXECS: usize = 1024;
 const EXEC_WITHIN: SignedDuration = SignedDuration::from_secs(60);
@@ -38,8 +44,10 @@ const SAID_WITHIN: SignedDuration = SignedDuration::from_millis(200);
 const INTERVALS: i32 = 2;
 
 /// The sessions of all containers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Sessions {
+    /// What they run takes a part of this.
+    pool: Arc<Pool>,
     containers: HashMap<ContainerId, Known>,
     /// What is new of them, and since when.
     unsaid: BTreeSet<(ContainerId, ProcessIdentity)>,
@@ -49,6 +57,20 @@ pub(super) struct Sessions {
     held: BTreeSet<(Timestamp, ContainerId, ProcessIdentity)>,
     /// What the history tells of containers that have not shown up yet.
     remembered: HashMap<ContainerId, Remembered>,
+}
+
+impl Default for Sessions {
+    fn default() -> Sessions {
+        Sessions {
+            pool: Pool::new(ALL_BYTES),
+            containers: HashMap::new(),
+            unsaid: BTreeSet::new(),
+            unsaid_probes: BTreeSet::new(),
+            since: None,
+            held: BTreeSet::new(),
+            remembered: HashMap::new(),
+        }
+    }
 }
 
 /// What the history tells of one container's.
@@ -65,9 +87,50 @@ struct Known {
     live: HashMap<ProcessIdentity, Live>,
     order: VecDeque<ProcessIdentity>,
     execs: VecDeque<(u32, String, Timestamp)>,
-    told: u32,
+    /// How many were told, by [`lane`].
+    told: [u32; 2],
     cadences: Cadences,
     probes: HashMap<ProbeId, Probe>,
+    /// What they take, by [`lane`].
+    shares: [Share; 2],
+}
+
+impl Known {
+    fn forget(&mut self, root: ProcessIdentity) {
+        let Some(live) = self.live.remove(&root) else { return };
+        let running = live.running.values().map(weight).sum::<usize>();
+        self.shares[lane(live.session.entry)].give_back(running + live.bytes);
+    }
+
+    fn keep(&mut self, root: ProcessIdentity, live: Live) {
+        self.shares[lane(live.session.entry)].take(live.bytes);
+        self.order.push_back(root);
+        self.live.insert(root, live);
+    }
+}
+
+/// A container can make sessions from within, as many as it likes; those from outside
+/// have room of their own.
+fn lane(entry: Entry) -> usize {
+    usize::from(entry == Entry::ReverseShell)
+}
+
+/// About how many bytes a session takes in memory, without what it runs.
+fn weight_of(session: &Session) -> usize {
+    size_of::<Live>()
+        + 512
+        + budget::weight_of_process(&session.process)
+        + session.host.iter().map(weight_of_ancestor).sum::<usize>()
+}
+
+fn weight_of_ancestor(ancestor: &Ancestor) -> usize {
+    ancestor.argv.iter().flatten().map(String::len).sum()
+}
+
+/// About how many bytes a command takes in memory.
+fn weight(command: &Command) -> usize {
+    let arguments = command.argv.iter().flatten().map(|one| size_of::<String>() + one.len());
+    size_of::<Command>() + arguments.sum::<usize>()
 }
 
 #[derive(Debug)]
@@ -75,6 +138,8 @@ struct Live {
     session: Session,
     /// The init of the container's run that it came into, if that was seen.
     init: Option<ProcessIdentity>,
+    /// What it took when it was opened.
+    bytes: usize,
     /// What it runs, by pid, if it is listed.
     running: HashMap<u32, Command>,
     /// New commands, and such as have ended, in their order.
@@ -91,6 +156,7 @@ impl Live {
     fn new(session: Session, init: Option<ProcessIdentity>) -> Live {
         Live {
             acted_at: session.started_at,
+            bytes: weight_of(&session),
             session,
             init,
             running: HashMap::new(),
@@ -128,13 +194,14 @@ impl Sessions {
 
     fn known(&mut self, container: &ContainerId) -> &mut Known {
         let (remembered, unsaid) = (&mut self.remembered, &mut self.unsaid);
-        let since = &mut self.since;
+        let (since, pool) = (&mut self.since, &self.pool);
         self.containers.entry(container.clone()).or_insert_with(|| {
-            let mut known = Known::default();
+            let shares = [pool.share(MAX_BYTES), pool.share(MAX_BYTES / 2)];
+            let mut known = Known { shares, ..Known::default() };
             let Remembered { sessions, probes } = remembered.remove(container).unwrap_or_default();
             for (mut session, running) in sessions {
                 let root = session.process.identity;
-                known.order.push_back(root);
+                let share = lane(session.entry);
                 if session.entry == Entry::Attach {
                     // Whether somebody is still there, nobody knows any more.
                     session.state = SessionState::Closed;
@@ -145,9 +212,12 @@ impl Sessions {
                     since.get_or_insert(session.started_at);
                 }
                 let mut live = Live::new(session, None);
-                live.running =
-                    running.into_iter().map(|command| (command.process.pid, command)).collect();
-                known.live.insert(root, live);
+                live.running = running
+                    .into_iter()
+                    .filter(|command| known.shares[share].try_take(weight(command)))
+                    .map(|command| (command.process.pid, command))
+                    .collect();
+                known.keep(root, live);
             }
             known.probes = probes.into_iter().map(|probe| (probe.id, probe)).collect();
             known
@@ -185,20 +255,29 @@ impl Sessions {
 
     /// Makes room for one more; false if all that are known are open, or too many have
     /// been told.
-    fn make_room(&mut self, container: &ContainerId) -> bool {
-        let known = self.known(container);
-        if known.told >= MAX_TOLD {
+    fn make_room(&mut self, session: &Session) -> bool {
+        let known = self.known(&session.container.id);
+        let own = lane(session.entry);
+        let halves = if own == 0 { 1 } else { 2 };
+        if known.told[own] as usize >= MAX_TOLD / halves {
             return false;
         }
-        if known.live.len() < MAX_SESSIONS {
-            return true;
+        let bytes = weight_of(session);
+        let is_own = |live: &Live| lane(live.session.entry) == own;
+        loop {
+            let number = known.live.values().filter(|live| is_own(live)).count();
+            if number < MAX_SESSIONS / halves && known.shares[own].has_room(bytes) {
+                return true;
+            }
+            let closed = known.order.iter().position(|root| {
+                let live = known.live.get(root);
+                live.is_none_or(|live| is_own(live) && live.session.state == SessionState::Closed)
+            });
+            let Some(root) = closed.and_then(|index| known.order.remove(index)) else {
+                return false;
+            };
+            known.forget(root);
         }
-        let closed = known.order.iter().position(|root| {
-            known.live.get(root).is_none_or(|live| live.session.state == SessionState::Closed)
-        });
-        let Some(root) = closed.and_then(|index| known.order.remove(index)) else { return false };
-        known.live.remove(&root);
-        true
     }
 }
 
@@ -288,14 +367,6 @@ impl State {
             // However often a shell re-executes itself, it is one session.
             return;
         }
-        if !self.sessions.make_room(container) {
-            let _ = self.health.record(Failure::FindingsFull);
-            let detail = format!(
-                "more than {MAX_SESSIONS} sessions are open in it, or more than {MAX_TOLD} were"
-            );
-            self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
-            return;
-        }
         let Some(entry) = self.inventory.get(container) else { return };
         let (evidence, image) = whose(container, entry);
         let client = client(container, entry.container.as_ref(), opening);
@@ -315,7 +386,7 @@ impl State {
             client,
             exec_id,
             interactive: opening.interactive,
-            process: opening.process.clone(),
+            process: budget::process(&opening.process),
             host: opening.host.clone(),
             login: opening.login,
             requested_by: opening.requested_by.clone(),
@@ -328,6 +399,11 @@ impl State {
             findings: Vec::new(),
             findings_total: 0,
         };
+        if !self.sessions.make_room(&session) {
+            let Observation { source, init, .. } = *observation;
+            self.session_unlisted(&session, init, opening, source, now, effects);
+            return;
+        }
         let mut live = Live::new(session, Some(observation.init));
         let may_be_probe = opening.entry == Entry::RuntimeExec && opening.interactive.is_none();
         match opening.process.argv.as_deref() {
@@ -345,15 +421,52 @@ impl State {
         let is_told = live.probe.is_none();
         let is_held = live.held_until.is_some();
         let known = self.sessions.known(container);
-        known.order.push_back(root);
-        known.live.insert(root, live);
+        known.keep(root, live);
         if is_told {
-            self.sessions.known(container).told += 1;
+            known.told[lane(opening.entry)] += 1;
             self.adopt(container, root);
             if !is_held {
                 self.report_session(container, root, observation.source, now, effects);
             }
             self.say_session(container, root, effects);
+        }
+    }
+
+    /// A session that finds no room is not listed. What it is reported as is reported
+    /// and answered all the same.
+    fn session_unlisted(
+        &mut self,
+        session: &Session,
+        init: ProcessIdentity,
+        opening: &Opening,
+        source: Source,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let container = &session.container.id;
+        let _ = self.health.record(Failure::FindingsFull);
+        let detail = format!(
+            "more than {MAX_SESSIONS} sessions are open in it, or more than {MAX_TOLD} were"
+        );
+        self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+        let argv = opening.process.argv.as_deref().unwrap_or_default();
+        let id = ProbeId::new(container, argv);
+        let probe = self.sessions.known(container).probes.get(&id);
+        if opening.entry == Entry::RuntimeExec && probe.is_some_and(|probe| !probe.reported) {
+            return;
+        }
+        let (first, second) = kinds(session.entry, session.interactive);
+        for kind in [first, second].into_iter().flatten() {
+            self.tell_session_finding(
+                opening.root,
+                Some(init),
+                session,
+                kind,
+                false,
+                source,
+                now,
+                effects,
+            );
         }
     }
 
@@ -482,16 +595,40 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let Some(live) = self.sessions.known(container).live.get(&root) else { return };
-        let session = live.session.clone();
-        let (is_probe, init) = (live.probe.is_some(), live.init);
-        let process = &session.process;
+        let (session, init) = (live.session.clone(), live.init);
+        let is_probe = live.probe.is_some();
+        let Some(id) =
+            self.tell_session_finding(root, init, &session, kind, is_probe, source, now, effects)
+        else {
+            return;
+        };
+        if let Some(live) = self.sessions.known(container).live.get_mut(&root) {
+            live.session.finding.get_or_insert(id);
+        }
+        self.sessions.changed(container, root, now);
+    }
+
+    /// Reports a session as a finding, which is answered as the policy says.
+    #[expect(clippy::too_many_arguments, reason = "what is to be reported, and where to")]
+    fn tell_session_finding(
+        &mut self,
+        root: ProcessIdentity,
+        init: Option<ProcessIdentity>,
+        session: &Session,
+        kind: Kind,
+        is_probe: bool,
+        source: Source,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> Option<FindingId> {
+        let (container, process) = (&session.container.id, &session.process);
         let subject = if kind == Kind::SessionExec {
             Subject::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
         } else {
             Subject::Process(root)
         };
         let id = FindingId::new(Some(container), kind, &subject);
-        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let entry = self.inventory.get_mut(container)?;
         let seen = session.ended_at.unwrap_or(session.started_at);
         let run = init.map(|init| entry.run_of(init));
         if let Some(finding) = entry.findings.get_mut(&id) {
@@ -502,9 +639,6 @@ impl State {
                 finding.last_seen = finding.last_seen.max(seen);
                 finding.run = run.or(finding.run);
             }
-        } else if !entry.has_room_for(kind) {
-            self.findings_full(container, now, effects);
-            return;
         } else {
             let at = session.started_at;
             let mut finding =
@@ -516,13 +650,13 @@ impl State {
             finding.last_seen = seen;
             let detail = if is_probe { Some(IS_PROBE) } else { in_words(session.entry) };
             finding.detail = detail.map(ToOwned::to_owned);
+            if !entry.has_room_for(&finding) {
+                return Some(self.fold_finding(container, init, &finding, now, effects));
+            }
             entry.insert_finding(finding);
         }
-        if let Some(live) = self.sessions.known(container).live.get_mut(&root) {
-            live.session.finding.get_or_insert(id);
-        }
-        self.sessions.changed(container, root, now);
         self.publish(container, id, init, now, effects);
+        Some(id)
     }
 
     /// A program was run in a session.
@@ -534,7 +668,8 @@ impl State {
         now: Timestamp,
     ) {
         let container = &observation.container;
-        let Some(live) = self.sessions.known(container).live.get_mut(&root) else { return };
+        let known = self.sessions.known(container);
+        let Some(live) = known.live.get_mut(&root) else { return };
         live.acted_at = live.acted_at.max(observation.at);
         live.session.commands += 1;
         let number = live.session.commands;
@@ -545,16 +680,24 @@ impl State {
                 number,
                 process: run.process,
                 exe: run.exe.clone(),
-                argv: run.argv.clone(),
+                argv: budget::arguments(&run.argv),
                 started_at: observation.at.max(live.session.started_at),
                 ended_at: None,
                 exit: None,
             };
+            let share = &mut known.shares[lane(live.session.entry)];
             live.changed.push(command.clone());
-            if let Some(mut earlier) = live.running.insert(run.process.pid, command) {
+            if let Some(mut earlier) = live.running.remove(&run.process.pid) {
                 // It has become another program.
+                share.give_back(weight(&earlier));
                 earlier.ended_at = Some(observation.at);
                 live.changed.push(earlier);
+            }
+            if share.try_take(weight(&command)) {
+                live.running.insert(run.process.pid, command);
+            } else {
+                // Its end will not be known.
+                let _ = self.health.record(Failure::FindingsFull);
             }
         }
         self.sessions.changed(container, root, now);
@@ -609,8 +752,10 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let container = &observation.container;
-        let Some(live) = self.sessions.known(container).live.get_mut(&root) else { return };
+        let known = self.sessions.known(container);
+        let Some(live) = known.live.get_mut(&root) else { return };
         if let Some(mut command) = live.running.remove(&process.pid) {
+            known.shares[lane(live.session.entry)].give_back(weight(&command));
             command.ended_at = Some(observation.at.max(command.started_at));
             command.exit = exit;
             live.changed.push(command);
@@ -709,6 +854,7 @@ impl State {
         }
         live.end(at, Some(exit));
         if let Some(mut command) = live.running.remove(&pid) {
+            known.shares[lane(live.session.entry)].give_back(weight(&command));
             command.ended_at = live.session.ended_at;
             command.exit = Some(exit);
             live.changed.push(command);
@@ -731,10 +877,12 @@ impl State {
             .map(|(root, _)| *root)
             .collect();
         for root in open {
-            let Some(live) = self.sessions.known(container).live.get_mut(&root) else { continue };
+            let known = self.sessions.known(container);
+            let Some(live) = known.live.get_mut(&root) else { continue };
             live.end(now, None);
             let ended = live.session.ended_at;
             for (_, mut command) in std::mem::take(&mut live.running) {
+                known.shares[lane(live.session.entry)].give_back(weight(&command));
                 command.ended_at = ended;
                 live.changed.push(command);
             }
@@ -765,9 +913,47 @@ impl State {
         }
     }
 
-    pub(super) fn forget_sessions(&mut self, container: &ContainerId) {
+    /// Hands on every session and probe that is known, with what runs in it.
+    pub(super) fn sessions_again(&mut self, effects: &mut Vec<Effect>) {
+        for known in self.sessions.containers.values() {
+            let told = known.live.values().filter(|live| live.probe.is_none());
+            effects.extend(told.map(|live| {
+                let commands = live.running.values().cloned().collect();
+                Effect::Record(Record::Session {
+                    session: Box::new(live.session.clone()),
+                    commands,
+                })
+            }));
+            let probes = known.probes.values().cloned();
+            effects.extend(probes.map(|probe| Effect::Record(Record::Probe(Box::new(probe)))));
+        }
+    }
+
+    /// A container is forgotten. What is new of its sessions is told before.
+    pub(super) fn forget_sessions(&mut self, container: &ContainerId, effects: &mut Vec<Effect>) {
+        let own = |(of, root): &(ContainerId, _)| (of == container).then_some(*root);
+        let sessions: Vec<ProcessIdentity> = self.sessions.unsaid.iter().filter_map(own).collect();
+        for root in sessions {
+            self.say_session(container, root, effects);
+        }
+        let own = |(of, id): &(ContainerId, _)| (of == container).then_some(*id);
+        let probes: Vec<ProbeId> = self.sessions.unsaid_probes.iter().filter_map(own).collect();
+        for id in probes {
+            self.say_probe(container, id, effects);
+        }
+        self.sessions.unsaid.retain(|(of, _)| of != container);
+        self.sessions.unsaid_probes.retain(|(of, _)| of != container);
+        if self.sessions.unsaid.is_empty() && self.sessions.unsaid_probes.is_empty() {
+            self.sessions.since = None;
+        }
         self.sessions.containers.remove(container);
         self.sessions.held.retain(|(_, of, _)| of != container);
+    }
+
+    fn say_probe(&mut self, container: &ContainerId, id: ProbeId, effects: &mut Vec<Effect>) {
+        if let Some(probe) = self.sessions.known(container).probes.get(&id) {
+            effects.push(Effect::Record(Record::Probe(Box::new(probe.clone()))));
+        }
     }
 
     /// A finding was made, or made again, by something that a session did.
@@ -821,7 +1007,7 @@ impl State {
         let Some(live) = known.live.get_mut(&root) else { return };
         if live.probe.is_some() {
             if live.session.state == SessionState::Closed {
-                known.live.remove(&root);
+                known.forget(root);
                 known.order.retain(|one| *one != root);
             }
             return;
@@ -850,9 +1036,7 @@ impl State {
             self.say_session(&container, root, effects);
         }
         for (container, id) in std::mem::take(&mut self.sessions.unsaid_probes) {
-            if let Some(probe) = self.sessions.known(&container).probes.get(&id) {
-                effects.push(Effect::Record(Record::Probe(Box::new(probe.clone()))));
-            }
+            self.say_probe(&container, id, effects);
         }
     }
 

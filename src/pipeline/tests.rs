@@ -316,6 +316,10 @@ impl Node {
         newest
     }
 
+    fn problems(&self) -> Vec<String> {
+        self.state.status().problems
+    }
+
     /// Checks the newest revision of every finding told so far.
     #[track_caller]
     fn expect(&mut self, expected: &[&str]) -> &mut Node {
@@ -372,7 +376,7 @@ fn container(name: &str, pid: Option<u32>) -> Container {
         id: id(name),
         endpoint: ENDPOINT.into(),
         runtime: "io.containerd.runc.v2".into(),
-        labels: BTreeMap::new(),
+        labels: model::Labels::default(),
         pod: None,
         image: ImageReference::default(),
         snapshotter: "overlayfs".into(),
@@ -672,19 +676,212 @@ fn a_probe_is_one_finding_with_a_count() {
 #[test]
 fn a_flood_of_new_programs_fills_no_memory_and_hides_no_execution() {
     let mut node = Node::running();
-    for number in 0..MAX_FINDINGS / 2 + 10 {
+    for number in 0..20_000 {
         node.play(&format!("write c1 /tmp/x{number} evil{number}"));
     }
     node.say_all();
-    let files = MAX_FINDINGS as u64 / 2 + 10;
-    assert_eq!(node.kinds(), [(Kind::FileAdded, 33, files)]);
+    assert_eq!(node.kinds(), [(Kind::FileAdded, 33, 20_000)]);
     node.play("exec c1 /tmp/x evil");
     assert_eq!(node.told.last().unwrap().kind, Kind::ExecNew);
-    for number in 0..MAX_FINDINGS {
+    let one_by_one = budget::FINDINGS.number / 2;
+    for number in 0..20_000 {
         node.play(&format!("exec c1 /tmp/y{number} evil{number}"));
     }
-    assert_eq!(node.kinds()[0], (Kind::ExecNew, MAX_FINDINGS - 33, MAX_FINDINGS as u64 - 33));
+    node.say_all();
+    let programs = u64::try_from(20_001).unwrap();
+    assert_eq!(node.kinds()[0], (Kind::ExecNew, one_by_one + 1, programs), "none is uncounted");
+    let rest = node.told.iter().rev().find(|told| told.kind == Kind::ExecNew).unwrap();
+    assert_eq!(rest.files, Some(programs - one_by_one as u64));
+    let listed = node.members().into_keys().filter(|(finding, _)| *finding == rest.id);
+    assert_eq!(listed.count() as u64, programs - one_by_one as u64, "and each can be listed");
     assert_eq!(node.gaps.first().map(String::as_str), Some("findings_full"));
+    // It lasts as long as the container is there, and concerns no other one.
+    assert_eq!(node.problems().len(), 1, "{:?}", node.problems());
+    node.play("start c2\nbaseline\nattached c2\nexec c2 /tmp/x evil");
+    assert_eq!(node.told.last().unwrap().container_id(), Some(&id("c2")));
+    node.play("remove c1\nlist c2\nlist c2");
+    assert!(node.problems().is_empty(), "{:?}", node.problems());
+}
+
+/// A node that kills on findings of this kind, in whose container `flood` happened.
+fn flooded(kind: Kind, number: usize, flood: impl Fn(usize) -> Fact) -> Node {
+    let mut node = Node::new(Respond { kill_on: [kind].into() }, Vec::new());
+    node.play("start c1\nbaseline\nattached c1");
+    for number in 0..number {
+        node.see(Source::Gate, flood(number));
+    }
+    assert!(node.orders.is_empty());
+    node
+}
+
+fn fileless(content: &str) -> Fact {
+    let mut fact = exec(at("/memfd:x"), content);
+    if let Fact::Executed { filesystem, .. } = &mut fact {
+        *filesystem = Filesystem::Anonymous;
+    }
+    fact
+}
+
+#[test]
+fn x12_no_number_of_new_programs_keeps_one_in_memory_from_its_answer() {
+    let mut node = flooded(Kind::ExecFileless, 32_768, |number| {
+        exec(at(&format!("/tmp/{number}")), &format!("evil{number}"))
+    });
+    node.see(Source::Trace, fileless("evil"));
+    let told = node.told.last().unwrap();
+    assert_eq!((told.kind, told.files), (Kind::ExecFileless, None), "it stands alone");
+    assert_eq!(node.orders.len(), 1);
+    assert_eq!(node.orders[0].finding, Some(told.id));
+}
+
+#[test]
+fn x12_no_number_of_scripts_keeps_a_line_in_crontab_from_its_answer() {
+    let mut node = flooded(Kind::FilePersistence, 17_000, |number| {
+        let mut fact = exec(at(&format!("/tmp/{number}")), &format!("evil{number}"));
+        if let Fact::Executed { state, .. } = &mut fact {
+            state.format = Format::Script;
+        }
+        fact
+    });
+    assert_eq!(node.told.last().unwrap().kind, Kind::ExecScript);
+    node.state.policy.persistence = model::PathGlobs::new(vec!["/etc/crontab".to_owned()]).unwrap();
+    node.see(Source::Change, present(at("/etc/crontab"), "job"));
+    let told = node.told.iter().rev().find(|told| told.kind == Kind::FilePersistence).unwrap();
+    assert_eq!(node.orders.len(), 1);
+    assert_eq!(node.orders[0].finding, Some(told.id));
+}
+
+#[test]
+fn h01_what_finds_no_room_even_among_its_own_kind_is_answered() {
+    // Everything that is one of many is told with others, for whatever reason.
+    for (kind, fact) in
+        [(Kind::ExecNew, exec(at("/tmp/last"), "last")), (Kind::ExecFileless, fileless("last"))]
+    {
+        let mut node = Node::new(Respond::default(), Vec::new());
+        node.play("start c1\nbaseline\nattached c1");
+        let most = budget::FINDINGS.number / 2;
+        for number in 0..=most {
+            match kind {
+                Kind::ExecNew => {
+                    let path = at(&format!("/tmp/{number}"));
+                    node.see(Source::Gate, exec(path, &format!("evil{number}")));
+                }
+                _ => node.see(Source::Gate, fileless(&format!("evil{number}"))),
+            }
+        }
+        node.say_all();
+        assert_eq!(node.newest().len(), most + 1);
+        let mut restarted = node.restarted();
+        let policy = Respond { kill_on: [kind].into() };
+        restarted.state.policy.respond = policy;
+        restarted.orders.clear();
+        // What an earlier policy has said of the others is not asked again.
+        restarted
+            .state
+            .inventory
+            .get_mut(&id("c1"))
+            .unwrap()
+            .findings
+            .retain(|_, told| told.files.is_none());
+        restarted.see(Source::Gate, fact.clone());
+        restarted.see(Source::Gate, fact);
+        restarted.say_all();
+        let rest = restarted.told.last().unwrap().clone();
+        assert_eq!((rest.kind, rest.files, rest.count), (kind, Some(1), 2));
+        assert_eq!(restarted.orders.len(), 1);
+        assert_eq!(restarted.orders[0].finding, Some(rest.id));
+    }
+}
+
+#[test]
+fn h01_who_comes_in_is_reported_and_answered_when_no_more_sessions_are_listed() {
+    let respond = Respond { kill_on: [Kind::SessionInteractive].into() };
+    let mut node = Node::new(respond, Vec::new());
+    node.play("start c1\nbaseline\nattached c1");
+    for pid in 1000..3100 {
+        node.play(&format!("session c1 {pid} - true {pid}"));
+    }
+    assert!(node.gaps.contains(&"findings_full".to_owned()));
+    node.play("session c1 5000 pts/0 sh");
+    let told = node.told.last().unwrap();
+    assert_eq!((told.kind, node.orders.len()), (Kind::SessionInteractive, 1));
+    assert_eq!(node.orders[0].finding, Some(told.id));
+}
+
+#[test]
+fn shells_on_connections_take_no_room_from_who_comes_in() {
+    let mut node = Node::running();
+    for pid in 1000..4000 {
+        let process = Arc::new(Process { argv: Some(texts(&["sh"])), ..process(pid) });
+        let evidence = "a test".to_owned();
+        node.see(Source::Trace, Fact::ReverseShell { process, direct: true, evidence });
+    }
+    node.play("session c1 5000 pts/0 sh");
+    assert_eq!(node.session(5000).entry, By::RuntimeExec);
+}
+
+#[test]
+fn what_waits_for_a_baseline_is_bounded_and_the_worst_of_it_is_kept() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nattached c1");
+    for number in 0..9000 {
+        node.see(Source::Change, present(at(&format!("/tmp/{number}")), "ls"));
+    }
+    node.see(Source::Trace, fileless("evil"));
+    node.play("baseline").say_all();
+    assert!(node.told.iter().any(|told| told.kind == Kind::ExecFileless));
+    assert_eq!(node.state.health.count(Failure::BaselineBacklogFull), 9001 - 8192);
+}
+
+#[test]
+fn one_container_that_nobody_has_reported_takes_no_room_from_another_one() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let of = |container: &str, fact| {
+        let at = Timestamp::from_second(1).unwrap();
+        let source = Source::Gate;
+        let (container, session) = (id(container), None);
+        let observation = Observation {
+            container,
+            init: init(7),
+            at,
+            source,
+            session,
+            file_of: None,
+            reached_as: None,
+            fact,
+        };
+        Input::Watch(Report::Observed(observation))
+    };
+    node.give(of("c2", exec(at("/tmp/x"), "evil")));
+    for number in 0..3000 {
+        node.clock = 1;
+        node.give(of("c1", exec(at(&format!("/tmp/{number}")), "evil")));
+    }
+    node.clock = 1;
+    node.give(of("c3", exec(at("/tmp/x"), "evil")));
+    node.clock = 1;
+    for container in ["c2", "c3"] {
+        node.clock = 1;
+        let container = id(container);
+        node.give(Input::Node(Change::TaskCreated { container, pid: 7, rootfs: None }));
+    }
+    node.play("start c2\nstart c3\nbaseline");
+    let of: Vec<_> = node.told.iter().filter_map(Finding::container_id).cloned().collect();
+    assert_eq!(of, [id("c2"), id("c3")]);
+}
+
+#[test]
+fn h16_what_is_new_of_a_container_that_is_forgotten_is_told_and_nothing_is_left() {
+    let mut node = Node::running();
+    node.play("session c1 100 pts/0 sh\nran c1 100 101 id\nremove c1");
+    node.give(Input::Watch(Report::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
+    assert_eq!(node.commands_of(100), ["id: ended"]);
+    assert_eq!(node.state.sessions.due(), None);
 }
 
 #[test]
@@ -830,7 +1027,7 @@ fn x11_what_a_container_did_is_judged_by_its_own_image_after_its_id_was_given_aw
     let mut node = killing(&[Kind::ExecNew]);
     let mut next = container("c1", Some(8));
     next.created_at = Some(Timestamp::from_second(60).unwrap());
-    next.labels.insert("app".into(), "clean".into());
+    next.labels = BTreeMap::from([("app".to_owned(), "clean".to_owned())]).into();
     next.image.name = Some("other:1".into());
     next.layers[0].chain_id = ChainId([9; 32]);
     node.play("stop c1\nremove c1");
@@ -1040,7 +1237,7 @@ fn after_containerd_was_lost_everything_is_scanned_again() {
     node.play("list c1");
     node.commands.clear();
     node.play("connected\ndisconnected\nconnected\nstart c1\nlist c1");
-    assert_eq!(node.gaps, ["containerd_lost"]);
+    assert_eq!(node.gaps, ["containerd_lost"; 2], "its beginning and its end");
     assert_eq!(node.commands, [Command::Scan { container: id("c1"), ticket: None }]);
     node.play("list c1\nlist c1");
     assert_eq!(node.commands.len(), 1, "a list without a loss asks for no scan");
@@ -1062,7 +1259,8 @@ fn what_a_listing_does_not_name_is_gone() {
     let mut node = Node::running();
     node.commands.clear();
     node.play("list");
-    assert_eq!(node.commands, [Command::Detach { container: id("c1") }]);
+    let pid = Some(7);
+    assert_eq!(node.commands, [Command::Detach { container: id("c1"), pid }]);
     // The last scan is still judged, then the container is forgotten.
     node.play("scan c1 /tmp/x evil").expect(&["file.added /tmp/x x1 r1"]);
     node.give(Input::Watch(Report::Scanned {
@@ -1236,8 +1434,8 @@ fn a38_a_layer_changed_before_its_baseline_was_there_is_told_when_it_is() {
 fn a_file_of_a_layer_that_finds_no_room_is_asked_for_again() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nattached c1");
-    for number in 0..BACKLOG {
-        node.play(&format!("write c1 /tmp/x{number} evil"));
+    for number in 0..budget::BACKLOG.number {
+        node.play(&format!("exec c1 /tmp/x{number} evil"));
     }
     node.commands.clear();
     node.play("layer-exec c1 /bin/ls other");
@@ -2123,10 +2321,220 @@ fn commands_beyond_those_that_are_listed_are_counted() {
 #[test]
 fn thousands_of_sessions_are_told_and_not_all_remembered() {
     let mut node = Node::running();
-    for pid in 1000..6000 {
+    for pid in 1000..4000 {
         node.play(&format!("session c1 {pid} - true {pid}\nended c1 {pid} {pid} 0"));
     }
     let told: HashSet<_> = node.sessions.iter().map(|(session, _)| session.id).collect();
-    assert_eq!(told.len(), 5000);
+    assert_eq!(told.len(), 3000);
     assert!(node.gaps.is_empty());
+}
+
+// ---- losses that last, and stops
+
+fn lost(failure: Failure, name: &str, second: i64) -> Input {
+    Input::Watch(Report::Lost {
+        failure,
+        container: Some(id(name)),
+        detail: "something".into(),
+        at: Timestamp::from_second(second).unwrap(),
+    })
+}
+
+#[test]
+fn h02_a_degraded_view_is_incomplete_until_its_cause_is_over_or_the_container_ends() {
+    let mut node = Node::running();
+    for failure in [Failure::MountsFull, Failure::NamesFull, Failure::MarkRefused] {
+        node.gaps.clear();
+        node.give(lost(failure, "c1", 10));
+        let problems = node.state.status().problems;
+        assert!(problems.concat().contains(failure.name()), "{problems:?}");
+        // A walk does not help.
+        node.give(scanned("c1", 20));
+        assert_eq!(node.state.status().problems.len(), 1);
+        node.give(Input::Watch(Report::Over { failure, container: Some(id("c1")) }));
+        assert_eq!(node.state.status().problems, [""; 0]);
+        assert_eq!(node.gaps, [failure.name(); 2], "its beginning and its end");
+    }
+    node.give(lost(Failure::MountsFull, "c1", 10));
+    node.play("stop c1");
+    assert_eq!(node.state.status().problems, [""; 0]);
+}
+
+#[test]
+fn h02_an_incomplete_walk_lasts_until_a_complete_one() {
+    let mut node = Node::running();
+    node.give(lost(Failure::ScanIncomplete, "c1", 10));
+    assert_eq!(node.state.status().problems.len(), 1);
+    node.give(scanned("c1", 5));
+    assert_eq!(node.state.status().problems.len(), 1, "it began before");
+    node.give(scanned("c1", 11));
+    assert_eq!(node.state.status().problems, [""; 0]);
+}
+
+#[test]
+fn h07_a_flood_of_one_container_hides_no_gap_of_another() {
+    let mut node = Node::running();
+    node.play("start c2\nattached c2");
+    for second in 0..100 {
+        node.give(lost(Failure::PipelineFull, "c1", second));
+    }
+    node.give(lost(Failure::PipelineFull, "c2", 100));
+    assert_eq!(node.gaps, ["pipeline_full"; 2], "each container's is kept once");
+    let containers: Vec<_> =
+        node.state.status().gaps.into_iter().filter_map(|gap| gap.container).collect();
+    assert_eq!(containers, [id("c1"), id("c2")]);
+}
+
+fn scanned(name: &str, began: i64) -> Input {
+    Input::Watch(Report::Scanned {
+        container: id(name),
+        ticket: None,
+        began: Timestamp::from_second(began).unwrap(),
+        complete: true,
+    })
+}
+
+struct NoBlobs;
+
+impl crate::baseline::Blobs for NoBlobs {
+    fn open(&self, _: &crate::model::Blob) -> Result<Box<dyn std::io::Read + Send>, String> {
+        Err("there are none".into())
+    }
+}
+
+/// Everything that the loop needs, and nothing of it is stopped yet.
+struct Loop {
+    state: State,
+    reader: Reader,
+    inputs: Inputs,
+    outputs: Outputs,
+    changes: Sender<Change>,
+    reports: Sender<Box<Report>>,
+    responses: Sender<Response>,
+    questions: Sender<Question>,
+    stop: Sender<std::convert::Infallible>,
+    orders: tokio::sync::mpsc::Receiver<Order>,
+    records: Receiver<Record>,
+    /// Nobody takes these.
+    _commands: Receiver<Command>,
+    _directory: tempfile::TempDir,
+}
+
+fn a_loop(room_for_commands: usize) -> Loop {
+    use crossbeam_channel::{bounded, unbounded};
+    let directory = tempfile::tempdir().unwrap();
+    let health = Arc::new(Health::default());
+    let history = crate::history::History::open(directory.path()).unwrap();
+    let store = Store::open(&directory.path().join("baselines"), health.clone()).unwrap();
+    let (news_sender, news) = bounded(16);
+    let settings = crate::config::Baseline::default();
+    let recorder =
+        Recorder::start(Arc::new(store), &settings, Arc::new(NoBlobs), news_sender, health);
+    let (changes_sender, changes) = unbounded();
+    let (reports_sender, reports) = unbounded();
+    let (questions_sender, questions) = unbounded();
+    let (responses_sender, responses) = unbounded();
+    let (stop_sender, stop) = bounded(0);
+    let (commands, taken_commands) = bounded(room_for_commands);
+    let (records, taken_records) = unbounded();
+    let (orders, taken_orders) = tokio::sync::mpsc::channel(256);
+    Loop {
+        state: Node::running().state,
+        reader: history.reader(),
+        inputs: Inputs {
+            changes,
+            reports,
+            news,
+            questions,
+            responses,
+            history_begun: crossbeam_channel::never(),
+            stop,
+        },
+        outputs: Outputs { commands, recorder, records, orders },
+        changes: changes_sender,
+        reports: reports_sender,
+        responses: responses_sender,
+        questions: questions_sender,
+        stop: stop_sender,
+        orders: taken_orders,
+        records: taken_records,
+        _commands: taken_commands,
+        _directory: directory,
+    }
+}
+
+#[test]
+fn h05_h06_what_is_queued_at_a_stop_is_taken_in_whoever_has_gone_already() {
+    const PROGRAMS: usize = 3000;
+    let parts = a_loop(4);
+    let script = Node::running();
+    for number in 0..PROGRAMS {
+        let line = format!("exec c1 /tmp/x{number} evil{number}");
+        let Input::Watch(report) = script.input(&line) else { panic!("no report") };
+        parts.reports.send(Box::new(report)).unwrap();
+    }
+    // A command for each that nobody takes; and the API and containerd have ended.
+    let Loop { state, reader, inputs, outputs, records, stop, .. } = parts;
+    drop((parts.changes, parts.questions, parts.reports, parts.responses, stop));
+    run(state, &reader, &inputs, &outputs).unwrap();
+    let told = records.try_iter().filter(|record| matches!(record, Record::Finding(_))).count();
+    assert_eq!(told, PROGRAMS);
+    outputs.recorder.stop();
+}
+
+#[test]
+fn h05_a_loop_whose_askers_have_gone_goes_on_until_it_is_stopped() {
+    let parts = a_loop(1024);
+    let Loop { state, reader, inputs, outputs, records, stop, reports, .. } = parts;
+    drop((parts.changes, parts.questions, parts.responses));
+    let running = std::thread::spawn(move || {
+        run(state, &reader, &inputs, &outputs).unwrap();
+        outputs.recorder.stop();
+    });
+    let Input::Watch(report) = Node::running().input("exec c1 /tmp/x evil") else { panic!() };
+    reports.send(Box::new(report)).unwrap();
+    let record = records.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+    assert!(matches!(record, Record::Finding(_)), "{record:?}");
+    drop(stop);
+    running.join().unwrap();
+}
+
+#[test]
+fn a_stop_waits_for_the_response_that_is_being_carried_out() {
+    let parts = a_loop(1024);
+    let Loop { mut state, reader, inputs, outputs, records, stop, reports, mut orders, .. } = parts;
+    state.policy.respond.kill_on = ["exec.new".parse().unwrap()].into();
+    let Input::Watch(report) = Node::running().input("exec c1 /tmp/x evil") else { panic!() };
+    reports.send(Box::new(report)).unwrap();
+    drop(stop);
+    let responses = parts.responses;
+    let responding = std::thread::spawn(move || {
+        let order = orders.blocking_recv().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        responses.send(order.failed(TOO_MANY.to_owned())).unwrap();
+    });
+    run(state, &reader, &inputs, &outputs).unwrap();
+    responding.join().unwrap();
+    let messages = records.try_iter().filter_map(|record| match record {
+        Record::Response(response) => Some(response.outcome.message),
+        _ => None,
+    });
+    assert_eq!(messages.collect::<Vec<_>>(), [TOO_MANY]);
+    outputs.recorder.stop();
+}
+
+#[test]
+fn x18_a_history_that_begins_anew_is_given_everything_that_is_known() {
+    let mut node = Node::running();
+    node.play("exec c1 /tmp/x evil\nsession c1 100 pts/0 sh\nran c1 100 102 ls").wait(1);
+    let (known, sessions) = (node.newest().len(), node.newest_sessions().len());
+    assert_eq!((known, sessions), (2, 1));
+    let findings: Vec<Finding> = node.newest().into_iter().cloned().collect();
+    node.told.clear();
+    node.sessions.clear();
+    node.give(Input::HistoryBegun);
+    let mut again: Vec<Finding> = node.told.clone();
+    again.sort_by_key(|finding| findings.iter().position(|known| known.id == finding.id));
+    assert_eq!(again, findings, "in the revisions that they have");
+    assert_eq!(node.commands_of(100), ["ls: runs"]);
 }

@@ -9,15 +9,16 @@ use jiff::{SignedDuration, Timestamp};
 use super::aggregate::{self, Candidate, Group, MAX_LISTED};
 use super::{Cause, Effect, Evidence, State, is_told_as_executed, new_finding};
 use crate::baseline::{ImageBaseline, Known};
+use crate::budget;
 use crate::detect::Judgement;
 use crate::health::Failure;
 use crate::history::{MemberChange, Record};
-use crate::inventory::{Deed, Entry, MAX_MEMBERS, Told};
+use crate::inventory::{Deed, Entry, Told};
 use crate::model::file::is_program;
 use crate::model::finding::{MEMBER_SCHEMA, Subject};
 use crate::model::{
-    Blake3Hash, ContainerId, FileState, FileType, Filesystem, Finding, FindingId, Kind, Member,
-    Observation, Process, RootfsPath, Source,
+    Blake3Hash, ContainerId, Disposition, FileState, FileType, Filesystem, Finding, FindingId,
+    Kind, Member, Observation, Process, ProcessIdentity, RootfsPath, Source,
 };
 
 /// How long a file of an aggregated finding that is told already may wait to be told.
@@ -272,25 +273,22 @@ impl State {
         let Some(finding) = entry.findings.get(&id) else {
             let finding = match into {
                 Into::Group(group) => {
-                    if !entry.has_room_for(judgement.kind) {
-                        return self.findings_full(container, now, effects);
-                    }
                     let mut finding = self.about_file(id, observation, judgement, evidence);
-                    if group.kind != Kind::FileRelocated {
+                    if group.content.is_none() {
                         finding.files = Some(1);
                         finding.detail = group.detail();
                     }
                     finding
                 }
-                Into::Transaction(manager) => {
-                    if !entry.has_room_for(Kind::PackageTransaction) {
-                        return self.findings_full(container, now, effects);
-                    }
-                    self.transaction(id, manager, observation)
-                }
+                Into::Transaction(manager) => self.transaction(id, manager, observation),
             };
             let is_one_of_many = finding.files.is_some();
+            let has_room = matches!(into, Into::Group(group) if group.is_rest());
             let Some(entry) = self.inventory.get_mut(container) else { return };
+            if !has_room && !entry.has_room_for(&finding) {
+                self.fold(observation, judgement, evidence, &finding, now, effects);
+                return;
+            }
             entry.insert_finding(finding);
             if is_one_of_many {
                 let is_listed = entry.members.put(file.deed, file.path, id, file.told);
@@ -348,13 +346,89 @@ impl State {
         }
     }
 
+    /// Counts what found no room as a finding of its own in the one of its kind that
+    /// always has room, and answers it as the policy says.
+    pub(super) fn fold(
+        &mut self,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        finding: &Finding,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let container = &observation.container;
+        let kind = judgement.kind;
+        let Some(path) = evidence.path else {
+            let id = self.fold_finding(container, Some(observation.init), finding, now, effects);
+            self.session_caused(observation, evidence.process, id, now, effects);
+            return;
+        };
+        let content = evidence.state.and_then(FileState::blake3);
+        let deed = Deed::of(kind);
+        let told = if kind == Kind::FileRemoved { Told::REMOVED } else { Told::content(content) };
+        let into = Into::Group(Group::rest(kind));
+        let id = into.id(container);
+        let known = self.inventory.get(container).and_then(|entry| entry.members.of(deed, path));
+        if known == Some((id, told)) {
+            self.seen_again(id, observation, evidence, now, effects);
+        } else {
+            self.findings_full(container, kind, now, effects);
+            let file = File { deed, path, content, told };
+            self.put(&into, file, observation, judgement, evidence, now, effects);
+        }
+        if self.policy.decide(kind).disposition != Disposition::Report {
+            self.say(container.clone(), id, effects);
+        }
+    }
+
+    /// The same of what is no file. Hands back the finding that it is counted in.
+    pub(super) fn fold_finding(
+        &mut self,
+        container: &ContainerId,
+        init: Option<ProcessIdentity>,
+        finding: &Finding,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> FindingId {
+        let group = Group::rest(finding.kind);
+        let id = group.id(container);
+        self.findings_full(container, finding.kind, now, effects);
+        let Some(entry) = self.inventory.get_mut(container) else { return id };
+        match entry.findings.get_mut(&id) {
+            Some(rest) => {
+                rest.count += finding.count;
+                rest.first_seen = rest.first_seen.min(finding.first_seen);
+                rest.last_seen = rest.last_seen.max(finding.last_seen);
+                rest.severity = rest.severity.max(finding.severity);
+                rest.run = finding.run.or(rest.run);
+            }
+            None => {
+                let detail = group.detail();
+                entry.insert_finding(Finding { id, revision: 0, detail, ..finding.clone() });
+            }
+        }
+        self.unsaid.push(container, id, None, now);
+        let entry = self.inventory.get(container);
+        let told = entry.and_then(|entry| entry.findings.get(&id));
+        let is_first = told.is_some_and(|told| told.revision == 0);
+        if is_first || finding.verdict.disposition != Disposition::Report {
+            self.say(container.clone(), id, effects);
+        }
+        let cause = Cause { container, init, kind: finding.kind, finding: id };
+        self.answer(&cause, now, effects);
+        id
+    }
+
     fn unlisted(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
         let _ = self.health.record(Failure::FindingsFull);
         let detail = format!(
             "files are counted and not listed: of one finding {MAX_LISTED} are, of one container \
-             {MAX_MEMBERS}"
+             {}, of all {}",
+            budget::MEMBERS,
+            budget::ALL_MEMBERS
         );
-        self.gap(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
+        self.lost(Failure::FindingsFull, Some(container.clone()), detail, now, effects);
     }
 
     /// The finding about what a package manager does.
@@ -363,7 +437,7 @@ impl State {
         let kind = Kind::PackageTransaction;
         let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
         finding.files = Some(1);
-        finding.process = Some(manager.clone());
+        finding.process = Some(budget::process(manager));
         if let Some(entry) = self.inventory.get(&observation.container) {
             finding.belongs_to(&observation.container, entry);
             finding.run = Some(entry.run_of(observation.init));

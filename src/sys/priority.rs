@@ -7,6 +7,13 @@ use std::io;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread(rustix::thread::Pid);
 
+impl Thread {
+    /// As the kernel numbers it.
+    pub fn number(self) -> u32 {
+        self.0.as_raw_nonzero().get().unsigned_abs()
+    }
+}
+
 /// The calling thread.
 pub fn current() -> Thread {
     Thread(rustix::thread::gettid())

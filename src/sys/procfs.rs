@@ -111,6 +111,14 @@ pub fn read_stat(pid: u32) -> io::Result<Stat> {
     Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// Whether a thread of this process wants a processor, and for how long it has had one.
+pub fn activity(thread: u32) -> Option<(bool, Duration)> {
+    let stat = std::fs::read(format!("/proc/self/task/{thread}/stat")).ok()?;
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
+    let ran = text.split(' ').next()?.parse().ok()?;
+    Some((Stat::parse(&stat)?.state == b'R', Duration::from_nanos(ran)))
+}
+
 /// For how long a process has been there, to the clock tick before its start: rather
 /// too long than too short.
 pub fn age(process: ProcessIdentity) -> Duration {

@@ -32,6 +32,7 @@ use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::pidfd;
 use crate::sys::procfs::{self, Handle, Stat};
+use crate::threads;
 
 /// What the thread is told.
 #[derive(Debug)]
@@ -331,11 +332,11 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
     while shared.may_tell() {
         let is_stopping = shared.is_stopping();
         let act = if is_stopping {
-            acts.recv_timeout(LAST_WITHIN)
+            threads::recv_timeout(acts, LAST_WITHIN)
         } else if eye.is_idle() {
-            acts.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            threads::recv_timeout(acts, Duration::MAX)
         } else {
-            acts.recv_timeout(if eye.untold.is_empty() { LOOK_EVERY } else { STEP })
+            threads::recv_timeout(acts, if eye.untold.is_empty() { LOOK_EVERY } else { STEP })
         };
         match act {
             Ok(act) => eye.take(shared, *act),
@@ -349,6 +350,7 @@ pub(super) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
             eye.look_who_ended(shared);
         }
     }
+    shared.leave(eye.untold.len());
 }
 
 impl Eye {
@@ -515,6 +517,7 @@ impl Eye {
         }
         let pids: Vec<u32> = self.running.keys().copied().collect();
         for pid in pids {
+            threads::beat();
             self.try_to_end(shared, pid, true);
         }
     }

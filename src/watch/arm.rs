@@ -33,6 +33,7 @@ use crate::gate::Marks;
 use crate::model::ContainerId;
 use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
+use crate::threads;
 
 /// Which containers are armed before they start.
 #[derive(Debug, Clone)]
@@ -101,7 +102,7 @@ impl Arming {
         let _ = rustix::process::setpriority_process(None, -10);
         let mut marked = Instant::now();
         while !self.shared.is_stopping() {
-            match self.calls.recv_timeout(TURN) {
+            match threads::recv_timeout(&self.calls, TURN) {
                 Ok(call) => {
                     self.look_into(&call.caller);
                     self.marks.release(call.number);

@@ -35,6 +35,7 @@ use crate::model::{
 use crate::sys::file::{self, Stat};
 use crate::sys::procfs::Handle;
 use crate::sys::{overlay, priority};
+use crate::threads;
 
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
@@ -119,6 +120,7 @@ fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Opti
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
+    threads::about(&watched.container);
     if filesystem == Filesystem::Overlay && deeds::is_of_another(shared, &watched, &caller) {
         return None;
     }

@@ -26,6 +26,7 @@ use crate::sys::door::View;
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::Handle;
 use crate::sys::{file, overlay};
+use crate::threads;
 
 pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
@@ -80,11 +81,11 @@ impl Control {
         let mut last_look = Instant::now();
         while !self.shared.is_stopping() {
             self.send_unsent();
-            match self.commands.recv_timeout(Duration::from_millis(250)) {
+            match threads::recv_timeout(&self.commands, Duration::from_millis(250)) {
                 Ok(Command::Attach { container, pid, rootfs }) => {
                     self.attach(container, pid, rootfs);
                 }
-                Ok(Command::Detach { container }) => self.detach(&container),
+                Ok(Command::Detach { container, pid }) => self.detach(&container, pid),
                 Ok(Command::Scan { container, ticket }) => self.scan(container, ticket),
                 Ok(Command::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
@@ -156,6 +157,17 @@ impl Control {
     }
 
     fn attach(&mut self, container: ContainerId, pid: u32, rootfs: Option<OverlayDirs>) {
+        threads::about(&container);
+        let is_outdated = self.shared.table.get(&container).is_some_and(|watched| {
+            watched.init.pid != pid
+                && Handle::open_exactly(watched.init)
+                    .is_ok_and(|init| !init.first_stat().has_ended())
+                && !watched.is_unannounced()
+        });
+        if is_outdated {
+            // What containerd said last has come by a faster way: it runs anew already.
+            return;
+        }
         let marked = self.marker.mark(&container, pid, rootfs);
         if let Some(watched) = self.shared.table.get(&container) {
             watched.set_unannounced(false);
@@ -178,7 +190,11 @@ impl Control {
         }
     }
 
-    fn detach(&self, container: &ContainerId) {
+    fn detach(&self, container: &ContainerId, pid: Option<u32>) {
+        let is_another = |watched: Arc<Watched>| pid.is_some_and(|pid| watched.init.pid != pid);
+        if self.shared.table.get(container).is_some_and(is_another) {
+            return;
+        }
         // What has ended is the run before the one that was armed meanwhile; the
         // command to attach to that one is still to come.
         let is_outdated = self.shared.table.get(container).is_some_and(|watched| {

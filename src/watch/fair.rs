@@ -13,9 +13,10 @@ use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvError, RecvTimeoutError, TrySendError};
+use crossbeam_channel::{RecvTimeoutError, TrySendError};
 
 use crate::model::ContainerId;
+use crate::threads;
 
 /// How long one container's work goes on while others wait.
 pub(super) const SLICE: Duration = Duration::from_millis(4);
@@ -297,25 +298,19 @@ impl<T: Owned> Receiver<T> {
         Some(item)
     }
 
-    /// Waits for the next one. What was received before is finished.
-    pub(super) fn recv(&self) -> Result<T, RecvError> {
-        let mut state = self.channel.lock();
-        Self::settle(&mut state);
-        loop {
-            if let Some(item) = Self::take(&mut state) {
-                return Ok(item);
-            }
-            if state.senders == 0 {
-                return Err(RecvError);
-            }
-            state.waiting += 1;
-            state = self.channel.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-            state.waiting -= 1;
+    /// Waits for the next one, for no longer than that. What was received before is
+    /// finished. A thread that was replaced gets none.
+    pub(super) fn recv_timeout(&self, at_most: Duration) -> Result<T, RecvTimeoutError> {
+        if threads::is_replaced() {
+            return Err(RecvTimeoutError::Disconnected);
         }
+        let item = threads::idle(|| self.wait_for(at_most))?;
+        threads::took();
+        threads::about(item.owner());
+        Ok(item)
     }
 
-    /// The same, for no longer than that.
-    pub(super) fn recv_timeout(&self, at_most: Duration) -> Result<T, RecvTimeoutError> {
+    fn wait_for(&self, at_most: Duration) -> Result<T, RecvTimeoutError> {
         let until = Instant::now().checked_add(at_most);
         let mut state = self.channel.lock();
         Self::settle(&mut state);
@@ -362,6 +357,12 @@ impl<T: Owned> Receiver<T> {
 }
 
 impl<T: Owned + Send + 'static> Receiver<T> {
+    /// How many wait.
+    pub(super) fn depth(&self) -> threads::Depth {
+        let channel = self.channel.clone();
+        Box::new(move || channel.lock().queue.len())
+    }
+
     /// What waits here, for whoever asks.
     pub(super) fn waits(&self) -> Arc<dyn Waits> {
         self.channel.clone()
@@ -445,6 +446,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
 
     /// Costs and arrivals of three containers: `(whose, cost)` arrives, or one is
     /// served.
@@ -597,9 +600,9 @@ mod tests {
         assert_eq!(sender.try_send(item("flood", 8)), Err(TrySendError::Full(item("flood", 8))));
         // The neighbour has room, and the loss is the flood's.
         assert_eq!(sender.try_send(item("calm", 0)), Err(TrySendError::Full(item("flood", 7))));
-        let first = receiver.recv().unwrap();
+        let first = receiver.recv_timeout(LONG).unwrap();
         if first == item("flood", 0) {
-            assert_eq!(receiver.recv().unwrap(), item("calm", 0));
+            assert_eq!(receiver.recv_timeout(LONG).unwrap(), item("calm", 0));
         } else {
             assert_eq!(first, item("calm", 0));
         }
@@ -609,7 +612,7 @@ mod tests {
     fn x10_what_is_put_back_lets_others_go_first_and_is_still_seen_to_wait() {
         let (sender, receiver) = channel(8);
         sender.try_send(item("giant", 0)).unwrap();
-        let giant = receiver.recv().unwrap();
+        let giant = receiver.recv_timeout(LONG).unwrap();
         sender.try_send(item("giant", 1)).unwrap();
         sender.try_send(item("calm", 0)).unwrap();
         let waiting = |name: &str| {
@@ -619,12 +622,12 @@ mod tests {
         assert_eq!((waiting("giant"), waiting("calm")), (Some(2), Some(1)));
         std::thread::sleep(Duration::from_millis(2));
         receiver.put_back(giant);
-        assert_eq!(receiver.recv().unwrap(), item("calm", 0));
-        assert_eq!(receiver.recv().unwrap(), item("giant", 0));
+        assert_eq!(receiver.recv_timeout(LONG).unwrap(), item("calm", 0));
+        assert_eq!(receiver.recv_timeout(LONG).unwrap(), item("giant", 0));
         assert_eq!((waiting("giant"), waiting("calm")), (Some(2), None));
-        assert_eq!(receiver.recv().unwrap(), item("giant", 1));
+        assert_eq!(receiver.recv_timeout(LONG).unwrap(), item("giant", 1));
         drop(sender);
-        assert_eq!(receiver.recv(), Err(RecvError));
+        assert_eq!(receiver.recv_timeout(LONG), Err(RecvTimeoutError::Disconnected));
         assert_eq!(waiting("giant"), None);
     }
 
@@ -638,14 +641,14 @@ mod tests {
             drop(sender);
             other.try_send(item("a", 1)).unwrap();
         });
-        assert_eq!(receiver.recv(), Ok(item("a", 1)));
+        assert_eq!(receiver.recv_timeout(LONG), Ok(item("a", 1)));
         thread.join().unwrap();
         assert_eq!(receiver.recv_timeout(timeout), Err(RecvTimeoutError::Disconnected));
         let (sender, receiver) = channel(8);
         let another = receiver.clone();
         drop(receiver);
         sender.try_send(item("a", 1)).unwrap();
-        assert_eq!(another.recv(), Ok(item("a", 1)));
+        assert_eq!(another.recv_timeout(LONG), Ok(item("a", 1)));
         drop(another);
         let item = item("a", 1);
         assert!(matches!(sender.try_send(item), Err(TrySendError::Disconnected(_))));

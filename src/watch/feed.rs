@@ -17,6 +17,7 @@ use crate::health::Failure;
 use crate::model::{ContainerId, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::file;
+use crate::threads;
 
 /// How much one read may bring: about seven hundred events with a descriptor
 /// each.
@@ -77,6 +78,7 @@ impl Feed {
         if !stat.is_regular() {
             return;
         }
+        threads::about(&watched.container);
         let path = match event_path(&watched, &file, &stat, pid, None) {
             Ok(path) => path,
             Err(why) => {

@@ -43,6 +43,7 @@ use crate::pulse::{Pulse, TURN};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::procfs::{self, Handle, Whereabouts};
 use crate::sys::{file, perf, pidfd};
+use crate::threads;
 
 /// A file that is being executed and is to be judged by its content.
 #[derive(Debug)]
@@ -166,6 +167,7 @@ impl Gate {
                 match self.events.receive() {
                     Ok(event) => {
                         last = Instant::now();
+                        threads::beat();
                         self.take(event);
                     }
                     Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
@@ -254,7 +256,7 @@ fn wait_for(events: &Events) {
     let mut fds = [PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
     let turn = Timespec::try_from(TURN).expect("a quarter of a second fits");
     // An error here (a signal) only means that the turn comes early.
-    let _ = rustix::event::poll(&mut fds, Some(&turn));
+    let _ = threads::idle(|| rustix::event::poll(&mut fds, Some(&turn)));
 }
 
 /// Takes what the kernel reports where it does not ask.

@@ -5,10 +5,9 @@
 //! and what it does later is looked at twice more only.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::RecvTimeoutError;
 use jiff::Timestamp;
 
 use super::acts::{Act, Event};
@@ -19,14 +18,15 @@ use super::given::{self, Given};
 use super::libraries::processes_of;
 use super::process;
 use super::scripts::{self, Language, Runs};
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::shells::{self, Neighbour, Pipe, Standard};
 use super::table::Watched;
-use super::{Report, trace};
+use super::trace;
 use crate::health::Failure;
 use crate::model::{ContainerId, Fact, Filesystem, Process, RootfsPath, Script, Source};
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
 use crate::sys::{errand, file};
+use crate::threads;
 
 /// A process of a container that has become something that may be an interpreter.
 #[derive(Clone, Debug)]
@@ -89,42 +89,90 @@ struct Named {
     is_certain: bool,
 }
 
-pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>) {
-    let mut waiting: [VecDeque<Look>; AGAIN.len()] = Default::default();
-    // Those for which there was no time; whoever is in a crowd must not be overlooked.
-    let mut deferred: VecDeque<Look> = VecDeque::new();
+/// Shells that are to be looked at again. Not the thread's own, so that another one can
+/// go on with them.
+#[derive(Default)]
+pub(super) struct Waiting(Mutex<Queues>);
+
+#[derive(Default)]
+struct Queues {
+    waiting: [VecDeque<Look>; AGAIN.len()],
+    /// Those for which there was no time; whoever is in a crowd must not be overlooked.
+    deferred: VecDeque<Look>,
+}
+
+impl Waiting {
+    /// Locked for one step at a time, and never while a process is looked at.
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queues {
+    fn next_due(&self) -> Option<Instant> {
+        let queues = self.waiting.iter().chain([&self.deferred]);
+        queues.filter_map(|queue| Some(queue.front()?.due)).min()
+    }
+
+    /// Whoever had to stand back goes first, or others could keep it there for ever.
+    fn take_due(&mut self, now: Instant) -> Option<Look> {
+        std::iter::once(&mut self.deferred)
+            .chain(&mut self.waiting)
+            .find(|queue| queue.front().is_some_and(|look| look.due <= now))
+            .and_then(VecDeque::pop_front)
+    }
+
+    fn take_any(&mut self) -> Option<Look> {
+        std::iter::once(&mut self.deferred).chain(&mut self.waiting).find_map(VecDeque::pop_front)
+    }
+}
+
+pub(super) fn run(shared: &Shared, started: &Receiver<Box<Started>>, waiting: &Waiting) {
     let mut around = Around::default();
     let mut unreadable = Unreadable { told: errand::given_up(), last: None };
-    while !shared.is_stopping() {
+    loop {
         unreadable.tell(shared);
-        let queues = waiting.iter().chain([&deferred]);
-        let next = queues.filter_map(|queue| Some(queue.front()?.due)).min();
+        let due = waiting.queues().next_due();
         // Whoever hands on ends when the watchers do.
         let patience =
-            next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
-        match started.recv_timeout(patience) {
-            Ok(one) => {
+            due.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
+        match shared.next_within(started, patience) {
+            Next::Item(one) => {
+                threads::about(&one.watched.container);
                 if let Some(look) = first(shared, *one) {
-                    wait_for(shared, &mut waiting, look);
+                    wait_for(shared, &mut waiting.queues().waiting, look);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+            Next::Nothing => (),
+            Next::End if threads::is_replaced() => return,
+            Next::End => return look_a_last_time(shared, waiting, &mut around),
         }
-        // Whoever had to stand back goes first, or others could keep it there for ever.
-        let mut due = Vec::new();
-        for queue in std::iter::once(&mut deferred).chain(&mut waiting) {
-            while queue.front().is_some_and(|look| look.due <= Instant::now()) {
-                due.extend(queue.pop_front());
-            }
-        }
-        for look in due {
-            match again(shared, look, &mut around) {
+        let now = Instant::now();
+        loop {
+            let look = waiting.queues().take_due(now);
+            let Some(look) = look else { break };
+            threads::about(&look.watched.container);
+            let seen = again(shared, look, &mut around);
+            let mut queues = waiting.queues();
+            match seen {
                 Seen::Enough => (),
-                Seen::ForNow(look) => wait_for(shared, &mut waiting, *look),
-                Seen::NotYet(look) => defer(shared, &mut deferred, *look),
+                Seen::ForNow(look) => wait_for(shared, &mut queues.waiting, *look),
+                Seen::NotYet(look) => defer(shared, &mut queues.deferred, *look),
             }
         }
+    }
+}
+
+/// What waits is told as far as it is known: nobody looks again after this.
+fn look_a_last_time(shared: &Shared, waiting: &Waiting, around: &mut Around) {
+    let mut queues = std::mem::take(&mut *waiting.queues());
+    while let Some(look) = queues.take_any() {
+        if !shared.may_tell() {
+            return shared.leave(
+                1 + queues.deferred.len() + queues.waiting.iter().map(VecDeque::len).sum::<usize>(),
+            );
+        }
+        let _ = again(shared, look, around);
     }
 }
 
@@ -146,13 +194,7 @@ impl Unreadable {
         }
         let detail = format!("the memory of processes was not read, {} times", count - self.told);
         (self.told, self.last) = (count, Some(Instant::now()));
-        let failure = Failure::ProcessUnreadable;
-        let _degraded = shared.health.record(failure);
-        tracing::warn!(failure = failure.name(), "{detail}");
-        let lost = Report::Lost { failure, container: None, detail, at: Timestamp::now() };
-        if shared.try_report(lost).is_err() {
-            let _ = shared.health.record(Failure::PipelineFull);
-        }
+        shared.degrade(Failure::ProcessUnreadable, None, &detail);
     }
 }
 

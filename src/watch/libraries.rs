@@ -16,7 +16,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
@@ -25,7 +25,7 @@ use super::fair::{self, Owned, Receiver, Sender};
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::table::Watched;
 use super::trace::TraceConsumer;
 use crate::health::Failure;
@@ -226,8 +226,9 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
     let mut last_look = Instant::now();
     let mut pass: Option<Pass> = None;
-    while !shared.is_stopping() {
-        if last_look.elapsed() >= LOOK_EVERY {
+    let mut is_last = false;
+    loop {
+        if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             for watched in shared.table.all() {
                 watched.learn_multicall(multicall);
@@ -240,7 +241,7 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
             None => LOOK_EVERY,
         };
-        if let Some(going) = &mut pass {
+        if let Some(going) = pass.as_mut().filter(|_| !shared.is_stopping()) {
             let rest = shared.rest();
             if rest.is_zero() {
                 let used = fair::processor_time();
@@ -250,8 +251,8 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
             }
             patience = patience.min(rest);
         }
-        match loadings.recv_timeout(patience) {
-            Ok(first) => {
+        match shared.next_within(loadings, patience) {
+            Next::Item(first) => {
                 // What was mapped before we look is covered by the look.
                 let mut image = HashSet::new();
                 let rest = std::iter::from_fn(|| loadings.recv_timeout(Duration::ZERO).ok());
@@ -266,13 +267,18 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
                     }
                 }
             }
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
+            Next::Nothing => (),
+            Next::End => is_last = true,
         }
-        while libraries.waiting.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
+        // At the end their writers are not waited for.
+        let is_due = |due: &Instant| *due <= Instant::now() || is_last;
+        while libraries.waiting.front().is_some_and(|(due, ..)| is_due(due)) {
             if let Some((_, loading, code, process)) = libraries.waiting.pop_front() {
                 tell(shared, &loading, code, process, Source::Trace);
             }
+        }
+        if is_last {
+            return;
         }
     }
 }

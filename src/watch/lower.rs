@@ -11,6 +11,7 @@ use crate::model::{FileTime, FileType, Format, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::hash::{Hashed, Hashing};
 use crate::sys::overlay::{self, Opacity};
+use crate::threads;
 
 /// More twins than this are not remembered.
 const MAX_TWINS: usize = 16 * 1024;
@@ -114,6 +115,7 @@ pub(super) struct TwinReading {
 impl TwinReading {
     /// Reads on. `None`: there is more to read.
     pub(super) fn step(&mut self, twins: &LowerTwins, slice: u64) -> Option<Option<LowerTwin>> {
+        threads::beat();
         let hashed = match self.hash.step(self.file.as_fd(), slice) {
             Ok(None) => return None,
             Ok(Some(Hashed::Whole(hashes))) => Some(hashes),

@@ -66,9 +66,9 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
@@ -80,7 +80,7 @@ pub use self::trust::{Trust, Verdict};
 
 use self::copyup::Free;
 use self::gate::{Arrivals, ExecMarks};
-use self::shared::Shared;
+use self::shared::{LAST_WORDS, Shared};
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::gate::{Gate, Stopper};
@@ -88,6 +88,7 @@ use crate::health::{Backlogs, Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
+use crate::threads::{self, Depth, Event, Left, Role};
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,8 +97,9 @@ pub enum Command {
     /// Asking again for the same container and pid only fills in `rootfs`.
     Attach { container: ContainerId, pid: u32, rootfs: Option<OverlayDirs> },
     /// The init process has ended: scan the upperdir a last time, then forget
-    /// the container.
-    Detach { container: ContainerId },
+    /// the container. With a pid, only if that was its init: the container may run
+    /// anew by the time that this is read.
+    Detach { container: ContainerId, pid: Option<u32> },
     /// Walk the upperdir now. With a ticket, the batches and the end of this
     /// scan carry it.
     Scan { container: ContainerId, ticket: Option<u64> },
@@ -144,6 +146,11 @@ pub enum Report {
         /// Whether the whole upperdir was walked.
         complete: bool,
     },
+    /// What was said to be seen no more, and what no walk makes up for, is seen again.
+    Over {
+        failure: Failure,
+        container: Option<ContainerId>,
+    },
     /// Something was not seen. `container` is `None` when it may be any of them.
     /// The watchers have already asked themselves for the rescan.
     Lost {
@@ -186,10 +193,10 @@ pub struct Watch {
     shared: Arc<Shared>,
     marker: Arc<control::Marker>,
     commands: Sender<Command>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<&'static str>,
     executions: Executions,
     gate: std::process::Child,
-    is_gate_closed: bool,
+    is_gate_closed: AtomicBool,
     stopper: Stopper,
     /// Until a thread takes the calls of runtimes, the gate holds none.
     calls: Option<Receiver<arm::Call>>,
@@ -288,7 +295,7 @@ impl Watch {
             threads: Vec::new(),
             executions,
             gate: child,
-            is_gate_closed: false,
+            is_gate_closed: AtomicBool::new(false),
             stopper: gate_marks.stopper(),
             calls: Some(receive_calls),
             gate_turns: Arc::default(),
@@ -309,33 +316,45 @@ impl Watch {
         let asked = Arc::downgrade(&shared);
         let backlogs = move || asked.upgrade().map(|shared| shared.backlogs()).unwrap_or_default();
         let _ = shared.health.backlogs.set(Backlogs(Box::new(backlogs)));
+        let depth = threads::depth_of(&receive_orders);
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
-        watch.spawn("scan", || scan.run())?;
+        watch.spawn("scan", Role::Owner, Some(depth), || scan.run())?;
         let ours = shared.clone();
-        watch.spawn("content", move || content::hash(&ours, &receive_described, &large))?;
+        watch.consume("content", receive_described, move |queue| {
+            content::hash(&ours, queue, &large);
+        })?;
         let ours = shared.clone();
-        watch.spawn("large", move || content::hash_large(&ours, &receive_large))?;
+        watch.consume("large", receive_large, move |queue| content::hash_large(&ours, queue))?;
         let ours = shared.clone();
-        watch.spawn("describe", move || content::describe(&ours, &receive_taken, &described))?;
-        watch.spawn("take", || take.run())?;
+        watch.consume("describe", receive_taken, move |queue| {
+            content::describe(&ours, queue, &described);
+        })?;
+        watch.consume("take", take.arrived(), move |_| take.again().run())?;
         let ours = shared.clone();
-        watch.spawn("processes", move || processes::run(&ours, &receive_processes))?;
+        watch.consume("processes", receive_processes, move |queue| {
+            processes::run(&ours, queue);
+        })?;
         let ours = shared.clone();
-        watch.spawn("libraries", move || libraries::run(&ours, &receive_loadings))?;
+        watch.consume("libraries", receive_loadings, move |queue| libraries::run(&ours, queue))?;
+        let (ours, waiting) = (shared.clone(), interpreters::Waiting::default());
+        watch.consume("interpreters", receive_started, move |queue| {
+            interpreters::run(&ours, queue, &waiting);
+        })?;
         let ours = shared.clone();
-        watch.spawn("interpreters", move || interpreters::run(&ours, &receive_started))?;
+        watch.spawn("names", Role::Owner, None, move || ours.names.run(&ours))?;
         let ours = shared.clone();
-        watch.spawn("names", move || ours.names.run(&ours))?;
+        watch.spawn("attachments", Role::Owner, None, move || ours.attachments.run(&ours))?;
         let ours = shared.clone();
-        watch.spawn("closings", move || ours.closings.run(&ours))?;
+        watch.spawn("closings", Role::Owner, None, move || ours.closings.run(&ours))?;
         let ours = shared.clone();
-        watch.spawn("attachments", move || ours.attachments.run(&ours))?;
+        watch.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
         let ours = shared.clone();
-        watch.spawn("terminals", move || ours.terminals.run(&ours))?;
+        let depth = threads::depth_of(&receive_acts);
+        watch.spawn("sessions", Role::Owner, Some(depth), move || {
+            acts::run(&ours, &receive_acts);
+        })?;
         let ours = shared.clone();
-        watch.spawn("sessions", move || acts::run(&ours, &receive_acts))?;
-        let ours = shared.clone();
-        watch.spawn("unseen", move || unseen::run(&ours, &receive_unseen))?;
+        watch.consume("unseen", receive_unseen, move |queue| unseen::run(&ours, queue))?;
         if let Some(Recorder::Rings(rings)) = &recorder
             && rings.tell_arguments()
         {
@@ -350,7 +369,7 @@ impl Watch {
                 Box::new(acts::Acts::default()),
             ];
             let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
-            watch.spawn("trace", || trace.run(recorder))?;
+            watch.spawn("trace", Role::Owner, None, || trace.run(recorder))?;
         }
         let arrivals = || Arrivals {
             shared: shared.clone(),
@@ -367,16 +386,19 @@ impl Watch {
             turns: watch.gate_turns.clone(),
             losses: gate::Losses::default(),
         };
-        watch.spawn("gate", || thread.run())?;
+        watch.spawn("gate", Role::Owner, None, || thread.run())?;
         if let Some(group) = exec_feed {
             let thread = gate::Feed { arrivals: arrivals(), group };
-            watch.spawn("executions", || thread.run())?;
+            watch.spawn("executions", Role::Owner, None, || thread.run())?;
         }
         drop((content, processes));
         let thread =
             feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
-        watch.spawn("feed", || thread.run())?;
-        watch.spawn("mounts", move || mounts.run())?;
+        watch.spawn("feed", Role::Owner, None, || thread.run())?;
+        watch.spawn("mounts", Role::Owner, None, move || mounts.run())?;
+        let supervised = shared.clone();
+        watch.spawn("supervisor", Role::Unsupervised, None, move || supervise(&supervised))?;
+        let depth = threads::depth_of(&receive_commands);
         let thread = control::Control {
             shared,
             marker,
@@ -384,7 +406,7 @@ impl Watch {
             commands: receive_commands,
             unsent: VecDeque::new(),
         };
-        watch.spawn("control", || thread.run())?;
+        watch.spawn("control", Role::Owner, Some(depth), || thread.run())?;
         Ok(watch)
     }
 
@@ -393,21 +415,37 @@ impl Watch {
     pub fn arm_before_start(&mut self, scope: &Scope) -> Result<(), Error> {
         let Some(calls) = self.calls.take() else { return Ok(()) };
         let (shared, marker) = (self.shared.clone(), self.marker.clone());
+        let depth = threads::depth_of(&calls);
         let thread = arm::Arming::new(shared, marker, self.stopper.marks(), scope, calls)?;
-        self.spawn("arming", || thread.run())
+        self.spawn("arming", Role::Owner, Some(depth), || thread.run())
     }
 
     /// On an error, what was started ends by itself when `self` is dropped.
     fn spawn(
         &mut self,
         name: &'static str,
+        role: Role,
+        depth: Option<Depth>,
         run: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
-        let thread = std::thread::Builder::new().name(name.into()).spawn(|| {
-            let _abort = AbortOnPanic;
-            run();
-        });
-        self.threads.push(thread.map_err(|source| Error::Thread { name, source })?);
+        let threads = &self.shared.health.threads;
+        threads.spawn(name, role, depth, run).map_err(|source| Error::Thread { name, source })?;
+        self.threads.push(name);
+        Ok(())
+    }
+
+    /// The same for a thread that does nothing but take items from a queue.
+    fn consume<T: fair::Owned + Send + 'static>(
+        &mut self,
+        name: &'static str,
+        queue: fair::Receiver<T>,
+        run: impl Fn(&fair::Receiver<T>) + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let threads = &self.shared.health.threads;
+        let depth = queue.depth();
+        let started = threads.spawn_consumer(name, depth, move || run(&queue));
+        started.map_err(|source| Error::Thread { name, source })?;
+        self.threads.push(name);
         Ok(())
     }
 
@@ -436,33 +474,55 @@ impl Watch {
         self.marker.mounts.listings(container)
     }
 
-    /// Closes the gate first, so that nothing waits for it any more, and then ends the
-    /// threads.
-    pub fn stop(mut self) {
-        self.close_gate();
-        self.end_threads();
-    }
-
     /// Closes the gate: the kernel lets everything run from then on.
-    pub fn close_gate(&mut self) {
-        if self.is_gate_closed {
+    pub fn close_gate(&self) {
+        if self.is_gate_closed.swap(true, Ordering::Relaxed) {
             return;
         }
-        self.is_gate_closed = true;
         if let Err(err) = self.stopper.close() {
-            // Ended already, or to be ended: either way the kernel opens it.
+            // Ended already, or to be ended: either way the kernel opens it. Nobody has
+            // waited for it, so that its pid is its own.
             tracing::debug!("the gate could not be closed and is ended: {err}");
-            let _ = self.gate.kill();
+            let gate = rustix::process::Pid::from_child(&self.gate);
+            let _ = rustix::process::kill_process(gate, rustix::process::Signal::KILL);
         }
     }
 
-    fn end_threads(&mut self) {
+    /// Ends the threads: what they have seen is told before, as far as there is time.
+    pub fn drain(&self, deadline: Instant) {
+        self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
-        for thread in self.threads.drain(..) {
-            thread.join().expect("a watcher's panic ends the process");
+        let running = self.shared.health.threads.wait_for_end(&self.threads, deadline);
+        if !running.is_empty() {
+            tracing::warn!(threads = running.join(", "), "threads that are stuck are left behind");
         }
     }
+
+    /// What the threads had no time to tell.
+    pub fn left(&self) -> Vec<Left> {
+        let mut left = self.shared.health.threads.left(&self.threads);
+        let untold = self.shared.untold();
+        let more = [
+            ("items taken and not told", untold),
+            ("executions answered and not taken from the gate", self.shared.untaken()),
+            ("changed files, which the next start looks at", self.shared.unsettled()),
+        ];
+        left.extend(
+            more.into_iter()
+                .filter_map(|(what, count)| (count > 0).then_some(Left { what, count })),
+        );
+        left
+    }
+
+    /// Ends everything: the gate first, so that the kernel allows every exec that waits.
+    pub fn stop(self) {
+        self.close_gate();
+        self.drain(Instant::now() + LAST_WORDS + Duration::from_secs(1));
+    }
 }
+
+/// How long the gate's process may take to end once nobody takes anything from it.
+const GATE_ENDS_WITHIN: Duration = Duration::from_secs(2);
 
 /// How many groups of the gate ask about an unchanged file only once. More would spare
 /// containers one another's copy-ups, and a daemon more of its user's groups
@@ -474,16 +534,35 @@ pub fn shards(gate: config::Gate) -> u8 {
     }
 }
 
-/// Ends the process if the thread that holds this ends by a panic. A gate that is
-/// open and unread stops every exec, and without one of the others driftd would
-/// be blind and look healthy; when the process ends, the kernel opens the gate and
-/// whoever started driftd knows.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
+/// Looks after all of the daemon's threads, until the watchers stop.
+fn supervise(shared: &Shared) {
+    let mut last = Instant::now();
+    while !shared.is_stopping() {
+        shared.wait_for_stop(threads::TURN);
+        let elapsed = last.elapsed();
+        last = Instant::now();
+        for event in shared.health.threads.supervise(elapsed) {
+            match event {
+                Event::Stuck { name, still, is_replaced, about } => {
+                    let whose = about.map_or(String::new(), |id| {
+                        format!(", busy with something of container {id}")
+                    });
+                    let then = if is_replaced {
+                        "another one has taken its place"
+                    } else {
+                        "driftd ends if this lasts"
+                    };
+                    let seconds = still.as_secs();
+                    let detail = format!(
+                        "the thread `{name}` has made no progress for {seconds} s{whose}: {then}"
+                    );
+                    shared.degrade(Failure::ThreadStuck, None, &detail);
+                }
+                Event::Recovered => {
+                    tracing::info!("every thread makes progress again");
+                    shared.restore(Failure::ThreadStuck, None);
+                }
+            }
         }
     }
 }
@@ -491,9 +570,19 @@ impl Drop for AbortOnPanic {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.close_gate();
+        self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
+        // What nobody takes any more is not kept open either.
+        self.shared.health.threads.forget(&self.threads);
         // It ends when what it has answered is handed over.
-        let _ = self.gate.wait();
+        let deadline = Instant::now() + GATE_ENDS_WITHIN;
+        while matches!(self.gate.try_wait(), Ok(None)) {
+            if Instant::now() >= deadline {
+                let _ = self.gate.kill();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
+use super::Error;
 use super::code;
 use super::content::{self, UnknownPath};
 use super::gate::ExecMarks;
@@ -37,7 +38,6 @@ use super::namespaces::Namespaces;
 use super::shared::Shared;
 use super::table::{MarkedMount, Table, Watched};
 use super::ways;
-use super::{Error, Report};
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::door::{self, Ground, HostMounts, View, Way};
@@ -47,6 +47,7 @@ use crate::sys::file::{self, Stat};
 use crate::sys::mounts::{self, Listener, MAX_MOUNTINFO, Mount, Notifier};
 use crate::sys::overlay;
 use crate::sys::procfs::{Handle, Whereabouts};
+use crate::threads;
 
 /// A container's marks. One that mounts more than this is told of, once.
 const MAX_MARKS: usize = 256;
@@ -601,7 +602,7 @@ impl Mounts {
         let first_listener = fds.len();
         fds.extend(listeners.iter().filter_map(|(_, listener)| listener.poll_fds()).flatten());
         let timeout = Timespec::try_from(timeout).expect("half a second fits");
-        if rustix::event::poll(&mut fds, Some(&timeout)).is_err() {
+        if threads::idle(|| rustix::event::poll(&mut fds, Some(&timeout))).is_err() {
             return;
         }
         let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
@@ -646,9 +647,15 @@ impl Mounts {
         if let Some(namespace) = tracked.namespace() {
             self.namespaces.know(namespace);
         }
-        // An error: the process has ended, and its mounts with it.
-        let outcome = self.mark_all(&tracked.watched).unwrap_or_default();
+        threads::about(&tracked.watched.container);
+        let outcome = self.mark_all(&tracked.watched);
         tracked.pace.spent(start, Instant::now());
+        // An error: the process has ended, and its mounts with it.
+        let Ok(outcome) = outcome else { return };
+        let fits = outcome.refused.is_none() && outcome.missed.is_none() && !outcome.is_full;
+        if fits && tracked.listener.is_some() && std::mem::take(&mut tracked.is_told) {
+            self.shared.restore(Failure::MountsFull, Some(&tracked.watched));
+        }
         if let Some(detail) = outcome.refused {
             self.tell(tracked, &detail);
         }
@@ -665,23 +672,12 @@ impl Mounts {
         }
     }
 
-    /// Counts what is not marked, and says so once.
+    /// Counts what is not marked, and says so once while it lasts.
     fn tell(&self, tracked: &mut Tracked, detail: &str) {
-        let _ = self.shared.health.record(Failure::MountsFull);
-        if tracked.is_told {
-            return;
-        }
-        tracked.is_told = true;
-        let container = tracked.watched.container.clone();
-        tracing::warn!(failure = Failure::MountsFull.name(), %container, "{detail}");
-        let lost = Report::Lost {
-            failure: Failure::MountsFull,
-            container: Some(container),
-            detail: detail.to_owned(),
-            at: jiff::Timestamp::now(),
-        };
-        if self.shared.try_report(lost).is_err() {
-            let _ = self.shared.health.record(Failure::PipelineFull);
+        if std::mem::replace(&mut tracked.is_told, true) {
+            let _ = self.shared.health.record(Failure::MountsFull);
+        } else {
+            self.shared.degrade(Failure::MountsFull, Some(&tracked.watched), detail);
         }
     }
 
@@ -807,6 +803,7 @@ impl Mounts {
     /// Opens a mount's own root; `None` if something else is there now, or the way there
     /// leads over a filesystem that may not answer.
     fn reach(root: &OwnedFd, view: &View, mount: &Mount) -> Option<OwnedFd> {
+        threads::beat();
         let slowly = || match door::walk(root.try_clone().ok()?, None, &mount.mount_point, view) {
             Ok(Way::Found(held)) => Some(held.fd),
             Ok(Way::Foreign(_) | Way::Process(_)) | Err(_) => None,

@@ -35,6 +35,7 @@ use crate::health::Failure;
 use crate::model::{ContainerId, RootfsPath, Source};
 use crate::sys::fanotify::{self, Buffer, DecodedName, Group, Named, ReadError};
 use crate::sys::handle::FileHandle;
+use crate::threads;
 
 /// Directories of one container, and of all, that are listened to. Each pins an
 /// inode of about a kilobyte.
@@ -90,6 +91,8 @@ struct Marked {
     count: usize,
     walk: u64,
     was_told: bool,
+    /// The last walk in which a directory could not be listened to.
+    deaf_in: Option<u64>,
 }
 
 /// Why a directory is not listened to.
@@ -134,11 +137,14 @@ impl Names {
         map.marked(watched).walk += 1;
     }
 
-    /// It has seen everything: what it has not seen is not there any more.
-    pub(super) fn end_walk(&self, watched: &Arc<Watched>) {
+    /// It has seen everything: what it has not seen is not there any more. Says whether
+    /// all of it is listened to again, after it was not.
+    pub(super) fn end_walk(&self, watched: &Arc<Watched>) -> bool {
         let mut map = self.map();
         let walk = map.marked(watched).walk;
         map.remove_where(watched, |directory| directory.walk != walk);
+        let marked = map.marked(watched);
+        marked.deaf_in != Some(walk) && std::mem::take(&mut marked.was_told)
     }
 
     /// Listens to an open directory of an upper layer from now on.
@@ -224,7 +230,7 @@ impl Names {
                     return;
                 }
             }
-            std::thread::sleep(REST);
+            threads::idle(|| std::thread::sleep(REST));
         }
     }
 
@@ -235,6 +241,7 @@ impl Names {
             match event {
                 DecodedName::Named(named) => {
                     let Some((watched, path)) = self.changed(&named) else { continue };
+                    threads::about(&watched.container);
                     let Some(path) = path else {
                         shared.mark_for_sweep(&watched);
                         continue;
@@ -293,12 +300,16 @@ impl Map {
             count: 0,
             walk: 0,
             was_told: false,
+            deaf_in: None,
         })
     }
 
-    /// Whether it is the first time that something is said of this container.
+    /// Whether it is the first time that something is said of this container, or the
+    /// first time since all of it could be listened to.
     fn is_news(&mut self, watched: &Arc<Watched>) -> bool {
-        !std::mem::replace(&mut self.marked(watched).was_told, true)
+        let marked = self.marked(watched);
+        marked.deaf_in = Some(marked.walk);
+        !std::mem::replace(&mut marked.was_told, true)
     }
 
     /// Notes that a directory that is listened to was seen at `path`; false if it

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
 use super::acts;
@@ -15,7 +15,7 @@ use super::fair::{self, Owned, Receiver, Sender};
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::sessions::{ByRuntime, Opened, is_on_its_way};
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::table::Watched;
 use super::trace::TraceConsumer;
 use super::unseen::{Running, Runtimes};
@@ -41,8 +41,8 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
     let mut last_look = Instant::now();
     let mut runtimes = Runtimes::default();
     let mut pass: Option<Pass> = None;
-    while !shared.is_stopping() {
-        if pass.is_none() && last_look.elapsed() >= LOOK_EVERY {
+    loop {
+        if pass.is_none() && last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             pass = Pass::begin(shared);
         }
@@ -58,10 +58,10 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
         }
         // What has just happened is over sooner than what has run for a while.
         for _ in 0..FEW {
-            match seen.recv_timeout(patience) {
-                Ok(one) => judge(shared, &one, seen),
-                Err(RecvTimeoutError::Timeout) => break,
-                Err(RecvTimeoutError::Disconnected) => return,
+            match shared.next_within(seen, patience) {
+                Next::Item(one) => judge(shared, &one, seen),
+                Next::Nothing => break,
+                Next::End => return,
             }
             patience = Duration::ZERO;
         }

@@ -38,6 +38,7 @@ use crate::model::{
 use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
+use crate::threads;
 
 /// An upperdir that is to be walked now.
 #[derive(Debug)]
@@ -236,6 +237,7 @@ impl Scan {
     pub(super) fn run(mut self) {
         let mut times_set = clock::times_set();
         while !self.shared.is_stopping() {
+            threads::beat();
             if times_set != clock::times_set() {
                 times_set = clock::times_set();
                 tracing::warn!(
@@ -253,7 +255,7 @@ impl Scan {
                 continue;
             }
             let idle = self.idle_time();
-            match self.wake.recv_timeout(idle) {
+            match threads::idle(|| self.wake.recv_timeout(idle)) {
                 Ok(()) => self.next_look = Instant::now(),
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -459,9 +461,12 @@ impl Scan {
     ) -> Walk {
         // Told before the walk, so that the walk makes up for them.
         self.shared.report_losses();
+        threads::about(&watched.container);
         let mut walk = Walk::new(watched, extent, is_urgent);
-        // Before the walk, so that what is lost during it asks for another.
+        // Before the walk, so that what is lost during it asks for another; and before
+        // its time is taken, so that it never claims to make up for that.
         let is_lossy = watched.take_rescan();
+        walk.began = Timestamp::now();
         self.shared.names.begin_walk(watched);
         watched.ways.begin_walk();
         walk.ticket = ticket;
@@ -501,8 +506,11 @@ impl Scan {
         }
         let is_complete = is_whole && problem.is_none();
         if is_complete {
-            self.shared.names.end_walk(&watched);
             watched.ways.end_walk();
+            if self.shared.names.end_walk(&watched) {
+                self.shared.restore(Failure::NamesFull, Some(&watched));
+                self.shared.restore(Failure::MarkRefused, Some(&watched));
+            }
         }
         if !is_whole && !self.shared.is_stopping() {
             self.shared.lose(
@@ -514,8 +522,8 @@ impl Scan {
         if let Some(problem) = problem {
             // The snapshot of a container that has ended may go at any time.
             if extent != Extent::Last {
-                let _ = self.shared.health.record(Failure::ScanIncomplete);
-                tracing::warn!(container = %watched.container, problem, "a scan is incomplete");
+                let detail = format!("a walk of its upper layer is incomplete: {problem}");
+                self.shared.degrade(Failure::ScanIncomplete, Some(&watched), &detail);
             }
         }
         let scanned = Report::Scanned {
@@ -1130,7 +1138,7 @@ impl Walk {
             Err(Deaf::Refused(err, true)) => (Failure::MarkRefused, format!("{path}: {err}")),
         };
         let detail = format!("not every directory can be listened to, sweeps do the rest: {why}");
-        shared.degrade(failure, &self.watched, &detail);
+        shared.degrade(failure, Some(&self.watched), &detail);
     }
 
     fn note(&mut self, problem: String) {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
@@ -32,9 +32,19 @@ use crate::config;
 use crate::health::{Backlog, Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 use crate::sys::file;
+use crate::threads;
 
 /// How long a stop waits for what was seen before it.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(4);
+
+/// What a queue has for its thread.
+pub(super) enum Next<T> {
+    Item(T),
+    /// Nothing came in time.
+    Nothing,
+    /// The thread is to end.
+    End,
+}
 
 pub(super) struct Shared {
     pub(super) settings: config::Watch,
@@ -66,6 +76,8 @@ pub(super) struct Shared {
     unsent_losses: Mutex<Vec<Report>>,
     wake_scan: Sender<()>,
     stopped_at: OnceLock<Instant>,
+    /// What threads had taken from their queues when there was no more time for it.
+    untold: AtomicU64,
     /// Readable once the watchers are to stop.
     end: OwnedFd,
     records_executions: AtomicBool,
@@ -181,6 +193,7 @@ impl Shared {
             unsent_losses: Mutex::default(),
             wake_scan,
             stopped_at: OnceLock::new(),
+            untold: AtomicU64::new(0),
             end,
             records_executions: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
@@ -204,16 +217,41 @@ impl Shared {
         self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < LAST_WORDS)
     }
 
-    /// The next of what was executed. Whoever hands on ends when the watchers do; what
-    /// a stop has no more time for is said.
+    /// The next item of a thread's queue. Whoever fills it ends when the watchers do;
+    /// what a stop has no more time for is counted.
     pub(super) fn next_to_tell<T: Owned>(&self, queue: &fair::Receiver<T>) -> Option<T> {
-        let next = queue.recv().ok()?;
-        if self.may_tell() {
-            return Some(next);
+        match self.next_within(queue, Duration::MAX) {
+            Next::Item(item) => Some(item),
+            Next::Nothing | Next::End => None,
         }
-        let executions = 1 + queue.len();
-        tracing::warn!(executions, "a stop leaves what was executed just before it untold");
-        None
+    }
+
+    /// The same, for as long as `patience`.
+    pub(super) fn next_within<T: Owned>(
+        &self,
+        queue: &fair::Receiver<T>,
+        patience: Duration,
+    ) -> Next<T> {
+        // A stop makes nobody wait for longer than it takes itself.
+        match queue.recv_timeout(patience) {
+            Ok(item) if self.may_tell() => Next::Item(item),
+            Ok(_) => {
+                self.leave(1);
+                Next::End
+            }
+            Err(RecvTimeoutError::Timeout) if self.may_tell() => Next::Nothing,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Next::End,
+        }
+    }
+
+    /// Counts what a stop has no more time for.
+    pub(super) fn leave(&self, items: usize) {
+        self.untold.fetch_add(items as u64, Ordering::Relaxed);
+    }
+
+    /// What was taken from queues and could not be told before the stop was over.
+    pub(super) fn untold(&self) -> u64 {
+        self.untold.load(Ordering::Relaxed)
     }
 
     /// Says where executions and code wait.
@@ -256,7 +294,7 @@ impl Shared {
             if rest.is_zero() || self.is_stopping() {
                 return;
             }
-            std::thread::sleep(rest.min(Duration::from_millis(20)));
+            threads::idle(|| std::thread::sleep(rest.min(Duration::from_millis(20))));
         }
     }
 
@@ -274,7 +312,12 @@ impl Shared {
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let at_most = at_most.and_then(|at_most| Timespec::try_from(at_most).ok());
         // An error here (a signal) only means that the turn comes early.
-        let _ = rustix::event::poll(&mut fds, at_most.as_ref());
+        let _ = threads::idle(|| rustix::event::poll(&mut fds, at_most.as_ref()));
+    }
+
+    /// Waits until the watchers are to stop, or `at_most` so long.
+    pub(super) fn wait_for_stop(&self, at_most: Duration) {
+        self.wait_for(&self.end, Some(at_most));
     }
 
     /// The kernel records every execution for us.
@@ -408,6 +451,14 @@ impl Shared {
         }
     }
 
+    /// How many executions the gate has answered that were not taken from it.
+    pub(super) fn untaken(&self) -> u64 {
+        let Some(pulse) = self.health.pulse.get() else { return 0 };
+        let answered = pulse.answers().load(Ordering::SeqCst);
+        let lost = pulse.dropped().load(Ordering::Relaxed);
+        answered.saturating_sub(self.gate_taken.load(Ordering::Acquire) + lost)
+    }
+
     /// What the gate was asked about between a process's last execve and this time, by
     /// the clock of the kernel's records. What it was asked later is of a later one.
     pub(super) fn take_asked(&self, pid: u32, until: u64) -> Vec<(u64, u64)> {
@@ -528,12 +579,16 @@ impl Shared {
     pub(super) fn lose(&self, failure: Failure, watched: Option<&Arc<Watched>>, detail: &str) {
         // The reaction to every failure of the watchers is a rescan.
         let _ = self.health.record(failure);
+        // Before the walk is asked for: one that begins after this makes up for it.
+        let at = Timestamp::now();
+        // Each failure by itself: a flood of one must not hide another.
+        let is_news = |watched: &Arc<Watched>| {
+            watched.ask_for_rescan();
+            watched.loses(failure)
+        };
         let is_news = match watched {
-            Some(watched) => watched.ask_for_rescan(),
-            None => {
-                let watched = self.table.all();
-                watched.iter().filter(|watched| watched.ask_for_rescan()).count() > 0
-            }
+            Some(watched) => is_news(watched),
+            None => self.table.all().iter().filter(|watched| is_news(watched)).count() > 0,
         };
         if is_news {
             let container = watched.map(|watched| watched.container.clone());
@@ -542,32 +597,44 @@ impl Shared {
                 container = container.as_ref().map(tracing::field::display),
                 "{detail}"
             );
-            let at = Timestamp::now();
-            let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
-            if let Err(TrySendError::Full(lost)) = self.reports.try_send(Box::new(lost)) {
-                let _ = self.health.record(Failure::PipelineFull);
-                let mut unsent = self.unsent_losses();
-                // There is one for each container between two walks of it; more are
-                // counted, and the walk makes up for them all the same.
-                if unsent.len() < MAX_UNSENT_LOSSES {
-                    unsent.push(*lost);
-                }
-            }
+            self.say(Report::Lost { failure, container, detail: detail.to_owned(), at });
         }
         self.wake_scan();
     }
 
-    /// Says that something is not listened to, once for each caller's news. Nothing
-    /// was lost by it: what it would have told is found by sweeps.
-    pub(super) fn degrade(&self, failure: Failure, watched: &Arc<Watched>, detail: &str) {
-        let _ = self.health.record(failure);
-        let container = Some(watched.container.clone());
-        tracing::warn!(failure = failure.name(), container = %watched.container, "{detail}");
-        let at = Timestamp::now();
-        let lost = Report::Lost { failure, container, detail: detail.to_owned(), at };
-        if self.reports.try_send(Box::new(lost)).is_err() {
+    /// Says what must not be dropped, without waiting: where there is no room, the scan
+    /// thread says it later.
+    fn say(&self, report: Report) {
+        if let Err(TrySendError::Full(report)) = self.reports.try_send(Box::new(report)) {
             let _ = self.health.record(Failure::PipelineFull);
+            let mut unsent = self.unsent_losses();
+            // There are few for each container between two walks of it; more are
+            // counted, and the walk makes up for them all the same.
+            if unsent.len() < MAX_UNSENT_LOSSES {
+                unsent.push(*report);
+            }
         }
+    }
+
+    /// Says that less is seen from now on, once for each caller's news, until
+    /// [`restore`](Shared::restore) says that this is over or the container ends. No
+    /// walk is asked for: it would not help.
+    pub(super) fn degrade(&self, failure: Failure, watched: Option<&Watched>, detail: &str) {
+        let _ = self.health.record(failure);
+        let container = watched.map(|watched| watched.container.clone());
+        tracing::warn!(
+            failure = failure.name(),
+            container = container.as_ref().map(tracing::field::display),
+            "{detail}"
+        );
+        let at = Timestamp::now();
+        self.say(Report::Lost { failure, container, detail: detail.to_owned(), at });
+    }
+
+    /// What was degraded is seen again.
+    pub(super) fn restore(&self, failure: Failure, watched: Option<&Watched>) {
+        let container = watched.map(|watched| watched.container.clone());
+        self.say(Report::Over { failure, container });
     }
 
     /// Hands an observation on and waits for room, for the scan thread only.
@@ -618,7 +685,8 @@ impl Shared {
         let mut report = Box::new(report);
         let deadline = Instant::now() + PATIENCE;
         while !self.is_stopping() {
-            match self.reports.send_timeout(report, Duration::from_millis(100)) {
+            let sent = || self.reports.send_timeout(report, Duration::from_millis(100));
+            match threads::blocked(sent) {
                 Ok(()) => return true,
                 Err(SendTimeoutError::Disconnected(_)) => return false,
                 Err(SendTimeoutError::Timeout(unsent)) if Instant::now() < deadline => {
@@ -754,6 +822,11 @@ impl Shared {
     pub(super) fn take_dirty_of(&self, container: &ContainerId) -> Vec<(RootfsPath, Writer)> {
         let dirty = self.dirty().remove(container).map(|dirty| dirty.paths).unwrap_or_default();
         dirty.into_iter().filter_map(|(path, dirty)| Some((path, dirty.writer?))).collect()
+    }
+
+    /// How many paths have not been looked at yet.
+    pub(super) fn unsettled(&self) -> u64 {
+        self.dirty().values().map(|dirty| dirty.paths.len() as u64).sum()
     }
 
     /// When the next path or sweep is due.

@@ -9,6 +9,7 @@ use super::take::Copy;
 use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
 use crate::sys::file::{self, Stat};
 use crate::sys::hash::{self, Hashed, Hashes, Hashing};
+use crate::threads;
 
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +144,7 @@ impl Reading {
 
     /// Reads on. `None`: there is more to read.
     pub(super) fn step(&mut self, file: BorrowedFd<'_>, slice: u64) -> Option<FileState> {
+        threads::beat();
         let content = match self.hash.step(file, slice) {
             Ok(None) => return None,
             Ok(Some(Hashed::TooLong)) => Content::Unhashed(Unhashed::Size),

@@ -10,6 +10,7 @@ use super::copyup::Residence;
 use super::files::Files;
 use super::trust::LayerFiles;
 use super::ways::Ways;
+use crate::health::Failure;
 use crate::model::{
     ContainerId, FileTime, Filesystem, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath,
 };
@@ -61,6 +62,8 @@ pub(super) struct Watched {
     /// The upperdir is to be walked again because something was not seen. One
     /// flag, so that a flood of losses asks for one walk.
     rescan: AtomicBool,
+    /// Failures that were said since the last walk began, a bit for each.
+    losses: AtomicU64,
     /// It is to be walked although nothing was lost.
     walk: AtomicBool,
     /// The same for the container's processes: those that were there at this time
@@ -237,6 +240,7 @@ impl Watched {
             entry_point: RwLock::default(),
             layer_files: RwLock::default(),
             rescan: AtomicBool::new(false),
+            losses: AtomicU64::new(0),
             walk: AtomicBool::new(false),
             process_scan: AtomicU64::new(0),
             seen_since: AtomicU64::new(0),
@@ -362,12 +366,18 @@ impl Watched {
         }
     }
 
-    /// Asks for a walk of everything; says whether none was asked for yet.
-    pub(super) fn ask_for_rescan(&self) -> bool {
+    /// Asks for a walk of everything.
+    pub(super) fn ask_for_rescan(&self) {
         self.seen_since.store(procfs::ticks_since_boot(), Ordering::Release);
         self.ask_for_processes();
         self.code_scan.store(true, Ordering::Release);
-        !self.rescan.swap(true, Ordering::AcqRel)
+        self.rescan.store(true, Ordering::Release);
+    }
+
+    /// Notes a loss; says whether it is the first of its kind since a walk began.
+    pub(super) fn loses(&self, failure: Failure) -> bool {
+        let bit = 1_u64 << failure as u32;
+        self.losses.fetch_or(bit, Ordering::AcqRel) & bit == 0
     }
 
     /// Asks for a walk of the upperdir alone.
@@ -407,6 +417,7 @@ impl Watched {
     /// A walk begins. Says whether it is to make up for a loss.
     pub(super) fn take_rescan(&self) -> bool {
         self.walk.store(false, Ordering::Release);
+        self.losses.store(0, Ordering::Release);
         self.rescan.swap(false, Ordering::AcqRel)
     }
 

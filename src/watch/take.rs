@@ -29,6 +29,7 @@ use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
+use crate::threads;
 
 /// Longer files stay open and are read where they are hashed.
 const SMALL: u64 = 4 << 20;
@@ -163,6 +164,23 @@ pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receive
 }
 
 impl Take {
+    /// Where executions wait for this thread.
+    pub(super) fn arrived(&self) -> Receiver<Execution> {
+        self.arrived.clone()
+    }
+
+    /// The same for another thread that takes this one's place.
+    pub(super) fn again(&self) -> Take {
+        Take {
+            shared: self.shared.clone(),
+            arrived: self.arrived.clone(),
+            asked: self.asked.clone(),
+            waiting: self.waiting.clone(),
+            taken: self.taken.clone(),
+            room: self.room.clone(),
+        }
+    }
+
     pub(super) fn run(self) {
         // A file can be changed back within microseconds. Without CAP_SYS_NICE it runs
         // like the others, and is late more often.
@@ -194,6 +212,7 @@ impl Take {
 
     fn ask(&self, execution: Execution) {
         let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
+        threads::about(&watched.container);
         let mut look = Look::default();
         // The mounts by which the file was reached may be gone with the process.
         let parent = caller.stat.as_ref().map(|stat| stat.parent);

@@ -39,6 +39,7 @@ use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
 use crate::sys::procfs::{self, Handle};
+use crate::threads;
 
 /// Where all files that may wait do, a container may have so many all the same.
 const FEW_FILES: usize = 8;
@@ -158,6 +159,43 @@ struct Known {
     /// What it runs.
     program: Option<Arc<Mapped>>,
     ended: bool,
+}
+
+/// Forgets enough processes for a quarter of `most` to be free, and hands back of which
+/// containers, and how many. The host's own go first: they can be looked up again. Then
+/// those of the containers that have the most, so that none makes another one's unknown.
+fn make_room(processes: &mut HashMap<u32, Known>, most: usize) -> Vec<(Arc<Watched>, usize)> {
+    let enough = most - most / 4;
+    processes.retain(|_, known| known.watched.is_some());
+    let mut by_container: HashMap<*const Watched, Vec<u32>> = HashMap::new();
+    for (pid, known) in &*processes {
+        let Some(watched) = &known.watched else { continue };
+        by_container.entry(Arc::as_ptr(watched)).or_default().push(*pid);
+    }
+    // The least that each may keep, so that all of them together are few enough.
+    let mut sizes: Vec<usize> = by_container.values().map(Vec::len).collect();
+    sizes.sort_unstable();
+    let (mut room, mut each) = (enough, enough);
+    for (index, size) in sizes.iter().enumerate() {
+        each = room / (sizes.len() - index);
+        if *size > each {
+            break;
+        }
+        room -= size;
+    }
+    let mut forgotten = Vec::new();
+    for pids in by_container.into_values().filter(|pids| pids.len() > each) {
+        let more = pids.len() - each;
+        let mut watched = None;
+        // Those that live can be looked up again.
+        let (living, ended): (Vec<u32>, Vec<u32>) =
+            pids.into_iter().partition(|pid| processes.get(pid).is_some_and(|known| !known.ended));
+        for pid in ended.into_iter().chain(living).take(more) {
+            watched = processes.remove(&pid).and_then(|known| known.watched).or(watched);
+        }
+        forgotten.extend(watched.map(|watched| (watched, more)));
+    }
+    forgotten
 }
 
 pub(super) struct Trace {
@@ -344,7 +382,7 @@ impl Trace {
                 (true, true) => SOON,
                 (true, false) => TURN,
             };
-            let has_gone = rings.wait(turn);
+            let has_gone = threads::idle(|| rings.wait(turn));
             if has_gone || last_look.elapsed() >= LOOK_FOR_PROCESSORS {
                 last_look = Instant::now();
                 match rings.follow_processors() {
@@ -368,6 +406,7 @@ impl Trace {
             let complete = records.partition_point(|record| record.time() <= horizon);
             is_busy = complete > 0;
             for record in records.drain(..complete) {
+                threads::beat();
                 self.take(record);
             }
             self.end_turn(horizon);
@@ -380,7 +419,8 @@ impl Trace {
         while !is_last {
             // What happened before a stop is told.
             is_last = self.shared.is_stopping();
-            connector.wait(if is_last { Duration::ZERO } else { TURN });
+            let turn = if is_last { Duration::ZERO } else { TURN };
+            threads::idle(|| connector.wait(turn));
             if let Err(err) = connector.read(&mut records) {
                 self.lose(&format!("the process connector cannot be read: {err}"));
                 std::thread::sleep(TURN);
@@ -421,9 +461,14 @@ impl Trace {
 
     fn known(&mut self, pid: u32) -> &mut Known {
         if self.processes.len() >= MAX_PROCESSES && !self.processes.contains_key(&pid) {
-            // What is known can be looked up again, of those that still live.
-            self.processes.clear();
-            self.ended.clear();
+            for (watched, number) in make_room(&mut self.processes, MAX_PROCESSES) {
+                let detail = format!(
+                    "it has more processes than are remembered: {number} are looked up again, \
+                     and those that have ended cannot be"
+                );
+                self.shared.lose(Failure::TraceLost, Some(&watched), &detail);
+            }
+            self.ended.retain(|(_, pid)| self.processes.contains_key(pid));
         }
         self.processes.entry(pid).or_default()
     }
@@ -943,6 +988,7 @@ impl Execution<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{ContainerId, FileTime, FileType, ProcessIdentity};
 
     const MEMFD: u64 = 1;
 
@@ -970,6 +1016,56 @@ mod tests {
     #[track_caller]
     fn check(evidence: Evidence<'_>, expected: Option<Filesystem>) {
         assert_eq!(judge(&evidence), expected.map_or(Judged::Known, Judged::Unseen));
+    }
+
+    #[test]
+    fn h17_no_container_makes_anothers_processes_unknown() {
+        let time = FileTime { seconds: 0, nanoseconds: 0 };
+        let root = Stat {
+            device: 1,
+            inode: 1,
+            born: None,
+            changed: time,
+            modified: time,
+            file_type: FileType::Directory,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            links: 1,
+            node: (0, 0),
+            mount: None,
+        };
+        let watched = |name: &str| {
+            let (id, path) = (ContainerId::new("n", name), b"/".to_vec());
+            let init = ProcessIdentity { pid: 1, start_time: 1 };
+            Arc::new(Watched::new(id, init, &root, path, None, None, None))
+        };
+        let (noisy, quiet) = (watched("noisy"), watched("quiet"));
+        let mut processes = HashMap::new();
+        let mut add = |pids: std::ops::Range<u32>, watched: Option<&Arc<Watched>>| {
+            for pid in pids {
+                let known =
+                    Known { watched: watched.cloned(), ended: pid % 2 == 0, ..Known::default() };
+                processes.insert(pid, known);
+            }
+        };
+        add(0..100, None);
+        add(1000..1800, Some(&noisy));
+        add(2000..2100, Some(&quiet));
+        let forgotten = make_room(&mut processes, 1000);
+        let left = |watched: &Arc<Watched>, living: bool| {
+            let is_it = |known: &&Known| {
+                known.ended != living
+                    && known.watched.as_ref().is_some_and(|one| Arc::ptr_eq(one, watched))
+            };
+            processes.values().filter(is_it).count()
+        };
+        assert_eq!((left(&quiet, true), left(&quiet, false)), (50, 50));
+        assert_eq!((left(&noisy, true), left(&noisy, false)), (400, 250), "the ended go first");
+        assert_eq!(processes.len(), 750, "the host's own are asked for again");
+        assert_eq!(forgotten.len(), 1);
+        assert!(Arc::ptr_eq(&forgotten[0].0, &noisy) && forgotten[0].1 == 150);
     }
 
     #[test]

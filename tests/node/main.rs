@@ -6,6 +6,7 @@
 //! says what to do.
 
 mod answers;
+mod budget;
 mod chaos;
 mod check;
 mod code;
@@ -33,6 +34,7 @@ mod registry;
 mod sessions;
 mod sources;
 mod start;
+mod threads;
 mod together;
 mod trouble;
 mod volumes;
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         pods::trials(),
         sessions::trials(),
         start::trials(),
+        threads::trials(),
         docker::trials(),
         trouble::trials(),
         volumes::trials(),
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         life::trials(),
         door::trials(),
+        budget::trials(),
         deeds::trials(),
         groups::trials(),
     ];
