@@ -67,9 +67,8 @@ pub struct Watch {
     /// that is executed is judged at once.
     #[serde(with = "duration")]
     pub settle: Duration,
-    /// How often a container's upperdir is walked. A walk that takes long is
-    /// made less often, so that sweeping never takes more than 2 % of a
-    /// processor.
+    /// How often a container's upperdir is walked. It is walked less often where
+    /// the walks of all containers together would take more than 2 % of a processor.
     #[serde(with = "duration")]
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.

@@ -618,7 +618,9 @@ mod tests {
         };
         let content_of = match content {
             "-" => Content::Unhashed(Unhashed::NotAProgram),
-            content => Content::Hashed { blake3: blake3_of(content), sha256: Sha256Hash([0; 32]) },
+            content => {
+                Content::Hashed { blake3: blake3_of(content), sha256: Some(Sha256Hash([0; 32])) }
+            }
         };
         FileState {
             file_type: FileType::Regular,
@@ -706,7 +708,7 @@ mod tests {
                     content: match words[0] {
                         "link" => Content::Hashed {
                             blake3: blake3_of(words[2]),
-                            sha256: Sha256Hash([0; 32]),
+                            sha256: Some(Sha256Hash([0; 32])),
                         },
                         _ => Content::Unhashed(Unhashed::NotRegular),
                     },

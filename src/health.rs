@@ -63,6 +63,8 @@ pub enum Failure {
     /// A file of an upper layer looks older than the layer: the clock was set back, and
     /// until then it passed for a file of the image.
     ClockSet,
+    /// Something of a container waited for too long to be looked at.
+    FindingsDelayed,
     /// A thread was busy with one item for seconds and made no progress.
     ThreadStuck,
     /// The history holds more bytes than it may: the least severe of the container that
@@ -84,7 +86,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 27] = [
+    pub const ALL: [Failure; 28] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -109,6 +111,7 @@ impl Failure {
         Failure::GateQueueFull,
         Failure::ProcessUnreadable,
         Failure::ClockSet,
+        Failure::FindingsDelayed,
         Failure::ThreadStuck,
         Failure::HistoryFull,
         Failure::HistoryGone,
@@ -140,6 +143,7 @@ impl Failure {
             Failure::GateQueueFull => "gate_queue_full",
             Failure::ProcessUnreadable => "process_unreadable",
             Failure::ClockSet => "clock_set",
+            Failure::FindingsDelayed => "findings_delayed",
             Failure::ThreadStuck => "thread_stuck",
             Failure::HistoryFull => "history_full",
             Failure::HistoryGone => "history_gone",
@@ -174,6 +178,7 @@ impl Failure {
             | Failure::ThreadStuck
             | Failure::ExecEventsFull
             | Failure::ProcessUnreadable
+            | Failure::FindingsDelayed
             | Failure::HistoryFull => Reaction::Degrade,
         }
     }
@@ -220,6 +225,8 @@ pub struct Health {
     pub arguments_unrecorded: AtomicU64,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
+    /// Says what waits to be looked at, once the daemon has begun to watch.
+    pub backlogs: OnceLock<Backlogs>,
 }
 
 impl Health {
@@ -291,6 +298,13 @@ impl Health {
         self.in_pulse(Pulse::copy_ups)
     }
 
+    /// What waits to be looked at, the oldest first.
+    pub fn backlogs(&self) -> Vec<Backlog> {
+        let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();
+        all.sort_by_key(|backlog| std::cmp::Reverse(backlog.oldest));
+        all
+    }
+
     /// Every failure that has happened, with its count.
     pub fn losses(&self) -> Vec<Loss> {
         Failure::ALL
@@ -298,6 +312,46 @@ impl Health {
             .map(|failure| Loss { name: failure.name().into(), count: self.count(failure) })
             .filter(|loss| loss.count > 0)
             .collect()
+    }
+}
+
+/// Asks what waits to be looked at.
+pub struct Backlogs(pub Box<dyn Fn() -> Vec<Backlog> + Send + Sync>);
+
+impl std::fmt::Debug for Backlogs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Backlogs")
+    }
+}
+
+/// What of one container waits in one place: so long its findings are delayed now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backlog {
+    pub stage: &'static str,
+    pub container: String,
+    pub waiting: usize,
+    pub oldest: Duration,
+}
+
+/// Where something may wait.
+pub const STAGES: [&str; 9] = [
+    "take",
+    "describe",
+    "content",
+    "large",
+    "settled",
+    "processes",
+    "unseen",
+    "libraries",
+    "interpreters",
+];
+
+/// What waits for longer makes the view incomplete.
+pub const LATE: Duration = Duration::from_secs(10);
+
+impl Backlog {
+    pub fn is_late(&self) -> bool {
+        self.oldest >= LATE
     }
 }
 

@@ -1795,7 +1795,7 @@ fn file_evidence(
     id_map: Option<&IdMap>,
 ) -> FileEvidence {
     let (blake3, sha256, unhashed) = match state.content {
-        Content::Hashed { blake3, sha256 } => (Some(blake3), Some(sha256), None),
+        Content::Hashed { blake3, sha256 } => (Some(blake3), sha256, None),
         Content::Unhashed(reason) => (None, None, Some(reason.name().to_owned())),
     };
     FileEvidence {
@@ -1847,11 +1847,9 @@ fn entry_evidence(entry: &FileEntry, filesystem: &str) -> FileEvidence {
 fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>) -> Expected {
     // A baseline keeps no SHA-256; what has the expected BLAKE3 has it.
     let sha256 = known.entry.blake3.and_then(|blake3| {
-        lower.filter(|twin| twin.blake3 == blake3).map(|twin| twin.sha256).or_else(|| {
+        lower.filter(|twin| twin.blake3 == blake3).and_then(|twin| twin.sha256).or_else(|| {
             match state.map(|state| state.content) {
-                Some(Content::Hashed { blake3: actual, sha256 }) if actual == blake3 => {
-                    Some(sha256)
-                }
+                Some(Content::Hashed { blake3: actual, sha256 }) if actual == blake3 => sha256,
                 _ => None,
             }
         })

@@ -669,6 +669,16 @@ pub fn gap_to_proto(gap: crate::pipeline::Gap) -> proto::Gap {
     }
 }
 
+pub fn backlog_to_proto(backlog: crate::health::Backlog) -> proto::Backlog {
+    let crate::health::Backlog { stage, container, waiting, oldest } = backlog;
+    proto::Backlog {
+        container,
+        stage: stage.to_owned(),
+        waiting: waiting as u64,
+        oldest_milliseconds: u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
 pub fn endpoint_to_proto(endpoint: EndpointView) -> proto::Endpoint {
     proto::Endpoint {
         socket: endpoint.socket,

@@ -19,7 +19,7 @@ use super::proto::drift_service_server::DriftService;
 use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::budget::{self, Pool};
-use crate::health::Health;
+use crate::health::{Backlog, Failure, Health};
 use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
 use crate::model::{ContainerId, FindingId, Incarnation, NamedBy, Session, printable};
 use crate::pipeline::{self, ContainerView, Diff, LookupError, Question};
@@ -366,6 +366,15 @@ impl DriftService for Service {
         let mut problems = status.problems;
         problems.extend(health.problems());
         problems.extend(self.backend.images.problems());
+        let backlogs = health.backlogs();
+        problems.extend(backlogs.iter().filter(|backlog| backlog.is_late()).map(|backlog| {
+            let Backlog { stage, container, waiting, oldest } = backlog;
+            let (name, seconds) = (Failure::FindingsDelayed.name(), oldest.as_secs());
+            format!(
+                "findings of container {container} are delayed by {seconds}s ({name}): \
+                 {waiting} waiting in {stage}"
+            )
+        }));
         let findings = findings.unwrap_or_else(|err| {
             problems.push(err.to_string());
             0
@@ -391,6 +400,7 @@ impl DriftService for Service {
                 .into_iter()
                 .map(|loss| proto::Loss { name: loss.name, count: loss.count })
                 .collect(),
+            backlogs: backlogs.into_iter().map(convert::backlog_to_proto).collect(),
             gaps: status.gaps.into_iter().map(convert::gap_to_proto).collect(),
             missing: health
                 .missing

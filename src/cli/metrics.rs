@@ -16,7 +16,7 @@ use super::exit::Exit;
 use super::output::write;
 use super::status::seconds;
 use crate::api::{convert, proto};
-use crate::health::Failure;
+use crate::health::{Failure, STAGES};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Metrics {}
@@ -197,6 +197,16 @@ fn text(
             Samples::Counter(vec![(Labels::new(), status.arguments_unrecorded)]),
         ),
         (
+            "backlog",
+            "What waits to be looked at, by where it waits",
+            by_stage(&status.backlogs, false),
+        ),
+        (
+            "backlog_oldest_seconds",
+            "How long the oldest of it has waited: so long findings are delayed now",
+            by_stage(&status.backlogs, true),
+        ),
+        (
             "thread_queue",
             "Items that wait for a thread",
             by_thread(status, |thread| thread.queued.map(float)),
@@ -226,6 +236,22 @@ fn label(name: &'static str, value: &str) -> Labels {
 
 fn gauge(value: f64) -> Samples {
     Samples::Gauge(vec![(Labels::new(), value)])
+}
+
+/// What waits of all containers together; where nothing does, it is told as well.
+fn by_stage(backlogs: &[proto::Backlog], oldest: bool) -> Samples {
+    let mut stages: BTreeMap<&str, u64> = STAGES.into_iter().map(|stage| (stage, 0)).collect();
+    for backlog in backlogs {
+        let value = stages.entry(&backlog.stage).or_default();
+        *value = match oldest {
+            true => (*value).max(backlog.oldest_milliseconds),
+            false => value.saturating_add(backlog.waiting),
+        };
+    }
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
+    let number = |value: u64| if oldest { value as f64 / 1000.0 } else { value as f64 };
+    let labelled = stages.into_iter().map(|(stage, value)| (label("stage", stage), number(value)));
+    Samples::Gauge(labelled.collect())
 }
 
 fn by_thread(
@@ -290,6 +316,20 @@ mod tests {
             gate: Some(proto::Gate { mode: "ask".into(), ..proto::Gate::default() }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,
+            backlogs: vec![
+                proto::Backlog {
+                    container: "default/c1".into(),
+                    stage: "large".into(),
+                    waiting: 30,
+                    oldest_milliseconds: 14_900,
+                },
+                proto::Backlog {
+                    container: "default/c2".into(),
+                    stage: "large".into(),
+                    waiting: 1,
+                    oldest_milliseconds: 3,
+                },
+            ],
             threads: vec![proto::Thread {
                 name: "scan".into(),
                 queued: Some(3),

@@ -46,6 +46,8 @@ struct StatusJson {
     left_to_sweeps: u64,
     /// Executions whose arguments found no room in the kernel's records.
     arguments_unrecorded: u64,
+    /// What waits to be looked at, the oldest first.
+    backlogs: Vec<BacklogJson>,
     losses: Vec<Loss>,
     /// What waits for the daemon's threads, and whether they make progress.
     threads: Vec<ThreadJson>,
@@ -53,6 +55,14 @@ struct StatusJson {
     gaps: Vec<GapJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
+}
+
+#[derive(Serialize)]
+struct BacklogJson {
+    container: String,
+    stage: String,
+    waiting: u64,
+    oldest_milliseconds: u64,
 }
 
 #[derive(Serialize)]
@@ -141,6 +151,16 @@ impl Status {
             }),
             left_to_sweeps: status.left_to_sweeps,
             arguments_unrecorded: status.arguments_unrecorded,
+            backlogs: status
+                .backlogs
+                .into_iter()
+                .map(|backlog| BacklogJson {
+                    container: backlog.container,
+                    stage: backlog.stage,
+                    waiting: backlog.waiting,
+                    oldest_milliseconds: backlog.oldest_milliseconds,
+                })
+                .collect(),
             losses: status
                 .losses
                 .into_iter()
@@ -231,6 +251,9 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
         let count = status.arguments_unrecorded;
         line("", &format!("the arguments of {count} executions found no room in the records"));
     }
+    for backlog in delayed(&status.backlogs) {
+        line("Delayed", &backlog);
+    }
     for thread in &status.threads {
         if let Some(words) = behind(thread) {
             line("Behind", &words);
@@ -257,6 +280,25 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
         );
     }
     text
+}
+
+/// Containers whose findings are delayed by more than a moment.
+fn delayed(backlogs: &[BacklogJson]) -> Vec<String> {
+    const MOST: usize = 8;
+    const MOMENT: u64 = 1000;
+    let mut late = backlogs.iter().filter(|backlog| backlog.oldest_milliseconds >= MOMENT);
+    let shown = late.by_ref().take(MOST).map(|backlog| {
+        let BacklogJson { container, stage, waiting, oldest_milliseconds } = backlog;
+        let seconds = oldest_milliseconds / 1000;
+        let (container, stage) = (safe(container), safe(stage));
+        format!("findings of {container} by {seconds}s ({waiting} waiting in {stage})")
+    });
+    let mut lines: Vec<String> = shown.collect();
+    let more = late.count();
+    if more > 0 {
+        lines.push(format!("and {more} more (-o json)"));
+    }
+    lines
 }
 
 /// How long a queue may be behind before people are shown it, in seconds.
@@ -371,6 +413,20 @@ mod tests {
             }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,
+            backlogs: vec![
+                BacklogJson {
+                    container: "default/c\u{1b}1".into(),
+                    stage: "large".into(),
+                    waiting: 31,
+                    oldest_milliseconds: 14_900,
+                },
+                BacklogJson {
+                    container: "default/c2".into(),
+                    stage: "content".into(),
+                    waiting: 1,
+                    oldest_milliseconds: 3,
+                },
+            ],
             losses: vec![Loss { name: "pipeline_full".into(), count: 2 }],
             threads: [("describe", Some(7), 3.2, 0.0, false), ("scan", Some(0), 0.0, 6.1, true)]
                 .into_iter()

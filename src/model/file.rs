@@ -115,7 +115,11 @@ impl Format {
 /// The content of a regular file, or why it is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    Hashed { blake3: Blake3Hash, sha256: Sha256Hash },
+    Hashed {
+        blake3: Blake3Hash,
+        /// `None` of a file with large holes.
+        sha256: Option<Sha256Hash>,
+    },
     Unhashed(Unhashed),
 }
 

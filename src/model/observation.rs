@@ -186,5 +186,5 @@ pub struct LayerFile {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LowerTwin {
     pub blake3: Blake3Hash,
-    pub sha256: Sha256Hash,
+    pub sha256: Option<Sha256Hash>,
 }

@@ -437,7 +437,7 @@ fn state_of(content: &str) -> FileState {
         capability: None,
         content: Content::Hashed {
             blake3: crate::baseline::blake3_of(content),
-            sha256: Sha256Hash([0; 32]),
+            sha256: Some(Sha256Hash([0; 32])),
         },
         deleted: false,
         could_change: false,
@@ -889,7 +889,7 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
     let mut node = Node::running();
     let twin = |content| LowerTwin {
         blake3: crate::baseline::blake3_of(content),
-        sha256: Sha256Hash([9; 32]),
+        sha256: Some(Sha256Hash([9; 32])),
     };
     for (content, lower, expected) in [
         ("one", Some(twin("curl")), Some(Sha256Hash([9; 32]))),

@@ -8,9 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use sha2::Digest as _;
 
-use crate::model::{Blake3Hash, FileTime, FileType, Format, Sha256Hash};
+use crate::model::{FileTime, FileType, Format};
 
 /// What statx(2) says of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,65 +229,6 @@ pub fn sniff(file: BorrowedFd<'_>) -> io::Result<Format> {
     Ok(Format::sniff(&head[..filled]))
 }
 
-/// Both hashes of a file's content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hashes {
-    pub blake3: Blake3Hash,
-    pub sha256: Sha256Hash,
-}
-
-/// Reads a regular file once from its start, whatever the descriptor's position,
-/// for both hashes. `None` if it is longer than `limit`. A hole costs the
-/// reading of zeros, which is why there is a limit at all. The buffer is memory
-/// of ours: a container could truncate a mapped file under us.
-pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
-    Ok(match hash_while(file, limit, &|| true)? {
-        Hashed::Whole(hashes) => Some(hashes),
-        Hashed::TooLong | Hashed::Unwanted => None,
-    })
-}
-
-/// How the reading of a file for its hashes ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hashed {
-    Whole(Hashes),
-    /// It is longer than the limit.
-    TooLong,
-    /// Nobody wanted them any more.
-    Unwanted,
-}
-
-/// The same, for as long as somebody wants the hashes: asked every 128 KiB.
-pub fn hash_while(
-    file: BorrowedFd<'_>,
-    limit: u64,
-    is_wanted: &dyn Fn() -> bool,
-) -> io::Result<Hashed> {
-    let mut blake3 = blake3::Hasher::new();
-    let mut sha256 = sha2::Sha256::new();
-    let mut buffer = vec![0; 128 * 1024];
-    let mut offset = 0;
-    loop {
-        let read = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut buffer[..], offset))?;
-        if read == 0 {
-            break;
-        }
-        offset += read as u64;
-        if offset > limit {
-            return Ok(Hashed::TooLong);
-        }
-        if !is_wanted() {
-            return Ok(Hashed::Unwanted);
-        }
-        blake3.update(&buffer[..read]);
-        sha256.update(&buffer[..read]);
-    }
-    Ok(Hashed::Whole(Hashes {
-        blake3: Blake3Hash(*blake3.finalize().as_bytes()),
-        sha256: Sha256Hash(sha256.finalize().into()),
-    }))
-}
-
 /// Reads what comes behind `bytes` in a regular file, at most that much, and adds it;
 /// how much that was.
 pub fn read_on(file: BorrowedFd<'_>, bytes: &mut Vec<u8>, most: usize) -> io::Result<usize> {
@@ -298,14 +238,6 @@ pub fn read_on(file: BorrowedFd<'_>, bytes: &mut Vec<u8>, most: usize) -> io::Re
     let read = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut bytes[begin..], offset));
     bytes.truncate(begin + *read.as_ref().unwrap_or(&0));
     Ok(read?)
-}
-
-/// Both hashes of what was read before.
-pub fn hash_bytes(bytes: &[u8]) -> Hashes {
-    Hashes {
-        blake3: Blake3Hash(*blake3::hash(bytes).as_bytes()),
-        sha256: Sha256Hash(sha2::Sha256::digest(bytes).into()),
-    }
 }
 
 /// Where an open file is, or was when it had its last name.
@@ -332,7 +264,7 @@ fn link_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -372,23 +304,5 @@ mod tests {
             assert!(matches!(err.raw_os_error(), Some(libc::ELOOP | libc::EXDEV)), "{err}");
         }
         assert!(open_file_beneath(&root, b"here").unwrap().1.is_regular());
-    }
-
-    #[test]
-    fn both_hashes_come_from_one_reading() {
-        let dir = tempfile::tempdir().unwrap();
-        let name = dir.path().join("f");
-        let content: Vec<u8> = (0..300_000_u32).map(|n| n.to_le_bytes()[0]).collect();
-        std::fs::write(&name, &content).unwrap();
-        std::fs::set_permissions(&name, std::fs::Permissions::from_mode(0o640)).unwrap();
-        let file = std::fs::File::open(&name).unwrap();
-        let expected = Hashes {
-            blake3: Blake3Hash(*blake3::hash(&content).as_bytes()),
-            sha256: Sha256Hash(sha2::Sha256::digest(&content).into()),
-        };
-        assert_eq!(hash(file.as_fd(), 300_000).unwrap(), Some(expected));
-        assert_eq!(hash(file.as_fd(), 299_999).unwrap(), None);
-        assert_eq!(stat(&file).unwrap().mode, 0o640);
-        assert_eq!(sniff(file.as_fd()).unwrap(), Format::Data);
     }
 }

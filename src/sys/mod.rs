@@ -16,6 +16,7 @@ pub mod errand;
 pub mod fanotify;
 pub mod file;
 pub mod handle;
+pub mod hash;
 pub mod lease;
 pub mod map;
 pub mod mounts;

@@ -9,7 +9,7 @@ use super::content::event_path;
 use super::deeds;
 use super::lower;
 use super::shared::Shared;
-use super::state::{self, Hashing};
+use super::state::{self, Which};
 use super::table::{Standing, Watched};
 use super::writable;
 use crate::model::{
@@ -107,7 +107,7 @@ impl Hashed {
         let Ok(readable) = door::reopen(file.as_fd(), local) else {
             return state::unopened(stat);
         };
-        let state = state::of(readable.as_fd(), stat, Hashing::Always, max_hash_bytes);
+        let state = state::of(readable.as_fd(), stat, Which::Always, max_hash_bytes);
         let until = Instant::now() + GOOD_FOR.max(begun.elapsed() * TIMES_ITS_COST);
         self.remember(key, state.clone(), until);
         state

@@ -3,23 +3,25 @@
 //! by the descriptor that the kernel opened for the event, so that no rename can
 //! put another file in its place.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
 use super::acts;
 use super::arguments::Words;
 use super::crowd;
 use super::deeds;
+use super::fair::{self, Owned, Receiver, Sender};
 use super::files::{Held, Left};
 use super::gate::Execution;
-use super::lower;
+use super::lower::{self, Finding, TwinReading};
 use super::mounts;
 use super::process::{self, Executing};
 use super::shared::Shared;
-use super::state::{self, Hashing};
+use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::Taken;
 use super::trust::Verdict;
@@ -27,7 +29,8 @@ use super::unseen;
 use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{
-    Content, Fact, FileState, Filesystem, HostilePath, LayerFile, RootfsPath, Source, Unhashed,
+    ContainerId, Content, Fact, FileState, Filesystem, HostilePath, LayerFile, LowerTwin,
+    RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::procfs::Handle;
@@ -41,7 +44,7 @@ pub(super) struct Described {
     watched: Arc<Watched>,
     filesystem: Filesystem,
     path: RootfsPath,
-    file: Held,
+    file: Executed,
     stat: Stat,
     layer_file: Option<LayerFile>,
     is_movable: bool,
@@ -52,17 +55,41 @@ pub(super) struct Described {
     asked: Option<u64>,
     at: Timestamp,
     times: u64,
+    progress: Progress,
+}
+
+/// Where the content of an executed file is read.
+#[derive(Debug)]
+enum Executed {
+    Held(Held),
+    /// Found again where the host keeps it, because its container has ended.
+    Upper(OwnedFd, Stat),
+}
+
+/// How far the hashing of an executed file has come. It can be put aside in between.
+#[derive(Debug)]
+enum Progress {
+    Waiting,
+    Reading(Box<Reading>),
+    /// The file below it, in the image's layers, is being read.
+    Twin(FileState, Box<TwinReading>),
+    Done(FileState, Option<LowerTwin>),
+}
+
+impl Owned for Execution {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
+}
+
+impl Owned for Described {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// Files longer than this take a noticeable time to hash.
 const LARGE: u64 = 16 << 20;
-
-impl Described {
-    fn is_large(&self, shared: &Shared) -> bool {
-        // What is above the limit is not read at all.
-        (LARGE..=shared.settings.max_hash_bytes).contains(&self.stat.size)
-    }
-}
 
 /// Describes processes. A thread of its own, because a process may live for less
 /// time than the file before it takes to hash.
@@ -134,7 +161,7 @@ fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Opti
                 watched,
                 filesystem,
                 path,
-                file,
+                file: Executed::Held(file),
                 stat,
                 layer_file,
                 is_movable,
@@ -144,6 +171,7 @@ fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Opti
                 asked: caller.asked,
                 at,
                 times,
+                progress: Progress::Waiting,
             })
         }
         Err(why) => {
@@ -161,31 +189,196 @@ pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, st
 /// Hashes what was executed, but for large files, which must not keep the others
 /// waiting.
 pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
-    while let Some(execution) = shared.next_to_tell(described) {
-        if !execution.is_large(shared) {
-            hash_one(shared, execution, described.len() >= crowd::FEW);
-            continue;
-        }
-        match large.try_send(execution) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-            Err(TrySendError::Full(execution)) => shared.lose(
-                Failure::ContentQueueFull,
-                Some(&execution.watched),
-                "too many large executed files wait to be hashed",
-            ),
+    while let Some(mut execution) = shared.next_to_tell(described) {
+        let is_crowded = described.len() >= crowd::FEW;
+        loop {
+            if execution.is_large(shared) {
+                hand_on_large(shared, execution, large);
+                break;
+            }
+            if execution.read_on(shared, is_crowded) {
+                tell(shared, execution, is_crowded);
+                break;
+            }
         }
     }
 }
 
-/// Hashes large files that were executed, when nobody else needs the processor.
+fn hand_on_large(shared: &Shared, execution: Described, large: &Sender<Described>) {
+    match large.try_send(execution) {
+        Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+        Err(TrySendError::Full(execution)) => shared.lose(
+            Failure::ContentQueueFull,
+            Some(&execution.watched),
+            "too many large executed files wait to be hashed",
+        ),
+    }
+}
+
+/// Hashes large files that were executed, when nobody else needs the processor: a
+/// slice of one, then a slice of another container's.
 pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
     let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
-    while let Some(execution) = shared.next_to_tell(large) {
-        hash_one(shared, execution, false);
+    while let Some(mut execution) = shared.next_to_tell(large) {
+        let (begun, used) = (Instant::now(), fair::processor_time());
+        let is_done = loop {
+            if execution.read_on(shared, false) {
+                break true;
+            }
+            if begun.elapsed() >= fair::SLICE {
+                break false;
+            }
+        };
+        shared.spend(fair::processor_time().saturating_sub(used));
+        if is_done {
+            tell(shared, execution, false);
+            large.finish();
+        } else {
+            large.put_back(execution);
+        }
+        shared.keep_pace();
     }
 }
 
-fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
+impl Described {
+    /// Whether what is read next is large. What is above the limit is not read at all.
+    fn is_large(&self, shared: &Shared) -> bool {
+        let size = match &self.progress {
+            Progress::Waiting | Progress::Reading(_) => self.stat.size,
+            Progress::Twin(_, twin) => twin.size(),
+            Progress::Done(..) => return false,
+        };
+        (LARGE..=shared.settings.max_hash_bytes).contains(&size)
+    }
+
+    /// Reads a little more; whether all has been read.
+    fn read_on(&mut self, shared: &Shared, is_crowded: bool) -> bool {
+        self.progress = match std::mem::replace(&mut self.progress, Progress::Waiting) {
+            Progress::Waiting => self.begin(shared, is_crowded),
+            Progress::Reading(reading) => self.read_own(shared, reading),
+            Progress::Twin(state, mut twin) => match twin.step(&shared.lower_twins, state::SLICE) {
+                Some(lower) => Progress::Done(state, lower),
+                None if !shared.may_tell() => Progress::Done(state, None),
+                None => Progress::Twin(state, twin),
+            },
+            done @ Progress::Done(..) => done,
+        };
+        matches!(self.progress, Progress::Done(..))
+    }
+
+    fn begin(&mut self, shared: &Shared, is_crowded: bool) -> Progress {
+        // The guard is gone before the file is read.
+        let known = self.layer_file.and_then(|file| self.watched.layer_files().known(&file));
+        // In a storm of one program every other would wait for its hashes.
+        let known =
+            known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&self.stat)).flatten());
+        if let Some(state) = known {
+            return self.begin_twin(shared, state);
+        }
+        let max_hash_bytes = shared.settings.max_hash_bytes;
+        let begin =
+            |file: BorrowedFd<'_>, stat| Reading::begin(file, stat, Which::Always, max_hash_bytes);
+        let begun = match &self.file {
+            Executed::Held(held) => match held.take() {
+                Left::Open(fd) => {
+                    let begun = begin(fd.as_fd(), &self.stat);
+                    match &begun {
+                        Begun::Known(state) => self.was_read(shared, &fd, state),
+                        Begun::Reads(_) => held.give_back(&self.watched, fd),
+                    }
+                    begun
+                }
+                Left::Copy(copy) => {
+                    let state = state::of_copy(&copy, &self.stat);
+                    self.remember(shared, &state);
+                    Begun::Known(state)
+                }
+                Left::Name(_) => return self.find_in_upperdir(shared),
+            },
+            Executed::Upper(fd, stat) => begin(fd.as_fd(), stat),
+        };
+        match begun {
+            Begun::Known(state) => self.begin_twin(shared, state),
+            Begun::Reads(reading) => Progress::Reading(Box::new(reading)),
+        }
+    }
+
+    fn read_own(&mut self, shared: &Shared, mut reading: Box<Reading>) -> Progress {
+        if !shared.may_tell() {
+            return Progress::Done(self.gone(), None);
+        }
+        let state = match &self.file {
+            Executed::Held(held) => match held.take() {
+                Left::Open(fd) => {
+                    let state = reading.step(fd.as_fd(), state::SLICE);
+                    match &state {
+                        Some(state) => self.was_read(shared, &fd, state),
+                        // Its container may end while it is put aside.
+                        None => held.give_back(&self.watched, fd),
+                    }
+                    state
+                }
+                // Only what has not been begun is copied.
+                Left::Name(_) | Left::Copy(_) => return self.find_in_upperdir(shared),
+            },
+            Executed::Upper(fd, _) => reading.step(fd.as_fd(), state::SLICE),
+        };
+        match state {
+            Some(state) => self.begin_twin(shared, state),
+            None => Progress::Reading(reading),
+        }
+    }
+
+    /// The file as it was executed has been read to its end.
+    fn was_read(&mut self, shared: &Shared, fd: &OwnedFd, state: &FileState) {
+        if self.could_change.is_none()
+            && let Ok(now) = file::stat(fd)
+        {
+            let Described { look, watched, path, stat, .. } = self;
+            self.could_change = Some(look.could_change(shared, watched, path, stat, &now));
+        }
+        self.remember(shared, state);
+    }
+
+    /// What may have been changed back meanwhile is read anew each time.
+    fn remember(&self, shared: &Shared, state: &FileState) {
+        if self.could_change == Some(false) {
+            shared.hashed.remember_executed(&self.stat, state);
+        }
+    }
+
+    /// The file is not open any more, because its container has ended.
+    fn find_in_upperdir(&mut self, shared: &Shared) -> Progress {
+        let is_own = self.filesystem == Filesystem::Overlay && self.layer_file.is_none();
+        match is_own.then(|| in_upperdir(&self.watched, &self.path, &self.stat)).flatten() {
+            Some((fd, stat)) => {
+                self.file = Executed::Upper(fd, stat);
+                Progress::Waiting
+            }
+            None => self.begin_twin(shared, self.gone()),
+        }
+    }
+
+    fn gone(&self) -> FileState {
+        FileState { content: Content::Unhashed(Unhashed::Gone), ..state::unopened(&self.stat) }
+    }
+
+    fn begin_twin(&self, shared: &Shared, state: FileState) -> Progress {
+        // It would be its own twin, or no image has anything there.
+        if self.filesystem != Filesystem::Overlay || self.layer_file.is_some() {
+            return Progress::Done(state, None);
+        }
+        let Some(layers) = self.watched.layers() else { return Progress::Done(state, None) };
+        let max_hash_bytes = shared.settings.max_hash_bytes;
+        match shared.lower_twins.begin(layers, &self.path, true, max_hash_bytes) {
+            Finding::Known(lower) => Progress::Done(state, lower),
+            Finding::Reads(twin) => Progress::Twin(state, twin),
+        }
+    }
+}
+
+/// Reports what was executed and what it holds.
+fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     let Described {
         watched,
         filesystem,
@@ -195,59 +388,17 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
         layer_file,
         is_movable,
         look,
-        mut could_change,
+        could_change,
         executing,
         asked,
         at,
         times,
+        progress,
     } = execution;
-    threads::about(&watched.container);
-    let max_hash_bytes = shared.settings.max_hash_bytes;
-    // The guard is gone before the file is read.
-    let known = layer_file.and_then(|layer_file| watched.layer_files().known(&layer_file));
-    // In a storm of one program every other would wait for its hashes.
-    let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
-    let known = known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&stat)).flatten());
-    let mut state = known.unwrap_or_else(|| {
-        let is_wanted = || !watched.is_detaching() && shared.may_tell();
-        let open = match file.take() {
-            Left::Open(fd) => {
-                let state = state::while_wanted(
-                    fd.as_fd(),
-                    &stat,
-                    Hashing::Always,
-                    max_hash_bytes,
-                    &is_wanted,
-                );
-                let now = state.as_ref().and_then(|_| file::stat(&fd).ok());
-                if could_change.is_none() {
-                    could_change =
-                        now.map(|now| look.could_change(shared, &watched, &path, &stat, &now));
-                }
-                state
-            }
-            Left::Copy(copy) => Some(state::of_copy(&copy, &stat)),
-            Left::Name(_) => None,
-        };
-        if let Some(state) = open.as_ref().filter(|_| could_change == Some(false)) {
-            shared.hashed.remember_executed(&stat, state);
-        }
-        open.or_else(|| if is_own { in_upperdir(shared, &watched, &path, &stat) } else { None })
-            .unwrap_or_else(|| FileState {
-                content: Content::Unhashed(Unhashed::Gone),
-                ..state::unopened(&stat)
-            })
-    });
     drop(file);
+    let Progress::Done(mut state, lower) = progress else { return };
     state.could_change |= could_change.unwrap_or(look.had_writer());
     let is_on_overlay = filesystem == Filesystem::Overlay;
-    let lower = match layer_file {
-        None if is_on_overlay => watched
-            .layers()
-            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes)),
-        // It would be its own twin, or no image has anything there.
-        Some(_) | None => None,
-    };
     let Executing { mut process } = executing;
     if process.argv.is_none() {
         // Here and not where it was described: those who wait there may be ending.
@@ -298,24 +449,16 @@ fn hash_one(shared: &Shared, execution: Described, is_crowded: bool) {
     shared.mark_for_sweep(&watched);
 }
 
-/// The state of a file that is not open any more, because its container has ended:
-/// found again where the host keeps it, and known by its times.
-fn in_upperdir(
-    shared: &Shared,
-    watched: &Watched,
-    path: &RootfsPath,
-    stat: &Stat,
-) -> Option<FileState> {
+/// A file that is not open any more, because its container has ended: found again
+/// where the host keeps it, and known by its times.
+fn in_upperdir(watched: &Watched, path: &RootfsPath, stat: &Stat) -> Option<(OwnedFd, Stat)> {
     let layers = watched.layers()?;
     let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
     let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
     let is_same = found.is_regular()
         && (found.changed, found.modified, found.size) == (stat.changed, stat.modified, stat.size);
-    if !is_same || overlay::is_metacopy(&fd, layers.userxattr).unwrap_or(true) {
-        return None;
-    }
-    let max_hash_bytes = shared.settings.max_hash_bytes;
-    state::while_wanted(fd.as_fd(), &found, Hashing::Always, max_hash_bytes, &|| shared.may_tell())
+    let is_whole = is_same && !overlay::is_metacopy(&fd, layers.userxattr).unwrap_or(true);
+    is_whole.then_some((fd, found))
 }
 
 /// What the kernel calls an event's file when we ask.

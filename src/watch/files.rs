@@ -121,31 +121,43 @@ impl Held {
     }
 }
 
+/// A container that nothing is known of but its numbers; two of a pod share a pid
+/// namespace.
+#[cfg(test)]
+pub(super) fn some_container(number: u64) -> Watched {
+    use super::table::ControlGroups;
+    use crate::model::{ContainerId, FileTime, FileType, ProcessIdentity};
+    let time = FileTime { seconds: 0, nanoseconds: 0 };
+    let root = file::Stat {
+        device: number,
+        inode: 1,
+        born: None,
+        changed: time,
+        modified: time,
+        file_type: FileType::Directory,
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        size: 0,
+        links: 1,
+        node: (0, 0),
+        mount: Some(number),
+    };
+    let unified = Some(format!("/pods/{number}").into_bytes());
+    Watched::new(
+        ContainerId::new("n", &number.to_string()),
+        ProcessIdentity { pid: 1, start_time: 1 },
+        &root,
+        b"/".to_vec(),
+        Some(number / 2),
+        Some(1000 + number),
+        Some(ControlGroups { unified, perf: None }),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ContainerId, FileTime, FileType, ProcessIdentity};
-
-    fn watched() -> Watched {
-        let time = FileTime { seconds: 0, nanoseconds: 0 };
-        let root = file::Stat {
-            device: 1,
-            inode: 1,
-            born: None,
-            changed: time,
-            modified: time,
-            file_type: FileType::Directory,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            size: 0,
-            links: 1,
-            node: (0, 0),
-            mount: None,
-        };
-        let init = ProcessIdentity { pid: 1, start_time: 1 };
-        Watched::new(ContainerId::new("n", "c"), init, &root, b"/".to_vec(), None, None, None)
-    }
 
     fn some_file() -> OwnedFd {
         std::fs::File::open("/proc/self/exe").unwrap().into()
@@ -153,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_containers_files_are_closed_when_it_ends_and_only_their_names_stay() {
-        let watched = watched();
+        let watched = some_container(1);
         let waiting = Held::new(&watched, some_file());
         let taken = Held::new(&watched, some_file());
         let Left::Open(fd) = taken.take() else { panic!("it was closed too soon") };
@@ -168,7 +180,7 @@ mod tests {
 
     #[test]
     fn those_that_wait_no_more_are_not_remembered() {
-        let watched = watched();
+        let watched = some_container(1);
         let kept = Held::new(&watched, some_file());
         for _ in 0..1000 {
             drop(Held::new(&watched, some_file()));

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -29,6 +29,7 @@ use rustix::io::Errno;
 use super::arm::Call;
 use super::copyup::Residence;
 use super::crowd::{self, Crowd, More};
+use super::fair::Sender;
 use super::files::Held;
 use super::mounts;
 use super::process::Caller;
@@ -138,7 +139,7 @@ pub(super) struct Arrivals {
 pub(super) struct Gate {
     pub(super) arrivals: Arrivals,
     pub(super) events: Events,
-    pub(super) calls: Sender<Call>,
+    pub(super) calls: crossbeam_channel::Sender<Call>,
     /// Turns of this thread.
     pub(super) turns: Arc<AtomicU64>,
     pub(super) losses: Losses,

@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
 use super::acts::{Act, Event};
 use super::arguments::Recorded;
 use super::code::{self, Code};
+use super::fair::{Owned, Receiver};
 use super::given::{self, Given};
 use super::libraries::processes_of;
 use super::process;
@@ -40,6 +40,12 @@ pub(super) struct Started {
     /// When, by the clock of the kernel's records.
     pub(super) executed: u64,
     pub(super) at: Timestamp,
+}
+
+impl Owned for Started {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// When a shell is looked at again: what it has for input and output may come

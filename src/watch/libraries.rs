@@ -16,11 +16,12 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Code, Upper};
 use super::deeds;
+use super::fair::{self, Owned, Receiver, Sender};
 use super::interpreters::Started;
 use super::process;
 use super::scripts;
@@ -29,12 +30,12 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use crate::health::Failure;
 use crate::model::{
-    Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source, printable,
+    ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
+    printable,
 };
 use crate::sys::door::{Ground, View};
 use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
-use crate::threads;
 
 /// Code that a process of a container has mapped, and not by its execve.
 #[derive(Clone, Debug)]
@@ -45,6 +46,12 @@ pub(super) struct Loading {
     pub(super) program: Program,
     /// The first code since its execve.
     pub(super) is_first: bool,
+}
+
+impl Owned for Loading {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// What a process runs, as its execve was recorded.
@@ -151,9 +158,9 @@ impl TraceConsumer for Tracing {
             executed: *time,
             at: timestamp(*time),
         };
-        if let Err(TrySendError::Full(_)) = self.started.try_send(Box::new(started)) {
+        if let Err(TrySendError::Full(dropped)) = self.started.try_send(Box::new(started)) {
             let detail = "too many interpreters wait to be looked at";
-            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+            shared.lose(Failure::CodeQueueFull, Some(&dropped.watched), detail);
         }
     }
 
@@ -169,9 +176,9 @@ impl TraceConsumer for Tracing {
             program,
             is_first,
         };
-        if let Err(TrySendError::Full(_)) = self.loadings.try_send(Box::new(loading)) {
+        if let Err(TrySendError::Full(dropped)) = self.loadings.try_send(Box::new(loading)) {
             let detail = "too many libraries wait to be looked at";
-            shared.lose(Failure::CodeQueueFull, Some(watched), detail);
+            shared.lose(Failure::CodeQueueFull, Some(&dropped.watched), detail);
         }
     }
 
@@ -218,28 +225,38 @@ const BATCH: usize = 512;
 pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
     let mut last_look = Instant::now();
+    let mut pass: Option<Pass> = None;
     let mut is_last = false;
     loop {
         if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             for watched in shared.table.all() {
                 watched.learn_multicall(multicall);
-                if watched.take_code_scan() {
-                    libraries.scan(shared, &watched);
-                }
+            }
+            if pass.is_none() {
+                pass = Pass::begin(shared);
             }
         }
-        let patience = match libraries.waiting.front() {
+        let mut patience = match libraries.waiting.front() {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
             None => LOOK_EVERY,
         };
+        if let Some(going) = pass.as_mut().filter(|_| !shared.is_stopping()) {
+            let rest = shared.rest();
+            if rest.is_zero() {
+                let used = fair::processor_time();
+                let is_over = going.step(shared, &mut libraries);
+                shared.spend(fair::processor_time().saturating_sub(used));
+                pass.take_if(|_| is_over);
+            }
+            patience = patience.min(rest);
+        }
         match shared.next_within(loadings, patience) {
             Next::Item(first) => {
                 // What was mapped before we look is covered by the look.
                 let mut image = HashSet::new();
-                let rest = std::iter::from_fn(|| threads::try_next(loadings)).take(BATCH);
-                for loading in std::iter::once(first).chain(rest) {
-                    threads::about(&loading.watched.container);
+                let rest = std::iter::from_fn(|| loadings.recv_timeout(Duration::ZERO).ok());
+                for loading in std::iter::once(first).chain(rest.take(BATCH)) {
                     let Mapped { device, inode, name, .. } = &loading.mapped;
                     let key = (*device, *inode, name.clone());
                     if image.contains(&key) {
@@ -263,6 +280,47 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
         if is_last {
             return;
         }
+    }
+}
+
+/// One pass over all processes, for all containers of which it is to be looked at
+/// what they have loaded. It goes on in slices, so that what is loaded meanwhile does
+/// not wait.
+struct Pass {
+    /// By their pid and mount namespaces: each process is asked once where it is.
+    wanted: HashMap<(u64, Option<u64>), Vec<Arc<Watched>>>,
+    pids: std::vec::IntoIter<u32>,
+}
+
+impl Pass {
+    fn begin(shared: &Shared) -> Option<Pass> {
+        let mut wanted: HashMap<_, Vec<Arc<Watched>>> = HashMap::new();
+        for watched in shared.table.all() {
+            if watched.take_code_scan()
+                && let Some(namespace) = watched.pid_namespace
+            {
+                wanted.entry((namespace, watched.mount_namespace)).or_default().push(watched);
+            }
+        }
+        if wanted.is_empty() {
+            return None;
+        }
+        Some(Pass { wanted, pids: procfs::all().ok()?.into_iter() })
+    }
+
+    /// Looks at some processes; true when all have been looked at.
+    fn step(&mut self, shared: &Shared, libraries: &mut Libraries) -> bool {
+        let begun = Instant::now();
+        while begun.elapsed() < fair::SLICE {
+            let Some(pid) = self.pids.next() else { return true };
+            let Ok(handle) = Handle::open(pid) else { continue };
+            let Ok(pid_namespace) = handle.pid_namespace() else { continue };
+            let place = (pid_namespace, handle.mount_namespace().ok());
+            for watched in self.wanted.get(&place).into_iter().flatten() {
+                libraries.scan(shared, watched, &handle);
+            }
+        }
+        false
     }
 }
 
@@ -356,48 +414,45 @@ impl Libraries {
         }
     }
 
-    /// What the container's processes have loaded by now: before there was anybody
+    /// What a process of the container has loaded by now: before there was anybody
     /// to see it, or unseen.
-    fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>) {
-        for handle in processes_of(watched) {
-            threads::beat();
-            let Ok(mappings) = handle.mapped_code() else { continue };
-            let pid = handle.identity().pid;
-            let program = handle.exe_identity().ok();
-            let mut seen = HashSet::new();
-            for mapping in mappings {
-                if program == Some((mapping.device, mapping.inode))
-                    || !seen.insert((mapping.device, mapping.inode))
-                {
-                    continue;
-                }
-                let mapped = Mapped {
-                    pid,
-                    time: 0,
-                    address: mapping.start,
-                    length: mapping.end - mapping.start,
-                    device: mapping.device,
-                    inode: mapping.inode,
-                    is_shared: mapping.is_shared,
-                    name: mapping.name.into(),
-                };
-                let place = self.place(watched, &mapped);
-                if matches!(place, Place::Image | Place::NoFile) {
-                    continue;
-                }
-                let Some(code) = look(shared, watched, &mapped, Some(&handle), place) else {
-                    continue;
-                };
-                let process = Some(process::as_it_is(&handle, watched));
-                let loading = Loading {
-                    watched: watched.clone(),
-                    mapped,
-                    at: Timestamp::now(),
-                    program: Program::default(),
-                    is_first: false,
-                };
-                tell(shared, &loading, code, process, Source::Scan);
+    fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+        let Ok(mappings) = handle.mapped_code() else { return };
+        let pid = handle.identity().pid;
+        let program = handle.exe_identity().ok();
+        let mut seen = HashSet::new();
+        for mapping in mappings {
+            if program == Some((mapping.device, mapping.inode))
+                || !seen.insert((mapping.device, mapping.inode))
+            {
+                continue;
             }
+            let mapped = Mapped {
+                pid,
+                time: 0,
+                address: mapping.start,
+                length: mapping.end - mapping.start,
+                device: mapping.device,
+                inode: mapping.inode,
+                is_shared: mapping.is_shared,
+                name: mapping.name.into(),
+            };
+            let place = self.place(watched, &mapped);
+            if matches!(place, Place::Image | Place::NoFile) {
+                continue;
+            }
+            let Some(code) = look(shared, watched, &mapped, Some(handle), place) else {
+                continue;
+            };
+            let process = Some(process::as_it_is(handle, watched));
+            let loading = Loading {
+                watched: watched.clone(),
+                mapped,
+                at: Timestamp::now(),
+                program: Program::default(),
+                is_first: false,
+            };
+            tell(shared, &loading, code, process, Source::Scan);
         }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use super::table::Layers;
 use crate::model::{FileTime, FileType, Format, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
+use crate::sys::hash::{Hashed, Hashing};
 use crate::sys::overlay::{self, Opacity};
 use crate::threads;
 
@@ -19,8 +20,10 @@ const MAX_TWINS: usize = 16 * 1024;
 /// of an image is asked for by every container made from it.
 #[derive(Debug, Default)]
 pub(super) struct LowerTwins {
-    known: Mutex<HashMap<(u64, u64, FileTime), Option<Twin>>>,
+    known: Mutex<HashMap<Key, Option<Twin>>>,
 }
+
+type Key = (u64, u64, FileTime);
 
 #[derive(Clone, Copy, Debug)]
 struct Twin {
@@ -39,42 +42,98 @@ impl LowerTwins {
         upper_is_program: bool,
         max_hash_bytes: u64,
     ) -> Option<LowerTwin> {
-        let lower = at(layers, path).filter(|lower| lower.stat.is_regular())?;
+        match self.begin(layers, path, upper_is_program, max_hash_bytes) {
+            Finding::Known(twin) => twin,
+            Finding::Reads(mut reading) => loop {
+                if let Some(twin) = reading.step(self, u64::MAX) {
+                    return twin;
+                }
+            },
+        }
+    }
+
+    /// The same, where its content need not be read at once.
+    pub(super) fn begin(
+        &self,
+        layers: &Layers,
+        path: &RootfsPath,
+        upper_is_program: bool,
+        max_hash_bytes: u64,
+    ) -> Finding {
+        let nothing = Finding::Known(None);
+        let lower = at(layers, path).filter(|lower| lower.stat.is_regular());
+        let Some(lower) = lower else { return nothing };
         let key = (lower.stat.device, lower.stat.inode, lower.stat.changed);
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
         let wants = |twin: &Twin| upper_is_program || looks_like_program(twin.format, twin.mode);
         match known {
-            Some(None) => return None,
-            Some(Some(twin)) if !wants(&twin) => return None,
-            Some(Some(Twin { hashes: Some(hashes), .. })) => return Some(hashes),
+            Some(None) => return nothing,
+            Some(Some(twin)) if !wants(&twin) => return nothing,
+            Some(Some(Twin { hashes: Some(hashes), .. })) => return Finding::Known(Some(hashes)),
             Some(Some(Twin { hashes: None, .. })) | None => (),
         }
-        let twin = lower.read().map(|(file, stat)| {
-            let mut twin = Twin {
-                format: file::sniff(file.as_fd()).unwrap_or(Format::Unknown),
-                mode: stat.mode,
-                hashes: None,
-            };
-            if wants(&twin) && stat.size <= max_hash_bytes {
-                let is_wanted = || {
-                    threads::beat();
-                    true
-                };
-                let hashes = match file::hash_while(file.as_fd(), max_hash_bytes, &is_wanted) {
-                    Ok(file::Hashed::Whole(hashes)) => Some(hashes),
-                    Ok(file::Hashed::TooLong | file::Hashed::Unwanted) | Err(_) => None,
-                };
-                twin.hashes =
-                    hashes.map(|hashes| LowerTwin { blake3: hashes.blake3, sha256: hashes.sha256 });
-            }
-            twin
-        });
+        let Some((file, stat)) = lower.read() else {
+            self.remember(key, None);
+            return nothing;
+        };
+        let format = file::sniff(file.as_fd()).unwrap_or(Format::Unknown);
+        let twin = Twin { format, mode: stat.mode, hashes: None };
+        if !wants(&twin) || stat.size > max_hash_bytes {
+            self.remember(key, Some(twin));
+            return nothing;
+        }
+        let hash = Hashing::new(max_hash_bytes);
+        Finding::Reads(Box::new(TwinReading { key, file, twin, size: stat.size, hash }))
+    }
+
+    fn remember(&self, key: Key, twin: Option<Twin>) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= MAX_TWINS {
             known.clear();
         }
         known.insert(key, twin);
-        twin.filter(wants)?.hashes
+    }
+}
+
+/// What is known of a lower file before its content is read.
+#[derive(Debug)]
+pub(super) enum Finding {
+    Known(Option<LowerTwin>),
+    Reads(Box<TwinReading>),
+}
+
+/// A lower file that is being read. It can be put aside at any time.
+#[derive(Debug)]
+pub(super) struct TwinReading {
+    key: Key,
+    file: OwnedFd,
+    twin: Twin,
+    size: u64,
+    hash: Hashing,
+}
+
+impl TwinReading {
+    /// Reads on. `None`: there is more to read.
+    pub(super) fn step(&mut self, twins: &LowerTwins, slice: u64) -> Option<Option<LowerTwin>> {
+        threads::beat();
+        let hashed = match self.hash.step(self.file.as_fd(), slice) {
+            Ok(None) => return None,
+            Ok(Some(Hashed::Whole(hashes))) => Some(hashes),
+            Ok(Some(Hashed::TooLong)) | Err(_) => None,
+        };
+        self.twin.hashes =
+            hashed.map(|hashes| LowerTwin { blake3: hashes.blake3, sha256: hashes.sha256 });
+        twins.remember(self.key, Some(self.twin));
+        Some(self.twin.hashes)
+    }
+
+    /// How many bytes were read or computed so far.
+    pub(super) fn cost(&self) -> u64 {
+        self.hash.cost()
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
     }
 }
 

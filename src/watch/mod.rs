@@ -30,6 +30,7 @@ mod control;
 mod copyup;
 mod crowd;
 mod deeds;
+mod fair;
 mod feed;
 mod files;
 mod gate;
@@ -83,7 +84,7 @@ use self::shared::{LAST_WORDS, Shared};
 use self::trace::{Recorder, Trace, TraceConsumer};
 use crate::config;
 use crate::gate::{Gate, Stopper};
-use crate::health::{Failure, Health};
+use crate::health::{Backlogs, Failure, Health};
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
@@ -259,10 +260,9 @@ impl Watch {
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
         let content_queue = content_queue();
-        let (take, content, receive_content, receive_taken) =
-            take::new(shared.clone(), content_queue);
-        let (described, receive_described) = bounded(content_queue);
-        let (processes, receive_processes) = bounded(PROCESS_QUEUE);
+        let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
+        let (described, receive_described) = fair::channel(content_queue);
+        let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
         let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
         let marker = Arc::new(control::Marker {
@@ -274,7 +274,7 @@ impl Watch {
             orders: orders.clone(),
             turn: Mutex::default(),
         });
-        let (unseen, receive_unseen) = bounded(PROCESS_QUEUE);
+        let (unseen, receive_unseen) = fair::channel(PROCESS_QUEUE);
         let (recorder, executions) = Recorder::open();
         match &executions {
             Executions::Recorded => shared.set_records_executions(),
@@ -300,11 +300,26 @@ impl Watch {
             calls: Some(receive_calls),
             gate_turns: Arc::default(),
         };
+        let (large, receive_large) = fair::channel(LARGE_QUEUE);
+        let (loadings, receive_loadings) = fair::channel(LIBRARY_QUEUE);
+        let (started, receive_started) = fair::channel(INTERPRETER_QUEUE);
+        shared.set_stages(vec![
+            ("take", take.waits()),
+            ("describe", receive_taken.waits()),
+            ("content", receive_described.waits()),
+            ("large", receive_large.waits()),
+            ("processes", receive_processes.waits()),
+            ("unseen", receive_unseen.waits()),
+            ("libraries", receive_loadings.waits()),
+            ("interpreters", receive_started.waits()),
+        ]);
+        let asked = Arc::downgrade(&shared);
+        let backlogs = move || asked.upgrade().map(|shared| shared.backlogs()).unwrap_or_default();
+        let _ = shared.health.backlogs.set(Backlogs(Box::new(backlogs)));
         let depth = threads::depth_of(&receive_orders);
         let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
         watch.spawn("scan", Role::Owner, Some(depth), || scan.run())?;
         let ours = shared.clone();
-        let (large, receive_large) = bounded(LARGE_QUEUE);
         watch.consume("content", receive_described, move |queue| {
             content::hash(&ours, queue, &large);
         })?;
@@ -314,15 +329,13 @@ impl Watch {
         watch.consume("describe", receive_taken, move |queue| {
             content::describe(&ours, queue, &described);
         })?;
-        watch.consume("take", receive_content, move |queue| take.again().run(queue))?;
+        watch.consume("take", take.arrived(), move |_| take.again().run())?;
         let ours = shared.clone();
         watch.consume("processes", receive_processes, move |queue| {
             processes::run(&ours, queue);
         })?;
-        let (loadings, receive_loadings) = bounded(LIBRARY_QUEUE);
         let ours = shared.clone();
         watch.consume("libraries", receive_loadings, move |queue| libraries::run(&ours, queue))?;
-        let (started, receive_started) = bounded(INTERPRETER_QUEUE);
         let (ours, waiting) = (shared.clone(), interpreters::Waiting::default());
         watch.consume("interpreters", receive_started, move |queue| {
             interpreters::run(&ours, queue, &waiting);
@@ -422,14 +435,14 @@ impl Watch {
     }
 
     /// The same for a thread that does nothing but take items from a queue.
-    fn consume<T: Send + 'static>(
+    fn consume<T: fair::Owned + Send + 'static>(
         &mut self,
         name: &'static str,
-        queue: Receiver<T>,
-        run: impl Fn(&Receiver<T>) + Send + Sync + 'static,
+        queue: fair::Receiver<T>,
+        run: impl Fn(&fair::Receiver<T>) + Send + Sync + 'static,
     ) -> Result<(), Error> {
         let threads = &self.shared.health.threads;
-        let depth = threads::depth_of(&queue);
+        let depth = queue.depth();
         let started = threads.spawn_consumer(name, depth, move || run(&queue));
         started.map_err(|source| Error::Thread { name, source })?;
         self.threads.push(name);
@@ -580,8 +593,9 @@ fn content_queue() -> usize {
     // The soft limit is for programs that use select(2).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    // With a process's handle while that is described, then without; and the same
-    // for what only the trace has seen.
-    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 5;
+    // With a process's handle until that is described, then without: in the three queues
+    // before that, in one of which the upper layer's file is open as well, and in one
+    // behind; and two for what only the trace has seen.
+    let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 10;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

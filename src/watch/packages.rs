@@ -16,15 +16,17 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
+use super::fair::Sender;
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::shared::Shared;
 use super::table::{Standing, Watched};
 use super::trace::TraceConsumer;
 use super::writers::Named;
+use crate::health::Failure;
 use crate::model::{
     Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, may_be_package_manager,
     package_manager,
@@ -335,7 +337,7 @@ impl TraceConsumer for Descent {
 
     fn executed(
         &mut self,
-        _: &Shared,
+        shared: &Shared,
         watched: &Arc<Watched>,
         executed: &Executed,
         program: Option<&Mapped>,
@@ -344,8 +346,13 @@ impl TraceConsumer for Descent {
         if str::from_utf8(name).is_ok_and(may_be_package_manager) {
             let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
             let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
-            // Without room it is looked at when it writes, or a child executes something.
-            let _ = self.processes.try_send(Box::new(seen));
+            if let Err(TrySendError::Full(dropped)) = self.processes.try_send(Box::new(seen)) {
+                shared.lose(
+                    Failure::ProcessQueueFull,
+                    Some(&dropped.watched),
+                    "too many processes wait to be looked at",
+                );
+            }
         }
     }
 }

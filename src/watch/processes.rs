@@ -1,15 +1,17 @@
 //! Processes that come into a container from outside, and what all of a container's
 //! processes run when nobody has seen them start.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
 use super::acts;
 use super::calls;
 use super::deeds;
+use super::fair::{self, Owned, Receiver, Sender};
 use super::gate::Seen;
 use super::process::{self, Caller};
 use super::sessions::{ByRuntime, Opened, is_on_its_way};
@@ -18,11 +20,10 @@ use super::table::Watched;
 use super::trace::TraceConsumer;
 use super::unseen::{Running, Runtimes};
 use crate::health::Failure;
-use crate::model::{Process, Source};
+use crate::model::{ContainerId, Process, Source};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
-use crate::threads;
 
 /// Of how many that wait each one that belongs to a session is looked at.
 const FEW: usize = 64;
@@ -30,32 +31,39 @@ const FEW: usize = 64;
 /// How often it is asked whether all processes are to be looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
+impl Owned for Seen {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
+}
+
 pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
     let mut last_look = Instant::now();
     let mut runtimes = Runtimes::default();
+    let mut pass: Option<Pass> = None;
     loop {
-        if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
+        if pass.is_none() && last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
-            let wanted: Vec<Wanted> = shared
-                .table
-                .all()
-                .into_iter()
-                .filter_map(|watched| {
-                    let since = watched.take_process_scan()?;
-                    Some(Wanted { watched, since })
-                })
-                .collect();
-            if !wanted.is_empty() {
-                look_at_all(shared, &wanted, &mut runtimes);
+            pass = Pass::begin(shared);
+        }
+        let mut patience = LOOK_EVERY;
+        if let Some(going) = &mut pass {
+            patience = shared.rest();
+            if patience.is_zero() {
+                let used = fair::processor_time();
+                let is_over = going.step(shared, &mut runtimes);
+                shared.spend(fair::processor_time().saturating_sub(used));
+                pass.take_if(|_| is_over);
             }
         }
-        match shared.next_within(seen, LOOK_EVERY) {
-            Next::Item(one) => {
-                threads::about(&one.watched.container);
-                judge(shared, &one, seen);
+        // What has just happened is over sooner than what has run for a while.
+        for _ in 0..FEW {
+            match shared.next_within(seen, patience) {
+                Next::Item(one) => judge(shared, &one, seen),
+                Next::Nothing => break,
+                Next::End => return,
             }
-            Next::Nothing => (),
-            Next::End => return,
+            patience = Duration::ZERO;
         }
     }
 }
@@ -134,19 +142,113 @@ struct Wanted {
     since: u64,
 }
 
-/// Sessions and programs that were there before the marks, or whose start was lost.
-fn look_at_all(shared: &Shared, wanted: &[Wanted], runtimes: &mut Runtimes) {
-    let Ok(pids) = procfs::all() else { return };
-    let mut running = Running::default();
-    for pid in pids {
-        threads::beat();
-        let Ok(handle) = Handle::open(pid) else { continue };
-        if let Some(watched) = owner(shared, wanted, &handle) {
-            running.tell(shared, runtimes, &watched, &handle);
+/// One pass over all processes, for all containers that want one: sessions and
+/// programs that were there before the marks, or whose start was lost. It goes on in
+/// slices, so that what happens meanwhile does not wait.
+struct Pass {
+    wanted: Vec<Wanted>,
+    places: Places,
+    pids: std::vec::IntoIter<u32>,
+    running: Running,
+}
+
+impl Pass {
+    fn begin(shared: &Shared) -> Option<Pass> {
+        let wanted: Vec<Wanted> = shared
+            .table
+            .all()
+            .into_iter()
+            .filter_map(|watched| {
+                let since = watched.take_process_scan()?;
+                Some(Wanted { watched, since })
+            })
+            .collect();
+        if wanted.is_empty() {
+            return None;
         }
-        for wanted in wanted {
-            find_open_session(shared, &wanted.watched, &handle);
+        let pids = procfs::all().ok()?.into_iter();
+        let places = Places::of(wanted.iter().map(|wanted| &*wanted.watched));
+        Some(Pass { wanted, places, pids, running: Running::default() })
+    }
+
+    /// Looks at some processes; true when all have been looked at.
+    fn step(&mut self, shared: &Shared, runtimes: &mut Runtimes) -> bool {
+        let begun = Instant::now();
+        while begun.elapsed() < fair::SLICE {
+            let Some(pid) = self.pids.next() else { return true };
+            let Ok(handle) = Handle::open(pid) else { continue };
+            if let Some(watched) = owner(shared, &self.wanted, &handle) {
+                self.running.tell(shared, runtimes, &watched, &handle);
+            }
+            for number in self.places.may_hold(&Whereabouts::of(&handle)) {
+                find_open_session(shared, &self.wanted[number].watched, &handle);
+            }
         }
+        false
+    }
+}
+
+/// What tells which containers a process may be in.
+#[derive(Debug, Default)]
+struct Whereabouts {
+    mount_namespace: Option<u64>,
+    pid_namespace: Option<u64>,
+    cgroup: Option<Vec<u8>>,
+    /// The device and the mount of its root directory.
+    root: Option<(u64, Option<u64>)>,
+}
+
+impl Whereabouts {
+    fn of(handle: &Handle) -> Whereabouts {
+        let root = file::stat_path(handle.root_path()).ok();
+        Whereabouts {
+            mount_namespace: handle.mount_namespace().ok(),
+            pid_namespace: handle.pid_namespace().ok(),
+            cgroup: handle.cgroup().ok(),
+            root: root.map(|root| (root.device, root.mount)),
+        }
+    }
+}
+
+/// Containers, by number, by what tells that a process may be in one of them. So each
+/// process is compared with the one or two that it can be in, and not with all.
+#[derive(Debug, Default)]
+struct Places {
+    mount_namespaces: HashMap<u64, Vec<usize>>,
+    pid_namespaces: HashMap<u64, Vec<usize>>,
+    cgroups: HashMap<Vec<u8>, Vec<usize>>,
+    roots: HashMap<(u64, Option<u64>), Vec<usize>>,
+}
+
+impl Places {
+    fn of<'a>(containers: impl Iterator<Item = &'a Watched>) -> Places {
+        let mut places = Places::default();
+        for (number, watched) in containers.enumerate() {
+            if let Some(namespace) = watched.mount_namespace {
+                places.mount_namespaces.entry(namespace).or_default().push(number);
+            }
+            if let Some(namespace) = watched.pid_namespace {
+                places.pid_namespaces.entry(namespace).or_default().push(number);
+            }
+            if let Some(cgroup) = &watched.cgroup {
+                places.cgroups.entry(cgroup.clone()).or_default().push(number);
+            }
+            places.roots.entry((watched.device, watched.mount)).or_default().push(number);
+        }
+        places
+    }
+
+    fn may_hold(&self, process: &Whereabouts) -> BTreeSet<usize> {
+        let Whereabouts { mount_namespace, pid_namespace, cgroup, root } = process;
+        let by_mount = mount_namespace.and_then(|namespace| self.mount_namespaces.get(&namespace));
+        let by_pid = pid_namespace.and_then(|namespace| self.pid_namespaces.get(&namespace));
+        let by_root = root.and_then(|root| self.roots.get(&root));
+        // Its control group or one that holds it.
+        let cgroup = cgroup.as_deref().unwrap_or_default();
+        let ends = (0..cgroup.len()).filter(|&end| cgroup[end] == b'/').chain([cgroup.len()]);
+        let by_cgroup = ends.filter_map(|end| self.cgroups.get(&cgroup[..end]));
+        let found = by_mount.into_iter().chain(by_pid).chain(by_root).chain(by_cgroup);
+        found.flatten().copied().collect()
     }
 }
 
@@ -170,5 +272,48 @@ fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
         let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
         let began = Timestamp::now() - procfs::age(handle.identity());
         sessions.tell(shared, watched, began, Source::Scan, opened);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::files::some_container;
+
+    #[test]
+    fn h09_a_process_is_compared_only_with_containers_that_it_can_be_in() {
+        let containers: Vec<Watched> = (0..200).map(some_container).collect();
+        let places = Places::of(containers.iter());
+        let may_hold = |process| Vec::from_iter(places.may_hold(&process));
+        let nowhere = Whereabouts {
+            mount_namespace: Some(7),
+            pid_namespace: Some(7000),
+            cgroup: Some(b"/pods/1000".to_vec()),
+            root: Some((8, Some(7))),
+        };
+        assert_eq!(may_hold(nowhere), [] as [usize; 0]);
+        assert_eq!(may_hold(Whereabouts::default()), [] as [usize; 0]);
+        let none = Whereabouts::default;
+        assert_eq!(may_hold(Whereabouts { mount_namespace: Some(1042), ..none() }), [42]);
+        assert_eq!(may_hold(Whereabouts { pid_namespace: Some(21), ..none() }), [42, 43]);
+        assert_eq!(may_hold(Whereabouts { root: Some((42, Some(42))), ..none() }), [42]);
+        for (cgroup, expected) in [
+            ("/pods/42", vec![42]),
+            ("/pods/42/system.slice/sshd", vec![42]),
+            ("/pods/4", vec![4]),
+            ("/pods", vec![]),
+            ("/pods/42x", vec![]),
+            ("/", vec![]),
+        ] {
+            let cgroup = Some(cgroup.into());
+            assert_eq!(may_hold(Whereabouts { cgroup, ..none() }), expected);
+        }
+        // A process that joins only a part of a container is in several.
+        let joined = Whereabouts {
+            mount_namespace: Some(1001),
+            cgroup: Some(b"/pods/9/x".to_vec()),
+            ..none()
+        };
+        assert_eq!(may_hold(joined), [1, 9]);
     }
 }

@@ -1,11 +1,18 @@
 //! Walks of upperdirs, and looks at single paths that have settled.
 //!
+//! One thread serves all containers by turns ([`super::fair`]): a slice of one's
+//! changed files and of its walk, then a slice of another's. A walk and a file that
+//! is being read are values that wait between their slices. Walks that are made
+//! because time has passed take 2 % of a processor, those of all containers together;
+//! what somebody waits for takes half of one.
+//!
 //! Everything here is reached by descriptor, component by component, through no
 //! symlink: the upperdir's content is the container's to choose, its path is not.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,13 +21,15 @@ use jiff::Timestamp;
 use rustix::fs::Dir;
 
 use super::Report;
-use super::lower::{self, LowerNames};
+use super::fair::{self, Pace, Turns};
+use super::files::{Held, Left};
+use super::lower::{self, Finding, LowerNames, TwinReading};
 use super::names::Deaf;
-use super::shared::{DirtyPath, Shared};
-use super::state::{self, Hashing};
+use super::shared::{Settled, Shared};
+use super::state::{self, Begun, Reading, Which};
 use super::table::{Layers, Watched};
 use super::ways;
-use crate::health::Failure;
+use crate::health::{Backlog, Failure};
 use crate::model::file::{SETGID, SETUID};
 use crate::model::{
     ContainerId, Content, Fact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath,
@@ -56,8 +65,27 @@ const MAX_CACHED: usize = 64 * 1024;
 /// ctime as it is until the kernel has written the page back, half a minute later.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
-/// A walk is made at most this much less often than it takes.
+/// A walk is made at most this much less often than it takes, and those of all
+/// containers together take at most one part in so many of a processor.
 const REST_PER_WALK: u32 = 50;
+
+/// What sweeps may save up while nothing is walked.
+const SWEEP_BURST: Duration = Duration::from_millis(200);
+
+/// How often it is looked for what is due, and how many times longer than that takes
+/// it is left alone.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const REST_PER_LOOK: u32 = 50;
+
+/// How often it is asked whether something waits for too long.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+
+/// Directories that walks which wait for their turn hold open. No other walk begins
+/// beyond that.
+const MAX_OPEN: usize = 768;
+
+/// New directories of one container that are walked one by one.
+const MAX_BELOW: usize = 1024;
 
 /// What a walk found at a path, and by what it can be known again.
 #[derive(Clone)]
@@ -79,11 +107,111 @@ struct Memory {
     may_rescan_from: Instant,
 }
 
+impl Memory {
+    fn new(watched: Arc<Watched>, next_sweep: Instant, now: Instant) -> Memory {
+        Memory {
+            watched,
+            cache: Cache::new(),
+            next_sweep,
+            may_walk_from: now,
+            may_rescan_from: now,
+        }
+    }
+}
+
+/// How much of one container's work is done in its turn.
+struct Slice {
+    until: Instant,
+    /// What was read or computed.
+    bytes: u64,
+}
+
+impl Slice {
+    fn new() -> Slice {
+        Slice { until: Instant::now() + fair::SLICE, bytes: 0 }
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.until
+    }
+}
+
+/// What of one container is being done, and what is to be done next.
+#[derive(Default)]
+struct Work {
+    /// Some of its paths have settled.
+    has_settled: bool,
+    taken: VecDeque<Settled>,
+    reading: Option<(Settled, Box<EntryReading>)>,
+    walk: Option<Walk>,
+    orders: VecDeque<Order>,
+    /// Directories that are new or were moved.
+    below: VecDeque<(Arc<Watched>, RootfsPath)>,
+    due: Option<Due>,
+}
+
+/// A walk that nobody has ordered.
+struct Due {
+    watched: Arc<Watched>,
+    is_urgent: bool,
+}
+
+/// Which kinds of work may be done now.
+#[derive(Clone, Copy)]
+struct Allowed {
+    urgent: bool,
+    sweeps: bool,
+    /// Another walk may begin.
+    begin: bool,
+}
+
+impl Work {
+    fn settles(&self) -> bool {
+        self.has_settled || self.reading.is_some() || !self.taken.is_empty()
+    }
+
+    fn walks(&self, allowed: Allowed) -> bool {
+        let Allowed { urgent, sweeps, begin } = allowed;
+        let may = |is_urgent| if is_urgent { urgent } else { sweeps };
+        match (&self.walk, &self.due) {
+            (Some(walk), _) => may(walk.is_urgent),
+            (None, _) if !self.orders.is_empty() || !self.below.is_empty() => begin && urgent,
+            (None, Some(due)) => begin && may(due.is_urgent),
+            (None, None) => false,
+        }
+    }
+
+    fn is_ready(&self, allowed: Allowed) -> bool {
+        allowed.urgent && self.settles() || self.walks(allowed)
+    }
+
+    fn is_idle(&self) -> bool {
+        let everything = Allowed { urgent: true, sweeps: true, begin: true };
+        !self.is_ready(everything)
+    }
+
+    /// Something is to be walked that a walk which has begun does not make up for:
+    /// that one is not to keep it waiting.
+    fn hurry(&mut self) {
+        if let Some(walk) = &mut self.walk {
+            walk.is_urgent = true;
+        }
+    }
+}
+
 pub(super) struct Scan {
     pub(super) shared: Arc<Shared>,
     pub(super) orders: Receiver<Order>,
     pub(super) wake: Receiver<()>,
     memories: HashMap<ContainerId, Memory>,
+    work: HashMap<ContainerId, Work>,
+    turns: Turns<ContainerId>,
+    sweeps: Pace,
+    /// When it is looked next for what is due.
+    next_look: Instant,
+    last_asked: Instant,
+    /// Whose findings are known to be delayed, and where.
+    late: HashSet<(&'static str, String)>,
 }
 
 /// The thread is to end, or the pipeline has no room.
@@ -91,12 +219,25 @@ struct Interrupted;
 
 impl Scan {
     pub(super) fn new(shared: Arc<Shared>, orders: Receiver<Order>, wake: Receiver<()>) -> Scan {
-        Scan { shared, orders, wake, memories: HashMap::new() }
+        let now = Instant::now();
+        Scan {
+            shared,
+            orders,
+            wake,
+            memories: HashMap::new(),
+            work: HashMap::new(),
+            turns: Turns::default(),
+            sweeps: Pace::new(REST_PER_WALK, SWEEP_BURST, now),
+            next_look: now,
+            last_asked: now,
+            late: HashSet::new(),
+        }
     }
 
     pub(super) fn run(mut self) {
         let mut times_set = clock::times_set();
         while !self.shared.is_stopping() {
+            threads::beat();
             if times_set != clock::times_set() {
                 times_set = clock::times_set();
                 tracing::warn!(
@@ -104,49 +245,66 @@ impl Scan {
                      their content alone"
                 );
             }
-            while let Some(order) = threads::try_next(&self.orders) {
-                if self.shared.is_stopping() {
-                    return;
-                }
-                match order {
-                    Order::Scan { watched, ticket } => self.walk(&watched, ticket, false),
-                    Order::Last { watched } => {
-                        self.walk(&watched, None, true);
-                        self.memories.remove(&watched.container);
-                        self.shared.forget(&watched);
-                    }
-                }
+            let is_told = self.take_orders();
+            if is_told || self.next_look <= Instant::now() {
+                let begun = Instant::now();
+                self.look();
+                self.next_look = Instant::now() + LOOK_EVERY.max(begun.elapsed() * REST_PER_LOOK);
             }
-            while settle(&self.shared) && self.orders.is_empty() {}
-            let due = self.due_walks();
-            for watched in due {
-                self.walk(&watched, None, false);
-                if !self.orders.is_empty() || self.shared.is_stopping() {
-                    break;
-                }
+            if self.serve_next() {
+                continue;
             }
             let idle = self.idle_time();
             match threads::idle(|| self.wake.recv_timeout(idle)) {
-                Ok(()) | Err(RecvTimeoutError::Timeout) => (),
+                Ok(()) => self.next_look = Instant::now(),
+                Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
 
-    /// Containers to walk: those that lost something, those where drift was
-    /// executed, and those whose turn has come.
-    fn due_walks(&mut self) -> Vec<Arc<Watched>> {
+    /// Whether there were any.
+    fn take_orders(&mut self) -> bool {
+        let mut is_told = false;
+        // The channel is bounded, and so is what was taken from it.
+        let taken: usize = self.work.values().map(|work| work.orders.len()).sum();
+        let room = self.orders.capacity().unwrap_or(usize::MAX).saturating_sub(taken);
+        for order in self.orders.try_iter().take(room) {
+            is_told = true;
+            let (Order::Scan { watched, .. } | Order::Last { watched }) = &order;
+            let work = self.work.entry(watched.container.clone()).or_default();
+            if let Order::Last { watched } = &order {
+                // It covers what of this one is still to be done.
+                let is_its = |other: &Arc<Watched>| Arc::ptr_eq(other, watched);
+                work.below.retain(|(other, _)| !is_its(other));
+                work.taken.retain(|settled| !is_its(&settled.watched));
+                work.reading.take_if(|(settled, _)| is_its(&settled.watched));
+                work.walk.take_if(|walk| is_its(&walk.watched) && walk.ticket.is_none());
+            }
+            work.hurry();
+            work.orders.push_back(order);
+        }
+        is_told
+    }
+
+    /// Looks for what is due: paths that have settled; containers that lost something,
+    /// those where drift was executed, and those whose turn has come.
+    fn look(&mut self) {
         let now = Instant::now();
+        for work in self.work.values_mut() {
+            work.has_settled = false;
+            work.due = None;
+        }
+        for (container, ..) in self.shared.overdue(now) {
+            self.work.entry(container).or_default().has_settled = true;
+        }
         let interval = self.shared.settings.sweep_interval;
         let all = self.shared.table.all();
         for watched in &all {
-            let memory = self.memories.entry(watched.container.clone()).or_insert_with(|| Memory {
-                watched: watched.clone(),
-                cache: Cache::new(),
-                next_sweep: now + interval,
-                may_walk_from: now,
-                may_rescan_from: now,
-            });
+            let memory = self
+                .memories
+                .entry(watched.container.clone())
+                .or_insert_with(|| Memory::new(watched.clone(), now + interval, now));
             if !Arc::ptr_eq(&memory.watched, watched) {
                 // The container runs anew.
                 memory.watched = watched.clone();
@@ -159,97 +317,213 @@ impl Scan {
             }
         }
         let has_room = self.shared.has_room();
-        let mut due = Vec::new();
         for watched in all {
             let memory = &self.memories[&watched.container];
-            let is_lossy = has_room && watched.wants_rescan() && memory.may_rescan_from <= now;
-            let is_due = memory.next_sweep.max(memory.may_walk_from) <= now;
-            if is_lossy || is_due {
-                due.push(watched);
+            let is_urgent = has_room && watched.wants_rescan() && memory.may_rescan_from <= now;
+            if is_urgent || memory.next_sweep.max(memory.may_walk_from) <= now {
+                let work = self.work.entry(watched.container.clone()).or_default();
+                if is_urgent {
+                    work.hurry();
+                }
+                work.due = Some(Due { watched, is_urgent });
             }
         }
-        due
+        self.work.retain(|_, work| !work.is_idle());
+        if self.last_asked.elapsed() >= ASK_EVERY {
+            self.last_asked = Instant::now();
+            self.ask_who_is_late();
+        }
     }
 
-    fn idle_time(&self) -> Duration {
+    /// Counts and logs once whose findings come late. While they do, `status` says so.
+    fn ask_who_is_late(&mut self) {
+        let late = self.shared.backlogs().into_iter().filter(Backlog::is_late);
+        let late: HashSet<_> = late.map(|backlog| (backlog.stage, backlog.container)).collect();
+        for (stage, container) in late.difference(&self.late) {
+            let failure = Failure::FindingsDelayed;
+            let _ = self.shared.health.record(failure);
+            tracing::warn!(failure = failure.name(), container, stage, "findings are delayed");
+        }
+        self.late = late;
+    }
+
+    fn allowed(&mut self) -> Allowed {
+        let open: usize =
+            self.work.values().map(|work| work.walk.as_ref().map_or(0, Walk::open)).sum();
+        Allowed {
+            urgent: self.shared.rest().is_zero(),
+            sweeps: self.sweeps.wait(Instant::now()).is_zero(),
+            begin: open < MAX_OPEN,
+        }
+    }
+
+    fn idle_time(&mut self) -> Duration {
         let now = Instant::now();
         // Nobody wakes this thread for a path that is to settle first.
         let tick = self.shared.settings.settle.min(Duration::from_millis(250));
         let next = self.memories.values().map(|memory| memory.next_sweep.max(memory.may_walk_from));
-        next.chain(self.shared.next_due())
+        let idle = next
+            .chain(self.shared.next_due())
+            .filter(|due| *due > now)
             .min()
-            .map_or(tick, |due| due.saturating_duration_since(now).min(tick))
-            .max(Duration::from_millis(5))
+            .map_or(tick, |due| due.saturating_duration_since(now).min(tick));
+        let waits = self.work.values().any(|work| !work.is_idle());
+        if !waits {
+            return idle.max(Duration::from_millis(5));
+        }
+        let rest = match (self.shared.rest(), self.sweeps.wait(now)) {
+            (Duration::ZERO, rest) | (rest, Duration::ZERO) => rest,
+            (one, other) => one.min(other),
+        };
+        idle.min(rest).max(Duration::from_millis(2))
     }
 
-    fn walk(&mut self, watched: &Arc<Watched>, ticket: Option<u64>, is_last: bool) {
+    /// Does a slice of work for the container whose turn it is; false if nothing can be
+    /// done now.
+    fn serve_next(&mut self) -> bool {
+        let allowed = self.allowed();
+        let ready = self.work.iter().filter(|(_, work)| work.is_ready(allowed));
+        let Some(container) = self.turns.next(ready.map(|(container, _)| container)).cloned()
+        else {
+            return false;
+        };
+        let begun = Instant::now();
+        let bytes = self.serve(&container, allowed);
+        self.turns.charge(&container, fair::cost(begun.elapsed(), bytes));
+        true
+    }
+
+    fn serve(&mut self, container: &ContainerId, allowed: Allowed) -> u64 {
+        let Some(mut work) = self.work.remove(container) else { return 0 };
+        let mut bytes = 0;
+        if allowed.urgent && work.settles() {
+            let (used, mut slice) = (fair::processor_time(), Slice::new());
+            settle(&self.shared, container, &mut work, &mut slice);
+            self.shared.spend(fair::processor_time().saturating_sub(used));
+            bytes += slice.bytes;
+        }
+        if work.walks(allowed) {
+            let (used, mut slice) = (fair::processor_time(), Slice::new());
+            if let Some(mut walk) = work.walk.take().or_else(|| self.begin(&mut work)) {
+                let outcome = walk.step(&self.shared, &mut slice);
+                let used = fair::processor_time().saturating_sub(used);
+                walk.cost += used;
+                if walk.is_urgent {
+                    self.shared.spend(used);
+                } else {
+                    self.sweeps.spend(used);
+                }
+                match outcome {
+                    Ok(false) => work.walk = Some(walk),
+                    ended => {
+                        if walk.extent != Extent::Below {
+                            // What is due now was due before it.
+                            work.due = None;
+                        }
+                        self.end(walk, ended.is_ok());
+                    }
+                }
+            }
+            bytes += slice.bytes;
+        }
+        if !work.is_idle() {
+            self.work.insert(container.clone(), work);
+        }
+        bytes
+    }
+
+    /// Begins the next walk of a container: what was ordered first.
+    fn begin(&mut self, work: &mut Work) -> Option<Walk> {
+        if let Some(order) = work.orders.pop_front() {
+            let (watched, ticket, extent) = match order {
+                Order::Scan { watched, ticket } => (watched, ticket, Extent::All),
+                Order::Last { watched } => (watched, None, Extent::Last),
+            };
+            work.due.take_if(|due| Arc::ptr_eq(&due.watched, &watched));
+            return Some(self.begin_walk(&watched, ticket, extent, true));
+        }
+        while let Some((watched, path)) = work.below.pop_front() {
+            // Of one that has ended nothing is to be listened to any more.
+            if !watched.is_detaching() {
+                return Walk::below(&self.shared, &watched, &path);
+            }
+        }
+        let Due { watched, is_urgent } = work.due.take()?;
+        Some(self.begin_walk(&watched, None, Extent::All, is_urgent))
+    }
+
+    fn begin_walk(
+        &mut self,
+        watched: &Arc<Watched>,
+        ticket: Option<u64>,
+        extent: Extent,
+        is_urgent: bool,
+    ) -> Walk {
         // Told before the walk, so that the walk makes up for them.
         self.shared.report_losses();
         threads::about(&watched.container);
+        let mut walk = Walk::new(watched, extent, is_urgent);
         // Before the walk, so that what is lost during it asks for another; and before
         // its time is taken, so that it never claims to make up for that.
         let is_lossy = watched.take_rescan();
-        let began = Timestamp::now();
+        walk.began = Timestamp::now();
         self.shared.names.begin_walk(watched);
         watched.ways.begin_walk();
-        let started = Instant::now();
-        let memory = self.memories.remove(&watched.container);
-        let cache = memory
-            .filter(|memory| Arc::ptr_eq(&memory.watched, watched))
-            .map(|memory| memory.cache)
-            .unwrap_or_default();
-        let writers = if is_last {
-            self.shared
+        walk.ticket = ticket;
+        walk.leaves_settling = ticket.is_none() && !is_lossy;
+        if let Some(memory) = self.memories.get_mut(&watched.container)
+            && Arc::ptr_eq(&memory.watched, watched)
+        {
+            walk.known = std::mem::take(&mut memory.cache);
+        }
+        if extent == Extent::Last {
+            walk.writers = self
+                .shared
                 .take_dirty_of(&watched.container)
                 .into_iter()
-                .filter_map(|(path, dirty)| {
-                    Some((path, self.shared.process_of(watched, dirty.writer?)?))
-                })
-                .collect()
-        } else {
-            HashMap::new()
-        };
-        let mut walk = Walk {
-            shared: &self.shared,
-            watched,
-            ticket,
-            extent: if is_last { Extent::Last } else { Extent::All },
-            leaves_settling: ticket.is_none() && !is_lossy,
-            writers,
-            known: cache,
-            seen: Cache::new(),
-            batch: Vec::new(),
-            problem: None,
-            since_look: 0,
-        };
-        let outcome = match watched.layers() {
-            Some(layers) => walk.run(layers),
-            None => {
-                walk.problem = Some("the upperdir is not known".into());
-                Ok(())
+                .filter_map(|(path, writer)| Some((path, self.shared.process_of(watched, writer)?)))
+                .collect();
+        }
+        walk.open_root(&self.shared);
+        walk
+    }
+
+    fn end(&mut self, walk: Walk, is_whole: bool) {
+        let Walk { watched, ticket, extent, problem, seen, began, cost, .. } = walk;
+        if extent == Extent::Below {
+            if !is_whole && !self.shared.is_stopping() {
+                self.shared.lose(
+                    Failure::PipelineFull,
+                    Some(&watched),
+                    "the pipeline had no room for a new directory's files for half a minute",
+                );
             }
-        };
-        let Walk { seen, problem, .. } = walk;
-        let is_complete = outcome.is_ok() && problem.is_none();
+            // What could not be walked now is walked when all is.
+            if problem.is_some() {
+                self.shared.mark_for_sweep(&watched);
+            }
+            return;
+        }
+        let is_complete = is_whole && problem.is_none();
         if is_complete {
             watched.ways.end_walk();
-            if self.shared.names.end_walk(watched) {
-                self.shared.restore(Failure::NamesFull, Some(watched));
-                self.shared.restore(Failure::MarkRefused, Some(watched));
+            if self.shared.names.end_walk(&watched) {
+                self.shared.restore(Failure::NamesFull, Some(&watched));
+                self.shared.restore(Failure::MarkRefused, Some(&watched));
             }
         }
-        if outcome.is_err() && !self.shared.is_stopping() {
+        if !is_whole && !self.shared.is_stopping() {
             self.shared.lose(
                 Failure::PipelineFull,
-                Some(watched),
+                Some(&watched),
                 "the pipeline had no room for a scan for half a minute",
             );
         }
         if let Some(problem) = problem {
             // The snapshot of a container that has ended may go at any time.
-            if !is_last {
+            if extent != Extent::Last {
                 let detail = format!("a walk of its upper layer is incomplete: {problem}");
-                self.shared.degrade(Failure::ScanIncomplete, Some(watched), &detail);
+                self.shared.degrade(Failure::ScanIncomplete, Some(&watched), &detail);
             }
         }
         let scanned = Report::Scanned {
@@ -259,86 +533,123 @@ impl Scan {
             complete: is_complete,
         };
         let _ = self.shared.report_patiently(scanned);
+        if extent == Extent::Last {
+            let is_its = |memory: &mut Memory| Arc::ptr_eq(&memory.watched, &watched);
+            self.memories
+                .extract_if(|container, memory| *container == watched.container && is_its(memory))
+                .for_each(drop);
+            self.shared.forget(&watched);
+            return;
+        }
         let now = Instant::now();
-        let rest = (now - started) * REST_PER_WALK;
-        self.memories.insert(
-            watched.container.clone(),
-            Memory {
-                watched: watched.clone(),
-                cache: seen,
-                next_sweep: now + self.shared.settings.sweep_interval.max(rest),
-                may_walk_from: now + rest,
-                may_rescan_from: now + (now - started) * 2,
-            },
-        );
+        let rest = cost * REST_PER_WALK;
+        if let Some(memory) = self.memories.get_mut(&watched.container)
+            && Arc::ptr_eq(&memory.watched, &watched)
+        {
+            memory.cache = seen;
+            memory.next_sweep = now + self.shared.settings.sweep_interval.max(rest);
+            memory.may_walk_from = now + rest;
+            memory.may_rescan_from = now + cost * 2;
+        }
     }
 }
 
-/// Looks at paths that have settled, some of each container; false if there are
-/// none.
-fn settle(shared: &Shared) -> bool {
+/// Looks at some of a container's paths that have settled.
+fn settle(shared: &Shared, container: &ContainerId, work: &mut Work, slice: &mut Slice) {
+    // Not kept: what a name of a directory leads to may change.
     let mut place: Option<Place> = None;
-    let settled = shared.take_settled(Instant::now());
-    let is_busy = !settled.is_empty();
-    // Walked behind everything that is told by itself, so that nothing is told twice.
-    let mut directories = Vec::new();
-    for (path, dirty) in settled {
-        if shared.is_stopping() {
-            return false;
+    while !slice.is_over() && !shared.is_stopping() {
+        if let Some((settled, mut reading)) = work.reading.take() {
+            match reading.step(shared, slice) {
+                None => work.reading = Some((settled, reading)),
+                Some(found) => tell_settled(shared, work, settled, Ok(Some(found)), true),
+            }
+            continue;
         }
-        let DirtyPath { watched, writer, source, .. } = dirty;
-        threads::about(&watched.container);
-        let writer = writer.and_then(|writer| shared.process_of(&watched, writer));
-        let Some(layers) = watched.layers() else { continue };
+        let Some(settled) = work.taken.pop_front() else {
+            work.taken = shared.take_settled(container, Instant::now()).into();
+            if work.taken.is_empty() {
+                work.has_settled = false;
+                return;
+            }
+            continue;
+        };
+        let Settled { watched, path, .. } = &settled;
+        let Some(layers) = watched.layers() else {
+            shared.done(container, path);
+            continue;
+        };
         let parent = path.parent().unwrap_or_else(RootfsPath::root);
         // Neighbours follow each other.
-        let found = match place.take().filter(|place| place.is(&watched, &parent)) {
+        let opened = match place.take().filter(|place| place.is(watched, &parent)) {
             Some(place) => Ok(place),
-            None => Place::open(&watched, layers, parent),
+            None => Place::open(watched, layers, parent),
         };
-        let found = found.and_then(|found| place.insert(found).look(shared, layers, &path));
+        let looked = opened.and_then(|opened| place.insert(opened).look(shared, layers, path));
         let in_image = place.as_ref().is_none_or(|place| place.in_image);
-        let tell = |fact| shared.observe_patiently(&watched, Timestamp::now(), source, fact);
-        match found {
-            Ok(Some(Found::Entry { stat, state, lower })) => {
-                if stat.file_type != FileType::Symlink {
-                    watched.ways.forget(&path);
-                }
-                if matters(shared, &watched, &path, &state, lower.as_ref()) {
-                    let writer = writer.or_else(|| shared.last_writer(&watched, &stat));
-                    tell(Fact::Present { path, state, lower, writer });
-                }
+        match looked {
+            Ok(Some(Look::Reading(reading))) => work.reading = Some((settled, reading)),
+            Ok(Some(Look::Found(found))) => {
+                tell_settled(shared, work, settled, Ok(Some(found)), in_image);
             }
-            // Whether the container or its owner removed it cannot be told.
-            Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
-            Ok(Some(Found::Whiteout)) => {
-                watched.ways.forget(&path);
-                tell(Fact::Absent { path, writer });
-            }
-            // The image's own file shows through: executed before it was known
-            // which files are the image's.
-            Ok(None) if in_image && lower::holds(layers, &path) => (),
-            Ok(None) => {
-                watched.ways.forget(&path);
-                tell(Fact::Absent { path, writer });
-            }
-            Ok(Some(Found::Directory)) => {
-                watched.ways.forget(&path);
-                directories.push((watched.clone(), path));
-            }
-            Err(_) if watched.is_detaching() || shared.is_stopping() => (),
-            Err(err) => {
-                let detail = format!("the changed file {path} cannot be looked at: {err}");
-                shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
-            }
+            Ok(None) => tell_settled(shared, work, settled, Ok(None), in_image),
+            Err(err) => tell_settled(shared, work, settled, Err(err), in_image),
         }
     }
-    for (watched, path) in directories {
-        if let Some(layers) = watched.layers() {
-            walk_below(shared, &watched, layers, &path);
+}
+
+/// Reports what was found at a path that had settled.
+fn tell_settled(
+    shared: &Shared,
+    work: &mut Work,
+    settled: Settled,
+    found: io::Result<Option<Found>>,
+    in_image: bool,
+) {
+    let Settled { watched, path, writer, source } = settled;
+    shared.done(&watched.container, &path);
+    let Some(layers) = watched.layers() else { return };
+    let writer = writer.and_then(|writer| shared.process_of(&watched, writer));
+    let tell = |fact| shared.observe_patiently(&watched, Timestamp::now(), source, fact);
+    match found {
+        Ok(Some(Found::Entry { stat, state, lower })) => {
+            if stat.file_type != FileType::Symlink {
+                watched.ways.forget(&path);
+            }
+            if matters(shared, &watched, &path, &state, lower.as_ref()) {
+                let writer = writer.or_else(|| shared.last_writer(&watched, &stat));
+                tell(Fact::Present { path, state, lower, writer });
+            }
+        }
+        // Whether the container or its owner removed it cannot be told.
+        Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
+        Ok(Some(Found::Whiteout)) => {
+            watched.ways.forget(&path);
+            tell(Fact::Absent { path, writer });
+        }
+        // The image's own file shows through: executed before it was known
+        // which files are the image's.
+        Ok(None) if in_image && lower::holds(layers, &path) => (),
+        Ok(None) => {
+            watched.ways.forget(&path);
+            tell(Fact::Absent { path, writer });
+        }
+        Ok(Some(Found::Directory)) => {
+            watched.ways.forget(&path);
+            if work.below.len() < MAX_BELOW {
+                // Walked behind everything that is told by itself, so that nothing is told
+                // twice.
+                work.below.push_back((watched, path));
+            } else {
+                watched.ask_for_walk();
+            }
+        }
+        Err(_) if watched.is_detaching() || shared.is_stopping() => (),
+        Err(err) => {
+            let detail = format!("the changed file {path} cannot be looked at: {err}");
+            shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
         }
     }
-    is_busy
 }
 
 /// Whether something in an upper layer can be more than data. What a walk was
@@ -357,35 +668,6 @@ fn matters(
         || shared.is_sensitive(watched, path)
 }
 
-/// A directory that is new or was moved: listens to everything below it, and tells
-/// what it holds.
-fn walk_below(shared: &Shared, watched: &Arc<Watched>, layers: &Layers, path: &RootfsPath) {
-    let mut walk = Walk {
-        shared,
-        watched,
-        ticket: None,
-        extent: Extent::Below,
-        leaves_settling: true,
-        writers: HashMap::new(),
-        known: Cache::new(),
-        seen: Cache::new(),
-        batch: Vec::new(),
-        problem: None,
-        since_look: 0,
-    };
-    if walk.below(layers, path).is_err() && !shared.is_stopping() {
-        shared.lose(
-            Failure::PipelineFull,
-            Some(watched),
-            "the pipeline had no room for a new directory's files for half a minute",
-        );
-    }
-    // What could not be walked now is walked when all is.
-    if walk.problem.is_some() {
-        shared.mark_for_sweep(watched);
-    }
-}
-
 #[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
 enum Found {
     Directory,
@@ -393,18 +675,27 @@ enum Found {
     Entry { stat: Stat, state: FileState, lower: Option<LowerTwin> },
 }
 
+/// A look at a name, which may have to go on.
+#[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
+enum Look {
+    Found(Found),
+    Reading(Box<EntryReading>),
+}
+
 /// A directory of an upper layer, in which names are looked at.
 struct Place {
     watched: Arc<Watched>,
     path: RootfsPath,
     /// `None` if there is no such directory.
-    open: Option<OpenPlace>,
+    directory: Option<OwnedFd>,
+    holds_file_whiteouts: bool,
     /// Whether the image has this directory too.
     in_image: bool,
 }
 
-struct OpenPlace {
-    directory: OwnedFd,
+#[derive(Clone, Copy)]
+struct OpenPlace<'a> {
+    directory: BorrowedFd<'a>,
     holds_file_whiteouts: bool,
     in_image: bool,
 }
@@ -418,16 +709,16 @@ impl Place {
         // Not part of the question: without the upperdir nothing is known of the path.
         let upper = file::open_directory(&layers.dirs.upperdir)?;
         let in_image = lower::holds(layers, &path);
-        let open = match file::open_directory_beneath(&upper, path.relative()) {
-            Ok(directory) => {
-                let holds_file_whiteouts = overlay::opacity(&directory, layers.userxattr)
-                    .is_ok_and(|opacity| opacity == Opacity::HoldsFileWhiteouts);
-                Some(OpenPlace { directory, holds_file_whiteouts, in_image })
-            }
+        let directory = match file::open_directory_beneath(&upper, path.relative()) {
+            Ok(directory) => Some(directory),
             Err(err) if gone(&err) => None,
             Err(err) => return Err(err),
         };
-        Ok(Place { watched: watched.clone(), path, open, in_image })
+        let holds_file_whiteouts = directory.as_ref().is_some_and(|directory| {
+            overlay::opacity(directory, layers.userxattr)
+                .is_ok_and(|opacity| opacity == Opacity::HoldsFileWhiteouts)
+        });
+        Ok(Place { watched: watched.clone(), path, directory, holds_file_whiteouts, in_image })
     }
 
     fn is(&self, watched: &Arc<Watched>, path: &RootfsPath) -> bool {
@@ -440,9 +731,11 @@ impl Place {
         shared: &Shared,
         layers: &Layers,
         path: &RootfsPath,
-    ) -> io::Result<Option<Found>> {
-        let Some(open) = &self.open else { return Ok(None) };
-        let found = file::stat_at(&open.directory, path.file_name())
+    ) -> io::Result<Option<Look>> {
+        let Some(directory) = &self.directory else { return Ok(None) };
+        let Place { holds_file_whiteouts, in_image, .. } = *self;
+        let open = OpenPlace { directory: directory.as_fd(), holds_file_whiteouts, in_image };
+        let found = file::stat_at(directory, path.file_name())
             .and_then(|stat| entry(shared, &self.watched, layers, open, path, stat));
         match found {
             Ok(found) => Ok(Some(found)),
@@ -455,81 +748,244 @@ impl Place {
 /// What a directory of the upper layer holds under the last name of `path`.
 fn entry(
     shared: &Shared,
-    watched: &Watched,
+    watched: &Arc<Watched>,
     layers: &Layers,
-    place: &OpenPlace,
+    place: OpenPlace<'_>,
     path: &RootfsPath,
     stat: Stat,
-) -> io::Result<Found> {
+) -> io::Result<Look> {
     if stat.is_whiteout_device() {
-        return Ok(Found::Whiteout);
+        return Ok(Look::Found(Found::Whiteout));
     }
     let OpenPlace { directory, holds_file_whiteouts, in_image } = place;
     let is_sensitive = shared.is_sensitive(watched, path);
-    let max_hash_bytes = shared.settings.max_hash_bytes;
-    let below = |is_program| {
-        let twins = in_image.then_some(&shared.lower_twins)?;
-        twins.find(layers, path, is_program, max_hash_bytes)
+    let mut reading = EntryReading {
+        watched: watched.clone(),
+        path: path.clone(),
+        stat,
+        in_image,
+        is_sensitive,
+        stage: Stage::Over,
     };
     match stat.file_type {
-        FileType::Directory => return Ok(Found::Directory),
+        FileType::Directory => return Ok(Look::Found(Found::Directory)),
         FileType::Regular => (),
         FileType::Symlink if is_sensitive || shared.leads_to_sensitive(watched, path) => {
             let target = rustix::fs::readlinkat(directory, path.file_name(), Vec::new())?;
             ways::note_link(shared, watched, path, target.as_bytes());
             let state = state::of_link(&stat, target.as_bytes());
-            return Ok(Found::Entry { stat, state, lower: below(false) });
+            return Ok(reading.look_below(shared, state, false));
         }
         // Where the image has a program, it matters that this is none.
         FileType::Symlink
         | FileType::CharDevice
         | FileType::BlockDevice
         | FileType::Fifo
-        | FileType::Socket => {
-            return Ok(Found::Entry { stat, state: state::unopened(&stat), lower: below(false) });
-        }
+        | FileType::Socket => return Ok(reading.look_below(shared, state::unopened(&stat), false)),
     }
     let (fd, stat) = file::open_file_beneath(directory, path.file_name())?;
     if !stat.is_regular() {
         // Exchanged since we looked; the next look will see what it is by then.
-        return Ok(Found::Entry { stat, state: state::unopened(&stat), lower: None });
+        let state = state::unopened(&stat);
+        return Ok(Look::Found(Found::Entry { stat, state, lower: None }));
     }
     let user = layers.userxattr;
-    if *holds_file_whiteouts && stat.size == 0 && overlay::is_file_whiteout(&fd, user)? {
-        return Ok(Found::Whiteout);
+    if holds_file_whiteouts && stat.size == 0 && overlay::is_file_whiteout(&fd, user)? {
+        return Ok(Look::Found(Found::Whiteout));
     }
-    let hashing = if is_sensitive { Hashing::Always } else { Hashing::Programs };
-    // A large file is not what a stop waits for.
-    let state_of = |file: &OwnedFd| {
-        let is_wanted = || !shared.is_stopping();
-        state::while_wanted(file.as_fd(), &stat, hashing, max_hash_bytes, &is_wanted)
-            .ok_or(io::ErrorKind::Interrupted)
-    };
-    let state = if overlay::is_metacopy(&fd, user)? {
+    reading.stat = stat;
+    let content = if overlay::is_metacopy(&fd, user)? {
         // The content is in a layer below. The merged view knows where; once the
         // container has ended there is none.
-        let merged = open_merged(watched, path).ok().and_then(|content| {
+        match open_merged(watched, path) {
             // Open, it keeps the container's mount busy.
-            let is_wanted = || !watched.is_detaching() && !shared.is_stopping();
-            state::while_wanted(content.as_fd(), &stat, hashing, max_hash_bytes, &is_wanted)
-        });
-        let state = match merged {
-            Some(state) => Some(state),
-            None => open_below(layers, path, &fd).map(|content| state_of(&content)).transpose()?,
-        };
-        match state {
-            Some(state) => {
-                // The attributes are the upper file's.
-                let capability = file::xattr(&fd, "security.capability").unwrap_or(None);
-                FileState { capability, ..state }
-            }
-            None => state::unopened(&stat),
+            Ok(merged) => Stored::Merged { merged: Held::new(watched, merged), upper: fd },
+            Err(_) => Stored::below(layers, path, fd),
         }
     } else {
-        state_of(&fd)?
+        Stored::Own(fd)
     };
-    let is_program = lower::looks_like_program(state.format, state.mode) || is_sensitive;
-    Ok(Found::Entry { stat, state, lower: below(is_program) })
+    Ok(reading.begin(shared, content))
+}
+
+/// Where the content of an upper layer's file lies.
+enum Stored {
+    Own(OwnedFd),
+    /// Seen as the container does. Its descriptor must not be kept when that ends.
+    Merged {
+        merged: Held,
+        upper: OwnedFd,
+    },
+    Below {
+        below: OwnedFd,
+        upper: OwnedFd,
+    },
+    Nowhere,
+}
+
+impl Stored {
+    fn below(layers: &Layers, path: &RootfsPath, upper: OwnedFd) -> Stored {
+        match open_below(layers, path, &upper) {
+            Some(below) => Stored::Below { below, upper },
+            None => Stored::Nowhere,
+        }
+    }
+
+    /// The file whose attributes count, if its content is another one's.
+    fn upper(&self) -> Option<&OwnedFd> {
+        match self {
+            Stored::Merged { upper, .. } | Stored::Below { upper, .. } => Some(upper),
+            Stored::Own(_) | Stored::Nowhere => None,
+        }
+    }
+}
+
+/// A file of an upper layer that is being read, and then the one that it hides. It
+/// can be put aside at any time.
+struct EntryReading {
+    watched: Arc<Watched>,
+    path: RootfsPath,
+    stat: Stat,
+    in_image: bool,
+    is_sensitive: bool,
+    stage: Stage,
+}
+
+enum Stage {
+    Content(Stored, Box<Reading>),
+    Twin(FileState, Box<TwinReading>),
+    Over,
+}
+
+impl EntryReading {
+    fn begin(mut self, shared: &Shared, stored: Stored) -> Look {
+        let which = if self.is_sensitive { Which::Always } else { Which::Programs };
+        let max_hash_bytes = shared.settings.max_hash_bytes;
+        let begin = |fd: BorrowedFd<'_>| Reading::begin(fd, &self.stat, which, max_hash_bytes);
+        let begun = match &stored {
+            Stored::Own(fd) | Stored::Below { below: fd, .. } => begin(fd.as_fd()),
+            Stored::Merged { merged, .. } => match merged.take() {
+                Left::Open(fd) => {
+                    let begun = begin(fd.as_fd());
+                    merged.give_back(&self.watched, fd);
+                    begun
+                }
+                Left::Name(_) | Left::Copy(_) => return self.begin_below(shared, stored),
+            },
+            Stored::Nowhere => Begun::Known(state::unopened(&self.stat)),
+        };
+        match begun {
+            Begun::Known(state) => self.has(shared, &stored, state),
+            Begun::Reads(reading) => {
+                self.stage = Stage::Content(stored, Box::new(reading));
+                Look::Reading(Box::new(self))
+            }
+        }
+    }
+
+    /// The container has ended: there is no merged view any more.
+    fn begin_below(self, shared: &Shared, stored: Stored) -> Look {
+        let stored = match (stored, self.watched.layers()) {
+            (Stored::Merged { upper, .. }, Some(layers)) => {
+                Stored::below(layers, &self.path, upper)
+            }
+            _ => Stored::Nowhere,
+        };
+        self.begin(shared, stored)
+    }
+
+    /// Its content is known.
+    fn has(self, shared: &Shared, stored: &Stored, state: FileState) -> Look {
+        // The attributes are the upper file's.
+        let state = match stored.upper() {
+            Some(upper) => FileState {
+                capability: file::xattr(upper, "security.capability").unwrap_or(None),
+                ..state
+            },
+            None => state,
+        };
+        let is_program = lower::looks_like_program(state.format, state.mode) || self.is_sensitive;
+        self.look_below(shared, state, is_program)
+    }
+
+    fn look_below(mut self, shared: &Shared, state: FileState, is_program: bool) -> Look {
+        let stat = self.stat;
+        let max_hash_bytes = shared.settings.max_hash_bytes;
+        let finding = match self.watched.layers() {
+            Some(layers) if self.in_image => {
+                shared.lower_twins.begin(layers, &self.path, is_program, max_hash_bytes)
+            }
+            Some(_) | None => Finding::Known(None),
+        };
+        match finding {
+            Finding::Known(lower) => Look::Found(Found::Entry { stat, state, lower }),
+            Finding::Reads(twin) => {
+                self.stage = Stage::Twin(state, twin);
+                Look::Reading(Box::new(self))
+            }
+        }
+    }
+
+    /// Reads a little more. `None`: there is more to read.
+    fn step(self: &mut Box<Self>, shared: &Shared, slice: &mut Slice) -> Option<Found> {
+        let look = match std::mem::replace(&mut self.stage, Stage::Over) {
+            Stage::Content(stored, mut reading) => {
+                let before = reading.cost();
+                let state = match &stored {
+                    Stored::Own(fd) | Stored::Below { below: fd, .. } => {
+                        reading.step(fd.as_fd(), state::SLICE)
+                    }
+                    Stored::Merged { merged, .. } => match merged.take() {
+                        Left::Open(fd) => {
+                            let state = reading.step(fd.as_fd(), state::SLICE);
+                            merged.give_back(&self.watched, fd);
+                            state
+                        }
+                        Left::Name(_) | Left::Copy(_) => {
+                            return self.goes_on(|entry| entry.begin_below(shared, stored));
+                        }
+                    },
+                    Stored::Nowhere => Some(state::unopened(&self.stat)),
+                };
+                slice.bytes += reading.cost() - before;
+                let Some(state) = state else {
+                    self.stage = Stage::Content(stored, reading);
+                    return None;
+                };
+                return self.goes_on(|entry| entry.has(shared, &stored, state));
+            }
+            Stage::Twin(state, mut twin) => {
+                let before = twin.cost();
+                let lower = twin.step(&shared.lower_twins, state::SLICE);
+                slice.bytes += twin.cost() - before;
+                match lower {
+                    Some(lower) => Found::Entry { stat: self.stat, state, lower },
+                    None => {
+                        self.stage = Stage::Twin(state, twin);
+                        return None;
+                    }
+                }
+            }
+            Stage::Over => {
+                let state = state::unopened(&self.stat);
+                Found::Entry { stat: self.stat, state, lower: None }
+            }
+        };
+        Some(look)
+    }
+
+    fn goes_on(self: &mut Box<Self>, next: impl FnOnce(EntryReading) -> Look) -> Option<Found> {
+        let EntryReading { stat, in_image, is_sensitive, .. } = **self;
+        let (watched, path) = (self.watched.clone(), self.path.clone());
+        let stage = Stage::Over;
+        match next(EntryReading { watched, path, stat, in_image, is_sensitive, stage }) {
+            Look::Found(found) => Some(found),
+            Look::Reading(reading) => {
+                *self = reading;
+                None
+            }
+        }
+    }
 }
 
 /// Opens the content of a metadata-only copy where the layers have it.
@@ -565,12 +1021,13 @@ enum Extent {
     Below,
 }
 
-/// One walk of one upperdir.
-struct Walk<'a> {
-    shared: &'a Shared,
-    watched: &'a Arc<Watched>,
+/// One walk of one upperdir, depth first. It can be put aside at any time.
+struct Walk {
+    watched: Arc<Watched>,
     ticket: Option<u64>,
     extent: Extent,
+    /// Somebody waits for it.
+    is_urgent: bool,
     /// Files that have not settled are left to who looks at them then.
     leaves_settling: bool,
     writers: HashMap<RootfsPath, Arc<Process>>,
@@ -580,47 +1037,100 @@ struct Walk<'a> {
     batch: Vec<Observation>,
     /// The first reason for which the walk is not complete.
     problem: Option<String>,
-    since_look: usize,
+    began: Timestamp,
+    /// What it has taken of a processor.
+    cost: Duration,
+    /// The directories that it is in. One descriptor for each is open.
+    directories: Vec<Directory>,
+    reading: Option<WalkedFile>,
 }
 
-impl Walk<'_> {
-    fn run(&mut self, layers: &Layers) -> Result<(), Interrupted> {
-        match file::open_directory(&layers.dirs.upperdir) {
-            Ok(upper) => self.directory(layers, upper, &RootfsPath::root(), 0, true)?,
-            Err(err) => self.note(format!(
-                "cannot open the upperdir {}: {err}",
-                layers.dirs.upperdir.display()
-            )),
+/// A directory that is being walked.
+struct Directory {
+    entries: Dir,
+    path: RootfsPath,
+    depth: usize,
+    holds_file_whiteouts: bool,
+    in_image: bool,
+    /// Names of the layers below that it hides, if it is opaque.
+    hidden: std::vec::IntoIter<Vec<u8>>,
+}
+
+/// A file that a walk has come to and that is being read.
+struct WalkedFile {
+    path: RootfsPath,
+    is_stable: bool,
+    reading: Box<EntryReading>,
+}
+
+impl Walk {
+    fn new(watched: &Arc<Watched>, extent: Extent, is_urgent: bool) -> Walk {
+        Walk {
+            watched: watched.clone(),
+            ticket: None,
+            extent,
+            is_urgent,
+            leaves_settling: true,
+            writers: HashMap::new(),
+            known: Cache::new(),
+            seen: Cache::new(),
+            batch: Vec::new(),
+            problem: None,
+            began: Timestamp::now(),
+            cost: Duration::ZERO,
+            directories: Vec::new(),
+            reading: None,
         }
-        self.flush()
     }
 
-    /// Walks one directory.
-    fn below(&mut self, layers: &Layers, path: &RootfsPath) -> Result<(), Interrupted> {
+    /// A walk of a directory that is new or was moved: listens to everything below it,
+    /// and tells what it holds.
+    fn below(shared: &Shared, watched: &Arc<Watched>, path: &RootfsPath) -> Option<Walk> {
+        let layers = watched.layers()?;
+        let mut walk = Walk::new(watched, Extent::Below, true);
         let opened = file::open_directory(&layers.dirs.upperdir)
             .and_then(|upper| file::open_directory_beneath(&upper, path.relative()));
         match opened {
             Ok(directory) => {
                 let depth = path.as_bytes().iter().filter(|&&byte| byte == b'/').count();
                 let in_image = lower::holds(layers, path);
-                self.directory(layers, directory, path, depth, in_image)?;
+                walk.enter(shared, layers, directory, path.clone(), depth, in_image);
             }
             // Gone again, which is told too.
-            Err(err) => self.note(format!("cannot open {path}: {err}")),
+            Err(err) => walk.note(format!("cannot open {path}: {err}")),
         }
-        self.flush()
+        Some(walk)
+    }
+
+    fn open_root(&mut self, shared: &Shared) {
+        let watched = self.watched.clone();
+        let Some(layers) = watched.layers() else {
+            return self.note("the upperdir is not known".into());
+        };
+        match file::open_directory(&layers.dirs.upperdir) {
+            Ok(upper) => self.enter(shared, layers, upper, RootfsPath::root(), 0, true),
+            Err(err) => self.note(format!(
+                "cannot open the upperdir {}: {err}",
+                layers.dirs.upperdir.display()
+            )),
+        }
+    }
+
+    /// How many directories it holds open.
+    fn open(&self) -> usize {
+        self.directories.len()
     }
 
     /// Listens to a directory before it is listed, or no more.
-    fn listen(&mut self, path: &RootfsPath, directory: &OwnedFd) {
-        let names = &self.shared.names;
+    fn listen(&mut self, shared: &Shared, path: &RootfsPath, directory: &OwnedFd) {
+        let names = &shared.names;
         if self.extent == Extent::Last {
-            names.unlisten(directory, &self.shared.attachments);
-            self.shared.closings.unlisten(directory);
+            names.unlisten(directory, &shared.attachments);
+            shared.closings.unlisten(directory);
             return;
         }
-        self.shared.closings.listen(directory);
-        let (failure, why) = match names.listen(self.watched, path, directory) {
+        shared.closings.listen(directory);
+        let (failure, why) = match names.listen(&self.watched, path, directory) {
             Ok(()) | Err(Deaf::Missing | Deaf::Full(false) | Deaf::Refused(_, false)) => return,
             Err(Deaf::Full(true)) => {
                 (Failure::NamesFull, "its upper layer has too many directories".to_owned())
@@ -628,105 +1138,141 @@ impl Walk<'_> {
             Err(Deaf::Refused(err, true)) => (Failure::MarkRefused, format!("{path}: {err}")),
         };
         let detail = format!("not every directory can be listened to, sweeps do the rest: {why}");
-        self.shared.degrade(failure, Some(self.watched), &detail);
+        shared.degrade(failure, Some(&self.watched), &detail);
     }
 
     fn note(&mut self, problem: String) {
         self.problem.get_or_insert(problem);
     }
 
-    /// Walks an open directory, depth first. One descriptor per level is open.
-    fn directory(
+    /// Goes on with everything in a directory.
+    fn enter(
         &mut self,
+        shared: &Shared,
         layers: &Layers,
         directory: OwnedFd,
-        path: &RootfsPath,
+        path: RootfsPath,
         depth: usize,
         in_image: bool,
-    ) -> Result<(), Interrupted> {
-        self.listen(path, &directory);
+    ) {
+        self.listen(shared, &path, &directory);
         let opacity = overlay::opacity(&directory, layers.userxattr).unwrap_or_else(|err| {
             self.note(format!("cannot tell what {path} hides: {err}"));
             Opacity::Transparent
         });
+        let mut hidden = Vec::new();
         if opacity == Opacity::Opaque {
-            self.hidden(layers, &directory, path)?;
-        }
-        let entries = match Dir::read_from(&directory) {
-            Ok(entries) => entries,
-            Err(err) => {
-                self.note(format!("cannot list {path}: {err}"));
-                return Ok(());
-            }
-        };
-        let holds_file_whiteouts = opacity == Opacity::HoldsFileWhiteouts;
-        let place = OpenPlace { directory, holds_file_whiteouts, in_image };
-        for listed in entries {
-            self.look_around()?;
-            let listed = match listed {
-                Ok(listed) => listed,
-                Err(err) => {
-                    self.note(format!("cannot list all of {path}: {err}"));
-                    break;
-                }
-            };
-            let name = listed.file_name().to_bytes();
-            if matches!(name, b"." | b"..") {
-                continue;
-            }
-            let Ok(child) = path.join(name) else { continue };
-            if child.as_bytes().len() > MAX_PATH {
-                self.note(format!("{path} holds paths of more than {MAX_PATH} bytes"));
-                continue;
-            }
-            // An entry that vanishes between listing and looking is no error.
-            match file::stat_at(&place.directory, listed.file_name()) {
-                Ok(stat) if stat.file_type == FileType::Directory => {
-                    if depth >= MAX_DEPTH {
-                        self.note(format!("{child} is more than {MAX_DEPTH} directories deep"));
-                        continue;
-                    }
-                    match file::open_directory_beneath(&place.directory, name) {
-                        Ok(fd) => {
-                            let in_image = place.in_image && lower::holds(layers, &child);
-                            self.directory(layers, fd, &child, depth + 1, in_image)?;
-                        }
-                        Err(err) if is_gone(&err) => (),
-                        Err(err) => self.note(format!("cannot open {child}: {err}")),
-                    }
-                }
-                Ok(stat) => {
-                    if stat.is_regular() && layers.note_birth(&stat) {
-                        let detail = format!("{child} looks older than the layer that holds it");
-                        self.shared.lose(Failure::ClockSet, Some(self.watched), &detail);
-                    }
-                    self.entry(layers, &place, child, stat)?;
-                }
-                Err(err) if is_gone(&err) => (),
-                Err(err) => self.note(format!("cannot look at {child}: {err}")),
+            match lower::names_in(layers, &path) {
+                LowerNames::NotADirectory => self.absent(shared, path.clone()),
+                LowerNames::Names(names) => hidden = names.into_iter().collect(),
             }
         }
-        Ok(())
+        match Dir::new(directory) {
+            Ok(entries) => self.directories.push(Directory {
+                entries,
+                path,
+                depth,
+                holds_file_whiteouts: opacity == Opacity::HoldsFileWhiteouts,
+                in_image,
+                hidden: hidden.into_iter(),
+            }),
+            Err(err) => self.note(format!("cannot list {path}: {err}")),
+        }
     }
 
-    fn entry(
-        &mut self,
-        layers: &Layers,
-        place: &OpenPlace,
-        path: RootfsPath,
-        stat: Stat,
-    ) -> Result<(), Interrupted> {
+    /// Goes on for a slice; true when it is done.
+    fn step(&mut self, shared: &Shared, slice: &mut Slice) -> Result<bool, Interrupted> {
+        let watched = self.watched.clone();
+        let Some(layers) = watched.layers() else { return Ok(true) };
+        while !slice.is_over() {
+            if shared.is_stopping() {
+                return Err(Interrupted);
+            }
+            if self.batch.len() >= BATCH {
+                self.flush(shared)?;
+            }
+            if let Some(WalkedFile { path, is_stable, mut reading }) = self.reading.take() {
+                match reading.step(shared, slice) {
+                    None => self.reading = Some(WalkedFile { path, is_stable, reading }),
+                    Some(found) => self.found(shared, path, found, is_stable),
+                }
+                continue;
+            }
+            let Some(directory) = self.directories.last_mut() else {
+                self.flush(shared)?;
+                return Ok(true);
+            };
+            if let Some(name) = directory.hidden.next() {
+                let path = directory.hides(&name);
+                if let Some(path) = path {
+                    self.absent(shared, path);
+                }
+                continue;
+            }
+            match directory.entries.next() {
+                None => drop(self.directories.pop()),
+                Some(Ok(listed)) => self.listed(shared, layers, listed.file_name()),
+                Some(Err(err)) => {
+                    let problem = format!("cannot list all of {}: {err}", directory.path);
+                    self.note(problem);
+                    self.directories.pop();
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Looks at one name in the directory that the walk is in.
+    fn listed(&mut self, shared: &Shared, layers: &Layers, name: &CStr) {
+        let Some(directory) = self.directories.last() else { return };
+        if matches!(name.to_bytes(), b"." | b"..") {
+            return;
+        }
+        let Ok(child) = directory.path.join(name.to_bytes()) else { return };
+        let (depth, in_image) = (directory.depth, directory.in_image);
+        if child.as_bytes().len() > MAX_PATH {
+            let problem = format!("{} holds paths of more than {MAX_PATH} bytes", directory.path);
+            return self.note(problem);
+        }
+        let opened = directory.open();
+        // An entry that vanishes between listing and looking is no error.
+        match opened.and_then(|place| Ok((place, file::stat_at(place.directory, name)?))) {
+            Ok((place, stat)) if stat.file_type == FileType::Directory => {
+                if depth >= MAX_DEPTH {
+                    return self.note(format!("{child} is more than {MAX_DEPTH} directories deep"));
+                }
+                match file::open_directory_beneath(place.directory, name.to_bytes()) {
+                    Ok(fd) => {
+                        let in_image = in_image && lower::holds(layers, &child);
+                        self.enter(shared, layers, fd, child, depth + 1, in_image);
+                    }
+                    Err(err) if is_gone(&err) => (),
+                    Err(err) => self.note(format!("cannot open {child}: {err}")),
+                }
+            }
+            Ok((_, stat)) => {
+                if stat.is_regular() && layers.note_birth(&stat) {
+                    let detail = format!("{child} looks older than the layer that holds it");
+                    shared.lose(Failure::ClockSet, Some(&self.watched), &detail);
+                }
+                self.entry(shared, layers, child, stat);
+            }
+            Err(err) if is_gone(&err) => (),
+            Err(err) => self.note(format!("cannot look at {child}: {err}")),
+        }
+    }
+
+    fn entry(&mut self, shared: &Shared, layers: &Layers, path: RootfsPath, stat: Stat) {
         if self.leaves_settling {
             // It is looked at when it has settled, and told with who wrote it.
-            if self.shared.is_dirty(&self.watched.container, &path) {
-                return Ok(());
+            if shared.is_dirty(&self.watched.container, &path) {
+                return;
             }
             // Its event may still be on its way. Where its change lies ahead, no waiting
             // would make it older.
-            let is_young = stat.age().is_some_and(|age| age < self.shared.settings.settle);
+            let is_young = stat.age().is_some_and(|age| age < shared.settings.settle);
             if self.extent != Extent::Last && is_young {
-                self.shared.mark_dirty(self.watched, path, Source::Scan, None);
-                return Ok(());
+                return shared.mark_dirty(&self.watched, path, Source::Scan, None);
             }
         }
         let is_whole = |cached: &Cached| {
@@ -734,12 +1280,12 @@ impl Walk<'_> {
             // A link is looked at each time: where it leads is not remembered with it.
             match cached.state.file_type {
                 FileType::Symlink => {
-                    !self.shared.leads_to_sensitive(self.watched, &path)
-                        && !self.shared.is_sensitive(self.watched, &path)
+                    !shared.leads_to_sensitive(&self.watched, &path)
+                        && !shared.is_sensitive(&self.watched, &path)
                 }
                 _ => {
                     cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
-                        || !self.shared.is_sensitive(self.watched, &path)
+                        || !shared.is_sensitive(&self.watched, &path)
                 }
             }
         };
@@ -747,97 +1293,73 @@ impl Walk<'_> {
             && cached.stat == stat
             && is_whole(&cached)
         {
-            return self.present(path, cached, true);
+            return self.present(shared, path, cached, true);
         }
         let is_stable = is_stable(&stat);
-        match entry(self.shared, self.watched, layers, place, &path, stat) {
-            Ok(Found::Entry { stat, state, lower }) => {
-                self.present(path, Cached { stat, state, lower }, is_stable)
+        let Some(directory) = self.directories.last() else { return };
+        let looked = directory
+            .open()
+            .and_then(|place| entry(shared, &self.watched, layers, place, &path, stat));
+        match looked {
+            Ok(Look::Reading(reading)) => {
+                self.reading = Some(WalkedFile { path, is_stable, reading });
             }
-            Ok(Found::Whiteout) => self.absent(path),
-            Ok(Found::Directory) => Ok(()),
-            Err(_) if self.shared.is_stopping() => Err(Interrupted),
-            Err(err) if is_gone(&err) => Ok(()),
+            Ok(Look::Found(found)) => self.found(shared, path, found, is_stable),
+            Err(err) if is_gone(&err) => (),
             Err(err) => {
                 self.note(format!("cannot read {path}: {err}"));
                 let state = state::unopened(&stat);
-                self.present(path, Cached { stat, state, lower: None }, false)
+                self.present(shared, path, Cached { stat, state, lower: None }, false);
             }
         }
     }
 
-    fn present(
-        &mut self,
-        path: RootfsPath,
-        cached: Cached,
-        is_stable: bool,
-    ) -> Result<(), Interrupted> {
+    fn found(&mut self, shared: &Shared, path: RootfsPath, found: Found, is_stable: bool) {
+        match found {
+            Found::Entry { stat, state, lower } => {
+                self.present(shared, path, Cached { stat, state, lower }, is_stable);
+            }
+            Found::Whiteout => self.absent(shared, path),
+            Found::Directory => (),
+        }
+    }
+
+    fn present(&mut self, shared: &Shared, path: RootfsPath, cached: Cached, is_stable: bool) {
         let Cached { state, lower, .. } = &cached;
         if self.extent == Extent::Below
-            && !matters(self.shared, self.watched, &path, state, lower.as_ref())
+            && !matters(shared, &self.watched, &path, state, lower.as_ref())
         {
-            return Ok(());
+            return;
         }
-        let writer = self.writer(&path);
-        let writer = writer.or_else(|| self.shared.last_writer(self.watched, &cached.stat));
+        let writer = self.writer(shared, &path);
+        let writer = writer.or_else(|| shared.last_writer(&self.watched, &cached.stat));
         let Cached { stat, state, lower } = cached;
         // What could not be read is tried again next time.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
         if is_known && is_stable && self.seen.len() < MAX_CACHED {
             self.seen.insert(path.clone(), Cached { stat, state: state.clone(), lower });
         }
-        self.push(Fact::Present { path, state, lower, writer })
+        self.push(shared, Fact::Present { path, state, lower, writer });
     }
 
-    fn absent(&mut self, path: RootfsPath) -> Result<(), Interrupted> {
-        let writer = self.writer(&path);
-        self.push(Fact::Absent { path, writer })
+    fn absent(&mut self, shared: &Shared, path: RootfsPath) {
+        let writer = self.writer(shared, &path);
+        self.push(shared, Fact::Absent { path, writer });
     }
 
     /// Who changed a path that has not settled yet: what is found here is told, and
     /// would be told without its writer.
-    fn writer(&mut self, path: &RootfsPath) -> Option<Arc<Process>> {
+    fn writer(&mut self, shared: &Shared, path: &RootfsPath) -> Option<Arc<Process>> {
         let known = self.writers.remove(path);
-        known.or_else(|| self.shared.writer_of(self.watched, path))
+        known.or_else(|| shared.writer_of(&self.watched, path))
     }
 
-    /// What an opaque directory hides of the layers below it.
-    fn hidden(
-        &mut self,
-        layers: &Layers,
-        directory: &OwnedFd,
-        path: &RootfsPath,
-    ) -> Result<(), Interrupted> {
-        match lower::names_in(layers, path) {
-            LowerNames::NotADirectory => self.absent(path.clone()),
-            LowerNames::Names(names) => {
-                for name in names {
-                    self.look_around()?;
-                    let is_in_upper = match file::stat_at(directory, name.as_slice()) {
-                        // A whiteout is reported when the walk comes to it.
-                        Ok(_) => true,
-                        Err(err) => !is_gone(&err),
-                    };
-                    if is_in_upper {
-                        continue;
-                    }
-                    if let Ok(path) = path.join(&name) {
-                        self.absent(path)?;
-                    }
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn push(&mut self, fact: Fact) -> Result<(), Interrupted> {
-        let observation =
-            self.shared.observation(self.watched, Timestamp::now(), Source::Scan, fact);
+    fn push(&mut self, shared: &Shared, fact: Fact) {
+        let observation = shared.observation(&self.watched, Timestamp::now(), Source::Scan, fact);
         self.batch.push(observation);
-        if self.batch.len() >= BATCH { self.flush() } else { Ok(()) }
     }
 
-    fn flush(&mut self) -> Result<(), Interrupted> {
+    fn flush(&mut self, shared: &Shared) -> Result<(), Interrupted> {
         if self.batch.is_empty() {
             return Ok(());
         }
@@ -846,24 +1368,21 @@ impl Walk<'_> {
             ticket: self.ticket,
             observations: std::mem::take(&mut self.batch),
         };
-        if self.shared.report_patiently(report) { Ok(()) } else { Err(Interrupted) }
+        if shared.report_patiently(report) { Ok(()) } else { Err(Interrupted) }
+    }
+}
+
+impl Directory {
+    fn open(&self) -> io::Result<OpenPlace<'_>> {
+        let Directory { holds_file_whiteouts, in_image, .. } = *self;
+        Ok(OpenPlace { directory: self.entries.fd()?, holds_file_whiteouts, in_image })
     }
 
-    /// A long walk must not keep settled files, or the end, waiting.
-    fn look_around(&mut self) -> Result<(), Interrupted> {
-        threads::beat();
-        self.since_look += 1;
-        if self.since_look >= 64 {
-            self.since_look = 0;
-            if self.shared.is_stopping() {
-                return Err(Interrupted);
-            }
-            // A new directory is walked by who looks at what has settled.
-            if self.extent != Extent::Below {
-                settle(self.shared);
-            }
-        }
-        Ok(())
+    /// The path of a name in the layers below, if this directory hides it.
+    fn hides(&self, name: &[u8]) -> Option<RootfsPath> {
+        // A whiteout is reported when the walk comes to it.
+        let stat = self.open().and_then(|place| file::stat_at(place.directory, name));
+        if stat.is_err_and(|err| is_gone(&err)) { self.path.join(name).ok() } else { None }
     }
 }
 
@@ -876,4 +1395,41 @@ fn is_stable(stat: &Stat) -> bool {
     let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else { return false };
     let Ok(changed) = u64::try_from(stat.changed.seconds) else { return true };
     now.as_secs() >= changed.saturating_add(STABLE_AFTER.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::files::some_container;
+
+    const CLOSED: Allowed = Allowed { urgent: false, sweeps: false, begin: true };
+    const URGENT: Allowed = Allowed { urgent: true, ..CLOSED };
+    const SWEEPS: Allowed = Allowed { sweeps: true, ..CLOSED };
+
+    #[track_caller]
+    fn check(work: &Work, expected: [bool; 3]) {
+        let ready = [CLOSED, URGENT, SWEEPS].map(|allowed| work.is_ready(allowed));
+        assert_eq!(ready, expected, "closed, urgent, sweeps");
+        // However much waits, no walk begins where too many directories are open.
+        let begins = work.walk.is_none() && !work.settles();
+        assert!(!begins || !work.is_ready(Allowed { begin: false, ..URGENT }));
+    }
+
+    #[test]
+    fn w14_sweeps_wait_for_their_pace_and_nothing_else_does() {
+        let watched = Arc::new(some_container(1));
+        let due = |is_urgent| Some(Due { watched: watched.clone(), is_urgent });
+        check(&Work::default(), [false; 3]);
+        check(&Work { due: due(false), ..Work::default() }, [false, false, true]);
+        check(&Work { due: due(true), ..Work::default() }, [false, true, false]);
+        check(&Work { has_settled: true, ..Work::default() }, [false, true, false]);
+        let order = Order::Scan { watched: watched.clone(), ticket: Some(1) };
+        check(&Work { orders: [order].into(), ..Work::default() }, [false, true, false]);
+        let walk = |is_urgent| Some(Walk::new(&watched, Extent::All, is_urgent));
+        let mut work = Work { walk: walk(false), due: due(true), ..Work::default() };
+        check(&work, [false, false, true]);
+        // What a sweep does not make up for is not to wait for its end.
+        work.hurry();
+        check(&work, [false, true, false]);
+    }
 }

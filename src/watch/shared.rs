@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender, TrySendError};
 use jiff::Timestamp;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
@@ -19,6 +19,7 @@ use super::attachments::Attachments;
 use super::calls::Calls;
 use super::closings::Closings;
 use super::code::Hashed;
+use super::fair::{self, Owned, Pace, Waits};
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::{Births, Packages};
@@ -28,7 +29,7 @@ use super::table::{Table, Watched};
 use super::terminals::Terminals;
 use super::writers::{Named, Writer, Writers};
 use crate::config;
-use crate::health::{Failure, Health};
+use crate::health::{Backlog, Failure, Health};
 use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
 use crate::sys::file;
 use crate::threads;
@@ -57,6 +58,10 @@ pub(super) struct Shared {
     pub(super) terminals: Terminals,
     reports: Sender<Box<Report>>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
+    /// Where executions and code wait for a thread.
+    stages: OnceLock<Vec<(&'static str, Arc<dyn Waits>)>>,
+    /// What reading and walking may take of the processors, for all containers.
+    pace: Mutex<Pace>,
     sessions: Mutex<Sessions>,
     roots: Mutex<Roots>,
     acts: Sender<Box<Act>>,
@@ -103,8 +108,16 @@ pub(super) struct Arming {
 /// walked. One container's flood takes nothing from another.
 const MAX_DIRTY_PATHS: usize = 4 * 1024;
 
-/// How many paths of one container are looked at before it is another's turn.
-const TURN: usize = 32;
+/// How many paths of one container are taken at once.
+const TAKEN: usize = 32;
+
+/// Changed files that have settled and wait to be looked at.
+const SETTLED: &str = "settled";
+
+/// Reading large files and walking takes at most one processor in so many, when what
+/// it saved up is used.
+const PART: u32 = 2;
+const BURST: Duration = Duration::from_secs(2);
 
 /// Losses that wait for room in the pipeline.
 const MAX_UNSENT_LOSSES: usize = 1024;
@@ -125,13 +138,23 @@ struct Dirty {
     sweep: Option<Instant>,
 }
 
-pub(super) struct DirtyPath {
-    pub(super) watched: Arc<Watched>,
-    pub(super) writer: Option<Writer>,
+struct DirtyPath {
+    watched: Arc<Watched>,
+    writer: Option<Writer>,
     /// `Change` if it was written, `Scan` if it was only executed.
-    pub(super) source: Source,
+    source: Source,
     first: Instant,
     last: Instant,
+    /// Somebody is looking at it.
+    is_taken: bool,
+}
+
+/// A path that is being looked at.
+pub(super) struct Settled {
+    pub(super) path: RootfsPath,
+    pub(super) watched: Arc<Watched>,
+    pub(super) writer: Option<Writer>,
+    pub(super) source: Source,
 }
 
 impl Shared {
@@ -156,6 +179,8 @@ impl Shared {
             terminals: Terminals::new(),
             reports,
             dirty: Mutex::default(),
+            stages: OnceLock::new(),
+            pace: Mutex::new(Pace::new(PART, BURST, Instant::now())),
             sessions: Mutex::default(),
             roots: Mutex::default(),
             acts,
@@ -194,7 +219,7 @@ impl Shared {
 
     /// The next item of a thread's queue. Whoever fills it ends when the watchers do;
     /// what a stop has no more time for is counted.
-    pub(super) fn next_to_tell<T>(&self, queue: &Receiver<T>) -> Option<T> {
+    pub(super) fn next_to_tell<T: Owned>(&self, queue: &fair::Receiver<T>) -> Option<T> {
         match self.next_within(queue, Duration::MAX) {
             Next::Item(item) => Some(item),
             Next::Nothing | Next::End => None,
@@ -202,9 +227,13 @@ impl Shared {
     }
 
     /// The same, for as long as `patience`.
-    pub(super) fn next_within<T>(&self, queue: &Receiver<T>, patience: Duration) -> Next<T> {
+    pub(super) fn next_within<T: Owned>(
+        &self,
+        queue: &fair::Receiver<T>,
+        patience: Duration,
+    ) -> Next<T> {
         // A stop makes nobody wait for longer than it takes itself.
-        match threads::recv_timeout(queue, patience) {
+        match queue.recv_timeout(patience) {
             Ok(item) if self.may_tell() => Next::Item(item),
             Ok(_) => {
                 self.leave(1);
@@ -223,6 +252,54 @@ impl Shared {
     /// What was taken from queues and could not be told before the stop was over.
     pub(super) fn untold(&self) -> u64 {
         self.untold.load(Ordering::Relaxed)
+    }
+
+    /// Says where executions and code wait.
+    pub(super) fn set_stages(&self, stages: Vec<(&'static str, Arc<dyn Waits>)>) {
+        let _ = self.stages.set(stages);
+    }
+
+    /// What waits, of each container in each place, and for how long.
+    pub(super) fn backlogs(&self) -> Vec<Backlog> {
+        let now = Instant::now();
+        let stages = self.stages.get().into_iter().flatten();
+        let waiting = stages.flat_map(|(stage, waits)| {
+            waits.waiting().into_iter().map(|waiting| (*stage, waiting))
+        });
+        let settled = self.overdue(now).into_iter().map(|waiting| (SETTLED, waiting));
+        let backlog = |(stage, (container, waiting, since)): (_, fair::Waiting)| Backlog {
+            stage,
+            container: container.to_string(),
+            waiting,
+            oldest: now.saturating_duration_since(since),
+        };
+        waiting.chain(settled).map(backlog).collect()
+    }
+
+    /// Something that can wait has used the processor for so long.
+    pub(super) fn spend(&self, used: Duration) {
+        self.pace().spend(used);
+    }
+
+    /// How long what can wait has to, so that it takes no more than its part of the
+    /// processors.
+    pub(super) fn rest(&self) -> Duration {
+        self.pace().wait(Instant::now())
+    }
+
+    /// Waits for that long, or until a stop.
+    pub(super) fn keep_pace(&self) {
+        loop {
+            let rest = self.rest();
+            if rest.is_zero() || self.is_stopping() {
+                return;
+            }
+            threads::idle(|| std::thread::sleep(rest.min(Duration::from_millis(20))));
+        }
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -646,6 +723,9 @@ impl Shared {
         let mut all = self.dirty();
         let dirty = all.entry(watched.container.clone()).or_default();
         if let Some(entry) = dirty.paths.get_mut(&path) {
+            if std::mem::take(&mut entry.is_taken) {
+                entry.first = now;
+            }
             entry.last = now;
             entry.watched = watched.clone();
             entry.writer = writer.or(entry.writer.take());
@@ -653,8 +733,9 @@ impl Shared {
                 entry.source = source;
             }
         } else if dirty.paths.len() < MAX_DIRTY_PATHS {
-            let entry =
-                DirtyPath { watched: watched.clone(), writer, source, first: now, last: now };
+            let watched = watched.clone();
+            let (first, last) = (now, now);
+            let entry = DirtyPath { watched, writer, source, first, last, is_taken: false };
             dirty.paths.insert(path, entry);
         } else {
             // A walk finds it too; only who wrote it is not known any more.
@@ -693,25 +774,54 @@ impl Shared {
         .collect()
     }
 
-    /// Takes paths that have settled, or that never do; of each container as many
-    /// as are its turn. They are sorted, so that neighbours follow each other.
-    pub(super) fn take_settled(&self, now: Instant) -> Vec<(RootfsPath, DirtyPath)> {
+    /// Containers of which paths have settled, or never do: how many, and since when
+    /// the oldest is due.
+    pub(super) fn overdue(&self, now: Instant) -> Vec<fair::Waiting> {
         let settle = self.settings.settle;
         let mut all = self.dirty();
         all.retain(|_, dirty| !dirty.paths.is_empty() || dirty.sweep.is_some());
-        let mut settled = Vec::new();
-        for dirty in all.values_mut() {
-            let start = settled.len();
-            let due = dirty.paths.extract_if(|_, path| path.due(settle) <= now).take(TURN);
-            settled.extend(due);
-            settled[start..].sort_by(|(one, _), (other, _)| one.cmp(other));
-        }
-        settled
+        let overdue = all.iter().filter_map(|(container, dirty)| {
+            let due = dirty.paths.values().map(|path| path.due(settle)).filter(|due| *due <= now);
+            let (waiting, oldest) = due.fold((0, None), |(waiting, oldest), due| {
+                (waiting + 1, Some(oldest.map_or(due, |oldest: Instant| oldest.min(due))))
+            });
+            Some((container.clone(), waiting, oldest?))
+        });
+        overdue.collect()
     }
 
-    /// Takes all of one container's paths.
-    pub(super) fn take_dirty_of(&self, container: &ContainerId) -> Vec<(RootfsPath, DirtyPath)> {
-        self.dirty().remove(container).map(|dirty| dirty.paths).into_iter().flatten().collect()
+    /// Takes some paths of a container that have settled. They stay known until they
+    /// are [`done`](Self::done), and are sorted, so that neighbours follow each other.
+    pub(super) fn take_settled(&self, container: &ContainerId, now: Instant) -> Vec<Settled> {
+        let settle = self.settings.settle;
+        let mut all = self.dirty();
+        let Some(dirty) = all.get_mut(container) else { return Vec::new() };
+        let due =
+            dirty.paths.iter_mut().filter(|(_, path)| !path.is_taken && path.due(settle) <= now);
+        let taken = due.take(TAKEN).map(|(path, dirty)| {
+            dirty.is_taken = true;
+            let DirtyPath { watched, writer, source, .. } = dirty;
+            let (path, watched, writer) = (path.clone(), watched.clone(), writer.clone());
+            Settled { path, watched, writer, source: *source }
+        });
+        let mut taken: Vec<Settled> = taken.collect();
+        taken.sort_by(|one, other| one.path.cmp(&other.path));
+        taken
+    }
+
+    /// A path that was taken has been looked at. It stays if it has changed since.
+    pub(super) fn done(&self, container: &ContainerId, path: &RootfsPath) {
+        if let Some(dirty) = self.dirty().get_mut(container)
+            && dirty.paths.get(path).is_some_and(|path| path.is_taken)
+        {
+            dirty.paths.remove(path);
+        }
+    }
+
+    /// Takes all of one container's paths, with who wrote them.
+    pub(super) fn take_dirty_of(&self, container: &ContainerId) -> Vec<(RootfsPath, Writer)> {
+        let dirty = self.dirty().remove(container).map(|dirty| dirty.paths).unwrap_or_default();
+        dirty.into_iter().filter_map(|(path, dirty)| Some((path, dirty.writer?))).collect()
     }
 
     /// How many paths have not been looked at yet.
@@ -724,6 +834,7 @@ impl Shared {
         let settle = self.settings.settle;
         let all = self.dirty();
         let paths = all.values().flat_map(|dirty| dirty.paths.values());
+        let paths = paths.filter(|path| !path.is_taken);
         let sweeps = all.values().filter_map(|dirty| dirty.sweep);
         paths.map(|path| path.due(settle)).chain(sweeps).min()
     }

@@ -8,11 +8,12 @@ use super::lower::looks_like_program;
 use super::take::Copy;
 use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
 use crate::sys::file::{self, Stat};
+use crate::sys::hash::{self, Hashed, Hashes, Hashing};
 use crate::threads;
 
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hashing {
+pub(super) enum Which {
     /// It is being executed, or its path is watched: so whatever it is.
     Always,
     /// Programs, by their first bytes or their mode.
@@ -43,7 +44,7 @@ pub(super) fn unopened(stat: &Stat) -> FileState {
 pub(super) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
     let content = Content::Hashed {
         blake3: Blake3Hash(*blake3::hash(target).as_bytes()),
-        sha256: Sha256Hash(sha2::Sha256::digest(target).into()),
+        sha256: Some(Sha256Hash(sha2::Sha256::digest(target).into())),
     };
     FileState { content, ..unopened(stat) }
 }
@@ -67,7 +68,7 @@ pub(super) fn gone(deleted: bool) -> FileState {
 /// The state of a file of which there is a copy.
 pub(super) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
     let bytes = copy.bytes();
-    let file::Hashes { blake3, sha256 } = file::hash_bytes(bytes);
+    let Hashes { blake3, sha256 } = hash::hash_bytes(bytes);
     FileState {
         format: Format::sniff(&bytes[..bytes.len().min(Format::HEAD)]),
         capability: copy.capability(),
@@ -85,68 +86,179 @@ pub(super) fn of_mount() -> FileState {
     }
 }
 
-/// The state of an open file. `stat` is what its metadata is taken from, `file`
-/// its content: of a metadata-only copy they are two inodes.
+/// How much of a file is read before somebody is asked whether to go on.
+pub(super) const SLICE: u64 = 1 << 20;
+
+/// A file that is being looked into. It can be put aside at any time.
+#[derive(Debug)]
+pub(super) struct Reading {
+    state: FileState,
+    before: Stat,
+    hash: Hashing,
+    attempts: u32,
+    /// Of attempts that were given up.
+    wasted: u64,
+    max_hash_bytes: u64,
+}
+
+/// What is known of a file before its content is read.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
+pub(super) enum Begun {
+    Known(FileState),
+    Reads(Reading),
+}
+
+/// A file that changes while it is read has a hash that it never had.
+const ATTEMPTS: u32 = 3;
+
+impl Reading {
+    /// Begins to look into an open file. `stat` is what its metadata is taken from,
+    /// `file` its content: of a metadata-only copy they are two inodes.
+    pub(super) fn begin(
+        file: BorrowedFd<'_>,
+        stat: &Stat,
+        which: Which,
+        max_hash_bytes: u64,
+    ) -> Begun {
+        let mut state = unopened(stat);
+        if !stat.is_regular() {
+            return Begun::Known(state);
+        }
+        state.capability = file::xattr(file, "security.capability").unwrap_or(None);
+        let Ok(format) = file::sniff(file) else { return Begun::Known(state) };
+        state.format = format;
+        let is_wanted = which == Which::Always || looks_like_program(format, stat.mode);
+        if !is_wanted {
+            state.content = Content::Unhashed(Unhashed::NotAProgram);
+            return Begun::Known(state);
+        }
+        let Ok(before) = file::stat(file) else { return Begun::Known(state) };
+        if before.size > max_hash_bytes {
+            state.content = Content::Unhashed(Unhashed::Size);
+            return Begun::Known(state);
+        }
+        let hash = Hashing::new(max_hash_bytes);
+        Begun::Reads(Reading { state, before, hash, attempts: 1, wasted: 0, max_hash_bytes })
+    }
+
+    /// Reads on. `None`: there is more to read.
+    pub(super) fn step(&mut self, file: BorrowedFd<'_>, slice: u64) -> Option<FileState> {
+        threads::beat();
+        let content = match self.hash.step(file, slice) {
+            Ok(None) => return None,
+            Ok(Some(Hashed::TooLong)) => Content::Unhashed(Unhashed::Size),
+            Ok(Some(Hashed::Whole(hashes))) => {
+                let Hashes { blake3, sha256 } = hashes;
+                let after = file::stat(file);
+                let is_same = after.as_ref().is_ok_and(|after| {
+                    (after.modified, after.size) == (self.before.modified, self.before.size)
+                });
+                match after {
+                    Ok(_) if is_same => Content::Hashed { blake3, sha256 },
+                    Ok(after) if self.attempts < ATTEMPTS => {
+                        self.attempts += 1;
+                        self.before = after;
+                        self.wasted += self.hash.cost();
+                        self.hash = Hashing::new(self.max_hash_bytes);
+                        return None;
+                    }
+                    _ => Content::Unhashed(Unhashed::Unreadable),
+                }
+            }
+            Err(_) => Content::Unhashed(Unhashed::Unreadable),
+        };
+        Some(FileState { content, ..self.state.clone() })
+    }
+
+    /// How many bytes were read or computed so far.
+    pub(super) fn cost(&self) -> u64 {
+        self.wasted + self.hash.cost()
+    }
+}
+
+/// The state of an open file, see [`Reading::begin`].
 pub(super) fn of(
     file: BorrowedFd<'_>,
     stat: &Stat,
-    hashing: Hashing,
+    which: Which,
     max_hash_bytes: u64,
 ) -> FileState {
-    while_wanted(file, stat, hashing, max_hash_bytes, &|| true).unwrap_or_else(|| unopened(stat))
+    while_wanted(file, stat, which, max_hash_bytes, &|| true).unwrap_or_else(|| unopened(stat))
 }
 
 /// The same, given up as soon as nobody wants it any more: `None`.
 pub(super) fn while_wanted(
     file: BorrowedFd<'_>,
     stat: &Stat,
-    hashing: Hashing,
+    which: Which,
     max_hash_bytes: u64,
     is_wanted: &dyn Fn() -> bool,
 ) -> Option<FileState> {
-    let mut state = unopened(stat);
-    if !stat.is_regular() {
-        return Some(state);
-    }
-    state.capability = file::xattr(file, "security.capability").unwrap_or(None);
-    let Ok(format) = file::sniff(file) else { return Some(state) };
-    state.format = format;
-    state.content = match hashing {
-        Hashing::Programs if !looks_like_program(format, stat.mode) => {
-            Content::Unhashed(Unhashed::NotAProgram)
-        }
-        Hashing::Programs | Hashing::Always => content(file, max_hash_bytes, is_wanted)?,
+    let mut reading = match Reading::begin(file, stat, which, max_hash_bytes) {
+        Begun::Known(state) => return Some(state),
+        Begun::Reads(reading) => reading,
     };
-    Some(state)
+    loop {
+        if let Some(state) = reading.step(file, SLICE) {
+            return Some(state);
+        }
+        if !is_wanted() {
+            return None;
+        }
+    }
 }
 
-fn content(
-    file: BorrowedFd<'_>,
-    max_hash_bytes: u64,
-    is_wanted: &dyn Fn() -> bool,
-) -> Option<Content> {
-    // A file that changes while it is read has a hash that it never had.
-    // A large file is read for minutes, and each part of it is progress.
-    let is_wanted = || {
-        threads::beat();
-        is_wanted()
-    };
-    for _ in 0..3 {
-        let Ok(before) = file::stat(file) else { break };
-        if before.size > max_hash_bytes {
-            return Some(Content::Unhashed(Unhashed::Size));
-        }
-        let hashes = match file::hash_while(file, max_hash_bytes, &is_wanted) {
-            Ok(file::Hashed::Whole(hashes)) => hashes,
-            Ok(file::Hashed::TooLong) => return Some(Content::Unhashed(Unhashed::Size)),
-            Ok(file::Hashed::Unwanted) => return None,
-            Err(_) => break,
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_changes_while_it_is_put_aside_is_read_anew() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 << 20).unwrap();
+        let stat = file::stat(&file).unwrap();
+        let Begun::Reads(mut reading) = Reading::begin(file.as_fd(), &stat, Which::Always, 4 << 20)
+        else {
+            panic!("it is to be read")
         };
-        if file::stat(file)
-            .is_ok_and(|after| (after.modified, after.size) == (before.modified, before.size))
-        {
-            return Some(Content::Hashed { blake3: hashes.blake3, sha256: hashes.sha256 });
-        }
+        assert_eq!(reading.step(file.as_fd(), SLICE), None);
+        // A filesystem's clock may stand still for a moment.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        file.write_all_at(b"changed", 0).unwrap();
+        let state = loop {
+            if let Some(state) = reading.step(file.as_fd(), SLICE) {
+                break state;
+            }
+        };
+        let mut content = vec![0; 3 << 20];
+        content[..7].copy_from_slice(b"changed");
+        assert_eq!(state.blake3(), Some(Blake3Hash(*blake3::hash(&content).as_bytes())));
+        assert!(reading.cost() > 3 << 20, "what was wasted counts");
     }
-    Some(Content::Unhashed(Unhashed::Unreadable))
+
+    #[test]
+    fn a_file_that_always_changes_is_given_up() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(b"x", (2 << 20) - 1).unwrap();
+        let stat = file::stat(&file).unwrap();
+        let mut changes = 0_u32;
+        let Begun::Reads(mut reading) = Reading::begin(file.as_fd(), &stat, Which::Always, 4 << 20)
+        else {
+            panic!("it is to be read")
+        };
+        let state = loop {
+            if let Some(state) = reading.step(file.as_fd(), SLICE) {
+                break state;
+            }
+            changes += 1;
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            file.write_all_at(&changes.to_le_bytes(), 0).unwrap();
+        };
+        assert_eq!(state.content, Content::Unhashed(Unhashed::Unreadable));
+        assert!(changes <= 9, "{changes}");
+    }
 }

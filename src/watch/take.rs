@@ -11,21 +11,22 @@
 //! gate ── Execution ──> take ── Taken ──> describe ──> content
 //! ```
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::TrySendError;
 
 use super::content::{UnknownPath, event_path};
+use super::fair::{self, Owned, Receiver, Sender, Waits};
 use super::files::Left;
 use super::gate::Execution;
 use super::mounts;
 use super::shared::Shared;
 use super::writable::Look;
 use crate::health::Failure;
-use crate::model::{Filesystem, RootfsPath};
+use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::threads;
@@ -49,6 +50,12 @@ pub(super) struct Taken {
     /// What it holds may not be what it held when it was executed; `None` until it was
     /// read.
     pub(super) could_change: Option<bool>,
+}
+
+impl Owned for Taken {
+    fn owner(&self) -> &ContainerId {
+        &self.execution.watched.container
+    }
 }
 
 /// A small file's content.
@@ -118,21 +125,18 @@ pub(super) fn room() -> Arc<AtomicUsize> {
 #[derive(Clone, Debug)]
 pub(super) struct Entrance {
     arrived: Sender<Execution>,
-    held: Arc<AtomicUsize>,
+    asked: Sender<Taken>,
     taken: Sender<Taken>,
-    limit: usize,
 }
 
 impl Entrance {
     pub(super) fn len(&self) -> usize {
-        self.arrived.len() + self.held.load(Ordering::Relaxed) + self.taken.len()
+        self.arrived.len() + self.asked.len() + self.taken.len()
     }
 
+    /// Never waits. `Full` hands back what was dropped, as every fair channel does.
     #[expect(clippy::result_large_err, reason = "it is counted as a loss, and then dropped")]
     pub(super) fn try_send(&self, execution: Execution) -> Result<(), TrySendError<Execution>> {
-        if self.len() >= self.limit {
-            return Err(TrySendError::Full(execution));
-        }
         self.arrived.try_send(execution)
     }
 }
@@ -140,62 +144,73 @@ impl Entrance {
 /// The thread's own part.
 pub(super) struct Take {
     shared: Arc<Shared>,
-    taken: Sender<Taken>,
+    arrived: Receiver<Execution>,
     /// Asked about, and still to be copied.
-    waiting: VecDeque<Taken>,
-    held: Arc<AtomicUsize>,
+    asked: Sender<Taken>,
+    waiting: Receiver<Taken>,
+    taken: Sender<Taken>,
     room: Arc<AtomicUsize>,
 }
 
-/// The thread, where executions enter it, its queue, and where they leave it. No more than
-/// `limit` of them wait.
-pub(super) fn new(
-    shared: Arc<Shared>,
-    limit: usize,
-) -> (Take, Entrance, Receiver<Execution>, Receiver<Taken>) {
-    let (arrived, receive_arrived) = bounded(limit);
-    let (taken, receive_taken) = bounded(limit);
-    let held = Arc::new(AtomicUsize::new(0));
-    let entrance = Entrance { arrived, held: held.clone(), taken: taken.clone(), limit };
-    let take = Take { shared, taken, waiting: VecDeque::new(), held, room: room() };
-    (take, entrance, receive_arrived, receive_taken)
+/// The thread, where executions enter it, and where they leave it. No more than `limit`
+/// of them wait in each place.
+pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receiver<Taken>) {
+    let (arrived, receive_arrived) = fair::channel(limit);
+    let (asked, waiting) = fair::channel(limit);
+    let (taken, receive_taken) = fair::channel(limit);
+    let entrance = Entrance { arrived, asked: asked.clone(), taken: taken.clone() };
+    let take = Take { shared, arrived: receive_arrived, asked, waiting, taken, room: room() };
+    (take, entrance, receive_taken)
 }
 
 impl Take {
-    /// The same for another thread that takes this one's place.
-    pub(super) fn again(&self) -> Take {
-        let Take { shared, taken, waiting: _, held, room } = self;
-        let (shared, taken) = (shared.clone(), taken.clone());
-        let (held, room) = (held.clone(), room.clone());
-        Take { shared, taken, waiting: VecDeque::new(), held, room }
+    /// Where executions wait for this thread.
+    pub(super) fn arrived(&self) -> Receiver<Execution> {
+        self.arrived.clone()
     }
 
-    pub(super) fn run(mut self, arrived: &Receiver<Execution>) {
+    /// The same for another thread that takes this one's place.
+    pub(super) fn again(&self) -> Take {
+        Take {
+            shared: self.shared.clone(),
+            arrived: self.arrived.clone(),
+            asked: self.asked.clone(),
+            waiting: self.waiting.clone(),
+            taken: self.taken.clone(),
+            room: self.room.clone(),
+        }
+    }
+
+    pub(super) fn run(self) {
         // A file can be changed back within microseconds. Without CAP_SYS_NICE it runs
         // like the others, and is late more often.
         let _ = rustix::process::setpriority_process(None, -10);
-        let shared = self.shared.clone();
-        while let Some(execution) = shared.next_to_tell(arrived) {
+        while let Some(execution) = self.shared.next_to_tell(&self.arrived) {
             self.ask(execution);
-            self.ask_others(arrived);
-            while let Some(mut one) = self.waiting.pop_front() {
-                self.copy(&mut one, arrived);
+            self.ask_others();
+            while let Ok(mut one) = self.waiting.recv_timeout(Duration::ZERO) {
+                self.copy(&mut one);
                 one.look.release();
-                self.held.fetch_sub(1, Ordering::Relaxed);
-                self.hand_on(one);
-                self.ask_others(arrived);
+                self.hand_on(&self.taken, one);
+                self.ask_others();
             }
         }
     }
 
-    fn ask_others(&mut self, arrived: &Receiver<Execution>) {
-        threads::beat();
-        while let Some(execution) = threads::try_next(arrived) {
-            self.ask(execution);
-        }
+    /// What waits to be copied.
+    pub(super) fn waits(&self) -> Arc<dyn Waits> {
+        self.waiting.waits()
     }
 
-    fn ask(&mut self, execution: Execution) {
+    fn ask_others(&self) {
+        while let Ok(execution) = self.arrived.recv_timeout(Duration::ZERO) {
+            self.ask(execution);
+        }
+        // What is done between is not the last one's cost.
+        self.arrived.finish();
+    }
+
+    fn ask(&self, execution: Execution) {
         let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
         threads::about(&watched.container);
         let mut look = Look::default();
@@ -228,12 +243,11 @@ impl Take {
             }
             Left::Name(None) | Left::Copy(_) => Err(UnknownPath::NotAbsolute),
         };
-        self.waiting.push_back(Taken { execution, path, look, could_change: None });
-        self.held.fetch_add(1, Ordering::Relaxed);
+        self.hand_on(&self.asked, Taken { execution, path, look, could_change: None });
     }
 
     /// Copies a small file, so that it can be closed.
-    fn copy(&mut self, taken: &mut Taken, arrived: &Receiver<Execution>) {
+    fn copy(&self, taken: &mut Taken) {
         let Taken { execution, path, look, could_change } = taken;
         let Execution { watched, file, stat, .. } = execution;
         if stat.size > self.shared.settings.max_hash_bytes {
@@ -241,7 +255,7 @@ impl Take {
         }
         let Some(mut copy) = Copy::begin(&self.room, stat) else { return };
         let Left::Open(fd) = file.take() else { return };
-        if !copy.read(&fd, || self.ask_others(arrived)) {
+        if !copy.read(&fd, || self.ask_others()) {
             file.give_back(watched, fd);
             return;
         }
@@ -256,8 +270,8 @@ impl Take {
         }
     }
 
-    fn hand_on(&self, taken: Taken) {
-        match self.taken.try_send(taken) {
+    fn hand_on(&self, next: &Sender<Taken>, taken: Taken) {
+        match next.try_send(taken) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(taken)) => self.shared.lose(
                 Failure::ContentQueueFull,

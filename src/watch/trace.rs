@@ -21,10 +21,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
 use super::deeds::{self, Deed};
+use super::fair::Sender;
 use super::sessions;
 use super::shared::Shared;
 use super::table::Watched;
@@ -39,6 +40,9 @@ use crate::sys::overlay;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
 use crate::sys::procfs::{self, Handle};
 use crate::threads;
+
+/// Where all files that may wait do, a container may have so many all the same.
+const FEW_FILES: usize = 8;
 
 /// What else is made of the records, in the order of their times. It is called on
 /// the thread that reads the rings and must be quick: what it does not do at once,
@@ -911,7 +915,9 @@ impl Trace {
     }
 
     fn hand_on(&self, mut unseen: Unseen) {
-        if self.unseen.len() >= self.max_files {
+        // A container that has few waiting does not pay for another's flood.
+        let has_many = || self.unseen.len_of(&unseen.watched.container) >= FEW_FILES;
+        if self.unseen.len() >= self.max_files && has_many() {
             // It is told all the same; its content is not known.
             unseen.file = None;
             unseen.handle = None;
@@ -973,6 +979,7 @@ impl Execution<'_> {
             is_script: false,
             previous: self.previous.clone().filter(|_| is_parent_outside),
             is_parent_outside,
+            progress: None,
             file_of: self.file_of.clone(),
         }
     }

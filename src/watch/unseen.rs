@@ -2,17 +2,18 @@
 //! they hold. Also those that a look at the running processes finds.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
 
-use crossbeam_channel::Receiver;
 use jiff::Timestamp;
 
 use super::deeds;
+use super::fair::{self, Owned, Receiver};
 use super::process;
 use super::shared::Shared;
-use super::state::{self, Hashing};
+use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::{self, Copy};
 use crate::health::Failure;
@@ -24,7 +25,6 @@ use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
 use crate::sys::procfs::{self, Handle};
-use crate::threads;
 
 /// A program that was executed, and that the gate has not seen.
 #[derive(Debug)]
@@ -50,6 +50,22 @@ pub(super) struct Unseen {
     pub(super) is_parent_outside: bool,
     /// The container in whose root the program lies, where that is another one.
     pub(super) file_of: Option<ContainerId>,
+    pub(super) progress: Option<Box<InProgress>>,
+}
+
+/// A program whose process has been described and that is being read, put aside
+/// between two slices.
+#[derive(Debug)]
+pub(super) struct InProgress {
+    process: Process,
+    file: OwnedFd,
+    reading: Reading,
+}
+
+impl Owned for Unseen {
+    fn owner(&self) -> &ContainerId {
+        &self.watched.container
+    }
 }
 
 /// Describes and hashes what was executed.
@@ -58,40 +74,90 @@ pub(super) fn run(shared: &Shared, unseen: &Receiver<Box<Unseen>>) {
     let room = take::room();
     // What it looks at is closed the sooner. Without CAP_SYS_NICE it runs like the others.
     let _ = rustix::process::setpriority_process(None, -5);
-    while let Some(one) = shared.next_to_tell(unseen) {
-        threads::about(&one.watched.container);
-        tell(shared, &mut runtimes, &room, *one);
+    while let Some(mut one) = shared.next_to_tell(unseen) {
+        let used = fair::processor_time();
+        match read_on(shared, &room, &mut one) {
+            Some((process, state)) => tell(shared, &mut runtimes, *one, process, state),
+            None => {
+                unseen.put_back(one);
+                shared.spend(fair::processor_time().saturating_sub(used));
+                shared.keep_pace();
+            }
+        }
     }
 }
 
-fn tell(shared: &Shared, runtimes: &mut Runtimes, room: &Arc<AtomicUsize>, mut unseen: Unseen) {
+/// Describes who has executed it, and then reads a slice of what it holds. `None`:
+/// there is more to read.
+fn read_on(
+    shared: &Shared,
+    room: &Arc<AtomicUsize>,
+    unseen: &mut Unseen,
+) -> Option<(Process, FileState)> {
     let max_hash_bytes = shared.settings.max_hash_bytes;
-    let is_small = |held: &Held| held.stat.size <= max_hash_bytes;
-    let copied = unseen.file.take_if(|(held, _)| is_small(held)).and_then(|file| {
-        // An open file keeps its mount busy.
-        let (Held { fd, stat }, local) = &file;
-        let readable = local.filter(|_| stat.is_regular());
-        let copy = readable.and_then(|local| door::reopen(fd.as_fd(), local).ok());
-        match copy.and_then(|readable| Copy::of(room, &readable, stat)) {
-            Some(copy) => Some((copy, *stat)),
-            None => {
-                unseen.file = Some(file);
-                None
+    let mut progress = match unseen.progress.take() {
+        Some(progress) if shared.may_tell() && !unseen.watched.is_detaching() => progress,
+        Some(progress) => {
+            let state = state::gone(unseen.filesystem == Filesystem::Anonymous);
+            return Some((progress.process, state));
+        }
+        None => {
+            let copied = copy(unseen, room, max_hash_bytes);
+            // Before it is hashed: it may be ending.
+            let mut process = describe(unseen, copied.as_ref().map(|(_, stat)| *stat));
+            if process.argv.is_none() {
+                // The record that it was handed on for has been read, and so has this one.
+                let Unseen { pid, executed, .. } = *unseen;
+                process.argv = process::recorded(shared, pid, executed, executed);
+            }
+            if let Some((copy, stat)) = copied {
+                return Some((process, state::of_copy(&copy, &stat)));
+            }
+            let Some((Held { fd, stat }, local)) = &unseen.file else {
+                let state = state::gone(unseen.filesystem == Filesystem::Anonymous);
+                return Some((process, state));
+            };
+            let Some(file) = reopen(fd.as_fd(), stat, *local) else {
+                return Some((process, state::unopened(stat)));
+            };
+            match Reading::begin(file.as_fd(), stat, Which::Always, max_hash_bytes) {
+                Begun::Known(state) => return Some((process, state)),
+                Begun::Reads(reading) => Box::new(InProgress { process, file, reading }),
             }
         }
-    });
-    let stat = copied.as_ref().map(|(_, stat)| *stat);
-    // Before it is hashed: it may be ending.
-    let mut process = describe(&unseen, stat);
-    if process.argv.is_none() {
-        // The record that it was handed on for has been read, and so has this one.
-        process.argv = process::recorded(shared, unseen.pid, unseen.executed, unseen.executed);
-    }
-    let state = match (copied, unseen.file.take()) {
-        (Some((copy, stat)), _) => state::of_copy(&copy, &stat),
-        (None, Some((held, local))) => state_of(held.fd.as_fd(), &held.stat, local, max_hash_bytes),
-        (None, None) => state::gone(unseen.filesystem == Filesystem::Anonymous),
     };
+    let begun = Instant::now();
+    loop {
+        if let Some(state) = progress.reading.step(progress.file.as_fd(), state::SLICE) {
+            return Some((progress.process, state));
+        }
+        if begun.elapsed() >= fair::SLICE {
+            unseen.progress = Some(progress);
+            return None;
+        }
+    }
+}
+
+/// Copies a small file and closes it: open, it keeps its mount busy.
+fn copy(unseen: &mut Unseen, room: &Arc<AtomicUsize>, max_hash_bytes: u64) -> Option<(Copy, Stat)> {
+    let (Held { fd, stat }, local) = unseen.file.as_ref()?;
+    if stat.size > max_hash_bytes {
+        return None;
+    }
+    let readable = reopen(fd.as_fd(), stat, *local)?;
+    let copied = (Copy::of(room, &readable, stat)?, *stat);
+    unseen.file = None;
+    Some(copied)
+}
+
+fn tell(
+    shared: &Shared,
+    runtimes: &mut Runtimes,
+    unseen: Unseen,
+    process: Process,
+    state: FileState,
+) {
+    let max_hash_bytes = shared.settings.max_hash_bytes;
     let is_runtimes_own = unseen.is_parent_outside
         && match unseen.filesystem {
             Filesystem::Anonymous => runtimes.is_runtimes_own(&unseen, &state, max_hash_bytes),
@@ -134,11 +200,16 @@ pub(super) fn state_of(
     local: Option<Local>,
     max_hash_bytes: u64,
 ) -> FileState {
-    let readable = local.filter(|_| stat.is_regular());
-    match readable.and_then(|local| door::reopen(file, local).ok()) {
-        Some(file) => state::of(file.as_fd(), stat, Hashing::Always, max_hash_bytes),
+    match reopen(file, stat, local) {
+        Some(file) => state::of(file.as_fd(), stat, Which::Always, max_hash_bytes),
         None => state::unopened(stat),
     }
+}
+
+/// Opens it for reading, if it can be read without waiting.
+fn reopen(file: BorrowedFd<'_>, stat: &Stat, local: Option<Local>) -> Option<OwnedFd> {
+    let readable = local.filter(|_| stat.is_regular());
+    readable.and_then(|local| door::reopen(file, local).ok())
 }
 
 /// The path to tell of a file that the kernel names so.

@@ -15,6 +15,7 @@ mod deeds;
 mod docker;
 mod door;
 mod drift;
+mod fair;
 mod fileless;
 mod fuse;
 mod gate;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let trials = [
         drift::trials(),
+        fair::trials(),
         fileless::trials(),
         ordinary::trials(),
         answers::trials(),

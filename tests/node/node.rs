@@ -63,7 +63,7 @@ fn make_bench() -> anyhow::Result<Bench> {
     let workbench = scratch.path().join("workbench.tar");
     let digests = programs::write_workbench(&workbench, &payload)?;
     let driftd = scratch.path().join("driftd");
-    fs::copy(env!("CARGO_BIN_EXE_driftd"), &driftd)?;
+    fs::copy(driftd_program(), &driftd)?;
     Ok(Bench { scratch, payload, workbench, digests, driftd })
 }
 
@@ -97,6 +97,12 @@ pub(crate) fn tear_down_everything() {
         node.tear_down();
         remove(node.directory.path());
     }
+}
+
+/// The driftd that is tried: this build's, or another one that `DRIFTD_PROGRAM` names.
+fn driftd_program() -> PathBuf {
+    let other = std::env::var_os("DRIFTD_PROGRAM").map(PathBuf::from);
+    other.unwrap_or_else(|| env!("CARGO_BIN_EXE_driftd").into())
 }
 
 /// How a node differs from the usual one.
@@ -319,6 +325,7 @@ disabled_plugins = [{without}
         let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
         // Few tests have the time to see whether a command comes again.
         let patience = if more.contains("probe_patience") { "" } else { "probe_patience = \"0s\"" };
+        let sweeps = if more.contains("sweep_interval") { "" } else { "sweep_interval = \"1h\"" };
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
@@ -328,7 +335,7 @@ sockets = ["{directory}/containerd.sock"]
 exclude_namespaces = {exclude:?}
 [watch]
 settle = "1s"
-sweep_interval = "1h"
+{sweeps}
 {patience}
 {more}
 "#
@@ -342,7 +349,7 @@ sweep_interval = "1h"
         let log = append_to(&self.path("driftd.log"))?;
         let mut driftd = lock(&self.driftd);
         ensure!(!self.ended.load(Ordering::SeqCst), "interrupted");
-        let child = Command::new(env!("CARGO_BIN_EXE_driftd"))
+        let child = Command::new(driftd_program())
             .arg("run")
             .arg("--config")
             .arg(self.path("driftd.toml"))
@@ -394,7 +401,7 @@ sweep_interval = "1h"
 
     /// A command of driftd's client, not yet run.
     pub(crate) fn driftd_command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_driftd"));
+        let mut command = Command::new(driftd_program());
         command.args(arguments).env("DRIFTD_SOCKET", self.path("driftd.sock")).stdin(Stdio::null());
         command
     }
@@ -446,7 +453,7 @@ sweep_interval = "1h"
     /// Records an image from its archive, without a daemon, in a store of its own.
     pub(crate) fn record_archive(&self, file: &Path) -> anyhow::Result<PathBuf> {
         let store = self.path("store-of-archives");
-        let recorded = Command::new(env!("CARGO_BIN_EXE_driftd"))
+        let recorded = Command::new(driftd_program())
             .args(["baseline", "record", "--from-archive"])
             .arg(file)
             .arg("--store")
