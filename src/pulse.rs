@@ -39,6 +39,7 @@ enum Counter {
     Dropped,
     Unreadable,
     Late,
+    Handles,
 }
 
 /// One of driftd's processes.
@@ -100,6 +101,12 @@ impl Pulse {
     /// Events that the kernel could not hand to the gate.
     pub fn unreadable(&self) -> &AtomicU64 {
         self.counter(Counter::Unreadable)
+    }
+
+    /// Whether how processes end is to be known: not 0 once a session was opened. The
+    /// gate then keeps a handle of each process, taken before it goes on.
+    pub fn handles(&self) -> &AtomicU64 {
+        self.counter(Counter::Handles)
     }
 
     /// Runtimes that were held and had to be let run before anybody said so.

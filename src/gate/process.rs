@@ -301,10 +301,11 @@ impl<'groups> Process<'groups> {
         // files beside it), and only now is the process certain to be there.
         let mut process = [0; MAX_STAT];
         let process = read_stat(event.pid, &mut process);
-        // A runtime on its way in may be over before anybody else looks, and how it
-        // ended is known by a handle only.
+        // A process may be over before anybody else looks, and how it ended is known by a
+        // handle only: of a runtime on its way in, and of what runs beside a session.
         let is_coming_in = comm(process).is_some_and(may_be_runtime);
-        let handle = if is_coming_in { pidfd::open(event.pid).ok() } else { None };
+        let is_wanted = is_coming_in || self.pulse.handles().load(Ordering::Relaxed) != 0;
+        let handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
         let whereabouts = match &stat {
             Ok(stat) if !self.roots.hold(stat) => whereabouts(event.pid),
             Ok(_) | Err(_) => None,

@@ -169,7 +169,7 @@ impl Attachments {
         let known = process.ancestors.len();
         let host = chain.iter().skip(known).map(process::ancestor).collect();
         let fact = opened(root, process, host, client.login());
-        watched.set_has_sessions();
+        shared.note_session(&watched);
         let at = Timestamp::now();
         if shared.observe(&watched, at, Source::Change, fact)
             && shared.roots().open(&watched.container, root)

@@ -443,7 +443,7 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
     let process = Arc::new(look.process.clone());
     let fact = Fact::ReverseShell { process, direct, evidence };
     // What it runs from here on is what is done over the connection.
-    look.watched.set_has_sessions();
+    shared.note_session(&look.watched);
     if shared.observe(&look.watched, look.at, Source::Trace, fact)
         && shared.roots().open(&look.watched.container, root)
     {

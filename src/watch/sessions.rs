@@ -299,7 +299,7 @@ impl Sessions {
         opened: Opened,
     ) {
         let root = opened.process.identity;
-        watched.set_has_sessions();
+        shared.note_session(watched);
         let handle = opened.pidfd;
         let opening = opening(shared, watched, opened.process, opened.by_runtime);
         let is_interactive = opening.interactive.is_some();

@@ -302,6 +302,14 @@ impl Shared {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Somebody has come into a container.
+    pub(super) fn note_session(&self, watched: &Watched) {
+        watched.set_has_sessions();
+        if let Some(pulse) = self.health.pulse.get() {
+            pulse.handles().store(1, Ordering::Relaxed);
+        }
+    }
+
     pub(super) fn is_stopping(&self) -> bool {
         self.stopped_at.get().is_some()
     }

@@ -440,6 +440,8 @@ impl Watched {
 #[derive(Debug, Default)]
 pub(super) struct Table {
     maps: RwLock<Maps>,
+    /// How many containers were ever put in.
+    generation: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -539,7 +541,17 @@ impl Table {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Moves when a container is watched: what was no container's may be one's.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
     pub(super) fn insert(&self, watched: &Arc<Watched>) {
+        self.put_in(watched);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn put_in(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
         let before = maps.by_container.insert(watched.container.clone(), watched.clone());
         if let Some(before) = before {

@@ -204,7 +204,7 @@ impl Terminal {
         let root = ProcessIdentity { pid: watched.init.pid, start_time: now };
         let process = process::as_it_is(&init, watched);
         let fact = attachments::opened(root, process, Vec::new(), None);
-        watched.set_has_sessions();
+        shared.note_session(watched);
         if shared.observe(watched, typed.1, Source::Change, fact) {
             let at = typed.1.saturating_sub(LATE).unwrap_or(typed.1);
             let arrival = Arrival { session: root, at, ticks: now.saturating_sub(LATE_TICKS) };

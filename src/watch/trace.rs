@@ -32,7 +32,7 @@ use super::table::Watched;
 use super::unseen::{self, Unseen};
 use crate::config;
 use crate::health::Failure;
-use crate::model::{ContainerId, Filesystem, Format};
+use crate::model::{ContainerId, Filesystem, Format, ProcessIdentity};
 use crate::sys::connector::Connector;
 use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
@@ -146,10 +146,13 @@ struct Known {
     /// It is of that container without doubt: it or an ancestor has become a program of
     /// the container's while it was in the container. A runtime on its way in has not.
     is_resident: bool,
-    /// Its birth was recorded, and who made it was no container's in that sense.
+    /// It is one of the host's, or was made by such a process: without a record or a look
+    /// that says so, it is not.
     is_made_outside: bool,
     /// Whose it is was looked up in /proc, if anybody's.
     was_looked_up: bool,
+    /// By then, so many containers had been watched: it may be of one that came later.
+    looked_up_among: u64,
     /// An execve is under way.
     is_beginning: bool,
     /// The first file that this execve has mapped.
@@ -262,6 +265,22 @@ fn is_memfd_name(name: &[u8]) -> bool {
 fn runs_own_program(pid: u32) -> bool {
     Handle::open(pid)
         .is_ok_and(|handle| !sessions::runs_program_of_host(&handle) && handle.open_exe().is_ok())
+}
+
+/// Whether a process is in the host's own namespaces.
+fn is_of_host(pid: u32) -> bool {
+    procfs::mount_namespace_of(pid).is_ok_and(procfs::is_host_mount_namespace)
+        && procfs::pid_namespace_of(pid).is_ok_and(procfs::is_host_pid_namespace)
+}
+
+/// Whether a process is a container's init, or the child of a child of it. What comes from
+/// outside has its parents there.
+fn descends_from(pid: u32, init: ProcessIdentity) -> bool {
+    const MAX_GENERATIONS: usize = 64;
+    let parents = std::iter::successors(procfs::read_stat(pid).ok(), |stat| {
+        procfs::read_stat(stat.parent).ok()
+    });
+    parents.take(MAX_GENERATIONS).any(|stat| stat.identity == init)
 }
 
 /// Whose a process is that has opened a session: it may have ended, and who has come by
@@ -476,30 +495,38 @@ impl Trace {
     fn take(&mut self, record: Record) {
         match record {
             Record::Forked { pid, parent, time: _ } => {
-                let is_unknown = self
-                    .processes
-                    .get(&parent)
-                    .is_none_or(|known| known.watched.is_none() && !known.was_looked_up);
+                let containers = self.shared.table.generation();
+                let is_unknown = self.processes.get(&parent).is_none_or(|known| {
+                    known.watched.is_none()
+                        && (!known.was_looked_up || known.looked_up_among != containers)
+                });
                 if is_unknown {
-                    // It was there before us.
+                    // It was there before us, or before its container was known.
                     let watched = self.look_up(parent);
-                    let is_resident = watched.is_some() && runs_own_program(parent);
+                    let is_of_host = is_of_host(parent);
+                    let runs_own = watched.is_some() && runs_own_program(parent);
+                    let is_own = |watched: &Arc<Watched>| descends_from(parent, watched.init);
                     let known = self.known(parent);
+                    let is_resident = runs_own
+                        && (!known.is_made_outside || watched.as_ref().is_some_and(is_own));
                     known.watched = watched;
-                    known.is_resident = is_resident && !known.is_made_outside;
+                    known.is_resident = is_resident;
+                    known.is_made_outside |= is_of_host;
+                    known.is_made_outside &= !is_resident;
                     known.was_looked_up = true;
+                    known.looked_up_among = containers;
                 }
                 if let Some(known) = self.processes.get_mut(&parent)
                     && known.watched.is_none()
                 {
                     known.watched = of_session(&self.shared, parent);
                 }
-                let (watched, is_resident, program) = match self.processes.get(&parent) {
-                    Some(known) => {
-                        (known.watched.clone(), known.is_resident, known.program.clone())
-                    }
-                    None => (None, false, None),
-                };
+                let (watched, is_resident, is_outside, program) =
+                    self.processes.get(&parent).map_or((None, false, false, None), |known| {
+                        let Known { is_resident, is_made_outside, .. } = *known;
+                        let (watched, program) = (known.watched.clone(), known.program.clone());
+                        (watched, is_resident, is_made_outside, program)
+                    });
                 if watched.is_some() {
                     let home = watched.as_ref().filter(|_| is_resident);
                     for consumer in &mut self.consumers {
@@ -511,7 +538,7 @@ impl Trace {
                     self.shared.births().forget(pid);
                 }
                 let parent = Some(parent);
-                let is_made_outside = !is_resident;
+                let is_made_outside = !is_resident && is_outside;
                 let known = Known {
                     parent,
                     watched,

@@ -69,7 +69,7 @@ fn x11_reused_id(node: &Node) -> anyhow::Result<()> {
         hole.set_len(2_097_152)?;
         let path = format!("/tmp/big{round}");
         let drop_and_end = format!(
-            "dd if=/dev/zero of={path} bs=1 count=1 seek=499999999 2>/dev/null; \
+            "dd if=/dev/zero of={path} bs=1M count=500 2>/dev/null; \
              dd if=/.control/big of={path} bs=4096 count=512 conv=notrunc 2>/dev/null; \
              chmod +x {path}; {path} 20"
         );
