@@ -456,6 +456,11 @@ fn beside(node: &Node) -> anyhow::Result<()> {
     container.diff()?;
     std::thread::sleep(Duration::from_millis(2500));
     container.diff()?;
+    wait_for("all of it to be reported", || {
+        let findings = container.findings()?;
+        let count = |kind: &str| findings.iter().filter(|one| one["kind"] == kind).count();
+        Ok((count("file.added") >= 20 && count("package.transaction") > 0).then_some(()))
+    })?;
     let findings = container.findings()?;
     let transaction = only(&findings, "package.transaction")?;
     let listed = members(node, transaction)?;
