@@ -311,9 +311,11 @@ disabled_plugins = [{without}
 
     /// Writes a small image of its own and imports it.
     pub(crate) fn import_layers(&self, name: &str, layers: Vec<Layer>) -> anyhow::Result<Digests> {
-        let file = self.path("image.tar");
+        // Trials that share a node import at the same time.
+        let file = self.path(&format!("image-{}.tar", self.next_id()));
         let digests = image::write(&file, name, layers)?;
         self.import(&file)?;
+        std::fs::remove_file(&file)?;
         Ok(digests)
     }
 

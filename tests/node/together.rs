@@ -28,7 +28,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a42_a_foreign_root_is_told_together", a42_foreign_root),
         trial("b02_looking_for_updates_is_no_transaction", b02_update),
         trial("b22_installing_busybox_is_silent_or_one_line", b22_busybox),
-        trial("a_package_manager_beside_it_hides_no_program", beside),
+        trial_alone("a_package_manager_beside_it_hides_no_program", "", beside),
     ]
 }
 
