@@ -23,7 +23,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::pulse::{GUARDIANS_PATIENCE, PATIENCE, Part, Pulse, Silence, TURN};
 use crate::sys::channel::Channel;
-use crate::sys::pidfd;
+use crate::sys::{pidfd, process};
 
 /// How long the first packet may take.
 const START: Duration = Duration::from_secs(10);
@@ -73,11 +73,7 @@ pub enum Ended {
 
 /// The guardian itself.
 pub fn run() -> io::Result<Ended> {
-    // Stopping is the daemon's to decide; a signal to the whole group (systemd, a
-    // terminal) must not take its guardian away first.
-    use nix::sys::signal::{SigSet, Signal};
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block()?;
+    process::leave_stopping_to_the_daemon()?;
     let channel = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
     let channel = Channel::from(channel);
     let mut buffer = [0; 16];

@@ -17,7 +17,7 @@ use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
 use crate::sys::channel::{Channel, Packet, close_inherited};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
 use crate::sys::procfs::{Handle, Whereabouts};
-use crate::sys::{file, perf, pidfd};
+use crate::sys::{file, perf, pidfd, process};
 
 /// `/proc/PID/stat`: 52 numbers of at most 20 digits and a name of at most 64 bytes.
 pub(super) const MAX_STAT: usize = 1200;
@@ -45,7 +45,7 @@ const LAST_PACKETS: Duration = Duration::from_secs(2);
 
 /// Runs until the daemon says so, or is gone. Standard input is the channel of requests.
 pub fn run() -> anyhow::Result<()> {
-    ignore_signals().context("cannot block signals")?;
+    process::leave_stopping_to_the_daemon().context("cannot block signals")?;
     close_inherited();
     let requests = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .map(Channel::from)
@@ -60,7 +60,7 @@ pub fn run() -> anyhow::Result<()> {
         .context("the daemon's first packet lacks a descriptor")?;
     let executions = Channel::from(executions);
     let pulse = Pulse::share(memory).context("the daemon's memory")?;
-    let max_pending = raise_descriptors();
+    let max_pending = max_pending();
     // Later under load, and slower when memory is short, without the rights to these.
     let _ = rustix::process::setpriority_process(None, -10);
     lock_memory();
@@ -99,21 +99,9 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Stopping is the daemon's to decide: a signal to the whole group (systemd, a terminal)
-/// must not end the gate first.
-fn ignore_signals() -> io::Result<()> {
-    use nix::sys::signal::{SigSet, Signal};
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    Ok(signals.thread_block()?)
-}
-
 /// How many executions may wait, given the descriptors that may be open.
-fn raise_descriptors() -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // The soft limit is for programs that use select(2).
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+fn max_pending() -> usize {
+    let allowed = process::raise_descriptors();
     // Those that are in a packet which the daemon has not taken count too.
     let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 4;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, MAX_PENDING)

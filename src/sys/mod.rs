@@ -25,5 +25,6 @@ pub mod peer;
 pub mod perf;
 pub mod pidfd;
 pub mod priority;
+pub mod process;
 pub mod procfs;
 pub mod stack;

@@ -588,11 +588,7 @@ impl Drop for Watch {
 
 /// How many executed files may wait, given the descriptors that we may open.
 fn content_queue() -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // The soft limit is for programs that use select(2).
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let allowed = crate::sys::process::raise_descriptors();
     // With a process's handle until that is described, then without: in the three queues
     // before that, in one of which the upper layer's file is open as well, and in one
     // behind; and two for what only the trace has seen.

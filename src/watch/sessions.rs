@@ -15,6 +15,7 @@ use super::process::{self, Caller, Executing};
 use super::shared::Shared;
 use super::table::Watched;
 use super::unseen::{self, Runtimes};
+use crate::model::process::may_be_runtime;
 use crate::model::{
     ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
 };
@@ -95,7 +96,7 @@ impl Recent {
 /// program, or a session's command. A process chooses its name, so this is a reason to
 /// look at it and evidence of nothing.
 pub(super) fn is_before_entry_point(comm: &[u8]) -> bool {
-    comm.starts_with(b"runc:[") || comm == b"crun" || comm.starts_with(b"youki")
+    may_be_runtime(comm)
 }
 
 /// Whether a process runs a program of the host's.
