@@ -345,6 +345,7 @@ fn a_thousand_executions(node: &Node) -> anyhow::Result<()> {
              while [ $i -lt 1000 ]; do /tmp/x; i=$((i+1)); done",
         )?
         .finish(std::time::Duration::from_secs(120))?;
+    container.counted("exec.new", 1000)?;
     let findings = container.told(&["critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["count"], 1000, "{run:#}");

@@ -32,7 +32,10 @@ fn a03_applet(node: &Node) -> anyhow::Result<()> {
 fn a44_again(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x; /tmp/x; rm /usr/bin/wget")?;
+    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
+    // A walk that is asked for while the execution is described would report the file too.
+    container.told(&["critical exec.new /tmp/x"])?;
+    container.sh("rm /usr/bin/wget")?;
     container.diff()?;
     let told = ["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"];
     let before = container.told(&told)?;
@@ -49,6 +52,7 @@ fn a44_again(node: &Node) -> anyhow::Result<()> {
     node.ctr(&["task", "start", "-d", "--fifo-dir", &fifo.to_string_lossy(), &container.id])?;
     container.wait_until_watched()?;
     container.sh("/tmp/x")?;
+    container.counted("exec.new", 2)?;
     let after = container.told(&told)?;
     let (old, new) = (only(&before, "exec.new")?, only(&after, "exec.new")?);
     assert_eq!(old["id"], new["id"], "{new:#}");

@@ -1008,6 +1008,22 @@ impl Container<'_> {
         Ok(findings)
     }
 
+    /// Waits until the only finding of a kind has been seen so often. `told` alone is
+    /// content with an older finding that has not counted the newest time yet.
+    pub(crate) fn counted(&self, kind: &str, times: u64) -> anyhow::Result<()> {
+        let mut counted = 0;
+        wait_for(&format!("{kind} to be counted {times} times"), || {
+            let findings = self.findings()?;
+            let mut of_kind = findings.iter().filter(|finding| finding["kind"] == kind);
+            counted = of_kind.next().and_then(|one| one["count"].as_u64()).unwrap_or(0);
+            ensure!(of_kind.next().is_none(), "more than one {kind} in {findings:#?}");
+            Ok((counted >= times).then_some(()))
+        })
+        .with_context(|| format!("{kind} was counted {counted} times"))?;
+        ensure!(counted == times, "{kind} was counted {counted} times, and not {times} times");
+        Ok(())
+    }
+
     /// Makes sure that nothing is told, and that this is not because driftd is
     /// blind: a canary dropped afterwards is the only finding.
     pub(crate) fn told_nothing(&self) -> anyhow::Result<()> {
