@@ -250,25 +250,42 @@ impl Default for Watch {
 
 /// Where somebody who was in a container once comes back from.
 ///
-/// Left out: what entry points write in ordinary life (configuration, host keys),
-/// what is made anew from other files (`ld.so.cache`), and `ld.so.conf.d`, whose
-/// libraries are told when they are loaded.
+/// Left out: what entry points write in ordinary life (configuration, host keys), and
+/// what is made anew from other files (`ld.so.cache`). A supervisor's own state lies
+/// beside what it runs, so that is named file by file there.
 fn persistence() -> PathGlobs {
     const PATTERNS: &[&str] = &[
-        // Loaded into every program.
+        // Loaded into every program, and where libraries are looked for.
         "/etc/ld.so.preload",
+        "/etc/ld.so.conf",
+        "/etc/ld.so.conf.d/**",
+        "/etc/ld-musl-*.path",
+        // Loaded into every Python program.
+        "**/{site,dist}-packages/*.pth",
+        "**/{site,dist}-packages/{site,user}customize.py",
+        "**/python*/{site,user}customize.py",
         // Run by the clock.
         "/etc/crontab",
         "/etc/anacrontab",
         "/etc/cron.*/**",
+        "/etc/crontabs/**",
+        "/etc/periodic/**",
         "/var/spool/cron/**",
         "/var/spool/at/**",
         // Run by every login or shell.
+        "/etc/environment",
+        "/etc/environment.d/**",
         "/etc/profile",
         "/etc/profile.d/**",
         "/etc/bash.bashrc",
+        "/etc/bash.bash_logout",
         "/etc/bashrc",
+        "/etc/bash/**",
+        "/etc/csh.{cshrc,login,logout}",
+        "/etc/fish/**",
         "/etc/zsh/**",
+        "/etc/{zshenv,zprofile,zshrc,zlogin}",
+        "/etc/update-motd.d/**",
         "/root/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
         "/home/*/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
         // Who may come in, and as whom.
@@ -282,19 +299,39 @@ fn persistence() -> PathGlobs {
         "/etc/shadow",
         "/etc/group",
         "/etc/gshadow",
+        "/etc/doas.conf",
+        "/etc/doas.d/**",
         "/etc/sudoers",
         "/etc/sudoers.d/**",
         "/etc/pam.d/**",
+        "/etc/security/pam_env.conf",
         // Run at start.
         "/etc/inittab",
         "/etc/rc.local",
+        "/etc/local.d/**",
         "/etc/init.d/**",
         "/etc/rc*.d/**",
+        "/etc/runlevels/**",
         "/etc/systemd/system/**",
         "/etc/systemd/user/**",
         "/lib/systemd/system/**",
         "/usr/lib/systemd/system/**",
+        "/usr/local/lib/systemd/system/**",
         "/etc/udev/rules.d/**",
+        // Run by supervisors and entry points of images.
+        "/etc/supervisord.conf",
+        "/etc/supervisord.d/**",
+        "/etc/supervisor/**",
+        "/etc/supervisor.d/**",
+        "/etc/{service,sv}/*/{run,finish,check}",
+        "/etc/{service,sv}/*/log/run",
+        "/etc/runit/**",
+        "/etc/s6/**",
+        "/etc/s6-overlay/**",
+        "/etc/{services,cont-init,cont-finish}.d/**",
+        "/etc/my_init.d/**",
+        "/docker-entrypoint*.d/**",
+        "/entrypoint.d/**",
     ];
     let patterns = PATTERNS.iter().map(|pattern| (*pattern).to_owned()).collect();
     PathGlobs::new(patterns).expect("a test parses the file that has the same patterns")

@@ -78,8 +78,14 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
             | Filesystem::Anonymous
             | Filesystem::Container => assess_executed_elsewhere(image, path, *filesystem, state),
         }),
-        Fact::Loaded { path, filesystem, state, .. } => {
-            Some(assess_code(image, Kind::LibraryLoaded, path, *filesystem, state))
+        Fact::Loaded { path, filesystem, state, is_shared, .. } => {
+            let mut assessment = assess_code(image, Kind::LibraryLoaded, path, *filesystem, state);
+            if is_generated(image, path, *filesystem, state, *is_shared) {
+                for judgement in &mut assessment.judgements {
+                    judgement.severity = Severity::Info;
+                }
+            }
+            Some(assessment)
         }
         Fact::Interpreted { script: Script::File { path, filesystem, state, .. }, .. } => {
             Some(assess_code(image, Kind::ExecInterpreted, path, *filesystem, state))
@@ -129,7 +135,9 @@ fn assess_executed_elsewhere(
     let origins = origin(image, state);
     let change = if origins.is_some() { Change::Relocated } else { Change::Added };
     let main = match (filesystem, origins) {
-        (Filesystem::Volume, Some(origins)) => relocated(image, Kind::ExecRelocated, path, origins),
+        (Filesystem::Volume | Filesystem::Tmpfs, Some(origins)) => {
+            relocated(image, Kind::ExecRelocated, path, origins)
+        }
         // Its path is another container's and says nothing here.
         (Filesystem::Container, Some(origins)) => {
             judgement(Kind::ExecRelocated, origins.into_iter().next())
@@ -185,12 +193,34 @@ fn assess_code(
     Assessment { change, judgements: vec![Judgement { kind, severity, expected: known }] }
 }
 
+/// Whether mapped code is what a program has generated for itself, and no library: the
+/// dynamic linker takes nothing but ELF files, and maps them privately. What has taken
+/// the place of a file of the image is never that.
+pub fn is_generated(
+    image: &ImageBaseline,
+    path: &RootfsPath,
+    filesystem: Filesystem,
+    state: &FileState,
+    is_shared: bool,
+) -> bool {
+    if filesystem == Filesystem::Overlay && image.get(path).is_some() {
+        return false;
+    }
+    match state.format {
+        Format::Elf => false,
+        // A file without a name that nobody could read any more.
+        Format::Unknown => is_shared && state.deleted,
+        Format::ElfObject | Format::Script | Format::Data | Format::Empty => true,
+    }
+}
+
 /// Whether a library was laid there by the very program that loads it, as programs
 /// do that carry libraries packed in themselves (netty, SQLite and others of a Java
 /// program, single-file programs of other languages).
 ///
 /// That is so if a program of the image, at its own path, wrote the file into a
-/// temporary directory and loads it: the same process, or one that runs the same
+/// temporary directory, or into one that the container has made outside of the system's
+/// own, and loads it: the same process, or one that runs the same
 /// program and has the writer for its parent (a worker of it). A shell is never
 /// such a program: what it writes and loads is what it was told to. The caller
 /// leaves out sessions, which do what a person wants, and programs that are drift
@@ -207,9 +237,20 @@ pub fn is_extracted_by_itself(
     let exe = process.exe.as_ref().filter(|exe| Some(*exe) == writer.exe.as_ref());
     let Some(exe) = exe.and_then(|exe| RootfsPath::new(exe).ok()) else { return false };
     (is_same_process || is_worker)
-        && in_world_writable_directory(image, path)
+        && (in_world_writable_directory(image, path) || in_directory_of_its_own(image, path))
         && image.get(&exe).as_ref().is_some_and(known_program)
         && !SHELLS.iter().any(|shell| shell.as_bytes() == exe.file_name())
+}
+
+/// Whether the image does not have the directory of `path`, and nothing is looked for
+/// there by itself.
+fn in_directory_of_its_own(image: &ImageBaseline, path: &RootfsPath) -> bool {
+    const SYSTEM: &[&str] = &["/bin", "/etc", "/lib", "/lib32", "/lib64", "/sbin", "/usr"];
+    let is_of_system = SYSTEM
+        .iter()
+        .any(|system| RootfsPath::new(system).is_ok_and(|system| path.is_within(&system)));
+    let parent = path.parent().unwrap_or_else(RootfsPath::root);
+    !is_of_system && parent != RootfsPath::root() && image.get(&parent).is_none()
 }
 
 const SHELLS: &[&str] = &["ash", "bash", "busybox", "dash", "ksh", "mksh", "sh", "toybox", "zsh"];
@@ -271,7 +312,10 @@ fn assess_present(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -
         let removed = known
             .clone()
             .filter(|_| state.file_type != FileType::Directory && image.has_program_below(path))
-            .map(|known| judgement(Kind::FileRemoved, Some(known)));
+            .map(|known| Judgement {
+                severity: removed_severity(image, path),
+                ..judgement(Kind::FileRemoved, Some(known))
+            });
         let privileged = privileged(known, state);
         let judgements = main.into_iter().chain(removed).chain(privileged).collect();
         return Assessment { change, judgements };
@@ -300,8 +344,21 @@ fn persistence(image: &ImageBaseline, path: &RootfsPath, state: &FileState) -> O
     // Nobody knew yet that it matters: it is read and told again.
     let is_unread = state.file_type == FileType::Regular
         && state.content == Content::Unhashed(Unhashed::NotAProgram);
-    (!is_the_images && !is_unread).then(|| judgement(Kind::FilePersistence, known))
+    let told = (!is_the_images && !is_unread).then(|| judgement(Kind::FilePersistence, known))?;
+    let is_from_skeleton = || {
+        origin(image, state).into_iter().flatten().any(|origin| {
+            origin.entry.path.file_name() == path.file_name()
+                && origin.entry.path.parent().is_some_and(|parent| parent.as_bytes() == SKELETON)
+        })
+    };
+    // A new home begins with these files. In the place of a file of the image they are none.
+    let is_new_home = told.expected.is_none() && is_from_skeleton();
+    let severity = if is_new_home { Severity::Info } else { told.severity };
+    Some(Judgement { severity, ..told })
 }
+
+/// What a new user's home is filled with.
+const SKELETON: &[u8] = b"/etc/skel";
 
 /// Whether both are symlinks with one target, which is their content.
 fn is_same_link(known: &Known, state: &FileState) -> bool {
@@ -410,14 +467,21 @@ fn assess_absent(image: &ImageBaseline, path: &RootfsPath) -> Assessment {
         FileType::CharDevice | FileType::BlockDevice | FileType::Fifo | FileType::Socket => false,
     });
     let judgements = removed.map(|known| {
-        let severity = if is_guard(path.file_name()) {
-            Severity::Medium
-        } else {
-            Kind::FileRemoved.severity()
-        };
+        let severity = removed_severity(image, path);
         Judgement { kind: Kind::FileRemoved, severity, expected: Some(known) }
     });
     Assessment { change: Change::Removed, judgements: judgements.into_iter().collect() }
+}
+
+/// A directory that is gone is as bad as the worst that the image has in it.
+fn removed_severity(image: &ImageBaseline, path: &RootfsPath) -> Severity {
+    let is_program =
+        |known: Known| known_program(&known) || leads_to_program(image, &known.entry.path);
+    if is_guard(path.file_name()) || image.named_below(path, is_guard).any(is_program) {
+        Severity::Medium
+    } else {
+        Kind::FileRemoved.severity()
+    }
 }
 
 fn judgement(kind: Kind, expected: Option<Known>) -> Judgement {
@@ -442,6 +506,11 @@ fn same(known: &Known, state: &FileState) -> bool {
 /// anything else at that moment.
 fn ran_as_known(known: &Known, state: &FileState) -> bool {
     same(known, state) && !state.could_change
+}
+
+/// Whether the image has a program at `path`.
+pub fn is_program_of(image: &ImageBaseline, path: &RootfsPath) -> bool {
+    image.get(path).as_ref().is_some_and(known_program)
 }
 
 fn known_program(known: &Known) -> bool {
@@ -491,12 +560,36 @@ fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[Known]) -> 
     if own_name {
         return false;
     }
-    let in_image = PROGRAM_DIRECTORIES.iter().any(|directory| {
-        RootfsPath::new(directory)
-            .and_then(|directory| directory.join(name))
-            .is_ok_and(|there| image.get(&there).is_some())
+    // `python` is a name of python3.11.
+    let is_other_version = origins.iter().any(|origin| {
+        let origin = without_version(origin.entry.path.file_name());
+        !origin.is_empty() && origin == without_version(name)
     });
-    in_image || TOOLS.iter().any(|tool| tool.as_bytes() == name)
+    if is_other_version {
+        return false;
+    }
+    let namesakes = PROGRAM_DIRECTORIES.iter().filter_map(|directory| {
+        let there = RootfsPath::new(directory).and_then(|directory| directory.join(name)).ok()?;
+        image.get(&there).map(|_| there)
+    });
+    let content = origins.first().and_then(|origin| origin.entry.blake3);
+    // An applet by a name under which the image itself offers it does what that does.
+    let mut is_offered = false;
+    for namesake in namesakes {
+        let file = std::str::from_utf8(namesake.as_bytes()).ok();
+        let file = file.and_then(|namesake| follow(image, namesake));
+        if content.is_none() || file.and_then(|found| found.file.entry.blake3) != content {
+            return true;
+        }
+        is_offered = true;
+    }
+    !is_offered && TOOLS.iter().any(|tool| tool.as_bytes() == name)
+}
+
+fn without_version(name: &[u8]) -> &[u8] {
+    let is_of_version = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
+    let length = name.iter().rposition(|byte| !is_of_version(byte)).map_or(0, |last| last + 1);
+    &name[..length]
 }
 
 const PROGRAM_DIRECTORIES: &[&str] =
@@ -566,7 +659,7 @@ fn leads_to_program(image: &ImageBaseline, path: &RootfsPath) -> bool {
 
 /// A way to more rights that the image does not give at this path.
 fn privileged(known: Option<Known>, state: &FileState) -> Option<Judgement> {
-    if state.file_type != FileType::Regular {
+    if state.file_type != FileType::Regular || !can_gain(state) {
         return None;
     }
     let known = known.filter(|known| known.entry.file_type == FileType::Regular);
@@ -577,6 +670,18 @@ fn privileged(known: Option<Known>, state: &FileState) -> Option<Judgement> {
     let expected_capability = known.as_ref().and_then(|known| known.entry.capability.as_ref());
     let capability = state.capability.is_some() && state.capability.as_ref() != expected_capability;
     (identity || capability).then(|| judgement(Kind::FilePrivileged, known))
+}
+
+/// Whether the kernel gives anything to what runs this file. It obeys these bits of an
+/// executable ELF file alone: for a script they are the interpreter's that count. What is
+/// written or made executable later is judged anew then.
+fn can_gain(state: &FileState) -> bool {
+    match state.format {
+        Format::Elf => state.mode & 0o111 != 0,
+        // Nobody has looked.
+        Format::Unknown => true,
+        Format::ElfObject | Format::Script | Format::Data | Format::Empty => false,
+    }
 }
 
 #[cfg(test)]
@@ -596,14 +701,18 @@ mod tests {
 /bin/su 4755 elf su
 /usr/bin 755 dir
 /usr/bin/curl 755 elf curl
+/usr/sbin 755 dir
 /usr/sbin/auditctl 755 elf auditctl
 /usr/lib/python3/a.py 644 data a
 /opt/tool/run 755 script run
 /etc/app.conf 644 data conf
 /docker-entrypoint.sh 755 script entry
 /etc/passwd 644 data users
+/etc/skel 755 dir
+/etc/skel/.bashrc 644 data skel
 /etc/cron.d 755 dir
 /etc/cron.weekly 777 symlink cron.d
+/app 755 dir
 /app/main.py 644 data main
 /usr/local/bin/python3 777 symlink python3.11
 /usr/local/bin/python3.11 755 elf python
@@ -612,6 +721,7 @@ mod tests {
     fn state(mode: u32, format: &str, content: &str) -> FileState {
         let format = match format {
             "elf" => Format::Elf,
+            "object" => Format::ElfObject,
             "script" => Format::Script,
             "data" | "unread" => Format::Data,
             other => panic!("bad format {other}"),
@@ -672,17 +782,27 @@ mod tests {
                 process: process(),
                 invoked_as: None,
                 layer_file: None,
+                writer: None,
             },
-            "load" | "load-volume" => Fact::Loaded {
+            "load" | "load-volume" | "load-shared" => Fact::Loaded {
                 path: path(),
                 filesystem: match words[0] {
                     "load-volume" => Filesystem::Volume,
                     _ => Filesystem::Overlay,
                 },
-                state: state(),
+                state: match words[3] {
+                    "gone" => FileState {
+                        format: Format::Unknown,
+                        content: Content::Unhashed(Unhashed::Gone),
+                        deleted: true,
+                        ..self::state(0, "data", "-")
+                    },
+                    _ => state(),
+                },
                 lower: None,
                 process: process(),
                 by_linker: false,
+                is_shared: words[0] == "load-shared",
                 writer: None,
             },
             "interpret" | "interpret-volume" => Fact::Interpreted {
@@ -726,7 +846,12 @@ mod tests {
     #[track_caller]
     fn check(event: &str, expected: &str) {
         let image = ImageBaseline::from_text(&[IMAGE]);
-        let globs = ["/etc/passwd", "/etc/cron.*/**", "**/.ssh/authorized_keys"];
+        let globs = [
+            "/etc/passwd",
+            "/etc/cron.*/**",
+            "**/.ssh/authorized_keys",
+            "/home/*/.{profile,bashrc}",
+        ];
         let globs = PathGlobs::new(globs.map(str::to_owned).into()).unwrap();
         let entry_point = [RootfsPath::new("/docker-entrypoint.sh").unwrap()];
         let (event, as_well) = match event.split_once(" as ") {
@@ -914,7 +1039,7 @@ mod tests {
         check("memory /memfd:a 777 elf evil", "Added: exec.fileless critical");
         check("memory /memfd:a 777 elf ls", "Relocated: exec.fileless critical from /bin/ls");
         check("tmpfs /dev/shm/x 755 elf evil", "Added: exec.tmpfs high");
-        check("tmpfs /dev/shm/x 755 elf ls", "Relocated: exec.tmpfs high from /bin/ls");
+        check("tmpfs /dev/shm/x 755 elf ls", "Relocated: exec.relocated high from /bin/ls");
         check("volume /data/x 755 elf evil", "Added: exec.volume medium");
         check("volume /data/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
         // What the volume hides promises nothing.
@@ -983,12 +1108,88 @@ mod tests {
         // A worker loads what its master has unpacked.
         check_extracted(lib, "8 /usr/bin/curl", app, app, true);
         check_extracted("/usr/lib/lib.so", app, init, app, false);
+        check_extracted("/usr/lib/new/lib.so", app, init, app, false);
+        check_extracted("/lib.so", app, init, app, false);
+        check_extracted("/app/lib.so", app, init, app, false);
+        // r17: a directory that it has made for them.
+        check_extracted("/root/.cache/JNA/temp/jna123.tmp", app, init, app, true);
+        check_extracted("/root/.cache/JNA/temp/a.so", app, init, "9 /bin/busybox", false);
         check_extracted(lib, "8 /usr/bin/curl", init, app, false);
         // The same process, but another program has written it: a shell, and exec.
         check_extracted(lib, app, init, "7 /bin/busybox", false);
         // bash's `enable -f`
         check_extracted(lib, "7 /bin/busybox", init, "7 /bin/busybox", false);
         check_extracted(lib, "7 /tmp/x", init, "7 /tmp/x", false);
+    }
+
+    #[test]
+    fn r23_bits_that_grant_nothing_are_not_told_and_a_program_that_gains_is() {
+        check("write /srv/a.txt 6755 data text", "Added: ");
+        check("write /srv/a.sh 6755 script text", "Added: file.added low");
+        check("write /srv/a.o 6755 object text", "Added: ");
+        check("write /opt/lib.so 6644 elf lib", "Added: file.added low");
+        check("write /etc/app.conf 6644 data conf", "Metadata: ");
+        check("write /srv/a 6755 elf evil", "Added: file.added low, file.privileged high");
+        check("write /bin/ls 2755 elf ls", "Metadata: file.privileged high from /bin/ls");
+        check("exec /tmp/s 4755 script evil", "Added: exec.script high");
+    }
+
+    #[test]
+    fn w03_r15_code_that_a_program_generates_is_no_library_and_an_elf_file_stays_one() {
+        check("load /tmp/jit-7.dump 600 data code", "Added: library.loaded info");
+        check("load /tmp/#12345 600 data code", "Added: library.loaded info");
+        check("load-shared /tmp/ffiAbCdEf 0 gone -", "Added: library.loaded info");
+        check("load-volume /data/code 600 data code", "Added: library.loaded info");
+        check("load-shared /tmp/evil.so 600 elf evil", "Added: library.loaded high");
+        // The dynamic linker maps privately.
+        check("load /tmp/evil.so 0 gone -", "Added: library.loaded high");
+        check("load /bin/ls 644 data code", "Modified: library.loaded high from /bin/ls");
+        check("load-shared /bin/ls 0 gone -", "Modified: library.loaded high from /bin/ls");
+    }
+
+    #[test]
+    fn w09_r31_content_of_the_image_on_a_tmpfs_is_judged_as_on_a_volume() {
+        check("tmpfs /run/ls 755 elf ls", "Relocated: exec.relocated medium from /bin/ls");
+        check(
+            "tmpfs /run/s6/run 755 script run",
+            "Relocated: exec.relocated medium from /opt/tool/run",
+        );
+        check("tmpfs /run/curl 755 elf ls", "Relocated: exec.relocated high from /bin/ls");
+        check("tmpfs /run/ls 755 elf evil", "Added: exec.tmpfs high");
+    }
+
+    #[test]
+    fn w10_copies_in_a_new_home_or_under_their_own_names_are_no_disguise() {
+        check("write /home/a/.bashrc 644 data skel", "Added: file.persistence info");
+        check("write /home/a/.bashrc 644 data evil", "Added: file.persistence high");
+        // Not what a new home begins with.
+        check("write /home/a/.profile 644 data skel", "Added: file.persistence high");
+        check("write /etc/cron.d/a 644 data skel", "Added: file.persistence high");
+        check(
+            "exec /venv/python 755 elf python",
+            "Relocated: exec.relocated medium from /usr/local/bin/python3.11",
+        );
+        check(
+            "exec /opt/bb/sh 755 elf busybox",
+            "Relocated: exec.relocated medium from /bin/busybox",
+        );
+        check(
+            "exec /opt/bb/nc 755 elf busybox",
+            "Relocated: exec.relocated high from /bin/busybox",
+        );
+        check(
+            "exec /opt/bb/ls 755 elf busybox",
+            "Relocated: exec.relocated high from /bin/busybox",
+        );
+        check("exec /opt/python3 755 elf ls", "Relocated: exec.relocated high from /bin/ls");
+    }
+
+    #[test]
+    fn w16_a_removed_directory_is_as_bad_as_the_worst_in_it() {
+        check("remove /usr/sbin", "Removed: file.removed medium from /usr/sbin");
+        check("remove /bin", "Removed: file.removed medium from /bin");
+        check("remove /usr/bin", "Removed: file.removed low from /usr/bin");
+        check("write /bin 777 data nothing", "Added: file.removed medium from /bin");
     }
 
     #[test]

@@ -10,9 +10,10 @@ use jiff::Timestamp;
 
 use crate::baseline::ImageBaseline;
 use crate::budget::{self, Account, Pool, Share, Waiting};
+use crate::model::finding::Subject;
 use crate::model::{
-    Blake3Hash, ChainId, Container, ContainerId, FileTime, Finding, FindingId, Incarnation, Kind,
-    LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath,
+    Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding, FindingId,
+    Incarnation, Kind, LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath,
 };
 
 /// Package managers of one container whose descendants are recognised.
@@ -104,12 +105,11 @@ pub struct Members {
     share: Share,
 }
 
-/// Written files and executed ones are told apart: one path may be both.
+/// Written files and those that were run in one way or another are told apart: one path
+/// may be all of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Deed {
     Written,
-    Executed,
-    /// What found no room as a finding of this kind, and is neither of the others.
     Counted(Kind),
 }
 
@@ -122,9 +122,6 @@ impl Deed {
             | Kind::FileRelocated
             | Kind::FileRemoved
             | Kind::PackageTransaction => Deed::Written,
-            Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated | Kind::ExecInterpreted => {
-                Deed::Executed
-            }
             kind => Deed::Counted(kind),
         }
     }
@@ -144,6 +141,15 @@ impl Told {
     pub fn content(blake3: Option<Blake3Hash>) -> Told {
         let Some(Blake3Hash([a, b, c, d, ..])) = blake3 else { return Told::UNHASHED };
         Told(u32::from_le_bytes([a, b, c, d]).max(3))
+    }
+
+    /// Of a file that a finding tells of.
+    pub fn of_file(kind: Kind, file: &FileEvidence) -> Told {
+        match kind {
+            Kind::FileRemoved => Told::REMOVED,
+            kind if file.deleted && !is_run(kind) => Told::GONE,
+            _ => Told::content(file.blake3),
+        }
     }
 
     /// Of a member as the history keeps it.
@@ -327,11 +333,12 @@ impl Entry {
         if let Some(file) = &finding.file {
             if finding.files.is_some() {
                 *self.together.entry(finding.kind).or_default() += 1;
-            } else if finding.kind == Kind::FileRelocated {
-                // The first of what may be many.
-                let told = if file.deleted { Told::GONE } else { Told::content(file.blake3) };
-                self.members.put(Deed::Written, &file.path, finding.id, told);
             } else {
+                if !is_of_one_file(&finding, file) {
+                    // The first of what may be many.
+                    let told = Told::of_file(finding.kind, file);
+                    self.members.put(Deed::of(finding.kind), &file.path, finding.id, told);
+                }
                 if let Some(place) = place_of(&finding) {
                     *self.alone.entry((finding.kind, Some(place))).or_default() += 1;
                 }
@@ -442,11 +449,26 @@ impl Entry {
 /// the root directory that its process has of its own.
 fn place_of(finding: &Finding) -> Option<RootfsPath> {
     let file = finding.file.as_ref()?;
+    let own_root = finding.process.as_ref().and_then(Process::own_root);
     match finding.kind {
-        Kind::FileAdded | Kind::FileModified | Kind::FileRemoved => file.path.parent(),
-        kind if kind.is_exec() => finding.process.as_ref()?.own_root(),
+        Kind::FileAdded | Kind::FileModified | Kind::FileRemoved | Kind::FilePrivileged => {
+            file.path.parent()
+        }
+        Kind::ExecScript | Kind::ExecInterpreted => own_root.or_else(|| file.path.parent()),
+        kind if kind.is_exec() => own_root,
         _ => None,
     }
+}
+
+/// Whether files of this kind were run in one way or another.
+fn is_run(kind: Kind) -> bool {
+    kind.is_exec() || kind == Kind::LibraryLoaded
+}
+
+/// Whether this can never become a finding of several files.
+fn is_of_one_file(finding: &Finding, file: &FileEvidence) -> bool {
+    let subject = Subject::File { path: &file.path, content: file.blake3 };
+    FindingId::new(finding.container_id(), finding.kind, &subject) == finding.id
 }
 
 /// All containers.

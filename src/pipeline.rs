@@ -45,6 +45,7 @@ use crate::watch::{self, Command, Report, Trust};
 mod aggregate;
 mod gaps;
 mod layers;
+mod names;
 mod probes;
 mod sessions;
 mod together;
@@ -1019,6 +1020,7 @@ impl State {
                 process,
                 invoked_as,
                 layer_file,
+                writer,
             } => {
                 let evidence = Evidence {
                     path: Some(path),
@@ -1026,12 +1028,22 @@ impl State {
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: Some(process),
+                    writer: writer.as_deref(),
                     invoked_as: invoked_as.as_deref(),
                     detail: layer_file.is_some().then_some(IN_LAYER),
                 };
                 self.tell(observation, &assessment, &evidence, now, effects);
             }
-            Fact::Loaded { path, filesystem, state, lower, process, by_linker, writer } => {
+            Fact::Loaded {
+                path,
+                filesystem,
+                state,
+                lower,
+                process,
+                by_linker,
+                is_shared,
+                writer,
+            } => {
                 let written = entry
                     .about_content(path, state.blake3())
                     .filter(|told| told.kind == Kind::FileAdded)
@@ -1048,7 +1060,10 @@ impl State {
                         judgement.severity = judgement.severity.min(Severity::Info);
                     }
                 }
+                let is_generated =
+                    detect::is_generated(&baseline, path, *filesystem, state, *is_shared);
                 let detail = match (is_own, by_linker) {
+                    _ if is_generated => Some(GENERATED),
                     (true, _) => Some(EXTRACTED),
                     (false, true) => Some(BY_LINKER),
                     (false, false) => None,
@@ -1059,6 +1074,7 @@ impl State {
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: Some(process),
+                    writer: writer.as_deref(),
                     detail,
                     ..Evidence::default()
                 };
@@ -1272,6 +1288,11 @@ impl State {
                     Some(_) => finding.story = finding.story.or(Some(told_by)),
                     None => (),
                 }
+            }
+            if finding.transaction.is_none() {
+                let manager = evidence.writer.and_then(|writer| entry.package_manager_of(writer));
+                finding.transaction = manager
+                    .map(|manager| together::transaction_id(&observation.container, manager));
             }
         } else if let Some(manager) =
             evidence.process.and_then(|writer| entry.package_manager_of(writer))
@@ -1640,6 +1661,8 @@ struct Evidence<'a> {
     state: Option<&'a FileState>,
     lower: Option<&'a LowerTwin>,
     process: Option<&'a Process>,
+    /// Who wrote the file, where that is known and is not `process`.
+    writer: Option<&'a Process>,
     invoked_as: Option<&'a str>,
     detail: Option<&'a str>,
 }
@@ -1652,6 +1675,7 @@ impl Default for Evidence<'_> {
             state: None,
             lower: None,
             process: None,
+            writer: None,
             invoked_as: None,
             detail: None,
         }
@@ -1676,10 +1700,15 @@ fn is_told_as_executed(entry: &Entry, path: &RootfsPath, content: Option<Blake3H
     entry
         .about_content(path, content)
         .any(|told| told.kind.is_exec() || told.kind == Kind::LibraryLoaded)
-        || entry
-            .members
-            .of(Deed::Executed, path)
-            .is_some_and(|(_, told)| told == Told::content(content))
+        || Kind::ALL.iter().filter(|kind| is_run(**kind)).any(|kind| {
+            let known = entry.members.of(Deed::of(*kind), path);
+            known.is_some_and(|(_, told)| told == Told::content(content))
+        })
+}
+
+/// Whether a finding of this kind says that code was run.
+fn is_run(kind: Kind) -> bool {
+    kind.is_exec() || kind == Kind::LibraryLoaded
 }
 
 /// What is said of code that somebody could write to while it was run.
@@ -1708,7 +1737,11 @@ const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
 
 /// What is said of a library that a program of the image brings along packed.
 const EXTRACTED: &str = "the program of the image that loads it has written it itself, into a \
-     temporary directory, as programs do that bring libraries along packed";
+     temporary directory or one of its own, as programs do that bring libraries along packed";
+
+/// What is said of executable code in a file that is no library.
+const GENERATED: &str = "executable code in a file that is no library: programs generate such \
+     code for themselves";
 
 /// Whether a process runs a program that was told as drift itself.
 fn is_drift(entry: &Entry, process: &Process) -> bool {

@@ -144,6 +144,18 @@ impl ImageBaseline {
             || self.merge(directory.as_bytes()).any(|(_, record)| program(record))
     }
 
+    /// What lies below `directory` under a name that is wanted.
+    pub fn named_below<'a>(
+        &'a self,
+        directory: &'a RootfsPath,
+        is_wanted: impl Fn(&[u8]) -> bool + 'a,
+    ) -> impl Iterator<Item = Known> + 'a {
+        let name = |path: &[u8]| path.rsplit(|&byte| byte == b'/').next().map(<[u8]>::to_vec);
+        self.merge(directory.as_bytes())
+            .filter(move |(_, record)| name(record.path()).is_some_and(|name| is_wanted(&name)))
+            .filter_map(|(number, record)| self.known(number, record))
+    }
+
     /// Everything the image holds, directories included, in the order of paths
     /// (see [`super::layer`]): a directory is followed by what it holds.
     pub fn files(&self) -> impl Iterator<Item = Known> + '_ {

@@ -221,6 +221,12 @@ pub enum Subject<'a> {
         path: Option<&'a RootfsPath>,
         content: Option<Blake3Hash>,
     },
+    /// Files that are told together for another reason, which `by` names.
+    Common {
+        path: Option<&'a RootfsPath>,
+        content: Option<Blake3Hash>,
+        by: &'a str,
+    },
     /// What a layer holds at a path, all that is compared of it: not
     /// its content alone, because an owner or a mode may be what was changed.
     Layer {
@@ -259,6 +265,11 @@ impl FindingId {
             Subject::Group { path, content } => {
                 let path = path.map_or(&b""[..], RootfsPath::as_bytes);
                 parts.extend([b"group", path, bytes_of(content)]);
+            }
+            // And one part more than those.
+            Subject::Common { path, content, by } => {
+                let path = path.map_or(&b""[..], RootfsPath::as_bytes);
+                parts.extend([b"common", path, bytes_of(content), by.as_bytes()]);
             }
             Subject::Reason(reason) => parts.push(reason.as_bytes()),
             Subject::Command { exe, argv } => {

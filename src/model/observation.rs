@@ -104,6 +104,8 @@ pub enum Fact {
         invoked_as: Option<String>,
         /// Set for a file of the image's layers.
         layer_file: Option<LayerFile>,
+        /// Who has written the file, where that is known.
+        writer: Option<Arc<Process>>,
     },
     /// A program mapped code of a file that is not known to be the image's own.
     Loaded {
@@ -114,6 +116,8 @@ pub enum Fact {
         process: Arc<Process>,
         /// The dynamic linker was run as a program and given this file as one.
         by_linker: bool,
+        /// Its mapping is shared, as no library's is.
+        is_shared: bool,
         /// Who has written the file, when the change feed has just told.
         writer: Option<Arc<Process>>,
     },

@@ -159,7 +159,7 @@ const WITH_VERBS: &[(&str, &[&str])] = &[
 const INTERPRETERS: &[&str] =
     &["node", "nodejs", "perl", "php", "platform-python", "python", "ruby"];
 
-const SCRIPTS: &[&str] = &["dnf", "yum"];
+const SCRIPTS: &[&str] = &["dnf", "ensurepip", "yum"];
 
 const SCRIPTS_WITH_VERBS: &[(&str, &[&str])] = &[
     ("composer", &["install", "remove", "require", "update"]),

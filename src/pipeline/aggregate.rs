@@ -3,21 +3,31 @@
 //!
 //! ```text
 //! written by a package manager ──────────────> its package.transaction
-//! file.relocated ────────────────────────────> one for each content
+//! file.relocated ────────────────────────────> one for each content ─ many ─> one
 //! file.added, .modified, .removed ─ many ────> one for each directory ─ many ─> one
+//! file.privileged, scripts ─ many ───────────> one for each directory
 //! executed in a root directory of its own ─ many ─> one for each such root
+//! used, as a package manager has brought it ──> one for each transaction and kind
+//! run, as the image's linker has made it ─────> one for each linker
+//! libraries of one directory, by one process ─> one
+//! run under a name that a machine has made up ─> one for each pattern and who runs it,
+//!                                                if it is critical for each content
 //! anything else, and anything worse than usual ─> stands alone
 //! ```
 //!
-//! What only lies there is told together as soon as it is many; what is executed
-//! stands alone, but for the programs of a root directory (chroot) that is not the
-//! container's: each of them would be a finding.
+//! What only lies there is told together as soon as it is many. What is executed stands
+//! alone unless it has something in common with others that does not depend on a name,
+//! or a name that says nothing. How bad it is is a part of that: nothing is told
+//! together with what is less.
 
-use crate::inventory::Entry;
+use super::names;
+use crate::baseline::ImageBaseline;
+use crate::detect;
+use crate::inventory::{Entry, Told};
 use crate::model::finding::Subject;
 use crate::model::{
-    Blake3Hash, ContainerId, FindingId, Kind, PackageManager, Process, RootfsPath, Severity,
-    package_manager,
+    Blake3Hash, ContainerId, FindingId, Kind, PackageManager, Process, ProcessIdentity, RootfsPath,
+    Severity, package_manager, printable,
 };
 
 /// Files of one kind in one directory that stand alone, and anywhere.
@@ -25,8 +35,12 @@ const ALONE_IN_DIRECTORY: usize = 32;
 const ALONE: usize = 256;
 /// Directories of one kind that are told of one by one.
 const DIRECTORIES: usize = 64;
-/// Programs of one foreign root that stand alone.
+/// Programs of one foreign root that stand alone, and scripts of one directory.
 const ALONE_IN_ROOT: usize = 8;
+/// Programs of one directory that have gained a privilege, and stand alone.
+const ALONE_PRIVILEGED: usize = 8;
+/// Contents of the image of which copies are told by themselves.
+const ALONE_COPIES: usize = 4;
 
 /// Files of one finding that are known one by one and can be listed. More are
 /// counted.
@@ -39,27 +53,106 @@ pub(super) struct Group {
     /// The directory, or the root directory, that holds all of them.
     pub(super) place: Option<RootfsPath>,
     pub(super) content: Option<Blake3Hash>,
+    /// What else they have in common.
+    pub(super) common: Option<Common>,
+}
+
+/// What files have in common that were run, or used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Common {
+    /// A package manager has brought them, as they are.
+    Brought(FindingId),
+    /// A linker of the image has made them.
+    Built { linker: String },
+    /// One process has loaded them.
+    Loaded { process: ProcessIdentity, severity: Severity },
+    /// Names that a machine has made up by one pattern, and the program that runs them.
+    Pattern { pattern: Vec<u8>, by: Option<String>, severity: Severity },
+    /// A program that manages accounts has written them.
+    Accounts { process: ProcessIdentity },
+    /// They are no worse than this.
+    Severity(Severity),
+}
+
+impl Common {
+    fn key(&self) -> String {
+        let of = |process: &ProcessIdentity| format!("{} {}", process.pid, process.start_time);
+        match self {
+            Common::Brought(transaction) => format!("brought {transaction}"),
+            Common::Built { linker } => format!("built {linker}"),
+            Common::Loaded { process, severity } => format!("loaded {severity} {}", of(process)),
+            Common::Pattern { pattern, by, severity } => {
+                let by = by.as_deref().unwrap_or_default();
+                format!("pattern {severity} {} {by}", printable(pattern))
+            }
+            Common::Accounts { process } => format!("accounts {}", of(process)),
+            Common::Severity(severity) => format!("severity {severity}"),
+        }
+    }
+
+    /// In words, for a finding of several files.
+    pub(super) fn detail(&self) -> Option<String> {
+        Some(match self {
+            Common::Brought(_) => {
+                "used as a package manager of the image has brought it: what else of it was used \
+                 is counted here"
+                    .to_owned()
+            }
+            Common::Built { linker } => format!(
+                "built here: {linker} of the image has written it, and the processes that began \
+                 the build run it"
+            ),
+            Common::Loaded { .. } => "libraries of one directory, loaded by one process".to_owned(),
+            Common::Pattern { pattern, .. } => {
+                format!("names that a machine has made up, like {}", printable(pattern))
+            }
+            Common::Accounts { .. } => "accounts, changed by one command".to_owned(),
+            Common::Severity(_) => return None,
+        })
+    }
+
+    /// Whether that is said of a finding of one file too.
+    pub(super) fn explains_one(&self) -> bool {
+        matches!(self, Common::Brought(_) | Common::Built { .. })
+    }
 }
 
 impl Group {
     pub(super) fn id(&self, container: &ContainerId) -> FindingId {
+        if let Some(common) = &self.common {
+            let by = common.key();
+            let (path, content) = (self.place.as_ref(), self.content);
+            let subject = Subject::Common { path, content, by: &by };
+            return FindingId::new(Some(container), self.kind, &subject);
+        }
         let subject = Subject::Group { path: self.place.as_ref(), content: self.content };
         FindingId::new(Some(container), self.kind, &subject)
     }
 
     /// What found no room among the findings of a container, of one kind.
     pub(super) fn rest(kind: Kind) -> Group {
-        Group { kind, place: None, content: None }
+        Group { kind, place: None, content: None, common: None }
+    }
+
+    /// Whether it is one of several files from the first one on.
+    pub(super) fn begins_as_many(&self) -> bool {
+        self.content.is_none() && self.common.is_none()
     }
 
     /// Whether this is the one that always has room.
     pub(super) fn is_rest(&self) -> bool {
-        self.place.is_none() && self.content.is_none()
+        self.place.is_none() && self.content.is_none() && self.common.is_none()
     }
 
     /// What the files have in common, in words.
     pub(super) fn detail(&self) -> Option<String> {
+        if let Some(common) = &self.common {
+            return common.detail();
+        }
         let what = match self.kind {
+            Kind::FileRelocated if self.is_rest() => return Some(COPIES.to_owned()),
+            Kind::FilePrivileged if self.place.is_some() => "that gained a privilege",
+            Kind::ExecScript | Kind::ExecInterpreted if self.place.is_some() => "run as scripts",
             Kind::FileAdded => "added",
             Kind::FileModified => "changed",
             Kind::FileRemoved => "removed",
@@ -69,6 +162,9 @@ impl Group {
         };
         let of_these = "what came after the first ones, which have findings of their own";
         Some(match &self.place {
+            Some(place) if matches!(self.kind, Kind::ExecScript | Kind::ExecInterpreted) => {
+                format!("files {what} in {place}: {of_these}")
+            }
             Some(place) if self.kind.is_exec() => {
                 format!("programs {what} with {place} as their root directory: {of_these}")
             }
@@ -81,6 +177,9 @@ impl Group {
 /// What is said of a finding that stands for those that found no room.
 const REST: &str = "more of this kind than are kept one by one: what came after the first ones, \
      which have findings of their own, is counted here";
+
+const COPIES: &str = "copies of programs of the image: what came after the first contents, which \
+     have findings of their own";
 
 /// What is known of a file that has no finding yet.
 #[derive(Clone, Copy, Debug)]
@@ -96,10 +195,24 @@ pub(super) struct Candidate<'a> {
 /// Which finding a file is put into; `None` if it has one of its own.
 pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>) -> Option<Group> {
     let Candidate { kind, severity, path, content, root } = *file;
-    let group =
-        |place: Option<&RootfsPath>, content| Group { kind, place: place.cloned(), content };
+    let group = |place: Option<&RootfsPath>, content| Group {
+        kind,
+        place: place.cloned(),
+        content,
+        common: None,
+    };
     match kind {
-        Kind::FileRelocated => content.is_some().then(|| group(None, content)),
+        Kind::FileRelocated => {
+            let own = content.is_some().then(|| group(None, content))?;
+            let is_room = entry.findings.contains_key(&own.id(container))
+                || entry.alone(kind, None) < ALONE_COPIES;
+            Some(if is_room { own } else { group(None, None) })
+        }
+        // A new home, and what is known to harm nobody.
+        Kind::FilePersistence if severity < kind.severity() => {
+            let common = Some(Common::Severity(severity));
+            Some(Group { common, ..group(path.parent().as_ref(), None) })
+        }
         // A shell or a guard that is gone is not one of many.
         _ if severity > kind.severity() => None,
         Kind::FileAdded | Kind::FileModified | Kind::FileRemoved => {
@@ -114,6 +227,16 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
             let is_one_more = is_told || entry.together(kind) < DIRECTORIES;
             Some(if is_one_more { here } else { group(None, None) })
         }
+        Kind::FilePrivileged => {
+            let directory = path.parent()?;
+            let is_many = entry.alone(kind, Some(&directory)) >= ALONE_PRIVILEGED;
+            is_many.then(|| group(Some(&directory), None))
+        }
+        Kind::ExecScript | Kind::ExecInterpreted if root.is_none() => {
+            let directory = path.parent()?;
+            let is_many = entry.alone(kind, Some(&directory)) >= ALONE_IN_ROOT;
+            is_many.then(|| group(Some(&directory), None))
+        }
         Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated => {
             // An execution from elsewhere than the root it was made in is no part of it.
             let root = root.filter(|root| path.is_within(root))?;
@@ -122,6 +245,168 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
         }
         _ => None,
     }
+}
+
+/// What is known of code that was run or loaded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Used<'a> {
+    pub(super) file: Candidate<'a>,
+    pub(super) process: Option<&'a Process>,
+    pub(super) writer: Option<&'a Process>,
+    /// It may have held something else when it was run.
+    pub(super) could_change: bool,
+    /// Somebody may type what the process does.
+    pub(super) is_interactive: bool,
+}
+
+/// What was run or loaded and has something in common with others. `None`: it has not.
+pub(super) fn used_group(
+    entry: &Entry,
+    image: &ImageBaseline,
+    container: &ContainerId,
+    used: &Used<'_>,
+) -> Option<Group> {
+    let Candidate { kind, severity, path, content, .. } = used.file;
+    let group = |place, content, common| Group { kind, place, content, common: Some(common) };
+    if let Some(transaction) = brought_by(entry, container, used) {
+        return Some(group(None, None, Common::Brought(transaction)));
+    }
+    if let Some(linker) = built_by(entry, image, used) {
+        return Some(group(None, None, Common::Built { linker }));
+    }
+    let pattern = names::pattern(path);
+    if severity == Severity::Critical {
+        // One content, by whatever name.
+        let is_one_of_many = pattern.is_some() && content.is_some();
+        return is_one_of_many.then(|| group(None, content, Common::Severity(severity)));
+    }
+    let by = match kind {
+        Kind::ExecInterpreted | Kind::LibraryLoaded => used.process.and_then(|one| one.exe.clone()),
+        _ => used.process.and_then(|one| one.ancestors.first()?.exe.clone()),
+    };
+    if let Some(pattern) = pattern {
+        return Some(group(None, None, Common::Pattern { pattern, by, severity }));
+    }
+    let process = used.process.map(|process| process.identity);
+    match (kind, process.filter(|process| process.start_time > 0)) {
+        (Kind::LibraryLoaded, Some(process)) => {
+            Some(group(path.parent(), None, Common::Loaded { process, severity }))
+        }
+        _ => None,
+    }
+}
+
+/// The transaction that has brought a file exactly as it was run.
+pub(super) fn brought_by(
+    entry: &Entry,
+    container: &ContainerId,
+    used: &Used<'_>,
+) -> Option<FindingId> {
+    let Candidate { path, content, .. } = used.file;
+    content.filter(|_| !used.could_change)?;
+    let written = entry.members.of(crate::inventory::Deed::Written, path);
+    if let Some((id, told)) = written
+        && told == Told::content(content)
+        && entry.findings.get(&id).is_some_and(|told| told.kind == Kind::PackageTransaction)
+    {
+        return Some(id);
+    }
+    let manager = entry.package_manager_of(used.writer?)?;
+    Some(super::together::transaction_id(container, manager))
+}
+
+/// The linker of the image that has made what is run, by the tree of processes that has
+/// run the linker. What is typed by somebody is not a build.
+fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<String> {
+    if used.could_change || used.is_interactive {
+        return None;
+    }
+    let is_code = matches!(used.file.kind, Kind::ExecNew | Kind::LibraryLoaded);
+    let (writer, process) = (used.writer.filter(|_| is_code)?, used.process?);
+    let linker = writer.exe.as_deref().filter(|exe| is_linker(exe))?;
+    let file = RootfsPath::new(linker).ok()?;
+    let is_images = detect::is_program_of(image, &file) && entry.about(&file).next().is_none();
+    // Behind the last one is what started the container, which everything has in common.
+    let inside = writer.ancestors.split_last().map_or(&[][..], |(_, inside)| inside);
+    let is_one_tree = inside.iter().any(|one| process.descends_from(one.identity));
+    (is_images && is_one_tree).then(|| linker.to_owned())
+}
+
+/// Programs that make programs.
+fn is_linker(exe: &str) -> bool {
+    const LINKERS: &[&str] = &[
+        "collect2", "gold", "ld", "ld.bfd", "ld.gold", "ld.lld", "ld.mold", "lld", "mold",
+        "objcopy", "rust-lld", "strip", "tcc",
+    ];
+    let name = exe.rsplit('/').next().unwrap_or_default();
+    // x86_64-linux-gnu-ld.bfd
+    let name = name.rsplit_once("-gnu-").map_or(name, |(_, name)| name);
+    // Go's.
+    LINKERS.contains(&name) || name == "link" && exe.contains("/pkg/tool/")
+}
+
+/// The command by which accounts were changed, for the files that it changes.
+pub(super) fn accounts(
+    entry: &Entry,
+    image: &ImageBaseline,
+    file: &Candidate<'_>,
+    process: Option<&Process>,
+) -> Option<Group> {
+    const FILES: &[&str] = &["/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow"];
+    const TOOLS: &[&str] = &[
+        "addgroup", "adduser", "chpasswd", "deluser", "groupadd", "groupdel", "groupmod",
+        "newusers", "passwd", "useradd", "userdel", "usermod",
+    ];
+    let is_one = FILES.iter().any(|one| one.as_bytes() == file.path.as_bytes());
+    let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
+    let exe = process.exe.as_deref()?;
+    let name = |text: &str| text.rsplit('/').next().unwrap_or_default().to_owned();
+    // What busybox does, its arguments say.
+    let called = match name(exe).as_str() {
+        "busybox" => name(process.argv.as_ref()?.first()?),
+        other => other.to_owned(),
+    };
+    let program = RootfsPath::new(exe).ok()?;
+    let is_images =
+        detect::is_program_of(image, &program) && entry.about(&program).next().is_none();
+    (is_images && TOOLS.contains(&called.as_str())).then(|| Group {
+        kind: file.kind,
+        place: None,
+        content: None,
+        common: Some(Common::Accounts { process: process.identity }),
+    })
+}
+
+/// Whether a package manager itself runs this script: its own process has become it, or
+/// it has given it to an interpreter. Deeper below, others decide what is run.
+pub(super) fn is_run_by_manager(kind: Kind, is_script: bool, process: &Process) -> bool {
+    let can_be = match kind {
+        Kind::ExecScript | Kind::ExecInterpreted => true,
+        Kind::ExecFileless | Kind::ExecTmpfs | Kind::ExecVolume => is_script,
+        _ => false,
+    };
+    // apt executes dpkg, and otherwise what it is told to.
+    let runs_scripts = |exe: &str, argv: &[String]| {
+        let name = exe.rsplit('/').next().unwrap_or_default();
+        let is_asking = argv.iter().take(3).any(|one| one.ends_with("/dpkg-preconfigure"));
+        let is_manager = package_manager(exe, argv) == Some(PackageManager::Program);
+        is_asking || is_manager && !name.starts_with("apt")
+    };
+    can_be
+        && process.ancestors.first().is_some_and(|parent| {
+            let argv = parent.argv.as_deref().unwrap_or_default();
+            parent.exe.as_deref().is_some_and(|exe| runs_scripts(exe, argv))
+        })
+}
+
+/// Whether a file is run by every Python program of its environment. Packages bring such
+/// files, and what they bring is run by those who import it anyway.
+pub(super) fn is_site_hook(path: &RootfsPath) -> bool {
+    let is_site = path.parent().is_some_and(|parent| {
+        let parent = parent.file_name();
+        parent == b"site-packages" || parent == b"dist-packages"
+    });
+    is_site && path.file_name().ends_with(b".pth")
 }
 
 /// Whether this is one of the scripts that a package brings to be run while it is

@@ -253,6 +253,21 @@ impl Sessions {
         })
     }
 
+    /// Whether a process belongs to a session in which somebody may type.
+    pub(super) fn is_interactive(
+        &self,
+        container: &ContainerId,
+        descent: Option<ProcessIdentity>,
+        process: &Process,
+    ) -> bool {
+        let root = self.of(container, descent, Some(process));
+        let known = self.containers.get(container).zip(root);
+        let live = known.and_then(|(known, root)| known.live.get(&root));
+        live.is_some_and(|live| {
+            live.session.interactive.is_some() || live.session.entry == Entry::ReverseShell
+        })
+    }
+
     /// Makes room for one more; false if all that are known are open, or too many have
     /// been told.
     fn make_room(&mut self, session: &Session) -> bool {

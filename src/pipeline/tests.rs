@@ -11,6 +11,8 @@ use crate::model::{
 };
 use crate::watch::Verdict;
 
+mod quiet;
+
 const IMAGE: &str = "
 /bin 755 dir
 /tmp 1777 dir
@@ -18,6 +20,8 @@ const IMAGE: &str = "
 /bin/ls 755 elf ls
 /usr/bin/curl 755 elf curl
 /usr/bin/dpkg 755 elf dpkg
+/usr/bin/ld 755 elf ld
+/usr/sbin/useradd 755 elf useradd
 /etc/app.conf 644 data conf
 ";
 const ENDPOINT: &str = "/run/containerd/containerd.sock";
@@ -456,6 +460,7 @@ fn exec(path: RootfsPath, content: &str) -> Fact {
         process,
         invoked_as: None,
         layer_file: None,
+        writer: None,
     }
 }
 
@@ -485,6 +490,7 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
         lower: None,
         process: Arc::new(loads),
         by_linker: false,
+        is_shared: false,
         writer: writer.map(Arc::new),
     };
     let at = Timestamp::from_second(1).unwrap();

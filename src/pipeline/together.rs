@@ -6,19 +6,19 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::aggregate::{self, Candidate, Group, MAX_LISTED};
-use super::{Cause, Effect, Evidence, State, is_told_as_executed, new_finding};
+use super::aggregate::{self, Candidate, Common, Group, MAX_LISTED};
+use super::{Cause, Effect, Evidence, State, is_run, is_told_as_executed, new_finding};
 use crate::baseline::{ImageBaseline, Known};
 use crate::budget;
 use crate::detect::Judgement;
 use crate::health::Failure;
 use crate::history::{MemberChange, Record};
-use crate::inventory::{Deed, Entry, Told};
+use crate::inventory::{BaselineState, Deed, Entry, Told};
 use crate::model::file::is_program;
 use crate::model::finding::{MEMBER_SCHEMA, Subject};
 use crate::model::{
     Blake3Hash, ContainerId, Disposition, FileState, FileType, Filesystem, Finding, FindingId,
-    Kind, Member, Observation, Process, ProcessIdentity, RootfsPath, Source,
+    Format, Kind, Member, Observation, Process, ProcessIdentity, RootfsPath, Severity, Source,
 };
 
 /// How long a file of an aggregated finding that is told already may wait to be told.
@@ -103,11 +103,14 @@ impl State {
     ) -> bool {
         let container = &observation.container;
         let Some(entry) = self.inventory.get(container) else { return true };
+        let kind = judgement.kind;
+        if is_run(kind) {
+            return self.tell_run_together(observation, judgement, evidence, now, effects);
+        }
         let Some(path) = evidence.path.filter(|_| evidence.filesystem == Filesystem::Overlay)
         else {
             return false;
         };
-        let kind = judgement.kind;
         let content = evidence.state.and_then(FileState::blake3);
         let manager = evidence.process.and_then(|process| entry.package_manager_of(process));
         let manager = manager.cloned();
@@ -160,40 +163,134 @@ impl State {
                         id != transaction_id(container, &manager) || known != told
                     })
                 {
+                    let is_hook = aggregate::is_site_hook(path);
                     let into = Into::Transaction(manager);
                     self.put(&into, written, observation, judgement, evidence, now, effects);
-                }
-                false
-            }
-            Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated | Kind::ExecInterpreted => {
-                if let Some(manager) = manager
-                    && aggregate::is_maintainer_script(kind, path)
-                {
-                    let into = Into::Transaction(manager);
-                    self.put(&into, written, observation, judgement, evidence, now, effects);
-                    return true;
+                    if is_hook {
+                        return true;
+                    }
                 }
                 if is_own {
                     return false;
                 }
-                let executed = File { deed: Deed::Executed, ..written };
-                if let Some((id, known)) = entry.members.of(Deed::Executed, path)
-                    && known == told
-                {
-                    self.seen_again(id, observation, evidence, now, effects);
-                    return true;
-                }
-                let root = evidence.process.and_then(Process::own_root);
+                let Some(entry) = self.inventory.get(container) else { return true };
                 let severity = judgement.severity;
-                let file = Candidate { kind, severity, path, content, root: root.as_ref() };
-                let Some(group) = aggregate::group(entry, container, &file) else { return false };
-                let into = Into::Group(group);
-                self.put(&into, executed, observation, judgement, evidence, now, effects);
-                self.say(container.clone(), into.id(container), effects);
+                let file = Candidate { kind, severity, path, content, root: None };
+                let group = match &entry.baseline {
+                    BaselineState::Ready(image) if kind == Kind::FilePersistence => {
+                        aggregate::accounts(entry, image, &file, evidence.process)
+                    }
+                    _ => None,
+                };
+                let group = group.or_else(|| aggregate::group(entry, container, &file));
+                let Some(group) = group else { return false };
+                let gained = File { deed: Deed::of(kind), ..written };
+                self.put_or_count(group, gained, observation, judgement, evidence, now, effects);
                 true
             }
             _ => false,
         }
+    }
+
+    /// Tells code that was run as part of an aggregated finding, if it belongs into one.
+    fn tell_run_together(
+        &mut self,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get(container) else { return true };
+        let Some(path) = evidence.path else { return false };
+        let (kind, process) = (judgement.kind, evidence.process);
+        let content = evidence.state.and_then(FileState::blake3);
+        let told = Told::content(content);
+        let file = File { deed: Deed::of(kind), path, content, told };
+        let is_script = evidence.state.is_some_and(|state| state.format == Format::Script);
+        if let Some(process) = process
+            && let Some(manager) = entry.package_manager_of(process).cloned()
+            && (aggregate::is_maintainer_script(kind, path)
+                || aggregate::is_run_by_manager(kind, is_script, process))
+        {
+            let written = File { deed: Deed::Written, ..file };
+            let into = Into::Transaction(manager);
+            self.put(&into, written, observation, judgement, evidence, now, effects);
+            return true;
+        }
+        let subject = Subject::File { path, content };
+        if entry.findings.contains_key(&FindingId::new(Some(container), kind, &subject)) {
+            return false;
+        }
+        let could_change = evidence.state.is_some_and(|state| state.could_change);
+        if let Some((id, known)) = entry.members.of(file.deed, path)
+            && known == told
+            && entry.findings.get(&id).is_some_and(|told| told.severity >= judgement.severity)
+            && !could_change
+        {
+            let is_alone = entry.findings.get(&id).is_some_and(|told| told.files.is_none());
+            self.seen_again(id, observation, evidence, now, effects);
+            if is_alone {
+                self.say(observation.container.clone(), id, effects);
+            }
+            return true;
+        }
+        let root = process.and_then(Process::own_root);
+        let severity = judgement.severity;
+        let candidate = Candidate { kind, severity, path, content, root: root.as_ref() };
+        let is_interactive = process.is_none_or(|process| {
+            process.tty.is_some()
+                || self.sessions.is_interactive(container, observation.session, process)
+        });
+        let writer = evidence.writer;
+        let used =
+            aggregate::Used { file: candidate, process, writer, could_change, is_interactive };
+        let on_overlay = evidence.filesystem == Filesystem::Overlay;
+        let group = match &entry.baseline {
+            // What lies in another container's root is nobody's habit here.
+            BaselineState::Ready(image)
+                if evidence.filesystem != Filesystem::Container
+                    && !root.as_ref().is_some_and(|root| path.is_within(root)) =>
+            {
+                aggregate::used_group(entry, image, container, &used)
+            }
+            _ => None,
+        };
+        let group =
+            group.or_else(|| aggregate::group(entry, container, &candidate).filter(|_| on_overlay));
+        let Some(group) = group else { return false };
+        // What is known to be a package's or a build's is as bad as that.
+        let severity = match &group.common {
+            Some(Common::Brought(_) | Common::Built { .. }) => severity.min(Severity::Medium),
+            _ => severity,
+        };
+        let judgement = Judgement { severity, ..judgement.clone() };
+        self.put_or_count(group, file, observation, &judgement, evidence, now, effects);
+        true
+    }
+
+    /// Puts a file into a group and reports it at once; one that the group has is counted.
+    #[expect(clippy::too_many_arguments, reason = "what is to be told, and where to")]
+    fn put_or_count(
+        &mut self,
+        group: Group,
+        file: File<'_>,
+        observation: &Observation,
+        judgement: &Judgement,
+        evidence: &Evidence<'_>,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let container = &observation.container;
+        let id = group.id(container);
+        let entry = self.inventory.get(container);
+        if entry.and_then(|entry| entry.members.of(file.deed, file.path)) == Some((id, file.told)) {
+            return self.seen_again(id, observation, evidence, now, effects);
+        }
+        let into = Into::Group(group);
+        self.put(&into, file, observation, judgement, evidence, now, effects);
+        self.say(container.clone(), id, effects);
     }
 
     /// A file that is known is seen again; what a scan finds again was told already.
@@ -274,9 +371,14 @@ impl State {
             let finding = match into {
                 Into::Group(group) => {
                     let mut finding = self.about_file(id, observation, judgement, evidence);
-                    if group.content.is_none() {
+                    if group.begins_as_many() {
                         finding.files = Some(1);
                         finding.detail = group.detail();
+                    } else if group.common.as_ref().is_some_and(Common::explains_one) {
+                        finding.detail = join(finding.detail, group.detail());
+                    }
+                    if let Some(Common::Brought(transaction)) = &group.common {
+                        finding.transaction = Some(*transaction);
                     }
                     finding
                 }
@@ -331,6 +433,11 @@ impl State {
             if finding.files.is_none() {
                 // The first one was alone until now.
                 let first = first_member(finding).map(MemberChange::Seen);
+                if let Into::Group(Group { common: Some(common), .. }) = into
+                    && !common.explains_one()
+                {
+                    finding.detail = join(finding.detail.take(), common.detail());
+                }
                 self.unsaid.push(container, id, first, now);
             }
             finding.files = Some(finding.files.unwrap_or(1) + 1);
@@ -479,7 +586,8 @@ impl State {
     ) {
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
-        for deed in [Deed::Written, Deed::Executed] {
+        let run = Kind::ALL.iter().filter(|kind| is_run(**kind)).map(|kind| Deed::of(*kind));
+        for deed in std::iter::once(Deed::Written).chain(run) {
             let Some((id, told)) = entry.members.of(deed, path) else { continue };
             if matches!(told, Told::GONE | Told::REMOVED) {
                 continue;
@@ -528,6 +636,10 @@ impl State {
             self.say(container, id, effects);
         }
     }
+}
+
+fn join(one: Option<String>, other: Option<String>) -> Option<String> {
+    one.into_iter().chain(other).reduce(|all, next| all + "; " + &next)
 }
 
 /// What a finding told of one file, as one of many.

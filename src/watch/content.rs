@@ -417,6 +417,10 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         // First, so that its judgement finds it.
         watched.layer_files_mut().tell(layer_file, state.clone(), at);
     }
+    let writer = match filesystem {
+        Filesystem::Overlay if layer_file.is_none() => shared.writer_of_file(&watched, &stat),
+        _ => None,
+    };
     let fact = Fact::Executed {
         invoked_as: exec_name.and_then(|name| process::invoked_as(&name, &path)),
         path: path.clone(),
@@ -427,6 +431,7 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         lower,
         process: Arc::new(process),
         layer_file,
+        writer,
     };
     let is_told = shared.observe(&watched, at, Source::Gate, fact);
     if let Some(layer_file) = layer_file {

@@ -87,8 +87,7 @@ impl Feed {
                 return;
             }
         };
-        let is_program = file::sniff(file.as_fd())
-            .is_ok_and(|format| lower::looks_like_program(format, stat.mode));
+        let is_program = file::sniff(file.as_fd()).is_ok_and(lower::looks_like_program);
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
         if is_program {

@@ -472,6 +472,7 @@ fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: 
             process,
             invoked_as: None,
             layer_file: None,
+            writer: None,
         },
         None => {
             Fact::Interpreted { script: Script::File { path, filesystem, state, lower }, process }

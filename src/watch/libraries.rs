@@ -210,7 +210,7 @@ struct Libraries {
     in_image: HashMap<Named, Option<(u64, u64)>>,
     told: HashSet<(u32, u64, u64, u64)>,
     budgets: HashMap<u64, (Instant, u32)>,
-    waiting: VecDeque<(Instant, Loading, Code, Option<Process>)>,
+    waiting: VecDeque<(Instant, Loading, Looked, Option<Process>)>,
 }
 
 /// More names than this are not remembered.
@@ -273,8 +273,8 @@ pub(super) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
         // At the end their writers are not waited for.
         let is_due = |due: &Instant| *due <= Instant::now() || is_last;
         while libraries.waiting.front().is_some_and(|(due, ..)| is_due(due)) {
-            if let Some((_, loading, code, process)) = libraries.waiting.pop_front() {
-                tell(shared, &loading, code, process, Source::Trace);
+            if let Some((_, loading, looked, process)) = libraries.waiting.pop_front() {
+                tell(shared, &loading, looked, process, Source::Trace);
             }
         }
         if is_last {
@@ -347,9 +347,10 @@ impl Libraries {
             return false;
         }
         let handle = Handle::open(mapped.pid).ok();
-        let Some(code) = look(shared, watched, mapped, handle.as_ref(), place) else {
+        let Some(looked) = look(shared, watched, mapped, handle.as_ref(), place) else {
             return false;
         };
+        let code = &looked.code;
         if code.file_of.is_some()
             && code.file_of
                 == handle.as_ref().and_then(|handle| deeds::runs_file_of(shared, handle))
@@ -362,11 +363,11 @@ impl Libraries {
         }
         self.told.insert(told);
         let process = handle.map(|handle| process::as_it_is(&handle, watched));
-        let has_writer = shared.writer_of(watched, &code.path).is_some();
+        let has_writer = looked.writer(shared, watched).is_some();
         if code.filesystem == Filesystem::Overlay && !has_writer {
-            self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, code, process));
+            self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, looked, process));
         } else {
-            tell(shared, &loading, code, process, Source::Trace);
+            tell(shared, &loading, looked, process, Source::Trace);
         }
         false
     }
@@ -441,7 +442,7 @@ impl Libraries {
             if matches!(place, Place::Image | Place::NoFile) {
                 continue;
             }
-            let Some(code) = look(shared, watched, &mapped, Some(handle), place) else {
+            let Some(looked) = look(shared, watched, &mapped, Some(handle), place) else {
                 continue;
             };
             let process = Some(process::as_it_is(handle, watched));
@@ -452,7 +453,7 @@ impl Libraries {
                 program: Program::default(),
                 is_first: false,
             };
-            tell(shared, &loading, code, process, Source::Scan);
+            tell(shared, &loading, looked, process, Source::Scan);
         }
     }
 }
@@ -473,6 +474,24 @@ enum Place {
     Elsewhere,
 }
 
+/// A mapped file, and what it is known by when it has no name any more.
+#[derive(Debug)]
+struct Looked {
+    code: Code,
+    stat: Option<crate::sys::file::Stat>,
+}
+
+impl Looked {
+    fn writer(&self, shared: &Shared, watched: &Watched) -> Option<Arc<Process>> {
+        if self.code.filesystem != Filesystem::Overlay {
+            return None;
+        }
+        shared
+            .writer_of(watched, &self.code.path)
+            .or_else(|| shared.writer_of_file(watched, self.stat.as_ref()?))
+    }
+}
+
 /// What a mapped file holds; `None` if it is the image's own after all.
 fn look(
     shared: &Shared,
@@ -480,19 +499,26 @@ fn look(
     mapped: &Mapped,
     handle: Option<&Handle>,
     place: Place,
-) -> Option<Code> {
+) -> Option<Looked> {
+    let of_upper = |path, fd: &_, stat: crate::sys::file::Stat| {
+        Some(Looked { code: code::of_upper(shared, watched, path, fd, &stat), stat: Some(stat) })
+    };
+    let of_descriptor = |handle, fd: &_| {
+        let code = is_library(code::of_descriptor(shared, watched, handle, fd)?)?;
+        Some(Looked { code, stat: crate::sys::file::stat(fd).ok() })
+    };
     if let Place::Upper(path, fd, stat) = place {
-        return Some(code::of_upper(shared, watched, path, &fd, &stat));
+        return of_upper(path, &fd, stat);
     }
     // The file itself, for as long as the process has it mapped.
     let end = mapped.address.saturating_add(mapped.length);
     if let Some(handle) = handle
         && let Ok(fd) = handle.open_mapped(mapped.address, end)
     {
-        return is_library(code::of_descriptor(shared, watched, Some(handle), &fd)?);
+        return of_descriptor(Some(handle), &fd);
     }
     if let Place::PerhapsUpper(path, fd, stat) = place {
-        return Some(code::of_upper(shared, watched, path, &fd, &stat));
+        return of_upper(path, &fd, stat);
     }
     // The process is gone. Others may still see the file by its name.
     let name = mapped.name.strip_suffix(b" (deleted)").unwrap_or(&mapped.name);
@@ -502,7 +528,7 @@ fn look(
         let is_same = crate::sys::file::stat(&fd)
             .is_ok_and(|stat| (stat.device, stat.inode) == (mapped.device, mapped.inode));
         if is_same {
-            return is_library(code::of_descriptor(shared, watched, Some(viewer), &fd)?);
+            return of_descriptor(Some(viewer), &fd);
         }
     }
     let filesystem = if mapped.device == watched.device {
@@ -520,7 +546,8 @@ fn look(
             }
         }
     };
-    Some(code::gone(RootfsPath::new(name).ok()?, filesystem))
+    let code = code::gone(RootfsPath::new(name).ok()?, filesystem);
+    Some(Looked { code, stat: None })
 }
 
 /// What a program compiles into memory of its own is no library.
@@ -531,9 +558,16 @@ fn is_library(code: Code) -> Option<Code> {
     (!is_other).then_some(code)
 }
 
-fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>, source: Source) {
+fn tell(
+    shared: &Shared,
+    loading: &Loading,
+    looked: Looked,
+    process: Option<Process>,
+    source: Source,
+) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    let Code { path, filesystem, state, lower, file_of } = code;
+    let writer = looked.writer(shared, watched);
+    let Code { path, filesystem, state, lower, file_of } = looked.code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
         exe: program.file.as_deref().map(printable),
@@ -543,12 +577,6 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         root: None,
         ancestors: Vec::new(),
     });
-    let writer = match filesystem {
-        Filesystem::Overlay => shared.writer_of(watched, &path),
-        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous | Filesystem::Container => {
-            None
-        }
-    };
     let by_linker = *is_first && program.is_linker();
     let fact = Fact::Loaded {
         path,
@@ -557,6 +585,7 @@ fn tell(shared: &Shared, loading: &Loading, code: Code, process: Option<Process>
         lower,
         process: Arc::new(process),
         by_linker,
+        is_shared: mapped.is_shared,
         writer,
     };
     shared.observe_file_of(watched, file_of, *at, source, fact);

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use super::table::Layers;
+use crate::model::file::is_program;
 use crate::model::{FileTime, FileType, Format, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::hash::{Hashed, Hashing};
@@ -28,7 +29,6 @@ type Key = (u64, u64, FileTime);
 #[derive(Clone, Copy, Debug)]
 struct Twin {
     format: Format,
-    mode: u32,
     hashes: Option<LowerTwin>,
 }
 
@@ -65,7 +65,7 @@ impl LowerTwins {
         let Some(lower) = lower else { return nothing };
         let key = (lower.stat.device, lower.stat.inode, lower.stat.changed);
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
-        let wants = |twin: &Twin| upper_is_program || looks_like_program(twin.format, twin.mode);
+        let wants = |twin: &Twin| upper_is_program || looks_like_program(twin.format);
         match known {
             Some(None) => return nothing,
             Some(Some(twin)) if !wants(&twin) => return nothing,
@@ -77,7 +77,7 @@ impl LowerTwins {
             return nothing;
         };
         let format = file::sniff(file.as_fd()).unwrap_or(Format::Unknown);
-        let twin = Twin { format, mode: stat.mode, hashes: None };
+        let twin = Twin { format, hashes: None };
         if !wants(&twin) || stat.size > max_hash_bytes {
             self.remember(key, Some(twin));
             return nothing;
@@ -137,9 +137,10 @@ impl TwinReading {
     }
 }
 
-/// Whether a file's content is worth comparing: what is hashed of an upperdir.
-pub(super) fn looks_like_program(format: Format, mode: u32) -> bool {
-    mode & 0o111 != 0 || matches!(format, Format::Elf | Format::Script)
+/// Whether a file's content is worth comparing by itself. A mode bit makes no program of
+/// data, of which there may be much.
+pub(super) fn looks_like_program(format: Format) -> bool {
+    matches!(format, Format::Elf | Format::Script)
 }
 
 /// A name of the lower layers.
@@ -164,6 +165,17 @@ pub(super) fn holds(layers: &Layers, path: &RootfsPath) -> bool {
 /// Whether the layers hold a regular file at `path`.
 pub(super) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular())
+}
+
+/// Whether the layers hold a regular file of this size at `path`.
+pub(super) fn holds_file_of(layers: &Layers, path: &RootfsPath, size: u64) -> bool {
+    at(layers, path).is_some_and(|lower| lower.stat.is_regular() && lower.stat.size == size)
+}
+
+/// Whether the layers hold a program at `path`.
+pub(super) fn holds_program(layers: &Layers, path: &RootfsPath) -> bool {
+    let Some((file, stat)) = at(layers, path).and_then(|lower| lower.read()) else { return false };
+    file::sniff(file.as_fd()).is_ok_and(|format| is_program(format, stat.mode))
 }
 
 /// The device and inode of the regular file that the layers hold at `path`.

@@ -698,6 +698,8 @@ struct OpenPlace<'a> {
     directory: BorrowedFd<'a>,
     holds_file_whiteouts: bool,
     in_image: bool,
+    /// Whether data is compared too, where it may be the image's.
+    compares_data: bool,
 }
 
 impl Place {
@@ -734,8 +736,10 @@ impl Place {
     ) -> io::Result<Option<Look>> {
         let Some(directory) = &self.directory else { return Ok(None) };
         let Place { holds_file_whiteouts, in_image, .. } = *self;
-        let open = OpenPlace { directory: directory.as_fd(), holds_file_whiteouts, in_image };
-        let found = file::stat_at(directory, path.file_name())
+        let compares_data = false;
+        let directory = directory.as_fd();
+        let open = OpenPlace { directory, holds_file_whiteouts, in_image, compares_data };
+        let found = file::stat_at(open.directory, path.file_name())
             .and_then(|stat| entry(shared, &self.watched, layers, open, path, stat));
         match found {
             Ok(found) => Ok(Some(found)),
@@ -757,7 +761,7 @@ fn entry(
     if stat.is_whiteout_device() {
         return Ok(Look::Found(Found::Whiteout));
     }
-    let OpenPlace { directory, holds_file_whiteouts, in_image } = place;
+    let OpenPlace { directory, holds_file_whiteouts, in_image, compares_data } = place;
     let is_sensitive = shared.is_sensitive(watched, path);
     let mut reading = EntryReading {
         watched: watched.clone(),
@@ -765,6 +769,7 @@ fn entry(
         stat,
         in_image,
         is_sensitive,
+        is_compared: is_sensitive,
         stage: Stage::Over,
     };
     match stat.file_type {
@@ -794,6 +799,9 @@ fn entry(
         return Ok(Look::Found(Found::Whiteout));
     }
     reading.stat = stat;
+    reading.is_compared |= in_image
+        && (lower::holds_program(layers, path)
+            || compares_data && lower::holds_file_of(layers, path, stat.size));
     let content = if overlay::is_metacopy(&fd, user)? {
         // The content is in a layer below. The merged view knows where; once the
         // container has ended there is none.
@@ -848,6 +856,8 @@ struct EntryReading {
     stat: Stat,
     in_image: bool,
     is_sensitive: bool,
+    /// Whether its content is compared, whatever it is.
+    is_compared: bool,
     stage: Stage,
 }
 
@@ -859,7 +869,7 @@ enum Stage {
 
 impl EntryReading {
     fn begin(mut self, shared: &Shared, stored: Stored) -> Look {
-        let which = if self.is_sensitive { Which::Always } else { Which::Programs };
+        let which = if self.is_compared { Which::Always } else { Which::Programs };
         let max_hash_bytes = shared.settings.max_hash_bytes;
         let begin = |fd: BorrowedFd<'_>| Reading::begin(fd, &self.stat, which, max_hash_bytes);
         let begun = match &stored {
@@ -904,7 +914,7 @@ impl EntryReading {
             },
             None => state,
         };
-        let is_program = lower::looks_like_program(state.format, state.mode) || self.is_sensitive;
+        let is_program = lower::looks_like_program(state.format) || self.is_sensitive;
         self.look_below(shared, state, is_program)
     }
 
@@ -975,10 +985,12 @@ impl EntryReading {
     }
 
     fn goes_on(self: &mut Box<Self>, next: impl FnOnce(EntryReading) -> Look) -> Option<Found> {
-        let EntryReading { stat, in_image, is_sensitive, .. } = **self;
+        let EntryReading { stat, in_image, is_sensitive, is_compared, .. } = **self;
         let (watched, path) = (self.watched.clone(), self.path.clone());
         let stage = Stage::Over;
-        match next(EntryReading { watched, path, stat, in_image, is_sensitive, stage }) {
+        let entry =
+            EntryReading { watched, path, stat, in_image, is_sensitive, is_compared, stage };
+        match next(entry) {
             Look::Found(found) => Some(found),
             Look::Reading(reading) => {
                 *self = reading;
@@ -1283,9 +1295,10 @@ impl Walk {
                     !shared.leads_to_sensitive(&self.watched, &path)
                         && !shared.is_sensitive(&self.watched, &path)
                 }
+                // Whoever asks for the differences wants to know whether it is one.
                 _ => {
                     cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
-                        || !shared.is_sensitive(&self.watched, &path)
+                        || self.ticket.is_none() && !shared.is_sensitive(&self.watched, &path)
                 }
             }
         };
@@ -1297,9 +1310,11 @@ impl Walk {
         }
         let is_stable = is_stable(&stat);
         let Some(directory) = self.directories.last() else { return };
-        let looked = directory
-            .open()
-            .and_then(|place| entry(shared, &self.watched, layers, place, &path, stat));
+        let compares_data = self.ticket.is_some();
+        let looked = directory.open().and_then(|place| {
+            let place = OpenPlace { compares_data, ..place };
+            entry(shared, &self.watched, layers, place, &path, stat)
+        });
         match looked {
             Ok(Look::Reading(reading)) => {
                 self.reading = Some(WalkedFile { path, is_stable, reading });
@@ -1375,7 +1390,8 @@ impl Walk {
 impl Directory {
     fn open(&self) -> io::Result<OpenPlace<'_>> {
         let Directory { holds_file_whiteouts, in_image, .. } = *self;
-        Ok(OpenPlace { directory: self.entries.fd()?, holds_file_whiteouts, in_image })
+        let directory = self.entries.fd()?;
+        Ok(OpenPlace { directory, holds_file_whiteouts, in_image, compares_data: false })
     }
 
     /// The path of a name in the layers below, if this directory hides it.

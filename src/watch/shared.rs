@@ -764,6 +764,16 @@ impl Shared {
         self.process_of(watched, writer)
     }
 
+    /// Who wrote a file last, whatever it is called by now.
+    pub(super) fn writer_of_file(
+        &self,
+        watched: &Watched,
+        stat: &file::Stat,
+    ) -> Option<Arc<Process>> {
+        let writer = self.writers().of(watched.device, stat)?;
+        self.process_of(watched, writer)
+    }
+
     /// Notes that a container's upperdir is to be walked once it has settled.
     pub(super) fn mark_for_sweep(&self, watched: &Arc<Watched>) {
         let due = Instant::now() + self.settings.settle;

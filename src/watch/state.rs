@@ -14,9 +14,10 @@ use crate::threads;
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Which {
-    /// It is being executed, or its path is watched: so whatever it is.
+    /// It is being executed, its path is watched, or the image has a program there: so
+    /// whatever it is.
     Always,
-    /// Programs, by their first bytes or their mode.
+    /// Programs, by their first bytes.
     Programs,
 }
 
@@ -128,7 +129,7 @@ impl Reading {
         state.capability = file::xattr(file, "security.capability").unwrap_or(None);
         let Ok(format) = file::sniff(file) else { return Begun::Known(state) };
         state.format = format;
-        let is_wanted = which == Which::Always || looks_like_program(format, stat.mode);
+        let is_wanted = which == Which::Always || looks_like_program(format);
         if !is_wanted {
             state.content = Content::Unhashed(Unhashed::NotAProgram);
             return Begun::Known(state);

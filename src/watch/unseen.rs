@@ -182,6 +182,7 @@ fn tell(
                 lower: None,
                 process: Arc::new(process),
                 layer_file: None,
+                writer: None,
             };
             shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
@@ -478,6 +479,7 @@ impl Running {
             lower,
             process: Arc::new(process),
             layer_file,
+            writer: None,
         };
         let is_told = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file

@@ -29,6 +29,7 @@ mod ordinary;
 mod pods;
 mod programs;
 mod proof;
+mod quiet;
 mod recording;
 mod registry;
 mod sessions;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         fair::trials(),
         fileless::trials(),
         ordinary::trials(),
+        quiet::trials(),
         answers::trials(),
         incarnations::trials(),
         code::trials(),

@@ -1,0 +1,141 @@
+//! Which names are made up by a machine: those of temporary files, of steps that are
+//! numbered, of directories that are unpacked anew at each start. Nothing is decided by a
+//! name but which findings are one line, never how bad they are.
+
+use crate::model::RootfsPath;
+
+/// A path with a `*` for each part of it that looks made up; `None` if none does.
+pub(super) fn pattern(path: &RootfsPath) -> Option<Vec<u8>> {
+    let mut pattern = Vec::new();
+    let mut is_made_up = false;
+    for name in path.relative().split(|&byte| byte == b'/') {
+        pattern.push(b'/');
+        is_made_up |= add(name, &mut pattern);
+    }
+    is_made_up.then_some(pattern)
+}
+
+/// Adds one name of a path; true if a part of it looks made up.
+fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
+    // mktemp and its like: the prefix, and then anything.
+    for prefix in [b"tmp.".as_slice(), b"_MEI", b"ansible-tmp-"] {
+        if name.len() >= prefix.len() + 5 && name.starts_with(prefix) {
+            pattern.extend([prefix, b"*"].concat());
+            return true;
+        }
+    }
+    // Python's: `tmp` and eight characters, perhaps with a suffix.
+    let stem = name.split(|&byte| byte == b'.').next().unwrap_or(name);
+    if stem.len() == 11 && stem.starts_with(b"tmp") {
+        pattern.extend([b"tmp*", &name[stem.len()..]].concat());
+        return true;
+    }
+    let mut is_made_up = false;
+    let mut rest = name;
+    while let Some(&first) = rest.first() {
+        let is_part = first.is_ascii_alphanumeric();
+        let length = rest
+            .iter()
+            .position(|byte| byte.is_ascii_alphanumeric() != is_part)
+            .unwrap_or(rest.len());
+        let (part, after) = rest.split_at(length);
+        // Parts beside each other are one: their number may be by chance.
+        let goes_on = pattern.ends_with(b"*-") || pattern.ends_with(b"*_");
+        let is_more = goes_on && part.iter().all(u8::is_ascii_hexdigit);
+        if is_part && (is_more || looks_made_up(part)) {
+            is_made_up = true;
+            if goes_on {
+                pattern.pop();
+            } else {
+                pattern.push(b'*');
+            }
+        } else {
+            pattern.extend(part);
+        }
+        rest = after;
+    }
+    is_made_up
+}
+
+/// Whether letters and digits look like a number or like chance, and not like a word.
+fn looks_made_up(part: &[u8]) -> bool {
+    let digits = part.iter().filter(|byte| byte.is_ascii_digit()).count();
+    if digits == part.len() {
+        return true;
+    }
+    if part.len() < 5 {
+        return false;
+    }
+    let ends_in_digits = part[part.len() - digits..].iter().all(u8::is_ascii_digit);
+    if digits > 0 {
+        // `worker12`, `python3` and `libssl3` are words with a number; a number of many
+        // digits (a pid, a time) is one that a machine has counted.
+        return !ends_in_digits || digits >= 5 || is_hexadecimal(part);
+    }
+    let changes = part
+        .windows(2)
+        .filter(|pair| pair[0].is_ascii_lowercase() && pair[1].is_ascii_uppercase())
+        .count();
+    let capitals = part.iter().filter(|byte| byte.is_ascii_uppercase()).count();
+    // `fooBarBaz` has as many capitals as words.
+    let is_mixed = changes > 0 && capitals > changes + 1;
+    is_mixed || longest_without_vowel(part) >= 5
+}
+
+fn is_hexadecimal(part: &[u8]) -> bool {
+    part.len() >= 8 && part.iter().all(u8::is_ascii_hexdigit)
+}
+
+fn longest_without_vowel(part: &[u8]) -> usize {
+    let is_vowel = |byte: &u8| b"aeiouy".contains(&byte.to_ascii_lowercase());
+    part.split(is_vowel).map(<[u8]>::len).max().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(path: &str, expected: Option<&str>) {
+        let found = pattern(&RootfsPath::new(path).unwrap());
+        let found = found.map(|pattern| String::from_utf8(pattern).unwrap());
+        assert_eq!(found.as_deref(), expected, "{path}");
+    }
+
+    #[test]
+    fn w06_names_that_a_machine_makes_up_are_known() {
+        check("/tmp/tmp.kdPeaKxyzA", Some("/tmp/tmp.*"));
+        check("/tmp/tmp.abcdef", Some("/tmp/tmp.*"));
+        check("/tmp/tmpab_defgh.sh", Some("/tmp/tmp*.sh"));
+        check("/tmp/_MEIx9Q2ab/libfoo.so", Some("/tmp/_MEI*/libfoo.so"));
+        check("/home/runner/_work/_temp/17.sh", Some("/home/runner/_work/_temp/*.sh"));
+        check("/w/_temp/0b7e2c1a-94d3-4b1f-8a55-6f0e1d2c3b4a.sh", Some("/w/_temp/*.sh"));
+        check("/j/w@tmp/durable-1a2b3c4d/script.sh", Some("/j/w@tmp/durable-*/script.sh"));
+        check(
+            "/root/.ansible/tmp/ansible-tmp-1700000000.1-2-3/AnsiballZ_ping.py",
+            Some("/root/.ansible/tmp/ansible-tmp-*/AnsiballZ_ping.py"),
+        );
+        check("/tmp/kqzvbnmx", Some("/tmp/*"));
+        check("/tmp/aQx7Zk", Some("/tmp/*"));
+    }
+
+    #[test]
+    fn w06_words_are_kept_apart() {
+        for word in [
+            "/tmp/x",
+            "/tmp/evil.sh",
+            "/tmp/nc",
+            "/tmp/x12",
+            "/tmp/worker12",
+            "/usr/bin/python3.x",
+            "/usr/lib/libssl.so",
+            "/opt/myScript",
+            "/opt/AnsiballZ_ping.py",
+            "/usr/bin/systemd",
+            "/tmp/payload",
+            "/tmp/linpeas.sh",
+        ] {
+            check(word, None);
+        }
+    }
+}

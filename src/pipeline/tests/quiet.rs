@@ -1,0 +1,286 @@
+//! Which findings are one line in ordinary life, and the attack beside each of them that
+//! is not in it.
+
+use super::*;
+
+fn program(pid: u32, exe: &str, ancestors: &[(u32, &str)]) -> Process {
+    let named = |(pid, exe): &(u32, &str)| Ancestor {
+        identity: ProcessIdentity { pid: *pid, start_time: 1 },
+        exe: Some((*exe).to_owned()),
+        argv: None,
+    };
+    Process {
+        exe: Some(exe.to_owned()),
+        ancestors: ancestors.iter().map(named).collect(),
+        ..process(pid)
+    }
+}
+
+fn script_of(path: &str, content: &str, process: Process) -> Fact {
+    let state = FileState { format: Format::Script, ..state_of(content) };
+    let (path, filesystem, lower) = (at(path), Filesystem::Overlay, None);
+    let script = Script::File { path, filesystem, state, lower };
+    Fact::Interpreted { script, process: Arc::new(process) }
+}
+
+fn run(path: &str, content: &str, process: Process, by: Option<Process>) -> Fact {
+    let mut fact = exec(at(path), content);
+    if let Fact::Executed { process: runner, writer, .. } = &mut fact {
+        (*runner, *writer) = (Arc::new(process), by.map(Arc::new));
+    }
+    fact
+}
+
+fn loaded(path: &str, content: &str, process: Process, by: Option<Process>) -> Fact {
+    Fact::Loaded {
+        path: at(path),
+        filesystem: Filesystem::Overlay,
+        state: state_of(content),
+        lower: None,
+        process: Arc::new(process),
+        by_linker: false,
+        is_shared: false,
+        writer: by.map(Arc::new),
+    }
+}
+
+impl Node {
+    /// Kind, severity, path, files and count of each finding.
+    fn lines(&mut self) -> Vec<String> {
+        self.say_all();
+        let line = |finding: &&Finding| {
+            let path = finding.file.as_ref().map_or(String::new(), |file| file.path.to_string());
+            let (kind, severity) = (finding.kind, finding.severity);
+            let files = finding.files.unwrap_or(1);
+            format!("{kind} {severity} {path} {files} {}", finding.count)
+        };
+        self.newest().iter().map(line).collect()
+    }
+}
+
+#[test]
+fn w06_r32_scripts_under_names_of_a_machine_are_one_line_and_the_evil_one_is_another() {
+    let mut node = Node::running();
+    let shell = |pid| program(pid, "/bin/busybox", &[(1, "/bin/busybox")]);
+    for number in 0..60 {
+        let path = format!("/home/runner/_work/_temp/{number}.sh");
+        node.see(Source::Trace, script_of(&path, &path, shell(1000 + number)));
+    }
+    node.see(Source::Trace, script_of("/tmp/evil.sh", "evil", shell(2000)));
+    let python = program(2001, "/usr/bin/python3", &[]);
+    node.see(Source::Trace, script_of("/home/runner/_work/_temp/61.sh", "other", python));
+    assert_eq!(
+        node.lines(),
+        [
+            "exec.interpreted medium /home/runner/_work/_temp/0.sh 60 60",
+            "exec.interpreted medium /tmp/evil.sh 1 1",
+            "exec.interpreted medium /home/runner/_work/_temp/61.sh 1 1",
+        ]
+    );
+    assert_eq!(node.members().len(), 60, "all are listed");
+    // Worse than the usual: executed by itself, and critical.
+    node.see(Source::Gate, exec(at("/home/runner/_work/_temp/7.sh"), "elf"));
+    assert!(node.lines()[3].starts_with("exec.new critical"));
+
+    let mut restarted = node.restarted();
+    let again = script_of("/home/runner/_work/_temp/99.sh", "more", shell(3000));
+    restarted.see(Source::Trace, again);
+    assert_eq!(restarted.newest()[0].files, Some(61));
+}
+
+#[test]
+fn r18_one_content_under_made_up_names_is_one_finding_and_another_content_is_not() {
+    let mut node = Node::running();
+    for number in 0..30_u32 {
+        let path = format!("/tmp/a{number:03}Qx{number:03}z");
+        node.see(Source::Gate, exec(at(&path), "same"));
+    }
+    node.see(Source::Gate, exec(at("/tmp/a999Qx999z"), "other"));
+    node.see(Source::Gate, exec(at("/tmp/x"), "same"));
+    let lines = node.lines();
+    assert_eq!(lines[0], "exec.new critical /tmp/a000Qx000z 30 30");
+    assert_eq!(lines[1], "exec.new critical /tmp/a999Qx999z 1 1");
+    assert_eq!(lines[2], "exec.new critical /tmp/x 1 1");
+    assert_eq!(node.members().len(), 30);
+}
+
+#[test]
+fn w07_what_a_transaction_has_brought_is_used_in_one_line_and_what_was_changed_since_is_not() {
+    let mut node = Node::running();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    let python = || program(70, "/bin/busybox", &[]);
+    let unpacks = || Some((*descendant(52, &[50])).clone());
+    for number in 0..16 {
+        let path = format!("/usr/lib/numpy/lib{number}.so");
+        // Half of them before the transaction is told.
+        let writer = if number < 8 { unpacks() } else { None };
+        if number >= 8 {
+            let writer = unpacks().map(Arc::new);
+            node.see(Source::Change, written_by(&path, &path, writer));
+        }
+        node.see(Source::Trace, loaded(&path, &path, python(), writer));
+    }
+    node.see(Source::Gate, run("/usr/bin/jq", "jq", process(71), unpacks()));
+    let lines = node.lines();
+    let used = |lines: &[String]| -> Vec<String> {
+        lines.iter().filter(|line| !line.starts_with("package.")).cloned().collect()
+    };
+    assert_eq!(
+        used(&lines),
+        ["library.loaded medium /usr/lib/numpy/lib0.so 16 16", "exec.new medium /usr/bin/jq 1 1"]
+    );
+    let transaction =
+        node.newest().iter().find(|one| one.kind.name() == "package.transaction").unwrap().id;
+    for finding in node.newest().iter().filter(|one| one.kind != Kind::PackageTransaction) {
+        assert_eq!(finding.transaction, Some(transaction));
+        assert!(finding.detail.as_deref().unwrap().contains("package manager"), "{finding:?}");
+    }
+    // Somebody has changed it since, or laid something beside it.
+    let evil = || Some(program(80, "/bin/busybox", &[(1, "/bin/busybox")]));
+    node.see(Source::Gate, run("/usr/bin/jq", "evil", process(72), evil()));
+    node.see(Source::Trace, loaded("/usr/lib/numpy/lib3.so", "evil", process(73), evil()));
+    node.see(Source::Gate, run("/usr/bin/jq2", "beside", process(74), None));
+    let lines = used(&node.lines());
+    assert_eq!(
+        lines[2..],
+        [
+            "exec.new critical /usr/bin/jq 1 1",
+            "library.loaded high /usr/lib/numpy/lib3.so 1 1",
+            "exec.new critical /usr/bin/jq2 1 1",
+        ]
+    );
+}
+
+#[test]
+fn w07_r13_libraries_of_one_directory_and_process_are_one_line_and_a_preload_is_another() {
+    let mut node = Node::running();
+    let app = || program(70, "/usr/bin/curl", &[(1, "/bin/busybox")]);
+    for number in 0..12 {
+        let name = ["cuda", "nvml", "ptx", "gl"][number % 4];
+        let path = format!("/usr/lib/drivers/lib{name}.so.{}", number / 4);
+        let mut fact = loaded(&path, &path, app(), None);
+        if let Fact::Loaded { filesystem, .. } = &mut fact {
+            *filesystem = Filesystem::Volume;
+        }
+        node.see(Source::Trace, fact);
+    }
+    node.see(Source::Trace, loaded("/tmp/evil.so", "evil", app(), None));
+    node.see(Source::Trace, loaded("/usr/lib/drivers/evil.so", "evil", app(), None));
+    let lines = node.lines();
+    let medium = lines.iter().filter(|line| line.starts_with("library.loaded medium"));
+    assert!(medium.count() <= 3, "{lines:#?}");
+    let high: Vec<_> = lines.iter().filter(|line| line.contains(" high ")).collect();
+    assert_eq!(
+        high,
+        [
+            "library.loaded high /tmp/evil.so 1 1",
+            "library.loaded high /usr/lib/drivers/evil.so 1 1"
+        ]
+    );
+}
+
+#[test]
+fn w08_what_the_images_linker_has_built_is_one_line_and_what_others_bring_is_not() {
+    let mut node = Node::running();
+    let make = [(60, "/usr/bin/make"), (1, "/bin/busybox"), (100, "/usr/bin/shim")];
+    let linked = |exe: &str| Some(program(61, exe, &make));
+    let runs = |pid| program(pid, "/bin/busybox", &make);
+    for number in 0..25 {
+        let path = format!("/src/conftest{}", ["a", "b", "c"][number % 3].repeat(number + 1));
+        node.see(Source::Gate, run(&path, &path, runs(200), linked("/usr/bin/ld")));
+    }
+    assert_eq!(node.lines(), ["exec.new medium /src/conftesta 25 25"]);
+    // Not the image's linker; another tree; somebody types; nobody knows who wrote it.
+    node.see(Source::Gate, run("/src/evil", "1", runs(300), linked("/tmp/ld")));
+    let other = program(301, "/bin/busybox", &[(2, "/bin/sh"), (100, "/usr/bin/shim")]);
+    node.see(Source::Gate, run("/src/evil", "2", other, linked("/usr/bin/ld")));
+    let types = Process { tty: Some("pts/0".to_owned()), ..runs(302) };
+    node.see(Source::Gate, run("/src/evil", "3", types, linked("/usr/bin/ld")));
+    node.see(Source::Gate, run("/src/evil", "4", runs(303), None));
+    node.see(Source::Gate, run("/src/evil", "5", runs(304), linked("/usr/bin/curl")));
+    let lines = node.lines();
+    assert_eq!(lines.len(), 6, "{lines:#?}");
+    assert!(lines[1..].iter().all(|line| line.starts_with("exec.new critical")), "{lines:#?}");
+}
+
+#[test]
+fn r29_a_script_that_a_package_manager_runs_from_memory_is_its_transactions_and_a_program_is_not() {
+    let mut node = Node::running();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    let memory = |format, pid, parent: (u32, &str)| {
+        let mut fact = exec(at("/memfd:postinst"), &format!("{format:?} {pid}"));
+        if let Fact::Executed { filesystem, state, process, .. } = &mut fact {
+            (*filesystem, state.format) = (Filesystem::Anonymous, format);
+            let ancestors = [parent, (50, "/usr/bin/dpkg")];
+            *process = Arc::new(program(pid, "/bin/busybox", &ancestors));
+        }
+        fact
+    };
+    let dpkg = (50, "/usr/bin/dpkg");
+    node.see(Source::Gate, memory(Format::Script, 51, dpkg));
+    let in_tmp = program(52, "/bin/busybox", &[dpkg]);
+    node.see(Source::Trace, script_of("/tmp/config.x", "text", in_tmp));
+    assert_eq!(node.lines(), ["package.transaction medium  2 2"]);
+    node.see(Source::Gate, memory(Format::Elf, 53, dpkg));
+    // Below it, but of somebody else's choice; and by nobody of it.
+    node.see(Source::Gate, memory(Format::Script, 54, (55, "/bin/busybox")));
+    let lines = node.lines();
+    assert_eq!(lines.len(), 3, "{lines:#?}");
+    assert!(lines[1..].iter().all(|line| line.starts_with("exec.fileless critical")), "{lines:#?}");
+}
+
+#[test]
+fn w10_copies_of_many_programs_are_few_lines_and_a_new_one_among_them_is_its_own() {
+    let contents: Vec<String> = (0..100).map(|number| format!("c{number}")).collect();
+    let image = contents.iter().map(|name| format!("/usr/lib/{name} 755 elf {name}\n"));
+    let image: String = IMAGE.to_owned() + &image.collect::<String>();
+    let mut node = Node::running();
+    let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
+    node.state.inventory.entry(&id("c1")).baseline = BaselineState::Ready(baseline);
+    for content in &contents {
+        node.see(Source::Change, present(at(&format!("/copy/{content}")), content));
+    }
+    node.see(Source::Change, present(at("/copy/new"), "evil"));
+    let lines = node.lines();
+    assert_eq!(lines.len(), 6, "{lines:#?}");
+    assert_eq!(lines[4], "file.relocated info /copy/c4 96 96");
+    assert_eq!(lines[5], "file.added low /copy/new 1 1");
+}
+
+#[test]
+fn r23_many_programs_that_gain_a_privilege_are_few_lines() {
+    let mut node = Node::running();
+    for number in 0..300_u32 {
+        let mut state = state_of(&format!("c{number}"));
+        state.mode = 0o4755;
+        let path = at(&format!("/opt/p{number}"));
+        node.see(Source::Change, Fact::Present { path, state, lower: None, writer: None });
+    }
+    let privileged: Vec<String> =
+        node.lines().into_iter().filter(|line| line.starts_with("file.privileged")).collect();
+    assert_eq!(privileged.len(), 9, "{privileged:#?}");
+    assert_eq!(privileged[8], "file.privileged high /opt/p8 292 292");
+}
+
+#[test]
+fn w10_accounts_that_one_command_changes_are_one_line_and_a_line_by_a_shell_is_its_own() {
+    let mut node = Node::running();
+    let files = ["/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow"];
+    node.state.policy.persistence =
+        model::PathGlobs::new(files.iter().map(|&file| file.to_owned()).collect()).unwrap();
+    let write = |path: &str, content: &str, writer: Process| {
+        let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
+        let writer = Some(Arc::new(writer));
+        Fact::Present { path: at(path), state, lower: None, writer }
+    };
+    for file in files {
+        node.see(Source::Change, write(file, file, program(60, "/usr/sbin/useradd", &[])));
+    }
+    assert_eq!(node.lines(), ["file.persistence high /etc/passwd 4 4"]);
+    node.see(Source::Change, write("/etc/passwd", "evil", program(61, "/bin/busybox", &[])));
+    node.see(Source::Change, write("/etc/shadow", "evil", program(62, "/tmp/useradd", &[])));
+    assert_eq!(
+        node.lines()[1..],
+        ["file.persistence high /etc/passwd 1 1", "file.persistence high /etc/shadow 1 1"]
+    );
+}
