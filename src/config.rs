@@ -271,6 +271,8 @@ fn persistence() -> PathGlobs {
         "/etc/crontabs/**",
         "/etc/periodic/**",
         "/var/spool/cron/**",
+        // Named, because it may be a link.
+        "/var/spool/cron/crontabs/**",
         "/var/spool/at/**",
         // Run by every login or shell.
         "/etc/environment",

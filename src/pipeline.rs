@@ -1725,7 +1725,11 @@ fn detail(observation: &Observation, detail: Option<&str>) -> Option<String> {
     let owner = observation.file_of.as_ref();
     let owner = owner.map(|owner| format!("the file lies in the root of the container {owner}"));
     let way = observation.reached_as.as_ref();
-    let way = way.map(|path| format!("the container reaches it as {path}"));
+    let way = way.map(|path| match path.parent().and_then(|home| home.parent()) {
+        // A home that lies elsewhere has this name by its user alone.
+        Some(homes) if homes.as_bytes() == b"/home" => format!("it counts as {path}"),
+        _ => format!("the container reaches it as {path}"),
+    });
     let parts: Vec<String> =
         owner.into_iter().chain(way).chain(detail.map(ToOwned::to_owned)).collect();
     (!parts.is_empty()).then(|| parts.join("; "))

@@ -1,5 +1,6 @@
 //! Patterns of paths in a container, compiled once.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -48,6 +49,17 @@ impl PathGlobs {
     /// they mean: `/etc` and `/etc/cron.d` of `/etc/cron.d/*`.
     pub fn leads_to(&self, path: &RootfsPath) -> bool {
         self.above.is_match(Path::new(OsStr::from_bytes(path.as_bytes())))
+    }
+
+    /// The paths that the patterns name without a wildcard, and the directories above
+    /// what they mean, as far as they do.
+    pub fn literal(&self) -> BTreeSet<String> {
+        let all = self.patterns.iter().flat_map(|pattern| {
+            directories_above(pattern).chain(std::iter::once(pattern.as_str()))
+        });
+        all.filter(|path| path.starts_with('/') && !path.contains(['*', '?', '[', '{', '\\']))
+            .map(str::to_owned)
+            .collect()
     }
 
     pub fn matches(&self, path: &RootfsPath) -> bool {

@@ -30,8 +30,10 @@ fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
         pattern.extend([b"tmp*", &name[stem.len()..]].concat());
         return true;
     }
+    // What follows is a library's version.
+    let stem = name.windows(3).position(|three| three == b".so").map_or(name, |at| &name[..at]);
     let mut is_made_up = false;
-    let mut rest = name;
+    let mut rest = stem;
     while let Some(&first) = rest.first() {
         let is_part = first.is_ascii_alphanumeric();
         let length = rest
@@ -42,7 +44,8 @@ fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
         // Parts beside each other are one: their number may be by chance.
         let goes_on = pattern.ends_with(b"*-") || pattern.ends_with(b"*_");
         let is_more = goes_on && part.iter().all(u8::is_ascii_hexdigit);
-        if is_part && (is_more || looks_made_up(part)) {
+        let is_numbered = part.len() >= 3 || !pattern.ends_with(b".");
+        if is_part && (is_more || is_numbered && looks_made_up(part)) {
             is_made_up = true;
             if goes_on {
                 pattern.pop();
@@ -54,6 +57,7 @@ fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
         }
         rest = after;
     }
+    pattern.extend(&name[stem.len()..]);
     is_made_up
 }
 
@@ -127,7 +131,8 @@ mod tests {
             "/tmp/nc",
             "/tmp/x12",
             "/tmp/worker12",
-            "/usr/bin/python3.x",
+            "/usr/lib/python3.11/x",
+            "/usr/lib/libcuda.so.550.54",
             "/usr/lib/libssl.so",
             "/opt/myScript",
             "/opt/AnsiballZ_ping.py",

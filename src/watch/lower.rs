@@ -2,7 +2,7 @@
 //! directories that the snapshotter unpacked.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
@@ -196,6 +196,23 @@ pub(super) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {
 /// Opens the regular file that the layers hold at `path`.
 pub(super) fn open(layers: &Layers, path: &RootfsPath) -> Option<OwnedFd> {
     at(layers, path).filter(|lower| lower.stat.is_regular())?.read().map(|(fd, _)| fd)
+}
+
+/// Where a symlink that the layers hold at `path` leads; `None` if there is none.
+pub(super) fn link_target(layers: &Layers, path: &RootfsPath) -> Option<Vec<u8>> {
+    let lower = at(layers, path).filter(|lower| lower.stat.file_type == FileType::Symlink)?;
+    let parent = path.parent()?;
+    let directory = file::open_directory_beneath(&lower.layer, parent.relative()).ok()?;
+    let target = rustix::fs::readlinkat(directory, path.file_name(), Vec::new()).ok()?;
+    Some(target.into_bytes())
+}
+
+/// The beginning of the regular file that the layers hold at `path`.
+pub(super) fn read(layers: &Layers, path: &RootfsPath, limit: u64) -> Option<Vec<u8>> {
+    let file = std::fs::File::from(open(layers, path)?);
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
 }
 
 /// What the lower layers, merged, show at `path`.

@@ -468,6 +468,7 @@ impl Scan {
         let is_lossy = watched.take_rescan();
         walk.began = Timestamp::now();
         self.shared.names.begin_walk(watched);
+        ways::learn_image(&self.shared, watched);
         watched.ways.begin_walk();
         walk.ticket = ticket;
         walk.leaves_settling = ticket.is_none() && !is_lossy;

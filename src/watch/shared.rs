@@ -363,6 +363,12 @@ impl Shared {
             || watched.ways.leading_to(path).is_some_and(|as_well| {
                 self.settings.persistence.matches(&as_well) || watched.is_entry_point(&as_well)
             })
+            || self.known_as(watched, path).is_some()
+    }
+
+    /// The sensitive path for which this one stands in the image.
+    fn known_as(&self, watched: &Watched, path: &RootfsPath) -> Option<RootfsPath> {
+        watched.ways.known_as(path, |as_well| self.settings.persistence.matches(as_well))
     }
 
     /// Whether what lies below a path may matter, so that it does not stand for itself
@@ -508,7 +514,9 @@ impl Shared {
             self.roots().of(&watched.container, &self.births(), named)
         });
         let reached_as = match &fact {
-            Fact::Present { path, .. } => watched.ways.leading_to(path),
+            Fact::Present { path, .. } => {
+                watched.ways.leading_to(path).or_else(|| self.known_as(watched, path))
+            }
             _ => None,
         };
         let (container, init) = (watched.container.clone(), watched.init);

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use jiff::Timestamp;
 
 use super::code;
+use super::lower;
 use super::shared::Shared;
 use super::state;
 use super::table::Watched;
@@ -28,6 +29,9 @@ pub(super) struct Ways(Mutex<All>);
 #[derive(Debug, Default)]
 struct All {
     ways: Vec<Way>,
+    /// Ways that the image has by itself: its links, and homes of its users. `None`:
+    /// nobody has looked.
+    of_image: Option<Vec<(RootfsPath, RootfsPath)>>,
     /// Moves with each walk of everything.
     walk: u64,
     /// Sensitive places where something was mounted when the container was first looked
@@ -57,6 +61,20 @@ impl Ways {
             let rest = overlay::strip_directory(path.as_bytes(), way.to.as_bytes())?;
             let from = way.from.as_bytes();
             RootfsPath::new([from, b"/".as_slice(), rest].concat()).ok()
+        })
+    }
+
+    /// A path that stands for `path` in the image, if such a one is wanted.
+    pub(super) fn known_as(
+        &self,
+        path: &RootfsPath,
+        is_wanted: impl Fn(&RootfsPath) -> bool,
+    ) -> Option<RootfsPath> {
+        let all = self.all();
+        all.of_image.iter().flatten().find_map(|(from, to)| {
+            let rest = overlay::strip_directory(path.as_bytes(), to.as_bytes())?;
+            let known_as = [from.as_bytes(), b"/".as_slice(), rest].concat();
+            RootfsPath::new(known_as).ok().filter(|known_as| is_wanted(known_as))
         })
     }
 
@@ -91,6 +109,46 @@ impl Ways {
         let walk = all.walk;
         all.ways.retain(|way| way.link.is_none() || way.walk == walk);
     }
+}
+
+/// Looks once at what the image itself has: links on the way to places where persistence
+/// is watched for, and homes that are elsewhere than usual. A home counts as `/home/USER`.
+pub(super) fn learn_image(shared: &Shared, watched: &Watched) {
+    let Some(layers) = watched.layers() else { return };
+    if watched.ways.all().of_image.is_some() {
+        return;
+    }
+    let links = shared.settings.persistence.literal().into_iter().filter_map(|place| {
+        let from = RootfsPath::new(&place).ok()?;
+        let mut to = from.clone();
+        // No image has a longer chain that leads anywhere.
+        for _ in 0..8 {
+            let Some(target) = lower::link_target(layers, &to) else { break };
+            to = to.resolve(&target)?;
+        }
+        (to != from && !from.is_within(&to) && !to.is_within(&from)).then_some((from, to))
+    });
+    let users = RootfsPath::new("/etc/passwd").ok();
+    let users = users.and_then(|path| lower::read(layers, &path, MAX_USERS_BYTES));
+    let mut ways: Vec<_> = links.take(MAX_WAYS).collect();
+    ways.extend(homes(&users.unwrap_or_default()).into_iter().take(MAX_WAYS));
+    watched.ways.all().of_image = Some(ways);
+}
+
+/// More of an image's `/etc/passwd` is not read.
+const MAX_USERS_BYTES: u64 = 64 << 10;
+
+/// The homes of users that are not where homes usually are.
+fn homes(users: &[u8]) -> Vec<(RootfsPath, RootfsPath)> {
+    let of = |line: &[u8]| {
+        let mut fields = line.split(|&byte| byte == b':');
+        let (name, home) = (fields.next()?, fields.nth(4)?);
+        let home = RootfsPath::new(home).ok().filter(|home| home.parent().is_some())?;
+        let usual = RootfsPath::new([b"/home/", name].concat()).ok()?;
+        let is_usual = home.parent().is_some_and(|parent| parent.as_bytes() == b"/home");
+        (!is_usual && home.as_bytes() != b"/root").then_some((usual, home))
+    };
+    users.split(|&byte| byte == b'\n').filter_map(of).collect()
 }
 
 /// A link that leads away from a sensitive place.
@@ -191,6 +249,24 @@ mod tests {
         ways.begin_walk();
         ways.end_walk();
         assert!(reached("/tmp/cr/a").is_some());
+    }
+
+    #[test]
+    fn r22_homes_are_where_the_images_users_have_them() {
+        let users = b"root:x:0:0::/root:/bin/sh\nbob:x:1:1::/home/b:/bin/sh\n\
+            postgres:x:70:70::/var/lib/postgresql:/bin/sh\nnone:x:2:2::/:\nbad\n";
+        let homes = homes(users);
+        assert_eq!(homes, [(path("/home/postgres"), path("/var/lib/postgresql"))]);
+        let ways = Ways::default();
+        ways.all().of_image = Some(homes);
+        let known_as = |text: &str| {
+            let found = ways.known_as(&path(text), |path| path.file_name() == b".profile");
+            found.map(|path| path.to_string())
+        };
+        let profile = known_as("/var/lib/postgresql/.profile");
+        assert_eq!(profile.as_deref(), Some("/home/postgres/.profile"));
+        assert_eq!(known_as("/var/lib/postgresql/data"), None);
+        assert_eq!(known_as("/var/lib/.profile"), None);
     }
 
     #[test]
