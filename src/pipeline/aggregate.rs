@@ -369,7 +369,7 @@ pub(super) fn accounts(
     let program = RootfsPath::new(exe).ok()?;
     let is_images =
         detect::is_program_of(image, &program) && entry.about(&program).next().is_none();
-    (is_images && TOOLS.contains(&called.as_str())).then(|| Group {
+    (is_images && TOOLS.contains(&called.as_str())).then_some(Group {
         kind: file.kind,
         place: None,
         content: None,

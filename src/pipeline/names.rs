@@ -83,7 +83,7 @@ fn looks_made_up(part: &[u8]) -> bool {
     let capitals = part.iter().filter(|byte| byte.is_ascii_uppercase()).count();
     // `fooBarBaz` has as many capitals as words.
     let is_mixed = changes > 0 && capitals > changes + 1;
-    is_mixed || longest_without_vowel(part) >= 5
+    is_mixed || longest_without_vowel(part) >= 6
 }
 
 fn is_hexadecimal(part: &[u8]) -> bool {
