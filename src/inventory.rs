@@ -454,7 +454,7 @@ fn place_of(finding: &Finding) -> Option<RootfsPath> {
         Kind::FileAdded | Kind::FileModified | Kind::FileRemoved | Kind::FilePrivileged => {
             file.path.parent()
         }
-        Kind::ExecScript | Kind::ExecInterpreted => own_root.or_else(|| file.path.parent()),
+        Kind::ExecInterpreted => own_root.or_else(|| file.path.parent()),
         kind if kind.is_exec() => own_root,
         _ => None,
     }

@@ -5,13 +5,13 @@
 //! written by a package manager ──────────────> its package.transaction
 //! file.relocated ────────────────────────────> one for each content ─ many ─> one
 //! file.added, .modified, .removed ─ many ────> one for each directory ─ many ─> one
-//! file.privileged, scripts ─ many ───────────> one for each directory
+//! file.privileged, exec.interpreted ─ many ──> one for each directory
 //! executed in a root directory of its own ─ many ─> one for each such root
 //! used, as a package manager has brought it ──> one for each transaction and kind
 //! run, as the image's linker has made it ─────> one for each linker
 //! libraries of one directory, by one process ─> one
-//! run under a name that a machine has made up ─> one for each pattern and who runs it,
-//!                                                if it is critical for each content
+//! run under a name that a machine has made up ─> one for each pattern and who runs it;
+//!                        executed, and high or worse: one for each content
 //! anything else, and anything worse than usual ─> stands alone
 //! ```
 //!
@@ -152,7 +152,7 @@ impl Group {
         let what = match self.kind {
             Kind::FileRelocated if self.is_rest() => return Some(COPIES.to_owned()),
             Kind::FilePrivileged if self.place.is_some() => "that gained a privilege",
-            Kind::ExecScript | Kind::ExecInterpreted if self.place.is_some() => "run as scripts",
+            Kind::ExecInterpreted if self.place.is_some() => "run as scripts",
             Kind::FileAdded => "added",
             Kind::FileModified => "changed",
             Kind::FileRemoved => "removed",
@@ -162,7 +162,7 @@ impl Group {
         };
         let of_these = "what came after the first ones, which have findings of their own";
         Some(match &self.place {
-            Some(place) if matches!(self.kind, Kind::ExecScript | Kind::ExecInterpreted) => {
+            Some(place) if self.kind == Kind::ExecInterpreted => {
                 format!("files {what} in {place}: {of_these}")
             }
             Some(place) if self.kind.is_exec() => {
@@ -232,7 +232,7 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
             let is_many = entry.alone(kind, Some(&directory)) >= ALONE_PRIVILEGED;
             is_many.then(|| group(Some(&directory), None))
         }
-        Kind::ExecScript | Kind::ExecInterpreted if root.is_none() => {
+        Kind::ExecInterpreted => {
             let directory = path.parent()?;
             let is_many = entry.alone(kind, Some(&directory)) >= ALONE_IN_ROOT;
             is_many.then(|| group(Some(&directory), None))
@@ -275,7 +275,8 @@ pub(super) fn used_group(
         return Some(group(None, None, Common::Built { linker }));
     }
     let pattern = names::pattern(path);
-    if severity == Severity::Critical {
+    let is_handed_over = matches!(kind, Kind::ExecInterpreted | Kind::LibraryLoaded);
+    if severity >= Severity::High && !is_handed_over {
         // One content, by whatever name.
         let is_one_of_many = pattern.is_some() && content.is_some();
         return is_one_of_many.then(|| group(None, content, Common::Severity(severity)));
@@ -336,7 +337,7 @@ fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Str
 fn is_linker(exe: &str) -> bool {
     const LINKERS: &[&str] = &[
         "collect2", "gold", "ld", "ld.bfd", "ld.gold", "ld.lld", "ld.mold", "lld", "mold",
-        "objcopy", "rust-lld", "strip", "tcc",
+        "rust-lld", "tcc",
     ];
     let name = exe.rsplit('/').next().unwrap_or_default();
     // x86_64-linux-gnu-ld.bfd

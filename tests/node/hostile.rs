@@ -188,7 +188,7 @@ fn a40_links(node: &Node) -> anyhow::Result<()> {
         container.diff()?;
         container.told(&[
             "critical exec.new /tmp/x",
-            "low file.removed /usr/sbin",
+            "medium file.removed /usr/sbin",
             "medium file.modified /usr/bin/curl",
             "medium file.modified /usr/bin/wget",
         ])?;
