@@ -270,6 +270,7 @@ const MAY_ASK: &[(&str, &str, &str)] = &[
     ("copyup.rs", "OpenOptions", "a file of our own in a work directory of containerd's"),
     ("copyup.rs", "is_remote(", "directories of containerd's"),
     ("lower.rs", "Dir::read_from", "a directory below an image's layer, held already"),
+    ("lower.rs", "readlinkat", "a link of an image's layer, in a directory that is held"),
     ("mounts.rs", "is_in_memory(", "a file on a filesystem that carries our marks"),
     ("mounts.rs", "is_overlay(", "a file on a filesystem that carries our marks"),
     ("scan.rs", "Dir::read_from", "a directory below an upper layer, held already"),

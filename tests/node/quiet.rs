@@ -32,10 +32,13 @@ fn places(node: &Node) -> anyhow::Result<()> {
          echo 1 > /etc/service/x/supervise/status\n\
          echo evil > /usr/lib/python3/usercustomize.py\n\
          echo evil > /usr/lib/python3/dist-packages/x.pth; echo evil > /opt/lib/x.pth\n\
+         echo evil > /app/.profile; echo evil > /opt/.profile\n\
          echo evil > /docker-entrypoint.d/99-x.sh; chmod 755 /docker-entrypoint.d/10-x.sh",
     )?;
     container
         .told(&[
+            // The home of a user of the image.
+            "high file.persistence /app/.profile",
             "high file.persistence /docker-entrypoint.d/99-x.sh",
             "high file.persistence /etc/bash/bashrc",
             "high file.persistence /etc/crontabs/root",
