@@ -388,7 +388,9 @@ impl Node {
         self.order(Order::Attach { container: id.clone(), pid: container.pid, rootfs: None });
         self.order(Order::Trust { container: id.clone(), trust });
         let before_start = self.until("the container to be attached", |report| match report {
-            Report::Attached { container, before_start } if *container == id => Some(*before_start),
+            Report::Attached { container, before_start, .. } if *container == id => {
+                Some(*before_start)
+            }
             Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
             _ => None,
         });
@@ -1709,7 +1711,10 @@ fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
     container.drop_program("/tmp/true");
     container.shell("/tmp/true");
     node.until_executed(&path("/tmp/true"));
-    node.unordered_walk(&container.id);
+    // By a walk, or as a change that has settled, whichever comes first.
+    node.until("the file to be reported", |report| {
+        summary(report).contains("present /tmp/true").then_some(())
+    });
     node.told.clear();
     container.kill_init();
     container.unmount();
