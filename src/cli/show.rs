@@ -1,12 +1,11 @@
 //! `driftd show`: one finding or session whole, for a person who must decide.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use jiff::Timestamp;
 use tonic::{Code, Status};
 
-use super::client::{Client, explain, talk};
+use super::client::{Client, Server, explain, talk};
 use super::containers::pod;
 use super::exit::Exit;
 use super::findings::quoted;
@@ -20,7 +19,7 @@ pub(super) struct Show {
     /// A finding's or a session's ID, or the beginning of it
     id: String,
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(short, long, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 
@@ -30,9 +29,9 @@ enum Shown {
 }
 
 impl Show {
-    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+    pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let now = Timestamp::now();
-        match talk(socket, |client| find(client, self.id))? {
+        match talk(server, |client| find(client, self.id))? {
             Shown::Finding(finding, responses) => {
                 one(&finding, self.output, || text(&finding, &responses, now))?;
             }

@@ -414,7 +414,18 @@ impl Writing {
 
     /// Forgets some of what is too old; comes again at once while there is more.
     fn prune(&mut self) {
-        match prune_step(&mut self.connection, self.keep.retention) {
+        let pruned = prune_step(&mut self.connection, self.keep.retention);
+        if let Ok(pruned @ 1..) = pruned {
+            // Of a directory that was copied to be read, this may be all that there is.
+            tracing::info!(
+                history = %self.path.display(),
+                records = pruned,
+                retention = ?self.keep.retention,
+                "records that are older than the retention are dropped (to read an old history \
+                 whole: driftd --history FILE findings)"
+            );
+        }
+        match pruned {
             Ok(pruned) if pruned == PRUNE_STEP => (),
             Ok(_) => {
                 self.next_prune = Instant::now() + PRUNE_EVERY;
