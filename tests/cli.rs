@@ -530,6 +530,7 @@ fn every_command_has_help() {
         &["containers", "--help"],
         &["diff", "--help"],
         &["findings", "--help"],
+        &["summary", "--help"],
         &["show", "--help"],
         &["sessions", "--help"],
         &["timeline", "--help"],
@@ -1089,6 +1090,101 @@ fn u11_a_quarter_of_a_million_findings_are_listed_in_little_time_and_memory() {
     let document = run(&["findings", "-o", "json", "--limit", "3000"]);
     let document: Vec<Finding> = serde_json::from_str(&document.out).unwrap();
     assert_eq!(document.len(), 3000);
+}
+
+/// The files of a directory with what they hold.
+fn contents(directory: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    let all = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    all.filter(|path| path.is_file()).map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn u05_a_history_is_read_without_a_daemon_and_nothing_of_it_changes() {
+    let mut node = Node::start();
+    // Older than what a daemon would keep.
+    let old = finding(1, 40 * 24 * 60 * 60);
+    let young = finding(2, 60);
+    node.writer.take().unwrap().stop();
+    let keep = Duration::from_secs(400 * 24 * 60 * 60);
+    let writer = History::open(&node.dir.path().join("state")).unwrap().start(keep, Arc::default());
+    node.writer = Some(writer);
+    node.found(&[young.clone(), old.clone()]);
+    let told = session(3, 30);
+    node.told(&told, &[command(&told, 1, &["ls"], 20)]);
+
+    // As it is copied from a node that runs: the newest records are in the log only.
+    let copy = tempfile::tempdir().unwrap();
+    let state = node.dir.path().join("state");
+    let rest = tempfile::tempdir().unwrap();
+    for name in ["history.db", "history.db-wal"] {
+        fs::copy(state.join(name), copy.path().join(name)).unwrap();
+    }
+    assert!(fs::metadata(copy.path().join("history.db-wal")).unwrap().len() > 0);
+    let check = |history: &Path, is_unused: bool| {
+        let before = contents(history.parent().unwrap());
+        let run = |arguments: &[&str]| {
+            let answer = run(&[&["--history", history.to_str().unwrap()], arguments].concat());
+            assert_eq!(answer.code, 0, "{arguments:?}: {answer:?}");
+            answer.out
+        };
+        assert_eq!(run(&["findings", "-q"]), format!("{}\n{}\n", young.id, old.id));
+        assert!(run(&["show", &old.id.to_string()]).contains(&old.id.to_string()));
+        assert_eq!(run(&["sessions", "-q"]), format!("{}\n", told.id));
+        assert_eq!(run(&["timeline", "web", "-o", "jsonl"]).lines().count(), 4);
+        assert_eq!(run(&["summary"]).lines().count(), 2);
+        if is_unused {
+            assert_eq!(contents(history.parent().unwrap()), before, "nothing is written");
+        }
+    };
+    check(&copy.path().join("history.db"), true);
+    // The one that is in use.
+    check(&state.join("history.db"), false);
+    node.writer.take().unwrap().stop();
+    fs::copy(state.join("history.db"), rest.path().join("history.db")).unwrap();
+    check(&rest.path().join("history.db"), true);
+    let directory = run(&["--history", rest.path().to_str().unwrap(), "findings", "-q"]);
+    assert_eq!(directory.out.lines().count(), 2, "its directory names it too");
+
+    for (arguments, code) in [
+        (&["status"][..], 64),
+        (&["findings", "--follow"], 64),
+        (&["respond", "kill", "web", "--reason", "x"], 64),
+    ] {
+        let path = rest.path().to_str().unwrap();
+        let refused = run(&[&["--history", path], arguments].concat());
+        assert_eq!(refused.code, code, "{refused:?}");
+        assert!(refused.talk.contains("--history is for findings"), "{}", refused.talk);
+    }
+    let nothing = run(&["--history", "/no/such/history.db", "findings"]);
+    assert!(nothing.code == 2 && nothing.talk.contains("/no/such/history.db"), "{nothing:?}");
+    let writer = History::open(&state).unwrap().start(keep, Arc::default());
+    node.writer = Some(writer);
+}
+
+#[test]
+fn u15_a_page_is_written_for_every_command_also_into_a_new_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let new = dir.path().join("share/man/man1");
+    let written = run(&["man", "--directory", new.to_str().unwrap()]);
+    assert_eq!((written.code, written.talk.as_str()), (0, ""));
+    let pages = fs::read_dir(&new).unwrap().count();
+    let top = fs::read_to_string(new.join("driftd.1")).unwrap();
+    assert_eq!(top.matches("(1)").count() + 1, pages, "each page that is named is there");
+    assert!(new.join("driftd-findings.1").exists() && new.join("driftd-summary.1").exists());
+    // `make install` puts them all there.
+    assert!(include_str!("../Makefile").contains("man --directory $(DESTDIR)$(mandir)"));
+
+    fs::write(dir.path().join("file"), "").unwrap();
+    let refused = run(&["man", "--directory", dir.path().join("file/man").to_str().unwrap()]);
+    assert!(refused.code == 2 && refused.talk.contains("file/man"), "u18: {refused:?}");
+}
+
+#[test]
+fn u18_the_usage_shows_no_option_as_required_because_the_environment_sets_it() {
+    let mut command = driftd(&["findings", "--no-such-option"]);
+    let answer = Answer::of(command.env("DRIFTD_SOCKET", "/x").output().unwrap());
+    assert_eq!(answer.code, 64);
+    assert!(answer.talk.contains("Usage: driftd findings [OPTIONS]"), "{}", answer.talk);
 }
 
 #[test]
@@ -2226,5 +2322,6 @@ fn health_and_reflection_are_served() {
         };
         let names: Vec<String> = services.service.into_iter().map(|service| service.name).collect();
         assert!(names.contains(&"driftd.v1.DriftService".to_owned()), "{names:?}");
+        assert!(names.contains(&"grpc.reflection.v1alpha.ServerReflection".to_owned()), "u09");
     });
 }

@@ -475,6 +475,15 @@ impl DriftService for Service {
                 copy_ups: health.copy_ups(),
             }),
             threads: health.threads.views().iter().map(thread_to_proto).collect(),
+            findings_by_kind: health
+                .found()
+                .into_iter()
+                .map(|(kind, severity, count)| proto::FindingCount {
+                    kind: kind.to_owned(),
+                    severity: severity.to_owned(),
+                    count,
+                })
+                .collect(),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
         }))

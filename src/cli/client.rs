@@ -11,9 +11,9 @@ use tower::ServiceExt as _;
 
 use super::exit::Exit;
 use super::output::safe;
-use crate::api::{Transport, proto};
 use crate::api::proto::drift_service_client::DriftServiceClient;
 use crate::api::proto::follow_findings_response::Event;
+use crate::api::{Transport, proto};
 
 pub(super) type Client = DriftServiceClient<Transport>;
 

@@ -1,6 +1,5 @@
 //! `driftd findings`
 
-
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use jiff::Timestamp;
 use serde::Serialize;

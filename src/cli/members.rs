@@ -1,6 +1,5 @@
 //! `driftd members`: every file that an aggregated finding stands for.
 
-
 use super::client::{Client, Server, explain, talk};
 use super::exit::Exit;
 use super::output::{Field, Listed, Listing, Printer, Style, age, short, time};

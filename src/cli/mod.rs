@@ -5,6 +5,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{self, Config, DEFAULT_SOCKET};
@@ -42,8 +43,8 @@ mod when;
                   2 could not answer; 64 usage or settings."
 )]
 pub struct Cli {
-    /// The Unix socket of driftd's API
-    #[arg(long, global = true, env = "DRIFTD_SOCKET", value_name = "SOCKET")]
+    /// The Unix socket of driftd's API [env: DRIFTD_SOCKET]
+    #[arg(long, global = true, value_name = "SOCKET")]
     socket: Option<PathBuf>,
     /// Read this history, or the state directory that holds it, without a daemon
     #[arg(long, global = true, value_name = "FILE", conflicts_with = "socket")]
@@ -63,7 +64,7 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Say whether the view is complete
     Status(status::Status),
-    /// Print counters and gauges in the OpenMetrics text format
+    /// Print counters and gauges in the text format of Prometheus
     Metrics(metrics::Metrics),
     /// Record, prove, compare and export what images hold
     #[command(subcommand)]
@@ -165,7 +166,10 @@ impl Cli {
         if self.local_time {
             when::use_local_time();
         }
-        let socket = self.socket.as_deref();
+        // Not by clap, whose usage would then show the option as if it were required.
+        let from_environment = || std::env::var_os("DRIFTD_SOCKET").filter(|name| !name.is_empty());
+        let socket = self.socket.or_else(|| from_environment().map(PathBuf::from));
+        let socket = socket.as_deref();
         let reader = match &self.history {
             Some(_) if !self.command.reads_history() => {
                 eprintln!(
@@ -217,7 +221,11 @@ fn completions(shell: clap_complete::Shell) -> anyhow::Result<Exit> {
 
 fn man(directory: Option<&Path>) -> anyhow::Result<Exit> {
     match directory {
-        Some(directory) => clap_mangen::generate_to(Cli::command(), directory)?,
+        Some(directory) => {
+            std::fs::create_dir_all(directory)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), directory))
+                .with_context(|| format!("cannot write man pages into {}", directory.display()))?;
+        }
         None => {
             let mut page = Vec::new();
             clap_mangen::Man::new(Cli::command()).render(&mut page)?;

@@ -1,6 +1,5 @@
 //! `driftd probes`: what runs in containers again and again, and is not reported.
 
-
 use super::client::{Server, explain, talk};
 use super::containers::pod;
 use super::exit::Exit;

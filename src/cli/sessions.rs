@@ -1,6 +1,5 @@
 //! `driftd sessions`: who came into a container, and how.
 
-
 use jiff::Timestamp;
 
 use super::client::{Client, Server, explain, follow, talk};

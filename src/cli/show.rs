@@ -304,10 +304,14 @@ fn differences(expected: &Expected, file: &FileEvidence) -> String {
 }
 
 pub(super) fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
-    let exe = exe.map_or_else(|| "a program that was gone too soon".to_owned(), safe);
-    match argv {
-        Some(argv) if !argv.is_empty() => format!("{exe}: {}", quoted(argv)),
-        _ => exe,
+    match (exe.map(safe), argv.filter(|argv| !argv.is_empty())) {
+        (Some(exe), Some(argv)) => format!("{exe}: {}", quoted(argv)),
+        (Some(exe), None) => exe,
+        // Its file cannot be read, as that of the host's first process in a namespace.
+        (None, Some(argv)) => quoted(argv),
+        (None, None) => {
+            "a program that could not be read (it was gone, or is the kernel's)".to_owned()
+        }
     }
 }
 
@@ -316,11 +320,12 @@ fn next_steps(finding: &Finding) -> String {
     let container = shell_word(&short(&safe(&container.id)));
     let mut text =
         format!("\nNext:\n  driftd diff {container}\n  driftd findings --container {container}\n");
-    let killed = finding
+    // What is over cannot be answered.
+    let is_over = finding
         .outcome
         .as_ref()
-        .is_some_and(|outcome| outcome.succeeded && outcome.action == "kill");
-    if !killed {
+        .is_some_and(|outcome| outcome.gone || (outcome.succeeded && outcome.action == "kill"));
+    if !is_over {
         let id = short(&finding.id.to_string());
         // By the finding its run of the container is named, and no later one.
         let (whom, why) = match finding.run {

@@ -1,6 +1,5 @@
 //! `driftd timeline`: what happened in one container, a line each.
 
-
 use jiff::Timestamp;
 use serde::Serialize;
 

@@ -260,11 +260,7 @@ impl Reader {
         };
         let found = reader.ask(|connection| super::schema::check(connection, &reader.path))?;
         if found < super::FORMAT {
-            return Err(Error::OlderFormat {
-                path: reader.path,
-                found,
-                supported: super::FORMAT,
-            });
+            return Err(Error::OlderFormat { path: reader.path, found, supported: super::FORMAT });
         }
         Ok(reader)
     }
@@ -782,16 +778,23 @@ impl Reader {
         let connection = match self.opening {
             Opening::Shared => Connection::open_with_flags(&self.path, flags),
             // No locks in the file, and the log's index in memory.
-            Opening::WithLog => Connection::open_with_flags_and_vfs(&self.path, flags, c"unix-none")
-                .and_then(|connection| {
-                    connection.pragma_update_and_check(None, "locking_mode", "EXCLUSIVE", |_| {
-                        Ok(())
-                    })?;
-                    Ok(connection)
-                }),
-            Opening::Immutable => {
-                Connection::open_with_flags(immutable(&self.path), flags | OpenFlags::SQLITE_OPEN_URI)
+            Opening::WithLog => {
+                Connection::open_with_flags_and_vfs(&self.path, flags, c"unix-none").and_then(
+                    |connection| {
+                        connection.pragma_update_and_check(
+                            None,
+                            "locking_mode",
+                            "EXCLUSIVE",
+                            |_| Ok(()),
+                        )?;
+                        Ok(connection)
+                    },
+                )
             }
+            Opening::Immutable => Connection::open_with_flags(
+                immutable(&self.path),
+                flags | OpenFlags::SQLITE_OPEN_URI,
+            ),
         }
         .map_err(&failed)?;
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;

@@ -267,7 +267,7 @@ impl Writing {
     }
 
     fn take(&mut self, record: Record) {
-        let dropped = self.pending.push(record);
+        let dropped = self.pending.push(counted(record, &self.health));
         self.unwritten.store(self.pending.len() as u64, Ordering::Relaxed);
         if let Some(dropped) = dropped {
             let _reaction = self.health.record(Failure::HistoryWrite);
@@ -890,6 +890,16 @@ impl<'a> Row<'a> {
 /// SQLite's integers are signed; no counter of ours gets that far.
 fn sql_integer(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// Counts a record that is a new finding.
+fn counted(record: Record, health: &Health) -> Record {
+    if let Record::Finding(finding) | Record::Aggregate { finding, .. } = &record
+        && finding.revision == 1
+    {
+        health.count_finding(finding.kind.name(), finding.severity.name());
+    }
+    record
 }
 
 /// The newest sequence number ever given, even if its record is gone.
