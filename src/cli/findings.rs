@@ -83,7 +83,7 @@ pub(super) struct Filter {
     #[arg(long, value_name = "IMAGE")]
     image: Option<String>,
     /// Only of these kinds: names or patterns such as exec.*, separated by commas
-    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = kinds_parser)]
+    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = KindsParser)]
     kind: Vec<Kinds>,
     /// Only of this severity and above
     #[arg(long, value_name = "SEVERITY", ignore_case = true, value_parser = severity_parser())]
@@ -121,8 +121,28 @@ pub(super) struct Filter {
 #[derive(Clone, Debug)]
 struct Kinds(Vec<Kind>);
 
-fn kinds_parser(text: &str) -> Result<Kinds, String> {
-    Kind::named_by(text).map(Kinds).map_err(|err| err.to_string())
+/// Reads names and patterns, and offers the names to shells.
+#[derive(Clone, Debug)]
+struct KindsParser;
+
+impl clap::builder::TypedValueParser for KindsParser {
+    type Value = Kinds;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &std::ffi::OsStr,
+    ) -> Result<Kinds, clap::Error> {
+        let read = |text: &str| Kind::named_by(text).map(Kinds).map_err(|err| err.to_string());
+        clap::builder::TypedValueParser::parse_ref(&read, command, argument, value)
+    }
+
+    fn possible_values(
+        &self,
+    ) -> Option<Box<dyn Iterator<Item = clap::builder::PossibleValue> + '_>> {
+        Some(Box::new(Kind::ALL.iter().map(|kind| clap::builder::PossibleValue::new(kind.name()))))
+    }
 }
 
 fn severity_parser() -> impl clap::builder::TypedValueParser<Value = Severity> {
