@@ -101,8 +101,10 @@ pub(super) fn follow(
                     Ok(Some(message)) => {
                         // Also back to 0, if the history was replaced.
                         request.after_cursor = Some(message.cursor);
-                        if let Some(event) = message.event {
-                            each(message.cursor, event)?;
+                        match message.event {
+                            Some(event) => each(message.cursor, event)?,
+                            // Where a stream begins that was asked for without a cursor.
+                            None => eprintln!("following what comes after {}", message.cursor),
                         }
                     }
                     Ok(None) => break "it has ended the stream".to_owned(),
