@@ -2041,7 +2041,7 @@ fn a_response_is_kept_with_who_asked_and_why() {
 
 /// Reads from `driftd findings --follow -o jsonl`, or from `driftd sessions`.
 struct Following {
-    child: Running,
+    _child: Running,
     lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
     talk: BufReader<std::process::ChildStderr>,
 }
@@ -2061,7 +2061,7 @@ impl Following {
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let talk = BufReader::new(child.stderr.take().unwrap());
-        Following { child: Running(child), lines, talk }
+        Following { _child: Running(child), lines, talk }
     }
 
     #[track_caller]
