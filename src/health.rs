@@ -307,7 +307,6 @@ impl Health {
         all
     }
 
-    /// Every failure that has happened, with its count.
     /// Counts a finding that is new.
     pub fn count_finding(&self, kind: &'static str, severity: &'static str) {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
@@ -320,6 +319,7 @@ impl Health {
         found.iter().map(|((kind, severity), count)| (*kind, *severity, *count)).collect()
     }
 
+    /// Every failure that has happened, with its count.
     pub fn losses(&self) -> Vec<Loss> {
         Failure::ALL
             .into_iter()

@@ -2101,7 +2101,7 @@ fn u07_a_follower_goes_on_behind_its_cursor_when_the_daemon_is_back() {
     node.writer.take().unwrap().stop();
     let dir = std::mem::replace(&mut node.dir, tempfile::tempdir().unwrap());
     node.writer = Some(History::open(node.dir.path()).unwrap().start(RETENTION, Arc::default()));
-    assert!(following.says().contains("go on after 2"), "what is told while it is away");
+    assert!(following.says().contains("go on after 2"), "the follower reports where it goes on");
 
     let node = Node::start_in(dir);
     node.found(&all[2..4]);

@@ -86,8 +86,8 @@ async fn connect(server: Server<'_>) -> anyhow::Result<Client> {
 /// How long a follower waits before it connects again.
 const RECONNECT: Duration = Duration::from_millis(250);
 
-/// Follows the history, with `each` told of an event and its cursor. When the daemon goes
-/// away, waits for it and goes on behind the last cursor. Ends with an error only.
+/// Follows the history and calls `each` with every event and its cursor. When the daemon
+/// stops, waits for it and goes on after the last cursor. Ends with an error only.
 pub(super) fn follow(
     server: Server<'_>,
     mut request: proto::FollowFindingsRequest,

@@ -282,12 +282,12 @@ pub(super) fn more_findings(printed: usize, token: &str) -> String {
     )
 }
 
-/// Something that a follower is told of, with the cursor to go on with.
+/// An event of a followed history, with the cursor to go on with.
 #[derive(Serialize)]
 struct Told<'a, T> {
     #[serde(flatten)]
     what: &'a T,
-    /// To be given to `--after`: all up to here was told.
+    /// A value for `--after`: everything up to here was reported.
     cursor: u64,
 }
 

@@ -232,7 +232,7 @@ pub struct Reader {
 enum Opening {
     /// Beside a writer.
     Shared,
-    /// Nobody writes, and nothing may be written: not even side files. What a writer has
+    /// No process writes, and the reader writes no file at all. What a writer has
     /// not moved into the database yet is read where it lies.
     WithLog,
     /// The same, without such a rest.

@@ -42,7 +42,7 @@ const QUEUE: usize = 1024;
 /// Without anything to do, the thread still checks whether it is to end.
 const TURN: Duration = Duration::from_millis(500);
 
-/// Whoever starts a container has opened its input after this time.
+/// The process that starts a container opens the input within this time.
 const START: Duration = Duration::from_secs(10);
 
 /// What a directory with a FIFO is listened to for.
