@@ -18,7 +18,17 @@ use crate::model::{Finding, Kind, Process, Severity};
 /// Findings asked for at once.
 const PAGE: u32 = 1000;
 /// Rows of a table, unless the user asks for another number.
-pub(super) const ROWS: usize = 1000;
+const ROWS: usize = 1000;
+
+/// How many rows to print: the number asked for (0 is all), else [`ROWS`] for people.
+pub(super) fn rows(asked: Option<usize>, for_people: bool) -> usize {
+    match asked {
+        Some(0) => usize::MAX,
+        Some(limit) => limit,
+        None if for_people => ROWS,
+        None => usize::MAX,
+    }
+}
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Findings {
@@ -200,12 +210,7 @@ impl Findings {
         filter: proto::FindingFilter,
     ) -> anyhow::Result<bool> {
         let for_people = self.listing.output.is_for_people() && !self.listing.quiet;
-        let limit = match self.limit {
-            Some(0) => usize::MAX,
-            Some(limit) => limit,
-            None if for_people => ROWS,
-            None => usize::MAX,
-        };
+        let limit = rows(self.limit, for_people);
         let mut printer = Printer::new(&self.listing);
         let mut request = proto::ListFindingsRequest {
             filter: Some(filter),

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use super::client::{Client, Server, explain, follow, talk};
 use super::containers::pod;
 use super::exit::Exit;
-use super::findings::{After, ROWS, command_line, more_findings, tell_gap, told as told_after};
+use super::findings::{After, command_line, more_findings, rows, tell_gap, told as told_after};
 use super::output::{
     Field, Format, Listed, Listing, Printer, Style, age, safe, short, span, time, write,
 };
@@ -74,12 +74,7 @@ impl Sessions {
 
     async fn print(&self, mut client: Client, filter: proto::SessionFilter) -> anyhow::Result<()> {
         let for_people = self.listing.output.is_for_people() && !self.listing.quiet;
-        let limit = match self.limit {
-            Some(0) => usize::MAX,
-            Some(limit) => limit,
-            None if for_people => ROWS,
-            None => usize::MAX,
-        };
+        let limit = rows(self.limit, for_people);
         let mut printer = Printer::new(&self.listing);
         let mut request = proto::ListSessionsRequest {
             filter: Some(filter),
