@@ -850,6 +850,12 @@ pub fn ticks_since_boot() -> u64 {
     seconds * per_second + nanoseconds * per_second / 1_000_000_000
 }
 
+/// How many clock ticks a time lasts.
+pub fn ticks_in(time: Duration) -> u64 {
+    let per_second = rustix::param::clock_ticks_per_second();
+    time.as_secs() * per_second + u64::from(time.subsec_nanos()) * per_second / 1_000_000_000
+}
+
 /// Every process there is. One that ends meanwhile is left out.
 pub fn all() -> io::Result<Vec<u32>> {
     let mut pids = Vec::new();

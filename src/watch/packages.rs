@@ -332,7 +332,7 @@ impl TraceConsumer for Descent {
             Some(home) => shared.births().born_in(home.clone(), pid, parent, now),
             None => shared.births().born(pid, parent, now),
         }
-        shared.roots().born(pid, parent);
+        shared.roots().born(pid, parent, now);
     }
 
     fn executed(
