@@ -30,12 +30,12 @@ use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchState};
-use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
+use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
     Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
-    ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
+    ProcessIdentity, RootfsPath, Script, Session, Severity, Source, capability_in_words,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
@@ -1806,7 +1806,7 @@ fn file_evidence(
         uid: id_map.map_or(state.uid, |map| map.uid_to_container(state.uid)),
         gid: id_map.map_or(state.gid, |map| map.gid_to_container(state.gid)),
         size: state.size,
-        capability: state.capability.as_deref().map(hex),
+        capability: state.capability.as_deref().map(capability_in_words),
         blake3,
         sha256,
         unhashed,
@@ -1835,7 +1835,7 @@ fn entry_evidence(entry: &FileEntry, filesystem: &str) -> FileEvidence {
         uid: entry.uid,
         gid: entry.gid,
         size: entry.size,
-        capability: entry.capability.as_deref().map(hex),
+        capability: entry.capability.as_deref().map(capability_in_words),
         blake3: entry.blake3,
         sha256: None,
         unhashed: None,
@@ -1862,7 +1862,7 @@ fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>)
         uid: known.entry.uid,
         gid: known.entry.gid,
         size: known.entry.size,
-        capability: known.entry.capability.as_deref().map(hex),
+        capability: known.entry.capability.as_deref().map(capability_in_words),
         layer: known.layer.to_string(),
     }
 }

@@ -704,7 +704,8 @@ impl Trace {
         {
             let mut kept = self.shared.arguments();
             kept.executed(executed.pid, executed.time, arguments);
-            kept.named(executed.pid, &executed.file_name);
+            let name = program.as_ref().map(|program| &*program.name).unwrap_or_default();
+            kept.named(executed.pid, &executed.file_name, name);
         }
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
