@@ -849,6 +849,20 @@ impl State {
         });
     }
 
+    /// Whether a finding reports that this content was executed as a script: its
+    /// interpreter is a part of that.
+    fn is_told_as_script(
+        &self,
+        observation: &Observation,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+    ) -> bool {
+        let Some(entry) = self.inventory.get(&observation.container) else { return false };
+        content.is_some()
+            && observation.file_of.is_none()
+            && entry.about_content(path, content).any(|told| told.kind == Kind::ExecScript)
+    }
+
     /// Keeps what was seen of a container that nobody has told of yet.
     fn keep_for_later(
         &mut self,
@@ -1068,6 +1082,9 @@ impl State {
                 let evidence = Evidence { process: Some(process), ..Evidence::default() };
                 match script {
                     Script::File { path, filesystem, state, lower } => {
+                        if self.is_told_as_script(observation, path, state.blake3()) {
+                            return;
+                        }
                         let evidence = Evidence {
                             path: Some(path),
                             filesystem: *filesystem,

@@ -89,7 +89,8 @@ fn read(raw: &[u8]) -> Option<String> {
             continue;
         }
         let flags = [(is_effective, 'e'), (is_inheritable, 'i'), (is_permitted, 'p')];
-        let flags: String = flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect();
+        let flags: String =
+            flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect();
         parts.push(format!("{}={flags}", names.join(",")));
     }
     if parts.is_empty() {

@@ -41,8 +41,8 @@ use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
 use crate::pulse::{Pulse, TURN};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
-use crate::sys::procfs::{self, Handle, Whereabouts};
 use crate::sys::perf::Mapped;
+use crate::sys::procfs::{self, Handle, Whereabouts};
 use crate::sys::{file, perf, pidfd};
 use crate::threads;
 
@@ -375,7 +375,8 @@ impl Arrivals {
                 if caller.pidfd.is_none() && watched.has_sessions() {
                     caller.pidfd = pidfd::open(pid).ok();
                 }
-                match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None })) {
+                match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None }))
+                {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(seen)) => self.shared.lose(
                         Failure::ProcessQueueFull,

@@ -130,12 +130,7 @@ impl Packages {
         self.tell_of(shared, watched, process)
     }
 
-    fn tell_of(
-        &mut self,
-        shared: &Shared,
-        watched: &Arc<Watched>,
-        process: Arc<Process>,
-    ) -> bool {
+    fn tell_of(&mut self, shared: &Shared, watched: &Arc<Watched>, process: Arc<Process>) -> bool {
         let identity = process.identity;
         if self.told.len() == MAX_TOLD {
             self.told.pop_front();

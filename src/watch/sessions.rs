@@ -18,7 +18,8 @@ use super::table::Watched;
 use super::unseen::{self, Runtimes};
 use crate::model::process::may_be_runtime;
 use crate::model::{
-    Ancestor, ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
+    Ancestor, ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source,
+    printable,
 };
 use crate::sys::door::View;
 use crate::sys::procfs::{self, Handle, Stat};
@@ -386,10 +387,7 @@ fn wait_for_makers(
         let asked = caller.asked.unwrap_or_default();
         shared.roots().makers(&watched.container, caller.pid, asked).is_some()
     };
-    while shared.records_executions()
-        && !is_read()
-        && began.elapsed() < PATIENCE
-        && !others_wait()
+    while shared.records_executions() && !is_read() && began.elapsed() < PATIENCE && !others_wait()
     {
         std::thread::sleep(STEP);
     }
@@ -402,7 +400,8 @@ fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
     let own_namespace = handle.mount_namespace();
     let is_known = own_namespace.is_ok();
     let is_own = |own: Option<u64>, namespace: std::io::Result<u64>, is_hosts: fn(u64) -> bool| {
-        namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
+        watched.has_namespaces()
+            && namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
     };
     let is_inside = is_own(watched.mount_namespace, own_namespace, procfs::is_host_mount_namespace)
         || (watched.has_own_pid_namespace()

@@ -393,7 +393,7 @@ impl Shared {
         if let Some(process) = &process {
             self.packages().looked_at(self, watched, process);
         }
-        let process = self.complete(named, process);
+        let process = self.completed(named, process);
         Writer { named, process }
     }
 
@@ -425,19 +425,21 @@ impl Shared {
             }
             (process, descended) => process.or(descended),
         };
-        self.complete(named, process)
+        self.completed(named, process)
+    }
+
+    fn completed(&self, named: Named, process: Option<Arc<Process>>) -> Option<Arc<Process>> {
+        match process {
+            Some(known) if known.exe.is_some() && known.argv.is_some() => Some(known),
+            Some(known) => Some(Arc::new(self.complete(named, Process::clone(&known)))),
+            None => self.recorded_process(named).map(Arc::new),
+        }
     }
 
     /// Adds what the kernel's records say of a process that had ended, or was ending, when
     /// it was looked at.
-    fn complete(&self, named: Named, process: Option<Arc<Process>>) -> Option<Arc<Process>> {
-        let is_known = |process: &Process| process.exe.is_some() && process.argv.is_some();
-        if process.as_deref().is_some_and(is_known) {
-            return process;
-        }
-        let Some(recorded) = self.recorded_process(named) else { return process };
-        let Some(known) = process else { return Some(Arc::new(recorded)) };
-        let mut known = Process::clone(&known);
+    pub(super) fn complete(&self, named: Named, mut known: Process) -> Process {
+        let Some(recorded) = self.recorded_process(named) else { return known };
         // What was read while it was ending is of the same program, or of none.
         if known.exe.is_none() || known.exe == recorded.exe {
             known.exe = recorded.exe;
@@ -446,7 +448,7 @@ impl Shared {
         if known.ancestors.len() < recorded.ancestors.len() {
             known.ancestors = recorded.ancestors;
         }
-        Some(Arc::new(known))
+        known
     }
 
     /// A process by the kernel's records alone. `None` if it has run nothing lately.

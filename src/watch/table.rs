@@ -75,6 +75,8 @@ pub(super) struct Watched {
     code_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
+    /// The kernel has recorded the end of its first process.
+    init_has_ended: AtomicBool,
     /// The marks were there before its entry point ran.
     armed_before_start: AtomicBool,
     /// The event files that wait to be looked into.
@@ -246,6 +248,7 @@ impl Watched {
             seen_since: AtomicU64::new(0),
             code_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
+            init_has_ended: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
             files: Files::default(),
@@ -260,8 +263,9 @@ impl Watched {
 
     /// Whether a process in one of its namespaces is its. With the first process of a
     /// pid namespace all others end, and the kernel gives the numbers out again.
-    fn has_namespaces(&self) -> bool {
-        !(self.is_detaching() && self.has_own_pid_namespace())
+    pub(super) fn has_namespaces(&self) -> bool {
+        let has_ended = self.is_detaching() || self.init_has_ended.load(Ordering::Acquire);
+        !(has_ended && self.has_own_pid_namespace())
     }
 
     /// Whether this control group is its own or within it; `None` if it has none.
@@ -744,6 +748,16 @@ impl Table {
         found.iter().find(|watched| watched.has_own_pid_namespace()).cloned()
     }
 
+    /// The kernel has recorded the end of a process: if it is a container's first one, the
+    /// numbers of the container's namespaces may be another's from here on.
+    pub(super) fn ended(&self, pid: u32) {
+        for watched in self.read().by_container.values() {
+            if watched.init.pid == pid {
+                watched.init_has_ended.store(true, Ordering::Release);
+            }
+        }
+    }
+
     pub(super) fn all(&self) -> Vec<Arc<Watched>> {
         self.read().by_container.values().cloned().collect()
     }
@@ -866,7 +880,11 @@ pub(super) mod tests {
 
         // Its first process has ended, and the kernel gives the number to somebody else.
         again.set_has_own_pid_namespace();
-        again.detach();
+        table.ended(again.init.pid + 1);
+        assert_eq!(id(table.by_pid_namespace(12)), "inner");
+        // It is recorded before containerd reports it.
+        table.ended(again.init.pid);
+        assert!(!again.is_detaching());
         assert_eq!(id(table.by_pid_namespace(12)), "");
         assert_eq!(id(table.by_mount_namespace(22)), "");
         for watched in [&outer, &again, &bare] {

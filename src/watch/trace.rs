@@ -575,6 +575,7 @@ impl Trace {
                     known.ended = true;
                     self.ended.push_back((time, pid));
                 }
+                self.shared.table.ended(pid);
                 // It has tried what it was not let execute.
                 drop(self.shared.take_asked(pid, time));
                 for consumer in &mut self.consumers {

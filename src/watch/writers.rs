@@ -12,8 +12,8 @@ use std::sync::Arc;
 use super::process;
 use super::table::Watched;
 use crate::model::{FileTime, Process};
-use crate::sys::{file, perf};
 use crate::sys::procfs::{self, ArgumentArea, Handle};
+use crate::sys::{file, perf};
 
 /// Processes that have been described.
 const MOST_PROCESSES: usize = 64;
