@@ -415,6 +415,12 @@ impl Shared {
         let Writer { named, process } = writer;
         let descended = self.packages().descended(watched, &self.births(), named);
         let process = match (process, descended) {
+            // Known by the records alone, which name its parents and not their start times:
+            // those of a package manager's descendants say whose transaction it is.
+            (Some(recorded), Some(descended)) if recorded.identity.start_time == 0 => {
+                let Process { exe, argv, .. } = Process::clone(&recorded);
+                Some(Arc::new(Process { exe, argv, ..Process::clone(&descended) }))
+            }
             // Its parents had ended when it was looked at.
             (Some(process), Some(descended))
                 if [0, process.identity.start_time].contains(&descended.identity.start_time)
