@@ -30,12 +30,12 @@ use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchState};
-use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
+use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
     Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
-    ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
+    ProcessIdentity, RootfsPath, Script, Session, Severity, Source, capability_in_words,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
@@ -853,6 +853,20 @@ impl State {
         });
     }
 
+    /// Whether a finding reports that this content was executed as a script: its
+    /// interpreter is a part of that.
+    fn is_told_as_script(
+        &self,
+        observation: &Observation,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+    ) -> bool {
+        let Some(entry) = self.inventory.get(&observation.container) else { return false };
+        content.is_some()
+            && observation.file_of.is_none()
+            && entry.about_content(path, content).any(|told| told.kind == Kind::ExecScript)
+    }
+
     /// Keeps what was seen of a container that nobody has told of yet.
     fn keep_for_later(
         &mut self,
@@ -1072,6 +1086,9 @@ impl State {
                 let evidence = Evidence { process: Some(process), ..Evidence::default() };
                 match script {
                     Script::File { path, filesystem, state, lower } => {
+                        if self.is_told_as_script(observation, path, state.blake3()) {
+                            return;
+                        }
                         let evidence = Evidence {
                             path: Some(path),
                             filesystem: *filesystem,
@@ -1810,7 +1827,7 @@ fn file_evidence(
         uid: id_map.map_or(state.uid, |map| map.uid_to_container(state.uid)),
         gid: id_map.map_or(state.gid, |map| map.gid_to_container(state.gid)),
         size: state.size,
-        capability: state.capability.as_deref().map(hex),
+        capability: state.capability.as_deref().map(capability_in_words),
         blake3,
         sha256,
         unhashed,
@@ -1839,7 +1856,7 @@ fn entry_evidence(entry: &FileEntry, filesystem: &str) -> FileEvidence {
         uid: entry.uid,
         gid: entry.gid,
         size: entry.size,
-        capability: entry.capability.as_deref().map(hex),
+        capability: entry.capability.as_deref().map(capability_in_words),
         blake3: entry.blake3,
         sha256: None,
         unhashed: None,
@@ -1866,7 +1883,7 @@ fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>)
         uid: known.entry.uid,
         gid: known.entry.gid,
         size: known.entry.size,
-        capability: known.entry.capability.as_deref().map(hex),
+        capability: known.entry.capability.as_deref().map(capability_in_words),
         layer: known.layer.to_string(),
     }
 }

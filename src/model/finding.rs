@@ -397,7 +397,7 @@ pub struct FileEvidence {
     pub uid: u32,
     pub gid: u32,
     pub size: u64,
-    /// The `security.capability` xattr, in hexadecimal.
+    /// The `security.capability` xattr in words, e.g. `cap_net_raw=ep`.
     pub capability: Option<String>,
     pub blake3: Option<Blake3Hash>,
     pub sha256: Option<Sha256Hash>,
