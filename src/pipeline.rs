@@ -30,12 +30,12 @@ use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
 use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchState};
-use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
+use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
     Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
-    ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
+    ProcessIdentity, RootfsPath, Script, Session, Severity, Source, capability_in_words,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
@@ -697,14 +697,18 @@ impl State {
 
     fn watched(&mut self, report: Report, now: Timestamp, effects: &mut Vec<Effect>) {
         match report {
-            Report::Attached { container, before_start } => {
-                if let Some(entry) = self.inventory.get_mut(&container) {
+            Report::Attached { container, pid, before_start } => {
+                if let Some(entry) = self.inventory.get_mut(&container)
+                    && entry.is_newest_run(pid)
+                {
                     entry.watch = WatchState::Attached { before_start };
                     entry.armed_before_start = before_start;
                 }
             }
-            Report::NotAttached { container, reason } => {
-                if let Some(entry) = self.inventory.get_mut(&container) {
+            Report::NotAttached { container, pid, reason } => {
+                if let Some(entry) = self.inventory.get_mut(&container)
+                    && entry.is_newest_run(pid)
+                {
                     entry.watch = WatchState::Refused(reason);
                 }
             }
@@ -848,6 +852,20 @@ impl State {
                 .map(|judgement| (judgement.kind, judgement.severity))
                 .max_by_key(|(_, severity)| *severity),
         });
+    }
+
+    /// Whether a finding reports that this content was executed as a script: its
+    /// interpreter is a part of that.
+    fn is_told_as_script(
+        &self,
+        observation: &Observation,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+    ) -> bool {
+        let Some(entry) = self.inventory.get(&observation.container) else { return false };
+        content.is_some()
+            && observation.file_of.is_none()
+            && entry.about_content(path, content).any(|told| told.kind == Kind::ExecScript)
     }
 
     /// Keeps what was seen of a container that nobody has told of yet.
@@ -1084,6 +1102,9 @@ impl State {
                 let evidence = Evidence { process: Some(process), ..Evidence::default() };
                 match script {
                     Script::File { path, filesystem, state, lower } => {
+                        if self.is_told_as_script(observation, path, state.blake3()) {
+                            return;
+                        }
                         let evidence = Evidence {
                             path: Some(path),
                             filesystem: *filesystem,
@@ -1843,7 +1864,7 @@ fn file_evidence(
         uid: id_map.map_or(state.uid, |map| map.uid_to_container(state.uid)),
         gid: id_map.map_or(state.gid, |map| map.gid_to_container(state.gid)),
         size: state.size,
-        capability: state.capability.as_deref().map(hex),
+        capability: state.capability.as_deref().map(capability_in_words),
         blake3,
         sha256,
         unhashed,
@@ -1872,7 +1893,7 @@ fn entry_evidence(entry: &FileEntry, filesystem: &str) -> FileEvidence {
         uid: entry.uid,
         gid: entry.gid,
         size: entry.size,
-        capability: entry.capability.as_deref().map(hex),
+        capability: entry.capability.as_deref().map(capability_in_words),
         blake3: entry.blake3,
         sha256: None,
         unhashed: None,
@@ -1899,7 +1920,7 @@ fn expected(known: &Known, lower: Option<&LowerTwin>, state: Option<&FileState>)
         uid: known.entry.uid,
         gid: known.entry.gid,
         size: known.entry.size,
-        capability: known.entry.capability.as_deref().map(hex),
+        capability: known.entry.capability.as_deref().map(capability_in_words),
         layer: known.layer.to_string(),
     }
 }

@@ -1,6 +1,7 @@
 //! The nouns of driftd: what a file, a container, a process, an observation and
 //! a finding are. No I/O, no clock, and nothing here depends on another room.
 
+mod capability;
 pub mod container;
 pub mod digest;
 pub mod file;
@@ -12,6 +13,7 @@ pub mod path;
 pub mod process;
 pub mod session;
 
+pub use capability::capability_in_words;
 pub use container::{
     Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Incarnation, Labels,
     Layer, LayerId, NamedBy, OverlayDirs, Pod, Task,
@@ -24,7 +26,7 @@ pub use finding::{
 };
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
-pub use path::{HostilePath, RootfsPath, printable};
+pub use path::{HostilePath, RootfsPath, is_printable, printable};
 pub use process::{
     Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
 };

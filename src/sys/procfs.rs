@@ -850,6 +850,19 @@ pub fn ticks_since_boot() -> u64 {
     seconds * per_second + nanoseconds * per_second / 1_000_000_000
 }
 
+/// How long so many clock ticks last.
+pub fn time_of_ticks(ticks: u64) -> Duration {
+    let per_second = rustix::param::clock_ticks_per_second();
+    Duration::from_secs(ticks / per_second)
+        + Duration::from_nanos(ticks % per_second * 1_000_000_000 / per_second)
+}
+
+/// How many clock ticks a time lasts.
+pub fn ticks_in(time: Duration) -> u64 {
+    let per_second = rustix::param::clock_ticks_per_second();
+    time.as_secs() * per_second + u64::from(time.subsec_nanos()) * per_second / 1_000_000_000
+}
+
 /// Every process there is. One that ends meanwhile is left out.
 pub fn all() -> io::Result<Vec<u32>> {
     let mut pids = Vec::new();

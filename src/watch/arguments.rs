@@ -7,6 +7,9 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use crate::model::printable;
+use crate::sys::{file, procfs};
+
 /// Bounds for what is kept; the oldest is forgotten.
 const MAX_EXECUTIONS: usize = 4 * 1024;
 const MAX_BYTES: usize = 4 << 20;
@@ -31,10 +34,19 @@ struct Execution {
     time: u64,
     /// The path as it was given to execve.
     name: Box<[u8]>,
+    /// The file that was mapped first: of a script, its interpreter.
+    program: Box<[u8]>,
     /// As /proc/PID/cmdline has them.
     arguments: Option<Box<[u8]>>,
     /// What was read there, if that is not known.
     found: Option<Box<Words>>,
+}
+
+/// What a process ran, as far as it is recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Program {
+    pub(super) exe: Option<String>,
+    pub(super) argv: Option<Vec<String>>,
 }
 
 /// What a process was when it was looked at.
@@ -53,6 +65,7 @@ impl Words {
 impl Execution {
     fn bytes(&self) -> usize {
         self.name.len()
+            + self.program.len()
             + self.arguments.as_ref().map_or(0, |arguments| arguments.len())
             + self.found.as_ref().map_or(0, |words| words.bytes())
     }
@@ -71,19 +84,21 @@ impl Arguments {
     pub(super) fn executed(&mut self, pid: u32, time: u64, arguments: Option<Box<[u8]>>) {
         let early = self.early.remove(&pid).filter(|(asked, _)| *asked <= time);
         let found = early.map(|(_, words)| words).filter(|_| arguments.is_none());
-        let execution = Execution { time, name: Box::default(), arguments, found };
+        let (name, program) = (Box::default(), Box::default());
+        let execution = Execution { time, name, program, arguments, found };
         self.bytes += execution.bytes();
         self.executions.entry(pid).or_default().push(execution);
         self.order.push_back((time, pid));
         self.keep_bounds();
     }
 
-    /// By what path the last execve of a process was.
-    pub(super) fn named(&mut self, pid: u32, name: &[u8]) {
+    /// By what path the last execve of a process was, and what it runs.
+    pub(super) fn named(&mut self, pid: u32, name: &[u8], program: &[u8]) {
         let last = self.executions.get_mut(&pid).and_then(|executions| executions.last_mut());
         if let Some(execution) = last {
-            self.bytes += name.len();
+            self.bytes += name.len() + program.len();
             execution.name = name.into();
+            execution.program = program.into();
             self.keep_bounds();
         }
     }
@@ -94,6 +109,21 @@ impl Arguments {
         let first = executions.find(|execution| execution.time >= since)?;
         let is_it = since > self.forgotten && first.time <= until && !first.name.is_empty();
         is_it.then(|| first.name.clone())
+    }
+
+    /// What a process ran at this time, and with which arguments.
+    pub(super) fn running(&self, pid: u32, at: u64) -> Option<Program> {
+        let mut executions = self.executions.get(&pid)?.iter().rev();
+        let last = executions.find(|execution| execution.time <= at)?;
+        let program = last.program.strip_suffix(file::DELETED).unwrap_or(&last.program);
+        let exe = (!program.is_empty()).then(|| printable(program));
+        let recorded = last.arguments.as_deref().and_then(procfs::split_arguments);
+        let recorded =
+            recorded.map(|argv| argv.iter().map(|argument| printable(argument)).collect());
+        let found = || last.found.as_ref().map(|words| words.argv.clone());
+        let argv = recorded.or_else(found);
+        let exe = exe.or_else(|| last.found.as_ref()?.exe.clone());
+        Some(Program { exe, argv })
     }
 
     /// The arguments of a process's last execve, if that came without.
@@ -183,6 +213,22 @@ mod tests {
             other @ (Recorded::Unknown | Recorded::NotYet) => format!("{other:?}"),
         };
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn w15_what_a_process_ran_is_known_when_it_has_ended() {
+        let mut kept = Arguments::default();
+        kept.executed(7, 10, text("bash\0-c\0x"));
+        kept.named(7, b"bash", b"/bin/bash");
+        kept.executed(7, 20, None);
+        kept.named(7, b"/tmp/x", b"/tmp/x (deleted)");
+        let argv = ["bash", "-c", "x"].map(ToOwned::to_owned).to_vec();
+        let bash = Program { exe: Some("/bin/bash".into()), argv: Some(argv) };
+        assert_eq!(kept.running(7, 9), None);
+        assert_eq!(kept.running(7, 15), Some(bash));
+        let other = Program { exe: Some("/tmp/x".into()), argv: None };
+        assert_eq!(kept.running(7, 25), Some(other));
+        assert_eq!(kept.running(8, 25), None);
     }
 
     #[test]

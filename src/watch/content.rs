@@ -24,16 +24,18 @@ use super::shared::Shared;
 use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::Taken;
+use super::trace;
 use super::trust::Verdict;
 use super::unseen;
 use super::writable::Look;
+use super::writers::Named;
 use crate::health::Failure;
 use crate::model::{
     ContainerId, Content, Fact, FileState, Filesystem, HostilePath, LayerFile, LowerTwin,
     RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 use crate::sys::{overlay, priority};
 use crate::threads;
 
@@ -87,6 +89,9 @@ impl Owned for Described {
         &self.watched.container
     }
 }
+
+/// How long an execve may take, in clock ticks.
+const MOMENT: u64 = 25;
 
 /// Files longer than this take a noticeable time to hash.
 const LARGE: u64 = 16 << 20;
@@ -404,6 +409,14 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         // Here and not where it was described: those who wait there may be ending.
         let execve = (process.identity.pid, asked);
         process.argv = process::recorded_arguments(shared, execve, &|| is_crowded);
+    }
+    if process.exe.is_none() {
+        // It has ended, or it reads a text without `#!` itself: then it is what it was.
+        let pid = process.identity.pid;
+        let read_at = asked.map_or_else(procfs::ticks_since_boot, trace::ticks_of);
+        // Its execve is over within a moment, and later its number may be another's.
+        let named = Named { pid, read_at: read_at.saturating_add(MOMENT) };
+        process = shared.complete(named, process);
     }
     let execve = (process.identity.pid, asked);
     let exec_name = process::recorded_name(shared, execve, &|| is_crowded);

@@ -41,6 +41,7 @@ use crate::health::Failure;
 use crate::model::{Filesystem, LayerFile};
 use crate::pulse::{Pulse, TURN};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
+use crate::sys::perf::Mapped;
 use crate::sys::procfs::{self, Handle, Whereabouts};
 use crate::sys::{file, perf, pidfd};
 use crate::threads;
@@ -70,6 +71,8 @@ pub(super) struct Seen {
     /// its `stat` is `None`.
     pub(super) caller: Caller,
     pub(super) at: Timestamp,
+    /// What the kernel has recorded that it runs, where that may be a package manager.
+    pub(super) program: Option<Mapped>,
 }
 
 /// How much one read may bring: about a hundred events, each with a descriptor.
@@ -372,7 +375,8 @@ impl Arrivals {
                 if caller.pidfd.is_none() && watched.has_sessions() {
                     caller.pidfd = pidfd::open(pid).ok();
                 }
-                match self.processes.try_send(Box::new(Seen { watched, caller, at })) {
+                match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None }))
+                {
                     Ok(()) | Err(TrySendError::Disconnected(_)) => (),
                     Err(TrySendError::Full(seen)) => self.shared.lose(
                         Failure::ProcessQueueFull,

@@ -453,7 +453,7 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
     }
 }
 
-fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: bool) {
+fn tell_script(shared: &Shared, look: &mut Look, code: Code, is_told_when_executed: bool) {
     let Code { path, filesystem, state, lower, file_of } = code;
     let process = Arc::new(look.process.clone());
     let executed = look.script.as_ref().filter(|script| script.is_executed);
@@ -475,7 +475,15 @@ fn tell_script(shared: &Shared, look: &Look, code: Code, is_told_when_executed: 
             writer: None,
         },
         None => {
-            Fact::Interpreted { script: Script::File { path, filesystem, state, lower }, process }
+            let may_be_executed = is_told_when_executed && state.mode & 0o111 != 0;
+            let script = Script::File { path, filesystem, state, lower };
+            if may_be_executed && file_of.is_none() && look.pipe.is_none() {
+                // `#!/usr/bin/env X`, or a text without `#!`: the gate reports that it was
+                // executed, and that comes first.
+                look.pipe = Some(script);
+                return;
+            }
+            Fact::Interpreted { script, process }
         }
     };
     shared.observe_file_of(&look.watched, file_of, look.at, Source::Trace, fact);

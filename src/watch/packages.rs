@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
+use super::deeds;
 use super::fair::Sender;
 use super::gate::Seen;
 use super::process::{self, Caller};
@@ -126,6 +127,11 @@ impl Packages {
         }
         let process = Arc::new(process::as_it_is(&handle, watched));
         self.remember(watched, process.clone());
+        self.tell_of(shared, watched, process)
+    }
+
+    fn tell_of(&mut self, shared: &Shared, watched: &Arc<Watched>, process: Arc<Process>) -> bool {
+        let identity = process.identity;
         if self.told.len() == MAX_TOLD {
             self.told.pop_front();
         }
@@ -147,6 +153,37 @@ impl Packages {
     ) {
         self.others.remove(&process.identity.pid);
         self.looked_at(shared, watched, process);
+    }
+
+    /// A process that may be a package manager had ended before it could be looked at: the
+    /// kernel's records tell what it was, and by whom it was made.
+    pub(super) fn has_run(
+        &mut self,
+        shared: &Shared,
+        watched: &Arc<Watched>,
+        pid: u32,
+        program: &Mapped,
+    ) {
+        let named = Named::now(pid);
+        let manager = self.descended(watched, &shared.births(), named);
+        if manager.is_some() {
+            return;
+        }
+        let Some(mut process) = shared.recorded_process(named) else { return };
+        let (Some(exe), argv) = (&process.exe, process.argv.as_deref()) else { return };
+        let is_one = package_manager(exe, argv.unwrap_or_default()).is_some();
+        let is_image = || {
+            let held = deeds::open_program(watched, None, Some(program));
+            held.is_some_and(|held| is_of_the_image(&held.stat, watched))
+        };
+        if !is_one || !is_image() {
+            return;
+        }
+        // Not zero: another one may have this number later.
+        process.identity.start_time = shared.births().read_at(pid).unwrap_or(named.read_at);
+        let process = Arc::new(process);
+        self.remember(watched, process.clone());
+        self.tell_of(shared, watched, process);
     }
 
     /// A process executes something: it is whatever its parent is.
@@ -332,7 +369,7 @@ impl TraceConsumer for Descent {
             Some(home) => shared.births().born_in(home.clone(), pid, parent, now),
             None => shared.births().born(pid, parent, now),
         }
-        shared.roots().born(pid, parent);
+        shared.roots().born(pid, parent, now);
     }
 
     fn executed(
@@ -345,7 +382,8 @@ impl TraceConsumer for Descent {
         let name = program.map_or(&executed.file_name, |program| &program.name);
         if str::from_utf8(name).is_ok_and(may_be_package_manager) {
             let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
-            let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
+            let (watched, program) = (watched.clone(), program.cloned());
+            let seen = Seen { watched, caller, at: Timestamp::now(), program };
             if let Err(TrySendError::Full(dropped)) = self.processes.try_send(Box::new(seen)) {
                 shared.lose(
                     Failure::ProcessQueueFull,
@@ -362,10 +400,13 @@ impl TraceConsumer for Descent {
 fn runs_from_the_image(handle: &Handle, watched: &Watched) -> bool {
     let Ok(stat) = file::stat_path(handle.exe_path()) else { return false };
     let is_still_itself = handle.stat().is_ok_and(|stat| stat.identity == handle.identity());
-    is_still_itself
-        && stat.mount == watched.mount
+    is_still_itself && is_of_the_image(&stat, watched)
+}
+
+fn is_of_the_image(stat: &file::Stat, watched: &Watched) -> bool {
+    stat.mount == watched.mount
         && stat.mount.is_some()
-        && matches!(watched.standing(&stat), Standing::Image | Standing::Doubtful(_))
+        && matches!(watched.standing(stat), Standing::Image | Standing::Doubtful(_))
 }
 
 /// A process of which only its parent is known.

@@ -88,10 +88,16 @@ fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
 /// Nobody was asked before it became what it is.
 fn judge_running(shared: &Shared, seen: &Seen) {
     shared.sessions().open_gone(shared, seen.caller.pid);
-    let Ok(handle) = Handle::open(seen.caller.pid) else { return };
+    let handle = Handle::open(seen.caller.pid).ok();
+    let Some(handle) = handle.filter(|handle| !handle.first_stat().has_ended()) else {
+        if let Some(program) = &seen.program {
+            shared.packages().has_run(shared, &seen.watched, seen.caller.pid, program);
+        }
+        return;
+    };
     let stat = handle.first_stat();
     // What the runtime is on its way in will be seen again when it is there.
-    if stat.has_ended() || is_on_its_way(&handle) {
+    if is_on_its_way(&handle) {
         return;
     }
     let process = Arc::new(process::as_it_is(&handle, &seen.watched));
@@ -121,7 +127,8 @@ impl Entries {
 impl TraceConsumer for Entries {
     fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
         let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
-        let seen = Seen { watched: watched.clone(), caller, at: Timestamp::now() };
+        let at = Timestamp::now();
+        let seen = Seen { watched: watched.clone(), caller, at, program: None };
         match self.processes.try_send(Box::new(seen)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(seen)) => shared.lose(

@@ -1,6 +1,7 @@
 //! Open sessions by their first processes, and whose session a process belongs to.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
@@ -23,11 +24,17 @@ const MAX_GENERATIONS: usize = 256;
 /// left behind may run on.
 #[derive(Debug, Default)]
 pub(super) struct Roots {
-    roots: HashMap<u32, Root>,
+    roots: HashMap<ProcessIdentity, Root>,
+    /// Which of them has a number now, or had it last.
+    numbers: HashMap<u32, ProcessIdentity>,
+    /// Processes whose end is recorded, and when, in clock ticks since boot: a session
+    /// may be opened after the end of its first process has been read.
+    exits: HashMap<u32, u64>,
+    exits_in_order: VecDeque<u32>,
     /// Moves with each session that opens.
     opened: u64,
     /// Who was born in one.
-    members: HashMap<u32, ProcessIdentity>,
+    members: HashMap<u32, Member>,
     /// Those of them that have ended, and when, in clock ticks since boot.
     ended: VecDeque<(u64, u32)>,
     /// Who is, or was last, at the terminals of containers' inits, by those.
@@ -45,7 +52,21 @@ struct Arrived {
     pid: u32,
     /// By the clock of the kernel's records.
     executed: u64,
+    makers: Arc<[Maker]>,
 }
+
+/// A process that has made another one, by the kernel's records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Maker {
+    pub(super) pid: u32,
+    /// The program that it ran, where that was recorded.
+    pub(super) exe: Option<Box<[u8]>>,
+}
+
+/// Ends of processes that are remembered.
+const MAX_EXITS: usize = 16 * 1024;
+/// A birth is recorded within the clock tick of its start time, or the next.
+const TICK: u64 = 1;
 
 /// How many arrivals are remembered.
 const MAX_ARRIVALS: usize = 1024;
@@ -69,6 +90,14 @@ pub(super) struct Arrival {
     pub(super) ticks: u64,
 }
 
+/// A process that was born in a session.
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    session: ProcessIdentity,
+    /// When the record of its birth was read, in clock ticks since boot.
+    born: u64,
+}
+
 #[derive(Debug)]
 struct Root {
     container: ContainerId,
@@ -81,11 +110,33 @@ struct Root {
 
 impl Roots {
     /// A process from outside has become a program in a container's control group.
-    pub(super) fn arrived(&mut self, container: &ContainerId, pid: u32, executed: u64) {
+    /// `makers` are its parents, the nearest first.
+    pub(super) fn arrived(
+        &mut self,
+        container: &ContainerId,
+        pid: u32,
+        executed: u64,
+        makers: Arc<[Maker]>,
+    ) {
         if self.arrivals.len() == MAX_ARRIVALS {
             self.arrivals.pop_front();
         }
-        self.arrivals.push_back(Arrived { container: container.clone(), pid, executed });
+        self.arrivals.push_back(Arrived { container: container.clone(), pid, executed, makers });
+    }
+
+    /// Who made a process that came from outside and executed something after `since`,
+    /// by the records' clock.
+    pub(super) fn makers(
+        &self,
+        container: &ContainerId,
+        pid: u32,
+        since: u64,
+    ) -> Option<Arc<[Maker]>> {
+        let mut arrivals = self.arrivals.iter();
+        let is_it = |arrived: &&Arrived| {
+            arrived.pid == pid && arrived.executed >= since && arrived.container == *container
+        };
+        Some(arrivals.find(is_it)?.makers.clone())
     }
 
     /// Whether a process that executed something, as the gate was asked at this time, had
@@ -104,24 +155,48 @@ impl Roots {
         if self.roots.len() >= MAX_ROOTS
             && let Some(oldest) = self.roots.values().min_by_key(|root| root.number)
         {
-            let oldest = oldest.identity.pid;
-            self.roots.remove(&oldest);
+            let oldest = oldest.identity;
+            self.forget_root(oldest);
         }
         self.opened += 1;
         let number = self.opened;
-        let root = Root { container: container.clone(), identity, number, has_ended: false };
-        self.roots.insert(identity.pid, root);
+        let ended = self.exits.get(&identity.pid).copied();
+        let has_ended = ended.is_some_and(|ended| ended >= identity.start_time);
+        let root = Root { container: container.clone(), identity, number, has_ended };
+        self.roots.insert(identity, root);
+        self.numbers.insert(identity.pid, identity);
         true
     }
 
+    fn forget_root(&mut self, identity: ProcessIdentity) {
+        self.roots.remove(&identity);
+        if self.numbers.get(&identity.pid) == Some(&identity) {
+            self.numbers.remove(&identity.pid);
+        }
+    }
+
+    /// A process was born at that time, in clock ticks since boot, of a container or not:
+    /// another process that had its number before is over. Its session keeps what it has
+    /// left behind, and takes nothing of the new one.
+    pub(super) fn reborn(&mut self, pid: u32, born: u64) {
+        let is_older = |identity: &ProcessIdentity| identity.start_time + TICK < born;
+        if self.numbers.get(&pid).is_some_and(is_older) {
+            self.numbers.remove(&pid);
+        }
+        if self.members.get(&pid).is_some_and(|member| member.born + TICK < born) {
+            self.members.remove(&pid);
+        }
+        self.exits.remove(&pid);
+    }
+
     pub(super) fn is_open(&self, identity: ProcessIdentity) -> bool {
-        self.roots.get(&identity.pid).is_some_and(|root| root.identity == identity)
+        self.roots.contains_key(&identity)
     }
 
     /// The session that a process has opened of which no end is recorded. Who has this
     /// number now may be another one.
     pub(super) fn opened_by(&self, pid: u32) -> Option<(&ContainerId, ProcessIdentity)> {
-        let root = self.roots.get(&pid).filter(|root| !root.has_ended)?;
+        let root = self.roots.get(self.numbers.get(&pid)?).filter(|root| !root.has_ended)?;
         Some((&root.container, root.identity))
     }
 
@@ -141,19 +216,20 @@ impl Roots {
         if self.roots.is_empty() && self.terminals.is_empty() {
             return None;
         }
-        let root = |pid: u32| {
-            let root = self.roots.get(&pid)?;
+        let by_identity = |identity: ProcessIdentity| {
+            let root = self.roots.get(&identity)?;
             let is_it = root.container == *container
                 && root.identity.start_time <= named.read_at.saturating_add(1);
             is_it.then_some(root.identity)
         };
+        let root = |pid: u32| by_identity(*self.numbers.get(&pid)?);
         let at_terminal =
             |pid: u32| self.terminals.get(&pid).filter(|terminal| terminal.container == *container);
         let member = |pid: u32| {
-            let session = *self.members.get(&pid)?;
+            let session = self.members.get(&pid)?.session;
             // Of a terminal also an earlier session: what that has left behind is its own.
             let was_at_terminal = || at_terminal(session.pid).map(|_| session);
-            root(session.pid).filter(|root| *root == session).or_else(was_at_terminal)
+            by_identity(session).or_else(was_at_terminal)
         };
         let mut child = None;
         let parents = births.parents_of(named).take(MAX_GENERATIONS);
@@ -200,16 +276,17 @@ impl Roots {
     }
 
     /// A process of a container has made another one.
-    pub(super) fn born(&mut self, pid: u32, parent: u32) {
-        let root = self.roots.get(&parent).map(|root| root.identity);
+    pub(super) fn born(&mut self, pid: u32, parent: u32, born: u64) {
+        let root = self.numbers.get(&parent).copied();
         let at_terminal = || {
             let terminal = self.terminals.get(&parent).filter(|terminal| !terminal.has_left);
             terminal.map(|terminal| terminal.arrival.session)
         };
-        let session = root.or_else(at_terminal).or_else(|| self.members.get(&parent).copied());
+        let member = || self.members.get(&parent).map(|member| member.session);
+        let session = root.or_else(at_terminal).or_else(member);
         match session {
-            Some(root) if self.members.len() < MAX_MEMBERS => {
-                self.members.insert(pid, root);
+            Some(session) if self.members.len() < MAX_MEMBERS => {
+                self.members.insert(pid, Member { session, born });
             }
             // Whoever had this number is gone.
             Some(_) | None => {
@@ -220,7 +297,15 @@ impl Roots {
 
     /// A process has ended. What it has written is told later.
     pub(super) fn ended(&mut self, pid: u32, now: u64) {
-        if let Some(root) = self.roots.get_mut(&pid) {
+        if self.exits.insert(pid, now).is_none() {
+            self.exits_in_order.push_back(pid);
+        }
+        if self.exits_in_order.len() > MAX_EXITS
+            && let Some(oldest) = self.exits_in_order.pop_front()
+        {
+            self.exits.remove(&oldest);
+        }
+        if let Some(root) = self.numbers.get(&pid).and_then(|root| self.roots.get_mut(root)) {
             root.has_ended = true;
             let session = root.identity;
             self.left_terminal(session);
@@ -232,12 +317,16 @@ impl Roots {
             && ended + KEPT < now
         {
             self.ended.pop_front();
-            self.members.remove(&pid);
+            // Not of another process that has the number by now.
+            if self.members.get(&pid).is_some_and(|member| member.born <= ended) {
+                self.members.remove(&pid);
+            }
         }
     }
 
     pub(super) fn forget(&mut self, container: &ContainerId) {
         self.roots.retain(|_, root| root.container != *container);
+        self.numbers.retain(|_, identity| self.roots.contains_key(identity));
         self.terminals.retain(|_, terminal| terminal.container != *container);
         self.arrivals.retain(|arrived| arrived.container != *container);
     }
@@ -277,19 +366,64 @@ mod tests {
     #[test]
     fn h03_who_came_from_outside_is_known_by_the_record_of_it() {
         let container = |id| ContainerId::new("default", id);
+        let makers: Arc<[Maker]> = Arc::new([Maker { pid: 6, exe: None }]);
         let mut roots = Roots::default();
-        roots.arrived(&container("c1"), 7, 100);
+        roots.arrived(&container("c1"), 7, 100, makers.clone());
         assert!(roots.has_arrived(&container("c1"), 7, 90));
         assert!(!roots.has_arrived(&container("c1"), 7, 110), "another one by then");
+        assert_eq!(roots.makers(&container("c1"), 7, 90), Some(makers.clone()));
+        assert_eq!(roots.makers(&container("c1"), 7, 110), None);
         assert!(!roots.has_arrived(&container("c1"), 8, 90));
         assert!(!roots.has_arrived(&container("c2"), 7, 90));
         for pid in 0..2 * u32::try_from(MAX_ARRIVALS).unwrap() {
-            roots.arrived(&container("c2"), 1000 + pid, 200);
+            roots.arrived(&container("c2"), 1000 + pid, 200, makers.clone());
         }
         assert_eq!(roots.arrivals.len(), MAX_ARRIVALS);
         assert!(!roots.has_arrived(&container("c1"), 7, 90));
         roots.forget(&container("c2"));
         assert!(roots.arrivals.is_empty());
+    }
+
+    #[test]
+    fn w01_a_closed_session_takes_nothing_of_a_process_that_has_its_number() {
+        let container = ContainerId::new("default", "c1");
+        let first = ProcessIdentity { pid: 7, start_time: 10 };
+        let births = Births::default();
+        let mut roots = Roots::default();
+        roots.open(&container, first);
+        roots.born(8, 7, 12);
+        // The record of its own birth may be read after the session was opened.
+        roots.reborn(7, 11);
+        let of = |roots: &Roots, pid| roots.of(&container, &births, Named { pid, read_at: 5000 });
+        assert_eq!([7, 8].map(|pid| of(&roots, pid)), [Some(first); 2]);
+        roots.ended(7, 20);
+        assert_eq!(of(&roots, 7), Some(first), "what it has written is its own");
+        roots.reborn(7, 4000);
+        assert_eq!(of(&roots, 7), None);
+        assert_eq!(of(&roots, 8), Some(first), "it is still running");
+        roots.born(9, 7, 4001);
+        assert_eq!(of(&roots, 9), None);
+        // The new one opens a session, too.
+        let second = ProcessIdentity { pid: 7, start_time: 4000 };
+        roots.open(&container, second);
+        assert_eq!([7, 8].map(|pid| of(&roots, pid)), [Some(second), Some(first)]);
+        roots.reborn(8, 4500);
+        assert_eq!(of(&roots, 8), None);
+    }
+
+    #[test]
+    fn w01_a_session_whose_end_was_recorded_before_it_opened_is_over() {
+        let container = ContainerId::new("default", "c1");
+        let mut roots = Roots::default();
+        roots.ended(7, 20);
+        roots.open(&container, ProcessIdentity { pid: 7, start_time: 10 });
+        assert_eq!(roots.opened_by(7), None);
+        roots.open(&container, ProcessIdentity { pid: 7, start_time: 30 });
+        assert!(roots.opened_by(7).is_some(), "another one with its number");
+        for pid in 0..2 * u32::try_from(MAX_EXITS).unwrap() {
+            roots.ended(1000 + pid, 40);
+        }
+        assert!(roots.exits.len() <= MAX_EXITS && roots.exits_in_order.len() <= MAX_EXITS);
     }
 
     #[test]
@@ -317,7 +451,7 @@ mod tests {
         let mut roots = Roots::default();
         let born = |births: &mut Births, roots: &mut Roots, pid, parent, read_at| {
             births.born(pid, parent, read_at);
-            roots.born(pid, parent);
+            roots.born(pid, parent, read_at);
         };
         born(&mut births, &mut roots, 3, 2, 10);
         // Its record was read before it was known that somebody had come.

@@ -12,12 +12,14 @@ use jiff::Timestamp;
 use super::acts::{Act, Event};
 use super::calls;
 use super::process::{self, Caller, Executing};
+use super::roots::Maker;
 use super::shared::Shared;
 use super::table::Watched;
 use super::unseen::{self, Runtimes};
 use crate::model::process::may_be_runtime;
 use crate::model::{
-    ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source, printable,
+    Ancestor, ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source,
+    printable,
 };
 use crate::sys::door::View;
 use crate::sys::procfs::{self, Handle, Stat};
@@ -272,6 +274,7 @@ impl Sessions {
         let by_runtime = ByRuntime {
             was_called: asked_for.is_some(),
             is_in_control_group: arrival.map(|Arrived| true),
+            asked: caller.asked,
         };
         let mut executing = process::after_exec(caller, watched, others_wait);
         if executing.process.argv.is_none() {
@@ -285,6 +288,10 @@ impl Sessions {
         }
         let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
         let opened = Opened { process, pidfd, by_runtime };
+        if may_be_by_runtime && Handle::open_exactly(stat.identity).is_err() {
+            // It has ended meanwhile: then only the records tell who made it.
+            wait_for_makers(shared, caller, watched, others_wait);
+        }
         self.tell(shared, watched, at, Source::Gate, opened);
         executing
     }
@@ -340,6 +347,8 @@ pub(super) struct ByRuntime {
     was_called: bool,
     /// By the kernel's record, of one that is gone.
     is_in_control_group: Option<bool>,
+    /// When the gate was asked about it, by the records' clock.
+    asked: Option<u64>,
 }
 
 /// The kernel has recorded that a process came from outside into the container's own
@@ -364,6 +373,26 @@ fn arrived(
     found().then_some(Arrived)
 }
 
+/// Waits until the kernel's record of who made a process has been read, but not for long.
+fn wait_for_makers(
+    shared: &Shared,
+    caller: &Caller,
+    watched: &Watched,
+    others_wait: &dyn Fn() -> bool,
+) {
+    const STEP: Duration = Duration::from_millis(1);
+    const PATIENCE: Duration = Duration::from_millis(20);
+    let began = Instant::now();
+    let is_read = || {
+        let asked = caller.asked.unwrap_or_default();
+        shared.roots().makers(&watched.container, caller.pid, asked).is_some()
+    };
+    while shared.records_executions() && !is_read() && began.elapsed() < PATIENCE && !others_wait()
+    {
+        std::thread::sleep(STEP);
+    }
+}
+
 /// Whether a process is in the container: by its mount namespace, its pid namespace,
 /// its control group or its root directory. One of them is enough: who joins only one
 /// of them is in it all the same. `None` of who is ending: nothing is known of it.
@@ -371,7 +400,8 @@ fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
     let own_namespace = handle.mount_namespace();
     let is_known = own_namespace.is_ok();
     let is_own = |own: Option<u64>, namespace: std::io::Result<u64>, is_hosts: fn(u64) -> bool| {
-        namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
+        watched.has_namespaces()
+            && namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
     };
     let is_inside = is_own(watched.mount_namespace, own_namespace, procfs::is_host_mount_namespace)
         || (watched.has_own_pid_namespace()
@@ -444,18 +474,33 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, by_runtime: ByR
         // Its parent has ended, and it was given to another one.
         chain = procfs::chain(reaper.parent);
     }
+    // Of parents that have ended, the kernel's records tell.
+    let recorded = if is_whole(&chain) {
+        None
+    } else {
+        let since = by_runtime.asked.unwrap_or_default();
+        shared.roots().makers(&watched.container, identity.pid, since)
+    };
+    let makers = recorded.as_deref().unwrap_or_default();
+    let is_shim = |pid| Some(pid) == shim;
     let evidence = Evidence {
         is_by_runtime: by_runtime.was_called,
-        is_child_of_shim: chain.iter().any(|one| Some(one.identity().pid) == shim),
-        is_parent_gone: !is_whole(&chain),
+        is_child_of_shim: chain.iter().any(|one| is_shim(one.identity().pid))
+            || makers.iter().any(|maker| is_shim(maker.pid)),
+        is_parent_gone: !is_whole(&chain) && (makers.is_empty() || shim.is_none()),
         is_in_control_group: handle
             .as_ref()
             .and_then(|one| is_in_control_group(one, watched))
-            .or(by_runtime.is_in_control_group),
+            .or(by_runtime.is_in_control_group)
+            .or(recorded.as_ref().map(|_| true)),
     };
     let beside = if identity == watched.init { beside(shared, watched) } else { None };
     let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };
     let host = chain.iter().skip(usize::from(!process.ancestors.is_empty()));
+    let mut host: Vec<Ancestor> = host.map(process::ancestor).collect();
+    if !makers.is_empty() {
+        host = made_by(makers);
+    }
     let variables = &shared.settings.requester_variables;
     let requested_by = requester(variables, process.argv.as_deref().unwrap_or_default())
         .or_else(|| Some(printable(&handle.as_ref()?.variable(variables)?)));
@@ -463,12 +508,30 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, by_runtime: ByR
         root: identity,
         entry,
         interactive: has_terminal.then_some(Interactive::Terminal),
-        host: host.map(process::ancestor).collect(),
+        host,
         login: handle.as_ref().and_then(Handle::login),
         requested_by,
         beside,
         process,
     }
+}
+
+/// The parents of a process by the kernel's records, and those of the last of them by
+/// /proc: what is recorded ends with what was there before.
+fn made_by(makers: &[Maker]) -> Vec<Ancestor> {
+    let by_record = |maker: &Maker| {
+        let living = Handle::open(maker.pid).ok().map(|handle| process::ancestor(&handle));
+        let exe = maker.exe.as_deref().map(printable);
+        // The number may be another process's by now.
+        living.filter(|living| living.exe == exe || exe.is_none()).unwrap_or(Ancestor {
+            identity: ProcessIdentity { pid: maker.pid, start_time: 0 },
+            exe,
+            argv: None,
+        })
+    };
+    let above = makers.last().and_then(|last| procfs::read_stat(last.pid).ok());
+    let above = above.map(|last| procfs::chain(last.parent)).unwrap_or_default();
+    makers.iter().map(by_record).chain(above.iter().map(process::ancestor)).collect()
 }
 
 /// Who asked for a session whose command is `env NAME=VALUE COMMAND`: webhooks name him

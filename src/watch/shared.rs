@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::Report;
 use super::acts::Act;
-use super::arguments::Arguments;
+use super::arguments::{Arguments, Program};
 use super::attachments::Attachments;
 use super::calls::Calls;
 use super::closings::Closings;
@@ -27,14 +27,19 @@ use super::roots::Roots;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use super::terminals::Terminals;
-use super::writers::{Named, Writer, Writers};
+use super::writers::{Named, Writer, Writers, record_time_of};
 use crate::config;
 use crate::health::{Backlog, Failure, Health};
-use crate::model::{ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source};
+use crate::model::{
+    Ancestor, ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source,
+};
 use crate::sys::file;
 use crate::threads;
 
 /// How long a stop waits for what was seen before it.
+/// How many parents of a process are described by the kernel's records.
+const MAX_RECORDED_PARENTS: usize = 16;
+
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(4);
 
 /// What a queue has for its thread.
@@ -394,6 +399,7 @@ impl Shared {
         if let Some(process) = &process {
             self.packages().looked_at(self, watched, process);
         }
+        let process = self.completed(named, process);
         Writer { named, process }
     }
 
@@ -414,7 +420,13 @@ impl Shared {
     pub(super) fn process_of(&self, watched: &Watched, writer: Writer) -> Option<Arc<Process>> {
         let Writer { named, process } = writer;
         let descended = self.packages().descended(watched, &self.births(), named);
-        match (process, descended) {
+        let process = match (process, descended) {
+            // Known by the records alone, which name its parents and not their start times:
+            // those of a package manager's descendants say whose transaction it is.
+            (Some(recorded), Some(descended)) if recorded.identity.start_time == 0 => {
+                let Process { exe, argv, .. } = Process::clone(&recorded);
+                Some(Arc::new(Process { exe, argv, ..Process::clone(&descended) }))
+            }
             // Its parents had ended when it was looked at.
             (Some(process), Some(descended))
                 if [0, process.identity.start_time].contains(&descended.identity.start_time)
@@ -424,7 +436,59 @@ impl Shared {
                 Some(Arc::new(Process { ancestors, ..Process::clone(&process) }))
             }
             (process, descended) => process.or(descended),
+        };
+        self.completed(named, process)
+    }
+
+    fn completed(&self, named: Named, process: Option<Arc<Process>>) -> Option<Arc<Process>> {
+        match process {
+            Some(known) if known.exe.is_some() && known.argv.is_some() => Some(known),
+            Some(known) => Some(Arc::new(self.complete(named, Process::clone(&known)))),
+            None => self.recorded_process(named).map(Arc::new),
         }
+    }
+
+    /// Adds what the kernel's records say of a process that had ended, or was ending, when
+    /// it was looked at.
+    pub(super) fn complete(&self, named: Named, mut known: Process) -> Process {
+        let Some(recorded) = self.recorded_process(named) else { return known };
+        // What was read while it was ending is of the same program, or of none.
+        if known.exe.is_none() || known.exe == recorded.exe {
+            known.exe = recorded.exe;
+            known.argv = known.argv.or(recorded.argv);
+        }
+        if known.ancestors.len() < recorded.ancestors.len() {
+            known.ancestors = recorded.ancestors;
+        }
+        known
+    }
+
+    /// A process by the kernel's records alone. `None` if it has run nothing lately.
+    pub(super) fn recorded_process(&self, named: Named) -> Option<Process> {
+        let mut pids = vec![named.pid];
+        pids.extend(self.births().parents_of(named).take(MAX_RECORDED_PARENTS));
+        let at = record_time_of(named.read_at);
+        let programs: Vec<Option<Program>> = {
+            let arguments = self.arguments();
+            pids.iter().map(|pid| arguments.running(*pid, at)).collect()
+        };
+        // One that has executed nothing runs what its parent does.
+        let of = |index: usize| programs[index..].iter().flatten().next().cloned();
+        let identity = |pid| ProcessIdentity { pid, start_time: 0 };
+        let Program { exe, argv } = of(0)?;
+        let ancestors = pids.iter().enumerate().skip(1).filter_map(|(index, pid)| {
+            let Program { exe, argv } = of(index)?;
+            Some(Ancestor { identity: identity(*pid), exe, argv })
+        });
+        Some(Process {
+            identity: identity(named.pid),
+            exe,
+            argv,
+            uid: None,
+            tty: None,
+            root: None,
+            ancestors: ancestors.collect(),
+        })
     }
 
     pub(super) fn births(&self) -> MutexGuard<'_, Births> {

@@ -3,6 +3,7 @@
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -18,6 +19,7 @@ use crate::sys::clock;
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf;
+use crate::sys::pidfd;
 use crate::sys::procfs::{self, Handle, Whereabouts};
 
 /// One container whose overlay carries our marks.
@@ -75,6 +77,8 @@ pub(super) struct Watched {
     code_scan: AtomicBool,
     /// The container has ended: only the last walk is still to come.
     detaching: AtomicBool,
+    /// The kernel has recorded the end of its first process, or of that one's first thread.
+    init_may_have_ended: AtomicBool,
     /// The marks were there before its entry point ran.
     armed_before_start: AtomicBool,
     /// The event files that wait to be looked into.
@@ -145,6 +149,13 @@ enum Place {
     Layers {
         is_young: bool,
     },
+}
+
+/// Whether any thread of a process is alive: its first one may have ended before.
+fn is_alive(process: ProcessIdentity) -> bool {
+    let Ok(handle) = pidfd::open(process.pid) else { return false };
+    procfs::read_stat(process.pid).is_ok_and(|stat| stat.identity == process)
+        && !pidfd::has_ended(handle.as_fd())
 }
 
 /// Whether a file lives in the container's own layer, which is there since `own`.
@@ -246,6 +257,7 @@ impl Watched {
             seen_since: AtomicU64::new(0),
             code_scan: AtomicBool::new(false),
             detaching: AtomicBool::new(false),
+            init_may_have_ended: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
             files: Files::default(),
@@ -260,8 +272,12 @@ impl Watched {
 
     /// Whether a process in one of its namespaces is its. With the first process of a
     /// pid namespace all others end, and the kernel gives the numbers out again.
-    fn has_namespaces(&self) -> bool {
-        !(self.is_detaching() && self.has_own_pid_namespace())
+    pub(super) fn has_namespaces(&self) -> bool {
+        let has_ended = || {
+            self.is_detaching()
+                || self.init_may_have_ended.load(Ordering::Acquire) && !is_alive(self.init)
+        };
+        !(self.has_own_pid_namespace() && has_ended())
     }
 
     /// Whether this control group is its own or within it; `None` if it has none.
@@ -744,6 +760,16 @@ impl Table {
         found.iter().find(|watched| watched.has_own_pid_namespace()).cloned()
     }
 
+    /// The kernel has recorded the end of a process: if it is a container's first one, the
+    /// numbers of the container's namespaces may be another's from here on.
+    pub(super) fn ended(&self, pid: u32) {
+        for watched in self.read().by_container.values() {
+            if watched.init.pid == pid {
+                watched.init_may_have_ended.store(true, Ordering::Release);
+            }
+        }
+    }
+
     pub(super) fn all(&self) -> Vec<Arc<Watched>> {
         self.read().by_container.values().cloned().collect()
     }
@@ -866,7 +892,11 @@ pub(super) mod tests {
 
         // Its first process has ended, and the kernel gives the number to somebody else.
         again.set_has_own_pid_namespace();
-        again.detach();
+        table.ended(again.init.pid + 1);
+        assert_eq!(id(table.by_pid_namespace(12)), "inner");
+        // It is recorded before containerd reports it.
+        table.ended(again.init.pid);
+        assert!(!again.is_detaching());
         assert_eq!(id(table.by_pid_namespace(12)), "");
         assert_eq!(id(table.by_mount_namespace(22)), "");
         for watched in [&outer, &again, &bare] {

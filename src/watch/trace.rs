@@ -26,6 +26,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::deeds::{self, Deed};
 use super::fair::Sender;
+use super::roots::Maker;
 use super::sessions;
 use super::shared::Shared;
 use super::table::Watched;
@@ -135,6 +136,8 @@ const LOOK_FOR_PROCESSORS: Duration = Duration::from_secs(1);
 /// For how long a process that has ended is remembered: its first thread can end,
 /// and another one of its threads become a program under its number.
 const REMEMBERED: u64 = 1_000_000_000;
+/// How far it is followed who made whom.
+const MAX_MAKERS: usize = 16;
 /// More processes than this are not remembered.
 const MAX_PROCESSES: usize = 64 * 1024;
 
@@ -494,7 +497,8 @@ impl Trace {
 
     fn take(&mut self, record: Record) {
         match record {
-            Record::Forked { pid, parent, time: _ } => {
+            Record::Forked { pid, parent, time } => {
+                self.shared.roots().reborn(pid, ticks_of(time));
                 let containers = self.shared.table.generation();
                 let is_unknown = self.processes.get(&parent).is_none_or(|known| {
                     known.watched.is_none()
@@ -571,6 +575,7 @@ impl Trace {
                     known.ended = true;
                     self.ended.push_back((time, pid));
                 }
+                self.shared.table.ended(pid);
                 // It has tried what it was not let execute.
                 drop(self.shared.take_asked(pid, time));
                 for consumer in &mut self.consumers {
@@ -694,12 +699,14 @@ impl Trace {
         let has_arrived = is_made_outside && is_in_control_group;
         if has_arrived {
             // First: who waits for the arguments may want to know this too.
-            self.shared.roots().arrived(&watched.container, executed.pid, executed.time);
+            let makers = self.makers(executed.pid);
+            self.shared.roots().arrived(&watched.container, executed.pid, executed.time, makers);
         }
         {
             let mut kept = self.shared.arguments();
             kept.executed(executed.pid, executed.time, arguments);
-            kept.named(executed.pid, &executed.file_name);
+            let name = program.as_ref().map(|program| &*program.name).unwrap_or_default();
+            kept.named(executed.pid, &executed.file_name, name);
         }
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
@@ -738,6 +745,17 @@ impl Trace {
         if let Some(found) = found {
             self.hand_on(found);
         }
+    }
+
+    /// Who made a process, who made that one, and so on, as far as it is recorded.
+    fn makers(&self, pid: u32) -> Arc<[Maker]> {
+        let parent = |pid: u32| self.processes.get(&pid)?.parent;
+        let pids = std::iter::successors(parent(pid), |pid| parent(*pid));
+        let maker = |pid| {
+            let program = self.processes.get(&pid).and_then(|known| known.program.as_ref());
+            Maker { pid, exe: program.map(|program| program.name.clone()) }
+        };
+        pids.take(MAX_MAKERS).map(maker).collect()
     }
 
     /// Where no mapping is recorded: the container in whose root the program lies.
@@ -961,6 +979,12 @@ impl Trace {
 }
 
 /// When something happened, by a record's time.
+/// When this was, in clock ticks since boot.
+pub(super) fn ticks_of(record: u64) -> u64 {
+    let age = Duration::from_nanos(perf::now().saturating_sub(record));
+    procfs::ticks_since_boot().saturating_sub(procfs::ticks_in(age))
+}
+
 pub(super) fn time_of(record: u64) -> Timestamp {
     let age = perf::now().saturating_sub(record);
     let age = SignedDuration::from_nanos(i64::try_from(age).unwrap_or(0));

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use super::process;
 use super::table::Watched;
 use crate::model::{FileTime, Process};
-use crate::sys::file;
 use crate::sys::procfs::{self, ArgumentArea, Handle};
+use crate::sys::{file, perf};
 
 /// Processes that have been described.
 const MOST_PROCESSES: usize = 64;
@@ -40,6 +40,14 @@ impl Named {
     pub(super) fn now(pid: u32) -> Named {
         Named { pid, read_at: procfs::ticks_since_boot() }
     }
+}
+
+/// The same by the clock of the kernel's records. What happened within the clock tick
+/// counts.
+pub(super) fn record_time_of(read_at: u64) -> u64 {
+    let ticks = procfs::ticks_since_boot().saturating_sub(read_at).saturating_sub(1);
+    let age = procfs::time_of_ticks(ticks);
+    perf::now().saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// A file of a container, whatever its name is. The number of its inode is used

@@ -39,6 +39,7 @@ mod threads;
 mod together;
 mod trouble;
 mod volumes;
+mod writers;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         docker::trials(),
         trouble::trials(),
         volumes::trials(),
+        writers::trials(),
         chaos::trials(),
         gate::trials(),
         check::trials(),
