@@ -1034,9 +1034,9 @@ fn hostile_files_neither_hang_nor_mislead_a_walk() {
     nix::unistd::mkfifo(&tmp.join("ls"), nix::sys::stat::Mode::from_bits_truncate(0o755)).unwrap();
     symlink("/", tmp.join("root")).unwrap();
     symlink("root", tmp.join("loop")).unwrap();
-    let sparse = fs::File::create(tmp.join("sparse")).unwrap();
+    let mut sparse = fs::File::create(tmp.join("sparse")).unwrap();
+    sparse.write_all(b"#!/bin/sh\n").unwrap();
     sparse.set_len(10 << 30).unwrap();
-    sparse.set_permissions(fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(tmp.join(OsStr::from_bytes(b"\xff\x1b[2J")), "\x7fELF").unwrap();
     let upper = node.walk(&container);
     assert_eq!(
@@ -1556,7 +1556,7 @@ fn data_is_counted_and_a_program_overwritten_with_data_is_told() {
     });
     assert_eq!(present, BTreeMap::from([("/bin/true".to_owned(), (Format::Data, true))]));
     assert_eq!(absent, BTreeSet::from(["/tmp/gone".to_owned()]));
-    assert_eq!(node.health.data_writes.load(Ordering::Relaxed), 1);
+    assert_eq!(node.health.data_writes.load(Ordering::Relaxed), 2);
 }
 
 #[test]
