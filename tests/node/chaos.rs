@@ -502,8 +502,13 @@ fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::
         let count = finding["count"].as_u64().context("no count")?;
         if finding["kind"] == "session.exec" {
             sessions += count;
+        } else if finding["files"].is_null() {
+            files.push(told(&finding, &finding["file"], count)?);
         } else {
-            files.push(told(&finding, count)?);
+            let id = finding["id"].as_str().context("no id")?;
+            for member in stage.node.answer(&["members", id])? {
+                files.push(told(&member, &member, 1)?);
+            }
         }
     }
     let mut verdict = truth::compare(&claims, &files);
@@ -516,13 +521,14 @@ fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::
     Ok(verdict)
 }
 
-fn told(finding: &Value, count: u64) -> anyhow::Result<Told> {
+/// What a finding, or a member of one, reports of a file.
+fn told(finding: &Value, file: &Value, count: u64) -> anyhow::Result<Told> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     Ok(Told {
         kind: text(&finding["kind"]).context("no kind")?,
-        path: text(&finding["file"]["path"]).with_context(|| format!("no path: {finding:#}"))?,
+        path: text(&file["path"]).with_context(|| format!("no path: {finding:#}"))?,
         count,
-        blake3: text(&finding["file"]["blake3"]),
+        blake3: text(&file["blake3"]),
     })
 }
 
