@@ -3,6 +3,8 @@
 PREFIX  ?= /usr/local
 DESTDIR ?=
 CARGO   ?= cargo
+# What `install-files` installs.
+PROGRAM ?= target/release/driftd
 # How long each fuzz target runs.
 FUZZ_SECONDS ?= 60
 # How long containers drift in `make soak`.
@@ -13,6 +15,8 @@ docdir     = $(PREFIX)/share/doc/driftd
 unitdir    = $(PREFIX)/lib/systemd/system
 # driftd looks for its settings here, whatever the prefix is.
 confdir    = /etc/driftd
+# Whether what is installed is for the systemd that runs here.
+SYSTEMD    = [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]
 # Writing below DESTDIR is the caller's own affair.
 INSTALLER  = $(if $(DESTDIR),,$(SUDO))
 
@@ -121,9 +125,9 @@ install: ## installs a release build, the unit, the settings, the man page and c
 	$(INSTALLER) $(MAKE) --no-print-directory install-files PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
 install-files:
-	install -D -m 0755 target/release/driftd $(DESTDIR)$(bindir)/driftd
+	install -D -m 0755 $(PROGRAM) $(DESTDIR)$(bindir)/driftd
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
-	sed 's|/usr/bin/driftd|$(bindir)/driftd|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
+	sed -e 's|/usr/bin/driftd|$(bindir)/driftd|' -e 's|/usr/share/doc/driftd|$(docdir)|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
 	chmod 0644 $(DESTDIR)$(unitdir)/driftd.service
 	@# Settings that somebody has edited are theirs.
 	@if [ -e $(DESTDIR)$(confdir)/driftd.toml ] && ! cmp -s systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; then \
@@ -132,22 +136,28 @@ install-files:
 	else \
 		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; \
 	fi
-	target/release/driftd man > $(DESTDIR)$(mandir)/driftd.1
+	$(PROGRAM) man > $(DESTDIR)$(mandir)/driftd.1
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	target/release/driftd completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd
-	target/release/driftd completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd
-	target/release/driftd completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
+	$(PROGRAM) completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd
+	$(PROGRAM) completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd
+	$(PROGRAM) completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
 	install -m 0644 README.md SECURITY.md LICENSE docs/*.md $(DESTDIR)$(docdir)/
-	@echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"
+	@if $(SYSTEMD) && systemctl --quiet is-active driftd; then \
+		echo "installed; the old program still runs; next: systemctl daemon-reload && systemctl try-restart driftd"; \
+	else \
+		echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"; \
+	fi
 
-uninstall: ## removes what install has put there, and keeps settings and history
+uninstall: ## stops and disables driftd, removes what install has put there, keeps settings and history
+	@if $(SYSTEMD) && [ -e $(unitdir)/driftd.service ]; then $(INSTALLER) systemctl disable --now driftd; fi
 	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
 	$(INSTALLER) rm -rf $(DESTDIR)$(docdir)
+	@if $(SYSTEMD); then $(INSTALLER) systemctl daemon-reload; fi
 	@echo "kept: $(DESTDIR)$(confdir) and $(DESTDIR)/var/lib/driftd"
 
 clean: ## removes what was built

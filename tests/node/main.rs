@@ -37,6 +37,7 @@ mod start;
 mod threads;
 mod together;
 mod trouble;
+mod unit;
 mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         budget::trials(),
         deeds::trials(),
         groups::trials(),
+        unit::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
@@ -100,7 +102,9 @@ fn prerequisites() -> anyhow::Result<()> {
     {
         programs::find(program)?;
     }
-    for program in ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar"] {
+    for program in
+        ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar", "strip"]
+    {
         programs::find(program)?;
     }
     nix::sys::fanotify::Fanotify::init(
