@@ -206,13 +206,10 @@ pub async fn follow(reader: Reader, mut committed: watch::Receiver<u64>, since: 
         // An error: the history's own thread logs it, and tries again.
         if let Ok(Ok(page)) = read.await {
             for (_, record) in &page.records {
-                match record {
-                    Record::Finding(finding) | Record::Aggregate { finding, .. } => {
-                        if choice.takes(finding, Instant::now()) {
-                            log_finding(finding);
-                        }
-                    }
-                    _ => (),
+                if let Record::Finding(finding) | Record::Aggregate { finding, .. } = record
+                    && choice.takes(finding, Instant::now())
+                {
+                    log_finding(finding);
                 }
             }
             (cursor, more) = (page.cursor, page.more);

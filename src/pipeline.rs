@@ -698,14 +698,18 @@ impl State {
 
     fn watched(&mut self, report: Report, now: Timestamp, effects: &mut Vec<Effect>) {
         match report {
-            Report::Attached { container, before_start } => {
-                if let Some(entry) = self.inventory.get_mut(&container) {
+            Report::Attached { container, pid, before_start } => {
+                if let Some(entry) = self.inventory.get_mut(&container)
+                    && entry.is_newest_run(pid)
+                {
                     entry.watch = WatchState::Attached { before_start };
                     entry.armed_before_start = before_start;
                 }
             }
-            Report::NotAttached { container, reason } => {
-                if let Some(entry) = self.inventory.get_mut(&container) {
+            Report::NotAttached { container, pid, reason } => {
+                if let Some(entry) = self.inventory.get_mut(&container)
+                    && entry.is_newest_run(pid)
+                {
                     entry.watch = WatchState::Refused(reason);
                 }
             }

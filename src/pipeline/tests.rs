@@ -134,7 +134,7 @@ impl Node {
                 reason: "the stream ended".into(),
             }),
             ["attached", name] => {
-                Input::Watch(Report::Attached { container: id(name), before_start: true })
+                Input::Watch(Report::Attached { container: id(name), pid: 7, before_start: true })
             }
             ["baseline"] => Input::Baseline(ready(None), ImageReference::default()),
             ["trusted", time] => {
@@ -1697,6 +1697,7 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     node.play("start c1\nbaseline");
     node.give(Input::Watch(Report::NotAttached {
         container: id("c1"),
+        pid: 7,
         reason: "it is not an overlay".into(),
     }));
     let (reply, mut answer) = oneshot::channel();
@@ -1705,6 +1706,31 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     assert_eq!((view.baseline.as_str(), view.watched), ("ready", false));
     assert_eq!(view.problem.as_deref(), Some("it is not an overlay"));
     node.wait(60).expect(&[]);
+}
+
+#[test]
+fn what_is_reported_of_an_earlier_run_says_nothing_of_the_newest() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nbaseline\nstop c1");
+    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    let view = |node: &mut Node| {
+        let (reply, mut answer) = oneshot::channel();
+        node.give(Input::Asked(Question::Containers(reply)));
+        let [view] = &answer.try_recv().unwrap()[..] else { panic!("one container") };
+        (view.watched, view.armed_before_start, view.problem.clone())
+    };
+    // The first run was armed before its start; the second one was over too soon.
+    node.play("attached c1");
+    assert_eq!(view(&mut node), (false, false, None));
+    let reason = "its init process 8 is gone";
+    node.give(Input::Watch(Report::NotAttached {
+        container: id("c1"),
+        pid: 8,
+        reason: reason.into(),
+    }));
+    assert_eq!(view(&mut node), (false, false, Some(reason.to_owned())));
+    node.play("attached c1");
+    assert_eq!(view(&mut node), (false, false, Some(reason.to_owned())));
 }
 
 #[test]

@@ -122,12 +122,15 @@ pub enum Command {
 pub enum Report {
     Attached {
         container: ContainerId,
+        /// The init of the run that was meant: a report may come when another one has begun.
+        pid: u32,
         /// The gate was in place before the entry point ran.
         before_start: bool,
     },
     /// The container cannot be watched, or not any more.
     NotAttached {
         container: ContainerId,
+        pid: u32,
         reason: String,
     },
     Observed(Observation),
