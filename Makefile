@@ -34,7 +34,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test race test-matrix test-docker test-kernels soak check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-kernels soak check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,16 @@ docker-newest: TRIALS = docker
 docker-%: $(ENGINES)/docker-%
 	$</usr/sbin/dockerd --version
 	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
+
+# A short form of it, under the systemd of this machine, is in `make test`.
+test-systemd: setup systemd-bookworm systemd-trixie ## the installed unit under Debian 12's systemd (252) and Debian 13's (257) (as root)
+
+$(ENGINES)/machine-bookworm/.complete: ; @$(SUDO) scripts/machine-root bookworm $(@D)
+$(ENGINES)/machine-trixie/.complete: ; @$(SUDO) scripts/machine-root trixie $(@D)
+
+systemd-%: $(ENGINES)/machine-%/.complete
+	DRIFTD_MACHINE_ROOT=$(ENGINES)/machine-$* \
+		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored
 
 soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
 	$(CARGO) test --locked $(AS_ROOT) --test node -- x02_a_thread_that_nobody_can_replace --ignored

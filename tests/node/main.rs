@@ -107,6 +107,10 @@ fn prerequisites() -> anyhow::Result<()> {
     {
         programs::find(program)?;
     }
+    // The machines in which the unit is installed.
+    for program in ["unshare", "nsenter", "findmnt", "make", "pgrep", "systemctl", "journalctl"] {
+        programs::find(program)?;
+    }
     nix::sys::fanotify::Fanotify::init(
         nix::sys::fanotify::InitFlags::FAN_CLASS_CONTENT
             | nix::sys::fanotify::InitFlags::FAN_CLOEXEC,

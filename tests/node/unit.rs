@@ -22,11 +22,17 @@ use crate::trial_without_node;
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial_without_node("u01_the_installed_unit_reports_every_step_of_an_attack", attack),
-        trial_without_node("u08_no_signal_ends_the_unit_and_a_reload_reads_the_settings", signals),
-        trial_without_node("u13_an_upgrade_and_an_uninstall_leave_containers_alone", upgrade),
+        trial_without_node(
+            "u08_the_installed_unit_survives_signals_and_reads_its_settings_again",
+            signals,
+        ),
+        trial_without_node(
+            "u13_the_installed_unit_is_upgraded_and_removed_while_containers_run",
+            upgrade,
+        ),
         trial_without_node("u02_a_run_without_a_must_have_ends_and_names_the_cause", filtered),
         trial_without_node("u02_doctor_reports_what_the_running_daemon_lacks", lacking),
-        trial_without_node("u08_each_stopped_process_of_the_unit_is_replaced", stopped)
+        trial_without_node("u08_the_installed_unit_replaces_each_process_that_is_stopped", stopped)
             .with_ignored_flag(true),
     ]
 }
@@ -97,11 +103,23 @@ impl Machine {
         Ok(machine)
     }
 
-    /// What README.md says under "Install".
+    /// The commands of README.md under "Install", as they stand there. But the program was
+    /// built already, and the machine's user is root and has no sudo.
     fn install(&self) -> anyhow::Result<()> {
+        let readme = include_str!("../../README.md");
+        let (_, section) = readme.split_once("\n## Install\n").context("no such section")?;
+        let (block, _) = section.split_once("\n```\n").context("no such commands")?;
+        let lines = block.lines().filter_map(|line| line.strip_prefix("$ "));
+        let mut commands = lines.map(|line| line.split('#').next().unwrap_or_default().trim());
+        ensure!(commands.next() == Some("make install"), "{block}");
         let printed = self.sh(INSTALL)?;
-        let next = printed.lines().find_map(|line| line.split_once("next: "));
-        self.sh(next.context("install names no next step")?.1)?;
+        let next = next_step(&printed)?;
+        let commands: Vec<&str> =
+            commands.map(|line| line.strip_prefix("sudo ").unwrap_or(line)).collect();
+        ensure!(commands.len() >= 3 && next == commands[..2].join(" && "), "{next}\n{block}");
+        for command in commands {
+            self.sh(command).with_context(|| self.logs())?;
+        }
         self.watching().map(drop)
     }
 
@@ -115,6 +133,15 @@ impl Machine {
             Ok(Some(self.main_pid()?))
         })
         .with_context(|| self.logs())
+    }
+
+    /// Makes sure of what systemd reports of the unit.
+    fn is(&self, expected: &[(&str, &str)]) -> anyhow::Result<()> {
+        for (property, expected) in expected {
+            let found = self.sh(&format!("systemctl show -P {property} driftd"))?;
+            ensure!(found.trim() == *expected, "{property} is {found}{}", self.logs());
+        }
+        Ok(())
     }
 
     fn main_pid(&self) -> anyhow::Result<u32> {
@@ -158,10 +185,12 @@ impl Machine {
 
     /// Starts a container, and waits until driftd watches it.
     fn container(&self, id: &str) -> anyhow::Result<()> {
+        // The unit has a /tmp of its own; what a container binds of the host's is seen.
         self.sh(&format!(
-            "ctr run -d --cpu-shares 0 \
+            "mkdir -p /tmp/volume; ctr run -d --cpu-shares 0 \
              --mount type=bind,src=/share/drops,dst=/.control,options=rbind:ro \
              --mount type=tmpfs,src=tmpfs,dst=/mem,options=rw:mode=1777 \
+             --mount type=bind,src=/tmp/volume,dst=/volume,options=rbind:rw \
              {WORKBENCH} {id} /bin/sleep 100000"
         ))?;
         self.watched(id).map(drop)
@@ -219,6 +248,12 @@ impl Drop for Machine {
     }
 }
 
+/// What `make install` says comes next.
+fn next_step(printed: &str) -> anyhow::Result<&str> {
+    let next = printed.lines().find_map(|line| line.split_once("next: "));
+    Ok(next.context("install names no next step")?.1)
+}
+
 /// Loaded by LD_PRELOAD.
 const LIBRARY: &str = "int nothing_of_the_image(void) { return 1; }";
 
@@ -234,6 +269,7 @@ fn drop_files(machine: &Machine) -> anyhow::Result<()> {
     lay("x", &payload.marked("unit x"))?;
     lay("y", &payload.marked("unit y"))?;
     lay("z", &payload.marked("unit z"))?;
+    lay("v", &payload.marked("unit v"))?;
     let (source, library) = (machine.directory.join("l.c"), drops.join("l.so"));
     fs::write(&source, LIBRARY)?;
     let gcc =
@@ -245,7 +281,7 @@ fn drop_files(machine: &Machine) -> anyhow::Result<()> {
 // ---- what is tried
 
 /// The steps of an attack, and what each has to be reported as.
-const STEPS: [(&str, &str, &str); 8] = [
+const STEPS: [(&str, &str, &str); 9] = [
     ("cp /.control/x /tmp/x; /tmp/x 300", "exec.new", "/tmp/x"),
     ("echo more >> /usr/bin/curl; /usr/bin/curl 300", "exec.modified", "/usr/bin/curl"),
     ("/usr/bin/loader memfd 1 /.control/y 300", "exec.fileless", ""),
@@ -255,6 +291,7 @@ const STEPS: [(&str, &str, &str); 8] = [
         "/tmp/s.sh",
     ),
     ("cp /.control/z /mem/z; /mem/z 300", "exec.tmpfs", "/mem/z"),
+    ("cp /.control/v /volume/v; /volume/v 300", "exec.tmpfs", "/volume/v"),
     ("cp /.control/l.so /tmp/l.so; LD_PRELOAD=/tmp/l.so /bin/ls /", "library.loaded", "/tmp/l.so"),
     ("mkdir -p /etc/cron.d; echo job > /etc/cron.d/job", "file.persistence", "/etc/cron.d/job"),
     ("cp /bin/busybox /tmp/nc; /tmp/nc true || true", "exec.relocated", "/tmp/nc"),
@@ -337,16 +374,10 @@ fn signals() -> anyhow::Result<()> {
     machine.container("web")?;
     let first = machine.watching()?;
 
-    // Settings that are wrong are refused whole, by `reload` and by the signal alone.
-    machine.sh(&format!("cp {SETTINGS} /root/good; echo 'nonsense = 1' > {SETTINGS}"))?;
-    let refused = machine.run("systemctl reload driftd")?;
-    ensure!(!refused.status.success(), "a reload of wrong settings succeeded");
-    machine.sh(&format!("kill -HUP {first}"))?;
-    logged(&machine, "the old ones stay", "3")?;
-
     // What can change is in force, and what cannot is named.
     machine.sh(&format!(
-        "sed -e 's/^kill_on = .*/kill_on = [\"exec.new\"]/' -e 's/^settle = .*/settle = \"3s\"/' \
+        "cp {SETTINGS} /root/good
+         sed -e 's/^kill_on = .*/kill_on = [\"exec.new\"]/' -e 's/^settle = .*/settle = \"3s\"/' \
          /root/good > {SETTINGS}; systemctl reload driftd"
     ))?;
     logged(
@@ -355,8 +386,15 @@ fn signals() -> anyhow::Result<()> {
         watch.settle",
         "4",
     )?;
+    // Settings that are wrong are refused whole, by `reload` and by the signal alone.
+    machine.sh(&format!("printf 'nonsense = 1\n[respond]\nkill_on = []\n' > {SETTINGS}"))?;
+    let refused = machine.run("systemctl reload driftd")?;
+    ensure!(!refused.status.success(), "a reload of wrong settings succeeded");
     machine.sh("systemctl kill -s HUP driftd")?;
+    logged(&machine, "the old ones stay", "3")?;
+    logged(&machine, "nonsense", "3")?;
     ensure!(machine.watching()? == first, "SIGHUP has ended driftd");
+    // The old ones end a container in which this runs.
     // The exec ends with its container.
     let _ = machine.exec("web", "cp /.control/x /tmp/x; /tmp/x 60000")?;
     wait_for("the container to be killed", || {
@@ -375,11 +413,15 @@ fn signals() -> anyhow::Result<()> {
     machine.watched("other")?;
     ensure!(machine.watching()? == first, "a restart of containerd has ended driftd");
 
-    // Whichever of its processes ends, and however, it comes back.
+    // Whichever of its processes ends or stops, it comes back, and containers go on.
     let mut daemon = first;
-    for (name, signal) in
-        [("daemon", "KILL"), ("gate", "KILL"), ("guardian", "KILL"), ("daemon", "TERM")]
-    {
+    for (name, signal) in [
+        ("daemon", "KILL"),
+        ("gate", "KILL"),
+        ("guardian", "KILL"),
+        ("daemon", "TERM"),
+        ("daemon", "STOP"),
+    ] {
         let [gate, guardian] = machine.others()?;
         let pid = match name {
             "gate" => gate,
@@ -387,16 +429,15 @@ fn signals() -> anyhow::Result<()> {
             _ => daemon,
         };
         machine.sh(&format!("kill -{signal} {pid}"))?;
+        let output = machine.exec("other", "true")?;
+        ensure!(output.status.success(), "{name}, SIG{signal}: {}", talk(&output));
         daemon = came_back(&machine, daemon).with_context(|| format!("{name}, SIG{signal}"))?;
         machine.watched("other")?;
     }
-    let output = machine.exec("other", "true")?;
-    ensure!(output.status.success(), "{}", talk(&output));
 
     // Only a stop is for good.
     machine.sh("systemctl stop driftd")?;
-    let state = machine.sh("systemctl show -P ActiveState -P Result driftd")?;
-    ensure!(state == "inactive\nsuccess\n", "{state}");
+    machine.is(&[("ActiveState", "inactive"), ("Result", "success")])?;
 
     // What a drop-in takes away is named.
     machine.sh("mkdir -p /etc/systemd/system/driftd.service.d; printf '[Service]\nRestart=no\n\
@@ -404,8 +445,7 @@ fn signals() -> anyhow::Result<()> {
          systemctl daemon-reload")?;
     let started = machine.run("systemctl start driftd")?;
     ensure!(!started.status.success(), "driftd runs without openat2");
-    let code = machine.sh("systemctl show -P ExecMainStatus driftd")?;
-    ensure!(code == "2\n", "{code}");
+    machine.is(&[("ActiveState", "failed"), ("ExecMainStatus", "2")])?;
     logged(&machine, "RestrictSUIDSGID=", "3")
 }
 
@@ -455,6 +495,9 @@ fn stopped() -> anyhow::Result<()> {
     play(&machine, "web")
 }
 
+/// Finds processes whose program is the installed one, also if it was removed since.
+const RUNNING: &str = "ls -l /proc/[0-9]*/exe 2>/dev/null | grep '/usr/local/bin/driftd'";
+
 fn upgrade() -> anyhow::Result<()> {
     let machine = Machine::boot("upgrade")?;
     machine.install()?;
@@ -463,8 +506,7 @@ fn upgrade() -> anyhow::Result<()> {
     machine.sh(&format!("echo '# mine' >> {SETTINGS}"))?;
 
     let printed = machine.sh(INSTALL)?;
-    let next = printed.lines().find_map(|line| line.split_once("next: "));
-    let next = next.context("install names no next step")?.1;
+    let next = next_step(&printed)?;
     ensure!(next.contains("try-restart"), "{printed}");
     ensure!(machine.main_pid()? == old, "installing has ended the daemon");
     machine.sh(next)?;
@@ -479,15 +521,29 @@ fn upgrade() -> anyhow::Result<()> {
     ensure!(unit.contains("file:/usr/local/share/doc/driftd/README.md"), "{unit}");
     machine.sh("test -e /usr/local/share/doc/driftd/README.md")?;
 
+    // What starts containers waits at boot until driftd watches.
+    let service = "[Service]\\nExecStart=/bin/true\\n";
+    for unit in ["docker", "kubelet", "k3s"] {
+        let file = format!("/etc/systemd/system/{unit}.service");
+        machine.sh(&format!("printf '{service}' > {file}"))?;
+    }
+    machine.sh("systemctl daemon-reload")?;
+    for unit in ["docker", "kubelet", "k3s"] {
+        let after = machine.sh(&format!("systemctl show -P After {unit}"))?;
+        ensure!(after.split_whitespace().any(|name| name == "driftd.service"), "{unit}: {after}");
+    }
+
+    machine.sh(RUNNING)?;
     machine.sh("make --no-print-directory -C /src uninstall")?;
-    let state = machine.sh("systemctl show -P ActiveState -P LoadState driftd")?;
-    ensure!(state == "inactive\nnot-found\n", "{state}");
+    machine.is(&[("ActiveState", "inactive"), ("LoadState", "not-found")])?;
     let left = machine.sh("find /usr/local /etc/systemd -name 'driftd*'")?;
     ensure!(left.is_empty(), "{left}");
-    ensure!(machine.run("pgrep -f 'driftd run|exe gate|exe guardian'")?.status.code() == Some(1));
+    ensure!(machine.run(RUNNING)?.status.code() == Some(1), "driftd runs on");
     let tasks = machine.sh("ctr task ls; ls /etc/driftd/driftd.toml /var/lib/driftd/history.db")?;
     ensure!(tasks.contains("RUNNING"), "{tasks}");
-    machine.exec("web", "true").map(drop)
+    let output = machine.exec("web", "true")?;
+    ensure!(output.status.success(), "{}", talk(&output));
+    Ok(())
 }
 
 // ---- without a machine
