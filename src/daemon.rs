@@ -63,6 +63,7 @@ pub fn run(
     // Before any thread is started.
     process::hold_hangups().context("cannot block SIGHUP")?;
     let _log = journal::start_log();
+    let since = Timestamp::now();
     let lacking = capabilities::lacking();
     anyhow::ensure!(lacking.is_empty(), "driftd cannot run here: {}", lacking.join("; "));
     create_private(&config.state_dir)?;
@@ -123,6 +124,7 @@ pub fn run(
         })?;
     }
     let writer = history.start(keep_of(config), health.clone());
+    let logged = *writer.committed().borrow();
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -193,7 +195,7 @@ pub fn run(
             questions: question_sender.clone(),
         };
         tokio::spawn(reload_when_asked(hangups()?, reread, reloading));
-        let log = journal::follow(writer.reader(), writer.committed(), Timestamp::now());
+        let log = journal::follow(writer.reader(), writer.committed(), logged, since);
         let log = tokio::spawn(log);
         let backend = api::Backend {
             node,

@@ -192,11 +192,17 @@ fn one_line(text: &str) -> String {
     line
 }
 
-/// Logs what the history takes, until the history ends.
-pub async fn follow(reader: Reader, mut committed: watch::Receiver<u64>, since: Timestamp) {
-    let mut cursor = *committed.borrow_and_update();
+/// Logs what the history takes after a cursor, until the history ends. `since` is when this
+/// run began.
+pub async fn follow(
+    reader: Reader,
+    mut committed: watch::Receiver<u64>,
+    mut cursor: u64,
+    since: Timestamp,
+) {
     let mut choice = Choice::new(since);
     loop {
+        committed.mark_unchanged();
         let reader = reader.clone();
         let read = tokio::task::spawn_blocking(move || {
             // Another file has taken the history's place.
@@ -298,7 +304,7 @@ fn sentence(finding: &Finding) -> String {
 /// In what time how many lines are logged of one container and severity.
 const WINDOW: Duration = Duration::from_secs(10);
 const LINES: u32 = 20;
-/// Findings of which it is remembered that they were logged.
+/// Findings whose severity is remembered.
 const REMEMBERED: usize = 16_384;
 
 /// Which findings are logged.
@@ -306,6 +312,7 @@ const REMEMBERED: usize = 16_384;
 struct Choice {
     /// Findings that were first seen earlier have been logged by an earlier run.
     since: Timestamp,
+    /// The severity with which a finding was logged, by this run or an earlier one.
     logged: HashMap<FindingId, Severity>,
     /// In the order in which they came.
     order: VecDeque<FindingId>,
@@ -336,9 +343,9 @@ impl Choice {
         let known = self.logged.get(&finding.id).copied();
         let is_news = match known {
             Some(severity) => severity < finding.severity,
-            None => finding.first_seen >= self.since,
+            None => finding.revision == 1 || finding.first_seen >= self.since,
         };
-        if !is_news {
+        if known.is_some() && !is_news {
             return false;
         }
         if self.logged.insert(finding.id, finding.severity).is_none() {
@@ -348,6 +355,9 @@ impl Choice {
             && let Some(oldest) = self.order.pop_front()
         {
             self.logged.remove(&oldest);
+        }
+        if !is_news {
+            return false;
         }
         let key = (finding.container_id().cloned(), finding.severity);
         let count = self.counts.entry(key).or_insert(Count { begun: now, findings: 0 });
@@ -431,12 +441,17 @@ mod tests {
         let mut one = finding();
         one.severity = Severity::Low;
         assert!(choice.takes(&one, now));
-        one.revision += 1;
+        one.revision = 2;
         assert!(!choice.takes(&one, now));
         one.severity = Severity::High;
         assert!(choice.takes(&one, now));
         let mut later = Choice::new(one.first_seen + jiff::SignedDuration::from_secs(1));
         assert!(!later.takes(&one, now), "an earlier run has logged it");
+        one.severity = Severity::Critical;
+        assert!(later.takes(&one, now), "it is worse than what the earlier run has logged");
+        let mut late = finding();
+        (late.id, late.revision) = (FindingId([7; 16]), 1);
+        assert!(later.takes(&late, now), "it began before this run, which was the first to see it");
     }
 
     #[test]
