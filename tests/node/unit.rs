@@ -644,6 +644,21 @@ fn filtered() -> anyhow::Result<()> {
         let told = talk(&doctor);
         ensure!(doctor.status.code() == Some(2) && told.contains(words), "{told}");
     }
+    let mut run = Command::new(find("setpriv")?)
+        .args(["--bounding-set", "-lease"])
+        .arg(&bench()?.driftd)
+        .args(["run", "--config"])
+        .arg(bare.0.path().join("driftd.toml"))
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let ended = wait_for("run to end", || Ok(run.try_wait()?));
+    end(&mut run);
+    let output = run.wait_with_output()?;
+    ensure!(ended?.code() == Some(2), "{}", talk(&output));
+    let words = "CAP_LEASE (to see who can write to a program while it is executed) (run as root; \
+                 in a unit they belong in CapabilityBoundingSet=)";
+    ensure!(talk(&output).contains(words), "{}", talk(&output));
     Ok(())
 }
 
