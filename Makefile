@@ -3,6 +3,8 @@
 PREFIX  ?= /usr/local
 DESTDIR ?=
 CARGO   ?= cargo
+# What `install-files` installs.
+PROGRAM ?= target/release/driftd
 # How long each fuzz target runs.
 FUZZ_SECONDS ?= 60
 # How long containers drift in `make soak`.
@@ -13,6 +15,8 @@ docdir     = $(PREFIX)/share/doc/driftd
 unitdir    = $(PREFIX)/lib/systemd/system
 # driftd looks for its settings here, whatever the prefix is.
 confdir    = /etc/driftd
+# Whether what is installed is for the systemd that runs here.
+SYSTEMD    = [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]
 # Writing below DESTDIR is the caller's own affair.
 INSTALLER  = $(if $(DESTDIR),,$(SUDO))
 
@@ -30,7 +34,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test race test-matrix test-docker test-kernels soak check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-kernels soak check bench fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +77,16 @@ docker-newest: TRIALS = docker
 docker-%: $(ENGINES)/docker-%
 	$</usr/sbin/dockerd --version
 	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
+
+# A short form of it, under the systemd of this machine, is in `make test`.
+test-systemd: setup systemd-bookworm systemd-trixie ## the installed unit under Debian 12's systemd (252) and Debian 13's (257) (as root)
+
+$(ENGINES)/machine-bookworm/.complete: ; @$(SUDO) scripts/machine-root bookworm $(@D)
+$(ENGINES)/machine-trixie/.complete: ; @$(SUDO) scripts/machine-root trixie $(@D)
+
+systemd-%: $(ENGINES)/machine-%/.complete
+	DRIFTD_MACHINE_ROOT=$(ENGINES)/machine-$* \
+		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored
 
 soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
 	$(CARGO) test --locked $(AS_ROOT) --test node -- x02_a_thread_that_nobody_can_replace --ignored
@@ -121,9 +135,9 @@ install: ## installs a release build, the unit, the settings, the man pages and 
 	$(INSTALLER) $(MAKE) --no-print-directory install-files PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
 install-files:
-	install -D -m 0755 target/release/driftd $(DESTDIR)$(bindir)/driftd
+	install -D -m 0755 $(PROGRAM) $(DESTDIR)$(bindir)/driftd
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
-	sed 's|/usr/bin/driftd|$(bindir)/driftd|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
+	sed -e 's|/usr/bin/driftd|$(bindir)/driftd|' -e 's|/usr/share/doc/driftd|$(docdir)|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
 	chmod 0644 $(DESTDIR)$(unitdir)/driftd.service
 	@# Settings that somebody has edited are theirs.
 	@if [ -e $(DESTDIR)$(confdir)/driftd.toml ] && ! cmp -s systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; then \
@@ -132,22 +146,28 @@ install-files:
 	else \
 		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; \
 	fi
-	target/release/driftd man --directory $(DESTDIR)$(mandir)
+	$(PROGRAM) man --directory $(DESTDIR)$(mandir)
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	target/release/driftd completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd
-	target/release/driftd completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd
-	target/release/driftd completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
+	$(PROGRAM) completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd
+	$(PROGRAM) completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd
+	$(PROGRAM) completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
 	install -m 0644 README.md SECURITY.md LICENSE docs/*.md $(DESTDIR)$(docdir)/
-	@echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"
+	@if $(SYSTEMD) && systemctl --quiet is-active driftd; then \
+		echo "installed; the old program still runs; next: systemctl daemon-reload && systemctl try-restart driftd"; \
+	else \
+		echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"; \
+	fi
 
-uninstall: ## removes what install has put there, and keeps settings and history
+uninstall: ## stops and disables driftd, removes what install has put there, keeps settings and history
+	@if $(SYSTEMD) && [ -e $(unitdir)/driftd.service ]; then $(INSTALLER) systemctl disable --now driftd; fi
 	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 $(DESTDIR)$(mandir)/driftd-*.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
 	$(INSTALLER) rm -rf $(DESTDIR)$(docdir)
+	@if $(SYSTEMD); then $(INSTALLER) systemctl daemon-reload; fi
 	@echo "kept: $(DESTDIR)$(confdir) and $(DESTDIR)/var/lib/driftd"
 
 clean: ## removes what was built

@@ -417,6 +417,55 @@ impl Config {
     }
 }
 
+/// Settings that take effect while driftd runs. All others are read at its start.
+const LIVE: [&str; 4] =
+    ["history.max_bytes", "history.retention", "respond.kill_on", "watch.probe_patience"];
+
+/// What came of reading the settings again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reloaded {
+    /// What is in force from now on.
+    pub config: Config,
+    /// The names of the settings that have changed and are in force.
+    pub applied: Vec<String>,
+    /// The names of those that have changed and need a restart.
+    pub at_restart: Vec<String>,
+}
+
+impl Config {
+    /// What of `new` can be applied while driftd runs with these settings.
+    pub fn reloaded(&self, new: &Config) -> Reloaded {
+        let mut config = self.clone();
+        config.history = new.history.clone();
+        config.respond = new.respond.clone();
+        config.watch.probe_patience = new.watch.probe_patience;
+        let changed = changed_between(self, new);
+        let (applied, at_restart) =
+            changed.into_iter().partition(|name| LIVE.contains(&name.as_str()));
+        Reloaded { config, applied, at_restart }
+    }
+}
+
+/// The names of the settings whose values differ, `table.name`.
+fn changed_between(old: &Config, new: &Config) -> Vec<String> {
+    use serde_json::Value;
+    // Not as TOML, which has no numbers beyond 2⁶³.
+    let [old, new] = [old, new].map(|config| serde_json::to_value(config).unwrap_or_default());
+    let (Value::Object(old), Value::Object(new)) = (old, new) else { return Vec::new() };
+    let mut names = Vec::new();
+    for (name, value) in &new {
+        match (value, old.get(name)) {
+            (Value::Object(new), Some(Value::Object(old))) => {
+                let changed = new.iter().filter(|(name, value)| old.get(*name) != Some(value));
+                names.extend(changed.map(|(inner, _)| format!("{name}.{inner}")));
+            }
+            (value, known) if known != Some(value) => names.push(name.clone()),
+            _ => (),
+        }
+    }
+    names
+}
+
 /// Numbers of bytes as people write them: `1073741824`, `512M`, `1G`, `1 GiB`.
 mod bytes {
     use std::fmt;
@@ -542,6 +591,29 @@ mod tests {
     fn an_empty_file_is_a_good_file() {
         assert_eq!(Config::parse("").unwrap(), Config::default());
         assert_eq!(Config::parse("[watch]\nsettle = \"2s\"").unwrap().watch.settle.as_secs(), 2);
+    }
+
+    #[test]
+    fn x18_a_reload_applies_what_can_change_and_names_what_cannot() {
+        let old = Config::default();
+        let new = Config::parse(
+            "socket = \"/run/other.sock\"\n[watch]\nsettle = \"2s\"\nprobe_patience = \"5s\"\n\
+             [history]\nmax_bytes = 2000000\nretention = \"1d\"\n\
+             [respond]\nkill_on = [\"exec.new\"]",
+        )
+        .unwrap();
+        let reloaded = old.reloaded(&new);
+        let applied =
+            ["history.max_bytes", "history.retention", "respond.kill_on", "watch.probe_patience"];
+        assert_eq!(reloaded.applied, applied);
+        assert_eq!(reloaded.applied, LIVE, "every setting that can change was changed");
+        assert_eq!(reloaded.at_restart, ["socket", "watch.settle"]);
+        // What was applied is no news the next time; what was not still is.
+        let again = reloaded.config.reloaded(&new);
+        assert!(again.applied.is_empty(), "{again:?}");
+        assert_eq!(again.at_restart, reloaded.at_restart);
+        assert_eq!(again.config.socket, old.socket);
+        assert_eq!(again.config.respond, new.respond);
     }
 
     #[test]

@@ -12,7 +12,6 @@ use anyhow::Context as _;
 use crossbeam_channel::bounded;
 use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
@@ -22,15 +21,16 @@ use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
 use crate::history::{History, Keep, Writer};
+use crate::journal;
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
-use crate::pipeline::{self, Inputs, Outputs, State};
+use crate::pipeline::{self, Inputs, Outputs, Question, State};
 use crate::policy::Policy;
 use crate::pulse::{Part, Pulse};
-use crate::sys::capabilities::Capabilities;
+use crate::sys::capabilities::{self, Capabilities};
 use crate::sys::channel::Channel;
-use crate::sys::pidfd;
 use crate::sys::procfs::Handle;
+use crate::sys::{pidfd, process};
 use crate::threads::stop::{self, Stage};
 use crate::threads::{self, Left, Role, Threads};
 use crate::watch::{self, Command, Scope, Watch};
@@ -50,13 +50,22 @@ const STOP: [(&str, Duration); 7] = [
     ("followers", Duration::from_millis(1500)),
 ];
 
-/// The daemon, in the foreground, until it is asked to stop.
-pub fn run(config: &Config) -> anyhow::Result<Exit> {
+/// The daemon, in the foreground, until it is asked to stop. `reread` reads the settings
+/// again.
+pub fn run(
+    config: &Config,
+    reread: impl Fn() -> anyhow::Result<Config> + Send + Sync + 'static,
+) -> anyhow::Result<Exit> {
     anyhow::ensure!(
         rustix::process::geteuid().is_root(),
         "driftd run needs root: fanotify and other processes' files are root's (try: sudo)"
     );
-    let _log = start_log();
+    // Before any thread is started.
+    process::hold_hangups().context("cannot block SIGHUP")?;
+    let _log = journal::start_log();
+    let since = Timestamp::now();
+    let lacking = capabilities::lacking();
+    anyhow::ensure!(lacking.is_empty(), "driftd cannot run here: {}", lacking.join("; "));
     create_private(&config.state_dir)?;
     let health = Arc::new(Health::default());
     let capabilities = Capabilities::probe();
@@ -83,13 +92,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     // What was told of containers is read when those show up.
     let findings = reader.told_of(None).context("cannot read the history")?;
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let policy = Policy {
-        generation: 1,
-        respond: config.respond.clone(),
-        persistence: config.watch.persistence.clone(),
-        probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
-    };
-    let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
+    let mut state =
+        State::new(node.clone(), policy_of(config), health.clone(), findings, Timestamp::now());
     let mut sessions = Vec::new();
     for mut session in reader.open_sessions().context("cannot read the history")? {
         if Handle::open_exactly(session.process.identity).is_err() {
@@ -119,8 +123,8 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             exclude_namespaces: config.containerd.exclude_namespaces.clone(),
         })?;
     }
-    let keep = Keep { retention: config.history.retention, max_bytes: config.history.max_bytes };
-    let writer = history.start(keep, health.clone());
+    let writer = history.start(keep_of(config), health.clone());
+    let logged = *writer.committed().borrow();
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -185,6 +189,14 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let served = runtime.block_on(async {
         tokio::spawn(respond::run(containerd.clone(), orders, response_sender));
         let listener = api::Listener::bind(&config.socket)?;
+        let reloading = Reloading {
+            config: config.clone(),
+            keep: Box::new(writer.keeper()),
+            questions: question_sender.clone(),
+        };
+        tokio::spawn(reload_when_asked(hangups()?, reread, reloading));
+        let log = journal::follow(writer.reader(), writer.committed(), logged, since);
+        let log = tokio::spawn(log);
         let backend = api::Backend {
             node,
             questions: question_sender,
@@ -223,10 +235,10 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             )),
         };
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        anyhow::Ok((reason, api))
+        anyhow::Ok((reason, (api, log)))
     });
-    let (reason, api) = match served {
-        Ok((reason, api)) => (reason, Some(api)),
+    let (reason, followers) = match served {
+        Ok((reason, followers)) => (reason, Some(followers)),
         Err(err) => (Err(err), None),
     };
     stop::run(stages(
@@ -238,7 +250,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
             recorder,
             writer,
             end_api,
-            api,
+            followers,
         },
         runtime.handle(),
         &health.threads,
@@ -260,14 +272,24 @@ struct Running {
     recorder: Recorder,
     writer: Writer,
     end_api: tokio::sync::oneshot::Sender<()>,
-    api: Option<tokio::task::JoinHandle<Result<(), api::Error>>>,
+    followers: Option<(ApiTask, tokio::task::JoinHandle<()>)>,
 }
+
+type ApiTask = tokio::task::JoinHandle<Result<(), api::Error>>;
 
 /// What each stage of a stop does, and what it leaves undone.
 fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads) -> Vec<Stage> {
     type Work = (Box<dyn FnOnce(Instant) + Send>, Box<dyn Fn() -> Vec<Left>>);
-    let Running { watch, watched_by, containerd, stop_sender, recorder, writer, end_api, api } =
-        running;
+    let Running {
+        watch,
+        watched_by,
+        containerd,
+        stop_sender,
+        recorder,
+        writer,
+        end_api,
+        followers,
+    } = running;
     let nothing = || Vec::new();
     let unwritten = writer.left();
     let (gate, watchers, drained) = (watch.clone(), watch.clone(), watch);
@@ -294,8 +316,16 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
         (
             Box::new(move |_| {
                 let _ = end_api.send(());
-                if let Some(api) = api.filter(|api| !api.is_finished()) {
-                    let _ = runtime.block_on(api);
+                if let Some((api, log)) = followers {
+                    // The history has ended, and with that the log ends by itself.
+                    runtime.block_on(async {
+                        let served = async {
+                            if !api.is_finished() {
+                                let _ = api.await;
+                            }
+                        };
+                        let _ = tokio::join!(served, log);
+                    });
                 }
             }),
             Box::new(nothing),
@@ -345,6 +375,86 @@ async fn asked_to_stop() {
     }
 }
 
+/// SIGHUP: `systemctl reload`, or a terminal that is closed. Both mean the same here.
+fn hangups() -> anyhow::Result<tokio::signal::unix::Signal> {
+    let hangups = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+    process::take_hangups().context("cannot listen for SIGHUP")?;
+    Ok(hangups)
+}
+
+/// What settings are given to that may change while driftd runs.
+struct Reloading {
+    config: Config,
+    keep: Box<dyn Fn(Keep) + Send>,
+    questions: crossbeam_channel::Sender<Question>,
+}
+
+/// Reads the settings again at each SIGHUP. A wrong file is refused whole.
+async fn reload_when_asked(
+    mut hangups: tokio::signal::unix::Signal,
+    reread: impl Fn() -> anyhow::Result<Config>,
+    mut now: Reloading,
+) {
+    use sd_notify::NotifyState;
+    while hangups.recv().await.is_some() {
+        let _ = sd_notify::notify(&[NotifyState::Reloading]);
+        let status = match reread() {
+            Err(err) => {
+                tracing::error!("the settings were not read again, the old ones stay: {err:#}");
+                "the last reload failed: the old settings stay (see the log)".to_owned()
+            }
+            Ok(new) => apply(&mut now, &new).await,
+        };
+        let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+    }
+}
+
+/// Applies what can be applied, and reports in words what came of it.
+async fn apply(now: &mut Reloading, new: &Config) -> String {
+    let config::Reloaded { config, applied, at_restart } = now.config.reloaded(new);
+    // With what is in force and not with the new file: only some of that applies.
+    let mut policy = Some(Box::new(policy_of(&config)));
+    // The pipeline may be waiting for a disk; a worker of the runtime must not.
+    while let Some(asked) = policy.take() {
+        match now.questions.try_send(Question::SetPolicy(asked)) {
+            Ok(()) => (),
+            Err(crossbeam_channel::TrySendError::Full(Question::SetPolicy(asked))) => {
+                policy = Some(asked);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(_) => return "driftd is stopping".to_owned(),
+        }
+    }
+    (now.keep)(keep_of(&config));
+    now.config = config;
+    let names = |names: &[String]| match names {
+        [] => "nothing".to_owned(),
+        names => names.join(", "),
+    };
+    let mut status = format!("the settings were read again; changed: {}", names(&applied));
+    if at_restart.is_empty() {
+        tracing::info!("{status}");
+    } else {
+        status +=
+            &format!("; changed in the file, in force after a restart: {}", names(&at_restart));
+        tracing::warn!("{status}");
+    }
+    status
+}
+
+fn policy_of(config: &Config) -> Policy {
+    Policy {
+        generation: 1,
+        respond: config.respond.clone(),
+        persistence: config.watch.persistence.clone(),
+        probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
+    }
+}
+
+fn keep_of(config: &Config) -> Keep {
+    Keep { retention: config.history.retention, max_bytes: config.history.max_bytes }
+}
+
 /// Reports to systemd's watchdog as long as the daemon and its gate make progress.
 async fn feed_watchdog(pulse: Arc<Pulse>) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
@@ -360,31 +470,6 @@ async fn feed_watchdog(pulse: Arc<Pulse>) {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
     }
-}
-
-/// The log goes to standard error, where systemd takes it. `DRIFTD_LOG` chooses
-/// what is logged, in tracing's filter syntax. A thread of its own writes it,
-/// until the guard is dropped: whoever reads standard error may be waiting for us.
-fn start_log() -> WorkerGuard {
-    use std::io::IsTerminal as _;
-    use tracing_subscriber::EnvFilter;
-    use tracing_subscriber::filter::LevelFilter;
-    let filter = EnvFilter::builder()
-        .with_default_directive(LevelFilter::INFO.into())
-        .with_env_var("DRIFTD_LOG")
-        .from_env_lossy();
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    let log = tracing_subscriber::fmt()
-        .with_writer(writer)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(filter);
-    // The journal has its own clock.
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.without_time().init();
-    } else {
-        log.init();
-    }
-    guard
 }
 
 /// Baselines and findings tell an attacker what is watched: they are root's.

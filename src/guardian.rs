@@ -43,6 +43,7 @@ impl Guardian {
         let child = Command::new(program)
             .arg("guardian")
             .env_clear()
+            .envs(process::journal())
             .stdin(Stdio::from(OwnedFd::from(its_channel)))
             .stdout(Stdio::null())
             .spawn()?;
@@ -116,8 +117,9 @@ fn end(silent: Part, daemon: BorrowedFd<'_>, gate: BorrowedFd<'_>) -> Ended {
         Part::Guardian => "guardian",
     };
     eprintln!(
-        "driftd guardian: the {name} made no progress for {} s; killed the gate and the daemon, \
+        "{}driftd guardian: the {name} made no progress for {} s; killed the gate and the daemon, \
          so that the kernel lets waiting programs run",
+        process::priority_prefix(3),
         (TURN * GUARDIANS_PATIENCE).as_secs_f32(),
     );
     Ended::Killed(silent)

@@ -31,5 +31,6 @@ pub mod config;
 pub mod daemon;
 pub mod gate;
 pub mod guardian;
+pub mod journal;
 
 pub mod cli;

@@ -13,7 +13,7 @@ fn main() -> ExitCode {
         // Whoever read our output wanted no more of it: `driftd findings | head`.
         Err(err) if cli::is_broken_pipe(&err) => Exit::Clean.into(),
         Err(err) => {
-            eprintln!("error: {err:#}");
+            driftd::journal::report_failure(&err);
             cli::exit_of(&err).into()
         }
     }

@@ -116,6 +116,8 @@ pub enum Question {
         container: String,
         reply: oneshot::Sender<Result<ContainerId, LookupError>>,
     },
+    /// The settings were read again: what is decided from now on is decided by these.
+    SetPolicy(Box<Policy>),
     /// Whether a probe is to be reported, from now on.
     SetProbe {
         probe: ProbeId,
@@ -1482,6 +1484,10 @@ impl State {
             }
             Question::Lookup { container, reply } => {
                 let _ = reply.send(self.lookup(&container));
+            }
+            Question::SetPolicy(policy) => {
+                let generation = self.policy.generation + 1;
+                self.policy = Policy { generation, ..*policy };
             }
             Question::SetProbe { probe, reported, reply } => {
                 let answer = self.set_probe(probe, reported, effects);

@@ -393,6 +393,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
         Question::Lookup { container, reply } => {
             let _ = reply.send(lookup(&container));
         }
+        Question::SetPolicy(_) => unreachable!("no command of the client asks for it"),
         Question::SetProbe { probe: id, reported, reply } => {
             let mut probe = probe();
             let _ = reply.send(if probe.id == id {

@@ -75,13 +75,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("guardian", &["pulse", "sys"]),
+    ("journal", &["history", "model", "sys"]),
 ];
 
 /// These wire the rooms together and may know them all.
 const WIRING: &[&str] = &["daemon", "lib", "main"];
 
 /// Where waiting for sockets is done. Disks and the kernel have plain threads.
-const ASYNC: &[&str] = &["api", "cli", "containerd", "daemon", "main", "respond"];
+const ASYNC: &[&str] = &["api", "cli", "containerd", "daemon", "journal", "main", "respond"];
 
 struct Source {
     room: String,

@@ -5,18 +5,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use caps::{CapSet, Capability};
 use nix::unistd::{AccessFlags, Group, access};
 use serde::Serialize;
 
 use super::Settings;
+use super::client::{explain, talk};
 use super::exit::Exit;
 use super::output::{Format, items, safe, size, write};
-use crate::config::Config;
+use crate::api::proto;
 use crate::containerd::describe::describe;
-use crate::sys::capabilities::{Capabilities, Feature};
+use crate::history;
+use crate::sys::capabilities::{self, Capabilities, Feature};
 use crate::sys::fanotify::{GROUPS_OF_A_DAEMON, GroupsLeft, groups_left, max_user_groups};
-use crate::{history, sys};
 
 /// How long a containerd may take to say what it is.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -65,8 +65,9 @@ fn check(name: &'static str, result: Result, detail: impl Into<String>) -> Check
 impl Doctor {
     pub(super) fn run(&self, socket: Option<&Path>) -> anyhow::Result<Exit> {
         let config = self.settings.load(socket)?;
-        let mut checks = vec![kernel(), capabilities(), fanotify()];
-        checks.extend(features(&Capabilities::probe()));
+        let mut checks = vec![kernel(), privileges(), fanotify()];
+        let found = Capabilities::probe();
+        checks.extend(features(&found));
         checks.push(fanotify_groups());
         checks.extend(fanotify_limits());
         checks.push(overlay());
@@ -74,7 +75,7 @@ impl Doctor {
         checks.push(state_dir(&config.state_dir));
         checks.push(history_format(&config.state_dir));
         checks.push(group());
-        checks.push(daemon(&config));
+        checks.extend(daemon(&config.socket, &found));
         write(text(&checks, self.output)?.as_bytes())?;
         let failed = checks.iter().any(|check| check.result == Result::Fail);
         Ok(if failed { Exit::Failed } else { Exit::Clean })
@@ -106,53 +107,31 @@ fn kernel() -> Check {
 }
 
 fn judge_kernel(release: &str) -> Check {
-    let mut numbers =
-        release.split(|character: char| !character.is_ascii_digit()).map(str::parse::<u32>);
     let (oldest_major, oldest_minor) = OLDEST_KERNEL;
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST_KERNEL => {
+    match capabilities::version_of(release) {
+        Some(version) if version >= OLDEST_KERNEL => {
             check("kernel", Result::Ok, format!("Linux {release}"))
         }
-        (Some(Ok(_)), Some(Ok(_))) => check(
+        Some(_) => check(
             "kernel",
             Result::Fail,
             format!(
                 "Linux {release} is older than {oldest_major}.{oldest_minor} (install a newer kernel)"
             ),
         ),
-        (_, _) => check("kernel", Result::Warn, format!("`{release}` is no version that is known")),
+        None => check("kernel", Result::Warn, format!("`{release}` is no version that is known")),
     }
 }
 
-/// What is needed of the kernel's privileges, and for what.
-const NEEDED: [(Capability, &str); 4] = [
-    (Capability::CAP_SYS_ADMIN, "to watch executions with fanotify"),
-    (Capability::CAP_SYS_PTRACE, "to look at the processes of containers"),
-    (Capability::CAP_DAC_READ_SEARCH, "to read the layers of images and containers"),
-    (Capability::CAP_LEASE, "to see who can write to a program while it is executed"),
-];
-
-fn capabilities() -> Check {
-    let name = "capabilities";
-    let held = match caps::read(None, CapSet::Effective) {
-        Ok(held) => held,
-        Err(err) => return check(name, Result::Fail, format!("cannot be read: {err}")),
-    };
-    let missing: Vec<String> = NEEDED
-        .iter()
-        .filter(|(capability, _)| !held.contains(capability))
-        .map(|(capability, purpose)| format!("{capability} ({purpose})"))
-        .collect();
-    if missing.is_empty() {
-        check(name, Result::Ok, NEEDED.map(|(capability, _)| capability.to_string()).join(", "))
-    } else {
-        let missing = missing.join(", ");
-        check(name, Result::Fail, format!("missing: {missing} (run as root: sudo driftd doctor)"))
+fn privileges() -> Check {
+    match capabilities::privileges() {
+        Ok(held) => check("capabilities", Result::Ok, held),
+        Err(lacking) => check("capabilities", Result::Fail, lacking),
     }
 }
 
 fn fanotify() -> Check {
-    match sys::fanotify::probe() {
+    match capabilities::gate() {
         Ok(found) if found.pidfd => {
             check("fanotify", Result::Ok, "executions can be watched, each with a pidfd")
         }
@@ -162,7 +141,7 @@ fn fanotify() -> Check {
             "executions can be watched, but without pidfds: a process that ends at once may go \
              unnamed (pidfds came with Linux 5.15)",
         ),
-        Err(err) => check("fanotify", Result::Fail, err.to_string()),
+        Err(lacking) => check("fanotify", Result::Fail, lacking),
     }
 }
 
@@ -177,7 +156,12 @@ fn features(found: &Capabilities) -> Vec<Check> {
             } else {
                 let result = if feature.is_needed() { Result::Fail } else { Result::Warn };
                 let (without, since) = (feature.without(), feature.since());
-                (result, format!("{name} is missing: {without} (it comes with {since})"))
+                let detail = match feature {
+                    Feature::OpenBeneath => capabilities::open_beneath().err(),
+                    _ => None,
+                };
+                let plain = || format!("{name} is missing: {without} (it comes with {since})");
+                (result, detail.unwrap_or_else(plain))
             };
             check("kernel feature", result, detail)
         })
@@ -368,16 +352,54 @@ fn group() -> Check {
     }
 }
 
-fn daemon(config: &Config) -> Check {
-    let socket = config.socket.display();
-    match std::os::unix::net::UnixStream::connect(&config.socket) {
-        Ok(_) => check("daemon", Result::Ok, format!("runs and listens on {socket}")),
-        Err(err) => check(
-            "daemon",
-            Result::Warn,
-            format!("does not listen on {socket}: {err} (try: systemctl start driftd)"),
-        ),
+/// Whether the daemon answers, and what it lacks: its unit may take from it what this
+/// process has.
+fn daemon(socket: &Path, here: &Capabilities) -> Vec<Check> {
+    let shown = socket.display();
+    if let Err(err) = std::os::unix::net::UnixStream::connect(socket) {
+        let detail = format!("does not listen on {shown}: {err} (try: systemctl start driftd)");
+        return vec![check(DAEMON, Result::Warn, detail)];
     }
+    let asked = talk(socket, |mut client| async move {
+        let asked = tokio::time::timeout(PATIENCE, client.get_status(proto::GetStatusRequest {}));
+        let answer = asked.await.map_err(|_| anyhow::anyhow!("it does not answer"))?;
+        Ok(answer.map_err(explain)?.into_inner())
+    });
+    match asked {
+        Ok(status) => judge_daemon(&shown.to_string(), &status, here),
+        Err(err) => vec![check(DAEMON, Result::Fail, format!("{shown}: {err:#}"))],
+    }
+}
+
+const DAEMON: &str = "daemon";
+
+fn judge_daemon(
+    socket: &str,
+    status: &proto::GetStatusResponse,
+    here: &Capabilities,
+) -> Vec<Check> {
+    let mut checks = vec![if status.complete {
+        check(DAEMON, Result::Ok, format!("runs and listens on {socket}"))
+    } else {
+        let detail =
+            format!("listens on {socket}, and its view is incomplete (see: driftd status)");
+        check(DAEMON, Result::Warn, detail)
+    }];
+    checks.extend(status.missing.iter().map(|missing| {
+        let feature = Feature::ALL.into_iter().find(|feature| feature.name() == missing.name);
+        let is_needed = feature.is_some_and(Feature::is_needed);
+        let cause = if feature.is_some_and(|feature| here.has(feature)) {
+            "this process has it, so the daemon's unit or container takes it away; see: systemctl \
+             cat driftd"
+                .to_owned()
+        } else {
+            format!("it comes with {}", missing.since)
+        };
+        let result = if is_needed { Result::Fail } else { Result::Warn };
+        let (name, meaning) = (&missing.name, &missing.meaning);
+        check(DAEMON, result, format!("it lacks {name}: {meaning} ({cause})"))
+    }));
+    checks
 }
 
 #[cfg(test)]

@@ -59,7 +59,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the daemon in the foreground
-    Run(Settings),
+    Run(Run),
     /// Find out what will work on this node, and what will not
     Doctor(doctor::Doctor),
     /// Say whether the view is complete
@@ -104,6 +104,27 @@ enum Command {
     /// Answer the kernel's questions (started by the daemon itself)
     #[command(hide = true)]
     Gate,
+}
+
+#[derive(Debug, clap::Args)]
+struct Run {
+    #[command(flatten)]
+    settings: Settings,
+    /// Only read the settings, and report what is wrong with them
+    #[arg(long)]
+    check: bool,
+}
+
+impl Run {
+    fn run(self, socket: Option<&Path>) -> anyhow::Result<Exit> {
+        let config = self.settings.load(socket)?;
+        if self.check {
+            return Ok(Exit::Clean);
+        }
+        let socket = socket.map(Path::to_path_buf);
+        let reread = move || self.settings.load(socket.as_deref());
+        crate::daemon::run(&config, reread)
+    }
 }
 
 impl Command {
@@ -183,7 +204,7 @@ impl Cli {
         };
         let server = socket.unwrap_or(Path::new(DEFAULT_SOCKET));
         match self.command {
-            Command::Run(settings) => crate::daemon::run(&settings.load(socket)?),
+            Command::Run(run) => run.run(socket),
             Command::Doctor(doctor) => doctor.run(socket),
             Command::Status(status) => status.run(server),
             Command::Metrics(metrics) => metrics.run(server),

@@ -11,6 +11,7 @@ use super::wire::{self, Asked, Calm, Hello, MAX_PACKET, Message, Place, Reply, R
 use crate::pulse::Pulse;
 use crate::sys::channel::{Channel, Packet};
 use crate::sys::fanotify;
+use crate::sys::process;
 use crate::sys::procfs::Stat;
 
 /// A gate that takes longer than this to reply is being ended by the guardian.
@@ -53,6 +54,7 @@ impl Gate {
         let child = Command::new(program)
             .arg("gate")
             .env_clear()
+            .envs(process::journal())
             .stdin(Stdio::from(OwnedFd::from(its_requests)))
             .stdout(Stdio::null())
             .spawn()

@@ -113,7 +113,8 @@ fn lock_memory() {
     // With ONFAULT only what is used counts, and not the whole program.
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if let Err(err) = mlockall(flags) {
-        eprintln!("driftd gate: its memory cannot be locked ({err}); see: LimitMEMLOCK=");
+        let prefix = process::priority_prefix(4);
+        eprintln!("{prefix}driftd gate: its memory cannot be locked ({err}); see: LimitMEMLOCK=");
     }
 }
 
@@ -192,7 +193,8 @@ impl<'groups> Process<'groups> {
                 self.judged = Instant::now();
                 let turns = self.pulse.turns_of(Part::Daemon).load(Ordering::Relaxed);
                 if self.daemon.turn(turns) >= PATIENCE {
-                    eprintln!("driftd gate: the daemon makes no progress; the gate ends");
+                    let prefix = process::priority_prefix(3);
+                    eprintln!("{prefix}driftd gate: the daemon makes no progress; the gate ends");
                     return Ok(Ended::DaemonGone);
                 }
             }

@@ -20,8 +20,8 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -71,6 +71,7 @@ pub struct Writer {
     stop: Sender<()>,
     threads: Threads,
     unwritten: Arc<AtomicU64>,
+    keep: Arc<Mutex<Keep>>,
 }
 
 /// The name of the writing thread.
@@ -105,6 +106,7 @@ impl History {
         let threads = health.threads.clone();
         let depth = threads::depth_of(&incoming);
         let unwritten = Arc::new(AtomicU64::new(0));
+        let keep = Arc::new(Mutex::new(keep.into()));
         let writing = Writing {
             connection: self.connection,
             identity: self.identity,
@@ -116,7 +118,7 @@ impl History {
             stopping,
             committed: committed_sender,
             health,
-            keep: keep.into(),
+            keep: keep.clone(),
             pending: Pending::default(),
             unwritten: unwritten.clone(),
             last_commit: None,
@@ -128,7 +130,7 @@ impl History {
         threads
             .spawn(THREAD, Role::Disk, Some(depth), move || writing.run())
             .expect("a thread can be started while driftd starts");
-        Writer { records, committed, begun, reader, stop, threads, unwritten }
+        Writer { records, committed, begun, reader, stop, threads, unwritten, keep }
     }
 }
 
@@ -150,6 +152,12 @@ impl Writer {
 
     pub fn reader(&self) -> Reader {
         self.reader.clone()
+    }
+
+    /// How much is kept from now on.
+    pub fn keeper(&self) -> impl Fn(Keep) + Send + 'static {
+        let keep = self.keep.clone();
+        move |new| *keep.lock().unwrap_or_else(PoisonError::into_inner) = new
     }
 
     /// Writes what was handed over and ends the thread.
@@ -185,7 +193,7 @@ struct Writing {
     stopping: Receiver<()>,
     committed: watch::Sender<u64>,
     health: Arc<Health>,
-    keep: Keep,
+    keep: Arc<Mutex<Keep>>,
     pending: Pending,
     /// How many records `pending` holds, for others to see.
     unwritten: Arc<AtomicU64>,
@@ -412,15 +420,20 @@ impl Writing {
         }
     }
 
+    fn keep(&self) -> Keep {
+        *self.keep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Forgets some of what is too old; comes again at once while there is more.
     fn prune(&mut self) {
-        let pruned = prune_step(&mut self.connection, self.keep.retention);
+        let retention = self.keep().retention;
+        let pruned = prune_step(&mut self.connection, retention);
         if let Ok(pruned @ 1..) = pruned {
             // Of a directory that was copied to be read, this may be all that there is.
             tracing::info!(
                 history = %self.path.display(),
                 records = pruned,
-                retention = ?self.keep.retention,
+                ?retention,
                 "records that are older than the retention are dropped (to read an old history \
                  whole: driftd --history FILE findings)"
             );
@@ -444,7 +457,7 @@ impl Writing {
     /// Drops some of what is too much, once the history is full until it is well below
     /// that.
     fn shrink(&mut self) {
-        let most = self.keep.max_bytes;
+        let most = self.keep().max_bytes;
         let limit = if self.shrinking.is_some() { most - most / 8 } else { most };
         let excess = match bytes_of(&self.connection) {
             Ok(bytes) if bytes <= limit => {

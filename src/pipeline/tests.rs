@@ -1008,6 +1008,36 @@ fn h10_a_run_that_is_gone_is_not_tried_again_and_a_clock_that_is_set_back_delays
 }
 
 #[test]
+fn u08_settings_that_were_read_again_decide_from_then_on_and_verdicts_name_them() {
+    let mut node = killing(&[]);
+    let before = node.state.policy.generation;
+    let set = |node: &mut Node, kinds: &[Kind]| {
+        let respond = Respond { kill_on: kinds.iter().copied().collect() };
+        let patience = jiff::SignedDuration::from_secs(7);
+        let policy = Policy { respond, probe_patience: patience, ..Policy::default() };
+        node.give(Input::Asked(Question::SetPolicy(Box::new(policy))));
+        assert_eq!(node.state.policy.probe_patience, patience);
+    };
+    node.play("exec c1 /tmp/a evil");
+    set(&mut node, &[Kind::ExecNew]);
+    assert!(node.orders.is_empty(), "what was decided before is not decided again");
+    node.play("exec c1 /tmp/b other");
+    assert_eq!(node.orders.len(), 1);
+    let verdict = node.told.last().unwrap().verdict.clone();
+    assert_eq!(
+        (verdict.rule.as_deref(), verdict.policy_generation),
+        (Some("respond.kill_on"), before + 1)
+    );
+
+    let mut node = killing(&[]);
+    set(&mut node, &[Kind::ExecNew]);
+    set(&mut node, &[]);
+    node.play("exec c1 /tmp/a evil");
+    assert!(node.orders.is_empty());
+    assert_eq!(node.told.last().unwrap().verdict.policy_generation, before + 2);
+}
+
+#[test]
 fn x11_what_is_told_late_of_an_ended_run_orders_nothing_for_a_later_one() {
     let mut node = killing(&[Kind::ExecNew, Kind::FileAdded, Kind::SessionInteractive]);
     // It ends, and another container gets its ID.

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd as _;
 
+use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags};
 
@@ -133,9 +134,7 @@ impl Feature {
     fn is_there(self) -> bool {
         match self {
             Feature::PermissionEvents => fanotify::probe().is_ok(),
-            Feature::OpenBeneath => file::open_directory("/")
-                .and_then(|root| file::open_path_beneath(root, b"proc"))
-                .map_or_else(|err| err.raw_os_error() != Some(libc::ENOSYS), |_| true),
+            Feature::OpenBeneath => open_beneath().is_ok(),
             Feature::MountOfFile => file::stat_path("/").is_ok_and(|stat| stat.mount.is_some()),
             Feature::ProcessHandles => fanotify::probe().is_ok_and(|found| found.pidfd),
             Feature::NamedEvents => {
@@ -148,6 +147,103 @@ impl Feature {
             Feature::MemfdNoexec => std::path::Path::new("/proc/sys/vm/memfd_noexec").exists(),
         }
     }
+}
+
+/// What is needed of the kernel's privileges, and for what.
+const PRIVILEGES: [(Capability, &str); 4] = [
+    (Capability::CAP_SYS_ADMIN, "to watch executions with fanotify"),
+    (Capability::CAP_SYS_PTRACE, "to look at the processes of containers"),
+    (Capability::CAP_DAC_READ_SEARCH, "to read the layers of images and containers"),
+    (Capability::CAP_LEASE, "to see who can write to a program while it is executed"),
+];
+
+/// Everything without which driftd cannot run and that is missing here, in words: what it
+/// is, the likely cause, and what to do. `doctor` and `run` ask the same questions.
+pub fn lacking() -> Vec<String> {
+    let found = [privileges().map(drop), gate().map(drop), open_beneath()];
+    found.into_iter().filter_map(Result::err).collect()
+}
+
+/// The privileges that driftd needs; the error names those that are missing.
+pub fn privileges() -> Result<String, String> {
+    let held = caps::read(None, CapSet::Effective)
+        .map_err(|err| format!("the process's capabilities cannot be read: {err}"))?;
+    let missing: Vec<String> = PRIVILEGES
+        .iter()
+        .filter(|(capability, _)| !held.contains(capability))
+        .map(|(capability, purpose)| format!("{capability} ({purpose})"))
+        .collect();
+    if missing.is_empty() {
+        return Ok(PRIVILEGES.map(|(capability, _)| capability.to_string()).join(", "));
+    }
+    Err(format!(
+        "capabilities are missing: {} (run as root; in a unit they belong in \
+         CapabilityBoundingSet=)",
+        missing.join(", ")
+    ))
+}
+
+/// Whether the kernel asks before a program runs.
+pub fn gate() -> Result<fanotify::Capabilities, String> {
+    fanotify::probe().map_err(|err| {
+        let errno = match err {
+            fanotify::Error::Missing => libc::ENOSYS,
+            fanotify::Error::NotPermitted => libc::EPERM,
+            _ => return format!("fanotify: {err}"),
+        };
+        let is_known = std::path::Path::new("/proc/sys/fs/fanotify").exists();
+        match by_a_filter("fanotify_init", errno, is_known, is_filtered()) {
+            Some(filter) => format!("fanotify: {err}; or {filter}"),
+            None => format!("fanotify: {err}"),
+        }
+    })
+}
+
+/// Whether a container's files can be opened without leaving its root.
+pub fn open_beneath() -> Result<(), String> {
+    let opened = file::open_directory("/").and_then(|root| file::open_path_beneath(root, b"proc"));
+    let Some(errno @ (libc::ENOSYS | libc::EPERM)) = opened.err().and_then(|e| e.raw_os_error())
+    else {
+        return Ok(());
+    };
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let is_known = version_of(&release).is_none_or(|version| version >= (5, 6));
+    let cause = by_a_filter("openat2", errno, is_known, is_filtered())
+        .unwrap_or_else(|| format!("Linux {release} is older than 5.6 (install a newer kernel)"));
+    Err(format!("openat2 is missing: {}; {cause}", Feature::OpenBeneath.without()))
+}
+
+/// The likely cause of a call's failure, if it is a filter of system calls.
+fn by_a_filter(call: &str, errno: i32, kernel_has_it: bool, is_filtered: bool) -> Option<String> {
+    if !is_filtered && !kernel_has_it {
+        return None;
+    }
+    let known = if is_filtered { "" } else { "probably " };
+    match errno {
+        libc::ENOSYS if call == "openat2" => Some(format!(
+            "{known}a filter of system calls answers ENOSYS: the unit's RestrictSUIDSGID= does \
+             (take it out; see: systemctl cat driftd), and so does an old container runtime \
+             (libseccomp before 2.5)"
+        )),
+        libc::ENOSYS | libc::EPERM if kernel_has_it => Some(format!(
+            "{known}a filter of system calls refuses it (name {call} in the unit's \
+             SystemCallFilter=, see: systemctl cat driftd; or in the container's seccomp profile)"
+        )),
+        _ => None,
+    }
+}
+
+/// Whether a filter of system calls is in force for this process.
+fn is_filtered() -> bool {
+    std::fs::read_to_string("/proc/self/status")
+        .is_ok_and(|status| status.lines().any(|line| line == "Seccomp:\t2"))
+}
+
+/// The first two numbers of a kernel's release.
+pub fn version_of(release: &str) -> Option<(u32, u32)> {
+    let mut numbers =
+        release.split(|character: char| !character.is_ascii_digit()).map(str::parse::<u32>);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// Newer than libc's.
@@ -219,6 +315,31 @@ impl Capabilities {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn u02_what_answers_in_the_kernels_place_is_named() {
+        let by = |errno, kernel_has_it, is_filtered| {
+            by_a_filter("openat2", errno, kernel_has_it, is_filtered).unwrap_or_default()
+        };
+        let found = by(libc::ENOSYS, true, true);
+        assert!(found.starts_with("a filter") && found.contains("RestrictSUIDSGID="), "{found}");
+        let found = by(libc::ENOSYS, true, false);
+        assert!(found.starts_with("probably a filter"), "{found}");
+        assert!(by(libc::EPERM, true, true).contains("name openat2 in the unit's"));
+        assert_eq!(by(libc::ENOSYS, false, false), "", "the kernel is too old");
+    }
+
+    #[test]
+    fn u02_this_machine_has_what_openat2_needs() {
+        assert_eq!(open_beneath(), Ok(()));
+    }
+
+    #[test]
+    fn kernels_are_told_by_their_version() {
+        assert_eq!(version_of("6.18.5"), Some((6, 18)));
+        assert_eq!(version_of("5.6.0-2-generic"), Some((5, 6)));
+        assert_eq!(version_of("odd"), None);
+    }
 
     #[test]
     fn every_feature_has_a_name_of_its_own() {

@@ -38,6 +38,7 @@ mod start;
 mod threads;
 mod together;
 mod trouble;
+mod unit;
 mod volumes;
 mod writers;
 
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         budget::trials(),
         deeds::trials(),
         groups::trials(),
+        unit::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
@@ -104,7 +106,13 @@ fn prerequisites() -> anyhow::Result<()> {
     {
         programs::find(program)?;
     }
-    for program in ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar"] {
+    for program in
+        ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar", "strip"]
+    {
+        programs::find(program)?;
+    }
+    // The machines in which the unit is installed.
+    for program in ["unshare", "nsenter", "findmnt", "make", "pgrep", "systemctl", "journalctl"] {
         programs::find(program)?;
     }
     nix::sys::fanotify::Fanotify::init(

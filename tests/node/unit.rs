@@ -1,0 +1,691 @@
+//! The product as it is installed: `make install` and the shipped unit, in a machine whose
+//! process 1 is a real systemd (`scripts/machine`).
+//!
+//! The machine has this one's programs, or those of the root directory that
+//! `DRIFTD_MACHINE_ROOT` names (`make test-systemd`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::node::{append_to, bench, end, talk, wait_for, wait_within};
+use crate::programs::{WORKBENCH, compile, find};
+use crate::trial_without_node;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial_without_node("u01_the_installed_unit_reports_every_step_of_an_attack", attack),
+        trial_without_node(
+            "u08_the_installed_unit_survives_signals_and_reads_its_settings_again",
+            signals,
+        ),
+        trial_without_node(
+            "u13_the_installed_unit_is_upgraded_and_removed_while_containers_run",
+            upgrade,
+        ),
+        trial_without_node("u02_a_run_without_a_must_have_ends_and_names_the_cause", filtered),
+        trial_without_node("u02_doctor_reports_what_the_running_daemon_lacks", lacking),
+        trial_without_node("u08_the_installed_unit_replaces_each_process_that_is_stopped", stopped)
+            .with_ignored_flag(true),
+    ]
+}
+
+/// What a busy machine may need for systemd to start something again.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+// ---- the machine
+
+/// A running machine. Dropped, it ends with everything in it.
+struct Machine {
+    directory: PathBuf,
+    script: Child,
+    pid: i32,
+}
+
+/// The sources, as the machine sees them.
+const INSTALL: &str = "make --no-print-directory -C /src install-files PROGRAM=/share/driftd";
+
+impl Machine {
+    /// Boots a machine in which containerd runs and has the tests' image.
+    fn boot(name: &str) -> anyhow::Result<Machine> {
+        let bench = bench()?;
+        let directory = bench.scratch.path().join(format!("machine-{name}"));
+        let share = directory.join("share");
+        fs::create_dir_all(share.join("drops"))?;
+        // Without what is for debuggers: the machine's disk is memory.
+        let strip = Command::new(find("strip")?)
+            .arg("-o")
+            .arg(share.join("driftd"))
+            .arg(&bench.driftd)
+            .output()?;
+        ensure!(strip.status.success(), "{}", talk(&strip));
+        fs::copy(&bench.workbench, share.join("workbench.tar"))?;
+        let log = append_to(&directory.join("log"))?;
+        let script = Command::new(find("setpriv")?)
+            .args(["--pdeathsig", "TERM"])
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/machine"))
+            .arg(&directory)
+            .args(std::env::var_os("DRIFTD_MACHINE_ROOT"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot run scripts/machine")?;
+        let mut machine = Machine { directory, script, pid: 0 };
+        let pid = machine.directory.join("pid");
+        machine.pid = wait_within(PATIENCE, "the machine's process 1", || {
+            if let Some(status) = machine.script.try_wait()? {
+                let log = fs::read_to_string(machine.directory.join("log"))?;
+                bail!("the machine ended ({status}): {log}");
+            }
+            Ok(fs::read_to_string(&pid).ok())
+        })?
+        .trim()
+        .parse()?;
+        wait_within(PATIENCE, "the machine to be up", || {
+            let state = machine.run("systemctl is-system-running")?;
+            let state = String::from_utf8_lossy(&state.stdout).trim().to_owned();
+            ensure!(state != "degraded", "{}", machine.sh("systemctl --failed --no-pager")?);
+            Ok((state == "running").then_some(()))
+        })?;
+        machine.sh("systemctl start containerd")?;
+        wait_within(PATIENCE, "containerd", || {
+            Ok(machine.run("ctr version")?.status.success().then_some(()))
+        })?;
+        machine.sh("ctr images import /share/workbench.tar")?;
+        Ok(machine)
+    }
+
+    /// The commands of README.md under "Install", as they stand there. But the program was
+    /// built already, and the machine's user is root and has no sudo.
+    fn install(&self) -> anyhow::Result<()> {
+        let readme = include_str!("../../README.md");
+        let (_, section) = readme.split_once("\n## Install\n").context("no such section")?;
+        let (block, _) = section.split_once("\n```\n").context("no such commands")?;
+        let lines = block.lines().filter_map(|line| line.strip_prefix("$ "));
+        let mut commands = lines.map(|line| line.split('#').next().unwrap_or_default().trim());
+        ensure!(commands.next() == Some("make install"), "{block}");
+        let printed = self.sh(INSTALL)?;
+        let next = next_step(&printed)?;
+        let commands: Vec<&str> =
+            commands.map(|line| line.strip_prefix("sudo ").unwrap_or(line)).collect();
+        ensure!(commands.len() >= 3 && next == commands[..2].join(" && "), "{next}\n{block}");
+        for command in commands {
+            self.sh(command).with_context(|| self.logs())?;
+        }
+        self.watching().map(drop)
+    }
+
+    /// Waits until the unit runs and answers, and hands back the daemon's pid.
+    fn watching(&self) -> anyhow::Result<u32> {
+        wait_within(PATIENCE, "driftd to watch", || {
+            let active = self.sh("systemctl show -P ActiveState driftd")? == "active\n";
+            if !active || !matches!(self.run("driftd status")?.status.code(), Some(0 | 1)) {
+                return Ok(None);
+            }
+            Ok(Some(self.main_pid()?))
+        })
+        .with_context(|| self.logs())
+    }
+
+    /// Makes sure of what systemd reports of the unit.
+    fn is(&self, expected: &[(&str, &str)]) -> anyhow::Result<()> {
+        for (property, expected) in expected {
+            let found = self.sh(&format!("systemctl show -P {property} driftd"))?;
+            ensure!(found.trim() == *expected, "{property} is {found}{}", self.logs());
+        }
+        Ok(())
+    }
+
+    fn main_pid(&self) -> anyhow::Result<u32> {
+        Ok(self.sh("systemctl show -P MainPID driftd")?.trim().parse()?)
+    }
+
+    /// The gate's and the guardian's pids.
+    fn others(&self) -> anyhow::Result<[u32; 2]> {
+        let of = |name: &str| -> anyhow::Result<u32> {
+            let command = format!("pgrep -P {} -f {name}", self.main_pid()?);
+            Ok(self.sh(&command)?.trim().parse()?)
+        };
+        Ok([of("exe.gate")?, of("exe.guardian")?])
+    }
+
+    fn run(&self, commands: &str) -> anyhow::Result<Output> {
+        let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+        Command::new(find("nsenter")?)
+            .args(["--target", &self.pid.to_string()])
+            .args(["--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup", "--root", "--wd"])
+            .args(["env", "-i", path, "HOME=/root", "LC_ALL=C", "sh", "-c", commands])
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot run nsenter")
+    }
+
+    /// Runs shell commands that must succeed, and hands back what they printed.
+    fn sh(&self, commands: &str) -> anyhow::Result<String> {
+        let output = self.run(&format!("set -e\n{commands}"))?;
+        ensure!(output.status.success(), "{commands}\nfailed: {}", talk(&output));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn lines(&self, commands: &str) -> anyhow::Result<Vec<Value>> {
+        // 1 says that there is drift.
+        let output = self.run(commands)?;
+        ensure!(matches!(output.status.code(), Some(0 | 1)), "{commands}: {}", talk(&output));
+        let text = String::from_utf8(output.stdout)?;
+        text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// Starts a container, and waits until driftd watches it.
+    fn container(&self, id: &str) -> anyhow::Result<()> {
+        // The unit has a /tmp of its own; what a container binds of the host's is seen.
+        self.sh(&format!(
+            "mkdir -p /tmp/volume; ctr run -d --cpu-shares 0 \
+             --mount type=bind,src=/share/drops,dst=/.control,options=rbind:ro \
+             --mount type=tmpfs,src=tmpfs,dst=/mem,options=rw:mode=1777 \
+             --mount type=bind,src=/tmp/volume,dst=/volume,options=rbind:rw \
+             {WORKBENCH} {id} /bin/sleep 100000"
+        ))?;
+        self.watched(id)
+    }
+
+    fn watched(&self, id: &str) -> anyhow::Result<()> {
+        wait_within(PATIENCE, "the container to be watched", || {
+            let known = self.lines("driftd containers -o jsonl")?;
+            let is_ready = known.iter().any(|container| {
+                container["id"] == id
+                    && container["watched"] == true
+                    && container["baseline"] == "ready"
+            });
+            Ok(is_ready.then_some(()))
+        })
+        .with_context(|| self.logs())
+    }
+
+    /// Runs commands in a container, as somebody from outside.
+    fn exec(&self, id: &str, commands: &str) -> anyhow::Result<Output> {
+        fs::write(self.directory.join("share/drops/commands"), commands)?;
+        let exec = self.directory.join("share/drops/commands").metadata()?;
+        let number = std::os::unix::fs::MetadataExt::mtime_nsec(&exec);
+        self.run(&format!("ctr task exec --exec-id e{number} {id} /bin/sh -e /.control/commands"))
+    }
+
+    fn logs(&self) -> String {
+        let journal = self.run("journalctl --no-pager -n 60");
+        journal.map(|output| talk(&output)).unwrap_or_default()
+    }
+
+    /// Removes a container as its users do; nothing of it may be held.
+    fn remove(&self, id: &str) -> anyhow::Result<()> {
+        self.sh(&format!("ctr task kill --signal SIGKILL {id}"))?;
+        wait_for("the task to end", || {
+            Ok(self.run(&format!("ctr task rm {id}"))?.status.success().then_some(()))
+        })?;
+        self.sh(&format!("ctr container rm {id}"))?;
+        let rootfs = format!("io.containerd.runtime.v2.task/default/{id}");
+        self.sh(&format!("! test -e /run/containerd/{rootfs}"))?;
+        // In the mount namespace of driftd neither.
+        self.sh(&format!("! grep -q {rootfs} /proc/{}/mountinfo", self.main_pid()?))?;
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Ok(pid) = self.script.id().try_into() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let ended = wait_for("the machine to end", || Ok(self.script.try_wait()?));
+        if ended.is_err() {
+            end(&mut self.script);
+        }
+    }
+}
+
+/// What `make install` says comes next.
+fn next_step(printed: &str) -> anyhow::Result<&str> {
+    let next = printed.lines().find_map(|line| line.split_once("next: "));
+    Ok(next.context("install names no next step")?.1)
+}
+
+/// Loaded by LD_PRELOAD.
+const LIBRARY: &str = "int nothing_of_the_image(void) { return 1; }";
+
+fn drop_files(machine: &Machine) -> anyhow::Result<()> {
+    let drops = machine.directory.join("share/drops");
+    let lay = |name: &str, content: &[u8]| -> anyhow::Result<()> {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::write(drops.join(name), content)?;
+        fs::set_permissions(drops.join(name), fs::Permissions::from_mode(0o755))?;
+        Ok(())
+    };
+    let payload = &bench()?.payload;
+    lay("x", &payload.marked("unit x"))?;
+    lay("y", &payload.marked("unit y"))?;
+    lay("z", &payload.marked("unit z"))?;
+    lay("v", &payload.marked("unit v"))?;
+    let (source, library) = (machine.directory.join("l.c"), drops.join("l.so"));
+    fs::write(&source, LIBRARY)?;
+    let gcc =
+        Command::new("gcc").args(["-shared", "-fPIC", "-o"]).arg(library).arg(source).output()?;
+    ensure!(gcc.status.success(), "{}", talk(&gcc));
+    Ok(())
+}
+
+// ---- what is tried
+
+/// The steps of an attack, and what each has to be reported as.
+const STEPS: [(&str, &str, &str); 9] = [
+    ("cp /.control/x /tmp/x; /tmp/x 300", "exec.new", "/tmp/x"),
+    ("echo more >> /usr/bin/curl; /usr/bin/curl 300", "exec.modified", "/usr/bin/curl"),
+    ("/usr/bin/loader memfd 1 /.control/y 300", "exec.fileless", ""),
+    (
+        "printf '#!/bin/sh\\nsleep 0.3\\n' > /tmp/s.sh; chmod 755 /tmp/s.sh; /tmp/s.sh",
+        "exec.script",
+        "/tmp/s.sh",
+    ),
+    ("cp /.control/z /mem/z; /mem/z 300", "exec.tmpfs", "/mem/z"),
+    ("cp /.control/v /volume/v; /volume/v 300", "exec.tmpfs", "/volume/v"),
+    ("cp /.control/l.so /tmp/l.so; LD_PRELOAD=/tmp/l.so /bin/ls /", "library.loaded", "/tmp/l.so"),
+    ("mkdir -p /etc/cron.d; echo job > /etc/cron.d/job", "file.persistence", "/etc/cron.d/job"),
+    ("cp /bin/busybox /tmp/nc; /tmp/nc true || true", "exec.relocated", "/tmp/nc"),
+];
+
+/// Plays the steps in a container, and waits until each is reported.
+fn play(machine: &Machine, id: &str) -> anyhow::Result<()> {
+    for (step, _, _) in STEPS {
+        let output = machine.exec(id, step)?;
+        ensure!(output.status.success(), "{step}: {}", talk(&output));
+    }
+    let (mut missing, mut found) = (Vec::new(), Vec::new());
+    let waited = wait_within(PATIENCE, "every step to be reported", || {
+        found = machine.lines(&format!("driftd findings --container {id} -o jsonl"))?;
+        let is_reported = |kind: &str, path: &str| {
+            found.iter().any(|finding| {
+                finding["kind"] == kind && (path.is_empty() || finding["file"]["path"] == path)
+            })
+        };
+        let steps = STEPS.iter().filter(|(_, kind, path)| !is_reported(kind, path));
+        missing = steps.map(|(_, kind, _)| *kind).collect();
+        Ok(missing.is_empty().then_some(()))
+    });
+    let count = STEPS.len() - missing.len();
+    waited.with_context(|| {
+        format!("{count} of {} reported; missing {missing:?}\n{found:#?}", STEPS.len())
+    })
+}
+
+fn attack() -> anyhow::Result<()> {
+    let machine = Machine::boot("attack")?;
+    machine.install()?;
+    drop_files(&machine)?;
+    machine.sh("driftd doctor").context("doctor finds something missing")?;
+
+    // What starts after driftd is seen, although driftd has a mount namespace.
+    machine.container("first")?;
+    play(&machine, "first")?;
+    ensure!(machine.run("driftd diff first")?.status.code() == Some(1), "no difference is listed");
+    // On a busy machine it may have begun before it was watched. A walk makes up for that.
+    wait_within(PATIENCE, "a complete view", || {
+        Ok((machine.lines("driftd status -o jsonl")?[0]["complete"] == true).then_some(()))
+    })
+    .with_context(|| machine.logs())?;
+
+    // And so is what was there before it, and what is removed while it runs is gone.
+    machine.container("second")?;
+    machine.sh("systemctl restart driftd")?;
+    machine.watching()?;
+    machine.watched("second")?;
+    machine.container("third")?;
+    play(&machine, "second")?;
+    for id in ["first", "second", "third"] {
+        machine.remove(id)?;
+    }
+    journal(&machine)
+}
+
+/// A finding stands in the journal, with its priority and fields.
+fn journal(machine: &Machine) -> anyhow::Result<()> {
+    let asked = "journalctl -u driftd -o json DRIFTD_KIND=exec.new DRIFTD_CONTAINER=first";
+    let entries = wait_for("the finding in the journal", || {
+        let entries = machine.lines(asked)?;
+        Ok((!entries.is_empty()).then_some(entries))
+    })?;
+    let [entry] = entries.as_slice() else { bail!("logged {} times", entries.len()) };
+    ensure!(entry["PRIORITY"] == "2" && entry["DRIFTD_PATH"] == "/tmp/x", "{entry:#}");
+    ensure!(entry["SYSLOG_IDENTIFIER"] == "driftd", "{entry:#}");
+    let message = entry["MESSAGE"].as_str().unwrap_or_default();
+    ensure!(message.starts_with("critical exec.new in default/first: /tmp/x"), "{message}");
+    let worst = machine.lines("journalctl -u driftd -o json -p err DRIFTD_KIND=exec.script")?;
+    ensure!(worst.len() == 2, "{worst:#?}");
+    Ok(())
+}
+
+const SETTINGS: &str = "/etc/driftd/driftd.toml";
+
+fn signals() -> anyhow::Result<()> {
+    let machine = Machine::boot("signals")?;
+    machine.install()?;
+    drop_files(&machine)?;
+    machine.container("web")?;
+    let first = machine.watching()?;
+
+    // What can change is in force, and what cannot is named.
+    machine.sh(&format!(
+        "cp {SETTINGS} /root/good
+         sed -e 's/^kill_on = .*/kill_on = [\"exec.new\"]/' -e 's/^settle = .*/settle = \"3s\"/' \
+         /root/good > {SETTINGS}; systemctl reload driftd"
+    ))?;
+    logged(
+        &machine,
+        "changed: respond.kill_on; changed in the file, in force after a restart: \
+        watch.settle",
+        "4",
+    )?;
+    // Settings that are wrong are refused whole, by `reload` and by the signal alone.
+    machine.sh(&format!("printf 'nonsense = 1\n[respond]\nkill_on = []\n' > {SETTINGS}"))?;
+    let refused = machine.run("systemctl reload driftd")?;
+    ensure!(!refused.status.success(), "a reload of wrong settings succeeded");
+    machine.sh("systemctl kill -s HUP driftd")?;
+    logged(&machine, "the old ones stay", "3")?;
+    logged(&machine, "nonsense", "3")?;
+    ensure!(machine.watching()? == first, "SIGHUP has ended driftd");
+    // The old ones end a container in which this runs.
+    // The exec ends with its container.
+    let _ = machine.exec("web", "cp /.control/x /tmp/x; /tmp/x 60000")?;
+    wait_for("the container to be killed", || {
+        let tasks = machine.sh("ctr task ls")?;
+        Ok(tasks
+            .lines()
+            .any(|line| line.starts_with("web") && line.contains("STOPPED"))
+            .then_some(()))
+    })?;
+    machine.sh(&format!("cp /root/good {SETTINGS}; systemctl reload driftd; ctr task rm web"))?;
+    machine.sh("ctr container rm web")?;
+    machine.container("other")?;
+
+    // containerd comes back, and driftd is the same.
+    machine.sh("systemctl restart containerd")?;
+    machine.watched("other")?;
+    ensure!(machine.watching()? == first, "a restart of containerd has ended driftd");
+
+    // Whichever of its processes ends or stops, it comes back, and containers go on.
+    let mut daemon = first;
+    for (name, signal) in [
+        ("daemon", "KILL"),
+        ("gate", "KILL"),
+        ("guardian", "KILL"),
+        ("daemon", "TERM"),
+        ("daemon", "STOP"),
+    ] {
+        let [gate, guardian] = machine.others()?;
+        let pid = match name {
+            "gate" => gate,
+            "guardian" => guardian,
+            _ => daemon,
+        };
+        machine.sh(&format!("kill -{signal} {pid}"))?;
+        let output = machine.exec("other", "true")?;
+        ensure!(output.status.success(), "{name}, SIG{signal}: {}", talk(&output));
+        daemon = came_back(&machine, daemon).with_context(|| format!("{name}, SIG{signal}"))?;
+        machine.watched("other")?;
+    }
+
+    // Only a stop is for good.
+    machine.sh("systemctl stop driftd")?;
+    machine.is(&[("ActiveState", "inactive"), ("Result", "success")])?;
+
+    // What a drop-in takes away is named.
+    machine.sh("mkdir -p /etc/systemd/system/driftd.service.d; printf '[Service]\nRestart=no\n\
+         RestrictSUIDSGID=yes\n' > /etc/systemd/system/driftd.service.d/x.conf
+         systemctl daemon-reload")?;
+    let started = machine.run("systemctl start driftd")?;
+    ensure!(!started.status.success(), "driftd runs without openat2");
+    machine.is(&[("ActiveState", "failed"), ("ExecMainStatus", "2")])?;
+    logged(&machine, "RestrictSUIDSGID=", "3")
+}
+
+/// Waits until the journal has such a line of driftd's, with this priority.
+fn logged(machine: &Machine, text: &str, priority: &str) -> anyhow::Result<()> {
+    wait_within(PATIENCE, &format!("{text:?} in the journal"), || {
+        let entries = machine.lines("journalctl -u driftd -o json")?;
+        let found = entries.iter().any(|entry| {
+            entry["PRIORITY"] == priority
+                && entry["MESSAGE"].as_str().is_some_and(|message| message.contains(text))
+        });
+        Ok(found.then_some(()))
+    })
+    .with_context(|| machine.logs())
+}
+
+/// Waits until another daemon watches.
+fn came_back(machine: &Machine, old: u32) -> anyhow::Result<u32> {
+    wait_within(PATIENCE, "driftd to be started again", || {
+        let now = machine.main_pid()?;
+        Ok((now != old && now != 0).then_some(()))
+    })
+    .with_context(|| machine.logs())?;
+    machine.watching()
+}
+
+fn stopped() -> anyhow::Result<()> {
+    let machine = Machine::boot("stopped")?;
+    machine.install()?;
+    drop_files(&machine)?;
+    machine.container("web")?;
+    for process in ["daemon", "gate", "guardian"] {
+        let daemon = machine.watching()?;
+        let [gate, guardian] = machine.others()?;
+        let pid = match process {
+            "gate" => gate,
+            "guardian" => guardian,
+            _ => daemon,
+        };
+        machine.sh(&format!("kill -STOP {pid}"))?;
+        // Nobody waits for longer than the guardian does.
+        let output = machine.exec("web", "true")?;
+        ensure!(output.status.success(), "{process}: {}", talk(&output));
+        came_back(&machine, daemon).with_context(|| process)?;
+        machine.watched("web")?;
+    }
+    play(&machine, "web")
+}
+
+/// Finds processes whose program is the installed one, also if it was removed since.
+const RUNNING: &str = "ls -l /proc/[0-9]*/exe 2>/dev/null | grep '/usr/local/bin/driftd'";
+
+fn upgrade() -> anyhow::Result<()> {
+    let machine = Machine::boot("upgrade")?;
+    machine.install()?;
+    machine.container("web")?;
+    let old = machine.watching()?;
+    machine.sh(&format!("echo '# mine' >> {SETTINGS}"))?;
+
+    let printed = machine.sh(INSTALL)?;
+    let next = next_step(&printed)?;
+    ensure!(next.contains("try-restart"), "{printed}");
+    ensure!(machine.main_pid()? == old, "installing has ended the daemon");
+    machine.sh(next)?;
+    let new = machine.watching()?;
+    ensure!(new != old, "the old program still runs");
+    let program = machine.sh(&format!("readlink /proc/{new}/exe"))?;
+    ensure!(program == "/usr/local/bin/driftd\n", "{program}");
+    machine.watched("web")?;
+    let kept = machine.sh(&format!("tail -n 1 {SETTINGS}; ls /etc/driftd"))?;
+    ensure!(kept == "# mine\ndriftd.toml\ndriftd.toml.new\n", "{kept}");
+    let unit = machine.sh("systemctl cat driftd")?;
+    ensure!(unit.contains("file:/usr/local/share/doc/driftd/README.md"), "{unit}");
+    machine.sh("test -e /usr/local/share/doc/driftd/README.md")?;
+
+    // What starts containers waits at boot until driftd watches.
+    let service = "[Service]\\nExecStart=/bin/true\\n";
+    for unit in ["docker", "kubelet", "k3s"] {
+        let file = format!("/etc/systemd/system/{unit}.service");
+        machine.sh(&format!("printf '{service}' > {file}"))?;
+    }
+    machine.sh("systemctl daemon-reload")?;
+    for unit in ["docker", "kubelet", "k3s"] {
+        let after = machine.sh(&format!("systemctl show -P After {unit}"))?;
+        ensure!(after.split_whitespace().any(|name| name == "driftd.service"), "{unit}: {after}");
+    }
+
+    machine.sh(RUNNING)?;
+    machine.sh("make --no-print-directory -C /src uninstall")?;
+    machine.is(&[("ActiveState", "inactive"), ("LoadState", "not-found")])?;
+    let left = machine.sh("find /usr/local /etc/systemd -name 'driftd*'")?;
+    ensure!(left.is_empty(), "{left}");
+    ensure!(machine.run(RUNNING)?.status.code() == Some(1), "driftd runs on");
+    let tasks = machine.sh("ctr task ls; ls /etc/driftd/driftd.toml /var/lib/driftd/history.db")?;
+    ensure!(tasks.contains("RUNNING"), "{tasks}");
+    let output = machine.exec("web", "true")?;
+    ensure!(output.status.success(), "{}", talk(&output));
+    Ok(())
+}
+
+// ---- without a machine
+
+/// Executes a program for which some system calls fail: `filter ERRNO CALL... -- PROGRAM...`.
+const FILTER: &str = r#"
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+    struct sock_filter filter[32] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+    };
+    unsigned short length = 1;
+    int error = atoi(argv[1]), i;
+    for (i = 2; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        struct sock_filter test = BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, atoi(argv[i]), 0, 1);
+        struct sock_filter fail = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error);
+        filter[length++] = test;
+        filter[length++] = fail;
+    }
+    struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    filter[length++] = allow;
+    struct sock_fprog program = { length, filter };
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) {
+        perror("filter");
+        return 1;
+    }
+    execv(argv[i + 1], argv + i + 1);
+    perror(argv[i + 1]);
+    return 1;
+}
+"#;
+
+/// A scratch directory with settings for a daemon that finds no containerd.
+struct Bare(tempfile::TempDir);
+
+impl Bare {
+    fn new() -> anyhow::Result<Bare> {
+        let bare = Bare(tempfile::tempdir_in(bench()?.scratch.path())?);
+        let directory = bare.0.path();
+        let shown = directory.display();
+        fs::write(
+            directory.join("driftd.toml"),
+            format!(
+                "state_dir = \"{shown}/state\"\nsocket = \"{shown}/driftd.sock\"\n\
+                 [containerd]\nsockets = [\"{shown}/containerd.sock\"]\n"
+            ),
+        )?;
+        compile(directory, "filter", FILTER)?;
+        Ok(bare)
+    }
+
+    /// `driftd COMMAND`, for which a system call fails.
+    fn without(&self, call: i64, error: i32, command: &str) -> anyhow::Result<Command> {
+        let directory = self.0.path();
+        let mut filtered = Command::new(directory.join("filter"));
+        filtered
+            .args([error.to_string(), call.to_string(), "--".to_owned()])
+            .arg(&bench()?.driftd)
+            .arg(command)
+            .arg("--config")
+            .arg(directory.join("driftd.toml"))
+            .stdin(Stdio::null());
+        Ok(filtered)
+    }
+}
+
+fn filtered() -> anyhow::Result<()> {
+    let bare = Bare::new()?;
+    let openat2 = nix::libc::SYS_openat2;
+    let fanotify = nix::libc::SYS_fanotify_init;
+    for (call, error, words) in [
+        (openat2, nix::libc::ENOSYS, "the unit's RestrictSUIDSGID= does"),
+        (openat2, nix::libc::EPERM, "name openat2 in the unit's SystemCallFilter="),
+        (fanotify, nix::libc::EPERM, "name fanotify_init in the unit's SystemCallFilter="),
+        (fanotify, nix::libc::ENOSYS, "name fanotify_init in the unit's SystemCallFilter="),
+    ] {
+        let mut run = bare.without(call, error, "run")?.stderr(Stdio::piped()).spawn()?;
+        let ended = wait_for("run to end", || Ok(run.try_wait()?));
+        end(&mut run);
+        let output = run.wait_with_output()?;
+        ensure!(ended?.code() == Some(2), "{call} {error}: {}", talk(&output));
+        ensure!(talk(&output).contains(words), "{call} {error}: {}", talk(&output));
+        let doctor = bare.without(call, error, "doctor")?.output()?;
+        let told = talk(&doctor);
+        ensure!(doctor.status.code() == Some(2) && told.contains(words), "{told}");
+    }
+    let mut run = Command::new(find("setpriv")?)
+        .args(["--bounding-set", "-lease"])
+        .arg(&bench()?.driftd)
+        .args(["run", "--config"])
+        .arg(bare.0.path().join("driftd.toml"))
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let ended = wait_for("run to end", || Ok(run.try_wait()?));
+    end(&mut run);
+    let output = run.wait_with_output()?;
+    ensure!(ended?.code() == Some(2), "{}", talk(&output));
+    let words = "CAP_LEASE (to see who can write to a program while it is executed) (run as root; \
+                 in a unit they belong in CapabilityBoundingSet=)";
+    ensure!(talk(&output).contains(words), "{}", talk(&output));
+    Ok(())
+}
+
+fn lacking() -> anyhow::Result<()> {
+    let bare = Bare::new()?;
+    let log = append_to(&bare.0.path().join("log"))?;
+    // The kernel's records: wanted, and no must-have.
+    let call = nix::libc::SYS_perf_event_open;
+    let mut daemon = bare
+        .without(call, nix::libc::EPERM, "run")?
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()?;
+    let found = wait_for("doctor to ask the daemon", || {
+        let doctor = Command::new(&bench()?.driftd)
+            .args(["doctor", "-o", "jsonl", "--config"])
+            .arg(bare.0.path().join("driftd.toml"))
+            .output()?;
+        let text = String::from_utf8(doctor.stdout)?;
+        let lacking = text.lines().find(|line| line.contains("it lacks perf_exec_records"));
+        Ok(lacking.map(str::to_owned))
+    });
+    kill(Pid::from_raw(daemon.id().try_into()?), Signal::SIGTERM)?;
+    wait_for("the daemon to end", || Ok(daemon.try_wait()?))?;
+    let found: Value = serde_json::from_str(&found?)?;
+    ensure!(found["name"] == "daemon" && found["result"] == "warn", "{found:#}");
+    let detail = found["detail"].as_str().unwrap_or_default();
+    ensure!(detail.contains("this process has it, so the daemon's unit"), "{detail}");
+    Ok(())
+}
