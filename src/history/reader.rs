@@ -15,7 +15,7 @@ use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 
 use super::json::Kept;
 use super::writer::newest_seq;
-use super::{Error, Record, json};
+use super::{Error, Record, json, memory};
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
     Command, ContainerId, Finding, FindingId, Kind, Labels, ManifestDigest, Member, Probe,
@@ -203,13 +203,14 @@ pub struct Reader {
     pub(super) path: PathBuf,
     /// Which file is at the path; moved by the writer.
     generation: Arc<AtomicU64>,
+    memory: memory::Shared,
     /// Each with the file that it was opened for.
     idle: Arc<Mutex<Vec<(u64, Connection)>>>,
 }
 
 impl Reader {
-    pub(super) fn new(path: PathBuf, generation: Arc<AtomicU64>) -> Reader {
-        Reader { path, generation, idle: Arc::default() }
+    pub(super) fn new(path: PathBuf, generation: Arc<AtomicU64>, memory: memory::Shared) -> Reader {
+        Reader { path, generation, memory, idle: Arc::default() }
     }
 
     /// One page of at most `limit` findings; fewer if they are large.
@@ -698,8 +699,14 @@ impl Reader {
 
     fn connect(&self) -> Result<Connection, Error> {
         let failed = Error::sql("open", &self.path);
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(&self.path, flags).map_err(&failed)?;
+        let connection = match self.memory.get() {
+            Some(overlay) => overlay.read(),
+            None => {
+                let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+                Connection::open_with_flags(&self.path, flags)
+            }
+        };
+        let connection = connection.map_err(&failed)?;
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
         // In KiB: there are many of them, and the kernel has a cache too.
         connection.pragma_update(None, "cache_size", -256).map_err(&failed)?;
