@@ -20,8 +20,8 @@ use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs, Lane, Urgent};
 use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
-use crate::health::{Gating, Health, Missing};
-use crate::history::{History, Keep, Writer};
+use crate::health::{Failure, Gating, Health, Missing};
+use crate::history::{History, Keep, Record, Writer};
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
 use crate::pipeline::{self, Inputs, Outputs, State};
@@ -89,7 +89,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
         persistence: config.watch.persistence.clone(),
         probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
     };
-    let mut state = State::new(node.clone(), policy, health.clone(), findings, Timestamp::now());
+    let now = Timestamp::now();
+    let mut state = State::new(node.clone(), policy, health.clone(), findings, now);
+    let gap = history.last_beat().map(|beat| state.was_not_running(beat, now));
     let mut sessions = Vec::new();
     for mut session in reader.open_sessions().context("cannot read the history")? {
         if Handle::open_exactly(session.process.identity).is_err() {
@@ -121,6 +123,9 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     }
     let keep = Keep { retention: config.history.retention, max_bytes: config.history.max_bytes };
     let writer = history.start(keep, health.clone());
+    if let Some(gap) = gap {
+        let _ = writer.records().send(gap);
+    }
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -270,8 +275,10 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
         running;
     let nothing = || Vec::new();
     let unwritten = writer.left();
-    let (gate, watchers, drained) = (watch.clone(), watch.clone(), watch);
+    let (gate, watchers, drained, unreported) =
+        (watch.clone(), watch.clone(), watch.clone(), watch);
     let (end_of_pipeline, pipeline, runtime) = (threads.clone(), threads.clone(), runtime.clone());
+    let (of_pipeline, began) = (threads.clone(), Timestamp::now());
     let works: [Work; STOP.len()] = [
         (
             Box::new(move |_| {
@@ -290,7 +297,18 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
             Box::new(move || pipeline.left(&[PIPELINE])),
         ),
         (Box::new(move |_| recorder.stop()), Box::new(nothing)),
-        (Box::new(move |_| writer.stop()), Box::new(unwritten)),
+        (
+            Box::new(move |_| {
+                let mut left = unreported.left();
+                left.extend(of_pipeline.left(&[PIPELINE]));
+                let is_all = left.iter().all(|left| left.count == 0);
+                if !is_all {
+                    let _ = writer.records().try_send(left_by_a_stop(began, &left));
+                }
+                writer.stop_after(is_all);
+            }),
+            Box::new(unwritten),
+        ),
         (
             Box::new(move |_| {
                 let _ = end_api.send(());
@@ -303,6 +321,19 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
     ];
     let stage = |((name, within), (run, left)): (_, Work)| Stage { name, within, run, left };
     STOP.into_iter().zip(works).map(stage).collect()
+}
+
+/// What a stop that began at `began` had no time for.
+fn left_by_a_stop(began: Timestamp, left: &[Left]) -> Record {
+    let left: Vec<String> =
+        left.iter().map(|Left { what, count }| format!("{count} {what}")).collect();
+    Record::Gap {
+        name: Failure::NotRunning.name().into(),
+        container: None,
+        detail: format!("a stop had no time for all that was seen: {}", left.join(", ")),
+        at: began,
+        until: Some(Timestamp::now()),
+    }
 }
 
 /// What is asked of the watchers when containerd tells of a task.
@@ -390,11 +421,12 @@ fn start_log() -> WorkerGuard {
 /// Baselines and findings tell an attacker what is watched: they are root's.
 fn create_private(directory: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .with_context(|| format!("cannot create the state directory {}", directory.display()))
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    if made.as_ref().is_err_and(crate::history::is_of_the_disk) {
+        // The history says it, and is kept in memory.
+        return Ok(());
+    }
+    made.with_context(|| format!("cannot create the state directory {}", directory.display()))
 }
 
 #[cfg(test)]

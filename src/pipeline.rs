@@ -234,6 +234,8 @@ pub struct State {
     /// Containers of which a kill has failed that may be ordered again.
     failed_kills: HashSet<ContainerId>,
     gaps: Gaps,
+    /// Whether there was a time without driftd: containers have run meanwhile.
+    was_down: bool,
     /// Seen of containers that containerd has not told of yet.
     unannounced: BTreeMap<ContainerId, Waiting>,
     unannounced_pool: Arc<Pool>,
@@ -306,6 +308,7 @@ impl State {
             out: HashMap::new(),
             failed_kills: HashSet::new(),
             gaps: Gaps::default(),
+            was_down: false,
             unannounced: BTreeMap::new(),
             unannounced_pool: Pool::new(budget::ALL_UNANNOUNCED),
             unsaid: Unsaid::default(),
@@ -321,6 +324,21 @@ impl State {
         probes: Vec<Probe>,
     ) {
         self.sessions.remember(sessions, probes);
+    }
+
+    /// Nothing was seen from `since` until now. The gap is for the history.
+    pub fn was_not_running(&mut self, since: Timestamp, now: Timestamp) -> Record {
+        let _ = self.health.record(Failure::NotRunning);
+        self.was_down = true;
+        let gap = Gap {
+            failure: Failure::NotRunning,
+            container: None,
+            detail: "driftd did not run: what ran meanwhile and left nothing was not seen".into(),
+            since: since.min(now),
+            until: Some(now),
+        };
+        self.gaps.opened(gap.clone(), Until::Listed);
+        gap_record(gap)
     }
 
     /// Takes in what the history tells of a container before that shows up.
@@ -589,6 +607,12 @@ impl State {
         }
         if self.is_whole() {
             tell_closed(self.gaps.over(Failure::ContainerdLost, None, now), effects);
+            let is_to_be_walked = |entry: &Entry| {
+                entry.pid.is_some() && !matches!(entry.watch, WatchState::Refused(_))
+            };
+            let running = self.inventory.iter().filter(|(_, entry)| is_to_be_walked(entry));
+            let running = running.map(|(id, _)| id.clone()).collect();
+            tell_closed(self.gaps.listed(&running, now), effects);
             self.inventory.forget_remembered();
             self.forget_remembered_sessions(effects);
             if reconnected {
@@ -698,6 +722,10 @@ impl State {
         match report {
             Report::Attached { container, before_start } => {
                 if let Some(entry) = self.inventory.get_mut(&container) {
+                    let is_news = !matches!(entry.watch, WatchState::Attached { .. });
+                    if is_news && !before_start && self.was_down && entry.unwatched.is_none() {
+                        entry.unwatched = Some(WHILE_DOWN);
+                    }
                     entry.watch = WatchState::Attached { before_start };
                     entry.armed_before_start = before_start;
                 }
@@ -706,6 +734,26 @@ impl State {
                 if let Some(entry) = self.inventory.get_mut(&container) {
                     entry.watch = WatchState::Refused(reason);
                 }
+                // No walk of it comes; that it is not watched is said by itself.
+                tell_closed(self.gaps.gone(&container, now), effects);
+            }
+            Report::Unarmed { container, began, marked } => {
+                if let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.unwatched = Some(BEFORE_MARKS);
+                }
+                let milliseconds = marked.duration_since(began).as_millis();
+                let gap = Gap {
+                    failure: Failure::ArmedLate,
+                    container: Some(container),
+                    detail: format!(
+                        "it had run for {milliseconds} ms when its marks were in place: what ran \
+                         meanwhile and left nothing was not seen"
+                    ),
+                    since: began,
+                    until: Some(marked),
+                };
+                // Nothing makes up for what was there and is gone.
+                self.open_gap(gap, Until::Quiet, effects);
             }
             Report::Observed(observation) => self.judge(&observation, now, effects),
             Report::ScanBatch { ticket, observations, .. } => {
@@ -727,6 +775,9 @@ impl State {
                     Vec::new()
                 };
                 tell_closed(closed, effects);
+                if complete && let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.unwatched = None;
+                }
                 if let Some(pending) = ticket.and_then(|ticket| self.diffs.remove(&ticket)) {
                     pending.answer(complete);
                 }
@@ -795,7 +846,7 @@ impl State {
             container: gap.container.clone(),
             detail: gap.detail.clone(),
             at: gap.since,
-            until: is_over.then_some(gap.since),
+            until: gap.until.or(is_over.then_some(gap.since)),
         };
         if self.gaps.opened(gap, until) {
             effects.push(Effect::Record(record));
@@ -1241,6 +1292,14 @@ impl State {
         let details = details.chain(could_change.then(|| COULD_CHANGE.to_owned()));
         finding.detail = details.reduce(|all, next| all + "; " + &next);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
+        if let Some(unwatched) = entry.unwatched
+            && observation.source == Source::Scan
+            && evidence.process.is_none()
+            && evidence.state.is_some_and(FileState::is_program)
+        {
+            let said = finding.detail.take().map_or(String::new(), |detail| detail + "; ");
+            finding.detail = Some(format!("{said}{unwatched}"));
+        }
         finding.belongs_to(&observation.container, entry);
         finding.run = Some(entry.run_of(observation.init));
         let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
@@ -1611,15 +1670,17 @@ impl PendingDiff {
 
 /// The history learns the end of what it knows the beginning of.
 fn tell_closed(closed: Vec<Gap>, effects: &mut Vec<Effect>) {
-    effects.extend(closed.into_iter().map(|gap| {
-        Effect::Record(Record::Gap {
-            name: gap.failure.name().to_owned(),
-            container: gap.container,
-            detail: gap.detail,
-            at: gap.since,
-            until: gap.until,
-        })
-    }));
+    effects.extend(closed.into_iter().map(|gap| Effect::Record(gap_record(gap))));
+}
+
+fn gap_record(gap: Gap) -> Record {
+    Record::Gap {
+        name: gap.failure.name().to_owned(),
+        container: gap.container,
+        detail: gap.detail,
+        at: gap.since,
+        until: gap.until,
+    }
 }
 
 fn record_baseline(container: &Container) -> Effect {
@@ -1701,6 +1762,11 @@ fn detail(observation: &Observation, detail: Option<&str>) -> Option<String> {
         owner.into_iter().chain(way).chain(detail.map(ToOwned::to_owned)).collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
+
+/// What is said of a program that nobody saw come.
+const WHILE_DOWN: &str = "it was found after a time in which driftd did not run, and may have run";
+const BEFORE_MARKS: &str =
+    "it was found after a time in which the container was not watched yet, and may have run";
 
 const BY_MOUNT: &str = "something was mounted there while the container ran";
 

@@ -570,6 +570,7 @@ fn summary(report: &Report) -> String {
         }
         Report::Attached { .. }
         | Report::NotAttached { .. }
+        | Report::Unarmed { .. }
         | Report::Scanned { .. }
         | Report::Over { .. }
         | Report::Lost { .. } => format!("{report:?}"),
@@ -2153,6 +2154,7 @@ fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
         Report::ScanBatch { observations, .. } => (None, &observations[..]),
         Report::Attached { .. }
         | Report::NotAttached { .. }
+        | Report::Unarmed { .. }
         | Report::Scanned { .. }
         | Report::Over { .. }
         | Report::Lost { .. } => (None, &[][..]),

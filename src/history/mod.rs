@@ -182,6 +182,7 @@ pub struct History {
     generation: Arc<AtomicU64>,
     path: PathBuf,
     lock: StateLock,
+    beat: Beat,
     memory: memory::Shared,
     /// The database in memory, and why the one on disk is not written.
     kept_in_memory: Option<(Connection, String)>,
@@ -203,9 +204,10 @@ impl History {
             lock => lock?,
         };
         let (generation, memory) = Default::default();
+        let beat = Beat::open(state_dir);
         let history = |connection, identity, kept_in_memory| {
             let path = path.clone();
-            History { connection, identity, generation, path, lock, memory, kept_in_memory }
+            History { connection, identity, generation, path, lock, beat, memory, kept_in_memory }
         };
         match open(&path) {
             Ok((connection, identity)) => Ok(history(connection, identity, None)),
@@ -221,9 +223,40 @@ impl History {
         }
     }
 
+    /// Until when all that was seen had been told and kept, when driftd ran last.
+    pub fn last_beat(&self) -> Option<Timestamp> {
+        self.beat.last
+    }
+
     /// Reads what is kept, before and while the thread runs.
     pub fn reader(&self) -> Reader {
         Reader::new(self.path.clone(), self.generation.clone(), self.memory.clone())
+    }
+}
+
+/// A file whose time of change says until when all that was seen is told and kept. To
+/// set it takes no room on the disk.
+#[derive(Debug)]
+struct Beat {
+    file: Option<File>,
+    last: Option<Timestamp>,
+}
+
+impl Beat {
+    fn open(state_dir: &Path) -> Beat {
+        let path = state_dir.join("beat");
+        let last = std::fs::metadata(&path).and_then(|stat| stat.modified());
+        let last = last.ok().and_then(|time| Timestamp::try_from(time).ok());
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+        Beat { file: file.ok(), last }
+    }
+
+    fn set(&self, at: std::time::SystemTime) {
+        if let Some(file) = &self.file
+            && let Err(err) = file.set_modified(at)
+        {
+            tracing::warn!("cannot note that driftd runs: {err}");
+        }
     }
 }
 

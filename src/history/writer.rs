@@ -34,7 +34,8 @@ use tokio::sync::watch;
 
 use super::memory::{self, Disk, Overlay};
 use super::{
-    Error, History, MemberChange, NOT_OPEN, Reader, Record, StateLock, identity_of, json, open,
+    Beat, Error, History, MemberChange, NOT_OPEN, Reader, Record, StateLock, identity_of, json,
+    open,
 };
 use crate::health::{Failure, Health};
 use crate::model::finding::ContainerEvidence;
@@ -66,6 +67,8 @@ const SHRINK_STEP: usize = 4 * BATCH;
 const SHRINK_FROM: usize = 64;
 /// How often it is asked whether the file is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is noted that all was told and kept.
+const BEAT_EVERY: Duration = Duration::from_secs(5);
 
 /// The running history.
 #[derive(Debug)]
@@ -74,7 +77,8 @@ pub struct Writer {
     committed: watch::Receiver<u64>,
     begun: Receiver<()>,
     reader: Reader,
-    stop: Sender<()>,
+    /// With whether all that was seen was told.
+    stop: Sender<bool>,
     threads: Threads,
     unwritten: Arc<AtomicU64>,
 }
@@ -121,6 +125,8 @@ impl History {
             begun: begun_sender,
             path: self.path,
             _lock: self.lock,
+            beat: self.beat,
+            next_beat: Instant::now(),
             incoming,
             stopping,
             committed: committed_sender,
@@ -166,8 +172,13 @@ impl Writer {
 
     /// Writes what was handed over and ends the thread.
     pub fn stop(self) {
+        self.stop_after(true);
+    }
+
+    /// The same, with whether all that was seen has been handed over.
+    pub fn stop_after(self, is_all: bool) {
         // The thread may have ended already; then there is nobody to tell.
-        let _ = self.stop.try_send(());
+        let _ = self.stop.try_send(is_all);
         while !self.threads.wait_for_end(&[THREAD], Instant::now() + RETRY_LAST).is_empty() {}
         self.threads.forget(&[THREAD]);
     }
@@ -197,8 +208,10 @@ struct Writing {
     begun: Sender<()>,
     path: PathBuf,
     _lock: StateLock,
+    beat: Beat,
+    next_beat: Instant,
     incoming: Receiver<Record>,
-    stopping: Receiver<()>,
+    stopping: Receiver<bool>,
     committed: watch::Sender<u64>,
     health: Arc<Health>,
     keep: Keep,
@@ -218,7 +231,8 @@ struct Writing {
 enum Turn {
     Due,
     Received,
-    Stop,
+    /// With whether all that was seen was handed over.
+    Stop(bool),
 }
 
 impl Writing {
@@ -249,8 +263,9 @@ impl Writing {
                         self.prune();
                     }
                 }
-                Turn::Stop => return self.finish(),
+                Turn::Stop(is_all) => return self.finish(is_all),
             }
+            self.beat();
         }
     }
 
@@ -260,12 +275,12 @@ impl Writing {
         let is_writable = self.retry.is_none() || self.memory.is_some();
         let full = self.pending.is_batch() && is_writable;
         if full || due <= Instant::now() && self.incoming.is_empty() {
-            return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
+            return self.stopping.try_recv().map_or(Turn::Due, Turn::Stop);
         }
         let received = threads::idle(|| {
             select! {
-                recv(self.incoming) -> record => record.map_err(|_| Turn::Stop),
-                recv(self.stopping) -> _ => Err(Turn::Stop),
+                recv(self.incoming) -> record => record.map_err(|_| Turn::Stop(true)),
+                recv(self.stopping) -> is_all => Err(Turn::Stop(is_all.unwrap_or(true))),
                 default(due.saturating_duration_since(Instant::now())) => Err(Turn::Due),
             }
         });
@@ -503,8 +518,22 @@ impl Writing {
         Ok(())
     }
 
-    fn finish(mut self) {
+    /// Notes until when all that was seen is told and kept.
+    fn beat(&mut self) {
+        if self.next_beat <= Instant::now() && self.waiting() == 0 {
+            self.next_beat = Instant::now() + BEAT_EVERY;
+            let backlogs = self.health.backlogs();
+            let waits = backlogs.first().map_or(Duration::ZERO, |first| first.oldest);
+            self.beat.set(std::time::SystemTime::now() - waits);
+        }
+    }
+
+    fn finish(mut self, is_all: bool) {
         self.write_the_rest();
+        if is_all {
+            self.next_beat = Instant::now();
+            self.beat();
+        }
         if self.memory.is_none() {
             // Readers may close it last, who write nothing. A file without side files can be
             // read on a full disk.

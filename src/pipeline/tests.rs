@@ -2394,6 +2394,58 @@ fn scanned(name: &str, began: i64) -> Input {
     })
 }
 
+#[test]
+fn u03_a_time_without_driftd_is_a_gap_and_what_the_first_walk_finds_may_have_run() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let second = |second| Timestamp::from_second(second).unwrap();
+    let gap = node.state.was_not_running(second(-30), second(0));
+    let Record::Gap { name, container: None, at, until, .. } = gap else { panic!("{gap:?}") };
+    assert_eq!((&*name, at, until), ("not_running", second(-30), Some(second(0))));
+    let problems = |node: &Node| node.state.status().problems;
+    assert!(problems(&node).concat().contains("not_running"), "{:?}", problems(&node));
+    let attached = Report::Attached { container: id("c1"), before_start: false };
+    node.play("connected\nstart c1\nbaseline");
+    node.give(Input::Watch(attached));
+    node.play("list c1");
+    assert_eq!(problems(&node).len(), 1, "c1 was not walked yet");
+    node.play("scan c1 /tmp/x new");
+    let detail = node.told.last().unwrap().detail.clone().unwrap_or_default();
+    assert!(detail.contains("may have run"), "{detail:?}");
+    node.give(scanned("c1", 1));
+    assert_eq!(problems(&node), [""; 0]);
+    assert_eq!(node.gaps, ["not_running"], "its end is told");
+    let gaps = node.state.status().gaps;
+    assert_eq!((gaps[0].since, gaps[0].until), (second(-30), Some(second(0))));
+    // What comes later was seen to come.
+    node.play("scan c1 /tmp/y newer");
+    assert_eq!(node.told.last().unwrap().detail, None);
+}
+
+#[test]
+fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have_run() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nbaseline");
+    let at = |millisecond| Timestamp::from_millisecond(millisecond).unwrap();
+    let (began, marked) = (at(1000), at(1250));
+    node.give(Input::Watch(Report::Unarmed { container: id("c1"), began, marked }));
+    let attached = Report::Attached { container: id("c1"), before_start: false };
+    node.give(Input::Watch(attached));
+    let problems = node.state.status().problems;
+    assert!(problems.concat().contains("armed_late") && problems.concat().contains("250 ms"));
+    let gap = node.state.status().gaps.remove(0);
+    assert_eq!((gap.container, gap.since, gap.until), (Some(id("c1")), began, Some(marked)));
+    node.play("scan c1 /tmp/x new");
+    let detail = node.told.last().unwrap().detail.clone().unwrap_or_default();
+    assert!(detail.contains("may have run"), "{detail:?}");
+    // No walk finds what has gone.
+    node.give(scanned("c1", 5));
+    assert_eq!(node.state.status().problems.len(), 1);
+    node.clock = 100;
+    node.give(Input::Due);
+    assert_eq!(node.state.status().problems, [""; 0]);
+    assert_eq!(node.gaps, ["armed_late"; 2], "its beginning and its end");
+}
+
 struct NoBlobs;
 
 impl crate::baseline::Blobs for NoBlobs {

@@ -24,7 +24,7 @@ use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, printable};
 use crate::sys::door::View;
 use crate::sys::fanotify::Group;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, overlay};
 use crate::threads;
 
@@ -308,9 +308,13 @@ impl Marker {
             watched.set_residence(residence);
         }
         watched.ask_for_rescan();
-        if !before_start && self.shared.is_armed_against(init.identity()) {
-            let detail = "a container's entry point ran before its marks were in place";
-            self.shared.lose(Failure::ArmedLate, Some(&watched), detail);
+        if !before_start && self.shared.has_begun_before(init.identity()) {
+            let _ = self.shared.health.record(Failure::ArmedLate);
+            let marked = Timestamp::now();
+            let began = marked - procfs::age(init.identity());
+            tracing::warn!(%container, "its entry point ran before its marks were in place");
+            let container = container.clone();
+            self.shared.say(Report::Unarmed { container, began, marked });
         }
         Ok(Marked { before_start, is_news: true })
     }
@@ -372,8 +376,7 @@ impl Marker {
 fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
     const MOMENT: Duration = Duration::from_secs(10);
     init.open_exe().and_then(file::stat).is_ok_and(|exe| {
-        exe.device != watched.device
-            && (exe.links > 0 || crate::sys::procfs::age(init.identity()) < MOMENT)
+        exe.device != watched.device && (exe.links > 0 || procfs::age(init.identity()) < MOMENT)
     })
 }
 

@@ -125,6 +125,13 @@ pub enum Report {
         /// The gate was in place before the entry point ran.
         before_start: bool,
     },
+    /// The container began while driftd ran, and ran for a moment before its marks were in
+    /// place. Comes before [`Report::Attached`].
+    Unarmed {
+        container: ContainerId,
+        began: Timestamp,
+        marked: Timestamp,
+    },
     /// The container cannot be watched, or not any more.
     NotAttached {
         container: ContainerId,
