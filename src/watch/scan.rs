@@ -630,6 +630,7 @@ fn tell_settled(
         // The image's own file shows through: executed before it was known
         // which files are the image's.
         Ok(None) if in_image && lower::holds(layers, &path) => (),
+        Ok(None) if layers.is_cut_off() && open_merged(&watched, &path).is_ok() => (),
         Ok(None) => {
             watched.ways.forget(&path);
             tell(Fact::Absent { path, writer });

@@ -20,6 +20,7 @@ mod fileless;
 mod fuse;
 mod gate;
 mod groups;
+mod honest;
 mod hostile;
 mod image;
 mod incarnations;
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         budget::trials(),
         deeds::trials(),
         groups::trials(),
+        honest::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
