@@ -184,7 +184,7 @@ const SCRIPTS: usize = 6;
 fn burst(node: &Node) -> anyhow::Result<()> {
     node.container()?;
     // A busy machine.
-    let mut load: Vec<_> = (0..4)
+    let mut load: Vec<_> = (0..2)
         .map(|_| Command::new("sh").args(["-c", "while :; do :; done"]).spawn())
         .collect::<Result<_, _>>()?;
     let script = format!(
