@@ -116,7 +116,7 @@ demo: setup ## drift in a container and what driftd says about it, in under a mi
 	$(CARGO) build --locked
 	@$(SUDO) scripts/demo
 
-install: ## installs a release build, the unit, the settings, the man page and completions
+install: ## installs a release build, the unit, the settings, the man pages and completions
 	$(CARGO) build --locked --release
 	$(INSTALLER) $(MAKE) --no-print-directory install-files PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
@@ -132,7 +132,7 @@ install-files:
 	else \
 		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; \
 	fi
-	target/release/driftd man > $(DESTDIR)$(mandir)/driftd.1
+	target/release/driftd man --directory $(DESTDIR)$(mandir)
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
@@ -143,7 +143,7 @@ install-files:
 	@echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"
 
 uninstall: ## removes what install has put there, and keeps settings and history
-	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 \
+	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 $(DESTDIR)$(mandir)/driftd-*.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish

@@ -48,8 +48,10 @@ pub struct Baseline {
     #[serde(with = "duration")]
     pub recheck_period: Duration,
     /// How many bytes a second that comparison may read.
+    #[serde(with = "bytes")]
     pub recheck_rate: u64,
     /// Archives that unpack to more bytes than this are refused: they are bombs.
+    #[serde(with = "bytes")]
     pub max_layer_bytes: u64,
     /// Archives with more entries than this are refused. What an archive holds is
     /// in memory while it is read.
@@ -72,6 +74,7 @@ pub struct Watch {
     #[serde(with = "duration")]
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
+    #[serde(with = "bytes")]
     pub max_hash_bytes: u64,
     /// Paths where a file is run or obeyed by others later, whatever it holds: a
     /// new or changed one is `file.persistence`. The container's own entry point
@@ -170,6 +173,7 @@ pub struct History {
     pub retention: Duration,
     /// How many bytes the history may take. When it is full, the least severe and oldest
     /// go first, of the container that takes the most; responses stay.
+    #[serde(with = "bytes")]
     pub max_bytes: u64,
 }
 
@@ -374,6 +378,60 @@ impl Config {
     }
 }
 
+/// Numbers of bytes as people write them: `1073741824`, `512M`, `1G`, `1 GiB`.
+mod bytes {
+    use std::fmt;
+
+    use serde::{Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(*bytes)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = u64;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes such as 1073741824, \"512M\" or \"1G\"")
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<u64, E> {
+                u64::try_from(number)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Signed(number), &self))
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<u64, E> {
+                Ok(number)
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
+                super::parse_bytes(text)
+                    .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// Reads `512M` or `1 GiB`. A unit is a power of 1024, whether it is written with an `i` or
+/// without.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
+    let shift = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return None,
+    };
+    text[..digits].parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
 /// Durations as people write them: `500ms`, `30s`, `30d`.
 mod duration {
     use std::time::Duration;
@@ -417,6 +475,19 @@ mod tests {
     #[test]
     fn the_shipped_file_is_the_default() {
         assert_eq!(Config::parse(SHIPPED).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn u18_bytes_are_read_as_people_write_them() {
+        for (text, bytes) in [("2097152", 2 << 20), ("\"512M\"", 512 << 20), ("\"1 GiB\"", 1 << 30)]
+        {
+            let config = Config::parse(&format!("[history]\nmax_bytes = {text}\n")).unwrap();
+            assert_eq!(config.history.max_bytes, bytes, "{text}");
+        }
+        for text in ["\"1X\"", "-1", "\"\"", "\"99999999999T\"", "true"] {
+            let err = Config::parse(&format!("[history]\nmax_bytes = {text}\n")).unwrap_err();
+            assert!(format!("{err:?}").contains("512M"), "{text}: {err:?}");
+        }
     }
 
     #[test]

@@ -230,6 +230,8 @@ pub struct Health {
     pub arguments_unrecorded: AtomicU64,
     /// The same of the host's own programs, which nobody is told of.
     pub arguments_unrecorded_of_host: AtomicU64,
+    /// New findings since the start, by the names of their kind and severity.
+    found: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
     /// Says what waits to be looked at, once the daemon has begun to watch.
@@ -310,6 +312,18 @@ impl Health {
         let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();
         all.sort_by_key(|backlog| std::cmp::Reverse(backlog.oldest));
         all
+    }
+
+    /// Counts a finding that is new.
+    pub fn count_finding(&self, kind: &'static str, severity: &'static str) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        *found.entry((kind, severity)).or_default() += 1;
+    }
+
+    /// New findings since the start: kind, severity and how many.
+    pub fn found(&self) -> Vec<(&'static str, &'static str, u64)> {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.iter().map(|((kind, severity), count)| (*kind, *severity, *count)).collect()
     }
 
     /// Every failure that has happened, with its count.

@@ -305,6 +305,11 @@ impl Entry {
         self.without_baseline = None;
     }
 
+    /// Whether no later run has begun than the one with this init, which may be over.
+    pub fn is_newest_run(&self, pid: u32) -> bool {
+        self.pid.or(self.ended.back().copied()) == Some(pid)
+    }
+
     /// Whether a run with this init was one of the container that had this ID before.
     pub fn is_of_former(&self, init: ProcessIdentity) -> bool {
         self.pid != Some(init.pid)

@@ -720,8 +720,10 @@ impl State {
 
     fn watched(&mut self, report: Report, now: Timestamp, effects: &mut Vec<Effect>) {
         match report {
-            Report::Attached { container, before_start } => {
-                if let Some(entry) = self.inventory.get_mut(&container) {
+            Report::Attached { container, pid, before_start } => {
+                if let Some(entry) = self.inventory.get_mut(&container)
+                    && entry.is_newest_run(pid)
+                {
                     let is_news = !matches!(entry.watch, WatchState::Attached { .. });
                     if is_news && !before_start && self.was_down && entry.unwatched.is_none() {
                         entry.unwatched = Some(WHILE_DOWN);
@@ -730,8 +732,10 @@ impl State {
                     entry.armed_before_start = before_start;
                 }
             }
-            Report::NotAttached { container, reason } => {
-                if let Some(entry) = self.inventory.get_mut(&container) {
+            Report::NotAttached { container, pid, reason } => {
+                if let Some(entry) = self.inventory.get_mut(&container)
+                    && entry.is_newest_run(pid)
+                {
                     entry.watch = WatchState::Refused(reason);
                 }
                 // No walk of it comes; that it is not watched is said by itself.

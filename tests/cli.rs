@@ -530,6 +530,7 @@ fn every_command_has_help() {
         &["containers", "--help"],
         &["diff", "--help"],
         &["findings", "--help"],
+        &["summary", "--help"],
         &["show", "--help"],
         &["sessions", "--help"],
         &["timeline", "--help"],
@@ -558,7 +559,10 @@ fn a_wrong_command_line_is_64() {
         (&["diff"], "CONTAINER"),
         (&["findings", "--kind", "exec.odd"], "exec.new"),
         (&["findings", "--severity", "terrible"], "critical"),
-        (&["findings", "--since", "yesterday"], "2h"),
+        (&["findings", "--since", "soonish"], "yesterday"),
+        (&["findings", "--kind", "exek.*"], "exec.new"),
+        (&["findings", "-o", "custom-columns=PATH"], ".file.path"),
+        (&["findings", "--follow", "--after", "newest"], "latest"),
         (&["findings", "--follow", "--exit-code"], "--exit-code"),
         (&["findings", "--follow", "-o", "json"], "jsonl"),
         (&["findings", "-o", "xml"], "jsonl"),
@@ -1031,6 +1035,287 @@ fn the_files_of_an_aggregated_finding_are_all_listed() {
     );
 }
 
+/// Findings of the last hours, one behind the other, made within the database.
+fn fill(node: &Node, number: u32) {
+    node.found(&[finding(0, 0)]);
+    let database = rusqlite::Connection::open(node.dir.path().join("state/history.db")).unwrap();
+    database.busy_timeout(PATIENCE).unwrap();
+    database
+        .execute(
+            "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1)
+             INSERT INTO finding
+             SELECT printf('%032x', n), revision, namespace, container, image, manifest_digest,
+                    kind, severity, first_seen - n, last_seen - n, count,
+                    json_set(json, '$.id', printf('%032x', n)), labels
+             FROM finding, numbers",
+            [number - 1],
+        )
+        .unwrap();
+}
+
+#[test]
+fn u11_a_long_history_is_listed_in_little_time_and_memory() {
+    // 250,000 were tried; what is promised does not depend on it, and filling takes a minute.
+    const MANY: u32 = 30_000;
+    let node = Node::start();
+    fill(&node, MANY);
+    // With more heap than this the client ends.
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new("prlimit");
+        command.arg("--data=62914560").arg(env!("CARGO_BIN_EXE_driftd")).args(arguments);
+        command.env("DRIFTD_SOCKET", node.socket());
+        Answer::of(command.output().unwrap())
+    };
+    let begun = Instant::now();
+    let table = run(&["findings"]);
+    // It does not depend on how many there are; a debug build on a busy machine is slow.
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert_eq!((table.code, table.talk.as_str()), (0, ""));
+    assert_eq!(table.out.lines().count(), 1002, "a header, the newest 1,000, and a last line");
+    let last = table.out.lines().last().unwrap();
+    assert!(last.starts_with("… the newest 1000 are shown, and there are more: --limit"), "{last}");
+    assert_eq!(run(&["findings", "--limit", "3"]).out.lines().count(), 5);
+
+    // The next page begins where this one has ended.
+    let token = last.split("--page ").nth(1).unwrap().split(' ').next().unwrap();
+    let ids = |arguments: &[&str]| -> Vec<String> {
+        let answer = run(&[&["findings", "-q", "--limit", "1500"], arguments].concat());
+        answer.out.lines().map(str::to_owned).collect()
+    };
+    assert_eq!(ids(&["--page", token])[0], ids(&[])[1000]);
+
+    let lines = run(&["findings", "-o", "jsonl", "--limit", "20000"]);
+    assert_eq!((lines.code, lines.out.lines().count()), (0, 20_000));
+    let json = run(&["findings", "-o", "json", "--limit", "0", "--until", "1970-01-01"]);
+    assert_eq!(json.out, "[]\n");
+    let document = run(&["findings", "-o", "json", "--limit", "3000"]);
+    let document: Vec<Finding> = serde_json::from_str(&document.out).unwrap();
+    assert_eq!(document.len(), 3000);
+}
+
+/// The files of a directory with what they hold.
+fn contents(directory: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    let all = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    all.filter(|path| path.is_file()).map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn u05_a_history_is_read_without_a_daemon_and_nothing_of_it_changes() {
+    let mut node = Node::start();
+    // Older than what a daemon would keep.
+    let old = finding(1, 40 * 24 * 60 * 60);
+    let young = finding(2, 60);
+    node.writer.take().unwrap().stop();
+    let keep = Duration::from_secs(400 * 24 * 60 * 60);
+    let writer = History::open(&node.dir.path().join("state")).unwrap().start(keep, Arc::default());
+    node.writer = Some(writer);
+    node.found(&[young.clone(), old.clone()]);
+    let told = session(3, 30);
+    node.told(&told, &[command(&told, 1, &["ls"], 20)]);
+
+    // As it is copied from a node that runs: the newest records are in the log only.
+    let copy = tempfile::tempdir().unwrap();
+    let state = node.dir.path().join("state");
+    let rest = tempfile::tempdir().unwrap();
+    for name in ["history.db", "history.db-wal"] {
+        fs::copy(state.join(name), copy.path().join(name)).unwrap();
+    }
+    assert!(fs::metadata(copy.path().join("history.db-wal")).unwrap().len() > 0);
+    let check = |history: &Path, is_unused: bool| {
+        let before = contents(history.parent().unwrap());
+        let run = |arguments: &[&str]| {
+            let answer = run(&[&["--history", history.to_str().unwrap()], arguments].concat());
+            assert_eq!(answer.code, 0, "{arguments:?}: {answer:?}");
+            answer.out
+        };
+        assert_eq!(run(&["findings", "-q"]), format!("{}\n{}\n", young.id, old.id));
+        assert!(run(&["show", &old.id.to_string()]).contains(&old.id.to_string()));
+        assert_eq!(run(&["sessions", "-q"]), format!("{}\n", told.id));
+        assert_eq!(run(&["timeline", "web", "-o", "jsonl"]).lines().count(), 4);
+        assert_eq!(run(&["summary"]).lines().count(), 2);
+        if is_unused {
+            assert_eq!(contents(history.parent().unwrap()), before, "nothing is written");
+        }
+    };
+    check(&copy.path().join("history.db"), true);
+    // The one that is in use.
+    check(&state.join("history.db"), false);
+    // As a backup has it: all in one file.
+    let database = rusqlite::Connection::open(state.join("history.db")).unwrap();
+    let backup = rest.path().join("history.db");
+    database.execute("VACUUM INTO ?1", [backup.to_str().unwrap()]).unwrap();
+    check(&rest.path().join("history.db"), true);
+    let directory = run(&["--history", rest.path().to_str().unwrap(), "findings", "-q"]);
+    assert_eq!(directory.out.lines().count(), 2, "its directory names it too");
+
+    for (arguments, code) in [
+        (&["status"][..], 64),
+        (&["findings", "--follow"], 64),
+        (&["respond", "kill", "web", "--reason", "x"], 64),
+    ] {
+        let path = rest.path().to_str().unwrap();
+        let refused = run(&[&["--history", path], arguments].concat());
+        assert_eq!(refused.code, code, "{refused:?}");
+        assert!(refused.talk.contains("--history is for findings"), "{}", refused.talk);
+    }
+    let nothing = run(&["--history", "/no/such/history.db", "findings"]);
+    assert!(nothing.code == 2 && nothing.talk.contains("/no/such/history.db"), "{nothing:?}");
+}
+
+#[test]
+fn u15_a_page_is_written_for_every_command_also_into_a_new_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let new = dir.path().join("share/man/man1");
+    let written = run(&["man", "--directory", new.to_str().unwrap()]);
+    assert_eq!((written.code, written.talk.as_str()), (0, ""));
+    let top = fs::read_to_string(new.join("driftd.1")).unwrap().replace("\\-", "-");
+    let named: Vec<&str> =
+        top.split_whitespace().filter_map(|word| word.strip_suffix("(1)")).collect();
+    assert!(named.len() > 15, "{named:?}");
+    for page in named {
+        assert!(new.join(format!("{page}.1")).exists(), "{page} is named, and not there");
+    }
+    assert!(new.join("driftd-findings.1").exists() && new.join("driftd-summary.1").exists());
+    // `make install` puts them all there.
+    assert!(include_str!("../Makefile").contains("man --directory $(DESTDIR)$(mandir)"));
+
+    fs::write(dir.path().join("file"), "").unwrap();
+    let refused = run(&["man", "--directory", dir.path().join("file/man").to_str().unwrap()]);
+    assert!(refused.code == 2 && refused.talk.contains("file/man"), "u18: {refused:?}");
+}
+
+#[test]
+fn u18_the_usage_shows_no_option_as_required_because_the_environment_sets_it() {
+    let mut command = driftd(&["findings", "--no-such-option"]);
+    let answer = Answer::of(command.env("DRIFTD_SOCKET", "/x").output().unwrap());
+    assert_eq!(answer.code, 64);
+    assert!(answer.talk.contains("Usage: driftd findings [OPTIONS]"), "{}", answer.talk);
+}
+
+#[test]
+fn u14_findings_are_found_by_what_is_in_them() {
+    let node = Node::start();
+    let [mut curl, mut shell, mut mined, plain] =
+        [(1, 10), (2, 20), (3, 30), (4, 40)].map(|(number, ago)| finding(number, ago));
+    curl.image.name = Some("docker.io/library/nginx:1.25".into());
+    curl.session = Some("ffeeddccbbaa99887766554433221100".parse().unwrap());
+    shell.file = None;
+    shell.expected = None;
+    shell.kind = Kind::SessionInteractive;
+    shell.severity = Severity::Medium;
+    let container = shell.container.as_mut().unwrap();
+    container.labels =
+        std::collections::BTreeMap::from([("app.kubernetes.io/name".into(), "Pay \"x\"".into())])
+            .into();
+    container.pod = Some(model::Pod {
+        namespace: "payments".into(),
+        name: "pay-7d9f".into(),
+        uid: "u".into(),
+        container: None,
+    });
+    let argv = vec!["sh".into(), "-c".into(), "curl -s http://EVIL.example".into()];
+    shell.process.as_mut().unwrap().argv = Some(argv);
+    mined.kind = Kind::FileAdded;
+    let file = mined.file.as_mut().unwrap();
+    file.path = RootfsPath::new("/tmp/[x]/xmrig").unwrap();
+    file.blake3 = Some(model::Blake3Hash([0xcd; 32]));
+    mined.expected = None;
+    node.found(&[curl.clone(), shell.clone(), mined.clone(), plain.clone()]);
+    let mut group = finding(5, 50);
+    (group.kind, group.files) = (Kind::FileAdded, Some(1));
+    let member = Member {
+        schema: MEMBER_SCHEMA.to_owned(),
+        path: RootfsPath::new("/opt/Hidden/tool").unwrap(),
+        kind: Kind::FileAdded,
+        blake3: Some(model::Blake3Hash([0xee; 32])),
+        first_seen: group.first_seen,
+        last_seen: group.last_seen,
+        removed: false,
+    };
+    let record = Record::Aggregate {
+        finding: Box::new(group.clone()),
+        changes: vec![MemberChange::Seen(member)],
+    };
+    let writer = node.writer.as_ref().unwrap();
+    writer.records().send(record).unwrap();
+    wait_until(|| writer.reader().count().unwrap() == 5);
+
+    let all = [&curl, &shell, &mined, &plain, &group];
+    for (arguments, expected) in [
+        (&["--path", "/tmp/[x]/xmrig"][..], &[&mined][..]),
+        (&["--path", "/tmp"], &[&mined]),
+        (&["--path", "/tm"], &[]),
+        (&["--path", "/tmp/[x]/*"], &[&mined]),
+        (&["--path", "*/xmrig", "--path", "/opt"], &[&mined, &group]),
+        (&["--path", "/opt/Hidden/tool"], &[&group]),
+        (&["--hash", "cdcdcdcd"], &[&mined]),
+        (&["--hash", "blake3:EEEEEEEEEE"], &[&group]),
+        (&["--session", "ffeeddcc", "--kind", "exec.*", "--image", "nginx"], &[&curl]),
+        (&["--pod", "pay-*"], &[&shell]),
+        (&["--pod", "payments/pay-7d9f"], &[&shell]),
+        (&["--pod-namespace", "payments"], &[&shell]),
+        (&["--label", "app.kubernetes.io/name"], &[&shell]),
+        (&["-l", "app.kubernetes.io/name=Pay \"x\""], &[&shell]),
+        (&["-l", "app.kubernetes.io/name=pay"], &[]),
+        (&["--text", "evil.EXAMPLE"], &[&shell]),
+        (&["--text", "-c curl"], &[&shell]),
+        (&["--text", "hidden/TOOL"], &[&group]),
+        (&["--text", "schema"], &[]),
+        (&["--text", "curl", "--text", "evil"], &[&shell]),
+        (&["--image", "nginx"], &[&curl]),
+        (&["--image", "nginx:1.2"], &[]),
+        (&["--kind", "FILE.*,session.interactive"], &[&shell, &mined, &group]),
+        (&["--severity", "MEDIUM", "--kind", "session.*"], &[&shell]),
+        (&["-c", "web", "--since", "2 hours ago", "--until", "now"], &all),
+        (&["--since", "2026-11-27", "--until", "1970-01-01 10:00"], &[]),
+    ] {
+        let answer = node.run(&[&["findings", "-q"], arguments].concat());
+        let expected: String = expected.iter().map(|one| format!("{}\n", one.id)).collect();
+        assert_eq!((answer.out, answer.code), (expected, 0), "{arguments:?} {}", answer.talk);
+    }
+    for (arguments, reason) in [
+        (&["--hash", "cdcd"][..], "8 or more hexadecimal digits"),
+        (&["--session", "no-session"], "8 or more hexadecimal digits"),
+    ] {
+        let answer = node.run(&[&["findings"], arguments].concat());
+        assert_eq!(answer.code, 2);
+        assert!(answer.talk.contains(reason), "{}", answer.talk);
+    }
+    // A follower's filter is the same.
+    let mut following = Following::start(&node, &["--pod", "pay-*"]);
+    following.expect(&shell);
+
+    let shown = |arguments: &[&str]| {
+        let mut command = node.command(arguments);
+        command.env("TZ", "TST-5");
+        Answer::of(command.output().unwrap()).out
+    };
+    let id = curl.id.to_string();
+    assert!(shown(&["show", &id]).contains(" UTC\n"));
+    assert!(shown(&["--local-time", "show", &id]).contains(" TST\n"));
+}
+
+#[test]
+fn answers_are_yaml_or_the_columns_that_are_asked_for() {
+    let node = Node::start();
+    let mut one = finding(1, 10);
+    one.image.name = Some("a: \u{1b}[2J\u{202e}\n- x".into());
+    node.found(&[one.clone(), finding(2, 20)]);
+    let yaml = node.run(&["findings", "-o", "yaml"]).out;
+    assert!(!yaml.contains(['\u{1b}', '\u{202e}']), "{yaml}");
+    assert_eq!(yaml.lines().filter(|line| line.starts_with("- ")).count(), 2, "{yaml}");
+    assert!(yaml.contains(&format!("id: {}", finding(2, 20).id)), "{yaml}");
+    let columns = "custom-columns=ID:.id,PATH:file.path,UPPER:.process.argv[0],APP:.no.such\\.key";
+    let table = node.run(&["findings", "-o", columns]).out;
+    let lines: Vec<Vec<&str>> =
+        table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["ID", "PATH", "UPPER", "APP"]);
+    assert_eq!(lines[1][0], one.id.to_string());
+    assert_eq!((lines[1][1], lines[1][3]), ("/usr/bin/curl", "<none>"), "{table}");
+    let shown = node.run(&["show", &one.id.to_string(), "-o", "custom-columns=KIND:.kind"]).out;
+    assert_eq!(shown, format!("KIND\n{}\n", one.kind));
+}
+
 #[test]
 fn more_findings_than_fit_on_a_page_are_all_listed() {
     let node = Node::start();
@@ -1073,6 +1358,8 @@ fn diff_tells_drift_by_its_exit_code() {
          added     LOW       file.added  /tmp/x\n"
     );
     assert_eq!(drifted.talk, "default/web: 2 differences, 1 of them drift\n");
+    let drift = node.run(&["diff", "web", "--drift-only"]);
+    assert_eq!((drift.code, drift.out.lines().count()), (1, 2), "u06: {drift:?}");
     assert_eq!(node.run(&["diff", "clean"]).code, 0);
     let half = node.run(&["diff", "half"]);
     assert_eq!(half.code, 2, "nothing found in a part is no answer: {half:?}");
@@ -1303,7 +1590,7 @@ fn status_and_metrics_count_baselines() {
     ] {
         assert!(metrics.out.contains(line), "{line}: {}", metrics.out);
     }
-    assert!(metrics.out.ends_with("# EOF\n"));
+    assert!(!metrics.out.contains("# EOF"), "u16: the collector reads the format of Prometheus");
 }
 
 /// Names that nobody should give a file.
@@ -1754,8 +2041,9 @@ fn a_response_is_kept_with_who_asked_and_why() {
 
 /// Reads from `driftd findings --follow -o jsonl`, or from `driftd sessions`.
 struct Following {
-    child: Running,
+    _child: Running,
     lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+    talk: BufReader<std::process::ChildStderr>,
 }
 
 impl Following {
@@ -1772,7 +2060,8 @@ impl Following {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Following { child: Running(child), lines }
+        let talk = BufReader::new(child.stderr.take().unwrap());
+        Following { _child: Running(child), lines, talk }
     }
 
     #[track_caller]
@@ -1785,43 +2074,48 @@ impl Following {
         assert_eq!(self.next()["id"], finding.id.to_string());
     }
 
-    fn end(mut self) -> (i32, String) {
-        assert!(self.lines.next().is_none());
-        let mut talk = String::new();
-        let mut stderr = self.child.0.stderr.take().unwrap();
-        std::io::Read::read_to_string(&mut stderr, &mut talk).unwrap();
-        (self.child.0.wait().unwrap().code().unwrap(), talk)
+    /// The next line on stderr.
+    fn says(&mut self) -> String {
+        let mut line = String::new();
+        self.talk.read_line(&mut line).unwrap();
+        line
     }
 }
 
 #[test]
-fn a_follower_sees_what_is_kept_then_what_comes_and_resumes() {
+fn u07_a_follower_goes_on_behind_its_cursor_when_the_daemon_is_back() {
     let mut node = Node::start();
-    let all: Vec<Finding> = (1..=4).map(|number| finding(number, 0)).collect();
+    let all: Vec<Finding> = (1..=5).map(|number| finding(number, 0)).collect();
     node.found(&all[..2]);
     let mut following = Following::start(&node, &["--container", "web"]);
-    following.expect(&all[0]);
-    following.expect(&all[1]);
-    node.found(&all[2..3]);
-    following.expect(&all[2]);
-
-    // driftd stops: the follower is told where to go on.
+    let mut latest = Following::start(&node, &["--after", "latest"]);
+    for (index, finding) in all[..2].iter().enumerate() {
+        let line = following.next();
+        assert_eq!(line["id"], finding.id.to_string());
+        assert_eq!(line["schema"], "driftd.finding/v1");
+        assert_eq!(line["cursor"], index + 1, "each line names the cursor to go on with");
+    }
+    // It has begun, and nothing has come yet.
+    assert_eq!(latest.says(), "following what comes after 2\n");
     node.stop_server();
-    let (code, talk) = following.end();
-    assert_eq!(code, 2);
-    assert_eq!(
-        talk,
-        "error: driftd has stopped (when it runs again, go on with: driftd findings --follow \
-         --after 3)\n"
-    );
-
     node.writer.take().unwrap().stop();
     let dir = std::mem::replace(&mut node.dir, tempfile::tempdir().unwrap());
     node.writer = Some(History::open(node.dir.path()).unwrap().start(RETENTION, Arc::default()));
+    assert!(following.says().contains("go on after 2"), "the follower reports where it goes on");
+
     let node = Node::start_in(dir);
-    let mut following = Following::start(&node, &["--after", "3"]);
-    node.found(&all[3..]);
-    following.expect(&all[3]);
+    node.found(&all[2..4]);
+    for finding in &all[2..4] {
+        following.expect(finding);
+        latest.expect(finding);
+    }
+    node.found(&all[4..]);
+    let line = following.next();
+    assert_eq!((&line["id"], &line["cursor"]), (&all[4].id.to_string().into(), &5.into()));
+
+    let mut resumed = Following::start(&node, &["--after", "3"]);
+    resumed.expect(&all[3]);
+    resumed.expect(&all[4]);
 }
 
 #[test]
@@ -1833,12 +2127,17 @@ fn sessions_are_told_to_those_who_follow_them() {
     let mut findings = Following::start(&node, &[]);
     let mut sessions = Following::of("sessions", &node, &["-c", "web"]);
     let mut open = Following::of("sessions", &node, &["--open"]);
-    assert_eq!(sessions.next(), serde_json::to_value(&first).unwrap());
+    let as_followed = |session: &Session, cursor: u64| {
+        let mut json = serde_json::to_value(session).unwrap();
+        json["cursor"] = cursor.into();
+        json
+    };
+    assert_eq!(sessions.next(), as_followed(&first, 1));
     assert_eq!(open.next()["id"], first.id.to_string());
     let over = closed(&first, 0);
     node.told(&over, &[]);
     node.told(&second, &[]);
-    assert_eq!(sessions.next(), serde_json::to_value(&over).unwrap());
+    assert_eq!(sessions.next(), as_followed(&over, 3));
     assert_eq!(sessions.next()["id"], second.id.to_string());
     assert_eq!(open.next()["id"], second.id.to_string(), "its end is not told");
 
@@ -1847,9 +2146,7 @@ fn sessions_are_told_to_those_who_follow_them() {
     node.found(&[finding(4, 0)]);
     findings.expect(&finding(4, 0));
     node.stop_server();
-    let (code, talk) = sessions.end();
-    assert_eq!(code, 2);
-    assert!(talk.contains("driftd sessions --follow --after 5)"), "{talk}");
+    assert!(sessions.says().contains("waiting for it, to go on after 5"));
 }
 
 #[test]
@@ -2001,6 +2298,7 @@ fn health_and_reflection_are_served() {
         let health = HealthClient::new(channel.clone()).check(request).await.unwrap();
         assert_eq!(health.into_inner().status(), ServingStatus::Serving);
 
+        let other = channel.clone();
         let request = ServerReflectionRequest {
             host: String::new(),
             message_request: Some(MessageRequest::ListServices(String::new())),
@@ -2019,5 +2317,23 @@ fn health_and_reflection_are_served() {
         };
         let names: Vec<String> = services.service.into_iter().map(|service| service.name).collect();
         assert!(names.contains(&"driftd.v1.DriftService".to_owned()), "{names:?}");
+
+        use tonic_reflection::pb::v1alpha as alpha;
+        let request = alpha::ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(alpha::server_reflection_request::MessageRequest::ListServices(
+                String::new(),
+            )),
+        };
+        let answer = alpha::server_reflection_client::ServerReflectionClient::new(other)
+            .server_reflection_info(tokio_stream::once(request))
+            .await
+            .unwrap()
+            .into_inner()
+            .message()
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(format!("{answer:?}").contains("driftd.v1.DriftService"), "u09: {answer:?}");
     });
 }

@@ -95,6 +95,10 @@ impl Follower {
             self.client.send(gap(0, "history_replaced", detail)).await?;
             cursor = 0;
         }
+        if after.is_none() {
+            // Where it begins, for a client that is cut off before anything happens.
+            self.client.send(proto::FollowFindingsResponse { cursor, event: None }).await?;
+        }
         // Whoever begins with the oldest record misses nothing that was pruned before.
         let mut told_pruned = if cursor == 0 { None } else { Some(0) };
         loop {

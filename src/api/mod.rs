@@ -15,7 +15,7 @@ mod service;
 mod verify;
 
 pub use baselines::RecordImage;
-pub use server::{Error, Listener, serve};
+pub use server::{Error, Listener, Transport, serve, without_daemon};
 pub use service::Backend;
 
 /// The generated messages, client and server.

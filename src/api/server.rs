@@ -14,13 +14,18 @@ use nix::unistd::Group;
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
+use tonic::body::Body;
+use tonic::codegen::{StdError, http};
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
+use tower::ServiceExt as _;
+use tower::util::BoxCloneService;
 
 use super::peer::{self, Connection};
 use super::proto;
 use super::proto::drift_service_server::DriftServiceServer;
 use super::service::{Backend, Followers, Service};
+use crate::history;
 
 /// How long calls may still take when driftd stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -121,6 +126,25 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
     }
 }
 
+/// A connection of any kind on which calls are made.
+pub type Transport = BoxCloneService<http::Request<Body>, http::Response<Body>, StdError>;
+
+/// Answers from a history within this program: there is no daemon and no socket.
+pub fn without_daemon(history: history::Reader) -> Transport {
+    let service = Service {
+        live: None,
+        history,
+        committed: watch::channel(0).1,
+        stopping: watch::channel(false).1,
+        followers: Followers::default(),
+    };
+    let calls = DriftServiceServer::new(service);
+    BoxCloneService::new(
+        tower::service_fn(move |request: http::Request<Body>| calls.clone().oneshot(request))
+            .map_err(|never| match never {}),
+    )
+}
+
 /// Serves until `shutdown` is done, then lets calls end for [`GRACE`].
 pub async fn serve(
     listener: Listener,
@@ -139,8 +163,16 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptor sets are compiled into this program");
+    // Older clients ask for this one only.
+    let reflection_alpha = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1alpha()
+        .expect("the descriptor sets are compiled into this program");
     let service = DriftServiceServer::new(Service {
-        backend,
+        history: backend.history.clone(),
+        committed: backend.committed.clone(),
+        live: Some(backend),
         stopping: stopping.clone(),
         followers: Followers::default(),
     });
@@ -152,6 +184,7 @@ pub async fn serve(
         .layer(InterceptorLayer::new(peer::check))
         .add_service(health)
         .add_service(reflection)
+        .add_service(reflection_alpha)
         .add_service(service)
         .serve_with_incoming_shutdown(connections, async move {
             // An error means that `stop` is gone, which is the end too.

@@ -20,8 +20,8 @@ use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::budget::{self, Pool};
 use crate::health::{Backlog, Failure, Health};
-use crate::history::{self, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
-use crate::model::{ContainerId, FindingId, Incarnation, NamedBy, Session, printable};
+use crate::history::{self, Content, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
+use crate::model::{ContainerId, FindingId, Incarnation, Kind, NamedBy, Session, printable};
 use crate::pipeline::{self, ContainerView, Diff, LookupError, Question};
 use crate::respond;
 use crate::threads::View;
@@ -63,7 +63,11 @@ impl fmt::Debug for Backend {
 
 #[derive(Clone)]
 pub(super) struct Service {
-    pub(super) backend: Backend,
+    /// Absent where a history is read without a daemon.
+    pub(super) live: Option<Backend>,
+    pub(super) history: history::Reader,
+    /// The newest sequence number in the history.
+    pub(super) committed: watch::Receiver<u64>,
     /// Becomes true when driftd stops.
     pub(super) stopping: watch::Receiver<bool>,
     pub(super) followers: Followers,
@@ -123,6 +127,22 @@ fn the_one<T>(found: Lookup<T>, what: &str, shown: &str) -> Result<Box<T>, Statu
     }
 }
 
+/// The beginnings of hexadecimal names, without the name of a hash before them.
+fn hexadecimal(what: &str, texts: Vec<String>) -> Result<Vec<String>, Status> {
+    let plain = |text: String| {
+        let digits = text.split_once(':').map_or(&*text, |(_, digits)| digits).to_ascii_lowercase();
+        let is_known = digits.len() >= 8 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if is_known {
+            return Ok(digits);
+        }
+        Err(Status::invalid_argument(format!(
+            "`{}` is no {what}: write 8 or more hexadecimal digits of it",
+            printable(text.as_bytes())
+        )))
+    };
+    texts.into_iter().map(plain).collect()
+}
+
 fn optional_time(
     field: &'static str,
     time: Option<prost_types::Timestamp>,
@@ -132,13 +152,22 @@ fn optional_time(
 }
 
 impl Service {
+    /// What only a running daemon has.
+    pub(super) fn backend(&self) -> Result<&Backend, Status> {
+        self.live.as_ref().ok_or_else(|| {
+            Status::failed_precondition(
+                "a history holds what was found, and this is asked of a running driftd",
+            )
+        })
+    }
+
     /// Asks the pipeline. It is never held up by an asker: the channel is bounded.
     pub(super) async fn ask<T>(
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> Question,
     ) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();
-        let questions = &self.backend.questions;
+        let questions = &self.backend()?.questions;
         match questions.try_send(question(reply)) {
             Ok(()) => (),
             Err(TrySendError::Full(question)) => {
@@ -157,7 +186,12 @@ impl Service {
     /// Which container a person means: one that is watched, or one that is
     /// gone and left findings or sessions.
     async fn resolve(&self, text: String) -> Result<ContainerId, Status> {
-        let live = self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?;
+        let live = match self.live {
+            Some(_) => {
+                self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?
+            }
+            None => Err(LookupError::Unknown(printable(text.as_bytes()))),
+        };
         let mut candidates = self.remembered(&text).await?;
         let unknown = match live {
             Ok(container) => {
@@ -261,15 +295,28 @@ impl Service {
     async fn filter(&self, filter: Option<proto::FindingFilter>) -> Result<Filter, Status> {
         let filter = filter.unwrap_or_default();
         let minimum_severity = convert::severity_from_proto(filter.minimum_severity());
+        let kinds: Vec<Vec<Kind>> = filter
+            .kinds
+            .iter()
+            .map(|kind| Kind::named_by(kind))
+            .collect::<Result<_, _>>()
+            .map_err(|err| Status::invalid_argument(err.to_string()))?;
         Ok(Filter {
             container: self.resolve_any(filter.container).await?,
             image: (!filter.image.is_empty()).then_some(filter.image),
-            kinds: filter.kinds.iter().map(|kind| kind.parse()).collect::<Result<_, _>>().map_err(
-                |err: crate::model::finding::UnknownName| Status::invalid_argument(err.to_string()),
-            )?,
+            kinds: kinds.concat(),
             minimum_severity,
             since: optional_time("since", filter.since)?,
             until: optional_time("until", filter.until)?,
+            content: Content {
+                paths: filter.paths,
+                hashes: hexadecimal("hash", filter.hashes)?,
+                sessions: hexadecimal("session", filter.sessions)?,
+                pods: filter.pods,
+                pod_namespaces: filter.pod_namespaces,
+                labels: filter.labels,
+                texts: filter.texts,
+            },
         })
     }
 
@@ -286,7 +333,7 @@ impl Service {
         &self,
         read: impl FnOnce(&history::Reader) -> Result<T, history::Error> + Send + 'static,
     ) -> Result<T, Status> {
-        let reader = self.backend.history.clone();
+        let reader = self.history.clone();
         unblock(move || read(&reader)).await?.map_err(|err| history_failed(&err))
     }
 
@@ -342,7 +389,7 @@ impl DriftService for Service {
         &self,
         _: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
-        let health = &self.backend.health;
+        let health = &self.backend()?.health;
         let asked = async {
             let status = self.ask(Question::Status).await?;
             Ok::<_, Status>((status, self.ask(Question::Containers).await?))
@@ -354,7 +401,7 @@ impl DriftService for Service {
         };
         let without_baseline =
             views.iter().filter(|view| view.baseline.starts_with("none")).count();
-        let (store, reader) = (self.backend.baselines.clone(), self.backend.history.clone());
+        let (store, reader) = (self.backend()?.baselines.clone(), self.history.clone());
         let (baselines, verified, findings) = unblock(move || {
             let images = store.images();
             let is_verified = |chain_id| store.known_by(chain_id).0 == KnownBy::Verified;
@@ -362,10 +409,10 @@ impl DriftService for Service {
             (images.len(), verified, reader.count())
         })
         .await?;
-        let queue = self.backend.recorder.queue();
+        let queue = self.backend()?.recorder.queue();
         let mut problems = status.problems;
         problems.extend(health.problems());
-        problems.extend(self.backend.images.problems());
+        problems.extend(self.backend()?.images.problems());
         let backlogs = health.backlogs();
         problems.extend(backlogs.iter().filter(|backlog| backlog.is_late()).map(|backlog| {
             let Backlog { stage, container, waiting, oldest } = backlog;
@@ -382,7 +429,7 @@ impl DriftService for Service {
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Ok(Response::new(proto::GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
-            node: self.backend.node.clone(),
+            node: self.backend()?.node.clone(),
             started_at: Some(convert::time_to_proto(status.started_at)),
             complete: problems.is_empty(),
             problems,
@@ -391,7 +438,7 @@ impl DriftService for Service {
             baselines: count(baselines),
             baselines_pending: status
                 .containers_waiting
-                .saturating_add(count(self.backend.recorder.pending())),
+                .saturating_add(count(self.backend()?.recorder.pending())),
             findings,
             gate_answers: health.gate_answers(),
             data_writes: health.data_writes.load(Ordering::Relaxed),
@@ -428,6 +475,15 @@ impl DriftService for Service {
                 copy_ups: health.copy_ups(),
             }),
             threads: health.threads.views().iter().map(thread_to_proto).collect(),
+            findings_by_kind: health
+                .found()
+                .into_iter()
+                .map(|(kind, severity, count)| proto::FindingCount {
+                    kind: kind.to_owned(),
+                    severity: severity.to_owned(),
+                    count,
+                })
+                .collect(),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
             arguments_unrecorded_of_host: health
@@ -441,7 +497,7 @@ impl DriftService for Service {
         _: Request<proto::ListContainersRequest>,
     ) -> Result<Response<proto::ListContainersResponse>, Status> {
         let views = self.ask(Question::Containers).await?;
-        let store = self.backend.baselines.clone();
+        let store = self.backend()?.baselines.clone();
         let containers = unblock(move || {
             let container = |view: ContainerView| {
                 let chain_id = view.container.chain_id().filter(|_| view.baseline == "ready");
@@ -484,7 +540,7 @@ impl DriftService for Service {
         &self,
         request: Request<proto::ListBaselinesRequest>,
     ) -> Result<Response<proto::ListBaselinesResponse>, Status> {
-        let store = self.backend.baselines.clone();
+        let store = self.backend()?.baselines.clone();
         let image = request.into_inner().image;
         let baselines =
             unblock(move || baselines::list(&store, &image)).await?.map_err(Unusable::from)?;
@@ -498,7 +554,7 @@ impl DriftService for Service {
         request: Request<proto::ExportBaselineRequest>,
     ) -> Result<Response<Self::ExportBaselineStream>, Status> {
         let image = request.into_inner().image;
-        let store = self.backend.baselines.clone();
+        let store = self.backend()?.baselines.clone();
         let baseline = unblock(move || baselines::open(&store, &image)).await??;
         let (client, stream) = mpsc::channel(STREAM);
         tokio::task::spawn_blocking(move || {
@@ -518,7 +574,7 @@ impl DriftService for Service {
         request: Request<proto::RecordBaselineRequest>,
     ) -> Result<Response<Self::RecordBaselineStream>, Status> {
         let image = request.into_inner().image;
-        let backend = self.backend.clone();
+        let backend = self.backend()?.clone();
         let (client, stream) = mpsc::channel(STREAM);
         tokio::spawn(async move {
             let progress = Arc::new(Progress::default());
@@ -556,6 +612,7 @@ impl DriftService for Service {
         &self,
         request: Request<proto::VerifyBaselineRequest>,
     ) -> Result<Response<Self::VerifyBaselineStream>, Status> {
+        self.backend()?;
         let (client, stream) = mpsc::channel(STREAM);
         tokio::spawn(self.clone().verify(request.into_inner(), client));
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -568,7 +625,7 @@ impl DriftService for Service {
         request: Request<proto::DiffBaselinesRequest>,
     ) -> Result<Response<Self::DiffBaselinesStream>, Status> {
         let proto::DiffBaselinesRequest { a, b } = request.into_inner();
-        let store = self.backend.baselines.clone();
+        let store = self.backend()?.baselines.clone();
         let (a, b) = unblock(move || {
             Ok::<_, Unusable>((baselines::open(&store, &a)?, baselines::open(&store, &b)?))
         })
@@ -590,12 +647,12 @@ impl DriftService for Service {
         request: Request<proto::RemoveBaselineRequest>,
     ) -> Result<Response<proto::RemoveBaselineResponse>, Status> {
         let image = request.into_inner().image;
-        let store = self.backend.baselines.clone();
+        let store = self.backend()?.baselines.clone();
         let record = unblock(move || store.find(&image)).await?.map_err(Unusable::from)?;
         let (reply, answer) = oneshot::channel();
         // Whoever asked may have gone by the time it is done.
         let done = Box::new(move |result| drop(reply.send(result)));
-        self.backend.recorder.remove(record.chain_id, done);
+        self.backend()?.recorder.remove(record.chain_id, done);
         answer.await.map_err(|_| stopping())?.map_err(Status::failed_precondition)?;
         Ok(Response::new(proto::RemoveBaselineResponse {
             chain_id: record.chain_id.to_string(),
@@ -609,7 +666,7 @@ impl DriftService for Service {
     ) -> Result<Response<proto::PruneBaselinesResponse>, Status> {
         let (reply, answer) = oneshot::channel();
         // Whoever asked may have gone by the time it is done.
-        self.backend.recorder.prune(Box::new(move |result| drop(reply.send(result))));
+        self.backend()?.recorder.prune(Box::new(move |result| drop(reply.send(result))));
         let collected = answer.await.map_err(|_| stopping())?.map_err(Status::internal)?;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Ok(Response::new(proto::PruneBaselinesResponse {
@@ -627,7 +684,7 @@ impl DriftService for Service {
         let filter = self.filter(request.filter).await?;
         let after = page_token(&request.page_token)?;
         let limit = page_limit(request.page_size);
-        let reader = self.backend.history.clone();
+        let reader = self.history.clone();
         let page = unblock(move || reader.findings(&filter, after, limit))
             .await?
             .map_err(|err| history_failed(&err))?;
@@ -643,7 +700,7 @@ impl DriftService for Service {
     ) -> Result<Response<proto::GetFindingResponse>, Status> {
         let id = request.into_inner().id;
         let shown = printable(id.as_bytes());
-        let reader = self.backend.history.clone();
+        let reader = self.history.clone();
         let found = unblock(move || {
             let found = reader.finding(&id)?;
             let responses = match &found {
@@ -674,10 +731,10 @@ impl DriftService for Service {
         let after = page_token(&request.page_token)?;
         let limit = page_limit(request.page_size);
         let shown = printable(request.finding.as_bytes());
-        let (reader, text) = (self.backend.history.clone(), request.finding);
+        let (reader, text) = (self.history.clone(), request.finding);
         let found = unblock(move || reader.finding(&text)).await?;
         let id = the_one(found.map_err(|err| history_failed(&err))?, "finding", &shown)?.id;
-        let reader = self.backend.history.clone();
+        let reader = self.history.clone();
         let page = unblock(move || reader.members(id, after, limit))
             .await?
             .map_err(|err| history_failed(&err))?;
@@ -804,10 +861,10 @@ impl DriftService for Service {
         let (client, stream) = outbox(&self.followers.pool, cursor, PATIENCE);
         let follower = Follower {
             reading: Arc::clone(&self.followers.reading),
-            reader: self.backend.history.clone(),
+            reader: self.history.clone(),
             filter,
             sessions: request.sessions,
-            committed: self.backend.committed.clone(),
+            committed: self.committed.clone(),
             stopping: self.stopping.clone(),
             client,
         };
@@ -872,7 +929,7 @@ impl Service {
         done: &str,
         is_kept: impl Fn(&history::Reader) -> Result<bool, history::Error> + Clone + Send + 'static,
     ) -> Result<(), Status> {
-        let mut committed = self.backend.committed.clone();
+        let mut committed = self.committed.clone();
         let kept = async {
             loop {
                 committed.mark_unchanged();

@@ -69,7 +69,7 @@ impl Service {
     }
 
     async fn targets(&self, image: String) -> Result<Vec<Target>, Status> {
-        let store = self.backend.baselines.clone();
+        let store = self.backend()?.baselines.clone();
         unblock(move || {
             if image.is_empty() {
                 let all = store.images().into_iter();
@@ -90,7 +90,8 @@ impl Service {
         proof: Proof,
         progress: Arc<Progress>,
     ) -> Result<Recorded, String> {
-        let images = &self.backend.images;
+        let backend = self.backend().map_err(|status| status.message().to_owned())?;
+        let images = &backend.images;
         match target {
             Target::Named(name) => images.record_image(name, proof, progress).await,
             // Not by its name: that may mean another image by now.
@@ -110,8 +111,9 @@ impl Service {
             (Err(_), Target::Recorded(record)) => Some(record.chain_id),
             (Err(_), Target::Named(_)) => None,
         };
-        let store = self.backend.baselines.clone();
+        let store = self.live.as_ref().map(|backend| backend.baselines.clone());
         let baseline = unblock(move || {
+            let store = store?;
             let record = store.find(&chain_id?.to_string()).ok()?;
             Some(baselines::baseline_to_proto(&store, record))
         });

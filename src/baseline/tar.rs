@@ -368,7 +368,11 @@ impl<R: BufRead> Reader<R> {
                 Some(_) => Err(malformed("a block of zeros is followed by something else")),
             };
         }
-        let layout = layout_of(&block).ok_or(malformed("its checksum does not match"))?;
+        let layout = layout_of(&block).ok_or(malformed(match at {
+            // Not even its first header is one.
+            0 => "it is no tar archive",
+            _ => "its checksum does not match",
+        }))?;
         RawHeader::parse(block, layout).ok_or(malformed("a number in it is none")).map(Some)
     }
 

@@ -146,6 +146,9 @@ pub(super) fn pod(pod: Option<&Pod>) -> String {
 pub(super) struct Diff {
     /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     container: String,
+    /// Print only what is drift, and not what may differ
+    #[arg(long)]
+    drift_only: bool,
     #[command(flatten)]
     listing: Listing,
 }
@@ -199,10 +202,15 @@ impl Diff {
                 })
             })
             .collect::<anyhow::Result<_>>()?;
+        let all = differences.len();
+        let mut differences = differences;
+        if self.drift_only {
+            differences.retain(|difference| difference.kind.is_some());
+        }
         list(&differences, &self.listing)?;
 
         let drift = differences.iter().filter(|difference| difference.kind.is_some()).count();
-        eprintln!("{container}: {} differences, {drift} of them drift", differences.len());
+        eprintln!("{container}: {all} differences, {drift} of them drift");
         if diff.incomplete {
             eprintln!(
                 "warning: the container's own layer could not be read whole (see: driftd status)"

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::Settings;
 use super::exit::Exit;
-use super::output::{Format, json_line, safe, size, write};
+use super::output::{Format, items, safe, size, write};
 use crate::config::Config;
 use crate::containerd::describe::describe;
 use crate::sys::capabilities::{Capabilities, Feature};
@@ -35,7 +35,7 @@ pub(super) struct Doctor {
     #[command(flatten)]
     settings: Settings,
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(short, long, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 
@@ -83,8 +83,7 @@ impl Doctor {
 
 fn text(checks: &[Check], format: Format) -> anyhow::Result<String> {
     match format {
-        Format::Json => Ok(serde_json::to_string_pretty(checks)? + "\n"),
-        Format::Jsonl => checks.iter().map(json_line).collect(),
+        Format::Json | Format::Jsonl | Format::Yaml | Format::Columns(_) => items(checks, format),
         Format::Table | Format::Wide => Ok(checks
             .iter()
             .map(|check| {

@@ -1,10 +1,8 @@
 //! `driftd members`: every file that an aggregated finding stands for.
 
-use std::path::Path;
-
-use super::client::{Client, explain, talk};
+use super::client::{Client, Server, explain, talk};
 use super::exit::Exit;
-use super::output::{Field, Format, Listed, Listing, Style, age, list, short, time};
+use super::output::{Field, Listed, Listing, Printer, Style, age, short, time};
 use crate::api::{convert, proto};
 use crate::model::Member;
 
@@ -17,42 +15,45 @@ pub(super) struct Members {
     finding: String,
     #[command(flatten)]
     listing: Listing,
-    /// Print at most this many, sorted by path
+    /// Print at most this many, sorted by path (0: all)
     #[arg(long, value_name = "NUMBER")]
     limit: Option<usize>,
 }
 
 impl Members {
-    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        let (id, members) = talk(socket, |client| fetch(client, self.finding, self.limit))?;
-        list(&members, &self.listing)?;
-        if members.is_empty() && self.listing.output == Format::Table && !self.listing.quiet {
-            eprintln!("this finding is about one thing only (see: driftd show {})", short(&id));
+    pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
+        talk(server, |client| self.print(client))
+    }
+
+    /// Prints each page as it comes.
+    async fn print(self, mut client: Client) -> anyhow::Result<Exit> {
+        let limit = self.limit.filter(|limit| *limit > 0).unwrap_or(usize::MAX);
+        let mut printer = Printer::new(&self.listing);
+        let mut request = proto::ListMembersRequest { finding: self.finding, ..Default::default() };
+        loop {
+            let left = limit.saturating_sub(printer.printed);
+            request.page_size = u32::try_from(left).unwrap_or(PAGE).clamp(1, PAGE);
+            let page = client.list_members(request.clone()).await.map_err(explain)?.into_inner();
+            let members: Vec<Member> = page
+                .members
+                .into_iter()
+                .map(convert::member_from_proto)
+                .collect::<Result<_, _>>()?;
+            printer.page(&members)?;
+            // One that is found later and begins alike must not come in between.
+            request.finding = page.finding;
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() || printer.printed >= limit {
+                break;
+            }
+        }
+        let printed = printer.printed;
+        printer.end::<Member>()?;
+        if printed == 0 && self.listing.output.is_for_people() && !self.listing.quiet {
+            let id = short(&request.finding);
+            eprintln!("this finding is about one thing only (see: driftd show {id})");
         }
         Ok(Exit::Clean)
-    }
-}
-
-async fn fetch(
-    mut client: Client,
-    finding: String,
-    limit: Option<usize>,
-) -> anyhow::Result<(String, Vec<Member>)> {
-    let limit = limit.unwrap_or(usize::MAX);
-    let mut members = Vec::new();
-    let mut request = proto::ListMembersRequest { finding, ..Default::default() };
-    loop {
-        request.page_size = u32::try_from(limit - members.len()).unwrap_or(PAGE).clamp(1, PAGE);
-        let page = client.list_members(request.clone()).await.map_err(explain)?.into_inner();
-        for member in page.members.into_iter().take(limit - members.len()) {
-            members.push(convert::member_from_proto(member)?);
-        }
-        // One that is found later and begins alike must not come in between.
-        request.finding = page.finding;
-        request.page_token = page.next_page_token;
-        if request.page_token.is_empty() || members.len() >= limit {
-            return Ok((request.finding, members));
-        }
     }
 }
 

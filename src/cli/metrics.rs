@@ -1,4 +1,4 @@
-//! `driftd metrics`: the state of the daemon in the OpenMetrics text format, for
+//! `driftd metrics`: the state of the daemon in the text format of Prometheus, for
 //! node_exporter's textfile collector. Labels have few values: no image, no
 //! container and no path is one.
 
@@ -17,6 +17,7 @@ use super::output::write;
 use super::status::seconds;
 use crate::api::{convert, proto};
 use crate::health::{Failure, STAGES};
+use crate::model::Kind;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Metrics {}
@@ -162,6 +163,11 @@ fn text(
         ),
         ("findings", "Findings in the history", large(status.findings)),
         (
+            "findings_found",
+            "New findings since the start, by kind and severity",
+            by_kind(&status.findings_by_kind),
+        ),
+        (
             "gate_answers",
             "Executions that the gate has answered",
             Samples::Counter(vec![(Labels::new(), status.gate_answers)]),
@@ -227,7 +233,48 @@ fn text(
     }
     let mut text = String::new();
     encode(&mut text, &registry)?;
-    Ok(text)
+    Ok(as_prometheus(&text))
+}
+
+/// The text format of Prometheus, which the collector reads, made of that of OpenMetrics:
+/// there the name of a counter has its `_total` in the samples only, and the text an end.
+fn as_prometheus(text: &str) -> String {
+    let mut counters: Vec<&str> = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.split(' ');
+        if let (Some("#"), Some("TYPE"), Some(name), Some("counter")) =
+            (fields.next(), fields.next(), fields.next(), fields.next())
+        {
+            counters.push(name);
+        }
+    }
+    let mut prometheus = String::with_capacity(text.len());
+    for line in text.lines().filter(|line| *line != "# EOF") {
+        let mut fields = line.splitn(4, ' ');
+        match (fields.next(), fields.next(), fields.next(), fields.next()) {
+            (Some("#"), Some(what @ ("HELP" | "TYPE")), Some(name), Some(rest))
+                if counters.contains(&name) =>
+            {
+                prometheus.push_str(&format!("# {what} {name}_total {rest}\n"));
+            }
+            (..) => {
+                prometheus.push_str(line);
+                prometheus.push('\n');
+            }
+        }
+    }
+    prometheus
+}
+
+/// Kinds that were not found are counted as well, each with its usual severity.
+fn by_kind(found: &[proto::FindingCount]) -> Samples {
+    let mut counts: BTreeMap<(&str, &str), u64> =
+        Kind::ALL.iter().map(|kind| ((kind.name(), kind.severity().name()), 0)).collect();
+    counts.extend(found.iter().map(|one| ((one.kind.as_str(), one.severity.as_str()), one.count)));
+    let labelled = counts.into_iter().map(|((kind, severity), count)| {
+        (vec![("kind", kind.to_owned()), ("severity", severity.to_owned())], count)
+    });
+    Samples::Counter(labelled.collect())
 }
 
 fn label(name: &'static str, value: &str) -> Labels {
@@ -289,6 +336,31 @@ fn by_baseline(containers: &[proto::Container]) -> [(&'static str, u32); 3] {
 mod tests {
     use super::*;
 
+    /// What `promtool check metrics` asks for.
+    #[track_caller]
+    fn assert_valid(text: &str) {
+        let (mut helped, mut typed) = (BTreeMap::new(), BTreeMap::new());
+        for line in text.lines() {
+            let fields: Vec<&str> = line.splitn(4, ' ').collect();
+            match fields[..] {
+                ["#", "HELP", name, help] => {
+                    assert!(!help.is_empty() && helped.insert(name, help).is_none(), "{line}");
+                }
+                ["#", "TYPE", name, kind] => {
+                    assert!(["counter", "gauge"].contains(&kind), "{line}");
+                    assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+                    assert!(typed.insert(name, kind).is_none(), "{line}");
+                }
+                _ => {
+                    assert!(!line.starts_with('#'), "{line}");
+                    let name = line.split(['{', ' ']).next().unwrap();
+                    assert!(helped.contains_key(name) && typed.contains_key(name), "{line}");
+                }
+            }
+        }
+        assert_eq!(helped.len(), typed.len());
+    }
+
     #[test]
     fn metrics_as_a_collector_reads_them() {
         let status = proto::GetStatusResponse {
@@ -346,6 +418,30 @@ mod tests {
         };
         let containers =
             [container("ready"), container("none: not an overlay"), container("ready")];
-        insta::assert_snapshot!(text(&status, &containers).unwrap());
+        let text = text(&status, &containers).unwrap();
+        insta::assert_snapshot!(text);
+    }
+
+    #[test]
+    fn u16_each_metric_has_its_help_and_type_and_findings_are_counted_by_kind() {
+        let status = proto::GetStatusResponse {
+            started_at: Some(prost_types::Timestamp { seconds: 1000, nanos: 0 }),
+            losses: vec![proto::Loss { name: "odd".into(), count: 2 }],
+            findings_by_kind: vec![proto::FindingCount {
+                kind: "exec.new".into(),
+                severity: "critical".into(),
+                count: 3,
+            }],
+            ..Default::default()
+        };
+        let text = text(&status, &[]).unwrap();
+        assert_valid(&text);
+        for line in [
+            "driftd_findings_found_total{kind=\"exec.new\",severity=\"critical\"} 3",
+            "driftd_findings_found_total{kind=\"file.added\",severity=\"low\"} 0",
+            "# TYPE driftd_losses_total counter",
+        ] {
+            assert!(text.lines().any(|one| one == line), "{line}: {text}");
+        }
     }
 }

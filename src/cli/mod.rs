@@ -5,9 +5,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{self, Config, DEFAULT_SOCKET};
+use client::Server;
 use exit::Exit;
 
 pub mod exit;
@@ -26,7 +28,9 @@ mod sessions;
 mod show;
 mod status;
 mod story;
+mod summary;
 mod timeline;
+mod when;
 
 /// Keeps running containers equal to their images.
 #[derive(Debug, Parser)]
@@ -39,9 +43,15 @@ mod timeline;
                   2 could not answer; 64 usage or settings."
 )]
 pub struct Cli {
-    /// The Unix socket of driftd's API
-    #[arg(long, global = true, env = "DRIFTD_SOCKET", value_name = "SOCKET")]
+    /// The Unix socket of driftd's API [env: DRIFTD_SOCKET]
+    #[arg(long, global = true, value_name = "SOCKET")]
     socket: Option<PathBuf>,
+    /// Read this history, or the state directory that holds it, without a daemon
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "socket")]
+    history: Option<PathBuf>,
+    /// Show times, and read those without a zone, in the local time of this machine, not in UTC
+    #[arg(long, global = true)]
+    local_time: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -54,7 +64,7 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Say whether the view is complete
     Status(status::Status),
-    /// Print counters and gauges in the OpenMetrics text format
+    /// Print counters and gauges in the text format of Prometheus
     Metrics(metrics::Metrics),
     /// Record, prove, compare and export what images hold
     #[command(subcommand)]
@@ -64,7 +74,9 @@ enum Command {
     /// Show how a container differs from its image right now
     Diff(containers::Diff),
     /// List or follow what was found
-    Findings(findings::Findings),
+    Findings(Box<findings::Findings>),
+    /// Count what was found, by kind, severity and container
+    Summary(Box<summary::Summary>),
     /// List or follow who came into containers
     Sessions(sessions::Sessions),
     /// Tell what happened in a container, in the order of time
@@ -92,6 +104,21 @@ enum Command {
     /// Answer the kernel's questions (started by the daemon itself)
     #[command(hide = true)]
     Gate,
+}
+
+impl Command {
+    /// Whether it only reads what is kept.
+    fn reads_history(&self) -> bool {
+        match self {
+            Command::Findings(findings) => !findings.is_following(),
+            Command::Sessions(sessions) => !sessions.is_following(),
+            Command::Probes(probes) => !probes.is_change(),
+            Command::Timeline(_) | Command::Show(_) | Command::Members(_) | Command::Summary(_) => {
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Where the settings come from, and what overrides them.
@@ -136,7 +163,24 @@ impl Cli {
     }
 
     pub fn run(self) -> anyhow::Result<Exit> {
-        let socket = self.socket.as_deref();
+        if self.local_time {
+            when::use_local_time();
+        }
+        // Not by clap, whose usage would then show the option as if it were required.
+        let from_environment = || std::env::var_os("DRIFTD_SOCKET").filter(|name| !name.is_empty());
+        let socket = self.socket.or_else(|| from_environment().map(PathBuf::from));
+        let socket = socket.as_deref();
+        let reader = match &self.history {
+            Some(_) if !self.command.reads_history() => {
+                eprintln!(
+                    "error: --history is for findings, sessions, timeline, show, members, probes \
+                     and summary, and not for what follows or changes"
+                );
+                return Ok(Exit::Usage);
+            }
+            Some(file) => Server::History(file),
+            None => Server::Daemon(socket.unwrap_or(Path::new(DEFAULT_SOCKET))),
+        };
         let server = socket.unwrap_or(Path::new(DEFAULT_SOCKET));
         match self.command {
             Command::Run(settings) => crate::daemon::run(&settings.load(socket)?),
@@ -146,12 +190,13 @@ impl Cli {
             Command::Baseline(baseline) => baseline.run(server),
             Command::Containers(containers) => containers.run(server),
             Command::Diff(diff) => diff.run(server),
-            Command::Findings(findings) => findings.run(server),
-            Command::Sessions(sessions) => sessions.run(server),
-            Command::Timeline(timeline) => timeline.run(server),
-            Command::Show(show) => show.run(server),
-            Command::Members(members) => members.run(server),
-            Command::Probes(probes) => probes.run(server),
+            Command::Findings(findings) => findings.run(reader),
+            Command::Summary(summary) => summary.run(reader),
+            Command::Sessions(sessions) => sessions.run(reader),
+            Command::Timeline(timeline) => timeline.run(reader),
+            Command::Show(show) => show.run(reader),
+            Command::Members(members) => members.run(reader),
+            Command::Probes(probes) => probes.run(reader),
             Command::Respond(respond) => respond.run(server),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),
@@ -176,7 +221,11 @@ fn completions(shell: clap_complete::Shell) -> anyhow::Result<Exit> {
 
 fn man(directory: Option<&Path>) -> anyhow::Result<Exit> {
     match directory {
-        Some(directory) => clap_mangen::generate_to(Cli::command(), directory)?,
+        Some(directory) => {
+            std::fs::create_dir_all(directory)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), directory))
+                .with_context(|| format!("cannot write man pages into {}", directory.display()))?;
+        }
         None => {
             let mut page = Vec::new();
             clap_mangen::Man::new(Cli::command()).render(&mut page)?;

@@ -1,8 +1,6 @@
 //! `driftd probes`: what runs in containers again and again, and is not reported.
 
-use std::path::Path;
-
-use super::client::{explain, talk};
+use super::client::{Server, explain, talk};
 use super::containers::pod;
 use super::exit::Exit;
 use super::findings::quoted;
@@ -35,19 +33,23 @@ struct Target {
     /// A probe's ID, or the beginning of it
     probe: String,
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(short, long, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 
 impl Probes {
-    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+    pub(super) fn is_change(&self) -> bool {
+        self.change.is_some()
+    }
+
+    pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         match self.change {
-            Some(Change::Report(target)) => return set(socket, target, true),
-            Some(Change::Count(target)) => return set(socket, target, false),
+            Some(Change::Report(target)) => return set(server, target, true),
+            Some(Change::Count(target)) => return set(server, target, false),
             None => (),
         }
         let request = proto::ListProbesRequest { container: self.container.unwrap_or_default() };
-        let probes = talk(socket, |mut client| async move {
+        let probes = talk(server, |mut client| async move {
             Ok(client.list_probes(request).await.map_err(explain)?.into_inner().probes)
         })?;
         let probes: Vec<Probe> =
@@ -60,9 +62,9 @@ impl Probes {
     }
 }
 
-fn set(socket: &Path, target: Target, reported: bool) -> anyhow::Result<Exit> {
+fn set(server: Server<'_>, target: Target, reported: bool) -> anyhow::Result<Exit> {
     let request = proto::SetProbeRequest { probe: target.probe, reported };
-    let probe = talk(socket, |mut client| async move {
+    let probe = talk(server, |mut client| async move {
         Ok(client.set_probe(request).await.map_err(explain)?.into_inner().probe)
     })?;
     let probe = probe.ok_or_else(|| anyhow::anyhow!("driftd gave no probe"))?;

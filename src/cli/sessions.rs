@@ -1,17 +1,15 @@
 //! `driftd sessions`: who came into a container, and how.
 
-use std::path::Path;
-
 use jiff::Timestamp;
-use tokio_stream::StreamExt as _;
 
-use super::client::{Client, explain, talk};
+use super::client::{Client, Server, explain, follow, talk};
 use super::containers::pod;
 use super::exit::Exit;
-use super::findings::{command_line, parse_time, tell_gap};
+use super::findings::{After, command_line, more_findings, rows, tell_gap, told as told_after};
 use super::output::{
-    Field, Format, Listed, Listing, Style, age, json_line, list, safe, short, span, time, write,
+    Field, Format, Listed, Listing, Printer, Style, age, safe, short, span, time, write,
 };
+use super::when::{self, When};
 use crate::api::{convert, proto};
 use crate::model::{self, Entry, Interactive, Session, SessionState};
 
@@ -26,112 +24,137 @@ pub(super) struct Sessions {
     /// Only those that go on
     #[arg(long)]
     open: bool,
-    /// Only what went on after this time (RFC 3339), or in this span back from now
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    since: Option<Timestamp>,
-    /// Only what began before this time (RFC 3339), or before this span back from now
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    until: Option<Timestamp>,
+    /// Only what went on after this time: 2h, yesterday, 2026-11-27, 14:30, RFC 3339
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = when::parse)]
+    since: Option<When>,
+    /// Only what began before this time
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = when::parse)]
+    until: Option<When>,
     /// Keep printing sessions as they open, change and close, until interrupted
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["limit", "page"])]
     follow: bool,
-    /// With --follow: only what comes after this cursor (0: everything kept)
-    #[arg(long, value_name = "CURSOR", requires = "follow", default_value_t = 0)]
-    after: u64,
+    /// With --follow: only what comes after this cursor (0: everything kept), or `latest`
+    #[arg(long, value_name = "CURSOR", requires = "follow", default_value = "0")]
+    after: After,
+    /// Print at most this many, the newest (0: all) [default: 1000 in a table, all otherwise]
+    #[arg(long, value_name = "NUMBER")]
+    limit: Option<usize>,
+    /// Go on behind an earlier page, by the token that it ended with
+    #[arg(long, value_name = "TOKEN")]
+    page: Option<String>,
     #[command(flatten)]
     listing: Listing,
 }
 
 impl Sessions {
-    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+    pub(super) fn is_following(&self) -> bool {
+        self.follow
+    }
+
+    pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         if self.follow {
-            if self.listing.output == Format::Json {
+            if !self.listing.output.is_endless() {
                 eprintln!("error: a stream never ends: use -o jsonl with --follow");
                 return Ok(Exit::Usage);
             }
-            return talk(socket, |client| self.follow(client));
+            return self.follow(server);
         }
         let filter = proto::SessionFilter {
-            container: self.container.unwrap_or_default(),
+            container: self.container.clone().unwrap_or_default(),
             state: match self.open {
                 true => proto::SessionState::Open.into(),
                 false => proto::SessionState::Unspecified.into(),
             },
-            since: self.since.map(convert::time_to_proto),
-            until: self.until.map(convert::time_to_proto),
+            since: when::to_proto(self.since.as_ref())?,
+            until: when::to_proto(self.until.as_ref())?,
         };
-        let sessions = talk(socket, |client| fetch(client, filter))?;
-        list(&sessions, &self.listing)?;
-        if sessions.is_empty() && self.listing.output == Format::Table && !self.listing.quiet {
-            eprintln!("nobody was seen (is the view complete? see: driftd status)");
-        }
+        talk(server, |client| self.print(client, filter))?;
         Ok(Exit::Clean)
     }
 
-    async fn follow(self, mut client: Client) -> anyhow::Result<Exit> {
+    async fn print(&self, mut client: Client, filter: proto::SessionFilter) -> anyhow::Result<()> {
+        let for_people = self.listing.output.is_for_people() && !self.listing.quiet;
+        let limit = rows(self.limit, for_people);
+        let mut printer = Printer::new(&self.listing);
+        let mut request = proto::ListSessionsRequest {
+            filter: Some(filter),
+            page_size: 0,
+            page_token: self.page.clone().unwrap_or_default(),
+        };
+        loop {
+            let left = limit.saturating_sub(printer.printed);
+            request.page_size = u32::try_from(left).unwrap_or(PAGE).min(PAGE);
+            let page = client.list_sessions(request.clone()).await.map_err(explain)?.into_inner();
+            let sessions: Vec<Session> = page
+                .sessions
+                .into_iter()
+                .map(convert::session_from_proto)
+                .collect::<Result<_, _>>()?;
+            printer.page(&sessions)?;
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() || printer.printed >= limit {
+                break;
+            }
+        }
+        let (printed, more) = (printer.printed, request.page_token);
+        printer.end::<Session>()?;
+        if !more.is_empty() && for_people {
+            write(more_findings(printed, &more).as_bytes())?;
+        } else if !more.is_empty() {
+            eprintln!("there are more (go on with: --page {more})");
+        }
+        if printed == 0 && for_people {
+            eprintln!("nobody was seen (is the view complete? see: driftd status)");
+        }
+        Ok(())
+    }
+
+    fn follow(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let request = proto::FollowFindingsRequest {
             filter: Some(proto::FindingFilter {
                 container: self.container.clone().unwrap_or_default(),
                 ..Default::default()
             }),
-            after_cursor: Some(self.after),
+            after_cursor: self.after.to_proto(),
             sessions: true,
         };
-        let mut stream = client.follow_findings(request).await.map_err(explain)?.into_inner();
-        let mut cursor = self.after;
-        while let Some(message) = stream.next().await {
-            let message = message.map_err(explain)?;
-            cursor = cursor.max(message.cursor);
+        let timestamp =
+            |when: Option<&When>| when.map(When::timestamp).transpose().map_err(anyhow::Error::msg);
+        let (since, until) = (timestamp(self.since.as_ref())?, timestamp(self.until.as_ref())?);
+        follow(server, request, |cursor, event| {
             use proto::follow_findings_response::Event;
-            match message.event {
-                Some(Event::Session(session)) => {
+            match event {
+                Event::Session(session) => {
                     let session = convert::session_from_proto(session)?;
-                    if !self.is_wanted(&session) {
-                        continue;
+                    if !self.is_wanted(&session, since, until) {
+                        return Ok(());
                     }
                     let text = match self.listing.output {
                         _ if self.listing.quiet => format!("{}\n", session.id),
-                        Format::Jsonl => json_line(&session)?,
-                        Format::Table | Format::Wide | Format::Json => {
-                            line(&session, self.listing.no_trunc)
-                        }
+                        Format::Table | Format::Wide => line(&session, self.listing.no_trunc),
+                        format => told_after(&session, cursor, format)?,
                     };
                     write(text.as_bytes())?;
                 }
-                Some(Event::Gap(gap)) => tell_gap(&gap, &self.listing)?,
-                // Findings have a command of their own; the cursor has moved all the same.
-                Some(Event::Finding(_)) | None => (),
+                Event::Gap(gap) => tell_gap(&gap, cursor, &self.listing)?,
+                // Findings have a command of their own.
+                Event::Finding(_) => (),
             }
-        }
-        anyhow::bail!(
-            "driftd has stopped (when it runs again, go on with: driftd sessions --follow \
-             --after {cursor})"
-        )
+            Ok(())
+        })
     }
 
-    fn is_wanted(&self, session: &Session) -> bool {
+    fn is_wanted(
+        &self,
+        session: &Session,
+        since: Option<Timestamp>,
+        until: Option<Timestamp>,
+    ) -> bool {
         let is_open = session.state == SessionState::Open;
         let ended = session.ended_at.filter(|_| !is_open);
         (is_open || !self.open)
-            && self.since.is_none_or(|since| ended.is_none_or(|ended| ended >= since))
-            && self.until.is_none_or(|until| session.started_at <= until)
-    }
-}
-
-async fn fetch(mut client: Client, filter: proto::SessionFilter) -> anyhow::Result<Vec<Session>> {
-    let mut sessions = Vec::new();
-    let mut page_token = String::new();
-    loop {
-        let filter = Some(filter.clone());
-        let request = proto::ListSessionsRequest { filter, page_size: PAGE, page_token };
-        let page = client.list_sessions(request).await.map_err(explain)?.into_inner();
-        for session in page.sessions {
-            sessions.push(convert::session_from_proto(session)?);
-        }
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            return Ok(sessions);
-        }
+            && since.is_none_or(|since| ended.is_none_or(|ended| ended >= since))
+            && until.is_none_or(|until| session.started_at <= until)
     }
 }
 

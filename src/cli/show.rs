@@ -1,12 +1,11 @@
 //! `driftd show`: one finding or session whole, for a person who must decide.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use jiff::Timestamp;
 use tonic::{Code, Status};
 
-use super::client::{Client, explain, talk};
+use super::client::{Client, Server, explain, talk};
 use super::containers::pod;
 use super::exit::Exit;
 use super::findings::quoted;
@@ -20,7 +19,7 @@ pub(super) struct Show {
     /// A finding's or a session's ID, or the beginning of it
     id: String,
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(short, long, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 
@@ -30,9 +29,9 @@ enum Shown {
 }
 
 impl Show {
-    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+    pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let now = Timestamp::now();
-        match talk(socket, |client| find(client, self.id))? {
+        match talk(server, |client| find(client, self.id))? {
             Shown::Finding(finding, responses) => {
                 one(&finding, self.output, || text(&finding, &responses, now))?;
             }
@@ -305,10 +304,14 @@ fn differences(expected: &Expected, file: &FileEvidence) -> String {
 }
 
 pub(super) fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
-    let exe = exe.map_or_else(|| "a program that was gone too soon".to_owned(), safe);
-    match argv {
-        Some(argv) if !argv.is_empty() => format!("{exe}: {}", quoted(argv)),
-        _ => exe,
+    match (exe.map(safe), argv.filter(|argv| !argv.is_empty())) {
+        (Some(exe), Some(argv)) => format!("{exe}: {}", quoted(argv)),
+        (Some(exe), None) => exe,
+        // Its file cannot be read, as that of the host's first process in a namespace.
+        (None, Some(argv)) => quoted(argv),
+        (None, None) => {
+            "a program that could not be read (it was gone, or is the kernel's)".to_owned()
+        }
     }
 }
 
@@ -317,11 +320,12 @@ fn next_steps(finding: &Finding) -> String {
     let container = shell_word(&short(&safe(&container.id)));
     let mut text =
         format!("\nNext:\n  driftd diff {container}\n  driftd findings --container {container}\n");
-    let killed = finding
+    // What is over cannot be answered.
+    let is_over = finding
         .outcome
         .as_ref()
-        .is_some_and(|outcome| outcome.succeeded && outcome.action == "kill");
-    if !killed {
+        .is_some_and(|outcome| outcome.gone || (outcome.succeeded && outcome.action == "kill"));
+    if !is_over {
         let id = short(&finding.id.to_string());
         // By the finding its run of the container is named, and no later one.
         let (whom, why) = match finding.run {

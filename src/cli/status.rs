@@ -18,7 +18,7 @@ use crate::health::{Loss, Missing};
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(short, long, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 

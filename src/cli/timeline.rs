@@ -1,15 +1,14 @@
 //! `driftd timeline`: what happened in one container, a line each.
 
-use std::path::Path;
-
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::client::{Client, explain, talk};
+use super::client::{Client, Server, explain, talk};
 use super::exit::Exit;
-use super::findings::{GapJson, coloured, command_line, parse_time, quoted, subject};
-use super::output::{Format, Listing, colour, harmless, json_line, safe, short, time, write};
+use super::findings::{GapJson, coloured, command_line, quoted, subject};
+use super::output::{Format, Listing, Printer, colour, safe, short, time, write};
 use super::sessions::{result, told};
+use super::when::{self, When};
 use crate::api::{convert, proto};
 use crate::history::{Happened, TimelineEntry};
 use crate::model::{
@@ -26,12 +25,12 @@ const LONG: usize = 160;
 pub(super) struct Timeline {
     /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     container: String,
-    /// Only what happened after this time (RFC 3339), or in this span back from now
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    since: Option<Timestamp>,
-    /// Only what happened before this time (RFC 3339), or before this span back from now
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    until: Option<Timestamp>,
+    /// Only what happened after this time: 2h, yesterday, 2026-11-27, 14:30, RFC 3339
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = when::parse)]
+    since: Option<When>,
+    /// Only what happened before this time
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = when::parse)]
+    until: Option<When>,
     #[command(flatten)]
     listing: Listing,
 }
@@ -66,21 +65,20 @@ struct ResponseJson {
 }
 
 impl Timeline {
-    pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        talk(socket, |client| self.print(client))
+    pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
+        talk(server, |client| self.print(client))
     }
 
     /// Prints each page as it comes.
     async fn print(self, mut client: Client) -> anyhow::Result<Exit> {
-        let is_array = self.listing.output == Format::Json && !self.listing.quiet;
         let mut request = proto::GetTimelineRequest {
             container: self.container,
-            since: self.since.map(convert::time_to_proto),
-            until: self.until.map(convert::time_to_proto),
+            since: when::to_proto(self.since.as_ref())?,
+            until: when::to_proto(self.until.as_ref())?,
             page_size: PAGE,
             page_token: String::new(),
         };
-        let (mut printed, mut array) = (0_u64, Vec::new());
+        let (mut printed, mut printer) = (0_u64, Printer::new(&self.listing));
         loop {
             let page = client.get_timeline(request.clone()).await.map_err(explain)?.into_inner();
             let container = ContainerId::new(&page.namespace, &page.container);
@@ -93,8 +91,9 @@ impl Timeline {
                     Format::Table | Format::Wide => {
                         text += &line(&entry, &self.listing, colour());
                     }
-                    Format::Json => array.push(json(entry, &container)),
-                    Format::Jsonl => text += &json_line(&json(entry, &container))?,
+                    Format::Json | Format::Jsonl | Format::Yaml | Format::Columns(_) => {
+                        printer.item(&json(entry, &container), &mut text)?;
+                    }
                 }
             }
             write(text.as_bytes())?;
@@ -105,9 +104,7 @@ impl Timeline {
             // One that comes later and begins alike must not come in between.
             request.container = format!("{}/{}", page.namespace, page.container);
         }
-        if is_array {
-            write((harmless(&serde_json::to_string_pretty(&array)?) + "\n").as_bytes())?;
-        }
+        write(printer.end_of_items().as_bytes())?;
         if printed == 0 && self.listing.output == Format::Table && !self.listing.quiet {
             eprintln!("nothing is known of that time (is the view complete? see: driftd status)");
         }

@@ -36,9 +36,9 @@ mod timeline;
 mod writer;
 
 pub use reader::{
-    BadPageToken, CommandToken, CommandsPage, Filter, FindingLookup, FindingsPage, Followed,
-    Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader, SessionFilter, SessionLookup,
-    SessionsPage,
+    BadPageToken, CommandToken, CommandsPage, Content, Filter, FindingLookup, FindingsPage,
+    Followed, Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader, SessionFilter,
+    SessionLookup, SessionsPage,
 };
 pub use timeline::{Happened, TimelineEntry, TimelinePage, TimelineToken};
 pub use writer::{Keep, Writer};
@@ -101,6 +101,13 @@ pub enum Error {
         path.display(), move_aside(path)
     )]
     NewerFormat { path: PathBuf, found: i64, supported: i64 },
+    #[error(
+        "the history {} has format {found}; without a daemon only format {supported} can be read \
+         (start driftd with a copy of its directory as --state-dir, and with a `history.retention` \
+         that is longer than its records are old: older ones are dropped)",
+        path.display()
+    )]
+    OlderFormat { path: PathBuf, found: i64, supported: i64 },
     #[error(
         "another driftd uses the state directory {} (stop it first: systemctl stop driftd, \
          or name another directory with --state-dir)",
@@ -349,6 +356,12 @@ fn lock(state_dir: &Path) -> Result<StateLock, Error> {
         Err(TryLockError::WouldBlock) => Err(Error::Locked { path: state_dir.into() }),
         Err(TryLockError::Error(source)) => Err(Error::io("lock", &path)(source)),
     }
+}
+
+/// Whether a driftd has the state directory in which this history lies.
+fn is_in_use(history: &Path) -> bool {
+    let lock = File::open(history.with_file_name("lock"));
+    lock.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// The format of the history in `state_dir` without opening it for writing;

@@ -18,8 +18,8 @@ use super::writer::newest_seq;
 use super::{Error, Record, json, memory};
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, Kind, Labels, ManifestDigest, Member, Probe,
-    RootfsPath, Session, SessionId, SessionState, Severity,
+    Command, ContainerId, Finding, FindingId, Kind, Labels, Member, Probe, RootfsPath, Session,
+    SessionId, SessionState, Severity,
 };
 use crate::respond::Response;
 
@@ -50,6 +50,25 @@ pub struct Filter {
     pub since: Option<Timestamp>,
     /// First seen at or before this time.
     pub until: Option<Timestamp>,
+    pub content: Content,
+}
+
+/// What a finding must hold. Of several paths, hashes, sessions, pods or namespaces it
+/// must hold one; of labels and texts all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Content {
+    /// A path, or a directory above it; `*` and `?` stand for any text.
+    pub paths: Vec<String>,
+    /// Beginnings of hashes.
+    pub hashes: Vec<String>,
+    /// Beginnings of IDs.
+    pub sessions: Vec<String>,
+    /// NAME or NAMESPACE/NAME; `*` and `?` stand for any text.
+    pub pods: Vec<String>,
+    pub pod_namespaces: Vec<String>,
+    /// KEY or KEY=VALUE.
+    pub labels: Vec<String>,
+    pub texts: Vec<String>,
 }
 
 /// Which sessions are asked for. The default is all of them.
@@ -206,11 +225,45 @@ pub struct Reader {
     memory: memory::Shared,
     /// Each with the file that it was opened for.
     idle: Arc<Mutex<Vec<(u64, Connection)>>>,
+    opening: Opening,
+}
+
+/// How a connection is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opening {
+    /// Beside a writer.
+    Shared,
+    /// No process writes, and the reader writes no file at all. What a writer has
+    /// not moved into the database yet is read where it lies.
+    WithLog,
+    /// The same, without such a rest.
+    Immutable,
 }
 
 impl Reader {
     pub(super) fn new(path: PathBuf, generation: Arc<AtomicU64>, memory: memory::Shared) -> Reader {
-        Reader { path, generation, memory, idle: Arc::default() }
+        Reader { path, generation, memory, idle: Arc::default(), opening: Opening::Shared }
+    }
+
+    /// Reads the history at `path`, or in the state directory at `path`, and changes
+    /// nothing there. A driftd may be using it.
+    pub fn of_file(path: &Path) -> Result<Reader, Error> {
+        let path = if path.is_dir() { path.join(super::FILE) } else { path.to_owned() };
+        std::fs::metadata(&path).map_err(Error::io("read the history", &path))?;
+        let mut log = path.clone().into_os_string();
+        log.push("-wal");
+        let has_log = std::fs::metadata(log).is_ok_and(|log| log.len() > 0);
+        let mut reader = Reader::new(path, Arc::default(), memory::Shared::default());
+        reader.opening = match has_log {
+            _ if super::is_in_use(&reader.path) => Opening::Shared,
+            true => Opening::WithLog,
+            false => Opening::Immutable,
+        };
+        let found = reader.ask(|connection| super::schema::check(connection, &reader.path))?;
+        if found < super::FORMAT {
+            return Err(Error::OlderFormat { path: reader.path, found, supported: super::FORMAT });
+        }
+        Ok(reader)
     }
 
     /// One page of at most `limit` findings; fewer if they are large.
@@ -220,11 +273,34 @@ impl Reader {
         after: Option<PageToken>,
         limit: usize,
     ) -> Result<FindingsPage, Error> {
+        let conditions = Conditions::of(filter, &self.images(filter)?);
         let (findings, next) =
-            self.page(Conditions::of(filter, ""), "last_seen", after, limit, |one: &Finding| {
-                one.id
-            })?;
+            self.page(conditions, "last_seen", after, limit, |one: &Finding| one.id)?;
         Ok(FindingsPage { findings, next })
+    }
+
+    /// The images of findings that the filter's text names. A whole name beats an end.
+    fn images(&self, filter: &Filter) -> Result<Vec<String>, Error> {
+        let Some(text) = filter.image.as_deref() else { return Ok(Vec::new()) };
+        let known: Vec<String> = self.ask(|connection| {
+            connection
+                // Each step finds the next name in the index: findings are many, images few.
+                .prepare_cached(
+                    "WITH RECURSIVE known (image) AS (
+                         SELECT min(image) FROM finding
+                         UNION ALL
+                         SELECT (SELECT min(image) FROM finding WHERE image > known.image)
+                         FROM known WHERE known.image IS NOT NULL
+                     )
+                     SELECT image FROM known WHERE image IS NOT NULL",
+                )
+                .and_then(|mut query| query.query_map([], |row| row.get(0))?.collect())
+                .map_err(Error::sql("read", &self.path))
+        })?;
+        if known.iter().any(|name| name == text) {
+            return Ok(vec![text.to_owned()]);
+        }
+        Ok(known.into_iter().filter(|name| is_named(name, text)).collect())
     }
 
     /// One page of at most `limit` sessions; fewer if they are large.
@@ -526,7 +602,7 @@ impl Reader {
         limit: usize,
         bytes: usize,
     ) -> Result<Followed, Error> {
-        let mut of_finding = Conditions::of(filter, "finding.");
+        let mut of_finding = Conditions::of(filter, &self.images(filter)?);
         let mut of_others = Conditions::default();
         if let Some(container) = &filter.container {
             of_others.add(
@@ -699,14 +775,30 @@ impl Reader {
 
     fn connect(&self) -> Result<Connection, Error> {
         let failed = Error::sql("open", &self.path);
-        let connection = match self.memory.get() {
-            Some(overlay) => overlay.read(),
-            None => {
-                let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-                Connection::open_with_flags(&self.path, flags)
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = match (self.memory.get(), self.opening) {
+            (Some(overlay), _) => overlay.read(),
+            (None, Opening::Shared) => Connection::open_with_flags(&self.path, flags),
+            // No locks in the file, and the log's index in memory.
+            (None, Opening::WithLog) => {
+                Connection::open_with_flags_and_vfs(&self.path, flags, c"unix-none").and_then(
+                    |connection| {
+                        connection.pragma_update_and_check(
+                            None,
+                            "locking_mode",
+                            "EXCLUSIVE",
+                            |_| Ok(()),
+                        )?;
+                        Ok(connection)
+                    },
+                )
             }
-        };
-        let connection = connection.map_err(&failed)?;
+            (None, Opening::Immutable) => Connection::open_with_flags(
+                immutable(&self.path),
+                flags | OpenFlags::SQLITE_OPEN_URI,
+            ),
+        }
+        .map_err(&failed)?;
         connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
         // In KiB: there are many of them, and the kernel has a cache too.
         connection.pragma_update(None, "cache_size", -256).map_err(&failed)?;
@@ -717,6 +809,20 @@ impl Reader {
             .map_err(&failed)?;
         Ok(connection)
     }
+}
+
+/// A file as SQLite names one that does not change.
+fn immutable(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut uri = "file:".to_owned();
+    for byte in path.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'/' | b'-' | b'.' | b'_' => uri.push(char::from(*byte)),
+            byte if byte.is_ascii_alphanumeric() => uri.push(char::from(*byte)),
+            byte => uri.push_str(&format!("%{byte:02x}")),
+        }
+    }
+    uri + "?immutable=1"
 }
 
 /// How long the text in a column is.
@@ -748,6 +854,41 @@ pub(super) fn member(row: &Row<'_>, path: &Path) -> Result<Member, Error> {
     })
 }
 
+/// Text with `*` or `?` as SQLite's GLOB reads it; `None` without either of them.
+fn pattern(text: &str) -> Option<String> {
+    text.contains(['*', '?']).then(|| text.replace('[', "[[]"))
+}
+
+/// The manifest digests that begin like `text`, if it is the beginning of one.
+fn digest_range(text: &str) -> Option<(String, String)> {
+    let digits = text.strip_prefix("sha256:")?.to_ascii_lowercase();
+    let is_digest = digits.len() >= 8 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    // `g` sorts after every hexadecimal digit.
+    is_digest.then(|| (format!("sha256:{digits}"), format!("sha256:{digits}g")))
+}
+
+/// Whether `text` is the name of an image, or its last components; without a tag it is of
+/// any tag.
+fn is_named(name: &str, text: &str) -> bool {
+    let untagged = |name: &'_ str| -> usize {
+        let last = name.rfind('/').map_or(0, |slash| slash + 1);
+        name[last..].find(':').map_or(name.len(), |colon| last + colon)
+    };
+    let mut name = name;
+    if !text.contains('@') {
+        name = name.split_once('@').map_or(name, |(name, _)| name);
+        if untagged(text) == text.len() {
+            name = &name[..untagged(name)];
+        }
+    }
+    let ends = |name: &str| {
+        name.strip_suffix(text).is_some_and(|rest| rest.is_empty() || rest.ends_with('/'))
+    };
+    // As Docker abbreviates it.
+    let short = name.strip_prefix("docker.io/library/").map(|rest| format!("docker.io/{rest}"));
+    !text.is_empty() && (ends(name) || short.is_some_and(|short| ends(&short)))
+}
+
 /// Parts of a WHERE clause with the values of their placeholders.
 #[derive(Debug, Default)]
 struct Conditions {
@@ -756,38 +897,159 @@ struct Conditions {
 }
 
 impl Conditions {
-    /// `table` is put before every column's name, as in `finding.`.
-    fn of(filter: &Filter, table: &str) -> Conditions {
+    /// `images`: the names that the filter's image stands for.
+    fn of(filter: &Filter, images: &[String]) -> Conditions {
         let mut all = Conditions::default();
         if let Some(container) = &filter.container {
-            all.add(&format!("{table}container = ?"), [Value::Text(container.id.to_string())]);
-            all.add(
-                &format!("{table}namespace = ?"),
-                [Value::Text(container.namespace.to_string())],
-            );
+            all.add("finding.container = ?", [Value::Text(container.id.to_string())]);
+            all.add("finding.namespace = ?", [Value::Text(container.namespace.to_string())]);
         }
         if let Some(image) = &filter.image {
-            let column =
-                if image.parse::<ManifestDigest>().is_ok() { "manifest_digest" } else { "image" };
-            all.add(&format!("{table}{column} = ?"), [Value::Text(image.clone())]);
+            match digest_range(image) {
+                Some((first, beyond)) => all.add(
+                    "(finding.manifest_digest >= ? AND finding.manifest_digest < ?)",
+                    [Value::Text(first), Value::Text(beyond)],
+                ),
+                None => all.add_in("finding.image", images.iter().map(String::as_str)),
+            }
         }
         if !filter.kinds.is_empty() {
-            let placeholders = vec!["?"; filter.kinds.len()].join(", ");
-            all.add(
-                &format!("{table}kind IN ({placeholders})"),
-                filter.kinds.iter().map(|kind| Value::Text(kind.name().into())),
-            );
+            all.add_in("finding.kind", filter.kinds.iter().map(|kind| kind.name()));
         }
         if let Some(severity) = filter.minimum_severity {
-            all.add(&format!("{table}severity >= ?"), [Value::Integer(severity as i64 + 1)]);
+            all.add("finding.severity >= ?", [Value::Integer(severity as i64 + 1)]);
         }
         if let Some(since) = filter.since {
-            all.add(&format!("{table}last_seen >= ?"), [Value::Integer(since.as_microsecond())]);
+            all.add("finding.last_seen >= ?", [Value::Integer(since.as_microsecond())]);
         }
         if let Some(until) = filter.until {
-            all.add(&format!("{table}first_seen <= ?"), [Value::Integer(until.as_microsecond())]);
+            all.add("finding.first_seen <= ?", [Value::Integer(until.as_microsecond())]);
         }
+        all.add_content(&filter.content);
         all
+    }
+
+    fn add_content(&mut self, content: &Content) {
+        const PATH: &str = "coalesce(json_extract(finding.json, '$.file.path'), \
+                            json_extract(finding.json, '$.expected.path'))";
+        let member = |part: &str| {
+            format!("EXISTS (SELECT 1 FROM member WHERE finding = finding.id AND {part})")
+        };
+        let text = |text: &str| Value::Text(text.to_owned());
+        self.add_any(&content.paths, |path| match pattern(path) {
+            Some(pattern) => (
+                format!("({PATH} GLOB ? OR {})", member("CAST(path AS TEXT) GLOB ?")),
+                vec![text(&pattern), text(&pattern)],
+            ),
+            None => {
+                let path = path.trim_end_matches('/');
+                // `0` follows `/`.
+                let (below, beyond) = (format!("{path}/"), format!("{path}0"));
+                let inside =
+                    |column: &str| format!("({column} = ? OR ({column} >= ? AND {column} < ?))");
+                let blob = |text: &str| Value::Blob(text.as_bytes().to_vec());
+                (
+                    format!("({} OR {})", inside(PATH), member(&inside("path"))),
+                    vec![
+                        text(path),
+                        text(&below),
+                        text(&beyond),
+                        blob(path),
+                        blob(&below),
+                        blob(&beyond),
+                    ],
+                )
+            }
+        });
+        self.add_any(&content.hashes, |hash| {
+            let begins = |column: &str| format!("substr({column}, 1, length(?1)) = ?1");
+            let parts = [
+                begins("json_extract(finding.json, '$.file.blake3')"),
+                begins("json_extract(finding.json, '$.file.sha256')"),
+                member(&begins("blake3")),
+            ];
+            let part = format!("({})", parts.join(" OR ")).replace("?1", "?");
+            (part, vec![text(hash); 6])
+        });
+        self.add_any(&content.sessions, |session| {
+            (
+                "substr(json_extract(finding.json, '$.session'), 1, length(?)) = ?".to_owned(),
+                vec![text(session), text(session)],
+            )
+        });
+        const POD: &str = "json_extract(finding.json, '$.container.pod.name')";
+        const POD_NAMESPACE: &str = "json_extract(finding.json, '$.container.pod.namespace')";
+        self.add_any(&content.pods, |pod| {
+            let of = if pod.contains('/') {
+                format!("{POD_NAMESPACE} || '/' || {POD}")
+            } else {
+                POD.to_owned()
+            };
+            match pattern(pod) {
+                Some(pattern) => (format!("{of} GLOB ?"), vec![text(&pattern)]),
+                None => (format!("{of} = ?"), vec![text(pod)]),
+            }
+        });
+        self.add_any(&content.pod_namespaces, |namespace| {
+            (format!("{POD_NAMESPACE} = ?"), vec![text(namespace)])
+        });
+        for label in &content.labels {
+            let (key, value) = match label.split_once('=') {
+                Some((key, value)) => (key, Some(value)),
+                None => (&**label, None),
+            };
+            let values = [Some(key), value].into_iter().flatten().map(text);
+            self.add(
+                &format!(
+                    "EXISTS (SELECT 1 FROM json_each(coalesce(
+                         (SELECT labels.json FROM labels
+                          WHERE labels.container = finding.container
+                              AND labels.namespace = finding.namespace
+                              AND labels.id = finding.labels),
+                         json_extract(finding.json, '$.container.labels'), '{{}}'))
+                     WHERE key = ? {})",
+                    if value.is_some() { "AND value = ?" } else { "" }
+                ),
+                values,
+            );
+        }
+        for wanted in &content.texts {
+            // Values only: the names of keys are in all of them. Arguments also as they
+            // are written in a shell.
+            self.add(
+                &format!(
+                    "(EXISTS (SELECT 1 FROM json_tree(finding.json)
+                              WHERE atom IS NOT NULL AND key IS NOT 'schema'
+                                  AND instr(lower(atom), lower(?)) > 0)
+                      OR instr(lower((SELECT group_concat(value, ' ')
+                                      FROM json_each(finding.json, '$.process.argv'))),
+                               lower(?)) > 0
+                      OR {})",
+                    member("instr(lower(CAST(path AS TEXT)), lower(?)) > 0")
+                ),
+                vec![text(wanted); 3],
+            );
+        }
+    }
+
+    /// That one of `wanted` is met.
+    fn add_any(
+        &mut self,
+        wanted: &[String],
+        mut condition: impl FnMut(&str) -> (String, Vec<Value>),
+    ) {
+        if wanted.is_empty() {
+            return;
+        }
+        let (parts, values): (Vec<String>, Vec<Vec<Value>>) =
+            wanted.iter().map(|one| condition(one)).unzip();
+        self.add(&format!("({})", parts.join(" OR ")), values.into_iter().flatten());
+    }
+
+    fn add_in<'a>(&mut self, column: &str, values: impl Iterator<Item = &'a str>) {
+        let values: Vec<Value> = values.map(|value| Value::Text(value.to_owned())).collect();
+        let placeholders = vec!["?"; values.len()].join(", ");
+        self.add(&format!("{column} IN ({placeholders})"), values);
     }
 
     fn of_sessions(filter: &SessionFilter) -> Conditions {
@@ -822,5 +1084,27 @@ impl Conditions {
 
     fn sql(&self) -> String {
         if self.parts.is_empty() { String::new() } else { format!("WHERE {}", self.joined()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_named;
+
+    #[test]
+    fn u14_an_image_is_found_by_the_end_of_its_name() {
+        let nginx = "docker.io/library/nginx:1.25";
+        for text in ["nginx", "nginx:1.25", "library/nginx", "docker.io/nginx", nginx] {
+            assert!(is_named(nginx, text), "{text}");
+        }
+        for text in ["", "ginx", "nginx:1", "nginx:1.2", "/nginx", "nginx/", "other/nginx", "1.25"]
+        {
+            assert!(!is_named(nginx, text), "{text}");
+        }
+        assert!(is_named("registry.example:5000/team/shop:1.4", "shop"));
+        assert!(is_named("registry.example:5000/team/shop", "team/shop"));
+        assert!(is_named("registry.example/shop:1@sha256:00ff", "shop:1"));
+        assert!(is_named("registry.example/shop:1@sha256:00ff", "shop:1@sha256:00ff"));
+        assert!(!is_named("registry.example/shop:1@sha256:00ff", "shop:1@sha256:00"));
     }
 }

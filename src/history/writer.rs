@@ -316,7 +316,7 @@ impl Writing {
     }
 
     fn take(&mut self, record: Record) {
-        let dropped = self.pending.push(record);
+        let dropped = self.pending.push(counted(record, &self.health));
         self.unwritten.store(self.pending.len() as u64, Ordering::Relaxed);
         if let Some(dropped) = dropped {
             let _reaction = self.health.record(Failure::HistoryWrite);
@@ -577,7 +577,18 @@ impl Writing {
 
     /// Forgets some of what is too old; comes again at once while there is more.
     fn prune(&mut self) {
-        match prune_step(&mut self.connection, self.keep.retention) {
+        let pruned = prune_step(&mut self.connection, self.keep.retention);
+        if let Ok(pruned @ 1..) = pruned {
+            // Of a directory that was copied to be read, this may be all that there is.
+            tracing::info!(
+                history = %self.path.display(),
+                records = pruned,
+                retention = ?self.keep.retention,
+                "records that are older than the retention are dropped (to read an old history \
+                 whole: driftd --history FILE findings)"
+            );
+        }
+        match pruned {
             Ok(pruned) if pruned == PRUNE_STEP => (),
             Ok(_) => {
                 self.next_prune = Instant::now() + PRUNE_EVERY;
@@ -1056,6 +1067,16 @@ impl<'a> Row<'a> {
 /// SQLite's integers are signed; no counter of ours gets that far.
 pub(super) fn sql_integer(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// Counts a record that is a new finding.
+fn counted(record: Record, health: &Health) -> Record {
+    if let Record::Finding(finding) | Record::Aggregate { finding, .. } = &record
+        && finding.revision == 1
+    {
+        health.count_finding(finding.kind.name(), finding.severity.name());
+    }
+    record
 }
 
 /// The newest sequence number ever given, even if its record is gone.

@@ -99,6 +99,25 @@ kinds! {
 }
 
 impl Kind {
+    /// The kinds that a name or a pattern such as `exec.*` stands for, in any case.
+    pub fn named_by(text: &str) -> Result<Vec<Kind>, UnknownName> {
+        let wanted = text.trim().to_ascii_lowercase();
+        let is_like = |kind: &&Kind| match wanted.split_once('*') {
+            None => kind.name() == wanted,
+            Some((start, end)) => {
+                let name = kind.name();
+                name.len() >= start.len() + end.len()
+                    && name.starts_with(start)
+                    && name.ends_with(end)
+            }
+        };
+        let kinds: Vec<Kind> = Kind::ALL.iter().filter(is_like).copied().collect();
+        match kinds.is_empty() {
+            true => text.trim().parse().map(|kind| vec![kind]),
+            false => Ok(kinds),
+        }
+    }
+
     /// Whether the finding is about a file being run.
     pub fn is_exec(self) -> bool {
         self.name().starts_with("exec.")
@@ -466,6 +485,18 @@ pub fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn u14_kinds_are_named_by_patterns_and_in_any_case() {
+        let named = |text| Kind::named_by(text).unwrap();
+        assert_eq!(named("EXEC.New"), [Kind::ExecNew]);
+        let exec: Vec<Kind> = Kind::ALL.iter().copied().filter(|kind| kind.is_exec()).collect();
+        assert_eq!(named("exec.*"), exec);
+        assert_eq!(named("*.modified"), [Kind::ExecModified, Kind::FileModified]);
+        assert_eq!(named("*"), Kind::ALL);
+        let err = Kind::named_by("exek.*").unwrap_err().to_string();
+        assert!(err.contains("`exek.*` is no finding kind") && err.contains("exec.new"), "{err}");
+    }
 
     #[test]
     fn names_are_read_back() {

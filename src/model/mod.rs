@@ -24,7 +24,7 @@ pub use finding::{
 };
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
-pub use path::{HostilePath, RootfsPath, printable};
+pub use path::{HostilePath, RootfsPath, is_printable, printable};
 pub use process::{
     Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
 };

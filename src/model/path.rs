@@ -133,8 +133,7 @@ pub fn printable(bytes: &[u8]) -> String {
             match character {
                 ' '..='~' if character != '\\' => text.push(character),
                 '\\' => text.push_str("\\\\"),
-                // Letters of any script may stay; marks that reorder or hide text may not.
-                _ if character.is_alphanumeric() => text.push(character),
+                _ if is_printable(character) => text.push(character),
                 _ => write!(text, "{}", character.escape_default())
                     .expect("writing to a String cannot fail"),
             }
@@ -144,6 +143,19 @@ pub fn printable(bytes: &[u8]) -> String {
         }
     }
     text
+}
+
+/// Whether a character may stand on a terminal as it is: letters and symbols of any script.
+/// What moves the cursor, and what reorders, combines with or hides other text, may not.
+pub fn is_printable(character: char) -> bool {
+    match character {
+        ' '..='~' => true,
+        // Letters and a symbol by name that look like nothing.
+        '\u{115f}' | '\u{1160}' | '\u{2800}' | '\u{3164}' | '\u{ffa0}' => false,
+        // The standard library escapes controls, formats, separators, and what is not
+        // assigned.
+        _ => character.is_alphanumeric() || character.escape_debug().len() == 1,
+    }
 }
 
 /// How a path stands in JSON: text, and the bytes where the text cannot say it.

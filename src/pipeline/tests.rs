@@ -134,7 +134,7 @@ impl Node {
                 reason: "the stream ended".into(),
             }),
             ["attached", name] => {
-                Input::Watch(Report::Attached { container: id(name), before_start: true })
+                Input::Watch(Report::Attached { container: id(name), pid: 7, before_start: true })
             }
             ["baseline"] => Input::Baseline(ready(None), ImageReference::default()),
             ["trusted", time] => {
@@ -1697,6 +1697,7 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     node.play("start c1\nbaseline");
     node.give(Input::Watch(Report::NotAttached {
         container: id("c1"),
+        pid: 7,
         reason: "it is not an overlay".into(),
     }));
     let (reply, mut answer) = oneshot::channel();
@@ -1705,6 +1706,31 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     assert_eq!((view.baseline.as_str(), view.watched), ("ready", false));
     assert_eq!(view.problem.as_deref(), Some("it is not an overlay"));
     node.wait(60).expect(&[]);
+}
+
+#[test]
+fn what_is_reported_of_an_earlier_run_says_nothing_of_the_newest() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nbaseline\nstop c1");
+    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    let view = |node: &mut Node| {
+        let (reply, mut answer) = oneshot::channel();
+        node.give(Input::Asked(Question::Containers(reply)));
+        let [view] = &answer.try_recv().unwrap()[..] else { panic!("one container") };
+        (view.watched, view.armed_before_start, view.problem.clone())
+    };
+    // The first run was armed before its start; the second one was over too soon.
+    node.play("attached c1");
+    assert_eq!(view(&mut node), (false, false, None));
+    let reason = "its init process 8 is gone";
+    node.give(Input::Watch(Report::NotAttached {
+        container: id("c1"),
+        pid: 8,
+        reason: reason.into(),
+    }));
+    assert_eq!(view(&mut node), (false, false, Some(reason.to_owned())));
+    node.play("attached c1");
+    assert_eq!(view(&mut node), (false, false, Some(reason.to_owned())));
 }
 
 #[test]
@@ -2403,7 +2429,7 @@ fn u03_a_time_without_driftd_is_a_gap_and_what_the_first_walk_finds_may_have_run
     assert_eq!((&*name, at, until), ("not_running", second(-30), Some(second(0))));
     let problems = |node: &Node| node.state.status().problems;
     assert!(problems(&node).concat().contains("not_running"), "{:?}", problems(&node));
-    let attached = Report::Attached { container: id("c1"), before_start: false };
+    let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
     node.play("connected\nstart c1\nbaseline");
     node.give(Input::Watch(attached));
     node.play("list c1");
@@ -2428,7 +2454,7 @@ fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have
     let at = |millisecond| Timestamp::from_millisecond(millisecond).unwrap();
     let (began, marked) = (at(1000), at(1250));
     node.give(Input::Watch(Report::Unarmed { container: id("c1"), began, marked }));
-    let attached = Report::Attached { container: id("c1"), before_start: false };
+    let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
     node.give(Input::Watch(attached));
     let problems = node.state.status().problems;
     assert!(problems.concat().contains("armed_late") && problems.concat().contains("250 ms"));

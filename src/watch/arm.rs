@@ -203,7 +203,8 @@ impl Arming {
                     watched.set_unannounced(true);
                 }
                 // If it is not taken, the command to attach tells it once more.
-                let _ = self.shared.try_report(Report::Attached { container, before_start });
+                let report = Report::Attached { container, pid, before_start };
+                let _ = self.shared.try_report(report);
                 self.shared.wake_scan();
             }
             Ok(Marked { is_news: false, .. }) => (),

@@ -42,6 +42,9 @@ const QUEUE: usize = 1024;
 /// Without anything to do, the thread still checks whether it is to end.
 const TURN: Duration = Duration::from_millis(500);
 
+/// The process that starts a container opens the input within this time.
+const START: Duration = Duration::from_secs(10);
+
 /// What a directory with a FIFO is listened to for.
 const MASK: u64 = libc::FAN_OPEN | libc::FAN_EVENT_ON_CHILD;
 
@@ -157,6 +160,9 @@ impl Attachments {
         }
         let Ok(client) = Handle::open(named.pid) else { return };
         let root = client.identity();
+        if has_started(root, watched.init, procfs::age(watched.init)) {
+            return;
+        }
         // A person has a terminal, and a manager that takes up its work again has none.
         if is_handed_on && client.first_stat().tty().is_none() {
             return;
@@ -183,6 +189,13 @@ impl Attachments {
     }
 }
 
+/// Whether a process may have started the container: it was there before the container's
+/// init, which has just begun. On a busy node it opens the input later than it is listened
+/// to.
+fn has_started(client: ProcessIdentity, init: ProcessIdentity, age: Duration) -> bool {
+    client.start_time <= init.start_time && age < START
+}
+
 /// Somebody is at the terminal of a container's init.
 pub(super) fn opened(
     root: ProcessIdentity,
@@ -201,4 +214,21 @@ pub(super) fn opened(
         beside: None,
     };
     Fact::SessionOpened { opening: Arc::new(opening) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_starts_a_container_does_not_attach_to_it() {
+        let process = |start_time| ProcessIdentity { pid: 1, start_time };
+        let (before, init, after) = (process(999_990), process(1_000_000), process(1_000_010));
+        let seconds = Duration::from_secs;
+        assert!(has_started(before, init, seconds(0)));
+        assert!(has_started(before, init, seconds(9)));
+        // A program that has been open for long attaches as well.
+        assert!(!has_started(before, init, seconds(11)));
+        assert!(!has_started(after, init, seconds(1)));
+    }
 }

@@ -175,7 +175,7 @@ impl Control {
         match marked {
             Ok(Marked { before_start, is_news }) => {
                 // Also when it is no news to us: it may be to who asks.
-                self.report(Report::Attached { container, before_start });
+                self.report(Report::Attached { container, pid, before_start });
                 if is_news {
                     self.shared.wake_scan();
                 }
@@ -185,7 +185,7 @@ impl Control {
                     let _ = self.shared.health.record(Failure::MarkRefused);
                 }
                 let reason = refusal.to_string();
-                self.report(Report::NotAttached { container, reason });
+                self.report(Report::NotAttached { container, pid, reason });
             }
         }
     }

@@ -122,6 +122,8 @@ pub enum Command {
 pub enum Report {
     Attached {
         container: ContainerId,
+        /// The init of the run that was meant: a report may come when another one has begun.
+        pid: u32,
         /// The gate was in place before the entry point ran.
         before_start: bool,
     },
@@ -135,6 +137,7 @@ pub enum Report {
     /// The container cannot be watched, or not any more.
     NotAttached {
         container: ContainerId,
+        pid: u32,
         reason: String,
     },
     Observed(Observation),

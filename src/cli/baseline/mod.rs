@@ -104,7 +104,7 @@ pub(super) struct Image {
 #[derive(Debug, clap::Args)]
 pub(super) struct Output {
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(short, long, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 

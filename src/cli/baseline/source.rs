@@ -41,7 +41,7 @@ impl Source {
     pub(super) fn list(&self, image: &str) -> anyhow::Result<Vec<proto::Baseline>> {
         match self {
             Source::Store(store) => Ok(baselines::list(store, image)?),
-            Source::Daemon(socket) => talk(socket, |mut client| async move {
+            Source::Daemon(socket) => talk(socket.as_path(), |mut client| async move {
                 let request = proto::ListBaselinesRequest { image: image.to_owned() };
                 Ok(client.list_baselines(request).await.map_err(explain)?.into_inner().baselines)
             }),
@@ -59,7 +59,7 @@ impl Source {
                 let image = baselines::open(store, image)?;
                 image.files().map(baselines::file_to_proto).try_for_each(each)
             }
-            Source::Daemon(socket) => talk(socket, |mut client| async move {
+            Source::Daemon(socket) => talk(socket.as_path(), |mut client| async move {
                 let request = proto::ExportBaselineRequest { image: image.to_owned() };
                 let mut files =
                     client.export_baseline(request).await.map_err(explain)?.into_inner();
@@ -82,7 +82,7 @@ impl Source {
                 let (a, b) = (baselines::open(store, a)?, baselines::open(store, b)?);
                 Ok(diff(&a, &b).map(baselines::difference_to_proto).collect())
             }
-            Source::Daemon(socket) => talk(socket, |mut client| async move {
+            Source::Daemon(socket) => talk(socket.as_path(), |mut client| async move {
                 let request = proto::DiffBaselinesRequest { a: a.to_owned(), b: b.to_owned() };
                 let mut stream =
                     client.diff_baselines(request).await.map_err(explain)?.into_inner();

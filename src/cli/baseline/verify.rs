@@ -15,7 +15,7 @@ use crate::api::proto::layer_entry::Entry;
 use crate::api::proto::witness::State;
 use crate::cli::client::{Client, explain, talk};
 use crate::cli::exit::Exit;
-use crate::cli::output::{Format, json_line, safe, size, write};
+use crate::cli::output::{Format, items, safe, size, write};
 use crate::model::RootfsPath;
 
 /// Differences of one layer that a person is shown.
@@ -252,11 +252,8 @@ fn print(results: &[VerificationJson], output: Format) -> anyhow::Result<Exit> {
                 describe(&mut text, result);
             }
         }
-        Format::Json => text = serde_json::to_string_pretty(results)? + "\n",
-        Format::Jsonl => {
-            for result in results {
-                text.push_str(&json_line(result)?);
-            }
+        Format::Json | Format::Jsonl | Format::Yaml | Format::Columns(_) => {
+            text = items(results, output)?;
         }
     }
     write(text.as_bytes())?;
