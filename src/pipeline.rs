@@ -34,8 +34,8 @@ use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, hex, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
-    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
-    ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
+    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, OverlayDirs, Probe, ProbeId,
+    Process, ProcessIdentity, RootfsPath, Script, Session, Severity, Source, bytes_of_printable,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
@@ -796,6 +796,16 @@ impl State {
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
+            Report::Compared { ticket, observations, end } => {
+                for observation in &observations {
+                    self.note_difference(ticket, observation);
+                }
+                if let Some(complete) = end
+                    && let Some(pending) = self.diffs.remove(&ticket)
+                {
+                    pending.answer(complete);
+                }
+            }
             Report::Lost { failure, container, detail, at } => {
                 self.lost(failure, container, detail, at, effects);
             }
@@ -1512,7 +1522,7 @@ impl State {
                 Err(err) => {
                     let _ = reply.send(Err(err));
                 }
-                Ok(container) => {
+                Ok((container, stopped)) => {
                     let ticket = self.ticket();
                     self.diffs.retain(|_, pending| !pending.reply.is_closed());
                     self.diffs.insert(
@@ -1525,7 +1535,12 @@ impl State {
                             reply,
                         },
                     );
-                    effects.push(Effect::Watch(Command::Scan { container, ticket: Some(ticket) }));
+                    effects.push(Effect::Watch(match stopped {
+                        Some(Stopped { rootfs, entry_point }) => {
+                            Command::Compare { container, ticket, rootfs, entry_point }
+                        }
+                        None => Command::Scan { container, ticket: Some(ticket) },
+                    }));
                 }
             },
             Question::Respond { container, cause, action, reason, requested_by, reply } => {
@@ -1583,14 +1598,25 @@ impl State {
         if is_meant { Ok((id, run)) } else { Err(LookupError::RunGone(id.to_string())) }
     }
 
-    fn diffable(&self, text: &str) -> Result<ContainerId, LookupError> {
+    /// The container that is to be compared, with what its layers are if it does not run.
+    fn diffable(&self, text: &str) -> Result<(ContainerId, Option<Stopped>), LookupError> {
         let id = self.lookup(text)?;
         let entry = self.inventory.get(&id).ok_or(LookupError::Unknown(text.to_owned()))?;
         let refuse = |reason: String| Err(LookupError::NotWatched(id.to_string(), reason));
         match (&entry.watch, &entry.baseline) {
-            (WatchState::No, _) => refuse("it is not running".into()),
+            (WatchState::No, _) if entry.removed => refuse("it was removed".into()),
             (WatchState::Refused(reason), _) => refuse(reason.clone()),
-            (WatchState::Asked | WatchState::Attached { .. }, BaselineState::Ready(_)) => Ok(id),
+            (WatchState::Asked | WatchState::Attached { .. }, BaselineState::Ready(_)) => {
+                Ok((id, None))
+            }
+            (WatchState::No, BaselineState::Ready(_)) => {
+                let rootfs = entry.container.as_ref().and_then(|known| known.rootfs.clone());
+                let Some(rootfs) = rootfs else {
+                    return refuse("it does not run, and where its files are is not known".into());
+                };
+                let entry_point = entry.entry_point.clone();
+                Ok((id, Some(Stopped { rootfs, entry_point })))
+            }
             (_, baseline) => refuse(format!("its baseline is {}", baseline.describe())),
         }
     }
@@ -1659,6 +1685,12 @@ impl State {
             gaps: self.gaps.all(),
         }
     }
+}
+
+/// What of a container that does not run is compared.
+struct Stopped {
+    rootfs: OverlayDirs,
+    entry_point: Vec<RootfsPath>,
 }
 
 impl PendingDiff {
@@ -1782,7 +1814,8 @@ const EXTRACTED: &str = "the program of the image that loads it has written it i
 
 /// Whether a process runs a program that was told as drift itself.
 fn is_drift(entry: &Entry, process: &Process) -> bool {
-    let exe = process.exe.as_deref().and_then(|exe| RootfsPath::new(exe).ok());
+    let exe = process.exe.as_deref().map(bytes_of_printable);
+    let exe = exe.and_then(|exe| RootfsPath::new(exe).ok());
     exe.is_none_or(|exe| entry.about(&exe).any(|told| told.kind.is_exec()))
 }
 

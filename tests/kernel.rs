@@ -574,6 +574,7 @@ fn summary(report: &Report) -> String {
         | Report::NotAttached { .. }
         | Report::Unarmed { .. }
         | Report::Scanned { .. }
+        | Report::Compared { .. }
         | Report::Over { .. }
         | Report::Lost { .. } => format!("{report:?}"),
     }
@@ -2163,6 +2164,7 @@ fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
         | Report::NotAttached { .. }
         | Report::Unarmed { .. }
         | Report::Scanned { .. }
+        | Report::Compared { .. }
         | Report::Over { .. }
         | Report::Lost { .. } => (None, &[][..]),
     };

@@ -11,6 +11,7 @@ pub mod observation;
 pub mod path;
 pub mod process;
 pub mod session;
+mod text;
 
 pub use container::{
     Blob, Container, ContainerId, EntryPoint, IdMap, IdRange, ImageReference, Incarnation, Labels,
@@ -24,7 +25,7 @@ pub use finding::{
 };
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
-pub use path::{HostilePath, RootfsPath, is_printable, printable};
+pub use path::{HostilePath, RootfsPath, bytes_of_printable, is_printable, printable};
 pub use process::{
     Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
 };

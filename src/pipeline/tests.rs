@@ -1327,12 +1327,47 @@ fn a_diff_names_every_difference_and_which_are_findings() {
 }
 
 #[test]
-fn a_container_that_is_not_running_has_no_diff_but_a_reason() {
+fn u06_a_stopped_container_is_compared_where_its_layer_lies_and_nothing_is_judged() {
     let mut node = Node::running();
     node.play("stop c1");
-    for (name, expected) in
-        [("c1", "container default/c1 is not watched: it is not running"), ("zz", "no container")]
-    {
+    let (reply, mut answer) = oneshot::channel();
+    node.give(Input::Asked(Question::Diff { container: "c1".into(), reply }));
+    let Some(Command::Compare { container, ticket, rootfs, .. }) = node.commands.pop() else {
+        panic!("no walk: {:?}", answer.try_recv())
+    };
+    let dirs = OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] };
+    assert_eq!((container, rootfs), (id("c1"), dirs));
+    let observation = Observation {
+        container: id("c1"),
+        init: init(0),
+        at: Timestamp::UNIX_EPOCH,
+        source: Source::Scan,
+        session: None,
+        file_of: None,
+        reached_as: None,
+        fact: present(RootfsPath::new("/tmp/x").unwrap(), "evil"),
+    };
+    let compared = |observations, end| Input::Watch(Report::Compared { ticket, observations, end });
+    node.give(compared(vec![observation], None));
+    assert!(answer.try_recv().is_err(), "it is not over");
+    node.give(compared(Vec::new(), Some(true)));
+    let diff = answer.try_recv().unwrap().unwrap();
+    let paths: Vec<_> = diff.differences.iter().map(|one| one.path.to_string()).collect();
+    assert_eq!((paths, diff.incomplete), (vec!["/tmp/x".to_owned()], false));
+    assert!(node.told.is_empty(), "a question changes nothing");
+}
+
+#[test]
+fn a_container_that_cannot_be_compared_has_no_diff_but_a_reason() {
+    let mut node = Node::running();
+    node.play("start c2\nstop c1\nremove c2");
+    let nowhere = Container { rootfs: None, ..container("c1", None) };
+    node.give(Input::Node(Change::Container(Box::new(nowhere))));
+    for (name, expected) in [
+        ("c1", "container default/c1 is not watched: it does not run, and where its files are"),
+        ("c2", "container default/c2 is not watched: it was removed"),
+        ("zz", "no container"),
+    ] {
         let (reply, mut answer) = oneshot::channel();
         node.give(Input::Asked(Question::Diff { container: name.into(), reply }));
         let err = answer.try_recv().unwrap().unwrap_err().to_string();

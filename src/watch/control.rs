@@ -21,7 +21,7 @@ use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report, Verdict};
 use crate::gate::Place;
 use crate::health::Failure;
-use crate::model::{ContainerId, OverlayDirs, printable};
+use crate::model::{ContainerId, OverlayDirs, RootfsPath, printable};
 use crate::sys::door::View;
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::{self, Handle};
@@ -87,6 +87,9 @@ impl Control {
                 }
                 Ok(Command::Detach { container, pid }) => self.detach(&container, pid),
                 Ok(Command::Scan { container, ticket }) => self.scan(container, ticket),
+                Ok(Command::Compare { container, ticket, rootfs, entry_point }) => {
+                    self.compare(container, ticket, rootfs, entry_point);
+                }
                 Ok(Command::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
@@ -215,6 +218,24 @@ impl Control {
         } else {
             let began = Timestamp::now();
             self.report(Report::Scanned { container, ticket, began, complete: false });
+        }
+    }
+
+    fn compare(
+        &mut self,
+        container: ContainerId,
+        ticket: u64,
+        rootfs: OverlayDirs,
+        entry_point: Vec<RootfsPath>,
+    ) {
+        let watched = Watched::stopped(container, rootfs, entry_point).map(Arc::new);
+        let ordered = watched.is_some_and(|watched| {
+            self.orders.try_send(Order::Compare { watched, ticket }).is_ok()
+        });
+        if ordered {
+            self.shared.wake_scan();
+        } else {
+            self.report(Report::Compared { ticket, observations: Vec::new(), end: Some(false) });
         }
     }
 }

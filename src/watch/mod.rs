@@ -103,6 +103,14 @@ pub enum Command {
     /// Walk the upperdir now. With a ticket, the batches and the end of this
     /// scan carry it.
     Scan { container: ContainerId, ticket: Option<u64> },
+    /// Walk the upperdir of a container that does not run, for whoever has asked with this
+    /// ticket. Nothing is marked, and nothing is reported but [`Report::Compared`].
+    Compare {
+        container: ContainerId,
+        ticket: u64,
+        rootfs: OverlayDirs,
+        entry_point: Vec<RootfsPath>,
+    },
     /// From now on, this is how far the files of the image's layers are trusted.
     /// What was judged before counts no more.
     Trust { container: ContainerId, trust: Trust },
@@ -155,6 +163,14 @@ pub enum Report {
         began: Timestamp,
         /// Whether the whole upperdir was walked.
         complete: bool,
+    },
+    /// What a walk of a container that does not run has found. It answers a question and is
+    /// not judged: nobody saw it happen.
+    Compared {
+        ticket: u64,
+        observations: Vec<Observation>,
+        /// The walk is over, and whether it was whole.
+        end: Option<bool>,
     },
     /// What was said to be seen no more, and what no walk makes up for, is seen again.
     Over {

@@ -268,6 +268,24 @@ impl Watched {
         }
     }
 
+    /// A container that does not run, for a walk of its layers alone; `None` if they are
+    /// gone. It belongs in no table: nothing that happens is its.
+    pub(super) fn stopped(
+        container: ContainerId,
+        dirs: OverlayDirs,
+        entry_point: Vec<RootfsPath>,
+    ) -> Option<Watched> {
+        let nobody = ProcessIdentity { pid: 0, start_time: 0 };
+        let upper = file::stat_path(&dirs.upperdir).ok()?;
+        let watched = Watched::new(container, nobody, &upper, Vec::new(), None, None, None);
+        let redirects = overlay::redirects_by_default();
+        let (userxattr, workdir, is_exported) = (false, None, false);
+        let mount = overlay::Mount { dirs, userxattr, redirects, workdir, is_exported };
+        watched.set_layers(Layers::new(mount)?);
+        watched.set_entry_point(entry_point);
+        Some(watched)
+    }
+
     /// Whether its init is the first process of a pid namespace, as its processes
     /// number themselves: another container may be in that too, but was put there.
     pub(super) fn has_own_pid_namespace(&self) -> bool {

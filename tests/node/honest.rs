@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::node::{DEADLINE, Node, bench, talk, wait_for};
+use crate::programs::WORKBENCH;
 use crate::{trial, trial_alone, trial_of_recording};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -25,6 +26,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         trial_alone("u03_a_time_without_driftd_is_a_gap_and_what_is_found_may_have_run", "", down),
         trial_alone("r36_of_containers_that_start_at_once_nothing_is_missed_in_silence", "", burst),
+        trial("u06_a_stopped_container_is_compared_with_its_image", stopped),
+        trial("u12_arguments_are_raw_in_json_with_bytes_where_they_are_no_text", raw),
         trial("d06_d08_what_is_no_image_is_no_problem_and_says_so", no_image),
     ]
 }
@@ -85,8 +88,10 @@ fn paths_on_disk(history: &Path) -> anyhow::Result<Vec<String>> {
 fn disk_full(node: &Node) -> anyhow::Result<()> {
     let disk = SmallDisk::mount(node.path("driftd"))?;
     node.import(&bench()?.workbench)?;
+    // Before driftd: of one that begins later it may be said that it was armed late.
+    let container = node.unwatched_container_of(WORKBENCH)?;
     node.start_driftd()?;
-    let container = node.container()?;
+    container.wait_until_watched()?;
     wait_until_complete(node)?;
     assert_eq!(view(node)?, (Some(0), true));
     let drop_one = |name: &str| -> anyhow::Result<()> {
@@ -213,6 +218,56 @@ fn burst(node: &Node) -> anyhow::Result<()> {
         crate::node::end(busy);
     }
     judged
+}
+
+// ---- a container that does not run
+
+fn stopped(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container
+        .sh("cp /.control/x /tmp/x; echo more >> /etc/passwd; rm /bin/true; chmod 0700 /bin/ls")?;
+    let mut running = Vec::new();
+    wait_for("what the running container shows", || {
+        running = container.diff()?;
+        Ok((running.len() >= 4).then_some(()))
+    })?;
+    container.stop()?;
+    wait_for("the container to be stopped", || {
+        let known = node.answer(&["containers"])?;
+        let mut known = known.iter().filter(|one| one["id"] == container.id.as_str());
+        Ok(known.any(|one| one["pid"].is_null()).then_some(()))
+    })?;
+    assert_eq!(container.diff()?, running);
+    // The same where driftd has never seen it run.
+    node.stop_driftd()?;
+    node.start_driftd()?;
+    wait_for("its baseline", || {
+        let output = node.driftd(&["diff", &container.id])?;
+        Ok((output.status.code() == Some(1)).then_some(()))
+    })?;
+    let findings = container.findings()?;
+    assert_eq!(container.diff()?, running);
+    assert_eq!(container.findings()?, findings, "a question changes nothing");
+    Ok(())
+}
+
+fn raw(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container
+        .sh(r#"cp /.control/x /tmp/x; /tmp/x "$(printf 'a\\b\033[2J')" 木 "$(printf '\376')""#)?;
+    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let process = &findings[0]["process"];
+    assert_eq!(process["exe_bytes"], Value::Null);
+    let arguments = process["argv"].as_array().context("no arguments")?;
+    assert_eq!(arguments[1..], [json!("a\\b\u{1b}[2J"), json!("木"), json!("\\xfe")]);
+    assert_eq!(process["argv_bytes"][3], "/g==");
+    let id = findings[0]["id"].as_str().context("no ID")?;
+    let shown = node.driftd(&["show", id])?;
+    let shown = String::from_utf8(shown.stdout)?;
+    ensure!(!shown.contains('\u{1b}') && shown.contains('木'), "{shown}");
+    Ok(())
 }
 
 // ---- what is no image
