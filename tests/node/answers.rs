@@ -1,8 +1,9 @@
 //! What driftd knows, and what it does when asked: baselines, the findings
 //! stream, kill, pause and resume.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read};
 use std::process::Stdio;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -22,7 +23,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("the_gate_is_armed_when_a_container_starts", armed),
         trial("diff_tells_every_difference_and_exits_with_1", diff_tells),
         trial("findings_are_filtered_and_shown_whole", filtered_and_shown),
-        trial_alone("a_follower_sees_findings_live_and_resumes", "", follow),
+        trial_alone("a_follower_sees_findings_live_and_goes_on_after_a_stop", "", follow),
         trial("kill_on_request_ends_the_container_and_is_recorded", kill_on_request),
         trial("pause_and_resume_are_carried_out_and_recorded", pause_and_resume),
         trial("a_response_needs_a_reason_and_a_known_container", response_refused),
@@ -168,7 +169,9 @@ fn filtered_and_shown(node: &Node) -> anyhow::Result<()> {
 /// `driftd findings --follow`, line by line.
 struct Follower {
     child: std::process::Child,
-    lines: std::sync::mpsc::Receiver<String>,
+    lines: Receiver<String>,
+    /// What it says of the stream itself.
+    notes: Receiver<String>,
 }
 
 impl Follower {
@@ -178,16 +181,14 @@ impl Follower {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
-        let stdout = child.stdout.take().context("stdout is piped")?;
-        let (sender, lines) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Follower { child, lines })
+        let lines = lines_of(child.stdout.take().context("stdout is piped")?);
+        let notes = lines_of(child.stderr.take().context("stderr is piped")?);
+        Ok(Follower { child, lines, notes })
+    }
+
+    fn next(&self) -> anyhow::Result<Value> {
+        let line = self.lines.recv_timeout(crate::node::DEADLINE).context("nothing came")?;
+        Ok(serde_json::from_str(&line)?)
     }
 
     /// The next finding that is about a file of this path.
@@ -204,13 +205,31 @@ impl Follower {
         }
     }
 
-    /// Waits for the end of the stream, and hands back what was said about it.
-    fn ended(&mut self) -> anyhow::Result<String> {
-        let mut said = String::new();
-        self.child.stderr.take().context("stderr is piped")?.read_to_string(&mut said)?;
-        self.child.wait()?;
-        Ok(said)
+    /// What comes behind these words on standard error.
+    fn notes(&self, words: &str) -> anyhow::Result<String> {
+        loop {
+            let note = self
+                .notes
+                .recv_timeout(crate::node::DEADLINE)
+                .with_context(|| format!("it did not say {words:?}"))?;
+            if let Some((_, rest)) = note.split_once(words) {
+                return Ok(rest.to_owned());
+            }
+        }
     }
+}
+
+/// Reads in a thread, so that whoever waits for a line can give up.
+fn lines_of(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
 }
 
 impl Drop for Follower {
@@ -225,27 +244,24 @@ fn follow(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("one")?;
     container.lay_payload("two")?;
     container.lay_payload("three")?;
-    let mut follower = Follower::start(node, &["--container", &container.id])?;
+    let follower = Follower::start(node, &["--container", &container.id])?;
     container.sh("cp /.control/one /tmp/one; /tmp/one")?;
     assert_eq!(follower.sees("/tmp/one")?["kind"], "exec.new");
     container.sh("cp /.control/two /tmp/two; /tmp/two")?;
     assert_eq!(follower.sees("/tmp/two")?["kind"], "exec.new");
 
-    // When driftd stops, the stream says where it can be taken up again.
+    // When driftd stops, the follower says where it goes on, and does so.
     node.stop_driftd()?;
-    let said = follower.ended()?;
-    let cursor = said
-        .split("--after ")
-        .nth(1)
-        .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>())
-        .with_context(|| format!("no cursor was told: {said}"))?;
+    let cursor = follower.notes("waiting for it, to go on after ")?;
     node.start_driftd()?;
     container.wait_until_watched()?;
+    follower.notes("driftd is back")?;
     container.sh("cp /.control/three /tmp/three; /tmp/three")?;
-    let follower = Follower::start(node, &["--container", &container.id, "--after", &cursor])?;
-    let first = follower.lines.recv_timeout(crate::node::DEADLINE).context("nothing came")?;
-    let first: Value = serde_json::from_str(&first)?;
-    assert_eq!(first["file"]["path"], "/tmp/three", "{first:#}");
+    let resumed = Follower::start(node, &["--container", &container.id, "--after", &cursor])?;
+    for follower in [&follower, &resumed] {
+        let first = follower.next()?;
+        assert_eq!(first["file"]["path"], "/tmp/three", "{first:#}");
+    }
     Ok(())
 }
 
