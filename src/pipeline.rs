@@ -737,9 +737,9 @@ impl State {
                     && entry.is_newest_run(pid)
                 {
                     entry.watch = WatchState::Refused(reason);
+                    // No walk of it comes; that it is not watched is said by itself.
+                    tell_closed(self.gaps.gone(&container, now), effects);
                 }
-                // No walk of it comes; that it is not watched is said by itself.
-                tell_closed(self.gaps.gone(&container, now), effects);
             }
             Report::Unarmed { container, began, marked } => {
                 if let Some(entry) = self.inventory.get_mut(&container) {

@@ -2498,8 +2498,10 @@ fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have
     node.play("scan c1 /tmp/x new");
     let detail = node.told.last().unwrap().detail.clone().unwrap_or_default();
     assert!(detail.contains("may have run"), "{detail:?}");
-    // No walk finds what has gone.
+    // No walk finds what has gone, and an earlier run says nothing of this one.
     node.give(scanned("c1", 5));
+    let (container, reason) = (id("c1"), "its init is gone".to_owned());
+    node.give(Input::Watch(Report::NotAttached { container, pid: 3, reason }));
     assert_eq!(node.state.status().problems.len(), 1);
     node.clock = 100;
     node.give(Input::Due);
