@@ -33,7 +33,7 @@ use crate::sys::pidfd;
 use crate::sys::procfs::Handle;
 use crate::threads::stop::{self, Stage};
 use crate::threads::{self, Left, Role, Threads};
-use crate::watch::{self, Command, Scope, Watch};
+use crate::watch::{self, Command, LEFT_TO_THE_START, Scope, Watch};
 use crate::{api, respond};
 
 /// The order in which a stop ends everything, each stage with how long it may take: the
@@ -302,8 +302,8 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
                 let mut left = unreported.left();
                 left.extend(of_pipeline.left(&[PIPELINE]));
                 let is_all = left.iter().all(|left| left.count == 0);
-                if !is_all {
-                    let _ = writer.records().try_send(left_by_a_stop(began, &left));
+                if let Some(gap) = left_by_a_stop(began, &left) {
+                    let _ = writer.records().try_send(gap);
                 }
                 writer.stop_after(is_all);
             }),
@@ -323,17 +323,17 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
     STOP.into_iter().zip(works).map(stage).collect()
 }
 
-/// What a stop that began at `began` had no time for.
-fn left_by_a_stop(began: Timestamp, left: &[Left]) -> Record {
-    let left: Vec<String> =
-        left.iter().map(|Left { what, count }| format!("{count} {what}")).collect();
-    Record::Gap {
+/// What a stop that began at `began` had no time for, and no start finds again.
+fn left_by_a_stop(began: Timestamp, left: &[Left]) -> Option<Record> {
+    let left = left.iter().filter(|left| left.count > 0 && left.what != LEFT_TO_THE_START);
+    let left: Vec<String> = left.map(|Left { what, count }| format!("{count} {what}")).collect();
+    (!left.is_empty()).then(|| Record::Gap {
         name: Failure::NotRunning.name().into(),
         container: None,
         detail: format!("a stop had no time for all that was seen: {}", left.join(", ")),
         at: began,
         until: Some(Timestamp::now()),
-    }
+    })
 }
 
 /// What is asked of the watchers when containerd tells of a task.
@@ -432,6 +432,18 @@ fn create_private(directory: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_is_a_gap_for_what_no_start_finds_again() {
+        let left = |what, count| Left { what, count };
+        let gap = |left: &[Left]| left_by_a_stop(Timestamp::UNIX_EPOCH, left);
+        assert_eq!(gap(&[left("items taken and not told", 0), left(LEFT_TO_THE_START, 3)]), None);
+        let Some(Record::Gap { name, detail, .. }) = gap(&[left("executions", 2)]) else {
+            panic!("no gap")
+        };
+        assert_eq!(name, "not_running");
+        assert!(detail.ends_with(": 2 executions"), "{detail}");
+    }
 
     #[test]
     fn a_stop_closes_the_gate_first_and_ends_before_systemd_loses_patience() {

@@ -200,6 +200,9 @@ pub enum Error {
     Thread { name: &'static str, source: io::Error },
 }
 
+/// What of [`Watch::left`] is not lost.
+pub const LEFT_TO_THE_START: &str = "changed files, which the next start looks at";
+
 /// How many executed files may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
 const LARGE_QUEUE: usize = 64;
@@ -531,7 +534,7 @@ impl Watch {
         let more = [
             ("items taken and not told", untold),
             ("executions answered and not taken from the gate", self.shared.untaken()),
-            ("changed files, which the next start looks at", self.shared.unsettled()),
+            (LEFT_TO_THE_START, self.shared.unsettled()),
         ];
         left.extend(
             more.into_iter()
