@@ -366,7 +366,7 @@ impl Eye {
             Act::End => (),
             Act::Runtime { pid } => {
                 if let Some(call) = calls::read(pid) {
-                    shared.calls().keep(pid, call);
+                    shared.calls().keep(call);
                 }
             }
             Act::Alive { identity, process } => {

@@ -4,13 +4,13 @@
 //! A runtime takes some milliseconds to prepare what it executes. It is looked at when
 //! the kernel records that it was called, or at the latest when the gate is asked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::table::Watched;
-use crate::model::printable;
+use crate::model::{ProcessIdentity, printable};
 use crate::sys::file;
 use crate::sys::procfs::{self, Handle};
 
@@ -26,23 +26,38 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct Calls {
     calls: HashMap<u32, (Instant, Call)>,
+    /// Runtimes whose call was read when what they execute was seen: the record of their
+    /// own start may be read after that, and must not be taken for another's.
+    answered: VecDeque<ProcessIdentity>,
 }
 
 /// One call of a runtime.
 #[derive(Clone, Debug)]
 pub(super) struct Call {
+    runtime: ProcessIdentity,
     arguments: Vec<Vec<u8>>,
     /// The arguments in the document that they name.
     document: Option<Vec<String>>,
 }
 
+/// What a runtime was asked to execute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    pub(super) argv: Vec<String>,
+    /// The runtime had ended, and this is the only call that can be meant.
+    pub(super) is_guess: bool,
+}
+
 impl Calls {
-    pub(super) fn keep(&mut self, pid: u32, call: Call) {
+    pub(super) fn keep(&mut self, call: Call) {
+        if self.answered.contains(&call.runtime) {
+            return;
+        }
         if self.calls.len() >= MAX_CALLS {
             self.calls.retain(|_, (since, _)| since.elapsed() < KEPT);
         }
         if self.calls.len() < MAX_CALLS {
-            self.calls.insert(pid, (Instant::now(), call));
+            self.calls.insert(call.runtime.pid, (Instant::now(), call));
         }
     }
 
@@ -60,6 +75,25 @@ impl Calls {
     fn take(&mut self, pid: u32) -> Option<Call> {
         self.calls.remove(&pid).filter(|(since, _)| since.elapsed() < KEPT).map(|(_, call)| call)
     }
+
+    /// The call of the runtime that has this number now, or had it last.
+    fn of(&mut self, pid: u32) -> Option<Call> {
+        let living = Handle::open(pid).ok().map(|handle| handle.identity());
+        let is_its = |call: &Call| living.is_none_or(|living| living == call.runtime);
+        if let Some(call) = self.take(pid).filter(is_its) {
+            return Some(call);
+        }
+        let call = read(pid)?;
+        self.answer(call.runtime);
+        Some(call)
+    }
+
+    fn answer(&mut self, runtime: ProcessIdentity) {
+        if self.answered.len() == MAX_CALLS {
+            self.answered.pop_front();
+        }
+        self.answered.push_back(runtime);
+    }
 }
 
 /// What a runtime was asked to execute in a container. `is_by_runtime`: the process was
@@ -69,19 +103,19 @@ pub(super) fn asked_for(
     pid: u32,
     watched: &Watched,
     is_by_runtime: bool,
-) -> Option<Vec<String>> {
+) -> Option<Asked> {
     let id = watched.container.id.as_bytes();
-    let known = calls.take(pid).or_else(|| read(pid));
+    let known = calls.of(pid);
+    let is_guess = known.is_none();
     let call = match known {
         None if is_by_runtime => calls.take_only(id),
         known => known,
     }?;
-    match in_arguments(&call.arguments, Some(id))? {
-        AskedFor::Command(command) => {
-            Some(command.iter().map(|argument| printable(argument)).collect())
-        }
-        AskedFor::Document(_) => call.document,
-    }
+    let argv = match in_arguments(&call.arguments, Some(id))? {
+        AskedFor::Command(command) => command.iter().map(|argument| printable(argument)).collect(),
+        AskedFor::Document(_) => call.document?,
+    };
+    Some(Asked { argv, is_guess })
 }
 
 /// Looks at a runtime that was called. Nobody else's word is taken: it must live in
@@ -97,7 +131,7 @@ pub(super) fn read(pid: u32) -> Option<Call> {
         AskedFor::Command(_) => None,
         AskedFor::Document(path) => read_document(&path),
     };
-    Some(Call { arguments, document })
+    Some(Call { runtime: handle.identity(), arguments, document })
 }
 
 fn read_document(path: &[u8]) -> Option<Vec<String>> {
@@ -169,22 +203,48 @@ mod tests {
 
     #[test]
     fn calls_are_remembered_and_bounded() {
+        let call = |pid, id: &str| {
+            let runtime = ProcessIdentity { pid, start_time: 5 };
+            Call { runtime, arguments: vec![id.into()], document: None }
+        };
         let mut calls = Calls::default();
-        let call = Call { arguments: Vec::new(), document: None };
         for pid in 0..4000 {
-            calls.keep(pid, call.clone());
+            calls.keep(call(pid, "c1"));
         }
         assert_eq!(calls.calls.len(), MAX_CALLS);
         assert!(calls.take(7).is_some());
         assert!(calls.take(7).is_none(), "a pid is used again");
+        for pid in 0..4000 {
+            calls.answer(call(pid, "c1").runtime);
+        }
+        assert_eq!(calls.answered.len(), MAX_CALLS);
 
         let mut calls = Calls::default();
-        let call = |id: &str| Call { arguments: vec![id.into()], document: None };
-        calls.keep(1, call("c1"));
-        calls.keep(2, call("c2"));
+        calls.keep(call(1, "c1"));
+        calls.keep(call(2, "c2"));
         assert!(calls.take_only(b"c1").is_some());
         assert!(calls.take_only(b"c1").is_none());
-        calls.keep(3, call("c2"));
+        calls.keep(call(3, "c2"));
         assert!(calls.take_only(b"c2").is_none(), "it could be either");
+    }
+
+    #[test]
+    fn a_call_is_used_once_and_of_its_own_runtime() {
+        let pid = std::process::id();
+        let this = Handle::open(pid).unwrap().identity();
+        let call = |start_time| {
+            let runtime = ProcessIdentity { pid, start_time };
+            Call { runtime, arguments: vec!["c1".into()], document: None }
+        };
+        let mut calls = Calls::default();
+        calls.keep(call(this.start_time));
+        assert!(calls.of(pid).is_some());
+        // This process is no runtime, and another one had its number.
+        calls.keep(call(this.start_time - 1));
+        assert!(calls.of(pid).is_none());
+        // What was read already is recorded late.
+        calls.answer(this);
+        calls.keep(call(this.start_time));
+        assert!(calls.take_only(b"c1").is_none());
     }
 }

@@ -100,7 +100,7 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     if sessions.opens(shared, stat, &seen.watched, &mut || false) {
         let mut process = Process::clone(&process);
         let asked_for = calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, false);
-        process.argv = asked_for.or(process.argv);
+        process.argv = asked_for.map(|asked| asked.argv).or(process.argv);
         let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
         sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
     }

@@ -274,14 +274,22 @@ impl Sessions {
             is_in_control_group: arrival.map(|Arrived| true),
         };
         let mut executing = process::after_exec(caller, watched, others_wait);
+        let recorded =
+            || process::recorded_arguments(shared, (caller.pid, caller.asked), others_wait);
         if executing.process.argv.is_none() {
-            let execve = (caller.pid, caller.asked);
-            executing.process.argv = process::recorded_arguments(shared, execve, others_wait);
+            executing.process.argv = recorded();
         }
         let mut process = executing.process.clone();
-        if asked_for.is_some() && asked_for != process.argv {
-            // It was over, or had become another program already.
-            (process.argv, process.exe) = (asked_for, None);
+        if let Some(asked) = asked_for
+            && process.argv.as_ref() != Some(&asked.argv)
+        {
+            // It was over, or had become another program already; or the call was meant for
+            // another process, which only the kernel's record of this one can tell.
+            let recorded = if asked.is_guess { recorded() } else { None };
+            let argv = recorded.unwrap_or(asked.argv);
+            if process.argv.as_ref() != Some(&argv) {
+                (process.argv, process.exe) = (Some(argv), None);
+            }
         }
         let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
         let opened = Opened { process, pidfd, by_runtime };
