@@ -19,8 +19,8 @@ use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs, Lane, Urgent};
 use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
-use crate::health::{Gating, Health, Missing};
-use crate::history::{History, Keep, Writer};
+use crate::health::{Failure, Gating, Health, Missing};
+use crate::history::{History, Keep, Record, Writer};
 use crate::journal;
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
@@ -33,7 +33,7 @@ use crate::sys::procfs::Handle;
 use crate::sys::{pidfd, process};
 use crate::threads::stop::{self, Stage};
 use crate::threads::{self, Left, Role, Threads};
-use crate::watch::{self, Command, Scope, Watch};
+use crate::watch::{self, Command, LEFT_TO_THE_START, Scope, Watch};
 use crate::{api, respond};
 
 /// The order in which a stop ends everything, each stage with how long it may take: the
@@ -92,8 +92,9 @@ pub fn run(
     // What was told of containers is read when those show up.
     let findings = reader.told_of(None).context("cannot read the history")?;
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let mut state =
-        State::new(node.clone(), policy_of(config), health.clone(), findings, Timestamp::now());
+    let now = Timestamp::now();
+    let mut state = State::new(node.clone(), policy_of(config), health.clone(), findings, now);
+    let gap = history.last_beat().map(|beat| state.was_not_running(beat, now));
     let mut sessions = Vec::new();
     for mut session in reader.open_sessions().context("cannot read the history")? {
         if Handle::open_exactly(session.process.identity).is_err() {
@@ -125,6 +126,9 @@ pub fn run(
     }
     let writer = history.start(keep_of(config), health.clone());
     let logged = *writer.committed().borrow();
+    if let Some(gap) = gap {
+        let _ = writer.records().send(gap);
+    }
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -292,8 +296,10 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
     } = running;
     let nothing = || Vec::new();
     let unwritten = writer.left();
-    let (gate, watchers, drained) = (watch.clone(), watch.clone(), watch);
+    let (gate, watchers, drained, unreported) =
+        (watch.clone(), watch.clone(), watch.clone(), watch);
     let (end_of_pipeline, pipeline, runtime) = (threads.clone(), threads.clone(), runtime.clone());
+    let (of_pipeline, began) = (threads.clone(), Timestamp::now());
     let works: [Work; STOP.len()] = [
         (
             Box::new(move |_| {
@@ -312,7 +318,18 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
             Box::new(move || pipeline.left(&[PIPELINE])),
         ),
         (Box::new(move |_| recorder.stop()), Box::new(nothing)),
-        (Box::new(move |_| writer.stop()), Box::new(unwritten)),
+        (
+            Box::new(move |_| {
+                let mut left = unreported.left();
+                left.extend(of_pipeline.left(&[PIPELINE]));
+                let is_all = left.iter().all(|left| left.count == 0);
+                if let Some(gap) = left_by_a_stop(began, &left) {
+                    let _ = writer.records().try_send(gap);
+                }
+                writer.stop_after(is_all);
+            }),
+            Box::new(unwritten),
+        ),
         (
             Box::new(move |_| {
                 let _ = end_api.send(());
@@ -333,6 +350,19 @@ fn stages(running: Running, runtime: &tokio::runtime::Handle, threads: &Threads)
     ];
     let stage = |((name, within), (run, left)): (_, Work)| Stage { name, within, run, left };
     STOP.into_iter().zip(works).map(stage).collect()
+}
+
+/// What a stop that began at `began` had no time for, and no start finds again.
+fn left_by_a_stop(began: Timestamp, left: &[Left]) -> Option<Record> {
+    let left = left.iter().filter(|left| left.count > 0 && left.what != LEFT_TO_THE_START);
+    let left: Vec<String> = left.map(|Left { what, count }| format!("{count} {what}")).collect();
+    (!left.is_empty()).then(|| Record::Gap {
+        name: Failure::NotRunning.name().into(),
+        container: None,
+        detail: format!("a stop had no time for all that was seen: {}", left.join(", ")),
+        at: began,
+        until: Some(Timestamp::now()),
+    })
 }
 
 /// What is asked of the watchers when containerd tells of a task.
@@ -475,16 +505,29 @@ async fn feed_watchdog(pulse: Arc<Pulse>) {
 /// Baselines and findings tell an attacker what is watched: they are root's.
 fn create_private(directory: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .with_context(|| format!("cannot create the state directory {}", directory.display()))
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    if made.as_ref().is_err_and(crate::history::is_of_the_disk) {
+        // The history says it, and is kept in memory.
+        return Ok(());
+    }
+    made.with_context(|| format!("cannot create the state directory {}", directory.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_is_a_gap_for_what_no_start_finds_again() {
+        let left = |what, count| Left { what, count };
+        let gap = |left: &[Left]| left_by_a_stop(Timestamp::UNIX_EPOCH, left);
+        assert_eq!(gap(&[left("items taken and not told", 0), left(LEFT_TO_THE_START, 3)]), None);
+        let Some(Record::Gap { name, detail, .. }) = gap(&[left("executions", 2)]) else {
+            panic!("no gap")
+        };
+        assert_eq!(name, "not_running");
+        assert!(detail.ends_with(": 2 executions"), "{detail}");
+    }
 
     #[test]
     fn a_stop_closes_the_gate_first_and_ends_before_systemd_loses_patience() {

@@ -50,7 +50,7 @@ pub enum Failure {
     MountsFull,
     /// More directories are in upper layers than are listened to.
     NamesFull,
-    /// A container started before its marks were in place, and they were required.
+    /// A container's entry point ran before its marks were in place.
     ArmedLate,
     /// More libraries, scripts and shells waited to be looked at than may wait.
     CodeQueueFull,
@@ -72,6 +72,8 @@ pub enum Failure {
     HistoryFull,
     /// The history's file was removed or replaced while driftd ran.
     HistoryGone,
+    /// driftd did not run for a time.
+    NotRunning,
 }
 
 /// What is done about a [`Failure`].
@@ -86,7 +88,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 28] = [
+    pub const ALL: [Failure; 29] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -115,6 +117,7 @@ impl Failure {
         Failure::ThreadStuck,
         Failure::HistoryFull,
         Failure::HistoryGone,
+        Failure::NotRunning,
     ];
 
     pub fn name(self) -> &'static str {
@@ -147,6 +150,7 @@ impl Failure {
             Failure::ThreadStuck => "thread_stuck",
             Failure::HistoryFull => "history_full",
             Failure::HistoryGone => "history_gone",
+            Failure::NotRunning => "not_running",
         }
     }
 
@@ -162,6 +166,7 @@ impl Failure {
             | Failure::ArmedLate
             | Failure::GateQueueFull
             | Failure::ClockSet
+            | Failure::NotRunning
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost
             | Failure::BaselineCorrupt
@@ -220,9 +225,11 @@ pub struct Health {
     /// Changes that a walk had to find because too many came at once. None of them
     /// is lost but the name of who made it.
     pub left_to_sweeps: AtomicU64,
-    /// Executions whose arguments the kernel had no room to record. They are told, and
+    /// Executions in containers whose arguments the kernel had no room to record. They are told, and
     /// without their arguments if nobody has read those in time.
     pub arguments_unrecorded: AtomicU64,
+    /// The same of the host's own programs, which nobody is told of.
+    pub arguments_unrecorded_of_host: AtomicU64,
     /// New findings since the start, by the names of their kind and severity.
     found: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
     /// What this kernel lacks, as found when the daemon started.

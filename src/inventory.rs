@@ -47,6 +47,8 @@ pub struct Entry {
     pub watch: WatchState,
     /// Whether the gate was in place before the entry point of the newest run.
     pub armed_before_start: bool,
+    /// Why what the next walk finds may have run unseen.
+    pub unwatched: Option<&'static str>,
     /// Its record is gone; forgotten once the last scan is over.
     pub removed: bool,
     /// Attached since the last listing began: no extra scan is due.

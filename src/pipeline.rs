@@ -34,8 +34,9 @@ use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
-    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Probe, ProbeId, Process,
-    ProcessIdentity, RootfsPath, Script, Session, Severity, Source, capability_in_words,
+    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, OverlayDirs, Probe, ProbeId,
+    Process, ProcessIdentity, RootfsPath, Script, Session, Severity, Source, bytes_of_printable,
+    capability_in_words,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Order, Response, TOO_MANY};
@@ -237,6 +238,8 @@ pub struct State {
     /// Containers of which a kill has failed that may be ordered again.
     failed_kills: HashSet<ContainerId>,
     gaps: Gaps,
+    /// Whether there was a time without driftd: containers have run meanwhile.
+    was_down: bool,
     /// Seen of containers that containerd has not told of yet.
     unannounced: BTreeMap<ContainerId, Waiting>,
     unannounced_pool: Arc<Pool>,
@@ -309,6 +312,7 @@ impl State {
             out: HashMap::new(),
             failed_kills: HashSet::new(),
             gaps: Gaps::default(),
+            was_down: false,
             unannounced: BTreeMap::new(),
             unannounced_pool: Pool::new(budget::ALL_UNANNOUNCED),
             unsaid: Unsaid::default(),
@@ -324,6 +328,21 @@ impl State {
         probes: Vec<Probe>,
     ) {
         self.sessions.remember(sessions, probes);
+    }
+
+    /// Nothing was seen from `since` until now. The gap is for the history.
+    pub fn was_not_running(&mut self, since: Timestamp, now: Timestamp) -> Record {
+        let _ = self.health.record(Failure::NotRunning);
+        self.was_down = true;
+        let gap = Gap {
+            failure: Failure::NotRunning,
+            container: None,
+            detail: "driftd did not run: what ran meanwhile and left nothing was not seen".into(),
+            since: since.min(now),
+            until: Some(now),
+        };
+        self.gaps.opened(gap.clone(), Until::Listed);
+        gap_record(gap)
     }
 
     /// Takes in what the history tells of a container before that shows up.
@@ -592,6 +611,12 @@ impl State {
         }
         if self.is_whole() {
             tell_closed(self.gaps.over(Failure::ContainerdLost, None, now), effects);
+            let is_to_be_walked = |entry: &Entry| {
+                entry.pid.is_some() && !matches!(entry.watch, WatchState::Refused(_))
+            };
+            let running = self.inventory.iter().filter(|(_, entry)| is_to_be_walked(entry));
+            let running = running.map(|(id, _)| id.clone()).collect();
+            tell_closed(self.gaps.listed(&running, now), effects);
             self.inventory.forget_remembered();
             self.forget_remembered_sessions(effects);
             if reconnected {
@@ -703,6 +728,10 @@ impl State {
                 if let Some(entry) = self.inventory.get_mut(&container)
                     && entry.is_newest_run(pid)
                 {
+                    let is_news = !matches!(entry.watch, WatchState::Attached { .. });
+                    if is_news && !before_start && self.was_down && entry.unwatched.is_none() {
+                        entry.unwatched = Some(WHILE_DOWN);
+                    }
                     entry.watch = WatchState::Attached { before_start };
                     entry.armed_before_start = before_start;
                 }
@@ -712,7 +741,27 @@ impl State {
                     && entry.is_newest_run(pid)
                 {
                     entry.watch = WatchState::Refused(reason);
+                    // No walk of it comes; that it is not watched is said by itself.
+                    tell_closed(self.gaps.gone(&container, now), effects);
                 }
+            }
+            Report::Unarmed { container, began, marked } => {
+                if let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.unwatched = Some(BEFORE_MARKS);
+                }
+                let milliseconds = marked.duration_since(began).as_millis();
+                let gap = Gap {
+                    failure: Failure::ArmedLate,
+                    container: Some(container),
+                    detail: format!(
+                        "it had run for {milliseconds} ms when its marks were in place: what ran \
+                         meanwhile and left nothing was not seen"
+                    ),
+                    since: began,
+                    until: Some(marked),
+                };
+                // Nothing makes up for what was there and is gone.
+                self.open_gap(gap, Until::Quiet, effects);
             }
             Report::Observed(observation) => self.judge(&observation, now, effects),
             Report::ScanBatch { ticket, observations, .. } => {
@@ -734,6 +783,9 @@ impl State {
                     Vec::new()
                 };
                 tell_closed(closed, effects);
+                if complete && let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.unwatched = None;
+                }
                 if let Some(pending) = ticket.and_then(|ticket| self.diffs.remove(&ticket)) {
                     pending.answer(complete);
                 }
@@ -746,6 +798,16 @@ impl State {
                     self.inventory.remove(&container);
                     self.forget_sessions(&container, effects);
                     tell_closed(self.gaps.gone(&container, now), effects);
+                }
+            }
+            Report::Compared { ticket, observations, end } => {
+                for observation in &observations {
+                    self.note_difference(ticket, observation);
+                }
+                if let Some(complete) = end
+                    && let Some(pending) = self.diffs.remove(&ticket)
+                {
+                    pending.answer(complete);
                 }
             }
             Report::Lost { failure, container, detail, at } => {
@@ -802,7 +864,7 @@ impl State {
             container: gap.container.clone(),
             detail: gap.detail.clone(),
             at: gap.since,
-            until: is_over.then_some(gap.since),
+            until: gap.until.or(is_over.then_some(gap.since)),
         };
         if self.gaps.opened(gap, until) {
             effects.push(Effect::Record(record));
@@ -1280,6 +1342,14 @@ impl State {
         let details = details.chain(could_change.then(|| COULD_CHANGE.to_owned()));
         finding.detail = details.reduce(|all, next| all + "; " + &next);
         let Some(entry) = self.inventory.get(&observation.container) else { return finding };
+        if let Some(unwatched) = entry.unwatched
+            && observation.source == Source::Scan
+            && evidence.process.is_none()
+            && evidence.state.is_some_and(FileState::is_program)
+        {
+            let said = finding.detail.take().map_or(String::new(), |detail| detail + "; ");
+            finding.detail = Some(format!("{said}{unwatched}"));
+        }
         finding.belongs_to(&observation.container, entry);
         finding.run = Some(entry.run_of(observation.init));
         let id_map = entry.container.as_ref().and_then(|known| known.id_map.as_ref());
@@ -1497,7 +1567,7 @@ impl State {
                 Err(err) => {
                     let _ = reply.send(Err(err));
                 }
-                Ok(container) => {
+                Ok((container, stopped)) => {
                     let ticket = self.ticket();
                     self.diffs.retain(|_, pending| !pending.reply.is_closed());
                     self.diffs.insert(
@@ -1510,7 +1580,12 @@ impl State {
                             reply,
                         },
                     );
-                    effects.push(Effect::Watch(Command::Scan { container, ticket: Some(ticket) }));
+                    effects.push(Effect::Watch(match stopped {
+                        Some(Stopped { rootfs, entry_point }) => {
+                            Command::Compare { container, ticket, rootfs, entry_point }
+                        }
+                        None => Command::Scan { container, ticket: Some(ticket) },
+                    }));
                 }
             },
             Question::Respond { container, cause, action, reason, requested_by, reply } => {
@@ -1568,14 +1643,25 @@ impl State {
         if is_meant { Ok((id, run)) } else { Err(LookupError::RunGone(id.to_string())) }
     }
 
-    fn diffable(&self, text: &str) -> Result<ContainerId, LookupError> {
+    /// The container that is to be compared, with what its layers are if it does not run.
+    fn diffable(&self, text: &str) -> Result<(ContainerId, Option<Stopped>), LookupError> {
         let id = self.lookup(text)?;
         let entry = self.inventory.get(&id).ok_or(LookupError::Unknown(text.to_owned()))?;
         let refuse = |reason: String| Err(LookupError::NotWatched(id.to_string(), reason));
         match (&entry.watch, &entry.baseline) {
-            (WatchState::No, _) => refuse("it is not running".into()),
+            (WatchState::No, _) if entry.removed => refuse("it was removed".into()),
             (WatchState::Refused(reason), _) => refuse(reason.clone()),
-            (WatchState::Asked | WatchState::Attached { .. }, BaselineState::Ready(_)) => Ok(id),
+            (WatchState::Asked | WatchState::Attached { .. }, BaselineState::Ready(_)) => {
+                Ok((id, None))
+            }
+            (WatchState::No, BaselineState::Ready(_)) => {
+                let rootfs = entry.container.as_ref().and_then(|known| known.rootfs.clone());
+                let Some(rootfs) = rootfs else {
+                    return refuse("it does not run, and where its files are is not known".into());
+                };
+                let entry_point = entry.entry_point.clone();
+                Ok((id, Some(Stopped { rootfs, entry_point })))
+            }
             (_, baseline) => refuse(format!("its baseline is {}", baseline.describe())),
         }
     }
@@ -1646,6 +1732,12 @@ impl State {
     }
 }
 
+/// What of a container that does not run is compared.
+struct Stopped {
+    rootfs: OverlayDirs,
+    entry_point: Vec<RootfsPath>,
+}
+
 impl PendingDiff {
     fn answer(mut self, complete: bool) {
         self.differences.sort_by(|one, other| one.path.cmp(&other.path));
@@ -1659,15 +1751,17 @@ impl PendingDiff {
 
 /// The history learns the end of what it knows the beginning of.
 fn tell_closed(closed: Vec<Gap>, effects: &mut Vec<Effect>) {
-    effects.extend(closed.into_iter().map(|gap| {
-        Effect::Record(Record::Gap {
-            name: gap.failure.name().to_owned(),
-            container: gap.container,
-            detail: gap.detail,
-            at: gap.since,
-            until: gap.until,
-        })
-    }));
+    effects.extend(closed.into_iter().map(|gap| Effect::Record(gap_record(gap))));
+}
+
+fn gap_record(gap: Gap) -> Record {
+    Record::Gap {
+        name: gap.failure.name().to_owned(),
+        container: gap.container,
+        detail: gap.detail,
+        at: gap.since,
+        until: gap.until,
+    }
 }
 
 fn record_baseline(container: &Container) -> Effect {
@@ -1762,6 +1856,11 @@ fn detail(observation: &Observation, detail: Option<&str>) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
+/// What is said of a program that nobody saw come.
+const WHILE_DOWN: &str = "it was found after a time in which driftd did not run, and may have run";
+const BEFORE_MARKS: &str =
+    "it was found after a time in which the container was not watched yet, and may have run";
+
 const BY_MOUNT: &str = "something was mounted there while the container ran";
 
 const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
@@ -1776,7 +1875,8 @@ const GENERATED: &str = "executable code in a file that is no library: programs 
 
 /// Whether a process runs a program that was told as drift itself.
 fn is_drift(entry: &Entry, process: &Process) -> bool {
-    let exe = process.exe.as_deref().and_then(|exe| RootfsPath::new(exe).ok());
+    let exe = process.exe.as_deref().map(bytes_of_printable);
+    let exe = exe.and_then(|exe| RootfsPath::new(exe).ok());
     exe.is_none_or(|exe| entry.about(&exe).any(|told| told.kind.is_exec()))
 }
 

@@ -572,7 +572,9 @@ fn summary(report: &Report) -> String {
         }
         Report::Attached { .. }
         | Report::NotAttached { .. }
+        | Report::Unarmed { .. }
         | Report::Scanned { .. }
+        | Report::Compared { .. }
         | Report::Over { .. }
         | Report::Lost { .. } => format!("{report:?}"),
     }
@@ -2160,7 +2162,9 @@ fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
         Report::ScanBatch { observations, .. } => (None, &observations[..]),
         Report::Attached { .. }
         | Report::NotAttached { .. }
+        | Report::Unarmed { .. }
         | Report::Scanned { .. }
+        | Report::Compared { .. }
         | Report::Over { .. }
         | Report::Lost { .. } => (None, &[][..]),
     };

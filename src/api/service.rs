@@ -486,6 +486,9 @@ impl DriftService for Service {
                 .collect(),
             left_to_sweeps: health.left_to_sweeps.load(Ordering::Relaxed),
             arguments_unrecorded: health.arguments_unrecorded.load(Ordering::Relaxed),
+            arguments_unrecorded_of_host: health
+                .arguments_unrecorded_of_host
+                .load(Ordering::Relaxed),
         }))
     }
 

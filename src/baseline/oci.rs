@@ -43,6 +43,35 @@ pub enum Document {
     },
 }
 
+/// Whether a media type is that of an index or a manifest. An index may also name what
+/// is neither, such as a checkpoint's archive. Old registries name no type.
+pub fn is_document(media_type: &str) -> bool {
+    matches!(
+        media_type.split(';').next().unwrap_or_default().trim(),
+        "" | "application/vnd.oci.image.index.v1+json"
+            | "application/vnd.oci.image.manifest.v1+json"
+            | "application/vnd.docker.distribution.manifest.list.v2+json"
+            | "application/vnd.docker.distribution.manifest.v2+json"
+            | "application/vnd.docker.distribution.manifest.v1+json"
+            | "application/vnd.docker.distribution.manifest.v1+prettyjws"
+    )
+}
+
+/// Whether an index names things, but no manifest: a checkpoint's archives.
+pub fn holds_no_image(index: &[Descriptor]) -> bool {
+    !index.is_empty() && !index.iter().any(|entry| is_document(&entry.media_type))
+}
+
+impl Descriptor {
+    /// Whether this is a layer's archive. A signature's image calls its payload a layer.
+    pub fn is_layer(&self) -> bool {
+        self.media_type.is_empty()
+            || self.media_type.contains(".tar")
+            || self.media_type.contains("image.layer.")
+            || self.media_type.contains("image.rootfs.")
+    }
+}
+
 /// Decodes an index or a manifest of the OCI's or Docker's; an error in words.
 pub fn document(bytes: &[u8]) -> Result<Document, String> {
     #[derive(Deserialize)]
@@ -113,8 +142,8 @@ pub fn host() -> (&'static str, &'static str) {
 /// them containerd has taken shows in which of them is there.
 pub fn candidates(index: Vec<Descriptor>, host: (&str, &str)) -> Vec<Descriptor> {
     const MANY: usize = 16;
-    let mut images: Vec<Descriptor> =
-        index.into_iter().filter(|entry| !is_attestation(entry)).collect();
+    let is_image = |entry: &Descriptor| is_document(&entry.media_type) && !is_attestation(entry);
+    let mut images: Vec<Descriptor> = index.into_iter().filter(is_image).collect();
     if images.len() == 1 {
         // An index of one image says nothing about which to take, and an image
         // of another architecture can be run on purpose.
@@ -219,6 +248,41 @@ mod tests {
             r#"{"digest":"a","annotations":{"vnd.docker.reference.type":"attestation-manifest"}}"#,
         );
         assert_eq!(candidates(entries, amd64), []);
+    }
+
+    #[test]
+    fn d06_what_is_neither_a_manifest_nor_an_index_is_no_image() {
+        let manifest = r#"{"digest":"m","mediaType":"application/vnd.oci.image.manifest.v1+json"}"#;
+        let criu = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
+        let archive = format!(r#"{{"digest":"c","mediaType":"{criu}"}}"#);
+        let chosen = candidates(index(&format!("{archive},{manifest}")), ("linux", "amd64"));
+        assert_eq!(chosen.iter().map(|one| &*one.digest).collect::<Vec<_>>(), ["m"]);
+        assert!(holds_no_image(&index(&archive)));
+        assert!(!holds_no_image(&index(&format!("{archive},{manifest}"))));
+        assert!(!holds_no_image(&index("")));
+        assert!(!holds_no_image(&index(r#"{"digest":"untyped"}"#)));
+    }
+
+    #[test]
+    fn d08_a_signatures_payload_is_no_layer() {
+        let of = |media_type: &str| Descriptor {
+            media_type: media_type.into(),
+            digest: "a".into(),
+            size: 1,
+            platform: None,
+            annotations: None,
+        };
+        assert!(!of("application/vnd.dev.cosign.simplesigning.v1+json").is_layer());
+        assert!(!of("application/vnd.in-toto+json").is_layer());
+        for layer in [
+            "",
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        ] {
+            assert!(of(layer).is_layer(), "{layer}");
+        }
     }
 
     #[test]

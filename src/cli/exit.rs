@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// Answered, and there is no drift.
+    /// Answered, and nothing is wrong.
     Clean,
-    /// Answered, and there is drift.
+    /// Answered, and there is drift, or the view is incomplete.
     Drift,
     /// Could not answer.
     Failed,

@@ -46,6 +46,8 @@ struct StatusJson {
     left_to_sweeps: u64,
     /// Executions whose arguments found no room in the kernel's records.
     arguments_unrecorded: u64,
+    /// The same of the host's own programs: nothing that is watched.
+    arguments_unrecorded_of_host: u64,
     /// What waits to be looked at, the oldest first.
     backlogs: Vec<BacklogJson>,
     losses: Vec<Loss>,
@@ -151,6 +153,7 @@ impl Status {
             }),
             left_to_sweeps: status.left_to_sweeps,
             arguments_unrecorded: status.arguments_unrecorded,
+            arguments_unrecorded_of_host: status.arguments_unrecorded_of_host,
             backlogs: status
                 .backlogs
                 .into_iter()
@@ -189,7 +192,7 @@ impl Status {
                 .collect(),
         };
         one(&status, self.output, || text(&status, Timestamp::now()))?;
-        Ok(Exit::Clean)
+        Ok(if status.complete { Exit::Clean } else { Exit::Drift })
     }
 }
 
@@ -413,6 +416,7 @@ mod tests {
             }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,
+            arguments_unrecorded_of_host: 70,
             backlogs: vec![
                 BacklogJson {
                     container: "default/c\u{1b}1".into(),

@@ -171,6 +171,7 @@ impl Endpoint {
         match trouble {
             Trouble::Interrupted(status) => self.refused(&status),
             Trouble::Unknown => Error::UnknownImage { name },
+            Trouble::NoImage => Error::NoImage { name },
             Trouble::NotUnpacked { reason, .. } => {
                 let reason = reason.unwrap_or_else(|| "it is not unpacked yet".into());
                 Error::NotUnpacked { name, reason }

@@ -2,7 +2,7 @@
 
 use containerd_client::events::{
     ContainerCreate, ContainerDelete, ContainerUpdate, SnapshotCommit, TaskCreate, TaskDelete,
-    TaskExecStarted, TaskExit, TaskPaused, TaskResumed,
+    TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_client::services::v1::{ImageCreate, ImageDelete, ImageUpdate};
 use containerd_client::types::Envelope;
@@ -118,6 +118,7 @@ impl Event {
 pub(super) fn filters(marker: &str) -> Vec<String> {
     [
         "/tasks/create",
+        "/tasks/start",
         "/tasks/exec-started",
         "/tasks/exit",
         "/tasks/delete",
@@ -159,6 +160,12 @@ pub(super) fn decode(
     let event = match type_name {
         "containerd.events.TaskCreate" => {
             let event = TaskCreate::decode(value)?;
+            if event.pid == 0 {
+                // Restored from a checkpoint: it has a process once it is started.
+                return Ok(Some(Event::ContainerChanged {
+                    container: container(&event.container_id),
+                }));
+            }
             Event::TaskCreated {
                 container: container(&event.container_id),
                 pid: event.pid,
@@ -195,6 +202,10 @@ pub(super) fn decode(
             let event = TaskDelete::decode(value)?;
             Event::ContainerChanged { container: container(&event.container_id) }
         }
+        // A task that was restored from a checkpoint has its process only now.
+        "containerd.events.TaskStart" => Event::ContainerChanged {
+            container: container(&TaskStart::decode(value)?.container_id),
+        },
         "containerd.events.TaskPaused" => Event::ContainerChanged {
             container: container(&TaskPaused::decode(value)?.container_id),
         },
@@ -307,6 +318,16 @@ mod tests {
         let expected = Event::TaskCreated { container: container(), pid: 42, rootfs };
         check("containerd.events.TaskCreate", &event, Some(expected.clone()));
         check("type.googleapis.com/containerd.events.TaskCreate", &event, Some(expected));
+    }
+
+    #[test]
+    fn d05_a_task_without_a_process_is_asked_about_until_it_is_started() {
+        let changed = || Some(Event::ContainerChanged { container: container() });
+        let created = TaskCreate { container_id: "c1".into(), pid: 0, ..TaskCreate::default() };
+        check("containerd.events.TaskCreate", &created, changed());
+        let started = TaskStart { container_id: "c1".into(), pid: 42 };
+        check("containerd.events.TaskStart", &started, changed());
+        assert!(filters(MARKER).contains(&"topic==\"/tasks/start\"".to_owned()));
     }
 
     #[test]

@@ -177,6 +177,8 @@ pub(super) enum Trouble {
     Interrupted(Status),
     /// There is no image of this name (any more).
     Unknown,
+    /// It is something else than an image: a chart, a signature, a checkpoint.
+    NoImage,
     /// And its archives are not to be read yet or, for a reason, cannot be read.
     NotUnpacked { chain_id: ChainId, reason: Option<String> },
     /// Something about the blob `digest` is wrong.
@@ -263,6 +265,7 @@ impl Images {
             Ok(_)
             | Err(
                 Trouble::Unknown
+                | Trouble::NoImage
                 | Trouble::NotUnpacked { .. }
                 | Trouble::Bad { .. }
                 | Trouble::NotRecorded { .. },
@@ -284,6 +287,7 @@ impl Images {
             Ok(_)
             | Err(
                 Trouble::Unknown
+                | Trouble::NoImage
                 | Trouble::NotUnpacked { .. }
                 | Trouble::Bad { .. }
                 | Trouble::NotRecorded { .. },
@@ -521,7 +525,7 @@ impl Images {
             Ok(_) => Readiness::Recorded { target: target.digest.clone() },
             // The next list after the reconnection looks again.
             Err(Trouble::Interrupted(_)) => return,
-            Err(Trouble::Unknown) => Readiness::NoImage,
+            Err(Trouble::Unknown | Trouble::NoImage) => Readiness::NoImage,
             Err(Trouble::NotUnpacked { chain_id, reason: None }) => Readiness::Waiting(*chain_id),
             Err(Trouble::NotUnpacked { chain_id, reason: Some(reason) }) => {
                 Readiness::Incomplete { chain_id: *chain_id, reason: reason.clone() }
@@ -573,7 +577,7 @@ impl Images {
         ask: Ask,
     ) -> Result<Recorded, Trouble> {
         let facts = self.facts(namespace, target).await?;
-        let Some(chain_id) = facts.chain_id() else { return Err(Trouble::Unknown) };
+        let Some(chain_id) = facts.chain_id() else { return Err(Trouble::NoImage) };
         // Told before the question, so that a commit between the two is heard.
         let has_waited = self.wait_for(key, chain_id);
         let snapshotter = unpacked_by(namespace, chain_id)
@@ -602,7 +606,7 @@ impl Images {
         snapshotter: Option<&str>,
         ask: Ask,
     ) -> Result<Recorded, Trouble> {
-        let Some(chain_id) = facts.chain_id() else { return Err(Trouble::Unknown) };
+        let Some(chain_id) = facts.chain_id() else { return Err(Trouble::NoImage) };
         let of_chain = |status| Trouble::of(status, &chain_id.to_string());
         let mut layers: Vec<Layer> = facts
             .diff_ids
@@ -991,6 +995,7 @@ async fn read_facts(namespace: &Namespace, target: &Descriptor) -> Result<Facts,
     };
     let diff_ids = manifests::diff_ids(&bytes)
         .map_err(|reason| bad(&config.digest, format!("its config {reason}")))?
+        .filter(|_| layers.iter().all(Descriptor::is_layer))
         .unwrap_or_default();
     let chain = ChainId::of_layers(&diff_ids);
     let blobs = if layers.len() == diff_ids.len() { layers } else { Vec::new() };
@@ -1025,6 +1030,9 @@ async fn find_manifest(
             }
             Document::Index(_) if depth == INDEX_DEPTH => {
                 return Err(bad(format!("its indexes are nested more than {INDEX_DEPTH} deep")));
+            }
+            Document::Index(entries) if manifests::holds_no_image(&entries) => {
+                return Err(Trouble::NoImage);
             }
             Document::Index(entries) => {
                 let entries = manifests::candidates(entries, manifests::host());

@@ -1,7 +1,8 @@
 //! containerd's descriptors as the OCI's, whose documents `baseline` decodes.
 
 pub(super) use crate::baseline::oci::{
-    DOCUMENT_LIMIT, Descriptor, Document, brief, candidates, diff_ids, document, host,
+    DOCUMENT_LIMIT, Descriptor, Document, brief, candidates, diff_ids, document, holds_no_image,
+    host,
 };
 
 impl Descriptor {

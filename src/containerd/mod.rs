@@ -187,6 +187,11 @@ pub enum Error {
     #[error("containerd has no image `{name}` (see: ctr -n NAMESPACE images ls)")]
     UnknownImage { name: String },
     #[error(
+        "`{name}` is no container image: it holds something else, such as a signature, an \
+         attestation, a chart or a checkpoint, and no container runs it (nothing to record)"
+    )]
+    NoImage { name: String },
+    #[error(
         "the image `{name}` cannot be read: {reason} (pull it again, or start a container of it)"
     )]
     NotUnpacked { name: String, reason: String },

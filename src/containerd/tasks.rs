@@ -32,12 +32,13 @@ fn task_of(process: &Process) -> Option<Task> {
     let start_time = procfs::read_stat(process.pid).ok().map(|stat| stat.identity.start_time);
     let task = |paused| Some(Task { pid: process.pid, start_time, paused, terminal_input });
     match process.status() {
+        // A task that is restored from a checkpoint has no process until it is started.
+        _ if process.pid == 0 => None,
         State::Created | State::Running => task(false),
         State::Paused | State::Pausing => task(true),
         State::Stopped => None,
         // A shim that could not be asked in time; the process is not known to be gone.
-        State::Unknown if process.pid != 0 => task(false),
-        State::Unknown => None,
+        State::Unknown => task(false),
     }
 }
 

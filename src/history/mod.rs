@@ -29,6 +29,7 @@ use crate::model::{Command, ContainerId, Finding, Member, Probe, RootfsPath, Ses
 use crate::respond::Response;
 
 mod json;
+mod memory;
 mod reader;
 mod schema;
 mod timeline;
@@ -138,6 +139,31 @@ fn move_aside(path: &Path) -> String {
 }
 
 impl Error {
+    /// Whether the disk is why: it has no room, or cannot be written. That may pass by
+    /// itself, and nothing is wrong with what it holds.
+    fn is_of_the_disk(&self) -> bool {
+        use rusqlite::ErrorCode;
+        match self {
+            Error::Io { source, .. } => is_of_the_disk(source),
+            Error::Sql { source, .. } => matches!(
+                source.sqlite_error_code(),
+                Some(
+                    ErrorCode::DiskFull
+                        | ErrorCode::SystemIoFailure
+                        | ErrorCode::CannotOpen
+                        | ErrorCode::ReadOnly
+                )
+            ),
+            _ => false,
+        }
+    }
+
+    /// Its text with that of its cause.
+    fn with_source(&self) -> String {
+        let source = std::error::Error::source(self);
+        source.map_or_else(|| self.to_string(), |source| format!("{self}: {source}"))
+    }
+
     fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Io { what, path: path.into(), source }
     }
@@ -163,28 +189,105 @@ pub struct History {
     generation: Arc<AtomicU64>,
     path: PathBuf,
     lock: StateLock,
+    beat: Beat,
+    memory: memory::Shared,
+    /// The database in memory, and why the one on disk is not written.
+    kept_in_memory: Option<(Connection, String)>,
 }
 
 impl History {
     /// Opens or creates `<state_dir>/history.db` and brings it to [`FORMAT`].
-    /// Changes nothing in a file that it refuses.
+    /// Changes nothing in a file that it refuses. Where the disk has no room, the history
+    /// is kept in memory until it has.
     pub fn open(state_dir: &Path) -> Result<History, Error> {
-        DirBuilder::new()
+        let path = state_dir.join(FILE);
+        let made = DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(state_dir)
-            .map_err(Error::io("create the state directory", state_dir))?;
-        let lock = lock(state_dir)?;
+            .map_err(Error::io("create the state directory", state_dir));
+        let lock = match made.and_then(|()| lock(state_dir)) {
+            Err(err) if err.is_of_the_disk() => StateLock(None),
+            lock => lock?,
+        };
+        let (generation, memory) = Default::default();
+        let beat = Beat::open(state_dir);
+        let history = |connection, identity, kept_in_memory| {
+            let path = path.clone();
+            History { connection, identity, generation, path, lock, beat, memory, kept_in_memory }
+        };
+        match open(&path) {
+            Ok((connection, identity)) => Ok(history(connection, identity, None)),
+            Err(err) if err.is_of_the_disk() => {
+                let (overlay, newest) = memory_over(&path)?;
+                let connection = overlay.begin(newest, &path)?;
+                let none = Connection::open_in_memory().map_err(Error::sql("open", &path))?;
+                let history = history(none, NOT_OPEN, Some((connection, err.with_source())));
+                history.memory.set(Some(overlay));
+                Ok(history)
+            }
+            Err(err) => Err(err),
+        }
+    }
 
-        let path = state_dir.join(FILE);
-        let (connection, identity) = open(&path)?;
-        Ok(History { connection, identity, generation: Arc::default(), path, lock })
+    /// Until when all that was seen had been told and kept, when driftd ran last.
+    pub fn last_beat(&self) -> Option<Timestamp> {
+        self.beat.last
     }
 
     /// Reads what is kept, before and while the thread runs.
     pub fn reader(&self) -> Reader {
-        Reader::new(self.path.clone(), self.generation.clone())
+        Reader::new(self.path.clone(), self.generation.clone(), self.memory.clone())
     }
+}
+
+/// A file whose time of change says until when all that was seen is told and kept. To
+/// set it takes no room on the disk.
+#[derive(Debug)]
+struct Beat {
+    file: Option<File>,
+    last: Option<Timestamp>,
+}
+
+impl Beat {
+    fn open(state_dir: &Path) -> Beat {
+        let path = state_dir.join("beat");
+        let last = std::fs::metadata(&path).and_then(|stat| stat.modified());
+        let last = last.ok().and_then(|time| Timestamp::try_from(time).ok());
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+        Beat { file: file.ok(), last }
+    }
+
+    fn set(&self, at: std::time::SystemTime) {
+        if let Some(file) = &self.file
+            && let Err(err) = file.set_modified(at)
+        {
+            tracing::warn!("cannot note that driftd runs: {err}");
+        }
+    }
+}
+
+/// Instead of a file's identity: none is open.
+const NOT_OPEN: (u64, u64) = (0, 0);
+
+/// A history in memory over a file that cannot be opened for writing, and the newest
+/// number of its records.
+fn memory_over(path: &Path) -> Result<(memory::Overlay, u64), Error> {
+    let mut wal = path.as_os_str().to_owned();
+    wal.push("-wal");
+    // What a daemon that was killed has left in there, SQLite needs room to read.
+    let is_closed = std::fs::metadata(&wal).map_or(true, |wal| wal.len() == 0);
+    if is_closed && identity_of(path).is_ok() {
+        let overlay = memory::Overlay::new(path, memory::Disk::Still);
+        let known = overlay.disk_format_and_newest(path)?;
+        if let Some((FORMAT, newest)) = known {
+            return Ok((overlay, newest));
+        }
+    }
+    // Above every number that can have been given: no daemon gives a thousand a second
+    // for years.
+    let newest = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or(0);
+    Ok((memory::Overlay::new(path, memory::Disk::Unreadable), newest))
 }
 
 /// Opens or creates the file, and says which one it is.
@@ -198,12 +301,24 @@ fn open(path: &Path) -> Result<(Connection, (u64, u64)), Error> {
         .map_err(Error::io("open the history", path))?;
     file.set_permissions(Permissions::from_mode(0o600))
         .map_err(Error::io("open the history", path))?;
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_URI;
     let mut connection =
         Connection::open_with_flags(path, flags).map_err(Error::sql("open", path))?;
     schema::prepare(&mut connection, path)?;
     let stat = file.metadata().map_err(Error::io("look at the history", path))?;
     Ok((connection, (stat.dev(), stat.ino())))
+}
+
+/// Whether there is no room on a disk, or it cannot be written.
+pub fn is_of_the_disk(err: &io::Error) -> bool {
+    matches!(
+        err.kind(),
+        io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::ReadOnlyFilesystem
+    ) || err.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
 }
 
 /// Which file is at this path.
@@ -214,13 +329,15 @@ fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
 
 /// Held, not used: it keeps a second driftd away from the state directory.
 #[derive(Debug)]
-struct StateLock(File);
+struct StateLock(Option<File>);
 
 impl Drop for StateLock {
     fn drop(&mut self) {
         // Closing would not do: a child that is just being started has the file too,
         // until it executes its program.
-        if let Err(err) = self.0.unlock() {
+        if let Some(file) = &self.0
+            && let Err(err) = file.unlock()
+        {
             tracing::warn!("cannot unlock the state directory: {err}");
         }
     }
@@ -235,7 +352,7 @@ fn lock(state_dir: &Path) -> Result<StateLock, Error> {
         .open(&path)
         .map_err(Error::io("open the lock", &path))?;
     match file.try_lock() {
-        Ok(()) => Ok(StateLock(file)),
+        Ok(()) => Ok(StateLock(Some(file))),
         Err(TryLockError::WouldBlock) => Err(Error::Locked { path: state_dir.into() }),
         Err(TryLockError::Error(source)) => Err(Error::io("lock", &path)(source)),
     }

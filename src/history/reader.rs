@@ -15,7 +15,7 @@ use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
 
 use super::json::Kept;
 use super::writer::newest_seq;
-use super::{Error, Record, json};
+use super::{Error, Record, json, memory};
 use crate::model::finding::{MEMBER_SCHEMA, hex};
 use crate::model::{
     Command, ContainerId, Finding, FindingId, Kind, Labels, Member, Probe, RootfsPath, Session,
@@ -222,6 +222,7 @@ pub struct Reader {
     pub(super) path: PathBuf,
     /// Which file is at the path; moved by the writer.
     generation: Arc<AtomicU64>,
+    memory: memory::Shared,
     /// Each with the file that it was opened for.
     idle: Arc<Mutex<Vec<(u64, Connection)>>>,
     opening: Opening,
@@ -240,8 +241,8 @@ enum Opening {
 }
 
 impl Reader {
-    pub(super) fn new(path: PathBuf, generation: Arc<AtomicU64>) -> Reader {
-        Reader { path, generation, idle: Arc::default(), opening: Opening::Shared }
+    pub(super) fn new(path: PathBuf, generation: Arc<AtomicU64>, memory: memory::Shared) -> Reader {
+        Reader { path, generation, memory, idle: Arc::default(), opening: Opening::Shared }
     }
 
     /// Reads the history at `path`, or in the state directory at `path`, and changes
@@ -252,7 +253,7 @@ impl Reader {
         let mut log = path.clone().into_os_string();
         log.push("-wal");
         let has_log = std::fs::metadata(log).is_ok_and(|log| log.len() > 0);
-        let mut reader = Reader::new(path, Arc::default());
+        let mut reader = Reader::new(path, Arc::default(), memory::Shared::default());
         reader.opening = match has_log {
             _ if super::is_in_use(&reader.path) => Opening::Shared,
             true => Opening::WithLog,
@@ -775,10 +776,11 @@ impl Reader {
     fn connect(&self) -> Result<Connection, Error> {
         let failed = Error::sql("open", &self.path);
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = match self.opening {
-            Opening::Shared => Connection::open_with_flags(&self.path, flags),
+        let connection = match (self.memory.get(), self.opening) {
+            (Some(overlay), _) => overlay.read(),
+            (None, Opening::Shared) => Connection::open_with_flags(&self.path, flags),
             // No locks in the file, and the log's index in memory.
-            Opening::WithLog => {
+            (None, Opening::WithLog) => {
                 Connection::open_with_flags_and_vfs(&self.path, flags, c"unix-none").and_then(
                     |connection| {
                         connection.pragma_update_and_check(
@@ -791,7 +793,7 @@ impl Reader {
                     },
                 )
             }
-            Opening::Immutable => Connection::open_with_flags(
+            (None, Opening::Immutable) => Connection::open_with_flags(
                 immutable(&self.path),
                 flags | OpenFlags::SQLITE_OPEN_URI,
             ),

@@ -386,6 +386,10 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Er
     set("journal_size_limit", "16777216").map_err(&failed)?;
     set("trusted_schema", "OFF").map_err(&failed)?;
 
+    if found == FORMAT {
+        // A disk that is full can be read all the same.
+        return Ok(());
+    }
     let transaction = connection.transaction().map_err(&failed)?;
     let done = usize::try_from(found).unwrap_or(0);
     for migration in &MIGRATIONS[done.min(MIGRATIONS.len())..] {

@@ -7,10 +7,13 @@
 //! runs a thousand times a second cannot fill the disk. So it is with sessions and
 //! probes.
 //!
-//! When a commit fails (the disk is full, or gone), the batch is kept and tried
-//! again. New records join it, up to [`PENDING`]; beyond that the oldest are
-//! dropped, gaps first, and a gap of its own says how many. Responses are never
-//! dropped: they tell what driftd did, and nothing else does.
+//! When a commit fails (the disk is full, or gone), the history goes on in memory
+//! ([`super::memory`]): readers and followers get what is new, and all of it is written
+//! when the disk has room again. What the memory has no room for is dropped as in a file
+//! that is full. Where even that fails, the batch is kept and tried again. New records
+//! join it, up to [`PENDING`]; beyond that the oldest are dropped, gaps first, and a gap
+//! of its own says how many. Responses are never dropped: they tell what driftd did, and
+//! nothing else does.
 //!
 //! The file is bounded in bytes. When it is full, rows are dropped of the container that
 //! takes the most: the least severe first, and of these the oldest. Responses stay.
@@ -29,7 +32,11 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
-use super::{Error, History, MemberChange, Reader, Record, StateLock, identity_of, json, open};
+use super::memory::{self, Disk, Overlay};
+use super::{
+    Beat, Error, History, MemberChange, NOT_OPEN, Reader, Record, StateLock, identity_of, json,
+    open,
+};
 use crate::health::{Failure, Health};
 use crate::model::finding::ContainerEvidence;
 use crate::model::{Command, ContainerId, FindingId, Probe, ProbeId, Session, SessionId, Severity};
@@ -60,6 +67,8 @@ const SHRINK_STEP: usize = 4 * BATCH;
 const SHRINK_FROM: usize = 64;
 /// How often it is asked whether the file is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is noted that all was told and kept.
+const BEAT_EVERY: Duration = Duration::from_secs(5);
 
 /// The running history.
 #[derive(Debug)]
@@ -68,7 +77,8 @@ pub struct Writer {
     committed: watch::Receiver<u64>,
     begun: Receiver<()>,
     reader: Reader,
-    stop: Sender<()>,
+    /// With whether all that was seen was told.
+    stop: Sender<bool>,
     threads: Threads,
     unwritten: Arc<AtomicU64>,
     keep: Arc<Mutex<Keep>>,
@@ -100,20 +110,25 @@ impl History {
         let (records, incoming) = bounded(CHANNEL);
         let (begun_sender, begun) = bounded(1);
         let (stop, stopping) = bounded(1);
-        let newest = newest_seq(&self.connection).unwrap_or(0);
+        let (memory, problem) = self.kept_in_memory.unzip();
+        let newest = newest_seq(memory.as_ref().unwrap_or(&self.connection)).unwrap_or(0);
         let (committed_sender, committed) = watch::channel(newest);
-        let reader = self.reader();
+        let reader = Reader::new(self.path.clone(), self.generation.clone(), self.memory.clone());
         let threads = health.threads.clone();
         let depth = threads::depth_of(&incoming);
         let unwritten = Arc::new(AtomicU64::new(0));
         let keep = Arc::new(Mutex::new(keep.into()));
-        let writing = Writing {
+        let mut writing = Writing {
+            memory,
+            overlay: self.memory,
             connection: self.connection,
             identity: self.identity,
             generation: self.generation,
             begun: begun_sender,
             path: self.path,
             _lock: self.lock,
+            beat: self.beat,
+            next_beat: Instant::now(),
             incoming,
             stopping,
             committed: committed_sender,
@@ -127,6 +142,9 @@ impl History {
             next_look: Instant::now() + LOOK_EVERY,
             shrinking: None,
         };
+        if let Some(problem) = problem {
+            writing.failed(&problem);
+        }
         threads
             .spawn(THREAD, Role::Disk, Some(depth), move || writing.run())
             .expect("a thread can be started while driftd starts");
@@ -162,8 +180,13 @@ impl Writer {
 
     /// Writes what was handed over and ends the thread.
     pub fn stop(self) {
+        self.stop_after(true);
+    }
+
+    /// The same, with whether all that was seen has been handed over.
+    pub fn stop_after(self, is_all: bool) {
         // The thread may have ended already; then there is nobody to tell.
-        let _ = self.stop.try_send(());
+        let _ = self.stop.try_send(is_all);
         while !self.threads.wait_for_end(&[THREAD], Instant::now() + RETRY_LAST).is_empty() {}
         self.threads.forget(&[THREAD]);
     }
@@ -181,6 +204,10 @@ impl Writer {
 }
 
 struct Writing {
+    /// What is written to while the disk cannot be.
+    memory: Option<Connection>,
+    /// The same, for readers.
+    overlay: memory::Shared,
     connection: Connection,
     /// Device and inode of the file that is open.
     identity: (u64, u64),
@@ -189,8 +216,10 @@ struct Writing {
     begun: Sender<()>,
     path: PathBuf,
     _lock: StateLock,
+    beat: Beat,
+    next_beat: Instant,
     incoming: Receiver<Record>,
-    stopping: Receiver<()>,
+    stopping: Receiver<bool>,
     committed: watch::Sender<u64>,
     health: Arc<Health>,
     keep: Arc<Mutex<Keep>>,
@@ -210,7 +239,8 @@ struct Writing {
 enum Turn {
     Due,
     Received,
-    Stop,
+    /// With whether all that was seen was handed over.
+    Stop(bool),
 }
 
 impl Writing {
@@ -218,6 +248,15 @@ impl Writing {
         loop {
             match self.wait() {
                 Turn::Received => (),
+                Turn::Due if self.memory.is_some() => {
+                    if !self.pending.is_empty() {
+                        self.commit_to_memory();
+                    }
+                    self.shrink();
+                    if self.retry.is_none_or(|(at, _)| at <= Instant::now()) {
+                        self.return_to_disk();
+                    }
+                }
                 Turn::Due => {
                     self.look();
                     let is_due = self.retry.is_none_or(|(at, _)| at <= Instant::now());
@@ -232,22 +271,24 @@ impl Writing {
                         self.prune();
                     }
                 }
-                Turn::Stop => return self.finish(),
+                Turn::Stop(is_all) => return self.finish(is_all),
             }
+            self.beat();
         }
     }
 
     /// Waits for a record, for the time at which something is to be done, or for the end.
     fn wait(&mut self) -> Turn {
         let due = self.due();
-        let full = self.pending.is_batch() && self.retry.is_none();
+        let is_writable = self.retry.is_none() || self.memory.is_some();
+        let full = self.pending.is_batch() && is_writable;
         if full || due <= Instant::now() && self.incoming.is_empty() {
-            return if self.stopping.is_empty() { Turn::Due } else { Turn::Stop };
+            return self.stopping.try_recv().map_or(Turn::Due, Turn::Stop);
         }
         let received = threads::idle(|| {
             select! {
-                recv(self.incoming) -> record => record.map_err(|_| Turn::Stop),
-                recv(self.stopping) -> _ => Err(Turn::Stop),
+                recv(self.incoming) -> record => record.map_err(|_| Turn::Stop(true)),
+                recv(self.stopping) -> is_all => Err(Turn::Stop(is_all.unwrap_or(true))),
                 default(due.saturating_duration_since(Instant::now())) => Err(Turn::Due),
             }
         });
@@ -262,6 +303,14 @@ impl Writing {
     }
 
     fn due(&self) -> Instant {
+        if self.memory.is_some() {
+            let written = match self.last_commit {
+                _ if self.pending.is_empty() => self.next_look,
+                Some(last) => last + COMMIT_SPACING,
+                None => Instant::now(),
+            };
+            return self.retry.map_or(written, |(at, _)| written.min(at));
+        }
         let write = match (self.retry, self.last_commit) {
             _ if self.pending.is_empty() => self.next_prune,
             (Some((at, _)), _) => at,
@@ -296,20 +345,101 @@ impl Writing {
                 self.committed.send_replace(newest);
             }
             Err(err) => {
-                // Reaction::Retry.
-                let _reaction = self.health.record(Failure::HistoryWrite);
-                let pause = self.retry.map_or(RETRY_FIRST, |(_, pause)| pause);
-                let waiting = self.pending.len();
-                let detail =
-                    format!("the history cannot be written, {waiting} records wait: {err}");
-                self.health.begin(Failure::HistoryWrite, &detail);
-                tracing::error!(
-                    history = %self.path.display(),
-                    waiting = self.pending.len(),
-                    "cannot write the history, trying again in {pause:?}: {err}"
-                );
-                self.retry = Some((Instant::now() + pause, (pause * 2).min(RETRY_LAST)));
+                self.failed(&err.to_string());
+                self.go_on_in_memory();
             }
+        }
+    }
+
+    /// The disk was not written: it is tried again, after longer and longer.
+    fn failed(&mut self, problem: &str) {
+        // Reaction::Retry.
+        let _reaction = self.health.record(Failure::HistoryWrite);
+        let pause = self.retry.map_or(RETRY_FIRST, |(_, pause)| pause);
+        self.retry = Some((Instant::now() + pause, (pause * 2).min(RETRY_LAST)));
+        let waiting = self.waiting();
+        tracing::error!(
+            history = %self.path.display(),
+            waiting,
+            "cannot write the history to its disk, trying again in {pause:?}: {problem}"
+        );
+        let detail = format!(
+            "the history cannot be written to its disk, {waiting} records wait in memory: {problem}"
+        );
+        self.health.begin(Failure::HistoryWrite, &detail);
+    }
+
+    /// How many records are not on the disk.
+    fn waiting(&self) -> u64 {
+        self.memory.as_ref().map_or(0, Overlay::count) + self.pending.len() as u64
+    }
+
+    fn go_on_in_memory(&mut self) {
+        let newest = newest_seq(&self.connection).unwrap_or(*self.committed.borrow());
+        let overlay = Overlay::new(&self.path, Disk::Open);
+        match overlay.begin(newest, &self.path) {
+            Ok(memory) => {
+                tracing::warn!("the history goes on in memory until its disk can be written");
+                self.memory = Some(memory);
+                self.overlay.set(Some(overlay));
+                self.generation.fetch_add(1, Ordering::Release);
+                self.shrinking = None;
+                self.commit_to_memory();
+            }
+            Err(err) => tracing::error!("the history cannot go on in memory: {err}"),
+        }
+    }
+
+    fn commit_to_memory(&mut self) {
+        self.last_commit = Some(Instant::now());
+        let Some(memory) = &mut self.memory else { return };
+        match self.pending.write(memory) {
+            Ok(newest) => {
+                self.pending = Pending::default();
+                self.committed.send_replace(newest);
+            }
+            Err(err) => {
+                let _reaction = self.health.record(Failure::HistoryWrite);
+                tracing::error!("cannot keep the history in memory: {err}");
+            }
+        }
+        self.unwritten.store(self.waiting(), Ordering::Relaxed);
+    }
+
+    /// Writes what is in memory to the disk, if there is room again.
+    fn return_to_disk(&mut self) {
+        let Some(overlay) = self.overlay.get() else { return };
+        let opened = if self.identity == NOT_OPEN {
+            open(&self.path).map(|(connection, identity)| {
+                (self.connection, self.identity) = (connection, identity);
+            })
+        } else if identity_of(&self.path).is_ok_and(|found| found == self.identity) {
+            Ok(())
+        } else {
+            let _reaction = self.health.record(Failure::HistoryGone);
+            self.begin().inspect(|()| {
+                let _ = self.begun.try_send(());
+            })
+        };
+        let poured = opened
+            .map_err(|err| err.with_source())
+            .and_then(|()| overlay.pour(&mut self.connection).map_err(|err| err.to_string()));
+        match poured {
+            Ok(newest) => {
+                tracing::info!(
+                    records = self.waiting(),
+                    "the history can be written again: what was in memory is on the disk"
+                );
+                self.memory = None;
+                self.overlay.set(None);
+                self.generation.fetch_add(1, Ordering::Release);
+                self.retry = None;
+                self.shrinking = None;
+                self.health.end(Failure::HistoryWrite);
+                self.unwritten.store(self.pending.len() as u64, Ordering::Relaxed);
+                self.committed.send_replace(newest);
+            }
+            Err(problem) => self.failed(&problem),
         }
     }
 
@@ -396,26 +526,59 @@ impl Writing {
         Ok(())
     }
 
-    fn finish(mut self) {
+    /// Notes until when all that was seen is told and kept.
+    fn beat(&mut self) {
+        if self.next_beat <= Instant::now() && self.waiting() == 0 {
+            self.next_beat = Instant::now() + BEAT_EVERY;
+            let backlogs = self.health.backlogs();
+            let waits = backlogs.first().map_or(Duration::ZERO, |first| first.oldest);
+            self.beat.set(std::time::SystemTime::now() - waits);
+        }
+    }
+
+    fn finish(mut self, is_all: bool) {
+        self.write_the_rest();
+        if is_all {
+            self.next_beat = Instant::now();
+            self.beat();
+        }
+        if self.memory.is_none() {
+            // Readers may close it last, who write nothing. A file without side files can be
+            // read on a full disk.
+            let checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)";
+            let _ = self.connection.query_row(checkpoint, [], |_| Ok(()));
+        }
+    }
+
+    fn write_the_rest(&mut self) {
         while let Ok(record) = self.incoming.try_recv() {
             self.take(record);
         }
         for _ in 0..TRIES_AT_STOP {
-            if self.pending.is_empty() {
-                return;
+            if self.memory.is_some() {
+                self.return_to_disk();
             }
-            self.look();
-            self.commit();
+            if self.memory.is_none() {
+                if self.pending.is_empty() {
+                    return;
+                }
+                self.look();
+                self.commit();
+            }
             if let Some((at, _)) = self.retry {
                 let pause = at.saturating_duration_since(Instant::now());
                 threads::idle(|| std::thread::sleep(pause));
             }
         }
-        if !self.pending.is_empty() {
-            tracing::error!(lost = self.pending.len(), "records were lost: no write succeeded");
+        let lost = self.waiting();
+        if lost > 0 {
+            tracing::error!(lost, "records were lost: no write succeeded");
             // What driftd did is told at least here.
             for response in self.pending.responses() {
                 tracing::error!(response = %json::shown(response), "a response was not kept");
+            }
+            for response in self.memory.iter().flat_map(responses_in) {
+                tracing::error!(response, "a response was not kept");
             }
         }
     }
@@ -458,8 +621,10 @@ impl Writing {
     /// that.
     fn shrink(&mut self) {
         let most = self.keep().max_bytes;
+        let most = self.memory.as_ref().map_or(most, |_| most.min(memory::MAX_BYTES));
+        let connection = self.memory.as_mut().unwrap_or(&mut self.connection);
         let limit = if self.shrinking.is_some() { most - most / 8 } else { most };
-        let excess = match bytes_of(&self.connection) {
+        let excess = match bytes_of(connection) {
             Ok(bytes) if bytes <= limit => {
                 self.shrinking = None;
                 return;
@@ -472,7 +637,7 @@ impl Writing {
         };
         let told = self.shrinking.get_or_insert_default();
         let _reaction = self.health.record(Failure::HistoryFull);
-        match shrink_step(&mut self.connection, told, excess, most) {
+        match shrink_step(connection, told, excess, most) {
             Ok(Some(newest)) => {
                 let problem = format!(
                     "the history is full (history.max_bytes is {most}): what is old or not severe \
@@ -857,11 +1022,21 @@ fn store_member(
                 member.last_seen.as_microsecond(),
                 member.removed,
             ])?,
-        MemberChange::Gone { path, at } => connection
-            .prepare_cached(
+        MemberChange::Gone { path, at } => {
+            let is_over_disk = connection.db_name(2).is_ok_and(|name| name == "disk");
+            if is_over_disk {
+                connection
+                    .prepare_cached(
+                        "INSERT OR IGNORE INTO main.member
+                         SELECT * FROM disk.member WHERE finding = ?1 AND path = ?2",
+                    )?
+                    .execute(params![finding, path.as_bytes()])?;
+            }
+            connection.prepare_cached(
                 "UPDATE member SET removed = 1, last_seen = ?3 WHERE finding = ?1 AND path = ?2",
             )?
-            .execute(params![finding, path.as_bytes(), at.as_microsecond()])?,
+            .execute(params![finding, path.as_bytes(), at.as_microsecond()])?
+        }
     };
     Ok(())
 }
@@ -901,7 +1076,7 @@ impl<'a> Row<'a> {
 }
 
 /// SQLite's integers are signed; no counter of ours gets that far.
-fn sql_integer(number: u64) -> i64 {
+pub(super) fn sql_integer(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
@@ -1036,6 +1211,13 @@ fn held(connection: &Connection) -> rusqlite::Result<u64> {
         .prepare_cached("SELECT coalesce(sum(bytes), 0) FROM held")?
         .query_row([], |row| row.get(0))?;
     Ok(sum.unsigned_abs())
+}
+
+/// The responses in a database, as text.
+fn responses_in(connection: &Connection) -> Vec<String> {
+    let query = connection.prepare("SELECT json FROM main.record WHERE type = 'response'");
+    let responses = query.and_then(|mut query| query.query_map([], |row| row.get(0))?.collect());
+    responses.unwrap_or_default()
 }
 
 /// Drops about `excess` bytes, and up to [`SHRINK_STEP`] rows, of the container that takes

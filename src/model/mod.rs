@@ -12,6 +12,7 @@ pub mod observation;
 pub mod path;
 pub mod process;
 pub mod session;
+mod text;
 
 pub use capability::capability_in_words;
 pub use container::{
@@ -26,7 +27,7 @@ pub use finding::{
 };
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
-pub use path::{HostilePath, RootfsPath, is_printable, printable};
+pub use path::{HostilePath, RootfsPath, bytes_of_printable, is_printable, printable};
 pub use process::{
     Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
 };

@@ -145,6 +145,47 @@ pub fn printable(bytes: &[u8]) -> String {
     text
 }
 
+/// The bytes of which [`printable`] has made this.
+pub fn bytes_of_printable(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('\\') {
+        bytes.extend_from_slice(&rest.as_bytes()[..at]);
+        rest = &rest[at..];
+        let length = escape(rest, &mut bytes).unwrap_or_else(|| {
+            // Cut: no escape at all.
+            bytes.push(b'\\');
+            1
+        });
+        rest = &rest[length..];
+    }
+    bytes.extend_from_slice(rest.as_bytes());
+    bytes
+}
+
+/// Reads the escape at the beginning of `text`; says how long it is.
+fn escape(text: &str, bytes: &mut Vec<u8>) -> Option<usize> {
+    let byte = match text.as_bytes().get(1)? {
+        b'\\' => b'\\',
+        b't' => b'\t',
+        b'r' => b'\r',
+        b'n' => b'\n',
+        b'x' => {
+            bytes.push(u8::from_str_radix(text.get(2..4)?, 16).ok()?);
+            return Some(4);
+        }
+        b'u' => {
+            let (digits, _) = text.get(2..)?.strip_prefix('{')?.split_once('}')?;
+            let character = char::from_u32(u32::from_str_radix(digits, 16).ok()?)?;
+            bytes.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
+            return Some(digits.len() + 4);
+        }
+        _ => return None,
+    };
+    bytes.push(byte);
+    Some(2)
+}
+
 /// Whether a character may stand on a terminal as it is: letters and symbols of any script.
 /// What moves the cursor, and what reorders, combines with or hides other text, may not.
 pub fn is_printable(character: char) -> bool {
@@ -253,6 +294,7 @@ mod tests {
         #[test]
         fn printing_never_merges_two_names(one: Vec<u8>, other: Vec<u8>) {
             proptest::prop_assert_eq!(printable(&one) == printable(&other), one == other);
+            proptest::prop_assert_eq!(bytes_of_printable(&printable(&one)), one);
         }
     }
 }

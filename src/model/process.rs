@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::RootfsPath;
+use super::path::bytes_of_printable;
 
 /// Names one process for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -13,21 +14,24 @@ pub struct ProcessIdentity {
     pub start_time: u64,
 }
 
-/// What was known of a process when it was looked at. Text that is not UTF-8 is
-/// escaped by [`super::printable`]; everything here is chosen by the container.
+/// What was known of a process when it was looked at. Text is what [`super::printable`]
+/// makes of it, and [`super::text`] in JSON; everything here is chosen by the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     #[serde(flatten)]
     pub identity: ProcessIdentity,
     /// The executable's path; `None` when the process was gone too soon.
+    #[serde(flatten, with = "super::text::exe")]
     pub exe: Option<String>,
     /// `None` when the process was gone too soon.
+    #[serde(flatten, with = "super::text::argv")]
     pub argv: Option<Vec<String>>,
     pub uid: Option<u32>,
     /// The controlling terminal, e.g. `pts/0`.
     pub tty: Option<String>,
     /// Its root directory in the container, where that is not the container's own
     /// (chroot).
+    #[serde(flatten, with = "super::text::root")]
     pub root: Option<String>,
     /// Parents, nearest first, up to and including the first one outside the
     /// container.
@@ -38,7 +42,9 @@ pub struct Process {
 pub struct Ancestor {
     #[serde(flatten)]
     pub identity: ProcessIdentity,
+    #[serde(flatten, with = "super::text::exe")]
     pub exe: Option<String>,
+    #[serde(flatten, with = "super::text::argv")]
     pub argv: Option<Vec<String>>,
 }
 
@@ -53,7 +59,7 @@ impl Process {
     /// Its root directory, where that is not the container's own.
     pub fn own_root(&self) -> Option<RootfsPath> {
         let root = self.root.as_deref()?;
-        RootfsPath::new(root).ok().filter(|root| !root.relative().is_empty())
+        RootfsPath::new(bytes_of_printable(root)).ok().filter(|root| !root.relative().is_empty())
     }
 
     /// Whether `identity` is this process or one of its ancestors.

@@ -267,7 +267,9 @@ pub struct Command {
     #[serde(flatten)]
     pub process: ProcessIdentity,
     /// `None` when the process was gone too soon.
+    #[serde(flatten, with = "super::text::exe")]
     pub exe: Option<String>,
+    #[serde(flatten, with = "super::text::argv")]
     pub argv: Option<Vec<String>>,
     pub started_at: Timestamp,
     /// Null while it runs, and where its end was not seen.
@@ -319,6 +321,7 @@ pub struct Probe {
     pub id: ProbeId,
     pub container: ContainerEvidence,
     pub image: ImageReference,
+    #[serde(flatten, with = "super::text::argv")]
     pub argv: Vec<String>,
     pub source: ProbeSource,
     /// How far apart they come; null where that was not learned.

@@ -21,7 +21,8 @@ pub struct Gap {
     pub container: Option<ContainerId>,
     pub detail: String,
     pub since: Timestamp,
-    /// `None`: it still is.
+    /// `None`: it still is. What was not seen in a time that is over may still have to be
+    /// looked for.
     pub until: Option<Timestamp>,
 }
 
@@ -34,6 +35,8 @@ pub(super) enum Until {
     /// Until each of these containers was walked completely, by a walk that began
     /// after the loss.
     Walked(HashSet<ContainerId>),
+    /// The same, once it is known which containers there are.
+    Listed,
     /// Until its cause is said to be over, or its container has ended.
     Over,
     /// Nothing makes up for it: until a while after the last one.
@@ -113,6 +116,14 @@ impl Gaps {
         self.close(now, Open::is_over)
     }
 
+    /// Every containerd has told which containers run.
+    pub(super) fn listed(&mut self, running: &HashSet<ContainerId>, now: Timestamp) -> Vec<Gap> {
+        for open in self.open.iter_mut().filter(|open| open.until == Until::Listed) {
+            open.until = Until::Walked(running.clone());
+        }
+        self.close(now, Open::is_over)
+    }
+
     /// A container has gone: of it nothing will be seen any more.
     pub(super) fn gone(&mut self, container: &ContainerId, now: Timestamp) -> Vec<Gap> {
         for open in &mut self.open {
@@ -170,7 +181,7 @@ impl Gaps {
         let closed: Vec<Gap> = self
             .open
             .extract_if(.., |open| is_over(open))
-            .map(|open| Gap { until: Some(now), ..open.gap })
+            .map(|open| Gap { until: open.gap.until.or(Some(now)), ..open.gap })
             .collect();
         for gap in &closed {
             self.remember(gap.clone());
@@ -286,6 +297,21 @@ mod tests {
         // There is nothing that could be walked.
         assert!(gaps.opened(gap(None, 20), awaited(&[])));
         assert_eq!(gaps.all()[0], Gap { until: Some(at(20)), ..gap(None, 20) });
+    }
+
+    #[test]
+    fn u03_a_time_that_is_over_is_open_until_every_container_that_ran_was_walked() {
+        let mut gaps = Gaps::default();
+        let down = Gap { failure: Failure::NotRunning, until: Some(at(20)), ..gap(None, 10) };
+        assert!(gaps.opened(down.clone(), Until::Listed));
+        assert_eq!(gaps.walked(&id("a"), at(21), at(22)), []);
+        assert_eq!(gaps.listed(&HashSet::from([id("a"), id("b")]), at(23)), []);
+        assert_eq!(gaps.walked(&id("a"), at(24), at(25)), []);
+        assert_eq!(gaps.open().cloned().collect::<Vec<_>>(), std::slice::from_ref(&down));
+        assert_eq!(gaps.gone(&id("b"), at(26)), std::slice::from_ref(&down));
+        // Nothing ran.
+        assert!(gaps.opened(down.clone(), Until::Listed));
+        assert_eq!(gaps.listed(&HashSet::new(), at(30)), [down]);
     }
 
     #[test]

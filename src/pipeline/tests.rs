@@ -1363,12 +1363,47 @@ fn a_diff_names_every_difference_and_which_are_findings() {
 }
 
 #[test]
-fn a_container_that_is_not_running_has_no_diff_but_a_reason() {
+fn u06_a_stopped_container_is_compared_where_its_layer_lies_and_nothing_is_judged() {
     let mut node = Node::running();
     node.play("stop c1");
-    for (name, expected) in
-        [("c1", "container default/c1 is not watched: it is not running"), ("zz", "no container")]
-    {
+    let (reply, mut answer) = oneshot::channel();
+    node.give(Input::Asked(Question::Diff { container: "c1".into(), reply }));
+    let Some(Command::Compare { container, ticket, rootfs, .. }) = node.commands.pop() else {
+        panic!("no walk: {:?}", answer.try_recv())
+    };
+    let dirs = OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] };
+    assert_eq!((container, rootfs), (id("c1"), dirs));
+    let observation = Observation {
+        container: id("c1"),
+        init: init(0),
+        at: Timestamp::UNIX_EPOCH,
+        source: Source::Scan,
+        session: None,
+        file_of: None,
+        reached_as: None,
+        fact: present(RootfsPath::new("/tmp/x").unwrap(), "evil"),
+    };
+    let compared = |observations, end| Input::Watch(Report::Compared { ticket, observations, end });
+    node.give(compared(vec![observation], None));
+    assert!(answer.try_recv().is_err(), "it is not over");
+    node.give(compared(Vec::new(), Some(true)));
+    let diff = answer.try_recv().unwrap().unwrap();
+    let paths: Vec<_> = diff.differences.iter().map(|one| one.path.to_string()).collect();
+    assert_eq!((paths, diff.incomplete), (vec!["/tmp/x".to_owned()], false));
+    assert!(node.told.is_empty(), "a question changes nothing");
+}
+
+#[test]
+fn a_container_that_cannot_be_compared_has_no_diff_but_a_reason() {
+    let mut node = Node::running();
+    node.play("start c2\nstop c1\nremove c2");
+    let nowhere = Container { rootfs: None, ..container("c1", None) };
+    node.give(Input::Node(Change::Container(Box::new(nowhere))));
+    for (name, expected) in [
+        ("c1", "container default/c1 is not watched: it does not run, and where its files are"),
+        ("c2", "container default/c2 is not watched: it was removed"),
+        ("zz", "no container"),
+    ] {
         let (reply, mut answer) = oneshot::channel();
         node.give(Input::Asked(Question::Diff { container: name.into(), reply }));
         let err = answer.try_recv().unwrap().unwrap_err().to_string();
@@ -2454,6 +2489,60 @@ fn scanned(name: &str, began: i64) -> Input {
         began: Timestamp::from_second(began).unwrap(),
         complete: true,
     })
+}
+
+#[test]
+fn u03_a_time_without_driftd_is_a_gap_and_what_the_first_walk_finds_may_have_run() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let second = |second| Timestamp::from_second(second).unwrap();
+    let gap = node.state.was_not_running(second(-30), second(0));
+    let Record::Gap { name, container: None, at, until, .. } = gap else { panic!("{gap:?}") };
+    assert_eq!((&*name, at, until), ("not_running", second(-30), Some(second(0))));
+    let problems = |node: &Node| node.state.status().problems;
+    assert!(problems(&node).concat().contains("not_running"), "{:?}", problems(&node));
+    let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
+    node.play("connected\nstart c1\nbaseline");
+    node.give(Input::Watch(attached));
+    node.play("list c1");
+    assert_eq!(problems(&node).len(), 1, "c1 was not walked yet");
+    node.play("scan c1 /tmp/x new");
+    let detail = node.told.last().unwrap().detail.clone().unwrap_or_default();
+    assert!(detail.contains("may have run"), "{detail:?}");
+    node.give(scanned("c1", 1));
+    assert_eq!(problems(&node), [""; 0]);
+    assert_eq!(node.gaps, ["not_running"], "its end is told");
+    let gaps = node.state.status().gaps;
+    assert_eq!((gaps[0].since, gaps[0].until), (second(-30), Some(second(0))));
+    // What comes later was seen to come.
+    node.play("scan c1 /tmp/y newer");
+    assert_eq!(node.told.last().unwrap().detail, None);
+}
+
+#[test]
+fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have_run() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start c1\nbaseline");
+    let at = |millisecond| Timestamp::from_millisecond(millisecond).unwrap();
+    let (began, marked) = (at(1000), at(1250));
+    node.give(Input::Watch(Report::Unarmed { container: id("c1"), began, marked }));
+    let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
+    node.give(Input::Watch(attached));
+    let problems = node.state.status().problems;
+    assert!(problems.concat().contains("armed_late") && problems.concat().contains("250 ms"));
+    let gap = node.state.status().gaps.remove(0);
+    assert_eq!((gap.container, gap.since, gap.until), (Some(id("c1")), began, Some(marked)));
+    node.play("scan c1 /tmp/x new");
+    let detail = node.told.last().unwrap().detail.clone().unwrap_or_default();
+    assert!(detail.contains("may have run"), "{detail:?}");
+    // No walk finds what has gone, and an earlier run says nothing of this one.
+    node.give(scanned("c1", 5));
+    let (container, reason) = (id("c1"), "its init is gone".to_owned());
+    node.give(Input::Watch(Report::NotAttached { container, pid: 3, reason }));
+    assert_eq!(node.state.status().problems.len(), 1);
+    node.clock = 100;
+    node.give(Input::Due);
+    assert_eq!(node.state.status().problems, [""; 0]);
+    assert_eq!(node.gaps, ["armed_late"; 2], "its beginning and its end");
 }
 
 struct NoBlobs;

@@ -21,10 +21,10 @@ use super::table::{ControlGroups, Layers, Watched};
 use super::{Command, Report, Verdict};
 use crate::gate::Place;
 use crate::health::Failure;
-use crate::model::{ContainerId, OverlayDirs, printable};
+use crate::model::{ContainerId, OverlayDirs, RootfsPath, printable};
 use crate::sys::door::View;
 use crate::sys::fanotify::Group;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, overlay};
 use crate::threads;
 
@@ -87,6 +87,9 @@ impl Control {
                 }
                 Ok(Command::Detach { container, pid }) => self.detach(&container, pid),
                 Ok(Command::Scan { container, ticket }) => self.scan(container, ticket),
+                Ok(Command::Compare { container, ticket, rootfs, entry_point }) => {
+                    self.compare(container, ticket, rootfs, entry_point);
+                }
                 Ok(Command::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
@@ -217,6 +220,24 @@ impl Control {
             self.report(Report::Scanned { container, ticket, began, complete: false });
         }
     }
+
+    fn compare(
+        &mut self,
+        container: ContainerId,
+        ticket: u64,
+        rootfs: OverlayDirs,
+        entry_point: Vec<RootfsPath>,
+    ) {
+        let watched = Watched::stopped(container, rootfs, entry_point).map(Arc::new);
+        let ordered = watched.is_some_and(|watched| {
+            self.orders.try_send(Order::Compare { watched, ticket }).is_ok()
+        });
+        if ordered {
+            self.shared.wake_scan();
+        } else {
+            self.report(Report::Compared { ticket, observations: Vec::new(), end: Some(false) });
+        }
+    }
 }
 
 impl Marker {
@@ -308,9 +329,13 @@ impl Marker {
             watched.set_residence(residence);
         }
         watched.ask_for_rescan();
-        if !before_start && self.shared.is_armed_against(init.identity()) {
-            let detail = "a container's entry point ran before its marks were in place";
-            self.shared.lose(Failure::ArmedLate, Some(&watched), detail);
+        if !before_start && self.shared.has_begun_before(init.identity()) {
+            let _ = self.shared.health.record(Failure::ArmedLate);
+            let marked = Timestamp::now();
+            let began = marked - procfs::age(init.identity());
+            tracing::warn!(%container, "its entry point ran before its marks were in place");
+            let container = container.clone();
+            self.shared.say(Report::Unarmed { container, began, marked });
         }
         Ok(Marked { before_start, is_news: true })
     }
@@ -372,8 +397,7 @@ impl Marker {
 fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
     const MOMENT: Duration = Duration::from_secs(10);
     init.open_exe().and_then(file::stat).is_ok_and(|exe| {
-        exe.device != watched.device
-            && (exe.links > 0 || crate::sys::procfs::age(init.identity()) < MOMENT)
+        exe.device != watched.device && (exe.links > 0 || procfs::age(init.identity()) < MOMENT)
     })
 }
 

@@ -103,6 +103,14 @@ pub enum Command {
     /// Walk the upperdir now. With a ticket, the batches and the end of this
     /// scan carry it.
     Scan { container: ContainerId, ticket: Option<u64> },
+    /// Walk the upperdir of a container that does not run, for whoever has asked with this
+    /// ticket. Nothing is marked, and nothing is reported but [`Report::Compared`].
+    Compare {
+        container: ContainerId,
+        ticket: u64,
+        rootfs: OverlayDirs,
+        entry_point: Vec<RootfsPath>,
+    },
     /// From now on, this is how far the files of the image's layers are trusted.
     /// What was judged before counts no more.
     Trust { container: ContainerId, trust: Trust },
@@ -127,6 +135,13 @@ pub enum Report {
         /// The gate was in place before the entry point ran.
         before_start: bool,
     },
+    /// The container began while driftd ran, and ran for a moment before its marks were in
+    /// place. Comes before [`Report::Attached`].
+    Unarmed {
+        container: ContainerId,
+        began: Timestamp,
+        marked: Timestamp,
+    },
     /// The container cannot be watched, or not any more.
     NotAttached {
         container: ContainerId,
@@ -148,6 +163,14 @@ pub enum Report {
         began: Timestamp,
         /// Whether the whole upperdir was walked.
         complete: bool,
+    },
+    /// What a walk of a container that does not run has found. It answers a question and is
+    /// not judged: nobody saw it happen.
+    Compared {
+        ticket: u64,
+        observations: Vec<Observation>,
+        /// The walk is over, and whether it was whole.
+        end: Option<bool>,
     },
     /// What was said to be seen no more, and what no walk makes up for, is seen again.
     Over {
@@ -176,6 +199,9 @@ pub enum Error {
     #[error("cannot start the thread `{name}`: {source}")]
     Thread { name: &'static str, source: io::Error },
 }
+
+/// What of [`Watch::left`] is not lost.
+pub const LEFT_TO_THE_START: &str = "changed files, which the next start looks at";
 
 /// How many executed files may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
@@ -508,7 +534,7 @@ impl Watch {
         let more = [
             ("items taken and not told", untold),
             ("executions answered and not taken from the gate", self.shared.untaken()),
-            ("changed files, which the next start looks at", self.shared.unsettled()),
+            (LEFT_TO_THE_START, self.shared.unsettled()),
         ];
         left.extend(
             more.into_iter()

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::arguments::{Recorded, Words};
 use super::shared::Shared;
 use super::table::Watched;
-use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, printable};
+use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, bytes_of_printable, printable};
 use crate::sys::overlay;
 use crate::sys::perf;
 use crate::sys::procfs::{self, Handle, Stat};
@@ -279,7 +279,7 @@ fn own_root(handle: &Handle, watched: &Watched) -> Option<String> {
 /// process that has a mount namespace of its own.
 pub(super) fn root_by_name(path: &RootfsPath, exe: Option<&str>) -> Option<String> {
     let exe = exe?.strip_suffix(" (deleted)").or(exe)?;
-    let root = path.as_bytes().strip_suffix(exe.as_bytes())?;
+    let root = path.as_bytes().strip_suffix(&*bytes_of_printable(exe))?;
     (exe.starts_with('/') && !root.is_empty()).then(|| printable(root))
 }
 

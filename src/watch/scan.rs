@@ -51,6 +51,11 @@ pub(super) enum Order {
     Last {
         watched: Arc<Watched>,
     },
+    /// The container does not run, and somebody asks what it holds.
+    Compare {
+        watched: Arc<Watched>,
+        ticket: u64,
+    },
 }
 
 const MAX_DEPTH: usize = 256;
@@ -271,7 +276,9 @@ impl Scan {
         let room = self.orders.capacity().unwrap_or(usize::MAX).saturating_sub(taken);
         for order in self.orders.try_iter().take(room) {
             is_told = true;
-            let (Order::Scan { watched, .. } | Order::Last { watched }) = &order;
+            let (Order::Scan { watched, .. }
+            | Order::Last { watched }
+            | Order::Compare { watched, .. }) = &order;
             let work = self.work.entry(watched.container.clone()).or_default();
             if let Order::Last { watched } = &order {
                 // It covers what of this one is still to be done.
@@ -416,7 +423,7 @@ impl Scan {
                 match outcome {
                     Ok(false) => work.walk = Some(walk),
                     ended => {
-                        if walk.extent != Extent::Below {
+                        if matches!(walk.extent, Extent::All | Extent::Last) {
                             // What is due now was due before it.
                             work.due = None;
                         }
@@ -438,6 +445,9 @@ impl Scan {
             let (watched, ticket, extent) = match order {
                 Order::Scan { watched, ticket } => (watched, ticket, Extent::All),
                 Order::Last { watched } => (watched, None, Extent::Last),
+                Order::Compare { watched, ticket } => {
+                    return Some(Walk::stopped(&self.shared, &watched, ticket));
+                }
             };
             work.due.take_if(|due| Arc::ptr_eq(&due.watched, &watched));
             return Some(self.begin_walk(&watched, ticket, extent, true));
@@ -506,6 +516,11 @@ impl Scan {
             return;
         }
         let is_complete = is_whole && problem.is_none();
+        if let (Extent::Stopped, Some(ticket)) = (extent, ticket) {
+            let (observations, end) = (Vec::new(), Some(is_complete));
+            let _ = self.shared.report_patiently(Report::Compared { ticket, observations, end });
+            return;
+        }
         if is_complete {
             watched.ways.end_walk();
             if self.shared.names.end_walk(&watched) {
@@ -631,6 +646,7 @@ fn tell_settled(
         // The image's own file shows through: executed before it was known
         // which files are the image's.
         Ok(None) if in_image && lower::holds(layers, &path) => (),
+        Ok(None) if layers.is_cut_off() && open_merged(&watched, &path).is_ok() => (),
         Ok(None) => {
             watched.ways.forget(&path);
             tell(Fact::Absent { path, writer });
@@ -1032,6 +1048,8 @@ enum Extent {
     Last,
     /// One directory with everything below it.
     Below,
+    /// The container does not run: nothing is listened to, and nobody is known to write.
+    Stopped,
 }
 
 /// One walk of one upperdir, depth first. It can be put aside at any time.
@@ -1115,6 +1133,15 @@ impl Walk {
         Some(walk)
     }
 
+    fn stopped(shared: &Shared, watched: &Arc<Watched>, ticket: u64) -> Walk {
+        threads::about(&watched.container);
+        let mut walk = Walk::new(watched, Extent::Stopped, true);
+        walk.ticket = Some(ticket);
+        walk.leaves_settling = false;
+        walk.open_root(shared);
+        walk
+    }
+
     fn open_root(&mut self, shared: &Shared) {
         let watched = self.watched.clone();
         let Some(layers) = watched.layers() else {
@@ -1137,6 +1164,9 @@ impl Walk {
     /// Listens to a directory before it is listed, or no more.
     fn listen(&mut self, shared: &Shared, path: &RootfsPath, directory: &OwnedFd) {
         let names = &shared.names;
+        if self.extent == Extent::Stopped {
+            return;
+        }
         if self.extent == Extent::Last {
             names.unlisten(directory, &shared.attachments);
             shared.closings.unlisten(directory);
@@ -1264,7 +1294,8 @@ impl Walk {
                 }
             }
             Ok((_, stat)) => {
-                if stat.is_regular() && layers.note_birth(&stat) {
+                let is_watched = self.extent != Extent::Stopped;
+                if is_watched && stat.is_regular() && layers.note_birth(&stat) {
                     let detail = format!("{child} looks older than the layer that holds it");
                     shared.lose(Failure::ClockSet, Some(&self.watched), &detail);
                 }
@@ -1347,8 +1378,10 @@ impl Walk {
         {
             return;
         }
-        let writer = self.writer(shared, &path);
-        let writer = writer.or_else(|| shared.last_writer(&self.watched, &cached.stat));
+        let writer = self.writer(shared, &path).or_else(|| {
+            let is_watched = self.extent != Extent::Stopped;
+            is_watched.then(|| shared.last_writer(&self.watched, &cached.stat)).flatten()
+        });
         let Cached { stat, state, lower } = cached;
         // What could not be read is tried again next time.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
@@ -1366,6 +1399,9 @@ impl Walk {
     /// Who changed a path that has not settled yet: what is found here is told, and
     /// would be told without its writer.
     fn writer(&mut self, shared: &Shared, path: &RootfsPath) -> Option<Arc<Process>> {
+        if self.extent == Extent::Stopped {
+            return None;
+        }
         let known = self.writers.remove(path);
         known.or_else(|| shared.writer_of(&self.watched, path))
     }
@@ -1379,10 +1415,13 @@ impl Walk {
         if self.batch.is_empty() {
             return Ok(());
         }
-        let report = Report::ScanBatch {
-            container: self.watched.container.clone(),
-            ticket: self.ticket,
-            observations: std::mem::take(&mut self.batch),
+        let observations = std::mem::take(&mut self.batch);
+        let report = match (self.extent, self.ticket) {
+            (Extent::Stopped, Some(ticket)) => Report::Compared { ticket, observations, end: None },
+            (_, ticket) => {
+                let container = self.watched.container.clone();
+                Report::ScanBatch { container, ticket, observations }
+            }
         };
         if shared.report_patiently(report) { Ok(()) } else { Err(Interrupted) }
     }

@@ -91,6 +91,8 @@ pub(super) struct Shared {
     pub(super) gate_taken: AtomicU64,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
+    /// Since when containers are watched, as processes tell when they started.
+    began: u64,
 }
 
 /// A file about which the gate was asked.
@@ -204,6 +206,7 @@ impl Shared {
             records_arguments: AtomicBool::new(false),
             gate_taken: AtomicU64::new(0),
             arming: Arming::default(),
+            began: crate::sys::procfs::ticks_since_boot(),
         })
     }
 
@@ -351,9 +354,9 @@ impl Shared {
         self.records_arguments.load(Ordering::Acquire)
     }
 
-    /// Whether this container should have been armed before it started.
-    pub(super) fn is_armed_against(&self, init: ProcessIdentity) -> bool {
-        self.arming.since.get().is_some_and(|since| init.start_time > *since)
+    /// Whether the daemon watched already when this container began.
+    pub(super) fn has_begun_before(&self, init: ProcessIdentity) -> bool {
+        init.start_time > self.began
     }
 
     pub(super) fn wake_scan(&self) {
@@ -684,7 +687,7 @@ impl Shared {
 
     /// Says what must not be dropped, without waiting: where there is no room, the scan
     /// thread says it later.
-    fn say(&self, report: Report) {
+    pub(super) fn say(&self, report: Report) {
         if let Err(TrySendError::Full(report)) = self.reports.try_send(Box::new(report)) {
             let _ = self.health.record(Failure::PipelineFull);
             let mut unsent = self.unsent_losses();

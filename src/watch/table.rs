@@ -115,6 +115,8 @@ pub(super) struct Layers {
     holds_older: AtomicBool,
     /// The filesystems that its directories are on.
     devices: Vec<u64>,
+    /// Which directories the lower layers were.
+    lower: Vec<Option<(u64, u64)>>,
 }
 
 /// A mount of a container, beside its root, that carries our mark: all of its
@@ -172,14 +174,20 @@ fn place(stat: &Stat, own: Option<FileTime>) -> Place {
     }
 }
 
+/// Device and inode of a layer's directory.
+fn identity_of(directory: &std::path::PathBuf) -> Option<(u64, u64)> {
+    file::stat_path(directory).ok().map(|stat| (stat.device, stat.inode))
+}
+
 impl Layers {
     /// `None` if there is no such upperdir.
     pub(super) fn new(mount: overlay::Mount) -> Option<Layers> {
         let times_set = clock::times_set();
         let upper = file::stat_path(&mount.dirs.upperdir).ok()?;
         let born = upper.born;
-        let lower = mount.dirs.lowerdirs.iter().filter_map(|lower| file::stat_path(lower).ok());
-        let devices = lower.map(|lower| lower.device).chain([upper.device]).collect();
+        let lower: Vec<Option<(u64, u64)>> = mount.dirs.lowerdirs.iter().map(identity_of).collect();
+        let devices = lower.iter().flatten().map(|(device, _)| *device);
+        let devices = devices.chain([upper.device]).collect();
         // A birth that is yet to come: the clock was set back, and files that are
         // made now would look older than their layer.
         let now = jiff::Timestamp::now().as_second();
@@ -192,7 +200,15 @@ impl Layers {
             times_set,
             holds_older: AtomicBool::new(false),
             devices,
+            lower,
         })
+    }
+
+    /// Whether a lower layer cannot be seen by its directory, or not any more. Where IDs
+    /// are mapped, the overlay is made of mounts that are gone right afterwards.
+    pub(super) fn is_cut_off(&self) -> bool {
+        let mut all = self.dirs.lowerdirs.iter().zip(&self.lower);
+        all.any(|(directory, known)| known.is_none() || identity_of(directory) != *known)
     }
 
     /// Since when the container has an upper layer, as long as times tell anything: a
@@ -262,6 +278,24 @@ impl Watched {
             unannounced: AtomicBool::new(false),
             files: Files::default(),
         }
+    }
+
+    /// A container that does not run, for a walk of its layers alone; `None` if they are
+    /// gone. It belongs in no table: nothing that happens is its.
+    pub(super) fn stopped(
+        container: ContainerId,
+        dirs: OverlayDirs,
+        entry_point: Vec<RootfsPath>,
+    ) -> Option<Watched> {
+        let nobody = ProcessIdentity { pid: 0, start_time: 0 };
+        let upper = file::stat_path(&dirs.upperdir).ok()?;
+        let watched = Watched::new(container, nobody, &upper, Vec::new(), None, None, None);
+        let redirects = overlay::redirects_by_default();
+        let (userxattr, workdir, is_exported) = (false, None, false);
+        let mount = overlay::Mount { dirs, userxattr, redirects, workdir, is_exported };
+        watched.set_layers(Layers::new(mount)?);
+        watched.set_entry_point(entry_point);
+        Some(watched)
     }
 
     /// Whether its init is the first process of a pid namespace, as its processes
@@ -818,6 +852,33 @@ pub(super) mod tests {
         let groups = Some(ControlGroups { unified, perf });
         let id = ContainerId::new("default", id);
         Watched::new(id, init, &root(device), b"/".into(), pid, mount, groups)
+    }
+
+    #[test]
+    fn d02_a_layer_whose_directory_was_only_there_for_the_mount_is_cut_off() {
+        let scratch = tempfile::tempdir().unwrap();
+        let [upperdir, kept, passing] =
+            ["upper", "kept", "passing"].map(|name| scratch.path().join(name));
+        for directory in [&upperdir, &kept, &passing] {
+            std::fs::create_dir(directory).unwrap();
+        }
+        let layers = |lowerdirs: &[&std::path::PathBuf]| {
+            let lowerdirs = lowerdirs.iter().map(|&lower| lower.clone()).collect();
+            let dirs = OverlayDirs { upperdir: upperdir.clone(), lowerdirs };
+            let (userxattr, redirects, is_exported) = (false, false, false);
+            let mount = overlay::Mount { dirs, userxattr, redirects, workdir: None, is_exported };
+            Layers::new(mount).unwrap()
+        };
+        let (whole, both) = (layers(&[&kept]), layers(&[&kept, &passing]));
+        assert!(!whole.is_cut_off() && !both.is_cut_off());
+        std::fs::remove_dir(&passing).unwrap();
+        assert!(!whole.is_cut_off() && both.is_cut_off());
+        assert!(layers(&[&passing]).is_cut_off(), "it was gone before");
+        // What was mounted there is gone, and an empty directory is left.
+        std::fs::create_dir(&passing).unwrap();
+        std::fs::rename(&kept, scratch.path().join("moved")).unwrap();
+        std::fs::create_dir(&kept).unwrap();
+        assert!(whole.is_cut_off());
     }
 
     #[test]

@@ -218,6 +218,8 @@ pub(super) struct Trace {
     /// The kernel tells an overlay's own device of what is mapped from it. Before
     /// 6.18 it may tell that of the file below.
     tells_overlays: bool,
+    /// Executions of containers in this turn whose arguments were not recorded.
+    without_arguments: u64,
 }
 
 /// What was executed, and whether anybody need be told.
@@ -378,6 +380,7 @@ impl Trace {
             memfd_device: file::memfd_device().ok(),
             host_device: file::stat_path("/").ok().map(|root| root.device),
             tells_overlays: false,
+            without_arguments: 0,
         }
     }
 
@@ -395,6 +398,7 @@ impl Trace {
         let mut last_look = Instant::now();
         let mut is_busy = false;
         let mut is_last = false;
+        let mut lost_arguments = rings.lost_arguments();
         while !is_last {
             // What happened before a stop is told.
             is_last = self.shared.is_stopping();
@@ -422,8 +426,7 @@ impl Trace {
             if let Err(err) = rings.read(&mut records) {
                 self.lose(&format!("the kernel's records are not understood: {err}"));
             }
-            let unrecorded = &self.shared.health.arguments_unrecorded;
-            unrecorded.store(rings.lost_arguments(), Ordering::Relaxed);
+            let lost_before = std::mem::replace(&mut lost_arguments, rings.lost_arguments());
             records.sort_by_key(Record::time);
             let complete = records.partition_point(|record| record.time() <= horizon);
             is_busy = complete > 0;
@@ -431,8 +434,18 @@ impl Trace {
                 threads::beat();
                 self.take(record);
             }
+            self.lost_arguments(lost_arguments - lost_before);
             self.end_turn(horizon);
         }
+    }
+
+    /// The kernel had no room for so many records of arguments, and does not tell whose
+    /// they were. Of containers' executions, no more than came without are among them.
+    fn lost_arguments(&mut self, lost: u64) {
+        let of_containers = std::mem::take(&mut self.without_arguments).min(lost);
+        let health = &self.shared.health;
+        health.arguments_unrecorded.fetch_add(of_containers, Ordering::Relaxed);
+        health.arguments_unrecorded_of_host.fetch_add(lost - of_containers, Ordering::Relaxed);
     }
 
     fn listen(&mut self, mut connector: Connector) {
@@ -567,6 +580,7 @@ impl Trace {
                 if known.is_beginning {
                     known.arguments = Some(arguments);
                 } else if known.watched.is_some() {
+                    self.without_arguments = self.without_arguments.saturating_sub(1);
                     self.shared.arguments().add(pid, arguments);
                 }
             }
@@ -702,6 +716,7 @@ impl Trace {
             let makers = self.makers(executed.pid);
             self.shared.roots().arrived(&watched.container, executed.pid, executed.time, makers);
         }
+        self.without_arguments += u64::from(arguments.is_none());
         {
             let mut kept = self.shared.arguments();
             kept.executed(executed.pid, executed.time, arguments);

@@ -649,6 +649,11 @@ fn one_disturbance(
             // What is found meanwhile waits in memory.
             thread::sleep(Duration::from_secs(1) + down);
             disk.free()?;
+            // A kill before that would lose more than is excused.
+            wait_for("the history to be on the disk again", || {
+                let problems = node.status()?["problems"].to_string();
+                Ok((!problems.contains("history_write")).then_some(()))
+            })?;
         }
         Disturbance::FillDiskAndKill => {
             disk.fill()?;

@@ -20,6 +20,7 @@ mod fileless;
 mod fuse;
 mod gate;
 mod groups;
+mod honest;
 mod hostile;
 mod image;
 mod incarnations;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         deeds::trials(),
         groups::trials(),
         unit::trials(),
+        honest::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

@@ -690,7 +690,7 @@ settle = "1s"
     fn tear_down(&self) {
         self.ended.store(true, Ordering::SeqCst);
         let containers = std::mem::take(&mut *lock(&self.containers));
-        for (namespace, id) in &containers {
+        let remove = |(namespace, id): &(String, String)| {
             let quietly = |arguments: &[&str]| {
                 let done = self.ctr_command_in(namespace, arguments).and_then(|mut command| {
                     Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).status()?)
@@ -700,7 +700,12 @@ settle = "1s"
             quietly(&["task", "resume", id]);
             quietly(&["task", "rm", "--force", id]);
             quietly(&["container", "rm", id]);
-        }
+        };
+        thread::scope(|scope| {
+            for some in containers.chunks(containers.len().div_ceil(4).max(1)) {
+                scope.spawn(move || some.iter().for_each(remove));
+            }
+        });
         let pods = std::mem::take(&mut *lock(&self.pods));
         for id in &pods {
             // Of a container's id this is refused, and its sandbox's takes it along.
