@@ -585,14 +585,7 @@ impl Driftd {
     #[track_caller]
     fn jobs(&self, count: usize) -> Vec<Submitted> {
         wait_for("images are recorded", || {
-            // An image is asked for once more where its event comes after that of its
-            // layers: then nothing is left to be read.
-            let mut jobs: Vec<Submitted> = Vec::new();
-            for job in &self.recorder.0.lock().unwrap().jobs {
-                if !jobs.contains(job) {
-                    jobs.push(job.clone());
-                }
-            }
+            let jobs = self.recorder.0.lock().unwrap().jobs.clone();
             if jobs.len() >= count { Ok(jobs) } else { Err(jobs) }
         })
     }
@@ -1365,10 +1358,13 @@ fn many_images_at_once_are_all_recorded() {
             });
         }
     });
-    let jobs = driftd.jobs(IMAGES);
-    let recorded: BTreeSet<&str> = jobs.iter().map(|job| job.name.as_str()).collect();
     let expected: BTreeSet<&str> = images.iter().map(|image| image.name.as_str()).collect();
-    assert_eq!(recorded, expected);
+    // An image is looked at once more where its event comes after that of its layers.
+    let jobs = wait_for("every image is recorded", || {
+        let jobs = driftd.recorder.0.lock().unwrap().jobs.clone();
+        let recorded: BTreeSet<&str> = jobs.iter().map(|job| job.name.as_str()).collect();
+        if recorded == expected { Ok(jobs) } else { Err(jobs) }
+    });
     for job in &jobs {
         let image = images.iter().find(|image| image.name == job.name).unwrap();
         assert_eq!((&job.layers, &job.archives), (&image.layer_ids(), &image.archives()));
