@@ -14,7 +14,7 @@ use super::deeds;
 use super::fair::{self, Owned, Receiver, Sender};
 use super::gate::Seen;
 use super::process::{self, Caller};
-use super::sessions::{ByRuntime, Opened, is_on_its_way};
+use super::sessions::{self, ByRuntime, Home, Opened, is_on_its_way};
 use super::shared::{Next, Shared};
 use super::table::Watched;
 use super::trace::TraceConsumer;
@@ -45,6 +45,7 @@ pub(super) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
         if pass.is_none() && last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
             last_look = Instant::now();
             pass = Pass::begin(shared);
+            find_unclaimed(shared);
         }
         let mut patience = LOOK_EVERY;
         if let Some(going) = &mut pass {
@@ -99,6 +100,15 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     // What the runtime is on its way in will be seen again when it is there.
     if is_on_its_way(&handle) {
         return;
+    }
+    match sessions::home(shared, &handle, &seen.watched) {
+        Home::Own => (),
+        Home::Anothers => return,
+        Home::Unknown => {
+            if shared.sessions().put_aside(handle.identity(), &seen.watched) {
+                return;
+            }
+        }
     }
     let process = Arc::new(process::as_it_is(&handle, &seen.watched));
     shared.packages().has_begun(shared, &seen.watched, &process);
@@ -273,6 +283,32 @@ fn owner(shared: &Shared, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watc
 }
 
 fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+    match sessions::home(shared, handle, watched) {
+        Home::Own => open_session(shared, watched, handle),
+        Home::Anothers => {
+            // Its container may have been known before the one beside which it was put.
+            if let Some(own) = sessions::of_init(shared, handle) {
+                open_session(shared, &own, handle);
+            }
+        }
+        Home::Unknown => {
+            let is_put_aside = shared.sessions().put_aside(handle.identity(), watched);
+            if !is_put_aside {
+                open_session(shared, watched, handle);
+            }
+        }
+    }
+}
+
+/// Those that were taken for a container's that is not known yet, and none has come.
+fn find_unclaimed(shared: &Shared) {
+    let unclaimed = shared.sessions().take_unclaimed(shared);
+    for (handle, watched) in unclaimed {
+        open_session(shared, &watched, &handle);
+    }
+}
+
+fn open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
     let mut sessions = shared.sessions();
     if sessions.is_open(shared, handle, watched) {
         let process = process::as_it_is(handle, watched);

@@ -14,7 +14,7 @@ use super::calls;
 use super::process::{self, Caller, Executing};
 use super::roots::Maker;
 use super::shared::Shared;
-use super::table::Watched;
+use super::table::{Watched, cgroups, is_put_elsewhere};
 use super::unseen::{self, Runtimes};
 use crate::model::process::may_be_runtime;
 use crate::model::{
@@ -33,11 +33,90 @@ const GENERATION: usize = 16 * 1024;
 #[derive(Debug, Default)]
 pub(super) struct Sessions {
     judged: Recent,
+    /// Those that were judged as the init of their container. Before that container was
+    /// known, one of them may have been judged as any other process.
+    inits: Recent,
     /// Those of them that are known to be in a container, as parents of others.
     inside: Recent,
     /// Gone before anybody looked, and the kernel's record of where they came from has
     /// not been read: the gate's facts of them, oldest first.
     unclear: VecDeque<Unclear>,
+    /// Of containers that are not known yet, by all that can be seen, oldest first.
+    aside: VecDeque<Aside>,
+}
+
+/// A process that shares a container's pid namespace, and that a runtime has put into a
+/// control group of its own.
+#[derive(Debug)]
+struct Aside {
+    identity: ProcessIdentity,
+    watched: Arc<Watched>,
+    until: Instant,
+}
+
+/// How long a container may take to be known after its first process runs. After that,
+/// the process is judged by what can be seen of it.
+const UNKNOWN: Duration = Duration::from_secs(10);
+const MAX_ASIDE: usize = 256;
+
+/// Whose a process is that may be in a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Home {
+    Own,
+    /// It shares the pid namespace, and is in another container by all else.
+    Anothers,
+    /// It shares the pid namespace, and looks like the first process of a container that
+    /// nobody has announced yet.
+    Unknown,
+}
+
+/// What tells whose a process is.
+#[derive(Clone, Copy, Debug)]
+struct Signs<'a> {
+    /// By its mount namespace, its control group or its root directory.
+    is_within: bool,
+    is_in_another: bool,
+    /// Its control group in the unified hierarchy, and that of its parent.
+    cgroup: Option<&'a [u8]>,
+    parents_cgroup: Option<&'a [u8]>,
+}
+
+impl Signs<'_> {
+    fn home(self) -> Home {
+        match self {
+            Signs { is_within: true, .. } => Home::Own,
+            Signs { is_in_another: true, .. } => Home::Anothers,
+            Signs { cgroup, parents_cgroup, .. } if is_put_elsewhere(cgroup, parents_cgroup) => {
+                Home::Unknown
+            }
+            Signs { .. } => Home::Own,
+        }
+    }
+}
+
+/// Whose a process is that was found to be in a container by one of its namespaces. Others
+/// can have been put into the same pid namespace.
+pub(super) fn home(shared: &Shared, handle: &Handle, watched: &Watched) -> Home {
+    let identity = handle.identity();
+    let is_certain = identity == watched.init || shared.births().is_born_inside(identity);
+    if is_certain || is_within(handle, watched) {
+        return Home::Own;
+    }
+    let others = || {
+        let namespace = handle.pid_namespace().ok();
+        namespace.map(|namespace| shared.table.in_pid_namespace(namespace)).unwrap_or_default()
+    };
+    let is_in = |other: &Arc<Watched>| {
+        other.container != watched.container && (identity == other.init || is_within(handle, other))
+    };
+    let (cgroup, parents) = cgroups(handle);
+    let signs = Signs {
+        is_within: false,
+        is_in_another: others().iter().any(is_in),
+        cgroup: cgroup.as_deref(),
+        parents_cgroup: parents.as_deref(),
+    };
+    signs.home()
 }
 
 /// A process that may have opened a session.
@@ -147,13 +226,11 @@ impl Sessions {
         has_arrived: &mut dyn FnMut() -> bool,
     ) -> bool {
         let identity = caller.identity;
+        if identity == watched.init || identity.pid == watched.init.pid {
+            return self.opens_as_init(shared, identity, watched);
+        }
         if self.judged.contains(identity) {
             return false;
-        }
-        if identity == watched.init || identity.pid == watched.init.pid {
-            self.judged.insert(identity);
-            self.inside.insert(identity);
-            return beside(shared, watched).is_some();
         }
         if self.has_parent_inside(caller) || shared.births().is_born_inside(identity) {
             self.judged.insert(identity);
@@ -184,25 +261,93 @@ impl Sessions {
     /// Judges a process that a scan found.
     pub(super) fn is_open(&mut self, shared: &Shared, handle: &Handle, watched: &Watched) -> bool {
         let stat = handle.first_stat();
-        if stat.has_ended() || self.judged.contains(stat.identity) {
+        if stat.has_ended() {
             return false;
         }
-        let is_root = if stat.identity == watched.init {
-            beside(shared, watched).is_some()
-        } else {
-            // One that still runs the host's program has not become its command yet, and
-            // may only start another one.
-            is_root(handle, None, watched) == Some(true)
-                && !shared.births().is_born_inside(stat.identity)
-                && !runs_from_outside(handle)
-                && !is_on_its_way(handle)
-        };
+        if stat.identity == watched.init {
+            return self.opens_as_init(shared, stat.identity, watched);
+        }
+        // One that still runs the host's program has not become its command yet, and
+        // may only start another one.
+        let is_root = !self.judged.contains(stat.identity)
+            && is_root(handle, None, watched) == Some(true)
+            && !shared.births().is_born_inside(stat.identity)
+            && !runs_from_outside(handle)
+            && !is_on_its_way(handle);
         if !is_root {
             return false;
         }
         self.judged.insert(stat.identity);
         self.inside.insert(stat.identity);
         true
+    }
+
+    /// The init of a container opens a session if the container was put into the pid
+    /// namespace of another one.
+    fn opens_as_init(
+        &mut self,
+        shared: &Shared,
+        identity: ProcessIdentity,
+        watched: &Watched,
+    ) -> bool {
+        let beside = beside(shared, watched);
+        let namespace = watched.pid_namespace;
+        let is_in_an_unknown_ones = beside.is_none()
+            && !watched.has_own_pid_namespace()
+            && namespace.is_some_and(|namespace| !procfs::is_host_pid_namespace(namespace));
+        if is_in_an_unknown_ones {
+            // It is judged when the container that began the namespace is known.
+            return false;
+        }
+        self.is_new_init(identity) && beside.is_some()
+    }
+
+    /// True once for each container's init, whatever it was taken for before.
+    fn is_new_init(&mut self, identity: ProcessIdentity) -> bool {
+        if self.inits.contains(identity) {
+            return false;
+        }
+        self.judged.insert(identity);
+        self.inside.insert(identity);
+        self.inits.insert(identity);
+        true
+    }
+
+    /// Judges a process later, which may be the first one of a container that is not known
+    /// yet; false if too many wait for that.
+    pub(super) fn put_aside(&mut self, identity: ProcessIdentity, watched: &Arc<Watched>) -> bool {
+        let is_known = self.judged.contains(identity)
+            || self
+                .aside
+                .iter()
+                .any(|one| one.identity == identity && one.watched.container == watched.container);
+        if is_known {
+            return true;
+        }
+        if self.aside.len() == MAX_ASIDE {
+            return false;
+        }
+        let until = Instant::now() + UNKNOWN;
+        self.aside.push_back(Aside { identity, watched: watched.clone(), until });
+        true
+    }
+
+    /// Processes that were put aside and that are a container's after all: none that holds
+    /// them has become known in time.
+    pub(super) fn take_unclaimed(&mut self, shared: &Shared) -> Vec<(Handle, Arc<Watched>)> {
+        let mut unclaimed = Vec::new();
+        self.aside.retain(|Aside { identity, watched, until }| {
+            let Ok(handle) = Handle::open_exactly(*identity) else { return false };
+            match home(shared, &handle, watched) {
+                Home::Anothers => false,
+                Home::Unknown if Instant::now() < *until => true,
+                Home::Unknown | Home::Own => {
+                    unclaimed.push((handle, watched.clone()));
+                    false
+                }
+            }
+        });
+        unclaimed
     }
 
     /// Opens a session if this is the first process of one, which is described then.
@@ -329,6 +474,7 @@ impl Sessions {
             shared.act(watched, Act::Event(event));
         } else {
             self.judged.remove(root);
+            self.inits.remove(root);
         }
     }
 
@@ -405,21 +551,30 @@ fn wait_for_makers(
 /// its control group or its root directory. One of them is enough: who joins only one
 /// of them is in it all the same. `None` of who is ending: nothing is known of it.
 fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
-    let own_namespace = handle.mount_namespace();
-    let is_known = own_namespace.is_ok();
-    let is_own = |own: Option<u64>, namespace: std::io::Result<u64>, is_hosts: fn(u64) -> bool| {
-        watched.has_namespaces()
-            && namespace.is_ok_and(|namespace| own == Some(namespace) && !is_hosts(namespace))
+    let is_known = handle.mount_namespace().is_ok();
+    let shares_pids = || {
+        handle.pid_namespace().is_ok_and(|namespace| {
+            watched.has_namespaces()
+                && watched.pid_namespace == Some(namespace)
+                && !procfs::is_host_pid_namespace(namespace)
+        })
     };
-    let is_inside = is_own(watched.mount_namespace, own_namespace, procfs::is_host_mount_namespace)
-        || (watched.has_own_pid_namespace()
-            && is_own(watched.pid_namespace, handle.pid_namespace(), |namespace| {
-                procfs::is_host_pid_namespace(namespace)
-            }))
+    let is_inside =
+        is_within(handle, watched) || (watched.has_own_pid_namespace() && shares_pids());
+    (is_inside || is_known).then_some(is_inside)
+}
+
+/// The same without the pid namespace, into which other containers can be put.
+fn is_within(handle: &Handle, watched: &Watched) -> bool {
+    let is_in_mount_namespace = handle.mount_namespace().is_ok_and(|namespace| {
+        watched.has_namespaces()
+            && watched.mount_namespace == Some(namespace)
+            && !procfs::is_host_mount_namespace(namespace)
+    });
+    is_in_mount_namespace
         || is_in_control_group(handle, watched) == Some(true)
         || file::stat_path(handle.root_path())
-            .is_ok_and(|root| root.device == watched.device && root.mount == watched.mount);
-    (is_inside || is_known).then_some(is_inside)
+            .is_ok_and(|root| root.device == watched.device && root.mount == watched.mount)
 }
 
 /// `None` if the container has none of its own, or the process is gone.
@@ -464,6 +619,13 @@ fn runs_from_outside(handle: &Handle) -> bool {
     // A file in memory is on no mount, whoever runs it.
     let may_be = exe.links > 0 || procfs::age(handle.identity()) < ON_ITS_WAY;
     may_be && handle.mountinfo().is_ok_and(|mounts| overlay::find_place(&mounts, mount).is_none())
+}
+
+/// The container of which a process is the init, by the pid namespace that it is in.
+pub(super) fn of_init(shared: &Shared, handle: &Handle) -> Option<Arc<Watched>> {
+    let namespace = handle.pid_namespace().ok()?;
+    let found = shared.table.in_pid_namespace(namespace);
+    found.into_iter().find(|watched| watched.init == handle.identity())
 }
 
 /// What is to be told of a session's beginning, gathered while it may be ending.
@@ -602,6 +764,36 @@ impl Evidence {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a31_who_shares_a_pid_namespace_alone_may_be_a_container_that_is_not_known_yet() {
+        let host = Some(&b"/system.slice/containerd.service"[..]);
+        let pod = Some(&b"/kubepods/pod/x"[..]);
+        let check = |is_within, is_in_another, cgroup, parents_cgroup, expected| {
+            let signs = Signs { is_within, is_in_another, cgroup, parents_cgroup };
+            assert_eq!(signs.home(), expected, "{signs:?}");
+        };
+        // A runtime has put it where its parent is not.
+        check(false, false, pod, host, Home::Unknown);
+        check(false, true, pod, host, Home::Anothers);
+        check(false, true, host, host, Home::Anothers);
+        check(true, true, pod, host, Home::Own);
+        // Somebody has entered the namespace and nothing else.
+        check(false, false, host, host, Home::Own);
+        // Where control groups tell nothing.
+        check(false, false, Some(b"/"), host, Home::Own);
+        check(false, false, pod, None, Home::Own);
+        check(false, false, None, None, Home::Own);
+    }
+
+    #[test]
+    fn a31_an_init_that_was_judged_as_another_process_is_judged_as_an_init() {
+        let init = ProcessIdentity { pid: 7, start_time: 1 };
+        let mut sessions = Sessions::default();
+        sessions.judged.insert(init);
+        assert!(sessions.is_new_init(init));
+        assert!(!sessions.is_new_init(init), "that is said once");
+    }
 
     #[test]
     fn how_a_session_came_in_is_told_by_evidence() {

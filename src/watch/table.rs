@@ -580,6 +580,20 @@ impl Maps {
     }
 }
 
+/// The control group of a process in the unified hierarchy, and that of its parent.
+pub(super) fn cgroups(process: &Handle) -> (Option<Vec<u8>>, Option<Vec<u8>>) {
+    let parent = process.stat().ok().and_then(|stat| Handle::open(stat.parent).ok());
+    (process.cgroup().ok(), parent.and_then(|parent| parent.cgroup().ok()))
+}
+
+/// Whether a process that is in a container by nothing but its pid namespace may be the
+/// first one of a container that is not known yet. Who only enters a namespace stays in
+/// the control group of who has called them. The root is where processes are that nobody
+/// has put anywhere.
+pub(super) fn is_put_elsewhere(cgroup: Option<&[u8]>, parents: Option<&[u8]>) -> bool {
+    matches!((cgroup, parents), (Some(own), Some(parents)) if own != parents && own != b"/")
+}
+
 impl Table {
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Maps> {
         // Every change is a few inserts; a panic leaves nothing half done that
@@ -723,9 +737,10 @@ impl Table {
         maps.by_device.get(&stat.device).or_else(|| maps.by_mount.get(&stat.mount?)).cloned()
     }
 
-    /// Whose a process is, whatever it does: by its mount namespace, its pid
-    /// namespace, and its control group, which it keeps in namespaces of its own.
-    /// A container may share namespaces of the host; they say nothing then.
+    /// Whose a process is, whatever it does: by its mount namespace, its control group,
+    /// which it keeps in namespaces of its own, and its pid namespace, into which other
+    /// containers can be put. A container may share namespaces of the host; they say
+    /// nothing then.
     pub(super) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
             && !procfs::is_host_mount_namespace(namespace)
@@ -733,13 +748,14 @@ impl Table {
         {
             return Some(watched);
         }
-        if let Ok(namespace) = process.pid_namespace()
-            && !procfs::is_host_pid_namespace(namespace)
-            && let Some(watched) = self.by_pid_namespace(namespace)
-        {
-            return Some(watched);
-        }
-        self.by_cgroup(&process.cgroup().ok()?)
+        let (cgroup, parents) = cgroups(process);
+        let by_cgroup = cgroup.as_deref().and_then(|cgroup| self.by_cgroup(cgroup));
+        by_cgroup.or_else(|| {
+            let namespace = process.pid_namespace().ok();
+            let namespace = namespace.filter(|&it| !procfs::is_host_pid_namespace(it))?;
+            let may_be_unknown = is_put_elsewhere(cgroup.as_deref(), parents.as_deref());
+            self.by_pid_namespace(namespace).filter(|_| !may_be_unknown)
+        })
     }
 
     /// The same of a process that may be gone by now.
@@ -754,8 +770,8 @@ impl Table {
             self.by_pid_namespace(namespace)
         };
         by_mount_namespace()
-            .or_else(by_pid_namespace)
             .or_else(|| self.by_cgroup(cgroup.as_deref()?))
+            .or_else(by_pid_namespace)
     }
 
     /// Whether a container is in this mount namespace.
@@ -802,6 +818,11 @@ impl Table {
                 watched.init_may_have_ended.store(true, Ordering::Release);
             }
         }
+    }
+
+    /// All containers whose processes are in this pid namespace.
+    pub(super) fn in_pid_namespace(&self, namespace: u64) -> Vec<Arc<Watched>> {
+        self.read().by_pid_namespace.get(&namespace).to_vec()
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Watched>> {
