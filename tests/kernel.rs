@@ -2344,8 +2344,9 @@ fn every_way_to_write_is_told() {
 
 #[test]
 fn more_changes_than_are_waited_for_are_left_to_a_walk_and_to_no_other_container() {
-    let (container, mut node) = listening();
+    // It was there before the watchers: nobody can have marked it before its start.
     let other = Container::start();
+    let (container, mut node) = listening();
     node.attach(&other);
     let merged = container.merged();
     fs::write(merged.join("tmp/0"), "#!/bin/sh\n").unwrap();
