@@ -629,7 +629,12 @@ pub(super) fn of_init(shared: &Shared, handle: &Handle) -> Option<Arc<Watched>> 
 }
 
 /// What is to be told of a session's beginning, gathered while it may be ending.
-fn opening(shared: &Shared, watched: &Watched, process: Process, by_runtime: ByRuntime) -> Opening {
+fn opening(
+    shared: &Shared,
+    watched: &Watched,
+    mut process: Process,
+    by_runtime: ByRuntime,
+) -> Opening {
     let identity = process.identity;
     let handle = Handle::open_exactly(identity).ok();
     let has_terminal = process.tty.is_some()
@@ -666,11 +671,12 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, by_runtime: ByR
     };
     let beside = if identity == watched.init { beside(shared, watched) } else { None };
     let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };
-    let host = chain.iter().skip(usize::from(!process.ancestors.is_empty()));
-    let mut host: Vec<Ancestor> = host.map(process::ancestor).collect();
-    if !makers.is_empty() {
-        host = made_by(makers);
-    }
+    let host = if makers.is_empty() {
+        chain.iter().map(process::ancestor).collect()
+    } else {
+        made_by(makers)
+    };
+    let host = above(process.ancestors.last_mut(), host);
     let variables = &shared.settings.requester_variables;
     let requested_by = requester(variables, process.argv.as_deref().unwrap_or_default())
         .or_else(|| Some(printable(&handle.as_ref()?.variable(variables)?)));
@@ -684,6 +690,22 @@ fn opening(shared: &Shared, watched: &Watched, process: Process, by_runtime: ByR
         beside,
         process,
     }
+}
+
+/// The parents that stand above the last one that is known of a process. That one may be
+/// among them; if it had ended when it was looked at, they may know what it was.
+fn above(last: Option<&mut Ancestor>, mut parents: Vec<Ancestor>) -> Vec<Ancestor> {
+    let Some(last) = last else { return parents };
+    let is_last = |parent: &Ancestor| parent.identity.pid == last.identity.pid;
+    if let Some(place) = parents.iter().position(is_last) {
+        let known = parents.drain(..=place).next_back();
+        if last.exe.is_none()
+            && let Some(known) = known
+        {
+            (last.exe, last.argv) = (known.exe, known.argv);
+        }
+    }
+    parents
 }
 
 /// The parents of a process by the kernel's records, and those of the last of them by
@@ -835,6 +857,27 @@ mod tests {
         assert_eq!(of("env sh ASKED_BY=x"), None, "an argument of somebody else's");
         assert_eq!(of("sh ASKED_BY=x"), None);
         assert_eq!(requester(&variables, &[]), None);
+    }
+
+    #[test]
+    fn the_parents_above_are_all_but_what_is_known_already() {
+        let one = |pid: u32, exe: Option<&str>| Ancestor {
+            identity: ProcessIdentity { pid, start_time: 1 },
+            exe: exe.map(ToOwned::to_owned),
+            argv: None,
+        };
+        let (runc, shim) = (|| one(9, Some("runc")), || one(5, Some("shim")));
+        let check = |known: Option<Ancestor>, parents: &[Ancestor], expected: &[Ancestor]| {
+            let mut known = known;
+            assert_eq!(above(known.as_mut(), parents.to_vec()), expected);
+            known
+        };
+        check(None, &[shim()], &[shim()]);
+        check(Some(runc()), &[runc(), shim()], &[shim()]);
+        // It has ended, and what it made has another parent now.
+        check(Some(one(9, None)), &[shim()], &[shim()]);
+        let known = check(Some(one(9, None)), &[runc(), shim()], &[shim()]);
+        assert_eq!(known, Some(runc()));
     }
 
     #[test]

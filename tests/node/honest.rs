@@ -26,7 +26,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         trial_alone("u03_a_time_without_driftd_is_a_gap_and_what_is_found_may_have_run", "", down),
         trial_alone("r36_of_containers_that_start_at_once_nothing_is_missed_in_silence", "", burst),
-        trial("u06_a_stopped_container_is_compared_with_its_image", stopped),
+        trial_alone("u06_a_stopped_container_is_compared_with_its_image", "", stopped),
         trial("u12_arguments_are_raw_in_json_with_bytes_where_they_are_no_text", raw),
         trial("d06_d08_what_is_no_image_is_no_problem_and_says_so", no_image),
     ]
