@@ -3,9 +3,11 @@
 //! events, its disk is full. The test keeps the truth; at the end the history says
 //! the same.
 //!
-//! `make soak` does this for an hour, or `SOAK_SECONDS`. A run prints its seed, and
+//! `make soak` does this for an hour, or `SOAK_SECONDS`, while other containers attack
+//! driftd and its processes are frozen one by one and together. A run prints its seed, and
 //! `CHAOS_SEED` chooses the same acts again; when they happen is the machine's.
 
+mod attack;
 mod truth;
 
 use std::collections::BTreeMap;
@@ -35,7 +37,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             Ok(())
         }),
         Trial::test("chaos_the_history_equals_the_truth", || {
-            run_without_driftd(SETUP, |node| chaos(node, SHORT))
+            run_without_driftd(SETUP, |node| chaos(node, SHORT, Others::Peaceful))
         }),
         Trial::test("chaos_soak", || {
             run_without_driftd(SETUP, |node| {
@@ -43,7 +45,7 @@ pub(crate) fn trials() -> Vec<Trial> {
                     Ok(seconds) => seconds.parse().context("SOAK_SECONDS is no number")?,
                     Err(_) => 60 * 60,
                 };
-                chaos(node, Duration::from_secs(seconds))
+                chaos(node, Duration::from_secs(seconds), Others::Hostile)
             })
         })
         .with_ignored_flag(true),
@@ -53,6 +55,13 @@ pub(crate) fn trials() -> Vec<Trial> {
 /// The kernel's queue is as long as [`QUEUE`] says.
 const SETUP: Setup =
     Setup { driftd: "bounded_queue = true", cri: None, own_runtime: false, unwatched: None };
+
+/// What the containers beside those that drift do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Others {
+    Peaceful,
+    Hostile,
+}
 
 /// How long containers drift in `make test`. Each disturbance comes once.
 const SHORT: Duration = Duration::from_secs(25);
@@ -110,7 +119,7 @@ struct Stage<'a> {
     containers: AtomicUsize,
 }
 
-fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
+fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<()> {
     let seed = match std::env::var("CHAOS_SEED") {
         Ok(seed) => seed.parse().context("CHAOS_SEED is no number")?,
         Err(_) => {
@@ -131,20 +140,24 @@ fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
         acts: AtomicUsize::new(0),
         containers: AtomicUsize::new(0),
     };
+    let attackers = u64::from(others == Others::Hostile);
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..WORKERS)
+        let workers: Vec<_> = (0..WORKERS + attackers)
             .map(|worker| {
                 let stage = &stage;
                 let random = Random(seed.wrapping_add(worker));
                 scope.spawn(move || {
-                    let outcome = drift(stage, random);
+                    let outcome = match worker {
+                        0..WORKERS => drift(stage, random),
+                        _ => attack::attack(stage, random),
+                    };
                     // There is nothing left to prove.
                     stage.ended.fetch_or(outcome.is_err(), Ordering::SeqCst);
                     outcome
                 })
             })
             .collect();
-        let disturbed = disturb(&stage, &disk, Random(!seed), length);
+        let disturbed = disturb(&stage, &disk, Random(!seed), length, others);
         stage.ended.store(true, Ordering::SeqCst);
         let outcomes = workers.into_iter().map(|worker| {
             worker.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a container's thread panicked")))
@@ -209,7 +222,9 @@ fn write_image(node: &Node, program: &[u8]) -> anyhow::Result<()> {
     for directory in ["/bin", "/dev", "/etc", "/opt", "/proc", "/run", "/sys", "/usr", "/var"] {
         base = base.directory(directory, 0o755);
     }
-    for directory in ["/.control", "/usr/bin", "/usr/local", "/usr/local/bin", "/var/lib"] {
+    for directory in
+        ["/.control", "/app", "/mnt", "/usr/bin", "/usr/local", "/usr/local/bin", "/var/lib"]
+    {
         base = base.directory(directory, 0o755);
     }
     base = base.directory("/tmp", 0o1777).file(
@@ -217,9 +232,16 @@ fn write_image(node: &Node, program: &[u8]) -> anyhow::Result<()> {
         0o755,
         &fs::read(programs::find("busybox")?)?,
     );
-    for applet in ["sh", "cp", "mv", "ln", "rm", "chmod", "touch", "cat", "mkdir", "true"] {
+    for applet in
+        ["sh", "cp", "mv", "ln", "rm", "chmod", "touch", "cat", "mkdir", "true", "seq", "sleep"]
+    {
         base = base.hard_link(format!("/bin/{applet}"), "/bin/busybox");
     }
+    // What attackers run.
+    let compile = |name, text| programs::compile(&node.path(""), name, text);
+    base = base.file("/app/flood", 0o755, &compile("flood", attack::FLOOD)?);
+    base = base.file(programs::FUSE_SERVER, 0o755, &compile("fuse-server", programs::FUSE)?);
+    base = base.file("/app/tiny", 0o755, &programs::tiny_program());
     let mut top = Layer::new();
     for number in 0..PROGRAMS {
         let path = image_program(number);
@@ -563,6 +585,7 @@ enum Disturbance {
     Overflow,
     FillDisk,
     FillDiskAndKill,
+    Freeze(attack::Frozen),
 }
 
 const DISTURBANCES: [Disturbance; 6] = [
@@ -580,15 +603,20 @@ fn disturb(
     disk: &Disk,
     mut random: Random,
     length: Duration,
+    others: Others,
 ) -> anyhow::Result<()> {
     let deadline = Instant::now() + length;
-    let mut first = DISTURBANCES.to_vec();
-    let pause = length / (2 * u32::try_from(DISTURBANCES.len())?);
+    let mut all = DISTURBANCES.to_vec();
+    if others == Others::Hostile {
+        all.extend(attack::FREEZES.map(Disturbance::Freeze));
+    }
+    let mut first = all.clone();
+    let pause = length / (2 * u32::try_from(all.len())?);
     let pause = u64::try_from(pause.min(Duration::from_secs(20)).as_millis())?;
     while (Instant::now() < deadline || !first.is_empty()) && !stage.ended.load(Ordering::SeqCst) {
         thread::sleep(Duration::from_millis(pause / 2 + random.next() % pause));
         let disturbance = if first.is_empty() {
-            *random.of(&DISTURBANCES)
+            *random.of(&all)
         } else {
             first.swap_remove(random.below(first.len()))
         };
@@ -651,6 +679,13 @@ fn one_disturbance(
             disk.free()?;
             start_and_wait(stage)?;
             lock(&stage.blindness).add(before(began), Instant::now());
+        }
+        Disturbance::Freeze(which) => {
+            // What goes on has lost nothing.
+            if attack::freeze(node, which)? {
+                start_and_wait(stage)?;
+                lock(&stage.blindness).add(before(began), Instant::now());
+            }
         }
     }
     Ok(())
