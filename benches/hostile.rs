@@ -160,7 +160,7 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     ensure!(nix::unistd::geteuid().is_root(), "not root (run: make bench)");
-    let seconds = if std::env::var_os("DRIFTD_BENCH_QUICK").is_some() { 3 } else { 10 };
+    let seconds = if std::env::var_os("DRIFTD_BENCH_QUICK").is_some() { 3 } else { 8 };
     let outcome = run(seconds);
     node::tear_down_everything();
     node::remove_bench();
@@ -366,10 +366,14 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
         daemon.kill();
     }
     met.disk = size_of_history(&node);
-    // Who waits for the container's filesystem goes on.
-    drop(fuse);
+    // Who waits for the container's filesystem goes on. A container does one thing after
+    // the other, and the filesystem is unmounted by it.
+    if let Some(fuse) = &fuse {
+        fuse.abort();
+    }
     drop(deaf);
     drop(flooding.map(|flooding| flooding.finish(PATIENCE)));
+    drop(fuse);
     for series in [&mut met.execs, &mut met.findings] {
         series.sort_by(f64::total_cmp);
     }

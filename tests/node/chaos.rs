@@ -498,8 +498,12 @@ fn judge(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
     });
     if waited.is_err() || !verdict.is_good() {
         anyhow::bail!(
-            "of {} the history is not true: {verdict:#?}\nof which is known: {:#?}",
+            "of {} the history is not true: {verdict:#?}\nwhat was lost: {}\nof which is known: {:#?}",
             container.id,
+            stage.node.status().map_or_else(
+                |err| err.to_string(),
+                |status| format!("{} gaps: {}", status["losses"], status["gaps"])
+            ),
             container.findings()?
         );
     }

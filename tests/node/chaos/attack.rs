@@ -54,12 +54,20 @@ const ATTACKS: &[Attack] = &[
 const FOLLOWERS: usize = 10;
 
 /// Lets one container after the other attack until the run ends, and each way of it
-/// come once before one comes again.
+/// come once before one comes again. `CHAOS_ATTACK` names the only one.
 pub(super) fn attack(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
+    let only = std::env::var("CHAOS_ATTACK").ok();
+    let is_wanted = |attack: &Attack| match (&only, attack) {
+        (None, _) => true,
+        (Some(only), Attack::Flood { what, .. }) => only == what,
+        (Some(only), other) => *only == format!("{other:?}").to_lowercase(),
+    };
+    let wanted: Vec<Attack> = ATTACKS.iter().copied().filter(is_wanted).collect();
+    ensure!(!wanted.is_empty(), "there is no attack {only:?}");
     let mut left = Vec::new();
     while !stage.ended.load(std::sync::atomic::Ordering::SeqCst) {
         if left.is_empty() {
-            left = ATTACKS.to_vec();
+            left.clone_from(&wanted);
         }
         let attack = left.swap_remove(random.below(left.len()));
         let seconds = 2 + random.next() % 6;
