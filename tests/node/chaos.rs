@@ -117,6 +117,8 @@ struct Stage<'a> {
     ended: AtomicBool,
     acts: AtomicUsize,
     containers: AtomicUsize,
+    /// Of how many containers something is missing that a named loss accounts for.
+    accounted_for: AtomicUsize,
 }
 
 fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<()> {
@@ -139,6 +141,7 @@ fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<(
         ended: AtomicBool::new(false),
         acts: AtomicUsize::new(0),
         containers: AtomicUsize::new(0),
+        accounted_for: AtomicUsize::new(0),
     };
     let attackers = u64::from(others == Others::Hostile);
     thread::scope(|scope| {
@@ -168,9 +171,10 @@ fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<(
     .with_context(|| format!("with CHAOS_SEED={seed}"))?;
     let gaps = gaps(node)?;
     eprintln!(
-        "chaos: {} acts in {} containers, gaps: {gaps:?}",
+        "chaos: {} acts in {} containers, of {} something is missing for a named loss, gaps: {gaps:?}",
         stage.acts.load(Ordering::Relaxed),
         stage.containers.load(Ordering::Relaxed),
+        stage.accounted_for.load(Ordering::Relaxed),
     );
     for name in ["kernel_queue_overflow", "containerd_lost"] {
         ensure!(gaps.contains_key(name), "no gap says {name}: {gaps:?} (CHAOS_SEED={seed})");
@@ -306,6 +310,16 @@ struct Drifting<'a> {
     /// The next program of the image that nothing has happened to.
     unspoilt: usize,
     acts: usize,
+    /// What was lost of it, asked for when something is missing.
+    losses: Losses,
+}
+
+/// When something of a container was lost that driftd names.
+#[derive(Debug, Default)]
+struct Losses {
+    executions: Blindness,
+    /// Whether a process has come from outside is known by the kernel's records.
+    sessions: Blindness,
 }
 
 /// Lets one container after the other drift until the run ends.
@@ -319,6 +333,7 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
                 sessions: Vec::new(),
                 unspoilt: 0,
                 acts: 0,
+                losses: Losses::default(),
             }
         };
         stage.containers.fetch_add(1, Ordering::Relaxed);
@@ -334,7 +349,7 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
         }
         // Nobody takes anything away while this container is judged.
         let _services = stage.services.read();
-        judge(stage, &drifting)?;
+        judge(stage, &mut drifting)?;
         retire(stage, &drifting)?;
     }
     Ok(())
@@ -488,15 +503,21 @@ fn come_from_outside(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::
 
 // ---- the judgement
 
-fn judge(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
-    let container = &drifting.container;
+fn judge(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
     let mut verdict = truth::Verdict::default();
     let waited = wait_within(PATIENCE, "the history to be true", || {
-        container.diff()?;
+        drifting.container.diff()?;
         verdict = compare(stage, drifting)?;
         Ok((verdict.is_good() || !verdict.wrong.is_empty()).then_some(()))
     });
-    if waited.is_err() || !verdict.is_good() {
+    if waited.is_err() && verdict.wrong.is_empty() {
+        // What is missing has to have a name.
+        drifting.losses = losses_of(stage.node, &drifting.container.id)?;
+        verdict = compare(stage, drifting)?;
+        stage.accounted_for.fetch_add(usize::from(verdict.is_good()), Ordering::Relaxed);
+    }
+    let container = &drifting.container;
+    if !verdict.is_good() {
         anyhow::bail!(
             "of {} the history is not true: {verdict:#?}\nwhat was lost: {}\nof which is known: {:#?}",
             container.id,
@@ -512,15 +533,20 @@ fn judge(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
 
 fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::Verdict> {
     let blindness = lock(&stage.blindness);
+    let Losses { executions, sessions } = &drifting.losses;
+    let sight = |lost: &Blindness, began, ended| match blindness.sight(began, ended) {
+        Sight::Sure => lost.sight(began, ended),
+        Sight::Unsure => Sight::Unsure,
+    };
     let claims: Vec<(Claim, Sight)> = drifting
         .claims
         .iter()
-        .map(|(claim, began, ended)| (claim.clone(), blindness.sight(*began, *ended)))
+        .map(|(claim, began, ended)| (claim.clone(), sight(executions, *began, *ended)))
         .collect();
     let sure_sessions = drifting
         .sessions
         .iter()
-        .filter(|(began, ended)| blindness.sight(*began, *ended) == Sight::Sure)
+        .filter(|(began, ended)| sight(sessions, *began, *ended) == Sight::Sure)
         .count() as u64;
     drop(blindness);
     let (mut files, mut sessions) = (Vec::new(), 0);
@@ -566,12 +592,59 @@ fn retire(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How much earlier than its record a loss may have been.
+const UNNOTICED: Duration = Duration::from_secs(2);
+
+/// Names of losses of executions that the gate was asked about.
+const OF_EXECUTIONS: &[&str] = &[
+    "content_queue_full",
+    "event_unreadable",
+    "gate_queue_full",
+    "pipeline_full",
+    "process_queue_full",
+    "thread_stuck",
+];
+
+/// The losses of a container in the history, and those that can be of any container.
+fn losses_of(node: &Node, id: &str) -> anyhow::Result<Losses> {
+    let history = history_of(node)?;
+    let mut query = history.prepare("SELECT json FROM record WHERE type = 'gap'")?;
+    let records = query.query_map([], |row| row.get::<_, String>(0))?;
+    let (now, wall) = (Instant::now(), jiff::Timestamp::now());
+    let instant = |time: &Value| -> anyhow::Result<Instant> {
+        let time: jiff::Timestamp = time.as_str().context("no time")?.parse()?;
+        let ago = Duration::try_from(time.until(wall)?).unwrap_or_default();
+        now.checked_sub(ago).context("before this machine was started")
+    };
+    let mut losses = Losses::default();
+    for record in records {
+        let gap: Value = serde_json::from_str(&record?)?;
+        if !gap["container"].is_null() && gap["container"]["id"] != id {
+            continue;
+        }
+        let at = instant(&gap["at"])?;
+        let until = if gap["until"].is_null() { at } else { instant(&gap["until"])? };
+        let from = at.checked_sub(UNNOTICED).unwrap_or(at);
+        let name = gap["name"].as_str().unwrap_or_default();
+        let is_of_executions = OF_EXECUTIONS.contains(&name);
+        if is_of_executions {
+            losses.executions.add(from, until);
+        }
+        if is_of_executions || name == "trace_lost" {
+            losses.sessions.add(from, until);
+        }
+    }
+    Ok(losses)
+}
+
+fn history_of(node: &Node) -> anyhow::Result<rusqlite::Connection> {
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
+    Ok(rusqlite::Connection::open_with_flags(node.path("driftd/history.db"), flags)?)
+}
+
 /// The gaps in the history, by name.
 fn gaps(node: &Node) -> anyhow::Result<BTreeMap<String, i64>> {
-    let history = rusqlite::Connection::open_with_flags(
-        node.path("driftd/history.db"),
-        rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
-    )?;
+    let history = history_of(node)?;
     let mut query = history.prepare(
         "SELECT json_extract(json, '$.name'), count(*) FROM record WHERE type = 'gap' GROUP BY 1",
     )?;
