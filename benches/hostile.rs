@@ -266,13 +266,13 @@ fn show(attack: &Attack, side: &mut Side, met: &Met) {
         format!("{told}/{}", met.findings.len())
     };
     println!(
-        "{:<16} {execs}  {:>8} {:>8} {:>7} {told:>6}  {:>5} {:>6.0} {:>7.1}{}",
+        "{:<16} {execs}  {:>8} {:>8} {:>7} {told:>6}  {:>5} {:>6} {:>7.1}{}",
         side.name,
         milliseconds(at(&met.findings, 50)),
         milliseconds(finding),
         ratio(finding, side.calm.map(|calm| calm.1)),
         met.processor.map_or_else(|| "-".to_owned(), |percent| format!("{percent:.0}")),
-        met.memory / 1e6,
+        met.memory.map_or_else(|| "-".to_owned(), |bytes| format!("{:.0}", bytes / 1e6)),
         met.disk / 1e6,
         met.losses,
     );
@@ -290,7 +290,7 @@ struct Met {
     /// Of driftd, in percent of one.
     processor: Option<f64>,
     /// Of driftd's processes, at most, in bytes.
-    memory: f64,
+    memory: Option<f64>,
     /// Of what driftd keeps, in bytes.
     disk: f64,
     losses: String,
@@ -338,7 +338,7 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
     let processor = cpu.zip(daemon.processor_time()).map(|(before, after)| {
         100.0 * after.saturating_sub(before).as_secs_f64() / began.elapsed().as_secs_f64()
     });
-    let memory = daemon.memory();
+    let memory = attack.end.is_none().then(|| daemon.memory());
     let mut met = Met {
         execs: Vec::new(),
         hangs: ran.is_err(),
