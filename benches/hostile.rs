@@ -399,12 +399,11 @@ fn run_from_filesystem<'a>(
 ) -> anyhow::Result<Running<'a>> {
     attacker.begin(&format!(
         "ln -s /mnt /tmp/l\n\
-         for i in $(seq {}); do\n\
+         for i in $(seq {seconds}); do\n\
          for way in '/mnt/x sleep 60' '/mnt/s' 'sh /tmp/l/s' 'sh /dev/fd/9 9</mnt/s'; do\n\
          ( eval \"$way\" ) </dev/null >/dev/null 2>&1 &\n\
          done\n\
-         sleep 1; done",
-        seconds
+         sleep 1; done"
     ))
 }
 
