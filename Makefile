@@ -34,7 +34,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-kernels soak check bench fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-kernels soak check bench bench-against fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -115,6 +115,18 @@ check: ## format, lints and dependencies
 
 bench: setup ## the README's numbers, measured on this machine (as root)
 	$(CARGO) bench --locked $(AS_ROOT)
+
+# `name` is what the table calls it.
+bench-against: name ?= $(REV)
+bench-against: OLDER = $(CURDIR)/target/against/$(REV)
+bench-against: setup ## what attacks cost a neighbour, beside the driftd of another revision (REV=..., as root)
+	@test -n "$(REV)" || { echo "which revision? make bench-against REV=..." >&2; exit 1; }
+	mkdir -p $(OLDER)
+	git archive $(REV) | tar -x -C $(OLDER)
+	cd $(OLDER) && CARGO_TARGET_DIR=$(CURDIR)/target $(CARGO) build --locked --release --bin driftd
+	cp target/release/driftd $(OLDER)/driftd
+	DRIFTD_BENCH_AGAINST=$(OLDER)/driftd DRIFTD_BENCH_AGAINST_NAME=$(name) \
+		$(CARGO) bench --locked $(AS_ROOT) --bench hostile
 
 # libFuzzer needs compiler flags that only a nightly takes without being told so.
 fuzz: ## random bytes for every reader of hostile input, FUZZ_SECONDS (60) each

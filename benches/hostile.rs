@@ -1,13 +1,17 @@
-//! What a container that floods driftd costs the container beside it: how long the
+//! What a container that attacks driftd costs the container beside it: how long the
 //! neighbour's executions take, and how late its findings come.
 //!
-//! Each flood is played twice: from a container that driftd watches, and from one that
-//! it leaves alone. The second takes as much of the machine, so the difference is
-//! driftd's. The neighbour is always watched.
+//! Each attack is played by a container that driftd leaves alone, and by one that it
+//! watches. The first takes as much of the machine, so the difference is driftd's. The
+//! neighbour is always watched. Where another build is named, it is played the same
+//! attacks in turn with this one. A play has a bounded time: an attack that lets the
+//! neighbour wait for ever is shown as such, and the next one begins.
 //!
-//! Needs root, containerd, `ctr`, runc and gcc (`scripts/setup`).
-//! `DRIFTD_PROGRAM` names another build of driftd to be measured, of any version.
-//! `DRIFTD_BENCH_FLOOD` names the one flood to be played (`holes`, `scripts`, …).
+//! Needs root, containerd, `ctr`, runc, gcc and /dev/fuse (`scripts/setup`).
+//! `DRIFTD_PROGRAM` names another build of driftd to be measured in place of this one,
+//! `DRIFTD_BENCH_AGAINST` one to be measured beside it (`make bench-against`), of any
+//! version, and `DRIFTD_BENCH_AGAINST_NAME` what the table calls it.
+//! `DRIFTD_BENCH_ATTACK` names the attacks to be played, separated by commas.
 //! `DRIFTD_BENCH_QUICK` makes everything small: to see that it runs.
 
 #![allow(clippy::print_stdout)]
@@ -15,6 +19,9 @@
 #[path = "../tests/node/cri.rs"]
 #[allow(dead_code)]
 mod cri;
+#[path = "../tests/node/fuse.rs"]
+#[allow(dead_code)]
+mod fuse;
 #[path = "../tests/node/image.rs"]
 #[allow(dead_code)]
 mod image;
@@ -28,160 +35,124 @@ mod programs;
 use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
 
+use fuse::{Answers, Fuse, MAY_MOUNT};
 use image::Layer;
-use node::{Container, Node, Setup};
+use node::{Container, Node, Running, Setup, wait_within};
 
 const IMAGE: &str = "registry.bench/hostile:1";
 
 /// containerd's namespace that driftd leaves alone.
 const UNWATCHED: &str = "left-alone";
 
-const PATIENCE: Duration = Duration::from_secs(120);
+/// A neighbour whose execution takes longer than this is said to hang.
+const HANGS: Duration = Duration::from_secs(20);
 
-/// The floods, by the names that the program below knows.
-const FLOODS: [(&str, &str); 6] = [
-    ("nothing", "nobody floods"),
-    ("holes", "programs of 1000 MiB that are holes"),
-    ("execs", "new programs"),
-    ("scripts", "new scripts"),
-    ("renames", "programs and directories that are renamed"),
-    ("forks", "processes that end at once"),
+/// A finding that comes later than this is said to be missing.
+const LATE: Duration = Duration::from_secs(30);
+
+/// How long anything else may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How an attack is made.
+#[derive(Clone, Copy)]
+struct Attack {
+    name: &'static str,
+    what: &'static str,
+    /// What `tests/data/flood.c` does in four processes: its name, and how often each of
+    /// them does it, if not until the end.
+    flood: Option<(&'static str, u32)>,
+    /// Options of `ctr run` for the attacker.
+    options: &'static [&'static str],
+    /// The attacker serves a filesystem that answers nobody outside, and runs from it.
+    has_filesystem: bool,
+    has_labels: bool,
+    /// How many clients follow the findings and never read.
+    followers: usize,
+    /// How the daemon is ended meanwhile.
+    end: Option<Signal>,
+}
+
+const NOTHING: Attack = Attack {
+    name: "none",
+    what: "nobody attacks",
+    flood: None,
+    options: &[],
+    has_filesystem: false,
+    has_labels: false,
+    followers: 0,
+    end: None,
+};
+
+const fn flood(name: &'static str, what: &'static str) -> Attack {
+    Attack { name, what, flood: Some((name, 0)), ..NOTHING }
+}
+
+const ATTACKS: [Attack; 16] = [
+    NOTHING,
+    Attack {
+        name: "fuse",
+        what: "programs and scripts on a FUSE server that answers nobody outside",
+        options: MAY_MOUNT,
+        has_filesystem: true,
+        ..NOTHING
+    },
+    Attack {
+        name: "fuse-kill",
+        what: "the same, and the daemon is killed (SIGKILL)",
+        options: MAY_MOUNT,
+        has_filesystem: true,
+        end: Some(Signal::SIGKILL),
+        ..NOTHING
+    },
+    Attack {
+        name: "stop",
+        what: "large new programs, and the daemon is stopped (SIGTERM)",
+        flood: Some(("large", 0)),
+        end: Some(Signal::SIGTERM),
+        ..NOTHING
+    },
+    flood("holes", "new programs of 1000 MiB that are holes"),
+    flood("touched", "forty such programs that are touched every two seconds"),
+    flood("large", "new programs of 15 MiB"),
+    flood("execs", "new programs, each run once and removed"),
+    flood("same", "one program of the image, again and again"),
+    flood("scripts", "new scripts, each run once and removed"),
+    flood("renames", "programs and directories that are renamed"),
+    flood("forks", "processes that end at once"),
+    flood("names", "processes that call themselves the runtime's"),
+    Attack {
+        options: &["--cap-add", "CAP_SYS_ADMIN"],
+        ..flood("mounts", "filesystems that are mounted, run from and unmounted")
+    },
+    Attack {
+        name: "labels",
+        what: "200 labels of 4,000 bytes, and 400 new programs",
+        flood: Some(("spread", 100)),
+        has_labels: true,
+        ..NOTHING
+    },
+    Attack {
+        name: "followers",
+        what: "3,000 new programs, and 40 followers that never read",
+        flood: Some(("spread", 750)),
+        followers: 40,
+        ..NOTHING
+    },
 ];
 
-/// `probe SECONDS` is the neighbour: it executes a program of its image, and a dropped
-/// one ten times a second. The floods last as many seconds, in four processes each.
-const PROGRAM: &str = r##"
-#define _GNU_SOURCE
-#include <fcntl.h>
-#include <spawn.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
-
-static long long now(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-static int spawn(const char *path)
-{
-    pid_t pid;
-    char *argv[] = { (char *)path, 0 };
-    char *environment[] = { 0 };
-    int status;
-    if (posix_spawn(&pid, path, 0, 0, argv, environment))
-        return 1;
-    return waitpid(pid, &status, 0) != pid || status;
-}
-
-static char tiny[1 << 16];
-static int tiny_size;
-
-/// Writes a program that is like no other.
-static int drop(const char *path, int number, long long length)
-{
-    char mark[64];
-    int size = sprintf(mark, "%d %d", getpid(), number);
-    int fd = open(path, O_CREAT | O_WRONLY | O_TRUNC, 0755);
-    if (fd < 0 || write(fd, tiny, tiny_size) != tiny_size || write(fd, mark, size) != size)
-        return 1;
-    if (length && ftruncate(fd, length))
-        return 1;
-    return close(fd);
-}
-
-static void flood(const char *what, int who, long long until)
-{
-    char path[256], other[256];
-    snprintf(path, sizeof path, "/tmp/%d", who);
-    mkdir(path, 0755);
-    for (int i = 0; now(CLOCK_MONOTONIC) < until; i++) {
-        snprintf(path, sizeof path, "/tmp/%d/%d", who, i % 64);
-        snprintf(other, sizeof other, "/tmp/%d/other%d", who, i % 64);
-        if (!strcmp(what, "holes")) {
-            if (!drop(path, i, 1000LL << 20))
-                spawn(path);
-        } else if (!strcmp(what, "execs")) {
-            if (!drop(path, i, 0))
-                spawn(path);
-            unlink(path);
-        } else if (!strcmp(what, "scripts")) {
-            int fd = open(path, O_CREAT | O_WRONLY | O_TRUNC, 0755);
-            dprintf(fd, "#!/app/tiny\n%d %d\n", who, i);
-            close(fd);
-            spawn(path);
-            unlink(path);
-        } else if (!strcmp(what, "renames")) {
-            if (i < 64)
-                drop(path, i, 0);
-            rename(path, other);
-            rename(other, path);
-            snprintf(path, sizeof path, "/tmp/%d/directory", who);
-            mkdir(path, 0755);
-            rename(path, other);
-            rmdir(other);
-        } else {
-            pid_t child = fork();
-            if (!child)
-                _exit(0);
-            waitpid(child, 0, 0);
-        }
-    }
-}
-
-int main(int argc, char **argv)
-{
-    if (argc < 3)
-        return 2;
-    long long until = now(CLOCK_MONOTONIC) + atoi(argv[2]) * 1000000000LL;
-    int fd = open("/app/tiny", O_RDONLY);
-    tiny_size = read(fd, tiny, sizeof tiny);
-    close(fd);
-    if (strcmp(argv[1], "probe")) {
-        for (int who = 0; strcmp(argv[1], "nothing") && who < 4; who++)
-            if (!fork()) {
-                flood(argv[1], who, until);
-                _exit(0);
-            }
-        while (wait(0) > 0)
-            ;
-        return 0;
-    }
-    long long next = 0;
-    for (int i = 0; now(CLOCK_MONOTONIC) < until; i++) {
-        long long began = now(CLOCK_MONOTONIC);
-        if (spawn("/app/tiny"))
-            return 1;
-        long long ended = now(CLOCK_MONOTONIC);
-        printf("exec %lld\n", ended - began);
-        if (ended >= next) {
-            char path[64];
-            snprintf(path, sizeof path, "/tmp/probe%d", i);
-            if (drop(path, i, 0))
-                return 1;
-            printf("%s %lld\n", path, now(CLOCK_REALTIME));
-            if (spawn(path))
-                return 1;
-            next = ended + 100000000;
-        }
-        usleep(2000);
-    }
-    return 0;
-}
-"##;
+/// What the containers run, `/app/program`.
+const PROGRAM: &str = include_str!("../tests/data/flood.c");
 
 fn main() -> anyhow::Result<()> {
     // `cargo test --benches` only asks whether it can be built.
@@ -189,106 +160,268 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     ensure!(nix::unistd::geteuid().is_root(), "not root (run: make bench)");
-    let seconds = if std::env::var_os("DRIFTD_BENCH_QUICK").is_some() { 3 } else { 15 };
+    let seconds = if std::env::var_os("DRIFTD_BENCH_QUICK").is_some() { 3 } else { 8 };
     let outcome = run(seconds);
     node::tear_down_everything();
     node::remove_bench();
     outcome
 }
 
+/// A build of driftd, and which container it watches.
+struct Side {
+    name: String,
+    program: Option<PathBuf>,
+    watches_attacker: bool,
+    /// What was met when nobody attacked.
+    calm: Option<(f64, f64)>,
+}
+
 fn run(seconds: u64) -> anyhow::Result<()> {
-    println!("{seconds} s of each flood; the neighbour's executions, and its findings");
+    let side = |name: &str, watches_attacker| Side {
+        name: name.to_owned(),
+        program: None,
+        watches_attacker,
+        calm: None,
+    };
+    let mut sides = vec![side("left alone", false), side("this build", true)];
+    if let Some(program) = std::env::var_os("DRIFTD_BENCH_AGAINST") {
+        let name = std::env::var("DRIFTD_BENCH_AGAINST_NAME");
+        let name = name.unwrap_or_else(|_| "the other".to_owned());
+        sides.insert(1, Side { program: Some(program.into()), ..side(&name, true) });
+    }
+    let only = std::env::var("DRIFTD_BENCH_ATTACK").ok();
+    let only: Option<Vec<&str>> = only.as_deref().map(|only| only.split(',').collect());
     println!(
-        "{:<42} {:>8} {:>8}   {:>8} {:>8} {:>9} {:>9} {:>6} {:>6}",
-        "", "p50 µs", "p99 µs", "p50 µs", "p99 µs", "p50 ms", "p99 ms", "told", "CPU %"
+        "{seconds} s of each attack; a ratio is to nobody's attack. One that is left alone is made by a \
+         container that driftd does not watch\n"
     );
+    println!("{:<16} {:^36}  {:^32}  {:^20}", "", "neighbour's exec", "its finding", "driftd");
     println!(
-        "{:<42} {:>17}   {:>17} {:>19}",
-        "flood", "exec, unwatched", "exec, watched", "finding, watched"
+        "{:<16} {:>8} {:>9} {:>7} {:>9}  {:>8} {:>8} {:>7} {:>6}  {:>5} {:>6} {:>7}",
+        "attacker is",
+        "p50 µs",
+        "p99 µs",
+        "ratio",
+        "worst ms",
+        "p50 ms",
+        "p99 ms",
+        "ratio",
+        "told",
+        "CPU %",
+        "RSS MB",
+        "disk MB",
     );
-    let only = std::env::var("DRIFTD_BENCH_FLOOD").ok();
-    for (flood, what) in FLOODS {
-        if only.as_deref().is_some_and(|only| only != flood) {
+    let mut failed = Vec::new();
+    for attack in &ATTACKS {
+        let is_wanted = |only: &Vec<&str>| only.contains(&attack.name);
+        // All others are compared with the first.
+        if attack.name != NOTHING.name && !only.as_ref().is_none_or(is_wanted) {
             continue;
         }
-        let alone = play(flood, seconds, Flooder::Unwatched)?;
-        let with = play(flood, seconds, Flooder::Watched)?;
-        println!(
-            "{what:<42} {:>8.0} {:>8.0}   {:>8.0} {:>8.0} {:>9.1} {:>9.1} {:>6} {:>6.0}{}",
-            at(&alone.execs, 50) / 1e3,
-            at(&alone.execs, 99) / 1e3,
-            at(&with.execs, 50) / 1e3,
-            at(&with.execs, 99) / 1e3,
-            at(&with.findings, 50),
-            at(&with.findings, 99),
-            format!("{}/{}", with.findings.len(), with.dropped),
-            with.processor,
-            with.losses,
-        );
+        println!("\n{} ({})", attack.what, attack.name);
+        for side in &mut sides {
+            node::use_program(side.program.clone());
+            match play(attack, seconds, side.watches_attacker) {
+                Ok(met) => show(attack, side, &met),
+                Err(err) => {
+                    println!("{:<16} failed: {err:#}", side.name);
+                    failed.push(format!("{} by {}", attack.name, side.name));
+                }
+            }
+        }
     }
+    ensure!(failed.is_empty(), "not measured: {failed:?}");
     Ok(())
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Flooder {
-    Watched,
-    Unwatched,
+fn show(attack: &Attack, side: &mut Side, met: &Met) {
+    let (exec, finding) = (at(&met.execs, 99), at(&met.findings, 99));
+    if attack.name == NOTHING.name {
+        side.calm = Some((exec, finding));
+    }
+    let ratio = |mine: f64, calm: Option<f64>| match calm {
+        Some(calm) if mine.is_finite() && calm > 0.0 => format!("{:.1}", mine / calm),
+        _ => "-".to_owned(),
+    };
+    let milliseconds = |value: f64| match value {
+        value if value.is_infinite() => format!(">{}s", LATE.as_secs()),
+        value if value.is_nan() => "-".to_owned(),
+        value => format!("{value:.1}"),
+    };
+    let execs = if met.hangs {
+        format!("{:>36}", format!("hangs (> {} s)", HANGS.as_secs()))
+    } else {
+        format!(
+            "{:>8.0} {:>9.0} {:>7} {:>9.1}",
+            at(&met.execs, 50) / 1e3,
+            exec / 1e3,
+            ratio(exec, side.calm.map(|calm| calm.0)),
+            at(&met.execs, 100) / 1e6,
+        )
+    };
+    let told = met.findings.iter().filter(|delay| delay.is_finite()).count();
+    let told = if met.findings.is_empty() {
+        "-".to_owned()
+    } else {
+        format!("{told}/{}", met.findings.len())
+    };
+    println!(
+        "{:<16} {execs}  {:>8} {:>8} {:>7} {told:>6}  {:>5} {:>6} {:>7.1}{}",
+        side.name,
+        milliseconds(at(&met.findings, 50)),
+        milliseconds(finding),
+        ratio(finding, side.calm.map(|calm| calm.1)),
+        met.processor.map_or_else(|| "-".to_owned(), |percent| format!("{percent:.0}")),
+        met.memory.map_or_else(|| "-".to_owned(), |bytes| format!("{:.0}", bytes / 1e6)),
+        met.disk / 1e6,
+        met.losses,
+    );
 }
 
 /// What the neighbour has met.
 struct Met {
     /// Nanoseconds of each execution, sorted.
     execs: Vec<f64>,
-    /// Milliseconds from each dropped program's execution to its finding, sorted.
+    /// One of them never ended.
+    hangs: bool,
+    /// Milliseconds from each dropped program's execution to its finding, sorted, and
+    /// infinity where none came. None at all where the daemon was ended.
     findings: Vec<f64>,
-    dropped: usize,
     /// Of driftd, in percent of one.
-    processor: f64,
+    processor: Option<f64>,
+    /// Of driftd's processes, at most, in bytes.
+    memory: Option<f64>,
+    /// Of what driftd keeps, in bytes.
+    disk: f64,
     losses: String,
 }
 
-/// One flood beside a neighbour, on a node of its own: nothing is left of others.
-fn play(flood: &str, seconds: u64, flooder: Flooder) -> anyhow::Result<Met> {
+/// One attack beside a neighbour, on a node of its own: nothing is left of others.
+fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result<Met> {
     let node = Node::with_containerd(Setup { unwatched: Some(UNWATCHED), ..Setup::default() })?;
     write_image(&node)?;
     node.start_driftd()?;
+    let daemon = Daemon::of(&node)?;
     let calm = node.container_of(IMAGE)?;
-    let noisy = match flooder {
-        Flooder::Watched => node.container_of(IMAGE)?,
-        Flooder::Unwatched => node.unwatched_container_in(UNWATCHED, IMAGE)?,
+    let labels = if attack.has_labels { labels() } else { Vec::new() };
+    let options: Vec<&str> =
+        attack.options.iter().copied().chain(labels.iter().map(String::as_str)).collect();
+    let attacker = if watches_attacker {
+        let attacker = node.run(&node.namespace, IMAGE, &options)?;
+        attacker.wait_until_watched()?;
+        attacker
+    } else {
+        node.run(UNWATCHED, IMAGE, &options)?
     };
     let mut follower = Follower::start(&node, &calm)?;
-    // The flood is under way before the neighbour is looked at, and outlasts it.
-    let flooding = noisy.begin(&format!("/app/program {flood} {}", seconds + 4))?;
-    thread::sleep(Duration::from_secs(2));
-    let (cpu, began) = (processor_time(&node)?, Instant::now());
-    let ran = calm.begin(&format!("/app/program probe {seconds}"))?.finish(PATIENCE)?;
-    ensure!(ran.status == 0, "the neighbour failed: {ran:?}");
-    let used = processor_time(&node)?.saturating_sub(cpu);
-    let processor = 100.0 * used.as_secs_f64() / began.elapsed().as_secs_f64();
-    let mut execs = Vec::new();
-    let mut started = HashMap::new();
-    for line in ran.output.lines() {
-        match line.split_once(' ').context("no time")? {
-            ("exec", took) => execs.push(took.parse()?),
-            (path, at) => drop(started.insert(path.to_owned(), at.parse::<f64>()?)),
+    // The attack is under way before the neighbour is looked at, and outlasts it.
+    let lasts = seconds + 4;
+    let fuse = if attack.has_filesystem { Some(serve(&attacker)?) } else { None };
+    let flooding = match attack.flood {
+        Some((what, times)) => {
+            Some(attacker.begin(&format!("/app/program {what} {lasts} {times}"))?)
         }
+        None if attack.has_filesystem => Some(run_from_filesystem(&attacker, lasts)?),
+        None => None,
+    };
+    let deaf: Vec<Deaf> =
+        (0..attack.followers).map(|_| Deaf::start(&node)).collect::<anyhow::Result<_>>()?;
+    thread::sleep(Duration::from_secs(2));
+    let (cpu, began) = (daemon.processor_time(), Instant::now());
+    let probe = calm.begin(&format!("/app/program probe {seconds}"))?;
+    if let Some(signal) = attack.end {
+        thread::sleep(Duration::from_secs(seconds) / 3);
+        kill(daemon.0, signal)?;
     }
-    let dropped = started.len();
-    let mut findings = follower.delays(started)?;
-    flooding.finish(PATIENCE)?;
-    for series in [&mut execs, &mut findings] {
+    let left = (Duration::from_secs(seconds) + HANGS).saturating_sub(began.elapsed());
+    let ran = probe.finish(left);
+    let processor = cpu.zip(daemon.processor_time()).map(|(before, after)| {
+        100.0 * after.saturating_sub(before).as_secs_f64() / began.elapsed().as_secs_f64()
+    });
+    let memory = attack.end.is_none().then(|| daemon.memory());
+    let mut met = Met {
+        execs: Vec::new(),
+        hangs: ran.is_err(),
+        findings: Vec::new(),
+        processor: processor.filter(|_| attack.end.is_none()),
+        memory,
+        disk: 0.0,
+        losses: String::new(),
+    };
+    if let Ok(ran) = ran {
+        ensure!(ran.status == 0, "the neighbour failed: {ran:?}");
+        let mut started = HashMap::new();
+        for line in ran.output.lines() {
+            match line.split_once(' ').context("no time")? {
+                ("exec", took) => met.execs.push(took.parse()?),
+                (path, at) => drop(started.insert(path.to_owned(), at.parse::<f64>()?)),
+            }
+        }
+        if attack.end.is_none() {
+            met.findings = follower.delays(started)?;
+            met.losses = losses(&node);
+        }
+    } else {
+        // What waits for it is let go, or the node cannot be taken down.
+        daemon.kill();
+    }
+    met.disk = size_of_history(&node);
+    // Who waits for the container's filesystem goes on. A container does one thing after
+    // the other, and the filesystem is unmounted by it.
+    if let Some(fuse) = &fuse {
+        fuse.abort();
+    }
+    drop(deaf);
+    drop(flooding.map(|flooding| flooding.finish(PATIENCE)));
+    drop(fuse);
+    for series in [&mut met.execs, &mut met.findings] {
         series.sort_by(f64::total_cmp);
     }
-    let status = node.status()?;
-    let losses = match status["losses"].as_array() {
-        Some(losses) if !losses.is_empty() => {
-            let losses = losses.iter().map(|loss| format!("{} {}", loss["name"], loss["count"]));
-            format!("  {}", losses.collect::<Vec<_>>().join(", ").replace('"', ""))
-        }
-        _ => String::new(),
-    };
-    Ok(Met { execs, findings, dropped, processor, losses })
+    Ok(met)
+}
+
+/// What `ctr run` is told to label a container with.
+fn labels() -> Vec<String> {
+    let text = "x".repeat(4000);
+    (0..200).flat_map(|number| ["--label".to_owned(), format!("l{number}={text}")]).collect()
+}
+
+/// A filesystem of the attacker's at `/mnt`, which answers nobody outside.
+fn serve<'a>(attacker: &'a Container<'_>) -> anyhow::Result<Fuse<'a>> {
+    attacker.lay("s", b"#!/bin/sh\nsleep 60\n")?;
+    Fuse::mount(attacker, "/mnt", Answers::ItsOwn, &[("x", "/app/program"), ("s", "/.control/s")])
+}
+
+/// Programs and scripts of that filesystem, by several ways, again and again.
+fn run_from_filesystem<'a>(
+    attacker: &'a Container<'_>,
+    seconds: u64,
+) -> anyhow::Result<Running<'a>> {
+    attacker.begin(&format!(
+        "ln -s /mnt /tmp/l\n\
+         for i in $(seq {seconds}); do\n\
+         for way in '/mnt/x sleep 60' '/mnt/s' 'sh /tmp/l/s' 'sh /dev/fd/9 9</mnt/s'; do\n\
+         ( eval \"$way\" ) </dev/null >/dev/null 2>&1 &\n\
+         done\n\
+         sleep 1; done"
+    ))
+}
+
+/// A follower that never reads.
+struct Deaf(Child);
+
+impl Deaf {
+    fn start(node: &Node) -> anyhow::Result<Deaf> {
+        let mut command = node.driftd_command(&["findings", "--follow", "-o", "jsonl"]);
+        Ok(Deaf(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?))
+    }
+}
+
+impl Drop for Deaf {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Reads the neighbour's findings as they come.
@@ -321,10 +454,10 @@ impl Follower {
         Ok(Follower { child, received })
     }
 
-    /// How late each program's finding came, in milliseconds, as far as it came.
+    /// How late each program's finding came, in milliseconds.
     fn delays(&mut self, mut started: HashMap<String, f64>) -> anyhow::Result<Vec<f64>> {
         let mut delays = Vec::new();
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + LATE;
         while !started.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
             let Ok((at, line)) = self.received.recv_timeout(left) else { break };
@@ -336,6 +469,7 @@ impl Follower {
                 delays.push((at.as_nanos() as f64 - began) / 1e6);
             }
         }
+        delays.extend(started.iter().map(|_| f64::INFINITY));
         Ok(delays)
     }
 }
@@ -353,25 +487,20 @@ fn at(sorted: &[f64], percent: usize) -> f64 {
 }
 
 fn write_image(node: &Node) -> anyhow::Result<()> {
-    let (source, program) = (node.path("program.c"), node.path("program"));
-    fs::write(&source, PROGRAM)?;
-    let status = Command::new("gcc")
-        .args(["-static", "-Os", "-s", "-w", "-o"])
-        .arg(&program)
-        .arg(&source)
-        .status()
-        .context("cannot run gcc (run: make setup)")?;
-    ensure!(status.success(), "gcc -static failed (run: make setup)");
+    let program = programs::compile(&node.path(""), "program", PROGRAM)?;
     let mut layer = Layer::new();
-    for directory in ["/bin", "/dev", "/etc", "/proc", "/run", "/sys", "/app", "/.control"] {
+    for directory in ["/bin", "/dev", "/etc", "/proc", "/run", "/sys", "/app", "/mnt"] {
         layer = layer.directory(directory, 0o755);
     }
-    layer = layer.directory("/tmp", 0o1777);
+    layer = layer.directory("/usr", 0o755).directory("/usr/bin", 0o755);
+    layer = layer.directory("/.control", 0o755).directory("/tmp", 0o1777);
     layer = layer.file("/bin/busybox", 0o755, &fs::read(programs::find("busybox")?)?);
-    for applet in ["sh", "cp", "echo", "sleep"] {
+    for applet in ["sh", "cp", "echo", "ln", "mkdir", "seq", "sleep"] {
         layer = layer.hard_link(format!("/bin/{applet}"), "/bin/busybox");
     }
-    layer = layer.file("/app/program", 0o755, &fs::read(&program)?);
+    layer = layer.file("/app/program", 0o755, &program);
+    let server = programs::compile(&node.path(""), "fuse-server", programs::FUSE)?;
+    layer = layer.file(programs::FUSE_SERVER, 0o755, &server);
     layer = layer.file("/app/tiny", 0o755, &programs::tiny_program());
     let file = node.path("image.tar");
     image::write(&file, IMAGE, vec![layer])?;
@@ -379,17 +508,76 @@ fn write_image(node: &Node) -> anyhow::Result<()> {
     node.ctr_in(UNWATCHED, &["images", "import", &file.to_string_lossy()]).map(drop)
 }
 
-/// Of the daemon and its children, to the nanosecond: what the scheduler has counted.
-fn processor_time(node: &Node) -> anyhow::Result<Duration> {
-    let daemon = node.driftd_pid()?.as_raw();
-    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"))?;
-    let children = children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok());
-    let mut total = 0;
-    for pid in children.chain([daemon]) {
-        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let Ok(text) = fs::read_to_string(thread?.path().join("schedstat")) else { continue };
-            total += text.split(' ').next().and_then(|time| time.parse::<u64>().ok()).unwrap_or(0);
+/// The daemon and its children, as long as they are there.
+struct Daemon(Pid);
+
+impl Daemon {
+    fn of(node: &Node) -> anyhow::Result<Daemon> {
+        Ok(Daemon(node.driftd_pid()?))
+    }
+
+    fn processes(&self) -> Vec<Pid> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.0)).into_iter().flatten().flatten();
+        let children =
+            tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+        let children: String = children.collect();
+        let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+        children.map(Pid::from_raw).chain([self.0]).collect()
+    }
+
+    /// What the scheduler has counted, to the nanosecond.
+    fn processor_time(&self) -> Option<Duration> {
+        let mut total = 0;
+        for pid in self.processes() {
+            for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+                let text = fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+                total += text.split(' ').next().and_then(|t| t.parse::<u64>().ok()).unwrap_or(0);
+            }
+        }
+        Some(Duration::from_nanos(total))
+    }
+
+    /// The most that was resident, in bytes.
+    fn memory(&self) -> f64 {
+        let of = |pid: Pid| -> Option<f64> {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+            line.split_whitespace().next()?.parse::<f64>().ok().map(|kibibytes| kibibytes * 1024.0)
+        };
+        self.processes().into_iter().filter_map(of).sum()
+    }
+
+    fn kill(&self) {
+        for pid in self.processes() {
+            let _ = kill(pid, Signal::SIGKILL);
         }
     }
-    Ok(Duration::from_nanos(total))
+}
+
+/// Of the history's files, in bytes.
+fn size_of_history(node: &Node) -> f64 {
+    let size = |name: &str| fs::metadata(node.path(name)).map_or(0, |file| file.len());
+    (size("driftd/history.db") + size("driftd/history.db-wal")) as f64
+}
+
+/// What `driftd status` says was lost, if it says anything in time.
+fn losses(node: &Node) -> String {
+    let ask = || -> anyhow::Result<Value> {
+        let mut command = node.driftd_command(&["status", "-o", "json"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let output = child.stdout.take().context("stdout is piped")?;
+        let reads = thread::spawn(move || std::io::read_to_string(output));
+        let ended = wait_within(PATIENCE, "an answer", || Ok(child.try_wait()?));
+        let _ = child.kill();
+        let _ = child.wait();
+        ended?;
+        Ok(serde_json::from_str(&reads.join().ok().context("it panicked")??)?)
+    };
+    let Ok(status) = ask() else { return "  status does not answer".to_owned() };
+    let losses = status["losses"].as_array().cloned().unwrap_or_default();
+    let losses: Vec<String> =
+        losses.iter().map(|loss| format!("{} {}", loss["name"], loss["count"])).collect();
+    let complete = if status["complete"] == true { "" } else { "  not complete" };
+    let lost = if losses.is_empty() { "" } else { "  " };
+    format!("{complete}{lost}{}", losses.join(", ").replace('"', ""))
 }

@@ -14,7 +14,6 @@ use super::code;
 use super::process::Caller;
 use super::shared::Shared;
 use super::table::{Table, Watched};
-use super::writers::Named;
 use crate::model::ContainerId;
 use crate::sys::door::Held;
 use crate::sys::file::{self, Stat};
@@ -76,13 +75,15 @@ pub(super) fn is_of_another(shared: &Shared, owner: &Arc<Watched>, caller: &Call
         return false;
     }
     let Some(stat) = &caller.stat else { return false };
-    let born = |pid| shared.births().home_of(Named::now(pid)).cloned();
-    let lives = |pid| shared.table.of_process(&Handle::open(pid).ok()?);
     let identity = stat.identity;
-    let actor = born(identity.pid)
-        .or_else(|| born(stat.parent))
-        .or_else(|| shared.table.of_process(&Handle::open_exactly(identity).ok()?))
-        .or_else(|| lives(stat.parent));
+    let born = |identity| shared.births().home_of(identity).cloned();
+    let lives = |identity| shared.table.of_process(&Handle::open_exactly(identity).ok()?);
+    let actor = born(identity).or_else(|| {
+        // By its number alone it could be a process of any container by now.
+        let parent = procfs::read_stat(stat.parent).ok().map(|parent| parent.identity);
+        let parent = parent.filter(|parent| parent.start_time <= identity.start_time);
+        parent.and_then(born).or_else(|| lives(identity)).or_else(|| parent.and_then(lives))
+    });
     actor.is_some_and(|actor| is_apart(shared, &actor, owner))
 }
 

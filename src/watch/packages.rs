@@ -314,19 +314,19 @@ impl Births {
         self.insert(pid, Birth { parent, read_at, home: Some(home) });
     }
 
-    /// The container in which a process was born, whatever it has joined since.
-    pub(super) fn home_of(&self, named: Named) -> Option<&Arc<Watched>> {
-        let birth = self.parents.get(&named.pid)?;
-        birth.home.as_ref().filter(|_| birth.read_at <= named.read_at + LAG)
+    /// The container in which a process was born, whatever it has joined since. The
+    /// process lives or has just ended.
+    pub(super) fn home_of(&self, identity: ProcessIdentity) -> Option<&Arc<Watched>> {
+        let birth = self.parents.get(&identity.pid)?;
+        // The record of a birth is read after it, and before another process has the
+        // number. An older one is of another process: where many are made, a number comes
+        // again within seconds, and the record of the new birth may be late or lost.
+        birth.home.as_ref().filter(|_| identity.start_time <= birth.read_at + 1)
     }
 
-    /// Whether a process that lives or has just ended was born in a container, wherever
-    /// its parents are by now.
+    /// Whether such a process was born in a container, wherever its parents are by now.
     pub(super) fn is_born_inside(&self, identity: ProcessIdentity) -> bool {
-        self.parents.get(&identity.pid).is_some_and(|birth| {
-            // Its record is read after its birth, and before another one has its number.
-            birth.home.is_some() && identity.start_time <= birth.read_at + 1
-        })
+        self.home_of(identity).is_some()
     }
 
     /// A process that no container has made has this number now.
@@ -427,6 +427,20 @@ fn child_of(parent: &Process, identity: ProcessIdentity, tty: Option<String>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watch::table::tests::watched;
+
+    #[test]
+    fn x13_a_process_has_no_home_by_the_birth_of_one_that_had_its_number() {
+        let home = Arc::new(watched("a", 1));
+        let mut births = Births::default();
+        births.born_in(home, 7, 1, 100);
+        let has_home =
+            |start_time| births.home_of(ProcessIdentity { pid: 7, start_time }).is_some();
+        // The record is read at once, or some time after the birth.
+        assert!(has_home(100) && has_home(101) && has_home(50));
+        // Another process has the number; its own birth is not known yet, or never will be.
+        assert!(!has_home(102) && !has_home(100 + LAG));
+    }
 
     #[test]
     fn births_are_followed_to_the_parents_and_no_further_than_they_are_remembered() {

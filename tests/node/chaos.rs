@@ -3,9 +3,11 @@
 //! events, its disk is full. The test keeps the truth; at the end the history says
 //! the same.
 //!
-//! `make soak` does this for an hour, or `SOAK_SECONDS`. A run prints its seed, and
+//! `make soak` does this for an hour, or `SOAK_SECONDS`, while other containers attack
+//! driftd and its processes are frozen one by one and together. A run prints its seed, and
 //! `CHAOS_SEED` chooses the same acts again; when they happen is the machine's.
 
+mod attack;
 mod truth;
 
 use std::collections::BTreeMap;
@@ -35,7 +37,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             Ok(())
         }),
         Trial::test("chaos_the_history_equals_the_truth", || {
-            run_without_driftd(SETUP, |node| chaos(node, SHORT))
+            run_without_driftd(SETUP, |node| chaos(node, SHORT, Others::Peaceful))
         }),
         Trial::test("chaos_soak", || {
             run_without_driftd(SETUP, |node| {
@@ -43,7 +45,7 @@ pub(crate) fn trials() -> Vec<Trial> {
                     Ok(seconds) => seconds.parse().context("SOAK_SECONDS is no number")?,
                     Err(_) => 60 * 60,
                 };
-                chaos(node, Duration::from_secs(seconds))
+                chaos(node, Duration::from_secs(seconds), Others::Hostile)
             })
         })
         .with_ignored_flag(true),
@@ -53,6 +55,13 @@ pub(crate) fn trials() -> Vec<Trial> {
 /// The kernel's queue is as long as [`QUEUE`] says.
 const SETUP: Setup =
     Setup { driftd: "bounded_queue = true", cri: None, own_runtime: false, unwatched: None };
+
+/// What the containers beside those that drift do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Others {
+    Peaceful,
+    Hostile,
+}
 
 /// How long containers drift in `make test`. Each disturbance comes once.
 const SHORT: Duration = Duration::from_secs(25);
@@ -108,9 +117,11 @@ struct Stage<'a> {
     ended: AtomicBool,
     acts: AtomicUsize,
     containers: AtomicUsize,
+    /// Of how many containers something is missing that a named loss accounts for.
+    accounted_for: AtomicUsize,
 }
 
-fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
+fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<()> {
     let seed = match std::env::var("CHAOS_SEED") {
         Ok(seed) => seed.parse().context("CHAOS_SEED is no number")?,
         Err(_) => {
@@ -130,21 +141,26 @@ fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
         ended: AtomicBool::new(false),
         acts: AtomicUsize::new(0),
         containers: AtomicUsize::new(0),
+        accounted_for: AtomicUsize::new(0),
     };
+    let attackers = u64::from(others == Others::Hostile);
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..WORKERS)
+        let workers: Vec<_> = (0..WORKERS + attackers)
             .map(|worker| {
                 let stage = &stage;
                 let random = Random(seed.wrapping_add(worker));
                 scope.spawn(move || {
-                    let outcome = drift(stage, random);
+                    let outcome = match worker {
+                        0..WORKERS => drift(stage, random),
+                        _ => attack::attack(stage, random),
+                    };
                     // There is nothing left to prove.
                     stage.ended.fetch_or(outcome.is_err(), Ordering::SeqCst);
                     outcome
                 })
             })
             .collect();
-        let disturbed = disturb(&stage, &disk, Random(!seed), length);
+        let disturbed = disturb(&stage, &disk, Random(!seed), length, others);
         stage.ended.store(true, Ordering::SeqCst);
         let outcomes = workers.into_iter().map(|worker| {
             worker.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a container's thread panicked")))
@@ -155,9 +171,10 @@ fn chaos(node: &Arc<Node>, length: Duration) -> anyhow::Result<()> {
     .with_context(|| format!("with CHAOS_SEED={seed}"))?;
     let gaps = gaps(node)?;
     eprintln!(
-        "chaos: {} acts in {} containers, gaps: {gaps:?}",
+        "chaos: {} acts in {} containers, of {} something is missing for a named loss, gaps: {gaps:?}",
         stage.acts.load(Ordering::Relaxed),
         stage.containers.load(Ordering::Relaxed),
+        stage.accounted_for.load(Ordering::Relaxed),
     );
     for name in ["kernel_queue_overflow", "containerd_lost"] {
         ensure!(gaps.contains_key(name), "no gap says {name}: {gaps:?} (CHAOS_SEED={seed})");
@@ -209,7 +226,9 @@ fn write_image(node: &Node, program: &[u8]) -> anyhow::Result<()> {
     for directory in ["/bin", "/dev", "/etc", "/opt", "/proc", "/run", "/sys", "/usr", "/var"] {
         base = base.directory(directory, 0o755);
     }
-    for directory in ["/.control", "/usr/bin", "/usr/local", "/usr/local/bin", "/var/lib"] {
+    for directory in
+        ["/.control", "/app", "/mnt", "/usr/bin", "/usr/local", "/usr/local/bin", "/var/lib"]
+    {
         base = base.directory(directory, 0o755);
     }
     base = base.directory("/tmp", 0o1777).file(
@@ -217,9 +236,16 @@ fn write_image(node: &Node, program: &[u8]) -> anyhow::Result<()> {
         0o755,
         &fs::read(programs::find("busybox")?)?,
     );
-    for applet in ["sh", "cp", "mv", "ln", "rm", "chmod", "touch", "cat", "mkdir", "true"] {
+    for applet in
+        ["sh", "cp", "mv", "ln", "rm", "chmod", "touch", "cat", "mkdir", "true", "seq", "sleep"]
+    {
         base = base.hard_link(format!("/bin/{applet}"), "/bin/busybox");
     }
+    // What attackers run.
+    let compile = |name, text| programs::compile(&node.path(""), name, text);
+    base = base.file("/app/flood", 0o755, &compile("flood", attack::FLOOD)?);
+    base = base.file(programs::FUSE_SERVER, 0o755, &compile("fuse-server", programs::FUSE)?);
+    base = base.file("/app/tiny", 0o755, &programs::tiny_program());
     let mut top = Layer::new();
     for number in 0..PROGRAMS {
         let path = image_program(number);
@@ -284,6 +310,16 @@ struct Drifting<'a> {
     /// The next program of the image that nothing has happened to.
     unspoilt: usize,
     acts: usize,
+    /// What was lost of it, asked for when something is missing.
+    losses: Losses,
+}
+
+/// When something of a container was lost that driftd names.
+#[derive(Debug, Default)]
+struct Losses {
+    executions: Blindness,
+    /// Whether a process has come from outside is known by the kernel's records.
+    sessions: Blindness,
 }
 
 /// Lets one container after the other drift until the run ends.
@@ -297,6 +333,7 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
                 sessions: Vec::new(),
                 unspoilt: 0,
                 acts: 0,
+                losses: Losses::default(),
             }
         };
         stage.containers.fetch_add(1, Ordering::Relaxed);
@@ -312,7 +349,7 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
         }
         // Nobody takes anything away while this container is judged.
         let _services = stage.services.read();
-        judge(stage, &drifting)?;
+        judge(stage, &mut drifting)?;
         retire(stage, &drifting)?;
     }
     Ok(())
@@ -466,18 +503,28 @@ fn come_from_outside(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::
 
 // ---- the judgement
 
-fn judge(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
-    let container = &drifting.container;
+fn judge(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
     let mut verdict = truth::Verdict::default();
     let waited = wait_within(PATIENCE, "the history to be true", || {
-        container.diff()?;
+        drifting.container.diff()?;
         verdict = compare(stage, drifting)?;
         Ok((verdict.is_good() || !verdict.wrong.is_empty()).then_some(()))
     });
-    if waited.is_err() || !verdict.is_good() {
+    if waited.is_err() && verdict.wrong.is_empty() {
+        // What is missing has to have a name.
+        drifting.losses = losses_of(stage.node, &drifting.container.id)?;
+        verdict = compare(stage, drifting)?;
+        stage.accounted_for.fetch_add(usize::from(verdict.is_good()), Ordering::Relaxed);
+    }
+    let container = &drifting.container;
+    if !verdict.is_good() {
         anyhow::bail!(
-            "of {} the history is not true: {verdict:#?}\nof which is known: {:#?}",
+            "of {} the history is not true: {verdict:#?}\nwhat was lost: {}\nof which is known: {:#?}",
             container.id,
+            stage.node.status().map_or_else(
+                |err| err.to_string(),
+                |status| format!("{} gaps: {}", status["losses"], status["gaps"])
+            ),
             container.findings()?
         );
     }
@@ -486,15 +533,20 @@ fn judge(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
 
 fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::Verdict> {
     let blindness = lock(&stage.blindness);
+    let Losses { executions, sessions } = &drifting.losses;
+    let sight = |lost: &Blindness, began, ended| match blindness.sight(began, ended) {
+        Sight::Sure => lost.sight(began, ended),
+        Sight::Unsure => Sight::Unsure,
+    };
     let claims: Vec<(Claim, Sight)> = drifting
         .claims
         .iter()
-        .map(|(claim, began, ended)| (claim.clone(), blindness.sight(*began, *ended)))
+        .map(|(claim, began, ended)| (claim.clone(), sight(executions, *began, *ended)))
         .collect();
     let sure_sessions = drifting
         .sessions
         .iter()
-        .filter(|(began, ended)| blindness.sight(*began, *ended) == Sight::Sure)
+        .filter(|(began, ended)| sight(sessions, *began, *ended) == Sight::Sure)
         .count() as u64;
     drop(blindness);
     let (mut files, mut sessions) = (Vec::new(), 0);
@@ -546,12 +598,59 @@ fn retire(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How much earlier than its record a loss may have been.
+const UNNOTICED: Duration = Duration::from_secs(2);
+
+/// Names of losses of executions that the gate was asked about.
+const OF_EXECUTIONS: &[&str] = &[
+    "content_queue_full",
+    "event_unreadable",
+    "gate_queue_full",
+    "pipeline_full",
+    "process_queue_full",
+    "thread_stuck",
+];
+
+/// The losses of a container in the history, and those that can be of any container.
+fn losses_of(node: &Node, id: &str) -> anyhow::Result<Losses> {
+    let history = history_of(node)?;
+    let mut query = history.prepare("SELECT json FROM record WHERE type = 'gap'")?;
+    let records = query.query_map([], |row| row.get::<_, String>(0))?;
+    let (now, wall) = (Instant::now(), jiff::Timestamp::now());
+    let instant = |time: &Value| -> anyhow::Result<Instant> {
+        let time: jiff::Timestamp = time.as_str().context("no time")?.parse()?;
+        let ago = Duration::try_from(time.until(wall)?).unwrap_or_default();
+        now.checked_sub(ago).context("before this machine was started")
+    };
+    let mut losses = Losses::default();
+    for record in records {
+        let gap: Value = serde_json::from_str(&record?)?;
+        if !gap["container"].is_null() && gap["container"]["id"] != id {
+            continue;
+        }
+        let at = instant(&gap["at"])?;
+        let until = if gap["until"].is_null() { at } else { instant(&gap["until"])? };
+        let from = at.checked_sub(UNNOTICED).unwrap_or(at);
+        let name = gap["name"].as_str().unwrap_or_default();
+        let is_of_executions = OF_EXECUTIONS.contains(&name);
+        if is_of_executions {
+            losses.executions.add(from, until);
+        }
+        if is_of_executions || name == "trace_lost" {
+            losses.sessions.add(from, until);
+        }
+    }
+    Ok(losses)
+}
+
+fn history_of(node: &Node) -> anyhow::Result<rusqlite::Connection> {
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
+    Ok(rusqlite::Connection::open_with_flags(node.path("driftd/history.db"), flags)?)
+}
+
 /// The gaps in the history, by name.
 fn gaps(node: &Node) -> anyhow::Result<BTreeMap<String, i64>> {
-    let history = rusqlite::Connection::open_with_flags(
-        node.path("driftd/history.db"),
-        rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
-    )?;
+    let history = history_of(node)?;
     let mut query = history.prepare(
         "SELECT json_extract(json, '$.name'), count(*) FROM record WHERE type = 'gap' GROUP BY 1",
     )?;
@@ -569,6 +668,7 @@ enum Disturbance {
     Overflow,
     FillDisk,
     FillDiskAndKill,
+    Freeze(attack::Frozen),
 }
 
 const DISTURBANCES: [Disturbance; 6] = [
@@ -586,15 +686,20 @@ fn disturb(
     disk: &Disk,
     mut random: Random,
     length: Duration,
+    others: Others,
 ) -> anyhow::Result<()> {
     let deadline = Instant::now() + length;
-    let mut first = DISTURBANCES.to_vec();
-    let pause = length / (2 * u32::try_from(DISTURBANCES.len())?);
+    let mut all = DISTURBANCES.to_vec();
+    if others == Others::Hostile {
+        all.extend(attack::FREEZES.map(Disturbance::Freeze));
+    }
+    let mut first = all.clone();
+    let pause = length / (2 * u32::try_from(all.len())?);
     let pause = u64::try_from(pause.min(Duration::from_secs(20)).as_millis())?;
     while (Instant::now() < deadline || !first.is_empty()) && !stage.ended.load(Ordering::SeqCst) {
         thread::sleep(Duration::from_millis(pause / 2 + random.next() % pause));
         let disturbance = if first.is_empty() {
-            *random.of(&DISTURBANCES)
+            *random.of(&all)
         } else {
             first.swap_remove(random.below(first.len()))
         };
@@ -662,6 +767,13 @@ fn one_disturbance(
             disk.free()?;
             start_and_wait(stage)?;
             lock(&stage.blindness).add(before(began), Instant::now());
+        }
+        Disturbance::Freeze(which) => {
+            // What goes on has lost nothing.
+            if attack::freeze(node, which)? {
+                start_and_wait(stage)?;
+                lock(&stage.blindness).add(before(began), Instant::now());
+            }
         }
     }
     Ok(())

@@ -28,14 +28,14 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// driftd's processes.
-struct Processes {
-    daemon: Pid,
-    gate: Pid,
-    guardian: Pid,
+pub(crate) struct Processes {
+    pub(crate) daemon: Pid,
+    pub(crate) gate: Pid,
+    pub(crate) guardian: Pid,
 }
 
 impl Processes {
-    fn of(node: &Node) -> anyhow::Result<Processes> {
+    pub(crate) fn of(node: &Node) -> anyhow::Result<Processes> {
         let daemon = node.driftd_pid()?;
         let child = |name: &str| {
             let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"));
@@ -75,7 +75,7 @@ fn stop(process: Pid) -> anyhow::Result<()> {
     })
 }
 
-fn is_there(process: Pid) -> bool {
+pub(crate) fn is_there(process: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.starts_with(" Z") && !rest.is_empty())
 }

@@ -99,9 +99,19 @@ pub(crate) fn tear_down_everything() {
     }
 }
 
+/// What [`use_program`] was given.
+static OTHER_PROGRAM: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// From now on this driftd is run and asked, or, without one, the usual one.
+#[allow(dead_code, reason = "benches/hostile.rs compares two builds")]
+pub(crate) fn use_program(program: Option<PathBuf>) {
+    *lock(&OTHER_PROGRAM) = program;
+}
+
 /// The driftd that is tried: this build's, or another one that `DRIFTD_PROGRAM` names.
 fn driftd_program() -> PathBuf {
-    let other = std::env::var_os("DRIFTD_PROGRAM").map(PathBuf::from);
+    let other = lock(&OTHER_PROGRAM).clone();
+    let other = other.or_else(|| std::env::var_os("DRIFTD_PROGRAM").map(PathBuf::from));
     other.unwrap_or_else(|| env!("CARGO_BIN_EXE_driftd").into())
 }
 
@@ -556,7 +566,13 @@ settle = "1s"
         self.run(namespace, image, &[])
     }
 
-    fn run(&self, namespace: &str, image: &str, more: &[&str]) -> anyhow::Result<Container<'_>> {
+    /// Starts a container with more of `ctr run`'s options.
+    pub(crate) fn run(
+        &self,
+        namespace: &str,
+        image: &str,
+        more: &[&str],
+    ) -> anyhow::Result<Container<'_>> {
         self.run_as(namespace, image, more, &["/bin/sh", "-c", Control::INIT])
     }
 
@@ -579,7 +595,7 @@ settle = "1s"
         let names = [image, &id];
         let words = [&options[..], more, &["--cgroup", &cgroup], &names, init];
         self.ctr_in(namespace, &words.concat())?;
-        Ok(Container { node: self, id, control })
+        Ok(Container { node: self, id, namespace: namespace.to_owned(), control })
     }
 
     /// A container that somebody else makes and that ends with the node.
@@ -629,7 +645,7 @@ settle = "1s"
         let command = ["/bin/sh", "-c", Control::INIT];
         let container = cri::container(&name, image, &command, &[(&control.path, "/.control")]);
         let id = self.start_in_pod(&sandbox, &pod, &container)?;
-        let container = Container { node: self, id, control };
+        let container = Container { node: self, id, namespace: KUBERNETES.to_owned(), control };
         container.wait_until_watched()?;
         Ok((sandbox, container))
     }
@@ -655,7 +671,7 @@ settle = "1s"
         let shell = cri::container(&name, image, &["/bin/sh"], &[(&control.path, "/.control")]);
         let shell = cri::with_terminal(shell);
         let id = self.start_in_pod(sandbox, &pod, &shell)?;
-        let container = Container { node: self, id, control };
+        let container = Container { node: self, id, namespace: KUBERNETES.to_owned(), control };
         container.wait_until_watched()?;
         Ok(container)
     }
@@ -876,6 +892,8 @@ impl Control {
 pub(crate) struct Container<'a> {
     pub(crate) node: &'a Node,
     pub(crate) id: String,
+    /// containerd's, in which it is.
+    namespace: String,
     control: Control,
 }
 
@@ -889,7 +907,7 @@ pub(crate) struct Ran {
 impl<'a> Container<'a> {
     /// A container that somebody else has started with [`Control::INIT`].
     pub(crate) fn new(node: &'a Node, id: String, control: Control) -> Container<'a> {
-        Container { node, id, control }
+        Container { node, id, namespace: node.namespace.clone(), control }
     }
 }
 
@@ -937,7 +955,7 @@ impl Container<'_> {
 
     /// The pid of its init, on the host.
     pub(crate) fn init(&self) -> anyhow::Result<i32> {
-        let tasks = self.node.ctr(&["task", "ls"])?;
+        let tasks = self.node.ctr_in(&self.namespace, &["task", "ls"])?;
         let mut lines = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         let line = lines.find(|line| line.first() == Some(&self.id.as_str()));
         line.and_then(|line| line.get(1)?.parse().ok()).context("its task is not listed")

@@ -54,7 +54,7 @@ const LOADER: &str = include_str!("../data/loader.c");
 
 /// Where the image has the program that answers for a filesystem (`fuse.rs`).
 pub(crate) const FUSE_SERVER: &str = "/usr/bin/fuse-server";
-const FUSE: &str = include_str!("fuse.c");
+pub(crate) const FUSE: &str = include_str!("fuse.c");
 
 impl Payload {
     pub(crate) fn compile(scratch: &Path) -> anyhow::Result<Payload> {
