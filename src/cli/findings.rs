@@ -311,7 +311,7 @@ pub(super) fn tell_gap(gap: &proto::Gap, cursor: u64, listing: &Listing) -> anyh
     }
     eprintln!(
         "gap{}: {}{}: {}",
-        if gap.until.is_some() { " made up for" } else { "" },
+        if gap.until.is_some() { " over" } else { "" },
         safe(&gap.name),
         match gap.container.as_str() {
             "" => String::new(),

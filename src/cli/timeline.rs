@@ -182,7 +182,7 @@ fn line(entry: &TimelineEntry, listing: &Listing, colour: bool) -> String {
             safe(name),
             if container.is_some() { "" } else { " (any container)" },
             safe(detail),
-            until.map(|until| format!(" (made up for at {})", time(until))).unwrap_or_default()
+            until.map(|until| format!(" (over at {})", time(until))).unwrap_or_default()
         ),
     };
     format!("{}  {what}\n", time(entry.at))

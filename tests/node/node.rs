@@ -508,6 +508,19 @@ settle = "1s"
 
     // ---- containers
 
+    /// A container that was there before driftd, of which the view is complete: of one that
+    /// begins later it may be reported that it was armed late.
+    pub(crate) fn settled_container(&self) -> anyhow::Result<Container<'_>> {
+        let container = self.container()?;
+        self.stop_driftd()?;
+        self.start_driftd()?;
+        container.wait_until_watched()?;
+        wait_for("the view to be complete", || {
+            Ok((self.status()?["complete"] == true).then_some(()))
+        })?;
+        Ok(container)
+    }
+
     /// Starts a container of the workbench image and waits until it is watched.
     pub(crate) fn container(&self) -> anyhow::Result<Container<'_>> {
         self.container_of(WORKBENCH)

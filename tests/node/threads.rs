@@ -126,7 +126,7 @@ fn h05_stop(node: &Node) -> anyhow::Result<()> {
 }
 
 fn x02_replaced(node: &Node) -> anyhow::Result<()> {
-    let container = node.container()?;
+    let container = node.settled_container()?;
     // Whoever is late still finds it running.
     container.lay("script", b"sleep 2; sleep 1\n")?;
     let held = Held::new(node, "interpreters")?;
@@ -205,7 +205,7 @@ fn h08_fast_lane(node: &Node) -> anyhow::Result<()> {
 }
 
 fn h02_lasting(node: &Node) -> anyhow::Result<()> {
-    let container = node.container()?;
+    let container = node.settled_container()?;
     assert_eq!(node.status()?["complete"], true);
     // Deeper than a walk goes.
     container.sh("d=/tmp; i=0; while [ $i -lt 260 ]; do d=$d/d; mkdir $d; i=$((i+1)); done")?;
