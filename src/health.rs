@@ -72,6 +72,9 @@ pub enum Failure {
     HistoryFull,
     /// The history's file was removed or replaced while driftd ran.
     HistoryGone,
+    /// A container's layers lie where a process or another machine answers: the gate is
+    /// not asked there, and what the layers hold is not read.
+    ForeignLayers,
 }
 
 /// What is done about a [`Failure`].
@@ -86,7 +89,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 28] = [
+    pub const ALL: [Failure; 29] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -115,6 +118,7 @@ impl Failure {
         Failure::ThreadStuck,
         Failure::HistoryFull,
         Failure::HistoryGone,
+        Failure::ForeignLayers,
     ];
 
     pub fn name(self) -> &'static str {
@@ -147,6 +151,7 @@ impl Failure {
             Failure::ThreadStuck => "thread_stuck",
             Failure::HistoryFull => "history_full",
             Failure::HistoryGone => "history_gone",
+            Failure::ForeignLayers => "foreign_layers",
         }
     }
 
@@ -179,7 +184,8 @@ impl Failure {
             | Failure::ExecEventsFull
             | Failure::ProcessUnreadable
             | Failure::FindingsDelayed
-            | Failure::HistoryFull => Reaction::Degrade,
+            | Failure::HistoryFull
+            | Failure::ForeignLayers => Reaction::Degrade,
         }
     }
 }

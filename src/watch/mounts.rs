@@ -714,7 +714,7 @@ impl Mounts {
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
-        let view = View::of([&init]).and_root(watched.device);
+        let view = watched.view([&init]);
         // It keeps the container's root busy: for as long as this takes and no longer.
         let root = init.open_root()?;
         let mut held: Vec<Reached<'_>> = Vec::new();

@@ -28,14 +28,14 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// driftd's processes.
-struct Processes {
-    daemon: Pid,
-    gate: Pid,
-    guardian: Pid,
+pub(crate) struct Processes {
+    pub(crate) daemon: Pid,
+    pub(crate) gate: Pid,
+    pub(crate) guardian: Pid,
 }
 
 impl Processes {
-    fn of(node: &Node) -> anyhow::Result<Processes> {
+    pub(crate) fn of(node: &Node) -> anyhow::Result<Processes> {
         let daemon = node.driftd_pid()?;
         let child = |name: &str| {
             let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"));
@@ -61,7 +61,7 @@ impl Processes {
 }
 
 /// Stops all threads of a process.
-fn stop(process: Pid) -> anyhow::Result<()> {
+pub(crate) fn stop(process: Pid) -> anyhow::Result<()> {
     kill(process, Signal::SIGSTOP)?;
     // The signal stops one thread after the other.
     wait_for("every thread to stop", || {
@@ -75,13 +75,13 @@ fn stop(process: Pid) -> anyhow::Result<()> {
     })
 }
 
-fn is_there(process: Pid) -> bool {
+pub(crate) fn is_there(process: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.starts_with(" Z") && !rest.is_empty())
 }
 
 /// For how long two programs of the container's image are held up.
-fn held_up(container: &Container<'_>, processes: &Processes) -> anyhow::Result<Duration> {
+pub(crate) fn held_up(container: &Container<'_>, processes: &Processes) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let ran = container.begin("/usr/bin/app; /usr/bin/app")?.finish(Duration::from_secs(15));
     if ran.is_err() {

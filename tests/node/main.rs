@@ -15,6 +15,7 @@ mod deeds;
 mod docker;
 mod door;
 mod drift;
+mod edges;
 mod fair;
 mod fileless;
 mod fuse;
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         budget::trials(),
         deeds::trials(),
         groups::trials(),
+        edges::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
