@@ -338,9 +338,8 @@ impl HostMounts {
     /// The host's mount on which a path lies. The last one of several on one point covers
     /// the others.
     fn holder_of(&self, path: &[u8]) -> Option<&Mount> {
-        let holders = self.all.iter().filter(|mount| {
-            strip_directory(path, &mount.mount_point).is_some()
-        });
+        let holders =
+            self.all.iter().filter(|mount| strip_directory(path, &mount.mount_point).is_some());
         holders.max_by_key(|mount| mount.mount_point.len())
     }
 

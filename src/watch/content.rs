@@ -42,6 +42,9 @@ use crate::threads;
 #[derive(Debug)]
 pub(super) struct Described {
     watched: Arc<Watched>,
+    /// The container on whose mount the file lies; a process of another one may have
+    /// entered its namespaces.
+    holder: Arc<Watched>,
     filesystem: Filesystem,
     path: RootfsPath,
     file: Executed,
@@ -116,14 +119,17 @@ pub(super) fn describe(
 }
 
 fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
-    let Taken { execution, path, look, could_change } = taken;
+    let Taken { execution, path, look, could_change, .. } = taken;
     let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
         execution;
     let times = 1 + more.map_or(0, |more| more.take());
     threads::about(&watched.container);
-    if filesystem == Filesystem::Overlay && deeds::is_of_another(shared, &watched, &caller) {
+    let holder = watched;
+    let actor = deeds::other_than(shared, &holder, &caller);
+    if filesystem == Filesystem::Overlay && actor.is_some() {
         return None;
     }
+    let watched = actor.unwrap_or_else(|| holder.clone());
 
     let executing = {
         // Held until the session is told, so that it is told before what it does.
@@ -159,6 +165,7 @@ fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Opti
             let path = exe.and_then(|exe| mounts::path_of_program(exe, &path)).unwrap_or(path);
             Some(Described {
                 watched,
+                holder,
                 filesystem,
                 path,
                 file: Executed::Held(file),
@@ -284,7 +291,7 @@ impl Described {
                     let begun = begin(fd.as_fd(), &self.stat);
                     match &begun {
                         Begun::Known(state) => self.was_read(shared, &fd, state),
-                        Begun::Reads(_) => held.give_back(&self.watched, fd),
+                        Begun::Reads(_) => held.give_back(&self.holder, fd),
                     }
                     begun
                 }
@@ -314,7 +321,7 @@ impl Described {
                     match &state {
                         Some(state) => self.was_read(shared, &fd, state),
                         // Its container may end while it is put aside.
-                        None => held.give_back(&self.watched, fd),
+                        None => held.give_back(&self.holder, fd),
                     }
                     state
                 }
@@ -381,6 +388,7 @@ impl Described {
 fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     let Described {
         watched,
+        holder,
         filesystem,
         path,
         file,
@@ -428,7 +436,8 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         process: Arc::new(process),
         layer_file,
     };
-    let is_told = shared.observe(&watched, at, Source::Gate, fact);
+    let file_of = (!Arc::ptr_eq(&holder, &watched)).then(|| holder.container.clone());
+    let is_told = shared.observe_file_of(&watched, file_of, at, Source::Gate, fact);
     if let Some(layer_file) = layer_file {
         if !is_told {
             watched.layer_files_mut().judge(&layer_file, Verdict::Lost);

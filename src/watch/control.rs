@@ -282,8 +282,7 @@ impl Marker {
         self.detach(container);
         // Known before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
-        let mut residence =
-            if foreign.is_none() { self.admit(&watched, &init) } else { None };
+        let mut residence = if foreign.is_none() { self.admit(&watched, &init) } else { None };
         let place = residence.as_ref().map_or(Place::Plain, Residence::place);
         // To open an executed file, the gate would wait for whoever answers for its layer.
         // What was written lies in the upper layer.

@@ -72,10 +72,20 @@ pub(super) fn is_apart(shared: &Shared, actor: &Arc<Watched>, owner: &Arc<Watche
 /// Whether a process that the gate saw executing a file of `owner` is of another
 /// container. Then the trace reports the execution, for that one.
 pub(super) fn is_of_another(shared: &Shared, owner: &Arc<Watched>, caller: &Caller) -> bool {
+    other_than(shared, owner, caller).is_some()
+}
+
+/// The container of a process that the gate saw, where that is another one than `owner`:
+/// a process can enter another container's mount namespace.
+pub(super) fn other_than(
+    shared: &Shared,
+    owner: &Arc<Watched>,
+    caller: &Caller,
+) -> Option<Arc<Watched>> {
     if !shared.records_executions() {
-        return false;
+        return None;
     }
-    let Some(stat) = &caller.stat else { return false };
+    let stat = caller.stat.as_ref()?;
     let born = |pid| shared.births().home_of(Named::now(pid)).cloned();
     let lives = |pid| shared.table.of_process(&Handle::open(pid).ok()?);
     let identity = stat.identity;
@@ -83,7 +93,7 @@ pub(super) fn is_of_another(shared: &Shared, owner: &Arc<Watched>, caller: &Call
         .or_else(|| born(stat.parent))
         .or_else(|| shared.table.of_process(&Handle::open_exactly(identity).ok()?))
         .or_else(|| lives(stat.parent));
-    actor.is_some_and(|actor| is_apart(shared, &actor, owner))
+    actor.filter(|actor| is_apart(shared, actor, owner))
 }
 
 /// The container in whose root a process's program lies.

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crossbeam_channel::TrySendError;
 
-use super::content::{UnknownPath, event_path};
+use super::content::{UnknownPath, event_name, event_path};
 use super::fair::{self, Owned, Receiver, Sender, Waits};
 use super::files::Left;
 use super::gate::Execution;
@@ -46,6 +46,9 @@ pub(super) struct Taken {
     pub(super) execution: Execution,
     /// In its container, and whether that is certain.
     pub(super) path: Result<(RootfsPath, bool), UnknownPath>,
+    /// The kernel's name of a file on a mount of the container's own, whose path is found
+    /// when the file has been copied and closed.
+    name: Option<Result<Vec<u8>, UnknownPath>>,
     pub(super) look: Look,
     /// What it holds may not be what it held when it was executed; `None` until it was
     /// read.
@@ -163,6 +166,14 @@ pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receive
     (take, entrance, receive_taken)
 }
 
+/// Finds the path of a file on a mount of the container's own.
+fn place(taken: &mut Taken) {
+    let Some(name) = taken.name.take() else { return };
+    let Execution { watched, stat, caller, .. } = &taken.execution;
+    let parent = caller.stat.as_ref().map(|stat| stat.parent);
+    taken.path = name.and_then(|name| mounts::event_path(watched, &name, stat, caller.pid, parent));
+}
+
 impl Take {
     /// Where executions wait for this thread.
     pub(super) fn arrived(&self) -> Receiver<Execution> {
@@ -190,6 +201,7 @@ impl Take {
             self.ask_others();
             while let Ok(mut one) = self.waiting.recv_timeout(Duration::ZERO) {
                 self.copy(&mut one);
+                place(&mut one);
                 one.look.release();
                 self.hand_on(&self.taken, one);
                 self.ask_others();
@@ -214,6 +226,7 @@ impl Take {
         let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
         threads::about(&watched.container);
         let mut look = Look::default();
+        let mut name = None;
         // The mounts by which the file was reached may be gone with the process.
         let parent = caller.stat.as_ref().map(|stat| stat.parent);
         let path = match file.take() {
@@ -222,11 +235,13 @@ impl Take {
                     Filesystem::Overlay => {
                         event_path(watched, &fd, stat, caller.pid, parent).map(|path| (path, true))
                     }
+                    // First it is closed: whoever unmounts it would be refused.
                     Filesystem::Tmpfs
                     | Filesystem::Volume
                     | Filesystem::Anonymous
                     | Filesystem::Container => {
-                        mounts::event_path(watched, &fd, stat, caller.pid, parent)
+                        name = Some(event_name(&fd));
+                        Err(UnknownPath::NotAbsolute)
                     }
                 };
                 let known = path.as_ref().ok().map(|(path, _)| path);
@@ -243,12 +258,13 @@ impl Take {
             }
             Left::Name(None) | Left::Copy(_) => Err(UnknownPath::NotAbsolute),
         };
-        self.hand_on(&self.asked, Taken { execution, path, look, could_change: None });
+        let taken = Taken { execution, path, name, look, could_change: None };
+        self.hand_on(&self.asked, taken);
     }
 
     /// Copies a small file, so that it can be closed.
     fn copy(&self, taken: &mut Taken) {
-        let Taken { execution, path, look, could_change } = taken;
+        let Taken { execution, path, name, look, could_change } = taken;
         let Execution { watched, file, stat, .. } = execution;
         if stat.size > self.shared.settings.max_hash_bytes {
             return;
@@ -259,7 +275,9 @@ impl Take {
             file.give_back(watched, fd);
             return;
         }
-        if let (Ok(now), Ok((path, _))) = (file::stat(&fd), path) {
+        if name.is_some() {
+            *could_change = Some(look.had_writer());
+        } else if let (Ok(now), Ok((path, _))) = (file::stat(&fd), path) {
             *could_change = Some(look.could_change(&self.shared, watched, path, stat, &now));
         }
         if *could_change == Some(false) {

@@ -810,13 +810,7 @@ impl Trace {
         };
         let is_parent_outside = self.is_parent_outside(execution);
         let name = path.as_bytes().to_vec();
-        Some(execution.unseen(
-            Filesystem::Overlay,
-            name,
-            Some(file),
-            handle,
-            is_parent_outside,
-        ))
+        Some(execution.unseen(Filesystem::Overlay, name, Some(file), handle, is_parent_outside))
     }
 
     /// Whether the gate tells of what is executed from there, although it was not asked

@@ -9,13 +9,13 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 
-use super::{code, deeds};
 use super::fair::{self, Owned, Receiver};
 use super::process;
 use super::shared::Shared;
 use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::{self, Copy};
+use super::{code, deeds};
 use crate::health::Failure;
 use crate::model::{
     Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
@@ -452,9 +452,9 @@ impl Running {
             return;
         }
         let known = layer_file.and_then(|file| watched.layer_files().known(&file));
-        let state = known.or(unread.map(|code| code.state)).unwrap_or_else(|| {
-            state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes)
-        });
+        let state = known
+            .or(unread.map(|code| code.state))
+            .unwrap_or_else(|| state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes));
         drop(exe);
         let is_from_outside = || {
             procfs::mount_namespace_of(handle.first_stat().parent)

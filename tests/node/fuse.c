@@ -14,8 +14,8 @@
  *   drop  everybody but programs called driftd
  * SIGUSR1 changes the mode to own, SIGUSR2 to mute, SIGALRM to all (for new requests).
  *
- * Each request that is left unanswered is a line in LOG: its name, the pid, and what that
- * program is called.
+ * Each request that is left unanswered is a line in LOG: its name, the pid, and what the
+ * thread and its program are called.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -237,6 +237,19 @@ static const char *program_of(uint32_t pid)
     return slash ? slash + 1 : exe;
 }
 
+static const char *thread_of(uint32_t pid)
+{
+    static char name[32];
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%u/comm", pid);
+    int fd = pid ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    ssize_t length = fd < 0 ? 0 : read(fd, name, sizeof name - 1);
+    if (fd >= 0)
+        close(fd);
+    name[length > 0 ? length - 1 : 0] = 0;
+    return name;
+}
+
 /* What nobody waits for is always served. */
 static int is_left(const struct fuse_in_header *in)
 {
@@ -295,7 +308,8 @@ int main(int argc, char **argv)
                    || in->opcode == FUSE_INTERRUPT) {
             /* Have no answer. */
         } else if (is_left(in)) {
-            dprintf(log_file, "%s %u %s\n", name_of(in->opcode), in->pid, program_of(in->pid));
+            dprintf(log_file, "%s %u %s %s\n", name_of(in->opcode), in->pid,
+                    thread_of(in->pid), program_of(in->pid));
         } else {
             serve(in, body);
         }
