@@ -33,7 +33,7 @@ use crate::model::{
     RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 use crate::sys::{overlay, priority};
 use crate::threads;
 
@@ -45,6 +45,8 @@ pub(super) struct Described {
     /// The container on whose mount the file lies; a process of another one may have
     /// entered its namespaces.
     holder: Arc<Watched>,
+    /// The process, as the gate saw it.
+    seen: Option<procfs::Stat>,
     filesystem: Filesystem,
     path: RootfsPath,
     file: Executed,
@@ -120,12 +122,14 @@ pub(super) fn describe(
 
 fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
     let Taken { execution, path, look, could_change, .. } = taken;
-    let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
-        execution;
+    let Execution {
+        watched, filesystem, file, stat, layer_file, is_movable, caller, at, more, ..
+    } = execution;
     let times = 1 + more.map_or(0, |more| more.take());
     threads::about(&watched.container);
     let holder = watched;
-    let actor = deeds::other_than(shared, &holder, &caller);
+    let seen = caller.stat.clone();
+    let actor = seen.as_ref().and_then(|seen| deeds::other_than(shared, &holder, seen));
     if filesystem == Filesystem::Overlay && actor.is_some() {
         return None;
     }
@@ -166,6 +170,7 @@ fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Opti
             Some(Described {
                 watched,
                 holder,
+                seen,
                 filesystem,
                 path,
                 file: Executed::Held(file),
@@ -387,8 +392,9 @@ impl Described {
 /// Reports what was executed and what it holds.
 fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     let Described {
-        watched,
+        mut watched,
         holder,
+        seen,
         filesystem,
         path,
         file,
@@ -415,6 +421,13 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     }
     let execve = (process.identity.pid, asked);
     let exec_name = process::recorded_name(shared, execve, &|| is_crowded);
+    // By now the record of its birth has been read.
+    if filesystem != Filesystem::Overlay
+        && Arc::ptr_eq(&holder, &watched)
+        && let Some(other) = seen.and_then(|seen| deeds::other_than(shared, &holder, &seen))
+    {
+        watched = other;
+    }
     let is_deleted = state.deleted;
     // The gate looked before it ran. It may also just have lost its name.
     let is_nameless = layer_file.is_none() && stat.links == 0 && unseen::has_a_number(&path);

@@ -72,7 +72,7 @@ pub(super) fn is_apart(shared: &Shared, actor: &Arc<Watched>, owner: &Arc<Watche
 /// Whether a process that the gate saw executing a file of `owner` is of another
 /// container. Then the trace reports the execution, for that one.
 pub(super) fn is_of_another(shared: &Shared, owner: &Arc<Watched>, caller: &Caller) -> bool {
-    other_than(shared, owner, caller).is_some()
+    caller.stat.as_ref().is_some_and(|stat| other_than(shared, owner, stat).is_some())
 }
 
 /// The container of a process that the gate saw, where that is another one than `owner`:
@@ -80,19 +80,18 @@ pub(super) fn is_of_another(shared: &Shared, owner: &Arc<Watched>, caller: &Call
 pub(super) fn other_than(
     shared: &Shared,
     owner: &Arc<Watched>,
-    caller: &Caller,
+    process: &procfs::Stat,
 ) -> Option<Arc<Watched>> {
     if !shared.records_executions() {
         return None;
     }
-    let stat = caller.stat.as_ref()?;
+    let procfs::Stat { identity, parent, .. } = *process;
     let born = |pid| shared.births().home_of(Named::now(pid)).cloned();
     let lives = |pid| shared.table.of_process(&Handle::open(pid).ok()?);
-    let identity = stat.identity;
     let actor = born(identity.pid)
-        .or_else(|| born(stat.parent))
+        .or_else(|| born(parent))
         .or_else(|| shared.table.of_process(&Handle::open_exactly(identity).ok()?))
-        .or_else(|| lives(stat.parent));
+        .or_else(|| lives(parent));
     actor.filter(|actor| is_apart(shared, actor, owner))
 }
 

@@ -130,9 +130,20 @@ pub(super) struct Entrance {
     arrived: Sender<Execution>,
     asked: Sender<Taken>,
     taken: Sender<Taken>,
+    room: Arc<AtomicUsize>,
 }
 
 impl Entrance {
+    /// Copies a short file in memory before anybody else looks at it: a container that
+    /// has mounted a tmpfs may unmount it as soon as its program has ended. The kernel's
+    /// name for it, and its content.
+    pub(super) fn copy_at_once(&self, fd: &OwnedFd, stat: &Stat) -> Option<(Vec<u8>, Copy)> {
+        if stat.size > CHUNK as u64 {
+            return None;
+        }
+        Some((event_name(fd).ok()?, Copy::of(&self.room, fd, stat)?))
+    }
+
     pub(super) fn len(&self) -> usize {
         self.arrived.len() + self.asked.len() + self.taken.len()
     }
@@ -161,8 +172,10 @@ pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receive
     let (arrived, receive_arrived) = fair::channel(limit);
     let (asked, waiting) = fair::channel(limit);
     let (taken, receive_taken) = fair::channel(limit);
-    let entrance = Entrance { arrived, asked: asked.clone(), taken: taken.clone() };
-    let take = Take { shared, arrived: receive_arrived, asked, waiting, taken, room: room() };
+    let room = room();
+    let entrance =
+        Entrance { arrived, asked: asked.clone(), taken: taken.clone(), room: room.clone() };
+    let take = Take { shared, arrived: receive_arrived, asked, waiting, taken, room };
     (take, entrance, receive_taken)
 }
 
@@ -222,7 +235,8 @@ impl Take {
         self.arrived.finish();
     }
 
-    fn ask(&self, execution: Execution) {
+    fn ask(&self, mut execution: Execution) {
+        let early = execution.name.take();
         let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
         threads::about(&watched.container);
         let mut look = Look::default();
@@ -256,7 +270,12 @@ impl Take {
                     .map(|path| (path, true))
                     .map_err(UnknownPath::from)
             }
-            Left::Name(None) | Left::Copy(_) => Err(UnknownPath::NotAbsolute),
+            Left::Copy(copy) => {
+                file.keep(copy);
+                name = early.map(Ok);
+                Err(UnknownPath::NotAbsolute)
+            }
+            Left::Name(None) => Err(UnknownPath::NotAbsolute),
         };
         let taken = Taken { execution, path, name, look, could_change: None };
         self.hand_on(&self.asked, taken);
@@ -267,6 +286,10 @@ impl Take {
         let Taken { execution, path, name, look, could_change } = taken;
         let Execution { watched, file, stat, .. } = execution;
         if stat.size > self.shared.settings.max_hash_bytes {
+            return;
+        }
+        if file.is_copied() {
+            *could_change = Some(look.had_writer());
             return;
         }
         let Some(mut copy) = Copy::begin(&self.room, stat) else { return };
