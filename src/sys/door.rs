@@ -158,19 +158,26 @@ pub struct View {
     host: Arc<HostMounts>,
     /// A container's own overlay, which its runtime has mounted.
     root: Option<u64>,
+    /// One that must not be asked.
+    foreign_root: Option<u64>,
 }
 
 impl View {
     /// The lists of these processes, nearest first, and that of the host.
     pub fn of<'a>(viewers: impl IntoIterator<Item = &'a Handle>) -> View {
         let inside = viewers.into_iter().filter_map(|viewer| viewer.mountinfo().ok()).collect();
-        View { inside, host: HostMounts::now(), root: None }
+        View { inside, host: HostMounts::now(), root: None, foreign_root: None }
     }
 
     /// Believes this filesystem as well: the root of a watched container. Who mounted it
     /// may have had a mount namespace of his own.
     pub fn and_root(self, device: u64) -> View {
         View { root: Some(device), ..self }
+    }
+
+    /// Asks nothing of this filesystem, whatever it seems to be.
+    pub fn without_root(self, device: u64) -> View {
+        View { foreign_root: Some(device), ..self }
     }
 
     /// The mount on which a held file lies, and whose list names it.
@@ -211,6 +218,7 @@ impl View {
             return Ground::Memory;
         }
         match self.mount(stat) {
+            Some(mount) if Some(mount.device) == self.foreign_root => Ground::Foreign,
             Some(mount) if Some(mount.device) == self.root => Ground::Disk,
             Some(mount) => self.host.ground(&mount),
             None if Some(stat.device) == self.root => Ground::Disk,

@@ -309,7 +309,10 @@ impl Watched {
     /// What is mounted, as some processes of it see it.
     pub(super) fn view<'a>(&self, viewers: impl IntoIterator<Item = &'a Handle>) -> View {
         let view = View::of(viewers);
-        if self.has_foreign_layers() { view } else { view.and_root(self.device) }
+        match self.has_foreign_layers() {
+            true => view.without_root(self.device),
+            false => view.and_root(self.device),
+        }
     }
 
     /// The first answer stays.

@@ -732,7 +732,7 @@ impl Trace {
         if is_told && by_descriptor.is_none() {
             return;
         }
-        if is_overlays && !is_told {
+        if is_overlays && execution.watched.has_foreign_layers() && !is_told {
             if let Some(found) = self.look_at_unread(&execution) {
                 self.hand_on(found);
             }
@@ -937,7 +937,11 @@ impl Trace {
         let handle = Handle::open(execution.executed.pid).ok()?;
         let fd = handle.open_descriptor(descriptor).ok()?;
         let stat = file::stat(&fd).ok()?;
-        if !stat.is_regular() || self.shared.table.is_marked(stat.device, stat.mount) {
+        let table = &self.shared.table;
+        if !stat.is_regular()
+            || table.is_marked(stat.device, stat.mount)
+            || table.owner(&stat).is_some()
+        {
             return None;
         }
         let ground = View::of([&handle]).ground(&stat);
