@@ -142,13 +142,12 @@ fn x01_served_layers(node: &Node) -> anyhow::Result<()> {
 
     // Now the server hangs, and a program of its layer with it.
     layer.answer_nobody()?;
-    let waits = container.begin("/served")?;
+    let _waits = container.begin("/served")?;
     wait_within(Duration::from_secs(5), "a question", || {
         Ok((!layer.unanswered().is_empty()).then_some(()))
     })?;
     driftd_ends(node, &neighbour, &|| layer.driftd_asked_nothing())?;
     drop(layer);
-    drop(waits);
     Ok(())
 }
 
