@@ -74,6 +74,9 @@ pub enum Failure {
     HistoryGone,
     /// driftd did not run for a time.
     NotRunning,
+    /// A container's layers lie where a process or another machine answers: the gate is
+    /// not asked there, and what the layers hold is not read.
+    ForeignLayers,
 }
 
 /// What is done about a [`Failure`].
@@ -88,7 +91,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 29] = [
+    pub const ALL: [Failure; 30] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -118,6 +121,7 @@ impl Failure {
         Failure::HistoryFull,
         Failure::HistoryGone,
         Failure::NotRunning,
+        Failure::ForeignLayers,
     ];
 
     pub fn name(self) -> &'static str {
@@ -151,6 +155,7 @@ impl Failure {
             Failure::HistoryFull => "history_full",
             Failure::HistoryGone => "history_gone",
             Failure::NotRunning => "not_running",
+            Failure::ForeignLayers => "foreign_layers",
         }
     }
 
@@ -184,7 +189,8 @@ impl Failure {
             | Failure::ExecEventsFull
             | Failure::ProcessUnreadable
             | Failure::FindingsDelayed
-            | Failure::HistoryFull => Reaction::Degrade,
+            | Failure::HistoryFull
+            | Failure::ForeignLayers => Reaction::Degrade,
         }
     }
 }

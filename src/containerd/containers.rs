@@ -394,7 +394,7 @@ async fn layers(
         images.look_at(namespace, &record.image).await?;
     }
     let directories = match snapshots::keeps(snapshotter) {
-        Keeps::Layers => images::readable_directories(snapshotter, shape, rungs.len()).await,
+        Keeps::Layers => images::readable_directories(shape, rungs.len()).await,
         Keeps::Copies => Err("it keeps whole copies, not layers".into()),
         Keeps::Nothing(reason) => Err(reason.into()),
     };

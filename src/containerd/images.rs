@@ -703,7 +703,7 @@ impl Images {
             Ok(None) => return Err(Ok("its snapshots have gone".into())),
             Err(status) => return Err(Err(status)),
         };
-        match readable_directories(snapshotter, &view.shape, layers).await {
+        match readable_directories(&view.shape, layers).await {
             Ok(directories) => Ok((view, directories)),
             Err(reason) => {
                 view.release().await;
@@ -956,14 +956,10 @@ fn merged_layer(chain_id: ChainId) -> Layer {
 /// The directories of a stack of layers, bottom first, if they can be read; an
 /// error in words.
 pub(super) async fn readable_directories(
-    snapshotter: &str,
     shape: &Shape,
     layers: usize,
 ) -> Result<Vec<std::path::PathBuf>, String> {
     let directories = snapshots::layer_directories(shape, layers)?;
-    if snapshotter == DEFAULT_SNAPSHOTTER {
-        return Ok(directories);
-    }
     let mountinfo = tokio::task::spawn_blocking(|| {
         Handle::open(std::process::id()).and_then(|myself| myself.mountinfo())
     });

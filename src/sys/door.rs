@@ -17,9 +17,11 @@
 //! numbers of that mount its own.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -29,7 +31,7 @@ use rustix::io::Errno;
 
 use super::file::{self, Stat};
 use super::mounts::{self, Mount};
-use super::overlay::strip_directory;
+use super::overlay::{self, strip_directory};
 use super::procfs::Handle;
 use crate::model::FileType;
 
@@ -156,19 +158,26 @@ pub struct View {
     host: Arc<HostMounts>,
     /// A container's own overlay, which its runtime has mounted.
     root: Option<u64>,
+    /// One that must not be asked.
+    foreign_root: Option<u64>,
 }
 
 impl View {
     /// The lists of these processes, nearest first, and that of the host.
     pub fn of<'a>(viewers: impl IntoIterator<Item = &'a Handle>) -> View {
         let inside = viewers.into_iter().filter_map(|viewer| viewer.mountinfo().ok()).collect();
-        View { inside, host: HostMounts::now(), root: None }
+        View { inside, host: HostMounts::now(), root: None, foreign_root: None }
     }
 
     /// Believes this filesystem as well: the root of a watched container. Who mounted it
     /// may have had a mount namespace of his own.
     pub fn and_root(self, device: u64) -> View {
         View { root: Some(device), ..self }
+    }
+
+    /// Asks nothing of this filesystem, whatever it seems to be.
+    pub fn without_root(self, device: u64) -> View {
+        View { foreign_root: Some(device), ..self }
     }
 
     /// The mount on which a held file lies, and whose list names it.
@@ -209,6 +218,7 @@ impl View {
             return Ground::Memory;
         }
         match self.mount(stat) {
+            Some(mount) if Some(mount.device) == self.foreign_root => Ground::Foreign,
             Some(mount) if Some(mount.device) == self.root => Ground::Disk,
             Some(mount) => self.host.ground(&mount),
             None if Some(stat.device) == self.root => Ground::Disk,
@@ -243,7 +253,14 @@ pub struct HostMounts {
     by_id: HashMap<u64, Mount>,
     by_device: HashMap<u64, Mount>,
     all: Vec<Mount>,
+    /// The directories of each overlay, by its device.
+    overlays: HashMap<u64, Vec<PathBuf>>,
+    /// Whether the kernel answers by itself for an overlay, where that was asked.
+    local_overlays: Mutex<HashMap<u64, bool>>,
 }
+
+/// Disks that are made of disks, and overlays of overlays, are followed this far.
+const MOST_BELOW: u32 = 8;
 
 /// The lists as they were read last. An open list can be polled for changes.
 #[derive(Debug)]
@@ -276,7 +293,11 @@ impl HostMounts {
     /// Of these lists.
     pub fn parse<'a>(mountinfos: impl IntoIterator<Item = &'a [u8]>) -> HostMounts {
         let mut host = HostMounts::default();
-        for mount in mountinfos.into_iter().flat_map(mounts::parse) {
+        for (line, mount) in mountinfos.into_iter().flat_map(mounts::parse_lines) {
+            if mount.kind == b"overlay" {
+                let directories = host.overlays.entry(mount.device);
+                directories.or_insert_with(|| overlay::directories(line));
+            }
             host.by_id.insert(mount.id, mount.clone());
             host.by_device.entry(mount.device).or_insert_with(|| mount.clone());
             host.all.push(mount);
@@ -292,11 +313,59 @@ impl HostMounts {
             kind if MEMORY.contains(&kind) => Ground::Memory,
             b"proc" => Ground::Process,
             kind if KERNEL.contains(&kind) => Ground::Kernel,
-            b"overlay" if is_hosts => Ground::Disk,
+            b"overlay" if is_hosts && self.is_overlay_local(mount.device) => Ground::Disk,
             kind if is_hosts && DISK.contains(&kind) && self.is_disk(mount.device, 0) => {
                 Ground::Disk
             }
             _ => Ground::Foreign,
+        }
+    }
+
+    /// Whether the kernel answers by itself for an overlay that the host has mounted.
+    fn is_overlay_local(&self, device: u64) -> bool {
+        let known = || self.local_overlays.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(is_local) = known().get(&device) {
+            return *is_local;
+        }
+        let directories = self.overlays.get(&device).map(Vec::as_slice).unwrap_or_default();
+        let is_local = self.foreign_layer(directories, 0).is_none();
+        known().insert(device, is_local);
+        is_local
+    }
+
+    /// The first of an overlay's directories for which perhaps a process or another
+    /// machine answers, by the names of the host's mounts. Without asking, nobody can
+    /// tell where a name leads that is not the host's; such a directory counts as local.
+    fn foreign_layer<'a>(&self, directories: &'a [PathBuf], depth: u32) -> Option<&'a PathBuf> {
+        directories.iter().find(|directory| {
+            let holder = self.holder_of(directory.as_os_str().as_encoded_bytes());
+            holder.is_some_and(|mount| !self.is_layers_ground(mount, directories, depth))
+        })
+    }
+
+    /// The host's mount on which a path lies. The last one of several on one point covers
+    /// the others.
+    fn holder_of(&self, path: &[u8]) -> Option<&Mount> {
+        let holders =
+            self.all.iter().filter(|mount| strip_directory(path, &mount.mount_point).is_some());
+        holders.max_by_key(|mount| mount.mount_point.len())
+    }
+
+    /// Whether an overlay with a layer on this mount answers without anybody else.
+    fn is_layers_ground(&self, mount: &Mount, directories: &[PathBuf], depth: u32) -> bool {
+        // What the host itself runs from is as good as the host.
+        if self.holder_of(b"/").is_some_and(|root| root.device == mount.device) {
+            return true;
+        }
+        match mount.kind.as_slice() {
+            kind if MEMORY.contains(&kind) => true,
+            // It may be mounted over its own layers.
+            b"overlay" => {
+                let below = self.overlays.get(&mount.device).map(Vec::as_slice).unwrap_or_default();
+                below == directories
+                    || depth < MOST_BELOW && self.foreign_layer(below, depth + 1).is_none()
+            }
+            kind => DISK.contains(&kind) && self.is_disk(mount.device, depth),
         }
     }
 
@@ -311,10 +380,9 @@ impl HostMounts {
 
     /// The same, by its directory in sysfs.
     fn is_disk_at(&self, disk: &Path, depth: u32) -> bool {
-        const MOST: u32 = 8;
         let name = disk.file_name().unwrap_or_default().as_encoded_bytes();
         // What these hold, a process says.
-        if depth > MOST || name.starts_with(b"nbd") || name.starts_with(b"ublk") {
+        if depth > MOST_BELOW || name.starts_with(b"nbd") || name.starts_with(b"ublk") {
             return false;
         }
         if disk.join("partition").exists() {
@@ -360,6 +428,28 @@ fn read(mut file: &File) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     (&mut file).take(mounts::MAX_MOUNTINFO).read_to_end(&mut text)?;
     Ok(text)
+}
+
+/// The first of an overlay's directories on the host for which perhaps a process or
+/// another machine answers: a FUSE snapshotter, a network. Whoever opens a file of such an
+/// overlay may wait for them.
+pub fn foreign_layer(directories: &[PathBuf]) -> Option<PathBuf> {
+    let host = HostMounts::now();
+    // Mounts are listed without links. Layers lie beside one another, so one look-up does.
+    let mut real: HashMap<PathBuf, PathBuf> = HashMap::new();
+    let directories: Vec<PathBuf> = directories
+        .iter()
+        .map(|directory| {
+            let Some(all) = directory.ancestors().nth(2) else { return directory.clone() };
+            let real = real.entry(all.to_owned()).or_insert_with(|| {
+                let held = on_host(all.as_os_str().as_encoded_bytes());
+                let name = held.and_then(|held| file::name_of(held.fd.as_fd()));
+                name.map_or_else(|_| all.to_owned(), |name| OsString::from_vec(name).into())
+            });
+            directory.strip_prefix(all).map_or_else(|_| directory.clone(), |rest| real.join(rest))
+        })
+        .collect();
+    host.foreign_layer(&directories, 0).cloned()
 }
 
 // ---- look-ups
@@ -605,6 +695,27 @@ mod tests {
         check(8, "sysfs", Ground::Kernel);
         let network = Mount { device: rustix::fs::makedev(43, 0), ..mount(0, "ext4") };
         assert_eq!(host.ground(&network), Ground::Foreign);
+    }
+
+    #[test]
+    fn an_overlay_is_as_local_as_its_layers() {
+        let host = HostMounts::parse([b"1 0 0:1 / / rw - virtiofs root rw\n\
+            2 1 0:2 / /d rw - btrfs /dev/sda rw\n\
+            3 2 0:3 / /d/s/2/fs rw - fuse.rawBridge stargz rw\n\
+            4 1 0:4 / /n rw - nfs4 server:/n rw\n5 4 0:5 / /n/disk rw - btrfs /dev/sdb rw\n\
+            10 1 0:10 / /a rw - overlay o rw,lowerdir=/d/s/1/fs:/host,upperdir=/d/s/9/fs\n\
+            11 1 0:11 / /b rw - overlay o rw,lowerdir=1/fs:2/fs,upperdir=/d/s/9/fs\n\
+            12 1 0:12 / /c ro - overlay o ro,lowerdir=/d/s/2/fs/x:/d/s/1/fs\n\
+            13 1 0:13 / /e rw - overlay o rw,lowerdir=/n/layer,upperdir=/d/u\n\
+            14 1 0:14 / /g rw - overlay o rw,lowerdir=/n/disk/layer,upperdir=/d/u\n\
+            15 1 0:15 / /h rw - overlay o rw,lowerdir=/b/layer,upperdir=/d/u\n\
+            16 1 0:16 / /i rw - overlay o rw,lowerdir=/i/layer,upperdir=/i/u\n"
+            .as_slice()]);
+        let local = [(10, true), (11, false), (12, false), (13, false), (14, true), (15, false)];
+        for (minor, is_local) in local.into_iter().chain([(16, true)]) {
+            let expected = if is_local { Ground::Disk } else { Ground::Foreign };
+            assert_eq!(host.ground(&mount(minor, "overlay")), expected, "{minor}");
+        }
     }
 
     fn find(root: &Path, base: Option<Base>, path: &str) -> String {

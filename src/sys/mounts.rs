@@ -36,9 +36,15 @@ pub const MAX_MOUNTINFO: u64 = 16 << 20;
 
 /// Reads a mountinfo. Names are bytes: a container chooses them.
 pub fn parse(mountinfo: &[u8]) -> impl Iterator<Item = Mount> {
+    parse_lines(mountinfo).map(|(_, mount)| mount)
+}
+
+/// The same, each with its line.
+pub(super) fn parse_lines(mountinfo: &[u8]) -> impl Iterator<Item = (&[u8], Mount)> {
     // Behind the last newline there is nothing, or a line that was cut.
     let end = mountinfo.iter().rposition(|&byte| byte == b'\n').unwrap_or(0);
-    mountinfo[..end].split(|&byte| byte == b'\n').filter_map(parse_line)
+    let lines = mountinfo[..end].split(|&byte| byte == b'\n');
+    lines.filter_map(|line| Some((line, parse_line(line)?)))
 }
 
 /// Finds a mount by its ID, which statx(2) tells of an open file.

@@ -158,6 +158,23 @@ pub fn find_in_mountinfo(mountinfo: &[u8], device: u64) -> Option<Mount> {
     })
 }
 
+/// The directories that an overlay is made of, as a line of mountinfo names them, also
+/// where it has no upper layer.
+pub fn directories(line: &[u8]) -> Vec<PathBuf> {
+    let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+    let Some(options) = overlay_options(&fields) else { return Vec::new() };
+    let Options { upperdir, lowerdirs, .. } = Options::read(options);
+    upperdir.into_iter().chain(lowerdirs).collect()
+}
+
+/// The same for the overlay with this device, in a process's mountinfo.
+pub fn directories_of(mountinfo: &[u8], device: u64) -> Vec<PathBuf> {
+    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let mut lines = mountinfo.split(|&byte| byte == b'\n');
+    let is_it = |line: &&[u8]| line.split(|&byte| byte == b' ').nth(2) == Some(device.as_bytes());
+    lines.find(is_it).map(directories).unwrap_or_default()
+}
+
 /// Finds the overlay that writes to this directory.
 pub fn find_by_upperdir(mountinfo: &[u8], upperdir: &Path) -> Option<Mount> {
     mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
@@ -225,46 +242,62 @@ pub fn strip_directory<'a>(name: &'a [u8], directory: &[u8]) -> Option<&'a [u8]>
     (below.is_empty() || below.starts_with(b"/")).then_some(below)
 }
 
-/// Reads an overlay's mount options as the kernel prints them: octal escapes
-/// from seq_file, and in a `lowerdir` list a backslash before `:` and `\`.
-fn parse_options(options: &[u8]) -> Option<Mount> {
-    let mut upperdir = None;
-    let mut lowerdirs: Vec<PathBuf> = Vec::new();
-    let mut userxattr = false;
-    let mut redirects = None;
-    let mut workdir = None;
-    let mut is_exported = false;
-    for option in options.split(|&byte| byte == b',') {
-        let value = |name: &str| option.strip_prefix(name.as_bytes()).map(unescape_octal);
-        if let Some(value) = value("upperdir=") {
-            upperdir = Some(into_path(value));
-        } else if let Some(value) = value("lowerdir+=") {
-            lowerdirs.push(into_path(value));
-        } else if let Some(value) = value("lowerdir=") {
-            lowerdirs.extend(split_lowerdirs(&value));
-        } else if let Some(value) = value("workdir=") {
-            workdir = Some(into_path(value)).filter(|workdir| workdir.is_absolute());
-        } else if option == b"nfs_export=on" {
-            is_exported = true;
-        } else if option == b"userxattr" {
-            userxattr = true;
-        } else if let Some(mode) = value("redirect_dir=") {
-            redirects = Some(mode == b"on");
-        }
-    }
-    let redirects = redirects.unwrap_or_else(redirects_by_default) && !userxattr;
-    let upperdir = upperdir?;
-    // containerd shortens a long list by mounting from the directory of all
-    // snapshots, with `lowerdir=12/fs:11/fs`.
-    if let Some(snapshots) = upperdir.parent().and_then(Path::parent) {
-        for lowerdir in &mut lowerdirs {
-            if lowerdir.is_relative() {
-                *lowerdir = snapshots.join(&lowerdir);
+/// An overlay's mount options as the kernel prints them: octal escapes from seq_file, and
+/// in a `lowerdir` list a backslash before `:` and `\`.
+struct Options {
+    upperdir: Option<PathBuf>,
+    lowerdirs: Vec<PathBuf>,
+    userxattr: bool,
+    redirects: Option<bool>,
+    workdir: Option<PathBuf>,
+    is_exported: bool,
+}
+
+impl Options {
+    fn read(options: &[u8]) -> Options {
+        let mut upperdir = None;
+        let mut lowerdirs: Vec<PathBuf> = Vec::new();
+        let mut userxattr = false;
+        let mut redirects = None;
+        let mut workdir = None;
+        let mut is_exported = false;
+        for option in options.split(|&byte| byte == b',') {
+            let value = |name: &str| option.strip_prefix(name.as_bytes()).map(unescape_octal);
+            if let Some(value) = value("upperdir=") {
+                upperdir = Some(into_path(value));
+            } else if let Some(value) = value("lowerdir+=").or_else(|| value("datadir+=")) {
+                lowerdirs.push(into_path(value));
+            } else if let Some(value) = value("lowerdir=") {
+                lowerdirs.extend(split_lowerdirs(&value));
+            } else if let Some(value) = value("workdir=") {
+                workdir = Some(into_path(value)).filter(|workdir| workdir.is_absolute());
+            } else if option == b"nfs_export=on" {
+                is_exported = true;
+            } else if option == b"userxattr" {
+                userxattr = true;
+            } else if let Some(mode) = value("redirect_dir=") {
+                redirects = Some(mode == b"on");
             }
         }
+        // containerd shortens a long list by mounting from the directory of all
+        // snapshots, with `lowerdir=12/fs:11/fs`.
+        if let Some(snapshots) = upperdir.as_deref().and_then(Path::parent).and_then(Path::parent) {
+            for lowerdir in &mut lowerdirs {
+                if lowerdir.is_relative() {
+                    *lowerdir = snapshots.join(&lowerdir);
+                }
+            }
+        }
+        Options { upperdir, lowerdirs, userxattr, redirects, workdir, is_exported }
     }
+}
+
+fn parse_options(options: &[u8]) -> Option<Mount> {
+    let Options { upperdir, lowerdirs, userxattr, redirects, workdir, is_exported } =
+        Options::read(options);
+    let redirects = redirects.unwrap_or_else(redirects_by_default) && !userxattr;
     Some(Mount {
-        dirs: OverlayDirs { upperdir, lowerdirs },
+        dirs: OverlayDirs { upperdir: upperdir?, lowerdirs },
         userxattr,
         redirects,
         workdir,
@@ -380,10 +413,13 @@ mod tests {
         check("lowerdir+=/a:b,lowerdir+=/c", &["/a:b", "/c"]);
         check("lowerdir=2/fs:1/fs", &["/s/2/fs", "/s/1/fs"]);
         check("lowerdir=/a::/data", &["/a", "/data"]);
+        check("lowerdir+=/a,datadir+=/data", &["/a", "/data"]);
     }
 
     #[test]
     fn an_overlay_without_an_upperdir_has_no_directories() {
         assert_eq!(parse_options(b"ro,lowerdir=/a:/b"), None);
+        let line = b"4 1 0:52 / /m ro - overlay o ro,lowerdir=/a:/b";
+        assert_eq!(directories(line), [PathBuf::from("/a"), PathBuf::from("/b")]);
     }
 }

@@ -15,7 +15,7 @@ use super::writable;
 use crate::model::{
     ContainerId, Content, FileState, FileTime, Filesystem, LowerTwin, RootfsPath, Unhashed,
 };
-use crate::sys::door::{self, Ground, Held, Listed, Local, View, Way};
+use crate::sys::door::{self, Ground, Held, Listed, Local, Way};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::procfs::Handle;
@@ -157,11 +157,22 @@ fn try_to_look_at(
     let owner = shared.table.owner(&stat);
     if let Some(owner) = owner.as_ref().filter(|owner| deeds::is_apart(shared, watched, owner)) {
         let path = RootfsPath::new(&file::name_of(fd.as_fd()).ok()?).ok()?;
-        let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let state = match owner.local() {
+            Some(local) => shared.hashed.state(fd, &stat, local, max_hash_bytes),
+            None => state::unopened(&stat),
+        };
         let (filesystem, file_of) = (Filesystem::Container, Some(owner.container.clone()));
         return Some(Look::Code(Code { path, filesystem, state, lower: None, file_of }));
     }
     if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
+        if watched.has_foreign_layers() {
+            let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+            let path = event_path(watched, fd, &stat, pid, None).ok()?;
+            return Some(match of_unread(shared, watched, path, Some(&stat)) {
+                Some(code) => Look::Code(code),
+                None => Look::Image,
+            });
+        }
         match watched.standing(&stat) {
             Standing::Own => (),
             Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
@@ -185,7 +196,7 @@ fn try_to_look_at(
         return None;
     }
     let init = Handle::open_exactly(watched.init).ok();
-    let view = View::of(handle.into_iter().chain(&init)).and_root(watched.device);
+    let view = watched.view(handle.into_iter().chain(&init));
     let ground = view.ground(&stat);
     let filesystem = match (is_memfd, ground) {
         (Some(_), _) => Filesystem::Anonymous,
@@ -229,7 +240,7 @@ pub(super) fn of_descriptor(
 
 /// Looks up a name as a process does whose root is that of `handle`.
 pub(super) fn open_in(watched: &Watched, handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
-    let view = View::of([handle]).and_root(watched.device);
+    let view = watched.view([handle]);
     match door::walk(handle.open_root().ok()?, None, name, &view) {
         Ok(Way::Found(Held { fd, .. })) => Some(fd),
         Ok(Way::Foreign(_) | Way::Process(_)) | Err(_) => None,
@@ -305,6 +316,26 @@ pub(super) fn of_upper(
         .layers()
         .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
     Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None }
+}
+
+/// A file of a root whose layers are not read: by what the upper layer has at its path.
+/// `None` if that is nothing: then it is the image's, as far as anybody can know. `stat` is
+/// the overlay's own word for the file, where there is one.
+pub(super) fn of_unread(
+    shared: &Shared,
+    watched: &Watched,
+    path: RootfsPath,
+    stat: Option<&Stat>,
+) -> Option<Code> {
+    match upper(watched, &path) {
+        Upper::File { fd, stat } => Some(of_upper(shared, watched, path, &fd, &stat)),
+        Upper::Hidden | Upper::Absent | Upper::Unknown => {
+            // Its name is gone. What was made in the upper layer has its times.
+            let stat = stat.filter(|stat| stat.links == 0)?;
+            let is_own = watched.standing(stat) == Standing::Own;
+            is_own.then(|| Code { state: state::unopened(stat), ..gone(path, Filesystem::Overlay) })
+        }
+    }
 }
 
 /// The inode that the image's layers have at a path, and its device.

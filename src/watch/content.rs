@@ -44,6 +44,11 @@ use crate::threads;
 #[derive(Debug)]
 pub(super) struct Described {
     watched: Arc<Watched>,
+    /// The container on whose mount the file lies; a process of another one may have
+    /// entered its namespaces.
+    holder: Arc<Watched>,
+    /// The process, as the gate saw it.
+    seen: Option<procfs::Stat>,
     filesystem: Filesystem,
     path: RootfsPath,
     file: Executed,
@@ -121,14 +126,19 @@ pub(super) fn describe(
 }
 
 fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
-    let Taken { execution, path, look, could_change } = taken;
-    let Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more } =
-        execution;
+    let Taken { execution, path, look, could_change, .. } = taken;
+    let Execution {
+        watched, filesystem, file, stat, layer_file, is_movable, caller, at, more, ..
+    } = execution;
     let times = 1 + more.map_or(0, |more| more.take());
     threads::about(&watched.container);
-    if filesystem == Filesystem::Overlay && deeds::is_of_another(shared, &watched, &caller) {
+    let holder = watched;
+    let seen = caller.stat.clone();
+    let actor = seen.as_ref().and_then(|seen| deeds::other_than(shared, &holder, seen));
+    if filesystem == Filesystem::Overlay && actor.is_some() {
         return None;
     }
+    let watched = actor.unwrap_or_else(|| holder.clone());
 
     let executing = {
         // Held until the session is told, so that it is told before what it does.
@@ -164,6 +174,8 @@ fn describe_one(shared: &Shared, taken: Taken, others: &Receiver<Taken>) -> Opti
             let path = exe.and_then(|exe| mounts::path_of_program(exe, &path)).unwrap_or(path);
             Some(Described {
                 watched,
+                holder,
+                seen,
                 filesystem,
                 path,
                 file: Executed::Held(file),
@@ -289,7 +301,7 @@ impl Described {
                     let begun = begin(fd.as_fd(), &self.stat);
                     match &begun {
                         Begun::Known(state) => self.was_read(shared, &fd, state),
-                        Begun::Reads(_) => held.give_back(&self.watched, fd),
+                        Begun::Reads(_) => held.give_back(&self.holder, fd),
                     }
                     begun
                 }
@@ -319,7 +331,7 @@ impl Described {
                     match &state {
                         Some(state) => self.was_read(shared, &fd, state),
                         // Its container may end while it is put aside.
-                        None => held.give_back(&self.watched, fd),
+                        None => held.give_back(&self.holder, fd),
                     }
                     state
                 }
@@ -385,7 +397,9 @@ impl Described {
 /// Reports what was executed and what it holds.
 fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     let Described {
-        watched,
+        mut watched,
+        holder,
+        seen,
         filesystem,
         path,
         file,
@@ -420,6 +434,13 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
     }
     let execve = (process.identity.pid, asked);
     let exec_name = process::recorded_name(shared, execve, &|| is_crowded);
+    // By now the record of its birth has been read.
+    if filesystem != Filesystem::Overlay
+        && Arc::ptr_eq(&holder, &watched)
+        && let Some(other) = seen.and_then(|seen| deeds::other_than(shared, &holder, &seen))
+    {
+        watched = other;
+    }
     let is_deleted = state.deleted;
     // The gate looked before it ran. It may also just have lost its name.
     let is_nameless = layer_file.is_none() && stat.links == 0 && unseen::has_a_number(&path);
@@ -446,7 +467,8 @@ fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
         layer_file,
         writer,
     };
-    let is_told = shared.observe(&watched, at, Source::Gate, fact);
+    let file_of = (!Arc::ptr_eq(&holder, &watched)).then(|| holder.container.clone());
+    let is_told = shared.observe_file_of(&watched, file_of, at, Source::Gate, fact);
     if let Some(layer_file) = layer_file {
         if !is_told {
             watched.layer_files_mut().judge(&layer_file, Verdict::Lost);

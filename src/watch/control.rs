@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use super::{Command, Report, Verdict};
 use crate::gate::Place;
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, RootfsPath, printable};
-use crate::sys::door::View;
+use crate::sys::door::{self, View};
 use crate::sys::fanotify::Group;
 use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, overlay};
@@ -72,6 +72,10 @@ pub(super) enum Refusal {
     NotOverlay,
     #[error("its root filesystem is the host's own")]
     HostRoot,
+    #[error(
+        "its upper layer {0} lies on a filesystem that a process or another machine answers for"
+    )]
+    ForeignUpper(String),
     #[error("the kernel refuses to mark its overlay: {0}")]
     MarkRefused(#[source] std::io::Error),
 }
@@ -294,16 +298,20 @@ impl Marker {
         if init.is_first_in_pid_namespace() {
             watched.set_has_own_pid_namespace();
         }
+        let foreign = foreign_layer(&watched, &init, rootfs.as_ref())?;
         // The container runs anew, and nobody has told us that it had ended.
         self.detach(container);
         // Known before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
-        let mut residence = self.admit(&watched, &init);
+        let mut residence = if foreign.is_none() { self.admit(&watched, &init) } else { None };
         let place = residence.as_ref().map_or(Place::Plain, Residence::place);
-        let marked = self
-            .marks
-            .mark_root(place, root.as_fd())
-            .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
+        // To open an executed file, the gate would wait for whoever answers for its layer.
+        // What was written lies in the upper layer.
+        let marked = match foreign {
+            None => self.marks.mark_root(place, root.as_fd()),
+            Some(_) => Ok(()),
+        }
+        .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
         // The marks do not keep the mount busy, but this would.
         drop(root);
         if let Err(err) = marked {
@@ -312,6 +320,14 @@ impl Marker {
                 residence.leave();
             }
             return Err(Refusal::MarkRefused(err));
+        }
+        if let Some(layer) = foreign {
+            let detail = format!(
+                "its layer {layer} lies on a filesystem that a process or another machine \
+                 answers for: the gate is not asked about its programs, and what its layers \
+                 hold is not read"
+            );
+            self.shared.degrade(Failure::ForeignLayers, Some(&watched), &detail);
         }
         self.mounts.attach(&watched, &init);
         // What init is now, after the marks: if it has not executed the entry
@@ -408,6 +424,29 @@ fn forget(watched: &Watched) {
     }
 }
 
+/// Notes whether a container's layers lie where somebody else answers, and says which one.
+fn foreign_layer(
+    watched: &Watched,
+    init: &Handle,
+    rootfs: Option<&OverlayDirs>,
+) -> Result<Option<String>, Refusal> {
+    let mountinfo = init.mountinfo().unwrap_or_default();
+    let named = overlay::directories_of(&mountinfo, watched.device);
+    let upper = overlay::find_in_mountinfo(&mountinfo, watched.device);
+    let upper = upper.map(|mount| mount.dirs.upperdir);
+    let told = rootfs.map(|dirs| dirs.lowerdirs.iter().chain([&dirs.upperdir]).cloned());
+    let all: Vec<PathBuf> = named.into_iter().chain(told.into_iter().flatten()).collect();
+    let Some(foreign) = door::foreign_layer(&all) else { return Ok(None) };
+    let uppers: Vec<PathBuf> =
+        upper.into_iter().chain(rootfs.map(|dirs| dirs.upperdir.clone())).collect();
+    let name = |path: &Path| printable(path.as_os_str().as_bytes());
+    if let Some(upper) = door::foreign_layer(&uppers) {
+        return Err(Refusal::ForeignUpper(name(&upper)));
+    }
+    watched.set_has_foreign_layers();
+    Ok(Some(name(&foreign)))
+}
+
 /// Finds where the layers lie: as containerd says, or else as the kernel says.
 fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
     let mount = init
@@ -424,7 +463,12 @@ fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
         workdir: None,
         is_exported: false,
     });
-    if let Some(layers) = [told, mount].into_iter().flatten().find_map(Layers::new) {
+    let mut mounts: Vec<overlay::Mount> = [told, mount].into_iter().flatten().collect();
+    if watched.has_foreign_layers() {
+        // Nobody looks there.
+        mounts.iter_mut().for_each(|mount| mount.dirs.lowerdirs.clear());
+    }
+    if let Some(layers) = mounts.into_iter().find_map(Layers::new) {
         watched.set_layers(layers);
     }
 }

@@ -71,20 +71,29 @@ pub(super) fn is_apart(shared: &Shared, actor: &Arc<Watched>, owner: &Arc<Watche
 /// Whether a process that the gate saw executing a file of `owner` is of another
 /// container. Then the trace reports the execution, for that one.
 pub(super) fn is_of_another(shared: &Shared, owner: &Arc<Watched>, caller: &Caller) -> bool {
+    caller.stat.as_ref().is_some_and(|stat| other_than(shared, owner, stat).is_some())
+}
+
+/// The container of a process that the gate saw, where that is another one than `owner`:
+/// a process can enter another container's mount namespace.
+pub(super) fn other_than(
+    shared: &Shared,
+    owner: &Arc<Watched>,
+    process: &procfs::Stat,
+) -> Option<Arc<Watched>> {
     if !shared.records_executions() {
-        return false;
+        return None;
     }
-    let Some(stat) = &caller.stat else { return false };
-    let identity = stat.identity;
+    let identity = process.identity;
     let born = |identity| shared.births().home_of(identity).cloned();
     let lives = |identity| shared.table.of_process(&Handle::open_exactly(identity).ok()?);
     let actor = born(identity).or_else(|| {
         // By its number alone it could be a process of any container by now.
-        let parent = procfs::read_stat(stat.parent).ok().map(|parent| parent.identity);
+        let parent = procfs::read_stat(process.parent).ok().map(|parent| parent.identity);
         let parent = parent.filter(|parent| parent.start_time <= identity.start_time);
         parent.and_then(born).or_else(|| lives(identity)).or_else(|| parent.and_then(lives))
     });
-    actor.is_some_and(|actor| is_apart(shared, &actor, owner))
+    actor.filter(|actor| is_apart(shared, actor, owner))
 }
 
 /// The container in whose root a process's program lies.

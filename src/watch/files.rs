@@ -93,6 +93,11 @@ impl Held {
         Held(file)
     }
 
+    /// A file that was copied and closed before it had to wait.
+    pub(super) fn of_copy(copy: Copy) -> Held {
+        Held(Arc::new(Mutex::new(File::Copied(copy))))
+    }
+
     /// Takes it to look into it. Whoever does so for long asks all the while
     /// whether the container has ended.
     pub(super) fn take(&self) -> Left {
@@ -103,6 +108,10 @@ impl Held {
             File::Closed(name) => Left::Name(name),
             File::Copied(copy) => Left::Copy(copy),
         }
+    }
+
+    pub(super) fn is_copied(&self) -> bool {
+        matches!(*lock(&self.0), File::Copied(_))
     }
 
     /// Lets a copy wait in place of the file.

@@ -52,6 +52,8 @@ pub(super) struct Execution {
     pub(super) watched: Arc<Watched>,
     pub(super) filesystem: Filesystem,
     pub(super) file: Held,
+    /// The kernel's name for it, if it was copied and closed already.
+    pub(super) name: Option<Vec<u8>>,
     pub(super) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(super) layer_file: Option<LayerFile>,
@@ -350,6 +352,18 @@ impl Arrivals {
         let Some((watched, filesystem)) = self.whose(&seen) else { return };
         let Arrival { file, stat, caller, at, calm, .. } = seen;
         let pid = caller.pid;
+        // First of all: open, it keeps its mount busy.
+        let is_short = stat.size <= self.shared.settings.max_hash_bytes;
+        let early = (filesystem == Filesystem::Tmpfs && is_short)
+            .then(|| self.content.copy_at_once(&file, &stat))
+            .flatten();
+        let file = match early {
+            Some(copied) => {
+                drop(file);
+                Err(copied)
+            }
+            None => Ok(file),
+        };
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.
@@ -363,7 +377,7 @@ impl Arrivals {
             Standing::Own => None,
             Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
-                if let Some(calm) = calm
+                if let (Some(calm), Ok(file)) = (calm, &file)
                     && watched.residence().is_some_and(Residence::has_settled)
                     && !watched.is_detaching()
                     && watched.is_certain(&stat)
@@ -400,9 +414,22 @@ impl Arrivals {
         // says, and a handle with every event would cost more than all the rest.
         let pidfd = caller.pidfd.or_else(|| pidfd::open(pid).ok());
         let caller = Caller { pidfd, ..caller };
-        let file = Held::new(&watched, file);
-        let execution =
-            Execution { watched, filesystem, file, stat, layer_file, is_movable, caller, at, more };
+        let (name, file) = match file {
+            Ok(file) => (None, Held::new(&watched, file)),
+            Err((name, copy)) => (Some(name), Held::of_copy(copy)),
+        };
+        let execution = Execution {
+            watched,
+            filesystem,
+            file,
+            name,
+            stat,
+            layer_file,
+            is_movable,
+            caller,
+            at,
+            more,
+        };
         match self.content.try_send(execution) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(execution)) => self.shared.lose(

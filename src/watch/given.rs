@@ -9,7 +9,7 @@ use super::libraries::processes_of;
 use super::shells::Pipe;
 use super::table::Watched;
 use crate::model::FileType;
-use crate::sys::door::{self, Base, Held, Local, View, Way};
+use crate::sys::door::{self, Base, Held, Way};
 use crate::sys::file;
 use crate::sys::overlay::strip_directory;
 use crate::sys::procfs::{self, Descriptor, Handle};
@@ -111,7 +111,7 @@ impl Start<'_> {
             return what(found);
         }
         let init = Handle::open_exactly(watched.init).ok();
-        let view = View::of(std::iter::once(handle).chain(&init)).and_root(watched.device);
+        let view = watched.view(std::iter::once(handle).chain(&init));
         match door::walk(root, base, name, &view) {
             Ok(Way::Found(held)) => what(held),
             Ok(Way::Foreign(path)) => Given::Foreign(path),
@@ -131,6 +131,7 @@ fn within_own_layers(
     base: Option<&Base>,
     name: &[u8],
 ) -> Option<Held> {
+    let local = watched.local()?;
     let root_mount = file::stat(root).ok().filter(|root| root.device == watched.device)?.mount?;
     let path = match base.filter(|_| !name.starts_with(b"/")) {
         Some(base) if file::stat(&base.fd).ok()?.mount == Some(root_mount) => {
@@ -139,7 +140,7 @@ fn within_own_layers(
         Some(_) => return None,
         None => name.to_vec(),
     };
-    door::find_on_one_mount(root, &path, Local::by_layers()).ok()
+    door::find_on_one_mount(root, &path, local).ok()
 }
 
 /// What the rest of a path leads to behind `/proc/`.

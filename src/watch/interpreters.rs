@@ -25,7 +25,7 @@ use super::trace;
 use crate::health::Failure;
 use crate::model::{ContainerId, Fact, Filesystem, Process, RootfsPath, Script, Source};
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
-use crate::sys::{errand, file};
+use crate::sys::{errand, file, mounts, overlay};
 use crate::threads;
 
 /// A process of a container that has become something that may be an interpreter.
@@ -327,6 +327,14 @@ fn take(shared: &Shared, look: &mut Look, given: Given) {
             }
         }
         Given::Pipe(pipe) => look.pipe = piped_script(look, pipe),
+        // Of a root whose layers are not read, the upper layer tells.
+        Given::Foreign(path) if look.watched.has_foreign_layers() && is_on_root(look, &path) => {
+            let Ok(path) = RootfsPath::new(path) else { return };
+            match code::of_unread(shared, &look.watched, path, None) {
+                Some(code) => tell_script(shared, look, code, false),
+                None => look.is_service = true,
+            }
+        }
         Given::Foreign(path) => {
             if shared.settings.looks_at(Filesystem::Volume)
                 && let Ok(path) = RootfsPath::new(path)
@@ -341,6 +349,16 @@ fn take(shared: &Shared, look: &mut Look, given: Given) {
             }
         }
     }
+}
+
+/// Whether a path leads onto no other mount than the container's root, by its text.
+fn is_on_root(look: &Look, path: &[u8]) -> bool {
+    let Ok(mountinfo) = look.handle.mountinfo() else { return false };
+    let mut mounts: Vec<_> = mounts::parse(&mountinfo)
+        .filter(|mount| overlay::strip_directory(path, &mount.mount_point).is_some())
+        .collect();
+    mounts.sort_by_key(|mount| mount.mount_point.len());
+    mounts.last().is_some_and(|mount| mount.device == look.watched.device)
 }
 
 /// A later look at a script: by now the shell has opened it, or the name has led nowhere

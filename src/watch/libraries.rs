@@ -399,6 +399,8 @@ impl Libraries {
         match code::upper(watched, &path) {
             Upper::File { fd, stat } if stat.inode == mapped.inode => Place::Upper(path, fd, stat),
             Upper::File { fd, stat } => Place::PerhapsUpper(path, fd, stat),
+            // The layers below are not read.
+            Upper::Absent if watched.has_foreign_layers() => Place::Image,
             Upper::Hidden | Upper::Unknown => Place::Unclear,
             Upper::Absent => {
                 if self.in_image.len() >= MAX_NAMES {

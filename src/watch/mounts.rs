@@ -32,7 +32,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::Error;
 use super::code;
-use super::content::{self, UnknownPath};
+use super::content::UnknownPath;
 use super::gate::ExecMarks;
 use super::namespaces::Namespaces;
 use super::shared::Shared;
@@ -274,18 +274,17 @@ pub(super) fn whose(
     Some((watched, if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume }))
 }
 
-/// The path of an event's file as its container sees it, whatever namespace or
-/// mount it was reached by; and whether that is certain. It is not for a layer of an
-/// overlay that the container has mounted, which is on no list of mounts.
+/// The path of an event's file, by the kernel's name for it, as its container sees it,
+/// whatever namespace or mount it was reached by; and whether that is certain. It is not
+/// for a layer of an overlay that the container has mounted, which is on no list of mounts.
 pub(super) fn event_path(
     watched: &Watched,
-    opened: &OwnedFd,
+    name: &[u8],
     stat: &Stat,
     pid: u32,
     parent: Option<u32>,
 ) -> Result<(RootfsPath, bool), UnknownPath> {
-    let name = content::event_name(opened)?;
-    let below_root = overlay::strip_directory(&name, &watched.root_name);
+    let below_root = overlay::strip_directory(name, &watched.root_name);
     let own = watched.mounts();
     let is_own = |mount: u64| own.iter().any(|own| own.id == mount);
     let mut is_certain = true;
@@ -296,17 +295,17 @@ pub(super) fn event_path(
             let place = overlay::find_place(&viewer.mountinfo().ok()?, mount)?;
             // Its mount points are below its root, the name is not.
             let root = viewer.root().ok()?;
-            place.inside(overlay::strip_directory(&name, &root)?)
+            place.inside(overlay::strip_directory(name, &root)?)
         });
         is_certain = inside.is_some();
         if let Some(path) = inside.and_then(|inside| seen_from(&own, stat.device, &inside)) {
             return Ok((RootfsPath::new(path)?, true));
         }
-        if !is_certain && let Some(path) = by_a_twin(watched, &own, stat, &name) {
+        if !is_certain && let Some(path) = by_a_twin(watched, &own, stat, name) {
             return Ok((path, true));
         }
     }
-    Ok((RootfsPath::new(below_root.unwrap_or(&name))?, is_certain))
+    Ok((RootfsPath::new(below_root.unwrap_or(name))?, is_certain))
 }
 
 /// The path of a file whose mount has gone with its namespace: the kernel names it
@@ -714,7 +713,7 @@ impl Mounts {
         let is_cut = mountinfo.len() as u64 >= MAX_MOUNTINFO;
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
-        let view = View::of([&init]).and_root(watched.device);
+        let view = watched.view([&init]);
         // It keeps the container's root busy: for as long as this takes and no longer.
         let root = init.open_root()?;
         let mut held: Vec<Reached<'_>> = Vec::new();

@@ -1031,6 +1031,9 @@ fn open_below(layers: &Layers, path: &RootfsPath, upper: &OwnedFd) -> Option<Own
 /// Opens a file as the container sees it. The descriptor is on the container's
 /// mount and must not be kept.
 fn open_merged(watched: &Watched, path: &RootfsPath) -> io::Result<OwnedFd> {
+    if watched.has_foreign_layers() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
     let handle = crate::sys::procfs::Handle::open_exactly(watched.init)?;
     let root = handle.open_root()?;
     if file::stat(&root)?.device != watched.device {

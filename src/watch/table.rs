@@ -16,6 +16,7 @@ use crate::model::{
     ContainerId, FileTime, Filesystem, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath,
 };
 use crate::sys::clock;
+use crate::sys::door::{Local, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::sys::perf;
@@ -39,6 +40,7 @@ pub(super) struct Watched {
     pub(super) root_name: Vec<u8>,
     pub(super) pid_namespace: Option<u64>,
     has_own_pid_namespace: AtomicBool,
+    has_foreign_layers: AtomicBool,
     /// Somebody has come into it from outside.
     has_sessions: AtomicBool,
     pub(super) mount_namespace: Option<u64>,
@@ -255,6 +257,7 @@ impl Watched {
             root_name,
             pid_namespace,
             has_own_pid_namespace: AtomicBool::new(false),
+            has_foreign_layers: AtomicBool::new(false),
             has_sessions: AtomicBool::new(false),
             mount_namespace,
             cgroup: unified.filter(|cgroup| cgroup.len() > 1),
@@ -335,6 +338,31 @@ impl Watched {
 
     pub(super) fn layers(&self) -> Option<&Layers> {
         self.layers.get()
+    }
+
+    /// Whether opening a file of its root may mean to wait for a process or another
+    /// machine. Then the root carries no mark of the gate, and only files of the upper
+    /// layer are read, by their names there.
+    pub(super) fn has_foreign_layers(&self) -> bool {
+        self.has_foreign_layers.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_has_foreign_layers(&self) {
+        self.has_foreign_layers.store(true, Ordering::Release);
+    }
+
+    /// The proof that files of its root can be opened, if they can.
+    pub(super) fn local(&self) -> Option<Local> {
+        (!self.has_foreign_layers()).then(Local::by_layers)
+    }
+
+    /// What is mounted, as some processes of it see it.
+    pub(super) fn view<'a>(&self, viewers: impl IntoIterator<Item = &'a Handle>) -> View {
+        let view = View::of(viewers);
+        match self.has_foreign_layers() {
+            true => view.without_root(self.device),
+            false => view.and_root(self.device),
+        }
     }
 
     /// The first answer stays.
@@ -680,10 +708,12 @@ impl Table {
     /// mount, is executed.
     pub(super) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
         let maps = self.read();
-        maps.by_device.contains_key(&device)
+        let is_gated = |watched: &Arc<Watched>| !watched.has_foreign_layers();
+        maps.by_device.get(&device).is_some_and(is_gated)
             || maps.other_devices.contains_key(&device)
             || mount.is_some_and(|mount| {
-                maps.by_mount.contains_key(&mount) || maps.other_mounts.contains_key(&mount)
+                maps.by_mount.get(&mount).is_some_and(is_gated)
+                    || maps.other_mounts.contains_key(&mount)
             })
     }
 

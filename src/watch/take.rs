@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crossbeam_channel::TrySendError;
 
-use super::content::{UnknownPath, event_path};
+use super::content::{UnknownPath, event_name, event_path};
 use super::fair::{self, Owned, Receiver, Sender, Waits};
 use super::files::Left;
 use super::gate::Execution;
@@ -46,6 +46,9 @@ pub(super) struct Taken {
     pub(super) execution: Execution,
     /// In its container, and whether that is certain.
     pub(super) path: Result<(RootfsPath, bool), UnknownPath>,
+    /// The kernel's name of a file on a mount of the container's own, whose path is found
+    /// when the file has been copied and closed.
+    name: Option<Result<Vec<u8>, UnknownPath>>,
     pub(super) look: Look,
     /// What it holds may not be what it held when it was executed; `None` until it was
     /// read.
@@ -127,9 +130,20 @@ pub(super) struct Entrance {
     arrived: Sender<Execution>,
     asked: Sender<Taken>,
     taken: Sender<Taken>,
+    room: Arc<AtomicUsize>,
 }
 
 impl Entrance {
+    /// Copies a short file in memory before anybody else looks at it: a container that
+    /// has mounted a tmpfs may unmount it as soon as its program has ended. The kernel's
+    /// name for it, and its content.
+    pub(super) fn copy_at_once(&self, fd: &OwnedFd, stat: &Stat) -> Option<(Vec<u8>, Copy)> {
+        if stat.size > CHUNK as u64 {
+            return None;
+        }
+        Some((event_name(fd).ok()?, Copy::of(&self.room, fd, stat)?))
+    }
+
     pub(super) fn len(&self) -> usize {
         self.arrived.len() + self.asked.len() + self.taken.len()
     }
@@ -158,9 +172,19 @@ pub(super) fn new(shared: Arc<Shared>, limit: usize) -> (Take, Entrance, Receive
     let (arrived, receive_arrived) = fair::channel(limit);
     let (asked, waiting) = fair::channel(limit);
     let (taken, receive_taken) = fair::channel(limit);
-    let entrance = Entrance { arrived, asked: asked.clone(), taken: taken.clone() };
-    let take = Take { shared, arrived: receive_arrived, asked, waiting, taken, room: room() };
+    let room = room();
+    let entrance =
+        Entrance { arrived, asked: asked.clone(), taken: taken.clone(), room: room.clone() };
+    let take = Take { shared, arrived: receive_arrived, asked, waiting, taken, room };
     (take, entrance, receive_taken)
+}
+
+/// Finds the path of a file on a mount of the container's own.
+fn place(taken: &mut Taken) {
+    let Some(name) = taken.name.take() else { return };
+    let Execution { watched, stat, caller, .. } = &taken.execution;
+    let parent = caller.stat.as_ref().map(|stat| stat.parent);
+    taken.path = name.and_then(|name| mounts::event_path(watched, &name, stat, caller.pid, parent));
 }
 
 impl Take {
@@ -190,6 +214,7 @@ impl Take {
             self.ask_others();
             while let Ok(mut one) = self.waiting.recv_timeout(Duration::ZERO) {
                 self.copy(&mut one);
+                place(&mut one);
                 one.look.release();
                 self.hand_on(&self.taken, one);
                 self.ask_others();
@@ -210,10 +235,12 @@ impl Take {
         self.arrived.finish();
     }
 
-    fn ask(&self, execution: Execution) {
+    fn ask(&self, mut execution: Execution) {
+        let early = execution.name.take();
         let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
         threads::about(&watched.container);
         let mut look = Look::default();
+        let mut name = None;
         // The mounts by which the file was reached may be gone with the process.
         let parent = caller.stat.as_ref().map(|stat| stat.parent);
         let path = match file.take() {
@@ -222,11 +249,13 @@ impl Take {
                     Filesystem::Overlay => {
                         event_path(watched, &fd, stat, caller.pid, parent).map(|path| (path, true))
                     }
+                    // First it is closed: whoever unmounts it would be refused.
                     Filesystem::Tmpfs
                     | Filesystem::Volume
                     | Filesystem::Anonymous
                     | Filesystem::Container => {
-                        mounts::event_path(watched, &fd, stat, caller.pid, parent)
+                        name = Some(event_name(&fd));
+                        Err(UnknownPath::NotAbsolute)
                     }
                 };
                 let known = path.as_ref().ok().map(|(path, _)| path);
@@ -241,16 +270,26 @@ impl Take {
                     .map(|path| (path, true))
                     .map_err(UnknownPath::from)
             }
-            Left::Name(None) | Left::Copy(_) => Err(UnknownPath::NotAbsolute),
+            Left::Copy(copy) => {
+                file.keep(copy);
+                name = early.map(Ok);
+                Err(UnknownPath::NotAbsolute)
+            }
+            Left::Name(None) => Err(UnknownPath::NotAbsolute),
         };
-        self.hand_on(&self.asked, Taken { execution, path, look, could_change: None });
+        let taken = Taken { execution, path, name, look, could_change: None };
+        self.hand_on(&self.asked, taken);
     }
 
     /// Copies a small file, so that it can be closed.
     fn copy(&self, taken: &mut Taken) {
-        let Taken { execution, path, look, could_change } = taken;
+        let Taken { execution, path, name, look, could_change } = taken;
         let Execution { watched, file, stat, .. } = execution;
         if stat.size > self.shared.settings.max_hash_bytes {
+            return;
+        }
+        if file.is_copied() {
+            *could_change = Some(look.had_writer());
             return;
         }
         let Some(mut copy) = Copy::begin(&self.room, stat) else { return };
@@ -259,7 +298,9 @@ impl Take {
             file.give_back(watched, fd);
             return;
         }
-        if let (Ok(now), Ok((path, _))) = (file::stat(&fd), path) {
+        if name.is_some() {
+            *could_change = Some(look.had_writer());
+        } else if let (Ok(now), Ok((path, _))) = (file::stat(&fd), path) {
             *could_change = Some(look.could_change(&self.shared, watched, path, stat, &now));
         }
         if *could_change == Some(false) {

@@ -24,12 +24,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
+use super::code::{self, Upper};
 use super::deeds::{self, Deed};
 use super::fair::Sender;
 use super::roots::Maker;
 use super::sessions;
 use super::shared::Shared;
-use super::table::Watched;
+use super::table::{Standing, Watched};
 use super::unseen::{self, Unseen};
 use crate::config;
 use crate::health::Failure;
@@ -668,7 +669,7 @@ impl Trace {
         }
         let asked = self.shared.take_asked(executed.pid, executed.time);
         let is_told = program.as_ref().is_some_and(|program| {
-            overlay.is_some()
+            overlay.as_ref().is_some_and(|overlay| !overlay.has_foreign_layers())
                 || asked.contains(&(program.device, program.inode))
                 || self.will_be_told(program.device, None, executed)
         });
@@ -753,6 +754,12 @@ impl Trace {
         if is_told && by_descriptor.is_none() {
             return;
         }
+        if is_overlays && execution.watched.has_foreign_layers() && !is_told {
+            if let Some(found) = self.look_at_unread(&execution) {
+                self.hand_on(found);
+            }
+            return;
+        }
         let found = self.look_at(&execution).or_else(|| {
             // The file that was mapped is the interpreter.
             self.look_at_script(&execution, by_descriptor?)
@@ -796,8 +803,47 @@ impl Trace {
             None => mapped?.name.to_vec(),
         };
         // It lies on the other container's own overlay.
-        let file = file.map(|held| (held, Some(Local::by_layers())));
+        let file = file.map(|held| (held, owner.local()));
         Some(execution.unseen(Filesystem::Container, name, file, handle, false))
+    }
+
+    /// Looks at a program of a root whose layers are not read, by what the upper layer has
+    /// at its path.
+    fn look_at_unread(&self, execution: &Execution<'_>) -> Option<Unseen> {
+        let Execution { watched, executed, program, .. } = execution;
+        if !self.shared.settings.looks_at(Filesystem::Overlay) {
+            return None;
+        }
+        let handle = Handle::open(executed.pid).ok();
+        let exe = handle.as_ref().and_then(|handle| {
+            let fd = handle.open_exe().ok()?;
+            let stat = file::stat(&fd).ok()?;
+            let is_it = match program.as_deref() {
+                Some(mapped) => (mapped.device, mapped.inode) == (stat.device, stat.inode),
+                None => stat.device == watched.device,
+            };
+            is_it.then_some(Held { fd, stat })
+        });
+        let name = match (program.as_deref(), &exe) {
+            (Some(mapped), _) => mapped.name.to_vec(),
+            (None, Some(exe)) => file::name_of(exe.fd.as_fd()).ok()?,
+            (None, None) => return None,
+        };
+        let path = unseen::path(&name, name.ends_with(file::DELETED)).ok()?;
+        let file = match code::upper(watched, &path) {
+            Upper::File { fd, stat } => (Held { fd, stat }, Some(Local::by_layers())),
+            // It has no name any more, and what was made in the upper layer has its times.
+            Upper::Hidden | Upper::Absent | Upper::Unknown => {
+                let exe = exe.filter(|exe| exe.stat.links == 0)?;
+                if watched.standing(&exe.stat) != Standing::Own {
+                    return None;
+                }
+                (exe, None)
+            }
+        };
+        let is_parent_outside = self.is_parent_outside(execution);
+        let name = path.as_bytes().to_vec();
+        Some(execution.unseen(Filesystem::Overlay, name, Some(file), handle, is_parent_outside))
     }
 
     /// Whether the gate tells of what is executed from there, although it was not asked
@@ -924,7 +970,11 @@ impl Trace {
         let handle = Handle::open(execution.executed.pid).ok()?;
         let fd = handle.open_descriptor(descriptor).ok()?;
         let stat = file::stat(&fd).ok()?;
-        if !stat.is_regular() || self.shared.table.is_marked(stat.device, stat.mount) {
+        let table = &self.shared.table;
+        if !stat.is_regular()
+            || table.is_marked(stat.device, stat.mount)
+            || table.owner(&stat).is_some()
+        {
             return None;
         }
         let ground = View::of([&handle]).ground(&stat);

@@ -9,13 +9,13 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 
-use super::deeds;
 use super::fair::{self, Owned, Receiver};
 use super::process;
 use super::shared::Shared;
 use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::{self, Copy};
+use super::{code, deeds};
 use crate::health::Failure;
 use crate::model::{
     Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
@@ -383,7 +383,15 @@ impl Running {
         let is_overlays = owner.is_some() && file_of.is_none();
         let mut layer_file = None;
         let mut is_movable = false;
-        if is_overlays {
+        let mut unread = None;
+        if is_overlays && watched.has_foreign_layers() {
+            let pid = handle.identity().pid;
+            let Ok(path) = event_path(watched, &exe, &stat, pid, None) else { return };
+            unread = code::of_unread(shared, watched, path, Some(&stat));
+            if unread.is_none() {
+                return;
+            }
+        } else if is_overlays {
             match watched.standing(&stat) {
                 Standing::Own => (),
                 Standing::Movable(file) => {
@@ -445,8 +453,9 @@ impl Running {
             return;
         }
         let known = layer_file.and_then(|file| watched.layer_files().known(&file));
-        let state =
-            known.unwrap_or_else(|| state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes));
+        let state = known
+            .or(unread.map(|code| code.state))
+            .unwrap_or_else(|| state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes));
         drop(exe);
         let is_from_outside = || {
             procfs::mount_namespace_of(handle.first_stat().parent)

@@ -56,7 +56,7 @@ fn has(findings: &[Value], kind: &str, path: &str) -> bool {
 }
 
 /// Waits until all of these are told, each a kind and the end of a path.
-fn wait_until_told(
+pub(crate) fn wait_until_told(
     container: &Container<'_>,
     expected: &[(&str, &str)],
 ) -> anyhow::Result<Vec<Value>> {
@@ -107,7 +107,7 @@ fn neighbour_runs(neighbour: &Container<'_>) -> anyhow::Result<()> {
 }
 
 /// Ends driftd in both ways while `container` does what it can.
-fn driftd_ends(
+pub(crate) fn driftd_ends(
     node: &Node,
     neighbour: &Container<'_>,
     nobody_asked: &dyn Fn() -> anyhow::Result<()>,

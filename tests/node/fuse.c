@@ -11,9 +11,11 @@
  *   all   everybody
  *   own   processes of the server's own pid namespace; what comes from outside waits
  *   mute  nobody
+ *   drop  everybody but programs called driftd
  * SIGUSR1 changes the mode to own, SIGUSR2 to mute, SIGALRM to all (for new requests).
  *
- * Each request that is left unanswered is a line in LOG: its name and the pid.
+ * Each request that is left unanswered is a line in LOG: its name, the pid, and what the
+ * thread and its program are called.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -223,6 +225,31 @@ static const char *name_of(uint32_t opcode)
     }
 }
 
+/* What a process's program is called; empty if it cannot be seen from here. */
+static const char *program_of(uint32_t pid)
+{
+    static char exe[4096];
+    char link[32];
+    snprintf(link, sizeof link, "/proc/%u/exe", pid);
+    ssize_t length = pid ? readlink(link, exe, sizeof exe - 1) : 0;
+    exe[length > 0 ? length : 0] = 0;
+    const char *slash = strrchr(exe, '/');
+    return slash ? slash + 1 : exe;
+}
+
+static const char *thread_of(uint32_t pid)
+{
+    static char name[32];
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%u/comm", pid);
+    int fd = pid ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    ssize_t length = fd < 0 ? 0 : read(fd, name, sizeof name - 1);
+    if (fd >= 0)
+        close(fd);
+    name[length > 0 ? length - 1 : 0] = 0;
+    return name;
+}
+
 /* What nobody waits for is always served. */
 static int is_left(const struct fuse_in_header *in)
 {
@@ -232,13 +259,14 @@ static int is_left(const struct fuse_in_header *in)
     case FUSE_DESTROY:
         return 0;
     }
-    return mode == 'm' || (mode == 'o' && in->pid == 0);
+    return mode == 'm' || (mode == 'o' && in->pid == 0)
+        || (mode == 'd' && !strcmp(program_of(in->pid), "driftd"));
 }
 
 int main(int argc, char **argv)
 {
-    if (argc < 4 || argc - 4 > MOST_FILES || !strchr("aom", argv[1][0])) {
-        fprintf(stderr, "usage: fuse-server all|own|mute MOUNT-POINT LOG NAME=SOURCE...\n");
+    if (argc < 4 || argc - 4 > MOST_FILES || !strchr("aomd", argv[1][0])) {
+        fprintf(stderr, "usage: fuse-server all|own|mute|drop MOUNT-POINT LOG NAME=SOURCE...\n");
         return 2;
     }
     for (int at = 4; at < argc; at++)
@@ -280,7 +308,8 @@ int main(int argc, char **argv)
                    || in->opcode == FUSE_INTERRUPT) {
             /* Have no answer. */
         } else if (is_left(in)) {
-            dprintf(log_file, "%s %u\n", name_of(in->opcode), in->pid);
+            dprintf(log_file, "%s %u %s %s\n", name_of(in->opcode), in->pid,
+                    thread_of(in->pid), program_of(in->pid));
         } else {
             serve(in, body);
         }

@@ -61,7 +61,7 @@ impl Processes {
 }
 
 /// Stops all threads of a process.
-fn stop(process: Pid) -> anyhow::Result<()> {
+pub(crate) fn stop(process: Pid) -> anyhow::Result<()> {
     kill(process, Signal::SIGSTOP)?;
     // The signal stops one thread after the other.
     wait_for("every thread to stop", || {
@@ -81,7 +81,10 @@ pub(crate) fn is_there(process: Pid) -> bool {
 }
 
 /// For how long two programs of the container's image are held up.
-fn held_up(container: &Container<'_>, processes: &Processes) -> anyhow::Result<Duration> {
+pub(crate) fn held_up(
+    container: &Container<'_>,
+    processes: &Processes,
+) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let ran = container.begin("/usr/bin/app; /usr/bin/app")?.finish(Duration::from_secs(15));
     if ran.is_err() {

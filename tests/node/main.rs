@@ -15,6 +15,7 @@ mod deeds;
 mod docker;
 mod door;
 mod drift;
+mod edges;
 mod fair;
 mod fileless;
 mod fuse;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         groups::trials(),
         unit::trials(),
         honest::trials(),
+        edges::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

@@ -63,6 +63,11 @@ impl Payload {
         Ok(Payload { bytes, loader, fuse: compile(scratch, "fuse-server", FUSE)? })
     }
 
+    /// The program that answers for a filesystem, to be run on the host.
+    pub(crate) fn fuse_server(&self) -> &[u8] {
+        &self.fuse
+    }
+
     /// This program, made different from every other by `mark`.
     pub(crate) fn marked(&self, mark: &str) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
