@@ -523,7 +523,14 @@ impl Trace {
                     let watched = self.look_up(parent);
                     let is_of_host = is_of_host(parent);
                     let runs_own = watched.is_some() && runs_own_program(parent);
-                    let is_own = |watched: &Arc<Watched>| descends_from(parent, watched.init);
+                    let program = self.processes.get(&parent).and_then(|it| it.program.clone());
+                    let ran_in = program.and_then(|it| self.shared.table.by_device(it.device));
+                    // It came from outside; by the records it has become one of the
+                    // container's programs since, when that was not known yet.
+                    let is_own = |watched: &Arc<Watched>| {
+                        ran_in.is_some_and(|ran_in| Arc::ptr_eq(&ran_in, watched))
+                            || descends_from(parent, watched.init)
+                    };
                     let known = self.known(parent);
                     let is_resident = runs_own
                         && (!known.is_made_outside || watched.as_ref().is_some_and(is_own));
