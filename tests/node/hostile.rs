@@ -410,12 +410,15 @@ fn a40_trees(node: &Node) -> anyhow::Result<()> {
         let deep = format!("/tmp/deep{}/x", "/d".repeat(300));
         Ok((of("/tmp/x") && of(&deep)).then_some(findings))
     })?;
-    ensure!(findings.iter().all(|finding| finding["kind"] == "exec.new"), "{findings:#?}");
+    // A walk may have come between the copy and its execution.
+    let (executed, others): (Vec<_>, Vec<_>) =
+        findings.iter().partition(|finding| finding["kind"] == "exec.new");
+    ensure!(others.iter().all(|finding| finding["kind"] == "file.added"), "{findings:#?}");
     let unreadable = node.losses("event_unreadable")?;
     // A path of more than 4,096 bytes has no name that the kernel could tell. That
     // it ran is not hidden: it is told without a path, or counted as unreadable.
     ensure!(
-        findings.len() == 3 || unreadable > 0,
+        executed.len() == 3 || unreadable > 0,
         "what ran below a path that is too long left no trace: {findings:#?}"
     );
     answers(node)
