@@ -99,7 +99,7 @@ impl Signs<'_> {
 pub(super) fn home(shared: &Shared, handle: &Handle, watched: &Watched) -> Home {
     let identity = handle.identity();
     let is_certain = identity == watched.init || shared.births().is_born_inside(identity);
-    if is_certain || is_within(handle, watched) {
+    if is_certain || is_within(handle, watched) || !is_known(handle) {
         return Home::Own;
     }
     let others = || {
@@ -551,7 +551,6 @@ fn wait_for_makers(
 /// its control group or its root directory. One of them is enough: who joins only one
 /// of them is in it all the same. `None` of who is ending: nothing is known of it.
 fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
-    let is_known = handle.mount_namespace().is_ok();
     let shares_pids = || {
         handle.pid_namespace().is_ok_and(|namespace| {
             watched.has_namespaces()
@@ -561,7 +560,13 @@ fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
     };
     let is_inside =
         is_within(handle, watched) || (watched.has_own_pid_namespace() && shares_pids());
-    (is_inside || is_known).then_some(is_inside)
+    // Asked last: what can be read now could be read before.
+    (is_inside || is_known(handle)).then_some(is_inside)
+}
+
+/// A process loses its namespaces while it ends.
+fn is_known(handle: &Handle) -> bool {
+    handle.mount_namespace().is_ok()
 }
 
 /// The same without the pid namespace, into which other containers can be put.
