@@ -855,7 +855,10 @@ fn end_cgroups(namespace: &str) {
         let mut alive = false;
         for container in &containers {
             let members = fs::read_to_string(container.join("cgroup.procs")).unwrap_or_default();
-            for pid in members.lines().filter_map(|line| line.parse().ok()) {
+            let members = members.lines().filter_map(|line| line.parse().ok());
+            // The kernel writes 0 for a process that this pid namespace does not show, and
+            // a signal to 0 ends the tests themselves.
+            for pid in members.filter(|pid| *pid > 0) {
                 alive = true;
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
