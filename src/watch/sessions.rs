@@ -14,7 +14,7 @@ use super::calls;
 use super::process::{self, Caller, Executing};
 use super::roots::Maker;
 use super::shared::Shared;
-use super::table::{Watched, cgroups, is_put_elsewhere};
+use super::table::{Watched, is_put_elsewhere, parents_cgroup};
 use super::unseen::{self, Runtimes};
 use crate::model::process::may_be_runtime;
 use crate::model::{
@@ -109,7 +109,7 @@ pub(super) fn home(shared: &Shared, handle: &Handle, watched: &Watched) -> Home 
     let is_in = |other: &Arc<Watched>| {
         other.container != watched.container && (identity == other.init || is_within(handle, other))
     };
-    let (cgroup, parents) = cgroups(handle);
+    let (cgroup, parents) = (handle.cgroup().ok(), parents_cgroup(handle));
     let signs = Signs {
         is_within: false,
         is_in_another: others().iter().any(is_in),

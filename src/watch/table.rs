@@ -608,10 +608,9 @@ impl Maps {
     }
 }
 
-/// The control group of a process in the unified hierarchy, and that of its parent.
-pub(super) fn cgroups(process: &Handle) -> (Option<Vec<u8>>, Option<Vec<u8>>) {
-    let parent = process.stat().ok().and_then(|stat| Handle::open(stat.parent).ok());
-    (process.cgroup().ok(), parent.and_then(|parent| parent.cgroup().ok()))
+/// The control group of a process's parent in the unified hierarchy.
+pub(super) fn parents_cgroup(process: &Handle) -> Option<Vec<u8>> {
+    Handle::open(process.stat().ok()?.parent).ok()?.cgroup().ok()
 }
 
 /// Whether a process that is in a container by nothing but its pid namespace may be the
@@ -778,13 +777,16 @@ impl Table {
         {
             return Some(watched);
         }
-        let (cgroup, parents) = cgroups(process);
+        let cgroup = process.cgroup().ok();
         let by_cgroup = cgroup.as_deref().and_then(|cgroup| self.by_cgroup(cgroup));
         by_cgroup.or_else(|| {
             let namespace = process.pid_namespace().ok();
             let namespace = namespace.filter(|&it| !procfs::is_host_pid_namespace(it))?;
-            let may_be_unknown = is_put_elsewhere(cgroup.as_deref(), parents.as_deref());
-            self.by_pid_namespace(namespace).filter(|_| !may_be_unknown)
+            let watched = self.by_pid_namespace(namespace)?;
+            // The parent is looked at last: few processes get so far.
+            let may_be_unknown =
+                is_put_elsewhere(cgroup.as_deref(), parents_cgroup(process).as_deref());
+            (!may_be_unknown).then_some(watched)
         })
     }
 
