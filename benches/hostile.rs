@@ -48,7 +48,7 @@ use serde_json::Value;
 
 use fuse::{Answers, Fuse, MAY_MOUNT};
 use image::Layer;
-use node::{Container, Node, Running, Setup, wait_within};
+use node::{Container, Deaf, Node, Running, Setup, wait_within};
 
 const IMAGE: &str = "registry.bench/hostile:1";
 
@@ -405,23 +405,6 @@ fn run_from_filesystem<'a>(
          done\n\
          sleep 1; done"
     ))
-}
-
-/// A follower that never reads.
-struct Deaf(Child);
-
-impl Deaf {
-    fn start(node: &Node) -> anyhow::Result<Deaf> {
-        let mut command = node.driftd_command(&["findings", "--follow", "-o", "jsonl"]);
-        Ok(Deaf(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?))
-    }
-}
-
-impl Drop for Deaf {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Reads the neighbour's findings as they come.

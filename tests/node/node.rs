@@ -809,6 +809,23 @@ pub(crate) fn end(child: &mut Child) {
     }
 }
 
+/// A follower that never reads.
+pub(crate) struct Deaf(Child);
+
+impl Deaf {
+    pub(crate) fn start(node: &Node) -> anyhow::Result<Deaf> {
+        let mut command = node.driftd_command(&["findings", "--follow", "-o", "jsonl"]);
+        Ok(Deaf(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?))
+    }
+}
+
+impl Drop for Deaf {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Processes whose command line names `directory`, which is nobody else's: shims,
 /// and whatever was about to speak to a daemon that has ended.
 fn processes_naming(directory: &Path) -> Vec<Pid> {

@@ -1,6 +1,5 @@
 //! Containers that attack driftd, beside those that are compared with the truth.
 
-use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use super::{IMAGE, PATIENCE, Random, Stage, truth::Sight};
 use crate::fuse::{Answers, Fuse, MAY_MOUNT};
 use crate::gate::{Processes, is_there};
-use crate::node::{Container, Node, lock, wait_within};
+use crate::node::{Container, Deaf, Node, lock, wait_within};
 
 /// What the attacking containers run, `/app/flood`.
 pub(super) const FLOOD: &str = include_str!("../../data/flood.c");
@@ -135,23 +134,6 @@ fn from_filesystem(container: &Container<'_>, seconds: u64) -> anyhow::Result<()
     container.begin(&commands)?.finish(PATIENCE)?;
     ensure!(fuse.unanswered().is_empty(), "driftd asked it: {:?}", fuse.unanswered());
     Ok(())
-}
-
-/// A follower that never reads.
-struct Deaf(Child);
-
-impl Deaf {
-    fn start(node: &Node) -> anyhow::Result<Deaf> {
-        let mut command = node.driftd_command(&["findings", "--follow", "-o", "jsonl"]);
-        Ok(Deaf(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?))
-    }
-}
-
-impl Drop for Deaf {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 // ---- driftd's processes are stopped
