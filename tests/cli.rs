@@ -1,6 +1,9 @@
 //! The built binary, the API and the history together. The pipeline is played
 //! by a thread that answers questions from a fixed script.
 
+#[path = "node/executable.rs"]
+mod executable;
+
 use std::fs::{self, Permissions};
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
@@ -2227,7 +2230,7 @@ fn strangers_are_refused_by_name() {
         fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
     }
     let binary = node.dir.path().join("driftd");
-    fs::copy(env!("CARGO_BIN_EXE_driftd"), &binary).unwrap();
+    executable::write(&binary, &fs::read(env!("CARGO_BIN_EXE_driftd")).unwrap()).unwrap();
     let ask = || {
         let output = Command::new(&binary)
             .arg("findings")

@@ -3,6 +3,9 @@
 //!
 //! Needs root, fanotify and a static busybox (`make setup`), and fails without.
 
+#[path = "node/executable.rs"]
+mod executable;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -208,8 +211,7 @@ impl Container {
         let target = self.merged().join(path.trim_start_matches('/'));
         let mut content = fs::read(BUSYBOX).unwrap();
         content.extend(path.bytes());
-        fs::write(&target, &content).unwrap();
-        fs::set_permissions(&target, fs::Permissions::from_mode(0o755)).unwrap();
+        executable::write(&target, &content).unwrap();
         Blake3Hash(*blake3::hash(&content).as_bytes())
     }
 
@@ -789,8 +791,7 @@ fn a_script_is_told_by_its_own_path_and_with_its_interpreters_arguments() {
     let mut node = Node::start();
     node.attach(&container);
     let script = container.merged().join("tmp/script");
-    fs::write(&script, "#!/bin/sh\nexec /bin/sleep 30\n").unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    executable::write(&script, b"#!/bin/sh\nexec /bin/sleep 30\n").unwrap();
     let _child = Family(container.command(&["/tmp/script", "now"]).spawn().unwrap());
     let executed = node.until_executed(&path("/tmp/script"));
     assert_eq!(executed.state.format, Format::Script);
@@ -900,7 +901,8 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     let loader = compile_loader(container.dir.path());
     let mut node = Node::start();
     node.attach(&container);
-    fs::copy(&loader, container.merged().join("tmp/loader")).unwrap();
+    let program = fs::read(&loader).unwrap();
+    executable::write(&container.merged().join("tmp/loader"), &program).unwrap();
     // It runs for less than a millisecond.
     container.inside("/tmp/loader memfd 1000 /tmp/loader exit");
     let (mut hashed, mut with_arguments) = (0, 0);
@@ -1058,7 +1060,8 @@ fn a_name_that_is_not_utf8_is_executed_and_told_whole() {
     let mut node = Node::start();
     node.attach(&container);
     let name = OsStr::from_bytes(b"/tmp/ev\xffil (deleted)");
-    fs::copy(BUSYBOX, container.merged().join(OsStr::from_bytes(&name.as_bytes()[1..]))).unwrap();
+    let target = container.merged().join(OsStr::from_bytes(&name.as_bytes()[1..]));
+    executable::write(&target, &fs::read(BUSYBOX).unwrap()).unwrap();
     // busybox knows no such applet, but it has been executed by then.
     container.command(&[]).arg(name).output().unwrap();
     let executed = node.until_executed(&RootfsPath::new(name.as_bytes()).unwrap());
@@ -1693,7 +1696,7 @@ fn h03_a_runtimes_init_is_a_session_by_where_it_comes_from() {
     let container = Container::with(&["unshare", "--pid", "--fork"], "", false);
     // What runc calls itself until it becomes the session's command.
     let runtime = container.dir.path().join("runc:[2:INIT]");
-    fs::copy(BUSYBOX, &runtime).unwrap();
+    executable::write(&runtime, &fs::read(BUSYBOX).unwrap()).unwrap();
     let mut node = Node::start();
     node.attach(&container);
     let mut command = Command::new(runtime);
@@ -1973,8 +1976,7 @@ fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
 fn h03_an_init_that_calls_itself_a_runtimes_has_begun() {
     let container = Container::start();
     let init = container.merged().join("tmp/runc:[2:INIT]");
-    fs::write(&init, "#!/bin/sh\nread line\nexec /bin/sleep 3600\n").unwrap();
-    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    executable::write(&init, b"#!/bin/sh\nread line\nexec /bin/sleep 3600\n").unwrap();
     let mut init = container.command(&["/tmp/runc:[2:INIT]"]);
     let init = Family(init.stdin(Stdio::piped()).spawn().unwrap());
     let pid = init.0.id();

@@ -19,7 +19,7 @@ use crate::gate::{Processes, held_up, is_there, stop};
 use crate::image::Layer;
 use crate::node::{Container, Node, bench, only, wait_for, wait_within};
 use crate::sessions::init;
-use crate::{programs, trial, trial_alone};
+use crate::{executable, programs, trial, trial_alone};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -52,8 +52,7 @@ impl ServedLayer {
             .find(|directory| directory.join("served").exists())
             .context("the layer is not unpacked")?;
         let (program, source) = (node.path("serve-layer"), node.path("served"));
-        fs::write(&program, bench()?.payload.fuse_server())?;
-        fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        executable::write(&program, bench()?.payload.fuse_server())?;
         fs::copy(directory.join("served"), &source)?;
         let log = node.path("served.log");
         let server = Command::new(&program)

@@ -16,6 +16,7 @@ mod docker;
 mod door;
 mod drift;
 mod edges;
+mod executable;
 mod fair;
 mod fileless;
 mod fuse;

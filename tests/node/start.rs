@@ -2,7 +2,6 @@
 //! when it has ended, and never held by a driftd that is stuck or gone.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
 use crate::node::{DEADLINE, KUBERNETES, Node, Setup, bench, wait_for};
-use crate::{programs, trial_alone, trial_on};
+use crate::{executable, programs, trial_alone, trial_on};
 
 const STRICT: Setup = Setup {
     driftd: "arm = \"strict\"\nruntimes = [\"{node}/bin/runc\"]",
@@ -77,8 +76,7 @@ fn start_changed(node: &Node) -> anyhow::Result<String> {
     let entry = upper.join(SHORT.trim_start_matches('/'));
     fs::create_dir_all(entry.parent().context("a path with a parent")?)?;
     let mark = format!("{} {id} entry", node.namespace);
-    fs::write(&entry, bench()?.payload.marked(&mark))?;
-    fs::set_permissions(&entry, fs::Permissions::from_mode(0o755))?;
+    executable::write(&entry, &bench()?.payload.marked(&mark))?;
     node.ctr(&["tasks", "start", "-d", "--null-io", &id])?;
     Ok(id)
 }

@@ -2,7 +2,6 @@
 //! volumes, in directories of the host, on what the container mounts itself.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 
 use crate::node::{Container, Node, bench, only, wait_for};
-use crate::{programs, trial, trial_alone};
+use crate::{executable, programs, trial, trial_alone};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -83,9 +82,7 @@ fn succeed(command: &mut Command) -> anyhow::Result<()> {
 }
 
 fn lay_on_host(path: &Path, mark: &str) -> anyhow::Result<()> {
-    fs::write(path, bench()?.payload.marked(mark))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
-    Ok(())
+    Ok(executable::write(path, &bench()?.payload.marked(mark))?)
 }
 
 fn a11_shared_memory(node: &Node) -> anyhow::Result<()> {
