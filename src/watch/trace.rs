@@ -25,12 +25,14 @@ use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Upper};
+use super::content::{self, Described};
 use super::deeds::{self, Deed};
 use super::fair::Sender;
 use super::roots::Maker;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
+use super::unproven;
 use super::unseen::{self, Unseen};
 use crate::config;
 use crate::health::Failure;
@@ -208,6 +210,8 @@ fn make_room(processes: &mut HashMap<u32, Known>, most: usize) -> Vec<(Arc<Watch
 pub(super) struct Trace {
     shared: Arc<Shared>,
     unseen: Sender<Box<Unseen>>,
+    /// What has waited for the record of its execution.
+    proven: Sender<Described>,
     /// How many files may be held open for who hashes them.
     max_files: usize,
     consumers: Vec<Box<dyn TraceConsumer>>,
@@ -368,12 +372,14 @@ impl Trace {
     pub(super) fn new(
         shared: Arc<Shared>,
         unseen: Sender<Box<Unseen>>,
+        proven: Sender<Described>,
         max_files: usize,
         consumers: Vec<Box<dyn TraceConsumer>>,
     ) -> Trace {
         Trace {
             shared,
             unseen,
+            proven,
             max_files,
             consumers,
             processes: HashMap::new(),
@@ -471,12 +477,16 @@ impl Trace {
     fn lose(&mut self, detail: &str) {
         self.processes.clear();
         self.ended.clear();
-        self.shared.arguments().forget_all(perf::now());
+        let now = perf::now();
+        self.shared.arguments().forget_all(now);
+        let unproven = self.shared.unproven().forget_all(now);
+        self.hand_on_proven(unproven);
         self.consumers.iter_mut().for_each(|consumer| consumer.lost());
         self.shared.lose(Failure::TraceLost, None, detail);
     }
 
     fn end_turn(&mut self, now: u64) {
+        self.shared.unproven().has_read(now);
         self.forget_ended(now);
         for consumer in &mut self.consumers {
             consumer.turn(&self.shared);
@@ -488,6 +498,11 @@ impl Trace {
             && ended.saturating_add(REMEMBERED) < now
         {
             self.ended.pop_front();
+            // Another of its threads may be in an execve for longer than that.
+            if self.shared.unproven().ended(pid, procfs::has_threads) {
+                self.ended.push_back((now, pid));
+                continue;
+            }
             // The number may be another process's by now.
             if self.processes.get(&pid).is_some_and(|known| known.ended) {
                 self.processes.remove(&pid);
@@ -582,7 +597,17 @@ impl Trace {
                 known.ended = false;
             }
             Record::Mapped(mapped) => self.mapped(mapped),
-            Record::Executed(executed) => self.executed(&executed),
+            Record::Executed(executed) => {
+                let known = self.processes.get(&executed.pid);
+                let program = known.and_then(|known| known.first.clone());
+                self.executed(&executed);
+                let program = program
+                    .map(|program| unproven::File { device: program.device, inode: program.inode });
+                // Last: by now its name and its arguments are known.
+                let Executed { pid, time, .. } = executed;
+                let proven = self.shared.unproven().executed(pid, time, program);
+                self.hand_on_proven(proven);
+            }
             Record::Arguments { pid, time: _, arguments } => {
                 let Some(known) = self.processes.get_mut(&pid) else { return };
                 if known.is_beginning {
@@ -1028,6 +1053,12 @@ impl Trace {
             Some(_) | None => {
                 procfs::mount_namespace_of(parent).is_ok_and(procfs::is_host_mount_namespace)
             }
+        }
+    }
+
+    fn hand_on_proven(&self, executions: Vec<Described>) {
+        for execution in executions {
+            content::hand_on(&self.shared, execution, &self.proven);
         }
     }
 
