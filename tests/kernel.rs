@@ -902,7 +902,7 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     container.inside("/tmp/loader memfd 1000 /tmp/loader exit");
     let (mut hashed, mut with_arguments) = (0, 0);
     let wanted = path("/memfd:a");
-    let expected = hash_of(&container.merged().join("tmp/loader"));
+    let expected = hash_of(container.merged().join("tmp/loader"));
     let deadline = Instant::now() + 4 * PATIENCE;
     let mut count = 0;
     while count < 1000 {
@@ -1024,7 +1024,7 @@ fn d04_an_execve_that_takes_its_time_is_reported_also_when_the_first_thread_has_
     container.drop_program("/tmp/sleep");
     let _child = Family(container.command(&["/tmp/loader", "late", "/tmp/sleep"]).spawn().unwrap());
     let executed = node.until_executed(&path("/tmp/sleep"));
-    assert_eq!(executed.state.blake3(), Some(hash_of(&container.merged().join("tmp/sleep"))));
+    assert_eq!(executed.state.blake3(), Some(hash_of(container.merged().join("tmp/sleep"))));
     assert_eq!(executed.invoked_as.as_deref(), None);
     node.assert_no_loss();
 }
