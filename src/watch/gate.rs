@@ -183,7 +183,7 @@ impl Gate {
                     }
                     Err(err) => {
                         self.note_losses();
-                        if !shared.is_stopping() {
+                        if !shared.is_gate_closed.load(Ordering::Relaxed) {
                             tracing::error!("the gate's process has ended: {err}");
                         }
                         return;

@@ -67,7 +67,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -226,7 +226,6 @@ pub struct Watch {
     threads: Vec<&'static str>,
     executions: Executions,
     gate: std::process::Child,
-    is_gate_closed: AtomicBool,
     stopper: Stopper,
     /// Until a thread takes the calls of runtimes, the gate holds none.
     calls: Option<Receiver<arm::Call>>,
@@ -326,7 +325,6 @@ impl Watch {
             threads: Vec::new(),
             executions,
             gate: child,
-            is_gate_closed: AtomicBool::new(false),
             stopper: gate_marks.stopper(),
             calls: Some(receive_calls),
             gate_turns: Arc::default(),
@@ -507,7 +505,7 @@ impl Watch {
 
     /// Closes the gate: the kernel lets everything run from then on.
     pub fn close_gate(&self) {
-        if self.is_gate_closed.swap(true, Ordering::Relaxed) {
+        if self.shared.is_gate_closed.swap(true, Ordering::Relaxed) {
             return;
         }
         if let Err(err) = self.stopper.close() {

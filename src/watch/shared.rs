@@ -92,6 +92,8 @@ pub(super) struct Shared {
     records_arguments: AtomicBool,
     /// Executions that the gate has answered and that have been taken from it.
     pub(super) gate_taken: AtomicU64,
+    /// The gate's process was asked to end.
+    pub(super) is_gate_closed: AtomicBool,
     /// Of the thread that is asked before a runtime runs, if there is one.
     pub(super) arming: Arming,
     /// Since when containers are watched, as processes tell when they started.
@@ -207,6 +209,7 @@ impl Shared {
             untold: AtomicU64::new(0),
             end,
             records_executions: AtomicBool::new(false),
+            is_gate_closed: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
             gate_taken: AtomicU64::new(0),
             arming: Arming::default(),

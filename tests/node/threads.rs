@@ -112,6 +112,7 @@ fn h05_stop(node: &Node) -> anyhow::Result<()> {
         .collect();
     let order = ["gate", "containerd", "watchers", "pipeline", "baselines", "history", "followers"];
     assert_eq!(stages, order, "{log}");
+    ensure!(!log.contains(" ERROR "), "a stop is no error:\n{log}");
     node.start_driftd()?;
     let told = container.findings()?;
     let told = told.iter().filter(|finding| finding["kind"] == "exec.new").count();
