@@ -26,8 +26,10 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// How long an init that was killed by its handle may take to end before containerd is
 /// asked to kill it too: it knows how to thaw a frozen one first.
 const HANDLE_PATIENCE: Duration = Duration::from_millis(500);
-/// How long containerd may take to say its version, after a kill.
+/// How long containerd may take to say its version.
 const VERSION_PATIENCE: Duration = Duration::from_secs(1);
+/// How long it may take to find out what follows a kill.
+const SEQUEL_PATIENCE: Duration = Duration::from_secs(2);
 /// Longer than runc waits for a group to freeze (10 s, and it answers some time later).
 const PAUSE_PATIENCE: Duration = Duration::from_secs(12);
 /// How long a group may take to freeze or to thaw before its state is reported.
@@ -217,6 +219,10 @@ pub(super) async fn kill(
         Ok(()) => (),
         // The restart monitor ends what is to be stopped.
         Err(Refused::Gone(_)) if is_kept_stopped => (),
+        Err(Refused::Failed(why)) if is_kept_stopped => {
+            let label = format!("{}={}", restarts::STATUS, restarts::STOPPED);
+            return Err(Refused::Failed(format!("{why}; {label} was set first, and stays")));
+        }
         Err(refused) => return Err(refused),
     }
     let killed = format!("killed (pid {})", meant.pid);
@@ -228,7 +234,9 @@ pub(super) async fn kill(
         );
         return Ok(Killed { message, restarter: None });
     }
-    Ok(match run.sequel(&record).await {
+    // The kill is done, whatever Docker's files and containerd take to answer.
+    let sequel = tokio::time::timeout(SEQUEL_PATIENCE, run.sequel(&record)).await;
+    Ok(match sequel.unwrap_or_default() {
         None => Killed { message: killed, restarter: None },
         Some((restarter, text)) => {
             // It is the monitor's alone that driftd can change.
