@@ -215,7 +215,7 @@ fn d03_held(node: &Node) -> anyhow::Result<()> {
     ensure!((half, not_yet) == expected, "{is_ordered} {is_frozen} {paused:#}");
     let (code, resumed) = respond(node, &["resume", id])?;
     ensure!(code == 0 && !freezer.is_ordered()?, "{resumed:#}");
-    drop(fuse);
+    fuse.abort();
     waits.finish(DEADLINE)?;
     Ok(())
 }
