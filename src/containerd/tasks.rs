@@ -14,7 +14,7 @@ use tonic::Status;
 
 use super::connection::{Namespace, found, words};
 use super::restarts::{self, Known, Version};
-use super::spec::Spec;
+use super::spec::{self, Spec};
 use super::{Killed, containers, docker};
 use crate::model::{Incarnation, Restarter, Task};
 use crate::sys::freezer::{Freezers, Stillness};
@@ -32,7 +32,7 @@ const VERSION_PATIENCE: Duration = Duration::from_secs(1);
 const SEQUEL_PATIENCE: Duration = Duration::from_secs(2);
 /// Longer than runc waits for a group to freeze (10 s, and it answers some time later).
 const PAUSE_PATIENCE: Duration = Duration::from_secs(12);
-/// How long a group may take to freeze or to thaw before its state is reported.
+/// How long a group may take to freeze before its state is reported.
 const FREEZE_PATIENCE: Duration = Duration::from_millis(500);
 const SIGKILL: u32 = 9;
 
@@ -329,6 +329,11 @@ impl Run<'_> {
     /// The control groups by which the container is frozen. In words, why they are not known.
     fn freezers(&self, record: &Record) -> Result<Freezers, String> {
         let spec = record.spec.as_ref().map(|spec| Spec::parse(&spec.value)).unwrap_or_default();
+        let runtime = record.runtime.clone().unwrap_or_default();
+        let options = runtime.options.map(|options| options.value).unwrap_or_default();
+        if spec::own_kernel(&runtime.name, &options).is_some() {
+            return Err("its programs run on a kernel of their own".into());
+        }
         let init = Handle::open(self.meant.pid).map_err(|err| err.to_string())?;
         let freezers = Freezers::of(&init, |path| spec.own_cgroup(self.container, path));
         // The handle of /proc was opened by the pid.
@@ -337,17 +342,13 @@ impl Run<'_> {
     }
 }
 
-/// Waits until the processes are in that state, for at most so long; the last one seen.
-async fn still_within(
-    freezers: &Freezers,
-    patience: Duration,
-    wanted: impl Fn(Stillness) -> bool,
-) -> Result<Stillness, String> {
+/// Waits until the processes are frozen, for at most so long; the last state seen.
+async fn still_within(freezers: &Freezers, patience: Duration) -> Result<Stillness, String> {
     const STEP: Duration = Duration::from_millis(5);
     let deadline = tokio::time::Instant::now() + patience;
     loop {
         let found = freezers.stillness().map_err(|err| err.to_string())?;
-        if wanted(found) || tokio::time::Instant::now() >= deadline {
+        if found == Stillness::Frozen || tokio::time::Instant::now() >= deadline {
             return Ok(found);
         }
         tokio::time::sleep(STEP).await;
@@ -368,12 +369,12 @@ pub(super) async fn pause(
     let (record, task) = run.confirm().await?;
     let freezers = run.freezers(&record);
     let settled = async |patience| match &freezers {
-        Ok(freezers) => still_within(freezers, patience, |found| found == Stillness::Frozen).await,
+        Ok(freezers) => still_within(freezers, patience).await,
         Err(reason) => Err(reason.clone()),
     };
     let before = settled(Duration::ZERO).await.ok();
     if task.paused || before.is_some_and(Stillness::is_ordered) {
-        return Ok(of_paused_already(task.paused, before));
+        return of_paused_already(task.paused, before).map_err(Refused::Failed);
     }
     let request = PauseTaskRequest { container_id: container.into() };
     let mut tasks = namespace.tasks();
@@ -400,7 +401,7 @@ pub(super) async fn pause(
     };
     let after = settled(FREEZE_PATIENCE).await.ok();
     let Some((reason, refused)) = failed else {
-        return Ok(of_paused(meant.pid, after));
+        return of_paused(meant.pid, after).map_err(Refused::Failed);
     };
     Err(match half_paused(&reason, after) {
         Some(text) => Refused::Failed(text),
@@ -409,30 +410,34 @@ pub(super) async fn pause(
 }
 
 /// What is said of a container that was paused before, by containerd or by its group alone.
-fn of_paused_already(by_containerd: bool, found: Option<Stillness>) -> String {
+fn of_paused_already(by_containerd: bool, found: Option<Stillness>) -> Result<String, String> {
     let said = if by_containerd {
         "it was paused already"
     } else {
         "its control group was ordered to freeze already, though containerd says that it runs: \
          `driftd respond resume` thaws it"
     };
-    format!("{said}{}", not_yet_frozen(found))
+    of_still(said.to_owned(), found)
 }
 
 /// What is said of a pause that containerd calls done.
-fn of_paused(pid: u32, found: Option<Stillness>) -> String {
-    format!("paused (pid {pid}){}", not_yet_frozen(found))
+fn of_paused(pid: u32, found: Option<Stillness>) -> Result<String, String> {
+    of_still(format!("paused (pid {pid})"), found)
 }
 
-fn not_yet_frozen(found: Option<Stillness>) -> &'static str {
+/// What is said of a container that stands still, if its control group says so too.
+fn of_still(said: String, found: Option<Stillness>) -> Result<String, String> {
     match found {
-        Some(Stillness::Freezing) => {
-            "; not yet frozen: a process of it waits in the kernel, and stands still when it \
-             returns from there"
+        Some(Stillness::Freezing) => Ok(said
+            + "; not yet frozen: a process of it waits in the kernel, and stands still when it \
+               returns from there"),
+        Some(Stillness::Running) => {
+            Err("containerd says that it is paused, but its control group \
+                                         is not frozen: resume it, then pause it again"
+                .to_owned())
         }
-        Some(Stillness::Running) => "; but its control group is not frozen",
         // Where its group is not known, containerd's word is all there is.
-        Some(Stillness::Frozen | Stillness::FrozenFromAbove) | None => "",
+        Some(Stillness::Frozen | Stillness::FrozenFromAbove) | None => Ok(said),
     }
 }
 
@@ -471,11 +476,12 @@ pub(super) async fn resume(
     }
     let is_done = task.paused && refused.is_none();
     let found = run.freezers(&record).and_then(|freezers| {
-        let found = freezers.stillness().map_err(|err| err.to_string())?;
-        Ok((freezers, found))
+        let found = freezers.stillness().and_then(|found| Ok((found, freezers.is_ordered()?)));
+        let (found, is_ordered) = found.map_err(|err| err.to_string())?;
+        Ok((freezers, found, is_ordered))
     });
     match (found, refused) {
-        (Ok((freezers, found)), refused) if found.is_ordered() => {
+        (Ok((freezers, _, true)), refused) => {
             run.is_there()?;
             let failed = |reason: String| {
                 Refused::Failed(format!(
@@ -483,9 +489,7 @@ pub(super) async fn resume(
                 ))
             };
             freezers.thaw().map_err(|err| failed(err.to_string()))?;
-            let runs = |found: Stillness| !found.is_ordered();
-            let after = still_within(&freezers, FREEZE_PATIENCE, runs).await.map_err(failed)?;
-            if after.is_ordered() {
+            if freezers.is_ordered().map_err(|err| failed(err.to_string()))? {
                 return Err(failed("it was frozen again".into()));
             }
             let though = match refused {
@@ -496,7 +500,7 @@ pub(super) async fn resume(
             Ok(format!("thawed (pid {}): its control group was frozen, though {though}", meant.pid))
         }
         (_, Some(status)) => Err(status.into()),
-        (Ok((_, Stillness::FrozenFromAbove)), None) => Err(Refused::Failed(
+        (Ok((_, Stillness::FrozenFromAbove, _)), None) => Err(Refused::Failed(
             "a control group above the container's own is frozen, and driftd thaws no other than \
              that"
                 .into(),
@@ -517,10 +521,10 @@ mod tests {
     fn d03_a_pause_is_called_what_its_control_group_says_and_not_what_the_runtime_says() {
         use Stillness::{Freezing, Frozen, FrozenFromAbove, Running};
         let done = |found| of_paused(7, found);
-        assert_eq!(done(Some(Frozen)), "paused (pid 7)");
-        assert_eq!(done(None), "paused (pid 7)", "containerd's word is all there is");
-        assert!(done(Some(Freezing)).starts_with("paused (pid 7); not yet frozen: "));
-        assert!(done(Some(Running)).contains("is not frozen"));
+        assert_eq!(done(Some(Frozen)).unwrap(), "paused (pid 7)");
+        assert_eq!(done(None).unwrap(), "paused (pid 7)", "containerd's word is all there is");
+        assert!(done(Some(Freezing)).unwrap().starts_with("paused (pid 7); not yet frozen: "));
+        assert!(done(Some(Running)).unwrap_err().contains("is not frozen"));
         let failed = |found| half_paused("timeout of 10s reached", found);
         assert_eq!(failed(None), None);
         assert_eq!(failed(Some(Running)), None, "the failure is all there is to say");
@@ -531,8 +535,13 @@ mod tests {
                 assert!(text.contains(part), "{part} is missing: {text}");
             }
         }
-        assert_eq!(of_paused_already(true, Some(Frozen)), "it was paused already");
-        assert!(of_paused_already(false, Some(Frozen)).contains("driftd respond resume"));
-        assert!(of_paused_already(true, Some(Freezing)).contains("not yet frozen"));
+        let already = of_paused_already;
+        assert_eq!(already(true, Some(Frozen)).unwrap(), "it was paused already");
+        assert!(already(false, Some(Frozen)).unwrap().contains("driftd respond resume"));
+        assert!(already(true, Some(Freezing)).unwrap().contains("not yet frozen"));
+        assert!(
+            already(true, Some(Running)).unwrap_err().contains("is not frozen"),
+            "thawed by hand"
+        );
     }
 }

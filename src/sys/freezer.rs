@@ -16,6 +16,8 @@ use super::procfs::Handle;
 
 /// Groups of one container, from its own down to that of its init, that are looked at.
 const MOST_LEVELS: usize = 32;
+/// Files and groups within a container's own group that are looked at.
+const MOST_ENTRIES: usize = 1024;
 
 /// What the processes of a container do, from the least still on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,12 +85,24 @@ impl Freezers {
         Ok(Freezers { groups })
     }
 
+    /// What the container does as a whole: a group within that is frozen alone, as the
+    /// container may do it itself, says nothing of the others.
     pub fn stillness(&self) -> io::Result<Stillness> {
         let mut stillest = Stillness::Running;
-        for group in &self.groups {
-            stillest = stillest.max(group.stillness()?);
+        for group in self.groups.iter().filter(|group| group.is_outermost) {
+            stillest = stillest.max(group.stillness_with_children()?);
         }
         Ok(stillest)
+    }
+
+    /// Whether a group in which init is was ordered to freeze.
+    pub fn is_ordered(&self) -> io::Result<bool> {
+        for group in &self.groups {
+            if group.stillness()?.is_ordered() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Takes back every order to freeze.
@@ -104,7 +118,7 @@ impl Freezers {
 
 impl Group {
     fn stillness(&self) -> io::Result<Stillness> {
-        let found = match self.hierarchy {
+        Ok(match self.hierarchy {
             Hierarchy::Unified => {
                 unified_stillness(&self.read("cgroup.freeze")?, &self.read("cgroup.events")?)
             }
@@ -112,10 +126,40 @@ impl Group {
                 &self.read("freezer.self_freezing")?,
                 &self.read("freezer.state")?,
             ),
-        };
-        // A group within is frozen together with the container's own.
-        let is_shadow = found == Stillness::FrozenFromAbove && !self.is_outermost;
-        Ok(if is_shadow { Stillness::Running } else { found })
+        })
+    }
+
+    /// crun puts the processes into a group within the one that systemd has made, and
+    /// freezes that. Nothing runs if every group within that has processes is frozen.
+    fn stillness_with_children(&self) -> io::Result<Stillness> {
+        let found = self.stillness()?;
+        if found != Stillness::Running || self.hierarchy != Hierarchy::Unified {
+            return Ok(found);
+        }
+        let has_processes = self.read("cgroup.procs").is_ok_and(|pids| !pids.is_empty());
+        if has_processes {
+            return Ok(found);
+        }
+        let mut least = None;
+        for (number, entry) in rustix::fs::Dir::read_from(&self.directory)?.enumerate() {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if number == MOST_ENTRIES {
+                return Ok(found);
+            }
+            if [&b"."[..], b".."].contains(&name)
+                || entry.file_type() != rustix::fs::FileType::Directory
+            {
+                continue;
+            }
+            let directory = file::open_directory_beneath(&self.directory, name)?;
+            let child = Group { directory, hierarchy: self.hierarchy, is_outermost: false };
+            if child.read("cgroup.events")?.lines().any(|line| line == "populated 1") {
+                let child = child.stillness()?;
+                least = Some(least.map_or(child, |least: Stillness| least.min(child)));
+            }
+        }
+        Ok(least.unwrap_or(found))
     }
 
     fn read(&self, name: &str) -> io::Result<String> {
@@ -199,6 +243,70 @@ mod tests {
         assert_eq!(freezer_stillness("0\n", "FROZEN\n"), Stillness::FrozenFromAbove);
         assert!(Stillness::Frozen.is_ordered() && Stillness::Freezing.is_ordered());
         assert!(!Stillness::Running.is_ordered() && !Stillness::FrozenFromAbove.is_ordered());
+    }
+
+    /// Of the unified hierarchy, which needs root.
+    #[test]
+    fn d03_a_container_stands_still_when_all_of_its_groups_do() {
+        struct Tree(std::path::PathBuf, Vec<std::process::Child>);
+        impl Tree {
+            fn write(&self, path: &str, text: &str) {
+                std::fs::write(self.0.join(path), text).unwrap();
+            }
+            fn start(&mut self, group: &str) {
+                std::fs::create_dir(self.0.join(group)).unwrap();
+                let child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+                self.write(&format!("{group}/cgroup.procs"), &child.id().to_string());
+                self.1.push(child);
+            }
+        }
+        impl Drop for Tree {
+            fn drop(&mut self) {
+                for group in ["one", "two"] {
+                    let _ = std::fs::write(self.0.join(group).join("cgroup.freeze"), "0");
+                }
+                for child in &mut self.1 {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+                for group in ["one", "two", ""] {
+                    let _ = std::fs::remove_dir(self.0.join(group));
+                }
+            }
+        }
+        let mountinfo = Handle::open(std::process::id()).unwrap().mountinfo().unwrap();
+        let mount = mount_of(&mountinfo, Hierarchy::Unified).expect("no cgroup2 is mounted");
+        let name = format!("driftd-test-freezer-{}", std::process::id());
+        let root = std::path::Path::new(std::str::from_utf8(&mount).unwrap()).join(&name);
+        std::fs::create_dir(&root).expect("making a control group needs root");
+        let mut tree = Tree(root, Vec::new());
+        tree.start("one");
+        let init = Handle::open(tree.1[0].id()).unwrap();
+        let own =
+            |path: &[u8]| path.starts_with(format!("/{name}/").as_bytes()).then(|| 1 + name.len());
+        let freezers = Freezers::of(&init, own).unwrap();
+        let until = |wanted| {
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while freezers.stillness().unwrap() != wanted {
+                assert!(std::time::Instant::now() < deadline, "{:?}", freezers.stillness());
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        };
+        assert_eq!(freezers.stillness().unwrap(), Stillness::Running);
+        tree.write("one/cgroup.freeze", "1");
+        until(Stillness::Frozen);
+        assert!(freezers.is_ordered().unwrap());
+        // Init stands still, and another process of the container runs.
+        tree.start("two");
+        assert_eq!(freezers.stillness().unwrap(), Stillness::Running);
+        assert!(freezers.is_ordered().unwrap());
+        freezers.thaw().unwrap();
+        assert!(!freezers.is_ordered().unwrap());
+        tree.write("cgroup.freeze", "1");
+        until(Stillness::Frozen);
+        freezers.thaw().unwrap();
+        until(Stillness::Running);
+        assert!(Freezers::of(&init, |_| None).is_err(), "no group is known to be its own");
     }
 
     #[test]
