@@ -2009,13 +2009,6 @@ fn a_response_is_kept_with_who_asked_and_why() {
     let done = node.run(&["respond", "kill", "web", "--reason", "  dropped a program "]);
     assert_eq!((done.code, done.talk.as_str()), (0, ""));
     assert_eq!(done.out, "kill default/web: done: as the script says\n");
-    let restarter = |arguments: &[&str]| {
-        let done = node.run(&[&["respond"], arguments, &["--reason", "x", "-o", "json"]].concat());
-        serde_json::from_str::<serde_json::Value>(&done.out).unwrap()["outcome"]["restarter"]
-            .clone()
-    };
-    assert_eq!(restarter(&["kill", "web"]), "restart_monitor", "d01");
-    assert_eq!(restarter(&["kill", "web", "--no-restart"]), serde_json::Value::Null, "d01");
     let failed = node.run(&["respond", "pause", "clean", "--reason", "x"]);
     assert_eq!(failed.code, 2);
     assert_eq!(failed.out, "pause default/clean: FAILED: as the script says\n");
@@ -2048,6 +2041,14 @@ fn a_response_is_kept_with_who_asked_and_why() {
     let shown = node.run(&["show", &id]).out;
     assert!(shown.contains("Response    kill done: as the script says ("), "{shown}");
     assert!(shown.contains("because dropped a program\n"), "{shown}");
+
+    let restarter = |arguments: &[&str]| {
+        let done = node.run(&[&["respond"], arguments, &["--reason", "x", "-o", "json"]].concat());
+        serde_json::from_str::<serde_json::Value>(&done.out).unwrap()["outcome"]["restarter"]
+            .clone()
+    };
+    assert_eq!(restarter(&["kill", "web"]), "restart_monitor", "d01");
+    assert_eq!(restarter(&["kill", "web", "--no-restart"]), serde_json::Value::Null, "d01");
 }
 
 // ---- following
