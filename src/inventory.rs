@@ -13,7 +13,7 @@ use crate::budget::{self, Account, Pool, Share, Waiting};
 use crate::model::finding::Subject;
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding, FindingId,
-    Incarnation, Kind, LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath,
+    Incarnation, Kind, LayerId, Member, NamedBy, Outcome, Process, ProcessIdentity, RootfsPath,
 };
 
 /// Package managers of one container whose descendants are recognised.
@@ -55,6 +55,8 @@ pub struct Entry {
     pub fresh: bool,
     /// What the settings have ordered for the run that there is.
     pub kill: Option<Kill>,
+    /// The last kill that was carried out, until the container is seen to run again.
+    pub killed: Option<Box<Killed>>,
     pub findings: HashMap<FindingId, Finding>,
     /// What these take.
     account: Account,
@@ -84,6 +86,14 @@ pub struct Kill {
     pub failures: u32,
     /// When it is ordered again.
     pub due: Option<Timestamp>,
+}
+
+/// A kill that was carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Killed {
+    pub incarnation: Incarnation,
+    pub finding: Option<FindingId>,
+    pub outcome: Outcome,
 }
 
 /// A container whose ID has been given to another one.
@@ -298,6 +308,7 @@ impl Entry {
     /// Another container has this ID now, of which nothing is known yet.
     pub fn replaced(&mut self) {
         self.run_ended();
+        self.killed = None;
         let before = self.former.take().map(|former| former.ended).unwrap_or_default();
         let mut ended: VecDeque<u32> = before.into_iter().chain(self.ended.drain(..)).collect();
         ended.drain(..ended.len().saturating_sub(MAX_ENDED));

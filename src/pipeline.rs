@@ -29,17 +29,17 @@ use crate::containerd::Change;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
-use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Told, WatchState};
+use crate::inventory::{BaselineState, Deed, Entry, Inventory, Kill, Killed, Told, WatchState};
 use crate::model::finding::{ContainerEvidence, SCHEMA, Subject, octal};
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, Content, Disposition, Expected, Fact,
     FileEvidence, FileState, FileType, Filesystem, Finding, FindingId, IdMap, ImageReference,
-    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, OverlayDirs, Probe, ProbeId,
-    Process, ProcessIdentity, RootfsPath, Script, Session, Severity, Source, bytes_of_printable,
-    capability_in_words,
+    Incarnation, Kind, LayerId, LowerTwin, Member, Observation, Outcome, OverlayDirs, Probe,
+    ProbeId, Process, ProcessIdentity, RootfsPath, Script, Session, Severity, Source,
+    bytes_of_printable, capability_in_words,
 };
 use crate::policy::Policy;
-use crate::respond::{Action, Order, Response, TOO_MANY};
+use crate::respond::{Action, Order, RESTART, Response, TOO_MANY};
 use crate::threads;
 use crate::watch::{self, Command, Report, Trust};
 
@@ -110,6 +110,7 @@ pub enum Question {
         action: Action,
         reason: String,
         requested_by: String,
+        no_restart: bool,
         reply: oneshot::Sender<Result<Response, LookupError>>,
     },
     /// Which one container a person means.
@@ -350,6 +351,14 @@ impl State {
         self.inventory.remember(findings);
     }
 
+    /// Takes in the last kill of a container or its restart, as the history tells it; after
+    /// its findings.
+    pub fn remember_kill(&mut self, last: &Response) {
+        if let Some(killed) = killed(last) {
+            self.inventory.entry(&last.container).killed = Some(Box::new(killed));
+        }
+    }
+
     /// Takes in what the history tells of one file of an aggregated finding.
     pub fn remember_member(&mut self, finding: FindingId, member: &Member) {
         self.inventory.remember_member(finding, member);
@@ -414,6 +423,7 @@ impl State {
                     effects.push(Effect::Watch(Command::Trust { container, trust }));
                 }
                 layers::tell_entry_point(&id, self.inventory.entry(&id), effects);
+                self.started_again(&id, now, effects);
             }
             Change::Container(container) => self.container_changed(*container, now, effects),
             Change::TaskExited { container } => self.task_exited(&container, now, effects),
@@ -519,6 +529,7 @@ impl State {
         if matches!(entry.baseline, BaselineState::Failed(..) | BaselineState::None(_)) {
             self.misses_baseline(&id, now);
         }
+        self.started_again(&id, now, effects);
     }
 
     fn task_exited(&mut self, id: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
@@ -1464,6 +1475,7 @@ impl State {
             requested_by: "setting respond.kill_on".into(),
             requested_at: now,
             finding: Some(kill.finding),
+            no_restart: false,
         };
         self.order(order, None, effects);
     }
@@ -1496,10 +1508,61 @@ impl State {
                 finding.revision += 1;
                 effects.push(Effect::record(finding));
             }
+            if let Some(killed) = killed(&response) {
+                entry.killed = Some(Box::new(killed));
+                let container = response.container.clone();
+                self.started_again(&container, now, effects);
+            }
         }
         if let Some((_, Some(asker))) = self.out.remove(&response.ticket) {
             let _ = asker.send(Ok(response));
         }
+    }
+
+    /// Records that a container runs again whose run was killed, if it does.
+    fn started_again(&mut self, id: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
+        let Some(entry) = self.inventory.get_mut(id) else { return };
+        let Some(incarnation) = entry.incarnation() else { return };
+        let Some(killed) =
+            entry.killed.take_if(|killed| !is_same_run(&killed.incarnation, &incarnation))
+        else {
+            return;
+        };
+        let Killed { incarnation: before, finding, outcome } = *killed;
+        let is_another = before
+            .created_at
+            .is_some_and(|created_at| incarnation.created_at.is_some_and(|is| is != created_at));
+        if is_another {
+            return;
+        }
+        let seconds = now.duration_since(outcome.at).as_secs_f64().max(0.0);
+        let message = format!(
+            "started again (pid {}), seen {seconds:.1} s after the kill; its files are those of \
+             before",
+            incarnation.pid
+        );
+        tracing::warn!(container = %id, "a killed container was {message}");
+        let by = match outcome.restarter {
+            Some(restarter) => format!("{restarter}, as was expected"),
+            None => "nothing that driftd knows of".to_owned(),
+        };
+        effects.push(Effect::Record(Record::Response(Box::new(Response {
+            ticket: 0,
+            container: id.clone(),
+            incarnation: Some(incarnation),
+            reason: format!("pid {} was killed", before.pid),
+            requested_by: by,
+            requested_at: outcome.at,
+            finding,
+            outcome: Outcome {
+                action: RESTART.to_owned(),
+                succeeded: true,
+                gone: false,
+                message,
+                restarter: outcome.restarter,
+                at: now,
+            },
+        }))));
     }
 
     /// When a kill that has failed is ordered again.
@@ -1588,7 +1651,15 @@ impl State {
                     }));
                 }
             },
-            Question::Respond { container, cause, action, reason, requested_by, reply } => {
+            Question::Respond {
+                container,
+                cause,
+                action,
+                reason,
+                requested_by,
+                no_restart,
+                reply,
+            } => {
                 let cause = cause.map(|cause| *cause);
                 match self.answerable(&container, cause.map(|(_, run)| run)) {
                     Err(err) => {
@@ -1604,6 +1675,7 @@ impl State {
                             requested_by,
                             requested_at: now,
                             finding: cause.map(|(finding, _)| finding),
+                            no_restart,
                         };
                         self.order(order, Some(reply), effects);
                     }
@@ -2286,6 +2358,14 @@ fn carry_out_all(
     true
 }
 
+/// A kill that was carried out, by its response.
+fn killed(response: &Response) -> Option<Killed> {
+    let Response { incarnation, finding, outcome, .. } = response;
+    let is_done = outcome.action == Action::Kill.name() && outcome.succeeded;
+    let incarnation = incarnation.filter(|_| is_done)?;
+    Some(Killed { incarnation, finding: *finding, outcome: outcome.clone() })
+}
+
 /// Reads what was told of a container that shows up, if it may have run before driftd
 /// was started. Of all that ever ran on a node, the history may hold more than fits.
 fn recall(state: &mut State, history: &Reader, change: &Change) -> Result<(), history::Error> {
@@ -2303,6 +2383,9 @@ fn recall(state: &mut State, history: &Reader, change: &Change) -> Result<(), hi
     state.remember(findings);
     for finding in together {
         history.each_member(finding, |member| state.remember_member(finding, &member))?;
+    }
+    if let Some(last) = history.last_kill(container)? {
+        state.remember_kill(&last);
     }
     Ok(())
 }

@@ -12,17 +12,22 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::{self, JoinSet};
 
-use crate::containerd::{Containerd, Error};
+use crate::containerd::{Containerd, Error, Killed};
 use crate::model::{ContainerId, FindingId, Incarnation, Outcome};
 
 /// How long one order may take before it has failed.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// The same for a pause: runtimes wait 10 s themselves for processes to stand still.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(20);
 /// The runtime must not be blocked by a crossbeam channel, and a response must
 /// not be dropped.
 const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 /// Orders for one container that may wait while one of its is carried out.
 const MOST_BEHIND: usize = 32;
+/// What the record is called that a killed container was started again. Nobody asked driftd
+/// for that.
+pub const RESTART: &str = "restart";
 /// What is said of an order for which there is no room.
 pub const TOO_MANY: &str = "too many responses wait to be carried out";
 
@@ -58,6 +63,8 @@ pub struct Order {
     pub requested_at: Timestamp,
     /// The finding that asked for it.
     pub finding: Option<FindingId>,
+    /// Of a kill: containerd's restart monitor is to leave the container stopped.
+    pub no_restart: bool,
 }
 
 impl Order {
@@ -76,7 +83,14 @@ impl Order {
             requested_by: self.requested_by.clone(),
             requested_at: self.requested_at,
             finding: self.finding,
-            outcome: Outcome { action, succeeded, gone, message, at: Timestamp::now() },
+            outcome: Outcome {
+                action,
+                succeeded,
+                gone,
+                message,
+                restarter: None,
+                at: Timestamp::now(),
+            },
         }
     }
 }
@@ -178,21 +192,28 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
 
 async fn carry_out(containerd: Containerd, order: Order) -> Response {
     let asked = async {
+        let Order { container, incarnation: meant, no_restart, .. } = &order;
+        let nobody = |message| Killed { message, restarter: None };
         match order.action {
-            Action::Kill => containerd.kill(&order.container, order.incarnation).await,
-            Action::Pause => containerd.pause(&order.container, order.incarnation).await,
-            Action::Resume => containerd.resume(&order.container, order.incarnation).await,
+            Action::Kill => containerd.kill(container, *meant, *no_restart).await,
+            Action::Pause => containerd.pause(container, *meant).await.map(nobody),
+            Action::Resume => containerd.resume(container, *meant).await.map(nobody),
         }
     };
-    let response = match tokio::time::timeout(DEADLINE, asked).await {
-        Ok(Ok(message)) => order.answered(true, false, message),
+    let deadline = if order.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
+    let response = match tokio::time::timeout(deadline, asked).await {
+        Ok(Ok(Killed { message, restarter })) => {
+            let mut response = order.answered(true, false, message);
+            response.outcome.restarter = restarter;
+            response
+        }
         Ok(Err(err @ (Error::Gone(_) | Error::UnknownContainer(_)))) => {
             order.answered(false, true, err.to_string())
         }
         Ok(Err(err)) => order.failed(err.to_string()),
         Err(_) => order.failed(format!(
             "containerd did not answer within {} s; the {} may still happen",
-            DEADLINE.as_secs(),
+            deadline.as_secs(),
             order.action.name()
         )),
     };
@@ -239,6 +260,7 @@ mod tests {
             requested_by: "uid 0 (pid 1)".into(),
             requested_at: Timestamp::UNIX_EPOCH,
             finding: None,
+            no_restart: false,
         }
     }
 

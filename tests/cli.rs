@@ -28,13 +28,13 @@ use driftd::history::{
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
     self, ChainId, Container, ContainerId, DiffId, EntryPoint, Exit, FileType, Finding, Format,
-    ImageReference, Incarnation, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, RootfsPath,
-    Session, SessionState, Severity, Task,
+    ImageReference, Incarnation, Kind, LayerId, ManifestDigest, Member, Outcome, Probe, Restarter,
+    RootfsPath, Session, SessionState, Severity, Task,
 };
 use driftd::pipeline::{
     ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
 };
-use driftd::respond::Response;
+use driftd::respond::{Action, Response};
 use jiff::{Timestamp, ToSpan as _};
 use tokio::sync::oneshot;
 
@@ -371,7 +371,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 Diff { incomplete: &*container.id == "half", differences, container }
             }));
         }
-        Question::Respond { container, cause, action, reason, requested_by, reply } => {
+        Question::Respond { container, cause, action, reason, requested_by, no_restart, reply } => {
             let _ = reply.send(lookup(&container).map(|container| {
                 let response = Response {
                     ticket: 1,
@@ -381,6 +381,8 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                         succeeded: &*container.id == "web",
                         gone: false,
                         message: "as the script says".into(),
+                        restarter: (action == Action::Kill && !no_restart)
+                            .then_some(Restarter::RestartMonitor),
                         at: Timestamp::now(),
                     },
                     container,
@@ -2039,6 +2041,14 @@ fn a_response_is_kept_with_who_asked_and_why() {
     let shown = node.run(&["show", &id]).out;
     assert!(shown.contains("Response    kill done: as the script says ("), "{shown}");
     assert!(shown.contains("because dropped a program\n"), "{shown}");
+
+    let restarter = |arguments: &[&str]| {
+        let done = node.run(&[&["respond"], arguments, &["--reason", "x", "-o", "json"]].concat());
+        serde_json::from_str::<serde_json::Value>(&done.out).unwrap()["outcome"]["restarter"]
+            .clone()
+    };
+    assert_eq!(restarter(&["kill", "web"]), "restart_monitor", "d01");
+    assert_eq!(restarter(&["kill", "web", "--no-restart"]), serde_json::Value::Null, "d01");
 }
 
 // ---- following

@@ -744,7 +744,7 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
             match what {
                 "pause" => containerd.pause(&container, meant).await,
                 "resume" => containerd.resume(&container, meant).await,
-                "kill" => containerd.kill(&container, meant).await,
+                "kill" => containerd.kill(&container, meant, false).await.map(|done| done.message),
                 other => panic!("{other}"),
             }
         })
@@ -762,8 +762,8 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
         let err = act(&driftd, what).unwrap_err();
         assert!(matches!(err, Error::Gone(_)), "{what}: {err:?}");
     }
-    let known_to_run = driftd.runtime.block_on(containerd.kill(&container, None)).unwrap();
-    assert_eq!(known_to_run, "it was not running: there was nothing to kill");
+    let known_to_run = driftd.runtime.block_on(containerd.kill(&container, None, false)).unwrap();
+    assert_eq!(known_to_run.message, "it was not running: there was nothing to kill");
     let err = driftd.runtime.block_on(containerd.pause(&container, None)).unwrap_err();
     assert_eq!(err.to_string(), "it is not running: there is nothing to pause");
 
@@ -858,23 +858,6 @@ fn an_exec_is_told_when_it_begins_and_how_it_ends() {
 }
 
 #[test]
-fn a_kill_says_when_the_container_will_come_back_as_it_was() {
-    let node = Node::started();
-    let image = TestImage::new("back", &[&[]]);
-    node.import(&image);
-    let mut driftd = Driftd::start(&node);
-    driftd.until_listed();
-    let id = unique("back");
-    node.run_with(&image, &id, &["--label", "containerd.io/restart.status=running"]);
-    driftd.until_container(&id, |container| container.task.is_some());
-    let told = driftd
-        .runtime
-        .block_on(driftd.containerd.kill(&default(&id), driftd.incarnation(&id)))
-        .unwrap();
-    assert!(told.contains("will start it again with the same files"), "{told}");
-}
-
-#[test]
 fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
     let node = Node::started();
     let image = TestImage::new("later", &[&[]]);
@@ -892,7 +875,9 @@ fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
                 .runtime
                 .block_on(async {
                     match what {
-                        "kill" => containerd.kill(&container, meant).await,
+                        "kill" => {
+                            containerd.kill(&container, meant, false).await.map(|done| done.message)
+                        }
                         "pause" => containerd.pause(&container, meant).await,
                         _ => containerd.resume(&container, meant).await,
                     }
@@ -928,8 +913,8 @@ fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
     let paused = driftd.runtime.block_on(driftd.containerd.pause(&default(&id), Some(now)));
     assert_eq!(paused.unwrap(), format!("paused (pid {})", now.pid), "it was left alone");
     // What is frozen is killed all the same.
-    let killed = driftd.runtime.block_on(driftd.containerd.kill(&default(&id), Some(now)));
-    assert_eq!(killed.unwrap(), format!("killed (pid {})", now.pid));
+    let killed = driftd.runtime.block_on(driftd.containerd.kill(&default(&id), Some(now), false));
+    assert_eq!(killed.unwrap().message, format!("killed (pid {})", now.pid));
 }
 
 #[test]
@@ -981,7 +966,8 @@ fn a_socket_that_appears_later_is_waited_for() {
     let mut driftd = Driftd::start(&node);
     let reason = driftd.until_disconnected();
     assert!(reason.starts_with("cannot reach containerd at "), "{reason}");
-    let err = driftd.runtime.block_on(driftd.containerd.kill(&default("c"), None)).unwrap_err();
+    let err =
+        driftd.runtime.block_on(driftd.containerd.kill(&default("c"), None, false)).unwrap_err();
     assert!(matches!(err, Error::NotConnected { .. }), "{err:?}");
     // Several tries later it was told once.
     std::thread::sleep(Duration::from_millis(500));

@@ -16,7 +16,7 @@ use driftd::history::{
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
     self, Blake3Hash, ContainerId, Finding, FindingId, Incarnation, Kind, Member, Outcome, Probe,
-    RootfsPath, Session, SessionId, SessionState, Severity,
+    Restarter, RootfsPath, Session, SessionId, SessionState, Severity,
 };
 use driftd::respond::Response;
 use jiff::{Timestamp, ToSpan as _};
@@ -132,6 +132,7 @@ fn response(container: &ContainerId) -> Response {
             succeeded: true,
             gone: false,
             message: "killed".into(),
+            restarter: None,
             at: Timestamp::now(),
         },
     }
@@ -183,6 +184,34 @@ fn what_was_written_is_read_back_whole() {
     };
     assert_eq!(mode("history.db"), 0o600);
     assert_eq!(mode("history.db-wal"), 0o600);
+}
+
+#[test]
+fn d01_the_last_kill_of_a_container_is_found_or_its_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let container = id_of(&sample()).clone();
+    let last = || writer.reader().last_kill(&container).unwrap();
+    assert_eq!(last(), None);
+    let answer = |action: &str, succeeded| {
+        let mut response = response(&container);
+        (response.outcome.action, response.outcome.succeeded) = (action.into(), succeeded);
+        response.outcome.restarter = Some(Restarter::Docker);
+        response
+    };
+    let (killed, restart) = (answer("kill", true), answer("restart", true));
+    let of_another = response(&ContainerId::new("elsewhere", &container.id));
+    let keep = |one: &Response| {
+        write(&writer, vec![Record::Response(Box::new(one.clone()))]);
+    };
+    for one in [&killed, &answer("kill", false), &answer("pause", true), &of_another] {
+        keep(one);
+        assert_eq!(last().as_ref(), Some(&killed));
+    }
+    keep(&restart);
+    assert_eq!(last(), Some(restart));
+    keep(&killed);
+    assert_eq!(last(), Some(killed));
 }
 
 #[test]

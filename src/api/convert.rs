@@ -13,8 +13,8 @@ use crate::model::session::{COMMAND_SCHEMA, PROBE_SCHEMA, SESSION_SCHEMA};
 use crate::model::{
     self, Ancestor, Attack, Command, ContainerId, Entry, Exit, Expected, FileEvidence, FileType,
     Finding, Format, ImageReference, Incarnation, Interactive, Labels, Login, Member, Outcome, Pod,
-    Probe, ProbeSource, Process, ProcessIdentity, RootfsPath, Session, SessionState, Severity,
-    Verdict,
+    Probe, ProbeSource, Process, ProcessIdentity, Restarter, RootfsPath, Session, SessionState,
+    Severity, Verdict,
 };
 use crate::pipeline::{ContainerView, Diff, Difference, DifferenceKind, EndpointView};
 use crate::respond::{Action, Response};
@@ -329,12 +329,25 @@ pub fn outcome_to_proto(outcome: Outcome) -> proto::Outcome {
         succeeded: outcome.succeeded,
         gone: outcome.gone,
         message: outcome.message,
+        restarter: match outcome.restarter {
+            None => proto::Restarter::Unspecified,
+            Some(Restarter::RestartMonitor) => proto::Restarter::RestartMonitor,
+            Some(Restarter::Docker) => proto::Restarter::Docker,
+            Some(Restarter::Kubelet) => proto::Restarter::Kubelet,
+        }
+        .into(),
         at: Some(time_to_proto(outcome.at)),
     }
 }
 
 pub fn outcome_from_proto(outcome: proto::Outcome) -> Result<Outcome, Malformed> {
     Ok(Outcome {
+        restarter: match outcome.restarter() {
+            proto::Restarter::Unspecified => None,
+            proto::Restarter::RestartMonitor => Some(Restarter::RestartMonitor),
+            proto::Restarter::Docker => Some(Restarter::Docker),
+            proto::Restarter::Kubelet => Some(Restarter::Kubelet),
+        },
         action: outcome.action,
         succeeded: outcome.succeeded,
         gone: outcome.gone,
@@ -958,6 +971,7 @@ mod tests {
             succeeded: false,
             gone: true,
             message: "no such task".into(),
+            restarter: None,
             at: Timestamp::new(-1, -5).unwrap(),
         });
         answered.story = Some(answered.id);
@@ -1098,6 +1112,7 @@ mod tests {
                     succeeded: true,
                     gone: false,
                     message: "killed".into(),
+                    restarter: None,
                     at,
                 },
             })));

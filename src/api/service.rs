@@ -891,6 +891,10 @@ impl DriftService for Service {
                 "a response needs a reason, of at most {MAX_REASON} bytes: it is kept in the history"
             )));
         }
+        let no_restart = request.no_restart;
+        if no_restart && action != respond::Action::Kill {
+            return Err(Status::invalid_argument("only a kill can be without a restart"));
+        }
         let (container, cause) = self.target(request.container, request.finding).await?;
         let response = self
             .ask(|reply| Question::Respond {
@@ -899,6 +903,7 @@ impl DriftService for Service {
                 action,
                 reason,
                 requested_by,
+                no_restart,
                 reply,
             })
             .await?

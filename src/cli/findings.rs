@@ -507,6 +507,7 @@ pub(super) mod tests {
             succeeded: false,
             gone: false,
             message: "no such task".into(),
+            restarter: None,
             at: hostile.last_seen,
         });
         vec![sample(), session, hostile]

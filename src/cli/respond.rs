@@ -15,7 +15,14 @@ use crate::respond::Action;
 #[derive(Debug, Subcommand)]
 pub(super) enum Respond {
     /// Kill every process of a container
-    Kill(Target),
+    Kill {
+        #[command(flatten)]
+        target: Target,
+        /// Set the label containerd.io/restart.status=stopped first, if the restart monitor
+        /// of containerd would start the container again
+        #[arg(long)]
+        no_restart: bool,
+    },
     /// Freeze a container, so that nothing in it runs
     Pause(Target),
     /// Thaw a paused container
@@ -48,16 +55,17 @@ struct ResponseJson {
 
 impl Respond {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        let (action, target) = match self {
-            Respond::Kill(target) => (Action::Kill, target),
-            Respond::Pause(target) => (Action::Pause, target),
-            Respond::Resume(target) => (Action::Resume, target),
+        let (action, target, no_restart) = match self {
+            Respond::Kill { target, no_restart } => (Action::Kill, target, no_restart),
+            Respond::Pause(target) => (Action::Pause, target, false),
+            Respond::Resume(target) => (Action::Resume, target, false),
         };
         let request = proto::RespondRequest {
             container: target.container.unwrap_or_default(),
             finding: target.finding.unwrap_or_default(),
             action: convert::action_to_proto(action).into(),
             reason: target.reason.clone(),
+            no_restart,
         };
         let response = talk(socket, |mut client| async move {
             Ok(client.respond(request).await.map_err(explain)?.into_inner())

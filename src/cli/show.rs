@@ -361,6 +361,7 @@ mod tests {
                 succeeded: true,
                 gone: false,
                 message: "killed (pid 4100, exit status 137)".into(),
+                restarter: None,
                 at: now,
             })),
             reason: "who is\x1b[2J this".into(),

@@ -294,6 +294,7 @@ mod tests {
                 succeeded: false,
                 gone: false,
                 message: evil.clone(),
+                restarter: None,
                 at,
             },
         };

@@ -76,9 +76,7 @@ impl Connection {
     }
 
     pub(super) async fn version(&self, deadline: Duration) -> Result<VersionResponse, Status> {
-        let headers = Headers { namespace: None, lease: None, deadline: Some(deadline) };
-        let mut client = VersionClient::with_interceptor(self.channel.clone(), headers);
-        Ok(client.version(()).await?.into_inner())
+        version(self.channel.clone(), deadline).await
     }
 
     /// The names of all containerd namespaces.
@@ -117,6 +115,12 @@ impl Connection {
     }
 }
 
+async fn version(channel: Channel, deadline: Duration) -> Result<VersionResponse, Status> {
+    let headers = Headers { namespace: None, lease: None, deadline: Some(deadline) };
+    let mut client = VersionClient::with_interceptor(channel, headers);
+    Ok(client.version(()).await?.into_inner())
+}
+
 /// A connection looking at one containerd namespace.
 #[derive(Clone, Debug)]
 pub(super) struct Namespace {
@@ -143,6 +147,11 @@ impl Namespace {
     client!(leases, LeasesClient);
     client!(snapshots, SnapshotsClient);
     client!(tasks, TasksClient);
+
+    /// Of the containerd that has this namespace.
+    pub(super) async fn version(&self, deadline: Duration) -> Result<VersionResponse, Status> {
+        version(self.channel.clone(), deadline).await
+    }
 
     /// The same namespace, for streams that take as long as their reader takes.
     pub(super) fn without_deadline(mut self) -> Namespace {

@@ -1,12 +1,13 @@
 //! Containers: a record, and the layers its active snapshot stands on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use containerd_client::services::v1::{
-    Container as Record, GetContainerRequest, ListContainersRequest,
+    Container as Record, GetContainerRequest, ListContainersRequest, UpdateContainerRequest,
 };
 use jiff::Timestamp;
+use prost_types::FieldMask;
 use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
@@ -37,6 +38,20 @@ pub(super) async fn get(namespace: &Namespace, id: &str) -> Result<Option<Record
     let request = GetContainerRequest { id: id.into() };
     let answer = found(namespace.containers().get(request).await)?;
     Ok(answer.and_then(|response| response.into_inner().container))
+}
+
+/// Sets one label of a container and leaves all else as it is.
+pub(super) async fn set_label(
+    namespace: &Namespace,
+    id: &str,
+    name: &str,
+    value: &str,
+) -> Result<(), Status> {
+    let labels = HashMap::from([(name.to_owned(), value.to_owned())]);
+    let container = Some(Record { id: id.into(), labels, ..Record::default() });
+    let update_mask = Some(FieldMask { paths: vec![format!("labels.{name}")] });
+    let request = UpdateContainerRequest { container, update_mask };
+    namespace.containers().update(request).await.map(drop)
 }
 
 /// When the record was made: it tells a container from a later one of the same ID.
@@ -129,7 +144,7 @@ fn health_check(
 
 /// Whether Docker made this container. An image's label alone does not make it
 /// Docker's.
-fn is_dockers(record: &Record) -> bool {
+pub(super) fn is_dockers(record: &Record) -> bool {
     record.snapshotter.is_empty() && docker::made(&record.labels)
 }
 

@@ -13,7 +13,7 @@
 //!             /overlay2/l/<short name> -> ../<cache ID>/diff
 //!             /image/overlay2/layerdb/mounts/<container>/parent  the topmost chain ID
 //!             /image/overlay2/layerdb/sha256/<chain ID>/{cache-id,diff,parent}
-//!             /containers/<container>/config.v2.json
+//!             /containers/<container>/{config.v2,hostconfig}.json
 //! ```
 
 use std::ffi::OsStr;
@@ -259,6 +259,35 @@ pub(super) fn settings(id: &str, rootfs: &Path) -> Option<Settings> {
     Some(Settings { image, health_check })
 }
 
+/// The restart policy of the container `id`: its name, empty for none. Blocks.
+pub(super) fn restart_policy(id: &str, rootfs: &Path) -> Option<String> {
+    is_name(id).then_some(())?;
+    let directory = data_root(rootfs)?.join("containers").join(id);
+    policy_in(&read(&directory.join("hostconfig.json"), CONFIG_LIMIT).ok()?)
+}
+
+fn policy_in(text: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Host {
+        restart_policy: Policy,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Policy {
+        name: String,
+        #[serde(default)]
+        maximum_retry_count: u32,
+    }
+    let Policy { name, maximum_retry_count } =
+        serde_json::from_str::<Host>(text).ok()?.restart_policy;
+    let policy = match maximum_retry_count {
+        0 => name,
+        most => format!("{name}:{most}"),
+    };
+    Some(policy).filter(|policy| policy.len() <= 64)
+}
+
 /// `<data root>` of `<data root>/overlay2/<mount ID>/merged` and of the image
 /// store's `<data root>/rootfs/<snapshotter>/<container>`.
 fn data_root(rootfs: &Path) -> Option<&Path> {
@@ -324,6 +353,36 @@ mod tests {
     use super::*;
 
     const CONTAINER: &str = "c0";
+
+    #[test]
+    fn d01_dockers_restart_policy_is_read() {
+        let long = "x".repeat(100);
+        let of = |name: &str, most: u32| {
+            format!(
+                r#"{{"Binds":null,"RestartPolicy":{{"Name":"{name}","MaximumRetryCount":{most}}}}}"#
+            )
+        };
+        for (text, expected) in [
+            (of("always", 0), Some("always")),
+            (of("on-failure", 5), Some("on-failure:5")),
+            (of("no", 0), Some("no")),
+            (of("", 0), Some("")),
+            (r#"{"RestartPolicy":{"Name":"always"}}"#.to_owned(), Some("always")),
+            ("{}".to_owned(), None),
+            (of(&long, 0), None),
+        ] {
+            assert_eq!(policy_in(&text).as_deref(), expected, "{text}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("containers").join(CONTAINER);
+        std::fs::create_dir_all(&place).unwrap();
+        std::fs::write(place.join("hostconfig.json"), of("always", 0)).unwrap();
+        let read = |id, root: &str| restart_policy(id, &directory.path().join(root));
+        for root in ["overlay2/abc/merged", "rootfs/overlayfs/c0"] {
+            assert_eq!(read(CONTAINER, root).as_deref(), Some("always"));
+        }
+        assert_eq!(read("../containers/c0", "rootfs/overlayfs/c0"), None);
+    }
 
     /// A data root with one container on two layers.
     fn data_root_of_one() -> (tempfile::TempDir, PathBuf, Vec<DiffId>) {

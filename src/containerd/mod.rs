@@ -44,6 +44,7 @@ mod images;
 mod manifests;
 mod outbox;
 mod probes;
+mod restarts;
 mod snapshots;
 mod spec;
 mod tasks;
@@ -62,7 +63,7 @@ use crate::baseline::{ImageName, Job, Progress, Proof, Recorded, Recorder};
 use crate::config;
 use crate::health::Health;
 use crate::model::{
-    ChainId, Container, ContainerId, Exit, Incarnation, LayerId, OverlayDirs, printable,
+    ChainId, Container, ContainerId, Exit, Incarnation, LayerId, OverlayDirs, Restarter, printable,
 };
 
 /// One change on the node. containerd replays nothing, so after every
@@ -199,6 +200,15 @@ pub enum Error {
     Unresolvable { name: String, digest: String, reason: String },
 }
 
+/// What came of a kill.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Killed {
+    /// What happened and what follows, in words.
+    pub message: String,
+    /// What starts the container again, or may.
+    pub restarter: Option<Restarter>,
+}
+
 /// The containerds of this node. Clones are handles to the same.
 #[derive(Clone)]
 pub struct Containerd {
@@ -259,15 +269,17 @@ impl Containerd {
         self.following.iter().for_each(AbortHandle::abort);
     }
 
-    /// Kills all processes of one run of a container; what happened, in words. `None`
-    /// stands for a container of which no run is known.
+    /// Kills all processes of one run of a container. `None` stands for a container of
+    /// which no run is known. With `no_restart` containerd's restart monitor is told first
+    /// to leave it stopped, if it would start it again.
     pub async fn kill(
         &self,
         container: &ContainerId,
         meant: Option<Incarnation>,
-    ) -> Result<String, Error> {
+        no_restart: bool,
+    ) -> Result<Killed, Error> {
         let (endpoint, namespace) = self.find(container).await?;
-        let outcome = tasks::kill(&namespace, &container.id, meant).await;
+        let outcome = tasks::kill(&namespace, &container.id, meant, no_restart).await;
         outcome.map_err(|refused| endpoint.not_answered(refused))
     }
 

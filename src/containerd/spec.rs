@@ -25,6 +25,8 @@ pub(super) struct Spec {
     pub(super) entry_point: EntryPoint,
     /// Those of the CRI plugin.
     pub(super) annotations: BTreeMap<String, String>,
+    /// Where its control group is to be: a path, or `SLICE:PREFIX:NAME` for systemd.
+    pub(super) cgroups_path: Option<String>,
 }
 
 impl Spec {
@@ -59,6 +61,8 @@ impl Spec {
         #[serde(rename_all = "camelCase")]
         struct Linux {
             #[serde(default)]
+            cgroups_path: Option<String>,
+            #[serde(default)]
             uid_mappings: Option<Vec<Mapping>>,
             #[serde(default)]
             gid_mappings: Option<Vec<Mapping>>,
@@ -77,7 +81,9 @@ impl Spec {
                 |Mapping { container, host, size }| IdRange { container, host, count: size };
             mappings.unwrap_or_default().into_iter().map(range).collect()
         };
-        let id_map = document.linux.and_then(|linux| {
+        let mut linux = document.linux;
+        let cgroups_path = linux.as_mut().and_then(|linux| linux.cgroups_path.take());
+        let id_map = linux.and_then(|linux| {
             let map = IdMap { uids: ranges(linux.uid_mappings), gids: ranges(linux.gid_mappings) };
             (!map.uids.is_empty() || !map.gids.is_empty()).then_some(map)
         });
@@ -100,7 +106,37 @@ impl Spec {
         });
         let mut annotations = document.annotations.unwrap_or_default();
         annotations.retain(|name, _| name.starts_with("io.kubernetes.cri."));
-        Spec { root, id_map, entry_point: entry_point.unwrap_or_default(), annotations }
+        let entry_point = entry_point.unwrap_or_default();
+        Spec { root, id_map, entry_point, annotations, cgroups_path }
+    }
+
+    /// How long the path of the container's own control group is in `path`, in which its
+    /// init is. `None` if that is not below it: then it is not known which group is its own.
+    pub(super) fn own_cgroup(&self, id: &str, path: &[u8]) -> Option<usize> {
+        let asked = self.cgroups_path.as_deref().unwrap_or_default();
+        let mut of_systemd = asked.split(':');
+        let scope = match (of_systemd.next(), of_systemd.next(), of_systemd.next()) {
+            (_, Some(_), Some(name)) if name.ends_with(".slice") => Some(name.to_owned()),
+            (_, Some(prefix), Some(name)) => Some(format!("{prefix}-{name}.scope")),
+            _ => None,
+        };
+        let own = scope.as_deref().unwrap_or(if asked.is_empty() { id } else { asked });
+        let own: Vec<&[u8]> =
+            own.as_bytes().split(|&byte| byte == b'/').filter(|name| !name.is_empty()).collect();
+        if own.is_empty() || own.iter().any(|name| [&b"."[..], b".."].contains(name)) {
+            return None;
+        }
+        // The outermost: below it, the container may choose names.
+        let mut names: Vec<&[u8]> = Vec::new();
+        let mut end = 0;
+        for name in path.strip_prefix(b"/")?.split(|&byte| byte == b'/') {
+            names.push(name);
+            end += 1 + name.len();
+            if names.ends_with(&own) {
+                return Some(end);
+            }
+        }
+        None
     }
 }
 
@@ -153,6 +189,44 @@ mod tests {
                 ..Spec::default()
             }
         );
+    }
+
+    #[test]
+    fn d03_a_containers_own_control_group_is_the_one_that_was_asked_for() {
+        let own = |asked: &str, path: &str| {
+            let json = serde_json::json!({ "linux": { "cgroupsPath": asked } }).to_string();
+            let spec = Spec::parse(json.as_bytes());
+            spec.own_cgroup("web", path.as_bytes()).map(|end| path[..end].to_owned())
+        };
+        for (asked, path, expected) in [
+            ("/default/web", "/default/web", Some("/default/web")),
+            ("/default/web", "/default/web/init.scope", Some("/default/web")),
+            // The container makes groups below its own, and chooses their names.
+            ("/default/web", "/default/web/default/web", Some("/default/web")),
+            // A namespace and a container of one name.
+            ("/web/web", "/web/web/x", Some("/web/web")),
+            ("/web/web", "/web/x", None),
+            // A node within a container.
+            ("/default/web", "/docker/4711/default/web", Some("/docker/4711/default/web")),
+            (
+                "kube.slice:cri:web",
+                "/kube.slice/cri-web.scope/a",
+                Some("/kube.slice/cri-web.scope"),
+            ),
+            ("kube.slice::one.slice", "/kube.slice/one.slice", Some("/kube.slice/one.slice")),
+            ("kube.slice:cri:web", "/kube.slice/cri-other.scope", None),
+            ("", "/web", Some("/web")),
+            ("/default/web", "/default/webs", None),
+            ("/default/web", "/default", None),
+            ("/default/web", "/", None),
+            ("/default/web", "/../default/web", Some("/../default/web")),
+            ("/..", "/a/..", None),
+            ("/", "/a", None),
+            ("::", "/-.scope", Some("/-.scope")),
+        ] {
+            assert_eq!(own(asked, path).as_deref(), expected, "{asked} in {path}");
+        }
+        assert_eq!(Spec::default().own_cgroup("web", b"/x/web"), Some(6));
     }
 
     #[test]
@@ -216,6 +290,8 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_bytes_make_the_readers_panic(bytes: Vec<u8>, name: String) {
+            let spec = Spec { cgroups_path: Some(name.clone()), ..Spec::default() };
+            let _ = spec.own_cgroup(&name, &bytes);
             let _ = (Spec::parse(&bytes), own_kernel(&name, &bytes));
         }
     }

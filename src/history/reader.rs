@@ -21,7 +21,7 @@ use crate::model::{
     Command, ContainerId, Finding, FindingId, Kind, Labels, Member, Probe, RootfsPath, Session,
     SessionId, SessionState, Severity,
 };
-use crate::respond::Response;
+use crate::respond::{RESTART, Response};
 
 /// Idle connections that are kept for the next question.
 const IDLE: usize = 8;
@@ -687,6 +687,31 @@ impl Reader {
                 }
             }
             Ok(responses)
+        })
+    }
+
+    /// The last response to a container that was a kill which was carried out, or told that
+    /// the container was started again after one.
+    pub fn last_kill(&self, container: &ContainerId) -> Result<Option<Response>, Error> {
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT json FROM record
+                     WHERE type = 'response' AND container = ? AND namespace = ?
+                         AND json ->> '$.outcome.succeeded'
+                         AND json ->> '$.outcome.action' IN ('kill', ?)
+                     ORDER BY seq DESC LIMIT 1",
+                )
+                .map_err(&failed)?;
+            let mut rows = query
+                .query(params![&*container.id, &*container.namespace, RESTART])
+                .map_err(&failed)?;
+            let Some(row) = rows.next().map_err(&failed)? else { return Ok(None) };
+            Ok(match json::record(row, "response", 0, &self.path)? {
+                Record::Response(response) => Some(*response),
+                _ => None,
+            })
         })
     }
 

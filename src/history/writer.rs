@@ -1457,6 +1457,7 @@ mod tests {
                     succeeded: true,
                     gone: false,
                     message: "killed".into(),
+                    restarter: None,
                     at: Timestamp::from_second(number).unwrap(),
                 },
             }))

@@ -468,7 +468,8 @@ pub struct Verdict {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// `kill`, `pause` or `resume`.
+    /// `kill`, `pause` or `resume`; `restart` of what nobody asked driftd for: a killed
+    /// container was started again.
     pub action: String,
     pub succeeded: bool,
     /// The run of the container that was meant is over: nothing was done.
@@ -476,7 +477,33 @@ pub struct Outcome {
     pub gone: bool,
     /// What happened, in words; the error if it failed.
     pub message: String,
+    /// What is expected to start the killed container again, or has started it; null if
+    /// nothing is known to.
+    #[serde(default)]
+    pub restarter: Option<Restarter>,
     pub at: Timestamp,
+}
+
+/// What starts a killed container again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Restarter {
+    /// containerd's, in the same container.
+    RestartMonitor,
+    /// In the same container.
+    Docker,
+    /// Another container in its place.
+    Kubelet,
+}
+
+impl fmt::Display for Restarter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Restarter::RestartMonitor => "containerd's restart monitor",
+            Restarter::Docker => "Docker",
+            Restarter::Kubelet => "the kubelet",
+        })
+    }
 }
 
 /// `mode` as JSON and tables show it.

@@ -23,7 +23,7 @@ pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
 pub use finding::{
     Attack, Disposition, Expected, FileEvidence, Finding, FindingId, Kind, Member, Outcome,
-    Severity, Verdict,
+    Restarter, Severity, Verdict,
 };
 pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};

@@ -7,7 +7,7 @@ use crate::history::MemberChange;
 use crate::model::{
     self, Ancestor, DeclaredProbe, DiffId, Entry as By, EntryPoint, Exit, FileTime, FileType,
     Format, IdRange, ImageReference, Interactive, Layer, LayerFile, LayerId, Opening, OverlayDirs,
-    ProbeSource, ProcessIdentity, Run, SessionState, Sha256Hash, Task,
+    ProbeSource, ProcessIdentity, Restarter, Run, SessionState, Sha256Hash, Task,
 };
 use crate::watch::Verdict;
 
@@ -1007,6 +1007,103 @@ fn h10_a_run_that_is_gone_is_not_tried_again_and_a_clock_that_is_set_back_delays
     assert!(node.orders.is_empty());
 }
 
+/// The actions of the recorded responses, and the inits of their runs.
+fn recorded(node: &Node) -> Vec<(&str, u32)> {
+    let named = |one: &Response| one.incarnation.unwrap().pid;
+    node.responses.iter().map(|one| (&*one.outcome.action, named(one))).collect()
+}
+
+/// Carries out the one kill that is ordered.
+fn kill(node: &mut Node, succeeded: bool) {
+    let order = node.orders.remove(0);
+    let Input::Responded(mut response) = became(&order, succeeded, false) else { unreachable!() };
+    response.outcome.restarter = Some(Restarter::RestartMonitor);
+    response.outcome.at = Timestamp::from_second(node.clock).unwrap();
+    node.give(Input::Responded(response));
+}
+
+fn runs_with(node: &mut Node, pid: u32) {
+    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(pid))))));
+}
+
+#[test]
+fn d01_a_killed_container_that_runs_again_is_recorded_once_with_what_was_to_start_it() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, true);
+    runs_with(&mut node, 7);
+    assert_eq!(recorded(&node), [("kill", 7)], "it is still that run");
+    node.play("stop c1");
+    assert_eq!(recorded(&node), [("kill", 7)]);
+    node.clock += 3;
+    runs_with(&mut node, 8);
+    runs_with(&mut node, 8);
+    node.play("stop c1");
+    runs_with(&mut node, 9);
+    assert_eq!(recorded(&node), [("kill", 7), ("restart", 8)]);
+    let [kill, restart] = &node.responses[..] else { unreachable!() };
+    assert_eq!(restart.finding, kill.finding);
+    assert_eq!(restart.requested_by, "containerd's restart monitor, as was expected");
+    assert_eq!(restart.outcome.restarter, Some(Restarter::RestartMonitor));
+    let message = &restart.outcome.message;
+    assert!(message.starts_with("started again (pid 8), seen 7.0 s after the kill"), "{message}");
+    let last = node.told.last().unwrap().outcome.as_ref().unwrap();
+    assert_eq!(last.action, "kill", "what driftd did stays the finding's outcome");
+}
+
+#[test]
+fn d01_a_restart_that_is_quicker_than_the_response_is_recorded_too() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil\nstop c1");
+    let change = Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None };
+    node.give(Input::Node(change));
+    kill(&mut node, true);
+    assert_eq!(recorded(&node), [("kill", 7), ("restart", 8)]);
+}
+
+#[test]
+fn d01_what_was_not_killed_or_is_another_container_has_not_started_again() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, false);
+    node.play("stop c1");
+    runs_with(&mut node, 8);
+    assert_eq!(recorded(&node), [("kill", 7)], "it ended by itself");
+
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, true);
+    node.play("stop c1\nremove c1");
+    runs_with(&mut node, 8);
+    assert_eq!(recorded(&node), [("kill", 7)], "another one has its ID");
+
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, true);
+    node.play("stop c1");
+    let created_at = Some(Timestamp::from_second(5).unwrap());
+    let other = Container { created_at, ..container("c1", Some(8)) };
+    node.give(Input::Node(Change::Container(Box::new(other))));
+    assert_eq!(recorded(&node), [("kill", 7)], "another one has its ID");
+}
+
+#[test]
+fn d01_a_restart_while_driftd_is_stopped_is_recorded_by_the_next_one() {
+    let mut before = killing(&[Kind::ExecNew]);
+    before.play("exec c1 /tmp/x evil");
+    kill(&mut before, true);
+    let killed = before.responses.remove(0);
+    let mut after = Node::new(Respond::default(), Vec::new());
+    after.state.remember_kill(&killed);
+    runs_with(&mut after, 8);
+    assert_eq!(recorded(&after), [("restart", 8)]);
+    let restart = after.responses.remove(0);
+    let mut later = Node::new(Respond::default(), Vec::new());
+    later.state.remember_kill(&restart);
+    runs_with(&mut later, 9);
+    assert_eq!(recorded(&later), [], "it was recorded before");
+}
+
 #[test]
 fn u08_settings_that_were_read_again_decide_from_then_on_and_verdicts_name_them() {
     let mut node = killing(&[]);
@@ -1144,6 +1241,7 @@ impl Node {
             action: Action::Pause,
             reason: "a test".into(),
             requested_by: "uid 0".into(),
+            no_restart: false,
             reply,
         }));
         answered

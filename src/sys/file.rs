@@ -145,7 +145,7 @@ pub fn open_directory(path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
 
 /// The one way to open what a container may have put there: below `directory`,
 /// through no symlink of any kind, onto no other mount.
-fn beneath(directory: impl AsFd, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+pub(super) fn beneath(directory: impl AsFd, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH
         | ResolveFlags::NO_SYMLINKS
         | ResolveFlags::NO_MAGICLINKS

@@ -15,6 +15,7 @@ pub mod door;
 pub mod errand;
 pub mod fanotify;
 pub mod file;
+pub mod freezer;
 pub mod handle;
 pub mod hash;
 pub mod lease;

@@ -348,9 +348,14 @@ impl Handle {
             .is_ok_and(|root| identity(Path::new("/")).is_ok_and(|host| host == root))
     }
 
+    /// Its control groups, a line for each hierarchy.
+    pub(super) fn groups(&self) -> io::Result<Vec<u8>> {
+        self.read("cgroup", 64 * 1024)
+    }
+
     /// The path of its control group in the unified hierarchy, as the host sees it.
     pub fn cgroup(&self) -> io::Result<Vec<u8>> {
-        let groups = self.read("cgroup", 64 * 1024)?;
+        let groups = self.groups()?;
         groups
             .split(|&byte| byte == b'\n')
             .find_map(|line| line.strip_prefix(b"0::"))
@@ -374,10 +379,11 @@ impl Handle {
         use std::os::unix::ffi::OsStrExt as _;
         use std::os::unix::fs::MetadataExt as _;
         // Both are the host's words, not the container's.
-        let groups = self.read("cgroup", 64 * 1024).ok()?;
+        let groups = self.groups().ok()?;
         let (is_unified, path) = perf_cgroup_path(&groups)?;
         let mountinfo = Handle::open(std::process::id()).ok()?.mountinfo().ok()?;
-        let mut directory = perf_hierarchy(&mountinfo, is_unified)?;
+        let controller = (!is_unified).then_some(&b"perf_event"[..]);
+        let mut directory = hierarchy_mount(&mountinfo, controller)?;
         directory.extend(&path);
         std::fs::metadata(std::ffi::OsStr::from_bytes(&directory)).ok().map(|found| found.ino())
     }
@@ -823,19 +829,21 @@ fn perf_cgroup_path(groups: &[u8]) -> Option<(bool, Vec<u8>)> {
     found.filter(|(_, path)| path.len() > 1)
 }
 
-/// Where perf's hierarchy is mounted as a whole.
-fn perf_hierarchy(mountinfo: &[u8], is_unified: bool) -> Option<Vec<u8>> {
+/// Where the hierarchy of a controller of cgroup v1, or else the unified one, is mounted as
+/// a whole.
+pub(super) fn hierarchy_mount(mountinfo: &[u8], controller: Option<&[u8]>) -> Option<Vec<u8>> {
     mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
         let words: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
         let separator = words.iter().position(|word| *word == b"-")?;
         let (root, mount_point) = (words.get(3)?, words.get(4)?);
         let kind = *words.get(separator + 1)?;
         let options = words.get(separator + 3)?;
-        let is_it = if is_unified {
-            kind == b"cgroup2"
-        } else {
-            kind == b"cgroup"
-                && options.split(|&byte| byte == b',').any(|option| option == b"perf_event")
+        let is_it = match controller {
+            None => kind == b"cgroup2",
+            Some(controller) => {
+                kind == b"cgroup"
+                    && options.split(|&byte| byte == b',').any(|option| option == controller)
+            }
         };
         (is_it && *root == b"/").then(|| mount_point.to_vec())
     })
@@ -944,9 +952,12 @@ mod tests {
         assert_eq!(perf_cgroup_path(b"0::/\n"), None);
         let mountinfo = b"41 31 0:38 / /sys/fs/cgroup rw shared:1 - cgroup2 cgroup2 rw\n\
             42 31 0:39 / /sys/fs/cgroup/perf rw - cgroup cgroup rw,cpu,perf_event\n";
-        assert_eq!(perf_hierarchy(mountinfo, true), Some(b"/sys/fs/cgroup".to_vec()));
-        assert_eq!(perf_hierarchy(mountinfo, false), Some(b"/sys/fs/cgroup/perf".to_vec()));
-        assert_eq!(perf_hierarchy(b"", true), None);
+        assert_eq!(hierarchy_mount(mountinfo, None), Some(b"/sys/fs/cgroup".to_vec()));
+        assert_eq!(
+            hierarchy_mount(mountinfo, Some(b"perf_event")),
+            Some(b"/sys/fs/cgroup/perf".to_vec())
+        );
+        assert_eq!(hierarchy_mount(b"", None), None);
     }
 
     #[test]

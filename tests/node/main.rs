@@ -35,6 +35,7 @@ mod proof;
 mod quiet;
 mod recording;
 mod registry;
+mod restarts;
 mod sessions;
 mod sources;
 mod start;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         sources::trials(),
         together::trials(),
         proof::trials(),
+        restarts::trials(),
         recording::trials(),
         pods::trials(),
         sessions::trials(),

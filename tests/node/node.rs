@@ -248,6 +248,11 @@ disabled_plugins = [{without}
   address = "{directory}/containerd.sock.ttrpc"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
+# Of containers with a label of it, in containerd 1 and 2.
+[plugins."io.containerd.internal.v1.restart"]
+  interval = "2s"
+[plugins."io.containerd.monitor.container.v1.restart"]
+  interval = "2s"
 {cri}"#
             ),
         )?;
