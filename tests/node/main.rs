@@ -36,6 +36,7 @@ mod quiet;
 mod recording;
 mod registry;
 mod sessions;
+mod small;
 mod sources;
 mod start;
 mod threads;
@@ -99,6 +100,7 @@ fn main() -> ExitCode {
         unit::trials(),
         honest::trials(),
         edges::trials(),
+        small::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
