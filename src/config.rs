@@ -264,10 +264,16 @@ fn persistence() -> PathGlobs {
         "/etc/ld.so.conf",
         "/etc/ld.so.conf.d/**",
         "/etc/ld-musl-*.path",
-        // Loaded into every Python program.
+        // Loaded into every Python program: lines of code, modules in each form that can be
+        // imported, the archive that comes first on the path, and where all that is.
         "**/{site,dist}-packages/*.pth",
-        "**/{site,dist}-packages/{site,user}customize.py",
-        "**/python*/{site,user}customize.py",
+        "**/{site-packages,dist-packages,lib-dynload}/{site,user}customize.{py,pyc,so,*.so}",
+        "**/{site-packages,dist-packages,lib-dynload}/{site,user}customize/__init__.*",
+        // No directory alone before a `/`: links of these names are many, and lead to nothing.
+        "**/{lib/python*,lib64/python*,etc/python*}/{site,user}customize.{py,pyc,so,*.so}",
+        "**/{lib/python*,lib64/python*,etc/python*}/{site,user}customize/__init__.*",
+        "**/{lib/python,lib64/python}{[0-9][0-9],[0-9][0-9][0-9]}.zip",
+        "/usr/{bin,local,local/bin}/pyvenv.cfg",
         // Run by the clock.
         "/etc/crontab",
         "/etc/anacrontab",
@@ -294,6 +300,9 @@ fn persistence() -> PathGlobs {
         "/etc/update-motd.d/**",
         "/root/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
         "/home/*/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
+        "/{root,home/*}/.{zlogin,zlogout,kshrc,mkshrc,cshrc,tcshrc,login,logout,pam_environment}",
+        "/{root,home/*}/.config/{autostart,environment.d,systemd/user,fish/conf.d}/**",
+        "/{root,home/*}/.config/fish/config.fish",
         // Who may come in, and as whom.
         "**/.ssh/authorized_keys",
         "**/.ssh/authorized_keys2",
@@ -326,18 +335,21 @@ fn persistence() -> PathGlobs {
         "/etc/udev/rules.d/**",
         // Run by supervisors and entry points of images.
         "/etc/supervisord.conf",
+        "/usr/{etc,local/etc}/supervisord.conf",
         "/etc/supervisord.d/**",
         "/etc/supervisor/**",
         "/etc/supervisor.d/**",
         "/etc/{service,sv}/*/{run,finish,check}",
         "/etc/{service,sv}/*/log/run",
+        "/{service,var/service}/*/{run,finish,check,log/run}",
         "/etc/runit/**",
         "/etc/s6/**",
         "/etc/s6-overlay/**",
         "/etc/{services,cont-init,cont-finish}.d/**",
         "/etc/my_init.d/**",
-        "/docker-entrypoint*.d/**",
-        "/entrypoint.d/**",
+        "/etc/dinit.d/**",
+        "/{docker-entrypoint,container-entrypoint}*.d/**",
+        "/{entrypoint.d,etc/entrypoint.d}/**",
     ];
     let patterns = PATTERNS.iter().map(|pattern| (*pattern).to_owned()).collect();
     PathGlobs::new(patterns).expect("a test parses the file that has the same patterns")
@@ -563,6 +575,78 @@ mod tests {
     #[test]
     fn the_shipped_file_is_the_default() {
         assert_eq!(Config::parse(SHIPPED).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn w19_r22_places_of_persistence_are_known_by_what_reads_them() {
+        let places = Config::default().watch.persistence;
+        let check = |paths: &[&str], expected: bool| {
+            for path in paths {
+                let path = crate::model::RootfsPath::new(path).unwrap();
+                assert_eq!(places.matches(&path), expected, "{path}");
+            }
+        };
+        // Read by Python, whichever it is and in whatever form it imports a module.
+        check(
+            &[
+                "/usr/lib/python3/dist-packages/x.pth",
+                "/usr/local/lib/python3.13/site-packages/__editable__.app-1.0.pth",
+                "/opt/venv/lib/python3.9/site-packages/sitecustomize.py",
+                "/opt/conda/lib/python3.12/sitecustomize.py",
+                "/root/.pyenv/versions/3.12.1/lib/python3.12/sitecustomize/__init__.py",
+                "/etc/python3.11/sitecustomize.py",
+                "/app/.local/lib/python3.11/site-packages/usercustomize.py",
+                "/usr/lib/python3.11/usercustomize.pyc",
+                "/usr/lib/python3.11/lib-dynload/sitecustomize.cpython-311-x86_64-linux-gnu.so",
+                "/usr/lib/python3/dist-packages/sitecustomize.so",
+                "/usr/lib/python3/dist-packages/sitecustomize/__init__.py",
+                "/usr/lib/python311.zip",
+                "/usr/local/lib/python39.zip",
+                "/usr/local/bin/pyvenv.cfg",
+                "/usr/local/pyvenv.cfg",
+            ],
+            true,
+        );
+        check(
+            &[
+                "/usr/lib/python3/dist-packages/six.py",
+                "/usr/lib/python3.11/__pycache__/sitecustomize.cpython-311.pyc",
+                "/srv/sitecustomize.py",
+                "/srv/x.pth",
+                "/opt/venv/pyvenv.cfg",
+                "/srv/python-tutorial.zip",
+                "/srv/models/site-packages.pth",
+            ],
+            false,
+        );
+        // What an environment is made of leads to none of them, and their directories do.
+        let leads = |path: &str| places.leads_to(&crate::model::RootfsPath::new(path).unwrap());
+        for link in ["/opt/venv/bin/python3", "/opt/venv/lib64", "/usr/bin/python", "/srv/lib"] {
+            assert!(!leads(link), "{link}");
+        }
+        for link in ["/usr/lib/python3.11", "/opt/venv/lib/python3.9/site-packages", "/root/.ssh"] {
+            assert!(leads(link), "{link}");
+        }
+        // Read by the dynamic linker, logins, supervisors and entry points.
+        check(
+            &[
+                "/etc/environment",
+                "/etc/ld.so.conf.d/x.conf",
+                "/home/app/.pam_environment",
+                "/root/.config/systemd/user/x.service",
+                "/root/.config/fish/config.fish",
+                "/etc/supervisor.d/x.ini",
+                "/usr/local/etc/supervisord.conf",
+                "/service/x/run",
+                "/var/service/x/log/run",
+                "/etc/s6-overlay/s6-rc.d/x/run",
+                "/docker-entrypoint-initdb.d/x.sql",
+                "/container-entrypoint-initdb.d/x.sh",
+                "/etc/entrypoint.d/x.sh",
+            ],
+            true,
+        );
+        check(&["/etc/ld.so.cache", "/service/x/supervise/status", "/root/.config/x"], false);
     }
 
     #[test]

@@ -210,7 +210,11 @@ pub fn is_generated(
         Format::Elf => false,
         // A file without a name that nobody could read any more.
         Format::Unknown => is_shared && state.deleted,
-        Format::ElfObject | Format::Script | Format::Data | Format::Empty => true,
+        Format::ElfObject
+        | Format::KernelModule
+        | Format::Script
+        | Format::Data
+        | Format::Empty => true,
     }
 }
 
@@ -680,7 +684,11 @@ fn can_gain(state: &FileState) -> bool {
         Format::Elf => state.mode & 0o111 != 0,
         // Nobody has looked.
         Format::Unknown => true,
-        Format::ElfObject | Format::Script | Format::Data | Format::Empty => false,
+        Format::ElfObject
+        | Format::KernelModule
+        | Format::Script
+        | Format::Data
+        | Format::Empty => false,
     }
 }
 
@@ -698,6 +706,7 @@ mod tests {
 /bin/busybox 755 elf busybox
 /bin/sh 777 symlink busybox
 /bin/ls 755 elf ls
+/lib/m.ko 644 elf_object mod
 /bin/su 4755 elf su
 /usr/bin 755 dir
 /usr/bin/curl 755 elf curl
@@ -722,6 +731,7 @@ mod tests {
         let format = match format {
             "elf" => Format::Elf,
             "object" => Format::ElfObject,
+            "module" => Format::KernelModule,
             "script" => Format::Script,
             "data" | "unread" => Format::Data,
             other => panic!("bad format {other}"),
@@ -1132,6 +1142,19 @@ mod tests {
         check("write /srv/a 6755 elf evil", "Added: file.added low, file.privileged high");
         check("write /bin/ls 2755 elf ls", "Metadata: file.privileged high from /bin/ls");
         check("exec /tmp/s 4755 script evil", "Added: exec.script high");
+    }
+
+    #[test]
+    fn w18_a_kernel_module_is_a_new_program_and_a_compilers_object_is_data() {
+        check("write /tmp/x.ko 644 module evil", "Added: file.added low");
+        check("write /tmp/x 644 module evil", "Added: file.added low");
+        check("write /tmp/x.o 644 object code", "Added: ");
+        // Its bits grant nothing.
+        check("write /tmp/x.ko 4755 module evil", "Added: file.added low");
+        // Copied, or written anew: the image's own are known by their content alone.
+        check("write /tmp/x.ko 644 module mod", "Relocated: file.relocated info from /lib/m.ko");
+        check("write /lib/m.ko 644 module mod", "Metadata: ");
+        check("write /lib/m.ko 644 module evil", "Modified: file.modified medium from /lib/m.ko");
     }
 
     #[test]

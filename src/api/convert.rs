@@ -851,8 +851,15 @@ pub fn file_type_name(file_type: FileType) -> &'static str {
     }
 }
 
-const FORMATS: [Format; 6] =
-    [Format::Elf, Format::ElfObject, Format::Script, Format::Data, Format::Empty, Format::Unknown];
+const FORMATS: [Format; 7] = [
+    Format::Elf,
+    Format::ElfObject,
+    Format::KernelModule,
+    Format::Script,
+    Format::Data,
+    Format::Empty,
+    Format::Unknown,
+];
 
 pub fn time_to_proto(time: Timestamp) -> prost_types::Timestamp {
     let nanoseconds = time.as_nanosecond();

@@ -1270,6 +1270,7 @@ pub(super) mod tests {
             | Format::Script
             | Format::Data
             | Format::Empty => code_of(&FORMATS, &format),
+            Format::KernelModule => unreachable!("first bytes do not show it"),
         });
         assert_eq!(formats, [0, 1, 2, 3, 4, 5]);
     }

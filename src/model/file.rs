@@ -63,6 +63,9 @@ pub enum Format {
     Elf,
     /// An ELF file that cannot run: an object file or a core dump.
     ElfObject,
+    /// An object file that has what the kernel looks for in a module. The first bytes alone
+    /// do not show it: an image's own are recorded as [`Format::ElfObject`].
+    KernelModule,
     /// `#!` and an interpreter.
     Script,
     Data,
@@ -104,6 +107,7 @@ impl Format {
         match self {
             Format::Elf => "elf",
             Format::ElfObject => "elf_object",
+            Format::KernelModule => "kernel_module",
             Format::Script => "script",
             Format::Data => "data",
             Format::Empty => "empty",
@@ -184,8 +188,8 @@ impl FileState {
         }
     }
 
-    /// Whether this is something that can be run: an ELF program or library, or
-    /// an executable script. A mode bit alone does not make data a program.
+    /// Whether this is something that can be run: an ELF program or library, a kernel
+    /// module, or an executable script. A mode bit alone does not make data a program.
     pub fn is_program(&self) -> bool {
         self.file_type == FileType::Regular && is_program(self.format, self.mode)
     }
@@ -194,7 +198,7 @@ impl FileState {
 /// Whether a regular file of this format and mode is a program.
 pub fn is_program(format: Format, mode: u32) -> bool {
     match format {
-        Format::Elf => true,
+        Format::Elf | Format::KernelModule => true,
         Format::Script => mode & 0o111 != 0,
         Format::ElfObject | Format::Data | Format::Empty | Format::Unknown => false,
     }
@@ -258,6 +262,8 @@ mod tests {
     fn a_mode_bit_alone_makes_no_program() {
         assert!(!is_program(Format::Data, 0o755), "b18");
         assert!(is_program(Format::Elf, 0o644));
+        assert!(is_program(Format::KernelModule, 0o644), "w18");
+        assert!(!is_program(Format::ElfObject, 0o755));
         assert!(is_program(Format::Script, 0o700));
         assert!(!is_program(Format::Script, 0o644));
     }

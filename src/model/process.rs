@@ -93,9 +93,9 @@ pub fn package_manager<'a>(exe: &str, argv: &'a [String]) -> Option<PackageManag
         return None;
     }
     // `python3 -m pip install`, `python3 /usr/bin/pip install`, `node .../npm-cli.js install`.
-    let (tool, script, rest) = match arguments {
-        [flag, module, rest @ ..] if flag == "-m" => (module.as_str(), None, rest),
-        all => {
+    let (tool, script, rest) = match (module(arguments), arguments) {
+        (Some((module, rest)), _) => (module, None, rest),
+        (None, all) => {
             let at = all.iter().position(|argument| !argument.starts_with('-'))?;
             (file_name(&all[at]), Some(all[at].as_str()), &all[at + 1..])
         }
@@ -105,6 +105,24 @@ pub fn package_manager<'a>(exe: &str, argv: &'a [String]) -> Option<PackageManag
     let is_one = SCRIPTS.contains(&tool)
         || SCRIPTS_WITH_VERBS.iter().any(|(known, verbs)| *known == tool && says(rest, verbs));
     is_one.then_some(PackageManager::Script(script))
+}
+
+/// The module that Python is asked to run, and its arguments: `-m pip`, `-Im ensurepip`,
+/// `-W ignore -m pip`.
+fn module(arguments: &[String]) -> Option<(&str, &[String])> {
+    match arguments {
+        [option, _value, rest @ ..] if option == "-W" || option == "-X" => module(rest),
+        [flag, module, rest @ ..] if is_short(flag) && flag.ends_with('m') => Some((module, rest)),
+        // Behind `-c` and code, all are arguments of that.
+        [flag, rest @ ..] if flag.starts_with('-') && !(is_short(flag) && flag.contains('c')) => {
+            module(rest)
+        }
+        _ => None,
+    }
+}
+
+fn is_short(flag: &str) -> bool {
+    flag.strip_prefix('-').is_some_and(|letters| !letters.starts_with('-'))
 }
 
 /// Whether a program of this name can be one of them, with the right arguments.
@@ -159,21 +177,25 @@ const WITH_VERBS: &[(&str, &[&str])] = &[
     ("mamba", &["create", "install", "remove", "update", "upgrade"]),
     ("micromamba", &["create", "install", "remove", "update", "upgrade"]),
     ("nix-env", &["install", "upgrade", "uninstall"]),
-    ("uv", &["pip", "sync", "tool"]),
+    ("uv", &["add", "pip", "remove", "sync", "tool", "venv"]),
 ];
 
 const INTERPRETERS: &[&str] =
     &["node", "nodejs", "perl", "php", "platform-python", "python", "ruby"];
 
-const SCRIPTS: &[&str] = &["dnf", "ensurepip", "yum"];
+const SCRIPTS: &[&str] = &["dnf", "ensurepip", "virtualenv", "yum"];
 
 const SCRIPTS_WITH_VERBS: &[(&str, &[&str])] = &[
     ("composer", &["install", "remove", "require", "update"]),
     ("conda", &["create", "install", "remove", "update", "upgrade"]),
     ("gem", &["install", "uninstall", "update"]),
     ("npm", &["add", "ci", "i", "in", "install", "remove", "uninstall", "update"]),
+    ("pdm", &["add", "install", "remove", "sync", "update"]),
     ("pip", &["install", "uninstall"]),
+    ("pipenv", &["install", "sync", "uninstall", "update"]),
+    ("pipx", &["inject", "install", "reinstall", "uninstall", "upgrade"]),
     ("pnpm", &["add", "i", "install", "remove", "update"]),
+    ("poetry", &["add", "install", "remove", "sync", "update"]),
     ("yarn", &["add", "global", "install", "remove", "upgrade"]),
 ];
 
@@ -195,6 +217,14 @@ mod tests {
         check("/usr/bin/cargo", "cargo install x", Some(Program));
         check("/usr/bin/cargo", "cargo run", None);
         check("/usr/bin/python3.11", "python3 -m pip install x", Some(Script(None)));
+        // w19: an environment is filled by them, and they bring `*.pth`.
+        check("/usr/bin/python3.9", "/venv/bin/python -Im ensurepip --upgrade", Some(Script(None)));
+        check("/usr/bin/python3", "python3 -u -W ignore -m pip install x", Some(Script(None)));
+        check("/usr/bin/python3", "python3 -m http.server -m pip install", None);
+        check("/usr/bin/python3", "python3 -c code -m pip install", None);
+        check("/usr/bin/python3", "python3 server.py -m pip install", None);
+        let poetry = Some(Script(Some("/opt/venv/bin/poetry")));
+        check("/usr/bin/python3.11", "/opt/venv/bin/python /opt/venv/bin/poetry install", poetry);
         let pip = Some(Script(Some("/usr/bin/pip3")));
         check("/usr/bin/python3.11", "/usr/bin/python3 /usr/bin/pip3 install x", pip);
         check("/usr/bin/python3.11", "python3 /usr/bin/pip3 list", None);

@@ -274,7 +274,11 @@ pub(super) fn used_group(
     if let Some(linker) = built_by(entry, image, used) {
         return Some(group(None, None, Common::Built { linker }));
     }
-    let pattern = names::pattern(path);
+    let pattern = match kind {
+        // What a program makes or unpacks for itself: any name is by chance.
+        Kind::LibraryLoaded if severity == Severity::Info => any_name_beside(path),
+        _ => names::pattern(path),
+    };
     let is_handed_over = matches!(kind, Kind::ExecInterpreted | Kind::LibraryLoaded);
     if severity >= Severity::High && !is_handed_over {
         // One content, by whatever name.
@@ -288,13 +292,20 @@ pub(super) fn used_group(
     if let Some(pattern) = pattern {
         return Some(group(None, None, Common::Pattern { pattern, by, severity }));
     }
-    let process = used.process.map(|process| process.identity);
-    match (kind, process.filter(|process| process.start_time > 0)) {
+    // One that had ended when it was looked at is known by its number and its program.
+    let is_known = |process: &&Process| process.identity.start_time > 0 || process.exe.is_some();
+    match (kind, used.process.filter(is_known).map(|process| process.identity)) {
         (Kind::LibraryLoaded, Some(process)) => {
             Some(group(path.parent(), None, Common::Loaded { process, severity }))
         }
         _ => None,
     }
+}
+
+/// The pattern of everything in the directory of a file, whose own name may be made up too.
+fn any_name_beside(path: &RootfsPath) -> Option<Vec<u8>> {
+    let all = path.parent()?.join(b"*").ok()?;
+    Some(names::pattern(&all).unwrap_or_else(|| all.as_bytes().to_vec()))
 }
 
 /// The transaction that has brought a file exactly as it was run.
@@ -403,11 +414,13 @@ pub(super) fn is_run_by_manager(kind: Kind, is_script: bool, process: &Process) 
 /// Whether a file is run by every Python program of its environment. Packages bring such
 /// files, and what they bring is run by those who import it anyway.
 pub(super) fn is_site_hook(path: &RootfsPath) -> bool {
-    let is_site = path.parent().is_some_and(|parent| {
-        let parent = parent.file_name();
-        parent == b"site-packages" || parent == b"dist-packages"
-    });
-    is_site && path.file_name().ends_with(b".pth")
+    let Some(parent) = path.parent() else { return false };
+    let (directory, name) = (parent.file_name(), path.file_name());
+    let is_site = directory == b"site-packages" || directory == b"dist-packages";
+    let is_customization =
+        name.starts_with(b"sitecustomize.") || name.starts_with(b"usercustomize.");
+    is_site && (name.ends_with(b".pth") || is_customization)
+        || directory.starts_with(b"python") && is_customization
 }
 
 /// Whether this is one of the scripts that a package brings to be run while it is

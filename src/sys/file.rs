@@ -214,19 +214,100 @@ pub fn xattr(fd: impl AsFd, name: &str) -> io::Result<Option<Box<[u8]>>> {
     }
 }
 
-/// The first bytes of a regular file, judged. The caller has looked: reading
-/// anything else could wait for ever.
+/// The first bytes of a regular file, judged; of an object file, the names of its sections
+/// too. The caller has looked: reading anything else could wait for ever.
 pub fn sniff(file: BorrowedFd<'_>) -> io::Result<Format> {
-    let mut head = [0; Format::HEAD];
+    let mut head = [0; ELF64_HEADER];
+    let head = read_at(file, &mut head, 0)?;
+    Ok(match Format::sniff(&head[..head.len().min(Format::HEAD)]) {
+        Format::ElfObject if is_kernel_module(file, head) => Format::KernelModule,
+        format => format,
+    })
+}
+
+/// As much as a file holds of these bytes.
+fn read_at<'a>(file: BorrowedFd<'_>, bytes: &'a mut [u8], at: u64) -> io::Result<&'a [u8]> {
     let mut filled = 0;
-    while filled < head.len() {
-        let offset = filled as u64;
-        match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut head[filled..], offset))? {
+    while filled < bytes.len() {
+        let at = at.saturating_add(filled as u64);
+        match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut bytes[filled..], at))? {
             0 => break,
             read => filled += read,
         }
     }
-    Ok(Format::sniff(&head[..filled]))
+    Ok(&bytes[..filled])
+}
+
+const ELF64_HEADER: usize = 64;
+
+/// The section without which the kernel loads no module, whatever the file is called.
+const THIS_MODULE: &[u8] = b".gnu.linkonce.this_module\0";
+
+/// More of the names of sections is not read. A module has a few KiB of them.
+const MAX_SECTION_NAMES: u64 = 64 << 10;
+
+/// Whether an object file of this machine's kind is a kernel module. What its numbers lead
+/// to need not be there: then the kernel takes it no more than we do.
+fn is_kernel_module(file: BorrowedFd<'_>, header: &[u8]) -> bool {
+    names_of_sections(file, header)
+        .is_some_and(|names| names.windows(THIS_MODULE.len()).any(|name| name == THIS_MODULE))
+}
+
+fn names_of_sections(file: BorrowedFd<'_>, header: &[u8]) -> Option<Vec<u8>> {
+    const ET_REL: u16 = 1;
+    let is_native = *header.get(5)? == if cfg!(target_endian = "big") { 2 } else { 1 };
+    let elf = Elf::of(header).filter(|_| is_native && u16_at(header, 16) == Some(ET_REL))?;
+    let mut section = [0; ELF64_HEADER];
+    let section = read_at(file, &mut section[..elf.section_size], elf.names_section).ok()?;
+    let (offset, size) = elf.place(section)?;
+    let mut names = vec![0; usize::try_from(size.min(MAX_SECTION_NAMES)).ok()?];
+    let length = read_at(file, &mut names, offset).ok()?.len();
+    names.truncate(length);
+    Some(names)
+}
+
+/// What of an ELF header leads to the names of its sections.
+struct Elf {
+    is_64: bool,
+    section_size: usize,
+    /// Where the header of the section lies that holds them.
+    names_section: u64,
+}
+
+impl Elf {
+    fn of(header: &[u8]) -> Option<Elf> {
+        let (is_64, section_size, sections, rest) = match header.get(4)? {
+            1 => (false, 40, u64::from(u32_at(header, 0x20)?), 0x2e),
+            2 => (true, 64, u64_at(header, 0x28)?, 0x3a),
+            _ => return None,
+        };
+        let [size, number, names] = [0, 2, 4].map(|at| u16_at(header, rest + at));
+        let (size, number, names) = (size?, number?, names?);
+        // The kernel takes no other ones.
+        let is_sound = usize::from(size) == section_size && (1..number).contains(&names);
+        let names_section = sections.checked_add(u64::from(names) * u64::from(size))?;
+        is_sound.then_some(Elf { is_64, section_size, names_section })
+    }
+
+    /// Where a section lies in the file, and how long it is.
+    fn place(&self, section: &[u8]) -> Option<(u64, u64)> {
+        match self.is_64 {
+            true => Some((u64_at(section, 0x18)?, u64_at(section, 0x20)?)),
+            false => Some((u32_at(section, 0x10)?.into(), u32_at(section, 0x14)?.into())),
+        }
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 /// Reads what comes behind `bytes` in a regular file, at most that much, and adds it;
@@ -276,6 +357,58 @@ mod tests {
         let root = open_directory(dir.path()).unwrap();
         let (_, stat) = open_file_beneath(&root, b"ls").unwrap();
         assert_eq!(stat.file_type, FileType::Fifo);
+    }
+
+    /// An object file whose sections have these names.
+    fn object(e_type: u8, names: &[u8]) -> Vec<u8> {
+        let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+        file.resize(64, 0);
+        file[16] = e_type;
+        let sections = 64 + names.len() as u64;
+        file[0x28..0x30].copy_from_slice(&sections.to_ne_bytes());
+        // Two sections, the second of which holds the names.
+        for (at, value) in [(0x3a, 64_u16), (0x3c, 2), (0x3e, 1)] {
+            file[at..at + 2].copy_from_slice(&value.to_ne_bytes());
+        }
+        file.extend(names);
+        let mut section = [0; 128];
+        section[64 + 0x18..64 + 0x20].copy_from_slice(&64_u64.to_ne_bytes());
+        section[64 + 0x20..64 + 0x28].copy_from_slice(&(names.len() as u64).to_ne_bytes());
+        file.extend(section);
+        file
+    }
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn w18_a_kernel_module_is_known_by_what_the_kernel_looks_for() {
+        let check = |bytes: &[u8], expected: Format| {
+            let file = tempfile::tempfile().unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
+            assert_eq!(sniff(file.as_fd()).unwrap(), expected);
+        };
+        let module = object(1, b"\0.text\0.rela.gnu.linkonce.this_module\0.modinfo\0");
+        check(&module, Format::KernelModule);
+        check(&object(1, b"\0.text\0.modinfo\0.gnu.linkonce.this_modules\0"), Format::ElfObject);
+        check(&object(1, b"\0.text\0.data\0"), Format::ElfObject);
+        check(&object(4, b"\0.gnu.linkonce.this_module\0"), Format::ElfObject);
+        check(&object(3, b"\0.gnu.linkonce.this_module\0"), Format::Elf);
+        // Whatever the numbers in it are, and wherever it ends.
+        let cut = (Format::HEAD..module.len()).map(|length| module[..length].to_vec());
+        let odd = (0x20..0x40).chain(module.len() - 64..module.len()).map(|at| {
+            let mut bytes = module.clone();
+            bytes[at] = 0xff;
+            bytes
+        });
+        for bytes in cut.chain(odd) {
+            let file = tempfile::tempfile().unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
+            let format = sniff(file.as_fd()).unwrap();
+            assert!(matches!(format, Format::ElfObject | Format::KernelModule), "{format:?}");
+        }
+        // Names of which only some are read.
+        let mut long = vec![b'x'; 1 << 20];
+        long.extend(THIS_MODULE);
+        check(&object(1, &long), Format::ElfObject);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::shared::Shared;
 use super::table::Watched;
 use super::writable;
 use crate::health::Failure;
-use crate::model::{ContainerId, RootfsPath, Source};
+use crate::model::{ContainerId, Format, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::file;
 use crate::threads;
@@ -87,7 +87,7 @@ impl Feed {
                 return;
             }
         };
-        let is_program = file::sniff(file.as_fd()).is_ok_and(lower::looks_like_program);
+        let is_program = file::sniff(file.as_fd()).is_ok_and(may_be_program);
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
         if is_program {
@@ -118,4 +118,10 @@ impl Feed {
         self.in_image.insert(key, is_in_image);
         is_in_image
     }
+}
+
+/// Whether a file is one by its first bytes, or becomes one by an executable bit alone. What
+/// mode it has when it has settled decides.
+fn may_be_program(format: Format) -> bool {
+    matches!(format, Format::Elf | Format::KernelModule | Format::Script)
 }

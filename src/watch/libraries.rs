@@ -297,6 +297,7 @@ impl Pass {
         let mut wanted: HashMap<_, Vec<Arc<Watched>>> = HashMap::new();
         for watched in shared.table.all() {
             if watched.take_code_scan()
+                && watched.has_namespaces()
                 && let Some(namespace) = watched.pid_namespace
             {
                 wanted.entry((namespace, watched.mount_namespace)).or_default().push(watched);
@@ -604,7 +605,8 @@ fn multicall(watched: &Watched) -> Vec<u64> {
 
 /// The processes of a container, as far as its namespaces tell.
 pub(super) fn processes_of(watched: &Watched) -> Vec<Handle> {
-    let Some(namespace) = watched.pid_namespace else { return Vec::new() };
+    let namespace = watched.pid_namespace.filter(|_| watched.has_namespaces());
+    let Some(namespace) = namespace else { return Vec::new() };
     let Ok(pids) = procfs::all() else { return Vec::new() };
     pids.into_iter()
         .filter_map(|pid| Handle::open(pid).ok())

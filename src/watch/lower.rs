@@ -28,13 +28,13 @@ type Key = (u64, u64, FileTime);
 
 #[derive(Clone, Copy, Debug)]
 struct Twin {
-    format: Format,
+    is_program: bool,
     hashes: Option<LowerTwin>,
 }
 
 impl LowerTwins {
     /// The regular file that the layers hold at `path`, if it or the upper file
-    /// looks like a program.
+    /// is a program.
     pub(super) fn find(
         &self,
         layers: &Layers,
@@ -65,7 +65,7 @@ impl LowerTwins {
         let Some(lower) = lower else { return nothing };
         let key = (lower.stat.device, lower.stat.inode, lower.stat.changed);
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
-        let wants = |twin: &Twin| upper_is_program || looks_like_program(twin.format);
+        let wants = |twin: &Twin| upper_is_program || twin.is_program;
         match known {
             Some(None) => return nothing,
             Some(Some(twin)) if !wants(&twin) => return nothing,
@@ -77,7 +77,7 @@ impl LowerTwins {
             return nothing;
         };
         let format = file::sniff(file.as_fd()).unwrap_or(Format::Unknown);
-        let twin = Twin { format, hashes: None };
+        let twin = Twin { is_program: is_program(format, stat.mode), hashes: None };
         if !wants(&twin) || stat.size > max_hash_bytes {
             self.remember(key, Some(twin));
             return nothing;
@@ -135,12 +135,6 @@ impl TwinReading {
     pub(super) fn size(&self) -> u64 {
         self.size
     }
-}
-
-/// Whether a file's content is worth comparing by itself. A mode bit makes no program of
-/// data, of which there may be much.
-pub(super) fn looks_like_program(format: Format) -> bool {
-    matches!(format, Format::Elf | Format::Script)
 }
 
 /// A name of the lower layers.

@@ -931,7 +931,7 @@ impl EntryReading {
             },
             None => state,
         };
-        let is_program = lower::looks_like_program(state.format) || self.is_sensitive;
+        let is_program = state.is_program() || self.is_sensitive;
         self.look_below(shared, state, is_program)
     }
 

@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::Report;
 use super::acts::Act;
-use super::arguments::{Arguments, Program};
+use super::arguments::{Arguments, Program, Recorded};
 use super::attachments::Attachments;
 use super::calls::Calls;
 use super::closings::Closings;
@@ -24,6 +24,7 @@ use super::fair::{self, Owned, Pace, Waits};
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::{Births, Packages};
+use super::process;
 use super::roots::Roots;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
@@ -36,6 +37,7 @@ use crate::model::{
     Ancestor, ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source,
 };
 use crate::sys::file;
+use crate::sys::procfs::Handle;
 use crate::threads;
 
 /// How long a stop waits for what was seen before it.
@@ -479,10 +481,20 @@ impl Shared {
         let mut pids = vec![named.pid];
         pids.extend(self.births().parents_of(named).take(MAX_RECORDED_PARENTS));
         let at = record_time_of(named.read_at);
-        let programs: Vec<Option<Program>> = {
+        let mut programs: Vec<Option<Program>> = {
             let arguments = self.arguments();
             pids.iter().map(|pid| arguments.running(*pid, at)).collect()
         };
+        if programs.iter().all(Option::is_none) {
+            // What they run was executed before the container was watched.
+            let unrecorded = |pid: &u32| self.unrecorded_program(Named { pid: *pid, ..named }, at);
+            for (program, pid) in programs.iter_mut().zip(&pids) {
+                *program = unrecorded(pid);
+                if program.is_some() {
+                    break;
+                }
+            }
+        }
         // One that has executed nothing runs what its parent does.
         let of = |index: usize| programs[index..].iter().flatten().next().cloned();
         let identity = |pid| ProcessIdentity { pid, start_time: 0 };
@@ -500,6 +512,22 @@ impl Shared {
             root: None,
             ancestors: ancestors.collect(),
         })
+    }
+
+    /// What a container's process runs that was there at a time, and has executed nothing
+    /// since.
+    fn unrecorded_program(&self, named: Named, at: u64) -> Option<Program> {
+        let handle = Handle::open(named.pid).ok()?;
+        let stat = handle.first_stat();
+        let is_it = stat.identity.start_time <= named.read_at && !stat.has_ended();
+        let is_containers = || self.table.of_process(&handle).is_some();
+        if !is_it || !is_containers() {
+            return None;
+        }
+        let Ancestor { exe, argv, .. } = process::ancestor(&handle);
+        // Asked last: an execve meanwhile is recorded by then, or was read as no program.
+        let has_executed = self.arguments().of(named.pid, at, u64::MAX) != Recorded::NotYet;
+        (exe.is_some() && !has_executed).then_some(Program { exe, argv })
     }
 
     pub(super) fn births(&self) -> MutexGuard<'_, Births> {

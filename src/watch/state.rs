@@ -4,8 +4,8 @@ use std::os::fd::BorrowedFd;
 
 use sha2::Digest as _;
 
-use super::lower::looks_like_program;
 use super::take::Copy;
+use crate::model::file::is_program;
 use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
 use crate::sys::file::{self, Stat};
 use crate::sys::hash::{self, Hashed, Hashes, Hashing};
@@ -17,7 +17,8 @@ pub(super) enum Which {
     /// It is being executed, its path is watched, or the image has a program there: so
     /// whatever it is.
     Always,
-    /// Programs, by their first bytes.
+    /// Programs, as they are judged: an executable bit makes none of data, and a script is
+    /// none without it. There may be much of both, written again and again.
     Programs,
 }
 
@@ -129,7 +130,7 @@ impl Reading {
         state.capability = file::xattr(file, "security.capability").unwrap_or(None);
         let Ok(format) = file::sniff(file) else { return Begun::Known(state) };
         state.format = format;
-        let is_wanted = which == Which::Always || looks_like_program(format);
+        let is_wanted = which == Which::Always || is_program(format, stat.mode);
         if !is_wanted {
             state.content = Content::Unhashed(Unhashed::NotAProgram);
             return Begun::Known(state);
@@ -216,6 +217,37 @@ mod tests {
     use std::os::unix::fs::FileExt as _;
 
     use super::*;
+
+    #[test]
+    fn w04_of_data_nothing_is_hashed_whatever_its_mode_is_and_of_a_program_everything() {
+        const SIZE: u64 = 4 << 20;
+        let check = |head: &[u8], mode: u32, which: Which, expected: u64| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&vec![b'x'; 4 << 20], 0).unwrap();
+            file.write_all_at(head, 0).unwrap();
+            rustix::fs::fchmod(&file, mode.into()).unwrap();
+            let stat = file::stat(&file).unwrap();
+            let (hashed, state) = match Reading::begin(file.as_fd(), &stat, which, SIZE) {
+                Begun::Known(state) => (0, state),
+                Begun::Reads(mut reading) => loop {
+                    if let Some(state) = reading.step(file.as_fd(), SLICE) {
+                        break (reading.cost(), state);
+                    }
+                },
+            };
+            assert_eq!(hashed, expected, "{head:?} {mode:o} {which:?}");
+            assert_eq!(state.blake3().is_some(), expected > 0);
+            // Whatever is hashed for its own sake is judged as a program, and nothing else.
+            assert!(which == Which::Always || state.is_program() == (expected > 0));
+        };
+        let elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0";
+        check(b"data", 0o777, Which::Programs, 0);
+        check(b"data", 0o4755, Which::Programs, 0);
+        check(b"#!/bin/sh\n", 0o644, Which::Programs, 0);
+        check(b"#!/bin/sh\n", 0o755, Which::Programs, SIZE);
+        check(elf, 0o644, Which::Programs, SIZE);
+        check(b"data", 0o644, Which::Always, SIZE);
+    }
 
     #[test]
     fn a_file_that_changes_while_it_is_put_aside_is_read_anew() {

@@ -839,7 +839,8 @@ impl Table {
     pub(super) fn first_in_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
         let found = maps.by_pid_namespace.get(&namespace);
-        found.iter().find(|watched| watched.has_own_pid_namespace()).cloned()
+        let began = |watched: &&Arc<Watched>| watched.has_own_pid_namespace();
+        found.iter().filter(began).find(|watched| watched.has_namespaces()).cloned()
     }
 
     /// The kernel has recorded the end of a process: if it is a container's first one, the
@@ -1003,22 +1004,41 @@ pub(super) mod tests {
         assert_eq!(by_cgroup("/k/outer/x/inner"), "inner");
         table.remove(&beside);
         assert_eq!(id(table.by_pid_namespace(12)), "inner", "nobody shares it any more");
-
-        // Its first process has ended, and the kernel gives the number to somebody else.
-        again.set_has_own_pid_namespace();
-        table.ended(again.init.pid + 1);
-        assert_eq!(id(table.by_pid_namespace(12)), "inner");
-        // It is recorded before containerd reports it.
-        table.ended(again.init.pid);
-        assert!(!again.is_detaching());
-        assert_eq!(id(table.by_pid_namespace(12)), "");
-        assert_eq!(id(table.by_mount_namespace(22)), "");
         for watched in [&outer, &again, &bare] {
             table.remove(watched);
         }
         let maps = table.read();
         assert!(maps.by_mount_namespace.0.is_empty() && maps.by_pid_namespace.0.is_empty());
         assert!(maps.by_perf_cgroup.0.is_empty() && maps.by_cgroup.0.is_empty());
+    }
+
+    #[test]
+    fn w02_the_namespaces_of_a_container_are_forgotten_at_the_end_of_its_init() {
+        let table = Table::default();
+        let watched = Arc::new(in_namespaces("c", 5, Some(12), Some(22), Some("/k/c"), None));
+        watched.set_has_own_pid_namespace();
+        table.insert(&watched);
+        let found = || {
+            [
+                table.by_pid_namespace(12),
+                table.by_mount_namespace(22),
+                table.first_in_pid_namespace(12),
+            ]
+            .map(|found| found.is_some())
+        };
+        table.ended(watched.init.pid + 1);
+        assert_eq!(found(), [true; 3]);
+        // The kernel records it before containerd reports it, and gives the numbers to
+        // somebody else.
+        table.ended(watched.init.pid);
+        assert!(!watched.is_detaching());
+        assert_eq!(found(), [false; 3]);
+        assert!(table.by_cgroup(b"/k/c").is_some(), "control groups have names");
+        // The namespaces of the host, or of a pod, do not end with it.
+        let guest = Arc::new(in_namespaces("g", 6, Some(13), Some(23), None, None));
+        table.insert(&guest);
+        table.ended(guest.init.pid);
+        assert!(table.by_pid_namespace(13).is_some() && table.by_mount_namespace(23).is_some());
     }
 
     #[track_caller]

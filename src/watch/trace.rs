@@ -227,6 +227,14 @@ pub(super) struct Trace {
     without_arguments: u64,
 }
 
+/// The kernel had no room for so many records of arguments, and does not report whose
+/// they were: how many are counted as containers', and how many as the host's. No more can
+/// be containers' than their executions that came without arguments.
+fn shares(lost: u64, without_arguments: u64) -> (u64, u64) {
+    let of_containers = without_arguments.min(lost);
+    (of_containers, lost - of_containers)
+}
+
 /// What was executed, and whether anybody need be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Judged {
@@ -446,13 +454,11 @@ impl Trace {
         }
     }
 
-    /// The kernel had no room for so many records of arguments, and does not tell whose
-    /// they were. Of containers' executions, no more than came without are among them.
     fn lost_arguments(&mut self, lost: u64) {
-        let of_containers = std::mem::take(&mut self.without_arguments).min(lost);
+        let (of_containers, of_host) = shares(lost, std::mem::take(&mut self.without_arguments));
         let health = &self.shared.health;
         health.arguments_unrecorded.fetch_add(of_containers, Ordering::Relaxed);
-        health.arguments_unrecorded_of_host.fetch_add(lost - of_containers, Ordering::Relaxed);
+        health.arguments_unrecorded_of_host.fetch_add(of_host, Ordering::Relaxed);
     }
 
     fn listen(&mut self, mut connector: Connector) {
@@ -1170,6 +1176,16 @@ mod tests {
     #[track_caller]
     fn check(evidence: Evidence<'_>, expected: Option<Filesystem>) {
         assert_eq!(judge(&evidence), expected.map_or(Judged::Known, Judged::Unseen));
+    }
+
+    #[test]
+    fn w13_arguments_of_the_hosts_programs_are_counted_apart() {
+        // A build on the host: none of the containers' executions lacks its arguments.
+        assert_eq!(shares(70, 0), (0, 70));
+        assert_eq!(shares(70, 3), (3, 67));
+        // Read by other means, or not made yet: nothing was lost of them.
+        assert_eq!(shares(0, 3), (0, 0));
+        assert_eq!(shares(2, 3), (2, 0));
     }
 
     #[test]

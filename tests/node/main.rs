@@ -37,6 +37,7 @@ mod recording;
 mod registry;
 mod restarts;
 mod sessions;
+mod small;
 mod sources;
 mod start;
 mod threads;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
         unit::trials(),
         honest::trials(),
         edges::trials(),
+        small::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());

@@ -3,6 +3,7 @@
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
+use serde_json::Value;
 
 use crate::image::Layer;
 use crate::node::{Node, bench, only, summaries, wait_for};
@@ -122,7 +123,7 @@ fn generated(node: &Node) -> anyhow::Result<()> {
     let container = node.container_of(IMAGE)?;
     container.lay_payload("lib")?;
     container.sh(
-        "i=0; while [ $i -lt 6 ]; do /usr/bin/jit data /tmp/ffi00$i; i=$((i+1)); done\n\
+        "for name in AbCdEf qwerty 0a1b2c ZZZZZZ housex; do /usr/bin/jit data /tmp/ffi$name; done\n\
          mkdir -p -m 700 /root/.cache/JNA/temp\n\
          /usr/bin/jit unpack /.control/lib /root/.cache/JNA/temp/jna77281.tmp",
     )?;
@@ -139,6 +140,11 @@ fn generated(node: &Node) -> anyhow::Result<()> {
         .filter(|line| !line.starts_with("info ") && !line.starts_with("low "))
         .collect();
     ensure!(high == ["high library.loaded /tmp/evil.so"], "{findings:#?}");
+    let made_there = |one: &&Value| {
+        one["file"]["path"].as_str().is_some_and(|path| path.starts_with("/tmp/ffi"))
+    };
+    let made: Vec<&Value> = findings.iter().filter(made_there).collect();
+    ensure!(made.len() == 1 && made[0]["count"] == 5, "{made:#?}");
     let unpacked = findings
         .iter()
         .find(|one| one["file"]["path"] == "/root/.cache/JNA/temp/jna77281.tmp")

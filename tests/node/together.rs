@@ -278,32 +278,40 @@ const INSTALLER: &str = "registry.test/installer:1";
 /// A container whose image can install packages.
 fn installer(node: &Node) -> anyhow::Result<Container<'_>> {
     if !node.ctr(&["images", "ls", "-q"])?.lines().any(|name| name == INSTALLER) {
-        let mut layer = Layer::new()
-            .directory("/var/lib", 0o755)
-            .directory("/var/lib/dpkg", 0o755)
-            .directory("/var/lib/dpkg/info", 0o755)
-            .directory("/var/lib/dpkg/updates", 0o755)
-            .directory("/var/lib/dpkg/triggers", 0o755)
-            .file("/var/lib/dpkg/status", 0o644, b"");
-        let mut libraries = BTreeSet::new();
-        for name in PACKAGE_PROGRAMS {
-            let path = programs::find(name)?;
-            libraries.extend(programs::libraries_of(&path)?);
-            layer = layer.file(format!("/usr/bin/{name}"), 0o755, &fs::read(&path)?);
-        }
-        for library in libraries {
-            layer = layer.host_file(&library)?;
-        }
-        let mut layers = programs::workbench(&bench()?.payload)?;
-        layers.push(layer);
-        node.import_layers(INSTALLER, layers)?;
+        node.import_layers(INSTALLER, installer_layers()?)?;
     }
     node.container_of(INSTALLER)
 }
 
+/// The layers of an image that can install packages.
+pub(crate) fn installer_layers() -> anyhow::Result<Vec<Layer>> {
+    let mut layer = Layer::new()
+        .directory("/var/lib", 0o755)
+        .directory("/var/lib/dpkg", 0o755)
+        .directory("/var/lib/dpkg/info", 0o755)
+        .directory("/var/lib/dpkg/updates", 0o755)
+        .directory("/var/lib/dpkg/triggers", 0o755)
+        .file("/var/lib/dpkg/status", 0o644, b"");
+    let mut libraries = BTreeSet::new();
+    for name in PACKAGE_PROGRAMS {
+        let path = programs::find(name)?;
+        libraries.extend(programs::libraries_of(&path)?);
+        layer = layer.file(format!("/usr/bin/{name}"), 0o755, &fs::read(&path)?);
+    }
+    for library in libraries {
+        layer = layer.host_file(&library)?;
+    }
+    let mut layers = programs::workbench(&bench()?.payload)?;
+    layers.push(layer);
+    Ok(layers)
+}
+
 /// Builds a package with these files, and with a script that copies a program of
 /// the image after the installation.
-fn package(container: &Container<'_>, files: &[(&str, Vec<u8>)]) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn package(
+    container: &Container<'_>,
+    files: &[(&str, Vec<u8>)],
+) -> anyhow::Result<Vec<u8>> {
     use std::os::unix::fs::PermissionsExt as _;
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
@@ -338,7 +346,7 @@ fn package(container: &Container<'_>, files: &[(&str, Vec<u8>)]) -> anyhow::Resu
     Ok(bytes)
 }
 
-const INSTALL: &str = "export PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
+pub(crate) const INSTALL: &str = "export PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
      /usr/bin/dpkg --force-bad-path --force-depends -i /.control/nmap.deb";
 
 fn a26_package(node: &Node) -> anyhow::Result<()> {

@@ -164,6 +164,18 @@ fn w07_r13_libraries_of_one_directory_and_process_are_one_line_and_a_preload_is_
         }
         node.see(Source::Trace, fact);
     }
+    // A worker that had ended when it was looked at, in another directory.
+    for number in 0..12 {
+        let name = ["cuda", "nvml", "ptx", "gl"][number % 4];
+        let path = format!("/opt/drivers/lib{name}.so.{}", number / 4);
+        let mut worker = program(71, "/usr/bin/curl", &[]);
+        worker.identity.start_time = 0;
+        let mut fact = loaded(&path, &path, worker, None);
+        if let Fact::Loaded { filesystem, .. } = &mut fact {
+            *filesystem = Filesystem::Volume;
+        }
+        node.see(Source::Trace, fact);
+    }
     node.see(Source::Trace, loaded("/tmp/evil.so", "evil", app(), None));
     node.see(Source::Trace, loaded("/usr/lib/drivers/evil.so", "evil", app(), None));
     let lines = node.lines();
@@ -176,6 +188,36 @@ fn w07_r13_libraries_of_one_directory_and_process_are_one_line_and_a_preload_is_
             "library.loaded high /tmp/evil.so 1 1",
             "library.loaded high /usr/lib/drivers/evil.so 1 1"
         ]
+    );
+}
+
+#[test]
+fn r15_code_that_a_program_makes_for_itself_is_one_line_under_any_name_and_a_library_is_not() {
+    let mut node = Node::running();
+    let generated = |name: &str, pid: u32, exe: &str| {
+        let path = format!("/tmp/{name}");
+        let mut fact = loaded(&path, &path, program(pid, exe, &[(1, "/bin/busybox")]), None);
+        if let Fact::Loaded { state, is_shared, .. } = &mut fact {
+            (state.format, state.deleted, *is_shared) = (Format::Unknown, true, true);
+            state.content = Content::Unhashed(model::Unhashed::Gone);
+        }
+        fact
+    };
+    // mkstemp's names, of three workers.
+    for (number, name) in
+        ["ffiAbCdEf", "ffiqwerty", "ffi0a1b2c", "ffiZZZZZZ", "ffihousex"].into_iter().enumerate()
+    {
+        let pid = 70 + u32::try_from(number % 3).unwrap();
+        node.see(Source::Trace, generated(name, pid, "/usr/bin/curl"));
+    }
+    assert_eq!(node.lines(), ["library.loaded info /tmp/ffiAbCdEf 5 5"]);
+    node.see(Source::Trace, generated("ffiabcdef", 80, "/bin/ls"));
+    let shell = || Some(program(90, "/bin/busybox", &[(1, "/bin/busybox")]));
+    let app = program(70, "/usr/bin/curl", &[(1, "/bin/busybox")]);
+    node.see(Source::Trace, loaded("/tmp/ffievilxx", "evil", app, shell()));
+    assert_eq!(
+        node.lines()[1..],
+        ["library.loaded info /tmp/ffiabcdef 1 1", "library.loaded high /tmp/ffievilxx 1 1"]
     );
 }
 
@@ -283,4 +325,50 @@ fn w10_accounts_that_one_command_changes_are_one_line_and_a_line_by_a_shell_is_i
         node.lines()[1..],
         ["file.persistence high /etc/passwd 1 1", "file.persistence high /etc/shadow 1 1"]
     );
+}
+
+#[test]
+fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_beside_it_is_not() {
+    let mut node = Node::running();
+    let places = [
+        "**/{site,dist}-packages/*.pth",
+        "**/{site-packages,python*}/sitecustomize.py",
+        "/etc/cron.d/*",
+    ];
+    node.state.policy.persistence =
+        model::PathGlobs::new(places.map(str::to_owned).into()).unwrap();
+    let write = |path: &str, content: &str, writer: Process| {
+        let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
+        let writer = Some(Arc::new(writer));
+        Fact::Present { path: at(path), state, lower: None, writer }
+    };
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    let brought = [
+        "/usr/lib/python3/dist-packages/distutils-precedence.pth",
+        "/usr/lib/python3/dist-packages/__editable__.app-1.0.pth",
+        "/usr/lib/python3.11/sitecustomize.py",
+    ];
+    for path in brought {
+        node.see(Source::Change, write(path, path, (*descendant(52, &[50])).clone()));
+    }
+    assert_eq!(node.lines().len(), 1, "{:#?}", node.lines());
+    assert!(node.lines()[0].starts_with("package.transaction"), "{:#?}", node.lines());
+    let listed = node.members();
+    let members: Vec<String> = listed.keys().map(|(_, path)| path.to_string()).collect();
+    assert_eq!(members.len(), brought.len(), "{members:#?}");
+    // What is run by the clock stands alone, whoever brings it.
+    let job = "/etc/cron.d/job";
+    node.see(Source::Change, write(job, job, (*descendant(52, &[50])).clone()));
+    // Somebody else puts one beside them, and changes what was brought.
+    let shell = || program(80, "/bin/busybox", &[(1, "/bin/busybox")]);
+    let beside = "/usr/lib/python3/dist-packages/x.pth";
+    node.see(Source::Change, write(beside, "evil", shell()));
+    node.see(Source::Change, write(brought[0], "evil", shell()));
+    node.see(Source::Change, write(brought[2], "evil", program(81, "/usr/bin/curl", &[])));
+    let lines = node.lines();
+    let persistence: Vec<&String> =
+        lines.iter().filter(|line| line.starts_with("file.persistence")).collect();
+    let expected = [job, beside, brought[0], brought[2]]
+        .map(|path| format!("file.persistence high {path} 1 1"));
+    assert_eq!(persistence, expected.iter().collect::<Vec<_>>());
 }
