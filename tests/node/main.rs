@@ -42,6 +42,7 @@ mod threads;
 mod together;
 mod trouble;
 mod unit;
+mod vm;
 mod volumes;
 mod writers;
 
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
         deeds::trials(),
         groups::trials(),
         unit::trials(),
+        vm::trials(),
         honest::trials(),
         edges::trials(),
     ];
