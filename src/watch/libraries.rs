@@ -393,13 +393,22 @@ impl Libraries {
             return if mapped.is_shared { Place::NoFile } else { Place::Elsewhere };
         }
         let Ok(path) = RootfsPath::new(&mapped.name) else { return Place::NoFile };
-        if mapped.device != watched.device {
+        // Before Linux 6.18 a record can name the file below the overlay. Of the layers'
+        // filesystem a container can have volumes too, so only that very file is taken.
+        let is_below = mapped.device != watched.device;
+        if is_below && !watched.layers().is_some_and(|layers| layers.is_on(mapped.device)) {
             return Place::Elsewhere;
         }
+        let is_mapped =
+            |device, inode| inode == mapped.inode && (!is_below || device == mapped.device);
         match code::upper(watched, &path) {
-            Upper::File { fd, stat } if stat.inode == mapped.inode => Place::Upper(path, fd, stat),
+            Upper::File { fd, stat } if is_mapped(stat.device, stat.inode) => {
+                Place::Upper(path, fd, stat)
+            }
+            Upper::File { .. } | Upper::Hidden | Upper::Unknown if is_below => Place::Elsewhere,
             Upper::File { fd, stat } => Place::PerhapsUpper(path, fd, stat),
             // The layers below are not read.
+            Upper::Absent if watched.has_foreign_layers() && is_below => Place::Elsewhere,
             Upper::Absent if watched.has_foreign_layers() => Place::Image,
             Upper::Hidden | Upper::Unknown => Place::Unclear,
             Upper::Absent => {
@@ -410,7 +419,8 @@ impl Libraries {
                 let known =
                     self.in_image.entry(key).or_insert_with(|| code::image_inode(watched, &path));
                 match known {
-                    Some((_, inode)) if *inode == mapped.inode => Place::Image,
+                    Some((device, inode)) if is_mapped(*device, *inode) => Place::Image,
+                    _ if is_below => Place::Elsewhere,
                     _ => Place::Unclear,
                 }
             }

@@ -320,25 +320,34 @@ const LIBRARY: &str = "int nothing_of_the_image(void) { return 1; }";
 // ---- what is tried
 
 /// The steps of an attack, and what each has to be reported as.
-const STEPS: [(&str, &str, &str); 9] = [
-    ("cp /.control/x /tmp/x; /tmp/x 300", "exec.new", "/tmp/x"),
-    ("echo more >> /usr/bin/curl; /usr/bin/curl 300", "exec.modified", "/usr/bin/curl"),
-    ("/usr/bin/loader memfd 1 /.control/y 300", "exec.fileless", ""),
-    (
-        "printf '#!/bin/sh\\nsleep 0.3\\n' > /tmp/s.sh; chmod 755 /tmp/s.sh; /tmp/s.sh",
-        "exec.script",
-        "/tmp/s.sh",
-    ),
-    ("cp /.control/z /mem/z; /mem/z 300", "exec.tmpfs", "/mem/z"),
-    ("cp /.control/v /volume/v; /volume/v 300", "exec.tmpfs", "/volume/v"),
-    ("cp /.control/l.so /tmp/l.so; LD_PRELOAD=/tmp/l.so /bin/ls /", "library.loaded", "/tmp/l.so"),
-    ("mkdir -p /etc/cron.d; echo job > /etc/cron.d/job", "file.persistence", "/etc/cron.d/job"),
-    ("cp /bin/busybox /tmp/nc; /tmp/nc true || true", "exec.relocated", "/tmp/nc"),
-];
+fn steps() -> [(&'static str, &'static str, &'static str); 9] {
+    // A virtual machine has its /tmp on its disk.
+    let of_volume = if vm::kernel().is_some() { "exec.volume" } else { "exec.tmpfs" };
+    [
+        ("cp /.control/x /tmp/x; /tmp/x 300", "exec.new", "/tmp/x"),
+        ("echo more >> /usr/bin/curl; /usr/bin/curl 300", "exec.modified", "/usr/bin/curl"),
+        ("/usr/bin/loader memfd 1 /.control/y 300", "exec.fileless", ""),
+        (
+            "printf '#!/bin/sh\\nsleep 0.3\\n' > /tmp/s.sh; chmod 755 /tmp/s.sh; /tmp/s.sh",
+            "exec.script",
+            "/tmp/s.sh",
+        ),
+        ("cp /.control/z /mem/z; /mem/z 300", "exec.tmpfs", "/mem/z"),
+        ("cp /.control/v /volume/v; /volume/v 300", of_volume, "/volume/v"),
+        (
+            "cp /.control/l.so /tmp/l.so; LD_PRELOAD=/tmp/l.so /bin/ls /",
+            "library.loaded",
+            "/tmp/l.so",
+        ),
+        ("mkdir -p /etc/cron.d; echo job > /etc/cron.d/job", "file.persistence", "/etc/cron.d/job"),
+        ("cp /bin/busybox /tmp/nc; /tmp/nc true || true", "exec.relocated", "/tmp/nc"),
+    ]
+}
 
 /// Plays the steps in a container, and waits until each is reported.
 fn play(machine: &Machine, id: &str) -> anyhow::Result<()> {
-    for (step, _, _) in STEPS {
+    let steps = steps();
+    for (step, _, _) in steps {
         let output = machine.exec(id, step)?;
         ensure!(output.status.success(), "{step}: {}", talk(&output));
     }
@@ -350,13 +359,13 @@ fn play(machine: &Machine, id: &str) -> anyhow::Result<()> {
                 finding["kind"] == kind && (path.is_empty() || finding["file"]["path"] == path)
             })
         };
-        let steps = STEPS.iter().filter(|(_, kind, path)| !is_reported(kind, path));
+        let steps = steps.iter().filter(|(_, kind, path)| !is_reported(kind, path));
         missing = steps.map(|(_, kind, _)| *kind).collect();
         Ok(missing.is_empty().then_some(()))
     });
-    let count = STEPS.len() - missing.len();
+    let count = steps.len() - missing.len();
     waited.with_context(|| {
-        format!("{count} of {} reported; missing {missing:?}\n{found:#?}", STEPS.len())
+        format!("{count} of {} reported; missing {missing:?}\n{found:#?}", steps.len())
     })
 }
 
