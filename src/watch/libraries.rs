@@ -666,7 +666,7 @@ mod tests {
 
         let mut libraries = Libraries::default();
         let mut place = |file: &str, name: &str| {
-            let stat = crate::sys::file::stat_path(&scratch.path().join(file)).unwrap();
+            let stat = crate::sys::file::stat_path(scratch.path().join(file)).unwrap();
             assert_ne!(stat.device, watched.device);
             let mapped = Mapped {
                 pid: 7,
