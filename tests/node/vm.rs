@@ -131,13 +131,16 @@ fn reboot() -> anyhow::Result<()> {
     machine.sh(&KUBELET.replace("IMAGE", WORKBENCH))?;
 
     // The second one as if the power had failed.
-    for ending in ["systemctl reboot", "echo b > /proc/sysrq-trigger"] {
-        rebooted(&machine, ending).with_context(|| format!("{ending}{}", machine.logs()))?;
+    for (ending, program) in [("systemctl reboot", "z"), ("echo b > /proc/sysrq-trigger", "v")] {
+        rebooted(&machine, ending, program)
+            .with_context(|| format!("{ending}{}", machine.logs()))?;
     }
     Ok(())
 }
 
-fn rebooted(machine: &Machine, ending: &str) -> anyhow::Result<()> {
+/// Ends the machine, and makes sure of what is reported after its boot. `program` is one
+/// that was not executed before: another file with its content is no finding of its own.
+fn rebooted(machine: &Machine, ending: &str, program: &str) -> anyhow::Result<()> {
     let now = || -> anyhow::Result<Timestamp> {
         Ok(Timestamp::from_second(machine.sh("date +%s")?.trim().parse()?)?)
     };
@@ -180,8 +183,8 @@ fn rebooted(machine: &Machine, ending: &str) -> anyhow::Result<()> {
     ensure!(!is_watched, "a container that ended with the machine is watched: {known:#?}");
     machine.sh("mkdir -p /tmp/volume; ctr task start -d web")?;
     machine.watched("web")?;
-    let file = format!("/tmp/z{}", booted.as_second());
-    let output = machine.exec("web", &format!("cp /.control/z {file}; {file} 300"))?;
+    let file = format!("/tmp/{program}");
+    let output = machine.exec("web", &format!("cp /.control/{program} {file}; {file} 300"))?;
     ensure!(output.status.success(), "{}", talk(&output));
     found(machine, "web", "exec.new", &file)
 }
