@@ -34,10 +34,10 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-kernels soak check bench bench-against fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-systemd-vm test-kernels soak check bench bench-against fuzz demo install install-files uninstall clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## installs what building and testing need and this machine lacks (Debian or Ubuntu)
 	@command -v $(CARGO) >/dev/null || { \
@@ -81,12 +81,19 @@ docker-%: $(ENGINES)/docker-%
 # A short form of it, under the systemd of this machine, is in `make test`.
 test-systemd: setup systemd-bookworm systemd-trixie ## the installed unit under Debian 12's systemd (252) and Debian 13's (257) (as root)
 
-$(ENGINES)/machine-bookworm/.complete: ; @$(SUDO) scripts/machine-root bookworm $(@D)
-$(ENGINES)/machine-trixie/.complete: ; @$(SUDO) scripts/machine-root trixie $(@D)
+$(ENGINES)/machine-bookworm/.complete: scripts/machine-root ; @$(SUDO) scripts/machine-root bookworm $(@D)
+$(ENGINES)/machine-trixie/.complete: scripts/machine-root ; @$(SUDO) scripts/machine-root trixie $(@D)
 
 systemd-%: $(ENGINES)/machine-%/.complete
 	DRIFTD_MACHINE_ROOT=$(ENGINES)/machine-$* \
-		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored
+		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored --skip reboot
+
+# One machine at a time: its processors may be a program, which takes all of this one's.
+test-systemd-vm: setup-kernels vm-bookworm ## the same in a virtual machine, on Debian 12's own kernel, and its reboot (as root)
+
+vm-%: $(ENGINES)/machine-%/.complete
+	DRIFTD_MACHINE_ROOT=$(ENGINES)/machine-$* DRIFTD_MACHINE_KERNEL=$* \
+		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored --test-threads=1
 
 soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
 	$(CARGO) test --locked $(AS_ROOT) --test node -- x02_a_thread_that_nobody_can_replace --ignored
@@ -97,8 +104,9 @@ soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS
 test-kernels: setup-kernels kernel-bookworm kernel-bullseye ## runs what watches on Linux 6.1 and 5.10, in virtual machines
 
 setup-kernels: setup
-	@command -v qemu-system-x86_64 >/dev/null && command -v mke2fs >/dev/null || \
-		$(SUDO) apt-get install -y -qq --no-install-recommends qemu-system-x86 e2fsprogs
+	@PATH=$$PATH:/usr/sbin:/sbin; command -v qemu-system-x86_64 >/dev/null && \
+		command -v mke2fs >/dev/null && command -v depmod >/dev/null || \
+		$(SUDO) apt-get install -y -qq --no-install-recommends qemu-system-x86 e2fsprogs kmod
 
 kernel-%:
 	$(CARGO) test --locked --test kernel \

@@ -394,13 +394,22 @@ impl Libraries {
             return if mapped.is_shared { Place::NoFile } else { Place::Elsewhere };
         }
         let Ok(path) = RootfsPath::new(&mapped.name) else { return Place::NoFile };
-        if mapped.device != watched.device {
+        // Before Linux 6.18 a record can name the file below the overlay. Of the layers'
+        // filesystem a container can have volumes too, so only that very file is taken.
+        let is_below = mapped.device != watched.device;
+        if is_below && !watched.layers().is_some_and(|layers| layers.is_on(mapped.device)) {
             return Place::Elsewhere;
         }
+        let is_mapped =
+            |device, inode| inode == mapped.inode && (!is_below || device == mapped.device);
         match code::upper(watched, &path) {
-            Upper::File { fd, stat } if stat.inode == mapped.inode => Place::Upper(path, fd, stat),
+            Upper::File { fd, stat } if is_mapped(stat.device, stat.inode) => {
+                Place::Upper(path, fd, stat)
+            }
+            Upper::File { .. } | Upper::Hidden | Upper::Unknown if is_below => Place::Elsewhere,
             Upper::File { fd, stat } => Place::PerhapsUpper(path, fd, stat),
             // The layers below are not read.
+            Upper::Absent if watched.has_foreign_layers() && is_below => Place::Elsewhere,
             Upper::Absent if watched.has_foreign_layers() => Place::Image,
             Upper::Hidden | Upper::Unknown => Place::Unclear,
             Upper::Absent => {
@@ -411,7 +420,8 @@ impl Libraries {
                 let known =
                     self.in_image.entry(key).or_insert_with(|| code::image_inode(watched, &path));
                 match known {
-                    Some((_, inode)) if *inode == mapped.inode => Place::Image,
+                    Some((device, inode)) if is_mapped(*device, *inode) => Place::Image,
+                    _ if is_below => Place::Elsewhere,
                     _ => Place::Unclear,
                 }
             }
@@ -619,7 +629,11 @@ pub(super) fn processes_of(watched: &Watched) -> Vec<Handle> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::files::some_container;
+    use super::super::table::Layers;
     use super::*;
+    use crate::model::OverlayDirs;
+    use crate::sys::overlay;
 
     #[test]
     fn a16_a_program_given_to_the_dynamic_linker_is_the_first_code_it_maps() {
@@ -632,6 +646,48 @@ mod tests {
         assert!(!programs.executed(7, 2, Some(b"/usr/bin/ls")).is_linker());
         assert!(programs.loads(7).1);
         assert_eq!(programs.loads(8), (Program::default(), false));
+    }
+
+    #[test]
+    fn before_linux_6_18_a_library_is_known_by_the_file_below_the_overlay() {
+        let scratch = tempfile::tempdir().unwrap();
+        for file in ["lower/lib/own.so", "upper/tmp/l.so", "volume/l.so"] {
+            let file = scratch.path().join(file);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(&file, file.as_os_str().as_encoded_bytes()).unwrap();
+        }
+        let watched = Arc::new(some_container(1));
+        let dirs = OverlayDirs {
+            lowerdirs: vec![scratch.path().join("lower")],
+            upperdir: scratch.path().join("upper"),
+        };
+        let redirects = overlay::redirects_by_default();
+        let mount =
+            overlay::Mount { dirs, userxattr: false, redirects, workdir: None, is_exported: false };
+        watched.set_layers(Layers::new(mount).unwrap());
+
+        let mut libraries = Libraries::default();
+        let mut place = |file: &str, name: &str| {
+            let stat = crate::sys::file::stat_path(scratch.path().join(file)).unwrap();
+            assert_ne!(stat.device, watched.device);
+            let mapped = Mapped {
+                pid: 7,
+                time: 1,
+                address: 0,
+                length: 4096,
+                device: stat.device,
+                inode: stat.inode,
+                is_shared: false,
+                name: name.as_bytes().into(),
+            };
+            libraries.place(&watched, &mapped)
+        };
+        assert!(matches!(place("lower/lib/own.so", "/lib/own.so"), Place::Image));
+        assert!(matches!(place("upper/tmp/l.so", "/tmp/l.so"), Place::Upper(..)));
+        // A volume on the layers' filesystem may be mounted over them.
+        for name in ["/tmp/l.so", "/lib/own.so", "/volume/l.so"] {
+            assert!(matches!(place("volume/l.so", name), Place::Elsewhere), "{name}");
+        }
     }
 
     #[test]

@@ -44,6 +44,7 @@ mod threads;
 mod together;
 mod trouble;
 mod unit;
+mod vm;
 mod volumes;
 mod writers;
 
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
         deeds::trials(),
         groups::trials(),
         unit::trials(),
+        vm::trials(),
         honest::trials(),
         edges::trials(),
         small::trials(),

@@ -2,7 +2,8 @@
 //! process 1 is a real systemd (`scripts/machine`).
 //!
 //! The machine has this one's programs, or those of the root directory that
-//! `DRIFTD_MACHINE_ROOT` names (`make test-systemd`).
+//! `DRIFTD_MACHINE_ROOT` names (`make test-systemd`). With `DRIFTD_MACHINE_KERNEL` it is a
+//! virtual one, and has the kernel of that Debian release (`make test-systemd-vm`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use serde_json::Value;
 
 use crate::node::{append_to, bench, end, talk, wait_for, wait_within};
 use crate::programs::{WORKBENCH, compile, find};
-use crate::trial_without_node;
+use crate::{trial_without_node, vm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -38,15 +39,24 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// What a busy machine may need for systemd to start something again.
-const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) fn patience() -> Duration {
+    if vm::kernel().is_some() { vm::PATIENCE } else { Duration::from_secs(90) }
+}
 
 // ---- the machine
 
 /// A running machine. Dropped, it ends with everything in it.
-struct Machine {
+pub(crate) struct Machine {
     directory: PathBuf,
     script: Child,
-    pid: i32,
+    inside: Inside,
+}
+
+/// How commands are run in a machine.
+enum Inside {
+    /// In the namespaces of its process 1, which has this number here.
+    Process(i32),
+    Control(vm::Control),
 }
 
 /// The sources, as the machine sees them.
@@ -54,7 +64,7 @@ const INSTALL: &str = "make --no-print-directory -C /src install-files PROGRAM=/
 
 impl Machine {
     /// Boots a machine in which containerd runs and has the tests' image.
-    fn boot(name: &str) -> anyhow::Result<Machine> {
+    pub(crate) fn boot(name: &str) -> anyhow::Result<Machine> {
         let bench = bench()?;
         let directory = bench.scratch.path().join(format!("machine-{name}"));
         let share = directory.join("share");
@@ -68,44 +78,64 @@ impl Machine {
         ensure!(strip.status.success(), "{}", talk(&strip));
         fs::copy(&bench.workbench, share.join("workbench.tar"))?;
         let log = append_to(&directory.join("log"))?;
+        let kernel = vm::kernel();
+        let script = if kernel.is_some() { "virtual-machine" } else { "machine" };
         let script = Command::new(find("setpriv")?)
             .args(["--pdeathsig", "TERM"])
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/machine"))
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(script))
             .arg(&directory)
             .args(std::env::var_os("DRIFTD_MACHINE_ROOT"))
+            .args(&kernel)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .context("cannot run scripts/machine")?;
-        let mut machine = Machine { directory, script, pid: 0 };
-        let pid = machine.directory.join("pid");
-        machine.pid = wait_within(PATIENCE, "the machine's process 1", || {
+            .with_context(|| format!("cannot run scripts/{script}"))?;
+        let mut machine = Machine { directory, script, inside: Inside::Process(0) };
+        machine.inside = wait_within(patience(), "the machine's process 1", || {
             if let Some(status) = machine.script.try_wait()? {
                 let log = fs::read_to_string(machine.directory.join("log"))?;
                 bail!("the machine ended ({status}): {log}");
             }
-            Ok(fs::read_to_string(&pid).ok())
-        })?
-        .trim()
-        .parse()?;
-        wait_within(PATIENCE, "the machine to be up", || {
-            let state = machine.run("systemctl is-system-running")?;
-            let state = String::from_utf8_lossy(&state.stdout).trim().to_owned();
-            ensure!(state != "degraded", "{}", machine.sh("systemctl --failed --no-pager")?);
-            Ok((state == "running").then_some(()))
+            if kernel.is_some() {
+                return Ok(vm::Control::connect(&machine.directory).map(Inside::Control));
+            }
+            let pid = fs::read_to_string(machine.directory.join("pid")).ok();
+            Ok(pid.map(|pid| pid.trim().parse().map(Inside::Process)).transpose()?)
         })?;
+        if let Inside::Control(control) = &machine.inside {
+            let console = machine.directory.join("console");
+            control.booted().with_context(|| fs::read_to_string(console).unwrap_or_default())?;
+        }
+        machine.up()?;
         machine.sh("systemctl start containerd")?;
-        wait_within(PATIENCE, "containerd", || {
+        wait_within(patience(), "containerd", || {
             Ok(machine.run("ctr version")?.status.success().then_some(()))
         })?;
         machine.sh("ctr images import /share/workbench.tar")?;
         Ok(machine)
     }
 
+    /// Waits until everything has started that starts at boot.
+    pub(crate) fn up(&self) -> anyhow::Result<()> {
+        wait_within(patience(), "the machine to be up", || {
+            let state = self.run("systemctl is-system-running")?;
+            let state = String::from_utf8_lossy(&state.stdout).trim().to_owned();
+            ensure!(state != "degraded", "{}", self.sh("systemctl --failed --no-pager")?);
+            Ok((state == "running").then_some(()))
+        })
+    }
+
+    pub(crate) fn control(&self) -> anyhow::Result<&vm::Control> {
+        match &self.inside {
+            Inside::Control(control) => Ok(control),
+            Inside::Process(_) => bail!("this machine is no virtual one"),
+        }
+    }
+
     /// The commands of README.md under "Install", as they stand there. But the program was
     /// built already, and the machine's user is root and has no sudo.
-    fn install(&self) -> anyhow::Result<()> {
+    pub(crate) fn install(&self) -> anyhow::Result<()> {
         let readme = include_str!("../../README.md");
         let (_, section) = readme.split_once("\n## Install\n").context("no such section")?;
         let (block, _) = section.split_once("\n```\n").context("no such commands")?;
@@ -125,7 +155,7 @@ impl Machine {
 
     /// Waits until the unit runs and answers, and hands back the daemon's pid.
     fn watching(&self) -> anyhow::Result<u32> {
-        wait_within(PATIENCE, "driftd to watch", || {
+        wait_within(patience(), "driftd to watch", || {
             let active = self.sh("systemctl show -P ActiveState driftd")? == "active\n";
             if !active || !matches!(self.run("driftd status")?.status.code(), Some(0 | 1)) {
                 return Ok(None);
@@ -136,7 +166,7 @@ impl Machine {
     }
 
     /// Makes sure of what systemd reports of the unit.
-    fn is(&self, expected: &[(&str, &str)]) -> anyhow::Result<()> {
+    pub(crate) fn is(&self, expected: &[(&str, &str)]) -> anyhow::Result<()> {
         for (property, expected) in expected {
             let found = self.sh(&format!("systemctl show -P {property} driftd"))?;
             ensure!(found.trim() == *expected, "{property} is {found}{}", self.logs());
@@ -158,9 +188,13 @@ impl Machine {
     }
 
     fn run(&self, commands: &str) -> anyhow::Result<Output> {
+        let pid = match &self.inside {
+            Inside::Process(pid) => pid,
+            Inside::Control(control) => return control.run(commands),
+        };
         let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
         Command::new(find("nsenter")?)
-            .args(["--target", &self.pid.to_string()])
+            .args(["--target", &pid.to_string()])
             .args(["--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup", "--root", "--wd"])
             .args(["env", "-i", path, "HOME=/root", "LC_ALL=C", "sh", "-c", commands])
             .stdin(Stdio::null())
@@ -169,13 +203,13 @@ impl Machine {
     }
 
     /// Runs shell commands that must succeed, and hands back what they printed.
-    fn sh(&self, commands: &str) -> anyhow::Result<String> {
+    pub(crate) fn sh(&self, commands: &str) -> anyhow::Result<String> {
         let output = self.run(&format!("set -e\n{commands}"))?;
         ensure!(output.status.success(), "{commands}\nfailed: {}", talk(&output));
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    fn lines(&self, commands: &str) -> anyhow::Result<Vec<Value>> {
+    pub(crate) fn lines(&self, commands: &str) -> anyhow::Result<Vec<Value>> {
         // 1 says that there is drift.
         let output = self.run(commands)?;
         ensure!(matches!(output.status.code(), Some(0 | 1)), "{commands}: {}", talk(&output));
@@ -184,7 +218,7 @@ impl Machine {
     }
 
     /// Starts a container, and waits until driftd watches it.
-    fn container(&self, id: &str) -> anyhow::Result<()> {
+    pub(crate) fn container(&self, id: &str) -> anyhow::Result<()> {
         // The unit has a /tmp of its own; what a container binds of the host's is seen.
         self.sh(&format!(
             "mkdir -p /tmp/volume; ctr run -d --cpu-shares 0 \
@@ -196,8 +230,8 @@ impl Machine {
         self.watched(id)
     }
 
-    fn watched(&self, id: &str) -> anyhow::Result<()> {
-        wait_within(PATIENCE, "the container to be watched", || {
+    pub(crate) fn watched(&self, id: &str) -> anyhow::Result<()> {
+        wait_within(patience(), "the container to be watched", || {
             let known = self.lines("driftd containers -o jsonl")?;
             let is_ready = known.iter().any(|container| {
                 container["id"] == id
@@ -210,14 +244,14 @@ impl Machine {
     }
 
     /// Runs commands in a container, as somebody from outside.
-    fn exec(&self, id: &str, commands: &str) -> anyhow::Result<Output> {
+    pub(crate) fn exec(&self, id: &str, commands: &str) -> anyhow::Result<Output> {
         fs::write(self.directory.join("share/drops/commands"), commands)?;
         let exec = self.directory.join("share/drops/commands").metadata()?;
         let number = std::os::unix::fs::MetadataExt::mtime_nsec(&exec);
         self.run(&format!("ctr task exec --exec-id e{number} {id} /bin/sh -e /.control/commands"))
     }
 
-    fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         let journal = self.run("journalctl --no-pager -n 60");
         journal.map(|output| talk(&output)).unwrap_or_default()
     }
@@ -225,7 +259,7 @@ impl Machine {
     /// Removes a container as its users do; nothing of it may be held.
     fn remove(&self, id: &str) -> anyhow::Result<()> {
         self.sh(&format!("ctr task kill --signal SIGKILL {id}"))?;
-        wait_for("the task to end", || {
+        wait_within(patience(), "the task to end", || {
             Ok(self.run(&format!("ctr task rm {id}"))?.status.success().then_some(()))
         })?;
         self.sh(&format!("ctr container rm {id}"))?;
@@ -233,6 +267,31 @@ impl Machine {
         self.sh(&format!("! test -e /run/containerd/{rootfs}"))?;
         // In the mount namespace of driftd neither.
         self.sh(&format!("! grep -q {rootfs} /proc/{}/mountinfo", self.main_pid()?))?;
+        Ok(())
+    }
+
+    /// Writes the programs that are executed in containers.
+    pub(crate) fn drop_files(&self) -> anyhow::Result<()> {
+        let drops = self.directory.join("share/drops");
+        let lay = |name: &str, content: &[u8]| -> anyhow::Result<()> {
+            use std::os::unix::fs::PermissionsExt as _;
+            fs::write(drops.join(name), content)?;
+            fs::set_permissions(drops.join(name), fs::Permissions::from_mode(0o755))?;
+            Ok(())
+        };
+        let payload = &bench()?.payload;
+        lay("x", &payload.marked("unit x"))?;
+        lay("y", &payload.marked("unit y"))?;
+        lay("z", &payload.marked("unit z"))?;
+        lay("v", &payload.marked("unit v"))?;
+        let (source, library) = (self.directory.join("l.c"), drops.join("l.so"));
+        fs::write(&source, LIBRARY)?;
+        let gcc = Command::new("gcc")
+            .args(["-shared", "-fPIC", "-o"])
+            .arg(library)
+            .arg(source)
+            .output()?;
+        ensure!(gcc.status.success(), "{}", talk(&gcc));
         Ok(())
     }
 }
@@ -258,74 +317,62 @@ fn next_step(printed: &str) -> anyhow::Result<&str> {
 /// Loaded by LD_PRELOAD.
 const LIBRARY: &str = "int nothing_of_the_image(void) { return 1; }";
 
-fn drop_files(machine: &Machine) -> anyhow::Result<()> {
-    let drops = machine.directory.join("share/drops");
-    let lay = |name: &str, content: &[u8]| -> anyhow::Result<()> {
-        use std::os::unix::fs::PermissionsExt as _;
-        fs::write(drops.join(name), content)?;
-        fs::set_permissions(drops.join(name), fs::Permissions::from_mode(0o755))?;
-        Ok(())
-    };
-    let payload = &bench()?.payload;
-    lay("x", &payload.marked("unit x"))?;
-    lay("y", &payload.marked("unit y"))?;
-    lay("z", &payload.marked("unit z"))?;
-    lay("v", &payload.marked("unit v"))?;
-    let (source, library) = (machine.directory.join("l.c"), drops.join("l.so"));
-    fs::write(&source, LIBRARY)?;
-    let gcc =
-        Command::new("gcc").args(["-shared", "-fPIC", "-o"]).arg(library).arg(source).output()?;
-    ensure!(gcc.status.success(), "{}", talk(&gcc));
-    Ok(())
-}
-
 // ---- what is tried
 
 /// The steps of an attack, and what each has to be reported as.
-const STEPS: [(&str, &str, &str); 9] = [
-    ("cp /.control/x /tmp/x; /tmp/x 300", "exec.new", "/tmp/x"),
-    ("echo more >> /usr/bin/curl; /usr/bin/curl 300", "exec.modified", "/usr/bin/curl"),
-    ("/usr/bin/loader memfd 1 /.control/y 300", "exec.fileless", ""),
-    (
-        "printf '#!/bin/sh\\nsleep 0.3\\n' > /tmp/s.sh; chmod 755 /tmp/s.sh; /tmp/s.sh",
-        "exec.script",
-        "/tmp/s.sh",
-    ),
-    ("cp /.control/z /mem/z; /mem/z 300", "exec.tmpfs", "/mem/z"),
-    ("cp /.control/v /volume/v; /volume/v 300", "exec.tmpfs", "/volume/v"),
-    ("cp /.control/l.so /tmp/l.so; LD_PRELOAD=/tmp/l.so /bin/ls /", "library.loaded", "/tmp/l.so"),
-    ("mkdir -p /etc/cron.d; echo job > /etc/cron.d/job", "file.persistence", "/etc/cron.d/job"),
-    ("cp /bin/busybox /tmp/nc; /tmp/nc true || true", "exec.relocated", "/tmp/nc"),
-];
+fn steps() -> [(&'static str, &'static str, &'static str); 9] {
+    // A virtual machine has its /tmp on its disk.
+    let of_volume = if vm::kernel().is_some() { "exec.volume" } else { "exec.tmpfs" };
+    [
+        ("cp /.control/x /tmp/x; /tmp/x 300", "exec.new", "/tmp/x"),
+        ("echo more >> /usr/bin/curl; /usr/bin/curl 300", "exec.modified", "/usr/bin/curl"),
+        ("/usr/bin/loader memfd 1 /.control/y 300", "exec.fileless", ""),
+        (
+            "printf '#!/bin/sh\\nsleep 0.3\\n' > /tmp/s.sh; chmod 755 /tmp/s.sh; /tmp/s.sh",
+            "exec.script",
+            "/tmp/s.sh",
+        ),
+        ("cp /.control/z /mem/z; /mem/z 300", "exec.tmpfs", "/mem/z"),
+        ("cp /.control/v /volume/v; /volume/v 300", of_volume, "/volume/v"),
+        (
+            "cp /.control/l.so /tmp/l.so; LD_PRELOAD=/tmp/l.so /bin/ls /",
+            "library.loaded",
+            "/tmp/l.so",
+        ),
+        ("mkdir -p /etc/cron.d; echo job > /etc/cron.d/job", "file.persistence", "/etc/cron.d/job"),
+        ("cp /bin/busybox /tmp/nc; /tmp/nc true || true", "exec.relocated", "/tmp/nc"),
+    ]
+}
 
 /// Plays the steps in a container, and waits until each is reported.
 fn play(machine: &Machine, id: &str) -> anyhow::Result<()> {
-    for (step, _, _) in STEPS {
+    let steps = steps();
+    for (step, _, _) in steps {
         let output = machine.exec(id, step)?;
         ensure!(output.status.success(), "{step}: {}", talk(&output));
     }
     let (mut missing, mut found) = (Vec::new(), Vec::new());
-    let waited = wait_within(PATIENCE, "every step to be reported", || {
+    let waited = wait_within(patience(), "every step to be reported", || {
         found = machine.lines(&format!("driftd findings --container {id} -o jsonl"))?;
         let is_reported = |kind: &str, path: &str| {
             found.iter().any(|finding| {
                 finding["kind"] == kind && (path.is_empty() || finding["file"]["path"] == path)
             })
         };
-        let steps = STEPS.iter().filter(|(_, kind, path)| !is_reported(kind, path));
+        let steps = steps.iter().filter(|(_, kind, path)| !is_reported(kind, path));
         missing = steps.map(|(_, kind, _)| *kind).collect();
         Ok(missing.is_empty().then_some(()))
     });
-    let count = STEPS.len() - missing.len();
+    let count = steps.len() - missing.len();
     waited.with_context(|| {
-        format!("{count} of {} reported; missing {missing:?}\n{found:#?}", STEPS.len())
+        format!("{count} of {} reported; missing {missing:?}\n{found:#?}", steps.len())
     })
 }
 
 fn attack() -> anyhow::Result<()> {
     let machine = Machine::boot("attack")?;
     machine.install()?;
-    drop_files(&machine)?;
+    machine.drop_files()?;
     machine.sh("driftd doctor").context("doctor finds something missing")?;
 
     // What starts after driftd is seen, although driftd has a mount namespace.
@@ -333,7 +380,7 @@ fn attack() -> anyhow::Result<()> {
     play(&machine, "first")?;
     ensure!(machine.run("driftd diff first")?.status.code() == Some(1), "no difference is listed");
     // On a busy machine it may have begun before it was watched. A walk makes up for that.
-    wait_within(PATIENCE, "a complete view", || {
+    wait_within(patience(), "a complete view", || {
         Ok((machine.lines("driftd status -o jsonl")?[0]["complete"] == true).then_some(()))
     })
     .with_context(|| machine.logs())?;
@@ -354,7 +401,7 @@ fn attack() -> anyhow::Result<()> {
 /// A finding stands in the journal, with its priority and fields.
 fn journal(machine: &Machine) -> anyhow::Result<()> {
     let asked = "journalctl -u driftd -o json DRIFTD_KIND=exec.new DRIFTD_CONTAINER=first";
-    let entries = wait_for("the finding in the journal", || {
+    let entries = wait_within(patience(), "the finding in the journal", || {
         let entries = machine.lines(asked)?;
         Ok((!entries.is_empty()).then_some(entries))
     })?;
@@ -373,7 +420,7 @@ const SETTINGS: &str = "/etc/driftd/driftd.toml";
 fn signals() -> anyhow::Result<()> {
     let machine = Machine::boot("signals")?;
     machine.install()?;
-    drop_files(&machine)?;
+    machine.drop_files()?;
     machine.container("web")?;
     let first = machine.watching()?;
 
@@ -400,7 +447,7 @@ fn signals() -> anyhow::Result<()> {
     // The old ones end a container in which this runs.
     // The exec ends with its container.
     let _ = machine.exec("web", "cp /.control/x /tmp/x; /tmp/x 60000")?;
-    wait_for("the container to be killed", || {
+    wait_within(patience(), "the container to be killed", || {
         let tasks = machine.sh("ctr task ls")?;
         Ok(tasks
             .lines()
@@ -454,7 +501,7 @@ fn signals() -> anyhow::Result<()> {
 
 /// Waits until the journal has such a line of driftd's, with this priority.
 fn logged(machine: &Machine, text: &str, priority: &str) -> anyhow::Result<()> {
-    wait_within(PATIENCE, &format!("{text:?} in the journal"), || {
+    wait_within(patience(), &format!("{text:?} in the journal"), || {
         let entries = machine.lines("journalctl -u driftd -o json")?;
         let found = entries.iter().any(|entry| {
             entry["PRIORITY"] == priority
@@ -467,7 +514,7 @@ fn logged(machine: &Machine, text: &str, priority: &str) -> anyhow::Result<()> {
 
 /// Waits until another daemon watches.
 fn came_back(machine: &Machine, old: u32) -> anyhow::Result<u32> {
-    wait_within(PATIENCE, "driftd to be started again", || {
+    wait_within(patience(), "driftd to be started again", || {
         let now = machine.main_pid()?;
         Ok((now != old && now != 0).then_some(()))
     })
@@ -478,7 +525,7 @@ fn came_back(machine: &Machine, old: u32) -> anyhow::Result<u32> {
 fn stopped() -> anyhow::Result<()> {
     let machine = Machine::boot("stopped")?;
     machine.install()?;
-    drop_files(&machine)?;
+    machine.drop_files()?;
     machine.container("web")?;
     for process in ["daemon", "gate", "guardian"] {
         let daemon = machine.watching()?;
