@@ -43,6 +43,7 @@ round() {
     python3 setup.py sdist --dist-dir /tmp/sdist
     python3 -m venv --copies --system-site-packages /opt/venv
     /opt/venv/bin/pip install --no-index --no-build-isolation --no-deps /tmp/sdist/fast-1.0.tar.gz
+    cd /
     for number in $(seq 3); do
         /opt/venv/bin/python -c 'import importlib
 print(sum(importlib.import_module(f"fast._m{n}").answer() for n in range(1, 17)))'

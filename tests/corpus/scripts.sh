@@ -24,7 +24,7 @@ round() {
         sh -xe "$script"
         rm "$script"
     done
-    for service in ldd zgrep gzexe bzdiff zcmp znew; do
+    for service in ldd zgrep gzexe zdiff zcmp znew; do
         mkdir -p /run/service/$service
         cp /usr/bin/$service /run/service/$service/run
         /run/service/$service/run --version || true
