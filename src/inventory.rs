@@ -13,13 +13,15 @@ use crate::budget::{self, Account, Pool, Share, Waiting};
 use crate::model::finding::Subject;
 use crate::model::{
     Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding, FindingId,
-    Incarnation, Kind, LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath,
+    Incarnation, Kind, LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath, is_linker,
 };
 
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
 /// Containers that were removed and are remembered, for what comes late of them.
 const MAX_GONE: usize = 256;
+/// Contents of one container that a linker has written and that are remembered as such.
+const MAX_LINKED: usize = 1024;
 /// Runs of one container that have ended and are remembered as such.
 const MAX_ENDED: usize = 64;
 
@@ -60,6 +62,8 @@ pub struct Entry {
     account: Account,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
+    /// What a linker has written, by content, and the finding that says so.
+    linked: HashMap<Blake3Hash, FindingId>,
     /// The newest package managers at work, a parent before its children.
     package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
     /// The files that findings tell together.
@@ -356,6 +360,15 @@ impl Entry {
                 ids.push(finding.id);
             }
         }
+        if finding.kind == Kind::FileAdded
+            && let (Some(file), Some(writer)) = (&finding.file, &finding.process)
+            && let Some(content) = file.blake3
+            && finding.files.is_none()
+            && writer.exe.as_deref().is_some_and(is_linker)
+            && self.linked.len() < MAX_LINKED
+        {
+            self.linked.insert(content, finding.id);
+        }
         if finding.kind == Kind::PackageTransaction
             && let Some(process) = &finding.process
         {
@@ -423,6 +436,12 @@ impl Entry {
     ) -> impl Iterator<Item = &Finding> {
         self.about(path)
             .filter(move |finding| finding.file.as_ref().is_some_and(|file| file.blake3 == content))
+    }
+
+    /// The linker that has written this content, wherever it lies by now.
+    pub fn linked(&self, content: Blake3Hash) -> Option<&Process> {
+        let finding = self.findings.get(self.linked.get(&content)?)?;
+        finding.process.as_ref()
     }
 
     /// Whether this socket of containerd has the container.

@@ -107,6 +107,19 @@ pub fn package_manager<'a>(exe: &str, argv: &'a [String]) -> Option<PackageManag
     is_one.then_some(PackageManager::Script(script))
 }
 
+/// Programs that make programs.
+pub fn is_linker(exe: &str) -> bool {
+    const LINKERS: &[&str] = &[
+        "collect2", "gold", "ld", "ld.bfd", "ld.gold", "ld.lld", "ld.mold", "lld", "mold",
+        "rust-lld", "tcc",
+    ];
+    let name = exe.rsplit('/').next().unwrap_or_default();
+    // x86_64-linux-gnu-ld.bfd
+    let name = name.rsplit_once("-gnu-").map_or(name, |(_, name)| name);
+    // Go's.
+    LINKERS.contains(&name) || name == "link" && exe.contains("/pkg/tool/")
+}
+
 /// Whether a program of this name can be one of them, with the right arguments.
 pub fn may_be_package_manager(exe: &str) -> bool {
     let name = file_name(exe);

@@ -27,7 +27,7 @@ use crate::inventory::{Entry, Told};
 use crate::model::finding::Subject;
 use crate::model::{
     Blake3Hash, ContainerId, FindingId, Kind, PackageManager, Process, ProcessIdentity, RootfsPath,
-    Severity, package_manager, printable,
+    Severity, is_linker, package_manager, printable,
 };
 
 /// Files of one kind in one directory that stand alone, and anywhere.
@@ -289,7 +289,7 @@ pub(super) fn used_group(
         return Some(group(None, None, Common::Pattern { pattern, by, severity }));
     }
     let process = used.process.map(|process| process.identity);
-    match (kind, process.filter(|process| process.start_time > 0)) {
+    match (kind, process.filter(|process| process.pid > 0)) {
         (Kind::LibraryLoaded, Some(process)) => {
             Some(group(path.parent(), None, Common::Loaded { process, severity }))
         }
@@ -317,33 +317,24 @@ pub(super) fn brought_by(
 }
 
 /// The linker of the image that has made what is run, by the tree of processes that has
-/// run the linker. What is typed by somebody is not a build.
+/// run the linker. What is typed by somebody is not a build. A copy that others have made
+/// of what a linker has written (`make install`) is the same content.
 fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<String> {
     if used.could_change || used.is_interactive {
         return None;
     }
     let is_code = matches!(used.file.kind, Kind::ExecNew | Kind::LibraryLoaded);
-    let (writer, process) = (used.writer.filter(|_| is_code)?, used.process?);
-    let linker = writer.exe.as_deref().filter(|exe| is_linker(exe))?;
+    let process = used.process.filter(|_| is_code)?;
+    let is_written = |writer: &&Process| writer.exe.as_deref().is_some_and(is_linker);
+    let writer = used.writer.filter(is_written);
+    let writer = writer.or_else(|| entry.linked(used.file.content?))?;
+    let linker = writer.exe.as_deref()?;
     let file = RootfsPath::new(linker).ok()?;
     let is_images = detect::is_program_of(image, &file) && entry.about(&file).next().is_none();
     // Behind the last one is what started the container, which everything has in common.
     let inside = writer.ancestors.split_last().map_or(&[][..], |(_, inside)| inside);
     let is_one_tree = inside.iter().any(|one| process.descends_from(one.identity));
     (is_images && is_one_tree).then(|| linker.to_owned())
-}
-
-/// Programs that make programs.
-fn is_linker(exe: &str) -> bool {
-    const LINKERS: &[&str] = &[
-        "collect2", "gold", "ld", "ld.bfd", "ld.gold", "ld.lld", "ld.mold", "lld", "mold",
-        "rust-lld", "tcc",
-    ];
-    let name = exe.rsplit('/').next().unwrap_or_default();
-    // x86_64-linux-gnu-ld.bfd
-    let name = name.rsplit_once("-gnu-").map_or(name, |(_, name)| name);
-    // Go's.
-    LINKERS.contains(&name) || name == "link" && exe.contains("/pkg/tool/")
 }
 
 /// The command by which accounts were changed, for the files that it changes.

@@ -9,8 +9,9 @@ round() {
         python3 -c 'import numpy; print(numpy.arange(6).reshape(2, 3).sum())'
     done
     memcached -u memcache -l 127.0.0.1 -d -P /run/memcached.pid
-    sleep 1
+    while [ ! -s /run/memcached.pid ]; do sleep 1; done
     kill "$(cat /run/memcached.pid)"
+    rm -f /run/memcached.pid
 }
 
 attack() {

@@ -204,6 +204,62 @@ fn w08_what_the_images_linker_has_built_is_one_line_and_what_others_bring_is_not
 }
 
 #[test]
+fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_there_is_not() {
+    let mut node = Node::running();
+    let make = [(60, "/usr/bin/make"), (1, "/bin/busybox"), (100, "/usr/bin/shim")];
+    let links = || Some(Arc::new(program(61, "/usr/bin/ld", &make)));
+    let copies = || Some(program(62, "/usr/bin/install", &make));
+    let runs = |pid| program(pid, "/bin/busybox", &make);
+    node.see(Source::Change, written_by("/src/hello", "hello", links()));
+    node.see(Source::Change, written_by("/src/build/_fast.so", "fast", links()));
+    node.see(Source::Gate, run("/src/hello", "hello", runs(200), None));
+    node.see(Source::Gate, run("/usr/local/bin/hello", "hello", runs(201), copies()));
+    node.see(Source::Trace, loaded("/opt/venv/_fast.so", "fast", runs(202), copies()));
+    let used = |node: &mut Node| -> Vec<String> {
+        node.lines().into_iter().filter(|line| !line.starts_with("file.")).collect()
+    };
+    let built = ["exec.new medium /src/hello 2 2", "library.loaded medium /opt/venv/_fast.so 1 1"];
+    assert_eq!(used(&mut node), built);
+    // Laid there in its place; and by another tree of processes.
+    node.see(Source::Gate, run("/usr/local/bin/hello", "evil", runs(300), copies()));
+    let other = program(301, "/bin/busybox", &[(2, "/bin/sh"), (100, "/usr/bin/shim")]);
+    node.see(Source::Gate, run("/usr/local/bin/other", "hello", other, copies()));
+    let lines = used(&mut node);
+    assert_eq!(lines[..2], built);
+    assert_eq!(
+        lines[2..],
+        [
+            "exec.new critical /usr/local/bin/hello 1 1",
+            "exec.new critical /usr/local/bin/other 1 1"
+        ]
+    );
+}
+
+#[test]
+fn w07_libraries_of_a_process_that_has_ended_are_one_line() {
+    let mut node = Node::running();
+    let gone = |pid: u32| {
+        let mut gone = program(pid, "/usr/bin/python3", &[(1, "/bin/busybox")]);
+        (gone.exe, gone.identity.start_time) = (None, 0);
+        gone
+    };
+    for number in 0..16 {
+        let path = format!("/opt/venv/fast/m{}.so", "x".repeat(number + 1));
+        node.see(Source::Trace, loaded(&path, &path, gone(70), None));
+    }
+    node.see(Source::Trace, loaded("/opt/evil.so", "evil", gone(70), None));
+    node.see(Source::Trace, loaded("/opt/venv/fast/evil.so", "evil", gone(71), None));
+    assert_eq!(
+        node.lines(),
+        [
+            "library.loaded high /opt/venv/fast/mx.so 16 16",
+            "library.loaded high /opt/evil.so 1 1",
+            "library.loaded high /opt/venv/fast/evil.so 1 1",
+        ]
+    );
+}
+
+#[test]
 fn r29_a_script_that_a_package_manager_runs_from_memory_is_its_transactions_and_a_program_is_not() {
     let mut node = Node::running();
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
