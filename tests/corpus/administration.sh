@@ -3,10 +3,13 @@
 
 export HOME=/root
 
+# An account is made once, and not every minute.
+prepare() {
+    useradd -m -s /bin/bash user
+    usermod -aG adm user
+}
+
 round() {
-    number=$((${number:-0} + 1))
-    useradd -m -s /bin/bash user$number
-    usermod -aG adm user$number
     git config --global user.name user
     git config --global user.email user@example.test
     rm -rf /root/repository /root/clone /opt/backup /opt/busybox /srv/files
@@ -25,8 +28,7 @@ round() {
     setcap cap_net_bind_service=ep /opt/backup/web
     for file in $(seq 200); do echo $file >/srv/files/$file.txt; done
     chmod -R a+rX,ug+s /srv/files
-    chown -R user$number /srv/files
-    userdel -r user$number
+    chown -R user /srv/files
 }
 
 attack() {

@@ -296,14 +296,22 @@ fn corpus(node: &Arc<Node>) -> anyhow::Result<()> {
             .collect()
     });
     let losses = sides.map(|side| side.losses().unwrap_or_else(|err| format!("{err:#}")));
-    let outcomes: Vec<Outcome> = outcomes.into_iter().collect::<anyhow::Result<_>>()?;
-    let rows: Vec<_> = workloads.iter().zip(&outcomes).collect();
+    let rows: Vec<_> = workloads
+        .iter()
+        .zip(&outcomes)
+        .filter_map(|(workload, outcome)| Some((workload, outcome.as_ref().ok()?)))
+        .collect();
     let table = table(&rows);
     fs::write(results.join("table.md"), &table)?;
     eprintln!("{table}");
     for (side, losses) in sides.iter().zip(&losses) {
         eprintln!("losses of {}: {losses}", side.name);
     }
+    let failed: Vec<String> = outcomes
+        .iter()
+        .filter_map(|outcome| Some(format!("{:#}", outcome.as_ref().err()?)))
+        .collect();
+    ensure!(failed.is_empty(), "{failed:#?}");
     judge(&rows, length)
 }
 
