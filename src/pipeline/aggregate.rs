@@ -7,6 +7,7 @@
 //! file.added, .modified, .removed ─ many ────> one for each directory ─ many ─> one
 //! file.privileged, exec.interpreted ─ many ──> one for each directory
 //! executed in a root directory of its own ─ many ─> one for each such root
+//! exec.relocated, medium ─ many ─────────────> one
 //! used, as a package manager has brought it ──> one for each transaction and kind
 //! run, as the image's linker has made it ─────> one for each linker
 //! libraries of one directory, by one process ─> one
@@ -239,7 +240,14 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
         }
         Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated => {
             // An execution from elsewhere than the root it was made in is no part of it.
-            let root = root.filter(|root| path.is_within(root))?;
+            let Some(root) = root.filter(|root| path.is_within(root)) else {
+                // Nobody is in disguise here: those are worse, and stand alone.
+                let is_many = kind == Kind::ExecRelocated
+                    && severity == kind.severity()
+                    && entry.alone(kind, None) >= ALONE_COPIES;
+                let common = Some(Common::Severity(severity));
+                return is_many.then(|| Group { common, ..group(None, None) });
+            };
             let is_many = entry.alone(kind, Some(root)) >= ALONE_IN_ROOT;
             is_many.then(|| group(Some(root), None))
         }

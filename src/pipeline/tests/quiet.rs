@@ -244,7 +244,7 @@ fn w07_libraries_of_a_process_that_has_ended_are_one_line() {
         gone
     };
     for number in 0..16 {
-        let path = format!("/opt/venv/fast/m{}.so", "x".repeat(number + 1));
+        let path = format!("/opt/venv/fast/m{}.so", "a".repeat(number + 1));
         node.see(Source::Trace, loaded(&path, &path, gone(70), None));
     }
     node.see(Source::Trace, loaded("/opt/evil.so", "evil", gone(70), None));
@@ -252,7 +252,7 @@ fn w07_libraries_of_a_process_that_has_ended_are_one_line() {
     assert_eq!(
         node.lines(),
         [
-            "library.loaded high /opt/venv/fast/mx.so 16 16",
+            "library.loaded high /opt/venv/fast/ma.so 16 16",
             "library.loaded high /opt/evil.so 1 1",
             "library.loaded high /opt/venv/fast/evil.so 1 1",
         ]
@@ -301,6 +301,28 @@ fn w10_copies_of_many_programs_are_few_lines_and_a_new_one_among_them_is_its_own
     assert_eq!(lines.len(), 6, "{lines:#?}");
     assert_eq!(lines[4], "file.relocated info /copy/c4 96 96");
     assert_eq!(lines[5], "file.added low /copy/new 1 1");
+}
+
+#[test]
+fn r31_copies_of_the_image_that_are_run_are_few_lines_and_one_in_disguise_is_its_own() {
+    let contents: Vec<String> = (0..20).map(|number| format!("c{number}")).collect();
+    let image = contents.iter().map(|name| format!("/usr/lib/{name} 755 elf {name}\n"));
+    let image: String = IMAGE.to_owned() + &image.collect::<String>();
+    let mut node = Node::running();
+    let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
+    node.state.inventory.entry(&id("c1")).baseline = BaselineState::Ready(baseline);
+    let words = ["a", "e", "i", "o"];
+    for (number, content) in contents.iter().enumerate() {
+        let path = format!("/run/{}/run", words[number % 4].repeat(number / 4 + 1));
+        node.see(Source::Gate, exec(at(&path), content));
+    }
+    node.see(Source::Gate, exec(at("/run/curl"), "busybox"));
+    node.see(Source::Gate, exec(at("/run/new"), "evil"));
+    let lines = node.lines();
+    assert_eq!(lines.len(), 7, "{lines:#?}");
+    assert_eq!(lines[4], "exec.relocated medium /run/ee/run 16 16");
+    assert_eq!(lines[5], "exec.relocated high /run/curl 1 1");
+    assert_eq!(lines[6], "exec.new critical /run/new 1 1");
 }
 
 #[test]
