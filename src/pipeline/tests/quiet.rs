@@ -320,7 +320,7 @@ fn r31_copies_of_the_image_that_are_run_are_few_lines_and_one_in_disguise_is_its
     node.see(Source::Gate, exec(at("/run/new"), "evil"));
     let lines = node.lines();
     assert_eq!(lines.len(), 7, "{lines:#?}");
-    assert_eq!(lines[4], "exec.relocated medium /run/ee/run 16 16");
+    assert_eq!(lines[4], "exec.relocated medium /run/aa/run 16 16");
     assert_eq!(lines[5], "exec.relocated high /run/curl 1 1");
     assert_eq!(lines[6], "exec.new critical /run/new 1 1");
 }
