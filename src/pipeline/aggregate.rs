@@ -8,6 +8,7 @@
 //! file.privileged, exec.interpreted ─ many ──> one for each directory
 //! executed in a root directory of its own ─ many ─> one for each such root
 //! exec.relocated, medium ─ many ─────────────> one
+//! obeyed or privileged, by a package manager ─> one for each transaction and kind
 //! used, as a package manager has brought it ──> one for each transaction and kind
 //! run, as the image's linker has made it ─────> one for each linker
 //! libraries of one directory, by one process ─> one
@@ -63,6 +64,8 @@ pub(super) struct Group {
 pub(super) enum Common {
     /// A package manager has brought them, as they are.
     Brought(FindingId),
+    /// A package manager has written them, where others obey them or with a privilege.
+    Installed { transaction: FindingId, severity: Severity },
     /// A linker of the image has made them.
     Built { linker: String },
     /// One process has loaded them.
@@ -80,6 +83,9 @@ impl Common {
         let of = |process: &ProcessIdentity| format!("{} {}", process.pid, process.start_time);
         match self {
             Common::Brought(transaction) => format!("brought {transaction}"),
+            Common::Installed { transaction, severity } => {
+                format!("installed {severity} {transaction}")
+            }
             Common::Built { linker } => format!("built {linker}"),
             Common::Loaded { process, severity } => format!("loaded {severity} {}", of(process)),
             Common::Pattern { pattern, by, severity } => {
@@ -98,6 +104,9 @@ impl Common {
                 "used as a package manager of the image has brought it: what else of it was used \
                  is counted here"
                     .to_owned()
+            }
+            Common::Installed { .. } => {
+                "written in one transaction of a package manager".to_owned()
             }
             Common::Built { linker } => format!(
                 "built here: {linker} of the image has written it, and the processes that began \
@@ -322,6 +331,12 @@ pub(super) fn brought_by(
     }
     let manager = entry.package_manager_of(used.writer?)?;
     Some(super::together::transaction_id(container, manager))
+}
+
+/// What a package manager writes where others obey it, or with a privilege.
+pub(super) fn installed(kind: Kind, transaction: FindingId, severity: Severity) -> Group {
+    let common = Some(Common::Installed { transaction, severity });
+    Group { kind, place: None, content: None, common }
 }
 
 /// The linker of the image that has made what is run, by the tree of processes that has

@@ -156,8 +156,10 @@ impl State {
                 self.put(&into, written, observation, judgement, evidence, now, effects);
                 true
             }
-            // They stand alone, and whoever lists the transaction misses nothing.
+            // At full severity, and whoever lists the transaction misses nothing.
             Kind::FilePrivileged | Kind::FilePersistence => {
+                let transaction =
+                    manager.as_ref().map(|manager| transaction_id(container, manager));
                 if let Some(manager) = manager
                     && entry.members.of(Deed::Written, path).is_none_or(|(id, known)| {
                         id != transaction_id(container, &manager) || known != told
@@ -176,8 +178,11 @@ impl State {
                 let Some(entry) = self.inventory.get(container) else { return true };
                 let severity = judgement.severity;
                 let file = Candidate { kind, severity, path, content, root: None };
-                let group = match &entry.baseline {
-                    BaselineState::Ready(image) if kind == Kind::FilePersistence => {
+                let group = match (transaction, &entry.baseline) {
+                    (Some(transaction), _) => {
+                        Some(aggregate::installed(kind, transaction, severity))
+                    }
+                    (None, BaselineState::Ready(image)) if kind == Kind::FilePersistence => {
                         aggregate::accounts(entry, image, &file, evidence.process)
                     }
                     _ => None,
@@ -377,7 +382,10 @@ impl State {
                     } else if group.common.as_ref().is_some_and(Common::explains_one) {
                         finding.detail = join(finding.detail, group.detail());
                     }
-                    if let Some(Common::Brought(transaction)) = &group.common {
+                    if let Some(
+                        Common::Brought(transaction) | Common::Installed { transaction, .. },
+                    ) = &group.common
+                    {
                         finding.transaction = Some(*transaction);
                     }
                     finding

@@ -362,3 +362,49 @@ fn w10_accounts_that_one_command_changes_are_one_line_and_a_line_by_a_shell_is_i
         ["file.persistence high /etc/passwd 1 1", "file.persistence high /etc/shadow 1 1"]
     );
 }
+
+#[test]
+fn w07_what_a_package_lays_where_others_obey_it_is_one_line_and_what_others_lay_there_is_not() {
+    let mut node = Node::running();
+    let places = ["/etc/init.d/*", "/etc/rc*.d/*", "/etc/passwd"];
+    node.state.policy.persistence =
+        model::PathGlobs::new(places.iter().map(|&place| place.to_owned()).collect()).unwrap();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    let write = |path: &str, content: &str, writer: Option<Arc<Process>>| {
+        let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
+        Fact::Present { path: at(path), state, lower: None, writer }
+    };
+    for (number, path) in
+        ["/etc/init.d/cached", "/etc/rc2.d/cached", "/etc/passwd"].iter().enumerate()
+    {
+        let number = u32::try_from(number).unwrap();
+        node.see(Source::Change, write(path, path, Some(descendant(51 + number, &[50]))));
+    }
+    let mut privileged = state_of("agent");
+    privileged.mode = 0o4755;
+    let (path, writer) = (at("/usr/bin/agent"), Some(descendant(55, &[50])));
+    node.see(Source::Change, Fact::Present { path, state: privileged, lower: None, writer });
+    let lines = |node: &mut Node| -> Vec<String> {
+        node.lines().into_iter().filter(|line| line.starts_with("file.p")).collect()
+    };
+    let installed =
+        ["file.persistence high /etc/init.d/cached 3 3", "file.privileged high /usr/bin/agent 1 1"];
+    assert_eq!(lines(&mut node), installed);
+    let transaction =
+        node.newest().iter().find(|one| one.kind == Kind::PackageTransaction).unwrap().id;
+    for finding in node.newest().iter().filter(|one| one.kind != Kind::PackageTransaction) {
+        assert_eq!(finding.transaction, Some(transaction), "{finding:?}");
+    }
+    let other = || Some(Arc::new(program(80, "/bin/busybox", &[(1, "/bin/busybox")])));
+    node.see(Source::Change, write("/etc/init.d/cached", "evil", other()));
+    node.see(Source::Change, write("/etc/rc3.d/evil", "evil", None));
+    let lines = lines(&mut node);
+    assert_eq!(lines[..2], installed);
+    assert_eq!(
+        lines[2..],
+        [
+            "file.persistence high /etc/init.d/cached 1 1",
+            "file.persistence high /etc/rc3.d/evil 1 1"
+        ]
+    );
+}
