@@ -12,8 +12,9 @@ use crate::baseline::ImageBaseline;
 use crate::budget::{self, Account, Pool, Share, Waiting};
 use crate::model::finding::Subject;
 use crate::model::{
-    Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding, FindingId,
-    Incarnation, Kind, LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath, is_linker,
+    Ancestor, Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding,
+    FindingId, Incarnation, Kind, LayerId, Member, NamedBy, Process, ProcessIdentity, RootfsPath,
+    is_linker,
 };
 
 /// Package managers of one container whose descendants are recognised.
@@ -62,8 +63,9 @@ pub struct Entry {
     account: Account,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
-    /// What a linker has written, by content, and the finding that says so.
-    linked: HashMap<Blake3Hash, FindingId>,
+    /// Contents that a linker has written, and that process with nothing but its program
+    /// and its parents.
+    linked: HashMap<Blake3Hash, Process>,
     /// The newest package managers at work, a parent before its children.
     package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
     /// The files that findings tell together.
@@ -361,13 +363,11 @@ impl Entry {
             }
         }
         if finding.kind == Kind::FileAdded
+            && finding.files.is_none()
             && let (Some(file), Some(writer)) = (&finding.file, &finding.process)
             && let Some(content) = file.blake3
-            && finding.files.is_none()
-            && writer.exe.as_deref().is_some_and(is_linker)
-            && self.linked.len() < MAX_LINKED
         {
-            self.linked.insert(content, finding.id);
+            self.remember_linked(content, writer);
         }
         if finding.kind == Kind::PackageTransaction
             && let Some(process) = &finding.process
@@ -438,10 +438,19 @@ impl Entry {
             .filter(move |finding| finding.file.as_ref().is_some_and(|file| file.blake3 == content))
     }
 
+    /// What a linker has written is known again by its content, wherever it lies.
+    pub fn remember_linked(&mut self, content: Blake3Hash, writer: &Process) {
+        if self.linked.len() < MAX_LINKED && writer.exe.as_deref().is_some_and(is_linker) {
+            let ancestors = writer.ancestors.iter();
+            let ancestors = ancestors.map(|one| Ancestor { argv: None, ..one.clone() }).collect();
+            let writer = Process { argv: None, ancestors, ..writer.clone() };
+            self.linked.insert(content, writer);
+        }
+    }
+
     /// The linker that has written this content, wherever it lies by now.
     pub fn linked(&self, content: Blake3Hash) -> Option<&Process> {
-        let finding = self.findings.get(self.linked.get(&content)?)?;
-        finding.process.as_ref()
+        self.linked.get(&content)
     }
 
     /// Whether this socket of containerd has the container.

@@ -116,8 +116,10 @@ pub fn is_linker(exe: &str) -> bool {
     let name = exe.rsplit('/').next().unwrap_or_default();
     // x86_64-linux-gnu-ld.bfd
     let name = name.rsplit_once("-gnu-").map_or(name, |(_, name)| name);
-    // Go's.
-    LINKERS.contains(&name) || name == "link" && exe.contains("/pkg/tool/")
+    // Go's, and `go` itself, which copies what that has linked.
+    LINKERS.contains(&name)
+        || name == "link" && exe.contains("/pkg/tool/")
+        || name == "go" && exe.ends_with("/bin/go")
 }
 
 /// Whether a program of this name can be one of them, with the right arguments.

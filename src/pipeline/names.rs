@@ -44,8 +44,9 @@ fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
 
 /// Adds one name of a path; true if a part of it looks made up.
 fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
-    // What follows is a library's version.
-    let stem = name.windows(3).position(|three| three == b".so").map_or(name, |at| &name[..at]);
+    // What follows is the version of a library, or of what loads it.
+    let cut = |mark: &[u8]| name.windows(mark.len()).position(|part| part == mark);
+    let stem = cut(b".cpython-").or_else(|| cut(b".so")).map_or(name, |at| &name[..at]);
     let mut is_made_up = false;
     let mut rest = stem;
     while let Some(&first) = rest.first() {
@@ -149,6 +150,7 @@ mod tests {
             "/usr/lib/python3.11/x",
             "/usr/lib/libcuda.so.550.54",
             "/usr/lib/libssl.so",
+            "/opt/venv/lib/fast.cpython-311-x86_64-linux-gnu.so",
             "/opt/myScript",
             "/opt/AnsiballZ_ping.py",
             "/usr/bin/systemd",

@@ -265,6 +265,12 @@ impl State {
         let group =
             group.or_else(|| aggregate::group(entry, container, &candidate).filter(|_| on_overlay));
         let Some(group) = group else { return false };
+        if let (Some(Common::Built { .. }), Some(writer), Some(content)) =
+            (&group.common, writer, content)
+            && let Some(entry) = self.inventory.get_mut(container)
+        {
+            entry.remember_linked(content, writer);
+        }
         // What is known to be a package's or a build's is as bad as that.
         let severity = match &group.common {
             Some(Common::Brought(_) | Common::Built { .. }) => severity.min(Severity::Medium),

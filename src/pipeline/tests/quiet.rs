@@ -213,12 +213,16 @@ fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_the
     node.see(Source::Change, written_by("/src/hello", "hello", links()));
     node.see(Source::Change, written_by("/src/build/_fast.so", "fast", links()));
     node.see(Source::Gate, run("/src/hello", "hello", runs(200), None));
+    // Run before it has settled, and then copied.
+    let linked = links().map(|one| (*one).clone());
+    node.see(Source::Gate, run("/src/quick", "quick", runs(203), linked));
+    node.see(Source::Gate, run("/usr/local/bin/quick", "quick", runs(204), copies()));
     node.see(Source::Gate, run("/usr/local/bin/hello", "hello", runs(201), copies()));
     node.see(Source::Trace, loaded("/opt/venv/_fast.so", "fast", runs(202), copies()));
     let used = |node: &mut Node| -> Vec<String> {
         node.lines().into_iter().filter(|line| !line.starts_with("file.")).collect()
     };
-    let built = ["exec.new medium /src/hello 2 2", "library.loaded medium /opt/venv/_fast.so 1 1"];
+    let built = ["exec.new medium /src/hello 4 4", "library.loaded medium /opt/venv/_fast.so 1 1"];
     assert_eq!(used(&mut node), built);
     // Laid there in its place; and by another tree of processes.
     node.see(Source::Gate, run("/usr/local/bin/hello", "evil", runs(300), copies()));
