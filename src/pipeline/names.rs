@@ -89,8 +89,16 @@ fn looks_made_up(part: &[u8]) -> bool {
     if digits > 0 {
         // `worker12`, `python3` and `libssl3` are words with a number; a number of many
         // digits (a pid, a time) is one that a machine has counted.
-        return !ends_in_digits || digits >= 5 || is_hexadecimal(part);
+        let letters = &part[..part.len() - digits];
+        return !ends_in_digits
+            || digits >= 5
+            || is_hexadecimal(part)
+            || looks_made_up_of_letters(letters);
     }
+    looks_made_up_of_letters(part)
+}
+
+fn looks_made_up_of_letters(part: &[u8]) -> bool {
     let changes = part
         .windows(2)
         .filter(|pair| pair[0].is_ascii_lowercase() && pair[1].is_ascii_uppercase())
@@ -135,6 +143,7 @@ mod tests {
             Some("/root/.ansible/tmp/ansible-tmp-*/*"),
         );
         check("/tmp/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/tmp/airflowtmp*/*"));
+        check("/tmp/jenkinszeWGbCfjjkm6.sh", Some("/tmp/*.sh"));
         check("/tmp/kqzvbnmx", Some("/tmp/*"));
         check("/tmp/aQx7Zk", Some("/tmp/*"));
     }
