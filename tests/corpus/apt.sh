@@ -8,10 +8,9 @@ round() {
         echo "{\"number\": $number}" | jq .number
         python3 -c 'import numpy; print(numpy.arange(6).reshape(2, 3).sum())'
     done
-    memcached -u memcache -l 127.0.0.1 -d -P /run/memcached.pid
-    while [ ! -s /run/memcached.pid ]; do sleep 1; done
-    kill "$(cat /run/memcached.pid)"
-    rm -f /run/memcached.pid
+    memcached -u memcache -l 127.0.0.1 -d
+    sleep 1
+    pkill -x memcached
 }
 
 attack() {
