@@ -34,7 +34,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-systemd-vm test-kernels soak check bench bench-against fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-systemd-vm test-kernels soak corpus check bench bench-against fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,27 @@ vm-%: $(ENGINES)/machine-%/.complete
 	DRIFTD_MACHINE_ROOT=$(ENGINES)/machine-$* DRIFTD_MACHINE_KERNEL=$* \
 		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored --test-threads=1
 
+# The release that ordinary work is compared with.
+RELEASED = 9da8f86
+
+$(ENGINES)/corpus.tar: ; @$(SUDO) scripts/corpus-image $@
+
+# $(call build-older,REVISION,DIRECTORY): a release build of another revision.
+define build-older
+	mkdir -p $(2)
+	git archive $(1) | tar -x -C $(2)
+	cd $(2) && CARGO_TARGET_DIR=$(CURDIR)/target $(CARGO) build --locked --release --bin driftd
+	cp target/release/driftd $(2)/driftd
+endef
+
+$(CURDIR)/target/against/$(RELEASED)/driftd: ; $(call build-older,$(RELEASED),$(@D))
+
+corpus: setup $(ENGINES)/corpus.tar $(CURDIR)/target/against/$(RELEASED)/driftd ## twelve kinds of ordinary work, and what 0.1.0 and this tree report of them (as root, 40 minutes)
+	$(CARGO) build --locked --release --bin driftd
+	DRIFTD_PROGRAM=$(CURDIR)/target/release/driftd CORPUS_IMAGE=$(ENGINES)/corpus.tar \
+		CORPUS_AGAINST=$(CURDIR)/target/against/$(RELEASED)/driftd \
+		$(CARGO) test --locked $(AS_ROOT) --test node -- corpus --exact --ignored --nocapture
+
 soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
 	$(CARGO) test --locked $(AS_ROOT) --test node -- x02_a_thread_that_nobody_can_replace --ignored
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked $(AS_ROOT) --test node -- chaos_soak --ignored --nocapture
@@ -129,10 +150,7 @@ bench-against: name ?= $(REV)
 bench-against: OLDER = $(CURDIR)/target/against/$(REV)
 bench-against: setup ## what attacks cost a neighbour, beside the driftd of another revision (REV=..., as root)
 	@test -n "$(REV)" || { echo "which revision? make bench-against REV=..." >&2; exit 1; }
-	mkdir -p $(OLDER)
-	git archive $(REV) | tar -x -C $(OLDER)
-	cd $(OLDER) && CARGO_TARGET_DIR=$(CURDIR)/target $(CARGO) build --locked --release --bin driftd
-	cp target/release/driftd $(OLDER)/driftd
+	$(call build-older,$(REV),$(OLDER))
 	DRIFTD_BENCH_AGAINST=$(OLDER)/driftd DRIFTD_BENCH_AGAINST_NAME=$(name) \
 		$(CARGO) bench --locked $(AS_ROOT) --bench hostile
 

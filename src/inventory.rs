@@ -12,14 +12,17 @@ use crate::baseline::ImageBaseline;
 use crate::budget::{self, Account, Pool, Share, Waiting};
 use crate::model::finding::Subject;
 use crate::model::{
-    Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding, FindingId,
-    Incarnation, Kind, LayerId, Member, NamedBy, Outcome, Process, ProcessIdentity, RootfsPath,
+    Ancestor, Blake3Hash, ChainId, Container, ContainerId, FileEvidence, FileTime, Finding,
+    FindingId, Incarnation, Kind, LayerId, Member, NamedBy, Outcome, Process, ProcessIdentity,
+    RootfsPath, is_linker,
 };
 
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
 /// Containers that were removed and are remembered, for what comes late of them.
 const MAX_GONE: usize = 256;
+/// Contents of one container that a linker has written and that are remembered as such.
+const MAX_LINKED: usize = 1024;
 /// Runs of one container that have ended and are remembered as such.
 const MAX_ENDED: usize = 64;
 
@@ -62,6 +65,9 @@ pub struct Entry {
     account: Account,
     /// The findings about each path.
     by_path: HashMap<RootfsPath, Vec<FindingId>>,
+    /// Contents that a linker has written, and that process with nothing but its program
+    /// and its parents.
+    linked: HashMap<Blake3Hash, Process>,
     /// The newest package managers at work, a parent before its children.
     package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
     /// The files that findings tell together.
@@ -367,6 +373,13 @@ impl Entry {
                 ids.push(finding.id);
             }
         }
+        if finding.kind == Kind::FileAdded
+            && finding.files.is_none()
+            && let (Some(file), Some(writer)) = (&finding.file, &finding.process)
+            && let Some(content) = file.blake3
+        {
+            self.remember_linked(content, writer);
+        }
         if finding.kind == Kind::PackageTransaction
             && let Some(process) = &finding.process
         {
@@ -434,6 +447,21 @@ impl Entry {
     ) -> impl Iterator<Item = &Finding> {
         self.about(path)
             .filter(move |finding| finding.file.as_ref().is_some_and(|file| file.blake3 == content))
+    }
+
+    /// What a linker has written is known again by its content, wherever it lies.
+    pub fn remember_linked(&mut self, content: Blake3Hash, writer: &Process) {
+        if self.linked.len() < MAX_LINKED && writer.exe.as_deref().is_some_and(is_linker) {
+            let ancestors = writer.ancestors.iter();
+            let ancestors = ancestors.map(|one| Ancestor { argv: None, ..one.clone() }).collect();
+            let writer = Process { argv: None, ancestors, ..writer.clone() };
+            self.linked.insert(content, writer);
+        }
+    }
+
+    /// The linker that has written this content, wherever it lies by now.
+    pub fn linked(&self, content: Blake3Hash) -> Option<&Process> {
+        self.linked.get(&content)
     }
 
     /// Whether this socket of containerd has the container.

@@ -29,7 +29,8 @@ pub use globs::PathGlobs;
 pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
 pub use path::{HostilePath, RootfsPath, bytes_of_printable, is_printable, printable};
 pub use process::{
-    Ancestor, PackageManager, Process, ProcessIdentity, may_be_package_manager, package_manager,
+    Ancestor, PackageManager, Process, ProcessIdentity, is_linker, may_be_package_manager,
+    package_manager,
 };
 pub use session::{
     Command, DeclaredProbe, Entry, Exit, Interactive, Login, Opening, Probe, ProbeId, ProbeSource,

@@ -125,6 +125,21 @@ fn is_short(flag: &str) -> bool {
     flag.strip_prefix('-').is_some_and(|letters| !letters.starts_with('-'))
 }
 
+/// Programs that make programs.
+pub fn is_linker(exe: &str) -> bool {
+    const LINKERS: &[&str] = &[
+        "collect2", "gold", "ld", "ld.bfd", "ld.gold", "ld.lld", "ld.mold", "lld", "mold",
+        "rust-lld", "tcc",
+    ];
+    let name = exe.rsplit('/').next().unwrap_or_default();
+    // x86_64-linux-gnu-ld.bfd
+    let name = name.rsplit_once("-gnu-").map_or(name, |(_, name)| name);
+    // Go's, and `go` itself, which copies what that has linked.
+    LINKERS.contains(&name)
+        || name == "link" && exe.contains("/pkg/tool/")
+        || name == "go" && exe.ends_with("/bin/go")
+}
+
 /// Whether a program of this name can be one of them, with the right arguments.
 pub fn may_be_package_manager(exe: &str) -> bool {
     let name = file_name(exe);

@@ -7,6 +7,8 @@
 //! file.added, .modified, .removed ─ many ────> one for each directory ─ many ─> one
 //! file.privileged, exec.interpreted ─ many ──> one for each directory
 //! executed in a root directory of its own ─ many ─> one for each such root
+//! exec.relocated, medium ─ many ─────────────> one
+//! obeyed or privileged, by a package manager ─> one for each transaction and kind
 //! used, as a package manager has brought it ──> one for each transaction and kind
 //! run, as the image's linker has made it ─────> one for each linker
 //! libraries of one directory, by one process ─> one
@@ -27,7 +29,7 @@ use crate::inventory::{Entry, Told};
 use crate::model::finding::Subject;
 use crate::model::{
     Blake3Hash, ContainerId, FindingId, Kind, PackageManager, Process, ProcessIdentity, RootfsPath,
-    Severity, package_manager, printable,
+    Severity, is_linker, package_manager, printable,
 };
 
 /// Files of one kind in one directory that stand alone, and anywhere.
@@ -62,6 +64,8 @@ pub(super) struct Group {
 pub(super) enum Common {
     /// A package manager has brought them, as they are.
     Brought(FindingId),
+    /// A package manager has written them, where others obey them or with a privilege.
+    Installed { transaction: FindingId, severity: Severity },
     /// A linker of the image has made them.
     Built { linker: String },
     /// One process has loaded them.
@@ -79,6 +83,9 @@ impl Common {
         let of = |process: &ProcessIdentity| format!("{} {}", process.pid, process.start_time);
         match self {
             Common::Brought(transaction) => format!("brought {transaction}"),
+            Common::Installed { transaction, severity } => {
+                format!("installed {severity} {transaction}")
+            }
             Common::Built { linker } => format!("built {linker}"),
             Common::Loaded { process, severity } => format!("loaded {severity} {}", of(process)),
             Common::Pattern { pattern, by, severity } => {
@@ -97,6 +104,9 @@ impl Common {
                 "used as a package manager of the image has brought it: what else of it was used \
                  is counted here"
                     .to_owned()
+            }
+            Common::Installed { .. } => {
+                "written in one transaction of a package manager".to_owned()
             }
             Common::Built { linker } => format!(
                 "built here: {linker} of the image has written it, and the processes that began \
@@ -239,7 +249,14 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
         }
         Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated => {
             // An execution from elsewhere than the root it was made in is no part of it.
-            let root = root.filter(|root| path.is_within(root))?;
+            let Some(root) = root.filter(|root| path.is_within(root)) else {
+                // Nobody is in disguise here: those are worse, and stand alone.
+                let is_many = kind == Kind::ExecRelocated
+                    && severity == kind.severity()
+                    && entry.alone(kind, None) >= ALONE_COPIES;
+                let common = Some(Common::Severity(severity));
+                return is_many.then(|| Group { common, ..group(None, None) });
+            };
             let is_many = entry.alone(kind, Some(root)) >= ALONE_IN_ROOT;
             is_many.then(|| group(Some(root), None))
         }
@@ -292,9 +309,8 @@ pub(super) fn used_group(
     if let Some(pattern) = pattern {
         return Some(group(None, None, Common::Pattern { pattern, by, severity }));
     }
-    // One that had ended when it was looked at is known by its number and its program.
-    let is_known = |process: &&Process| process.identity.start_time > 0 || process.exe.is_some();
-    match (kind, used.process.filter(is_known).map(|process| process.identity)) {
+    let process = used.process.map(|process| process.identity);
+    match (kind, process.filter(|process| process.pid > 0)) {
         (Kind::LibraryLoaded, Some(process)) => {
             Some(group(path.parent(), None, Common::Loaded { process, severity }))
         }
@@ -327,34 +343,31 @@ pub(super) fn brought_by(
     Some(super::together::transaction_id(container, manager))
 }
 
+/// What a package manager writes where others obey it, or with a privilege.
+pub(super) fn installed(kind: Kind, transaction: FindingId, severity: Severity) -> Group {
+    let common = Some(Common::Installed { transaction, severity });
+    Group { kind, place: None, content: None, common }
+}
+
 /// The linker of the image that has made what is run, by the tree of processes that has
-/// run the linker. What is typed by somebody is not a build.
+/// run the linker. What is typed by somebody is not a build. A copy that others have made
+/// of what a linker has written (`make install`) is the same content.
 fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<String> {
     if used.could_change || used.is_interactive {
         return None;
     }
     let is_code = matches!(used.file.kind, Kind::ExecNew | Kind::LibraryLoaded);
-    let (writer, process) = (used.writer.filter(|_| is_code)?, used.process?);
-    let linker = writer.exe.as_deref().filter(|exe| is_linker(exe))?;
+    let process = used.process.filter(|_| is_code)?;
+    let is_written = |writer: &&Process| writer.exe.as_deref().is_some_and(is_linker);
+    let writer = used.writer.filter(is_written);
+    let writer = writer.or_else(|| entry.linked(used.file.content?))?;
+    let linker = writer.exe.as_deref()?;
     let file = RootfsPath::new(linker).ok()?;
     let is_images = detect::is_program_of(image, &file) && entry.about(&file).next().is_none();
     // Behind the last one is what started the container, which everything has in common.
     let inside = writer.ancestors.split_last().map_or(&[][..], |(_, inside)| inside);
     let is_one_tree = inside.iter().any(|one| process.descends_from(one.identity));
     (is_images && is_one_tree).then(|| linker.to_owned())
-}
-
-/// Programs that make programs.
-fn is_linker(exe: &str) -> bool {
-    const LINKERS: &[&str] = &[
-        "collect2", "gold", "ld", "ld.bfd", "ld.gold", "ld.lld", "ld.mold", "lld", "mold",
-        "rust-lld", "tcc",
-    ];
-    let name = exe.rsplit('/').next().unwrap_or_default();
-    // x86_64-linux-gnu-ld.bfd
-    let name = name.rsplit_once("-gnu-").map_or(name, |(_, name)| name);
-    // Go's.
-    LINKERS.contains(&name) || name == "link" && exe.contains("/pkg/tool/")
 }
 
 /// The command by which accounts were changed, for the files that it changes.

@@ -8,15 +8,23 @@ use crate::model::RootfsPath;
 pub(super) fn pattern(path: &RootfsPath) -> Option<Vec<u8>> {
     let mut pattern = Vec::new();
     let mut is_made_up = false;
-    for name in path.relative().split(|&byte| byte == b'/') {
+    let mut names = path.relative().split(|&byte| byte == b'/').peekable();
+    while let Some(name) = names.next() {
         pattern.push(b'/');
+        if add_temporary(name, &mut pattern) {
+            // A directory that was made for one run: what it holds was too.
+            if names.peek().is_some() {
+                pattern.extend(b"/*");
+            }
+            return Some(pattern);
+        }
         is_made_up |= add(name, &mut pattern);
     }
     is_made_up.then_some(pattern)
 }
 
-/// Adds one name of a path; true if a part of it looks made up.
-fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
+/// Adds a name that was made for something temporary, if it looks like one.
+fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
     // mktemp and its like: the prefix, and then anything.
     for prefix in [b"tmp.".as_slice(), b"_MEI", b"ansible-tmp-"] {
         if name.len() >= prefix.len() + 5 && name.starts_with(prefix) {
@@ -24,14 +32,21 @@ fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
             return true;
         }
     }
-    // Python's: `tmp` and eight characters, perhaps with a suffix.
+    // Python's: a prefix, by default `tmp`, and eight characters, perhaps with a suffix.
     let stem = name.split(|&byte| byte == b'.').next().unwrap_or(name);
-    if stem.len() == 11 && stem.starts_with(b"tmp") {
-        pattern.extend([b"tmp*", &name[stem.len()..]].concat());
+    let Some(at) = stem.len().checked_sub(8) else { return false };
+    if stem[..at].ends_with(b"tmp") {
+        pattern.extend([&stem[..at], b"*", &name[stem.len()..]].concat());
         return true;
     }
-    // What follows is a library's version.
-    let stem = name.windows(3).position(|three| three == b".so").map_or(name, |at| &name[..at]);
+    false
+}
+
+/// Adds one name of a path; true if a part of it looks made up.
+fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
+    // What follows is the version of a library, or of what loads it.
+    let cut = |mark: &[u8]| name.windows(mark.len()).position(|part| part == mark);
+    let stem = cut(b".cpython-").or_else(|| cut(b".so")).map_or(name, |at| &name[..at]);
     let mut is_made_up = false;
     let mut rest = stem;
     while let Some(&first) = rest.first() {
@@ -74,8 +89,16 @@ fn looks_made_up(part: &[u8]) -> bool {
     if digits > 0 {
         // `worker12`, `python3` and `libssl3` are words with a number; a number of many
         // digits (a pid, a time) is one that a machine has counted.
-        return !ends_in_digits || digits >= 5 || is_hexadecimal(part);
+        let letters = &part[..part.len() - digits];
+        return !ends_in_digits
+            || digits >= 5
+            || is_hexadecimal(part)
+            || looks_made_up_of_letters(letters);
     }
+    looks_made_up_of_letters(part)
+}
+
+fn looks_made_up_of_letters(part: &[u8]) -> bool {
     let changes = part
         .windows(2)
         .filter(|pair| pair[0].is_ascii_lowercase() && pair[1].is_ascii_uppercase())
@@ -111,14 +134,16 @@ mod tests {
         check("/tmp/tmp.kdPeaKxyzA", Some("/tmp/tmp.*"));
         check("/tmp/tmp.abcdef", Some("/tmp/tmp.*"));
         check("/tmp/tmpab_defgh.sh", Some("/tmp/tmp*.sh"));
-        check("/tmp/_MEIx9Q2ab/libfoo.so", Some("/tmp/_MEI*/libfoo.so"));
+        check("/tmp/_MEIx9Q2ab/libfoo.so", Some("/tmp/_MEI*/*"));
         check("/home/runner/_work/_temp/17.sh", Some("/home/runner/_work/_temp/*.sh"));
         check("/w/_temp/0b7e2c1a-94d3-4b1f-8a55-6f0e1d2c3b4a.sh", Some("/w/_temp/*.sh"));
         check("/j/w@tmp/durable-1a2b3c4d/script.sh", Some("/j/w@tmp/durable-*/script.sh"));
         check(
             "/root/.ansible/tmp/ansible-tmp-1700000000.1-2-3/AnsiballZ_ping.py",
-            Some("/root/.ansible/tmp/ansible-tmp-*/AnsiballZ_ping.py"),
+            Some("/root/.ansible/tmp/ansible-tmp-*/*"),
         );
+        check("/tmp/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/tmp/airflowtmp*/*"));
+        check("/tmp/jenkinszeWGbCfjjkm6.sh", Some("/tmp/*.sh"));
         check("/tmp/kqzvbnmx", Some("/tmp/*"));
         check("/tmp/aQx7Zk", Some("/tmp/*"));
     }
@@ -134,6 +159,7 @@ mod tests {
             "/usr/lib/python3.11/x",
             "/usr/lib/libcuda.so.550.54",
             "/usr/lib/libssl.so",
+            "/opt/venv/lib/fast.cpython-311-x86_64-linux-gnu.so",
             "/opt/myScript",
             "/opt/AnsiballZ_ping.py",
             "/usr/bin/systemd",

@@ -156,8 +156,10 @@ impl State {
                 self.put(&into, written, observation, judgement, evidence, now, effects);
                 true
             }
-            // They stand alone, and whoever lists the transaction misses nothing.
+            // At full severity, and whoever lists the transaction misses nothing.
             Kind::FilePrivileged | Kind::FilePersistence => {
+                let transaction =
+                    manager.as_ref().map(|manager| transaction_id(container, manager));
                 if let Some(manager) = manager
                     && entry.members.of(Deed::Written, path).is_none_or(|(id, known)| {
                         id != transaction_id(container, &manager) || known != told
@@ -176,8 +178,11 @@ impl State {
                 let Some(entry) = self.inventory.get(container) else { return true };
                 let severity = judgement.severity;
                 let file = Candidate { kind, severity, path, content, root: None };
-                let group = match &entry.baseline {
-                    BaselineState::Ready(image) if kind == Kind::FilePersistence => {
+                let group = match (transaction, &entry.baseline) {
+                    (Some(transaction), _) => {
+                        Some(aggregate::installed(kind, transaction, severity))
+                    }
+                    (None, BaselineState::Ready(image)) if kind == Kind::FilePersistence => {
                         aggregate::accounts(entry, image, &file, evidence.process)
                     }
                     _ => None,
@@ -260,6 +265,12 @@ impl State {
         let group =
             group.or_else(|| aggregate::group(entry, container, &candidate).filter(|_| on_overlay));
         let Some(group) = group else { return false };
+        if let (Some(Common::Built { .. }), Some(writer), Some(content)) =
+            (&group.common, writer, content)
+            && let Some(entry) = self.inventory.get_mut(container)
+        {
+            entry.remember_linked(content, writer);
+        }
         // What is known to be a package's or a build's is as bad as that.
         let severity = match &group.common {
             Some(Common::Brought(_) | Common::Built { .. }) => severity.min(Severity::Medium),
@@ -377,7 +388,10 @@ impl State {
                     } else if group.common.as_ref().is_some_and(Common::explains_one) {
                         finding.detail = join(finding.detail, group.detail());
                     }
-                    if let Some(Common::Brought(transaction)) = &group.common {
+                    if let Some(
+                        Common::Brought(transaction) | Common::Installed { transaction, .. },
+                    ) = &group.common
+                    {
                         finding.transaction = Some(*transaction);
                     }
                     finding

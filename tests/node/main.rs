@@ -10,6 +10,7 @@ mod budget;
 mod chaos;
 mod check;
 mod code;
+mod corpus;
 mod cri;
 mod deeds;
 mod docker;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         volumes::trials(),
         writers::trials(),
         chaos::trials(),
+        corpus::trials(),
         gate::trials(),
         check::trials(),
         hostile::trials(),

@@ -246,6 +246,66 @@ fn w08_what_the_images_linker_has_built_is_one_line_and_what_others_bring_is_not
 }
 
 #[test]
+fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_there_is_not() {
+    let mut node = Node::running();
+    let make = [(60, "/usr/bin/make"), (1, "/bin/busybox"), (100, "/usr/bin/shim")];
+    let links = || Some(Arc::new(program(61, "/usr/bin/ld", &make)));
+    let copies = || Some(program(62, "/usr/bin/install", &make));
+    let runs = |pid| program(pid, "/bin/busybox", &make);
+    node.see(Source::Change, written_by("/src/hello", "hello", links()));
+    node.see(Source::Change, written_by("/src/build/_fast.so", "fast", links()));
+    node.see(Source::Gate, run("/src/hello", "hello", runs(200), None));
+    // Run before it has settled, and then copied.
+    let linked = links().map(|one| (*one).clone());
+    node.see(Source::Gate, run("/src/quick", "quick", runs(203), linked));
+    node.see(Source::Gate, run("/usr/local/bin/quick", "quick", runs(204), copies()));
+    node.see(Source::Gate, run("/usr/local/bin/hello", "hello", runs(201), copies()));
+    node.see(Source::Trace, loaded("/opt/venv/_fast.so", "fast", runs(202), copies()));
+    let used = |node: &mut Node| -> Vec<String> {
+        node.lines().into_iter().filter(|line| !line.starts_with("file.")).collect()
+    };
+    let built = ["exec.new medium /src/hello 4 4", "library.loaded medium /opt/venv/_fast.so 1 1"];
+    assert_eq!(used(&mut node), built);
+    // Laid there in its place; and by another tree of processes.
+    node.see(Source::Gate, run("/usr/local/bin/hello", "evil", runs(300), copies()));
+    let other = program(301, "/bin/busybox", &[(2, "/bin/sh"), (100, "/usr/bin/shim")]);
+    node.see(Source::Gate, run("/usr/local/bin/other", "hello", other, copies()));
+    let lines = used(&mut node);
+    assert_eq!(lines[..2], built);
+    assert_eq!(
+        lines[2..],
+        [
+            "exec.new critical /usr/local/bin/hello 1 1",
+            "exec.new critical /usr/local/bin/other 1 1"
+        ]
+    );
+}
+
+#[test]
+fn w07_libraries_of_a_process_that_has_ended_are_one_line() {
+    let mut node = Node::running();
+    let gone = |pid: u32| {
+        let mut gone = program(pid, "/usr/bin/python3", &[(1, "/bin/busybox")]);
+        (gone.exe, gone.identity.start_time) = (None, 0);
+        gone
+    };
+    for number in 0..16 {
+        let path = format!("/opt/venv/fast/m{}.so", "a".repeat(number + 1));
+        node.see(Source::Trace, loaded(&path, &path, gone(70), None));
+    }
+    node.see(Source::Trace, loaded("/opt/evil.so", "evil", gone(70), None));
+    node.see(Source::Trace, loaded("/opt/venv/fast/evil.so", "evil", gone(71), None));
+    assert_eq!(
+        node.lines(),
+        [
+            "library.loaded high /opt/venv/fast/ma.so 16 16",
+            "library.loaded high /opt/evil.so 1 1",
+            "library.loaded high /opt/venv/fast/evil.so 1 1",
+        ]
+    );
+}
+
+#[test]
 fn r29_a_script_that_a_package_manager_runs_from_memory_is_its_transactions_and_a_program_is_not() {
     let mut node = Node::running();
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
@@ -287,6 +347,28 @@ fn w10_copies_of_many_programs_are_few_lines_and_a_new_one_among_them_is_its_own
     assert_eq!(lines.len(), 6, "{lines:#?}");
     assert_eq!(lines[4], "file.relocated info /copy/c4 96 96");
     assert_eq!(lines[5], "file.added low /copy/new 1 1");
+}
+
+#[test]
+fn r31_copies_of_the_image_that_are_run_are_few_lines_and_one_in_disguise_is_its_own() {
+    let contents: Vec<String> = (0..20).map(|number| format!("c{number}")).collect();
+    let image = contents.iter().map(|name| format!("/usr/lib/{name} 755 elf {name}\n"));
+    let image: String = IMAGE.to_owned() + &image.collect::<String>();
+    let mut node = Node::running();
+    let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
+    node.state.inventory.entry(&id("c1")).baseline = BaselineState::Ready(baseline);
+    let words = ["a", "e", "i", "o"];
+    for (number, content) in contents.iter().enumerate() {
+        let path = format!("/run/{}/run", words[number % 4].repeat(number / 4 + 1));
+        node.see(Source::Gate, exec(at(&path), content));
+    }
+    node.see(Source::Gate, exec(at("/run/curl"), "busybox"));
+    node.see(Source::Gate, exec(at("/run/new"), "evil"));
+    let lines = node.lines();
+    assert_eq!(lines.len(), 7, "{lines:#?}");
+    assert_eq!(lines[4], "exec.relocated medium /run/aa/run 16 16");
+    assert_eq!(lines[5], "exec.relocated high /run/curl 1 1");
+    assert_eq!(lines[6], "exec.new critical /run/new 1 1");
 }
 
 #[test]
@@ -371,4 +453,50 @@ fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_bes
     let expected = [job, beside, brought[0], brought[2]]
         .map(|path| format!("file.persistence high {path} 1 1"));
     assert_eq!(persistence, expected.iter().collect::<Vec<_>>());
+}
+
+#[test]
+fn w07_what_a_package_lays_where_others_obey_it_is_one_line_and_what_others_lay_there_is_not() {
+    let mut node = Node::running();
+    let places = ["/etc/init.d/*", "/etc/rc*.d/*", "/etc/passwd"];
+    node.state.policy.persistence =
+        model::PathGlobs::new(places.iter().map(|&place| place.to_owned()).collect()).unwrap();
+    node.see(Source::Change, dpkg("/usr/bin/dpkg"));
+    let write = |path: &str, content: &str, writer: Option<Arc<Process>>| {
+        let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
+        Fact::Present { path: at(path), state, lower: None, writer }
+    };
+    for (number, path) in
+        ["/etc/init.d/cached", "/etc/rc2.d/cached", "/etc/passwd"].iter().enumerate()
+    {
+        let number = u32::try_from(number).unwrap();
+        node.see(Source::Change, write(path, path, Some(descendant(51 + number, &[50]))));
+    }
+    let mut privileged = state_of("agent");
+    privileged.mode = 0o4755;
+    let (path, writer) = (at("/usr/bin/agent"), Some(descendant(55, &[50])));
+    node.see(Source::Change, Fact::Present { path, state: privileged, lower: None, writer });
+    let lines = |node: &mut Node| -> Vec<String> {
+        node.lines().into_iter().filter(|line| line.starts_with("file.p")).collect()
+    };
+    let installed =
+        ["file.persistence high /etc/init.d/cached 3 3", "file.privileged high /usr/bin/agent 1 1"];
+    assert_eq!(lines(&mut node), installed);
+    let transaction =
+        node.newest().iter().find(|one| one.kind == Kind::PackageTransaction).unwrap().id;
+    for finding in node.newest().iter().filter(|one| one.kind != Kind::PackageTransaction) {
+        assert_eq!(finding.transaction, Some(transaction), "{finding:?}");
+    }
+    let other = || Some(Arc::new(program(80, "/bin/busybox", &[(1, "/bin/busybox")])));
+    node.see(Source::Change, write("/etc/init.d/cached", "evil", other()));
+    node.see(Source::Change, write("/etc/rc3.d/evil", "evil", None));
+    let lines = lines(&mut node);
+    assert_eq!(lines[..2], installed);
+    assert_eq!(
+        lines[2..],
+        [
+            "file.persistence high /etc/init.d/cached 1 1",
+            "file.persistence high /etc/rc3.d/evil 1 1"
+        ]
+    );
 }
