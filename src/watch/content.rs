@@ -26,7 +26,7 @@ use super::table::Watched;
 use super::take::Taken;
 use super::trace;
 use super::trust::Verdict;
-use super::unproven::{self, Proof, Question};
+use super::unproven::Question;
 use super::unseen;
 use super::writable::Look;
 use super::writers::Named;
@@ -418,36 +418,31 @@ impl Described {
 /// file is run by whoever asked: an execve fails, and a shell reads the text itself.
 fn question(shared: &Shared, execution: &Described) -> Option<Question> {
     let Progress::Done(state, _) = &execution.progress else { return None };
-    let is_script = match state.format {
-        Format::Elf => false,
-        Format::Script => true,
-        _ => return None,
-    };
-    let Stat { device, inode, .. } = execution.stat;
+    if !matches!(state.format, Format::Elf | Format::Script) {
+        return None;
+    }
     let process = execution.seen.as_ref()?.identity;
     let asked = execution.asked.filter(|_| shared.records_executions())?;
-    Some(Question { process, asked, file: unproven::File { device, inode }, is_script })
+    Some(Question { process, asked })
 }
 
 /// An execution that the kernel has recorded. One that it has not may be a mere check or
 /// an execve that failed: then the file is only looked at.
 fn proven(shared: &Shared, execution: Described, is_crowded: bool) -> Option<Described> {
     let Some(question) = question(shared, &execution) else { return Some(execution) };
-    process::wait_for_proof(shared, &question, &|| is_crowded);
     let Described { watched, filesystem, path, file, .. } = &execution;
     if let Executed::Held(held) = file {
-        // Open, it keeps its mount busy.
+        // First: open, it keeps its mount busy.
         drop(held.take());
     }
+    process::wait_for_proof(shared, &question, &|| is_crowded);
     let place = (*filesystem == Filesystem::Overlay).then(|| (watched.clone(), path.clone()));
     let mut unproven = shared.unproven();
-    let rest = match unproven.proof(&question) {
-        Proof::Executed => return Some(execution),
-        Proof::NotExecuted => None,
-        // Nobody is there any more to prove it.
-        Proof::NotYet if shared.is_stopping() => return Some(execution),
-        Proof::NotYet => unproven.wait(question, execution).err(),
-    };
+    // During a stop nobody is there any more to prove it.
+    if unproven.is_proven(&question) || shared.is_stopping() {
+        return Some(execution);
+    }
+    let rest = unproven.wait(question, execution).err();
     drop(unproven);
     if rest.is_none()
         && let Some((watched, path)) = place

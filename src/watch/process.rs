@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::arguments::{Recorded, Words};
 use super::shared::Shared;
 use super::table::Watched;
-use super::unproven::{Proof, Question};
+use super::unproven::Question;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, bytes_of_printable, printable};
 use crate::sys::overlay;
 use crate::sys::perf;
@@ -215,7 +215,7 @@ pub(super) fn wait_for_records(
 /// Waits until the kernel's record of an execution has been read, but not for long if
 /// `others_wait`.
 pub(super) fn wait_for_proof(shared: &Shared, question: &Question, others_wait: &dyn Fn() -> bool) {
-    while shared.unproven().proof(question) == Proof::NotYet {
+    while !shared.unproven().is_proven(question) {
         let waited = Duration::from_nanos(perf::now().saturating_sub(question.asked));
         if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return;

@@ -32,7 +32,6 @@ use super::roots::Maker;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
-use super::unproven;
 use super::unseen::{self, Unseen};
 use crate::config;
 use crate::health::Failure;
@@ -604,14 +603,10 @@ impl Trace {
             }
             Record::Mapped(mapped) => self.mapped(mapped),
             Record::Executed(executed) => {
-                let known = self.processes.get(&executed.pid);
-                let program = known.and_then(|known| known.first.clone());
                 self.executed(&executed);
-                let program = program
-                    .map(|program| unproven::File { device: program.device, inode: program.inode });
                 // Last: by now its name and its arguments are known.
                 let Executed { pid, time, .. } = executed;
-                let proven = self.shared.unproven().executed(pid, time, program);
+                let proven = self.shared.unproven().executed(pid, time);
                 self.hand_on_proven(proven);
             }
             Record::Arguments { pid, time: _, arguments } => {

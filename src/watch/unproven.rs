@@ -24,48 +24,13 @@ const MAX_LAG: u64 = 1_000_000_000;
 pub(super) struct Question {
     pub(super) process: ProcessIdentity,
     pub(super) asked: u64,
-    pub(super) file: File,
-    /// What the process runs afterwards is another file.
-    pub(super) is_script: bool,
-}
-
-/// A device and an inode. Two of one device can be compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct File {
-    pub(super) device: u64,
-    pub(super) inode: u64,
-}
-
-/// A process has become a program.
-#[derive(Clone, Copy, Debug)]
-struct Execve {
-    time: u64,
-    /// The file that was mapped first, if that is known.
-    program: Option<File>,
-}
-
-impl Execve {
-    fn answers(&self, question: &Question) -> bool {
-        let Some(program) = self.program else { return true };
-        question.is_script
-            || program.device != question.file.device
-            || program.inode == question.file.inode
-    }
-}
-
-/// What the records say of a question.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Proof {
-    Executed,
-    /// Its process has become another program: it was only checked, or could not be run.
-    NotExecuted,
-    NotYet,
 }
 
 #[derive(Debug)]
 pub(super) struct Unproven<T> {
-    recorded: HashMap<u32, Vec<Execve>>,
-    /// Each of them, by time and process.
+    /// When each process last became a program.
+    recorded: HashMap<u32, u64>,
+    /// The same by time; one that has become another since is not the last.
     order: VecDeque<(u64, u32)>,
     /// What was executed up to this time may be forgotten.
     forgotten: u64,
@@ -82,16 +47,12 @@ impl<T> Default for Unproven<T> {
 }
 
 impl<T: Owned> Unproven<T> {
-    pub(super) fn proof(&self, question: &Question) -> Proof {
-        if question.asked <= self.forgotten {
-            return Proof::Executed;
-        }
-        let mut recorded = self.recorded.get(&question.process.pid).into_iter().flatten();
-        match recorded.find(|execve| execve.time >= question.asked) {
-            Some(execve) if execve.answers(question) => Proof::Executed,
-            Some(_) => Proof::NotExecuted,
-            None => Proof::NotYet,
-        }
+    /// Whether the process has become a program since. What it maps says no more: with
+    /// binfmt_misc, which a container can have for itself (Linux 6.7), that is an interpreter
+    /// for a program of any kind.
+    pub(super) fn is_proven(&self, question: &Question) -> bool {
+        let last = self.recorded.get(&question.process.pid);
+        question.asked <= self.forgotten || last.is_some_and(|&time| time >= question.asked)
     }
 
     /// Keeps an execution until it is proven; without room it is given back.
@@ -106,15 +67,18 @@ impl<T: Owned> Unproven<T> {
         Ok(())
     }
 
-    /// A process has become a program: what of that waited, and what it was asked about
-    /// before is over.
-    pub(super) fn executed(&mut self, pid: u32, time: u64, program: Option<File>) -> Vec<T> {
-        let execve = Execve { time, program };
-        self.recorded.entry(pid).or_default().push(execve);
+    /// A process has become a program: what of its own waited.
+    pub(super) fn executed(&mut self, pid: u32, time: u64) -> Vec<T> {
+        self.recorded.insert(pid, time);
         self.order.push_back((time, pid));
         self.keep_bounds();
-        let over = self.take(pid, time).into_iter();
-        over.filter(|(question, _)| execve.answers(question)).map(|(_, item)| item).collect()
+        let Some(waiting) = self.waiting.get_mut(&pid) else { return Vec::new() };
+        let proven = waiting.extract_if(.., |(question, _)| question.asked <= time);
+        let proven = proven.map(|(_, item)| item).collect();
+        if waiting.is_empty() {
+            self.waiting.remove(&pid);
+        }
+        proven
     }
 
     /// A process may have ended, and with it what it did not come to run. Whether one
@@ -156,26 +120,13 @@ impl<T: Owned> Unproven<T> {
         overdue
     }
 
-    fn take(&mut self, pid: u32, until: u64) -> Vec<(Question, T)> {
-        let Some(waiting) = self.waiting.get_mut(&pid) else { return Vec::new() };
-        let taken = waiting.extract_if(.., |(question, _)| question.asked <= until).collect();
-        if waiting.is_empty() {
-            self.waiting.remove(&pid);
-        }
-        taken
-    }
-
     fn keep_bounds(&mut self) {
         while self.order.len() > MAX_RECORDED
             && let Some((time, pid)) = self.order.pop_front()
         {
             self.forgotten = time;
-            // Each process's are in order too.
-            if let Some(recorded) = self.recorded.get_mut(&pid) {
-                recorded.remove(0);
-                if recorded.is_empty() {
-                    self.recorded.remove(&pid);
-                }
+            if self.recorded.get(&pid) == Some(&time) {
+                self.recorded.remove(&pid);
             }
         }
     }
@@ -194,12 +145,8 @@ mod tests {
         }
     }
 
-    const FILE: File = File { device: 1, inode: 10 };
-    const OTHER: File = File { device: 1, inode: 11 };
-
     fn question(pid: u32, asked: u64) -> Question {
-        let process = ProcessIdentity { pid, start_time: asked };
-        Question { process, asked, file: FILE, is_script: false }
+        Question { process: ProcessIdentity { pid, start_time: asked }, asked }
     }
 
     fn waits(unproven: &mut Unproven<Item>, container: &str, question: Question) -> bool {
@@ -214,36 +161,19 @@ mod tests {
     #[test]
     fn d04_an_execution_is_reported_when_it_is_recorded_and_a_check_never() {
         let mut unproven = Unproven::default();
-        assert_eq!(unproven.proof(&question(7, 5)), Proof::NotYet);
+        assert!(!unproven.is_proven(&question(7, 5)));
         assert!(waits(&mut unproven, "a", question(7, 5)));
         assert!(waits(&mut unproven, "a", question(8, 5)));
         assert!(waits(&mut unproven, "a", question(7, 25)));
-        assert_eq!(asked(unproven.executed(7, 10, Some(FILE))), [5]);
-        assert_eq!(unproven.proof(&question(7, 5)), Proof::Executed);
-        assert_eq!(unproven.proof(&question(7, 25)), Proof::NotYet);
+        assert_eq!(asked(unproven.executed(7, 10)), [5]);
+        assert!(unproven.is_proven(&question(7, 5)));
+        assert!(!unproven.is_proven(&question(7, 25)));
         assert!(!unproven.ended(8, |_| false));
-        assert_eq!(asked(unproven.executed(8, 40, None)), [0; 0], "another has its number");
+        assert_eq!(asked(unproven.executed(8, 40)), [0; 0], "another has its number");
         assert!(waits(&mut unproven, "a", question(7, 26)));
         assert!(unproven.ended(7, |process| process.start_time == 25));
-        assert_eq!(asked(unproven.executed(7, 40, None)), [25]);
+        assert_eq!(asked(unproven.executed(7, 40)), [25]);
         assert!(unproven.waiting.is_empty());
-    }
-
-    #[test]
-    fn d04_what_was_checked_before_another_program_was_not_executed() {
-        let mut unproven = Unproven::default();
-        assert!(waits(&mut unproven, "a", question(7, 5)));
-        assert_eq!(asked(unproven.executed(7, 10, Some(OTHER))), [0; 0]);
-        assert_eq!(unproven.proof(&question(7, 5)), Proof::NotExecuted);
-        // It comes late, and is followed by another one.
-        unproven.executed(9, 10, Some(FILE));
-        unproven.executed(9, 20, Some(OTHER));
-        assert_eq!(unproven.proof(&question(9, 5)), Proof::Executed);
-        // A script's record has its interpreter; other devices cannot be compared.
-        let script = Question { is_script: true, ..question(7, 5) };
-        assert_eq!(unproven.proof(&script), Proof::Executed);
-        unproven.executed(10, 10, Some(File { device: 2, ..OTHER }));
-        assert_eq!(unproven.proof(&question(10, 5)), Proof::Executed);
     }
 
     #[test]
@@ -251,14 +181,14 @@ mod tests {
         let mut unproven = Unproven::default();
         assert!(waits(&mut unproven, "a", question(7, 5)));
         assert_eq!(asked(unproven.forget_all(50)), [5]);
-        assert_eq!(unproven.proof(&question(7, 50)), Proof::Executed);
-        assert_eq!(unproven.proof(&question(7, 51)), Proof::NotYet);
+        assert!(unproven.is_proven(&question(7, 50)));
+        assert!(!unproven.is_proven(&question(7, 51)));
         for time in 0..=MAX_RECORDED as u64 {
-            unproven.executed(1, 100 + time, None);
+            unproven.executed(1, 100 + time);
         }
-        assert_eq!(unproven.order.len(), MAX_RECORDED);
-        assert_eq!(unproven.proof(&question(7, 100)), Proof::Executed);
-        assert_eq!(unproven.proof(&question(7, 101)), Proof::NotYet);
+        assert_eq!((unproven.order.len(), unproven.recorded.len()), (MAX_RECORDED, 1));
+        assert!(unproven.is_proven(&question(7, 100)));
+        assert!(!unproven.is_proven(&question(7, 101)));
     }
 
     #[test]
