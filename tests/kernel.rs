@@ -1117,6 +1117,7 @@ fn hostile_files_neither_hang_nor_mislead_a_walk() {
     let mut sparse = fs::File::create(tmp.join("sparse")).unwrap();
     sparse.write_all(b"#!/bin/sh\n").unwrap();
     sparse.set_len(10 << 30).unwrap();
+    sparse.set_permissions(fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(tmp.join(OsStr::from_bytes(b"\xff\x1b[2J")), "\x7fELF").unwrap();
     let upper = node.walk(&container);
     assert_eq!(
@@ -1592,7 +1593,7 @@ fn a_written_program_is_told_when_it_has_settled_and_by_whom() {
     assert!(source == Source::Change || is_emulated() && source == Source::Scan, "{source:?}");
 
     // The shell itself writes here, and lives on.
-    let script = "echo '#!/bin/sh' > /tmp/script; /bin/sleep 30; true";
+    let script = "echo '#!/bin/sh' > /tmp/script; chmod +x /tmp/script; /bin/sleep 30; true";
     let child = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
     let writer = node.until_observed("the written script", |observation| match &observation.fact {
         Fact::Present { path, writer, .. } if path.to_string() == "/tmp/script" => {
