@@ -1593,14 +1593,16 @@ fn a_written_program_is_told_when_it_has_settled_and_by_whom() {
     assert!(source == Source::Change || is_emulated() && source == Source::Scan, "{source:?}");
 
     // The shell itself writes here, and lives on.
-    let script = "echo '#!/bin/sh' > /tmp/script; chmod +x /tmp/script; /bin/sleep 30; true";
-    let child = Family(container.command(&["/bin/sh", "-c", script]).spawn().unwrap());
-    let writer = node.until_observed("the written script", |observation| match &observation.fact {
-        Fact::Present { path, writer, .. } if path.to_string() == "/tmp/script" => {
-            Some(writer.clone())
-        }
-        _ => None,
-    });
+    let program = r"\177ELF\002\001\001\000\000\000\000\000\000\000\000\000\002\000";
+    let script = format!("printf '{program}' > /tmp/written; /bin/sleep 30; true");
+    let child = Family(container.command(&["/bin/sh", "-c", &script]).spawn().unwrap());
+    let writer =
+        node.until_observed("what the shell has written", |observation| match &observation.fact {
+            Fact::Present { path, writer, .. } if path.to_string() == "/tmp/written" => {
+                Some(writer.clone())
+            }
+            _ => None,
+        });
     assert_eq!(writer.map(|writer| writer.identity.pid), Some(child.0.id()));
     node.assert_no_loss();
 }
