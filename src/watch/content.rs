@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
@@ -20,24 +20,23 @@ use super::gate::Execution;
 use super::lower::{self, Finding, TwinReading};
 use super::mounts;
 use super::process::{self, Executing};
-use super::shared::{Next, Shared};
+use super::shared::Shared;
 use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::Taken;
 use super::trace;
 use super::trust::Verdict;
-use super::unproven::Question;
 use super::unseen;
 use super::writable::Look;
 use super::writers::Named;
 use crate::health::Failure;
 use crate::model::{
-    ContainerId, Content, Fact, FileState, Filesystem, Format, HostilePath, LayerFile, LowerTwin,
+    ContainerId, Content, Fact, FileState, Filesystem, HostilePath, LayerFile, LowerTwin,
     RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::procfs::{self, Handle};
-use crate::sys::{overlay, perf, priority};
+use crate::sys::{overlay, priority};
 use crate::threads;
 
 /// An execution whose process has been described, and whose file is still to be
@@ -99,9 +98,6 @@ impl Owned for Described {
 /// How long an execve may take, in clock ticks.
 const MOMENT: u64 = 25;
 
-/// How often those are looked for whose records are not read.
-const LOOK_FOR_OVERDUE: Duration = Duration::from_millis(250);
-
 /// Files longer than this take a noticeable time to hash.
 const LARGE: u64 = 16 << 20;
 
@@ -118,19 +114,14 @@ pub(super) fn describe(
         let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
         };
-        hand_on(shared, execution, described);
-    }
-}
-
-/// Hands an execution to the thread that hashes and reports it.
-pub(super) fn hand_on(shared: &Shared, execution: Described, described: &Sender<Described>) {
-    match described.try_send(execution) {
-        Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-        Err(TrySendError::Full(execution)) => shared.lose(
-            Failure::ContentQueueFull,
-            Some(&execution.watched),
-            "too many executed files wait to be hashed",
-        ),
+        match described.try_send(execution) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(execution)) => shared.lose(
+                Failure::ContentQueueFull,
+                Some(&execution.watched),
+                "too many executed files wait to be hashed",
+            ),
+        }
     }
 }
 
@@ -215,18 +206,7 @@ pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, st
 /// Hashes what was executed, but for large files, which must not keep the others
 /// waiting.
 pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
-    let mut last_look = Instant::now();
-    loop {
-        if last_look.elapsed() >= LOOK_FOR_OVERDUE {
-            last_look = Instant::now();
-            let overdue = shared.unproven().overdue(perf::now());
-            overdue.into_iter().for_each(|execution| report(shared, execution, false));
-        }
-        let mut execution = match shared.next_within(described, LOOK_FOR_OVERDUE) {
-            Next::Item(execution) => execution,
-            Next::Nothing => continue,
-            Next::End => return,
-        };
+    while let Some(mut execution) = shared.next_to_tell(described) {
         let is_crowded = described.len() >= crowd::FEW;
         loop {
             if execution.is_large(shared) {
@@ -414,52 +394,8 @@ impl Described {
     }
 }
 
-/// What the kernel records if the gate's question becomes an execution. Another kind of
-/// file is run by whoever asked: an execve fails, and a shell reads the text itself.
-fn question(shared: &Shared, execution: &Described) -> Option<Question> {
-    let Progress::Done(state, _) = &execution.progress else { return None };
-    if !matches!(state.format, Format::Elf | Format::Script) {
-        return None;
-    }
-    let process = execution.seen.as_ref()?.identity;
-    let asked = execution.asked.filter(|_| shared.records_executions())?;
-    Some(Question { process, asked })
-}
-
-/// An execution that the kernel has recorded. One that it has not may be a mere check or
-/// an execve that failed: then the file is only looked at.
-fn proven(shared: &Shared, execution: Described, is_crowded: bool) -> Option<Described> {
-    let Some(question) = question(shared, &execution) else { return Some(execution) };
-    let Described { watched, filesystem, path, file, .. } = &execution;
-    if let Executed::Held(held) = file {
-        // First: open, it keeps its mount busy.
-        drop(held.take());
-    }
-    process::wait_for_proof(shared, &question, &|| is_crowded);
-    let place = (*filesystem == Filesystem::Overlay).then(|| (watched.clone(), path.clone()));
-    let mut unproven = shared.unproven();
-    // During a stop nobody is there any more to prove it.
-    if unproven.is_proven(&question) || shared.is_stopping() {
-        return Some(execution);
-    }
-    let rest = unproven.wait(question, execution).err();
-    drop(unproven);
-    if rest.is_none()
-        && let Some((watched, path)) = place
-    {
-        shared.mark_dirty(&watched, path, Source::Scan, None);
-    }
-    rest
-}
-
 /// Reports what was executed and what it holds.
 fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
-    if let Some(execution) = proven(shared, execution, is_crowded) {
-        report(shared, execution, is_crowded);
-    }
-}
-
-fn report(shared: &Shared, execution: Described, is_crowded: bool) {
     let Described {
         mut watched,
         holder,

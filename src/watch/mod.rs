@@ -57,7 +57,6 @@ mod terminals;
 mod trace;
 mod trial;
 mod trust;
-mod unproven;
 mod unseen;
 mod ways;
 mod writable;
@@ -291,7 +290,6 @@ impl Watch {
         let content_queue = content_queue();
         let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
         let (described, receive_described) = fair::channel(content_queue);
-        let proven = described.clone();
         let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
         let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
@@ -397,7 +395,7 @@ impl Watch {
                 Box::new(processes::Entries::new(processes.clone())),
                 Box::new(acts::Acts::default()),
             ];
-            let trace = Trace::new(shared.clone(), unseen, proven, content_queue, consumers);
+            let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
             watch.spawn("trace", Role::Owner, None, || trace.run(recorder))?;
         }
         let arrivals = || Arrivals {

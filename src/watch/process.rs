@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use super::arguments::{Recorded, Words};
 use super::shared::Shared;
 use super::table::Watched;
-use super::unproven::Question;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, bytes_of_printable, printable};
 use crate::sys::overlay;
 use crate::sys::perf;
@@ -205,18 +204,6 @@ pub(super) fn wait_for_records(
     let is_read = || !matches!(shared.arguments().of(pid, asked, until), Recorded::NotYet);
     while shared.records_executions() && !is_read() {
         let waited = Duration::from_nanos(perf::now().saturating_sub(asked));
-        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return;
-        }
-        std::thread::sleep(STEP);
-    }
-}
-
-/// Waits until the kernel's record of an execution has been read, but not for long if
-/// `others_wait`.
-pub(super) fn wait_for_proof(shared: &Shared, question: &Question, others_wait: &dyn Fn() -> bool) {
-    while !shared.unproven().is_proven(question) {
-        let waited = Duration::from_nanos(perf::now().saturating_sub(question.asked));
         if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return;
         }

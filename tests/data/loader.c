@@ -1,15 +1,11 @@
 /* Runs programs in every way that leaves no name behind, and makes floods. */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -133,52 +129,6 @@ static int scripts(int count, const char *directory)
     return 0;
 }
 
-/* Gives the page that is asked for, but not soon. */
-static void *give_late(void *asked)
-{
-    struct uffd_msg message;
-    struct uffdio_zeropage page = { .range = { .len = 4096 } };
-    int fd = *(int *)asked;
-    if (read(fd, &message, sizeof message) != sizeof message)
-        die("userfaultfd");
-    usleep(1500 * 1000);
-    page.range.start = message.arg.pagefault.address & ~4095UL;
-    ioctl(fd, UFFDIO_ZEROPAGE, &page);
-    return NULL;
-}
-
-/* Executes FILE, whose argument comes from memory that takes 1.5 s: from a thread that
- * goes on when the first has ended. */
-static void *execute_late(void *file)
-{
-    static int fd;
-    pthread_t giver;
-    struct uffdio_api api = { .api = UFFD_API };
-    char *argument = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    struct uffdio_register memory = { .range = { .start = (unsigned long)argument, .len = 4096 },
-                                      .mode = UFFDIO_REGISTER_MODE_MISSING };
-    char *arguments[] = { file, argument, NULL };
-    fd = syscall(SYS_userfaultfd, O_CLOEXEC);
-    if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &memory))
-        die("userfaultfd");
-    if (pthread_create(&giver, NULL, give_late, &fd))
-        die("pthread_create");
-    execve(file, arguments, environ);
-    die(file);
-    return NULL;
-}
-
-/* Asks whether FILE may be executed, or tries it; prints the number of the error. */
-static int try(const char *file, int flags)
-{
-    char *arguments[] = { "a", NULL };
-    int fd = open(file, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        die(file);
-    printf("%d\n", execveat(fd, "", arguments, environ, AT_EMPTY_PATH | flags) ? errno : 0);
-    return 0;
-}
-
 int main(int argc, char **argv)
 {
     const char *how = argc > 1 ? argv[1] : "exit";
@@ -275,17 +225,6 @@ int main(int argc, char **argv)
         ((void (*)(void))both)();
 #endif
         return 0;
-    }
-    /* AT_EXECVE_CHECK */
-    if (!strcmp(how, "check"))
-        return try(argv[2], 0x10000);
-    if (!strcmp(how, "try"))
-        return try(argv[2], 0);
-    if (!strcmp(how, "late")) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, execute_late, argv[2]))
-            die("pthread_create");
-        pthread_exit(NULL);
     }
     if (!strcmp(how, "storm"))
         return storm(atoi(argv[2]), atoi(argv[3]), argv[4]);
