@@ -130,21 +130,24 @@ fn generated(node: &Node) -> anyhow::Result<()> {
     // Laid there by somebody else.
     container.lay_payload("evil")?;
     container.sh("cat /.control/evil > /tmp/evil.so; /usr/bin/jit load /tmp/evil.so")?;
-    let findings = wait_for("the library of somebody else", || {
+    let made_there = |one: &&Value| {
+        one["file"]["path"].as_str().is_some_and(|path| path.starts_with("/tmp/ffi"))
+    };
+    let findings = wait_for("all five, and the library of somebody else", || {
         let findings = container.findings()?;
         let is_told = findings.iter().any(|one| one["file"]["path"] == "/tmp/evil.so");
-        Ok(is_told.then_some(findings))
+        let made = findings.iter().filter(made_there);
+        let count: u64 = made.filter_map(|one| one["count"].as_u64()).sum();
+        Ok((is_told && count >= 5).then_some(findings))
     })?;
     let high: Vec<String> = summaries(&findings)
         .into_iter()
         .filter(|line| !line.starts_with("info ") && !line.starts_with("low "))
         .collect();
     ensure!(high == ["high library.loaded /tmp/evil.so"], "{findings:#?}");
-    let made_there = |one: &&Value| {
-        one["file"]["path"].as_str().is_some_and(|path| path.starts_with("/tmp/ffi"))
-    };
+    // One that has ended before it is looked at is known by less than its program.
     let made: Vec<&Value> = findings.iter().filter(made_there).collect();
-    ensure!(made.len() == 1 && made[0]["count"] == 5, "{made:#?}");
+    ensure!(made.len() <= 2, "{made:#?}");
     let unpacked = findings
         .iter()
         .find(|one| one["file"]["path"] == "/root/.cache/JNA/temp/jna77281.tmp")
