@@ -106,13 +106,17 @@ fn strict(node: &Node) -> anyhow::Result<()> {
         ids.push(start_changed(node)?);
     }
     drop(load);
+    let mut late = 0;
     for id in &ids {
-        wait_for(&format!("the entry point of {id} to be told"), || {
-            Ok(seen(node, id)?.then_some(()))
+        // A start is held for half a second at most: then it is let run, and named.
+        let is_late = wait_for(&format!("the entry point of {id} to be told"), || {
+            let is_late = !armed(node, id)? && node.losses("armed_late")? > late;
+            Ok((is_late || seen(node, id)?).then_some(is_late))
         })?;
-        ensure!(armed(node, id)?, "{id} was not armed before its start");
+        late += u64::from(is_late);
+        ensure!(is_late || armed(node, id)?, "{id} was not armed before its start");
     }
-    assert_eq!(node.losses("armed_late")?, 0);
+    ensure!(late * 10 <= STARTS as u64, "{late} of {STARTS} were armed too late");
     Ok(())
 }
 
