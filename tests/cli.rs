@@ -1279,6 +1279,11 @@ fn u14_findings_are_found_by_what_is_in_them() {
         let expected: String = expected.iter().map(|one| format!("{}\n", one.id)).collect();
         assert_eq!((answer.out, answer.code), (expected, 0), "{arguments:?} {}", answer.talk);
     }
+    let shown = node.run(&["show", &mined.id.to_string(), "-o", "json"]);
+    assert_eq!(shown.code, 0, "{}", shown.talk);
+    let shown: serde_json::Value = serde_json::from_str(&shown.out).unwrap();
+    assert_eq!(shown["id"], mined.id.to_string());
+    assert_eq!(shown["also_in"], serde_json::json!({ "containers": 0, "newest": [] }));
     for (arguments, reason) in [
         (&["--hash", "cdcd"][..], "8 or more hexadecimal digits"),
         (&["--session", "no-session"], "8 or more hexadecimal digits"),

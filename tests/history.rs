@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use driftd::health::{Failure, Health};
 use driftd::history::{
-    self, Error, Filter, FindingLookup, Happened, History, Keep, MemberChange, ProbeLookup, Record,
-    SessionFilter, SessionLookup, Writer,
+    self, AlsoIn, Error, Filter, FindingLookup, Happened, History, Keep, MemberChange, ProbeLookup,
+    Record, SessionFilter, SessionLookup, Writer,
 };
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{
@@ -427,6 +427,49 @@ fn member(path: &str, number: u8) -> Member {
 
 fn aggregate(finding: &Finding, changes: Vec<MemberChange>) -> Record {
     Record::Aggregate { finding: Box::new(finding.clone()), changes }
+}
+
+#[test]
+fn where_else_the_same_content_was_found_is_counted_by_container() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = start(dir.path());
+    let content = Blake3Hash([0xcd; 32]);
+    let holds = |number: u32, container: &str, content: Option<Blake3Hash>| {
+        let mut finding = finding(number, i64::from(number));
+        finding.container.as_mut().unwrap().id = ContainerId::new("default", container);
+        finding.file.as_mut().unwrap().blake3 = content;
+        finding
+    };
+    let own = holds(1, "own", Some(content));
+    // Twice in one container, once in its own, and once in a directory of many files.
+    let group = holds(5, "group", None);
+    let same = Member { blake3: Some(content), ..member("/opt/tool", 0) };
+    let mut records = vec![
+        record(&own),
+        record(&holds(2, "own", Some(content))),
+        record(&holds(3, "twice", Some(content))),
+        record(&holds(4, "twice", Some(content))),
+        aggregate(&group, vec![MemberChange::Seen(same)]),
+        record(&holds(6, "another", Some(Blake3Hash([0xce; 32])))),
+        record(&holds(7, "unread", None)),
+    ];
+    write(&writer, std::mem::take(&mut records));
+    let reader = writer.reader();
+    let also = reader.also_in(&own).unwrap();
+    let ids = |also: &AlsoIn| -> Vec<String> {
+        also.newest.iter().map(|container| container.id.to_string()).collect()
+    };
+    assert_eq!((also.containers, ids(&also).len()), (2, 2));
+    assert_eq!(ids(&also).iter().filter(|id| ["twice", "group"].contains(&&***id)).count(), 2);
+    // What could not be read is the same as nothing.
+    assert_eq!(reader.also_in(&holds(7, "unread", None)).unwrap(), AlsoIn::default());
+
+    let more = (10..40).map(|number| record(&holds(number, &format!("c{number}"), Some(content))));
+    write(&writer, more.collect());
+    let also = reader.also_in(&own).unwrap();
+    assert_eq!((also.containers, ids(&also).len()), (32, 10));
+    // Where it was seen last comes first: the member's time is long ago.
+    assert_eq!(ids(&also)[..2], ["twice", "c10"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use prost::Message as _;
 
 use super::proto;
-use crate::history::{Happened, TimelineEntry};
+use crate::history::{AlsoIn, Happened, TimelineEntry};
 use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
 use crate::model::session::{COMMAND_SCHEMA, PROBE_SCHEMA, SESSION_SCHEMA};
 use crate::model::{
@@ -186,6 +186,21 @@ pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed>
         attack: attack.map(|proto::Attack { technique, tactic }| Attack { technique, tactic }),
         detail,
     })
+}
+
+pub fn also_in_to_proto(also_in: &AlsoIn) -> proto::AlsoIn {
+    let newest = also_in.newest.iter().map(|container| proto::ContainerName {
+        namespace: container.namespace.to_string(),
+        container: container.id.to_string(),
+    });
+    proto::AlsoIn { containers: also_in.containers, newest: newest.collect() }
+}
+
+pub fn also_in_from_proto(also_in: &proto::AlsoIn) -> AlsoIn {
+    let newest = also_in.newest.iter().map(|proto::ContainerName { namespace, container }| {
+        ContainerId::new(namespace, container)
+    });
+    AlsoIn { containers: also_in.containers, newest: newest.collect() }
 }
 
 pub fn member_to_proto(member: &Member) -> proto::Member {

@@ -20,7 +20,9 @@ use super::{convert, proto};
 use crate::baseline::{self, KnownBy, Progress, Proof};
 use crate::budget::{self, Pool};
 use crate::health::{Backlog, Failure, Health};
-use crate::history::{self, Content, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter};
+use crate::history::{
+    self, AlsoIn, Content, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter,
+};
 use crate::model::{ContainerId, FindingId, Incarnation, Kind, NamedBy, Session, printable};
 use crate::pipeline::{self, ContainerView, Diff, LookupError, Question};
 use crate::respond;
@@ -703,16 +705,17 @@ impl DriftService for Service {
         let reader = self.history.clone();
         let found = unblock(move || {
             let found = reader.finding(&id)?;
-            let responses = match &found {
-                FindingLookup::Found(finding) => match finding.container_id() {
-                    Some(container) => reader.responses(container)?,
-                    None => Vec::new(),
-                },
-                FindingLookup::Unknown | FindingLookup::Ambiguous(_) => Vec::new(),
-            };
-            Ok((found, responses))
+            let mut responses = Vec::new();
+            let mut also_in = AlsoIn::default();
+            if let FindingLookup::Found(finding) = &found {
+                if let Some(container) = finding.container_id() {
+                    responses = reader.responses(container)?;
+                }
+                also_in = reader.also_in(finding)?;
+            }
+            Ok((found, responses, also_in))
         });
-        let (found, mut responses) = found.await?.map_err(|err| history_failed(&err))?;
+        let (found, mut responses, also_in) = found.await?.map_err(|err| history_failed(&err))?;
         let finding = the_one(found, "finding", &shown)?;
         responses.retain(|response| response.requested_at >= finding.first_seen);
         let older = responses.len().saturating_sub(MAX_RESPONSES);
@@ -720,6 +723,7 @@ impl DriftService for Service {
         Ok(Response::new(proto::GetFindingResponse {
             finding: Some(convert::finding_to_proto(*finding)),
             responses: responses.map(convert::response_to_proto).collect(),
+            also_in: Some(convert::also_in_to_proto(&also_in)),
         }))
     }
 

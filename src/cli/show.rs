@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
+use serde::Serialize;
 use tonic::{Code, Status};
 
 use super::client::{Client, Server, explain, talk};
@@ -12,6 +13,7 @@ use super::findings::quoted;
 use super::output::{Format, age, one, safe, short, size, time};
 use super::story::Story;
 use crate::api::{convert, proto};
+use crate::history::AlsoIn;
 use crate::model::{Expected, FileEvidence, FileType, Finding, Kind, Outcome, Process};
 
 #[derive(Debug, clap::Args)]
@@ -24,17 +26,27 @@ pub(super) struct Show {
 }
 
 enum Shown {
-    Finding(Box<Finding>, Vec<proto::Response>),
+    Finding(Box<Whole>),
     Session(Box<Story>),
+}
+
+/// A finding, and what else is known about it.
+#[derive(Serialize)]
+struct Whole {
+    #[serde(flatten)]
+    finding: Finding,
+    #[serde(skip)]
+    responses: Vec<proto::Response>,
+    /// An older driftd does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    also_in: Option<AlsoIn>,
 }
 
 impl Show {
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let now = Timestamp::now();
         match talk(server, |client| find(client, self.id))? {
-            Shown::Finding(finding, responses) => {
-                one(&finding, self.output, || text(&finding, &responses, now))?;
-            }
+            Shown::Finding(whole) => one(&whole, self.output, || text(&whole, now))?,
             Shown::Session(story) => one(&story, self.output, || story.text(now))?,
         }
         Ok(Exit::Clean)
@@ -52,8 +64,11 @@ async fn find(mut client: Client, id: String) -> anyhow::Result<Shown> {
             let answer = answer.into_inner();
             let finding =
                 answer.finding.ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
-            let finding = convert::finding_from_proto(finding)?;
-            Ok(Shown::Finding(Box::new(finding), answer.responses))
+            Ok(Shown::Finding(Box::new(Whole {
+                finding: convert::finding_from_proto(finding)?,
+                responses: answer.responses,
+                also_in: answer.also_in.as_ref().map(convert::also_in_from_proto),
+            })))
         }
         (Err(status), Ok(answer)) if is_none(&status) => {
             let story = Story::fetch(&mut client, answer.into_inner()).await?;
@@ -134,7 +149,7 @@ impl Lines {
     }
 }
 
-fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> String {
+fn text(Whole { finding, responses, also_in }: &Whole, now: Timestamp) -> String {
     let mut lines = Lines(format!(
         "{} {}\n{}\n\n",
         finding.severity.name().to_uppercase(),
@@ -178,6 +193,9 @@ fn text(finding: &Finding, responses: &[proto::Response], now: Timestamp) -> Str
         add_file(&mut lines, file, if finding.files.is_some() { "First" } else { "Found" });
         if let Some(expected) = &finding.expected {
             lines.add("Differs in", &differences(expected, file));
+        }
+        if let (Some(also_in), Some(content)) = (also_in, file.blake3) {
+            add_also_in(&mut lines, also_in, &content.to_string());
         }
     }
     if let Some(name) = &finding.invoked_as {
@@ -268,6 +286,18 @@ fn add_file(lines: &mut Lines, file: &FileEvidence, label: &str) {
     }
 }
 
+fn add_also_in(lines: &mut Lines, also_in: &AlsoIn, content: &str) {
+    if also_in.containers == 0 {
+        return;
+    }
+    let containers = if also_in.containers == 1 { "container" } else { "containers" };
+    let list = format!("driftd findings --hash {}", short(content));
+    lines.add("Also in", &format!("{} {containers} ({list})", also_in.containers));
+    for container in also_in.newest.iter().take(3) {
+        lines.add("", &safe(&container.to_string()));
+    }
+}
+
 fn add_content(
     lines: &mut Lines,
     blake3: Option<crate::model::Blake3Hash>,
@@ -349,7 +379,7 @@ pub(super) fn shell_word(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::cli::findings::tests::samples;
-    use crate::model::Incarnation;
+    use crate::model::{ContainerId, Incarnation};
 
     #[test]
     fn a_finding_as_a_person_sees_it() {
@@ -369,13 +399,24 @@ mod tests {
             requested_at: Some(convert::time_to_proto(now)),
             ..Default::default()
         };
-        insta::assert_snapshot!(text(&modified, &[], now));
+        let whole = |finding: &Finding| Whole {
+            finding: finding.clone(),
+            responses: Vec::new(),
+            also_in: Some(AlsoIn::default()),
+        };
+        let many = AlsoIn {
+            containers: 12,
+            newest: ["web", "shop\x1b[2J", "pay", "mail"]
+                .map(|id| ContainerId::new("default", id))
+                .into(),
+        };
+        insta::assert_snapshot!(text(&Whole { also_in: Some(many), ..whole(&modified) }, now));
         let run = Some(Incarnation { pid: 4100, start_time: Some(7), created_at: None });
-        let shown = text(&Finding { run, ..modified.clone() }, &[], now);
+        let shown = text(&whole(&Finding { run, ..modified.clone() }), now);
         let id = short(&modified.id.to_string());
         assert!(shown.contains(&format!("driftd respond kill --finding {id} --reason")), "{shown}");
-        insta::assert_snapshot!(text(&session, &[killed], now));
-        insta::assert_snapshot!(text(&hostile, &[], now));
+        insta::assert_snapshot!(text(&Whole { responses: vec![killed], ..whole(&session) }, now));
+        insta::assert_snapshot!(text(&whole(&hostile), now));
     }
 
     #[test]

@@ -36,7 +36,7 @@ mod timeline;
 mod writer;
 
 pub use reader::{
-    BadPageToken, CommandToken, CommandsPage, Content, Filter, FindingLookup, FindingsPage,
+    AlsoIn, BadPageToken, CommandToken, CommandsPage, Content, Filter, FindingLookup, FindingsPage,
     Followed, Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader, SessionFilter,
     SessionLookup, SessionsPage,
 };

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use rusqlite::config::DbConfig;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, Row, params, params_from_iter};
+use serde::Serialize;
 
 use super::json::Kept;
 use super::writer::newest_seq;
@@ -36,6 +37,17 @@ const OPEN_SESSIONS: usize = 10_000;
 const TOLD: usize = 32 * 1024;
 /// Most probes that are listed, those seen last.
 const PROBES: usize = 2_000;
+/// Most containers that are named where the same content was found.
+const ALSO_IN: usize = 10;
+
+/// The other containers in which a finding's content was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AlsoIn {
+    /// How many they are.
+    pub containers: u32,
+    /// Some of them: where it was seen last comes first.
+    pub newest: Vec<ContainerId>,
+}
 
 /// Which findings are asked for. The default is all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -687,6 +699,44 @@ impl Reader {
                 }
             }
             Ok(responses)
+        })
+    }
+
+    /// Where else the content of a finding's file was found, in a file of its own or among
+    /// those that one finding stands for.
+    pub fn also_in(&self, finding: &Finding) -> Result<AlsoIn, Error> {
+        let Some(content) = finding.file.as_ref().and_then(|file| file.blake3) else {
+            return Ok(AlsoIn::default());
+        };
+        let (namespace, container) =
+            finding.container_id().map_or(("", ""), |own| (&*own.namespace, &*own.id));
+        self.ask(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(&format!(
+                    "SELECT namespace, container, count(*) OVER () FROM (
+                         SELECT namespace, container, last_seen FROM finding
+                         WHERE json_extract(json, '$.file.blake3') = ?1
+                             AND container IS NOT NULL
+                         UNION ALL
+                         SELECT finding.namespace, finding.container, member.last_seen
+                         FROM member JOIN finding ON finding.id = member.finding
+                         WHERE member.blake3 = ?1 AND finding.container IS NOT NULL)
+                     WHERE (namespace, container) <> (?2, ?3)
+                     GROUP BY namespace, container
+                     ORDER BY max(last_seen) DESC, namespace, container LIMIT {ALSO_IN}"
+                ))
+                .map_err(&failed)?;
+            let mut rows =
+                query.query(params![content.to_string(), namespace, container]).map_err(&failed)?;
+            let mut also = AlsoIn::default();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                let text = |column| row.get_ref(column)?.as_str().map_err(rusqlite::Error::from);
+                let (namespace, id) = (text(0).map_err(&failed)?, text(1).map_err(&failed)?);
+                also.newest.push(ContainerId::new(namespace, id));
+                also.containers = row.get(2).map_err(&failed)?;
+            }
+            Ok(also)
         })
     }
 

@@ -330,6 +330,14 @@ pub(super) const MIGRATIONS: &[&str] = &[
             AND labels.namespace = record.namespace
             AND labels.id = coalesce(finding.labels, session.labels);
 ",
+    "
+    -- In which containers the same content was found.
+    CREATE INDEX finding_by_content ON finding
+        (json_extract(json, '$.file.blake3'), container, namespace, last_seen)
+        WHERE container IS NOT NULL;
+    CREATE INDEX member_by_content ON member (blake3, finding, last_seen)
+        WHERE blake3 IS NOT NULL;
+",
 ];
 
 /// The JSON of a row as it is published, with its container's labels.

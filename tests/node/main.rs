@@ -199,11 +199,12 @@ fn run(
     judge(&node, || test(&node))
 }
 
-/// Runs a test and adds the node's logs to its failure.
+/// Runs a test and adds the node's logs to its failure: before what went wrong, which
+/// stands last, where a reader of a long output looks first.
 fn judge(node: &Node, test: impl FnOnce() -> anyhow::Result<()>) -> Result<(), Failed> {
     match catch_unwind(AssertUnwindSafe(test)) {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(err)) => Err(format!("{err:#}\n{}", node.logs()).into()),
+        Ok(Err(err)) => Err(format!("{}{err:#}", node.logs()).into()),
         Err(panic) => {
             eprintln!("{}", node.logs());
             resume_unwind(panic)
