@@ -50,6 +50,8 @@ pub struct Entry {
     pub watch: WatchState,
     /// Whether the gate was in place before the entry point of the newest run.
     pub armed_before_start: bool,
+    /// The init of the last run whose entry point ran before its marks were in place.
+    pub unarmed_run: Option<u32>,
     /// Why what the next walk finds may have run unseen.
     pub unwatched: Option<&'static str>,
     /// Its record is gone; forgotten once the last scan is over.

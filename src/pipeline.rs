@@ -744,7 +744,7 @@ impl State {
                         entry.unwatched = Some(WHILE_DOWN);
                     }
                     entry.watch = WatchState::Attached { before_start };
-                    entry.armed_before_start = before_start;
+                    entry.armed_before_start = before_start && entry.unarmed_run != Some(pid);
                 }
             }
             Report::NotAttached { container, pid, reason } => {
@@ -756,8 +756,12 @@ impl State {
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
-            Report::Unarmed { container, began, marked } => {
+            Report::Unarmed { container, pid, began, marked } => {
                 if let Some(entry) = self.inventory.get_mut(&container) {
+                    entry.unarmed_run = Some(pid);
+                    if entry.is_newest_run(pid) {
+                        entry.armed_before_start = false;
+                    }
                     entry.unwatched = Some(BEFORE_MARKS);
                 }
                 let milliseconds = marked.duration_since(began).as_millis();

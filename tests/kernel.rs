@@ -9,7 +9,7 @@ mod executable;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
@@ -1973,6 +1973,52 @@ fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
     let sessions: Vec<String> = told.filter(|told| told.starts_with("session")).collect();
     assert_eq!(sessions, <[String; 0]>::default(), "init is no session");
     node.assert_no_loss();
+}
+
+/// The kernel opens the file of an execve first, and does much before it is that program.
+#[test]
+fn an_entry_point_that_was_opened_before_the_marks_is_reported_and_named() {
+    // Before Linux 6.8 the arguments came first, and then the gate was asked. It is asked
+    // about a script's interpreter, before anything of the script has run.
+    let is_late = kernel_version() >= (6, 8);
+    for (name, content, is_named) in [
+        ("/tmp/sleep", fs::read(BUSYBOX).unwrap(), is_late),
+        ("/tmp/entry", b"#!/bin/sh\nexec /bin/sleep 3600\n".to_vec(), false),
+    ] {
+        let container = Container::start();
+        let loader = compile_loader(container.dir.path());
+        let inside = container.merged().join(&name[1..]);
+        executable::write(&inside, &content).unwrap();
+        let mut init = Command::new(loader);
+        init.args(["late".as_ref(), container.merged().as_os_str(), name.as_ref()]);
+        let mut init = init.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (pid, mut go_on) = (init.id(), init.stdin.take().unwrap());
+        let mut said = [0; 6];
+        init.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+        let _init = Family(init);
+        assert_eq!(&said, b"asked\n");
+
+        let mut node = Node::start();
+        let id = container.id.clone();
+        node.order(Order::Attach { container: id.clone(), pid, rootfs: None });
+        let trust = Trust::UpTo(container.recorded);
+        node.order(Order::Trust { container: id, trust });
+        let before_start = node.until("the container to be attached", |report| match report {
+            Report::Attached { before_start, .. } => Some(*before_start),
+            _ => None,
+        });
+        assert!(before_start, "init is not that program yet");
+        go_on.write_all(b"\n").unwrap();
+        let executed = node.until_executed(&path(name));
+        assert_eq!(executed.state.blake3(), Some(hash_of(&inside)));
+        container.drop_program("/tmp/true");
+        container.shell("/tmp/true");
+        node.until_executed(&path("/tmp/true"));
+        let named = node.told.iter().filter(|told| matches!(told, Report::Unarmed { .. }));
+        assert_eq!(named.count(), usize::from(is_named), "for {name}");
+        let times = node.executed_paths().iter().filter(|path| *path == name).count();
+        assert_eq!(times, 1, "{name}");
+    }
 }
 
 #[test]

@@ -2622,7 +2622,7 @@ fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have
     node.play("start c1\nbaseline");
     let at = |millisecond| Timestamp::from_millisecond(millisecond).unwrap();
     let (began, marked) = (at(1000), at(1250));
-    node.give(Input::Watch(Report::Unarmed { container: id("c1"), began, marked }));
+    node.give(Input::Watch(Report::Unarmed { container: id("c1"), pid: 7, began, marked }));
     let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
     node.give(Input::Watch(attached));
     let problems = node.state.status().problems;

@@ -334,9 +334,7 @@ impl Marker {
         // point by now, the gate will see it do so.
         let max_hash_bytes = self.shared.settings.max_hash_bytes;
         let before_start = sessions::has_not_begun(&init, max_hash_bytes);
-        if before_start {
-            watched.set_armed_before_start();
-        }
+        watched.set_armed(before_start);
         find_layers(&watched, &init, rootfs);
         if let Some(mut residence) = residence.take() {
             if before_start && is_from_outside(&init, &watched) {
@@ -346,12 +344,7 @@ impl Marker {
         }
         watched.ask_for_rescan();
         if !before_start && self.shared.has_begun_before(init.identity()) {
-            let _ = self.shared.health.record(Failure::ArmedLate);
-            let marked = Timestamp::now();
-            let began = marked - procfs::age(init.identity());
-            tracing::warn!(%container, "its entry point ran before its marks were in place");
-            let container = container.clone();
-            self.shared.say(Report::Unarmed { container, began, marked });
+            self.shared.armed_late(&watched);
         }
         Ok(Marked { before_start, is_news: true })
     }

@@ -352,6 +352,12 @@ impl Arrivals {
         let Some((watched, filesystem)) = self.whose(&seen) else { return };
         let Arrival { file, stat, caller, at, calm, .. } = seen;
         let pid = caller.pid;
+        if pid == watched.init.pid && !watched.entry_is_recorded() {
+            if let (Filesystem::Overlay, Some(at)) = (filesystem, caller.asked) {
+                self.shared.note_asked(pid, (stat.device, stat.inode), at);
+            }
+            watched.set_init_asked_about();
+        }
         // First of all: open, it keeps its mount busy.
         let is_short = stat.size <= self.shared.settings.max_hash_bytes;
         let early = (filesystem == Filesystem::Tmpfs && is_short)

@@ -136,9 +136,10 @@ pub enum Report {
         before_start: bool,
     },
     /// The container began while driftd ran, and ran for a moment before its marks were in
-    /// place. Comes before [`Report::Attached`].
+    /// place. May come before or after [`Report::Attached`], and is right where they differ.
     Unarmed {
         container: ContainerId,
+        pid: u32,
         began: Timestamp,
         marked: Timestamp,
     },

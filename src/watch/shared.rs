@@ -35,7 +35,7 @@ use crate::model::{
     Ancestor, ContainerId, Fact, Observation, Process, ProcessIdentity, RootfsPath, Source,
 };
 use crate::sys::file;
-use crate::sys::procfs::Handle;
+use crate::sys::procfs::{self, Handle};
 use crate::threads;
 
 /// How long a stop waits for what was seen before it.
@@ -550,17 +550,35 @@ impl Shared {
     /// Waits for a moment until what the gate has answered by now is taken from it, so
     /// that it is known before the kernel's record of the same execution is looked at.
     pub(super) fn wait_for_gate(&self) {
-        const STEP: Duration = Duration::from_micros(100);
-        const AT_MOST: u32 = 1000;
         let Some(pulse) = self.health.pulse.get() else { return };
         let answered = pulse.answers().load(Ordering::SeqCst);
-        for _ in 0..AT_MOST {
+        self.wait_until(|| {
             let lost = pulse.dropped().load(Ordering::Relaxed);
-            if self.gate_taken.load(Ordering::Acquire) + lost >= answered || self.is_stopping() {
+            self.gate_taken.load(Ordering::Acquire) + lost >= answered
+        });
+    }
+
+    /// Waits until something is so, for a tenth of a second at most.
+    pub(super) fn wait_until(&self, is_so: impl Fn() -> bool) {
+        const STEP: Duration = Duration::from_micros(100);
+        const AT_MOST: u32 = 1000;
+        for _ in 0..AT_MOST {
+            if is_so() || self.is_stopping() {
                 return;
             }
             std::thread::sleep(STEP);
         }
+    }
+
+    /// A container that began while driftd ran was not marked before its entry point ran.
+    pub(super) fn armed_late(&self, watched: &Watched) {
+        let Watched { container, init, .. } = watched;
+        let _ = self.health.record(Failure::ArmedLate);
+        let marked = Timestamp::now();
+        let began = marked - procfs::age(*init);
+        tracing::warn!(%container, "its entry point ran before its marks were in place");
+        let (container, pid) = (container.clone(), init.pid);
+        self.say(Report::Unarmed { container, pid, began, marked });
     }
 
     /// How many executions the gate has answered that were not taken from it.

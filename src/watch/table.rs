@@ -83,6 +83,12 @@ pub(super) struct Watched {
     init_may_have_ended: AtomicBool,
     /// The marks were there before its entry point ran.
     armed_before_start: AtomicBool,
+    /// Until it has been looked whether that is so.
+    is_being_armed: AtomicBool,
+    /// The gate was asked about a program of init's.
+    init_was_asked_about: AtomicBool,
+    /// The kernel has recorded that init became its entry point.
+    entry_is_recorded: AtomicBool,
     /// The event files that wait to be looked into.
     pub(super) files: Files,
     /// Marked because its runtime was called; containerd has not told of it yet.
@@ -278,6 +284,9 @@ impl Watched {
             detaching: AtomicBool::new(false),
             init_may_have_ended: AtomicBool::new(false),
             armed_before_start: AtomicBool::new(false),
+            is_being_armed: AtomicBool::new(true),
+            init_was_asked_about: AtomicBool::new(false),
+            entry_is_recorded: AtomicBool::new(false),
             unannounced: AtomicBool::new(false),
             files: Files::default(),
         }
@@ -476,8 +485,38 @@ impl Watched {
         self.armed_before_start.load(Ordering::Acquire)
     }
 
-    pub(super) fn set_armed_before_start(&self) {
-        self.armed_before_start.store(true, Ordering::Release);
+    /// Its marks are in place. That init had not become the entry point by then is what a
+    /// look can tell; an execve that had opened its file already is not seen by it.
+    pub(super) fn set_armed(&self, before_start: bool) {
+        self.armed_before_start.store(before_start, Ordering::Release);
+        self.is_being_armed.store(false, Ordering::Release);
+    }
+
+    pub(super) fn is_being_armed(&self) -> bool {
+        self.is_being_armed.load(Ordering::Acquire)
+    }
+
+    /// It turned out that its entry point had begun before its marks were in place. True
+    /// once, and only where the opposite was believed.
+    pub(super) fn take_armed_before_start(&self) -> bool {
+        self.armed_before_start.swap(false, Ordering::AcqRel)
+    }
+
+    pub(super) fn set_init_asked_about(&self) {
+        self.init_was_asked_about.store(true, Ordering::Release);
+    }
+
+    pub(super) fn init_was_asked_about(&self) -> bool {
+        self.init_was_asked_about.load(Ordering::Acquire)
+    }
+
+    /// Says whether this is news.
+    pub(super) fn record_entry(&self) -> bool {
+        !self.entry_is_recorded.swap(true, Ordering::AcqRel)
+    }
+
+    pub(super) fn entry_is_recorded(&self) -> bool {
+        self.entry_is_recorded.load(Ordering::Acquire)
     }
 
     pub(super) fn is_unannounced(&self) -> bool {

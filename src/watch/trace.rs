@@ -677,7 +677,10 @@ impl Trace {
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
         self.tells_overlays |= overlay.is_some();
-        if program.is_some() && overlay.is_none() {
+        let is_entry = overlay.as_ref().is_some_and(|overlay| {
+            overlay.init.pid == executed.pid && !overlay.entry_is_recorded()
+        });
+        if is_entry || program.is_some() && overlay.is_none() {
             self.shared.wait_for_gate();
         }
         let asked = self.shared.take_asked(executed.pid, executed.time);
@@ -763,6 +766,14 @@ impl Trace {
             }
             return;
         }
+        if is_entry
+            && is_told
+            && execution.watched.record_entry()
+            && let Some(found) = self.look_at_entry(&execution)
+        {
+            found.into_iter().for_each(|found| self.hand_on(found));
+            return;
+        }
         let by_descriptor = descriptor(&executed.file_name);
         if is_told && by_descriptor.is_none() {
             return;
@@ -780,6 +791,30 @@ impl Trace {
         if let Some(found) = found {
             self.hand_on(found);
         }
+    }
+
+    /// Looks at an entry point whose execve had opened its file when the marks came: then
+    /// the gate was not asked, and nobody could see that by looking at init.
+    fn look_at_entry(&self, execution: &Execution<'_>) -> Option<Vec<Unseen>> {
+        let Execution { watched, executed, program, asked, .. } = execution;
+        let name = &executed.file_name;
+        let is_script = program.as_ref().is_some_and(|program| program.name != *name);
+        let script = || is_script.then(|| self.look_at_name(execution, name)).flatten();
+        self.shared.wait_until(|| !watched.is_being_armed());
+        // Where nobody waits for an answer, the gate's event may be on its way.
+        if self.shared.settings.gate == config::Gate::Notify {
+            self.shared.wait_until(|| watched.init_was_asked_about());
+        }
+        if watched.init_was_asked_about() {
+            // About the interpreter alone: the script had been opened.
+            return (asked.len() == 1).then(script).flatten().map(|script| vec![script]);
+        }
+        if !watched.take_armed_before_start() {
+            // It is known, and what runs there was looked at.
+            return None;
+        }
+        self.shared.armed_late(watched);
+        Some(self.look_at_unread(execution).into_iter().chain(script()).collect())
     }
 
     /// Who made a process, who made that one, and so on, as far as it is recorded.
@@ -857,6 +892,18 @@ impl Trace {
         let is_parent_outside = self.is_parent_outside(execution);
         let name = path.as_bytes().to_vec();
         Some(execution.unseen(Filesystem::Overlay, name, Some(file), handle, is_parent_outside))
+    }
+
+    /// Looks at the script that the kernel was asked to execute.
+    fn look_at_name(&self, execution: &Execution<'_>, name: &[u8]) -> Option<Unseen> {
+        let path = unseen::path(name, false).ok()?;
+        let Upper::File { fd, stat } = code::upper(&execution.watched, &path) else { return None };
+        let file = Some((Held { fd, stat }, Some(Local::by_layers())));
+        let handle = Handle::open(execution.executed.pid).ok();
+        let is_parent_outside = self.is_parent_outside(execution);
+        let filesystem = Filesystem::Overlay;
+        let found = execution.unseen(filesystem, name.to_vec(), file, handle, is_parent_outside);
+        Some(Unseen { is_script: true, ..found })
     }
 
     /// Whether the gate tells of what is executed from there, although it was not asked

@@ -1,11 +1,14 @@
 /* Runs programs in every way that leaves no name behind, and makes floods. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -129,6 +132,44 @@ static int scripts(int count, const char *directory)
     return 0;
 }
 
+/* Says that a page is asked for, and gives it when a line has come. */
+static void *give_late(void *asked)
+{
+    struct uffd_msg message;
+    struct uffdio_zeropage page = { .range = { .len = 4096 } };
+    int fd = *(int *)asked;
+    if (read(fd, &message, sizeof message) != sizeof message)
+        die("userfaultfd");
+    puts("asked");
+    fflush(stdout);
+    getchar();
+    page.range.start = message.arg.pagefault.address & ~4095UL;
+    ioctl(fd, UFFDIO_ZEROPAGE, &page);
+    return NULL;
+}
+
+/* Executes FILE in ROOT, whose last argument comes from memory that is given late. */
+static int execute_late(const char *root, char *file)
+{
+    static int fd;
+    pthread_t giver;
+    struct uffdio_api api = { .api = UFFD_API };
+    char *argument = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct uffdio_register memory = { .range = { .start = (unsigned long)argument, .len = 4096 },
+                                      .mode = UFFDIO_REGISTER_MODE_MISSING };
+    char *arguments[] = { file, "3600", argument, NULL };
+    if (chroot(root) || chdir("/"))
+        die(root);
+    fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+    if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &memory))
+        die("userfaultfd");
+    if (pthread_create(&giver, NULL, give_late, &fd))
+        die("pthread_create");
+    execve(file, arguments, environ);
+    die(file);
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     const char *how = argc > 1 ? argv[1] : "exit";
@@ -199,6 +240,9 @@ int main(int argc, char **argv)
         mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         return 0;
     }
+    /* late ROOT FILE */
+    if (!strcmp(how, "late"))
+        return execute_late(argv[2], argv[3]);
     /* fd FILE */
     if (!strcmp(how, "fd"))
         return run(open(argv[2], O_RDONLY | O_CLOEXEC), 1, "1");
