@@ -59,6 +59,11 @@ impl Shards {
         Ok(Shards { groups, copy_ups, closes })
     }
 
+    pub(super) fn into_groups(self) -> impl Iterator<Item = Group> {
+        let Shards { groups, copy_ups, closes } = self;
+        groups.into_iter().chain(copy_ups).chain(closes)
+    }
+
     /// The group in which a shard's copy-ups are met.
     fn copy_ups_of<'group>(&'group self, plain: &'group Group, shard: u8) -> &'group Group {
         let others = usize::from(shard).checked_sub(1);

@@ -171,7 +171,7 @@ int main(int argc, char **argv)
         if (spawn("/app/tiny"))
             return 1;
         long long ended = now(CLOCK_MONOTONIC);
-        printf("exec %lld\n", ended - began);
+        printf("exec %lld %lld\n", ended - began, now(CLOCK_REALTIME));
         if (ended >= next) {
             char path[64];
             snprintf(path, sizeof path, "/tmp/probe%d", i);
