@@ -75,7 +75,7 @@ impl Feature {
             Feature::ExecRecords => {
                 "CONFIG_PERF_EVENTS and tracefs, with CAP_PERFMON or CAP_SYS_ADMIN"
             }
-            Feature::ProcessEvents => "CONFIG_PROC_EVENTS",
+            Feature::ProcessEvents => "CONFIG_PROC_EVENTS, and CAP_NET_ADMIN before Linux 6.6",
             Feature::OverlayHandles => "Linux 6.6",
             Feature::MountEvents => "Linux 6.14",
             Feature::MemfdNoexec => "Linux 6.3",

