@@ -113,11 +113,11 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     let process = Arc::new(process::as_it_is(&handle, &seen.watched));
     shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.sessions();
-    if sessions.opens(shared, stat, &seen.watched, &mut || false) {
+    if let Some(root) = sessions.opens(shared, stat, &seen.watched, &mut || false) {
         let mut process = Process::clone(&process);
         let asked_for = calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, false);
         process.argv = asked_for.map(|asked| asked.argv).or(process.argv);
-        let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
+        let opened = Opened { process, pidfd: None, by_runtime: root.by_runtime() };
         sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
     }
 }

@@ -215,7 +215,7 @@ fn runs_copy_of_runtime(handle: &Handle, max_hash_bytes: u64) -> bool {
 const ON_ITS_WAY: Duration = Duration::from_secs(10);
 
 impl Sessions {
-    /// Judges a process that the gate saw; true once for each session's first process.
+    /// Judges a process that the gate saw; something once for each session's first process.
     /// `has_arrived`: whether the kernel has recorded that it came from outside, asked
     /// of a process that is gone.
     pub(super) fn opens(
@@ -224,20 +224,24 @@ impl Sessions {
         caller: &Stat,
         watched: &Watched,
         has_arrived: &mut dyn FnMut() -> bool,
-    ) -> bool {
+    ) -> Option<Root> {
         let identity = caller.identity;
+        let root = Root { is_in_control_group: None };
         if identity == watched.init || identity.pid == watched.init.pid {
-            return self.opens_as_init(shared, identity, watched);
+            return self.opens_as_init(shared, identity, watched).then_some(root);
         }
         if self.judged.contains(identity) {
-            return false;
+            return None;
         }
         if self.has_parent_inside(caller) || shared.births().is_born_inside(identity) {
             self.judged.insert(identity);
             self.inside.insert(identity);
-            return false;
+            return None;
         }
         let handle = Handle::open_exactly(identity).ok();
+        // First: it may end at any moment, and nothing shows it afterwards.
+        let is_in_control_group =
+            handle.as_ref().and_then(|handle| is_in_control_group(handle, watched));
         let judged = handle.and_then(|handle| {
             let is_root = is_root(&handle, Some(caller.parent), watched)?;
             Some((handle, is_root))
@@ -249,13 +253,13 @@ impl Sessions {
                 self.judged.insert(identity);
                 self.inside.insert(identity);
             }
-            return is_root;
+            return is_root.then_some(root);
         };
         self.judged.insert(identity);
         if is_inside(&handle, watched) == Some(true) {
             self.inside.insert(identity);
         }
-        is_root
+        is_root.then_some(Root { is_in_control_group })
     }
 
     /// Judges a process that a scan found.
@@ -369,7 +373,7 @@ impl Sessions {
             arrival = arrived(shared, caller, watched, &others_wait);
             arrival.is_some()
         };
-        if !self.opens(shared, stat, watched, &mut has_arrived) {
+        let Some(root) = self.opens(shared, stat, watched, &mut has_arrived) else {
             let is_unclear = !self.judged.contains(stat.identity)
                 && is_before_entry_point(&stat.comm)
                 && caller.asked.is_some();
@@ -381,8 +385,10 @@ impl Sessions {
                 self.unclear.push_back(Unclear { caller, watched, at });
             }
             return None;
-        }
-        Some(self.tell_of_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
+        };
+        let is_in_control_group = arrival.map(|Arrived| true).or(root.is_in_control_group);
+        let caller = (caller, stat, is_in_control_group);
+        Some(self.tell_of_caller(shared, caller, watched, at, arrival, &others_wait))
     }
 
     /// The kernel has recorded that a process came from outside that was gone before
@@ -397,14 +403,14 @@ impl Sessions {
         let Some(stat) = &caller.stat else { return };
         self.judged.insert(stat.identity);
         self.inside.insert(stat.identity);
-        let caller = (&caller, stat);
+        let caller = (&caller, stat, Some(true));
         self.tell_of_caller(shared, caller, &watched, at, Some(Arrived), &|| true);
     }
 
     fn tell_of_caller(
         &mut self,
         shared: &Shared,
-        (caller, stat): (&Caller, &Stat),
+        (caller, stat, is_in_control_group): (&Caller, &Stat, Option<bool>),
         watched: &Arc<Watched>,
         at: Timestamp,
         arrival: Option<Arrived>,
@@ -416,11 +422,8 @@ impl Sessions {
         let asked_for = may_be_by_runtime
             .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
             .flatten();
-        let by_runtime = ByRuntime {
-            was_called: asked_for.is_some(),
-            is_in_control_group: arrival.map(|Arrived| true),
-            asked: caller.asked,
-        };
+        let by_runtime =
+            ByRuntime { was_called: asked_for.is_some(), is_in_control_group, asked: caller.asked };
         let mut executing = process::after_exec(caller, watched, others_wait);
         let recorded =
             || process::recorded_arguments(shared, (caller.pid, caller.asked), others_wait);
@@ -494,12 +497,24 @@ pub(super) struct Opened {
     pub(super) by_runtime: ByRuntime,
 }
 
+/// The first process of a session.
+pub(super) struct Root {
+    /// As it was when it was judged.
+    is_in_control_group: Option<bool>,
+}
+
+impl Root {
+    pub(super) fn by_runtime(self) -> ByRuntime {
+        ByRuntime { is_in_control_group: self.is_in_control_group, ..ByRuntime::default() }
+    }
+}
+
 /// What is known of how a runtime has made a process, beside what the process shows.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ByRuntime {
     /// A runtime on the host was called to execute something in this container.
     was_called: bool,
-    /// By the kernel's record, of one that is gone.
+    /// When it was judged, or by the kernel's record of one that is gone.
     is_in_control_group: Option<bool>,
     /// When the gate was asked about it, by the records' clock.
     asked: Option<u64>,
