@@ -505,11 +505,19 @@ fn come_from_outside(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::
 
 fn judge(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
     let mut verdict = truth::Verdict::default();
+    let mut refused = None;
     let waited = wait_within(PATIENCE, "the history to be true", || {
-        drifting.container.diff()?;
-        verdict = compare(stage, drifting)?;
-        Ok((verdict.is_good() || !verdict.wrong.is_empty()).then_some(()))
+        // A driftd that is stopped at this moment answers later.
+        match drifting.container.diff().and_then(|_| compare(stage, drifting)) {
+            Ok(seen) => (verdict, refused) = (seen, None),
+            Err(err) => refused = Some(err),
+        }
+        let is_over = verdict.is_good() || !verdict.wrong.is_empty();
+        Ok((refused.is_none() && is_over).then_some(()))
     });
+    if let Some(err) = refused {
+        return Err(err.context(format!("driftd does not answer for {}", drifting.container.id)));
+    }
     if waited.is_err() && verdict.wrong.is_empty() {
         // What is missing has to have a name.
         drifting.losses = losses_of(stage.node, &drifting.container.id)?;
