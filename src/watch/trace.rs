@@ -894,10 +894,15 @@ impl Trace {
         Some(execution.unseen(Filesystem::Overlay, name, Some(file), handle, is_parent_outside))
     }
 
-    /// Looks at the script that the kernel was asked to execute.
+    /// Looks at what the kernel was asked to execute, if that is a script: what was mapped
+    /// is its interpreter then. A program can have several names.
     fn look_at_name(&self, execution: &Execution<'_>, name: &[u8]) -> Option<Unseen> {
         let path = unseen::path(name, false).ok()?;
         let Upper::File { fd, stat } = code::upper(&execution.watched, &path) else { return None };
+        let readable = door::reopen(fd.as_fd(), Local::by_layers()).ok()?;
+        if file::sniff(readable.as_fd()).ok()? != Format::Script {
+            return None;
+        }
         let file = Some((Held { fd, stat }, Some(Local::by_layers())));
         let handle = Handle::open(execution.executed.pid).ok();
         let is_parent_outside = self.is_parent_outside(execution);

@@ -790,6 +790,8 @@ fn attached(node: &Node) -> anyhow::Result<()> {
     let mut person = wait_for("containerd to know its containers", || {
         Ok(node.cri().attach(&container.id).ok())
     })?;
+    // Once something was read from a terminal, it is listened to again 5 s later at most.
+    std::thread::sleep(std::time::Duration::from_secs(6));
     person.types("/bin/ls /\n")?;
     let session = wait_for("the session", || Ok(sessions(&container)?.into_iter().next()))?;
     assert_eq!(
