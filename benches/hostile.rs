@@ -357,7 +357,7 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
             match line.split_once(' ').context("no time")? {
                 ("exec", times) => {
                     let (took, at) = times.split_once(' ').context("no time")?;
-                    // What the attack costs by itself is another row's.
+                    // What the attack costs while the daemon runs is another row's.
                     if at.parse::<u128>()? >= ended.as_nanos() {
                         met.execs.push(took.parse()?);
                     }

@@ -444,7 +444,7 @@ fn where_else_the_same_content_was_found_is_counted_by_container() {
     // Twice in one container, once in its own, and once in a directory of many files.
     let group = holds(5, "group", None);
     let same = Member { blake3: Some(content), ..member("/opt/tool", 0) };
-    let mut records = vec![
+    let records = vec![
         record(&own),
         record(&holds(2, "own", Some(content))),
         record(&holds(3, "twice", Some(content))),
@@ -453,7 +453,7 @@ fn where_else_the_same_content_was_found_is_counted_by_container() {
         record(&holds(6, "another", Some(Blake3Hash([0xce; 32])))),
         record(&holds(7, "unread", None)),
     ];
-    write(&writer, std::mem::take(&mut records));
+    write(&writer, records);
     let reader = writer.reader();
     let also = reader.also_in(&own).unwrap();
     let ids = |also: &AlsoIn| -> Vec<String> {

@@ -793,15 +793,15 @@ impl Trace {
         }
     }
 
-    /// Looks at an entry point whose execve had opened its file when the marks came: then
-    /// the gate was not asked, and nobody could see that by looking at init.
+    /// Looks at an entry point whose execve had opened its file when the marks came. The
+    /// gate was not asked about that file then, and a look at init does not show it.
     fn look_at_entry(&self, execution: &Execution<'_>) -> Option<Vec<Unseen>> {
         let Execution { watched, executed, program, asked, .. } = execution;
         let name = &executed.file_name;
         let is_script = program.as_ref().is_some_and(|program| program.name != *name);
         let script = || is_script.then(|| self.look_at_name(execution, name)).flatten();
         self.shared.wait_until(|| !watched.is_being_armed());
-        // Where nobody waits for an answer, the gate's event may be on its way.
+        // The process does not wait for an answer here: the gate's event may come later.
         if self.shared.settings.gate == config::Gate::Notify {
             self.shared.wait_until(|| watched.init_was_asked_about());
         }

@@ -1054,7 +1054,7 @@ impl Container<'_> {
             Ok((lines == expected).then_some(()))
         });
         if waited.is_err() {
-            bail!("{findings:#?}\nin {} was told {lines:#?}\nexpected {expected:#?}", self.id);
+            bail!("{findings:#?}\nreported in {}: {lines:#?}\nexpected: {expected:#?}", self.id);
         }
         thread::sleep(SETTLE + Duration::from_millis(200));
         self.diff()?;
@@ -1063,7 +1063,7 @@ impl Container<'_> {
         lines = summaries(&findings);
         ensure!(
             lines == expected,
-            "{findings:#?}\nin {} was told, when all was settled, {lines:#?}\nexpected {expected:#?}",
+            "{findings:#?}\nreported in {}, once settled: {lines:#?}\nexpected: {expected:#?}",
             self.id
         );
         Ok(findings)
