@@ -37,6 +37,7 @@ mod quiet;
 mod recording;
 mod registry;
 mod restarts;
+mod second;
 mod sessions;
 mod small;
 mod sources;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     drop(tear_down());
+    second::report();
     conclusion.exit_code()
 }
 
@@ -152,7 +154,7 @@ fn shared() -> anyhow::Result<Arc<Node>> {
 
 /// A trial on the shared node.
 fn trial(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
-    Trial::test(name, move || run(shared, test))
+    Trial::test(name, move || second::chance(name, || run(shared, test)))
 }
 
 /// A trial on a node of its own, because it breaks or restarts something.
@@ -167,13 +169,14 @@ fn trial_alone(
 
 /// A trial on a node of its own that differs from the usual one.
 fn trial_on(name: &'static str, setup: Setup, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
-    Trial::test(name, move || run(|| Node::start(setup), test))
+    Trial::test(name, move || second::chance(name, || run(|| Node::start(setup), test)))
 }
 
 /// A trial on a node whose containerd has no image yet, and whose driftd the trial
 /// starts by itself.
 fn trial_of_recording(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
-    Trial::test(name, move || run(|| Node::with_containerd(Setup::default()), test))
+    let node = || Node::with_containerd(Setup::default());
+    Trial::test(name, move || second::chance(name, || run(node, test)))
 }
 
 /// Runs a test on a node of its own that has no image, and on which driftd has not
@@ -188,7 +191,9 @@ fn run_without_driftd(
 
 /// A trial that needs no node at all.
 fn trial_without_node(name: &'static str, test: fn() -> anyhow::Result<()>) -> Trial {
-    Trial::test(name, move || test().map_err(|err| format!("{err:#}").into()))
+    Trial::test(name, move || {
+        second::chance(name, || test().map_err(|err| format!("{err:#}").into()))
+    })
 }
 
 fn run(
