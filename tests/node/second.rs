@@ -45,9 +45,9 @@ fn said(panic: &(dyn Any + Send)) -> String {
 /// Prints which trials failed the first time, and why.
 pub(crate) fn report() {
     for (name, message) in &*lock(&FAILED_ONCE) {
-        println!("\n{name} failed the first time:\n{message}");
+        eprintln!("\n{name} failed the first time:\n{message}");
     }
     for (name, _) in &*lock(&FAILED_ONCE) {
-        println!("run twice: {name}");
+        eprintln!("run twice: {name}");
     }
 }
