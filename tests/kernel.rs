@@ -897,17 +897,12 @@ fn compile_loader(directory: &Path) -> PathBuf {
 
 #[test]
 fn a10_a_thousand_memfds_are_a_thousand_observations() {
-    let container = Container::start();
-    let loader = compile_loader(container.dir.path());
-    let mut node = Node::start();
-    node.attach(&container);
-    let program = fs::read(&loader).unwrap();
-    executable::write(&container.merged().join("tmp/loader"), &program).unwrap();
+    let (container, mut node) = with_loader();
     // It runs for less than a millisecond.
     container.inside("/tmp/loader memfd 1000 /tmp/loader exit");
     let (mut hashed, mut with_arguments) = (0, 0);
     let wanted = path("/memfd:a");
-    let expected = hash_of(&loader);
+    let expected = hash_of(container.merged().join("tmp/loader"));
     let deadline = Instant::now() + 4 * PATIENCE;
     let mut count = 0;
     while count < 1000 {
@@ -950,6 +945,96 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
     node.walk(&container);
     let told = node.executed_paths();
     assert_eq!(told.iter().filter(|path| *path == "/memfd:a").count(), count);
+    node.assert_no_loss();
+}
+
+/// A container with a dropped loader, and a node that watches it.
+fn with_loader() -> (Container, Node) {
+    let container = Container::start();
+    let loader = compile_loader(container.dir.path());
+    let mut node = Node::start();
+    node.attach(&container);
+    let program = fs::read(&loader).unwrap();
+    executable::write(&container.merged().join("tmp/loader"), &program).unwrap();
+    (container, node)
+}
+
+impl Container {
+    /// What the loader prints.
+    #[track_caller]
+    fn loader(&self, arguments: &[&str]) -> String {
+        let output = self.command(&[&["/tmp/loader"], arguments].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+}
+
+impl Node {
+    /// How often a program was executed, of those before another one that is executed now.
+    #[track_caller]
+    fn times_of(&mut self, container: &Container, program: &str) -> usize {
+        container.drop_program("/tmp/true");
+        container.shell("/tmp/true");
+        self.until_executed(&path("/tmp/true"));
+        self.executed_paths().iter().filter(|path| *path == program).count()
+    }
+}
+
+#[test]
+fn d04_a_program_that_is_only_checked_is_a_new_file_and_no_execution() {
+    let (container, mut node) = with_loader();
+    for name in ["/tmp/checked", "/tmp/script"] {
+        container.drop_program(name);
+    }
+    executable::write(&container.merged().join("tmp/script"), b"#!/bin/sh\nexit 0\n").unwrap();
+    let has_check = kernel_version() >= (6, 14);
+    let expected = if has_check { "0" } else { "22" };
+    assert_eq!(container.loader(&["check", "/tmp/checked"]), expected);
+    assert_eq!(container.loader(&["check", "/tmp/script"]), expected);
+    assert_eq!(node.times_of(&container, "/tmp/checked"), 0);
+    assert_eq!(node.times_of(&container, "/tmp/script"), 0);
+    node.until_present("/tmp/checked", |state| state.mode == 0o755);
+    node.until_present("/tmp/script", |state| state.mode == 0o755);
+    // What was checked before is executed now.
+    container.shell("/tmp/checked true; /tmp/script");
+    node.until_executed(&path("/tmp/checked"));
+    node.until_executed(&path("/tmp/script"));
+    node.assert_no_loss();
+}
+
+#[test]
+fn d04_a_program_that_the_kernel_does_not_run_is_a_new_file_and_no_execution() {
+    let (container, mut node) = with_loader();
+    let mut program = fs::read(BUSYBOX).unwrap();
+    // e_machine: none.
+    program[18..20].copy_from_slice(&[0, 0]);
+    executable::write(&container.merged().join("tmp/foreign"), &program).unwrap();
+    executable::write(&container.merged().join("tmp/script"), b"#!/none\n").unwrap();
+    assert_eq!(container.loader(&["try", "/tmp/foreign"]), libc::ENOEXEC.to_string());
+    assert_eq!(container.loader(&["try", "/tmp/script"]), libc::ENOENT.to_string());
+    assert_eq!(node.times_of(&container, "/tmp/foreign"), 0);
+    assert_eq!(node.times_of(&container, "/tmp/script"), 0);
+    node.until_present("/tmp/foreign", |state| state.mode == 0o755);
+    node.assert_no_loss();
+}
+
+#[test]
+fn d04_an_execve_that_takes_its_time_is_reported_also_when_the_first_thread_has_ended() {
+    let (container, mut node) = with_loader();
+    container.drop_program("/tmp/sleep");
+    let mut loader = container.command(&["/tmp/loader", "late-thread", "/tmp/sleep"]);
+    let mut loader = loader.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut go_on = loader.stdin.take().unwrap();
+    let mut said = [0; 6];
+    loader.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    let _loader = Family(loader);
+    assert_eq!(&said, b"asked\n");
+    // Longer than what waits for a record that is not read.
+    std::thread::sleep(Duration::from_millis(1500));
+    go_on.write_all(b"\n").unwrap();
+    let executed = node.until_executed(&path("/tmp/sleep"));
+    assert_eq!(executed.state.blake3(), Some(hash_of(container.merged().join("tmp/sleep"))));
+    assert_eq!(executed.invoked_as.as_deref(), None);
     node.assert_no_loss();
 }
 

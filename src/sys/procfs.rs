@@ -111,6 +111,16 @@ pub fn read_stat(pid: u32) -> io::Result<Stat> {
     Stat::parse(&text[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// Whether threads of a process go on, also where its first one has ended.
+pub fn has_threads(process: ProcessIdentity) -> bool {
+    let Ok(stat) = read_stat(process.pid) else { return false };
+    let has_others = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", process.pid));
+        threads.is_ok_and(|threads| threads.count() > 1)
+    };
+    stat.identity == process && (!stat.has_ended() || has_others())
+}
+
 /// Whether a thread of this process wants a processor, and for how long it has had one.
 pub fn activity(thread: u32) -> Option<(bool, Duration)> {
     let stat = std::fs::read(format!("/proc/self/task/{thread}/stat")).ok()?;

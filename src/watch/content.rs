@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
@@ -20,23 +20,24 @@ use super::gate::Execution;
 use super::lower::{self, Finding, TwinReading};
 use super::mounts;
 use super::process::{self, Executing};
-use super::shared::Shared;
+use super::shared::{Next, Shared};
 use super::state::{self, Begun, Reading, Which};
 use super::table::Watched;
 use super::take::Taken;
 use super::trace;
 use super::trust::Verdict;
+use super::unproven::Question;
 use super::unseen;
 use super::writable::Look;
 use super::writers::Named;
 use crate::health::Failure;
 use crate::model::{
-    ContainerId, Content, Fact, FileState, Filesystem, HostilePath, LayerFile, LowerTwin,
+    ContainerId, Content, Fact, FileState, Filesystem, Format, HostilePath, LayerFile, LowerTwin,
     RootfsPath, Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::procfs::{self, Handle};
-use crate::sys::{overlay, priority};
+use crate::sys::{overlay, perf, priority};
 use crate::threads;
 
 /// An execution whose process has been described, and whose file is still to be
@@ -98,6 +99,9 @@ impl Owned for Described {
 /// How long an execve may take, in clock ticks.
 const MOMENT: u64 = 25;
 
+/// How often those are looked for that are not recorded.
+const LOOK_FOR_UNPROVEN: Duration = Duration::from_millis(250);
+
 /// Files longer than this take a noticeable time to hash.
 const LARGE: u64 = 16 << 20;
 
@@ -114,14 +118,19 @@ pub(super) fn describe(
         let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
         };
-        match described.try_send(execution) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-            Err(TrySendError::Full(execution)) => shared.lose(
-                Failure::ContentQueueFull,
-                Some(&execution.watched),
-                "too many executed files wait to be hashed",
-            ),
-        }
+        hand_on(shared, execution, described);
+    }
+}
+
+/// Hands an execution to the thread that hashes and reports it.
+pub(super) fn hand_on(shared: &Shared, execution: Described, described: &Sender<Described>) {
+    match described.try_send(execution) {
+        Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+        Err(TrySendError::Full(execution)) => shared.lose(
+            Failure::ContentQueueFull,
+            Some(&execution.watched),
+            "too many executed files wait to be hashed",
+        ),
     }
 }
 
@@ -206,7 +215,17 @@ pub(super) fn is_where_the_image_has_it(watched: &Watched, path: &RootfsPath, st
 /// Hashes what was executed, but for large files, which must not keep the others
 /// waiting.
 pub(super) fn hash(shared: &Shared, described: &Receiver<Described>, large: &Sender<Described>) {
-    while let Some(mut execution) = shared.next_to_tell(described) {
+    let mut last_look = Instant::now();
+    loop {
+        if last_look.elapsed() >= LOOK_FOR_UNPROVEN {
+            last_look = Instant::now();
+            look_for_unproven(shared);
+        }
+        let mut execution = match shared.next_within(described, LOOK_FOR_UNPROVEN) {
+            Next::Item(execution) => execution,
+            Next::Nothing => continue,
+            Next::End => return report_unproven(shared),
+        };
         let is_crowded = described.len() >= crowd::FEW;
         loop {
             if execution.is_large(shared) {
@@ -258,6 +277,12 @@ pub(super) fn hash_large(shared: &Shared, large: &Receiver<Described>) {
 }
 
 impl Described {
+    /// Where a walk finds its file.
+    pub(super) fn place(&self) -> Option<(Arc<Watched>, RootfsPath)> {
+        let is_on_overlay = self.filesystem == Filesystem::Overlay;
+        is_on_overlay.then(|| (self.watched.clone(), self.path.clone()))
+    }
+
     /// Whether what is read next is large. What is above the limit is not read at all.
     fn is_large(&self, shared: &Shared) -> bool {
         let size = match &self.progress {
@@ -394,8 +419,71 @@ impl Described {
     }
 }
 
+/// What the kernel records if the gate's question becomes an execution. Another kind of
+/// file is run by whoever asked: an execve fails, and a shell reads the text itself.
+fn question(shared: &Shared, execution: &Described) -> Option<Question> {
+    let Progress::Done(state, _) = &execution.progress else { return None };
+    // Of many that are counted, the others may be executions.
+    if !matches!(state.format, Format::Elf | Format::Script) || execution.times > 1 {
+        return None;
+    }
+    let process = execution.seen.as_ref()?.identity;
+    let asked = execution.asked.filter(|_| shared.records_executions())?;
+    Some(Question { process, asked })
+}
+
+/// An execution that the kernel has recorded. One that it has not may be a mere check or
+/// an execve that failed, and waits.
+fn proven(shared: &Shared, execution: Described) -> Option<Described> {
+    let Some(question) = question(shared, &execution) else { return Some(execution) };
+    let mut unproven = shared.unproven();
+    // During a stop nobody is there any more to prove it.
+    if unproven.is_proven(&question) || shared.is_stopping() {
+        return Some(execution);
+    }
+    if let Executed::Held(held) = &execution.file {
+        // Open, it keeps its mount busy.
+        drop(held.take());
+    }
+    unproven.wait(question, execution).err()
+}
+
+/// Reports what waits for records that are not read, and looks at the files of what is
+/// not recorded.
+fn look_for_unproven(shared: &Shared) {
+    let overdue = shared.unproven().overdue(perf::now());
+    overdue.into_iter().for_each(|execution| report(shared, execution, false));
+    let not_executed: Vec<_> = shared.unproven().not_executed().map(Described::place).collect();
+    not_executed.into_iter().for_each(|place| look_at_file(shared, place));
+}
+
+/// Nothing is recorded any more.
+fn report_unproven(shared: &Shared) {
+    let waiting = shared.unproven().forget_all(perf::now());
+    for execution in waiting {
+        if shared.may_tell() {
+            report(shared, execution, true);
+        } else {
+            shared.leave(1);
+        }
+    }
+}
+
+/// Looks at the file of what was not executed: a walk finds those of an upper layer.
+pub(super) fn look_at_file(shared: &Shared, place: Option<(Arc<Watched>, RootfsPath)>) {
+    if let Some((watched, path)) = place {
+        shared.mark_dirty(&watched, path, Source::Scan, None);
+    }
+}
+
 /// Reports what was executed and what it holds.
 fn tell(shared: &Shared, execution: Described, is_crowded: bool) {
+    if let Some(execution) = proven(shared, execution) {
+        report(shared, execution, is_crowded);
+    }
+}
+
+fn report(shared: &Shared, execution: Described, is_crowded: bool) {
     let Described {
         mut watched,
         holder,

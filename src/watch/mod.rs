@@ -57,6 +57,7 @@ mod terminals;
 mod trace;
 mod trial;
 mod trust;
+mod unproven;
 mod unseen;
 mod ways;
 mod writable;
@@ -291,6 +292,7 @@ impl Watch {
         let content_queue = content_queue();
         let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
         let (described, receive_described) = fair::channel(content_queue);
+        let proven = described.clone();
         let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
         let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
@@ -396,7 +398,7 @@ impl Watch {
                 Box::new(processes::Entries::new(processes.clone())),
                 Box::new(acts::Acts::default()),
             ];
-            let trace = Trace::new(shared.clone(), unseen, content_queue, consumers);
+            let trace = Trace::new(shared.clone(), unseen, proven, content_queue, consumers);
             watch.spawn("trace", Role::Owner, None, || trace.run(recorder))?;
         }
         let arrivals = || Arrivals {

@@ -19,6 +19,7 @@ use super::attachments::Attachments;
 use super::calls::Calls;
 use super::closings::Closings;
 use super::code::Hashed;
+use super::content::Described;
 use super::fair::{self, Owned, Pace, Waits};
 use super::lower::LowerTwins;
 use super::names::Names;
@@ -28,6 +29,7 @@ use super::roots::Roots;
 use super::sessions::Sessions;
 use super::table::{Table, Watched};
 use super::terminals::Terminals;
+use super::unproven::Unproven;
 use super::writers::{Named, Writer, Writers, record_time_of};
 use crate::config;
 use crate::health::{Backlog, Failure, Health};
@@ -77,6 +79,7 @@ pub(super) struct Shared {
     /// them: the kernel's records come later and must not tell them again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
     arguments: Mutex<Arguments>,
+    unproven: Mutex<Unproven<Described>>,
     packages: Mutex<Packages>,
     births: Mutex<Births>,
     writers: Mutex<Writers>,
@@ -198,6 +201,7 @@ impl Shared {
             calls: Mutex::default(),
             asked: Mutex::default(),
             arguments: Mutex::default(),
+            unproven: Mutex::default(),
             packages: Mutex::default(),
             births: Mutex::default(),
             writers: Mutex::default(),
@@ -343,6 +347,7 @@ impl Shared {
 
     /// The kernel records every execution for us.
     pub(super) fn set_records_executions(&self) {
+        drop(self.unproven().forget_all(crate::sys::perf::now()));
         self.records_executions.store(true, Ordering::Release);
     }
 
@@ -658,6 +663,11 @@ impl Shared {
     /// With what arguments processes have become programs.
     pub(super) fn arguments(&self) -> MutexGuard<'_, Arguments> {
         self.arguments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Executions that the kernel has not recorded.
+    pub(super) fn unproven(&self) -> MutexGuard<'_, Unproven<Described>> {
+        self.unproven.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What runtimes were called for lately.

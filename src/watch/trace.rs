@@ -25,6 +25,7 @@ use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
 use super::code::{self, Upper};
+use super::content::{self, Described};
 use super::deeds::{self, Deed};
 use super::fair::Sender;
 use super::roots::Maker;
@@ -208,6 +209,8 @@ fn make_room(processes: &mut HashMap<u32, Known>, most: usize) -> Vec<(Arc<Watch
 pub(super) struct Trace {
     shared: Arc<Shared>,
     unseen: Sender<Box<Unseen>>,
+    /// What has waited for the record of its execution.
+    proven: Sender<Described>,
     /// How many files may be held open for who hashes them.
     max_files: usize,
     consumers: Vec<Box<dyn TraceConsumer>>,
@@ -376,12 +379,14 @@ impl Trace {
     pub(super) fn new(
         shared: Arc<Shared>,
         unseen: Sender<Box<Unseen>>,
+        proven: Sender<Described>,
         max_files: usize,
         consumers: Vec<Box<dyn TraceConsumer>>,
     ) -> Trace {
         Trace {
             shared,
             unseen,
+            proven,
             max_files,
             consumers,
             processes: HashMap::new(),
@@ -477,12 +482,16 @@ impl Trace {
     fn lose(&mut self, detail: &str) {
         self.processes.clear();
         self.ended.clear();
-        self.shared.arguments().forget_all(perf::now());
+        let now = perf::now();
+        self.shared.arguments().forget_all(now);
+        let unproven = self.shared.unproven().forget_all(now);
+        self.hand_on_proven(unproven);
         self.consumers.iter_mut().for_each(|consumer| consumer.lost());
         self.shared.lose(Failure::TraceLost, None, detail);
     }
 
     fn end_turn(&mut self, now: u64) {
+        self.shared.unproven().has_read(now);
         self.forget_ended(now);
         for consumer in &mut self.consumers {
             consumer.turn(&self.shared);
@@ -494,6 +503,13 @@ impl Trace {
             && ended.saturating_add(REMEMBERED) < now
         {
             self.ended.pop_front();
+            // Another of its threads may be in an execve for longer than that.
+            let (over, goes_on) = self.shared.unproven().ended(pid, procfs::has_threads);
+            over.iter().for_each(|one| content::look_at_file(&self.shared, one.place()));
+            if goes_on {
+                self.ended.push_back((now, pid));
+                continue;
+            }
             // The number may be another process's by now.
             if self.processes.get(&pid).is_some_and(|known| known.ended) {
                 self.processes.remove(&pid);
@@ -588,7 +604,13 @@ impl Trace {
                 known.ended = false;
             }
             Record::Mapped(mapped) => self.mapped(mapped),
-            Record::Executed(executed) => self.executed(&executed),
+            Record::Executed(executed) => {
+                self.executed(&executed);
+                // Last: by now its name and its arguments are known.
+                let Executed { pid, time, .. } = executed;
+                let proven = self.shared.unproven().executed(pid, time);
+                self.hand_on_proven(proven);
+            }
             Record::Arguments { pid, time: _, arguments } => {
                 let Some(known) = self.processes.get_mut(&pid) else { return };
                 if known.is_beginning {
@@ -1086,6 +1108,12 @@ impl Trace {
             Some(_) | None => {
                 procfs::mount_namespace_of(parent).is_ok_and(procfs::is_host_mount_namespace)
             }
+        }
+    }
+
+    fn hand_on_proven(&self, executions: Vec<Described>) {
+        for execution in executions {
+            content::hand_on(&self.shared, execution, &self.proven);
         }
     }
 

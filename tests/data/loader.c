@@ -1,5 +1,6 @@
 /* Runs programs in every way that leaves no name behind, and makes floods. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
@@ -170,6 +171,23 @@ static int execute_late(const char *root, char *file)
     return 1;
 }
 
+static void *execute_late_here(void *file)
+{
+    execute_late("/", file);
+    return NULL;
+}
+
+/* Asks whether FILE may be executed, or tries it; prints the number of the error. */
+static int try(const char *file, int flags)
+{
+    char *arguments[] = { "a", NULL };
+    int fd = open(file, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        die(file);
+    printf("%d\n", execveat(fd, "", arguments, environ, AT_EMPTY_PATH | flags) ? errno : 0);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *how = argc > 1 ? argv[1] : "exit";
@@ -243,6 +261,20 @@ int main(int argc, char **argv)
     /* late ROOT FILE */
     if (!strcmp(how, "late"))
         return execute_late(argv[2], argv[3]);
+    /* late-thread FILE: the same where it is, by a thread that goes on when the first has
+     * ended. */
+    if (!strcmp(how, "late-thread")) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, execute_late_here, argv[2]))
+            die("pthread_create");
+        pthread_exit(NULL);
+    }
+    /* check FILE: with AT_EXECVE_CHECK */
+    if (!strcmp(how, "check"))
+        return try(argv[2], 0x10000);
+    /* try FILE */
+    if (!strcmp(how, "try"))
+        return try(argv[2], 0);
     /* fd FILE */
     if (!strcmp(how, "fd"))
         return run(open(argv[2], O_RDONLY | O_CLOEXEC), 1, "1");
