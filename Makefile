@@ -34,7 +34,7 @@ AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preser
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-kernels build test race test-matrix test-docker test-systemd test-systemd-vm test-kernels soak corpus check bench bench-against fuzz demo install install-files uninstall clean
+.PHONY: help setup setup-kernels build test race test-matrix test-docker test-checkpoint test-systemd test-systemd-vm test-kernels soak corpus check bench bench-against fuzz demo install install-files uninstall clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,23 @@ docker-newest: TRIALS = docker
 docker-%: $(ENGINES)/docker-%
 	$</usr/sbin/dockerd --version
 	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
+
+# Debian 12's CRIU does not understand the newest kernels.
+CRIU = criu libc6 libbsd0 libedit2 libffi8 libgmp10 libgnutls30t64 libhogweed6t64 libidn2-0 \
+	libjansson4 libmd0 libmnl0 libnet1 libnettle8t64 libnftables1 libnftnl11 libnl-3-200 \
+	libp11-kit0 libprotobuf-c1 libtasn1-6 libtinfo6 libunistring5 libuuid1
+
+test-checkpoint: setup $(ENGINES)/criu/bin/criu ## runs what CRIU has restored from a checkpoint (as root)
+	$(ENGINES)/criu/bin/criu check
+	PATH="$(ENGINES)/criu/bin:$$PATH" $(CARGO) test --locked \
+		$(call AS_ROOT_WITH,$(ENGINES)/criu/bin:$(PATH)) --test node -- d05 --ignored
+
+$(ENGINES)/criu/bin/criu:
+	@scripts/other-release trixie $(ENGINES)/criu $(CRIU)
+	@mkdir -p $(@D)
+	@libraries=$$(dirname $(ENGINES)/criu/usr/lib/*/libc.so.6) && printf '#!/bin/sh\nexec %s "$$@"\n' \
+		"$$(echo $$libraries/ld-linux*) --library-path $$libraries $(ENGINES)/criu/usr/sbin/criu" > $@
+	@chmod 0755 $@
 
 # A short form of it, under the systemd of this machine, is in `make test`.
 test-systemd: setup systemd-bookworm systemd-trixie ## the installed unit under Debian 12's systemd (252) and Debian 13's (257) (as root)

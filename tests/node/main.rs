@@ -9,6 +9,7 @@ mod answers;
 mod budget;
 mod chaos;
 mod check;
+mod checkpoint;
 mod code;
 mod corpus;
 mod cri;
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
         corpus::trials(),
         gate::trials(),
         check::trials(),
+        checkpoint::trials(),
         hostile::trials(),
         life::trials(),
         door::trials(),
