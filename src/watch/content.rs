@@ -634,13 +634,16 @@ pub(super) fn event_path(
 /// Whether a name that the kernel gave is one that the container has.
 fn is_somewhere(watched: &Watched, name: &[u8]) -> bool {
     let below_root = overlay::strip_directory(name, &watched.root_name).unwrap_or(name);
-    let (Some(layers), Ok(path)) = (watched.layers(), RootfsPath::new(below_root)) else {
-        return true;
-    };
+    is_in_layers(watched, below_root).unwrap_or(true)
+}
+
+/// Whether a container's layers have this name; `None` if that cannot be asked.
+pub(super) fn is_in_layers(watched: &Watched, name: &[u8]) -> Option<bool> {
+    let (Some(layers), Ok(path)) = (watched.layers(), RootfsPath::new(name)) else { return None };
     let is_in_upper = file::open_directory(&layers.dirs.upperdir)
         .and_then(|upper| file::open_path_beneath(&upper, path.relative()))
         .is_ok();
-    is_in_upper || lower::holds(layers, &path)
+    Some(is_in_upper || lower::holds(layers, &path))
 }
 
 #[derive(Debug, thiserror::Error)]

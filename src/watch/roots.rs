@@ -44,15 +44,18 @@ pub(super) struct Roots {
     arrivals: VecDeque<Arrived>,
 }
 
-/// A process that came from outside has become a program in a container's own control
-/// group.
-#[derive(Debug)]
-struct Arrived {
-    container: ContainerId,
-    pid: u32,
+/// A process that came from outside has become a program in a container.
+#[derive(Clone, Debug)]
+pub(super) struct Arrived {
+    pub(super) container: ContainerId,
+    pub(super) pid: u32,
     /// By the clock of the kernel's records.
-    executed: u64,
-    makers: Arc<[Maker]>,
+    pub(super) executed: u64,
+    /// A runtime has put it into the container's control group; or nobody has, and it sees
+    /// the container's root.
+    pub(super) is_in_control_group: bool,
+    /// Its parents, the nearest first.
+    pub(super) makers: Arc<[Maker]>,
 }
 
 /// A process that has made another one, by the kernel's records.
@@ -61,6 +64,13 @@ pub(super) struct Maker {
     pub(super) pid: u32,
     /// The program that it ran, where that was recorded.
     pub(super) exe: Option<Box<[u8]>>,
+}
+
+impl Arrived {
+    /// Unknown if it is in another one: that may be below the container's.
+    pub(super) fn in_control_group(&self) -> Option<bool> {
+        self.is_in_control_group.then_some(true)
+    }
 }
 
 /// Ends of processes that are remembered.
@@ -109,41 +119,23 @@ struct Root {
 }
 
 impl Roots {
-    /// A process from outside has become a program in a container's control group.
-    /// `makers` are its parents, the nearest first.
-    pub(super) fn arrived(
-        &mut self,
-        container: &ContainerId,
-        pid: u32,
-        executed: u64,
-        makers: Arc<[Maker]>,
-    ) {
+    pub(super) fn arrived(&mut self, arrived: Arrived) {
         if self.arrivals.len() == MAX_ARRIVALS {
             self.arrivals.pop_front();
         }
-        self.arrivals.push_back(Arrived { container: container.clone(), pid, executed, makers });
+        self.arrivals.push_back(arrived);
     }
 
-    /// Who made a process that came from outside and executed something after `since`,
-    /// by the records' clock.
-    pub(super) fn makers(
+    /// How a process came from outside that executed something after `since`, by the
+    /// records' clock.
+    pub(super) fn arrival(
         &self,
         container: &ContainerId,
         pid: u32,
         since: u64,
-    ) -> Option<Arc<[Maker]>> {
-        let mut arrivals = self.arrivals.iter();
-        let is_it = |arrived: &&Arrived| {
+    ) -> Option<&Arrived> {
+        self.arrivals.iter().find(|arrived| {
             arrived.pid == pid && arrived.executed >= since && arrived.container == *container
-        };
-        Some(arrivals.find(is_it)?.makers.clone())
-    }
-
-    /// Whether a process that executed something, as the gate was asked at this time, had
-    /// come from outside.
-    pub(super) fn has_arrived(&self, container: &ContainerId, pid: u32, asked: u64) -> bool {
-        self.arrivals.iter().any(|arrived| {
-            arrived.pid == pid && arrived.executed >= asked && arrived.container == *container
         })
     }
 
@@ -367,19 +359,29 @@ mod tests {
     fn h03_who_came_from_outside_is_known_by_the_record_of_it() {
         let container = |id| ContainerId::new("default", id);
         let makers: Arc<[Maker]> = Arc::new([Maker { pid: 6, exe: None }]);
+        let arrived = |id, pid, executed| Arrived {
+            container: container(id),
+            pid,
+            executed,
+            is_in_control_group: true,
+            makers: makers.clone(),
+        };
         let mut roots = Roots::default();
-        roots.arrived(&container("c1"), 7, 100, makers.clone());
-        assert!(roots.has_arrived(&container("c1"), 7, 90));
-        assert!(!roots.has_arrived(&container("c1"), 7, 110), "another one by then");
-        assert_eq!(roots.makers(&container("c1"), 7, 90), Some(makers.clone()));
-        assert_eq!(roots.makers(&container("c1"), 7, 110), None);
-        assert!(!roots.has_arrived(&container("c1"), 8, 90));
-        assert!(!roots.has_arrived(&container("c2"), 7, 90));
+        roots.arrived(arrived("c1", 7, 100));
+        let knows = |roots: &Roots, id, pid, since| {
+            let found = roots.arrival(&container(id), pid, since);
+            assert!(found.is_none_or(|found| found.makers == makers));
+            found.is_some()
+        };
+        assert!(knows(&roots, "c1", 7, 90));
+        assert!(!knows(&roots, "c1", 7, 110), "another one by then");
+        assert!(!knows(&roots, "c1", 8, 90));
+        assert!(!knows(&roots, "c2", 7, 90));
         for pid in 0..2 * u32::try_from(MAX_ARRIVALS).unwrap() {
-            roots.arrived(&container("c2"), 1000 + pid, 200, makers.clone());
+            roots.arrived(arrived("c2", 1000 + pid, 200));
         }
         assert_eq!(roots.arrivals.len(), MAX_ARRIVALS);
-        assert!(!roots.has_arrived(&container("c1"), 7, 90));
+        assert!(!knows(&roots, "c1", 7, 90));
         roots.forget(&container("c2"));
         assert!(roots.arrivals.is_empty());
     }

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use super::acts::{Act, Event};
 use super::calls;
 use super::process::{self, Caller, Executing};
-use super::roots::Maker;
+use super::roots::{Arrived, Maker};
 use super::shared::Shared;
 use super::table::{Watched, is_put_elsewhere, parents_cgroup};
 use super::unseen::{self, Runtimes};
@@ -368,15 +368,13 @@ impl Sessions {
         let stat = caller.stat.as_ref()?;
         let began = Instant::now();
         let others_wait = || others_wait(began, others());
-        let mut arrival = None;
+        let mut recorded = None;
         let mut has_arrived = || {
-            arrival = arrived(shared, caller, watched, &others_wait);
-            arrival.is_some()
+            recorded = recorded_arrival(shared, caller, watched, &others_wait);
+            recorded.is_some()
         };
         let Some(root) = self.opens(shared, stat, watched, &mut has_arrived) else {
-            let is_unclear = !self.judged.contains(stat.identity)
-                && is_before_entry_point(&stat.comm)
-                && caller.asked.is_some();
+            let is_unclear = !self.judged.contains(stat.identity) && caller.asked.is_some();
             if is_unclear && let Some(caller) = caller.try_clone() {
                 if self.unclear.len() == MAX_UNCLEAR {
                     self.unclear.pop_front();
@@ -386,39 +384,42 @@ impl Sessions {
             }
             return None;
         };
-        let is_in_control_group = arrival.map(|Arrived| true).or(root.is_in_control_group);
-        let caller = (caller, stat, is_in_control_group);
-        Some(self.tell_of_caller(shared, caller, watched, at, arrival, &others_wait))
+        let arrival = recorded.unwrap_or(Arrival {
+            is_in_control_group: root.is_in_control_group,
+            is_recorded: false,
+        });
+        Some(self.tell_of_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
     }
 
     /// The kernel has recorded that a process came from outside that was gone before
     /// anybody looked: the gate was asked about it.
     pub(super) fn open_gone(&mut self, shared: &Shared, pid: u32) {
-        let has_arrived = |one: &Unclear| {
-            let asked = one.caller.asked.unwrap_or(u64::MAX);
-            one.caller.pid == pid && shared.roots().has_arrived(&one.watched.container, pid, asked)
+        let arrival = |one: &Unclear| {
+            let of_it = one.caller.pid == pid;
+            of_it.then(|| Arrival::recorded(shared, &one.caller, &one.watched)).flatten()
         };
-        let Some(at) = self.unclear.iter().position(has_arrived) else { return };
+        let found = self.unclear.iter().enumerate().find_map(|(at, one)| Some((at, arrival(one)?)));
+        let Some((at, arrival)) = found else { return };
         let Some(Unclear { caller, watched, at }) = self.unclear.remove(at) else { return };
         let Some(stat) = &caller.stat else { return };
         self.judged.insert(stat.identity);
         self.inside.insert(stat.identity);
-        let caller = (&caller, stat, Some(true));
-        self.tell_of_caller(shared, caller, &watched, at, Some(Arrived), &|| true);
+        self.tell_of_caller(shared, (&caller, stat), &watched, at, arrival, &|| true);
     }
 
     fn tell_of_caller(
         &mut self,
         shared: &Shared,
-        (caller, stat, is_in_control_group): (&Caller, &Stat, Option<bool>),
+        (caller, stat): (&Caller, &Stat),
         watched: &Arc<Watched>,
         at: Timestamp,
-        arrival: Option<Arrived>,
+        arrival: Arrival,
         others_wait: &dyn Fn() -> bool,
     ) -> Executing {
         // First: it ends when what it has started does. That a runtime was called for it
         // is known of the runtime; by its name is only known that it may be worth asking.
-        let may_be_by_runtime = arrival.is_some() || is_before_entry_point(&stat.comm);
+        let Arrival { is_in_control_group, .. } = arrival;
+        let may_be_by_runtime = arrival.is_by_runtime() || is_before_entry_point(&stat.comm);
         let asked_for = may_be_by_runtime
             .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
             .flatten();
@@ -520,26 +521,45 @@ pub(super) struct ByRuntime {
     asked: Option<u64>,
 }
 
-/// The kernel has recorded that a process came from outside into the container's own
-/// control group.
+/// How a process came from outside.
 #[derive(Clone, Copy, Debug)]
-struct Arrived;
+struct Arrival {
+    /// When it was judged, or by the kernel's record.
+    is_in_control_group: Option<bool>,
+    is_recorded: bool,
+}
 
-/// Whether the kernel has recorded where a process came from that is gone by now. Waits
+impl Arrival {
+    /// By the kernel's record of what the gate was asked about.
+    fn recorded(shared: &Shared, caller: &Caller, watched: &Watched) -> Option<Arrival> {
+        let roots = shared.roots();
+        let arrived = roots.arrival(&watched.container, caller.pid, caller.asked?)?;
+        let is_in_control_group = arrived.in_control_group();
+        Some(Arrival { is_in_control_group, is_recorded: true })
+    }
+
+    /// Only a runtime puts a process into a container's control group that came from
+    /// outside.
+    fn is_by_runtime(self) -> bool {
+        self.is_recorded && self.is_in_control_group == Some(true)
+    }
+}
+
+/// Where the kernel has recorded that a process came from, which is gone by now. Waits
 /// for its records only if it is worth asking, and not for long if `others_wait`.
-fn arrived(
+fn recorded_arrival(
     shared: &Shared,
     caller: &Caller,
     watched: &Watched,
     others_wait: &dyn Fn() -> bool,
-) -> Option<Arrived> {
+) -> Option<Arrival> {
     let asked = caller.asked?;
-    let found = || shared.roots().has_arrived(&watched.container, caller.pid, asked);
+    let recorded = || Arrival::recorded(shared, caller, watched);
     let may_be_runtimes = caller.stat.as_ref().is_some_and(|it| is_before_entry_point(&it.comm));
-    if may_be_runtimes && !found() {
+    if may_be_runtimes && recorded().is_none() {
         process::wait_for_records(shared, (caller.pid, asked), others_wait);
     }
-    found().then_some(Arrived)
+    recorded()
 }
 
 /// Waits until the kernel's record of who made a process has been read, but not for long.
@@ -554,7 +574,7 @@ fn wait_for_makers(
     let began = Instant::now();
     let is_read = || {
         let asked = caller.asked.unwrap_or_default();
-        shared.roots().makers(&watched.container, caller.pid, asked).is_some()
+        shared.roots().arrival(&watched.container, caller.pid, asked).is_some()
     };
     while shared.records_executions() && !is_read() && began.elapsed() < PATIENCE && !others_wait()
     {
@@ -674,9 +694,9 @@ fn opening(
         None
     } else {
         let since = by_runtime.asked.unwrap_or_default();
-        shared.roots().makers(&watched.container, identity.pid, since)
+        shared.roots().arrival(&watched.container, identity.pid, since).cloned()
     };
-    let makers = recorded.as_deref().unwrap_or_default();
+    let makers = recorded.as_ref().map(|arrived| &*arrived.makers).unwrap_or_default();
     let is_shim = |pid| Some(pid) == shim;
     let evidence = Evidence {
         is_by_runtime: by_runtime.was_called,
@@ -687,7 +707,7 @@ fn opening(
             .as_ref()
             .and_then(|one| is_in_control_group(one, watched))
             .or(by_runtime.is_in_control_group)
-            .or(recorded.as_ref().map(|_| true)),
+            .or(recorded.as_ref().and_then(Arrived::in_control_group)),
     };
     let beside = if identity == watched.init { beside(shared, watched) } else { None };
     let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };

@@ -28,7 +28,7 @@ use super::code::{self, Upper};
 use super::content::{self, Described};
 use super::deeds::{self, Deed};
 use super::fair::Sender;
-use super::roots::Maker;
+use super::roots::{Arrived, Maker};
 use super::sessions;
 use super::shared::Shared;
 use super::table::{Standing, Watched};
@@ -749,11 +749,20 @@ impl Trace {
         };
         let is_in_control_group =
             watched.perf_cgroup.is_some() && executed.cgroup == watched.perf_cgroup;
-        let has_arrived = is_made_outside && is_in_control_group;
+        let sees_root = || self.sees_root(executed, program.as_deref(), &watched);
+        let has_arrived = is_made_outside && (is_in_control_group || sees_root());
         if has_arrived {
             // First: who waits for the arguments may want to know this too.
-            let makers = self.makers(executed.pid);
-            self.shared.roots().arrived(&watched.container, executed.pid, executed.time, makers);
+            let arrived = Arrived {
+                container: watched.container.clone(),
+                pid: executed.pid,
+                executed: executed.time,
+                is_in_control_group,
+                makers: self.makers(executed.pid),
+            };
+            self.shared.roots().arrived(arrived);
+            // What it makes from now on was made in the container.
+            self.known(executed.pid).is_resident = true;
         }
         self.without_arguments += u64::from(arguments.is_none());
         {
@@ -837,6 +846,24 @@ impl Trace {
         }
         self.shared.armed_late(watched);
         Some(self.look_at_unread(execution).into_iter().chain(script()).collect())
+    }
+
+    /// Whether a process that a runtime has not put into the container sees its root, by
+    /// setns(2) or chroot(2): it was asked to execute, by a name of its own, one of the
+    /// container's programs, and the kernel names that as the container does. The host
+    /// names it by a directory of its own, or below /proc.
+    fn sees_root(&self, executed: &Executed, program: Option<&Mapped>, watched: &Watched) -> bool {
+        let is_elsewhere = watched.perf_cgroup.is_some()
+            && executed.cgroup.is_some_and(|it| self.shared.table.by_perf_cgroup(it).is_none());
+        let name = &executed.file_name;
+        let is_by_own_name = name.starts_with(b"/") && !name.starts_with(b"/proc/");
+        is_elsewhere
+            && is_by_own_name
+            && program.is_some_and(|program| {
+                let owner = self.shared.table.by_device(program.device);
+                owner.is_some_and(|owner| owner.container == watched.container)
+                    && content::is_in_layers(watched, &program.name) == Some(true)
+            })
     }
 
     /// Who made a process, who made that one, and so on, as far as it is recorded.

@@ -31,6 +31,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a28_a_runtime_run_by_hand_is_told_as_that", a28_by_hand),
         trial("a30_nsenter_into_all_or_one_namespace_is_told", a30_nsenter),
         trial("a_root_directory_is_entered_by_chroot", by_chroot),
+        trial("a_root_directory_is_entered_for_a_moment", for_a_moment),
         trial("a32_reverse_shells_are_sessions_with_their_commands", a32_reverse_shells),
         trial("a_terminal_opened_later_is_told", pseudo_terminal),
         trial("a_terminal_of_init_is_no_session", terminal_of_init),
@@ -348,14 +349,43 @@ fn by_chroot(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let root = format!("/proc/{}/root", init(&container)?);
     let status = Command::new(programs::find("chroot")?)
-        // What is over within milliseconds is not always reported (docs/limits.md).
-        .args([&root, "/bin/sh", "-c", "/bin/ls / >/dev/null; /bin/sleep 1"])
+        .args([&root, "/bin/sh", "-c", "/bin/ls / >/dev/null; /bin/ls /etc >/dev/null"])
         .stdin(Stdio::null())
         .status()?;
     ensure!(status.success(), "{status}");
     let session = &closed(&container, 1)?[0];
     assert_eq!(session["entry"], "namespace", "{session:#}");
     container.told(&["high namespace.entered"]).map(drop)
+}
+
+/// Over before anybody can look at it: the kernel's records say where it came from.
+fn for_a_moment(node: &Node) -> anyhow::Result<()> {
+    const TIMES: usize = 10;
+    let container = node.container()?;
+    let init = init(&container)?.to_string();
+    let root = format!("/proc/{init}/root");
+    let roads: [&[&str]; 4] = [
+        &["chroot", &root],
+        &["nsenter", "-m", "-t", &init],
+        &["nsenter", "-p", "-m", "-t", &init],
+        &["nsenter", "-m", "-u", "-i", "-n", "-p", "-t", &init],
+    ];
+    for road in roads {
+        for _ in 0..TIMES {
+            let mut command = Command::new(programs::find(road[0])?);
+            command.args(&road[1..]).args(["/bin/ls", "/"]).stdout(Stdio::null());
+            let status = command.status()?;
+            ensure!(status.success(), "{road:?}: {status}");
+        }
+    }
+    // A program of the container that the host runs by a name of its own enters nothing.
+    let by_path = Command::new(format!("{root}/bin/ls")).stdout(Stdio::null()).status()?;
+    ensure!(by_path.success(), "{by_path}");
+    let sessions = closed(&container, TIMES * roads.len())?;
+    for session in &sessions {
+        assert_eq!(session["entry"], "namespace", "{session:#}");
+    }
+    container.told(&["high namespace.entered"; 4 * TIMES]).map(drop)
 }
 
 /// The workbench with Python and socat in it.
