@@ -643,7 +643,9 @@ fn over_restart(node: &Node) -> anyhow::Result<()> {
     })?;
     let own = after.iter().find(|session| session["id"] == before[0]["id"]);
     let own = own.context("the session that was known has another name now")?;
-    assert_eq!((&own["state"], &own["discovered"]), (&"open".into(), &"gate".into()));
+    assert_eq!(own["state"], "open");
+    // The gate's event and the kernel's record of the shell come in either order.
+    ensure!(["gate".into(), "trace".into()].contains(&own["discovered"]), "{own:#}");
     let found = after.iter().find(|session| session["id"] != before[0]["id"]).context("one")?;
     assert_eq!((&found["discovered"], &found["entry"]), (&"scan".into(), &"runtime_exec".into()));
     // Both go on.
@@ -908,8 +910,8 @@ fn story(node: &Node) -> anyhow::Result<()> {
     story_of(node, session, 6)?;
     let output = node.driftd(&["timeline", &container.id])?;
     let text = String::from_utf8(output.stdout)?;
-    // It may have begun before its marks were in place.
-    let lines = text.lines().filter(|line| !line.contains("  gap armed_late: "));
+    // It may have begun before its marks were in place, and other trials flood the node.
+    let lines = text.lines().filter(|line| !line.contains(" UTC  gap "));
     let text: String = lines.map(|line| format!("{line}\n")).collect();
     let expected = "\
 DATE TIME UTC  [ID] session opened: runtime exec, terminal pts/N, uid 0: /bin/sh
