@@ -15,13 +15,17 @@ use crate::image::Layer;
 use crate::node::{Container, Node, bench, only, summaries, wait_for};
 use crate::programs;
 use crate::together::{INSTALL, installer_layers, package};
-use crate::trial;
+use crate::{trial, trial_alone};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("w02_a_namespace_number_that_is_given_out_again_is_no_containers", namespaces),
         trial("w12_a_finding_names_the_process_and_the_transaction", complete),
-        trial("w12_a_writer_that_executed_nothing_is_named_by_what_runs_since_before", forked),
+        trial_alone(
+            "w12_a_writer_that_executed_nothing_is_named_by_what_runs_since_before",
+            "",
+            forked,
+        ),
         trial("w18_a_kernel_module_is_reported_and_an_object_file_is_not", modules),
         trial("r13_drivers_that_the_runtime_binds_are_a_few_lines", drivers),
     ]
