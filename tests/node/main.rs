@@ -150,6 +150,7 @@ fn shared() -> anyhow::Result<Arc<Node>> {
         return Ok(Arc::clone(node));
     }
     let node = Node::start(Setup::default())?;
+    node.share();
     *shared = Some(Arc::clone(&node));
     Ok(node)
 }

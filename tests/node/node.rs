@@ -143,6 +143,7 @@ pub(crate) struct Node {
     next: AtomicU32,
     /// Torn down: nothing may be started any more.
     ended: AtomicBool,
+    is_shared: AtomicBool,
     setup: Setup,
 }
 
@@ -173,6 +174,7 @@ impl Node {
             pods: Mutex::new(Vec::new()),
             next: AtomicU32::new(1),
             ended: AtomicBool::new(false),
+            is_shared: AtomicBool::new(false),
             setup,
         });
         let mut nodes = lock(&NODES);
@@ -285,6 +287,7 @@ disabled_plugins = [{without}
 
     /// Ends containerd as a crash would. Containers go on under their shims.
     pub(crate) fn crash_containerd(&self) -> anyhow::Result<()> {
+        self.ensure_alone()?;
         let mut child = lock(&self.containerd).take().context("containerd is not running")?;
         child.kill()?;
         child.wait()?;
@@ -404,14 +407,28 @@ settle = "1s"
         Ok(status.signal().map(Signal::try_from).transpose()?)
     }
 
+    /// Says that trials share this node: what one of them ends, it ends for others.
+    #[allow(dead_code, reason = "each bench has a node of its own")]
+    pub(crate) fn share(&self) {
+        self.is_shared.store(true, Ordering::SeqCst);
+    }
+
+    fn ensure_alone(&self) -> anyhow::Result<()> {
+        let is_shared = self.is_shared.load(Ordering::SeqCst);
+        ensure!(!is_shared, "this node is shared with other trials (use trial_alone)");
+        Ok(())
+    }
+
     /// `kill -9`, and nothing else.
     pub(crate) fn crash_driftd(&self) -> anyhow::Result<()> {
+        self.ensure_alone()?;
         kill(self.driftd_pid()?, Signal::SIGKILL)?;
         self.driftd_ended(DEADLINE).map(drop)
     }
 
     /// Ends driftd as systemd would.
     pub(crate) fn stop_driftd(&self) -> anyhow::Result<()> {
+        self.ensure_alone()?;
         kill(self.driftd_pid()?, Signal::SIGTERM)?;
         self.driftd_ended(DEADLINE).map(drop)
     }
