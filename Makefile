@@ -159,7 +159,7 @@ check: ## format, lints and dependencies
 		echo "dependencies were not checked: cargo-deny is missing (cargo install --locked cargo-deny)"; \
 	fi
 
-bench: setup ## the README's numbers, measured on this machine (as root)
+bench: setup ## the figures of docs/performance.md, measured on this machine (as root)
 	$(CARGO) bench --locked $(AS_ROOT)
 
 # `name` is what the table calls it.
