@@ -125,6 +125,43 @@ fn every_setting_has_a_line() {
     assert!(all.is_empty(), "{all:?}");
 }
 
+/// The cells of a table's rows below a heading.
+fn rows<'a>(document: &'a str, heading: &str) -> Vec<Vec<&'a str>> {
+    let (_, section) = document.split_once(heading).unwrap();
+    let lines = section.lines().take_while(|line| !line.starts_with("## "));
+    let rows = lines.filter(|line| line.starts_with("| ")).skip(1);
+    rows.map(|row| row.trim_matches('|').split(" | ").map(str::trim).collect()).collect()
+}
+
+/// What stands in backticks.
+fn quoted(cell: &str) -> Vec<&str> {
+    cell.split('`').skip(1).step_by(2).collect()
+}
+
+#[test]
+fn the_lives_of_an_event_and_of_an_image_lead_through_functions_that_are_there() {
+    let architecture = read("ARCHITECTURE.md");
+    for heading in ["## The life of an event", "## The life of an image"] {
+        let rows = rows(&architecture, heading);
+        assert!(rows.len() > 7, "{rows:?}");
+        for row in rows {
+            let files: String = quoted(row[1]).into_iter().map(read).collect();
+            for function in quoted(row[2]) {
+                let is_there = ["(", "<"].map(|end| files.contains(&format!("fn {function}{end}")));
+                assert!(is_there.contains(&true), "{function} is not in {}", row[1]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_glossary_is_short_and_in_order() {
+    let architecture = read("ARCHITECTURE.md");
+    let words: Vec<&str> =
+        rows(&architecture, "## Glossary").into_iter().map(|row| row[0]).collect();
+    assert!(words.is_sorted() && words.len() <= 40, "{words:?}");
+}
+
 #[test]
 fn the_readme_is_read_in_five_minutes() {
     let lines = read("README.md").lines().count();
