@@ -851,12 +851,13 @@ impl Trace {
     /// Whether a process that a runtime has not put into the container sees its root, by
     /// setns(2) or chroot(2): it was asked to execute, by a name of its own, one of the
     /// container's programs, and the kernel names that as the container does. The host
-    /// names it by a directory of its own, or below /proc.
+    /// names it by a directory of its own, below /proc, or by a descriptor.
     fn sees_root(&self, executed: &Executed, program: Option<&Mapped>, watched: &Watched) -> bool {
         let is_elsewhere = watched.perf_cgroup.is_some()
             && executed.cgroup.is_some_and(|it| self.shared.table.by_perf_cgroup(it).is_none());
         let name = &executed.file_name;
-        let is_by_own_name = name.starts_with(b"/") && !name.starts_with(b"/proc/");
+        let is_by_own_name =
+            name.starts_with(b"/") && !name.starts_with(b"/proc/") && descriptor(name).is_none();
         is_elsewhere
             && is_by_own_name
             && program.is_some_and(|program| {
