@@ -249,6 +249,8 @@ impl Writing {
             match self.wait() {
                 Turn::Received => (),
                 Turn::Due if self.memory.is_some() => {
+                    // Without this the thread never waits: its file is not looked at now.
+                    self.next_look = Instant::now() + LOOK_EVERY;
                     if !self.pending.is_empty() {
                         self.commit_to_memory();
                     }

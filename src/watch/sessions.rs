@@ -534,6 +534,11 @@ impl Arrival {
     fn recorded(shared: &Shared, caller: &Caller, watched: &Watched) -> Option<Arrival> {
         let roots = shared.roots();
         let arrived = roots.arrival(&watched.container, caller.pid, caller.asked?)?;
+        // What calls itself a runtime is judged by what a runtime does.
+        let is_past_it = !arrived.is_in_control_group;
+        if is_past_it && caller.stat.as_ref().is_none_or(|it| is_before_entry_point(&it.comm)) {
+            return None;
+        }
         let is_in_control_group = arrived.in_control_group();
         Some(Arrival { is_in_control_group, is_recorded: true })
     }

@@ -112,6 +112,11 @@ fn disk_full(node: &Node) -> anyhow::Result<()> {
     }
     told(&["d0", "d1", "d2"]).context("while the disk is full")?;
     assert_eq!(view(node)?, (Some(1), false), "{:#}", node.status()?["problems"]);
+    let before = ticks_of(node, "history")?;
+    thread::sleep(Duration::from_secs(2));
+    let used = ticks_of(node, "history")? - before;
+    // It would have used all of them.
+    ensure!(used < 50, "a thread that waits for room used {used} of 200 ticks of a processor");
     fs::remove_file(&filler)?;
     wait_until_complete(node)?;
 
@@ -131,6 +136,21 @@ fn disk_full(node: &Node) -> anyhow::Result<()> {
     let kept = paths_on_disk(&node.path("driftd/history.db"))?;
     assert_eq!(kept, ["/tmp/d0", "/tmp/d1", "/tmp/d2", "/tmp/d3"]);
     Ok(())
+}
+
+/// How long a thread of the daemon has had a processor, in hundredths of a second.
+fn ticks_of(node: &Node, name: &str) -> anyhow::Result<u64> {
+    let daemon = node.driftd_pid()?;
+    for thread in fs::read_dir(format!("/proc/{daemon}/task"))? {
+        let stat = fs::read_to_string(thread?.path().join("stat"))?;
+        let (head, rest) = stat.rsplit_once(") ").context("no stat")?;
+        if head.ends_with(&format!("({name}")) {
+            let fields: Vec<u64> =
+                rest.split(' ').skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
+            return Ok(fields.iter().sum());
+        }
+    }
+    anyhow::bail!("no thread is called {name}")
 }
 
 // ---- times and containers that nobody watched
