@@ -628,8 +628,9 @@ fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
     // Where the unified hierarchy is not what runtimes use.
     let of_records = || Some(handle.perf_cgroup() == Some(watched.perf_cgroup?));
     let is_in = unified().or_else(of_records)?;
-    // Of who has ended it may be another one.
-    (!handle.stat().ok()?.has_ended()).then_some(is_in)
+    // A process that has ended may be shown in another one, and never in a container's that
+    // it was not in.
+    (is_in || !handle.stat().ok()?.has_ended()).then_some(is_in)
 }
 
 /// Whether a process is in the container and its parent is not; `None` if that
