@@ -118,19 +118,14 @@ pub(super) fn describe(
         let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
         };
-        hand_on(shared, execution, described);
-    }
-}
-
-/// Hands an execution to the thread that hashes and reports it.
-pub(super) fn hand_on(shared: &Shared, execution: Described, described: &Sender<Described>) {
-    match described.try_send(execution) {
-        Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-        Err(TrySendError::Full(execution)) => shared.lose(
-            Failure::ContentQueueFull,
-            Some(&execution.watched),
-            "too many executed files wait to be hashed",
-        ),
+        match described.try_send(execution) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(execution)) => shared.lose(
+                Failure::ContentQueueFull,
+                Some(&execution.watched),
+                "too many executed files wait to be hashed",
+            ),
+        }
     }
 }
 

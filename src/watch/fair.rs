@@ -134,6 +134,13 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
         self.len += 1;
     }
 
+    /// Something comes back that had its place before, and is the next of its container.
+    pub(super) fn come_back(&mut self, key: &K, item: T, now: Instant) {
+        let oldest = self.waiting.get(key).and_then(VecDeque::front);
+        let since = oldest.map_or(now, |(since, _)| *since);
+        self.put_back(key, item, since);
+    }
+
     pub(super) fn charge(&mut self, key: &K, cost: u64) {
         self.turns.charge(key, cost);
     }
@@ -254,6 +261,19 @@ impl<T: Owned> Sender<T> {
             self.channel.wake.notify_one();
         }
         dropped.map_or(Ok(()), |dropped| Err(TrySendError::Full(dropped)))
+    }
+
+    /// Sends what was received before and has waited elsewhere. It finds room in a full
+    /// queue too: whoever keeps it meanwhile bounds how much that is.
+    pub(super) fn send_back(&self, item: T) {
+        let mut state = self.channel.lock();
+        let owner = item.owner().clone();
+        state.queue.come_back(&owner, item, Instant::now());
+        let wakes = state.waiting > 0;
+        drop(state);
+        if wakes {
+            self.channel.wake.notify_one();
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -629,6 +649,21 @@ mod tests {
         drop(sender);
         assert_eq!(receiver.recv_timeout(LONG), Err(RecvTimeoutError::Disconnected));
         assert_eq!(waiting("giant"), None);
+    }
+
+    #[test]
+    fn d04_what_comes_back_finds_room_in_a_full_queue_and_is_next() {
+        let (sender, receiver) = channel(2);
+        for number in 0..2 {
+            sender.try_send(item("flood", number)).unwrap();
+        }
+        let since = |receiver: &Receiver<Item>| receiver.waits().waiting()[0].2;
+        let before = since(&receiver);
+        sender.send_back(item("flood", 9));
+        assert_eq!(since(&receiver), before, "the others have waited for longer");
+        assert_eq!(receiver.recv_timeout(LONG), Ok(item("flood", 9)));
+        assert_eq!(receiver.recv_timeout(LONG), Ok(item("flood", 0)));
+        assert_eq!(receiver.recv_timeout(LONG), Ok(item("flood", 1)));
     }
 
     #[test]

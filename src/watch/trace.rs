@@ -1140,9 +1140,7 @@ impl Trace {
     }
 
     fn hand_on_proven(&self, executions: Vec<Described>) {
-        for execution in executions {
-            content::hand_on(&self.shared, execution, &self.proven);
-        }
+        executions.into_iter().for_each(|execution| self.proven.send_back(execution));
     }
 
     fn hand_on(&self, mut unseen: Unseen) {

@@ -110,8 +110,12 @@ fn one_attack(stage: &Stage<'_>, attack: Attack, seconds: u64) -> anyhow::Result
     let sight = lock(&stage.blindness).sight(began, Instant::now());
     let _services = stage.services.read();
     if is_drift && sight == Sight::Sure {
-        wait_within(PATIENCE, "the attack to be reported", || {
+        let reported = wait_within(PATIENCE, "the attack to be reported", || {
             Ok((!container.findings()?.is_empty()).then_some(()))
+        });
+        reported.with_context(|| match node.status() {
+            Ok(status) => format!("in {}: {status:#}", container.id),
+            Err(err) => err.to_string(),
         })?;
     }
     node.ctr(&["task", "rm", "--force", &container.id])?;
