@@ -855,7 +855,9 @@ impl Disk {
         let place = node.path("driftd");
         fs::create_dir(&place)?;
         // The node unmounts what it finds below its directory.
-        let options = format!("size={}k,mode=0700", (64 << 10) + 256 * length.as_secs());
+        // An attack can make a megabyte of findings a second, and the history holds 1 GiB.
+        let size = (64 + length.as_secs()).min(1280);
+        let options = format!("size={size}m,mode=0700");
         let status = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
             .arg(&place)
