@@ -1,4 +1,4 @@
-//! driftd keeps running containers equal to their images.
+//! driftd reports when running containers no longer match their images.
 //!
 //! The rooms, in the order in which data flows; ARCHITECTURE.md has the map.
 

@@ -69,7 +69,7 @@ impl Doctor {
         let found = Capabilities::probe();
         checks.extend(features(&found));
         checks.push(fanotify_groups());
-        checks.extend(fanotify_limits());
+        checks.push(fanotify_queue());
         checks.push(overlay());
         checks.extend(containerds(&config.containerd.sockets)?);
         checks.push(state_dir(&config.state_dir));
@@ -203,32 +203,23 @@ fn judge_groups(left: GroupsLeft, limit: Option<u64>) -> Check {
     check(GROUPS, Result::Warn, format!("{found}: {use_of_all} ({next})"))
 }
 
-fn fanotify_limits() -> Vec<Check> {
-    let limits = [
-        ("max_user_marks", 8192, "every container takes a mark, and its directories may"),
-        ("max_queued_events", 16_384, "a burst of writes beyond it means another scan"),
-    ];
-    limits
-        .into_iter()
-        .map(|(name, enough, purpose)| {
-            let file = format!("/proc/sys/fs/fanotify/{name}");
-            match fs::read_to_string(&file).map(|text| text.trim().parse::<u64>()) {
-                Ok(Ok(limit)) if limit >= enough => {
-                    check("fanotify limit", Result::Ok, format!("{name} = {limit}"))
-                }
-                Ok(Ok(limit)) => check(
-                    "fanotify limit",
-                    Result::Warn,
-                    format!(
-                        "{name} = {limit}, {purpose} (try: sysctl fs.fanotify.{name}={enough})"
-                    ),
-                ),
-                Ok(Err(err)) => check("fanotify limit", Result::Warn, format!("{file}: {err}")),
-                // Before Linux 5.13 the limits were built in.
-                Err(_) => check("fanotify limit", Result::Ok, format!("{name} is built in")),
-            }
-        })
-        .collect()
+/// How many changes may wait with `watch.bounded_queue`. Marks have no limit for driftd.
+fn fanotify_queue() -> Check {
+    const ENOUGH: u64 = 16_384;
+    let name = "max_queued_events";
+    let file = format!("/proc/sys/fs/fanotify/{name}");
+    let (result, text) = match fs::read_to_string(&file).map(|text| text.trim().parse::<u64>()) {
+        Ok(Ok(limit)) if limit >= ENOUGH => (Result::Ok, format!("{name} = {limit}")),
+        Ok(Ok(limit)) => {
+            let purpose = "a burst of writes beyond it means another scan";
+            let next = format!("try: sysctl fs.fanotify.{name}={ENOUGH}");
+            (Result::Warn, format!("{name} = {limit}, {purpose} ({next})"))
+        }
+        Ok(Err(err)) => (Result::Warn, format!("{file}: {err}")),
+        // Before Linux 5.13 the limits were built in.
+        Err(_) => (Result::Ok, format!("{name} is built in")),
+    };
+    check("fanotify limit", result, text)
 }
 
 fn overlay() -> Check {

@@ -32,15 +32,15 @@ mod summary;
 mod timeline;
 mod when;
 
-/// Keeps running containers equal to their images.
+/// Reports when running containers no longer match their images.
 #[derive(Debug, Parser)]
 #[command(
     name = "driftd",
     version,
     propagate_version = true,
     max_term_width = 100,
-    after_help = "Exit codes: 0 answered, and clean; 1 answered, and there is drift; \
-                  2 could not answer; 64 usage or settings."
+    after_help = "Exit codes: 0 answered, and clean; 1 answered, and there is drift, or the \
+                  view is incomplete; 2 could not answer; 64 usage or settings."
 )]
 pub struct Cli {
     /// The Unix socket of driftd's API [env: DRIFTD_SOCKET]

@@ -276,7 +276,7 @@ impl Sessions {
         let is_root = !self.judged.contains(stat.identity)
             && is_root(handle, None, watched) == Some(true)
             && !shared.births().is_born_inside(stat.identity)
-            && !runs_from_outside(handle)
+            && is_from_outside(handle) == Some(false)
             && !is_on_its_way(handle);
         if !is_root {
             return false;
@@ -660,11 +660,16 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
 /// Whether a process runs a program that lies on no mount of its own namespace: it
 /// was started before the process came here.
 fn runs_from_outside(handle: &Handle) -> bool {
-    let Ok(exe) = handle.open_exe().and_then(file::stat) else { return false };
-    let Some(mount) = exe.mount else { return false };
+    is_from_outside(handle) == Some(true)
+}
+
+/// The same; `None` of a process that has ended.
+fn is_from_outside(handle: &Handle) -> Option<bool> {
+    let exe = handle.open_exe().and_then(file::stat).ok()?;
+    let Some(mount) = exe.mount else { return Some(false) };
     // A file in memory is on no mount, whoever runs it.
     let may_be = exe.links > 0 || procfs::age(handle.identity()) < ON_ITS_WAY;
-    may_be && handle.mountinfo().is_ok_and(|mounts| overlay::find_place(&mounts, mount).is_none())
+    Some(may_be && overlay::find_place(&handle.mountinfo().ok()?, mount).is_none())
 }
 
 /// The container of which a process is the init, by the pid namespace that it is in.
