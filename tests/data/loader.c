@@ -244,15 +244,16 @@ int main(int argc, char **argv)
         while (access(argv[3], F_OK))
             usleep(10000);
         snprintf(name, sizeof name, "/proc/%d/mem", getpid());
-        if (fork() == 0) {
-            char byte;
-            pread(open(name, O_RDONLY), &byte, 1, (off_t)page);
-            return 0;
-        }
+        /* First: the reader holds the memory that a fork has to copy. */
         if (fork() == 0) {
             usleep(1000000);
             execl(argv[4], argv[4], argv[5], NULL);
             die(argv[4]);
+        }
+        if (fork() == 0) {
+            char byte;
+            pread(open(name, O_RDONLY), &byte, 1, (off_t)page);
+            return 0;
         }
         usleep(500000);
         mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

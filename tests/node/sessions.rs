@@ -367,8 +367,8 @@ fn for_a_moment(node: &Node) -> anyhow::Result<()> {
     let roads: [&[&str]; 4] = [
         &["chroot", &root],
         &["nsenter", "-m", "-t", &init],
-        &["nsenter", "-p", "-m", "-t", &init],
-        &["nsenter", "-m", "-u", "-i", "-n", "-p", "-t", &init],
+        &["nsenter", "-m", "-u", "-t", &init],
+        &["nsenter", "-m", "-u", "-i", "-n", "-t", &init],
     ];
     for road in roads {
         for _ in 0..TIMES {
