@@ -414,8 +414,8 @@ impl Described {
     }
 }
 
-/// What the kernel records if the gate's question becomes an execution. Another kind of
-/// file is run by whoever asked: an execve fails, and a shell reads the text itself.
+/// What the kernel records if the gate's question becomes an execution. `None` of another
+/// kind of file: its execve fails, and the shell that tried it reads the text itself.
 fn question(shared: &Shared, execution: &Described) -> Option<Question> {
     let Progress::Done(state, _) = &execution.progress else { return None };
     // Of many that are counted, the others may be executions.
@@ -432,7 +432,7 @@ fn question(shared: &Shared, execution: &Described) -> Option<Question> {
 fn proven(shared: &Shared, execution: Described) -> Option<Described> {
     let Some(question) = question(shared, &execution) else { return Some(execution) };
     let mut unproven = shared.unproven();
-    // During a stop nobody is there any more to prove it.
+    // After a stop no record is read that could prove it.
     if unproven.is_proven(&question) || shared.is_stopping() {
         return Some(execution);
     }

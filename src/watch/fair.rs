@@ -216,6 +216,16 @@ impl<T> Channel<T> {
         // A panic ends the process.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Wakes a receiver if one waits. That costs a system call, and the gate is among those
+    /// that send.
+    fn wake_one(&self, state: MutexGuard<'_, State<T>>) {
+        let wakes = state.waiting > 0;
+        drop(state);
+        if wakes {
+            self.wake.notify_one();
+        }
+    }
 }
 
 impl<T: Send> Waits for Channel<T> {
@@ -254,26 +264,17 @@ impl<T: Owned> Sender<T> {
         }
         let owner = item.owner().clone();
         let dropped = state.queue.push(&owner, item, Instant::now());
-        // Waking costs a system call, and the gate is among those that send.
-        let wakes = state.waiting > 0;
-        drop(state);
-        if wakes {
-            self.channel.wake.notify_one();
-        }
+        self.channel.wake_one(state);
         dropped.map_or(Ok(()), |dropped| Err(TrySendError::Full(dropped)))
     }
 
-    /// Sends what was received before and has waited elsewhere. It finds room in a full
-    /// queue too: whoever keeps it meanwhile bounds how much that is.
+    /// Sends an item that was received before and has waited elsewhere. A full queue takes
+    /// it too: the place where it waited has a bound of its own.
     pub(super) fn send_back(&self, item: T) {
         let mut state = self.channel.lock();
         let owner = item.owner().clone();
         state.queue.come_back(&owner, item, Instant::now());
-        let wakes = state.waiting > 0;
-        drop(state);
-        if wakes {
-            self.channel.wake.notify_one();
-        }
+        self.channel.wake_one(state);
     }
 
     pub(super) fn len(&self) -> usize {

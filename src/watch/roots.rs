@@ -51,8 +51,8 @@ pub(super) struct Arrived {
     pub(super) pid: u32,
     /// By the clock of the kernel's records.
     pub(super) executed: u64,
-    /// A runtime has put it into the container's control group; or nobody has, and it sees
-    /// the container's root.
+    /// A runtime put the process into the container's control group. Otherwise the process
+    /// sees the container's root.
     pub(super) is_in_control_group: bool,
     /// Its parents, the nearest first.
     pub(super) makers: Arc<[Maker]>,

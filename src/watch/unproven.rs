@@ -88,8 +88,8 @@ impl<T: Owned> Unproven<T> {
         proven.into_iter().map(|waiting| waiting.execution).collect()
     }
 
-    /// A process may have ended, and with it what it did not come to run: that of which
-    /// the file was not looked at. And whether one that has this number goes on.
+    /// A process may have ended without running what waits of it. Returns the executions
+    /// whose file was not looked at, and whether a process with this pid goes on.
     pub(super) fn ended(
         &mut self,
         pid: u32,

@@ -35,7 +35,7 @@ fn restored(node: &Node) -> anyhow::Result<()> {
     assert_eq!(running["file"]["blake3"], executed["file"]["blake3"]);
     assert_eq!((&running["source"], &running["session"]), (&"scan".into(), &Value::Null));
     let sessions = node.answer(&["sessions", "-c", &again])?;
-    ensure!(sessions.is_empty(), "nobody has come into it: {sessions:#?}");
+    ensure!(sessions.is_empty(), "no process came into it from outside: {sessions:#?}");
 
     // From now on it is a container like any other.
     let new_cat = "cp /bin/cat /tmp/cat && echo >>/tmp/cat && /tmp/cat /etc/passwd";

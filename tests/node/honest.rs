@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::node::{DEADLINE, Node, bench, talk, wait_for};
 use crate::programs::WORKBENCH;
+use crate::threads::thread_of;
 use crate::{trial, trial_alone, trial_of_recording};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -140,17 +141,10 @@ fn disk_full(node: &Node) -> anyhow::Result<()> {
 
 /// How long a thread of the daemon has had a processor, in hundredths of a second.
 fn ticks_of(node: &Node, name: &str) -> anyhow::Result<u64> {
-    let daemon = node.driftd_pid()?;
-    for thread in fs::read_dir(format!("/proc/{daemon}/task"))? {
-        let stat = fs::read_to_string(thread?.path().join("stat"))?;
-        let (head, rest) = stat.rsplit_once(") ").context("no stat")?;
-        if head.ends_with(&format!("({name}")) {
-            let fields: Vec<u64> =
-                rest.split(' ').skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
-            return Ok(fields.iter().sum());
-        }
-    }
-    anyhow::bail!("no thread is called {name}")
+    let stat = fs::read_to_string(thread_of(node, name)?.join("stat"))?;
+    let (_, rest) = stat.rsplit_once(") ").context("no stat")?;
+    // utime and stime.
+    rest.split(' ').skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()
 }
 
 // ---- times and containers that nobody watched

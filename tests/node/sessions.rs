@@ -911,7 +911,9 @@ fn story(node: &Node) -> anyhow::Result<()> {
     let output = node.driftd(&["timeline", &container.id])?;
     let text = String::from_utf8(output.stdout)?;
     // It may have begun before its marks were in place, and other trials flood the node.
-    let lines = text.lines().filter(|line| !line.contains(" UTC  gap "));
+    let is_others = |line: &str| line.contains("  gap ") && line.contains(" (any container): ");
+    let is_own_late = |line: &str| line.contains("  gap armed_late: ");
+    let lines = text.lines().filter(|line| !is_others(line) && !is_own_late(line));
     let text: String = lines.map(|line| format!("{line}\n")).collect();
     let expected = "\
 DATE TIME UTC  [ID] session opened: runtime exec, terminal pts/N, uid 0: /bin/sh

@@ -28,22 +28,27 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
+/// A thread of the daemon, below `/proc`.
+pub(crate) fn thread_of(node: &Node, name: &str) -> anyhow::Result<PathBuf> {
+    let daemon = node.driftd_pid()?;
+    let threads = fs::read_dir(format!("/proc/{daemon}/task"))?;
+    threads
+        .flatten()
+        .map(|thread| thread.path())
+        .find(|thread| {
+            fs::read_to_string(thread.join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        })
+        .with_context(|| format!("there is no thread {name}"))
+}
+
 /// A thread of the daemon that is stopped, alone among all of them.
 struct Held(Child);
 
 impl Held {
     fn new(node: &Node, name: &str) -> anyhow::Result<Held> {
-        let daemon = node.driftd_pid()?;
-        let threads = fs::read_dir(format!("/proc/{daemon}/task"))?;
-        let thread = threads
-            .flatten()
-            .find(|thread| {
-                fs::read_to_string(thread.path().join("comm"))
-                    .is_ok_and(|comm| comm.trim_end() == name)
-            })
-            .with_context(|| format!("there is no thread {name}"))?;
+        let thread = thread_of(node, name)?;
         let mut child = Command::new(holder()?)
-            .arg(thread.file_name())
+            .arg(thread.file_name().context("a thread has a number")?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
