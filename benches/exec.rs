@@ -27,7 +27,7 @@ use driftd::config::{self, Gate};
 use driftd::health::Health;
 use driftd::model::{ContainerId, FileTime, OverlayDirs};
 use driftd::sys::fanotify::{Answer, Buffer, Group, Incoming};
-use driftd::watch::{self, Report, Watch};
+use driftd::watch::{self, SensorEvent, Watch};
 use nix::sys::resource::UsageWho;
 
 /// Operations in one block, and rounds of blocks: 20,000 of each kind.
@@ -379,7 +379,7 @@ impl Driftd {
         let process = driftd::gate::Gate::start(program, watch::shards(gate))?;
         let watch = Watch::start(&settings, reports, Arc::clone(&health), process)?;
         let id = ContainerId::new("bench", "watched");
-        watch.commands().send(watch::Command::Attach {
+        watch.commands().send(watch::SensorCommand::Attach {
             container: id.clone(),
             pid: container.init,
             rootfs: Some(container.directories.clone()),
@@ -388,12 +388,12 @@ impl Driftd {
         let lower = &container.directories.lowerdirs[0];
         let newest = fs::metadata(lower.join("program"))?.ctime() + 1;
         let trust = watch::Trust::UpTo(FileTime { seconds: newest, nanoseconds: 0 });
-        watch.commands().send(watch::Command::Trust { container: id.clone(), trust })?;
-        watch.commands().send(watch::Command::Scan { container: id, ticket: Some(1) })?;
+        watch.commands().send(watch::SensorCommand::Trust { container: id.clone(), trust })?;
+        watch.commands().send(watch::SensorCommand::Scan { container: id, ticket: Some(1) })?;
         loop {
             match *received.recv_timeout(Duration::from_secs(10)).context("not attached")? {
-                Report::Scanned { ticket: Some(1), .. } => break,
-                Report::NotAttached { reason, .. } => anyhow::bail!("not attached: {reason}"),
+                SensorEvent::Scanned { ticket: Some(1), .. } => break,
+                SensorEvent::NotAttached { reason, .. } => anyhow::bail!("not attached: {reason}"),
                 _ => (),
             }
         }

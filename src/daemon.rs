@@ -24,7 +24,7 @@ use crate::history::{History, Keep, Record, Writer};
 use crate::journal;
 use crate::model::SessionState;
 use crate::model::session::MAX_COMMANDS;
-use crate::pipeline::{self, Inputs, Outputs, Question, State};
+use crate::pipeline::{self, ApiRequest, Inputs, Outputs, State};
 use crate::policy::Policy;
 use crate::pulse::{Part, Pulse};
 use crate::sys::capabilities::{self, Capabilities};
@@ -33,7 +33,7 @@ use crate::sys::procfs::Handle;
 use crate::sys::{pidfd, process};
 use crate::threads::stop::{self, Stage};
 use crate::threads::{self, Left, Role, Threads};
-use crate::watch::{self, Command, LEFT_TO_THE_START, Scope, Watch};
+use crate::watch::{self, LEFT_TO_THE_START, Scope, SensorCommand, Watch};
 use crate::{api, respond};
 
 /// The order in which a stop ends everything, each stage with how long it may take: the
@@ -366,12 +366,14 @@ fn left_by_a_stop(began: Timestamp, left: &[Left]) -> Option<Record> {
 }
 
 /// What is asked of the watchers when containerd tells of a task.
-fn command_for(urgent: Urgent) -> Command {
+fn command_for(urgent: Urgent) -> SensorCommand {
     match urgent {
         Urgent::TaskCreated { container, pid, rootfs } => {
-            Command::Attach { container, pid, rootfs }
+            SensorCommand::Attach { container, pid, rootfs }
         }
-        Urgent::TaskExited { container, pid } => Command::Detach { container, pid: Some(pid) },
+        Urgent::TaskExited { container, pid } => {
+            SensorCommand::Detach { container, pid: Some(pid) }
+        }
     }
 }
 
@@ -416,7 +418,7 @@ fn hangups() -> anyhow::Result<tokio::signal::unix::Signal> {
 struct Reloading {
     config: Config,
     keep: Box<dyn Fn(Keep) + Send>,
-    questions: crossbeam_channel::Sender<Question>,
+    questions: crossbeam_channel::Sender<ApiRequest>,
 }
 
 /// Reads the settings again at each SIGHUP. A wrong file is refused whole.
@@ -446,9 +448,9 @@ async fn apply(now: &mut Reloading, new: &Config) -> String {
     let mut policy = Some(Box::new(policy_of(&config)));
     // The pipeline may be waiting for a disk; a worker of the runtime must not.
     while let Some(asked) = policy.take() {
-        match now.questions.try_send(Question::SetPolicy(asked)) {
+        match now.questions.try_send(ApiRequest::SetPolicy(asked)) {
             Ok(()) => (),
-            Err(crossbeam_channel::TrySendError::Full(Question::SetPolicy(asked))) => {
+            Err(crossbeam_channel::TrySendError::Full(ApiRequest::SetPolicy(asked))) => {
                 policy = Some(asked);
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

@@ -1,11 +1,11 @@
 //! The one loop that owns driftd's mutable state.
 //!
 //! ```text
-//!  containerd ── Change ──┐
-//!  baseline ──── News ────┤                     ┌─ Record ──> history ──> api
-//!  watch ─────── Report ──┼─> Input ─> [State] ─┼─ Order ───> respond
-//!  api ───────── Question ┤                     ├─ Job ─────> baseline
-//!  respond ───── Response ┘                     └─ Command ─> watch
+//!  containerd ── RuntimeEvent ──┐                      ┌─ Record ───────────> history ──> api
+//!  baseline ──── BaselineEvent ─┤                      ├─ ResponseRequest ──> respond
+//!  watch ─────── SensorEvent ───┼─> Input ─> [State] ──┼─ RecordRequest ────> baseline
+//!  api ───────── ApiRequest ────┤                      └─ SensorCommand ────> watch
+//!  respond ───── Response ──────┘
 //! ```
 //!
 //! [`State::handle`] is pure apart from the clock it is given: an input in,
@@ -23,9 +23,11 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::baseline::{FileEntry, ImageBaseline, Job, Known, News, Proof, Recorder, Store};
+use crate::baseline::{
+    BaselineEvent, FileEntry, ImageBaseline, Known, Proof, RecordRequest, Recorder, Store,
+};
 use crate::budget::{self, Pool, Waiting};
-use crate::containerd::Change;
+use crate::containerd::RuntimeEvent;
 use crate::detect::{self, Assessment, Judgement, Sensitive};
 use crate::health::{Failure, Health, Reaction};
 use crate::history::{self, Reader, Record};
@@ -39,9 +41,9 @@ use crate::model::{
     bytes_of_printable, capability_in_words,
 };
 use crate::policy::Policy;
-use crate::respond::{Action, Order, RESTART, Response, TOO_MANY};
+use crate::respond::{Action, RESTART, Response, ResponseRequest, TOO_MANY};
 use crate::threads;
-use crate::watch::{self, Command, Report, Trust};
+use crate::watch::{self, SensorCommand, SensorEvent, Trust};
 
 mod aggregate;
 mod gaps;
@@ -61,11 +63,11 @@ use self::together::Unsaid;
 /// what driftd reacts to, read this enum.
 #[derive(Debug)]
 pub enum Input {
-    Node(Change),
+    Node(RuntimeEvent),
     /// With an image that a layer which was tampered with is of, if one is known.
-    Baseline(News, ImageReference),
-    Watch(Report),
-    Asked(Question),
+    Baseline(BaselineEvent, ImageReference),
+    Watch(SensorEvent),
+    Asked(ApiRequest),
     Responded(Response),
     /// The history begins anew: it wants everything that is known.
     HistoryBegun,
@@ -76,12 +78,12 @@ pub enum Input {
 /// Everything the loop can make others do.
 #[derive(Debug)]
 pub enum Effect {
-    Watch(Command),
-    RecordBaseline(Job),
+    Watch(SensorCommand),
+    RecordBaseline(RecordRequest),
     /// Forget baselines that neither an image nor one of these chains needs.
     CollectBaselines(HashSet<ChainId>),
     Record(Record),
-    Respond(Order),
+    Respond(ResponseRequest),
 }
 
 impl Effect {
@@ -93,7 +95,7 @@ impl Effect {
 /// What the API asks of the loop. Replies are sent from the loop; an asker that
 /// has gone is no error.
 #[derive(Debug)]
-pub enum Question {
+pub enum ApiRequest {
     Status(oneshot::Sender<Status>),
     Containers(oneshot::Sender<Vec<ContainerView>>),
     /// Answered when the scan that this starts is over.
@@ -235,7 +237,7 @@ pub struct State {
     next_ticket: u64,
     diffs: HashMap<u64, PendingDiff>,
     /// Orders without a response, by ticket, with whoever waits for it.
-    out: HashMap<u64, (Order, Option<Asker>)>,
+    out: HashMap<u64, (ResponseRequest, Option<Asker>)>,
     /// Containers of which a kill has failed that may be ordered again.
     failed_kills: HashSet<ContainerId>,
     gaps: Gaps,
@@ -388,13 +390,13 @@ impl State {
 
     // ---- the node
 
-    fn node_changed(&mut self, change: Change, now: Timestamp, effects: &mut Vec<Effect>) {
+    fn node_changed(&mut self, change: RuntimeEvent, now: Timestamp, effects: &mut Vec<Effect>) {
         match change {
-            Change::Connected { endpoint } => {
+            RuntimeEvent::Connected { endpoint } => {
                 self.unlisted.insert(endpoint.clone());
                 self.endpoints.insert(endpoint, None);
             }
-            Change::Disconnected { endpoint, reason } => {
+            RuntimeEvent::Disconnected { endpoint, reason } => {
                 let was_connected =
                     self.endpoints.insert(endpoint.clone(), Some(reason.clone())) == Some(None);
                 if was_connected {
@@ -402,7 +404,7 @@ impl State {
                     self.lost(Failure::ContainerdLost, None, detail, now, effects);
                 }
             }
-            Change::TaskCreated { container, pid, rootfs } => {
+            RuntimeEvent::TaskCreated { container, pid, rootfs } => {
                 let entry = self.inventory.entry(&container);
                 if std::mem::take(&mut entry.removed) {
                     entry.replaced();
@@ -412,7 +414,7 @@ impl State {
                 entry.armed_before_start = false;
                 entry.fresh = true;
                 let trust = layers::trust(entry);
-                effects.push(Effect::Watch(Command::Attach {
+                effects.push(Effect::Watch(SensorCommand::Attach {
                     container: container.clone(),
                     pid,
                     rootfs,
@@ -420,24 +422,24 @@ impl State {
                 let id = container.clone();
                 self.announced(&container, now, effects);
                 if trust != Trust::Unknown {
-                    effects.push(Effect::Watch(Command::Trust { container, trust }));
+                    effects.push(Effect::Watch(SensorCommand::Trust { container, trust }));
                 }
                 layers::tell_entry_point(&id, self.inventory.entry(&id), effects);
                 self.started_again(&id, now, effects);
             }
-            Change::Container(container) => self.container_changed(*container, now, effects),
-            Change::TaskExited { container } => self.task_exited(&container, now, effects),
-            Change::ExecStarted { container, exec_id, pid } => {
+            RuntimeEvent::Container(container) => self.container_changed(*container, now, effects),
+            RuntimeEvent::TaskExited { container } => self.task_exited(&container, now, effects),
+            RuntimeEvent::ExecStarted { container, exec_id, pid } => {
                 self.exec_started(&container, exec_id, pid, now);
             }
-            Change::ExecExited { container, exec_id, pid, exit, at } => {
+            RuntimeEvent::ExecExited { container, exec_id, pid, exit, at } => {
                 self.exec_exited(&container, &exec_id, pid, exit, at, now, effects);
             }
-            Change::Removed { container } => {
+            RuntimeEvent::Removed { container } => {
                 self.task_exited(&container, now, effects);
                 self.forget(&container, effects);
             }
-            Change::Listed { endpoint, containers } => {
+            RuntimeEvent::Listed { endpoint, containers } => {
                 self.listed(&endpoint, &containers, now, effects);
             }
         }
@@ -485,7 +487,7 @@ impl State {
                 entry.fresh || rootfs_is_news || matches!(entry.watch, WatchState::Refused(_));
             if is_attached_anew {
                 let rootfs = container.rootfs.clone();
-                effects.push(Effect::Watch(Command::Attach {
+                effects.push(Effect::Watch(SensorCommand::Attach {
                     container: id.clone(),
                     pid: task.pid,
                     rootfs,
@@ -499,7 +501,11 @@ impl State {
             let is_handed_on = sessions::manager(&id, Some(&container)) != sessions::CONTAINERD;
             if is_attached_anew && is_handed_on || input_is_news {
                 let container = id.clone();
-                effects.push(Effect::Watch(Command::Terminal { container, input, is_handed_on }));
+                effects.push(Effect::Watch(SensorCommand::Terminal {
+                    container,
+                    input,
+                    is_handed_on,
+                }));
             }
         }
         let chain_id = container.chain_id();
@@ -542,7 +548,10 @@ impl State {
             if let Some(container) = &mut entry.container {
                 container.task = None;
             }
-            effects.push(Effect::Watch(Command::Detach { container: id.clone(), pid: Some(pid) }));
+            effects.push(Effect::Watch(SensorCommand::Detach {
+                container: id.clone(),
+                pid: Some(pid),
+            }));
             tell_closed(self.gaps.ended(id, now), effects);
         }
     }
@@ -617,7 +626,10 @@ impl State {
             }
             let fresh = std::mem::take(&mut entry.fresh);
             if entry.pid.is_some() && reconnected && !fresh {
-                effects.push(Effect::Watch(Command::Scan { container: id.clone(), ticket: None }));
+                effects.push(Effect::Watch(SensorCommand::Scan {
+                    container: id.clone(),
+                    ticket: None,
+                }));
             }
         }
         if self.is_whole() {
@@ -641,17 +653,17 @@ impl State {
 
     fn baseline_changed(
         &mut self,
-        news: News,
+        news: BaselineEvent,
         image: ImageReference,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         match news {
-            News::Tampered { layer, witness, directories, differences, total } => {
+            BaselineEvent::Tampered { layer, witness, directories, differences, total } => {
                 let tampered = Tampered { layer, witness, directories, differences, total, image };
                 self.layer_tampered(tampered, now, effects);
             }
-            News::Ready { chain_id, baseline, unchanged_since } => {
+            BaselineEvent::Ready { chain_id, baseline, unchanged_since } => {
                 let waiting: Vec<ContainerId> = self
                     .inventory
                     .iter()
@@ -681,12 +693,15 @@ impl State {
                     }
                     if self.gaps.is_open(Failure::BaselineBacklogFull, &id) {
                         // What found no room is found again.
-                        effects.push(Effect::Watch(Command::Scan { container: id, ticket: None }));
+                        effects.push(Effect::Watch(SensorCommand::Scan {
+                            container: id,
+                            ticket: None,
+                        }));
                     }
                 }
                 self.former_baseline(chain_id, &baseline, now, effects);
             }
-            News::Failed { chain_id, reason } => {
+            BaselineEvent::Failed { chain_id, reason } => {
                 let mut failed = Vec::new();
                 for (id, entry) in self.inventory.iter_mut() {
                     if entry.chain_id() == Some(chain_id)
@@ -733,9 +748,9 @@ impl State {
 
     // ---- what the watchers tell
 
-    fn watched(&mut self, report: Report, now: Timestamp, effects: &mut Vec<Effect>) {
+    fn watched(&mut self, report: SensorEvent, now: Timestamp, effects: &mut Vec<Effect>) {
         match report {
-            Report::Attached { container, pid, before_start } => {
+            SensorEvent::Attached { container, pid, before_start } => {
                 if let Some(entry) = self.inventory.get_mut(&container)
                     && entry.is_newest_run(pid)
                 {
@@ -747,7 +762,7 @@ impl State {
                     entry.armed_before_start = before_start && entry.unarmed_run != Some(pid);
                 }
             }
-            Report::NotAttached { container, pid, reason } => {
+            SensorEvent::NotAttached { container, pid, reason } => {
                 if let Some(entry) = self.inventory.get_mut(&container)
                     && entry.is_newest_run(pid)
                 {
@@ -756,7 +771,7 @@ impl State {
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
-            Report::Unarmed { container, pid, began, marked } => {
+            SensorEvent::Unarmed { container, pid, began, marked } => {
                 if let Some(entry) = self.inventory.get_mut(&container) {
                     entry.unarmed_run = Some(pid);
                     if entry.is_newest_run(pid) {
@@ -778,8 +793,8 @@ impl State {
                 // Nothing makes up for what was there and is gone.
                 self.open_gap(gap, Until::Quiet, effects);
             }
-            Report::Observed(observation) => self.judge(&observation, now, effects),
-            Report::ScanBatch { ticket, observations, .. } => {
+            SensorEvent::Observed(observation) => self.judge(&observation, now, effects),
+            SensorEvent::ScanBatch { ticket, observations, .. } => {
                 for observation in observations {
                     if let Some(ticket) = ticket {
                         self.note_difference(ticket, &observation);
@@ -787,7 +802,7 @@ impl State {
                     self.judge(&observation, now, effects);
                 }
             }
-            Report::Scanned { container, ticket, began, complete } => {
+            SensorEvent::Scanned { container, ticket, began, complete } => {
                 let has_ended =
                     self.inventory.get(&container).is_none_or(|entry| entry.pid.is_none());
                 let closed = if complete {
@@ -815,7 +830,7 @@ impl State {
                     tell_closed(self.gaps.gone(&container, now), effects);
                 }
             }
-            Report::Compared { ticket, observations, end } => {
+            SensorEvent::Compared { ticket, observations, end } => {
                 for observation in &observations {
                     self.note_difference(ticket, observation);
                 }
@@ -825,10 +840,10 @@ impl State {
                     pending.answer(complete);
                 }
             }
-            Report::Lost { failure, container, detail, at } => {
+            SensorEvent::Lost { failure, container, detail, at } => {
                 self.lost(failure, container, detail, at, effects);
             }
-            Report::Over { failure, container } => {
+            SensorEvent::Over { failure, container } => {
                 tell_closed(self.gaps.over(failure, container.as_ref(), now), effects);
             }
         }
@@ -1470,7 +1485,7 @@ impl State {
         let kill = self.inventory.get_mut(container).and_then(|entry| entry.kill.as_mut());
         let Some(kill) = kill else { return };
         (kill.ticket, kill.due) = (Some(ticket), None);
-        let order = Order {
+        let order = ResponseRequest {
             ticket,
             container: container.clone(),
             incarnation: Some(kill.incarnation),
@@ -1484,7 +1499,7 @@ impl State {
         self.order(order, None, effects);
     }
 
-    fn order(&mut self, order: Order, asker: Option<Asker>, effects: &mut Vec<Effect>) {
+    fn order(&mut self, order: ResponseRequest, asker: Option<Asker>, effects: &mut Vec<Effect>) {
         self.out.insert(order.ticket, (order.clone(), asker));
         effects.push(Effect::Respond(order));
     }
@@ -1609,28 +1624,28 @@ impl State {
 
     // ---- questions
 
-    fn asked(&mut self, question: Question, now: Timestamp, effects: &mut Vec<Effect>) {
+    fn asked(&mut self, question: ApiRequest, now: Timestamp, effects: &mut Vec<Effect>) {
         // Whoever asked may have gone: a reply nobody takes is no error.
         match question {
-            Question::Status(reply) => {
+            ApiRequest::Status(reply) => {
                 let _ = reply.send(self.status());
             }
-            Question::Containers(reply) => {
+            ApiRequest::Containers(reply) => {
                 let views = self.inventory.iter().filter_map(|(_, entry)| view(entry)).collect();
                 let _ = reply.send(views);
             }
-            Question::Lookup { container, reply } => {
+            ApiRequest::Lookup { container, reply } => {
                 let _ = reply.send(self.lookup(&container));
             }
-            Question::SetPolicy(policy) => {
+            ApiRequest::SetPolicy(policy) => {
                 let generation = self.policy.generation + 1;
                 self.policy = Policy { generation, ..*policy };
             }
-            Question::SetProbe { probe, reported, reply } => {
+            ApiRequest::SetProbe { probe, reported, reply } => {
                 let answer = self.set_probe(probe, reported, effects);
                 let _ = reply.send(answer.ok_or(LookupError::UnknownProbe(probe)));
             }
-            Question::Diff { container, reply } => match self.diffable(&container) {
+            ApiRequest::Diff { container, reply } => match self.diffable(&container) {
                 Err(err) => {
                     let _ = reply.send(Err(err));
                 }
@@ -1649,13 +1664,13 @@ impl State {
                     );
                     effects.push(Effect::Watch(match stopped {
                         Some(Stopped { rootfs, entry_point }) => {
-                            Command::Compare { container, ticket, rootfs, entry_point }
+                            SensorCommand::Compare { container, ticket, rootfs, entry_point }
                         }
-                        None => Command::Scan { container, ticket: Some(ticket) },
+                        None => SensorCommand::Scan { container, ticket: Some(ticket) },
                     }));
                 }
             },
-            Question::Respond {
+            ApiRequest::Respond {
                 container,
                 cause,
                 action,
@@ -1670,7 +1685,7 @@ impl State {
                         let _ = reply.send(Err(err));
                     }
                     Ok((container, incarnation)) => {
-                        let order = Order {
+                        let order = ResponseRequest {
                             ticket: self.ticket(),
                             container,
                             incarnation,
@@ -1841,7 +1856,7 @@ fn gap_record(gap: Gap) -> Record {
 }
 
 fn record_baseline(container: &Container) -> Effect {
-    Effect::RecordBaseline(Job {
+    Effect::RecordBaseline(RecordRequest {
         image: None,
         container: Some(container.id.clone()),
         layers: container.layers.clone(),
@@ -1963,7 +1978,7 @@ const BY_PIPE: &str = "its text came through a pipe";
 fn judged(observation: &Observation, verdict: watch::Verdict, effects: &mut Vec<Effect>) {
     if let Fact::Executed { layer_file: Some(file), .. } = &observation.fact {
         let (container, file) = (observation.container.clone(), *file);
-        effects.push(Effect::Watch(Command::Judged { container, file, verdict }));
+        effects.push(Effect::Watch(SensorCommand::Judged { container, file, verdict }));
     }
 }
 
@@ -2138,10 +2153,10 @@ fn view(entry: &Entry) -> Option<ContainerView> {
 /// The loop's channels.
 #[derive(Clone, Debug)]
 pub struct Inputs {
-    pub changes: Receiver<Change>,
-    pub reports: Receiver<Box<Report>>,
-    pub news: Receiver<News>,
-    pub questions: Receiver<Question>,
+    pub changes: Receiver<RuntimeEvent>,
+    pub reports: Receiver<Box<SensorEvent>>,
+    pub news: Receiver<BaselineEvent>,
+    pub questions: Receiver<ApiRequest>,
     pub responses: Receiver<Response>,
     /// Something comes when the history begins anew.
     pub history_begun: Receiver<()>,
@@ -2151,10 +2166,10 @@ pub struct Inputs {
 
 #[derive(Debug)]
 pub struct Outputs {
-    pub commands: Sender<Command>,
+    pub commands: Sender<SensorCommand>,
     pub recorder: Recorder,
     pub records: Sender<Record>,
-    pub orders: tokio::sync::mpsc::Sender<Order>,
+    pub orders: tokio::sync::mpsc::Sender<ResponseRequest>,
 }
 
 /// Clocks are set back: what is due then is not as far away as it seems.
@@ -2253,10 +2268,10 @@ fn listen<T>(received: Result<T, RecvError>, from: &mut Receiver<T>) -> Option<T
     received.ok()
 }
 
-fn baseline_input(news: News, recorder: &Recorder) -> Input {
+fn baseline_input(news: BaselineEvent, recorder: &Recorder) -> Input {
     let image = match &news {
-        News::Tampered { layer, .. } => image_of(recorder.store(), *layer),
-        News::Ready { .. } | News::Failed { .. } => ImageReference::default(),
+        BaselineEvent::Tampered { layer, .. } => image_of(recorder.store(), *layer),
+        BaselineEvent::Ready { .. } | BaselineEvent::Failed { .. } => ImageReference::default(),
     };
     Input::Baseline(news, image)
 }
@@ -2372,10 +2387,14 @@ fn killed(response: &Response) -> Option<Killed> {
 
 /// Reads what was told of a container that shows up, if it may have run before driftd
 /// was started. Of all that ever ran on a node, the history may hold more than fits.
-fn recall(state: &mut State, history: &Reader, change: &Change) -> Result<(), history::Error> {
+fn recall(
+    state: &mut State,
+    history: &Reader,
+    change: &RuntimeEvent,
+) -> Result<(), history::Error> {
     let container = match change {
-        Change::TaskCreated { container, .. } => container,
-        Change::Container(container) => &container.id,
+        RuntimeEvent::TaskCreated { container, .. } => container,
+        RuntimeEvent::Container(container) => &container.id,
         _ => return Ok(()),
     };
     if !state.inventory.may_remember(container) {
@@ -2413,7 +2432,7 @@ fn image_of(store: &Store, layer: LayerId) -> ImageReference {
 enum Carried {
     Out,
     /// Too many orders wait already.
-    Back(Order),
+    Back(ResponseRequest),
     /// Nobody takes records any more.
     Nowhere,
 }
@@ -2474,7 +2493,7 @@ impl Carrier<'_> {
 
     /// Asks the watchers. When they stop they take no command any more, and none is
     /// worth waiting for.
-    fn command(&self, mut command: Command) {
+    fn command(&self, mut command: SensorCommand) {
         const STEP: std::time::Duration = std::time::Duration::from_millis(100);
         loop {
             if self.is_stopping() {

@@ -50,7 +50,7 @@ impl Action {
 
 /// A response somebody or some setting asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Order {
+pub struct ResponseRequest {
     /// By which its response is known; no two orders have the same.
     pub ticket: u64,
     pub container: ContainerId,
@@ -67,7 +67,7 @@ pub struct Order {
     pub no_restart: bool,
 }
 
-impl Order {
+impl ResponseRequest {
     /// That it was not carried out, and why.
     pub fn failed(&self, message: String) -> Response {
         self.answered(false, false, message)
@@ -113,28 +113,29 @@ pub struct Response {
 /// nobody wants the responses any more. Each order has one response, whatever happens.
 pub async fn run(
     containerd: Containerd,
-    orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) {
-    let by_containerd = move |order: Order| carry_out(containerd.clone(), order);
+    let by_containerd = move |order: ResponseRequest| carry_out(containerd.clone(), order);
     run_with(by_containerd, orders, responses).await;
 }
 
 async fn run_with<Answering>(
-    answer: impl Fn(Order) -> Answering,
-    mut orders: mpsc::Receiver<Order>,
+    answer: impl Fn(ResponseRequest) -> Answering,
+    mut orders: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) where
     Answering: Future<Output = Response> + Send + 'static,
 {
     // Orders behind the one that is being carried out, by container.
-    let mut behind: HashMap<ContainerId, VecDeque<Order>> = HashMap::new();
+    let mut behind: HashMap<ContainerId, VecDeque<ResponseRequest>> = HashMap::new();
     let mut running: JoinSet<Response> = JoinSet::new();
     // What is being carried out, for the case that this ends without a response.
-    let mut carried: HashMap<task::Id, Order> = HashMap::new();
-    let begin = |order: Order, running: &mut JoinSet<Response>, carried: &mut HashMap<_, _>| {
-        carried.insert(running.spawn(answer(order.clone())).id(), order);
-    };
+    let mut carried: HashMap<task::Id, ResponseRequest> = HashMap::new();
+    let begin =
+        |order: ResponseRequest, running: &mut JoinSet<Response>, carried: &mut HashMap<_, _>| {
+            carried.insert(running.spawn(answer(order.clone())).id(), order);
+        };
     let mut open = true;
     while open || !running.is_empty() {
         tokio::select! {
@@ -190,9 +191,9 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
     }
 }
 
-async fn carry_out(containerd: Containerd, order: Order) -> Response {
+async fn carry_out(containerd: Containerd, order: ResponseRequest) -> Response {
     let asked = async {
-        let Order { container, incarnation: meant, no_restart, .. } = &order;
+        let ResponseRequest { container, incarnation: meant, no_restart, .. } = &order;
         let nobody = |message| Killed { message, restarter: None };
         match order.action {
             Action::Kill => containerd.kill(container, *meant, *no_restart).await,
@@ -233,7 +234,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::baseline::{ImageName, Job};
+    use crate::baseline::{ImageName, RecordRequest};
     use crate::config;
     use crate::containerd::Recording;
     use crate::health::Health;
@@ -242,7 +243,7 @@ mod tests {
     struct NoRecorder;
 
     impl Recording for NoRecorder {
-        fn submit(&self, _job: Job) {}
+        fn submit(&self, _job: RecordRequest) {}
         fn unrecorded(&self, _layers: &[LayerId]) -> Vec<LayerId> {
             Vec::new()
         }
@@ -250,8 +251,8 @@ mod tests {
         fn image_removed(&self, _namespace: &str, _name: &str) {}
     }
 
-    fn order(id: &str, action: Action) -> Order {
-        Order {
+    fn order(id: &str, action: Action) -> ResponseRequest {
+        ResponseRequest {
             ticket: 0,
             container: ContainerId::new("default", id),
             incarnation: None,
@@ -299,8 +300,8 @@ mod tests {
 
     /// Has `orders` carried out by `answer`, and hands back whose response said what.
     async fn responses_of<Answering>(
-        orders: Vec<Order>,
-        answer: impl Fn(Order) -> Answering + Send + 'static,
+        orders: Vec<ResponseRequest>,
+        answer: impl Fn(ResponseRequest) -> Answering + Send + 'static,
     ) -> Vec<(u64, bool, String)>
     where
         Answering: Future<Output = Response> + Send + 'static,
@@ -318,7 +319,7 @@ mod tests {
 
     #[tokio::test]
     async fn h11_an_order_that_panics_has_a_response_and_holds_up_no_later_one() {
-        let numbered = |ticket| Order { ticket, ..order("c", Action::Kill) };
+        let numbered = |ticket| ResponseRequest { ticket, ..order("c", Action::Kill) };
         let told = responses_of(vec![numbered(1), numbered(2)], |order| async move {
             assert_ne!(order.ticket, 1, "this one panics");
             order.answered(true, false, "killed".into())
@@ -331,7 +332,8 @@ mod tests {
     #[tokio::test]
     async fn orders_for_one_container_beyond_those_that_may_wait_are_refused_at_once() {
         let count = MOST_BEHIND as u64 + 3;
-        let orders = (0..count).map(|ticket| Order { ticket, ..order("c", Action::Kill) });
+        let orders =
+            (0..count).map(|ticket| ResponseRequest { ticket, ..order("c", Action::Kill) });
         let told = responses_of(orders.collect(), |order| async move {
             tokio::task::yield_now().await;
             tokio::time::sleep(Duration::from_millis(20)).await;

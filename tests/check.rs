@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, bounded};
 use driftd::config;
 use driftd::health::Health;
 use driftd::model::{Blake3Hash, ContainerId, Fact, FileTime, Filesystem, Observation};
-use driftd::watch::{Command as Order, Report, Trust, Watch};
+use driftd::watch::{SensorCommand, SensorEvent, Trust, Watch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -146,7 +146,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 struct Node {
     watch: Option<Watch>,
-    reports: Receiver<Box<Report>>,
+    reports: Receiver<Box<SensorEvent>>,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -172,18 +172,25 @@ impl Node {
         Node { watch: Some(watch), reports, _turn: turn }
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: SensorCommand) {
         self.watch.as_ref().unwrap().commands().send(order).unwrap();
     }
 
     fn attach(&mut self, container: &Container) {
         let id = container.id.clone();
-        self.order(Order::Attach { container: id.clone(), pid: container.init.id(), rootfs: None });
-        self.order(Order::Trust { container: id.clone(), trust: Trust::UpTo(container.recorded) });
-        self.order(Order::Scan { container: id.clone(), ticket: Some(1) });
-        let is_over = |report: &Report| match report {
-            Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
-            Report::Scanned { container, ticket: Some(1), .. } => *container == id,
+        self.order(SensorCommand::Attach {
+            container: id.clone(),
+            pid: container.init.id(),
+            rootfs: None,
+        });
+        self.order(SensorCommand::Trust {
+            container: id.clone(),
+            trust: Trust::UpTo(container.recorded),
+        });
+        self.order(SensorCommand::Scan { container: id.clone(), ticket: Some(1) });
+        let is_over = |report: &SensorEvent| match report {
+            SensorEvent::NotAttached { reason, .. } => panic!("not attached: {reason}"),
+            SensorEvent::Scanned { container, ticket: Some(1), .. } => *container == id,
             _ => false,
         };
         let deadline = Instant::now() + PATIENCE;
@@ -200,7 +207,7 @@ impl Node {
         let deadline = Instant::now() + PATIENCE;
         while pids.keys().any(|pid| !reported.contains_key(pid)) {
             let Ok(report) = self.reports.recv_deadline(deadline) else { break };
-            let Report::Observed(Observation { fact, .. }) = &*report else { continue };
+            let SensorEvent::Observed(Observation { fact, .. }) = &*report else { continue };
             let Fact::Executed { path, state, process, .. } = fact else { continue };
             let is_images = path.file_name() == b"tool"
                 && state.blake3() == Some(container.tool)
@@ -219,7 +226,7 @@ impl Node {
         let deadline = Instant::now() + PATIENCE;
         while pids.keys().any(|pid| !filesystems.contains_key(pid)) {
             let Ok(report) = self.reports.recv_deadline(deadline) else { break };
-            let Report::Observed(Observation { fact, .. }) = &*report else { continue };
+            let SensorEvent::Observed(Observation { fact, .. }) = &*report else { continue };
             let Fact::Executed { filesystem, process, .. } = fact else { continue };
             if pids.contains_key(&process.identity.pid) {
                 filesystems.insert(process.identity.pid, *filesystem);

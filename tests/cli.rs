@@ -32,7 +32,7 @@ use driftd::model::{
     RootfsPath, Session, SessionState, Severity, Task,
 };
 use driftd::pipeline::{
-    ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Question, Status,
+    ApiRequest, ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Status,
 };
 use driftd::respond::{Action, Response};
 use jiff::{Timestamp, ToSpan as _};
@@ -327,7 +327,7 @@ fn view() -> ContainerView {
 
 /// `web` has drifted, `clean` has not, `half` cannot be read whole, and `w` could
 /// be two containers.
-fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
+fn answer(question: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
     let lookup = |text: &str| match text {
         "web" | "default/web" => Ok(ContainerId::new("default", "web")),
         "default/clean" => Ok(ContainerId::new("default", "clean")),
@@ -336,7 +336,7 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
         other => Err(LookupError::Unknown(other.into())),
     };
     match question {
-        Question::Status(reply) => {
+        ApiRequest::Status(reply) => {
             let _ = reply.send(Status {
                 started_at: Timestamp::now(),
                 endpoints: vec![EndpointView {
@@ -350,10 +350,10 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 gaps: Vec::new(),
             });
         }
-        Question::Containers(reply) => {
+        ApiRequest::Containers(reply) => {
             let _ = reply.send(vec![view()]);
         }
-        Question::Diff { container, reply } => {
+        ApiRequest::Diff { container, reply } => {
             let _ = reply.send(lookup(&container).map(|container| {
                 let path = |text: &str| RootfsPath::new(text).unwrap();
                 let mut differences = vec![Difference {
@@ -371,7 +371,15 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 Diff { incomplete: &*container.id == "half", differences, container }
             }));
         }
-        Question::Respond { container, cause, action, reason, requested_by, no_restart, reply } => {
+        ApiRequest::Respond {
+            container,
+            cause,
+            action,
+            reason,
+            requested_by,
+            no_restart,
+            reply,
+        } => {
             let _ = reply.send(lookup(&container).map(|container| {
                 let response = Response {
                     ticket: 1,
@@ -395,11 +403,11 @@ fn answer(question: Question, records: &crossbeam_channel::Sender<Record>) {
                 response
             }));
         }
-        Question::Lookup { container, reply } => {
+        ApiRequest::Lookup { container, reply } => {
             let _ = reply.send(lookup(&container));
         }
-        Question::SetPolicy(_) => unreachable!("no command of the client asks for it"),
-        Question::SetProbe { probe: id, reported, reply } => {
+        ApiRequest::SetPolicy(_) => unreachable!("no command of the client asks for it"),
+        ApiRequest::SetProbe { probe: id, reported, reply } => {
             let mut probe = probe();
             let _ = reply.send(if probe.id == id {
                 probe.reported = reported;

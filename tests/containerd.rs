@@ -16,9 +16,9 @@ use containerd_client::services::v1::{self as containerd_api, CreateContainerReq
 use containerd_client::tonic::Request;
 use containerd_client::with_namespace;
 use crossbeam_channel::Receiver;
-use driftd::baseline::{self, Blobs as _, ImageBaseline, ImageName, Job, Proof};
+use driftd::baseline::{self, Blobs as _, ImageBaseline, ImageName, Proof, RecordRequest};
 use driftd::config;
-use driftd::containerd::{Change, Containerd, ContentBlobs, Error, Recording};
+use driftd::containerd::{Containerd, ContentBlobs, Error, Recording, RuntimeEvent};
 use driftd::health::{Failure, Health};
 use driftd::model::{
     Blob, ChainId, Container, ContainerId, DeclaredProbe, DiffId, Exit, IdMap, IdRange,
@@ -387,7 +387,7 @@ struct Recorded {
 }
 
 impl Recording for Recorder {
-    fn submit(&self, job: Job) {
+    fn submit(&self, job: RecordRequest) {
         let image = job.image.clone();
         let layers: Vec<LayerId> = job.layers.iter().map(|layer| layer.id).collect();
         let chain: Vec<ChainId> = job.layers.iter().map(|layer| layer.chain_id).collect();
@@ -459,9 +459,9 @@ fn files_below(root: &Path) -> BTreeSet<String> {
 struct Driftd {
     runtime: tokio::runtime::Runtime,
     containerd: Containerd,
-    changes: Receiver<Change>,
+    changes: Receiver<RuntimeEvent>,
     /// Everything received so far.
-    seen: Vec<Change>,
+    seen: Vec<RuntimeEvent>,
     recorder: Recorder,
     health: Arc<Health>,
 }
@@ -492,7 +492,7 @@ impl Driftd {
 
     /// Receives until `wanted` picks something.
     #[track_caller]
-    fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&Change) -> Option<T>) -> T {
+    fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&RuntimeEvent) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let Ok(change) = self.changes.recv_deadline(deadline) else {
@@ -507,28 +507,28 @@ impl Driftd {
     }
 
     #[track_caller]
-    fn until_seen(&mut self, expected: &Change) {
+    fn until_seen(&mut self, expected: &RuntimeEvent) {
         self.until(&format!("{expected:?}"), |change| (change == expected).then_some(()));
     }
 
     #[track_caller]
     fn until_listed(&mut self) -> Vec<ContainerId> {
         self.until("the list is complete", |change| match change {
-            Change::Listed { containers, .. } => Some(containers.clone()),
+            RuntimeEvent::Listed { containers, .. } => Some(containers.clone()),
             _ => None,
         })
     }
 
     /// Collects what is told of execs until `count` of them have ended.
     #[track_caller]
-    fn until_execs_ended(&mut self, count: usize) -> Vec<Change> {
+    fn until_execs_ended(&mut self, count: usize) -> Vec<RuntimeEvent> {
         let mut told = Vec::new();
         let mut ended = 0;
         self.until("the execs have ended", |change| {
-            if let Change::ExecStarted { .. } | Change::ExecExited { .. } = change {
+            if let RuntimeEvent::ExecStarted { .. } | RuntimeEvent::ExecExited { .. } = change {
                 told.push(change.clone());
             }
-            ended += usize::from(matches!(change, Change::ExecExited { .. }));
+            ended += usize::from(matches!(change, RuntimeEvent::ExecExited { .. }));
             (ended == count).then_some(())
         });
         told
@@ -537,7 +537,7 @@ impl Driftd {
     #[track_caller]
     fn until_disconnected(&mut self) -> String {
         self.until("the loss is told", |change| match change {
-            Change::Disconnected { reason, .. } => Some(reason.clone()),
+            RuntimeEvent::Disconnected { reason, .. } => Some(reason.clone()),
             _ => None,
         })
     }
@@ -549,7 +549,7 @@ impl Driftd {
         mut wanted: impl FnMut(&Container) -> bool,
     ) -> Container {
         self.until(&format!("the record of {id}"), |change| match change {
-            Change::Container(container) if &*container.id.id == id && wanted(container) => {
+            RuntimeEvent::Container(container) if &*container.id.id == id && wanted(container) => {
                 Some((**container).clone())
             }
             _ => None,
@@ -567,7 +567,9 @@ impl Driftd {
     #[track_caller]
     fn record(&self, id: &str) -> Container {
         let newest = self.seen.iter().rev().find_map(|change| match change {
-            Change::Container(container) if &*container.id.id == id => Some((**container).clone()),
+            RuntimeEvent::Container(container) if &*container.id.id == id => {
+                Some((**container).clone())
+            }
             _ => None,
         });
         newest.unwrap_or_else(|| panic!("no record of {id}: {:#?}", self.seen))
@@ -712,7 +714,7 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     let id = unique("life");
     node.run(&image, &id);
     let (pid, rootfs) = driftd.until("the task's creation", |change| match change {
-        Change::TaskCreated { container, pid, rootfs } if *container == default(&id) => {
+        RuntimeEvent::TaskCreated { container, pid, rootfs } if *container == default(&id) => {
             Some((*pid, rootfs.clone()))
         }
         _ => None,
@@ -757,7 +759,7 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     driftd
         .until_container(&id, |container| container.task.as_ref().is_some_and(|task| !task.paused));
     assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid})"));
-    driftd.until_seen(&Change::TaskExited { container: container.clone() });
+    driftd.until_seen(&RuntimeEvent::TaskExited { container: container.clone() });
     for what in ["kill", "pause", "resume"] {
         let err = act(&driftd, what).unwrap_err();
         assert!(matches!(err, Error::Gone(_)), "{what}: {err:?}");
@@ -769,7 +771,7 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
 
     node.ctr(&["tasks", "delete", &id]);
     node.ctr(&["containers", "delete", &id]);
-    driftd.until_seen(&Change::Removed { container: container.clone() });
+    driftd.until_seen(&RuntimeEvent::Removed { container: container.clone() });
     let err = act(&driftd, "kill").unwrap_err();
     assert!(matches!(err, Error::UnknownContainer(_)), "{err:?}");
     assert_eq!(driftd.health.losses(), []);
@@ -777,10 +779,10 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
 
 /// The pid, the exit and the time of an exec of which this was told.
 #[track_caller]
-fn exec_of(told: &[Change], name: &ContainerId, id: &str) -> (u32, Exit, Timestamp) {
+fn exec_of(told: &[RuntimeEvent], name: &ContainerId, id: &str) -> (u32, Exit, Timestamp) {
     let [
-        Change::ExecStarted { container, exec_id, pid },
-        Change::ExecExited { container: ended, exec_id: ended_id, pid: ended_pid, exit, at },
+        RuntimeEvent::ExecStarted { container, exec_id, pid },
+        RuntimeEvent::ExecExited { container: ended, exec_id: ended_id, pid: ended_pid, exit, at },
     ] = told
     else {
         panic!("{told:#?}");
@@ -832,7 +834,7 @@ fn an_exec_is_told_when_it_begins_and_how_it_ends() {
     std::thread::scope(|scope| {
         scope.spawn(|| exec("long", &["/bin/busybox", "sleep", "601"]));
         let started = driftd.until("the exec's beginning", |change| match change {
-            Change::ExecStarted { exec_id, pid, .. } if exec_id == "long" => Some(*pid),
+            RuntimeEvent::ExecStarted { exec_id, pid, .. } if exec_id == "long" => Some(*pid),
             _ => None,
         });
         let command_line = std::fs::read_to_string(format!("/proc/{started}/cmdline")).unwrap();
@@ -840,20 +842,22 @@ fn an_exec_is_told_when_it_begins_and_how_it_ends() {
         let pid = nix::unistd::Pid::from_raw(started.try_into().unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
         let told = driftd.until_execs_ended(1);
-        let [Change::ExecExited { exec_id, pid, exit, .. }] = told.as_slice() else {
+        let [RuntimeEvent::ExecExited { exec_id, pid, exit, .. }] = told.as_slice() else {
             panic!("{told:#?}");
         };
         assert_eq!((exec_id.as_str(), *pid, *exit), ("long", started, killed));
     });
 
     // Nothing of all this has made the container another one.
-    let records: Vec<&Change> = driftd
+    let records: Vec<&RuntimeEvent> = driftd
         .seen
         .iter()
-        .skip_while(|change| !matches!(change, Change::ExecStarted { .. }))
-        .filter(|change| !matches!(change, Change::ExecStarted { .. } | Change::ExecExited { .. }))
+        .skip_while(|change| !matches!(change, RuntimeEvent::ExecStarted { .. }))
+        .filter(|change| {
+            !matches!(change, RuntimeEvent::ExecStarted { .. } | RuntimeEvent::ExecExited { .. })
+        })
         .collect();
-    assert_eq!(records, Vec::<&Change>::new());
+    assert_eq!(records, Vec::<&RuntimeEvent>::new());
     assert_eq!(driftd.health.losses(), []);
 }
 
@@ -888,7 +892,7 @@ fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
     };
     // The same container, started again.
     node.ctr(&["tasks", "kill", "--signal", "SIGKILL", &id]);
-    driftd.until_seen(&Change::TaskExited { container: default(&id) });
+    driftd.until_seen(&RuntimeEvent::TaskExited { container: default(&id) });
     node.ctr(&["tasks", "delete", &id]);
     let fifo = node.path("fifo");
     node.ctr(&["tasks", "start", "-d", "--fifo-dir", fifo.to_str().unwrap(), &id]);
@@ -942,14 +946,14 @@ fn a_crash_of_containerd_loses_nothing() {
     driftd.seen.clear();
     node.start();
     assert_eq!(driftd.until_listed(), [default(&goes), default(&stays)]);
-    let position = |wanted: &dyn Fn(&Change) -> bool| driftd.seen.iter().position(wanted);
-    let connected = position(&|change| matches!(change, Change::Connected { .. }));
+    let position = |wanted: &dyn Fn(&RuntimeEvent) -> bool| driftd.seen.iter().position(wanted);
+    let connected = position(&|change| matches!(change, RuntimeEvent::Connected { .. }));
     let again = position(
-        &|change| matches!(change, Change::Container(record) if record.id == default(&stays)),
+        &|change| matches!(change, RuntimeEvent::Container(record) if record.id == default(&stays)),
     );
     assert!(connected.is_some() && connected < again, "{:#?}", driftd.seen);
     assert_eq!(driftd.record(&stays), before);
-    let exited = Change::TaskExited { container: default(&goes) };
+    let exited = RuntimeEvent::TaskExited { container: default(&goes) };
     if !driftd.seen.contains(&exited) {
         driftd.until_seen(&exited);
     }
@@ -973,7 +977,8 @@ fn a_socket_that_appears_later_is_waited_for() {
     std::thread::sleep(Duration::from_millis(500));
     node.start();
     assert_eq!(driftd.until_listed(), []);
-    let again = Change::Disconnected { endpoint: node.socket().to_str().unwrap().into(), reason };
+    let again =
+        RuntimeEvent::Disconnected { endpoint: node.socket().to_str().unwrap().into(), reason };
     let told = driftd.seen.iter().filter(|change| **change == again).count();
     assert_eq!(told, 1, "{:?}", driftd.seen);
     assert_eq!(driftd.health.losses(), []);
@@ -1116,12 +1121,12 @@ fn namespaces_that_come_later_are_followed_and_excluded_ones_are_not() {
         node.ctr(&[&exec[..], &["/bin/busybox", "true"]].concat());
     }
     exec_of(&driftd.until_execs_ended(1), &container.id, "e");
-    let of_hidden: Vec<&Change> = driftd
+    let of_hidden: Vec<&RuntimeEvent> = driftd
         .seen
         .iter()
         .filter(|change| format!("{change:?}").contains(hidden.as_str()))
         .collect();
-    assert_eq!(of_hidden, Vec::<&Change>::new());
+    assert_eq!(of_hidden, Vec::<&RuntimeEvent>::new());
 }
 
 #[test]
@@ -1596,21 +1601,21 @@ fn no_container_is_missed_however_it_meets_the_connection() {
                 let mut running: BTreeMap<ContainerId, bool> = BTreeMap::new();
                 driftd.until("all containers run", |change| {
                     match change {
-                        Change::Container(container) => {
+                        RuntimeEvent::Container(container) => {
                             running.insert(container.id.clone(), container.task.is_some());
                         }
-                        Change::TaskExited { container } => {
+                        RuntimeEvent::TaskExited { container } => {
                             running.insert(container.clone(), false);
                         }
-                        Change::Listed { containers, .. } => {
+                        RuntimeEvent::Listed { containers, .. } => {
                             running.retain(|container, _| containers.contains(container));
                         }
-                        Change::Connected { .. }
-                        | Change::Disconnected { .. }
-                        | Change::TaskCreated { .. }
-                        | Change::ExecStarted { .. }
-                        | Change::ExecExited { .. }
-                        | Change::Removed { .. } => (),
+                        RuntimeEvent::Connected { .. }
+                        | RuntimeEvent::Disconnected { .. }
+                        | RuntimeEvent::TaskCreated { .. }
+                        | RuntimeEvent::ExecStarted { .. }
+                        | RuntimeEvent::ExecExited { .. }
+                        | RuntimeEvent::Removed { .. } => (),
                     }
                     ids.iter().all(|id| running.get(&default(id)) == Some(&true)).then_some(())
                 });

@@ -21,7 +21,7 @@ use crossbeam_channel::{Receiver, bounded};
 use driftd::config::{self, Gate};
 use driftd::health::Health;
 use driftd::model::{ContainerId, Fact, FileTime, Observation};
-use driftd::watch::{self, Command as Order, Report, Trust, Watch};
+use driftd::watch::{self, SensorCommand, SensorEvent, Trust, Watch};
 use nix::sys::signal::Signal;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -263,7 +263,7 @@ fn start_gate(gate: Gate) -> driftd::gate::Gate {
 struct Node {
     _turn: MutexGuard<'static, ()>,
     watch: Option<Watch>,
-    reports: Receiver<Box<Report>>,
+    reports: Receiver<Box<SensorEvent>>,
     health: Arc<Health>,
 }
 
@@ -281,35 +281,42 @@ impl Node {
         Node { _turn: turn, watch: Some(watch), reports, health }
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: SensorCommand) {
         self.watch.as_ref().unwrap().commands().send(order).unwrap();
     }
 
     fn attach(&mut self, container: &Container, image: &Image) {
         let id = container.id.clone();
-        self.order(Order::Attach { container: id.clone(), pid: container.init.id(), rootfs: None });
-        self.order(Order::Trust { container: id.clone(), trust: Trust::UpTo(image.recorded) });
-        self.order(Order::Scan { container: id.clone(), ticket: Some(1) });
+        self.order(SensorCommand::Attach {
+            container: id.clone(),
+            pid: container.init.id(),
+            rootfs: None,
+        });
+        self.order(SensorCommand::Trust {
+            container: id.clone(),
+            trust: Trust::UpTo(image.recorded),
+        });
+        self.order(SensorCommand::Scan { container: id.clone(), ticket: Some(1) });
         self.until("the first walk", |report| match report {
-            Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
-            Report::Scanned { container, ticket: Some(1), .. } => *container == id,
+            SensorEvent::NotAttached { reason, .. } => panic!("not attached: {reason}"),
+            SensorEvent::Scanned { container, ticket: Some(1), .. } => *container == id,
             _ => false,
         });
     }
 
     fn detach(&mut self, id: &ContainerId) {
-        self.order(Order::Detach { container: id.clone(), pid: None });
+        self.order(SensorCommand::Detach { container: id.clone(), pid: None });
         // Orders are carried out one after the other.
         let nobody = ContainerId::new("race", "nobody");
-        self.order(Order::Scan { container: nobody.clone(), ticket: Some(2) });
+        self.order(SensorCommand::Scan { container: nobody.clone(), ticket: Some(2) });
         self.until(
             "the container to be forgotten",
-            |report| matches!(report, Report::Scanned { container, .. } if *container == nobody),
+            |report| matches!(report, SensorEvent::Scanned { container, .. } if *container == nobody),
         );
     }
 
     #[track_caller]
-    fn until(&mut self, what: &str, mut is_it: impl FnMut(&Report) -> bool) {
+    fn until(&mut self, what: &str, mut is_it: impl FnMut(&SensorEvent) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let report = self.reports.recv_deadline(deadline);
@@ -606,7 +613,7 @@ fn with_another_trust_every_program_is_asked_about_anew() {
     let mut node = Node::start(Gate::Free);
     node.attach(&container, &image);
     node.until_ignored(&container.file(0));
-    node.order(Order::Trust { container: container.id.clone(), trust: Trust::Unknown });
+    node.order(SensorCommand::Trust { container: container.id.clone(), trust: Trust::Unknown });
     wait_for("the doubt", || node.is_asked_about(&container.file(0)));
     for _ in 0..3 {
         assert!(node.is_asked_about(&container.file(0)), "a doubtful file is never ignored");
@@ -665,9 +672,11 @@ fn a_container_that_runs_already_is_asked_about_for_a_while() {
     wait_for("the entry point", || fs::read(&comm).unwrap() == b"runc:[2:INIT]\n");
     let mut node = Node::start(Gate::Free);
     let id = container.id.clone();
-    node.order(Order::Attach { container: id.clone(), pid: entry.id(), rootfs: None });
-    node.order(Order::Trust { container: id.clone(), trust: Trust::UpTo(image.recorded) });
-    node.until("the container to be attached", |report| matches!(report, Report::Attached { .. }));
+    node.order(SensorCommand::Attach { container: id.clone(), pid: entry.id(), rootfs: None });
+    node.order(SensorCommand::Trust { container: id.clone(), trust: Trust::UpTo(image.recorded) });
+    node.until("the container to be attached", |report| {
+        matches!(report, SensorEvent::Attached { .. })
+    });
     for _ in 0..5 {
         assert!(node.is_asked_about(&container.file(0)));
     }
@@ -693,7 +702,7 @@ fn in_notify_mode_a_dropped_program_is_told_and_nobody_waits() {
     write(&path, &program());
     run_surely(&path);
     node.until("the dropped program", |report| {
-        matches!(report, Report::Observed(Observation { fact: Fact::Executed { path, .. }, .. })
+        matches!(report, SensorEvent::Observed(Observation { fact: Fact::Executed { path, .. }, .. })
             if path.as_bytes() == b"/tmp/dropped")
     });
     container.stop(&mut node);

@@ -32,7 +32,7 @@ use driftd::pulse::Part;
 use driftd::sys::fanotify::{self, Answer, Buffer, Decoded, Group, Incoming};
 use driftd::sys::mounts::Notifier;
 use driftd::sys::procfs;
-use driftd::watch::{self, Command as Order, Report, Trust, Verdict, Watch};
+use driftd::watch::{self, SensorCommand, SensorEvent, Trust, Verdict, Watch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// In an emulated machine, where all is slow.
@@ -353,8 +353,8 @@ fn start_gate(settings: &config::Watch) -> Gate {
 /// The watchers, and everything they have told.
 struct Node {
     watch: Option<Watch>,
-    reports: Receiver<Box<Report>>,
-    told: Vec<Report>,
+    reports: Receiver<Box<SensorEvent>>,
+    told: Vec<SensorEvent>,
     health: Arc<Health>,
     next_ticket: u64,
 }
@@ -376,7 +376,7 @@ impl Node {
         Node { watch: Some(watch), reports, told: Vec::new(), health, next_ticket: 0 }
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: SensorCommand) {
         self.watch.as_ref().unwrap().commands().send(order).unwrap();
     }
 
@@ -387,17 +387,21 @@ impl Node {
 
     fn attach_with(&mut self, container: &Container, trust: Trust) -> bool {
         let id = container.id.clone();
-        self.order(Order::Attach { container: id.clone(), pid: container.pid, rootfs: None });
-        self.order(Order::Trust { container: id.clone(), trust });
+        self.order(SensorCommand::Attach {
+            container: id.clone(),
+            pid: container.pid,
+            rootfs: None,
+        });
+        self.order(SensorCommand::Trust { container: id.clone(), trust });
         let before_start = self.until("the container to be attached", |report| match report {
-            Report::Attached { container, before_start, .. } if *container == id => {
+            SensorEvent::Attached { container, before_start, .. } if *container == id => {
                 Some(*before_start)
             }
-            Report::NotAttached { reason, .. } => panic!("not attached: {reason}"),
+            SensorEvent::NotAttached { reason, .. } => panic!("not attached: {reason}"),
             _ => None,
         });
         self.until("the first walk", |report| match report {
-            Report::Scanned { container, complete: true, .. } if *container == id => Some(()),
+            SensorEvent::Scanned { container, complete: true, .. } if *container == id => Some(()),
             _ => None,
         });
         // Orders are carried out one after the other: by now it is trusted.
@@ -415,7 +419,7 @@ impl Node {
         container.shell(&format!("{program}; /tmp/true"));
         self.until_executed(&path("/tmp/true"));
         let mut told = self.told.iter().filter_map(|report| match report {
-            Report::Observed(Observation {
+            SensorEvent::Observed(Observation {
                 fact: Fact::Executed { path: told, state, layer_file, lower, .. },
                 ..
             }) if *told == path(program) => {
@@ -431,13 +435,13 @@ impl Node {
 
     /// Until the judgement is known: orders are carried out one after the other.
     fn judge(&mut self, container: &Container, file: LayerFile, verdict: Verdict) {
-        self.order(Order::Judged { container: container.id.clone(), file, verdict });
+        self.order(SensorCommand::Judged { container: container.id.clone(), file, verdict });
         self.walk(container);
     }
 
     /// Looks through what was told, and what is told from now on.
     #[track_caller]
-    fn until<T>(&mut self, what: &str, mut look: impl FnMut(&Report) -> Option<T>) -> T {
+    fn until<T>(&mut self, what: &str, mut look: impl FnMut(&SensorEvent) -> Option<T>) -> T {
         if let Some(found) = self.told.iter().find_map(&mut look) {
             return found;
         }
@@ -462,7 +466,7 @@ impl Node {
         mut look: impl FnMut(&Observation) -> Option<T>,
     ) -> T {
         self.until(what, |report| match report {
-            Report::Observed(observation) => look(observation),
+            SensorEvent::Observed(observation) => look(observation),
             _ => None,
         })
     }
@@ -487,9 +491,9 @@ impl Node {
         self.told
             .iter()
             .filter_map(|report| match report {
-                Report::Observed(Observation { fact: Fact::Executed { path, .. }, .. }) => {
-                    Some(path.to_string())
-                }
+                SensorEvent::Observed(Observation {
+                    fact: Fact::Executed { path, .. }, ..
+                }) => Some(path.to_string()),
                 _ => None,
             })
             .collect()
@@ -500,14 +504,16 @@ impl Node {
     fn walk(&mut self, container: &Container) -> Upper {
         self.next_ticket += 1;
         let ticket = Some(self.next_ticket);
-        self.order(Order::Scan { container: container.id.clone(), ticket });
+        self.order(SensorCommand::Scan { container: container.id.clone(), ticket });
         let complete = self.until("the walk to end", |report| match report {
-            Report::Scanned { ticket: this, complete, .. } if *this == ticket => Some(*complete),
+            SensorEvent::Scanned { ticket: this, complete, .. } if *this == ticket => {
+                Some(*complete)
+            }
             _ => None,
         });
         let mut upper = Upper { complete, ..Upper::default() };
         for report in &self.told {
-            if let Report::ScanBatch { ticket: this, observations, .. } = report
+            if let SensorEvent::ScanBatch { ticket: this, observations, .. } = report
                 && *this == ticket
             {
                 observations.iter().for_each(|observation| upper.take(observation));
@@ -521,11 +527,11 @@ impl Node {
     fn unordered_walk(&mut self, id: &ContainerId) -> Upper {
         let mut upper = Upper::default();
         self.until("a walk", |report| match report {
-            Report::ScanBatch { container, ticket: None, observations } if container == id => {
+            SensorEvent::ScanBatch { container, ticket: None, observations } if container == id => {
                 observations.iter().for_each(|observation| upper.take(observation));
                 None
             }
-            Report::Scanned { container, ticket: None, .. } if container == id => {
+            SensorEvent::Scanned { container, ticket: None, .. } if container == id => {
                 (!upper.present.is_empty()).then_some(())
             }
             _ => None,
@@ -548,7 +554,7 @@ impl Drop for Node {
 }
 
 /// A report in a line. Without the processes: their ancestors are the machine's.
-fn summary(report: &Report) -> String {
+fn summary(report: &SensorEvent) -> String {
     let fact = |fact: &Fact| match fact {
         Fact::Executed { path, invoked_as, .. } => format!("executed {path} as {invoked_as:?}"),
         Fact::Loaded { path, .. } => format!("loaded {path}"),
@@ -567,18 +573,18 @@ fn summary(report: &Report) -> String {
         Fact::PackageManager { process } => format!("package manager {:?}", process.argv),
     };
     match report {
-        Report::Observed(observation) => fact(&observation.fact),
-        Report::ScanBatch { ticket, observations, .. } => {
+        SensorEvent::Observed(observation) => fact(&observation.fact),
+        SensorEvent::ScanBatch { ticket, observations, .. } => {
             let facts: Vec<String> = observations.iter().map(|seen| fact(&seen.fact)).collect();
             format!("batch {ticket:?} {facts:?}")
         }
-        Report::Attached { .. }
-        | Report::NotAttached { .. }
-        | Report::Unarmed { .. }
-        | Report::Scanned { .. }
-        | Report::Compared { .. }
-        | Report::Over { .. }
-        | Report::Lost { .. } => format!("{report:?}"),
+        SensorEvent::Attached { .. }
+        | SensorEvent::NotAttached { .. }
+        | SensorEvent::Unarmed { .. }
+        | SensorEvent::Scanned { .. }
+        | SensorEvent::Compared { .. }
+        | SensorEvent::Over { .. }
+        | SensorEvent::Lost { .. } => format!("{report:?}"),
     }
 }
 
@@ -722,7 +728,7 @@ fn a_layers_file_that_was_touched_and_not_changed_is_hashed_once() {
         }
     });
     // With another baseline, or another time, it counts no more.
-    node.order(Order::Trust { container: container.id.clone(), trust: Trust::Unknown });
+    node.order(SensorCommand::Trust { container: container.id.clone(), trust: Trust::Unknown });
     node.walk(&container);
     assert_eq!(node.told_of(&container, "/bin/true"), Some(told));
     node.assert_no_loss();
@@ -913,7 +919,7 @@ fn a10_a_thousand_memfds_are_a_thousand_observations() {
             break;
         };
         let report = *report;
-        if let Report::Observed(Observation {
+        if let SensorEvent::Observed(Observation {
             source,
             fact: Fact::Executed { path, filesystem, state, running, process, .. },
             ..
@@ -1251,7 +1257,7 @@ impl Node {
         self.told
             .iter()
             .filter_map(|report| match report {
-                Report::Observed(Observation {
+                SensorEvent::Observed(Observation {
                     fact: Fact::Executed { path, filesystem, .. },
                     ..
                 }) if *filesystem != Filesystem::Overlay => Some((path.to_string(), *filesystem)),
@@ -1311,7 +1317,7 @@ fn a12_a_mount_made_later_is_marked_at_once_however_the_kernel_tells_of_it() {
         // Nothing of it is kept.
         container.kill_init();
         container.unmount();
-        node.order(Order::Detach { container: container.id.clone(), pid: None });
+        node.order(SensorCommand::Detach { container: container.id.clone(), pid: None });
     }
 }
 
@@ -1414,7 +1420,7 @@ fn a_storm_of_mounts_is_bounded_and_named_once() {
     );
     assert!(container.beside(&["busybox", "sh", "-c", &storm]).status().unwrap().success());
     node.until("the storm to be told", |report| match report {
-        Report::Lost { failure: Failure::MountsFull, .. } => Some(()),
+        SensorEvent::Lost { failure: Failure::MountsFull, .. } => Some(()),
         _ => None,
     });
     // The gate is as quick as ever.
@@ -1427,7 +1433,7 @@ fn a_storm_of_mounts_is_bounded_and_named_once() {
     let told = node
         .told
         .iter()
-        .filter(|report| matches!(report, Report::Lost { failure: Failure::MountsFull, .. }));
+        .filter(|report| matches!(report, SensorEvent::Lost { failure: Failure::MountsFull, .. }));
     assert_eq!(told.count(), 1);
 }
 
@@ -1548,7 +1554,7 @@ fn x14_a_directory_that_two_listen_to_keeps_the_mark_of_the_one_that_goes_on() {
     let mut node = Node::start();
     node.attach(&inner);
     node.attach(&outer);
-    node.order(Order::Terminal {
+    node.order(SensorCommand::Terminal {
         container: inner.id.clone(),
         input: Some(fifo.clone()),
         is_handed_on: false,
@@ -1560,9 +1566,9 @@ fn x14_a_directory_that_two_listen_to_keeps_the_mark_of_the_one_that_goes_on() {
     let id = outer.id.clone();
     outer.kill_init();
     node.told.clear();
-    node.order(Order::Detach { container: id.clone(), pid: None });
+    node.order(SensorCommand::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
-        Report::Scanned { container, .. } if *container == id => Some(()),
+        SensorEvent::Scanned { container, .. } if *container == id => Some(()),
         _ => None,
     });
     let mut client = Command::new("sh");
@@ -1721,7 +1727,7 @@ fn sessions_are_told_once_and_before_what_they_do() {
     });
     let mut node = Node::start();
     let id = container.id.clone();
-    node.order(Order::Attach { container: id, pid: container.pid, rootfs: None });
+    node.order(SensorCommand::Attach { container: id, pid: container.pid, rootfs: None });
     let (source, process) = node.until_observed("the early session", told);
     assert_eq!((source, process.identity.pid), (Source::Scan, early_pid));
     node.told.clear();
@@ -1738,10 +1744,12 @@ fn sessions_are_told_once_and_before_what_they_do() {
         .told
         .iter()
         .filter_map(|report| match report {
-            Report::Observed(Observation { fact: Fact::SessionOpened { .. }, .. }) => {
+            SensorEvent::Observed(Observation { fact: Fact::SessionOpened { .. }, .. }) => {
                 Some("session")
             }
-            Report::Observed(Observation { fact: Fact::Executed { .. }, .. }) => Some("executed"),
+            SensorEvent::Observed(Observation { fact: Fact::Executed { .. }, .. }) => {
+                Some("executed")
+            }
             _ => None,
         })
         .collect();
@@ -1765,13 +1773,13 @@ fn what_is_typed_into_the_terminal_of_init_is_heard_where_it_is_read() {
     let mut node = Node::start();
     node.attach(&container);
     let id = container.id.clone();
-    node.order(Order::Terminal { container: id, input: None, is_handed_on: true });
+    node.order(SensorCommand::Terminal { container: id, input: None, is_handed_on: true });
     let reader = Family(container.command(&["/bin/cat"]).stdin(terminal()).spawn().unwrap());
     container.drop_program("/tmp/true");
     container.shell("/tmp/true");
     node.until_executed(&path("/tmp/true"));
-    let came = |report: &Report| match report {
-        Report::Observed(Observation { fact: Fact::SessionOpened { opening }, .. }) => {
+    let came = |report: &SensorEvent| match report {
+        SensorEvent::Observed(Observation { fact: Fact::SessionOpened { opening }, .. }) => {
             (opening.entry == Entry::Attach).then(|| (opening.root, opening.process.clone()))
         }
         _ => None,
@@ -1818,7 +1826,7 @@ fn the_marks_keep_no_mount_busy_and_the_last_walk_comes_after_the_end() {
     node.told.clear();
     container.kill_init();
     container.unmount();
-    node.order(Order::Detach { container: container.id.clone(), pid: None });
+    node.order(SensorCommand::Detach { container: container.id.clone(), pid: None });
     assert_eq!(node.unordered_walk(&container.id).names(), ["/tmp/true"]);
     let complete = wait_for("the container to be forgotten", || {
         (!node.walk(&container).complete).then_some(false)
@@ -1855,7 +1863,7 @@ fn what_is_being_hashed_is_let_go_at_once_when_its_container_ends() {
     }
     wait_for("its hashing", || (opened() == 3).then_some(()));
     container.kill_init();
-    node.order(Order::Detach { container: container.id.clone(), pid: None });
+    node.order(SensorCommand::Detach { container: container.id.clone(), pid: None });
     wait_for("its files to be let go", || (opened() == 0).then_some(()));
     container.unmount();
     drop(node);
@@ -1889,9 +1897,9 @@ fn what_is_no_container_is_not_attached_and_the_reason_is_told() {
     let mut node = Node::start();
     let mut refusal = |pid| {
         let id = ContainerId::new("test", "none");
-        node.order(Order::Attach { container: id, pid, rootfs: None });
+        node.order(SensorCommand::Attach { container: id, pid, rootfs: None });
         let reason = node.until("the refusal", |report| match report {
-            Report::NotAttached { reason, .. } => Some(reason.clone()),
+            SensorEvent::NotAttached { reason, .. } => Some(reason.clone()),
             _ => None,
         });
         node.told.clear();
@@ -2049,9 +2057,9 @@ fn a_container_that_has_not_begun_is_armed_before_its_entry_point() {
     let init = Waiting::to_become(&container, "/tmp/sleep");
     let mut node = Node::start();
     let id = container.id.clone();
-    node.order(Order::Attach { container: id, pid: init.pid, rootfs: None });
+    node.order(SensorCommand::Attach { container: id, pid: init.pid, rootfs: None });
     let before_start = node.until("the container to be attached", |report| match report {
-        Report::Attached { before_start, .. } => Some(*before_start),
+        SensorEvent::Attached { before_start, .. } => Some(*before_start),
         _ => None,
     });
     assert!(before_start);
@@ -2086,11 +2094,11 @@ fn an_entry_point_that_was_opened_before_the_marks_is_reported_and_named() {
         let mut node = Node::start();
         let id = container.id.clone();
         let pid = init.0.id();
-        node.order(Order::Attach { container: id.clone(), pid, rootfs: None });
+        node.order(SensorCommand::Attach { container: id.clone(), pid, rootfs: None });
         let trust = Trust::UpTo(container.recorded);
-        node.order(Order::Trust { container: id, trust });
+        node.order(SensorCommand::Trust { container: id, trust });
         let before_start = node.until("the container to be attached", |report| match report {
-            Report::Attached { before_start, .. } => Some(*before_start),
+            SensorEvent::Attached { before_start, .. } => Some(*before_start),
             _ => None,
         });
         assert!(before_start, "init is not that program yet");
@@ -2100,7 +2108,7 @@ fn an_entry_point_that_was_opened_before_the_marks_is_reported_and_named() {
         container.drop_program("/tmp/true");
         container.shell("/tmp/true");
         node.until_executed(&path("/tmp/true"));
-        let named = node.told.iter().filter(|told| matches!(told, Report::Unarmed { .. }));
+        let named = node.told.iter().filter(|told| matches!(told, SensorEvent::Unarmed { .. }));
         assert_eq!(named.count(), usize::from(is_named), "for {name}");
         let times = node.executed_paths().iter().filter(|path| *path == name).count();
         assert_eq!(times, 1, "{name}");
@@ -2120,9 +2128,9 @@ fn h03_an_init_that_calls_itself_a_runtimes_has_begun() {
         (comm == b"runc:[2:INIT]\n").then_some(())
     });
     let mut node = Node::start();
-    node.order(Order::Attach { container: container.id.clone(), pid, rootfs: None });
+    node.order(SensorCommand::Attach { container: container.id.clone(), pid, rootfs: None });
     let before_start = node.until("the container to be attached", |report| match report {
-        Report::Attached { before_start, .. } => Some(*before_start),
+        SensorEvent::Attached { before_start, .. } => Some(*before_start),
         _ => None,
     });
     assert!(!before_start, "its program is the container's own");
@@ -2189,8 +2197,9 @@ fn what_was_executed_before_a_stop_is_told() {
     node.watch.take().unwrap().stop();
     let mut told = std::collections::BTreeSet::new();
     for report in node.reports.try_iter() {
-        if let Report::Observed(Observation { fact: Fact::Executed { path, state, .. }, .. }) =
-            &*report
+        if let SensorEvent::Observed(Observation {
+            fact: Fact::Executed { path, state, .. }, ..
+        }) = &*report
             && path.to_string().starts_with("/opt/t")
         {
             assert!(state.blake3().is_some(), "{path} was not hashed");
@@ -2293,17 +2302,17 @@ impl Node {
     }
 }
 
-fn facts(report: &Report) -> impl Iterator<Item = &Fact> {
+fn facts(report: &SensorEvent) -> impl Iterator<Item = &Fact> {
     let (one, several) = match report {
-        Report::Observed(observation) => (Some(observation), &[][..]),
-        Report::ScanBatch { observations, .. } => (None, &observations[..]),
-        Report::Attached { .. }
-        | Report::NotAttached { .. }
-        | Report::Unarmed { .. }
-        | Report::Scanned { .. }
-        | Report::Compared { .. }
-        | Report::Over { .. }
-        | Report::Lost { .. } => (None, &[][..]),
+        SensorEvent::Observed(observation) => (Some(observation), &[][..]),
+        SensorEvent::ScanBatch { observations, .. } => (None, &observations[..]),
+        SensorEvent::Attached { .. }
+        | SensorEvent::NotAttached { .. }
+        | SensorEvent::Unarmed { .. }
+        | SensorEvent::Scanned { .. }
+        | SensorEvent::Compared { .. }
+        | SensorEvent::Over { .. }
+        | SensorEvent::Lost { .. } => (None, &[][..]),
     };
     one.into_iter().chain(several).map(|observation| &observation.fact)
 }
@@ -2497,8 +2506,8 @@ fn more_changes_than_are_waited_for_are_left_to_a_walk_and_to_no_other_container
     let start = Instant::now();
     node.until("the other container's change", |report| {
         let is_others = match report {
-            Report::Observed(observation) => observation.container == other.id,
-            Report::ScanBatch { container, .. } => *container == other.id,
+            SensorEvent::Observed(observation) => observation.container == other.id,
+            SensorEvent::ScanBatch { container, .. } => *container == other.id,
             _ => false,
         };
         facts(report)
@@ -2533,9 +2542,9 @@ fn nothing_is_listened_to_once_a_container_has_ended() {
     let id = container.id.clone();
     container.kill_init();
     node.told.clear();
-    node.order(Order::Detach { container: id.clone(), pid: None });
+    node.order(SensorCommand::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
-        Report::Scanned { container, .. } if *container == id => Some(()),
+        SensorEvent::Scanned { container, .. } if *container == id => Some(()),
         _ => None,
     });
     container.unmount();
@@ -2595,9 +2604,9 @@ fn b09_metadata_only_copies_are_the_images_own_also_after_the_end() {
     node.told.clear();
     let id = container.id.clone();
     container.kill_init();
-    node.order(Order::Detach { container: id.clone(), pid: None });
+    node.order(SensorCommand::Detach { container: id.clone(), pid: None });
     node.until("the last walk", |report| match report {
-        Report::Scanned { container, .. } if *container == id => Some(()),
+        SensorEvent::Scanned { container, .. } if *container == id => Some(()),
         _ => None,
     });
     node.until_present("/bin/true", |state| state.blake3() == Some(hash_of(BUSYBOX)));

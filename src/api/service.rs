@@ -24,7 +24,7 @@ use crate::history::{
     self, AlsoIn, Content, Filter, FindingLookup, Lookup, ProbeLookup, SessionFilter,
 };
 use crate::model::{ContainerId, FindingId, Incarnation, Kind, NamedBy, Session, printable};
-use crate::pipeline::{self, ContainerView, Diff, LookupError, Question};
+use crate::pipeline::{self, ApiRequest, ContainerView, Diff, LookupError};
 use crate::respond;
 use crate::threads::View;
 
@@ -47,7 +47,7 @@ const MAX_RESPONSES: usize = 32;
 pub struct Backend {
     /// This node's name.
     pub node: String,
-    pub questions: Sender<Question>,
+    pub questions: Sender<ApiRequest>,
     pub history: history::Reader,
     /// The newest sequence number in the history.
     pub committed: watch::Receiver<u64>,
@@ -166,7 +166,7 @@ impl Service {
     /// Asks the pipeline. It is never held up by an asker: the channel is bounded.
     pub(super) async fn ask<T>(
         &self,
-        question: impl FnOnce(oneshot::Sender<T>) -> Question,
+        question: impl FnOnce(oneshot::Sender<T>) -> ApiRequest,
     ) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();
         let questions = &self.backend()?.questions;
@@ -190,7 +190,7 @@ impl Service {
     async fn resolve(&self, text: String) -> Result<ContainerId, Status> {
         let live = match self.live {
             Some(_) => {
-                self.ask(|reply| Question::Lookup { container: text.clone(), reply }).await?
+                self.ask(|reply| ApiRequest::Lookup { container: text.clone(), reply }).await?
             }
             None => Err(LookupError::Unknown(printable(text.as_bytes()))),
         };
@@ -249,7 +249,7 @@ impl Service {
     async fn is_meant(&self, text: &str) -> Result<(), Status> {
         let is_whole = |container: &ContainerId| container.named_by(text) == Some(NamedBy::WholeId);
         let container = text.to_owned();
-        let live = self.ask(|reply| Question::Lookup { container, reply }).await?;
+        let live = self.ask(|reply| ApiRequest::Lookup { container, reply }).await?;
         match &live {
             Ok(container) if is_whole(container) => return Ok(()),
             Err(err @ (LookupError::Ambiguous(..) | LookupError::Stopping)) => {
@@ -342,7 +342,7 @@ impl Service {
     /// How a container differs from its image, when a scan of it is over.
     async fn diff(&self, container: String) -> Result<Diff, Status> {
         self.is_meant(&container).await?;
-        self.ask(|reply| Question::Diff { container, reply })
+        self.ask(|reply| ApiRequest::Diff { container, reply })
             .await?
             .map_err(|err| lookup_failed(&err))
     }
@@ -393,8 +393,8 @@ impl DriftService for Service {
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let health = &self.backend()?.health;
         let asked = async {
-            let status = self.ask(Question::Status).await?;
-            Ok::<_, Status>((status, self.ask(Question::Containers).await?))
+            let status = self.ask(ApiRequest::Status).await?;
+            Ok::<_, Status>((status, self.ask(ApiRequest::Containers).await?))
         };
         let (status, views) = match tokio::time::timeout(BUSY, asked).await {
             Ok(asked) => asked?,
@@ -498,7 +498,7 @@ impl DriftService for Service {
         &self,
         _: Request<proto::ListContainersRequest>,
     ) -> Result<Response<proto::ListContainersResponse>, Status> {
-        let views = self.ask(Question::Containers).await?;
+        let views = self.ask(ApiRequest::Containers).await?;
         let store = self.backend()?.baselines.clone();
         let containers = unblock(move || {
             let container = |view: ContainerView| {
@@ -841,7 +841,7 @@ impl DriftService for Service {
         let found = self.read(move |reader| reader.probe(&text)).await?;
         let id = the_one(found, "probe", &shown)?.id;
         let probe = self
-            .ask(|reply| Question::SetProbe { probe: id, reported, reply })
+            .ask(|reply| ApiRequest::SetProbe { probe: id, reported, reply })
             .await?
             .map_err(|err| lookup_failed(&err))?;
         let what = if reported { "reported" } else { "counted" };
@@ -901,7 +901,7 @@ impl DriftService for Service {
         }
         let (container, cause) = self.target(request.container, request.finding).await?;
         let response = self
-            .ask(|reply| Question::Respond {
+            .ask(|reply| ApiRequest::Respond {
                 container,
                 cause,
                 action,

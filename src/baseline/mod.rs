@@ -5,7 +5,7 @@
 //!                                ├─> entries ── layer::write ──> layers/<diff ID>.layer
 //!  a layer's blob ────── stream ─┘      ^                           │ mapped, never copied
 //!                                       │ compare                   v
-//!  News <── recorder <── verify: reads the other witness    merge: ImageBaseline over
+//!  BaselineEvent <── recorder <── verify: reads the other witness    merge: ImageBaseline over
 //!           (one thread)  (one thread, in the background)   the layers of a chain
 //! ```
 //!
@@ -43,7 +43,7 @@ pub mod walk;
 pub use diff::{ImageDifference, diff};
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
 pub use merge::{ImageBaseline, Known, Totals};
-pub use recorder::{Answer, Job, Queue, Recorder};
+pub use recorder::{Answer, Queue, RecordRequest, Recorder};
 pub use store::{Collected, FindError, ImageName, ImageRecord, Store};
 pub use urgency::Urgency;
 
@@ -126,7 +126,7 @@ pub struct LayerDifference {
 
 /// Baselines have changed.
 #[derive(Debug, Clone)]
-pub enum News {
+pub enum BaselineEvent {
     Ready {
         chain_id: ChainId,
         baseline: Arc<ImageBaseline>,

@@ -29,15 +29,15 @@ use super::verify::{
 };
 use super::walk::{self, Reading, walk_to};
 use super::{
-    Blobs, Collected, ImageBaseline, KnownBy, LayerBaseline, LayerDifference, LayerEntry,
-    LayerReport, MAX_DIFFERENCES, News, Progress, Proof, Recorded, Witness,
+    BaselineEvent, Blobs, Collected, ImageBaseline, KnownBy, LayerBaseline, LayerDifference,
+    LayerEntry, LayerReport, MAX_DIFFERENCES, Progress, Proof, Recorded, Witness,
 };
 use crate::config;
 use crate::health::{Failure, Health};
 use crate::model::{Blob, ChainId, ContainerId, FileTime, Layer, LayerId, printable};
 
 /// A stack of layers somebody wants the baseline of.
-pub struct Job {
+pub struct RecordRequest {
     /// The image's name, if the job is for an image.
     pub image: Option<ImageName>,
     /// The container that waits for it, if the job is for a container.
@@ -52,9 +52,9 @@ pub struct Job {
 
 pub type Done = Box<dyn FnOnce(Result<Recorded, String>) + Send>;
 
-impl fmt::Debug for Job {
+impl fmt::Debug for RecordRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Job")
+        f.debug_struct("RecordRequest")
             .field("image", &self.image)
             .field("container", &self.container)
             .field("layers", &self.layers)
@@ -62,7 +62,7 @@ impl fmt::Debug for Job {
     }
 }
 
-impl Job {
+impl RecordRequest {
     fn chain_id(&self) -> Option<ChainId> {
         self.layers.last().map(|layer| layer.chain_id)
     }
@@ -101,12 +101,12 @@ pub type Answer<T> = Box<dyn FnOnce(Result<T, String>) + Send>;
 
 /// A job, and by what it is struck off when it is over.
 struct Submitted {
-    job: Job,
+    job: RecordRequest,
     ticket: u64,
 }
 
 /// What the thread is told besides the containers' jobs, in order.
-enum Order {
+enum Request {
     Record(Submitted),
     Remove { chain_id: ChainId, done: Answer<()> },
     Prune { done: Answer<Collected> },
@@ -131,7 +131,7 @@ struct Shared {
     store: Arc<Store>,
     health: Arc<Health>,
     urgent: Sender<Submitted>,
-    orders: Sender<Order>,
+    orders: Sender<Request>,
     agenda: Arc<Agenda>,
     urgency: Arc<Urgency>,
     /// When each job that is not over was submitted, in order of submission.
@@ -156,7 +156,7 @@ impl Recorder {
         store: Arc<Store>,
         settings: &config::Baseline,
         blobs: Arc<dyn Blobs>,
-        news: Sender<News>,
+        news: Sender<BaselineEvent>,
         health: Arc<Health>,
     ) -> Recorder {
         let (urgent, urgent_jobs) = bounded(QUEUE);
@@ -239,9 +239,9 @@ impl Recorder {
         recorder
     }
 
-    /// Asks for a baseline. [`News`] and `done` tell how it went; a job whose
+    /// Asks for a baseline. [`BaselineEvent`] and `done` tell how it went; a job whose
     /// chain is recorded is news as well.
-    pub fn submit(&self, job: Job) {
+    pub fn submit(&self, job: RecordRequest) {
         let ticket = self.shared.ticket();
         let job = Submitted { job, ticket };
         let refused = if job.job.container.is_some() {
@@ -251,9 +251,9 @@ impl Recorder {
             self.shared.interrupt_for(&needed);
             sent.err().map(|err| (is_full(&err), err.into_inner()))
         } else {
-            let sent = self.shared.orders.try_send(Order::Record(job));
+            let sent = self.shared.orders.try_send(Request::Record(job));
             sent.err().and_then(|err| match (is_full(&err), err.into_inner()) {
-                (full, Order::Record(job)) => Some((full, job)),
+                (full, Request::Record(job)) => Some((full, job)),
                 (_, _) => None,
             })
         };
@@ -284,21 +284,21 @@ impl Recorder {
 
     /// All images that one socket of containerd has now.
     pub fn image_names(&self, endpoint: &str, listed: Vec<(ImageName, ChainId)>) {
-        self.order(Order::SetNames { endpoint: endpoint.to_owned(), listed });
+        self.order(Request::SetNames { endpoint: endpoint.to_owned(), listed });
     }
 
     /// An image was removed; its baseline stays while it is in use.
     pub fn image_removed(&self, namespace: &str, name: &str) {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
-        self.order(Order::ImageRemoved { namespace, name });
+        self.order(Request::ImageRemoved { namespace, name });
     }
 
     /// Forgets what has had no name and no user for the retention period.
     pub fn collect(&self, in_use: HashSet<ChainId>) {
-        self.order(Order::Collect { in_use });
+        self.order(Request::Collect { in_use });
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: Request) {
         if self.shared.orders.try_send(order).is_err() {
             // The next list of images, or the next collection, says it again.
             tracing::warn!("the recorder is too busy to keep the names of images up to date");
@@ -307,16 +307,16 @@ impl Recorder {
 
     /// Forgets one image's baseline. Refused while a container uses it.
     pub fn remove(&self, chain_id: ChainId, done: Answer<()>) {
-        self.ask(Order::Remove { chain_id, done });
+        self.ask(Request::Remove { chain_id, done });
     }
 
     /// Forgets at once what [`collect`](Recorder::collect) would forget after the
     /// retention period.
     pub fn prune(&self, done: Answer<Collected>) {
-        self.ask(Order::Prune { done });
+        self.ask(Request::Prune { done });
     }
 
-    fn ask(&self, order: Order) {
+    fn ask(&self, order: Request) {
         if let Err(err) = self.shared.orders.try_send(order) {
             let busy = "the recorder is too busy; try again later";
             let reason = if is_full(&err) { busy } else { STOPPING };
@@ -423,16 +423,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 const STOPPING: &str = "driftd is being stopped";
 
 /// Answers an order that will not be followed.
-fn refuse(order: Order, reason: &str) {
+fn refuse(order: Request, reason: &str) {
     match order {
-        Order::Record(Submitted { job, .. }) => {
+        Request::Record(Submitted { job, .. }) => {
             if let Some(done) = job.done {
                 done(Err(reason.into()));
             }
         }
-        Order::Remove { done, .. } => done(Err(reason.into())),
-        Order::Prune { done } => done(Err(reason.into())),
-        Order::SetNames { .. } | Order::ImageRemoved { .. } | Order::Collect { .. } => (),
+        Request::Remove { done, .. } => done(Err(reason.into())),
+        Request::Prune { done } => done(Err(reason.into())),
+        Request::SetNames { .. } | Request::ImageRemoved { .. } | Request::Collect { .. } => (),
     }
 }
 
@@ -479,10 +479,10 @@ enum NotRecorded {
 struct Worker {
     shared: Arc<Shared>,
     urgent: Receiver<Submitted>,
-    orders: Receiver<Order>,
+    orders: Receiver<Request>,
     outcomes: Receiver<Outcome>,
     stopped: Receiver<Infallible>,
-    news: Sender<News>,
+    news: Sender<BaselineEvent>,
     settings: config::Baseline,
     limits: Limits,
     blobs: Arc<dyn Blobs>,
@@ -532,7 +532,7 @@ impl Worker {
                 },
             }
         }
-        for order in self.urgent.try_iter().map(Order::Record).chain(self.orders.try_iter()) {
+        for order in self.urgent.try_iter().map(Request::Record).chain(self.orders.try_iter()) {
             refuse(order, STOPPING);
         }
         for done in self.asked.drain().filter_map(|(_, asked)| asked.done) {
@@ -542,13 +542,13 @@ impl Worker {
         self.shared.urgency.leave();
     }
 
-    fn follow(&mut self, order: Order) {
+    fn follow(&mut self, order: Request) {
         let store = Arc::clone(&self.shared.store);
         let result = match order {
-            Order::Record(job) => return self.record(job, None),
-            Order::SetNames { endpoint, listed } => store.set_names(&endpoint, &listed),
-            Order::ImageRemoved { namespace, name } => store.remove_name(&namespace, &name),
-            Order::Collect { in_use } => {
+            Request::Record(job) => return self.record(job, None),
+            Request::SetNames { endpoint, listed } => store.set_names(&endpoint, &listed),
+            Request::ImageRemoved { namespace, name } => store.remove_name(&namespace, &name),
+            Request::Collect { in_use } => {
                 self.users.retain(|_, user| in_use.contains(&user.chain_id));
                 self.retries.retain(|container, _| self.users.contains_key(container));
                 self.told_since.retain(|chain_id, _| in_use.contains(chain_id));
@@ -559,14 +559,14 @@ impl Worker {
                 self.in_use = Some(in_use);
                 return self.collect();
             }
-            Order::Remove { chain_id, done } => {
+            Request::Remove { chain_id, done } => {
                 let user = self.users.iter().find(|(_, user)| user.chain_id == chain_id);
                 return done(match user {
                     Some((container, _)) => Err(format!("the container {container} uses it")),
                     None => store.remove(chain_id).map_err(|err| in_full(&err)),
                 });
             }
-            Order::Prune { done } => {
+            Request::Prune { done } => {
                 let collected = store.collect(&self.in_use(), Duration::ZERO);
                 return done(collected.map_err(|err| in_full(&err)));
             }
@@ -597,7 +597,7 @@ impl Worker {
                 continue;
             };
             let ticket = self.shared.ticket();
-            let job = Job {
+            let job = RecordRequest {
                 image: None,
                 container: Some(container),
                 layers,
@@ -690,7 +690,7 @@ impl Worker {
         if self.urgent.is_empty() {
             self.shared.urgency.lower();
         }
-        let Job { image, container, layers, proof, progress, done } = job;
+        let RecordRequest { image, container, layers, proof, progress, done } = job;
         if let Some(container) = &container {
             self.keep_user(container, &layers, result.is_err(), waited);
         }
@@ -715,7 +715,9 @@ impl Worker {
             let chain_id = layer.chain_id;
             match &asked {
                 Ok((_, baseline)) => self.tell_ready(chain_id, Arc::clone(baseline)),
-                Err(reason) => self.tell(News::Failed { chain_id, reason: reason.clone() }),
+                Err(reason) => {
+                    self.tell(BaselineEvent::Failed { chain_id, reason: reason.clone() });
+                }
             }
         }
         if asked.is_ok() {
@@ -764,7 +766,7 @@ impl Worker {
         self.users.insert(container.clone(), user);
     }
 
-    fn baseline_of(&mut self, job: &Job) -> Result<Arc<ImageBaseline>, String> {
+    fn baseline_of(&mut self, job: &RecordRequest) -> Result<Arc<ImageBaseline>, String> {
         let Some(chain_id) = job.chain_id() else { return Err("there are no layers".into()) };
         let store = Arc::clone(&self.shared.store);
         // Layers are counted once: as they are proved, if that is asked for.
@@ -812,7 +814,12 @@ impl Worker {
         }
     }
 
-    fn record_layer(&mut self, job: &Job, layer: &Layer, below: &[LayerId]) -> Result<(), String> {
+    fn record_layer(
+        &mut self,
+        job: &RecordRequest,
+        layer: &Layer,
+        below: &[LayerId],
+    ) -> Result<(), String> {
         let mut interruptions = if job.container.is_some() { 0 } else { INTERRUPTIONS };
         loop {
             self.shared.set_current((interruptions > 0).then_some(layer.id));
@@ -939,7 +946,7 @@ impl Worker {
         if total > 0 {
             let (layer, witness) = (layer.id, directory_name(directory));
             let directories = vec![directory.to_owned()];
-            self.tell(News::Tampered { layer, witness, directories, differences, total });
+            self.tell(BaselineEvent::Tampered { layer, witness, directories, differences, total });
         }
         total == 0
     }
@@ -1226,7 +1233,7 @@ impl Worker {
             "what was recorded from {witness} differs from the layer's blob; the baseline is the blob's now"
         );
         self.given_up.extend(directories.iter().map(|path| (id, path.clone())));
-        self.tell(News::Tampered {
+        self.tell(BaselineEvent::Tampered {
             layer: id,
             witness,
             directories,
@@ -1278,7 +1285,7 @@ impl Worker {
         proof.forget_directory(path);
         self.write_proof(id, proof);
         self.given_up.insert((id, path.clone()));
-        self.tell(News::Tampered {
+        self.tell(BaselineEvent::Tampered {
             layer: id,
             witness,
             directories: vec![path.clone()],
@@ -1386,7 +1393,7 @@ impl Worker {
     fn tell_ready(&mut self, chain_id: ChainId, baseline: Arc<ImageBaseline>) {
         let unchanged_since = self.since(chain_id);
         self.told_since.insert(chain_id, unchanged_since);
-        self.tell(News::Ready { chain_id, baseline, unchanged_since });
+        self.tell(BaselineEvent::Ready { chain_id, baseline, unchanged_since });
     }
 
     /// After a comparison with a layer: tells the containers that have it if the
@@ -1413,12 +1420,12 @@ impl Worker {
     fn tell_turned_away(&self) {
         let turned_away = std::mem::take(&mut *lock(&self.shared.turned_away));
         for (chain_id, reason) in turned_away {
-            self.tell(News::Failed { chain_id, reason });
+            self.tell(BaselineEvent::Failed { chain_id, reason });
         }
     }
 
     /// Waits for the pipeline, but not for ever when both are being stopped.
-    fn tell(&self, news: News) {
+    fn tell(&self, news: BaselineEvent) {
         select! {
             // Nobody listens any more: there is nobody to tell.
             send(self.news, news) -> _ => (),

@@ -18,7 +18,7 @@ use super::connection::{Connection, Namespace, interrupted, words};
 use super::events::{self, Event};
 use super::images::{Images, Trouble};
 use super::outbox::{Answer, Outbox, Stopped};
-use super::{Change, Error, Lane, Recording, containers, snapshots, tasks};
+use super::{Error, Lane, Recording, RuntimeEvent, containers, snapshots, tasks};
 use crate::health::{Failure, Health};
 use crate::model::{Container, ContainerId, printable};
 
@@ -127,7 +127,7 @@ impl Endpoint {
     pub(super) fn new(
         socket: &Path,
         exclude: &BTreeSet<String>,
-        changes: Sender<Change>,
+        changes: Sender<RuntimeEvent>,
         recorder: Arc<dyn Recording>,
         health: Arc<Health>,
         lane: Option<Lane>,
@@ -377,10 +377,10 @@ impl Endpoint {
             }
             Event::TaskExited { container, .. } => self.outbox.task_exited(container).await?,
             Event::ExecStarted { container, exec_id, pid } => {
-                self.tell_exec(Change::ExecStarted { container, exec_id, pid })?;
+                self.tell_exec(RuntimeEvent::ExecStarted { container, exec_id, pid })?;
             }
             Event::ExecExited { container, exec_id, pid, exit, at } => {
-                self.tell_exec(Change::ExecExited { container, exec_id, pid, exit, at })?;
+                self.tell_exec(RuntimeEvent::ExecExited { container, exec_id, pid, exit, at })?;
             }
             Event::ContainerChanged { container } => {
                 self.outbox.changed(&container).await;
@@ -397,7 +397,7 @@ impl Endpoint {
         Ok(())
     }
 
-    fn tell_exec(&self, change: Change) -> Result<(), Stopped> {
+    fn tell_exec(&self, change: RuntimeEvent) -> Result<(), Stopped> {
         if !self.outbox.exec(change)? {
             too_many_execs(&self.health);
         }

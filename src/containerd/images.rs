@@ -24,7 +24,7 @@ use super::manifests::{self, Descriptor, Document, brief};
 use super::probes::{self, HealthCheck};
 use super::snapshots::{self, Held, Keeps, Shape, View};
 use super::{ImageProblem, Recording};
-use crate::baseline::{ImageName, Job, Progress, Proof, Recorded};
+use crate::baseline::{ImageName, Progress, Proof, RecordRequest, Recorded};
 use crate::health::{Failure, Health};
 use crate::model::{Blob, ChainId, DiffId, Layer, LayerId, ManifestDigest, printable};
 use crate::sys::procfs::Handle;
@@ -720,7 +720,7 @@ impl Images {
         ask: Ask,
     ) -> Result<Recorded, String> {
         let (done, finished) = oneshot::channel();
-        let job = Job {
+        let job = RecordRequest {
             image,
             container: None,
             layers,
@@ -1111,7 +1111,7 @@ mod tests {
     struct NoRecorder;
 
     impl Recording for NoRecorder {
-        fn submit(&self, job: Job) {
+        fn submit(&self, job: RecordRequest) {
             panic!("{job:?}");
         }
 

@@ -1,10 +1,10 @@
 //! What runs on this node, as containerd tells it (async).
 //!
 //! ```text
-//!  socket ── events ──> read ── queue ──> dispatch ──────── outbox ── Change ──> pipeline
+//!  socket ── events ──> read ── queue ──> dispatch ──────── outbox ── RuntimeEvent ──> pipeline
 //!                                            │ look again      ^
 //!                                            ├──> describe ────┘ (containers, tasks, snapshots)
-//!                                            └──> images ── Job ──> baseline's recorder
+//!                                            └──> images ── RecordRequest ──> baseline's recorder
 //! ```
 //!
 //! # Why nothing is lost
@@ -59,7 +59,7 @@ use tokio::task::AbortHandle;
 pub use self::blobs::ContentBlobs;
 use self::endpoint::Endpoint;
 use self::images::{Ask, Trouble};
-use crate::baseline::{ImageName, Job, Progress, Proof, Recorded, Recorder};
+use crate::baseline::{ImageName, Progress, Proof, RecordRequest, Recorded, Recorder};
 use crate::config;
 use crate::health::Health;
 use crate::model::{
@@ -67,9 +67,9 @@ use crate::model::{
 };
 
 /// One change on the node. containerd replays nothing, so after every
-/// (re)connection everything is listed anew and [`Change::Listed`] ends the list.
+/// (re)connection everything is listed anew and [`RuntimeEvent::Listed`] ends the list.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum RuntimeEvent {
     Connected {
         endpoint: Arc<str>,
     },
@@ -133,7 +133,7 @@ pub type Lane = Arc<dyn Fn(Urgent) + Send + Sync>;
 /// Who makes baselines of the images that containerd has.
 pub trait Recording: Send + Sync + 'static {
     /// May wait for room.
-    fn submit(&self, job: Job);
+    fn submit(&self, job: RecordRequest);
     /// Those of `layers` whose directories would have to be read.
     fn unrecorded(&self, layers: &[LayerId]) -> Vec<LayerId>;
     /// All images that one containerd has now. Must not wait.
@@ -143,7 +143,7 @@ pub trait Recording: Send + Sync + 'static {
 }
 
 impl Recording for Recorder {
-    fn submit(&self, job: Job) {
+    fn submit(&self, job: RecordRequest) {
         Recorder::submit(self, job);
     }
 
@@ -229,7 +229,7 @@ impl Containerd {
     /// tokio runtime.
     pub fn start(
         settings: &config::Containerd,
-        changes: &Sender<Change>,
+        changes: &Sender<RuntimeEvent>,
         recorder: impl Recording,
         health: &Arc<Health>,
     ) -> Containerd {
@@ -239,7 +239,7 @@ impl Containerd {
     /// The same, with a way for what is urgent.
     pub fn start_with(
         settings: &config::Containerd,
-        changes: &Sender<Change>,
+        changes: &Sender<RuntimeEvent>,
         recorder: impl Recording,
         health: &Arc<Health>,
         lane: Option<&Lane>,

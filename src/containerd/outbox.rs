@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, TrySendError};
 use tokio::sync::Mutex;
 
-use super::{Change, Lane, Urgent};
+use super::{Lane, RuntimeEvent, Urgent};
 use crate::model::{Container, ContainerId, OverlayDirs, Task};
 
 /// The pipeline is gone: driftd is stopping.
@@ -44,7 +44,7 @@ const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 pub(super) struct Outbox {
     endpoint: Arc<str>,
-    changes: Sender<Change>,
+    changes: Sender<RuntimeEvent>,
     lane: Option<Lane>,
     state: Mutex<State>,
 }
@@ -94,7 +94,11 @@ impl State {
 }
 
 impl Outbox {
-    pub(super) fn new(endpoint: Arc<str>, changes: Sender<Change>, lane: Option<Lane>) -> Outbox {
+    pub(super) fn new(
+        endpoint: Arc<str>,
+        changes: Sender<RuntimeEvent>,
+        lane: Option<Lane>,
+    ) -> Outbox {
         Outbox { endpoint, changes, lane, state: Mutex::default() }
     }
 
@@ -120,12 +124,12 @@ impl Outbox {
         for known in state.containers.values_mut() {
             known.sent = None;
         }
-        self.send(Change::Connected { endpoint: Arc::clone(&self.endpoint) }).await
+        self.send(RuntimeEvent::Connected { endpoint: Arc::clone(&self.endpoint) }).await
     }
 
     pub(super) async fn disconnected(&self, reason: String) -> Result<(), Stopped> {
         let _order = self.state.lock().await;
-        self.send(Change::Disconnected { endpoint: Arc::clone(&self.endpoint), reason }).await
+        self.send(RuntimeEvent::Disconnected { endpoint: Arc::clone(&self.endpoint), reason }).await
     }
 
     pub(super) async fn task_created(
@@ -139,7 +143,7 @@ impl Outbox {
         known.removed = false;
         known.running = Some(pid);
         known.created = Some(Instant::now());
-        self.send(Change::TaskCreated { container, pid, rootfs }).await
+        self.send(RuntimeEvent::TaskCreated { container, pid, rootfs }).await
     }
 
     pub(super) async fn task_exited(&self, container: ContainerId) -> Result<(), Stopped> {
@@ -147,7 +151,7 @@ impl Outbox {
         let known = state.event(&container);
         known.running = None;
         known.created = None;
-        self.send(Change::TaskExited { container }).await
+        self.send(RuntimeEvent::TaskExited { container }).await
     }
 
     pub(super) async fn removed(&self, container: ContainerId) -> Result<(), Stopped> {
@@ -155,7 +159,7 @@ impl Outbox {
         let known = state.event(&container);
         // What is left marks that answers from before are outdated.
         *known = Known { changed: known.changed, removed: true, ..Known::default() };
-        self.send(Change::Removed { container }).await
+        self.send(RuntimeEvent::Removed { container }).await
     }
 
     /// Gives on what is said of an exec; false if it was dropped, for want of room.
@@ -163,7 +167,7 @@ impl Outbox {
     /// Nobody waits here, neither for the lock nor for the channel, of which execs
     /// get no more than half: however many there are, a task that was created finds
     /// room behind them. It is no event of the container's record, which stays true.
-    pub(super) fn exec(&self, change: Change) -> Result<bool, Stopped> {
+    pub(super) fn exec(&self, change: RuntimeEvent) -> Result<bool, Stopped> {
         let has_room =
             self.changes.capacity().is_none_or(|capacity| self.changes.len() < capacity / 2);
         if !has_room {
@@ -195,7 +199,7 @@ impl Outbox {
             let known = state.event(container);
             self.exited(container, known.running);
             *known = Known { changed: known.changed, removed: true, ..Known::default() };
-            self.send(Change::Removed { container: container.clone() }).await?;
+            self.send(RuntimeEvent::Removed { container: container.clone() }).await?;
         }
         Ok(Answer::Taken)
     }
@@ -238,11 +242,11 @@ impl Outbox {
         }
         if known.running.is_some() && known.running != pid {
             // Its exit was not heard of.
-            self.send(Change::TaskExited { container: container.id.clone() }).await?;
+            self.send(RuntimeEvent::TaskExited { container: container.id.clone() }).await?;
         }
         known.running = pid;
         known.sent = Some(container.clone());
-        self.send(Change::Container(Box::new(container))).await?;
+        self.send(RuntimeEvent::Container(Box::new(container))).await?;
         Ok(answer)
     }
 
@@ -269,7 +273,7 @@ impl Outbox {
         });
         let mut containers: Vec<_> = containers.into_iter().collect();
         containers.sort();
-        self.send(Change::Listed { endpoint: Arc::clone(&self.endpoint), containers }).await
+        self.send(RuntimeEvent::Listed { endpoint: Arc::clone(&self.endpoint), containers }).await
     }
 
     /// Whether this container was heard of and not removed.
@@ -277,7 +281,7 @@ impl Outbox {
         self.state.lock().await.containers.get(container).is_some_and(|known| !known.removed)
     }
 
-    async fn send(&self, mut change: Change) -> Result<(), Stopped> {
+    async fn send(&self, mut change: RuntimeEvent) -> Result<(), Stopped> {
         loop {
             match self.changes.try_send(change) {
                 Ok(()) => return Ok(()),
@@ -326,7 +330,7 @@ mod tests {
         }
     }
 
-    fn outbox() -> (Outbox, Receiver<Change>) {
+    fn outbox() -> (Outbox, Receiver<RuntimeEvent>) {
         let (changes, received) = crossbeam_channel::bounded(16);
         (Outbox::new("test".into(), changes, None), received)
     }
@@ -357,12 +361,12 @@ mod tests {
         );
     }
 
-    fn sent(received: &Receiver<Change>) -> Vec<Change> {
+    fn sent(received: &Receiver<RuntimeEvent>) -> Vec<RuntimeEvent> {
         received.try_iter().collect()
     }
 
-    fn container(name: &str, task: Option<u32>) -> Change {
-        Change::Container(Box::new(record(name, task)))
+    fn container(name: &str, task: Option<u32>) -> RuntimeEvent {
+        RuntimeEvent::Container(Box::new(record(name, task)))
     }
 
     #[tokio::test]
@@ -378,8 +382,8 @@ mod tests {
         assert_eq!(
             sent(&received),
             [
-                Change::TaskCreated { container: id("c"), pid: 7, rootfs: None },
-                Change::TaskExited { container: id("c") },
+                RuntimeEvent::TaskCreated { container: id("c"), pid: 7, rootfs: None },
+                RuntimeEvent::TaskExited { container: id("c") },
                 container("c", None),
             ]
         );
@@ -396,8 +400,8 @@ mod tests {
         assert_eq!(
             sent(&received),
             [
-                Change::Removed { container: id("c") },
-                Change::Listed { endpoint: "test".into(), containers: vec![id("d")] },
+                RuntimeEvent::Removed { container: id("c") },
+                RuntimeEvent::Listed { endpoint: "test".into(), containers: vec![id("d")] },
             ]
         );
         assert!(!outbox.knows(&id("c")).await);
@@ -411,7 +415,7 @@ mod tests {
         outbox.listed(asked, vec![id("old")]).await.unwrap();
         assert_eq!(
             sent(&received).last(),
-            Some(&Change::Listed {
+            Some(&RuntimeEvent::Listed {
                 endpoint: "test".into(),
                 containers: vec![id("new"), id("old")]
             })
@@ -437,7 +441,7 @@ mod tests {
             sent(&received),
             [
                 container("c", Some(7)),
-                Change::TaskExited { container: id("c") },
+                RuntimeEvent::TaskExited { container: id("c") },
                 container("c", Some(8)),
             ]
         );
@@ -453,7 +457,7 @@ mod tests {
             sent(&received),
             [
                 container("c", Some(7)),
-                Change::Connected { endpoint: "test".into() },
+                RuntimeEvent::Connected { endpoint: "test".into() },
                 container("c", Some(7)),
             ]
         );
@@ -466,7 +470,7 @@ mod tests {
         outbox.connected().await.unwrap();
         let answer = outbox.container(asked, record("c", Some(7))).await;
         assert_eq!(answer, Ok(Answer::Outdated));
-        assert_eq!(sent(&received), [Change::Connected { endpoint: "test".into() }]);
+        assert_eq!(sent(&received), [RuntimeEvent::Connected { endpoint: "test".into() }]);
     }
 
     #[tokio::test]
@@ -476,11 +480,14 @@ mod tests {
         outbox.gone(outbox.asking().await, &id("c")).await.unwrap();
         outbox.changed(&id("c")).await;
         outbox.gone(outbox.asking().await, &id("c")).await.unwrap();
-        assert_eq!(sent(&received), [container("c", None), Change::Removed { container: id("c") }]);
+        assert_eq!(
+            sent(&received),
+            [container("c", None), RuntimeEvent::Removed { container: id("c") }]
+        );
     }
 
-    fn exec(name: &str, pid: u32) -> Change {
-        Change::ExecStarted { container: id(name), exec_id: "e".into(), pid }
+    fn exec(name: &str, pid: u32) -> RuntimeEvent {
+        RuntimeEvent::ExecStarted { container: id(name), exec_id: "e".into(), pid }
     }
 
     #[tokio::test]
@@ -507,7 +514,7 @@ mod tests {
         assert_eq!(outbox.exec(exec("c", 100)), Ok(false));
         drop(held);
         outbox.task_created(id("c"), 7, None).await.unwrap();
-        let created = Change::TaskCreated { container: id("c"), pid: 7, rootfs: None };
+        let created = RuntimeEvent::TaskCreated { container: id("c"), pid: 7, rootfs: None };
         assert_eq!(sent(&received).last(), Some(&created));
     }
 

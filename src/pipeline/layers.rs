@@ -20,7 +20,7 @@ use crate::model::finding::Subject;
 use crate::model::{
     ContainerId, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId, RootfsPath,
 };
-use crate::watch::{Command, Trust};
+use crate::watch::{SensorCommand, Trust};
 
 /// Who has seen what is wrong with a layer, and who misses a baseline.
 const VERIFY: &str = "verify";
@@ -283,7 +283,7 @@ pub(super) fn tell_trust(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effe
     match entry.watch {
         WatchState::Asked | WatchState::Attached { .. } => {
             let trust = trust(entry);
-            effects.push(Effect::Watch(Command::Trust { container: id.clone(), trust }));
+            effects.push(Effect::Watch(SensorCommand::Trust { container: id.clone(), trust }));
         }
         WatchState::No | WatchState::Refused(_) => (),
     }
@@ -294,7 +294,7 @@ pub(super) fn tell_entry_point(id: &ContainerId, entry: &Entry, effects: &mut Ve
     let is_watched = matches!(entry.watch, WatchState::Asked | WatchState::Attached { .. });
     if is_watched && !entry.entry_point.is_empty() {
         let (container, paths) = (id.clone(), entry.entry_point.clone());
-        effects.push(Effect::Watch(Command::EntryPoint { container, paths }));
+        effects.push(Effect::Watch(SensorCommand::EntryPoint { container, paths }));
     }
 }
 

@@ -34,8 +34,8 @@ struct Node {
     init: ProcessIdentity,
     /// Every finding revision that was recorded, in order.
     told: Vec<Finding>,
-    commands: Vec<Command>,
-    orders: Vec<Order>,
+    commands: Vec<SensorCommand>,
+    orders: Vec<ResponseRequest>,
     responses: Vec<Response>,
     gaps: Vec<String>,
     /// What was told of aggregated findings' files.
@@ -125,21 +125,25 @@ impl Node {
         };
         let path = || RootfsPath::new(words[2]).unwrap();
         match words[..] {
-            ["start", name] => Input::Node(Change::Container(Box::new(container(name, Some(7))))),
-            ["stop", name] => Input::Node(Change::TaskExited { container: id(name) }),
-            ["remove", name] => Input::Node(Change::Removed { container: id(name) }),
-            ["list", ref names @ ..] => Input::Node(Change::Listed {
+            ["start", name] => {
+                Input::Node(RuntimeEvent::Container(Box::new(container(name, Some(7)))))
+            }
+            ["stop", name] => Input::Node(RuntimeEvent::TaskExited { container: id(name) }),
+            ["remove", name] => Input::Node(RuntimeEvent::Removed { container: id(name) }),
+            ["list", ref names @ ..] => Input::Node(RuntimeEvent::Listed {
                 endpoint: ENDPOINT.into(),
                 containers: names.iter().map(|name| id(name)).collect(),
             }),
-            ["connected"] => Input::Node(Change::Connected { endpoint: ENDPOINT.into() }),
-            ["disconnected"] => Input::Node(Change::Disconnected {
+            ["connected"] => Input::Node(RuntimeEvent::Connected { endpoint: ENDPOINT.into() }),
+            ["disconnected"] => Input::Node(RuntimeEvent::Disconnected {
                 endpoint: ENDPOINT.into(),
                 reason: "the stream ended".into(),
             }),
-            ["attached", name] => {
-                Input::Watch(Report::Attached { container: id(name), pid: 7, before_start: true })
-            }
+            ["attached", name] => Input::Watch(SensorEvent::Attached {
+                container: id(name),
+                pid: 7,
+                before_start: true,
+            }),
             ["baseline"] => Input::Baseline(ready(None), ImageReference::default()),
             ["trusted", time] => {
                 let ready = ready(Some(time.parse().unwrap()));
@@ -147,7 +151,7 @@ impl Node {
             }
             ["failed", reason] => {
                 let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
-                let failed = News::Failed { chain_id, reason: reason.to_owned() };
+                let failed = BaselineEvent::Failed { chain_id, reason: reason.to_owned() };
                 Input::Baseline(failed, ImageReference::default())
             }
             ["layer-exec", _, _, content] => {
@@ -155,15 +159,16 @@ impl Node {
                 if let Fact::Executed { layer_file, .. } = &mut fact {
                     *layer_file = Some(layer_file_of(content));
                 }
-                Input::Watch(Report::Observed(observed(Source::Gate, fact)))
+                Input::Watch(SensorEvent::Observed(observed(Source::Gate, fact)))
             }
             ["exec", _, _, content] => {
-                Input::Watch(Report::Observed(observed(Source::Gate, exec(path(), content))))
+                Input::Watch(SensorEvent::Observed(observed(Source::Gate, exec(path(), content))))
             }
-            ["write", _, _, content] => {
-                Input::Watch(Report::Observed(observed(Source::Change, present(path(), content))))
-            }
-            ["gone", _, _] => Input::Watch(Report::Observed(observed(
+            ["write", _, _, content] => Input::Watch(SensorEvent::Observed(observed(
+                Source::Change,
+                present(path(), content),
+            ))),
+            ["gone", _, _] => Input::Watch(SensorEvent::Observed(observed(
                 Source::Change,
                 Fact::Absent { path: path(), writer: None },
             ))),
@@ -179,7 +184,11 @@ impl Node {
                         observed(Source::Scan, fact)
                     })
                     .collect();
-                Input::Watch(Report::ScanBatch { container: id(name), ticket: None, observations })
+                Input::Watch(SensorEvent::ScanBatch {
+                    container: id(name),
+                    ticket: None,
+                    observations,
+                })
             }
             ["session" | "entered" | "found", _, pid, tty, ref argv @ ..] => {
                 let mut process = process(pid.parse().unwrap());
@@ -198,7 +207,7 @@ impl Node {
                 };
                 let source = if words[0] == "found" { Source::Scan } else { Source::Gate };
                 let fact = Fact::SessionOpened { opening: Arc::new(opening) };
-                Input::Watch(Report::Observed(observed(source, fact)))
+                Input::Watch(SensorEvent::Observed(observed(source, fact)))
             }
             ["came", _, root, pid, ref argv @ ..] => {
                 let mut process = process(pid.parse().unwrap());
@@ -214,12 +223,12 @@ impl Node {
                     beside: None,
                 };
                 let fact = Fact::SessionOpened { opening: Arc::new(opening) };
-                Input::Watch(Report::Observed(observed(Source::Change, fact)))
+                Input::Watch(SensorEvent::Observed(observed(Source::Change, fact)))
             }
             ["ran-more", _, root, times] => {
                 let times = times.parse().unwrap();
                 let fact = Fact::SessionRanMore { root: identity(root), times };
-                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+                Input::Watch(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["ran", _, root, pid, ref argv @ ..] => {
                 let run = Run {
@@ -229,25 +238,25 @@ impl Node {
                     tty: None,
                 };
                 let fact = Fact::SessionRan { root: identity(root), run: Arc::new(run) };
-                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+                Input::Watch(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["terminal", _, root, tty] => {
                 let (interactive, tty) = (Interactive::TerminalLater, Some(tty.to_owned()));
                 let fact = Fact::SessionInteractive { root: identity(root), interactive, tty };
-                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+                Input::Watch(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["ended", _, root, pid, code] => {
                 let exit = code.parse().ok().map(|code| Exit { code: Some(code), signal: None });
                 let (root, process) = (identity(root), identity(pid));
                 let fact = Fact::SessionProcessEnded { root, process, exit };
-                Input::Watch(Report::Observed(observed(Source::Trace, fact)))
+                Input::Watch(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
-            ["exec-started", name, exec_id, pid] => Input::Node(Change::ExecStarted {
+            ["exec-started", name, exec_id, pid] => Input::Node(RuntimeEvent::ExecStarted {
                 container: id(name),
                 exec_id: exec_id.to_owned(),
                 pid: pid.parse().unwrap(),
             }),
-            ["exec-exited", name, exec_id, pid, code] => Input::Node(Change::ExecExited {
+            ["exec-exited", name, exec_id, pid, code] => Input::Node(RuntimeEvent::ExecExited {
                 container: id(name),
                 exec_id: exec_id.to_owned(),
                 pid: pid.parse().unwrap(),
@@ -261,7 +270,7 @@ impl Node {
                     Arc::make_mut(process).ancestors.clear();
                 }
                 observation.session = Some(identity(root));
-                Input::Watch(Report::Observed(observation))
+                Input::Watch(SensorEvent::Observed(observation))
             }
             _ => panic!("bad line: {line:?}"),
         }
@@ -359,10 +368,10 @@ fn up_to(seconds: i64) -> FileTime {
     FileTime { seconds, nanoseconds: 0 }
 }
 
-fn ready(unchanged_since: Option<i64>) -> News {
+fn ready(unchanged_since: Option<i64>) -> BaselineEvent {
     let baseline = Arc::new(ImageBaseline::from_text(&[IMAGE]));
     let chain_id = baseline.chain_id();
-    News::Ready { chain_id, baseline, unchanged_since: unchanged_since.map(up_to) }
+    BaselineEvent::Ready { chain_id, baseline, unchanged_since: unchanged_since.map(up_to) }
 }
 
 fn layer_file_of(content: &str) -> LayerFile {
@@ -495,7 +504,7 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
     };
     let at = Timestamp::from_second(1).unwrap();
     let container = id("c1");
-    Input::Watch(Report::Observed(Observation {
+    Input::Watch(SensorEvent::Observed(Observation {
         container,
         init: init(7),
         at,
@@ -535,7 +544,7 @@ fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_ala
     };
     let at = Timestamp::from_second(1).unwrap();
     let (container, source) = (id("c1"), Source::Change);
-    node.give(Input::Watch(Report::Observed(Observation {
+    node.give(Input::Watch(SensorEvent::Observed(Observation {
         container,
         init: init(7),
         at,
@@ -564,14 +573,14 @@ fn owners_are_told_as_the_container_names_them() {
     let mut in_user_namespace = container("c1", Some(7));
     let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
     in_user_namespace.id_map = Some(IdMap { uids: range(100_000), gids: range(200_000) });
-    node.give(Input::Node(Change::Container(Box::new(in_user_namespace))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(in_user_namespace))));
     let owned = |path: &str, uid, gid| {
         let mut fact = exec(RootfsPath::new(path).unwrap(), "evil");
         if let Fact::Executed { state, .. } = &mut fact {
             (state.uid, state.gid) = (uid, gid);
         }
         let at = Timestamp::from_second(9).unwrap();
-        Report::Observed(Observation {
+        SensorEvent::Observed(Observation {
             container: id("c1"),
             init: init(7),
             at,
@@ -856,7 +865,7 @@ fn one_container_that_nobody_has_reported_takes_no_room_from_another_one() {
             reached_as: None,
             fact,
         };
-        Input::Watch(Report::Observed(observation))
+        Input::Watch(SensorEvent::Observed(observation))
     };
     node.give(of("c2", exec(at("/tmp/x"), "evil")));
     for number in 0..3000 {
@@ -869,7 +878,7 @@ fn one_container_that_nobody_has_reported_takes_no_room_from_another_one() {
     for container in ["c2", "c3"] {
         node.clock = 1;
         let container = id(container);
-        node.give(Input::Node(Change::TaskCreated { container, pid: 7, rootfs: None }));
+        node.give(Input::Node(RuntimeEvent::TaskCreated { container, pid: 7, rootfs: None }));
     }
     node.play("start c2\nstart c3\nbaseline");
     let of: Vec<_> = node.told.iter().filter_map(Finding::container_id).cloned().collect();
@@ -880,7 +889,7 @@ fn one_container_that_nobody_has_reported_takes_no_room_from_another_one() {
 fn h16_what_is_new_of_a_container_that_is_forgotten_is_told_and_nothing_is_left() {
     let mut node = Node::running();
     node.play("session c1 100 pts/0 sh\nran c1 100 101 id\nremove c1");
-    node.give(Input::Watch(Report::Scanned {
+    node.give(Input::Watch(SensorEvent::Scanned {
         container: id("c1"),
         ticket: None,
         began: Timestamp::UNIX_EPOCH,
@@ -907,7 +916,7 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
             *slot = lower;
         }
         let at = Timestamp::UNIX_EPOCH;
-        node.give(Input::Watch(Report::Observed(Observation {
+        node.give(Input::Watch(SensorEvent::Observed(Observation {
             container: id("c1"),
             init: init(7),
             at,
@@ -926,7 +935,7 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
 // ---- answers
 
 /// What became of an order, as `respond` says it.
-fn became(order: &Order, succeeded: bool, gone: bool) -> Input {
+fn became(order: &ResponseRequest, succeeded: bool, gone: bool) -> Input {
     let mut response = order.failed("as the test says".into());
     (response.outcome.succeeded, response.outcome.gone) = (succeeded, gone);
     Input::Responded(response)
@@ -958,7 +967,7 @@ fn a_kill_is_ordered_once_for_a_run_and_names_it() {
     assert!(node.orders.is_empty(), "it is killed already");
     // It runs again, and so does what it was killed for.
     node.play("stop c1").init = init(8);
-    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(8))))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(container("c1", Some(8))))));
     node.play("exec c1 /tmp/x evil");
     assert_eq!(node.orders.iter().map(|one| one.incarnation.unwrap().pid).collect::<Vec<_>>(), [8]);
 }
@@ -1023,7 +1032,7 @@ fn kill(node: &mut Node, succeeded: bool) {
 }
 
 fn runs_with(node: &mut Node, pid: u32) {
-    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(pid))))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(container("c1", Some(pid))))));
 }
 
 #[test]
@@ -1055,7 +1064,7 @@ fn d01_a_killed_container_that_runs_again_is_recorded_once_with_what_was_to_star
 fn d01_a_restart_that_is_quicker_than_the_response_is_recorded_too() {
     let mut node = killing(&[Kind::ExecNew]);
     node.play("exec c1 /tmp/x evil\nstop c1");
-    let change = Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None };
+    let change = RuntimeEvent::TaskCreated { container: id("c1"), pid: 8, rootfs: None };
     node.give(Input::Node(change));
     kill(&mut node, true);
     assert_eq!(recorded(&node), [("kill", 7), ("restart", 8)]);
@@ -1083,7 +1092,7 @@ fn d01_what_was_not_killed_or_is_another_container_has_not_started_again() {
     node.play("stop c1");
     let created_at = Some(Timestamp::from_second(5).unwrap());
     let other = Container { created_at, ..container("c1", Some(8)) };
-    node.give(Input::Node(Change::Container(Box::new(other))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(other))));
     assert_eq!(recorded(&node), [("kill", 7)], "another one has its ID");
 }
 
@@ -1112,7 +1121,7 @@ fn u08_settings_that_were_read_again_decide_from_then_on_and_verdicts_name_them(
         let respond = Respond { kill_on: kinds.iter().copied().collect() };
         let patience = jiff::SignedDuration::from_secs(7);
         let policy = Policy { respond, probe_patience: patience, ..Policy::default() };
-        node.give(Input::Asked(Question::SetPolicy(Box::new(policy))));
+        node.give(Input::Asked(ApiRequest::SetPolicy(Box::new(policy))));
         assert_eq!(node.state.policy.probe_patience, patience);
     };
     node.play("exec c1 /tmp/a evil");
@@ -1141,8 +1150,8 @@ fn x11_what_is_told_late_of_an_ended_run_orders_nothing_for_a_later_one() {
     let mut next = container("c1", Some(8));
     next.created_at = Some(Timestamp::from_second(60).unwrap());
     node.play("stop c1\nremove c1");
-    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
-    node.give(Input::Node(Change::Container(Box::new(next))));
+    node.give(Input::Node(RuntimeEvent::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(next))));
     node.play("baseline\nexec c1 /tmp/big evil\nwrite c1 /tmp/y evil\nsession c1 100 pts/0");
     let kinds: Vec<Kind> = node.told.iter().map(|told| told.kind).collect();
     assert!(kinds.contains(&Kind::ExecNew) && kinds.contains(&Kind::FileAdded), "{kinds:?}");
@@ -1164,7 +1173,7 @@ fn x11_what_a_container_did_is_judged_by_its_own_image_after_its_id_was_given_aw
     next.image.name = Some("other:1".into());
     next.layers[0].chain_id = ChainId([9; 32]);
     node.play("stop c1\nremove c1");
-    node.give(Input::Node(Change::Container(Box::new(next))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(next))));
     // `ls` is of the former image, and nothing is known of the new one's yet.
     node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
     let told: Vec<_> = node.told.iter().map(|told| (told.kind, &told.image.name)).collect();
@@ -1181,7 +1190,7 @@ fn x11_what_a_container_did_is_judged_by_its_own_image_after_its_id_was_given_aw
 fn x11_a_container_is_remembered_after_its_last_scan_for_what_comes_later_still() {
     let mut node = killing(&[Kind::ExecNew]);
     node.play("stop c1\nremove c1");
-    node.give(Input::Watch(Report::Scanned {
+    node.give(Input::Watch(SensorEvent::Scanned {
         container: id("c1"),
         ticket: None,
         began: Timestamp::UNIX_EPOCH,
@@ -1192,7 +1201,7 @@ fn x11_a_container_is_remembered_after_its_last_scan_for_what_comes_later_still(
     next.created_at = Some(Timestamp::from_second(60).unwrap());
     next.image.name = Some("other:1".into());
     next.layers[0].chain_id = ChainId([9; 32]);
-    node.give(Input::Node(Change::Container(Box::new(next))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(next))));
     node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
     let told: Vec<_> = node.told.iter().map(|told| (told.kind, &told.image.name)).collect();
     assert_eq!(told, [(Kind::ExecNew, &None)]);
@@ -1207,7 +1216,7 @@ fn x11_a_run_that_was_seen_before_containerd_told_of_it_is_answered() {
     node.play("exec c1 /tmp/x evil");
     let order = node.orders.pop().expect("it runs, whoever has told of it");
     assert_eq!(order.incarnation.map(|run| (run.pid, run.start_time)), Some((8, Some(800))));
-    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    node.give(Input::Node(RuntimeEvent::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
     // containerd did not know it yet.
     node.give(became(&order, false, false));
     node.wait(2);
@@ -1235,7 +1244,7 @@ impl Node {
 
     fn respond_to(&mut self, container: &str, cause: Option<(FindingId, Incarnation)>) -> Answered {
         let (reply, answered) = oneshot::channel();
-        self.give(Input::Asked(Question::Respond {
+        self.give(Input::Asked(ApiRequest::Respond {
             container: container.into(),
             cause: cause.map(Box::new),
             action: Action::Pause,
@@ -1265,7 +1274,7 @@ fn u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone() {
         refused
     };
     assert!(matches!(refused(&mut node, "web"), LookupError::Gone(_)));
-    node.give(Input::Watch(Report::Scanned {
+    node.give(Input::Watch(SensorEvent::Scanned {
         container: id("web"),
         ticket: None,
         began: Timestamp::UNIX_EPOCH,
@@ -1279,11 +1288,11 @@ fn u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone() {
         let (reply_to_lookup, mut lookup) = oneshot::channel();
         let container = "web".to_owned();
         if text == "diff" {
-            node.give(Input::Asked(Question::Diff { container, reply }));
+            node.give(Input::Asked(ApiRequest::Diff { container, reply }));
             assert_eq!(diff.try_recv().unwrap().unwrap_err(), alike);
         } else {
             let reply = reply_to_lookup;
-            node.give(Input::Asked(Question::Lookup { container, reply }));
+            node.give(Input::Asked(ApiRequest::Lookup { container, reply }));
             assert_eq!(lookup.try_recv().unwrap().unwrap_err(), alike);
         }
     }
@@ -1311,7 +1320,7 @@ fn u19_an_answer_to_a_finding_refuses_when_its_run_is_over() {
         refused.unwrap_err()
     };
     assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
-    node.give(Input::Node(Change::Container(Box::new(container("c1", Some(8))))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(container("c1", Some(8))))));
     assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
     // Seen again, it is of the run that there is.
     node.init = init(8);
@@ -1372,7 +1381,7 @@ fn after_containerd_was_lost_everything_is_scanned_again() {
     node.commands.clear();
     node.play("connected\ndisconnected\nconnected\nstart c1\nlist c1");
     assert_eq!(node.gaps, ["containerd_lost"; 2], "its beginning and its end");
-    assert_eq!(node.commands, [Command::Scan { container: id("c1"), ticket: None }]);
+    assert_eq!(node.commands, [SensorCommand::Scan { container: id("c1"), ticket: None }]);
     node.play("list c1\nlist c1");
     assert_eq!(node.commands.len(), 1, "a list without a loss asks for no scan");
 }
@@ -1394,10 +1403,10 @@ fn what_a_listing_does_not_name_is_gone() {
     node.commands.clear();
     node.play("list");
     let pid = Some(7);
-    assert_eq!(node.commands, [Command::Detach { container: id("c1"), pid }]);
+    assert_eq!(node.commands, [SensorCommand::Detach { container: id("c1"), pid }]);
     // The last scan is still judged, then the container is forgotten.
     node.play("scan c1 /tmp/x evil").expect(&["file.added /tmp/x x1 r1"]);
-    node.give(Input::Watch(Report::Scanned {
+    node.give(Input::Watch(SensorEvent::Scanned {
         container: id("c1"),
         ticket: None,
         began: Timestamp::UNIX_EPOCH,
@@ -1409,8 +1418,11 @@ fn what_a_listing_does_not_name_is_gone() {
 #[test]
 fn a_task_is_marked_before_its_record_is_known() {
     let mut node = Node::new(Respond::default(), Vec::new());
-    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 7, rootfs: None }));
-    assert_eq!(node.commands, [Command::Attach { container: id("c1"), pid: 7, rootfs: None }]);
+    node.give(Input::Node(RuntimeEvent::TaskCreated { container: id("c1"), pid: 7, rootfs: None }));
+    assert_eq!(
+        node.commands,
+        [SensorCommand::Attach { container: id("c1"), pid: 7, rootfs: None }]
+    );
     node.play("attached c1\nexec c1 /tmp/x evil\nstart c1\nbaseline")
         .expect(&["exec.new /tmp/x x1 r1"]);
 }
@@ -1419,8 +1431,8 @@ fn a_task_is_marked_before_its_record_is_known() {
 fn a_diff_names_every_difference_and_which_are_findings() {
     let mut node = Node::running();
     let (reply, mut answer) = oneshot::channel();
-    node.give(Input::Asked(Question::Diff { container: "c1".into(), reply }));
-    let Some(Command::Scan { ticket, .. }) = node.commands.pop() else { panic!("no scan") };
+    node.give(Input::Asked(ApiRequest::Diff { container: "c1".into(), reply }));
+    let Some(SensorCommand::Scan { ticket, .. }) = node.commands.pop() else { panic!("no scan") };
     let observations = [("/usr/bin/curl", "evil"), ("/bin/ls", "ls"), ("/bin/.ls", "ls")]
         .map(|(path, content)| Observation {
             container: id("c1"),
@@ -1433,8 +1445,8 @@ fn a_diff_names_every_difference_and_which_are_findings() {
             fact: present(RootfsPath::new(path).unwrap(), content),
         })
         .into();
-    node.give(Input::Watch(Report::ScanBatch { container: id("c1"), ticket, observations }));
-    node.give(Input::Watch(Report::Scanned {
+    node.give(Input::Watch(SensorEvent::ScanBatch { container: id("c1"), ticket, observations }));
+    node.give(Input::Watch(SensorEvent::Scanned {
         container: id("c1"),
         ticket,
         began: Timestamp::UNIX_EPOCH,
@@ -1465,8 +1477,8 @@ fn u06_a_stopped_container_is_compared_where_its_layer_lies_and_nothing_is_judge
     let mut node = Node::running();
     node.play("stop c1");
     let (reply, mut answer) = oneshot::channel();
-    node.give(Input::Asked(Question::Diff { container: "c1".into(), reply }));
-    let Some(Command::Compare { container, ticket, rootfs, .. }) = node.commands.pop() else {
+    node.give(Input::Asked(ApiRequest::Diff { container: "c1".into(), reply }));
+    let Some(SensorCommand::Compare { container, ticket, rootfs, .. }) = node.commands.pop() else {
         panic!("no walk: {:?}", answer.try_recv())
     };
     let dirs = OverlayDirs { upperdir: "/upper".into(), lowerdirs: vec!["/lower".into()] };
@@ -1481,7 +1493,8 @@ fn u06_a_stopped_container_is_compared_where_its_layer_lies_and_nothing_is_judge
         reached_as: None,
         fact: present(RootfsPath::new("/tmp/x").unwrap(), "evil"),
     };
-    let compared = |observations, end| Input::Watch(Report::Compared { ticket, observations, end });
+    let compared =
+        |observations, end| Input::Watch(SensorEvent::Compared { ticket, observations, end });
     node.give(compared(vec![observation], None));
     assert!(answer.try_recv().is_err(), "it is not over");
     node.give(compared(Vec::new(), Some(true)));
@@ -1496,14 +1509,14 @@ fn a_container_that_cannot_be_compared_has_no_diff_but_a_reason() {
     let mut node = Node::running();
     node.play("start c2\nstop c1\nremove c2");
     let nowhere = Container { rootfs: None, ..container("c1", None) };
-    node.give(Input::Node(Change::Container(Box::new(nowhere))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(nowhere))));
     for (name, expected) in [
         ("c1", "container default/c1 is not watched: it does not run, and where its files are"),
         ("c2", "container default/c2 is not watched: it was removed"),
         ("zz", "no container"),
     ] {
         let (reply, mut answer) = oneshot::channel();
-        node.give(Input::Asked(Question::Diff { container: name.into(), reply }));
+        node.give(Input::Asked(ApiRequest::Diff { container: name.into(), reply }));
         let err = answer.try_recv().unwrap().unwrap_err().to_string();
         assert!(err.starts_with(expected), "{err}");
     }
@@ -1516,7 +1529,7 @@ fn trusts(node: &mut Node) -> Vec<Trust> {
     std::mem::take(&mut node.commands)
         .into_iter()
         .filter_map(|command| match command {
-            Command::Trust { container, trust } => {
+            SensorCommand::Trust { container, trust } => {
                 assert_eq!(container, id("c1"));
                 Some(trust)
             }
@@ -1534,8 +1547,11 @@ fn the_watchers_are_told_how_far_to_trust_the_layers() {
     assert_eq!(trusts(&mut node), [Trust::UpTo(up_to(100)), Trust::UpTo(up_to(200))]);
     // The same container runs again.
     node.play("stop c1\nstart c1\nattached c1");
-    let [Command::Detach { .. }, Command::Attach { .. }, Command::Trust { trust, .. }] =
-        &node.commands[..]
+    let [
+        SensorCommand::Detach { .. },
+        SensorCommand::Attach { .. },
+        SensorCommand::Trust { trust, .. },
+    ] = &node.commands[..]
     else {
         panic!("{:?}", node.commands)
     };
@@ -1547,7 +1563,7 @@ fn files_that_are_in_no_directory_are_not_trusted_for_what_was_seen_in_one() {
     let mut node = Node::new(Respond::default(), Vec::new());
     let mut container = container("c1", Some(7));
     container.layers[0].directory = None;
-    node.give(Input::Node(Change::Container(Box::new(container))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(container))));
     node.play("attached c1\nbaseline\ntrusted 100");
     assert_eq!(trusts(&mut node), [Trust::Unknown, Trust::Unknown]);
 }
@@ -1562,11 +1578,11 @@ fn without_a_baseline_no_file_of_a_layer_is_looked_at_until_there_may_be_one() {
 #[test]
 fn the_answer_to_another_containers_job_voids_no_judgement() {
     let mut node = Node::running();
-    let News::Ready { baseline, chain_id, .. } = ready(None) else { unreachable!() };
+    let BaselineEvent::Ready { baseline, chain_id, .. } = ready(None) else { unreachable!() };
     for _ in 0..2 {
         node.commands.clear();
         let unchanged_since = Some(up_to(7));
-        let news = News::Ready { baseline: baseline.clone(), chain_id, unchanged_since };
+        let news = BaselineEvent::Ready { baseline: baseline.clone(), chain_id, unchanged_since };
         node.give(Input::Baseline(news, ImageReference::default()));
     }
     assert_eq!(node.commands, []);
@@ -1577,7 +1593,7 @@ fn a38_a_layer_changed_on_disk_is_told_when_it_is_executed() {
     let mut node = Node::running();
     node.commands.clear();
     node.play("layer-exec c1 /bin/ls ls").expect(&[]);
-    let verdict = |content, verdict| Command::Judged {
+    let verdict = |content, verdict| SensorCommand::Judged {
         container: id("c1"),
         file: layer_file_of(content),
         verdict,
@@ -1609,7 +1625,7 @@ fn a_file_of_a_layer_that_finds_no_room_is_asked_for_again() {
     node.commands.clear();
     node.play("layer-exec c1 /bin/ls other");
     assert!(
-        matches!(node.commands[..], [Command::Judged { verdict: Verdict::Lost, .. }]),
+        matches!(node.commands[..], [SensorCommand::Judged { verdict: Verdict::Lost, .. }]),
         "{:?}",
         node.commands
     );
@@ -1637,7 +1653,10 @@ fn tampered(number: u8, differences: Vec<LayerDifference>) -> Input {
     let image = ImageReference { name: Some("img:1".into()), ..ImageReference::default() };
     let layer = layer(number);
     let directories = vec!["/lower".into()];
-    Input::Baseline(News::Tampered { layer, witness, directories, differences, total }, image)
+    Input::Baseline(
+        BaselineEvent::Tampered { layer, witness, directories, differences, total },
+        image,
+    )
 }
 
 fn changed_ls() -> LayerDifference {
@@ -1693,19 +1712,19 @@ fn the_same_layer_from_another_directory_is_whole() {
     let mut node = Node::running();
     let mut other = container("c2", Some(8));
     other.layers[0].directory = Some("/other".into());
-    node.give(Input::Node(Change::Container(Box::new(other))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(other))));
     node.play("baseline");
     node.give(tampered(1, vec![changed_ls()]));
     let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
     assert_eq!(told, [Some(&id("c1"))]);
     // Nobody knows any more where it was.
-    let Input::Baseline(News::Tampered { layer, witness, differences, total, .. }, image) =
+    let Input::Baseline(BaselineEvent::Tampered { layer, witness, differences, total, .. }, image) =
         tampered(1, vec![changed_ls()])
     else {
         unreachable!()
     };
     let directories = Vec::new();
-    let news = News::Tampered { layer, witness, directories, differences, total };
+    let news = BaselineEvent::Tampered { layer, witness, directories, differences, total };
     node.give(Input::Baseline(news, image));
     let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
     assert_eq!(told, [Some(&id("c1")), Some(&id("c2"))]);
@@ -1719,8 +1738,8 @@ fn a_change_that_a_layer_above_hides_is_told_of_the_layer_alone() {
     let chain_id = image.chain_id();
     let below = Layer { id: layer(1), chain_id, directory: Some("/lower".into()), blob: None };
     one.layers = vec![below.clone(), Layer { id: layer(2), ..below }];
-    node.give(Input::Node(Change::Container(Box::new(one))));
-    let news = News::Ready { chain_id, baseline: Arc::new(image), unchanged_since: None };
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(one))));
+    let news = BaselineEvent::Ready { chain_id, baseline: Arc::new(image), unchanged_since: None };
     node.give(Input::Baseline(news, ImageReference::default()));
     let hidden = differs("/bin/ls", Some(program("/bin/ls", "old")), None);
     let shown = differs("/bin/ps", Some(program("/bin/ps", "ps")), None);
@@ -1761,12 +1780,14 @@ fn a_wholly_different_layer_is_told_by_some_of_it_and_in_words() {
     };
     let mut differences: Vec<LayerDifference> = (0..500).map(data).collect();
     differences.push(changed_ls());
-    let Input::Baseline(News::Tampered { layer, witness, directories, differences, .. }, image) =
-        tampered(1, differences)
+    let Input::Baseline(
+        BaselineEvent::Tampered { layer, witness, directories, differences, .. },
+        image,
+    ) = tampered(1, differences)
     else {
         unreachable!()
     };
-    let news = News::Tampered { layer, witness, directories, differences, total: 70_000 };
+    let news = BaselineEvent::Tampered { layer, witness, directories, differences, total: 70_000 };
     node.give(Input::Baseline(news, image));
     assert_eq!(node.told.len(), layers::MAX_TOLD);
     let path = |told: &Finding| told.file.as_ref().unwrap().path.to_string();
@@ -1842,11 +1863,11 @@ fn a_container_that_cannot_have_a_baseline_says_why() {
     let mut one = container("c1", Some(7));
     one.layers = Vec::new();
     one.no_baseline = Some("it runs in a sandbox of its own (gVisor)".into());
-    node.give(Input::Node(Change::Container(Box::new(one.clone()))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(one.clone()))));
     assert_eq!(node.commands.len(), 2, "{:?}", node.commands);
     node.wait(20)
         .expect(&["baseline.unavailable (it runs in a sandbox of its own (gVisor)) x1 r1"]);
-    node.give(Input::Node(Change::Container(Box::new(one))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(one))));
     node.wait(20);
     assert_eq!(node.told.len(), 1);
 }
@@ -1854,7 +1875,7 @@ fn a_container_that_cannot_have_a_baseline_says_why() {
 #[test]
 fn what_does_not_run_misses_no_baseline() {
     let mut node = Node::new(Respond::default(), Vec::new());
-    node.give(Input::Node(Change::Container(Box::new(container("c1", None)))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(container("c1", None)))));
     node.play("failed full-disk").wait(60).expect(&[]);
     node.play("start c1").wait(0).expect(&[]);
     node.play("failed full-disk").wait(0).expect(&["baseline.unavailable (full-disk) x1 r1"]);
@@ -1864,13 +1885,13 @@ fn what_does_not_run_misses_no_baseline() {
 fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nbaseline");
-    node.give(Input::Watch(Report::NotAttached {
+    node.give(Input::Watch(SensorEvent::NotAttached {
         container: id("c1"),
         pid: 7,
         reason: "it is not an overlay".into(),
     }));
     let (reply, mut answer) = oneshot::channel();
-    node.give(Input::Asked(Question::Containers(reply)));
+    node.give(Input::Asked(ApiRequest::Containers(reply)));
     let [view] = &answer.try_recv().unwrap()[..] else { panic!("one container") };
     assert_eq!((view.baseline.as_str(), view.watched), ("ready", false));
     assert_eq!(view.problem.as_deref(), Some("it is not an overlay"));
@@ -1881,10 +1902,10 @@ fn a_rootfs_that_is_no_overlay_has_a_baseline_and_is_not_watched() {
 fn what_is_reported_of_an_earlier_run_says_nothing_of_the_newest() {
     let mut node = Node::new(Respond::default(), Vec::new());
     node.play("start c1\nbaseline\nstop c1");
-    node.give(Input::Node(Change::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
+    node.give(Input::Node(RuntimeEvent::TaskCreated { container: id("c1"), pid: 8, rootfs: None }));
     let view = |node: &mut Node| {
         let (reply, mut answer) = oneshot::channel();
-        node.give(Input::Asked(Question::Containers(reply)));
+        node.give(Input::Asked(ApiRequest::Containers(reply)));
         let [view] = &answer.try_recv().unwrap()[..] else { panic!("one container") };
         (view.watched, view.armed_before_start, view.problem.clone())
     };
@@ -1892,7 +1913,7 @@ fn what_is_reported_of_an_earlier_run_says_nothing_of_the_newest() {
     node.play("attached c1");
     assert_eq!(view(&mut node), (false, false, None));
     let reason = "its init process 8 is gone";
-    node.give(Input::Watch(Report::NotAttached {
+    node.give(Input::Watch(SensorEvent::NotAttached {
         container: id("c1"),
         pid: 8,
         reason: reason.into(),
@@ -1906,7 +1927,7 @@ fn what_is_reported_of_an_earlier_run_says_nothing_of_the_newest() {
 fn b32_a_clock_that_is_set_back_turns_no_finding_around_and_hides_no_gap() {
     let mut node = Node::running();
     let lost = |second| {
-        Input::Watch(Report::Lost {
+        Input::Watch(SensorEvent::Lost {
             failure: Failure::KernelQueueOverflow,
             container: None,
             detail: "events were dropped".into(),
@@ -1941,7 +1962,7 @@ impl Node {
             reached_as: None,
             fact,
         };
-        self.give(Input::Watch(Report::Observed(observation)));
+        self.give(Input::Watch(SensorEvent::Observed(observation)));
     }
 
     /// The kind of every finding, how many of it there are, and how many files they
@@ -2239,7 +2260,7 @@ fn the_removal_of_a_guard_is_never_one_of_many() {
     let mut node = Node::running();
     let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
     let chain_id = ImageBaseline::from_text(&[IMAGE]).chain_id();
-    let ready = News::Ready { chain_id, baseline, unchanged_since: None };
+    let ready = BaselineEvent::Ready { chain_id, baseline, unchanged_since: None };
     node.give(Input::Baseline(ready, ImageReference::default()));
     for number in 0..500 {
         node.see(Source::Scan, Fact::Absent { path: at(&format!("/sbin/{number}")), writer: None });
@@ -2268,7 +2289,7 @@ fn declaring() -> Node {
     let mut one = container("c1", Some(7));
     let (argv, source) = (texts(&["check"]), ProbeSource::Healthcheck);
     one.probes = vec![DeclaredProbe { argv, source }];
-    node.give(Input::Node(Change::Container(Box::new(one))));
+    node.give(Input::Node(RuntimeEvent::Container(Box::new(one))));
     node
 }
 
@@ -2527,7 +2548,7 @@ fn thousands_of_sessions_are_told_and_not_all_remembered() {
 // ---- losses that last, and stops
 
 fn lost(failure: Failure, name: &str, second: i64) -> Input {
-    Input::Watch(Report::Lost {
+    Input::Watch(SensorEvent::Lost {
         failure,
         container: Some(id(name)),
         detail: "something".into(),
@@ -2546,7 +2567,7 @@ fn h02_a_degraded_view_is_incomplete_until_its_cause_is_over_or_the_container_en
         // A walk does not help.
         node.give(scanned("c1", 20));
         assert_eq!(node.state.status().problems.len(), 1);
-        node.give(Input::Watch(Report::Over { failure, container: Some(id("c1")) }));
+        node.give(Input::Watch(SensorEvent::Over { failure, container: Some(id("c1")) }));
         assert_eq!(node.state.status().problems, [""; 0]);
         assert_eq!(node.gaps, [failure.name(); 2], "its beginning and its end");
     }
@@ -2581,7 +2602,7 @@ fn h07_a_flood_of_one_container_hides_no_gap_of_another() {
 }
 
 fn scanned(name: &str, began: i64) -> Input {
-    Input::Watch(Report::Scanned {
+    Input::Watch(SensorEvent::Scanned {
         container: id(name),
         ticket: None,
         began: Timestamp::from_second(began).unwrap(),
@@ -2598,7 +2619,7 @@ fn u03_a_time_without_driftd_is_a_gap_and_what_the_first_walk_finds_may_have_run
     assert_eq!((&*name, at, until), ("not_running", second(-30), Some(second(0))));
     let problems = |node: &Node| node.state.status().problems;
     assert!(problems(&node).concat().contains("not_running"), "{:?}", problems(&node));
-    let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
+    let attached = SensorEvent::Attached { container: id("c1"), pid: 7, before_start: false };
     node.play("connected\nstart c1\nbaseline");
     node.give(Input::Watch(attached));
     node.play("list c1");
@@ -2622,8 +2643,8 @@ fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have
     node.play("start c1\nbaseline");
     let at = |millisecond| Timestamp::from_millisecond(millisecond).unwrap();
     let (began, marked) = (at(1000), at(1250));
-    node.give(Input::Watch(Report::Unarmed { container: id("c1"), pid: 7, began, marked }));
-    let attached = Report::Attached { container: id("c1"), pid: 7, before_start: false };
+    node.give(Input::Watch(SensorEvent::Unarmed { container: id("c1"), pid: 7, began, marked }));
+    let attached = SensorEvent::Attached { container: id("c1"), pid: 7, before_start: false };
     node.give(Input::Watch(attached));
     let problems = node.state.status().problems;
     assert!(problems.concat().contains("armed_late") && problems.concat().contains("250 ms"));
@@ -2635,7 +2656,7 @@ fn r36_a_container_that_ran_before_its_marks_is_a_gap_and_what_is_found_may_have
     // No walk finds what has gone, and an earlier run says nothing of this one.
     node.give(scanned("c1", 5));
     let (container, reason) = (id("c1"), "its init is gone".to_owned());
-    node.give(Input::Watch(Report::NotAttached { container, pid: 3, reason }));
+    node.give(Input::Watch(SensorEvent::NotAttached { container, pid: 3, reason }));
     assert_eq!(node.state.status().problems.len(), 1);
     node.clock = 100;
     node.give(Input::Due);
@@ -2657,15 +2678,15 @@ struct Loop {
     reader: Reader,
     inputs: Inputs,
     outputs: Outputs,
-    changes: Sender<Change>,
-    reports: Sender<Box<Report>>,
+    changes: Sender<RuntimeEvent>,
+    reports: Sender<Box<SensorEvent>>,
     responses: Sender<Response>,
-    questions: Sender<Question>,
+    questions: Sender<ApiRequest>,
     stop: Sender<std::convert::Infallible>,
-    orders: tokio::sync::mpsc::Receiver<Order>,
+    orders: tokio::sync::mpsc::Receiver<ResponseRequest>,
     records: Receiver<Record>,
     /// Nobody takes these.
-    _commands: Receiver<Command>,
+    _commands: Receiver<SensorCommand>,
     _directory: tempfile::TempDir,
 }
 

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::Report;
+use super::SensorEvent;
 use super::control::{Marked, Marker};
 use super::sessions;
 use super::shared::Shared;
@@ -203,7 +203,7 @@ impl Arming {
                     watched.set_unannounced(true);
                 }
                 // If it is not taken, the command to attach tells it once more.
-                let report = Report::Attached { container, pid, before_start };
+                let report = SensorEvent::Attached { container, pid, before_start };
                 let _ = self.shared.try_report(report);
                 self.shared.wake_scan();
             }

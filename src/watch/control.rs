@@ -14,11 +14,11 @@ use jiff::Timestamp;
 use super::copyup::{Free, Residence};
 use super::gate::ExecMarks;
 use super::mounts::Mounts;
-use super::scan::Order;
+use super::scan::ScanRequest;
 use super::sessions;
 use super::shared::Shared;
 use super::table::{ControlGroups, Layers, Watched};
-use super::{Command, Report, Verdict};
+use super::{SensorCommand, SensorEvent, Verdict};
 use crate::gate::Place;
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, RootfsPath, printable};
@@ -31,11 +31,11 @@ use crate::threads;
 pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
     pub(super) marker: Arc<Marker>,
-    pub(super) commands: Receiver<Command>,
-    pub(super) orders: Sender<Order>,
+    pub(super) commands: Receiver<SensorCommand>,
+    pub(super) orders: Sender<ScanRequest>,
     /// What the pipeline had no room for. It asked for these, so there are never
     /// more than it has asked for.
-    pub(super) unsent: VecDeque<Report>,
+    pub(super) unsent: VecDeque<SensorEvent>,
 }
 
 /// Places a container's marks, for whoever comes first: the command to attach to
@@ -47,7 +47,7 @@ pub(super) struct Marker {
     pub(super) free: Option<Arc<Free>>,
     pub(super) feed: Arc<Group>,
     pub(super) mounts: Arc<Mounts>,
-    pub(super) orders: Sender<Order>,
+    pub(super) orders: Sender<ScanRequest>,
     /// One container at a time.
     pub(super) turn: Mutex<()>,
 }
@@ -86,28 +86,28 @@ impl Control {
         while !self.shared.is_stopping() {
             self.send_unsent();
             match threads::recv_timeout(&self.commands, Duration::from_millis(250)) {
-                Ok(Command::Attach { container, pid, rootfs }) => {
+                Ok(SensorCommand::Attach { container, pid, rootfs }) => {
                     self.attach(container, pid, rootfs);
                 }
-                Ok(Command::Detach { container, pid }) => self.detach(&container, pid),
-                Ok(Command::Scan { container, ticket }) => self.scan(container, ticket),
-                Ok(Command::Compare { container, ticket, rootfs, entry_point }) => {
+                Ok(SensorCommand::Detach { container, pid }) => self.detach(&container, pid),
+                Ok(SensorCommand::Scan { container, ticket }) => self.scan(container, ticket),
+                Ok(SensorCommand::Compare { container, ticket, rootfs, entry_point }) => {
                     self.compare(container, ticket, rootfs, entry_point);
                 }
-                Ok(Command::Trust { container, trust }) => {
+                Ok(SensorCommand::Trust { container, trust }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
                         watched.ask_for_processes();
                         forget(&watched);
                     }
                 }
-                Ok(Command::EntryPoint { container, paths }) => {
+                Ok(SensorCommand::EntryPoint { container, paths }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.set_entry_point(paths);
                         watched.ask_for_walk();
                     }
                 }
-                Ok(Command::Terminal { container, input, is_handed_on }) => {
+                Ok(SensorCommand::Terminal { container, input, is_handed_on }) => {
                     if let Some(watched) = self.shared.table.get(&container)
                         && let Err(err) = self.listen(&watched, input.as_deref(), is_handed_on)
                     {
@@ -116,7 +116,7 @@ impl Control {
                         tracing::warn!(%container, input, "who attaches is not seen: {err}");
                     }
                 }
-                Ok(Command::Judged { container, file, verdict }) => {
+                Ok(SensorCommand::Judged { container, file, verdict }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().judge(&file, verdict);
                         match verdict {
@@ -149,7 +149,7 @@ impl Control {
         input.map_or(Ok(()), listen)
     }
 
-    fn report(&mut self, report: Report) {
+    fn report(&mut self, report: SensorEvent) {
         self.unsent.push_back(report);
         self.send_unsent();
     }
@@ -182,7 +182,7 @@ impl Control {
         match marked {
             Ok(Marked { before_start, is_news }) => {
                 // Also when it is no news to us: it may be to who asks.
-                self.report(Report::Attached { container, pid, before_start });
+                self.report(SensorEvent::Attached { container, pid, before_start });
                 if is_news {
                     self.shared.wake_scan();
                 }
@@ -192,7 +192,7 @@ impl Control {
                     let _ = self.shared.health.record(Failure::MarkRefused);
                 }
                 let reason = refusal.to_string();
-                self.report(Report::NotAttached { container, pid, reason });
+                self.report(SensorEvent::NotAttached { container, pid, reason });
             }
         }
     }
@@ -214,14 +214,14 @@ impl Control {
 
     fn scan(&mut self, container: ContainerId, ticket: Option<u64>) {
         let ordered = match self.shared.table.get(&container) {
-            Some(watched) => self.orders.try_send(Order::Scan { watched, ticket }).is_ok(),
+            Some(watched) => self.orders.try_send(ScanRequest::Scan { watched, ticket }).is_ok(),
             None => false,
         };
         if ordered {
             self.shared.wake_scan();
         } else {
             let began = Timestamp::now();
-            self.report(Report::Scanned { container, ticket, began, complete: false });
+            self.report(SensorEvent::Scanned { container, ticket, began, complete: false });
         }
     }
 
@@ -234,12 +234,16 @@ impl Control {
     ) {
         let watched = Watched::stopped(container, rootfs, entry_point).map(Arc::new);
         let ordered = watched.is_some_and(|watched| {
-            self.orders.try_send(Order::Compare { watched, ticket }).is_ok()
+            self.orders.try_send(ScanRequest::Compare { watched, ticket }).is_ok()
         });
         if ordered {
             self.shared.wake_scan();
         } else {
-            self.report(Report::Compared { ticket, observations: Vec::new(), end: Some(false) });
+            self.report(SensorEvent::Compared {
+                ticket,
+                observations: Vec::new(),
+                end: Some(false),
+            });
         }
     }
 }
@@ -386,11 +390,11 @@ impl Marker {
         }
         watched.files.close();
         self.mounts.detach(&watched);
-        if let Err(err) = self.orders.try_send(Order::Last { watched }) {
-            let Order::Last { watched } = err.into_inner() else { return };
+        if let Err(err) = self.orders.try_send(ScanRequest::Last { watched }) {
+            let ScanRequest::Last { watched } = err.into_inner() else { return };
             self.shared.forget(&watched);
             let _ = self.shared.health.record(Failure::ScanIncomplete);
-            let _ = self.shared.try_report(Report::Scanned {
+            let _ = self.shared.try_report(SensorEvent::Scanned {
                 container: container.clone(),
                 ticket: None,
                 began: Timestamp::now(),

@@ -3,20 +3,20 @@
 //! Plain threads, because disks and the kernel block:
 //!
 //! ```text
-//! Command ─> control ── marks ──> gate's process, kernel
-//!     mounts <───┤                  │ executed                  │ closed after writing
-//!                │                  v                           v
-//!                │        gate ─> take ─> describe ─> content   feed
-//!                │                  └───> processes           │ dirty paths
-//!                └──── orders ────> scan <────────────────────┤
-//!                                    │ └── everyone's Report  │ dirty paths
-//!                                    └── marks ──> kernel ─> names
+//! SensorCommand ─> control ── marks ──> gate's process, kernel
+//!     mounts <───────┤                  │ executed                  │ closed after writing
+//!                    │                  v                           v
+//!                    │        gate ─> take ─> describe ─> content   feed
+//!                    │                  └───> processes             │ dirty paths
+//!                    └──── requests ────> scan <────────────────────┤
+//!                                          │ └── every SensorEvent  │ dirty paths
+//!                                          └── marks ──> kernel ─> names
 //!
 //! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
 //!
 //! Nobody here waits for the pipeline but the scan thread; the others count what
-//! does not fit and ask for a walk of the container ([`Report::Lost`]).
+//! does not fit and ask for a walk of the container ([`SensorEvent::Lost`]).
 
 mod acts;
 mod arguments;
@@ -93,7 +93,7 @@ use crate::threads::{self, Depth, Event, Left, Role};
 
 /// What the pipeline asks of the watchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Command {
+pub enum SensorCommand {
     /// Mark the overlay of the container whose init is `pid`, then scan it.
     /// Asking again for the same container and pid only fills in `rootfs`.
     Attach { container: ContainerId, pid: u32, rootfs: Option<OverlayDirs> },
@@ -105,7 +105,7 @@ pub enum Command {
     /// scan carry it.
     Scan { container: ContainerId, ticket: Option<u64> },
     /// Walk the upperdir of a container that does not run, for whoever has asked with this
-    /// ticket. Nothing is marked, and nothing is reported but [`Report::Compared`].
+    /// ticket. Nothing is marked, and nothing is reported but [`SensorEvent::Compared`].
     Compare {
         container: ContainerId,
         ticket: u64,
@@ -128,7 +128,7 @@ pub enum Command {
 /// What the watchers tell the pipeline.
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "nearly every report is an observation")]
-pub enum Report {
+pub enum SensorEvent {
     Attached {
         container: ContainerId,
         /// The init of the run that was meant: a report may come when another one has begun.
@@ -137,7 +137,7 @@ pub enum Report {
         before_start: bool,
     },
     /// The container began while driftd ran, and ran for a moment before its marks were in
-    /// place. May come before or after [`Report::Attached`], and is right where they differ.
+    /// place. May come before or after [`SensorEvent::Attached`], and is right where they differ.
     Unarmed {
         container: ContainerId,
         pid: u32,
@@ -223,7 +223,7 @@ const OTHER_DESCRIPTORS: u64 = 2048;
 pub struct Watch {
     shared: Arc<Shared>,
     marker: Arc<control::Marker>,
-    commands: Sender<Command>,
+    commands: Sender<SensorCommand>,
     threads: Vec<&'static str>,
     executions: Executions,
     gate: std::process::Child,
@@ -249,7 +249,7 @@ impl Watch {
     /// Starts watching, of nothing yet. `gate` was started with [`shards`].
     pub fn start(
         settings: &config::Watch,
-        reports: Sender<Box<Report>>,
+        reports: Sender<Box<SensorEvent>>,
         health: Arc<Health>,
         gate: Gate,
     ) -> Result<Watch, Error> {
@@ -260,7 +260,7 @@ impl Watch {
     /// The same, notified of new mounts by `notifier`.
     pub fn start_with(
         settings: &config::Watch,
-        reports: Sender<Box<Report>>,
+        reports: Sender<Box<SensorEvent>>,
         health: Arc<Health>,
         gate: Gate,
         notifier: Notifier,
@@ -484,7 +484,7 @@ impl Watch {
         &self.executions
     }
 
-    pub fn commands(&self) -> Sender<Command> {
+    pub fn commands(&self) -> Sender<SensorCommand> {
         self.commands.clone()
     }
 

@@ -20,7 +20,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 use rustix::fs::Dir;
 
-use super::Report;
+use super::SensorEvent;
 use super::fair::{self, Pace, Turns};
 use super::files::{Held, Left};
 use super::lower::{self, Finding, LowerNames, TwinReading};
@@ -42,7 +42,7 @@ use crate::threads;
 
 /// An upperdir that is to be walked now.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum ScanRequest {
     Scan {
         watched: Arc<Watched>,
         ticket: Option<u64>,
@@ -149,7 +149,7 @@ struct Work {
     taken: VecDeque<Settled>,
     reading: Option<(Settled, Box<EntryReading>)>,
     walk: Option<Walk>,
-    orders: VecDeque<Order>,
+    orders: VecDeque<ScanRequest>,
     /// Directories that are new or were moved.
     below: VecDeque<(Arc<Watched>, RootfsPath)>,
     due: Option<Due>,
@@ -206,7 +206,7 @@ impl Work {
 
 pub(super) struct Scan {
     pub(super) shared: Arc<Shared>,
-    pub(super) orders: Receiver<Order>,
+    pub(super) orders: Receiver<ScanRequest>,
     pub(super) wake: Receiver<()>,
     memories: HashMap<ContainerId, Memory>,
     work: HashMap<ContainerId, Work>,
@@ -223,7 +223,11 @@ pub(super) struct Scan {
 struct Interrupted;
 
 impl Scan {
-    pub(super) fn new(shared: Arc<Shared>, orders: Receiver<Order>, wake: Receiver<()>) -> Scan {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        orders: Receiver<ScanRequest>,
+        wake: Receiver<()>,
+    ) -> Scan {
         let now = Instant::now();
         Scan {
             shared,
@@ -276,11 +280,11 @@ impl Scan {
         let room = self.orders.capacity().unwrap_or(usize::MAX).saturating_sub(taken);
         for order in self.orders.try_iter().take(room) {
             is_told = true;
-            let (Order::Scan { watched, .. }
-            | Order::Last { watched }
-            | Order::Compare { watched, .. }) = &order;
+            let (ScanRequest::Scan { watched, .. }
+            | ScanRequest::Last { watched }
+            | ScanRequest::Compare { watched, .. }) = &order;
             let work = self.work.entry(watched.container.clone()).or_default();
-            if let Order::Last { watched } = &order {
+            if let ScanRequest::Last { watched } = &order {
                 // It covers what of this one is still to be done.
                 let is_its = |other: &Arc<Watched>| Arc::ptr_eq(other, watched);
                 work.below.retain(|(other, _)| !is_its(other));
@@ -443,9 +447,9 @@ impl Scan {
     fn begin(&mut self, work: &mut Work) -> Option<Walk> {
         if let Some(order) = work.orders.pop_front() {
             let (watched, ticket, extent) = match order {
-                Order::Scan { watched, ticket } => (watched, ticket, Extent::All),
-                Order::Last { watched } => (watched, None, Extent::Last),
-                Order::Compare { watched, ticket } => {
+                ScanRequest::Scan { watched, ticket } => (watched, ticket, Extent::All),
+                ScanRequest::Last { watched } => (watched, None, Extent::Last),
+                ScanRequest::Compare { watched, ticket } => {
                     return Some(Walk::stopped(&self.shared, &watched, ticket));
                 }
             };
@@ -518,7 +522,8 @@ impl Scan {
         let is_complete = is_whole && problem.is_none();
         if let (Extent::Stopped, Some(ticket)) = (extent, ticket) {
             let (observations, end) = (Vec::new(), Some(is_complete));
-            let _ = self.shared.report_patiently(Report::Compared { ticket, observations, end });
+            let _ =
+                self.shared.report_patiently(SensorEvent::Compared { ticket, observations, end });
             return;
         }
         if is_complete {
@@ -542,7 +547,7 @@ impl Scan {
                 self.shared.degrade(Failure::ScanIncomplete, Some(&watched), &detail);
             }
         }
-        let scanned = Report::Scanned {
+        let scanned = SensorEvent::Scanned {
             container: watched.container.clone(),
             ticket,
             began,
@@ -1420,10 +1425,12 @@ impl Walk {
         }
         let observations = std::mem::take(&mut self.batch);
         let report = match (self.extent, self.ticket) {
-            (Extent::Stopped, Some(ticket)) => Report::Compared { ticket, observations, end: None },
+            (Extent::Stopped, Some(ticket)) => {
+                SensorEvent::Compared { ticket, observations, end: None }
+            }
             (_, ticket) => {
                 let container = self.watched.container.clone();
-                Report::ScanBatch { container, ticket, observations }
+                SensorEvent::ScanBatch { container, ticket, observations }
             }
         };
         if shared.report_patiently(report) { Ok(()) } else { Err(Interrupted) }
@@ -1482,7 +1489,7 @@ mod tests {
         check(&Work { due: due(false), ..Work::default() }, [false, false, true]);
         check(&Work { due: due(true), ..Work::default() }, [false, true, false]);
         check(&Work { has_settled: true, ..Work::default() }, [false, true, false]);
-        let order = Order::Scan { watched: watched.clone(), ticket: Some(1) };
+        let order = ScanRequest::Scan { watched: watched.clone(), ticket: Some(1) };
         check(&Work { orders: [order].into(), ..Work::default() }, [false, true, false]);
         let walk = |is_urgent| Some(Walk::new(&watched, Extent::All, is_urgent));
         let mut work = Work { walk: walk(false), due: due(true), ..Work::default() };

@@ -12,7 +12,7 @@ use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender, TrySendError
 use jiff::Timestamp;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
-use super::Report;
+use super::SensorEvent;
 use super::acts::Act;
 use super::arguments::{Arguments, Program, Recorded};
 use super::attachments::Attachments;
@@ -65,7 +65,7 @@ pub(super) struct Shared {
     pub(super) closings: Closings,
     pub(super) attachments: Attachments,
     pub(super) terminals: Terminals,
-    reports: Sender<Box<Report>>,
+    reports: Sender<Box<SensorEvent>>,
     dirty: Mutex<HashMap<ContainerId, Dirty>>,
     /// Where executions and code wait for a thread.
     stages: OnceLock<Vec<(&'static str, Arc<dyn Waits>)>>,
@@ -83,7 +83,7 @@ pub(super) struct Shared {
     packages: Mutex<Packages>,
     births: Mutex<Births>,
     writers: Mutex<Writers>,
-    unsent_losses: Mutex<Vec<Report>>,
+    unsent_losses: Mutex<Vec<SensorEvent>>,
     wake_scan: Sender<()>,
     stopped_at: OnceLock<Instant>,
     /// What threads had taken from their queues when there was no more time for it.
@@ -174,7 +174,7 @@ pub(super) struct Settled {
 impl Shared {
     pub(super) fn new(
         settings: config::Watch,
-        reports: Sender<Box<Report>>,
+        reports: Sender<Box<SensorEvent>>,
         health: Arc<Health>,
         wake_scan: Sender<()>,
         acts: Sender<Box<Act>>,
@@ -583,7 +583,7 @@ impl Shared {
         let began = marked - procfs::age(*init);
         tracing::warn!(%container, "its entry point ran before its marks were in place");
         let (container, pid) = (container.clone(), init.pid);
-        self.say(Report::Unarmed { container, pid, began, marked });
+        self.say(SensorEvent::Unarmed { container, pid, began, marked });
     }
 
     /// How many executions the gate has answered that were not taken from it.
@@ -702,7 +702,7 @@ impl Shared {
         fact: Fact,
     ) -> bool {
         let observation = self.observation_of(watched, file_of, at, source, fact);
-        match self.reports.try_send(Box::new(Report::Observed(observation))) {
+        match self.reports.try_send(Box::new(SensorEvent::Observed(observation))) {
             // Nobody listens any more: the daemon is ending.
             Ok(()) | Err(TrySendError::Disconnected(_)) => true,
             Err(TrySendError::Full(_)) => {
@@ -739,14 +739,14 @@ impl Shared {
                 container = container.as_ref().map(tracing::field::display),
                 "{detail}"
             );
-            self.say(Report::Lost { failure, container, detail: detail.to_owned(), at });
+            self.say(SensorEvent::Lost { failure, container, detail: detail.to_owned(), at });
         }
         self.wake_scan();
     }
 
     /// Says what must not be dropped, without waiting: where there is no room, the scan
     /// thread says it later.
-    pub(super) fn say(&self, report: Report) {
+    pub(super) fn say(&self, report: SensorEvent) {
         if let Err(TrySendError::Full(report)) = self.reports.try_send(Box::new(report)) {
             let _ = self.health.record(Failure::PipelineFull);
             let mut unsent = self.unsent_losses();
@@ -770,13 +770,13 @@ impl Shared {
             "{detail}"
         );
         let at = Timestamp::now();
-        self.say(Report::Lost { failure, container, detail: detail.to_owned(), at });
+        self.say(SensorEvent::Lost { failure, container, detail: detail.to_owned(), at });
     }
 
     /// What was degraded is seen again.
     pub(super) fn restore(&self, failure: Failure, watched: Option<&Watched>) {
         let container = watched.map(|watched| watched.container.clone());
-        self.say(Report::Over { failure, container });
+        self.say(SensorEvent::Over { failure, container });
     }
 
     /// Hands an observation on and waits for room, for the scan thread only.
@@ -788,7 +788,7 @@ impl Shared {
         fact: Fact,
     ) {
         let observation = self.observation(watched, at, source, fact);
-        if !self.report_patiently(Report::Observed(observation)) && !self.is_stopping() {
+        if !self.report_patiently(SensorEvent::Observed(observation)) && !self.is_stopping() {
             self.lose(
                 Failure::PipelineFull,
                 Some(watched),
@@ -797,7 +797,7 @@ impl Shared {
         }
     }
 
-    fn unsent_losses(&self) -> MutexGuard<'_, Vec<Report>> {
+    fn unsent_losses(&self) -> MutexGuard<'_, Vec<SensorEvent>> {
         self.unsent_losses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -813,7 +813,7 @@ impl Shared {
 
     /// Sends without waiting and hands the report back if there is no room.
     #[expect(clippy::result_large_err, reason = "the report is the caller's own, handed back")]
-    pub(super) fn try_report(&self, report: Report) -> Result<(), Report> {
+    pub(super) fn try_report(&self, report: SensorEvent) -> Result<(), SensorEvent> {
         match self.reports.try_send(Box::new(report)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
             Err(TrySendError::Full(report)) => Err(*report),
@@ -823,7 +823,7 @@ impl Shared {
     /// Waits for room in the pipeline, for the scan thread only. Whether it was
     /// sent.
     #[must_use]
-    pub(super) fn report_patiently(&self, report: Report) -> bool {
+    pub(super) fn report_patiently(&self, report: SensorEvent) -> bool {
         let mut report = Box::new(report);
         let deadline = Instant::now() + PATIENCE;
         while !self.is_stopping() {

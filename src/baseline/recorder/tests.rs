@@ -12,7 +12,7 @@ struct Bench {
     scratch: tempfile::TempDir,
     store: Arc<Store>,
     health: Arc<Health>,
-    news: Receiver<News>,
+    news: Receiver<BaselineEvent>,
     recorder: Recorder,
 }
 
@@ -24,7 +24,7 @@ impl Blobs for NoBlobs {
     }
 }
 
-fn start(store: Arc<Store>, news: Sender<News>, health: Arc<Health>) -> Recorder {
+fn start(store: Arc<Store>, news: Sender<BaselineEvent>, health: Arc<Health>) -> Recorder {
     let settings = config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
     Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
 }
@@ -52,14 +52,14 @@ impl Bench {
     }
 
     /// A job for a stack of layers; its chain ID is the last layer's number.
-    fn job(&self, layers: &[u8]) -> Job {
+    fn job(&self, layers: &[u8]) -> RecordRequest {
         let layers = layers.iter().map(|number| Layer {
             id: LayerId::Diff(DiffId([*number; 32])),
             chain_id: chain(*number),
             directory: Some(self.layer_directory(*number)),
             blob: None,
         });
-        Job {
+        RecordRequest {
             image: None,
             container: None,
             layers: layers.collect(),
@@ -69,18 +69,18 @@ impl Bench {
         }
     }
 
-    fn image_job(&self, name: &str, layers: &[u8]) -> Job {
+    fn image_job(&self, name: &str, layers: &[u8]) -> RecordRequest {
         let image =
             ImageName { namespace: "default".into(), name: name.into(), manifest_digest: None };
-        Job { image: Some(image), ..self.job(layers) }
+        RecordRequest { image: Some(image), ..self.job(layers) }
     }
 
     #[track_caller]
     fn next(&self) -> Result<(ChainId, Arc<ImageBaseline>), (ChainId, String)> {
         match self.news.recv_timeout(SOON).expect("the recorder has news") {
-            News::Ready { chain_id, baseline, .. } => Ok((chain_id, baseline)),
-            News::Failed { chain_id, reason } => Err((chain_id, reason)),
-            News::Tampered { layer, .. } => panic!("{layer} was not tampered with"),
+            BaselineEvent::Ready { chain_id, baseline, .. } => Ok((chain_id, baseline)),
+            BaselineEvent::Failed { chain_id, reason } => Err((chain_id, reason)),
+            BaselineEvent::Tampered { layer, .. } => panic!("{layer} was not tampered with"),
         }
     }
 }
@@ -101,7 +101,7 @@ fn a_chain_is_recorded_once_and_then_known_without_its_directories() {
     bench.unpack(2);
     let progress = Arc::new(Progress::default());
     let (done, told) = bounded(1);
-    bench.recorder.submit(Job {
+    bench.recorder.submit(RecordRequest {
         progress: Some(Arc::clone(&progress)),
         done: Some(Box::new(move |result| done.send(result).unwrap())),
         ..bench.image_job("busybox", &[1, 2])
@@ -132,7 +132,7 @@ fn a_layer_that_is_gone_fails_its_image_and_no_other() {
     let bench = bench(4);
     bench.unpack(2);
     let (done, told) = bounded(1);
-    bench.recorder.submit(Job {
+    bench.recorder.submit(RecordRequest {
         done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
         ..bench.job(&[1])
     });
@@ -178,7 +178,7 @@ fn a_corrupt_layer_is_recorded_again() {
     );
     again.submit(bench.job(&[1]));
     let news = news.recv_timeout(SOON).unwrap();
-    assert!(matches!(news, News::Ready { .. }), "{news:?}");
+    assert!(matches!(news, BaselineEvent::Ready { .. }), "{news:?}");
     assert_eq!(bench.health.count(Failure::BaselineCorrupt), 1);
     again.stop();
 }
@@ -196,7 +196,7 @@ fn containers_go_before_images() {
     }
     bench.recorder.submit(bench.image_job("busybox", &[2]));
     let container = Some(ContainerId::new("default", "c"));
-    bench.recorder.submit(Job { container, ..bench.job(&[3]) });
+    bench.recorder.submit(RecordRequest { container, ..bench.job(&[3]) });
     let order: Vec<ChainId> = (0..3).map(|_| bench.next().unwrap().0).collect();
     assert_eq!(order, [chain(1), chain(3), chain(2)]);
     bench.recorder.stop();
@@ -215,7 +215,7 @@ fn a_full_queue_turns_jobs_away_and_says_so() {
         bench.recorder.submit(bench.job(&[1]));
     }
     assert_eq!(bench.health.count(Failure::BaselineUnavailable), 1);
-    bench.recorder.submit(Job {
+    bench.recorder.submit(RecordRequest {
         done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
         ..bench.job(&[2])
     });
@@ -233,7 +233,7 @@ fn stopping_waits_for_no_reader_and_answers_every_job() {
     let (done, told) = bounded(3);
     for _ in 0..3 {
         let done = done.clone();
-        bench.recorder.submit(Job {
+        bench.recorder.submit(RecordRequest {
             done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
             ..bench.job(&[1])
         });
@@ -274,7 +274,7 @@ fn what_a_container_uses_is_not_removed() {
     let bench = bench(10);
     bench.unpack(1);
     let container = Some(ContainerId::new("default", "shop"));
-    bench.recorder.submit(Job { container, ..bench.image_job("busybox", &[1]) });
+    bench.recorder.submit(RecordRequest { container, ..bench.image_job("busybox", &[1]) });
     drop(bench.next().unwrap());
     let refused = answer(|done| bench.recorder.remove(chain(1), done));
     assert_eq!(refused, Err("the container default/shop uses it".to_owned()));
@@ -311,7 +311,7 @@ fn pruning_does_not_wait_for_the_retention_period() {
         directory: Some(directory),
         blob: None,
     };
-    recorder.submit(Job {
+    recorder.submit(RecordRequest {
         image: None,
         container: None,
         layers: vec![layer],

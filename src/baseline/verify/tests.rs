@@ -13,7 +13,8 @@ use rustix::fs::{CWD, Mode, XattrFlags, makedev, mknodat, setxattr};
 
 use super::*;
 use crate::baseline::{
-    Job, KnownBy, LayerReport, News, Proof, Recorded, Recorder, Witness, blake3_of,
+    BaselineEvent, KnownBy, LayerReport, Proof, RecordRequest, Recorded, Recorder, Witness,
+    blake3_of,
 };
 use crate::health::{Failure, Health};
 use crate::model::{ChainId, ContainerId, DiffId, RootfsPath};
@@ -175,7 +176,7 @@ struct Bench {
     settings: config::Baseline,
     health: Arc<Health>,
     store: Arc<Store>,
-    news: Receiver<News>,
+    news: Receiver<BaselineEvent>,
     recorder: Recorder,
 }
 
@@ -240,13 +241,13 @@ impl Bench {
 
     fn container(&self, name: &str, layers: &[Layer]) {
         let container = Some(ContainerId::new("default", name));
-        self.recorder.submit(Job { container, ..job(layers) });
+        self.recorder.submit(RecordRequest { container, ..job(layers) });
     }
 
     #[track_caller]
     fn asked(&self, layers: &[Layer], proof: Proof) -> Result<Recorded, String> {
         let (done, told) = bounded(1);
-        self.recorder.submit(Job {
+        self.recorder.submit(RecordRequest {
             proof,
             done: Some(Box::new(move |result| done.send(result).unwrap())),
             ..job(layers)
@@ -285,11 +286,11 @@ impl Bench {
     fn tampered(&self) -> (LayerId, String, Vec<LayerDifference>, u64) {
         loop {
             match self.news.recv_timeout(SOON).expect("the recorder has news") {
-                News::Tampered { layer, witness, differences, total, .. } => {
+                BaselineEvent::Tampered { layer, witness, differences, total, .. } => {
                     return (layer, witness, differences, total);
                 }
-                News::Ready { .. } => (),
-                News::Failed { reason, .. } => panic!("{reason}"),
+                BaselineEvent::Ready { .. } => (),
+                BaselineEvent::Failed { reason, .. } => panic!("{reason}"),
             }
         }
     }
@@ -297,9 +298,11 @@ impl Bench {
     #[track_caller]
     fn ready(&self) -> (Arc<ImageBaseline>, Option<FileTime>) {
         match self.news.recv_timeout(SOON).expect("the recorder has news") {
-            News::Ready { baseline, unchanged_since, .. } => (baseline, unchanged_since),
-            News::Tampered { witness, differences, .. } => panic!("{witness}: {differences:?}"),
-            News::Failed { reason, .. } => panic!("{reason}"),
+            BaselineEvent::Ready { baseline, unchanged_since, .. } => (baseline, unchanged_since),
+            BaselineEvent::Tampered { witness, differences, .. } => {
+                panic!("{witness}: {differences:?}")
+            }
+            BaselineEvent::Failed { reason, .. } => panic!("{reason}"),
         }
     }
 
@@ -320,15 +323,15 @@ impl Bench {
     #[track_caller]
     fn nothing_tampered(&self) {
         for news in self.news.try_iter() {
-            if let News::Tampered { witness, differences, .. } = news {
+            if let BaselineEvent::Tampered { witness, differences, .. } = news {
                 panic!("{witness}: {differences:?}");
             }
         }
     }
 }
 
-fn job(layers: &[Layer]) -> Job {
-    Job {
+fn job(layers: &[Layer]) -> RecordRequest {
+    RecordRequest {
         image: None,
         container: None,
         layers: layers.to_vec(),
@@ -759,7 +762,7 @@ fn proof_on_demand_says_how_far_it_is() {
     let layers = bench.layers("a", &[&base, &upper]);
     let progress = Arc::new(Progress::default());
     let (done, told) = bounded(1);
-    bench.recorder.submit(Job {
+    bench.recorder.submit(RecordRequest {
         proof: Proof::Deep,
         progress: Some(Arc::clone(&progress)),
         done: Some(Box::new(move |result| done.send(result).unwrap())),
@@ -855,7 +858,7 @@ fn looking_again_finds_what_was_changed_since() {
     // Now every program of both containers is judged by its content.
     let told: BTreeMap<ChainId, Option<FileTime>> = (0..2)
         .map(|_| match bench.news.recv_timeout(SOON).unwrap() {
-            News::Ready { chain_id, unchanged_since, .. } => (chain_id, unchanged_since),
+            BaselineEvent::Ready { chain_id, unchanged_since, .. } => (chain_id, unchanged_since),
             news => panic!("{news:?}"),
         })
         .collect();
@@ -904,7 +907,7 @@ fn a_directory_that_has_vanished_leaves_the_time_unknown() {
     bench.asked(&elsewhere, Proof::Later).unwrap();
     assert_eq!(bench.recorder.queue().verifying, 0);
     for news in bench.news.try_iter() {
-        assert!(matches!(news, News::Ready { unchanged_since: None, .. }), "{news:?}");
+        assert!(matches!(news, BaselineEvent::Ready { unchanged_since: None, .. }), "{news:?}");
     }
 }
 
@@ -1000,7 +1003,7 @@ fn stopping_ends_a_verification_and_answers_who_waits() {
     let layers = bench.layers("a", &[&base]);
     bench.shelf.held.store(true, Ordering::Relaxed);
     let (done, told) = bounded(1);
-    bench.recorder.submit(Job {
+    bench.recorder.submit(RecordRequest {
         proof: Proof::Blobs,
         done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
         ..job(&layers)
@@ -1069,9 +1072,11 @@ fn what_a_full_disk_kept_from_a_container_is_recorded_when_there_is_room() {
         blob: None,
     }];
     let container = Some(ContainerId::new("default", "c"));
-    recorder.submit(Job { container, ..job(&layers) });
+    recorder.submit(RecordRequest { container, ..job(&layers) });
     match news.recv_timeout(SOON).unwrap() {
-        News::Failed { reason, .. } => assert!(reason.contains("is the disk full"), "{reason}"),
+        BaselineEvent::Failed { reason, .. } => {
+            assert!(reason.contains("is the disk full"), "{reason}");
+        }
         news => panic!("{news:?}"),
     }
     assert_eq!(files_below(&mount.0.join("baselines")), Vec::<PathBuf>::new());
@@ -1079,7 +1084,7 @@ fn what_a_full_disk_kept_from_a_container_is_recorded_when_there_is_room() {
 
     fs::remove_file(full).unwrap();
     let recorded = std::iter::from_fn(|| Some(news.recv_timeout(SOON).unwrap()))
-        .find(|news| matches!(news, News::Ready { .. }));
+        .find(|news| matches!(news, BaselineEvent::Ready { .. }));
     assert!(recorded.is_some());
     assert!(store.has_layer(layers[0].id).unwrap());
     recorder.stop();
@@ -1143,7 +1148,7 @@ fn records_until_it_is_killed() {
         let container = Some(ContainerId::new("default", "c"));
         let done: crate::baseline::recorder::Done =
             Box::new(move |result| done.send(result.map(drop)).unwrap());
-        recorder.submit(Job { container, done: Some(done), ..job(&[layer]) });
+        recorder.submit(RecordRequest { container, done: Some(done), ..job(&[layer]) });
         told.recv().unwrap().unwrap();
         fs::write(directory.join("recorded"), vec![0; usize::try_from(turn + 1).unwrap()]).unwrap();
         if turn % 3 == 0 {

@@ -14,7 +14,9 @@ use indicatif::HumanCount;
 use super::{BaselineJson, bar, baseline_json};
 use crate::api::baselines;
 use crate::baseline::archive::{self, Archive, ArchiveBlob, ArchiveImage};
-use crate::baseline::{Blobs, ImageName, Job, KnownBy, Progress, Proof, Recorded, Recorder, Store};
+use crate::baseline::{
+    Blobs, ImageName, KnownBy, Progress, Proof, RecordRequest, Recorded, Recorder, Store,
+};
 use crate::cli::output::{safe, size};
 use crate::config;
 use crate::health::Health;
@@ -97,7 +99,7 @@ fn record_one(
     for name in names(task, image, chain_id) {
         let progress = Arc::new(Progress::default());
         let (done, over) = mpsc::channel();
-        recorder.submit(Job {
+        recorder.submit(RecordRequest {
             image: Some(ImageName {
                 namespace: NAMESPACE.into(),
                 name,
