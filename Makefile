@@ -1,4 +1,4 @@
-# One front door. `make` alone says what there is.
+# All commands of the project. `make` alone lists them.
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -22,21 +22,21 @@ INSTALLER  = $(if $(DESTDIR),,$(SUDO))
 
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
-# Building needs no root; installing packages and running containers does. So
-# `make` is called by whoever builds, and asks for root where it needs it.
+# Building needs no root; installing packages and running containers does. So call `make`
+# as the user who builds; it runs sudo where it needs root.
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env"')
 # The same, with programs of another version: sudo has a PATH of its own.
 AS_ROOT_WITH = $(if $(SUDO),--config 'target."cfg(unix)".runner = "sudo --preserve-env env PATH=$(1)"')
 
-# Other versions of containerd and Docker, and a distribution to make an image of;
-# all unpacked here, nothing of it installed.
+# Other versions of containerd and Docker, and a distribution to make an image of. They are
+# unpacked here, not installed.
 ENGINES = $(CURDIR)/target/engines
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-kernels build test race test-matrix test-docker test-checkpoint test-systemd test-systemd-vm test-kernels soak corpus check bench bench-against fuzz demo install install-files uninstall clean
 
-help: ## what can be made
+help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## installs what building and testing need and this machine lacks (Debian or Ubuntu)
@@ -50,11 +50,11 @@ build: ## builds driftd for development
 test: setup ## installs what is missing and runs every test (as root: containers are started)
 	$(CARGO) test --locked $(AS_ROOT)
 
-race: setup ## a hundred thousand rounds against the free gate, ten thousand against what is read later (as root, an hour)
+race: setup ## a hundred thousand rounds against the free gate, ten thousand against files that are read later (as root, an hour)
 	DRIFTD_RACE_TIMES=30 $(CARGO) test --locked $(AS_ROOT) --test free_gate -- --test-threads=1 --nocapture --include-ignored changed_bytes
 	$(CARGO) test --locked $(AS_ROOT) --test check -- --nocapture --include-ignored never_silent
 
-test-matrix: setup matrix-1.7 matrix-2.1 ## runs what needs containerd with 1.7 and 2.1, and a whole distribution's image (as root)
+test-matrix: setup matrix-1.7 matrix-2.1 ## runs the tests that need containerd with 1.7 and 2.1, and with a whole distribution's image (as root)
 
 $(ENGINES)/containerd-1.7: ; @scripts/other-release trixie $@ containerd
 $(ENGINES)/containerd-2.1: ; @scripts/other-release sid $@ containerd
@@ -65,25 +65,25 @@ matrix-%: $(ENGINES)/containerd-% $(ENGINES)/distribution.tar
 	PATH="$</usr/bin:$$PATH" DRIFTD_REAL_IMAGE=$(ENGINES)/distribution.tar \
 		$(CARGO) test --locked $(call AS_ROOT_WITH,$</usr/bin:$(PATH)) --test containerd --test node
 
-test-docker: setup docker-20.10 docker-newest ## runs Docker 20.10 and the newest that can be had, with both kinds of storage (as root)
+test-docker: setup docker-20.10 docker-newest ## runs the tests with Docker 20.10 and the newest available, and both kinds of storage (as root)
 
 $(ENGINES)/docker-20.10: ; @scripts/other-release bookworm $@ docker.io
 $(ENGINES)/docker-newest: ; @scripts/other-release sid $@ docker.io docker-cli
 
 # Docker 20.10 has no store of containerd's images.
-docker-20.10: TRIALS = docker_with_overlay2
-docker-newest: TRIALS = docker
+docker-20.10: TESTS = docker_with_overlay2
+docker-newest: TESTS = docker
 
 docker-%: $(ENGINES)/docker-%
 	$</usr/sbin/dockerd --version
-	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TRIALS) --ignored
+	DRIFTD_TEST_DOCKER=$</usr $(CARGO) test --locked $(AS_ROOT) --test node -- $(TESTS) --ignored
 
 # Debian 12's CRIU does not understand the newest kernels.
 CRIU = criu libc6 libbsd0 libedit2 libffi8 libgmp10 libgnutls30t64 libhogweed6t64 libidn2-0 \
 	libjansson4 libmd0 libmnl0 libnet1 libnettle8t64 libnftables1 libnftnl11 libnl-3-200 \
 	libp11-kit0 libprotobuf-c1 libtasn1-6 libtinfo6 libunistring5 libuuid1
 
-test-checkpoint: setup $(ENGINES)/criu/bin/criu ## runs what CRIU has restored from a checkpoint (as root)
+test-checkpoint: setup $(ENGINES)/criu/bin/criu ## runs the tests with a container that CRIU has restored from a checkpoint (as root)
 	$(ENGINES)/criu/bin/criu check
 	PATH="$(ENGINES)/criu/bin:$$PATH" $(CARGO) test --locked \
 		$(call AS_ROOT_WITH,$(ENGINES)/criu/bin:$(PATH)) --test node -- d05 --ignored
@@ -95,7 +95,7 @@ $(ENGINES)/criu/bin/criu:
 		"$$(echo $$libraries/ld-linux*) --library-path $$libraries $(ENGINES)/criu/usr/sbin/criu" > $@
 	@chmod 0755 $@
 
-# A short form of it, under the systemd of this machine, is in `make test`.
+# `make test` has a short form, under this machine's systemd.
 test-systemd: setup systemd-bookworm systemd-trixie ## the installed unit under Debian 12's systemd (252) and Debian 13's (257) (as root)
 
 $(ENGINES)/machine-bookworm/.complete: scripts/machine-root ; @$(SUDO) scripts/machine-root bookworm $(@D)
@@ -105,7 +105,7 @@ systemd-%: $(ENGINES)/machine-%/.complete
 	DRIFTD_MACHINE_ROOT=$(ENGINES)/machine-$* \
 		$(CARGO) test --locked $(AS_ROOT) --test node -- installed_unit --include-ignored --skip reboot
 
-# One machine at a time: its processors may be a program, which takes all of this one's.
+# One machine at a time: its processors may be emulated, which takes all of this machine's.
 test-systemd-vm: setup-kernels vm-bookworm ## the same in a virtual machine, on Debian 12's own kernel, and its reboot (as root)
 
 vm-%: $(ENGINES)/machine-%/.complete
@@ -134,12 +134,12 @@ corpus: setup $(ENGINES)/corpus.tar $(CURDIR)/target/against/$(RELEASED)/driftd 
 		$(CARGO) test --locked $(AS_ROOT) --test node -- corpus --exact --ignored --nocapture
 
 soak: setup ## random drift while everything is stopped and killed, SOAK_SECONDS (3600) long (as root)
-	$(CARGO) test --locked $(AS_ROOT) --test node -- x02_a_thread_that_nobody_can_replace --ignored
+	$(CARGO) test --locked $(AS_ROOT) --test node -- x02_a_thread_that_cannot_be_replaced --ignored
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked $(AS_ROOT) --test node -- chaos_soak --ignored --nocapture
 
-# What a kernel that is older lacks is expected by the tests to be missing; none of
-# them is left out. Needs no root: the machine is a virtual one.
-test-kernels: setup-kernels kernel-bookworm kernel-bullseye ## runs what watches on Linux 6.1 and 5.10, in virtual machines
+# No test is left out: the tests expect that an older kernel lacks some features. Needs no
+# root, because the machine is a virtual one.
+test-kernels: setup-kernels kernel-bookworm kernel-bullseye ## runs tests/kernel.rs on Linux 6.1 and 5.10, in virtual machines
 
 setup-kernels: setup
 	@PATH=$$PATH:/usr/sbin:/sbin; command -v qemu-system-x86_64 >/dev/null && \
@@ -159,10 +159,10 @@ check: ## format, lints and dependencies
 		echo "dependencies were not checked: cargo-deny is missing (cargo install --locked cargo-deny)"; \
 	fi
 
-bench: setup ## the figures of docs/performance.md, measured on this machine (as root)
+bench: setup ## measures the figures of docs/performance.md on this machine (as root)
 	$(CARGO) bench --locked $(AS_ROOT)
 
-# `name` is what the table calls it.
+# `name` is its name in the table.
 bench-against: name ?= $(REV)
 bench-against: OLDER = $(CURDIR)/target/against/$(REV)
 bench-against: setup ## what attacks cost a neighbour, beside the driftd of another revision (REV=..., as root)
@@ -171,7 +171,7 @@ bench-against: setup ## what attacks cost a neighbour, beside the driftd of anot
 	DRIFTD_BENCH_AGAINST=$(OLDER)/driftd DRIFTD_BENCH_AGAINST_NAME=$(name) \
 		$(CARGO) bench --locked $(AS_ROOT) --bench hostile
 
-# libFuzzer needs compiler flags that only a nightly takes without being told so.
+# libFuzzer needs compiler flags that a stable compiler takes only with RUSTC_BOOTSTRAP=1.
 fuzz: ## random bytes for every reader of hostile input, FUZZ_SECONDS (60) each
 	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
 	@for target in layer_stream baseline_file oci_documents; do \
@@ -181,7 +181,7 @@ fuzz: ## random bytes for every reader of hostile input, FUZZ_SECONDS (60) each
 			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -print_final_stats=1 || exit 1; \
 	done
 
-demo: setup ## drift in a container and what driftd says about it, in under a minute (as root)
+demo: setup ## drift in a container and what driftd reports about it, in under a minute (as root)
 	$(CARGO) build --locked
 	@$(SUDO) scripts/demo
 
@@ -194,7 +194,7 @@ install-files:
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
 	sed -e 's|/usr/bin/driftd|$(bindir)/driftd|' -e 's|/usr/share/doc/driftd|$(docdir)|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
 	chmod 0644 $(DESTDIR)$(unitdir)/driftd.service
-	@# Settings that somebody has edited are theirs.
+	@# Settings that were edited stay.
 	@if [ -e $(DESTDIR)$(confdir)/driftd.toml ] && ! cmp -s systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; then \
 		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml.new; \
 		echo "kept $(DESTDIR)$(confdir)/driftd.toml; the shipped settings are beside it, as driftd.toml.new"; \
@@ -215,7 +215,7 @@ install-files:
 		echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"; \
 	fi
 
-uninstall: ## stops and disables driftd, removes what install has put there, keeps settings and history
+uninstall: ## stops and disables driftd, removes what install has installed, keeps settings and history
 	@if $(SYSTEMD) && [ -e $(unitdir)/driftd.service ]; then $(INSTALLER) systemctl disable --now driftd; fi
 	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 $(DESTDIR)$(mandir)/driftd-*.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \

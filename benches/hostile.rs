@@ -1,17 +1,16 @@
 //! What a container that attacks driftd costs the container beside it: how long the
 //! neighbour's executions take, and how late its findings come.
 //!
-//! Each attack is played by a container that driftd leaves alone, and by one that it
-//! watches. The first takes as much of the machine, so the difference is driftd's. The
-//! neighbour is always watched. Where another build is named, it is played the same
-//! attacks in turn with this one. A play has a bounded time: an attack that lets the
-//! neighbour wait for ever is shown as such, and the next one begins.
+//! Each attack is made by a container that driftd leaves alone, and by one that it watches.
+//! The first takes as much of the machine, so the difference is driftd's. The neighbour is
+//! always watched. If another build is named, both builds meet each attack in turn. An attack
+//! has a bounded time: if the neighbour hangs, that is shown, and the next attack begins.
 //!
 //! Needs root, containerd, `ctr`, runc, gcc and /dev/fuse (`scripts/setup`).
 //! `DRIFTD_PROGRAM` names another build of driftd to be measured in place of this one,
 //! `DRIFTD_BENCH_AGAINST` one to be measured beside it (`make bench-against`), of any
 //! version, and `DRIFTD_BENCH_AGAINST_NAME` what the table calls it.
-//! `DRIFTD_BENCH_ATTACK` names the attacks to be played, separated by commas.
+//! `DRIFTD_BENCH_ATTACK` names the attacks to be made, separated by commas.
 //! `DRIFTD_BENCH_QUICK` makes everything small: to see that it runs.
 
 #![allow(clippy::print_stdout)]
@@ -46,19 +45,19 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use fuse::{Answers, Fuse, MAY_MOUNT};
+use fuse::{Answers, Fuse, MAY_MOUNT, run_from_mnt};
 use image::Layer;
-use node::{Container, Deaf, Node, Running, Setup, wait_within};
+use node::{Container, Deaf, Node, Setup, wait_within};
 
 const IMAGE: &str = "registry.bench/hostile:1";
 
 /// containerd's namespace that driftd leaves alone.
 const UNWATCHED: &str = "left-alone";
 
-/// A neighbour whose execution takes longer than this is said to hang.
+/// A neighbour whose execution takes longer than this hangs.
 const HANGS: Duration = Duration::from_secs(20);
 
-/// A finding that comes later than this is said to be missing.
+/// A finding that comes later than this is missing.
 const LATE: Duration = Duration::from_secs(30);
 
 /// How long anything else may take.
@@ -69,12 +68,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Attack {
     name: &'static str,
     what: &'static str,
-    /// What `tests/data/flood.c` does in four processes: its name, and how often each of
-    /// them does it, if not until the end.
+    /// A mode of `tests/data/flood.c`, which runs in four processes, and how often each of them
+    /// repeats it (0: until the end).
     flood: Option<(&'static str, u32)>,
     /// Options of `ctr run` for the attacker.
     options: &'static [&'static str],
-    /// The attacker serves a filesystem that answers nobody outside, and runs from it.
+    /// The attacker serves a filesystem that answers no process outside, and runs from it.
     has_filesystem: bool,
     has_labels: bool,
     /// How many clients follow the findings and never read.
@@ -85,7 +84,7 @@ struct Attack {
 
 const NOTHING: Attack = Attack {
     name: "none",
-    what: "nobody attacks",
+    what: "no attack",
     flood: None,
     options: &[],
     has_filesystem: false,
@@ -102,14 +101,14 @@ const ATTACKS: [Attack; 16] = [
     NOTHING,
     Attack {
         name: "fuse",
-        what: "programs and scripts on a FUSE server that answers nobody outside",
+        what: "programs and scripts on a FUSE server that answers no process outside",
         options: MAY_MOUNT,
         has_filesystem: true,
         ..NOTHING
     },
     Attack {
         name: "fuse-kill",
-        what: "the same, and the daemon is killed (SIGKILL)",
+        what: "programs on such a server, and the daemon is killed (SIGKILL)",
         options: MAY_MOUNT,
         has_filesystem: true,
         end: Some(Signal::SIGKILL),
@@ -122,8 +121,8 @@ const ATTACKS: [Attack; 16] = [
         end: Some(Signal::SIGTERM),
         ..NOTHING
     },
-    flood("holes", "new programs of 1000 MiB that are holes"),
-    flood("touched", "forty such programs that are touched every two seconds"),
+    flood("holes", "new sparse programs of 1000 MiB"),
+    flood("touched", "forty such programs, touched every two seconds"),
     flood("large", "new programs of 15 MiB"),
     flood("execs", "new programs, each run once and removed"),
     flood("same", "one program of the image, again and again"),
@@ -172,7 +171,7 @@ struct Side {
     name: String,
     program: Option<PathBuf>,
     watches_attacker: bool,
-    /// What was met when nobody attacked.
+    /// The p99 of executions and of findings without an attack.
     calm: Option<(f64, f64)>,
 }
 
@@ -192,12 +191,12 @@ fn run(seconds: u64) -> anyhow::Result<()> {
     let only = std::env::var("DRIFTD_BENCH_ATTACK").ok();
     let only: Option<Vec<&str>> = only.as_deref().map(|only| only.split(',').collect());
     println!(
-        "{seconds} s of each attack; a ratio is to nobody's attack. One that is left alone is made by a \
-         container that driftd does not watch\n"
+        "{seconds} s for each attack; a ratio compares with no attack. The row `left alone` is the \
+         attack by a container that driftd does not watch\n"
     );
-    println!("{:<16} {:^36}  {:^32}  {:^20}", "", "neighbour's exec", "its finding", "driftd");
+    println!("{:<16} {:^36}  {:^34}  {:^20}", "", "neighbour's exec", "its finding", "driftd");
     println!(
-        "{:<16} {:>8} {:>9} {:>7} {:>9}  {:>8} {:>8} {:>7} {:>6}  {:>5} {:>6} {:>7}",
+        "{:<16} {:>8} {:>9} {:>7} {:>9}  {:>8} {:>8} {:>7} {:>8}  {:>5} {:>6} {:>7}",
         "attacker is",
         "p50 µs",
         "p99 µs",
@@ -206,7 +205,7 @@ fn run(seconds: u64) -> anyhow::Result<()> {
         "p50 ms",
         "p99 ms",
         "ratio",
-        "told",
+        "reported",
         "CPU %",
         "RSS MB",
         "disk MB",
@@ -221,7 +220,7 @@ fn run(seconds: u64) -> anyhow::Result<()> {
         println!("\n{} ({})", attack.what, attack.name);
         for side in &mut sides {
             node::use_program(side.program.clone());
-            match play(attack, seconds, side.watches_attacker) {
+            match make(attack, seconds, side.watches_attacker) {
                 Ok(met) => show(attack, side, &met),
                 Err(err) => {
                     println!("{:<16} failed: {err:#}", side.name);
@@ -259,14 +258,14 @@ fn show(attack: &Attack, side: &mut Side, met: &Met) {
             at(&met.execs, 100) / 1e6,
         )
     };
-    let told = met.findings.iter().filter(|delay| delay.is_finite()).count();
-    let told = if met.findings.is_empty() {
+    let reported = met.findings.iter().filter(|delay| delay.is_finite()).count();
+    let reported = if met.findings.is_empty() {
         "-".to_owned()
     } else {
-        format!("{told}/{}", met.findings.len())
+        format!("{reported}/{}", met.findings.len())
     };
     println!(
-        "{:<16} {execs}  {:>8} {:>8} {:>7} {told:>6}  {:>5} {:>6} {:>7.1}{}",
+        "{:<16} {execs}  {:>8} {:>8} {:>7} {reported:>8}  {:>5} {:>6} {:>7.1}{}",
         side.name,
         milliseconds(at(&met.findings, 50)),
         milliseconds(finding),
@@ -278,7 +277,7 @@ fn show(attack: &Attack, side: &mut Side, met: &Met) {
     );
 }
 
-/// What the neighbour has met.
+/// What was measured of the neighbour and of driftd.
 struct Met {
     /// Nanoseconds of each execution, sorted.
     execs: Vec<f64>,
@@ -287,17 +286,17 @@ struct Met {
     /// Milliseconds from each dropped program's execution to its finding, sorted, and
     /// infinity where none came. None at all where the daemon was ended.
     findings: Vec<f64>,
-    /// Of driftd, in percent of one.
+    /// driftd's processor time, in percent of one processor.
     processor: Option<f64>,
-    /// Of driftd's processes, at most, in bytes.
+    /// The peak memory of driftd's processes, in bytes.
     memory: Option<f64>,
-    /// Of what driftd keeps, in bytes.
+    /// The size of the history, in bytes.
     disk: f64,
     losses: String,
 }
 
-/// One attack beside a neighbour, on a node of its own: nothing is left of others.
-fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result<Met> {
+/// One attack beside a neighbour, on a node of its own, so that no earlier attack matters.
+fn make(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result<Met> {
     let node = Node::with_containerd(Setup { unwatched: Some(UNWATCHED), ..Setup::default() })?;
     write_image(&node)?;
     node.start_driftd()?;
@@ -314,14 +313,14 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
         node.run(UNWATCHED, IMAGE, &options)?
     };
     let mut follower = Follower::start(&node, &calm)?;
-    // The attack is under way before the neighbour is looked at, and outlasts it.
+    // The attack is under way before the neighbour is measured, and outlasts it.
     let lasts = seconds + 4;
     let fuse = if attack.has_filesystem { Some(serve(&attacker)?) } else { None };
     let flooding = match attack.flood {
         Some((what, times)) => {
             Some(attacker.begin(&format!("/app/program {what} {lasts} {times}"))?)
         }
-        None if attack.has_filesystem => Some(run_from_filesystem(&attacker, lasts)?),
+        None if attack.has_filesystem => Some(attacker.begin(&run_from_mnt(lasts))?),
         None => None,
     };
     let deaf: Vec<Deaf> =
@@ -357,7 +356,7 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
             match line.split_once(' ').context("no time")? {
                 ("exec", times) => {
                     let (took, at) = times.split_once(' ').context("no time")?;
-                    // What the attack costs while the daemon runs is another row's.
+                    // The cost while the daemon runs belongs to another row.
                     if at.parse::<u128>()? >= ended.as_nanos() {
                         met.execs.push(took.parse()?);
                     }
@@ -370,12 +369,12 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
             met.losses = losses(&node);
         }
     } else {
-        // What waits for it is let go, or the node cannot be taken down.
+        // Waiting processes are released, or the node cannot be taken down.
         daemon.kill();
     }
     met.disk = size_of_history(&node);
-    // Who waits for the container's filesystem goes on. A container does one thing after
-    // the other, and the filesystem is unmounted by it.
+    // Processes that wait for the container's filesystem go on. A container runs one command
+    // after the other, and unmounts the filesystem by such a command.
     if let Some(fuse) = &fuse {
         fuse.abort();
     }
@@ -388,31 +387,16 @@ fn play(attack: &Attack, seconds: u64, watches_attacker: bool) -> anyhow::Result
     Ok(met)
 }
 
-/// What `ctr run` is told to label a container with.
+/// Options of `ctr run` that label a container.
 fn labels() -> Vec<String> {
     let text = "x".repeat(4000);
     (0..200).flat_map(|number| ["--label".to_owned(), format!("l{number}={text}")]).collect()
 }
 
-/// A filesystem of the attacker's at `/mnt`, which answers nobody outside.
+/// A filesystem of the attacker at `/mnt`, which answers no process outside.
 fn serve<'a>(attacker: &'a Container<'_>) -> anyhow::Result<Fuse<'a>> {
     attacker.lay("s", b"#!/bin/sh\nsleep 60\n")?;
-    Fuse::mount(attacker, "/mnt", Answers::ItsOwn, &[("x", "/app/program"), ("s", "/.control/s")])
-}
-
-/// Programs and scripts of that filesystem, by several ways, again and again.
-fn run_from_filesystem<'a>(
-    attacker: &'a Container<'_>,
-    seconds: u64,
-) -> anyhow::Result<Running<'a>> {
-    attacker.begin(&format!(
-        "ln -s /mnt /tmp/l\n\
-         for i in $(seq {seconds}); do\n\
-         for way in '/mnt/x sleep 60' '/mnt/s' 'sh /tmp/l/s' 'sh /dev/fd/9 9</mnt/s'; do\n\
-         ( eval \"$way\" ) </dev/null >/dev/null 2>&1 &\n\
-         done\n\
-         sleep 1; done"
-    ))
+    Fuse::mount(attacker, "/mnt", Answers::Own, &[("x", "/app/program"), ("s", "/.control/s")])
 }
 
 /// Reads the neighbour's findings as they come.
@@ -516,7 +500,7 @@ impl Daemon {
         children.map(Pid::from_raw).chain([self.0]).collect()
     }
 
-    /// What the scheduler has counted, to the nanosecond.
+    /// As the scheduler counts it, to the nanosecond.
     fn processor_time(&self) -> Option<Duration> {
         let mut total = 0;
         for pid in self.processes() {
@@ -528,7 +512,7 @@ impl Daemon {
         Some(Duration::from_nanos(total))
     }
 
-    /// The most that was resident, in bytes.
+    /// The peak of resident memory, in bytes.
     fn memory(&self) -> f64 {
         let of = |pid: Pid| -> Option<f64> {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -545,13 +529,13 @@ impl Daemon {
     }
 }
 
-/// Of the history's files, in bytes.
+/// The size of the history's files, in bytes.
 fn size_of_history(node: &Node) -> f64 {
     let size = |name: &str| fs::metadata(node.path(name)).map_or(0, |file| file.len());
     (size("driftd/history.db") + size("driftd/history.db-wal")) as f64
 }
 
-/// What `driftd status` says was lost, if it says anything in time.
+/// The losses in `driftd status`, if it answers in time.
 fn losses(node: &Node) -> String {
     let ask = || -> anyhow::Result<Value> {
         let mut command = node.driftd_command(&["status", "-o", "json"]);

@@ -327,7 +327,7 @@ const SCENARIOS: &[(char, std::ops::RangeInclusive<u32>)] = &[
 ];
 
 /// The scenarios after which tests are called, each with where they are:
-/// `fn a07_script` and `trial("b14_...", ...)`.
+/// `fn a07_script` and `test("b14_...", ...)`.
 fn tested_scenarios() -> BTreeMap<String, BTreeSet<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut directories = vec![root.join("tests"), root.join("src")];

@@ -1,8 +1,7 @@
-//! How much driftd keeps: what a container can make more of without end is bounded in
-//! bytes, and neither what is worse nor an answer is lost for it.
+//! How much driftd keeps. What a container can make without end is bounded in bytes, and
+//! neither a more severe finding nor a response is lost because of it.
 
 use std::fs;
-use std::process::{Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -10,23 +9,23 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::node::{Container, Node, end, only, wait_for};
-use crate::trial_alone;
+use crate::node::{Container, Deaf, Node, only, wait_for};
+use crate::test_alone;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone(
+        test_alone(
             "x03_labels_without_end_take_a_bounded_number_of_bytes_in_memory_and_history",
             "",
             x03_labels,
         ),
-        trial_alone(
-            "x12_no_flood_of_large_findings_keeps_a_program_in_memory_from_its_answer",
+        test_alone(
+            "x12_a_program_in_memory_is_killed_although_the_findings_are_full",
             "[respond]\nkill_on = [\"exec.fileless\"]",
             x12_fileless,
         ),
-        trial_alone(
-            "x18_a_history_that_is_removed_is_a_named_loss_and_has_again_what_is_known",
+        test_alone(
+            "x18_a_removed_history_is_a_named_loss_and_is_written_again",
             "",
             x18_history_removed,
         ),
@@ -34,7 +33,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// Bytes of memory that the daemon has.
-fn resident(node: &Node) -> anyhow::Result<u64> {
+pub(crate) fn resident(node: &Node) -> anyhow::Result<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", node.driftd_pid()?))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
@@ -52,12 +51,6 @@ fn wait_for_findings(container: &Container<'_>, number: usize) -> anyhow::Result
         let findings = container.findings()?;
         Ok((findings.len() >= number).then_some(findings))
     })
-}
-
-/// Follows the history and never reads what it is sent.
-fn follower(node: &Node) -> anyhow::Result<Child> {
-    let mut command = node.driftd_command(&["findings", "--follow", "-o", "jsonl"]);
-    Ok(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?)
 }
 
 fn x03_labels(node: &Node) -> anyhow::Result<()> {
@@ -86,25 +79,22 @@ fn x03_labels(node: &Node) -> anyhow::Result<()> {
     let grown = resident(node)?.saturating_sub(memory);
     ensure!(grown < 32 << 20, "{grown} bytes more in memory");
 
-    // Followers that read nothing share what they may hold.
+    // All followers that read nothing share one limit.
     let memory = resident(node)?;
-    let mut followers = Vec::new();
-    for _ in 0..20 {
-        followers.push(follower(node)?);
-    }
+    let followers: Vec<Deaf> = (0..20).map(|_| Deaf::start(node)).collect::<anyhow::Result<_>>()?;
     thread::sleep(Duration::from_secs(3));
     let held = resident(node)?.saturating_sub(memory);
-    followers.iter_mut().for_each(end);
+    drop(followers);
     eprintln!("x03/x17: {each} bytes a finding on disk, {grown} in memory, {held} for followers");
     ensure!(held < 40 << 20, "{held} bytes more in memory for followers");
     Ok(())
 }
 
-/// Runs programs whose findings hold as many arguments as findings may, until there is
-/// no room for more of them.
+/// Runs programs whose findings hold as many arguments as findings may, until the budget for
+/// findings is full.
 fn flood(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     let long = "x".repeat(4000);
-    // Of programs that end at once the arguments are not always known.
+    // The arguments of programs that end at once are not always known.
     let mut begin = 0;
     while node.losses("findings_full")? == 0 {
         let end = begin + 300;
@@ -124,12 +114,12 @@ fn flood(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
 }
 
 fn is_killed(container: &Container<'_>, kind: &str) -> anyhow::Result<()> {
-    let answered = wait_for("the answer", || {
+    let killed = wait_for("the response", || {
         let findings = container.findings()?;
-        let told = only(&findings, kind);
-        Ok(told.ok().filter(|told| told["outcome"]["succeeded"] == true).cloned())
+        let reported = only(&findings, kind);
+        Ok(reported.ok().filter(|reported| reported["outcome"]["succeeded"] == true).cloned())
     })?;
-    ensure!(answered["verdict"]["disposition"] == "kill", "{answered:#}");
+    ensure!(killed["verdict"]["disposition"] == "kill", "{killed:#}");
     Ok(())
 }
 
@@ -143,15 +133,14 @@ fn x12_fileless(node: &Node) -> anyhow::Result<()> {
 
 fn x18_history_removed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
-    let before = container.told(&["critical exec.new /tmp/x"])?;
+    container.run_dropped("x")?;
+    let before = container.expect_findings(&["critical exec.new /tmp/x"])?;
     for suffix in ["", "-wal", "-shm"] {
         fs::remove_file(node.path(&format!("driftd/history.db{suffix}")))?;
     }
     wait_for("the loss to be named", || Ok((node.losses("history_gone")? > 0).then_some(())))?;
     let after = wait_for_findings(&container, 1)?;
-    assert_eq!(after, before, "what is known is there again");
+    assert_eq!(after, before, "the findings are in the new history");
     ensure!(node.path("driftd/history.db").exists());
     container.sh("cp /.control/x /tmp/y; echo >> /tmp/y; /tmp/y")?;
     let findings = wait_for_findings(&container, 2)?;

@@ -1,11 +1,10 @@
-//! Everything at once, for a while: containers drift at random, and driftd is
-//! stopped, killed and started again, its containerd crashes, the kernel drops its
-//! events, its disk is full. The test keeps the truth; at the end the history says
-//! the same.
+//! Everything at once, for a while: containers drift at random, and driftd is stopped, killed
+//! and started again, its containerd crashes, the kernel drops its events, its disk is full.
+//! The test records what really happened; at the end the history must agree.
 //!
 //! `make soak` does this for an hour, or `SOAK_SECONDS`, while other containers attack
 //! driftd and its processes are frozen one by one and together. A run prints its seed, and
-//! `CHAOS_SEED` chooses the same acts again; when they happen is the machine's.
+//! `CHAOS_SEED` chooses the same actions again; their times depend on the machine.
 
 mod attack;
 mod truth;
@@ -25,14 +24,14 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use self::truth::{Blindness, Claim, Sight, Told};
+use self::truth::{Blindness, Claim, Reported, Sight};
 use crate::image::Layer;
 use crate::node::{Container, Node, Setup, lock, wait_for, wait_within};
-use crate::{programs, run_without_driftd, trial_without_node};
+use crate::{programs, run_without_driftd, test_without_node};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_without_node("chaos_the_truth_by_value", || {
+        test_without_node("chaos_the_truth_by_value", || {
             truth::by_value();
             Ok(())
         }),
@@ -52,7 +51,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-/// The kernel's queue is as long as [`QUEUE`] says.
+/// The kernel's queue gets its length from [`QUEUE`].
 const SETUP: Setup =
     Setup { driftd: "bounded_queue = true", cri: None, own_runtime: false, unwatched: None };
 
@@ -69,24 +68,24 @@ const SHORT: Duration = Duration::from_secs(25);
 /// How many containers drift at once.
 const WORKERS: u64 = 3;
 
-/// Acts in one container before the next takes its place.
+/// Actions in one container before the next takes its place.
 const LIFE: usize = 60;
 
 /// `fs.fanotify.max_queued_events` while driftd starts.
 const QUEUE: &str = "256";
 
-/// What a killed daemon had perhaps not written yet.
+/// The history may lack what happened so shortly before a kill.
 const UNWRITTEN: Duration = Duration::from_secs(3);
 
-/// All findings of a container are there within this, on a busy machine.
+/// How soon all findings of a container must be there, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const IMAGE: &str = "registry.test/chaos:1";
 
-/// Programs of the image, each for one act.
+/// Programs of the image, each for one action.
 const PROGRAMS: usize = 96;
 
-/// Chooses. Nothing here needs to be more random than this (SplitMix64).
+/// Random numbers (SplitMix64), good enough for these choices.
 struct Random(u64);
 
 impl Random {
@@ -112,12 +111,12 @@ struct Stage<'a> {
     node: &'a Node,
     program: &'a [u8],
     blindness: Mutex<Blindness>,
-    /// Read: something that needs containerd and driftd. Write: taking them away.
+    /// Read by what needs containerd and driftd, written by what stops them.
     services: RwLock<()>,
     ended: AtomicBool,
-    acts: AtomicUsize,
+    actions: AtomicUsize,
     containers: AtomicUsize,
-    /// Of how many containers something is missing that a named loss accounts for.
+    /// The number of containers whose missing findings are explained by a named loss.
     accounted_for: AtomicUsize,
 }
 
@@ -139,7 +138,7 @@ fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<(
         blindness: Mutex::default(),
         services: RwLock::new(()),
         ended: AtomicBool::new(false),
-        acts: AtomicUsize::new(0),
+        actions: AtomicUsize::new(0),
         containers: AtomicUsize::new(0),
         accounted_for: AtomicUsize::new(0),
     };
@@ -154,7 +153,7 @@ fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<(
                         0..WORKERS => drift(stage, random),
                         _ => attack::attack(stage, random),
                     };
-                    // There is nothing left to prove.
+                    // After a failure there is nothing left to prove.
                     stage.ended.fetch_or(outcome.is_err(), Ordering::SeqCst);
                     outcome
                 })
@@ -165,14 +164,14 @@ fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<(
         let outcomes = workers.into_iter().map(|worker| {
             worker.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a container's thread panicked")))
         });
-        // The first thing that went wrong, whoever noticed it.
+        // The first error, of any thread.
         outcomes.chain([disturbed]).collect::<anyhow::Result<()>>()
     })
     .with_context(|| format!("with CHAOS_SEED={seed}"))?;
     let gaps = gaps(node)?;
     eprintln!(
-        "chaos: {} acts in {} containers, of {} something is missing for a named loss, gaps: {gaps:?}",
-        stage.acts.load(Ordering::Relaxed),
+        "chaos: {} actions in {} containers, {} of them with findings missing by a named loss, gaps: {gaps:?}",
+        stage.actions.load(Ordering::Relaxed),
         stage.containers.load(Ordering::Relaxed),
         stage.accounted_for.load(Ordering::Relaxed),
     );
@@ -184,7 +183,7 @@ fn chaos(node: &Arc<Node>, length: Duration, others: Others) -> anyhow::Result<(
 
 // ---- the image
 
-/// A program of less than a page: no reader ever meets half of it.
+/// A program of less than a page, so that no reader ever reads half of it.
 fn tiny_program(node: &Node) -> anyhow::Result<Vec<u8>> {
     const SOURCE: &str = r#"
 void _start(void)
@@ -256,9 +255,9 @@ fn write_image(node: &Node, program: &[u8]) -> anyhow::Result<()> {
 
 // ---- drift
 
-/// What a container may do.
+/// An action of a container.
 #[derive(Clone, Copy, Debug)]
-enum Act {
+enum Action {
     Drop,
     DropAndRun,
     DropRunAndRemove,
@@ -271,54 +270,54 @@ enum Act {
     ReplaceAndRun,
     Remove,
     Privilege,
-    // No drift.
+    // These are no drift.
     Data,
     Touch,
     Run,
 }
 
-const ACTS: &[Act] = &[
-    Act::Drop,
-    Act::DropAndRun,
-    Act::DropAndRun,
-    Act::DropAndRun,
-    Act::DropRunAndRemove,
-    Act::DropRunAndRemove,
-    Act::Script,
-    Act::Copy,
-    Act::CopyAndRun,
-    Act::Link,
-    Act::Move,
-    Act::Append,
-    Act::ReplaceAndRun,
-    Act::ReplaceAndRun,
-    Act::Remove,
-    Act::Privilege,
-    Act::Data,
-    Act::Touch,
-    Act::Run,
+const ACTIONS: &[Action] = &[
+    Action::Drop,
+    Action::DropAndRun,
+    Action::DropAndRun,
+    Action::DropAndRun,
+    Action::DropRunAndRemove,
+    Action::DropRunAndRemove,
+    Action::Script,
+    Action::Copy,
+    Action::CopyAndRun,
+    Action::Link,
+    Action::Move,
+    Action::Append,
+    Action::ReplaceAndRun,
+    Action::ReplaceAndRun,
+    Action::Remove,
+    Action::Privilege,
+    Action::Data,
+    Action::Touch,
+    Action::Run,
 ];
 
 const PLACES: &[&str] = &["/tmp", "/usr/bin", "/usr/local/bin", "/var/lib", "/opt"];
 
-/// A container, and what is true of it.
+/// A container, and what really happened in it.
 struct Drifting<'a> {
     container: Container<'a>,
     claims: Vec<(Claim, Instant, Instant)>,
     /// Commands that came from outside, with when they did.
     sessions: Vec<(Instant, Instant)>,
-    /// The next program of the image that nothing has happened to.
+    /// The next program of the image that is still unchanged.
     unspoilt: usize,
-    acts: usize,
-    /// What was lost of it, asked for when something is missing.
+    actions: usize,
+    /// Its losses, read when something is missing.
     losses: Losses,
 }
 
-/// When something of a container was lost that driftd names.
+/// When driftd lost something of a container, by its own account.
 #[derive(Debug, Default)]
 struct Losses {
     executions: Blindness,
-    /// Whether a process has come from outside is known by the kernel's records.
+    /// Of the kernel's records, by which driftd knows that a process came from outside.
     sessions: Blindness,
 }
 
@@ -332,14 +331,14 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
                 claims: Vec::new(),
                 sessions: Vec::new(),
                 unspoilt: 0,
-                acts: 0,
+                actions: 0,
                 losses: Losses::default(),
             }
         };
         stage.containers.fetch_add(1, Ordering::Relaxed);
-        while drifting.acts < LIFE && !stage.ended.load(Ordering::SeqCst) {
-            drifting.acts += 1;
-            stage.acts.fetch_add(1, Ordering::Relaxed);
+        while drifting.actions < LIFE && !stage.ended.load(Ordering::SeqCst) {
+            drifting.actions += 1;
+            stage.actions.fetch_add(1, Ordering::Relaxed);
             if random.below(20) == 0 {
                 come_from_outside(stage, &mut drifting)?;
             } else {
@@ -347,7 +346,7 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
             }
             thread::sleep(Duration::from_millis(random.next() % 200));
         }
-        // Nobody takes anything away while this container is judged.
+        // No service is stopped while this container is judged.
         let _services = stage.services.read();
         judge(stage, &mut drifting)?;
         retire(stage, &drifting)?;
@@ -356,9 +355,9 @@ fn drift(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
 }
 
 fn act(stage: &Stage<'_>, drifting: &mut Drifting<'_>, random: &mut Random) -> anyhow::Result<()> {
-    let number = drifting.acts;
+    let number = drifting.actions;
     let path = format!("{}/d{number}", random.of(PLACES));
-    let act = *random.of(ACTS);
+    let action = *random.of(ACTIONS);
     let lay = |content: &[u8]| -> anyhow::Result<String> {
         drifting.container.lay(&format!("laid{number}"), content)?;
         Ok(blake3::hash(content).to_hex().to_string())
@@ -390,12 +389,12 @@ fn act(stage: &Stage<'_>, drifting: &mut Drifting<'_>, random: &mut Random) -> a
         ),
         ..Claim::default()
     };
-    let (commands, claims) = match act {
-        Act::Drop => {
+    let (commands, claims) = match action {
+        Action::Drop => {
             let claim = dropped(lay(&marked(stage.program, &mark))?);
             (format!("cp {laid} {path}"), vec![claim])
         }
-        Act::DropAndRun => {
+        Action::DropAndRun => {
             let claim = dropped(lay(&marked(stage.program, &mark))?);
             let times = 1 + random.next() % 4;
             let runs = format!("; {path}").repeat(usize::try_from(times)?);
@@ -404,7 +403,7 @@ fn act(stage: &Stage<'_>, drifting: &mut Drifting<'_>, random: &mut Random) -> a
                 vec![Claim { ran: Some(("exec.new", times)), ..claim }],
             )
         }
-        Act::DropRunAndRemove => {
+        Action::DropRunAndRemove => {
             let claim = dropped(lay(&marked(stage.program, &mark))?);
             (
                 format!("cp {laid} {path}; {path}; rm {path}"),
@@ -416,31 +415,31 @@ fn act(stage: &Stage<'_>, drifting: &mut Drifting<'_>, random: &mut Random) -> a
                 }],
             )
         }
-        Act::Script => {
+        Action::Script => {
             let claim = dropped(lay(format!("#!/bin/sh\n: {mark}\n").as_bytes())?);
             (
                 format!("cp {laid} {path}; {path}"),
                 vec![Claim { ran: Some(("exec.script", 1)), ..claim }],
             )
         }
-        Act::Copy => (format!("cp {spoilt} {path}"), vec![relocated(path.clone())]),
-        Act::CopyAndRun => (
+        Action::Copy => (format!("cp {spoilt} {path}"), vec![relocated(path.clone())]),
+        Action::CopyAndRun => (
             format!("cp {spoilt} {path}; {path}"),
             vec![Claim { ran: Some(("exec.relocated", 1)), ..relocated(path.clone()) }],
         ),
-        Act::Link => (
+        Action::Link => (
             format!("ln {spoilt} {path}; {path}"),
             vec![Claim { ran: Some(("exec.relocated", 1)), ..relocated(path.clone()) }],
         ),
-        Act::Move => (
+        Action::Move => (
             format!("mv {spoilt} {path}; {path}"),
             vec![
                 Claim { ran: Some(("exec.relocated", 1)), ..relocated(path.clone()) },
                 Claim { path: spoilt.clone(), lies: Some("file.removed"), ..Claim::default() },
             ],
         ),
-        Act::Append => (format!("printf '{changed}' >> {spoilt}"), vec![modified()]),
-        Act::ReplaceAndRun => (
+        Action::Append => (format!("printf '{changed}' >> {spoilt}"), vec![modified()]),
+        Action::ReplaceAndRun => (
             format!(
                 "cp {spoilt} {path}; printf '{changed}' >> {path}; mv {path} {spoilt}; {spoilt}"
             ),
@@ -453,39 +452,39 @@ fn act(stage: &Stage<'_>, drifting: &mut Drifting<'_>, random: &mut Random) -> a
                 },
             ],
         ),
-        Act::Remove => (
+        Action::Remove => (
             format!("rm {spoilt}"),
             vec![Claim { path: spoilt.clone(), lies: Some("file.removed"), ..Claim::default() }],
         ),
-        Act::Privilege => (
+        Action::Privilege => (
             format!("chmod u+s {spoilt}"),
             vec![Claim { path: spoilt.clone(), lies: Some("file.privileged"), ..Claim::default() }],
         ),
-        Act::Data => (
+        Action::Data => (
             format!("echo {number} >> /var/lib/data; mkdir -p /var/lib/{number}; echo x > {path}"),
             vec![Claim { path: path.clone(), ..Claim::default() }],
         ),
-        Act::Touch => (
+        Action::Touch => (
             format!("touch {spoilt}; chmod 0755 {spoilt}; {spoilt}"),
             vec![Claim { path: spoilt.clone(), ..Claim::default() }],
         ),
-        Act::Run => (spoilt.clone(), vec![Claim { path: spoilt.clone(), ..Claim::default() }]),
+        Action::Run => (spoilt.clone(), vec![Claim { path: spoilt.clone(), ..Claim::default() }]),
     };
     drifting.unspoilt += 1;
     ensure!(drifting.unspoilt < PROGRAMS, "no program of the image is left");
     let began = Instant::now();
-    drifting.container.sh(&commands).with_context(|| format!("{act:?}"))?;
+    drifting.container.sh(&commands).with_context(|| format!("{action:?}"))?;
     let ended = Instant::now();
     drifting.claims.extend(claims.into_iter().map(|claim| (claim, began, ended)));
     Ok(())
 }
 
-/// A command as a person or a probe runs it.
+/// Runs a command as a user or a probe does.
 fn come_from_outside(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
-    // Without containerd there is no way in.
+    // Not while containerd is stopped.
     let Ok(_services) = stage.services.try_read() else { return Ok(()) };
     let fifo = stage.node.path("fifo");
-    let number = drifting.acts;
+    let number = drifting.actions;
     let began = Instant::now();
     stage.node.ctr(&[
         "task",
@@ -519,7 +518,7 @@ fn judge(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
         return Err(err.context(format!("driftd does not answer for {}", drifting.container.id)));
     }
     if waited.is_err() && verdict.wrong.is_empty() {
-        // What is missing has to have a name.
+        // A named loss must explain what is missing.
         drifting.losses = losses_of(stage.node, &drifting.container.id)?;
         verdict = compare(stage, drifting)?;
         stage.accounted_for.fetch_add(usize::from(verdict.is_good()), Ordering::Relaxed);
@@ -527,7 +526,7 @@ fn judge(stage: &Stage<'_>, drifting: &mut Drifting<'_>) -> anyhow::Result<()> {
     let container = &drifting.container;
     if !verdict.is_good() {
         anyhow::bail!(
-            "of {} the history is not true: {verdict:#?}\nwhat was lost: {}\nof which is known: {:#?}",
+            "the history of {} is not true: {verdict:#?}\nlosses: {}\nfindings: {:#?}",
             container.id,
             stage.node.status().map_or_else(
                 |err| err.to_string(),
@@ -563,11 +562,11 @@ fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::
         if finding["kind"] == "session.exec" {
             sessions += count;
         } else if finding["files"].is_null() {
-            files.push(told(&finding, &finding["file"], count)?);
+            files.push(reported(&finding, &finding["file"], count)?);
         } else {
             let id = finding["id"].as_str().context("no id")?;
             for member in stage.node.answer(&["members", id])? {
-                files.push(told(&member, &member, 1)?);
+                files.push(reported(&member, &member, 1)?);
             }
         }
     }
@@ -581,10 +580,10 @@ fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::
     Ok(verdict)
 }
 
-/// What a finding, or a member of one, reports of a file.
-fn told(finding: &Value, file: &Value, count: u64) -> anyhow::Result<Told> {
+/// What a finding, or a member of one, reports about a file.
+fn reported(finding: &Value, file: &Value, count: u64) -> anyhow::Result<Reported> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
-    Ok(Told {
+    Ok(Reported {
         kind: text(&finding["kind"]).context("no kind")?,
         path: text(&file["path"]).with_context(|| format!("no path: {finding:#}"))?,
         count,
@@ -595,21 +594,20 @@ fn told(finding: &Value, file: &Value, count: u64) -> anyhow::Result<Told> {
 /// Ends a container. That its files go with it is no drift.
 fn retire(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<()> {
     let id = &drifting.container.id;
-    stage.node.ctr(&["task", "rm", "--force", id])?;
-    stage.node.ctr(&["container", "rm", id])?;
+    drifting.container.remove()?;
     wait_for("driftd to forget the container", || {
         let known = stage.node.answer(&["containers"])?;
         Ok(known.iter().all(|container| container["id"] != id.as_str()).then_some(()))
     })?;
     let verdict = compare(stage, drifting)?;
-    ensure!(verdict.is_good(), "the end of {id} was told as drift: {verdict:#?}");
+    ensure!(verdict.is_good(), "the end of {id} was reported as drift: {verdict:#?}");
     Ok(())
 }
 
 /// How much earlier than its record a loss may have been.
 const UNNOTICED: Duration = Duration::from_secs(2);
 
-/// Names of losses of executions that the gate was asked about.
+/// Names of losses of executions that the gate saw.
 const OF_EXECUTIONS: &[&str] = &[
     "content_queue_full",
     "event_unreadable",
@@ -619,7 +617,7 @@ const OF_EXECUTIONS: &[&str] = &[
     "thread_stuck",
 ];
 
-/// The losses of a container in the history, and those that can be of any container.
+/// The losses of a container in the history, and those that may affect any container.
 fn losses_of(node: &Node, id: &str) -> anyhow::Result<Losses> {
     let history = history_of(node)?;
     let mut query = history.prepare("SELECT json FROM record WHERE type = 'gap'")?;
@@ -734,7 +732,7 @@ fn one_disturbance(
             node.stop_driftd()?;
             thread::sleep(down);
             start_and_wait(stage)?;
-            // What had ended before that was seen, and a stop loses nothing.
+            // A stop loses nothing of what ended before it.
             lock(&stage.blindness).add(began, Instant::now());
         }
         Disturbance::Kill => {
@@ -744,7 +742,7 @@ fn one_disturbance(
             lock(&stage.blindness).add(before(began), Instant::now());
         }
         Disturbance::CrashContainerd => {
-            // Whoever watches goes on watching.
+            // The watch goes on without containerd.
             let lost = node.losses("containerd_lost")?;
             node.crash_containerd()?;
             wait_for("driftd to notice", || {
@@ -759,10 +757,10 @@ fn one_disturbance(
         Disturbance::Overflow => overflow(stage)?,
         Disturbance::FillDisk => {
             disk.fill()?;
-            // What is found meanwhile waits in memory.
+            // Findings wait in memory meanwhile.
             thread::sleep(Duration::from_secs(1) + down);
             disk.free()?;
-            // A kill before that would lose more than is excused.
+            // A kill before that would lose more than `UNWRITTEN`.
             wait_for("the history to be on the disk again", || {
                 let problems = node.status()?["problems"].to_string();
                 Ok((!problems.contains("history_write")).then_some(()))
@@ -777,7 +775,7 @@ fn one_disturbance(
             lock(&stage.blindness).add(before(began), Instant::now());
         }
         Disturbance::Freeze(which) => {
-            // What goes on has lost nothing.
+            // A daemon that goes on has lost nothing.
             if attack::freeze(node, which)? {
                 start_and_wait(stage)?;
                 lock(&stage.blindness).add(before(began), Instant::now());
@@ -793,7 +791,7 @@ fn before(moment: Instant) -> Instant {
 
 /// Starts driftd while the kernel's queues are short.
 fn start_with_short_queue(node: &Node) -> anyhow::Result<()> {
-    /// One of them is set at a time, for all who start driftd in this process.
+    /// Only one thread of this process changes the limit at a time.
     static SETTING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = lock(&SETTING);
     let limit = Path::new("/proc/sys/fs/fanotify/max_queued_events");
@@ -821,31 +819,29 @@ fn start_and_wait(stage: &Stage<'_>) -> anyhow::Result<()> {
     })
 }
 
-/// More is written than the kernel keeps for a daemon that does not read.
+/// Writes more than the kernel queues for a daemon that does not read.
 fn overflow(stage: &Stage<'_>) -> anyhow::Result<()> {
     let node = stage.node;
     let container = node.container_of(IMAGE)?;
     let before = node.losses("kernel_queue_overflow")?;
     let daemon = node.driftd_pid()?;
     wait_for("the queue to overflow", || {
-        // Less than the guardian's patience, and nothing here executes anything.
+        // Shorter than the guardian's patience. The flood executes nothing.
         kill(daemon, Signal::SIGSTOP)?;
         let flooded = container
             .begin("i=0; while [ $i -lt 600 ]; do : > /tmp/f$i; i=$((i+1)); done")
             .and_then(|running| running.finish(Duration::from_secs(1)));
         kill(daemon, Signal::SIGCONT)?;
         if flooded.is_err() {
-            // The machine is busy; the flood goes on without us.
+            // The machine is busy, and the flood goes on by itself.
             thread::sleep(Duration::from_secs(1));
         }
         Ok((node.losses("kernel_queue_overflow")? > before).then_some(()))
     })?;
-    node.ctr(&["task", "rm", "--force", &container.id])?;
-    node.ctr(&["container", "rm", &container.id]).map(drop)
+    container.remove()
 }
 
-/// A small disk for what driftd keeps: also for a long run, in which every second
-/// containers drift and are remembered.
+/// A small disk for driftd's state. It grows with the length of the run, as the history does.
 struct Disk {
     filler: PathBuf,
 }

@@ -1,5 +1,5 @@
-//! Time of check: programs that were something else when they were executed than when
-//! anybody looks.
+//! Time of check: programs whose bytes when they were executed differ from their bytes when
+//! driftd reads them.
 
 use std::fs;
 use std::process::Command;
@@ -10,12 +10,12 @@ use libtest_mimic::Trial;
 
 use crate::image::Layer;
 use crate::node::{Container, Node, lock, summaries, wait_for};
-use crate::{programs, trial};
+use crate::{programs, test};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("x04_a_program_that_is_changed_back_is_modified_all_the_same", x04_changed_back),
-        trial("x04_a_program_that_is_touched_between_executions_is_silent", x04_touched),
+        test("x04_a_program_that_is_changed_back_is_still_modified", x04_changed_back),
+        test("x04_a_program_that_is_touched_between_executions_is_silent", x04_touched),
     ]
 }
 
@@ -64,7 +64,7 @@ fn container(node: &Node) -> anyhow::Result<Container<'_>> {
 
 fn x04_changed_back(node: &Node) -> anyhow::Result<()> {
     let container = container(node)?;
-    // What else is hashed keeps the threads that hash busy.
+    // Other programs keep the threads that hash busy.
     let ran = container.sh(&format!(
         "chown 1000 {TOOL}; touch /bin/busybox; for i in 1 2 3 4 5 6 7 8 9 10; do /bin/true; done\n\
          racer held 10 {TOOL} /tmp/other"
@@ -87,15 +87,15 @@ fn x04_changed_back(node: &Node) -> anyhow::Result<()> {
 
 fn x04_touched(node: &Node) -> anyhow::Result<()> {
     let container = container(node)?;
-    // Whoever looks at a process that has ended keeps its program busy for a moment.
+    // A reader of /proc keeps the program of an ended process busy for a moment.
     let opening = format!("until (: 5<>{TOOL}) 2>/dev/null; do :; done");
     for _ in 0..2 {
         for change in [format!("touch {TOOL}"), format!("chown 0:0 {TOOL}"), opening.clone()] {
             let ran = container.sh(&format!("{change}; {TOOL} 3>&1"))?;
             ensure!(ran == "G", "it did not run: {ran}");
-            // What changes it next comes when this execution has been looked at.
+            // The next change comes after this execution was examined.
             container.diff()?;
         }
     }
-    container.told_nothing()
+    container.expect_silence()
 }

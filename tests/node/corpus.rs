@@ -1,10 +1,10 @@
 //! Ordinary work in a whole distribution's container, twelve workloads side by side for
-//! half an hour (`make corpus`): driftd, as installed, says next to nothing about them,
-//! and reports an attack in each of these containers at full severity.
+//! half an hour (`make corpus`): driftd, as installed, reports next to nothing about them,
+//! and an attack in each of these containers at full severity.
 //!
 //! A workload is a file in `tests/corpus/`. Two builds of driftd watch the same
 //! containers at the same time, this one and an older one. `CORPUS_SECONDS` makes it
-//! shorter, to see that it runs; the limit for each hour is then not asked for.
+//! shorter, to see that it runs; the limit for each hour then does not apply.
 //! `CORPUS_ONLY` names the workloads, separated by commas.
 
 use std::fmt::Write as _;
@@ -20,32 +20,32 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::node::{
-    Container, Node, Setup, append_to, bench, end, summaries, talk, wait_for, wait_within,
+    Container, Node, Setup, bench, end, spawn_daemon, summaries, tail, talk, wait_for, wait_within,
 };
-use crate::{run_without_driftd, trial_without_node};
+use crate::{run_without_driftd, test_without_node};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_without_node("corpus_workloads_are_complete", || workloads().map(drop)),
+        test_without_node("corpus_workloads_are_complete", || workloads().map(drop)),
         Trial::test("corpus", || run_without_driftd(Setup::default(), corpus))
             .with_ignored_flag(true),
     ]
 }
 
-/// What `scripts/corpus-image` calls it.
+/// The name that `scripts/corpus-image` gives it.
 const IMAGE: &str = "registry.test/corpus:1";
 
 /// How long each workload goes on.
 const LENGTH: Duration = Duration::from_secs(30 * 60);
 
-/// A workload rests so many times as long as it has worked, so that two processors
+/// A workload rests this many times as long as it has worked, so that two processors
 /// suit twelve of them.
 const REST: u32 = 5;
 
 /// Findings at medium or above that a workload may cause in an hour, without settings.
 const AN_HOUR: f64 = 2.0;
 
-/// What part of the older build's findings may be left.
+/// The part of the older build's findings that this build may still report.
 const PART: f64 = 0.2;
 
 /// How long the image's import, its baseline, or an attack's findings may take.
@@ -71,9 +71,9 @@ const ATTACK_IS: [&str; 3] = [
 #[derive(Debug)]
 struct Workload {
     name: String,
-    /// What it stands for.
+    /// One sentence about it.
     about: String,
-    /// The finding that its own attack is, as `SEVERITY KIND PATH`.
+    /// The finding that its own attack must cause, as `SEVERITY KIND PATH`.
     attack: String,
     script: String,
 }
@@ -111,7 +111,7 @@ fn read(name: &str, path: &Path) -> anyhow::Result<Workload> {
 }
 
 impl Workload {
-    /// What the container's shell does for so long.
+    /// The script of the container's shell, which works for so long.
     fn work(&self, length: Duration) -> String {
         format!(
             r#"prepare() {{ :; }}
@@ -138,7 +138,7 @@ echo "rounds: $rounds"
     }
 }
 
-/// A driftd with the settings that it has by itself.
+/// A driftd with its default settings.
 struct Daemon {
     name: &'static str,
     program: PathBuf,
@@ -161,15 +161,9 @@ impl Daemon {
                 containerd.display()
             ),
         )?;
-        let log = append_to(&directory.join("log"))?;
-        let child = Command::new(&program)
-            .args(["run", "--config"])
-            .arg(&settings)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("cannot start {}", program.display()))?;
+        let mut command = Command::new(&program);
+        command.args(["run", "--config"]).arg(&settings);
+        let child = spawn_daemon(&mut command, &directory.join("log"))?;
         let daemon = Daemon { name, program, directory, child };
         wait_for(&format!("{name} to answer"), || Ok(daemon.answer(&["containers"]).ok()))
             .with_context(|| daemon.log())?;
@@ -177,9 +171,7 @@ impl Daemon {
     }
 
     fn log(&self) -> String {
-        let text = fs::read_to_string(self.directory.join("log")).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(30)..].join("\n")
+        tail(&self.directory.join("log"))
     }
 
     fn answer(&self, arguments: &[&str]) -> anyhow::Result<Vec<Value>> {
@@ -211,7 +203,7 @@ impl Daemon {
         self.answer(&["findings", "--container", id])
     }
 
-    /// What it does not see, by name.
+    /// Its losses by name.
     fn losses(&self) -> anyhow::Result<String> {
         let status = self.answer(&["status"])?;
         let losses = status.first().and_then(|status| status["losses"].as_array());
@@ -233,7 +225,7 @@ fn is_worth_a_page(finding: &Value) -> bool {
     finding["severity"].as_str().is_some_and(|one| ["medium", "high", "critical"].contains(&one))
 }
 
-/// What became of a workload.
+/// The result of a workload.
 struct Outcome {
     minutes: f64,
     rounds: String,
@@ -329,8 +321,8 @@ fn play(
     let last: Vec<&str> = ran.output.lines().rev().take(20).collect();
     ensure!(ran.status == 0, "ended with {}; its last lines, backwards: {last:#?}", ran.status);
     let rounds = last.first().and_then(|line| line.strip_prefix("rounds: "));
-    let rounds = rounds.context("it does not say how often")?.to_owned();
-    // What was written last is judged when it has been left alone.
+    let rounds = rounds.context("it does not print its rounds")?.to_owned();
+    // What was written last is judged after it has settled.
     thread::sleep(Duration::from_secs(5));
     let minutes = began.elapsed().as_secs_f64() / 60.0;
     let [older, ours] = sides.map(|side| {
@@ -350,9 +342,9 @@ fn play(
     ensure!(ran.status == 0, "the attack failed: {ran:?}");
     let expected: Vec<&str> = ATTACK_IS.into_iter().chain([&*workload.attack]).collect();
     let mut missed = Vec::new();
-    let all_told = wait_within(Duration::from_secs(60), "the attack's findings", || {
+    let all_reported = wait_within(Duration::from_secs(60), "the attack's findings", || {
         let mut findings = sides[1].findings(&container.id)?;
-        // One that stands for several files would not name this one.
+        // A finding for several files does not name this file.
         findings.retain(|finding| finding["files"].is_null());
         let lines = summaries(&findings);
         missed = expected
@@ -362,7 +354,7 @@ fn play(
             .collect();
         Ok(missed.is_empty().then_some(()))
     });
-    ensure!(all_told.is_ok() || !missed.is_empty(), "{all_told:?}");
+    ensure!(all_reported.is_ok() || !missed.is_empty(), "{all_reported:?}");
     Ok(Outcome { minutes, rounds, older: older?.len(), ours: ours?, missed })
 }
 

@@ -41,7 +41,7 @@ struct PodSandboxMetadata {
     namespace: String,
 }
 
-/// Whose namespaces a pod uses. 0 is its own, 2 the node's, 3 another container's.
+/// Which namespaces a pod uses: 0 its own, 2 the node's, 3 those of another container.
 #[derive(Clone, PartialEq, prost::Message)]
 struct NamespaceOption {
     #[prost(int32, tag = "1")]
@@ -92,7 +92,7 @@ struct RunPodSandboxResponse {
     pod_sandbox_id: String,
 }
 
-/// Of stopping and of removing one.
+/// To stop a sandbox, and to remove it.
 #[derive(Clone, PartialEq, prost::Message)]
 struct PodSandboxRequest {
     #[prost(string, tag = "1")]
@@ -231,7 +231,7 @@ pub(crate) fn pod(name: &str, cgroup_parent: &str) -> PodSandboxConfig {
     }
 }
 
-/// The labels by which a kubelet says which pod it is.
+/// The labels with which a kubelet names a pod.
 fn pod_labels(name: &str) -> [(String, String); 3] {
     [("name", name), ("namespace", "shop"), ("uid", name)]
         .map(|(key, value)| (format!("io.kubernetes.pod.{key}"), value.to_owned()))
@@ -272,13 +272,13 @@ pub(crate) fn container(
     }
 }
 
-/// What `stdin: true` and `tty: true` in a pod's specification make of it.
+/// As with `stdin: true` and `tty: true` in a pod's specification.
 pub(crate) fn with_terminal(container: ContainerConfig) -> ContainerConfig {
     ContainerConfig { stdin: true, tty: true, ..container }
 }
 
-/// What `kubectl debug -it --target` makes of it: a shell with a terminal in the pid
-/// namespace of the container `target`.
+/// As by `kubectl debug -it --target`: a shell with a terminal in the pid namespace of the
+/// container `target`.
 pub(crate) fn beside(target: &str, container: ContainerConfig) -> ContainerConfig {
     let options = NamespaceOption { network: NODE, pid: TARGET, target_id: target.to_owned() };
     let mut labels = container.labels.clone();
@@ -295,7 +295,7 @@ pub(crate) fn beside(target: &str, container: ContainerConfig) -> ContainerConfi
     }
 }
 
-/// What a kubelet asks of containerd.
+/// A client of containerd, as a kubelet is.
 pub(crate) struct Cri {
     socket: PathBuf,
 }
@@ -308,7 +308,7 @@ impl Cri {
         Cri { socket }
     }
 
-    /// Pulls an image and says what it is: `sha256:` and the digest of its config.
+    /// Pulls an image and returns its ID: `sha256:` and the digest of its config.
     pub(crate) fn pull(&self, image: &str) -> anyhow::Result<String> {
         let request = PullImageRequest { image: Some(ImageSpec { image: image.to_owned() }) };
         let response: PullImageResponse = self.call("ImageService/PullImage", request)?;
@@ -411,7 +411,7 @@ pub(crate) struct Attached(WebSocket<TcpStream>);
 
 impl Attached {
     pub(crate) fn types(&mut self, text: &str) -> anyhow::Result<()> {
-        // The first byte says for which stream it is: 0 is the input.
+        // The first byte names the stream: 0 is the input.
         let frame = [b"\0", text.as_bytes()].concat();
         Ok(self.0.send(Message::binary(frame))?)
     }

@@ -1,6 +1,6 @@
-//! Docker, with both kinds of storage it has: its own overlay2, which tells
-//! containerd nothing, and containerd's snapshots. `make test-docker` unpacks two
-//! versions of it and runs these trials; without that they are shown as ignored.
+//! Docker, with both of its kinds of storage: its own overlay2, of which containerd knows
+//! nothing, and containerd's snapshots. `make test-docker` unpacks two versions of it and
+//! runs these tests; without that they are shown as ignored.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,29 +11,31 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::node::{Container, Control, Node, Setup, append_to, bench, end, lock, talk, wait_for};
+use crate::node::{
+    Container, Control, Node, Setup, bench, end, lock, spawn_daemon, tail, talk, wait_for,
+};
 use crate::programs::WORKBENCH;
 use crate::run_without_driftd;
-use crate::sessions::Person;
+use crate::sessions::User;
 
 /// The directory with the `sbin/dockerd` and the `bin/docker` to be used.
 const WHERE: &str = "DRIFTD_TEST_DOCKER";
 
-pub(crate) fn trials() -> Vec<Trial> {
-    let trial = |name, test: fn(&Arc<Node>) -> anyhow::Result<()>| {
+pub(crate) fn tests() -> Vec<Trial> {
+    let test = |name, test: fn(&Arc<Node>) -> anyhow::Result<()>| {
         Trial::test(name, move || run_without_driftd(Setup::default(), test))
             .with_ignored_flag(true)
     };
     vec![
-        trial("docker_with_overlay2_is_watched", |node| watched(node, Storage::Overlay2)),
-        trial("docker_with_overlay2_tells_people_from_health_checks", |node| {
-            people(node, Storage::Overlay2)
+        test("docker_with_overlay2_is_watched", |node| watched(node, Storage::Overlay2)),
+        test("docker_with_overlay2_separates_users_from_health_checks", |node| {
+            users(node, Storage::Overlay2)
         }),
         // These need Docker 23 or later.
-        trial("docker_with_containerds_images_tells_people_from_health_checks", |node| {
-            people(node, Storage::Images)
+        test("docker_with_containerds_images_separates_users_from_health_checks", |node| {
+            users(node, Storage::Images)
         }),
-        trial("docker_with_containerds_images_is_watched", |node| watched(node, Storage::Images)),
+        test("docker_with_containerds_images_is_watched", |node| watched(node, Storage::Images)),
     ]
 }
 
@@ -81,29 +83,17 @@ impl Docker {
         }
         let file = directory.join("daemon.json");
         fs::write(&file, settings.to_string())?;
-        let log = append_to(&node.path("docker.log"))?;
-        let daemon = Command::new(programs.join("sbin/dockerd"))
-            .arg("--config-file")
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot start dockerd")?;
+        let mut command = Command::new(programs.join("sbin/dockerd"));
+        command.arg("--config-file").arg(&file);
+        let daemon = spawn_daemon(&mut command, &node.path("docker.log"))?;
         let docker = Docker { node: Arc::clone(node), programs, daemon: Mutex::new(Some(daemon)) };
         wait_for("dockerd to answer", || {
             if let Some(status) = lock(&docker.daemon).as_mut().context("started")?.try_wait()? {
-                anyhow::bail!("dockerd ended: {status}\n{}", docker.log());
+                anyhow::bail!("dockerd ended: {status}\n{}", tail(&node.path("docker.log")));
             }
             Ok(docker.docker(&["version"]).is_ok().then_some(()))
         })?;
         Ok(docker)
-    }
-
-    fn log(&self) -> String {
-        let text = fs::read_to_string(self.node.path("docker.log")).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(30)..].join("\n")
     }
 
     fn docker(&self, arguments: &[&str]) -> anyhow::Result<String> {
@@ -118,12 +108,12 @@ impl Docker {
             output.status.success(),
             "docker {arguments:?} failed\n{}\n{}",
             talk(&output),
-            self.log()
+            tail(&self.node.path("docker.log"))
         );
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
-    /// Starts a container that does what it is told.
+    /// Starts a container whose init runs the tests' commands.
     fn run(&self, image: &str) -> anyhow::Result<Container<'_>> {
         self.run_with(&[], image)
     }
@@ -171,14 +161,14 @@ fn watched(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     assert_eq!(this["namespace"], "moby", "{this:#}");
     assert_eq!(this["problem"], Value::Null, "{this:#}");
 
-    // What Docker itself puts between the image and the container is no drift.
+    // The files that Docker itself adds to the container are no drift.
     container.sh("cat /etc/hosts /etc/hostname /etc/resolv.conf; /usr/bin/app")?;
-    container.told(&[])?;
+    container.expect_findings(&[])?;
 
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x; /tmp/x\n\
          cat /.control/x > /usr/bin/curl; /usr/bin/curl; cp /bin/ls /bin/.cache-ls; /bin/.cache-ls")?;
-    container.told(&[
+    container.expect_findings(&[
         "critical exec.new /tmp/x",
         "critical exec.modified /usr/bin/curl",
         "medium exec.relocated /bin/.cache-ls",
@@ -190,11 +180,11 @@ fn watched(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     container.wait_until_watched()?;
     let second = docker.run(WORKBENCH)?;
     second.wait_until_watched()?;
-    second.told_nothing()
+    second.expect_silence()
 }
 
-/// The container's own health check is counted, and a person is a session.
-fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
+/// The container's own health check is counted, and a user is a session.
+fn users(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     let docker = Docker::start(node, storage)?;
     docker.docker(&["load", "--input", path(&bench()?.workbench)?])?;
     node.start_driftd()?;
@@ -215,9 +205,9 @@ fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
         docker.programs.join("bin/docker").display(),
         node.path("docker/docker.sock").display(),
     );
-    let mut person = Person::at(&format!("{client} exec -it {} /bin/sh", container.id))?;
-    person.types("/bin/ls /\nexit 4\n")?;
-    person.leaves()?;
+    let mut user = User::at(&format!("{client} exec -it {} /bin/sh", container.id))?;
+    user.types("/bin/ls /\nexit 4\n")?;
+    user.leaves()?;
     let session = wait_for("the session's end", || {
         let sessions = node.answer(&["sessions", "-c", &container.id])?;
         ensure!(sessions.len() < 2, "{sessions:#?}");
@@ -231,15 +221,15 @@ fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
         (&"terminal".into(), &4.into())
     );
     ensure!(session["exec_id"].is_string(), "{session:#}");
-    container.told(&["medium session.interactive"])?;
+    container.expect_findings(&["medium session.interactive"])?;
 
-    // Who types at the terminal of init has come too; Docker opens nothing for him.
+    // A user who types at the terminal of init is a session, although Docker opens nothing.
     let shell = docker.start_with(&["--interactive", "--tty"], &[WORKBENCH, "/bin/sh"])?;
     shell.wait_until_watched()?;
     assert_eq!(node.answer(&["sessions", "-c", &shell.id])?, Vec::<Value>::new());
-    let mut person = Person::at(&format!("{client} attach {}", shell.id))?;
-    person.types("/bin/ls /\n")?;
-    let session = wait_for("who has attached", || {
+    let mut user = User::at(&format!("{client} attach {}", shell.id))?;
+    user.types("/bin/ls /\n")?;
+    let session = wait_for("the attached session", || {
         let sessions = node.answer(&["sessions", "-c", &shell.id])?;
         ensure!(sessions.len() < 2, "{sessions:#?}");
         Ok(sessions.into_iter().find(|session| session["commands"] == 1))
@@ -248,7 +238,7 @@ fn people(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
         (&session["client"], &session["entry"], &session["interactive"]),
         (&"docker".into(), &"attach".into(), &"terminal".into())
     );
-    let findings = shell.told(&["medium session.interactive"])?;
+    let findings = shell.expect_findings(&["medium session.interactive"])?;
     assert_eq!(findings[0]["session"], session["id"]);
     Ok(())
 }

@@ -1,8 +1,7 @@
-//! Filesystems that a process of a container answers for: nobody of driftd asks one. And
-//! what a process says of itself, which is no evidence.
+//! Filesystems that a process of a container serves: no thread of driftd sends them a
+//! request, which the server could leave unanswered. And shells and scripts that are not
+//! known by their names and arguments alone.
 
-use std::io::Read as _;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -12,42 +11,43 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
+use crate::code::listen;
 use crate::fuse::{Answers, Fuse, MAY_MOUNT};
-use crate::node::{Container, Node, wait_for, wait_within};
+use crate::node::{Container, Node, bench, only, talk, wait_for, wait_within};
 use crate::programs::{self, WORKBENCH};
-use crate::{trial, trial_alone};
+use crate::{executable, test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a_filesystem_that_answers_only_its_own_lets_others_wait", others_wait),
-        trial_alone("x01_a_filesystem_of_a_container_holds_nobody", "", x01_nobody_waits),
-        trial_alone("x01_a_disk_in_a_file_of_a_container_holds_nobody", "", x01_loop),
-        trial_alone("x02_the_memory_of_a_process_that_waits_holds_nobody", "", x02_memory),
-        trial("x06_a_script_where_no_mark_is_is_told", x06_unmarked_script),
-        trial("x07_a_shell_on_a_connection_is_told_whatever_its_script_is", x07_shell),
-        trial("x08_a_script_is_told_however_it_is_given", x08_scripts),
-        trial("x08_scripts_of_the_image_are_silent_however_they_are_given", x08_image),
+        test("a_filesystem_that_answers_its_own_processes_makes_others_wait", others_wait),
+        test_alone("x01_a_filesystem_that_a_container_serves_blocks_no_process", "", x01_fuse),
+        test_alone("x01_a_disk_in_a_file_of_a_container_blocks_no_process", "", x01_loop),
+        test_alone("x02_the_memory_of_a_waiting_process_blocks_no_other_process", "", x02_memory),
+        test("x06_a_script_on_a_filesystem_without_a_mark_is_reported", x06_unmarked_script),
+        test("x07_a_shell_on_a_connection_is_reported_whatever_its_script_is", x07_shell),
+        test("x08_a_script_is_reported_however_it_is_given", x08_scripts),
+        test("x08_scripts_of_the_image_are_silent_however_they_are_given", x08_image),
     ]
 }
 
 /// How soon driftd has to be gone, whatever a container does.
 const SOON: Duration = Duration::from_secs(5);
 
-/// That the tests' own filesystem does what the others rely on.
+/// The tests' own filesystem behaves as the other tests expect.
 fn others_wait(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(MAY_MOUNT)?;
-    let fuse = Fuse::mount(&container, "/mnt/f", Answers::ItsOwn, &[("x", "/usr/bin/app")])?;
+    let fuse = Fuse::mount(&container, "/mnt/f", Answers::Own, &[("x", "/usr/bin/app")])?;
     ensure!(container.sh("cat /mnt/f/x | wc -c; ls /mnt/f")?.ends_with("x\n"));
     let root = format!("/proc/{}/root/mnt/f/x", container.init()?);
     let mut asks = Command::new("/bin/cat").arg(root).spawn()?;
-    wait_within(SOON, "a question", || Ok((!fuse.unanswered().is_empty()).then_some(())))?;
+    wait_within(SOON, "a request", || Ok((!fuse.unanswered().is_empty()).then_some(())))?;
     ensure!(asks.try_wait()?.is_none(), "it was answered");
     drop(fuse);
     wait_within(SOON, "an error", || Ok(asks.try_wait()?.filter(|status| !status.success())))?;
     Ok(())
 }
 
-/// Whether there is a finding of this kind whose path ends so.
+/// Whether there is a finding of this kind with a path that ends with `path`.
 fn has(findings: &[Value], kind: &str, path: &str) -> bool {
     findings.iter().any(|finding| {
         finding["kind"] == kind
@@ -55,24 +55,24 @@ fn has(findings: &[Value], kind: &str, path: &str) -> bool {
     })
 }
 
-/// Waits until all of these are told, each a kind and the end of a path.
-pub(crate) fn wait_until_told(
+/// Waits until all of these are reported, each by its kind and the end of its path.
+pub(crate) fn wait_until_reported(
     container: &Container<'_>,
     expected: &[(&str, &str)],
 ) -> anyhow::Result<Vec<Value>> {
     let mut findings = Vec::new();
-    let told = wait_for("the findings", || {
+    let reported = wait_for("the findings", || {
         findings = container.findings()?;
         Ok(expected.iter().all(|(kind, path)| has(&findings, kind, path)).then_some(()))
     });
     let missing: Vec<_> =
         expected.iter().filter(|(kind, path)| !has(&findings, kind, path)).collect();
-    told.with_context(|| format!("{missing:?} are missing in {findings:#?}"))?;
+    reported.with_context(|| format!("{missing:?} are missing in {findings:#?}"))?;
     Ok(findings)
 }
 
-/// Threads of a process that wait in the kernel for long and cannot be interrupted. Those
-/// that run errands may be left behind: they end with the process.
+/// Threads of a process that wait in the kernel for long and cannot be interrupted. Threads
+/// called `errand` may be left behind: they end with the process.
 fn waiting(pid: i32) -> anyhow::Result<Vec<String>> {
     let now = || -> Vec<String> {
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
@@ -85,7 +85,7 @@ fn waiting(pid: i32) -> anyhow::Result<Vec<String>> {
         });
         stuck.collect()
     };
-    // A disk may be waited for, but not again and again at the same place.
+    // A thread may wait for a disk, but not at the same place in each of these samples.
     let mut stuck = now();
     for _ in 0..10 {
         if stuck.is_empty() {
@@ -106,15 +106,15 @@ fn neighbour_runs(neighbour: &Container<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends driftd in both ways while `container` does what it can.
+/// Ends driftd in both ways. `not_asked` makes sure that driftd has sent no request.
 pub(crate) fn driftd_ends(
     node: &Node,
     neighbour: &Container<'_>,
-    nobody_asked: &dyn Fn() -> anyhow::Result<()>,
+    not_asked: &dyn Fn() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGKILL] {
         let pid = node.driftd_pid()?;
-        nobody_asked()?;
+        not_asked()?;
         let stuck = waiting(pid.as_raw())?;
         ensure!(stuck.is_empty(), "{stuck:?}");
         nix::sys::signal::kill(pid, signal)?;
@@ -124,15 +124,15 @@ pub(crate) fn driftd_ends(
         node.start_driftd()?;
         neighbour.wait_until_watched()?;
     }
-    nobody_asked()
+    not_asked()
 }
 
-fn x01_nobody_waits(node: &Node) -> anyhow::Result<()> {
+fn x01_fuse(node: &Node) -> anyhow::Result<()> {
     let neighbour = node.container()?;
     let container = node.container_with(MAY_MOUNT)?;
     container.lay("s", b"#!/bin/sh\nsleep 60\n")?;
     let files = [("x", "/usr/bin/app"), ("s", "/.control/s"), ("tool", "/bin/sleep")];
-    let fuse = Fuse::mount(&container, "/mnt/f", Answers::ItsOwn, &files)?;
+    let fuse = Fuse::mount(&container, "/mnt/f", Answers::Own, &files)?;
     container.sh("ln -s /mnt/f /tmp/l; mkdir -p /opt/b /mnt/o /mnt/n\n\
          /bin/busybox mount --bind /mnt/f /opt/b\n\
          /bin/busybox mount -t overlay -o lowerdir=/mnt/f:/etc/nginx o /mnt/o")?;
@@ -158,8 +158,8 @@ fn x01_nobody_waits(node: &Node) -> anyhow::Result<()> {
     .map(|commands| container.sh(&format!("( {commands} ) </dev/null >/dev/null 2>&1 &")))
     .collect::<anyhow::Result<_>>()?;
     ensure!(!held.is_empty());
-    // What cannot be looked at is told with what is known.
-    let findings = wait_until_told(
+    // A file that cannot be examined is reported with what is known.
+    let findings = wait_until_reported(
         &container,
         &[
             ("exec.volume", "/mnt/f/x"),
@@ -177,17 +177,17 @@ fn x01_nobody_waits(node: &Node) -> anyhow::Result<()> {
             ensure!(finding["file"]["blake3"].is_null(), "{finding:#}");
         }
     }
-    // What runtimes mount in sysfs and procfs is still reached, to be marked.
+    // The mounts that runtimes make in sysfs and procfs can still be marked.
     assert_eq!(node.losses("mounts_full")?, 0);
-    // The same server holds nobody else's findings up (x02).
+    // The same server delays no findings of another container (x02).
     neighbour.sh("echo 'sleep 0.3' >/tmp/i.sh; sh /tmp/i.sh")?;
-    wait_until_told(&neighbour, &[("exec.interpreted", "/tmp/i.sh")])?;
+    wait_until_reported(&neighbour, &[("exec.interpreted", "/tmp/i.sh")])?;
     container.diff()?;
-    let nobody_asked = || {
+    let not_asked = || {
         ensure!(fuse.unanswered().is_empty(), "driftd asked: {:?}", fuse.unanswered());
         Ok(())
     };
-    driftd_ends(node, &neighbour, &nobody_asked)
+    driftd_ends(node, &neighbour, &not_asked)
 }
 
 fn x01_loop(node: &Node) -> anyhow::Result<()> {
@@ -196,16 +196,16 @@ fn x01_loop(node: &Node) -> anyhow::Result<()> {
     let image = disk(node)?;
     std::fs::copy(&image, container.laid("image"))?;
     let files = [("image", "/.control/image")];
-    let fuse = Fuse::mount(&container, "/mnt/f", Answers::Everybody, &files)?;
+    let fuse = Fuse::mount(&container, "/mnt/f", Answers::All, &files)?;
     container.sh(
         "mkdir -p /mnt/l; /bin/busybox mount -t ext4 -o ro,loop,noload /mnt/f/image /mnt/l\n\
          sleep 0.3; ( /mnt/l/x 60000 ) </dev/null >/dev/null 2>&1 &",
     )?;
-    let findings = wait_until_told(&container, &[("exec.volume", "/mnt/l/x")])?;
-    let run = crate::node::only(&findings, "exec.volume")?;
+    let findings = wait_until_reported(&container, &[("exec.volume", "/mnt/l/x")])?;
+    let run = only(&findings, "exec.volume")?;
     ensure!(run["file"]["blake3"].is_null(), "it was read: {run:#}");
-    // From now on, whoever reads what is not in memory waits.
-    fuse.answer(Answers::ItsOwn)?;
+    // From now on, a read of what is not in memory waits.
+    fuse.answer(Answers::Own)?;
     container.sh("echo 3 >/proc/sys/vm/drop_caches || true")?;
     container.diff()?;
     driftd_ends(node, &neighbour, &|| Ok(()))
@@ -214,20 +214,20 @@ fn x01_loop(node: &Node) -> anyhow::Result<()> {
 fn x02_memory(node: &Node) -> anyhow::Result<()> {
     let neighbour = node.container()?;
     let container = node.container_with(MAY_MOUNT)?;
-    let fuse = Fuse::mount(&container, "/mnt/f", Answers::Everybody, &[("x", "/usr/bin/app")])?;
+    let fuse = Fuse::mount(&container, "/mnt/f", Answers::All, &[("x", "/usr/bin/app")])?;
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x\n\
          ( /usr/bin/loader lock /mnt/f/x /.control/go /tmp/x 2000 ) </dev/null >/dev/null 2>&1 &")?;
     wait_for("the file to be mapped", || Ok(container.laid("go.ready").exists().then_some(())))?;
-    fuse.answer(Answers::Nobody)?;
+    fuse.answer(Answers::None)?;
     container.lay("go", b"")?;
-    // Its parent's arguments cannot be read, and it is told all the same; so are others.
-    let findings = wait_until_told(&container, &[("exec.new", "/tmp/x")])?;
-    let run = crate::node::only(&findings, "exec.new")?;
+    // The arguments of its parent cannot be read, and still it is reported; so are others.
+    let findings = wait_until_reported(&container, &[("exec.new", "/tmp/x")])?;
+    let run = only(&findings, "exec.new")?;
     let parent = &run["process"]["ancestors"][0];
     ensure!(parent["exe"] == "/usr/bin/loader" && parent["argv"].is_null(), "{run:#}");
     neighbour.sh("echo 'sleep 0.3' >/tmp/i.sh; sh /tmp/i.sh")?;
-    wait_until_told(&neighbour, &[("exec.interpreted", "/tmp/i.sh")])?;
+    wait_until_reported(&neighbour, &[("exec.interpreted", "/tmp/i.sh")])?;
     driftd_ends(node, &neighbour, &|| Ok(()))
 }
 
@@ -235,17 +235,14 @@ fn x02_memory(node: &Node) -> anyhow::Result<()> {
 fn disk(node: &Node) -> anyhow::Result<PathBuf> {
     let (file, content) = (node.path("disk.ext4"), node.path("disk"));
     std::fs::create_dir(&content)?;
-    let program = content.join("x");
-    std::fs::write(&program, crate::node::bench()?.payload.marked("on a disk"))?;
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&program, mode)?;
+    executable::write(&content.join("x"), &bench()?.payload.marked("on a disk"))?;
     std::fs::File::create(&file)?.set_len(4 << 20)?;
     let made = Command::new(programs::find("mkfs.ext4")?)
         .args(["-q", "-O", "^has_journal", "-d"])
         .arg(&content)
         .arg(&file)
         .output()?;
-    ensure!(made.status.success(), "{}", crate::node::talk(&made));
+    ensure!(made.status.success(), "{}", talk(&made));
     Ok(file)
 }
 
@@ -257,24 +254,12 @@ fn x06_unmarked_script(node: &Node) -> anyhow::Result<()> {
          /bin/busybox unshare -Urm sh -c '/bin/busybox mount -t tmpfs t /mnt; cp /.control/s /mnt/s; /mnt/s'\n\
          /bin/busybox unshare -m sh -c '/bin/busybox mount -t tmpfs t /vol; cp /.control/s /vol/i; sh /vol/i'",
     )?;
-    let findings = container.told(&["high exec.tmpfs /mnt/s", "medium exec.interpreted /vol/i"])?;
-    let run = crate::node::only(&findings, "exec.tmpfs")?;
+    let findings =
+        container.expect_findings(&["high exec.tmpfs /mnt/s", "medium exec.interpreted /vol/i"])?;
+    let run = only(&findings, "exec.tmpfs")?;
     assert_eq!(run["file"]["type"], "script", "{run:#}");
     assert_eq!(run["process"]["argv"], serde_json::json!(["/bin/sh", "/mnt/s"]), "{run:#}");
     Ok(())
-}
-
-/// Whoever waits for the shell, on loopback; it says nothing and hangs up later.
-fn listen() -> anyhow::Result<(u16, thread::JoinHandle<()>)> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    let waits = thread::spawn(move || {
-        if let Ok((mut stream, _)) = listener.accept() {
-            let _ = stream.set_read_timeout(Some(Duration::from_secs(4)));
-            let _ = stream.read_to_end(&mut Vec::new());
-        }
-    });
-    Ok((port, waits))
 }
 
 fn x07_shell(node: &Node) -> anyhow::Result<()> {
@@ -290,11 +275,11 @@ fn x07_shell(node: &Node) -> anyhow::Result<()> {
         container.lay("run", format!("{script}\ntrue\n").as_bytes())?;
         let running = container
             .begin(&format!("bash -c 'exec 3<>/dev/tcp/127.0.0.1/{port}; . /.control/run'"))?;
-        let findings = wait_until_told(&container, &[("shell.reverse", "")]);
+        let findings = wait_until_reported(&container, &[("shell.reverse", "")]);
         waits.join().ok().context("the listener")?;
         running.finish(Duration::from_secs(30))?;
         let findings = findings.with_context(|| script.to_owned())?;
-        let shell = crate::node::only(&findings, "shell.reverse")?;
+        let shell = only(&findings, "shell.reverse")?;
         assert_eq!(shell["severity"], "critical", "{script}: {shell:#}");
     }
     Ok(())
@@ -330,7 +315,7 @@ fn x08_scripts(node: &Node) -> anyhow::Result<()> {
     container.sh(&format!("{}\nwait", commands.join("\n")))?;
     let expected: Vec<(&str, &str)> =
         ways.iter().map(|(_, path)| ("exec.interpreted", *path)).collect();
-    let findings = wait_until_told(&container, &expected)?;
+    let findings = wait_until_reported(&container, &expected)?;
     ensure!(findings.iter().all(|finding| finding["kind"] == "exec.interpreted"), "{findings:#?}");
     // The here-document and the FIFO have no path.
     let pipes = findings.iter().filter(|finding| finding["file"]["path"].is_null());
@@ -346,5 +331,5 @@ fn x08_image(node: &Node) -> anyhow::Result<()> {
          cd /docker-entrypoint.d; sh 10-x.sh; bash ./10-x.sh; busybox sh ../docker-entrypoint.d/10-x.sh\n\
          ln -s {given} /tmp/link; sh /tmp/link; sh /tmp/none || true; bash none || true"
     ))?;
-    container.told_nothing()
+    container.expect_silence()
 }

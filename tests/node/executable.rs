@@ -1,12 +1,12 @@
-//! Files that a trial executes.
+//! Files that a test executes.
 
 use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Writes a program, in a process of its own. Were it written here, what another
-/// thread starts at that moment would hold it open for writing until its own execve,
-/// and the kernel would refuse to execute it (ETXTBSY).
+/// Writes a program, by a process of its own. If this process wrote it, a child that another
+/// thread forks at that moment would hold it open for writing until the child's execve, and
+/// the kernel would refuse to execute it (ETXTBSY).
 pub(crate) fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut install = Command::new("install")
         .args(["--mode=755", "--", "/dev/stdin"])

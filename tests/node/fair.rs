@@ -1,5 +1,5 @@
-//! One container's flood delays nobody else's findings: what is hashed, walked and
-//! described is done by turns of containers.
+//! One container's flood delays no findings of another container: hashing, scanning and
+//! describing is done by turns of containers.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
@@ -12,13 +12,17 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::node::{Container, Node, SETTLE, bench, wait_within};
-use crate::trial_alone;
+use crate::test_alone;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("x10_giants_of_holes_delay_no_neighbour", "", x10_holes),
-        trial_alone("x10_large_programs_take_turns_and_their_delay_is_shown", "", x10_turns),
-        trial_alone("h04_giants_that_are_touched_all_the_time_delay_no_neighbour", "", h04_touched),
+        test_alone("x10_huge_sparse_programs_delay_no_neighbour", "", x10_holes),
+        test_alone("x10_large_programs_take_turns_and_their_delay_is_shown", "", x10_turns),
+        test_alone(
+            "h04_huge_programs_that_are_touched_all_the_time_delay_no_neighbour",
+            "",
+            h04_touched,
+        ),
     ]
 }
 
@@ -26,27 +30,27 @@ pub(crate) fn trials() -> Vec<Trial> {
 /// beside each other on few processors.
 const SOON: Duration = Duration::from_secs(4);
 
-/// Gibibyte-long files are what is hashed at most.
+/// Just below the largest file that is hashed (1 GiB).
 const GIANT: u64 = 1000 << 20;
 
-fn is_told(container: &Container<'_>, kind: &str, path: &str) -> anyhow::Result<bool> {
+fn is_reported(container: &Container<'_>, kind: &str, path: &str) -> anyhow::Result<bool> {
     let findings = container.findings()?;
     let is_it = |finding: &Value| finding["kind"] == kind && finding["file"]["path"] == path;
     Ok(findings.iter().any(is_it))
 }
 
-/// Drops a program and executes it, drops another one, and waits until both are told.
-fn neighbour_is_told_soon(calm: &Container<'_>) -> anyhow::Result<()> {
+/// Drops a program and executes it, drops another one, and waits until both are reported.
+fn neighbour_is_reported_soon(calm: &Container<'_>) -> anyhow::Result<()> {
     calm.lay_payload("run")?;
     calm.lay_payload("dropped")?;
     calm.sh("cp /.control/run /tmp/run; /tmp/run; cp /.control/dropped /tmp/dropped")?;
     let began = Instant::now();
-    wait_within(SOON, "the neighbour's execution to be told", || {
-        Ok(is_told(calm, "exec.new", "/tmp/run")?.then_some(()))
+    wait_within(SOON, "the neighbour's execution to be reported", || {
+        Ok(is_reported(calm, "exec.new", "/tmp/run")?.then_some(()))
     })?;
     let left = (SETTLE + SOON).saturating_sub(began.elapsed());
-    wait_within(left, "the neighbour's dropped program to be told", || {
-        Ok(is_told(calm, "file.added", "/tmp/dropped")?.then_some(()))
+    wait_within(left, "the neighbour's dropped program to be reported", || {
+        Ok(is_reported(calm, "file.added", "/tmp/dropped")?.then_some(()))
     })
 }
 
@@ -57,14 +61,14 @@ fn x10_holes(node: &Node) -> anyhow::Result<()> {
         "for i in $(seq 60); do cp /.control/x /tmp/h$i; echo $i >> /tmp/h$i\n\
          busybox truncate -s {GIANT} /tmp/h$i; /tmp/h$i; done"
     ))?;
-    // They have settled, and are looked at.
+    // They have settled, and are being examined.
     thread::sleep(SETTLE + Duration::from_millis(500));
-    neighbour_is_told_soon(&calm)?;
-    let run = wait_within(Duration::from_secs(10), "all giants to be told", || {
+    neighbour_is_reported_soon(&calm)?;
+    let run = wait_within(Duration::from_secs(10), "all huge programs to be reported", || {
         let findings = noisy.findings()?;
-        let told: Vec<Value> =
+        let reported: Vec<Value> =
             findings.into_iter().filter(|finding| finding["kind"] == "exec.new").collect();
-        Ok((told.len() >= 60).then(|| told[0].clone()))
+        Ok((reported.len() >= 60).then(|| reported[0].clone()))
     })?;
     ensure!(run["file"]["unhashed"].is_null() && !run["file"]["blake3"].is_null(), "{run:#}");
     ensure!(run["file"]["sha256"].is_null(), "zeros were hashed for nothing: {run:#}");
@@ -80,7 +84,7 @@ fn h04_touched(node: &Node) -> anyhow::Result<()> {
          for round in 1 2 3 4; do sleep 2; touch /tmp/h*; done"
     ))?;
     thread::sleep(SETTLE + Duration::from_millis(2500));
-    neighbour_is_told_soon(&calm)?;
+    neighbour_is_reported_soon(&calm)?;
     let ran = touching.finish(Duration::from_secs(30))?;
     ensure!(ran.status == 0, "{ran:?}");
     Ok(())
@@ -114,25 +118,25 @@ fn x10_turns(node: &Node) -> anyhow::Result<()> {
     let mount = format!("type=bind,src={source},dst=/combs,options=rbind:ro");
     let container = || node.container_with(&["--mount", &mount]);
     let (noisy, calm) = (container()?, container()?);
-    let told_of_noisy = || -> anyhow::Result<usize> {
+    let reported_of_noisy = || -> anyhow::Result<usize> {
         let findings = noisy.findings()?;
         Ok(findings.iter().filter(|finding| finding["kind"] == "exec.tmpfs").count())
     };
     noisy.sh(&names.iter().map(|name| format!("/combs/{name}\n")).collect::<String>())?;
     calm.sh("/combs/calm")?;
-    wait_within(Duration::from_secs(12), "the neighbour's large program to be told", || {
-        Ok(is_told(&calm, "exec.tmpfs", "/combs/calm")?.then_some(()))
+    wait_within(Duration::from_secs(12), "the neighbour's large program to be reported", || {
+        Ok(is_reported(&calm, "exec.tmpfs", "/combs/calm")?.then_some(()))
     })?;
     let status = node.status()?;
-    // However fast this machine is: it did not wait for all that came before it.
-    ensure!(told_of_noisy()? < names.len(), "the neighbour was told last");
+    // On a fast machine too: it did not wait for all that came before it.
+    ensure!(reported_of_noisy()? < names.len(), "the neighbour's program was reported last");
     let backlogs = status["backlogs"].as_array().context("status has no backlogs")?;
     let of_noisy = format!("{}/{}", node.namespace, noisy.id);
     let large = backlogs
         .iter()
         .find(|backlog| backlog["stage"] == "large" && backlog["container"] == of_noisy.as_str());
     ensure!(large.is_some_and(|large| large["waiting"].as_u64() > Some(0)), "{backlogs:#?}");
-    // What waits holds up no stop.
+    // Waiting files delay no stop.
     let began = Instant::now();
     node.stop_driftd()?;
     ensure!(began.elapsed() < Duration::from_secs(5), "a stop took {:?}", began.elapsed());

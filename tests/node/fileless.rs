@@ -1,5 +1,5 @@
-//! Programs that no name leads to, and those that lie where no mark is: what the
-//! kernel's records tell, and what a look at the running processes finds.
+//! Programs that have no name, and programs on filesystems without a mark: they are found by
+//! the kernel's records, and by a scan of the running processes.
 
 use std::time::Duration;
 
@@ -8,21 +8,24 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::node::{Node, bench, only};
-use crate::{trial, trial_alone};
+use crate::{sessions, test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a10_memfd_is_fileless", a10_memfd),
-        trial("a10_script_in_a_memfd_is_fileless", a10_script),
-        trial("a10_file_that_never_had_a_name_is_fileless", a10_tmpfile),
-        trial("a10_memfd_executed_by_another_thread_is_fileless", a10_thread),
-        trial("a10_a_thousand_memfds_are_a_thousand", a10_a_thousand),
-        trial("a12_tmpfs_in_a_mount_namespace_of_its_own_is_told", a12_nested_namespace),
-        trial_alone("a15_what_ran_before_the_daemon_is_found_by_a_scan", "", a15_running),
-        trial("a41_hash_is_of_what_ran_whoever_renames", a41_rename_race),
-        trial("a47_image_program_by_descriptor_is_silent", a47_by_descriptor),
-        trial("b04_code_in_memory_that_is_not_executed_is_silent", b04_just_in_time),
-        trial("b23_runtimes_copy_of_itself_is_silent", b23_runtime),
+        test("a10_memfd_is_fileless", a10_memfd),
+        test("a10_script_in_a_memfd_is_fileless", a10_script),
+        test("a10_file_that_never_had_a_name_is_fileless", a10_tmpfile),
+        test("a10_memfd_executed_by_another_thread_is_fileless", a10_thread),
+        test("a10_a_thousand_memfds_are_all_counted", a10_a_thousand),
+        test(
+            "a12_a_program_on_a_tmpfs_in_a_mount_namespace_of_its_own_is_reported",
+            a12_nested_namespace,
+        ),
+        test_alone("a15_what_ran_before_the_daemon_is_found_by_a_scan", "", a15_running),
+        test("a41_the_hash_is_of_what_ran_whatever_is_renamed", a41_rename_race),
+        test("a47_image_program_by_descriptor_is_silent", a47_by_descriptor),
+        test("b04_code_in_memory_that_is_not_executed_is_silent", b04_just_in_time),
+        test("b23_runtimes_copy_of_itself_is_silent", b23_runtime),
     ]
 }
 
@@ -35,12 +38,12 @@ fn a10_memfd(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh("/usr/bin/loader memfd 1 /.control/x 300")?;
-    let findings = container.told(&["critical exec.fileless /memfd:a"])?;
+    let findings = container.expect_findings(&["critical exec.fileless /memfd:a"])?;
     let run = only(&findings, "exec.fileless")?;
     assert_eq!(run["file"]["blake3"], hash_of_payload(node, &container.id, "x")?.as_str());
     assert_eq!((&run["file"]["deleted"], &run["count"]), (&true.into(), &1.into()), "{run:#}");
     assert_eq!(run["source"], "trace", "{run:#}");
-    // The new program's, not those of who loaded it.
+    // The arguments of the new program, not those of its loader.
     assert_eq!(run["process"]["argv"], serde_json::json!(["a", "300"]), "{run:#}");
     assert_eq!(run["process"]["ancestors"][0]["exe"], "/usr/bin/loader", "{run:#}");
     Ok(())
@@ -50,7 +53,7 @@ fn a10_script(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay("script", b"#!/bin/sh\nsleep 0.3\n")?;
     container.sh("/usr/bin/loader script /.control/script")?;
-    let findings = container.told(&["critical exec.fileless /memfd:s"])?;
+    let findings = container.expect_findings(&["critical exec.fileless /memfd:s"])?;
     assert_eq!(only(&findings, "exec.fileless")?["file"]["type"], "script");
     Ok(())
 }
@@ -62,7 +65,7 @@ fn a10_tmpfile(node: &Node) -> anyhow::Result<()> {
         "/usr/bin/loader tmpfile /tmp 2 /.control/x; /usr/bin/loader tmpfile /tmp 1 /.control/x",
     )?;
     container.counted("exec.fileless", 3)?;
-    let findings = container.told(&["critical exec.fileless /tmp/#tmpfile"])?;
+    let findings = container.expect_findings(&["critical exec.fileless /tmp/#tmpfile"])?;
     let run = only(&findings, "exec.fileless")?;
     assert_eq!(run["file"]["blake3"], hash_of_payload(node, &container.id, "x")?.as_str());
     assert_eq!((&run["file"]["deleted"], &run["count"]), (&true.into(), &3.into()), "{run:#}");
@@ -73,7 +76,7 @@ fn a10_thread(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     container.sh("/usr/bin/loader thread /.control/x")?;
-    container.told(&["critical exec.fileless /memfd:t"]).map(drop)
+    container.expect_findings(&["critical exec.fileless /memfd:t"]).map(drop)
 }
 
 fn a10_a_thousand(node: &Node) -> anyhow::Result<()> {
@@ -102,7 +105,7 @@ fn a12_nested_namespace(node: &Node) -> anyhow::Result<()> {
     container.sh("mkdir /tmp/m\n\
          /bin/busybox unshare -U -r -m /bin/sh -c '/bin/busybox mount -t tmpfs t /tmp/m; \
          cp /.control/x /tmp/m/x; /tmp/m/x 100'")?;
-    let findings = container.told(&["high exec.tmpfs /tmp/m/x"])?;
+    let findings = container.expect_findings(&["high exec.tmpfs /tmp/m/x"])?;
     let run = only(&findings, "exec.tmpfs")?;
     assert_eq!(run["file"]["blake3"], hash_of_payload(node, &container.id, "x")?.as_str());
     assert_eq!((&run["source"], &run["count"]), (&"trace".into(), &1.into()), "{run:#}");
@@ -122,8 +125,8 @@ fn a15_running(node: &Node) -> anyhow::Result<()> {
     running.finish(crate::node::DEADLINE)?;
     node.start_driftd()?;
     container.wait_until_watched()?;
-    let findings =
-        container.told(&["high exec.deleted /tmp/x", "critical exec.fileless /memfd:a"])?;
+    let findings = container
+        .expect_findings(&["high exec.deleted /tmp/x", "critical exec.fileless /memfd:a"])?;
     let deleted = only(&findings, "exec.deleted")?;
     assert_eq!(deleted["source"], "scan", "{deleted:#}");
     assert_eq!(deleted["file"]["blake3"], hash_of_payload(node, &container.id, "x")?.as_str());
@@ -132,12 +135,12 @@ fn a15_running(node: &Node) -> anyhow::Result<()> {
     assert_eq!(fileless["source"], "scan", "{fileless:#}");
     assert_eq!(fileless["file"]["blake3"], hash_of_payload(node, &container.id, "y")?.as_str());
 
-    // Found again, it is told no second time.
+    // Found again, it is not reported a second time.
     node.stop_driftd()?;
     node.start_driftd()?;
     container.wait_until_watched()?;
-    let findings =
-        container.told(&["high exec.deleted /tmp/x", "critical exec.fileless /memfd:a"])?;
+    let findings = container
+        .expect_findings(&["high exec.deleted /tmp/x", "critical exec.fileless /memfd:a"])?;
     ensure!(findings.iter().all(|finding| finding["count"] == 1), "{findings:#?}");
     Ok(())
 }
@@ -176,7 +179,7 @@ fn a41_rename_race(node: &Node) -> anyhow::Result<()> {
             Some("exec.relocated") if is_ls => assert_eq!(finding["expected"]["path"], "/bin/ls"),
             // It lost its name before it ran.
             Some("exec.fileless") if is_ls => (),
-            _ => anyhow::bail!("told of what did not run: {finding:#}"),
+            _ => anyhow::bail!("reported, although it did not run: {finding:#}"),
         }
     }
     Ok(())
@@ -185,24 +188,25 @@ fn a41_rename_race(node: &Node) -> anyhow::Result<()> {
 fn a47_by_descriptor(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("/usr/bin/loader fd /usr/bin/app; /usr/bin/loader self")?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn b04_just_in_time(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("/usr/bin/loader map")?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn b23_runtime(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let fifo = node.path("fifo");
     for number in 0..5 {
-        let name = format!("run-{number}");
-        let exec = ["task", "exec", "--fifo-dir", &fifo.to_string_lossy(), "--exec-id", &name];
-        node.ctr(&[&exec[..], &[&container.id, "/bin/sleep", "0.3"]].concat())?;
+        sessions::run(
+            &container,
+            &["--exec-id", &format!("run-{number}")],
+            &["/bin/sleep", "0.3"],
+        )?;
     }
     container.counted("session.exec", 5)?;
-    container.told(&["info session.exec"])?;
+    container.expect_findings(&["info session.exec"])?;
     Ok(())
 }

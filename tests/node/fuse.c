@@ -1,5 +1,5 @@
 /*
- * A filesystem that a process answers for, for tests of who waits for it.
+ * A filesystem that a process serves, for tests of what waits for it.
  *
  *   fuse-server MODE MOUNT-POINT LOG NAME=SOURCE...
  *
@@ -7,15 +7,15 @@
  * executable and read-only, and serves it until the connection is aborted. It needs
  * CAP_SYS_ADMIN and /dev/fuse, and speaks the kernel's protocol by itself.
  *
- * MODE says who is answered:
- *   all   everybody
- *   own   processes of the server's own pid namespace; what comes from outside waits
- *   mute  nobody
- *   drop  everybody but programs called driftd
+ * MODE names the processes whose requests are answered:
+ *   all   every process
+ *   own   processes of the server's own pid namespace; a process from outside waits
+ *   mute  no process
+ *   drop  every process except programs called driftd
  * SIGUSR1 changes the mode to own, SIGUSR2 to mute, SIGALRM to all (for new requests).
  *
- * Each request that is left unanswered is a line in LOG: its name, the pid, and what the
- * thread and its program are called.
+ * Each request that is left unanswered is a line in LOG: its name, the pid, and the names
+ * of the thread and of its program.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -85,7 +85,7 @@ static void answer(const struct fuse_in_header *in, int error, const void *bytes
         .len = sizeof out + length, .error = -error, .unique = in->unique
     };
     struct iovec parts[] = { { &out, sizeof out }, { (void *)bytes, length } };
-    /* Whoever asked may have gone meanwhile. */
+    /* The process that asked may have ended meanwhile. */
     (void)!writev(device, parts, 2);
 }
 
@@ -225,7 +225,7 @@ static const char *name_of(uint32_t opcode)
     }
 }
 
-/* What a process's program is called; empty if it cannot be seen from here. */
+/* The name of a process's program; empty if it cannot be seen from here. */
 static const char *program_of(uint32_t pid)
 {
     static char exe[4096];
@@ -250,7 +250,7 @@ static const char *thread_of(uint32_t pid)
     return name;
 }
 
-/* What nobody waits for is always served. */
+/* Requests for which no process waits are always served. */
 static int is_left(const struct fuse_in_header *in)
 {
     switch (in->opcode) {

@@ -1,7 +1,7 @@
-//! A filesystem that a process of a container answers for, and that lets whoever comes
-//! from outside wait (`fuse.c`, which the image has as [`SERVER`]). Nothing is left behind: the
-//! connection is aborted when a [`Fuse`] is dropped, which ends the server and everybody
-//! who waits for it.
+//! A filesystem that a process of a container serves, and that makes processes from outside
+//! wait (`fuse.c`, which the image has as [`SERVER`]). Nothing is left behind: when a [`Fuse`]
+//! is dropped, its connection is aborted. That ends the server, and each process that waits
+//! for it goes on with an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,36 +16,36 @@ use crate::programs::FUSE_SERVER as SERVER;
 /// Options of `ctr run` for a container that may mount such a filesystem.
 pub(crate) const MAY_MOUNT: &[&str] = &["--cap-add", "CAP_SYS_ADMIN", "--device", "/dev/fuse"];
 
-/// Whom the server answers.
+/// Which processes the server answers.
 #[derive(Clone, Copy, Debug)]
-#[allow(dead_code, reason = "each trial needs one of them")]
+#[allow(dead_code, reason = "each bench needs some of them")]
 pub(crate) enum Answers {
-    Everybody,
-    /// Processes of its own pid namespace. All others wait for ever.
-    ItsOwn,
-    Nobody,
+    All,
+    /// Processes of the server's pid namespace. All others wait for ever.
+    Own,
+    None,
 }
 
 impl Answers {
     fn mode(self) -> &'static str {
         match self {
-            Answers::Everybody => "all",
-            Answers::ItsOwn => "own",
-            Answers::Nobody => "mute",
+            Answers::All => "all",
+            Answers::Own => "own",
+            Answers::None => "mute",
         }
     }
 
-    #[allow(dead_code, reason = "for whoever changes it")]
+    #[allow(dead_code, reason = "some benches never change it")]
     fn signal(self) -> &'static str {
         match self {
-            Answers::Everybody => "ALRM",
-            Answers::ItsOwn => "USR1",
-            Answers::Nobody => "USR2",
+            Answers::All => "ALRM",
+            Answers::Own => "USR1",
+            Answers::None => "USR2",
         }
     }
 }
 
-/// A running server. Dropped, it is no more.
+/// A running server. It ends when this is dropped.
 pub(crate) struct Fuse<'a> {
     container: &'a Container<'a>,
     at: String,
@@ -91,8 +91,8 @@ impl<'a> Fuse<'a> {
         Ok(Fuse { container, at: at.to_owned(), connection, _control: control, log })
     }
 
-    /// From now on others are answered.
-    #[allow(dead_code, reason = "for whoever changes it")]
+    /// Changes which processes are answered.
+    #[allow(dead_code, reason = "some benches never change it")]
     pub(crate) fn answer(&self, answers: Answers) -> anyhow::Result<()> {
         let (signal, log) = (answers.signal(), &self.log);
         self.container.sh(&format!("kill -{signal} $(cat /.control/{log}.pid)")).map(drop)
@@ -104,7 +104,7 @@ impl<'a> Fuse<'a> {
         log.lines().filter_map(|line| Some(line.split(' ').next()?.to_owned())).collect()
     }
 
-    /// Ends the connection: whoever waits goes on with an error, and the server ends.
+    /// Ends the connection: waiting processes go on with an error, and the server ends.
     pub(crate) fn abort(&self) {
         let _ = fs::write(self.connection.join("abort"), "1");
     }
@@ -117,7 +117,21 @@ impl Drop for Fuse<'_> {
     }
 }
 
-/// The number of the connection of what is mounted there, if it is there already.
+/// Shell commands that run a program `x` and a script `s` of a filesystem at `/mnt`, in several
+/// ways, again and again.
+#[allow(dead_code, reason = "some benches never attack with it")]
+pub(crate) fn run_from_mnt(seconds: u64) -> String {
+    format!(
+        "ln -s /mnt /tmp/l\n\
+         for i in $(seq {seconds}); do\n\
+         for way in '/mnt/x sleep 60' '/mnt/s' 'sh /tmp/l/s' 'sh /dev/fd/9 9</mnt/s'; do\n\
+         ( eval \"$way\" ) </dev/null >/dev/null 2>&1 &\n\
+         done\n\
+         sleep 1; done"
+    )
+}
+
+/// The number of the connection of the filesystem at `at`, if it is mounted already.
 fn connection_of(init: i32, at: &str) -> anyhow::Result<Option<String>> {
     let mounts = fs::read_to_string(format!("/proc/{init}/mountinfo"))?;
     let line = mounts

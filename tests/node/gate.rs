@@ -1,5 +1,5 @@
-//! Nothing that happens to driftd's processes holds up a container: not a stopped, killed
-//! or busy daemon, not its gate, not its guardian, not two of them together.
+//! No stopped, killed or busy process of driftd holds up a container: not the daemon, not the
+//! gate, not the guardian, and not two of them together.
 
 use std::fs;
 use std::thread;
@@ -12,18 +12,18 @@ use nix::unistd::Pid;
 
 use crate::node::{Container, DEADLINE, Node, wait_for, wait_within};
 use crate::programs;
-use crate::trial_alone;
+use crate::test_alone;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("x01_a_stopped_gate_is_ended_and_programs_go_on", "", stopped_gate),
-        trial_alone("x01_a_stopped_daemon_holds_up_no_program", "", stopped_daemon),
-        trial_alone("x01_a_stopped_gate_and_daemon_are_ended", "", stopped_gate_and_daemon),
-        trial_alone("x01_a_stopped_gate_and_guardian_are_ended", "", stopped_gate_and_guardian),
-        trial_alone("x01_a_stopped_guardian_is_replaced_with_the_daemon", "", stopped_guardian),
-        trial_alone("x01_whichever_process_is_killed_no_program_waits", "", killed),
-        trial_alone("x09_a_stop_with_a_full_queue_holds_up_no_program", "", stop_under_load),
-        trial_alone("the_gate_holds_every_group_that_is_asked_and_nothing_else", "", gate_alone),
+        test_alone("x01_a_stopped_gate_is_ended_and_programs_go_on", "", stopped_gate),
+        test_alone("x01_a_stopped_daemon_holds_up_no_program", "", stopped_daemon),
+        test_alone("x01_a_stopped_gate_and_daemon_are_ended", "", stopped_gate_and_daemon),
+        test_alone("x01_a_stopped_gate_and_guardian_are_ended", "", stopped_gate_and_guardian),
+        test_alone("x01_a_stopped_guardian_is_replaced_with_the_daemon", "", stopped_guardian),
+        test_alone("x01_no_program_waits_when_a_process_of_driftd_is_killed", "", killed),
+        test_alone("x09_a_stop_with_a_full_queue_holds_up_no_program", "", stop_under_load),
+        test_alone("the_gate_holds_every_permission_group_and_nothing_else", "", gate_alone),
     ]
 }
 
@@ -63,7 +63,7 @@ impl Processes {
 /// Stops all threads of a process.
 pub(crate) fn stop(process: Pid) -> anyhow::Result<()> {
     kill(process, Signal::SIGSTOP)?;
-    // The signal stops one thread after the other.
+    // The kernel stops one thread after the other.
     wait_for("every thread to stop", || {
         for thread in fs::read_dir(format!("/proc/{process}/task"))? {
             let stat = fs::read_to_string(thread?.path().join("stat"))?;
@@ -88,7 +88,7 @@ pub(crate) fn held_up(
     let began = Instant::now();
     let ran = container.begin("/usr/bin/app; /usr/bin/app")?.finish(Duration::from_secs(15));
     if ran.is_err() {
-        // Otherwise the container cannot even be ended.
+        // While they are stopped, the container cannot be ended.
         for process in [processes.gate, processes.daemon] {
             let _ = kill(process, Signal::SIGKILL);
         }
@@ -97,14 +97,18 @@ pub(crate) fn held_up(
     Ok(began.elapsed())
 }
 
-/// The daemon ends, is started again as systemd does, and sees as before.
+/// Waits until the daemon has ended. Started again, as systemd does, it watches as before.
 fn goes_on(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     node.driftd_ended(Duration::from_secs(15))?;
+    watches_again(node, container)
+}
+
+/// Starts driftd, and makes sure that it reports a canary.
+pub(crate) fn watches_again(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     node.start_driftd()?;
     container.wait_until_watched()?;
-    container.lay_payload("canary")?;
-    container.sh("cp /.control/canary /tmp/canary; /tmp/canary")?;
-    container.told(&["critical exec.new /tmp/canary"]).map(drop)
+    container.run_dropped("canary")?;
+    container.expect_findings(&["critical exec.new /tmp/canary"]).map(drop)
 }
 
 fn stopped_gate(node: &Node) -> anyhow::Result<()> {
@@ -123,7 +127,7 @@ fn stopped_daemon(node: &Node) -> anyhow::Result<()> {
     stop(processes.daemon)?;
     let took = held_up(&container, &processes)?;
     ensure!(took < Duration::from_secs(4), "programs were held up for {took:?}");
-    // The gate does not go on for a daemon that takes nothing.
+    // The gate does not stay alive for a daemon that reads nothing from it.
     wait_within(Duration::from_secs(10), "the gate to be ended", || {
         Ok((!is_there(processes.gate)).then_some(()))
     })?;
@@ -145,7 +149,7 @@ fn stopped_gate_and_guardian(node: &Node) -> anyhow::Result<()> {
     let processes = Processes::of(node)?;
     stop(processes.guardian)?;
     stop(processes.gate)?;
-    // The daemon is the second to look, and leaves the guardian time.
+    // The daemon checks the gate later than the guardian would.
     let took = held_up(&container, &processes)?;
     ensure!(took < Duration::from_secs(8), "programs were held up for {took:?}");
     goes_on(node, &container)
@@ -173,7 +177,7 @@ fn killed(node: &Node) -> anyhow::Result<()> {
         let took = held_up(&container, &processes).context(which)?;
         ensure!(took < Duration::from_secs(4), "{which}: programs were held up for {took:?}");
         node.driftd_ended(Duration::from_secs(15)).context(which)?;
-        // None of them is left alone.
+        // None of them lives on alone.
         wait_within(Duration::from_secs(10), "the other processes to end", || {
             let left = [processes.daemon, processes.gate, processes.guardian].map(is_there);
             Ok((left == [false; 3]).then_some(()))
@@ -182,7 +186,7 @@ fn killed(node: &Node) -> anyhow::Result<()> {
         node.start_driftd()?;
         container.wait_until_watched()?;
     }
-    container.told_nothing()
+    container.expect_silence()
 }
 
 /// Executes a program again and again for a time, and prints the longest that one took
@@ -219,7 +223,7 @@ int main(int argc, char **argv)
 }
 "#;
 
-/// What waits to be hashed is much: forty programs of 300 MB, made of holes.
+/// A stop while forty programs of 300 MB, made of holes, wait to be hashed.
 fn stop_under_load(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let neighbour = node.container()?;
@@ -253,18 +257,21 @@ fn gate_alone(node: &Node) -> anyhow::Result<()> {
         }
         Ok(groups)
     };
-    // FAN_CLASS_CONTENT and FAN_CLASS_PRE_CONTENT are the classes that are asked.
-    let is_asked = |info: &String| {
+    // FAN_CLASS_CONTENT and FAN_CLASS_PRE_CONTENT are the classes with permission events.
+    let is_permission = |info: &String| {
         let flags = info.split("fanotify flags:").nth(1).and_then(|rest| rest.split(' ').next());
         let flags =
             flags.and_then(|flags| i64::from_str_radix(flags.trim_start_matches("0x"), 16).ok());
         flags.is_some_and(|flags| flags & 0xc != 0)
     };
-    ensure!(groups_of(processes.gate)?.iter().any(is_asked), "the gate has no group");
+    ensure!(groups_of(processes.gate)?.iter().any(is_permission), "the gate has no group");
     for process in [processes.daemon, processes.guardian] {
-        ensure!(!groups_of(process)?.iter().any(is_asked), "{process} holds a group that is asked");
+        ensure!(
+            !groups_of(process)?.iter().any(is_permission),
+            "{process} holds a permission group"
+        );
     }
-    // Nor has the gate a file of a container, or of the host.
+    // The gate has no file open, neither of a container nor of the host.
     container.sh("/usr/bin/app")?;
     let mut others = Vec::new();
     let nothing_else = wait_for("the gate to hold nothing but its own", || {

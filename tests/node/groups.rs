@@ -1,4 +1,4 @@
-//! What driftd takes of the kernel's fanotify groups, of which root has 128 with all
+//! How many of the kernel's fanotify groups driftd takes. Root has 128, together with all
 //! containers that have no user namespace.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use libtest_mimic::Trial;
 use nix::unistd::Pid;
 
 use crate::node::{Node, Setup};
-use crate::trial_on;
+use crate::test_on;
 
 const STRICT: Setup = Setup {
     driftd: "arm = \"strict\"\nruntimes = [\"{node}/bin/runc\"]",
@@ -21,18 +21,18 @@ const FREE: Setup = Setup { driftd: "gate = \"free\"", ..PLAIN };
 const NOTIFY: Setup = Setup { driftd: "gate = \"notify\"", ..PLAIN };
 const PLAIN: Setup = Setup { driftd: "", cri: None, own_runtime: false, unwatched: None };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_on("x14_a_daemon_takes_five_groups", PLAIN, |node| groups(node, 5)),
-        trial_on("x14_a_daemon_with_a_free_gate_takes_seven_groups", FREE, |node| groups(node, 7)),
-        trial_on("x14_a_daemon_that_asks_nobody_takes_six_groups", NOTIFY, |node| groups(node, 6)),
-        trial_on("x14_a_daemon_that_arms_strictly_takes_five_groups", STRICT, |node| {
+        test_on("x14_a_daemon_takes_five_groups", PLAIN, |node| groups(node, 5)),
+        test_on("x14_a_daemon_with_a_free_gate_takes_seven_groups", FREE, |node| groups(node, 7)),
+        test_on("x14_a_daemon_with_a_notify_gate_takes_six_groups", NOTIFY, |node| groups(node, 6)),
+        test_on("x14_a_daemon_that_arms_strictly_takes_five_groups", STRICT, |node| {
             groups(node, 5)
         }),
     ]
 }
 
-/// Groups that are open in a process, each of which counts, and in its descendants.
+/// The number of groups that are open in a process and in each of its descendants.
 fn groups_of(process: Pid) -> anyhow::Result<BTreeMap<i32, usize>> {
     let mut parents: Vec<(i32, i32)> = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
@@ -69,7 +69,7 @@ fn groups(node: &Node, expected: usize) -> anyhow::Result<()> {
     let groups = groups_of(node.driftd_pid()?)?;
     let all: usize = groups.values().sum();
     ensure!(all == expected, "{all} groups by process: {groups:?}");
-    // The daemon and its gate; a third process would keep them alive.
+    // The daemon and its gate; in a third process, groups would outlive them.
     ensure!(groups.values().filter(|count| **count > 0).count() == 2, "{groups:?}");
 
     let output = node.driftd(&["doctor", "-o", "jsonl"])?;

@@ -1,5 +1,5 @@
-//! Complete means complete: whatever was not seen, kept or reported is said, by `status`,
-//! its exit code and the history's gaps.
+//! A complete view is complete: everything that was not seen, kept or reported is named, by
+//! `status`, its exit code and the history's gaps.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -17,19 +17,19 @@ use sha2::{Digest as _, Sha256};
 use crate::node::{DEADLINE, Node, bench, talk, wait_for};
 use crate::programs::WORKBENCH;
 use crate::threads::thread_of;
-use crate::{trial, trial_alone, trial_of_recording};
+use crate::{test, test_alone, test_of_recording};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_of_recording(
+        test_of_recording(
             "r28_d07_on_a_full_disk_driftd_starts_and_reports_what_is_new",
             disk_full,
         ),
-        trial_alone("u03_a_time_without_driftd_is_a_gap_and_what_is_found_may_have_run", "", down),
-        trial_alone("r36_of_containers_that_start_at_once_nothing_is_missed_in_silence", "", burst),
-        trial_alone("u06_a_stopped_container_is_compared_with_its_image", "", stopped),
-        trial("u12_arguments_are_raw_in_json_with_bytes_where_they_are_no_text", raw),
-        trial("d06_d08_what_is_no_image_is_no_problem_and_says_so", no_image),
+        test_alone("u03_a_time_without_driftd_is_a_gap_and_new_files_may_have_run", "", down),
+        test_alone("r36_containers_that_start_at_once_are_seen_or_named_as_late", "", burst),
+        test_alone("u06_a_stopped_container_is_compared_with_its_image", "", stopped),
+        test("u12_arguments_in_json_are_raw_and_have_bytes_where_they_are_no_text", raw),
+        test("d06_d08_an_artifact_that_is_no_image_is_refused_and_is_no_problem", no_image),
     ]
 }
 
@@ -39,16 +39,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 fn view(node: &Node) -> anyhow::Result<(Option<i32>, bool)> {
     let output = node.driftd(&["status", "-o", "json"])?;
     let status: Value = serde_json::from_slice(&output.stdout)?;
-    Ok((output.status.code(), status["complete"].as_bool().context("no answer")?))
-}
-
-fn wait_until_complete(node: &Node) -> anyhow::Result<()> {
-    let mut status = Value::Null;
-    wait_for("the view to be complete", || {
-        status = node.status()?;
-        Ok((status["complete"] == true).then_some(()))
-    })
-    .with_context(|| format!("{:#}", status["problems"]))
+    Ok((output.status.code(), status["complete"].as_bool().context("no `complete`")?))
 }
 
 /// A small disk of its own, unmounted at the end.
@@ -89,37 +80,39 @@ fn paths_on_disk(history: &Path) -> anyhow::Result<Vec<String>> {
 fn disk_full(node: &Node) -> anyhow::Result<()> {
     let disk = SmallDisk::mount(node.path("driftd"))?;
     node.import(&bench()?.workbench)?;
-    // Before driftd: of one that begins later it may be said that it was armed late.
+    // Started before driftd: a container that starts later may be reported as armed late.
     let container = node.unwatched_container_of(WORKBENCH)?;
     node.start_driftd()?;
     container.wait_until_watched()?;
-    wait_until_complete(node)?;
+    node.wait_until_complete()?;
     assert_eq!(view(node)?, (Some(0), true));
     let drop_one = |name: &str| -> anyhow::Result<()> {
         container.lay_payload(name)?;
         container.sh(&format!("cp /.control/{name} /tmp/{name}; /tmp/{name}")).map(drop)
     };
-    let told = |names: &[&str]| {
+    let expect = |names: &[&str]| {
         let expected: Vec<String> =
             names.iter().map(|name| format!("critical exec.new /tmp/{name}")).collect();
-        container.told(&expected.iter().map(String::as_str).collect::<Vec<_>>()).map(drop)
+        container
+            .expect_findings(&expected.iter().map(String::as_str).collect::<Vec<_>>())
+            .map(drop)
     };
     drop_one("d0")?;
-    told(&["d0"])?;
+    expect(&["d0"])?;
 
     let filler = disk.fill()?;
     for name in ["d1", "d2"] {
         drop_one(name)?;
     }
-    told(&["d0", "d1", "d2"]).context("while the disk is full")?;
+    expect(&["d0", "d1", "d2"]).context("while the disk is full")?;
     assert_eq!(view(node)?, (Some(1), false), "{:#}", node.status()?["problems"]);
     let before = ticks_of(node, "history")?;
     thread::sleep(Duration::from_secs(2));
     let used = ticks_of(node, "history")? - before;
-    // It would have used all of them.
+    // A thread that tries again without a pause would have used all of them.
     ensure!(used < 50, "a thread that waits for room used {used} of 200 ticks of a processor");
     fs::remove_file(&filler)?;
-    wait_until_complete(node)?;
+    node.wait_until_complete()?;
 
     // The same at the start.
     node.stop_driftd()?;
@@ -130,9 +123,9 @@ fn disk_full(node: &Node) -> anyhow::Result<()> {
     let problems = node.status()?["problems"].to_string();
     ensure!(problems.contains("history_write"), "{problems}");
     drop_one("d3")?;
-    told(&["d0", "d1", "d2", "d3"]).context("after a start on a full disk")?;
+    expect(&["d0", "d1", "d2", "d3"]).context("after a start on a full disk")?;
     fs::remove_file(filler)?;
-    wait_until_complete(node)?;
+    node.wait_until_complete()?;
     node.stop_driftd()?;
     let kept = paths_on_disk(&node.path("driftd/history.db"))?;
     assert_eq!(kept, ["/tmp/d0", "/tmp/d1", "/tmp/d2", "/tmp/d3"]);
@@ -147,7 +140,7 @@ fn ticks_of(node: &Node, name: &str) -> anyhow::Result<u64> {
     rest.split(' ').skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()
 }
 
-// ---- times and containers that nobody watched
+// ---- times and containers that driftd did not watch
 
 const FLOOD: usize = 200;
 
@@ -176,9 +169,9 @@ fn down(node: &Node) -> anyhow::Result<()> {
     ensure!(since <= killed && killed < until, "killed at {killed}: {gap:#}");
     running.finish(DEADLINE)?;
     container.wait_until_watched()?;
-    wait_until_complete(node)?;
+    node.wait_until_complete()?;
     wait_for("the whole flood", || Ok((container.findings()?.len() >= FLOOD).then_some(())))?;
-    // Each was seen to run, or it is said that it may have run.
+    // Each was seen to run, or is reported as perhaps run.
     let mut found = 0;
     for finding in container.findings()? {
         if finding["kind"] == "file.added" && finding["source"] == "scan" {
@@ -203,7 +196,7 @@ const SCRIPTS: usize = 6;
 
 fn burst(node: &Node) -> anyhow::Result<()> {
     node.container()?;
-    // A busy machine.
+    // Keeps the machine busy.
     let mut load: Vec<_> = (0..2)
         .map(|_| Command::new("sh").args(["-c", "while :; do :; done"]).spawn())
         .collect::<Result<_, _>>()?;
@@ -223,8 +216,8 @@ fn burst(node: &Node) -> anyhow::Result<()> {
                 let findings = node.answer(&["findings", "--container", id])?;
                 let ran = findings.iter().filter(|one| one["kind"] == "exec.script").count();
                 let entries = node.answer(&["timeline", id])?;
-                let is_said = entries.iter().any(|one| one.to_string().contains("armed_late"));
-                Ok((ran == SCRIPTS || is_said).then_some(()))
+                let is_named = entries.iter().any(|one| one.to_string().contains("armed_late"));
+                Ok((ran == SCRIPTS || is_named).then_some(()))
             })?;
         }
         Ok(())
@@ -254,7 +247,7 @@ fn stopped(node: &Node) -> anyhow::Result<()> {
         Ok(known.any(|one| one["pid"].is_null()).then_some(()))
     })?;
     assert_eq!(container.diff()?, running);
-    // The same where driftd has never seen it run.
+    // The same when driftd has never seen it run.
     node.stop_driftd()?;
     node.start_driftd()?;
     wait_for("its baseline", || {
@@ -263,7 +256,7 @@ fn stopped(node: &Node) -> anyhow::Result<()> {
     })?;
     let findings = container.findings()?;
     assert_eq!(container.diff()?, running);
-    assert_eq!(container.findings()?, findings, "a question changes nothing");
+    assert_eq!(container.findings()?, findings, "a diff adds no finding");
     Ok(())
 }
 
@@ -272,7 +265,7 @@ fn raw(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container
         .sh(r#"cp /.control/x /tmp/x; /tmp/x "$(printf 'a\\b\033[2J')" 木 "$(printf '\376')""#)?;
-    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/x"])?;
     let process = &findings[0]["process"];
     assert_eq!(process["exe_bytes"], Value::Null);
     let arguments = process["argv"].as_array().context("no arguments")?;
@@ -287,7 +280,7 @@ fn raw(node: &Node) -> anyhow::Result<()> {
 
 // ---- what is no image
 
-/// An archive whose only image points at a document, with blobs beside it.
+/// An archive with one image, whose top document and blobs the test makes.
 struct Archive {
     tar: tar::Builder<File>,
 }
@@ -308,7 +301,7 @@ impl Archive {
         Ok(json!({ "mediaType": media_type, "digest": digest, "size": size }))
     }
 
-    /// Imports an image of this name that `top` makes.
+    /// Imports an image of this name. `top` appends its blobs and returns its descriptor.
     fn import(
         node: &Node,
         name: &str,
@@ -360,9 +353,9 @@ fn no_image(node: &Node) -> anyhow::Result<()> {
     })?;
     for name in [signature, checkpoint] {
         let output = node.driftd(&["baseline", "record", name])?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.code() == Some(2), "{}", talk(&output));
-        ensure!(said.contains("is no container image") && said.contains(name), "{said}");
+        ensure!(message.contains("is no container image") && message.contains(name), "{message}");
         let problems = node.status()?["problems"].to_string();
         ensure!(!problems.contains(name), "{problems}");
     }

@@ -1,6 +1,6 @@
-//! Containers that attack driftd itself: with names, with links to the host, with
-//! things that are no files, with files that change while they are read. Nothing of
-//! the host is opened for them, nothing hangs, and what people read stays readable.
+//! Containers that attack driftd itself: with names, with links to the host, with FIFOs and
+//! devices, with files that change while they are read. driftd opens no file of the host for
+//! them, nothing hangs, and its output stays readable.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,26 +17,30 @@ use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags}
 use serde_json::Value;
 
 use crate::node::{Container, Node, only, wait_for};
-use crate::{trial, trial_alone};
+use crate::{test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("a40_no_link_leads_driftd_to_a_file_of_the_host", "", a40_links),
-        trial_alone("a40_exchanged_while_it_is_read_is_never_the_host's", "", a40_exchange),
-        trial("a40_what_is_no_file_is_not_told_and_not_waited_for", a40_no_files),
-        trial("a40_names_stay_harmless_wherever_they_are_shown", a40_names),
-        trial("a40_a_sparse_giant_is_told_without_its_hash", a40_sparse),
-        trial("a40_deep_and_wide_trees_stop_nothing", a40_trees),
-        trial("a40_arguments_stay_harmless_and_bounded", a40_arguments),
-        trial("a40_a_program_that_removes_itself_is_told", a40_removes_itself),
-        trial("a40_unreadable_programs_are_told", a40_unreadable),
-        trial("a41_renamed_at_once_is_told_with_what_it_held", a41_renamed),
+        test_alone("a40_no_link_leads_driftd_to_a_file_of_the_host", "", a40_links),
+        test_alone(
+            "a40_a_file_exchanged_while_it_is_read_is_never_a_file_of_the_host",
+            "",
+            a40_exchange,
+        ),
+        test("a40_fifos_and_devices_are_not_reported_and_not_waited_for", a40_no_files),
+        test("a40_names_stay_harmless_wherever_they_are_shown", a40_names),
+        test("a40_a_huge_sparse_program_is_reported_without_its_hash", a40_sparse),
+        test("a40_deep_and_wide_trees_stop_nothing", a40_trees),
+        test("a40_arguments_stay_harmless_and_bounded", a40_arguments),
+        test("a40_a_program_that_removes_itself_is_reported", a40_removes_itself),
+        test("a40_unreadable_programs_are_reported", a40_unreadable),
+        test("a41_a_program_renamed_at_once_is_reported_with_its_content", a41_renamed),
     ]
 }
 
 // ---- what driftd opens
 
-/// Everything that the daemon opens on the host's filesystems while this lives.
+/// Records every file that the daemon opens on the host's filesystems while this lives.
 struct Baits {
     group: Fanotify,
     daemon: i32,
@@ -45,7 +49,7 @@ struct Baits {
 }
 
 impl Baits {
-    /// `host` are places of which each one's whole filesystem is watched.
+    /// Watches the whole filesystem of each path in `host`.
     fn lay(node: &Node, host: &[&Path]) -> anyhow::Result<Baits> {
         let group = Fanotify::init(
             InitFlags::FAN_CLASS_NOTIF
@@ -66,7 +70,7 @@ impl Baits {
         Ok(Baits { group, daemon, opened: BTreeSet::new(), seen: 0 })
     }
 
-    fn look(&mut self) -> anyhow::Result<()> {
+    fn read(&mut self) -> anyhow::Result<()> {
         loop {
             let events = match self.group.read_events() {
                 Ok(events) => events,
@@ -86,18 +90,18 @@ impl Baits {
         }
     }
 
-    /// Looks until `done`, so that the queue does not grow without end.
+    /// Reads until `done`, so that the queue does not grow without end.
     fn while_not(&mut self, done: &AtomicBool) -> anyhow::Result<()> {
         while !done.load(Ordering::SeqCst) {
-            self.look()?;
+            self.read()?;
             thread::sleep(Duration::from_millis(20));
         }
-        self.look()
+        self.read()
     }
 }
 
-/// An overlay reads its layers through mounts that nobody else has: what is opened
-/// by those is the container's.
+/// An overlay opens the files of its layers through private mounts. A file on such a mount is
+/// the container's.
 fn is_on_a_mount_of_ours(fd: BorrowedFd<'_>) -> anyhow::Result<bool> {
     use std::os::fd::AsRawFd as _;
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
@@ -127,7 +131,7 @@ fn opened_during(
         worker.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the work panicked")))
     })?;
     // A mark that sees nothing would prove nothing.
-    ensure!(baits.seen > 0, "nobody opened anything: a vacuous test");
+    ensure!(baits.seen > 0, "no process opened anything: a vacuous test");
     ensure!(
         baits.opened.iter().any(|path| path.starts_with(node.directory.path())),
         "driftd opened nothing of its own: {:?}",
@@ -136,12 +140,13 @@ fn opened_during(
     Ok(baits.opened)
 }
 
-/// Nothing of the host but what is driftd's or containerd's own.
+/// Makes sure that only files of driftd and containerd were opened on the host.
 fn nothing_of_the_host(node: &Node, opened: &BTreeSet<PathBuf>) -> anyhow::Result<()> {
     let ours = [node.path("driftd"), node.path("root"), node.path("state")];
-    // Who may speak on the socket, and which users there are, is the host's to say.
+    // For the names of users, and of the group that may use the socket.
     let usual = ["/etc/group", "/etc/passwd", "/etc/nsswitch.conf", "/etc/ld.so.cache"];
-    // What containerd's shim asks of runc: the host's own, and read without following links.
+    // The request of containerd's shim to runc: a file of the host, opened without following
+    // links.
     let asked_for = |path: &Path| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with("runc-process")
@@ -162,7 +167,7 @@ fn nothing_of_the_host(node: &Node, opened: &BTreeSet<PathBuf>) -> anyhow::Resul
     Ok(())
 }
 
-/// A file of the host that a container points at, and nobody has a reason to open.
+/// A file of the host that a container's links point at, and that driftd must not open.
 fn bait(node: &Node) -> anyhow::Result<PathBuf> {
     let bait = node.path("bait");
     fs::write(&bait, b"\x7fELF of the host")?;
@@ -186,7 +191,7 @@ fn a40_links(node: &Node) -> anyhow::Result<()> {
              ln -sf {bait} /usr/bin/curl; ln -sf /etc/shadow /usr/bin/wget"
         ))?;
         container.diff()?;
-        container.told(&[
+        container.expect_findings(&[
             "critical exec.new /tmp/x",
             "medium file.removed /usr/sbin",
             "medium file.modified /usr/bin/curl",
@@ -197,7 +202,7 @@ fn a40_links(node: &Node) -> anyhow::Result<()> {
     nothing_of_the_host(node, &opened)
 }
 
-/// Nothing else can be run.
+/// Only regular files can be run.
 fn every_finding_is_of_a_regular_file_or_a_link_in_its_place(
     container: &Container<'_>,
 ) -> anyhow::Result<()> {
@@ -224,7 +229,7 @@ fn a40_exchange(node: &Node) -> anyhow::Result<()> {
              mkdir -p /tmp/e; cp /bin/ls /tmp/e/shadow; mv /tmp/e /tmp/f; ln -s /etc /tmp/e\n\
              rm -rf /tmp/f /tmp/e; i=$((i+1)); done"
         ))?;
-        // Walks and looks at settled files meet every state of it.
+        // Scans, and reads of settled files, meet every state of it.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(8) {
             container.diff()?;
@@ -235,7 +240,7 @@ fn a40_exchange(node: &Node) -> anyhow::Result<()> {
         let real = blake3::hash(&content).to_hex();
         for finding in container.findings()? {
             let hash = finding["file"]["blake3"].as_str();
-            // A copy that was not whole yet is a file of the container all the same.
+            // An incomplete copy is a file of the container too.
             let is_whole = hash == Some(real.as_str());
             ensure!(finding["kind"] == "file.relocated" || !is_whole, "{finding:#}");
             ensure!(finding["file"]["file_type"] == "regular", "{finding:#}");
@@ -257,7 +262,7 @@ fn a40_no_files(node: &Node) -> anyhow::Result<()> {
          rm /usr/bin/curl; mkfifo /usr/bin/curl")?;
     answers(node)?;
     container.diff()?;
-    container.told(&["medium file.modified /usr/bin/curl"])?;
+    container.expect_findings(&["medium file.modified /usr/bin/curl"])?;
     answers(node)
 }
 
@@ -272,7 +277,7 @@ fn answers(node: &Node) -> anyhow::Result<()> {
 
 // ---- names and arguments
 
-/// Names as a shell writes them, and whether they are programs of their own.
+/// Names of programs, as `printf` reads them.
 const NAMES: &[&str] = &[
     r"line\nfeed",
     r"\033[31mred\033[0m",
@@ -303,7 +308,7 @@ fn a40_names(node: &Node) -> anyhow::Result<()> {
     let long = "n".repeat(255);
     commands += &format!("run {long} long\n");
     container.sh(&commands)?;
-    let findings = wait_for("all names to be told", || {
+    let findings = wait_for("all names to be reported", || {
         let findings = container.findings()?;
         Ok((findings.len() == NAMES.len() + 1).then_some(findings))
     })?;
@@ -311,11 +316,11 @@ fn a40_names(node: &Node) -> anyhow::Result<()> {
         ensure!(finding["kind"] == "exec.new", "{finding:#}");
     }
     let invalid = findings.iter().filter(|finding| !finding["file"]["path_bytes"].is_null());
-    ensure!(invalid.count() == 2, "names that are no text are told byte by byte: {findings:#?}");
+    ensure!(invalid.count() == 2, "names that are no text have their bytes: {findings:#?}");
     clean_to_read(node, &container)
 }
 
-/// What people read has no control characters, and what machines read is JSON.
+/// Makes sure that text for users has no control characters, and that JSON is JSON.
 fn clean_to_read(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     let id = &container.id;
     let mut commands: Vec<Vec<String>> = vec![
@@ -331,7 +336,7 @@ fn clean_to_read(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     for words in &commands {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let text = node.driftd(&words)?.stdout;
-        ensure!(!text.is_empty(), "{words:?} says nothing");
+        ensure!(!text.is_empty(), "{words:?} prints nothing");
         clean(&words, &text)?;
     }
     clean(&["the log"], &fs::read(node.path("driftd.log"))?)?;
@@ -366,7 +371,7 @@ fn a40_arguments(node: &Node) -> anyhow::Result<()> {
         "cp /.control/x /tmp/x; long=$(printf '%0100000d' 7)\n\
          e=$(printf '\\033]0;owned\\007\\nsecond\\rline'); /tmp/x 300 \"\" \"$e\" \"$long\" \"$long\"",
     )?;
-    let findings = container.told(&["critical exec.new /tmp/x"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/x"])?;
     let size = serde_json::to_vec(only(&findings, "exec.new")?)?.len();
     ensure!(size < 64 * 1024, "a finding of {size} bytes");
     clean_to_read(node, &container)
@@ -379,7 +384,7 @@ fn a40_sparse(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     let began = Instant::now();
     container.sh("cp /.control/x /tmp/sparse; busybox truncate -s 10G /tmp/sparse; /tmp/sparse")?;
-    let findings = container.told(&["critical exec.new /tmp/sparse"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/sparse"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["file"]["unhashed"], "size", "{run:#}");
     assert_eq!(run["file"]["blake3"], Value::Null, "{run:#}");
@@ -404,19 +409,19 @@ fn a40_trees(node: &Node) -> anyhow::Result<()> {
     let ran = running.finish(Duration::from_secs(120))?;
     ensure!(ran.status == 0, "{ran:?}");
     container.diff()?;
-    let findings = wait_for("what ran to be told", || {
+    let findings = wait_for("what ran to be reported", || {
         let findings = container.findings()?;
         let of = |path: &str| findings.iter().any(|finding| finding["file"]["path"] == path);
         let deep = format!("/tmp/deep{}/x", "/d".repeat(300));
         Ok((of("/tmp/x") && of(&deep)).then_some(findings))
     })?;
-    // A walk may have come between the copy and its execution.
+    // A scan may have come between the copy and its execution.
     let (executed, others): (Vec<_>, Vec<_>) =
         findings.iter().partition(|finding| finding["kind"] == "exec.new");
     ensure!(others.iter().all(|finding| finding["kind"] == "file.added"), "{findings:#?}");
     let unreadable = node.losses("event_unreadable")?;
-    // A path of more than 4,096 bytes has no name that the kernel could tell. That
-    // it ran is not hidden: it is told without a path, or counted as unreadable.
+    // The kernel cannot report a path of more than 4,096 bytes. The execution is not hidden:
+    // it is reported without a path, or counted as unreadable.
     ensure!(
         executed.len() == 3 || unreadable > 0,
         "what ran below a path that is too long left no trace: {findings:#?}"
@@ -428,10 +433,10 @@ fn a40_removes_itself(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay("s", b"#!/bin/sh\nrm -f \"$0\"\nexec /bin/true\n")?;
     container.sh("cp /.control/s /tmp/s; /tmp/s")?;
-    let findings = wait_for("the script to be told as removed", || {
+    let findings = wait_for("the script to be reported as removed", || {
         let findings = container.findings()?;
-        let told = findings.iter().any(|finding| finding["file"]["deleted"] == true);
-        Ok(told.then_some(findings))
+        let reported = findings.iter().any(|finding| finding["file"]["deleted"] == true);
+        Ok(reported.then_some(findings))
     })?;
     let script = only(&findings, "exec.script")?;
     assert_eq!(script["file"]["path"], "/tmp/s", "{script:#}");
@@ -443,7 +448,8 @@ fn a40_unreadable(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x; chmod 0111 /tmp/x; /tmp/x\n\
          cp /.control/x /tmp/never; echo 1 >> /tmp/never; chmod 0 /tmp/never")?;
-    let findings = container.told(&["critical exec.new /tmp/x", "low file.added /tmp/never"])?;
+    let findings =
+        container.expect_findings(&["critical exec.new /tmp/x", "low file.added /tmp/never"])?;
     for finding in &findings {
         ensure!(finding["file"]["blake3"].is_string(), "{finding:#}");
     }
@@ -454,7 +460,7 @@ fn a41_renamed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     let x = blake3::hash(&fs::read(container.laid("x"))?).to_hex();
-    // Whoever looks by name after the event meets the shell of the image.
+    // A lookup by name after the event finds the shell of the image.
     container
         .begin(
             "i=0; while [ $i -lt 100 ]; do cp /.control/x /tmp/x; cp /bin/busybox /tmp/sh\n\
@@ -475,7 +481,7 @@ fn a41_renamed(node: &Node) -> anyhow::Result<()> {
             .filter(|finding| finding["kind"] == "exec.relocated")
             .filter_map(|finding| finding["count"].as_u64())
             .sum();
-        // The shell may be quicker than the program it starts.
+        // The shell's `mv` may be quicker than the start of the program.
         Ok((count + image >= 100).then_some(findings))
     })?;
     for finding in &findings {

@@ -30,7 +30,7 @@ impl Layer {
         Layer { tar: Builder::new(Vec::new()), starts: Vec::new() }
     }
 
-    /// What is in an archive that somebody else has packed.
+    /// The content of an archive that another program has packed.
     pub(crate) fn of_archive(archive: &[u8]) -> io::Result<Layer> {
         let mut layer = Layer::new();
         layer.begin();
@@ -137,14 +137,14 @@ impl Layer {
             .append_data(&mut header, "PaxHeaders.0/file", &pax[..])
             .expect("a Vec can always be written");
         let mut header = Layer::header(EntryType::Regular, mode, content.len() as u64);
-        // The name in the header is another one: the record is what counts.
+        // The name in the header differs: the record is valid.
         self.tar
             .append_data(&mut header, "short-name", content)
             .expect("a Vec can always be written");
         self
     }
 
-    /// What GNU tar makes of everything below a directory.
+    /// Everything below a directory, packed by GNU tar.
     pub(crate) fn tree_packed_by_tar(
         self,
         directory: &Path,
@@ -158,7 +158,7 @@ impl Layer {
         self.packed_by_tar(directory, &found.stdout, options)
     }
 
-    /// What GNU tar makes of files in a directory, whose names are ended by zeros.
+    /// Files in a directory, packed by GNU tar. Each name ends with a zero byte.
     pub(crate) fn packed_by_tar(
         mut self,
         directory: &Path,
@@ -325,13 +325,13 @@ fn gzip(content: &[u8]) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// A zstd frame that carries something for somebody else.
+/// A zstd frame that a reader skips.
 fn skippable(content: &[u8]) -> Vec<u8> {
     let length = u32::try_from(content.len()).expect("a short content");
     [&0x184d_2a50_u32.to_le_bytes(), &length.to_le_bytes(), content].concat()
 }
 
-/// What names an image's parts in containerd's content store.
+/// The digests that name an image's parts in containerd's content store.
 #[derive(Clone, Debug)]
 pub(crate) struct Digests {
     pub(crate) manifest: String,
@@ -446,7 +446,7 @@ impl Image {
             let mut provenance = platform(provenance, "unknown", "unknown");
             provenance["annotations"] =
                 json!({ "vnd.docker.reference.type": "attestation-manifest" });
-            // Nobody has pulled this one, so its blob is not there.
+            // This one was not pulled, so its blob is absent.
             let elsewhere = json!({
                 "mediaType": manifest_type, "size": 2,
                 "digest": format!("sha256:{}", hex(&Sha256::digest(b"elsewhere"))),

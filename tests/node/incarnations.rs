@@ -1,31 +1,34 @@
-//! Answers hit the run of a container that they mean: no later one of the same ID, none
-//! with a similar name, and they are repeated as long as that run is there.
+//! A response affects only the run of a container for which it was given: no later run of
+//! the same ID, and no container with a similar name. It is repeated while that run exists.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 
-use crate::answers::{is_running, recorded_responses, state_in};
+use crate::commands::{is_running, recorded_responses, state_in};
 use crate::node::{Control, Node, bench, only, talk, wait_for, wait_within};
 use crate::programs::WORKBENCH;
-use crate::{trial, trial_alone};
+use crate::{test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone(
-            "x11_a_clean_container_is_not_killed_for_what_another_of_its_id_did",
+        test_alone(
+            "x11_a_clean_container_is_not_killed_for_an_earlier_one_of_its_id",
             "[respond]\nkill_on = [\"exec.new\"]",
             x11_reused_id,
         ),
-        trial("u19_an_answer_takes_a_whole_name_and_refuses_what_is_gone", u19_whole_names),
-        trial("u19_an_answer_to_a_finding_refuses_when_its_run_is_over", u19_of_a_finding),
-        trial_alone(
+        test(
+            "u19_a_response_takes_a_whole_name_and_refuses_a_container_that_is_gone",
+            u19_whole_names,
+        ),
+        test("u19_a_response_to_a_finding_is_refused_when_its_run_is_over", u19_of_a_finding),
+        test_alone(
             "h10_a_kill_that_failed_is_repeated_until_the_container_has_ended",
             "[respond]\nkill_on = [\"exec.new\"]",
             h10_repeated,
         ),
-        trial("a_kill_ends_every_process_in_a_shared_pid_namespace_too", shared_pid_namespace),
+        test("a_kill_ends_every_process_in_a_shared_pid_namespace_too", shared_pid_namespace),
     ]
 }
 
@@ -42,18 +45,10 @@ fn remove(node: &Node, id: &str) -> anyhow::Result<()> {
     node.ctr(&["container", "rm", id]).map(drop)
 }
 
-fn wait_until_watched(node: &Node, id: &str) -> anyhow::Result<()> {
-    wait_for(&format!("driftd to watch {id}"), || {
-        let known = node.answer(&["containers"])?;
-        let is_watched = known.iter().any(|one| one["id"] == id && one["watched"] == true);
-        Ok(is_watched.then_some(()))
-    })
-}
-
-/// The first container ends while a large program that it has run is still being hashed:
-/// its finding comes when the ID is another one's.
+/// The first container ends while a large program that it has run is still being hashed. Its
+/// finding comes when another container has the ID.
 fn x11_reused_id(node: &Node) -> anyhow::Result<()> {
-    /// Rounds in which the finding came after the ID was another one's.
+    /// Rounds in which the finding comes after another container has the ID.
     const LATE: usize = 1;
     const MOST_ROUNDS: usize = 6;
     let id = "reused";
@@ -77,15 +72,15 @@ fn x11_reused_id(node: &Node) -> anyhow::Result<()> {
         wait_for("the first one to end", || Ok((!is_running(node, id)?).then_some(())))?;
         remove(node, id)?;
         run(node, id, &[], "sleep 600")?;
-        let is_told = || {
-            let told = node.answer(&["findings", "--kind", "exec.new"])?;
-            anyhow::Ok(told.iter().any(|one| one["file"]["path"] == path.as_str()))
+        let is_reported = || {
+            let reported = node.answer(&["findings", "--kind", "exec.new"])?;
+            anyhow::Ok(reported.iter().any(|one| one["file"]["path"] == path.as_str()))
         };
-        late += usize::from(!is_told()?);
+        late += usize::from(!is_reported()?);
         wait_within(Duration::from_secs(20), "the finding of the first one", || {
-            Ok(is_told()?.then_some(()))
+            Ok(is_reported()?.then_some(()))
         })?;
-        // Long enough for an order that the finding has given.
+        // Long enough for a kill that the finding has caused.
         std::thread::sleep(Duration::from_millis(500));
         ensure!(is_running(node, id)?, "round {round}: the clean container was killed");
         remove(node, id)?;
@@ -105,7 +100,7 @@ fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
         run(node, id, &[], "sleep 600")?;
     }
     for id in [&web, &canary, &generated] {
-        wait_until_watched(node, id)?;
+        node.wait_until_watched(id)?;
     }
     let respond = |action: &str, id: &str, expected: i32| {
         let output = node.driftd(&["respond", action, id, "--reason", "a test"])?;
@@ -121,17 +116,17 @@ fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
 
     remove(node, &web)?;
     for action in ["pause", "kill", "resume"] {
-        let said = respond(action, &web, 2)?;
-        ensure!(said.contains("gone") || said.contains("write the whole ID"), "{said}");
+        let message = respond(action, &web, 2)?;
+        ensure!(message.contains("gone") || message.contains("write the whole ID"), "{message}");
     }
-    let said = respond("pause", &canary[..canary.len() - 1], 2)?;
-    ensure!(said.contains("write the whole ID") && said.contains(&canary), "{said}");
+    let message = respond("pause", &canary[..canary.len() - 1], 2)?;
+    ensure!(message.contains("write the whole ID") && message.contains(&canary), "{message}");
     for action in ["pause", "kill", "resume"] {
         respond(action, &web, 2)?;
         respond(action, &web[..web.len() - 1], 2)?;
     }
     let beginning = format!("{web}-can");
-    for reads in [
+    for query in [
         &["diff", &web][..],
         &["diff", &beginning],
         &["timeline", &beginning],
@@ -139,28 +134,27 @@ fn u19_whole_names(node: &Node) -> anyhow::Result<()> {
         &["probes", "--container", &beginning],
         &["findings", "--container", &beginning],
     ] {
-        let output = node.driftd(reads)?;
-        ensure!(output.status.code() == Some(2), "{reads:?}: {}", talk(&output));
+        let output = node.driftd(query)?;
+        ensure!(output.status.code() == Some(2), "{query:?}: {}", talk(&output));
     }
     assert_eq!(state(&canary)?.as_deref(), Some("RUNNING"));
 
     respond("pause", &generated[..7], 2)?;
     respond("pause", &generated[..8], 0)?;
     assert_eq!(state(&generated)?.as_deref(), Some("PAUSED"));
-    // What is frozen is killed all the same.
+    // A frozen container is killed too.
     respond("kill", &generated[..12], 0)?;
     wait_for("it to end", || Ok((state(&generated)?.as_deref() == Some("STOPPED")).then_some(())))?;
-    let said = respond("pause", &generated, 2)?;
-    ensure!(said.contains("FAILED") || said.contains("gone"), "{said}");
+    let message = respond("pause", &generated, 2)?;
+    ensure!(message.contains("FAILED") || message.contains("gone"), "{message}");
     Ok(())
 }
 
 fn u19_of_a_finding(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
-    let told = container.told(&["critical exec.new /tmp/x"])?;
-    let run = only(&told, "exec.new")?;
+    container.run_dropped("x")?;
+    let reported = container.expect_findings(&["critical exec.new /tmp/x"])?;
+    let run = only(&reported, "exec.new")?;
     let id = run["id"].as_str().context("it has no ID")?;
     assert_eq!(run["run"]["pid"].as_u64(), Some(pid_of(node, &container.id)?));
     let respond = |action: &str, more: &[&str], expected: i32| {
@@ -174,8 +168,8 @@ fn u19_of_a_finding(node: &Node) -> anyhow::Result<()> {
     respond("pause", &["another"], 2)?;
     container.stop()?;
     container.start_again()?;
-    let said = respond("kill", &[], 2)?;
-    ensure!(said.contains("is over"), "{said}");
+    let message = respond("kill", &[], 2)?;
+    ensure!(message.contains("is over"), "{message}");
     ensure!(is_running(node, &container.id)?, "a later run was killed");
     Ok(())
 }
@@ -184,7 +178,7 @@ fn h10_repeated(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("x")?;
     node.crash_containerd()?;
-    // The shell is killed before it can answer.
+    // The shell is killed before it can report its end.
     let _ = container.begin("cp /.control/x /tmp/x; /tmp/x; sleep 600")?;
     let failed = recorded_responses(node, &container.id, 2)?;
     for response in &failed {
@@ -201,7 +195,7 @@ fn h10_repeated(node: &Node) -> anyhow::Result<()> {
     })
 }
 
-/// Where init is not the first of a pid namespace, its end takes nobody along.
+/// If init is not process 1 of its pid namespace, its end does not end the other processes.
 fn shared_pid_namespace(node: &Node) -> anyhow::Result<()> {
     let host = node.container()?;
     let init = pid_of(node, &host.id)?;

@@ -1,5 +1,5 @@
-//! What happens around drift: containers that run again, images that change under
-//! their name or go, and what people do all day in between.
+//! Containers that run again, images that change under their name or are removed, and
+//! ordinary work meanwhile.
 
 use std::fs;
 
@@ -8,22 +8,22 @@ use libtest_mimic::Trial;
 
 use crate::image::Layer;
 use crate::node::{Node, bench, only, wait_for};
-use crate::{programs, trial};
+use crate::{programs, test};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a03_a_multicall_program_under_another_name_is_relocated", a03_applet),
-        trial("a44_a_container_that_runs_again_keeps_its_history", a44_again),
-        trial("a44_an_image_under_the_same_name_is_another_baseline", a44_same_tag),
-        trial("b29_hooks_of_a_clone_are_recorded_and_no_more", b29_clone),
-        trial("b30_other_images_come_and_go_in_silence", b30_other_images),
+        test("a03_a_multicall_program_under_another_name_is_relocated", a03_applet),
+        test("a44_a_container_that_runs_again_keeps_its_history", a44_again),
+        test("a44_an_image_under_the_same_name_is_another_baseline", a44_same_tag),
+        test("b29_hooks_of_a_clone_are_only_recorded", b29_clone),
+        test("b30_other_images_come_and_go_in_silence", b30_other_images),
     ]
 }
 
 fn a03_applet(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("cp /bin/busybox /tmp/nc; /tmp/nc --help || true")?;
-    let findings = container.told(&["high exec.relocated /tmp/nc"])?;
+    let findings = container.expect_findings(&["high exec.relocated /tmp/nc"])?;
     let relocated = only(&findings, "exec.relocated")?;
     assert_eq!(relocated["expected"]["blake3"], relocated["file"]["blake3"], "{relocated:#}");
     Ok(())
@@ -31,14 +31,13 @@ fn a03_applet(node: &Node) -> anyhow::Result<()> {
 
 fn a44_again(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
-    // A walk that is asked for while the execution is described would report the file too.
-    container.told(&["critical exec.new /tmp/x"])?;
+    container.run_dropped("x")?;
+    // A scan while the execution is being described would report the file too.
+    container.expect_findings(&["critical exec.new /tmp/x"])?;
     container.sh("rm /usr/bin/wget")?;
     container.diff()?;
-    let told = ["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"];
-    let before = container.told(&told)?;
+    let expected = ["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"];
+    let before = container.expect_findings(&expected)?;
 
     let fifo = node.path("fifo");
     node.ctr(&["task", "rm", "--force", &container.id])?;
@@ -53,7 +52,7 @@ fn a44_again(node: &Node) -> anyhow::Result<()> {
     container.wait_until_watched()?;
     container.sh("/tmp/x")?;
     container.counted("exec.new", 2)?;
-    let after = container.told(&told)?;
+    let after = container.expect_findings(&expected)?;
     let (old, new) = (only(&before, "exec.new")?, only(&after, "exec.new")?);
     assert_eq!(old["id"], new["id"], "{new:#}");
     assert_eq!(new["count"], 2, "{new:#}");
@@ -61,7 +60,7 @@ fn a44_again(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A layer with a shell and what the scenarios need of it.
+/// A layer with a shell and a few commands.
 fn shell() -> anyhow::Result<Layer> {
     let mut layer = Layer::new();
     for directory in ["/bin", "/dev", "/etc", "/proc", "/run", "/sys", "/app", "/.control"] {
@@ -86,14 +85,14 @@ fn a44_same_tag(node: &Node) -> anyhow::Result<()> {
     let second = node.import_layers(IMAGE, vec![shell()?, version("2")])?;
     ensure!(first.manifest != second.manifest, "both images are the same");
     let new = node.container_of(IMAGE)?;
-    // Each is judged by the image it was made of.
+    // Each is judged by the image it was made from.
     let tool = payload.marked("tool 2");
     for container in [&old, &new] {
         container.lay("tool", &tool)?;
         container.sh("/app/tool; cp /.control/tool /app/tool; /app/tool")?;
     }
-    old.told(&["critical exec.modified /app/tool"])?;
-    new.told_nothing()
+    old.expect_findings(&["critical exec.modified /app/tool"])?;
+    new.expect_silence()
 }
 
 fn b29_clone(node: &Node) -> anyhow::Result<()> {
@@ -103,7 +102,7 @@ fn b29_clone(node: &Node) -> anyhow::Result<()> {
          printf '#!/bin/sh\\n: %s\\n' $hook > .git/hooks/$hook.sample\n\
          chmod +x .git/hooks/$hook.sample; done")?;
     container
-        .told(&[
+        .expect_findings(&[
             "low file.added /app/clone/.git/hooks/pre-commit.sample",
             "low file.added /app/clone/.git/hooks/update.sample",
         ])
@@ -126,12 +125,12 @@ fn b30_other_images(node: &Node) -> anyhow::Result<()> {
         container.sh("/usr/bin/app; echo work >> /var/log/app.log")?;
         node.ctr(&["images", "rm", "--sync", &image])?;
     }
-    // What reads layers gives way to everybody else.
+    // Threads that read layers have a lower priority than the containers.
     let daemon = node.driftd_pid()?;
     let mut urgent = Vec::new();
     for thread in fs::read_dir(format!("/proc/{daemon}/task"))? {
         let stat = fs::read_to_string(thread?.path().join("stat"));
-        // Threads that wait for work end after a while without any.
+        // A thread without work ends after a while.
         let Ok(stat) = stat else { continue };
         let (name, rest) = stat.rsplit_once(')').context("no name")?;
         let name = name.split_once('(').context("no name")?.1;
@@ -156,5 +155,5 @@ fn b30_other_images(node: &Node) -> anyhow::Result<()> {
         .any(|usual| name.starts_with(usual))),
         "more urgent than the containers' own work: {urgent:?}"
     );
-    container.told_nothing()
+    container.expect_silence()
 }

@@ -2,18 +2,18 @@
 //! and the scenarios of drift and of ordinary life by their names.
 //!
 //! Needs root, fanotify, containerd and runc; `make setup` installs what is
-//! missing. Nothing is skipped when something is not there: the run fails and
-//! says what to do.
+//! missing. No test is skipped when something is missing: the run fails and
+//! names what to install.
 
-mod answers;
+mod aggregation;
 mod budget;
 mod chaos;
 mod check;
 mod checkpoint;
 mod code;
+mod commands;
 mod corpus;
 mod cri;
-mod deeds;
 mod docker;
 mod door;
 mod drift;
@@ -31,6 +31,7 @@ mod incarnations;
 mod life;
 mod node;
 mod ordinary;
+mod owners;
 mod pods;
 mod programs;
 mod proof;
@@ -44,7 +45,6 @@ mod small;
 mod sources;
 mod start;
 mod threads;
-mod together;
 mod trouble;
 mod unit;
 mod vm;
@@ -60,11 +60,11 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use node::{Node, Setup, lock};
 
 /// Containers start and settle; two at a time suit a machine with two processors.
-const TRIALS_AT_ONCE: usize = 2;
+const TESTS_AT_ONCE: usize = 2;
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads.get_or_insert(TRIALS_AT_ONCE);
+    arguments.test_threads.get_or_insert(TESTS_AT_ONCE);
     if !arguments.list
         && let Err(err) = prerequisites()
     {
@@ -72,46 +72,46 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     tear_down_when_interrupted();
-    let trials = [
-        drift::trials(),
-        fair::trials(),
-        fileless::trials(),
-        ordinary::trials(),
-        quiet::trials(),
-        answers::trials(),
-        incarnations::trials(),
-        code::trials(),
-        sources::trials(),
-        together::trials(),
-        proof::trials(),
-        restarts::trials(),
-        recording::trials(),
-        pods::trials(),
-        sessions::trials(),
-        start::trials(),
-        threads::trials(),
-        docker::trials(),
-        trouble::trials(),
-        volumes::trials(),
-        writers::trials(),
-        chaos::trials(),
-        corpus::trials(),
-        gate::trials(),
-        check::trials(),
-        checkpoint::trials(),
-        hostile::trials(),
-        life::trials(),
-        door::trials(),
-        budget::trials(),
-        deeds::trials(),
-        groups::trials(),
-        unit::trials(),
-        vm::trials(),
-        honest::trials(),
-        edges::trials(),
-        small::trials(),
+    let tests = [
+        drift::tests(),
+        fair::tests(),
+        fileless::tests(),
+        ordinary::tests(),
+        quiet::tests(),
+        commands::tests(),
+        incarnations::tests(),
+        code::tests(),
+        sources::tests(),
+        aggregation::tests(),
+        proof::tests(),
+        restarts::tests(),
+        recording::tests(),
+        pods::tests(),
+        sessions::tests(),
+        start::tests(),
+        threads::tests(),
+        docker::tests(),
+        trouble::tests(),
+        volumes::tests(),
+        writers::tests(),
+        chaos::tests(),
+        corpus::tests(),
+        gate::tests(),
+        check::tests(),
+        checkpoint::tests(),
+        hostile::tests(),
+        life::tests(),
+        door::tests(),
+        budget::tests(),
+        owners::tests(),
+        groups::tests(),
+        unit::tests(),
+        vm::tests(),
+        honest::tests(),
+        edges::tests(),
+        small::tests(),
     ];
-    let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
+    let conclusion = libtest_mimic::run(&arguments, tests.into_iter().flatten().collect());
     drop(tear_down());
     second::report();
     conclusion.exit_code()
@@ -141,7 +141,7 @@ fn prerequisites() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The node that most trials share; it starts when the first one asks for it.
+/// The node that most tests share; it starts when the first one needs it.
 static SHARED: Mutex<Option<Arc<Node>>> = Mutex::new(None);
 
 fn shared() -> anyhow::Result<Arc<Node>> {
@@ -155,29 +155,28 @@ fn shared() -> anyhow::Result<Arc<Node>> {
     Ok(node)
 }
 
-/// A trial on the shared node.
-fn trial(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+/// A test on the shared node.
+fn test(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
     Trial::test(name, move || second::chance(name, || run(shared, test)))
 }
 
-/// A trial on a node of its own, because it breaks or restarts something.
+/// A test on a node of its own, because it breaks or restarts something.
 /// `settings` are added to driftd's.
-fn trial_alone(
+fn test_alone(
     name: &'static str,
     settings: &'static str,
     test: fn(&Node) -> anyhow::Result<()>,
 ) -> Trial {
-    trial_on(name, Setup { driftd: settings, ..Setup::default() }, test)
+    test_on(name, Setup { driftd: settings, ..Setup::default() }, test)
 }
 
-/// A trial on a node of its own that differs from the usual one.
-fn trial_on(name: &'static str, setup: Setup, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+/// A test on a node of its own that differs from the usual one.
+fn test_on(name: &'static str, setup: Setup, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
     Trial::test(name, move || second::chance(name, || run(|| Node::start(setup), test)))
 }
 
-/// A trial on a node whose containerd has no image yet, and whose driftd the trial
-/// starts by itself.
-fn trial_of_recording(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
+/// A test on a node whose containerd has no image yet. The test starts driftd itself.
+fn test_of_recording(name: &'static str, test: fn(&Node) -> anyhow::Result<()>) -> Trial {
     let node = || Node::with_containerd(Setup::default());
     Trial::test(name, move || second::chance(name, || run(node, test)))
 }
@@ -192,8 +191,8 @@ fn run_without_driftd(
     judge(&node, || test(&node))
 }
 
-/// A trial that needs no node at all.
-fn trial_without_node(name: &'static str, test: fn() -> anyhow::Result<()>) -> Trial {
+/// A test that needs no node at all.
+fn test_without_node(name: &'static str, test: fn() -> anyhow::Result<()>) -> Trial {
     Trial::test(name, move || {
         second::chance(name, || test().map_err(|err| format!("{err:#}").into()))
     })
@@ -207,8 +206,8 @@ fn run(
     judge(&node, || test(&node))
 }
 
-/// Runs a test and adds the node's logs to its failure: before what went wrong, which
-/// stands last, where a reader of a long output looks first.
+/// Runs a test and adds the node's logs to its failure. The error itself comes last: there
+/// it is found first in a long output.
 fn judge(node: &Node, test: impl FnOnce() -> anyhow::Result<()>) -> Result<(), Failed> {
     match catch_unwind(AssertUnwindSafe(test)) {
         Ok(Ok(())) => Ok(()),
@@ -220,7 +219,7 @@ fn judge(node: &Node, test: impl FnOnce() -> anyhow::Result<()>) -> Result<(), F
     }
 }
 
-/// Whoever is second waits: an interrupted run ends when it is torn down.
+/// Held while everything is torn down: an interrupted run does not end before that.
 static TEARING_DOWN: Mutex<()> = Mutex::new(());
 
 fn tear_down() -> MutexGuard<'static, ()> {
@@ -232,7 +231,7 @@ fn tear_down() -> MutexGuard<'static, ()> {
     guard
 }
 
-/// Ctrl-C leaves nothing behind either.
+/// Ctrl-C leaves nothing behind.
 fn tear_down_when_interrupted() {
     std::thread::spawn(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

@@ -50,7 +50,7 @@ pub(crate) fn bench() -> anyhow::Result<&'static Bench> {
         .map_err(|err| anyhow::anyhow!("{err}"))
 }
 
-/// A static is never dropped, so its directory is removed by hand.
+/// Removes the bench's directory: a static is never dropped.
 pub(crate) fn remove_bench() {
     if let Some(Ok(bench)) = BENCH.get() {
         remove(bench.scratch.path());
@@ -102,13 +102,13 @@ pub(crate) fn tear_down_everything() {
 /// What [`use_program`] was given.
 static OTHER_PROGRAM: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// From now on this driftd is run and asked, or, without one, the usual one.
+/// From now on, daemon and client are this program; with `None`, the usual one.
 #[allow(dead_code, reason = "benches/hostile.rs compares two builds")]
 pub(crate) fn use_program(program: Option<PathBuf>) {
     *lock(&OTHER_PROGRAM) = program;
 }
 
-/// The driftd that is tried: this build's, or another one that `DRIFTD_PROGRAM` names.
+/// The driftd under test: this build's, or another one that `DRIFTD_PROGRAM` names.
 fn driftd_program() -> PathBuf {
     let other = lock(&OTHER_PROGRAM).clone();
     let other = other.or_else(|| std::env::var_os("DRIFTD_PROGRAM").map(PathBuf::from));
@@ -227,7 +227,7 @@ impl Node {
 [plugins."io.containerd.grpc.v1.cri".containerd]
   snapshotter = "overlayfs"
   {images}
-# Where containerd 2 looks for it.
+# The same for containerd 2.
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = "overlayfs"
   {images}
@@ -250,7 +250,7 @@ disabled_plugins = [{without}
   address = "{directory}/containerd.sock.ttrpc"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
-# Of containers with a label of it, in containerd 1 and 2.
+# The restart monitor, in containerd 1 and 2.
 [plugins."io.containerd.internal.v1.restart"]
   interval = "2s"
 [plugins."io.containerd.monitor.container.v1.restart"]
@@ -258,7 +258,6 @@ disabled_plugins = [{without}
 {cri}"#
             ),
         )?;
-        let log = append_to(&self.path("containerd.log"))?;
         let mut containerd = lock(&self.containerd);
         ensure!(!self.ended.load(Ordering::SeqCst), "interrupted");
         let mut command = Command::new(find("containerd")?);
@@ -269,15 +268,8 @@ disabled_plugins = [{without}
             path.push(std::env::var_os("PATH").unwrap_or_default());
             command.env("PATH", path);
         }
-        let child = command
-            .arg("--config")
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot start containerd")?;
-        *containerd = Some(child);
+        command.arg("--config").arg(&config);
+        *containerd = Some(spawn_daemon(&mut command, &self.path("containerd.log"))?);
         drop(containerd);
         wait_for("containerd to answer", || {
             let output = self.ctr_command(&["version"])?.output()?;
@@ -329,7 +321,7 @@ disabled_plugins = [{without}
 
     /// Writes a small image of its own and imports it.
     pub(crate) fn import_layers(&self, name: &str, layers: Vec<Layer>) -> anyhow::Result<Digests> {
-        // Trials that share a node import at the same time.
+        // Tests that share a node import at the same time.
         let file = self.path(&format!("image-{}.tar", self.next_id()));
         let digests = image::write(&file, name, layers)?;
         self.import(&file)?;
@@ -343,9 +335,9 @@ disabled_plugins = [{without}
         let directory = self.directory.path().display();
         let more = more.replace("{node}", &directory.to_string());
         let exclude: Vec<&str> = self.setup.unwatched.into_iter().collect();
-        // Few tests have the time to see whether a command comes again.
+        // Few tests wait until a command is recognised as a probe.
         let patience = if more.contains("probe_patience") { "" } else { "probe_patience = \"0s\"" };
-        let sweeps = if more.contains("sweep_interval") { "" } else { "sweep_interval = \"1h\"" };
+        let scans = if more.contains("sweep_interval") { "" } else { "sweep_interval = \"1h\"" };
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
@@ -355,7 +347,7 @@ sockets = ["{directory}/containerd.sock"]
 exclude_namespaces = {exclude:?}
 [watch]
 settle = "1s"
-{sweeps}
+{scans}
 {patience}
 {more}
 "#
@@ -366,26 +358,18 @@ settle = "1s"
 
     /// Starts driftd and waits until it answers.
     pub(crate) fn start_driftd(&self) -> anyhow::Result<()> {
-        let log = append_to(&self.path("driftd.log"))?;
         let mut driftd = lock(&self.driftd);
         ensure!(!self.ended.load(Ordering::SeqCst), "interrupted");
-        let child = Command::new(driftd_program())
-            .arg("run")
-            .arg("--config")
-            .arg(self.path("driftd.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot start driftd")?;
-        *driftd = Some(child);
+        let mut command = Command::new(driftd_program());
+        command.args(["run", "--config"]).arg(self.path("driftd.toml"));
+        *driftd = Some(spawn_daemon(&mut command, &self.path("driftd.log"))?);
         drop(driftd);
         wait_for("driftd to answer", || {
             if let Some(status) = lock(&self.driftd).as_mut().and_then(|c| c.try_wait().transpose())
             {
                 bail!("driftd ended instead: {}", status?);
             }
-            // 1 says that the view is not complete, for example without containerd.
+            // 1 means that the view is not complete, for example without containerd.
             let answered = matches!(self.driftd(&["status"])?.status.code(), Some(0 | 1));
             Ok(answered.then_some(()))
         })
@@ -398,7 +382,7 @@ settle = "1s"
         Ok(Pid::from_raw(child.id().try_into()?))
     }
 
-    /// Waits until driftd has ended and says how.
+    /// Waits until driftd has ended. Returns the signal that ended it, if one did.
     pub(crate) fn driftd_ended(&self, within: Duration) -> anyhow::Result<Option<Signal>> {
         let status = wait_within(within, "driftd to end", || {
             Ok(lock(&self.driftd).as_mut().context("driftd is not running")?.try_wait()?)
@@ -407,7 +391,7 @@ settle = "1s"
         Ok(status.signal().map(Signal::try_from).transpose()?)
     }
 
-    /// Says that trials share this node: what one of them ends, it ends for others.
+    /// Marks this node as shared by tests: none of them may stop its daemons.
     #[allow(dead_code, reason = "each bench has a node of its own")]
     pub(crate) fn share(&self) {
         self.is_shared.store(true, Ordering::SeqCst);
@@ -415,7 +399,7 @@ settle = "1s"
 
     fn ensure_alone(&self) -> anyhow::Result<()> {
         let is_shared = self.is_shared.load(Ordering::SeqCst);
-        ensure!(!is_shared, "this node is shared with other trials (use trial_alone)");
+        ensure!(!is_shared, "this node is shared with other tests (use test_alone)");
         Ok(())
     }
 
@@ -459,7 +443,7 @@ settle = "1s"
             .collect()
     }
 
-    /// One answer that is not a list.
+    /// The answer of `driftd status`.
     pub(crate) fn status(&self) -> anyhow::Result<Value> {
         let output = self.driftd(&["status", "-o", "json"])?;
         serde_json::from_slice(&output.stdout)
@@ -475,6 +459,17 @@ settle = "1s"
             .find(|loss| loss["name"] == name)
             .and_then(|loss| loss["count"].as_u64())
             .unwrap_or(0))
+    }
+
+    /// Waits until `driftd status` calls the view complete.
+    pub(crate) fn wait_until_complete(&self) -> anyhow::Result<()> {
+        let mut problems = Value::Null;
+        wait_for("the view to be complete", || {
+            let status = self.status()?;
+            problems = status["problems"].clone();
+            Ok((status["complete"] == true).then_some(()))
+        })
+        .with_context(|| format!("{problems:#}"))
     }
 
     // ---- baselines
@@ -530,17 +525,30 @@ settle = "1s"
 
     // ---- containers
 
-    /// A container that was there before driftd, of which the view is complete: of one that
-    /// begins later it may be reported that it was armed late.
+    /// A container that started before driftd, and a complete view. A container that starts
+    /// later may be reported as armed late.
     pub(crate) fn settled_container(&self) -> anyhow::Result<Container<'_>> {
         let container = self.container()?;
         self.stop_driftd()?;
         self.start_driftd()?;
         container.wait_until_watched()?;
-        wait_for("the view to be complete", || {
-            Ok((self.status()?["complete"] == true).then_some(()))
-        })?;
+        self.wait_until_complete()?;
         Ok(container)
+    }
+
+    /// Waits until driftd watches a container by its baseline.
+    pub(crate) fn wait_until_watched(&self, id: &str) -> anyhow::Result<()> {
+        wait_for(&format!("driftd to watch {id}"), || {
+            let known = self.answer(&["containers"])?;
+            Ok(known
+                .iter()
+                .any(|container| {
+                    container["id"] == id
+                        && container["watched"] == true
+                        && container["baseline"] == "ready"
+                })
+                .then_some(()))
+        })
     }
 
     /// Starts a container of the workbench image and waits until it is watched.
@@ -579,7 +587,7 @@ settle = "1s"
         Ok(container)
     }
 
-    /// Starts a container and does not ask whether driftd has noticed.
+    /// Starts a container and does not wait until driftd watches it.
     pub(crate) fn unwatched_container_of(&self, image: &str) -> anyhow::Result<Container<'_>> {
         self.run(&self.namespace, image, &[])
     }
@@ -633,7 +641,7 @@ settle = "1s"
         Ok(Container { node: self, id, namespace: namespace.to_owned(), control })
     }
 
-    /// A container that somebody else makes and that ends with the node.
+    /// Registers a container that the test makes by itself: it ends with the node.
     pub(crate) fn own_container(&self, id: &str) {
         lock(&self.containers).push((self.namespace.clone(), id.to_owned()));
     }
@@ -646,7 +654,7 @@ settle = "1s"
         Ok(upper[..end].into())
     }
 
-    /// Starts a container without the tests' control of it, whatever it runs.
+    /// Starts a container that the tests do not control: it only runs `command`.
     pub(crate) fn run_plainly(&self, options: &[&str], command: &[&str]) -> anyhow::Result<String> {
         let id = self.next_id();
         self.own_container(&id);
@@ -728,12 +736,7 @@ settle = "1s"
     /// The last lines of both logs, for a test that failed.
     pub(crate) fn logs(&self) -> String {
         ["driftd.log", "containerd.log"]
-            .map(|name| {
-                let text = fs::read_to_string(self.path(name)).unwrap_or_default();
-                let lines: Vec<&str> = text.lines().collect();
-                let tail = lines[lines.len().saturating_sub(40)..].join("\n");
-                format!("---- the end of {name}\n{tail}\n")
-            })
+            .map(|name| format!("---- the end of {name}\n{}\n", tail(&self.path(name))))
             .concat()
     }
 
@@ -759,7 +762,7 @@ settle = "1s"
         });
         let pods = std::mem::take(&mut *lock(&self.pods));
         for id in &pods {
-            // Of a container's id this is refused, and its sandbox's takes it along.
+            // Refused for a container's ID. A sandbox is removed with its containers.
             let _ = self.cri().remove_pod_sandbox(id);
         }
         for child in [&self.driftd, &self.containerd] {
@@ -781,15 +784,15 @@ settle = "1s"
         }
     }
 
-    /// What runc and shims keep below `/run/containerd`, whatever the settings of
-    /// containerd say, and leave behind when they are killed.
+    /// Removes what runc and shims keep below `/run/containerd`, whatever containerd's settings
+    /// are, and leave behind when they are killed.
     pub(crate) fn remove_runtime_leftovers(&self, namespace: &str, id: &str) {
         let name = self.path("containerd.sock").join(namespace).join(id);
         let name = Sha256::digest(name.as_os_str().as_encoded_bytes());
         let _ = fs::remove_file(format!("/run/containerd/s/{}", hex(&name)));
         let runc = Path::new("/run/containerd/runc").join(namespace);
         let _ = fs::remove_dir_all(runc.join(id));
-        // What others use is not empty.
+        // A directory that is still in use is not empty, and stays.
         let _ = fs::remove_dir(runc);
         for directory in ["runc", "fifo", "s", ""] {
             let _ = fs::remove_dir(Path::new("/run/containerd").join(directory));
@@ -817,7 +820,7 @@ impl Drop for Node {
     }
 }
 
-/// Asks a daemon to end and insists after a few seconds.
+/// Ends a daemon: SIGTERM, and after ten seconds SIGKILL.
 pub(crate) fn end(child: &mut Child) {
     if let Ok(pid) = child.id().try_into() {
         let pid = Pid::from_raw(pid);
@@ -848,8 +851,8 @@ impl Drop for Deaf {
     }
 }
 
-/// Processes whose command line names `directory`, which is nobody else's: shims,
-/// and whatever was about to speak to a daemon that has ended.
+/// Processes whose command line names `directory`, which only this node uses: shims, and
+/// clients of a daemon that has ended.
 fn processes_naming(directory: &Path) -> Vec<Pid> {
     let needle = directory.as_os_str().as_encoded_bytes();
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
@@ -877,8 +880,8 @@ fn remove(directory: &Path) {
     eprintln!("could not remove {}", directory.display());
 }
 
-/// runc removes a container's cgroup and leaves the namespace's behind. A
-/// container whose shim was killed is still in its own.
+/// Ends what is left in the cgroups, and removes them. runc removes a container's cgroup and
+/// leaves the namespace's behind; a container whose shim was killed is still in its own.
 fn end_cgroups(namespace: &str) {
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
     let roots = hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
@@ -912,8 +915,8 @@ fn end_cgroups(namespace: &str) {
     }
 }
 
-/// How a container's init is told what to do: a directory of the host that the
-/// container has as `/.control`, and two pipes in it.
+/// How the tests control a container's init: by a directory of the host that the container
+/// has as `/.control`, and two pipes in it.
 pub(crate) struct Control {
     pub(crate) path: PathBuf,
     commands: File,
@@ -922,8 +925,8 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// What the tests do happens in children of init, because a process that
-    /// comes from outside would be a session.
+    /// The tests' commands run in children of init, because a process from outside would be a
+    /// session.
     pub(crate) const INIT: &str = "exec 9>/.control/done; exec </.control/commands; \
         while read -r n; do \
         ( . /.control/command.$n ) </dev/null >/.control/output.$n 2>&1; \
@@ -943,11 +946,11 @@ impl Control {
     }
 }
 
-/// A running container whose init does what it is told.
+/// A running container whose init runs the tests' commands.
 pub(crate) struct Container<'a> {
     pub(crate) node: &'a Node,
     pub(crate) id: String,
-    /// containerd's, in which it is.
+    /// containerd's namespace.
     namespace: String,
     control: Control,
 }
@@ -960,7 +963,7 @@ pub(crate) struct Ran {
 }
 
 impl<'a> Container<'a> {
-    /// A container that somebody else has started with [`Control::INIT`].
+    /// A container that the test has started by itself, with [`Control::INIT`].
     pub(crate) fn new(node: &'a Node, id: String, control: Control) -> Container<'a> {
         Container { node, id, namespace: node.namespace.clone(), control }
     }
@@ -976,7 +979,7 @@ impl Container<'_> {
         Ok(())
     }
 
-    /// Where on the host a file lies that was laid.
+    /// The path on the host of a file that was laid.
     pub(crate) fn laid(&self, name: &str) -> PathBuf {
         self.control.path.join(name)
     }
@@ -985,6 +988,12 @@ impl Container<'_> {
     pub(crate) fn lay_payload(&self, name: &str) -> anyhow::Result<()> {
         let mark = format!("{} {} {name}", self.node.namespace, self.id);
         self.lay(name, &bench()?.payload.marked(&mark))
+    }
+
+    /// Drops a program that no image has at `/tmp/NAME`, and runs it.
+    pub(crate) fn run_dropped(&self, name: &str) -> anyhow::Result<()> {
+        self.lay_payload(name)?;
+        self.sh(&format!("cp /.control/{name} /tmp/{name}; /tmp/{name}")).map(drop)
     }
 
     /// Runs shell commands as a descendant of init.
@@ -1017,17 +1026,7 @@ impl Container<'_> {
     }
 
     pub(crate) fn wait_until_watched(&self) -> anyhow::Result<()> {
-        wait_for(&format!("driftd to watch {}", self.id), || {
-            let known = self.node.answer(&["containers"])?;
-            Ok(known
-                .iter()
-                .any(|container| {
-                    container["id"] == self.id.as_str()
-                        && container["watched"] == true
-                        && container["baseline"] == "ready"
-                })
-                .then_some(()))
-        })
+        self.node.wait_until_watched(&self.id)
     }
 
     /// Ends init and waits until the task is gone.
@@ -1039,6 +1038,12 @@ impl Container<'_> {
         .map(drop)
     }
 
+    /// Ends the container and removes it with its layer.
+    pub(crate) fn remove(&self) -> anyhow::Result<()> {
+        self.node.ctr(&["task", "rm", "--force", &self.id])?;
+        self.node.ctr(&["container", "rm", &self.id]).map(drop)
+    }
+
     /// Starts init again, on the same layer of its own.
     pub(crate) fn start_again(&self) -> anyhow::Result<()> {
         let fifo = self.node.path("fifo");
@@ -1047,7 +1052,7 @@ impl Container<'_> {
         self.wait_until_watched()
     }
 
-    /// Walks the container's own layer now; driftd has judged it when this ends.
+    /// Scans the container's own layer now. driftd has judged it when this returns.
     pub(crate) fn diff(&self) -> anyhow::Result<Vec<Value>> {
         self.node.answer(&["diff", &self.id])
     }
@@ -1059,9 +1064,9 @@ impl Container<'_> {
         Ok(findings)
     }
 
-    /// Waits until driftd has told exactly `expected`, each as `SEVERITY KIND
-    /// PATH`, and makes sure that nothing is added when all is settled.
-    pub(crate) fn told(&self, expected: &[&str]) -> anyhow::Result<Vec<Value>> {
+    /// Waits until driftd has reported exactly `expected`, each as `SEVERITY KIND PATH`, and
+    /// makes sure that nothing is added when all is settled.
+    pub(crate) fn expect_findings(&self, expected: &[&str]) -> anyhow::Result<Vec<Value>> {
         let mut expected: Vec<String> = expected.iter().map(|line| (*line).to_owned()).collect();
         expected.sort();
         let (mut findings, mut lines) = (Vec::new(), Vec::new());
@@ -1086,8 +1091,8 @@ impl Container<'_> {
         Ok(findings)
     }
 
-    /// Waits until the only finding of a kind has been seen so often. `told` alone is
-    /// content with an older finding that has not counted the newest time yet.
+    /// Waits until the only finding of a kind is counted so often. `expect_findings` does not
+    /// wait for counts.
     pub(crate) fn counted(&self, kind: &str, times: u64) -> anyhow::Result<()> {
         let mut counted = 0;
         wait_for(&format!("{kind} to be counted {times} times"), || {
@@ -1102,14 +1107,13 @@ impl Container<'_> {
         Ok(())
     }
 
-    /// Makes sure that nothing is told, and that this is not because driftd is
-    /// blind: a canary dropped afterwards is the only finding.
-    pub(crate) fn told_nothing(&self) -> anyhow::Result<()> {
+    /// Makes sure that driftd reports nothing, and that it is not blind: a canary that is
+    /// dropped afterwards is the only finding.
+    pub(crate) fn expect_silence(&self) -> anyhow::Result<()> {
         thread::sleep(SETTLE + Duration::from_millis(200));
         self.diff()?;
-        self.lay_payload("canary")?;
-        self.sh("cp /.control/canary /tmp/canary; /tmp/canary")?;
-        self.told(&["critical exec.new /tmp/canary"]).map(drop)
+        self.run_dropped("canary")?;
+        self.expect_findings(&["critical exec.new /tmp/canary"]).map(drop)
     }
 }
 
@@ -1191,7 +1195,7 @@ pub(crate) fn known_as(baseline: &Value, known_by: &str) -> bool {
     baseline["known_by"] == known_by
 }
 
-/// Tries until there is an answer.
+/// Repeats `attempt` until it returns a value.
 pub(crate) fn wait_for<T>(
     what: &str,
     attempt: impl FnMut() -> anyhow::Result<Option<T>>,
@@ -1206,15 +1210,15 @@ pub(crate) fn wait_within<T>(
 ) -> anyhow::Result<T> {
     let deadline = Instant::now() + within;
     loop {
-        if let Some(answer) = attempt()? {
-            return Ok(answer);
+        if let Some(value) = attempt()? {
+            return Ok(value);
         }
         ensure!(Instant::now() < deadline, "waited {within:?} for {what} in vain");
         thread::sleep(Duration::from_millis(100));
     }
 }
 
-/// What a command said, on both streams.
+/// What a command printed, on both streams.
 pub(crate) fn talk(output: &Output) -> String {
     format!(
         "{}{}",
@@ -1223,11 +1227,25 @@ pub(crate) fn talk(output: &Output) -> String {
     )
 }
 
-pub(crate) fn append_to(file: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(file)
+/// Starts a daemon whose output is appended to `log`.
+pub(crate) fn spawn_daemon(command: &mut Command, log: &Path) -> anyhow::Result<Child> {
+    let log = OpenOptions::new().create(true).append(true).open(log)?;
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("cannot start {}", command.get_program().display()))
 }
 
-/// A test that panicked has left nothing half done that the others could trip over.
+/// The last lines of a log.
+pub(crate) fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+/// Locks also after a panic: a test that panicked has left nothing half done.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

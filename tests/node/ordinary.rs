@@ -1,38 +1,38 @@
-//! What healthy containers do all day. None of it is drift, and each trial ends
-//! with a canary that is, so that silence is never blindness.
+//! Ordinary work of healthy containers. None of it is drift. Each test ends with a canary,
+//! which is drift, so that silence is not mistaken for blindness.
 
 use libtest_mimic::Trial;
 
 use crate::node::Node;
-use crate::trial;
+use crate::test;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("b01_logs_are_appended_and_rotated", b01_logs),
-        trial("b03_python_caches_bytecode", b03_bytecode),
-        trial("b05_entrypoint_writes_configuration", b05_configuration),
-        trial("b06_locks_and_databases_of_packages", b06_locks),
-        trial("b07_sockets_pipes_and_pid_files", b07_sockets),
-        trial("b08_chmod_of_an_image_script", b08_chmod),
-        trial("b09_chown_of_image_programs", b09_chown),
-        trial("b10_touch_of_an_image_program", b10_touch),
-        trial("b11_opened_for_writing_and_not_written", b11_opened),
-        trial("b12_configuration_is_replaced_by_rename", b12_rename),
-        trial("b13_editors_replace_files", b13_editors),
-        trial("b14_program_is_replaced_by_its_own_bytes", b14_same_bytes),
-        trial("b16_caches_of_libraries_and_certificates", b16_caches),
-        trial("b18_data_with_odd_modes", b18_modes),
-        trial("b19_host_keys_are_made", b19_host_keys),
-        trial("b20_what_looks_like_a_program_and_cannot_run", b20_objects),
-        trial("b21_symlinks_over_logs_and_alternatives", b21_symlinks),
+        test("b01_logs_are_appended_and_rotated", b01_logs),
+        test("b03_python_caches_bytecode", b03_bytecode),
+        test("b05_entrypoint_writes_configuration", b05_configuration),
+        test("b06_locks_and_databases_of_packages", b06_locks),
+        test("b07_sockets_pipes_and_pid_files", b07_sockets),
+        test("b08_chmod_of_an_image_script", b08_chmod),
+        test("b09_chown_of_image_programs", b09_chown),
+        test("b10_touch_of_an_image_program", b10_touch),
+        test("b11_opened_for_writing_and_not_written", b11_opened),
+        test("b12_configuration_is_replaced_by_rename", b12_rename),
+        test("b13_editors_replace_files", b13_editors),
+        test("b14_program_is_replaced_by_its_own_bytes", b14_same_bytes),
+        test("b16_caches_of_libraries_and_certificates", b16_caches),
+        test("b18_data_with_odd_modes", b18_modes),
+        test("b19_host_keys_are_made", b19_host_keys),
+        test("b20_files_that_look_like_programs_and_cannot_run", b20_objects),
+        test("b21_symlinks_over_logs_and_alternatives", b21_symlinks),
     ]
 }
 
-/// Runs `commands` and expects that driftd has nothing to say.
+/// Runs `commands` and expects that driftd reports nothing.
 fn silent(node: &Node, commands: &str) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh(commands)?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn b01_logs(node: &Node) -> anyhow::Result<()> {

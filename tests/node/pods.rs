@@ -1,5 +1,5 @@
-//! Kubernetes' way: images pulled from a registry through the Container Runtime
-//! Interface, pods, and what holds a pod together.
+//! Containers of Kubernetes: images pulled from a registry through the Container Runtime
+//! Interface, pods, and their sandboxes.
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
@@ -7,18 +7,18 @@ use serde_json::Value;
 
 use crate::node::{KUBERNETES, Node, Setup, bench, names, wait_for};
 use crate::programs::PAUSE;
-use crate::{programs, registry, trial_on};
+use crate::{programs, registry, test_on};
 
 const POD_NODE: Setup = Setup { driftd: "", cri: Some(""), own_runtime: false, unwatched: None };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_on("a_cri_pull_is_recorded_once_under_its_three_names", POD_NODE, three_names),
-        trial_on("a_pod_has_its_baselines_and_its_drift_is_told", POD_NODE, pod),
+        test_on("a_cri_pull_is_recorded_once_under_its_three_names", POD_NODE, three_names),
+        test_on("a_pod_has_its_baselines_and_its_drift_is_reported", POD_NODE, pod),
     ]
 }
 
-/// The image in the registry, and what it is pulled by.
+/// Puts the image into the registry, and returns the name to pull it by.
 fn published_workbench() -> anyhow::Result<String> {
     registry::publish(&bench()?.workbench, "shop/workbench:1")
 }
@@ -44,8 +44,8 @@ fn three_names(node: &Node) -> anyhow::Result<()> {
     in_containerd.sort_unstable();
     assert_eq!(in_containerd, expected);
 
-    // One baseline has them all, and that is the one with which the node began:
-    // the same layers in another namespace.
+    // One baseline has all three names. It is the one that the node began with: the same
+    // layers in another namespace.
     wait_for("the names", || {
         let baselines = ready_baselines(node)?;
         let of_image: Vec<&Value> = baselines
@@ -94,5 +94,5 @@ fn pod(node: &Node) -> anyhow::Result<()> {
     let pause = pause.with_context(|| format!("no {PAUSE} in {baselines:#?}"))?;
     assert_eq!(pause["files"], 1, "{pause:#}");
 
-    container.told_nothing()
+    container.expect_silence()
 }

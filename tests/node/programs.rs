@@ -12,11 +12,11 @@ use crate::node::Control;
 
 pub(crate) const WORKBENCH: &str = "registry.test/workbench:1";
 
-/// What holds a pod together: one layer with one program that sleeps.
+/// The image of a pod's sandbox: one layer with one program that sleeps.
 pub(crate) const PAUSE: &str = "registry.test/pause:1";
 
-/// Sleeps `argv[1]` milliseconds (1 if absent) and says nothing. With a second
-/// argument it also leaves a Unix socket at that path.
+/// Sleeps `argv[1]` milliseconds (1 if absent) and prints nothing. With a second argument it
+/// also leaves a Unix socket at that path.
 const PAYLOAD: &str = r#"
 #include <stdlib.h>
 #include <string.h>
@@ -44,15 +44,15 @@ int main(int argc, char **argv)
 #[derive(Debug)]
 pub(crate) struct Payload {
     bytes: Vec<u8>,
-    /// Runs programs in every way that leaves no name behind.
+    /// Runs programs that have no name, in several ways.
     loader: Vec<u8>,
-    /// A filesystem that a process answers for.
+    /// Serves a filesystem.
     fuse: Vec<u8>,
 }
 
 const LOADER: &str = include_str!("../data/loader.c");
 
-/// Where the image has the program that answers for a filesystem (`fuse.rs`).
+/// The path in the image of the program that serves a filesystem (`fuse.rs`).
 pub(crate) const FUSE_SERVER: &str = "/usr/bin/fuse-server";
 pub(crate) const FUSE: &str = include_str!("fuse.c");
 
@@ -63,7 +63,7 @@ impl Payload {
         Ok(Payload { bytes, loader, fuse: compile(scratch, "fuse-server", FUSE)? })
     }
 
-    /// The program that answers for a filesystem, to be run on the host.
+    /// The program that serves a filesystem, to be run on the host.
     pub(crate) fn fuse_server(&self) -> &[u8] {
         &self.fuse
     }
@@ -101,7 +101,7 @@ const APPLETS: &[&str] = &[
     "printf", "rm", "sed", "seq", "sh", "sleep", "sync", "true",
 ];
 
-/// Programs that only have to be there, each with content of its own.
+/// Programs that only have to exist, each with content of its own.
 const IMAGE_PROGRAMS: &[&str] = &[
     "/usr/bin/app",
     "/usr/bin/auditctl",
@@ -190,23 +190,12 @@ pub(crate) fn workbench(payload: &Payload) -> anyhow::Result<Vec<Layer>> {
 
     base = base.file(TINY, 0o755, &tiny_program());
 
-    let mut programs = Layer::new();
-    let mut libraries = BTreeSet::new();
-    for name in HOST_PROGRAMS {
-        let path = find(name)?;
-        libraries.extend(libraries_of(&path)?);
-        let mode = 0o755;
-        // At the place where the scenarios look for them, whatever the host does.
-        let place = match *name {
-            "bash" | "ls" => format!("/bin/{name}"),
-            "setcap" => format!("/usr/sbin/{name}"),
-            _ => format!("/usr/bin/{name}"),
-        };
-        programs = programs.file(&place, mode, &fs::read(&path)?);
-    }
-    for library in libraries {
-        programs = programs.host_file(&library)?;
-    }
+    // At the paths that the scenarios use, wherever the host has them.
+    let programs = with_programs(Layer::new(), HOST_PROGRAMS, |name| match name {
+        "bash" | "ls" => format!("/bin/{name}"),
+        "setcap" => format!("/usr/sbin/{name}"),
+        _ => format!("/usr/bin/{name}"),
+    })?;
 
     let mut application = Layer::new()
         .whiteout("/usr/bin/left-behind")
@@ -262,11 +251,27 @@ pub(crate) fn python() -> anyhow::Result<Layer> {
     with_libraries(files_of_packages(&packages)?, &program)
 }
 
-/// A program of this machine and what it needs, as a layer.
+/// A program of this machine with its libraries, as a layer.
 pub(crate) fn program(name: &str) -> anyhow::Result<Layer> {
-    let program = find(name)?;
-    let layer = Layer::new().file(format!("/usr/bin/{name}"), 0o755, &fs::read(&program)?);
-    with_libraries(layer, &program)
+    with_programs(Layer::new(), &[name], |name| format!("/usr/bin/{name}"))
+}
+
+/// Adds programs of this machine, each at its path in the image, and their libraries.
+pub(crate) fn with_programs(
+    mut layer: Layer,
+    names: &[&str],
+    path_of: impl Fn(&str) -> String,
+) -> anyhow::Result<Layer> {
+    let mut libraries = BTreeSet::new();
+    for name in names {
+        let program = find(name)?;
+        libraries.extend(libraries_of(&program)?);
+        layer = layer.file(path_of(name), 0o755, &fs::read(&program)?);
+    }
+    for library in libraries {
+        layer = layer.host_file(&library)?;
+    }
+    Ok(layer)
 }
 
 fn with_libraries(mut layer: Layer, program: &Path) -> anyhow::Result<Layer> {
@@ -287,7 +292,7 @@ fn files_of_packages(packages: &[&str]) -> anyhow::Result<Layer> {
         .lines()
         .filter_map(|line| line.strip_prefix('/'))
         .filter(|name| Path::new("/").join(name).symlink_metadata().is_ok())
-        // What administrators change is not ours to show.
+        // Files that administrators change are left out.
         .filter(|name| !name.is_empty() && !name.starts_with("etc"))
         .collect();
     names.sort_unstable();
@@ -296,7 +301,7 @@ fn files_of_packages(packages: &[&str]) -> anyhow::Result<Layer> {
     Layer::new().packed_by_tar(Path::new("/"), names.as_bytes(), &["--format=posix"])
 }
 
-/// The libraries and the loader of a dynamic program, as `ldd` says.
+/// The libraries and the loader of a dynamic program, as `ldd` lists them.
 pub(crate) fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
     let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);

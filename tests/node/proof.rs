@@ -1,5 +1,5 @@
-//! How a baseline is known: proved by the blobs, compared with the directories,
-//! and what is told when one of them is not what it was.
+//! How a baseline is known: proved by the blobs, compared with the directories. And what is
+//! reported when one of them has changed.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::image::{Digests, Image, Layer, Packing};
 use crate::node::{KUBERNETES, Node, SETTLE, Setup, bench, only, summaries, talk, wait_for};
 use crate::programs::WORKBENCH;
-use crate::{registry, trial, trial_alone, trial_on};
+use crate::{registry, test, test_alone, test_on};
 
 const DISCARDING: Setup = Setup {
     driftd: "",
@@ -23,27 +23,23 @@ const DISCARDING: Setup = Setup {
     unwatched: None,
 };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a_baseline_is_proved_by_its_blobs_and_directories", proved),
-        trial_alone("a38_a_layer_changed_after_the_start_is_told_when_it_runs", "", a38_after),
-        trial_alone("a38_a_layer_changed_before_the_start_is_told_when_it_runs", "", a38_before),
-        trial_alone("a38_a_changed_layer_is_found_by_verify", "", a38_verify),
-        trial_alone(
-            "a_changed_layer_without_a_container_is_found_by_verify",
-            "",
-            without_container,
-        ),
-        trial_alone(
+        test("a_baseline_is_proved_by_its_blobs_and_directories", proved),
+        test_alone("a38_a_layer_changed_after_the_start_is_reported_when_it_runs", "", a38_after),
+        test_alone("a38_a_layer_changed_before_the_start_is_reported_when_it_runs", "", a38_before),
+        test_alone("a38_a_changed_layer_is_found_by_verify", "", a38_verify),
+        test_alone("a_changed_layer_without_a_container_is_found_by_verify", "", without_container),
+        test_alone(
             "a_changed_layer_is_found_by_the_periodic_recheck",
             "[baseline]\nrecheck_period = \"10s\"",
             recheck,
         ),
-        trial_alone("the_same_layers_in_two_namespaces_are_watched_apart", "", two_namespaces),
-        trial_on("discarded_blobs_are_a_stated_reason", DISCARDING, discarded),
-        trial_alone("removed_blobs_are_a_stated_reason", "", blobs_removed),
-        trial_alone("a_wrong_blob_is_told_and_proves_nothing", "", wrong_blob),
-        trial_alone("a_baseline_that_a_container_uses_is_not_removed", "", in_use),
+        test_alone("the_same_layers_in_two_namespaces_are_watched_separately", "", two_namespaces),
+        test_on("discarded_blobs_are_a_stated_reason", DISCARDING, discarded),
+        test_alone("removed_blobs_are_a_stated_reason", "", blobs_removed),
+        test_alone("a_wrong_blob_is_reported_and_proves_nothing", "", wrong_blob),
+        test_alone("a_baseline_that_a_container_uses_is_not_removed", "", in_use),
     ]
 }
 
@@ -90,8 +86,7 @@ fn unpacked(node: &Node, path: &str, nth: usize) -> anyhow::Result<PathBuf> {
     file.with_context(|| format!("{path} is not below {}", snapshots.display()))
 }
 
-/// Changes the last byte of a file, and nothing else that a user could set back:
-/// neither its size nor its times.
+/// Changes the last byte of a file. Its size and its time of modification stay.
 fn flip(file: &Path) -> anyhow::Result<()> {
     let before = fs::metadata(file)?;
     let open = fs::File::options().read(true).write(true).open(file)?;
@@ -108,7 +103,7 @@ fn a38_after(node: &Node) -> anyhow::Result<()> {
     container.sh("/usr/bin/curl; /usr/bin/app")?;
     flip(&unpacked(node, "/usr/bin/curl", 0)?)?;
     container.sh("/usr/bin/curl; /usr/bin/app")?;
-    let findings = container.told(&["critical exec.modified /usr/bin/curl"])?;
+    let findings = container.expect_findings(&["critical exec.modified /usr/bin/curl"])?;
     let modified = only(&findings, "exec.modified")?;
     assert_eq!(modified["expected"]["path"], "/usr/bin/curl", "{modified:#}");
     assert_eq!(modified["expected"]["size"], modified["file"]["size"], "{modified:#}");
@@ -121,10 +116,10 @@ fn a38_before(node: &Node) -> anyhow::Result<()> {
     flip(&unpacked(node, "/usr/bin/curl", 0)?)?;
     let container = node.container()?;
     container.sh("/usr/bin/app; /usr/bin/curl")?;
-    container.told(&["critical exec.modified /usr/bin/curl"]).map(drop)
+    container.expect_findings(&["critical exec.modified /usr/bin/curl"]).map(drop)
 }
 
-/// What is told about layers, for a container or for none.
+/// The findings about layers, of a container or of none.
 fn tampered(node: &Node) -> anyhow::Result<Vec<Value>> {
     node.answer(&["findings", "--kind", "baseline.tampered"])
 }
@@ -134,8 +129,7 @@ fn a38_verify(node: &Node) -> anyhow::Result<()> {
     let other = node.container()?;
     node.wait_until_known_as(WORKBENCH, "verified")?;
     flip(&unpacked(node, "/usr/bin/curl", 0)?)?;
-    // The blobs are as they were, so nothing less than reading the directories
-    // can find it.
+    // The blobs are as they were, so only reading the directories can find it.
     let (code, answers) = node.verify(&[WORKBENCH])?;
     assert_eq!((code, results(&answers)), (0, vec!["same"]), "{answers:#?}");
 
@@ -152,14 +146,14 @@ fn a38_verify(node: &Node) -> anyhow::Result<()> {
     assert_eq!(differences[0]["path"], "/usr/bin/curl", "{layer:#}");
     assert_eq!(differences[0]["change"], "modified", "{layer:#}");
 
-    // The image is the truth still, and both containers are told about.
+    // The image is still what it was, and both containers have a finding.
     for container in [&container, &other] {
-        container.told(&["critical baseline.tampered /usr/bin/curl"])?;
+        container.expect_findings(&["critical baseline.tampered /usr/bin/curl"])?;
     }
-    let told = tampered(node)?;
-    assert_eq!(told.len(), 2, "{told:#?}");
+    let reported = tampered(node)?;
+    assert_eq!(reported.len(), 2, "{reported:#?}");
 
-    // Put back, it is clean again, and nothing is told twice.
+    // Put back, it is clean again, and nothing is reported twice.
     flip(&unpacked(node, "/usr/bin/curl", 0)?)?;
     let (code, answers) = node.verify(&[WORKBENCH, "--deep"])?;
     assert_eq!((code, results(&answers)), (0, vec!["same"]), "{answers:#?}");
@@ -172,12 +166,12 @@ fn without_container(node: &Node) -> anyhow::Result<()> {
     flip(&unpacked(node, "/usr/bin/curl", 0)?)?;
     let (code, answers) = node.verify(&["--deep"])?;
     assert_eq!((code, results(&answers)), (1, vec!["differs"]), "{answers:#?}");
-    let told = wait_for("the finding", || {
-        let told = tampered(node)?;
-        Ok((!told.is_empty()).then_some(told))
+    let reported = wait_for("the finding", || {
+        let reported = tampered(node)?;
+        Ok((!reported.is_empty()).then_some(reported))
     })?;
-    assert_eq!(summaries(&told), ["critical baseline.tampered /usr/bin/curl"], "{told:#?}");
-    assert_eq!(told[0]["container"], Value::Null, "{told:#?}");
+    assert_eq!(summaries(&reported), ["critical baseline.tampered /usr/bin/curl"], "{reported:#?}");
+    assert_eq!(reported[0]["container"], Value::Null, "{reported:#?}");
     Ok(())
 }
 
@@ -185,12 +179,12 @@ fn recheck(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     node.wait_until_known_as(WORKBENCH, "verified")?;
     flip(&unpacked(node, "/usr/bin/curl", 0)?)?;
-    // Nobody runs it, and nobody asks.
-    container.told(&["critical baseline.tampered /usr/bin/curl"])?;
-    // Found at each round, told once.
+    // No process runs it, and no client asks for a verification.
+    container.expect_findings(&["critical baseline.tampered /usr/bin/curl"])?;
+    // Found at each round, reported once.
     thread::sleep(Duration::from_secs(12));
-    let told = tampered(node)?;
-    assert_eq!(summaries(&told), ["critical baseline.tampered /usr/bin/curl"], "{told:#?}");
+    let reported = tampered(node)?;
+    assert_eq!(summaries(&reported), ["critical baseline.tampered /usr/bin/curl"], "{reported:#?}");
     Ok(())
 }
 
@@ -217,8 +211,8 @@ fn two_namespaces(node: &Node) -> anyhow::Result<()> {
     for container in [&here, &there] {
         container.sh("/usr/bin/curl; /usr/bin/app")?;
     }
-    there.told(&["critical exec.modified /usr/bin/curl"])?;
-    here.told_nothing()
+    there.expect_findings(&["critical exec.modified /usr/bin/curl"])?;
+    here.expect_silence()
 }
 
 // ---- blobs that are not there, or not what they should be
@@ -235,7 +229,7 @@ fn reasons(node: &Node, image: &str) -> anyhow::Result<Vec<String>> {
     })
 }
 
-/// Nothing is proved, and nothing is wrong.
+/// Makes sure that nothing is proved, and that nothing is wrong.
 fn unproved_but_not_wrong(node: &Node, image: &str) -> anyhow::Result<()> {
     let (code, answers) = node.verify(&[image])?;
     assert_eq!((code, results(&answers)), (2, vec!["unproved"]), "{answers:#?}");
@@ -260,13 +254,13 @@ fn discarded(node: &Node) -> anyhow::Result<()> {
         .layer(Layer::new().file("/bin/two", 0o755, b"#!/bin/sh\necho two\n"), Packing::Gzip)
         .write(&file)?;
     let name = registry::publish(&file, "shop/discarded:1")?;
-    // containerd removes the blobs a moment after the unpack; whoever is quick has
-    // read them by then.
+    // containerd removes the blobs a moment after the unpack; a quick driftd would have read
+    // them by then.
     node.stop_driftd()?;
     node.cri().pull(&name)?;
     let mut left = String::new();
     wait_for("the blobs to be removed", || {
-        // Not every version looks for garbage by itself after a pull.
+        // Not every version collects garbage by itself after a pull.
         let lease = node.ctr_in(KUBERNETES, &["leases", "create"])?;
         node.ctr_in(KUBERNETES, &["leases", "delete", "--sync", lease.trim()])?;
         left = node.ctr_in(KUBERNETES, &["images", "check", &format!("name=={name}")])?;
@@ -280,7 +274,7 @@ fn discarded(node: &Node) -> anyhow::Result<()> {
     unproved_but_not_wrong(node, &name)
 }
 
-/// Imports an image while driftd is away, which sees it as `damage` has left it.
+/// Imports an image while driftd does not run, and damages it before driftd starts.
 fn import_damaged(
     node: &Node,
     name: &str,
@@ -303,7 +297,7 @@ fn in_use(node: &Node) -> anyhow::Result<()> {
     assert_eq!(refused.status.code(), Some(2), "{}", talk(&refused));
     ensure!(talk(&refused).contains(&container.id), "{}", talk(&refused));
     let metrics = node.driftd(&["metrics"])?;
-    // Complete is the view only if the container was marked before it began.
+    // The view is complete only if the container was marked before it began.
     for line in ["driftd_containers{baseline=\"ready\"} 1", "\ndriftd_view_complete "] {
         ensure!(talk(&metrics).contains(line), "no `{line}` in {}", talk(&metrics));
     }
@@ -319,8 +313,8 @@ fn in_use(node: &Node) -> anyhow::Result<()> {
     ensure!(node.baseline_of(name)?.is_none(), "{name} is still there");
     let pruned = node.driftd(&["baseline", "prune"])?;
     ensure!(pruned.status.success(), "{}", talk(&pruned));
-    ensure!(node.baseline_of(WORKBENCH)?.is_some(), "what is used was pruned");
-    container.told_nothing()
+    ensure!(node.baseline_of(WORKBENCH)?.is_some(), "a baseline in use was pruned");
+    container.expect_silence()
 }
 
 fn blobs_removed(node: &Node) -> anyhow::Result<()> {
@@ -329,7 +323,7 @@ fn blobs_removed(node: &Node) -> anyhow::Result<()> {
         for layer in &digests.layers {
             node.ctr(&["content", "rm", layer])?;
         }
-        // containerd takes its time to remove the files, and a file is a blob still.
+        // containerd removes the files later, and until then each is still a blob.
         let lease = node.ctr(&["leases", "create"])?;
         node.ctr(&["leases", "delete", "--sync", lease.trim()])?;
         let blobs = node.path("root/io.containerd.content.v1.content/blobs/sha256");
@@ -360,7 +354,7 @@ fn wrong_blob(node: &Node) -> anyhow::Result<()> {
     for (reason, digest) in reasons(node, name)?.iter().zip(&wrong) {
         ensure!(reason.contains(digest) || reason.contains("sha256"), "{reason}");
     }
-    // What the containers use are the directories, and these are as they were.
+    // The containers use the directories, which are as they were.
     let (code, answers) = node.verify(&[name, "--deep"])?;
     for layer in answers[0]["layers"].as_array().context("no layers")? {
         assert_eq!(layer["directory"]["state"], "same", "{layer:#}");

@@ -1,5 +1,5 @@
-//! Ordinary work that must not page anybody, each with an attack beside it that is
-//! reported at full severity.
+//! Ordinary work that must not raise an alarm, each with an attack beside it that is reported
+//! at full severity.
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
@@ -7,17 +7,17 @@ use serde_json::Value;
 
 use crate::image::Layer;
 use crate::node::{Node, bench, only, summaries, wait_for};
-use crate::{programs, trial};
+use crate::{programs, test};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("r22_w19_places_are_known_by_what_reads_them", places),
-        trial("r23_bits_that_grant_nothing_are_silent", bits),
-        trial("r31_w09_content_of_the_image_on_a_tmpfs_is_relocated", tmpfs),
-        trial("r32_w06_scripts_of_numbered_steps_are_one_line", steps),
-        trial("r37_data_that_was_only_touched_is_no_difference", touched),
-        trial("w03_r15_r17_code_that_a_program_makes_for_itself_is_no_alarm", generated),
-        trial("w16_a_removed_directory_is_as_bad_as_the_worst_in_it", removed),
+        test("r22_w19_persistence_paths_are_known_by_the_program_that_reads_them", places),
+        test("r23_bits_that_grant_nothing_are_silent", bits),
+        test("r31_w09_content_of_the_image_on_a_tmpfs_is_relocated", tmpfs),
+        test("r32_w06_scripts_of_numbered_steps_are_one_finding", steps),
+        test("r37_data_that_was_only_touched_is_no_difference", touched),
+        test("w03_r15_r17_code_that_a_program_makes_for_itself_is_no_alarm", generated),
+        test("w16_a_removed_directory_is_as_bad_as_the_worst_in_it", removed),
     ]
 }
 
@@ -37,7 +37,7 @@ fn places(node: &Node) -> anyhow::Result<()> {
          echo evil > /docker-entrypoint.d/99-x.sh; chmod 755 /docker-entrypoint.d/10-x.sh",
     )?;
     container
-        .told(&[
+        .expect_findings(&[
             // The home of a user of the image.
             "high file.persistence /app/.profile",
             "high file.persistence /docker-entrypoint.d/99-x.sh",
@@ -59,7 +59,7 @@ fn bits(node: &Node) -> anyhow::Result<()> {
     container
         .sh("mkdir /srv; i=0; while [ $i -lt 40 ]; do echo $i > /srv/$i.txt; i=$((i+1)); done\n\
          chmod ug+sx /srv/*.txt /etc/app.conf; chmod u+s /usr/bin/app")?;
-    container.told(&["high file.privileged /usr/bin/app"]).map(drop)
+    container.expect_findings(&["high file.privileged /usr/bin/app"]).map(drop)
 }
 
 fn tmpfs(node: &Node) -> anyhow::Result<()> {
@@ -67,7 +67,9 @@ fn tmpfs(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container.sh("mkdir /run/s6; cp /usr/bin/app /run/s6/app; /run/s6/app\n\
          cp /.control/x /run/s6/x; /run/s6/x")?;
-    container.told(&["high exec.tmpfs /run/s6/x", "medium exec.relocated /run/s6/app"]).map(drop)
+    container
+        .expect_findings(&["high exec.tmpfs /run/s6/x", "medium exec.relocated /run/s6/app"])
+        .map(drop)
 }
 
 fn steps(node: &Node) -> anyhow::Result<()> {
@@ -77,7 +79,7 @@ fn steps(node: &Node) -> anyhow::Result<()> {
          echo sleep 0.02 > /work/_temp/$i.sh; sh -e /work/_temp/$i.sh; rm /work/_temp/$i.sh\n\
          i=$((i+1)); done\n\
          echo sleep 0.3 > /work/evil.sh; sh /work/evil.sh")?;
-    let findings = wait_for("both lines", || {
+    let findings = wait_for("both findings", || {
         let findings = container.findings()?;
         Ok((findings.len() >= 2).then_some(findings))
     })?;
@@ -100,16 +102,16 @@ fn touched(node: &Node) -> anyhow::Result<()> {
     };
     container.sh("chmod 600 /etc/app.conf; chown app /etc/nginx/default.conf.template\n\
          chmod 755 /etc/group; echo more >> /var/log/nginx/access.log")?;
-    // Also when a walk has seen them before.
+    // Also after a scan has seen them.
     for _ in 0..2 {
         ensure!(change("/etc/app.conf")? == "metadata", "{:#?}", container.diff()?);
         ensure!(change("/etc/nginx/default.conf.template")? == "metadata");
         ensure!(change("/var/log/nginx/access.log")? == "modified");
     }
-    // As long as before.
+    // Another content of the same length.
     container.sh("printf 'listen = 81\\n' > /etc/app.conf")?;
     ensure!(change("/etc/app.conf")? == "modified", "{:#?}", container.diff()?);
-    container.told_nothing()
+    container.expect_silence()
 }
 
 const IMAGE: &str = "registry.test/jit:1";
@@ -127,25 +129,25 @@ fn generated(node: &Node) -> anyhow::Result<()> {
          mkdir -p -m 700 /root/.cache/JNA/temp\n\
          /usr/bin/jit unpack /.control/lib /root/.cache/JNA/temp/jna77281.tmp",
     )?;
-    // Laid there by somebody else.
+    // A library that another process has written.
     container.lay_payload("evil")?;
     container.sh("cat /.control/evil > /tmp/evil.so; /usr/bin/jit load /tmp/evil.so")?;
     let made_there = |one: &&Value| {
         one["file"]["path"].as_str().is_some_and(|path| path.starts_with("/tmp/ffi"))
     };
-    let findings = wait_for("all five, and the library of somebody else", || {
+    let findings = wait_for("all five, and the library of another process", || {
         let findings = container.findings()?;
-        let is_told = findings.iter().any(|one| one["file"]["path"] == "/tmp/evil.so");
+        let is_reported = findings.iter().any(|one| one["file"]["path"] == "/tmp/evil.so");
         let made = findings.iter().filter(made_there);
         let count: u64 = made.filter_map(|one| one["count"].as_u64()).sum();
-        Ok((is_told && count >= 5).then_some(findings))
+        Ok((is_reported && count >= 5).then_some(findings))
     })?;
     let high: Vec<String> = summaries(&findings)
         .into_iter()
         .filter(|line| !line.starts_with("info ") && !line.starts_with("low "))
         .collect();
     ensure!(high == ["high library.loaded /tmp/evil.so"], "{findings:#?}");
-    // One that has ended before it is looked at is known by less than its program.
+    // If a process ends before it is examined, its program may not be known.
     let made: Vec<&Value> = findings.iter().filter(made_there).collect();
     ensure!(made.len() <= 2, "{made:#?}");
     let unpacked = findings
@@ -159,6 +161,6 @@ fn generated(node: &Node) -> anyhow::Result<()> {
 fn removed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("rm -r /usr/sbin")?;
-    let findings = container.told(&["medium file.removed /usr/sbin"])?;
+    let findings = container.expect_findings(&["medium file.removed /usr/sbin"])?;
     only(&findings, "file.removed").map(drop)
 }

@@ -1,5 +1,5 @@
 //! The daemon while it records: crashes, disks that fill, pulls that are cancelled,
-//! directories that vanish. Nothing wrong is ever kept, and work goes on.
+//! directories that vanish. No wrong baseline is kept, and recording goes on.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,16 +17,16 @@ use serde_json::Value;
 use crate::image::{Digests, Image, Layer, Packing};
 use crate::node::{Node, talk, wait_for};
 use crate::sources::{export_equals_mount, layer_in};
-use crate::{trial_alone, trial_of_recording};
+use crate::{test_alone, test_of_recording};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_of_recording("kill_9_while_an_image_is_recorded_is_made_up_for", killed),
-        trial_of_recording("a_directory_removed_while_it_is_read_does_no_harm", removed),
-        trial_of_recording("a_full_disk_is_told_and_recovered_from", disk_full),
-        trial_alone("many_pulls_at_once_are_all_recorded", "", many_pulls),
-        trial_alone("a_cancelled_import_leaves_nothing_wrong", "", cancelled),
-        trial_alone("an_image_removed_while_it_is_recorded_does_no_harm", "", image_removed),
+        test_of_recording("kill_9_while_an_image_is_recorded_is_recovered_from", killed),
+        test_of_recording("a_directory_removed_while_it_is_read_does_no_harm", removed),
+        test_of_recording("a_full_disk_is_reported_and_recovered_from", disk_full),
+        test_alone("many_pulls_at_once_are_all_recorded", "", many_pulls),
+        test_alone("a_cancelled_import_leaves_nothing_wrong", "", cancelled),
+        test_alone("an_image_removed_while_it_is_recorded_does_no_harm", "", image_removed),
     ]
 }
 
@@ -37,7 +37,7 @@ fn noise(seed: &str, bytes: usize) -> Vec<u8> {
     noise
 }
 
-/// `files` files of `size` bytes, each another.
+/// `files` different files of `size` bytes.
 fn bulk(seed: &str, files: usize, size: usize) -> Layer {
     (0..files).fold(Layer::new().directory("/bulk", 0o755), |layer, number| {
         let content = noise(&format!("{seed} {number}"), size);
@@ -75,7 +75,7 @@ fn unfinished(store: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(left)
 }
 
-/// The baseline of the image is whole, proved, and what `b3sum` says.
+/// Makes sure that the image's baseline is whole, proved, and equal to what `b3sum` reads.
 fn is_right(node: &Node, image: &str) -> anyhow::Result<()> {
     node.wait_until_known_as(image, "verified")?;
     export_equals_mount(node, image)?;
@@ -96,7 +96,7 @@ fn killed(node: &Node) -> anyhow::Result<()> {
         cut_short += u32::from(known.is_none_or(|known| known["known_by"] != "verified"));
         node.crash_driftd()?;
     }
-    ensure!(cut_short > 0, "it was done before it was ever killed: a vacuous test");
+    ensure!(cut_short > 0, "it was done before the first kill: a vacuous test");
     node.start_driftd()?;
     is_right(node, BIG)
 }
@@ -116,21 +116,21 @@ fn removed(node: &Node) -> anyhow::Result<()> {
             fs::remove_file(directory.join(number.to_string()))?;
         }
     }
-    // The blobs say what the image holds, whatever was found in the directories.
+    // The blobs decide what the image holds, whatever was found in the directories.
     node.wait_until_known_as(BIG, "verified")?;
     let store = node.record_archive(&file)?;
     for diff_id in &digests.diff_ids {
         ensure!(
             layer_in(&node.store(), diff_id)? == layer_in(&store, diff_id)?,
-            "what was kept of {diff_id} is not the image's"
+            "the baseline of {diff_id} is not the image's"
         );
     }
-    // Who looks is told what is missing.
+    // A verification reports what is missing.
     let (code, answers) = node.verify(&[BIG, "--deep"])?;
     assert_eq!(code, 1, "{answers:#?}");
     wait_for("the findings", || {
-        let told = node.answer(&["findings", "--kind", "baseline.tampered"])?;
-        Ok((told.len() >= 40).then_some(()))
+        let reported = node.answer(&["findings", "--kind", "baseline.tampered"])?;
+        Ok((reported.len() >= 40).then_some(()))
     })
 }
 
@@ -144,7 +144,7 @@ fn disk_full(node: &Node) -> anyhow::Result<()> {
     let name = "registry.test/many-files:1";
     Image::new(name).layer(bulk("many", 12_000, 16), Packing::Plain).write(&file)?;
     node.import(&file)?;
-    let problem = wait_for("the problem to be told", || {
+    let problem = wait_for("the problem to be reported", || {
         let status = node.status()?;
         let problems = status["problems"].as_array().context("no problems")?;
         let text = |problem: &Value| problem.as_str().unwrap_or_default().to_owned();
@@ -157,12 +157,10 @@ fn disk_full(node: &Node) -> anyhow::Result<()> {
     let recorded = node.driftd(&["baseline", "record", name])?;
     ensure!(recorded.status.success(), "{}", talk(&recorded));
     is_right(node, name)?;
-    wait_for("the view to be complete again", || {
-        Ok((node.status()?["complete"] == true).then_some(()))
-    })
+    node.wait_until_complete()
 }
 
-/// A small disk; mounted already, it gets another size.
+/// Mounts a small disk; if it is mounted already, its size is changed.
 fn mount_tmpfs(directory: &Path, size: &str) -> anyhow::Result<()> {
     let is_mounted = fs::read_to_string("/proc/self/mounts")?
         .lines()
@@ -176,6 +174,14 @@ fn mount_tmpfs(directory: &Path, size: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn wait_until_recorded(node: &Node) -> anyhow::Result<()> {
+    wait_for("the queue to be empty", || {
+        let queue = node.status()?["baseline_queue"].clone();
+        let empty = ["recording", "waiting", "verifying"].iter().all(|name| queue[*name] == 0);
+        Ok(empty.then_some(()))
+    })
+}
+
 const PULLS: usize = 24;
 
 fn many_pulls(node: &Node) -> anyhow::Result<()> {
@@ -183,7 +189,7 @@ fn many_pulls(node: &Node) -> anyhow::Result<()> {
     let mut files = Vec::new();
     for number in 0..PULLS {
         let file = node.path(&format!("pulled-{number}.tar"));
-        // A layer that all have, and one that only this has.
+        // A layer that all of them share, and one of its own.
         Image::new(&name(number))
             .layer(bulk("shared", 20, 64 << 10), Packing::Gzip)
             .layer(bulk(&format!("own {number}"), 8, 64 << 10), Packing::Zstd)
@@ -225,12 +231,8 @@ fn many_pulls(node: &Node) -> anyhow::Result<()> {
         recorded?;
         busy
     })?;
-    ensure!(busy > 0, "nobody saw the queue at work");
-    wait_for("the queue to be empty", || {
-        let queue = node.status()?["baseline_queue"].clone();
-        let empty = ["recording", "waiting", "verifying"].iter().all(|name| queue[*name] == 0);
-        Ok(empty.then_some(()))
-    })?;
+    ensure!(busy > 0, "the queue was never seen at work");
+    wait_until_recorded(node)?;
     // The shared layer was recorded once.
     let layers = fs::read_dir(node.store().join("layers"))?.count();
     assert_eq!(layers, 3 + 1 + PULLS, "the workbench's, the shared one and each its own");
@@ -251,7 +253,7 @@ fn cancelled(node: &Node) -> anyhow::Result<()> {
         kill(Pid::from_raw(import.id().try_into()?), Signal::SIGKILL)?;
         import.wait()?;
     }
-    // What is there may be known; what is not there is not made up.
+    // A whole image may be recorded by now; a partial one must not be.
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(2) {
         if node.baseline_of(BIG)?.is_some_and(|known| known["known_by"] == "verified") {
@@ -271,13 +273,9 @@ fn image_removed(node: &Node) -> anyhow::Result<()> {
         node.import(&file)?;
         node.ctr(&["images", "rm", "--sync", BIG])?;
     }
-    wait_for("the queue to be empty", || {
-        let queue = node.status()?["baseline_queue"].clone();
-        let empty = ["recording", "waiting", "verifying"].iter().all(|name| queue[*name] == 0);
-        Ok(empty.then_some(()))
-    })?;
-    let told = node.answer(&["findings", "--kind", "baseline.tampered"])?;
-    ensure!(told.is_empty(), "an image that went away is taken for drift: {told:#?}");
+    wait_until_recorded(node)?;
+    let reported = node.answer(&["findings", "--kind", "baseline.tampered"])?;
+    ensure!(reported.is_empty(), "an image that went away is taken for drift: {reported:#?}");
     node.import(&file)?;
     is_right(node, BIG)
 }

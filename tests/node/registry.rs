@@ -1,14 +1,14 @@
-//! A registry on this machine, and nowhere else, that the trials share.
+//! A registry on this machine's loopback interface, which the tests share.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 
-use crate::node::{bench, lock, talk, wait_for};
+use crate::node::{bench, lock, spawn_daemon, tail, talk, wait_for};
 use crate::programs::find;
 
 struct Registry {
@@ -34,7 +34,7 @@ pub(crate) fn publish(file: &Path, name: &str) -> anyhow::Result<String> {
     Ok(name)
 }
 
-/// Starts the registry for whoever is first.
+/// The registry's address; the first caller starts it.
 fn address() -> anyhow::Result<String> {
     let mut registry = lock(&REGISTRY);
     if let Some(registry) = &*registry {
@@ -42,7 +42,7 @@ fn address() -> anyhow::Result<String> {
     }
     let directory = bench()?.scratch.path().join("registry");
     fs::create_dir_all(&directory)?;
-    // Whoever takes the port in between makes the registry end, and that is told.
+    // If another process takes the port in between, the registry ends, and the test fails.
     let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
     let address = format!("127.0.0.1:{port}");
     let settings = directory.join("config.yml");
@@ -55,21 +55,12 @@ fn address() -> anyhow::Result<String> {
             directory.join("data").display()
         ),
     )?;
-    let log = File::create(directory.join("log"))?;
-    let mut server = Command::new(find("docker-registry")?)
-        .arg("serve")
-        .arg(&settings)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("cannot start docker-registry")?;
+    let mut command = Command::new(find("docker-registry")?);
+    command.arg("serve").arg(&settings);
+    let mut server = spawn_daemon(&mut command, &directory.join("log"))?;
     let answers = wait_for("the registry to answer", || {
         if let Some(status) = server.try_wait()? {
-            anyhow::bail!(
-                "docker-registry ended: {status}\n{}",
-                fs::read_to_string(directory.join("log"))?
-            );
+            anyhow::bail!("docker-registry ended: {status}\n{}", tail(&directory.join("log")));
         }
         Ok(TcpStream::connect(&address).is_ok().then_some(()))
     });

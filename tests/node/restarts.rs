@@ -1,5 +1,5 @@
-//! What comes after an answer: a killed container that is started again, and a container
-//! that stands still although containerd says that it runs.
+//! After a response: a killed container that is started again, and a container that is frozen
+//! although containerd lists it as running.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,22 +8,25 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::answers::{is_running, recorded_responses, state_in};
+use crate::commands::{is_running, recorded_responses, state_in};
 use crate::fuse::{Answers, Fuse, MAY_MOUNT};
 use crate::node::{Container, DEADLINE, Node, talk, wait_for};
-use crate::trial;
+use crate::test;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("d01_what_starts_a_killed_container_again_is_named_and_recorded", d01_restarts),
-        trial("d03_a_container_that_is_frozen_behind_containerd_is_thawed", d03_frozen),
-        trial("d03_a_pause_that_a_process_in_the_kernel_holds_up_is_half_done", d03_held),
+        test(
+            "d01_the_program_that_restarts_a_killed_container_is_named_and_recorded",
+            d01_restarts,
+        ),
+        test("d03_a_container_that_is_frozen_without_containerd_is_thawed", d03_frozen),
+        test("d03_a_pause_that_a_process_in_the_kernel_delays_is_half_done", d03_held),
     ]
 }
 
-/// Has driftd answer; the exit code and the response.
+/// Makes driftd respond, and returns its exit code and the response.
 fn respond(node: &Node, arguments: &[&str]) -> anyhow::Result<(i32, Value)> {
-    let usual = ["--reason", "a trial", "-o", "json"];
+    let usual = ["--reason", "a test", "-o", "json"];
     let output = node.driftd(&[&["respond"], arguments, &usual].concat())?;
     let response = serde_json::from_slice(&output.stdout).with_context(|| talk(&output))?;
     Ok((output.status.code().context("it was killed")?, response))
@@ -94,7 +97,7 @@ fn d01_restarts(node: &Node) -> anyhow::Result<()> {
             String::from_utf8_lossy(&timeline.stdout).contains("started again")
         }
     );
-    // The monitor has looked at both by now.
+    // The monitor has checked both by now.
     ensure!(!is_running(node, kept_id)?, "it was started again");
     let info = node.ctr(&["containers", "info", kept_id])?;
     let labels = &serde_json::from_str::<Value>(&info)?["Labels"];
@@ -148,7 +151,7 @@ impl Freezer {
 
 impl Drop for Freezer {
     fn drop(&mut self) {
-        // What is frozen cannot be ended.
+        // A frozen container cannot be ended.
         let _ = fs::write(self.file(), if self.is_unified { "0" } else { "THAWED" });
     }
 }
@@ -171,14 +174,14 @@ fn d03_frozen(node: &Node) -> anyhow::Result<()> {
     ensure!(!freezer.is_ordered()?, "it is still frozen");
     container.sh("true")?;
 
-    // One that is paused by containerd and thawed by hand is resumed as well.
+    // A container that containerd has paused is resumed as well.
     let (code, paused) = respond(node, &["pause", id])?;
     ensure!(code == 0 && message(&paused).starts_with("paused (pid "), "{paused:#}");
     ensure!(freezer.is_frozen()? && !message(&paused).contains("not yet"), "{paused:#}");
     let (code, resumed) = respond(node, &["resume", id])?;
     ensure!(code == 0 && message(&resumed).starts_with("resumed (pid "), "{resumed:#}");
 
-    // What is frozen can be killed.
+    // A frozen container can be killed.
     freezer.freeze()?;
     let (code, killed) = respond(node, &["kill", id])?;
     ensure!(code == 0 && message(&killed).starts_with("killed (pid "), "{killed:#}");
@@ -189,11 +192,11 @@ fn d03_held(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(MAY_MOUNT)?;
     let id = container.id.as_str();
     let freezer = Freezer::of(&container)?;
-    let fuse = Fuse::mount(&container, "/mnt/f", Answers::Nobody, &[("x", "/usr/bin/app")])?;
+    let fuse = Fuse::mount(&container, "/mnt/f", Answers::None, &[("x", "/usr/bin/app")])?;
     let waits = container.begin("/bin/busybox cat /mnt/f/x")?;
-    wait_for("a question", || Ok((!fuse.unanswered().is_empty()).then_some(())))?;
+    wait_for("a request", || Ok((!fuse.unanswered().is_empty()).then_some(())))?;
 
-    // By hand: the group was ordered to freeze, and does not.
+    // By hand: the group was ordered to freeze, and cannot while a process waits.
     freezer.freeze()?;
     let (_, paused) = respond(node, &["pause", id])?;
     let is_half = !freezer.is_frozen()?;
@@ -202,7 +205,7 @@ fn d03_held(node: &Node) -> anyhow::Result<()> {
     ensure!(code == 0 && message(&thawed).starts_with("thawed (pid "), "{thawed:#}");
     ensure!(!freezer.is_ordered()?, "it still freezes");
 
-    // By containerd: what the response says is what the group says.
+    // By containerd: the response states what the group's files state.
     let (code, paused) = respond(node, &["pause", id])?;
     let (is_ordered, is_frozen) = (freezer.is_ordered()?, freezer.is_frozen()?);
     let (half, not_yet) =

@@ -1,5 +1,5 @@
-//! Who is inside: people and tools that come into a container, by every road, and
-//! what they do there.
+//! Sessions: users and tools that enter a container, in every way, and the commands that they
+//! run there.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -15,38 +15,38 @@ use serde_json::Value;
 use crate::node::{
     Container, DEADLINE, KUBERNETES, Node, Setup, bench, only, wait_for, wait_within,
 };
-use crate::{programs, trial, trial_alone, trial_on};
+use crate::{programs, test, test_alone, test_on};
 
-/// Commands are watched for a rhythm, as they are out of the box.
+/// driftd's own default: commands are watched for a rhythm, by which probes are recognised.
 const WATCHFUL: &str = "probe_patience = \"30s\"";
 const POD_NODE: Setup =
     Setup { driftd: WATCHFUL, cri: Some(""), own_runtime: false, unwatched: None };
 const PYTHON: &str = "docker.io/driftd/python:1";
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a28_a_person_at_a_terminal_is_one_session_with_its_commands", a28_person),
-        trial("a29_an_exec_is_a_session_with_its_exec_id_and_its_end", a29_exec),
-        trial("who_asked_for_a_session_is_told_as_a_webhook_says", requested_by),
-        trial("a28_a_runtime_run_by_hand_is_told_as_that", a28_by_hand),
-        trial("a30_nsenter_into_all_or_one_namespace_is_told", a30_nsenter),
-        trial("a_root_directory_is_entered_by_chroot", by_chroot),
-        trial("a_root_directory_is_entered_for_a_moment", for_a_moment),
-        trial("a32_reverse_shells_are_sessions_with_their_commands", a32_reverse_shells),
-        trial("a_terminal_opened_later_is_told", pseudo_terminal),
-        trial("a_terminal_of_init_is_no_session", terminal_of_init),
-        trial("an_attachment_to_the_terminal_of_init_is_a_session", attachment),
-        trial("b24_a_copy_is_told_and_no_more", b24_copy),
-        trial("a_session_is_told_as_a_story", story),
-        trial("what_a_session_leaves_behind_names_it", left_behind),
-        trial("an_exec_that_fails_is_no_open_session", failed_exec),
-        trial_alone("sessions_go_on_over_a_restart_and_are_found_after_one", "", over_restart),
-        trial_alone("two_hundred_sessions_are_open_at_once", "", two_hundred),
-        trial_alone("a_thousand_execs_of_a_millisecond_are_a_thousand_sessions", "", a_thousand),
-        trial_alone("what_is_over_within_a_moment_is_told_with_its_arguments", "", moments),
-        trial_on("b15_a_probe_of_a_pod_is_counted_and_not_reported", POD_NODE, b15_probe),
-        trial_on("a31_a_container_beside_another_is_a_session", POD_NODE, a31_debug),
-        trial_on("who_types_by_way_of_the_kubelets_runtime_is_a_session", POD_NODE, attached),
+        test("a28_a_user_at_a_terminal_is_one_session_with_its_commands", a28_user),
+        test("a29_an_exec_is_a_session_with_its_exec_id_and_its_end", a29_exec),
+        test("the_requester_of_a_session_is_the_one_that_a_webhook_names", requested_by),
+        test("a28_a_runtime_run_by_hand_is_reported_as_that", a28_by_hand),
+        test("a30_nsenter_into_all_or_one_namespace_is_reported", a30_nsenter),
+        test("a_process_that_enters_by_chroot_is_a_session", by_chroot),
+        test("a_process_that_enters_for_a_moment_is_a_session", for_a_moment),
+        test("a32_reverse_shells_are_sessions_with_their_commands", a32_reverse_shells),
+        test("a_terminal_opened_later_is_reported", pseudo_terminal),
+        test("a_terminal_of_init_is_no_session", terminal_of_init),
+        test("an_attachment_to_the_terminal_of_init_is_a_session", attachment),
+        test("b24_a_copy_is_an_exec_session_and_no_more", b24_copy),
+        test("a_session_is_one_timeline_with_its_commands_and_findings", timeline),
+        test("a_finding_of_a_process_that_a_session_left_names_the_session", left_behind),
+        test("an_exec_that_fails_is_no_open_session", failed_exec),
+        test_alone("sessions_go_on_over_a_restart_and_are_found_after_one", "", over_restart),
+        test_alone("two_hundred_sessions_are_open_at_once", "", two_hundred),
+        test_alone("a_thousand_execs_of_a_millisecond_are_a_thousand_sessions", "", a_thousand),
+        test_alone("programs_of_a_millisecond_are_reported_with_their_arguments", "", moments),
+        test_on("b15_a_probe_of_a_pod_is_counted_and_not_reported", POD_NODE, b15_probe),
+        test_on("a31_a_container_beside_another_is_a_session", POD_NODE, a31_debug),
+        test_on("input_by_way_of_the_kubelets_runtime_is_a_session", POD_NODE, attached),
     ]
 }
 
@@ -69,41 +69,40 @@ fn closed(container: &Container<'_>, count: usize) -> anyhow::Result<Vec<Value>>
     Ok(seen)
 }
 
-/// A session with its commands and findings, when all of this many commands are told
-/// and have ended.
-fn story_of(node: &Node, session: &Value, count: usize) -> anyhow::Result<Value> {
+/// `driftd show` of a session, when `count` of its commands are reported and have ended.
+fn show(node: &Node, session: &Value, count: usize) -> anyhow::Result<Value> {
     let id = session["id"].as_str().context("a session has an ID")?;
-    let mut story = Value::Null;
+    let mut shown = Value::Null;
     let waited = wait_for("the commands", || {
-        story = node.answer(&["show", id])?.into_iter().next().context("no story")?;
-        let commands = story["commands"].as_array().context("commands")?;
+        shown = node.answer(&["show", id])?.into_iter().next().context("no session")?;
+        let commands = shown["commands"].as_array().context("commands")?;
         let ended = commands.iter().filter(|command| command["ended_at"].is_string()).count();
         Ok((ended >= count).then_some(()))
     });
-    ensure!(waited.is_ok(), "{count} commands were expected: {story:#}");
-    Ok(story)
+    ensure!(waited.is_ok(), "{count} commands were expected: {shown:#}");
+    Ok(shown)
 }
 
-/// What a session ran, by its arguments.
-fn commands(story: &Value) -> Vec<String> {
+/// The commands of a session, each as its arguments.
+fn commands(session: &Value) -> Vec<String> {
     let words = |command: &Value| match command["argv"].as_array() {
         Some(argv) => argv.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
         None => command["exe"].as_str().unwrap_or("?").to_owned(),
     };
-    story["commands"].as_array().into_iter().flatten().map(words).collect()
+    session["commands"].as_array().into_iter().flatten().map(words).collect()
 }
 
-/// Whether these are the commands. Of one that was over within a moment, the arguments
-/// may not be known (docs/limits.md); which program it was, and its place, are.
+/// Asserts that these are the commands, in their order. The arguments of a command that ended
+/// at once may not be known (docs/limits.md); its program is.
 #[track_caller]
-fn assert_ran(story: &Value, expected: &[&str]) {
-    let ran = commands(story);
+fn assert_ran(session: &Value, expected: &[&str]) {
+    let ran = commands(session);
     let is_like = |ran: &String, expected: &&str| {
         ran == expected || Some(ran.as_str()) == expected.split(' ').next()
     };
     let all = ran.len() == expected.len()
         && ran.iter().zip(expected).all(|(ran, expected)| is_like(ran, expected));
-    assert!(all, "{ran:#?}\nexpected {expected:#?}\n{story:#}");
+    assert!(all, "{ran:#?}\nexpected {expected:#?}\n{session:#}");
 }
 
 /// `ctr task exec` with these options and this command.
@@ -115,13 +114,17 @@ fn exec(container: &Container<'_>, options: &[&str], command: &[&str]) -> Vec<St
     all.map(|word| (*word).to_owned()).collect()
 }
 
-/// Runs it and waits for its end.
-fn run(container: &Container<'_>, options: &[&str], command: &[&str]) -> anyhow::Result<String> {
+/// Runs a command in a container from outside, by `ctr task exec`, and waits for its end.
+pub(crate) fn run(
+    container: &Container<'_>,
+    options: &[&str],
+    command: &[&str],
+) -> anyhow::Result<String> {
     let all = exec(container, options, command);
     container.node.ctr(&all.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// Runs it, whatever its end is.
+/// The same for a command that may fail.
 fn try_run(
     container: &Container<'_>,
     options: &[&str],
@@ -132,15 +135,14 @@ fn try_run(
     Ok(container.node.ctr_command(&all)?.output()?)
 }
 
-/// Somebody at a terminal. `script` gives a command the terminal that a person at a
-/// keyboard has.
-pub(crate) struct Person {
+/// A user at a terminal: `script` gives a command such a terminal.
+pub(crate) struct User {
     child: Child,
     keyboard: Option<ChildStdin>,
 }
 
-impl Person {
-    pub(crate) fn at(command: &str) -> anyhow::Result<Person> {
+impl User {
+    pub(crate) fn at(command: &str) -> anyhow::Result<User> {
         let mut child = Command::new(programs::find("script")?)
             .args(["-qec", command, "/dev/null"])
             .stdin(Stdio::piped())
@@ -148,18 +150,18 @@ impl Person {
             .stderr(Stdio::null())
             .spawn()?;
         let keyboard = child.stdin.take();
-        Ok(Person { child, keyboard })
+        Ok(User { child, keyboard })
     }
 
-    /// In a shell that `ctr` has started in a container.
-    fn in_container(container: &Container<'_>, name: &str) -> anyhow::Result<Person> {
+    /// A user in a shell that `ctr` starts in a container.
+    pub(crate) fn in_container(container: &Container<'_>, name: &str) -> anyhow::Result<User> {
         let fifo = container.node.path("fifo");
         let rest = format!(
             "task exec --fifo-dir {} -t --exec-id {name} {} /bin/sh",
             fifo.display(),
             container.id
         );
-        Person::at(&ctr(container.node, &rest)?)
+        User::at(&ctr(container.node, &rest)?)
     }
 
     pub(crate) fn types(&mut self, text: &str) -> anyhow::Result<()> {
@@ -169,29 +171,29 @@ impl Person {
 
     /// Waits for the end of what was begun with `exit`.
     pub(crate) fn leaves(&mut self) -> anyhow::Result<()> {
-        wait_for("the person to leave", || Ok(self.child.try_wait()?)).map(drop)
+        wait_for("the user to leave", || Ok(self.child.try_wait()?)).map(drop)
     }
 }
 
-impl Drop for Person {
+impl Drop for User {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Waits until a file that a session has made is there.
+/// Waits for a file that a session makes.
 fn made(container: &Container<'_>, name: &str) -> anyhow::Result<()> {
     let path = container.laid(name);
     wait_for(name, || Ok(path.exists().then_some(())))
 }
 
-fn a28_person(node: &Node) -> anyhow::Result<()> {
+fn a28_user(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let mut person = Person::in_container(&container, "person")?;
+    let mut user = User::in_container(&container, "user")?;
     // Sub-shells and a second shell in it are the same session.
-    person.types("/bin/ls /\n(/bin/cat /etc/passwd)\n/bin/bash -c '/bin/ls /etc; exit 3'\n")?;
-    person.types("/usr/bin/touch /.control/here\n")?;
+    user.types("/bin/ls /\n(/bin/cat /etc/passwd)\n/bin/bash -c '/bin/ls /etc; exit 3'\n")?;
+    user.types("/usr/bin/touch /.control/here\n")?;
     made(&container, "here")?;
     let open = wait_for("the session", || {
         let open = sessions(&container)?;
@@ -199,15 +201,12 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
         Ok((!open.is_empty()).then_some(open))
     })?;
     assert_eq!((&open[0]["state"], &open[0]["ended_at"]), (&"open".into(), &Value::Null));
-    person.types("exec /bin/bash\nexit 5\n")?;
-    person.leaves()?;
+    user.types("exec /bin/bash\nexit 5\n")?;
+    user.leaves()?;
 
     let session = &closed(&container, 1)?[0];
     assert_eq!(session["schema"], "driftd.session/v1");
-    assert_eq!(
-        (&session["entry"], &session["exec_id"]),
-        (&"runtime_exec".into(), &"person".into())
-    );
+    assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_exec".into(), &"user".into()));
     assert_eq!(
         (&session["interactive"], &session["client"]),
         (&"terminal".into(), &"containerd".into())
@@ -216,7 +215,7 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
     ensure!(session["process"]["tty"].as_str().is_some_and(|tty| tty.starts_with("pts/")));
     let above = format!("{}{}", session["process"]["ancestors"], session["host"]);
     ensure!(above.contains("containerd-shim"), "{session:#}");
-    let story = story_of(node, session, 7)?;
+    let shown = show(node, session, 7)?;
     let expected = [
         "/bin/sh",
         "/bin/ls /",
@@ -226,12 +225,12 @@ fn a28_person(node: &Node) -> anyhow::Result<()> {
         "/usr/bin/touch /.control/here",
         "/bin/bash",
     ];
-    assert_ran(&story, &expected);
-    let exits = story["commands"].as_array().context("commands")?;
-    assert_eq!(exits[3]["exit"]["code"], 3, "{story:#}");
+    assert_ran(&shown, &expected);
+    let exits = shown["commands"].as_array().context("commands")?;
+    assert_eq!(exits[3]["exit"]["code"], 3, "{shown:#}");
 
     // One session is one finding, however often its shell becomes another.
-    let findings = container.told(&["medium session.interactive"])?;
+    let findings = container.expect_findings(&["medium session.interactive"])?;
     let finding = only(&findings, "session.interactive")?;
     assert_eq!((&finding["session"], &finding["count"]), (&session["id"], &1.into()));
     assert_eq!(session["finding"], finding["id"]);
@@ -244,20 +243,20 @@ fn a29_exec(node: &Node) -> anyhow::Result<()> {
     let command = ["/bin/sh", "-c", "/bin/ls /; exit 7"];
     let ended = try_run(&container, &["--exec-id", "copy"], &command)?;
     assert_eq!(ended.status.code(), Some(7));
-    // containerd's own word may come behind the end.
+    // containerd's event may come after the end.
     let session = &wait_for("the exec's name", || {
         let closed = closed(&container, 1)?;
         Ok(closed.into_iter().find(|session| session["exec_id"].is_string()))
     })?;
     assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_exec".into(), &"copy".into()));
     assert_eq!((&session["interactive"], &session["exit"]["code"]), (&Value::Null, &7.into()));
-    assert_ran(&story_of(node, session, 2)?, &["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]);
-    let findings = container.told(&["info session.exec"])?;
+    assert_ran(&show(node, session, 2)?, &["/bin/sh -c /bin/ls /; exit 7", "/bin/ls /"]);
+    let findings = container.expect_findings(&["info session.exec"])?;
     assert_eq!(only(&findings, "session.exec")?["session"], session["id"]);
     Ok(())
 }
 
-/// `runc exec` and what follows.
+/// The command `runc exec REST`.
 fn runc(container: &Container<'_>, rest: &str) -> anyhow::Result<String> {
     let root = Path::new("/run/containerd/runc").join(&container.node.namespace);
     let runc = programs::find("runc")?;
@@ -266,34 +265,35 @@ fn runc(container: &Container<'_>, rest: &str) -> anyhow::Result<String> {
 
 fn a28_by_hand(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let mut person = Person::at(&runc(&container, &format!("-t {} /bin/sh", container.id))?)?;
-    person.types("/bin/ls /\nexit 4\n")?;
-    person.leaves()?;
+    let mut user = User::at(&runc(&container, &format!("-t {} /bin/sh", container.id))?)?;
+    user.types("/bin/ls /\nexit 4\n")?;
+    user.leaves()?;
     let session = &closed(&container, 1)?[0];
     assert_eq!((&session["entry"], &session["exec_id"]), (&"runtime_direct".into(), &Value::Null));
     assert_eq!(session["interactive"], "terminal");
     ensure!([4.into(), Value::Null].contains(&session["exit"]["code"]), "{session:#}");
-    // Who has called it is on the host.
+    // Its callers are on the host.
     let callers = format!("{}{}", session["process"]["ancestors"], session["host"]);
     ensure!(callers.contains("runc") && callers.contains("script"), "{session:#}");
-    assert_ran(&story_of(node, session, 2)?, &["/bin/sh", "/bin/ls /"]);
-    container.told(&["medium session.interactive"]).map(drop)
+    assert_ran(&show(node, session, 2)?, &["/bin/sh", "/bin/ls /"]);
+    container.expect_findings(&["medium session.interactive"]).map(drop)
 }
 
-/// As an admission webhook has changed the command, and as a runtime was told.
+/// The requester's name as an admission webhook adds it to the command, and as an option of
+/// the runtime adds it to the environment.
 fn requested_by(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let webhook = ["/bin/env", "SPO_EXEC_REQUEST_UID=request-1", "/bin/sleep", "0.2"];
     run(&container, &["--exec-id", "webhook"], &webhook)?;
     let variable = "-e SPO_EXEC_REQUEST_UID=request-2";
     let by_hand = format!("-t {variable} {} /bin/sleep 1", container.id);
-    Person::at(&runc(&container, &by_hand)?)?.leaves()?;
-    run(&container, &["--exec-id", "nobody"], &["/bin/sleep", "0.2"])?;
+    User::at(&runc(&container, &by_hand)?)?.leaves()?;
+    run(&container, &["--exec-id", "plain"], &["/bin/sleep", "0.2"])?;
     let requesters: Vec<Value> =
         closed(&container, 3)?.into_iter().map(|session| session["requested_by"].clone()).collect();
     assert_eq!(requesters, ["request-1".into(), "request-2".into(), Value::Null]);
-    let told = ["info session.exec", "info session.exec", "medium session.interactive"];
-    container.told(&told).map(drop)
+    let expected = ["info session.exec", "info session.exec", "medium session.interactive"];
+    container.expect_findings(&expected).map(drop)
 }
 
 /// The first process of a container, as the host numbers it.
@@ -310,7 +310,7 @@ fn a30_nsenter(node: &Node) -> anyhow::Result<()> {
         ("pid", &["-p"]),
         ("pid-and-mount", &["-m", "-p"]),
     ];
-    // Who is over within milliseconds is not always told (docs/limits.md).
+    // A process that ends within milliseconds is not always seen (docs/limits.md).
     for (name, options) in cases {
         let container = node.container()?;
         let status = Command::new(programs::find("nsenter")?)
@@ -324,25 +324,25 @@ fn a30_nsenter(node: &Node) -> anyhow::Result<()> {
         let session = &closed(&container, 1).context(name)?[0];
         assert_eq!(session["entry"], "namespace", "{name}: {session:#}");
         assert_eq!(session["client"], Value::Null, "{name}: {session:#}");
-        let findings = container.told(&["high namespace.entered"]).context(name)?;
+        let findings = container.expect_findings(&["high namespace.entered"]).context(name)?;
         let finding = only(&findings, "namespace.entered")?;
         assert_eq!(
             (&finding["session"], &finding["attack"]["technique"]),
             (&session["id"], &"T1611".into())
         );
     }
-    // With a terminal it is a person as well.
+    // With a terminal it is an interactive session too.
     let container = node.container()?;
     let nsenter = programs::find("nsenter")?;
-    let mut person =
-        Person::at(&format!("{} -t {} -m -p /bin/sh", nsenter.display(), init(&container)?))?;
-    person.types("/bin/ls /\n")?;
-    // On a busy machine the shell would be gone before anybody looks.
+    let mut user =
+        User::at(&format!("{} -t {} -m -p /bin/sh", nsenter.display(), init(&container)?))?;
+    user.types("/bin/ls /\n")?;
+    // On a busy machine the shell would end before driftd examines it.
     wait_for("the session", || Ok((sessions(&container)?.len() == 1).then_some(())))?;
-    person.types("exit\n")?;
-    person.leaves()?;
+    user.types("exit\n")?;
+    user.leaves()?;
     closed(&container, 1)?;
-    container.told(&["high namespace.entered", "medium session.interactive"]).map(drop)
+    container.expect_findings(&["high namespace.entered", "medium session.interactive"]).map(drop)
 }
 
 fn by_chroot(node: &Node) -> anyhow::Result<()> {
@@ -355,37 +355,37 @@ fn by_chroot(node: &Node) -> anyhow::Result<()> {
     ensure!(status.success(), "{status}");
     let session = &closed(&container, 1)?[0];
     assert_eq!(session["entry"], "namespace", "{session:#}");
-    container.told(&["high namespace.entered"]).map(drop)
+    container.expect_findings(&["high namespace.entered"]).map(drop)
 }
 
-/// Over before anybody can look at it: the kernel's records say where it came from.
+/// Processes that end before driftd can examine them: by the kernel's records, they entered.
 fn for_a_moment(node: &Node) -> anyhow::Result<()> {
     const TIMES: usize = 10;
     let container = node.container()?;
     let init = init(&container)?.to_string();
     let root = format!("/proc/{init}/root");
-    let roads: [&[&str]; 4] = [
+    let ways: [&[&str]; 4] = [
         &["chroot", &root],
         &["nsenter", "-m", "-t", &init],
         &["nsenter", "-m", "-u", "-t", &init],
         &["nsenter", "-m", "-u", "-i", "-n", "-t", &init],
     ];
-    for road in roads {
+    for way in ways {
         for _ in 0..TIMES {
-            let mut command = Command::new(programs::find(road[0])?);
-            command.args(&road[1..]).args(["/bin/ls", "/"]).stdout(Stdio::null());
+            let mut command = Command::new(programs::find(way[0])?);
+            command.args(&way[1..]).args(["/bin/ls", "/"]).stdout(Stdio::null());
             let status = command.status()?;
-            ensure!(status.success(), "{road:?}: {status}");
+            ensure!(status.success(), "{way:?}: {status}");
         }
     }
-    // A program of the container that the host runs by a name of its own enters nothing.
+    // A program of the container that the host runs by its path on the host enters nothing.
     let by_path = Command::new(format!("{root}/bin/ls")).stdout(Stdio::null()).status()?;
     ensure!(by_path.success(), "{by_path}");
-    let sessions = closed(&container, TIMES * roads.len())?;
+    let sessions = closed(&container, TIMES * ways.len())?;
     for session in &sessions {
         assert_eq!(session["entry"], "namespace", "{session:#}");
     }
-    container.told(&["high namespace.entered"; 4 * TIMES]).map(drop)
+    container.expect_findings(&["high namespace.entered"; 4 * TIMES]).map(drop)
 }
 
 /// The workbench with Python and socat in it.
@@ -395,18 +395,17 @@ fn import_python(node: &Node) -> anyhow::Result<()> {
     node.import_layers(PYTHON, layers).map(drop)
 }
 
-/// A listener on the loopback that types into whoever connects, and the port.
+/// A listener on the loopback interface that types into the connection, and its port.
 fn listen(text: &'static str) -> anyhow::Result<(u16, JoinHandle<anyhow::Result<()>>)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
     let thread = thread::spawn(move || {
         let (mut connection, _) = listener.accept()?;
-        // The shell is seen before it is told anything.
+        // The shell must be seen before it gets its commands.
         thread::sleep(Duration::from_secs(3));
         connection.write_all(text.as_bytes())?;
         connection.set_read_timeout(Some(DEADLINE))?;
-        let mut answers = Vec::new();
-        let _ = connection.read_to_end(&mut answers);
+        let _ = connection.read_to_end(&mut Vec::new());
         Ok(())
     });
     Ok((port, thread))
@@ -453,10 +452,10 @@ fn a32_reverse_shells(node: &Node) -> anyhow::Result<()> {
             _ => ("socket".into(), "critical"),
         };
         assert_eq!(session["interactive"], interactive, "{name}: {session:#}");
-        let commands = commands(&story_of(node, session, 1)?);
+        let commands = commands(&show(node, session, 1)?);
         ensure!(commands.iter().any(|ran| ran.starts_with("/bin/ls")), "{name}: {commands:?}");
-        let told = format!("{severity} shell.reverse");
-        let findings = container.told(&[&told]).context(*name)?;
+        let expected = format!("{severity} shell.reverse");
+        let findings = container.expect_findings(&[&expected]).context(*name)?;
         let finding = only(&findings, "shell.reverse")?;
         assert_eq!((&finding["session"], &session["finding"]), (&session["id"], &finding["id"]));
     }
@@ -483,7 +482,7 @@ fn pseudo_terminal(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `ctr`, and what it does with this node's containerd.
+/// The command `ctr REST` with this node's containerd.
 fn ctr(node: &Node, rest: &str) -> anyhow::Result<String> {
     let (ctr, socket) = (programs::find("ctr")?, node.path("containerd.sock"));
     let (ctr, socket) = (ctr.display(), socket.display());
@@ -491,10 +490,10 @@ fn ctr(node: &Node, rest: &str) -> anyhow::Result<String> {
 }
 
 /// A container whose init is a shell with a terminal.
-fn run_with_terminal(node: &Node, options: &str, id: &str) -> anyhow::Result<Person> {
+fn run_with_terminal(node: &Node, options: &str, id: &str) -> anyhow::Result<User> {
     node.own_container(id);
     let (fifo, root) = (node.path("fifo"), Path::new("/run/containerd/runc"));
-    let mut person = Person::at(&ctr(
+    let mut user = User::at(&ctr(
         node,
         &format!(
             "run --fifo-dir {} --runc-root {} {options} -t {} {id} /bin/sh",
@@ -503,35 +502,29 @@ fn run_with_terminal(node: &Node, options: &str, id: &str) -> anyhow::Result<Per
             programs::WORKBENCH,
         ),
     )?)?;
-    wait_for("driftd to watch it", || {
-        let known = node.answer(&["containers"])?;
-        let is_ready = |known: &Value| {
-            known["id"] == id && known["watched"] == true && known["baseline"] == "ready"
-        };
-        Ok(known.iter().any(is_ready).then_some(()))
-    })?;
+    node.wait_until_watched(id)?;
     if options.contains("-d") {
-        person.leaves()?;
+        user.leaves()?;
     }
-    Ok(person)
+    Ok(user)
 }
 
 fn terminal_of_init(node: &Node) -> anyhow::Result<()> {
     let id = node.next_id();
-    let mut person = run_with_terminal(node, "", &id)?;
-    person.types("/bin/ls /\n/bin/bash -c '/bin/ls /etc'\n")?;
+    let mut user = run_with_terminal(node, "", &id)?;
+    user.types("/bin/ls /\n/bin/bash -c '/bin/ls /etc'\n")?;
     thread::sleep(Duration::from_secs(1));
     assert_eq!(node.answer(&["sessions", "-c", &id])?, Vec::<Value>::new());
     assert_eq!(node.answer(&["findings", "--container", &id])?, Vec::<Value>::new());
-    person.types("exit\n")?;
-    person.leaves()
+    user.types("exit\n")?;
+    user.leaves()
 }
 
 fn attachment(node: &Node) -> anyhow::Result<()> {
     let id = node.next_id();
     run_with_terminal(node, "-d", &id)?;
     assert_eq!(node.answer(&["sessions", "-c", &id])?, Vec::<Value>::new());
-    let mut person = Person::at(&ctr(node, &format!("task attach {id}"))?)?;
+    let mut user = User::at(&ctr(node, &format!("task attach {id}"))?)?;
     let session =
         wait_for("the session", || Ok(node.answer(&["sessions", "-c", &id])?.into_iter().next()))?;
     assert_eq!(
@@ -544,15 +537,15 @@ fn attachment(node: &Node) -> anyhow::Result<()> {
         Ok((!findings.is_empty()).then_some(findings))
     })?;
     assert_eq!(only(&findings, "session.interactive")?["session"], session["id"]);
-    person.types("/bin/ls /\nexit\n")?;
-    person.leaves()?;
+    user.types("/bin/ls /\nexit\n")?;
+    user.leaves()?;
     let session = wait_for("its end", || {
         let sessions = node.answer(&["sessions", "-c", &id])?;
         ensure!(sessions.len() == 1, "{sessions:#?}");
         Ok(sessions.into_iter().find(|session| session["state"] == "closed"))
     })?;
-    let story = story_of(node, &session, 1)?;
-    assert_ran(&story, &["/bin/ls /"]);
+    let shown = show(node, &session, 1)?;
+    assert_ran(&shown, &["/bin/ls /"]);
     Ok(())
 }
 
@@ -561,7 +554,7 @@ fn b24_copy(node: &Node) -> anyhow::Result<()> {
     container.sh("echo data > /tmp/data")?;
     run(&container, &["--exec-id", "cp"], &["/bin/cat", "/tmp/data"])?;
     closed(&container, 1)?;
-    container.told(&["info session.exec"]).map(drop)
+    container.expect_findings(&["info session.exec"]).map(drop)
 }
 
 fn left_behind(node: &Node) -> anyhow::Result<()> {
@@ -572,7 +565,7 @@ fn left_behind(node: &Node) -> anyhow::Result<()> {
         "(/bin/sleep 2; cp /.control/x /tmp/x; /tmp/x) >/dev/null 2>&1 </dev/null & exit 0";
     run(&container, &["--exec-id", "left"], &["/bin/sh", "-c", script])?;
     let session = closed(&container, 1)?.remove(0);
-    let findings = container.told(&["critical exec.new /tmp/x", "info session.exec"])?;
+    let findings = container.expect_findings(&["critical exec.new /tmp/x", "info session.exec"])?;
     let run = only(&findings, "exec.new")?;
     assert_eq!(run["session"], session["id"], "{run:#}");
     let session = &sessions(&container)?[0];
@@ -586,7 +579,7 @@ fn failed_exec(node: &Node) -> anyhow::Result<()> {
         let ended = try_run(&container, &["--exec-id", name], &[program])?;
         ensure!(!ended.status.success(), "{program} can be executed");
     }
-    // A canary behind them: whatever they have left open would be there by then.
+    // A canary after them: any session that they left open would be listed by then.
     run(&container, &["--exec-id", "good"], &["/bin/ls", "/"])?;
     let seen = wait_for("the last session", || {
         let seen = sessions(&container)?;
@@ -602,29 +595,29 @@ fn failed_exec(node: &Node) -> anyhow::Result<()> {
 fn moments(node: &Node) -> anyhow::Result<()> {
     const TIMES: usize = 400;
     let container = node.container()?;
-    let mut person = Person::in_container(&container, "person")?;
+    let mut user = User::in_container(&container, "user")?;
     let large = format!("export LARGE={}\n", "x".repeat(3_000));
-    person.types(&large)?;
-    person.types(&format!("i=0; while [ $i -lt {TIMES} ]; do /bin/true $i; i=$((i+1)); done\n"))?;
-    person.types("/usr/bin/touch /.control/through\n")?;
+    user.types(&large)?;
+    user.types(&format!("i=0; while [ $i -lt {TIMES} ]; do /bin/true $i; i=$((i+1)); done\n"))?;
+    user.types("/usr/bin/touch /.control/through\n")?;
     made(&container, "through")?;
-    person.types("exit\n")?;
-    person.leaves()?;
+    user.types("exit\n")?;
+    user.leaves()?;
     let session = &closed(&container, 1)?[0];
-    let ran = commands(&story_of(node, session, TIMES + 2)?);
+    let ran = commands(&show(node, session, TIMES + 2)?);
     let ran: Vec<&String> = ran.iter().filter(|ran| ran.starts_with("/bin/true")).collect();
-    assert_eq!(ran.len(), TIMES, "each of them is told");
+    assert_eq!(ran.len(), TIMES, "each of them is reported");
     let whole = ran.iter().enumerate().filter(|(i, ran)| ***ran == format!("/bin/true {i}"));
     let whole = whole.count();
-    // On a busy machine some are over before anybody can look.
-    eprintln!("{whole} of {TIMES}");
+    // On a busy machine some end before driftd can examine them.
+    eprintln!("{whole} of {TIMES} have their arguments");
     ensure!(whole * 4 >= TIMES * 3, "{whole} of {TIMES}: {ran:?}");
     Ok(())
 }
 
 fn over_restart(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let mut known = Person::in_container(&container, "known")?;
+    let mut known = User::in_container(&container, "known")?;
     known.types("/usr/bin/touch /.control/one\n")?;
     made(&container, "one")?;
     let before = wait_for("the session", || {
@@ -632,7 +625,7 @@ fn over_restart(node: &Node) -> anyhow::Result<()> {
         Ok(open.first().is_some_and(|session| session["commands"] == 2).then_some(open))
     })?;
     node.stop_driftd()?;
-    let mut unseen = Person::in_container(&container, "unseen")?;
+    let mut unseen = User::in_container(&container, "unseen")?;
     unseen.types("/usr/bin/touch /.control/two\n")?;
     made(&container, "two")?;
     node.start_driftd()?;
@@ -642,20 +635,20 @@ fn over_restart(node: &Node) -> anyhow::Result<()> {
         Ok((open.len() == 2).then_some(open))
     })?;
     let own = after.iter().find(|session| session["id"] == before[0]["id"]);
-    let own = own.context("the session that was known has another name now")?;
+    let own = own.context("the session that was known has another ID now")?;
     assert_eq!(own["state"], "open");
     // The gate's event and the kernel's record of the shell come in either order.
     ensure!(["gate".into(), "trace".into()].contains(&own["discovered"]), "{own:#}");
     let found = after.iter().find(|session| session["id"] != before[0]["id"]).context("one")?;
     assert_eq!((&found["discovered"], &found["entry"]), (&"scan".into(), &"runtime_exec".into()));
     // Both go on.
-    for person in [&mut known, &mut unseen] {
-        person.types("/bin/ls /\nexit\n")?;
-        person.leaves()?;
+    for user in [&mut known, &mut unseen] {
+        user.types("/bin/ls /\nexit\n")?;
+        user.leaves()?;
     }
     for session in closed(&container, 2)? {
         let count = if session["discovered"] == "scan" { 1 } else { 3 };
-        let commands = commands(&story_of(node, &session, count)?);
+        let commands = commands(&show(node, &session, count)?);
         let last = commands.last().is_some_and(|ran| ran.starts_with("/bin/ls"));
         assert!(last, "{commands:?} {session:#}");
     }
@@ -674,13 +667,13 @@ fn two_hundred(node: &Node) -> anyhow::Result<()> {
         let named = open.iter().filter(|session| session["exec_id"].is_string()).count();
         Ok((named == SESSIONS).then_some(open))
     })?;
-    let mut told: Vec<String> =
+    let mut reported: Vec<String> =
         open.iter().map(|session| session["process"]["argv"].to_string()).collect();
-    told.sort();
+    reported.sort();
     let mut expected: Vec<String> =
         (0..SESSIONS).map(|number| format!("[\"/bin/sleep\",\"{}\"]", 4000 + number)).collect();
     expected.sort();
-    assert_eq!(told, expected);
+    assert_eq!(reported, expected);
     container.stop()?;
     closed(&container, SESSIONS).map(drop)
 }
@@ -701,14 +694,14 @@ fn a_thousand(node: &Node) -> anyhow::Result<()> {
         ensure!(status.success(), "exec {number}: {status}");
     }
     eprintln!("{EXECS} execs took {:?}", began.elapsed());
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     let waited = wait_within(Duration::from_secs(60), "the sessions", || {
-        told = sessions(&container)?;
-        let all = told.iter().all(|session| session["state"] == "closed");
-        Ok((told.len() == EXECS && all).then_some(()))
+        reported = sessions(&container)?;
+        let all = reported.iter().all(|session| session["state"] == "closed");
+        Ok((reported.len() == EXECS && all).then_some(()))
     });
     let arguments = |session: &Value| session["process"]["argv"].to_string();
-    let mut seen: Vec<String> = told.iter().map(arguments).collect();
+    let mut seen: Vec<String> = reported.iter().map(arguments).collect();
     seen.sort();
     let mut expected: Vec<String> =
         (0..EXECS).map(|number| format!("[\"/bin/busybox\",\"true\",\"{number}\"]")).collect();
@@ -716,16 +709,16 @@ fn a_thousand(node: &Node) -> anyhow::Result<()> {
     let missing: Vec<&String> = expected.iter().filter(|one| !seen.contains(one)).collect();
     ensure!(
         waited.is_ok() && missing.is_empty(),
-        "{} sessions, {} of them without their arguments or not told: {missing:?}",
-        told.len(),
+        "{} sessions, {} of them without their arguments or not reported: {missing:?}",
+        reported.len(),
         missing.len(),
     );
-    let ends = told.iter().filter(|session| session["exit"]["code"] == 0).count();
-    eprintln!("how it ended is known of {ends} of {EXECS}");
+    let ends = reported.iter().filter(|session| session["exit"]["code"] == 0).count();
+    eprintln!("the exit code is known of {ends} of {EXECS}");
     Ok(())
 }
 
-/// The workbench as a kubelet pulls it, and what a pod needs besides.
+/// Pulls the workbench as a kubelet does, and imports the image of pods' sandboxes.
 fn pulled_workbench(node: &Node) -> anyhow::Result<String> {
     let pause = node.path("pause.tar");
     programs::write_pause(&pause, &bench()?.payload)?;
@@ -751,7 +744,7 @@ fn b15_probe(node: &Node) -> anyhow::Result<()> {
     let mut probes = Vec::new();
     let waited = wait_for("all of them to be counted", || {
         probes = node.answer(&["probes", "-c", &container.id])?;
-        // One that was over before anybody could look is not known for the probe.
+        // A run that ended before driftd could examine it is not counted for the probe.
         let counted = probes.first().and_then(|probe| probe["count"].as_u64()).unwrap_or(0);
         Ok((probes.len() == 1 && counted + times / 20 >= times).then_some(()))
     });
@@ -759,15 +752,15 @@ fn b15_probe(node: &Node) -> anyhow::Result<()> {
     let probe = &probes[0];
     assert_eq!((&probe["source"], &probe["reported"]), (&"learned".into(), &false.into()));
     assert_eq!(probe["container"]["pod"]["namespace"], "shop", "{probe:#}");
-    let told = container.findings()?;
-    ensure!(told.len() <= 1, "{told:#?}");
-    // What it was before it was known for a probe is told of whom it is.
+    let reported = container.findings()?;
+    ensure!(reported.len() <= 1, "{reported:#?}");
+    // Sessions of before it was recognised as a probe name the pod.
     for session in sessions(&container)? {
         assert_eq!(session["client"], "cri");
         assert_eq!(session["container"]["pod"]["container"], "app", "{session:#}");
         ensure!(session["image"]["manifest_digest"].is_string(), "{session:#}");
     }
-    // Made to be reported, the next one is.
+    // After `probes report`, the next run is reported.
     let id = probe["id"].as_str().context("an ID")?;
     let set = node.driftd(&["probes", "report", id])?;
     ensure!(set.status.success(), "{set:?}");
@@ -794,25 +787,25 @@ fn a31_debug(node: &Node) -> anyhow::Result<()> {
     })?;
     let finding = only(&findings, "session.interactive")?;
     assert_eq!(finding["session"], session["id"]);
-    // Who types there is in that session.
-    let mut person = node.cri().attach(&debugger)?;
-    person.types("/bin/ls /\n")?;
-    // The shell itself is counted if it was known for a container's when it began.
+    // Input there belongs to that session.
+    let mut user = node.cri().attach(&debugger)?;
+    user.types("/bin/ls /\n")?;
+    // The shell itself is a command if driftd knew its container when it began.
     wait_for("what was typed", || {
-        let told = node.answer(&["sessions", "-c", &debugger])?;
-        ensure!(told.len() == 1, "{told:#?}");
+        let reported = node.answer(&["sessions", "-c", &debugger])?;
+        ensure!(reported.len() == 1, "{reported:#?}");
         let id = session["id"].as_str().context("a session has an ID")?;
-        let story = node.answer(&["show", id])?.into_iter().next().context("no story")?;
-        Ok(commands(&story).last().is_some_and(|last| last.starts_with("/bin/ls")).then_some(()))
+        let shown = node.answer(&["show", id])?.into_iter().next().context("no session")?;
+        Ok(commands(&shown).last().is_some_and(|last| last.starts_with("/bin/ls")).then_some(()))
     })?;
-    // The container beside which it was put has none, and nobody has entered it.
+    // The other container of the pod has no session, because no process has entered it.
     assert_eq!(sessions(&container)?, Vec::<Value>::new());
     assert_eq!(node.answer(&["findings", "--container", &container.id])?, Vec::<Value>::new());
     node.cri().remove_pod_sandbox(&sandbox)
 }
 
-/// The runtime opens nothing when somebody attaches, and opens everything when it is
-/// started again.
+/// The kubelet's runtime opens no file when a user attaches. It opens them when it is started
+/// again.
 fn attached(node: &Node) -> anyhow::Result<()> {
     let image = pulled_workbench(node)?;
     let (sandbox, _) = node.pod_of(&image)?;
@@ -820,35 +813,36 @@ fn attached(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     node.crash_containerd()?;
     node.start_containerd()?;
-    let mut person = wait_for("containerd to know its containers", || {
+    let mut user = wait_for("containerd to know its containers", || {
         Ok(node.cri().attach(&container.id).ok())
     })?;
-    // Once something was read from a terminal, it is listened to again 5 s later at most.
+    // After a read from a terminal, driftd watches the terminal again within 5 s.
     std::thread::sleep(std::time::Duration::from_secs(6));
-    person.types("/bin/ls /\n")?;
+    user.types("/bin/ls /\n")?;
     let session = wait_for("the session", || Ok(sessions(&container)?.into_iter().next()))?;
     assert_eq!(
         (&session["entry"], &session["interactive"], &session["client"]),
         (&"attach".into(), &"terminal".into(), &"cri".into())
     );
     assert_eq!(session["process"]["argv"], serde_json::json!(["/bin/sh"]), "{session:#}");
-    person.types("/bin/cp /.control/x /tmp/x; /tmp/x\n")?;
-    let findings = container.told(&["critical exec.new /tmp/x", "medium session.interactive"])?;
+    user.types("/bin/cp /.control/x /tmp/x; /tmp/x\n")?;
+    let findings =
+        container.expect_findings(&["critical exec.new /tmp/x", "medium session.interactive"])?;
     for finding in &findings {
         assert_eq!(finding["session"], session["id"], "{finding:#}");
     }
-    drop(person);
-    // Somebody else soon after is not told apart.
-    let mut person = node.cri().attach(&container.id)?;
-    person.types("/bin/cat /etc/passwd\nexit\n")?;
+    drop(user);
+    // A second user soon after is the same session.
+    let mut user = node.cri().attach(&container.id)?;
+    user.types("/bin/cat /etc/passwd\nexit\n")?;
     let session = closed(&container, 1)?.remove(0);
-    let story = story_of(node, &session, 4)?;
+    let shown = show(node, &session, 4)?;
     let copied = "/bin/cp /.control/x /tmp/x";
-    assert_ran(&story, &["/bin/ls /", copied, "/tmp/x", "/bin/cat /etc/passwd"]);
+    assert_ran(&shown, &["/bin/ls /", copied, "/tmp/x", "/bin/cat /etc/passwd"]);
     node.cri().remove_pod_sandbox(&sandbox)
 }
 
-/// Times, numbers of processes and IDs are other ones each time.
+/// Replaces what differs in each run: times, terminals and IDs.
 fn reviewed(text: &str) -> String {
     let mut lines = Vec::new();
     for line in text.lines() {
@@ -870,7 +864,7 @@ fn reviewed(text: &str) -> String {
             }
         }
         let line = words.join(" ");
-        // How long it took.
+        // How long a command ran.
         let line = match line.split_once(" after ") {
             Some((before, after)) if after.ends_with(')') => format!("{before} after A WHILE)"),
             Some((before, _)) => format!("{before} after A WHILE"),
@@ -881,11 +875,11 @@ fn reviewed(text: &str) -> String {
     lines.join("\n")
 }
 
-fn story(node: &Node) -> anyhow::Result<()> {
+fn timeline(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay_payload("payload")?;
-    let mut person = Person::in_container(&container, "intruder")?;
-    // As somebody would who fetches a program, runs it and covers the traces.
+    let mut user = User::in_container(&container, "intruder")?;
+    // An intruder fetches a program, runs it and removes it.
     for command in [
         "/bin/cat /.control/payload > /tmp/.x",
         "/bin/chmod 755 /tmp/.x",
@@ -893,24 +887,25 @@ fn story(node: &Node) -> anyhow::Result<()> {
         "/bin/rm /tmp/.x",
         "/usr/bin/touch /.control/done-here",
     ] {
-        person.types(&format!("{command}\n"))?;
+        user.types(&format!("{command}\n"))?;
         thread::sleep(Duration::from_millis(300));
     }
     made(&container, "done-here")?;
-    person.types("exit 0\n")?;
-    person.leaves()?;
+    user.types("exit 0\n")?;
+    user.leaves()?;
     let session = closed(&container, 1)?.remove(0);
-    let findings = container.told(&["critical exec.new /tmp/.x", "medium session.interactive"])?;
+    let findings =
+        container.expect_findings(&["critical exec.new /tmp/.x", "medium session.interactive"])?;
     let run = only(&findings, "exec.new")?;
-    // Linked both ways.
+    // The finding names the session, and the session the finding.
     assert_eq!(run["session"], session["id"]);
     let session = &sessions(&container)?[0];
     assert_eq!(session["findings"], serde_json::json!([run["id"]]), "{session:#}");
 
-    story_of(node, session, 6)?;
+    show(node, session, 6)?;
     let output = node.driftd(&["timeline", &container.id])?;
     let text = String::from_utf8(output.stdout)?;
-    // It may have begun before its marks were in place, and other trials flood the node.
+    // It may have begun before its marks were in place, and other tests flood the node.
     let is_others = |line: &str| line.contains("  gap ") && line.contains(" (any container): ");
     let is_own_late = |line: &str| line.contains("  gap armed_late: ");
     let lines = text.lines().filter(|line| !is_others(line) && !is_own_late(line));
@@ -926,18 +921,18 @@ DATE TIME UTC    [ID] #4 /tmp/.x (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #5 /bin/rm /tmp/.x (exit 0 after A WHILE)
 DATE TIME UTC    [ID] #6 /usr/bin/touch /.control/done-here (exit 0 after A WHILE)
 DATE TIME UTC  [ID] session closed: exit 0 after A WHILE";
-    // A command's arguments may not be known: then it has none here.
-    let told = reviewed(&text);
-    let is_like = |(told, expected): (&str, &str)| {
+    // If a command's arguments are not known, only its program is listed.
+    let reported = reviewed(&text);
+    let is_like = |(reported, expected): (&str, &str)| {
         let bare = |line: &str| {
             let (command, end) = line.split_once(" (").unwrap_or((line, ""));
             let words: Vec<&str> = command.split(' ').collect();
             let at = words.iter().position(|word| word.starts_with('#'));
             at.map(|at| format!("{} ({end}", words[..words.len().min(at + 2)].join(" ")))
         };
-        told == expected || bare(expected).is_some_and(|bare| told == bare)
+        reported == expected || bare(expected).is_some_and(|bare| reported == bare)
     };
-    let mut lines: Vec<&str> = told.lines().collect();
+    let mut lines: Vec<&str> = reported.lines().collect();
     // The gate's event and the kernel's record of the shell come in either order.
     let is_record_first = lines.get(1).is_some_and(|line| line.contains("] #1 "))
         && lines.get(2).is_some_and(|line| line.contains(" session.interactive "));
@@ -946,6 +941,6 @@ DATE TIME UTC  [ID] session closed: exit 0 after A WHILE";
     }
     let is_same = lines.len() == expected.lines().count()
         && lines.into_iter().zip(expected.lines()).all(is_like);
-    assert!(is_same, "{told}\nexpected\n{expected}\n{text}");
+    assert!(is_same, "{reported}\nexpected\n{expected}\n{text}");
     Ok(())
 }

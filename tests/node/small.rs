@@ -1,5 +1,5 @@
-//! What one event leaves behind for the next: a namespace's number, the process that wrote a
-//! file, the transaction that brought it.
+//! What driftd keeps of one event for the next: a namespace's number, the process that wrote
+//! a file, the package transaction that brought it.
 
 use std::fs;
 use std::path::Path;
@@ -11,35 +11,34 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::aggregation::{INSTALL, installer_layers, package};
 use crate::image::Layer;
 use crate::node::{Container, Node, bench, only, summaries, wait_for};
 use crate::programs;
-use crate::together::{INSTALL, installer_layers, package};
-use crate::{trial, trial_alone};
+use crate::{test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("w02_a_namespace_number_that_is_given_out_again_is_no_containers", namespaces),
-        trial("w12_a_finding_names_the_process_and_the_transaction", complete),
-        trial_alone(
-            "w12_a_writer_that_executed_nothing_is_named_by_what_runs_since_before",
+        test("w02_a_namespace_number_that_is_reused_belongs_to_no_container", namespaces),
+        test("w12_a_finding_names_the_process_and_the_transaction", complete),
+        test_alone(
+            "w12_a_writer_that_executed_nothing_is_named_by_its_parents_program",
             "",
             forked,
         ),
-        trial("w18_a_kernel_module_is_reported_and_an_object_file_is_not", modules),
-        trial("r13_drivers_that_the_runtime_binds_are_a_few_lines", drivers),
+        test("w18_a_kernel_module_is_reported_and_an_object_file_is_not", modules),
+        test("r13_drivers_that_the_runtime_binds_are_a_few_findings", drivers),
     ]
 }
 
 fn namespaces(node: &Node) -> anyhow::Result<()> {
-    // Others on this machine may be given the numbers.
-    let ended = (0..5).find_map(|_| is_given_out_again(node).transpose());
-    let ended = ended.context("no number of a namespace was given out again")??;
-    // Whatever was recorded before this has been read by then.
+    // Other processes on this machine may get the numbers.
+    let ended = (0..5).find_map(|_| is_reused(node).transpose());
+    let ended = ended.context("no number of a namespace was reused")??;
+    // When this is reported, all earlier records have been read.
     let other = node.container()?;
-    other.lay_payload("x")?;
-    other.sh("cp /.control/x /tmp/x; /tmp/x")?;
-    other.told(&["critical exec.new /tmp/x"])?;
+    other.run_dropped("x")?;
+    other.expect_findings(&["critical exec.new /tmp/x"])?;
     let findings = ended.findings()?;
     ensure!(findings.is_empty(), "{findings:#?}");
     let sessions = node.answer(&["sessions", "-c", &ended.id])?;
@@ -47,23 +46,23 @@ fn namespaces(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends a container's init, and makes namespaces at once. `None`: none of them has a number
-/// that the container had.
-fn is_given_out_again(node: &Node) -> anyhow::Result<Option<Container<'_>>> {
+/// Ends a container's init, and makes namespaces at once. Returns the container if one of them
+/// has a number that the container had.
+fn is_reused(node: &Node) -> anyhow::Result<Option<Container<'_>>> {
     let container = node.container()?;
     let init = container.init()?;
     let names = ["mnt", "pid"].map(|kind| fs::read_link(format!("/proc/{init}/ns/{kind}")));
     kill(Pid::from_raw(init), Signal::SIGKILL)?;
-    // From before the end of init on, and before containerd reports it; each for as long as
-    // it takes to look at it.
+    // They are made while init ends and before containerd reports it. Each lives long enough to
+    // be examined.
     let given = "readlink /proc/self/ns/mnt /proc/self/ns/pid; sleep 0.5";
-    let strangers = (0..24).map(|_| {
+    let others = (0..24).map(|_| {
         let mut command = Command::new("unshare");
         command.args(["-m", "-p", "-f", "sh", "-c", given]).stdout(Stdio::piped()).spawn()
     });
     let mut is_same = false;
-    for stranger in strangers.collect::<Result<Vec<_>, _>>()? {
-        let given = String::from_utf8(stranger.wait_with_output()?.stdout)?;
+    for other in others.collect::<Result<Vec<_>, _>>()? {
+        let given = String::from_utf8(other.wait_with_output()?.stdout)?;
         let has = |name: &std::io::Result<std::path::PathBuf>| {
             name.as_ref().is_ok_and(|name| given.lines().any(|line| Path::new(line) == name))
         };
@@ -116,24 +115,25 @@ fn complete(node: &Node) -> anyhow::Result<()> {
         "{INSTALL}\n/usr/bin/mapper {one}; /usr/bin/mapper {two} & /usr/bin/mapper {three}\n\
          wait; /usr/bin/nmap; /usr/bin/nmap-helper"
     ))?;
-    // Beside it: written by a process that ends at once, by a shell, and run later.
+    // Besides: files that a short process and a shell write, and that run later.
     container.lay_payload("x")?;
     container
         .sh("cp /.control/x /tmp/x; printf '#!/bin/sh\\nsleep 0.3\\n' > /tmp/s; chmod +x /tmp/s")?;
-    let is_told = |findings: &[Value], kind: &str, path: &str| {
+    let is_reported = |findings: &[Value], kind: &str, path: &str| {
         findings.iter().any(|one| one["kind"] == kind && one["file"]["path"] == path)
     };
     wait_for("what was written", || {
         let findings = container.findings()?;
-        let all = ["/tmp/x", "/tmp/s"].iter().all(|path| is_told(&findings, "file.added", path));
+        let all =
+            ["/tmp/x", "/tmp/s"].iter().all(|path| is_reported(&findings, "file.added", path));
         Ok(all.then_some(()))
     })?;
     container.sh("/tmp/x; /tmp/s")?;
     let findings = wait_for("what was run", || {
         container.diff()?;
         let findings = container.findings()?;
-        let all = is_told(&findings, "exec.new", "/tmp/x")
-            && is_told(&findings, "exec.script", "/tmp/s")
+        let all = is_reported(&findings, "exec.new", "/tmp/x")
+            && is_reported(&findings, "exec.script", "/tmp/s")
             && findings.iter().any(|one| one["kind"] == "library.loaded");
         Ok(all.then_some(findings))
     })?;
@@ -165,7 +165,7 @@ fn complete(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Shells that execute nothing and end at once, of one that ran before it was watched.
+/// Forks of a shell that ran before driftd did; they execute nothing and end at once.
 fn forked(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     node.stop_driftd()?;
@@ -197,7 +197,9 @@ fn modules(node: &Node) -> anyhow::Result<()> {
         "cp /.control/module /tmp/x.ko; cp /.control/module /tmp/unnamed\n\
          cp /.control/object /tmp/main.o; cp /.control/object /tmp/main.ko; chmod 755 /tmp/main.ko",
     )?;
-    container.told(&["low file.added /tmp/unnamed", "low file.added /tmp/x.ko"]).map(drop)
+    container
+        .expect_findings(&["low file.added /tmp/unnamed", "low file.added /tmp/x.ko"])
+        .map(drop)
 }
 
 /// An object file as the compiler of this machine writes it.
@@ -247,17 +249,17 @@ fn drivers(node: &Node) -> anyhow::Result<()> {
     ))?;
     container.lay_payload("evil")?;
     container.sh("cat /.control/evil > /tmp/evil.so; /usr/bin/mapper /tmp/evil.so")?;
-    let findings = wait_for("the library of somebody else", || {
+    let findings = wait_for("the library of another process", || {
         let findings = container.findings()?;
-        let is_told = findings.iter().any(|one| one["file"]["path"] == "/tmp/evil.so");
-        Ok(is_told.then_some(findings))
+        let is_reported = findings.iter().any(|one| one["file"]["path"] == "/tmp/evil.so");
+        Ok(is_reported.then_some(findings))
     })?;
     let loud: Vec<String> =
         summaries(&findings).into_iter().filter(|line| !line.starts_with("info ")).collect();
     ensure!(loud.len() <= 4, "{findings:#?}");
     let high: Vec<&String> = loud.iter().filter(|line| line.starts_with("high ")).collect();
     ensure!(high == ["high library.loaded /tmp/evil.so"], "{loud:#?}");
-    // Nothing of it is lost.
+    // No file of it is lost.
     let files = |kind: &str| -> u64 {
         let of_kind = findings.iter().filter(|one| one["kind"] == kind);
         of_kind.map(|one| one["files"].as_u64().unwrap_or(1)).sum()

@@ -1,6 +1,6 @@
 //! Where baselines come from: the directories that a snapshotter has unpacked,
 //! the blobs of the content store, archives. Whatever the source and however a
-//! layer is packed, the baseline is the same, and it is what the image holds.
+//! layer is packed, the baseline is the same, and it equals the image.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -17,15 +17,15 @@ use serde_json::Value;
 use crate::image::{Digests, Image, Layer, Packing};
 use crate::node::{Node, Setup, known_as, talk, wait_for};
 use crate::programs::{find, machine_files};
-use crate::{registry, trial, trial_alone};
+use crate::{registry, test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("any_packing_from_any_source_is_one_baseline", "", every_packing),
-        trial_alone("a_real_image_is_one_baseline_from_any_source", "", real_image),
-        trial("an_image_pulled_from_a_registry_is_proved", pulled),
-        trial("an_image_that_was_not_unpacked_is_recorded_from_its_blobs", not_unpacked),
-        trial("an_index_stands_for_the_image_of_this_machine", index),
+        test_alone("any_packing_from_any_source_is_one_baseline", "", every_packing),
+        test_alone("a_real_image_is_one_baseline_from_any_source", "", real_image),
+        test("an_image_pulled_from_a_registry_is_proved", pulled),
+        test("an_image_that_was_not_unpacked_is_recorded_from_its_blobs", not_unpacked),
+        test("an_index_stands_for_the_image_of_this_machine", index),
     ]
 }
 
@@ -36,13 +36,13 @@ fn long(letter: &str, length: usize) -> String {
     letter.repeat(length)
 }
 
-/// Most of the 4,096 bytes that a path may have, through directories that no entry
-/// speaks of.
+/// A path of almost 4,096 bytes, which is the limit, through directories without an entry of
+/// their own.
 fn deep() -> String {
     format!("/deep{}/file", format!("/{}", long("d", 99)).repeat(37))
 }
 
-/// `mark` makes the layer's content, and so its name, its own.
+/// A layer whose content, and so its digest, `mark` makes its own.
 fn odd_bottom(mark: &str, scratch: &Path) -> anyhow::Result<Layer> {
     let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let layer = Layer::new()
@@ -89,7 +89,7 @@ fn odd_bottom(mark: &str, scratch: &Path) -> anyhow::Result<Layer> {
         .file("/odd/back\\slash", 0o644, b"slash")
         .file("/odd/\x1b[31mred", 0o644, b"red")
         .file("/odd/ leading and trailing ", 0o644, b"spaces")
-        // Directories that nobody made.
+        // Directories without an entry.
         .file("/implied/a/b/c/file", 0o644, b"implied")
         .file(deep(), 0o644, b"deep")
         .directory("/var", 0o755)
@@ -142,8 +142,8 @@ fn odd_top(mark: &str) -> Layer {
         .file("/etc/twice", 0o644, b"once more")
 }
 
-/// Files with holes: at the beginning, in the middle, at the end, and all of it.
-/// containerd refuses GNU's own format for them.
+/// Files with holes: at the beginning, in the middle, at the end, and of holes only. As PAX,
+/// because containerd refuses GNU's own format for them.
 fn sparse_files(scratch: &Path) -> anyhow::Result<PathBuf> {
     use std::os::unix::fs::FileExt as _;
     let directory = scratch.join("sparse");
@@ -170,7 +170,7 @@ fn sparse_files(scratch: &Path) -> anyhow::Result<PathBuf> {
 
 // ---- comparing
 
-/// The image's file, its name and what is in it.
+/// An image's file, its name and its digests.
 struct Archive {
     file: PathBuf,
     name: String,
@@ -192,7 +192,7 @@ fn every_packing(node: &Node) -> anyhow::Result<()> {
         .collect::<anyhow::Result<_>>()?;
     let trees = same_from_every_source(node, &archives)?;
 
-    // That the trees are what they should be, and not all wrong in the same way.
+    // The trees are right, and not all wrong in the same way.
     for (archive, files) in archives.iter().zip(trees) {
         let has = |path: &str| files.contains_key(path.as_bytes());
         let name = &archive.name;
@@ -263,8 +263,8 @@ fn real_image(node: &Node) -> anyhow::Result<()> {
 }
 
 /// Records the images from all sources, compares every byte of the baselines, and
-/// compares them with what `b3sum` says of the mounted images. Hands back the files
-/// of each image with their hashes.
+/// compares them with what `b3sum` reads in the mounted images. Returns the files of each
+/// image with their hashes.
 fn same_from_every_source(
     from_directories: &Node,
     archives: &[Archive],
@@ -304,7 +304,10 @@ fn same_from_every_source(
             ensure!(output.status.success(), "{}", talk(&output));
             Ok(output.stdout)
         };
-        ensure!(exported(from_directories)? == exported(&from_blobs)?, "{name} is exported twice");
+        ensure!(
+            exported(from_directories)? == exported(&from_blobs)?,
+            "the exports of {name} differ"
+        );
         trees.push(export_equals_mount(from_directories, name)?);
     }
 
@@ -328,7 +331,7 @@ pub(crate) fn layer_in(store: &Path, diff_id: &str) -> anyhow::Result<Vec<u8>> {
     fs::read(&file).with_context(|| format!("no {}", file.display()))
 }
 
-/// The first line in which what two nodes say of an image differs, for people.
+/// The first line in which two nodes' exports of an image differ, for a message.
 fn first_difference(a: &Node, b: &Node, image: &str) -> anyhow::Result<String> {
     let of =
         |node: &Node| -> anyhow::Result<Vec<Value>> { node.answer(&["baseline", "export", image]) };
@@ -340,8 +343,8 @@ fn first_difference(a: &Node, b: &Node, image: &str) -> anyhow::Result<String> {
     })
 }
 
-/// Compares `baseline export` with what `b3sum` says of the mounted image, and
-/// hands the files back with their hashes.
+/// Compares `baseline export` with what `b3sum` reads in the mounted image, and returns the
+/// files with their hashes.
 pub(crate) fn export_equals_mount(
     node: &Node,
     image: &str,
@@ -421,12 +424,12 @@ fn not_unpacked(node: &Node) -> anyhow::Result<()> {
         .layer(Layer::new().file("/etc/two", 0o644, b"two, packed"), Packing::Zstd)
         .write(&file)?;
     node.ctr(&["images", "import", "--no-unpack", &file.to_string_lossy()])?;
-    // An unpack that may come is waited for a while, but not by whoever asks.
+    // driftd waits for an unpack for a while, but not when a client asks for the baseline.
     let recorded = node.driftd(&["baseline", "record", name])?;
     ensure!(recorded.status.success(), "{}", talk(&recorded));
     node.wait_until_known_as(name, "verified")?;
 
-    // Unpacked later, it is the same, and nothing is recorded again.
+    // Unpacked later, it is the same baseline, and it is not recorded again.
     let before = node.baseline_of(name)?.context("it was recorded")?["recorded_at"].clone();
     let files = export_equals_mount(node, name)?;
     assert_eq!(files.len(), 2);
@@ -452,7 +455,7 @@ fn index(node: &Node) -> anyhow::Result<()> {
         !problems.to_string().contains("of-many-platforms"),
         "the provenance is taken for an image: {problems:#}"
     );
-    // A tag that moves on takes the name along, and leaves the layers known.
+    // When the tag moves, the name moves with it; the layers stay known.
     let moved = Image::new(name)
         .layer(Layer::new().file("/bin/one", 0o755, b"#!/bin/sh\necho moved\n"), Packing::Gzip)
         .write(&file)?;

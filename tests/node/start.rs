@@ -1,5 +1,5 @@
-//! The start and the end of containers: armed before the entry point runs, let go
-//! when it has ended, and never held by a driftd that is stuck or gone.
+//! The start and the end of containers: they are armed before the entry point runs, released
+//! when they have ended, and never held by a driftd that hangs or is gone.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -10,8 +10,9 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
+use crate::commands::state_in;
 use crate::node::{DEADLINE, KUBERNETES, Node, Setup, bench, wait_for};
-use crate::{executable, programs, trial_alone, trial_on};
+use crate::{executable, programs, test_alone, test_on};
 
 const STRICT: Setup = Setup {
     driftd: "arm = \"strict\"\nruntimes = [\"{node}/bin/runc\"]",
@@ -20,16 +21,16 @@ const STRICT: Setup = Setup {
     unwatched: None,
 };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_on("strict_arms_every_container_before_its_entry_point", STRICT, strict),
-        trial_alone("events_arm_nearly_every_container_and_say_which", "", by_events),
-        trial_on("a_pods_containers_are_armed_before_they_start", STRICT_PODS, pods),
-        trial_on("a_runtime_that_was_upgraded_is_still_listened_to", STRICT, upgraded),
-        trial_on("a_runtime_within_a_container_is_not_held", STRICT, runtime_inside),
-        trial_alone("a_busy_container_is_removed_and_nothing_stays", "", removed),
-        trial_alone("a_huge_program_is_told_without_a_hash_and_keeps_nobody_waiting", "", huge),
-        trial_on("containers_start_while_driftd_is_stopped_or_killed", STRICT, stopped),
+        test_on("strict_arms_every_container_before_its_entry_point", STRICT, strict),
+        test_alone("events_arm_nearly_every_container_and_driftd_reports_which", "", by_events),
+        test_on("a_pods_containers_are_armed_before_they_start", STRICT_PODS, pods),
+        test_on("a_runtime_that_was_upgraded_is_still_watched", STRICT, upgraded),
+        test_on("a_runtime_within_a_container_is_not_held", STRICT, runtime_inside),
+        test_alone("a_busy_container_is_removed_and_leaves_nothing", "", removed),
+        test_alone("a_huge_program_is_reported_without_a_hash_and_delays_no_other", "", huge),
+        test_on("containers_start_while_driftd_is_stopped_or_killed", STRICT, stopped),
     ]
 }
 
@@ -62,15 +63,11 @@ impl Drop for Load {
 /// Exits within a millisecond or two.
 const SHORT: &str = "/usr/bin/app";
 
-/// Starts a container whose entry point was changed since the image, and lives for
-/// a millisecond; hands back its name.
+/// Starts a container whose entry point differs from the image and lives for a millisecond.
+/// Returns its ID.
 fn start_changed(node: &Node) -> anyhow::Result<String> {
     let id = node.run_plainly(&[], &[SHORT])?;
-    wait_for("the first run to end", || {
-        let tasks = node.ctr(&["tasks", "ls"])?;
-        let stopped = tasks.lines().any(|line| line.starts_with(&id) && line.contains("STOPPED"));
-        Ok(stopped.then_some(()))
-    })?;
+    wait_until_stopped(node, &id)?;
     node.ctr(&["tasks", "rm", &id])?;
     let upper = node.upperdir(&id)?;
     let entry = upper.join(SHORT.trim_start_matches('/'));
@@ -81,7 +78,22 @@ fn start_changed(node: &Node) -> anyhow::Result<String> {
     Ok(id)
 }
 
-/// Whether driftd says that a container was armed before it started.
+fn wait_until_stopped(node: &Node, id: &str) -> anyhow::Result<()> {
+    wait_for(&format!("the task of {id} to end"), || {
+        let tasks = node.ctr(&["tasks", "ls"])?;
+        Ok((state_in(&tasks, id) == Some("STOPPED")).then_some(()))
+    })
+}
+
+/// Starts several such containers on a busy machine; returns their IDs.
+fn start_many_changed(node: &Node) -> anyhow::Result<Vec<String>> {
+    // The baseline exists from now on.
+    node.container()?;
+    let _load = Load::start()?;
+    (0..STARTS).map(|_| start_changed(node)).collect()
+}
+
+/// Whether driftd reports that a container was armed before it started.
 fn armed(node: &Node, id: &str) -> anyhow::Result<bool> {
     let known = node.answer(&["containers"])?;
     let container = known.iter().find(|container| container["id"] == id);
@@ -98,18 +110,11 @@ fn seen(node: &Node, id: &str) -> anyhow::Result<bool> {
 const STARTS: usize = 30;
 
 fn strict(node: &Node) -> anyhow::Result<()> {
-    // Its baseline is there from now on.
-    node.container()?;
-    let load = Load::start()?;
-    let mut ids = Vec::new();
-    for _ in 0..STARTS {
-        ids.push(start_changed(node)?);
-    }
-    drop(load);
+    let ids = start_many_changed(node)?;
     let mut late = 0;
     for id in &ids {
-        // A start is held for half a second at most: then it is let run, and named.
-        let is_late = wait_for(&format!("the entry point of {id} to be told"), || {
+        // A start is held for half a second at most. Then the container runs, and is named.
+        let is_late = wait_for(&format!("the entry point of {id} to be reported"), || {
             let is_late = !armed(node, id)? && node.losses("armed_late")? > late;
             Ok((is_late || seen(node, id)?).then_some(is_late))
         })?;
@@ -121,14 +126,8 @@ fn strict(node: &Node) -> anyhow::Result<()> {
 }
 
 fn by_events(node: &Node) -> anyhow::Result<()> {
-    node.container()?;
-    let load = Load::start()?;
-    let mut ids = Vec::new();
-    for _ in 0..STARTS {
-        ids.push(start_changed(node)?);
-    }
-    drop(load);
-    // The last one's events have come; which ones have been lost is the question.
+    let ids = start_many_changed(node)?;
+    // By then the events of the last one have come.
     let (mut were_armed, mut were_seen) = (0, 0);
     thread::sleep(Duration::from_secs(5));
     for id in &ids {
@@ -163,10 +162,10 @@ fn upgraded(node: &Node) -> anyhow::Result<()> {
     node.container()?;
     for _ in 0..3 {
         node.renew_runtime()?;
-        // driftd looks four times a second.
+        // driftd checks the runtimes four times a second.
         thread::sleep(Duration::from_secs(1));
         let id = start_changed(node)?;
-        wait_for("the entry point to be told", || Ok(seen(node, &id)?.then_some(())))?;
+        wait_for("the entry point to be reported", || Ok(seen(node, &id)?.then_some(())))?;
         ensure!(armed(node, &id)?, "not armed after the upgrade");
     }
     assert_eq!(node.losses("armed_late")?, 0);
@@ -176,7 +175,7 @@ fn upgraded(node: &Node) -> anyhow::Result<()> {
 fn runtime_inside(node: &Node) -> anyhow::Result<()> {
     let runtime = format!("type=bind,src={},dst=/mnt,options=rbind:ro", node.path("bin").display());
     let container = node.container_with(&["--mount", &runtime])?;
-    // A process that calls itself a shim, and would have its words believed.
+    // A process that calls itself a shim.
     let commands = "cp $(command -v bash) /tmp/containerd-shim-runc-v2; i=0
         while [ $i -lt 20 ]; do
             /tmp/containerd-shim-runc-v2 -c '/mnt/runc --version' -namespace x -address y \
@@ -188,7 +187,7 @@ fn runtime_inside(node: &Node) -> anyhow::Result<()> {
     let took = began.elapsed();
     ensure!(took < Duration::from_secs(5), "20 runs took {took:?}");
     assert_eq!(node.losses("armed_late")?, 0);
-    // From the host's own shell, the same.
+    // A runtime that a shell of the host starts is not held either.
     let began = Instant::now();
     let output = Command::new(node.path("bin/runc")).arg("--version").output()?;
     ensure!(output.status.success(), "{output:?}");
@@ -212,14 +211,8 @@ fn stopped(node: &Node) -> anyhow::Result<()> {
         // The guardian has ended a driftd that was stopped.
         assert_eq!(node.driftd_ended(DEADLINE)?, Some(Signal::SIGKILL));
         node.start_driftd()?;
-        wait_for("driftd to watch it", || {
-            let known = node.answer(&["containers"])?;
-            Ok(known
-                .iter()
-                .any(|container| container["id"] == id.as_str() && container["watched"] == true)
-                .then_some(()))
-        })?;
-        // It runs already, and that is no failure to arm it.
+        node.wait_until_watched(&id)?;
+        // It ran before driftd, which is no failure to arm it.
         ensure!(!armed(node, &id)?, "{id} ran before driftd did");
         assert_eq!(node.losses("armed_late")?, 0);
     }
@@ -250,25 +243,20 @@ fn removed(node: &Node) -> anyhow::Result<()> {
         Ok(all.lines().filter(|line| line.contains(place.to_str().unwrap_or("/"))).count())
     };
     let mounts_before = mounts()?;
-    // New programs as fast as can be, and a large one that takes long to hash.
+    // New programs as fast as possible, and a large one that takes long to hash.
     let commands = "cp /bin/busybox /tmp/large; dd if=/dev/zero of=/tmp/large bs=1 count=0 \
         seek=900M 2>/dev/null; /tmp/large true; i=0
         while :; do cp /bin/busybox /tmp/b$i; echo $i >> /tmp/b$i; /tmp/b$i true; i=$((i+1)); done";
     for _ in 0..8 {
         let id = node.run_plainly(&[], &["/bin/sh", "-c", commands])?;
-        wait_for("drift to be told", || {
+        wait_for("drift to be reported", || {
             Ok((!node.answer(&["findings", "--container", &id])?.is_empty()).then_some(()))
         })?;
         node.ctr(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-        wait_for("its end", || {
-            let tasks = node.ctr(&["tasks", "ls"])?;
-            let is_over =
-                tasks.lines().any(|line| line.starts_with(&id) && line.contains("STOPPED"));
-            Ok(is_over.then_some(()))
-        })?;
+        wait_until_stopped(node, &id)?;
         node.ctr(&["tasks", "rm", &id])?;
         node.ctr(&["containers", "rm", &id])?;
-        // Whatever was busy would show in containerd's log and keep its place.
+        // A busy mount would stay, and be named in containerd's log.
         assert_eq!(mounts()?, mounts_before);
     }
     let log = fs::read_to_string(node.path("containerd.log"))?;
@@ -288,20 +276,20 @@ fn huge(node: &Node) -> anyhow::Result<()> {
          /tmp/huge; /tmp/large; cp /.control/x /tmp/small; /tmp/small",
     )?;
     let began = Instant::now();
-    let told = |path: &str| -> anyhow::Result<serde_json::Value> {
-        wait_for(&format!("{path} to be told"), || {
+    let reported = |path: &str| -> anyhow::Result<serde_json::Value> {
+        wait_for(&format!("{path} to be reported"), || {
             let findings = container.findings()?;
             Ok(findings
                 .into_iter()
                 .find(|finding| finding["kind"] == "exec.new" && finding["file"]["path"] == path))
         })
     };
-    let huge = told("/tmp/huge")?;
+    let huge = reported("/tmp/huge")?;
     assert_eq!(huge["file"]["unhashed"], "size", "{huge:#}");
     assert_eq!(huge["file"]["blake3"], serde_json::Value::Null, "{huge:#}");
-    told("/tmp/small")?;
-    eprintln!("a small program was told {:?} after a large one", began.elapsed());
-    let large = told("/tmp/large")?;
+    reported("/tmp/small")?;
+    eprintln!("a small program was reported after {:?}, behind a large one", began.elapsed());
+    let large = reported("/tmp/large")?;
     ensure!(large["file"]["blake3"].is_string(), "{large:#}");
     Ok(())
 }

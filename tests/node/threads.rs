@@ -1,5 +1,5 @@
-//! Every thread beats, stops drain, and losses are honest: one that is held is
-//! replaced or ends the daemon, and what was executed before a stop is in the history.
+//! Threads that hang are replaced, or end the daemon. Executions from before a stop are in the
+//! history, or counted as lost.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -14,17 +14,17 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::node::{Node, bench, wait_for, wait_within};
-use crate::{programs, trial_alone};
+use crate::{programs, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("h05_what_was_executed_before_a_stop_is_kept_or_counted", "", h05_stop),
-        trial_alone("x02_a_thread_that_hangs_is_named_and_replaced", "", x02_replaced),
-        // Longer than the others may take: the daemon is patient with a thread.
-        trial_alone("x02_a_thread_that_nobody_can_replace_ends_the_daemon", "", x02_ends)
+        test_alone("h05_what_was_executed_before_a_stop_is_kept_or_counted", "", h05_stop),
+        test_alone("x02_a_thread_that_hangs_is_named_and_replaced", "", x02_replaced),
+        // It takes longer than the others may: the daemon waits long for a thread.
+        test_alone("x02_a_thread_that_cannot_be_replaced_ends_the_daemon", "", x02_ends)
             .with_ignored_flag(true),
-        trial_alone("h08_a_container_is_marked_while_the_pipeline_waits", "", h08_fast_lane),
-        trial_alone("h02_the_view_is_incomplete_while_a_loss_lasts", "", h02_lasting),
+        test_alone("h08_a_container_is_marked_while_the_pipeline_waits", "", h08_fast_lane),
+        test_alone("h02_the_view_is_incomplete_while_a_loss_lasts", "", h02_lasting),
     ]
 }
 
@@ -41,7 +41,7 @@ pub(crate) fn thread_of(node: &Node, name: &str) -> anyhow::Result<PathBuf> {
         .with_context(|| format!("there is no thread {name}"))
 }
 
-/// A thread of the daemon that is stopped, alone among all of them.
+/// One thread of the daemon that is stopped, while all others run.
 struct Held(Child);
 
 impl Held {
@@ -86,7 +86,7 @@ fn problems(status: &Value) -> String {
     status["problems"].to_string()
 }
 
-/// How many items the stages of the last stop have left, by their log lines.
+/// How many items the stages of the stop have left, by their log lines.
 fn left(log: &str) -> u64 {
     log.lines()
         .filter(|line| line.contains("a stop leaves") || line.contains("leaves something undone"))
@@ -106,7 +106,7 @@ fn h05_stop(node: &Node) -> anyhow::Result<()> {
     container.sh(&format!("i=0; while [ $i -lt {PROGRAMS} ]; do /opt/t$i; i=$((i+1)); done"))?;
     let daemon = node.driftd_pid()?;
     kill(daemon, Signal::SIGTERM)?;
-    // Whoever is impatient asks twice.
+    // A second signal changes nothing.
     kill(daemon, Signal::SIGTERM)?;
     ensure!(node.driftd_ended(Duration::from_secs(20))?.is_none(), "it did not end by itself");
     let log = log(node)?;
@@ -120,21 +120,21 @@ fn h05_stop(node: &Node) -> anyhow::Result<()> {
     let is_error = |line: &&str| line.contains(" ERROR ") && !line.contains("driftd::findings");
     assert_eq!(log.lines().find(is_error), None, "a stop is no error");
     node.start_driftd()?;
-    let told = container.findings()?;
-    let told = told.iter().filter(|finding| finding["kind"] == "exec.new").count();
+    let reported = container.findings()?;
+    let reported = reported.iter().filter(|finding| finding["kind"] == "exec.new").count();
     let left = left(&log);
     ensure!(
-        told as u64 + left >= PROGRAMS as u64,
-        "of {PROGRAMS} programs {told} were kept, and {left} counted"
+        reported as u64 + left >= PROGRAMS as u64,
+        "of {PROGRAMS} programs {reported} were kept, and {left} counted"
     );
     // The machine is slow, but not that slow.
-    ensure!(told > PROGRAMS / 4, "{told} of {PROGRAMS} were kept");
+    ensure!(reported > PROGRAMS / 4, "{reported} of {PROGRAMS} were kept");
     Ok(())
 }
 
 fn x02_replaced(node: &Node) -> anyhow::Result<()> {
     let container = node.settled_container()?;
-    // Whoever is late still finds it running.
+    // Long enough to be examined late.
     container.lay("script", b"sleep 2; sleep 1\n")?;
     let held = Held::new(node, "interpreters")?;
     container.sh("cp /.control/script /tmp/script; sh /tmp/script")?;
@@ -147,9 +147,9 @@ fn x02_replaced(node: &Node) -> anyhow::Result<()> {
     let thread = thread.iter().find(|thread| thread["name"] == "interpreters");
     assert_eq!(thread.context("it is not listed")?["stuck"], true, "{status:#}");
     ensure!(node.losses("thread_stuck")? == 1, "{status:#}");
-    // Another thread goes on with what waits, and with what comes.
+    // Another thread goes on with waiting and with new work.
     container.sh("cp /.control/script /tmp/other; sh /tmp/other")?;
-    wait_for("what is interpreted to be told", || {
+    wait_for("what is interpreted to be reported", || {
         let findings = container.findings()?;
         Ok(findings
             .iter()
@@ -157,9 +157,7 @@ fn x02_replaced(node: &Node) -> anyhow::Result<()> {
             .then_some(()))
     })?;
     drop(held);
-    wait_for("the view to be complete again", || {
-        Ok((node.status()?["complete"] == true).then_some(()))
-    })?;
+    node.wait_until_complete()?;
     let gaps = node.status()?["gaps"].to_string();
     ensure!(gaps.contains("thread_stuck"), "{gaps}");
     Ok(())
@@ -168,19 +166,19 @@ fn x02_replaced(node: &Node) -> anyhow::Result<()> {
 fn x02_ends(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let held = Held::new(node, "control")?;
-    // Its trust and entry point are commands that nobody takes.
+    // The thread that would take this container's commands is held.
     let other = node.unwatched_container_of(programs::WORKBENCH)?;
     let began = Instant::now();
     let log = wait_within(Duration::from_secs(60), "the daemon to end", || {
         Ok(Some(log(node)?).filter(|log| log.contains("stage=\"followers\"")))
     })?;
-    ensure!(began.elapsed() > Duration::from_secs(10), "it was not patient");
-    // Whoever holds a thread has to let go of it before its process is gone.
+    ensure!(began.elapsed() > Duration::from_secs(10), "it ended too soon");
+    // The held thread must be released before its process can end.
     drop(held);
     ensure!(node.driftd_ended(Duration::from_secs(10))?.is_none(), "it did not end by itself");
     ensure!(log.contains("left=\"") && log.contains(" control\""), "{log}");
     ensure!(log.contains("the thread `control` has made no progress"), "{log}");
-    // Nothing waits for it.
+    // No program waits for it.
     container.sh("/usr/bin/app")?;
     node.start_driftd()?;
     other.wait_until_watched()
@@ -188,19 +186,19 @@ fn x02_ends(node: &Node) -> anyhow::Result<()> {
 
 fn h08_fast_lane(node: &Node) -> anyhow::Result<()> {
     let held = Held::new(node, "pipeline")?;
-    // It is marked within milliseconds of its start, which may be after its entry point.
+    // It is marked within milliseconds of its start, so the entry point waits first.
     let drop = "sleep 1; cp /usr/bin/tiny /tmp/early; echo evil >>/tmp/early; /tmp/early; \
                 echo done >/tmp/done; exec sleep 60";
     let id = node.run_plainly(&[], &["/bin/sh", "-c", drop])?;
     let upper = node.upperdir(&id)?;
     wait_for("the program to have run", || Ok(upper.join("tmp/done").exists().then_some(())))?;
     std::mem::drop(held);
-    let finding = wait_for("what ran meanwhile to be told", || {
+    let finding = wait_for("what ran meanwhile to be reported", || {
         let findings = node.answer(&["findings", "--container", &id])?;
         Ok(findings.into_iter().find(|finding| finding["kind"] == "exec.new"))
     })?;
     assert_eq!(finding["source"], "gate", "{finding:#}");
-    // Its end comes by both ways too.
+    // Its end is noticed too.
     node.ctr(&["task", "kill", "--signal", "SIGKILL", &id])?;
     wait_for("its end to be noticed", || {
         let containers = node.answer(&["containers"])?;
@@ -214,22 +212,20 @@ fn h08_fast_lane(node: &Node) -> anyhow::Result<()> {
 fn h02_lasting(node: &Node) -> anyhow::Result<()> {
     let container = node.settled_container()?;
     assert_eq!(node.status()?["complete"], true);
-    // Deeper than a walk goes.
+    // Deeper than a scan goes.
     container.sh("d=/tmp; i=0; while [ $i -lt 260 ]; do d=$d/d; mkdir $d; i=$((i+1)); done")?;
-    // Asked for a difference, it says that it has not seen everything.
-    let walk = || node.driftd(&["diff", &container.id]);
-    assert_eq!(walk()?.status.code(), Some(2));
+    // A diff reports that it has not seen everything.
+    let scan = || node.driftd(&["diff", &container.id]);
+    assert_eq!(scan()?.status.code(), Some(2));
     let status = node.status()?;
     assert_eq!(status["complete"], false, "{status:#}");
     ensure!(problems(&status).contains("scan_incomplete"), "{status:#}");
-    // It still is, whatever is looked at in between.
-    assert_eq!(walk()?.status.code(), Some(2));
+    // It stays incomplete after another scan.
+    assert_eq!(scan()?.status.code(), Some(2));
     assert_eq!(node.status()?["complete"], false);
     container.sh("rm -r /tmp/d")?;
-    assert_eq!(walk()?.status.code(), Some(0));
-    wait_for("the view to be complete again", || {
-        Ok((node.status()?["complete"] == true).then_some(()))
-    })?;
+    assert_eq!(scan()?.status.code(), Some(0));
+    node.wait_until_complete()?;
     let status = node.status()?;
     let gap = &status["gaps"][0];
     assert_eq!(gap["name"], "scan_incomplete", "{status:#}");

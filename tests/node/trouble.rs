@@ -1,5 +1,5 @@
-//! What goes wrong on a node: crashes, stops, damaged files, bad settings. The
-//! daemon says what it lost, finds it again, and tells nothing twice.
+//! Trouble on a node: crashes, stops, damaged files, bad settings. The daemon names what it
+//! lost, finds it again, and reports nothing twice.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,23 +16,23 @@ use serde_json::Value;
 use crate::image::Layer;
 use crate::node::{Container, DEADLINE, Node, bench, wait_for};
 use crate::programs::{self, WORKBENCH};
-use crate::{trial_alone, trial_without_node};
+use crate::{test_alone, test_without_node};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_alone("a46_a_restart_during_drift_tells_nothing_twice", "", restarted),
-        trial_alone("kill_9_during_drift_loses_nothing_and_repeats_nothing", "", crashed),
-        trial_alone("containerd_killed_and_restarted_loses_nothing", "", containerd_restarted),
-        trial_alone("containerd_that_is_not_there_yet_is_waited_for", "", containerd_late),
-        trial_alone("a_corrupt_baseline_is_recorded_again", "", corrupt_baseline),
-        trial_alone("a_newer_history_is_refused_by_name", "", newer_history),
-        trial_alone("an_image_with_a_missing_blob_stops_no_other", "", missing_blob),
-        trial_alone("a_second_daemon_is_refused", "", second_daemon),
-        trial_without_node("unreadable_settings_are_refused_by_name", unreadable_settings),
-        trial_without_node("an_unknown_setting_is_refused_by_name", unknown_setting),
-        trial_without_node("a_wrong_socket_is_named", wrong_socket),
-        trial_without_node("without_root_the_daemon_says_so", not_root),
-        trial_without_node("without_fanotify_the_daemon_says_so", no_fanotify),
+        test_alone("a46_a_restart_during_drift_reports_nothing_twice", "", restarted),
+        test_alone("kill_9_during_drift_loses_nothing_and_repeats_nothing", "", crashed),
+        test_alone("containerd_killed_and_restarted_loses_nothing", "", containerd_restarted),
+        test_alone("containerd_that_is_not_there_yet_is_waited_for", "", containerd_late),
+        test_alone("a_corrupt_baseline_is_recorded_again", "", corrupt_baseline),
+        test_alone("a_newer_history_is_refused_by_name", "", newer_history),
+        test_alone("an_image_with_a_missing_blob_stops_no_other", "", missing_blob),
+        test_alone("a_second_daemon_is_refused", "", second_daemon),
+        test_without_node("unreadable_settings_are_refused_by_name", unreadable_settings),
+        test_without_node("an_unknown_setting_is_refused_by_name", unknown_setting),
+        test_without_node("a_wrong_socket_is_named", wrong_socket),
+        test_without_node("without_root_the_daemon_ends_and_names_root", not_root),
+        test_without_node("without_fanotify_the_daemon_ends_and_names_the_capability", no_fanotify),
     ]
 }
 
@@ -44,14 +44,15 @@ fn restarted(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("y")?;
     container.sh("cp /.control/x /tmp/x; /tmp/x; rm /usr/bin/wget")?;
     container.diff()?;
-    let before = container.told(&["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"])?;
+    let before = container
+        .expect_findings(&["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"])?;
 
     node.stop_driftd()?;
     container.sh("cp /.control/y /tmp/y; /tmp/y")?;
     node.start_driftd()?;
     container.wait_until_watched()?;
-    // Nobody saw /tmp/y run, but it is there.
-    let after = container.told(&[
+    // driftd did not see /tmp/y run, but the file is there.
+    let after = container.expect_findings(&[
         "critical exec.new /tmp/x",
         "low file.removed /usr/bin/wget",
         "low file.added /tmp/y",
@@ -59,7 +60,7 @@ fn restarted(node: &Node) -> anyhow::Result<()> {
     same_as_before(&before, &after)
 }
 
-/// Every finding of `before` is in `after`, as it was told then.
+/// Makes sure that every finding of `before` is unchanged in `after`.
 fn same_as_before(before: &[Value], after: &[Value]) -> anyhow::Result<()> {
     let by_id: BTreeMap<&str, &Value> =
         after.iter().filter_map(|finding| Some((finding["id"].as_str()?, finding))).collect();
@@ -69,14 +70,14 @@ fn same_as_before(before: &[Value], after: &[Value]) -> anyhow::Result<()> {
         let new = by_id.get(id).with_context(|| format!("{id} was lost: {old:#}"))?;
         ensure!(new["first_seen"] == old["first_seen"], "{id} began anew: {old:#} {new:#}");
         ensure!(new["count"] == old["count"], "{id} was counted twice: {old:#} {new:#}");
-        ensure!(new["revision"] == old["revision"], "{id} was told twice: {old:#} {new:#}");
+        ensure!(new["revision"] == old["revision"], "{id} was reported twice: {old:#} {new:#}");
     }
     Ok(())
 }
 
 const FLOOD: usize = 120;
 
-/// What was told when the flood is well under way.
+/// The findings when the flood is well under way.
 fn some_of_the_flood(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
     wait_for("some drift", || {
         let findings = container.findings()?;
@@ -84,7 +85,7 @@ fn some_of_the_flood(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
     })
 }
 
-/// Starts dropping and running `FLOOD` programs, each of its own content.
+/// Commands that drop and run `FLOOD` programs, each of its own content.
 fn flood(container: &Container<'_>) -> anyhow::Result<String> {
     container.lay_payload("x")?;
     Ok(format!(
@@ -95,7 +96,7 @@ fn flood(container: &Container<'_>) -> anyhow::Result<String> {
 }
 
 /// Waits for a finding about each of the flood's files, and exactly one.
-fn flood_was_told_once(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
+fn flood_was_reported_once(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
     let mut findings = Vec::new();
     let waited = wait_for("the whole flood", || {
         findings = container.findings()?;
@@ -105,21 +106,21 @@ fn flood_was_told_once(container: &Container<'_>) -> anyhow::Result<Vec<Value>> 
     container.diff()?;
     thread::sleep(Duration::from_millis(500));
     findings = container.findings()?;
-    let mut told: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    let mut reported: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for finding in &findings {
         let path = finding["file"]["path"].as_str().context("no path")?.to_owned();
-        told.entry(path).or_default().push(finding["kind"].as_str().context("no kind")?);
+        reported.entry(path).or_default().push(finding["kind"].as_str().context("no kind")?);
     }
     for number in 0..FLOOD {
-        // Many of one directory that nobody ran would be told together.
+        // In directories of their own: many dropped files of one directory are one finding.
         let path = format!("/tmp/{}/d{number}", number % 10);
-        let kinds = told.remove(&path).unwrap_or_default();
+        let kinds = reported.remove(&path).unwrap_or_default();
         ensure!(
             matches!(kinds[..], ["exec.new" | "file.added"]),
-            "{path} was told as {kinds:?} (waiting: {waited:?})"
+            "{path} was reported as {kinds:?} (waiting: {waited:?})"
         );
     }
-    ensure!(told.is_empty(), "nobody made {told:?}");
+    ensure!(reported.is_empty(), "the flood did not make {reported:?}");
     Ok(findings)
 }
 
@@ -134,8 +135,8 @@ fn crashed(node: &Node) -> anyhow::Result<()> {
     node.start_driftd()?;
     running.finish(DEADLINE)?;
     container.wait_until_watched()?;
-    let after = flood_was_told_once(&container)?;
-    // The last ones may have been told again on their own account just before.
+    let after = flood_was_reported_once(&container)?;
+    // A dropped file may have got another finding, by its execution.
     let firm: Vec<Value> =
         before.iter().filter(|finding| finding["kind"] == "exec.new").cloned().collect();
     same_as_before(&firm, &after)?;
@@ -164,7 +165,7 @@ fn containerd_restarted(node: &Node) -> anyhow::Result<()> {
         Ok((status["endpoints"][0]["connected"] == true).then_some(()))
     })?;
     container.wait_until_watched()?;
-    let after = flood_was_told_once(&container)?;
+    let after = flood_was_reported_once(&container)?;
     let firm: Vec<Value> =
         before.iter().filter(|finding| finding["kind"] == "exec.new").cloned().collect();
     same_as_before(&firm, &after)?;
@@ -172,9 +173,9 @@ fn containerd_restarted(node: &Node) -> anyhow::Result<()> {
         ensure!(finding["kind"] == "exec.new", "the gate never went away, but: {finding:#}");
     }
 
-    // What starts after that is watched as well.
+    // A container that starts after that is watched too.
     let next = node.container()?;
-    next.told_nothing()
+    next.expect_silence()
 }
 
 fn containerd_late(node: &Node) -> anyhow::Result<()> {
@@ -186,7 +187,7 @@ fn containerd_late(node: &Node) -> anyhow::Result<()> {
     assert_eq!(status["endpoints"][0]["connected"], false, "{status:#}");
     node.start_containerd()?;
     let container = node.container()?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 // ---- damaged and missing files
@@ -212,7 +213,7 @@ fn corrupt_baseline(node: &Node) -> anyhow::Result<()> {
     container.wait_until_watched()?;
     ensure!(node.losses("baseline_corrupt")? > 0, "{:#}", node.status()?);
     container.sh("cp /bin/ls /bin/.cache-ls; /bin/.cache-ls; /usr/bin/app")?;
-    container.told(&["medium exec.relocated /bin/.cache-ls"]).map(drop)
+    container.expect_findings(&["medium exec.relocated /bin/.cache-ls"]).map(drop)
 }
 
 fn newer_history(node: &Node) -> anyhow::Result<()> {
@@ -228,7 +229,7 @@ fn newer_history(node: &Node) -> anyhow::Result<()> {
         .arg(node.path("driftd.toml"))
         .output()?;
     refused(&output, 2, &["history.db", "999"])?;
-    // Nothing was touched: with the number put back, it goes on.
+    // The history was not touched: with its number put back, driftd starts.
     rusqlite::Connection::open(&file)?.pragma_update(None, "user_version", format)?;
     node.start_driftd()
 }
@@ -248,7 +249,7 @@ fn missing_blob(node: &Node) -> anyhow::Result<()> {
     let output = node.driftd(&["baseline", "record", image])?;
     refused(&output, 2, &[image])?;
     let container = node.container_of(WORKBENCH)?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn second_daemon(node: &Node) -> anyhow::Result<()> {
@@ -260,17 +261,17 @@ fn second_daemon(node: &Node) -> anyhow::Result<()> {
     refused(&output, 2, &["another driftd"])?;
     // The first one was not disturbed.
     ensure!(node.driftd(&["status"])?.status.success(), "the first daemon no longer answers");
-    node.container()?.told_nothing()
+    node.container()?.expect_silence()
 }
 
 // ---- bad input, without a node
 
 /// driftd ended with `code` and its message has all of `words`.
 fn refused(output: &Output, code: i32, words: &[&str]) -> anyhow::Result<()> {
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(code), "ended with {}: {said}", output.status);
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(code), "ended with {}: {message}", output.status);
     for word in words {
-        ensure!(said.contains(word), "`{word}` is not in: {said}");
+        ensure!(message.contains(word), "`{word}` is not in: {message}");
     }
     Ok(())
 }
@@ -304,6 +305,14 @@ fn run_with(wrapper: &[&str], settings: &Path) -> anyhow::Result<Output> {
         .output()?)
 }
 
+/// Runs the daemon by `setpriv` with these options. It must end and name `missing`.
+fn run_restricted(options: &[&str], missing: &str) -> anyhow::Result<()> {
+    let (_directory, file) = settings("")?;
+    let setpriv = programs::find("setpriv")?;
+    let setpriv = [setpriv.to_str().context("a path of Debian")?];
+    refused(&run_with(&[&setpriv[..], options].concat(), &file)?, 2, &[missing])
+}
+
 fn unreadable_settings() -> anyhow::Result<()> {
     let missing = Path::new("/nonexistent/driftd.toml");
     refused(&run_with(&[], missing)?, 64, &["/nonexistent/driftd.toml"])
@@ -322,24 +331,9 @@ fn wrong_socket() -> anyhow::Result<()> {
 }
 
 fn not_root() -> anyhow::Result<()> {
-    let (_directory, file) = settings("")?;
-    let setpriv = programs::find("setpriv")?;
-    let as_nobody = [
-        setpriv.to_str().context("a path of Debian")?,
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-    ];
-    refused(&run_with(&as_nobody, &file)?, 2, &["root"])
+    run_restricted(&["--reuid=65534", "--regid=65534", "--clear-groups"], "root")
 }
 
 fn no_fanotify() -> anyhow::Result<()> {
-    let (_directory, file) = settings("")?;
-    let setpriv = programs::find("setpriv")?;
-    let without = [
-        setpriv.to_str().context("a path of Debian")?,
-        "--bounding-set=-sys_admin",
-        "--inh-caps=-sys_admin",
-    ];
-    refused(&run_with(&without, &file)?, 2, &["CAP_SYS_ADMIN"])
+    run_restricted(&["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"], "CAP_SYS_ADMIN")
 }

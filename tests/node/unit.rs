@@ -1,7 +1,7 @@
 //! The product as it is installed: `make install` and the shipped unit, in a machine whose
 //! process 1 is a real systemd (`scripts/machine`).
 //!
-//! The machine has this one's programs, or those of the root directory that
+//! The machine has this machine's programs, or those of the root directory that
 //! `DRIFTD_MACHINE_ROOT` names (`make test-systemd`). With `DRIFTD_MACHINE_KERNEL` it is a
 //! virtual one, and has the kernel of that Debian release (`make test-systemd-vm`).
 
@@ -16,29 +16,29 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::node::{append_to, bench, end, talk, wait_for, wait_within};
+use crate::node::{bench, end, spawn_daemon, talk, wait_for, wait_within};
 use crate::programs::{WORKBENCH, compile, find};
-use crate::{trial_without_node, vm};
+use crate::{executable, test_without_node, vm};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_without_node("u01_the_installed_unit_reports_every_step_of_an_attack", attack),
-        trial_without_node(
+        test_without_node("u01_the_installed_unit_reports_every_step_of_an_attack", attack),
+        test_without_node(
             "u08_the_installed_unit_survives_signals_and_reads_its_settings_again",
             signals,
         ),
-        trial_without_node(
+        test_without_node(
             "u13_the_installed_unit_is_upgraded_and_removed_while_containers_run",
             upgrade,
         ),
-        trial_without_node("u02_a_run_without_a_must_have_ends_and_names_the_cause", filtered),
-        trial_without_node("u02_doctor_reports_what_the_running_daemon_lacks", lacking),
-        trial_without_node("u08_the_installed_unit_replaces_each_process_that_is_stopped", stopped)
+        test_without_node("u02_a_run_without_a_must_have_ends_and_names_the_cause", filtered),
+        test_without_node("u02_doctor_reports_what_the_running_daemon_lacks", lacking),
+        test_without_node("u08_the_installed_unit_replaces_each_process_that_is_stopped", stopped)
             .with_ignored_flag(true),
     ]
 }
 
-/// What a busy machine may need for systemd to start something again.
+/// How long systemd may take to start something again, on a busy machine.
 pub(crate) fn patience() -> Duration {
     if vm::kernel().is_some() { vm::PATIENCE } else { Duration::from_secs(90) }
 }
@@ -69,7 +69,7 @@ impl Machine {
         let directory = bench.scratch.path().join(format!("machine-{name}"));
         let share = directory.join("share");
         fs::create_dir_all(share.join("drops"))?;
-        // Without what is for debuggers: the machine's disk is memory.
+        // Without debugging information: the machine's disk is in memory.
         let strip = Command::new(find("strip")?)
             .arg("-o")
             .arg(share.join("driftd"))
@@ -77,20 +77,16 @@ impl Machine {
             .output()?;
         ensure!(strip.status.success(), "{}", talk(&strip));
         fs::copy(&bench.workbench, share.join("workbench.tar"))?;
-        let log = append_to(&directory.join("log"))?;
         let kernel = vm::kernel();
         let script = if kernel.is_some() { "virtual-machine" } else { "machine" };
-        let script = Command::new(find("setpriv")?)
+        let mut command = Command::new(find("setpriv")?);
+        command
             .args(["--pdeathsig", "TERM"])
             .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(script))
             .arg(&directory)
             .args(std::env::var_os("DRIFTD_MACHINE_ROOT"))
-            .args(&kernel)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("cannot run scripts/{script}"))?;
+            .args(&kernel);
+        let script = spawn_daemon(&mut command, &directory.join("log"))?;
         let mut machine = Machine { directory, script, inside: Inside::Process(0) };
         machine.inside = wait_within(patience(), "the machine's process 1", || {
             if let Some(status) = machine.script.try_wait()? {
@@ -116,6 +112,14 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Boots a machine, and installs driftd and the programs that are executed in containers.
+    pub(crate) fn installed(name: &str) -> anyhow::Result<Machine> {
+        let machine = Machine::boot(name)?;
+        machine.install()?;
+        machine.drop_files()?;
+        Ok(machine)
+    }
+
     /// Waits until everything has started that starts at boot.
     pub(crate) fn up(&self) -> anyhow::Result<()> {
         wait_within(patience(), "the machine to be up", || {
@@ -129,12 +133,12 @@ impl Machine {
     pub(crate) fn control(&self) -> anyhow::Result<&vm::Control> {
         match &self.inside {
             Inside::Control(control) => Ok(control),
-            Inside::Process(_) => bail!("this machine is no virtual one"),
+            Inside::Process(_) => bail!("this machine is not a virtual one"),
         }
     }
 
-    /// The commands of README.md under "Install", as they stand there. But the program was
-    /// built already, and the machine's user is root and has no sudo.
+    /// Runs the commands of README.md under "Install". But the program is built already, and
+    /// the machine's user is root and has no sudo.
     pub(crate) fn install(&self) -> anyhow::Result<()> {
         let readme = include_str!("../../README.md");
         let (_, section) = readme.split_once("\n## Install\n").context("no such section")?;
@@ -165,7 +169,7 @@ impl Machine {
         .with_context(|| self.logs())
     }
 
-    /// Makes sure of what systemd reports of the unit.
+    /// Makes sure that systemd reports these properties of the unit.
     pub(crate) fn is(&self, expected: &[(&str, &str)]) -> anyhow::Result<()> {
         for (property, expected) in expected {
             let found = self.sh(&format!("systemctl show -P {property} driftd"))?;
@@ -178,13 +182,13 @@ impl Machine {
         Ok(self.sh("systemctl show -P MainPID driftd")?.trim().parse()?)
     }
 
-    /// The gate's and the guardian's pids.
-    fn others(&self) -> anyhow::Result<[u32; 2]> {
-        let of = |name: &str| -> anyhow::Result<u32> {
-            let command = format!("pgrep -P {} -f {name}", self.main_pid()?);
-            Ok(self.sh(&command)?.trim().parse()?)
-        };
-        Ok([of("exe.gate")?, of("exe.guardian")?])
+    /// The pid of the `daemon`, the `gate` or the `guardian`.
+    fn pid_of(&self, process: &str) -> anyhow::Result<u32> {
+        let daemon = self.main_pid()?;
+        if process == "daemon" {
+            return Ok(daemon);
+        }
+        Ok(self.sh(&format!("pgrep -P {daemon} -f exe.{process}"))?.trim().parse()?)
     }
 
     fn run(&self, commands: &str) -> anyhow::Result<Output> {
@@ -210,7 +214,7 @@ impl Machine {
     }
 
     pub(crate) fn lines(&self, commands: &str) -> anyhow::Result<Vec<Value>> {
-        // 1 says that there is drift.
+        // 1 means that there is drift.
         let output = self.run(commands)?;
         ensure!(matches!(output.status.code(), Some(0 | 1)), "{commands}: {}", talk(&output));
         let text = String::from_utf8(output.stdout)?;
@@ -219,7 +223,7 @@ impl Machine {
 
     /// Starts a container, and waits until driftd watches it.
     pub(crate) fn container(&self, id: &str) -> anyhow::Result<()> {
-        // The unit has a /tmp of its own; what a container binds of the host's is seen.
+        // The unit has a private /tmp. A bind mount of the host's /tmp must be seen.
         self.sh(&format!(
             "mkdir -p /tmp/volume; ctr run -d --cpu-shares 0 \
              --mount type=bind,src=/share/drops,dst=/.control,options=rbind:ro \
@@ -243,7 +247,7 @@ impl Machine {
         .with_context(|| self.logs())
     }
 
-    /// Runs commands in a container, as somebody from outside.
+    /// Runs commands in a container, from outside.
     pub(crate) fn exec(&self, id: &str, commands: &str) -> anyhow::Result<Output> {
         fs::write(self.directory.join("share/drops/commands"), commands)?;
         let exec = self.directory.join("share/drops/commands").metadata()?;
@@ -251,12 +255,19 @@ impl Machine {
         self.run(&format!("ctr task exec --exec-id e{number} {id} /bin/sh -e /.control/commands"))
     }
 
+    /// The same for commands that must succeed.
+    pub(crate) fn exec_ok(&self, id: &str, commands: &str) -> anyhow::Result<()> {
+        let output = self.exec(id, commands)?;
+        ensure!(output.status.success(), "{commands}: {}", talk(&output));
+        Ok(())
+    }
+
     pub(crate) fn logs(&self) -> String {
         let journal = self.run("journalctl --no-pager -n 60");
         journal.map(|output| talk(&output)).unwrap_or_default()
     }
 
-    /// Removes a container as its users do; nothing of it may be held.
+    /// Removes a container as its users do. driftd may hold none of its files and mounts.
     fn remove(&self, id: &str) -> anyhow::Result<()> {
         self.sh(&format!("ctr task kill --signal SIGKILL {id}"))?;
         wait_within(patience(), "the task to end", || {
@@ -265,25 +276,18 @@ impl Machine {
         self.sh(&format!("ctr container rm {id}"))?;
         let rootfs = format!("io.containerd.runtime.v2.task/default/{id}");
         self.sh(&format!("! test -e /run/containerd/{rootfs}"))?;
-        // In the mount namespace of driftd neither.
+        // It is not mounted in driftd's mount namespace either.
         self.sh(&format!("! grep -q {rootfs} /proc/{}/mountinfo", self.main_pid()?))?;
         Ok(())
     }
 
     /// Writes the programs that are executed in containers.
-    pub(crate) fn drop_files(&self) -> anyhow::Result<()> {
+    fn drop_files(&self) -> anyhow::Result<()> {
         let drops = self.directory.join("share/drops");
-        let lay = |name: &str, content: &[u8]| -> anyhow::Result<()> {
-            use std::os::unix::fs::PermissionsExt as _;
-            fs::write(drops.join(name), content)?;
-            fs::set_permissions(drops.join(name), fs::Permissions::from_mode(0o755))?;
-            Ok(())
-        };
-        let payload = &bench()?.payload;
-        lay("x", &payload.marked("unit x"))?;
-        lay("y", &payload.marked("unit y"))?;
-        lay("z", &payload.marked("unit z"))?;
-        lay("v", &payload.marked("unit v"))?;
+        for name in ["x", "y", "z", "v"] {
+            let content = bench()?.payload.marked(&format!("unit {name}"));
+            executable::write(&drops.join(name), &content)?;
+        }
         let (source, library) = (self.directory.join("l.c"), drops.join("l.so"));
         fs::write(&source, LIBRARY)?;
         let gcc = Command::new("gcc")
@@ -308,18 +312,18 @@ impl Drop for Machine {
     }
 }
 
-/// What `make install` says comes next.
+/// The next step that `make install` prints.
 fn next_step(printed: &str) -> anyhow::Result<&str> {
     let next = printed.lines().find_map(|line| line.split_once("next: "));
     Ok(next.context("install names no next step")?.1)
 }
 
-/// Loaded by LD_PRELOAD.
+/// A library for LD_PRELOAD.
 const LIBRARY: &str = "int nothing_of_the_image(void) { return 1; }";
 
-// ---- what is tried
+// ---- attacks, signals, upgrades
 
-/// The steps of an attack, and what each has to be reported as.
+/// The steps of an attack, each with the kind and the path of its finding.
 fn steps() -> [(&'static str, &'static str, &'static str); 9] {
     // A virtual machine has its /tmp on its disk.
     let of_volume = if vm::kernel().is_some() { "exec.volume" } else { "exec.tmpfs" };
@@ -348,8 +352,7 @@ fn steps() -> [(&'static str, &'static str, &'static str); 9] {
 fn play(machine: &Machine, id: &str) -> anyhow::Result<()> {
     let steps = steps();
     for (step, _, _) in steps {
-        let output = machine.exec(id, step)?;
-        ensure!(output.status.success(), "{step}: {}", talk(&output));
+        machine.exec_ok(id, step)?;
     }
     let (mut missing, mut found) = (Vec::new(), Vec::new());
     let waited = wait_within(patience(), "every step to be reported", || {
@@ -370,22 +373,21 @@ fn play(machine: &Machine, id: &str) -> anyhow::Result<()> {
 }
 
 fn attack() -> anyhow::Result<()> {
-    let machine = Machine::boot("attack")?;
-    machine.install()?;
-    machine.drop_files()?;
+    let machine = Machine::installed("attack")?;
     machine.sh("driftd doctor").context("doctor finds something missing")?;
 
-    // What starts after driftd is seen, although driftd has a mount namespace.
+    // A container that starts after driftd is watched, although driftd has a mount namespace of
+    // its own.
     machine.container("first")?;
     play(&machine, "first")?;
     ensure!(machine.run("driftd diff first")?.status.code() == Some(1), "no difference is listed");
-    // On a busy machine it may have begun before it was watched. A walk makes up for that.
+    // On a busy machine it may have begun before it was watched. A scan makes up for that.
     wait_within(patience(), "a complete view", || {
         Ok((machine.lines("driftd status -o jsonl")?[0]["complete"] == true).then_some(()))
     })
     .with_context(|| machine.logs())?;
 
-    // And so is what was there before it, and what is removed while it runs is gone.
+    // A container that was there before driftd is watched too. A removed container is gone.
     machine.container("second")?;
     machine.sh("systemctl restart driftd")?;
     machine.watching()?;
@@ -398,11 +400,11 @@ fn attack() -> anyhow::Result<()> {
     journal(&machine)
 }
 
-/// A finding stands in the journal, with its priority and fields.
+/// Makes sure that a finding is in the journal, with its priority and fields.
 fn journal(machine: &Machine) -> anyhow::Result<()> {
-    let asked = "journalctl -u driftd -o json DRIFTD_KIND=exec.new DRIFTD_CONTAINER=first";
+    let query = "journalctl -u driftd -o json DRIFTD_KIND=exec.new DRIFTD_CONTAINER=first";
     let entries = wait_within(patience(), "the finding in the journal", || {
-        let entries = machine.lines(asked)?;
+        let entries = machine.lines(query)?;
         Ok((!entries.is_empty()).then_some(entries))
     })?;
     let [entry] = entries.as_slice() else { bail!("logged {} times", entries.len()) };
@@ -418,13 +420,11 @@ fn journal(machine: &Machine) -> anyhow::Result<()> {
 const SETTINGS: &str = "/etc/driftd/driftd.toml";
 
 fn signals() -> anyhow::Result<()> {
-    let machine = Machine::boot("signals")?;
-    machine.install()?;
-    machine.drop_files()?;
+    let machine = Machine::installed("signals")?;
     machine.container("web")?;
     let first = machine.watching()?;
 
-    // What can change is in force, and what cannot is named.
+    // A setting that can change is in force; one that cannot is named.
     machine.sh(&format!(
         "cp {SETTINGS} /root/good
          sed -e 's/^kill_on = .*/kill_on = [\"exec.new\"]/' -e 's/^settle = .*/settle = \"3s\"/' \
@@ -436,7 +436,7 @@ fn signals() -> anyhow::Result<()> {
         watch.settle",
         "4",
     )?;
-    // Settings that are wrong are refused whole, by `reload` and by the signal alone.
+    // Wrong settings are refused as a whole, by `reload` and by the signal alone.
     machine.sh(&format!("printf 'nonsense = 1\n[respond]\nkill_on = []\n' > {SETTINGS}"))?;
     let refused = machine.run("systemctl reload driftd")?;
     ensure!(!refused.status.success(), "a reload of wrong settings succeeded");
@@ -444,8 +444,7 @@ fn signals() -> anyhow::Result<()> {
     logged(&machine, "the old ones stay", "3")?;
     logged(&machine, "nonsense", "3")?;
     ensure!(machine.watching()? == first, "SIGHUP has ended driftd");
-    // The old ones end a container in which this runs.
-    // The exec ends with its container.
+    // By the old settings, this program ends its container, and the exec with it.
     let _ = machine.exec("web", "cp /.control/x /tmp/x; /tmp/x 60000")?;
     wait_within(patience(), "the container to be killed", || {
         let tasks = machine.sh("ctr task ls")?;
@@ -458,38 +457,27 @@ fn signals() -> anyhow::Result<()> {
     machine.sh("ctr container rm web")?;
     machine.container("other")?;
 
-    // containerd comes back, and driftd is the same.
+    // driftd survives a restart of containerd.
     machine.sh("systemctl restart containerd")?;
     machine.watched("other")?;
     ensure!(machine.watching()? == first, "a restart of containerd has ended driftd");
 
-    // Whichever of its processes ends or stops, it comes back, and containers go on.
-    let mut daemon = first;
-    for (name, signal) in [
+    // When any of its processes ends or stops, driftd comes back, and containers go on.
+    for (process, signal) in [
         ("daemon", "KILL"),
         ("gate", "KILL"),
         ("guardian", "KILL"),
         ("daemon", "TERM"),
         ("daemon", "STOP"),
     ] {
-        let [gate, guardian] = machine.others()?;
-        let pid = match name {
-            "gate" => gate,
-            "guardian" => guardian,
-            _ => daemon,
-        };
-        machine.sh(&format!("kill -{signal} {pid}"))?;
-        let output = machine.exec("other", "true")?;
-        ensure!(output.status.success(), "{name}, SIG{signal}: {}", talk(&output));
-        daemon = came_back(&machine, daemon).with_context(|| format!("{name}, SIG{signal}"))?;
-        machine.watched("other")?;
+        replaced(&machine, "other", process, signal)?;
     }
 
-    // Only a stop is for good.
+    // After a stop it does not come back.
     machine.sh("systemctl stop driftd")?;
     machine.is(&[("ActiveState", "inactive"), ("Result", "success")])?;
 
-    // What a drop-in takes away is named.
+    // A restriction by a drop-in is named.
     machine.sh("mkdir -p /etc/systemd/system/driftd.service.d; printf '[Service]\nRestart=no\n\
          RestrictSUIDSGID=yes\n' > /etc/systemd/system/driftd.service.d/x.conf
          systemctl daemon-reload")?;
@@ -499,7 +487,7 @@ fn signals() -> anyhow::Result<()> {
     logged(&machine, "RestrictSUIDSGID=", "3")
 }
 
-/// Waits until the journal has such a line of driftd's, with this priority.
+/// Waits until driftd's journal has a line with this text and priority.
 fn logged(machine: &Machine, text: &str, priority: &str) -> anyhow::Result<()> {
     wait_within(patience(), &format!("{text:?} in the journal"), || {
         let entries = machine.lines("journalctl -u driftd -o json")?;
@@ -512,35 +500,27 @@ fn logged(machine: &Machine, text: &str, priority: &str) -> anyhow::Result<()> {
     .with_context(|| machine.logs())
 }
 
-/// Waits until another daemon watches.
-fn came_back(machine: &Machine, old: u32) -> anyhow::Result<u32> {
+/// Sends a signal to one of driftd's processes. Makes sure that the container goes on, and
+/// waits until a new daemon watches it.
+fn replaced(machine: &Machine, id: &str, process: &str, signal: &str) -> anyhow::Result<()> {
+    let old = machine.watching()?;
+    machine.sh(&format!("kill -{signal} {}", machine.pid_of(process)?))?;
+    // No program waits for longer than the guardian does.
+    machine.exec_ok(id, "true").with_context(|| format!("{process}, SIG{signal}"))?;
     wait_within(patience(), "driftd to be started again", || {
         let now = machine.main_pid()?;
         Ok((now != old && now != 0).then_some(()))
     })
-    .with_context(|| machine.logs())?;
-    machine.watching()
+    .with_context(|| format!("{process}, SIG{signal}: {}", machine.logs()))?;
+    machine.watching()?;
+    machine.watched(id)
 }
 
 fn stopped() -> anyhow::Result<()> {
-    let machine = Machine::boot("stopped")?;
-    machine.install()?;
-    machine.drop_files()?;
+    let machine = Machine::installed("stopped")?;
     machine.container("web")?;
     for process in ["daemon", "gate", "guardian"] {
-        let daemon = machine.watching()?;
-        let [gate, guardian] = machine.others()?;
-        let pid = match process {
-            "gate" => gate,
-            "guardian" => guardian,
-            _ => daemon,
-        };
-        machine.sh(&format!("kill -STOP {pid}"))?;
-        // Nobody waits for longer than the guardian does.
-        let output = machine.exec("web", "true")?;
-        ensure!(output.status.success(), "{process}: {}", talk(&output));
-        came_back(&machine, daemon).with_context(|| process)?;
-        machine.watched("web")?;
+        replaced(&machine, "web", process, "STOP")?;
     }
     play(&machine, "web")
 }
@@ -571,7 +551,7 @@ fn upgrade() -> anyhow::Result<()> {
     ensure!(unit.contains("file:/usr/local/share/doc/driftd/README.md"), "{unit}");
     machine.sh("test -e /usr/local/share/doc/driftd/README.md")?;
 
-    // What starts containers waits at boot until driftd watches.
+    // Units that start containers wait at boot until driftd watches.
     let service = "[Service]\\nExecStart=/bin/true\\n";
     for unit in ["docker", "kubelet", "k3s"] {
         let file = format!("/etc/systemd/system/{unit}.service");
@@ -591,9 +571,7 @@ fn upgrade() -> anyhow::Result<()> {
     ensure!(machine.run(RUNNING)?.status.code() == Some(1), "driftd runs on");
     let tasks = machine.sh("ctr task ls; ls /etc/driftd/driftd.toml /var/lib/driftd/history.db")?;
     ensure!(tasks.contains("RUNNING"), "{tasks}");
-    let output = machine.exec("web", "true")?;
-    ensure!(output.status.success(), "{}", talk(&output));
-    Ok(())
+    machine.exec_ok("web", "true")
 }
 
 // ---- without a machine
@@ -681,44 +659,39 @@ fn filtered() -> anyhow::Result<()> {
         (fanotify, nix::libc::EPERM, "name fanotify_init in the unit's SystemCallFilter="),
         (fanotify, nix::libc::ENOSYS, "name fanotify_init in the unit's SystemCallFilter="),
     ] {
-        let mut run = bare.without(call, error, "run")?.stderr(Stdio::piped()).spawn()?;
-        let ended = wait_for("run to end", || Ok(run.try_wait()?));
-        end(&mut run);
-        let output = run.wait_with_output()?;
-        ensure!(ended?.code() == Some(2), "{call} {error}: {}", talk(&output));
-        ensure!(talk(&output).contains(words), "{call} {error}: {}", talk(&output));
+        run_is_refused(&mut bare.without(call, error, "run")?, words)
+            .with_context(|| format!("call {call} fails with {error}"))?;
         let doctor = bare.without(call, error, "doctor")?.output()?;
-        let told = talk(&doctor);
-        ensure!(doctor.status.code() == Some(2) && told.contains(words), "{told}");
+        let printed = talk(&doctor);
+        ensure!(doctor.status.code() == Some(2) && printed.contains(words), "{printed}");
     }
-    let mut run = Command::new(find("setpriv")?)
-        .args(["--bounding-set", "-lease"])
+    let words = "CAP_LEASE (to see who can write to a program while it is executed) (run as root; \
+                 in a unit they belong in CapabilityBoundingSet=)";
+    let mut run = Command::new(find("setpriv")?);
+    run.args(["--bounding-set", "-lease"])
         .arg(&bench()?.driftd)
         .args(["run", "--config"])
         .arg(bare.0.path().join("driftd.toml"))
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()?;
+        .stdin(Stdio::null());
+    run_is_refused(&mut run, words)
+}
+
+/// Makes sure that this daemon ends with code 2, and prints `words`.
+fn run_is_refused(command: &mut Command, words: &str) -> anyhow::Result<()> {
+    let mut run = command.stderr(Stdio::piped()).spawn()?;
     let ended = wait_for("run to end", || Ok(run.try_wait()?));
     end(&mut run);
-    let output = run.wait_with_output()?;
-    ensure!(ended?.code() == Some(2), "{}", talk(&output));
-    let words = "CAP_LEASE (to see who can write to a program while it is executed) (run as root; \
-                 in a unit they belong in CapabilityBoundingSet=)";
-    ensure!(talk(&output).contains(words), "{}", talk(&output));
+    let printed = talk(&run.wait_with_output()?);
+    ensure!(ended?.code() == Some(2) && printed.contains(words), "{printed}");
     Ok(())
 }
 
 fn lacking() -> anyhow::Result<()> {
     let bare = Bare::new()?;
-    let log = append_to(&bare.0.path().join("log"))?;
-    // The kernel's records: wanted, and no must-have.
+    // The kernel's records, which driftd wants but can run without.
     let call = nix::libc::SYS_perf_event_open;
-    let mut daemon = bare
-        .without(call, nix::libc::EPERM, "run")?
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()?;
+    let mut run = bare.without(call, nix::libc::EPERM, "run")?;
+    let mut daemon = spawn_daemon(&mut run, &bare.0.path().join("log"))?;
     let found = wait_for("doctor to ask the daemon", || {
         let doctor = Command::new(&bench()?.driftd)
             .args(["doctor", "-o", "jsonl", "--config"])

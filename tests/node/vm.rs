@@ -1,5 +1,5 @@
-//! A machine that is a virtual one (`scripts/virtual-machine`): commands in it, and what
-//! only a whole boot shows.
+//! A virtual machine (`scripts/virtual-machine`): commands in it, and the tests that need a
+//! whole boot.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -15,14 +15,14 @@ use anyhow::{Context as _, ensure};
 use jiff::Timestamp;
 use libtest_mimic::Trial;
 
-use crate::node::{talk, wait_within};
+use crate::node::wait_within;
 use crate::programs::WORKBENCH;
-use crate::trial_without_node;
+use crate::test_without_node;
 use crate::unit::{Machine, patience};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial_without_node(
+        test_without_node(
             "u13_the_installed_unit_watches_from_boot_on_and_reports_the_time_of_a_reboot",
             reboot,
         )
@@ -30,12 +30,12 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-/// The Debian release whose kernel is booted, if machines are to be virtual ones.
+/// The Debian release whose kernel is booted, if the machines are virtual ones.
 pub(crate) fn kernel() -> Option<OsString> {
     std::env::var_os("DRIFTD_MACHINE_KERNEL")
 }
 
-/// The processor may be a program, beside other work.
+/// Without /dev/kvm, the processor is emulated, and the machine has other work.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The service in a virtual machine that runs commands.
@@ -96,8 +96,8 @@ impl Control {
     }
 }
 
-/// A unit that starts containers, and is only named as the kubelet is. The container drifts
-/// as soon as it runs.
+/// A unit with the kubelet's name that starts a container. The container drifts as soon as it
+/// runs.
 const KUBELET: &str = r#"
 cat > /etc/systemd/system/kubelet.service <<'UNIT'
 [Service]
@@ -121,12 +121,9 @@ systemctl enable kubelet
 
 fn reboot() -> anyhow::Result<()> {
     ensure!(kernel().is_some(), "only a virtual machine boots (run: make test-systemd-vm)");
-    let machine = Machine::boot("reboot")?;
-    machine.install()?;
-    machine.drop_files()?;
+    let machine = Machine::installed("reboot")?;
     machine.container("web")?;
-    let output = machine.exec("web", "cp /.control/x /tmp/x; /tmp/x 300")?;
-    ensure!(output.status.success(), "{}", talk(&output));
+    machine.exec_ok("web", "cp /.control/x /tmp/x; /tmp/x 300")?;
     found(&machine, "web", "exec.new", "/tmp/x")?;
     machine.sh(&KUBELET.replace("IMAGE", WORKBENCH))?;
 
@@ -150,20 +147,20 @@ fn rebooted(machine: &Machine, ending: &str, program: &str) -> anyhow::Result<()
     let booted = machine.sh("sed -n 's/^btime //p' /proc/stat")?;
     let booted = Timestamp::from_second(booted.trim().parse()?)?;
 
-    // After containerd, and before what starts containers. (A machine whose processor is a
-    // program may be so slow that the guardian replaces driftd afterwards: the times of its
-    // start are then those of the second one.)
+    // driftd starts after containerd, and before the unit that starts containers. (A machine
+    // whose processor is emulated may be so slow that the guardian replaces driftd afterwards.
+    // Then the times of its start are those of the second one.)
     let before = machine.sh("cat /run/before-kubelet")?;
     let is_up = ["active\nactive\n0\n", "active\nactive\n1\n"].contains(&before.as_str());
     ensure!(is_up, "containerd, driftd and the code of driftd status: {before}");
 
-    // What started with the boot is watched.
+    // The container that started with the boot is watched.
     let pod = machine.sh("echo pod-$(cat /proc/sys/kernel/random/boot_id)")?;
     let pod = pod.trim();
     machine.watched(pod)?;
     reported_at_boot(machine, pod)?;
 
-    // From when to when nothing was seen.
+    // The gap covers the time from the end to the boot.
     let status = machine.lines("driftd status -o jsonl")?;
     let gaps = status[0]["gaps"].as_array().context("no gaps")?;
     let time = |gap: &serde_json::Value, key: &str| gap[key].as_str()?.parse::<Timestamp>().ok();
@@ -171,12 +168,12 @@ fn rebooted(machine: &Machine, ending: &str, program: &str) -> anyhow::Result<()
         let (Some(since), Some(until)) = (time(gap, "at"), time(gap, "until")) else {
             return false;
         };
-        // No more than what the record of a beat may be late.
+        // The record of a heartbeat may be so late.
         ended - jiff::SignedDuration::from_secs(60) < since && since <= booted && booted <= until
     });
     ensure!(is_covered, "ended at {ended}, booted at {booted}: {gaps:#?}");
 
-    // What was reported is kept, and the container of before can be started again.
+    // Earlier findings are kept, and the earlier container can be started again.
     found(machine, "web", "exec.new", "/tmp/x")?;
     let known = machine.lines("driftd containers -o jsonl")?;
     let is_watched = known.iter().any(|one| one["id"] == "web" && one["watched"] == true);
@@ -184,12 +181,12 @@ fn rebooted(machine: &Machine, ending: &str, program: &str) -> anyhow::Result<()
     machine.sh("mkdir -p /tmp/volume; ctr task start -d web")?;
     machine.watched("web")?;
     let file = format!("/tmp/{program}");
-    let output = machine.exec("web", &format!("cp /.control/{program} {file}; {file} 300"))?;
-    ensure!(output.status.success(), "{}", talk(&output));
+    machine.exec_ok("web", &format!("cp /.control/{program} {file}; {file} 300"))?;
     found(machine, "web", "exec.new", &file)
 }
 
-/// Where the container was faster than its watch, that is reported too.
+/// Waits for the drift at boot. If the program ran before driftd watched the container, the
+/// finding of its file says so.
 fn reported_at_boot(machine: &Machine, pod: &str) -> anyhow::Result<()> {
     wait_within(patience(), "what the container did at boot", || {
         let found = machine.lines(&format!("driftd findings --container {pod} -o jsonl"))?;

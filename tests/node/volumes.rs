@@ -1,5 +1,5 @@
-//! Programs on every other filesystem of a container than its root: in memory, on
-//! volumes, in directories of the host, on what the container mounts itself.
+//! Programs on the filesystems of a container other than its root: in memory, on volumes, in
+//! directories of the host, on filesystems that the container mounts itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,28 +10,28 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 
 use crate::node::{Container, Node, bench, only, wait_for};
-use crate::{executable, programs, trial, trial_alone};
+use crate::{executable, programs, test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a11_program_in_shared_memory_is_tmpfs", a11_shared_memory),
-        trial("a11_program_on_a_tmpfs_volume_is_tmpfs", a11_tmpfs_volume),
-        trial("a11_program_of_the_image_copied_to_tmpfs_is_relocated", a11_copy),
-        trial("a12_tmpfs_that_a_container_mounts_is_marked", a12_own_mount),
-        trial("a13_program_in_a_directory_of_the_host_is_volume", a13_host_directory),
-        trial("a13_program_on_a_volume_of_its_own_is_volume", a13_own_filesystem),
-        trial("a13_the_hosts_own_programs_are_nobodys_drift", a13_host_runs_it),
-        trial("a13_two_containers_of_one_volume_are_told_apart", a13_shared_volume),
-        trial("a42_program_in_another_root_and_user_namespace_is_new", a42_other_root),
-        trial("a43_program_on_an_overlay_that_a_container_mounts", a43_own_overlay),
-        trial("b07_sockets_pipes_and_pid_files_on_volumes", b07_volumes),
-        trial("b17_mounts_that_the_runtime_manages", b17_managed_mounts),
-        trial("b_program_of_the_image_by_a_bind_mount_is_silent", b_bind_mount),
-        trial("a_thousand_executions_on_tmpfs_are_a_thousand", a_thousand_on_tmpfs),
-        trial("a_thousand_executions_on_a_volume_are_a_thousand", a_thousand_on_a_volume),
-        trial("a_container_is_removed_while_its_program_is_looked_at", removed_at_once),
-        trial_alone(
-            "volumes_are_not_looked_at_when_that_is_off",
+        test("a11_program_in_shared_memory_is_tmpfs", a11_shared_memory),
+        test("a11_program_on_a_tmpfs_volume_is_tmpfs", a11_tmpfs_volume),
+        test("a11_program_of_the_image_copied_to_tmpfs_is_relocated", a11_copy),
+        test("a12_tmpfs_that_a_container_mounts_is_marked", a12_own_mount),
+        test("a13_program_in_a_directory_of_the_host_is_volume", a13_host_directory),
+        test("a13_program_on_a_volume_of_its_own_is_volume", a13_own_filesystem),
+        test("a13_the_hosts_own_programs_are_drift_of_no_container", a13_host_runs_it),
+        test("a13_two_containers_with_one_volume_are_kept_apart", a13_shared_volume),
+        test("a42_program_in_another_root_and_user_namespace_is_new", a42_other_root),
+        test("a43_program_on_an_overlay_that_a_container_mounts", a43_own_overlay),
+        test("b07_sockets_pipes_and_pid_files_on_volumes", b07_volumes),
+        test("b17_mounts_that_the_runtime_manages", b17_managed_mounts),
+        test("b_program_of_the_image_by_a_bind_mount_is_silent", b_bind_mount),
+        test("a_thousand_executions_on_tmpfs_are_all_counted", a_thousand_on_tmpfs),
+        test("a_thousand_executions_on_a_volume_are_all_counted", a_thousand_on_a_volume),
+        test("a_container_is_removed_while_its_program_is_examined", removed_at_once),
+        test_alone(
+            "volumes_are_not_watched_when_that_is_off",
             "volumes = false",
             volumes_can_be_off,
         ),
@@ -86,12 +86,12 @@ fn lay_on_host(path: &Path, mark: &str) -> anyhow::Result<()> {
 }
 
 fn a11_shared_memory(node: &Node) -> anyhow::Result<()> {
-    // What containerd mounts there cannot be executed from; what Kubernetes does can.
+    // containerd mounts it without execution; Kubernetes allows execution there.
     let mount = "type=tmpfs,src=shm,dst=/dev/shm,options=rw:nosuid:mode=1777";
     let container = node.container_with(&["--mount", mount])?;
     container.lay_payload("x")?;
     container.sh("cp /.control/x /dev/shm/x && /dev/shm/x")?;
-    let findings = container.told(&["high exec.tmpfs /dev/shm/x"])?;
+    let findings = container.expect_findings(&["high exec.tmpfs /dev/shm/x"])?;
     let run = only(&findings, "exec.tmpfs")?;
     assert_eq!((&run["count"], &run["expected"]), (&1.into(), &serde_json::Value::Null));
     ensure!(run["file"]["blake3"].as_str().is_some_and(|hash| hash.len() == 64), "{run:#}");
@@ -102,9 +102,9 @@ fn a11_shared_memory(node: &Node) -> anyhow::Result<()> {
 fn a11_tmpfs_volume(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(&["--mount", SHARED_MEMORY])?;
     container.lay_payload("x")?;
-    // Long enough to be looked at after it was deleted.
+    // Long enough to be examined after it was deleted.
     container.sh("cp /.control/x /vol/x; /vol/x 1000 & sleep 0.2; rm /vol/x; wait")?;
-    let findings = container.told(&["high exec.tmpfs /vol/x"])?;
+    let findings = container.expect_findings(&["high exec.tmpfs /vol/x"])?;
     assert_eq!(only(&findings, "exec.tmpfs")?["file"]["type"], "elf");
     Ok(())
 }
@@ -112,7 +112,7 @@ fn a11_tmpfs_volume(node: &Node) -> anyhow::Result<()> {
 fn a11_copy(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(&["--mount", SHARED_MEMORY])?;
     container.sh("cp /bin/ls /vol/ls; /vol/ls / >/dev/null")?;
-    let findings = container.told(&["medium exec.relocated /vol/ls"])?;
+    let findings = container.expect_findings(&["medium exec.relocated /vol/ls"])?;
     assert_eq!(only(&findings, "exec.relocated")?["expected"]["path"], "/bin/ls");
     Ok(())
 }
@@ -124,7 +124,7 @@ fn a12_own_mount(node: &Node) -> anyhow::Result<()> {
          cp /.control/x /mnt/x; sleep 0.3; /mnt/x\n\
          until /bin/busybox umount /mnt; do sleep 0.1; done; /bin/busybox mount -t tmpfs t /mnt\n\
          cp /.control/x /mnt/y; sleep 0.3; /mnt/y")?;
-    container.told(&["high exec.tmpfs /mnt/x", "high exec.tmpfs /mnt/y"]).map(drop)
+    container.expect_findings(&["high exec.tmpfs /mnt/x", "high exec.tmpfs /mnt/y"]).map(drop)
 }
 
 fn a13_host_directory(node: &Node) -> anyhow::Result<()> {
@@ -132,8 +132,8 @@ fn a13_host_directory(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(&["--mount", &mount])?;
     container.lay_payload("x")?;
     container.sh("cp /.control/x /data/x; /data/x; cp /bin/ls /data/ls; /data/ls / >/dev/null")?;
-    let findings =
-        container.told(&["medium exec.volume /data/x", "medium exec.relocated /data/ls"])?;
+    let findings = container
+        .expect_findings(&["medium exec.volume /data/x", "medium exec.relocated /data/ls"])?;
     assert_eq!(only(&findings, "exec.relocated")?["expected"]["path"], "/bin/ls");
     Ok(())
 }
@@ -143,7 +143,9 @@ fn a13_own_filesystem(node: &Node) -> anyhow::Result<()> {
     let container = node.container_with(&["--mount", &volume.mount])?;
     container.lay_payload("x")?;
     container.sh("cp /.control/x /data/x; /data/x; cp /bin/ls /data/ls; /data/ls / >/dev/null")?;
-    container.told(&["medium exec.volume /data/x", "medium exec.relocated /data/ls"]).map(drop)
+    container
+        .expect_findings(&["medium exec.volume /data/x", "medium exec.relocated /data/ls"])
+        .map(drop)
 }
 
 fn a13_host_runs_it(node: &Node) -> anyhow::Result<()> {
@@ -158,7 +160,7 @@ fn a13_host_runs_it(node: &Node) -> anyhow::Result<()> {
         // A service of the host may have a mount namespace of its own.
         succeed(Command::new("unshare").arg("--mount").arg(&program))?;
     }
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn a13_shared_volume(node: &Node) -> anyhow::Result<()> {
@@ -167,10 +169,10 @@ fn a13_shared_volume(node: &Node) -> anyhow::Result<()> {
     let other = node.container_with(&["--mount", &volume.mount])?;
     one.lay_payload("x")?;
     one.sh("cp /.control/x /data/x; /data/x")?;
-    one.told(&["medium exec.volume /data/x"])?;
-    other.told_nothing()?;
+    one.expect_findings(&["medium exec.volume /data/x"])?;
+    other.expect_silence()?;
     other.sh("/data/x")?;
-    other.told(&["critical exec.new /tmp/canary", "medium exec.volume /data/x"])?;
+    other.expect_findings(&["critical exec.new /tmp/canary", "medium exec.volume /data/x"])?;
     assert_eq!(only(&one.findings()?, "exec.volume")?["count"], 1);
     Ok(())
 }
@@ -183,7 +185,10 @@ fn a42_other_root(node: &Node) -> anyhow::Result<()> {
          cp /.control/x /tmp/alpine/bin/x\n\
          /bin/busybox unshare -Urm /bin/busybox chroot /tmp/alpine /bin/busybox sh -c '/bin/x'")?;
     container
-        .told(&["critical exec.new /tmp/alpine/bin/busybox", "critical exec.new /tmp/alpine/bin/x"])
+        .expect_findings(&[
+            "critical exec.new /tmp/alpine/bin/busybox",
+            "critical exec.new /tmp/alpine/bin/x",
+        ])
         .map(drop)
 }
 
@@ -195,9 +200,8 @@ fn a43_own_overlay(node: &Node) -> anyhow::Result<()> {
          sleep 0.3\n\
          /tmp/merged/bin/ls / >/dev/null\n\
          cp /.control/x /tmp/merged/x; /tmp/merged/x")?;
-    // The image's own content is the image's; the other program lies in memory, as the
-    // gate is asked below the overlay, and on an overlay that carries no mark of ours,
-    // as the trace says.
+    // The image's own content is silent. The other program is reported twice: in memory, by the
+    // gate below the overlay, and on an overlay without a mark, by the kernel's record.
     let findings = wait_for("both", || {
         let findings = container.findings()?;
         Ok((findings.len() >= 2).then_some(findings))
@@ -206,14 +210,15 @@ fn a43_own_overlay(node: &Node) -> anyhow::Result<()> {
     let below = only(&findings, "exec.tmpfs")?["file"]["path"].clone();
     anyhow::ensure!(below == "/x" || below == "/tmp/merged/x", "{findings:#?}");
     let below = format!("high exec.tmpfs {}", below.as_str().unwrap_or("?"));
-    let findings = container.told(&[below.as_str(), "medium exec.volume /tmp/merged/x"])?;
+    let findings =
+        container.expect_findings(&[below.as_str(), "medium exec.volume /tmp/merged/x"])?;
     assert_eq!(only(&findings, "exec.tmpfs")?["count"], 1);
     Ok(())
 }
 
 fn silent(container: &Container<'_>, commands: &str) -> anyhow::Result<()> {
     container.sh(commands)?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn b07_volumes(node: &Node) -> anyhow::Result<()> {
@@ -258,16 +263,16 @@ fn b_bind_mount(node: &Node) -> anyhow::Result<()> {
     )
 }
 
-fn a_thousand(container: &Container<'_>, at: &str, told: &str) -> anyhow::Result<()> {
+fn a_thousand(container: &Container<'_>, at: &str, finding: &str) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container
         .begin(&format!(
             "cp /.control/x {at}; i=0\nwhile [ $i -lt 1000 ]; do {at}; i=$((i+1)); done"
         ))?
         .finish(Duration::from_secs(120))?;
-    let kind = told.split(' ').nth(1).context("no kind")?;
+    let kind = finding.split(' ').nth(1).context("no kind")?;
     container.counted(kind, 1000)?;
-    container.told(&[&format!("{told} {at}")]).map(drop)
+    container.expect_findings(&[&format!("{finding} {at}")]).map(drop)
 }
 
 fn a_thousand_on_tmpfs(node: &Node) -> anyhow::Result<()> {
@@ -285,13 +290,12 @@ fn removed_at_once(node: &Node) -> anyhow::Result<()> {
     let volume = Volume::make(node)?;
     let container = node.container_with(&["--mount", &volume.mount, "--mount", SHARED_MEMORY])?;
     container.lay_payload("x")?;
-    // Many different ones, each of which is hashed, so that some still wait.
+    // Many different programs, each of which is hashed, so that some still wait.
     container.sh("i=0; while [ $i -lt 40 ]; do for d in /vol /data; do cp /.control/x $d/x$i\n\
          echo $i >> $d/x$i; $d/x$i; done; i=$((i+1)); done")?;
-    node.ctr(&["task", "rm", "--force", &container.id])?;
-    node.ctr(&["container", "rm", &container.id])?;
-    // Not lazily: it fails when the volume is busy. What was queued may still be open,
-    // and must soon be closed.
+    container.remove()?;
+    // Not lazily: it fails when the volume is busy. Queued files may still be open, and must
+    // soon be closed.
     succeed(Command::new("umount").arg(&volume.directory))?;
     wait_for("the volume's device to be released", || {
         let output = Command::new("losetup").arg("--list").arg("--output=BACK-FILE").output()?;

@@ -1,17 +1,17 @@
-//! Who has changed what, also of processes that end at once.
+//! The process and the session that a change is attributed to, also when they end at once.
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::node::{Container, Node, wait_for};
-use crate::trial;
+use crate::{sessions, test};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("w15_what_a_short_exec_wrote_names_its_process_and_session", w15_short),
-        trial("w05_a_script_that_is_found_by_env_is_one_finding", w05_env),
-        trial("w17_a_script_without_a_first_line_is_one_finding", w17_bare),
+        test("w15_a_file_of_a_short_exec_names_its_process_and_session", w15_short),
+        test("w05_a_script_that_is_found_by_env_is_one_finding", w05_env),
+        test("w17_a_script_without_a_first_line_is_one_finding", w17_bare),
     ]
 }
 
@@ -20,12 +20,12 @@ fn w05_env(node: &Node) -> anyhow::Result<()> {
 }
 
 fn w17_bare(node: &Node) -> anyhow::Result<()> {
-    // One of them executes a shell for it, the other reads it itself.
+    // busybox's shell executes another shell for it, bash reads it itself.
     one_script(node, "sleep 1\n", "/bin/sh")?;
     one_script(node, "sleep 1\n", "/bin/bash")
 }
 
-/// A script that is run by its path is reported once, with who ran it.
+/// A script that is run by its path is reported once, with the process that ran it.
 fn one_script(node: &Node, text: &str, shell: &str) -> anyhow::Result<()> {
     let container = node.container()?;
     container.lay("script", text.as_bytes())?;
@@ -38,7 +38,7 @@ fn one_script(node: &Node, text: &str, shell: &str) -> anyhow::Result<()> {
         Ok(is_run.then_some(findings))
     })?;
     drop(findings);
-    // Whatever comes behind it has come by then.
+    // By then any later finding has come.
     container.diff()?;
     std::thread::sleep(std::time::Duration::from_millis(500));
     container.diff()?;
@@ -55,7 +55,6 @@ const EXECS: usize = 10;
 fn w15_short(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("mkdir -p /etc/cron.d")?;
-    let fifo = node.path("fifo").display().to_string();
     for number in 0..EXECS {
         let id = format!("job{number}");
         let command = match number % 3 {
@@ -63,8 +62,7 @@ fn w15_short(node: &Node) -> anyhow::Result<()> {
             1 => format!("echo '* * * * * root x' | busybox tee /etc/cron.d/{id}"),
             _ => format!("(echo '* * * * * root x' >> /etc/cron.d/{id})"),
         };
-        let exec = ["task", "exec", "--fifo-dir", &fifo, "--exec-id", &id, &container.id];
-        node.ctr(&[&exec[..], &["/bin/bash", "-c", &command]].concat())?;
+        sessions::run(&container, &["--exec-id", &id], &["/bin/bash", "-c", &command])?;
     }
     let jobs = |container: &Container<'_>| {
         let mut findings = container.findings()?;
@@ -80,12 +78,12 @@ fn w15_short(node: &Node) -> anyhow::Result<()> {
         let path = finding["file"]["path"].as_str().context("a path")?;
         let id = path.rsplit('/').next().context("a name")?;
         let process = &finding["process"];
-        // Of one that was over within a moment, the arguments may not be recorded.
+        // The arguments of a process that ends at once may not be recorded.
         ensure!(process["exe"].is_string(), "{finding:#}");
         let session = sessions.iter().find(|session| session["id"] == finding["session"]);
         let session = session.with_context(|| format!("no session: {finding:#}"))?;
-        let asked_for: &Value = &session["process"]["argv"];
-        ensure!(asked_for.to_string().contains(id), "{finding:#}\n{session:#}");
+        let arguments: &Value = &session["process"]["argv"];
+        ensure!(arguments.to_string().contains(id), "{finding:#}\n{session:#}");
     }
     Ok(())
 }

@@ -7,19 +7,19 @@ use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 
 use super::{IMAGE, PATIENCE, Random, Stage, truth::Sight};
-use crate::fuse::{Answers, Fuse, MAY_MOUNT};
+use crate::fuse::{Answers, Fuse, MAY_MOUNT, run_from_mnt};
 use crate::gate::{Processes, is_there};
 use crate::node::{Container, Deaf, Node, lock, wait_within};
 
 /// What the attacking containers run, `/app/flood`.
 pub(super) const FLOOD: &str = include_str!("../../data/flood.c");
 
-/// What an attacker does, and whether driftd has something to report of it.
+/// What an attacker does, and whether driftd must report it.
 #[derive(Clone, Copy, Debug)]
 enum Attack {
-    /// What `tests/data/flood.c` knows, and how often each of its processes does it.
+    /// A mode of `tests/data/flood.c`, and how often each of its processes does it.
     Flood { what: &'static str, times: u32, is_drift: bool },
-    /// Mounts a filesystem that answers nobody outside, and runs from it.
+    /// Mounts a filesystem that answers no process outside, and runs from it.
     Filesystem,
     /// Many findings, and clients that follow them and never read.
     Followers,
@@ -52,8 +52,8 @@ const ATTACKS: &[Attack] = &[
 
 const FOLLOWERS: usize = 10;
 
-/// Lets one container after the other attack until the run ends, and each way of it
-/// come once before one comes again. `CHAOS_ATTACK` names the only one.
+/// Lets one container after the other attack until the run ends. Each attack comes once before
+/// one comes again. `CHAOS_ATTACK` selects a single one.
 pub(super) fn attack(stage: &Stage<'_>, mut random: Random) -> anyhow::Result<()> {
     let only = std::env::var("CHAOS_ATTACK").ok();
     let is_wanted = |attack: &Attack| match (&only, attack) {
@@ -118,34 +118,25 @@ fn one_attack(stage: &Stage<'_>, attack: Attack, seconds: u64) -> anyhow::Result
             Err(err) => err.to_string(),
         })?;
     }
-    node.ctr(&["task", "rm", "--force", &container.id])?;
-    node.ctr(&["container", "rm", &container.id]).map(drop)
+    container.remove()
 }
 
-/// Programs and scripts of a filesystem that lets everybody wait who comes from outside.
+/// Runs programs and scripts of a filesystem that makes every process from outside wait.
 fn from_filesystem(container: &Container<'_>, seconds: u64) -> anyhow::Result<()> {
     container.lay("s", b"#!/bin/sh\nsleep 60\n")?;
     let files = [("x", "/app/flood"), ("s", "/.control/s")];
-    let fuse = Fuse::mount(container, "/mnt", Answers::ItsOwn, &files)?;
-    let commands = format!(
-        "ln -s /mnt /tmp/l\n\
-         for i in $(seq {seconds}); do\n\
-         for way in '/mnt/x sleep 60' '/mnt/s' 'sh /tmp/l/s' 'sh /dev/fd/9 9</mnt/s'; do\n\
-         ( eval \"$way\" ) </dev/null >/dev/null 2>&1 &\n\
-         done\n\
-         sleep 1; done"
-    );
-    container.begin(&commands)?.finish(PATIENCE)?;
+    let fuse = Fuse::mount(container, "/mnt", Answers::Own, &files)?;
+    container.begin(&run_from_mnt(seconds))?.finish(PATIENCE)?;
     ensure!(fuse.unanswered().is_empty(), "driftd asked it: {:?}", fuse.unanswered());
     Ok(())
 }
 
 // ---- driftd's processes are stopped
 
-/// Which of the daemon, the gate and the guardian.
+/// Which of the daemon, the gate and the guardian are stopped.
 pub(super) type Frozen = [bool; 3];
 
-/// Each of them alone, and all that is together.
+/// Each of them alone, and every combination.
 pub(super) const FREEZES: [Frozen; 7] = [
     [true, false, false],
     [false, true, false],
@@ -156,13 +147,13 @@ pub(super) const FREEZES: [Frozen; 7] = [
     [true, true, true],
 ];
 
-/// For how long all three are stopped: nobody is left to end the others.
+/// For how long all three are stopped. No process is left that could end them.
 const ALL: Duration = Duration::from_secs(2);
 
 /// How long a program of a container may wait meanwhile, on a busy machine.
 const HELD_UP: Duration = Duration::from_secs(12);
 
-/// Stops processes of driftd, and says whether the daemon has ended.
+/// Stops processes of driftd, and returns whether the daemon has ended.
 pub(super) fn freeze(node: &Node, which: Frozen) -> anyhow::Result<bool> {
     let container = node.container_of(IMAGE)?;
     let processes = Processes::of(node)?;
@@ -184,7 +175,7 @@ pub(super) fn freeze(node: &Node, which: Frozen) -> anyhow::Result<bool> {
     }
     let ran = running.finish(HELD_UP);
     if ran.is_err() {
-        // Otherwise the containers cannot even be ended.
+        // While they are stopped, the containers cannot be ended.
         for process in [processes.gate, processes.daemon] {
             let _ = kill(process, Signal::SIGKILL);
         }
@@ -192,7 +183,7 @@ pub(super) fn freeze(node: &Node, which: Frozen) -> anyhow::Result<bool> {
     ran.context("a program was held up")?;
     let mut has_ended = which != [true; 3] && node.driftd_ended(Duration::from_secs(15)).is_ok();
     if !has_ended {
-        // Who is stopped ends nobody; when it goes on, it sees that it is alone.
+        // A stopped process ends no other. When it goes on, it sees that it is alone.
         go_on();
         has_ended = node.driftd_ended(Duration::from_secs(10)).is_ok();
     }
@@ -203,7 +194,6 @@ pub(super) fn freeze(node: &Node, which: Frozen) -> anyhow::Result<bool> {
     } else {
         ensure!(all.iter().all(|process| is_there(*process)), "a process of driftd is missing");
     }
-    node.ctr(&["task", "rm", "--force", &container.id])?;
-    node.ctr(&["container", "rm", &container.id])?;
+    container.remove()?;
     Ok(has_ended)
 }

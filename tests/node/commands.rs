@@ -1,5 +1,5 @@
-//! What driftd knows, and what it does when asked: baselines, the findings
-//! stream, kill, pause and resume.
+//! What clients ask of driftd: baselines, the stream of findings, and the responses kill,
+//! pause and resume.
 
 use std::io::{BufRead as _, BufReader, Read};
 use std::process::Stdio;
@@ -14,25 +14,25 @@ use crate::image::Layer;
 use crate::node::{Node, bench, only, talk, wait_for, wait_within};
 use crate::programs::WORKBENCH;
 use crate::sources::export_equals_mount;
-use crate::{trial, trial_alone};
+use crate::{test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("an_image_is_recorded_before_any_container_starts", recorded_at_import),
-        trial("an_exported_baseline_equals_the_files_of_the_image", export_equals_files),
-        trial("the_gate_is_armed_when_a_container_starts", armed),
-        trial("diff_tells_every_difference_and_exits_with_1", diff_tells),
-        trial("findings_are_filtered_and_shown_whole", filtered_and_shown),
-        trial_alone("a_follower_sees_findings_live_and_goes_on_after_a_stop", "", follow),
-        trial("kill_on_request_ends_the_container_and_is_recorded", kill_on_request),
-        trial("pause_and_resume_are_carried_out_and_recorded", pause_and_resume),
-        trial("a_response_needs_a_reason_and_a_known_container", response_refused),
-        trial_alone(
+        test("an_image_is_recorded_before_any_container_starts", recorded_at_import),
+        test("an_exported_baseline_equals_the_files_of_the_image", export_equals_files),
+        test("the_gate_is_armed_when_a_container_starts", armed),
+        test("diff_reports_every_difference_and_exits_with_1", diff_reports),
+        test("findings_are_filtered_and_shown_whole", filtered_and_shown),
+        test_alone("a_follower_sees_findings_live_and_goes_on_after_a_stop", "", follow),
+        test("kill_on_request_ends_the_container_and_is_recorded", kill_on_request),
+        test("pause_and_resume_are_carried_out_and_recorded", pause_and_resume),
+        test("a_response_needs_a_reason_and_a_known_container", response_refused),
+        test_alone(
             "a_setting_kills_on_a_new_program",
             "[respond]\nkill_on = [\"exec.new\"]",
             kill_by_setting,
         ),
-        trial_alone("a_deleted_image_keeps_judging_its_container", "", deleted_image),
+        test_alone("a_deleted_image_keeps_judging_its_container", "", deleted_image),
     ]
 }
 
@@ -49,7 +49,7 @@ fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
     assert_eq!(baseline["manifest_digest"], digests.manifest.as_str());
     assert_eq!(baseline["layers"].as_array().map(Vec::len), Some(2), "{baseline:#}");
     assert_eq!(baseline["files"], 1, "the whiteout hides the other: {baseline:#}");
-    // Known by its name, and by the beginning of its digest.
+    // It is found by its name, and by the beginning of its digest.
     let manifest = digests.manifest.trim_start_matches("sha256:");
     for name in [image, &manifest[..12]] {
         let shown = node.driftd(&["baseline", "show", name])?;
@@ -60,8 +60,8 @@ fn recorded_at_import(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What `baseline export` says, against what the files of the unpacked image say
-/// to an independent reader.
+/// Compares `baseline export` with the files of the unpacked image, as an independent
+/// program reads them.
 fn export_equals_files(node: &Node) -> anyhow::Result<()> {
     wait_for("the baseline", || node.baseline_of(WORKBENCH))?;
     let files = export_equals_mount(node, WORKBENCH)?;
@@ -89,8 +89,8 @@ fn export_equals_files(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the gate was placed before the entry point ran is a race that
-/// containerd's events usually win; that it watches soon after is not.
+/// Whether the gate is armed before the entry point runs is a race, which containerd's
+/// events usually win. That driftd watches soon after is certain.
 fn armed(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let known = node.answer(&["containers"])?;
@@ -104,7 +104,7 @@ fn armed(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn diff_tells(node: &Node) -> anyhow::Result<()> {
+fn diff_reports(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     let clean = node.driftd(&["diff", &container.id])?;
     assert_eq!(clean.status.code(), Some(0), "{}", talk(&clean));
@@ -114,7 +114,7 @@ fn diff_tells(node: &Node) -> anyhow::Result<()> {
          rm /usr/bin/wget; chmod 0700 /usr/bin/app")?;
     let output = node.driftd(&["diff", &container.id, "-o", "jsonl"])?;
     assert_eq!(output.status.code(), Some(1), "{}", talk(&output));
-    let mut told: Vec<String> = String::from_utf8(output.stdout)?
+    let mut reported: Vec<String> = String::from_utf8(output.stdout)?
         .lines()
         .map(|line| {
             let line: Value = serde_json::from_str(line)?;
@@ -122,9 +122,9 @@ fn diff_tells(node: &Node) -> anyhow::Result<()> {
             Ok(format!("{} {} {}", word("change"), word("path"), word("kind")))
         })
         .collect::<anyhow::Result<_>>()?;
-    told.sort();
+    reported.sort();
     assert_eq!(
-        told,
+        reported,
         [
             "added /tmp/x file.added",
             "metadata /usr/bin/app -",
@@ -141,8 +141,8 @@ fn filtered_and_shown(node: &Node) -> anyhow::Result<()> {
     container.lay_payload("x")?;
     container.sh("cp /.control/x /tmp/x; /tmp/x; rm /usr/bin/wget")?;
     container.diff()?;
-    let findings =
-        container.told(&["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"])?;
+    let findings = container
+        .expect_findings(&["critical exec.new /tmp/x", "low file.removed /usr/bin/wget"])?;
     let id = only(&findings, "exec.new")?["id"].as_str().context("no id")?.to_owned();
 
     let of_kind =
@@ -173,7 +173,7 @@ fn filtered_and_shown(node: &Node) -> anyhow::Result<()> {
 struct Follower {
     child: std::process::Child,
     lines: Receiver<String>,
-    /// What it says of the stream itself.
+    /// What it reports about the stream itself.
     notes: Receiver<String>,
 }
 
@@ -201,9 +201,9 @@ impl Follower {
                 .lines
                 .recv_timeout(crate::node::DEADLINE)
                 .with_context(|| format!("{path} was not followed"))?;
-            let told: Value = serde_json::from_str(&line)?;
-            if told["file"]["path"] == path {
-                return Ok(told);
+            let reported: Value = serde_json::from_str(&line)?;
+            if reported["file"]["path"] == path {
+                return Ok(reported);
             }
         }
     }
@@ -214,7 +214,7 @@ impl Follower {
             let note = self
                 .notes
                 .recv_timeout(crate::node::DEADLINE)
-                .with_context(|| format!("it did not say {words:?}"))?;
+                .with_context(|| format!("it did not print {words:?}"))?;
             if let Some((_, rest)) = note.split_once(words) {
                 return Ok(rest.to_owned());
             }
@@ -222,7 +222,7 @@ impl Follower {
     }
 }
 
-/// Reads in a thread, so that whoever waits for a line can give up.
+/// Reads in a thread, so that waiting for a line can time out.
 fn lines_of(pipe: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, lines) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -253,7 +253,7 @@ fn follow(node: &Node) -> anyhow::Result<()> {
     container.sh("cp /.control/two /tmp/two; /tmp/two")?;
     assert_eq!(follower.sees("/tmp/two")?["kind"], "exec.new");
 
-    // When driftd stops, the follower says where it goes on, and does so.
+    // When driftd stops, the follower prints where it will go on, and goes on there.
     node.stop_driftd()?;
     let cursor = follower.notes("waiting for it, to go on after ")?;
     node.start_driftd()?;
@@ -264,7 +264,7 @@ fn follow(node: &Node) -> anyhow::Result<()> {
     for follower in [&follower, &resumed] {
         let mut first = follower.next()?;
         assert_eq!(first["name"], "not_running", "{first:#}");
-        // Once more, when it is made up for.
+        // The gap comes once more when it has ended.
         while first["name"] == "not_running" {
             first = follower.next()?;
         }
@@ -275,9 +275,8 @@ fn follow(node: &Node) -> anyhow::Result<()> {
 
 fn kill_on_request(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    container.lay_payload("x")?;
-    container.sh("cp /.control/x /tmp/x; /tmp/x")?;
-    container.told(&["critical exec.new /tmp/x"])?;
+    container.run_dropped("x")?;
+    container.expect_findings(&["critical exec.new /tmp/x"])?;
 
     let output = node.driftd(&["respond", "kill", &container.id, "--reason", "seen in a test"])?;
     assert_eq!(output.status.code(), Some(0), "{}", talk(&output));
@@ -291,8 +290,8 @@ fn kill_on_request(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The `expected` number of responses to a container in the history, oldest first,
-/// as whoever opens the file with `sqlite3` reads them.
+/// The responses to a container in the history's file, oldest first. Waits for `expected`
+/// of them.
 pub(crate) fn recorded_responses(
     node: &Node,
     id: &str,
@@ -330,7 +329,7 @@ fn pause_and_resume(node: &Node) -> anyhow::Result<()> {
     let actions: Vec<&Value> =
         responses.iter().map(|response| &response["outcome"]["action"]).collect();
     assert_eq!(actions, ["pause", "resume"], "{responses:#?}");
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn response_refused(node: &Node) -> anyhow::Result<()> {
@@ -347,14 +346,14 @@ fn response_refused(node: &Node) -> anyhow::Result<()> {
 
 fn kill_by_setting(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    // A modified file is not on the list.
+    // A modified file is not in `kill_on`.
     container.lay_payload("x")?;
     container.sh("cat /.control/x > /usr/bin/curl")?;
-    container.told(&["medium file.modified /usr/bin/curl"])?;
-    ensure!(is_running(node, &container.id)?, "killed for something that is not on the list");
+    container.expect_findings(&["medium file.modified /usr/bin/curl"])?;
+    ensure!(is_running(node, &container.id)?, "killed for a kind that is not in `kill_on`");
 
     container.lay("y", &bench()?.payload.marked("another"))?;
-    // The shell is killed before it can answer.
+    // The shell is killed before it can report its end.
     let _ = container.begin("cp /.control/y /tmp/y; /tmp/y; sleep 600")?;
     wait_for("the container to end", || Ok((!is_running(node, &container.id)?).then_some(())))?;
     let outcome = wait_within(Duration::from_secs(10), "the outcome", || {
@@ -374,7 +373,7 @@ fn deleted_image(node: &Node) -> anyhow::Result<()> {
     node.ctr(&["images", "rm", "--sync", WORKBENCH])?;
     wait_for("the name to go", || Ok(node.baseline_of(WORKBENCH)?.is_none().then_some(())))?;
     container.sh("cp /bin/ls /bin/.cache-ls; /bin/.cache-ls; /usr/bin/app")?;
-    container.told(&["medium exec.relocated /bin/.cache-ls"])?;
+    container.expect_findings(&["medium exec.relocated /bin/.cache-ls"])?;
 
     // A restart changes nothing about it.
     node.stop_driftd()?;
@@ -382,7 +381,7 @@ fn deleted_image(node: &Node) -> anyhow::Result<()> {
     container.wait_until_watched()?;
     container.sh("cp /usr/bin/curl /tmp/copy; /tmp/copy")?;
     container
-        .told(&["medium exec.relocated /bin/.cache-ls", "high exec.relocated /tmp/copy"])
+        .expect_findings(&["medium exec.relocated /bin/.cache-ls", "high exec.relocated /tmp/copy"])
         .map(drop)
 }
 

@@ -1,5 +1,6 @@
-//! Whose deed it is: what one container does in another, what is reached on ways around,
-//! and what a process only says of itself.
+//! Which container owns an execution or a change: programs in another container's root,
+//! persistence paths that are reached through links and mounts, and process names, which a
+//! process chooses itself.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -10,24 +11,27 @@ use serde_json::Value;
 
 use crate::image::Layer;
 use crate::node::{Container, Node, bench, only, wait_for};
-use crate::sessions::init;
-use crate::{programs, trial};
+use crate::sessions::{self, init};
+use crate::{programs, test};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("x13_what_runs_in_another_containers_root_is_its_callers_finding", x13_root),
-        trial("x13_who_comes_from_the_host_stays_a_session_of_the_container", x13_from_the_host),
-        trial("x05_a_volume_in_a_mount_namespace_of_its_own_is_told", x05_hidden_volume),
-        trial("x15_a_way_around_a_persistence_place_is_told", x15_ways),
-        trial("h03_a_name_opens_no_session_and_hides_none", h03_names),
+        test("x13_a_program_in_another_containers_root_is_a_finding_of_its_caller", x13_root),
+        test("x13_a_process_from_the_host_stays_a_session_of_the_container", x13_from_the_host),
+        test(
+            "x05_a_program_on_a_volume_in_a_mount_namespace_of_its_own_is_reported",
+            x05_hidden_volume,
+        ),
+        test("x15_a_way_around_a_persistence_path_is_reported", x15_ways),
+        test("h03_a_process_name_opens_no_session_and_hides_none", h03_names),
     ]
 }
 
 /// The usual image and one program more.
 const OTHER: &str = "docker.io/driftd/other:1";
 
-/// A container of an image that has `/usr/bin/nmap` and `/opt/scan.sh`, and one of the
-/// usual image in the same pid namespace, in which the first one's init is 1.
+/// The owner, a container of an image that has `/usr/bin/nmap` and `/opt/scan.sh`, and the
+/// caller, a container of the usual image in the owner's pid namespace (its init is 1 there).
 fn two(node: &Node) -> anyhow::Result<(Container<'_>, Container<'_>)> {
     let payload = &bench()?.payload;
     let mut layers = programs::workbench(payload)?;
@@ -56,15 +60,15 @@ fn x13_root(node: &Node) -> anyhow::Result<()> {
     let (owner, caller) = two(node)?;
     owner.lay_payload("x")?;
     owner.sh("cp /.control/x /tmp/x; /usr/bin/nmap; /opt/scan.sh")?;
-    owner.told(&["low file.added /tmp/x"])?;
+    owner.expect_findings(&["low file.added /tmp/x"])?;
 
     caller.sh("/proc/1/root/usr/bin/nmap")?;
     caller.sh("/proc/1/root/tmp/x; sh /proc/1/root/opt/scan.sh")?;
     caller.sh("busybox chroot /proc/1/root /bin/sh -c '/usr/bin/nmap; :'")?;
-    let findings = caller.told(&[
+    let findings = caller.expect_findings(&[
         "critical exec.new /tmp/x",
         "critical exec.new /usr/bin/nmap",
-        // It was put beside the other one.
+        // The caller itself: it was started in the owner's pid namespace.
         "info session.exec",
         "medium exec.interpreted /opt/scan.sh",
         "medium exec.relocated /bin/sh",
@@ -72,24 +76,21 @@ fn x13_root(node: &Node) -> anyhow::Result<()> {
     for finding in findings.iter().filter(|finding| finding["kind"] != "session.exec") {
         let file = &finding["file"];
         assert_eq!(file["filesystem"], "container", "{finding:#}");
-        let detail = finding["detail"].as_str().context("it says whose file it is")?;
+        let detail = finding["detail"].as_str().context("the container of the file")?;
         ensure!(detail.contains(&owner.id), "{finding:#}");
         ensure!(file["blake3"].is_string(), "{finding:#}");
     }
     let nmap = findings.iter().find(|finding| finding["file"]["path"] == "/usr/bin/nmap");
     assert_eq!(nmap.context("nmap")?["count"], 2);
-    // What it has done itself is the image's, and what the other one has is no matter.
-    owner.told(&["low file.added /tmp/x"]).map(drop)
+    // The owner ran only its own image's programs, and the caller's executions are not its own.
+    owner.expect_findings(&["low file.added /tmp/x"]).map(drop)
 }
 
 fn x13_from_the_host(node: &Node) -> anyhow::Result<()> {
     let (owner, caller) = two(node)?;
-    let fifo = node.path("fifo").display().to_string();
-    let exec = ["task", "exec", "--fifo-dir", &fifo, "--exec-id", "one", &owner.id];
-    node.ctr(&[&exec[..], &["/usr/bin/nmap"]].concat())?;
-    let exec = ["task", "exec", "--fifo-dir", &fifo, "--exec-id", "two", &caller.id];
-    node.ctr(&[&exec[..], &["/bin/true"]].concat())?;
-    // The host's own look at a container's program.
+    sessions::run(&owner, &["--exec-id", "one"], &["/usr/bin/nmap"])?;
+    sessions::run(&caller, &["--exec-id", "two"], &["/bin/true"])?;
+    // The host runs a container's program by its path.
     let root = PathBuf::from(format!("/proc/{}/root", init(&owner)?));
     let status = Command::new(root.join("usr/bin/nmap")).stdout(Stdio::null()).status()?;
     ensure!(status.success(), "{status}");
@@ -99,20 +100,19 @@ fn x13_from_the_host(node: &Node) -> anyhow::Result<()> {
             let by_runtime = |session: &&Value| session["entry"] == "runtime_exec";
             Ok::<_, anyhow::Error>(sessions.iter().filter(by_runtime).count())
         };
-        // The one that shares a pid namespace is a session of its own.
+        // The caller's init is a session too, of another kind.
         Ok((of(&owner)? == 1 && of(&caller)? == 1).then_some(()))
     })?;
-    // A canary of each: nothing comes behind.
+    // A canary in each: no other execution is reported.
     for container in [&owner, &caller] {
         container.diff()?;
-        container.lay_payload("canary")?;
-        container.sh("cp /.control/canary /tmp/canary; /tmp/canary")?;
-        let told = wait_for("the canary", || {
-            let told = runs(container)?;
-            Ok((!told.is_empty()).then_some(told))
+        container.run_dropped("canary")?;
+        let reported = wait_for("the canary", || {
+            let reported = runs(container)?;
+            Ok((!reported.is_empty()).then_some(reported))
         })?;
-        assert_eq!(told.len(), 1, "{told:#?}");
-        assert_eq!(only(&told, "exec.new")?["file"]["path"], "/tmp/canary");
+        assert_eq!(reported.len(), 1, "{reported:#?}");
+        assert_eq!(only(&reported, "exec.new")?["file"]["path"], "/tmp/canary");
     }
     Ok(())
 }
@@ -128,7 +128,7 @@ fn x05_hidden_volume(node: &Node) -> anyhow::Result<()> {
         hidden=$!
         while [ ! -e /data/bound ]; do sleep 0.1; done
         /proc/$hidden/root/mnt/b/dropped")?;
-    // Short-lived and without the mark: by its record, alive or gone.
+    // Short-lived and on a mount without a mark: reported by its record, alive or gone.
     let findings = wait_for("the finding", || {
         let findings = container.findings()?;
         Ok((!findings.is_empty()).then_some(findings))
@@ -137,10 +137,8 @@ fn x05_hidden_volume(node: &Node) -> anyhow::Result<()> {
     assert_eq!(run["severity"], "medium", "{run:#}");
     let path = run["file"]["path"].as_str().context("a path")?;
     ensure!(path.ends_with("/dropped"), "{run:#}");
-    // The runtime comes in from that filesystem too, and is nobody's drift.
-    let fifo = node.path("fifo").display().to_string();
-    let exec = ["task", "exec", "--fifo-dir", &fifo, "--exec-id", "in", &container.id];
-    node.ctr(&[&exec[..], &["/bin/true"]].concat())?;
+    // The runtime enters from that filesystem too, and is drift of no container.
+    sessions::run(&container, &["--exec-id", "in"], &["/bin/true"])?;
     container.diff()?;
     assert_eq!(runs(&container)?.len(), 1, "{:#?}", container.findings()?);
     Ok(())
@@ -151,14 +149,16 @@ fn x15_ways(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("mkdir -p /etc/cron.d /tmp/cr; rm -r /etc/cron.d
         ln -s /tmp/cr /etc/cron.d; echo job > /etc/cron.d/a")?;
-    let findings = container
-        .told(&["high file.persistence /etc/cron.d", "high file.persistence /tmp/cr/a"])?;
+    let findings = container.expect_findings(&[
+        "high file.persistence /etc/cron.d",
+        "high file.persistence /tmp/cr/a",
+    ])?;
     let job = findings.iter().find(|finding| finding["file"]["path"] == "/tmp/cr/a");
     let detail = job.context("the job")?["detail"].as_str().context("a detail")?;
     ensure!(detail.contains("/etc/cron.d/a"), "{findings:#?}");
 
-    // What lies there already, a link of a link, a directory that is renamed into place,
-    // a hard link, and one above.
+    // A file that is there already, a link to a link, a directory that is renamed into place,
+    // a hard link, and a link above the path.
     let container = node.container()?;
     container.sh("mkdir -p /root /tmp/k /tmp/prepared /tmp/home/app /etc/cron.daily
         echo key > /tmp/k/authorized_keys; echo job > /tmp/prepared/p; echo job > /tmp/job
@@ -167,7 +167,7 @@ fn x15_ways(node: &Node) -> anyhow::Result<()> {
         mv /tmp/prepared /etc/profile.d
         ln /tmp/job /etc/cron.daily/job
         ln -s /tmp/home /home")?;
-    container.told(&[
+    container.expect_findings(&[
         "high file.persistence /etc/cron.daily/job",
         "high file.persistence /etc/profile.d/p",
         "high file.persistence /home",
@@ -177,18 +177,17 @@ fn x15_ways(node: &Node) -> anyhow::Result<()> {
         "high file.persistence /tmp/k2",
     ])?;
 
-    // Links elsewhere, into such places too, and one that goes again.
+    // Links at other paths, and links to watched files and directories.
     let container = node.container()?;
     container.sh("mkdir -p /tmp/cr /srv; ln -s /tmp/cr /srv/cron.d; echo data > /srv/cron.d/a
         ln -s /etc/passwd /tmp/users; ln -s /usr/bin /tmp/bin; ln -s . /tmp/here
         echo data > /tmp/here/b")?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn h03_names(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let fifo = node.path("fifo").display().to_string();
-    // Alive, gone at once, and without a living parent.
+    // A process that lives on, one that ends at once, and one whose parent ends.
     container.sh("for name in 'runc:[x' 'runc:[2:INIT]' crun youki; do
             sh -c \"printf '$name' > /proc/self/comm; exec sleep 1\" &
             i=0
@@ -198,11 +197,10 @@ fn h03_names(node: &Node) -> anyhow::Result<()> {
                 i=$((i + 1))
             done
         done; wait")?;
-    // A real one, which is over at once too, and one that takes such a name.
-    let exec = ["task", "exec", "--fifo-dir", &fifo, "--exec-id"];
-    node.ctr(&[&exec[..], &["short", &container.id, "/bin/true"]].concat())?;
+    // A real session, which also ends at once, and one that takes such a name.
+    sessions::run(&container, &["--exec-id", "short"], &["/bin/true"])?;
     let named = "printf 'runc:[2:INIT]' > /proc/self/comm; exec /bin/sleep 1";
-    node.ctr(&[&exec[..], &["named", &container.id, "/bin/sh", "-c", named]].concat())?;
+    sessions::run(&container, &["--exec-id", "named"], &["/bin/sh", "-c", named])?;
     let mut sessions = Vec::new();
     wait_for("the two sessions", || {
         sessions = node.answer(&["sessions", "-c", &container.id])?;

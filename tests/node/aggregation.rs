@@ -1,5 +1,5 @@
-//! Floods and package managers: what is told together, that none of it is lost,
-//! and that what matters still stands alone.
+//! Floods and package managers: which files become members of one finding, that none of them
+//! is lost, and that important ones still have a finding of their own.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,23 +12,27 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
+use crate::budget::resident;
 use crate::image::Layer;
 use crate::node::{Container, Node, bench, end, only, wait_for, wait_within};
 use crate::programs::{self, TINY};
-use crate::{trial, trial_alone};
+use crate::{test, test_alone};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("a26_installing_a_package_is_one_transaction", a26_package),
-        trial("a27_installing_with_pip_is_one_transaction", a27_pip),
-        trial("a37_a_flood_of_new_programs_is_told_one_by_one", a37_build),
-        trial_alone("a39_twenty_thousand_copies_hide_nothing", "", a39_copies),
-        trial_alone("a_storm_of_executions_freezes_nothing_and_is_counted", "", storm),
-        trial_alone("a_hundred_thousand_scripts_freeze_nothing_and_are_counted", "", scripts),
-        trial("a42_a_foreign_root_is_told_together", a42_foreign_root),
-        trial("b02_looking_for_updates_is_no_transaction", b02_update),
-        trial("b22_installing_busybox_is_silent_or_one_line", b22_busybox),
-        trial_alone("a_package_manager_beside_it_hides_no_program", "", beside),
+        test("a26_installing_a_package_is_one_transaction", a26_package),
+        test("a27_installing_with_pip_is_one_transaction", a27_pip),
+        test("a37_a_flood_of_new_programs_is_reported_one_by_one", a37_build),
+        test_alone("a39_twenty_thousand_copies_hide_nothing", "", a39_copies),
+        test_alone("a_storm_of_executions_freezes_nothing_and_is_counted", "", storm),
+        test_alone("a_hundred_thousand_scripts_freeze_nothing_and_are_counted", "", scripts),
+        test(
+            "a42_programs_of_a_foreign_root_are_reported_as_members_of_one_finding",
+            a42_foreign_root,
+        ),
+        test("b02_looking_for_updates_is_no_transaction", b02_update),
+        test("b22_installing_busybox_is_silent_or_one_finding", b22_busybox),
+        test_alone("a_package_manager_hides_no_program_beside_it", "", beside),
     ]
 }
 
@@ -53,20 +57,17 @@ fn wait_for_files(container: &Container<'_>, kind: &str, files: u64) -> anyhow::
 }
 
 fn resident_kib(node: &Node) -> anyhow::Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{}/status", node.driftd_pid()?))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    Ok(resident(node)? >> 10)
 }
 
-/// An archive of copies of one program of the image.
-fn archive_of_copies(count: u32) -> anyhow::Result<Vec<u8>> {
-    let program = programs::tiny_program();
+/// An archive of programs, each with its path.
+fn archive(programs: impl IntoIterator<Item = (String, Vec<u8>)>) -> anyhow::Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
-    for number in 0..count {
+    for (path, program) in programs {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o755);
         header.set_size(program.len() as u64);
-        archive.append_data(&mut header, format!("t{number}"), &program[..])?;
+        archive.append_data(&mut header, path, &program[..])?;
     }
     Ok(archive.into_inner()?)
 }
@@ -75,7 +76,8 @@ const COPIES: u32 = 20_000;
 
 fn a39_copies(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    container.lay("copies.tar", &archive_of_copies(COPIES)?)?;
+    let copies = (0..COPIES).map(|number| (format!("t{number}"), programs::tiny_program()));
+    container.lay("copies.tar", &archive(copies)?)?;
     container.lay_payload("x")?;
     let before = resident_kib(node)?;
     let mut follower = node
@@ -86,24 +88,27 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
     container.sh("/bin/busybox tar xf /.control/copies.tar -C /tmp")?;
     let started = Instant::now();
     container.sh("cp /.control/x /tmp/x; /tmp/x")?;
-    let mut is_told = None;
+    let mut is_reported = None;
     for line in stream.lines() {
         if line?.contains("\"exec.new\"") {
-            is_told = Some(started.elapsed());
+            is_reported = Some(started.elapsed());
             break;
         }
     }
     end(&mut follower);
-    let is_told = is_told.context("the stream ended without exec.new")?;
+    let is_reported = is_reported.context("the stream ended without exec.new")?;
 
     let relocated = wait_for_files(&container, "file.relocated", u64::from(COPIES))?;
     let after = resident_kib(node)?;
     eprintln!(
-        "a39: exec to finding {is_told:?} (with the way to and from the shell), \
+        "a39: exec to finding {is_reported:?} (with the way to and from the shell), \
          RSS {before} KiB before, {after} KiB after"
     );
-    ensure!(is_told < Duration::from_secs(5), "the execution was told after {is_told:?}");
-    let told = |container: &Container<'_>| {
+    ensure!(
+        is_reported < Duration::from_secs(5),
+        "the execution was reported after {is_reported:?}"
+    );
+    let reported = |container: &Container<'_>| {
         let findings = container.findings()?;
         let kinds: Vec<&str> = findings.iter().filter_map(|one| one["kind"].as_str()).collect();
         ensure!(kinds.len() == 2, "{kinds:?}");
@@ -113,10 +118,10 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
         anyhow::Ok(())
     };
     container.diff()?;
-    told(&container)?;
+    reported(&container)?;
     ensure!(members(node, &relocated)?.len() == COPIES as usize, "some cannot be listed");
 
-    // After a restart everything is found again, and nothing told again.
+    // After a restart everything is found again, and nothing is reported again.
     node.stop_driftd()?;
     node.start_driftd()?;
     container.wait_until_watched()?;
@@ -130,19 +135,12 @@ fn a39_copies(node: &Node) -> anyhow::Result<()> {
 
 fn a37_build(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let programs: Vec<Vec<u8>> = (0..300)
-        .map(|number| {
-            [programs::tiny_program(), format!("{} {number}", container.id).into()].concat()
-        })
-        .collect();
-    let mut archive = tar::Builder::new(Vec::new());
-    for (number, program) in programs.iter().enumerate() {
-        let mut header = tar::Header::new_gnu();
-        header.set_mode(0o755);
-        header.set_size(program.len() as u64);
-        archive.append_data(&mut header, format!("go-build{number}/exe/x"), &program[..])?;
-    }
-    container.lay("build.tar", &archive.into_inner()?)?;
+    let programs = (0..300).map(|number| {
+        let mark = format!("{} {number}", container.id);
+        let program = [programs::tiny_program(), mark.into()].concat();
+        (format!("go-build{number}/exe/x"), program)
+    });
+    container.lay("build.tar", &archive(programs)?)?;
     container.sh("/bin/busybox tar xf /.control/build.tar -C /tmp\n\
          for program in /tmp/go-build*/exe/x; do $program; done")?;
     wait_for("300 executions", || {
@@ -155,18 +153,18 @@ fn a37_build(node: &Node) -> anyhow::Result<()> {
         findings.iter().all(|one| one["kind"] != "file.added" || one["file"]["path"].is_string())
     );
     let written = findings.iter().filter(|one| one["kind"] == "file.added");
-    // What settled before it was run.
+    // Files that settled before they were run.
     ensure!(written.count() <= 256 + 65, "{}", findings.len());
     Ok(())
 }
 
-/// How much more memory a flood may take, and how soon something else is told
-/// beside it. On a busy machine: what is to be shown is that neither grows with it.
+/// How much more memory a flood may take, and how soon drift of another container must be
+/// reported meanwhile, on a busy machine. Neither may grow with the flood.
 const MORE_KIB: u64 = 128 * 1024;
 const BESIDE: Duration = Duration::from_secs(20);
 
-/// Drift of another container, while one is flooding us.
-fn is_told_beside(other: &Container<'_>) -> anyhow::Result<Duration> {
+/// How soon drift of another container is reported during a flood.
+fn is_reported_beside(other: &Container<'_>) -> anyhow::Result<Duration> {
     other.lay_payload("x")?;
     let began = Instant::now();
     other.sh("cp /.control/x /tmp/x; /tmp/x")?;
@@ -176,7 +174,7 @@ fn is_told_beside(other: &Container<'_>) -> anyhow::Result<Duration> {
     Ok(began.elapsed())
 }
 
-/// The names of what was lost, which is what the view is incomplete by.
+/// The losses, by which the view is incomplete.
 fn losses(node: &Node) -> anyhow::Result<Vec<Value>> {
     Ok(node.status()?["losses"].as_array().cloned().unwrap_or_default())
 }
@@ -187,7 +185,7 @@ fn storm(node: &Node) -> anyhow::Result<()> {
     container.sh("cp /.control/x /tmp/x")?;
     let before = resident_kib(node)?;
     let flood = container.begin("/usr/bin/loader storm 6 24 /tmp/x")?;
-    let beside = is_told_beside(&other)?;
+    let beside = is_reported_beside(&other)?;
     let ran = flood.finish(Duration::from_secs(120))?;
     let executed: u64 = ran.output.trim().parse().with_context(|| ran.output.clone())?;
     let mut counted = 0;
@@ -202,7 +200,7 @@ fn storm(node: &Node) -> anyhow::Result<()> {
         "storm: {counted} of {executed} executions, beside it after {beside:?}, \
          RSS {before} KiB before, {after} KiB after, losses {losses:?}"
     );
-    // Fewer are told only if it is said that some were not.
+    // Fewer may be reported only if a loss is named.
     ensure!(counted <= executed && (all.is_ok() || !losses.is_empty()), "{losses:?}");
     ensure!(after < before + MORE_KIB, "{after} KiB");
     ensure!(container.findings()?.len() == 1, "{:#?}", container.findings()?);
@@ -215,7 +213,7 @@ fn scripts(node: &Node) -> anyhow::Result<()> {
     let before = resident_kib(node)?;
     let flood =
         container.begin(&format!("mkdir /tmp/s; /usr/bin/loader scripts {COUNT} /tmp/s"))?;
-    let beside = is_told_beside(&other)?;
+    let beside = is_reported_beside(&other)?;
     let ran = flood.finish(Duration::from_secs(120))?;
     let took =
         Duration::from_micros(ran.output.trim().parse().with_context(|| ran.output.clone())?);
@@ -229,7 +227,7 @@ fn scripts(node: &Node) -> anyhow::Result<()> {
     let (status, after) = (node.status()?, resident_kib(node)?);
     eprintln!(
         "scripts: {counted} of {COUNT} made in {took:?}, beside it after {beside:?}, \
-         RSS {before} KiB before, {after} KiB after, {} left to walks, losses {}",
+         RSS {before} KiB before, {after} KiB after, {} left to scans, losses {}",
         status["left_to_sweeps"], status["losses"]
     );
     all?;
@@ -242,15 +240,12 @@ fn scripts(node: &Node) -> anyhow::Result<()> {
 
 fn a42_foreign_root(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
-    let mut archive = tar::Builder::new(Vec::new());
-    for number in 0..40 {
-        let program = bench()?.payload.marked(&format!("{} root {number}", container.id));
-        let mut header = tar::Header::new_gnu();
-        header.set_mode(0o755);
-        header.set_size(program.len() as u64);
-        archive.append_data(&mut header, format!("alpine/bin/p{number}"), &program[..])?;
-    }
-    container.lay("alpine.tar", &archive.into_inner()?)?;
+    let payload = &bench()?.payload;
+    let programs = (0..40).map(|number| {
+        let mark = format!("{} root {number}", container.id);
+        (format!("alpine/bin/p{number}"), payload.marked(&mark))
+    });
+    container.lay("alpine.tar", &archive(programs)?)?;
     container.sh("/bin/busybox tar xf /.control/alpine.tar -C /tmp\n\
          i=0; while [ $i -lt 40 ]; do /bin/busybox chroot /tmp/alpine /bin/p$i 30; i=$((i+1)); done")?;
     let mut kinds = Vec::new();
@@ -264,8 +259,8 @@ fn a42_foreign_root(node: &Node) -> anyhow::Result<()> {
         Ok((kinds.iter().sum::<u64>() == 40).then_some(()))
     })
     .with_context(|| format!("{kinds:?}"))?;
-    // A program that has ended before its root could be read stands alone.
-    ensure!(kinds.len() < 40, "none were told together: {kinds:?}");
+    // A program that has ended before its root could be read has a finding of its own.
+    ensure!(kinds.len() < 40, "all have findings of their own: {kinds:?}");
     Ok(())
 }
 
@@ -285,24 +280,16 @@ fn installer(node: &Node) -> anyhow::Result<Container<'_>> {
 
 /// The layers of an image that can install packages.
 pub(crate) fn installer_layers() -> anyhow::Result<Vec<Layer>> {
-    let mut layer = Layer::new()
+    let layer = Layer::new()
         .directory("/var/lib", 0o755)
         .directory("/var/lib/dpkg", 0o755)
         .directory("/var/lib/dpkg/info", 0o755)
         .directory("/var/lib/dpkg/updates", 0o755)
         .directory("/var/lib/dpkg/triggers", 0o755)
         .file("/var/lib/dpkg/status", 0o644, b"");
-    let mut libraries = BTreeSet::new();
-    for name in PACKAGE_PROGRAMS {
-        let path = programs::find(name)?;
-        libraries.extend(programs::libraries_of(&path)?);
-        layer = layer.file(format!("/usr/bin/{name}"), 0o755, &fs::read(&path)?);
-    }
-    for library in libraries {
-        layer = layer.host_file(&library)?;
-    }
     let mut layers = programs::workbench(&bench()?.payload)?;
-    layers.push(layer);
+    layers
+        .push(programs::with_programs(layer, PACKAGE_PROGRAMS, |name| format!("/usr/bin/{name}"))?);
     Ok(layers)
 }
 
@@ -324,7 +311,7 @@ pub(crate) fn package(
         write(&tree.join(path.trim_start_matches('/')), content, 0o755)?;
     }
     let control = format!(
-        "Package: nmap\nVersion: 1.{}\nArchitecture: all\nMaintainer: nobody <nobody@localhost>\n\
+        "Package: nmap\nVersion: 1.{}\nArchitecture: all\nMaintainer: tests <tests@localhost>\n\
          Description: a package of the tests\n",
         container.id.trim_start_matches(char::is_alphabetic)
     );
@@ -420,7 +407,7 @@ fn a27_pip(node: &Node) -> anyhow::Result<()> {
     node.import_layers(PIP_IMAGE, layers)?;
     let container = node.container_of(PIP_IMAGE)?;
     container.lay("wheel.py", WHEEL.as_bytes())?;
-    // As text: a script of its own would be told.
+    // As an argument: a script file would be reported.
     container.sh("/usr/bin/python3 -c \"$(cat /.control/wheel.py)\"")?;
     let ran =
         container.sh("export PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) HOME=/tmp\n\
@@ -439,7 +426,7 @@ fn a27_pip(node: &Node) -> anyhow::Result<()> {
     assert_eq!(transaction["severity"], "medium");
     let listed = members(node, transaction)?;
     ensure!(listed.contains("/opt/tool/bin/tool"), "{listed:?}");
-    // Where pip has put it first.
+    // Also the temporary path at which pip writes it first.
     ensure!(listed.iter().all(|path| path.ends_with("/bin/tool")), "{listed:?}");
     assert_eq!(only(&findings, "exec.script")?["file"]["path"], "/opt/tool/bin/tool");
     wait_for("the link between both", || {
@@ -450,7 +437,7 @@ fn a27_pip(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is written while a package manager runs, and not by it, stands alone.
+/// A file that another process writes while a package manager runs has a finding of its own.
 fn beside(node: &Node) -> anyhow::Result<()> {
     let container = installer(node)?;
     let tool = [programs::tiny_program(), container.id.clone().into_bytes()].concat();
@@ -474,7 +461,7 @@ fn beside(node: &Node) -> anyhow::Result<()> {
     let listed = members(node, transaction)?;
     ensure!(listed.iter().all(|path| !path.starts_with("/usr/bin/x")), "{listed:?}");
     let alone = findings.iter().filter(|one| one["kind"] == "file.added").count();
-    ensure!(alone == 20, "{alone} stand alone: {findings:#?}");
+    ensure!(alone == 20, "{alone} findings of their own: {findings:#?}");
     Ok(())
 }
 
@@ -486,13 +473,13 @@ fn b02_update(node: &Node) -> anyhow::Result<()> {
          mkdir -p /tmp/repository; : > /tmp/repository/Packages\n\
          dpkg-query -l || true; dpkg --audit || true; apt-cache gencaches || true\n\
          apt-get update || true")?;
-    container.told_nothing()
+    container.expect_silence()
 }
 
 fn b22_busybox(node: &Node) -> anyhow::Result<()> {
     let container = node.container()?;
     container.sh("mkdir /opt/links; /bin/busybox --install -s /opt/links; /bin/ls /")?;
-    container.told_nothing()?;
+    container.expect_silence()?;
 
     let container = node.container()?;
     container.sh("mkdir /opt/applets; /bin/busybox --install /opt/applets; /bin/ls /")?;
