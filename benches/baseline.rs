@@ -1,11 +1,11 @@
 //! What baselines cost, beside what else a node does with an image: importing and
 //! unpacking it, `b3sum` hashing the same files, AIDE recording them. Rounds
-//! alternate, so that all meet the same weather; a ratio is the median of the
+//! alternate, so that other work of the machine affects all of them; a ratio is the median of the
 //! rounds' ratios.
 //!
 //! Needs root, and containerd, `ctr`, `b3sum` and `aide` where they are to be
-//! compared with: `scripts/setup` installs them. What is missing is said and left
-//! out. The containerd is the bench's own and ends with it.
+//! compared with: `scripts/setup` installs them. What is missing is named and left out. The
+//! bench has a containerd of its own, which ends with it.
 //!
 //! `DRIFTD_BENCH_ROUNDS` sets the rounds, `DRIFTD_BENCH_B3SUM` another b3sum,
 //! `DRIFTD_BENCH_DIRECTORY` the disk on which all this happens.
@@ -38,7 +38,7 @@ use cost::{Cost, measure, median, memory};
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let Some((RECORD, arguments)) = arguments.split_first().map(|(a, b)| (a.as_str(), b)) {
-        return record_and_tell_memory(arguments);
+        return record_and_print_memory(arguments);
     }
     // `cargo test --benches` wants to know only that this runs.
     let quick = !std::env::args().any(|argument| argument == "--bench");
@@ -77,14 +77,14 @@ fn recording(
     quick: bool,
     scratch: &Path,
 ) -> anyhow::Result<()> {
-    // Else our fsync waits for the unpacked files as well.
+    // Otherwise our fsync waits for the unpacked files as well.
     nix::unistd::sync();
     let state = scratch.join("state");
     let threads = std::thread::available_parallelism()?.get();
     let directories: Vec<&Path> = layers.iter().map(|layer| layer.directory.as_path()).collect();
     let peers = peers(threads, quick, &directories, scratch)?;
 
-    // One round that does not count: whatever is not in the page cache comes there.
+    // One round that does not count: it fills the page cache.
     let mut ours = Vec::new();
     let mut theirs: Vec<Vec<Cost>> = vec![Vec::new(); peers.len()];
     for round in 0..=rounds {
@@ -154,12 +154,12 @@ fn recording(
     Ok(())
 }
 
-/// Something that reads the same files.
+/// A program that reads the same files.
 struct Peer {
     name: String,
     /// For a shell; the directories are its arguments.
     command: String,
-    /// After how many rounds it has shown what it can.
+    /// How many rounds are enough for it.
     rounds: usize,
 }
 
@@ -194,9 +194,9 @@ fn peers(
     }
     match Command::new("aide").arg("--version").output() {
         Ok(output) => {
-            let said = [output.stdout, output.stderr].concat();
-            let said = String::from_utf8_lossy(&said);
-            let version = said.lines().next().unwrap_or("AIDE").to_owned();
+            let printed = [output.stdout, output.stderr].concat();
+            let printed = String::from_utf8_lossy(&printed);
+            let version = printed.lines().next().unwrap_or("AIDE").to_owned();
             let settings = scratch.join("aide.conf");
             let mut text = format!(
                 "database_out=file:{}\ngzip_dbout=no\nnum_workers={threads}\n\
@@ -254,20 +254,20 @@ fn record(layers: &[Unpacked], state: &Path) -> anyhow::Result<Arc<ImageBaseline
         .context("a layer that was just written is not there")
 }
 
-const RECORD: &str = "--record-and-tell-memory";
+const RECORD: &str = "--record-and-print-memory";
 
-/// By how much recording lets a process grow. Another process does it, because
-/// this one has memory left over from making things up.
+/// By how much recording lets a process grow. It runs in another process, because this one
+/// still has memory from making the image.
 fn peak_memory(layers: &[Unpacked], state: &Path) -> anyhow::Result<u64> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg(RECORD).arg(state).args(layers.iter().map(|layer| &layer.directory));
     let output = command.output()?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let printed = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    said.trim().parse().with_context(|| format!("`{said}` is no number"))
+    printed.trim().parse().with_context(|| format!("`{printed}` is no number"))
 }
 
-fn record_and_tell_memory(arguments: &[String]) -> anyhow::Result<()> {
+fn record_and_print_memory(arguments: &[String]) -> anyhow::Result<()> {
     let (state, directories) = arguments.split_first().context("no directory to record into")?;
     let layers = (0..).zip(directories).map(|(number, directory)| {
         Ok(Unpacked { id: layer_id(number)?, directory: directory.into() })
@@ -308,7 +308,7 @@ fn known_and_shared(layers: &[Unpacked], scratch: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A layer that is one directory, as large as its names.
+/// A layer that is one large directory.
 fn many_entries_in_one_directory(files: u32, scratch: &Path) -> anyhow::Result<()> {
     let directory = scratch.join("many");
     fs::create_dir(&directory)?;
@@ -363,8 +363,8 @@ fn a_hole(length: u64, scratch: &Path) -> anyhow::Result<()> {
 
 // ---- the image
 
-/// An image that is made up: sizes as in a distribution's /usr, where most files
-/// are small and most bytes are in few; text that packs as programs do.
+/// A synthetic image: sizes as in a distribution's /usr, where most files are small and most
+/// bytes are in few; text that packs as programs do.
 struct Image {
     layers: u64,
     /// Of each layer.

@@ -1,12 +1,11 @@
-//! What the gate costs who is behind it: nobody asked, the least that could be asked,
-//! and driftd in each of its modes, in one run.
+//! What the gate costs a container: without a listener, with the smallest possible one, and
+//! with driftd in each of its modes, in one run.
 //!
 //! One container (an overlay as its root, a pid and a mount namespace of its own) in
 //! which a small program starts another and waits for it, or opens, reads and closes
-//! a file. In short blocks that alternate somebody listens to it, or nobody, so that
-//! whatever else the machine does falls on all of them. Of each block the median
-//! counts, and of those the differences to the block of the same round in which
-//! nobody listened.
+//! a file. The listeners alternate in short blocks, so that other work of the machine affects
+//! all of them. The median of each block counts, and its difference from the block without a
+//! listener in the same round.
 #![allow(clippy::print_stdout)] // what a bench prints is its result
 
 mod cost;
@@ -36,16 +35,16 @@ const ROUNDS: usize = 40;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Listener {
-    Nobody,
+    None,
     Responder,
-    Told,
+    Notified,
     Driftd(Gate),
 }
 
 const LISTENERS: [Listener; 6] = [
-    Listener::Nobody,
+    Listener::None,
     Listener::Responder,
-    Listener::Told,
+    Listener::Notified,
     Listener::Driftd(Gate::Ask),
     Listener::Driftd(Gate::Free),
     Listener::Driftd(Gate::Notify),
@@ -54,9 +53,9 @@ const LISTENERS: [Listener; 6] = [
 impl Listener {
     fn name(self) -> &'static str {
         match self {
-            Listener::Nobody => "nobody",
+            Listener::None => "no listener",
             Listener::Responder => "minimal responder",
-            Listener::Told => "minimal notified",
+            Listener::Notified => "minimal notified",
             Listener::Driftd(Gate::Ask) => "driftd, ask",
             Listener::Driftd(Gate::Free) => "driftd, free",
             Listener::Driftd(Gate::Notify) => "driftd, notify",
@@ -93,7 +92,7 @@ fn main() -> anyhow::Result<()> {
 struct Block {
     median: f64,
     worst: f64,
-    /// Of the processor, for each operation, on our side.
+    /// The listener's processor time for each operation.
     cpu: f64,
 }
 
@@ -105,7 +104,7 @@ fn compare(
 ) -> anyhow::Result<()> {
     let mut blocks: [Vec<Block>; LISTENERS.len()] = Default::default();
     for round in 0..rounds {
-        // Nobody always goes first.
+        // No listener always goes first.
         for turn in 0..LISTENERS.len() {
             let index = (round + turn) % LISTENERS.len();
             blocks[index].push(block(LISTENERS[index], container, order)?);
@@ -150,8 +149,8 @@ fn block(listener: Listener, container: &mut Container, order: &str) -> anyhow::
         anyhow::Ok(Block { median, worst, cpu })
     };
     match listener {
-        Listener::Nobody => measured(container),
-        Listener::Responder | Listener::Told => {
+        Listener::None => measured(container),
+        Listener::Responder | Listener::Notified => {
             let responder = Responder::start(container, listener)?;
             let block = measured(container)?;
             let seen = responder.stop();
@@ -162,7 +161,7 @@ fn block(listener: Listener, container: &mut Container, order: &str) -> anyhow::
             let driftd = Driftd::start(container, gate)?;
             let before = cost::cpu_time_of(driftd.watch.gate().id())?;
             let mut block = measured(container)?;
-            // The warm-up counts here and not there: a tenth.
+            // Only this figure includes the warm-up, a tenth of a block.
             let of_gate = cost::cpu_time_of(driftd.watch.gate().id())?.saturating_sub(before);
             block.cpu += of_gate.as_secs_f64() * 1e6 / f64::from(BLOCK + BLOCK / 10);
             let seen = driftd.health.gate_answers();
@@ -181,8 +180,8 @@ fn block(listener: Listener, container: &mut Container, order: &str) -> anyhow::
     }
 }
 
-/// What is executed, and what executes it: it takes orders as `e PATH TIMES` and
-/// tells the median and the worst in nanoseconds.
+/// Executes or opens files: it reads orders such as `e PATH TIMES`, and prints the median and
+/// the worst time in nanoseconds.
 const WORKER: &str = r#"
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -221,9 +220,9 @@ int main(int count, char **words) {
 }
 "#;
 
-/// Named as runc's init is until the entry point runs, and like it a program of the
-/// host's, so that driftd knows that nothing can have changed the image's files before
-/// it listened. At work it has another name: what comes from a runtime's init is a
+/// The name of runc's init until the entry point runs. Like runc's init, the worker is a
+/// program of the host, so that driftd knows that nothing can have changed the image's files
+/// before it watched. At work it has another name, because a child of a runtime's init is a
 /// session.
 const WORKER_NAME: &str = "runc:[2:INIT]";
 
@@ -274,7 +273,7 @@ impl Container {
             .arg(&merged)
             .status()?;
         ensure!(status.success(), "cannot mount an overlay in {}", scratch.display());
-        // As below a shim, init's parent is in the host's mount namespace.
+        // As under a shim, init's parent is in the host's mount namespace.
         let mut outer = Command::new("unshare")
             .args(["--pid", "--fork", "--kill-child", "unshare", "--mount"])
             .arg(at(WORKER_NAME))
@@ -319,8 +318,7 @@ impl Drop for Container {
     }
 }
 
-/// The least that can be between a program and its start: read, say yes. Or only
-/// read.
+/// The smallest listener: it reads each event and allows it, or only reads it.
 struct Responder {
     stop: Arc<AtomicBool>,
     seen: Arc<AtomicU64>,
@@ -330,7 +328,7 @@ struct Responder {
 impl Responder {
     fn start(container: &Container, listener: Listener) -> anyhow::Result<Responder> {
         let (group, events) = match listener {
-            Listener::Told => (Group::exec_feed()?, nix::libc::FAN_OPEN_EXEC),
+            Listener::Notified => (Group::exec_feed()?, nix::libc::FAN_OPEN_EXEC),
             _ => (Group::exec_gate()?, nix::libc::FAN_OPEN_EXEC_PERM),
         };
         group.mark_filesystem(File::open(&container.merged)?.as_fd(), events)?;
@@ -363,7 +361,7 @@ impl Responder {
     }
 }
 
-/// driftd's own watchers, and somebody who takes what they report.
+/// driftd's own watchers, and a thread that takes what they report.
 struct Driftd {
     watch: Watch,
     health: Arc<Health>,

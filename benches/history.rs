@@ -1,4 +1,4 @@
-//! The history in SQLite beside the same work in sled, on what driftd does:
+//! The history in SQLite compared with the same work in sled, as driftd does it:
 //! durable groups of findings, pages of a container or a span of time, and
 //! retention. Evidence for docs/adr/0002.
 //!
@@ -131,7 +131,7 @@ fn megabytes(dir: &Path) -> f64 {
 
 fn with_sqlite(findings: &[Finding]) -> Figures {
     let dir = tempfile::tempdir().expect("a scratch directory");
-    // Longer than anything is old: nothing is forgotten yet.
+    // Everything is younger than the retention, so nothing is forgotten yet.
     let writer = open(dir.path(), RETENTION * 100);
 
     let began = Instant::now();

@@ -1,6 +1,6 @@
 //! A layer read from its blob, decompressed, proved and hashed file by file, beside
 //! the decompressor's own program and `sha256sum`, which only prove it. Rounds
-//! alternate, so that both meet the same weather; the ratio is the median of the
+//! alternate, so that other work of the machine affects both; the ratio is the median of the
 //! rounds' ratios.
 //!
 //! `DRIFTD_BENCH_TREE=/usr/lib` measures a layer of that tree instead of a made-up
@@ -70,14 +70,14 @@ fn main() -> anyhow::Result<()> {
 fn compare(name: &str, blob: &Path, decompress: &str, rounds: u32) -> anyhow::Result<()> {
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
-    let mut told = (String::new(), 0);
+    let (mut diff_id, mut entries) = (String::new(), 0);
     // The first round only brings the blob into the page cache.
     for round in 0..=rounds {
         let our_cost = measure(UsageWho::RUSAGE_SELF, || {
             let limits = Limits { bytes: u64::MAX, entries: u64::MAX };
             let stream = read(File::open(blob)?, &limits, None, &AtomicBool::new(false))?;
-            told.0 = stream.diff_id.hex();
-            told.1 = stream.settle(None)?.len();
+            diff_id = stream.diff_id.hex();
+            entries = stream.settle(None)?.len();
             Ok(())
         })?;
         let mut sum = String::new();
@@ -90,8 +90,8 @@ fn compare(name: &str, blob: &Path, decompress: &str, rounds: u32) -> anyhow::Re
             sum = String::from_utf8(output.stdout)?;
             Ok(())
         })?;
-        if !sum.starts_with(&told.0) {
-            bail!("{decompress} | sha256sum says {sum}, driftd says {}", told.0);
+        if !sum.starts_with(&diff_id) {
+            bail!("{decompress} | sha256sum prints {sum}, driftd has {diff_id}");
         }
         if round > 0 {
             ours.push(our_cost);
@@ -102,7 +102,7 @@ fn compare(name: &str, blob: &Path, decompress: &str, rounds: u32) -> anyhow::Re
         let pairs = ours.iter().zip(&theirs);
         median(pairs.map(|(a, b)| of(a).as_secs_f64() / of(b).as_secs_f64()).collect())
     };
-    let line = format!("driftd: {name} blob of {} MB, {} entries", size(blob)? / 1_000_000, told.1);
+    let line = format!("driftd: {name} blob of {} MB, {entries} entries", size(blob)? / 1_000_000);
     println!(
         "{line:<44} {:>8.3} {:>8.3}",
         seconds(&ours, |cost| cost.wall),

@@ -1,7 +1,7 @@
 //! What driftd costs the containers beside it, and itself: the real daemon, a real
-//! containerd, and pairs of containers of one image of which it watches the one
-//! and was told to leave the other alone. Rounds alternate, so that both meet the
-//! same weather; a ratio is the median of the rounds' ratios.
+//! containerd, and pairs of containers of one image. driftd watches one of each pair and
+//! leaves the other alone. Rounds alternate, so that other work of the machine affects both;
+//! a ratio is the median of the rounds' ratios.
 //!
 //! Needs root, containerd, `ctr`, runc and gcc (`scripts/setup`).
 //! `DRIFTD_BENCH_QUICK` makes everything small: to see that it runs.
@@ -37,7 +37,7 @@ use node::{Container, Node, Setup};
 
 const IMAGE: &str = "registry.bench/workload:1";
 
-/// What a container does, timed from the inside by the clock that all share.
+/// The work of a container, timed inside it by the clock that all share.
 const WORKER: &str = r#"
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -216,7 +216,7 @@ fn run(size: &Size) -> anyhow::Result<()> {
     pair.compare("  the slowest of these, µs", 1e3, |container| {
         Ok(worker(container, &format!("/app/worker spawn /app/tiny {execs}"))?.worst)
     })?;
-    told(&node, &watched, size)?;
+    reported(&node, &watched, size)?;
     stress(&node, size, (watched, unwatched))?;
     let status = node.status()?;
     println!("\nlosses: {}", status["losses"]);
@@ -286,7 +286,7 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    /// `measure` tells nanoseconds; a row shows them in `unit`s.
+    /// `measure` returns nanoseconds; a row shows them in `unit`s.
     fn compare(
         &self,
         what: &str,
@@ -349,8 +349,8 @@ fn took(ran: &node::Ran) -> anyhow::Result<Took> {
 
 // ---- from the execution to the stream
 
-/// How long after a dropped program was started a follower of the API reads of it.
-fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<()> {
+/// How long after the start of a dropped program its finding is on the API's stream.
+fn reported(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<()> {
     let count = size.dropped;
     let mut follower = node
         .driftd_command(&["findings", "--follow", "-o", "jsonl", "--kind", "exec.new"])
@@ -382,7 +382,7 @@ fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<(
         let Ok((at, line)) = received.recv_timeout(Duration::from_secs(20)) else { break };
         let finding: serde_json::Value = serde_json::from_str(&line)?;
         let path = finding["file"]["path"].as_str().unwrap_or_default();
-        // Each is revised when it is found to be removed; the first word counts.
+        // A finding is revised when its file is removed; the first revision counts.
         if let Some(began) = started.remove(path) {
             latencies.push((at.as_nanos() as f64 - began) / 1e6);
         }
@@ -400,7 +400,7 @@ fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<(
             .unwrap_or(f64::NAN)
     };
     println!(
-        "\n{count} dropped programs, gone at once: {} told; from spawn to the API stream p50 {:.2} ms, \
+        "\n{count} dropped programs, gone at once: {} reported; from spawn to the API stream p50 {:.2} ms, \
          p90 {:.2} ms, p99 {:.2} ms; the daemon's processor time {:.0} µs each",
         latencies.len(),
         at(50),
@@ -410,7 +410,7 @@ fn told(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<(
     );
     ensure!(
         latencies.len() == count,
-        "not all were told: {:?}",
+        "not all were reported: {:?}",
         started.keys().take(5).collect::<Vec<_>>()
     );
     Ok(())
@@ -467,9 +467,9 @@ fn at_once(containers: &[Container<'_>], each: usize) -> anyhow::Result<f64> {
     Ok(began.elapsed().as_nanos() as f64 / (containers.len() * each) as f64)
 }
 
-/// What the daemon and its guardian take while nothing happens.
+/// Memory and processor time of the daemon and its guardian while nothing happens.
 fn idle(node: &Node, size: &Size, containers: usize) -> anyhow::Result<()> {
-    // What recording and walking took is not idleness.
+    // Recording and scanning must have ended.
     thread::sleep(Duration::from_secs(5));
     let before = processor_time(node)?;
     let began = Instant::now();
@@ -507,7 +507,7 @@ fn memory(pid: i32, file: &str, name: &str) -> anyhow::Result<f64> {
     Ok(kibibytes * 1024.0 / 1e6)
 }
 
-/// Of all threads, to the nanosecond: what the scheduler has counted.
+/// The processor time of all threads, as the scheduler counts it, to the nanosecond.
 fn processor_time(node: &Node) -> anyhow::Result<Duration> {
     let mut total = 0;
     for pid in daemon_and_guardian(node)? {

@@ -1,4 +1,4 @@
-//! What benches measure alike: time, processor time, memory.
+//! Measurements that the benches share: time, processor time, memory.
 
 #![allow(dead_code, reason = "each bench measures what it needs")]
 
@@ -15,18 +15,18 @@ pub(crate) struct Cost {
 }
 
 pub(crate) fn measure(
-    who: UsageWho,
+    usage_of: UsageWho,
     work: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Cost> {
-    let before = cpu_time(who)?;
+    let before = cpu_time(usage_of)?;
     let start = Instant::now();
     work()?;
     let wall = start.elapsed();
-    Ok(Cost { wall, cpu: cpu_time(who)?.saturating_sub(before) })
+    Ok(Cost { wall, cpu: cpu_time(usage_of)?.saturating_sub(before) })
 }
 
-fn cpu_time(who: UsageWho) -> anyhow::Result<Duration> {
-    let usage = getrusage(who)?;
+fn cpu_time(usage_of: UsageWho) -> anyhow::Result<Duration> {
+    let usage = getrusage(usage_of)?;
     let seconds = |time: nix::sys::time::TimeVal| {
         Duration::from_secs(time.tv_sec().unsigned_abs())
             + Duration::from_micros(time.tv_usec().unsigned_abs())
