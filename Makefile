@@ -17,7 +17,7 @@ unitdir    = $(PREFIX)/lib/systemd/system
 confdir    = /etc/driftd
 # Whether what is installed is for the systemd that runs here.
 SYSTEMD    = [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]
-# Writing below DESTDIR is the caller's own affair.
+# Below DESTDIR, `make` writes without sudo.
 INSTALLER  = $(if $(DESTDIR),,$(SUDO))
 
 export PATH := $(PATH):$(HOME)/.cargo/bin
