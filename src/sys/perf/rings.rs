@@ -115,7 +115,7 @@ impl Rings {
     }
 
     /// Whether there are [`Record::Arguments`] from every processor.
-    pub fn tell_arguments(&self) -> bool {
+    pub fn has_arguments(&self) -> bool {
         self.rings.iter().all(|ring| ring.arguments().is_some())
     }
 
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn the_arguments_of_what_ends_at_once_are_recorded() {
         let mut rings = Rings::open().unwrap_or_else(|err| panic!("{err} (run as root)"));
-        assert!(rings.tell_arguments());
+        assert!(rings.has_arguments());
         let expected = *b"/bin/true\0one\0\0two words\0";
         // Not for each execution: by chance an unwritten page may lie between the stack
         // pointer and the arguments.
