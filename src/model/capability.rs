@@ -1,4 +1,7 @@
 //! File capabilities, written as `getcap` writes them.
+//!
+//! Decodes the raw `security.capability` xattr (linux/capability.h). Whether a capability is
+//! drift is decided by `detect`.
 
 use std::fmt::Write as _;
 

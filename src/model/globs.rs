@@ -1,4 +1,7 @@
 //! Patterns of paths in a container, compiled once.
+//!
+//! The settings have them (`watch.persistence`); `detect` and `watch` match
+//! paths of a container against them. Nothing here resolves a link.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;

@@ -1,4 +1,7 @@
-//! Facts as the kernel or a scan reported them. `watch` makes them, `detect` judges them.
+//! Facts as the kernel or a scan reported them.
+//!
+//! `watch` makes them, the pipeline hands them to `detect`, which judges them. A fact has no
+//! judgement, and its variant says what happened, never whether that is allowed.
 
 use std::sync::Arc;
 

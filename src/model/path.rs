@@ -1,4 +1,7 @@
 //! Paths inside a container, and their form in JSON.
+//!
+//! A [`RootfsPath`] is normalised by its text alone. It does not follow links and does not
+//! ask a filesystem; `sys::door` and `watch` do that.
 
 use std::fmt;
 

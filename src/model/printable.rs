@@ -1,4 +1,7 @@
 //! Text from outside, escaped for terminals and logs, and read back.
+//!
+//! All text that a container can choose passes through here before it is shown. The two
+//! directions are exact: no two byte strings have the same escaped form.
 
 use std::fmt::Write as _;
 

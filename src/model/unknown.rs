@@ -1,4 +1,7 @@
 //! The error for a name that is not among the known ones.
+//!
+//! Kinds, severities, dispositions and IDs are read from settings, requests and command
+//! lines. The error escapes the name, and lists what is known.
 
 use super::printable::printable;
 

@@ -1,4 +1,6 @@
 //! The groups of the process at the other end of a Unix socket: unix(7), `SO_PEERGROUPS`.
+//!
+//! `api` checks by them whether a client is in its group.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};

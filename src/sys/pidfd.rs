@@ -1,4 +1,7 @@
 //! Handles of processes: pidfd_open(2), and what the kernel returns for them.
+//!
+//! A handle means one process for good, whatever its pid means later. A pid is only needed
+//! to open one.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};

@@ -1,4 +1,6 @@
 //! The priority of a thread in the kernel's schedulers of processors and of disks.
+//!
+//! `baseline` uses it for work that may wait, and `threads` for the number of a thread.
 
 use std::io;
 

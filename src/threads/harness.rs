@@ -1,4 +1,6 @@
 //! All named threads of a daemon: starts them, replaces those that are stuck, and ends them.
+//!
+//! `supervisor` decides which are stuck. The daemon sets what happens when it must end.
 
 use std::fmt;
 use std::io;

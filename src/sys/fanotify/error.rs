@@ -1,4 +1,6 @@
 //! Why a group cannot be made, with the next step for an administrator.
+//!
+//! Errors cross the socket between the gate and the daemon as numbers of the kernel.
 
 use std::io;
 

@@ -1,4 +1,7 @@
-//! Groups, and how each kind of group is made. `marks` and `read` use them.
+//! Groups, and how each kind of group is made.
+//!
+//! `marks` adds marks to a group, and `read` reads its events. Which groups exist is for
+//! `gate` and `watch` to decide.
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};

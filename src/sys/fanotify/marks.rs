@@ -1,4 +1,7 @@
 //! Marks of a group: on filesystems, mounts, mount namespaces, directories and files.
+//!
+//! The caller has checked that no process or network serves what is marked: the kernel opens
+//! the files of events, and could wait there.
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -1,4 +1,6 @@
 //! What this kernel's fanotify offers to this process, and how many groups are left.
+//!
+//! Found by trying: `doctor` and the start of the daemon use it.
 
 use std::path::Path;
 

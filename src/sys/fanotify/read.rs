@@ -1,4 +1,7 @@
 //! Reads of a group, and the answer to a permission event.
+//!
+//! Every descriptor in the buffer gets an owner here, and every permission event exactly one
+//! answer. `decode` reads the bytes.
 
 use std::fmt;
 use std::io;

@@ -1,4 +1,6 @@
 //! Why there are no rings.
+//!
+//! Each error names what is missing; the daemon then runs with the process connector.
 
 use std::io;
 

@@ -1,4 +1,6 @@
 //! What the kernel recorded, as values.
+//!
+//! `decode` makes them from a ring's bytes, and `connector` from its messages.
 
 /// One record. Pids are those of the pid namespace in which the rings were opened; times
 /// are of the clock of [`super::now`].

@@ -1,4 +1,6 @@
 //! The rings of one processor: one for executions and mappings, and one for arguments.
+//!
+//! `event` makes the events, `buffer` has the memory, `rings` reads all processors.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};

@@ -1,4 +1,6 @@
 //! The list of all processes, and the parents of one process.
+//!
+//! A parent is identified by its start time as well, because its pid may have been used again.
 
 use std::io;
 

@@ -1,4 +1,6 @@
 //! Control groups of a process, and where their hierarchies are mounted.
+//!
+//! `freezer` uses them to find a container's groups, and `watch` to match the records of perf.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;

@@ -1,4 +1,6 @@
 //! Connections of a network namespace, from `/proc/PID/net`.
+//!
+//! They are found by the inode of a socket; `descriptors` has the inodes of a process.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};

@@ -1,4 +1,6 @@
 //! What a process has open, by the links below `/proc/PID/fd`.
+//!
+//! Nothing here opens a file for reading, or asks a filesystem that a process serves.
 
 use std::io;
 use std::os::fd::OwnedFd;

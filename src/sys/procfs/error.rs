@@ -1,4 +1,6 @@
 //! The procfs crate's errors as [`io::Error`].
+//!
+//! A process that has ended is [`io::ErrorKind::NotFound`], or ESRCH from the kernel.
 
 use std::io;
 

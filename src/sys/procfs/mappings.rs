@@ -1,4 +1,6 @@
 //! Code that a process has mapped, from `/proc/PID/maps`.
+//!
+//! To read it takes locks of the process's memory, so all reads go through `errand`.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,4 +1,7 @@
 //! Mount and pid namespaces: of a process, and of the host.
+//!
+//! A namespace is identified by the inode of its file. `watch` decides by them in which
+//! container a process is.
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;

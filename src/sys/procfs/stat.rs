@@ -1,4 +1,6 @@
 //! `/proc/PID/stat`: identity, state, parent, terminal and argument area of a process.
+//!
+//! To read it takes no lock that a container could hold.
 
 use std::io::{self, Read as _};
 use std::time::Duration;

@@ -1,4 +1,6 @@
 //! Fields of `/proc/PID/status` and `/proc/PID/fdinfo`.
+//!
+//! Pure: text in, values out.
 
 /// The value of the line that begins with `name`.
 pub(super) fn field<'a>(info: &'a [u8], name: &str) -> Option<&'a str> {

@@ -1,4 +1,6 @@
 //! Clock ticks, in which the kernel counts the start times of processes.
+//!
+//! Start times are in ticks after boot, and this file converts between them and durations.
 
 use std::time::Duration;
 
