@@ -1,19 +1,18 @@
-//! How much is kept: asked before anything is kept, and pure.
+//! How much is kept of what a container can multiply. Pure: rooms ask before they keep.
 //!
-//! Four rules hold for everything that a container can make more of without end:
+//! Four rules:
 //!
-//! 1. A verdict and its answer come first. Whether a finding is kept as one of its
-//!    own is asked when it is known what should be done about it.
-//! 2. What is worse always has room. Each severity may fill only a part of a
-//!    container's room, and the less severe it is the smaller that part; no kind fills
-//!    more than half; and each kind and severity has a little that nothing else takes.
-//! 3. No container takes what another one needs. All of them share a [`Pool`]; once it
-//!    is full, each may still have an equal part of half of it.
-//! 4. Bytes count, not only numbers: one finding can hold a hundred kilobytes of
-//!    arguments.
+//! 1. The verdict and the response come first. Whether a finding is kept as one of its own is
+//!    decided after them.
+//! 2. More severe findings always have room. Each severity may fill only a part of a
+//!    container's room, and the less severe it is, the smaller its part. No kind fills more
+//!    than half. And each kind and severity has a small reserve of its own.
+//! 3. No container takes the room that another one needs. All of them share a [`Pool`]. When
+//!    the pool is full, each may still have an equal part of half of it.
+//! 4. Bytes count, not only numbers: one finding can have a hundred kilobytes of arguments.
 //!
-//! What finds no room is not lost in silence: findings are counted in one finding of
-//! their kind, everything else is a named loss.
+//! Nothing is dropped in silence: findings without room are counted in one finding of their
+//! kind, and everything else is a named loss.
 
 use std::collections::{HashMap, VecDeque};
 use std::mem::size_of;
@@ -24,7 +23,7 @@ use crate::model::{
     Fact, FileEvidence, Filesystem, Finding, Kind, Observation, Process, Script, Severity, shorten,
 };
 
-/// A number of things, and the bytes that they take.
+/// A number of entries, and their bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
     pub number: usize,
@@ -33,24 +32,24 @@ pub struct Size {
 
 /// Findings of one container that are kept one by one.
 pub const FINDINGS: Size = Size { number: 8 * 1024, bytes: 20 << 20 };
-/// The same of one kind and severity that nothing else can take.
+/// The reserve of one kind and severity.
 pub const RESERVED: Size = Size { number: 32, bytes: 64 << 10 };
-/// Bytes of the findings of all containers, beside what is reserved.
+/// Bytes of the findings of all containers, without the reserves.
 pub const ALL_FINDINGS: usize = 160 << 20;
 
 /// Files that findings of one container list one by one, about 32 bytes each.
 pub const MEMBERS: usize = 256 * 1024;
-/// The same of all containers.
+/// The same for all containers.
 pub const ALL_MEMBERS: usize = 2 * 1024 * 1024;
 
 /// Observations of one container that wait for its baseline.
 pub const BACKLOG: Size = Size { number: 8 * 1024, bytes: 8 << 20 };
-/// Bytes of those of all containers.
+/// Bytes of such observations of all containers.
 pub const ALL_BACKLOGS: usize = 64 << 20;
 
 /// Observations of one container that wait for containerd to report it.
 pub const UNANNOUNCED: Size = Size { number: 512, bytes: 1 << 20 };
-/// Bytes of those of all such containers.
+/// Bytes of such observations of all those containers.
 pub const ALL_UNANNOUNCED: usize = 8 << 20;
 
 /// Bytes that one follower of the history may leave unread.
@@ -58,7 +57,7 @@ pub const FOLLOWER: usize = 256 << 10;
 /// Bytes that all followers may leave unread.
 pub const ALL_FOLLOWERS: usize = 8 << 20;
 
-/// What all containers may take together.
+/// The room that all containers share.
 #[derive(Debug)]
 pub struct Pool {
     capacity: usize,
@@ -71,7 +70,7 @@ impl Pool {
         Arc::new(Pool { capacity, used: AtomicUsize::new(0), shares: AtomicUsize::new(0) })
     }
 
-    /// One more that may take up to `most`.
+    /// One more share, which may take up to `most`.
     pub fn share(self: &Arc<Pool>, most: usize) -> Share {
         self.shares.fetch_add(1, Ordering::Relaxed);
         Share { pool: Arc::clone(self), used: 0, most }
@@ -81,13 +80,13 @@ impl Pool {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// What each may have, whatever the others do.
+    /// The part that each share may have, whatever the others take.
     fn equal_part(&self) -> usize {
         self.capacity / 2 / self.shares.load(Ordering::Relaxed).max(1)
     }
 }
 
-/// The part of one container. What it holds goes back when it is dropped.
+/// The part of one container. Gives back what it has when it is dropped.
 #[derive(Debug)]
 pub struct Share {
     pool: Arc<Pool>,
@@ -96,7 +95,7 @@ pub struct Share {
 }
 
 impl Default for Share {
-    /// One that is shared with nobody.
+    /// A share without limits, of a pool of its own.
     fn default() -> Share {
         Pool::new(usize::MAX).share(usize::MAX)
     }
@@ -107,7 +106,7 @@ impl Share {
         self.used
     }
 
-    /// Whether `amount` more may be taken, up to `most` of its own.
+    /// Whether this share may take `amount` more, up to `most` in total.
     fn has_room_up_to(&self, amount: usize, most: usize) -> bool {
         let after = self.used.saturating_add(amount);
         after <= most
@@ -163,8 +162,7 @@ impl Account {
         Account { share: pool.share(FINDINGS.bytes), ..Account::default() }
     }
 
-    /// Whether a finding of this kind, severity and [`weight`] may be kept as one of
-    /// its own.
+    /// Whether a finding of this kind, severity and [`weight`] may be kept as one of its own.
     pub fn has_room(&self, kind: Kind, severity: Severity, bytes: usize) -> bool {
         let own = self.kinds.get(&(kind, severity)).copied().unwrap_or_default();
         if own.number < RESERVED.number && own.bytes + bytes <= RESERVED.bytes {
@@ -182,7 +180,7 @@ impl Account {
             && self.share.has_room_up_to(bytes, limit.bytes)
     }
 
-    /// A finding is kept.
+    /// Counts a finding that is kept.
     pub fn keep(&mut self, kind: Kind, severity: Severity, bytes: usize) {
         let own = self.kinds.entry((kind, severity)).or_default();
         own.number += 1;
@@ -191,18 +189,18 @@ impl Account {
         self.share.take(bytes);
     }
 
-    /// One found no room and is counted in another.
+    /// Counts a finding without room, which is counted in another finding.
     pub fn fold(&mut self) {
         self.folded += 1;
     }
 
-    /// How many sightings found no room.
+    /// How many times a finding had no room.
     pub fn folded(&self) -> u64 {
         self.folded
     }
 }
 
-/// How much of a container's room findings up to this severity may fill.
+/// The part of a container's room that findings up to this severity may fill.
 fn part(severity: Severity) -> Size {
     let sixteenths = match severity {
         Severity::Info => 6,
@@ -214,14 +212,14 @@ fn part(severity: Severity) -> Size {
     Size { number: FINDINGS.number / 16 * sixteenths, bytes: FINDINGS.bytes / 16 * sixteenths }
 }
 
-/// Bytes of the arguments of a process that a finding, a session or a command names, and
-/// of each of its ancestors'. A container can give each of them sixty kilobytes.
+/// Bytes of the arguments of a process in a finding, a session or a command, and of those of
+/// each of its ancestors. A container can give each process sixty kilobytes.
 pub const ARGUMENTS: usize = 16 << 10;
 pub const ANCESTORS_ARGUMENTS: usize = 2 << 10;
-/// What stands for the arguments that are left out.
+/// Marks that arguments were left out.
 const MORE: &str = "…";
 
-/// The process with as much of its arguments as is kept. A cut is marked.
+/// The process with its arguments cut to what is kept. A cut is marked.
 pub fn process(process: &Process) -> Process {
     let mut process = process.clone();
     cut(&mut process.argv, ARGUMENTS);
@@ -231,7 +229,7 @@ pub fn process(process: &Process) -> Process {
     process
 }
 
-/// The same of arguments alone.
+/// The same for arguments alone.
 pub fn arguments(argv: &Option<Vec<String>>) -> Option<Vec<String>> {
     let mut argv = argv.clone();
     cut(&mut argv, ARGUMENTS);
@@ -242,7 +240,7 @@ fn cut(argv: &mut Option<Vec<String>>, most: usize) {
     let Some(argv) = argv else { return };
     let mut room = most;
     for index in 0..argv.len() {
-        // Empty ones take something too.
+        // An empty argument takes a byte too.
         let bytes = argv[index].len() + 1;
         if bytes <= room {
             room -= bytes;
@@ -258,7 +256,7 @@ fn cut(argv: &mut Option<Vec<String>>, most: usize) {
 
 /// About how many bytes a finding takes in memory.
 pub fn weight(finding: &Finding) -> usize {
-    // Its entries in maps, and what its small texts take.
+    // Its entries in maps, and its small texts.
     const AROUND: usize = 512;
     let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
     size_of::<Finding>()
@@ -271,7 +269,7 @@ pub fn weight(finding: &Finding) -> usize {
         + text(&finding.image.name)
 }
 
-/// The same of a process.
+/// The same for a process.
 pub fn weight_of_process(process: &Process) -> usize {
     let text =
         |text: &Option<String>| text.as_ref().map_or(0, |text| size_of::<String>() + text.len());
@@ -307,14 +305,14 @@ fn weight_of_observation(observation: &Observation) -> usize {
     size_of::<Observation>() + process + path + other
 }
 
-/// How bad it is to lose an observation that nobody has judged yet.
+/// How bad it is to lose an observation that was not judged yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
-    /// A scan finds it again.
+    /// A scan finds the file again.
     LiesThere,
-    /// Nobody may see it again.
+    /// It may never be seen again.
     Happened,
-    /// Whatever the image holds, it is no part of it.
+    /// The same, and it cannot be the image's, whatever the image has.
     Foreign,
 }
 
@@ -354,8 +352,8 @@ impl Waiting {
         Waiting { queue: VecDeque::new(), share: pool.share(most.bytes), most }
     }
 
-    /// Adds one. Hands back what is lost for want of room: the oldest of less worth,
-    /// or else this one.
+    /// Adds an observation. Returns what is lost because there is no room: the oldest of a
+    /// lower rank, or else this one.
     pub fn push(&mut self, observation: Observation) -> Vec<Observation> {
         let bytes = weight_of_observation(&observation);
         let rank = rank(&observation.fact);

@@ -10,7 +10,7 @@ use crate::baseline::{ImageBaseline, Known};
 use crate::model::file::{grants_identity, is_program};
 use crate::model::{
     Blake3Hash, Content, EntryPoint, Fact, FileState, FileType, Filesystem, Format, Kind,
-    PathGlobs, Process, RootfsPath, Script, Severity, Unhashed,
+    PathGlobs, Process, RootfsPath, Script, Severity, Unhashed, programs,
 };
 
 /// Where a file matters in a container whatever it holds: others run or obey it.
@@ -243,7 +243,7 @@ pub fn is_extracted_by_itself(
     (is_same_process || is_worker)
         && (in_world_writable_directory(image, path) || in_directory_of_its_own(image, path))
         && image.get(&exe).as_ref().is_some_and(known_program)
-        && !SHELLS.iter().any(|shell| shell.as_bytes() == exe.file_name())
+        && !programs::is_shell(exe.file_name())
 }
 
 /// Whether the image does not have the directory of `path`, and nothing is looked for
@@ -256,8 +256,6 @@ fn in_directory_of_its_own(image: &ImageBaseline, path: &RootfsPath) -> bool {
     let parent = path.parent().unwrap_or_else(RootfsPath::root);
     !is_of_system && parent != RootfsPath::root() && image.get(&parent).is_none()
 }
-
-const SHELLS: &[&str] = &["ash", "bash", "busybox", "dash", "ksh", "mksh", "sh", "toybox", "zsh"];
 
 fn assess_executed(
     image: &ImageBaseline,
@@ -392,11 +390,7 @@ pub fn entry_point(image: &ImageBaseline, entry_point: &EntryPoint) -> Vec<Rootf
         paths.extend(found.way);
     }
     let name = program.rsplit('/').next().unwrap_or_default();
-    let mut wants_script = INTERPRETERS.iter().any(|interpreter| {
-        // python3.11
-        name.strip_prefix(interpreter)
-            .is_some_and(|rest| rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.'))
-    });
+    let mut wants_script = programs::is_launcher(name.as_bytes());
     for argument in rest.iter().take(64).filter(|argument| !argument.starts_with('-')) {
         if !wants_script && !argument.starts_with('/') {
             continue;
@@ -412,12 +406,6 @@ pub fn entry_point(image: &ImageBaseline, entry_point: &EntryPoint) -> Vec<Rootf
     paths.dedup();
     paths
 }
-
-/// Programs whose first argument that is a file is code, whatever it looks like.
-const INTERPRETERS: &[&str] = &[
-    "ash", "bash", "bun", "dash", "deno", "java", "ksh", "lua", "node", "perl", "php", "python",
-    "ruby", "sh", "zsh",
-];
 
 /// A regular file of the image, and the symlinks by which it was reached.
 struct Followed {
@@ -481,7 +469,9 @@ fn assess_absent(image: &ImageBaseline, path: &RootfsPath) -> Assessment {
 fn removed_severity(image: &ImageBaseline, path: &RootfsPath) -> Severity {
     let is_program =
         |known: Known| known_program(&known) || leads_to_program(image, &known.entry.path);
-    if is_guard(path.file_name()) || image.named_below(path, is_guard).any(is_program) {
+    if programs::is_guard(path.file_name())
+        || image.named_below(path, programs::is_guard).any(is_program)
+    {
         Severity::Medium
     } else {
         Kind::FileRemoved.severity()
@@ -566,8 +556,8 @@ fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[Known]) -> 
     }
     // `python` is a name of python3.11.
     let is_other_version = origins.iter().any(|origin| {
-        let origin = without_version(origin.entry.path.file_name());
-        !origin.is_empty() && origin == without_version(name)
+        let origin = programs::without_version(origin.entry.path.file_name());
+        !origin.is_empty() && origin == programs::without_version(name)
     });
     if is_other_version {
         return false;
@@ -587,59 +577,11 @@ fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[Known]) -> 
         }
         is_offered = true;
     }
-    !is_offered && TOOLS.iter().any(|tool| tool.as_bytes() == name)
-}
-
-fn without_version(name: &[u8]) -> &[u8] {
-    let is_of_version = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
-    let length = name.iter().rposition(|byte| !is_of_version(byte)).map_or(0, |last| last + 1);
-    &name[..length]
+    !is_offered && programs::is_tool(name)
 }
 
 const PROGRAM_DIRECTORIES: &[&str] =
     &["/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"];
-
-/// Tools that move data, open shells or change privileges, by the names under
-/// which busybox and its like offer them.
-const TOOLS: &[&str] = &[
-    "ash", "bash", "curl", "dash", "ftpget", "ftpput", "nc", "ncat", "netcat", "perl", "python",
-    "python3", "sh", "socat", "ssh", "su", "sudo", "telnet", "tftp", "wget", "zsh",
-];
-
-/// Shells, the dynamic linker, and programs that watch or guard: removing one
-/// blinds or cripples.
-fn is_guard(name: &[u8]) -> bool {
-    const GUARDS: &[&str] = &[
-        "aide",
-        "ash",
-        "auditctl",
-        "auditd",
-        "ausearch",
-        "bash",
-        "clamdscan",
-        "clamscan",
-        "dash",
-        "dumpcap",
-        "fail2ban-server",
-        "falco",
-        "ip6tables",
-        "iptables",
-        "lsof",
-        "nft",
-        "osqueryd",
-        "ps",
-        "rkhunter",
-        "sh",
-        "ss",
-        "strace",
-        "tcpdump",
-        "tripwire",
-        "zsh",
-    ];
-    GUARDS.iter().any(|guard| guard.as_bytes() == name)
-        || name.starts_with(b"ld-linux")
-        || name.starts_with(b"ld-musl")
-}
 
 /// Whether a symlink of the image leads to one of its programs. Followed inside
 /// the image only, and not for ever.

@@ -1,11 +1,12 @@
-//! A second, tiny process that ends a gate that does not answer.
+//! A small process that ends a gate or a daemon that makes no progress, and the daemon's part
+//! of it (`Heart`).
 //!
-//! While a gate is open and does not answer, every exec in every watched container
-//! waits; once the gate's process is gone, the kernel lets them all run. So a gate that
-//! makes no progress is worse than none, and so is one whose daemon makes none: what it
-//! hands on is lost. The guardian looks at the counters that the three processes share
-//! (`pulse`). When the gate's or the daemon's stands still, it ends the gate first,
-//! which frees the node whatever the daemon is stuck in, and then the daemon.
+//! While a gate is open and does not answer, every exec in every watched container waits.
+//! Once the gate's process has ended, the kernel lets all of them run. So a gate without
+//! progress is worse than none, and so is a gate whose daemon makes no progress: its
+//! executions are lost. The guardian reads the counters that the three processes share
+//! (`pulse`). When the gate's or the daemon's stands still, the guardian ends the gate first,
+//! which frees the node whatever the daemon waits for, and then the daemon.
 //!
 //! When its channel closes, the daemon has ended by itself, and so does the guardian.
 
@@ -32,7 +33,7 @@ const START: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Guardian {
     pub child: Child,
-    /// It ends when this is dropped.
+    /// The guardian ends when this is dropped.
     pub channel: Channel,
 }
 
@@ -47,15 +48,15 @@ impl Guardian {
             .stdin(Stdio::from(OwnedFd::from(its_channel)))
             .stdout(Stdio::null())
             .spawn()?;
-        // Nobody has waited for the gate, so that its pid is no other process's.
+        // This process has not waited for the gate, so the pid is still the gate's.
         let handles = [pidfd::open(std::process::id())?, pidfd::open(gate.id())?];
         let [daemon, gate] = handles.each_ref().map(OwnedFd::as_fd);
         channel.send(b"watch", &[pulse.as_fd(), daemon, gate], START)?;
-        // One that has never counted would not be missed.
+        // The end of a guardian that has never counted would not be noticed.
         let deadline = Instant::now() + START;
         while pulse.turns_of(Part::Guardian).load(Ordering::Relaxed) == 0 {
             if Instant::now() >= deadline {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not begin"));
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not start to count"));
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -66,13 +67,13 @@ impl Guardian {
 /// Why the guardian ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The channel was closed: the daemon is gone, or is stopping in good order.
+    /// The channel was closed: the daemon has ended, or is stopping in good order.
     DaemonGone,
     /// This process made no progress, and the gate and the daemon were ended.
     Killed(Part),
 }
 
-/// The guardian itself.
+/// Runs the guardian.
 pub fn run() -> io::Result<Ended> {
     process::leave_stopping_to_the_daemon()?;
     let channel = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
@@ -107,8 +108,8 @@ pub fn run() -> io::Result<Ended> {
 /// Ends the gate, so that the node is free, and then the daemon, so that it is started
 /// again.
 fn end(silent: Part, daemon: BorrowedFd<'_>, gate: BorrowedFd<'_>) -> Ended {
-    // An error: it has ended already. First the signals: standard error may be what is
-    // stuck.
+    // An error means that the process has ended already. The signals come before the message,
+    // because standard error may be what blocks.
     let _ = pidfd_send_signal(gate, Signal::KILL);
     let _ = pidfd_send_signal(daemon, Signal::KILL);
     let name = match silent {
@@ -125,26 +126,26 @@ fn end(silent: Part, daemon: BorrowedFd<'_>, gate: BorrowedFd<'_>) -> Ended {
     Ended::Killed(silent)
 }
 
-/// The daemon's own part: it counts as long as what it must do makes progress, and ends
-/// a gate or a guardian that does not. A daemon whose gate or guardian has ended, ends.
+/// The daemon's part: it counts while its threads make progress, and ends a gate or a
+/// guardian that makes none. The daemon ends when its gate or guardian has ended.
 #[derive(Debug)]
 pub struct Heart {
     progress: Arc<Progress>,
     stop: Arc<AtomicBool>,
 }
 
-/// Counters of threads that have to move.
+/// The counters that have to grow while the daemon makes progress.
 #[derive(Debug, Default)]
 pub struct Progress(Mutex<Vec<(Arc<AtomicU64>, u64)>>);
 
 impl Progress {
-    /// From now on, the daemon makes progress only while this counter moves.
+    /// From now on, the daemon makes progress only while this counter grows too.
     pub fn needs(&self, counter: Arc<AtomicU64>) {
         let seen = counter.load(Ordering::Relaxed);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push((counter, seen));
     }
 
-    /// Whether all of them have moved since this was last true.
+    /// Whether all of them have grown since this was last true.
     fn is_made(&self) -> bool {
         let mut counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let have_moved =
@@ -163,7 +164,7 @@ impl Heart {
     pub fn start(pulse: Arc<Pulse>, gate: &Child, guardian: &Child) -> io::Result<Heart> {
         let (progress, stop) = (Arc::new(Progress::default()), Arc::new(AtomicBool::new(false)));
         let heart = Heart { progress: progress.clone(), stop: stop.clone() };
-        // Nobody has waited for them, so that their pids are theirs.
+        // This process has not waited for them, so the pids are still theirs.
         let mut others = [
             (Part::Gate, pidfd::open(gate.id())?, Silence::default()),
             (Part::Guardian, pidfd::open(guardian.id())?, Silence::default()),
@@ -175,7 +176,7 @@ impl Heart {
                 }
                 for (part, process, silence) in &mut others {
                     let turns = pulse.turns_of(*part).load(Ordering::Relaxed);
-                    // Once: it may have ended by itself.
+                    // Only once: the process may have ended by itself.
                     if silence.turn(turns) == PATIENCE {
                         let _ = pidfd_send_signal(&*process, Signal::KILL);
                         tracing::error!("the {part:?} makes no progress and was killed");

@@ -1,5 +1,9 @@
-//! Is the view complete? Every way to see less has a stable name, a counter and
-//! one planned reaction.
+//! Whether the view is complete: every way to see less has a stable name, a counter and one
+//! reaction.
+//!
+//! Rooms record their losses here; `status`, metrics and gaps show them.
+//! `docs/operating.md` lists every name. The daemon's threads and the gate's counters are
+//! reached from here too.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,64 +22,64 @@ pub enum Failure {
     KernelQueueOverflow,
     /// More executed files waited to be hashed than may wait.
     ContentQueueFull,
-    /// More processes waited to be looked at than may wait.
+    /// More processes waited to be examined than may wait.
     ProcessQueueFull,
     /// More observations waited for the pipeline than may wait.
     PipelineFull,
-    /// A fanotify event could not be read or understood.
+    /// A fanotify event could not be read or decoded.
     EventUnreadable,
     /// The overlay of a container could not be marked.
     MarkRefused,
-    /// A directory of the upperdir could not be walked.
+    /// A directory of the upperdir could not be scanned.
     ScanIncomplete,
     /// The event stream of containerd ended.
     ContainerdLost,
-    /// An image could not be resolved or its layers not be read.
+    /// An image could not be resolved, or its layers could not be read.
     BaselineUnavailable,
     /// A baseline file did not match its checksum and was set aside.
     BaselineCorrupt,
-    /// The content store's copy of a layer is not what its digest says.
+    /// The content store's copy of a layer does not match its digest.
     BlobCorrupt,
     /// More observations waited for a baseline than may wait.
     BaselineBacklogFull,
     /// The history could not be written.
     HistoryWrite,
-    /// More responses were asked for than may wait.
+    /// More responses were requested than may wait.
     ResponseQueueFull,
-    /// A container has more findings than are kept: a new one was not told.
+    /// A container has more findings than are kept: a new one was not reported.
     FindingsFull,
     /// The kernel dropped records of execs and mappings: its ring buffer was full.
     TraceLost,
     /// A mount of a container could not be marked, or it has more than are marked.
     MountsFull,
-    /// More directories are in upper layers than are listened to.
+    /// More directories are in upper layers than are marked.
     NamesFull,
     /// A container's entry point ran before its marks were in place.
     ArmedLate,
-    /// More libraries, scripts and shells waited to be looked at than may wait.
+    /// More libraries, scripts and shells waited to be examined than may wait.
     CodeQueueFull,
-    /// containerd told of more execs than there was room for.
+    /// containerd reported more execs than there was room for.
     ExecEventsFull,
     /// The gate had answered more executions than the daemon had taken.
     GateQueueFull,
-    /// The memory of a process could not be read: something held its lock for long.
+    /// The memory of a process could not be read: its lock was held for long.
     ProcessUnreadable,
-    /// A file of an upper layer looks older than the layer: the clock was set back, and
-    /// until then it passed for a file of the image.
+    /// A file of an upper layer has an older time than the layer: the clock was set back, and
+    /// until then the file was taken for one of the image.
     ClockSet,
-    /// Something of a container waited for too long to be looked at.
+    /// An item of a container waited too long to be examined.
     FindingsDelayed,
     /// A thread was busy with one item for seconds and made no progress.
     ThreadStuck,
-    /// The history holds more bytes than it may: the least severe of the container that
-    /// takes most of it was dropped.
+    /// The history had more bytes than it may: the least severe findings of the container
+    /// with the most bytes were dropped.
     HistoryFull,
     /// The history's file was removed or replaced while driftd ran.
     HistoryGone,
     /// driftd did not run for a time.
     NotRunning,
-    /// A container's layers lie where a process or another machine answers: the gate is
-    /// not asked there, and what the layers hold is not read.
+    /// A process or another machine serves a container's layers: the gate has no mark there,
+    /// and the content of the layers is not read.
     ForeignLayers,
 }
 
@@ -86,7 +90,7 @@ pub enum Reaction {
     Rescan,
     /// Try again, by itself, until it works.
     Retry,
-    /// Go on, and say in `status` that the view is incomplete.
+    /// Go on, and report in `status` that the view is incomplete.
     Degrade,
 }
 
@@ -195,12 +199,12 @@ impl Failure {
     }
 }
 
-/// How the node is told of programs that are about to run.
+/// The mode of the gate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gating {
-    /// The setting's word for what is done.
+    /// The value of `watch.gate` that is in effect.
     pub mode: &'static str,
-    /// Why that is not what the settings ask for.
+    /// Why this is not the value of the settings.
     pub instead: Option<String>,
 }
 
@@ -208,11 +212,11 @@ pub struct Gating {
 #[derive(Debug)]
 struct Lasting {
     detail: String,
-    /// When it does so no more; `None`: when it is said to be over.
+    /// When it ends; `None`: when `Health::end` is called.
     until: Option<Instant>,
 }
 
-/// How long the view counts as incomplete after something that nothing makes up for.
+/// How long the view counts as incomplete after a loss that is not made good.
 const RECENT: Duration = Duration::from_secs(60);
 
 /// The counters, one per failure, shared by every thread.
@@ -220,52 +224,52 @@ const RECENT: Duration = Duration::from_secs(60);
 pub struct Health {
     counts: [AtomicU64; Failure::ALL.len()],
     lasting: Mutex<BTreeMap<&'static str, Lasting>>,
-    /// The daemon's threads: what waits for them, and whether they make progress.
+    /// The daemon's threads: their queues, and whether they make progress.
     pub threads: Threads,
     /// Known once the daemon has begun to watch.
     pub gating: OnceLock<Gating>,
-    /// What the gate counts, once it has been started.
+    /// The counters of the gate, once it has been started.
     pub pulse: OnceLock<Arc<Pulse>>,
-    /// Writes of files that are no programs: seen, counted, not reported.
+    /// Writes of files that are not programs: seen and counted, but not reported.
     pub data_writes: AtomicU64,
-    /// Changes that a walk had to find because too many came at once. None of them
-    /// is lost but the name of who made it.
+    /// Changes that were left to a scan, because too many came at once. No change is lost,
+    /// but the process that made it is not known.
     pub left_to_sweeps: AtomicU64,
-    /// Executions in containers whose arguments the kernel had no room to record. They are told, and
-    /// without their arguments if nobody has read those in time.
+    /// Executions in containers whose arguments the kernel had no room to record. They are
+    /// reported, without their arguments if those were not read in time.
     pub arguments_unrecorded: AtomicU64,
-    /// The same of the host's own programs, which nobody is told of.
+    /// The same for the host's own programs, which are not reported.
     pub arguments_unrecorded_of_host: AtomicU64,
     /// New findings since the start, by the names of their kind and severity.
     found: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
     /// What this kernel lacks, as found when the daemon started.
     pub missing: OnceLock<Vec<Missing>>,
-    /// Says what waits to be looked at, once the daemon has begun to watch.
+    /// Lists what waits to be examined, once the daemon has begun to watch.
     pub backlogs: OnceLock<Backlogs>,
 }
 
 impl Health {
-    /// Counts a failure and hands back what to do about it, so that no caller
-    /// can do one without the other.
+    /// Counts a failure and returns its reaction, so that no caller can have one without the
+    /// other.
     #[must_use]
     pub fn record(&self, failure: Failure) -> Reaction {
         self.counts[failure as usize].fetch_add(1, Ordering::Relaxed);
         failure.reaction()
     }
 
-    /// A failure that lasts, seen by who cannot tell the pipeline: until it is over,
-    /// the view is incomplete.
+    /// A failure that lasts begins, in a room that cannot report to the pipeline. The view is
+    /// incomplete until it is over.
     pub fn begin(&self, failure: Failure, detail: &str) {
         let lasting = Lasting { detail: detail.to_owned(), until: None };
         self.lasting().insert(failure.name(), lasting);
     }
 
-    /// It is over.
+    /// A failure that lasts is over.
     pub fn end(&self, failure: Failure) {
         self.lasting().remove(failure.name());
     }
 
-    /// A failure that nothing makes up for: the view is incomplete for a while.
+    /// A failure that is not made good: the view is incomplete for a minute.
     pub fn happened(&self, failure: Failure, detail: &str) {
         self.happened_at(failure, detail, Instant::now());
     }
@@ -275,7 +279,7 @@ impl Health {
         self.lasting().insert(failure.name(), lasting);
     }
 
-    /// Failures that last, each with its name.
+    /// The failures that last, each with its detail and name.
     pub fn problems(&self) -> Vec<String> {
         self.problems_at(Instant::now())
     }
@@ -303,17 +307,17 @@ impl Health {
         self.in_pulse(Pulse::answers)
     }
 
-    /// Files that the kernel was told to ask no more about.
+    /// Files that the free gate has marked to be ignored.
     pub fn gate_ignored(&self) -> u64 {
         self.in_pulse(Pulse::ignored)
     }
 
-    /// Files of the image that were about to be changed, and were asked about again.
+    /// Files of the image that were about to be changed, and are asked about again.
     pub fn copy_ups(&self) -> u64 {
         self.in_pulse(Pulse::copy_ups)
     }
 
-    /// What waits to be looked at, the oldest first.
+    /// What waits to be examined, the oldest first.
     pub fn backlogs(&self) -> Vec<Backlog> {
         let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();
         all.sort_by_key(|backlog| std::cmp::Reverse(backlog.oldest));
@@ -342,7 +346,7 @@ impl Health {
     }
 }
 
-/// Asks what waits to be looked at.
+/// A function that lists what waits to be examined.
 pub struct Backlogs(pub Box<dyn Fn() -> Vec<Backlog> + Send + Sync>);
 
 impl std::fmt::Debug for Backlogs {
@@ -351,7 +355,7 @@ impl std::fmt::Debug for Backlogs {
     }
 }
 
-/// What of one container waits in one place: so long its findings are delayed now.
+/// The items of one container that wait in one stage. Its findings are delayed by as much.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backlog {
     pub stage: &'static str,
@@ -360,7 +364,7 @@ pub struct Backlog {
     pub oldest: Duration,
 }
 
-/// Where something may wait.
+/// The stages in which items can wait.
 pub const STAGES: [&str; 9] = [
     "take",
     "describe",
@@ -373,7 +377,7 @@ pub const STAGES: [&str; 9] = [
     "interpreters",
 ];
 
-/// What waits for longer makes the view incomplete.
+/// How long an item may wait before the view counts as incomplete.
 pub const LATE: Duration = Duration::from_secs(10);
 
 impl Backlog {
@@ -382,13 +386,13 @@ impl Backlog {
     }
 }
 
-/// Something that this kernel lacks.
+/// A feature that this kernel lacks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Missing {
     pub name: String,
-    /// Where it comes from.
+    /// The kernel and settings that have it.
     pub since: String,
-    /// What it means that it is not there.
+    /// What driftd cannot do without it.
     pub meaning: String,
 }
 
@@ -419,9 +423,9 @@ mod tests {
         let health = Health::default();
         let now = Instant::now();
         health.begin(Failure::HistoryWrite, "the disk is full");
-        health.happened_at(Failure::ExecEventsFull, "execs were not told", now);
+        health.happened_at(Failure::ExecEventsFull, "execs were not reported", now);
         let (first, last) = (
-            "execs were not told (exec_events_full)".to_owned(),
+            "execs were not reported (exec_events_full)".to_owned(),
             "the disk is full (history_write)".to_owned(),
         );
         assert_eq!(health.problems_at(now + RECENT / 2), [first, last.clone()]);

@@ -1,10 +1,10 @@
-//! What driftd's three processes count for each other, in memory that they share:
-//! how each of them makes progress, and what the gate has done.
+//! The counters that driftd's three processes share: the turns of each, which show its
+//! progress, and what the gate has done.
 //!
-//! A process that is stopped, stuck or gone does not count any more, and needs no
-//! system call while it does. Progress is judged by turns of the judge's own and not
-//! by seconds: a machine that was suspended, or a judge that was stopped itself, has
-//! not seen anybody fail.
+//! To count needs no system call. A process that is stopped, stuck or ended does not count
+//! any more. A process checks the progress of another one by its own turns and not by
+//! seconds: if the machine was suspended, or the checking process was stopped, the other has
+//! not failed.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use crate::sys::counters::Counters;
 
-/// How often each process counts, and judges the others.
+/// The time between two turns: each process counts, and checks the others.
 pub const TURN: Duration = Duration::from_millis(250);
 
 /// How many turns without progress the guardian allows: it acts within three seconds.
 pub const GUARDIANS_PATIENCE: u32 = 11;
 
-/// The others wait for longer, so that they act only where the guardian does not.
+/// How many turns the daemon and the gate allow: more, so that they act only if the guardian
+/// does not.
 pub const PATIENCE: u32 = 18;
 
 /// The counters. A clone counts in the same memory.
@@ -64,7 +65,7 @@ impl Pulse {
         self.0.at(counter as usize)
     }
 
-    /// Turns of a process: 0 until it has begun.
+    /// The turns of a process: 0 until it has begun.
     pub fn turns_of(&self, part: Part) -> &AtomicU64 {
         self.counter(match part {
             Part::Daemon => Counter::Daemon,
@@ -78,12 +79,13 @@ impl Pulse {
         self.turns_of(part).fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Programs that were let run, or reported by the kernel where it does not ask.
+    /// Programs that were allowed to run, or, with `watch.gate = "notify"`, reported by the
+    /// kernel.
     pub fn answers(&self) -> &AtomicU64 {
         self.counter(Counter::Answers)
     }
 
-    /// Files that the kernel was told to ask no more about.
+    /// Files that were marked to be ignored.
     pub fn ignored(&self) -> &AtomicU64 {
         self.counter(Counter::Ignored)
     }
@@ -103,13 +105,13 @@ impl Pulse {
         self.counter(Counter::Unreadable)
     }
 
-    /// Whether how processes end is to be known: not 0 once a session was opened. The
-    /// gate then keeps a handle of each process, taken before it goes on.
+    /// Not 0 once a session was opened: from then on the gate opens a handle of each process
+    /// before it runs on, so that its exit can be read.
     pub fn handles(&self) -> &AtomicU64 {
         self.counter(Counter::Handles)
     }
 
-    /// Runtimes that were held and had to be let run before anybody said so.
+    /// Held runtimes that the gate had to let run before the daemon requested it.
     pub fn late(&self) -> &AtomicU64 {
         self.counter(Counter::Late)
     }
@@ -121,7 +123,7 @@ impl AsFd for Pulse {
     }
 }
 
-/// Judges whether a counter moves.
+/// Checks whether a counter grows.
 #[derive(Debug, Default)]
 pub struct Silence {
     last: u64,
@@ -129,8 +131,8 @@ pub struct Silence {
 }
 
 impl Silence {
-    /// One turn of the judge: for how many turns in a row the counter has not moved. One
-    /// that has not begun is not silent.
+    /// One turn of the checking process. Returns for how many turns in a row the counter has
+    /// not grown. A process that has not begun is not silent.
     pub fn turn(&mut self, count: u64) -> u32 {
         if count == 0 || count != self.last {
             *self = Silence { last: count, turns: 0 };
@@ -160,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_not_begun_is_not_silent_and_who_stops_is() {
+    fn a_process_that_has_not_begun_is_not_silent_and_one_that_stops_is() {
         let mut silence = Silence::default();
         assert_eq!([0, 0, 0].map(|count| silence.turn(count)), [0, 0, 0]);
         assert_eq!([1, 1, 1, 2, 2].map(|count| silence.turn(count)), [0, 1, 2, 0, 1]);

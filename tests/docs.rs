@@ -167,3 +167,25 @@ fn the_readme_is_read_in_five_minutes() {
     let lines = read("README.md").lines().count();
     assert!(lines <= 200, "{lines} lines");
 }
+
+#[test]
+fn the_worked_example_of_a_new_kind_names_files_and_functions_that_exist() {
+    let contributing = read("CONTRIBUTING.md");
+    let rows = rows(&contributing, "## Add a finding kind");
+    assert!(rows.len() > 7, "{rows:?}");
+    // The second table has a header of its own.
+    for row in rows.into_iter().filter(|row| row[0] != "step") {
+        let paths = quoted(row[1]);
+        assert!(!paths.is_empty(), "{row:?}");
+        let files: String = paths.into_iter().map(read).collect();
+        for name in quoted(row[2]) {
+            let forms = [
+                format!("fn {name}("),
+                format!("fn {name}<"),
+                format!("macro_rules! {name} "),
+                format!("const {name}:"),
+            ];
+            assert!(forms.iter().any(|form| files.contains(form)), "{name} is not in {}", row[1]);
+        }
+    }
+}

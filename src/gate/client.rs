@@ -1,4 +1,5 @@
-//! The daemon's side: starts the gate, asks it for marks, takes what it hands on.
+//! The daemon's side of the gate: starts it, requests marks, and receives the executions that
+//! it has answered. `watch` decides what is marked.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,13 +15,13 @@ use crate::sys::fanotify;
 use crate::sys::process;
 use crate::sys::procfs::Stat;
 
-/// A gate that takes longer than this to reply is being ended by the guardian.
+/// How long a reply may take. The guardian ends a gate that takes longer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Requests that are sent before their replies are read: those fit into a socket.
+/// How many requests are sent before their replies are read: so many fit into a socket.
 const MAX_OUTSTANDING: usize = 32;
 
-/// This program, also after an upgrade: by this link it is still the very same.
+/// This program. The link leads to the same file even after an upgrade.
 pub const THIS_PROGRAM: &str = "/proc/self/exe";
 
 /// Why there is no gate, or none any more.
@@ -37,7 +38,7 @@ pub enum Error {
 /// A running gate.
 #[derive(Debug)]
 pub struct Gate {
-    /// Ends with the daemon. Once it has ended, nothing is asked any more.
+    /// Ends with the daemon. Once it has ended, the kernel asks no more.
     pub child: Child,
     pub marks: Marks,
     pub events: Events,
@@ -45,8 +46,8 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Starts one, which is `program` called as `driftd gate`. `shards` is how many
-    /// groups ask about an unchanged file only once.
+    /// Starts a gate: `program`, executed as `driftd gate`. `shards` is the number of groups
+    /// that ask about an unchanged file only once.
     pub fn start(program: &Path, shards: u8) -> Result<Gate, Error> {
         let pulse = Arc::new(Pulse::new().map_err(Error::Start)?);
         let (requests, its_requests) = Channel::pair().map_err(Error::Start)?;
@@ -85,14 +86,14 @@ impl Gate {
     }
 }
 
-/// Asks the gate for marks. Each request waits for its reply, but never for long.
+/// Requests to the gate. Each waits for its reply, but never for long.
 #[derive(Clone, Debug)]
 pub struct Marks(Arc<Mutex<Line>>);
 
 #[derive(Debug)]
 struct Line {
     channel: Channel,
-    /// A reply did not come in time: the next one that comes would be another request's.
+    /// A reply did not come in time: the next reply would be taken for another request's.
     is_broken: bool,
 }
 
@@ -114,7 +115,7 @@ impl Marks {
     }
 
     fn line(&self) -> std::sync::MutexGuard<'_, Line> {
-        // Broken or not, the line says so itself.
+        // After a panic the field `is_broken` still holds.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -132,8 +133,8 @@ impl Marks {
         line.reply().and_then(Reply::outcome)
     }
 
-    /// Sends all of these, and lets go of each descriptor before the replies are waited
-    /// for: nothing that they point at is kept busy for longer than the gate needs.
+    /// Sends all of these requests, and closes each descriptor before it waits for the
+    /// replies: no mount is kept busy for longer than the gate needs.
     fn request_all(&self, requests: Vec<(Request, OwnedFd)>) -> Vec<io::Result<()>> {
         let mut line = self.line();
         let mut done = Vec::with_capacity(requests.len());
@@ -166,9 +167,9 @@ impl Marks {
         }
     }
 
-    /// Marks what each descriptor points into: the whole filesystem where that is said,
-    /// or what is reached through its mount. Never a filesystem that a process or a
-    /// network answers for: opening an event's file there could wait.
+    /// Marks for each descriptor the whole filesystem, if the flag is set, or else the mount.
+    /// Never a filesystem that a process or a network serves: to open an event's file there
+    /// could wait.
     pub fn mark_others(&self, within: Vec<(OwnedFd, bool)>) -> Vec<io::Result<()>> {
         let request = |is_whole| match is_whole {
             true => Request::MarkFilesystem,
@@ -178,44 +179,43 @@ impl Marks {
         self.request_all(requests.collect())
     }
 
-    /// Asks about a container's own overlay.
+    /// Marks a container's own overlay.
     pub fn mark_root(&self, place: Place, root: BorrowedFd<'_>) -> io::Result<()> {
         self.request(Request::MarkRoot(place), &[root])
     }
 
-    /// Holds the shims' calls of a runtime for a moment, see [`Event::Runtime`].
+    /// Holds a runtime for a moment when a shim executes it, see [`Event::Runtime`].
     pub fn mark_runtime(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         self.request(Request::MarkRuntime, &[program])
     }
 
-    /// Meets the copy-ups in a work directory.
+    /// Watches the copy-ups in a work directory.
     pub fn meet(&self, shard: u8, work: BorrowedFd<'_>) -> io::Result<()> {
         self.request(Request::Meet { shard }, &[work])
     }
 
-    /// A container has ended; these of its work directories are still there.
+    /// Watches no more: a container has ended, and these are its remaining work directories.
     pub fn leave(&self, shard: u8, work: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.request(Request::Leave { shard }, work)
     }
 
-    /// Asks again about everything that is ignored in a shard.
+    /// Removes all ignore marks of a shard: its files are asked about again.
     pub fn forget(&self, shard: u8) -> io::Result<()> {
         self.request(Request::Forget { shard }, &[])
     }
 
-    /// Asks no more about a file, unless something was copied up since it was looked at.
-    /// Where this finds no room, the file is asked about again.
+    /// Asks no more about a file, unless a file was copied up since `calm` was taken. If the
+    /// channel is full, the file is asked about again.
     pub fn ignore(&self, calm: Calm, file: BorrowedFd<'_>) {
         let _ = self.request(Request::Ignore(calm), &[file]);
     }
 
-    /// Lets a runtime run that is held. Where this finds no room, the gate does so itself
-    /// in a moment.
+    /// Lets a held runtime run. If the channel is full, the gate lets it run in a moment.
     pub fn release(&self, number: u64) {
         let _ = self.request(Request::Release { number }, &[]);
     }
 
-    /// What closes the gate.
+    /// A value that can close the gate.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.clone())
     }
@@ -231,37 +231,37 @@ impl Stopper {
         self.0.clone()
     }
 
-    /// What was answered before is still handed over.
+    /// Executions that were answered before are still handed over.
     pub fn close(&self) -> io::Result<()> {
         self.0.request(Request::Close, &[])
     }
 }
 
-/// What the gate hands on.
+/// What the gate hands to the daemon.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "nearly every event is an execution")]
 pub enum Event {
-    /// A program was let run.
+    /// A program was allowed to run.
     Executed {
         asked: Asked,
-        /// Before it became the program.
+        /// The process before it became the program.
         process: Option<Stat>,
         file: OwnedFd,
-        /// Of the process, if it may be a runtime's on its way into a container.
+        /// The process, if the gate has kept a handle of it: see `Message::Executed`.
         handle: Option<OwnedFd>,
     },
-    /// A shim has called a runtime, which is held until [`Marks::release`], or half a
+    /// A shim executes a runtime, which is held until [`Marks::release`], or for half a
     /// second.
     Runtime { number: u64, process: Option<Stat> },
 }
 
-/// Where answered executions come from, in the order of the answers.
+/// The channel of answered executions, in the order of the answers.
 #[derive(Debug)]
 pub struct Events(Channel);
 
 impl Events {
-    /// The next one. `WouldBlock` if there is none; `UnexpectedEof` when the gate has
-    /// ended and nothing is left.
+    /// The next event. `WouldBlock` if there is none; `UnexpectedEof` if the gate has ended
+    /// and no event is left.
     pub fn receive(&self) -> io::Result<Event> {
         let mut buffer = [0; MAX_PACKET];
         let Packet { bytes, descriptors } = self.0.try_receive(&mut buffer)?;

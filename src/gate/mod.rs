@@ -1,10 +1,10 @@
 //! The gate, in a process of its own: `driftd gate`.
 //!
-//! The kernel asks it before a program runs, and the program waits for the answer. So
-//! this process owns every group of permission events, and does nothing that could
-//! wait: it opens no file by path but `/proc/PID/stat`, reads no file of a container,
-//! takes no lock, is locked in memory, and answers first. What it has answered it hands
-//! to the daemon with the open file, and the daemon does everything else.
+//! The kernel asks it before a program runs, and the program waits for the answer. So this
+//! process owns every group of permission events, and does nothing that could wait: the only
+//! files that it opens by path are in `/proc/PID`, it reads no file of a container, takes no
+//! lock, is locked in memory, and answers first. After the answer it hands the execution
+//! with the open file to the daemon, and the daemon does everything else.
 //!
 //! ```text
 //!            marks, from descriptors that the daemon has opened
@@ -12,10 +12,13 @@
 //!         <── answered executions, with their files ─────      ────> kernel: yes
 //! ```
 //!
-//! The groups live as long as this process, and no other process has a descriptor of
-//! them. When it ends, for whatever reason, the kernel lets everything run that waits.
-//! The guardian ends it when it or the daemon makes no progress, the daemon ends it when
-//! the guardian does not, and it ends itself when the daemon is gone.
+//! The groups exist as long as this process, and no other process has a descriptor of them.
+//! When this process ends, for any reason, the kernel lets all waiting programs run. The
+//! guardian ends it when it or the daemon makes no progress, the daemon ends it when the
+//! guardian does not act, and it ends itself when the daemon has ended.
+//!
+//! `client` is the daemon's side, `process` the gate itself, `wire` the packets between them,
+//! and `shards` the free gate.
 
 mod client;
 mod process;

@@ -1,4 +1,5 @@
-//! The process itself: one thread that reads, answers, and hands on.
+//! The gate's process: one thread that reads permission events, answers them, and hands the
+//! executions to the daemon. It must never wait for a container, a disk or the daemon.
 
 use std::collections::{HashSet, VecDeque};
 use std::io::{self, Read as _};
@@ -13,7 +14,7 @@ use rustix::io::Errno;
 
 use super::shards::{CopyUps, Shards};
 use super::wire::{self, Asked, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request};
-use crate::model::process::may_be_runtime;
+use crate::model::programs::{may_be_runtime, may_be_shim};
 use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
 use crate::sys::channel::{Channel, Packet, close_inherited};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
@@ -23,28 +24,29 @@ use crate::sys::{file, perf, pidfd, process};
 /// `/proc/PID/stat`: 52 numbers of at most 20 digits and a name of at most 64 bytes.
 pub(super) const MAX_STAT: usize = 1200;
 
-/// How much one read may bring: about a hundred events, each with a descriptor. With
-/// none left to open, the kernel denies.
+/// The bytes of one read: about a hundred events, each with a descriptor. When the process
+/// may open no more descriptors, the kernel denies the execution.
 const READ_BYTES: usize = 4 * 1024;
 
-/// Answered executions that wait here when the daemon is slower than the containers.
-/// Each has a descriptor or two.
+/// How many answered executions wait here when the daemon is slower than the containers.
+/// Each has one or two descriptors.
 const MAX_PENDING: usize = 4 * 1024;
 
 /// Descriptors for everything else.
 const OTHER_DESCRIPTORS: u64 = 512;
 
-/// For how long a runtime may be held, and how many at a time.
+/// How long a runtime may be held, and how many at a time.
 const HELD_FOR: Duration = Duration::from_millis(500);
 const MAX_HELD: usize = 256;
 
-/// Requests that are carried out before the groups are read again.
+/// How many requests are carried out before the groups are read again.
 const REQUESTS_IN_A_ROW: usize = 64;
 
-/// After the groups were closed, what was answered gets this long to be handed over.
+/// How long the hand-over of answered executions may take after the groups were closed.
 const LAST_PACKETS: Duration = Duration::from_secs(2);
 
-/// Runs until the daemon says so, or is gone. Standard input is the channel of requests.
+/// Runs until the daemon requests the end, or has ended. Standard input is the channel of
+/// requests.
 pub fn run() -> anyhow::Result<()> {
     process::leave_stopping_to_the_daemon().context("cannot block signals")?;
     close_inherited();
@@ -62,7 +64,8 @@ pub fn run() -> anyhow::Result<()> {
     let executions = Channel::from(executions);
     let pulse = Pulse::share(memory).context("the daemon's memory")?;
     let max_pending = max_pending();
-    // Later under load, and slower when memory is short, without the rights to these.
+    // Without the privileges for these two, the gate is slower under load, and when memory is
+    // short.
     let _ = rustix::process::setpriority_process(None, -10);
     lock_memory();
     let outcome = Group::exec_gate().and_then(|plain| Ok((plain, Shards::new(shards)?)));
@@ -90,7 +93,7 @@ pub fn run() -> anyhow::Result<()> {
         daemon: Silence::default(),
         judged: Instant::now(),
     };
-    // What is held is allowed as it is dropped, and what is queued as the groups close.
+    // Held runtimes are allowed when they are dropped, queued events when the groups close.
     let (ended, mut outbox) = process.serve()?;
     close_at_once(groups.into_groups().chain([plain]));
     if ended == Ended::Closed {
@@ -100,9 +103,9 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Closes groups, each in a thread of its own. The kernel lets everything of a group run as
-/// soon as its closing begins, and then waits for the group's marks to be gone, for tens of
-/// milliseconds on a busy machine; what the next group asks would wait as long.
+/// Closes groups, each in a thread of its own. When the closing of a group begins, the kernel
+/// lets all its waiting programs run. Then it removes the group's marks, for tens of
+/// milliseconds on a busy machine, and the programs of the next group would wait as long.
 fn close_at_once(groups: impl Iterator<Item = Group>) {
     let close = |group| thread::Builder::new().spawn(move || drop(group)).ok();
     let closing: Vec<_> = groups.filter_map(close).collect();
@@ -111,18 +114,18 @@ fn close_at_once(groups: impl Iterator<Item = Group>) {
     }
 }
 
-/// How many executions may wait, given the descriptors that may be open.
+/// How many executions may wait, by the limit of open descriptors.
 fn max_pending() -> usize {
     let allowed = process::raise_descriptors();
-    // Those that are in a packet which the daemon has not taken count too.
+    // Descriptors in packets that the daemon has not taken count too.
     let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 4;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, MAX_PENDING)
 }
 
-/// What has been touched stays in memory: an answer never waits for a disk.
+/// Keeps used pages in memory, so that an answer never waits for a disk.
 fn lock_memory() {
     use rustix::mm::{MlockAllFlags, mlockall};
-    // With ONFAULT only what is used counts, and not the whole program.
+    // With ONFAULT only used pages count, not the whole program.
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if let Err(err) = mlockall(flags) {
         let prefix = process::priority_prefix(4);
@@ -135,7 +138,7 @@ fn reply(requests: &Channel, errno: Option<i32>) -> io::Result<()> {
     requests.try_send(wire::encode(&Reply { errno }, &mut buffer), &[])
 }
 
-/// Why the gate was left.
+/// Why the gate ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ended {
     Closed,
@@ -150,15 +153,15 @@ struct Held<'groups> {
 }
 
 struct Process<'groups> {
-    /// Asks about every execution, about runtimes, and about copy-ups. Nothing takes its
-    /// marks away.
+    /// The group for every execution, for runtimes, and for the first shard's copy-ups. Its
+    /// marks are never flushed.
     plain: &'groups Group,
     groups: &'groups Shards,
     requests: &'groups Channel,
     pulse: &'groups Pulse,
     copy_ups: CopyUps,
     roots: Roots,
-    /// Device and inode of the host's container runtimes, if their calls are held.
+    /// Device and inode of the host's container runtimes, if they are to be held.
     runtimes: Vec<(u64, u64)>,
     held: Vec<Held<'groups>>,
     held_so_far: u64,
@@ -179,7 +182,7 @@ impl<'groups> Process<'groups> {
         loop {
             self.wait();
             self.pulse.beat(Part::Gate);
-            // Ends of copy-ups first: they only make it ask less.
+            // Ends of copy-ups first: they only allow ignore marks again.
             if let Some(closes) = &groups.closes {
                 self.read(closes, &mut buffer, Process::closed)?;
             }
@@ -225,11 +228,12 @@ impl<'groups> Process<'groups> {
         let late = self.held.iter().map(|held| HELD_FOR.saturating_sub(held.since.elapsed())).min();
         let timeout = late.unwrap_or(TURN).min(TURN);
         let timeout = Timespec::try_from(timeout).expect("a quarter of a second fits");
-        // An error here (a signal) only means that the turn comes early.
+        // An error here (a signal) only ends the wait early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
     }
 
-    /// What cannot be read or answered ends the process: then the kernel opens the gate.
+    /// Reads a group and handles each event. An error ends the process, and then the kernel
+    /// lets every program run.
     fn read(
         &mut self,
         group: &'groups Group,
@@ -240,19 +244,21 @@ impl<'groups> Process<'groups> {
             Ok(incoming) => incoming
                 .into_iter()
                 .try_for_each(|incoming| take(self, incoming))
-                .context("the kernel takes no answer"),
+                .context("the kernel does not accept an answer"),
             Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
                 Some(Errno::AGAIN | Errno::INTR) => Ok(()),
                 Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => {
-                    Err(err).context("the kernel's questions cannot be read")
+                    Err(err).context("cannot read the kernel's permission events")
                 }
-                // The event is used up. Nobody knows which container's it was.
+                // The event is lost, and so is the container that it belongs to.
                 Some(_) => {
                     self.pulse.unreadable().fetch_add(1, Ordering::Relaxed);
                     Ok(())
                 }
             },
-            Err(ReadError::Malformed(err)) => Err(err).context("the kernel's questions"),
+            Err(ReadError::Malformed(err)) => {
+                Err(err).context("cannot decode the kernel's permission events")
+            }
         }
     }
 
@@ -290,21 +296,21 @@ impl<'groups> Process<'groups> {
                 self.pulse.unreadable().fetch_add(1, Ordering::Relaxed);
                 return Ok(());
             }
-            // No group here is asked for any.
+            // These groups have no notifications.
             Incoming::Notification(_) => return Ok(()),
         };
         let event = permission.event();
-        // Before anything is known of the file: see `shards`.
+        // Taken before the file is examined: see `shards`.
         let calm = shard.and_then(|shard| self.copy_ups.calm(shard));
-        // As far as the kernel knows by itself: no filesystem's server is asked.
+        // Only what the kernel has already: no server of a filesystem is asked.
         let stat = file::stat(&event.file).map_err(|err| err.raw_os_error().unwrap_or(libc::EIO));
-        // The one look into /proc before the answer. It takes no lock that the
-        // container could hold (no cred_guard_mutex, no mmap_lock, unlike most
-        // files beside it), and only now is the process certain to be there.
+        // Reads `/proc` before the answer, because only now the process certainly exists.
+        // This file takes no lock that the container could hold (no cred_guard_mutex, no
+        // mmap_lock, unlike most files next to it).
         let mut process = [0; MAX_STAT];
         let process = read_stat(event.pid, &mut process);
-        // A process may be over before anybody else looks, and how it ended is known by a
-        // handle only: of a runtime on its way in, and of what runs beside a session.
+        // A process can end before the daemon reads it, and only a handle shows how it ended:
+        // kept for a runtime on its way in, and for all processes once a session was opened.
         let is_coming_in = comm(process).is_some_and(may_be_runtime);
         let is_wanted = is_coming_in || self.pulse.handles().load(Ordering::Relaxed) != 0;
         let handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
@@ -321,7 +327,7 @@ impl<'groups> Process<'groups> {
             whereabouts,
             calm,
         };
-        // First, so that a process that was answered finds itself counted.
+        // Counted first, so that no program runs before it is counted.
         self.pulse.answers().fetch_add(1, Ordering::SeqCst);
         let event = allow(permission)?;
         let message = Message::Executed { asked, process };
@@ -329,7 +335,7 @@ impl<'groups> Process<'groups> {
         Ok(())
     }
 
-    /// A shim calls a runtime, as far as a name can tell: the daemon looks closer.
+    /// Whether the file of an event is one of the host's runtimes.
     fn is_runtime(&self, event: &Event) -> bool {
         if self.runtimes.is_empty() {
             return false;
@@ -338,11 +344,11 @@ impl<'groups> Process<'groups> {
         self.runtimes.contains(&(stat.device, stat.inode))
     }
 
+    /// Holds a runtime if a shim executes it, by the shim's name. The daemon checks more.
     fn hold(&mut self, permission: Permission<'groups>) -> io::Result<()> {
         let mut process = [0; MAX_STAT];
         let process = read_stat(permission.event().pid, &mut process);
-        let is_shim = comm(process).is_some_and(|comm| comm.starts_with(b"containerd-shim"));
-        if !is_shim {
+        if !comm(process).is_some_and(may_be_shim) {
             return allow(permission).map(drop);
         }
         self.held_so_far += 1;
@@ -358,7 +364,7 @@ impl<'groups> Process<'groups> {
 
     fn release_late(&mut self) {
         let is_late = |held: &mut Held<'_>| held.since.elapsed() >= HELD_FOR;
-        // Allowed as it is dropped.
+        // They are allowed when they are dropped.
         let late = self.held.extract_if(.., is_late).count();
         self.pulse.late().fetch_add(late as u64, Ordering::Relaxed);
     }
@@ -382,8 +388,8 @@ impl<'groups> Process<'groups> {
             return Ok(Some(Taken::Close));
         }
         let done = self.carry_out(request, &descriptors);
-        // Before the reply: they keep what they point at busy, and the daemon believes them
-        // closed then.
+        // Closed before the reply: they keep mounts busy, and after the reply the daemon takes
+        // them for closed.
         drop(descriptors);
         if request.is_replied_to() {
             let errno = done.err().map(|err| err.raw_os_error().unwrap_or(libc::EINVAL));
@@ -440,8 +446,8 @@ impl<'groups> Process<'groups> {
         }
     }
 
-    /// What the kernel has asked by now is answered and handed on, once: containers that
-    /// never stop executing do not hold up a stop.
+    /// Answers the events that have come until now, once: containers that never stop
+    /// executing programs must not delay a stop.
     fn close(&mut self, buffer: &mut Buffer) -> anyhow::Result<Ended> {
         let (plain, groups) = (self.plain, self.groups);
         self.read(plain, buffer, Process::asked_plainly)?;
@@ -475,18 +481,20 @@ fn read_stat(pid: u32, buffer: &mut [u8; MAX_STAT]) -> &[u8] {
     &buffer[..read]
 }
 
-/// Where a process is. Nothing of this takes a lock that a container could hold.
+/// The namespaces and the control group of a process. To read them takes no lock that a
+/// container could hold.
 fn whereabouts(pid: u32) -> Option<Whereabouts> {
     let mut whereabouts = Handle::open(pid).ok()?.whereabouts();
     whereabouts.cgroup = whereabouts.cgroup.filter(|cgroup| cgroup.len() <= MAX_CGROUP);
     Some(whereabouts)
 }
 
-/// The containers' own overlays: their files say whose they are.
+/// The containers' own overlays: a file on one of them shows its container.
 #[derive(Debug, Default)]
 struct Roots {
     devices: HashSet<u64>,
-    /// Files of an overlay whose layers are on several filesystems show other devices.
+    /// If an overlay's layers are on several filesystems, its files have other devices than
+    /// its root. Then the mount identifies it.
     mounts: HashSet<u64>,
 }
 
@@ -496,7 +504,7 @@ impl Roots {
         self.mounts.extend(root.mount);
     }
 
-    /// Both numbers are used again when a container is gone.
+    /// The kernel uses both numbers again after the end of a container.
     fn remove(&mut self, other: &file::Stat) {
         self.devices.remove(&other.device);
         if let Some(mount) = other.mount {
@@ -517,7 +525,7 @@ fn comm(stat: &[u8]) -> Option<&[u8]> {
     stat.get(open + 1..close)
 }
 
-/// What the daemon has not taken yet.
+/// Messages that the daemon has not taken yet.
 struct Outbox {
     channel: Channel,
     pending: VecDeque<Waiting>,
@@ -530,7 +538,7 @@ struct Waiting {
 }
 
 impl Outbox {
-    /// Hands a message on without ever waiting; false if there was no room for it.
+    /// Hands a message on, and never waits. Returns false if there was no room for it.
     fn hand_on(
         &mut self,
         message: &Message<'_>,
@@ -568,7 +576,7 @@ impl Outbox {
             match self.channel.try_send(&waiting.bytes, &descriptors) {
                 Ok(()) => drop(self.pending.pop_front()),
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => return,
-                // The daemon is gone, which the other channel tells.
+                // The daemon has ended, which the other channel shows.
                 Err(_) => {
                     pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
                     self.pending.clear();
@@ -577,7 +585,7 @@ impl Outbox {
         }
     }
 
-    /// Hands on what is left, within a bound.
+    /// Hands on the remaining messages, for at most two seconds.
     fn drain(&mut self, pulse: &Pulse) {
         let deadline = Instant::now() + LAST_PACKETS;
         self.flush(pulse);

@@ -1,12 +1,12 @@
-//! Copy-ups, met before they begin: what makes a gate sound that does not ask about
-//! unchanged files of the image.
+//! The free gate: it asks about an unchanged file of the image only once, and stays sound
+//! because it sees every copy-up before the copy-up begins.
 //!
-//! An ignore mark tells the kernel to ask no more about an inode. Alone it is a
-//! hole: `open(O_RDWR)`, a store through a shared mapping, `close`, and the changed
-//! file runs unasked. But an overlay's lower file cannot be changed from above it
-//! without being copied up first, and before there is anything to change the
-//! overlay opens an unnamed file in its work directory, in the name of the process that
-//! wants to write. The gate is asked there, too. So this holds (docs/adr/0009):
+//! With an ignore mark, the kernel asks no more about an inode. An ignore mark alone leaves
+//! a hole: `open(O_RDWR)`, a store through a shared mapping, `close`, and the changed file
+//! runs unasked. But a lower file of an overlay cannot be changed through the overlay
+//! without a copy-up. At the beginning of a copy-up, the overlay opens an unnamed file in
+//! its work directory, as the process that wants to write, and there the kernel asks the
+//! gate, too. So this holds (docs/adr/0009):
 //!
 //! > A file carries an ignore mark only while it is a lower file and no copy-up is
 //! > in flight in its shard.
@@ -19,9 +19,9 @@
 //! writer: done ── kernel: work/#12 closed ──> in flight - 1
 //! ```
 //!
-//! One thread does all of it, one step after the other. A shard is a group for some of
-//! the containers: a flush takes the marks of all of them. What is lost here only makes
-//! the kernel ask more often.
+//! One thread does all of it, one step after the other. A shard is a group for some of the
+//! containers: a flush removes the marks of all of them. A lost mark only makes the kernel
+//! ask more often.
 
 use std::collections::HashMap;
 use std::io;
@@ -35,19 +35,19 @@ use crate::sys::fanotify::{self, Event, Group, Queue};
 use crate::sys::file;
 use crate::sys::overlay::{self, CopyUp};
 
-/// A write from the host to a layer's directory changes a file without a copy-up. Marks
-/// that hide that are not older than this.
+/// The greatest age of an ignore mark: a write from the host into a layer's directory changes
+/// a file without a copy-up.
 const REFRESH: Duration = Duration::from_secs(30);
 
-/// The groups that ask about an unchanged file only once. A shard meets its copy-ups in a
-/// group of its own, since the kernel does not say in whose work directory one happens:
-/// the first shard in the plain group, which nothing flushes.
+/// The groups that ask about an unchanged file only once. A shard has a group of its own for
+/// copy-ups, because an event does not show in which work directory it happens. The first
+/// shard uses the plain group for them, which is never flushed.
 #[derive(Debug)]
 pub(super) struct Shards {
     pub(super) groups: Vec<Group>,
-    /// Of every shard but the first.
+    /// The groups for copy-ups, of every shard except the first.
     pub(super) copy_ups: Vec<Group>,
-    /// Reports when a copy-up is over; `None` without shards.
+    /// Reports the ends of copy-ups; `None` without shards.
     pub(super) closes: Option<Group>,
 }
 
@@ -64,7 +64,7 @@ impl Shards {
         groups.into_iter().chain(copy_ups).chain(closes)
     }
 
-    /// The group in which a shard's copy-ups are met.
+    /// The group for a shard's copy-ups.
     fn copy_ups_of<'group>(&'group self, plain: &'group Group, shard: u8) -> &'group Group {
         let others = usize::from(shard).checked_sub(1);
         others.and_then(|other| self.copy_ups.get(other)).unwrap_or(plain)
@@ -73,7 +73,7 @@ impl Shards {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
-    /// Moves with everything that may make an ignored file another one.
+    /// Grows with every event after which an ignored file may have changed.
     generation: u64,
     in_flight: usize,
 }
@@ -84,7 +84,7 @@ pub(super) struct CopyUps {
     shards: Vec<State>,
     /// Device and inode of the files that are being filled, and their shards.
     filling: HashMap<(u64, u64), u8>,
-    /// A copy-up was met whose end is not reported.
+    /// A copy-up began whose end will not be reported.
     is_puzzled: bool,
     refreshed: Instant,
 }
@@ -105,20 +105,20 @@ impl CopyUps {
         (in_flight == 0).then_some(Calm { shard, generation })
     }
 
-    /// Asks no more about a file, which was found to be the image's own after `calm` was
-    /// taken.
+    /// Ignores a file from now on. It was found to be the image's own after `calm` was taken.
     pub(super) fn ignore(&self, groups: &Shards, pulse: &Pulse, calm: Calm, file: BorrowedFd<'_>) {
         if self.calm(calm.shard) != Some(calm) {
             return;
         }
         let Some(group) = groups.groups.get(usize::from(calm.shard)) else { return };
-        // Where it fails, the file is asked about again: only time is lost.
+        // If it fails, the kernel asks about the file again, which only costs time.
         if group.ignore(file, libc::FAN_OPEN_EXEC_PERM).is_ok() {
             pulse.ignored().fetch_add(1, Ordering::SeqCst);
         }
     }
 
-    /// Whatever was ignored in a shard is asked about again, when this returns.
+    /// Removes all ignore marks of a shard. When this returns, its files are asked about
+    /// again.
     pub(super) fn forget(&mut self, groups: &Shards, shard: u8) -> io::Result<()> {
         let (Some(state), Some(group)) =
             (self.shards.get_mut(usize::from(shard)), groups.groups.get(usize::from(shard)))
@@ -129,7 +129,7 @@ impl CopyUps {
         group.flush()
     }
 
-    /// All of it, now and then.
+    /// Removes all ignore marks every thirty seconds.
     pub(super) fn refresh(&mut self, groups: &Shards) -> io::Result<()> {
         if self.refreshed.elapsed() < REFRESH {
             return Ok(());
@@ -138,7 +138,7 @@ impl CopyUps {
         (0..self.shards.len()).try_for_each(|shard| self.forget(groups, number(shard)))
     }
 
-    /// Meets the copy-ups in a work directory from now on.
+    /// Watches the copy-ups in a work directory from now on.
     pub(super) fn meet(
         &self,
         plain: &Group,
@@ -148,13 +148,12 @@ impl CopyUps {
     ) -> io::Result<()> {
         let closes = groups.closes.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         self.shards.get(usize::from(shard)).ok_or(io::ErrorKind::InvalidInput)?;
-        // The report of the end must be there first.
+        // First the mark that reports ends, so that no beginning is without an end.
         closes.mark_children(directory.as_fd(), libc::FAN_CLOSE_WRITE)?;
         groups.copy_ups_of(plain, shard).mark_children(directory.as_fd(), libc::FAN_OPEN_PERM)
     }
 
-    /// A container has ended. Those of its work directories that are gone have taken
-    /// their marks with them.
+    /// A container has ended. The marks of removed work directories are gone with them.
     pub(super) fn leave(
         &mut self,
         plain: &Group,
@@ -171,7 +170,7 @@ impl CopyUps {
         self.forget(groups, shard)
     }
 
-    /// A file is about to be opened in a work directory; to be answered afterwards.
+    /// A file is about to be opened in a work directory. Called before the answer.
     pub(super) fn met(
         &mut self,
         plain: &Group,
@@ -183,13 +182,13 @@ impl CopyUps {
         let stat = file::stat(&event.file);
         let what = stat.as_ref().map(|stat| overlay::copy_up(event.file.as_fd(), stat));
         if let Ok(Ok(CopyUp::Over)) = what {
-            // A file that was copied up some time ago is opened by way of where it was
-            // made. Never again is this file the place of a copy-up.
+            // A file that was copied up before is opened by the place where it was made. This
+            // file is never filled by a copy-up again.
             let copy_ups = groups.copy_ups_of(plain, shard);
             let _ = copy_ups.ignore_for_good(event.file.as_fd(), libc::FAN_OPEN_PERM);
             return Ok(());
         }
-        // An end that will be reported, or none.
+        // `Some` if the end will be reported.
         let key = match (what, &stat) {
             (Ok(Ok(CopyUp::Begins)), Ok(stat)) => Some((stat.device, stat.inode)),
             _ => None,
@@ -198,14 +197,14 @@ impl CopyUps {
             state.in_flight += 1;
         }
         if let Some(key) = key {
-            // Its number was given to another file: the one that had it is gone.
+            // The number belongs to a new file, so the earlier file with it is gone.
             if let Some(gone) = self.filling.insert(key, shard) {
                 self.over(gone);
             }
         } else if !std::mem::replace(&mut self.is_puzzled, true) {
             eprintln!(
-                "driftd gate: a copy-up does not look as they do; from now on every program \
-                 of some containers is asked about"
+                "driftd gate: a copy-up is of an unknown form; from now on the kernel asks about \
+                 every program of some containers"
             );
         }
         self.forget(groups, shard)?;

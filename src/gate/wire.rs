@@ -1,17 +1,16 @@
-//! What the daemon and its gate say to each other, as packets.
+//! The packets between the daemon and its gate.
 //!
-//! Both are the same program, started one from the other, so that the encoding needs no
-//! versions.
+//! The daemon starts the gate from its own program file, so the encoding needs no versions.
 
 use serde::{Deserialize, Serialize};
 
 use crate::sys::file::Stat;
 use crate::sys::procfs::Whereabouts;
 
-/// No packet is longer: the longest holds a process's `/proc/PID/stat`.
+/// The longest packet, which has a process's `/proc/PID/stat`.
 pub(super) const MAX_PACKET: usize = 4 * 1024;
 
-/// A control group's path that is longer is left out.
+/// The longest path of a control group. A longer one is left out.
 pub(super) const MAX_CGROUP: usize = 1024;
 
 /// The first packet, with the memory of the pulse and the channel of executions.
@@ -21,37 +20,37 @@ pub(super) struct Hello {
     pub(super) shards: u8,
 }
 
-/// Which group carries a mark.
+/// The group that carries a mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Place {
-    /// The one that asks about every execution.
+    /// The group that asks about every execution.
     Plain,
-    /// One that asks about an unchanged file of an image only once.
+    /// A group that asks about an unchanged file of an image only once.
     Shard(u8),
 }
 
-/// What the daemon asks for. Those that come with a descriptor say so.
+/// A request of the daemon. The comments name the descriptors that come with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Request {
-    /// Ask about a container's own overlay, whose root the descriptor points at.
+    /// Mark a container's own overlay: a descriptor of its root.
     MarkRoot(Place),
-    /// Ask about the whole filesystem that the descriptor points into.
+    /// Mark a whole filesystem: a descriptor of any file on it.
     MarkFilesystem,
-    /// Ask about what is reached through the mount that the descriptor points into.
+    /// Mark a mount: a descriptor that was opened through it.
     MarkMount,
-    /// Hold the shims' calls of the runtime that the descriptor points at.
+    /// Hold a runtime when a shim executes it: a descriptor of its program.
     MarkRuntime,
-    /// Meet the copy-ups in the work directory that the descriptor points at.
+    /// Watch the copy-ups in a work directory: a descriptor of it.
     Meet { shard: u8 },
-    /// The container has ended. With descriptors of its work directories that are there.
+    /// A container has ended: descriptors of its remaining work directories.
     Leave { shard: u8 },
-    /// Ask about everything in this shard again.
+    /// Remove all ignore marks of a shard.
     Forget { shard: u8 },
-    /// Ask no more about the file that the descriptor points at. Not replied to.
+    /// Ask no more about a file: a descriptor of it. Has no reply.
     Ignore(Calm),
-    /// Let the runtime run that is held under this number. Not replied to.
+    /// Let the runtime run that is held under this number. Has no reply.
     Release { number: u64 },
-    /// Close every group. What was answered before is still handed over.
+    /// Close every group. Executions that were answered before are still handed over.
     Close,
 }
 
@@ -61,7 +60,7 @@ impl Request {
     }
 }
 
-/// What came of a request: an error number of the kernel's, or none.
+/// The result of a request: an error number of the kernel, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Reply {
     pub(super) errno: Option<i32>,
@@ -76,44 +75,44 @@ impl Reply {
     }
 }
 
-/// That no copy-up was in flight in a shard. Taken before a file is looked at, and
-/// compared when it is to be ignored.
+/// A proof that no copy-up was in flight in a shard. Taken before a file is examined, and
+/// compared when the file is to be ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Calm {
     pub shard: u8,
     pub(super) generation: u64,
 }
 
-/// A question of the kernel's, as it was when it was asked.
+/// A permission event of the kernel, as the gate saw it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
     pub pid: u32,
-    /// By the clock of the kernel's records.
+    /// The time by the clock of the kernel's records.
     pub at: u64,
-    /// The same moment by the clock on the wall, in nanoseconds since 1970.
+    /// The same time by the wall clock, in nanoseconds since 1970.
     pub time: i64,
-    /// What the file was; an error number if that could not be asked.
+    /// The file's attributes; an error number if they could not be read.
     pub stat: Result<Stat, i32>,
-    /// Where the process was, for files that are on no container's own overlay: those
-    /// do not say whose they are.
+    /// The namespaces and the control group of the process, if the file is on no
+    /// container's own overlay: such a file does not show its container.
     pub whereabouts: Option<Whereabouts>,
-    /// If it may be ignored, should the daemon find it to be the image's.
+    /// Set if the file may be ignored, should the daemon find that it is the image's.
     pub calm: Option<Calm>,
 }
 
-/// What the gate hands to the daemon.
+/// A message of the gate to the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(clippy::large_enum_variant, reason = "nearly every message is an execution")]
 pub(super) enum Message<'packet> {
-    /// A program that was let run: with its file and, if it may be a runtime's on its
-    /// way into a container, a handle of the process.
+    /// A program was allowed to run: a descriptor of its file and, if the process may be a
+    /// runtime on its way into a container or sessions are open, a handle of the process.
     Executed {
         asked: Asked,
         /// The process's `/proc/PID/stat`, empty if it could not be read.
         #[serde(borrow)]
         process: &'packet [u8],
     },
-    /// A shim's call of a runtime, which is held under this number.
+    /// A shim executes a runtime, which is held under this number.
     Runtime {
         number: u64,
         #[serde(borrow)]

@@ -1,4 +1,7 @@
-//! File capabilities in the words of `getcap`.
+//! File capabilities, written as `getcap` writes them.
+//!
+//! Decodes the raw `security.capability` xattr (linux/capability.h). Whether a capability is
+//! drift is decided by `detect`.
 
 use std::fmt::Write as _;
 
@@ -50,8 +53,8 @@ const NAMES: &[&str] = &[
 const IS_EFFECTIVE: u32 = 1;
 const REVISION: u32 = 0xff00_0000;
 
-/// The raw `security.capability` xattr in words, e.g. `cap_net_raw,cap_setuid=ep`. What
-/// cannot be read is shown in hexadecimal, as it is.
+/// The raw `security.capability` xattr in words, e.g. `cap_net_raw,cap_setuid=ep`. A value
+/// that cannot be decoded is shown in hexadecimal.
 pub fn capability_in_words(raw: &[u8]) -> String {
     read(raw).unwrap_or_else(|| {
         raw.iter().fold(String::new(), |mut text, byte| {
@@ -127,7 +130,7 @@ mod tests {
         check(&[0x0100_0000, 1 << 21, 0], "cap_sys_admin=p");
         check(&[0x0200_0001, 0, 0, 1 << 31, 0], "63=ep");
         check(&[0x0200_0000, 0, 0, 0, 0], "=");
-        // Anybody can write what the kernel would not take on another filesystem.
+        // A filesystem that was written elsewhere can hold values that the kernel refuses.
         check(&[0x0200_0000, 1], "0000000201000000");
         check(&[0x0900_0000, 1, 0, 0, 0], "0000000901000000000000000000000000000000");
         assert_eq!(capability_in_words(&[]), "");

@@ -1,4 +1,7 @@
-//! Containers and the images they were made from.
+//! Containers and the images they were made from: names, labels, layers, one run of a
+//! container, and the user IDs of its user namespace.
+//!
+//! Values only. `containerd` fills them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,7 +12,9 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{ChainId, DeclaredProbe, DiffId, ManifestDigest, printable, shorten};
+use super::declared_probe::DeclaredProbe;
+use super::digest::{ChainId, DiffId, ManifestDigest};
+use super::printable::{printable, shorten};
 
 /// A container's name on this node: containerd's namespace and the container's
 /// ID in it.
@@ -25,19 +30,19 @@ impl ContainerId {
     }
 }
 
-/// How a text that a person wrote names a container.
+/// How a text names a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NamedBy {
     /// Its whole ID, or its namespace and its whole ID.
     WholeId,
-    /// The first digits of an ID that a machine has made.
+    /// The first digits of a generated ID.
     FirstDigits,
 }
 
 impl ContainerId {
     /// How `text` names this container: by its ID, by `NAMESPACE/ID`, or by the first
     /// [`FEWEST_DIGITS`] or more digits of an ID that is hexadecimal as a whole. The
-    /// beginning of any other ID is a name that another container may have.
+    /// beginning of any other ID may be another container's whole name.
     pub fn named_by(&self, text: &str) -> Option<NamedBy> {
         let id = match text.split_once('/') {
             Some((namespace, id)) => Some(id).filter(|_| *self.namespace == *namespace)?,
@@ -51,7 +56,7 @@ impl ContainerId {
     }
 }
 
-/// How much of a hexadecimal ID has to be written at least.
+/// How many digits of a hexadecimal ID name its container at least.
 pub const FEWEST_DIGITS: usize = 8;
 
 fn is_hexadecimal(id: &str) -> bool {
@@ -74,19 +79,21 @@ impl fmt::Debug for ContainerId {
     }
 }
 
-/// One run of one container. A container's ID may be given to another one, and a pid to
-/// another process: together with what is here they name one run for good.
+/// One run of one container. A container's ID can be used again, and so can a pid: these
+/// fields together with the ID name one run for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Incarnation {
     /// The init process, in the host's pid namespace.
     pub pid: u32,
-    /// When that started, in clock ticks after boot; `None` if nobody has looked.
+    /// When init started, in clock ticks after boot; `None` if that was not read.
     pub start_time: Option<u64>,
     /// When the container's record was made; `None` if the record is not known yet.
     pub created_at: Option<Timestamp>,
 }
 
 /// A container as its runtime describes it.
+// Long: one field for each fact that containerd reports; readers take the value as a
+// whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
     pub id: ContainerId,
@@ -94,43 +101,43 @@ pub struct Container {
     pub endpoint: Arc<str>,
     /// The runtime's name, e.g. `io.containerd.runc.v2`.
     pub runtime: String,
-    /// When its record was made. Another container of the same ID has another one.
+    /// When its record was made. A later container with the same ID has another time.
     pub created_at: Option<Timestamp>,
     pub labels: Labels,
     pub pod: Option<Pod>,
     pub image: ImageReference,
     pub snapshotter: String,
     pub snapshot_key: String,
-    /// The layers below the container's own, bottom first. The truth is the
-    /// active snapshot's parent chain, not the image's name.
+    /// The layers below the container's own, bottom first: from the parent chain of the
+    /// active snapshot. The image's name may mean another image by now.
     pub layers: Vec<Layer>,
     /// Where the container's overlay keeps its files, if it is an overlay.
     pub rootfs: Option<OverlayDirs>,
     /// The running task; `None` for a container that is not running.
     pub task: Option<Task>,
-    /// Why no baseline can be had for this container, if that is known already.
+    /// Why there can be no baseline for this container, if that is known already.
     pub no_baseline: Option<String>,
-    /// How its users are numbered on the host; `None` without a user namespace.
+    /// The host's IDs of its users and groups; `None` without a user namespace.
     pub id_map: Option<IdMap>,
     pub entry_point: EntryPoint,
-    /// What its specification says is run in it again and again.
+    /// The probes that its specification declares.
     pub probes: Vec<DeclaredProbe>,
 }
 
-/// Labels of one container that are kept.
+/// How many labels of one container are kept.
 pub const MAX_LABELS: usize = 64;
-/// Bytes of all of them, names included.
+/// The bytes of all kept labels, names included.
 pub const MAX_LABEL_BYTES: usize = 8 << 10;
-/// Bytes of one name, and of one value.
+/// The bytes of one name, and of one value.
 const MAX_NAME: usize = 256;
 const MAX_VALUE: usize = 1024;
-/// The label that says what is missing of the others.
+/// A label of driftd's own: how many labels are missing or cut.
 const CUT: &str = "driftd.io/cut";
-/// What ends a value that is cut.
+/// The end of a value that is cut.
 const MORE: &str = "…";
 
-/// A container's labels. An image chooses as many as it likes, of any length: they are
-/// bounded here, and everything that names the container shares them.
+/// A container's labels. An image can set any number, of any length: this type bounds
+/// them. All values that name the container share one copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
 pub struct Labels(Arc<BTreeMap<String, String>>);
@@ -150,8 +157,8 @@ impl From<Labels> for BTreeMap<String, String> {
 }
 
 impl From<BTreeMap<String, String>> for Labels {
-    /// Keeps those that driftd and people need first, then the shortest. What is cut or
-    /// left out is said by a label of its own.
+    /// Keeps the labels that driftd and administrators need first, then the shortest. The
+    /// label `driftd.io/cut` counts what is cut or left out.
     fn from(labels: BTreeMap<String, String>) -> Labels {
         let bytes = |name: &str, value: &str| name.len() + value.len();
         let all: usize = labels.iter().map(|(name, value)| bytes(name, value)).sum();
@@ -187,7 +194,7 @@ impl From<BTreeMap<String, String>> for Labels {
     }
 }
 
-/// Which labels are kept first. An image may set any, also of these names.
+/// The order in which labels are kept. An image may set any label, these included.
 fn rank(name: &str) -> usize {
     const NEEDED: &[&str] = &[
         "io.cri-containerd.kind",
@@ -203,10 +210,10 @@ fn rank(name: &str) -> usize {
     NEEDED.iter().position(|needed| *needed == name).unwrap_or(NEEDED.len())
 }
 
-/// What a container's init is started as, in the specification's words.
+/// The command of a container's init, as the specification has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EntryPoint {
-    /// The program, by a path or a name to be looked for, and its arguments.
+    /// The program, as a path or as a name to find in `search`, and its arguments.
     pub arguments: Vec<String>,
     /// The directories of `PATH`.
     pub search: Vec<String>,
@@ -220,7 +227,7 @@ impl Container {
     }
 }
 
-/// Kubernetes' name for a container, from the CRI's labels.
+/// The Kubernetes names of a container, from the CRI's labels.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
     pub namespace: String,
@@ -230,7 +237,16 @@ pub struct Pod {
     pub container: Option<String>,
 }
 
-/// The image a container says it was made from.
+/// A container, as a finding or a session names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerEvidence {
+    #[serde(flatten)]
+    pub id: ContainerId,
+    pub labels: Labels,
+    pub pod: Option<Pod>,
+}
+
+/// The image that a container's record names.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageReference {
     pub name: Option<String>,
@@ -242,9 +258,9 @@ pub struct ImageReference {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LayerId {
     Diff(DiffId),
-    /// Of a layer that has no diff ID, because no image has it (Docker's init
-    /// layer), or whose diff ID nobody can tell any more, because the image's
-    /// config is gone while a container still uses its snapshots.
+    /// The layer has no diff ID, because no image has it (Docker's init layer), or its diff
+    /// ID is lost, because the image's config is gone while a container still uses its
+    /// snapshots.
     Chain(ChainId),
 }
 
@@ -263,11 +279,11 @@ pub struct Layer {
     pub id: LayerId,
     /// The identity of this layer with all below it: its snapshot's name.
     pub chain_id: ChainId,
-    /// Where the snapshotter has unpacked it; `None` where it keeps no
-    /// directories of single layers.
+    /// The directory into which the snapshotter has unpacked it; `None` if the snapshotter
+    /// keeps no directories of single layers.
     pub directory: Option<PathBuf>,
-    /// The archive it was unpacked from, as the image's manifest names it. Whether
-    /// the content store (still) has it shows when it is read.
+    /// The archive that it was unpacked from, as the image's manifest names it. The content
+    /// store may not have it any more.
     pub blob: Option<Blob>,
 }
 
@@ -280,7 +296,7 @@ pub struct Blob {
     /// As the manifest names it: `sha256:…`.
     pub digest: String,
     pub media_type: String,
-    /// In bytes, as the manifest says.
+    /// In bytes, from the manifest.
     pub size: u64,
 }
 
@@ -297,10 +313,11 @@ pub struct OverlayDirs {
 pub struct Task {
     /// The init process, in the host's pid namespace.
     pub pid: u32,
-    /// When that started, in clock ticks after boot; `None` if it was not there to look at.
+    /// When init started, in clock ticks after boot; `None` if init had ended before that
+    /// could be read.
     pub start_time: Option<u64>,
     pub paused: bool,
-    /// The FIFO on the host that leads to its init's terminal, if that has one.
+    /// The FIFO on the host that leads to init's terminal, if init has one.
     pub terminal_input: Option<PathBuf>,
 }
 
@@ -312,7 +329,7 @@ pub struct IdMap {
     pub gids: Vec<IdRange>,
 }
 
-/// IDs that follow each other, inside and outside.
+/// A range of consecutive IDs: where it begins inside and on the host, and its length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdRange {
     pub container: u32,
@@ -321,8 +338,8 @@ pub struct IdRange {
 }
 
 impl IdMap {
-    /// What the container calls the host's user `uid`: a user that it does not
-    /// have is the overflow user to it.
+    /// The container's ID of the host's user `uid`: the overflow user, if the map does not
+    /// have it.
     pub fn uid_to_container(&self, uid: u32) -> u32 {
         to_container(&self.uids, uid)
     }

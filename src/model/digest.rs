@@ -1,11 +1,13 @@
-//! Digests. Two that must not be mixed are two types, and each says what it is
-//! the digest of.
+//! Digests. Digests of different things are different types, so that they cannot be mixed.
+//! Each type documents what it is the digest of.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+
+use super::printable::printable;
 
 /// Text that is not a digest of the expected kind.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -16,9 +18,9 @@ pub struct BadDigest {
 }
 
 fn parse_hex(text: &str, prefix: &str, expected: &'static str) -> Result<[u8; 32], BadDigest> {
-    let bad = || BadDigest { text: crate::model::printable(text.as_bytes()), expected };
+    let bad = || BadDigest { text: printable(text.as_bytes()), expected };
     let hex = text.strip_prefix(prefix).ok_or_else(bad)?;
-    // `blake3::Hash` is 32 bytes in hex to us here; its parser is the one we already have.
+    // `blake3::Hash` serves as a parser of 32 bytes in hexadecimal, whatever their digest.
     blake3::Hash::from_hex(hex).map(|hash| *hash.as_bytes()).map_err(|_| bad())
 }
 
@@ -75,7 +77,7 @@ digest!(
     Blake3Hash, "", "a BLAKE3 hash (64 hexadecimal digits)"
 );
 digest!(
-    /// The SHA-256 of a file's content: what threat intelligence is asked for.
+    /// The SHA-256 of a file's content, for look-ups in threat intelligence.
     Sha256Hash, "", "a SHA-256 hash (64 hexadecimal digits)"
 );
 digest!(
@@ -108,8 +110,8 @@ impl ChainId {
         chain
     }
 
-    /// The identity of a stack whose topmost layer has no diff ID, and is known
-    /// by the name that its keeper has for it.
+    /// The identity of a stack whose topmost layer has no diff ID and is identified by its
+    /// snapshot's `key`.
     pub fn above(parent: Option<ChainId>, key: &str) -> ChainId {
         let key = DiffId(Sha256::digest(key.as_bytes()).into());
         match parent {

@@ -1,19 +1,22 @@
-//! What a file is, as a baseline recorded it or as an observation saw it.
+//! The state of a file, as a baseline recorded it or an observation found it: type, format,
+//! mode, owner, content.
+//!
+//! Facts only. `detect` compares them.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Blake3Hash, Sha256Hash};
+use super::digest::{Blake3Hash, Sha256Hash};
 
-/// A point in time as the filesystem says it: seconds and nanoseconds.
+/// A time of a filesystem: seconds and nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FileTime {
     pub seconds: i64,
     pub nanoseconds: u32,
 }
 
-/// What kind of inode a path names.
+/// The type of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FileType {
@@ -26,18 +29,17 @@ pub enum FileType {
     Socket,
 }
 
-/// What a file lies on, as its container sees it.
+/// The filesystem of a file, as its container sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Filesystem {
-    /// The container's root: the image's layers and its own.
+    /// The container's root: the image's layers and the container's own layer.
     Overlay,
-    /// Memory: `/dev/shm`, an emptyDir of medium Memory, a tmpfs it mounted itself.
+    /// Memory: `/dev/shm`, an emptyDir of medium Memory, a tmpfs that the container mounted.
     Tmpfs,
-    /// Anything else that is mounted over the root: volumes, directories of the
-    /// host, overlays that the container made.
+    /// Any other mount: volumes, directories of the host, overlays that the container made.
     Volume,
-    /// None that has a name: a memfd, or a file made with `O_TMPFILE`.
+    /// A file without a name: a memfd, or a file made with `O_TMPFILE`.
     Anonymous,
     /// The root of another container, reached through `/proc/PID/root` or the like.
     Container,
@@ -55,7 +57,7 @@ impl Filesystem {
     }
 }
 
-/// What a regular file's first bytes say it is.
+/// The format of a regular file, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
@@ -63,22 +65,23 @@ pub enum Format {
     Elf,
     /// An ELF file that cannot run: an object file or a core dump.
     ElfObject,
-    /// An object file that has what the kernel looks for in a module. The first bytes alone
-    /// do not show it: an image's own are recorded as [`Format::ElfObject`].
+    /// An object file with the sections that the kernel expects of a module. The first
+    /// bytes alone do not show it: an image's own modules are recorded as
+    /// [`Format::ElfObject`].
     KernelModule,
     /// `#!` and an interpreter.
     Script,
     Data,
     Empty,
-    /// Nobody looked, or the file could not be read.
+    /// The file was not read, or could not be.
     Unknown,
 }
 
 impl Format {
-    /// How many bytes `sniff` wants to see.
+    /// How many bytes `sniff` needs.
     pub const HEAD: usize = 18;
 
-    /// Judges a file by its first `HEAD` bytes (fewer if the file is shorter).
+    /// The format of a file by its first `HEAD` bytes (fewer if the file is shorter).
     pub fn sniff(head: &[u8]) -> Format {
         const EI_DATA: usize = 5;
         const ELFDATA2MSB: u8 = 2;
@@ -121,7 +124,7 @@ impl Format {
 pub enum Content {
     Hashed {
         blake3: Blake3Hash,
-        /// `None` of a file with large holes.
+        /// `None` for a file with large holes.
         sha256: Option<Sha256Hash>,
     },
     Unhashed(Unhashed),
@@ -173,10 +176,10 @@ pub struct FileState {
     /// The raw `security.capability` xattr.
     pub capability: Option<Box<[u8]>>,
     pub content: Content,
-    /// No name leads to the inode any more (`st_nlink == 0`).
+    /// The inode has no name any more (`st_nlink == 0`).
     pub deleted: bool,
-    /// The content was read after the file was executed, and may have been another one
-    /// then: it had a writer, or its times have changed since.
+    /// The content was read after the execution, and may differ from what was executed: the
+    /// file had a writer, or its times have changed since.
     pub could_change: bool,
 }
 
@@ -188,8 +191,8 @@ impl FileState {
         }
     }
 
-    /// Whether this is something that can be run: an ELF program or library, a kernel
-    /// module, or an executable script. A mode bit alone does not make data a program.
+    /// Whether this file can be run: an ELF program or library, a kernel module, or an
+    /// executable script. A mode bit alone does not make data a program.
     pub fn is_program(&self) -> bool {
         self.file_type == FileType::Regular && is_program(self.format, self.mode)
     }

@@ -1,6 +1,8 @@
-//! Findings: how a container departs from its image. The serde form of
-//! [`Finding`] is the published JSON schema `driftd.finding/v1`, and what the
-//! history stores.
+//! Findings: how a container differs from its image, by kind and severity.
+//!
+//! The serde form of [`Finding`] is the published JSON schema `driftd.finding/v1`, and the
+//! form that the history stores: keys are never renamed. The table of kinds gives each kind
+//! its name, default severity and ATT&CK technique. `detect` decides which kind a fact is.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,18 +10,23 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::id::id;
-use super::{
-    Blake3Hash, ContainerId, FileType, Format, ImageReference, Incarnation, Labels, Pod, Process,
-    ProcessIdentity, RootfsPath, SessionId, Sha256Hash,
-};
+use super::container::{ContainerId, ImageReference, Incarnation};
+use super::digest::{Blake3Hash, Sha256Hash};
+use super::file::{FileType, Format};
+use super::id::SessionId;
+use super::path::RootfsPath;
+use super::process::{Process, ProcessIdentity};
+use super::unknown::UnknownName;
+
+pub use super::container::ContainerEvidence;
+pub use super::id::FindingId;
 
 /// The finding schema's name, in every finding's JSON.
 pub const SCHEMA: &str = "driftd.finding/v1";
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $variant:ident = $name:literal, $severity:ident, $attack:expr;)*) => {
-        /// What a finding says. Names are stable.
+        /// The kind of drift. Names are stable.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Kind {
             $($(#[$doc])* $variant,)*
@@ -37,7 +44,7 @@ macro_rules! kinds {
                 match self { $(Kind::$variant => Severity::$severity,)* }
             }
 
-            /// MITRE ATT&CK for this kind; `None` where nothing was done by anybody.
+            /// MITRE ATT&CK for this kind; `None` for a kind that is no action.
             pub fn attack(self) -> Option<Attack> {
                 let attack: Option<(&str, &str)> = match self { $(Kind::$variant => $attack,)* };
                 attack.map(|(technique, tactic)| Attack {
@@ -56,9 +63,9 @@ kinds! {
     ExecModified = "exec.modified", Critical, Some(("T1554", "TA0003"));
     /// Executed; the content is in the image at another path.
     ExecRelocated = "exec.relocated", Medium, Some(("T1036", "TA0005"));
-    /// An executed script (`#!`, or text a shell ran), new or modified.
+    /// An executed script (`#!`, or text that a shell ran), new or modified.
     ExecScript = "exec.script", High, Some(("T1059.004", "TA0002"));
-    /// An interpreter of the image was given a script that is not the image's.
+    /// An interpreter of the image ran a script that is not the image's.
     ExecInterpreted = "exec.interpreted", Medium, Some(("T1059", "TA0002"));
     /// Executed from memory: a memfd, or a file that never had a name.
     ExecFileless = "exec.fileless", Critical, Some(("T1620", "TA0005"));
@@ -80,26 +87,26 @@ kinds! {
     FileRemoved = "file.removed", Low, Some(("T1070.004", "TA0005"));
     /// Setuid, setgid or a file capability that the image does not give.
     FilePrivileged = "file.privileged", High, Some(("T1548.001", "TA0004"));
-    /// A file that makes something run later, or lets somebody in: new or changed.
+    /// A file that makes a program run later, or grants access: new or changed.
     FilePersistence = "file.persistence", High, Some(("T1546", "TA0003"));
     /// A package manager of the image changed what is installed.
     PackageTransaction = "package.transaction", Medium, Some(("T1072", "TA0002"));
     /// A shell whose input and output are one connection.
     ShellReverse = "shell.reverse", Critical, Some(("T1059.004", "TA0002"));
-    /// Somebody or something entered the container, with a terminal.
+    /// A process entered the container from outside, with a terminal.
     SessionInteractive = "session.interactive", Medium, Some(("T1609", "TA0002"));
     /// The same without a terminal.
     SessionExec = "session.exec", Info, Some(("T1609", "TA0002"));
-    /// A process of the host's has joined the container's namespaces, past its runtime.
+    /// A process of the host has joined the container's namespaces without its runtime.
     NamespaceEntered = "namespace.entered", High, Some(("T1611", "TA0004"));
-    /// A layer on disk, or its blob, does not hold what the image says.
+    /// A layer on disk, or its blob, does not match the image.
     BaselineTampered = "baseline.tampered", Critical, Some(("T1525", "TA0003"));
-    /// A container that cannot be compared with its image.
+    /// A container cannot be compared with its image.
     BaselineUnavailable = "baseline.unavailable", Info, None;
 }
 
 impl Kind {
-    /// The kinds that a name or a pattern such as `exec.*` stands for, in any case.
+    /// The kinds that a name or a pattern such as `exec.*` stands for. Case is ignored.
     pub fn named_by(text: &str) -> Result<Vec<Kind>, UnknownName> {
         let wanted = text.trim().to_ascii_lowercase();
         let is_like = |kind: &&Kind| match wanted.split_once('*') {
@@ -118,12 +125,13 @@ impl Kind {
         }
     }
 
-    /// Whether the finding is about a file being run.
+    /// Whether the finding is about the execution of a file.
     pub fn is_exec(self) -> bool {
         self.name().starts_with("exec.")
     }
 
-    /// Whether the finding says that a program was written or lies there, and no more.
+    /// Whether the finding is about a program that was written or lies there, and was not
+    /// run.
     pub fn is_written(self) -> bool {
         matches!(self, Kind::FileAdded | Kind::FileModified | Kind::FileRelocated)
     }
@@ -154,22 +162,6 @@ impl Severity {
     }
 }
 
-/// A word that names no kind, severity or the like.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{word}` is no {what} (known: {known})")]
-pub struct UnknownName {
-    word: String,
-    what: &'static str,
-    known: String,
-}
-
-impl UnknownName {
-    pub(super) fn new(word: &str, what: &'static str, known: &str) -> UnknownName {
-        let word = crate::model::printable(word.as_bytes());
-        UnknownName { word, what, known: known.to_owned() }
-    }
-}
-
 macro_rules! by_name {
     ($type:ident, $what:literal) => {
         impl fmt::Display for $type {
@@ -182,15 +174,8 @@ macro_rules! by_name {
             type Err = UnknownName;
             fn from_str(word: &str) -> Result<$type, UnknownName> {
                 $type::ALL.iter().copied().find(|one| one.name() == word).ok_or_else(|| {
-                    UnknownName {
-                        word: crate::model::printable(word.as_bytes()),
-                        what: $what,
-                        known: $type::ALL
-                            .iter()
-                            .map(|one| one.name())
-                            .collect::<Vec<_>>()
-                            .join(", "),
-                    }
+                    let known: Vec<&str> = $type::ALL.iter().map(|one| one.name()).collect();
+                    UnknownName::new(word, $what, &known.join(", "))
                 })
             }
         }
@@ -219,14 +204,7 @@ pub struct Attack {
     pub tactic: String,
 }
 
-id! {
-    /// A finding's name: the same container, kind, path and content (for a session:
-    /// the same process; for a layer: the layer too) always give the same one, so
-    /// that a scan after a restart recognises what was told already.
-    FindingId, "finding", "driftd findings"
-}
-
-/// What, besides container and kind, makes a finding this one.
+/// What identifies a finding besides its container and kind.
 #[derive(Clone, Debug)]
 pub enum Subject<'a> {
     File {
@@ -234,28 +212,28 @@ pub enum Subject<'a> {
         content: Option<Blake3Hash>,
     },
     Process(ProcessIdentity),
-    /// Files that are told together: in one directory, with one content, or all of
-    /// the kind.
+    /// The members of an aggregated finding: files in one directory, with one content, or
+    /// all of the kind.
     Group {
         path: Option<&'a RootfsPath>,
         content: Option<Blake3Hash>,
     },
-    /// Files that are told together for another reason, which `by` names.
+    /// Members that are aggregated for another reason, which `by` names.
     Common {
         path: Option<&'a RootfsPath>,
         content: Option<Blake3Hash>,
         by: &'a str,
     },
-    /// What a layer holds at a path, all that is compared of it: not
-    /// its content alone, because an owner or a mode may be what was changed.
+    /// A layer's file at a path. `found` is everything about it that is compared: the
+    /// change may be one of its owner or mode alone.
     Layer {
         layer: &'a str,
         path: &'a RootfsPath,
         found: &'a [u8],
     },
-    /// Why something is not known.
+    /// Why a container cannot be compared.
     Reason(&'a str),
-    /// What is run, whoever runs it: a probe that comes every few seconds is one
+    /// A command, whichever process runs it: a probe that runs every few seconds is one
     /// finding with a count.
     Command {
         exe: Option<&'a str>,
@@ -264,10 +242,10 @@ pub enum Subject<'a> {
 }
 
 impl FindingId {
-    /// Without a container, a finding is about a layer that none uses.
+    /// Without a container, the finding is about a layer that no container uses.
     pub fn new(container: Option<&ContainerId>, kind: Kind, subject: &Subject<'_>) -> FindingId {
         let mut parts: Vec<&[u8]> = vec![
-            // No container's ID is empty.
+            // Empty for no container: a container's ID is never empty.
             container.map_or(b"", |container| container.namespace.as_bytes()),
             container.map_or(b"", |container| container.id.as_bytes()),
             kind.name().as_bytes(),
@@ -280,12 +258,12 @@ impl FindingId {
             Subject::Layer { layer, path, found } => {
                 parts.extend([layer.as_bytes(), path.as_bytes(), *found]);
             }
-            // One part more than a file, so that it never is one.
+            // One part more than a file has, so that the two never collide.
             Subject::Group { path, content } => {
                 let path = path.map_or(&b""[..], RootfsPath::as_bytes);
                 parts.extend([b"group", path, bytes_of(content)]);
             }
-            // And one part more than those.
+            // One part more than a group has.
             Subject::Common { path, content, by } => {
                 let path = path.map_or(&b""[..], RootfsPath::as_bytes);
                 parts.extend([b"common", path, bytes_of(content), by.as_bytes()]);
@@ -309,15 +287,16 @@ fn bytes_of(content: &Option<Blake3Hash>) -> &[u8] {
     content.as_ref().map_or(&[], |hash| &hash.0[..])
 }
 
-/// How a container departs from its image, with everything known about it.
+/// One difference between a container and its image, with everything known about it.
 ///
 /// Absent means null in JSON, never a missing key.
+// Long: the published schema, one field for each key.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
     /// Always [`SCHEMA`].
     pub schema: String,
     pub id: FindingId,
-    /// 1 when first told, one more each time it is told again.
+    /// 1 when first reported, one more each time it is reported again.
     pub revision: u64,
     pub kind: Kind,
     pub severity: Severity,
@@ -325,39 +304,39 @@ pub struct Finding {
     pub last_seen: Timestamp,
     /// How often it was seen.
     pub count: u64,
-    /// Who saw it first: `gate`, `trace`, `change` or `scan`; `verify` for what was found
-    /// by comparing layers; `baseline` for a baseline that cannot be had.
+    /// What saw it first: `gate`, `trace`, `change` or `scan`; `verify` for a difference
+    /// between a layer and its blob; `baseline` for a baseline that is not available.
     pub source: String,
     pub node: String,
     /// The container manager: `containerd`.
     pub runtime: String,
     /// Null for a finding about a layer on disk that no watched container uses.
     pub container: Option<ContainerEvidence>,
-    /// The run of the container in which it was seen last.
+    /// The container run in which it was seen last.
     #[serde(default)]
     pub run: Option<Incarnation>,
     pub image: ImageReference,
-    /// The file as it is; null for sessions, and where a layer has none.
+    /// The file as it is; null for sessions, and if a layer lacks the file.
     pub file: Option<FileEvidence>,
     /// The file as the image has it.
     pub expected: Option<Expected>,
     pub process: Option<Process>,
-    /// The name under which the file was called, where it differs (a symlink).
+    /// The name under which the file was executed, if that differs (a symlink).
     pub invoked_as: Option<String>,
-    /// The session in which it was done.
+    /// The session in which it happened.
     pub session: Option<SessionId>,
     /// The earlier finding about the same file and content (written, then run).
     pub story: Option<FindingId>,
-    /// The package transaction that brought the file.
+    /// The package transaction that wrote the file.
     pub transaction: Option<FindingId>,
     /// How many files an aggregated finding stands for; null for one about one file.
     pub files: Option<u64>,
     pub verdict: Verdict,
-    /// What a response did; null while none was asked for.
+    /// The result of the response; null while no response was requested.
     pub outcome: Option<Outcome>,
     pub attack: Option<Attack>,
-    /// In words, what the other keys have no room for: why there is no baseline,
-    /// what was compared with it. Null for everything else.
+    /// A sentence about what has no key of its own, such as why there is no baseline, or
+    /// what was compared with it; otherwise null.
     pub detail: Option<String>,
 }
 
@@ -377,22 +356,14 @@ pub struct Member {
     pub schema: String,
     #[serde(flatten)]
     pub path: RootfsPath,
-    /// What the finding would be if the file had one of its own.
+    /// The kind of the finding that the file alone would have.
     pub kind: Kind,
-    /// What it held when it was last seen; null for what is gone or was not hashed.
+    /// Its content when it was last seen; null if it was gone or was not hashed.
     pub blake3: Option<Blake3Hash>,
     pub first_seen: Timestamp,
     pub last_seen: Timestamp,
-    /// It was seen to be gone again.
+    /// It was found to be gone again.
     pub removed: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainerEvidence {
-    #[serde(flatten)]
-    pub id: ContainerId,
-    pub labels: Labels,
-    pub pod: Option<Pod>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -400,7 +371,7 @@ pub struct FileEvidence {
     #[serde(flatten)]
     pub path: RootfsPath,
     pub file_type: FileType,
-    /// What the first bytes say it is.
+    /// The format, by the first bytes.
     #[serde(rename = "type")]
     pub format: Format,
     /// Octal, four digits.
@@ -422,7 +393,7 @@ pub struct FileEvidence {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expected {
-    /// Where the image has this path or, for a relocated file, this content.
+    /// The image's path: the same path or, for a relocated file, the path of the content.
     #[serde(flatten)]
     pub path: RootfsPath,
     pub blake3: Option<Blake3Hash>,
@@ -436,7 +407,7 @@ pub struct Expected {
     pub layer: String,
 }
 
-/// What the policy says should be done.
+/// What the policy decides to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Disposition {
@@ -458,7 +429,7 @@ impl Disposition {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The response this asks for: `kill`; null when only reported.
+    /// The response that the policy requests: `kill`; null if it only reports.
     pub action: Option<String>,
     /// Which setting decided; null for the default.
     pub rule: Option<String>,
@@ -468,17 +439,17 @@ pub struct Verdict {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// `kill`, `pause` or `resume`; `restart` of what nobody asked driftd for: a killed
-    /// container was started again.
+    /// `kill`, `pause` or `resume`; `restart` if a killed container was started again, which
+    /// is no response of driftd.
     pub action: String,
     pub succeeded: bool,
-    /// The run of the container that was meant is over: nothing was done.
+    /// The container run that the response was for is over: nothing was done.
     #[serde(default)]
     pub gone: bool,
-    /// What happened, in words; the error if it failed.
+    /// What happened; the error if it failed.
     pub message: String,
     /// What is expected to start the killed container again, or has started it; null if
-    /// nothing is known to.
+    /// nothing is known to do so.
     #[serde(default)]
     pub restarter: Option<Restarter>,
     pub at: Timestamp,
@@ -556,7 +527,7 @@ mod tests {
         assert_eq!(id(Kind::ExecNew, content), id(Kind::ExecNew, content));
         assert_ne!(id(Kind::ExecNew, content), id(Kind::ExecNew, None));
         assert_ne!(id(Kind::ExecNew, content), id(Kind::FileAdded, content));
-        // What an earlier version has told must be recognised.
+        // A finding that an earlier version reported must be recognised.
         assert_eq!(id(Kind::ExecNew, content).to_string(), "1a15ac988593c7794e1297637c2bfef1");
         let group = Subject::Group { path: Some(&path), content };
         assert_ne!(

@@ -1,4 +1,7 @@
 //! Patterns of paths in a container, compiled once.
+//!
+//! The settings have them (`watch.persistence`); `detect` and `watch` match
+//! paths of a container against them. Nothing here resolves a link.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -9,7 +12,7 @@ use std::sync::Arc;
 use globset::{GlobBuilder, GlobSet};
 use serde::{Deserialize, Serialize};
 
-use super::RootfsPath;
+use super::path::RootfsPath;
 
 /// Shell patterns of whole paths: `*` and `?` stay within one directory, `**`
 /// does not.
@@ -18,12 +21,12 @@ use super::RootfsPath;
 pub struct PathGlobs {
     patterns: Vec<String>,
     compiled: Arc<GlobSet>,
-    /// The directories above what is meant, as far as the patterns name them.
+    /// The directories above the matching paths, as far as the patterns name them.
     above: Arc<GlobSet>,
 }
 
 impl PathGlobs {
-    /// The error names the pattern and says what is wrong with it.
+    /// The error names the pattern and the fault.
     pub fn new(patterns: Vec<String>) -> Result<PathGlobs, String> {
         let mut set = GlobSet::builder();
         let mut above = GlobSet::builder();
@@ -34,7 +37,7 @@ impl PathGlobs {
             let glob = GlobBuilder::new(pattern).literal_separator(true).build();
             set.add(glob.map_err(|err| format!("the pattern `{pattern}` is wrong: {err}"))?);
             for directory in directories_above(pattern) {
-                // Cut inside of a pattern's brackets it may mean nothing.
+                // Cut inside of brackets, it may be no pattern.
                 if let Ok(glob) = GlobBuilder::new(directory).literal_separator(true).build() {
                     above.add(glob);
                 }
@@ -45,14 +48,14 @@ impl PathGlobs {
         Ok(PathGlobs { patterns, compiled: Arc::new(compiled), above: Arc::new(above) })
     }
 
-    /// Whether a path is that of a directory which the patterns name as above of what
-    /// they mean: `/etc` and `/etc/cron.d` of `/etc/cron.d/*`.
+    /// Whether the patterns name this path as a directory above matching paths: `/etc` and
+    /// `/etc/cron.d` for `/etc/cron.d/*`.
     pub fn leads_to(&self, path: &RootfsPath) -> bool {
         self.above.is_match(Path::new(OsStr::from_bytes(path.as_bytes())))
     }
 
     /// The paths that the patterns name without a wildcard, and the directories above
-    /// what they mean, as far as they do.
+    /// matching paths that are named without one.
     pub fn literal(&self) -> BTreeSet<String> {
         let all = self.patterns.iter().flat_map(|pattern| {
             directories_above(pattern).chain(std::iter::once(pattern.as_str()))
@@ -67,8 +70,8 @@ impl PathGlobs {
     }
 }
 
-/// Every beginning of a pattern that ends before a `/`. `**` alone is above everything
-/// and names nothing.
+/// Every beginning of a pattern that ends before a `/`, except `**`, which names no
+/// directory.
 fn directories_above(pattern: &str) -> impl Iterator<Item = &str> {
     pattern
         .char_indices()

@@ -1,6 +1,10 @@
-//! Names that are hashes of what they name.
+//! IDs of findings, sessions and probes: hashes of what they identify.
+//!
+//! `FindingId::new` is in `finding`, the other two `new` are in `session`.
 
-/// Makes a type of 16 bytes, written as 32 hexadecimal digits: of its parts, each
+use super::unknown::UnknownName;
+
+/// Makes a type of 16 bytes, written as 32 hexadecimal digits: the hash of its parts, each
 /// preceded by its length, so that no two lists of parts collide.
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident, $what:literal, $see:literal) => {
@@ -12,7 +16,7 @@ macro_rules! id {
         pub struct $name(pub [u8; 16]);
 
         impl $name {
-            fn of(parts: &[&[u8]]) -> $name {
+            pub(super) fn of(parts: &[&[u8]]) -> $name {
                 let mut hasher = blake3::Hasher::new();
                 for part in parts {
                     hasher.update(&(part.len() as u64).to_le_bytes());
@@ -37,9 +41,9 @@ macro_rules! id {
         }
 
         impl std::str::FromStr for $name {
-            type Err = $crate::model::finding::UnknownName;
+            type Err = UnknownName;
             fn from_str(text: &str) -> Result<$name, Self::Err> {
-                $crate::model::id::parse(text).map($name).ok_or_else(|| {
+                parse(text).map($name).ok_or_else(|| {
                     Self::Err::new(
                         text,
                         $what,
@@ -56,17 +60,34 @@ macro_rules! id {
         }
 
         impl TryFrom<String> for $name {
-            type Error = $crate::model::finding::UnknownName;
+            type Error = UnknownName;
             fn try_from(text: String) -> Result<$name, Self::Error> {
                 text.parse()
             }
         }
     };
 }
-pub(super) use id;
+
+id! {
+    /// A finding's ID: the same container, kind, path and content (for a session: the same
+    /// process; for a layer: the layer too) always give the same ID, so that a scan after a
+    /// restart recognises what was reported already.
+    FindingId, "finding", "driftd findings"
+}
+
+id! {
+    /// A session's ID: the same container and process always give the same ID, so that a
+    /// session that goes on is recognised after a restart.
+    SessionId, "session", "driftd sessions"
+}
+
+id! {
+    /// A probe's ID: the same container and arguments always give the same ID.
+    ProbeId, "probe", "driftd probes"
+}
 
 /// 32 hexadecimal digits.
-pub(super) fn parse(text: &str) -> Option<[u8; 16]> {
+fn parse(text: &str) -> Option<[u8; 16]> {
     let digits = Some(text).filter(|text| text.len() == 32 && text.is_ascii())?;
     let mut id = [0; 16];
     for (index, byte) in id.iter_mut().enumerate() {

@@ -1,15 +1,20 @@
-//! Facts as the kernel or a scan reported them. No judgement.
+//! Facts as the kernel or a scan reported them.
+//!
+//! `watch` makes them, the pipeline hands them to `detect`, which judges them. A fact has no
+//! judgement, and its variant says what happened, never whether that is allowed.
 
 use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::{
-    Blake3Hash, ContainerId, Exit, FileState, FileTime, Filesystem, Interactive, Opening, Process,
-    ProcessIdentity, RootfsPath, Run, Sha256Hash,
-};
+use super::container::ContainerId;
+use super::digest::{Blake3Hash, Sha256Hash};
+use super::file::{FileState, FileTime, Filesystem};
+use super::path::RootfsPath;
+use super::process::{Process, ProcessIdentity};
+use super::session::{Exit, Interactive, Opening, Run};
 
-/// Who saw it.
+/// The watcher that saw a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The gate: a program was about to run.
@@ -18,7 +23,7 @@ pub enum Source {
     Change,
     /// The kernel's record of an execve or of a mapping that has happened.
     Trace,
-    /// A walk of the upperdir, or of the container's processes.
+    /// A scan of the upperdir, or of the container's processes.
     Scan,
 }
 
@@ -37,24 +42,24 @@ impl Source {
 #[derive(Clone, Debug)]
 pub struct Observation {
     pub container: ContainerId,
-    /// The init process of the run in which it was seen: the container's ID may name a
-    /// later run by the time this is read.
+    /// The init process of the container run in which it was seen: the container's ID may
+    /// mean a later run when this is read.
     pub init: ProcessIdentity,
     pub at: Timestamp,
     pub source: Source,
-    /// The first process of the session to which the one that did it belongs, where
-    /// that is known by its descent. A process whose parents have ended has no
-    /// ancestors that tell.
+    /// The first process of the acting process's session, if that is known by descent.
+    /// `None` also for a process whose parents have ended, because its ancestors do not
+    /// lead there.
     pub session: Option<ProcessIdentity>,
-    /// The container in whose root the file lies, where that is another one.
+    /// The container in whose root the file lies, if that is another container.
     pub file_of: Option<ContainerId>,
-    /// Another path by which the container reaches the file: through a link, or a mount.
+    /// Another path by which the container reaches the file: through a link or a mount.
     pub reached_as: Option<RootfsPath>,
     pub fact: Fact,
 }
 
 impl Observation {
-    /// How often it was observed.
+    /// How often it happened.
     pub fn times(&self) -> u64 {
         match self.fact {
             Fact::Executed { times, .. } => times,
@@ -64,7 +69,7 @@ impl Observation {
 }
 
 impl Fact {
-    /// Who did it, where that is known.
+    /// The acting process, if that is known.
     pub fn process(&self) -> Option<&Arc<Process>> {
         match self {
             Fact::Executed { process, .. }
@@ -84,27 +89,28 @@ impl Fact {
 
 #[derive(Clone, Debug)]
 pub enum Fact {
-    /// A file of the container's own (upper) layer was executed, one from another
-    /// filesystem than its root, or one of the image's layers that may have changed
-    /// since its layer was known to equal the baseline. All others are recognised at
-    /// the gate and never get here.
+    /// A file was executed: one of the container's own (upper) layer, one on another
+    /// filesystem than the root, or one of the image's layers that may have changed since
+    /// its layer was known to equal the baseline. The gate recognises all others, and no
+    /// observation is made of them.
     Executed {
         /// In the container, whatever filesystem is mounted there.
         path: RootfsPath,
         filesystem: Filesystem,
-        /// It was found running, not seen being executed.
+        /// It was found running; its execution was not seen.
         running: bool,
-        /// How often, where it happened too often to tell of each.
+        /// How many executions this observation stands for, if there were too many to
+        /// report each.
         times: u64,
         state: FileState,
         lower: Option<LowerTwin>,
         process: Arc<Process>,
-        /// The name under which it was called, where that differs from `path`
-        /// (a symlink); `None` when equal or unknown.
+        /// The name under which it was executed, if that differs from `path` (a symlink);
+        /// `None` if equal or unknown.
         invoked_as: Option<String>,
         /// Set for a file of the image's layers.
         layer_file: Option<LayerFile>,
-        /// Who has written the file, where that is known.
+        /// The writer of the file, if that is known.
         writer: Option<Arc<Process>>,
     },
     /// A program mapped code of a file that is not known to be the image's own.
@@ -114,11 +120,11 @@ pub enum Fact {
         state: FileState,
         lower: Option<LowerTwin>,
         process: Arc<Process>,
-        /// The dynamic linker was run as a program and given this file as one.
+        /// The dynamic linker was executed with this file as the program to run.
         by_linker: bool,
-        /// Its mapping is shared, as no library's is.
+        /// The mapping is shared; the mappings of libraries are private.
         is_shared: bool,
-        /// Who has written the file, when the change feed has just told.
+        /// The writer of the file, if the change feed has just reported it.
         writer: Option<Arc<Process>>,
     },
     /// An interpreter of the image was started on a script from elsewhere.
@@ -128,7 +134,7 @@ pub enum Fact {
         process: Arc<Process>,
         /// Both are the socket itself; otherwise pipes lead there.
         direct: bool,
-        /// By what it was recognised, in words.
+        /// What shows it, as a sentence.
         evidence: String,
     },
     /// The container's own layer holds this at `path`.
@@ -136,24 +142,24 @@ pub enum Fact {
         path: RootfsPath,
         state: FileState,
         lower: Option<LowerTwin>,
-        /// The last writer, when the change feed could still see it.
+        /// The last writer, if the change feed could still see it.
         writer: Option<Arc<Process>>,
     },
     /// Nothing is at `path` any more: a whiteout or an opaque directory hides
     /// the image's file, or the container's own file is gone.
     Absent {
         path: RootfsPath,
-        /// Who removed it, where that could be seen.
+        /// The process that removed it, if that was seen.
         writer: Option<Arc<Process>>,
     },
     /// A package manager, whose file is one of the image's layers', is at work: what
     /// it and its descendants write is its transaction.
     PackageManager { process: Arc<Process> },
-    /// Somebody or something that did not begin there is in the container.
+    /// A process from outside, or a reverse shell, is in the container.
     SessionOpened { opening: Arc<Opening> },
     /// A process of the session whose first process is `root` has become a program.
     SessionRan { root: ProcessIdentity, run: Arc<Run> },
-    /// Programs that were run in it beyond those that are told one by one.
+    /// More programs were run in the session than are reported one by one.
     SessionRanMore { root: ProcessIdentity, times: u64 },
     /// A process of a session has opened a terminal.
     SessionInteractive { root: ProcessIdentity, interactive: Interactive, tty: Option<String> },
@@ -170,14 +176,14 @@ pub enum Script {
         state: FileState,
         lower: Option<LowerTwin>,
     },
-    /// Its text came through a pipe, from this program if that could be told.
+    /// Its text came through a pipe, from this program if that is known.
     Pipe {
         from: Option<String>,
     },
 }
 
-/// A file of the image's layers as a container's overlay shows it, and since when
-/// it is as it is.
+/// A file of the image's layers as a container's overlay shows it, and the time of its
+/// last change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerFile {
     pub device: u64,
@@ -185,8 +191,8 @@ pub struct LayerFile {
     pub changed: FileTime,
 }
 
-/// What the layers on disk hold at the same path below an upper file. It gives a
-/// finding the SHA-256 of what was expected there, which baselines do not keep.
+/// The content of the image's layers at the path of an upper file. It gives a finding the
+/// SHA-256 of the expected file, which baselines do not keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LowerTwin {
     pub blake3: Blake3Hash,

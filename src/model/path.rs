@@ -1,15 +1,20 @@
-//! Paths inside a container, and how hostile text is made safe to print.
+//! Paths inside a container, and their form in JSON.
+//!
+//! A [`RootfsPath`] is normalised by its text alone. It does not follow links and does not
+//! ask a filesystem; `sys::door` and `watch` do that.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
+use super::printable::printable;
+
 /// A path inside a container's root filesystem: absolute, normalised, and not
 /// necessarily UTF-8.
 ///
-/// Upperdirs say `usr/bin/ls`, fanotify says `/usr/bin/ls`. They become the same
-/// value here, once, at the door.
+/// An upperdir has `usr/bin/ls`, fanotify reports `/usr/bin/ls`: both become the same
+/// value.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "PathJson", try_from = "PathJson")]
 pub struct RootfsPath {
@@ -88,7 +93,7 @@ impl RootfsPath {
         RootfsPath::new(raw)
     }
 
-    /// Where a symlink at this path points, by its text alone.
+    /// The target of a symlink at this path, by its text alone.
     pub fn resolve(&self, target: &[u8]) -> Option<RootfsPath> {
         let base = if target.starts_with(b"/") { RootfsPath::root() } else { self.parent()? };
         target.split(|&byte| byte == b'/').try_fold(base, |at, component| match component {
@@ -109,7 +114,7 @@ impl RootfsPath {
     }
 }
 
-/// A file name chosen by an attacker can neither move the cursor nor look like
+/// Escaped: a file name that an attacker chose can neither move the cursor nor pass for
 /// another file's name.
 impl fmt::Display for RootfsPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -123,83 +128,7 @@ impl fmt::Debug for RootfsPath {
     }
 }
 
-/// Bytes as text that is safe on a terminal and in a log, and from which the
-/// bytes can be told: plain printable characters stay, everything else (control
-/// and invisible characters, invalid UTF-8, the backslash) is escaped.
-pub fn printable(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        for character in chunk.valid().chars() {
-            match character {
-                ' '..='~' if character != '\\' => text.push(character),
-                '\\' => text.push_str("\\\\"),
-                _ if is_printable(character) => text.push(character),
-                _ => write!(text, "{}", character.escape_default())
-                    .expect("writing to a String cannot fail"),
-            }
-        }
-        for byte in chunk.invalid() {
-            write!(text, "\\x{byte:02x}").expect("writing to a String cannot fail");
-        }
-    }
-    text
-}
-
-/// The bytes of which [`printable`] has made this.
-pub fn bytes_of_printable(text: &str) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('\\') {
-        bytes.extend_from_slice(&rest.as_bytes()[..at]);
-        rest = &rest[at..];
-        let length = escape(rest, &mut bytes).unwrap_or_else(|| {
-            // Cut: no escape at all.
-            bytes.push(b'\\');
-            1
-        });
-        rest = &rest[length..];
-    }
-    bytes.extend_from_slice(rest.as_bytes());
-    bytes
-}
-
-/// Reads the escape at the beginning of `text`; says how long it is.
-fn escape(text: &str, bytes: &mut Vec<u8>) -> Option<usize> {
-    let byte = match text.as_bytes().get(1)? {
-        b'\\' => b'\\',
-        b't' => b'\t',
-        b'r' => b'\r',
-        b'n' => b'\n',
-        b'x' => {
-            bytes.push(u8::from_str_radix(text.get(2..4)?, 16).ok()?);
-            return Some(4);
-        }
-        b'u' => {
-            let (digits, _) = text.get(2..)?.strip_prefix('{')?.split_once('}')?;
-            let character = char::from_u32(u32::from_str_radix(digits, 16).ok()?)?;
-            bytes.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
-            return Some(digits.len() + 4);
-        }
-        _ => return None,
-    };
-    bytes.push(byte);
-    Some(2)
-}
-
-/// Whether a character may stand on a terminal as it is: letters and symbols of any script.
-/// What moves the cursor, and what reorders, combines with or hides other text, may not.
-pub fn is_printable(character: char) -> bool {
-    match character {
-        ' '..='~' => true,
-        // Letters and a symbol by name that look like nothing.
-        '\u{115f}' | '\u{1160}' | '\u{2800}' | '\u{3164}' | '\u{ffa0}' => false,
-        // The standard library escapes controls, formats, separators, and what is not
-        // assigned.
-        _ => character.is_alphanumeric() || character.escape_debug().len() == 1,
-    }
-}
-
-/// How a path stands in JSON: text, and the bytes where the text cannot say it.
+/// A path in JSON: text, and the bytes in base64 if the path is not UTF-8.
 #[derive(Serialize, Deserialize)]
 struct PathJson {
     path: String,
@@ -289,12 +218,6 @@ mod tests {
                 let json = serde_json::to_string(&path).unwrap();
                 proptest::prop_assert_eq!(serde_json::from_str::<RootfsPath>(&json).unwrap(), path);
             }
-        }
-
-        #[test]
-        fn printing_never_merges_two_names(one: Vec<u8>, other: Vec<u8>) {
-            proptest::prop_assert_eq!(printable(&one) == printable(&other), one == other);
-            proptest::prop_assert_eq!(bytes_of_printable(&printable(&one)), one);
         }
     }
 }

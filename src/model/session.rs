@@ -1,13 +1,15 @@
-//! Sessions: who came into a container, how, and what was done there. The serde
-//! forms of [`Session`], [`Command`] and [`Probe`] are published JSON schemas, and
-//! what the history stores.
+//! Sessions: how a process came into a container, what was run there, and how it ended.
+//!
+//! The serde forms of [`Session`], [`Command`] and [`Probe`] are published JSON schemas, and
+//! the form that the history stores: keys are never renamed.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::finding::ContainerEvidence;
-use super::id::id;
-use super::{Ancestor, ContainerId, FindingId, ImageReference, Process, ProcessIdentity};
+use super::container::{ContainerEvidence, ContainerId, ImageReference};
+use super::declared_probe::ProbeSource;
+use super::id::{FindingId, ProbeId, SessionId};
+use super::process::{Ancestor, Process, ProcessIdentity};
 
 /// The session schema's name, in every session's JSON.
 pub const SESSION_SCHEMA: &str = "driftd.session/v1";
@@ -16,20 +18,10 @@ pub const COMMAND_SCHEMA: &str = "driftd.command/v1";
 /// The probe schema's name, in every probe's JSON.
 pub const PROBE_SCHEMA: &str = "driftd.probe/v1";
 
-id! {
-    /// A session's name: the same container and process always give the same one, so
-    /// that a restart recognises a session that goes on.
-    SessionId, "session", "driftd sessions"
-}
-
-id! {
-    /// A probe's name: the same container and arguments always give the same one.
-    ProbeId, "probe", "driftd probes"
-}
-
 impl SessionId {
-    /// `root` is the process that came in; of an attachment, the client outside, or of
-    /// one that nobody sees, init's pid and when it was noticed.
+    /// `root` is the process that came in. For an attach session it is the client outside;
+    /// if the client is not visible, init's pid and the time when the attachment was
+    /// noticed.
     pub fn new(container: &ContainerId, root: ProcessIdentity) -> SessionId {
         let (pid, start_time) = (root.pid.to_le_bytes(), root.start_time.to_le_bytes());
         SessionId::of(&[
@@ -55,19 +47,19 @@ impl ProbeId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Entry {
-    /// Its runtime's shim was asked to execute something: `kubectl exec`,
-    /// `docker exec`, `ctr task exec`, a probe.
+    /// The shim of its runtime executed a program: `kubectl exec`, `docker exec`,
+    /// `ctr task exec`, a probe.
     RuntimeExec,
     /// A container runtime was run by hand: `runc exec`.
     RuntimeDirect,
-    /// A process of the host's has joined its namespaces: `nsenter`.
+    /// A process of the host has joined its namespaces: `nsenter`.
     Namespace,
-    /// A container that was put into this one's pid namespace: `kubectl debug`.
+    /// A container was started in this container's pid namespace: `kubectl debug`.
     SharedPidNamespace,
-    /// Somebody was connected to the terminal of its init: `kubectl attach`,
+    /// A client was connected to the terminal of its init: `kubectl attach`,
     /// `docker attach`, `ctr task attach`.
     Attach,
-    /// From within: a shell whose input and output are a connection.
+    /// From inside: a shell whose input and output are a connection.
     ReverseShell,
 }
 
@@ -94,13 +86,13 @@ impl Entry {
     }
 }
 
-/// Why a session is taken for that of a person.
+/// Why a session is taken for one in which commands are typed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Interactive {
     /// It began with a controlling terminal.
     Terminal,
-    /// A process of it opened a terminal later.
+    /// One of its processes opened a terminal later.
     TerminalLater,
     /// Its input and output are one connection.
     Socket,
@@ -125,21 +117,21 @@ impl Interactive {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Login {
     pub uid: u32,
-    /// The audit session's number; null where the kernel numbers none.
+    /// The audit session's number; null if the kernel gives none.
     pub audit_session: Option<u32>,
 }
 
 /// How a process ended (wait(2)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// What it returned; null if a signal ended it.
+    /// Its exit code; null if a signal ended it.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that ended it, if one did.
     pub signal: Option<i32>,
 }
 
 impl Exit {
-    /// From a status as wait(2) gives it.
+    /// From the status of wait(2).
     pub fn from_wait_status(status: i32) -> Exit {
         match status & 0x7f {
             0 => Exit { code: Some((status >> 8) & 0xff), signal: None },
@@ -147,8 +139,8 @@ impl Exit {
         }
     }
 
-    /// From a status as shells and container runtimes tell it: of whoever was ended
-    /// by a signal, 128 and the signal's number.
+    /// From a status as shells and container runtimes report it: 128 and the signal's
+    /// number if a signal ended the process.
     pub fn from_shell_status(status: u32) -> Exit {
         match i32::try_from(status) {
             Ok(status @ 129..=192) => Exit { code: None, signal: Some(status - 128) },
@@ -157,23 +149,24 @@ impl Exit {
     }
 }
 
-/// What is seen of a session when it opens.
+/// What is known of a session when it opens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Opening {
-    /// What it is known by: the process that came in. See [`SessionId::new`].
+    /// The process that came in; it identifies the session. See [`SessionId::new`].
     pub root: ProcessIdentity,
     pub entry: Entry,
     pub interactive: Option<Interactive>,
-    /// Its first process; its ancestors end with the first one outside. Of an attachment
-    /// the client, or init where that is not seen.
+    /// Its first process, whose ancestors end with the first one outside. For an attach
+    /// session the client, or init if the client is not visible.
     pub process: Process,
-    /// The host's processes above that, nearest first.
+    /// The host's processes above the first one outside, nearest first.
     pub host: Vec<Ancestor>,
     pub login: Option<Login>,
-    /// What an admission webhook has put into its environment.
+    /// The requester's name, which an admission webhook put into its environment.
     pub requested_by: Option<String>,
-    /// The container that it was put beside, in whose pid namespace it is: then
-    /// `process` is the first one of a container of its own.
+    /// The other container whose pid namespace it shares, for
+    /// [`Entry::SharedPidNamespace`]: then `process` is the first process of a container of
+    /// its own.
     pub beside: Option<ContainerId>,
 }
 
@@ -183,7 +176,7 @@ pub struct Run {
     pub process: ProcessIdentity,
     pub exe: Option<String>,
     pub argv: Option<Vec<String>>,
-    /// It has a controlling terminal.
+    /// Its controlling terminal, if it has one.
     pub tty: Option<String>,
 }
 
@@ -204,20 +197,21 @@ impl SessionState {
     }
 }
 
-/// How many of a session's commands are listed, and of its findings. More are
-/// counted.
+/// How many of a session's commands, and of its findings, are listed. The rest is counted.
 pub const MAX_COMMANDS: u64 = 512;
 pub const MAX_SESSION_FINDINGS: usize = 256;
 
-/// Somebody or something in a container that did not begin there.
+/// A process that came into a container from outside, or a reverse shell, with its
+/// descendants.
 ///
 /// Absent means null in JSON, never a missing key.
+// Long: the published schema, one field for each key.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Session {
     /// Always [`SESSION_SCHEMA`].
     pub schema: String,
     pub id: SessionId,
-    /// 1 when first told, one more each time it is told again.
+    /// 1 when first reported, one more each time it is reported again.
     pub revision: u64,
     pub state: SessionState,
     pub node: String,
@@ -226,10 +220,9 @@ pub struct Session {
     pub container: ContainerEvidence,
     pub image: ImageReference,
     pub entry: Entry,
-    /// Whom it is a session of, where that can be known: `cri`, `docker`,
-    /// `containerd`.
+    /// The client that requested it, if that is known: `cri`, `docker`, `containerd`.
     pub client: Option<String>,
-    /// What the runtime calls it.
+    /// The runtime's ID of the execution.
     pub exec_id: Option<String>,
     /// Null for one without a terminal or a connection.
     pub interactive: Option<Interactive>,
@@ -237,19 +230,19 @@ pub struct Session {
     pub host: Vec<Ancestor>,
     pub login: Option<Login>,
     pub requested_by: Option<String>,
-    /// Who saw it: `gate`, `trace`, `change` for an attachment, or `scan` for one that
-    /// was there before.
+    /// What saw it: `gate`, `trace`, `change` for an attach session, or `scan` for a session
+    /// that was there before.
     pub discovered: String,
     pub started_at: Timestamp,
-    /// Null while it is open, and of one whose end nobody saw.
+    /// Null while it is open, and if its end was not seen.
     pub ended_at: Option<Timestamp>,
-    /// How its first process ended; null where that could not be seen.
+    /// How its first process ended; null if that was not seen.
     pub exit: Option<Exit>,
     /// How many programs it has run; the first [`MAX_COMMANDS`] are listed.
     pub commands: u64,
-    /// The finding that tells of the session itself; null while it may be a probe.
+    /// The finding about the session itself; null while it may be a probe.
     pub finding: Option<FindingId>,
-    /// What it has caused, oldest first: the first [`MAX_SESSION_FINDINGS`].
+    /// The findings that it caused, oldest first: the first [`MAX_SESSION_FINDINGS`].
     pub findings: Vec<FindingId>,
     pub findings_total: u64,
 }
@@ -262,56 +255,22 @@ pub struct Command {
     /// Always [`COMMAND_SCHEMA`].
     pub schema: String,
     pub session: SessionId,
-    /// In the order in which they were begun, from 1 on.
+    /// Commands are numbered in the order of their start, from 1 on.
     pub number: u64,
     #[serde(flatten)]
     pub process: ProcessIdentity,
-    /// `None` when the process was gone too soon.
+    /// `None` if the process had ended before it was read.
     #[serde(flatten, with = "super::text::exe")]
     pub exe: Option<String>,
     #[serde(flatten, with = "super::text::argv")]
     pub argv: Option<Vec<String>>,
     pub started_at: Timestamp,
-    /// Null while it runs, and where its end was not seen.
+    /// Null while it runs, and if its end was not seen.
     pub ended_at: Option<Timestamp>,
     pub exit: Option<Exit>,
 }
 
-/// By what a command is known for a probe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ProbeSource {
-    /// The image's or the container's health check (Docker, nerdctl).
-    Healthcheck,
-    /// A hook of the pod's specification.
-    LifecycleHook,
-    /// The same arguments came at a steady rhythm.
-    Learned,
-}
-
-impl ProbeSource {
-    pub const ALL: &'static [ProbeSource] =
-        &[ProbeSource::Healthcheck, ProbeSource::LifecycleHook, ProbeSource::Learned];
-
-    /// The same word as in JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            ProbeSource::Healthcheck => "healthcheck",
-            ProbeSource::LifecycleHook => "lifecycle_hook",
-            ProbeSource::Learned => "learned",
-        }
-    }
-}
-
-/// A command that a container's specification declares as a probe of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeclaredProbe {
-    pub argv: Vec<String>,
-    pub source: ProbeSource,
-}
-
-/// A command that is run in a container again and again, by a machine: counted
-/// and not reported.
+/// A command that a runtime runs in a container again and again: counted and not reported.
 ///
 /// Absent means null in JSON, never a missing key.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -324,12 +283,12 @@ pub struct Probe {
     #[serde(flatten, with = "super::text::argv")]
     pub argv: Vec<String>,
     pub source: ProbeSource,
-    /// How far apart they come; null where that was not learned.
+    /// The time between two runs; null if that was not learned.
     pub interval_milliseconds: Option<u64>,
     pub count: u64,
     pub first_seen: Timestamp,
     pub last_seen: Timestamp,
-    /// A person has said that it is to be reported all the same.
+    /// An administrator has decided that it is reported all the same.
     pub reported: bool,
 }
 

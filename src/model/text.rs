@@ -1,19 +1,18 @@
-//! Text that a process chose, as it stands in JSON: as it is where it is UTF-8; else
-//! escaped, with its bytes in base64 under a key of its own. In memory it is what
-//! [`printable`] makes of it.
+//! Text of a process in JSON: unchanged if it is UTF-8; otherwise escaped, with its bytes
+//! in base64 under a second key. In memory it is what [`printable`] makes of it.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer};
 
-use super::path::{bytes_of_printable, printable};
+use super::printable::{bytes_of_printable, printable};
 
-/// What can stand under one key.
+/// A value under one key.
 pub(super) trait Shown: Clone {
-    /// `Some` where the text does not say it: the bytes, in base64.
+    /// The text, and the bytes in base64 if the text alone does not give them.
     fn to_json(&self) -> (Self, Option<Self>);
-    /// What was kept under the key of the bytes: `None` if there was no such key. Then it
-    /// was kept before there was one, and is printable already.
+    /// `bytes` is `None` if the JSON has no key for the bytes: an earlier version wrote it,
+    /// and `text` is printable already.
     fn of_json(text: Self, bytes: Option<Option<Self>>) -> Self;
 }
 
@@ -38,7 +37,7 @@ impl Shown for String {
 }
 
 impl Shown for Vec<String> {
-    /// Where one argument needs its bytes, all are there.
+    /// If one argument needs its bytes, the bytes of all are there.
     fn to_json(&self) -> (Vec<String>, Option<Vec<String>>) {
         let (texts, bytes): (Vec<String>, Vec<Option<String>>) =
             self.iter().map(Shown::to_json).unzip();
@@ -75,7 +74,7 @@ impl<T: Shown> Shown for Option<T> {
     }
 }
 
-/// A key that is null is there.
+/// `Some(None)` for a key with the value null; serde's default for a missing key is `None`.
 fn is_there<'de, D, T>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
 where
     D: Deserializer<'de>,
@@ -84,11 +83,13 @@ where
     Option::deserialize(deserializer).map(Some)
 }
 
-/// For a field of this name, with `#[serde(flatten, with = "…")]`.
+/// Makes a module for a field of this name, for `#[serde(flatten, with = "…")]`.
 macro_rules! keys {
     ($name:ident, $text:literal, $bytes:literal) => {
         pub(super) mod $name {
-            use super::*;
+            use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+            use crate::model::text::{Shown, is_there};
 
             #[derive(Serialize, Deserialize)]
             #[serde(bound(deserialize = "T: Deserialize<'de>"))]

@@ -29,7 +29,7 @@ use crate::inventory::{Entry, Told};
 use crate::model::finding::Subject;
 use crate::model::{
     Blake3Hash, ContainerId, FindingId, Kind, PackageManager, Process, ProcessIdentity, RootfsPath,
-    Severity, is_linker, package_manager, printable,
+    Severity, is_linker, package_manager, printable, programs,
 };
 
 /// Files of one kind in one directory that stand alone, and anywhere.
@@ -378,10 +378,6 @@ pub(super) fn accounts(
     process: Option<&Process>,
 ) -> Option<Group> {
     const FILES: &[&str] = &["/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow"];
-    const TOOLS: &[&str] = &[
-        "addgroup", "adduser", "chpasswd", "deluser", "groupadd", "groupdel", "groupmod",
-        "newusers", "passwd", "useradd", "userdel", "usermod",
-    ];
     let is_one = FILES.iter().any(|one| one.as_bytes() == file.path.as_bytes());
     let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
     let exe = process.exe.as_deref()?;
@@ -394,7 +390,7 @@ pub(super) fn accounts(
     let program = RootfsPath::new(exe).ok()?;
     let is_images =
         detect::is_program_of(image, &program) && entry.about(&program).next().is_none();
-    (is_images && TOOLS.contains(&called.as_str())).then_some(Group {
+    (is_images && programs::changes_accounts(called.as_bytes())).then_some(Group {
         kind: file.kind,
         place: None,
         content: None,

@@ -1,5 +1,7 @@
-//! What the running kernel offers, found out by trying: versions do not tell what
-//! was ported back to a kernel, or left out of it.
+//! What the running kernel offers, and which privileges driftd has. Each feature is tried: a
+//! version does not show what was backported to a kernel, or left out of it.
+//!
+//! `doctor` and `run` report what is missing.
 
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -10,7 +12,7 @@ use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags};
 
 use super::{connector, fanotify, file, perf};
 
-/// Something that not every kernel has, from the most to the least needed.
+/// A feature that not every kernel has, the most needed first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Feature {
     /// fanotify's permission events.
@@ -64,7 +66,7 @@ impl Feature {
         }
     }
 
-    /// Where it comes from.
+    /// The kernel and settings that have it.
     pub fn since(self) -> &'static str {
         match self {
             Feature::PermissionEvents => "Linux 5.0 with CONFIG_FANOTIFY_ACCESS_PERMISSIONS",
@@ -82,25 +84,27 @@ impl Feature {
         }
     }
 
-    /// What it means that it is missing.
+    /// What driftd cannot do without it.
     pub fn without(self) -> &'static str {
         match self {
-            Feature::PermissionEvents => "driftd cannot run: it is not asked before a program runs",
+            Feature::PermissionEvents => {
+                "driftd cannot run: the kernel does not ask before a program runs"
+            }
             Feature::OpenBeneath => {
-                "driftd cannot run: what a container has put in its files cannot be opened safely"
+                "driftd cannot run: a container's files cannot be opened safely"
             }
             Feature::MountOfFile => {
                 "containers whose layers are on several filesystems are recognised by their \
                  processes alone"
             }
             Feature::ProcessHandles => {
-                "a program that ends at once may be told without its process"
+                "a program that ends at once may be reported without its process"
             }
             Feature::NamedEvents => {
-                "renames, removals and chmod are found by walks, up to watch.sweep_interval later"
+                "renames, removals and chmod are found by scans, up to watch.sweep_interval later"
             }
             Feature::ExecRecords => {
-                "programs run from memory, and libraries, are seen only while they live"
+                "programs run from memory, and libraries, are seen only while they run"
             }
             Feature::ProcessEvents => {
                 "without the records of perf, programs run from memory would not be seen"
@@ -112,7 +116,7 @@ impl Feature {
             Feature::MountEvents => {
                 "a filesystem that is mounted in a container is noticed a moment later"
             }
-            Feature::MemfdNoexec => "programs in memory can be told, and not be forbidden",
+            Feature::MemfdNoexec => "programs in memory can be reported, but not forbidden",
         }
     }
 
@@ -149,16 +153,16 @@ impl Feature {
     }
 }
 
-/// What is needed of the kernel's privileges, and for what.
+/// The privileges that driftd needs, each with its purpose.
 const PRIVILEGES: [(Capability, &str); 4] = [
     (Capability::CAP_SYS_ADMIN, "to watch executions with fanotify"),
-    (Capability::CAP_SYS_PTRACE, "to look at the processes of containers"),
+    (Capability::CAP_SYS_PTRACE, "to read the processes of containers"),
     (Capability::CAP_DAC_READ_SEARCH, "to read the layers of images and containers"),
     (Capability::CAP_LEASE, "to see who can write to a program while it is executed"),
 ];
 
-/// Everything without which driftd cannot run and that is missing here, in words: what it
-/// is, the likely cause, and what to do. `doctor` and `run` ask the same questions.
+/// Everything that driftd cannot run without and that is missing here: one sentence each,
+/// with the likely cause and the next step.
 pub fn lacking() -> Vec<String> {
     let found = [privileges().map(drop), gate().map(drop), open_beneath()];
     found.into_iter().filter_map(Result::err).collect()
@@ -213,7 +217,7 @@ pub fn open_beneath() -> Result<(), String> {
     Err(format!("openat2 is missing: {}; {cause}", Feature::OpenBeneath.without()))
 }
 
-/// The likely cause of a call's failure, if it is a filter of system calls.
+/// The likely cause of a system call's failure, if that is a filter of system calls.
 fn by_a_filter(call: &str, errno: i32, kernel_has_it: bool, is_filtered: bool) -> Option<String> {
     if !is_filtered && !kernel_has_it {
         return None;
@@ -246,19 +250,19 @@ pub fn version_of(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Newer than libc's.
+/// Not yet in libc.
 const FAN_REPORT_MNT: u64 = 0x4000;
 const AT_HANDLE_FID: libc::c_int = 0x200;
 
-/// Whether the kernel takes these flags of fanotify_init(2), together with the
-/// class of notifications.
+/// Whether the kernel accepts these flags of fanotify_init(2), together with the class of
+/// notifications.
 fn has_group(flags: u64) -> bool {
     let Ok(flags) = u32::try_from(flags) else { return false };
     let flags =
         InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::from_bits_retain(flags);
     match Fanotify::init(flags, EventFFlags::empty()) {
         Ok(_) => true,
-        // The limit of groups is reached: the flags were looked at before.
+        // The limit of groups is reached. The kernel checks the flags first.
         Err(errno) => errno == Errno::EMFILE,
     }
 }
@@ -274,8 +278,8 @@ fn takes_handle_fid() -> bool {
     let Ok(root) = file::open_directory("/proc/self") else { return false };
     let mut handle = Handle { length: 128, kind: 0, bytes: [0; 128] };
     let mut mount: libc::c_int = 0;
-    // SAFETY: `handle` has room for as many bytes as it says, the name is a string
-    // that ends, and all three outlive the call.
+    // SAFETY: `handle` has room for `length` bytes after its first two fields, the name is a
+    // C string, and `handle`, the name and `mount` live until after the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_name_to_handle_at,
@@ -286,11 +290,11 @@ fn takes_handle_fid() -> bool {
             libc::AT_EMPTY_PATH | AT_HANDLE_FID,
         )
     };
-    // A kernel that does not know the flag says EINVAL, whatever the file is.
+    // A kernel that does not know the flag returns EINVAL for every file.
     result == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL)
 }
 
-/// What is there and what is not.
+/// The result of trying every feature.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     missing: Vec<Feature>,
@@ -335,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_are_told_by_their_version() {
+    fn the_version_of_a_kernel_is_read() {
         assert_eq!(version_of("6.18.5"), Some((6, 18)));
         assert_eq!(version_of("5.6.0-2-generic"), Some((5, 6)));
         assert_eq!(version_of("odd"), None);

@@ -14,15 +14,15 @@ use rustix::net::{
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
-/// The most descriptors that one packet carries.
+/// How many descriptors a packet carries at most.
 pub const MAX_DESCRIPTORS: usize = 4;
 const SPACE: usize = cmsg_space!(ScmRights(MAX_DESCRIPTORS));
 
-/// One end.
+/// One end of the connection.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
 
-/// What one packet brought.
+/// A received packet.
 #[derive(Debug)]
 pub struct Packet<'buffer> {
     pub bytes: &'buffer [u8],
@@ -49,7 +49,7 @@ impl Channel {
         {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // NOSIGNAL: an end that is gone is an error, and no reason to die.
+        // NOSIGNAL: a closed other end is an error, and must not end this process.
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let slices = [IoSlice::new(bytes)];
         rustix::io::retry_on_intr(|| {
@@ -58,7 +58,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Sends a packet, and waits for room for so long.
+    /// Sends a packet, and waits at most `patience` for room.
     pub fn send(
         &self,
         bytes: &[u8],
@@ -75,8 +75,8 @@ impl Channel {
     }
 
     /// Takes the next packet without waiting: `WouldBlock` if there is none,
-    /// `UnexpectedEof` if the other end is gone and nothing is left. A packet that does
-    /// not fit is an error, and lost.
+    /// `UnexpectedEof` if the other end is closed and no packet is left. A packet that is
+    /// larger than the buffer is an error, and is lost.
     pub fn try_receive<'buffer>(&self, buffer: &'buffer mut [u8]) -> io::Result<Packet<'buffer>> {
         let mut space = [MaybeUninit::uninit(); SPACE];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -94,7 +94,7 @@ impl Channel {
                 descriptors.extend(received);
             }
         }
-        // No packet is empty.
+        // No packet is empty: zero bytes mean that the other end is closed.
         if received.bytes == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -104,7 +104,7 @@ impl Channel {
         Ok(Packet { bytes: &buffer[..received.bytes], descriptors })
     }
 
-    /// Takes the next packet, and waits for it for so long.
+    /// Takes the next packet, and waits at most `patience` for it.
     pub fn receive<'buffer>(
         &self,
         buffer: &'buffer mut [u8],
@@ -124,11 +124,11 @@ impl Channel {
     }
 }
 
-/// Closes every descriptor but the three standard ones: what the parent process forgot to
-/// keep to itself. Only for the start of a process, before it has opened anything.
+/// Closes every descriptor except the three standard ones: the parent may have left others
+/// open. Only for the start of a process, before it has opened anything.
 pub fn close_inherited() {
-    // SAFETY: nothing in this process owns a descriptor above 2 yet, as its caller promises.
-    // Before Linux 5.9 nothing is closed, and nothing else is wrong.
+    // SAFETY: the caller calls this before anything in this process owns a descriptor above
+    // 2. Before Linux 5.9 the call fails and closes nothing, which is harmless.
     unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
 }
 

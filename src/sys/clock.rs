@@ -1,5 +1,5 @@
-//! Whether the machine's clock was set. Files made after that can look older than they
-//! are.
+//! Whether the machine's clock was set. After that, new files can have times that are older
+//! than the files are. `watch` then does not trust the times of files.
 
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
@@ -11,7 +11,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-/// Counts how often the clock was set while somebody could notice.
+/// Counts how often the clock was set since this value was made.
 #[derive(Debug)]
 struct Settings {
     /// A timer that the kernel cancels when the clock is set, before the call that sets
@@ -27,7 +27,7 @@ impl Settings {
         let timer = timerfd_create(TimerfdClockId::Realtime, flags).ok();
         let timer = timer.filter(|timer| {
             let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
-            // It never goes off by itself.
+            // It never expires.
             let never = Timespec { tv_sec: 9_000_000_000, tv_nsec: 0 };
             let none = Timespec { tv_sec: 0, tv_nsec: 0 };
             let value = Itimerspec { it_interval: none, it_value: never };
@@ -39,12 +39,12 @@ impl Settings {
     fn count(&self) -> u64 {
         if let Some(timer) = &self.timer {
             let read = rustix::io::read(timer, &mut [0_u8; 8]);
-            self.heard(read.err());
+            self.record(read.err());
         }
         self.count.load(Ordering::Acquire)
     }
 
-    fn heard(&self, err: Option<Errno>) {
+    fn record(&self, err: Option<Errno>) {
         // The timer stays armed, for the next time.
         if err == Some(Errno::CANCELED) {
             self.count.fetch_add(1, Ordering::AcqRel);
@@ -52,8 +52,8 @@ impl Settings {
     }
 }
 
-/// How often the clock was set since this was first asked. Two answers that are the same
-/// mean that it was not set in between. Waits for nothing.
+/// How often the clock was set since the first call. If two calls return the same, the clock
+/// was not set in between. Never waits.
 pub fn times_set() -> u64 {
     static SETTINGS: OnceLock<Settings> = OnceLock::new();
     SETTINGS.get_or_init(Settings::open).count()
@@ -64,14 +64,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn x19_a_clock_that_nobody_sets_is_not_counted_and_one_that_is_set_is() {
+    fn x19_a_clock_is_counted_when_it_is_set_and_not_otherwise() {
         let settings = Settings::open();
-        assert!(settings.timer.is_some(), "this kernel tells when its clock is set");
+        assert!(settings.timer.is_some(), "this kernel reports when its clock is set");
         assert_eq!([settings.count(), settings.count()], [0, 0]);
-        // What a read says while nobody has set it, and after somebody has.
-        settings.heard(Some(Errno::AGAIN));
+        // The results of a read before and after the clock was set.
+        settings.record(Some(Errno::AGAIN));
         assert_eq!(settings.count(), 0);
-        settings.heard(Some(Errno::CANCELED));
+        settings.record(Some(Errno::CANCELED));
         assert_eq!([settings.count(), settings.count()], [1, 1]);
     }
 }

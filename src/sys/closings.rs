@@ -1,10 +1,9 @@
-//! Which files below marked directories were executed, and which were closed by the
-//! last one of those who could write to them: by a descriptor, or by a mapping that has
-//! outlived it.
+//! Which files in marked directories were executed, and which were closed by their last
+//! writer: a descriptor, or a mapping that has outlived it.
 //!
-//! A fanotify group that names files by their handles (Linux 5.1). Where a directory
-//! belongs to an overlay's upper layer, its events are of the files that the overlay
-//! opens there, and the one of closing comes when the last mapping goes (Linux 6.5).
+//! A fanotify group that names files by their handles (Linux 5.1). In a directory of an
+//! overlay's upper layer, the events are those of the files that the overlay opens there,
+//! and the event of closing comes when the last mapping ends (Linux 6.5).
 
 use std::fmt;
 use std::io;
@@ -15,18 +14,18 @@ use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags}
 
 use super::handle::FileHandle;
 
-/// What has happened to a file, in the order of the kernel's queue. The kernel adds
-/// what the same process does to the same file to an event that was not read yet.
+/// An event of a file, in the order of the kernel's queue. The kernel merges events of the
+/// same process and file, as long as they are not read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Happened {
     To {
         file: FileHandle,
-        /// Who did it, in our pid namespace.
+        /// The acting process, in driftd's pid namespace.
         pid: u32,
         executed: bool,
         closed: bool,
     },
-    /// Something, and nobody knows what.
+    /// An event that cannot be decoded, or an overflow: any file may be concerned.
     Unknown,
 }
 
@@ -48,7 +47,7 @@ impl AsFd for Closings {
 
 const MASK: u64 = libc::FAN_CLOSE_WRITE | libc::FAN_OPEN_EXEC | libc::FAN_EVENT_ON_CHILD;
 
-/// How much one read may bring: some hundred events.
+/// The bytes of one read: some hundred events.
 pub const READ_BYTES: usize = 16 * 1024;
 
 impl Closings {
@@ -62,7 +61,7 @@ impl Closings {
         Ok(Closings { fanotify: Fanotify::init(flags, EventFFlags::O_CLOEXEC)? })
     }
 
-    /// Reports the files of an open directory from now on.
+    /// From now on, the files in an open directory are reported.
     pub fn mark(&self, directory: BorrowedFd<'_>) -> io::Result<()> {
         self.change(directory, MarkFlags::FAN_MARK_ADD)
     }
@@ -77,8 +76,8 @@ impl Closings {
         Ok(self.fanotify.mark(flags, mask, directory, Some("."))?)
     }
 
-    /// What is there to be read now, at most as much as the buffer holds; `WouldBlock`
-    /// if there is nothing.
+    /// Reads the events that are there, at most as many as the buffer holds; `WouldBlock` if
+    /// there are none.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<Vec<Happened>> {
         let read = rustix::io::retry_on_intr(|| rustix::io::read(&self.fanotify, &mut *buffer))?;
         Ok(decode(&buffer[..read]))
@@ -89,7 +88,7 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
-/// Decodes what a read returned. Pure.
+/// Decodes the bytes of a read. Pure.
 fn decode(mut bytes: &[u8]) -> Vec<Happened> {
     let mut happened = Vec::new();
     while !bytes.is_empty() {
@@ -109,8 +108,8 @@ fn decode(mut bytes: &[u8]) -> Vec<Happened> {
     happened
 }
 
-/// The event, and behind it one record: its type, its length, the filesystem's number,
-/// the handle's length and type, and the handle.
+/// Decodes one event. After it comes one record: its type, its length, the filesystem's
+/// number, the handle's length and type, and the handle.
 fn decode_one(event: &[u8]) -> Option<Happened> {
     type Metadata = libc::fanotify_event_metadata;
     if *event.get(offset_of!(Metadata, vers))? != libc::FANOTIFY_METADATA_VERSION {
@@ -204,7 +203,7 @@ mod tests {
         let mut buffer = vec![0; READ_BYTES];
         let file = std::fs::File::options().read(true).write(true).open(&name).unwrap();
         let handle = FileHandle::of(&file).unwrap();
-        // SAFETY: a mapping of its own place, which is only given back.
+        // SAFETY: the kernel chooses the address of this new mapping, so it replaces none.
         let mapped = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
@@ -219,7 +218,7 @@ mod tests {
         drop(file);
         let err = closings.read(&mut buffer).unwrap_err();
         assert_eq!(err.kind(), io::ErrorKind::WouldBlock);
-        // SAFETY: nobody has used it.
+        // SAFETY: this mapping was made with this length, and nothing refers to it.
         unsafe { rustix::mm::munmap(mapped, 1) }.unwrap();
         let pid = std::process::id();
         let expected = [Happened::To { file: handle, pid, executed: false, closed: true }];

@@ -1,6 +1,8 @@
-//! The process connector: the kernel's older way to tell of every execve, by
-//! netlink (`CN_PROC`). It says who, and neither what nor of which control group, so
-//! that whoever ends before it is looked at is known by its number alone.
+//! The process connector: the kernel's older way to report every execve, by netlink
+//! (`CN_PROC`). It reports the process, but neither the program nor the control group. A
+//! process that ends before it is read is known by its pid alone.
+//!
+//! `watch` uses it where there are no perf events; its records are those of `perf`.
 
 use std::io;
 use std::mem::size_of;
@@ -12,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::perf::{Executed, Record};
 
-/// A socket that hears of every process.
+/// A socket that receives an event of every process.
 #[derive(Debug)]
 pub struct Connector {
     socket: OwnedFd,
@@ -22,7 +24,7 @@ pub struct Connector {
 const NETLINK_HEADER: usize = 16;
 /// `struct cn_msg`: id (two words), seq, ack, len, flags.
 const CONNECTOR_HEADER: usize = 20;
-/// `struct proc_event`: what, cpu, timestamp; then the event's own words.
+/// `struct proc_event`: what, cpu, timestamp; then the fields of the event.
 const EVENT_HEADER: usize = 16;
 const LISTEN: u32 = 1;
 const EVENT_FORK: u32 = 1;
@@ -35,7 +37,7 @@ const RECEIVE_BYTES: libc::c_int = 1 << 20;
 
 impl Connector {
     pub fn open() -> io::Result<Connector> {
-        // SAFETY: no memory of ours is touched.
+        // SAFETY: the call takes three numbers and touches no memory of this process.
         let fd = unsafe {
             let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
             libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_CONNECTOR)
@@ -43,13 +45,13 @@ impl Connector {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just opened it, and nobody else knows of it.
+        // SAFETY: the kernel has just opened `fd` for this call, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: all zeros is a netlink address.
+        // SAFETY: all zeros are a valid `sockaddr_nl`.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         address.nl_family = libc::sa_family_t::try_from(libc::AF_NETLINK).expect("a small number");
         address.nl_groups = INDEX;
-        // SAFETY: the address lives during the call, which is told its length.
+        // SAFETY: `address` lives during the call, and `length` is its length.
         let bound = unsafe {
             let length = libc::socklen_t::try_from(size_of_val(&address)).expect("twelve bytes");
             libc::bind(fd, ptr::from_ref(&address).cast(), length)
@@ -57,8 +59,8 @@ impl Connector {
         if bound < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the option is a number, which lives during the call. More room than
-        // the system's limit is asked for in vain, which is no error.
+        // SAFETY: the option's value is a static number, and `length` is its length. The call
+        // may fail, without CAP_NET_ADMIN: then the buffer keeps its size, which is no error.
         unsafe {
             let length = libc::socklen_t::try_from(size_of::<libc::c_int>()).expect("four bytes");
             let value = ptr::from_ref(&RECEIVE_BYTES).cast();
@@ -71,15 +73,15 @@ impl Connector {
     pub fn wait(&self, timeout: Duration) {
         let mut events = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let timeout = Timespec::try_from(timeout).ok();
-        // An error here (a signal) only means that the turn comes early.
+        // An error here (a signal) only ends the wait early.
         let _ = rustix::event::poll(&mut events, timeout.as_ref());
     }
 
-    /// Reads what is there, in the order of its happening.
+    /// Reads the events that are there, in the order in which they happened.
     pub fn read(&mut self, records: &mut Vec<Record>) -> io::Result<()> {
         loop {
-            // SAFETY: the buffer lives during the call, which is told its length; all
-            // zeros is an address.
+            // SAFETY: `self.buffer`, `sender` and `length` live during the call, which gets
+            // the lengths of both; all zeros are a valid `sockaddr_nl`.
             let (read, sender) = unsafe {
                 let mut sender: libc::sockaddr_nl = std::mem::zeroed();
                 let mut length =
@@ -106,7 +108,7 @@ impl Connector {
                 }
                 continue;
             };
-            // Only the kernel speaks as number 0.
+            // Only the kernel sends as number 0.
             if sender.nl_pid == 0 {
                 decode(&self.buffer[..read], records);
             }
@@ -114,7 +116,7 @@ impl Connector {
     }
 }
 
-/// "Tell me of processes."
+/// The request to send the events of processes.
 fn subscription() -> Vec<u8> {
     let length = NETLINK_HEADER + CONNECTOR_HEADER + 4;
     let mut message = Vec::with_capacity(length);
@@ -135,8 +137,8 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     bytes.get(offset..)?.first_chunk().copied().map(u32::from_ne_bytes)
 }
 
-/// Decodes one datagram. What cannot be understood is passed over: the datagram's
-/// end is known all the same.
+/// Decodes one datagram. A message that cannot be decoded is skipped, because its length is
+/// known.
 fn decode(mut bytes: &[u8], records: &mut Vec<Record>) {
     while let Some(length) = u32_at(bytes, 0) {
         let length = length as usize;
@@ -192,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_are_told_and_threads_are_not() {
+    fn processes_are_reported_and_threads_are_not() {
         let bytes = [
             event(EVENT_FORK, &[7, 7, 8, 8]),
             event(EVENT_FORK, &[7, 7, 9, 8]),

@@ -1,4 +1,5 @@
-//! Counters in memory that several processes share: a memfd of one page.
+//! Counters in memory that several processes share: a memfd of one page. `pulse` gives the
+//! counters their meaning.
 
 use std::fs::File;
 use std::io;
@@ -10,8 +11,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 const SIZE: usize = 4096;
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// A page of counters. Whoever maps it may change them: they are for processes of one
-/// program that trust each other.
+/// A page of counters. Every process that maps it can change them: they are for processes of
+/// one program, which trust each other.
 #[derive(Debug)]
 pub struct Counters {
     memory: OwnedFd,
@@ -24,7 +25,8 @@ impl Counters {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let memory = rustix::fs::memfd_create("driftd-counters", flags)?;
         rustix::fs::ftruncate(&memory, SIZE as u64)?;
-        // A page that shrinks under a mapping would end whoever touches it (SIGBUS).
+        // If the page could shrink under a mapping, a later access would end the process
+        // (SIGBUS).
         rustix::fs::fcntl_add_seals(&memory, SEALS)?;
         Counters::map(memory)
     }
@@ -45,9 +47,9 @@ impl Counters {
     pub fn at(&self, number: usize) -> &AtomicU64 {
         assert!(number < SIZE / size_of::<AtomicU64>(), "there are not so many counters");
         let counters = self.map.as_mut_ptr().cast::<AtomicU64>();
-        // SAFETY: the page is mapped as long as `self` lives and cannot shrink, it is
-        // aligned, the number is inside, any bytes are a valid counter, and every access
-        // to it, here and in other processes, is atomic.
+        // SAFETY: the page is mapped as long as `self` lives, cannot shrink, and is aligned.
+        // The counter lies inside it (see the assertion), any bytes are a valid counter, and
+        // every access to it, here and in other processes, is atomic.
         unsafe { &*counters.add(number) }
     }
 }

@@ -1,20 +1,20 @@
-//! The one door to files that lie below a container, or that one of its links leads to.
+//! The only way to files below a container's root, and to the targets of its links.
 //!
-//! A container can mount filesystems for which one of its own processes answers. Who
-//! asks such a filesystem waits for as long as that process likes, and not even SIGKILL
-//! ends the wait. So nothing here asks a filesystem before it is known who answers:
+//! A container can mount a filesystem that one of its own processes serves. A thread that
+//! asks such a filesystem waits for as long as that process wants, and not even SIGKILL ends
+//! the wait. So nothing here asks a filesystem before it is known what answers for it:
 //!
 //! - A file is held by a descriptor that was opened with O_PATH, through a link of
-//!   /proc/PID or by [`walk`]. Neither asks the file's own filesystem.
-//! - What it is, is what the kernel knows already ([`file::stat`], which never asks for
-//!   newer values), and so is the mount through which it was reached.
-//! - Who answers for that mount is read from the kernel's lists of mounts ([`View`]),
-//!   never from the filesystem: fstatfs(2) asks the server of a FUSE filesystem.
-//! - Only [`reopen`] opens it for reading, and it wants the proof ([`Local`]).
-//! - A look-up goes one name at a time, and looks at each mount before it steps onto it.
+//!   `/proc/PID` or by [`walk`]. Neither asks the file's own filesystem.
+//! - The file's attributes, and the mount through which it was reached, are those that the
+//!   kernel already has ([`file::stat`], which never asks for newer values).
+//! - What answers for that mount is read from the kernel's lists of mounts ([`View`]), never
+//!   from the filesystem: fstatfs(2) asks the server of a FUSE filesystem.
+//! - Only [`reopen`] opens the file for reading, and it requires a proof ([`Local`]).
+//! - A look-up resolves one name at a time, and checks each mount before it enters it.
 //!
-//! The lists are read after the descriptor was opened, which keeps its mount and the
-//! numbers of that mount its own.
+//! The lists are read after the descriptor was opened. The descriptor keeps its mount, and
+//! so the mount's number belongs to no other mount.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -64,7 +64,7 @@ const DISK: &[&[u8]] = &[
     b"zfs",
 ];
 
-/// The kernel's own, made of numbers and names.
+/// Filesystems of the kernel itself.
 const KERNEL: &[&[u8]] = &[
     b"binfmt_misc",
     b"bpf",
@@ -86,7 +86,7 @@ const KERNEL: &[&[u8]] = &[
     b"tracefs",
 ];
 
-/// Who answers for what lies on a mount.
+/// What answers for the files of a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ground {
     /// The kernel, from memory.
@@ -97,8 +97,8 @@ pub enum Ground {
     Kernel,
     /// The same, but some links there lead anywhere: procfs.
     Process,
-    /// Perhaps a process or another machine, which may never answer: FUSE, networks, a
-    /// disk or an overlay that only a container has mounted, what nobody has listed.
+    /// Perhaps a process or another machine, which may never answer: FUSE, networks, a disk
+    /// or an overlay that only a container has mounted, a mount that is in no list.
     Foreign,
 }
 
@@ -113,16 +113,16 @@ impl Ground {
 }
 
 impl Local {
-    /// Of a file that was reached below a directory of containerd's or of the host's by
-    /// descriptors, and onto no other mount ([`file::open_path_beneath`]); or that lies
-    /// on a container's own overlay, which the host has mounted.
+    /// For a file that was reached by descriptors below a directory of containerd or of the
+    /// host, without entering another mount ([`file::open_path_beneath`]); or that lies on a
+    /// container's own overlay, which the host has mounted.
     pub fn by_layers() -> Local {
         Local(())
     }
 }
 
-/// Opens for reading what was opened only to be looked at. The caller has asked what it
-/// is: anything but a regular file could wait, or do something.
+/// Opens for reading a file that was opened with O_PATH. The caller has checked that it is a
+/// regular file: to open any other kind could wait, or have an effect.
 pub fn reopen(file: BorrowedFd<'_>, _: Local) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -132,33 +132,27 @@ pub fn reopen(file: BorrowedFd<'_>, _: Local) -> io::Result<OwnedFd> {
     }
 }
 
-/// Follows a link that the kernel keeps in /proc/PID, which leads to a file and by no
-/// name, and opens it only to be looked at.
-pub(super) fn open_link(path: &str) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
-}
-
 // ---- mounts
 
-/// Whose list of mounts names a mount.
+/// Which list of mounts has a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listed {
-    /// A viewer's: a process, or its container.
+    /// That of a viewer: a process, or its container.
     Inside,
-    /// Only the host's.
+    /// Only that of the host.
     ByHost,
-    /// Nobody's: it was detached, or belongs to a mount namespace that nobody shows.
+    /// None: the mount was detached, or belongs to a mount namespace without a viewer.
     Nowhere,
 }
 
-/// What is mounted, as some processes and the host see it.
+/// The mounts that some processes and the host see.
 #[derive(Debug)]
 pub struct View {
     inside: Vec<Vec<u8>>,
     host: Arc<HostMounts>,
-    /// A container's own overlay, which its runtime has mounted.
+    /// The device of a container's own overlay, which its runtime has mounted.
     root: Option<u64>,
-    /// One that must not be asked.
+    /// The device of an overlay that must not be asked.
     foreign_root: Option<u64>,
 }
 
@@ -169,18 +163,18 @@ impl View {
         View { inside, host: HostMounts::now(), root: None, foreign_root: None }
     }
 
-    /// Believes this filesystem as well: the root of a watched container. Who mounted it
-    /// may have had a mount namespace of his own.
+    /// Trusts this filesystem too, the root of a watched container, even if it is in no
+    /// list: its runtime may have mounted it in a mount namespace of its own.
     pub fn and_root(self, device: u64) -> View {
         View { root: Some(device), ..self }
     }
 
-    /// Asks nothing of this filesystem, whatever it seems to be.
+    /// Does not ask this filesystem, whatever type it has.
     pub fn without_root(self, device: u64) -> View {
         View { foreign_root: Some(device), ..self }
     }
 
-    /// The mount on which a held file lies, and whose list names it.
+    /// The mount of a held file.
     pub fn mount(&self, stat: &Stat) -> Option<Mount> {
         let by_number = stat.mount.and_then(|id| {
             let mut inside = self.inside.iter();
@@ -188,8 +182,8 @@ impl View {
                 .find_map(|mountinfo| mounts::find(mountinfo, id))
                 .or_else(|| self.host.by_id.get(&id).cloned())
         });
-        // Before Linux 5.8 nobody says which mount; and what was unmounted still has
-        // its filesystem, which may be mounted elsewhere.
+        // Before Linux 5.8 the kernel does not report the mount. And the filesystem of a
+        // detached mount may be mounted elsewhere.
         by_number.or_else(|| {
             let mut inside = self.inside.iter();
             inside
@@ -212,7 +206,7 @@ impl View {
         }
     }
 
-    /// Who answers for a held file.
+    /// What answers for a held file.
     pub fn ground(&self, stat: &Stat) -> Ground {
         if memfd_device() == Some(stat.device) {
             return Ground::Memory;
@@ -226,7 +220,7 @@ impl View {
         }
     }
 
-    /// Whether no autofs is mounted at a path: to step onto one can mean to wait for its
+    /// Whether no autofs is mounted at a path: to enter an autofs can mean to wait for its
     /// daemon.
     fn is_free_of_autofs(&self, path: impl FnOnce() -> Vec<u8>) -> bool {
         const MARK: &[u8] = b" - autofs ";
@@ -239,7 +233,7 @@ impl View {
         !mounts.any(|mount| mount.kind == b"autofs" && mount.mount_point == path)
     }
 
-    /// Who answers for what has this device, where no file can be held any more.
+    /// What answers for the filesystem with this device, if no file of it can be held.
     pub fn ground_of_device(&self, device: u64) -> Option<Ground> {
         let mut inside = self.inside.iter();
         let mount = inside.find_map(|mountinfo| mounts::find_device(mountinfo, device))?;
@@ -247,7 +241,7 @@ impl View {
     }
 }
 
-/// What the host has mounted: by the lists of its first process and of our own.
+/// The host's mounts: from the lists of its first process and of driftd.
 #[derive(Debug, Default)]
 pub struct HostMounts {
     by_id: HashMap<u64, Mount>,
@@ -255,14 +249,14 @@ pub struct HostMounts {
     all: Vec<Mount>,
     /// The directories of each overlay, by its device.
     overlays: HashMap<u64, Vec<PathBuf>>,
-    /// Whether the kernel answers by itself for an overlay, where that was asked.
+    /// Whether the kernel answers by itself for an overlay, as far as that was checked.
     local_overlays: Mutex<HashMap<u64, bool>>,
 }
 
-/// Disks that are made of disks, and overlays of overlays, are followed this far.
+/// How deep disks that are made of disks, and overlays of overlays, are followed.
 const MOST_BELOW: u32 = 8;
 
-/// The lists as they were read last. An open list can be polled for changes.
+/// The lists of the last read. An open list can be polled for changes.
 #[derive(Debug)]
 struct Cached {
     files: Vec<File>,
@@ -270,7 +264,7 @@ struct Cached {
 }
 
 impl HostMounts {
-    /// As it is now: read again only if the kernel says that it has changed.
+    /// The host's mounts now: read again only if the kernel reports a change.
     pub fn now() -> Arc<HostMounts> {
         static CACHED: Mutex<Option<Cached>> = Mutex::new(None);
         let mut cached = CACHED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -279,7 +273,7 @@ impl HostMounts {
         {
             return cached.mounts.clone();
         }
-        // Opened before it is read: a change meanwhile is told of this one.
+        // Opened before it is read, so that the kernel reports a change in between.
         let files: Vec<File> = [1, std::process::id()]
             .iter()
             .filter_map(|pid| File::open(format!("/proc/{pid}/mountinfo")).ok())
@@ -290,7 +284,7 @@ impl HostMounts {
         mounts
     }
 
-    /// Of these lists.
+    /// Reads these lists.
     pub fn parse<'a>(mountinfos: impl IntoIterator<Item = &'a [u8]>) -> HostMounts {
         let mut host = HostMounts::default();
         for (line, mount) in mountinfos.into_iter().flat_map(mounts::parse_lines) {
@@ -305,8 +299,8 @@ impl HostMounts {
         host
     }
 
-    /// Who answers for a mount, the host's or a container's. What is not in memory is
-    /// vouched for only if the host has mounted it too.
+    /// What answers for a mount of the host or of a container. A filesystem that is not in
+    /// memory counts as local only if the host has mounted it too.
     pub fn ground(&self, mount: &Mount) -> Ground {
         let is_hosts = self.by_device.get(&mount.device).is_some_and(|own| own.kind == mount.kind);
         match mount.kind.as_slice() {
@@ -333,9 +327,9 @@ impl HostMounts {
         is_local
     }
 
-    /// The first of an overlay's directories for which perhaps a process or another
-    /// machine answers, by the names of the host's mounts. Without asking, nobody can
-    /// tell where a name leads that is not the host's; such a directory counts as local.
+    /// The first of an overlay's directories for which perhaps a process or another machine
+    /// answers, by the names of the host's mounts. A name that is not the host's cannot be
+    /// resolved without asking a filesystem; such a directory counts as local.
     fn foreign_layer<'a>(&self, directories: &'a [PathBuf], depth: u32) -> Option<&'a PathBuf> {
         directories.iter().find(|directory| {
             let holder = self.holder_of(directory.as_os_str().as_encoded_bytes());
@@ -343,23 +337,23 @@ impl HostMounts {
         })
     }
 
-    /// The host's mount on which a path lies. The last one of several on one point covers
-    /// the others.
+    /// The host's mount on which a path lies. The last of several mounts on one mount point
+    /// covers the others.
     fn holder_of(&self, path: &[u8]) -> Option<&Mount> {
         let holders =
             self.all.iter().filter(|mount| strip_directory(path, &mount.mount_point).is_some());
         holders.max_by_key(|mount| mount.mount_point.len())
     }
 
-    /// Whether an overlay with a layer on this mount answers without anybody else.
+    /// Whether the kernel answers by itself for a layer of an overlay on this mount.
     fn is_layers_ground(&self, mount: &Mount, directories: &[PathBuf], depth: u32) -> bool {
-        // What the host itself runs from is as good as the host.
+        // The host's own root is trusted like the host.
         if self.holder_of(b"/").is_some_and(|root| root.device == mount.device) {
             return true;
         }
         match mount.kind.as_slice() {
             kind if MEMORY.contains(&kind) => true,
-            // It may be mounted over its own layers.
+            // An overlay can be mounted over its own layers.
             b"overlay" => {
                 let below = self.overlays.get(&mount.device).map(Vec::as_slice).unwrap_or_default();
                 below == directories
@@ -369,10 +363,10 @@ impl HostMounts {
         }
     }
 
-    /// Whether no process answers for what a disk holds.
+    /// Whether no process answers for the content of a disk.
     fn is_disk(&self, device: u64, depth: u32) -> bool {
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        // Numbers without a device: btrfs, zfs, whose disks the host has chosen.
+        // These numbers belong to no device: btrfs, zfs, whose disks the host has chosen.
         major == 0
             || std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"))
                 .is_ok_and(|disk| self.is_disk_at(&disk, depth))
@@ -381,7 +375,7 @@ impl HostMounts {
     /// The same, by its directory in sysfs.
     fn is_disk_at(&self, disk: &Path, depth: u32) -> bool {
         let name = disk.file_name().unwrap_or_default().as_encoded_bytes();
-        // What these hold, a process says.
+        // A process serves the content of these.
         if depth > MOST_BELOW || name.starts_with(b"nbd") || name.starts_with(b"ublk") {
             return false;
         }
@@ -400,7 +394,7 @@ impl HostMounts {
         parts.iter().all(|part| self.is_disk_at(part, depth + 1))
     }
 
-    /// Whether every mount of the host on the way to a file is one that answers by itself.
+    /// Whether the kernel answers by itself for every mount of the host on the way to a file.
     fn is_way_local(&self, path: &[u8], depth: u32) -> bool {
         let mut way = self
             .all
@@ -430,12 +424,13 @@ fn read(mut file: &File) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The first of an overlay's directories on the host for which perhaps a process or
-/// another machine answers: a FUSE snapshotter, a network. Whoever opens a file of such an
-/// overlay may wait for them.
+/// The first of an overlay's directories on the host for which perhaps a process or another
+/// machine answers: a FUSE snapshotter, a network. To open a file of such an overlay can mean
+/// to wait for them.
 pub fn foreign_layer(directories: &[PathBuf]) -> Option<PathBuf> {
     let host = HostMounts::now();
-    // Mounts are listed without links. Layers lie beside one another, so one look-up does.
+    // The lists have the names of mounts without links. Layers lie next to each other, so
+    // that one look-up is enough for them.
     let mut real: HashMap<PathBuf, PathBuf> = HashMap::new();
     let directories: Vec<PathBuf> = directories
         .iter()
@@ -454,7 +449,7 @@ pub fn foreign_layer(directories: &[PathBuf]) -> Option<PathBuf> {
 
 // ---- look-ups
 
-/// A file that is held only to be looked at.
+/// A file that is held by a descriptor with O_PATH.
 #[derive(Debug)]
 pub struct Held {
     pub fd: OwnedFd,
@@ -468,7 +463,7 @@ impl Held {
     }
 }
 
-/// A file of the host's own, by a path of it.
+/// A file of the host, by its path.
 pub fn on_host(path: &[u8]) -> io::Result<Held> {
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     match walk(root, None, path, &View::of([]))? {
@@ -477,42 +472,42 @@ pub fn on_host(path: &[u8]) -> io::Result<Held> {
     }
 }
 
-/// Where a look-up has led.
+/// The result of a look-up.
 #[derive(Debug)]
 pub enum Way {
     Found(Held),
-    /// Into a filesystem that must not be asked. The whole path, links resolved as far
-    /// as they were followed.
+    /// It ended before a filesystem that must not be asked. The whole path, with links
+    /// resolved as far as they were followed.
     Foreign(Vec<u8>),
-    /// Into /proc, whose links lead elsewhere: what is left of the path.
+    /// It ended in `/proc`, whose links lead elsewhere: the rest of the path.
     Process(Vec<Vec<u8>>),
 }
 
-/// From where a path is looked up, and how it is called there.
+/// The directory from which a path is looked up.
 #[derive(Debug)]
 pub struct Base {
     pub fd: OwnedFd,
-    /// Seen from the root.
+    /// Its path below the root of the look-up.
     pub path: Vec<u8>,
 }
 
-/// Symlinks that are followed, as many as the kernel does.
+/// How many symlinks are followed, as in the kernel.
 const MOST_LINKS: u32 = 40;
-/// Names that are looked up at most, those of links among them.
+/// How many names are looked up, those of links included.
 const MOST_NAMES: u32 = 4096;
 
-/// Looks up a path below a directory whose filesystem answers by itself, as [`walk`] does
-/// where that leads onto no other mount; an error everywhere else.
+/// Looks up a path below a directory for whose filesystem the kernel answers by itself, as
+/// [`walk`] does. An error if the path leads to another mount.
 pub fn find_on_one_mount(root: &OwnedFd, path: &[u8], _: Local) -> io::Result<Held> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     Held::new(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
 }
 
-/// Looks up a path as a process in `root` would; relative ones begin at `base`, or else
-/// at the root. Symlinks lead to where they lead inside, never out of it.
+/// Looks up a path as a process with this root would. A relative path begins at `base`, or
+/// at the root without one. Symlinks are followed within the root and never lead out of it.
 pub fn walk(root: OwnedFd, base: Option<Base>, path: &[u8], view: &View) -> io::Result<Way> {
-    let mut walk = Walk {
+    let mut look_up = LookUp {
         view,
         root: Held::new(root)?,
         below: Vec::new(),
@@ -523,32 +518,32 @@ pub fn walk(root: OwnedFd, base: Option<Base>, path: &[u8], view: &View) -> io::
     if !path.starts_with(b"/")
         && let Some(base) = base
     {
-        walk.base = Some((Held::new(base.fd)?, base.path));
+        look_up.base = Some((Held::new(base.fd)?, base.path));
     }
-    walk.push(path);
+    look_up.push(path);
     for _ in 0..MOST_NAMES {
-        if !walk.may_ask() {
-            return Ok(walk.stop());
+        if !look_up.may_ask() {
+            return Ok(look_up.stop());
         }
-        let Some(name) = walk.left.pop() else { return Ok(walk.end()) };
-        walk.step(name)?;
+        let Some(name) = look_up.left.pop() else { return Ok(look_up.end()) };
+        look_up.step(name)?;
     }
     Err(Errno::LOOP.into())
 }
 
-/// A look-up under way.
-struct Walk<'a> {
+/// A look-up in progress.
+struct LookUp<'a> {
     view: &'a View,
     root: Held,
-    /// The way from the base on, or else from the root.
+    /// The way from the base, or from the root without one.
     below: Vec<(Held, Vec<u8>)>,
     base: Option<(Held, Vec<u8>)>,
-    /// Names that are still to be looked up, the next one last.
+    /// The names that are still to be looked up, the next one last.
     left: Vec<Vec<u8>>,
     links: u32,
 }
 
-impl Walk<'_> {
+impl LookUp<'_> {
     fn here(&self) -> &Held {
         let base = self.base.as_ref().map_or(&self.root, |(base, _)| base);
         self.below.last().map_or(base, |(held, _)| held)
@@ -559,8 +554,8 @@ impl Walk<'_> {
         self.left.extend(names.rev().map(<[u8]>::to_vec));
     }
 
-    /// Whether the place where the look-up is may be asked for the next name, and what is
-    /// mounted there be stepped onto.
+    /// Whether the current directory may be asked for the next name, and a mount at that name
+    /// may be entered.
     fn may_ask(&self) -> bool {
         let Some(next) = self.left.last() else { return true };
         let may_ask = match self.view.ground(&self.here().stat) {
@@ -568,11 +563,11 @@ impl Walk<'_> {
             Ground::Process => !is_process(next),
             Ground::Foreign => false,
         };
-        // Back the way it came asks nobody.
+        // To go back the same way asks no filesystem.
         next == b".." || may_ask && self.view.is_free_of_autofs(|| self.path(1))
     }
 
-    /// It may not be asked.
+    /// The result if the current directory may not be asked.
     fn stop(self) -> Way {
         let ground = self.view.ground(&self.here().stat);
         if ground == Ground::Process {
@@ -581,7 +576,7 @@ impl Walk<'_> {
         Way::Foreign(self.path(self.left.len()))
     }
 
-    /// What was found, and the next names of what is left, as one path.
+    /// The path so far, with the next `next` names that are left.
     fn path(&self, next: usize) -> Vec<u8> {
         let mut path = self.base.as_ref().map(|(_, path)| path.clone()).unwrap_or_default();
         let below = self.below.iter().map(|(_, name)| name);
@@ -604,7 +599,7 @@ impl Walk<'_> {
             if self.below.pop().is_none()
                 && let Some((_, path)) = self.base.take()
             {
-                // Above where it began: by the name of that place.
+                // Above the base: by the base's own path.
                 let end = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
                 self.push(&path[..end]);
             }
@@ -619,7 +614,7 @@ impl Walk<'_> {
         if self.links > MOST_LINKS {
             return Err(Errno::LOOP.into());
         }
-        // It lies where the last name was asked for, or is the root of a mount.
+        // The link lies in the directory that was asked, or is the root of a mount.
         if self.view.ground(&held.stat) == Ground::Foreign {
             self.below.push((held, name));
             return Ok(());
@@ -633,8 +628,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Opens a name of the directory where the look-up is; what is mounted there is not
-    /// asked for anything.
+    /// Opens a name of the current directory. A filesystem that is mounted there is not
+    /// asked.
     fn open(&self, name: &[u8]) -> io::Result<Held> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -643,12 +638,12 @@ impl Walk<'_> {
     }
 }
 
-/// Whether this is a directory of procfs in which links lead elsewhere.
+/// Whether this is a directory of procfs whose links lead elsewhere.
 fn is_process(name: &[u8]) -> bool {
     name.iter().all(u8::is_ascii_digit) || matches!(name, b"self" | b"thread-self")
 }
 
-/// The device of the anonymous memory that has only a descriptor.
+/// The device of memfds, anonymous memory that only has a descriptor.
 pub fn memfd_device() -> Option<u64> {
     static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
     *DEVICE.get_or_init(|| file::memfd_device().ok())
@@ -689,7 +684,7 @@ mod tests {
         for kind in ["ext4", "overlay", "squashfs", "fuse", "nfs4", "9p", "autofs", "", "new"] {
             check(8, kind, Ground::Foreign);
         }
-        // The number is that of another filesystem by now.
+        // The device number belongs to another filesystem by now.
         check(1, "fuse", Ground::Foreign);
         check(8, "proc", Ground::Process);
         check(8, "sysfs", Ground::Kernel);
@@ -774,12 +769,12 @@ mod tests {
     }
 
     #[test]
-    fn links_of_proc_are_not_followed_but_said() {
+    fn links_of_proc_are_not_followed_but_returned() {
         let root = Path::new("/");
         assert_eq!(find(root, None, "/proc/self/fd/9"), "proc self/fd/9");
         assert_eq!(find(root, None, "/proc/self/root/etc/passwd"), "proc self/root/etc/passwd");
         assert_eq!(find(root, None, "/proc/1/cwd"), "proc 1/cwd");
-        // Runtimes mount something on such names.
+        // Runtimes mount filesystems on such names.
         assert_eq!(find(root, None, "/proc/sys/kernel"), "/proc/sys/kernel");
         assert_eq!(find(root, None, "/proc/net/tcp"), "proc self/net/tcp");
         assert_eq!(find(root, None, "/sys/kernel"), "/sys/kernel");

@@ -1,15 +1,16 @@
-//! What could make us wait for a process is done by a thread that may be left behind.
+//! Reads that could wait for a process, done by threads that may be left behind.
 //!
-//! To read a process's arguments, environment or mappings, the kernel takes locks of that
-//! process's memory. A container can make another of its processes hold them while that
-//! one waits for a filesystem of the container's own, and whoever asks then waits as well.
-//! (No filesystem is asked here: of arguments and environment the kernel reads only
-//! anonymous memory, and `/proc/PID/mem`, with which that would be different, is not read
-//! anywhere.) Such a wait ends when driftd is killed, so the threads hold nothing up but
-//! themselves.
+//! To read a process's arguments, environment or mappings, the kernel takes locks of the
+//! process's memory. A container can make another of its processes hold these locks while
+//! that process waits for a filesystem of the container's own, and then the reading thread
+//! waits as well. (The read itself asks no filesystem: for arguments and environment the
+//! kernel reads only anonymous memory, and driftd never reads `/proc/PID/mem`, for which that
+//! would be different.) Such a wait ends when driftd is killed, so a thread that is left
+//! behind delays nothing else.
 //!
-//! A few may be left behind, and of one control group no more than two: then what belongs
-//! there is not read any more. A process that has kept one waiting is not asked again.
+//! A few threads may be left behind, and no more than two for one control group: then the
+//! processes of that group are not read any more. A process that has made a thread wait is
+//! not read again.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -21,14 +22,14 @@ use crossbeam_channel::{Sender, bounded};
 
 use crate::model::ProcessIdentity;
 
-/// How long is waited for an errand: they take microseconds.
+/// How long a caller waits. An errand usually takes microseconds.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Threads that may be left behind, at all and of one control group.
+/// How many threads may be left behind, in total and for one control group.
 const MOST: usize = 16;
 const MOST_OF_A_GROUP: usize = 2;
 
-/// More processes than this are not remembered.
+/// How many processes to avoid are remembered.
 const MOST_AVOIDED: usize = 1024;
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -36,7 +37,7 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Default)]
 struct Threads {
     idle: Vec<Sender<Job>>,
-    /// How many are left behind, by control group.
+    /// How many threads are left behind, by control group.
     left_behind: HashMap<Vec<u8>, usize>,
     avoided: HashSet<ProcessIdentity>,
 }
@@ -45,7 +46,7 @@ const UNDER_WAY: u8 = 0;
 const DONE: u8 = 1;
 const LEFT_BEHIND: u8 = 2;
 
-/// How often something was not read because nobody could wait for it.
+/// How often a read was given up.
 static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
 
 pub fn given_up() -> u64 {
@@ -57,8 +58,8 @@ fn threads() -> MutexGuard<'static, Threads> {
     THREADS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Does something that concerns a process of this control group, but waits for it only for
-/// a while.
+/// Does `work`, which concerns a process of this control group, and waits at most
+/// `PATIENCE` for it.
 pub fn run<T: Send + 'static>(
     process: ProcessIdentity,
     group: impl Fn() -> Vec<u8>,
@@ -73,7 +74,7 @@ pub fn run<T: Send + 'static>(
         if threads.avoided.contains(&process) {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        // Nearly always nobody is left behind, and the group need not be known.
+        // Nearly always no thread is left behind, and the group need not be known.
         if !threads.left_behind.is_empty() && !threads.has_room(&group()) {
             return refused();
         }
@@ -86,18 +87,19 @@ pub fn run<T: Send + 'static>(
     let state = Arc::new(AtomicU8::new(UNDER_WAY));
     let (send, receive) = bounded(1);
     let (ended, key) = (state.clone(), Arc::new(OnceLock::<Vec<u8>>::new()));
-    let whose = key.clone();
+    let owner = key.clone();
     let job = move || {
         let _ = send.send(work());
         if ended.swap(DONE, Ordering::AcqRel) == LEFT_BEHIND
-            && let Some(group) = whose.get()
+            && let Some(group) = owner.get()
         {
             threads().comes_back(group);
         }
     };
     thread.send(Box::new(job)).map_err(|_| io::ErrorKind::BrokenPipe)?;
     let answer = receive.recv_timeout(PATIENCE).or_else(|_| {
-        // Who is counted must be known before it is said that it is left behind.
+        // The group must be counted and set before the state is LEFT_BEHIND: the thread reads
+        // it when it comes back.
         let group = group();
         threads().left_behind.entry(group.clone()).and_modify(|of| *of += 1).or_insert(1);
         let _ = key.set(group.clone());
@@ -137,7 +139,7 @@ impl Threads {
     }
 }
 
-/// Ends when whoever gives it work has dropped it.
+/// Starts a thread, which ends when the sender of its jobs is dropped.
 fn start() -> io::Result<Sender<Job>> {
     let (send, receive) = bounded::<Job>(1);
     std::thread::Builder::new().name("errand".into()).stack_size(128 * 1024).spawn(move || {
@@ -157,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn x02_whoever_keeps_us_waiting_keeps_nobody_else_waiting() {
+    fn x02_a_process_that_makes_a_read_wait_delays_no_other_process() {
         let group = |name: &'static str| move || name.as_bytes().to_vec();
         assert_eq!(run(process(1), group("a"), || 7).unwrap(), 7);
         let gates: Vec<_> = (0..MOST_OF_A_GROUP).map(|_| bounded::<()>(1)).collect();
@@ -170,7 +172,7 @@ mod tests {
             run(process(pid), group("a"), || ()).unwrap_err();
             assert!(begun.elapsed() < PATIENCE);
         }
-        // The group has had its share, and others theirs.
+        // The group has no thread left, and other groups have.
         run(process(20), group("a"), || ()).unwrap_err();
         assert_eq!(run(process(21), group("b"), || 8).unwrap(), 8);
         assert!(given_up() > 0);

@@ -1,8 +1,10 @@
-//! Files by descriptor: what they are, what they hold, how to open them without
-//! being led astray. Never by name twice.
+//! Files by descriptor: their attributes, their content, and how to open them without
+//! following a container's links. A name is resolved once, and then the descriptor is used.
+//!
+//! `door` decides whether a file may be opened for reading.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
@@ -11,12 +13,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{FileTime, FileType, Format};
 
-/// What statx(2) says of an inode.
+/// The attributes of an inode (statx(2)).
+// The fields are the kernel's, and readers take them together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     pub device: u64,
     pub inode: u64,
-    /// `None` where the filesystem keeps no birth time.
+    /// `None` if the filesystem keeps no birth time.
     pub born: Option<FileTime>,
     pub changed: FileTime,
     pub modified: FileTime,
@@ -27,15 +30,15 @@ pub struct Stat {
     pub gid: u32,
     pub size: u64,
     pub links: u32,
-    /// What a device node stands for: major and minor.
+    /// The device of a device node: major and minor.
     pub node: (u32, u32),
-    /// Which mount it was reached through; `None` before Linux 5.8.
+    /// The mount through which it was reached; `None` before Linux 5.8.
     pub mount: Option<u64>,
 }
 
 impl Stat {
-    /// A character device 0:0 is how an overlay's upper layer says that a name
-    /// of the layers below is gone.
+    /// Whether this is a character device 0:0: in an overlay's upper layer it means that a
+    /// name of the layers below was removed.
     pub fn is_whiteout_device(&self) -> bool {
         self.file_type == FileType::CharDevice && self.node == (0, 0)
     }
@@ -44,8 +47,8 @@ impl Stat {
         self.file_type == FileType::Regular
     }
 
-    /// For how long nothing of it has changed; `None` if its last change lies ahead, as
-    /// clocks go.
+    /// The time since its last change; `None` if that lies in the future, because clocks
+    /// were set.
     pub fn age(&self) -> Option<Duration> {
         let seconds = u64::try_from(self.changed.seconds).unwrap_or(0);
         let changed = UNIX_EPOCH + Duration::new(seconds, self.changed.nanoseconds);
@@ -91,30 +94,30 @@ impl From<Statx> for Stat {
 const WANTED: StatxFlags =
     StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
-/// What the kernel knows by itself: a filesystem for which a process or another machine
-/// answers is not asked for newer values, and nothing is mounted for us. To the
-/// filesystems of this machine that makes no difference.
+/// Only what the kernel knows already: a filesystem for which a process or another machine
+/// answers is not asked for newer values, and nothing is mounted for this call. For local
+/// filesystems this makes no difference.
 const AS_KNOWN: AtFlags = AtFlags::STATX_DONT_SYNC.union(AtFlags::NO_AUTOMOUNT);
 
-/// What an open file is.
+/// The attributes of an open file.
 pub fn stat(fd: impl AsFd) -> io::Result<Stat> {
     Ok(rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH | AS_KNOWN, WANTED)?.into())
 }
 
-/// What a directory's entry is; a symlink itself, not its target.
+/// The attributes of a directory's entry; of a symlink itself, not of its target.
 pub fn stat_at(directory: impl AsFd, name: impl rustix::path::Arg) -> io::Result<Stat> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AS_KNOWN;
     Ok(rustix::fs::statx(directory, name, flags, WANTED)?.into())
 }
 
-/// What a path of the host leads to, links followed; or a link of /proc/PID. Not for
-/// paths that a container can choose.
+/// The attributes of the file at a path of the host or at a link of `/proc/PID`. Follows
+/// links: not for paths that a container can choose.
 pub fn stat_path(path: impl rustix::path::Arg) -> io::Result<Stat> {
     Ok(rustix::fs::statx(rustix::fs::CWD, path, AS_KNOWN, WANTED)?.into())
 }
 
-/// What a regular file of the host's holds; an error if it is another kind of file or
-/// longer than that.
+/// The content of a regular file of the host; an error if it is another kind of file or
+/// longer than `limit`.
 pub fn read_regular(path: &std::path::Path, limit: u64) -> io::Result<Vec<u8>> {
     use std::io::Read as _;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -130,28 +133,28 @@ pub fn read_regular(path: &std::path::Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Opens a file of the host's for reading, links followed. Not for paths that a container
-/// can choose.
+/// Opens a file of the host for reading. Follows links: not for paths that a container can
+/// choose.
 pub fn open_host_file(path: &std::path::Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
-/// Opens a directory of the host, as a place to look below.
+/// Opens a directory of the host, for look-ups below it.
 pub fn open_directory(path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
-/// The one way to open what a container may have put there: below `directory`,
-/// through no symlink of any kind, onto no other mount.
+/// The only way to open what a container may have put there: below `directory`, through no
+/// symlink of any kind, and on no other mount.
 pub(super) fn beneath(directory: impl AsFd, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH
         | ResolveFlags::NO_SYMLINKS
         | ResolveFlags::NO_MAGICLINKS
         | ResolveFlags::NO_XDEV;
     let path = if path.is_empty() { b"." } else { path };
-    // EAGAIN: a rename elsewhere raced with the look-up, which proves nothing.
+    // EAGAIN: a rename elsewhere raced with the look-up. The file may still be there.
     let mut attempts = 0;
     loop {
         match rustix::fs::openat2(&directory, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
@@ -162,7 +165,7 @@ pub(super) fn beneath(directory: impl AsFd, path: &[u8], flags: OFlags) -> io::R
     }
 }
 
-/// Opens whatever is there, only to ask what it is.
+/// Opens a file of any kind, as O_PATH.
 pub fn open_path_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<OwnedFd> {
     beneath(directory, path, OFlags::PATH | OFlags::NOFOLLOW)
 }
@@ -171,9 +174,9 @@ pub fn open_directory_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<O
     beneath(directory, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW)
 }
 
-/// Opens a file for reading and says what it is. It need not be a regular file:
-/// without O_NONBLOCK a FIFO would wait for a writer, so what was opened must be
-/// looked at before it is read.
+/// Opens a file for reading, and returns its attributes. It need not be a regular file (so
+/// O_NONBLOCK: a FIFO would wait for a writer), so the caller must check them before it
+/// reads.
 pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(OwnedFd, Stat)> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW;
     let fd = match beneath(&directory, path, flags | OFlags::NOATIME) {
@@ -187,14 +190,14 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
-/// The device of every memfd. The kernel has one for all of them.
+/// The device of memfds. All of them have the same.
 pub fn memfd_device() -> io::Result<u64> {
     let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;
     Ok(stat(&memfd)?.device)
 }
 
-/// Whether an open file is kept in memory only. For files of filesystems that carry our
-/// marks: to others this is a question, which nobody may answer.
+/// Whether an open file is kept in memory only. Only for files of filesystems with driftd's
+/// marks: this asks the filesystem, and another filesystem may never answer.
 pub fn is_in_memory(fd: impl AsFd) -> io::Result<bool> {
     const TMPFS: u32 = 0x0102_1994;
     const RAMFS: u32 = 0x8584_58f6;
@@ -214,8 +217,9 @@ pub fn xattr(fd: impl AsFd, name: &str) -> io::Result<Option<Box<[u8]>>> {
     }
 }
 
-/// The first bytes of a regular file, judged; of an object file, the names of its sections
-/// too. The caller has looked: reading anything else could wait for ever.
+/// The format of a regular file, by its first bytes, and by the names of its sections if it
+/// is an object file. The caller has checked that it is a regular file: a read of another
+/// kind could wait for ever.
 pub fn sniff(file: BorrowedFd<'_>) -> io::Result<Format> {
     let mut head = [0; ELF64_HEADER];
     let head = read_at(file, &mut head, 0)?;
@@ -225,7 +229,7 @@ pub fn sniff(file: BorrowedFd<'_>) -> io::Result<Format> {
     })
 }
 
-/// As much as a file holds of these bytes.
+/// Reads as many of these bytes as the file has.
 fn read_at<'a>(file: BorrowedFd<'_>, bytes: &'a mut [u8], at: u64) -> io::Result<&'a [u8]> {
     let mut filled = 0;
     while filled < bytes.len() {
@@ -240,14 +244,14 @@ fn read_at<'a>(file: BorrowedFd<'_>, bytes: &'a mut [u8], at: u64) -> io::Result
 
 const ELF64_HEADER: usize = 64;
 
-/// The section without which the kernel loads no module, whatever the file is called.
+/// The section without which the kernel loads no module, whatever the file's name is.
 const THIS_MODULE: &[u8] = b".gnu.linkonce.this_module\0";
 
-/// More of the names of sections is not read. A module has a few KiB of them.
+/// How much of the names of sections is read. A module has a few KiB of them.
 const MAX_SECTION_NAMES: u64 = 64 << 10;
 
-/// Whether an object file of this machine's kind is a kernel module. What its numbers lead
-/// to need not be there: then the kernel takes it no more than we do.
+/// Whether an object file of this machine's kind is a kernel module. Its offsets may lead
+/// nowhere: then the kernel does not load it either.
 fn is_kernel_module(file: BorrowedFd<'_>, header: &[u8]) -> bool {
     names_of_sections(file, header)
         .is_some_and(|names| names.windows(THIS_MODULE.len()).any(|name| name == THIS_MODULE))
@@ -266,11 +270,11 @@ fn names_of_sections(file: BorrowedFd<'_>, header: &[u8]) -> Option<Vec<u8>> {
     Some(names)
 }
 
-/// What of an ELF header leads to the names of its sections.
+/// The part of an ELF header that leads to the names of the sections.
 struct Elf {
     is_64: bool,
     section_size: usize,
-    /// Where the header of the section lies that holds them.
+    /// Where the header of the section with the names lies.
     names_section: u64,
 }
 
@@ -283,7 +287,7 @@ impl Elf {
         };
         let [size, number, names] = [0, 2, 4].map(|at| u16_at(header, rest + at));
         let (size, number, names) = (size?, number?, names?);
-        // The kernel takes no other ones.
+        // The kernel accepts no other values.
         let is_sound = usize::from(size) == section_size && (1..number).contains(&names);
         let names_section = sections.checked_add(u64::from(names) * u64::from(size))?;
         is_sound.then_some(Elf { is_64, section_size, names_section })
@@ -310,8 +314,8 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// Reads what comes behind `bytes` in a regular file, at most that much, and adds it;
-/// how much that was.
+/// Reads the part of a regular file that follows `bytes`, at most `most` bytes of it, and
+/// appends it. Returns how many bytes were read.
 pub fn read_on(file: BorrowedFd<'_>, bytes: &mut Vec<u8>, most: usize) -> io::Result<usize> {
     let begin = bytes.len();
     bytes.resize(begin + most, 0);
@@ -337,10 +341,20 @@ pub const DELETED: &[u8] = b" (deleted)";
 
 /// The link of /proc/self/fd.
 fn link_of(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    use std::os::fd::AsRawFd as _;
     use std::os::unix::ffi::OsStringExt as _;
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     Ok(link.into_os_string().into_vec())
+}
+
+/// Follows a link of the kernel below `/proc/PID`, which leads to a file without any name,
+/// and opens the file as O_PATH.
+pub(super) fn open_link(path: &str) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// The path by which a system call reaches the file or directory of a descriptor.
+pub(super) fn path_of(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Control groups that freeze their processes: the unified hierarchy's `cgroup.freeze`, and
 //! the freezer of cgroup v1.
 //!
-//! A path from /proc/PID/cgroup is a name that the container may have chosen in part. It is
-//! opened below the hierarchy's mount, through no link and onto no other mount. What is
-//! opened stays that group, also when another one gets its name.
+//! A container may have chosen a part of a path in `/proc/PID/cgroup`. The path is opened
+//! below the hierarchy's mount, through no link and on no other mount. The descriptor stays
+//! that group's, even if another group gets its name.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -14,25 +14,25 @@ use rustix::fs::OFlags;
 use super::file;
 use super::procfs::Handle;
 
-/// Groups of one container, from its own down to that of its init, that are looked at.
+/// How many groups of one container are read, from its own down to that of its init.
 const MOST_LEVELS: usize = 32;
-/// Files and groups within a container's own group that are looked at.
+/// How many entries of a container's own group are read.
 const MOST_ENTRIES: usize = 1024;
 
-/// What the processes of a container do, from the least still on.
+/// Whether the processes of a container run, in the order of stillness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stillness {
     Running,
     /// A group above the container's is frozen, and the container's with it.
     FrozenFromAbove,
-    /// Freezing was ordered. A process that waits in the kernel stands still when it
-    /// returns from there.
+    /// A freeze was requested. A process that waits in the kernel stops when it returns from
+    /// there.
     Freezing,
     Frozen,
 }
 
 impl Stillness {
-    /// Whether the container's own group was ordered to freeze.
+    /// Whether a freeze of the container's own group was requested.
     pub fn is_ordered(self) -> bool {
         matches!(self, Stillness::Freezing | Stillness::Frozen)
     }
@@ -42,7 +42,7 @@ impl Stillness {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Hierarchy {
     Unified,
-    /// Of cgroup v1.
+    /// The freezer of cgroup v1.
     Freezer,
 }
 
@@ -56,14 +56,14 @@ pub struct Freezers {
 struct Group {
     hierarchy: Hierarchy,
     directory: OwnedFd,
-    /// The container's own, which holds all its others.
+    /// The container's own group, which contains all its others.
     is_outermost: bool,
 }
 
 impl Freezers {
-    /// Those of the container whose init this is. `own` finds how long the path of the
-    /// container's own group is in that of its init. An error if there is none: then no
-    /// group may be touched.
+    /// The groups of the container with this init. `own` returns the length of the path of
+    /// the container's own group in the path of init's group. An error if there is no such
+    /// group: then no group may be changed.
     pub fn of(init: &Handle, own: impl Fn(&[u8]) -> Option<usize>) -> io::Result<Freezers> {
         let membership = init.groups()?;
         let mountinfo = Handle::open(std::process::id())?.mountinfo()?;
@@ -85,8 +85,8 @@ impl Freezers {
         Ok(Freezers { groups })
     }
 
-    /// What the container does as a whole: a group within that is frozen alone, as the
-    /// container may do it itself, says nothing of the others.
+    /// The stillness of the whole container. A container can freeze one group within its
+    /// own, which has no effect on the others.
     pub fn stillness(&self) -> io::Result<Stillness> {
         let mut stillest = Stillness::Running;
         for group in self.groups.iter().filter(|group| group.is_outermost) {
@@ -95,7 +95,7 @@ impl Freezers {
         Ok(stillest)
     }
 
-    /// Whether a group in which init is was ordered to freeze.
+    /// Whether a freeze of one of init's groups was requested.
     pub fn is_ordered(&self) -> io::Result<bool> {
         for group in &self.groups {
             if group.stillness()?.is_ordered() {
@@ -105,7 +105,7 @@ impl Freezers {
         Ok(false)
     }
 
-    /// Takes back every order to freeze.
+    /// Withdraws every request to freeze.
     pub fn thaw(&self) -> io::Result<()> {
         for group in &self.groups {
             if group.stillness()?.is_ordered() {
@@ -129,8 +129,8 @@ impl Group {
         })
     }
 
-    /// crun puts the processes into a group within the one that systemd has made, and
-    /// freezes that. Nothing runs if every group within that has processes is frozen.
+    /// crun puts the processes into a group within the group that systemd has made, and
+    /// freezes the inner one. Nothing runs if every inner group with processes is frozen.
     fn stillness_with_children(&self) -> io::Result<Stillness> {
         let found = self.stillness()?;
         if found != Stillness::Running || self.hierarchy != Hierarchy::Unified {
@@ -199,8 +199,8 @@ fn of_orders(is_ordered: bool, is_frozen: bool) -> Stillness {
     }
 }
 
-/// In which groups a process is, by its /proc/PID/cgroup, in the hierarchies that can
-/// freeze. The root of a hierarchy is nobody's own and cannot be frozen.
+/// The groups of a process in the hierarchies that can freeze, from its `/proc/PID/cgroup`.
+/// The root of a hierarchy belongs to no container and cannot be frozen.
 fn paths(membership: &[u8]) -> impl Iterator<Item = (Hierarchy, &[u8])> {
     membership.split(|&byte| byte == b'\n').filter_map(|line| {
         let mut fields = line.splitn(3, |&byte| byte == b':');
@@ -215,7 +215,7 @@ fn paths(membership: &[u8]) -> impl Iterator<Item = (Hierarchy, &[u8])> {
     })
 }
 
-/// Where a hierarchy is mounted as a whole.
+/// Where the whole of a hierarchy is mounted.
 fn mount_of(mountinfo: &[u8], hierarchy: Hierarchy) -> Option<Vec<u8>> {
     let controller = match hierarchy {
         Hierarchy::Unified => None,

@@ -1,7 +1,7 @@
-//! File handles: what the kernel calls an inode, whatever its name is.
+//! File handles: the kernel's identifier of an inode, independent of the file's names.
 //!
-//! They are compared and never opened: opening one goes past every directory on
-//! the way.
+//! They are compared and never opened: to open one would bypass every directory above the
+//! file.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _};
@@ -19,7 +19,7 @@ impl FileHandle {
         FileHandle { filesystem, kind, bytes: bytes.into() }
     }
 
-    /// The handle of an open file, as fanotify names it in events.
+    /// The handle of an open file, as it is in fanotify's events.
     pub fn of(fd: impl AsFd) -> io::Result<FileHandle> {
         /// `struct file_handle` with room for the longest handle there is
         /// (`MAX_HANDLE_SZ`).
@@ -33,9 +33,9 @@ impl FileHandle {
             handle: [0; 128],
         };
         let mut mount = 0;
-        // SAFETY: the path is a C string; `room` has `handle_bytes` bytes of room
-        // directly behind its head (both have an alignment of at most 4, and the head
-        // is 8 bytes long), and lives until after the call, as does `mount`.
+        // SAFETY: the path is a C string. `room` has room for `handle_bytes` bytes directly
+        // after its head (both have an alignment of at most 4, and the head is 8 bytes
+        // long). `room` and `mount` live until after the call.
         let outcome = unsafe {
             libc::name_to_handle_at(
                 fd.as_fd().as_raw_fd(),

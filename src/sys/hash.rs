@@ -1,10 +1,10 @@
-//! The hashes of a file's content, computed a slice at a time. A hash in progress
-//! is a value: it can be put aside while another file has its turn.
+//! The hashes of a file's content, computed one slice at a time. A hash in progress is a
+//! value: it can be put aside while another file has its turn.
 //!
-//! BLAKE3 hashes segments of a file and merges their chaining values as a tree. So
-//! a segment that is a hole need not be hashed again: its chaining value depends
-//! only on where it lies, and is kept. SHA-256 is a chain and has to process each
-//! zero, so it is given up in a file with large holes.
+//! BLAKE3 hashes segments of a file and merges their chaining values as a tree. The chaining
+//! value of a segment of zeros depends only on its position, so it is kept, and a hole need
+//! not be hashed again. SHA-256 is a chain and would have to process each zero, so a file
+//! with large holes has no SHA-256.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -23,45 +23,46 @@ use crate::model::{Blake3Hash, Sha256Hash};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hashes {
     pub blake3: Blake3Hash,
-    /// `None` of a file whose holes are longer than [`MAX_HOLES`] together.
+    /// `None` for a file whose holes are longer than [`MAX_HOLES`] together.
     pub sha256: Option<Sha256Hash>,
 }
 
-/// How the reading of a file for its hashes ended.
+/// The result of hashing a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hashed {
     Whole(Hashes),
-    /// It is longer than the limit.
+    /// The file is longer than the limit.
     TooLong,
 }
 
-/// A file with more bytes in holes has no SHA-256.
+/// A file with more bytes than this in holes has no SHA-256.
 pub const MAX_HOLES: u64 = 16 << 20;
 
-/// What is merged in the tree: a power of two of BLAKE3's chunks. A file with a few
-/// bytes in each segment costs at most a sixteenth of its blocks' size too much.
+/// The size of a leaf in the tree of segments: a power of two of BLAKE3's chunks. A file
+/// with a few bytes in each segment costs at most a sixteenth of its blocks' size too much.
 const SEGMENT: usize = 64 * 1024;
 const READ: usize = 2 * SEGMENT;
 
-/// Zeros beyond this many segments (64 GiB) are hashed each time.
+/// How many chaining values of zeros are kept (64 GiB of segments). Beyond them, zeros are
+/// hashed each time.
 const MAX_KNOWN_ZEROS: usize = 1 << 20;
 
-/// What it costs to use a known chaining value, in bytes hashed.
+/// The cost of using a kept chaining value, in hashed bytes.
 const MERGE: u64 = 64;
 
-/// Chaining values of segments of zeros, by their number.
+/// Chaining values of segments of zeros, by the segment's number.
 static ZEROS: Mutex<Vec<Option<ChainingValue>>> = Mutex::new(Vec::new());
 
-/// A hash in progress. Reads from the file's start, whatever the descriptor's
-/// position, which it moves. The buffer is memory of ours: a container could truncate
-/// a mapped file under us.
+/// A hash in progress. Reads from the file's start, whatever the descriptor's position is,
+/// and changes that position. The file is read into a buffer and not mapped, because a
+/// container could truncate a mapped file during the read.
 #[derive(Clone, Debug)]
 pub struct Hashing {
     limit: u64,
     offset: u64,
-    /// From `offset` to here there is a hole.
+    /// The end of a hole that begins at `offset`.
     hole_until: u64,
-    /// From the end of that hole to here there is data.
+    /// The end of the data after that hole.
     data_until: u64,
     /// Chaining values of the tree's left parts, from the largest to the smallest.
     parts: Vec<ChainingValue>,
@@ -73,8 +74,7 @@ pub struct Hashing {
     cost: u64,
 }
 
-/// The last segment that was begun. Whether it is the file's last one is known only
-/// when there is more, or nothing more.
+/// The current segment. Whether it is the file's last one shows only at the next read.
 #[derive(Clone, Debug)]
 enum Segment {
     Open { hasher: Box<blake3::Hasher>, filled: usize },
@@ -119,13 +119,12 @@ impl Hashing {
         }
     }
 
-    /// How many bytes were read or computed so far. Holes that were skipped are not
-    /// among them.
+    /// How many bytes were read or hashed so far. Skipped holes do not count.
     pub fn cost(&self) -> u64 {
         self.cost
     }
 
-    /// Goes on for a slice of about that many bytes. `None`: there is more to do.
+    /// Continues for a slice of about `slice` bytes. `None` if there is more to do.
     pub fn step(&mut self, file: BorrowedFd<'_>, slice: u64) -> io::Result<Option<Hashed>> {
         let until = self.cost.saturating_add(slice.max(1));
         let mut buffer = None;
@@ -144,7 +143,7 @@ impl Hashing {
                     rustix::io::pread(file, &mut *wanted, self.offset)
                 })?;
                 if read == 0 {
-                    // It was truncated, or its filesystem knows no holes.
+                    // The file was truncated, or its filesystem does not report holes.
                     return Ok(Some(Hashed::Whole(self.finish())));
                 }
                 self.take(&buffer[..read]);
@@ -156,7 +155,7 @@ impl Hashing {
         Ok(None)
     }
 
-    /// Finds the next hole and the data behind it; false at the end of the file.
+    /// Finds the next hole and the data after it. Returns false at the end of the file.
     fn find(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
         let is_more = self.find_next(file)?;
         self.holes += self.hole_until.saturating_sub(self.offset);
@@ -172,7 +171,7 @@ impl Hashing {
                 let data = data.max(self.offset);
                 let hole = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
                 self.hole_until = data;
-                // What was written meanwhile shows in the file's time of change.
+                // A write in between shows in the file's time of change.
                 self.data_until = hole.max(data + 1);
                 Ok(true)
             }
@@ -183,7 +182,7 @@ impl Hashing {
                 self.data_until = size;
                 Ok(size > self.offset)
             }
-            // The filesystem knows no holes.
+            // The filesystem does not report holes.
             Err(_) => {
                 self.hole_until = self.offset;
                 self.data_until = u64::MAX;
@@ -210,7 +209,7 @@ impl Hashing {
         }
     }
 
-    /// Adds zeros that are a hole, no more than the segment has room for.
+    /// Adds the zeros of a hole, at most as many as the segment has room for.
     fn skip(&mut self, zeros: usize) {
         static ZERO: [u8; SEGMENT] = [0; SEGMENT];
         self.begin_segment();
@@ -235,7 +234,7 @@ impl Hashing {
         remember_zeros(number, value);
     }
 
-    /// Makes room for more: a segment that is full is not the last one.
+    /// Begins a new segment if the current one is full, which so is not the last one.
     fn begin_segment(&mut self) {
         if self.segment.filled() < SEGMENT {
             return;
@@ -299,7 +298,7 @@ pub fn hash(file: BorrowedFd<'_>, limit: u64) -> io::Result<Option<Hashes>> {
     }
 }
 
-/// Both hashes of what was read before.
+/// Both hashes of these bytes.
 pub fn hash_bytes(bytes: &[u8]) -> Hashes {
     Hashes {
         blake3: Blake3Hash(*blake3::hash(bytes).as_bytes()),

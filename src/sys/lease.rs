@@ -1,27 +1,27 @@
-//! Whether a file is open for writing, by anybody and in any way: a descriptor, or a
-//! mapping that has outlived it.
+//! Whether any process has a file open for writing: by a descriptor, or by a mapping that
+//! has outlived it.
 //!
-//! The kernel counts who may write to an inode and shows the count to nobody. It
-//! grants a read lease only while that count is zero, so the answer to the request is
-//! the answer to the question. The lease is given back at once.
+//! The kernel counts the writers of an inode and does not show the count. But it grants a
+//! read lease only while the count is zero. So this file requests a lease, and gives it back
+//! at once.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-/// Which signal says that somebody waits for a lease (`fcntl.h`; the same everywhere).
+/// Sets the signal that reports a process waiting for a lease (`fcntl.h`; the same on every
+/// architecture).
 const F_SETSIG: i32 = 10;
 
-/// Whether the inode of a file has a writer. The file has to be open for reading, on
-/// the filesystem that holds its content: an overlay's own inode knows nothing of the
-/// mappings that were made through it.
+/// Whether the inode of a file has a writer. The file has to be open for reading, on the
+/// filesystem that holds its content: an overlay's own inode does not count the mappings
+/// that were made through it.
 ///
-/// An error where the filesystem has no leases, or where the file belongs to another
-/// user and `CAP_LEASE` is missing. Whoever opens the file for writing between the two
-/// calls waits until the second.
+/// An error if the filesystem has no leases, or if the file belongs to another user and
+/// `CAP_LEASE` is missing. A process that opens the file for writing between the two calls
+/// waits until the second.
 pub fn has_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
-    // Whoever opens it for writing meanwhile has the kernel send a signal to this
-    // process. It is SIGIO unless it is chosen, which would end the process; this one
-    // is ignored.
+    // If a process opens the file for writing meanwhile, the kernel sends a signal to this
+    // process. The default is SIGIO, which would end the process; SIGURG is ignored.
     fcntl(file, F_SETSIG, libc::SIGURG)?;
     match fcntl(file, libc::F_SETLEASE, libc::F_RDLCK) {
         Ok(()) => {
@@ -34,7 +34,7 @@ pub fn has_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
 }
 
 fn fcntl(file: BorrowedFd<'_>, command: i32, argument: i32) -> io::Result<()> {
-    // SAFETY: these commands take a number and touch no memory of ours.
+    // SAFETY: these commands take a number and touch no memory of this process.
     let outcome = unsafe { libc::fcntl(file.as_raw_fd(), command, argument) };
     if outcome == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -54,7 +54,7 @@ mod tests {
         let reader = File::open(&name).unwrap();
         assert!(!has_writer(reader.as_fd()).unwrap());
         let another_reader = File::open(&name).unwrap();
-        assert!(!has_writer(reader.as_fd()).unwrap(), "who reads is no writer");
+        assert!(!has_writer(reader.as_fd()).unwrap(), "a reader is not a writer");
         drop(another_reader);
         let writer = File::options().append(true).open(&name).unwrap();
         assert!(has_writer(reader.as_fd()).unwrap());
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_opens_the_file_meanwhile_does_no_harm() {
+    fn a_process_that_opens_the_file_meanwhile_does_no_harm() {
         let dir = tempfile::tempdir().unwrap();
         let name = dir.path().join("f");
         std::fs::write(&name, "x").unwrap();

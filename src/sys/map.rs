@@ -1,5 +1,5 @@
-//! Files as memory: a baseline's, to look things up in; any file's, to ask what
-//! the page cache holds of it.
+//! Mapped files: a file of the baseline store, for look-ups, and any file, to find out
+//! whether the page cache has anything of it.
 
 use std::fs::File;
 use std::io;
@@ -13,24 +13,23 @@ pub struct FileMap(memmap2::Mmap);
 
 /// Maps a file of the baseline store.
 ///
-/// Only for files that nobody changes any more: one that is truncated while it
-/// is mapped ends the process with SIGBUS. Never a file that a container or
-/// another user can write.
+/// Only for files that do not change any more: a mapped file that is truncated ends the
+/// process with SIGBUS. Never for a file that a container or another user can write.
 pub fn map_immutable(file: &File) -> io::Result<FileMap> {
-    // SAFETY: `Mmap::map` wants the file not to be changed while it is mapped.
-    // The store's files lie in a directory that only root can enter. They are
-    // written under another name, renamed into place when they are complete,
-    // and from then on only renamed or unlinked, which leaves a mapping alone.
+    // SAFETY: `Mmap::map` requires that the file does not change while it is mapped. The
+    // store's files lie in a directory that only root can enter. They are written under
+    // another name, renamed into place when they are complete, and from then on only renamed
+    // or unlinked, which does not change a mapping.
     let map = unsafe { memmap2::Mmap::map(file) }?;
     Ok(FileMap(map))
 }
 
 impl FileMap {
-    /// Takes the pages out of this process; the page cache keeps them, and they
-    /// come back when they are looked at. Advice only.
+    /// Removes the pages from this process. The page cache keeps them, and the next access
+    /// maps them again. Advice only.
     pub fn forget(&self) {
-        // SAFETY: the mapping is shared and read-only, and nobody changes the
-        // file: a page that is dropped comes back with the same content.
+        // SAFETY: the mapping is shared and read-only, and the file does not change (see
+        // `map_immutable`): a removed page comes back with the same content.
         let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 }
@@ -43,8 +42,8 @@ impl Deref for FileMap {
     }
 }
 
-/// Whether the page cache holds anything of the first `length` bytes of a file.
-/// The kernel says yes to whoever neither owns the file nor may write it.
+/// Whether the page cache has anything of the first `length` bytes of a file. The kernel
+/// always returns yes to a process that neither owns the file nor may write it.
 pub fn any_cached(file: BorrowedFd<'_>, length: u64) -> io::Result<bool> {
     const PIECE: usize = 64 << 20;
     const SMALLEST_PAGE: usize = 4096;
@@ -55,8 +54,8 @@ pub fn any_cached(file: BorrowedFd<'_>, length: u64) -> io::Result<bool> {
         let start = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         pages.clear();
         pages.resize(piece.div_ceil(SMALLEST_PAGE), 0_u8);
-        // SAFETY: a new mapping at an address of the kernel's choice. Nobody ever
-        // looks at its content, so that it does not matter who changes the file.
+        // SAFETY: the kernel chooses the address of this new mapping, so it replaces none.
+        // Its content is never read, so that changes of the file do not matter.
         let address = unsafe {
             let (access, kind) = (libc::PROT_READ, libc::MAP_SHARED);
             libc::mmap(ptr::null_mut(), piece, access, kind, file.as_raw_fd(), start)
@@ -64,11 +63,11 @@ pub fn any_cached(file: BorrowedFd<'_>, length: u64) -> io::Result<bool> {
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the mapping was just made, with this length, and `pages` has a
-        // byte for each of its pages, which are no smaller than assumed.
+        // SAFETY: the mapping was just made with this length, and `pages` has a byte for each
+        // of its pages, which are no smaller than `SMALLEST_PAGE`.
         let asked = unsafe { libc::mincore(address, piece, pages.as_mut_ptr()) };
         let asked = if asked == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
-        // SAFETY: the mapping was just made, and nothing refers to it.
+        // SAFETY: this mapping was made with this length, and nothing refers to it.
         unsafe { libc::munmap(address, piece) };
         asked?;
         if pages.iter().any(|page| page & 1 != 0) {

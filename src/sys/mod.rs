@@ -1,8 +1,9 @@
-//! The only room that speaks to the kernel in its own words.
+//! The kernel's interfaces: fanotify, perf events, `/proc`, mounts, overlays, file handles,
+//! pidfds, control groups.
 //!
-//! Everything `unsafe` in driftd is in this folder. Each file wraps one kernel
-//! interface, takes and returns owned Rust types, and decides nothing: no
-//! policy, no retries, no logging. The rest of the crate denies `unsafe_code`.
+//! All `unsafe` code of driftd is in this folder; the rest of the crate denies
+//! `unsafe_code`. Each file or folder wraps one interface, and takes and returns owned Rust
+//! types. It has no policy, does not retry, and writes no log.
 #![allow(unsafe_code)]
 
 pub mod capabilities;

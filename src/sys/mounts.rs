@@ -1,5 +1,7 @@
-//! Mounts of another process: what /proc says of them, how to reach one without
-//! being led astray or made to wait, and how to be told that they change.
+//! Mounts of another process: the kernel's list of them, how to open one without following
+//! a link or waiting, and notifications of changes.
+//!
+//! `door` decides which mounts may be asked, `watch` what is marked.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -12,26 +14,27 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::fanotify::{Buffer, DecodedMount, Group, ReadError};
+use super::file::path_of;
 use super::overlay::unescape_octal;
 use super::procfs::Handle;
 
-/// A line of /proc/PID/mountinfo.
+/// A line of `/proc/PID/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     pub id: u64,
-    /// The mount that this one stands on.
+    /// The mount on which this one is mounted.
     pub parent: u64,
-    /// Of its superblock.
+    /// The device of its superblock.
     pub device: u64,
     /// The directory (or file) of its filesystem that it shows.
     pub root: Vec<u8>,
-    /// Where, as the process sees it.
+    /// Its mount point, as the process sees it.
     pub mount_point: Vec<u8>,
     /// The filesystem's type: `ext4`, `fuse.sshfs`.
     pub kind: Vec<u8>,
 }
 
-/// The most of a mountinfo that is read: a hundred thousand mounts.
+/// How much of a mountinfo is read: a hundred thousand mounts.
 pub const MAX_MOUNTINFO: u64 = 16 << 20;
 
 /// Reads a mountinfo. Names are bytes: a container chooses them.
@@ -41,13 +44,13 @@ pub fn parse(mountinfo: &[u8]) -> impl Iterator<Item = Mount> {
 
 /// The same, each with its line.
 pub(super) fn parse_lines(mountinfo: &[u8]) -> impl Iterator<Item = (&[u8], Mount)> {
-    // Behind the last newline there is nothing, or a line that was cut.
+    // After the last newline there is nothing, or a line that was cut.
     let end = mountinfo.iter().rposition(|&byte| byte == b'\n').unwrap_or(0);
     let lines = mountinfo[..end].split(|&byte| byte == b'\n');
     lines.filter_map(|line| Some((line, parse_line(line)?)))
 }
 
-/// Finds a mount by its ID, which statx(2) tells of an open file.
+/// Finds a mount by its ID, which statx(2) returns for an open file.
 pub fn find(mountinfo: &[u8], id: u64) -> Option<Mount> {
     let id = id.to_string();
     find_line(mountinfo, |fields| fields.next() == Some(id.as_bytes()))
@@ -83,22 +86,22 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     })
 }
 
-/// Opens what is at `mount_point` below a process's root directory, only to point
-/// at it: through no symlink, and not out of that root. It never waits, neither for a
-/// server nor for a disk, and fails instead (Linux 5.12; always before). A mount point and
-/// all above it are in the kernel's memory, so that this is rare.
+/// Opens what is at `mount_point` below a process's root directory, as O_PATH: through no
+/// symlink, and not out of that root. It never waits for a server or a disk, and fails
+/// instead (before Linux 5.12 it always fails). Failures are rare, because a mount point and
+/// the directories above it are in the kernel's memory.
 pub fn reach(root: impl AsFd, mount_point: &[u8]) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT
         | ResolveFlags::NO_SYMLINKS
         | ResolveFlags::NO_MAGICLINKS
         | ResolveFlags::CACHED;
-    // Without O_NOFOLLOW, which would allow a link as the last part.
+    // No O_NOFOLLOW: it would allow a link as the last name.
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     Ok(rustix::fs::openat2(root, mount_point, flags, Mode::empty(), resolve)?)
 }
 
-/// Through which mount a descriptor was opened. Asks no filesystem, as statx(2)
-/// would, and so cannot wait for one.
+/// The ID of the mount through which a descriptor was opened. Unlike statx(2), this asks no
+/// filesystem, and so cannot wait for one.
 pub fn mount_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let text = std::fs::read(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
     text.split(|&byte| byte == b'\n')
@@ -107,20 +110,14 @@ pub fn mount_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// The number of an open file's mount that no other mount ever gets. `None` before
-/// Linux 6.8.
+/// The unique ID of an open file's mount, which no other mount ever gets. `None` before Linux
+/// 6.8.
 pub fn unique_mount_of(fd: BorrowedFd<'_>) -> Option<u64> {
     /// `STATX_MNT_ID_UNIQUE`
     const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let statx = rustix::fs::statx(fd, c"", flags, UNIQUE).ok()?;
     StatxFlags::from_bits_retain(statx.stx_mask).contains(UNIQUE).then_some(statx.stx_mnt_id)
-}
-
-/// The path by which a system call reaches what a descriptor points at, be it a
-/// directory or a file.
-pub(super) fn path_of(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 /// Where changes of mounts are reported.
@@ -130,13 +127,13 @@ pub struct Notifier {
     group: Option<Group>,
 }
 
-/// By what a change of one mount namespace is reported.
+/// How changes of one mount namespace are reported.
 #[derive(Debug)]
 pub enum Listener {
-    /// The notifier's group, which reports changes of all namespaces; this one has this
-    /// ID. The mark goes with the namespace and keeps nothing alive.
+    /// By the notifier's group, which reports changes of all namespaces. This is the ID of
+    /// the namespace. The mark ends with the namespace and does not keep it alive.
     Group(u64),
-    /// An open mountinfo keeps the mount namespace alive: to be dropped when the
+    /// By polling. The open mountinfo keeps the mount namespace alive: drop this when the
     /// process ends, which its handle reports.
     Poll { mountinfo: File, process: OwnedFd },
 }
@@ -144,20 +141,22 @@ pub enum Listener {
 /// What the notifier's group has reported.
 #[derive(Debug, Default)]
 pub struct Changes {
-    /// Mounts that came, went or moved, by their unique IDs. None is used twice.
+    /// Mounts that were attached, detached or moved, by their unique IDs. No ID is used
+    /// twice.
     pub mounts: HashSet<u64>,
     /// Any other mount may have changed too.
     pub is_incomplete: bool,
 }
 
-/// One taking of the group's events: so many reads, and so many mounts by name.
+/// Bounds of one [`Notifier::take`]: reads, and mounts by their IDs.
 const MAX_READS: usize = 64;
 const MAX_CHANGES: usize = 16 * 1024;
 
 impl Notifier {
-    /// Uses what this kernel has and allows. An event names a mount and no namespace, so
-    /// a group serves only where a namespace's mounts can be listed by the same IDs.
-    /// Polling reports as much, and keeps a file open for each container.
+    /// Uses a group if this kernel has it and allows it. An event names a mount but no
+    /// namespace, so a group is of use only if the mounts of a namespace can be listed by
+    /// the same IDs. Otherwise polling reports as much, and keeps a file open for each
+    /// container.
     pub fn new() -> Notifier {
         let can_list = || {
             let own = File::open("/proc/self/ns/mnt")?;
@@ -166,7 +165,7 @@ impl Notifier {
         Notifier { group: Group::mounts().ok().filter(|_| can_list().is_ok()) }
     }
 
-    /// Uses what every kernel has.
+    /// Uses polling, which every kernel has.
     pub fn polling() -> Notifier {
         Notifier { group: None }
     }
@@ -180,8 +179,8 @@ impl Notifier {
         self.group.as_ref().map(AsFd::as_fd)
     }
 
-    /// Takes what the group has reported. Bounded, because mounts may come faster than
-    /// this: the rest is taken the next time.
+    /// Takes what the group has reported. Bounded, because mounts can change faster than
+    /// this reads; the next call takes the rest.
     pub fn take(&self, buffer: &mut Buffer) -> Changes {
         let mut changes = Changes::default();
         let Some(group) = &self.group else { return changes };
@@ -225,7 +224,7 @@ impl Notifier {
         let pid = i32::try_from(identity.pid).ok().and_then(rustix::process::Pid::from_raw);
         let pid = pid.ok_or(io::ErrorKind::NotFound)?;
         let handle = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-        // The pid may be another's by now.
+        // The pid may belong to another process by now.
         Handle::open_exactly(identity)?;
         Ok(Listener::Poll { mountinfo, process: handle })
     }
@@ -236,7 +235,7 @@ const NS_GET_MNTNS_ID: libc::c_ulong = 0x8008_b705;
 
 fn namespace_id(namespace: BorrowedFd<'_>) -> io::Result<u64> {
     let mut id = 0_u64;
-    // SAFETY: the kernel writes eight bytes to `id`, which lives during the call.
+    // SAFETY: the kernel writes the eight bytes of `id`, which lives during the call.
     let done = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_MNTNS_ID, &raw mut id) };
     if done == 0 { Ok(id) } else { Err(io::Error::last_os_error()) }
 }
@@ -246,27 +245,28 @@ fn namespace_id(namespace: BorrowedFd<'_>) -> io::Result<u64> {
 struct ListRequest {
     size: u32,
     spare: u32,
-    /// Of the mount below which to list.
+    /// The mount below which to list.
     mount: u64,
-    /// Behind which ID to go on.
+    /// The ID after which to continue.
     last: u64,
     namespace: u64,
 }
 
 /// The number of listmount(2) on x86-64 and arm64; not yet in libc.
 const SYS_LISTMOUNT: libc::c_long = 458;
-/// The root of the namespace, and so all of it.
+/// The root of the namespace: lists all of its mounts.
 const LSMT_ROOT: u64 = u64::MAX;
-/// The kernel holds its lock of all mounts during a call, and walks to the root for each.
+/// How many mounts one call lists. The kernel holds its lock of all mounts during a call,
+/// and follows each mount up to the root.
 const MEMBERS_AT_ONCE: usize = 64;
 
-/// Some of a namespace's mounts, by their unique IDs in ascending order: the first ones
-/// that are greater than `last`. None: there are no more.
+/// The next mounts of a namespace, by their unique IDs in ascending order: the first IDs that
+/// are greater than `last`. Empty if there are no more.
 pub fn members_after(namespace: u64, last: u64) -> io::Result<Vec<u64>> {
     let request = ListRequest { size: 32, spare: 0, mount: LSMT_ROOT, last, namespace };
     let mut members = vec![0_u64; MEMBERS_AT_ONCE];
-    // SAFETY: `request` is as long as it says, and `members` has room for as many IDs as
-    // the call says; both live during the call.
+    // SAFETY: `request` is as long as its field `size`, and `members` has room for
+    // `MEMBERS_AT_ONCE` IDs, the number in the call; both live during the call.
     let listed = unsafe {
         libc::syscall(
             SYS_LISTMOUNT,
@@ -288,7 +288,7 @@ impl Default for Notifier {
 }
 
 impl Listener {
-    /// What to poll: changes first, then the process's end.
+    /// The descriptors to poll: first for changes, then for the end of the process.
     pub fn poll_fds(&self) -> Option<[PollFd<'_>; 2]> {
         match self {
             Listener::Group(_) => None,
@@ -301,12 +301,12 @@ impl Listener {
 }
 
 impl Group {
-    /// Marks everything on the filesystem that a descriptor points into.
+    /// Marks the whole filesystem of a descriptor's file.
     pub fn mark_filesystem_of(&self, fd: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
         self.mark_at(libc::FAN_MARK_FILESYSTEM, mask, Path::new(&path_of(fd)))
     }
 
-    /// Marks what is reached through the mount that a descriptor was opened through.
+    /// Marks the mount through which a descriptor was opened.
     pub fn mark_mount_of(&self, fd: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
         self.mark_at(libc::FAN_MARK_MOUNT, mask, Path::new(&path_of(fd)))
     }

@@ -1,4 +1,5 @@
-//! OverlayFS: what its mount options and extended attributes say.
+//! OverlayFS: its mount options, the extended attributes of its upper layer, and its way to
+//! copy files up.
 
 use std::ffi::OsStr;
 use std::io;
@@ -20,15 +21,15 @@ pub fn is_overlay(fd: impl AsFd) -> io::Result<bool> {
 /// One of the overlay's own attributes on a file of its upper layer. Overlays
 /// mounted with `userxattr` keep them in the `user` namespace.
 ///
-/// A container cannot set the `trusted` ones (the overlay hides them), but it
-/// can set the `user` ones on an overlay that does not use them. What they could
-/// hide or fake is therefore only believed if the mount says `userxattr`.
+/// A container cannot set the `trusted` ones (the overlay hides them), but it can set the
+/// `user` ones on an overlay that does not use them. So the `user` ones are only read if the
+/// mount has the option `userxattr`.
 fn attribute(fd: impl AsFd, name: &str, user: bool) -> io::Result<Option<Box<[u8]>>> {
     let namespace = if user { "user" } else { "trusted" };
     file::xattr(fd, &format!("{namespace}.overlay.{name}"))
 }
 
-/// What the overlay notes on a directory of its upper layer.
+/// Whether a directory of the upper layer hides the layers below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opacity {
     /// The layers below show through.
@@ -52,47 +53,48 @@ pub fn is_file_whiteout(fd: impl AsFd, user: bool) -> io::Result<bool> {
     Ok(attribute(fd, "whiteout", user)?.is_some())
 }
 
-/// Whether an upper file holds only metadata, its content being in a layer below.
+/// Whether an upper file has only metadata, and its content is in a layer below.
 pub fn is_metacopy(fd: impl AsFd, user: bool) -> io::Result<bool> {
     Ok(attribute(fd, "metacopy", user)?.is_some())
 }
 
-/// Whether a directory was renamed with `redirect_dir`: what it shows comes from
-/// another path of the layers below, and is not in the upper layer.
+/// Whether a directory was renamed with `redirect_dir`: its content comes from another path
+/// of the layers below, and is not in the upper layer.
 pub fn is_redirected(fd: impl AsFd, user: bool) -> io::Result<bool> {
     Ok(redirect(fd, user)?.is_some())
 }
 
-/// Where the layers below have what a moved entry of the upper layer shows: a path
-/// from the root if it starts with a slash, else a name beside where it would be.
+/// The place in the layers below of a renamed entry's content: a path from the root if it
+/// begins with a slash, else another name in the same directory.
 pub fn redirect(fd: impl AsFd, user: bool) -> io::Result<Option<Box<[u8]>>> {
     attribute(fd, "redirect", user)
 }
 
-/// What the overlay does with a file that it opens in its work directory.
+/// Why the overlay opens a file in its work directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyUp {
-    /// It is an unnamed one, to be filled.
+    /// It is an unnamed file, to be filled.
     Begins,
-    /// It has its name in the upper layer, and is opened by way of where it was made.
+    /// The copy-up is over: the file has its name in the upper layer, and is opened by the
+    /// place where it was made.
     Over,
-    /// It has a name in the work directory. Overlays do so where they have no unnamed
-    /// files, and then nothing tells when it is over.
+    /// It has a name in the work directory. An overlay makes such files where it cannot make
+    /// unnamed ones, and then nothing shows the end of the copy-up.
     Named,
 }
 
-/// Looks at a file whose opening in a work directory was asked for.
+/// Examines a file that the overlay is about to open in its work directory.
 pub fn copy_up(file: std::os::fd::BorrowedFd<'_>, stat: &file::Stat) -> io::Result<CopyUp> {
     if stat.links == 0 {
         return Ok(CopyUp::Begins);
     }
-    // An unnamed file's own entry never gets a name; the link that is made of it is
-    // another. No name of a work directory ends like this by itself.
+    // An unnamed file's own entry never gets a name, even when a link is made to the file.
+    // No name in a work directory ends like this otherwise.
     let is_unnamed = file::name_of(file)?.ends_with(b" (deleted)");
     Ok(if is_unnamed { CopyUp::Over } else { CopyUp::Named })
 }
 
-/// Whether a directory's files are kept by another process or another machine.
+/// Whether another process or another machine keeps the files of a directory.
 pub fn is_remote(directory: &Path) -> io::Result<bool> {
     const FUSE: u64 = 0x6573_5546;
     const NFS: u64 = 0x6969;
@@ -105,7 +107,7 @@ pub fn is_remote(directory: &Path) -> io::Result<bool> {
     Ok([FUSE, NFS, SMB2, CIFS, CEPH, V9FS].contains(&magic))
 }
 
-/// Mounts an overlay that nobody else sees, and that is gone with the descriptor.
+/// Mounts an overlay without a mount point, which ends with the descriptor.
 pub fn mount_unseen(lower: &Path, upper: &Path, work: &Path) -> io::Result<OwnedFd> {
     use rustix::mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
@@ -126,17 +128,17 @@ pub struct Mount {
     pub dirs: OverlayDirs,
     /// Its attributes are in the `user` namespace.
     pub userxattr: bool,
-    /// A directory of the layers below can be renamed: what it shows then comes
-    /// from another path.
+    /// A directory of the layers below can be renamed: its content then comes from another
+    /// path.
     pub redirects: bool,
-    /// Where files are made before they take their place in the upper layer; `None`
-    /// if the mount was told only a relative path.
+    /// Where files are made before they are moved into the upper layer; `None` if the mount
+    /// has only a relative path.
     pub workdir: Option<PathBuf>,
     /// Its files can be opened by handle (`nfs_export=on`).
     pub is_exported: bool,
 }
 
-/// Whether directories of overlays can be renamed where the mount does not say.
+/// Whether directories of overlays can be renamed if the mount has no option for it.
 pub fn redirects_by_default() -> bool {
     std::fs::read("/sys/module/overlay/parameters/redirect_dir")
         .is_ok_and(|value| value.starts_with(b"Y"))
@@ -144,8 +146,8 @@ pub fn redirects_by_default() -> bool {
 
 /// Finds the overlay with this device in a process's mountinfo.
 ///
-/// Our own few lines and not the procfs crate's, because a container may mount
-/// something with a name that is not UTF-8, and must not lose its rootfs by it.
+/// The procfs crate cannot be used: it fails on names that are not UTF-8, which a container
+/// can mount.
 pub fn find_in_mountinfo(mountinfo: &[u8], device: u64) -> Option<Mount> {
     let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
@@ -158,8 +160,7 @@ pub fn find_in_mountinfo(mountinfo: &[u8], device: u64) -> Option<Mount> {
     })
 }
 
-/// The directories that an overlay is made of, as a line of mountinfo names them, also
-/// where it has no upper layer.
+/// The directories of an overlay, from its line of mountinfo, with or without an upper layer.
 pub fn directories(line: &[u8]) -> Vec<PathBuf> {
     let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
     let Some(options) = overlay_options(&fields) else { return Vec::new() };
@@ -189,7 +190,7 @@ fn overlay_options<'a>(fields: &[&'a [u8]]) -> Option<&'a [u8]> {
     (*fields.get(dash + 1)? == b"overlay").then_some(*fields.get(dash + 3)?)
 }
 
-/// Where something is mounted by FUSE: reading there asks a process.
+/// The mount points of FUSE filesystems: a read there asks a process.
 pub fn fuse_mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
     let lines = mountinfo.split(|&byte| byte == b'\n');
     lines
@@ -203,15 +204,14 @@ pub fn fuse_mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A mount as one namespace sees it: which directory of its filesystem stands
-/// where.
+/// A mount in one namespace: a directory of its filesystem, and its mount point.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     pub root: Vec<u8>,
     pub mount_point: Vec<u8>,
 }
 
-/// Finds a mount by its ID, which statx(2) tells of an open file.
+/// Finds a mount by its ID, which statx(2) returns for an open file.
 pub fn find_place(mountinfo: &[u8], mount: u64) -> Option<Place> {
     let mount = mount.to_string();
     mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
@@ -225,7 +225,7 @@ pub fn find_place(mountinfo: &[u8], mount: u64) -> Option<Place> {
 }
 
 impl Place {
-    /// The path inside the filesystem, of a file seen at `name`.
+    /// The path inside the filesystem of the file at `name`.
     pub fn inside(&self, name: &[u8]) -> Option<Vec<u8>> {
         let below = strip_directory(name, &self.mount_point)?;
         let mut path = self.root.clone();
@@ -235,7 +235,7 @@ impl Place {
     }
 }
 
-/// `name` below `directory`; `None` if it is somewhere else.
+/// The rest of `name` below `directory`; `None` if it is not there.
 pub fn strip_directory<'a>(name: &'a [u8], directory: &[u8]) -> Option<&'a [u8]> {
     let directory = directory.strip_suffix(b"/").unwrap_or(directory);
     let below = name.strip_prefix(directory)?;
@@ -279,8 +279,8 @@ impl Options {
                 redirects = Some(mode == b"on");
             }
         }
-        // containerd shortens a long list by mounting from the directory of all
-        // snapshots, with `lowerdir=12/fs:11/fs`.
+        // containerd shortens a long list: it mounts from the directory of all snapshots,
+        // with `lowerdir=12/fs:11/fs`.
         if let Some(snapshots) = upperdir.as_deref().and_then(Path::parent).and_then(Path::parent) {
             for lowerdir in &mut lowerdirs {
                 if lowerdir.is_relative() {
@@ -329,8 +329,8 @@ pub(super) fn unescape_octal(escaped: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Splits at colons that no backslash stands before. `::` before a data-only
-/// layer makes an empty name, which is left out.
+/// Splits at colons without a backslash before them. `::` before a data-only layer makes an
+/// empty name, which is left out.
 fn split_lowerdirs(list: &[u8]) -> Vec<PathBuf> {
     let mut dirs = vec![Vec::new()];
     let mut bytes = list.iter().copied();

@@ -1,16 +1,18 @@
-//! Who is at the other end of a Unix socket: unix(7), and socket(7)'s `SO_PEERGROUPS`.
+//! The groups of the process at the other end of a Unix socket: unix(7), `SO_PEERGROUPS`.
+//!
+//! `api` checks by them whether a client is in its group.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-/// The supplementary groups of the process that connected, as they were then.
+/// The supplementary groups of the process that connected, at that time.
 pub fn groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; 64];
     loop {
         let room = groups.len() * size_of::<libc::gid_t>();
         let mut length = libc::socklen_t::try_from(room).map_err(io::Error::other)?;
-        // SAFETY: `groups` has `length` bytes and lives during the call, which writes no
-        // more than that and says in `length` how many it has written, or needs.
+        // SAFETY: `groups` has `length` bytes and lives during the call, which writes no more
+        // than that, and stores in `length` how many bytes it has written, or needs.
         let done = unsafe {
             libc::getsockopt(
                 socket.as_raw_fd(),
@@ -42,12 +44,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_groups_of_the_other_end_are_told() {
+    fn the_groups_of_the_other_end_are_read() {
         let (one, _other) = UnixStream::pair().unwrap();
-        let told = groups(one.as_fd()).unwrap();
+        let found = groups(one.as_fd()).unwrap();
         let mine: Vec<u32> =
             nix::unistd::getgroups().unwrap().into_iter().map(nix::unistd::Gid::as_raw).collect();
-        assert_eq!(told, mine);
+        assert_eq!(found, mine);
         let file = std::fs::File::open("/dev/null").unwrap();
         groups(file.as_fd()).unwrap_err();
     }

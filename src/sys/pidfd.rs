@@ -1,4 +1,7 @@
-//! Handles of processes: pidfd_open(2), and what the kernel tells by them.
+//! Handles of processes: pidfd_open(2), and what the kernel returns for them.
+//!
+//! A handle means one process for good, whatever its pid means later. A pid is only needed
+//! to open one.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -8,8 +11,8 @@ use rustix::process::{Pid, PidfdFlags};
 
 use crate::model::Exit;
 
-/// A handle of a process, by its pid alone: a hint, since the pid may be another
-/// process's by now.
+/// A handle of a process, by its pid alone: a hint, because the pid can be another process's
+/// by now.
 pub fn open(pid: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::NotFound)?;
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
@@ -21,7 +24,7 @@ pub fn is_gone(err: &io::Error) -> bool {
         || matches!(err.raw_os_error(), Some(libc::ESRCH | libc::EINVAL | libc::ENOENT))
 }
 
-/// Ends the process, and no other one whatever its pid names by now.
+/// Ends the process, and no other one, whatever its pid means by now.
 pub fn kill(process: BorrowedFd<'_>) -> io::Result<()> {
     Ok(rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL)?)
 }
@@ -36,12 +39,12 @@ pub fn has_ended(process: BorrowedFd<'_>) -> bool {
 /// Waits until the process has ended.
 pub fn wait(process: BorrowedFd<'_>) {
     let mut fds = [PollFd::from_borrowed_fd(process, PollFlags::IN)];
-    // An error can only be a signal.
+    // The only possible error is a signal.
     while !matches!(rustix::event::poll(&mut fds, None), Ok(1..)) {}
 }
 
-/// `struct pidfd_info` in its first version (Linux 6.13), which has all that is
-/// read here; newer kernels take the shorter one.
+/// `struct pidfd_info` in its first version (Linux 6.13), which has all that is read here.
+/// Newer kernels accept this shorter one.
 #[repr(C)]
 #[derive(Default)]
 struct Info {
@@ -54,7 +57,7 @@ struct Info {
     exit_code: i32,
 }
 
-/// `PIDFD_INFO_EXIT` (Linux 6.15): how it ended, also when somebody has waited for it.
+/// `PIDFD_INFO_EXIT` (Linux 6.15): how it ended, even if its parent has waited for it.
 const INFO_EXIT: u64 = 1 << 3;
 /// `_IOWR(0xFF, 11, struct pidfd_info)`
 const GET_INFO: libc::c_ulong = 0xc000_ff0b | (size_of::<Info>() << 16) as libc::c_ulong;
@@ -62,7 +65,7 @@ const GET_INFO: libc::c_ulong = 0xc000_ff0b | (size_of::<Info>() << 16) as libc:
 /// How a process ended. `None` while it runs, and before Linux 6.15.
 pub fn exit(process: BorrowedFd<'_>) -> Option<Exit> {
     let mut info = Info { mask: INFO_EXIT, ..Info::default() };
-    // SAFETY: `info` lives during the call and is as long as the request's number says.
+    // SAFETY: `info` lives during the call and has the length that `GET_INFO` contains.
     let done = unsafe { libc::ioctl(process.as_fd().as_raw_fd(), GET_INFO, &raw mut info) };
     (done == 0 && info.mask & INFO_EXIT != 0).then(|| Exit::from_wait_status(info.exit_code))
 }
@@ -72,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn how_a_process_ended_is_told_after_it_was_waited_for() {
+    fn how_a_process_ended_is_known_after_its_parent_has_waited() {
         let end_of = |command: &str| {
             let mut child = std::process::Command::new("sh").args(["-c", command]).spawn().unwrap();
             let handle = open(child.id()).unwrap();
@@ -82,7 +85,7 @@ mod tests {
         let code = end_of("exit 3");
         let signal = end_of("kill -9 $$");
         if code.is_none() {
-            // Before Linux 6.15 nothing is told, and nothing is made up.
+            // Before Linux 6.15 nothing is known.
             assert_eq!(signal, None);
             return;
         }
@@ -103,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_told_of_who_runs() {
+    fn a_running_process_has_no_exit() {
         let me = open(std::process::id()).unwrap();
         assert_eq!(exit(me.as_fd()), None);
         assert!(open(0).is_err() && open(u32::MAX).is_err());

@@ -1,14 +1,15 @@
-//! How urgent a thread's work is, to the kernel's schedulers of processors and
-//! of disks.
+//! The priority of a thread in the kernel's schedulers of processors and of disks.
+//!
+//! `baseline` uses it for work that may wait, and `threads` for the number of a thread.
 
 use std::io;
 
-/// A thread of this process, or of one that ended: then nothing happens.
+/// A thread of this process. If it has ended, its priority cannot be set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread(rustix::thread::Pid);
 
 impl Thread {
-    /// As the kernel numbers it.
+    /// The kernel's number of it.
     pub fn number(self) -> u32 {
         self.0.as_raw_nonzero().get().unsigned_abs()
     }
@@ -19,12 +20,12 @@ pub fn current() -> Thread {
     Thread(rustix::thread::gettid())
 }
 
-/// The classes of disk schedulers that a thread of ours may be in.
+/// The classes of the disk scheduler that driftd uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Disk {
-    /// Best effort at the level that threads have which never chose one.
+    /// Best effort, at the default level.
     Usual,
-    /// Only when nobody else wants the disk.
+    /// Only when no other process uses the disk.
     Idle,
 }
 
@@ -43,7 +44,7 @@ pub fn set(thread: Thread, nice: i32, disk: Disk) -> io::Result<()> {
         Disk::Idle => (IOPRIO_CLASS_IDLE, 0),
     };
     let pid = thread.0.as_raw_nonzero().get();
-    // SAFETY: three numbers; the kernel reads and writes no memory of ours.
+    // SAFETY: the call takes three numbers and touches no memory of this process.
     let result = unsafe {
         libc::syscall(
             libc::SYS_ioprio_set,
@@ -53,7 +54,7 @@ pub fn set(thread: Thread, nice: i32, disk: Disk) -> io::Result<()> {
         )
     };
     let disk = if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
-    // On Linux the priority of a "process" is that of the one thread.
+    // On Linux this sets the priority of one thread.
     let processor = rustix::process::setpriority_process(Some(thread.0), nice);
     disk.and(processor.map_err(io::Error::from))
 }

@@ -1,5 +1,5 @@
-//! What execve(2) writes on a new program's stack: how many arguments there are,
-//! where each of them is, and above that, the arguments themselves.
+//! The arguments on a new program's stack, as execve(2) writes them: their number, the
+//! address of each, and above these the arguments themselves.
 //!
 //! ```text
 //! stack pointer ──> argc  argv[0] … argv[argc - 1]  0  envp … 0  auxv …
@@ -7,12 +7,12 @@
 //!                   argv[0]\0argv[1]\0…  environment …
 //! ```
 //!
-//! A copy of it ends where the process has no page yet: in the gap, if that holds
-//! one which nothing has been written to. Then the arguments are not in the copy.
+//! A copy of the stack ends where the process has no page yet: in the gap, if the gap
+//! contains a page that was never written. Then the arguments are not in the copy.
 
 use super::procfs::MAX_ARGUMENTS;
 
-/// How wide an address is in a program.
+/// The width of a program's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
     Four,
@@ -36,10 +36,10 @@ impl Word {
     }
 }
 
-/// The arguments in a copy of the stack from `pointer` upwards, as /proc/PID/cmdline
-/// has them: the first [`MAX_ARGUMENTS`] of them, each with its NUL. `None` if there
-/// are none, if one of these is not in the copy whole, or if they do not lie one
-/// behind the other, as the kernel writes them. Pure.
+/// The arguments in a copy of the stack from `pointer` upwards, in the form of
+/// `/proc/PID/cmdline`: the first [`MAX_ARGUMENTS`], each with its NUL. `None` if there are
+/// none, if one of them is not complete in the copy, or if they are not adjacent, as the
+/// kernel writes them. Pure.
 pub fn arguments(copy: &[u8], pointer: u64, word: Word) -> Option<&[u8]> {
     let count = usize::try_from(word.at(copy, 0)?).ok()?.min(MAX_ARGUMENTS);
     if count == 0 {
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_whole_in_the_copy_is_not_told() {
+    fn arguments_that_are_not_complete_in_the_copy_are_not_returned() {
         let whole = stack(&[b"/bin/x", b"one"], 100, POINTER, Word::Eight);
         let end = whole.len() - b"A=1\0/bin/x\0".len();
         check(&whole[..end], Word::Eight, Some(b"/bin/x\0one\0"));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn more_arguments_than_are_told_do_not_matter() {
+    fn arguments_after_the_last_returned_one_do_not_matter() {
         let list = vec![&b"a"[..]; MAX_ARGUMENTS + 100];
         let expected = b"a\0".repeat(MAX_ARGUMENTS);
         check(&stack(&list, 16, POINTER, Word::Eight), Word::Eight, Some(&expected));

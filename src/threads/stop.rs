@@ -1,22 +1,24 @@
-//! A stop as a list of stages. Each has a deadline, and says what it leaves.
+//! The stop of the daemon as a list of stages. Each stage has a deadline, and counts what it
+//! leaves undone.
 //!
-//! A stage that does not end in time is left behind: what it waits for (a disk, a
-//! container's runtime) must not keep the next stage, or systemd, waiting.
+//! A stage that does not end in time is left running, and the next one begins: neither the
+//! next stage nor systemd must wait for what it waits for (a disk, a container's runtime).
+//! `daemon::STOP` has the stages and their deadlines.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
-use super::Left;
+use super::harness::Left;
 
 /// One stage.
 pub struct Stage {
     pub name: &'static str,
     pub within: Duration,
-    /// Does the work; should end by the deadline that it is given.
+    /// Does the work. Should end by the deadline, its argument.
     pub run: Box<dyn FnOnce(Instant) + Send>,
-    /// Asked when the stage has ended or was left behind.
+    /// Counts what is left undone, after the stage has ended or its deadline has passed.
     pub left: Box<dyn Fn() -> Vec<Left>>,
 }
 
@@ -26,7 +28,7 @@ impl fmt::Debug for Stage {
     }
 }
 
-/// What came of a stage.
+/// The result of a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub name: &'static str,
@@ -48,7 +50,7 @@ fn run_one(stage: Stage) -> Outcome {
         let _ended = ended;
         run(deadline);
     });
-    // Without a thread the stage is not run, which is as if it had not ended.
+    // If no thread can be started, the stage does not run, and counts as not ended.
     let is_in_time =
         thread.is_ok() && end.recv_timeout(within) == Err(RecvTimeoutError::Disconnected);
     let left = left();

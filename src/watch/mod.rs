@@ -386,7 +386,7 @@ impl Watch {
         let ours = shared.clone();
         watch.consume("unseen", receive_unseen, move |queue| unseen::run(&ours, queue))?;
         if let Some(Recorder::Rings(rings)) = &recorder
-            && rings.tell_arguments()
+            && rings.has_arguments()
         {
             shared.set_records_arguments();
         }

@@ -5,6 +5,10 @@
 //! here is how the usual interpreters understand their command line; what is not
 //! understood is no script.
 
+use crate::model::programs;
+
+pub(super) use crate::model::programs::Language;
+
 /// What an interpreter runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Runs {
@@ -16,37 +20,9 @@ pub(super) enum Runs {
     Inline,
 }
 
-/// Which command line is understood.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Language {
-    Shell,
-    Python,
-    Perl,
-    Ruby,
-    Node,
-    Php,
-    Lua,
-    Tcl,
-    Awk,
-}
-
-/// A program that is many, by the name of its file.
-fn is_multicall(program: &[u8]) -> bool {
-    matches!(program, b"busybox" | b"busybox.static" | b"toybox")
-}
-
-/// Whether a program that is many takes its first argument for the name of one: it does so
-/// for any name that begins with its own.
-fn is_called_as_itself(called: &[u8]) -> bool {
-    called.starts_with(b"busybox") || called.starts_with(b"toybox")
-}
-
 /// A dynamic linker, which runs the program that it is given.
 pub(super) fn is_linker(path: &[u8]) -> bool {
-    let name = file_name(path);
-    [b"ld-linux".as_slice(), b"ld-musl", b"ld.so", b"ld64.so", b"ld-2."]
-        .iter()
-        .any(|start| name.starts_with(start))
+    programs::is_dynamic_linker(file_name(path))
 }
 
 /// The program that a dynamic linker was given, and that program's arguments, its name
@@ -76,34 +52,11 @@ fn file_name(path: &[u8]) -> &[u8] {
     path.rsplit(|&byte| byte == b'/').next().unwrap_or_default()
 }
 
-/// `python3.11` is a `python`, and `lua5.4` is a `lua`.
-fn without_version(name: &[u8]) -> &[u8] {
-    let is_version = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'.' | b'-');
-    let end = name.iter().rposition(|byte| !is_version(byte)).map_or(0, |last| last + 1);
-    &name[..end]
-}
-
-fn language(name: &[u8]) -> Option<Language> {
-    Some(match without_version(name) {
-        b"sh" | b"bash" | b"rbash" | b"dash" | b"ash" | b"zsh" | b"ksh" | b"mksh" | b"hush"
-        | b"yash" | b"posh" => Language::Shell,
-        b"python" | b"pypy" => Language::Python,
-        b"perl" => Language::Perl,
-        b"ruby" | b"jruby" => Language::Ruby,
-        b"node" | b"nodejs" => Language::Node,
-        b"php" => Language::Php,
-        b"lua" | b"luajit" | b"texlua" => Language::Lua,
-        b"tclsh" | b"wish" | b"expect" => Language::Tcl,
-        b"awk" | b"gawk" | b"mawk" | b"nawk" | b"original-awk" => Language::Awk,
-        _ => return None,
-    })
-}
-
 /// Whether a program of this name may be an interpreter, so that it is worth
 /// reading its arguments.
 pub(super) fn may_interpret(program: &[u8]) -> bool {
     let name = file_name(program);
-    is_multicall(name) || language(name).is_some() || is_linker(name)
+    programs::is_multicall(name) || programs::language(name).is_some() || is_linker(name)
 }
 
 /// Which interpreter this is: by its file's own name, and by the name it was
@@ -121,12 +74,12 @@ pub(super) fn interpreter<'a>(
     let (first, rest) = arguments.split_first()?;
     // A login shell's name begins with a dash.
     let called = file_name(first.strip_prefix(b"-").unwrap_or(first));
-    if is_multicall(name) && is_called_as_itself(called) {
+    if programs::is_multicall(name) && programs::is_multicalls_own_name(called) {
         let (applet, rest) = rest.split_first()?;
-        return Some((language(file_name(applet))?, rest));
+        return Some((programs::language(file_name(applet))?, rest));
     }
     // Links to a multi-call program have its content and a name of their own.
-    let language = if is_multicall(name) { language(called) } else { language(name) };
+    let language = programs::language(if programs::is_multicall(name) { called } else { name });
     Some((language?, rest))
 }
 

@@ -19,7 +19,7 @@ use super::{code, deeds};
 use crate::health::Failure;
 use crate::model::{
     Blake3Hash, ContainerId, Fact, FileState, Filesystem, HostilePath, Process, ProcessIdentity,
-    RootfsPath, Source, printable,
+    RootfsPath, Source, printable, programs,
 };
 use crate::sys::door::{self, Ground, Held, Local, View};
 use crate::sys::file::{self, Stat};
@@ -279,12 +279,11 @@ pub(super) struct Runtimes {
 /// content that is executed must be the content found there.
 const PLACES: [&str; 5] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
-const NAMES: [&str; 4] = ["runc", "crun", "youki", "docker-runc"];
 
 /// Whether a program has such a name: no more than a reason to look at it.
 pub(super) fn is_called_like_a_runtime(file_name: &[u8]) -> bool {
     let name = file_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
-    NAMES.iter().any(|known| known.as_bytes() == name)
+    programs::is_runtime(name)
 }
 
 impl Runtimes {
@@ -313,7 +312,7 @@ impl Runtimes {
     pub(super) fn is_installed(&mut self, state: &FileState, max: u64) -> bool {
         let Some(content) = state.blake3() else { return false };
         PLACES.iter().any(|place| {
-            NAMES.iter().any(|name| {
+            programs::runtimes().any(|name| {
                 let Ok(held) = door::on_host(format!("{place}/{name}").as_bytes()) else {
                     return false;
                 };
