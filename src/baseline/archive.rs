@@ -1,9 +1,9 @@
-//! Images in a file or a directory: an OCI image layout, or what `docker save`
-//! writes. No containerd is asked, and nothing is unpacked: documents are read and
-//! checked, layers are read where they lie.
+//! Images in a file or a directory: an OCI image layout, or what `docker save` writes.
+//! The CLI reads them without containerd, and nothing is unpacked: documents are read and
+//! checked, layers are read in place.
 //!
-//! What is in an archive was written by whoever made it. Names are looked up among
-//! the archive's own; a symlink leads from one of them to another, and never out.
+//! An attacker may have written the archive. Names are looked up only among its members; a
+//! symlink leads from one member to another, and never out of the archive.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -23,7 +23,7 @@ use super::unpack::{clean, split};
 use crate::model::{ChainId, DiffId, ManifestDigest, Sha256Hash, printable};
 use crate::sys;
 
-/// Why there is no image to be had.
+/// Why an archive gives no image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot read {}", path.display())]
@@ -43,10 +43,10 @@ pub enum Error {
     Bad { path: PathBuf, name: String, reason: String },
 }
 
-/// An image, and where its layers lie.
+/// An image, and where its layers are in the archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArchiveImage {
-    /// May be empty: nobody need have named it.
+    /// May be empty: an image need not have a name.
     pub names: Vec<String>,
     /// `docker save` archives of the old layout have no manifests.
     pub manifest_digest: Option<ManifestDigest>,
@@ -67,7 +67,7 @@ impl ArchiveImage {
 pub struct ArchiveBlob {
     /// Its name in the archive.
     name: Vec<u8>,
-    /// As the manifest says; `None` in `docker save` archives of the old layout.
+    /// The digest that the manifest names; `None` in `docker save` archives of the old layout.
     pub digest: Option<Sha256Hash>,
 }
 
@@ -77,14 +77,14 @@ impl fmt::Display for ArchiveBlob {
     }
 }
 
-/// A document whose digest is right.
+/// A document whose digest was checked.
 struct Blob {
     name: Vec<u8>,
     bytes: Vec<u8>,
 }
 
-/// A file of the archive.
-struct Found {
+/// A regular file of the archive.
+struct MemberFile {
     size: u64,
     reader: Box<dyn Read + Send>,
 }
@@ -103,8 +103,8 @@ impl fmt::Debug for Archive {
 }
 
 /// Opens an OCI layout (a directory or a tar archive of one) or the archive of
-/// `docker save`, and reads what images it holds. Of an image for many platforms,
-/// this machine's is taken.
+/// `docker save`, and reads the images in it. From an image for many platforms, it takes
+/// the one for this machine.
 pub fn open(path: &Path) -> Result<Archive, Error> {
     let read = |source| Error::Read { path: path.into(), source };
     let metadata = std::fs::metadata(path).map_err(read)?;
@@ -133,7 +133,7 @@ impl Archive {
     /// A layer's blob, from its first byte on.
     pub fn layer(&self, blob: &ArchiveBlob) -> Result<Box<dyn Read + Send>, Error> {
         match self.member(&blob.name)? {
-            Some(found) => Ok(found.reader),
+            Some(file) => Ok(file.reader),
             None => Err(self.bad(&blob.name, "is not there, though the image has it as a layer")),
         }
     }
@@ -145,7 +145,7 @@ impl Archive {
             Ok(Document::Manifest { .. }) => return Err(self.bad(name, "is no index")),
             Err(reason) => return Err(self.bad(name, reason)),
         };
-        // What has one name, or none, and differs in its platform, is one image.
+        // Entries with the same name, or with none, that name a platform are one image.
         let mut groups: BTreeMap<(Option<String>, usize), Vec<Descriptor>> = BTreeMap::new();
         for (number, entry) in entries.into_iter().enumerate() {
             let alone = if entry.platform.is_some() { usize::MAX } else { number };
@@ -155,11 +155,11 @@ impl Archive {
         for ((name, _), entries) in groups {
             let Some(mut image) = self.image_of(entries)? else { continue };
             // One image under many names has an entry for each.
-            let known = images.iter_mut().find(|known| {
-                known.manifest_digest == image.manifest_digest && known.layers == image.layers
+            let same = images.iter_mut().find(|other| {
+                other.manifest_digest == image.manifest_digest && other.layers == image.layers
             });
-            match known {
-                Some(known) => known.names.extend(name),
+            match same {
+                Some(same) => same.names.extend(name),
                 None => {
                     image.names.extend(name);
                     images.push(image);
@@ -173,8 +173,8 @@ impl Archive {
         Ok(images)
     }
 
-    /// The first of these that is this platform's image and is there; `None` if
-    /// they are something else than images.
+    /// The first of these that is an image for this platform and is in the archive; `None`
+    /// if they are no images.
     fn image_of(&self, entries: Vec<Descriptor>) -> Result<Option<ArchiveImage>, Error> {
         const INDEX_DEPTH: u32 = 4;
         let mut candidates: Vec<(Descriptor, u32)> = oci::candidates(entries, oci::host())
@@ -303,11 +303,11 @@ impl Archive {
     }
 
     fn check(&self, name: &[u8], bytes: &[u8], expected: Sha256Hash) -> Result<(), Error> {
-        let found = Sha256Hash(Sha256::digest(bytes).into());
-        if found == expected {
+        let actual = Sha256Hash(Sha256::digest(bytes).into());
+        if actual == expected {
             return Ok(());
         }
-        Err(self.bad(name, format!("has another digest than its name says: sha256:{found}")))
+        Err(self.bad(name, format!("has another digest than its name states: sha256:{actual}")))
     }
 
     fn digest_of(&self, descriptor: &Descriptor) -> Result<Sha256Hash, Error> {
@@ -323,7 +323,7 @@ impl Archive {
 
     /// The whole of a small file; `None` if it is not there.
     fn document(&self, name: &[u8]) -> Result<Option<Vec<u8>>, Error> {
-        let Some(Found { size, reader }) = self.member(name)? else { return Ok(None) };
+        let Some(MemberFile { size, reader }) = self.member(name)? else { return Ok(None) };
         let mut bytes = Vec::new();
         if size <= DOCUMENT_LIMIT {
             let read = reader.take(DOCUMENT_LIMIT + 1).read_to_end(&mut bytes);
@@ -336,7 +336,7 @@ impl Archive {
     }
 
     /// A regular file's size and content; `None` if it is not there.
-    fn member(&self, name: &[u8]) -> Result<Option<Found>, Error> {
+    fn member(&self, name: &[u8]) -> Result<Option<MemberFile>, Error> {
         const MAX_LINKS: u32 = 8;
         let mut name = clean(name);
         if name.starts_with(b"/") || climbs(&name) || name.contains(&0) {
@@ -354,7 +354,7 @@ impl Archive {
                 if !stat.is_regular() {
                     return Err(self.bad(&name, "is no regular file"));
                 }
-                Ok(Some(Found { size: stat.size, reader: Box::new(File::from(fd)) }))
+                Ok(Some(MemberFile { size: stat.size, reader: Box::new(File::from(fd)) }))
             }
             Root::Tar { file, members } => {
                 for _ in 0..MAX_LINKS {
@@ -363,7 +363,7 @@ impl Archive {
                         Some(Member::Link(target)) => name.clone_from(target),
                         Some(Member::File { at, size }) => {
                             let window = Window { file: Arc::clone(file), at: *at, left: *size };
-                            return Ok(Some(Found { size: *size, reader: Box::new(window) }));
+                            return Ok(Some(MemberFile { size: *size, reader: Box::new(window) }));
                         }
                         Some(Member::Other) => {
                             return Err(self.bad(&name, "is no regular file"));
@@ -390,8 +390,8 @@ fn blob_name(digest: Sha256Hash) -> Vec<u8> {
     format!("blobs/sha256/{digest}").into_bytes()
 }
 
-/// The name that an index gives an image: in full by containerd and Docker, or as
-/// a mere tag by others.
+/// The name that an index gives an image: the full name from containerd and Docker, only
+/// the tag from others.
 fn name_of(entry: &Descriptor) -> Option<String> {
     let annotations = entry.annotations.as_ref()?;
     ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
@@ -419,7 +419,7 @@ fn docker_images(bytes: &[u8]) -> Result<Vec<DockerImage>, String> {
     serde_json::from_slice(bytes).map_err(|err| format!("is no list of images: {err}"))
 }
 
-// ---- a tar archive, used where it lies
+// ---- a tar archive, read in place
 
 enum Root {
     Directory(OwnedFd),
@@ -431,7 +431,7 @@ enum Member {
         at: u64,
         size: u64,
     },
-    /// By another name of the archive.
+    /// The name of another member.
     Link(Vec<u8>),
     Other,
 }
@@ -453,7 +453,7 @@ impl Read for Window {
     }
 }
 
-/// Where every file of an archive begins. Contents are passed over, not read.
+/// Finds where every file of an archive begins. Contents are passed over, not read.
 fn index(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, Error> {
     /// Images have some dozen layers; each has a file or three.
     const MAX_MEMBERS: usize = 100_000;
@@ -511,7 +511,7 @@ fn index(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, Error> {
             flag::REGULAR if !reader.is_sparse() => {
                 Some(Member::File { at: begin, size: header.size })
             }
-            // As the name says it, seen from where the link is.
+            // A symlink's target is relative to the link's directory.
             flag::SYMLINK => {
                 let (directory, _) = split(&name);
                 Some(Member::Link(clean(&[directory, &header.link].concat())))
@@ -610,7 +610,7 @@ mod tests {
         open(file.path())
     }
 
-    /// What the archive tells, as a directory and as a file: the same.
+    /// Opens an archive as a directory and as a file: both give the same images.
     #[track_caller]
     fn opened(files: &Files) -> (tempfile::TempDir, [Archive; 2]) {
         let directory = files.in_directory();
@@ -637,7 +637,7 @@ mod tests {
     }
 
     #[test]
-    fn an_oci_layout_tells_its_images_and_their_layers() {
+    fn an_oci_layout_gives_its_images_and_their_layers() {
         let mut files = Files::default();
         let first = files.image(&[b"one", b"two"]);
         let second = files.image(&[b"three"]);
@@ -723,7 +723,7 @@ mod tests {
 
         files.0[0].1.push(b' ');
         let error = open_bytes(&files.in_tar()).unwrap_err().to_string();
-        assert!(error.contains("has another digest than its name says"), "{error}");
+        assert!(error.contains("has another digest than its name states"), "{error}");
     }
 
     #[test]
@@ -735,7 +735,7 @@ mod tests {
             let mut files = files.clone();
             files.0[changed].1.push(b' ');
             let digest = Sha256Hash(Sha256::digest(&files.0[changed].1).into());
-            check_bad(&files, &format!("has another digest than its name says: sha256:{digest}"));
+            check_bad(&files, &format!("has another digest than its name states: sha256:{digest}"));
         }
         for lost in 1..3 {
             let mut files = files.clone();
@@ -751,7 +751,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_no_image_is_told() {
+    fn what_holds_no_image_is_refused() {
         let error = open(Path::new("/nonexistent/archive")).unwrap_err().to_string();
         assert_eq!(error, "cannot read /nonexistent/archive");
         check_bad(&Files::default(), "it has no index.json and no manifest.json");
@@ -771,7 +771,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_cut_short_is_told() {
+    fn an_archive_cut_short_is_refused() {
         let mut files = Files::default();
         let image = files.image(&[&[7; 5000]]);
         files.index(&[image]);
@@ -796,7 +796,7 @@ mod tests {
             "{error}"
         );
         fs::remove_file(&index).unwrap();
-        // Whoever opens a FIFO to read waits for a writer.
+        // A process that opens a FIFO to read waits for a writer.
         rustix::fs::mknodat(
             rustix::fs::CWD,
             &index,
