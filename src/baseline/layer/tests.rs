@@ -1,3 +1,6 @@
+//! A layer's file, written and read back, whole and damaged. Other tests of this room use
+//! the layers that are generated here.
+
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};

@@ -1,3 +1,5 @@
+//! The recorder without blobs: its queue, the order of jobs, and what it removes.
+
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};

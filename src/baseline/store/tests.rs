@@ -1,3 +1,6 @@
+//! The store on a real disk: what survives a restart, what is set aside, what is removed.
+//! Needs root: modes and a full tmpfs.
+
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io;

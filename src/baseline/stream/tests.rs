@@ -1,3 +1,5 @@
+//! Archives written byte by byte, and the layers that they become.
+
 use std::io::{self, Write as _};
 
 use proptest::prelude::*;

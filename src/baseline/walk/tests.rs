@@ -1,3 +1,4 @@
+//! Walks of directories that the tests make, also while they change.
 //! Needs root: device nodes, `trusted.` attributes and overlay mounts.
 
 use std::ffi::OsStr;
