@@ -659,7 +659,13 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         match news {
-            BaselineEvent::Tampered { layer, witness, directories, differences, total } => {
+            BaselineEvent::Tampered {
+                layer,
+                compared_with: witness,
+                directories,
+                differences,
+                total,
+            } => {
                 let tampered = Tampered { layer, witness, directories, differences, total, image };
                 self.layer_tampered(tampered, now, effects);
             }

@@ -1981,7 +1981,7 @@ fn an_archive_that_is_not_what_its_digests_say_stores_nothing() {
         fs::write(&layer, damaged).unwrap();
         let refused = record();
         assert_eq!((refused.code, refused.out.as_str()), (2, ""), "{refused:?}");
-        assert!(refused.talk.contains("it is damaged, or somebody changed it"), "{}", refused.talk);
+        assert!(refused.talk.contains("it is damaged, or it was changed"), "{}", refused.talk);
         let kept: Vec<_> = fs::read_dir(store.join("layers")).unwrap().collect();
         assert_eq!(kept.len(), 0, "{kept:?}");
     }

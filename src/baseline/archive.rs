@@ -1,9 +1,9 @@
-//! Images in a file or a directory: an OCI image layout, or what `docker save`
-//! writes. No containerd is asked, and nothing is unpacked: documents are read and
-//! checked, layers are read where they lie.
+//! Images in a file or a directory: an OCI image layout, or what `docker save` writes.
+//! The CLI reads them without containerd, and nothing is unpacked: documents are read and
+//! checked, layers are read in place.
 //!
-//! What is in an archive was written by whoever made it. Names are looked up among
-//! the archive's own; a symlink leads from one of them to another, and never out.
+//! An attacker may have written the archive. Names are looked up only among its members; a
+//! symlink leads from one member to another, and never out of the archive.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -23,7 +23,7 @@ use super::unpack::{clean, split};
 use crate::model::{ChainId, DiffId, ManifestDigest, Sha256Hash, printable};
 use crate::sys;
 
-/// Why there is no image to be had.
+/// Why an archive gives no image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot read {}", path.display())]
@@ -43,10 +43,10 @@ pub enum Error {
     Bad { path: PathBuf, name: String, reason: String },
 }
 
-/// An image, and where its layers lie.
+/// An image, and where its layers are in the archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArchiveImage {
-    /// May be empty: nobody need have named it.
+    /// May be empty: an image need not have a name.
     pub names: Vec<String>,
     /// `docker save` archives of the old layout have no manifests.
     pub manifest_digest: Option<ManifestDigest>,
@@ -67,7 +67,7 @@ impl ArchiveImage {
 pub struct ArchiveBlob {
     /// Its name in the archive.
     name: Vec<u8>,
-    /// As the manifest says; `None` in `docker save` archives of the old layout.
+    /// The digest that the manifest names; `None` in `docker save` archives of the old layout.
     pub digest: Option<Sha256Hash>,
 }
 
@@ -77,14 +77,14 @@ impl fmt::Display for ArchiveBlob {
     }
 }
 
-/// A document whose digest is right.
+/// A document whose digest was checked.
 struct Blob {
     name: Vec<u8>,
     bytes: Vec<u8>,
 }
 
-/// A file of the archive.
-struct Found {
+/// A regular file of the archive.
+struct MemberFile {
     size: u64,
     reader: Box<dyn Read + Send>,
 }
@@ -103,8 +103,8 @@ impl fmt::Debug for Archive {
 }
 
 /// Opens an OCI layout (a directory or a tar archive of one) or the archive of
-/// `docker save`, and reads what images it holds. Of an image for many platforms,
-/// this machine's is taken.
+/// `docker save`, and reads the images in it. From an image for many platforms, it takes
+/// the one for this machine.
 pub fn open(path: &Path) -> Result<Archive, Error> {
     let read = |source| Error::Read { path: path.into(), source };
     let metadata = std::fs::metadata(path).map_err(read)?;
@@ -133,7 +133,7 @@ impl Archive {
     /// A layer's blob, from its first byte on.
     pub fn layer(&self, blob: &ArchiveBlob) -> Result<Box<dyn Read + Send>, Error> {
         match self.member(&blob.name)? {
-            Some(found) => Ok(found.reader),
+            Some(file) => Ok(file.reader),
             None => Err(self.bad(&blob.name, "is not there, though the image has it as a layer")),
         }
     }
@@ -145,7 +145,7 @@ impl Archive {
             Ok(Document::Manifest { .. }) => return Err(self.bad(name, "is no index")),
             Err(reason) => return Err(self.bad(name, reason)),
         };
-        // What has one name, or none, and differs in its platform, is one image.
+        // Entries with the same name, or with none, that name a platform are one image.
         let mut groups: BTreeMap<(Option<String>, usize), Vec<Descriptor>> = BTreeMap::new();
         for (number, entry) in entries.into_iter().enumerate() {
             let alone = if entry.platform.is_some() { usize::MAX } else { number };
@@ -155,11 +155,11 @@ impl Archive {
         for ((name, _), entries) in groups {
             let Some(mut image) = self.image_of(entries)? else { continue };
             // One image under many names has an entry for each.
-            let known = images.iter_mut().find(|known| {
-                known.manifest_digest == image.manifest_digest && known.layers == image.layers
+            let same = images.iter_mut().find(|other| {
+                other.manifest_digest == image.manifest_digest && other.layers == image.layers
             });
-            match known {
-                Some(known) => known.names.extend(name),
+            match same {
+                Some(same) => same.names.extend(name),
                 None => {
                     image.names.extend(name);
                     images.push(image);
@@ -173,8 +173,8 @@ impl Archive {
         Ok(images)
     }
 
-    /// The first of these that is this platform's image and is there; `None` if
-    /// they are something else than images.
+    /// The first of these that is an image for this platform and is in the archive; `None`
+    /// if they are no images.
     fn image_of(&self, entries: Vec<Descriptor>) -> Result<Option<ArchiveImage>, Error> {
         const INDEX_DEPTH: u32 = 4;
         let mut candidates: Vec<(Descriptor, u32)> = oci::candidates(entries, oci::host())
@@ -303,11 +303,11 @@ impl Archive {
     }
 
     fn check(&self, name: &[u8], bytes: &[u8], expected: Sha256Hash) -> Result<(), Error> {
-        let found = Sha256Hash(Sha256::digest(bytes).into());
-        if found == expected {
+        let actual = Sha256Hash(Sha256::digest(bytes).into());
+        if actual == expected {
             return Ok(());
         }
-        Err(self.bad(name, format!("has another digest than its name says: sha256:{found}")))
+        Err(self.bad(name, format!("has another digest than its name states: sha256:{actual}")))
     }
 
     fn digest_of(&self, descriptor: &Descriptor) -> Result<Sha256Hash, Error> {
@@ -323,7 +323,7 @@ impl Archive {
 
     /// The whole of a small file; `None` if it is not there.
     fn document(&self, name: &[u8]) -> Result<Option<Vec<u8>>, Error> {
-        let Some(Found { size, reader }) = self.member(name)? else { return Ok(None) };
+        let Some(MemberFile { size, reader }) = self.member(name)? else { return Ok(None) };
         let mut bytes = Vec::new();
         if size <= DOCUMENT_LIMIT {
             let read = reader.take(DOCUMENT_LIMIT + 1).read_to_end(&mut bytes);
@@ -336,7 +336,7 @@ impl Archive {
     }
 
     /// A regular file's size and content; `None` if it is not there.
-    fn member(&self, name: &[u8]) -> Result<Option<Found>, Error> {
+    fn member(&self, name: &[u8]) -> Result<Option<MemberFile>, Error> {
         const MAX_LINKS: u32 = 8;
         let mut name = clean(name);
         if name.starts_with(b"/") || climbs(&name) || name.contains(&0) {
@@ -354,7 +354,7 @@ impl Archive {
                 if !stat.is_regular() {
                     return Err(self.bad(&name, "is no regular file"));
                 }
-                Ok(Some(Found { size: stat.size, reader: Box::new(File::from(fd)) }))
+                Ok(Some(MemberFile { size: stat.size, reader: Box::new(File::from(fd)) }))
             }
             Root::Tar { file, members } => {
                 for _ in 0..MAX_LINKS {
@@ -363,7 +363,7 @@ impl Archive {
                         Some(Member::Link(target)) => name.clone_from(target),
                         Some(Member::File { at, size }) => {
                             let window = Window { file: Arc::clone(file), at: *at, left: *size };
-                            return Ok(Some(Found { size: *size, reader: Box::new(window) }));
+                            return Ok(Some(MemberFile { size: *size, reader: Box::new(window) }));
                         }
                         Some(Member::Other) => {
                             return Err(self.bad(&name, "is no regular file"));
@@ -390,8 +390,8 @@ fn blob_name(digest: Sha256Hash) -> Vec<u8> {
     format!("blobs/sha256/{digest}").into_bytes()
 }
 
-/// The name that an index gives an image: in full by containerd and Docker, or as
-/// a mere tag by others.
+/// The name that an index gives an image: the full name from containerd and Docker, only
+/// the tag from others.
 fn name_of(entry: &Descriptor) -> Option<String> {
     let annotations = entry.annotations.as_ref()?;
     ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
@@ -419,7 +419,7 @@ fn docker_images(bytes: &[u8]) -> Result<Vec<DockerImage>, String> {
     serde_json::from_slice(bytes).map_err(|err| format!("is no list of images: {err}"))
 }
 
-// ---- a tar archive, used where it lies
+// ---- a tar archive, read in place
 
 enum Root {
     Directory(OwnedFd),
@@ -431,7 +431,7 @@ enum Member {
         at: u64,
         size: u64,
     },
-    /// By another name of the archive.
+    /// The name of another member.
     Link(Vec<u8>),
     Other,
 }
@@ -453,7 +453,7 @@ impl Read for Window {
     }
 }
 
-/// Where every file of an archive begins. Contents are passed over, not read.
+/// Finds where every file of an archive begins. Contents are passed over, not read.
 fn index(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, Error> {
     /// Images have some dozen layers; each has a file or three.
     const MAX_MEMBERS: usize = 100_000;
@@ -511,7 +511,7 @@ fn index(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, Error> {
             flag::REGULAR if !reader.is_sparse() => {
                 Some(Member::File { at: begin, size: header.size })
             }
-            // As the name says it, seen from where the link is.
+            // A symlink's target is relative to the link's directory.
             flag::SYMLINK => {
                 let (directory, _) = split(&name);
                 Some(Member::Link(clean(&[directory, &header.link].concat())))
@@ -535,290 +535,4 @@ fn index(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::io::Write as _;
-
-    use super::*;
-
-    /// The files of an archive, before it is known how they are packed.
-    #[derive(Clone, Default)]
-    struct Files(Vec<(String, Vec<u8>)>);
-
-    impl Files {
-        fn put(&mut self, name: &str, content: impl AsRef<[u8]>) {
-            self.0.push((name.into(), content.as_ref().into()));
-        }
-
-        /// A blob, and the descriptor of it.
-        fn blob(&mut self, content: impl AsRef<[u8]>) -> String {
-            let digest = Sha256Hash(Sha256::digest(content.as_ref()).into());
-            self.put(&format!("blobs/sha256/{digest}"), &content);
-            format!(r#"{{"digest":"sha256:{digest}","size":{}}}"#, content.as_ref().len())
-        }
-
-        /// A manifest with a config of these layers.
-        fn image(&mut self, layers: &[&[u8]]) -> String {
-            let diff_ids: Vec<String> =
-                layers.iter().map(|layer| format!("\"{}\"", diff_id(layer))).collect();
-            let blobs: Vec<String> = layers.iter().map(|layer| self.blob(layer)).collect();
-            let config = self.blob(config(&diff_ids));
-            self.blob(format!(r#"{{"config":{config},"layers":[{}]}}"#, blobs.join(",")))
-        }
-
-        fn index(&mut self, entries: &[String]) {
-            self.put("index.json", format!(r#"{{"manifests":[{}]}}"#, entries.join(",")));
-        }
-
-        fn in_directory(&self) -> tempfile::TempDir {
-            let directory = tempfile::tempdir().unwrap();
-            for (name, content) in &self.0 {
-                let path = directory.path().join(name);
-                fs::create_dir_all(path.parent().unwrap()).unwrap();
-                fs::write(path, content).unwrap();
-            }
-            directory
-        }
-
-        fn in_tar(&self) -> Vec<u8> {
-            let mut archive = tar::Builder::new(Vec::new());
-            for (name, content) in &self.0 {
-                let mut header = tar::Header::new_ustar();
-                header.set_size(content.len() as u64);
-                archive.append_data(&mut header, format!("./{name}"), &content[..]).unwrap();
-            }
-            archive.into_inner().unwrap()
-        }
-    }
-
-    fn config(diff_ids: &[String]) -> String {
-        format!(r#"{{"rootfs":{{"type":"layers","diff_ids":[{}]}}}}"#, diff_ids.join(","))
-    }
-
-    fn diff_id(layer: &[u8]) -> DiffId {
-        DiffId(Sha256::digest(layer).into())
-    }
-
-    /// A descriptor with more fields.
-    fn with(descriptor: &str, fields: &str) -> String {
-        format!("{},{fields}}}", descriptor.strip_suffix('}').unwrap())
-    }
-
-    fn open_bytes(bytes: &[u8]) -> Result<Archive, Error> {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(bytes).unwrap();
-        open(file.path())
-    }
-
-    /// What the archive tells, as a directory and as a file: the same.
-    #[track_caller]
-    fn opened(files: &Files) -> (tempfile::TempDir, [Archive; 2]) {
-        let directory = files.in_directory();
-        let archives = [open(directory.path()).unwrap(), open_bytes(&files.in_tar()).unwrap()];
-        assert_eq!(archives[0].images(), archives[1].images());
-        (directory, archives)
-    }
-
-    #[track_caller]
-    fn check_bad(files: &Files, expected: &str) {
-        let directory = files.in_directory();
-        for error in [open(directory.path()), open_bytes(&files.in_tar())].map(Result::unwrap_err) {
-            assert!(error.to_string().ends_with(expected), "{error}");
-        }
-    }
-
-    fn contents(archive: &Archive, image: &ArchiveImage) -> Vec<Vec<u8>> {
-        let read = |(_, blob): &(DiffId, ArchiveBlob)| {
-            let mut bytes = Vec::new();
-            archive.layer(blob).unwrap().read_to_end(&mut bytes).unwrap();
-            bytes
-        };
-        image.layers.iter().map(read).collect()
-    }
-
-    #[test]
-    fn an_oci_layout_tells_its_images_and_their_layers() {
-        let mut files = Files::default();
-        let first = files.image(&[b"one", b"two"]);
-        let second = files.image(&[b"three"]);
-        let name =
-            |name| format!(r#""annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
-        files.index(&[
-            with(&first, &name("a:1")),
-            with(&second, &name("b:1")),
-            with(&first, &name("c:1")),
-        ]);
-        let (_directory, archives) = opened(&files);
-        for archive in archives {
-            let [one, other] = archive.images() else { panic!("{:?}", archive.images()) };
-            assert_eq!(one.names, ["a:1", "c:1"]);
-            assert_eq!(other.names, ["b:1"]);
-            assert_eq!(contents(&archive, one), [&b"one"[..], b"two"]);
-            assert_eq!(one.layers[1].0, diff_id(b"two"));
-            assert_eq!(
-                one.chain_id(),
-                ChainId::of_layers(&[diff_id(b"one"), diff_id(b"two")]).pop()
-            );
-            let digest: serde_json::Value = serde_json::from_str(&first).unwrap();
-            assert_eq!(one.manifest_digest.unwrap().to_string(), digest["digest"]);
-        }
-    }
-
-    #[test]
-    fn this_platforms_image_is_taken_and_attestations_are_none() {
-        let (os, architecture) = oci::host();
-        let platform = |os: &str, architecture: &str| {
-            format!(r#""platform":{{"os":"{os}","architecture":"{architecture}"}}"#)
-        };
-        for nested in [false, true] {
-            let mut files = Files::default();
-            let other = files.image(&[b"other"]);
-            let ours = files.image(&[b"ours"]);
-            let attestation = files.image(&[b"provenance"]);
-            let entries = [
-                with(&attestation, &platform("unknown", "unknown")),
-                with(&other, &platform("plan9", "mips")),
-                with(&ours, &platform(os, architecture)),
-            ];
-            if nested {
-                let index = files.blob(format!(r#"{{"manifests":[{}]}}"#, entries.join(",")));
-                files.index(&[index]);
-            } else {
-                files.index(&entries);
-            }
-            let (_directory, archives) = opened(&files);
-            for archive in archives {
-                let [image] = archive.images() else { panic!("{:?}", archive.images()) };
-                assert_eq!(contents(&archive, image), [b"ours"]);
-                assert_eq!(image.names, [""; 0]);
-            }
-        }
-    }
-
-    #[test]
-    fn docker_save_is_read_in_its_old_layout() {
-        let mut files = Files::default();
-        let config =
-            config(&[format!("\"{}\"", diff_id(b"one")), format!("\"{}\"", diff_id(b"one"))]);
-        let name = format!("{}.json", Sha256Hash(Sha256::digest(&config).into()));
-        files.put(&name, &config);
-        files.put("1/layer.tar", b"one");
-        files.put(
-            "manifest.json",
-            format!(r#"[{{"Config":"{name}","RepoTags":["a:1"],"Layers":["1/layer.tar","2/layer.tar"]}}]"#),
-        );
-        // A layer that is there already is a link to where it is.
-        let mut archive = tar::Builder::new(files.in_tar());
-        let packed = archive.get_mut();
-        packed.truncate(packed.len() - 1024);
-        let mut header = tar::Header::new_ustar();
-        header.set_entry_type(tar::EntryType::Symlink);
-        header.set_size(0);
-        archive.append_link(&mut header, "2/layer.tar", "../1/layer.tar").unwrap();
-        let archive = open_bytes(&archive.into_inner().unwrap()).unwrap();
-        let [image] = archive.images() else { panic!("{:?}", archive.images()) };
-        assert_eq!((&image.names[..], image.manifest_digest), (&["a:1".to_owned()][..], None));
-        assert_eq!(contents(&archive, image), [b"one", b"one"]);
-        assert_eq!(image.layers[0].1.to_string(), "1/layer.tar");
-
-        files.0[0].1.push(b' ');
-        let error = open_bytes(&files.in_tar()).unwrap_err().to_string();
-        assert!(error.contains("has another digest than its name says"), "{error}");
-    }
-
-    #[test]
-    fn documents_that_are_not_what_their_digest_says_are_refused() {
-        let mut files = Files::default();
-        let image = files.image(&[b"one"]);
-        files.index(&[image]);
-        for changed in 1..3 {
-            let mut files = files.clone();
-            files.0[changed].1.push(b' ');
-            let digest = Sha256Hash(Sha256::digest(&files.0[changed].1).into());
-            check_bad(&files, &format!("has another digest than its name says: sha256:{digest}"));
-        }
-        for lost in 1..3 {
-            let mut files = files.clone();
-            files.0.remove(lost);
-            check_bad(&files, ["", "as its config", "though an index names it"][lost]);
-        }
-        let mut files = Files::default();
-        let layer = files.blob(b"one");
-        let config = files.blob(config(&[]));
-        let manifest = files.blob(format!(r#"{{"config":{config},"layers":[{layer}]}}"#));
-        files.index(&[manifest]);
-        check_bad(&files, "names 0 layers where its manifest names 1");
-    }
-
-    #[test]
-    fn what_holds_no_image_is_told() {
-        let error = open(Path::new("/nonexistent/archive")).unwrap_err().to_string();
-        assert_eq!(error, "cannot read /nonexistent/archive");
-        check_bad(&Files::default(), "it has no index.json and no manifest.json");
-        let mut files = Files::default();
-        files.index(&[]);
-        let (os, architecture) = oci::host();
-        check_bad(&files, &format!("has no image for {os}/{architecture}"));
-        let mut files = Files::default();
-        files.put("index.json", vec![b' '; 9 << 20]);
-        check_bad(&files, "index.json is larger than 8 MiB");
-        let mut files = Files::default();
-        files.put("manifest.json", b"{}");
-        let error = open_bytes(&files.in_tar()).unwrap_err().to_string();
-        assert!(error.contains("manifest.json is no list of images"), "{error}");
-        let error = open_bytes(b"\x1f\x8b\x08 compressed").unwrap_err().to_string();
-        assert!(error.contains("(decompress it first: gzip -dk /"), "{error}");
-    }
-
-    #[test]
-    fn an_archive_cut_short_is_told() {
-        let mut files = Files::default();
-        let image = files.image(&[&[7; 5000]]);
-        files.index(&[image]);
-        let whole = files.in_tar();
-        let error = open_bytes(&whole[..3000]).unwrap_err().to_string();
-        assert!(error.contains("is cut short: the archive is truncated"), "{error}");
-    }
-
-    #[test]
-    fn nothing_leads_out_of_a_layout() {
-        let mut files = Files::default();
-        let image = files.image(&[b"one"]);
-        files.index(&[image]);
-        let directory = files.in_directory();
-        let outside = tempfile::NamedTempFile::new().unwrap();
-        let index = directory.path().join("index.json");
-        fs::remove_file(&index).unwrap();
-        std::os::unix::fs::symlink(outside.path(), &index).unwrap();
-        let error = open(directory.path()).unwrap_err().to_string();
-        assert!(
-            error.contains("index.json cannot be opened: Too many levels of symbolic links"),
-            "{error}"
-        );
-        fs::remove_file(&index).unwrap();
-        // Whoever opens a FIFO to read waits for a writer.
-        rustix::fs::mknodat(
-            rustix::fs::CWD,
-            &index,
-            rustix::fs::FileType::Fifo,
-            rustix::fs::Mode::RUSR,
-            0,
-        )
-        .unwrap();
-        let error = open(directory.path()).unwrap_err().to_string();
-        assert!(error.ends_with("index.json is no regular file"), "{error}");
-
-        for target in ["/etc/passwd", "../etc/passwd", "a/../../x"] {
-            let mut archive = tar::Builder::new(Vec::new());
-            let mut header = tar::Header::new_ustar();
-            header.set_entry_type(tar::EntryType::Symlink);
-            header.set_size(0);
-            archive.append_link(&mut header, "index.json", target).unwrap();
-            let error = open_bytes(&archive.into_inner().unwrap()).unwrap_err().to_string();
-            assert!(error.ends_with("index.json is a link out of the archive"), "{error}");
-        }
-        let mut files = Files::default();
-        files.put("manifest.json", br#"[{"Config":"../../etc/passwd","Layers":[]}]"#);
-        check_bad(&files, "../../etc/passwd is a name outside of the archive");
-    }
-}
+mod tests;

@@ -1,17 +1,20 @@
-//! What a layer's baseline says beside what was found in its place.
+//! Compares a layer's baseline with entries that were found elsewhere: in the layer's
+//! directory, or in its blob.
+//!
+//! Pure. `verify` and `recorder` decide what a difference means.
 
 use std::cmp::Ordering;
 
 use super::layer::{FileEntry, LayerBaseline, LayerEntry, Record, compare_paths};
-use super::{LayerDifference, MAX_DIFFERENCES};
+use super::types::{LayerDifference, MAX_DIFFERENCES};
 use crate::model::RootfsPath;
 
-/// The differences between a baseline and what was found, in the order of paths
-/// and at most [`MAX_DIFFERENCES`] of them; and how many there are in all.
+/// The differences between a baseline and what was found, in the order of paths and at
+/// most [`MAX_DIFFERENCES`] of them; and how many there are in all.
 ///
-/// `found` may be in any order, and names no path twice. Nothing can lie below
-/// the `bottom` layer of an image, so it is no difference whether something there
-/// is hidden: containerd unpacks that layer without whiteouts and opaque marks.
+/// `found` may be in any order, and names no path twice. No layer lies below the `bottom`
+/// layer of an image. So whiteouts and opaque marks are ignored there: containerd unpacks
+/// that layer without them.
 pub fn compare(
     expected: &LayerBaseline,
     found: &[LayerEntry],
@@ -42,7 +45,7 @@ impl<'a> Comparison<'a> {
         Comparison { expected, next: 0, bottom, differences: Vec::new(), total: 0 }
     }
 
-    /// What was found next. Its path comes after those of all entries before it.
+    /// Takes the next entry that was found. Its path must come after all paths before it.
     pub fn found(&mut self, entry: &LayerEntry) {
         if self.bottom && matches!(entry, LayerEntry::Whiteout(_)) {
             return;
@@ -68,7 +71,7 @@ impl<'a> Comparison<'a> {
         self.differ(path, None, Some(entry.clone()));
     }
 
-    /// The differences and how many there are, when nothing more was found.
+    /// Ends the comparison; returns the differences and how many there are.
     pub fn finish(mut self) -> (Vec<LayerDifference>, u64) {
         while let Some(record) = self.expected.record(self.next) {
             self.missing(record);
@@ -76,7 +79,7 @@ impl<'a> Comparison<'a> {
         (self.differences, self.total)
     }
 
-    /// Passes over a record whose path was not found.
+    /// Reports the next record as missing.
     fn missing(&mut self, record: Record<'_>) {
         self.next += 1;
         let known = record.to_entry();
@@ -135,8 +138,8 @@ mod tests {
     /// The paths that differ, each with `-` for gone, `+` for new and `*` for changed.
     #[track_caller]
     fn check(expected: &str, found: &str, bottom: bool, differences: &[&str]) {
-        let (told, total) = compare(&layer_of(entries(expected)), &entries(found), bottom);
-        let told: Vec<String> = told
+        let (reported, total) = compare(&layer_of(entries(expected)), &entries(found), bottom);
+        let reported: Vec<String> = reported
             .iter()
             .map(|difference| {
                 let sign = match (&difference.expected, &difference.found) {
@@ -148,7 +151,7 @@ mod tests {
                 format!("{sign}{}", difference.path)
             })
             .collect();
-        assert_eq!(told, differences);
+        assert_eq!(reported, differences);
         assert_eq!(total, differences.len() as u64);
     }
 
@@ -170,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_gone_and_what_is_new_is_told_in_the_order_of_paths() {
+    fn what_is_gone_and_what_is_new_is_reported_in_the_order_of_paths() {
         check(
             "/a/gone 644 data x\n/a-b 644 data x\n/z 644 data x",
             "/a/new 644 data x\n/a-b 644 data x\n/b 644 data x",
@@ -201,13 +204,13 @@ mod tests {
     fn the_list_of_differences_is_bounded_and_their_number_is_not() {
         let many: String =
             (0..MAX_DIFFERENCES + 5).map(|number| format!("/{number:05} 644 data x\n")).collect();
-        let (told, total) = compare(&layer_of(entries("")), &entries(&many), false);
-        assert_eq!((told.len(), total), (MAX_DIFFERENCES, MAX_DIFFERENCES as u64 + 5));
+        let (reported, total) = compare(&layer_of(entries("")), &entries(&many), false);
+        assert_eq!((reported.len(), total), (MAX_DIFFERENCES, MAX_DIFFERENCES as u64 + 5));
     }
 
     proptest! {
         #[test]
-        fn every_path_that_differs_is_told_once(
+        fn every_path_that_differs_is_reported_once(
             expected in any_layer(), mut found in any_layer(), turn in any::<prop::sample::Index>(),
         ) {
             let by_path = |entries: &[LayerEntry]| -> BTreeMap<RootfsPath, LayerEntry> {
@@ -228,9 +231,9 @@ mod tests {
                 .collect();
             let middle = turn.index(found.len());
             found.rotate_left(middle);
-            let (told, total) = compare(&layer_of(expected.clone()), &found, false);
+            let (reported, total) = compare(&layer_of(expected.clone()), &found, false);
             prop_assert_eq!(total, differences.len() as u64);
-            prop_assert_eq!(told, differences);
+            prop_assert_eq!(reported, differences);
             prop_assert_eq!(compare(&layer_of(expected.clone()), &expected, true), (vec![], 0));
         }
     }

@@ -1,26 +1,29 @@
 //! How one image differs from another, file by file.
+//!
+//! Pure: it compares two [`ImageBaseline`]s and keeps nothing. The CLI and the API
+//! show the result.
 
 use std::cmp::Ordering;
 use std::iter::Peekable;
 
-use super::layer::compare_paths;
-use super::{FileEntry, ImageBaseline, Known};
+use super::layer::{FileEntry, compare_paths};
+use super::merge::{ImageBaseline, KnownBaseline};
 
-/// What makes two images differ at one path.
+/// One path at which two images differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ImageDifference {
     /// Only the second image has it.
-    Added(Known),
+    Added(KnownBaseline),
     /// Only the first image has it.
-    Removed(Known),
-    /// Another content, type, link target or device.
-    Modified(Known, Known),
-    /// Another mode, owner or capability, and nothing else.
-    Metadata(Known, Known),
+    Removed(KnownBaseline),
+    /// The content, type, link target or device differs.
+    Modified(KnownBaseline, KnownBaseline),
+    /// Only the mode, owner or capability differs.
+    Metadata(KnownBaseline, KnownBaseline),
 }
 
-/// What makes `second` another image than `first`, in the order of paths. Which
-/// layer holds a file is no difference.
+/// The differences between `first` and `second`, in the order of paths. Which layer
+/// holds a file is no difference.
 pub fn diff<'a>(
     first: &'a ImageBaseline,
     second: &'a ImageBaseline,
@@ -28,12 +31,12 @@ pub fn diff<'a>(
     Diff { first: first.files().peekable(), second: second.files().peekable() }
 }
 
-struct Diff<A: Iterator<Item = Known>, B: Iterator<Item = Known>> {
+struct Diff<A: Iterator<Item = KnownBaseline>, B: Iterator<Item = KnownBaseline>> {
     first: Peekable<A>,
     second: Peekable<B>,
 }
 
-impl<A: Iterator<Item = Known>, B: Iterator<Item = Known>> Iterator for Diff<A, B> {
+impl<A: Iterator<Item = KnownBaseline>, B: Iterator<Item = KnownBaseline>> Iterator for Diff<A, B> {
     type Item = ImageDifference;
 
     fn next(&mut self) -> Option<ImageDifference> {
@@ -103,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_difference_is_told_in_the_order_of_paths() {
+    fn every_kind_of_difference_is_reported_in_the_order_of_paths() {
         check(
             "/a 644 data x
              /bin 755 dir

@@ -1,9 +1,9 @@
-//! The layers of an image as one tree, merged while it is asked, the way
-//! overlayfs does it: nothing is copied out of the layers' files.
+//! The layers of an image as one tree, merged at each look-up the way overlayfs does it:
+//! nothing is copied out of the layers' files.
 //!
-//! From the top down, the first layer that names a path decides. A layer hides
-//! what is below it at a path by a whiteout or by anything that is no
-//! directory, and inside a directory that is opaque; each covers the subtree.
+//! From the top down, the first layer that names a path decides. A layer hides what the
+//! layers below hold at a path by a whiteout or by anything but a directory, and inside an
+//! opaque directory; each covers the subtree.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -21,7 +21,7 @@ use crate::model::{Blake3Hash, ChainId, FileType, LayerId, RootfsPath};
 
 /// An entry of an image, and the layer it comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct KnownBaseline {
     pub entry: FileEntry,
     pub layer: LayerId,
 }
@@ -33,7 +33,7 @@ pub struct Totals {
     pub bytes: u64,
 }
 
-/// What an image says its files are.
+/// The files of an image, as its layers record them.
 pub struct ImageBaseline {
     chain_id: ChainId,
     /// Bottom first.
@@ -47,13 +47,13 @@ impl fmt::Debug for ImageBaseline {
     }
 }
 
-/// What one layer says about a path and all below it.
-enum Says<'a> {
-    /// Nothing: ask the next layer down.
+/// What one layer holds at a path, and whether it hides the layers below there.
+enum InLayer<'a> {
+    /// Nothing: the next layer down decides.
     Nothing,
-    /// Nothing, and the layers below are hidden.
+    /// Nothing, and it hides the layers below.
     Hidden,
-    /// This is it.
+    /// An entry.
     Entry(Record<'a>),
 }
 
@@ -88,39 +88,40 @@ impl ImageBaseline {
     }
 
     /// What the image holds at `path`.
-    pub fn get(&self, path: &RootfsPath) -> Option<Known> {
+    pub fn get(&self, path: &RootfsPath) -> Option<KnownBaseline> {
         let (number, record) = self.find(path.as_bytes())?;
         self.known(number, record)
     }
 
-    /// What can be seen of `layer` at `path`, whatever the layer has there;
-    /// `Nothing` if it is no layer of this image.
+    /// How much the layers above leave visible of `layer` at `path`; `Nothing` if it is no
+    /// layer of this image.
     pub fn shown_of(&self, layer: LayerId, path: &RootfsPath) -> Shown {
         let mut shown = Shown::All;
         for (id, above) in self.layers.iter().rev() {
             if *id == layer {
                 return shown;
             }
-            match ask(above, path.as_bytes()) {
-                Says::Nothing => (),
-                Says::Entry(record)
+            match look_up(above, path.as_bytes()) {
+                InLayer::Nothing => (),
+                InLayer::Entry(record)
                     if record.file_type() == Some(FileType::Directory)
                         && !record.is_opaque()
                         && !hides_inside(above, path.as_bytes()) =>
                 {
                     shown = Shown::Below;
                 }
-                Says::Entry(_) | Says::Hidden => return Shown::Nothing,
+                InLayer::Entry(_) | InLayer::Hidden => return Shown::Nothing,
             }
         }
         Shown::Nothing
     }
 
     /// The files with this content that can be seen, in the order of paths.
-    pub fn with_content(&self, hash: &Blake3Hash, limit: usize) -> Vec<Known> {
+    pub fn with_content(&self, hash: &Blake3Hash, limit: usize) -> Vec<KnownBaseline> {
         let mut found: Vec<(usize, Record<'_>)> = Vec::new();
         for (number, (_, layer)) in self.layers.iter().enumerate() {
-            // A layer's own are in order already: its first `limit` visible ones do.
+            // A layer's own files are in order already: its first `limit` visible ones are
+            // enough.
             let visible = layer
                 .with_content(hash)
                 .filter(|record| self.find(record.path()).is_some_and(|(top, _)| top == number));
@@ -144,12 +145,12 @@ impl ImageBaseline {
             || self.merge(directory.as_bytes()).any(|(_, record)| program(record))
     }
 
-    /// What lies below `directory` under a name that is wanted.
+    /// The entries below `directory` whose name is wanted.
     pub fn named_below<'a>(
         &'a self,
         directory: &'a RootfsPath,
         is_wanted: impl Fn(&[u8]) -> bool + 'a,
-    ) -> impl Iterator<Item = Known> + 'a {
+    ) -> impl Iterator<Item = KnownBaseline> + 'a {
         let name = |path: &[u8]| path.rsplit(|&byte| byte == b'/').next().map(<[u8]>::to_vec);
         self.merge(directory.as_bytes())
             .filter(move |(_, record)| name(record.path()).is_some_and(|name| is_wanted(&name)))
@@ -157,8 +158,8 @@ impl ImageBaseline {
     }
 
     /// Everything the image holds, directories included, in the order of paths
-    /// (see [`super::layer`]): a directory is followed by what it holds.
-    pub fn files(&self) -> impl Iterator<Item = Known> + '_ {
+    /// (see [`compare_paths`]): a directory is followed by what it holds.
+    pub fn files(&self) -> impl Iterator<Item = KnownBaseline> + '_ {
         let root = self.find(b"/");
         root.into_iter()
             .chain(self.merge(b"/"))
@@ -186,10 +187,10 @@ impl ImageBaseline {
         self.layers.iter().for_each(|(_, layer)| layer.forget());
     }
 
-    fn known(&self, number: usize, record: Record<'_>) -> Option<Known> {
+    fn known(&self, number: usize, record: Record<'_>) -> Option<KnownBaseline> {
         match record.to_entry() {
             LayerEntry::File(entry) | LayerEntry::OpaqueDirectory(entry) => {
-                Some(Known { entry, layer: self.layers[number].0 })
+                Some(KnownBaseline { entry, layer: self.layers[number].0 })
             }
             LayerEntry::Whiteout(_) => None,
         }
@@ -198,10 +199,10 @@ impl ImageBaseline {
     /// The entry that can be seen at `path`, and its layer's number.
     fn find(&self, path: &[u8]) -> Option<(usize, Record<'_>)> {
         for (number, (_, layer)) in self.layers.iter().enumerate().rev() {
-            match ask(layer, path) {
-                Says::Nothing => (),
-                Says::Hidden => return None,
-                Says::Entry(record) => return Some((number, record)),
+            match look_up(layer, path) {
+                InLayer::Nothing => (),
+                InLayer::Hidden => return None,
+                InLayer::Entry(record) => return Some((number, record)),
             }
         }
         None
@@ -212,15 +213,15 @@ impl ImageBaseline {
         // The lowest layer of which anything can be seen below `directory`.
         let mut floor = self.layers.len();
         for (number, (_, layer)) in self.layers.iter().enumerate().rev() {
-            match ask(layer, directory) {
-                Says::Nothing => floor = number,
-                Says::Entry(record) if record.file_type() == Some(FileType::Directory) => {
+            match look_up(layer, directory) {
+                InLayer::Nothing => floor = number,
+                InLayer::Entry(record) if record.file_type() == Some(FileType::Directory) => {
                     floor = number;
                     if hides_below(record) {
                         break;
                     }
                 }
-                Says::Entry(_) | Says::Hidden => break,
+                InLayer::Entry(_) | InLayer::Hidden => break,
             }
             if hides_inside(layer, directory) {
                 break;
@@ -234,14 +235,14 @@ impl ImageBaseline {
     }
 }
 
-/// What one layer says about `path`.
-fn ask<'a>(layer: &'a LayerBaseline, path: &[u8]) -> Says<'a> {
+/// What one layer holds at `path`.
+fn look_up<'a>(layer: &'a LayerBaseline, path: &[u8]) -> InLayer<'a> {
     let entry = layer.find(path).and_then(|number| layer.record(number));
     match entry {
-        Some(record) if record.file_type().is_none() => Says::Hidden,
-        Some(record) => Says::Entry(record),
-        None if hides_inside(layer, path) => Says::Hidden,
-        None => Says::Nothing,
+        Some(record) if record.file_type().is_none() => InLayer::Hidden,
+        Some(record) => InLayer::Entry(record),
+        None if hides_inside(layer, path) => InLayer::Hidden,
+        None => InLayer::Nothing,
     }
 }
 
@@ -303,11 +304,11 @@ impl PartialEq for Head<'_> {
 
 impl Eq for Head<'_> {}
 
-/// Walks the layers side by side.
+/// Goes through the layers in parallel, in the order of paths.
 struct Merge<'a> {
     heads: BinaryHeap<Reverse<Head<'a>>>,
-    /// The paths that lead to where the walk is, each with the lowest layer
-    /// that can be seen below it.
+    /// The paths that lead to the current one, each with the lowest layer that can be seen
+    /// below it.
     covers: Vec<(&'a [u8], usize)>,
 }
 
@@ -352,8 +353,8 @@ impl<'a> Iterator for Merge<'a> {
     }
 }
 
-/// Whether a directory hides what the layers below have in it. The kernel does not
-/// ask this of the layers' own roots: overlayfs merges them when it mounts them.
+/// Whether a directory hides what the layers below have in it. A layer's root never does:
+/// overlayfs merges the roots when it mounts the layers.
 fn hides_below(record: Record<'_>) -> bool {
     record.is_opaque() && record.path() != b"/"
 }
@@ -365,7 +366,7 @@ fn floor_below(floor: usize, number: usize, record: Record<'_>) -> usize {
         _ if number < floor => floor,
         Some(FileType::Directory) if hides_below(record) => number,
         Some(FileType::Directory) => floor,
-        // Nothing is below it in its own layer, whatever it is.
+        // It is no directory, so its own layer has nothing below it either.
         Some(_) | None => number + 1,
     }
 }
@@ -386,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_shows_what_no_layer_above_stands_before() {
+    fn a_layer_shows_what_no_layer_above_hides() {
         let image = ImageBaseline::from_text(&[
             "/bin/ls 755 elf ls\n/etc/motd 644 data hello\n/opt/a 755 elf a\n/var/x 755 elf x",
             "/bin/cat 755 elf cat\n- /etc/motd\nopaque /opt 755",
@@ -496,8 +497,7 @@ mod tests {
         assert!(!has("/etc") && !has("/opt") && !has("/srv") && !has("/none") && !has("/us"));
     }
 
-    /// What overlayfs shows, said slowly: each layer is laid over the ones
-    /// below it.
+    /// What overlayfs shows, computed the slow way: each layer is laid over those below it.
     fn model(layers: &[Vec<LayerEntry>]) -> Vec<(usize, FileEntry)> {
         let mut shown: BTreeMap<RootfsPath, (usize, FileEntry)> = BTreeMap::new();
         for (number, entries) in layers.iter().enumerate() {
@@ -530,7 +530,7 @@ mod tests {
             layers in proptest::collection::vec(any_layer(), 0..5),
         ) {
             let id = |number: usize| LayerId::Diff(DiffId([u8::try_from(number).unwrap(); 32]));
-            let known = |(number, entry): &(usize, FileEntry)| Known {
+            let known = |(number, entry): &(usize, FileEntry)| KnownBaseline {
                 entry: entry.clone(),
                 layer: id(*number),
             };
@@ -543,7 +543,7 @@ mod tests {
             );
             let shown = model(&layers);
 
-            let all: Vec<Known> = shown.iter().map(known).collect();
+            let all: Vec<KnownBaseline> = shown.iter().map(known).collect();
             prop_assert_eq!(image.files().collect::<Vec<_>>(), all.clone());
             for path in every_path() {
                 let expected = all.iter().find(|known| known.entry.path == path).cloned();
@@ -557,7 +557,7 @@ mod tests {
             }
             for word in ["x", "y", "", "none"] {
                 let hash = crate::baseline::blake3_of(word);
-                let expected: Vec<Known> =
+                let expected: Vec<KnownBaseline> =
                     all.iter().filter(|known| known.entry.blake3 == Some(hash)).cloned().collect();
                 prop_assert_eq!(&image.with_content(&hash, usize::MAX), &expected);
                 prop_assert_eq!(&image.with_content(&hash, 1)[..], &expected[..expected.len().min(1)]);

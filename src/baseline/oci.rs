@@ -1,4 +1,7 @@
 //! OCI documents: indexes, manifests and image configs, decoded. Pure.
+//!
+//! The bytes come from registries, so nothing in them is trusted. `archive` and containerd's
+//! room read the documents and check their digests.
 
 use serde::Deserialize;
 
@@ -7,7 +10,7 @@ use crate::model::{DiffId, printable};
 /// Larger documents are refused (containerd itself stops at 8 MiB).
 pub const DOCUMENT_LIMIT: u64 = 8 << 20;
 
-/// What an image's target or an index' entry points at.
+/// A reference to a document or blob, from an image's target or an index's entry.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
@@ -32,7 +35,7 @@ pub struct Platform {
     variant: String,
 }
 
-/// What an image's target is.
+/// The document that an image's target refers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Document {
     Index(Vec<Descriptor>),
@@ -57,7 +60,7 @@ pub fn is_document(media_type: &str) -> bool {
     )
 }
 
-/// Whether an index names things, but no manifest: a checkpoint's archives.
+/// Whether an index has entries, but no manifest among them: a checkpoint's archives.
 pub fn holds_no_image(index: &[Descriptor]) -> bool {
     !index.is_empty() && !index.iter().any(|entry| is_document(&entry.media_type))
 }
@@ -72,7 +75,7 @@ impl Descriptor {
     }
 }
 
-/// Decodes an index or a manifest of the OCI's or Docker's; an error in words.
+/// Decodes an index or a manifest, in OCI's or Docker's format; the error is text.
 pub fn document(bytes: &[u8]) -> Result<Document, String> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
@@ -124,7 +127,7 @@ pub fn diff_ids(bytes: &[u8]) -> Result<Option<Vec<DiffId>>, String> {
     parsed.map(Some).map_err(|err| format!("has a bad layer list: {err}"))
 }
 
-/// This node's platform in the OCI's words.
+/// This node's platform, by its OCI names.
 pub fn host() -> (&'static str, &'static str) {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -138,15 +141,15 @@ pub fn host() -> (&'static str, &'static str) {
     (std::env::consts::OS, architecture)
 }
 
-/// The entries of an index that may be this node's image, best first. Which of
-/// them containerd has taken shows in which of them is there.
+/// The entries of an index that may be this node's image, best first. The one whose blobs
+/// exist is the one that containerd took.
 pub fn candidates(index: Vec<Descriptor>, host: (&str, &str)) -> Vec<Descriptor> {
     const MANY: usize = 16;
     let is_image = |entry: &Descriptor| is_document(&entry.media_type) && !is_attestation(entry);
     let mut images: Vec<Descriptor> = index.into_iter().filter(is_image).collect();
     if images.len() == 1 {
-        // An index of one image says nothing about which to take, and an image
-        // of another architecture can be run on purpose.
+        // With one image there is no choice. An image of another architecture can be run
+        // on purpose.
         return images;
     }
     let rank = |entry: &Descriptor| match &entry.platform {
@@ -175,7 +178,7 @@ fn variant_rank(architecture: &str, variant: &str) -> Option<u32> {
     })
 }
 
-/// BuildKit hangs provenance into the index as if it were one more platform.
+/// BuildKit adds provenance to the index as if it were one more platform.
 fn is_attestation(entry: &Descriptor) -> bool {
     entry
         .platform

@@ -1,6 +1,7 @@
 //! How far a layer's baseline is proved, and which directories equal it.
 //!
-//! Values only: the store keeps them in `proofs/`, the recorder changes them.
+//! Values only, and their JSON: the store keeps them in `proofs/`, the recorder changes
+//! them.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,20 +9,20 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::layer::parse_layer_id;
-use super::{KnownBy, LayerDifference, LayerEntry};
+use super::layer::{LayerEntry, parse_layer_id};
+use super::types::{KnownBy, LayerDifference};
 use crate::model::{Blake3Hash, ChainId, FileTime, FileType, LayerId, printable};
 
-/// What is known of one layer's baseline besides what it says.
+/// What is known of one layer's baseline besides its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerProof {
-    /// The checksum of the layer's file. Of any other file this says nothing.
+    /// The checksum of the layer's file. The proof is valid for this file only.
     pub checksum: Blake3Hash,
-    /// The stack that the layer was the top of when it was recorded. Directories
-    /// that its archive only implies have the owner and mode they have there.
+    /// The stack whose top layer it was when it was recorded. Directories that its archive
+    /// only implies have the owner and mode that this stack gives them.
     pub recorded_in: ChainId,
-    /// Whether the file has what the layer hides. The directory of an image's
-    /// bottom layer does not tell: containerd unpacks it without whiteouts.
+    /// Whether the file has the whiteouts and opaque marks of the layer. The directory of an
+    /// image's bottom layer has none: containerd unpacks it without them.
     pub hides: bool,
     pub known_by: KnownBy,
     /// The digest of the blob that proved it.
@@ -33,7 +34,7 @@ pub struct LayerProof {
     pub directories: Vec<Checked>,
 }
 
-/// A directory whose content was compared with a layer's file, and is the same.
+/// A directory whose content was compared with a layer's file and equals it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checked {
     pub path: PathBuf,
@@ -41,8 +42,8 @@ pub struct Checked {
     pub newest_change: FileTime,
     /// When all of it was last read; the moment before the first file was.
     pub checked_at: Timestamp,
-    /// When nothing in it was newer than `newest_change`, apart from what was
-    /// read then: the moment before the first file was looked at.
+    /// When nothing in it was newer than `newest_change`, except files that were read then:
+    /// the moment before the first file was examined.
     pub unchanged_at: Timestamp,
 }
 
@@ -64,7 +65,7 @@ impl LayerProof {
         self.directories.iter().find(|directory| directory.path == path)
     }
 
-    /// Replaces what is known of that directory.
+    /// Replaces what was known of that directory.
     pub fn set_directory(&mut self, checked: Checked) {
         self.forget_directory(&checked.path);
         self.directories.push(checked);
@@ -80,18 +81,18 @@ impl LayerProof {
 const TICK: Duration = Duration::from_millis(20);
 
 impl Checked {
-    /// Changes that nobody has seen have this ctime or a later one.
+    /// A change that was not compared has this ctime or a later one.
     pub fn seen_until(&self) -> FileTime {
         file_time(self.unchanged_at.saturating_sub(TICK).unwrap_or(Timestamp::MIN))
     }
 }
 
-/// Up to when several directories together equal the baseline.
+/// The time up to which several directories together equal the baseline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Since {
     pub time: FileTime,
-    /// The newest change in any of them. If it is later than `time`, a directory
-    /// that was not looked at since keeps `time` back.
+    /// The newest change in any of them. If it is later than `time`, a directory that was
+    /// not compared since keeps `time` back.
     pub newest: FileTime,
 }
 
@@ -125,8 +126,8 @@ fn file_time(time: Timestamp) -> FileTime {
 
 /// Whether two entries differ in nothing but the owner and mode of a directory.
 ///
-/// A directory that an archive only implies has these from the layers below, so
-/// in another stack than the one that was recorded this is no difference.
+/// A directory that an archive only implies has these from the layers below. So in another
+/// stack than the recorded one, they may differ.
 pub fn may_be_implied(difference: &LayerDifference) -> bool {
     let (Some(LayerEntry::File(expected)), Some(LayerEntry::File(found))) =
         (&difference.expected, &difference.found)
@@ -156,8 +157,8 @@ struct ProofJson {
     directories: Vec<Checked>,
 }
 
-/// As it is kept. Directories whose names are no text are left out: they are
-/// compared again.
+/// A proof as JSON. Directories whose paths are no UTF-8 are left out: they are compared
+/// again.
 pub(super) fn to_json(id: LayerId, proof: &LayerProof) -> Vec<u8> {
     let directories =
         proof.directories.iter().filter(|directory| directory.path.to_str().is_some());
@@ -207,13 +208,13 @@ mod tests {
         FileTime { seconds, nanoseconds }
     }
 
-    fn checked(newest: i64, looked: i64) -> Checked {
-        let looked = Timestamp::from_second(looked).unwrap();
+    fn checked(newest: i64, compared: i64) -> Checked {
+        let compared = Timestamp::from_second(compared).unwrap();
         Checked {
             path: "/layer".into(),
             newest_change: at(newest, 0),
-            checked_at: looked,
-            unchanged_at: looked,
+            checked_at: compared,
+            unchanged_at: compared,
         }
     }
 
@@ -243,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn one_layer_nobody_looked_at_leaves_the_time_open() {
+    fn one_layer_that_was_not_compared_leaves_the_time_open() {
         assert_eq!(unchanged_since([Some(&checked(1, 100)), None]), None);
         assert_eq!(unchanged_since([]), None);
     }

@@ -1,17 +1,16 @@
 //! Tar archives, read the way Go's `archive/tar` reads them.
 //!
-//! Why not the `tar` crate: what runs in a container is what containerd made of
-//! the archive, and containerd reads it with Go's reader. Wherever two readers
-//! see two different trees in the same bytes, whoever made the image chooses
-//! which of them we believe. The crate reads some bytes otherwise than Go does:
-//! it does not know PAX sparse files (their names and contents come out wrong),
-//! skips the content that a directory or a link claims to have, keeps global PAX
-//! headers for the entries that follow, takes the trailing slash of any regular
-//! file for a directory, and puts no limit on the size of an extended header.
-//! Here each of these is decided as Go decides it, and so is which headers are
-//! refused: a header that Go refuses is one that containerd does not unpack.
+//! A container runs what containerd made of the archive, and containerd reads it with Go's
+//! reader. Where two readers see two different trees in the same bytes, the author of the
+//! image chooses which of them is believed. That is why the `tar` crate is not used; it
+//! differs from Go in some bytes. It does not know PAX sparse files (their names and
+//! contents come out wrong), skips the content that a directory or a link claims to have,
+//! keeps global PAX headers for the entries that follow, takes any regular file with a
+//! trailing slash for a directory, and puts no limit on the size of an extended header.
+//! Here each of these is decided as Go decides it, and a header that Go refuses is refused,
+//! because containerd does not unpack it.
 //!
-//! Nothing is taken from an archive without a limit, and no bytes make this panic.
+//! Every size that an archive names has a limit, and no bytes make this panic.
 
 use std::io::{self, BufRead};
 
@@ -26,7 +25,7 @@ const CAPABILITY: &[u8] = b"SCHILY.xattr.security.capability";
 /// Type flags.
 pub(super) mod flag {
     pub(in super::super) const REGULAR: u8 = b'0';
-    /// Of archives older than POSIX; read as a directory if the name ends in `/`.
+    /// In archives older than POSIX; a directory if the name ends in `/`.
     pub(super) const OLD_REGULAR: u8 = 0;
     pub(in super::super) const LINK: u8 = b'1';
     pub(in super::super) const SYMLINK: u8 = b'2';
@@ -72,7 +71,7 @@ pub(super) struct Header {
     pub(super) flag: u8,
     pub(super) name: Vec<u8>,
     pub(super) link: Vec<u8>,
-    /// Of the file, holes included.
+    /// The file's size, holes included.
     pub(super) size: u64,
     pub(super) mode: i64,
     pub(super) uid: i64,
@@ -83,7 +82,7 @@ pub(super) struct Header {
     pub(super) capability: Option<Box<[u8]>>,
 }
 
-/// A part of a sparse file that is there; all else is zeros.
+/// A part of a sparse file that is stored; all else is zeros.
 #[derive(Clone, Copy)]
 struct Fragment {
     offset: u64,
@@ -94,7 +93,7 @@ pub(super) struct Reader<R> {
     source: R,
     /// How far `source` has been read.
     position: u64,
-    /// What of the entry's data in the archive has not been read.
+    /// How many bytes of the entry's data in the archive are not read yet.
     data: u64,
     padding: u64,
     /// The entry's fragments, if it is sparse.
@@ -102,7 +101,7 @@ pub(super) struct Reader<R> {
     size: u64,
 }
 
-/// Which layout a header has, as Go guesses it.
+/// The layout of a header, recognised as Go does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
     V7,
@@ -150,8 +149,8 @@ impl<R: BufRead> Reader<R> {
             match header.flag {
                 flag::PAX => pax = self.pax(at)?,
                 flag::PAX_GLOBAL => {
-                    // Go hands it out as an entry of its own, and forgets it, together
-                    // with the extended headers that came before.
+                    // Go returns it as an entry of its own, and then forgets it and the
+                    // extended headers before it.
                     if let Some(name) = self.pax(at)?.filled(Key::Path) {
                         header.name = name.to_vec();
                     }
@@ -184,7 +183,7 @@ impl<R: BufRead> Reader<R> {
         }
     }
 
-    /// Hands the whole content of the entry to `each`, in pieces of any size.
+    /// Passes the whole content of the entry to `each`, in pieces of any size.
     pub(super) fn content<E: From<Fault>>(
         &mut self,
         mut each: impl FnMut(&[u8]) -> Result<(), E>,
@@ -230,7 +229,7 @@ impl<R: BufRead> Reader<R> {
     }
 
     /// Sets up the reading of an entry's data. Links, devices and directories
-    /// have none, whatever their size says.
+    /// have none, even if they name a size.
     fn begin(&mut self, flag: u8, size: i64, at: u64) -> Result<(), Fault> {
         let size = if has_no_data(flag) { 0 } else { size };
         self.data = u64::try_from(size)
@@ -253,9 +252,9 @@ impl<R: BufRead> Reader<R> {
         let mut logical = size;
         let fragments = if header.flag == flag::GNU_SPARSE {
             if header.layout != Layout::Gnu {
-                return Err(malformed("it is a sparse file of a format that nobody knows"));
+                return Err(malformed("it is a sparse file of an unknown format"));
             }
-            let number = |field: &[u8]| numeric(field).ok_or(malformed("a number is none"));
+            let number = |field: &[u8]| numeric(field).ok_or(malformed("a number is not valid"));
             logical = number(&header.block[483..495])?;
             Some(self.gnu_map(header.block, at)?)
         } else {
@@ -274,7 +273,7 @@ impl<R: BufRead> Reader<R> {
                     }
                     let real = pax.filled(Key::SparseSize).or(pax.filled(Key::SparseRealSize));
                     if let Some(real) = real {
-                        logical = decimal(real).ok_or(malformed("a number is none"))?;
+                        logical = decimal(real).ok_or(malformed("a number is not valid"))?;
                     }
                     Some(if in_data { self.map_in_data(at)? } else { pax.map(at)? })
                 }
@@ -290,13 +289,13 @@ impl<R: BufRead> Reader<R> {
             for Fragment { offset, length } in &fragments {
                 let next = offset.checked_add(*length).filter(|next| *next <= logical);
                 let Some(next) = next.filter(|_| *offset >= end) else {
-                    return Err(malformed("its map of holes makes no sense"));
+                    return Err(malformed("its map of holes is not valid"));
                 };
                 end = next;
                 stored += length;
             }
             if stored != self.data {
-                return Err(malformed("it has another amount of data than its map of holes says"));
+                return Err(malformed("the amount of its data does not match its map of holes"));
             }
             self.size = logical;
             self.sparse = Some(fragments);
@@ -373,7 +372,7 @@ impl<R: BufRead> Reader<R> {
             0 => "it is no tar archive",
             _ => "its checksum does not match",
         }))?;
-        RawHeader::parse(block, layout).ok_or(malformed("a number in it is none")).map(Some)
+        RawHeader::parse(block, layout).ok_or(malformed("a number in it is not valid")).map(Some)
     }
 
     /// The whole of an extended header.
@@ -418,7 +417,7 @@ impl<R: BufRead> Reader<R> {
                 let number = |field: &[u8]| {
                     numeric(field)
                         .and_then(|number| u64::try_from(number).ok())
-                        .ok_or(malformed("a number in its map of holes is none"))
+                        .ok_or(malformed("a number in its map of holes is not valid"))
                 };
                 fragments.push(Fragment {
                     offset: number(&entry[..12])?,
@@ -465,7 +464,7 @@ impl<R: BufRead> Reader<R> {
             }
             decimal(&digits)
                 .and_then(|number| u64::try_from(number).ok())
-                .ok_or(malformed("a number in its map of holes is none"))
+                .ok_or(malformed("a number in its map of holes is not valid"))
         };
         let entries = number(self)?;
         if entries > MAX_FRAGMENTS as u64 {
@@ -495,7 +494,7 @@ struct RawHeader {
 }
 
 impl RawHeader {
-    /// `None` if a number in it is none.
+    /// `None` if a number in it is not valid.
     fn parse(block: Box<[u8; BLOCK]>, layout: Layout) -> Option<RawHeader> {
         let mut header = RawHeader {
             layout,
@@ -623,7 +622,7 @@ fn decimal(digits: &[u8]) -> Option<i64> {
     str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// The records of a PAX header that mean something to us or to Go's reader.
+/// The records of a PAX header that this reader or Go's uses.
 #[derive(Clone, Copy)]
 enum Key {
     Path,
@@ -709,7 +708,8 @@ impl Pax {
     }
 
     fn merge(&self, header: &mut RawHeader, size: &mut i64, at: u64) -> Result<(), Fault> {
-        let malformed = Fault::Malformed { at, why: "a number in its extended header is none" };
+        let malformed =
+            Fault::Malformed { at, why: "a number in its extended header is not valid" };
         if let Some(path) = self.filled(Key::Path) {
             header.name = path.to_vec();
         }
@@ -735,15 +735,15 @@ impl Pax {
         let malformed = |why| Fault::Malformed { at, why };
         let entries = decimal(self.text(Key::SparseBlocks))
             .and_then(|entries| usize::try_from(entries).ok())
-            .ok_or(malformed("it does not say how long its map of holes is"))?;
+            .ok_or(malformed("the length of its map of holes is missing"))?;
         let numbers: Option<Vec<u64>> = self
             .text(Key::SparseMap)
             .split(|&byte| byte == b',')
             .map(|number| decimal(number).and_then(|number| u64::try_from(number).ok()))
             .collect();
-        let numbers = numbers.ok_or(malformed("a number in its map of holes is none"))?;
+        let numbers = numbers.ok_or(malformed("a number in its map of holes is not valid"))?;
         if Some(numbers.len()) != entries.checked_mul(2) || entries > MAX_FRAGMENTS {
-            return Err(malformed("its map of holes has another length than it says"));
+            return Err(malformed("its map of holes does not have the stated length"));
         }
         let pairs = numbers.chunks_exact(2);
         Ok(pairs.map(|pair| Fragment { offset: pair[0], length: pair[1] }).collect())

@@ -1,4 +1,6 @@
 //! Images as a few lines of text, for the tests of every room.
+//!
+//! No production code uses this.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

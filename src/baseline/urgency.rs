@@ -1,10 +1,13 @@
 //! How urgent the reading of layers is: not at all, until a container waits.
+//!
+//! It sets the priorities of the threads that read and hash. It does not decide what is
+//! read.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::sys::priority::{self, Disk, Thread};
 
-/// How much less urgent than the node's own work hashing is.
+/// The nice value of hashing while no container waits.
 const NICE: i32 = 10;
 
 /// The priority of the threads that read layers, of all of them at once.
@@ -18,12 +21,12 @@ struct State {
 }
 
 impl Urgency {
-    /// Somebody waits: the threads run and read like any other's.
+    /// A container waits: the threads get the usual priority.
     pub fn raise(&self) {
         self.set(true);
     }
 
-    /// Nobody waits: the threads take what the node leaves over.
+    /// No container waits: the threads take the processor and disk time that is left over.
     pub fn lower(&self) {
         self.set(false);
     }
@@ -44,10 +47,10 @@ impl Urgency {
         state.threads.push(thread);
     }
 
-    /// Before a thread that has joined ends: its number may be another's then.
+    /// Call it before a thread that has joined ends: another thread may get its number.
     pub fn leave(&self) {
         let thread = priority::current();
-        self.state().threads.retain(|known| *known != thread);
+        self.state().threads.retain(|joined| *joined != thread);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -55,7 +58,7 @@ impl Urgency {
     }
 }
 
-/// Best effort: a baseline at another priority is a baseline all the same.
+/// Best effort: a baseline does not depend on the priority of the thread that makes it.
 fn apply(thread: Thread, raised: bool) {
     let (nice, disk) = if raised { (0, Disk::Usual) } else { (NICE, Disk::Idle) };
     if let Err(err) = priority::set(thread, nice, disk) {
@@ -95,7 +98,7 @@ mod tests {
 
     /// Needs root, to become more urgent again.
     #[test]
-    fn threads_are_as_urgent_as_was_last_said() {
+    fn threads_are_as_urgent_as_was_last_set() {
         let urgency = Arc::new(Urgency::default());
         let pool = hashing_pool(2, &urgency).unwrap();
         let low = (NICE, "idle".to_owned());

@@ -1649,12 +1649,12 @@ fn differs(path: &str, expected: Option<LayerEntry>, found: Option<LayerEntry>) 
 
 fn tampered(number: u8, differences: Vec<LayerDifference>) -> Input {
     let total = differences.len() as u64;
-    let witness = "directory /lower".to_owned();
+    let compared_with = "directory /lower".to_owned();
     let image = ImageReference { name: Some("img:1".into()), ..ImageReference::default() };
     let layer = layer(number);
     let directories = vec!["/lower".into()];
     Input::Baseline(
-        BaselineEvent::Tampered { layer, witness, directories, differences, total },
+        BaselineEvent::Tampered { layer, compared_with, directories, differences, total },
         image,
     )
 }
@@ -1718,13 +1718,15 @@ fn the_same_layer_from_another_directory_is_whole() {
     let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
     assert_eq!(told, [Some(&id("c1"))]);
     // Nobody knows any more where it was.
-    let Input::Baseline(BaselineEvent::Tampered { layer, witness, differences, total, .. }, image) =
-        tampered(1, vec![changed_ls()])
+    let Input::Baseline(
+        BaselineEvent::Tampered { layer, compared_with, differences, total, .. },
+        image,
+    ) = tampered(1, vec![changed_ls()])
     else {
         unreachable!()
     };
     let directories = Vec::new();
-    let news = BaselineEvent::Tampered { layer, witness, directories, differences, total };
+    let news = BaselineEvent::Tampered { layer, compared_with, directories, differences, total };
     node.give(Input::Baseline(news, image));
     let told: Vec<_> = node.told.iter().map(Finding::container_id).collect();
     assert_eq!(told, [Some(&id("c1")), Some(&id("c2"))]);
@@ -1781,13 +1783,14 @@ fn a_wholly_different_layer_is_told_by_some_of_it_and_in_words() {
     let mut differences: Vec<LayerDifference> = (0..500).map(data).collect();
     differences.push(changed_ls());
     let Input::Baseline(
-        BaselineEvent::Tampered { layer, witness, directories, differences, .. },
+        BaselineEvent::Tampered { layer, compared_with, directories, differences, .. },
         image,
     ) = tampered(1, differences)
     else {
         unreachable!()
     };
-    let news = BaselineEvent::Tampered { layer, witness, directories, differences, total: 70_000 };
+    let news =
+        BaselineEvent::Tampered { layer, compared_with, directories, differences, total: 70_000 };
     node.give(Input::Baseline(news, image));
     assert_eq!(node.told.len(), layers::MAX_TOLD);
     let path = |told: &Finding| told.file.as_ref().unwrap().path.to_string();

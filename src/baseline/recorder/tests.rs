@@ -1,10 +1,19 @@
+//! The recorder without blobs: its queue, the order of jobs, and what it removes.
+
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+use crossbeam_channel::Receiver;
 
 use super::*;
 use crate::baseline::blake3_of;
-use crate::model::{Blob, DiffId, RootfsPath};
+use crate::baseline::merge::ImageBaseline;
+use crate::baseline::store::{Collected, ImageName};
+use crate::baseline::types::{Progress, Proof};
+use crate::model::{Blob, ChainId, ContainerId, DiffId, Layer, LayerId, RootfsPath};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -12,7 +21,7 @@ struct Bench {
     scratch: tempfile::TempDir,
     store: Arc<Store>,
     health: Arc<Health>,
-    news: Receiver<BaselineEvent>,
+    events: Receiver<BaselineEvent>,
     recorder: Recorder,
 }
 
@@ -24,20 +33,20 @@ impl Blobs for NoBlobs {
     }
 }
 
-fn start(store: Arc<Store>, news: Sender<BaselineEvent>, health: Arc<Health>) -> Recorder {
+fn start(store: Arc<Store>, events: Sender<BaselineEvent>, health: Arc<Health>) -> Recorder {
     let settings = config::Baseline { threads: 2, retention: Duration::ZERO, ..Default::default() };
-    Recorder::start(store, &settings, Arc::new(NoBlobs), news, health)
+    Recorder::start(store, &settings, Arc::new(NoBlobs), events, health)
 }
 
-/// A recorder whose news nobody has read yet: `room` of them find a place.
+/// A recorder whose events are not read yet: `room` of them fit into the channel.
 fn bench(room: usize) -> Bench {
     let scratch = tempfile::tempdir().unwrap();
     let health = Arc::new(Health::default());
     let store =
         Arc::new(Store::open(&scratch.path().join("baselines"), Arc::clone(&health)).unwrap());
-    let (sender, news) = bounded(room);
+    let (sender, events) = bounded(room);
     let recorder = start(Arc::clone(&store), sender, Arc::clone(&health));
-    Bench { scratch, store, health, news, recorder }
+    Bench { scratch, store, health, events, recorder }
 }
 
 impl Bench {
@@ -77,7 +86,7 @@ impl Bench {
 
     #[track_caller]
     fn next(&self) -> Result<(ChainId, Arc<ImageBaseline>), (ChainId, String)> {
-        match self.news.recv_timeout(SOON).expect("the recorder has news") {
+        match self.events.recv_timeout(SOON).expect("the recorder sends an event") {
             BaselineEvent::Ready { chain_id, baseline, .. } => Ok((chain_id, baseline)),
             BaselineEvent::Failed { chain_id, reason } => Err((chain_id, reason)),
             BaselineEvent::Tampered { layer, .. } => panic!("{layer} was not tampered with"),
@@ -100,15 +109,15 @@ fn a_chain_is_recorded_once_and_then_known_without_its_directories() {
     bench.unpack(1);
     bench.unpack(2);
     let progress = Arc::new(Progress::default());
-    let (done, told) = bounded(1);
+    let (done, result) = bounded(1);
     bench.recorder.submit(RecordRequest {
         progress: Some(Arc::clone(&progress)),
-        done: Some(Box::new(move |result| done.send(result).unwrap())),
+        done: Some(Box::new(move |sent| done.send(sent).unwrap())),
         ..bench.image_job("busybox", &[1, 2])
     });
     let (chain_id, baseline) = bench.next().unwrap();
     assert_eq!((chain_id, content_of(&baseline)), (chain(2), Some(blake3_of("2"))));
-    assert!(Arc::ptr_eq(&told.recv_timeout(SOON).unwrap().unwrap().baseline, &baseline));
+    assert!(Arc::ptr_eq(&result.recv_timeout(SOON).unwrap().unwrap().baseline, &baseline));
     assert_eq!(progress.files_done.load(Ordering::Relaxed), 2);
     assert_eq!(progress.layers_done.load(Ordering::Relaxed), 2);
     assert_eq!(progress.layers_total.load(Ordering::Relaxed), 2);
@@ -131,9 +140,9 @@ fn a_chain_is_recorded_once_and_then_known_without_its_directories() {
 fn a_layer_that_is_gone_fails_its_image_and_no_other() {
     let bench = bench(4);
     bench.unpack(2);
-    let (done, told) = bounded(1);
+    let (done, result) = bounded(1);
     bench.recorder.submit(RecordRequest {
-        done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
+        done: Some(Box::new(move |sent| done.send(sent.map(drop)).unwrap())),
         ..bench.job(&[1])
     });
     bench.recorder.submit(bench.job(&[2]));
@@ -141,7 +150,7 @@ fn a_layer_that_is_gone_fails_its_image_and_no_other() {
     assert_eq!(chain_id, chain(1));
     let directory = bench.layer_directory(1);
     assert!(reason.contains(directory.to_str().unwrap()), "{reason}");
-    assert_eq!(told.recv_timeout(SOON).unwrap(), Err(reason));
+    assert_eq!(result.recv_timeout(SOON).unwrap(), Err(reason));
     assert_eq!(bench.next().unwrap().0, chain(2));
     assert_eq!(bench.health.count(Failure::BaselineUnavailable), 1);
     assert_eq!(bench.recorder.pending(), 0);
@@ -167,18 +176,18 @@ fn a_corrupt_layer_is_recorded_again() {
     bench.recorder.submit(bench.job(&[1]));
     drop(bench.next().unwrap());
     corrupt(&bench.scratch.path().join("baselines"));
-    // As after a restart; also whoever got the news has let go of it.
+    // As after a restart; the receiver of the event has dropped the baseline too.
     bench.recorder.clone().stop();
     let store = Store::open(&bench.scratch.path().join("baselines"), Arc::clone(&bench.health));
-    let (sender, news) = bounded(4);
+    let (sender, events) = bounded(4);
     let again = start(Arc::new(store.unwrap()), sender, Arc::clone(&bench.health));
     assert_eq!(
         again.unrecorded(&[LayerId::Diff(DiffId([1; 32]))]),
         [LayerId::Diff(DiffId([1; 32]))]
     );
     again.submit(bench.job(&[1]));
-    let news = news.recv_timeout(SOON).unwrap();
-    assert!(matches!(news, BaselineEvent::Ready { .. }), "{news:?}");
+    let event = events.recv_timeout(SOON).unwrap();
+    assert!(matches!(event, BaselineEvent::Ready { .. }), "{event:?}");
     assert_eq!(bench.health.count(Failure::BaselineCorrupt), 1);
     again.stop();
 }
@@ -189,7 +198,7 @@ fn containers_go_before_images() {
     for number in 1..=3 {
         bench.unpack(number);
     }
-    // The first job's news wait for a reader, so the others queue up.
+    // The first job's event waits for a reader, so the others queue up.
     bench.recorder.submit(bench.job(&[1]));
     while !bench.store.images().iter().any(|record| record.chain_id == chain(1)) {
         std::thread::yield_now();
@@ -203,10 +212,10 @@ fn containers_go_before_images() {
 }
 
 #[test]
-fn a_full_queue_turns_jobs_away_and_says_so() {
+fn a_full_queue_turns_jobs_away_and_reports_them() {
     let bench = bench(0);
-    let (done, told) = bounded(1);
-    // The first job fails, and then waits for somebody to read its news.
+    let (done, result) = bounded(1);
+    // The first job fails, and then waits until its event is read.
     bench.recorder.submit(bench.job(&[1]));
     while bench.health.count(Failure::BaselineUnavailable) < 1 {
         std::thread::yield_now();
@@ -216,35 +225,35 @@ fn a_full_queue_turns_jobs_away_and_says_so() {
     }
     assert_eq!(bench.health.count(Failure::BaselineUnavailable), 1);
     bench.recorder.submit(RecordRequest {
-        done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
+        done: Some(Box::new(move |sent| done.send(sent.map(drop)).unwrap())),
         ..bench.job(&[2])
     });
-    let reason = told.try_recv().expect("submit answers at once").unwrap_err();
+    let reason = result.try_recv().expect("submit answers at once").unwrap_err();
     assert!(reason.contains("tried again"), "{reason}");
-    // The news of the job that was turned away come as soon as there is room.
-    let mut news = std::iter::from_fn(|| Some(bench.next().unwrap_err()));
-    assert!(news.any(|(chain_id, why)| chain_id == chain(2) && why == reason));
+    // The event of the job that was turned away comes as soon as there is room.
+    let mut failures = std::iter::from_fn(|| Some(bench.next().unwrap_err()));
+    assert!(failures.any(|(chain_id, why)| chain_id == chain(2) && why == reason));
     bench.recorder.stop();
 }
 
 #[test]
-fn stopping_waits_for_no_reader_and_answers_every_job() {
+fn stopping_waits_for_no_reader_and_ends_every_job() {
     let bench = bench(0);
-    let (done, told) = bounded(3);
+    let (done, result) = bounded(3);
     for _ in 0..3 {
         let done = done.clone();
         bench.recorder.submit(RecordRequest {
-            done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
+            done: Some(Box::new(move |sent| done.send(sent.map(drop)).unwrap())),
             ..bench.job(&[1])
         });
     }
     bench.recorder.clone().stop();
-    assert_eq!(told.try_iter().count(), 3);
+    assert_eq!(result.try_iter().count(), 3);
     assert_eq!(bench.recorder.pending(), 0);
 }
 
 #[test]
-fn names_follow_the_images_and_what_has_none_is_forgotten() {
+fn names_follow_the_images_and_what_has_none_is_removed() {
     let bench = bench(4);
     bench.unpack(1);
     bench.recorder.submit(bench.image_job("busybox", &[1]));
@@ -263,10 +272,10 @@ fn names_follow_the_images_and_what_has_none_is_forgotten() {
 }
 
 #[track_caller]
-fn answer<T: Send + 'static>(ask: impl FnOnce(Answer<T>)) -> Result<T, String> {
-    let (done, told) = bounded(1);
-    ask(Box::new(move |result| done.send(result).unwrap()));
-    told.recv_timeout(SOON).expect("whoever asks is answered")
+fn answer<T: Send + 'static>(request: impl FnOnce(Answer<T>)) -> Result<T, String> {
+    let (done, result) = bounded(1);
+    request(Box::new(move |sent| done.send(sent).unwrap()));
+    result.recv_timeout(SOON).expect("every request is answered")
 }
 
 #[test]
@@ -299,7 +308,7 @@ fn pruning_does_not_wait_for_the_retention_period() {
     let scratch = tempfile::tempdir().unwrap();
     let health = Arc::new(Health::default());
     let store = Arc::new(Store::open(scratch.path(), Arc::clone(&health)).unwrap());
-    let (sender, news) = bounded(4);
+    let (sender, events) = bounded(4);
     let settings = config::Baseline { threads: 1, ..Default::default() };
     let recorder =
         Recorder::start(Arc::clone(&store), &settings, Arc::new(NoBlobs), sender, health);
@@ -319,7 +328,7 @@ fn pruning_does_not_wait_for_the_retention_period() {
         progress: None,
         done: None,
     });
-    drop(news.recv_timeout(SOON).unwrap());
+    drop(events.recv_timeout(SOON).unwrap());
     recorder.collect(HashSet::new());
     let unneeded = || store.images().first().map(|record| record.unneeded_since.is_some());
     while unneeded() == Some(false) {

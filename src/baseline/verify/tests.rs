@@ -1,23 +1,30 @@
-//! The recorder with blobs: what is proved, what differs, and what nobody can say.
+//! The recorder with blobs: what is proved, what differs, and what is not known.
 //! Needs root: device nodes and `trusted.` attributes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::sync::atomic::AtomicUsize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
 use rustix::fs::{CWD, Mode, XattrFlags, makedev, mknodat, setxattr};
+use sha2::{Digest as _, Sha256};
 
 use super::*;
 use crate::baseline::{
-    BaselineEvent, KnownBy, LayerReport, Proof, RecordRequest, Recorded, Recorder, Witness,
-    blake3_of,
+    BaselineEvent, Blobs, ImageBaseline, KnownBy, LayerDifference, LayerEntry, LayerReport,
+    Progress, Proof, RecordRequest, Recorded, Recorder, Store, Witness, blake3_of,
 };
+use crate::config;
 use crate::health::{Failure, Health};
-use crate::model::{ChainId, ContainerId, DiffId, RootfsPath};
+use crate::model::{
+    Blake3Hash, Blob, ChainId, ContainerId, DiffId, FileTime, Layer, LayerId, RootfsPath,
+};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -176,7 +183,7 @@ struct Bench {
     settings: config::Baseline,
     health: Arc<Health>,
     store: Arc<Store>,
-    news: Receiver<BaselineEvent>,
+    events: Receiver<BaselineEvent>,
     recorder: Recorder,
 }
 
@@ -190,10 +197,10 @@ fn bench_with(settings: config::Baseline) -> Bench {
     let health = Arc::new(Health::default());
     let store = Store::open(&scratch.path().join("baselines"), Arc::clone(&health)).unwrap();
     let store = Arc::new(store);
-    let (sender, news) = bounded(1000);
+    let (sender, events) = bounded(1000);
     let blobs = Arc::new(Slow(Arc::clone(&shelf)));
     let recorder = Recorder::start(Arc::clone(&store), &settings, blobs, sender, health.clone());
-    Bench { scratch, shelf, settings, health, store, news, recorder }
+    Bench { scratch, shelf, settings, health, store, events, recorder }
 }
 
 impl Bench {
@@ -204,11 +211,11 @@ impl Bench {
         drop(store);
         let store = Store::open(&scratch.path().join("baselines"), Arc::clone(&health)).unwrap();
         let store = Arc::new(store);
-        let (sender, news) = bounded(1000);
+        let (sender, events) = bounded(1000);
         let blobs = Arc::new(Slow(Arc::clone(&shelf)));
         let recorder =
             Recorder::start(Arc::clone(&store), &settings, blobs, sender, health.clone());
-        Bench { scratch, shelf, settings, health, store, news, recorder }
+        Bench { scratch, shelf, settings, health, store, events, recorder }
     }
 
     fn has_blob(&self, archive: &Archive) {
@@ -219,13 +226,13 @@ impl Bench {
         self.scratch.path().join(name)
     }
 
-    /// The layers of an image, unpacked for `who` if they are not yet.
-    fn layers(&self, who: &str, archives: &[&Archive]) -> Vec<Layer> {
+    /// The layers of an image, unpacked into directories named for `user`, once.
+    fn layers(&self, user: &str, archives: &[&Archive]) -> Vec<Layer> {
         let diff_ids: Vec<DiffId> = archives.iter().map(|archive| archive.diff_id()).collect();
         let chains = ChainId::of_layers(&diff_ids);
         let layers =
             archives.iter().zip(&chains).enumerate().map(|(place, (archive, chain_id))| {
-                let directory = self.path(&format!("{who}-{}", &chain_id.hex()[..8]));
+                let directory = self.path(&format!("{user}-{}", &chain_id.hex()[..8]));
                 if !directory.exists() {
                     archive.unpack(&directory, place == 0);
                 }
@@ -246,13 +253,13 @@ impl Bench {
 
     #[track_caller]
     fn asked(&self, layers: &[Layer], proof: Proof) -> Result<Recorded, String> {
-        let (done, told) = bounded(1);
+        let (done, result) = bounded(1);
         self.recorder.submit(RecordRequest {
             proof,
-            done: Some(Box::new(move |result| done.send(result).unwrap())),
+            done: Some(Box::new(move |sent| done.send(sent).unwrap())),
             ..job(layers)
         });
-        told.recv_timeout(SOON).expect("a job comes to its end")
+        result.recv_timeout(SOON).expect("a job comes to its end")
     }
 
     fn known_by(&self, layers: &[Layer]) -> Vec<(KnownBy, Option<String>)> {
@@ -281,13 +288,13 @@ impl Bench {
         reason.unwrap()
     }
 
-    /// The next news that are not the repetition of a baseline.
+    /// The next event that is not the repetition of a baseline.
     #[track_caller]
     fn tampered(&self) -> (LayerId, String, Vec<LayerDifference>, u64) {
         loop {
-            match self.news.recv_timeout(SOON).expect("the recorder has news") {
-                BaselineEvent::Tampered { layer, witness, differences, total, .. } => {
-                    return (layer, witness, differences, total);
+            match self.events.recv_timeout(SOON).expect("the recorder sends an event") {
+                BaselineEvent::Tampered { layer, compared_with, differences, total, .. } => {
+                    return (layer, compared_with, differences, total);
                 }
                 BaselineEvent::Ready { .. } => (),
                 BaselineEvent::Failed { reason, .. } => panic!("{reason}"),
@@ -297,10 +304,10 @@ impl Bench {
 
     #[track_caller]
     fn ready(&self) -> (Arc<ImageBaseline>, Option<FileTime>) {
-        match self.news.recv_timeout(SOON).expect("the recorder has news") {
+        match self.events.recv_timeout(SOON).expect("the recorder sends an event") {
             BaselineEvent::Ready { baseline, unchanged_since, .. } => (baseline, unchanged_since),
-            BaselineEvent::Tampered { witness, differences, .. } => {
-                panic!("{witness}: {differences:?}")
+            BaselineEvent::Tampered { compared_with, differences, .. } => {
+                panic!("{compared_with}: {differences:?}")
             }
             BaselineEvent::Failed { reason, .. } => panic!("{reason}"),
         }
@@ -312,7 +319,7 @@ impl Bench {
         while self.ready().1 != Some(time) {}
     }
 
-    /// Waits until the recorder has done what it was asked before.
+    /// Waits until the recorder has carried out all earlier requests.
     #[track_caller]
     fn wait(&self, layers: &[Layer]) {
         self.asked(layers, Proof::Later).unwrap();
@@ -322,9 +329,9 @@ impl Bench {
 
     #[track_caller]
     fn nothing_tampered(&self) {
-        for news in self.news.try_iter() {
-            if let BaselineEvent::Tampered { witness, differences, .. } = news {
-                panic!("{witness}: {differences:?}");
+        for event in self.events.try_iter() {
+            if let BaselineEvent::Tampered { compared_with, differences, .. } = event {
+                panic!("{compared_with}: {differences:?}");
             }
         }
     }
@@ -370,7 +377,7 @@ const UPPER: &str = "
 // ---- blobs
 
 #[test]
-fn a_blob_that_says_the_same_proves_the_layer_and_is_read_once() {
+fn a_blob_with_the_same_content_proves_the_layer_and_is_read_once() {
     let bench = bench();
     let (base, upper) = (archive(BASE), archive(UPPER));
     bench.has_blob(&base);
@@ -416,9 +423,9 @@ fn a_directory_that_was_changed_before_it_was_recorded_is_found_by_the_blob() {
     bench.container("c", &layers);
     assert_eq!(content(&bench.ready().0, "/bin/ls"), Some(blake3_of("LS")));
 
-    let (layer, witness, differences, total) = bench.tampered();
+    let (layer, compared_with, differences, total) = bench.tampered();
     assert_eq!((layer, total), (layers[0].id, 1));
-    assert!(witness.contains(directory(&layers[0]).to_str().unwrap()), "{witness}");
+    assert!(compared_with.contains(directory(&layers[0]).to_str().unwrap()), "{compared_with}");
     assert_eq!(paths(&differences), ["/bin/ls"]);
     let hash = |entry: &Option<LayerEntry>| match entry {
         Some(LayerEntry::File(file)) => file.blake3,
@@ -472,8 +479,8 @@ fn check_not_verified(damage: impl Fn(&mut Vec<u8>, &mut Blob), reason: &str, fa
     let digest = layers[0].blob.as_ref().unwrap().digest.clone();
     bench.shelf.blobs.lock().unwrap().insert(digest, bytes);
     bench.recorder.submit(job(&layers));
-    let told = bench.reason(&layers);
-    assert!(told.contains(reason), "{told}");
+    let why = bench.reason(&layers);
+    assert!(why.contains(reason), "{why}");
     assert_eq!(bench.health.count(Failure::BlobCorrupt), failures);
     bench.nothing_tampered();
 
@@ -485,32 +492,32 @@ fn check_not_verified(damage: impl Fn(&mut Vec<u8>, &mut Blob), reason: &str, fa
     damage(&mut bytes, blob);
     bench.shelf.blobs.lock().unwrap().insert(blob.digest.clone(), bytes);
     layers[0].directory = None;
-    let told = bench.asked(&layers, Proof::Later).map(drop).unwrap_err();
-    assert!(told.contains(reason), "{told}");
-    assert!(told.contains(&layers[0].id.to_string()), "{told}");
+    let why = bench.asked(&layers, Proof::Later).map(drop).unwrap_err();
+    assert!(why.contains(reason), "{why}");
+    assert!(why.contains(&layers[0].id.to_string()), "{why}");
     assert_eq!(bench.store.layers_of(chain_of(&layers)), None);
     assert!(!bench.store.has_layer(layers[0].id).unwrap());
 }
 
 #[test]
-fn a_blob_with_another_digest_proves_nothing_and_is_told() {
-    check_not_verified(|bytes, _| bytes[600] ^= 1, "it is damaged, or somebody changed it", 1);
+fn a_blob_with_another_digest_proves_nothing_and_is_reported() {
+    check_not_verified(|bytes, _| bytes[600] ^= 1, "it is damaged, or it was changed", 1);
 }
 
 #[test]
-fn a_truncated_blob_proves_nothing_and_is_told() {
+fn a_truncated_blob_proves_nothing_and_is_reported() {
     let truncate = |bytes: &mut Vec<u8>, _: &mut Blob| bytes.truncate(bytes.len() / 3);
-    check_not_verified(truncate, "it is damaged, or somebody changed it", 1);
+    check_not_verified(truncate, "it is damaged, or it was changed", 1);
 }
 
 #[test]
 fn a_blob_that_is_longer_than_the_manifest_says_proves_nothing() {
     let extend = |bytes: &mut Vec<u8>, _: &mut Blob| bytes.extend([0; 4096]);
-    check_not_verified(extend, "it is damaged, or somebody changed it", 1);
+    check_not_verified(extend, "it is damaged, or it was changed", 1);
 }
 
 #[test]
-fn a_blob_of_another_layer_proves_nothing_and_is_told() {
+fn a_blob_of_another_layer_proves_nothing_and_is_reported() {
     let other = archive("/x 644 other");
     let swap = |bytes: &mut Vec<u8>, blob: &mut Blob| {
         (*bytes, *blob) = (other.bytes.clone(), other.blob());
@@ -720,9 +727,9 @@ fn check_deep(change: impl Fn(&Path), path: &str) {
     assert_eq!(report.known_by, KnownBy::Verified);
     assert_eq!(paths(&report.differences), [path]);
     assert_eq!(recorded.layers[1].directory, Witness::Same);
-    let (layer, witness, differences, total) = bench.tampered();
+    let (layer, compared_with, differences, total) = bench.tampered();
     assert_eq!((layer, paths(&differences), total), (layers[0].id, vec![path.to_owned()], 1));
-    assert!(witness.contains(directory(&layers[0]).to_str().unwrap()), "{witness}");
+    assert!(compared_with.contains(directory(&layers[0]).to_str().unwrap()), "{compared_with}");
     assert_eq!(content(&recorded.baseline, "/bin/ls"), Some(blake3_of("ls")));
 }
 
@@ -755,20 +762,20 @@ fn verifying_deeply_finds_a_mode_that_was_changed() {
 }
 
 #[test]
-fn proof_on_demand_says_how_far_it_is() {
+fn proof_on_demand_counts_its_progress() {
     let bench = bench();
     let (base, upper) = (archive(BASE), archive(UPPER));
     bench.has_blob(&base);
     let layers = bench.layers("a", &[&base, &upper]);
     let progress = Arc::new(Progress::default());
-    let (done, told) = bounded(1);
+    let (done, result) = bounded(1);
     bench.recorder.submit(RecordRequest {
         proof: Proof::Deep,
         progress: Some(Arc::clone(&progress)),
-        done: Some(Box::new(move |result| done.send(result).unwrap())),
+        done: Some(Box::new(move |sent| done.send(sent).unwrap())),
         ..job(&layers)
     });
-    let recorded = told.recv_timeout(SOON).unwrap().unwrap();
+    let recorded = result.recv_timeout(SOON).unwrap().unwrap();
     assert_eq!(recorded.layers[0].known_by, KnownBy::Verified);
     assert_eq!(recorded.layers[1].known_by, KnownBy::Snapshot);
     let missing = Witness::Unavailable("containerd has no such blob".into());
@@ -788,9 +795,9 @@ fn the_same_layer_twice_in_a_stack_is_answered_twice() {
     }
     let layers = bench.layers("a", &[&base, &upper, &base, &upper]);
     let recorded = bench.asked(&layers, Proof::Deep).unwrap();
-    let told: Vec<_> =
+    let reported: Vec<_> =
         recorded.layers.iter().map(|layer| (&layer.blob, &layer.directory)).collect();
-    assert_eq!(told, [(&Witness::Same, &Witness::Same); 4]);
+    assert_eq!(reported, [(&Witness::Same, &Witness::Same); 4]);
 }
 
 // ---- up to when directories are known
@@ -816,7 +823,7 @@ fn tick() {
 }
 
 #[test]
-fn a_container_is_told_up_to_when_its_layers_are_known() {
+fn a_ready_event_has_the_time_up_to_which_the_layers_are_known() {
     let bench = bench();
     let (base, upper) = (archive(BASE), archive(UPPER));
     let layers = bench.layers("a", &[&base, &upper]);
@@ -824,7 +831,7 @@ fn a_container_is_told_up_to_when_its_layers_are_known() {
     bench.container("c", &layers);
     assert_eq!(bench.ready().1, Some(newest_change(&layers)));
 
-    // A layer that is unpacked later: the older one is looked at again.
+    // A layer is unpacked later: the older one is compared again.
     let newer = archive("/srv 755 dir\n/srv/www 644 www");
     let stack = bench.layers("a", &[&base, &newer]);
     tick();
@@ -840,7 +847,7 @@ fn a_container_is_told_up_to_when_its_layers_are_known() {
 }
 
 #[test]
-fn looking_again_finds_what_was_changed_since() {
+fn comparing_again_finds_what_was_changed_since() {
     let bench = bench();
     let base = archive(BASE);
     let layers = bench.layers("a", &[&base]);
@@ -856,13 +863,13 @@ fn looking_again_finds_what_was_changed_since() {
     let (layer, _, differences, _) = bench.tampered();
     assert_eq!((layer, paths(&differences)), (layers[0].id, vec!["/bin/sh".to_owned()]));
     // Now every program of both containers is judged by its content.
-    let told: BTreeMap<ChainId, Option<FileTime>> = (0..2)
-        .map(|_| match bench.news.recv_timeout(SOON).unwrap() {
+    let reported: BTreeMap<ChainId, Option<FileTime>> = (0..2)
+        .map(|_| match bench.events.recv_timeout(SOON).unwrap() {
             BaselineEvent::Ready { chain_id, unchanged_since, .. } => (chain_id, unchanged_since),
-            news => panic!("{news:?}"),
+            event => panic!("{event:?}"),
         })
         .collect();
-    assert_eq!(told, BTreeMap::from([(chain_of(&layers), None), (chain_of(&stack), None)]));
+    assert_eq!(reported, BTreeMap::from([(chain_of(&layers), None), (chain_of(&stack), None)]));
 }
 
 #[test]
@@ -883,9 +890,9 @@ fn the_same_layers_unpacked_elsewhere_are_compared_before_they_are_trusted() {
     fs::write(directory(&tampered[0]).join("bin/evil"), "evil").unwrap();
     bench.container("e", &tampered);
     assert_eq!(bench.ready().1, None);
-    let (_, witness, differences, _) = bench.tampered();
+    let (_, compared_with, differences, _) = bench.tampered();
     assert_eq!(paths(&differences), ["/bin/evil"]);
-    assert!(witness.contains(directory(&tampered[0]).to_str().unwrap()), "{witness}");
+    assert!(compared_with.contains(directory(&tampered[0]).to_str().unwrap()), "{compared_with}");
 }
 
 #[test]
@@ -902,12 +909,12 @@ fn a_directory_that_has_vanished_leaves_the_time_unknown() {
     assert_eq!(unchanged_since, None);
     assert!(content(&baseline, "/bin/ls").is_some());
     bench.wait(&elsewhere);
-    // It is not looked for again and again.
+    // It is not compared again and again.
     bench.container("c", &elsewhere);
     bench.asked(&elsewhere, Proof::Later).unwrap();
     assert_eq!(bench.recorder.queue().verifying, 0);
-    for news in bench.news.try_iter() {
-        assert!(matches!(news, BaselineEvent::Ready { unchanged_since: None, .. }), "{news:?}");
+    for event in bench.events.try_iter() {
+        assert!(matches!(event, BaselineEvent::Ready { unchanged_since: None, .. }), "{event:?}");
     }
 }
 
@@ -931,7 +938,7 @@ fn directories_in_use_are_compared_again_within_the_period() {
         proof.directory(directory(&layers[0])).map(|checked| checked.checked_at)
     };
     let first = checked_at();
-    eventually("the second look", || checked_at() > first);
+    eventually("the second comparison", || checked_at() > first);
     bench.nothing_tampered();
 
     fs::write(directory(&layers[0]).join("bin/ls"), "LS").unwrap();
@@ -947,9 +954,9 @@ fn directories_in_use_are_compared_again_within_the_period() {
         let proof = bench.store.proof(others[0].id)?;
         proof.directory(directory(&others[0])).map(|checked| checked.checked_at)
     };
-    eventually("the first look at the other", || checked_at().is_some());
+    eventually("the first comparison of the other", || checked_at().is_some());
     let first = checked_at();
-    eventually("the second look at the other", || checked_at() > first);
+    eventually("the second comparison of the other", || checked_at() > first);
 }
 
 // ---- containers first
@@ -996,16 +1003,16 @@ fn a_container_does_not_wait_for_the_rest_of_an_image() {
 }
 
 #[test]
-fn stopping_ends_a_verification_and_answers_who_waits() {
+fn stopping_ends_a_verification_and_the_jobs_that_wait() {
     let bench = bench();
     let base = archive(BASE);
     bench.has_blob(&base);
     let layers = bench.layers("a", &[&base]);
     bench.shelf.held.store(true, Ordering::Relaxed);
-    let (done, told) = bounded(1);
+    let (done, result) = bounded(1);
     bench.recorder.submit(RecordRequest {
         proof: Proof::Blobs,
-        done: Some(Box::new(move |result| done.send(result.map(drop)).unwrap())),
+        done: Some(Box::new(move |sent| done.send(sent.map(drop)).unwrap())),
         ..job(&layers)
     });
     eventually("the verification", || bench.shelf.opened.load(Ordering::Relaxed) == 1);
@@ -1013,12 +1020,12 @@ fn stopping_ends_a_verification_and_answers_who_waits() {
     let started = Instant::now();
     bench.recorder.stop();
     assert!(started.elapsed() < Duration::from_secs(5));
-    assert_eq!(told.try_recv().unwrap(), Err("driftd is being stopped".to_owned()));
+    assert_eq!(result.try_recv().unwrap(), Err("driftd is being stopped".to_owned()));
 }
 
 // ---- trouble
 
-/// Unmounts when a test ends, however it ends.
+/// Unmounts when a test ends, also by a panic.
 struct Mount(PathBuf);
 
 impl Drop for Mount {
@@ -1058,7 +1065,7 @@ fn what_a_full_disk_kept_from_a_container_is_recorded_when_there_is_room() {
     let fills = fs::write(&full, vec![0; 1 << 20]).unwrap_err();
     assert_eq!(fills.kind(), io::ErrorKind::StorageFull);
 
-    let (sender, news) = bounded(100);
+    let (sender, events) = bounded(100);
     let settings = config::Baseline { threads: 1, ..Default::default() };
     let blobs = Arc::new(Shelf::default());
     let recorder = Recorder::start(Arc::clone(&store), &settings, blobs, sender, health.clone());
@@ -1073,18 +1080,18 @@ fn what_a_full_disk_kept_from_a_container_is_recorded_when_there_is_room() {
     }];
     let container = Some(ContainerId::new("default", "c"));
     recorder.submit(RecordRequest { container, ..job(&layers) });
-    match news.recv_timeout(SOON).unwrap() {
+    match events.recv_timeout(SOON).unwrap() {
         BaselineEvent::Failed { reason, .. } => {
             assert!(reason.contains("is the disk full"), "{reason}");
         }
-        news => panic!("{news:?}"),
+        event => panic!("{event:?}"),
     }
     assert_eq!(files_below(&mount.0.join("baselines")), Vec::<PathBuf>::new());
     assert_eq!(health.count(Failure::BaselineUnavailable), 1);
 
     fs::remove_file(full).unwrap();
-    let recorded = std::iter::from_fn(|| Some(news.recv_timeout(SOON).unwrap()))
-        .find(|news| matches!(news, BaselineEvent::Ready { .. }));
+    let recorded = std::iter::from_fn(|| Some(events.recv_timeout(SOON).unwrap()))
+        .find(|event| matches!(event, BaselineEvent::Ready { .. }));
     assert!(recorded.is_some());
     assert!(store.has_layer(layers[0].id).unwrap());
     recorder.stop();
@@ -1120,11 +1127,11 @@ fn records_until_it_is_killed() {
     let health = Arc::new(Health::default());
     let store = Arc::new(Store::open(&directory.join("baselines"), health.clone()).unwrap());
     let shelf = Arc::new(Shelf::default());
-    let (sender, news) = bounded(100);
+    let (sender, events) = bounded(100);
     let settings = config::Baseline { threads: 2, ..Default::default() };
     let blobs: Arc<dyn Blobs> = shelf.clone();
     let recorder = Recorder::start(Arc::clone(&store), &settings, blobs, sender, health.clone());
-    std::thread::spawn(move || for _ in news {});
+    std::thread::spawn(move || for _ in events {});
     for turn in 0_u64.. {
         let number = turn % 20;
         let many = archive(layer_text(number));
@@ -1144,19 +1151,19 @@ fn records_until_it_is_killed() {
             directory: Some(unpacked),
             blob: Some(many.blob()),
         };
-        let (done, told) = bounded(1);
+        let (done, result) = bounded(1);
         let container = Some(ContainerId::new("default", "c"));
         let done: crate::baseline::recorder::Done =
-            Box::new(move |result| done.send(result.map(drop)).unwrap());
+            Box::new(move |sent| done.send(sent.map(drop)).unwrap());
         recorder.submit(RecordRequest { container, done: Some(done), ..job(&[layer]) });
-        told.recv().unwrap().unwrap();
+        result.recv().unwrap().unwrap();
         fs::write(directory.join("recorded"), vec![0; usize::try_from(turn + 1).unwrap()]).unwrap();
         if turn % 3 == 0 {
             // Again, from nothing.
             recorder.collect(std::collections::HashSet::new());
-            let (done, told) = bounded(1);
-            recorder.remove(chain_id, Box::new(move |result| done.send(result).unwrap()));
-            told.recv().unwrap().unwrap();
+            let (done, result) = bounded(1);
+            recorder.remove(chain_id, Box::new(move |sent| done.send(sent).unwrap()));
+            result.recv().unwrap().unwrap();
         }
     }
 }
