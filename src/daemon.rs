@@ -90,7 +90,7 @@ pub fn run(
     let history = History::open(&config.state_dir)?;
     let reader = history.reader();
     // What was told of containers is read when those show up.
-    let findings = reader.told_of(None).context("cannot read the history")?;
+    let findings = reader.findings_of_container(None).context("cannot read the history")?;
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let now = Timestamp::now();
     let mut state = State::new(node.clone(), policy_of(config), health.clone(), findings, now);

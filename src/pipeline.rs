@@ -2406,7 +2406,7 @@ fn recall(
     if !state.inventory.may_remember(container) {
         return Ok(());
     }
-    let findings = history.told_of(Some(container))?;
+    let findings = history.findings_of_container(Some(container))?;
     let together: Vec<FindingId> =
         findings.iter().filter(|finding| finding.files.is_some()).map(|one| one.id).collect();
     state.remember(findings);

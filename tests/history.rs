@@ -1205,7 +1205,7 @@ fn x03_the_labels_of_a_container_are_kept_once_and_read_back_with_everything_tha
 
     let reader = writer.reader();
     let container = id_of(&all[0]).clone();
-    let mut kept = reader.told_of(Some(&container)).unwrap();
+    let mut kept = reader.findings_of_container(Some(&container)).unwrap();
     kept.sort_by_key(|finding| finding.id);
     assert_eq!(kept, all);
     assert_eq!(reader.session(&came.id.to_string()).unwrap(), found(&came));
@@ -1575,7 +1575,7 @@ fn what_was_told_is_read_container_by_container() {
     write(&writer, [&one, &second, &elsewhere, &nowhere].map(record).to_vec());
     let reader = writer.reader();
     let ids = |container: Option<&ContainerId>| -> Vec<FindingId> {
-        reader.told_of(container).unwrap().iter().map(|finding| finding.id).collect()
+        reader.findings_of_container(container).unwrap().iter().map(|finding| finding.id).collect()
     };
     assert_eq!(ids(Some(&own)), [one.id, second.id]);
     assert_eq!(ids(Some(id_of(&elsewhere))), [elsewhere.id], "the same name in another namespace");

@@ -1,9 +1,9 @@
 //! The content store: layers as they came from the registry.
 //!
-//! Read by plain threads that may block. Where containerd's own file can be
-//! opened it is read directly, several times faster than containerd sends it;
-//! else it is streamed, a few messages ahead at most. Nothing here is believed:
-//! whoever reads a blob compares its digest.
+//! Plain threads that may block read them. Where containerd's own file can be opened, it is
+//! read directly, several times faster than containerd sends it. Otherwise it is streamed, at
+//! most a few messages ahead. Nothing here is verified: the reader of a blob must compare its
+//! digest.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -49,23 +49,23 @@ impl fmt::Debug for ContentBlobs {
 #[derive(Clone, Debug)]
 struct Store {
     connection: Connection,
-    /// Where its files are, if containerd says so.
+    /// Where its files are, if containerd reports that.
     root: Option<PathBuf>,
 }
 
-/// Why there is no blob to read.
-enum Trouble {
-    /// The connection failed; another may not.
+/// Why a blob cannot be read.
+enum BlobError {
+    /// The connection failed. Another one may serve.
     Interrupted(String),
     Refused(String),
 }
 
-impl From<Status> for Trouble {
-    fn from(status: Status) -> Trouble {
+impl From<Status> for BlobError {
+    fn from(status: Status) -> BlobError {
         if interrupted(&status) {
-            Trouble::Interrupted(words(&status))
+            BlobError::Interrupted(words(&status))
         } else {
-            Trouble::Refused(words(&status))
+            BlobError::Refused(words(&status))
         }
     }
 }
@@ -76,7 +76,7 @@ impl ContentBlobs {
         ContentBlobs { runtime, stores: Arc::default() }
     }
 
-    /// Waits for something that only the runtime can do.
+    /// Runs a future on the runtime, and waits for it.
     fn wait<T: Send + 'static>(
         &self,
         future: impl Future<Output = T> + Send + 'static,
@@ -102,19 +102,19 @@ impl ContentBlobs {
         self.stores.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stream(&self, store: &Store, blob: &Blob) -> Result<Stream, Trouble> {
+    fn stream(&self, store: &Store, blob: &Blob) -> Result<Stream, BlobError> {
         let (sender, receiver) = mpsc::channel(AHEAD);
         let (connection, blob) = (store.connection.clone(), blob.clone());
         self.runtime.spawn(async move {
-            if let Err(trouble) = send(&connection, &blob, &sender).await {
-                let _ = sender.send(Err(trouble)).await;
+            if let Err(err) = send(&connection, &blob, &sender).await {
+                let _ = sender.send(Err(err)).await;
             }
         });
         let mut stream = Stream { receiver, part: Vec::new(), read: 0 };
-        // That it is missing comes with the first message.
+        // A missing blob is reported with the first message.
         match stream.receiver.blocking_recv() {
             Some(Ok(part)) => stream.part = part,
-            Some(Err(trouble)) => return Err(trouble),
+            Some(Err(err)) => return Err(err),
             None => (),
         }
         Ok(stream)
@@ -139,12 +139,14 @@ impl Blobs for ContentBlobs {
             }
             match self.stream(&store, blob) {
                 Ok(stream) => return Ok(Box::new(stream)),
-                Err(Trouble::Interrupted(_)) if !is_second_try => {
+                Err(BlobError::Interrupted(_)) if !is_second_try => {
                     // containerd was restarted since the connection was made.
                     self.stores().remove(&blob.endpoint);
                     is_second_try = true;
                 }
-                Err(Trouble::Interrupted(reason) | Trouble::Refused(reason)) => return Err(reason),
+                Err(BlobError::Interrupted(reason) | BlobError::Refused(reason)) => {
+                    return Err(reason);
+                }
             }
         }
     }
@@ -152,14 +154,14 @@ impl Blobs for ContentBlobs {
 
 impl Store {
     async fn open(socket: &Path) -> Result<Store, String> {
-        let connection = Connection::open(socket).await?;
-        // Any namespace will do; plugins are everybody's.
-        let asked = async {
+        let connection = Connection::open(socket).await.map_err(|err| err.to_string())?;
+        // Any namespace will do: the plugins are the same in all of them.
+        let plugins = async {
             let namespace = connection.namespace("default")?;
             let request = PluginsRequest { filters: vec!["id==content".into()] };
             Ok::<_, Status>(namespace.introspection().plugins(request).await?.into_inner().plugins)
         };
-        let root = asked.await.ok().and_then(|plugins| {
+        let root = plugins.await.ok().and_then(|plugins| {
             let mut stores =
                 plugins.into_iter().filter(|plugin| plugin.r#type == "io.containerd.content.v1");
             let root = PathBuf::from(stores.next()?.exports.get("root")?);
@@ -169,7 +171,7 @@ impl Store {
     }
 }
 
-/// Why a blob of this type is nothing that can be compared with a directory.
+/// Why a blob of this type cannot be compared with a directory. `None` if it can be.
 pub(super) fn no_archive(media_type: &str) -> Option<String> {
     if media_type.ends_with("+encrypted") {
         Some("it is encrypted: only what was unpacked from it can be read".into())
@@ -190,23 +192,23 @@ pub(super) fn missing(media_type: &str) -> String {
     format!("it is not in containerd's content store ({why})")
 }
 
-/// containerd's own file, if it is there and looks right. If not, containerd is
-/// asked: it knows better, and driftd may be in another mount namespace.
+/// Opens containerd's own file, if it is a regular file of the right size. If it is not,
+/// containerd is asked for the blob: driftd may be in another mount namespace.
 fn open_file(root: &Path, digest: ManifestDigest, blob: &Blob) -> Option<DropBehind> {
     let path = root.join("blobs/sha256").join(digest.hex());
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
     let stat = rustix::fs::fstat(&file).ok()?;
-    let as_said = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+    let is_as_expected = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && u64::try_from(stat.st_size) == Ok(blob.size);
-    if !as_said {
+    if !is_as_expected {
         return None;
     }
     let _ = fadvise(&file, 0, None, Advice::Sequential);
     Some(DropBehind { file: file.into(), read: 0, dropped: 0 })
 }
 
-/// A file that leaves the page cache as it is read.
+/// A file whose content leaves the page cache as it is read.
 struct DropBehind {
     file: File,
     read: u64,
@@ -241,9 +243,9 @@ impl Drop for DropBehind {
 
 /// A blob that containerd sends.
 struct Stream {
-    receiver: mpsc::Receiver<Result<Vec<u8>, Trouble>>,
+    receiver: mpsc::Receiver<Result<Vec<u8>, BlobError>>,
     part: Vec<u8>,
-    /// Of `part`.
+    /// How many bytes of `part` were read.
     read: usize,
 }
 
@@ -252,7 +254,7 @@ impl Read for Stream {
         while self.read == self.part.len() {
             match self.receiver.blocking_recv() {
                 Some(Ok(part)) => (self.part, self.read) = (part, 0),
-                Some(Err(Trouble::Interrupted(reason) | Trouble::Refused(reason))) => {
+                Some(Err(BlobError::Interrupted(reason) | BlobError::Refused(reason))) => {
                     return Err(io::Error::other(format!("containerd: {reason}")));
                 }
                 None => return Ok(0),
@@ -268,11 +270,11 @@ impl Read for Stream {
 async fn send(
     connection: &Connection,
     blob: &Blob,
-    sender: &mpsc::Sender<Result<Vec<u8>, Trouble>>,
-) -> Result<(), Trouble> {
-    let late = |_| Trouble::Interrupted(format!("nothing came for {} s", PATIENCE.as_secs()));
-    let gone = || Trouble::Refused(missing(&blob.media_type));
-    // A deadline would be one for the whole blob.
+    sender: &mpsc::Sender<Result<Vec<u8>, BlobError>>,
+) -> Result<(), BlobError> {
+    let late = |_| BlobError::Interrupted(format!("nothing came for {} s", PATIENCE.as_secs()));
+    let gone = || BlobError::Refused(missing(&blob.media_type));
+    // A deadline would apply to the whole blob.
     let namespace = connection.namespace(&blob.namespace)?.without_deadline();
     let request = ReadContentRequest { digest: blob.digest.clone(), offset: 0, size: 0 };
     let mut content = namespace.content();
@@ -285,7 +287,7 @@ async fn send(
             Some(Some(part)) if part.data.is_empty() => (),
             Some(Some(part)) => {
                 if sender.send(Ok(part.data)).await.is_err() {
-                    // The reader has read enough.
+                    // The reader needs no more.
                     return Ok(());
                 }
             }
@@ -300,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_archive_is_said() {
+    fn a_blob_that_is_no_archive_has_a_reason() {
         let check = |media_type: &str, expected: Option<&str>| {
             let reason = no_archive(media_type);
             assert_eq!(reason.as_deref(), expected, "{media_type}");

@@ -1,5 +1,8 @@
-//! One connection to a containerd, and what every call on it carries: the
-//! namespace and lease headers, a deadline, and room for large answers.
+//! One connection to a containerd, and what every call on it carries: the namespace and lease
+//! headers, a deadline, and room for large responses.
+//!
+//! Also defines what a failed call means. Its only calls of its own are for the version and for
+//! the namespaces.
 
 use std::error::Error as _;
 use std::path::Path;
@@ -30,8 +33,8 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Headers of every call. containerd-client's `with_namespace!` builds a new
-/// request and with it drops a lease that was set before; an interceptor adds.
+/// Headers of every call. An interceptor adds them, because containerd-client's
+/// `with_namespace!` builds a new request and so drops a lease that was set before.
 #[derive(Clone, Debug)]
 pub(super) struct Headers {
     namespace: Option<MetadataValue<Ascii>>,
@@ -56,6 +59,17 @@ impl Interceptor for Headers {
 
 pub(super) type Service = InterceptedService<Channel, Headers>;
 
+/// Why no connection could be made.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    #[error("no answer within {} s", CONNECT_DEADLINE.as_secs())]
+    TimedOut,
+    #[error("{}", innermost(.0))]
+    Unreachable(tonic::transport::Error),
+    #[error("{}", words(.0))]
+    Refused(Status),
+}
+
 /// A connection that has answered at least once.
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
@@ -63,15 +77,14 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Connects and makes sure that it is a containerd which answers. The error
-    /// is for people.
-    pub(super) async fn open(socket: &Path) -> Result<Connection, String> {
+    /// Connects, and makes sure that a containerd answers.
+    pub(super) async fn open(socket: &Path) -> Result<Connection, ConnectError> {
         let channel = tokio::time::timeout(CONNECT_DEADLINE, containerd_client::connect(socket))
             .await
-            .map_err(|_| format!("no answer within {} s", CONNECT_DEADLINE.as_secs()))?
-            .map_err(|err| innermost(&err))?;
+            .map_err(|_| ConnectError::TimedOut)?
+            .map_err(ConnectError::Unreachable)?;
         let connection = Connection { channel };
-        connection.version(CONNECT_DEADLINE).await.map_err(|status| words(&status))?;
+        connection.version(CONNECT_DEADLINE).await.map_err(ConnectError::Refused)?;
         Ok(connection)
     }
 
@@ -88,8 +101,8 @@ impl Connection {
         Ok(answer.namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
-    /// For subscribing: without a deadline, because `subscribe` returns only
-    /// with the first event.
+    /// For subscribing. Without a deadline, because `subscribe` returns only with the first
+    /// event.
     pub(super) fn event_stream(&self) -> EventsClient<Service> {
         let headers = Headers { namespace: None, lease: None, deadline: None };
         EventsClient::with_interceptor(self.channel.clone(), headers)
@@ -121,7 +134,7 @@ async fn version(channel: Channel, deadline: Duration) -> Result<VersionResponse
     Ok(client.version(()).await?.into_inner())
 }
 
-/// A connection looking at one containerd namespace.
+/// A connection, for calls in one containerd namespace.
 #[derive(Clone, Debug)]
 pub(super) struct Namespace {
     pub(super) name: Arc<str>,
@@ -148,18 +161,18 @@ impl Namespace {
     client!(snapshots, SnapshotsClient);
     client!(tasks, TasksClient);
 
-    /// Of the containerd that has this namespace.
+    /// The version of the containerd that has this namespace.
     pub(super) async fn version(&self, deadline: Duration) -> Result<VersionResponse, Status> {
         version(self.channel.clone(), deadline).await
     }
 
-    /// The same namespace, for streams that take as long as their reader takes.
+    /// The same namespace, for streams that last as long as their reader needs.
     pub(super) fn without_deadline(mut self) -> Namespace {
         self.headers.deadline = None;
         self
     }
 
-    /// The same namespace; what is made through it belongs to the lease `id`.
+    /// The same namespace. What is created through it belongs to the lease `id`.
     pub(super) fn with_lease(&self, id: &str) -> Result<Namespace, Status> {
         let lease = id
             .parse()
@@ -170,7 +183,7 @@ impl Namespace {
     }
 }
 
-/// A call's failure for people.
+/// The failure of a call as a text for administrators.
 pub(super) fn words(status: &Status) -> String {
     if status.message().is_empty() {
         return status.code().description().to_owned();
@@ -178,16 +191,16 @@ pub(super) fn words(status: &Status) -> String {
     printable(status.message().as_bytes())
 }
 
-/// Whether the connection failed, rather than the server refused: then nothing
-/// was learnt about what was asked for.
+/// Whether the connection failed, rather than containerd refused. Then nothing was learnt
+/// about what was requested.
 pub(super) fn interrupted(status: &Status) -> bool {
     status.source().is_some()
         || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded)
 }
 
-/// `None` for what does not exist.
-pub(super) fn found<T>(answer: Result<T, Status>) -> Result<Option<T>, Status> {
-    match answer {
+/// Turns "not found" into `None`.
+pub(super) fn found<T>(response: Result<T, Status>) -> Result<Option<T>, Status> {
+    match response {
         Ok(value) => Ok(Some(value)),
         Err(status) if status.code() == Code::NotFound => Ok(None),
         Err(status) => Err(status),

@@ -1,4 +1,6 @@
-//! Containers: a record, and the layers its active snapshot stands on.
+//! Containers: a record, and the layers on which its active snapshot stands.
+//!
+//! Describes containers for the other rooms. Which change is sent when is the outbox's business.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -12,9 +14,9 @@ use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
 use super::connection::{Namespace, found, interrupted, words};
-use super::images::{self, Facts, Images};
+use super::images::{Facts, Images};
 use super::probes::{self, HealthCheck};
-use super::snapshots::{self, Keeps, Shape};
+use super::snapshots::{self, DirectoriesError, Shape, Storage, Unavailable};
 use super::spec::{self, Spec};
 use super::{cri, docker};
 use crate::model::{
@@ -54,14 +56,14 @@ pub(super) async fn set_label(
     namespace.containers().update(request).await.map(drop)
 }
 
-/// When the record was made: it tells a container from a later one of the same ID.
+/// When the record was made. This distinguishes a container from a later one of the same ID.
 pub(super) fn created_at(record: &Record) -> Option<Timestamp> {
-    let told = record.created_at.as_ref()?;
-    Timestamp::new(told.seconds, told.nanos).ok()
+    let created = record.created_at.as_ref()?;
+    Timestamp::new(created.seconds, created.nanos).ok()
 }
 
-/// The container as driftd's other rooms know it. Only a lost connection is an
-/// error: what containerd refuses becomes the reason for having no baseline.
+/// The container as driftd's other rooms know it. Only a lost connection is an error: if
+/// containerd refuses a call, that becomes the reason for having no baseline.
 pub(super) async fn describe(
     namespace: &Namespace,
     endpoint: &Arc<str>,
@@ -74,14 +76,14 @@ pub(super) async fn describe(
         Ok(rootfs) => rootfs,
         Err(status) if interrupted(&status) => return Err(status),
         Err(status) => {
-            Rootfs::without(format!("containerd cannot tell its snapshot: {}", words(&status)))
+            Rootfs::without(format!("containerd cannot describe its snapshot: {}", words(&status)))
         }
     };
     let dockers = match spec.root.filter(|_| is_dockers(&record)) {
         Some(root) => {
             let id = record.id.clone();
-            let asked = tokio::task::spawn_blocking(move || docker::settings(&id, &root));
-            Some(asked.await.ok().flatten().unwrap_or_default())
+            let read = tokio::task::spawn_blocking(move || docker::settings(&id, &root));
+            Some(read.await.ok().flatten().unwrap_or_default())
         }
         None => None,
     };
@@ -123,8 +125,8 @@ pub(super) async fn describe(
     })
 }
 
-/// The health check of a container that is not Kubernetes'. `dockers` is what
-/// Docker says, of a container of its own; `image` is what its image says.
+/// The health check of a container that is not Kubernetes'. `dockers` comes from Docker, if
+/// Docker made the container; `image` comes from its image.
 fn health_check(
     labels: &BTreeMap<String, String>,
     dockers: Option<docker::Settings>,
@@ -133,7 +135,7 @@ fn health_check(
     let declared = match dockers {
         Some(settings) => settings.health_check.or(image),
         None => {
-            // An image may have this label. Its config may declare the same.
+            // An image may have this label too. Its config may declare the same.
             let label = labels.get(probes::NERDCTL_LABEL);
             let is_nerdctls = labels.contains_key("nerdctl/namespace");
             label.and_then(|label| probes::of_nerdctl(label)).or(image.filter(|_| is_nerdctls))
@@ -142,14 +144,13 @@ fn health_check(
     declared.unwrap_or_default()
 }
 
-/// Whether Docker made this container. An image's label alone does not make it
-/// Docker's.
+/// Whether Docker made this container. The label of an image alone does not show that.
 pub(super) fn is_dockers(record: &Record) -> bool {
     record.snapshotter.is_empty() && docker::made(&record.labels)
 }
 
-/// The image that a container was made from, by what the container stands on; and
-/// what it says of itself, if it is there.
+/// The image that a container was made from, identified by the container's layers, with the
+/// facts of that image if it is still there.
 async fn image(
     namespace: &Namespace,
     recorded: String,
@@ -173,7 +174,7 @@ async fn image(
         }
     }
     let manifest_digest = facts.as_ref().map(|facts| facts.manifest_digest);
-    // An archive can name its images as it likes.
+    // The author of an archive may give its images any name.
     let name = name.map(|mut name| {
         shorten(&mut name, MAX_IMAGE_NAME);
         name
@@ -181,11 +182,11 @@ async fn image(
     Ok((ImageReference { name, manifest_digest, chain_id: rootfs.image_chain }, facts))
 }
 
-/// What a container's files are made of.
+/// The layers and directories that a container's files consist of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rootfs {
     layers: Vec<Layer>,
-    /// Of the image, without what its engine has put on top.
+    /// The chain of the image, without the layers that its engine has put on top.
     image_chain: Option<ChainId>,
     overlay: Option<OverlayDirs>,
     no_baseline: Option<String>,
@@ -222,8 +223,8 @@ async fn rootfs(
     ))
 }
 
-/// Docker's image store names the snapshot after the container and does not say
-/// so in the record; with the classic storage driver there is none.
+/// Docker's image store names the snapshot after the container, but the record does not name
+/// it. With the classic storage driver there is no snapshot.
 async fn of_docker(
     namespace: &Namespace,
     record: &Record,
@@ -234,7 +235,7 @@ async fn of_docker(
     let is_classic = spec.root.as_ref().is_some_and(|root| root.ends_with("merged"));
     if !is_classic {
         let mut snapshotters = snapshots::snapshotters(namespace).await?;
-        snapshotters.sort_by_key(|snapshotter| snapshotter != images::DEFAULT_SNAPSHOTTER);
+        snapshotters.sort_by_key(|snapshotter| snapshotter != snapshots::DEFAULT_SNAPSHOTTER);
         for snapshotter in snapshotters {
             if let Some(shape) = snapshots::mounts(namespace, &snapshotter, &record.id).await? {
                 let key = record.id.as_str();
@@ -244,15 +245,15 @@ async fn of_docker(
         }
     }
     let Some(root) = spec.root.clone() else {
-        return Ok(Rootfs::without("Docker does not say where its files are".into()));
+        return Ok(Rootfs::without("Docker does not report where its files are".into()));
     };
     let (id, pid) = (record.id.clone(), task.map(|task| task.pid));
-    let asked = tokio::task::spawn_blocking(move || docker::stack(&id, &root, pid)).await;
-    Ok(match asked {
+    let stack = tokio::task::spawn_blocking(move || docker::stack(&id, &root, pid)).await;
+    Ok(match stack {
         Ok(Ok(docker::Stack { layers, image_chain, dirs })) => {
             Rootfs { layers, image_chain, overlay: Some(dirs), no_baseline: None }
         }
-        Ok(Err(reason)) => Rootfs::without(reason),
+        Ok(Err(err)) => Rootfs::without(err.to_string()),
         Err(err) => Rootfs::without(err.to_string()),
     })
 }
@@ -268,56 +269,61 @@ async fn on_snapshot(
 ) -> Result<Rootfs, Status> {
     let overlay = shape.overlay_dirs();
     let id_map = spec.id_map.as_ref();
-    let rungs = match ladder(namespace, snapshotter, key, id_map, images).await? {
-        Ok(rungs) if !rungs.is_empty() => rungs,
+    let chain = match snapshot_chain(namespace, snapshotter, key, id_map, images).await {
+        Ok(chain) if !chain.is_empty() => chain,
         Ok(_) => {
             let reason = "it was started from an image without layers".into();
             return Ok(Rootfs { overlay, ..Rootfs::without(reason) });
         }
-        Err(reason) => return Ok(Rootfs { overlay, ..Rootfs::without(reason) }),
-    };
-    let image_chain = rungs.iter().rev().find_map(|rung| match rung {
-        Rung::Layer(chain_id) => Some(*chain_id),
-        Rung::Other(_) | Rung::Copy => None,
-    });
-    let outcome = layers(namespace, record, snapshotter, shape, &rungs, images).await?;
-    Ok(match outcome {
-        Ok(layers) => Rootfs { layers, image_chain, overlay, no_baseline: None },
-        Err(reason) => {
-            Rootfs { image_chain, overlay, ..Rootfs::without(snapshots::of(snapshotter, &reason)) }
+        Err(Unavailable::Reason(reason)) => {
+            return Ok(Rootfs { overlay, ..Rootfs::without(reason) });
         }
-    })
+        Err(Unavailable::Call(status)) => return Err(status),
+    };
+    let image_chain = chain.iter().rev().find_map(|layer| match layer {
+        SnapshotLayer::Image(chain_id) => Some(*chain_id),
+        SnapshotLayer::Other(_) | SnapshotLayer::Copy => None,
+    });
+    match layers(namespace, record, snapshotter, shape, &chain, images).await {
+        Ok(layers) => Ok(Rootfs { layers, image_chain, overlay, no_baseline: None }),
+        Err(Unavailable::Reason(reason)) => {
+            let rootfs = Rootfs::without(snapshots::of(snapshotter, &reason));
+            Ok(Rootfs { image_chain, overlay, ..rootfs })
+        }
+        Err(Unavailable::Call(status)) => Err(status),
+    }
 }
 
 /// One committed snapshot below a container's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rung {
+enum SnapshotLayer {
     /// A layer of an image.
-    Layer(ChainId),
+    Image(ChainId),
     /// A layer that no image has: Docker's init layer, a committed container.
     Other(ChainId),
-    /// Everything below once more, with other owners, for a user namespace. It
-    /// has to equal what is below.
+    /// A copy of everything below with other owners, for a user namespace. Its content must
+    /// equal what is below.
     Copy,
 }
 
 /// The snapshots below the active snapshot `key`, bottom first.
-async fn ladder(
+async fn snapshot_chain(
     namespace: &Namespace,
     snapshotter: &str,
     key: &str,
     id_map: Option<&IdMap>,
     images: &Images,
-) -> Result<Result<Vec<Rung>, String>, Status> {
+) -> Result<Vec<SnapshotLayer>, Unavailable> {
+    let unavailable = |reason: &str| Err(Unavailable::Reason(reason.to_owned()));
     let Some(own) = snapshots::info(namespace, snapshotter, key).await? else {
-        return Ok(Err("its snapshot is gone".into()));
+        return unavailable("its snapshot is gone");
     };
-    // Topmost first; with the time of creation where the name says too little.
+    // Topmost first, with the time of creation where the name does not identify the snapshot.
     let mut names: Vec<(String, (i64, i32))> = Vec::new();
     let mut next = own.parent;
     while !next.is_empty() {
         if names.len() == LAYER_LIMIT || names.iter().any(|(name, _)| *name == next) {
-            return Ok(Err(format!("it stands on more than {LAYER_LIMIT} layers")));
+            return unavailable(&format!("it stands on more than {LAYER_LIMIT} layers"));
         }
         let chain_id: Option<ChainId> = next.parse().ok();
         let known = chain_id.and_then(|chain_id| images.parent(chain_id));
@@ -325,7 +331,7 @@ async fn ladder(
             Some(parent) => (parent.map(|id| id.to_string()).unwrap_or_default(), (0, 0)),
             None => match snapshots::info(namespace, snapshotter, &next).await? {
                 Some(info) => (info.parent, info.created),
-                None => return Ok(Err("a snapshot below it is gone".into())),
+                None => return unavailable("a snapshot below it is gone"),
             },
         };
         if let Some(chain_id) = chain_id.filter(|_| known.is_none()) {
@@ -338,12 +344,12 @@ async fn ladder(
         names.push((std::mem::replace(&mut next, parent), created));
     }
     names.reverse();
-    Ok(Ok(climb(&names, id_map)))
+    Ok(classify(&names, id_map))
 }
 
-/// Names the snapshots of a stack, bottom first, by their names and the times of
-/// their creation.
-fn climb(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<Rung> {
+/// Classifies the snapshots of a stack, bottom first, by their names and the times of their
+/// creation.
+fn classify(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<SnapshotLayer> {
     let mut below: Option<ChainId> = None;
     let mut below_name = "";
     names
@@ -352,28 +358,34 @@ fn climb(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<Rung> {
             let of_map = below.zip(id_map).map(|(below, map)| copy_name(below, map));
             let is_named_after =
                 |below: &str| name.strip_prefix(below).is_some_and(|rest| rest.starts_with('-'));
-            let rung = if let Ok(chain_id) = name.parse() {
-                if of_map == Some(chain_id) { Rung::Copy } else { Rung::Layer(chain_id) }
+            let layer = if let Ok(chain_id) = name.parse() {
+                if of_map == Some(chain_id) {
+                    SnapshotLayer::Copy
+                } else {
+                    SnapshotLayer::Image(chain_id)
+                }
             } else if below.is_some() && is_named_after(below_name) {
                 // As containerd 1 names it: CHAIN-UID-GID.
-                Rung::Copy
+                SnapshotLayer::Copy
             } else {
-                // The name may have been another's before.
+                // Another snapshot may have had the name before.
                 let key = format!("{name} {seconds}.{nanoseconds:09}");
-                Rung::Other(ChainId::above(below, &key))
+                SnapshotLayer::Other(ChainId::above(below, &key))
             };
             below_name = name;
-            match rung {
-                Rung::Layer(chain_id) | Rung::Other(chain_id) => below = Some(chain_id),
-                Rung::Copy => (),
+            match layer {
+                SnapshotLayer::Image(chain_id) | SnapshotLayer::Other(chain_id) => {
+                    below = Some(chain_id)
+                }
+                SnapshotLayer::Copy => (),
             }
-            rung
+            layer
         })
         .collect()
 }
 
-/// What containerd 2 calls the copy of a stack of layers for a user namespace: it
-/// hashes this text.
+/// The name that containerd 2 gives to the copy of a stack of layers for a user namespace: a
+/// hash of this text.
 fn copy_name(below: ChainId, id_map: &IdMap) -> ChainId {
     let ranges = |ranges: &[IdRange]| {
         let mut ranges = ranges.to_vec();
@@ -391,54 +403,59 @@ fn copy_name(below: ChainId, id_map: &IdMap) -> ChainId {
     ChainId(Sha256::digest(text.as_bytes()).into())
 }
 
-/// The layers of a ladder, bottom first; an error in words.
+/// The layers of a chain of snapshots, bottom first.
 async fn layers(
     namespace: &Namespace,
     record: &Record,
     snapshotter: &str,
     shape: &Shape,
-    rungs: &[Rung],
+    chain: &[SnapshotLayer],
     images: &Images,
-) -> Result<Result<Vec<Layer>, String>, Status> {
-    let is_unknown = |rung: &Rung| match rung {
-        Rung::Layer(chain_id) => images.diff_id(*chain_id).is_none(),
-        Rung::Other(_) | Rung::Copy => false,
+) -> Result<Vec<Layer>, Unavailable> {
+    let is_unknown = |layer: &SnapshotLayer| match layer {
+        SnapshotLayer::Image(chain_id) => images.diff_id(*chain_id).is_none(),
+        SnapshotLayer::Other(_) | SnapshotLayer::Copy => false,
     };
-    if rungs.iter().any(is_unknown) {
-        // Its image has not been looked at yet, or is gone.
-        images.look_at(namespace, &record.image).await?;
+    if chain.iter().any(is_unknown) {
+        // Its image has not been resolved yet, or is gone.
+        images.learn_image(namespace, &record.image).await?;
     }
-    let directories = match snapshots::keeps(snapshotter) {
-        Keeps::Layers => images::readable_directories(shape, rungs.len()).await,
-        Keeps::Copies => Err("it keeps whole copies, not layers".into()),
-        Keeps::Nothing(reason) => Err(reason.into()),
+    let directories = match snapshots::storage(snapshotter) {
+        Storage::Layers => snapshots::readable_directories(shape, chain.len()).await,
+        Storage::Copies => Err(DirectoriesError::NotKept("it keeps whole copies, not layers")),
+        Storage::Unreadable(reason) => Err(DirectoriesError::NotKept(reason)),
     };
-    let layer = |rung: &Rung, directory| {
-        let (id, chain_id) = match *rung {
-            Rung::Layer(chain_id) => {
+    let layer = |layer: &SnapshotLayer, directory| {
+        let (id, chain_id) = match *layer {
+            SnapshotLayer::Image(chain_id) => {
                 let diff_id = images.diff_id(chain_id);
                 (diff_id.map_or(LayerId::Chain(chain_id), LayerId::Diff), chain_id)
             }
-            Rung::Other(chain_id) => (LayerId::Chain(chain_id), chain_id),
-            Rung::Copy => return None,
+            SnapshotLayer::Other(chain_id) => (LayerId::Chain(chain_id), chain_id),
+            SnapshotLayer::Copy => return None,
         };
         let blob = images.blob(&namespace.name, chain_id);
         Some(Layer { id, chain_id, directory, blob })
     };
     match directories {
         Ok(directories) => {
-            let pairs = rungs.iter().zip(directories);
-            Ok(Ok(pairs.filter_map(|(rung, directory)| layer(rung, Some(directory))).collect()))
+            let pairs = chain.iter().zip(directories);
+            Ok(pairs.filter_map(|(one, directory)| layer(one, Some(directory))).collect())
         }
         Err(reason) => {
-            let layers = rungs.iter().filter_map(|rung| layer(rung, None)).collect();
-            let readable = images.without_directories(namespace, snapshotter, layers).await?;
-            Ok(readable.map_err(|missing| format!("{reason}, and {missing}")))
+            let layers = chain.iter().filter_map(|one| layer(one, None)).collect();
+            let readable = images.without_directories(namespace, snapshotter, layers).await;
+            readable.map_err(|err| match err {
+                Unavailable::Reason(missing) => {
+                    Unavailable::Reason(format!("{reason}, and {missing}"))
+                }
+                Unavailable::Call(status) => Unavailable::Call(status),
+            })
         }
     }
 }
 
-/// The container that was made from the image `name`, or stands on these layers.
+/// A container that was made from the image `name`, or whose layers have this chain ID.
 pub(super) async fn of_image(
     namespace: &Namespace,
     endpoint: &Arc<str>,
@@ -466,33 +483,33 @@ mod tests {
     use crate::model::{DiffId, ProbeSource};
 
     #[test]
-    fn what_a_container_stands_on_is_named_whoever_made_it() {
+    fn the_layers_of_a_container_are_named_whatever_made_it() {
         let chain = ChainId::of_layers(&[DiffId([1; 32]), DiffId([2; 32])]);
         let names: Vec<(String, (i64, i32))> =
             chain.iter().map(|chain_id| (chain_id.to_string(), (0, 0))).collect();
         let with = |name: &str, created| {
             let mut names = names.clone();
             names.push((name.to_owned(), (created, 7)));
-            climb(&names, None)
+            classify(&names, None)
         };
-        let image = [Rung::Layer(chain[0]), Rung::Layer(chain[1])];
-        assert_eq!(climb(&names, None), image);
+        let image = [SnapshotLayer::Image(chain[0]), SnapshotLayer::Image(chain[1])];
+        assert_eq!(classify(&names, None), image);
         // A copy for a user namespace, as containerd 1 names it.
         for copy in [format!("{}-100000-100000", chain[1]), format!("{}-ab01-cd02", chain[1])] {
-            assert_eq!(with(&copy, 1), [&image[..], &[Rung::Copy]].concat());
+            assert_eq!(with(&copy, 1), [&image[..], &[SnapshotLayer::Copy]].concat());
         }
         // A copy of something else is none.
         let other = with(&format!("{}-100000-100000", chain[0]), 1);
-        assert!(matches!(other[2], Rung::Other(_)), "{other:?}");
+        assert!(matches!(other[2], SnapshotLayer::Other(_)), "{other:?}");
         let init = with("abc-init", 1);
         let expected = ChainId::above(Some(chain[1]), "abc-init 1.000000007");
-        assert_eq!(init[2], Rung::Other(expected));
+        assert_eq!(init[2], SnapshotLayer::Other(expected));
         assert_ne!(init, with("abc-init", 2), "the name was used again");
     }
 
     #[test]
     fn containerd_2_names_a_copy_for_a_user_namespace_by_a_hash() {
-        // Seen on containerd 2.1.9.
+        // As observed on containerd 2.1.9.
         let chain_id = |text: &str| text.parse::<ChainId>().unwrap();
         let bottom =
             chain_id("sha256:ac681225056698c914a74e03f087f104aee9e16ea5bb1fab5915c00c4b226ff4");
@@ -501,13 +518,16 @@ mod tests {
         let range = |host| vec![IdRange { container: 0, host, count: 65_536 }];
         let map = IdMap { uids: range(100_000), gids: range(200_000) };
         let names = [(bottom.to_string(), (0, 0)), (copy.to_string(), (0, 0))];
-        assert_eq!(climb(&names, Some(&map)), [Rung::Layer(bottom), Rung::Copy]);
+        assert_eq!(
+            classify(&names, Some(&map)),
+            [SnapshotLayer::Image(bottom), SnapshotLayer::Copy]
+        );
         let other = IdMap { uids: range(1), ..map };
-        assert_eq!(climb(&names, Some(&other))[1], Rung::Layer(copy));
+        assert_eq!(classify(&names, Some(&other))[1], SnapshotLayer::Image(copy));
     }
 
     #[test]
-    fn a_health_check_is_whose_it_is() {
+    fn a_health_check_comes_from_its_engine_label_or_image() {
         let runs = |argv: &str| -> HealthCheck {
             let source = ProbeSource::Healthcheck;
             Some(vec![DeclaredProbe { argv: vec![argv.to_owned()], source }])

@@ -1,10 +1,8 @@
-//! What the CRI plugin keeps beside the records of its containers: what the kubelet
-//! has asked it for. Pure.
+//! What the CRI plugin keeps with the records of its containers: the kubelet's request. Pure.
 //!
-//! The labels of a record name the pod, as a rule; they are the kubelet's own and
-//! need not be there (crictl sets none). The plugin's extension to the record holds
-//! the kubelet's whole request, and the specification has annotations of the
-//! plugin's, which no image can set.
+//! The labels of a record usually name the pod. They come from the kubelet and may be missing
+//! (crictl sets none). The plugin's extension to the record holds the kubelet's whole request,
+//! and the specification has annotations of the plugin's, which no image can set.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,7 +12,7 @@ use serde::Deserialize;
 use super::probes;
 use crate::model::{DeclaredProbe, Pod};
 
-/// The plugin's own mark.
+/// The label that the plugin sets on its containers.
 const KIND: &str = "io.cri-containerd.kind";
 /// What the names of the plugin's extensions begin with.
 const PREFIXES: [&str; 2] = ["io.cri-containerd", "io.containerd.cri"];
@@ -22,7 +20,7 @@ const PREFIXES: [&str; 2] = ["io.cri-containerd", "io.containerd.cri"];
 const METADATA_LIMIT: usize = 4 << 20;
 /// Longer than any name in Kubernetes.
 const NAME_LIMIT: usize = 512;
-/// Where a kubelet writes down what it runs before it stops a container.
+/// The annotation in which a kubelet notes what it runs before it stops a container.
 const BEFORE_STOP: &str = "io.kubernetes.container.preStopHandler";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,10 +29,10 @@ enum Kind {
     Sandbox,
 }
 
-/// What the plugin was asked for.
+/// The kubelet's request to the plugin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Request {
-    /// `None` for a container that is not the plugin's.
+    /// `None` if the plugin did not make the container.
     kind: Option<Kind>,
     /// The names it gives, by label.
     names: Names,
@@ -49,8 +47,8 @@ const UID: &str = "io.kubernetes.pod.uid";
 const CONTAINER: &str = "io.kubernetes.container.name";
 
 impl Request {
-    /// Reads the plugin's extension to a record, that of a container or of a
-    /// sandbox; one that cannot be read says no more than that it is there.
+    /// Reads the plugin's extension to a record: that of a container or of a sandbox. If it
+    /// cannot be read, only its kind is known.
     pub(super) fn of(extensions: &HashMap<String, Any>) -> Request {
         let extension = |kind: &str| {
             PREFIXES.iter().find_map(|prefix| extensions.get(&format!("{prefix}.{kind}.metadata")))
@@ -68,7 +66,7 @@ impl Request {
     }
 }
 
-/// The same of a container's configuration and of a sandbox's.
+/// What a container's configuration and a sandbox's have in common.
 #[derive(Deserialize)]
 struct Config {
     #[serde(default)]
@@ -133,21 +131,20 @@ impl Config {
     }
 }
 
-/// Adds a name that is one, where none is known.
+/// Adds a name, if it is valid and none is known yet.
 fn add(names: &mut Names, label: &'static str, name: Option<&String>) {
     if let Some(name) = name.filter(|name| !name.is_empty() && name.len() <= NAME_LIMIT) {
         names.entry(label).or_insert_with(|| name.clone());
     }
 }
 
-/// Whether the plugin made this container. An image's labels alone do not make it
-/// Kubernetes'.
+/// Whether the plugin made this container. The labels of an image alone do not show that.
 pub(super) fn made(labels: &BTreeMap<String, String>, request: &Request) -> bool {
     request.kind.is_some() || labels.contains_key(KIND)
 }
 
-/// Kubernetes' name for a container: by its labels, else by what the plugin was
-/// asked for, else by the annotations of its specification.
+/// Kubernetes' name for a container: by its labels, else by the kubelet's request, else by the
+/// annotations of its specification.
 pub(super) fn pod(
     labels: &BTreeMap<String, String>,
     request: &Request,
@@ -167,7 +164,7 @@ pub(super) fn pod(
         add(&mut names, label, request.names.get(label));
         add(&mut names, label, annotations.get(annotation));
     }
-    // A pod may have labels of any name; none makes a container of its sandbox.
+    // A pod may have labels of any name. None of them turns its sandbox into a container.
     let is_sandbox = request.kind == Some(Kind::Sandbox)
         || labels.get(KIND).is_some_and(|kind| kind == "sandbox");
     if is_sandbox {
@@ -238,7 +235,7 @@ mod tests {
         for name in [CONTAINERS, "io.containerd.cri.container.metadata"] {
             assert_eq!(pod(&none, &request(name, &config), &none), Some(web()), "{name}");
         }
-        assert_eq!(pod(&none, &request("somebody.metadata", &config), &none), None);
+        assert_eq!(pod(&none, &request("another.metadata", &config), &none), None);
         // The record's own labels come first, and are completed.
         let labels = texts(&[(NAME, "web-2")]);
         let expected = Pod { name: "web-2".into(), ..web() };
@@ -254,16 +251,16 @@ mod tests {
             ("io.kubernetes.cri.container-name", "nginx"),
         ]);
         let none = BTreeMap::new();
-        let asked = request(CONTAINERS, &serde_json::json!({}));
-        assert_eq!(pod(&none, &asked, &annotations), Some(web()));
+        let found = request(CONTAINERS, &serde_json::json!({}));
+        assert_eq!(pod(&none, &found, &annotations), Some(web()));
         assert_eq!(pod(&none, &Request::default(), &annotations), None, "not the plugin's");
-        assert_eq!(pod(&none, &asked, &none), None);
+        assert_eq!(pod(&none, &found, &none), None);
         assert_eq!(pod(&none, &of_value(CONTAINERS, b"{"), &annotations), Some(web()));
     }
 
     #[test]
     fn what_containerd_writes_is_read() {
-        // As containerd 1.6.20 has filed a pod that was asked for without labels.
+        // As containerd 1.6.20 has stored a pod that was requested without labels.
         let container = of_value(
             CONTAINERS,
             br#"{"Version":"v1","Metadata":{"ID":"df32","Name":"app_web_shop_u_0",
@@ -302,11 +299,11 @@ mod tests {
             "labels": { CONTAINER: "nginx" },
             "annotations": { BEFORE_STOP: r#"{"exec":{"command":["/bin/sh"]}}"# },
         });
-        let asked = request(SANDBOXES, &config);
-        assert_eq!(asked.before_stop, None, "a pod's annotation is no hook");
+        let found = request(SANDBOXES, &config);
+        assert_eq!(found.before_stop, None, "a pod's annotation is no hook");
         let expected = Pod { container: None, ..web() };
-        assert_eq!(pod(&none, &asked, &none), Some(expected.clone()));
-        assert_eq!(pod(&texts(&[(CONTAINER, "nginx")]), &asked, &none), Some(expected.clone()));
+        assert_eq!(pod(&none, &found, &none), Some(expected.clone()));
+        assert_eq!(pod(&texts(&[(CONTAINER, "nginx")]), &found, &none), Some(expected.clone()));
         let mut labels = kubelets_labels();
         labels.insert(KIND.into(), "sandbox".into());
         assert_eq!(pod(&labels, &Request::default(), &none), Some(expected));
@@ -326,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_none_is_passed_over() {
+    fn an_empty_or_long_name_is_passed_over() {
         let none = BTreeMap::new();
         let long = "x".repeat(NAME_LIMIT + 1);
         let labels = texts(&[(KIND, "container"), (NAME, ""), (NAMESPACE, &long)]);

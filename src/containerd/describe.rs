@@ -1,4 +1,6 @@
-//! What one containerd is, for `driftd doctor`.
+//! Describes one containerd for `driftd doctor`: its version and its snapshotters.
+//!
+//! Makes a connection of its own; the daemon does not use it.
 
 use std::path::Path;
 
@@ -6,7 +8,7 @@ use containerd_client::services::v1::PluginsRequest;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::version_client::VersionClient;
 
-/// A containerd that answered.
+/// What a containerd reports about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
     pub version: String,
@@ -14,9 +16,9 @@ pub struct Description {
     pub snapshotters: Vec<String>,
 }
 
-/// Asks the containerd behind `socket` what it is; the error is in words.
+/// Describes the containerd behind `socket`. The error is a text for administrators.
 pub async fn describe(socket: &Path) -> Result<Description, String> {
-    // Asked first, because tonic's own error would hide what the kernel says.
+    // Connected to first, because tonic's own error would hide the kernel's.
     tokio::net::UnixStream::connect(socket).await.map_err(|err| err.to_string())?;
     let channel = containerd_client::connect(socket).await.map_err(|err| err.to_string())?;
     let version = VersionClient::new(channel.clone())

@@ -1,10 +1,10 @@
-//! Docker's own books, for what containerd does not know of its containers.
+//! Docker's own files, for what containerd does not know of Docker's containers.
 //!
-//! containerd runs Docker's containers (in the namespace `moby`, as a rule) and
-//! is told neither their image nor, with the classic storage driver overlay2,
-//! their layers. Docker keeps both in files that only root can write, below a
-//! data root that the container's rootfs leads to. Read with bounds and without
-//! trust all the same: what does not fit together is not used.
+//! containerd runs Docker's containers (usually in the namespace `moby`). Docker passes it
+//! neither their image nor, with the classic storage driver overlay2, their layers. Docker
+//! keeps both in files that only root can write, below a data root to which the container's
+//! rootfs leads. They are read with bounds and without trust all the same: data that does not
+//! fit together is not used.
 //!
 //! ```text
 //!  <data root>/overlay2/<mount ID>/{merged,diff,lower}   the container
@@ -42,7 +42,7 @@ pub(super) fn made(labels: &std::collections::HashMap<String, String>) -> bool {
     labels.contains_key(LABEL)
 }
 
-/// What a container of the driver overlay2 stands on.
+/// The layers on which a container of the driver overlay2 stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stack {
     /// Bottom first; the topmost is Docker's own.
@@ -52,38 +52,56 @@ pub(super) struct Stack {
     pub(super) dirs: OverlayDirs,
 }
 
-/// Reads what the container `id`, whose rootfs is mounted at `rootfs`, stands
-/// on; an error in words. Blocks.
-pub(super) fn stack(id: &str, rootfs: &Path, pid: Option<u32>) -> Result<Stack, String> {
-    let place = Place::of(rootfs)?;
-    let upperdir = place.mount.join("diff");
-    // The kernel's word before Docker's, once the rootfs is mounted.
+/// Why the layers of a container are not known.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StackError {
+    #[error(
+        "its rootfs {} is not one of Docker's overlay2: other storage drivers keep no layers that \
+         can be compared", shown(.0)
+    )]
+    OtherDriver(PathBuf),
+    #[error("Docker's {} cannot be read: {source}", shown(path))]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("Docker names no layers of it")]
+    NoLayers,
+    #[error("Docker's {} leads to {}", shown(link), shown(target))]
+    WrongLink { link: PathBuf, target: PathBuf },
+    #[error("its layer {} is not in Docker's store", shown(.0))]
+    OutsideStore(PathBuf),
+}
+
+/// Reads on which layers the container `id` stands, whose rootfs is mounted at `rootfs`.
+/// Blocks.
+pub(super) fn stack(id: &str, rootfs: &Path, pid: Option<u32>) -> Result<Stack, StackError> {
+    let mount = ContainerMount::of(rootfs)?;
+    let upperdir = mount.directory.join("diff");
+    // Once the rootfs is mounted, the kernel knows better than Docker.
     let mounted = pid.and_then(|pid| {
         let mountinfo = Handle::open(pid).and_then(|init| init.mountinfo()).ok()?;
         overlay::find_by_upperdir(&mountinfo, &upperdir)
     });
     let named = match mounted {
-        Some(mount) => mount.dirs.lowerdirs,
+        Some(mounted) => mounted.dirs.lowerdirs,
         None => {
-            let lower = place.mount.join("lower");
+            let lower = mount.directory.join("lower");
             let list = read(&lower, LIST_LIMIT)
-                .map_err(|err| format!("Docker's {} cannot be read: {err}", shown(&lower)))?;
-            split_lower(&list).map(|name| place.store.join(name)).collect()
+                .map_err(|source| StackError::Unreadable { path: lower, source })?;
+            split_lower(&list).map(|name| mount.store.join(name)).collect()
         }
     };
     if named.is_empty() {
-        return Err("Docker names no layers of it".into());
+        return Err(StackError::NoLayers);
     }
     let mut lowerdirs = Vec::with_capacity(named.len());
     for name in named {
-        lowerdirs.push(place.resolve(&name)?);
+        lowerdirs.push(mount.resolve(&name)?);
     }
     let mut cache_ids = Vec::with_capacity(lowerdirs.len());
     for lowerdir in lowerdirs.iter().rev() {
-        cache_ids.push(place.cache_id(lowerdir)?);
+        cache_ids.push(mount.cache_id(lowerdir)?);
     }
-    let known = place.layers(id).unwrap_or_default();
-    let (layers, image_chain) = name_layers(&cache_ids, &known, &place.mount_id);
+    let known = mount.layers(id).unwrap_or_default();
+    let (layers, image_chain) = name_layers(&cache_ids, &known, &mount.id);
     let layers = layers
         .into_iter()
         .zip(lowerdirs.iter().rev())
@@ -91,74 +109,69 @@ pub(super) fn stack(id: &str, rootfs: &Path, pid: Option<u32>) -> Result<Stack, 
             id,
             chain_id,
             directory: Some(directory.clone()),
-            // Docker throws the archives away after the unpack.
+            // Docker deletes the archives after the unpack.
             blob: None,
         })
         .collect();
     Ok(Stack { layers, image_chain, dirs: OverlayDirs { upperdir, lowerdirs } })
 }
 
-/// A container's place in Docker's data root.
+/// The directory of a container's mount in Docker's data root.
 #[derive(Debug)]
-struct Place {
+struct ContainerMount {
     /// `<data root>/overlay2`
     store: PathBuf,
-    mount: PathBuf,
-    mount_id: String,
+    directory: PathBuf,
+    id: String,
 }
 
-/// What the layer store says of one layer.
+/// A layer as Docker's layer store describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Known {
+struct StoredLayer {
     chain_id: ChainId,
     diff_id: DiffId,
     cache_id: String,
 }
 
-impl Place {
-    fn of(rootfs: &Path) -> Result<Place, String> {
-        let place = || {
-            let mount = rootfs.parent()?;
-            let store = mount.parent()?;
+impl ContainerMount {
+    fn of(rootfs: &Path) -> Result<ContainerMount, StackError> {
+        let mount = || {
+            let directory = rootfs.parent()?;
+            let store = directory.parent()?;
             let is_overlay = rootfs.is_absolute()
                 && rootfs.file_name() == Some(OsStr::new("merged"))
                 && store.file_name() == Some(OsStr::new("overlay2"));
             is_overlay.then_some(())?;
-            Some(Place {
+            Some(ContainerMount {
                 store: store.to_owned(),
-                mount: mount.to_owned(),
-                mount_id: mount.file_name()?.to_str()?.to_owned(),
+                directory: directory.to_owned(),
+                id: directory.file_name()?.to_str()?.to_owned(),
             })
         };
-        place().ok_or_else(|| {
-            format!(
-                "its rootfs {} is not one of Docker's overlay2: other storage drivers keep no \
-                 layers that can be compared",
-                shown(rootfs)
-            )
-        })
+        mount().ok_or_else(|| StackError::OtherDriver(rootfs.to_owned()))
     }
 
     /// Follows one of Docker's short names to the layer's directory.
-    fn resolve(&self, name: &Path) -> Result<PathBuf, String> {
+    fn resolve(&self, name: &Path) -> Result<PathBuf, StackError> {
         if name.parent() != Some(&self.store.join("l")) {
             return Ok(name.to_owned());
         }
         let target = std::fs::read_link(name)
-            .map_err(|err| format!("Docker's {} cannot be read: {err}", shown(name)))?;
-        let directory = link_target(&target)
-            .ok_or_else(|| format!("Docker's {} leads to {}", shown(name), shown(&target)))?;
-        Ok(self.store.join(directory))
+            .map_err(|source| StackError::Unreadable { path: name.to_owned(), source })?;
+        match link_target(&target) {
+            Some(directory) => Ok(self.store.join(directory)),
+            None => Err(StackError::WrongLink { link: name.to_owned(), target }),
+        }
     }
 
-    fn cache_id(&self, directory: &Path) -> Result<String, String> {
+    fn cache_id(&self, directory: &Path) -> Result<String, StackError> {
         let id = directory.strip_prefix(&self.store).ok().and_then(link_target_name);
-        id.ok_or_else(|| format!("its layer {} is not in Docker's store", shown(directory)))
+        id.ok_or_else(|| StackError::OutsideStore(directory.to_owned()))
     }
 
-    /// The layers of a container's image, bottom first, from the layer store;
-    /// `None` if it cannot be read or does not fit together.
-    fn layers(&self, container: &str) -> Option<Vec<Known>> {
+    /// The layers of a container's image, bottom first, from the layer store. `None` if that
+    /// cannot be read or does not fit together.
+    fn layers(&self, container: &str) -> Option<Vec<StoredLayer>> {
         is_name(container).then_some(())?;
         let driver = self.store.file_name()?;
         let database = self.store.parent()?.join("image").join(driver).join("layerdb");
@@ -171,7 +184,7 @@ impl Place {
                 return None;
             }
             let layer = database.join("sha256").join(chain_id.hex());
-            layers.push(Known {
+            layers.push(StoredLayer {
                 chain_id,
                 diff_id: text(layer.join("diff"))?.trim().parse().ok()?,
                 cache_id: text(layer.join("cache-id"))?.trim().to_owned(),
@@ -188,11 +201,11 @@ impl Place {
     }
 }
 
-/// Names a stack of layers, bottom first, by what the layer store knows, as far
-/// as it speaks of the same directories; and tells the image's own chain ID.
+/// Names a stack of layers, bottom first, by the layer store, if that describes the same
+/// directories. Also returns the image's own chain ID.
 fn name_layers(
     cache_ids: &[String],
-    known: &[Known],
+    known: &[StoredLayer],
     mount_id: &str,
 ) -> (Vec<(LayerId, ChainId)>, Option<ChainId>) {
     let init = format!("{mount_id}-init");
@@ -235,13 +248,13 @@ fn link_target_name(directory: &Path) -> Option<String> {
     (components.as_path() == Path::new("diff")).then(|| name.to_owned())
 }
 
-/// One component of a path that leads nowhere else.
+/// Whether the text is one component of a path that leads nowhere else.
 fn is_name(text: &str) -> bool {
     !text.is_empty()
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
 
-/// What Docker's own file says of a container.
+/// What Docker's own file states about a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Settings {
     /// The name of the image that it was made from.
@@ -249,7 +262,7 @@ pub(super) struct Settings {
     pub(super) health_check: HealthCheck,
 }
 
-/// Reads what Docker keeps of the container `id`. Blocks.
+/// Reads Docker's file about the container `id`. Blocks.
 pub(super) fn settings(id: &str, rootfs: &Path) -> Option<Settings> {
     is_name(id).then_some(())?;
     let data_root = data_root(rootfs)?;
@@ -259,7 +272,7 @@ pub(super) fn settings(id: &str, rootfs: &Path) -> Option<Settings> {
     Some(Settings { image, health_check })
 }
 
-/// The restart policy of the container `id`: its name, empty for none. Blocks.
+/// The restart policy of the container `id`: its name, which is empty for none. Blocks.
 pub(super) fn restart_policy(id: &str, rootfs: &Path) -> Option<String> {
     is_name(id).then_some(())?;
     let directory = data_root(rootfs)?.join("containers").join(id);
@@ -312,8 +325,7 @@ fn image_in_config(text: &str) -> Option<String> {
     Some(container.config.image).filter(|name| !name.is_empty() && name.len() <= 512)
 }
 
-/// The names under which containerd's image store may have the image that Docker
-/// calls `name`.
+/// The names under which containerd's image store may have the image that Docker names `name`.
 pub(super) fn full_names(name: &str) -> Vec<String> {
     let last = name.rsplit('/').next().unwrap_or(name);
     let tagged = if last.contains(':') || name.contains('@') {
@@ -328,7 +340,7 @@ pub(super) fn full_names(name: &str) -> Vec<String> {
     names
 }
 
-/// A small text file that is what it should be.
+/// Reads a text file, if it is a regular file and small enough.
 fn read(path: &Path, limit: u64) -> std::io::Result<String> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, Mode::empty())?;
@@ -374,9 +386,9 @@ mod tests {
             assert_eq!(policy_in(&text).as_deref(), expected, "{text}");
         }
         let directory = tempfile::tempdir().unwrap();
-        let place = directory.path().join("containers").join(CONTAINER);
-        std::fs::create_dir_all(&place).unwrap();
-        std::fs::write(place.join("hostconfig.json"), of("always", 0)).unwrap();
+        let files = directory.path().join("containers").join(CONTAINER);
+        std::fs::create_dir_all(&files).unwrap();
+        std::fs::write(files.join("hostconfig.json"), of("always", 0)).unwrap();
         let read = |id, root: &str| restart_policy(id, &directory.path().join(root));
         for root in ["overlay2/abc/merged", "rootfs/overlayfs/c0"] {
             assert_eq!(read(CONTAINER, root).as_deref(), Some("always"));
@@ -460,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_store_that_speaks_of_other_directories_is_not_believed() {
+    fn a_layer_store_that_describes_other_directories_is_not_used() {
         let (_directory, root, diff_ids) = data_root_of_one();
         let layer = ChainId::of_layers(&diff_ids)[0].hex();
         let layer = root.join("image/overlay2/layerdb/sha256").join(layer);
@@ -492,8 +504,9 @@ mod tests {
     }
 
     #[test]
-    fn another_storage_driver_is_said() {
-        let check = |rootfs: &str| stack(CONTAINER, Path::new(rootfs), None).unwrap_err();
+    fn another_storage_driver_is_named_in_the_error() {
+        let check =
+            |rootfs: &str| stack(CONTAINER, Path::new(rootfs), None).unwrap_err().to_string();
         assert_eq!(
             check("/var/lib/docker/vfs/dir/abc"),
             "its rootfs /var/lib/docker/vfs/dir/abc is not one of Docker's overlay2: other storage \

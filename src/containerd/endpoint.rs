@@ -1,5 +1,8 @@
-//! One containerd socket: wait for it, connect, subscribe, list, follow; and
-//! from the beginning whenever that ends.
+//! One containerd socket: waits for it, connects, subscribes, lists and follows, and begins
+//! anew whenever that ends.
+//!
+//! What an event means is decided in `events`, what is sent in `outbox`. This file only moves
+//! things between containerd and these.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
@@ -14,36 +17,39 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tonic::Status;
 
+use super::changes::{Lane, RuntimeEvent};
 use super::connection::{Connection, Namespace, interrupted, words};
+use super::error::Error;
 use super::events::{self, Event};
-use super::images::{Images, Trouble};
-use super::outbox::{Answer, Outbox, Stopped};
-use super::{Error, Lane, Recording, RuntimeEvent, containers, snapshots, tasks};
+use super::images::{ImageError, Images};
+use super::outbox::{Delivery, Outbox, Stopped};
+use super::recording::Recording;
+use super::{containers, snapshots, tasks};
 use crate::health::{Failure, Health};
 use crate::model::{Container, ContainerId, printable};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// How often a containerd that says nothing is asked whether it is there.
-const PULSE: Duration = Duration::from_secs(10);
-/// Events waiting for the dispatcher. containerd's own queue has no bound, so
-/// the stream must be drained, whatever happens here.
+/// How often it is checked that a silent containerd still answers.
+const LIVENESS_CHECK: Duration = Duration::from_secs(10);
+/// Events waiting for the dispatcher. containerd's own queue has no bound, so the stream must
+/// always be drained.
 const QUEUE: usize = 4096;
-/// How much of the queue is kept free of what is told of execs.
+/// How much of the queue is kept free of events of execs.
 const QUEUE_WITHOUT_EXECS: usize = QUEUE / 2;
-/// How long our own marker may take before the list is made without it.
+/// How long driftd's own marker may take before the list is made without it.
 const MARKER_PATIENCE: Duration = Duration::from_secs(5);
 const MARKER_PAUSE: Duration = Duration::from_millis(50);
 const RELIST: Duration = Duration::from_secs(60);
-/// Containers that are being asked for at the same time.
+/// Containers whose records are being requested at the same time.
 const DESCRIBING: usize = 8;
-/// How long to wait before asking again for a record that lagged behind an event.
+/// How long to wait before a record that lagged behind an event is requested again.
 const LAG: Duration = Duration::from_secs(6);
 
 /// Why a connection ended.
 #[derive(Debug)]
 enum Ended {
-    /// To be tried again; the reason is for people.
+    /// It is tried again. The reason is a text for administrators.
     Lost(String),
     /// driftd is stopping.
     Stopped,
@@ -72,14 +78,14 @@ pub(super) struct Endpoint {
     connection: Mutex<Option<Connection>>,
 }
 
-/// What the tasks of one connection share.
-struct Following {
+/// The subscription on one connection, shared by the tasks that serve it.
+struct Subscription {
     connection: Connection,
-    /// The pipeline was told of this connection.
+    /// The connection was reported to the pipeline.
     connected: AtomicBool,
     /// A list was completed.
     listed: AtomicBool,
-    /// The topic of our own event.
+    /// The topic of driftd's own event.
     marker: String,
     /// Whether the marker has come back.
     marked: watch::Sender<bool>,
@@ -87,19 +93,19 @@ struct Following {
     relist: Notify,
     /// Events were dropped on the way into the queue.
     overflowed: AtomicBool,
-    /// The list is made without the marker; the first event calls for another.
+    /// The list is made without the marker. The first event causes another list.
     unmarked: AtomicBool,
-    /// Containers whose record is to be asked for.
+    /// Containers whose record is to be requested.
     stale: Mutex<HashSet<ContainerId>>,
     found_stale: Notify,
 }
 
-impl Following {
-    fn new(connection: Connection) -> Following {
+impl Subscription {
+    fn new(connection: Connection) -> Subscription {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let now = Timestamp::now().as_millisecond();
-        Following {
+        Subscription {
             connection,
             connected: AtomicBool::new(false),
             listed: AtomicBool::new(false),
@@ -113,7 +119,7 @@ impl Following {
         }
     }
 
-    fn look_again(&self, container: ContainerId) {
+    fn mark_stale(&self, container: ContainerId) {
         self.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(container);
         self.found_stale.notify_one();
     }
@@ -157,7 +163,8 @@ impl Endpoint {
         Error::Refused { socket: self.socket_words(), reason: words(status) }
     }
 
-    pub(super) fn not_answered(&self, refused: tasks::Refused) -> Error {
+    /// Why a kill, a pause or a resume was not carried out.
+    pub(super) fn refused_response(&self, refused: tasks::Refused) -> Error {
         match refused {
             tasks::Refused::Gone(how) => Error::Gone(how),
             tasks::Refused::Failed(why) => Error::Failed(why),
@@ -166,18 +173,18 @@ impl Endpoint {
     }
 
     /// Why the image `name` could not be recorded.
-    pub(super) fn trouble(&self, name: &str, trouble: Trouble) -> Error {
+    pub(super) fn not_recorded(&self, name: &str, err: ImageError) -> Error {
         let name = printable(name.as_bytes());
-        match trouble {
-            Trouble::Interrupted(status) => self.refused(&status),
-            Trouble::Unknown => Error::UnknownImage { name },
-            Trouble::NoImage => Error::NoImage { name },
-            Trouble::NotUnpacked { reason, .. } => {
+        match err {
+            ImageError::Interrupted(status) => self.refused(&status),
+            ImageError::Unknown => Error::UnknownImage { name },
+            ImageError::NoImage => Error::NoImage { name },
+            ImageError::NotUnpacked { reason, .. } => {
                 let reason = reason.unwrap_or_else(|| "it is not unpacked yet".into());
                 Error::NotUnpacked { name, reason }
             }
-            Trouble::Bad { digest, reason } => Error::Unresolvable { name, digest, reason },
-            Trouble::NotRecorded { chain_id, reason } => {
+            ImageError::Bad { digest, reason } => Error::Unresolvable { name, digest, reason },
+            ImageError::NotRecorded { chain_id, reason } => {
                 Error::Unresolvable { name, digest: chain_id.to_string(), reason }
             }
         }
@@ -231,35 +238,35 @@ impl Endpoint {
     /// Follows this containerd until driftd stops.
     pub(super) async fn run(self: Arc<Self>) {
         let mut pause = FIRST_PAUSE;
-        // Said once per change of state, not once per try.
-        let mut told: Option<String> = None;
+        // Logged and sent once per change of state, not once per try.
+        let mut reported: Option<String> = None;
         loop {
             let reason = match Connection::open(&self.socket).await {
-                Err(reason) => {
-                    format!("cannot reach containerd at {}: {reason}", self.socket_words())
+                Err(err) => {
+                    format!("cannot reach containerd at {}: {err}", self.socket_words())
                 }
                 Ok(connection) => {
                     self.set_connection(Some(connection.clone()));
-                    let following = Arc::new(Following::new(connection));
-                    let ended = self.follow(&following).await;
+                    let subscription = Arc::new(Subscription::new(connection));
+                    let ended = self.follow(&subscription).await;
                     self.set_connection(None);
                     let Ended::Lost(reason) = ended else { return };
                     let _retry = self.health.record(Failure::ContainerdLost);
-                    if following.connected.load(Ordering::Relaxed) {
-                        told = None;
+                    if subscription.connected.load(Ordering::Relaxed) {
+                        reported = None;
                     }
-                    if following.listed.load(Ordering::Relaxed) {
+                    if subscription.listed.load(Ordering::Relaxed) {
                         pause = FIRST_PAUSE;
                     }
                     format!("lost containerd at {}: {reason}", self.socket_words())
                 }
             };
-            if told.as_ref() != Some(&reason) {
+            if reported.as_ref() != Some(&reason) {
                 tracing::warn!("{reason}; trying again until it is there");
                 if self.outbox.disconnected(reason.clone()).await.is_err() {
                     return;
                 }
-                told = Some(reason);
+                reported = Some(reason);
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -267,15 +274,15 @@ impl Endpoint {
     }
 
     /// One connection's life.
-    async fn follow(self: &Arc<Self>, following: &Arc<Following>) -> Ended {
+    async fn follow(self: &Arc<Self>, subscription: &Arc<Subscription>) -> Ended {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        // Dropped, and with it all of them ended, when the first one ends.
+        // Dropped when the first task ends, which ends the others.
         let mut parts: JoinSet<Ended> = JoinSet::new();
-        parts.spawn(read(Arc::clone(self), Arc::clone(following), queue));
-        parts.spawn(pulse(following.connection.clone()));
+        parts.spawn(read(Arc::clone(self), Arc::clone(subscription), queue));
+        parts.spawn(check_liveness(subscription.connection.clone()));
         parts.spawn({
-            let (endpoint, following) = (Arc::clone(self), Arc::clone(following));
-            async move { endpoint.keep_listed(following, waiting).await }
+            let (endpoint, subscription) = (Arc::clone(self), Arc::clone(subscription));
+            async move { endpoint.keep_listed(subscription, waiting).await }
         });
         let ended = match parts.join_next().await {
             Some(Ok(ended)) => ended,
@@ -289,37 +296,37 @@ impl Endpoint {
     /// Waits for the subscription, lists, follows, lists again when needed.
     async fn keep_listed(
         self: &Arc<Self>,
-        following: Arc<Following>,
+        subscription: Arc<Subscription>,
         waiting: mpsc::Receiver<Event>,
     ) -> Ended {
-        if !subscribed(&following).await {
+        if !subscribed(&subscription).await {
             tracing::warn!(
                 socket = self.socket_words(),
                 "containerd does not send back driftd's own event; listing without it"
             );
-            following.unmarked.store(true, Ordering::Relaxed);
+            subscription.unmarked.store(true, Ordering::Relaxed);
         }
         if self.outbox.connected().await.is_err() {
             return Ended::Stopped;
         }
-        following.connected.store(true, Ordering::Relaxed);
+        subscription.connected.store(true, Ordering::Relaxed);
         tracing::info!(socket = self.socket_words(), "connected to containerd");
         let mut parts: JoinSet<Ended> = JoinSet::new();
-        let (endpoint, shared) = (Arc::clone(self), Arc::clone(&following));
+        let (endpoint, shared) = (Arc::clone(self), Arc::clone(&subscription));
         parts.spawn(async move { endpoint.dispatch(&shared, waiting).await });
-        let (endpoint, shared) = (Arc::clone(self), Arc::clone(&following));
+        let (endpoint, shared) = (Arc::clone(self), Arc::clone(&subscription));
         parts.spawn(async move { endpoint.describe_stale(&shared).await });
 
         let lists = async {
             loop {
-                if let Err(ended) = self.list(&following).await {
+                if let Err(ended) = self.list(&subscription).await {
                     return ended;
                 }
-                if !following.listed.swap(true, Ordering::Relaxed) {
-                    self.remove_stale_views(&following.connection).await;
+                if !subscription.listed.swap(true, Ordering::Relaxed) {
+                    self.remove_stale_views(&subscription.connection).await;
                 }
                 tokio::select! {
-                    () = following.relist.notified() => (),
+                    () = subscription.relist.notified() => (),
                     () = tokio::time::sleep(RELIST) => (),
                 }
             }
@@ -333,8 +340,8 @@ impl Endpoint {
         }
     }
 
-    /// Hands on at once what cannot wait for those that come before it.
-    fn tell_urgent(&self, event: &Event) {
+    /// Sends an urgent change at once, past the events that wait before it.
+    fn send_urgent(&self, event: &Event) {
         if let (Some(lane), Some(urgent)) = (&self.lane, event.urgent())
             && event.namespace().is_some_and(|name| !self.exclude.contains(name))
         {
@@ -342,49 +349,49 @@ impl Endpoint {
         }
     }
 
-    /// Gives events on in their order, without asking containerd anything.
+    /// Hands on events in their order, without any request to containerd.
     async fn dispatch(
         &self,
-        following: &Arc<Following>,
+        subscription: &Arc<Subscription>,
         mut waiting: mpsc::Receiver<Event>,
     ) -> Ended {
         while let Some(event) = waiting.recv().await {
-            if following.unmarked.swap(false, Ordering::Relaxed) {
-                following.relist.notify_one();
+            if subscription.unmarked.swap(false, Ordering::Relaxed) {
+                subscription.relist.notify_one();
             }
-            if let Err(ended) = self.handle(following, event).await {
+            if let Err(ended) = self.handle(subscription, event).await {
                 return ended;
             }
-            // Only now: what the list says is newer than all that waited.
-            if waiting.is_empty() && following.overflowed.swap(false, Ordering::Relaxed) {
-                following.relist.notify_one();
+            // Only now, so that the list is newer than every event that waited.
+            if waiting.is_empty() && subscription.overflowed.swap(false, Ordering::Relaxed) {
+                subscription.relist.notify_one();
             }
         }
-        // The reader has ended, and says why.
+        // The reader has ended; its task returns the reason.
         std::future::pending().await
     }
 
-    async fn handle(&self, following: &Arc<Following>, event: Event) -> Result<(), Ended> {
+    async fn handle(&self, subscription: &Arc<Subscription>, event: Event) -> Result<(), Ended> {
         let namespace = match event.namespace() {
             Some(name) if self.exclude.contains(name) => return Ok(()),
-            Some(name) => following.connection.namespace(name)?,
+            Some(name) => subscription.connection.namespace(name)?,
             None => return Ok(()),
         };
         match event {
             Event::TaskCreated { container, pid, rootfs } => {
                 self.outbox.task_created(container.clone(), pid, rootfs).await?;
-                following.look_again(container);
+                subscription.mark_stale(container);
             }
             Event::TaskExited { container, .. } => self.outbox.task_exited(container).await?,
             Event::ExecStarted { container, exec_id, pid } => {
-                self.tell_exec(RuntimeEvent::ExecStarted { container, exec_id, pid })?;
+                self.send_exec(RuntimeEvent::ExecStarted { container, exec_id, pid })?;
             }
             Event::ExecExited { container, exec_id, pid, exit, at } => {
-                self.tell_exec(RuntimeEvent::ExecExited { container, exec_id, pid, exit, at })?;
+                self.send_exec(RuntimeEvent::ExecExited { container, exec_id, pid, exit, at })?;
             }
             Event::ContainerChanged { container } => {
                 self.outbox.changed(&container).await;
-                following.look_again(container);
+                subscription.mark_stale(container);
             }
             Event::ContainerRemoved { container } => self.outbox.removed(container).await?,
             Event::ImageChanged { name, .. } => self.images.changed(&namespace, &name),
@@ -397,25 +404,25 @@ impl Endpoint {
         Ok(())
     }
 
-    fn tell_exec(&self, change: RuntimeEvent) -> Result<(), Stopped> {
+    fn send_exec(&self, change: RuntimeEvent) -> Result<(), Stopped> {
         if !self.outbox.exec(change)? {
             too_many_execs(&self.health);
         }
         Ok(())
     }
 
-    /// Asks for the records of containers that events have named.
-    async fn describe_stale(self: &Arc<Self>, following: &Arc<Following>) -> Ended {
+    /// Requests the records of containers that events have named.
+    async fn describe_stale(self: &Arc<Self>, subscription: &Arc<Subscription>) -> Ended {
         let room = Arc::new(Semaphore::new(DESCRIBING));
         let mut asking: JoinSet<Result<(), Ended>> = JoinSet::new();
         loop {
-            for container in following.take_stale() {
+            for container in subscription.take_stale() {
                 let permit =
                     Arc::clone(&room).acquire_owned().await.expect("the semaphore is never closed");
-                let (endpoint, following) = (Arc::clone(self), Arc::clone(following));
+                let (endpoint, subscription) = (Arc::clone(self), Arc::clone(subscription));
                 asking.spawn(async move {
                     let _permit = permit;
-                    endpoint.describe(&following, &container).await
+                    endpoint.describe(&subscription, &container).await
                 });
             }
             while let Some(done) = asking.try_join_next() {
@@ -426,7 +433,7 @@ impl Endpoint {
                 }
             }
             tokio::select! {
-                () = following.found_stale.notified() => (),
+                () = subscription.found_stale.notified() => (),
                 Some(done) = asking.join_next() => match done {
                     Ok(Ok(())) => (),
                     Ok(Err(ended)) => return ended,
@@ -436,17 +443,17 @@ impl Endpoint {
         }
     }
 
-    /// Asks for one container's record and sends it.
+    /// Requests one container's record and sends it.
     async fn describe(
         &self,
-        following: &Arc<Following>,
+        subscription: &Arc<Subscription>,
         container: &ContainerId,
     ) -> Result<(), Ended> {
-        let namespace = following.connection.namespace(&container.namespace)?;
-        let asked = self.outbox.asking().await;
+        let namespace = subscription.connection.namespace(&container.namespace)?;
+        let requested = self.outbox.request_time().await;
         let Some(record) = containers::get(&namespace, &container.id).await? else {
-            if self.outbox.gone(asked, container).await? == Answer::Outdated {
-                following.look_again(container.clone());
+            if self.outbox.gone(requested, container).await? == Delivery::Outdated {
+                subscription.mark_stale(container.clone());
             }
             return Ok(());
         };
@@ -454,21 +461,22 @@ impl Endpoint {
             Ok(task) => task,
             Err(status) if interrupted(&status) => return Err(status.into()),
             Err(status) => {
-                tracing::warn!(%container, "containerd cannot tell its task: {}", words(&status));
+                let reason = words(&status);
+                tracing::warn!(%container, "containerd cannot describe its task: {reason}");
                 None
             }
         };
         let described =
             containers::describe(&namespace, &self.name, record, task, &self.images).await?;
-        match self.outbox.container(asked, described).await? {
-            Answer::Taken => (),
-            Answer::Outdated => following.look_again(container.clone()),
-            Answer::AskAgainLater => {
-                let (following, container) = (Arc::downgrade(following), container.clone());
+        match self.outbox.container(requested, described).await? {
+            Delivery::Accepted => (),
+            Delivery::Outdated => subscription.mark_stale(container.clone()),
+            Delivery::RetryLater => {
+                let (subscription, container) = (Arc::downgrade(subscription), container.clone());
                 tokio::spawn(async move {
                     tokio::time::sleep(LAG).await;
-                    if let Some(following) = following.upgrade() {
-                        following.look_again(container);
+                    if let Some(subscription) = subscription.upgrade() {
+                        subscription.mark_stale(container);
                     }
                 });
             }
@@ -477,29 +485,29 @@ impl Endpoint {
     }
 
     /// Lists everything there is.
-    async fn list(&self, following: &Arc<Following>) -> Result<(), Ended> {
-        let asked = self.outbox.asking().await;
-        let names = self.followed(&following.connection).await?;
+    async fn list(&self, subscription: &Arc<Subscription>) -> Result<(), Ended> {
+        let requested = self.outbox.request_time().await;
+        let names = self.followed(&subscription.connection).await?;
         let mut listed = Vec::new();
         for name in &names {
-            let namespace = following.connection.namespace(name)?;
-            // First, because containers' layers are named by their images.
+            let namespace = subscription.connection.namespace(name)?;
+            // Images first: the layers of containers are named by them.
             self.images.list(&namespace).await?;
-            self.list_containers(following, &namespace, &mut listed).await?;
+            self.list_containers(subscription, &namespace, &mut listed).await?;
         }
         self.images.retain_namespaces(&names);
-        self.images.tell_names();
-        self.outbox.listed(asked, listed).await?;
+        self.images.report_names();
+        self.outbox.listed(requested, listed).await?;
         Ok(())
     }
 
     async fn list_containers(
         &self,
-        following: &Arc<Following>,
+        subscription: &Arc<Subscription>,
         namespace: &Namespace,
         listed: &mut Vec<ContainerId>,
     ) -> Result<(), Ended> {
-        let asked = self.outbox.asking().await;
+        let requested = self.outbox.request_time().await;
         let records = containers::list(namespace).await?;
         let mut tasks = tasks::list(namespace).await?;
         for record in records {
@@ -508,9 +516,9 @@ impl Endpoint {
             let task = tasks.remove(&record.id);
             let described =
                 containers::describe(namespace, &self.name, record, task, &self.images).await?;
-            match self.outbox.container(asked, described).await? {
-                Answer::Taken => (),
-                Answer::Outdated | Answer::AskAgainLater => following.look_again(id),
+            match self.outbox.container(requested, described).await? {
+                Delivery::Accepted => (),
+                Delivery::Outdated | Delivery::RetryLater => subscription.mark_stale(id),
             }
         }
         Ok(())
@@ -519,7 +527,8 @@ impl Endpoint {
     async fn remove_stale_views(&self, connection: &Connection) {
         let Ok(names) = self.followed(connection).await else { return };
         for namespace in names.iter().filter_map(|name| connection.namespace(name).ok()) {
-            if let Err(status) = snapshots::remove_stale_views(&namespace, self.images.held()).await
+            if let Err(status) =
+                snapshots::remove_stale_views(&namespace, self.images.leases()).await
             {
                 tracing::debug!("stale views stay until they expire: {}", words(&status));
             }
@@ -530,12 +539,12 @@ impl Endpoint {
 /// Drains the event stream into the queue; never waits for anything else.
 async fn read(
     endpoint: Arc<Endpoint>,
-    following: Arc<Following>,
+    subscription: Arc<Subscription>,
     queue: mpsc::Sender<Event>,
 ) -> Ended {
     let health = &endpoint.health;
-    let request = SubscribeRequest { filters: events::filters(&following.marker) };
-    let mut stream = match following.connection.event_stream().subscribe(request).await {
+    let request = SubscribeRequest { filters: events::filters(&subscription.marker) };
+    let mut stream = match subscription.connection.event_stream().subscribe(request).await {
         Ok(response) => response.into_inner(),
         Err(status) => return Ended::Lost(format!("its event stream: {}", words(&status))),
     };
@@ -545,18 +554,18 @@ async fn read(
             Ok(None) => return Ended::Lost("it ended the event stream".into()),
             Err(status) => return Ended::Lost(format!("its event stream: {}", words(&status))),
         };
-        let missed = match events::decode(&envelope, &following.marker, Timestamp::now()) {
+        let missed = match events::decode(&envelope, &subscription.marker, Timestamp::now()) {
             Ok(Some(Event::Marker)) => {
-                following.marked.send_replace(true);
+                subscription.marked.send_replace(true);
                 false
             }
-            // A list cannot tell it again, so none is made for it.
+            // No list is made for it, because no list contains execs.
             Ok(Some(event)) if event.is_of_exec() && queue.capacity() <= QUEUE_WITHOUT_EXECS => {
                 too_many_execs(health);
                 false
             }
             Ok(Some(event)) => {
-                endpoint.tell_urgent(&event);
+                endpoint.send_urgent(&event);
                 queue.try_send(event).is_err()
             }
             Ok(None) => false,
@@ -568,35 +577,36 @@ async fn read(
                 true
             }
         };
-        if missed && !following.overflowed.swap(true, Ordering::Relaxed) {
+        if missed && !subscription.overflowed.swap(true, Ordering::Relaxed) {
             let _relist = health.record(Failure::ContainerdLost);
             tracing::warn!("events of containerd were missed; listing again");
-            // The dispatcher asks for the list when it has caught up; this is for
-            // one that has nothing to catch up with.
+            // The dispatcher requests the list when it has caught up. If the queue is empty, it
+            // has nothing to catch up with, so the list is requested here.
             if queue.capacity() == QUEUE {
-                following.overflowed.store(false, Ordering::Relaxed);
-                following.relist.notify_one();
+                subscription.overflowed.store(false, Ordering::Relaxed);
+                subscription.relist.notify_one();
             }
         }
     }
 }
 
-/// No list tells of an exec again.
+/// Counts an event of an exec that was dropped. No list makes up for it.
 fn too_many_execs(health: &Health) {
     let failure = Failure::ExecEventsFull;
     let _degraded = health.record(failure);
-    health.happened(failure, "what containerd calls some sessions was not told: too many execs");
+    health
+        .happened(failure, "containerd's names of some sessions were not reported: too many execs");
 }
 
-/// Publishes our marker until it comes back; false if it does not.
-async fn subscribed(following: &Following) -> bool {
-    let mut marked = following.marked.subscribe();
+/// Publishes driftd's marker until it comes back. False if it does not.
+async fn subscribed(subscription: &Subscription) -> bool {
+    let mut marked = subscription.marked.subscribe();
     let deadline = tokio::time::Instant::now() + MARKER_PATIENCE;
-    // Events must be published in some namespace; it need not exist.
-    let Ok(namespace) = following.connection.namespace("driftd") else { return false };
+    // Events must be published in a namespace, which need not exist.
+    let Ok(namespace) = subscription.connection.namespace("driftd") else { return false };
     while tokio::time::Instant::now() < deadline {
         let request = PublishRequest {
-            topic: following.marker.clone(),
+            topic: subscription.marker.clone(),
             event: Some(prost_types::Any {
                 type_url: "google.protobuf.Empty".into(),
                 value: Vec::new(),
@@ -613,12 +623,12 @@ async fn subscribed(following: &Following) -> bool {
     false
 }
 
-/// Ends when containerd does not answer any more: a stream on which nothing
-/// comes looks the same whether containerd is idle or hangs.
-async fn pulse(connection: Connection) -> Ended {
+/// Ends when containerd does not answer any more. A stream without events does not show whether
+/// containerd is idle or hangs.
+async fn check_liveness(connection: Connection) -> Ended {
     loop {
-        tokio::time::sleep(PULSE).await;
-        if let Err(status) = connection.version(PULSE).await {
+        tokio::time::sleep(LIVENESS_CHECK).await;
+        if let Err(status) = connection.version(LIVENESS_CHECK).await {
             return Ended::Lost(format!("it does not answer: {}", words(&status)));
         }
     }

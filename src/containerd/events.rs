@@ -1,4 +1,7 @@
 //! containerd's events, decoded. Pure: values in, values out.
+//!
+//! Knows which events driftd subscribes to, which of them are urgent and which may be dropped
+//! first. Sending them on is the endpoint's business.
 
 use containerd_client::events::{
     ContainerCreate, ContainerDelete, ContainerUpdate, SnapshotCommit, TaskCreate, TaskDelete,
@@ -9,10 +12,11 @@ use containerd_client::types::Envelope;
 use jiff::Timestamp;
 use prost::Message;
 
-use super::{Urgent, snapshots};
+use super::changes::Urgent;
+use super::snapshots;
 use crate::model::{ChainId, ContainerId, Exit, OverlayDirs};
 
-/// What an event says, as far as driftd cares.
+/// An event of containerd's, as far as driftd needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Event {
     TaskCreated {
@@ -20,7 +24,8 @@ pub(super) enum Event {
         pid: u32,
         rootfs: Option<OverlayDirs>,
     },
-    /// The init process has ended, not merely a process entered later.
+    /// The init process has ended, not merely a process that was started in the container
+    /// later.
     TaskExited {
         container: ContainerId,
         pid: u32,
@@ -37,7 +42,7 @@ pub(super) enum Event {
         exit: Exit,
         at: Timestamp,
     },
-    /// The container's record or its task's state is another one now.
+    /// The container's record or the state of its task has changed.
     ContainerChanged {
         container: ContainerId,
     },
@@ -57,12 +62,12 @@ pub(super) enum Event {
         namespace: String,
         chain_id: ChainId,
     },
-    /// Our own marker: the subscription is in place.
+    /// driftd's own marker: the subscription is in place.
     Marker,
 }
 
 impl Event {
-    /// The containerd namespace it happened in; `None` for our own marker.
+    /// The containerd namespace of the event; `None` for driftd's own marker.
     pub(super) fn namespace(&self) -> Option<&str> {
         match self {
             Event::TaskCreated { container, .. }
@@ -78,7 +83,7 @@ impl Event {
         }
     }
 
-    /// What whoever marks containers is told at once.
+    /// The change that the watchers receive at once, if this is one.
     pub(super) fn urgent(&self) -> Option<Urgent> {
         match self {
             Event::TaskCreated { container, pid, rootfs } => Some(Urgent::TaskCreated {
@@ -86,7 +91,7 @@ impl Event {
                 pid: *pid,
                 rootfs: rootfs.clone(),
             }),
-            // Without a pid nobody can tell which run has ended.
+            // Without a pid it is not known which run has ended.
             Event::TaskExited { container, pid } if *pid != 0 => {
                 Some(Urgent::TaskExited { container: container.clone(), pid: *pid })
             }
@@ -94,9 +99,9 @@ impl Event {
         }
     }
 
-    /// Whether it is about a process that was entered later. Health probes make
-    /// such events every few seconds for every container, without end; nothing
-    /// that a list would tell depends on them, so they are the first to be let go.
+    /// Whether it concerns a process that was started in a container later. Health probes cause
+    /// such events every few seconds in every container. No list depends on them, so they are
+    /// the first to be dropped.
     pub(super) fn is_of_exec(&self) -> bool {
         match self {
             Event::ExecStarted { .. } | Event::ExecExited { .. } => true,
@@ -112,9 +117,9 @@ impl Event {
     }
 }
 
-/// What the subscription asks for. What is not named here (`/tasks/exec-added`,
-/// which comes without a pid, and also for what is then never started) is
-/// neither sent nor decoded. List items are OR'ed.
+/// The filters of the subscription, which containerd combines with OR. Other topics are neither
+/// sent nor decoded; one of them is `/tasks/exec-added`, which comes without a pid, and also for
+/// execs that are never started.
 pub(super) fn filters(marker: &str) -> Vec<String> {
     [
         "/tasks/create",
@@ -138,8 +143,7 @@ pub(super) fn filters(marker: &str) -> Vec<String> {
     .collect()
 }
 
-/// `Ok(None)` for an event that says nothing driftd needs. `received` is when it
-/// came.
+/// Decodes an event. `Ok(None)` for one that driftd does not need. `received` is when it came.
 ///
 /// containerd's type URLs have no `/` (`containerd.events.TaskCreate`), which
 /// `Any::to_msg` refuses; so the last path segment is compared.
@@ -158,36 +162,10 @@ pub(super) fn decode(
     let namespace = || envelope.namespace.clone();
 
     let event = match type_name {
-        "containerd.events.TaskCreate" => {
-            let event = TaskCreate::decode(value)?;
-            if event.pid == 0 {
-                // Restored from a checkpoint: it has a process once it is started.
-                return Ok(Some(Event::ContainerChanged {
-                    container: container(&event.container_id),
-                }));
-            }
-            Event::TaskCreated {
-                container: container(&event.container_id),
-                pid: event.pid,
-                rootfs: snapshots::overlay_dirs(&event.rootfs),
-            }
-        }
+        "containerd.events.TaskCreate" => task_created(&TaskCreate::decode(value)?, &container),
         "containerd.events.TaskExit" => {
             let event = TaskExit::decode(value)?;
-            let container = container(&event.container_id);
-            if event.id == event.container_id {
-                Event::TaskExited { container, pid: event.pid }
-            } else if event.id.is_empty() {
-                return Ok(None);
-            } else {
-                Event::ExecExited {
-                    container,
-                    exec_id: event.id,
-                    pid: event.pid,
-                    exit: Exit::from_shell_status(event.exit_status),
-                    at: exited_at(event.exited_at, envelope.timestamp, received),
-                }
-            }
+            return Ok(exited(event, envelope.timestamp, received, &container));
         }
         "containerd.events.TaskExecStarted" => {
             let TaskExecStarted { container_id, exec_id, pid } = TaskExecStarted::decode(value)?;
@@ -196,8 +174,8 @@ pub(super) fn decode(
             }
             Event::ExecStarted { container: container(&container_id), exec_id, pid }
         }
-        // Not an exit of its own: it may come late, after the next task's
-        // creation, or not at all. The record is asked for instead.
+        // Not taken for an exit: it may come late, after the creation of the next task, or not
+        // at all. The record is requested instead.
         "containerd.events.TaskDelete" => {
             let event = TaskDelete::decode(value)?;
             Event::ContainerChanged { container: container(&event.container_id) }
@@ -233,7 +211,7 @@ pub(super) fn decode(
         "containerd.events.SnapshotCommit" => {
             match SnapshotCommit::decode(value)?.name.parse() {
                 Ok(chain_id) => Event::LayerCommitted { namespace: namespace(), chain_id },
-                // Somebody's own snapshot, not an image's layer.
+                // Another program's own snapshot, not a layer of an image.
                 Err(_) => return Ok(None),
             }
         }
@@ -242,11 +220,44 @@ pub(super) fn decode(
     Ok(Some(event))
 }
 
-/// When a process ended. A shim that lost the time sends none, or Go's zero in the
-/// year 1. Nothing ends after it was told of, so then the event's own time is
-/// taken, and if that is no better, the time at which it came.
+fn task_created(event: &TaskCreate, container: impl Fn(&str) -> ContainerId) -> Event {
+    let container = container(&event.container_id);
+    if event.pid == 0 {
+        // Restored from a checkpoint: it has a process only once it is started.
+        return Event::ContainerChanged { container };
+    }
+    let rootfs = snapshots::overlay_dirs(&event.rootfs);
+    Event::TaskCreated { container, pid: event.pid, rootfs }
+}
+
+/// The end of an init or of an exec.
+fn exited(
+    event: TaskExit,
+    published: Option<prost_types::Timestamp>,
+    received: Timestamp,
+    container: impl Fn(&str) -> ContainerId,
+) -> Option<Event> {
+    let container = container(&event.container_id);
+    if event.id == event.container_id {
+        return Some(Event::TaskExited { container, pid: event.pid });
+    }
+    if event.id.is_empty() {
+        return None;
+    }
+    Some(Event::ExecExited {
+        container,
+        exec_id: event.id,
+        pid: event.pid,
+        exit: Exit::from_shell_status(event.exit_status),
+        at: exited_at(event.exited_at, published, received),
+    })
+}
+
+/// When a process ended. A shim that lost the time sends none, or Go's zero in the year 1. A
+/// time after the event's own is wrong too. Then the event's own time is taken, and if that is
+/// no better, the time at which it was received.
 fn exited_at(
-    told: Option<prost_types::Timestamp>,
+    ended: Option<prost_types::Timestamp>,
     published: Option<prost_types::Timestamp>,
     received: Timestamp,
 ) -> Timestamp {
@@ -255,7 +266,7 @@ fn exited_at(
         (Timestamp::UNIX_EPOCH < time && time <= latest).then_some(time)
     };
     let published = sensible(published, received).unwrap_or(received);
-    sensible(told, published).unwrap_or(published)
+    sensible(ended, published).unwrap_or(published)
 }
 
 #[cfg(test)]
@@ -321,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn d05_a_task_without_a_process_is_asked_about_until_it_is_started() {
+    fn d05_a_task_without_a_process_is_requested_again_once_it_is_started() {
         let changed = || Some(Event::ContainerChanged { container: container() });
         let created = TaskCreate { container_id: "c1".into(), pid: 0, ..TaskCreate::default() };
         check("containerd.events.TaskCreate", &created, changed());
@@ -335,7 +346,7 @@ mod tests {
         let exit =
             |id: &str| TaskExit { container_id: "c1".into(), id: id.into(), ..TaskExit::default() };
         let ended = Event::TaskExited { container: container(), pid: 0 };
-        assert_eq!(ended.urgent(), None, "which run has ended is not said");
+        assert_eq!(ended.urgent(), None, "the event does not name the run");
         check("containerd.events.TaskExit", &exit("c1"), Some(ended));
         check("containerd.events.TaskExit", &exit(""), None);
         let ended = Event::ExecExited {
@@ -397,11 +408,11 @@ mod tests {
     }
 
     #[test]
-    fn an_end_has_a_time_whatever_the_event_says() {
-        let check = |told: Option<i64>, published: Option<i64>, expected| {
+    fn an_end_has_a_time_whatever_the_event_contains() {
+        let check = |ended: Option<i64>, published: Option<i64>, expected| {
             let time = |seconds| prost_types::Timestamp { seconds, nanos: 0 };
-            let found = exited_at(told.map(time), published.map(time), at(9));
-            assert_eq!(found, at(expected), "{told:?} {published:?}");
+            let found = exited_at(ended.map(time), published.map(time), at(9));
+            assert_eq!(found, at(expected), "{ended:?} {published:?}");
         };
         check(Some(7), Some(8), 7);
         check(None, Some(8), 8);
@@ -411,7 +422,7 @@ mod tests {
         // Go's zero.
         check(Some(-62_135_596_800), Some(8), 8);
         check(Some(-62_135_596_800), Some(-62_135_596_800), 9);
-        // From the future, and from beyond what is a time.
+        // In the future, and out of range.
         check(Some(12), Some(8), 8);
         check(Some(i64::MAX), Some(i64::MIN), 9);
         check(Some(7), Some(12), 7);

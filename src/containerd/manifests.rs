@@ -1,4 +1,7 @@
-//! containerd's descriptors as the OCI's, whose documents `baseline` decodes.
+//! containerd's descriptors, turned into those of the OCI.
+//!
+//! `baseline` decodes the documents that they describe; its functions are re-exported here for
+//! `images`.
 
 pub(super) use crate::baseline::oci::{
     DOCUMENT_LIMIT, Descriptor, Document, brief, candidates, diff_ids, document, holds_no_image,

@@ -1,10 +1,9 @@
-//! Says to the pipeline what has changed, in an order that is true.
+//! Sends changes to the pipeline in a consistent order.
 //!
-//! Events tell what *happened*; records are *asked for* and take a while. A
-//! record asked for before an event and answered after it would take the event
-//! back. So every event moves a clock, an answer carries the clock's time at
-//! which it was asked for, and an answer older than its container's last event
-//! is refused: the asker asks again.
+//! Events report what *happened*; records are *requested*, and that takes a while. A record that
+//! was requested before an event and arrives after it would undo the event. So every event
+//! advances a clock, and each record carries the clock's time at its request. A record that was
+//! requested before its container's last event is refused, and has to be requested again.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -14,32 +13,33 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, TrySendError};
 use tokio::sync::Mutex;
 
-use super::{Lane, RuntimeEvent, Urgent};
+use super::changes::{Lane, RuntimeEvent, Urgent};
 use crate::model::{Container, ContainerId, OverlayDirs, Task};
 
 /// The pipeline is gone: driftd is stopping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stopped;
 
-/// When something was asked for, on the outbox's own clock.
+/// When something was requested, on the outbox's own clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Asked(u64);
+pub(super) struct RequestTime(u64);
 
-/// What became of an answer.
+/// What became of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Answer {
-    Taken,
-    /// Something has happened since it was asked for; ask again.
+pub(super) enum Delivery {
+    Accepted,
+    /// Something has happened since it was requested. Request it again.
     Outdated,
-    /// Taken, but it contradicts a recent event, which was believed instead.
-    AskAgainLater,
+    /// Accepted, but it contradicts a recent event, which takes precedence. Request it again
+    /// later.
+    RetryLater,
 }
 
-/// For this long the event "task created" is believed although containerd does
-/// not know the task: the shim publishes the event before containerd has filed it.
-const BELIEVE_EVENT: Duration = Duration::from_secs(5);
-/// The runtime must not be blocked by a crossbeam channel, and a change of what
-/// there is must not be dropped.
+/// How long the event "task created" takes precedence over a record without a task: the shim
+/// publishes the event before containerd has stored the task.
+const EVENT_PRECEDENCE: Duration = Duration::from_secs(5);
+/// The pause before a full channel is tried again. A crossbeam channel must not block the tokio
+/// runtime, and a change must not be dropped.
 const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 pub(super) struct Outbox {
@@ -58,28 +58,28 @@ impl fmt::Debug for Outbox {
 #[derive(Debug, Default)]
 struct State {
     clock: u64,
-    /// When the connection began: answers asked for on an earlier one may miss
-    /// what nobody heard of in between.
+    /// When the connection began. Records that were requested on an earlier one may miss events
+    /// that happened in between.
     connected: u64,
-    containers: HashMap<ContainerId, Known>,
+    containers: HashMap<ContainerId, ContainerState>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct ContainerState {
     /// The clock's time of its last event.
     changed: u64,
     removed: bool,
-    /// The task the pipeline was told of.
+    /// The task that was reported to the pipeline.
     running: Option<u32>,
-    /// When an event said that this task was created.
+    /// When the event came that this task was created.
     created: Option<Instant>,
-    /// The record the pipeline has, while nothing has happened since.
+    /// The record that the pipeline has. `None` if something has happened since.
     sent: Option<Container>,
 }
 
 impl State {
     /// Notes that something has happened to `container`.
-    fn event(&mut self, container: &ContainerId) -> &mut Known {
+    fn event(&mut self, container: &ContainerId) -> &mut ContainerState {
         self.clock += 1;
         let known = self.containers.entry(container.clone()).or_default();
         known.changed = self.clock;
@@ -87,9 +87,9 @@ impl State {
         known
     }
 
-    fn is_outdated(&self, asked: Asked, container: &ContainerId) -> bool {
+    fn is_outdated(&self, requested: RequestTime, container: &ContainerId) -> bool {
         let changed = self.containers.get(container).map_or(0, |known| known.changed);
-        asked.0 < changed.max(self.connected)
+        requested.0 < changed.max(self.connected)
     }
 }
 
@@ -102,8 +102,8 @@ impl Outbox {
         Outbox { endpoint, changes, lane, state: Mutex::default() }
     }
 
-    /// What no event has told, but a record, is said on the fast way too, before anything
-    /// else and in its order: whoever calls this holds the lock.
+    /// Reports on the urgent lane a task that only a record has shown. Done before anything
+    /// else, and in order: the caller holds the lock.
     fn created(&self, container: &ContainerId, pid: u32, rootfs: Option<&OverlayDirs>) {
         if let Some(lane) = &self.lane {
             let (container, rootfs) = (container.clone(), rootfs.cloned());
@@ -157,16 +157,17 @@ impl Outbox {
     pub(super) async fn removed(&self, container: ContainerId) -> Result<(), Stopped> {
         let mut state = self.state.lock().await;
         let known = state.event(&container);
-        // What is left marks that answers from before are outdated.
-        *known = Known { changed: known.changed, removed: true, ..Known::default() };
+        // The entry stays, so that records requested before are outdated.
+        *known =
+            ContainerState { changed: known.changed, removed: true, ..ContainerState::default() };
         self.send(RuntimeEvent::Removed { container }).await
     }
 
-    /// Gives on what is said of an exec; false if it was dropped, for want of room.
+    /// Sends an event of an exec. False if it was dropped because the channel is full.
     ///
-    /// Nobody waits here, neither for the lock nor for the channel, of which execs
-    /// get no more than half: however many there are, a task that was created finds
-    /// room behind them. It is no event of the container's record, which stays true.
+    /// Waits neither for the lock nor for the channel. Execs get at most half of the channel, so
+    /// that the creation of a task always finds room behind them. An exec does not change the
+    /// container's record, so no record becomes outdated.
     pub(super) fn exec(&self, change: RuntimeEvent) -> Result<bool, Stopped> {
         let has_room =
             self.changes.capacity().is_none_or(|capacity| self.changes.len() < capacity / 2);
@@ -180,7 +181,7 @@ impl Outbox {
         }
     }
 
-    /// Something else has happened to it: what was asked before is outdated.
+    /// Something else has happened to it: records that were requested before are outdated.
     pub(super) async fn changed(&self, container: &ContainerId) {
         self.state.lock().await.event(container);
     }
@@ -188,50 +189,54 @@ impl Outbox {
     /// containerd has no such record (any more).
     pub(super) async fn gone(
         &self,
-        asked: Asked,
+        requested: RequestTime,
         container: &ContainerId,
-    ) -> Result<Answer, Stopped> {
+    ) -> Result<Delivery, Stopped> {
         let mut state = self.state.lock().await;
-        if state.is_outdated(asked, container) {
-            return Ok(Answer::Outdated);
+        if state.is_outdated(requested, container) {
+            return Ok(Delivery::Outdated);
         }
         if state.containers.get(container).is_some_and(|known| !known.removed) {
             let known = state.event(container);
             self.exited(container, known.running);
-            *known = Known { changed: known.changed, removed: true, ..Known::default() };
+            *known = ContainerState {
+                changed: known.changed,
+                removed: true,
+                ..ContainerState::default()
+            };
             self.send(RuntimeEvent::Removed { container: container.clone() }).await?;
         }
-        Ok(Answer::Taken)
+        Ok(Delivery::Accepted)
     }
 
-    /// To be called before containerd is asked.
-    pub(super) async fn asking(&self) -> Asked {
-        Asked(self.state.lock().await.clock)
+    /// To be called before a request to containerd.
+    pub(super) async fn request_time(&self) -> RequestTime {
+        RequestTime(self.state.lock().await.clock)
     }
 
-    /// Sends a record, unless it is outdated or what the pipeline has already.
+    /// Sends a record, unless it is outdated or the pipeline has the same already.
     pub(super) async fn container(
         &self,
-        asked: Asked,
+        requested: RequestTime,
         mut container: Container,
-    ) -> Result<Answer, Stopped> {
+    ) -> Result<Delivery, Stopped> {
         let mut state = self.state.lock().await;
-        if state.is_outdated(asked, &container.id) {
-            return Ok(Answer::Outdated);
+        if state.is_outdated(requested, &container.id) {
+            return Ok(Delivery::Outdated);
         }
         let known = state.containers.entry(container.id.clone()).or_default();
-        let mut answer = Answer::Taken;
+        let mut delivery = Delivery::Accepted;
         if container.task.is_none()
             && let (Some(pid), Some(created)) = (known.running, known.created)
-            && created.elapsed() < BELIEVE_EVENT
+            && created.elapsed() < EVENT_PRECEDENCE
         {
             container.task =
                 Some(Task { pid, start_time: None, paused: false, terminal_input: None });
-            answer = Answer::AskAgainLater;
+            delivery = Delivery::RetryLater;
         }
         known.removed = false;
         if known.sent.as_ref() == Some(&container) {
-            return Ok(answer);
+            return Ok(delivery);
         }
         let pid = container.task.as_ref().map(|task| task.pid);
         if known.running != pid {
@@ -241,26 +246,26 @@ impl Outbox {
             }
         }
         if known.running.is_some() && known.running != pid {
-            // Its exit was not heard of.
+            // No event has reported its exit.
             self.send(RuntimeEvent::TaskExited { container: container.id.clone() }).await?;
         }
         known.running = pid;
         known.sent = Some(container.clone());
         self.send(RuntimeEvent::Container(Box::new(container))).await?;
-        Ok(answer)
+        Ok(delivery)
     }
 
-    /// Ends a list that was asked for at `asked`. What has come or gone by an
-    /// event since is added or left out, and what is in neither is forgotten.
+    /// Ends a list that was requested at `requested`. Containers that an event has added or
+    /// removed since are added or left out. A container in neither is forgotten.
     pub(super) async fn listed(
         &self,
-        asked: Asked,
+        requested: RequestTime,
         listed: Vec<ContainerId>,
     ) -> Result<(), Stopped> {
         let mut state = self.state.lock().await;
         let mut containers: HashSet<ContainerId> = listed.into_iter().collect();
         state.containers.retain(|container, known| {
-            if known.changed > asked.0 {
+            if known.changed > requested.0 {
                 if known.removed {
                     containers.remove(container);
                 } else {
@@ -276,7 +281,7 @@ impl Outbox {
         self.send(RuntimeEvent::Listed { endpoint: Arc::clone(&self.endpoint), containers }).await
     }
 
-    /// Whether this container was heard of and not removed.
+    /// Whether this container is known and was not removed.
     pub(super) async fn knows(&self, container: &ContainerId) -> bool {
         self.state.lock().await.containers.get(container).is_some_and(|known| !known.removed)
     }
@@ -336,16 +341,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn h08_what_a_record_tells_of_a_task_is_told_at_once() {
+    async fn h08_a_task_that_a_record_shows_is_reported_at_once() {
         let (changes, _received) = crossbeam_channel::bounded(16);
-        let (told, urgent) = crossbeam_channel::unbounded();
-        let lane: Lane = Arc::new(move |one| told.send(one).unwrap());
+        let (lane_sender, urgent) = crossbeam_channel::unbounded();
+        let lane: Lane = Arc::new(move |one| lane_sender.send(one).unwrap());
         let outbox = Outbox::new("test".into(), changes, Some(lane));
         for task in [Some(7), Some(7), Some(8), None] {
-            outbox.container(outbox.asking().await, record("c", task)).await.unwrap();
+            outbox.container(outbox.request_time().await, record("c", task)).await.unwrap();
         }
-        outbox.container(outbox.asking().await, record("d", Some(9))).await.unwrap();
-        outbox.gone(outbox.asking().await, &id("d")).await.unwrap();
+        outbox.container(outbox.request_time().await, record("d", Some(9))).await.unwrap();
+        outbox.gone(outbox.request_time().await, &id("d")).await.unwrap();
         let created = |name, pid| Urgent::TaskCreated { container: id(name), pid, rootfs: None };
         let exited = |name, pid| Urgent::TaskExited { container: id(name), pid };
         assert_eq!(
@@ -370,15 +375,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_does_not_take_an_event_back() {
+    async fn a_record_does_not_undo_an_event() {
         let (outbox, received) = outbox();
-        let asked = outbox.asking().await;
+        let requested = outbox.request_time().await;
         outbox.task_created(id("c"), 7, None).await.unwrap();
         outbox.task_exited(id("c")).await.unwrap();
-        let answer = outbox.container(asked, record("c", Some(7))).await;
-        assert_eq!(answer, Ok(Answer::Outdated));
-        let answer = outbox.container(outbox.asking().await, record("c", None)).await;
-        assert_eq!(answer, Ok(Answer::Taken));
+        let delivery = outbox.container(requested, record("c", Some(7))).await;
+        assert_eq!(delivery, Ok(Delivery::Outdated));
+        let delivery = outbox.container(outbox.request_time().await, record("c", None)).await;
+        assert_eq!(delivery, Ok(Delivery::Accepted));
         assert_eq!(
             sent(&received),
             [
@@ -392,11 +397,11 @@ mod tests {
     #[tokio::test]
     async fn a_removed_container_stays_removed() {
         let (outbox, received) = outbox();
-        let asked = outbox.asking().await;
+        let requested = outbox.request_time().await;
         outbox.removed(id("c")).await.unwrap();
-        let answer = outbox.container(asked, record("c", None)).await;
-        assert_eq!(answer, Ok(Answer::Outdated));
-        outbox.listed(asked, vec![id("c"), id("d")]).await.unwrap();
+        let delivery = outbox.container(requested, record("c", None)).await;
+        assert_eq!(delivery, Ok(Delivery::Outdated));
+        outbox.listed(requested, vec![id("c"), id("d")]).await.unwrap();
         assert_eq!(
             sent(&received),
             [
@@ -408,11 +413,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_while_listing_is_not_called_gone() {
+    async fn a_container_that_comes_while_listing_is_not_gone() {
         let (outbox, received) = outbox();
-        let asked = outbox.asking().await;
+        let requested = outbox.request_time().await;
         outbox.task_created(id("new"), 7, None).await.unwrap();
-        outbox.listed(asked, vec![id("old")]).await.unwrap();
+        outbox.listed(requested, vec![id("old")]).await.unwrap();
         assert_eq!(
             sent(&received).last(),
             Some(&RuntimeEvent::Listed {
@@ -423,20 +428,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_event_is_believed_before_a_record_that_lags() {
+    async fn an_event_takes_precedence_over_a_record_that_lags() {
         let (outbox, received) = outbox();
         outbox.task_created(id("c"), 7, None).await.unwrap();
-        let answer = outbox.container(outbox.asking().await, record("c", None)).await;
-        assert_eq!(answer, Ok(Answer::AskAgainLater));
+        let delivery = outbox.container(outbox.request_time().await, record("c", None)).await;
+        assert_eq!(delivery, Ok(Delivery::RetryLater));
         assert_eq!(sent(&received)[1..], [container("c", Some(7))]);
     }
 
     #[tokio::test]
-    async fn an_exit_that_was_not_heard_of_is_told() {
+    async fn an_exit_without_an_event_is_reported() {
         let (outbox, received) = outbox();
-        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
-        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
-        outbox.container(outbox.asking().await, record("c", Some(8))).await.unwrap();
+        outbox.container(outbox.request_time().await, record("c", Some(7))).await.unwrap();
+        outbox.container(outbox.request_time().await, record("c", Some(7))).await.unwrap();
+        outbox.container(outbox.request_time().await, record("c", Some(8))).await.unwrap();
         assert_eq!(
             sent(&received),
             [
@@ -450,9 +455,9 @@ mod tests {
     #[tokio::test]
     async fn after_a_reconnection_everything_is_sent_again() {
         let (outbox, received) = outbox();
-        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        outbox.container(outbox.request_time().await, record("c", Some(7))).await.unwrap();
         outbox.connected().await.unwrap();
-        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
+        outbox.container(outbox.request_time().await, record("c", Some(7))).await.unwrap();
         assert_eq!(
             sent(&received),
             [
@@ -464,22 +469,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_from_an_earlier_connection_is_outdated() {
+    async fn a_record_from_an_earlier_connection_is_outdated() {
         let (outbox, received) = outbox();
-        let asked = outbox.asking().await;
+        let requested = outbox.request_time().await;
         outbox.connected().await.unwrap();
-        let answer = outbox.container(asked, record("c", Some(7))).await;
-        assert_eq!(answer, Ok(Answer::Outdated));
+        let delivery = outbox.container(requested, record("c", Some(7))).await;
+        assert_eq!(delivery, Ok(Delivery::Outdated));
         assert_eq!(sent(&received), [RuntimeEvent::Connected { endpoint: "test".into() }]);
     }
 
     #[tokio::test]
     async fn a_late_event_does_not_bring_a_removed_container_back() {
         let (outbox, received) = outbox();
-        outbox.container(outbox.asking().await, record("c", None)).await.unwrap();
-        outbox.gone(outbox.asking().await, &id("c")).await.unwrap();
+        outbox.container(outbox.request_time().await, record("c", None)).await.unwrap();
+        outbox.gone(outbox.request_time().await, &id("c")).await.unwrap();
         outbox.changed(&id("c")).await;
-        outbox.gone(outbox.asking().await, &id("c")).await.unwrap();
+        outbox.gone(outbox.request_time().await, &id("c")).await.unwrap();
         assert_eq!(
             sent(&received),
             [container("c", None), RuntimeEvent::Removed { container: id("c") }]
@@ -493,12 +498,12 @@ mod tests {
     #[tokio::test]
     async fn an_exec_outdates_no_record() {
         let (outbox, received) = outbox();
-        outbox.container(outbox.asking().await, record("c", Some(7))).await.unwrap();
-        let asked = outbox.asking().await;
+        outbox.container(outbox.request_time().await, record("c", Some(7))).await.unwrap();
+        let requested = outbox.request_time().await;
         assert_eq!(outbox.exec(exec("c", 8)), Ok(true));
-        let answer = outbox.container(asked, record("c", Some(7))).await;
-        assert_eq!(answer, Ok(Answer::Taken));
-        // Nobody has heard of this container, and nobody is made to ask.
+        let delivery = outbox.container(requested, record("c", Some(7))).await;
+        assert_eq!(delivery, Ok(Delivery::Accepted));
+        // This container is not known, and its record is not requested either.
         assert_eq!(outbox.exec(exec("new", 9)), Ok(true));
         assert!(!outbox.knows(&id("new")).await);
         assert_eq!(sent(&received), [container("c", Some(7)), exec("c", 8), exec("new", 9)]);
@@ -509,7 +514,7 @@ mod tests {
         let (outbox, received) = outbox();
         let given = (0..100).filter(|&pid| outbox.exec(exec("c", pid)) == Ok(true)).count();
         assert_eq!(given, 8, "half of the channel");
-        // Somebody waits with the lock in the hand, and still execs wait for nothing.
+        // Another task holds the lock; execs do not wait for it.
         let held = outbox.state.lock().await;
         assert_eq!(outbox.exec(exec("c", 100)), Ok(false));
         drop(held);
@@ -519,7 +524,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_pipeline_that_is_gone_ends_it() {
+    async fn a_pipeline_that_is_gone_stops_the_outbox() {
         let (outbox, received) = outbox();
         drop(received);
         assert_eq!(outbox.connected().await, Err(Stopped));

@@ -1,12 +1,12 @@
-//! What is run in a container by rule and not by a person: health checks and
-//! hooks, as whoever set the container up has declared them. Pure.
+//! The programs that run in a container by rule: health checks and hooks, as its image, its
+//! engine or its pod declares them. Pure.
 //!
-//! All of this is text that an image's or a pod's author wrote. Where it cannot be
-//! read or is too long it says nothing, so that what it might have meant is told
-//! as a session; it is never cut, because half a command is another command.
+//! All of this is text that the author of an image or a pod wrote. Text that cannot be read or
+//! is too long declares nothing, so that what it runs is reported as a session. It is never
+//! cut, because half a command is another command.
 //!
-//! A health check is `None` where nothing is said of one, and empty where it is
-//! said that there is none.
+//! A health check is `None` where none is mentioned, and empty where it is declared that there
+//! is none.
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -22,7 +22,7 @@ const BYTES: usize = 16 << 10;
 
 pub(super) type HealthCheck = Option<Vec<DeclaredProbe>>;
 
-/// Docker's way to say how a container is, in its own files and in image configs.
+/// A health check as Docker writes it, in its own files and in image configs.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Settings {
@@ -35,7 +35,7 @@ struct Settings {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Check {
-    /// A kind, and what belongs to it.
+    /// A kind, followed by its arguments.
     #[serde(default)]
     test: Option<Vec<String>>,
 }
@@ -51,13 +51,13 @@ impl Settings {
                 let shell = shell.unwrap_or_else(|| vec!["/bin/sh".into(), "-c".into()]);
                 healthy_if([&shell, command].concat())
             }
-            // NONE, and what Docker refuses to run.
+            // NONE, and kinds that Docker refuses to run.
             _ => Some(Vec::new()),
         }
     }
 }
 
-/// Of Docker's `config.v2.json`, which has taken over what the image says.
+/// The health check in Docker's `config.v2.json`. Docker copies the image's into it.
 pub(super) fn of_docker(config: &str) -> HealthCheck {
     #[derive(Deserialize)]
     struct Container {
@@ -67,7 +67,7 @@ pub(super) fn of_docker(config: &str) -> HealthCheck {
     read::<Container>(config.as_bytes())?.settings.health_check()
 }
 
-/// Of an image's config: Docker's extension to the OCI's.
+/// The health check in an image's config: Docker's extension to the OCI's.
 pub(super) fn of_image(config: &[u8]) -> HealthCheck {
     #[derive(Deserialize)]
     struct Image {
@@ -77,8 +77,8 @@ pub(super) fn of_image(config: &[u8]) -> HealthCheck {
     read::<Image>(config)?.settings.health_check()
 }
 
-/// Of nerdctl's label. It knows no other shell than `/bin/sh`, and takes what is of
-/// no kind for a command.
+/// The health check in nerdctl's label. nerdctl knows no other shell than `/bin/sh`, and takes
+/// a test without a kind for a command.
 pub(super) fn of_nerdctl(label: &str) -> HealthCheck {
     let test = read::<Check>(label.as_bytes())?.test?;
     let (kind, command) = test.split_first()?;
@@ -95,8 +95,8 @@ fn healthy_if(argv: Vec<String>) -> HealthCheck {
     Some(declared(argv, ProbeSource::Healthcheck).into_iter().collect())
 }
 
-/// Of the handler that a kubelet runs before it stops a container. What else it
-/// runs (its probes, and what follows a start) it tells no runtime.
+/// The handler that a kubelet runs before it stops a container. No runtime learns of the other
+/// programs that a kubelet runs: its probes, and what follows a start.
 pub(super) fn of_kubelet(handler: &str) -> Option<DeclaredProbe> {
     #[derive(Deserialize)]
     struct Handler {
@@ -135,7 +135,7 @@ mod tests {
         };
         let found: Option<Vec<String>> =
             found.map(|probes| probes.into_iter().flat_map(argv).collect());
-        let expected = expected.map(|argv| argv.iter().map(|&word| word.to_owned()).collect());
+        let expected = expected.map(|argv| argv.iter().map(|&text| text.to_owned()).collect());
         assert_eq!(found, expected);
     }
 
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_says_nothing_rather_than_something_else() {
+    fn a_command_that_is_too_long_is_not_cut() {
         let test = |arguments: Vec<String>| {
             let test: Vec<String> = [vec!["CMD".to_owned()], arguments].concat();
             of_nerdctl(&serde_json::json!({ "Test": test }).to_string())

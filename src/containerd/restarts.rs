@@ -1,10 +1,10 @@
-//! What starts a container again whose run was killed, by what is known of it. Pure.
+//! What starts a killed container again, judged by what is known of it. Pure.
 //!
 //! containerd's restart monitor checks containers with the label
 //! `containerd.io/restart.status` at an interval (10 s unless configured). What it does with
-//! one whose status is `running` depends on containerd's version: up to 1.6 it starts it
-//! whatever its policy is; from 1.7 on it goes by `containerd.io/restart.policy`, of which
-//! none and an empty one mean `always`.
+//! one whose status is `running` depends on containerd's version. Up to 1.6 the monitor starts
+//! it whatever its policy is. From 1.7 on it follows `containerd.io/restart.policy`; a missing
+//! and an empty policy mean `always`.
 
 use std::collections::HashMap;
 
@@ -26,7 +26,7 @@ type Labels = HashMap<String, String>;
 pub(super) struct Version(u32, u32);
 
 impl Version {
-    /// Of what containerd calls itself: `v2.1.9`, `1.6.20~ds1`.
+    /// Reads a version as containerd reports it: `v2.1.9`, `1.6.20~ds1`.
     pub(super) fn parse(text: &str) -> Option<Version> {
         let mut numbers = text.trim().trim_start_matches('v').split('.');
         let major = numbers.next()?.parse().ok()?;
@@ -38,13 +38,14 @@ impl Version {
 
 /// What is known of a killed container.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Known<'a> {
+pub(super) struct KilledContainer<'a> {
     pub(super) namespace: &'a str,
     pub(super) id: &'a str,
     pub(super) labels: &'a Labels,
-    /// `None` if containerd did not say.
+    /// `None` if containerd did not report it.
     pub(super) version: Option<Version>,
-    /// Of a container that Docker made, its restart policy, if that could be read.
+    /// `None` if Docker did not make the container. Else its restart policy, if that could be
+    /// read.
     pub(super) docker: Option<Option<&'a str>>,
 }
 
@@ -54,7 +55,7 @@ pub(super) enum Likelihood {
     Perhaps,
 }
 
-impl Known<'_> {
+impl KilledContainer<'_> {
     fn label(&self, name: &str) -> Option<&str> {
         self.labels.get(name).map(String::as_str)
     }
@@ -73,7 +74,7 @@ impl Known<'_> {
         }
     }
 
-    /// What starts the container again, and all that is to be said of it.
+    /// What starts the container again, with a text for administrators.
     pub(super) fn sequel(&self) -> Option<(Restarter, String)> {
         if let Some(likelihood) = self.by_monitor() {
             return Some((Restarter::RestartMonitor, self.monitors(likelihood)));
@@ -130,7 +131,7 @@ impl Known<'_> {
     }
 }
 
-/// Whether a policy has a killed container started again (exit status 137, by a signal).
+/// Whether the policy restarts a killed container (exit status 137, by a signal).
 fn policy_restarts(labels: &Labels) -> bool {
     let label = |name: &str| labels.get(name).map_or("", String::as_str);
     let (name, most) = match label(POLICY).split_once(':') {
@@ -141,7 +142,7 @@ fn policy_restarts(labels: &Labels) -> bool {
         ("" | "always", None) => true,
         ("unless-stopped", None) => !is_true(label(EXPLICITLY_STOPPED)),
         ("on-failure", most) => {
-            // containerd reads up to the next colon.
+            // containerd reads the number up to the next colon.
             let most = most.map_or("0", |most| most.split(':').next().unwrap_or_default());
             let count = if label(COUNT).is_empty() { "0" } else { label(COUNT) };
             match (most.parse::<i64>(), count.parse::<i64>()) {
@@ -149,12 +150,12 @@ fn policy_restarts(labels: &Labels) -> bool {
                 _ => false,
             }
         }
-        // `no`, and what containerd refuses.
+        // `no`, and policies that containerd refuses.
         _ => false,
     }
 }
 
-/// As Go's strconv.ParseBool reads it; what that refuses is false.
+/// Reads a boolean like Go's strconv.ParseBool. A text that Go refuses is false.
 fn is_true(text: &str) -> bool {
     matches!(text, "1" | "t" | "T" | "TRUE" | "true" | "True")
 }
@@ -167,8 +168,8 @@ mod tests {
         pairs.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
     }
 
-    fn known(labels: &Labels, version: Option<Version>) -> Known<'_> {
-        Known { namespace: "default", id: "web", labels, version, docker: None }
+    fn known(labels: &Labels, version: Option<Version>) -> KilledContainer<'_> {
+        KilledContainer { namespace: "default", id: "web", labels, version, docker: None }
     }
 
     const V1_6: Option<Version> = Some(Version(1, 6));
@@ -238,7 +239,7 @@ mod tests {
 
     #[test]
     fn d01_each_engine_is_named_with_what_keeps_the_container_stopped() {
-        let check = |known: &Known<'_>, expected: Option<(Restarter, &[&str])>| {
+        let check = |known: &KilledContainer<'_>, expected: Option<(Restarter, &[&str])>| {
             let found = known.sequel();
             let (Some((restarter, text)), Some((expected, parts))) = (&found, expected) else {
                 assert_eq!(found.map(|(restarter, _)| restarter), expected.map(|(one, _)| one));
@@ -255,7 +256,7 @@ mod tests {
         let parts = [advice, "--no-restart", "10 s", "same files"];
         check(&known(&monitored, V2_1), Some((Restarter::RestartMonitor, &parts)));
         let nothing = labels(&[]);
-        let dockers = |policy| Known { docker: Some(policy), ..known(&nothing, V1_7) };
+        let dockers = |policy| KilledContainer { docker: Some(policy), ..known(&nothing, V1_7) };
         let advice = "docker update --restart=no web";
         let parts = [advice, "Docker starts it again", "(restart policy always;"];
         check(&dockers(Some("always")), Some((Restarter::Docker, &parts)));

@@ -1,4 +1,8 @@
-//! Snapshots: which directories a snapshotter has made of a stack of layers.
+//! Snapshots: the directories that a snapshotter has made of a stack of layers, and the views
+//! and leases that keep them while they are read.
+//!
+//! Decides which snapshotters have directories that may be read. The files in them are read by
+//! `baseline`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,8 +19,12 @@ use tonic::{Code, Status};
 use super::connection::{Namespace, found, words};
 use crate::model::{ChainId, OverlayDirs, printable};
 use crate::sys::overlay;
+use crate::sys::procfs::Handle;
 
-/// What a snapshotter says has to be mounted.
+/// The snapshotter that is asked first: containerd's default.
+pub(super) const DEFAULT_SNAPSHOTTER: &str = "overlayfs";
+
+/// The mount that a snapshotter describes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Shape {
     Overlay {
@@ -27,12 +35,12 @@ pub(super) enum Shape {
     },
     /// One directory.
     Bind(PathBuf),
-    /// Something else, in words.
+    /// Something else, as a text.
     Other(String),
 }
 
-/// Reads mounts. Options that are not understood are none of our business:
-/// `uidmap=`, `index=off`, `volatile` and what kernels will bring.
+/// Reads mounts. Options that are not known do not matter here: `uidmap=`, `index=off`,
+/// `volatile` and what later kernels bring.
 pub(super) fn shape(mounts: &[Mount]) -> Shape {
     let mount = match mounts {
         [mount] => mount,
@@ -109,61 +117,109 @@ fn unescape(value: &str) -> PathBuf {
     text.into()
 }
 
-/// What of an image a snapshotter keeps that can be read.
+/// What a snapshotter keeps of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Keeps {
+pub(super) enum Storage {
     /// A directory for each layer.
     Layers,
-    /// Of each stack of layers a directory with everything in it.
+    /// A directory for each stack of layers, with everything in it.
     Copies,
-    /// Nothing, and why.
-    Nothing(&'static str),
+    /// Nothing that can be read, and why.
+    Unreadable(&'static str),
 }
 
-/// By the snapshotter's name: with some of them, taking a view to find that out
-/// copies the image, with others it fetches it.
-pub(super) fn keeps(snapshotter: &str) -> Keeps {
+/// Judges by the snapshotter's name. Taking a view to find out would copy the image with some
+/// snapshotters, and fetch it with others.
+pub(super) fn storage(snapshotter: &str) -> Storage {
     const LAZY: &[&str] = &["cvmfs", "gcfs", "nydus", "overlaybd", "soci", "starlight", "stargz"];
     match snapshotter {
-        "native" => Keeps::Copies,
+        "native" => Storage::Copies,
         "btrfs" | "zfs" | "devmapper" | "blockfile" => {
-            Keeps::Nothing("it keeps volumes, not directories")
+            Storage::Unreadable("it keeps volumes, not directories")
         }
-        "erofs" => Keeps::Nothing("it keeps EROFS images, not directories"),
-        _ if LAZY.iter().any(|lazy| snapshotter.contains(lazy)) => Keeps::Nothing(
+        "erofs" => Storage::Unreadable("it keeps EROFS images, not directories"),
+        _ if LAZY.iter().any(|lazy| snapshotter.contains(lazy)) => Storage::Unreadable(
             "it fetches a file when it is first read, and reading them all would fetch them all",
         ),
-        _ => Keeps::Layers,
+        _ => Storage::Layers,
     }
 }
 
-/// The directories of a stack of layers, bottom first, from a mount made of it;
-/// an error in words if there is not one directory per layer.
-pub(super) fn layer_directories(shape: &Shape, layers: usize) -> Result<Vec<PathBuf>, String> {
+/// Why something cannot be had from the snapshotters: a reason, or a call that failed.
+#[derive(Debug)]
+pub(super) enum Unavailable {
+    Reason(String),
+    Call(Status),
+}
+
+impl From<Status> for Unavailable {
+    fn from(status: Status) -> Unavailable {
+        Unavailable::Call(status)
+    }
+}
+
+/// Why the directories of a stack of layers cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DirectoriesError {
+    #[error("its overlay has {found} lower directories for {layers} layers")]
+    OtherCount { found: usize, layers: usize },
+    #[error("it gives one directory, not an overlay")]
+    OneDirectory,
+    #[error("it gives {0}")]
+    NoOverlay(String),
+    #[error(
+        "its directory {} is a FUSE mount, which may fetch what is read",
+        printable(.0.as_os_str().as_encoded_bytes())
+    )]
+    Lazy(PathBuf),
+    #[error("the mounts cannot be read: {0}")]
+    Mounts(std::io::Error),
+    #[error("{0}")]
+    Stopping(tokio::task::JoinError),
+    #[error("{0}")]
+    NotKept(&'static str),
+}
+
+/// The directories of a stack of layers, bottom first, if they can be read.
+pub(super) async fn readable_directories(
+    shape: &Shape,
+    layers: usize,
+) -> Result<Vec<PathBuf>, DirectoriesError> {
+    let directories = layer_directories(shape, layers)?;
+    let mountinfo = tokio::task::spawn_blocking(|| {
+        Handle::open(std::process::id()).and_then(|myself| myself.mountinfo())
+    });
+    let mountinfo = mountinfo.await.map_err(DirectoriesError::Stopping)?;
+    let mountinfo = mountinfo.map_err(DirectoriesError::Mounts)?;
+    match lazy_directory(&directories, &mountinfo) {
+        Some(directory) => Err(DirectoriesError::Lazy(directory)),
+        None => Ok(directories),
+    }
+}
+
+/// The directories of a stack of layers, bottom first, from a mount made of it. An error if
+/// there is not one directory per layer.
+fn layer_directories(shape: &Shape, layers: usize) -> Result<Vec<PathBuf>, DirectoriesError> {
     match shape {
         Shape::Overlay { lowerdirs, .. } if lowerdirs.len() == layers => {
             Ok(lowerdirs.iter().rev().cloned().collect())
         }
         Shape::Overlay { lowerdirs, .. } => {
-            let count = lowerdirs.len();
-            Err(format!("its overlay has {count} lower directories for {layers} layers"))
+            Err(DirectoriesError::OtherCount { found: lowerdirs.len(), layers })
         }
-        // overlayfs gives a view of a single layer as a bind of that layer.
+        // With overlayfs, the view of a single layer is a bind of that layer.
         Shape::Bind(source) if layers == 1 => Ok(vec![source.clone()]),
-        Shape::Bind(_) => Err("it gives one directory, not an overlay".into()),
-        Shape::Other(what) => Err(format!("it gives {what}")),
+        Shape::Bind(_) => Err(DirectoriesError::OneDirectory),
+        Shape::Other(what) => Err(DirectoriesError::NoOverlay(what.clone())),
     }
 }
 
-/// Why these directories must not be read: a FUSE mount may fetch what is read,
-/// or hang. `mountinfo` is that of a process that sees them.
-pub(super) fn are_lazy(directories: &[PathBuf], mountinfo: &[u8]) -> Option<String> {
+/// A directory that must not be read, because it is on a FUSE mount: that may fetch what is
+/// read, or hang. `mountinfo` is that of a process that sees the directories.
+fn lazy_directory(directories: &[PathBuf], mountinfo: &[u8]) -> Option<PathBuf> {
     let fuse = overlay::fuse_mount_points(mountinfo);
     let lazy = |directory: &&PathBuf| fuse.iter().any(|mount| directory.starts_with(mount));
-    directories.iter().find(lazy).map(|directory| {
-        let directory = printable(directory.as_os_str().as_encoded_bytes());
-        format!("its directory {directory} is a FUSE mount, which may fetch what is read")
-    })
+    directories.iter().find(lazy).cloned()
 }
 
 /// Puts the snapshotter's name before a reason.
@@ -181,12 +237,13 @@ pub(super) async fn mounts(
     Ok(answer.map(|response| shape(&response.into_inner().mounts)))
 }
 
-/// What a snapshotter knows of one snapshot.
+/// A snapshot as its snapshotter describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Info {
     /// The name of the snapshot below; empty if there is none.
     pub(super) parent: String,
-    /// In seconds and nanoseconds; a name can be used again.
+    /// In seconds and nanoseconds. It identifies the snapshot, because a name can be used
+    /// again.
     pub(super) created: (i64, i32),
 }
 
@@ -217,7 +274,7 @@ pub(super) async fn snapshotters(namespace: &Namespace) -> Result<Vec<String>, S
     Ok(names)
 }
 
-pub(super) async fn is_unpacked(
+async fn is_unpacked(
     namespace: &Namespace,
     snapshotter: &str,
     chain_id: ChainId,
@@ -235,21 +292,46 @@ pub(super) async fn is_unpacked(
         .is_some_and(|info| info.kind() == Kind::Committed))
 }
 
-/// The IDs of our leases in use. A lease that is named after this process and
-/// not in here is left over from one that died.
+/// The snapshotter that holds these layers, preferably one that keeps directories. `None` while
+/// none does. The snapshotters themselves are asked, because the label on the config blob that
+/// names the snapshotter is set only after the event of the last layer's commit.
+pub(super) async fn unpacked_by(
+    namespace: &Namespace,
+    chain_id: ChainId,
+) -> Result<Option<String>, Status> {
+    if is_unpacked(namespace, DEFAULT_SNAPSHOTTER, chain_id).await? {
+        return Ok(Some(DEFAULT_SNAPSHOTTER.into()));
+    }
+    let mut others = snapshotters(namespace).await?;
+    others.retain(|snapshotter| snapshotter != DEFAULT_SNAPSHOTTER);
+    others.sort_by_key(|snapshotter| match storage(snapshotter) {
+        Storage::Layers => 0,
+        Storage::Copies => 1,
+        Storage::Unreadable(_) => 2,
+    });
+    for snapshotter in others {
+        if is_unpacked(namespace, &snapshotter, chain_id).await? {
+            return Ok(Some(snapshotter));
+        }
+    }
+    Ok(None)
+}
+
+/// The IDs of our leases in use. A lease that is named after this process and is not in here is
+/// left over from a driftd that ended.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct HeldLeases {
     ids: std::sync::Mutex<std::collections::HashSet<String>>,
     count: std::sync::atomic::AtomicU64,
 }
 
-/// Our leases and views begin with this; the process's pid follows.
+/// The names of our leases and views begin with this, followed by the pid of the process.
 const PREFIX: &str = "driftd-view-";
-/// Longer than reading any image twice takes; then containerd's garbage collector
-/// clears away what a dead driftd has left.
+/// Longer than it takes to read any image twice. After that, containerd's garbage collector
+/// removes what a driftd that ended has left.
 const LEASE_HOURS: i64 = 6;
 
-impl Held {
+impl HeldLeases {
     fn ids(&self) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {
         self.ids.lock().expect("no holder of this lock panics")
     }
@@ -265,7 +347,7 @@ impl Held {
         id
     }
 
-    /// Whether a lease is left over from a driftd that is gone.
+    /// Whether a lease is left over from a driftd that ended.
     fn is_stale(&self, id: &str) -> bool {
         let Some(rest) = id.strip_prefix(PREFIX) else { return false };
         if self.ids().contains(id) {
@@ -273,22 +355,22 @@ impl Held {
         }
         match rest.split('-').next().and_then(|pid| pid.parse::<u32>().ok()) {
             Some(pid) if pid == std::process::id() => true,
-            // A pid that now names another process only delays: the lease expires.
+            // If the pid is another process's by now, this only delays: the lease expires.
             Some(pid) => !std::path::Path::new(&format!("/proc/{pid}")).exists(),
             None => false,
         }
     }
 }
 
-/// A read-only view of a stack of layers, which keeps their directories while
-/// they are read. Given back with [`View::release`].
+/// A read-only view of a stack of layers. It keeps their directories while they are read, and
+/// is given back with [`View::release`].
 #[derive(Debug)]
 pub(super) struct View {
     namespace: Namespace,
     snapshotter: String,
-    /// Of the lease and of the view.
+    /// The ID of the lease, and the name of the view.
     id: String,
-    held: Arc<Held>,
+    held: Arc<HeldLeases>,
     pub(super) shape: Shape,
 }
 
@@ -298,7 +380,7 @@ impl View {
         namespace: &Namespace,
         snapshotter: &str,
         chain_id: ChainId,
-        held: &Arc<Held>,
+        held: &Arc<HeldLeases>,
     ) -> Result<Option<View>, Status> {
         let id = held.new_id();
         let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(LEASE_HOURS);
@@ -350,7 +432,7 @@ impl View {
 
 impl Drop for View {
     fn drop(&mut self) {
-        // Whatever became of it: it is not in use any more.
+        // Whether or not it was removed from containerd: it is not in use any more.
         self.held.ids().remove(&self.id);
     }
 }
@@ -369,8 +451,11 @@ async fn remove_lease(namespace: &Namespace, id: &str) {
     }
 }
 
-/// Gives back what an earlier driftd has left behind in this namespace.
-pub(super) async fn remove_stale_views(namespace: &Namespace, held: &Held) -> Result<(), Status> {
+/// Removes what an earlier driftd has left behind in this namespace.
+pub(super) async fn remove_stale_views(
+    namespace: &Namespace,
+    held: &HeldLeases,
+) -> Result<(), Status> {
     let request = ListRequest { filters: vec![format!("id~=\"^{PREFIX}\"")] };
     let leases = namespace.leases().list(request).await?.into_inner().leases;
     for lease in leases.into_iter().filter(|lease| held.is_stale(&lease.id)) {
@@ -435,9 +520,9 @@ mod tests {
     #[test]
     fn layers_are_named_bottom_first() {
         let view = Shape::Overlay { upperdir: None, lowerdirs: paths(&["/3", "/2", "/1"]) };
-        assert_eq!(layer_directories(&view, 3), Ok(paths(&["/1", "/2", "/3"])));
+        assert_eq!(layer_directories(&view, 3).unwrap(), paths(&["/1", "/2", "/3"]));
         assert_eq!(
-            layer_directories(&view, 2).unwrap_err(),
+            layer_directories(&view, 2).unwrap_err().to_string(),
             "its overlay has 3 lower directories for 2 layers"
         );
     }
@@ -446,29 +531,29 @@ mod tests {
     fn a_view_of_one_layer_is_a_bind() {
         let bind = shape(&[mount("bind", "/s/1/fs", &["ro", "rbind"])]);
         assert_eq!(bind, Shape::Bind("/s/1/fs".into()));
-        assert_eq!(layer_directories(&bind, 1), Ok(paths(&["/s/1/fs"])));
+        assert_eq!(layer_directories(&bind, 1).unwrap(), paths(&["/s/1/fs"]));
         assert_eq!(
-            layer_directories(&bind, 2).unwrap_err(),
+            layer_directories(&bind, 2).unwrap_err().to_string(),
             "it gives one directory, not an overlay"
         );
     }
 
     #[test]
-    fn what_is_no_overlay_is_said_in_words() {
+    fn a_mount_that_is_no_overlay_has_a_reason() {
         let erofs = [mount("erofs", "/a", &[]), mount("format/mkdir/overlay", "overlay", &[])];
         let shape = shape(&erofs);
         assert_eq!(overlay_dirs(&erofs), None);
         assert_eq!(
-            of("other", &layer_directories(&shape, 1).unwrap_err()),
+            of("other", &layer_directories(&shape, 1).unwrap_err().to_string()),
             "snapshotter other: it gives several mounts (erofs, format/mkdir/overlay)"
         );
     }
 
     #[test]
     fn snapshotters_that_keep_no_directories_are_known_by_name() {
-        assert_eq!(keeps("overlayfs"), Keeps::Layers);
-        assert_eq!(keeps("fuse-overlayfs"), Keeps::Layers);
-        assert_eq!(keeps("native"), Keeps::Copies);
+        assert_eq!(storage("overlayfs"), Storage::Layers);
+        assert_eq!(storage("fuse-overlayfs"), Storage::Layers);
+        assert_eq!(storage("native"), Storage::Copies);
         let none = [
             "btrfs",
             "zfs",
@@ -484,17 +569,18 @@ mod tests {
             "cvmfs-snapshotter",
         ];
         for name in none {
-            assert!(matches!(keeps(name), Keeps::Nothing(_)), "{name}");
+            assert!(matches!(storage(name), Storage::Unreadable(_)), "{name}");
         }
     }
 
     #[test]
     fn a_directory_below_a_fuse_mount_is_not_read() {
         let mountinfo = b"2 1 0:50 / /s/2/fs rw - fuse.rawBridge stargz rw\n";
-        assert_eq!(are_lazy(&paths(&["/s/1/fs", "/s/2/fsx"]), mountinfo), None);
+        assert_eq!(lazy_directory(&paths(&["/s/1/fs", "/s/2/fsx"]), mountinfo), None);
+        let lazy = lazy_directory(&paths(&["/s/1/fs", "/s/2/fs"]), mountinfo).unwrap();
         assert_eq!(
-            are_lazy(&paths(&["/s/1/fs", "/s/2/fs"]), mountinfo).as_deref(),
-            Some("its directory /s/2/fs is a FUSE mount, which may fetch what is read")
+            DirectoriesError::Lazy(lazy).to_string(),
+            "its directory /s/2/fs is a FUSE mount, which may fetch what is read"
         );
     }
 
@@ -506,14 +592,14 @@ mod tests {
 
     #[test]
     fn only_what_a_dead_driftd_left_is_stale() {
-        let held = Held::default();
+        let held = HeldLeases::default();
         let own = held.new_id();
         assert!(!held.is_stale(&own));
         held.ids().remove(&own);
         assert!(held.is_stale(&own), "{own}");
         assert!(!held.is_stale("driftd-view-1-0-0"), "pid 1 is alive");
         assert!(held.is_stale("driftd-view-4194999-0-0"));
-        assert!(!held.is_stale("somebody-elses"));
+        assert!(!held.is_stale("of-another-program"));
     }
 
     proptest::proptest! {

@@ -1,5 +1,7 @@
-//! What a container's OCI runtime specification says that driftd must know, and
-//! what its runtime is. Pure.
+//! The fields of a container's OCI runtime specification that driftd needs, and the kind of
+//! its runtime. Pure.
+//!
+//! The text comes from the container's record. A field that cannot be read is left out.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,7 +11,7 @@ use serde::Deserialize;
 
 use crate::model::{EntryPoint, IdMap, IdRange, printable};
 
-/// Where a program without a path is looked for if the environment does not say.
+/// Where a program without a path is searched if the environment has no PATH.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// How many arguments and directories of an entry point are kept, and the longest.
@@ -23,14 +25,14 @@ pub(super) struct Spec {
     pub(super) root: Option<PathBuf>,
     pub(super) id_map: Option<IdMap>,
     pub(super) entry_point: EntryPoint,
-    /// Those of the CRI plugin.
+    /// The annotations of the CRI plugin.
     pub(super) annotations: BTreeMap<String, String>,
     /// Where its control group is to be: a path, or `SLICE:PREFIX:NAME` for systemd.
     pub(super) cgroups_path: Option<String>,
 }
 
 impl Spec {
-    /// Reads a specification; one that cannot be read says nothing.
+    /// Reads a specification. One that cannot be read counts as an empty one.
     pub(super) fn parse(json: &[u8]) -> Spec {
         #[derive(Deserialize)]
         struct Document {
@@ -95,7 +97,7 @@ impl Spec {
             let search = path.unwrap_or(USUAL_PATH).split(':').filter(|one| is_short(one));
             let mut arguments = process.args.unwrap_or_default();
             arguments.truncate(MAX_TEXTS);
-            // Too long for a path: read as an option, which is none either.
+            // Too long for a path: replaced by an option, which is no path either.
             let long = arguments.iter_mut().filter(|one| !is_short(one));
             long.for_each(|one| "-".clone_into(one));
             EntryPoint {
@@ -110,23 +112,23 @@ impl Spec {
         Spec { root, id_map, entry_point, annotations, cgroups_path }
     }
 
-    /// How long the path of the container's own control group is in `path`, in which its
-    /// init is. `None` if that is not below it: then it is not known which group is its own.
+    /// The length of the path of the container's own control group within `path`, the group of
+    /// its init. `None` if `path` is not below it: then the own group is not known.
     pub(super) fn own_cgroup(&self, id: &str, path: &[u8]) -> Option<usize> {
-        let asked = self.cgroups_path.as_deref().unwrap_or_default();
-        let mut of_systemd = asked.split(':');
+        let requested = self.cgroups_path.as_deref().unwrap_or_default();
+        let mut of_systemd = requested.split(':');
         let scope = match (of_systemd.next(), of_systemd.next(), of_systemd.next()) {
             (_, Some(_), Some(name)) if name.ends_with(".slice") => Some(name.to_owned()),
             (_, Some(prefix), Some(name)) => Some(format!("{prefix}-{name}.scope")),
             _ => None,
         };
-        let own = scope.as_deref().unwrap_or(if asked.is_empty() { id } else { asked });
+        let own = scope.as_deref().unwrap_or(if requested.is_empty() { id } else { requested });
         let own: Vec<&[u8]> =
             own.as_bytes().split(|&byte| byte == b'/').filter(|name| !name.is_empty()).collect();
         if own.is_empty() || own.iter().any(|name| [&b"."[..], b".."].contains(name)) {
             return None;
         }
-        // The outermost: below it, the container may choose names.
+        // The outermost match: below it, the container may choose the names.
         let mut names: Vec<&[u8]> = Vec::new();
         let mut end = 0;
         for name in path.strip_prefix(b"/")?.split(|&byte| byte == b'/') {
@@ -140,9 +142,9 @@ impl Spec {
     }
 }
 
-/// Why driftd cannot see into containers of this runtime: their programs run on
-/// a kernel of their own. `options` are those of runc's shim, which can be told
-/// to start another program in runc's place.
+/// Why driftd cannot see into containers of this runtime: their programs run on a kernel of
+/// their own. `options` are those of runc's shim, which can be set to start another program in
+/// runc's place.
 pub(super) fn own_kernel(runtime: &str, options: &[u8]) -> Option<String> {
     #[derive(Clone, PartialEq, prost::Message)]
     struct Options {
@@ -153,7 +155,7 @@ pub(super) fn own_kernel(runtime: &str, options: &[u8]) -> Option<String> {
     let sandbox = [runtime, &binary].into_iter().find_map(|name| {
         // A name like io.containerd.kata-qemu.v2, or a path of a shim or a binary.
         let last = name.rsplit('/').next().unwrap_or(name);
-        let has = |word: &str| last.split(['.', '-', '_']).any(|part| part == word);
+        let has = |name: &str| last.split(['.', '-', '_']).any(|part| part == name);
         if has("runsc") || has("gvisor") {
             Some("gVisor")
         } else if has("kata") || last.starts_with("kata") {
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_specification_without_either_says_nothing() {
+    fn a_specification_without_these_fields_counts_as_empty() {
         for json in ["{}", r#"{"root":{"path":"rootfs"},"linux":{}}"#, "[", "null"] {
             assert_eq!(Spec::parse(json.as_bytes()), Spec::default(), "{json}");
         }

@@ -1,6 +1,10 @@
-//! Tasks: the running side of a container, and what can be done to it.
+//! Tasks: the running side of a container, and the responses to it: kill, pause and resume.
+//!
+//! A response is meant for one run of a container. It is carried out only while a handle of that
+//! run's init shows that the run has not ended. Whether to respond is decided elsewhere.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,9 +17,9 @@ use containerd_client::types::v1::{Process, Status as State};
 use tonic::Status;
 
 use super::connection::{Namespace, found, words};
-use super::restarts::{self, Known, Version};
+use super::restarts::{self, KilledContainer, Version};
 use super::spec::{self, Spec};
-use super::{Killed, containers, docker};
+use super::{containers, docker};
 use crate::model::{Incarnation, Restarter, Task};
 use crate::sys::freezer::{Freezers, Stillness};
 use crate::sys::pidfd;
@@ -23,14 +27,14 @@ use crate::sys::procfs::{self, Handle};
 
 /// How long a killed task may take to be gone before that is reported.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
-/// How long an init that was killed by its handle may take to end before containerd is
-/// asked to kill it too: it knows how to thaw a frozen one first.
+/// How long an init that was killed by its handle may take to end before containerd is asked to
+/// kill it too. containerd thaws a frozen container first.
 const HANDLE_PATIENCE: Duration = Duration::from_millis(500);
-/// How long containerd may take to say its version.
+/// How long containerd may take to report its version.
 const VERSION_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may take to find out what follows a kill.
 const SEQUEL_PATIENCE: Duration = Duration::from_secs(2);
-/// Longer than runc waits for a group to freeze (10 s, and it answers some time later).
+/// Longer than runc waits for a group to freeze (10 s; it answers a while after that).
 const PAUSE_PATIENCE: Duration = Duration::from_secs(12);
 /// How long a group may take to freeze before its state is reported.
 const FREEZE_PATIENCE: Duration = Duration::from_millis(500);
@@ -38,7 +42,7 @@ const SIGKILL: u32 = 9;
 
 fn task_of(process: &Process) -> Option<Task> {
     let input = PathBuf::from(&process.stdin);
-    // It may also be the address of something that is no file.
+    // The address of something that is no file is possible too.
     let terminal_input = Some(input).filter(|input| process.terminal && input.is_absolute());
     let start_time = procfs::read_stat(process.pid).ok().map(|stat| stat.identity.start_time);
     let task = |paused| Some(Task { pid: process.pid, start_time, paused, terminal_input });
@@ -48,7 +52,7 @@ fn task_of(process: &Process) -> Option<Task> {
         State::Created | State::Running => task(false),
         State::Paused | State::Pausing => task(true),
         State::Stopped => None,
-        // A shim that could not be asked in time; the process is not known to be gone.
+        // The shim did not answer in time. The process is not known to be gone.
         State::Unknown => task(false),
     }
 }
@@ -72,12 +76,21 @@ pub(super) async fn get(namespace: &Namespace, container: &str) -> Result<Option
         .and_then(|process| task_of(&process)))
 }
 
-/// Why an answer was not carried out.
+/// The outcome of a kill.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Killed {
+    /// What happened and what follows, as a text.
+    pub message: String,
+    /// What starts the container again, or may.
+    pub restarter: Option<Restarter>,
+}
+
+/// Why a response was not carried out.
 #[derive(Debug)]
 pub(super) enum Refused {
     /// The run that was meant is over. Nothing was done.
     Gone(String),
-    /// It is there, and the answer failed.
+    /// The run is there, and the response failed.
     Failed(String),
     Containerd(Status),
 }
@@ -90,10 +103,10 @@ impl From<Status> for Refused {
 
 /// One run of a container, held by a handle of its init process.
 ///
-/// containerd takes a name, and the name may be another container's by the time it is
-/// read. While the process behind the handle lives, containerd gives neither the ID nor
-/// the task to anybody else. So the handle is opened and compared first, then containerd
-/// is asked what it has under the name, and the handle is looked at last.
+/// containerd takes a name, and by the time it reads the name, that may be another container's.
+/// While the process behind the handle lives, containerd gives neither the ID nor the task to
+/// another container. So the handle is opened and compared first. Then containerd is asked what
+/// it has under the name, and the handle is checked last.
 struct Run<'a> {
     namespace: &'a Namespace,
     container: &'a str,
@@ -116,7 +129,7 @@ impl<'a> Run<'a> {
             }
         })?;
         let run = Run { namespace, container, meant, init };
-        // By pid, but before the handle is asked whether its process still has that pid.
+        // Read by pid, and before the handle shows whether its process still has that pid.
         let found = procfs::read_stat(pid).map_err(|_| ended(pid))?.identity.start_time;
         if meant.start_time.is_some_and(|start_time| start_time != found) {
             return Err(ended(pid));
@@ -129,7 +142,8 @@ impl<'a> Run<'a> {
         if pidfd::has_ended(self.init.as_fd()) { Err(ended(self.meant.pid)) } else { Ok(()) }
     }
 
-    /// What containerd has under the container's name, if that is this run.
+    /// The record and the task that containerd has under the container's name, if they are those
+    /// of this run.
     async fn confirm(&self) -> Result<(Record, Task), Refused> {
         let Some(record) = containers::get(self.namespace, self.container).await? else {
             return Err(Refused::Gone("its container was removed; nothing was done".into()));
@@ -192,15 +206,15 @@ fn restarted(task: &Task) -> Refused {
     ))
 }
 
-/// What to say where no run was known to be answered.
-async fn nothing_known(namespace: &Namespace, container: &str) -> Result<(), Refused> {
+/// Checks that the container does not run, where no run of it was known.
+async fn check_not_running(namespace: &Namespace, container: &str) -> Result<(), Refused> {
     match get(namespace, container).await? {
         None => Ok(()),
         Some(task) => Err(restarted(&task)),
     }
 }
 
-/// Kills every process of a run. `None` is a container that was not known to run.
+/// Kills every process of a run. `None` stands for a container of which no run is known.
 pub(super) async fn kill(
     namespace: &Namespace,
     container: &str,
@@ -208,7 +222,7 @@ pub(super) async fn kill(
     no_restart: bool,
 ) -> Result<Killed, Refused> {
     let Some(meant) = meant else {
-        nothing_known(namespace, container).await?;
+        check_not_running(namespace, container).await?;
         let message = "it was not running: there was nothing to kill".into();
         return Ok(Killed { message, restarter: None });
     };
@@ -217,7 +231,7 @@ pub(super) async fn kill(
     let is_kept_stopped = no_restart && run.keep_stopped(&record).await?;
     match run.kill().await {
         Ok(()) => (),
-        // The restart monitor ends what is to be stopped.
+        // The restart monitor itself ends a container that is to be stopped.
         Err(Refused::Gone(_)) if is_kept_stopped => (),
         Err(Refused::Failed(why)) if is_kept_stopped => {
             let label = format!("{}={}", restarts::STATUS, restarts::STOPPED);
@@ -234,12 +248,12 @@ pub(super) async fn kill(
         );
         return Ok(Killed { message, restarter: None });
     }
-    // The kill is done, whatever Docker's files and containerd take to answer.
+    // The kill is done; finding out what follows must not delay the outcome for long.
     let sequel = tokio::time::timeout(SEQUEL_PATIENCE, run.sequel(&record)).await;
     Ok(match sequel.unwrap_or_default() {
         None => Killed { message: killed, restarter: None },
         Some((restarter, text)) => {
-            // It is the monitor's alone that driftd can change.
+            // driftd can change only what the restart monitor does.
             let without = if no_restart { "; --no-restart has changed nothing" } else { "" };
             Killed { message: format!("{killed}; {text}{without}"), restarter: Some(restarter) }
         }
@@ -249,8 +263,8 @@ pub(super) async fn kill(
 impl Run<'_> {
     async fn kill(&self) -> Result<(), Refused> {
         let pid = self.meant.pid;
-        // The kernel ends everything in a pid namespace together with its first process, and
-        // the handle names that process for good.
+        // The kernel ends every process of a pid namespace together with its first process. The
+        // handle can never mean another process.
         let is_first = Handle::open(pid).is_ok_and(|init| init.is_first_in_pid_namespace());
         let by_handle = is_first && {
             self.is_there()?;
@@ -260,7 +274,7 @@ impl Run<'_> {
             return Ok(());
         }
         match self.kill_by_containerd().await {
-            // It has ended by our signal meanwhile.
+            // It has ended meanwhile, by our signal.
             Err(Refused::Gone(_)) if by_handle => (),
             Err(refused) if !by_handle => return Err(refused),
             Ok(()) | Err(_) => (),
@@ -275,14 +289,14 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// What is known of what follows a kill.
-    async fn known<'a>(&'a self, record: &'a Record) -> Known<'a> {
-        let is_asked = record.labels.contains_key(restarts::STATUS);
-        let version = match is_asked {
+    /// What is known of the container after a kill.
+    async fn known<'a>(&'a self, record: &'a Record) -> KilledContainer<'a> {
+        let has_monitor = record.labels.contains_key(restarts::STATUS);
+        let version = match has_monitor {
             true => self.namespace.version(VERSION_PATIENCE).await.ok(),
             false => None,
         };
-        Known {
+        KilledContainer {
             namespace: &self.namespace.name,
             id: self.container,
             labels: &record.labels,
@@ -291,7 +305,7 @@ impl Run<'_> {
         }
     }
 
-    /// What starts the container again, in words.
+    /// What starts the container again, with a text for administrators.
     async fn sequel(&self, record: &Record) -> Option<(Restarter, String)> {
         let is_dockers = containers::is_dockers(record) || &*self.namespace.name == "moby";
         let policy = if is_dockers {
@@ -303,11 +317,11 @@ impl Run<'_> {
             None
         };
         let docker = is_dockers.then_some(policy.as_deref());
-        Known { docker, ..self.known(record).await }.sequel()
+        KilledContainer { docker, ..self.known(record).await }.sequel()
     }
 
-    /// Has containerd's restart monitor leave the container stopped. False if it would not
-    /// start it again: then nothing is changed.
+    /// Makes containerd's restart monitor leave the container stopped. False if the monitor would
+    /// not start it again: then nothing is changed.
     async fn keep_stopped(&self, record: &Record) -> Result<bool, Refused> {
         if self.known(record).await.by_monitor().is_none() {
             return Ok(false);
@@ -326,28 +340,39 @@ impl Run<'_> {
         Ok(true)
     }
 
-    /// The control groups by which the container is frozen. In words, why they are not known.
-    fn freezers(&self, record: &Record) -> Result<Freezers, String> {
+    /// The control groups by which the container is frozen.
+    fn freezers(&self, record: &Record) -> Result<Freezers, FreezerError> {
         let spec = record.spec.as_ref().map(|spec| Spec::parse(&spec.value)).unwrap_or_default();
         let runtime = record.runtime.clone().unwrap_or_default();
         let options = runtime.options.map(|options| options.value).unwrap_or_default();
         if spec::own_kernel(&runtime.name, &options).is_some() {
-            return Err("its programs run on a kernel of their own".into());
+            return Err(FreezerError::OwnKernel);
         }
-        let init = Handle::open(self.meant.pid).map_err(|err| err.to_string())?;
+        let init = Handle::open(self.meant.pid)?;
         let freezers = Freezers::of(&init, |path| spec.own_cgroup(self.container, path));
-        // The handle of /proc was opened by the pid.
-        self.is_there().map_err(|_| "its init has ended".to_owned())?;
-        freezers.map_err(|err| err.to_string())
+        // The directory of /proc was opened by the pid, so the run is checked once more.
+        self.is_there().map_err(|_| FreezerError::Ended)?;
+        Ok(freezers?)
     }
 }
 
-/// Waits until the processes are frozen, for at most so long; the last state seen.
-async fn still_within(freezers: &Freezers, patience: Duration) -> Result<Stillness, String> {
+/// Why the state of a container's control groups is not known.
+#[derive(Debug, thiserror::Error)]
+enum FreezerError {
+    #[error("its programs run on a kernel of their own")]
+    OwnKernel,
+    #[error("its init has ended")]
+    Ended,
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Waits until the processes are frozen, for at most `patience`. Returns the last state.
+async fn still_within(freezers: &Freezers, patience: Duration) -> io::Result<Stillness> {
     const STEP: Duration = Duration::from_millis(5);
     let deadline = tokio::time::Instant::now() + patience;
     loop {
-        let found = freezers.stillness().map_err(|err| err.to_string())?;
+        let found = freezers.stillness()?;
         if found == Stillness::Frozen || tokio::time::Instant::now() >= deadline {
             return Ok(found);
         }
@@ -355,32 +380,32 @@ async fn still_within(freezers: &Freezers, patience: Duration) -> Result<Stillne
     }
 }
 
-/// Freezes a run; what happened, in words.
+/// Freezes a run. Returns what happened, as a text.
 pub(super) async fn pause(
     namespace: &Namespace,
     container: &str,
     meant: Option<Incarnation>,
 ) -> Result<String, Refused> {
     let Some(meant) = meant else {
-        nothing_known(namespace, container).await?;
+        check_not_running(namespace, container).await?;
         return Err(Refused::Failed("it is not running: there is nothing to pause".into()));
     };
     let run = Run::hold(namespace, container, meant)?;
     let (record, task) = run.confirm().await?;
     let freezers = run.freezers(&record);
     let settled = async |patience| match &freezers {
-        Ok(freezers) => still_within(freezers, patience).await,
-        Err(reason) => Err(reason.clone()),
+        Ok(freezers) => still_within(freezers, patience).await.ok(),
+        Err(_) => None,
     };
-    let before = settled(Duration::ZERO).await.ok();
+    let before = settled(Duration::ZERO).await;
     if task.paused || before.is_some_and(Stillness::is_ordered) {
         return of_paused_already(task.paused, before).map_err(Refused::Failed);
     }
     let request = PauseTaskRequest { container_id: container.into() };
     let mut tasks = namespace.tasks();
-    let asked = tokio::time::timeout(PAUSE_PATIENCE, tasks.pause(request)).await;
-    // There is no handle for this: if the run has ended meanwhile, containerd may have
-    // found a later one under the name.
+    let response = tokio::time::timeout(PAUSE_PATIENCE, tasks.pause(request)).await;
+    // A pause cannot be requested by handle. If the run has ended meanwhile, containerd may have
+    // paused a later one under the same name; that one is resumed.
     if let Err(gone) = run.is_there() {
         if let Ok(Some(Task { pid, paused: true, .. })) = get(namespace, container).await
             && pid != meant.pid
@@ -390,7 +415,7 @@ pub(super) async fn pause(
         }
         return Err(gone);
     }
-    let failed = match asked {
+    let failed = match response {
         Ok(Ok(_)) => None,
         Ok(Err(status)) => Some((words(&status), Refused::Containerd(status))),
         Err(_) => {
@@ -399,7 +424,7 @@ pub(super) async fn pause(
             Some((late, refused))
         }
     };
-    let after = settled(FREEZE_PATIENCE).await.ok();
+    let after = settled(FREEZE_PATIENCE).await;
     let Some((reason, refused)) = failed else {
         return of_paused(meant.pid, after).map_err(Refused::Failed);
     };
@@ -409,45 +434,45 @@ pub(super) async fn pause(
     })
 }
 
-/// What is said of a container that was paused before, by containerd or by its group alone.
+/// The message for a container that was paused before, by containerd or by its group alone.
 fn of_paused_already(by_containerd: bool, found: Option<Stillness>) -> Result<String, String> {
-    let said = if by_containerd {
+    let message = if by_containerd {
         "it was paused already"
     } else {
-        "its control group was ordered to freeze already, though containerd says that it runs: \
+        "its control group was ordered to freeze already, though containerd reports that it runs: \
          `driftd respond resume` thaws it"
     };
-    of_still(said.to_owned(), found)
+    of_still(message.to_owned(), found)
 }
 
-/// What is said of a pause that containerd calls done.
+/// The message for a pause that containerd reports as done.
 fn of_paused(pid: u32, found: Option<Stillness>) -> Result<String, String> {
     of_still(format!("paused (pid {pid})"), found)
 }
 
-/// What is said of a container that stands still, if its control group says so too.
-fn of_still(said: String, found: Option<Stillness>) -> Result<String, String> {
+/// The message for a paused container, if its control group confirms the pause.
+fn of_still(message: String, found: Option<Stillness>) -> Result<String, String> {
     match found {
-        Some(Stillness::Freezing) => Ok(said
-            + "; not yet frozen: a process of it waits in the kernel, and stands still when it \
+        Some(Stillness::Freezing) => Ok(message
+            + "; not yet frozen: a process of it waits in the kernel, and is frozen when it \
                returns from there"),
         Some(Stillness::Running) => {
-            Err("containerd says that it is paused, but its control group \
-                                         is not frozen: resume it, then pause it again"
+            Err("containerd reports that it is paused, but its control group is not frozen: \
+                 resume it, then pause it again"
                 .to_owned())
         }
-        // Where its group is not known, containerd's word is all there is.
-        Some(Stillness::Frozen | Stillness::FrozenFromAbove) | None => Ok(said),
+        // If its group is not known, only containerd's report is left.
+        Some(Stillness::Frozen | Stillness::FrozenFromAbove) | None => Ok(message),
     }
 }
 
-/// What is said of a pause that has failed, if its control group freezes all the same.
+/// The message for a pause that has failed, if its control group freezes all the same.
 fn half_paused(reason: &str, found: Option<Stillness>) -> Option<String> {
     let how = match found? {
         Stillness::Frozen => "its control group is frozen",
         Stillness::Freezing => {
-            "its control group freezes, and a process that waits in the kernel stands still when \
-             it returns from there"
+            "its control group freezes, and a process that waits in the kernel is frozen when it \
+             returns from there"
         }
         Stillness::Running | Stillness::FrozenFromAbove => return None,
     };
@@ -456,28 +481,27 @@ fn half_paused(reason: &str, found: Option<Stillness>) -> Option<String> {
     ))
 }
 
-/// Thaws a run; what happened, in words.
+/// Thaws a run. Returns what happened, as a text.
 pub(super) async fn resume(
     namespace: &Namespace,
     container: &str,
     meant: Option<Incarnation>,
 ) -> Result<String, Refused> {
     let Some(meant) = meant else {
-        nothing_known(namespace, container).await?;
+        check_not_running(namespace, container).await?;
         return Err(Refused::Failed("it is not running: there is nothing to resume".into()));
     };
     let run = Run::hold(namespace, container, meant)?;
     let (record, task) = run.confirm().await?;
     let mut refused = None;
     if task.paused {
-        // What is frozen does not end by itself, so the name is its own until it is thawed.
+        // A frozen run does not end by itself, so the name is its own until it is thawed.
         let request = ResumeTaskRequest { container_id: container.into() };
         refused = namespace.tasks().resume(request).await.err();
     }
     let is_done = task.paused && refused.is_none();
     let found = run.freezers(&record).and_then(|freezers| {
-        let found = freezers.stillness().and_then(|found| Ok((found, freezers.is_ordered()?)));
-        let (found, is_ordered) = found.map_err(|err| err.to_string())?;
+        let (found, is_ordered) = (freezers.stillness()?, freezers.is_ordered()?);
         Ok((freezers, found, is_ordered))
     });
     match (found, refused) {
@@ -494,8 +518,8 @@ pub(super) async fn resume(
             }
             let though = match refused {
                 Some(status) => format!("containerd refused ({})", words(&status)),
-                None if is_done => "containerd called it resumed".into(),
-                None => "containerd said that it runs".into(),
+                None if is_done => "containerd reported it as resumed".into(),
+                None => "containerd reported that it runs".into(),
             };
             Ok(format!("thawed (pid {}): its control group was frozen, though {though}", meant.pid))
         }
@@ -508,7 +532,8 @@ pub(super) async fn resume(
         _ if is_done => Ok(format!("resumed (pid {})", meant.pid)),
         (Ok(_), None) => Ok("it was not paused".into()),
         (Err(reason), None) => Ok(format!(
-            "it was not paused, says containerd; its control group could not be read: {reason}"
+            "containerd reports that it was not paused; its control group could not be read: \
+             {reason}"
         )),
     }
 }
@@ -518,16 +543,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn d03_a_pause_is_called_what_its_control_group_says_and_not_what_the_runtime_says() {
+    fn d03_a_pause_is_reported_by_its_control_group_and_not_by_the_runtime() {
         use Stillness::{Freezing, Frozen, FrozenFromAbove, Running};
         let done = |found| of_paused(7, found);
         assert_eq!(done(Some(Frozen)).unwrap(), "paused (pid 7)");
-        assert_eq!(done(None).unwrap(), "paused (pid 7)", "containerd's word is all there is");
+        assert_eq!(done(None).unwrap(), "paused (pid 7)", "only containerd's report is left");
         assert!(done(Some(Freezing)).unwrap().starts_with("paused (pid 7); not yet frozen: "));
         assert!(done(Some(Running)).unwrap_err().contains("is not frozen"));
         let failed = |found| half_paused("timeout of 10s reached", found);
         assert_eq!(failed(None), None);
-        assert_eq!(failed(Some(Running)), None, "the failure is all there is to say");
+        assert_eq!(failed(Some(Running)), None, "only the failure is reported");
         assert_eq!(failed(Some(FrozenFromAbove)), None);
         for (found, how) in [(Frozen, "is frozen"), (Freezing, "freezes")] {
             let text = failed(Some(found)).unwrap();

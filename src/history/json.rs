@@ -1,4 +1,6 @@
-//! How records stand in the database's `json` columns.
+//! The text of records in the database's `json` columns, and how it is read back.
+//!
+//! Labels are stored in a table of their own, so that the many rows of a container share them.
 
 use std::path::Path;
 
@@ -7,8 +9,9 @@ use rusqlite::Row;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::error::Error;
+use super::record::Record;
 use super::schema::whole_json;
-use super::{Error, Record};
 use crate::model::finding::hex;
 use crate::model::{
     Command, ContainerId, Finding, FindingId, Incarnation, Labels, Outcome, Probe, Session,
@@ -43,7 +46,7 @@ pub(super) struct GapJson {
     pub(super) until: Option<Timestamp>,
 }
 
-/// The text kept for a record. Labels are kept beside it: see [`labels`].
+/// The text that is stored for a record. Its labels are stored apart: see [`labels`].
 pub(super) fn text(record: &Record) -> serde_json::Result<String> {
     match record {
         Record::Finding(finding) | Record::Aggregate { finding, .. } => {
@@ -84,29 +87,29 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
     }
 }
 
-/// The same for the log, where nothing may fail and text is hostile.
+/// The same for the log, where nothing may fail and the text may be hostile.
 pub(super) fn shown(record: &Record) -> String {
     text(record).map_or_else(|err| err.to_string(), |text| printable(text.as_bytes()))
 }
 
-/// The labels of a container, as text, with a name that the same ones always have.
+/// The labels of a container as text, with an ID that depends on the labels alone.
 pub(super) fn labels(labels: &Labels) -> serde_json::Result<(String, String)> {
     let text = serde_json::to_string(labels)?;
     let hash = blake3::hash(text.as_bytes());
     Ok((hex(&hash.as_bytes()[..16]), text))
 }
 
-/// What is kept as the same JSON that is published.
+/// A type that is stored as the same JSON that is published.
 pub(super) trait Kept: DeserializeOwned {
-    /// Its table, and what one of them is called.
+    /// Its table. Messages call one of its rows by the same name.
     const TABLE: &'static str;
 
-    /// What is asked for to have it whole.
+    /// The SQL expression of its whole JSON.
     fn column() -> String {
         whole_json(Self::TABLE)
     }
 
-    /// The labels that it shares with others of its container.
+    /// The labels that it shares with other rows of its container.
     fn labels(&mut self) -> Option<&mut Labels> {
         None
     }
@@ -144,7 +147,7 @@ impl Kept for Probe {
     }
 }
 
-/// Reads one from the columns `id` and `json` of `row`.
+/// Reads a value from the columns `id` and `json` of `row`.
 pub(super) fn kept<T: Kept>(
     row: &Row<'_>,
     id: usize,

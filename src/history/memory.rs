@@ -1,10 +1,9 @@
-//! The history while its disk cannot be written: a database in memory, over what the
-//! disk holds.
+//! The history while its disk cannot be written: a database in memory over the one on the
+//! disk.
 //!
-//! Readers open the one in memory and attach the one on disk. Views of the tables' names
-//! join both, so that every question is the same as without: of what is in both, the row
-//! in memory is the newer one. When the disk can be written again, all rows go there in
-//! one transaction.
+//! Readers open the one in memory and attach the one on disk. Views with the tables' names
+//! join both, so that every query stays the same. Of a row that is in both, the one in memory
+//! is newer. When the disk can be written again, all rows go there in one transaction.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -13,15 +12,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rusqlite::{Connection, OpenFlags, params};
 
-use super::writer::{newest_seq, sql_integer};
-use super::{Error, schema};
+use super::error::Error;
+use super::schema;
+use super::sql::{newest_seq, sql_integer};
 
 /// Most bytes that the database in memory takes.
 pub(super) const MAX_BYTES: u64 = 64 << 20;
 
-/// Which database is in memory now, for the writer and all readers.
+/// The database that is in memory now, shared by the writer and all readers.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Shared(Arc<Mutex<Option<Overlay>>>);
+pub(crate) struct Shared(Arc<Mutex<Option<Overlay>>>);
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Option<Overlay>> {
@@ -37,11 +37,11 @@ impl Shared {
     }
 }
 
-/// The database in memory, and what it lies over.
+/// The database in memory, and the one on disk below it.
 #[derive(Clone, Debug)]
 pub(super) struct Overlay {
     memory: String,
-    /// The history on disk. `None`: it cannot be read.
+    /// The URI of the history on disk. `None` if that cannot be read.
     disk: Option<String>,
 }
 
@@ -50,8 +50,8 @@ pub(super) struct Overlay {
 pub(super) enum Disk {
     /// Another connection of ours has it open.
     Open,
-    /// No connection has it open, and SQLite finds no room for its side files. It was
-    /// closed in order, and nobody changes it.
+    /// No connection has it open, and the disk has no space for SQLite's side files. It was
+    /// closed in order, and nothing changes it.
     Still,
     Unreadable,
 }
@@ -72,8 +72,8 @@ impl Overlay {
         }
     }
 
-    /// The format of the history on disk and the newest number of its records. `None`: it
-    /// cannot be read.
+    /// The format of the history on disk and its newest sequence number. `None` if it cannot
+    /// be read.
     pub(super) fn disk_format_and_newest(&self, path: &Path) -> Result<Option<(i64, u64)>, Error> {
         let Some(disk) = &self.disk else { return Ok(None) };
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
@@ -87,14 +87,15 @@ impl Overlay {
         }
     }
 
-    /// Makes the database. The writer's connection keeps it alive. Numbers of records go
-    /// on after `newest`.
+    /// Creates the database. The writer's connection keeps it alive. Sequence numbers go on
+    /// after `newest`.
     pub(super) fn begin(&self, newest: u64, path: &Path) -> Result<Connection, Error> {
         let failed = Error::sql("keep in memory", path);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
         let mut connection = self.open(flags).map_err(&failed)?;
         schema::prepare(&mut connection, path)?;
-        // Of a file on disk that cannot be read nobody knows what followers have had.
+        // Without a file on disk that can be read, it is not known what followers have
+        // received.
         let mut pruned_through = sql_integer(newest);
         if let Some(disk) = &self.disk {
             connection.execute("ATTACH ?1 AS disk", [disk]).map_err(&failed)?;
@@ -115,7 +116,7 @@ impl Overlay {
     pub(super) fn read(&self) -> rusqlite::Result<Connection> {
         let connection = self.open(OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         if let Some(disk) = &self.disk {
-            // Views need a place of their own, which must not be a disk.
+            // SQLite stores temporary views somewhere; it must not be on a disk.
             connection.pragma_update(None, "temp_store", "MEMORY")?;
             connection.execute("ATTACH ?1 AS disk", [disk])?;
             connection.execute_batch(&views())?;
@@ -130,7 +131,7 @@ impl Overlay {
         Ok(connection)
     }
 
-    /// Writes everything to the disk, in one transaction: the newest sequence number.
+    /// Writes everything to the disk in one transaction. Returns the newest sequence number.
     pub(super) fn pour(&self, disk: &mut Connection) -> rusqlite::Result<u64> {
         disk.execute("ATTACH ?1 AS memory", [&self.memory])?;
         let poured = self.pour_attached(disk);
@@ -164,7 +165,7 @@ impl Overlay {
         let others: Vec<&str> =
             columns.iter().map(String::as_str).filter(|column| *column != "seq").collect();
         let others = others.join(", ");
-        // Only where the disk could not be read can it have numbers that were given again.
+        // Sequence numbers can clash only if the disk could not be read before.
         let newest = newest_seq(&transaction)?;
         let first: Option<i64> =
             transaction.query_row("SELECT min(seq) FROM memory.record", [], |row| row.get(0))?;
@@ -194,8 +195,8 @@ impl Overlay {
         Ok(newest)
     }
 
-    /// What becomes of a column of a row that both have. A finding that was kept on a disk
-    /// that could not be read has begun anew in memory.
+    /// How a column is set in a row that both databases have. If the disk could not be read,
+    /// a finding that it has was begun a second time in memory.
     fn assignment(&self, table: &str, column: &str) -> String {
         let is_anew = table == "finding" && self.disk.is_none();
         match column {
@@ -212,7 +213,7 @@ impl Overlay {
         }
     }
 
-    /// How many records are in memory alone.
+    /// How many records are in memory only.
     pub(super) fn count(connection: &Connection) -> u64 {
         let count = connection
             .prepare_cached("SELECT count(*) FROM main.record")
@@ -225,8 +226,8 @@ const REVISION: &str = "max(finding.revision + 1, excluded.revision)";
 const FIRST_SEEN: &str = "min(finding.first_seen, excluded.first_seen)";
 const COUNT: &str = "finding.count + excluded.count";
 
-/// The tables whose rows replace each other, with their keys. A member comes after its
-/// finding, which says whose it is.
+/// The tables whose rows replace each other, with their keys. Members come after findings: a
+/// trigger finds their container by the finding.
 const TABLES: [(&str, &str); 6] = [
     ("labels", "container, namespace, id"),
     ("finding", "id"),

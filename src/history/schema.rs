@@ -1,17 +1,23 @@
-//! The tables, and how an older file becomes a newer one.
+//! The tables, and the migrations from older formats.
+//!
+//! A migration that was released never changes. The writer prepares its connection here; no
+//! other file creates a table.
 
 use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::Connection;
 
-use super::{Error, FORMAT};
+use super::error::Error;
+
+/// The newest format this driftd writes and reads.
+pub const FORMAT: i64 = MIGRATIONS.len() as i64;
 
 /// `PRAGMA application_id`: "drft".
 const APPLICATION_ID: i64 = 0x6472_6674;
 
-/// What leads from format N to N + 1. An entry that was released never changes.
-pub(super) const MIGRATIONS: &[&str] = &[
+/// The SQL that leads from format N to N + 1. An entry that was released never changes.
+const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE finding (
         id              TEXT PRIMARY KEY,
@@ -131,7 +137,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
 ",
     "
-    -- Who came into a container, what was run there, and what runs again and again.
+    -- Sessions in containers, what was run in them, and what runs again and again.
     CREATE TABLE session (
         id         TEXT PRIMARY KEY,
         revision   INTEGER NOT NULL,
@@ -176,7 +182,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     -- A container's timeline is in the order in which things were first seen.
     CREATE INDEX finding_by_first_seen ON finding (container, namespace, first_seen, id);
 
-    -- Sessions are told to followers too: a record may be one.
+    -- Followers receive sessions too: a record may be one.
     DROP VIEW timeline;
     CREATE TABLE record_4 (
         seq       INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -352,7 +358,7 @@ pub(super) fn whole_json(table: &str) -> String {
     )
 }
 
-/// Whose file this is and in which format; refuses what is not ours or newer.
+/// The format of the file. Refuses a file of another program, and a newer format.
 pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, Error> {
     let failed = Error::sql("read", path);
     let pragma = |name| -> Result<i64, Error> {
@@ -371,7 +377,7 @@ pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, Error> 
     Ok(found)
 }
 
-/// Makes `connection` the writer: checked, durable, in the newest format.
+/// Prepares `connection` for writing: checked, durable, in the newest format.
 pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Error> {
     let found = check(connection, path)?;
     let failed = Error::sql("prepare", path);
@@ -379,14 +385,15 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Er
     connection.busy_timeout(Duration::from_secs(5)).map_err(&failed)?;
     let set = |name: &str, value: &str| {
         connection.pragma_update_and_check(None, name, value, |_| Ok(())).or_else(
-            // A pragma that answers nothing has been set all the same.
+            // A pragma that returns no row has been set all the same.
             |err| match err {
                 rusqlite::Error::QueryReturnedNoRows => Ok(()),
                 other => Err(other),
             },
         )
     };
-    // Must come before the first table: what retention frees goes back to the disk.
+    // Must be set before the first table is created. With it, space that retention frees
+    // goes back to the disk.
     set("auto_vacuum", "INCREMENTAL").map_err(&failed)?;
     set("journal_mode", "WAL").map_err(&failed)?;
     // In WAL, only FULL makes each commit durable against a loss of power.
@@ -395,7 +402,7 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Er
     set("trusted_schema", "OFF").map_err(&failed)?;
 
     if found == FORMAT {
-        // A disk that is full can be read all the same.
+        // Writing nothing here lets the history be opened on a full disk.
         return Ok(());
     }
     let transaction = connection.transaction().map_err(&failed)?;

@@ -1,8 +1,7 @@
-//! What happened in one container, in the order of time.
+//! The timeline of one container: everything that happened in it, in the order of time.
 //!
-//! Each source gives the next few of its entries, by an index of its own; what is
-//! the earliest of all of them comes first. Two that happened at the same time come
-//! in the order of [`Source::ALL`].
+//! Each source yields the next few of its entries by an index of its own, and the earliest of
+//! all comes first. Entries of the same time come in the order of [`Source::ALL`].
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,9 +9,10 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use rusqlite::{Connection, named_params, params};
 
-use super::json::Kept as _;
-use super::reader::PAGE_BYTES;
-use super::{BadPageToken, Error, Reader, json};
+use super::connection::Reader;
+use super::pages::{BadPageToken, PAGE_BYTES};
+use crate::history::error::Error;
+use crate::history::json::{self, Kept as _};
 use crate::model::{Command, ContainerId, Finding, Session};
 use crate::respond::Response;
 
@@ -25,19 +25,19 @@ pub struct TimelineEntry {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Happened {
     SessionOpened(Box<Session>),
-    /// A session has run something.
+    /// A session ran a command.
     Command(Box<Command>),
     /// Something was found for the first time.
     Finding(Box<Finding>),
-    /// Its end, or when it was noticed.
+    /// A session ended, or its end was noticed.
     SessionClosed(Box<Session>),
     Response(Box<Response>),
-    /// Something was not seen, in this container or in any.
+    /// Something was not observed, in this container or in any.
     Gap {
         name: String,
         container: Option<ContainerId>,
         detail: String,
-        /// When what made up for it was complete.
+        /// When a scan had made up for it.
         until: Option<Timestamp>,
     },
 }
@@ -96,8 +96,8 @@ enum Source {
     Gap,
 }
 
-/// Of a gap that is told twice, the one that knows its end.
-const TOLD_LAST: &str = "NOT EXISTS (
+/// A gap may be recorded twice. Selects the later record, which has its end.
+const LATEST_OF_GAP: &str = "NOT EXISTS (
     SELECT 1 FROM record AS later
     WHERE later.type = 'gap' AND later.container IS record.container
         AND later.namespace IS record.namespace AND later.at = record.at
@@ -113,7 +113,7 @@ impl Source {
         Source::Gap,
     ];
 
-    /// The table, and which of its rows these are.
+    /// The table, and the condition that its rows meet.
     fn rows(self) -> String {
         let own = "container = :container AND namespace = :namespace";
         match self {
@@ -123,7 +123,7 @@ impl Source {
             Source::Closed => format!("session WHERE state = 'closed' AND {own}"),
             Source::Response => format!("record WHERE type = 'response' AND {own}"),
             Source::Gap => format!(
-                "record WHERE type = 'gap' AND (container IS NULL OR {own}) AND {TOLD_LAST}"
+                "record WHERE type = 'gap' AND (container IS NULL OR {own}) AND {LATEST_OF_GAP}"
             ),
         }
     }
@@ -137,7 +137,7 @@ impl Source {
         }
     }
 
-    /// Text that orders what happened at the same time, and finds the row again.
+    /// A text that orders entries of the same time, and by which the row is found again.
     fn key(self) -> &'static str {
         match self {
             Source::Opened | Source::Finding | Source::Closed => "id",
@@ -188,7 +188,7 @@ impl Source {
     }
 }
 
-/// The keys of the next entries: of each source a few, then the first of them all.
+/// The keys of the next entries: a few of each source, then the earliest of all of them.
 fn query() -> String {
     let parts: Vec<String> = Source::ALL
         .into_iter()
@@ -223,9 +223,9 @@ impl Reader {
             source: Source::Opened,
             key: String::new(),
         });
-        self.ask(|connection| {
+        self.query(|connection| {
             let failed = Error::sql("read", &self.path);
-            // One transaction: what has a key has a row.
+            // One transaction, so that every key still has its row.
             let transaction = connection.transaction().map_err(&failed)?;
             let mut query = transaction.prepare_cached(&query()).map_err(&failed)?;
             let mut rows = query

@@ -1,0 +1,61 @@
+//! Responses: kills, pauses and resumes, and restarts after a kill.
+//!
+//! Only reads what was recorded about them. `respond` carries responses out.
+
+use rusqlite::params;
+
+use super::connection::Reader;
+use crate::history::error::Error;
+use crate::history::json;
+use crate::history::record::Record;
+use crate::model::ContainerId;
+use crate::respond::{RESTART, Response};
+
+impl Reader {
+    /// The responses to a container, oldest first.
+    pub fn responses(&self, container: &ContainerId) -> Result<Vec<Response>, Error> {
+        self.query(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT json FROM record
+                     WHERE type = 'response' AND container = ? AND namespace = ? ORDER BY seq",
+                )
+                .map_err(&failed)?;
+            let mut rows =
+                query.query(params![&*container.id, &*container.namespace]).map_err(&failed)?;
+            let mut responses = Vec::new();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                if let Record::Response(response) = json::record(row, "response", 0, &self.path)? {
+                    responses.push(*response);
+                }
+            }
+            Ok(responses)
+        })
+    }
+
+    /// The last response to a container that is a kill which succeeded, or the report that
+    /// the container was started again after one.
+    pub fn last_kill(&self, container: &ContainerId) -> Result<Option<Response>, Error> {
+        self.query(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT json FROM record
+                     WHERE type = 'response' AND container = ? AND namespace = ?
+                         AND json ->> '$.outcome.succeeded'
+                         AND json ->> '$.outcome.action' IN ('kill', ?)
+                     ORDER BY seq DESC LIMIT 1",
+                )
+                .map_err(&failed)?;
+            let mut rows = query
+                .query(params![&*container.id, &*container.namespace, RESTART])
+                .map_err(&failed)?;
+            let Some(row) = rows.next().map_err(&failed)? else { return Ok(None) };
+            Ok(match json::record(row, "response", 0, &self.path)? {
+                Record::Response(response) => Some(*response),
+                _ => None,
+            })
+        })
+    }
+}
