@@ -84,7 +84,7 @@ enum Command {
     Findings(Box<findings::Findings>),
     /// Count what was found, by kind, severity and container
     Summary(Box<summary::Summary>),
-    /// List or follow the sessions in containers: how each was entered, and for which user
+    /// List or follow the sessions in containers: how each began, and for which user
     Sessions(sessions::Sessions),
     /// Show what happened in a container, in the order of time
     Timeline(timeline::Timeline),

@@ -1,4 +1,4 @@
-//! `driftd sessions`: how processes have entered containers, and for which user.
+//! `driftd sessions`: how each session in a container began, and for which user.
 //!
 //! Owns the short texts about sessions that `show` and `timeline` print as well.
 
@@ -120,7 +120,7 @@ impl Sessions {
     }
 }
 
-/// How a session entered its container, in few words.
+/// How a session began, in few words.
 pub(super) fn entry(entry: Entry) -> &'static str {
     match entry {
         Entry::RuntimeExec => "runtime exec",
@@ -205,7 +205,7 @@ fn line(session: &Session, no_trunc: bool) -> String {
     )
 }
 
-/// How the session entered, its user and the first command.
+/// How the session began, its user and the first command.
 pub(super) fn in_short(session: &Session) -> String {
     let mut parts = vec![entry(session.entry).to_owned()];
     parts.extend(match &session.process.tty {

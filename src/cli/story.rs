@@ -152,7 +152,7 @@ impl Story {
     }
 }
 
-/// How the session entered, in a sentence.
+/// How the session began, in a sentence.
 fn sentence(session: &Session) -> String {
     let came = match session.entry {
         Entry::RuntimeExec => "The container's runtime was asked to run something in it",

@@ -1,4 +1,4 @@
-//! Sessions: how clients and processes have entered containers, and the commands they ran.
+//! Sessions in containers, and the commands that they ran.
 //!
 //! Reads the history only.
 
