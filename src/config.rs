@@ -1,4 +1,7 @@
-//! What an administrator may write in `/etc/driftd/driftd.toml`.
+//! The settings: what an administrator may write in `/etc/driftd/driftd.toml`.
+//!
+//! Owns the defaults and the checks of single settings. Reads the file and nothing else:
+//! each room applies its own settings.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::model::{Filesystem, Kind, PathGlobs};
 
 /// The settings. Every field has a default that works on a stock containerd
-/// node, so an empty file is a good file. An unknown field is an error: a
-/// misspelt safety setting must not be ignored in silence.
+/// node, so an empty file is a good file. An unknown field is an error, so that a
+/// misspelt safety setting is not ignored in silence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -28,8 +31,8 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Containerd {
-    /// Sockets on which containerd serves its gRPC API. One that is not there
-    /// yet is waited for.
+    /// Sockets on which containerd serves its gRPC API. driftd waits for those that do not
+    /// exist yet.
     pub sockets: Vec<PathBuf>,
     /// containerd namespaces that are not watched.
     pub exclude_namespaces: BTreeSet<String>,
@@ -41,20 +44,20 @@ pub struct Baseline {
     /// Threads that hash layers; 0 means one per processor.
     pub threads: usize,
     /// Whether the blobs of recorded layers are read in the background, to prove
-    /// that a layer's directory holds what the image's digests say.
+    /// that a layer's directory has the content that the image's digests stand for.
     pub verify: bool,
-    /// Within what time every layer directory that a container uses is compared
+    /// The time within which every layer directory that a container uses is compared
     /// with its baseline again; 0s: never.
     #[serde(with = "duration")]
     pub recheck_period: Duration,
     /// How many bytes a second that comparison may read.
     #[serde(with = "bytes")]
     pub recheck_rate: u64,
-    /// Archives that unpack to more bytes than this are refused: they are bombs.
+    /// Archives that unpack to more bytes than this are refused, as decompression bombs.
     #[serde(with = "bytes")]
     pub max_layer_bytes: u64,
-    /// Archives with more entries than this are refused. What an archive holds is
-    /// in memory while it is read.
+    /// Archives with more entries than this are refused, because the list of the entries is
+    /// in memory while an archive is read.
     pub max_layer_entries: u64,
     /// How long a baseline is kept after the last image and the last container
     /// that needed it.
@@ -69,54 +72,53 @@ pub struct Watch {
     /// that is executed is judged at once.
     #[serde(with = "duration")]
     pub settle: Duration,
-    /// How often a container's upperdir is walked. It is walked less often where
-    /// the walks of all containers together would take more than 2 % of a processor.
+    /// How often a container's upperdir is scanned. It is scanned less often if
+    /// the scans of all containers together would take more than 2 % of a processor.
     #[serde(with = "duration")]
     pub sweep_interval: Duration,
     /// Files larger than this are reported without a hash.
     #[serde(with = "bytes")]
     pub max_hash_bytes: u64,
-    /// Paths where a file is run or obeyed by others later, whatever it holds: a
+    /// Paths of files that other programs run or obey later, whatever their content: a
     /// new or changed one is `file.persistence`. The container's own entry point
     /// need not be named.
     pub persistence: PathGlobs,
     pub gate: Gate,
-    /// Whether changes that wait in the kernel to be looked at are limited
-    /// (`fs.fanotify.max_queued_events`). What is dropped then is counted, and found
-    /// by a walk. Executions are never dropped.
+    /// Whether the number of changes that wait in the kernel is limited
+    /// (`fs.fanotify.max_queued_events`). Changes that are dropped then are counted, and found
+    /// by a scan. Executions are never dropped.
     pub bounded_queue: bool,
-    /// Whether programs are seen that run from other filesystems than the
-    /// container's root: tmpfs, volumes, directories of the host.
+    /// Whether programs on other filesystems than the container's root are watched:
+    /// tmpfs, volumes, directories of the host.
     pub volumes: bool,
-    /// How long a command that a runtime executes without a terminal is watched for a
-    /// rhythm before it is reported: what comes again and again is a probe. It is
-    /// reported at once if it does what the image does not, or if driftd is to
-    /// answer it. 0: nothing is learned, and everything is reported at once.
+    /// How long driftd waits before it reports a command that a runtime executes without a
+    /// terminal. If the command repeats at a regular interval, it is a probe. It is
+    /// reported at once if it does what the image does not, or if a response to it is
+    /// set. 0: nothing is learned, and everything is reported at once.
     #[serde(with = "duration")]
     pub probe_patience: Duration,
-    /// Variables of the environment in which an admission webhook says who asked for
+    /// Environment variables in which an admission webhook passes the user that requested
     /// a session.
     pub requester_variables: Vec<String>,
-    /// How a container's marks come to be there before its entry point runs.
+    /// How a container is marked before its entry point runs.
     pub arm: Arm,
-    /// The programs of the container runtimes, for `arm = "strict"`. Those that
-    /// are not there are waited for.
+    /// The programs of the container runtimes, for `arm = "strict"`. driftd waits for those
+    /// that do not exist yet.
     pub runtimes: Vec<PathBuf>,
 }
 
-/// How driftd is told of programs that are about to run.
+/// How the kernel notifies driftd of programs that are about to run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Gate {
     /// The kernel asks before every execution.
     #[default]
     Ask,
-    /// The kernel asks until driftd has said that a file is the image's, and again
-    /// when something is about to change it. Where that cannot be relied upon, as
-    /// `Ask`.
+    /// The kernel asks about a file until driftd has found it to be the image's, and again
+    /// when the file is about to be changed. Like `Ask` on kernels that fail the self-test.
     Free,
-    /// The kernel never waits: it tells afterwards, and what a short-lived process
-    /// was may not be known any more.
+    /// The kernel never waits: it reports executions afterwards. A short-lived process may
+    /// have ended by then, and is not identified.
     Notify,
 }
 
@@ -131,7 +133,7 @@ impl Gate {
 }
 
 impl Watch {
-    /// Whether code on such a filesystem is anybody's business.
+    /// Whether code on such a filesystem is watched.
     pub fn looks_at(&self, filesystem: Filesystem) -> bool {
         match filesystem {
             Filesystem::Overlay | Filesystem::Anonymous | Filesystem::Container => true,
@@ -140,7 +142,7 @@ impl Watch {
     }
 }
 
-/// Where runtimes usually are.
+/// The usual paths of runtimes.
 const RUNTIMES: [&str; 11] = [
     "/usr/bin/runc",
     "/usr/sbin/runc",
@@ -171,19 +173,20 @@ pub struct History {
     /// How long findings are kept after they were last seen.
     #[serde(with = "duration")]
     pub retention: Duration,
-    /// How many bytes the history may take. When it is full, the least severe and oldest
-    /// go first, of the container that takes the most; responses stay.
+    /// How many bytes the history may take. When it is full, the container that takes the
+    /// most loses its least severe and oldest findings first; responses stay.
     #[serde(with = "bytes")]
     pub max_bytes: u64,
 }
 
-/// Less than this, and what a container makes in a minute is dropped in the next.
+/// The least size of the history, in bytes. In a smaller one, the records of one minute would
+/// be dropped in the next.
 const MIN_HISTORY: u64 = 1 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default, deny_unknown_fields)]
 pub struct Respond {
-    /// Kinds of finding on which driftd kills the container by itself. Empty:
+    /// Kinds of finding for which driftd kills the container by itself. Empty:
     /// driftd only reports.
     pub kill_on: BTreeSet<Kind>,
 }
@@ -252,106 +255,107 @@ impl Default for Watch {
     }
 }
 
-/// Where somebody who was in a container once comes back from.
+/// The files by which an intruder can have code run later, or can log in again.
 ///
-/// Left out: what entry points write in ordinary life (configuration, host keys), and
-/// what is made anew from other files (`ld.so.cache`). A supervisor's own state lies
-/// beside what it runs, so that is named file by file there.
+/// Left out: files that entry points write regularly (configuration, host keys), and files
+/// that are generated from others (`ld.so.cache`). A supervisor keeps its own state beside the
+/// scripts that it runs, so there the scripts are named one by one.
+const PERSISTENCE: &[&str] = &[
+    // Loaded into every program, and the directories that are searched for libraries.
+    "/etc/ld.so.preload",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d/**",
+    "/etc/ld-musl-*.path",
+    // Loaded into every Python program: lines of code, modules in each form that can be
+    // imported, the archive that is first on the path, and the file that sets the path.
+    "**/{site,dist}-packages/*.pth",
+    "**/{site-packages,dist-packages,lib-dynload}/{site,user}customize.{py,pyc,so,*.so}",
+    "**/{site-packages,dist-packages,lib-dynload}/{site,user}customize/__init__.*",
+    // Never a directory alone before a `/`: many links have such names, and lead to nothing.
+    "**/{lib/python*,lib64/python*,etc/python*}/{site,user}customize.{py,pyc,so,*.so}",
+    "**/{lib/python*,lib64/python*,etc/python*}/{site,user}customize/__init__.*",
+    "**/{lib/python,lib64/python}{[0-9][0-9],[0-9][0-9][0-9]}.zip",
+    "/usr/{bin,local,local/bin}/pyvenv.cfg",
+    // Run at set times.
+    "/etc/crontab",
+    "/etc/anacrontab",
+    "/etc/cron.*/**",
+    "/etc/crontabs/**",
+    "/etc/periodic/**",
+    "/var/spool/cron/**",
+    // Named, because it may be a link.
+    "/var/spool/cron/crontabs/**",
+    "/var/spool/at/**",
+    // Run by every login or shell.
+    "/etc/environment",
+    "/etc/environment.d/**",
+    "/etc/profile",
+    "/etc/profile.d/**",
+    "/etc/bash.bashrc",
+    "/etc/bash.bash_logout",
+    "/etc/bashrc",
+    "/etc/bash/**",
+    "/etc/csh.{cshrc,login,logout}",
+    "/etc/fish/**",
+    "/etc/zsh/**",
+    "/etc/{zshenv,zprofile,zshrc,zlogin}",
+    "/etc/update-motd.d/**",
+    "/root/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
+    "/home/*/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
+    "/{root,home/*}/.{zlogin,zlogout,kshrc,mkshrc,cshrc,tcshrc,login,logout,pam_environment}",
+    "/{root,home/*}/.config/{autostart,environment.d,systemd/user,fish/conf.d}/**",
+    "/{root,home/*}/.config/fish/config.fish",
+    // Users that may log in, and their rights.
+    "**/.ssh/authorized_keys",
+    "**/.ssh/authorized_keys2",
+    "**/.ssh/rc",
+    "/etc/ssh/sshd_config",
+    "/etc/ssh/sshd_config.d/**",
+    "/etc/ssh/sshrc",
+    "/etc/passwd",
+    "/etc/shadow",
+    "/etc/group",
+    "/etc/gshadow",
+    "/etc/doas.conf",
+    "/etc/doas.d/**",
+    "/etc/sudoers",
+    "/etc/sudoers.d/**",
+    "/etc/pam.d/**",
+    "/etc/security/pam_env.conf",
+    // Run at start.
+    "/etc/inittab",
+    "/etc/rc.local",
+    "/etc/local.d/**",
+    "/etc/init.d/**",
+    "/etc/rc*.d/**",
+    "/etc/runlevels/**",
+    "/etc/systemd/system/**",
+    "/etc/systemd/user/**",
+    "/lib/systemd/system/**",
+    "/usr/lib/systemd/system/**",
+    "/usr/local/lib/systemd/system/**",
+    "/etc/udev/rules.d/**",
+    // Run by supervisors and entry points of images.
+    "/etc/supervisord.conf",
+    "/usr/{etc,local/etc}/supervisord.conf",
+    "/etc/supervisord.d/**",
+    "/etc/supervisor/**",
+    "/etc/supervisor.d/**",
+    "/etc/{service,sv}/*/{run,finish,check}",
+    "/etc/{service,sv}/*/log/run",
+    "/{service,var/service}/*/{run,finish,check,log/run}",
+    "/etc/runit/**",
+    "/etc/s6/**",
+    "/etc/s6-overlay/**",
+    "/etc/{services,cont-init,cont-finish}.d/**",
+    "/etc/my_init.d/**",
+    "/etc/dinit.d/**",
+    "/{docker-entrypoint,container-entrypoint}*.d/**",
+    "/{entrypoint.d,etc/entrypoint.d}/**",
+];
+
 fn persistence() -> PathGlobs {
-    const PATTERNS: &[&str] = &[
-        // Loaded into every program, and where libraries are looked for.
-        "/etc/ld.so.preload",
-        "/etc/ld.so.conf",
-        "/etc/ld.so.conf.d/**",
-        "/etc/ld-musl-*.path",
-        // Loaded into every Python program: lines of code, modules in each form that can be
-        // imported, the archive that comes first on the path, and where all that is.
-        "**/{site,dist}-packages/*.pth",
-        "**/{site-packages,dist-packages,lib-dynload}/{site,user}customize.{py,pyc,so,*.so}",
-        "**/{site-packages,dist-packages,lib-dynload}/{site,user}customize/__init__.*",
-        // No directory alone before a `/`: links of these names are many, and lead to nothing.
-        "**/{lib/python*,lib64/python*,etc/python*}/{site,user}customize.{py,pyc,so,*.so}",
-        "**/{lib/python*,lib64/python*,etc/python*}/{site,user}customize/__init__.*",
-        "**/{lib/python,lib64/python}{[0-9][0-9],[0-9][0-9][0-9]}.zip",
-        "/usr/{bin,local,local/bin}/pyvenv.cfg",
-        // Run by the clock.
-        "/etc/crontab",
-        "/etc/anacrontab",
-        "/etc/cron.*/**",
-        "/etc/crontabs/**",
-        "/etc/periodic/**",
-        "/var/spool/cron/**",
-        // Named, because it may be a link.
-        "/var/spool/cron/crontabs/**",
-        "/var/spool/at/**",
-        // Run by every login or shell.
-        "/etc/environment",
-        "/etc/environment.d/**",
-        "/etc/profile",
-        "/etc/profile.d/**",
-        "/etc/bash.bashrc",
-        "/etc/bash.bash_logout",
-        "/etc/bashrc",
-        "/etc/bash/**",
-        "/etc/csh.{cshrc,login,logout}",
-        "/etc/fish/**",
-        "/etc/zsh/**",
-        "/etc/{zshenv,zprofile,zshrc,zlogin}",
-        "/etc/update-motd.d/**",
-        "/root/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
-        "/home/*/.{profile,bash_profile,bash_login,bash_logout,bashrc,zshrc,zprofile,zshenv}",
-        "/{root,home/*}/.{zlogin,zlogout,kshrc,mkshrc,cshrc,tcshrc,login,logout,pam_environment}",
-        "/{root,home/*}/.config/{autostart,environment.d,systemd/user,fish/conf.d}/**",
-        "/{root,home/*}/.config/fish/config.fish",
-        // Who may come in, and as whom.
-        "**/.ssh/authorized_keys",
-        "**/.ssh/authorized_keys2",
-        "**/.ssh/rc",
-        "/etc/ssh/sshd_config",
-        "/etc/ssh/sshd_config.d/**",
-        "/etc/ssh/sshrc",
-        "/etc/passwd",
-        "/etc/shadow",
-        "/etc/group",
-        "/etc/gshadow",
-        "/etc/doas.conf",
-        "/etc/doas.d/**",
-        "/etc/sudoers",
-        "/etc/sudoers.d/**",
-        "/etc/pam.d/**",
-        "/etc/security/pam_env.conf",
-        // Run at start.
-        "/etc/inittab",
-        "/etc/rc.local",
-        "/etc/local.d/**",
-        "/etc/init.d/**",
-        "/etc/rc*.d/**",
-        "/etc/runlevels/**",
-        "/etc/systemd/system/**",
-        "/etc/systemd/user/**",
-        "/lib/systemd/system/**",
-        "/usr/lib/systemd/system/**",
-        "/usr/local/lib/systemd/system/**",
-        "/etc/udev/rules.d/**",
-        // Run by supervisors and entry points of images.
-        "/etc/supervisord.conf",
-        "/usr/{etc,local/etc}/supervisord.conf",
-        "/etc/supervisord.d/**",
-        "/etc/supervisor/**",
-        "/etc/supervisor.d/**",
-        "/etc/{service,sv}/*/{run,finish,check}",
-        "/etc/{service,sv}/*/log/run",
-        "/{service,var/service}/*/{run,finish,check,log/run}",
-        "/etc/runit/**",
-        "/etc/s6/**",
-        "/etc/s6-overlay/**",
-        "/etc/{services,cont-init,cont-finish}.d/**",
-        "/etc/my_init.d/**",
-        "/etc/dinit.d/**",
-        "/{docker-entrypoint,container-entrypoint}*.d/**",
-        "/{entrypoint.d,etc/entrypoint.d}/**",
-    ];
-    let patterns = PATTERNS.iter().map(|pattern| (*pattern).to_owned()).collect();
+    let patterns = PERSISTENCE.iter().map(|pattern| (*pattern).to_owned()).collect();
     PathGlobs::new(patterns).expect("a test parses the file that has the same patterns")
 }
 
@@ -385,7 +389,7 @@ impl Config {
         Config::parse(&text).map_err(|message| Error::Invalid { file: file.into(), message })
     }
 
-    /// Parses and checks settings; the error says what is wrong and where.
+    /// Parses and checks settings. The error names what is wrong, and where.
     pub fn parse(text: &str) -> Result<Config, String> {
         let config: Config = toml::from_str(text).map_err(|err| err.to_string())?;
         if config.containerd.sockets.is_empty() {
@@ -433,19 +437,19 @@ impl Config {
 const LIVE: [&str; 4] =
     ["history.max_bytes", "history.retention", "respond.kill_on", "watch.probe_patience"];
 
-/// What came of reading the settings again.
+/// The result of reading the settings again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reloaded {
-    /// What is in force from now on.
+    /// The settings that are in force from now on.
     pub config: Config,
     /// The names of the settings that have changed and are in force.
     pub applied: Vec<String>,
-    /// The names of those that have changed and need a restart.
+    /// The names of the settings that have changed and need a restart.
     pub at_restart: Vec<String>,
 }
 
 impl Config {
-    /// What of `new` can be applied while driftd runs with these settings.
+    /// Applies the part of `new` that can change while driftd runs with these settings.
     pub fn reloaded(&self, new: &Config) -> Reloaded {
         let mut config = self.clone();
         config.history = new.history.clone();
@@ -461,7 +465,7 @@ impl Config {
 /// The names of the settings whose values differ, `table.name`.
 fn changed_between(old: &Config, new: &Config) -> Vec<String> {
     use serde_json::Value;
-    // Not as TOML, which has no numbers beyond 2⁶³.
+    // As JSON, because TOML has no numbers beyond 2⁶³.
     let [old, new] = [old, new].map(|config| serde_json::to_value(config).unwrap_or_default());
     let (Value::Object(old), Value::Object(new)) = (old, new) else { return Vec::new() };
     let mut names = Vec::new();
@@ -516,8 +520,7 @@ mod bytes {
     }
 }
 
-/// Reads `512M` or `1 GiB`. A unit is a power of 1024, whether it is written with an `i` or
-/// without.
+/// Reads `512M` or `1 GiB`. All units are powers of 1024, with and without an `i`.
 fn parse_bytes(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
@@ -619,7 +622,7 @@ mod tests {
             ],
             false,
         );
-        // What an environment is made of leads to none of them, and their directories do.
+        // Links within a virtual environment lead to none of them; links to their directories do.
         let leads = |path: &str| places.leads_to(&crate::model::RootfsPath::new(path).unwrap());
         for link in ["/opt/venv/bin/python3", "/opt/venv/lib64", "/usr/bin/python", "/srv/lib"] {
             assert!(!leads(link), "{link}");
@@ -692,7 +695,7 @@ mod tests {
         assert_eq!(reloaded.applied, applied);
         assert_eq!(reloaded.applied, LIVE, "every setting that can change was changed");
         assert_eq!(reloaded.at_restart, ["socket", "watch.settle"]);
-        // What was applied is no news the next time; what was not still is.
+        // The next reload does not report again what was applied, but it does report the rest.
         let again = reloaded.config.reloaded(&new);
         assert!(again.applied.is_empty(), "{again:?}");
         assert_eq!(again.at_restart, reloaded.at_restart);

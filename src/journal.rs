@@ -1,13 +1,13 @@
-//! The log: where it goes, and which findings stand in it (async).
+//! The log: the messages of the daemon, and a line for each finding (async).
 //!
-//! Under systemd the log goes to the journal's socket, each line with its priority and with
-//! fields, so that `journalctl -u driftd -p warning` and `DRIFTD_KIND=exec.new` select from
-//! it. Elsewhere it is text on standard error. One thread writes it, and nothing waits for
-//! that thread: journald may be stuck, and so may a reader of standard error.
+//! Under systemd the log goes to journald's socket, each line with its priority and its
+//! fields, so that `journalctl -u driftd -p warning` and `DRIFTD_KIND=exec.new` select lines.
+//! Elsewhere it is text on standard error. One thread writes the log, and no other thread
+//! waits for it: journald or the reader of standard error may be stuck.
 //!
-//! A finding is logged once, after the history has it, and once more if it becomes more
-//! severe. A container can make many of them, so the number of lines is limited by container
-//! and severity; what was left out is counted in a line of its own. The history has them all.
+//! A finding is logged once the history has committed it, and again if it becomes more severe.
+//! The number of lines is limited by container and severity, because a container can cause
+//! many findings. A line counts those that were left out; the history has them all.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt::{self, Write as _};
@@ -28,17 +28,17 @@ use crate::history::{Filter, Reader, Record};
 use crate::model::{ContainerId, Finding, FindingId, Severity, printable};
 use crate::sys::process::{is_the_journal, priority_prefix};
 
-/// Where journald takes entries in its own protocol.
+/// Where journald receives entries in its native protocol.
 const SOCKET: &str = "/run/systemd/journal/socket";
-/// The target of the events that stand for findings.
+/// The tracing target of the lines about findings.
 const FINDINGS: &str = "driftd::findings";
-/// A longer value is cut: an entry has to fit into one datagram.
+/// Longer values are cut, because an entry must fit into one datagram.
 const LONGEST_VALUE: usize = 4096;
-/// Records that are read from the history at once, and bytes of their JSON.
+/// How many records, and bytes of their JSON, are read from the history at once.
 const PAGE: usize = 256;
 const PAGE_BYTES: usize = 64 << 10;
 
-/// Starts the log, until the guard is dropped. `DRIFTD_LOG` chooses what is logged, in
+/// Starts the log; it ends when the guard is dropped. `DRIFTD_LOG` selects what is logged, in
 /// tracing's filter syntax.
 pub fn start_log() -> WorkerGuard {
     use std::io::IsTerminal as _;
@@ -61,7 +61,7 @@ pub fn start_log() -> WorkerGuard {
     guard
 }
 
-/// Hands whole entries on.
+/// Passes whole entries to the thread that writes the log.
 struct OneEntry(tracing_appender::non_blocking::NonBlocking);
 
 impl<'a> MakeWriter<'a> for OneEntry {
@@ -71,13 +71,13 @@ impl<'a> MakeWriter<'a> for OneEntry {
     }
 }
 
-/// Sends entries to journald; those that it does not take go to standard error.
+/// Sends entries to journald, or to standard error if journald refuses one.
 struct Journal(UnixDatagram);
 
 impl io::Write for Journal {
     fn write(&mut self, entry: &[u8]) -> io::Result<usize> {
         if self.0.send_to(entry, SOCKET).is_err() {
-            // It is being restarted, or the entry is too large.
+            // journald is being restarted, or the entry is too large.
             let _ = io::Write::write_all(&mut io::stderr(), plain(entry).as_bytes());
         }
         Ok(entry.len())
@@ -88,7 +88,7 @@ impl io::Write for Journal {
     }
 }
 
-/// An entry as a line of standard error, with the priority as systemd reads it there.
+/// An entry as a line for standard error, with the priority in the form that systemd reads.
 fn plain(entry: &[u8]) -> String {
     let entry = String::from_utf8_lossy(entry);
     let value = |name: &str| entry.lines().find_map(|line| line.strip_prefix(name));
@@ -99,8 +99,8 @@ fn plain(entry: &[u8]) -> String {
     )
 }
 
-/// Formats an event as an entry of journald's native protocol. No value holds a line's end,
-/// so each field is one line.
+/// Formats an event as an entry of journald's native protocol. Each field is one line, because
+/// no value contains a line break.
 struct Entry;
 
 impl<S, N> FormatEvent<S, N> for Entry
@@ -120,7 +120,7 @@ where
     }
 }
 
-/// What an event holds, as text.
+/// The fields of an event, as text.
 #[derive(Debug, Default)]
 struct Fields {
     message: String,
@@ -160,8 +160,8 @@ fn entry(level: Level, target: &str, fields: &Fields) -> String {
         Level::DEBUG | Level::TRACE => 7,
     });
     let mut message = fields.message.clone();
-    // A finding's message has it all.
     let others = fields.others.iter().filter(|(_, value)| !value.is_empty());
+    // The message of a finding contains its fields already.
     if target != FINDINGS {
         for (name, value) in others.clone() {
             let _ = write!(message, " {name}={value}");
@@ -175,7 +175,7 @@ fn entry(level: Level, target: &str, fields: &Fields) -> String {
     entry
 }
 
-/// The text without what would end its line, at most [`LONGEST_VALUE`] characters of it.
+/// The text on one line, cut after [`LONGEST_VALUE`] characters.
 fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for (place, character) in text.chars().enumerate() {
@@ -192,8 +192,8 @@ fn one_line(text: &str) -> String {
     line
 }
 
-/// Logs what the history takes after a cursor, until the history ends. `since` is when this
-/// run began.
+/// Logs the findings that the history commits after a cursor, until the history ends. `since`
+/// is the time when this run of the daemon began.
 pub async fn follow(
     reader: Reader,
     mut committed: watch::Receiver<u64>,
@@ -205,12 +205,12 @@ pub async fn follow(
         committed.mark_unchanged();
         let reader = reader.clone();
         let read = tokio::task::spawn_blocking(move || {
-            // Another file has taken the history's place.
+            // A cursor beyond the end is from an earlier history that was replaced.
             let from = if cursor > reader.newest()? { 0 } else { cursor };
             reader.page_after(from, &Filter::default(), PAGE, PAGE_BYTES)
         });
         let mut more = false;
-        // An error: the history's own thread logs it, and tries again.
+        // The history's own thread logs errors, and the next turn tries again.
         if let Ok(Ok(page)) = read.await {
             for (_, record) in &page.records {
                 if let Record::Finding(finding) | Record::Aggregate { finding, .. } = record
@@ -224,12 +224,12 @@ pub async fn follow(
         if more {
             continue;
         }
-        // A second without news ends a count as well.
-        let news = tokio::time::timeout(WINDOW, committed.changed()).await;
+        // Wakes up without a commit as well, to log the counts of windows that are over.
+        let commit = tokio::time::timeout(WINDOW, committed.changed()).await;
         for left_out in choice.left_out(Instant::now()) {
             left_out.log();
         }
-        if matches!(news, Ok(Err(_))) {
+        if matches!(commit, Ok(Err(_))) {
             return;
         }
     }
@@ -286,7 +286,7 @@ fn log_finding(finding: &Finding) {
     );
 }
 
-/// A finding in one line.
+/// A finding on one line.
 fn sentence(finding: &Finding) -> String {
     let of = finding.container_id().map_or_else(|| "a layer".to_owned(), ToString::to_string);
     let mut line = format!("{} {} in {}", finding.severity, finding.kind, printable(of.as_bytes()));
@@ -301,20 +301,21 @@ fn sentence(finding: &Finding) -> String {
     line
 }
 
-/// In what time how many lines are logged of one container and severity.
+/// The time window in which lines are counted, by container and severity.
 const WINDOW: Duration = Duration::from_secs(10);
+/// How many lines are logged in one window.
 const LINES: u32 = 20;
-/// Findings whose severity is remembered.
+/// How many findings are remembered with their severity.
 const REMEMBERED: usize = 16_384;
 
-/// Which findings are logged.
+/// Decides which findings are logged. Reads no clock.
 #[derive(Debug)]
 struct Choice {
-    /// Findings that were first seen earlier have been logged by an earlier run.
+    /// An earlier run has logged the findings that were first seen before this.
     since: Timestamp,
-    /// The severity with which a finding was logged, by this run or an earlier one.
+    /// The severity with which this run or an earlier one has logged a finding.
     logged: HashMap<FindingId, Severity>,
-    /// In the order in which they came.
+    /// The keys of `logged`, oldest first.
     order: VecDeque<FindingId>,
     counts: HashMap<(Option<ContainerId>, Severity), Count>,
 }
@@ -341,11 +342,11 @@ impl Choice {
     /// Whether this revision of a finding is logged.
     fn takes(&mut self, finding: &Finding, now: Instant) -> bool {
         let known = self.logged.get(&finding.id).copied();
-        let is_news = match known {
+        let is_due = match known {
             Some(severity) => severity < finding.severity,
             None => finding.revision == 1 || finding.first_seen >= self.since,
         };
-        if known.is_some() && !is_news {
+        if known.is_some() && !is_due {
             return false;
         }
         if self.logged.insert(finding.id, finding.severity).is_none() {
@@ -356,7 +357,7 @@ impl Choice {
         {
             self.logged.remove(&oldest);
         }
-        if !is_news {
+        if !is_due {
             return false;
         }
         let key = (finding.container_id().cloned(), finding.severity);
@@ -365,7 +366,7 @@ impl Choice {
         count.findings <= LINES
     }
 
-    /// What was left out in windows that are over.
+    /// The counts of findings that were left out, from windows that are over.
     fn left_out(&mut self, now: Instant) -> Vec<LeftOut> {
         let mut left_out = Vec::new();
         self.counts.retain(|(container, severity), count| {
@@ -451,7 +452,7 @@ mod tests {
         assert!(later.takes(&one, now), "it is worse than what the earlier run has logged");
         let mut late = finding();
         (late.id, late.revision) = (FindingId([7; 16]), 1);
-        assert!(later.takes(&late, now), "it began before this run, which was the first to see it");
+        assert!(later.takes(&late, now), "first seen before this run, and never logged");
     }
 
     #[test]

@@ -1,3 +1,7 @@
+//! The program: runs the command line and turns its result into an exit code.
+//!
+//! Everything else is in the library, so that tests can use it.
+
 use std::process::ExitCode;
 
 use driftd::cli::exit::Exit;
@@ -10,7 +14,7 @@ fn main() -> ExitCode {
     };
     match cli.run() {
         Ok(exit) => exit.into(),
-        // Whoever read our output wanted no more of it: `driftd findings | head`.
+        // The reader of the output has ended, as in `driftd findings | head`.
         Err(err) if cli::is_broken_pipe(&err) => Exit::Clean.into(),
         Err(err) => {
             driftd::journal::report_failure(&err);

@@ -84,7 +84,7 @@ impl Node {
         let (news, _) = crossbeam_channel::bounded(16);
         let backend = Backend {
             node: "node-1".into(),
-            questions,
+            requests: questions,
             history: writer.reader(),
             committed: writer.committed(),
             health: health.clone(),
@@ -2277,7 +2277,7 @@ fn strangers_are_refused_by_name() {
     fs::set_permissions(node.socket(), Permissions::from_mode(0o666)).unwrap();
     let refused = ask();
     assert_eq!((refused.code, refused.out.as_str()), (2, ""));
-    assert!(refused.talk.starts_with("error: uid 65534 may not ask driftd: "), "{refused:?}");
+    assert!(refused.talk.starts_with("error: uid 65534 may not use driftd: "), "{refused:?}");
 }
 
 #[track_caller]

@@ -672,14 +672,14 @@ fn a38_a_layer_changed_before_its_container_was_made_is_told_when_executed() {
     let mut node = Node::start();
     node.attach(&container);
     container.drop_program("/tmp/true");
-    let (file, blake3) = node.told_of(&container, "/bin/true").unwrap();
+    let (file, blake3) = node.findings_of_container(&container, "/bin/true").unwrap();
     assert_eq!(blake3, hash_of(container.lower().join("bin/true")));
     assert_ne!(blake3, hash_of(BUSYBOX));
     assert_eq!(file.changed, changed(&container.lower().join("bin/true")));
-    assert_eq!(node.told_of(&container, "/opt/tool/true"), None, "it was left alone");
+    assert_eq!(node.findings_of_container(&container, "/opt/tool/true"), None, "it was left alone");
     // Drift is told as often as it runs.
     node.judge(&container, file, Verdict::Drift);
-    assert_eq!(node.told_of(&container, "/bin/true"), Some((file, blake3)));
+    assert_eq!(node.findings_of_container(&container, "/bin/true"), Some((file, blake3)));
     // It is not in the upper layer, and no walk says so.
     assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
     node.assert_no_loss();
@@ -691,9 +691,9 @@ fn a38_a_layer_changed_under_a_running_container_is_told_when_executed() {
     let mut node = Node::start();
     node.attach(&container);
     container.drop_program("/tmp/true");
-    assert_eq!(node.told_of(&container, "/bin/true"), None);
+    assert_eq!(node.findings_of_container(&container, "/bin/true"), None);
     flip_a_byte(&container.lower().join("bin/true"));
-    let (_, blake3) = node.told_of(&container, "/bin/true").unwrap();
+    let (_, blake3) = node.findings_of_container(&container, "/bin/true").unwrap();
     assert_eq!(blake3, hash_of(container.lower().join("bin/true")));
     assert_eq!(node.walk(&container).names(), ["/tmp/true"]);
     node.assert_no_loss();
@@ -709,28 +709,28 @@ fn a_layers_file_that_was_touched_and_not_changed_is_hashed_once() {
     let mut node = Node::start();
     node.attach(&container);
     container.drop_program("/tmp/true");
-    let told = node.told_of(&container, "/bin/true").unwrap();
+    let told = node.findings_of_container(&container, "/bin/true").unwrap();
     assert_eq!(told.1, hash_of(BUSYBOX));
-    assert_eq!(node.told_of(&container, "/bin/true"), None, "its judgement is not there yet");
+    assert_eq!(node.findings_of_container(&container, "/bin/true"), None, "its judgement is not there yet");
     // As long as the touch may not be the last within its tick of the clock, a
     // judgement does not count for long.
     wait_for("the judgement to stay", || {
         node.judge(&container, told.0, Verdict::Image);
-        match node.told_of(&container, "/bin/true") {
+        match node.findings_of_container(&container, "/bin/true") {
             Some(again) => {
                 assert_eq!(again, told);
                 None
             }
             None => {
                 node.judge(&container, told.0, Verdict::Image);
-                node.told_of(&container, "/bin/true").is_none().then_some(())
+                node.findings_of_container(&container, "/bin/true").is_none().then_some(())
             }
         }
     });
     // With another baseline, or another time, it counts no more.
     node.order(SensorCommand::Trust { container: container.id.clone(), trust: Trust::Unknown });
     node.walk(&container);
-    assert_eq!(node.told_of(&container, "/bin/true"), Some(told));
+    assert_eq!(node.findings_of_container(&container, "/bin/true"), Some(told));
     node.assert_no_loss();
 }
 
@@ -740,8 +740,8 @@ fn while_a_baseline_may_come_every_program_of_the_image_is_told_once() {
     let mut node = Node::start();
     node.attach_with(&container, Trust::Unknown);
     container.drop_program("/tmp/true");
-    assert_eq!(node.told_of(&container, "/bin/true").map(|told| told.1), Some(hash_of(BUSYBOX)));
-    assert_eq!(node.told_of(&container, "/bin/true"), None);
+    assert_eq!(node.findings_of_container(&container, "/bin/true").map(|told| told.1), Some(hash_of(BUSYBOX)));
+    assert_eq!(node.findings_of_container(&container, "/bin/true"), None);
     node.assert_no_loss();
 }
 
@@ -752,7 +752,7 @@ fn without_a_baseline_no_program_of_the_image_is_told() {
     let mut node = Node::start();
     node.attach_with(&container, Trust::NoBaseline);
     container.drop_program("/tmp/true");
-    assert_eq!(node.told_of(&container, "/bin/true"), None);
+    assert_eq!(node.findings_of_container(&container, "/bin/true"), None);
     node.assert_no_loss();
 }
 

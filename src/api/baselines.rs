@@ -1,5 +1,7 @@
-//! Baselines, as the API shows them. What is not about gRPC serves the command
-//! line as well, when it reads a directory of baselines without a daemon.
+//! Baselines, as the API shows them.
+//!
+//! Reads the store and converts what it holds to the messages of the proto. The command line
+//! uses this too, when it reads a directory of baselines without a daemon.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -13,8 +15,8 @@ use crate::baseline::{
 use crate::containerd::Containerd;
 use crate::model::printable;
 
-/// Who can bring in and record an image that is asked for by name. A trait, so
-/// that the API is tested without containerd.
+/// Finds an image by its name and records it. A trait, so that the API is tested without
+/// containerd.
 pub trait RecordImage: Send + Sync {
     fn record_image<'a>(
         &'a self,
@@ -23,7 +25,7 @@ pub trait RecordImage: Send + Sync {
         progress: Arc<Progress>,
     ) -> Pin<Box<dyn Future<Output = Result<Recorded, String>> + Send + 'a>>;
 
-    /// Images that cannot be recorded, and why, in words.
+    /// Sentences that name the images which cannot be recorded, with the reason.
     fn problems(&self) -> Vec<String>;
 }
 
@@ -54,7 +56,7 @@ impl RecordImage for Containerd {
     }
 }
 
-/// Why an image's files cannot be told.
+/// Why the files of an image cannot be listed.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     #[error(transparent)]

@@ -1,6 +1,8 @@
-//! A follower of the history. It reads the database at its client's own pace:
-//! a slow client holds up nobody. One that does not read at all is told of a gap, and
-//! its stream ends.
+//! Follows the history for one client and sends it each new record.
+//!
+//! Reads the database at the client's own pace, so that a slow client delays nothing else. A
+//! client that does not read at all gets a gap as its last event, and its stream ends.
+//! Talks to the history's reader and to the client's `outbox`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,9 +10,11 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tonic::Status;
 
+use super::failure::{history_failed, unblock};
 use super::outbox::{Outbox, PATIENCE, Refused};
-use super::service::{history_failed, unblock};
+use super::proto::follow_findings_response::Event;
 use super::{convert, proto};
+use crate::budget::{self, Pool};
 use crate::history::{Filter, Reader, Record};
 
 /// Records, and bytes of their JSON, that are read at once.
@@ -18,10 +22,25 @@ const PAGE: usize = 256;
 const PAGE_BYTES: usize = 64 << 10;
 /// Followers that read at the same time. Each has a connection with a cache, and a
 /// commit wakes all of them.
-pub(super) const READING: usize = 4;
-
+const READING: usize = 4;
 /// How long a client may take for what was committed before driftd stopped.
 const LAST_PAGES: Duration = Duration::from_secs(1);
+
+/// What all followers of the history share.
+#[derive(Clone)]
+pub(crate) struct Followers {
+    pub(super) pool: Arc<Pool>,
+    pub(super) reading: Arc<Semaphore>,
+}
+
+impl Default for Followers {
+    fn default() -> Followers {
+        Followers {
+            pool: Pool::new(budget::ALL_FOLLOWERS),
+            reading: Arc::new(Semaphore::new(READING)),
+        }
+    }
+}
 
 /// Why following ends.
 enum End {
@@ -44,27 +63,27 @@ impl From<Status> for End {
 pub(super) struct Follower {
     pub(super) reader: Reader,
     pub(super) filter: Filter,
-    /// Whether sessions are told too.
+    /// Whether sessions are sent as well.
     pub(super) sessions: bool,
     pub(super) committed: watch::Receiver<u64>,
     /// Becomes true when driftd stops.
     pub(super) stopping: watch::Receiver<bool>,
-    /// Shared by all followers: who reads holds one.
+    /// Shared by all followers: each takes a permit for each read.
     pub(super) reading: Arc<Semaphore>,
     pub(super) client: Outbox,
 }
 
 impl Follower {
-    /// Runs until the client goes or driftd stops. `after`: the cursor to resume
-    /// behind; `None` for only what comes.
+    /// Runs until the client disconnects or driftd stops. Sends what is newer than the cursor
+    /// `after`; `None`: only what is committed from now on.
     pub(super) async fn run(self, after: Option<u64>) {
         let mut stopping = self.stopping.clone();
         let result = tokio::select! {
             () = self.client.gone() => return,
-            // The value that this hands back would hold a lock.
             () = async {
+                // Dropped at once, because the returned value holds a lock.
                 drop(stopping.wait_for(|stopping| *stopping).await);
-                // What was committed is told first; it ends by itself after that.
+                // Time for the records that are committed already.
                 tokio::time::sleep(LAST_PAGES).await;
             } => return,
             result = self.follow(after) => result,
@@ -83,7 +102,7 @@ impl Follower {
     }
 
     async fn follow(&self, after: Option<u64>) -> Result<(), End> {
-        // Seen before the history is read, so that no commit in between is missed.
+        // Marked before the history is read, so that no commit in between is missed.
         let mut committed = self.committed.clone();
         committed.mark_unchanged();
         let reader = self.reader.clone();
@@ -96,11 +115,11 @@ impl Follower {
             cursor = 0;
         }
         if after.is_none() {
-            // Where it begins, for a client that is cut off before anything happens.
+            // The cursor to resume with, if the connection breaks before the first event.
             self.client.send(proto::FollowFindingsResponse { cursor, event: None }).await?;
         }
-        // Whoever begins with the oldest record misses nothing that was pruned before.
-        let mut told_pruned = if cursor == 0 { None } else { Some(0) };
+        // A client that begins with the oldest record misses nothing that was pruned before.
+        let mut reported_pruned = if cursor == 0 { None } else { Some(0) };
         loop {
             let (reader, filter) = (self.reader.clone(), self.filter.clone());
             let turn = self.reading.acquire().await;
@@ -108,8 +127,8 @@ impl Follower {
                 unblock(move || reader.page_after(cursor, &filter, PAGE, PAGE_BYTES)).await?;
             drop(turn);
             let page = page.map_err(|err| history_failed(&err))?;
-            let told = told_pruned.unwrap_or(page.pruned_through).max(cursor);
-            if page.pruned_through > told {
+            let reported = reported_pruned.unwrap_or(page.pruned_through).max(cursor);
+            if page.pruned_through > reported {
                 let detail = format!(
                     "records after {cursor}, up to {} at most, are older than the retention, or \
                      were dropped because the history was full or removed",
@@ -117,54 +136,39 @@ impl Follower {
                 );
                 self.client.send(gap(cursor, "history_pruned", detail)).await?;
             }
-            told_pruned = Some(page.pruned_through);
+            reported_pruned = Some(page.pruned_through);
             for (seq, record) in page.records {
-                let event = match record {
-                    Record::Finding(finding) | Record::Aggregate { finding, .. } => {
-                        proto::follow_findings_response::Event::Finding(convert::finding_to_proto(
-                            *finding,
-                        ))
-                    }
-                    Record::Session { session, .. } if self.sessions => {
-                        proto::follow_findings_response::Event::Session(convert::session_to_proto(
-                            *session,
-                        ))
-                    }
-                    Record::Gap { name, container, detail, at, until } => {
-                        let (namespace, container) = convert::names(container);
-                        proto::follow_findings_response::Event::Gap(proto::Gap {
-                            name,
-                            at: Some(convert::time_to_proto(at)),
-                            namespace,
-                            container,
-                            detail,
-                            until: until.map(convert::time_to_proto),
-                        })
-                    }
-                    // The finding's next revision carries the outcome.
-                    Record::Response(_) | Record::Session { .. } | Record::Probe(_) => continue,
-                };
+                let Some(event) = self.event(record) else { continue };
                 let message = proto::FollowFindingsResponse { cursor: seq, event: Some(event) };
                 self.client.send(message).await?;
             }
             cursor = page.cursor;
             if !page.more && committed.changed().await.is_err() {
-                // The writer has ended: nothing comes any more.
+                // The writer has ended, so there are no more records.
                 return Ok(());
             }
+        }
+    }
+
+    /// The event for a record; `None` if the client does not receive such records.
+    fn event(&self, record: Record) -> Option<Event> {
+        match record {
+            Record::Finding(finding) | Record::Aggregate { finding, .. } => {
+                Some(Event::Finding(convert::finding_to_proto(*finding)))
+            }
+            Record::Session { session, .. } if self.sessions => {
+                Some(Event::Session(convert::session_to_proto(*session)))
+            }
+            Record::Gap { name, container, detail, at, until } => {
+                Some(Event::Gap(convert::gap(name, container, detail, at, until)))
+            }
+            // A response's outcome is in the finding's next revision.
+            Record::Response(_) | Record::Session { .. } | Record::Probe(_) => None,
         }
     }
 }
 
 fn gap(cursor: u64, name: &str, detail: String) -> proto::FollowFindingsResponse {
-    let gap = proto::Gap {
-        name: name.into(),
-        at: Some(convert::time_to_proto(jiff::Timestamp::now())),
-        namespace: String::new(),
-        container: String::new(),
-        detail,
-        until: None,
-    };
-    let event = Some(proto::follow_findings_response::Event::Gap(gap));
-    proto::FollowFindingsResponse { cursor, event }
+    let gap = convert::gap(name.into(), None, detail, jiff::Timestamp::now(), None);
+    proto::FollowFindingsResponse { cursor, event: Some(Event::Gap(gap)) }
 }

@@ -1,5 +1,7 @@
-//! What waits for one follower: bounded in bytes, for it and for all of them, and
-//! dropped when it does not read.
+//! The messages that wait for one follower of the history.
+//!
+//! Their bytes are limited for each follower and for all followers together. A follower that
+//! reads nothing for too long loses what waits for it, and its stream ends.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -18,21 +20,21 @@ use crate::budget::{self, Pool, Share};
 /// How long a follower may read nothing while more waits for it than may wait.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The writing end.
+/// The sender's end.
 #[derive(Debug)]
 pub(super) struct Outbox {
     shared: Arc<Shared>,
     patience: Duration,
 }
 
-/// The reading end: what the client is sent.
+/// The client's end: the stream that gRPC sends.
 #[derive(Debug)]
-pub(super) struct Inbox(Arc<Shared>);
+pub(crate) struct Inbox(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// The client has read something, or has gone.
+    /// Notified when the client has read something or has disconnected.
     read: Notify,
 }
 
@@ -40,27 +42,27 @@ struct Shared {
 struct State {
     queue: VecDeque<(usize, Result<FollowFindingsResponse, Status>)>,
     share: Share,
-    /// How many the client has taken, and the cursor of the last one.
+    /// How many messages the client has read, and the cursor of the last one.
     taken: u64,
     cursor: u64,
     waker: Option<Waker>,
-    /// Nothing more will come.
+    /// Nothing more will be queued.
     is_closed: bool,
-    /// The client will not read any more.
+    /// The client has disconnected.
     has_gone: bool,
 }
 
-/// Why a message was not taken.
+/// Why a message was not queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refused {
     Gone,
-    /// It has read nothing for too long. The cursor is that of what it read last.
+    /// The client has read nothing for too long. `cursor` is that of the last message it read.
     Slow {
         cursor: u64,
     },
 }
 
-/// Both ends of one follower's. It has read up to `cursor` before.
+/// Both ends, for a follower that has read up to `cursor` before.
 pub(super) fn outbox(pool: &Arc<Pool>, cursor: u64, patience: Duration) -> (Outbox, Inbox) {
     let state = State {
         queue: VecDeque::new(),
@@ -102,7 +104,7 @@ impl Outbox {
         let bytes = message.encoded_len() + size_of::<FollowFindingsResponse>();
         let mut message = Some(message);
         loop {
-            // Listened to before it is asked, so that nothing is missed in between.
+            // Registered before the state is read, so that no notification is missed.
             let read = self.shared.read.notified();
             let before = {
                 let mut state = self.shared.state();
@@ -117,7 +119,7 @@ impl Outbox {
                 }
                 state.taken
             };
-            // Other followers make room in the pool too, and nobody says so.
+            // Other followers free room in the pool without a notification, hence the timeout.
             let deadline = tokio::time::Instant::now() + self.patience;
             let _ = tokio::time::timeout_at(deadline, read).await;
             let state = self.shared.state();
@@ -128,7 +130,7 @@ impl Outbox {
         }
     }
 
-    /// Drops what waits, and ends the stream with this.
+    /// Drops the waiting messages and ends the stream with `message`.
     pub(super) fn end_with(&self, message: Result<FollowFindingsResponse, Status>) {
         let mut state = self.shared.state();
         state.clear();
@@ -136,14 +138,14 @@ impl Outbox {
         state.push(0, message);
     }
 
-    /// Ends the stream with this after what waits.
+    /// Ends the stream with `status`, after the waiting messages.
     pub(super) fn fail(&self, status: Status) {
         let mut state = self.shared.state();
         state.is_closed = true;
         state.push(0, Err(status));
     }
 
-    /// The client will not read any more.
+    /// Returns when the client has disconnected.
     pub(super) async fn gone(&self) {
         loop {
             let read = self.shared.read.notified();

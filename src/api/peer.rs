@@ -1,6 +1,8 @@
-//! Who is asking. The socket's mode keeps strangers out; this checks again, on
-//! every call, by what the kernel said of the other end when it connected. No user
-//! database is asked: it may be slow, and a call would wait for it.
+//! Checks the client of every request: root and the group `driftd` may use the API.
+//!
+//! The socket's mode already admits no others. This checks again, with the credentials that
+//! the kernel recorded when the client connected. It does not query the user database, which
+//! may be slow and would delay requests.
 
 use std::fmt;
 use std::io::{self, IoSlice};
@@ -17,7 +19,7 @@ use tonic::{Request, Status};
 use crate::model::printable;
 use crate::sys::peer;
 
-/// Members of this group may ask, besides root.
+/// The group whose members may use the API, besides root.
 pub(super) const GROUP: &str = "driftd";
 
 /// The process at the other end of the socket, when it connected.
@@ -27,8 +29,8 @@ pub(super) struct Peer {
     pid: Option<i32>,
 }
 
-/// As a response's `requested_by`. The executable is a hint: the process may
-/// have changed since.
+/// The text for a response's `requested_by`. The executable is a hint only: the process may
+/// have executed another one since.
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "uid {}", self.uid)?;
@@ -41,7 +43,7 @@ impl fmt::Display for Peer {
     }
 }
 
-/// What the kernel says of whoever has connected.
+/// What the kernel recorded about the client when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Credentials {
     peer: Peer,
@@ -51,7 +53,7 @@ pub(super) struct Credentials {
 /// A connection to the socket.
 pub(super) struct Connection {
     stream: UnixStream,
-    /// The group whose members may ask, if there is one.
+    /// The group whose members may use the API, if it exists.
     group: Option<u32>,
 }
 
@@ -117,10 +119,10 @@ impl AsyncWrite for Connection {
 pub(super) fn check(mut request: Request<()>) -> Result<Request<()>, Status> {
     let credentials = request.extensions().get::<Option<Credentials>>().copied().flatten();
     let Credentials { peer, is_member } = credentials
-        .ok_or_else(|| Status::permission_denied("the kernel does not say who is asking"))?;
+        .ok_or_else(|| Status::permission_denied("the kernel has no credentials of the client"))?;
     if peer.uid != 0 && !is_member {
         return Err(Status::permission_denied(format!(
-            "uid {} may not ask driftd: only root and members of the group {GROUP} may \
+            "uid {} may not use driftd: only root and members of the group {GROUP} may \
              (try: sudo, or usermod -aG {GROUP} USER)",
             peer.uid
         )));
@@ -133,7 +135,7 @@ pub(super) fn check(mut request: Request<()>) -> Result<Request<()>, Status> {
 mod tests {
     use super::*;
 
-    fn may_ask(uid: u32, is_member: bool) -> bool {
+    fn is_admitted(uid: u32, is_member: bool) -> bool {
         let mut request = Request::new(());
         let credentials = Credentials { peer: Peer { uid, pid: None }, is_member };
         request.extensions_mut().insert(Some(credentials));
@@ -141,8 +143,8 @@ mod tests {
     }
 
     #[test]
-    fn root_and_members_of_the_group_may_ask() {
-        assert!(may_ask(0, false) && may_ask(1000, true) && !may_ask(1000, false));
+    fn root_and_members_of_the_group_are_admitted() {
+        assert!(is_admitted(0, false) && is_admitted(1000, true) && !is_admitted(1000, false));
     }
 
     #[tokio::test]
@@ -157,19 +159,19 @@ mod tests {
         for group in &supplementary {
             assert!(connected(Some(group.as_raw())).0.is_member, "{group}");
         }
-        let nobodys = (1..)
+        let foreign = (1..)
             .find(|gid| *gid != mine && !supplementary.iter().any(|group| group.as_raw() == *gid));
-        assert!(!connected(nobodys).0.is_member && !connected(None).0.is_member);
+        assert!(!connected(foreign).0.is_member && !connected(None).0.is_member);
     }
 
     #[test]
-    fn a_call_without_credentials_is_refused() {
+    fn a_request_without_credentials_is_refused() {
         let status = check(Request::new(())).unwrap_err();
         assert_eq!(status.code(), tonic::Code::PermissionDenied);
     }
 
     #[test]
-    fn a_requester_is_named_with_its_program() {
+    fn a_client_is_named_with_its_program() {
         let peer = Peer { uid: 0, pid: Some(std::process::id().cast_signed()) };
         let exe = std::env::current_exe().unwrap();
         let pid = std::process::id();

@@ -1,4 +1,7 @@
-//! The Unix socket: who may reach it, and that there is only one of us on it.
+//! The Unix socket: creates it with its mode and group, and serves the API on it.
+//!
+//! Makes sure that only one driftd serves a socket. Also answers requests from a history
+//! within this program, without a socket ([`without_daemon`]).
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::future::Future;
@@ -21,13 +24,14 @@ use tonic::transport::Server;
 use tower::ServiceExt as _;
 use tower::util::BoxCloneService;
 
+use super::follow::Followers;
 use super::peer::{self, Connection};
 use super::proto;
 use super::proto::drift_service_server::DriftServiceServer;
-use super::service::{Backend, Followers, Service};
+use super::service::{Backend, Service};
 use crate::history;
 
-/// How long calls may still take when driftd stops.
+/// How long requests may still take when driftd stops.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Why the API cannot be served.
@@ -51,16 +55,16 @@ fn failed<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Error
     move |source| Error::Io { what, path: path.into(), source }
 }
 
-/// The socket, before anything is served on it. Removes it when dropped.
+/// The socket, before the API is served on it. Removes the file when dropped.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
     name: SocketName,
-    /// The group whose members may ask, as it was when the socket was made.
+    /// The group whose members may use the API, as it was when the socket was created.
     group: Option<u32>,
 }
 
-/// The name of our socket, as long as it is ours.
+/// The name of the socket, with the inode by which it is known to be still ours.
 #[derive(Debug)]
 struct SocketName {
     path: PathBuf,
@@ -72,15 +76,15 @@ impl Drop for SocketName {
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|found| (found.dev(), found.ino()) == self.inode);
         if ours {
-            // Left behind, the next start removes it.
+            // If this fails, the next start removes it.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
 impl Listener {
-    /// Creates the socket, and its directory if need be. A socket on which
-    /// nobody listens any more is replaced.
+    /// Creates the socket, and its directory if need be. Replaces a socket on which no
+    /// process listens any more.
     pub fn bind(path: &Path) -> Result<Listener, Error> {
         if let Some(directory) = path.parent() {
             DirBuilder::new()
@@ -94,14 +98,14 @@ impl Listener {
             io::ErrorKind::AddrInUse => Error::InUse { socket: path.into() },
             _ => failed("listen on", path)(err),
         })?;
-        // Until here only root can connect: the umask takes the write bits of others.
+        // Until here only root can connect, because the umask removes the others' write bits.
         let group = Group::from_name(peer::GROUP).ok().flatten().map(|group| group.gid.as_raw());
         if let Some(group) = group {
             chown(path, None, Some(group)).map_err(failed("give to the group driftd", path))?;
         }
         fs::set_permissions(path, Permissions::from_mode(0o660))
             .map_err(failed("set the mode of", path))?;
-        let found = fs::symlink_metadata(path).map_err(failed("look at", path))?;
+        let found = fs::symlink_metadata(path).map_err(failed("examine", path))?;
         socket.set_nonblocking(true).map_err(failed("listen on", path))?;
         let name = SocketName { path: path.into(), inode: (found.dev(), found.ino()) };
         Ok(Listener { socket, name, group })
@@ -111,7 +115,7 @@ impl Listener {
 fn remove_stale(path: &Path) -> Result<(), Error> {
     match fs::symlink_metadata(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(err) => return Err(failed("look at", path)(err)),
+        Err(err) => return Err(failed("examine", path)(err)),
         Ok(found) if !found.file_type().is_socket() => {
             return Err(Error::NotASocket { path: path.into() });
         }
@@ -122,14 +126,14 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
         Err(err) if err.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("remove the stale socket", path))
         }
-        Err(err) => Err(failed("find out who serves", path)(err)),
+        Err(err) => Err(failed("find out whether a driftd serves", path)(err)),
     }
 }
 
-/// A connection of any kind on which calls are made.
+/// A connection of any kind that carries requests.
 pub type Transport = BoxCloneService<http::Request<Body>, http::Response<Body>, StdError>;
 
-/// Answers from a history within this program: there is no daemon and no socket.
+/// Serves a history within this program, without a daemon and a socket.
 pub fn without_daemon(history: history::Reader) -> Transport {
     let service = Service {
         live: None,
@@ -138,14 +142,14 @@ pub fn without_daemon(history: history::Reader) -> Transport {
         stopping: watch::channel(false).1,
         followers: Followers::default(),
     };
-    let calls = DriftServiceServer::new(service);
+    let server = DriftServiceServer::new(service);
     BoxCloneService::new(
-        tower::service_fn(move |request: http::Request<Body>| calls.clone().oneshot(request))
+        tower::service_fn(move |request: http::Request<Body>| server.clone().oneshot(request))
             .map_err(|never| match never {}),
     )
 }
 
-/// Serves until `shutdown` is done, then lets calls end for [`GRACE`].
+/// Serves until `shutdown` is done, then gives open requests [`GRACE`] to end.
 pub async fn serve(
     listener: Listener,
     backend: Backend,
@@ -163,7 +167,7 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptor sets are compiled into this program");
-    // Older clients ask for this one only.
+    // Older clients use only this one.
     let reflection_alpha = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -187,7 +191,7 @@ pub async fn serve(
         .add_service(reflection_alpha)
         .add_service(service)
         .serve_with_incoming_shutdown(connections, async move {
-            // An error means that `stop` is gone, which is the end too.
+            // An error means that `stop` was dropped, which ends the server as well.
             let _ = until.wait_for(|stopping| *stopping).await;
         });
     let end = async {
@@ -199,7 +203,7 @@ pub async fn serve(
     tokio::select! {
         result = server => result.map_err(Error::from),
         () = end => {
-            tracing::warn!("some calls did not end in {GRACE:?}");
+            tracing::warn!("some requests did not end in {GRACE:?}");
             Ok(())
         }
     }

@@ -1,11 +1,15 @@
-//! `driftd containers` and `driftd diff`
+//! `driftd containers` and `driftd diff`: the watched containers, and how one differs from its
+//! image.
+//!
+//! Owns the JSON and the columns of both. The daemon scans the container for `diff`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
 
-use super::client::{explain, talk};
+use super::client::{Client, call, explain, talk};
+use super::describe::pod;
 use super::exit::Exit;
 use super::output::{Field, Listed, Listing, Style, list, safe};
 use crate::api::{convert, proto};
@@ -28,7 +32,7 @@ struct ContainerJson {
     image: ImageReference,
     pod: Option<Pod>,
     labels: BTreeMap<String, String>,
-    /// Null when it is not running.
+    /// Null if the container is not running.
     pid: Option<u32>,
     paused: bool,
     baseline: String,
@@ -42,12 +46,10 @@ struct ContainerJson {
 
 impl Containers {
     pub(super) fn run(&self, socket: &Path) -> anyhow::Result<Exit> {
-        let containers = talk(socket, |mut client| async move {
-            let request = proto::ListContainersRequest {};
-            Ok(client.list_containers(request).await.map_err(explain)?.into_inner().containers)
-        })?;
+        let request = proto::ListContainersRequest {};
+        let reply = call(socket, request, Client::list_containers)?;
         let containers: Vec<ContainerJson> =
-            containers.into_iter().map(container_json).collect::<anyhow::Result<_>>()?;
+            reply.containers.into_iter().map(container_json).collect::<anyhow::Result<_>>()?;
         list(&containers, &self.listing)?;
         Ok(Exit::Clean)
     }
@@ -127,21 +129,6 @@ impl Listed for ContainerJson {
     }
 }
 
-/// A pod as `kubectl` names it.
-pub(super) fn pod(pod: Option<&Pod>) -> String {
-    match pod {
-        None => String::new(),
-        Some(Pod { namespace, name, container, .. }) => {
-            let mut text = format!("{}/{}", safe(namespace), safe(name));
-            if let Some(container) = container {
-                text.push('/');
-                text.push_str(&safe(container));
-            }
-            text
-        }
-    }
-}
-
 #[derive(Debug, clap::Args)]
 pub(super) struct Diff {
     /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
@@ -168,42 +155,14 @@ struct DifferenceJson {
 impl Diff {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
         let request = proto::DiffContainerRequest { container: self.container };
-        let diff = talk(socket, |mut client| async move {
-            let mut pages = match client.stream_diff(request.clone()).await {
-                Ok(pages) => pages.into_inner(),
-                // An older daemon.
-                Err(status) if status.code() == tonic::Code::Unimplemented => {
-                    let answer = client.diff_container(request).await.map_err(explain)?;
-                    return Ok(answer.into_inner());
-                }
-                Err(status) => return Err(explain(status)),
-            };
-            let mut all = proto::DiffContainerResponse::default();
-            while let Some(page) = pages.message().await.map_err(explain)? {
-                let proto::DiffContainerResponse { namespace, id, differences, incomplete } = page;
-                all.differences.extend(differences);
-                (all.namespace, all.id, all.incomplete) = (namespace, id, incomplete);
-            }
-            Ok(all)
-        })?;
+        let diff = talk(socket, |client| fetch(client, request))?;
         let container = ContainerId::new(&diff.namespace, &diff.id);
-        let differences: Vec<DifferenceJson> = diff
+        let mut differences: Vec<DifferenceJson> = diff
             .differences
             .iter()
-            .map(|message| {
-                let difference = convert::difference_from_proto(message)?;
-                Ok(DifferenceJson {
-                    schema: "driftd.difference/v1",
-                    container: container.clone(),
-                    change: change_name(difference.change),
-                    path: difference.path,
-                    kind: difference.finding.map(|(kind, _)| kind),
-                    severity: difference.finding.map(|(_, severity)| severity),
-                })
-            })
+            .map(|difference| difference_json(&container, difference))
             .collect::<anyhow::Result<_>>()?;
         let all = differences.len();
-        let mut differences = differences;
         if self.drift_only {
             differences.retain(|difference| difference.kind.is_some());
         }
@@ -218,11 +177,48 @@ impl Diff {
         }
         Ok(match (drift, diff.incomplete) {
             (0, false) => Exit::Clean,
-            // Nothing was found in a part of it: that is no answer.
+            // The part that was read has no drift, which proves nothing about the rest.
             (0, true) => Exit::Failed,
             (_, _) => Exit::Drift,
         })
     }
+}
+
+/// All differences, from as many messages as it takes.
+async fn fetch(
+    mut client: Client,
+    request: proto::DiffContainerRequest,
+) -> anyhow::Result<proto::DiffContainerResponse> {
+    let mut pages = match client.stream_diff(request.clone()).await {
+        Ok(pages) => pages.into_inner(),
+        // An older daemon.
+        Err(status) if status.code() == tonic::Code::Unimplemented => {
+            return Ok(client.diff_container(request).await.map_err(explain)?.into_inner());
+        }
+        Err(status) => return Err(explain(status)),
+    };
+    let mut all = proto::DiffContainerResponse::default();
+    while let Some(page) = pages.message().await.map_err(explain)? {
+        let proto::DiffContainerResponse { namespace, id, differences, incomplete } = page;
+        all.differences.extend(differences);
+        (all.namespace, all.id, all.incomplete) = (namespace, id, incomplete);
+    }
+    Ok(all)
+}
+
+fn difference_json(
+    container: &ContainerId,
+    difference: &proto::Difference,
+) -> anyhow::Result<DifferenceJson> {
+    let difference = convert::difference_from_proto(difference)?;
+    Ok(DifferenceJson {
+        schema: "driftd.difference/v1",
+        container: container.clone(),
+        change: change_name(difference.change),
+        path: difference.path,
+        kind: difference.finding.map(|(kind, _)| kind),
+        severity: difference.finding.map(|(_, severity)| severity),
+    })
 }
 
 fn change_name(change: DifferenceKind) -> &'static str {

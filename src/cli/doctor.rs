@@ -1,5 +1,7 @@
-//! `driftd doctor`: what will work on this node and what will not, before it
-//! matters. Looks only; changes nothing.
+//! `driftd doctor`: checks what will work on this node and what will not.
+//!
+//! Only reads: it changes nothing on the node. Talks to the kernel, to containerd and, if one
+//! runs, to the daemon.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,35 +10,33 @@ use std::time::Duration;
 use nix::unistd::{AccessFlags, Group, access};
 use serde::Serialize;
 
-use super::Settings;
 use super::client::{explain, talk};
 use super::exit::Exit;
-use super::output::{Format, items, safe, size, write};
+use super::output::{Format, Output, items, safe, size, write};
+use super::settings::Settings;
 use crate::api::proto;
 use crate::containerd::describe::describe;
 use crate::history;
 use crate::sys::capabilities::{self, Capabilities, Feature};
 use crate::sys::fanotify::{GROUPS_OF_A_DAEMON, GroupsLeft, groups_left, max_user_groups};
 
-/// How long a containerd may take to say what it is.
+/// How long containerd or the daemon may take to reply.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The oldest kernel with all that the gate needs.
+/// The oldest kernel with everything that the gate needs.
 const OLDEST_KERNEL: (u32, u32) = (5, 6);
-/// Groups of fanotify that are counted; of more, it is said that there are more.
+/// How many free groups of fanotify are counted at most.
 const MANY_GROUPS: u64 = 512;
-/// Fewer of them are worth a warning: a container without a user namespace takes from
-/// the same ones.
+/// A warning is given below this. Containers without a user namespace use the same groups.
 const FEW_GROUPS: u64 = 2 * GROUPS_OF_A_DAEMON;
-/// Less free space than this is worth a warning.
+/// A warning is given below this free space, in bytes.
 const LITTLE_SPACE: u64 = 1 << 30;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
     #[command(flatten)]
     settings: Settings,
-    /// How to print the answer
-    #[arg(short, long, default_value_t, value_name = "FORMAT")]
-    output: Format,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -54,7 +54,7 @@ struct Check {
     schema: &'static str,
     name: &'static str,
     result: Result,
-    /// What was found and, unless all is well, what to do.
+    /// What was found and, if something is missing, what to do.
     detail: String,
 }
 
@@ -76,7 +76,7 @@ impl Doctor {
         checks.push(history_format(&config.state_dir));
         checks.push(group());
         checks.extend(daemon(&config.socket, &found));
-        write(text(&checks, self.output)?.as_bytes())?;
+        write(text(&checks, self.output.format)?.as_bytes())?;
         let failed = checks.iter().any(|check| check.result == Result::Fail);
         Ok(if failed { Exit::Failed } else { Exit::Clean })
     }
@@ -145,7 +145,7 @@ fn fanotify() -> Check {
     }
 }
 
-/// What else the kernel has, and what it means where it has not.
+/// One check for each other feature of the kernel, with what its absence means.
 fn features(found: &Capabilities) -> Vec<Check> {
     Feature::ALL
         .into_iter()
@@ -180,7 +180,7 @@ fn fanotify_groups() -> Check {
 const GROUPS: &str = "fanotify groups";
 
 fn judge_groups(left: GroupsLeft, limit: Option<u64>) -> Check {
-    // Nothing else ends a count at the limit.
+    // At the limit the count was ended by the limit itself.
     let is_more = left.is_more && limit != Some(left.count);
     let more = if is_more { " or more" } else { "" };
     let all = limit.map(|limit| format!(" of {limit}")).unwrap_or_default();
@@ -192,7 +192,7 @@ fn judge_groups(left: GroupsLeft, limit: Option<u64>) -> Check {
         return check(GROUPS, Result::Ok, found);
     }
     let next = match limit {
-        Some(_) if is_more => "raise the limit of open files and ask again".to_owned(),
+        Some(_) if is_more => "raise the limit of open files and try again".to_owned(),
         Some(limit) => {
             format!("try: sysctl fs.fanotify.max_user_groups={}", limit.saturating_mul(2).max(128))
         }
@@ -203,7 +203,8 @@ fn judge_groups(left: GroupsLeft, limit: Option<u64>) -> Check {
     check(GROUPS, Result::Warn, format!("{found}: {use_of_all} ({next})"))
 }
 
-/// How many changes may wait with `watch.bounded_queue`. Marks have no limit for driftd.
+/// How many changes may wait with `watch.bounded_queue`. The number of marks has no limit for
+/// driftd.
 fn fanotify_queue() -> Check {
     const ENOUGH: u64 = 16_384;
     let name = "max_queued_events";
@@ -288,9 +289,9 @@ fn containerds(sockets: &[PathBuf]) -> anyhow::Result<Vec<Check>> {
 
 fn state_dir(state_dir: &Path) -> Check {
     let name = "state directory";
-    // What is not there yet will be created in the nearest directory that is.
+    // A directory that does not exist yet will be created in the nearest one that does.
     let Some(existing) = state_dir.ancestors().find(|directory| directory.exists()) else {
-        return check(name, Result::Fail, format!("{} cannot be looked at", state_dir.display()));
+        return check(name, Result::Fail, format!("{} cannot be examined", state_dir.display()));
     };
     let shown = state_dir.display();
     if !existing.is_dir() {
@@ -343,7 +344,7 @@ fn group() -> Check {
     }
 }
 
-/// Whether the daemon answers, and what it lacks: its unit may take from it what this
+/// Whether the daemon replies, and what it lacks: its unit may withhold features that this
 /// process has.
 fn daemon(socket: &Path, here: &Capabilities) -> Vec<Check> {
     let shown = socket.display();
@@ -398,7 +399,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_are_told_by_their_version() {
+    fn kernels_are_judged_by_their_version() {
         for (release, expected) in [
             ("6.18.5", Result::Ok),
             ("5.6.0-2-generic", Result::Ok),
@@ -433,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn every_check_says_its_result_in_a_word() {
+    fn every_check_shows_its_result_in_a_word() {
         let checks = [
             check("kernel", Result::Ok, "Linux 6.18"),
             check("overlay", Result::Warn, "a\u{1b}[2J"),

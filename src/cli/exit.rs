@@ -1,4 +1,6 @@
-//! What the exit code says. Scripts and pipelines rely on the numbers.
+//! The exit codes. Scripts and pipelines rely on the numbers.
+//!
+//! A published interface: a number never changes its meaning.
 
 use std::process::ExitCode;
 

@@ -1,34 +1,19 @@
-//! `driftd findings`
+//! `driftd findings`: lists or follows what was found.
+//!
+//! Owns the filter for findings, which `driftd summary` uses as well.
 
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
-use jiff::Timestamp;
-use serde::Serialize;
 
-use super::client::{Client, Server, explain, follow, talk};
-use super::containers::pod;
+use super::client::{Client, Server, explain, talk};
+use super::describe::{pod, subject};
 use super::exit::Exit;
-pub(super) use super::output::coloured;
-use super::output::{
-    Field, Format, Listed, Listing, Printer, Style, age, json_line, safe, short, write,
-};
+use super::follow::{follow, print, print_gap, refuse};
+use super::output::{Field, Listed, Listing, Style, age, colour, coloured, safe, short, time};
+use super::pages::{OfContainer, Page, Part, page, print_pages};
 use super::when::{self, When};
+use crate::api::proto::follow_findings_response::Event;
 use crate::api::{convert, proto};
-use crate::model::{Finding, Kind, Process, Severity};
-
-/// Findings asked for at once.
-const PAGE: u32 = 1000;
-/// Rows of a table, unless the user asks for another number.
-const ROWS: usize = 1000;
-
-/// How many rows to print: the number asked for (0 is all), else [`ROWS`] for people.
-pub(super) fn rows(asked: Option<usize>, for_people: bool) -> usize {
-    match asked {
-        Some(0) => usize::MAX,
-        Some(limit) => limit,
-        None if for_people => ROWS,
-        None => usize::MAX,
-    }
-}
+use crate::model::{Finding, Kind, Severity};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Findings {
@@ -37,15 +22,8 @@ pub(super) struct Findings {
     /// Keep printing what is found, oldest first, until interrupted
     #[arg(long, conflicts_with_all = ["limit", "page", "exit_code"])]
     follow: bool,
-    /// With --follow: only what comes after this cursor (0: everything kept), or `latest`
-    #[arg(long, value_name = "CURSOR", requires = "follow", default_value = "0")]
-    after: After,
-    /// Print at most this many, the newest (0: all) [default: 1000 in a table, all otherwise]
-    #[arg(long, value_name = "NUMBER")]
-    limit: Option<usize>,
-    /// Go on behind an earlier page, by the token that it ended with
-    #[arg(long, value_name = "TOKEN")]
-    page: Option<String>,
+    #[command(flatten)]
+    part: Part,
     /// Exit with 1 when anything is listed
     #[arg(long)]
     exit_code: bool,
@@ -53,42 +31,10 @@ pub(super) struct Findings {
     listing: Listing,
 }
 
-/// Where following begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum After {
-    Cursor(u64),
-    /// Only what comes.
-    Latest,
-}
-
-impl std::str::FromStr for After {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<After, String> {
-        match text {
-            text if text.eq_ignore_ascii_case("latest") => Ok(After::Latest),
-            text => text
-                .parse()
-                .map(After::Cursor)
-                .map_err(|_| "neither a cursor, a whole number, nor `latest`".to_owned()),
-        }
-    }
-}
-
-impl After {
-    pub(super) fn to_proto(self) -> Option<u64> {
-        match self {
-            After::Cursor(cursor) => Some(cursor),
-            After::Latest => None,
-        }
-    }
-}
-
 #[derive(Debug, clap::Args)]
 pub(super) struct Filter {
-    /// Only of this container: its whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
-    #[arg(short, long, value_name = "CONTAINER")]
-    container: Option<String>,
+    #[command(flatten)]
+    container: OfContainer,
     /// Only of this image: a name, whole or its end (nginx, team/shop:1.4), or a manifest digest
     #[arg(long, value_name = "IMAGE")]
     image: Option<String>,
@@ -127,11 +73,11 @@ pub(super) struct Filter {
     text: Vec<String>,
 }
 
-/// What one name or pattern stands for.
+/// The kinds that one name or pattern stands for.
 #[derive(Clone, Debug)]
 struct Kinds(Vec<Kind>);
 
-/// Reads names and patterns, and offers the names to shells.
+/// Reads names and patterns. Completions of shells offer the names.
 #[derive(Clone, Debug)]
 struct KindsParser;
 
@@ -165,7 +111,7 @@ impl Filter {
     pub(super) fn to_proto(&self) -> anyhow::Result<proto::FindingFilter> {
         let kinds = self.kind.iter().flat_map(|Kinds(kinds)| kinds);
         Ok(proto::FindingFilter {
-            container: self.container.clone().unwrap_or_default(),
+            container: self.container.to_proto(),
             image: self.image.clone().unwrap_or_default(),
             kinds: kinds.map(|kind| kind.name().to_owned()).collect(),
             minimum_severity: self
@@ -192,197 +138,62 @@ impl Findings {
 
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         if self.follow {
-            if !self.listing.output.is_endless() {
-                eprintln!("error: a stream never ends: use -o jsonl with --follow");
-                return Ok(Exit::Usage);
-            }
-            return self.follow(server);
+            return match refuse(&self.listing) {
+                Some(refused) => Ok(refused),
+                None => self.follow(server),
+            };
         }
         let filter = self.filter.to_proto()?;
-        let is_any = talk(server, |client| self.print(client, filter))?;
-        Ok(if self.exit_code && is_any { Exit::Drift } else { Exit::Clean })
+        let printed = talk(server, |client| self.print(client, filter))?;
+        Ok(if self.exit_code && printed > 0 { Exit::Drift } else { Exit::Clean })
     }
 
-    /// Prints each page as it comes, and says whether there was anything.
     async fn print(
         &self,
         mut client: Client,
         filter: proto::FindingFilter,
-    ) -> anyhow::Result<bool> {
-        let for_people = self.listing.output.is_for_people() && !self.listing.quiet;
-        let limit = rows(self.limit, for_people);
-        let mut printer = Printer::new(&self.listing);
-        let mut request = proto::ListFindingsRequest {
-            filter: Some(filter),
-            page_size: 0,
-            page_token: self.page.clone().unwrap_or_default(),
-        };
-        let more = loop {
-            let left = limit.saturating_sub(printer.printed);
-            request.page_size = u32::try_from(left).unwrap_or(PAGE).min(PAGE);
-            let page = client.list_findings(request.clone()).await.map_err(explain)?.into_inner();
-            let findings: Vec<Finding> = page
-                .findings
-                .into_iter()
-                .map(convert::finding_from_proto)
-                .collect::<Result<_, _>>()?;
-            printer.page(&findings)?;
-            request.page_token = page.next_page_token;
-            if request.page_token.is_empty() || printer.printed >= limit {
-                break request.page_token;
-            }
-        };
-        let printed = printer.printed;
-        printer.end::<Finding>()?;
-        if !more.is_empty() && self.listing.output.is_for_people() {
-            let told = more_findings(printed, &more);
-            match for_people {
-                true => write(told.as_bytes())?,
-                false => eprint!("{told}"),
-            }
-        } else if !more.is_empty() {
-            eprintln!("there are more (go on with: --page {more})");
-        }
-        if printed == 0 && for_people {
-            eprintln!("nothing was found (is the view complete? see: driftd status)");
-        }
-        Ok(printed > 0)
+    ) -> anyhow::Result<usize> {
+        print_pages(&self.listing, &self.part, NOTHING, async |size, token| {
+            fetch(&mut client, &filter, size, token).await
+        })
+        .await
     }
 
     fn follow(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let request = proto::FollowFindingsRequest {
             filter: Some(self.filter.to_proto()?),
-            after_cursor: self.after.to_proto(),
+            after_cursor: self.part.after.to_proto(),
             sessions: false,
         };
-        let colour = super::output::colour();
-        follow(server, request, |cursor, event| {
-            use proto::follow_findings_response::Event;
-            match event {
-                Event::Finding(finding) => {
-                    let finding = convert::finding_from_proto(finding)?;
-                    let text = match self.listing.output {
-                        _ if self.listing.quiet => format!("{}\n", finding.id),
-                        Format::Table | Format::Wide => {
-                            line(&finding, self.listing.no_trunc, colour)
-                        }
-                        format => told(&finding, cursor, format)?,
-                    };
-                    write(text.as_bytes())?;
-                }
-                Event::Gap(gap) => tell_gap(&gap, cursor, &self.listing)?,
-                // Not asked for.
-                Event::Session(_) => (),
+        let (listing, colour) = (&self.listing, colour());
+        follow(server, request, |cursor, event| match event {
+            Event::Finding(finding) => {
+                let finding = convert::finding_from_proto(finding)?;
+                print(&finding, &finding.id.to_string(), cursor, listing, || {
+                    line(&finding, listing.no_trunc, colour)
+                })
             }
-            Ok(())
+            Event::Gap(gap) => print_gap(&gap, cursor, listing),
+            // Not requested.
+            Event::Session(_) => Ok(()),
         })
     }
 }
 
-/// The last line of a table that does not hold all.
-pub(super) fn more_findings(printed: usize, token: &str) -> String {
-    format!(
-        "… the newest {printed} are shown, and there are more: --limit NUMBER shows more, \
-         --limit 0 all, --page {token} the next ones\n"
-    )
-}
+/// The note below an empty list of findings.
+pub(super) const NOTHING: &str = "nothing was found (is the view complete? see: driftd status)";
 
-/// An event of a followed history, with the cursor to go on with.
-#[derive(Serialize)]
-struct Told<'a, T> {
-    #[serde(flatten)]
-    what: &'a T,
-    /// A value for `--after`: everything up to here was reported.
-    cursor: u64,
-}
-
-pub(super) fn told<T: Serialize>(what: &T, cursor: u64, format: Format) -> anyhow::Result<String> {
-    let told = Told { what, cursor };
-    match format {
-        Format::Yaml => Ok(format!("---\n{}", super::output::yaml(&told)?)),
-        _ => json_line(&told),
-    }
-}
-
-/// Says that something is missing here.
-pub(super) fn tell_gap(gap: &proto::Gap, cursor: u64, listing: &Listing) -> anyhow::Result<()> {
-    if !listing.output.is_for_people() && !listing.quiet {
-        write(told(&gap_json(gap)?, cursor, listing.output)?.as_bytes())?;
-    }
-    eprintln!(
-        "gap{}: {}{}: {}",
-        if gap.until.is_some() { " over" } else { "" },
-        safe(&gap.name),
-        match gap.container.as_str() {
-            "" => String::new(),
-            id => format!(" in {}/{}", safe(&gap.namespace), safe(id)),
-        },
-        safe(&gap.detail)
-    );
-    Ok(())
-}
-
-#[derive(Serialize)]
-pub(super) struct GapJson {
-    pub(super) schema: &'static str,
-    pub(super) name: String,
-    pub(super) at: Timestamp,
-    pub(super) container: Option<crate::model::ContainerId>,
-    pub(super) detail: String,
-    pub(super) until: Option<Timestamp>,
-}
-
-pub(super) fn gap_json(gap: &proto::Gap) -> anyhow::Result<GapJson> {
-    Ok(GapJson {
-        schema: "driftd.gap/v1",
-        name: gap.name.clone(),
-        at: convert::time_from_proto("gap.at", gap.at)?,
-        container: (!gap.container.is_empty())
-            .then(|| crate::model::ContainerId::new(&gap.namespace, &gap.container)),
-        detail: gap.detail.clone(),
-        until: convert::optional_time_from_proto("gap.until", gap.until)?,
-    })
-}
-
-/// What a finding is about: a file, or what was run.
-pub(super) fn subject(finding: &Finding) -> String {
-    match (&finding.file, &finding.process) {
-        (Some(file), _) => format!("{}{}", file.path, of_files(finding)),
-        (None, Some(process)) => format!("{}{}", command_line(process), of_files(finding)),
-        (None, None) => safe(finding.detail.as_deref().unwrap_or_default()),
-    }
-}
-
-/// How many files an aggregated finding stands for, behind what it names.
-fn of_files(finding: &Finding) -> String {
-    match finding.files {
-        None => String::new(),
-        Some(1) => " (1 file)".to_owned(),
-        Some(files) => format!(" ({files} files)"),
-    }
-}
-
-pub(super) fn command_line(process: &Process) -> String {
-    match (&process.argv, &process.exe) {
-        (Some(argv), _) if !argv.is_empty() => quoted(argv),
-        (_, Some(exe)) => safe(exe),
-        (_, None) => format!("pid {}", process.identity.pid),
-    }
-}
-
-/// Arguments such that it can be seen where one ends.
-pub(super) fn quoted(argv: &[String]) -> String {
-    let quote = |argument: &String| {
-        let argument = safe(argument);
-        let plain =
-            |character: char| character.is_alphanumeric() || "%+,-./:=@_".contains(character);
-        if !argument.is_empty() && argument.chars().all(plain) {
-            argument
-        } else {
-            format!("'{}'", argument.replace('\'', "'\\''"))
-        }
-    };
-    argv.iter().map(quote).collect::<Vec<_>>().join(" ")
+/// One page of the findings that a filter selects.
+pub(super) async fn fetch(
+    client: &mut Client,
+    filter: &proto::FindingFilter,
+    page_size: u32,
+    page_token: String,
+) -> anyhow::Result<Page<Finding>> {
+    let request =
+        proto::ListFindingsRequest { filter: Some(filter.clone()), page_size, page_token };
+    let found = client.list_findings(request).await.map_err(explain)?.into_inner();
+    page(found.findings, found.next_page_token, convert::finding_from_proto)
 }
 
 fn line(finding: &Finding, no_trunc: bool, colour: bool) -> String {
@@ -391,7 +202,7 @@ fn line(finding: &Finding, no_trunc: bool, colour: bool) -> String {
     let id = |id: String| if no_trunc { id } else { short(&id) };
     format!(
         "{} {severity} {:<19} {} {} x{} {}\n",
-        super::output::time(finding.last_seen),
+        time(finding.last_seen),
         finding.kind,
         match finding.container_id() {
             Some(container) => {
@@ -471,13 +282,13 @@ impl Listed for Finding {
 pub(super) mod tests {
     use super::*;
     use crate::cli::output::table;
-    use crate::model::{Outcome, ProcessIdentity, RootfsPath};
+    use crate::model::{Outcome, Process, ProcessIdentity, RootfsPath};
 
     pub(in crate::cli) fn sample() -> Finding {
         serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap()
     }
 
-    /// Somebody entered with a terminal; a file with a hostile name, answered.
+    /// An interactive session, and a file with a hostile name and a response.
     pub(in crate::cli) fn samples() -> Vec<Finding> {
         let mut session = sample();
         (session.kind, session.severity) = (Kind::SessionInteractive, Severity::Medium);

@@ -1,13 +1,13 @@
-//! `driftd members`: every file that an aggregated finding stands for.
+//! `driftd members`: lists the files that an aggregated finding stands for.
+//!
+//! Owns the columns of a member. Talks to the daemon or to a history.
 
 use super::client::{Client, Server, explain, talk};
 use super::exit::Exit;
 use super::output::{Field, Listed, Listing, Printer, Style, age, short, time};
+use super::pages::{fetch_pages, page};
 use crate::api::{convert, proto};
 use crate::model::Member;
-
-/// Files that are asked for at once.
-const PAGE: u32 = 1000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Members {
@@ -29,30 +29,22 @@ impl Members {
     async fn print(self, mut client: Client) -> anyhow::Result<Exit> {
         let limit = self.limit.filter(|limit| *limit > 0).unwrap_or(usize::MAX);
         let mut printer = Printer::new(&self.listing);
-        let mut request = proto::ListMembersRequest { finding: self.finding, ..Default::default() };
-        loop {
-            let left = limit.saturating_sub(printer.printed);
-            request.page_size = u32::try_from(left).unwrap_or(PAGE).clamp(1, PAGE);
-            let page = client.list_members(request.clone()).await.map_err(explain)?.into_inner();
-            let members: Vec<Member> = page
-                .members
-                .into_iter()
-                .map(convert::member_from_proto)
-                .collect::<Result<_, _>>()?;
-            printer.page(&members)?;
-            // One that is found later and begins alike must not come in between.
-            request.finding = page.finding;
-            request.page_token = page.next_page_token;
-            if request.page_token.is_empty() || printer.printed >= limit {
-                break;
-            }
-        }
+        let mut finding = self.finding;
+        let fetch = async |page_size, page_token| {
+            let request =
+                proto::ListMembersRequest { finding: finding.clone(), page_size, page_token };
+            let found = client.list_members(request).await.map_err(explain)?.into_inner();
+            // From now on the whole ID: a later finding may have an ID that begins alike.
+            finding = found.finding;
+            page(found.members, found.next_page_token, convert::member_from_proto)
+        };
+        fetch_pages(String::new(), limit, fetch, |members: Vec<Member>| printer.page(&members))
+            .await?;
         let printed = printer.printed;
         printer.end::<Member>()?;
-        if printed == 0 && self.listing.output.is_for_people() && !self.listing.quiet {
-            let id = short(&request.finding);
-            eprintln!("this finding is about one thing only (see: driftd show {id})");
-        }
+        let id = short(&finding);
+        let note = format!("this finding is about one thing only (see: driftd show {id})");
+        self.listing.note_if_empty(printed, &note);
         Ok(Exit::Clean)
     }
 }

@@ -1,6 +1,7 @@
-//! `driftd metrics`: the state of the daemon in the text format of Prometheus, for
-//! node_exporter's textfile collector. Labels have few values: no image, no
-//! container and no path is one.
+//! `driftd metrics`: the state of the daemon in the text format of Prometheus.
+//!
+//! Made for the textfile collector of node_exporter. Labels have few values: none is the name
+//! of an image, a container or a path.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -83,6 +84,21 @@ fn text(
     containers: &[proto::Container],
 ) -> anyhow::Result<String> {
     let mut registry = Registry::with_prefix("driftd");
+    for (name, help, samples) in metrics(status, containers)? {
+        registry.register(name, help, samples);
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(as_prometheus(&text))
+}
+
+type Metric = (&'static str, &'static str, Samples);
+
+// Long: the list of all metrics, with the name and the help of each.
+fn metrics(
+    status: &proto::GetStatusResponse,
+    containers: &[proto::Container],
+) -> anyhow::Result<Vec<Metric>> {
     let started_at = convert::time_from_proto("started_at", status.started_at)?;
     let queue = status.baseline_queue.unwrap_or_default();
     let gate = status.gate.clone().unwrap_or_default();
@@ -91,12 +107,12 @@ fn text(
         let labelled = |(value, count): &(&str, u32)| (label(name, value), f64::from(*count));
         Samples::Gauge(values.iter().map(labelled).collect())
     };
-    // More findings than a float can count exactly are not kept.
+    // Exact: the history never keeps more findings than a float can count.
     #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
     let float = |number: u64| number as f64;
     let large = |number: u64| gauge(float(number));
 
-    for (name, help, samples) in [
+    Ok(vec![
         (
             "build_info",
             "The version of the running driftd",
@@ -174,17 +190,17 @@ fn text(
         ),
         (
             "data_writes",
-            "Writes of files that are no programs",
+            "Writes of files that are not programs",
             Samples::Counter(vec![(Labels::new(), status.data_writes)]),
         ),
         (
             "gate_mode",
-            "What watch.gate says, or what is done instead",
+            "The mode of the gate: the setting watch.gate, or what is done instead",
             by_label("mode", &[(&gate.mode, 1)]),
         ),
         (
             "gate_ignored",
-            "Unchanged programs that the kernel was told to ask no more about",
+            "Unchanged programs about which the kernel asks no more",
             Samples::Counter(vec![(Labels::new(), gate.ignored)]),
         ),
         (
@@ -194,7 +210,7 @@ fn text(
         ),
         (
             "left_to_sweeps",
-            "Changes that walks had to find because too many came at once",
+            "Changes that scans had to find because too many came at once",
             Samples::Counter(vec![(Labels::new(), status.left_to_sweeps)]),
         ),
         (
@@ -204,12 +220,12 @@ fn text(
         ),
         (
             "backlog",
-            "What waits to be looked at, by where it waits",
+            "What waits to be examined, by where it waits",
             by_stage(&status.backlogs, false),
         ),
         (
             "backlog_oldest_seconds",
-            "How long the oldest of it has waited: so long findings are delayed now",
+            "How long the oldest of it has waited: findings are delayed by this time",
             by_stage(&status.backlogs, true),
         ),
         (
@@ -219,7 +235,7 @@ fn text(
         ),
         (
             "thread_queue_oldest_seconds",
-            "How long the oldest of them has waited",
+            "How long the oldest item of a thread has waited",
             by_thread(status, |thread| thread.queued.map(|_| seconds(thread.oldest_milliseconds))),
         ),
         (
@@ -228,16 +244,11 @@ fn text(
             by_thread(status, |thread| Some(seconds(thread.still_milliseconds))),
         ),
         ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
-    ] {
-        registry.register(name, help, samples);
-    }
-    let mut text = String::new();
-    encode(&mut text, &registry)?;
-    Ok(as_prometheus(&text))
+    ])
 }
 
-/// The text format of Prometheus, which the collector reads, made of that of OpenMetrics:
-/// there the name of a counter has its `_total` in the samples only, and the text an end.
+/// Converts the text format of OpenMetrics to that of Prometheus, which the collector reads.
+/// In OpenMetrics, a counter has `_total` in the samples only, and the text ends with a mark.
 fn as_prometheus(text: &str) -> String {
     let mut counters: Vec<&str> = Vec::new();
     for line in text.lines() {
@@ -266,7 +277,7 @@ fn as_prometheus(text: &str) -> String {
     prometheus
 }
 
-/// Kinds that were not found are counted as well, each with its usual severity.
+/// Includes the kinds that were not found, each with its usual severity and 0.
 fn by_kind(found: &[proto::FindingCount]) -> Samples {
     let mut counts: BTreeMap<(&str, &str), u64> =
         Kind::ALL.iter().map(|kind| ((kind.name(), kind.severity().name()), 0)).collect();
@@ -285,7 +296,7 @@ fn gauge(value: f64) -> Samples {
     Samples::Gauge(vec![(Labels::new(), value)])
 }
 
-/// What waits of all containers together; where nothing does, it is told as well.
+/// What waits at each stage, for all containers together. Includes stages where nothing waits.
 fn by_stage(backlogs: &[proto::Backlog], oldest: bool) -> Samples {
     let mut stages: BTreeMap<&str, u64> = STAGES.into_iter().map(|stage| (stage, 0)).collect();
     for backlog in backlogs {
@@ -309,8 +320,8 @@ fn by_thread(
     Samples::Gauge(status.threads.iter().filter_map(labelled).collect())
 }
 
-/// Those that never happened are told as well: a counter that appears with its
-/// first increment has no rate.
+/// Includes the losses that never happened: a counter that appears with its first increment
+/// has no rate.
 fn losses(losses: &[proto::Loss]) -> Samples {
     let mut counts: BTreeMap<&str, u64> =
         Failure::ALL.into_iter().map(|failure| (failure.name(), 0)).collect();
@@ -336,7 +347,7 @@ fn by_baseline(containers: &[proto::Container]) -> [(&'static str, u32); 3] {
 mod tests {
     use super::*;
 
-    /// What `promtool check metrics` asks for.
+    /// What `promtool check metrics` checks.
     #[track_caller]
     fn assert_valid(text: &str) {
         let (mut helped, mut typed) = (BTreeMap::new(), BTreeMap::new());

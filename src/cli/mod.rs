@@ -1,6 +1,7 @@
-//! The command line: the daemon's start, and its client.
+//! The command line: starts the daemon, and is its client.
 //!
-//! Data goes to stdout, talk to stderr. Exit codes are in [`exit`].
+//! One file for each command. Data goes to stdout, notes and errors to stderr. The exit codes
+//! are in [`exit`]. Nothing here decides what is drift: the daemon does.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,23 +9,29 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::config::{self, Config, DEFAULT_SOCKET};
+use crate::config::{self, DEFAULT_SOCKET};
 use client::Server;
 use exit::Exit;
+use settings::Settings;
 
 pub mod exit;
 
 mod baseline;
 mod client;
 mod containers;
+mod describe;
 mod doctor;
 mod findings;
+mod follow;
+mod gap;
 mod members;
 mod metrics;
 mod output;
+mod pages;
 mod probes;
 mod respond;
 mod sessions;
+mod settings;
 mod show;
 mod status;
 mod story;
@@ -60,9 +67,9 @@ pub struct Cli {
 enum Command {
     /// Run the daemon in the foreground
     Run(Run),
-    /// Find out what will work on this node, and what will not
+    /// Check what will work on this node, and what will not
     Doctor(doctor::Doctor),
-    /// Say whether the view is complete
+    /// Show whether the view is complete
     Status(status::Status),
     /// Print counters and gauges in the text format of Prometheus
     Metrics(metrics::Metrics),
@@ -77,17 +84,17 @@ enum Command {
     Findings(Box<findings::Findings>),
     /// Count what was found, by kind, severity and container
     Summary(Box<summary::Summary>),
-    /// List or follow who came into containers
+    /// List or follow the sessions in containers: how each began, and for which user
     Sessions(sessions::Sessions),
-    /// Tell what happened in a container, in the order of time
+    /// Show what happened in a container, in the order of time
     Timeline(timeline::Timeline),
-    /// Show one finding whole, or a session with what was done in it
+    /// Show everything about one finding, or about one session with its commands
     Show(show::Show),
     /// List the files that one finding stands for
     Members(members::Members),
-    /// List what runs in containers again and again, and whether it is reported
+    /// List the commands that run in containers again and again, and whether each is reported
     Probes(probes::Probes),
-    /// Answer drift in a container
+    /// Respond to drift: kill, pause or resume a container
     #[command(subcommand)]
     Respond(respond::Respond),
     /// Print the completions of a shell
@@ -98,10 +105,10 @@ enum Command {
         #[arg(long, value_name = "DIRECTORY")]
         directory: Option<PathBuf>,
     },
-    /// Watch over the daemon (started by the daemon itself)
+    /// Guard the daemon (started by the daemon itself)
     #[command(hide = true)]
     Guardian,
-    /// Answer the kernel's questions (started by the daemon itself)
+    /// Reply to the kernel's requests (started by the daemon itself)
     #[command(hide = true)]
     Gate,
 }
@@ -128,7 +135,7 @@ impl Run {
 }
 
 impl Command {
-    /// Whether it only reads what is kept.
+    /// Whether the command only reads the history.
     fn reads_history(&self) -> bool {
         match self {
             Command::Findings(findings) => !findings.is_following(),
@@ -142,42 +149,11 @@ impl Command {
     }
 }
 
-/// Where the settings come from, and what overrides them.
-#[derive(Debug, clap::Args)]
-struct Settings {
-    /// The settings [default: /etc/driftd/driftd.toml, if it is there]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// A socket of containerd, instead of those in the settings (may be repeated)
-    #[arg(long, value_name = "SOCKET")]
-    containerd: Vec<PathBuf>,
-    /// Where baselines and the history are kept
-    #[arg(long, value_name = "DIRECTORY")]
-    state_dir: Option<PathBuf>,
-}
-
-impl Settings {
-    fn load(&self, socket: Option<&Path>) -> anyhow::Result<Config> {
-        let mut config = Config::load(self.config.as_deref())?;
-        if let Some(state_dir) = &self.state_dir {
-            config.state_dir = std::path::absolute(state_dir)?;
-        }
-        if let Some(socket) = socket {
-            config.socket = std::path::absolute(socket)?;
-        }
-        if !self.containerd.is_empty() {
-            config.containerd.sockets =
-                self.containerd.iter().map(std::path::absolute).collect::<io::Result<_>>()?;
-        }
-        Ok(config)
-    }
-}
-
 impl Cli {
-    /// Reads the command line. An error was told already; help is none.
+    /// Reads the command line. Prints help or an error itself, and returns the exit code then.
     pub fn from_command_line() -> Result<Cli, Exit> {
         Cli::try_parse().map_err(|err| {
-            // Nobody reads it: then there is nothing more to say.
+            // Fails if no process reads the output, and then there is nowhere to report it.
             let _ = err.print();
             if err.use_stderr() { Exit::Usage } else { Exit::Clean }
         })
@@ -187,7 +163,7 @@ impl Cli {
         if self.local_time {
             when::use_local_time();
         }
-        // Not by clap, whose usage would then show the option as if it were required.
+        // clap would show the option in the usage as if it were required.
         let from_environment = || std::env::var_os("DRIFTD_SOCKET").filter(|name| !name.is_empty());
         let socket = self.socket.or_else(|| from_environment().map(PathBuf::from));
         let socket = socket.as_deref();
@@ -256,7 +232,7 @@ fn man(directory: Option<&Path>) -> anyhow::Result<Exit> {
     Ok(Exit::Clean)
 }
 
-/// Whether `err` only says that nobody reads our output any more.
+/// Whether `err` only means that no process reads our output any more.
 pub fn is_broken_pipe(err: &anyhow::Error) -> bool {
     err.chain().any(|cause| {
         cause.downcast_ref::<io::Error>().is_some_and(|err| err.kind() == io::ErrorKind::BrokenPipe)
@@ -266,7 +242,7 @@ pub fn is_broken_pipe(err: &anyhow::Error) -> bool {
     })
 }
 
-/// Which exit code says what `err` is about.
+/// The exit code for an error.
 pub fn exit_of(err: &anyhow::Error) -> Exit {
     match err.downcast_ref::<config::Error>() {
         Some(_) => Exit::Usage,

@@ -1,4 +1,7 @@
-//! How answers are printed: tables for people, JSON for programs.
+//! Prints replies: tables for people, JSON and YAML for programs.
+//!
+//! Owns the output formats and everything that is written to stdout. Text that a container
+//! may have chosen is escaped here, so that it cannot drive a terminal.
 
 use std::fmt;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -9,6 +12,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr as _;
 
+use super::when::zone;
 use crate::model::{Severity, is_printable, printable};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,12 +33,12 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// Whether a person reads the answer, and not a program.
+    /// Whether people read the output, and not a program.
     pub(super) fn is_for_people(self) -> bool {
         matches!(self, Format::Table | Format::Wide)
     }
 
-    /// Whether each answer can be printed when it comes, without an end.
+    /// Whether items can be printed one by one, in a stream without an end.
     pub(super) fn is_endless(self) -> bool {
         !matches!(self, Format::Json | Format::Columns(_))
     }
@@ -55,7 +59,7 @@ impl fmt::Display for Format {
 
 const CUSTOM: &str = "custom-columns";
 
-/// One column that the user has named: its heading, and where its value stands in JSON.
+/// A column that the user has named: its heading, and the path of its value in JSON.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Column {
     heading: String,
@@ -130,7 +134,7 @@ impl clap::builder::TypedValueParser for FormatParser {
                 let reason = match columns {
                     Some((_, list)) => {
                         match list.split(',').map(Column::parse).collect::<Result<Vec<_>, _>>() {
-                            // Read once, and needed until the end of the program.
+                            // Leaked, because it is parsed once and used until the end.
                             Ok(columns) => return Ok(Format::Columns(Box::leak(columns.into()))),
                             Err(reason) => reason,
                         }
@@ -167,10 +171,18 @@ impl clap::builder::TypedValueParser for FormatParser {
     }
 }
 
-/// What every listing can be asked.
+/// The option of commands that print one item.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(super) struct Output {
+    /// How to print the result
+    #[arg(short = 'o', long = "output", default_value_t, value_name = "FORMAT")]
+    pub(super) format: Format,
+}
+
+/// The options of every listing.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(super) struct Listing {
-    /// How to print the answer
+    /// How to print the list
     #[arg(short, long, default_value_t, value_name = "FORMAT")]
     pub(super) output: Format,
     /// Print IDs and columns in full length
@@ -181,7 +193,21 @@ pub(super) struct Listing {
     pub(super) quiet: bool,
 }
 
-/// One kind of thing that is listed.
+impl Listing {
+    /// Whether people read the list, and not a program.
+    pub(super) fn is_for_people(&self) -> bool {
+        self.output.is_for_people() && !self.quiet
+    }
+
+    /// Notes on stderr why a list for people is empty.
+    pub(super) fn note_if_empty(&self, printed: usize, note: &str) {
+        if printed == 0 && self.is_for_people() {
+            eprintln!("{note}");
+        }
+    }
+}
+
+/// A type of which lists are printed.
 pub(super) trait Listed {
     type Json<'a>: Serialize
     where
@@ -206,13 +232,13 @@ impl<T: Into<String>> From<T> for Field {
     }
 }
 
-/// How a table is drawn: everything that is not in the data.
+/// How a table is drawn, apart from the data.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Style {
     pub(super) wide: bool,
     pub(super) no_trunc: bool,
     pub(super) colour: bool,
-    /// The terminal's width; `None` when there is no need to fit.
+    /// The terminal's width; `None` if the table need not fit one.
     pub(super) width: Option<u16>,
     pub(super) now: Timestamp,
 }
@@ -229,7 +255,7 @@ impl Style {
         }
     }
 
-    /// An ID in the length that people read.
+    /// An ID, shortened unless the whole is wanted.
     pub(super) fn id(&self, id: &str) -> String {
         let id = safe(id);
         if self.no_trunc { id } else { short(&id) }
@@ -244,7 +270,7 @@ pub(super) fn colour() -> bool {
         && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Long hexadecimal IDs are told apart by their beginning.
+/// The first 12 digits of a long hexadecimal ID; other IDs whole.
 pub(super) fn short(id: &str) -> String {
     let hex = id.strip_prefix("sha256:").unwrap_or(id);
     if hex.len() >= 32 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -265,7 +291,7 @@ pub(super) fn list<T: Listed>(items: &[T], listing: &Listing) -> anyhow::Result<
 pub(super) struct Printer {
     listing: Listing,
     style: Style,
-    /// How wide the columns are so far, where the terminal does not say it.
+    /// How wide the columns are so far, where there is no terminal to fit.
     widths: Vec<usize>,
     pub(super) printed: usize,
 }
@@ -354,7 +380,7 @@ impl Printer {
     }
 }
 
-/// Things in a format for programs, all of them at once.
+/// A list in a format for programs, as one text.
 pub(super) fn items<T: Serialize>(items: &[T], format: Format) -> anyhow::Result<String> {
     let listing = Listing { output: format, no_trunc: false, quiet: false };
     let mut printer = Printer::new(&listing);
@@ -365,8 +391,7 @@ pub(super) fn items<T: Serialize>(items: &[T], format: Format) -> anyhow::Result
     Ok(text + &printer.end_of_items())
 }
 
-/// YAML with the keys and values of JSON. What drives a terminal, or reorders or hides
-/// text, is an escape in it.
+/// YAML with the keys and values of JSON, safe for a terminal as in [`harmless`].
 pub(super) fn yaml<T: Serialize + ?Sized>(item: &T) -> anyhow::Result<String> {
     let yaml = serde_saphyr::to_string(&Quoted(&serde_json::to_value(item)?))?;
     let mut text = String::with_capacity(yaml.len());
@@ -407,8 +432,8 @@ impl Serialize for Quoted<'_> {
     }
 }
 
-/// JSON that says the same and may be looked at: what reorders or hides text, or
-/// drives a terminal, is written as its number.
+/// The same JSON, safe for a terminal: characters that drive a terminal, or reorder or hide
+/// text, are escaped.
 pub(super) fn harmless(json: &str) -> String {
     use std::fmt::Write as _;
     let mut text = String::with_capacity(json.len());
@@ -417,7 +442,7 @@ pub(super) fn harmless(json: &str) -> String {
             text.push(character);
             continue;
         }
-        // Only strings hold anything else.
+        // JSON holds such characters in strings only.
         for unit in character.encode_utf16(&mut [0; 2]) {
             write!(text, "\\u{unit:04x}").expect("writing to a String cannot fail");
         }
@@ -431,14 +456,14 @@ pub(super) fn json_line<T: Serialize>(item: &T) -> anyhow::Result<String> {
     Ok(line)
 }
 
-/// Prints one thing as JSON, or as the text that `person` makes of it.
+/// Prints one item in a format for programs, or as the text for people.
 pub(super) fn one<T: Serialize>(
     item: &T,
     format: Format,
-    person: impl FnOnce() -> String,
+    text_for_people: impl FnOnce() -> String,
 ) -> anyhow::Result<()> {
     let text = match format {
-        Format::Table | Format::Wide => person(),
+        Format::Table | Format::Wide => text_for_people(),
         Format::Json => harmless(&serde_json::to_string_pretty(item)?) + "\n",
         Format::Jsonl => json_line(item)?,
         Format::Yaml => yaml(item)?,
@@ -453,16 +478,15 @@ pub(super) fn one<T: Serialize>(
     Ok(())
 }
 
-/// Columns that are shortened when the terminal is narrow; the others are what
-/// one looks for.
+/// Columns that are shortened on a narrow terminal. The others stay whole, because people
+/// search for their values.
 const FLEXIBLE: [&str; 7] =
     ["PATH", "PATH/PROCESS", "COMMAND", "IMAGE", "POD", "BASELINE", "PROBLEM"];
 
 /// No column is made narrower than this.
 const READABLE: u16 = 22;
 
-/// A cell that is longer does not widen the column of all rows where there is no
-/// terminal to fit.
+/// A longer cell does not widen its column, where there is no terminal to fit.
 const WIDEST: usize = 64;
 
 #[cfg(test)]
@@ -495,7 +519,7 @@ impl Field {
     }
 }
 
-/// Columns that line up, each as wide as it needs to be.
+/// A table of aligned columns, each as wide as its cells need.
 fn draw_piped(
     header: Option<&[&str]>,
     rows: &[Vec<Field>],
@@ -546,7 +570,7 @@ fn draw_piped(
     text
 }
 
-/// Text that says a severity, in its colour if there is any.
+/// Text in the colour of a severity.
 pub(super) fn coloured(severity: Severity, text: String, colour: bool) -> String {
     match (colour, severity) {
         (true, Severity::Critical | Severity::High) => format!("\x1b[31m{text}\x1b[0m"),
@@ -556,8 +580,8 @@ pub(super) fn coloured(severity: Severity, text: String, colour: bool) -> String
     }
 }
 
-/// Which columns a terminal has room for. The first, those that are shortened, and the
-/// last, an ID, stay longest.
+/// The columns for which a terminal has room. The first column, those that are shortened and
+/// the last one, an ID, are left out last.
 fn columns_that_fit(header: &[&str], rows: &[Vec<Field>], width: usize) -> Vec<usize> {
     let needed = |index: usize| {
         let content =
@@ -594,7 +618,7 @@ fn draw_to_fit(
 ) -> String {
     let columns = columns_that_fit(header, &rows, usize::from(width));
     let mut table = comfy_table::Table::new();
-    // Colour and width are decided by `style`, not found out again.
+    // `style` has decided on colour and width.
     table.force_no_tty();
     if style.colour {
         table.enforce_styling();
@@ -657,18 +681,18 @@ pub(super) fn write(text: &[u8]) -> io::Result<()> {
     out.flush()
 }
 
-/// Text that a container may have chosen, fit for a terminal. Text that was made
-/// printable before stays as it is.
+/// Text that a container may have chosen, safe for a terminal. Text that was escaped before
+/// stays as it is.
 pub(super) fn safe(text: &str) -> String {
     printable(text.as_bytes()).replace("\\\\", "\\")
 }
 
-/// How long ago that was, in one unit.
+/// How long ago `then` was, in one unit.
 pub(super) fn age(now: Timestamp, then: Timestamp) -> String {
     format!("{} ago", span(now, then))
 }
 
-/// How long it was from `start` to `end`, in one unit.
+/// The time from `start` to `end`, in one unit.
 pub(super) fn span(end: Timestamp, start: Timestamp) -> String {
     let seconds = end.duration_since(start).as_secs().max(0);
     match seconds {
@@ -681,7 +705,7 @@ pub(super) fn span(end: Timestamp, start: Timestamp) -> String {
 
 /// A time of day for people, in UTC unless they have asked for local time.
 pub(super) fn time(time: Timestamp) -> String {
-    time.to_zoned(super::when::zone()).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
+    time.to_zoned(zone()).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
 }
 
 /// Bytes in the unit that fits.
@@ -694,7 +718,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_that_is_looked_at_says_the_same() {
+    fn harmless_json_has_the_same_meaning() {
         for text in ["plain", "größe", "\u{202e}back", "\u{9b}31m", "\x7f", "\u{1f600}", "a\n\"\\"]
         {
             let json = serde_json::to_string(text).unwrap();
@@ -706,7 +730,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_are_told_in_one_unit() {
+    fn ages_are_written_in_one_unit() {
         let then = Timestamp::UNIX_EPOCH;
         let check = |seconds, expected| {
             assert_eq!(age(Timestamp::from_second(seconds).unwrap(), then), expected);

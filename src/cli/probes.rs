@@ -1,10 +1,13 @@
-//! `driftd probes`: what runs in containers again and again, and is not reported.
+//! `driftd probes`: lists the commands that run again and again, and sets which are reported.
+//!
+//! Owns the columns of a probe. Listing talks to the daemon or to a history, setting to the
+//! daemon only.
 
-use super::client::{Server, explain, talk};
-use super::containers::pod;
+use super::client::{Client, Server, call};
+use super::describe::{pod, quoted};
 use super::exit::Exit;
-use super::findings::quoted;
-use super::output::{Field, Format, Listed, Listing, Style, age, list, one, safe, time};
+use super::output::{Field, Listed, Listing, Output, Style, age, list, one, safe, time};
+use super::pages::OfContainer;
 use crate::api::{convert, proto};
 use crate::model::{Probe, ProbeSource};
 
@@ -13,9 +16,8 @@ use crate::model::{Probe, ProbeSource};
 pub(super) struct Probes {
     #[command(subcommand)]
     change: Option<Change>,
-    /// Only of this container: its whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
-    #[arg(short, long, value_name = "CONTAINER")]
-    container: Option<String>,
+    #[command(flatten)]
+    container: OfContainer,
     #[command(flatten)]
     listing: Listing,
 }
@@ -32,9 +34,8 @@ enum Change {
 struct Target {
     /// A probe's ID, or the beginning of it
     probe: String,
-    /// How to print the answer
-    #[arg(short, long, default_value_t, value_name = "FORMAT")]
-    output: Format,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Probes {
@@ -48,28 +49,22 @@ impl Probes {
             Some(Change::Count(target)) => return set(server, target, false),
             None => (),
         }
-        let request = proto::ListProbesRequest { container: self.container.unwrap_or_default() };
-        let probes = talk(server, |mut client| async move {
-            Ok(client.list_probes(request).await.map_err(explain)?.into_inner().probes)
-        })?;
+        let request = proto::ListProbesRequest { container: self.container.to_proto() };
+        let probes = call(server, request, Client::list_probes)?.probes;
         let probes: Vec<Probe> =
             probes.into_iter().map(convert::probe_from_proto).collect::<Result<_, _>>()?;
         list(&probes, &self.listing)?;
-        if probes.is_empty() && self.listing.output == Format::Table && !self.listing.quiet {
-            eprintln!("no probe is known");
-        }
+        self.listing.note_if_empty(probes.len(), "no probe is known");
         Ok(Exit::Clean)
     }
 }
 
 fn set(server: Server<'_>, target: Target, reported: bool) -> anyhow::Result<Exit> {
     let request = proto::SetProbeRequest { probe: target.probe, reported };
-    let probe = talk(server, |mut client| async move {
-        Ok(client.set_probe(request).await.map_err(explain)?.into_inner().probe)
-    })?;
-    let probe = probe.ok_or_else(|| anyhow::anyhow!("driftd gave no probe"))?;
+    let probe = call(server, request, Client::set_probe)?.probe;
+    let probe = probe.ok_or_else(|| anyhow::anyhow!("driftd returned no probe"))?;
     let probe = convert::probe_from_proto(probe)?;
-    one(&probe, target.output, || text(&probe))?;
+    one(&probe, target.output.format, || text(&probe))?;
     Ok(Exit::Clean)
 }
 
@@ -83,7 +78,7 @@ fn text(probe: &Probe) -> String {
     )
 }
 
-/// How far apart its runs are.
+/// The time between two runs.
 fn rhythm(milliseconds: u64) -> String {
     match milliseconds {
         0..1000 => format!("{milliseconds}ms"),
@@ -169,13 +164,13 @@ mod tests {
         };
         insta::assert_snapshot!(table(&probes, &style(false)));
         insta::assert_snapshot!(table(&probes, &style(true)));
-        let told = probes.each_ref().map(text).concat();
-        assert_clean(&told);
-        insta::assert_snapshot!(told);
+        let texts = probes.each_ref().map(text).concat();
+        assert_clean(&texts);
+        insta::assert_snapshot!(texts);
     }
 
     #[test]
-    fn a_rhythm_is_told_in_one_unit() {
+    fn a_rhythm_is_written_in_one_unit() {
         for (milliseconds, expected) in
             [(500, "500ms"), (1500, "1.5s"), (10_000, "10s"), (90_000, "90s"), (600_000, "10m")]
         {

@@ -1,13 +1,16 @@
-//! `driftd respond`
+//! `driftd respond`: kills, pauses or resumes a container.
+//!
+//! Sends the request and prints the outcome. Decides nothing: the daemon checks the container,
+//! the run and the reason.
 
 use std::path::Path;
 
 use clap::Subcommand;
 use serde::Serialize;
 
-use super::client::{explain, talk};
+use super::client::{Client, call};
 use super::exit::Exit;
-use super::output::{Format, one, safe};
+use super::output::{Output, one, safe};
 use crate::api::{convert, proto};
 use crate::model::{ContainerId, Outcome};
 use crate::respond::Action;
@@ -34,15 +37,14 @@ pub(super) struct Target {
     /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
     #[arg(required_unless_present = "finding")]
     container: Option<String>,
-    /// Answer what this finding tells of, and refuse if that run of its container is over
+    /// Respond to this finding, and refuse if that run of its container is over
     #[arg(long, value_name = "ID")]
     finding: Option<String>,
-    /// Why; it is kept in the history
+    /// Why: the history keeps it
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     reason: String,
-    /// How to print the answer
-    #[arg(short, long, default_value_t, value_name = "FORMAT")]
-    output: Format,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Serialize)]
@@ -67,17 +69,16 @@ impl Respond {
             reason: target.reason.clone(),
             no_restart,
         };
-        let response = talk(socket, |mut client| async move {
-            Ok(client.respond(request).await.map_err(explain)?.into_inner())
-        })?;
-        let outcome = response.outcome.ok_or_else(|| anyhow::anyhow!("driftd gave no outcome"))?;
+        let response = call(socket, request, Client::respond)?;
+        let outcome =
+            response.outcome.ok_or_else(|| anyhow::anyhow!("driftd returned no outcome"))?;
         let json = ResponseJson {
             schema: "driftd.response/v1",
             container: ContainerId::new(&response.namespace, &response.container),
             reason: target.reason,
             outcome: convert::outcome_from_proto(outcome)?,
         };
-        one(&json, target.output, || text(&json))?;
+        one(&json, target.output.format, || text(&json))?;
         Ok(if json.outcome.succeeded { Exit::Clean } else { Exit::Failed })
     }
 }

@@ -1,47 +1,38 @@
-//! `driftd sessions`: who came into a container, and how.
+//! `driftd sessions`: how each session in a container began, and for which user.
+//!
+//! Owns the short texts about sessions that `show` and `timeline` print as well.
 
 use jiff::Timestamp;
 
-use super::client::{Client, Server, explain, follow, talk};
-use super::containers::pod;
+use super::client::{Client, Server, explain, talk};
+use super::describe::{command_line, number, pod};
 use super::exit::Exit;
-use super::findings::{After, command_line, more_findings, rows, tell_gap, told as told_after};
-use super::output::{
-    Field, Format, Listed, Listing, Printer, Style, age, safe, short, span, time, write,
-};
+use super::follow::{follow, print, print_gap, refuse};
+use super::output::{Field, Listed, Listing, Style, age, safe, short, span, time};
+use super::pages::{OfContainer, Part, page, print_pages};
 use super::when::{self, When};
+use crate::api::proto::follow_findings_response::Event;
 use crate::api::{convert, proto};
 use crate::model::{self, Entry, Interactive, Session, SessionState};
 
-/// Sessions asked for at once.
-const PAGE: u32 = 1000;
-
 #[derive(Debug, clap::Args)]
 pub(super) struct Sessions {
-    /// Only of this container: its whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID
-    #[arg(short, long, value_name = "CONTAINER")]
-    container: Option<String>,
-    /// Only those that go on
+    #[command(flatten)]
+    container: OfContainer,
+    /// Only sessions that have not ended
     #[arg(long)]
     open: bool,
-    /// Only what went on after this time: 2h, yesterday, 2026-11-27, 14:30, RFC 3339
+    /// Only sessions that were open after this time: 2h, yesterday, 2026-11-27, 14:30, RFC 3339
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = when::parse)]
     since: Option<When>,
-    /// Only what began before this time
+    /// Only sessions that began before this time
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = when::parse)]
     until: Option<When>,
     /// Keep printing sessions as they open, change and close, until interrupted
     #[arg(long, conflicts_with_all = ["limit", "page"])]
     follow: bool,
-    /// With --follow: only what comes after this cursor (0: everything kept), or `latest`
-    #[arg(long, value_name = "CURSOR", requires = "follow", default_value = "0")]
-    after: After,
-    /// Print at most this many, the newest (0: all) [default: 1000 in a table, all otherwise]
-    #[arg(long, value_name = "NUMBER")]
-    limit: Option<usize>,
-    /// Go on behind an earlier page, by the token that it ended with
-    #[arg(long, value_name = "TOKEN")]
-    page: Option<String>,
+    #[command(flatten)]
+    part: Part,
     #[command(flatten)]
     listing: Listing,
 }
@@ -53,14 +44,13 @@ impl Sessions {
 
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         if self.follow {
-            if !self.listing.output.is_endless() {
-                eprintln!("error: a stream never ends: use -o jsonl with --follow");
-                return Ok(Exit::Usage);
-            }
-            return self.follow(server);
+            return match refuse(&self.listing) {
+                Some(refused) => Ok(refused),
+                None => self.follow(server),
+            };
         }
         let filter = proto::SessionFilter {
-            container: self.container.clone().unwrap_or_default(),
+            container: self.container.to_proto(),
             state: match self.open {
                 true => proto::SessionState::Open.into(),
                 false => proto::SessionState::Unspecified.into(),
@@ -72,75 +62,47 @@ impl Sessions {
         Ok(Exit::Clean)
     }
 
-    async fn print(&self, mut client: Client, filter: proto::SessionFilter) -> anyhow::Result<()> {
-        let for_people = self.listing.output.is_for_people() && !self.listing.quiet;
-        let limit = rows(self.limit, for_people);
-        let mut printer = Printer::new(&self.listing);
-        let mut request = proto::ListSessionsRequest {
-            filter: Some(filter),
-            page_size: 0,
-            page_token: self.page.clone().unwrap_or_default(),
-        };
-        loop {
-            let left = limit.saturating_sub(printer.printed);
-            request.page_size = u32::try_from(left).unwrap_or(PAGE).min(PAGE);
-            let page = client.list_sessions(request.clone()).await.map_err(explain)?.into_inner();
-            let sessions: Vec<Session> = page
-                .sessions
-                .into_iter()
-                .map(convert::session_from_proto)
-                .collect::<Result<_, _>>()?;
-            printer.page(&sessions)?;
-            request.page_token = page.next_page_token;
-            if request.page_token.is_empty() || printer.printed >= limit {
-                break;
-            }
-        }
-        let (printed, more) = (printer.printed, request.page_token);
-        printer.end::<Session>()?;
-        if !more.is_empty() && for_people {
-            write(more_findings(printed, &more).as_bytes())?;
-        } else if !more.is_empty() {
-            eprintln!("there are more (go on with: --page {more})");
-        }
-        if printed == 0 && for_people {
-            eprintln!("nobody was seen (is the view complete? see: driftd status)");
-        }
-        Ok(())
+    async fn print(
+        &self,
+        mut client: Client,
+        filter: proto::SessionFilter,
+    ) -> anyhow::Result<usize> {
+        let nothing = "no session was seen (is the view complete? see: driftd status)";
+        print_pages(&self.listing, &self.part, nothing, async |page_size, page_token| {
+            let filter = Some(filter.clone());
+            let request = proto::ListSessionsRequest { filter, page_size, page_token };
+            let found = client.list_sessions(request).await.map_err(explain)?.into_inner();
+            page(found.sessions, found.next_page_token, convert::session_from_proto)
+        })
+        .await
     }
 
     fn follow(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let request = proto::FollowFindingsRequest {
             filter: Some(proto::FindingFilter {
-                container: self.container.clone().unwrap_or_default(),
+                container: self.container.to_proto(),
                 ..Default::default()
             }),
-            after_cursor: self.after.to_proto(),
+            after_cursor: self.part.after.to_proto(),
             sessions: true,
         };
         let timestamp =
             |when: Option<&When>| when.map(When::timestamp).transpose().map_err(anyhow::Error::msg);
         let (since, until) = (timestamp(self.since.as_ref())?, timestamp(self.until.as_ref())?);
-        follow(server, request, |cursor, event| {
-            use proto::follow_findings_response::Event;
-            match event {
-                Event::Session(session) => {
-                    let session = convert::session_from_proto(session)?;
-                    if !self.is_wanted(&session, since, until) {
-                        return Ok(());
-                    }
-                    let text = match self.listing.output {
-                        _ if self.listing.quiet => format!("{}\n", session.id),
-                        Format::Table | Format::Wide => line(&session, self.listing.no_trunc),
-                        format => told_after(&session, cursor, format)?,
-                    };
-                    write(text.as_bytes())?;
+        let listing = &self.listing;
+        follow(server, request, |cursor, event| match event {
+            Event::Session(session) => {
+                let session = convert::session_from_proto(session)?;
+                if !self.is_wanted(&session, since, until) {
+                    return Ok(());
                 }
-                Event::Gap(gap) => tell_gap(&gap, cursor, &self.listing)?,
-                // Findings have a command of their own.
-                Event::Finding(_) => (),
+                print(&session, &session.id.to_string(), cursor, listing, || {
+                    line(&session, listing.no_trunc)
+                })
             }
-            Ok(())
+            Event::Gap(gap) => print_gap(&gap, cursor, listing),
+            // `driftd findings --follow` prints these.
+            Event::Finding(_) => Ok(()),
         })
     }
 
@@ -158,7 +120,7 @@ impl Sessions {
     }
 }
 
-/// How a session came in, in few words.
+/// How a session began, in few words.
 pub(super) fn entry(entry: Entry) -> &'static str {
     match entry {
         Entry::RuntimeExec => "runtime exec",
@@ -170,8 +132,8 @@ pub(super) fn entry(entry: Entry) -> &'static str {
     }
 }
 
-/// Whose session it is, as well as can be told.
-pub(super) fn who(session: &Session) -> String {
+/// The user of a session, as far as it is known.
+fn user(session: &Session) -> String {
     match (&session.requested_by, session.login, session.process.uid) {
         (Some(name), _, _) => safe(name),
         (None, Some(login), _) => format!("login uid {}", login.uid),
@@ -180,7 +142,7 @@ pub(super) fn who(session: &Session) -> String {
     }
 }
 
-/// Its terminal, or what makes it a person's without one.
+/// The terminal, or what makes the session interactive without one.
 fn terminal(session: &Session) -> String {
     let tty = session.process.tty.as_deref().map(safe);
     tty.or_else(|| session.interactive.map(interactive)).unwrap_or_default()
@@ -190,7 +152,7 @@ fn interactive(how: Interactive) -> String {
     how.name().replace('_', " ")
 }
 
-/// How something ended, in few words.
+/// How a process ended, in few words.
 pub(super) fn exit(exit: model::Exit) -> String {
     match (exit.code, exit.signal) {
         (_, Some(signal)) => format!("signal {signal}"),
@@ -199,7 +161,7 @@ pub(super) fn exit(exit: model::Exit) -> String {
     }
 }
 
-/// What is known of an end: how, and after how long.
+/// How a process or session ended, and after how long, as far as it is known.
 pub(super) fn result(
     started_at: Timestamp,
     ended_at: Option<Timestamp>,
@@ -236,26 +198,22 @@ fn line(session: &Session, no_trunc: bool) -> String {
         session.state.name(),
         safe(&container.namespace),
         id(safe(&container.id)),
-        told(session),
+        in_short(session),
         number(session.commands, "command"),
         number(session.findings_total, "finding"),
         id(session.id.to_string()),
     )
 }
 
-fn number(number: u64, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
-
-/// How it came in, who it is and what was run first.
-pub(super) fn told(session: &Session) -> String {
+/// How the session began, its user and the first command.
+pub(super) fn in_short(session: &Session) -> String {
     let mut parts = vec![entry(session.entry).to_owned()];
     parts.extend(match &session.process.tty {
         Some(tty) => Some(format!("terminal {}", safe(tty))),
         None => session.interactive.map(interactive),
     });
-    let who = who(session);
-    parts.extend((!who.is_empty()).then_some(who));
+    let user = user(session);
+    parts.extend((!user.is_empty()).then_some(user));
     format!("{}: {}", parts.join(", "), command_line(&session.process))
 }
 
@@ -277,7 +235,7 @@ impl Listed for Session {
             "DURATION",
             "CONTAINER",
             "ENTRY",
-            "WHO",
+            "USER",
             "TTY",
             "COMMANDS",
             "FINDINGS",
@@ -297,7 +255,7 @@ impl Listed for Session {
             duration(self, style.now).into(),
             style.id(&self.container.id.id).into(),
             entry(self.entry).into(),
-            who(self).into(),
+            user(self).into(),
             terminal(self).into(),
             self.commands.to_string().into(),
             self.findings_total.to_string().into(),
@@ -327,7 +285,7 @@ pub(super) mod tests {
         serde_json::from_str(include_str!("../../tests/data/session.json")).unwrap()
     }
 
-    /// One that goes on, and one whose every word is hostile.
+    /// One that has ended, an open one, and one whose every text is hostile.
     pub(in crate::cli) fn samples() -> Vec<Session> {
         let mut open = sample();
         open.id = "20000000000000000000000000000000".parse().unwrap();
@@ -385,7 +343,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_end_is_told_as_far_as_it_is_known() {
+    fn an_end_is_described_as_far_as_it_is_known() {
         let start = Timestamp::UNIX_EPOCH;
         let end = Some(Timestamp::from_second(90).unwrap());
         let code = Some(model::Exit { code: Some(2), signal: None });

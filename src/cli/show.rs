@@ -1,4 +1,6 @@
-//! `driftd show`: one finding or session whole, for a person who must decide.
+//! `driftd show`: one finding or one session with everything that is known about it.
+//!
+//! Finds out which of both an ID is, and prints the finding. `story.rs` prints the session.
 
 use std::fmt::Write as _;
 
@@ -7,22 +9,20 @@ use serde::Serialize;
 use tonic::{Code, Status};
 
 use super::client::{Client, Server, explain, talk};
-use super::containers::pod;
+use super::describe::{Lines, number, pod, shell_word};
 use super::exit::Exit;
-use super::findings::quoted;
-use super::output::{Format, age, one, safe, short, size, time};
+use super::output::{Output, age, one, safe, short, size, time};
 use super::story::Story;
 use crate::api::{convert, proto};
 use crate::history::AlsoIn;
-use crate::model::{Expected, FileEvidence, FileType, Finding, Kind, Outcome, Process};
+use crate::model::{Expected, FileEvidence, FileType, Finding, Kind, Outcome};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Show {
     /// A finding's or a session's ID, or the beginning of it
     id: String,
-    /// How to print the answer
-    #[arg(short, long, default_value_t, value_name = "FORMAT")]
-    output: Format,
+    #[command(flatten)]
+    output: Output,
 }
 
 enum Shown {
@@ -30,14 +30,14 @@ enum Shown {
     Session(Box<Story>),
 }
 
-/// A finding, and what else is known about it.
+/// A finding, with the responses and the other containers that are known for it.
 #[derive(Serialize)]
 struct Whole {
     #[serde(flatten)]
     finding: Finding,
     #[serde(skip)]
     responses: Vec<proto::Response>,
-    /// An older driftd does not say.
+    /// `None` from an older driftd.
     #[serde(skip_serializing_if = "Option::is_none")]
     also_in: Option<AlsoIn>,
 }
@@ -46,32 +46,32 @@ impl Show {
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let now = Timestamp::now();
         match talk(server, |client| find(client, self.id))? {
-            Shown::Finding(whole) => one(&whole, self.output, || text(&whole, now))?,
-            Shown::Session(story) => one(&story, self.output, || story.text(now))?,
+            Shown::Finding(whole) => one(&whole, self.output.format, || text(&whole, now))?,
+            Shown::Session(story) => one(&story, self.output.format, || story.text(now))?,
         }
         Ok(Exit::Clean)
     }
 }
 
-/// The one finding or session that `id` begins.
+/// The one finding or session whose ID begins with `id`.
 async fn find(mut client: Client, id: String) -> anyhow::Result<Shown> {
-    // An older driftd knows of no sessions.
+    // An older driftd has no sessions.
     let is_none = |status: &Status| matches!(status.code(), Code::NotFound | Code::Unimplemented);
     let finding = client.get_finding(proto::GetFindingRequest { id: id.clone() }).await;
     let session = client.get_session(proto::GetSessionRequest { id: id.clone() }).await;
     match (finding, session) {
-        (Ok(answer), Err(status)) if is_none(&status) => {
-            let answer = answer.into_inner();
+        (Ok(reply), Err(status)) if is_none(&status) => {
+            let reply = reply.into_inner();
             let finding =
-                answer.finding.ok_or_else(|| anyhow::anyhow!("driftd gave no finding"))?;
+                reply.finding.ok_or_else(|| anyhow::anyhow!("driftd returned no finding"))?;
             Ok(Shown::Finding(Box::new(Whole {
                 finding: convert::finding_from_proto(finding)?,
-                responses: answer.responses,
-                also_in: answer.also_in.as_ref().map(convert::also_in_from_proto),
+                responses: reply.responses,
+                also_in: reply.also_in.as_ref().map(convert::also_in_from_proto),
             })))
         }
-        (Err(status), Ok(answer)) if is_none(&status) => {
-            let story = Story::fetch(&mut client, answer.into_inner()).await?;
+        (Err(status), Ok(reply)) if is_none(&status) => {
+            let story = Story::fetch(&mut client, reply.into_inner()).await?;
             Ok(Shown::Session(Box::new(story)))
         }
         (Ok(_), Ok(_)) => Err(anyhow::anyhow!(
@@ -110,12 +110,12 @@ fn sentence(kind: Kind) -> &'static str {
             "A file has a setuid or setgid bit or a capability that the image does not give it."
         }
         Kind::FilePersistence => {
-            "A file was changed that makes something run later, or lets somebody in."
+            "A file was changed that makes something run later, or gives access."
         }
         Kind::PackageTransaction => "A package manager changed what is installed.",
         Kind::ShellReverse => "The input and output of a shell are a network connection.",
-        Kind::SessionInteractive => "Somebody entered the container with a terminal.",
-        Kind::SessionExec => "Something entered the container, without a terminal.",
+        Kind::SessionInteractive => "A process entered the container, with a terminal.",
+        Kind::SessionExec => "A process entered the container, without a terminal.",
         Kind::NamespaceEntered => {
             "A process of the host's has joined the container's namespaces, past its runtime."
         }
@@ -124,42 +124,44 @@ fn sentence(kind: Kind) -> &'static str {
     }
 }
 
-/// Lines with a label each; a label that repeats is left out.
-pub(super) struct Lines(pub(super) String);
-
-impl Lines {
-    pub(super) fn add(&mut self, label: &str, value: &str) {
-        writeln!(self.0, "{label:<11} {value}").expect("writing to a String cannot fail");
-    }
-
-    pub(super) fn add_process(&mut self, process: &Process) {
-        let mut who = format!("pid {}", process.identity.pid);
-        if let Some(uid) = process.uid {
-            write!(who, ", uid {uid}").expect("writing to a String cannot fail");
-        }
-        if let Some(tty) = &process.tty {
-            write!(who, ", terminal {}", safe(tty)).expect("writing to a String cannot fail");
-        }
-        self.add("Process", &who);
-        self.add("", &program(process.exe.as_deref(), process.argv.as_deref()));
-        for ancestor in &process.ancestors {
-            let program = program(ancestor.exe.as_deref(), ancestor.argv.as_deref());
-            self.add("  child of", &format!("pid {}, {program}", ancestor.identity.pid));
-        }
-    }
-}
-
-fn text(Whole { finding, responses, also_in }: &Whole, now: Timestamp) -> String {
+fn text(whole: &Whole, now: Timestamp) -> String {
+    let finding = &whole.finding;
     let mut lines = Lines(format!(
         "{} {}\n{}\n\n",
         finding.severity.name().to_uppercase(),
         finding.kind,
         sentence(finding.kind)
     ));
+    add_when_and_where(&mut lines, finding, now);
+    add_files(&mut lines, whole);
+    if let Some(process) = &finding.process {
+        lines.add_process(process);
+    }
+    let links = [
+        ("Session", finding.session.map(|id| id.to_string())),
+        ("Before", finding.story.map(|id| id.to_string())),
+        ("Brought by", finding.transaction.map(|id| id.to_string())),
+    ];
+    for (label, id) in links {
+        if let Some(id) = id {
+            lines.add(label, &format!("{id} (driftd show {})", short(&id)));
+        }
+    }
+    add_responses(&mut lines, whole);
+    if let Some(attack) = &finding.attack {
+        let (technique, tactic) = (safe(&attack.technique), safe(&attack.tactic));
+        lines.add("ATT&CK", &format!("{technique} ({tactic})"));
+    }
+    lines.0 + &next_steps(finding)
+}
+
+fn add_when_and_where(lines: &mut Lines, finding: &Finding, now: Timestamp) {
     lines.add("Finding", &format!("{} (revision {})", finding.id, finding.revision));
-    let times = if finding.count == 1 { "once" } else { "times" };
-    let count = if finding.count == 1 { String::new() } else { format!("{} ", finding.count) };
-    lines.add("Seen", &format!("{count}{times}, by the {}", safe(&finding.source)));
+    let count = match finding.count {
+        1 => "once".to_owned(),
+        count => format!("{count} times"),
+    };
+    lines.add("Seen", &format!("{count}, by the {}", safe(&finding.source)));
     lines.add("  first", &time(finding.first_seen));
     lines.add("  last", &format!("{} ({})", time(finding.last_seen), age(now, finding.last_seen)));
     lines.add("Node", &safe(&finding.node));
@@ -172,9 +174,8 @@ fn text(Whole { finding, responses, also_in }: &Whole, now: Timestamp) -> String
         lines.add("Container", "none that is watched uses this layer");
     }
     if let Some(files) = finding.files {
-        let files = if files == 1 { "1 file".to_owned() } else { format!("{files} files") };
         let list = format!("driftd members {}", short(&finding.id.to_string()));
-        lines.add("Stands for", &format!("{files} ({list})"));
+        lines.add("Stands for", &format!("{} ({list})", number(files, "file")));
     }
     if let Some(detail) = &finding.detail {
         lines.add("Detail", &safe(detail));
@@ -183,44 +184,36 @@ fn text(Whole { finding, responses, also_in }: &Whole, now: Timestamp) -> String
     if let Some(digest) = finding.image.manifest_digest {
         lines.add("", &digest.to_string());
     }
+}
 
+/// What the image has, what was found, and where else the content was found.
+fn add_files(lines: &mut Lines, Whole { finding, also_in, .. }: &Whole) {
     if let Some(expected) = &finding.expected {
-        add_expected(&mut lines, expected);
+        add_expected(lines, expected);
     } else if finding.file.is_some() {
         lines.add("Expected", "nothing: the image has no such file");
     }
     if let Some(file) = &finding.file {
-        add_file(&mut lines, file, if finding.files.is_some() { "First" } else { "Found" });
+        add_file(lines, file, if finding.files.is_some() { "First" } else { "Found" });
         if let Some(expected) = &finding.expected {
             lines.add("Differs in", &differences(expected, file));
         }
         if let (Some(also_in), Some(content)) = (also_in, file.blake3) {
-            add_also_in(&mut lines, also_in, &content.to_string());
+            add_also_in(lines, also_in, &content.to_string());
         }
     }
     if let Some(name) = &finding.invoked_as {
         lines.add("Called as", &safe(name));
     }
-    if let Some(process) = &finding.process {
-        lines.add_process(process);
-    }
-    if let Some(session) = finding.session {
-        let id = session.to_string();
-        lines.add("Session", &format!("{id} (driftd show {})", short(&id)));
-    }
-    if let Some(story) = finding.story {
-        let id = story.to_string();
-        lines.add("Before", &format!("{id} (driftd show {})", short(&id)));
-    }
-    if let Some(transaction) = finding.transaction {
-        let id = transaction.to_string();
-        lines.add("Brought by", &format!("{id} (driftd show {})", short(&id)));
-    }
+}
+
+/// The verdict on the finding, and what was done to its container.
+fn add_responses(lines: &mut Lines, Whole { finding, responses, .. }: &Whole) {
     let rule = finding.verdict.rule.as_deref().unwrap_or("the default");
     lines.add("Verdict", &format!("{}, by {}", finding.verdict.disposition, safe(rule)));
     match &finding.outcome {
         None if responses.is_empty() => lines.add("Outcome", "none: nothing was done"),
-        // What was done to its container follows.
+        // The responses follow.
         None => (),
         Some(outcome) => lines.add("Outcome", &done(outcome)),
     }
@@ -234,11 +227,6 @@ fn text(Whole { finding, responses, also_in }: &Whole, now: Timestamp) -> String
         lines.add("", &format!("asked by {}", safe(&response.requested_by)));
         lines.add("", &format!("because {}", safe(&response.reason)));
     }
-    if let Some(attack) = &finding.attack {
-        let (technique, tactic) = (safe(&attack.technique), safe(&attack.tactic));
-        lines.add("ATT&CK", &format!("{technique} ({tactic})"));
-    }
-    lines.0 + &next_steps(finding)
 }
 
 fn done(outcome: &Outcome) -> String {
@@ -290,9 +278,9 @@ fn add_also_in(lines: &mut Lines, also_in: &AlsoIn, content: &str) {
     if also_in.containers == 0 {
         return;
     }
-    let containers = if also_in.containers == 1 { "container" } else { "containers" };
     let list = format!("driftd findings --hash {}", short(content));
-    lines.add("Also in", &format!("{} {containers} ({list})", also_in.containers));
+    let containers = number(also_in.containers.into(), "container");
+    lines.add("Also in", &format!("{containers} ({list})"));
     for container in also_in.newest.iter().take(3) {
         lines.add("", &safe(&container.to_string()));
     }
@@ -318,7 +306,7 @@ fn add_content(
 fn differences(expected: &Expected, file: &FileEvidence) -> String {
     let content = match (expected.blake3, file.blake3) {
         (Some(one), Some(other)) => one != other,
-        // Sizes that differ prove it; equal ones say nothing.
+        // Without hashes, only sizes that differ prove another content.
         (_, _) => expected.size != file.size,
     };
     let all = [
@@ -333,46 +321,30 @@ fn differences(expected: &Expected, file: &FileEvidence) -> String {
     if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }
 
-pub(super) fn program(exe: Option<&str>, argv: Option<&[String]>) -> String {
-    match (exe.map(safe), argv.filter(|argv| !argv.is_empty())) {
-        (Some(exe), Some(argv)) => format!("{exe}: {}", quoted(argv)),
-        (Some(exe), None) => exe,
-        // Its file cannot be read, as that of the host's first process in a namespace.
-        (None, Some(argv)) => quoted(argv),
-        (None, None) => {
-            "a program that could not be read (it was gone, or is the kernel's)".to_owned()
-        }
-    }
-}
-
 fn next_steps(finding: &Finding) -> String {
     let Some(container) = finding.container_id() else { return String::new() };
     let container = shell_word(&short(&safe(&container.id)));
     let mut text =
         format!("\nNext:\n  driftd diff {container}\n  driftd findings --container {container}\n");
-    // What is over cannot be answered.
+    // There is nothing to respond to once that run of the container has ended.
     let is_over = finding
         .outcome
         .as_ref()
         .is_some_and(|outcome| outcome.gone || (outcome.succeeded && outcome.action == "kill"));
     if !is_over {
         let id = short(&finding.id.to_string());
-        // By the finding its run of the container is named, and no later one.
-        let (whom, why) = match finding.run {
+        // The finding stands for that run of the container only. The container's name would
+        // stand for a later run as well.
+        let (target, why) = match finding.run {
             Some(_) => (format!("--finding {id}"), "it is drift".to_owned()),
             None => (container, format!("finding {id}")),
         };
         for action in ["pause", "kill"] {
-            writeln!(text, "  driftd respond {action} {whom} --reason '{why}'")
+            writeln!(text, "  driftd respond {action} {target} --reason '{why}'")
                 .expect("writing to a String cannot fail");
         }
     }
     text
-}
-
-/// Text that a person may paste into a shell.
-pub(super) fn shell_word(text: &str) -> String {
-    quoted(&[text.to_owned()])
 }
 
 #[cfg(test)]
@@ -417,13 +389,5 @@ mod tests {
         assert!(shown.contains(&format!("driftd respond kill --finding {id} --reason")), "{shown}");
         insta::assert_snapshot!(text(&Whole { responses: vec![killed], ..whole(&session) }, now));
         insta::assert_snapshot!(text(&whole(&hostile), now));
-    }
-
-    #[test]
-    fn what_is_to_be_pasted_into_a_shell_is_one_word_there() {
-        assert_eq!(shell_word("k8s.io/4f"), "k8s.io/4f");
-        assert_eq!(shell_word("a;reboot"), "'a;reboot'");
-        assert_eq!(shell_word("a'b"), r"'a'\''b'");
-        assert_eq!(shell_word("$(x)"), "'$(x)'");
     }
 }

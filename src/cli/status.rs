@@ -1,4 +1,7 @@
-//! `driftd status`
+//! `driftd status`: whether the view is complete, and what is missing from it.
+//!
+//! Owns the JSON of the status and its text for people. The daemon decides what is complete;
+//! this only prints it.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,21 +10,21 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::client::{explain, talk};
+use super::client::{Client, call};
 use super::exit::Exit;
-use super::findings::{GapJson, gap_json};
-use super::output::{Format, age, one, safe};
+use super::gap::{GapJson, gap_json};
+use super::output::{Output, age, one, safe};
 use crate::api::{convert, proto};
 use crate::config;
 use crate::health::{Loss, Missing};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
-    /// How to print the answer
-    #[arg(short, long, default_value_t, value_name = "FORMAT")]
-    output: Format,
+    #[command(flatten)]
+    output: Output,
 }
 
+// Long: each field is a key of the published JSON.
 #[derive(Serialize)]
 struct StatusJson {
     schema: &'static str,
@@ -40,20 +43,20 @@ struct StatusJson {
     findings: u64,
     gate_answers: u64,
     data_writes: u64,
-    /// Unset until the daemon has begun to watch.
+    /// Null until the daemon has begun to watch.
     gate: Option<GateJson>,
-    /// Changes that were found by walks, without their author.
+    /// Changes that scans found, without the process that made them.
     left_to_sweeps: u64,
-    /// Executions whose arguments found no room in the kernel's records.
+    /// Executions whose arguments the kernel had no room to record.
     arguments_unrecorded: u64,
-    /// The same of the host's own programs: nothing that is watched.
+    /// The same for programs of the host, which are not watched.
     arguments_unrecorded_of_host: u64,
-    /// What waits to be looked at, the oldest first.
+    /// What waits to be examined, the oldest first.
     backlogs: Vec<BacklogJson>,
     losses: Vec<Loss>,
     /// What waits for the daemon's threads, and whether they make progress.
     threads: Vec<ThreadJson>,
-    /// From when to when the view was incomplete: what still is, then the newest.
+    /// The times in which the view was incomplete: the open ones, then the newest.
     gaps: Vec<GapJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
@@ -70,16 +73,16 @@ struct BacklogJson {
 #[derive(Serialize)]
 struct ThreadJson {
     name: String,
-    /// Unset where there is no queue.
+    /// Null for a thread without a queue.
     queued: Option<u64>,
     /// For how long the oldest item has waited.
     oldest_seconds: f64,
-    /// For how long it has been busy with one item without any progress.
+    /// For how long the thread has been busy with one item without any progress.
     still_seconds: f64,
     stuck: bool,
 }
 
-/// Seconds, to the millisecond.
+/// Milliseconds as seconds.
 pub(super) fn seconds(milliseconds: u64) -> f64 {
     Duration::from_millis(milliseconds).as_secs_f64()
 }
@@ -95,7 +98,7 @@ struct QueueJson {
 #[derive(Serialize)]
 struct GateJson {
     mode: String,
-    /// Why that is not what the settings ask for.
+    /// Why the mode is not the one in the settings.
     instead: Option<String>,
     ignored: u64,
     copy_ups: u64,
@@ -110,125 +113,119 @@ struct EndpointJson {
 
 impl Status {
     pub(super) fn run(&self, socket: &Path) -> anyhow::Result<Exit> {
-        let status = talk(socket, |mut client| async move {
-            let request = proto::GetStatusRequest {};
-            Ok(client.get_status(request).await.map_err(explain)?.into_inner())
-        })?;
-        let queue = status.baseline_queue.unwrap_or_default();
-        let status = StatusJson {
-            schema: "driftd.status/v1",
-            started_at: convert::time_from_proto("started_at", status.started_at)?,
-            version: status.version,
-            node: status.node,
-            complete: status.complete,
-            problems: status.problems,
-            endpoints: status
-                .endpoints
-                .into_iter()
-                .map(|endpoint| EndpointJson {
-                    socket: endpoint.socket,
-                    connected: endpoint.connected,
-                    reason: (!endpoint.reason.is_empty()).then_some(endpoint.reason),
-                })
-                .collect(),
-            containers_watched: status.containers_watched,
-            baselines: status.baselines,
-            baselines_verified: status.baselines_verified,
-            baselines_pending: status.baselines_pending,
-            baseline_queue: QueueJson {
-                recording: queue.recording,
-                waiting: queue.waiting,
-                oldest_seconds: queue.oldest_seconds,
-                verifying: queue.verifying,
-            },
-            containers_without_baseline: status.containers_without_baseline,
-            findings: status.findings,
-            gate_answers: status.gate_answers,
-            data_writes: status.data_writes,
-            gate: status.gate.map(|gate| GateJson {
-                mode: gate.mode,
-                instead: (!gate.instead.is_empty()).then_some(gate.instead),
-                ignored: gate.ignored,
-                copy_ups: gate.copy_ups,
-            }),
-            left_to_sweeps: status.left_to_sweeps,
-            arguments_unrecorded: status.arguments_unrecorded,
-            arguments_unrecorded_of_host: status.arguments_unrecorded_of_host,
-            backlogs: status
-                .backlogs
-                .into_iter()
-                .map(|backlog| BacklogJson {
-                    container: backlog.container,
-                    stage: backlog.stage,
-                    waiting: backlog.waiting,
-                    oldest_milliseconds: backlog.oldest_milliseconds,
-                })
-                .collect(),
-            losses: status
-                .losses
-                .into_iter()
-                .map(|loss| Loss { name: loss.name, count: loss.count })
-                .collect(),
-            threads: status
-                .threads
-                .into_iter()
-                .map(|thread| ThreadJson {
-                    name: thread.name,
-                    queued: thread.queued,
-                    oldest_seconds: seconds(thread.oldest_milliseconds),
-                    still_seconds: seconds(thread.still_milliseconds),
-                    stuck: thread.stuck,
-                })
-                .collect(),
-            gaps: status.gaps.iter().map(gap_json).collect::<anyhow::Result<_>>()?,
-            missing: status
-                .missing
-                .into_iter()
-                .map(|missing| Missing {
-                    name: missing.name,
-                    since: missing.since,
-                    meaning: missing.meaning,
-                })
-                .collect(),
-        };
-        one(&status, self.output, || text(&status, Timestamp::now()))?;
+        let status = call(socket, proto::GetStatusRequest {}, Client::get_status)?;
+        let status = status_json(status)?;
+        one(&status, self.output.format, || text(&status, Timestamp::now()))?;
         Ok(if status.complete { Exit::Clean } else { Exit::Drift })
     }
 }
 
-fn text(status: &StatusJson, now: Timestamp) -> String {
-    let mut text = String::new();
-    let mut line = |label: &str, value: &str| {
-        writeln!(text, "{label:<12}{value}").expect("writing to a String cannot fail");
-    };
-    let view = if status.complete { "complete" } else { "INCOMPLETE" };
-    line("View", view);
-    for problem in &status.problems {
-        line("", &format!("- {}", safe(problem)));
+// Long: one line for each key.
+fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<StatusJson> {
+    Ok(StatusJson {
+        schema: "driftd.status/v1",
+        started_at: convert::time_from_proto("started_at", status.started_at)?,
+        version: status.version,
+        node: status.node,
+        complete: status.complete,
+        problems: status.problems,
+        endpoints: map(status.endpoints, |proto::Endpoint { socket, connected, reason }| {
+            EndpointJson { socket, connected, reason: filled(reason) }
+        }),
+        containers_watched: status.containers_watched,
+        baselines: status.baselines,
+        baselines_verified: status.baselines_verified,
+        baselines_pending: status.baselines_pending,
+        baseline_queue: {
+            let proto::BaselineQueue { recording, waiting, oldest_seconds, verifying } =
+                status.baseline_queue.unwrap_or_default();
+            QueueJson { recording, waiting, oldest_seconds, verifying }
+        },
+        containers_without_baseline: status.containers_without_baseline,
+        findings: status.findings,
+        gate_answers: status.gate_answers,
+        data_writes: status.data_writes,
+        gate: status.gate.map(|proto::Gate { mode, instead, ignored, copy_ups }| GateJson {
+            mode,
+            instead: filled(instead),
+            ignored,
+            copy_ups,
+        }),
+        left_to_sweeps: status.left_to_sweeps,
+        arguments_unrecorded: status.arguments_unrecorded,
+        arguments_unrecorded_of_host: status.arguments_unrecorded_of_host,
+        backlogs: map(status.backlogs, |backlog| {
+            let proto::Backlog { container, stage, waiting, oldest_milliseconds } = backlog;
+            BacklogJson { container, stage, waiting, oldest_milliseconds }
+        }),
+        losses: map(status.losses, |proto::Loss { name, count }| Loss { name, count }),
+        threads: map(status.threads, |thread| ThreadJson {
+            name: thread.name,
+            queued: thread.queued,
+            oldest_seconds: seconds(thread.oldest_milliseconds),
+            still_seconds: seconds(thread.still_milliseconds),
+            stuck: thread.stuck,
+        }),
+        gaps: status.gaps.iter().map(gap_json).collect::<anyhow::Result<_>>()?,
+        missing: map(status.missing, |proto::Missing { name, since, meaning }| Missing {
+            name,
+            since,
+            meaning,
+        }),
+    })
+}
+
+fn map<A, B>(items: Vec<A>, convert: impl FnMut(A) -> B) -> Vec<B> {
+    items.into_iter().map(convert).collect()
+}
+
+/// `None` for empty text, which stands for no value in proto.
+fn filled(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+/// The lines for people: a label, and a text. The label is empty in lines that continue.
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, label: &str, value: &str) {
+        writeln!(self.0, "{label:<12}{value}").expect("writing to a String cannot fail");
     }
-    line(
-        "driftd",
-        &format!(
-            "{} on {}, started {}",
-            safe(&status.version),
-            safe(&status.node),
-            age(now, status.started_at)
-        ),
-    );
+}
+
+fn text(status: &StatusJson, now: Timestamp) -> String {
+    let mut lines = Lines(String::new());
+    add_view(&mut lines, status, now);
+    add_counts(&mut lines, status);
+    add_missing(&mut lines, status);
+    lines.0
+}
+
+fn add_view(lines: &mut Lines, status: &StatusJson, now: Timestamp) {
+    lines.add("View", if status.complete { "complete" } else { "INCOMPLETE" });
+    for problem in &status.problems {
+        lines.add("", &format!("- {}", safe(problem)));
+    }
+    let (version, node) = (safe(&status.version), safe(&status.node));
+    let started = age(now, status.started_at);
+    lines.add("driftd", &format!("{version} on {node}, started {started}"));
     for endpoint in &status.endpoints {
         let state = match &endpoint.reason {
             _ if endpoint.connected => "connected".to_owned(),
             Some(reason) => format!("NOT CONNECTED: {}", safe(reason)),
             None => "NOT CONNECTED".to_owned(),
         };
-        line("containerd", &format!("{} {state}", safe(&endpoint.socket)));
+        lines.add("containerd", &format!("{} {state}", safe(&endpoint.socket)));
     }
+}
+
+fn add_counts(lines: &mut Lines, status: &StatusJson) {
     let without = match status.containers_without_baseline {
         0 => String::new(),
         count => format!(", {count} WITHOUT A BASELINE (driftd containers)"),
     };
-    line("Containers", &format!("{} watched{without}", status.containers_watched));
-    line(
+    lines.add("Containers", &format!("{} watched{without}", status.containers_watched));
+    lines.add(
         "Baselines",
         &format!(
             "{} recorded, {} of them verified, {} waited for",
@@ -236,53 +233,48 @@ fn text(status: &StatusJson, now: Timestamp) -> String {
         ),
     );
     if let Some(queue) = queue(&status.baseline_queue) {
-        line("Queue", &queue);
+        lines.add("Queue", &queue);
     }
-    line("Findings", &format!("{} kept (driftd findings)", status.findings));
-    line(
+    lines.add("Findings", &format!("{} kept (driftd findings)", status.findings));
+    lines.add(
         "Seen",
         &format!("{} executions, {} writes of data", status.gate_answers, status.data_writes),
     );
     if let Some(gate) = &status.gate {
-        line("Gate", &gate_line(gate));
+        lines.add("Gate", &gate_line(gate));
     }
     if status.left_to_sweeps > 0 {
         let count = status.left_to_sweeps;
-        line("", &format!("{count} changes came too fast to say whose they were"));
+        lines.add("", &format!("{count} changes came too fast to name their processes"));
     }
     if status.arguments_unrecorded > 0 {
         let count = status.arguments_unrecorded;
-        line("", &format!("the arguments of {count} executions found no room in the records"));
+        lines.add("", &format!("the arguments of {count} executions could not be recorded"));
     }
+}
+
+/// What is delayed, was lost or was never seen, and what the kernel lacks.
+fn add_missing(lines: &mut Lines, status: &StatusJson) {
     for backlog in delayed(&status.backlogs) {
-        line("Delayed", &backlog);
+        lines.add("Delayed", &backlog);
     }
-    for thread in &status.threads {
-        if let Some(words) = behind(thread) {
-            line("Behind", &words);
-        }
+    for thread in status.threads.iter().filter_map(behind) {
+        lines.add("Behind", &thread);
     }
     for loss in &status.losses {
-        line("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
+        lines.add("Loss", &format!("{} ({} times)", safe(&loss.name), loss.count));
     }
     for gap in status.gaps.iter().take(MAX_GAPS) {
-        line("Incomplete", &interval(gap));
+        lines.add("Incomplete", &interval(gap));
     }
     if status.gaps.len() > MAX_GAPS {
-        line("", &format!("and {} more (-o json)", status.gaps.len() - MAX_GAPS));
+        lines.add("", &format!("and {} more (-o json)", status.gaps.len() - MAX_GAPS));
     }
     for missing in &status.missing {
-        line(
-            "Kernel",
-            &format!(
-                "has no {}: {} (it comes with {})",
-                safe(&missing.name),
-                safe(&missing.meaning),
-                safe(&missing.since)
-            ),
-        );
+        let (name, meaning) = (safe(&missing.name), safe(&missing.meaning));
+        let since = safe(&missing.since);
+        lines.add("Kernel", &format!("has no {name}: {meaning} (it comes with {since})"));
     }
-    text
 }
 
 /// Containers whose findings are delayed by more than a moment.
@@ -307,7 +299,7 @@ fn delayed(backlogs: &[BacklogJson]) -> Vec<String> {
 /// How long a queue may be behind before people are shown it, in seconds.
 const BEHIND: f64 = 2.0;
 
-/// What is said of a thread that is stuck or behind; `None`: nothing.
+/// The line for a thread that is stuck or behind; `None` for others.
 fn behind(thread: &ThreadJson) -> Option<String> {
     let ThreadJson { name, queued, oldest_seconds, still_seconds, stuck } = thread;
     let name = safe(name);
@@ -321,12 +313,12 @@ fn behind(thread: &ThreadJson) -> Option<String> {
 /// How many gaps people are shown.
 const MAX_GAPS: usize = 8;
 
-/// From when to when the view of what was incomplete.
+/// The line for a gap.
 fn interval(gap: &GapJson) -> String {
     let whose = gap
         .container
         .as_ref()
-        .map_or("every container".to_owned(), |container| safe(&container.to_string()).to_string());
+        .map_or("every container".to_owned(), |container| safe(&container.to_string()));
     let until = match gap.until {
         Some(until) => format!("to {until}"),
         None => "until now".to_owned(),
@@ -335,7 +327,7 @@ fn interval(gap: &GapJson) -> String {
 }
 
 fn gate_line(gate: &GateJson) -> String {
-    let mut words = safe(&gate.mode).to_string();
+    let mut words = safe(&gate.mode);
     if gate.mode == config::Gate::Free.name() {
         let GateJson { ignored, copy_ups, .. } = gate;
         let more =
@@ -343,12 +335,12 @@ fn gate_line(gate: &GateJson) -> String {
         words.push_str(&more);
     }
     if let Some(instead) = &gate.instead {
-        words.push_str(&format!(", which is NOT WHAT THE SETTINGS SAY: {}", safe(instead)));
+        words.push_str(&format!(", NOT AS IN THE SETTINGS: {}", safe(instead)));
     }
     words
 }
 
-/// What the recorder has to do; `None`: nothing.
+/// The line for the recorder's work; `None` if there is none.
 fn queue(queue: &QueueJson) -> Option<String> {
     let QueueJson { recording, waiting, oldest_seconds, verifying } = *queue;
     let mut words = Vec::new();
@@ -378,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn status_says_what_is_missing() {
+    fn status_shows_what_is_missing() {
         let status = StatusJson {
             schema: "driftd.status/v1",
             version: "0.1.0".into(),

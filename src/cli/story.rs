@@ -1,4 +1,7 @@
-//! A session told from its beginning to its end, for `driftd show`.
+//! A session from its beginning to its end, with its commands and findings, for `driftd show`.
+//!
+//! Owns the JSON `driftd.session_story/v1` and the text for people. Fetches all commands of the
+//! session.
 
 use std::fmt::Write as _;
 
@@ -6,23 +9,19 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::client::{Client, explain};
-use super::containers::pod;
-use super::findings::subject;
+use super::describe::{Lines, pod, program, shell_word, subject};
 use super::output::{age, safe, short, time};
+use super::pages::{fetch_pages, page};
 use super::sessions::{entry, result};
-use super::show::{Lines, program, shell_word};
 use super::timeline;
 use crate::api::{convert, proto};
 use crate::model::{Command, Entry, Finding, Interactive, Session, SessionState};
-
-/// Commands asked for at once.
-const PAGE: u32 = 1000;
 
 #[derive(Serialize)]
 pub(super) struct Story {
     schema: &'static str,
     session: Session,
-    /// In the order in which they were begun.
+    /// In the order in which they were started.
     commands: Vec<Command>,
     /// Oldest first.
     findings: Vec<Finding>,
@@ -31,26 +30,27 @@ pub(super) struct Story {
 impl Story {
     pub(super) async fn fetch(
         client: &mut Client,
-        answer: proto::GetSessionResponse,
+        reply: proto::GetSessionResponse,
     ) -> anyhow::Result<Story> {
-        let session = answer.session.ok_or_else(|| anyhow::anyhow!("driftd gave no session"))?;
+        let session = reply.session.ok_or_else(|| anyhow::anyhow!("driftd returned no session"))?;
         let session = convert::session_from_proto(session)?;
-        let findings = answer.findings.into_iter().map(convert::finding_from_proto);
+        let findings = reply.findings.into_iter().map(convert::finding_from_proto);
         let findings = findings.collect::<Result<_, _>>()?;
-        let mut commands = Vec::new();
-        let mut page_token = String::new();
-        loop {
-            let session = session.id.to_string();
-            let request = proto::ListCommandsRequest { session, page_size: PAGE, page_token };
-            let page = client.list_commands(request).await.map_err(explain)?.into_inner();
-            for command in page.commands {
-                commands.push(convert::command_from_proto(command)?);
-            }
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
-                break;
-            }
-        }
+        let mut commands: Vec<Command> = Vec::new();
+        let fetch = async |page_size, page_token| {
+            let request = proto::ListCommandsRequest {
+                session: session.id.to_string(),
+                page_size,
+                page_token,
+            };
+            let found = client.list_commands(request).await.map_err(explain)?.into_inner();
+            page(found.commands, found.next_page_token, convert::command_from_proto)
+        };
+        let keep = |page: Vec<Command>| {
+            commands.extend(page);
+            Ok(())
+        };
+        fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
         Ok(Story { schema: "driftd.session_story/v1", session, commands, findings })
     }
 
@@ -65,7 +65,7 @@ impl Story {
             &format!("{} ({})", time(session.started_at), { age(now, session.started_at) }),
         );
         lines.add("Ended", &end(session));
-        add_who(&mut lines, session);
+        add_origin(&mut lines, session);
         lines.add("Node", &safe(&session.node));
         lines.add("Container", &session.container.id.to_string());
         if session.container.pod.is_some() {
@@ -138,33 +138,34 @@ impl Story {
             writeln!(text, "  driftd show {id}").expect("writing to a String cannot fail");
         }
         let id = short(&self.session.id.to_string());
-        // By its finding the session's run of the container is named, and no later one.
-        let whom = match self.findings.iter().find(|finding| finding.run.is_some()) {
+        // A finding stands for that run of the container only. The container's name would
+        // stand for a later run as well.
+        let target = match self.findings.iter().find(|finding| finding.run.is_some()) {
             Some(finding) => format!("--finding {}", short(&finding.id.to_string())),
             None => container,
         };
         for action in ["pause", "kill"] {
-            writeln!(text, "  driftd respond {action} {whom} --reason 'session {id}'")
+            writeln!(text, "  driftd respond {action} {target} --reason 'session {id}'")
                 .expect("writing to a String cannot fail");
         }
         text
     }
 }
 
-/// What has happened, in a sentence.
+/// How the session began, in a sentence.
 fn sentence(session: &Session) -> String {
     let came = match session.entry {
         Entry::RuntimeExec => "The container's runtime was asked to run something in it",
         Entry::RuntimeDirect => "A container runtime was run by hand to get into it",
         Entry::Namespace => "A process of the host's has joined the container's namespaces",
         Entry::SharedPidNamespace => "Another container was put into its pid namespace",
-        Entry::Attach => "Somebody was connected to the terminal of its init",
+        Entry::Attach => "A client was connected to the terminal of its init",
         Entry::ReverseShell => "A shell within it was given a connection for input and output",
     };
     let how = match session.interactive {
         Some(Interactive::Terminal) => ", with a terminal",
         Some(Interactive::TerminalLater) => ", and a terminal was opened later",
-        // A reverse shell has said so.
+        // The sentence says so already.
         Some(Interactive::Socket) if session.entry == Entry::ReverseShell => "",
         Some(Interactive::Socket) => ", with a connection",
         None => ", without a terminal",
@@ -179,27 +180,28 @@ fn end(session: &Session) -> String {
             let how = result(session.started_at, session.ended_at, session.exit);
             match (session.ended_at, how) {
                 (Some(at), Some(how)) => format!("{} ({how})", time(at)),
-                (None, Some(how)) => format!("nobody saw when ({how})"),
-                (_, None) => "nobody saw when".to_owned(),
+                (None, Some(how)) => format!("not seen ({how})"),
+                (_, None) => "not seen".to_owned(),
             }
         }
     }
 }
 
-fn add_who(lines: &mut Lines, session: &Session) {
-    let mut who = Vec::new();
-    who.extend(session.requested_by.as_deref().map(|name| format!("asked for by {}", safe(name))));
-    who.extend(session.login.map(|login| {
+fn add_origin(lines: &mut Lines, session: &Session) {
+    let mut origin = Vec::new();
+    origin
+        .extend(session.requested_by.as_deref().map(|name| format!("requested by {}", safe(name))));
+    origin.extend(session.login.map(|login| {
         let audit = login.audit_session.map(|number| format!(" (audit session {number})"));
         format!("login uid {} on the node{}", login.uid, audit.unwrap_or_default())
     }));
-    who.extend(session.client.as_deref().map(|client| {
+    origin.extend(session.client.as_deref().map(|client| {
         let exec = session.exec_id.as_deref().map(|id| format!(" as {}", safe(id)));
-        format!("by way of {}{}", safe(client), exec.unwrap_or_default())
+        format!("through {}{}", safe(client), exec.unwrap_or_default())
     }));
-    who.push(format!("seen by the {}", safe(&session.discovered)));
-    for (index, line) in who.iter().enumerate() {
-        lines.add(if index == 0 { "Who" } else { "" }, line);
+    origin.push(format!("seen by the {}", safe(&session.discovered)));
+    for (index, line) in origin.iter().enumerate() {
+        lines.add(if index == 0 { "Origin" } else { "" }, line);
     }
 }
 
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_told_as_a_story() {
+    fn a_session_is_shown_as_a_story() {
         let now = "2026-11-20T10:08:30Z".parse().unwrap();
         let [closed, open, hostile]: [Session; 3] = samples().try_into().unwrap();
         let command: Command =

@@ -1,18 +1,19 @@
-//! `driftd summary`: how much was found, by kind, severity and container.
+//! `driftd summary`: counts what was found, by kind, severity and container.
+//!
+//! Fetches all findings that the filter selects and counts them here; the daemon has no such
+//! request.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::client::{Client, Server, explain, talk};
+use super::client::{Client, Server, talk};
 use super::exit::Exit;
-use super::findings::Filter;
-use super::output::{Field, Listed, Listing, Style, list, safe};
-use crate::api::{convert, proto};
+use super::findings::{Filter, NOTHING, fetch};
+use super::output::{Field, Listed, Listing, Style, age, list, safe};
+use super::pages::fetch_pages;
+use crate::api::proto;
 use crate::model::{ContainerId, Finding, Kind, Severity};
-
-/// Findings asked for at once.
-const PAGE: u32 = 1000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Summary {
@@ -28,11 +29,11 @@ struct SummaryJson {
     schema: &'static str,
     severity: Severity,
     kind: Kind,
-    /// Null for what is of no container.
+    /// Null for findings about no container.
     container: Option<ContainerId>,
     image: Option<String>,
     findings: u64,
-    /// How often they were seen.
+    /// How often the findings were seen.
     count: u64,
     last_seen: jiff::Timestamp,
 }
@@ -64,9 +65,7 @@ impl Summary {
         let counts = talk(server, |client| count(client, filter))?;
         let counts: Vec<SummaryJson> = counts.into_values().collect();
         list(&counts, &self.listing)?;
-        if counts.is_empty() && self.listing.output.is_for_people() && !self.listing.quiet {
-            eprintln!("nothing was found (is the view complete? see: driftd status)");
-        }
+        self.listing.note_if_empty(counts.len(), NOTHING);
         Ok(Exit::Clean)
     }
 }
@@ -76,21 +75,13 @@ async fn count(
     filter: proto::FindingFilter,
 ) -> anyhow::Result<BTreeMap<Key, SummaryJson>> {
     let mut counts = BTreeMap::new();
-    let mut request = proto::ListFindingsRequest {
-        filter: Some(filter),
-        page_size: PAGE,
-        page_token: String::new(),
+    let fetch = async |size, token| fetch(&mut client, &filter, size, token).await;
+    let add_all = |findings: Vec<Finding>| {
+        findings.iter().for_each(|finding| add(&mut counts, finding));
+        Ok(())
     };
-    loop {
-        let page = client.list_findings(request.clone()).await.map_err(explain)?.into_inner();
-        for finding in page.findings {
-            add(&mut counts, &convert::finding_from_proto(finding)?);
-        }
-        request.page_token = page.next_page_token;
-        if request.page_token.is_empty() {
-            return Ok(counts);
-        }
-    }
+    fetch_pages(String::new(), usize::MAX, fetch, add_all).await?;
+    Ok(counts)
 }
 
 impl Listed for SummaryJson {
@@ -116,7 +107,7 @@ impl Listed for SummaryJson {
             container.unwrap_or_default().into(),
             safe(self.image.as_deref().unwrap_or_default()).into(),
             self.count.to_string().into(),
-            super::output::age(style.now, self.last_seen).into(),
+            age(style.now, self.last_seen).into(),
             self.findings.to_string().into(),
         ]
     }

@@ -1,24 +1,28 @@
-//! `driftd timeline`: what happened in one container, a line each.
+//! `driftd timeline`: what happened in one container, one line for each entry.
+//!
+//! Owns the JSON `driftd.timeline/v1` and the lines for people. An entry of a kind that only a
+//! newer driftd knows is left out.
 
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::client::{Client, Server, explain, talk};
+use super::describe::{command_line, quoted, subject};
 use super::exit::Exit;
-use super::findings::{GapJson, coloured, command_line, quoted, subject};
-use super::output::{Format, Listing, Printer, colour, safe, short, time, write};
-use super::sessions::{result, told};
+use super::gap::{self, GapJson};
+use super::output::{Format, Listing, Printer, colour, coloured, safe, short, time, write};
+use super::pages::{fetch_pages, page};
+use super::sessions::{in_short, result};
 use super::when::{self, When};
-use crate::api::{convert, proto};
+use crate::api::convert::{Malformed, timeline_entry_from_proto};
+use crate::api::proto;
 use crate::history::{Happened, TimelineEntry};
 use crate::model::{
     Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Session, SessionId,
 };
 use crate::respond::Response;
 
-/// Entries asked for at once.
-const PAGE: u32 = 1000;
-/// How much of a command is printed unless all is asked for, in characters.
+/// How many characters of a command are printed without `--no-trunc`.
 const LONG: usize = 160;
 
 #[derive(Debug, clap::Args)]
@@ -39,11 +43,11 @@ pub(super) struct Timeline {
 struct EntryJson {
     schema: &'static str,
     at: Timestamp,
-    /// Which key below is not null.
+    /// Which of the last five keys is not null.
     #[serde(rename = "type")]
     kind: &'static str,
     container: ContainerId,
-    /// The session that it is of, opens it or ends it.
+    /// The session that the entry opens, belongs to or closes.
     session_id: Option<SessionId>,
     session: Option<Session>,
     command: Option<Command>,
@@ -71,20 +75,30 @@ impl Timeline {
 
     /// Prints each page as it comes.
     async fn print(self, mut client: Client) -> anyhow::Result<Exit> {
-        let mut request = proto::GetTimelineRequest {
-            container: self.container,
-            since: when::to_proto(self.since.as_ref())?,
-            until: when::to_proto(self.until.as_ref())?,
-            page_size: PAGE,
-            page_token: String::new(),
+        let (since, until) =
+            (when::to_proto(self.since.as_ref())?, when::to_proto(self.until.as_ref())?);
+        let (mut printed, mut printer) = (0, Printer::new(&self.listing));
+        let mut container = self.container;
+        let fetch = async |page_size, page_token| {
+            let request = proto::GetTimelineRequest {
+                container: container.clone(),
+                since,
+                until,
+                page_size,
+                page_token,
+            };
+            let found = client.get_timeline(request).await.map_err(explain)?.into_inner();
+            // From now on the whole ID: a later container may have an ID that begins alike.
+            container = format!("{}/{}", found.namespace, found.container);
+            let id = ContainerId::new(&found.namespace, &found.container);
+            let entry = |entry| Ok::<_, Malformed>((timeline_entry_from_proto(entry)?, id.clone()));
+            page(found.entries, found.next_page_token, entry)
         };
-        let (mut printed, mut printer) = (0_u64, Printer::new(&self.listing));
-        loop {
-            let page = client.get_timeline(request.clone()).await.map_err(explain)?.into_inner();
-            let container = ContainerId::new(&page.namespace, &page.container);
+        let print = |entries: Vec<(Option<TimelineEntry>, ContainerId)>| -> anyhow::Result<()> {
             let mut text = String::new();
-            for entry in page.entries {
-                let Some(entry) = convert::timeline_entry_from_proto(entry)? else { continue };
+            for (entry, container) in entries {
+                // An entry that only a newer driftd knows.
+                let Some(entry) = entry else { continue };
                 printed += 1;
                 match self.listing.output {
                     _ if self.listing.quiet => text += &format!("{}\n", name(&entry)),
@@ -96,18 +110,12 @@ impl Timeline {
                     }
                 }
             }
-            write(text.as_bytes())?;
-            request.page_token = page.next_page_token;
-            if request.page_token.is_empty() {
-                break;
-            }
-            // One that comes later and begins alike must not come in between.
-            request.container = format!("{}/{}", page.namespace, page.container);
-        }
+            Ok(write(text.as_bytes())?)
+        };
+        fetch_pages(String::new(), usize::MAX, fetch, print).await?;
         write(printer.end_of_items().as_bytes())?;
-        if printed == 0 && self.listing.output == Format::Table && !self.listing.quiet {
-            eprintln!("nothing is known of that time (is the view complete? see: driftd status)");
-        }
+        let note = "nothing is recorded for that time (is the view complete? see: driftd status)";
+        self.listing.note_if_empty(printed, note);
         Ok(Exit::Clean)
     }
 }
@@ -125,7 +133,7 @@ fn name(entry: &TimelineEntry) -> String {
     }
 }
 
-/// One entry in one line; what belongs to a session is set off and says which.
+/// One entry in one line. An entry of a session is indented and names the session.
 fn line(entry: &TimelineEntry, listing: &Listing, colour: bool) -> String {
     let id = |id: String| if listing.no_trunc { id } else { short(&id) };
     let of = |session: SessionId| format!("  [{}] ", id(session.to_string()));
@@ -134,7 +142,7 @@ fn line(entry: &TimelineEntry, listing: &Listing, colour: bool) -> String {
         Happened::SessionOpened(session) => format!(
             "[{}] session opened: {}",
             id(session.id.to_string()),
-            cut(told(session), listing.no_trunc)
+            cut(in_short(session), listing.no_trunc)
         ),
         Happened::Command(command) => {
             let run = cut(program(command), listing.no_trunc);
@@ -188,7 +196,7 @@ fn line(entry: &TimelineEntry, listing: &Listing, colour: bool) -> String {
     format!("{}  {what}\n", time(entry.at))
 }
 
-/// What was run, as well as it is known.
+/// The program of a command, as far as it is known.
 pub(super) fn program(command: &Command) -> String {
     match (&command.argv, &command.exe) {
         (Some(argv), _) if !argv.is_empty() => quoted(argv),
@@ -197,8 +205,8 @@ pub(super) fn program(command: &Command) -> String {
     }
 }
 
-/// Text that does not fill the screen by itself.
-pub(super) fn cut(text: String, whole: bool) -> String {
+/// The text, shortened unless the whole is wanted.
+fn cut(text: String, whole: bool) -> String {
     if whole {
         return text;
     }
@@ -253,7 +261,7 @@ fn json(entry: TimelineEntry, container: &ContainerId) -> EntryJson {
         }
         Happened::Gap { name, container, detail, until } => {
             json.kind = "gap";
-            let schema = "driftd.gap/v1";
+            let schema = gap::SCHEMA;
             json.gap = Some(GapJson { schema, name, at: entry.at, container, detail, until });
         }
     }
@@ -352,7 +360,7 @@ mod tests {
             assert_clean(&text);
             assert_eq!(text.lines().count(), entries().len());
             assert_eq!(text.contains(&"x".repeat(500)), no_trunc);
-            // What colour says is said in words too.
+            // Colour adds nothing that is not in the text.
             let mut coloured = lines(&listing, true);
             assert!(coloured.contains("\u{1b}[31mCRITICAL\u{1b}[0m"), "{coloured}");
             for code in ["\u{1b}[31m", "\u{1b}[36m", "\u{1b}[0m"] {
@@ -363,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn json_of_an_entry_says_what_it_is_of() {
+    fn json_of_an_entry_names_its_type_and_session() {
         let container = ContainerId::new("default", "web");
         let all: Vec<serde_json::Value> = entries()
             .into_iter()

@@ -1,4 +1,6 @@
-//! Points in time as people write and read them.
+//! Points in time as people write them, and the time zone in which times are shown.
+//!
+//! The zone is UTC unless the command line sets the local one. It never changes after that.
 
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -7,12 +9,12 @@ use jiff::civil::{Date, DateTime, Time};
 use jiff::tz::TimeZone;
 use jiff::{Span, Timestamp, ToSpan as _};
 
-/// The zone of times that name none. UTC, unless the command line asks for another.
+/// The zone of times that are written without one; UTC if it is not set.
 static ZONE: OnceLock<TimeZone> = OnceLock::new();
 
-/// From now on times are shown and read in the time zone of this machine.
+/// Shows and reads times in the time zone of this machine from now on.
 pub(super) fn use_local_time() {
-    // The zone is set once, before anything is printed.
+    // Fails only if it is set already.
     let _ = ZONE.set(TimeZone::system());
 }
 
@@ -20,21 +22,21 @@ pub(super) fn zone() -> TimeZone {
     ZONE.get().cloned().unwrap_or(TimeZone::UTC)
 }
 
-/// A point in time as it was written: it depends on the zone, and on now.
+/// A point in time as it was written. What it means depends on the zone and on the time now.
 #[derive(Clone, Debug)]
 pub(super) enum When {
     At(Timestamp),
     /// This long before now.
     Before(Span),
     Now,
-    /// The beginning of the day that was this many days ago.
+    /// The beginning of the day this many days ago.
     DaysAgo(i64),
     Civil(DateTime),
-    /// The last time that a clock showed this.
+    /// The last time at which a clock showed this.
     Clock(Time),
 }
 
-/// What is accepted, for help texts and errors.
+/// Examples of what is accepted, for errors.
 pub(super) const EXAMPLES: &str =
     "2h, yesterday, 2026-11-27, 14:30, `2026-11-27 14:30` or 2026-11-27T14:30:00Z";
 
@@ -104,7 +106,7 @@ impl When {
     }
 }
 
-/// The filter's form of an optional time.
+/// An optional time in the form of the proto.
 pub(super) fn to_proto(when: Option<&When>) -> anyhow::Result<Option<prost_types::Timestamp>> {
     when.map(|when| when.timestamp().map(crate::api::convert::time_to_proto))
         .transpose()

@@ -1,5 +1,6 @@
-//! `driftd baseline record --from-archive`: no daemon, no containerd, and no root
-//! where the directory may be written.
+//! `driftd baseline record --from-archive`: records images of an archive in a directory.
+//!
+//! Needs no daemon and no containerd, and no root where the directory can be written.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -9,15 +10,15 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use indicatif::HumanCount;
 
-use super::{BaselineJson, bar, baseline_json};
+use super::known::{BaselineJson, baseline_json};
+use super::progress::{Bar, Done};
 use crate::api::baselines;
 use crate::baseline::archive::{self, Archive, ArchiveBlob, ArchiveImage};
 use crate::baseline::{
     Blobs, ImageName, KnownBy, Progress, Proof, RecordRequest, Recorded, Recorder, Store,
 };
-use crate::cli::output::{safe, size};
+use crate::cli::output::safe;
 use crate::config;
 use crate::health::Health;
 use crate::model::{Blob, ChainId, Layer, LayerId, printable};
@@ -29,13 +30,13 @@ pub(super) struct Task<'a> {
     pub(super) store: &'a Path,
     /// Only the image of this name; `None`: all.
     pub(super) image: Option<&'a str>,
-    /// What the image is to be called.
+    /// The name to record the image under, instead of those in the archive.
     pub(super) name: Option<&'a str>,
 }
 
 const TICK: Duration = Duration::from_millis(100);
 
-/// What stands for the namespace of containerd.
+/// Recorded in place of a namespace of containerd.
 const NAMESPACE: &str = "archive";
 
 /// Records images of an archive in a directory of baselines.
@@ -50,7 +51,7 @@ pub(super) fn record(
     let _claim = Store::claim(task.store)?;
     let store = Arc::new(Store::open(task.store, Arc::clone(&health))?);
     let members = Arc::new(Members::of(archive));
-    // Its news are for watchers, and there are none.
+    // The recorder reports to the watchers, and there are none.
     let (news, _) = crossbeam_channel::bounded(1);
     let recorder = Recorder::start(Arc::clone(&store), settings, members, news, health);
     let recorded = images.iter().map(|image| record_one(task, image, &recorder, &store)).collect();
@@ -93,9 +94,9 @@ fn record_one(
 ) -> anyhow::Result<BaselineJson> {
     let chain_id = image.chain_id();
     let chain_id = chain_id.with_context(|| format!("{} has no layers", title(task, image)))?;
-    let bar = bar("{spinner} {prefix} {wide_bar} {pos}/{len} layers {msg}");
-    bar.set_prefix(title(task, image));
-    // The layers are read with the first name; with the others they are known.
+    let bar = Bar::new();
+    bar.set_image(title(task, image));
+    // The layers are read for the first name, and are known for the others.
     for name in names(task, image, chain_id) {
         let progress = Arc::new(Progress::default());
         let (done, over) = mpsc::channel();
@@ -110,7 +111,7 @@ fn record_one(
             proof: Proof::Later,
             progress: Some(Arc::clone(&progress)),
             done: Some(Box::new(move |result| {
-                // Nobody listens only if this thread has panicked.
+                // Fails only if this thread has panicked.
                 let _ = done.send(result);
             })),
         });
@@ -121,22 +122,21 @@ fn record_one(
                     anyhow::bail!("the recorder ended in the middle of it")
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    bar.set_length(progress.layers_total.load(Ordering::Relaxed).into());
-                    bar.set_position(progress.layers_done.load(Ordering::Relaxed).into());
-                    bar.set_message(format!(
-                        "{} files, {}",
-                        HumanCount(progress.files_done.load(Ordering::Relaxed)),
-                        size(progress.bytes_done.load(Ordering::Relaxed))
-                    ));
-                    bar.tick();
+                    let done = Done {
+                        layers: progress.layers_done.load(Ordering::Relaxed),
+                        layers_total: progress.layers_total.load(Ordering::Relaxed),
+                        files: progress.files_done.load(Ordering::Relaxed),
+                        bytes: progress.bytes_done.load(Ordering::Relaxed),
+                    };
+                    bar.show(&done, "");
                 }
             }
         };
     }
-    bar.finish_and_clear();
+    bar.clear();
     let found = baselines::list(store, &chain_id.to_string())?.into_iter().next();
     let baseline = baseline_json(found.context("the baseline was not read back")?)?;
-    // Layers of this store may have been recorded before, from somewhere else.
+    // The store may hold layers that were recorded before, from other places.
     if store.known_by(chain_id).0 != KnownBy::Verified {
         eprintln!(
             "warning: {}: some layers were known before and are not verified (see: driftd \
@@ -147,7 +147,7 @@ fn record_one(
     Ok(baseline)
 }
 
-/// What a person calls the image.
+/// A name of the image, for people.
 fn title(task: &Task<'_>, image: &ArchiveImage) -> String {
     match image.names.first() {
         Some(name) => printable(name.as_bytes()),
@@ -155,7 +155,7 @@ fn title(task: &Task<'_>, image: &ArchiveImage) -> String {
     }
 }
 
-/// An image that nobody has named is called by its digest.
+/// The names to record the image under: its digest if it has none.
 fn names(task: &Task<'_>, image: &ArchiveImage, chain_id: ChainId) -> Vec<String> {
     match (task.name, &*image.names) {
         (Some(name), _) => vec![name.to_owned()],
@@ -184,14 +184,14 @@ fn layers(file: &Path, image: &ArchiveImage) -> Vec<Layer> {
                 namespace: NAMESPACE.into(),
                 digest: digest_of(blob, &diff_id.to_string()),
                 media_type: String::new(),
-                // It ends where the archive says.
+                // The archive says where the blob ends.
                 size: u64::MAX,
             }),
         })
         .collect()
 }
 
-/// Where no manifest names the blob, it is the layer's uncompressed archive.
+/// The blob's digest. Without a manifest, the blob is the uncompressed layer: its diff ID.
 fn digest_of(blob: &ArchiveBlob, diff_id: &str) -> String {
     blob.digest.map_or_else(|| diff_id.to_owned(), |digest| format!("sha256:{digest}"))
 }

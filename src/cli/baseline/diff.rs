@@ -1,4 +1,7 @@
-//! `driftd baseline diff`
+//! `driftd baseline diff`: the differences between two images.
+//!
+//! Owns the JSON of a difference and its columns. The comparison is made by the daemon or, for
+//! a directory of baselines, by `baseline::diff`.
 
 use serde::Serialize;
 
@@ -16,9 +19,9 @@ struct DifferenceJson {
     change: &'static str,
     #[serde(flatten)]
     path: RootfsPath,
-    /// Null when it was added.
+    /// Null for an added file.
     a: Option<FileJson>,
-    /// Null when it was removed.
+    /// Null for a removed file.
     b: Option<FileJson>,
 }
 
@@ -31,7 +34,9 @@ fn difference_json(difference: proto::BaselineDifference) -> anyhow::Result<Diff
         Change::Modified => CHANGES[2],
         Change::Metadata => CHANGES[3],
         Change::Relocated | Change::Unspecified => {
-            anyhow::bail!("driftd told a change that this command does not know (update it)")
+            anyhow::bail!(
+                "driftd sent a kind of change that this command does not know (update it)"
+            )
         }
     };
     Ok(DifferenceJson {
@@ -43,7 +48,7 @@ fn difference_json(difference: proto::BaselineDifference) -> anyhow::Result<Diff
     })
 }
 
-/// Prints what makes image `b` another than image `a`.
+/// Prints the differences from image `a` to image `b`.
 pub(super) fn run(source: &Source, a: &str, b: &str, listing: &Listing) -> anyhow::Result<Exit> {
     let differences = source.differences(a, b)?;
     let differences: Vec<DifferenceJson> =

@@ -1,6 +1,6 @@
-//! `driftd baseline export`: an image's files in the formats of others.
+//! `driftd baseline export`: an image's files in formats that other programs read.
 //!
-//! The same baseline is always the same bytes: nothing here looks at the clock.
+//! The same baseline always gives the same bytes: nothing here may read the clock.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -10,8 +10,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::file::{FileJson, file_json};
+use super::known::{BaselineJson, named};
 use super::source::Source;
-use super::{BaselineJson, named};
 use crate::api::proto;
 use crate::cli::exit::Exit;
 use crate::cli::output::json_line;
@@ -29,11 +29,11 @@ pub(in crate::cli) enum ExportFormat {
     InToto,
 }
 
-/// Names our statement's predicate. It belongs to nobody's domain, and nothing is
-/// to be fetched there: `docs/baseline-exports.md` says what it means.
+/// The type of our statement's predicate. It is a name only, and nothing can be fetched
+/// there: `docs/baseline-exports.md` defines it.
 const PREDICATE_TYPE: &str = "urn:driftd:baseline:v1";
 
-/// What had to be left out, or will not be understood by every reader.
+/// Files that were left out, or that not every reader understands.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Shortfall {
     not_utf8: u64,
@@ -42,7 +42,7 @@ struct Shortfall {
 
 pub(super) fn run(source: &Source, image: &str, format: ExportFormat) -> anyhow::Result<Exit> {
     let baseline = named(source, image)?;
-    // By its chain ID from here on: the name may move to another image meanwhile.
+    // By its chain ID from here on, because the name may move to another image meanwhile.
     let files = |each: &mut dyn FnMut(proto::BaselineFile) -> anyhow::Result<()>| {
         source.files(&baseline.chain_id, each)
     };
@@ -77,7 +77,7 @@ pub(super) fn run(source: &Source, image: &str, format: ExportFormat) -> anyhow:
         }
     }
     out.flush()?;
-    shortfall.tell();
+    shortfall.warn();
     Ok(Exit::Clean)
 }
 
@@ -107,7 +107,7 @@ fn b3sum_line(file: &proto::BaselineFile, shortfall: &mut Shortfall) -> Option<S
 }
 
 impl Shortfall {
-    fn tell(&self) {
+    fn warn(&self) {
         let Shortfall { not_utf8, end_in_return } = self;
         if *not_utf8 > 0 {
             eprintln!(
@@ -140,8 +140,8 @@ fn open_object(object: &Value) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// A JSON object whose last field is a list that is too long to be held in
-/// memory; one item a line.
+/// Writes a JSON object whose last field is a list that is too long to be held in memory. Each
+/// item has a line.
 struct Embedded<'a, W> {
     out: &'a mut W,
     is_empty: bool,
@@ -167,7 +167,7 @@ impl<'a, W: Write> Embedded<'a, W> {
 
 // ---- CycloneDX
 
-/// The BOM but for its components.
+/// The BOM without its components.
 fn bom(baseline: &BaselineJson) -> Value {
     let digest = baseline.manifest_digest.as_deref();
     let name = baseline.name();
@@ -210,7 +210,8 @@ fn bom(baseline: &BaselineJson) -> Value {
     })
 }
 
-/// The same BOM has the same number (a UUID of version 8, whose bits are ours).
+/// The serial number, a UUID made of the content: the same BOM has the same number. Version 8
+/// leaves the bits to us.
 fn serial_number(image: &Value) -> String {
     let hash = blake3::hash(image.to_string().as_bytes());
     let mut bytes: [u8; 16] = *hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
@@ -273,7 +274,7 @@ fn component(file: &FileJson) -> Value {
     if let Some(capability) = &file.capability {
         properties.push(property("driftd:capability", capability));
     }
-    // References must differ: two names may be one text, two byte strings are not.
+    // Made of the bytes, because references must differ and two names may have the same text.
     let reference = format!("file:{}", percent_bytes(file.path.as_bytes()));
     if let Some(bytes) = path["path_bytes"].as_str() {
         properties.push(property("driftd:path_bytes", bytes));
@@ -312,8 +313,8 @@ fn statement(baseline: &BaselineJson) -> anyhow::Result<(Value, Value)> {
     Ok((statement, predicate))
 }
 
-/// What the statement is about: the image's manifest under all of its names or,
-/// where nobody knows the manifest, the uncompressed archives of its layers.
+/// What the statement is about: the image's manifest under all of its names or, if the
+/// manifest is not known, the uncompressed archives of its layers.
 fn subjects(baseline: &BaselineJson) -> anyhow::Result<Vec<Value>> {
     let digest = baseline.manifest_digest.as_deref().and_then(|text| text.strip_prefix("sha256:"));
     let subject = |name: &str, hex: &str| json!({"name": name, "digest": {"sha256": hex}});
@@ -325,11 +326,11 @@ fn subjects(baseline: &BaselineJson) -> anyhow::Result<Vec<Value>> {
             let all: Option<Vec<&str>> = diff_ids.collect();
             let all = all.ok_or_else(|| {
                 anyhow::anyhow!(
-                    "nobody knows the image's manifest, nor all of its diff IDs: there is no \
+                    "neither the image's manifest nor all of its diff IDs are known: there is no \
                      digest that a statement could be about (use -o jsonl)"
                 )
             })?;
-            // The same layer may be there twice; a statement names it once.
+            // An image may hold a layer twice; a statement names it once.
             let all: BTreeSet<&str> = all.into_iter().collect();
             all.into_iter().map(|hex| subject(&format!("layer sha256:{hex}"), hex)).collect()
         }

@@ -1,4 +1,6 @@
-//! One file of an image, as JSON and in words.
+//! One file of an image, as JSON and as text.
+//!
+//! `diff`, `export` and `verify` print the same keys and the same texts.
 
 use base64::Engine as _;
 use serde::Serialize;
@@ -22,10 +24,10 @@ pub(super) struct FileJson {
     pub(super) capability: Option<String>,
     pub(super) blake3: Option<String>,
     pub(super) link_target: Option<String>,
-    /// In base64, where the text cannot say it.
+    /// In base64, if the target is not UTF-8.
     pub(super) link_target_bytes: Option<String>,
     pub(super) device: Option<DeviceJson>,
-    /// Null where only one layer is spoken of.
+    /// Null where all files are of one layer.
     pub(super) layer: Option<String>,
 }
 
@@ -61,7 +63,7 @@ pub(super) fn file_json(file: proto::BaselineFile) -> anyhow::Result<FileJson> {
     })
 }
 
-/// What makes one file another, in words: `content, mode 0755 -> 4755`.
+/// The differences between two files as text: `content, mode 0755 -> 4755`.
 pub(super) fn what_differs(a: &FileJson, b: &FileJson) -> String {
     let mut words = Vec::new();
     let mut word = |name: &str, a: &str, b: &str| {
@@ -96,7 +98,7 @@ pub(super) fn what_differs(a: &FileJson, b: &FileJson) -> String {
     words.join(", ")
 }
 
-/// What a file is, in words: `regular, mode 0755, owner 0:0, 1.2 KiB`.
+/// A file as text: `regular, mode 0755, owner 0:0, 1.2 KiB`.
 pub(super) fn in_words(file: &FileJson) -> String {
     let mut words = vec![
         file.file_type.clone(),

@@ -1,4 +1,6 @@
-//! `driftd baseline record`
+//! `driftd baseline record`: has the daemon record an image, or records those of an archive.
+//!
+//! Owns the options of both. Recording an archive is in `archive.rs`.
 
 use std::path::{Path, PathBuf};
 
@@ -6,11 +8,12 @@ use indicatif::HumanCount;
 use tokio_stream::StreamExt as _;
 
 use super::archive::{self, Task};
-use super::{BaselineJson, Output, bar, baseline_json};
+use super::known::{BaselineJson, baseline_json};
+use super::progress::{Bar, Done};
 use crate::api::proto;
 use crate::cli::client::{Client, explain, talk};
 use crate::cli::exit::Exit;
-use crate::cli::output::{one, safe, size};
+use crate::cli::output::{Output, one, safe, size};
 use crate::config::Config;
 
 #[derive(Debug, clap::Args)]
@@ -32,7 +35,7 @@ pub(in crate::cli) struct Record {
     /// Only the image of this name in the archive
     #[arg(long, value_name = "NAME", requires = "from_archive")]
     image: Option<String>,
-    /// Call the archive's image so
+    /// Record the archive's image under this name
     #[arg(long, requires = "from_archive")]
     name: Option<String>,
     /// The settings with the limits for layers [default: /etc/driftd/driftd.toml, if
@@ -45,7 +48,7 @@ pub(in crate::cli) struct Record {
 
 impl Record {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        let output = self.output.output;
+        let output = self.output.format;
         if let (Some(file), Some(store)) = (&self.from_archive, &self.store) {
             let settings = Config::load(self.config.as_deref())?.baseline;
             let (image, name) = (self.image.as_deref(), self.name.as_deref());
@@ -74,26 +77,24 @@ fn summary(baseline: &BaselineJson) -> String {
     )
 }
 
-const BAR: &str = "{spinner} {prefix} {wide_bar} {pos}/{len} layers {msg}";
-
 async fn record(mut client: Client, image: String) -> anyhow::Result<BaselineJson> {
-    let bar = bar(BAR).with_prefix(safe(&image));
+    let bar = Bar::new();
+    bar.set_image(safe(&image));
     let request = proto::RecordBaselineRequest { image };
     let mut stream = client.record_baseline(request).await.map_err(explain)?.into_inner();
     while let Some(progress) = stream.next().await {
         let progress = progress.map_err(explain)?;
         if let Some(baseline) = progress.baseline {
-            bar.finish_and_clear();
+            bar.clear();
             return baseline_json(baseline);
         }
-        bar.set_length(progress.layers_total.into());
-        bar.set_position(progress.layers_done.into());
-        bar.set_message(format!(
-            "{} files, {}",
-            HumanCount(progress.files_done),
-            size(progress.bytes_done)
-        ));
-        bar.tick();
+        let done = Done {
+            layers: progress.layers_done,
+            layers_total: progress.layers_total,
+            files: progress.files_done,
+            bytes: progress.bytes_done,
+        };
+        bar.show(&done, "");
     }
     anyhow::bail!("driftd stopped before the baseline was recorded (try again when it runs)")
 }

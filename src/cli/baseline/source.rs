@@ -1,4 +1,6 @@
-//! Where baselines are read: from the daemon, or from a directory without one.
+//! Reads baselines from the daemon, or from a directory without a daemon.
+//!
+//! The other files of this folder do not know which of both it is.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,12 +9,12 @@ use tokio_stream::StreamExt as _;
 
 use crate::api::{baselines, proto};
 use crate::baseline::{Store, diff};
-use crate::cli::client::{explain, talk};
+use crate::cli::client::{Client, call, explain, talk};
 use crate::health::Health;
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Reading {
-    /// Read this directory of baselines and ask no daemon (nothing in it is
+    /// Read this directory of baselines without a daemon (nothing in it is
     /// changed: it may be a running daemon's)
     #[arg(long, value_name = "DIRECTORY")]
     store: Option<PathBuf>,
@@ -41,14 +43,14 @@ impl Source {
     pub(super) fn list(&self, image: &str) -> anyhow::Result<Vec<proto::Baseline>> {
         match self {
             Source::Store(store) => Ok(baselines::list(store, image)?),
-            Source::Daemon(socket) => talk(socket.as_path(), |mut client| async move {
+            Source::Daemon(socket) => {
                 let request = proto::ListBaselinesRequest { image: image.to_owned() };
-                Ok(client.list_baselines(request).await.map_err(explain)?.into_inner().baselines)
-            }),
+                Ok(call(socket.as_path(), request, Client::list_baselines)?.baselines)
+            }
         }
     }
 
-    /// Every file of an image, in the order of paths.
+    /// Every file of an image, sorted by path.
     pub(super) fn files(
         &self,
         image: &str,
@@ -71,7 +73,7 @@ impl Source {
         }
     }
 
-    /// What makes image `b` another than image `a`.
+    /// The differences from image `a` to image `b`.
     pub(super) fn differences(
         &self,
         a: &str,

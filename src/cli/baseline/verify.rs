@@ -1,24 +1,27 @@
-//! `driftd baseline verify`
+//! `driftd baseline verify`: whether the recorded baselines are true.
+//!
+//! The daemon compares them with blobs and directories; this prints the result. Without a
+//! daemon, only checksums are checked.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
-use indicatif::HumanCount;
 use serde::Serialize;
 use tokio_stream::StreamExt as _;
 
 use super::file::{FileJson, file_json, in_words, what_differs};
+use super::known::baseline_json;
+use super::progress::{Bar, Done};
 use super::source::Source;
-use super::{bar, baseline_json};
 use crate::api::proto;
 use crate::api::proto::layer_entry::Entry;
 use crate::api::proto::witness::State;
 use crate::cli::client::{Client, explain, talk};
 use crate::cli::exit::Exit;
-use crate::cli::output::{Format, items, safe, size, write};
+use crate::cli::output::{Format, items, safe, write};
 use crate::model::RootfsPath;
 
-/// Differences of one layer that a person is shown.
+/// Differences of one layer that are shown to people.
 const SHOWN: usize = 20;
 
 #[derive(Debug, Serialize)]
@@ -44,7 +47,7 @@ struct LayerJson {
     differences: Vec<DifferenceJson>,
 }
 
-/// From the best to what must be looked at first.
+/// From the best to the worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Verdict {
@@ -73,16 +76,16 @@ struct DifferenceJson {
 
 #[derive(Debug, Serialize)]
 struct EntryJson {
-    /// What the layers below hold at this path is gone.
+    /// Hides what the layers below hold at this path.
     whiteout: bool,
-    /// What the layers below hold in this directory is gone.
+    /// Hides what the layers below hold in this directory.
     opaque: bool,
     /// Null for a whiteout.
     #[serde(flatten)]
     file: Option<FileJson>,
 }
 
-/// Has the daemon verify one image, or all, and prints what came of it.
+/// Has the daemon verify one image, or all, and prints the results.
 pub(super) fn run(
     socket: &Path,
     image: Option<String>,
@@ -95,14 +98,14 @@ pub(super) fn run(
     print(&results.collect::<anyhow::Result<Vec<_>>>()?, output)
 }
 
-/// Without a daemon there is nothing to compare with but the files' own checksums,
-/// and what was proved before.
+/// Verifies a directory of baselines without a daemon. There is nothing to compare with but
+/// the checksums of its files, and what was verified before.
 pub(super) fn stored(source: &Source, image: &str, output: Format) -> anyhow::Result<Exit> {
     let mut results = Vec::new();
     for baseline in source.list(image)? {
         let baseline = baseline_json(baseline)?;
         let error = (baseline.state != "ready").then(|| baseline.state.clone());
-        let nobody = || WitnessJson { state: "not_asked", differences: 0, reason: None };
+        let not_asked = || WitnessJson { state: "not_asked", differences: 0, reason: None };
         let layers: Vec<LayerJson> = baseline
             .proofs
             .iter()
@@ -110,8 +113,8 @@ pub(super) fn stored(source: &Source, image: &str, output: Format) -> anyhow::Re
                 layer: proof.layer.clone(),
                 result: if proof.is_verified() { Verdict::Same } else { Verdict::Unproved },
                 known_by: proof.known_by.clone(),
-                blob: WitnessJson { reason: proof.reason.clone(), ..nobody() },
-                directory: nobody(),
+                blob: WitnessJson { reason: proof.reason.clone(), ..not_asked() },
+                directory: not_asked(),
                 differences: Vec::new(),
             })
             .collect();
@@ -132,27 +135,25 @@ async fn verify(
     mut client: Client,
     request: proto::VerifyBaselineRequest,
 ) -> anyhow::Result<Vec<proto::VerifyBaselineResult>> {
-    let bar = bar("{spinner} {prefix} {wide_bar} {pos}/{len} layers {msg}");
+    let bar = Bar::new();
     let mut stream = client.verify_baseline(request).await.map_err(explain)?.into_inner();
     let mut results = Vec::new();
     let mut expected = 0;
     while let Some(progress) = stream.next().await {
         let progress = progress.map_err(explain)?;
         expected = progress.images_total;
-        bar.set_prefix(safe(&progress.image));
-        bar.set_length(progress.layers_total.into());
-        bar.set_position(progress.layers_done.into());
-        bar.set_message(format!(
-            "{} files, {}, image {} of {}",
-            HumanCount(progress.files_done),
-            size(progress.bytes_done),
-            progress.images_done.saturating_add(1).min(expected),
-            expected
-        ));
-        bar.tick();
+        bar.set_image(safe(&progress.image));
+        let done = Done {
+            layers: progress.layers_done,
+            layers_total: progress.layers_total,
+            files: progress.files_done,
+            bytes: progress.bytes_done,
+        };
+        let number = progress.images_done.saturating_add(1).min(expected);
+        bar.show(&done, &format!(", image {number} of {expected}"));
         results.extend(progress.result);
     }
-    bar.finish_and_clear();
+    bar.clear();
     let missing = usize::try_from(expected)? - results.len().min(usize::try_from(expected)?);
     anyhow::ensure!(
         missing == 0,
@@ -192,7 +193,7 @@ fn layer(report: proto::LayerReport, deep: bool) -> anyhow::Result<LayerJson> {
     let proto::LayerReport { layer, known_by, blob, directory, differences } = report;
     let (blob, directory) = (witness(blob), witness(directory));
     let one_is = |state| blob.state == state || directory.state == state;
-    // Unless all was to be read again, what was proved before is proved.
+    // With `deep`, earlier proofs do not count.
     let is_proved = one_is("same") || (!deep && known_by == "verified");
     let result = match (one_is("differs"), is_proved) {
         (true, _) => Verdict::Differs,

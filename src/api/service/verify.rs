@@ -1,24 +1,29 @@
-//! Verifying baselines on demand: one image after the other, with progress.
+//! Verifies baselines on request: one image after the other, with progress.
+//!
+//! The recorder compares a baseline with its blobs and directories; this sends it one image
+//! after the other and sends the results to the client.
 
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::baselines::{self, Unusable};
-use super::proto;
-use super::service::{Service, progress_to_proto, tell_progress, unblock};
+use super::backend::Service;
+use super::baselines::{progress_to_proto, send_progress};
+use crate::api::baselines::{self, Unusable};
+use crate::api::failure::unblock;
+use crate::api::proto;
 use crate::baseline::{FindError, ImageRecord, Progress, Proof, Recorded};
 
-/// What is asked to be verified.
+/// An image to be verified.
 enum Target {
     Recorded(Box<ImageRecord>),
-    /// It is not recorded; containerd may know it.
+    /// Not recorded; containerd may know the image by this name.
     Named(String),
 }
 
 impl Target {
-    /// What a person calls it.
+    /// A name for people.
     fn name(&self) -> String {
         match self {
             Target::Named(name) => name.clone(),
@@ -33,13 +38,13 @@ impl Target {
 type Client = mpsc::Sender<Result<proto::VerifyBaselineProgress, Status>>;
 
 impl Service {
-    /// Verifies until all is done or the client has gone.
+    /// Verifies until all images are done or the client has disconnected.
     pub(super) async fn verify(self, request: proto::VerifyBaselineRequest, client: Client) {
         let proof = if request.deep { Proof::Deep } else { Proof::Blobs };
         let targets = match self.targets(request.image).await {
             Ok(targets) => targets,
             Err(status) => {
-                // The client may have gone, and then nobody is told.
+                // The client may have disconnected.
                 let _ = client.send(Err(status)).await;
                 return;
             }
@@ -54,7 +59,7 @@ impl Service {
                 ..proto::VerifyBaselineProgress::default()
             };
             let verifying = Box::pin(self.verify_one(target, proof, Arc::clone(&progress)));
-            let outcome = tell_progress(verifying, &client, || at(&head, &progress)).await;
+            let outcome = send_progress(verifying, &client, || at(&head, &progress)).await;
             let Some(outcome) = outcome else { return };
             let result = self.result_of(target, outcome).await;
             let last = proto::VerifyBaselineProgress {
@@ -69,7 +74,7 @@ impl Service {
     }
 
     async fn targets(&self, image: String) -> Result<Vec<Target>, Status> {
-        let store = self.backend()?.baselines.clone();
+        let store = self.store()?;
         unblock(move || {
             if image.is_empty() {
                 let all = store.images().into_iter();
@@ -94,7 +99,7 @@ impl Service {
         let images = &backend.images;
         match target {
             Target::Named(name) => images.record_image(name, proof, progress).await,
-            // Not by its name: that may mean another image by now.
+            // Not by its name: that may stand for another image by now.
             Target::Recorded(record) => {
                 images.record_image(&record.chain_id.to_string(), proof, progress).await
             }

@@ -1,0 +1,223 @@
+//! Findings and the members of aggregated findings.
+//!
+//! A finding is made of the parts in `container.rs`, `file.rs`, `process.rs` and `response.rs`.
+//! It must come back from proto exactly as it was: its JSON is made on the other side.
+
+use std::sync::Arc;
+
+use super::container::{
+    image_from_proto, image_to_proto, incarnation_from_proto, incarnation_to_proto,
+    labels_from_proto, labels_to_proto, pod_from_proto, pod_to_proto,
+};
+use super::file::{expected_from_proto, expected_to_proto, file_from_proto, file_to_proto};
+use super::process::{process_from_proto, process_to_proto};
+use super::response::{outcome_from_proto, outcome_to_proto};
+use super::value::{Malformed, malformed, missing, parsed, time_from_proto, time_to_proto};
+use crate::api::proto;
+use crate::history::AlsoIn;
+use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
+use crate::model::{
+    self, Attack, ContainerId, Finding, Labels, Member, RootfsPath, Severity, Verdict,
+};
+
+pub fn finding_to_proto(finding: Finding) -> proto::Finding {
+    let Finding {
+        schema: _,
+        id,
+        revision,
+        kind,
+        severity,
+        first_seen,
+        last_seen,
+        count,
+        source,
+        node,
+        runtime,
+        container,
+        run,
+        image,
+        file,
+        expected,
+        process,
+        invoked_as,
+        session,
+        story,
+        transaction,
+        files,
+        verdict,
+        outcome,
+        attack,
+        detail,
+    } = finding;
+    let (container, labels, pod) = match container {
+        Some(ContainerEvidence { id, labels, pod }) => (Some(id), labels, pod),
+        None => (None, Labels::default(), None),
+    };
+    let text = |text: Option<&Arc<str>>| text.map(ToString::to_string).unwrap_or_default();
+    proto::Finding {
+        id: id.to_string(),
+        revision,
+        kind: kind.name().into(),
+        severity: severity_to_proto(severity).into(),
+        first_seen: Some(time_to_proto(first_seen)),
+        last_seen: Some(time_to_proto(last_seen)),
+        count,
+        source,
+        node,
+        runtime,
+        namespace: text(container.as_ref().map(|id| &id.namespace)),
+        container: text(container.as_ref().map(|id| &id.id)),
+        labels: labels_to_proto(labels),
+        pod: pod.map(pod_to_proto),
+        image: Some(image_to_proto(&image)),
+        file: file.map(file_to_proto),
+        expected: expected.map(expected_to_proto),
+        process: process.map(process_to_proto),
+        run: run.map(incarnation_to_proto),
+        invoked_as,
+        session: session.map(|id| id.to_string()),
+        story: story.map(|id| id.to_string()),
+        transaction: transaction.map(|id| id.to_string()),
+        files,
+        verdict: Some(proto::Verdict {
+            disposition: verdict.disposition.name().into(),
+            action: verdict.action,
+            rule: verdict.rule,
+            policy_generation: verdict.policy_generation,
+        }),
+        outcome: outcome.map(outcome_to_proto),
+        attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
+        detail,
+    }
+}
+
+pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed> {
+    let severity = finding.severity();
+    let proto::Finding {
+        id,
+        revision,
+        kind,
+        severity: _,
+        first_seen,
+        last_seen,
+        count,
+        source,
+        node,
+        runtime,
+        namespace,
+        container,
+        labels,
+        pod,
+        image,
+        file,
+        expected,
+        process,
+        invoked_as,
+        run,
+        session,
+        story,
+        transaction,
+        files,
+        verdict,
+        outcome,
+        attack,
+        detail,
+    } = finding;
+    let verdict = verdict.ok_or_else(|| missing("verdict"))?;
+    Ok(Finding {
+        schema: model::finding::SCHEMA.into(),
+        id: id.parse().map_err(malformed("id"))?,
+        revision,
+        kind: kind.parse().map_err(malformed("kind"))?,
+        severity: severity_from_proto(severity).ok_or_else(|| missing("severity"))?,
+        first_seen: time_from_proto("first_seen", first_seen)?,
+        last_seen: time_from_proto("last_seen", last_seen)?,
+        count,
+        source,
+        node,
+        runtime,
+        container: (!container.is_empty()).then(|| ContainerEvidence {
+            id: ContainerId::new(&namespace, &container),
+            labels: labels_from_proto(labels),
+            pod: pod.map(pod_from_proto),
+        }),
+        run: run.map(incarnation_from_proto).transpose()?,
+        image: image_from_proto(image.unwrap_or_default())?,
+        file: file.map(file_from_proto).transpose()?,
+        expected: expected.map(expected_from_proto).transpose()?,
+        process: process.map(process_from_proto),
+        invoked_as,
+        session: parsed("session", session)?,
+        story: parsed("story", story)?,
+        transaction: parsed("transaction", transaction)?,
+        files,
+        verdict: Verdict {
+            disposition: verdict.disposition.parse().map_err(malformed("disposition"))?,
+            action: verdict.action,
+            rule: verdict.rule,
+            policy_generation: verdict.policy_generation,
+        },
+        outcome: outcome.map(outcome_from_proto).transpose()?,
+        attack: attack.map(|proto::Attack { technique, tactic }| Attack { technique, tactic }),
+        detail,
+    })
+}
+
+pub fn also_in_to_proto(also_in: &AlsoIn) -> proto::AlsoIn {
+    let newest = also_in.newest.iter().map(|container| proto::ContainerName {
+        namespace: container.namespace.to_string(),
+        container: container.id.to_string(),
+    });
+    proto::AlsoIn { containers: also_in.containers, newest: newest.collect() }
+}
+
+pub fn also_in_from_proto(also_in: &proto::AlsoIn) -> AlsoIn {
+    let newest = also_in.newest.iter().map(|proto::ContainerName { namespace, container }| {
+        ContainerId::new(namespace, container)
+    });
+    AlsoIn { containers: also_in.containers, newest: newest.collect() }
+}
+
+pub fn member_to_proto(member: &Member) -> proto::Member {
+    proto::Member {
+        path: member.path.as_bytes().to_vec(),
+        kind: member.kind.name().into(),
+        blake3: member.blake3.map(|hash| hash.to_string()),
+        first_seen: Some(time_to_proto(member.first_seen)),
+        last_seen: Some(time_to_proto(member.last_seen)),
+        removed: member.removed,
+    }
+}
+
+pub fn member_from_proto(member: proto::Member) -> Result<Member, Malformed> {
+    Ok(Member {
+        schema: MEMBER_SCHEMA.to_owned(),
+        path: RootfsPath::new(member.path).map_err(malformed("member.path"))?,
+        kind: member.kind.parse().map_err(malformed("member.kind"))?,
+        blake3: parsed("member.blake3", member.blake3)?,
+        first_seen: time_from_proto("member.first_seen", member.first_seen)?,
+        last_seen: time_from_proto("member.last_seen", member.last_seen)?,
+        removed: member.removed,
+    })
+}
+
+pub fn severity_to_proto(severity: Severity) -> proto::Severity {
+    match severity {
+        Severity::Info => proto::Severity::Info,
+        Severity::Low => proto::Severity::Low,
+        Severity::Medium => proto::Severity::Medium,
+        Severity::High => proto::Severity::High,
+        Severity::Critical => proto::Severity::Critical,
+    }
+}
+
+pub fn severity_from_proto(severity: proto::Severity) -> Option<Severity> {
+    match severity {
+        proto::Severity::Unspecified => None,
+        proto::Severity::Info => Some(Severity::Info),
+        proto::Severity::Low => Some(Severity::Low),
+        proto::Severity::Medium => Some(Severity::Medium),
+        proto::Severity::High => Some(Severity::High),
+        proto::Severity::Critical => Some(Severity::Critical),
+    }
+}

@@ -1,0 +1,192 @@
+//! Implements the generated trait: each request goes to the file of its subject.
+//!
+//! Must not do more than that: no decision is made here.
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::backend::Service;
+use super::baselines::STREAM;
+use crate::api::outbox::Inbox;
+use crate::api::peer::Peer;
+use crate::api::proto::drift_service_server::DriftService;
+use crate::api::{convert, proto};
+
+type Reply<T> = Result<Response<T>, Status>;
+type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl DriftService for Service {
+    async fn get_status(
+        &self,
+        _: Request<proto::GetStatusRequest>,
+    ) -> Reply<proto::GetStatusResponse> {
+        self.status().await.map(Response::new)
+    }
+
+    async fn list_containers(
+        &self,
+        _: Request<proto::ListContainersRequest>,
+    ) -> Reply<proto::ListContainersResponse> {
+        self.list_containers().await.map(Response::new)
+    }
+
+    async fn diff_container(
+        &self,
+        request: Request<proto::DiffContainerRequest>,
+    ) -> Reply<proto::DiffContainerResponse> {
+        let diff = self.diff_container(request.into_inner().container).await?;
+        Ok(Response::new(convert::diff_to_proto(&diff)))
+    }
+
+    type StreamDiffStream = Stream<proto::DiffContainerResponse>;
+
+    async fn stream_diff(
+        &self,
+        request: Request<proto::DiffContainerRequest>,
+    ) -> Reply<Self::StreamDiffStream> {
+        self.stream_diff(request.into_inner().container).await.map(Response::new)
+    }
+
+    async fn list_baselines(
+        &self,
+        request: Request<proto::ListBaselinesRequest>,
+    ) -> Reply<proto::ListBaselinesResponse> {
+        self.list_baselines(request.into_inner().image).await.map(Response::new)
+    }
+
+    type ExportBaselineStream = Stream<proto::BaselineFile>;
+
+    async fn export_baseline(
+        &self,
+        request: Request<proto::ExportBaselineRequest>,
+    ) -> Reply<Self::ExportBaselineStream> {
+        self.export_baseline(request.into_inner().image).await.map(Response::new)
+    }
+
+    type RecordBaselineStream = Stream<proto::RecordBaselineProgress>;
+
+    async fn record_baseline(
+        &self,
+        request: Request<proto::RecordBaselineRequest>,
+    ) -> Reply<Self::RecordBaselineStream> {
+        self.record_baseline(request.into_inner().image).map(Response::new)
+    }
+
+    type VerifyBaselineStream = Stream<proto::VerifyBaselineProgress>;
+
+    async fn verify_baseline(
+        &self,
+        request: Request<proto::VerifyBaselineRequest>,
+    ) -> Reply<Self::VerifyBaselineStream> {
+        self.backend()?;
+        let (client, stream) = mpsc::channel(STREAM);
+        tokio::spawn(self.clone().verify(request.into_inner(), client));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type DiffBaselinesStream = Stream<proto::BaselineDifference>;
+
+    async fn diff_baselines(
+        &self,
+        request: Request<proto::DiffBaselinesRequest>,
+    ) -> Reply<Self::DiffBaselinesStream> {
+        self.diff_baselines(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn remove_baseline(
+        &self,
+        request: Request<proto::RemoveBaselineRequest>,
+    ) -> Reply<proto::RemoveBaselineResponse> {
+        self.remove_baseline(request.into_inner().image).await.map(Response::new)
+    }
+
+    async fn prune_baselines(
+        &self,
+        _: Request<proto::PruneBaselinesRequest>,
+    ) -> Reply<proto::PruneBaselinesResponse> {
+        self.prune_baselines().await.map(Response::new)
+    }
+
+    async fn list_findings(
+        &self,
+        request: Request<proto::ListFindingsRequest>,
+    ) -> Reply<proto::ListFindingsResponse> {
+        self.list_findings(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_finding(
+        &self,
+        request: Request<proto::GetFindingRequest>,
+    ) -> Reply<proto::GetFindingResponse> {
+        self.get_finding(request.into_inner().id).await.map(Response::new)
+    }
+
+    async fn list_members(
+        &self,
+        request: Request<proto::ListMembersRequest>,
+    ) -> Reply<proto::ListMembersResponse> {
+        self.list_members(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_sessions(
+        &self,
+        request: Request<proto::ListSessionsRequest>,
+    ) -> Reply<proto::ListSessionsResponse> {
+        self.list_sessions(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_session(
+        &self,
+        request: Request<proto::GetSessionRequest>,
+    ) -> Reply<proto::GetSessionResponse> {
+        self.get_session(request.into_inner().id).await.map(Response::new)
+    }
+
+    async fn list_commands(
+        &self,
+        request: Request<proto::ListCommandsRequest>,
+    ) -> Reply<proto::ListCommandsResponse> {
+        self.list_commands(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_timeline(
+        &self,
+        request: Request<proto::GetTimelineRequest>,
+    ) -> Reply<proto::GetTimelineResponse> {
+        self.timeline(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_probes(
+        &self,
+        request: Request<proto::ListProbesRequest>,
+    ) -> Reply<proto::ListProbesResponse> {
+        self.list_probes(request.into_inner().container).await.map(Response::new)
+    }
+
+    async fn set_probe(
+        &self,
+        request: Request<proto::SetProbeRequest>,
+    ) -> Reply<proto::SetProbeResponse> {
+        self.set_probe(request.into_inner()).await.map(Response::new)
+    }
+
+    type FollowFindingsStream = Inbox;
+
+    async fn follow_findings(
+        &self,
+        request: Request<proto::FollowFindingsRequest>,
+    ) -> Reply<Self::FollowFindingsStream> {
+        self.follow_findings(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn respond(
+        &self,
+        request: Request<proto::RespondRequest>,
+    ) -> Reply<proto::RespondResponse> {
+        let client = request.extensions().get::<Peer>().map(ToString::to_string);
+        let client = client.ok_or_else(|| Status::permission_denied("the client is not known"))?;
+        self.carry_out(request.into_inner(), client).await.map(Response::new)
+    }
+}

@@ -1,0 +1,19 @@
+//! The service `driftd.v1.DriftService`, one file for each subject.
+//!
+//! `backend.rs` owns [`Service`] and the ways to the pipeline and the history, `grpc.rs`
+//! implements the generated trait and hands each request to the file of its subject.
+
+mod backend;
+mod baselines;
+mod containers;
+mod findings;
+mod grpc;
+mod paging;
+mod probes;
+mod responses;
+mod sessions;
+mod status;
+mod verify;
+
+pub use backend::Backend;
+pub(super) use backend::Service;
