@@ -3,11 +3,12 @@
 #   about to become that program?
 # Natural guess: yes, unless the listener denies it; for a script one event for the script
 #   and one for its interpreter.
-# What happens: the event comes with the open, before the kernel has looked at the file. It
-#   comes for a mere question (AT_EXECVE_CHECK, Linux 6.14) and for an execve that fails
-#   afterwards: a file that is open for writing (ETXTBSY), an ELF file for no machine
-#   (ENOEXEC), a script whose interpreter is missing (ENOENT). The process goes on as what it
-#   was. Whoever counts executions needs a second source, such as sched_process_exec.
+# What happens: the event comes with the open, before the kernel has read the file. It also
+#   comes for a check without execution (AT_EXECVE_CHECK, Linux 6.14) and for an execve that
+#   fails afterwards: a file that is open for writing (ETXTBSY), an ELF file for no machine
+#   (ENOEXEC), a script whose interpreter is missing (ENOENT). The process continues with its
+#   old program. A program that counts executions needs a second source, such as
+#   sched_process_exec.
 # Needs: root, Linux 6.14 or newer with CONFIG_FANOTIFY_ACCESS_PERMISSIONS, a C compiler.
 set -eu
 if [ "${1-}" != inside ]; then
@@ -32,7 +33,7 @@ cat > "$dir/ask.c" <<'EOF'
 #define AT_EXECVE_CHECK 0x10000
 #endif
 
-/* A child executes FILE, or only asks; how it ended, and how many events came. */
+/* A child executes FILE, or only checks it. Prints the result and the number of events. */
 static void try(int group, const char *what, const char *file, int flags) {
     int pipes[2], error = 0, events = 0, status;
     if (pipe2(pipes, O_CLOEXEC))
@@ -63,7 +64,7 @@ static void try(int group, const char *what, const char *file, int flags) {
                 close(event->fd);
             }
         } else if (waits[1].revents) {
-            /* Closed by an execve that came through: then nothing was written. */
+            /* A successful execve closes the pipe; then nothing was written. */
             if (read(pipes[0], &error, sizeof error) != sizeof error)
                 error = -1;
             has_answered = 1;

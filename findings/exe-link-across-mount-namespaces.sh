@@ -1,8 +1,8 @@
 #!/bin/sh
 # Question: a process of the host runs a program of another mount namespace, by the name
 #   /proc/PID/root/bin/sleep. What do /proc/self/exe and /proc/self/maps show?
-# Natural guess: that name, or one that says that the file cannot be reached from here, as
-#   getcwd(2) does with `(unreachable)`.
+# Natural guess: that name, or a name marked as not reachable from here, as getcwd(2) marks it
+#   with `(unreachable)`.
 # What happens: the path of the file in the other namespace, `/bin/sleep`, without any sign.
 #   The host has another file by this name. So the name in /proc/PID/exe finds a file only
 #   together with its device and inode. getcwd(2) in the directory of the same file returns
@@ -22,7 +22,7 @@ int main(int argc, char **argv) {
     char path[4096], link[4096] = "";
     if (argc < 2 || chdir(argv[1]))
         return 1;
-    /* The system call: the C library turns this answer into an error. */
+    /* The system call itself: the C library turns this result into an error. */
     syscall(SYS_getcwd, path, sizeof path);
     readlink("/proc/self/cwd", link, sizeof link - 1);
     printf("%s %s\n", path, link);
@@ -31,7 +31,7 @@ int main(int argc, char **argv) {
 C
 cc -o "$dir/cwd" "$dir/cwd.c"
 
-# A namespace whose root is a tmpfs with one program. Its process says that it is there.
+# A namespace whose root is a tmpfs with one program. Its process reports when it is ready.
 mkfifo "$dir/ready"
 unshare --mount --propagation private sh -ec '
     mount -t tmpfs none "$1/root"

@@ -1,12 +1,12 @@
 #!/bin/sh
 # Question: overlayfs refuses a fanotify mark for FAN_PRE_ACCESS. Is a file that is read
 #   through an overlay thereby out of reach of a listener for that event?
-# Natural guess: yes; the read happens on the overlay, where nobody can be asked.
+# Natural guess: yes; the read happens on the overlay, which takes no such mark.
 # What happens: the mark on the overlay fails with EOPNOTSUPP, but a listener that marks
 #   the filesystem of the layers (ext4 here) is asked for each read through the overlay
 #   too. The event's descriptor is the layer's file, its pid is the reader's, and a
-#   denial makes the read through the overlay fail with EPERM. So whoever listens on the
-#   disk of a container runtime can hold up every container on it.
+#   denial makes the read through the overlay fail with EPERM. So a listener on the disk
+#   of a container runtime can block every container on it.
 # Needs: root, Linux 6.14 or newer with CONFIG_FANOTIFY_ACCESS_PERMISSIONS, a C compiler,
 #   mke2fs, a loop device.
 set -eu
@@ -80,7 +80,7 @@ echo text > "$dir/disk/lower/file"
 mount -t overlay -o "lowerdir=$dir/disk/lower,upperdir=$dir/disk/upper,workdir=$dir/disk/work" \
     overlay "$dir/overlay"
 echo "Linux $(uname -r)"
-# The file's pages may be in the cache: the event comes all the same.
+# The event comes even if the file's pages are in the cache.
 timeout 20 "$dir/listen" "$dir/overlay" "$dir/disk" "$dir/overlay/file" | tee "$dir/seen"
 cat > "$dir/expected" <<'EOF'
 mark on the overlay: Operation not supported

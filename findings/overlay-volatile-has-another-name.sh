@@ -2,9 +2,9 @@
 # Question: an overlay is mounted with `-o volatile`, as container engines do for
 #   containers that are removed afterwards. How does /proc/self/mountinfo show it?
 # Natural guess: as it was given, `volatile`, so that a program that reads the options can
-#   look for this word between commas.
+#   search for this word between commas.
 # What happens: Linux 6.18 shows `fsync=volatile` and no option `volatile`. A program that
-#   looks for the bare word takes the overlay for one that keeps its data after a crash.
+#   searches for the bare word takes the overlay for one that keeps its data after a crash.
 # Needs: root; seen on Linux 6.18.
 set -eu
 if [ "${1-}" != inside ]; then

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Question: a process has ended and nobody has waited for it yet; its pidfd is readable.
-#   What does ioctl(PIDFD_GET_INFO), asked for PIDFD_INFO_EXIT, say of its exit code?
-# Natural guess: the exit code, since poll(2) on the pidfd says that it has ended; or an
+# Question: a process has ended and its parent has not waited for it yet; its pidfd is
+#   readable. What does ioctl(PIDFD_GET_INFO) with PIDFD_INFO_EXIT return as its exit code?
+# Natural guess: the exit code, since poll(2) on the pidfd reports that it has ended; or an
 #   error, since there is nothing to report yet.
 # What happens: the call succeeds, PIDFD_INFO_EXIT is not in the returned mask, and the
 #   field exit_code is 0, as after success. Once the parent has waited, the same call on

@@ -1,5 +1,5 @@
-//! Layers and images read from archives, beside what others make of the same
-//! bytes: GNU tar's extraction, containerd's unpacking, skopeo's conversions.
+//! Layers and images read from archives, compared with the results of other programs
+//! on the same bytes: GNU tar's extraction, containerd's unpacking, skopeo's conversions.
 //! Needs root (device nodes, owners, capabilities), tar, containerd and skopeo.
 
 use std::ffi::OsStr;
@@ -75,8 +75,8 @@ fn any_planted() -> impl Strategy<Value = Planted> {
         1 => prop::collection::vec(1..=255_u8, 1..20)
             .prop_map(|name| name.into_iter().map(|byte| if byte == b'/' { b'_' } else { byte }).collect()),
     ]
-    // A whiteout's name means something else to us than to tar.
-    .prop_filter("a name of its own", |name: &Vec<u8>| {
+    // A whiteout's name has a meaning to driftd that it lacks to tar.
+    .prop_filter("a name that is no whiteout", |name: &Vec<u8>| {
         !name.starts_with(b".wh.") && name != b"." && name != b".."
     });
     let node = prop_oneof![
@@ -89,7 +89,7 @@ fn any_planted() -> impl Strategy<Value = Planted> {
         1 => (any::<bool>(), 1..4096_u32, 0..1_u32 << 18)
             .prop_map(|(block, major, minor)| Node::Device { block, major, minor }),
     ];
-    // 2^21 is where octal digits end.
+    // From 2^21 on, octal digits do not suffice.
     let id = || prop_oneof![Just(0), Just(1000), Just(3_000_000_000_u32)];
     (any::<prop::sample::Index>(), name, 0..0o10000_u32, id(), id(), node).prop_map(
         |(directory, name, mode, uid, gid, node)| Planted { directory, name, mode, uid, gid, node },
@@ -107,7 +107,7 @@ fn plant(tree: &Path, planted: &[Planted]) {
         }
         match node {
             Node::File { data, .. } => {
-                // A run of one byte, of which zeros are holes to tar.
+                // Runs of one byte; tar treats runs of zeros as holes.
                 let content: Vec<u8> = data
                     .iter()
                     .flat_map(|(length, byte)| {
@@ -141,8 +141,8 @@ fn plant(tree: &Path, planted: &[Planted]) {
             Node::Symlink(_) | Node::HardLink(_) | Node::Fifo | Node::Device { .. } => (),
         }
     }
-    // GNU tar says nothing of a hard link's attributes, and a link without them takes
-    // them away where containerd unpacks it.
+    // GNU tar writes no attributes for a hard link. A link without attributes removes
+    // them from the file when containerd unpacks it.
     for Planted { directory, name, node, .. } in planted {
         let path = directory.get(&directories).join(OsStr::from_bytes(name));
         if matches!(node, Node::File { capability: true, .. })
@@ -178,7 +178,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_gnu_tar_writes_is_read_as_it_extracts_it(
+    fn an_archive_of_gnu_tar_is_read_as_gnu_tar_extracts_it(
         planted in prop::collection::vec(any_planted(), 0..30),
         how in prop::sample::select(vec![
             vec!["--format=gnu"],
@@ -231,7 +231,7 @@ fn a_layer_of_ustar_and_v7_headers_is_read_as_gnu_tar_extracts_it() {
 
 // --- containerd ---
 
-/// A containerd of our own, ended with the test.
+/// A containerd for one test.
 struct Containerd {
     directory: tempfile::TempDir,
     process: Child,
@@ -265,7 +265,7 @@ impl Containerd {
         let containerd = Containerd { directory, process };
         let deadline = Instant::now() + Duration::from_secs(60);
         while let Err(reason) = containerd.ctr(&["version"]) {
-            assert!(Instant::now() < deadline, "containerd does not answer: {reason}");
+            assert!(Instant::now() < deadline, "containerd is not ready: {reason}");
             std::thread::sleep(Duration::from_millis(50));
         }
         containerd
@@ -283,8 +283,8 @@ impl Containerd {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// The directories of these layers, bottom first; why containerd does not
-    /// unpack them.
+    /// The directories of these layers, bottom first, or the reason why containerd does
+    /// not unpack them.
     fn unpack(&self, name: &str, layers: &[Vec<u8>]) -> Result<Vec<PathBuf>, String> {
         let file = self.directory.path().join("image.tar");
         fs::write(&file, image_archive(name, layers)).unwrap();
@@ -293,14 +293,14 @@ impl Containerd {
             ChainId::of_layers(&layers.iter().map(|layer| diff_id(layer)).collect::<Vec<_>>());
         let top = chain.last().unwrap().to_string();
         let key = format!("view-of-{name}");
-        // With the answer, because containerd may collect the view right after.
+        // One command returns the mounts too, because containerd may remove the view at once.
         let mounts = self.ctr(&["snapshots", "view", "--mounts", &key, &top])?;
         let mounts: serde_json::Value = serde_json::from_str(&mounts).unwrap();
         let options = mounts[0]["Options"].as_array().unwrap();
         let lower = options.iter().find_map(|option| option.as_str()?.strip_prefix("lowerdir="));
         let mut directories: Vec<PathBuf> = match lower {
             Some(directories) => directories.split(':').map(PathBuf::from).collect(),
-            // One layer alone is bound, not overlaid.
+            // A single layer is a bind mount and no overlay.
             None => vec![PathBuf::from(mounts[0]["Source"].as_str().unwrap())],
         };
         directories.reverse();
@@ -324,7 +324,7 @@ fn descriptor(media_type: &str, blob: &[u8]) -> serde_json::Value {
     serde_json::json!({"mediaType": media_type, "digest": diff_id(blob), "size": blob.len()})
 }
 
-/// An OCI layout, packed.
+/// An OCI layout as an archive.
 fn image_archive(name: &str, layers: &[Vec<u8>]) -> Vec<u8> {
     const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
     let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
@@ -375,7 +375,7 @@ fn image_archive(name: &str, layers: &[Vec<u8>]) -> Vec<u8> {
 /// 0 a/b 4755 content        a file           3 null 666 1,3     a device
 /// 2 link 777 target         a symlink        6 pipe 600         a FIFO
 /// 1 link 644 target         a hard link      5 dir 2755         a directory
-/// g name                    a global header  x key=value        of the next entry
+/// g name                    a global header  x key=value        for the next entry
 /// ```
 fn archive_of(lines: &str) -> Vec<u8> {
     let mut archive: Vec<u8> = Vec::new();
@@ -396,7 +396,7 @@ fn archive_of(lines: &str) -> Vec<u8> {
             content = format!("{} {record}\n", length.unwrap()).into_bytes();
         }
         if flag != b'x' {
-            // The crate would not write most of these names.
+            // The `tar` crate refuses to write most of these names.
             header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
         }
         let mode = words.next().unwrap_or("644");
@@ -439,16 +439,16 @@ const BASE: &str = "
     0 data 640 data
 ";
 
-/// Odd layers that lie on [`BASE`].
+/// Odd layers above [`BASE`].
 const ODD: &[&str] = &[
-    // Ordinary ones first: so the rest means something.
+    // Ordinary layers first: they show that the comparison works.
     "5 etc/ 755\n0 etc/new 600 new\n0 etc/.wh.gone 0",
     "0 var/lib/app/file 644 implied\n0 bin/tool 755 own-directory",
     "5 ./ 700\n0 ./usr/bin/x 4755 setuid",
     "5 var/ 755\n5 var/lib/ 755\n0 var/lib/.wh..wh..opq 0\n0 var/lib/new 644 new",
     "0 var/lib/new 644 new\n0 var/lib/.wh..wh..opq 0",
     "0 .wh..wh..opq 0\n0 a 644 only",
-    // The last wins.
+    // The last entry of a path wins.
     "0 a 644 one\n0 a 755 two",
     "0 a/b 644 one\n0 a 644 two",
     "0 a 644 one\n5 a/ 700\n0 a/b 644 two",
@@ -487,7 +487,7 @@ const ODD: &[&str] = &[
     "3 data 666 0,0",
     "3 a 666 4096,0\n3 b 666 4097,1",
     "4 a 666 0,0",
-    // Directories that are made on the way.
+    // Directories without an entry.
     "5 s/ 2775 - 100\n0 s/t/u/a 644 one",
     "0 usr/bin/t/a 644 one",
     "0 usr/bin/a 644 one\n5 usr/bin/ 755",
@@ -546,7 +546,7 @@ fn odd_layers_are_read_as_containerd_unpacks_them() {
 // --- skopeo ---
 
 #[test]
-fn what_skopeo_converts_is_the_same_image() {
+fn an_image_converted_by_skopeo_is_the_same_image() {
     let scratch = tempfile::tempdir().unwrap();
     let at = |name: &str| scratch.path().join(name);
     let layers = [archive_of(BASE), archive_of("0 a 644 one"), archive_of("0 b 644 two")];

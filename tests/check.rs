@@ -1,24 +1,24 @@
-//! Time of check: what an executed file held when it was executed, against who changes
-//! it before it is read.
+//! Time of check: the content that a file had when it was executed, against processes
+//! that change the file before driftd reads it.
 //!
 //! Needs root, fanotify and a C compiler (`make setup`), and fails without.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, bounded};
+use common::{Watchers, changed, mount_overlay, patience, require_root, wait_until};
 use driftd::config;
-use driftd::health::Health;
 use driftd::model::{Blake3Hash, ContainerId, Fact, FileTime, Filesystem, Observation};
-use driftd::watch::{SensorCommand, SensorEvent, Trust, Watch};
-
-const PATIENCE: Duration = Duration::from_secs(30);
+use driftd::sys::mounts::Notifier;
+use driftd::watch::{SensorCommand, SensorEvent, Trust};
 
 fn compile(source: &str, to: &Path, options: &[&str]) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(source);
@@ -33,22 +33,6 @@ fn compile(source: &str, to: &Path, options: &[&str]) {
     assert!(output.status.success(), "gcc failed (run: make setup): {stderr}");
 }
 
-#[track_caller]
-fn command(words: &[&str]) {
-    let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{words:?}: {stderr}");
-}
-
-#[track_caller]
-fn wait_for(what: &str, is_there: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_there() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// An overlay with an image of two programs, and a process that has it as its root.
 struct Container {
     dir: tempfile::TempDir,
@@ -59,9 +43,9 @@ struct Container {
 }
 
 impl Container {
-    /// The image has so many copies of the tool besides.
+    /// `programs` is the number of further copies of the tool in the image.
     fn start(programs: usize) -> Container {
-        assert!(rustix::process::geteuid().is_root(), "these tests mount overlays: run as root");
+        require_root();
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for name in ["lower/bin", "lower/tmp", "lower/mnt", "work", "merged"] {
@@ -79,20 +63,12 @@ impl Container {
         }
         let newest = at("lower/newest");
         fs::write(&newest, "").unwrap();
-        let newest = fs::metadata(&newest).unwrap();
-        let nanoseconds = newest.ctime_nsec().try_into().unwrap();
-        let recorded = FileTime { seconds: newest.ctime(), nanoseconds };
+        let recorded = changed(&newest);
         // Longer than a tick of the clock.
         thread::sleep(Duration::from_millis(30));
         fs::create_dir(at("upper")).unwrap();
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            at("lower").display(),
-            at("upper").display(),
-            at("work").display()
-        );
         let merged = at("merged");
-        command(&["mount", "-t", "overlay", "overlay", "-o", &options, merged.to_str().unwrap()]);
+        mount_overlay(&at("lower"), dir.path(), &merged, "");
         let init = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "chroot"])
             .arg(&merged)
@@ -101,7 +77,7 @@ impl Container {
             .spawn()
             .unwrap();
         let exe = PathBuf::from(format!("/proc/{}/cmdline", init.id()));
-        wait_for("init", || fs::read(&exe).is_ok_and(|line| line.starts_with(b"/bin/racer")));
+        wait_until("init", || fs::read(&exe).is_ok_and(|line| line.starts_with(b"/bin/racer")));
         let name = dir.path().file_name().unwrap().to_str().unwrap();
         let id = ContainerId::new("check", name);
         Container { init, id, recorded, tool: Blake3Hash(*blake3::hash(&tool).as_bytes()), dir }
@@ -115,7 +91,7 @@ impl Container {
         command
     }
 
-    /// Races, and says of each execution which byte the tool has found.
+    /// Races, and returns for each execution which byte the tool found.
     fn race(&self, mode: &str, rounds: usize, tool: &str) -> BTreeMap<u32, char> {
         let rounds = rounds.to_string();
         let words = ["/bin/racer", mode, &rounds, tool, "/tmp/other"];
@@ -141,19 +117,18 @@ impl Drop for Container {
     }
 }
 
-/// One at a time: they need the processors.
+/// The tests run one at a time, because they need the processors.
 static TURN: Mutex<()> = Mutex::new(());
 
 struct Node {
-    watch: Option<Watch>,
-    reports: Receiver<Box<SensorEvent>>,
+    watchers: Watchers,
     _turn: MutexGuard<'static, ()>,
 }
 
 /// What was reported of one execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reported {
-    /// It was the image's own content, for certain.
+    /// Certainly the image's own content.
     Image,
     Drift,
 }
@@ -161,40 +136,23 @@ enum Reported {
 impl Node {
     fn start() -> Node {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let (sender, reports) = bounded(64 * 1024);
         let settings =
             config::Watch { sweep_interval: Duration::from_secs(3600), ..config::Watch::default() };
-        let watch = {
-            let program = std::path::Path::new(env!("CARGO_BIN_EXE_driftd"));
-            let gate = driftd::gate::Gate::start(program, driftd::watch::shards(settings.gate));
-            Watch::start(&settings, sender, Arc::new(Health::default()), gate.unwrap()).unwrap()
-        };
-        Node { watch: Some(watch), reports, _turn: turn }
-    }
-
-    fn order(&self, order: SensorCommand) {
-        self.watch.as_ref().unwrap().commands().send(order).unwrap();
+        let watchers = Watchers::start(&settings, 64 * 1024, Notifier::new());
+        Node { watchers, _turn: turn }
     }
 
     fn attach(&mut self, container: &Container) {
         let id = container.id.clone();
-        self.order(SensorCommand::Attach {
-            container: id.clone(),
-            pid: container.init.id(),
-            rootfs: None,
-        });
-        self.order(SensorCommand::Trust {
-            container: id.clone(),
-            trust: Trust::UpTo(container.recorded),
-        });
-        self.order(SensorCommand::Scan { container: id.clone(), ticket: Some(1) });
+        self.watchers.attach(&id, container.init.id(), Trust::UpTo(container.recorded));
+        self.watchers.send(SensorCommand::Scan { container: id.clone(), ticket: Some(1) });
         let is_over = |report: &SensorEvent| match report {
             SensorEvent::NotAttached { reason, .. } => panic!("not attached: {reason}"),
             SensorEvent::Scanned { container, ticket: Some(1), .. } => *container == id,
             _ => false,
         };
-        let deadline = Instant::now() + PATIENCE;
-        while !is_over(&self.reports.recv_deadline(deadline).expect("a first walk")) {}
+        let deadline = Instant::now() + patience();
+        while !is_over(&self.watchers.reports.recv_deadline(deadline).expect("a first scan")) {}
     }
 
     /// What was reported of these executions.
@@ -204,9 +162,9 @@ impl Node {
         pids: &BTreeMap<u32, char>,
     ) -> BTreeMap<u32, Reported> {
         let mut reported = BTreeMap::new();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         while pids.keys().any(|pid| !reported.contains_key(pid)) {
-            let Ok(report) = self.reports.recv_deadline(deadline) else { break };
+            let Ok(report) = self.watchers.reports.recv_deadline(deadline) else { break };
             let SensorEvent::Observed(Observation { fact, .. }) = &*report else { continue };
             let Fact::Executed { path, state, process, .. } = fact else { continue };
             let is_images = path.file_name() == b"tool"
@@ -220,12 +178,12 @@ impl Node {
         reported
     }
 
-    /// From which filesystem each of these executions was reported.
+    /// The filesystem reported for each of these executions.
     fn filesystems(&self, pids: &BTreeMap<u32, char>) -> BTreeMap<u32, Filesystem> {
         let mut filesystems = BTreeMap::new();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         while pids.keys().any(|pid| !filesystems.contains_key(pid)) {
-            let Ok(report) = self.reports.recv_deadline(deadline) else { break };
+            let Ok(report) = self.watchers.reports.recv_deadline(deadline) else { break };
             let SensorEvent::Observed(Observation { fact, .. }) = &*report else { continue };
             let Fact::Executed { filesystem, process, .. } = fact else { continue };
             if pids.contains_key(&process.identity.pid) {
@@ -235,13 +193,13 @@ impl Node {
         filesystems
     }
 
-    /// Races, and says how many executions of other bytes there were, and how many of
-    /// them were taken for the image's.
+    /// Races, and returns how many executions ran other bytes, and how many of those were
+    /// taken for the image's content.
     fn race(&self, container: &Container, mode: &str, rounds: usize, tool: &str) -> (usize, usize) {
         let (mut changed, mut missed) = (0, 0);
         let mut left = rounds;
         while left > 0 {
-            // Fewer than what may wait, so that none is counted with another.
+            // So few at a time that none are coalesced.
             let now = left.min(if mode.starts_with("first") { left } else { 50 });
             left -= now;
             let ran = container.race(mode, now, tool);
@@ -258,16 +216,8 @@ impl Node {
     }
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        if let Some(watch) = self.watch.take() {
-            watch.stop();
-        }
-    }
-}
-
-/// Every way to change a file back, and how many of a thousand may be missed on a
-/// machine that is busy: those whose writer was gone before it could be looked for.
+/// Every way to change a file back, and how many of a thousand executions may be missed
+/// on a busy machine: those whose writer ended before driftd searched for it.
 const MODES: [(&str, usize); 9] = [
     ("held", 0),
     ("brief", 20),
@@ -297,24 +247,24 @@ fn race_all(rounds: usize) {
 }
 
 #[test]
-fn x04_a_program_that_was_other_bytes_when_it_was_executed_is_never_silent() {
+fn x04_a_program_with_other_bytes_at_its_execution_is_never_silent() {
     race_all(100);
 }
 
 /// `make race`
 #[test]
 #[ignore = "takes minutes: make race"]
-fn x04_a_program_that_was_other_bytes_ten_thousand_times_is_never_silent() {
+fn x04_a_program_with_other_bytes_at_ten_thousand_executions_is_never_silent() {
     race_all(10_000);
 }
 
 #[test]
-fn x04_a_program_that_is_touched_and_executed_again_and_again_is_silent() {
+fn x04_a_touched_program_that_is_executed_repeatedly_is_not_drift() {
     let mut node = Node::start();
     let container = Container::start(0);
     node.attach(&container);
     for round in 0..5 {
-        // The time, the mode, an opening for writing, a copy in its place.
+        // Changes of the time and of the mode, opening for writing, a copy in its place.
         for mode in ["touch0", "touch1", "touch2", "touch3"] {
             let ran = container.race(mode, 1, "/bin/tool");
             let reported: Vec<Reported> = node.reported(&container, &ran).into_values().collect();
@@ -324,19 +274,19 @@ fn x04_a_program_that_is_touched_and_executed_again_and_again_is_silent() {
 }
 
 #[test]
-fn x16_a_filesystem_is_unmounted_as_soon_as_its_program_has_ended() {
+fn x16_a_filesystem_can_be_unmounted_as_soon_as_its_program_has_ended() {
     let mut node = Node::start();
     let container = Container::start(0);
     let busy =
         |ran: &BTreeMap<u32, char>, how: char| ran.values().filter(|byte| **byte == how).count();
     let before = container.race("mount", 20, "/bin/tool");
-    assert_eq!(busy(&before, 'b') + busy(&before, 'B'), 0, "nobody watches it yet");
+    assert_eq!(busy(&before, 'b') + busy(&before, 'B'), 0, "it is not watched yet");
     node.attach(&container);
     let ran = container.race("mount", 60, "/bin/tool");
     let kinds = node.filesystems(&ran);
     let tmpfs = kinds.values().filter(|kind| **kind == Filesystem::Tmpfs).count();
     eprintln!("busy for a moment: {} of {}", busy(&ran, 'b'), ran.len());
     assert_eq!(busy(&ran, 'B'), 0, "a filesystem stays busy");
-    // What is gone before its mount was seen at all has a kind that nobody knows.
+    // If a mount ends before driftd notices it, its filesystem stays unknown.
     assert!(kinds.len() == 60 && tmpfs >= 50, "on a tmpfs: {tmpfs} of {}", kinds.len());
 }

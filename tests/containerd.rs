@@ -1,6 +1,6 @@
-//! The containerd room against a real containerd: each test starts one of its
-//! own, in a scratch directory, and ends it. Needs root, containerd, runc, ctr
-//! and busybox-static; without them the tests fail and say so.
+//! The containerd room against a real containerd: each test starts a containerd in a
+//! scratch directory and ends it. Needs root, containerd, runc, ctr and busybox-static;
+//! without them the tests fail with a message that names what is missing.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::Debug;
@@ -29,7 +29,7 @@ use sha2::{Digest as _, Sha256};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-// --- a containerd of our own ---
+// --- a containerd for the test ---
 
 struct Node {
     directory: tempfile::TempDir,
@@ -89,7 +89,7 @@ impl Node {
             .spawn()
             .expect("containerd cannot be started (apt-get install containerd runc)");
         self.containerd = Some(child);
-        wait_for("containerd answers", || {
+        wait_for("containerd is ready", || {
             self.ctr_output(&["version"]).map_err(|text| text + &self.log())
         });
     }
@@ -193,7 +193,7 @@ impl Drop for Node {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // What a failed test has left mounted.
+        // Mounts that a failed test left behind.
         let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let root = self.directory.path().to_str().unwrap();
         for mount_point in mountinfo.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
@@ -221,9 +221,9 @@ fn wait_for<T, E: Debug>(what: &str, mut check: impl FnMut() -> Result<T, E>) ->
 struct TestImage {
     name: String,
     layers: Vec<Vec<u8>>,
-    /// Wrapped in an index with another platform and a provenance.
+    /// Whether the manifest is wrapped in an index, beside another platform and a provenance.
     index: bool,
-    /// How to run it, in its config.
+    /// The run settings in its config.
     settings: serde_json::Value,
 }
 
@@ -357,7 +357,7 @@ fn descriptor(media_type: &str, blob: &[u8]) -> serde_json::Value {
 
 // --- driftd's side ---
 
-/// What a job asked for, and what its directories held while it ran.
+/// A recording job: its image, and the files in its directories while it ran.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Submitted {
     namespace: String,
@@ -370,7 +370,7 @@ struct Submitted {
     archives: Vec<Option<String>>,
 }
 
-/// A recorder that only looks.
+/// A recorder that records no baseline, and keeps the jobs for the test.
 #[derive(Clone, Default)]
 struct Recorder(Arc<Mutex<Recorded>>);
 
@@ -381,7 +381,7 @@ struct Recorded {
     proofs: Vec<Proof>,
     newest: Vec<Layer>,
     forgets: bool,
-    /// All names, as last told.
+    /// All image names in the last report.
     listed: Vec<String>,
     removed: Vec<String>,
 }
@@ -519,24 +519,24 @@ impl Driftd {
         })
     }
 
-    /// Collects what is told of execs until `count` of them have ended.
+    /// Collects the events of execs until `count` execs have ended.
     #[track_caller]
     fn until_execs_ended(&mut self, count: usize) -> Vec<RuntimeEvent> {
-        let mut told = Vec::new();
+        let mut events = Vec::new();
         let mut ended = 0;
         self.until("the execs have ended", |change| {
             if let RuntimeEvent::ExecStarted { .. } | RuntimeEvent::ExecExited { .. } = change {
-                told.push(change.clone());
+                events.push(change.clone());
             }
             ended += usize::from(matches!(change, RuntimeEvent::ExecExited { .. }));
             (ended == count).then_some(())
         });
-        told
+        events
     }
 
     #[track_caller]
     fn until_disconnected(&mut self) -> String {
-        self.until("the loss is told", |change| match change {
+        self.until("the loss is reported", |change| match change {
             RuntimeEvent::Disconnected { reason, .. } => Some(reason.clone()),
             _ => None,
         })
@@ -575,11 +575,11 @@ impl Driftd {
         newest.unwrap_or_else(|| panic!("no record of {id}: {:#?}", self.seen))
     }
 
-    /// The newest run of a container of which was told.
+    /// The newest run in the records received so far.
     #[track_caller]
     fn incarnation(&self, id: &str) -> Option<Incarnation> {
         let Container { task, created_at, .. } = self.record(id);
-        let created_at = Some(created_at.expect("containerd tells when a record was made"));
+        let created_at = Some(created_at.expect("containerd reports when a record was created"));
         task.map(|task| Incarnation { pid: task.pid, start_time: task.start_time, created_at })
     }
 
@@ -592,10 +592,10 @@ impl Driftd {
         })
     }
 
-    /// Waits until the reasons for having no baseline are these.
+    /// Waits until `expected` are the reasons why images have no baseline.
     #[track_caller]
     fn until_problems(&self, expected: &[&str]) {
-        wait_for("the images' problems are told", || {
+        wait_for("the images' problems are reported", || {
             let problems = self.containerd.image_problems();
             let reasons: Vec<&str> =
                 problems.iter().map(|problem| problem.reason.as_str()).collect();
@@ -612,7 +612,7 @@ impl Driftd {
         self.runtime.block_on(recorded).map(|recorded| recorded.baseline.chain_id())
     }
 
-    /// For which no layer is ever recorded.
+    /// A driftd whose recorder never counts a layer as recorded.
     fn start_knowing_nothing(node: &Node) -> Driftd {
         let driftd = Driftd::start(node);
         driftd.recorder.0.lock().unwrap().forgets = true;
@@ -657,13 +657,19 @@ fn default(id: &str) -> ContainerId {
     ContainerId::new("default", id)
 }
 
-// --- the tests ---
-
-#[test]
-fn an_imported_image_is_recorded_layer_by_layer_and_nothing_stays_behind() {
+/// A containerd, and a driftd that has listed its containers.
+fn connected() -> (Node, Driftd) {
     let node = Node::started();
     let mut driftd = Driftd::start(&node);
     driftd.until_listed();
+    (node, driftd)
+}
+
+// --- the tests ---
+
+#[test]
+fn an_imported_image_is_recorded_layer_by_layer_and_leaves_nothing_behind() {
+    let (node, driftd) = connected();
 
     let mut image = TestImage::new("three", &[&[("a", "1")], &[("etc/b", "2")], &[("c", "3")]]);
     image.index = true;
@@ -686,14 +692,14 @@ fn an_imported_image_is_recorded_layer_by_layer_and_nothing_stays_behind() {
     assert_eq!(jobs[1].layers, single.layer_ids());
     assert_eq!(jobs[1].files, [files(&["bin/busybox", "only"])]);
 
-    wait_for("views and leases are given back", || {
+    wait_for("views and leases are removed", || {
         let mut left = node.lines(&["snapshots", "list"]);
         left.extend(node.lines(&["leases", "list", "--quiet"]));
         left.retain(|name| name.contains("driftd"));
         if left.is_empty() { Ok(()) } else { Err(left) }
     });
 
-    // Deleted: only the name goes.
+    // Deleting the image removes only the name.
     node.ctr(&["images", "remove", &single.name]);
     wait_for("the name is forgotten", || {
         let removed = driftd.recorder.0.lock().unwrap().removed.clone();
@@ -704,7 +710,7 @@ fn an_imported_image_is_recorded_layer_by_layer_and_nothing_stays_behind() {
 }
 
 #[test]
-fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
+fn a_containers_life_is_reported_and_it_can_be_paused_and_killed() {
     let node = Node::started();
     let image = TestImage::new("life", &[&[("a", "1")], &[("b", "2")]]);
     node.import(&image);
@@ -741,7 +747,7 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     let containerd = driftd.containerd.clone();
     let meant = driftd.incarnation(&id);
     assert_eq!(meant.map(|meant| meant.pid), Some(pid));
-    let act = |driftd: &Driftd, what: &str| {
+    let respond = |driftd: &Driftd, what: &str| {
         driftd.runtime.block_on(async {
             match what {
                 "pause" => containerd.pause(&container, meant).await,
@@ -751,17 +757,17 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
             }
         })
     };
-    assert_eq!(act(&driftd, "resume").unwrap(), "it was not paused");
-    assert_eq!(act(&driftd, "pause").unwrap(), format!("paused (pid {pid})"));
+    assert_eq!(respond(&driftd, "resume").unwrap(), "it was not paused");
+    assert_eq!(respond(&driftd, "pause").unwrap(), format!("paused (pid {pid})"));
     driftd.until_paused(&id);
-    assert_eq!(act(&driftd, "pause").unwrap(), "it was paused already");
-    assert_eq!(act(&driftd, "resume").unwrap(), format!("resumed (pid {pid})"));
+    assert_eq!(respond(&driftd, "pause").unwrap(), "it was paused already");
+    assert_eq!(respond(&driftd, "resume").unwrap(), format!("resumed (pid {pid})"));
     driftd
         .until_container(&id, |container| container.task.as_ref().is_some_and(|task| !task.paused));
-    assert_eq!(act(&driftd, "kill").unwrap(), format!("killed (pid {pid})"));
+    assert_eq!(respond(&driftd, "kill").unwrap(), format!("killed (pid {pid})"));
     driftd.until_seen(&RuntimeEvent::TaskExited { container: container.clone() });
     for what in ["kill", "pause", "resume"] {
-        let err = act(&driftd, what).unwrap_err();
+        let err = respond(&driftd, what).unwrap_err();
         assert!(matches!(err, Error::Gone(_)), "{what}: {err:?}");
     }
     let known_to_run = driftd.runtime.block_on(containerd.kill(&container, None, false)).unwrap();
@@ -772,20 +778,20 @@ fn a_containers_life_is_told_and_it_can_be_paused_and_killed() {
     node.ctr(&["tasks", "delete", &id]);
     node.ctr(&["containers", "delete", &id]);
     driftd.until_seen(&RuntimeEvent::Removed { container: container.clone() });
-    let err = act(&driftd, "kill").unwrap_err();
+    let err = respond(&driftd, "kill").unwrap_err();
     assert!(matches!(err, Error::UnknownContainer(_)), "{err:?}");
     assert_eq!(driftd.health.losses(), []);
 }
 
-/// The pid, the exit and the time of an exec of which this was told.
+/// The pid, the exit and the end of an exec, from its two events.
 #[track_caller]
-fn exec_of(told: &[RuntimeEvent], name: &ContainerId, id: &str) -> (u32, Exit, Timestamp) {
+fn exec_of(events: &[RuntimeEvent], name: &ContainerId, id: &str) -> (u32, Exit, Timestamp) {
     let [
         RuntimeEvent::ExecStarted { container, exec_id, pid },
         RuntimeEvent::ExecExited { container: ended, exec_id: ended_id, pid: ended_pid, exit, at },
-    ] = told
+    ] = events
     else {
-        panic!("{told:#?}");
+        panic!("{events:#?}");
     };
     assert_eq!((container, exec_id.as_str()), (name, id));
     assert_eq!((ended, ended_id, ended_pid), (container, exec_id, pid));
@@ -793,7 +799,7 @@ fn exec_of(told: &[RuntimeEvent], name: &ContainerId, id: &str) -> (u32, Exit, T
 }
 
 #[test]
-fn an_exec_is_told_when_it_begins_and_how_it_ends() {
+fn the_start_and_the_exit_of_an_exec_are_reported() {
     let node = Node::started();
     let image = TestImage::new("exec", &[&[("a", "1")]]);
     node.import(&image);
@@ -817,18 +823,18 @@ fn an_exec_is_told_when_it_begins_and_how_it_ends() {
         [("fine", "exit 0", code(0)), ("bad", "exit 3", code(3)), ("dead", "kill -9 $$", killed)]
     {
         let _its_exit_status = exec(exec_id, &shell(script));
-        let told = driftd.until_execs_ended(1);
-        let (pid, exit, at) = exec_of(&told, &default(&id), exec_id);
+        let events = driftd.until_execs_ended(1);
+        let (pid, exit, at) = exec_of(&events, &default(&id), exec_id);
         assert_eq!(exit, expected, "{script}");
         assert!(begun <= at && at <= Timestamp::now(), "{begun} {at}");
         assert!(pids.insert(pid), "{pid} of {pids:?}");
     }
 
-    // What is not there is not begun: nothing is told of it before the next one.
+    // An exec of a missing program does not start: no event of it comes before the next.
     exec("absent", &["/bin/absent"]).unwrap_err();
     exec("next", &shell("exit 0")).unwrap();
-    let told = driftd.until_execs_ended(1);
-    assert_eq!(exec_of(&told, &default(&id), "next").1, code(0));
+    let events = driftd.until_execs_ended(1);
+    assert_eq!(exec_of(&events, &default(&id), "next").1, code(0));
 
     // The pid is the host's.
     std::thread::scope(|scope| {
@@ -841,14 +847,14 @@ fn an_exec_is_told_when_it_begins_and_how_it_ends() {
         assert_eq!(command_line, "/bin/busybox\0sleep\u{0}601\0");
         let pid = nix::unistd::Pid::from_raw(started.try_into().unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-        let told = driftd.until_execs_ended(1);
-        let [RuntimeEvent::ExecExited { exec_id, pid, exit, .. }] = told.as_slice() else {
-            panic!("{told:#?}");
+        let events = driftd.until_execs_ended(1);
+        let [RuntimeEvent::ExecExited { exec_id, pid, exit, .. }] = events.as_slice() else {
+            panic!("{events:#?}");
         };
         assert_eq!((exec_id.as_str(), *pid, *exit), ("long", started, killed));
     });
 
-    // Nothing of all this has made the container another one.
+    // None of this produced another record of the container.
     let records: Vec<&RuntimeEvent> = driftd
         .seen
         .iter()
@@ -862,7 +868,7 @@ fn an_exec_is_told_when_it_begins_and_how_it_ends() {
 }
 
 #[test]
-fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
+fn x11_a_response_meant_for_an_earlier_run_touches_no_later_one() {
     let node = Node::started();
     let image = TestImage::new("later", &[&[]]);
     node.import(&image);
@@ -901,7 +907,7 @@ fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
     };
     driftd.until_container(&id, |container| is_new(container, earlier));
     refused(&driftd, earlier, "a container that was started again");
-    // Its pid is right, and it is another process or another container all the same.
+    // The pid is right, but the process or the container is another one.
     let now = driftd.incarnation(&id).unwrap();
     let other = |change: &dyn Fn(&mut Incarnation)| {
         let mut other = now;
@@ -910,13 +916,13 @@ fn x11_an_answer_to_an_earlier_run_touches_no_later_one() {
     };
     refused(&driftd, other(&|run| run.start_time = earlier.unwrap().start_time), "another process");
     refused(&driftd, other(&|run| run.created_at = Some(Timestamp::UNIX_EPOCH)), "another record");
-    // A process that is there, and is not its init.
+    // A process that exists, but is not the container's init.
     refused(&driftd, other(&|run| (run.pid, run.start_time) = (std::process::id(), None)), "me");
     refused(&driftd, None, "a container of which no run was known");
     assert_eq!(driftd.incarnation(&id), Some(now));
     let paused = driftd.runtime.block_on(driftd.containerd.pause(&default(&id), Some(now)));
     assert_eq!(paused.unwrap(), format!("paused (pid {})", now.pid), "it was left alone");
-    // What is frozen is killed all the same.
+    // A paused container can be killed too.
     let killed = driftd.runtime.block_on(driftd.containerd.kill(&default(&id), Some(now), false));
     assert_eq!(killed.unwrap().message, format!("killed (pid {})", now.pid));
 }
@@ -940,7 +946,7 @@ fn a_crash_of_containerd_loses_nothing() {
     let reason = driftd.until_disconnected();
     assert!(reason.starts_with("lost containerd at "), "{reason}");
     assert_eq!(driftd.health.count(Failure::ContainerdLost), 1);
-    // While there is nobody to tell it.
+    // While containerd is down, a container ends.
     let victim = nix::unistd::Pid::from_raw(i32::try_from(victim).unwrap());
     nix::sys::signal::kill(victim, nix::sys::signal::Signal::SIGKILL).unwrap();
     driftd.seen.clear();
@@ -958,14 +964,14 @@ fn a_crash_of_containerd_loses_nothing() {
         driftd.until_seen(&exited);
     }
 
-    // And it follows again.
+    // Events arrive again.
     let new = unique("new");
     node.run(&image, &new);
     driftd.until_container(&new, |container| container.task.is_some());
 }
 
 #[test]
-fn a_socket_that_appears_later_is_waited_for() {
+fn driftd_waits_for_a_socket_that_appears_later() {
     let mut node = Node::new();
     let mut driftd = Driftd::start(&node);
     let reason = driftd.until_disconnected();
@@ -973,19 +979,19 @@ fn a_socket_that_appears_later_is_waited_for() {
     let err =
         driftd.runtime.block_on(driftd.containerd.kill(&default("c"), None, false)).unwrap_err();
     assert!(matches!(err, Error::NotConnected { .. }), "{err:?}");
-    // Several tries later it was told once.
+    // After several attempts the loss was reported once.
     std::thread::sleep(Duration::from_millis(500));
     node.start();
     assert_eq!(driftd.until_listed(), []);
     let again =
         RuntimeEvent::Disconnected { endpoint: node.socket().to_str().unwrap().into(), reason };
-    let told = driftd.seen.iter().filter(|change| **change == again).count();
-    assert_eq!(told, 1, "{:?}", driftd.seen);
+    let reports = driftd.seen.iter().filter(|change| **change == again).count();
+    assert_eq!(reports, 1, "{:?}", driftd.seen);
     assert_eq!(driftd.health.losses(), []);
 }
 
 #[test]
-fn a_missing_blob_stops_no_other_image() {
+fn a_missing_blob_affects_no_other_image() {
     let node = Node::started();
     let broken = TestImage::new("broken", &[&[("a", "broken")]]);
     let whole = TestImage::new("whole", &[&[("a", "whole")]]);
@@ -1004,7 +1010,7 @@ fn a_missing_blob_stops_no_other_image() {
     assert_eq!((&problem.name, &problem.digest), (&broken.name, &config));
     assert_eq!(driftd.health.count(Failure::BaselineUnavailable), 1);
 
-    // Brought in again, it is recorded.
+    // After a second import it is recorded.
     node.import(&broken);
     assert_eq!(driftd.jobs(2)[1].layers, broken.layer_ids());
     driftd.until_problems(&[]);
@@ -1024,13 +1030,13 @@ fn a_container_whose_image_is_gone_keeps_its_layers() {
         let removed = driftd.recorder.0.lock().unwrap().removed.clone();
         if removed.contains(&image.name) { Ok(()) } else { Err(removed) }
     });
-    // Whoever has seen the image remembers its diff IDs.
+    // A driftd that saw the image remembers its diff IDs.
     node.ctr(&["tasks", "pause", &id]);
     let container = driftd.until_paused(&id);
     assert_eq!(layer_ids(&container), image.layer_ids());
     assert_eq!(container.image.manifest_digest, None);
 
-    // Whoever has not, knows the bottom layer and names the rest by its chain.
+    // Another driftd knows the bottom layer only, and names the rest by its chain ID.
     let mut later = Driftd::start(&node);
     later.until_listed();
     let listed = later.record(&id);
@@ -1040,22 +1046,22 @@ fn a_container_whose_image_is_gone_keeps_its_layers() {
 }
 
 #[test]
-fn what_a_dead_driftd_left_behind_is_cleared_away() {
+fn leases_of_an_ended_driftd_are_removed() {
     // No process has a pid above the kernel's limit.
     const STALE: &str = "driftd-view-4194999-0-0";
     let node = Node::started();
     node.ctr(&["leases", "create", "--id", STALE]);
-    node.ctr(&["leases", "create", "--id", "somebody-elses"]);
+    node.ctr(&["leases", "create", "--id", "another-owners"]);
     let mut driftd = Driftd::start(&node);
     driftd.until_listed();
     wait_for("only the other lease is left", || {
         let leases = node.lines(&["leases", "list", "--quiet"]);
-        if leases == ["somebody-elses"] { Ok(()) } else { Err(leases) }
+        if leases == ["another-owners"] { Ok(()) } else { Err(leases) }
     });
 }
 
 #[test]
-fn a_tag_that_moved_on_does_not_rename_a_running_container() {
+fn a_moved_tag_does_not_rename_a_running_container() {
     let node = Node::started();
     let old = TestImage::new("moving", &[&[("version", "1")]]);
     let new = TestImage::new("moving", &[&[("version", "2")]]);
@@ -1076,10 +1082,8 @@ fn a_tag_that_moved_on_does_not_rename_a_running_container() {
 }
 
 #[test]
-fn an_image_that_is_unpacked_later_is_recorded_then() {
-    let node = Node::started();
-    let mut driftd = Driftd::start(&node);
-    driftd.until_listed();
+fn an_image_is_recorded_once_it_is_unpacked() {
+    let (node, driftd) = connected();
     let image = TestImage::new("later", &[&[("a", "1")], &[("b", "2")]]);
     node.import_with(&image, &["--no-unpack"]);
     driftd.until_problems(&["it is not unpacked yet; it will be recorded when it is"]);
@@ -1095,7 +1099,7 @@ fn an_image_that_is_unpacked_later_is_recorded_then() {
 }
 
 #[test]
-fn namespaces_that_come_later_are_followed_and_excluded_ones_are_not() {
+fn later_namespaces_are_followed_and_excluded_ones_are_not() {
     let node = Node::started();
     let mut driftd = Driftd::start_without(&node, &["hidden"]);
     driftd.until_listed();
@@ -1130,10 +1134,8 @@ fn namespaces_that_come_later_are_followed_and_excluded_ones_are_not() {
 }
 
 #[test]
-fn an_image_that_nobody_unpacked_is_recorded_from_its_archives_when_asked_for() {
-    let node = Node::started();
-    let mut driftd = Driftd::start(&node);
-    driftd.until_listed();
+fn an_image_not_unpacked_is_recorded_from_its_archives_on_request() {
+    let (node, driftd) = connected();
     let image = TestImage::new("archives", &[&[("a", "1")], &[("b", "2")]]);
     node.import_with(&image, &["--no-unpack"]);
     assert_eq!(driftd.prove_image(&image.name, Proof::Blobs).unwrap(), image.chain()[1]);
@@ -1152,7 +1154,7 @@ fn an_image_that_nobody_unpacked_is_recorded_from_its_archives_when_asked_for() 
 }
 
 #[test]
-fn an_image_whose_pull_was_cancelled_is_told_with_what_is_missing() {
+fn an_image_whose_pull_was_cancelled_is_reported_with_what_is_missing() {
     let node = Node::started();
     let image = TestImage::new("cancelled", &[&[("a", "1")], &[("b", "2")]]);
     node.import_with(&image, &["--no-unpack"]);
@@ -1182,7 +1184,7 @@ fn an_image_whose_pull_was_cancelled_is_told_with_what_is_missing() {
 }
 
 #[test]
-fn proof_is_given_the_directories_of_what_is_recorded_already() {
+fn a_proof_uses_the_directories_of_recorded_layers() {
     let node = Node::started();
     let image = TestImage::new("proof", &[&[("a", "1")], &[("b", "2")]]);
     node.import(&image);
@@ -1198,7 +1200,7 @@ fn proof_is_given_the_directories_of_what_is_recorded_already() {
         assert_eq!((given, job.files), (proof, expected));
         assert_eq!(job.archives, image.archives());
     }
-    // By the digests that a baseline keeps when the image has lost its name.
+    // A digest names the image too, even after it has lost its name.
     let names = [image.manifest_digest().to_string(), image.chain()[1].to_string()];
     for name in names {
         assert_eq!(driftd.record_image(&name).unwrap(), image.chain()[1], "{name}");
@@ -1229,14 +1231,14 @@ fn a_layer_without_an_archive_keeps_its_directory() {
     let node = Node::started();
     let image = TestImage::new("discarded", &[&[("a", "1")], &[("b", "2")]]);
     node.import(&image);
-    // What discard_unpacked_layers does.
+    // As discard_unpacked_layers does.
     for archive in image.archives().into_iter().flatten() {
         node.ctr(&["content", "delete", &archive]);
     }
     let mut driftd = Driftd::start(&node);
     driftd.until_listed();
     assert_eq!(driftd.jobs(1)[0].files, [files(&["a", "bin/busybox"]), files(&["b"])]);
-    // The file itself goes with containerd's next collection.
+    // containerd removes the file itself at its next garbage collection.
     let blob = driftd.recorder.0.lock().unwrap().newest[0].blob.clone().unwrap();
     let reason = driftd.read(&Blob { size: 1, ..blob }).map(|bytes| bytes.len()).unwrap_err();
     assert!(reason.starts_with("it is not in containerd's content store"), "{reason}");
@@ -1246,7 +1248,7 @@ fn a_layer_without_an_archive_keeps_its_directory() {
 #[test]
 fn an_archive_is_read_from_containerds_file_or_streamed() {
     let mut node = Node::started();
-    // Several messages long, and not a whole number of them.
+    // Longer than several messages, and not a multiple of their size.
     let content = "0123456789abcdef".repeat(300_000);
     let image = TestImage::new("streamed", &[&[("large", &content)]]);
     node.import(&image);
@@ -1261,13 +1263,13 @@ fn an_archive_is_read_from_containerds_file_or_streamed() {
     };
     let right = blob(image.layers[0].len() as u64);
     assert!(driftd.read(&right).unwrap() == image.layers[0], "read from the file");
-    // A manifest that lies about the size does not choose what is read.
+    // A wrong size in the manifest does not change what is read.
     assert!(driftd.read(&blob(1)).unwrap() == image.layers[0], "streamed");
     let foreign = Blob { namespace: "other".into(), size: 1, ..right.clone() };
     let reason = driftd.read(&foreign).map(|bytes| bytes.len()).unwrap_err();
     assert!(reason.starts_with("it is not in containerd's content store"), "{reason}");
 
-    // One reader, over a restart of containerd.
+    // One reader survives a restart of containerd.
     let blobs = ContentBlobs::new(driftd.runtime.handle().clone());
     let read = |blob: &Blob| {
         let mut bytes = Vec::new();
@@ -1279,7 +1281,7 @@ fn an_archive_is_read_from_containerds_file_or_streamed() {
     node.crash();
     node.start();
     assert_eq!(read(&streamed), image.layers[0].len());
-    // Read in part, it is not waited for.
+    // A reader may stop early without waiting for the rest.
     let mut part = vec![0; 1000];
     blobs.open(&streamed).unwrap().read_exact(&mut part).unwrap();
     assert_eq!(part, image.layers[0][..1000]);
@@ -1328,9 +1330,7 @@ fn the_same_layers_in_two_namespaces_are_two_directories_and_one_layer() {
 #[test]
 fn many_images_at_once_are_all_recorded() {
     const IMAGES: usize = 24;
-    let node = Node::started();
-    let mut driftd = Driftd::start(&node);
-    driftd.until_listed();
+    let (node, driftd) = connected();
     let images: Vec<TestImage> = (0..IMAGES)
         .map(|number| {
             let own = format!("{number}");
@@ -1350,7 +1350,7 @@ fn many_images_at_once_are_all_recorded() {
         }
     });
     let expected: BTreeSet<&str> = images.iter().map(|image| image.name.as_str()).collect();
-    // An image is looked at once more where its event comes after that of its layers.
+    // An image is checked twice if its event comes after that of its layers.
     let jobs = wait_for("every image is recorded", || {
         let jobs = driftd.recorder.0.lock().unwrap().jobs.clone();
         let recorded: BTreeSet<&str> = jobs.iter().map(|job| job.name.as_str()).collect();
@@ -1365,10 +1365,8 @@ fn many_images_at_once_are_all_recorded() {
 }
 
 #[test]
-fn a_snapshotter_of_whole_copies_leaves_the_archives() {
-    let node = Node::started();
-    let mut driftd = Driftd::start(&node);
-    driftd.until_listed();
+fn with_a_snapshotter_of_whole_copies_the_archives_are_read() {
+    let (node, mut driftd) = connected();
     let image = TestImage::new("native", &[&[("a", "1")], &[("b", "2")]]);
     // containerd 2's own import knows one snapshotter only; a run unpacks it.
     node.import_with(&image, &["--no-unpack"]);
@@ -1416,7 +1414,7 @@ fn a_snapshotter_of_whole_copies_leaves_the_archives() {
     node.ctr(&["tasks", "pause", &id]);
     assert_eq!(layer_ids(&later.until_paused(&id)), [copy]);
 
-    // One that nobody has recorded: a reason, for the container itself.
+    // An unrecorded copy: the container has a reason for no baseline.
     let mut ignorant = Driftd::start_knowing_nothing(&node);
     ignorant.until_listed();
     let reason = ignorant.record(&id).no_baseline.unwrap_or_default();
@@ -1427,9 +1425,9 @@ fn a_snapshotter_of_whole_copies_leaves_the_archives() {
 }
 
 #[test]
-fn a_snapshotter_of_volumes_leaves_the_archives() {
+fn with_a_snapshotter_of_volumes_the_archives_are_read() {
     let mut node = Node::new();
-    // The btrfs snapshotter wants its directory on a btrfs.
+    // The btrfs snapshotter needs its directory on a btrfs filesystem.
     let volume = node.path("btrfs.img");
     let place = node.path("root/io.containerd.snapshotter.v1.btrfs");
     std::fs::create_dir_all(&place).unwrap();
@@ -1456,7 +1454,7 @@ fn a_snapshotter_of_volumes_leaves_the_archives() {
     let job = &driftd.jobs(1)[0];
     assert_eq!((&job.archives, &job.files), (&image.archives(), &vec![]));
 
-    // Nothing is left to read: the container says so, and the image.
+    // Nothing is left to read: the container and the image both have the reason.
     let discarded = TestImage::new("btrfs-discarded", &[&[("a", "1")], &[("b", "3")]]);
     node.import_with(&discarded, &["--no-unpack"]);
     let id = unique("btrfs-discarded");
@@ -1488,7 +1486,7 @@ fn a_snapshotter_of_volumes_leaves_the_archives() {
 }
 
 #[test]
-fn one_layer_and_a_read_only_rootfs_are_layers_too() {
+fn a_single_layer_and_a_read_only_rootfs_have_layers_too() {
     let node = Node::started();
     let pause = TestImage::new("pause", &[&[]]);
     let image = TestImage::new("read-only", &[&[("a", "1")], &[("b", "2")]]);
@@ -1517,13 +1515,13 @@ fn one_layer_and_a_read_only_rootfs_are_layers_too() {
 }
 
 #[test]
-fn a_runtime_with_a_kernel_of_its_own_is_said() {
+fn a_runtime_with_its_own_kernel_is_the_reason_for_no_baseline() {
     let node = Node::started();
     let image = TestImage::new("sandboxed", &[&[("a", "1")]]);
     node.import(&image);
     let mut driftd = Driftd::start(&node);
     driftd.until_listed();
-    // runc by the name of gVisor's runtime.
+    // runc under the name of gVisor's runtime.
     let runc = ["/usr/sbin/runc", "/usr/bin/runc", "/usr/local/sbin/runc"];
     let runc = runc.iter().find(|path| Path::new(path).exists()).expect("there is no runc");
     let runsc = node.path("runsc");
@@ -1544,7 +1542,7 @@ fn a_runtime_with_a_kernel_of_its_own_is_said() {
 }
 
 #[test]
-fn a_user_namespaces_container_stands_on_its_images_layers() {
+fn a_container_in_a_user_namespace_has_its_images_layers() {
     let node = Node::started();
     let image = TestImage::new("userns", &[&[("a", "1")], &[("b", "2")]]);
     node.import(&image);
@@ -1582,7 +1580,7 @@ fn a_user_namespaces_container_stands_on_its_images_layers() {
 }
 
 #[test]
-fn no_container_is_missed_however_it_meets_the_connection() {
+fn no_container_is_missed_whenever_driftd_connects() {
     const CONTAINERS: usize = 6;
     const CONNECTIONS: u64 = 4;
     let node = Node::started();
@@ -1592,7 +1590,7 @@ fn no_container_is_missed_however_it_meets_the_connection() {
         (0..CONTAINERS).map(|number| unique(&format!("meets-{number}"))).collect();
     std::thread::scope(|scope| {
         scope.spawn(|| ids.iter().for_each(|id| node.run(&image, id)));
-        // Each begins at another moment of what happens meanwhile.
+        // Each connects at another moment while the containers start.
         for number in 0..CONNECTIONS {
             let (node, ids) = (&node, &ids);
             scope.spawn(move || {
@@ -1624,7 +1622,7 @@ fn no_container_is_missed_however_it_meets_the_connection() {
     });
 }
 
-// --- what is run in containers by rule ---
+// --- probes ---
 
 fn health_check(argv: &[&str]) -> Vec<DeclaredProbe> {
     let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
@@ -1632,7 +1630,7 @@ fn health_check(argv: &[&str]) -> Vec<DeclaredProbe> {
 }
 
 #[test]
-fn a_label_of_nerdctls_declares_a_health_check() {
+fn a_nerdctl_label_declares_a_health_check() {
     let node = Node::started();
     let mut image = TestImage::new("checked", &[&[("a", "1")]]);
     image.settings = serde_json::json!({
@@ -1657,16 +1655,14 @@ fn a_label_of_nerdctls_declares_a_health_check() {
     check("switched-off", &["nerdctl/namespace=default", off], Vec::new());
     let of_image = health_check(&["/bin/ash", "-c", "/from image"]);
     check("nerdctls", &["nerdctl/namespace=default"], of_image);
-    check("nobodys", &[], Vec::new());
+    check("no-label", &[], Vec::new());
 }
 
 #[test]
-fn dockers_file_declares_a_health_check() {
-    let node = Node::started();
-    let mut driftd = Driftd::start(&node);
-    driftd.until_listed();
+fn dockers_config_declares_a_health_check() {
+    let (node, mut driftd) = connected();
     let id = unique("dockers");
-    // As classic Docker has it: a rootfs of its own, and no snapshot in containerd.
+    // As with Docker's own storage: a separate rootfs, and no snapshot in containerd.
     let rootfs = node.path("docker/overlay2/m0/merged");
     std::fs::create_dir_all(rootfs.join("bin")).unwrap();
     std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
@@ -1684,7 +1680,7 @@ fn dockers_file_declares_a_health_check() {
     assert_eq!(container.probes, health_check(&["/bin/sh", "-c", "up || exit"]));
 }
 
-/// Files a container as the CRI plugin does, but without labels that name its pod.
+/// Creates a container record as the CRI plugin does, but without labels that name its pod.
 fn file_cri_record(
     node: &Node,
     driftd: &Driftd,
@@ -1719,7 +1715,7 @@ fn file_cri_record(
 }
 
 #[test]
-fn a_kubelets_request_names_the_pod_and_its_hook() {
+fn a_kubelets_request_names_the_pod_and_its_lifecycle_hook() {
     let node = Node::started();
     let mut image = TestImage::new("pod", &[&[]]);
     image.settings = serde_json::json!({"Healthcheck": {"Test": ["CMD", "/not/kubernetes"]}});

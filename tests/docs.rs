@@ -1,5 +1,5 @@
-//! The documents, as far as a test can hold them to be true: links lead somewhere,
-//! commands are understood, and nothing that an operator can meet lacks its line.
+//! The documents, as far as a test can check them: links have a target, driftd accepts
+//! the commands, and every loss, setting and named function is documented as it is.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -27,7 +27,7 @@ fn documents() -> Vec<(PathBuf, String)> {
     documents.map(|path| (path.clone(), fs::read_to_string(path).unwrap())).collect()
 }
 
-/// The name by which a heading is linked to.
+/// The fragment of a link to a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim().chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
     kept.collect::<String>().to_lowercase().replace(' ', "-")
@@ -39,7 +39,7 @@ fn anchors(document: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_has_a_target() {
     let mut dead = Vec::new();
     for (path, text) in documents() {
         for rest in text.split("](").skip(1) {
@@ -61,7 +61,7 @@ fn every_link_leads_somewhere() {
     assert!(dead.is_empty(), "{dead:#?}");
 }
 
-/// The words of a command as a shell would have them, without a redirection.
+/// The words of a command as a shell splits them, without redirections and comments.
 fn words(command: &str) -> Vec<String> {
     let (mut words, mut quote) = (vec![String::new()], None);
     for c in command.chars() {
@@ -78,7 +78,7 @@ fn words(command: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_command_in_the_documents_is_understood() {
+fn every_command_in_the_documents_is_valid() {
     let mut count = 0;
     for (path, text) in documents() {
         for line in text.lines() {
@@ -96,7 +96,7 @@ fn every_command_in_the_documents_is_understood() {
 }
 
 #[test]
-fn every_loss_has_a_line_that_says_what_an_operator_can_do() {
+fn every_loss_has_a_line_with_advice_for_operators() {
     let operating = read("docs/operating.md");
     let first_cells: String =
         operating.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next()).collect();
@@ -107,7 +107,7 @@ fn every_loss_has_a_line_that_says_what_an_operator_can_do() {
 }
 
 #[test]
-fn every_setting_has_a_line() {
+fn every_setting_is_documented() {
     fn keys(prefix: &str, table: &toml::Table, into: &mut Vec<String>) {
         for (key, value) in table {
             let name = format!("{prefix}{key}");
@@ -133,13 +133,13 @@ fn rows<'a>(document: &'a str, heading: &str) -> Vec<Vec<&'a str>> {
     rows.map(|row| row.trim_matches('|').split(" | ").map(str::trim).collect()).collect()
 }
 
-/// What stands in backticks.
+/// The texts in backticks.
 fn quoted(cell: &str) -> Vec<&str> {
     cell.split('`').skip(1).step_by(2).collect()
 }
 
 #[test]
-fn the_lives_of_an_event_and_of_an_image_lead_through_functions_that_are_there() {
+fn the_lives_of_an_event_and_of_an_image_name_existing_functions() {
     let architecture = read("ARCHITECTURE.md");
     for heading in ["## The life of an event", "## The life of an image"] {
         let rows = rows(&architecture, heading);
@@ -163,7 +163,7 @@ fn the_glossary_is_short_and_in_order() {
 }
 
 #[test]
-fn the_readme_is_read_in_five_minutes() {
+fn the_readme_has_at_most_200_lines() {
     let lines = read("README.md").lines().count();
     assert!(lines <= 200, "{lines} lines");
 }

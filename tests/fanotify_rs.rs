@@ -1,9 +1,9 @@
 //! Executable evidence for docs/adr/0003: why driftd does not read fanotify
 //! events with fanotify-rs 0.3.1. Its `read_event` closes the event's descriptor
-//! before it returns. The next event then gets the same number, by which the kernel
-//! finds the event to answer.
+//! before it returns. The next event then gets the same number, and the number is how the
+//! kernel identifies the event that an answer is for.
 //!
-//! When this fails, upstream is fixed: read the decision again.
+//! If this fails, upstream is fixed: reconsider the decision.
 //!
 //! Needs root and a static busybox (`make setup`), and fails without.
 
@@ -17,7 +17,7 @@ use fanotify::low_level::FAN_OPEN_EXEC_PERM;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Ends what this test started, whatever happens.
+/// Ends a process that a failed test leaves behind.
 struct Running(Child);
 
 impl Drop for Running {
@@ -28,14 +28,14 @@ impl Drop for Running {
 }
 
 fn program(dir: &Path, name: &str) -> PathBuf {
-    // busybox does what its name says, so it keeps its name.
+    // busybox chooses its applet by its file name, so the name stays.
     fs::create_dir(dir.join(name)).unwrap();
     let path = dir.join(name).join("busybox");
     fs::copy("/bin/busybox", &path).expect("/bin/busybox is missing (try: make setup)");
     path
 }
 
-/// Runs `program` from a shell that says how it went, so that nothing in this
+/// Runs `program` from a shell that passes on its success, so that no thread of this
 /// process waits for the exec.
 fn start(program: &Path) -> Running {
     let mut command = Command::new("/bin/sh");
@@ -73,7 +73,7 @@ fn fanotify_rs_gives_two_pending_events_the_same_number() {
     assert_eq!(Path::new(&second_event.path), second);
     assert_eq!(
         first_event.fd, second_event.fd,
-        "each pending event has a number of its own: fanotify-rs can be considered again"
+        "each pending event has its own number: fanotify-rs can be considered again"
     );
 
     // Closing the group lets both programs run.

@@ -1,14 +1,16 @@
-//! The free gate against the real kernel, and against who would like to run changed
-//! bytes unseen.
+//! The free gate against the real kernel, and against attempts to run changed bytes
+//! unseen.
 //!
-//! Needs root, and a kernel on which copy-ups can be met; fails without.
+//! Needs root, and a kernel on which the gate can intercept copy-ups; fails without.
 
-// A store through a shared mapping is what the free gate must not be blind for.
+// The free gate must notice stores through a shared mapping, which need unsafe code.
 #![allow(unsafe_code)]
+
+mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,22 +19,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, bounded};
+use common::{Watchers, changed, mount_overlay, patience, require_root, run, wait_until};
 use driftd::config::{self, Gate};
-use driftd::health::Health;
 use driftd::model::{ContainerId, Fact, FileTime, Observation};
-use driftd::watch::{self, SensorCommand, SensorEvent, Trust, Watch};
+use driftd::sys::mounts::Notifier;
+use driftd::watch::{self, SensorCommand, SensorEvent, Trust};
 use nix::sys::signal::Signal;
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Files of the image that are raced for in one container.
+/// How many files of the image are raced for in one container.
 const FILES: usize = 500;
 
 /// Ends at once: mov eax, 60; xor edi, edi; syscall.
 const EXIT: &[u8] = b"\xb8\x3c\0\0\0\x31\xff\x0f\x05";
 
-/// Calls itself what runc's init is called, prctl(PR_SET_NAME), and waits: pause().
+/// Takes the name of runc's init with prctl(PR_SET_NAME), and waits with pause().
 const INIT: &[u8] = b"\xbf\x0f\0\0\0\x48\x8d\x35\x10\0\0\0\xb8\x9d\0\0\0\x0f\x05\
     \xb8\x22\0\0\0\x0f\x05\xeb\xf7runc:[2:INIT]\0";
 
@@ -40,10 +40,10 @@ fn program() -> Vec<u8> {
     elf(EXIT)
 }
 
-/// A static program without libc: 4096 bytes, of which the kernel looks at 200.
+/// A static program without libc: 4096 bytes, of which the kernel reads 200.
 fn elf(code: &[u8]) -> Vec<u8> {
     #[cfg(not(target_arch = "x86_64"))]
-    compile_error!("these tests know no other machine code");
+    compile_error!("these tests hold machine code for x86-64 only");
     let base = 0x40_0000_u64;
     let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     elf.extend(2_u16.to_le_bytes()); // an executable
@@ -67,15 +67,15 @@ fn elf(code: &[u8]) -> Vec<u8> {
     elf
 }
 
-fn run(path: &Path) -> io::Result<()> {
+fn execute(path: &Path) -> io::Result<()> {
     let mut child = Command::new(path).stdin(Stdio::null()).spawn()?;
     child.wait().map(drop)
 }
 
-/// Runs it, however long somebody has it open for writing.
+/// Runs a program, and retries while another process has it open for writing.
 fn run_surely(path: &Path) {
-    let deadline = Instant::now() + PATIENCE;
-    while let Err(err) = run(path) {
+    let deadline = Instant::now() + patience();
+    while let Err(err) = execute(path) {
         assert_eq!(err.raw_os_error(), Some(libc_etxtbsy()), "{}", path.display());
         assert!(Instant::now() < deadline, "{} stays busy", path.display());
     }
@@ -85,12 +85,12 @@ fn libc_etxtbsy() -> i32 {
     nix::errno::Errno::ETXTBSY as i32
 }
 
+/// Opens a file, and retries while it is being executed.
 fn busily(mut attempt: impl FnMut() -> io::Result<File>) -> File {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         match attempt() {
             Ok(file) => return file,
-            // It is being executed.
             Err(err) if err.raw_os_error() == Some(libc_etxtbsy()) => {
                 assert!(Instant::now() < deadline, "the file stays busy");
             }
@@ -99,7 +99,7 @@ fn busily(mut attempt: impl FnMut() -> io::Result<File>) -> File {
     }
 }
 
-/// What all containers of a test are made from.
+/// The image of all containers of a test.
 struct Image {
     dir: tempfile::TempDir,
     recorded: FileTime,
@@ -107,7 +107,7 @@ struct Image {
 
 impl Image {
     fn new(files: usize) -> Image {
-        assert!(rustix::process::geteuid().is_root(), "these tests mount overlays: run as root");
+        require_root();
         let dir = tempfile::tempdir().unwrap();
         let lower = dir.path().join("lower");
         fs::create_dir_all(lower.join("f")).unwrap();
@@ -116,11 +116,7 @@ impl Image {
         for number in 0..files {
             write(&lower.join("f").join(number.to_string()), &program());
         }
-        let newest = fs::metadata(lower.join("f").join((files - 1).to_string())).unwrap();
-        let recorded = FileTime {
-            seconds: newest.ctime(),
-            nanoseconds: newest.ctime_nsec().try_into().unwrap(),
-        };
+        let recorded = changed(&lower.join("f").join((files - 1).to_string()));
         // Longer than a tick of the clock.
         thread::sleep(Duration::from_millis(30));
         Image { dir, recorded }
@@ -144,35 +140,17 @@ impl Container {
         let own = tempfile::tempdir_in(image.dir.path()).unwrap();
         let has_tmpfs = options.contains("upper-on-tmpfs");
         if has_tmpfs {
-            command("mount", &["-t".as_ref(), "tmpfs".as_ref(), "none".as_ref(), own.path()]);
+            run(&["mount", "-t", "tmpfs", "none", own.path().to_str().unwrap()]);
         }
         for name in ["upper", "work", "merged"] {
             fs::create_dir(own.path().join(name)).unwrap();
         }
-        let mut all = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            image.dir.path().join("lower").display(),
-            own.path().join("upper").display(),
-            own.path().join("work").display()
-        );
-        for option in
-            options.split(',').filter(|name| !name.is_empty() && *name != "upper-on-tmpfs")
-        {
-            all.push(',');
-            all.push_str(option);
-        }
+        let options: Vec<&str> =
+            options.split(',').filter(|option| *option != "upper-on-tmpfs").collect();
         let merged = own.path().join("merged");
-        command(
-            "mount",
-            &["-t", "overlay", "overlay", "-o", &all]
-                .map(Path::new)
-                .iter()
-                .copied()
-                .chain([&*merged])
-                .collect::<Vec<_>>(),
-        );
-        // As runc's init is called until the entry point runs, and like that a program
-        // of the host's: then nothing of the container can have run before the marks.
+        mount_overlay(&image.dir.path().join("lower"), own.path(), &merged, &options.join(","));
+        // It has the name of runc's init and, like runc's init, runs a program of the host:
+        // so no program of the container ran before the marks.
         let program = File::open(image.dir.path().join("init")).unwrap();
         let root = merged.clone();
         let mut init = Command::new("init");
@@ -182,10 +160,10 @@ impl Container {
             nix::unistd::fexecve(&program, &[c"init"], &[] as &[&std::ffi::CStr])?;
             Ok(())
         };
-        // SAFETY: system calls, and no more, between fork and exec.
+        // SAFETY: only system calls are made between fork and exec.
         let init = unsafe { init.stdin(Stdio::null()).pre_exec(execute) }.spawn().unwrap();
         let comm = format!("/proc/{}/comm", init.id());
-        wait_for("init", || fs::read(&comm).unwrap() == b"runc:[2:INIT]\n");
+        wait_until("init", || fs::read(&comm).unwrap() == b"runc:[2:INIT]\n");
         let name = own.path().file_name().unwrap().to_str().unwrap();
         Container { id: ContainerId::new("race", name), own, init, has_tmpfs }
     }
@@ -198,15 +176,15 @@ impl Container {
         self.path("f").join(number.to_string())
     }
 
-    /// Fails if something is busy.
+    /// Ends the container; fails if a filesystem stays busy.
     fn stop(mut self, node: &mut Node) {
         let _ = self.init.kill();
         let _ = self.init.wait();
         node.detach(&self.id);
-        // What a thread is about to let go is busy for that moment: the last walk of the
-        // upper layer holds what that lies on.
+        // For a moment a thread of driftd still holds a descriptor: the last scan of the
+        // upper layer keeps its filesystem busy.
         let unmount = |path: &Path| {
-            wait_for("the filesystem to be let go", || {
+            wait_until("the filesystem to be free", || {
                 let status = Command::new("umount").arg(path).stderr(Stdio::null()).status();
                 status.unwrap().success()
             });
@@ -230,74 +208,36 @@ impl Drop for Container {
     }
 }
 
-#[track_caller]
-fn command(program: &str, arguments: &[&Path]) {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
-}
-
 fn signal_process(pid: u32, signal: Signal) {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
     nix::sys::signal::kill(pid, signal).unwrap();
 }
 
-#[track_caller]
-fn wait_for(what: &str, is_there: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_there() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// One at a time: each has groups, of which a user may have 128.
+/// The tests run one at a time: each needs fanotify groups, of which a user may have 128.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// The gate's process, of the program that is installed.
-fn start_gate(gate: Gate) -> driftd::gate::Gate {
-    let program = Path::new(env!("CARGO_BIN_EXE_driftd"));
-    driftd::gate::Gate::start(program, watch::shards(gate)).unwrap()
-}
-
 struct Node {
+    watchers: Watchers,
     _turn: MutexGuard<'static, ()>,
-    watch: Option<Watch>,
-    reports: Receiver<Box<SensorEvent>>,
-    health: Arc<Health>,
 }
 
 impl Node {
     fn start(gate: Gate) -> Node {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let (sender, reports) = bounded(64 * 1024);
-        let health = Arc::new(Health::default());
         let settings = config::Watch {
             sweep_interval: Duration::from_secs(3600),
             gate,
             ..config::Watch::default()
         };
-        let watch = Watch::start(&settings, sender, health.clone(), start_gate(gate)).unwrap();
-        Node { _turn: turn, watch: Some(watch), reports, health }
-    }
-
-    fn order(&self, order: SensorCommand) {
-        self.watch.as_ref().unwrap().commands().send(order).unwrap();
+        let watchers = Watchers::start(&settings, 64 * 1024, Notifier::new());
+        Node { watchers, _turn: turn }
     }
 
     fn attach(&mut self, container: &Container, image: &Image) {
         let id = container.id.clone();
-        self.order(SensorCommand::Attach {
-            container: id.clone(),
-            pid: container.init.id(),
-            rootfs: None,
-        });
-        self.order(SensorCommand::Trust {
-            container: id.clone(),
-            trust: Trust::UpTo(image.recorded),
-        });
-        self.order(SensorCommand::Scan { container: id.clone(), ticket: Some(1) });
-        self.until("the first walk", |report| match report {
+        self.watchers.attach(&id, container.init.id(), Trust::UpTo(image.recorded));
+        self.watchers.send(SensorCommand::Scan { container: id.clone(), ticket: Some(1) });
+        self.until("the first scan", |report| match report {
             SensorEvent::NotAttached { reason, .. } => panic!("not attached: {reason}"),
             SensorEvent::Scanned { container, ticket: Some(1), .. } => *container == id,
             _ => false,
@@ -305,21 +245,21 @@ impl Node {
     }
 
     fn detach(&mut self, id: &ContainerId) {
-        self.order(SensorCommand::Detach { container: id.clone(), pid: None });
-        // Orders are carried out one after the other.
-        let nobody = ContainerId::new("race", "nobody");
-        self.order(SensorCommand::Scan { container: nobody.clone(), ticket: Some(2) });
+        self.watchers.send(SensorCommand::Detach { container: id.clone(), pid: None });
+        // Commands are carried out in order.
+        let unknown = ContainerId::new("race", "unknown");
+        self.watchers.send(SensorCommand::Scan { container: unknown.clone(), ticket: Some(2) });
         self.until(
             "the container to be forgotten",
-            |report| matches!(report, SensorEvent::Scanned { container, .. } if *container == nobody),
+            |report| matches!(report, SensorEvent::Scanned { container, .. } if *container == unknown),
         );
     }
 
     #[track_caller]
     fn until(&mut self, what: &str, mut is_it: impl FnMut(&SensorEvent) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
-            let report = self.reports.recv_deadline(deadline);
+            let report = self.watchers.reports.recv_deadline(deadline);
             match report {
                 Ok(report) if is_it(&report) => return,
                 Ok(_) => (),
@@ -328,46 +268,43 @@ impl Node {
         }
     }
 
-    /// Stops the gate's process, or lets it go on.
+    /// Stops the gate's process, or continues it.
     fn signal_gate(&self, signal: Signal) {
-        signal_process(self.watch.as_ref().unwrap().gate().id(), signal);
+        signal_process(self.watchers.watch().gate().id(), signal);
     }
 
-    /// Runs a program until the kernel asks no more about it.
+    /// Runs a program until the kernel no longer asks the gate about it.
     #[track_caller]
     fn until_ignored(&self, path: &Path) {
-        wait_for("the program to be ignored", || !self.is_asked_about(path));
+        wait_until("the program to be ignored", || !self.is_asked_about(path));
     }
 
     fn answers(&self) -> u64 {
-        self.health.gate_answers()
+        self.watchers.health.gate_answers()
     }
 
-    /// Runs a program, and says whether the kernel has asked.
+    /// Runs a program, and returns whether the kernel asked the gate.
     fn is_asked_about(&self, path: &Path) -> bool {
         let before = self.answers();
         run_surely(path);
-        // Answers are counted before they are given.
+        // Answers are counted before they are sent.
         self.answers() != before
     }
-
-    fn stop(mut self) {
-        self.watch.take().unwrap().stop();
-    }
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        if let Some(watch) = self.watch.take() {
-            watch.stop();
-        }
-    }
+/// An image with some files, and a container of it that a node watches.
+fn watched(files: usize, gate: Gate) -> (Image, Container, Node) {
+    let image = Image::new(files);
+    let container = Container::start(&image, "");
+    let mut node = Node::start(gate);
+    node.attach(&container, &image);
+    (image, container, node)
 }
 
-/// Ways to make a file of the image another one.
+/// Ways to change a file of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
-    /// `open(O_RDWR)`, a shared mapping, `close`; the store comes last.
+    /// `open(O_RDWR)`, a shared mapping, `close`, and then a store.
     Map,
     Chmod,
     Link,
@@ -391,7 +328,8 @@ const CHANGES: [Change; 9] = [
     Change::Rename,
 ];
 
-/// Makes the change; then these are to be asked about, after `last`.
+/// Makes the change. Returns the files about which the kernel must then ask the gate,
+/// and the mapping through which the caller still stores a byte.
 fn change(
     change: Change,
     container: &Container,
@@ -407,7 +345,7 @@ fn change(
     match change {
         Change::Map => {
             let file = open(0);
-            // SAFETY: nobody makes the file shorter.
+            // SAFETY: the file is not truncated meanwhile.
             map = Some(unsafe { memmap2::MmapMut::map_mut(&file) }.unwrap());
         }
         Change::Chmod => {
@@ -464,12 +402,12 @@ struct Tally {
     asked: usize,
 }
 
-/// Changes files of the image, most of them while they are executed, and executes
-/// what came of it: it must be asked about.
+/// Changes files of the image, half of them while they are executed, and executes the
+/// changed files: the kernel must ask the gate about each.
 fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
     let image = Image::new(FILES);
     let mut node = Node::start(Gate::Free);
-    let gate = node.watch.as_ref().unwrap().gate().id();
+    let gate = node.watchers.watch().gate().id();
     let mut tally = Tally::default();
     let mut number = 0;
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
@@ -479,7 +417,7 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
         for container in &all {
             node.attach(container, &image);
         }
-        let free = node.health.gate_ignored();
+        let free = node.watchers.health.gate_ignored();
         for file in 0..FILES {
             if tally.rounds >= rounds {
                 break;
@@ -498,7 +436,8 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
                 let stop = Arc::new(AtomicBool::new(false));
                 let mut racers = Vec::new();
                 if is_raced {
-                    // One in this container, one in a container of the same image.
+                    // One thread runs the file in this container, one in another container of
+                    // the same image.
                     let other = if containers > 1 && number % 4 < 2 {
                         &all[(turn + 1) % containers]
                     } else {
@@ -508,7 +447,7 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
                         let stop = stop.clone();
                         racers.push(thread::spawn(move || {
                             while !stop.load(Ordering::Relaxed) {
-                                let _ = run(&path);
+                                let _ = execute(&path);
                             }
                         }));
                     }
@@ -539,16 +478,16 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
                         eprintln!("MISSED: round {number}, {kind:?}, raced {is_raced}");
                     }
                 }
-                // And it stays so: nothing that was changed is ever ignored.
+                // A changed file is never ignored, not even later.
                 if number % 8 == 0 && !node.is_asked_about(&paths[0]) {
                     tally.missed += 1;
                     eprintln!("MISSED the second time: round {number}, {kind:?}");
                 }
-                while node.reports.try_recv().is_ok() {}
+                while node.watchers.reports.try_recv().is_ok() {}
             }
         }
-        let ignored = node.health.gate_ignored() - free;
-        // Where directories can be moved, every program is asked about.
+        let ignored = node.watchers.health.gate_ignored() - free;
+        // Where directories can be moved, the kernel asks about every program.
         let may_ignore = !mount_options.contains("redirect_dir=on");
         assert_eq!(ignored > 0, may_ignore, "ignored {ignored}");
         for container in all {
@@ -557,15 +496,14 @@ fn race(mount_options: &str, containers: usize, rounds: usize) -> Tally {
     }
     eprintln!(
         "{mount_options:?}: {tally:?}, ignored {}, copy-ups {}, answers {}",
-        node.health.gate_ignored(),
-        node.health.copy_ups(),
+        node.watchers.health.gate_ignored(),
+        node.watchers.health.copy_ups(),
         node.answers()
     );
-    node.stop();
     tally
 }
 
-/// `make race` makes many times as many.
+/// How many rounds to run: `make race` multiplies them.
 fn rounds(short: usize) -> usize {
     let times = std::env::var("DRIFTD_RACE_TIMES").ok().map(|times| times.parse().unwrap());
     short * times.unwrap_or(1)
@@ -584,22 +522,19 @@ fn changed_bytes_never_run_unseen_in_ten_containers_of_one_image() {
 }
 
 #[test]
-fn an_unchanged_program_is_asked_about_once() {
-    let image = Image::new(4);
-    let container = Container::start(&image, "");
-    let mut node = Node::start(Gate::Free);
-    node.attach(&container, &image);
+fn the_gate_is_asked_about_an_unchanged_program_once() {
+    let (_image, container, mut node) = watched(4, Gate::Free);
     assert!(node.is_asked_about(&container.file(0)));
     node.until_ignored(&container.file(0));
     for _ in 0..20 {
         assert!(!node.is_asked_about(&container.file(0)));
     }
-    // Another program is another question, and its copy-up everyone's.
+    // Another program is asked about separately, and its copy-up has all asked about again.
     assert!(node.is_asked_about(&container.file(1)));
     fs::set_permissions(container.file(1), fs::Permissions::from_mode(0o700)).unwrap();
     assert!(node.is_asked_about(&container.file(0)));
-    wait_for("the copy-up to be over", || !node.is_asked_about(&container.file(0)));
-    // What was changed is asked about for ever.
+    wait_until("the copy-up to be over", || !node.is_asked_about(&container.file(0)));
+    // The kernel keeps asking about the changed file.
     for _ in 0..3 {
         assert!(node.is_asked_about(&container.file(1)));
     }
@@ -607,26 +542,21 @@ fn an_unchanged_program_is_asked_about_once() {
 }
 
 #[test]
-fn with_another_trust_every_program_is_asked_about_anew() {
-    let image = Image::new(1);
-    let container = Container::start(&image, "");
-    let mut node = Node::start(Gate::Free);
-    node.attach(&container, &image);
+fn with_another_trust_the_gate_is_asked_about_every_program_again() {
+    let (_image, container, mut node) = watched(1, Gate::Free);
     node.until_ignored(&container.file(0));
-    node.order(SensorCommand::Trust { container: container.id.clone(), trust: Trust::Unknown });
-    wait_for("the doubt", || node.is_asked_about(&container.file(0)));
+    node.watchers
+        .send(SensorCommand::Trust { container: container.id.clone(), trust: Trust::Unknown });
+    wait_until("the trust to be withdrawn", || node.is_asked_about(&container.file(0)));
     for _ in 0..3 {
-        assert!(node.is_asked_about(&container.file(0)), "a doubtful file is never ignored");
+        assert!(node.is_asked_about(&container.file(0)), "an untrusted file is never ignored");
     }
     container.stop(&mut node);
 }
 
 #[test]
 fn while_the_gate_is_stopped_writers_wait_and_ignored_programs_do_not() {
-    let image = Image::new(2);
-    let container = Container::start(&image, "");
-    let mut node = Node::start(Gate::Free);
-    node.attach(&container, &image);
+    let (_image, container, mut node) = watched(2, Gate::Free);
     node.until_ignored(&container.file(1));
     node.signal_gate(Signal::SIGSTOP);
     let path = container.file(0);
@@ -642,25 +572,22 @@ fn while_the_gate_is_stopped_writers_wait_and_ignored_programs_do_not() {
 }
 
 #[test]
-fn a_container_that_has_ended_leaves_no_gate_behind() {
-    let image = Image::new(1);
-    let mut container = Container::start(&image, "");
-    let mut node = Node::start(Gate::Free);
-    node.attach(&container, &image);
+fn an_ended_container_leaves_no_mark_of_the_gate_behind() {
+    let (_image, mut container, mut node) = watched(1, Gate::Free);
     let _ = container.init.kill();
     let _ = container.init.wait();
     node.detach(&container.id);
     node.signal_gate(Signal::SIGSTOP);
-    // Nothing is asked, or this would wait for ever.
+    // If the gate were asked about the copy-up, this would block.
     OpenOptions::new().write(true).open(container.file(0)).map(drop).unwrap();
     node.signal_gate(Signal::SIGCONT);
 }
 
 #[test]
-fn a_container_that_runs_already_is_asked_about_for_a_while() {
+fn programs_of_an_already_running_container_are_asked_about_for_a_while() {
     let image = Image::new(1);
     let container = Container::start(&image, "");
-    // A name that anybody can take, and a program of its own.
+    // Any process can take the name; the program is the container's own.
     write(&container.path("tmp/runc:[2:INIT]"), &elf(INIT));
     let mut entry = Command::new("chroot")
         .arg(container.path(""))
@@ -669,11 +596,9 @@ fn a_container_that_runs_already_is_asked_about_for_a_while() {
         .spawn()
         .unwrap();
     let comm = format!("/proc/{}/comm", entry.id());
-    wait_for("the entry point", || fs::read(&comm).unwrap() == b"runc:[2:INIT]\n");
+    wait_until("the entry point", || fs::read(&comm).unwrap() == b"runc:[2:INIT]\n");
     let mut node = Node::start(Gate::Free);
-    let id = container.id.clone();
-    node.order(SensorCommand::Attach { container: id.clone(), pid: entry.id(), rootfs: None });
-    node.order(SensorCommand::Trust { container: id.clone(), trust: Trust::UpTo(image.recorded) });
+    node.watchers.attach(&container.id, entry.id(), Trust::UpTo(image.recorded));
     node.until("the container to be attached", |report| {
         matches!(report, SensorEvent::Attached { .. })
     });
@@ -686,18 +611,15 @@ fn a_container_that_runs_already_is_asked_about_for_a_while() {
 }
 
 #[test]
-fn the_trial_finds_this_kernel_fit() {
+fn the_self_test_passes_on_this_kernel() {
     let dir = tempfile::tempdir().unwrap();
     watch::try_free_gate(dir.path()).unwrap();
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the trial leaves something behind");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the self-test leaves no file behind");
 }
 
 #[test]
-fn in_notify_mode_a_dropped_program_is_told_and_nobody_waits() {
-    let image = Image::new(1);
-    let container = Container::start(&image, "");
-    let mut node = Node::start(Gate::Notify);
-    node.attach(&container, &image);
+fn in_notify_mode_a_dropped_program_is_reported_and_no_program_waits() {
+    let (_image, container, mut node) = watched(1, Gate::Notify);
     let path = container.path("tmp/dropped");
     write(&path, &program());
     run_surely(&path);
@@ -708,7 +630,7 @@ fn in_notify_mode_a_dropped_program_is_told_and_nobody_waits() {
     container.stop(&mut node);
 }
 
-/// Overlays as others mount them.
+/// Other mount options of overlays.
 #[test]
 #[ignore = "takes long: make race runs it"]
 fn changed_bytes_never_run_unseen_however_the_overlay_is_mounted() {

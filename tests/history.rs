@@ -1,5 +1,5 @@
-//! The history against what ends it: kills, a full disk, a second driftd, an
-//! older driftd, damage.
+//! The history against what can harm it: kills, a full disk, a second driftd, other
+//! format versions, damage.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -22,14 +22,14 @@ use driftd::respond::Response;
 use jiff::{Timestamp, ToSpan as _};
 
 const KEEP: Keep = Keep { retention: Duration::from_secs(30 * 24 * 60 * 60), max_bytes: 1 << 30 };
-/// Long enough for a loaded machine; nothing waits this long when all is well.
+/// Long enough for a loaded machine; a passing test never waits this long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn sample() -> Finding {
     serde_json::from_str(include_str!("data/finding.json")).unwrap()
 }
 
-/// The finding number `number`, in its first revision, seen that many seconds ago.
+/// Finding `number` in its first revision, last seen `ago` seconds ago.
 fn finding(number: u32, ago: i64) -> Finding {
     let mut finding = sample();
     finding.id.0[..4].copy_from_slice(&number.to_be_bytes());
@@ -44,7 +44,7 @@ fn id_of(finding: &Finding) -> &ContainerId {
     finding.container_id().unwrap()
 }
 
-/// Every finding that is kept, by its ID.
+/// Every kept finding, sorted by ID.
 fn all(reader: &history::Reader) -> Result<Vec<Finding>, Error> {
     let (mut all, mut after) = (Vec::new(), None);
     loop {
@@ -70,7 +70,7 @@ fn start_with(state_dir: &Path, health: &Arc<Health>) -> Writer {
     History::open(state_dir).unwrap().start(KEEP, health.clone())
 }
 
-/// Hands records over and waits until they are committed.
+/// Sends records and waits until they are committed.
 fn write(writer: &Writer, records: Vec<Record>) {
     let marker = format!("written {}", records.len());
     for record in records {
@@ -123,7 +123,7 @@ fn response(container: &ContainerId) -> Response {
             created_at: Some(Timestamp::now()),
         }),
         container: container.clone(),
-        reason: "a test \u{1b} says so".into(),
+        reason: "a test \u{1b} requests it".into(),
         requested_by: "uid 0 pid 1 (/bin/sh)".into(),
         requested_at: Timestamp::now(),
         finding: Some(sample().id),
@@ -139,7 +139,7 @@ fn response(container: &ContainerId) -> Response {
 }
 
 #[test]
-fn what_was_written_is_read_back_whole() {
+fn written_records_are_read_back_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let (first, second) = (finding(1, 10), finding(2, 5));
@@ -187,24 +187,24 @@ fn what_was_written_is_read_back_whole() {
 }
 
 #[test]
-fn d01_the_last_kill_of_a_container_is_found_or_its_restart() {
+fn d01_the_last_kill_or_restart_of_a_container_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let container = id_of(&sample()).clone();
     let last = || writer.reader().last_kill(&container).unwrap();
     assert_eq!(last(), None);
-    let answer = |action: &str, succeeded| {
+    let respond = |action: &str, succeeded| {
         let mut response = response(&container);
         (response.outcome.action, response.outcome.succeeded) = (action.into(), succeeded);
         response.outcome.restarter = Some(Restarter::Docker);
         response
     };
-    let (killed, restart) = (answer("kill", true), answer("restart", true));
+    let (killed, restart) = (respond("kill", true), respond("restart", true));
     let of_another = response(&ContainerId::new("elsewhere", &container.id));
     let keep = |one: &Response| {
         write(&writer, vec![Record::Response(Box::new(one.clone()))]);
     };
-    for one in [&killed, &answer("kill", false), &answer("pause", true), &of_another] {
+    for one in [&killed, &respond("kill", false), &respond("pause", true), &of_another] {
         keep(one);
         assert_eq!(last().as_ref(), Some(&killed));
     }
@@ -260,7 +260,7 @@ fn findings_come_in_pages_newest_first() {
 }
 
 #[test]
-fn every_filter_leaves_out_what_it_says() {
+fn every_filter_leaves_out_the_rest() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let plain = finding(1, 100);
@@ -345,7 +345,7 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
         std::slice::from_ref(&long)
     );
     assert_eq!(reader.containers(&format!("moby/{}", &long.id[..8])).unwrap(), []);
-    assert_eq!(reader.containers(&long.id[..7]).unwrap(), [], "too short to be meant");
+    assert_eq!(reader.containers(&long.id[..7]).unwrap(), [], "a prefix this short is no match");
     assert_eq!(reader.containers("4f").unwrap(), [short]);
     assert_eq!(reader.containers(&format!("k8s.io/{}", long.id)).unwrap(), [long]);
     assert_eq!(reader.containers("x").unwrap(), []);
@@ -358,7 +358,7 @@ fn a_finding_and_a_container_are_found_by_the_beginning_of_their_ids() {
 }
 
 #[test]
-fn retention_forgets_the_old_and_tells_followers() {
+fn retention_removes_old_findings_and_informs_followers() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let old: Vec<Record> = (0..1200).map(|n| record(&finding(n, 40 * 24 * 60 * 60))).collect();
@@ -381,10 +381,10 @@ fn retention_forgets_the_old_and_tells_followers() {
 }
 
 #[test]
-fn the_questions_in_the_format_s_document_have_answers() {
+fn the_queries_in_the_format_document_return_rows() {
     let document = include_str!("../docs/history-format.md");
     let (_, rest) = document.split_once("```sql\n").unwrap();
-    let (questions, _) = rest.split_once("```").unwrap();
+    let (queries, _) = rest.split_once("```").unwrap();
 
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
@@ -395,19 +395,19 @@ fn the_questions_in_the_format_s_document_have_answers() {
     let mut entered = session(0xff, 60);
     entered.id = finding.session.unwrap();
     entered.container.id = id_of(&finding).clone();
-    write(&writer, vec![told(&entered, &[command(&entered, 1, 50)])]);
+    write(&writer, vec![session_record(&entered, &[command(&entered, 1, 50)])]);
     write(&writer, vec![Record::Probe(Box::new(probe(1, "web")))]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
-    let mut asked = 0;
-    for question in questions.split_inclusive(";\n") {
+    let mut count = 0;
+    for query in queries.split_inclusive(";\n") {
         let rows = database
-            .prepare(question)
-            .and_then(|mut query| query.query_map([], |_| Ok(()))?.collect::<Result<Vec<_>, _>>())
-            .unwrap_or_else(|err| panic!("{question}: {err}"));
-        assert!(!rows.is_empty(), "{question}");
-        asked += 1;
+            .prepare(query)
+            .and_then(|mut rows| rows.query_map([], |_| Ok(()))?.collect::<Result<Vec<_>, _>>())
+            .unwrap_or_else(|err| panic!("{query}: {err}"));
+        assert!(!rows.is_empty(), "{query}");
+        count += 1;
     }
-    assert_eq!(asked, 9);
+    assert_eq!(count, 9);
     writer.stop();
 }
 
@@ -430,7 +430,7 @@ fn aggregate(finding: &Finding, changes: Vec<MemberChange>) -> Record {
 }
 
 #[test]
-fn where_else_the_same_content_was_found_is_counted_by_container() {
+fn other_places_of_the_same_content_are_counted_by_container() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let content = Blake3Hash([0xcd; 32]);
@@ -441,7 +441,8 @@ fn where_else_the_same_content_was_found_is_counted_by_container() {
         finding
     };
     let own = holds(1, "own", Some(content));
-    // Twice in one container, once in its own, and once in a directory of many files.
+    // Twice in one container, once in the own one, and once as a member of an aggregated
+    // finding.
     let group = holds(5, "group", None);
     let same = Member { blake3: Some(content), ..member("/opt/tool", 0) };
     let records = vec![
@@ -461,14 +462,14 @@ fn where_else_the_same_content_was_found_is_counted_by_container() {
     };
     assert_eq!((also.containers, ids(&also).len()), (2, 2));
     assert_eq!(ids(&also).iter().filter(|id| ["twice", "group"].contains(&&***id)).count(), 2);
-    // What could not be read is the same as nothing.
+    // Content that could not be read equals no other.
     assert_eq!(reader.also_in(&holds(7, "unread", None)).unwrap(), AlsoIn::default());
 
     let more = (10..40).map(|number| record(&holds(number, &format!("c{number}"), Some(content))));
     write(&writer, more.collect());
     let also = reader.also_in(&own).unwrap();
     assert_eq!((also.containers, ids(&also).len()), (32, 10));
-    // Where it was seen last comes first: the member's time is long ago.
+    // The container where it was seen last comes first; the member was seen long ago.
     assert_eq!(ids(&also)[..2], ["twice", "c10"]);
 }
 
@@ -502,7 +503,7 @@ fn every_file_of_an_aggregated_finding_is_kept_and_listed_in_pages() {
         let page = writer.reader().members(one.id, after, 1000).unwrap();
         assert!(page.members.len() <= 1000);
         members.extend(page.members);
-        // As a client hands it back.
+        // A client returns the token as text.
         let Some(next) = page.next else { break };
         after = Some(next.to_string().parse().unwrap());
     }
@@ -533,7 +534,7 @@ fn every_file_of_an_aggregated_finding_is_kept_and_listed_in_pages() {
 }
 
 #[test]
-fn the_files_of_a_finding_go_when_it_goes() {
+fn the_members_of_a_finding_are_removed_with_it() {
     let dir = tempfile::tempdir().unwrap();
     let (old, young) = (finding(1, 40 * 24 * 60 * 60), finding(2, 0));
     let writer = start(dir.path());
@@ -575,7 +576,7 @@ fn probe(number: u8, container: &str) -> Probe {
     probe
 }
 
-fn told(session: &Session, commands: &[model::Command]) -> Record {
+fn session_record(session: &Session, commands: &[model::Command]) -> Record {
     Record::Session { session: Box::new(session.clone()), commands: commands.to_vec() }
 }
 
@@ -597,7 +598,10 @@ fn a_session_is_kept_with_its_commands_in_its_newest_revision() {
     let writer = start(dir.path());
     let (open, other) = (session(0xa1, 60), session(0xa2, 30));
     let first = command(&open, 1, 50);
-    write(&writer, vec![told(&open, std::slice::from_ref(&first)), told(&other, &[])]);
+    write(
+        &writer,
+        vec![session_record(&open, std::slice::from_ref(&first)), session_record(&other, &[])],
+    );
     let reader = writer.reader();
     assert_eq!(reader.open_sessions().unwrap(), [other.clone(), open.clone()]);
 
@@ -606,7 +610,7 @@ fn a_session_is_kept_with_its_commands_in_its_newest_revision() {
     ended.exit = Some(model::Exit { code: None, signal: Some(9) });
     let second = command(&open, 2, 40);
     let over = closed(&open, 0);
-    write(&writer, vec![told(&over, &[ended.clone(), second.clone()])]);
+    write(&writer, vec![session_record(&over, &[ended.clone(), second.clone()])]);
 
     assert_eq!(reader.session(&over.id.to_string()).unwrap(), found(&over));
     assert_eq!(reader.session("A1").unwrap(), found(&over));
@@ -640,7 +644,7 @@ fn a_session_is_kept_with_its_commands_in_its_newest_revision() {
     let of_others = reader.after(0, &elsewhere, 10).unwrap().records;
     assert!(!of_others.iter().any(|(_, record)| matches!(record, Record::Session { .. })));
 
-    // A daemon that starts knows what was open.
+    // A starting daemon reads which sessions are open.
     writer.stop();
     let history = History::open(dir.path()).unwrap();
     assert_eq!(history.reader().open_sessions().unwrap(), [other]);
@@ -658,7 +662,7 @@ fn sessions_are_filtered_and_come_in_pages_newest_first() {
     old_end.ended_at = Some(Timestamp::now() - 9_000.seconds());
     let going_on = session(201, 10_000);
     all.extend([old_end.clone(), going_on.clone()]);
-    write(&writer, all.iter().map(|session| told(session, &[])).collect());
+    write(&writer, all.iter().map(|session| session_record(session, &[])).collect());
 
     let list = |filter: &SessionFilter| {
         let (mut ids, mut token) = (Vec::<SessionId>::new(), None);
@@ -682,7 +686,7 @@ fn sessions_are_filtered_and_come_in_pages_newest_first() {
     assert_eq!(list(&SessionFilter { state, ..none.clone() }), [old.id]);
     let hour_ago = Some(Timestamp::now() - 3600.seconds());
     let recent = list(&SessionFilter { since: hour_ago, ..none.clone() });
-    assert!(recent.len() == 26 && !recent.contains(&old.id), "what is open goes on");
+    assert!(recent.len() == 26 && !recent.contains(&old.id), "an open session counts as recent");
     assert_eq!(list(&SessionFilter { until: hour_ago, ..none }), [going_on.id, old.id]);
     for bad in ["", "x", "1", "1.zz", "1.00"] {
         assert!(bad.parse::<history::PageToken<SessionId>>().is_err(), "{bad}");
@@ -709,20 +713,23 @@ fn probes_are_kept_by_their_newest_count() {
 }
 
 #[test]
-fn retention_forgets_closed_sessions_and_probes_that_are_not_seen() {
+fn retention_removes_closed_sessions_and_unseen_probes() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let month = 40 * 24 * 60 * 60;
     let (open, over, young) = (session(1, month), session(2, month), session(3, 0));
     let (mut gone, here) = (probe(4, "web"), probe(5, "web"));
     gone.last_seen = Timestamp::now() - month.seconds();
-    let records = [&open, &over, &young].map(|one| told(one, &[command(one, 1, month)]));
+    let records = [&open, &over, &young].map(|one| session_record(one, &[command(one, 1, month)]));
     write(&writer, records.into());
-    write(&writer, vec![told(&closed(&over, 0), &[]), told(&closed(&young, 0), &[])]);
+    write(
+        &writer,
+        vec![session_record(&closed(&over, 0), &[]), session_record(&closed(&young, 0), &[])],
+    );
     write(&writer, [&gone, &here].map(|one| Record::Probe(Box::new(one.clone()))).into());
     writer.stop();
 
-    // Nothing of theirs has changed since.
+    // Their last change is made as old as they are.
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let aged = (Timestamp::now() - month.seconds()).as_microsecond();
     for session in [&open, &over] {
@@ -737,19 +744,19 @@ fn retention_forgets_closed_sessions_and_probes_that_are_not_seen() {
     wait_for(&writer, |_| reader.session(&over.id.to_string()).unwrap() == SessionLookup::Unknown);
     wait_for(&writer, |_| reader.probes(None).unwrap() == [here.clone()]);
     assert!(reader.commands(over.id, None, 10).unwrap().commands.is_empty());
-    assert_eq!(reader.open_sessions().unwrap(), std::slice::from_ref(&open), "it goes on");
+    assert_eq!(reader.open_sessions().unwrap(), std::slice::from_ref(&open), "it is still open");
     assert_eq!(reader.commands(open.id, None, 10).unwrap().commands.len(), 1);
     assert_eq!(reader.commands(young.id, None, 10).unwrap().commands.len(), 1);
     writer.stop();
 }
 
 #[test]
-fn a_timeline_tells_everything_of_a_container_in_order() {
+fn a_timeline_lists_all_records_of_a_container_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let web = ContainerId::new("default", "web");
     let over = closed(&session(1, 100), 0);
-    // Both at the same time, and another one within them.
+    // Two commands at the same time, and another session while this one is open.
     let first = command(&over, 1, 90);
     let second = model::Command { number: 2, started_at: first.started_at, ..first.clone() };
     let within = session(2, 80);
@@ -769,9 +776,9 @@ fn a_timeline_tells_everything_of_a_container_in_order() {
     write(
         &writer,
         vec![
-            told(&over, &[second.clone(), first.clone()]),
-            told(&within, &[]),
-            told(&elsewhere, &[command(&elsewhere, 1, 74)]),
+            session_record(&over, &[second.clone(), first.clone()]),
+            session_record(&within, &[]),
+            session_record(&elsewhere, &[command(&elsewhere, 1, 74)]),
             record(&drift),
             record(&finding(2, 60)),
             gap(Some("other"), 55, None),
@@ -807,7 +814,7 @@ fn a_timeline_tells_everything_of_a_container_in_order() {
                 format!("gap of {whose}{}", if until.is_some() { ", mended" } else { "" })
             }
         };
-        // The last one only says that all was written.
+        // The last entry is the marker of `write`.
         entries[..entries.len() - 1].iter().map(word).collect()
     };
     let whole = list(None, None, 100);
@@ -844,10 +851,10 @@ fn a_timeline_tells_everything_of_a_container_in_order() {
 
 const APPEND_TO: &str = "DRIFTD_TEST_APPEND_TO";
 
-/// Appends until it is killed. Prints each record once a reader has seen it
+/// Appends until it is killed. Prints each record once a reader has read it as
 /// committed: that is the acknowledgement.
 #[test]
-#[ignore = "run by no_acknowledged_record_is_lost_to_kill_9 in a process of its own"]
+#[ignore = "run by no_acknowledged_record_is_lost_to_kill_9 in a separate process"]
 fn child_appends_until_it_is_killed() {
     let Some(dir) = std::env::var_os(APPEND_TO) else { return };
     let writer = start(Path::new(&dir));
@@ -855,7 +862,7 @@ fn child_appends_until_it_is_killed() {
     let base = u32::try_from(*writer.committed().borrow()).unwrap() * 1000;
     std::thread::spawn(move || {
         let mut hot = finding(u32::MAX, 0);
-        // Revisions go on where the last process stopped.
+        // Revisions continue where the last process stopped.
         hot.revision = u64::from(base);
         for number in 0.. {
             hot.revision += 1;
@@ -895,8 +902,8 @@ fn no_acknowledged_record_is_lost_to_kill_9() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).split(b'\n');
-        // Killed after a number of acknowledgements that differs each time, at an
-        // arbitrary moment of whatever the writer does then.
+        // Each time it is killed after another number of acknowledgements, at an arbitrary
+        // moment of the writer's work.
         let mut left = 1 + (kill * 37) % 211;
         let mut read = |line: Vec<u8>| {
             let line = String::from_utf8(line).unwrap();
@@ -913,12 +920,12 @@ fn no_acknowledged_record_is_lost_to_kill_9() {
         child.kill().unwrap();
         child.wait().unwrap();
         let rest: Vec<Vec<u8>> = lines.map(Result::unwrap).collect();
-        // The last line may be torn: only the pipe's, and it is no acknowledgement.
+        // The last line of the pipe may be incomplete: then it is no acknowledgement.
         for line in rest.iter().take(rest.len().saturating_sub(1)) {
             read(line.clone());
         }
 
-        // Reads every record's JSON; a torn one would be an error.
+        // This reads the JSON of every record; an incomplete one would be an error.
         let history = History::open(dir.path()).unwrap();
         let kept: BTreeMap<FindingId, u64> = all(&history.reader())
             .unwrap()
@@ -927,7 +934,10 @@ fn no_acknowledged_record_is_lost_to_kill_9() {
             .collect();
         for (id, revision) in &acknowledged {
             let found = kept.get(id).copied();
-            assert!(found >= Some(*revision), "kill {kill}: {id} is {found:?}, told {revision}");
+            assert!(
+                found >= Some(*revision),
+                "kill {kill}: {id} is {found:?}, acknowledged {revision}"
+            );
         }
     }
     assert!(acknowledged.len() > 100, "{}", acknowledged.len());
@@ -939,7 +949,7 @@ fn no_acknowledged_record_is_lost_to_kill_9() {
 
 // ---- the disk
 
-/// A small file system of its own, unmounted at the end.
+/// A small filesystem, unmounted at the end.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
@@ -970,7 +980,7 @@ fn run(program: &str, arguments: &[&str]) {
 }
 
 #[test]
-fn a_full_disk_loses_nothing_and_writing_goes_on() {
+fn a_full_disk_loses_nothing_and_writing_continues() {
     let dir = tempfile::tempdir().unwrap();
     let disk = SmallDisk::mount(dir.path(), "1m");
     let health = Arc::new(Health::default());
@@ -984,9 +994,9 @@ fn a_full_disk_loses_nothing_and_writing_goes_on() {
         assert!(Instant::now() < deadline, "2000 findings fit on a disk of 1 MiB");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let told = *writer.committed().borrow();
+    let committed = *writer.committed().borrow();
     let kept = writer.reader().after(0, &Filter::default(), 5000).unwrap();
-    assert!(kept.cursor >= told, "what is committed is told, be it in memory");
+    assert!(kept.cursor >= committed, "committed records can be read, even from memory");
 
     disk.grow("64m");
     write(&writer, vec![]);
@@ -998,7 +1008,7 @@ fn a_full_disk_loses_nothing_and_writing_goes_on() {
     writer.stop();
 }
 
-/// Takes all room that is left on a disk, until it is removed.
+/// Fills a disk with a file, until a caller removes that file.
 fn fill(dir: &Path) -> PathBuf {
     let path = dir.join("filler");
     let mut file = std::fs::File::create(&path).unwrap();
@@ -1006,7 +1016,7 @@ fn fill(dir: &Path) -> PathBuf {
     path
 }
 
-/// Waits until nothing is wrong with the history any more.
+/// Waits until the history has no problem any more.
 fn wait_until_whole(health: &Health) {
     let deadline = Instant::now() + 2 * PATIENCE;
     while !health.problems().is_empty() {
@@ -1021,7 +1031,7 @@ fn ids(mut findings: Vec<Finding>) -> Vec<FindingId> {
 }
 
 #[test]
-fn r28_while_the_disk_is_full_readers_and_followers_get_what_is_new_and_it_is_written_later() {
+fn r28_while_the_disk_is_full_new_records_can_be_read_and_are_written_later() {
     let dir = tempfile::tempdir().unwrap();
     let _disk = SmallDisk::mount(dir.path(), "4m");
     let health = Arc::new(Health::default());
@@ -1041,9 +1051,12 @@ fn r28_while_the_disk_is_full_readers_and_followers_get_what_is_new_and_it_is_wr
     let mut records: Vec<Record> = new.iter().map(record).collect();
     records.push(record(&again));
     records.push(aggregate(&Finding { revision: 2, ..kept.clone() }, vec![gone, seen("/c")]));
-    records.push(told(&session, &[command(&session, 1, 5)]));
+    records.push(session_record(&session, &[command(&session, 1, 5)]));
     write(&writer, records);
-    assert!(health.count(Failure::HistoryWrite) > 0, "what is new fits on a full disk");
+    assert!(
+        health.count(Failure::HistoryWrite) > 0,
+        "the new records must not fit on the full disk"
+    );
     assert!(health.problems()[0].contains("memory"), "{:?}", health.problems());
 
     old[0].revision = 2;
@@ -1079,7 +1092,7 @@ fn r28_while_the_disk_is_full_readers_and_followers_get_what_is_new_and_it_is_wr
 }
 
 #[test]
-fn r28_the_history_in_memory_is_bounded_and_says_what_it_drops() {
+fn r28_the_history_in_memory_is_bounded_and_reports_what_it_drops() {
     let dir = tempfile::tempdir().unwrap();
     let _disk = SmallDisk::mount(dir.path(), "1m");
     let health = Arc::new(Health::default());
@@ -1104,7 +1117,7 @@ fn r28_the_history_in_memory_is_bounded_and_says_what_it_drops() {
 }
 
 #[test]
-fn d07_on_a_full_disk_a_history_is_opened_in_memory_over_what_is_there() {
+fn d07_on_a_full_disk_a_history_is_opened_in_memory_over_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let _disk = SmallDisk::mount(dir.path(), "1m");
     let (one, other) = (finding(1, 20), finding(2, 10));
@@ -1116,8 +1129,12 @@ fn d07_on_a_full_disk_a_history_is_opened_in_memory_over_what_is_there() {
     let filler = fill(dir.path());
     let health = Arc::new(Health::default());
     let writer = start_with(dir.path(), &health);
-    assert_eq!(health.problems().len(), 1, "a full disk is no problem?");
-    assert_eq!(all(&writer.reader()).unwrap(), std::slice::from_ref(&one), "it is read");
+    assert_eq!(health.problems().len(), 1, "the full disk must be a problem");
+    assert_eq!(
+        all(&writer.reader()).unwrap(),
+        std::slice::from_ref(&one),
+        "the old finding is read"
+    );
     write(&writer, vec![record(&other)]);
     let both = ids(vec![one, other]);
     assert_eq!(ids(all(&writer.reader()).unwrap()), both);
@@ -1132,8 +1149,8 @@ fn d07_on_a_full_disk_a_history_is_opened_in_memory_over_what_is_there() {
 }
 
 #[test]
-fn d07_a_full_disk_whose_history_cannot_be_read_or_begun_is_made_up_for() {
-    // What a daemon that was killed has left is in the side file.
+fn d07_a_history_that_a_full_disk_prevented_is_completed_later() {
+    // The records of a killed daemon are in the write-ahead log.
     let killed = tempfile::tempdir().unwrap();
     let writer = start(killed.path());
     let (one, other) = (finding(1, 200), finding(2, 10));
@@ -1172,14 +1189,14 @@ fn d07_a_full_disk_whose_history_cannot_be_read_or_begun_is_made_up_for() {
 
 // ---- bounds in bytes
 
-/// The file and what is beside it, in bytes.
+/// The bytes of the file and of its write-ahead log.
 fn size_of(dir: &Path) -> u64 {
     let names = ["", "-wal"].map(|suffix| dir.join(format!("{}{suffix}", history::FILE)));
     names.iter().filter_map(|name| std::fs::metadata(name).ok()).map(|file| file.len()).sum()
 }
 
 #[test]
-fn x03_the_labels_of_a_container_are_kept_once_and_read_back_with_everything_that_names_it() {
+fn x03_a_containers_labels_are_stored_once_and_read_back_with_every_record() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let labels: BTreeMap<String, String> =
@@ -1198,7 +1215,7 @@ fn x03_the_labels_of_a_container_are_kept_once_and_read_back_with_everything_tha
     let mut seen = probe(1, "web");
     seen.container = came.container.clone();
     let mut records: Vec<Record> = all.iter().map(record).collect();
-    records.extend([told(&came, &[]), Record::Probe(Box::new(seen.clone()))]);
+    records.extend([session_record(&came, &[]), Record::Probe(Box::new(seen.clone()))]);
     write(&writer, records);
     let bytes = size_of(dir.path());
     assert!(bytes < 400 * 8000, "{} bytes a finding", bytes / 400);
@@ -1227,7 +1244,7 @@ fn x03_the_labels_of_a_container_are_kept_once_and_read_back_with_everything_tha
 }
 
 #[test]
-fn a_full_history_drops_the_least_severe_of_the_noisiest_and_never_a_response() {
+fn a_full_history_drops_the_noisiest_containers_least_severe_findings_and_no_response() {
     const MOST: u64 = 3 << 20;
     let dir = tempfile::tempdir().unwrap();
     let health = Arc::new(Health::default());
@@ -1240,15 +1257,15 @@ fn a_full_history_drops_the_least_severe_of_the_noisiest_and_never_a_response() 
         finding.severity = severity;
         finding
     };
-    // The quiet one's are the oldest and the least severe of all.
+    // The findings of the quiet container are the oldest and the least severe.
     let quiet: Vec<Finding> =
         (0..20).map(|number| of("quiet", number, 10_000, Severity::Info)).collect();
     let worst = of("noisy", 50, 9_000, Severity::Critical);
-    let answer = response(&ContainerId::new("default", "noisy"));
+    let kept_response = response(&ContainerId::new("default", "noisy"));
     write(&writer, quiet.iter().chain([&worst]).map(record).collect());
-    write(&writer, vec![Record::Response(Box::new(answer.clone()))]);
+    write(&writer, vec![Record::Response(Box::new(kept_response.clone()))]);
     let over = session(1, 0);
-    write(&writer, vec![told(&closed(&over, 0), &[])]);
+    write(&writer, vec![session_record(&closed(&over, 0), &[])]);
     for number in 100..6000 {
         let flood = of("noisy", number, 6000 - i64::from(number), Severity::Low);
         writer.records().send(record(&flood)).unwrap();
@@ -1273,17 +1290,17 @@ fn a_full_history_drops_the_least_severe_of_the_noisiest_and_never_a_response() 
         let of_it = kept.iter().filter(|one| *id_of(one).id == *container);
         of_it.map(|one| one.id).collect()
     };
-    assert_eq!(names("quiet").len(), 20, "nothing of another container's");
+    assert_eq!(names("quiet").len(), 20, "no finding of another container is dropped");
     let noisy = names("noisy");
-    assert!(noisy.contains(&worst.id), "nor what is worse");
+    assert!(noisy.contains(&worst.id), "nor a more severe one");
     assert!(noisy.contains(&newest), "nor the newest");
     assert!(noisy.len() > 200 && noisy.len() < 5000, "{}", noisy.len());
-    assert_eq!(reader.responses(&answer.container).unwrap(), [answer]);
+    assert_eq!(reader.responses(&kept_response.container).unwrap(), [kept_response]);
     assert!(health.count(Failure::HistoryFull) > 0);
     assert_eq!(health.problems().len(), 1, "{:?}", health.problems());
-    let told = reader.after(0, &Filter::default(), 10_000).unwrap();
-    assert!(told.pruned_through > 0);
-    let gaps = told.records.iter().filter(|(_, record)| {
+    let followed = reader.after(0, &Filter::default(), 10_000).unwrap();
+    assert!(followed.pruned_through > 0);
+    let gaps = followed.records.iter().filter(|(_, record)| {
         matches!(record, Record::Gap { name, container: Some(container), .. }
             if name == "history_full" && *container.id == *"noisy")
     });
@@ -1292,7 +1309,7 @@ fn a_full_history_drops_the_least_severe_of_the_noisiest_and_never_a_response() 
 }
 
 #[test]
-fn what_a_container_holds_is_known_through_every_change() {
+fn the_bytes_a_container_holds_are_counted_through_every_change() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let mut finding = finding(1, 0);
@@ -1306,7 +1323,11 @@ fn what_a_container_holds_is_known_through_every_change() {
     let run = command(&came, 1, 50);
     write(
         &writer,
-        vec![record(&finding), told(&came, std::slice::from_ref(&run)), told(&came, &[run])],
+        vec![
+            record(&finding),
+            session_record(&came, std::slice::from_ref(&run)),
+            session_record(&came, &[run]),
+        ],
     );
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
     let held = || -> i64 {
@@ -1336,14 +1357,14 @@ fn what_a_container_holds_is_known_through_every_change() {
     let labels = || -> i64 {
         database.query_row("SELECT count(*) FROM labels", [], |row| row.get(0)).unwrap()
     };
-    assert_eq!(labels(), 0, "they go with the last that names the container");
+    assert_eq!(labels(), 0, "labels are removed with the last record that names the container");
     writer.stop();
 }
 
-// ---- a file that is gone
+// ---- a removed file
 
 #[test]
-fn x18_a_history_that_is_removed_begins_anew_and_asks_for_what_is_known() {
+fn x18_a_removed_history_starts_again_and_asks_for_the_known_findings() {
     for keep_side_files in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let health = Arc::new(Health::default());
@@ -1360,12 +1381,12 @@ fn x18_a_history_that_is_removed_begins_anew_and_asks_for_what_is_known() {
                     .unwrap();
             }
         }
-        writer.begun().recv_timeout(PATIENCE).expect("it is asked for what is known");
+        writer.begun().recv_timeout(PATIENCE).expect("the writer asks for the known findings");
         assert_eq!(health.count(Failure::HistoryGone), 1);
-        assert_eq!(all(&reader).unwrap(), [], "readers see the new one");
+        assert_eq!(all(&reader).unwrap(), [], "readers read the new history");
         write(&writer, vec![record(&other)]);
         assert_eq!(all(&reader).unwrap(), std::slice::from_ref(&other));
-        // A follower reads on, and is told what it misses.
+        // A follower continues, and learns what it has missed.
         let followed = reader.after(before, &Filter::default(), 10).unwrap();
         assert_eq!(followed.pruned_through, before);
         let names: Vec<&str> = followed
@@ -1384,7 +1405,7 @@ fn x18_a_history_that_is_removed_begins_anew_and_asks_for_what_is_known() {
 }
 
 #[test]
-fn x18_while_no_history_can_be_begun_it_is_said_and_nothing_is_dropped() {
+fn x18_while_no_history_can_be_started_a_problem_is_reported_and_nothing_is_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state");
     let health = Arc::new(Health::default());
@@ -1436,7 +1457,7 @@ fn a_second_driftd_is_refused() {
 }
 
 #[test]
-fn a_history_of_a_newer_version_is_refused_and_left_as_it_is() {
+fn a_history_of_a_newer_format_is_refused_and_left_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     start(dir.path()).stop();
     let path = dir.path().join(history::FILE);
@@ -1457,7 +1478,7 @@ fn write_format_1(state_dir: &Path, findings: &[Finding]) {
     database.execute_batch(include_str!("data/history-1.sql")).unwrap();
     for finding in findings {
         let mut json = serde_json::to_value(finding).unwrap();
-        // A key that there was not yet.
+        // A key that did not exist then.
         assert!(json.as_object_mut().unwrap().remove("detail").is_some());
         let container = id_of(finding);
         let id = finding.id.to_string();
@@ -1487,7 +1508,7 @@ fn write_format_1(state_dir: &Path, findings: &[Finding]) {
 }
 
 #[test]
-fn a_history_of_the_first_format_is_brought_up_to_date() {
+fn a_history_of_the_first_format_is_migrated() {
     let dir = tempfile::tempdir().unwrap();
     let (one, other) = (finding(1, 20), finding(2, 10));
     write_format_1(dir.path(), &[one.clone(), other.clone()]);
@@ -1505,14 +1526,14 @@ fn a_history_of_the_first_format_is_brought_up_to_date() {
     write(&writer, vec![record(&of_a_layer)]);
     assert_eq!(findings(&writer, &Filter::default()), [of_a_layer.id, other.id, one.id]);
     let came = session(1, 0);
-    write(&writer, vec![told(&came, &[])]);
+    write(&writer, vec![session_record(&came, &[])]);
     assert_eq!(writer.reader().session(&came.id.to_string()).unwrap(), found(&came));
     writer.stop();
     assert_eq!(history::format_of(dir.path()).unwrap(), Some(history::FORMAT));
 }
 
 #[test]
-fn numbers_go_on_when_the_records_are_brought_up_to_date() {
+fn record_numbers_continue_after_a_migration() {
     let dir = tempfile::tempdir().unwrap();
     write_format_1(dir.path(), &[finding(1, 20), finding(2, 10)]);
     let database = rusqlite::Connection::open(dir.path().join(history::FILE)).unwrap();
@@ -1560,7 +1581,7 @@ fn a_damaged_history_is_refused_and_kept() {
 }
 
 #[test]
-fn what_was_told_is_read_container_by_container() {
+fn reported_findings_are_read_by_container() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
     let (one, mut second, mut elsewhere, mut nowhere) =
@@ -1613,16 +1634,16 @@ fn a_database_of_another_program_is_refused() {
 }
 
 #[test]
-fn b32_a_clock_that_is_set_back_does_not_turn_the_history_around() {
+fn b32_a_clock_set_back_does_not_reverse_the_history() {
     let dir = tempfile::tempdir().unwrap();
     let writer = start(dir.path());
-    // Each was seen earlier than the one before it, as the clock says.
+    // By the clock, each was seen earlier than the one before it.
     for number in 0..5 {
         write(&writer, vec![record(&finding(number, i64::from(number) * 3600))]);
     }
     let followed = writer.reader().after(0, &Filter::default(), 100).unwrap();
     assert!(followed.records.is_sorted_by_key(|(seq, _)| *seq));
-    let told: Vec<FindingId> = followed
+    let order: Vec<FindingId> = followed
         .records
         .iter()
         .filter_map(|(_, record)| match record {
@@ -1635,12 +1656,12 @@ fn b32_a_clock_that_is_set_back_does_not_turn_the_history_around() {
         })
         .collect();
     let written: Vec<FindingId> = (0..5).map(|number| finding(number, 0).id).collect();
-    assert_eq!(told, written);
-    // Who follows from anywhere goes on from there, whatever the clock says.
+    assert_eq!(order, written);
+    // A follower continues from any cursor, whatever the clock shows.
     let middle = followed.records[4].0;
     let rest = writer.reader().after(middle, &Filter::default(), 100).unwrap();
     assert_eq!(rest.records, followed.records[5..]);
-    // Pages are by time, and each finding is on one of them.
+    // Pages are ordered by time, and each finding is on exactly one.
     let mut paged = findings(&writer, &Filter::default());
     paged.sort();
     let mut all = written;

@@ -1,7 +1,6 @@
-//! The merging of layers against the kernel's own: random layers are made on
-//! disk, mounted as an overlay, and what can be seen there is compared with what
-//! the image's baseline says. Needs root, for device nodes, `trusted.` attributes
-//! and the mount.
+//! The merging of layers against the kernel's: random layers are made on disk and
+//! mounted as an overlay, and the files shown there are compared with the image's
+//! baseline. Needs root, for device nodes, `trusted.` attributes and the mount.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -23,7 +22,7 @@ use rustix::fs::{
     CWD, FileType, Mode, XattrFlags, lgetxattr, major, makedev, minor, mknodat, setxattr,
 };
 
-/// Few names, so that layers meet; `a-` and `a!` sort before `a/` byte by byte.
+/// Few names, so that layers overlap; `a-` and `a!` sort before `a/` byte by byte.
 const NAMES: [&[u8]; 5] = [b"a", b"a-", b"b", b"a!", b"\xff\n"];
 
 #[derive(Clone, Debug)]
@@ -35,15 +34,15 @@ enum What {
         content: &'static str,
         capability: bool,
     },
-    /// One more name of the layer's file that was made so many files ago.
+    /// Another name of an earlier file of the layer, counted back from the last.
     Link(usize),
     Symlink(&'static str),
     Fifo,
     Device(u32),
 }
 
-/// Something that a layer puts at a path. `mode` and `owner` are of no meaning
-/// for whiteouts, links and symlinks.
+/// What a layer puts at a path. `mode` and `owner` have no meaning for whiteouts,
+/// links and symlinks.
 #[derive(Clone, Debug)]
 struct Put {
     path: Vec<&'static [u8]>,
@@ -74,7 +73,7 @@ fn any_put() -> impl Strategy<Value = Put> {
     })
 }
 
-/// What is in a layer, and how its own root directory is.
+/// A layer: its contents and its root directory.
 #[derive(Clone, Debug)]
 struct Layer {
     puts: Vec<Put>,
@@ -102,7 +101,7 @@ fn make_opaque(path: &Path) {
     setxattr(path, "trusted.overlay.opaque", b"y", XattrFlags::empty()).expect(ROOT);
 }
 
-/// Makes a layer's directory; what finds its place taken is left out.
+/// Makes a layer's directory; an entry whose path is taken is left out.
 fn unpack(layer: &Layer, directory: &Path) {
     fs::create_dir(directory).unwrap();
     let mut files: Vec<PathBuf> = Vec::new();
@@ -111,7 +110,7 @@ fn unpack(layer: &Layer, directory: &Path) {
         let (name, above) = path.split_last().expect("a path has a name");
         for name in above {
             place.push(OsStr::from_bytes(name));
-            // It may be there, or something else may.
+            // The directory, or another file, may exist already.
             let _ = fs::create_dir(&place);
         }
         if !fs::symlink_metadata(&place).is_ok_and(|metadata| metadata.is_dir()) {
@@ -167,11 +166,11 @@ fn unpack(layer: &Layer, directory: &Path) {
     }
 }
 
-/// Unmounts when a case ends, however it ends.
+/// Unmounts when a case ends, also after a failure.
 struct Mount(PathBuf);
 
 impl Mount {
-    /// The layers come bottom first; the lowest of an overlay cannot be alone.
+    /// The layers come bottom first, and must be at least two.
     fn overlay(layers: &[PathBuf], place: PathBuf) -> Mount {
         let lower: Vec<&str> =
             layers.iter().rev().map(|layer| layer.to_str().expect("it is UTF-8")).collect();
@@ -181,8 +180,8 @@ impl Mount {
             .arg(&place)
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{ROOT}: {said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{ROOT}: {stderr}");
         Mount(place)
     }
 }
@@ -193,9 +192,9 @@ impl Drop for Mount {
     }
 }
 
-/// What can be seen below a directory, said slowly, in no order. A directory that
-/// only one layer has is listed by overlayfs with the layer's whiteouts in it,
-/// though nobody can look them up.
+/// Collects the entries shown below a directory, in no order. For a directory that only
+/// one layer has, overlayfs lists that layer's whiteouts too, but a lookup of them fails
+/// with ENOENT.
 fn visible(directory: &Path, path: &RootfsPath, found: &mut Vec<FileEntry>) {
     let place = directory.join(OsStr::from_bytes(path.relative()));
     let metadata = match fs::symlink_metadata(&place) {
@@ -230,7 +229,7 @@ fn visible(directory: &Path, path: &RootfsPath, found: &mut Vec<FileEntry>) {
         let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
         entry.device = Some(Device { major, minor });
     } else {
-        assert!(file_type.is_dir(), "{path} is something that no layer has put there");
+        assert!(file_type.is_dir(), "{path} is nothing that a layer holds");
         for name in fs::read_dir(&place).unwrap() {
             let path = path.join(name.unwrap().file_name().as_bytes()).unwrap();
             visible(directory, &path, found);
@@ -239,12 +238,12 @@ fn visible(directory: &Path, path: &RootfsPath, found: &mut Vec<FileEntry>) {
     found.push(entry);
 }
 
-/// What a walk finds in a layer.
+/// The entries that a directory walk finds in a layer.
 fn walked(pool: &rayon::ThreadPool, directory: &Path) -> Vec<LayerEntry> {
     walk(pool, directory, None, &AtomicBool::new(false)).unwrap().entries
 }
 
-/// What the kernel shows of the layers, and what their baseline says.
+/// The files that the kernel shows of the layers, and the files of their baseline.
 fn both(layers: &[Layer]) -> (Vec<FileEntry>, Vec<FileEntry>) {
     let scratch = tempfile::tempdir().unwrap();
     let pool = hashing_pool(1, &Arc::new(Urgency::default())).unwrap();
@@ -269,11 +268,11 @@ fn both(layers: &[Layer]) -> (Vec<FileEntry>, Vec<FileEntry>) {
     let mut shown: Vec<FileEntry> = Vec::new();
     visible(&mount.0, &RootfsPath::root(), &mut shown);
     shown.sort_by(|a, b| layer::compare_paths(a.path.as_bytes(), b.path.as_bytes()));
-    let said: Vec<FileEntry> = image.files().map(|known| known.entry).collect();
+    let expected: Vec<FileEntry> = image.files().map(|known| known.entry).collect();
     for file in &shown {
         assert_eq!(image.get(&file.path).map(|known| known.entry).as_ref(), Some(file));
     }
-    (shown, said)
+    (shown, expected)
 }
 
 proptest! {
@@ -285,8 +284,8 @@ proptest! {
     })]
 
     #[test]
-    fn a_baseline_says_what_the_kernel_shows(layers in proptest::collection::vec(any_layer(), 1..5)) {
-        let (shown, said) = both(&layers);
-        prop_assert_eq!(said, shown);
+    fn a_baseline_has_the_files_that_the_kernel_shows(layers in proptest::collection::vec(any_layer(), 1..5)) {
+        let (shown, expected) = both(&layers);
+        prop_assert_eq!(expected, shown);
     }
 }

@@ -5,14 +5,13 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// How much systemd thinks is left open to the service, in tenths. A daemon that
-/// needs fanotify and /proc as they are cannot be at zero; it must not grow.
+/// systemd's exposure level of the service, in tenths. A daemon that needs fanotify and an
+/// unrestricted /proc cannot have zero; the level must not grow.
 const EXPOSURE: &str = "39";
 
 const UNIT: &str = include_str!("../systemd/driftd.service");
 
-/// The unit with the program that was just built, because systemd looks whether
-/// it is there.
+/// The unit with the built program, because systemd checks that the program exists.
 fn unit() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("driftd.service");
@@ -32,7 +31,7 @@ fn systemd_analyze(arguments: &[&str]) -> Output {
         .expect("cannot run systemd-analyze (run: make setup)")
 }
 
-fn said(output: &Output) -> String {
+fn text_of(output: &Output) -> String {
     format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),
@@ -41,29 +40,29 @@ fn said(output: &Output) -> String {
 }
 
 #[test]
-fn the_unit_is_understood_whole() {
+fn systemd_understands_every_line_of_the_unit() {
     let output = systemd_analyze(&["verify", "--man=no"]);
-    assert!(output.status.success(), "{}", said(&output));
-    // An unknown setting is told, and no error. A system call that is newer than this
-    // systemd is ignored, and driftd does without it.
+    assert!(output.status.success(), "{}", text_of(&output));
+    // An unknown setting is a warning and no error. systemd ignores a system call that it
+    // does not know yet, and driftd works without it.
     let newer = "Failed to parse system call, ignoring: listmount";
-    let said = said(&output);
-    let mut others = said.lines().filter(|line| !line.contains(newer));
-    assert!(!others.any(|line| line.contains("driftd.service:")), "{said}");
+    let text = text_of(&output);
+    let mut others = text.lines().filter(|line| !line.contains(newer));
+    assert!(!others.any(|line| line.contains("driftd.service:")), "{text}");
 }
 
 #[test]
-fn the_unit_leaves_no_more_open_than_it_did() {
+fn the_units_exposure_has_not_grown() {
     let threshold = format!("--threshold={EXPOSURE}");
     let output = systemd_analyze(&["security", "--offline=true", &threshold]);
-    assert!(output.status.success(), "{}", said(&output));
+    assert!(output.status.success(), "{}", text_of(&output));
 }
 
 #[test]
-fn u01_the_unit_sets_nothing_that_hides_containers_or_takes_openat2_away() {
+fn u01_the_unit_sets_nothing_that_hides_containers_or_disables_openat2() {
     for hidden in [
-        // Its filter answers ENOSYS to every openat2 (systemd 252 and 257), without which
-        // driftd opens no file of a container.
+        // Its filter makes every openat2 fail with ENOSYS (systemd 252 and 257). Without
+        // openat2 driftd opens no file of a container.
         "RestrictSUIDSGID=",
         "ProtectProc=",
         "ProcSubset=",
@@ -81,7 +80,7 @@ fn u01_the_unit_sets_nothing_that_hides_containers_or_takes_openat2_away() {
 }
 
 #[test]
-fn u17_the_unit_comes_back_however_it_ended_and_before_what_starts_containers() {
+fn u17_the_unit_always_restarts_and_starts_before_container_engines() {
     let lines: Vec<&str> = UNIT.lines().collect();
     assert!(lines.contains(&"Restart=always"));
     assert!(lines.contains(&"ExecReload=/bin/kill -HUP $MAINPID"));
@@ -92,7 +91,7 @@ fn u17_the_unit_comes_back_however_it_ended_and_before_what_starts_containers() 
 }
 
 #[test]
-fn the_unit_lets_the_second_pair_of_eyes_see() {
+fn the_unit_allows_the_execution_records_and_mount_listings() {
     let allowed = |setting: &str, wanted: &str| {
         UNIT.lines()
             .filter_map(|line| line.strip_prefix(setting))

@@ -1,12 +1,12 @@
-//! The architecture, as a test: who may know whom, and what may only happen in
-//! one place.
+//! The architecture as a test: which room may use which, and what may happen in one
+//! place only.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Who may know whom: a room may use the rooms beside it, and no other. Adding an
-/// arrow here is an architecture change; say why in ARCHITECTURE.md.
+/// Each room with the rooms that it may use. An addition here is an architecture change;
+/// give the reason in ARCHITECTURE.md.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("budget", &["model"]),
@@ -78,16 +78,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("journal", &["history", "model", "sys"]),
 ];
 
-/// These wire the rooms together and may know them all.
+/// These connect the rooms and may use all of them.
 const WIRING: &[&str] = &["daemon", "lib", "main"];
 
-/// Where waiting for sockets is done. Disks and the kernel have plain threads.
+/// The rooms that wait for sockets. Disks and the kernel are read by plain threads.
 const ASYNC: &[&str] = &["api", "cli", "containerd", "daemon", "journal", "main", "respond"];
 
 struct Source {
     room: String,
     file: PathBuf,
-    /// Without comments, and without what only tests see.
+    /// Without comments and without test modules.
     code: String,
 }
 
@@ -162,7 +162,7 @@ fn rooms_named_in(code: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn rooms_only_know_the_rooms_they_may() {
+fn rooms_use_only_the_rooms_they_may() {
     let mut wrong = Vec::new();
     for Source { room, file, code } in sources() {
         if WIRING.contains(&room.as_str()) {
@@ -213,7 +213,7 @@ fn only_rooms_with_sockets_are_async() {
 #[test]
 fn only_the_client_prints() {
     assert_only_in("printing", &["cli"], |code| {
-        // Standard error is for talk, and anybody's who is about to end.
+        // Standard error is for messages, and any room may use it before the process ends.
         let code = code.replace("eprintln!", "").replace("eprint!", "");
         ["println!", "print!", "stdout()"].iter().any(|word| code.contains(word))
     });
@@ -225,15 +225,15 @@ fn only_the_history_knows_sqlite() {
 }
 
 #[test]
-fn generated_messages_stop_at_their_door() {
+fn generated_messages_stay_in_their_rooms() {
     assert_only_in("containerd's proto", &["containerd"], |code| {
         code.contains("containerd_client::")
     });
     assert_only_in("our proto", &["api", "cli"], |code| code.contains("api::v1"));
 }
 
-/// Ways to ask a filesystem. Those of them that a container can make wait are for the door
-/// alone (`sys::door`, and `sys::file` by descriptor).
+/// Calls that access a filesystem. Where a container can make such a call block, only the
+/// door may make it (`sys::door`, and `sys::file` by descriptor).
 const ASKS: &[&str] = &[
     "File::open",
     "OpenOptions",
@@ -264,24 +264,24 @@ const ASKS: &[&str] = &[
     "try_exists",
 ];
 
-/// Where one of them is right all the same, and why.
+/// Files that may use such a call directly, and why.
 const MAY_ASK: &[(&str, &str, &str)] = &[
     ("arm.rs", "read_dir", "bundles of the host's runtimes"),
     ("arm.rs", "canonicalize(", "sockets of the host's runtimes"),
-    ("copyup.rs", "OpenOptions", "a file of our own in a work directory of containerd's"),
+    ("copyup.rs", "OpenOptions", "driftd's own file in a work directory of containerd's"),
     ("copyup.rs", "is_remote(", "directories of containerd's"),
     ("lower.rs", "Dir::read_from", "a directory below an image's layer, held already"),
     ("lower.rs", "readlinkat", "a link of an image's layer, in a directory that is held"),
-    ("mounts.rs", "is_in_memory(", "a file on a filesystem that carries our marks"),
-    ("mounts.rs", "is_overlay(", "a file on a filesystem that carries our marks"),
+    ("mounts.rs", "is_in_memory(", "a file on a filesystem that carries driftd's marks"),
+    ("mounts.rs", "is_overlay(", "a file on a filesystem that carries driftd's marks"),
     ("scan.rs", "Dir::read_from", "a directory below an upper layer, held already"),
     ("scan.rs", "readlinkat", "a link of an upper layer, in a directory that is held"),
-    ("trial.rs", "OpenOptions", "files of our own"),
-    ("trial.rs", "fs::", "files of our own"),
+    ("trial.rs", "OpenOptions", "driftd's own files"),
+    ("trial.rs", "fs::", "driftd's own files"),
 ];
 
 #[test]
-fn x01_who_watches_asks_filesystems_only_through_the_door() {
+fn x01_the_watch_room_accesses_filesystems_only_through_the_door() {
     let mut wrong = Vec::new();
     for Source { room, file, code } in sources() {
         let name = file.file_name().unwrap().to_str().unwrap();
@@ -296,7 +296,7 @@ fn x01_who_watches_asks_filesystems_only_through_the_door() {
         }
     }
     assert!(wrong.is_empty(), "not through sys::door: {wrong:#?}");
-    // In `sys`, one place opens again what was held, and none reads another's memory.
+    // In `sys`, one place reopens a held file, and none reads the memory of a process.
     let asks = |code: &str, what: &str| code.contains(what);
     for Source { room, file, code } in sources() {
         if room == "sys" {
@@ -308,14 +308,14 @@ fn x01_who_watches_asks_filesystems_only_through_the_door() {
 }
 
 #[test]
-fn names_in_groups_are_found() {
+fn rooms_in_use_groups_are_found() {
     let code = "use crate::{api, guardian::{self, Heart}, respond};\ncrate::model::Kind";
     let rooms: Vec<String> = rooms_named_in(code).into_iter().collect();
     assert_eq!(rooms, ["api", "guardian", "model", "respond"]);
 }
 
-/// Scenarios that a test of this repository is named for: attacks, and ordinary
-/// life on which driftd stays silent.
+/// Scenarios that have a test with their id in its name: attacks, and ordinary work that
+/// driftd must not report.
 const SCENARIOS: &[(char, std::ops::RangeInclusive<u32>)] = &[
     ('a', 1..=29),
     ('a', 32..=47),
@@ -326,7 +326,7 @@ const SCENARIOS: &[(char, std::ops::RangeInclusive<u32>)] = &[
     ('b', 32..=32),
 ];
 
-/// The scenarios after which tests are called, each with where they are:
+/// The scenarios with a test, each with the files of its tests:
 /// `fn a07_script` and `test("b14_...", ...)`.
 fn tested_scenarios() -> BTreeMap<String, BTreeSet<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

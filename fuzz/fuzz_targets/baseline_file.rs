@@ -1,6 +1,5 @@
-//! A layer's file as it could come from a disk: any bytes, or a good file with some
-//! of its bytes changed. Either is given the checksum that it should have; else none
-//! would be looked at.
+//! A layer's file as a disk could return it: any bytes, or a good file with some bytes
+//! changed. Both get the right checksum; without it the reader would refuse them at once.
 #![no_main]
 
 use std::sync::OnceLock;
@@ -17,7 +16,7 @@ fn good() -> &'static [u8] {
     static GOOD: OnceLock<Vec<u8>> = OnceLock::new();
     GOOD.get_or_init(|| {
         let entry = |path: &str| {
-            FileEntry::directory(RootfsPath::new(path).expect("it does not climb"), 0o755)
+            FileEntry::directory(RootfsPath::new(path).expect("a valid path"), 0o755)
         };
         let file = |path: &str, byte: u8| {
             LayerEntry::File(FileEntry {
@@ -33,7 +32,7 @@ fn good() -> &'static [u8] {
             LayerEntry::OpaqueDirectory(entry("/a")),
             file("/a/b", 1),
             file("/a/c", 255),
-            LayerEntry::Whiteout(RootfsPath::new("/d").expect("it does not climb")),
+            LayerEntry::Whiteout(RootfsPath::new("/d").expect("a valid path")),
             LayerEntry::File(FileEntry {
                 file_type: FileType::Symlink,
                 size: 1,
@@ -49,7 +48,7 @@ fn good() -> &'static [u8] {
     })
 }
 
-/// Pairs of a place (two bytes) and what is put there.
+/// Changes the good file: each change is a position (two bytes) and a byte.
 fn changed(changes: &[u8]) -> Vec<u8> {
     let mut bytes = good().to_vec();
     for change in changes.chunks_exact(3) {

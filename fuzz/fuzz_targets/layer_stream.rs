@@ -1,5 +1,5 @@
-//! A layer's blob, as a registry could serve it. The first byte says how the rest
-//! is packed: as it is, or compressed first, so that the archive is reached.
+//! A layer's blob, as a registry could serve it. The first byte selects whether the rest
+//! is compressed first, so that the fuzzer also reaches the archive within.
 #![no_main]
 
 use std::io::Write as _;
@@ -13,7 +13,7 @@ use libfuzzer_sys::fuzz_target;
 
 const LIMITS: Limits = Limits { bytes: 1 << 20, entries: 1000 };
 
-/// Something to lie on, with a symlink and a whiteout.
+/// The layers below, with a symlink and a whiteout.
 fn below() -> &'static ImageBaseline {
     static BELOW: OnceLock<ImageBaseline> = OnceLock::new();
     BELOW.get_or_init(|| {
@@ -21,8 +21,8 @@ fn below() -> &'static ImageBaseline {
     })
 }
 
-/// Blocks with a type flag get the checksum they should have: else hardly an input
-/// would pass the first header.
+/// Gives each marked block the right checksum: without it hardly any input would pass the
+/// first header.
 fn seal(archive: &mut [u8]) {
     for block in archive.chunks_exact_mut(512) {
         if block[148] != b'*' {
@@ -54,6 +54,6 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(stream.blob_bytes, blob.len() as u64);
     let id = LayerId::Diff(DiffId([0; 32]));
     if let Ok(entries) = stream.settle(below) {
-        layer::write(id, entries, Vec::new()).expect("what is settled is a tree");
+        layer::write(id, entries, Vec::new()).expect("settled entries are a tree");
     }
 });

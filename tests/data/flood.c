@@ -1,10 +1,12 @@
 /*
- * What a hostile container does, and how its neighbour fares, for the bench and the soak.
+ * The attacks of a hostile container, and a neighbour that measures their effect, for the
+ * bench and the soak.
  *
- *   flood probe SECONDS          is the neighbour: it executes a program of its image, and
- *                                a dropped one ten times a second, and prints how long
- *                                each of the first took, and when each of the others began
- *   flood WHAT SECONDS [TIMES]   does WHAT in four processes, so long or so often
+ *   flood probe SECONDS          the neighbour: executes a program of its image, and ten
+ *                                times a second a dropped program; prints how long each
+ *                                execution of the first took, and when each dropped
+ *                                program began
+ *   flood WHAT SECONDS [TIMES]   does WHAT in four processes, for SECONDS or TIMES times
  *   flood sleep SECONDS
  *
  * The image has a small program that ends at once, /app/tiny.
@@ -43,7 +45,7 @@ static int spawn(const char *path)
 static char tiny[1 << 16];
 static int tiny_size;
 
-/* Writes a program that is like no other. */
+/* Writes a program with unique content. */
 static int drop(const char *path, int number, long long length)
 {
     char mark[64];
@@ -56,7 +58,7 @@ static int drop(const char *path, int number, long long length)
     return close(fd);
 }
 
-/* The same, with a few bytes in each 64 KiB: all of it has to be read. */
+/* The same, with a few bytes in each 64 KiB, so that driftd must read the whole file. */
 static int drop_large(const char *path, int number, long long length)
 {
     if (drop(path, number, length))
@@ -68,26 +70,26 @@ static int drop_large(const char *path, int number, long long length)
     return close(fd);
 }
 
-static void flood(const char *what, int who, long long until, int times)
+static void flood(const char *what, int number, long long until, int times)
 {
     char path[256], other[256];
-    snprintf(path, sizeof path, "/tmp/%d", who);
+    snprintf(path, sizeof path, "/tmp/%d", number);
     mkdir(path, 0755);
     if (!strcmp(what, "touched"))
         for (int i = 0; i < 10; i++) {
-            snprintf(path, sizeof path, "/tmp/%d/%d", who, i);
+            snprintf(path, sizeof path, "/tmp/%d/%d", number, i);
             drop(path, i, 1000LL << 20);
         }
     for (int i = 0; now(CLOCK_MONOTONIC) < until && (!times || i < times); i++) {
-        snprintf(path, sizeof path, "/tmp/%d/%d", who, i % 64);
-        snprintf(other, sizeof other, "/tmp/%d/other%d", who, i % 64);
+        snprintf(path, sizeof path, "/tmp/%d/%d", number, i % 64);
+        snprintf(other, sizeof other, "/tmp/%d/other%d", number, i % 64);
         if (!strcmp(what, "holes")) {
             if (!drop(path, i, 1000LL << 20))
                 spawn(path);
         } else if (!strcmp(what, "touched")) {
             sleep(2);
             for (int n = 0; n < 10; n++) {
-                snprintf(path, sizeof path, "/tmp/%d/%d", who, n);
+                snprintf(path, sizeof path, "/tmp/%d/%d", number, n);
                 utimensat(AT_FDCWD, path, 0, 0);
             }
         } else if (!strcmp(what, "large")) {
@@ -100,15 +102,15 @@ static void flood(const char *what, int who, long long until, int times)
         } else if (!strcmp(what, "same")) {
             spawn("/app/tiny");
         } else if (!strcmp(what, "spread")) {
-            /* One directory each, or they would be reported together. */
-            snprintf(path, sizeof path, "/tmp/%d/d%d", who, i);
+            /* One directory each, or their findings would be aggregated. */
+            snprintf(path, sizeof path, "/tmp/%d/d%d", number, i);
             mkdir(path, 0755);
             strcat(path, "/program");
             if (!drop(path, i, 0))
                 spawn(path);
         } else if (!strcmp(what, "scripts")) {
             int fd = open(path, O_CREAT | O_WRONLY | O_TRUNC, 0755);
-            dprintf(fd, "#!/app/tiny\n%d %d\n", who, i);
+            dprintf(fd, "#!/app/tiny\n%d %d\n", number, i);
             close(fd);
             spawn(path);
             unlink(path);
@@ -117,18 +119,18 @@ static void flood(const char *what, int who, long long until, int times)
                 drop(path, i, 0);
             rename(path, other);
             rename(other, path);
-            snprintf(path, sizeof path, "/tmp/%d/directory", who);
+            snprintf(path, sizeof path, "/tmp/%d/directory", number);
             mkdir(path, 0755);
             rename(path, other);
             rmdir(other);
         } else if (!strcmp(what, "mounts")) {
-            snprintf(path, sizeof path, "/tmp/%d", who);
+            snprintf(path, sizeof path, "/tmp/%d", number);
             if (mount("t", path, "tmpfs", 0, "size=1m"))
                 continue;
             strcat(path, "/program");
             if (!drop(path, i, 0))
                 spawn(path);
-            snprintf(path, sizeof path, "/tmp/%d", who);
+            snprintf(path, sizeof path, "/tmp/%d", number);
             while (umount(path) && now(CLOCK_MONOTONIC) < until)
                 usleep(1000);
         } else {
@@ -156,9 +158,9 @@ int main(int argc, char **argv)
     tiny_size = read(fd, tiny, sizeof tiny);
     close(fd);
     if (strcmp(argv[1], "probe")) {
-        for (int who = 0; who < 4; who++)
+        for (int number = 0; number < 4; number++)
             if (!fork()) {
-                flood(argv[1], who, until, argc > 3 ? atoi(argv[3]) : 0);
+                flood(argv[1], number, until, argc > 3 ? atoi(argv[3]) : 0);
                 _exit(0);
             }
         while (wait(0) > 0)

@@ -1,4 +1,4 @@
--- What made a history of format 1.
+-- The schema of a history of format 1.
 PRAGMA application_id = 1685218932;
 PRAGMA user_version = 1;
 CREATE TABLE finding (
@@ -15,8 +15,8 @@ CREATE TABLE finding (
     count           INTEGER NOT NULL,
     json            TEXT NOT NULL CHECK (json_valid(json))
 ) STRICT;
--- Each ends with what else is filtered by, so that rows that do not match are
--- not read: they are large.
+-- Each index ends with the other columns of the filters, so that rows that do not match
+-- are not read: they are large.
 CREATE INDEX finding_by_time ON finding
     (last_seen, id, first_seen, severity, kind);
 CREATE INDEX finding_by_container ON finding

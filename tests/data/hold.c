@@ -1,4 +1,4 @@
-/* Holds one thread, by its number, until standard input ends. */
+/* Stops the thread with the given number until standard input ends. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/ptrace.h>

@@ -1,4 +1,4 @@
-/* Runs programs in every way that leaves no name behind, and makes floods. */
+/* Runs programs in the ways that leave no file name behind, and produces floods. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -44,7 +44,7 @@ static int memfd_of(const char *name, const char *file, int flags)
     return fd;
 }
 
-/* Executes what is open, COUNT times, each in a child that is waited for. */
+/* Executes an open file COUNT times, each time in a child, and waits for it. */
 static int run(int fd, int count, char *argument)
 {
     char *arguments[] = { "a", argument, NULL };
@@ -74,7 +74,7 @@ static void *execute(void *fd)
     return NULL;
 }
 
-/* Executes FILE as often as it can in each of PROCESSES processes; how often. */
+/* Executes FILE as often as possible in each of PROCESSES processes; prints how often. */
 static int storm(int seconds, int processes, char *file)
 {
     char *arguments[] = { "a", "0", NULL };
@@ -115,7 +115,7 @@ static int storm(int seconds, int processes, char *file)
     return 0;
 }
 
-/* Makes COUNT scripts, no two of them equal; how many microseconds it took. */
+/* Writes COUNT different scripts; prints how many microseconds it took. */
 static int scripts(int count, const char *directory)
 {
     struct timespec begin, end;
@@ -133,7 +133,7 @@ static int scripts(int count, const char *directory)
     return 0;
 }
 
-/* Says that a page is asked for, and gives it when a line has come. */
+/* Reports a page fault, and provides the page when a line arrives. */
 static void *give_late(void *asked)
 {
     struct uffd_msg message;
@@ -149,7 +149,7 @@ static void *give_late(void *asked)
     return NULL;
 }
 
-/* Executes FILE in ROOT, whose last argument comes from memory that is given late. */
+/* Executes FILE in ROOT. The page of its last argument is provided late. */
 static int execute_late(const char *root, char *file)
 {
     static int fd;
@@ -177,7 +177,7 @@ static void *execute_late_here(void *file)
     return NULL;
 }
 
-/* Asks whether FILE may be executed, or tries it; prints the number of the error. */
+/* Checks whether FILE may be executed, or tries it; prints the error number. */
 static int try(const char *file, int flags)
 {
     char *arguments[] = { "a", NULL };
@@ -206,7 +206,7 @@ int main(int argc, char **argv)
         if (fd < 0)
             die("O_TMPFILE");
         copy(argv[4], fd);
-        /* What is open for writing is not executed. */
+        /* The kernel does not execute a file that is open for writing. */
         snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
         int again = open(name, O_RDONLY | O_CLOEXEC);
         if (again < 0)
@@ -223,16 +223,16 @@ int main(int argc, char **argv)
             die("pthread_create");
         pthread_exit(NULL);
     }
-    /* given NUMBER FILE PROGRAM ARGUMENT...: has a memfd open for the program. */
+    /* given NUMBER FILE PROGRAM ARGUMENT...: the program inherits an open memfd. */
     if (!strcmp(how, "given")) {
         if (dup2(memfd_of("g", argv[3], MFD_CLOEXEC), atoi(argv[2])) < 0)
             die("dup2");
         execv(argv[4], argv + 4);
         die(argv[4]);
     }
-    /* lock FILE GO PROGRAM ARGUMENT: once GO is there, one process reads a page of FILE
-     * from the memory of another one, which waits for that with the lock of its memory
-     * asked for, and whose child executes the program. */
+    /* lock FILE GO PROGRAM ARGUMENT: once GO exists, one process reads a page of FILE from
+     * the memory of another one. That one meanwhile waits for the lock of its memory, and
+     * its child executes the program. */
     if (!strcmp(how, "lock")) {
         char name[64];
         int fd = open(argv[2], O_RDONLY);
@@ -244,7 +244,7 @@ int main(int argc, char **argv)
         while (access(argv[3], F_OK))
             usleep(10000);
         snprintf(name, sizeof name, "/proc/%d/mem", getpid());
-        /* First: the reader holds the memory that a fork has to copy. */
+        /* This child comes first: the reader locks the memory that a fork has to copy. */
         if (fork() == 0) {
             usleep(1000000);
             execl(argv[4], argv[4], argv[5], NULL);
@@ -262,8 +262,8 @@ int main(int argc, char **argv)
     /* late ROOT FILE */
     if (!strcmp(how, "late"))
         return execute_late(argv[2], argv[3]);
-    /* late-thread FILE: the same where it is, by a thread that goes on when the first has
-     * ended. */
+    /* late-thread FILE: the same without another root, by a thread that continues after
+     * the first thread has ended. */
     if (!strcmp(how, "late-thread")) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, execute_late_here, argv[2]))
@@ -283,7 +283,7 @@ int main(int argc, char **argv)
         execl("/proc/self/exe", "loader", "exit", NULL);
         die("/proc/self/exe");
     }
-    /* map: code in a memfd and in memory that is no file, run without an execve. */
+    /* map: runs code in a memfd and in anonymous memory, without an execve. */
     if (!strcmp(how, "map")) {
         static const unsigned char code[] = { 0xc3 }; /* ret */
         int fd = memfd_create("doublemapper", MFD_CLOEXEC);

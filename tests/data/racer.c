@@ -1,11 +1,11 @@
 /*
- * Runs a program of the image while it holds other bytes than before and after.
+ * Changes a program of the image, runs it, and changes it back.
  *
  *   racer MODE ROUNDS TOOL [OTHER]
  *
  * The tool writes the byte behind "MARK=" to descriptor 3. Each line of the output is
- * the pid of one execution and the byte that it has written: G as in the image, E for
- * the other bytes, - for none.
+ * the pid of one execution and the byte that it wrote: G as in the image, E for the
+ * changed content, - for none.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,7 +41,7 @@ static pid_t start(const char *tool)
     return pid;
 }
 
-/* What the tool has written: it has begun, so it needs its file no more. */
+/* The byte that the tool wrote. By then it runs, and needs its file no more. */
 static char began(void)
 {
     char byte = '-';
@@ -69,7 +69,7 @@ static char *map(const char *tool)
 {
     int fd;
     struct stat stat;
-    /* Whoever looks at a process that has ended keeps its program busy for a moment. */
+    /* A reader of an ended process keeps its program busy for a moment. */
     while ((fd = open(tool, O_RDWR)) < 0 && errno == ETXTBSY)
         usleep(100);
     if (fd < 0 || fstat(fd, &stat))
@@ -84,7 +84,7 @@ static char *map(const char *tool)
     return bytes;
 }
 
-/* Writes through a descriptor, as soon as nobody runs the file any more. */
+/* Writes through a descriptor, as soon as no process runs the file any more. */
 static void write_mark(const char *tool, char byte)
 {
     int fd;
@@ -94,6 +94,18 @@ static void write_mark(const char *tool, char byte)
     if (pwrite(fd, &byte, 1, mark) != 1)
         fail("pwrite");
     close(fd);
+}
+
+/* Changes the file WRITTEN through a mapping for the time of one execution of TOOL. */
+static void run_changed(const char *written, const char *tool)
+{
+    char *bytes = map(written);
+    bytes[mark] = 'E';
+    pid_t pid = start(tool);
+    char byte = began();
+    bytes[mark] = 'G';
+    munmap(bytes, size);
+    end(pid, byte);
 }
 
 static void copy(const char *from, const char *to)
@@ -152,25 +164,13 @@ int main(int argc, char **argv)
             held[mark] = 'G';
             end(pid, byte);
         } else if (!strncmp(mode, "brief", 5)) {
-            /* A mapping that lasts as long as one execution needs it. */
-            char *bytes = map(tool);
-            bytes[mark] = 'E';
-            pid_t pid = start(tool);
-            char byte = began();
-            bytes[mark] = 'G';
-            munmap(bytes, size);
-            end(pid, byte);
+            /* A mapping for the time of one execution. */
+            run_changed(tool, tool);
         } else if (!strncmp(mode, "first", 5)) {
-            /* The same, of another program of the image each time. */
+            /* The same with another program of the image each time. */
             char path[64];
             snprintf(path, sizeof path, "%s/%d/tool", tool, round);
-            char *bytes = map(path);
-            bytes[mark] = 'E';
-            pid_t pid = start(path);
-            char byte = began();
-            bytes[mark] = 'G';
-            munmap(bytes, size);
-            end(pid, byte);
+            run_changed(path, path);
         } else if (!strncmp(mode, "write", 5)) {
             /* Without a mapping, before and after. */
             write_mark(tool, 'E');
@@ -208,15 +208,9 @@ int main(int argc, char **argv)
                 if (link(tool, argv[4]))
                     fail("link");
             }
-            char *bytes = map(argv[4]);
-            bytes[mark] = 'E';
-            pid_t pid = start(tool);
-            char byte = began();
-            bytes[mark] = 'G';
-            munmap(bytes, size);
-            end(pid, byte);
+            run_changed(argv[4], tool);
         } else if (!strncmp(mode, "punch", 5)) {
-            /* What was executed is made a hole, and written anew. */
+            /* The changed part is made a hole, and written again. */
             if (round == 0)
                 copy(tool, argv[4]);
             write_mark(tool, 'E');
@@ -239,8 +233,8 @@ int main(int argc, char **argv)
             close(fd);
             end(pid, byte);
         } else if (!strncmp(mode, "mount", 5)) {
-            /* From a filesystem that is unmounted as soon as the tool has ended: b if
-             * that is busy, B if it stays so. */
+            /* From a filesystem that is unmounted as soon as the tool has ended: b if it
+             * is busy at first, B if it stays busy. */
             char name[] = "/mnt/tool";
             if (mount("none", "/mnt", "tmpfs", 0, NULL))
                 fail("mount");
@@ -260,7 +254,7 @@ int main(int argc, char **argv)
             }
             printf("%d %c\n", pid, byte);
         } else if (!strncmp(mode, "touch", 5)) {
-            /* Ordinary life: nothing of it changes what the file holds. */
+            /* Ordinary operations that do not change the content. */
             switch (mode[5]) {
             case '0': utimensat(AT_FDCWD, tool, NULL, 0); break;
             case '1': chmod(tool, 0555); chmod(tool, 0755); break;
@@ -278,7 +272,7 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-    /* A mapping that is held is held until it was looked for. */
+    /* Keep the mapping until driftd has searched for it. */
     if (held)
         usleep(300000);
     return fflush(stdout) ? 1 : 0;

@@ -1,0 +1,18 @@
+//! The built program, the API and the history together. A thread takes the pipeline's
+//! place: it replies to requests from a fixed script.
+
+mod archives;
+mod baselines;
+mod command_line;
+mod containers;
+#[path = "../node/executable.rs"]
+mod executable;
+mod exports;
+mod findings;
+mod follow;
+mod history_file;
+mod node;
+mod program;
+mod samples;
+mod sessions;
+mod socket;
