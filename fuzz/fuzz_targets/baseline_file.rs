@@ -15,9 +15,8 @@ const CHECKSUM: usize = 32;
 fn good() -> &'static [u8] {
     static GOOD: OnceLock<Vec<u8>> = OnceLock::new();
     GOOD.get_or_init(|| {
-        let entry = |path: &str| {
-            FileEntry::directory(RootfsPath::new(path).expect("a valid path"), 0o755)
-        };
+        let entry =
+            |path: &str| FileEntry::directory(RootfsPath::new(path).expect("a valid path"), 0o755);
         let file = |path: &str, byte: u8| {
             LayerEntry::File(FileEntry {
                 file_type: FileType::Regular,
