@@ -153,18 +153,26 @@ pub fn run(
     let (order_sender, orders) = tokio::sync::mpsc::channel(256);
     let (stop_sender, stop) = bounded(0);
     let history_begun = writer.begun();
-    let inputs = Inputs { changes, reports, news, questions, responses, history_begun, stop };
+    let inputs = Inputs {
+        runtime_events: changes,
+        sensor_events: reports,
+        baseline_events: news,
+        requests: questions,
+        responses,
+        history_begun,
+        stop,
+    };
     let outputs = Outputs {
         commands: watch.commands(),
         recorder: recorder.clone(),
         records: writer.records(),
-        orders: order_sender,
+        response_requests: order_sender,
     };
     let (pipeline_ended_sender, pipeline_ended) = tokio::sync::oneshot::channel();
-    let depth = threads::depth_of(&inputs.reports);
-    health.threads.show_queue("containerd", threads::depth_of(&inputs.changes));
+    let depth = threads::depth_of(&inputs.sensor_events);
+    health.threads.show_queue("containerd", threads::depth_of(&inputs.runtime_events));
     // Weak, so that the orders end with the pipeline.
-    let waiting = outputs.orders.downgrade();
+    let waiting = outputs.response_requests.downgrade();
     let waiting = move || waiting.upgrade().map_or(0, |to| to.max_capacity() - to.capacity());
     health.threads.show_queue("respond", Box::new(waiting));
     // It waits for the history's disk as well.

@@ -991,7 +991,7 @@ fn probes_are_listed_reported_and_counted_again() {
     );
     let gone = node.run(&["probes", "report", "01"]);
     assert_eq!(gone.code, 2);
-    assert!(gone.talk.contains("is of no container that is there"), "{}", gone.talk);
+    assert!(gone.talk.contains("belongs to no container on this node"), "{}", gone.talk);
 }
 
 #[test]
