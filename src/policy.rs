@@ -1,5 +1,6 @@
-//! Decides what to do about a finding. Pure: the settings in, a verdict out. The pipeline
-//! carries nothing out without such a verdict.
+//! Decides what to do about a finding: report it, or kill the container. Pure: the settings
+//! and the kind of a finding in, a verdict out. The pipeline requests no automatic response
+//! without such a verdict.
 
 use jiff::SignedDuration;
 

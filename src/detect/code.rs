@@ -1,5 +1,6 @@
 //! Code that runs without being executed: libraries, and scripts that are arguments of an
-//! interpreter.
+//! interpreter. Pure. It also recognises generated code and libraries that a program has
+//! unpacked for itself.
 
 use super::image::{in_world_writable_directory, known_program, origin, ran_as_known};
 use super::judgement::{Assessment, Change, Judgement};

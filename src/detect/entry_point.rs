@@ -1,4 +1,5 @@
-//! The files of an image that start a container.
+//! The files of an image that start a container, from the arguments of its specification.
+//! Pure. A change of one of them is reported as `file.persistence`.
 
 use super::image::{Followed, follow, known_program};
 use crate::baseline::ImageBaseline;

@@ -1,4 +1,5 @@
-//! Programs and scripts that were executed.
+//! Programs and scripts that were executed, from the container's own filesystem or from
+//! elsewhere. Pure. Code that an interpreter or the dynamic linker loads is in `code`.
 
 use super::image::{occupies, origin, ran_as_known};
 use super::judgement::{Assessment, Change, Judgement};

@@ -1,4 +1,5 @@
-//! Files that are present or absent. Whether they were run does not matter here.
+//! Files that are present or absent. Whether they were run does not matter here (`executed`,
+//! `code`). Pure.
 
 use super::image::{known_program, leads_to_program, occupies, origin, same};
 use super::judgement::{Assessment, Change, Judgement};

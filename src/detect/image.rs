@@ -1,11 +1,12 @@
-//! What the image has at a path or with a content.
+//! What the image has at a path or with a content, as the other files of this room need it.
+//! Pure lookups in the baseline: nothing is judged here.
 
 use crate::baseline::{ImageBaseline, Known};
 use crate::model::file::is_program;
 use crate::model::{FileState, FileType, RootfsPath};
 
-/// Whether the image has a file here that another file can take the place of. A
-/// directory of the image promises nothing about a file at its path.
+/// Whether the image has a file here whose place another file can take. A directory of the
+/// image does not count: a file in its place counts as added.
 pub(super) fn occupies(known: &Known) -> bool {
     known.entry.file_type != FileType::Directory
 }

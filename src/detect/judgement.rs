@@ -1,4 +1,5 @@
 //! What a fact means: how the container differs from its image, and what is wrong with that.
+//! Types only; the pipeline makes findings of them.
 
 use crate::baseline::Known;
 use crate::model::{Kind, Severity};

@@ -1,4 +1,5 @@
-//! Files that other programs run or obey, whatever they hold.
+//! Files that other programs run or obey, whatever they hold. The settings and the entry point
+//! name their paths. Pure. `assess` adds this judgement to that of the file itself.
 
 use super::image::{occupies, origin, same};
 use super::judgement::Judgement;

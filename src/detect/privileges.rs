@@ -1,4 +1,5 @@
-//! Files that give more rights to the process that runs them than the image gives.
+//! Files that give more rights to the process that runs them than the image gives. Pure. The
+//! files of the other subjects add this judgement to their own.
 
 use super::judgement::Judgement;
 use crate::baseline::Known;

@@ -1,4 +1,5 @@
-//! Content of the image at a path that the image does not have: a plain copy, or a disguise.
+//! Content of the image at a path that the image does not have: a plain copy, or a disguise
+//! that makes it worse. Pure. The names of programs decide what is a disguise.
 
 use super::image::{follow, in_world_writable_directory};
 use super::judgement::Judgement;

@@ -1,4 +1,5 @@
-//! All containers, and what the history knows of containers that have not appeared yet.
+//! All containers, what the history knows of containers that have not appeared yet, and what
+//! is left of those that were removed. The only way to an entry.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::RandomState;

@@ -1,4 +1,5 @@
-//! One container: its record, its runs, its baseline, and how it is watched.
+//! One container: its record, its runs, its baseline, and how it is watched. It also
+//! distinguishes the runs of a container, and the container from a former one with its ID.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;

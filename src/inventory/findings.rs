@@ -1,5 +1,5 @@
-//! The findings about one container, found by ID, by path and by kind, and the room that
-//! they take.
+//! The findings about one container, found by ID, by path and by kind, and the room that they
+//! take. It makes and changes no finding: the pipeline does.
 
 use std::collections::HashMap;
 use std::sync::Arc;

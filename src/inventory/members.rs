@@ -1,5 +1,6 @@
-//! The files that aggregated findings of one container count, and which finding counts
-//! each of them. A file takes a few bytes, so that a container may have very many.
+//! The files that aggregated findings of one container count, and which finding counts each of
+//! them. A file takes a few bytes, so that a container may have very many. The paths
+//! themselves are in the history.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};

@@ -1,5 +1,6 @@
 //! The processes of one container that are known to write programs: package managers and
-//! linkers. What they write is reported as theirs.
+//! linkers. What they write is reported as theirs. Bounded values; the pipeline decides which
+//! processes they are.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

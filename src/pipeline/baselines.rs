@@ -1,5 +1,6 @@
-//! Baselines of images: they become ready or fail, and a container without one is reported
-//! after a while.
+//! Baselines of images: they become ready, and what waited for them is judged; or they fail,
+//! and a container without one is reported after a while. Layers that were tampered with go to
+//! `layers`. The room `baseline` records; this file only requests and takes in.
 
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
-//! What the sensors get to know about a container: how far its lower files are trusted, what
-//! starts it, and how its files were judged.
+//! Commands to the sensors that follow from what is known of a container: how far its lower
+//! files are trusted, what starts it, and how its files were judged. Commands that an event or
+//! a client causes are made where that is handled (`node`, `serve`).
 
 use super::messages::Effect;
 use crate::inventory::{BaselineState, Entry};

@@ -1,4 +1,5 @@
-//! A diff that a client has requested, while the sensors compare the container.
+//! A diff that a client has requested, while the sensors compare the container. It collects
+//! the differences within its bounds, and sends the reply at the end.
 
 use tokio::sync::oneshot;
 

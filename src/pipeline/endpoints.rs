@@ -1,4 +1,5 @@
-//! The sockets of containerd: whether each one is connected, and was listed since.
+//! The sockets of containerd: whether each one is connected, and was listed since. Only if all
+//! of them are, all containers are known. Pure values; `node` changes them.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! What a finding is made of: the observed file and process, and what the image has instead.
+//! What a finding is made of: the observed file and process, and what the image has instead,
+//! in the form that findings have. Pure: no finding is made here.
 
 use jiff::Timestamp;
 

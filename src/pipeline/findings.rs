@@ -1,5 +1,6 @@
-//! Findings: each judgement makes one, raises the count of one, or goes into an aggregated
-//! one. A new revision is recorded, and the settings decide on a response to it.
+//! Findings: each judgement makes one, raises the count of one, or goes into an aggregated one
+//! (`aggregation`). A new revision is recorded, and the settings decide on a response to it
+//! (`responses`). What a finding contains comes from `evidence`.
 
 use jiff::Timestamp;
 

@@ -1,5 +1,6 @@
 //! The times in which something was not seen. A loss opens a gap; the gap closes when its
-//! cause is over or a scan has made up for it. Pure: `losses` decides what a gap lasts for.
+//! cause is over or a scan has made up for it. Pure, and bounded: `losses` decides what a gap
+//! lasts for, and records it.
 
 use std::collections::{HashSet, VecDeque};
 

@@ -1,5 +1,6 @@
 //! Layers of images that differ on disk from their baseline (`baseline.tampered`). A
-//! difference is reported for each container that sees it, or without a container.
+//! difference is reported for each container that sees it, or without a container. The room
+//! `baseline` finds the differences; this file makes the findings.
 
 use std::collections::HashSet;
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
-//! Losses: something was not seen, and the history gets a gap for it.
+//! Losses: something was not seen, and the history gets a gap for it. This file decides what
+//! ends a gap; `gaps` holds those that are open.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,5 @@
-//! What goes into the loop, and what comes out of it.
+//! What goes into the loop, and what comes out of it: `State` reacts to an `Input` with any
+//! number of `Effect`s. `run` makes the inputs from its channels, and carries the effects out.
 
 use std::collections::HashSet;
 

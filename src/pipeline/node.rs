@@ -1,4 +1,6 @@
-//! Events of the runtime: containers appear, run, end and go.
+//! Events of the runtime: containers appear, run, end and go. It changes the inventory
+//! accordingly, lets the sensors attach and detach, and requests baselines. Executions in
+//! containers go to `sessions`.
 
 use std::collections::HashSet;
 

@@ -1,5 +1,5 @@
-//! What the API requests from the loop, and what it gets. Types only; `serve` and `status`
-//! make the replies.
+//! What the API requests from the loop, and the replies. Types only: `serve` and `status` make
+//! the replies, and the room `api` converts them for clients.
 
 use jiff::Timestamp;
 use tokio::sync::oneshot;

@@ -1,5 +1,6 @@
 //! The thread of the pipeline: receives inputs, lets the state react, and carries the effects
-//! out. It decides nothing.
+//! out. It decides nothing. It may wait for the history, and reads the history when a
+//! container appears. At a stop it takes in what is queued.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;

@@ -1,5 +1,5 @@
-//! Events of the sensors: containers are attached, observations and scans arrive, and the
-//! sensors lose something.
+//! Events of the sensors: containers are attached or cannot be, observations and scans arrive,
+//! and the sensors lose something. Observations go on to `judge`, losses to `losses`.
 
 use jiff::Timestamp;
 

@@ -1,4 +1,5 @@
-//! Serves the requests of the API.
+//! Serves the requests of the API: looks containers up by the text of a user, starts diffs,
+//! requests responses, and takes in new settings. The status is made in `status`.
 
 use jiff::Timestamp;
 use tokio::sync::oneshot;

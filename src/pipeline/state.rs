@@ -1,5 +1,6 @@
-//! The state of the loop: what it remembers from before a restart, which input goes to which
-//! file's rules, and when something is due although nothing happens.
+//! The state of the loop: its parts, what it remembers from before a restart, which input goes
+//! to which file, and when something is due although nothing happens. The rules themselves are
+//! in the files of their subjects. No other room reads or changes the state.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

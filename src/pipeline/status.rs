@@ -1,4 +1,5 @@
-//! The status of the loop, and its containers, as clients see them.
+//! The status of the loop, and its containers, as clients see them. It only reads the state,
+//! and names each problem in words.
 
 use super::gaps::Gap;
 use super::requests::{ContainerView, EndpointView, Status};

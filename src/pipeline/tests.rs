@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::responses::Cause;
 use super::run::{Carried, carry_out_all};
-use super::{ApiRequest, Effect, Input, Inputs, LookupError, Outputs, State, layers, run};
+use super::{ApiRequest, Effect, Input, Inputs, LookupError, Outputs, State};
 use crate::baseline::{
     BaselineEvent, FileEntry, ImageBaseline, LayerDifference, LayerEntry, Recorder, Store,
     blake3_of,
@@ -66,7 +66,7 @@ struct Node {
     /// The run in which things are observed.
     init: ProcessIdentity,
     /// Every finding revision that was recorded, in order.
-    reported: Vec<Finding>,
+    findings: Vec<Finding>,
     commands: Vec<SensorCommand>,
     requests: Vec<ResponseRequest>,
     responses: Vec<Response>,
@@ -87,7 +87,7 @@ impl Node {
             state,
             clock: 0,
             init: init(7),
-            reported: Vec::new(),
+            findings: Vec::new(),
             commands: Vec::new(),
             requests: Vec::new(),
             responses: Vec::new(),

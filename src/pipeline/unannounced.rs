@@ -1,5 +1,6 @@
 //! Observations of containers that containerd has not announced yet. They wait for a short
-//! time, and in a limited number.
+//! time, and in a limited number. Pure: `judge` puts them in, and judges them when the
+//! container is announced.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,6 @@
-//! The group of code that was run or loaded: what brought it, made it or runs it.
+//! The group of code that was run or loaded: by the package manager that brought it, the
+//! linker that made it, or the process that runs it. Pure. What only its place decides on is
+//! in `files`.
 
 use super::group::{Candidate, Common, Group, is_run};
 use super::names;

@@ -1,4 +1,6 @@
-//! Decides whether a judgement goes into an aggregated finding, and into which one.
+//! Decides whether a judgement goes into an aggregated finding, and into which one. `files`,
+//! `code` and `packages` know the groups; `put` changes the findings. What is left gets a
+//! finding of its own (`findings`).
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! The group of a file that only its place, its content or its severity decides on.
+//! The group of a file that only its place, its content or its severity decides on, and how
+//! many files of a kind have findings of their own before that. Pure.
 
 use super::group::{Candidate, Common, Group};
 use crate::inventory::Entry;
@@ -10,9 +11,11 @@ const MAX_SINGLE_IN_DIRECTORY: usize = 32;
 const MAX_SINGLE: usize = 256;
 /// Number of directories of one kind that have findings of their own.
 const MAX_DIRECTORIES: usize = 64;
-/// The same for programs of one root directory, and for scripts of one directory.
+/// Number of programs of one root directory, and of scripts of one directory, that have
+/// findings of their own.
 const MAX_SINGLE_IN_ROOT: usize = 8;
-/// The same for programs of one directory that have gained a privilege.
+/// Number of programs of one directory that have gained a privilege and have findings of
+/// their own.
 const MAX_SINGLE_PRIVILEGED: usize = 8;
 /// Number of contents of the image whose copies have findings of their own.
 const MAX_SINGLE_COPIES: usize = 4;

@@ -1,5 +1,6 @@
-//! The groups of aggregated findings: what their files have in common, and how a finding
-//! describes that.
+//! The groups of aggregated findings: what their files have in common, the ID that follows
+//! from it, and how a finding describes it. Pure: which group a file belongs to is decided in
+//! `files`, `code` and `packages`.
 
 use crate::model::finding::Subject;
 use crate::model::{

@@ -1,5 +1,5 @@
-//! Package managers and other tools of the image that write many files: what they write, run
-//! and bring.
+//! Package managers and other tools of the image that write many files: what they write and
+//! run, and which files make a process a package manager. Pure.
 
 use super::group::{Candidate, Common, Group};
 use crate::baseline::ImageBaseline;

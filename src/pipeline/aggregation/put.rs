@@ -1,4 +1,6 @@
-//! Puts files into aggregated findings, counts them, and publishes the findings.
+//! Puts files into aggregated findings, counts them, and publishes the findings. Which finding
+//! a file goes into is decided before (`emit`). A finding without room of its own is folded
+//! here into the one of its kind that always has room.
 
 use std::sync::Arc;
 

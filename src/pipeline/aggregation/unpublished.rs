@@ -1,4 +1,5 @@
-//! What is new in aggregated findings and not published yet.
+//! What is new in aggregated findings and not published yet. It bounds how much waits and how
+//! long; `put` fills and empties it.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,5 @@
-//! What happens in a session: its processes run commands, open a terminal and end.
+//! What happens in a session: its processes run commands, open a terminal and end. Commands
+//! are listed up to a limit, and counted beyond it.
 
 use jiff::Timestamp;
 

@@ -1,5 +1,5 @@
 //! The rhythm at which commands come: a command with a steady rhythm is run by a machine.
-//! Pure.
+//! Pure, and bounded. `probes` decides what follows from a rhythm.
 
 use std::collections::{HashMap, VecDeque};
 

@@ -1,4 +1,6 @@
-//! Sessions close: one by itself, or all of a container with its first process.
+//! Sessions close: one by itself, all of a container with its first process, or those of the
+//! history whose container is gone. Their last changes are published before they are
+//! forgotten.
 
 use jiff::Timestamp;
 

@@ -1,5 +1,5 @@
 //! Executions that the runtime reports: they name the session whose first process they are,
-//! and how it ended.
+//! and how it ended. The events may come before or after the sensors have seen the process.
 
 use jiff::{SignedDuration, Timestamp};
 

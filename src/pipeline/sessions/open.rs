@@ -1,4 +1,5 @@
-//! A session opens.
+//! A session opens: it gets its record, and either a finding or the time to turn out to be a
+//! probe. Reverse shells are sessions too. A session without room is not listed, but reported.
 
 use jiff::Timestamp;
 

@@ -1,4 +1,5 @@
-//! How a session came into its container, and on behalf of which client.
+//! How a session came into its container, and on behalf of which client, as far as containerd
+//! and the record of the container show. Pure.
 
 use crate::model::{Container, ContainerId, Entry, Opening};
 

@@ -1,5 +1,6 @@
 //! Probes: commands that a machine runs again and again. A probe is declared by the
-//! container's specification, or recognised by its rhythm.
+//! container's specification, or recognised by its rhythm (`cadence`). It is counted, and not
+//! reported unless a client wants it.
 
 use jiff::{SignedDuration, Timestamp};
 

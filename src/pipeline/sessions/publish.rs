@@ -1,4 +1,5 @@
-//! Publishes what is new in sessions and probes.
+//! Publishes what is new in sessions and probes, and emits the findings that have waited long
+//! enough. It records for the history; what a finding contains is decided in `report`.
 
 use jiff::Timestamp;
 

@@ -1,4 +1,5 @@
-//! Sessions as findings, and the findings that sessions cause.
+//! Sessions as findings, and the findings that sessions cause. Findings are kept and published
+//! by `findings`; this file decides which ones a session has.
 
 use jiff::Timestamp;
 

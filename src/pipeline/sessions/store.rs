@@ -1,5 +1,5 @@
 //! The sessions of all containers: which are known, what they take in memory, and what is not
-//! published yet.
+//! published yet. Plain values with their bounds. The rules are in the files beside this one.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;

@@ -168,7 +168,7 @@ fn scripts_of_a_package_belong_to_its_transaction_and_what_they_give_away_stands
     node.publish();
     assert_eq!(node.kinds(), [(Kind::FilePrivileged, 1, 1), (Kind::PackageTransaction, 1, 2)]);
     let reported = node.newest();
-    let privileged = finding.iter().find(|finding| finding.kind == Kind::FilePrivileged).unwrap();
+    let privileged = reported.iter().find(|finding| finding.kind == Kind::FilePrivileged).unwrap();
     assert_eq!(privileged.transaction, Some(reported[0].id));
     // The same scripts, run by another process or from another place.
     node.see(Source::Gate, script("/tmp/nmap.postinst", own));

@@ -1,6 +1,7 @@
 //! Files of the layers, and layers that were tampered with.
 
 use super::*;
+use crate::pipeline::layers::MAX_REPORTED;
 
 #[test]
 fn a38_a_layer_changed_on_disk_is_reported_when_it_is_executed() {
@@ -202,7 +203,7 @@ fn a_wholly_different_layer_is_reported_by_some_differences_and_in_words() {
     };
     let event = BaselineEvent::Tampered { layer, witness, directories, differences, total: 70_000 };
     node.give(Input::Baseline(event, image));
-    assert_eq!(node.findings.len(), layers::MAX_REPORTED);
+    assert_eq!(node.findings.len(), MAX_REPORTED);
     let path = |finding: &Finding| finding.file.as_ref().unwrap().path.to_string();
     assert_eq!(path(&node.findings[0]), "/bin/ls", "programs first");
     let last = node.findings.last().unwrap().detail.as_ref().unwrap();

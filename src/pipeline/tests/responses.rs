@@ -303,10 +303,10 @@ fn a_response_needs_no_finding_that_is_kept() {
     assert_eq!((request.finding, request.incarnation.unwrap().pid), (Some(finding), 7));
 }
 
-type Reply = oneshot::Receiver<Result<Response, LookupError>>;
+pub(super) type Reply = oneshot::Receiver<Result<Response, LookupError>>;
 
 impl Node {
-    fn respond(&mut self, container: &str) -> Reply {
+    pub(super) fn respond(&mut self, container: &str) -> Reply {
         self.respond_to(container, None)
     }
 

@@ -1,6 +1,7 @@
 //! The loop: its channels, its end, and a history that begins anew.
 
 use super::*;
+use crate::pipeline::run;
 
 #[test]
 fn h12_each_client_gets_its_own_reply_when_many_requests_are_refused_at_once() {
