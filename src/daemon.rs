@@ -100,12 +100,20 @@ pub fn run(
     let (order_sender, orders) = mpsc::channel(256);
     let (stop_sender, stop) = bounded::<Infallible>(0);
     let history_begun = writer.begun();
-    let inputs = Inputs { changes, reports, news, questions, responses, history_begun, stop };
+    let inputs = Inputs {
+        runtime_events: changes,
+        sensor_events: reports,
+        baseline_events: news,
+        requests: questions,
+        responses,
+        history_begun,
+        stop,
+    };
     let outputs = Outputs {
         commands: watch.commands(),
         recorder: recorder.clone(),
         records: writer.records(),
-        orders: order_sender,
+        response_requests: order_sender,
     };
     let pipeline_ended = start_pipeline(state, reader, inputs, outputs, &health.threads)?;
     let (gave_up_sender, gave_up) = mpsc::unbounded_channel();
@@ -291,10 +299,10 @@ fn start_pipeline(
     outputs: Outputs,
     threads: &Threads,
 ) -> anyhow::Result<PipelineEnd> {
-    let depth = threads::depth_of(&inputs.reports);
-    threads.show_queue("containerd", threads::depth_of(&inputs.changes));
+    let depth = threads::depth_of(&inputs.sensor_events);
+    threads.show_queue("containerd", threads::depth_of(&inputs.runtime_events));
     // Weak, so that the channel of the responses closes when the pipeline ends.
-    let waiting = outputs.orders.downgrade();
+    let waiting = outputs.response_requests.downgrade();
     let waiting = move || waiting.upgrade().map_or(0, |to| to.max_capacity() - to.capacity());
     threads.show_queue("respond", Box::new(waiting));
     let (ended_sender, ended) = oneshot::channel();

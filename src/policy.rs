@@ -1,20 +1,22 @@
-//! What should be done about a finding. Pure: the settings in, a verdict out.
+//! Decides what to do about a finding: report it, or kill the container. Pure: the settings
+//! and the kind of a finding in, a verdict out. The pipeline requests no automatic response
+//! without such a verdict.
 
 use jiff::SignedDuration;
 
 use crate::config::Respond;
 use crate::model::{Disposition, Kind, PathGlobs, Verdict};
 
-/// The rules in force, with the number of times they have been replaced: one
-/// decision sees one policy, and its verdict can say which one.
+/// The rules in force, with the number of times that they were replaced: the verdict names
+/// the policy that it was decided by.
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     pub generation: u64,
     pub respond: Respond,
-    /// Where a new or changed file is `file.persistence`.
+    /// The paths at which a new or changed file is `file.persistence`.
     pub persistence: PathGlobs,
-    /// How long a command that the runtime executes is watched for a rhythm before it
-    /// is reported: what comes again and again is a probe.
+    /// How long a command that the runtime executes waits for a rhythm before it is reported:
+    /// a command that comes again and again is a probe.
     pub probe_patience: SignedDuration,
 }
 
@@ -43,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chosen_kind_kills_and_says_which_setting_decided() {
+    fn a_chosen_kind_kills_and_names_the_setting_that_decided() {
         let respond = Respond { kill_on: [Kind::ExecNew].into() };
         let policy = Policy { generation: 3, respond, ..Policy::default() };
         assert_eq!(

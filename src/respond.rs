@@ -1,8 +1,8 @@
-//! Carries a response out, through containerd, and says what came of it.
+//! Carries responses out through containerd, and reports their outcome.
 //!
-//! Orders for one container are carried out one after the other, in their
-//! order; those for different containers at the same time, so that one hanging
-//! shim does not keep the others alive.
+//! Requests for one container are carried out one after the other, in their order. Requests
+//! for different containers are carried out at the same time, so that one hanging shim does
+//! not delay the others. This room decides on no response: the pipeline requests them.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -15,20 +15,19 @@ use tokio::task::{self, JoinSet};
 use crate::containerd::{Containerd, Error, Killed};
 use crate::model::{ContainerId, FindingId, Incarnation, Outcome};
 
-/// How long one order may take before it has failed.
+/// How long one request may take before it has failed.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// The same for a pause: runtimes wait 10 s themselves for processes to stand still.
+/// The same for a pause: runtimes themselves wait 10 s for the processes to stop.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(20);
-/// The runtime must not be blocked by a crossbeam channel, and a response must
-/// not be dropped.
+/// The pause after which a full channel is tried again. The async runtime must not block on a
+/// crossbeam channel, and no response may be dropped.
 const FULL_PAUSE: Duration = Duration::from_millis(2);
 
-/// Orders for one container that may wait while one of its is carried out.
-const MOST_BEHIND: usize = 32;
-/// What the record is called that a killed container was started again. Nobody asked driftd
-/// for that.
+/// Requests for one container that may wait while another one is carried out.
+const MAX_WAITING: usize = 32;
+/// The action of the record that a killed container was started again. No request causes it.
 pub const RESTART: &str = "restart";
-/// What is said of an order for which there is no room.
+/// The message of a response to a request that has no room.
 pub const TOO_MANY: &str = "too many responses wait to be carried out";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,32 +47,32 @@ impl Action {
     }
 }
 
-/// A response somebody or some setting asked for.
+/// A response that a client or the settings request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResponseRequest {
-    /// By which its response is known; no two orders have the same.
+    /// Identifies the response to this request. No two requests have the same.
     pub ticket: u64,
     pub container: ContainerId,
-    /// The run that is meant. `None` if no run was known when it was ordered.
+    /// The run that is meant. `None` if no run was known at the time of the request.
     pub incarnation: Option<Incarnation>,
     pub action: Action,
     pub reason: String,
     /// `uid 0 (pid 4242)` for a person, `setting respond.kill_on` for the policy.
     pub requested_by: String,
     pub requested_at: Timestamp,
-    /// The finding that asked for it.
+    /// The finding that it responds to.
     pub finding: Option<FindingId>,
-    /// Of a kill: containerd's restart monitor is to leave the container stopped.
+    /// For a kill: containerd's restart monitor is to leave the container stopped.
     pub no_restart: bool,
 }
 
 impl ResponseRequest {
-    /// That it was not carried out, and why.
+    /// The response if the request was not carried out.
     pub fn failed(&self, message: String) -> Response {
-        self.answered(false, false, message)
+        self.ended(false, false, message)
     }
 
-    fn answered(&self, succeeded: bool, gone: bool, message: String) -> Response {
+    fn ended(&self, succeeded: bool, gone: bool, message: String) -> Response {
         let action = self.action.name().to_owned();
         Response {
             ticket: self.ticket,
@@ -95,10 +94,10 @@ impl ResponseRequest {
     }
 }
 
-/// What came of an order.
+/// The outcome of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
-    /// The order's. 0 for one that was read from the history.
+    /// The ticket of the request. 0 if it was read from the history.
     pub ticket: u64,
     pub container: ContainerId,
     pub incarnation: Option<Incarnation>,
@@ -109,49 +108,49 @@ pub struct Response {
     pub outcome: Outcome,
 }
 
-/// Carries out orders until their sender is gone and the last one is done, or
-/// nobody wants the responses any more. Each order has one response, whatever happens.
+/// Carries out requests until their sender is gone and the last one is done, or until the
+/// receiver of the responses is gone. Each request has one response, whatever happens.
 pub async fn run(
     containerd: Containerd,
-    orders: mpsc::Receiver<ResponseRequest>,
+    requests: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) {
-    let by_containerd = move |order: ResponseRequest| carry_out(containerd.clone(), order);
-    run_with(by_containerd, orders, responses).await;
+    let by_containerd = move |request: ResponseRequest| carry_out(containerd.clone(), request);
+    run_with(by_containerd, requests, responses).await;
 }
 
-async fn run_with<Answering>(
-    answer: impl Fn(ResponseRequest) -> Answering,
-    mut orders: mpsc::Receiver<ResponseRequest>,
+async fn run_with<Responding>(
+    respond: impl Fn(ResponseRequest) -> Responding,
+    mut requests: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) where
-    Answering: Future<Output = Response> + Send + 'static,
+    Responding: Future<Output = Response> + Send + 'static,
 {
-    // Orders behind the one that is being carried out, by container.
-    let mut behind: HashMap<ContainerId, VecDeque<ResponseRequest>> = HashMap::new();
+    // Requests that wait for the one that is being carried out, by container.
+    let mut waiting: HashMap<ContainerId, VecDeque<ResponseRequest>> = HashMap::new();
     let mut running: JoinSet<Response> = JoinSet::new();
-    // What is being carried out, for the case that this ends without a response.
+    // Requests that are being carried out. Needed if one ends without a response.
     let mut carried: HashMap<task::Id, ResponseRequest> = HashMap::new();
     let begin =
-        |order: ResponseRequest, running: &mut JoinSet<Response>, carried: &mut HashMap<_, _>| {
-            carried.insert(running.spawn(answer(order.clone())).id(), order);
+        |request: ResponseRequest, running: &mut JoinSet<Response>, carried: &mut HashMap<_, _>| {
+            carried.insert(running.spawn(respond(request.clone())).id(), request);
         };
     let mut open = true;
     while open || !running.is_empty() {
         tokio::select! {
-            order = orders.recv(), if open => match order {
+            request = requests.recv(), if open => match request {
                 None => open = false,
-                Some(order) => match behind.get_mut(&order.container) {
-                    Some(queue) if queue.len() < MOST_BEHIND => queue.push_back(order),
+                Some(request) => match waiting.get_mut(&request.container) {
+                    Some(queue) if queue.len() < MAX_WAITING => queue.push_back(request),
                     Some(_) => {
-                        let full = order.failed(TOO_MANY.to_owned());
+                        let full = request.failed(TOO_MANY.to_owned());
                         if !send(&responses, full).await {
                             return;
                         }
                     }
                     None => {
-                        behind.insert(order.container.clone(), VecDeque::new());
-                        begin(order, &mut running, &mut carried);
+                        waiting.insert(request.container.clone(), VecDeque::new());
+                        begin(request, &mut running, &mut carried);
                     }
                 },
             },
@@ -160,15 +159,15 @@ async fn run_with<Answering>(
                     Ok((id, response)) => (id, Ok(response)),
                     Err(err) => (err.id(), Err(err)),
                 };
-                let Some(order) = carried.remove(&id) else { continue };
+                let Some(request) = carried.remove(&id) else { continue };
                 let response = response.unwrap_or_else(|err| {
-                    tracing::error!("an order ended without a response: {err}");
-                    order.failed("driftd failed while it was carried out; it may have happened".into())
+                    tracing::error!("a response request ended without a response: {err}");
+                    request.failed("driftd failed while it was carried out; it may have happened".into())
                 });
-                match behind.get_mut(&order.container).and_then(VecDeque::pop_front) {
+                match waiting.get_mut(&request.container).and_then(VecDeque::pop_front) {
                     Some(next) => begin(next, &mut running, &mut carried),
                     None => {
-                        behind.remove(&order.container);
+                        waiting.remove(&request.container);
                     }
                 }
                 if !send(&responses, response).await {
@@ -179,7 +178,7 @@ async fn run_with<Answering>(
     }
 }
 
-/// False if nobody is there to receive it.
+/// False if the receiver is gone.
 async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
     loop {
         match responses.try_send(response) {
@@ -191,31 +190,31 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
     }
 }
 
-async fn carry_out(containerd: Containerd, order: ResponseRequest) -> Response {
-    let asked = async {
-        let ResponseRequest { container, incarnation: meant, no_restart, .. } = &order;
-        let nobody = |message| Killed { message, restarter: None };
-        match order.action {
+async fn carry_out(containerd: Containerd, request: ResponseRequest) -> Response {
+    let carried_out = async {
+        let ResponseRequest { container, incarnation: meant, no_restart, .. } = &request;
+        let done = |message| Killed { message, restarter: None };
+        match request.action {
             Action::Kill => containerd.kill(container, *meant, *no_restart).await,
-            Action::Pause => containerd.pause(container, *meant).await.map(nobody),
-            Action::Resume => containerd.resume(container, *meant).await.map(nobody),
+            Action::Pause => containerd.pause(container, *meant).await.map(done),
+            Action::Resume => containerd.resume(container, *meant).await.map(done),
         }
     };
-    let deadline = if order.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
-    let response = match tokio::time::timeout(deadline, asked).await {
+    let deadline = if request.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
+    let response = match tokio::time::timeout(deadline, carried_out).await {
         Ok(Ok(Killed { message, restarter })) => {
-            let mut response = order.answered(true, false, message);
+            let mut response = request.ended(true, false, message);
             response.outcome.restarter = restarter;
             response
         }
         Ok(Err(err @ (Error::Gone(_) | Error::UnknownContainer(_)))) => {
-            order.answered(false, true, err.to_string())
+            request.ended(false, true, err.to_string())
         }
-        Ok(Err(err)) => order.failed(err.to_string()),
-        Err(_) => order.failed(format!(
+        Ok(Err(err)) => request.failed(err.to_string()),
+        Err(_) => request.failed(format!(
             "containerd did not answer within {} s; the {} may still happen",
             deadline.as_secs(),
-            order.action.name()
+            request.action.name()
         )),
     };
     let outcome = &response.outcome;
@@ -251,7 +250,7 @@ mod tests {
         fn image_removed(&self, _namespace: &str, _name: &str) {}
     }
 
-    fn order(id: &str, action: Action) -> ResponseRequest {
+    fn request(id: &str, action: Action) -> ResponseRequest {
         ResponseRequest {
             ticket: 0,
             container: ContainerId::new("default", id),
@@ -266,20 +265,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_order_that_cannot_be_carried_out_is_answered_all_the_same() {
+    async fn a_request_that_cannot_be_carried_out_has_a_response_all_the_same() {
         let (changes, _received) = crossbeam_channel::bounded(1);
         let settings = config::Containerd { sockets: Vec::new(), ..config::Containerd::default() };
         let containerd =
             Containerd::start(&settings, &changes, NoRecorder, &Arc::new(Health::default()));
-        let (order_to, orders) = mpsc::channel(4);
-        // Room for one: the others wait, and none is dropped.
+        let (request_to, requests) = mpsc::channel(4);
+        // Room for one response: the others wait, and none is dropped.
         let (response_to, responses) = crossbeam_channel::bounded(1);
         for action in [Action::Kill, Action::Pause, Action::Resume] {
-            order_to.send(order("c", action)).await.unwrap();
+            request_to.send(request("c", action)).await.unwrap();
         }
-        drop(order_to);
-        let running = tokio::spawn(run(containerd, orders, response_to));
-        let told: Vec<(String, bool, String)> =
+        drop(request_to);
+        let running = tokio::spawn(run(containerd, requests, response_to));
+        let reported: Vec<(String, bool, String)> =
             tokio::task::spawn_blocking(move || responses.iter().collect::<Vec<_>>())
                 .await
                 .unwrap()
@@ -292,56 +291,56 @@ mod tests {
         running.await.unwrap();
         let message = "no containerd knows the container default/c (see: driftd containers)";
         assert_eq!(
-            told,
+            reported,
             ["kill", "pause", "resume"].map(|action| (action.into(), false, message.into())),
             "in their order"
         );
     }
 
-    /// Has `orders` carried out by `answer`, and hands back whose response said what.
-    async fn responses_of<Answering>(
-        orders: Vec<ResponseRequest>,
-        answer: impl Fn(ResponseRequest) -> Answering + Send + 'static,
+    /// Lets `respond` carry out `requests`, and returns the ticket and outcome of each.
+    async fn responses_of<Responding>(
+        requests: Vec<ResponseRequest>,
+        respond: impl Fn(ResponseRequest) -> Responding + Send + 'static,
     ) -> Vec<(u64, bool, String)>
     where
-        Answering: Future<Output = Response> + Send + 'static,
+        Responding: Future<Output = Response> + Send + 'static,
     {
-        let (order_to, waiting) = mpsc::channel(128);
+        let (request_to, waiting) = mpsc::channel(128);
         let (response_to, responses) = crossbeam_channel::bounded(128);
-        for order in orders {
-            order_to.send(order).await.unwrap();
+        for request in requests {
+            request_to.send(request).await.unwrap();
         }
-        drop(order_to);
-        run_with(answer, waiting, response_to).await;
-        let told = responses.iter();
-        told.map(|one| (one.ticket, one.outcome.succeeded, one.outcome.message)).collect()
+        drop(request_to);
+        run_with(respond, waiting, response_to).await;
+        let reported = responses.iter();
+        reported.map(|one| (one.ticket, one.outcome.succeeded, one.outcome.message)).collect()
     }
 
     #[tokio::test]
-    async fn h11_an_order_that_panics_has_a_response_and_holds_up_no_later_one() {
-        let numbered = |ticket| ResponseRequest { ticket, ..order("c", Action::Kill) };
-        let told = responses_of(vec![numbered(1), numbered(2)], |order| async move {
-            assert_ne!(order.ticket, 1, "this one panics");
-            order.answered(true, false, "killed".into())
+    async fn h11_a_request_that_panics_has_a_response_and_delays_no_later_one() {
+        let numbered = |ticket| ResponseRequest { ticket, ..request("c", Action::Kill) };
+        let reported = responses_of(vec![numbered(1), numbered(2)], |request| async move {
+            assert_ne!(request.ticket, 1, "this one panics");
+            request.ended(true, false, "killed".into())
         })
         .await;
         let failed = "driftd failed while it was carried out; it may have happened";
-        assert_eq!(told, [(1, false, failed.into()), (2, true, "killed".into())]);
+        assert_eq!(reported, [(1, false, failed.into()), (2, true, "killed".into())]);
     }
 
     #[tokio::test]
-    async fn orders_for_one_container_beyond_those_that_may_wait_are_refused_at_once() {
-        let count = MOST_BEHIND as u64 + 3;
-        let orders =
-            (0..count).map(|ticket| ResponseRequest { ticket, ..order("c", Action::Kill) });
-        let told = responses_of(orders.collect(), |order| async move {
+    async fn requests_for_one_container_beyond_those_that_may_wait_are_refused_at_once() {
+        let count = MAX_WAITING as u64 + 3;
+        let requests =
+            (0..count).map(|ticket| ResponseRequest { ticket, ..request("c", Action::Kill) });
+        let reported = responses_of(requests.collect(), |request| async move {
             tokio::task::yield_now().await;
             tokio::time::sleep(Duration::from_millis(20)).await;
-            order.answered(true, false, "killed".into())
+            request.ended(true, false, "killed".into())
         })
         .await;
-        assert_eq!(told.len() as u64, count, "each order has one response");
-        let refused: Vec<u64> = told
+        assert_eq!(reported.len() as u64, count, "each request has one response");
+        let refused: Vec<u64> = reported
             .iter()
             .filter(|(_, succeeded, _)| !succeeded)
             .map(|(ticket, ..)| *ticket)

@@ -1,14 +1,16 @@
-//! From when to when something was not seen: opened by a loss, closed when what it
-//! lasts for is over.
+//! The times in which something was not seen. A loss opens a gap; the gap closes when its
+//! cause is over or a scan has made up for it. Pure, and bounded: `losses` decides what a gap
+//! lasts for, and records it.
 
 use std::collections::{HashSet, VecDeque};
 
 use jiff::{SignedDuration, Timestamp};
 
 use crate::health::Failure;
+use crate::history::Record;
 use crate::model::ContainerId;
 
-/// Gaps that are open at a time; what comes then widens one of them.
+/// Gaps that are open at a time. A further loss widens one of them.
 const MAX_OPEN: usize = 256;
 /// Closed gaps that `status` remembers. The history has them all.
 const MAX_CLOSED: usize = 64;
@@ -21,23 +23,35 @@ pub struct Gap {
     pub container: Option<ContainerId>,
     pub detail: String,
     pub since: Timestamp,
-    /// `None`: it still is. What was not seen in a time that is over may still have to be
-    /// looked for.
+    /// `None`: it still is. The time may be over while a scan still has to find what was not
+    /// seen in it.
     pub until: Option<Timestamp>,
 }
 
-/// How long a loss counts as new that nothing makes up for.
+impl Gap {
+    pub(super) fn into_record(self) -> Record {
+        Record::Gap {
+            name: self.failure.name().to_owned(),
+            container: self.container,
+            detail: self.detail,
+            at: self.since,
+            until: self.until,
+        }
+    }
+}
+
+/// How long a gap stays open after the last loss, if nothing makes up for it.
 const QUIET: SignedDuration = SignedDuration::from_secs(60);
 
 /// What a gap lasts for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Until {
-    /// Until each of these containers was walked completely, by a walk that began
-    /// after the loss.
-    Walked(HashSet<ContainerId>),
-    /// The same, once it is known which containers there are.
+    /// Until each of these containers was scanned completely, by a scan that began after the
+    /// loss.
+    Scanned(HashSet<ContainerId>),
+    /// The same, for all containers, once they are known.
     Listed,
-    /// Until its cause is said to be over, or its container has ended.
+    /// Until its cause is reported as over, or its container has ended.
     Over,
     /// Nothing makes up for it: until a while after the last one.
     Quiet,
@@ -53,7 +67,7 @@ struct Open {
 
 impl Open {
     fn is_over(&self) -> bool {
-        matches!(&self.until, Until::Walked(unwalked) if unwalked.is_empty())
+        matches!(&self.until, Until::Scanned(unscanned) if unscanned.is_empty())
     }
 }
 
@@ -64,7 +78,7 @@ pub(super) struct Gaps {
 }
 
 impl Gaps {
-    /// Something was not seen. Says whether that is news.
+    /// Something was not seen. True if the history does not know it yet.
     pub(super) fn opened(&mut self, gap: Gap, until: Until) -> bool {
         let is_full = self.open.len() >= MAX_OPEN;
         let same = self.open.iter_mut().find(|open| {
@@ -72,15 +86,15 @@ impl Gaps {
         });
         match same {
             Some(open) => {
-                // By a clock that was set back no walk would ever begin after the last loss.
+                // After a clock was set back, no scan would ever begin after the last loss.
                 let is_set_back = open.last.duration_since(gap.since) > QUIET;
                 open.last = if is_set_back { gap.since } else { open.last.max(gap.since) };
                 open.gap.since = open.gap.since.min(gap.since);
                 match (&mut open.until, until) {
-                    (Until::Walked(unwalked), Until::Walked(more)) => unwalked.extend(more),
+                    (Until::Scanned(unscanned), Until::Scanned(more)) => unscanned.extend(more),
                     (_, until) => open.until = until,
                 }
-                // From here on it is everybody's.
+                // From here on the gap may concern any container.
                 let is_widened =
                     open.gap.container.is_some() && open.gap.container != gap.container;
                 if is_widened {
@@ -88,7 +102,7 @@ impl Gaps {
                 }
                 is_widened || is_set_back
             }
-            None if until == Until::Walked(HashSet::new()) => {
+            None if until == Until::Scanned(HashSet::new()) => {
                 let until = Some(gap.since);
                 self.remember(Gap { until, ..gap });
                 true
@@ -100,35 +114,35 @@ impl Gaps {
         }
     }
 
-    /// A walk of a container that began at `began` is complete. Hands back the gaps
-    /// that it closes.
-    pub(super) fn walked(
+    /// A scan of a container that began at `began` is complete. Returns the gaps that it
+    /// closes.
+    pub(super) fn scanned(
         &mut self,
         container: &ContainerId,
         began: Timestamp,
         now: Timestamp,
     ) -> Vec<Gap> {
         for open in self.open.iter_mut().filter(|open| began >= open.last) {
-            if let Until::Walked(unwalked) = &mut open.until {
-                unwalked.remove(container);
+            if let Until::Scanned(unscanned) = &mut open.until {
+                unscanned.remove(container);
             }
         }
         self.close(now, Open::is_over)
     }
 
-    /// Every containerd has told which containers run.
+    /// Every containerd has listed the containers that run.
     pub(super) fn listed(&mut self, running: &HashSet<ContainerId>, now: Timestamp) -> Vec<Gap> {
         for open in self.open.iter_mut().filter(|open| open.until == Until::Listed) {
-            open.until = Until::Walked(running.clone());
+            open.until = Until::Scanned(running.clone());
         }
         self.close(now, Open::is_over)
     }
 
-    /// A container has gone: of it nothing will be seen any more.
+    /// A container has gone: nothing more will be seen of it.
     pub(super) fn gone(&mut self, container: &ContainerId, now: Timestamp) -> Vec<Gap> {
         for open in &mut self.open {
-            if let Until::Walked(unwalked) = &mut open.until {
-                unwalked.remove(container);
+            if let Until::Scanned(unscanned) = &mut open.until {
+                unscanned.remove(container);
             }
         }
         let mut closed = self.close(now, Open::is_over);
@@ -136,8 +150,8 @@ impl Gaps {
         closed
     }
 
-    /// A container has ended. What it has left may still be walked; what could not be
-    /// listened to while it ran is over.
+    /// A container has ended. Its files may still be scanned; a loss that lasted while it ran
+    /// is over.
     pub(super) fn ended(&mut self, container: &ContainerId, now: Timestamp) -> Vec<Gap> {
         self.close(now, |open| {
             open.until == Until::Over && open.gap.container.as_ref() == Some(container)
@@ -164,8 +178,8 @@ impl Gaps {
         quiet.filter_map(|open| open.last.checked_add(QUIET).ok()).min()
     }
 
-    /// Closes what has been quiet for long enough. A clock that was set back is no
-    /// reason to wait for longer.
+    /// Closes the gaps without a new loss for long enough. A clock that was set back does
+    /// not make them wait longer.
     pub(super) fn due(&mut self, now: Timestamp) -> Vec<Gap> {
         self.close(now, |open| {
             open.until == Until::Quiet && now.duration_since(open.last).abs() >= QUIET
@@ -230,7 +244,7 @@ mod tests {
     }
 
     fn awaited(names: &[&str]) -> Until {
-        Until::Walked(names.iter().map(|name| id(name)).collect())
+        Until::Scanned(names.iter().map(|name| id(name)).collect())
     }
 
     #[test]
@@ -240,9 +254,9 @@ mod tests {
             |name: Option<&str>, since| Gap { failure: Failure::MountsFull, ..gap(name, since) };
         assert!(gaps.opened(full(Some("a"), 10), Until::Over));
         assert!(gaps.opened(full(Some("b"), 11), Until::Over));
-        // Said again, it is no news, and no walk ends it.
+        // Reported again, it is known already, and no scan ends it.
         assert!(!gaps.opened(full(Some("a"), 12), Until::Over));
-        assert_eq!(gaps.walked(&id("a"), at(20), at(21)), []);
+        assert_eq!(gaps.scanned(&id("a"), at(20), at(21)), []);
         assert_eq!(gaps.over(Failure::NamesFull, Some(&id("a")), at(22)), []);
         let closed = |name, since, until| Gap { until: Some(at(until)), ..full(Some(name), since) };
         assert_eq!(gaps.over(Failure::MountsFull, Some(&id("a")), at(23)), [closed("a", 10, 23)]);
@@ -262,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn h07_a_containers_gap_is_news_beside_anothers_of_the_same_kind() {
+    fn h07_a_containers_gap_is_recorded_beside_anothers_of_the_same_kind() {
         let mut gaps = Gaps::default();
         assert!(gaps.opened(gap(Some("flood"), 10), awaited(&["flood"])));
         assert!(gaps.opened(gap(Some("quiet"), 10), awaited(&["quiet"])));
@@ -276,37 +290,37 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_ends_with_a_walk_that_began_after_the_last_loss() {
+    fn a_gap_ends_with_a_scan_that_began_after_the_last_loss() {
         let mut gaps = Gaps::default();
         assert!(gaps.opened(gap(Some("a"), 10), awaited(&["a"])));
         assert!(!gaps.opened(gap(Some("a"), 20), awaited(&["a"])));
-        assert_eq!(gaps.walked(&id("a"), at(15), at(16)), []);
-        assert_eq!(gaps.walked(&id("b"), at(25), at(26)), []);
+        assert_eq!(gaps.scanned(&id("a"), at(15), at(16)), []);
+        assert_eq!(gaps.scanned(&id("b"), at(25), at(26)), []);
         let closed = Gap { until: Some(at(27)), ..gap(Some("a"), 10) };
-        assert_eq!(gaps.walked(&id("a"), at(25), at(27)), std::slice::from_ref(&closed));
+        assert_eq!(gaps.scanned(&id("a"), at(25), at(27)), std::slice::from_ref(&closed));
         assert_eq!(gaps.all(), [closed]);
         assert_eq!(gaps.open().count(), 0);
     }
 
     #[test]
-    fn a_gap_of_all_ends_when_each_was_walked_or_has_gone() {
+    fn a_gap_of_all_ends_when_each_was_scanned_or_has_gone() {
         let mut gaps = Gaps::default();
         assert!(gaps.opened(gap(None, 10), awaited(&["a", "b"])));
-        assert_eq!(gaps.walked(&id("a"), at(11), at(12)), []);
+        assert_eq!(gaps.scanned(&id("a"), at(11), at(12)), []);
         assert_eq!(gaps.gone(&id("b"), at(13)), [Gap { until: Some(at(13)), ..gap(None, 10) }]);
-        // There is nothing that could be walked.
+        // There is nothing that could be scanned.
         assert!(gaps.opened(gap(None, 20), awaited(&[])));
         assert_eq!(gaps.all()[0], Gap { until: Some(at(20)), ..gap(None, 20) });
     }
 
     #[test]
-    fn u03_a_time_that_is_over_is_open_until_every_container_that_ran_was_walked() {
+    fn u03_a_time_that_is_over_is_open_until_every_container_that_ran_was_scanned() {
         let mut gaps = Gaps::default();
         let down = Gap { failure: Failure::NotRunning, until: Some(at(20)), ..gap(None, 10) };
         assert!(gaps.opened(down.clone(), Until::Listed));
-        assert_eq!(gaps.walked(&id("a"), at(21), at(22)), []);
+        assert_eq!(gaps.scanned(&id("a"), at(21), at(22)), []);
         assert_eq!(gaps.listed(&HashSet::from([id("a"), id("b")]), at(23)), []);
-        assert_eq!(gaps.walked(&id("a"), at(24), at(25)), []);
+        assert_eq!(gaps.scanned(&id("a"), at(24), at(25)), []);
         assert_eq!(gaps.open().cloned().collect::<Vec<_>>(), std::slice::from_ref(&down));
         assert_eq!(gaps.gone(&id("b"), at(26)), std::slice::from_ref(&down));
         // Nothing ran.

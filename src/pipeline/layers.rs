@@ -1,63 +1,57 @@
-//! What is said of an image's layers themselves: that they are not what they
-//! should be, or that nobody knows what they should be.
+//! Layers of images that differ on disk from their baseline (`baseline.tampered`). A
+//! difference is reported for each container that sees it, or without a container. The room
+//! `baseline` finds the differences; this file makes the findings.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
-use super::gaps::Until;
-use super::{
-    Effect, Gap, State, entry_evidence, expected, new_finding, removed_evidence, tell_closed,
-};
+use super::evidence::{entry_evidence, expected, removed_evidence};
+use super::findings::{new_finding, set_container};
+use super::gaps::{Gap, Until};
+use super::messages::Effect;
+use super::state::State;
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
 use crate::budget;
 use crate::health::Failure;
-use crate::inventory::{BaselineState, Entry, WatchState};
+use crate::inventory::{BaselineState, Entry};
 use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
     ContainerId, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId, RootfsPath,
 };
-use crate::watch::{SensorCommand, Trust};
 
-/// Who has seen what is wrong with a layer, and who misses a baseline.
+/// The source of these findings.
 const VERIFY: &str = "verify";
-const BASELINE: &str = "baseline";
 
-/// Where a file lies that is told of here.
+/// The filesystem of their files.
 const LAYER: &str = "layer";
 
-/// How many differences of one layer are told one by one, for each container.
-pub(super) const MAX_TOLD: usize = 100;
+/// How many differences of one layer are reported one by one, for each container.
+pub(super) const MAX_REPORTED: usize = 100;
 
-/// A baseline that is there within this time was only late: an image's config is
-/// read a moment after its container, and a busy recorder tries again.
-pub(super) const PATIENCE: SignedDuration = SignedDuration::from_secs(10);
-
-/// A layer that is not what its baseline says.
+/// A layer that differs from its baseline.
 pub(super) struct Tampered {
     pub(super) layer: LayerId,
-    pub(super) witness: String,
-    /// Where it was found; empty if that is not known any more.
+    pub(super) compared_with: String,
+    /// Where the layer was found; empty if that is not known any more.
     pub(super) directories: Vec<PathBuf>,
     pub(super) differences: Vec<LayerDifference>,
     pub(super) total: u64,
-    /// One that the layer is of, if it is known.
+    /// An image that contains the layer, if one is known.
     pub(super) image: ImageReference,
 }
 
 impl State {
-    // ---- a layer that was tampered with
-
     pub(super) fn layer_tampered(
         &mut self,
         mut tampered: Tampered,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        // What may not be told for want of room should not be the programs.
+        // Programs first: the last ones may not be reported one by one.
         tampered.differences.sort_by_key(|difference| !concerns_program(difference));
         let holders: Vec<ContainerId> = self
             .inventory
@@ -74,17 +68,17 @@ impl State {
                 .filter(|difference| is_visible(entry, tampered.layer, difference))
                 .collect();
             seen.extend(visible.iter().map(|difference| difference.path.clone()));
-            self.tell_tampered(&tampered, Some(id), &visible, now, effects);
+            self.report_tampered(&tampered, Some(id), &visible, now, effects);
         }
         let unseen: Vec<&LayerDifference> = tampered
             .differences
             .iter()
             .filter(|difference| !seen.contains(&difference.path))
             .collect();
-        self.tell_tampered(&tampered, None, &unseen, now, effects);
+        self.report_tampered(&tampered, None, &unseen, now, effects);
     }
 
-    fn tell_tampered(
+    fn report_tampered(
         &mut self,
         tampered: &Tampered,
         container: Option<&ContainerId>,
@@ -96,29 +90,31 @@ impl State {
             return;
         }
         let unlisted = tampered.total.saturating_sub(tampered.differences.len() as u64);
-        let untold = (differences.len().saturating_sub(MAX_TOLD) as u64).saturating_add(unlisted);
-        let told = &differences[..differences.len().min(MAX_TOLD)];
-        for (number, difference) in told.iter().enumerate() {
-            let mut detail = format!("layer {}, {}", tampered.layer, tampered.witness);
-            if untold > 0 && number + 1 == told.len() {
-                detail = format!("{detail}; {untold} more differences are not told one by one");
+        let unreported =
+            (differences.len().saturating_sub(MAX_REPORTED) as u64).saturating_add(unlisted);
+        let reported = &differences[..differences.len().min(MAX_REPORTED)];
+        for (number, difference) in reported.iter().enumerate() {
+            let mut detail = format!("layer {}, {}", tampered.layer, tampered.compared_with);
+            if unreported > 0 && number + 1 == reported.len() {
+                detail =
+                    format!("{detail}; {unreported} more differences are not reported one by one");
             }
-            self.tell_difference(tampered, container, difference, detail, now, effects);
+            self.report_difference(tampered, container, difference, detail, now, effects);
         }
-        if untold > 0 {
+        if unreported > 0 {
             let _ = self.health.record(Failure::FindingsFull);
             let detail = format!(
-                "layer {} differs in {} places, {untold} of them were not told one by one",
+                "layer {} differs in {} places, {unreported} of them were not reported one by one",
                 tampered.layer, tampered.total
             );
-            // Said whole, if not one by one: more is not to come.
+            // The layer is reported, if not each difference: no scan makes up for these.
             let (failure, container) = (Failure::FindingsFull, container.cloned());
             let gap = Gap { failure, container, detail, since: now, until: None };
             self.open_gap(gap, Until::Quiet, effects);
         }
     }
 
-    fn tell_difference(
+    fn report_difference(
         &mut self,
         tampered: &Tampered,
         container: Option<&ContainerId>,
@@ -135,26 +131,26 @@ impl State {
         let (entry, is_known, has_room) = match container {
             Some(container) => {
                 let Some(entry) = self.inventory.get(container) else { return };
-                (Some(entry), entry.findings.contains_key(&id), true)
+                (Some(entry), entry.findings.contains(&id), true)
             }
             None => {
                 let known = &self.inventory.of_layers;
                 (None, known.contains_key(&id), known.len() < budget::FINDINGS.number)
             }
         };
-        // However often the layer is compared, it is told once.
+        // The layer may be compared often: a difference is reported once.
         if is_known {
             return;
         }
         if !has_room {
             let _ = self.health.record(Failure::FindingsFull);
-            let detail = format!("{} differs in {layer} and is not told", difference.path);
+            let detail = format!("{} differs in {layer} and is not reported", difference.path);
             self.lost(Failure::FindingsFull, container.cloned(), detail, now, effects);
             return;
         }
         let mut finding = new_finding(&self.node, &self.policy, id, kind, VERIFY, now);
         match (container, entry) {
-            (Some(container), Some(entry)) => finding.belongs_to(container, entry),
+            (Some(container), Some(entry)) => set_container(&mut finding, container, entry),
             _ => finding.image = tampered.image.clone(),
         }
         let known = expected_of(entry, tampered.layer, difference);
@@ -171,7 +167,7 @@ impl State {
         match container {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
-                if !entry.has_room_for(&finding) {
+                if !entry.findings.has_room_for(&finding) {
                     self.fold_finding(container, None, &finding, now, effects);
                     return;
                 }
@@ -179,122 +175,10 @@ impl State {
                 self.publish(container, id, None, now, effects);
             }
             None => {
-                effects.push(Effect::record(&finding));
+                effects.push(Effect::finding(&finding));
                 self.inventory.of_layers.insert(id, finding);
             }
         }
-    }
-
-    // ---- a baseline that cannot be had
-
-    /// Notes that a container has no baseline. It is told when that has been so for
-    /// a while.
-    pub(super) fn misses_baseline(&mut self, id: &ContainerId, now: Timestamp) {
-        let Some(entry) = self.inventory.get_mut(id) else { return };
-        entry.without_baseline.get_or_insert(now);
-        self.unsettled.insert(id.clone());
-    }
-
-    /// When something is to be done although nothing happens.
-    pub(super) fn next_due(&self) -> Option<Timestamp> {
-        let without_baseline = self
-            .unsettled
-            .iter()
-            .filter_map(|id| self.inventory.get(id)?.without_baseline)
-            .min()
-            .map(|since| since.saturating_add(PATIENCE).unwrap_or(Timestamp::MAX));
-        let others = [self.unsaid.due(), self.sessions.due(), self.gaps.next_due()];
-        others.into_iter().chain([without_baseline, self.kill_due()]).flatten().min()
-    }
-
-    pub(super) fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
-        tell_closed(self.gaps.due(now), effects);
-        if self.unsaid.due().is_some_and(|due| due <= now) {
-            self.say_all(effects);
-        }
-        if self.sessions.due().is_some_and(|due| due <= now) {
-            self.say_sessions(now, effects);
-        }
-        self.kill_again(now, effects);
-        let unsettled: Vec<ContainerId> = self.unsettled.iter().cloned().collect();
-        for id in unsettled {
-            let since = self.inventory.get(&id).and_then(|entry| entry.without_baseline);
-            if since.is_some_and(|since| now.duration_since(since).abs() < PATIENCE) {
-                continue;
-            }
-            // While it is being tried again nothing is said. If that fails too, it
-            // comes back here.
-            self.unsettled.remove(&id);
-            self.tell_missing_baseline(&id, now, effects);
-        }
-    }
-
-    fn tell_missing_baseline(
-        &mut self,
-        id: &ContainerId,
-        now: Timestamp,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(entry) = self.inventory.get_mut(id) else { return };
-        let reason = match &entry.baseline {
-            BaselineState::Failed(_, reason) | BaselineState::None(reason) => reason.clone(),
-            BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Ready(_) => return,
-        };
-        // What does not run has nothing to be compared.
-        if entry.pid.is_none() || entry.removed {
-            return;
-        }
-        let kind = Kind::BaselineUnavailable;
-        let finding = FindingId::new(Some(id), kind, &Subject::Reason(&reason));
-        if entry.findings.contains_key(&finding) {
-            return;
-        }
-        let mut missing = new_finding(&self.node, &self.policy, finding, kind, BASELINE, now);
-        missing.belongs_to(id, entry);
-        missing.detail = Some(reason);
-        if !entry.has_room_for(&missing) {
-            self.fold_finding(id, None, &missing, now, effects);
-            return;
-        }
-        entry.insert_finding(missing);
-        self.publish(id, finding, None, now, effects);
-    }
-}
-
-/// How far a container's lower files are trusted. What was seen in another
-/// snapshotter's directories of the same layers says nothing of files that are in
-/// none.
-pub(super) fn trust(entry: &Entry) -> Trust {
-    let has_directories = entry
-        .container
-        .as_ref()
-        .is_some_and(|container| container.layers.iter().all(|layer| layer.directory.is_some()));
-    match &entry.baseline {
-        BaselineState::Ready(_) => {
-            entry.unchanged_since.filter(|_| has_directories).map_or(Trust::Unknown, Trust::UpTo)
-        }
-        BaselineState::Unknown | BaselineState::Pending(_) => Trust::Unknown,
-        BaselineState::Failed(..) | BaselineState::None(_) => Trust::NoBaseline,
-    }
-}
-
-/// Tells the watchers how far to trust, if they watch the container.
-pub(super) fn tell_trust(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effect>) {
-    match entry.watch {
-        WatchState::Asked | WatchState::Attached { .. } => {
-            let trust = trust(entry);
-            effects.push(Effect::Watch(SensorCommand::Trust { container: id.clone(), trust }));
-        }
-        WatchState::No | WatchState::Refused(_) => (),
-    }
-}
-
-/// Tells the watchers what starts the container, if they watch it.
-pub(super) fn tell_entry_point(id: &ContainerId, entry: &Entry, effects: &mut Vec<Effect>) {
-    let is_watched = matches!(entry.watch, WatchState::Asked | WatchState::Attached { .. });
-    if is_watched && !entry.entry_point.is_empty() {
-        let (container, paths) = (id.clone(), entry.entry_point.clone());
-        effects.push(Effect::Watch(SensorCommand::EntryPoint { container, paths }));
     }
 }
 
@@ -315,19 +199,19 @@ fn concerns_program(difference: &LayerDifference) -> bool {
 
 /// Whether a container sees that its layer differs here.
 fn is_visible(entry: &Entry, layer: LayerId, difference: &LayerDifference) -> bool {
-    // What hides the layers below, by being there or by being gone.
+    // Whether it hides the path in the layers below.
     let hides = |entry: &Option<LayerEntry>| match entry {
         Some(LayerEntry::File(file)) => file.file_type != FileType::Directory,
         Some(LayerEntry::Whiteout(_) | LayerEntry::OpaqueDirectory(_)) => true,
         None => false,
     };
-    match &entry.baseline {
+    match &entry.baseline.state {
         BaselineState::Ready(image) => match image.shown_of(layer, &difference.path) {
             Shown::All => true,
             Shown::Below => hides(&difference.expected) != hides(&difference.found),
             Shown::Nothing => false,
         },
-        // Not known yet: better told once too often.
+        // Not known yet: a difference too many is better than one too few.
         BaselineState::Unknown
         | BaselineState::Pending(_)
         | BaselineState::Failed(..)
@@ -335,17 +219,17 @@ fn is_visible(entry: &Entry, layer: LayerId, difference: &LayerDifference) -> bo
     }
 }
 
-/// What should be at the path: what the layer has there or, if it has nothing,
-/// what a container sees of the layers below.
+/// What should be at the path: the entry of the layer or, if it has none, what a container
+/// sees of the layers below.
 fn expected_of(
     entry: Option<&Entry>,
     layer: LayerId,
     difference: &LayerDifference,
 ) -> Option<Known> {
     let own = difference.expected.as_ref().and_then(file_of);
-    match (own, entry.map(|entry| &entry.baseline)) {
+    match (own, entry.map(|entry| &entry.baseline.state)) {
         (Some(file), _) => Some(Known { entry: file.clone(), layer }),
-        // What the layer itself had there, as it was recorded, was wrong.
+        // An entry of the image that comes from this layer was recorded wrongly.
         (None, Some(BaselineState::Ready(image))) => {
             image.get(&difference.path).filter(|known| known.layer != layer)
         }
@@ -353,7 +237,7 @@ fn expected_of(
     }
 }
 
-/// Every byte of what a layer holds that two of them can differ in.
+/// Every byte in which two entries of a layer can differ.
 fn fingerprint(found: Option<&LayerEntry>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut part = |part: &[u8]| {

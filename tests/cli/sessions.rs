@@ -183,5 +183,5 @@ fn probes_are_listed_reported_and_counted_again() {
     );
     let gone = node.run(&["probes", "report", "01"]);
     assert_eq!(gone.code, 2);
-    assert!(gone.err.contains("is of no container that is there"), "{}", gone.err);
+    assert!(gone.err.contains("belongs to no container on this node"), "{}", gone.err);
 }

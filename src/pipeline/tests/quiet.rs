@@ -1,5 +1,5 @@
-//! Which findings are one line in ordinary life, and the attack beside each of them that
-//! is not in it.
+//! Findings of normal operation that become one line, each with an attack beside it that
+//! does not go into that line.
 
 use super::*;
 
@@ -47,7 +47,7 @@ fn loaded(path: &str, content: &str, process: Process, by: Option<Process>) -> F
 impl Node {
     /// Kind, severity, path, files and count of each finding.
     fn lines(&mut self) -> Vec<String> {
-        self.say_all();
+        self.publish();
         let line = |finding: &&Finding| {
             let path = finding.file.as_ref().map_or(String::new(), |file| file.path.to_string());
             let (kind, severity) = (finding.kind, finding.severity);
@@ -59,7 +59,7 @@ impl Node {
 }
 
 #[test]
-fn w06_r32_scripts_under_names_of_a_machine_are_one_line_and_the_evil_one_is_another() {
+fn w06_r32_scripts_under_generated_names_are_one_line_and_the_evil_one_is_another() {
     let mut node = Node::running();
     let shell = |pid| program(pid, "/bin/busybox", &[(1, "/bin/busybox")]);
     for number in 0..60 {
@@ -78,7 +78,7 @@ fn w06_r32_scripts_under_names_of_a_machine_are_one_line_and_the_evil_one_is_ano
         ]
     );
     assert_eq!(node.members().len(), 60, "all are listed");
-    // Worse than the usual: executed by itself, and critical.
+    // Worse than usual: executed, and critical.
     node.see(Source::Gate, exec(at("/home/runner/_work/_temp/7.sh"), "elf"));
     assert!(node.lines()[3].starts_with("exec.new critical"));
 
@@ -89,7 +89,7 @@ fn w06_r32_scripts_under_names_of_a_machine_are_one_line_and_the_evil_one_is_ano
 }
 
 #[test]
-fn r18_one_content_under_made_up_names_is_one_finding_and_another_content_is_not() {
+fn r18_one_content_under_generated_names_is_one_finding_and_another_content_is_not() {
     let mut node = Node::running();
     for number in 0..30_u32 {
         let path = format!("/tmp/a{number:03}Qx{number:03}z");
@@ -112,7 +112,7 @@ fn w07_what_a_transaction_has_brought_is_used_in_one_line_and_what_was_changed_s
     let unpacks = || Some((*descendant(52, &[50])).clone());
     for number in 0..16 {
         let path = format!("/usr/lib/numpy/lib{number}.so");
-        // Half of them before the transaction is told.
+        // Half of them before the transaction is reported.
         let writer = if number < 8 { unpacks() } else { None };
         if number >= 8 {
             let writer = unpacks().map(Arc::new);
@@ -135,7 +135,7 @@ fn w07_what_a_transaction_has_brought_is_used_in_one_line_and_what_was_changed_s
         assert_eq!(finding.transaction, Some(transaction));
         assert!(finding.detail.as_deref().unwrap().contains("package manager"), "{finding:?}");
     }
-    // Somebody has changed it since, or laid something beside it.
+    // Another process has changed a file since, or put one beside it.
     let evil = || Some(program(80, "/bin/busybox", &[(1, "/bin/busybox")]));
     node.see(Source::Gate, run("/usr/bin/jq", "evil", process(72), evil()));
     node.see(Source::Trace, loaded("/usr/lib/numpy/lib3.so", "evil", process(73), evil()));
@@ -164,7 +164,7 @@ fn w07_r13_libraries_of_one_directory_and_process_are_one_line_and_a_preload_is_
         }
         node.see(Source::Trace, fact);
     }
-    // A worker that had ended when it was looked at, in another directory.
+    // A worker that had ended when it was examined, in another directory.
     for number in 0..12 {
         let name = ["cuda", "nvml", "ptx", "gl"][number % 4];
         let path = format!("/opt/drivers/lib{name}.so.{}", number / 4);
@@ -232,7 +232,7 @@ fn w08_what_the_images_linker_has_built_is_one_line_and_what_others_bring_is_not
         node.see(Source::Gate, run(&path, &path, runs(200), linked("/usr/bin/ld")));
     }
     assert_eq!(node.lines(), ["exec.new medium /src/conftesta 25 25"]);
-    // Not the image's linker; another tree; somebody types; nobody knows who wrote it.
+    // Another linker; another tree of processes; an interactive process; an unknown writer.
     node.see(Source::Gate, run("/src/evil", "1", runs(300), linked("/tmp/ld")));
     let other = program(301, "/bin/busybox", &[(2, "/bin/sh"), (100, "/usr/bin/shim")]);
     node.see(Source::Gate, run("/src/evil", "2", other, linked("/usr/bin/ld")));
@@ -255,7 +255,7 @@ fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_the
     node.see(Source::Change, written_by("/src/hello", "hello", links()));
     node.see(Source::Change, written_by("/src/build/_fast.so", "fast", links()));
     node.see(Source::Gate, run("/src/hello", "hello", runs(200), None));
-    // Run before it has settled, and then copied.
+    // Run before its write is reported, and then copied.
     let linked = links().map(|one| (*one).clone());
     node.see(Source::Gate, run("/src/quick", "quick", runs(203), linked));
     node.see(Source::Gate, run("/usr/local/bin/quick", "quick", runs(204), copies()));
@@ -266,7 +266,7 @@ fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_the
     };
     let built = ["exec.new medium /src/hello 4 4", "library.loaded medium /opt/venv/_fast.so 1 1"];
     assert_eq!(used(&mut node), built);
-    // Laid there in its place; and by another tree of processes.
+    // Another content in its place; and a copy by another tree of processes.
     node.see(Source::Gate, run("/usr/local/bin/hello", "evil", runs(300), copies()));
     let other = program(301, "/bin/busybox", &[(2, "/bin/sh"), (100, "/usr/bin/shim")]);
     node.see(Source::Gate, run("/usr/local/bin/other", "hello", other, copies()));
@@ -324,7 +324,7 @@ fn r29_a_script_that_a_package_manager_runs_from_memory_is_its_transactions_and_
     node.see(Source::Trace, script_of("/tmp/config.x", "text", in_tmp));
     assert_eq!(node.lines(), ["package.transaction medium  2 2"]);
     node.see(Source::Gate, memory(Format::Elf, 53, dpkg));
-    // Below it, but of somebody else's choice; and by nobody of it.
+    // Executed by a further descendant of the package manager.
     node.see(Source::Gate, memory(Format::Script, 54, (55, "/bin/busybox")));
     let lines = node.lines();
     assert_eq!(lines.len(), 3, "{lines:#?}");
@@ -338,7 +338,7 @@ fn w10_copies_of_many_programs_are_few_lines_and_a_new_one_among_them_is_its_own
     let image: String = IMAGE.to_owned() + &image.collect::<String>();
     let mut node = Node::running();
     let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
-    node.state.inventory.entry(&id("c1")).baseline = BaselineState::Ready(baseline);
+    node.state.inventory.entry(&id("c1")).baseline.state = BaselineState::Ready(baseline);
     for content in &contents {
         node.see(Source::Change, present(at(&format!("/copy/{content}")), content));
     }
@@ -356,7 +356,7 @@ fn r31_copies_of_the_image_that_are_run_are_few_lines_and_one_in_disguise_is_its
     let image: String = IMAGE.to_owned() + &image.collect::<String>();
     let mut node = Node::running();
     let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
-    node.state.inventory.entry(&id("c1")).baseline = BaselineState::Ready(baseline);
+    node.state.inventory.entry(&id("c1")).baseline.state = BaselineState::Ready(baseline);
     let words = ["a", "e", "i", "o"];
     for (number, content) in contents.iter().enumerate() {
         let path = format!("/run/{}/run", words[number % 4].repeat(number / 4 + 1));
@@ -438,10 +438,10 @@ fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_bes
     let listed = node.members();
     let members: Vec<String> = listed.keys().map(|(_, path)| path.to_string()).collect();
     assert_eq!(members.len(), brought.len(), "{members:#?}");
-    // What is run by the clock stands alone, whoever brings it.
+    // A cron job has a finding of its own, whatever process brings it.
     let job = "/etc/cron.d/job";
     node.see(Source::Change, write(job, job, (*descendant(52, &[50])).clone()));
-    // Somebody else puts one beside them, and changes what was brought.
+    // Another process puts a file beside them, and changes what was brought.
     let shell = || program(80, "/bin/busybox", &[(1, "/bin/busybox")]);
     let beside = "/usr/lib/python3/dist-packages/x.pth";
     node.see(Source::Change, write(beside, "evil", shell()));
@@ -456,7 +456,7 @@ fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_bes
 }
 
 #[test]
-fn w07_what_a_package_lays_where_others_obey_it_is_one_line_and_what_others_lay_there_is_not() {
+fn w07_what_a_package_lays_where_programs_obey_it_is_one_line_and_what_others_lay_there_is_not() {
     let mut node = Node::running();
     let places = ["/etc/init.d/*", "/etc/rc*.d/*", "/etc/passwd"];
     node.state.policy.persistence =

@@ -1,31 +1,31 @@
-//! Which names are made up by a machine: those of temporary files, of steps that are
-//! numbered, of directories that are unpacked anew at each start. Nothing is decided by a
-//! name but which findings are one line, never how bad they are.
+//! Which names are generated: those of temporary files, of numbered steps, of directories
+//! that are unpacked anew at each start. A name only decides which findings are aggregated,
+//! never their severity. Pure.
 
 use crate::model::RootfsPath;
 
-/// A path with a `*` for each part of it that looks made up; `None` if none does.
+/// A path with a `*` for each part that looks generated; `None` if no part does.
 pub(super) fn pattern(path: &RootfsPath) -> Option<Vec<u8>> {
     let mut pattern = Vec::new();
-    let mut is_made_up = false;
+    let mut is_generated = false;
     let mut names = path.relative().split(|&byte| byte == b'/').peekable();
     while let Some(name) = names.next() {
         pattern.push(b'/');
         if add_temporary(name, &mut pattern) {
-            // A directory that was made for one run: what it holds was too.
+            // A directory that was made for one run: its files were too.
             if names.peek().is_some() {
                 pattern.extend(b"/*");
             }
             return Some(pattern);
         }
-        is_made_up |= add(name, &mut pattern);
+        is_generated |= add(name, &mut pattern);
     }
-    is_made_up.then_some(pattern)
+    is_generated.then_some(pattern)
 }
 
-/// Adds a name that was made for something temporary, if it looks like one.
+/// Adds the name of a temporary file or directory, if it looks like one.
 fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
-    // mktemp and its like: the prefix, and then anything.
+    // mktemp and similar programs: a prefix, then anything.
     for prefix in [b"tmp.".as_slice(), b"_MEI", b"ansible-tmp-"] {
         if name.len() >= prefix.len() + 5 && name.starts_with(prefix) {
             pattern.extend([prefix, b"*"].concat());
@@ -42,12 +42,12 @@ fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
     false
 }
 
-/// Adds one name of a path; true if a part of it looks made up.
+/// Adds one name of a path. True if a part of it looks generated.
 fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
-    // What follows is the version of a library, or of what loads it.
+    // The rest is the version of a library, or of the program that loads it.
     let cut = |mark: &[u8]| name.windows(mark.len()).position(|part| part == mark);
     let stem = cut(b".cpython-").or_else(|| cut(b".so")).map_or(name, |at| &name[..at]);
-    let mut is_made_up = false;
+    let mut is_generated = false;
     let mut rest = stem;
     while let Some(&first) = rest.first() {
         let is_part = first.is_ascii_alphanumeric();
@@ -56,12 +56,12 @@ fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
             .position(|byte| byte.is_ascii_alphanumeric() != is_part)
             .unwrap_or(rest.len());
         let (part, after) = rest.split_at(length);
-        // Parts beside each other are one: their number may be by chance.
+        // Adjacent generated parts become one `*`: their number may be random.
         let goes_on = pattern.ends_with(b"*-") || pattern.ends_with(b"*_");
         let is_more = goes_on && part.iter().all(u8::is_ascii_hexdigit);
         let is_numbered = part.len() >= 3 || !pattern.ends_with(b".");
-        if is_part && (is_more || is_numbered && looks_made_up(part)) {
-            is_made_up = true;
+        if is_part && (is_more || is_numbered && looks_generated(part)) {
+            is_generated = true;
             if goes_on {
                 pattern.pop();
             } else {
@@ -73,11 +73,11 @@ fn add(name: &[u8], pattern: &mut Vec<u8>) -> bool {
         rest = after;
     }
     pattern.extend(&name[stem.len()..]);
-    is_made_up
+    is_generated
 }
 
-/// Whether letters and digits look like a number or like chance, and not like a word.
-fn looks_made_up(part: &[u8]) -> bool {
+/// Whether letters and digits look like a number or random characters, and not like a word.
+fn looks_generated(part: &[u8]) -> bool {
     let digits = part.iter().filter(|byte| byte.is_ascii_digit()).count();
     if digits == part.len() {
         return true;
@@ -88,17 +88,17 @@ fn looks_made_up(part: &[u8]) -> bool {
     let ends_in_digits = part[part.len() - digits..].iter().all(u8::is_ascii_digit);
     if digits > 0 {
         // `worker12`, `python3` and `libssl3` are words with a number; a number of many
-        // digits (a pid, a time) is one that a machine has counted.
+        // digits (a pid, a time) is generated.
         let letters = &part[..part.len() - digits];
         return !ends_in_digits
             || digits >= 5
             || is_hexadecimal(part)
-            || looks_made_up_of_letters(letters);
+            || looks_generated_of_letters(letters);
     }
-    looks_made_up_of_letters(part)
+    looks_generated_of_letters(part)
 }
 
-fn looks_made_up_of_letters(part: &[u8]) -> bool {
+fn looks_generated_of_letters(part: &[u8]) -> bool {
     let changes = part
         .windows(2)
         .filter(|pair| pair[0].is_ascii_lowercase() && pair[1].is_ascii_uppercase())
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn w06_names_that_a_machine_makes_up_are_known() {
+    fn w06_generated_names_are_recognised() {
         check("/tmp/tmp.kdPeaKxyzA", Some("/tmp/tmp.*"));
         check("/tmp/tmp.abcdef", Some("/tmp/tmp.*"));
         check("/tmp/tmpab_defgh.sh", Some("/tmp/tmp*.sh"));

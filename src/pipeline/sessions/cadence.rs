@@ -1,5 +1,5 @@
-//! Which commands are run by machines: declared by the container's specification, or
-//! learned from their rhythm. Pure.
+//! The rhythm at which commands come: a command with a steady rhythm is run by a machine.
+//! Pure, and bounded. `probes` decides what follows from a rhythm.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -13,17 +13,17 @@ const MAX_CADENCES: usize = 256;
 /// machine this much in any case.
 const TOLERANCE_PART: i128 = 4;
 const TOLERANCE: SignedDuration = SignedDuration::from_millis(250);
-/// Who comes faster than this is no probe but a loop.
+/// A command that comes faster than this is no probe but a loop.
 const SHORTEST: SignedDuration = SignedDuration::from_millis(50);
 
-/// When commands came, of one container, by their arguments.
+/// When the commands of one container came, by their arguments.
 #[derive(Debug, Default)]
 pub(super) struct Cadences {
     times: HashMap<Vec<String>, VecDeque<Timestamp>>,
 }
 
 impl Cadences {
-    /// Takes note that a command came: the rhythm that it now has, if it has one.
+    /// Notes that a command came. Returns the rhythm that it has now.
     pub(super) fn came(&mut self, argv: &[String], at: Timestamp) -> Rhythm {
         if !self.times.contains_key(argv) && self.times.len() >= MAX_CADENCES {
             let oldest = self.times.iter().min_by_key(|(_, times)| times.back().copied());
@@ -47,9 +47,9 @@ impl Cadences {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rhythm {
-    /// It came once, or anyhow.
+    /// It came once, or irregularly.
     None,
-    /// It came at this interval, but too few times to say so.
+    /// It came at this interval, but too few times to be sure.
     Perhaps(SignedDuration),
     Steady(SignedDuration),
 }
@@ -73,7 +73,7 @@ fn steady(times: &VecDeque<Timestamp>) -> Option<SignedDuration> {
 mod tests {
     use super::*;
 
-    /// What is said when a command has come at these milliseconds.
+    /// The rhythm of a command that has come at these milliseconds.
     #[track_caller]
     fn check(milliseconds: &[i64], expected: Rhythm) {
         let mut cadences = Cadences::default();
@@ -94,13 +94,13 @@ mod tests {
         // On a busy machine.
         let often = Rhythm::Steady(SignedDuration::from_millis(260));
         check(&[0, 200, 460, 900, 1160], often);
-        // After a pause it is another rhythm, until there are enough again.
+        // After a pause the rhythm is another one, until there are enough times again.
         check(&[0, 10_000, 20_000, 30_000, 400_000], Rhythm::None);
         check(&[0, 9, 500_000, 510_000, 520_000, 530_000, 540_000], Rhythm::Steady(seconds(10)));
     }
 
     #[test]
-    fn whoever_comes_anyhow_or_in_a_loop_is_none() {
+    fn a_command_that_comes_irregularly_or_in_a_loop_is_no_probe() {
         check(&[0, 1000, 9000, 12_000, 40_000], Rhythm::None);
         check(&[0, 5, 10, 15, 20, 25], Rhythm::None);
         // A clock that was set back.

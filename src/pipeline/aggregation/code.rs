@@ -1,0 +1,124 @@
+//! The group of code that was run or loaded: by the package manager that brought it, the
+//! linker that made it, or the process that runs it. Pure. What only its place decides on is
+//! in `files`.
+
+use super::group::{Candidate, Common, Group, is_run};
+use super::names;
+use super::packages::transaction_id;
+use crate::baseline::ImageBaseline;
+use crate::detect;
+use crate::inventory::{Aspect, Entry, Reported};
+use crate::model::{
+    Blake3Hash, ContainerId, FindingId, Kind, Process, RootfsPath, Severity, is_linker,
+};
+
+/// Code that was run or loaded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Used<'a> {
+    pub(super) file: Candidate<'a>,
+    pub(super) process: Option<&'a Process>,
+    pub(super) writer: Option<&'a Process>,
+    /// The file may have held other code when it was run.
+    pub(super) could_change: bool,
+    /// A person may type the commands of the process.
+    pub(super) is_interactive: bool,
+}
+
+/// The group of code that has something in common with other code; `None` if it has not.
+pub(super) fn used_group(
+    entry: &Entry,
+    image: &ImageBaseline,
+    container: &ContainerId,
+    used: &Used<'_>,
+) -> Option<Group> {
+    let Candidate { kind, severity, path, content, .. } = used.file;
+    let group = |place, content, common| Group { kind, place, content, common: Some(common) };
+    if let Some(transaction) = brought_by(entry, container, used) {
+        return Some(group(None, None, Common::Brought(transaction)));
+    }
+    if let Some(linker) = built_by(entry, image, used) {
+        return Some(group(None, None, Common::Built { linker }));
+    }
+    let pattern = match kind {
+        // A program makes or unpacks it for itself: any name may be generated.
+        Kind::LibraryLoaded if severity == Severity::Info => any_name_beside(path),
+        _ => names::pattern(path),
+    };
+    let is_handed_over = matches!(kind, Kind::ExecInterpreted | Kind::LibraryLoaded);
+    if severity >= Severity::High && !is_handed_over {
+        // The same content, whatever its name.
+        let is_one_of_many = pattern.is_some() && content.is_some();
+        return is_one_of_many.then(|| group(None, content, Common::Severity(severity)));
+    }
+    let by = match kind {
+        Kind::ExecInterpreted | Kind::LibraryLoaded => used.process.and_then(|one| one.exe.clone()),
+        _ => used.process.and_then(|one| one.ancestors.first()?.exe.clone()),
+    };
+    if let Some(pattern) = pattern {
+        return Some(group(None, None, Common::Pattern { pattern, by, severity }));
+    }
+    let process = used.process.map(|process| process.identity);
+    match (kind, process.filter(|process| process.pid > 0)) {
+        (Kind::LibraryLoaded, Some(process)) => {
+            Some(group(path.parent(), None, Common::Loaded { process, severity }))
+        }
+        _ => None,
+    }
+}
+
+/// The pattern of all names in the directory of a file. The directory's name may be
+/// generated too.
+fn any_name_beside(path: &RootfsPath) -> Option<Vec<u8>> {
+    let all = path.parent()?.join(b"*").ok()?;
+    Some(names::pattern(&all).unwrap_or_else(|| all.as_bytes().to_vec()))
+}
+
+/// The transaction that has brought a file with the content that was run.
+fn brought_by(entry: &Entry, container: &ContainerId, used: &Used<'_>) -> Option<FindingId> {
+    let Candidate { path, content, .. } = used.file;
+    content.filter(|_| !used.could_change)?;
+    let written = entry.members.of(Aspect::Written, path);
+    if let Some((id, reported)) = written
+        && reported == Reported::content(content)
+        && entry.findings.get(&id).is_some_and(|finding| finding.kind == Kind::PackageTransaction)
+    {
+        return Some(id);
+    }
+    let manager = entry.writers.package_manager_of(used.writer?)?;
+    Some(transaction_id(container, manager))
+}
+
+/// The linker of the image that has made the code, if the process belongs to the tree of
+/// processes that has run the linker. What a person runs interactively is no build. A copy of
+/// a linked file (`make install`) has the same content, and counts.
+fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<String> {
+    if used.could_change || used.is_interactive {
+        return None;
+    }
+    let is_code = matches!(used.file.kind, Kind::ExecNew | Kind::LibraryLoaded);
+    let process = used.process.filter(|_| is_code)?;
+    let is_written = |writer: &&Process| writer.exe.as_deref().is_some_and(is_linker);
+    let writer = used.writer.filter(is_written);
+    let writer = writer.or_else(|| entry.writers.linked(used.file.content?))?;
+    let linker = writer.exe.as_deref()?;
+    let file = RootfsPath::new(linker).ok()?;
+    let is_images =
+        detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none();
+    // The last ancestor has started the container: every process has it in common.
+    let inside = writer.ancestors.split_last().map_or(&[][..], |(_, inside)| inside);
+    let is_one_tree = inside.iter().any(|one| process.descends_from(one.identity));
+    (is_images && is_one_tree).then(|| linker.to_owned())
+}
+
+/// Whether a finding reports that this content was run.
+pub(in crate::pipeline) fn is_reported_as_executed(
+    entry: &Entry,
+    path: &RootfsPath,
+    content: Option<Blake3Hash>,
+) -> bool {
+    entry.findings.about_content(path, content).any(|finding| is_run(finding.kind))
+        || Kind::ALL.iter().filter(|kind| is_run(**kind)).any(|kind| {
+            let known = entry.members.of(Aspect::of(*kind), path);
+            known.is_some_and(|(_, reported)| reported == Reported::content(content))
+        })
+}

@@ -1,0 +1,319 @@
+//! Decides whether a judgement goes into an aggregated finding, and into which one. `files`,
+//! `code` and `packages` know the groups; `put` changes the findings. What is left gets a
+//! finding of its own (`findings`).
+
+use std::sync::Arc;
+
+use super::code::{Used, is_reported_as_executed, used_group};
+use super::files::group;
+use super::group::{Candidate, Common, Group, is_run};
+use super::packages::{
+    accounts, files_of_package_manager, installed, is_maintainer_script, is_run_by_manager,
+    is_site_hook, transaction_id,
+};
+use super::put::{MemberFile, Target};
+use crate::baseline::{ImageBaseline, Known};
+use crate::detect::Judgement;
+use crate::inventory::{Aspect, BaselineState, Entry, Reported};
+use crate::model::file::is_program;
+use crate::model::finding::Subject;
+use crate::model::{
+    Blake3Hash, ContainerId, FileType, Filesystem, FindingId, Format, Kind, Process, RootfsPath,
+    Severity,
+};
+use crate::pipeline::evidence::Emission;
+use crate::pipeline::messages::Effect;
+use crate::pipeline::state::State;
+
+impl State {
+    /// Emits a judgement as part of an aggregated finding, if it belongs into one. False if
+    /// it needs a finding of its own.
+    pub(in crate::pipeline) fn emit_aggregated(
+        &mut self,
+        emission: &Emission<'_>,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        let Emission { observation, judgement, evidence, .. } = *emission;
+        let Some(entry) = self.inventory.get(&observation.container) else { return true };
+        let kind = judgement.kind;
+        if is_run(kind) {
+            return self.emit_code(emission, effects);
+        }
+        let Some(path) = evidence.path.filter(|_| evidence.filesystem == Filesystem::Overlay)
+        else {
+            return false;
+        };
+        let writer = evidence.process;
+        let manager = writer.and_then(|process| entry.writers.package_manager_of(process));
+        let manager = manager.cloned();
+        let content = evidence.content();
+        let reported = match kind {
+            Kind::FileRemoved => Reported::REMOVED,
+            _ => Reported::content(content),
+        };
+        let written = MemberFile { aspect: Aspect::Written, path, content, reported };
+        match kind {
+            Kind::FileAdded | Kind::FileModified | Kind::FileRelocated | Kind::FileRemoved => {
+                self.emit_written(written, manager, emission, effects)
+            }
+            Kind::FilePrivileged | Kind::FilePersistence => {
+                self.emit_sensitive(written, manager, emission, effects)
+            }
+            _ => false,
+        }
+    }
+
+    /// Emits a file that was written or removed. `manager`: the package manager that did it.
+    fn emit_written(
+        &mut self,
+        file: MemberFile<'_>,
+        manager: Option<Arc<Process>>,
+        emission: &Emission<'_>,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        let Emission { observation, judgement, .. } = *emission;
+        let container = &observation.container;
+        let MemberFile { path, content, .. } = file;
+        let Some(entry) = self.inventory.get(container) else { return true };
+        let kind = judgement.kind;
+        if kind.is_written() && is_reported_as_executed(entry, path, content) {
+            // The file was run before its write was reported: the finding about the
+            // execution reports it.
+            if let Some(manager) = manager {
+                self.link_to_transaction(container, path, content, &manager, effects);
+                self.put(&Target::Transaction(manager), file, emission, effects);
+            }
+            return true;
+        }
+        if has_own_finding(entry, container, kind, &file) {
+            return false;
+        }
+        let transaction = manager.as_ref().map(|manager| transaction_id(container, manager));
+        if let Some((id, known)) = entry.members.of(Aspect::Written, path)
+            && known == file.reported
+            && transaction.is_none_or(|transaction| transaction == id)
+        {
+            self.seen_again(id, emission, effects);
+            return true;
+        }
+        let target = match manager {
+            Some(manager) => Some(Target::Transaction(manager)),
+            None => {
+                let candidate = candidate(judgement, path, content, None);
+                group(entry, container, &candidate).map(Target::Group)
+            }
+        };
+        let Some(target) = target else { return false };
+        self.put(&target, file, emission, effects);
+        true
+    }
+
+    /// Emits a file with a privilege, or one that other programs obey. If a package manager
+    /// has written it, its transaction lists it too. The severity is the full one.
+    fn emit_sensitive(
+        &mut self,
+        file: MemberFile<'_>,
+        manager: Option<Arc<Process>>,
+        emission: &Emission<'_>,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        let Emission { observation, judgement, evidence, .. } = *emission;
+        let container = &observation.container;
+        let MemberFile { path, content, reported, .. } = file;
+        let Some(entry) = self.inventory.get(container) else { return true };
+        let kind = judgement.kind;
+        let has_own = has_own_finding(entry, container, kind, &file);
+        let transaction = manager.as_ref().map(|manager| transaction_id(container, manager));
+        if let Some(manager) = manager
+            && entry
+                .members
+                .of(Aspect::Written, path)
+                .is_none_or(|known| Some(known.0) != transaction || known.1 != reported)
+        {
+            self.put(&Target::Transaction(manager), file, emission, effects);
+            if is_site_hook(path) {
+                return true;
+            }
+        }
+        if has_own {
+            return false;
+        }
+        let Some(entry) = self.inventory.get(container) else { return true };
+        let candidate = candidate(judgement, path, content, None);
+        let common = match (transaction, &entry.baseline.state) {
+            (Some(transaction), _) => Some(installed(kind, transaction, judgement.severity)),
+            (None, BaselineState::Ready(image)) if kind == Kind::FilePersistence => {
+                accounts(entry, image, &candidate, evidence.process)
+            }
+            _ => None,
+        };
+        let Some(group) = common.or_else(|| group(entry, container, &candidate)) else {
+            return false;
+        };
+        let sensitive = MemberFile { aspect: Aspect::of(kind), ..file };
+        self.put_or_count(group, sensitive, emission, effects);
+        true
+    }
+
+    /// Emits code that was run, if it belongs into an aggregated finding.
+    fn emit_code(&mut self, emission: &Emission<'_>, effects: &mut Vec<Effect>) -> bool {
+        let Emission { observation, judgement, evidence, .. } = *emission;
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get(container) else { return true };
+        let Some(path) = evidence.path else { return false };
+        let (kind, process, content) = (judgement.kind, evidence.process, evidence.content());
+        let reported = Reported::content(content);
+        let file = MemberFile { aspect: Aspect::of(kind), path, content, reported };
+        let is_script = evidence.state.is_some_and(|state| state.format == Format::Script);
+        if let Some(process) = process
+            && let Some(manager) = entry.writers.package_manager_of(process).cloned()
+            && (is_maintainer_script(kind, path) || is_run_by_manager(kind, is_script, process))
+        {
+            let written = MemberFile { aspect: Aspect::Written, ..file };
+            self.put(&Target::Transaction(manager), written, emission, effects);
+            return true;
+        }
+        if has_own_finding(entry, container, kind, &file) {
+            return false;
+        }
+        if let Some((id, known)) = entry.members.of(file.aspect, path)
+            && known == reported
+            && let Some(finding) = entry.findings.get(&id)
+            && finding.severity >= judgement.severity
+            && !evidence.could_change()
+        {
+            let is_single = finding.files.is_none();
+            self.seen_again(id, emission, effects);
+            if is_single {
+                self.publish_aggregate(container, id, effects);
+            }
+            return true;
+        }
+        let Some(group) = self.code_group(entry, path, emission) else { return false };
+        if let (Some(Common::Built { .. }), Some(writer), Some(content)) =
+            (&group.common, evidence.writer, content)
+            && let Some(entry) = self.inventory.get_mut(container)
+        {
+            entry.writers.remember_linked(content, writer);
+        }
+        // Code that a package or a build has brought is at most medium.
+        let severity = match &group.common {
+            Some(Common::Brought(_) | Common::Built { .. }) => {
+                judgement.severity.min(Severity::Medium)
+            }
+            _ => judgement.severity,
+        };
+        let judgement = Judgement { severity, ..judgement.clone() };
+        let emission = Emission { judgement: &judgement, ..*emission };
+        self.put_or_count(group, file, &emission, effects);
+        true
+    }
+
+    /// The group of code that was run.
+    fn code_group(
+        &self,
+        entry: &Entry,
+        path: &RootfsPath,
+        emission: &Emission<'_>,
+    ) -> Option<Group> {
+        let Emission { observation, judgement, evidence, .. } = *emission;
+        let (container, process) = (&observation.container, evidence.process);
+        let root = process.and_then(Process::own_root);
+        let candidate = candidate(judgement, path, evidence.content(), root.as_ref());
+        let is_interactive = process.is_none_or(|process| {
+            process.tty.is_some()
+                || self.sessions.is_interactive(container, observation.session, process)
+        });
+        let used = Used {
+            file: candidate,
+            process,
+            writer: evidence.writer,
+            could_change: evidence.could_change(),
+            is_interactive,
+        };
+        let used_group = match &entry.baseline.state {
+            // Code in the root of another container has nothing in common with code here.
+            BaselineState::Ready(image)
+                if evidence.filesystem != Filesystem::Container
+                    && !root.as_ref().is_some_and(|root| path.is_within(root)) =>
+            {
+                used_group(entry, image, container, &used)
+            }
+            _ => None,
+        };
+        let on_overlay = evidence.filesystem == Filesystem::Overlay;
+        used_group.or_else(|| group(entry, container, &candidate).filter(|_| on_overlay))
+    }
+
+    /// A package manager has written files that were reported as executed before: adds its
+    /// transaction to their findings.
+    fn link_to_transaction(
+        &mut self,
+        container: &ContainerId,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+        manager: &Process,
+        effects: &mut Vec<Effect>,
+    ) {
+        let transaction = Some(transaction_id(container, manager));
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let executed: Vec<FindingId> = entry
+            .findings
+            .about_content(path, content)
+            .filter(|finding| finding.kind.is_exec() && finding.transaction.is_none())
+            .map(|finding| finding.id)
+            .collect();
+        for id in executed {
+            let Some(finding) = entry.findings.get_mut(&id) else { continue };
+            finding.transaction = transaction;
+            finding.revision += 1;
+            effects.push(Effect::finding(finding));
+        }
+    }
+
+    /// Remembers a package manager at work, if it is the image's own.
+    pub(in crate::pipeline) fn package_manager(
+        &mut self,
+        container: &ContainerId,
+        process: &Arc<Process>,
+        image: &ImageBaseline,
+    ) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let Some(files) = files_of_package_manager(process) else { return };
+        if files.iter().all(|file| is_unchanged(entry, image, file)) {
+            entry.writers.remember_package_manager(process.clone());
+        }
+    }
+}
+
+fn candidate<'a>(
+    judgement: &Judgement,
+    path: &'a RootfsPath,
+    content: Option<Blake3Hash>,
+    root: Option<&'a RootfsPath>,
+) -> Candidate<'a> {
+    Candidate { kind: judgement.kind, severity: judgement.severity, path, content, root }
+}
+
+/// Whether this file has a finding of its own already.
+fn has_own_finding(
+    entry: &Entry,
+    container: &ContainerId,
+    kind: Kind,
+    file: &MemberFile<'_>,
+) -> bool {
+    let subject = Subject::File { path: file.path, content: file.content };
+    entry.findings.contains(&FindingId::new(Some(container), kind, &subject))
+}
+
+/// Whether the image has a program here, and no finding was ever about the path.
+fn is_unchanged(entry: &Entry, image: &ImageBaseline, path: &RootfsPath) -> bool {
+    let is_of_image = |known: Known| match known.entry.file_type {
+        FileType::Regular => is_program(known.entry.format, known.entry.mode),
+        FileType::Symlink => true,
+        _ => false,
+    };
+    image.get(path).is_some_and(is_of_image)
+        && entry.findings.about(path).next().is_none()
+        && entry.members.of(Aspect::Written, path).is_none()
+}

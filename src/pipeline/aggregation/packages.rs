@@ -1,0 +1,137 @@
+//! Package managers and other tools of the image that write many files: what they write and
+//! run, and which files make a process a package manager. Pure.
+
+use super::group::{Candidate, Common, Group};
+use crate::baseline::ImageBaseline;
+use crate::detect;
+use crate::inventory::Entry;
+use crate::model::finding::Subject;
+use crate::model::{
+    ContainerId, FindingId, Kind, PackageManager, Process, RootfsPath, Severity, package_manager,
+    programs,
+};
+
+/// The finding that counts what a package manager writes.
+pub(in crate::pipeline) fn transaction_id(container: &ContainerId, manager: &Process) -> FindingId {
+    let subject = Subject::Process(manager.identity);
+    FindingId::new(Some(container), Kind::PackageTransaction, &subject)
+}
+
+/// The group of files that a package manager writes with a privilege, or where other
+/// programs obey them.
+pub(super) fn installed(kind: Kind, transaction: FindingId, severity: Severity) -> Group {
+    let common = Some(Common::Installed { transaction, severity });
+    Group { kind, place: None, content: None, common }
+}
+
+/// The group of the files that one command changes when it changes accounts.
+pub(super) fn accounts(
+    entry: &Entry,
+    image: &ImageBaseline,
+    file: &Candidate<'_>,
+    process: Option<&Process>,
+) -> Option<Group> {
+    const FILES: &[&str] = &["/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow"];
+    let is_one = FILES.iter().any(|one| one.as_bytes() == file.path.as_bytes());
+    let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
+    let exe = process.exe.as_deref()?;
+    let name = |text: &str| text.rsplit('/').next().unwrap_or_default().to_owned();
+    // The first argument names the applet of busybox.
+    let called = match name(exe).as_str() {
+        "busybox" => name(process.argv.as_ref()?.first()?),
+        other => other.to_owned(),
+    };
+    let program = RootfsPath::new(exe).ok()?;
+    let is_images =
+        detect::is_program_of(image, &program) && entry.findings.about(&program).next().is_none();
+    (is_images && programs::changes_accounts(called.as_bytes())).then_some(Group {
+        kind: file.kind,
+        place: None,
+        content: None,
+        common: Some(Common::Accounts { process: process.identity }),
+    })
+}
+
+/// Whether a package manager itself runs this script, directly or with an interpreter.
+/// Further descendants are no part of the package manager.
+pub(super) fn is_run_by_manager(kind: Kind, is_script: bool, process: &Process) -> bool {
+    let can_be = match kind {
+        Kind::ExecScript | Kind::ExecInterpreted => true,
+        Kind::ExecFileless | Kind::ExecTmpfs | Kind::ExecVolume => is_script,
+        _ => false,
+    };
+    // apt executes dpkg, and whatever its settings name.
+    let runs_scripts = |exe: &str, argv: &[String]| {
+        let name = exe.rsplit('/').next().unwrap_or_default();
+        let is_asking = argv.iter().take(3).any(|one| one.ends_with("/dpkg-preconfigure"));
+        let is_manager = package_manager(exe, argv) == Some(PackageManager::Program);
+        is_asking || is_manager && !name.starts_with("apt")
+    };
+    can_be
+        && process.ancestors.first().is_some_and(|parent| {
+            let argv = parent.argv.as_deref().unwrap_or_default();
+            parent.exe.as_deref().is_some_and(|exe| runs_scripts(exe, argv))
+        })
+}
+
+/// Whether a file is run by every Python program of its environment. Packages bring such
+/// files, and programs that import a package run its code anyway.
+pub(super) fn is_site_hook(path: &RootfsPath) -> bool {
+    let Some(parent) = path.parent() else { return false };
+    let (directory, name) = (parent.file_name(), path.file_name());
+    let is_site = directory == b"site-packages" || directory == b"dist-packages";
+    let is_customization =
+        name.starts_with(b"sitecustomize.") || name.starts_with(b"usercustomize.");
+    is_site && (name.ends_with(b".pth") || is_customization)
+        || directory.starts_with(b"python") && is_customization
+}
+
+/// Whether this is a script that a package brings to be run while it is installed, at the
+/// place where package managers put such scripts.
+pub(super) fn is_maintainer_script(kind: Kind, path: &RootfsPath) -> bool {
+    const DIRECTORIES: &[&str] =
+        &["/var/lib/dpkg/info", "/var/lib/dpkg/tmp.ci", "/lib/apk/exec", "/usr/lib/apk/exec"];
+    let is_script = matches!(kind, Kind::ExecScript | Kind::ExecInterpreted);
+    // rpm has no directory of its own for them.
+    is_script
+        && (path.parent().is_some_and(|parent| {
+            DIRECTORIES.iter().any(|directory| parent.as_bytes() == directory.as_bytes())
+                || (parent.as_bytes() == b"/var/tmp" && path.file_name().starts_with(b"rpm-tmp."))
+        }))
+}
+
+/// The files that make this process a package manager: its program and, if the package
+/// manager is a script, the script. `None` if the process is none.
+pub(super) fn files_of_package_manager(process: &Process) -> Option<Vec<RootfsPath>> {
+    let exe = process.exe.as_deref()?;
+    let manager = package_manager(exe, process.argv.as_deref().unwrap_or_default())?;
+    let mut files = vec![RootfsPath::new(exe).ok()?];
+    match manager {
+        // A relative path may be that of a script of the container's own.
+        PackageManager::Script(Some(script)) if !script.starts_with('/') => return None,
+        PackageManager::Script(Some(script)) => files.push(RootfsPath::new(script).ok()?),
+        PackageManager::Script(None) | PackageManager::Program => (),
+    }
+    Some(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maintainer_scripts_are_known_by_where_they_lie() {
+        let check = |path: &str, expected| {
+            let path = RootfsPath::new(path).unwrap();
+            assert_eq!(is_maintainer_script(Kind::ExecScript, &path), expected, "{path}");
+            assert!(!is_maintainer_script(Kind::ExecNew, &path), "{path}");
+        };
+        check("/var/lib/dpkg/info/nmap.postinst", true);
+        check("/var/lib/dpkg/tmp.ci/preinst", true);
+        check("/var/lib/dpkg/info/sub/nmap.postinst", false);
+        check("/lib/apk/exec/socat-1.post-install", true);
+        check("/var/tmp/rpm-tmp.kKzhZb", true);
+        check("/var/tmp/x", false);
+        check("/tmp/nmap.postinst", false);
+    }
+}

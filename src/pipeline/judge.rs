@@ -1,0 +1,376 @@
+//! From an observation to a judgement: the fact is compared with the image, and what is wrong
+//! becomes evidence for a finding.
+//!
+//! `detect` decides; this file chooses the baseline that it decides by, keeps observations
+//! that cannot be judged yet, and hands session facts on to `sessions`.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::commands::send_verdict;
+use super::evidence::Evidence;
+use super::messages::Effect;
+use super::state::State;
+use crate::baseline::ImageBaseline;
+use crate::detect::{self, Assessment, Sensitive};
+use crate::health::Failure;
+use crate::inventory::{BaselineState, Entry};
+use crate::model::{
+    Blake3Hash, ContainerId, Fact, FileType, FindingId, Kind, Observation, Process, RootfsPath,
+    Script, Severity, bytes_of_printable,
+};
+use crate::watch::Verdict;
+
+/// Details of findings.
+const IN_LAYER: &str =
+    "it lies in a layer of the image on this node's disk, not in the container's own layer";
+const BY_MOUNT: &str = "something was mounted there while the container ran";
+const BY_LINKER: &str = "it was run as an argument of the dynamic linker";
+const BY_PIPE: &str = "its text came through a pipe";
+/// A library that a program of the image contains in packed form.
+const EXTRACTED: &str = "the program of the image that loads it has written it itself, into a \
+     temporary directory or one of its own, as programs do that bring libraries along packed";
+const GENERATED: &str = "executable code in a file that is no library: programs generate such \
+     code for themselves";
+
+impl State {
+    /// Turns one fact into findings.
+    pub(super) fn judge(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let container = &observation.container;
+        let is_of_former =
+            self.inventory.get(container).is_some_and(|entry| entry.is_of_former(observation.init));
+        // An observation of the container that had this ID before is judged by the image of
+        // that container.
+        let swap = |state: &mut State| {
+            state.inventory.get_mut(container).into_iter().for_each(Entry::swap_with_former);
+        };
+        if is_of_former {
+            swap(self);
+        }
+        self.judge_current(observation, now, effects);
+        if is_of_former {
+            swap(self);
+        }
+    }
+
+    /// Judges by the baseline that the entry has.
+    fn judge_current(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        // An unknown container has gone, or was armed by the call of its runtime before the
+        // event of containerd arrived.
+        if self.inventory.get(&observation.container).is_none() {
+            let lost = self.unannounced.keep(observation, now);
+            self.not_judged(lost, "containerd has not reported the container", now, effects);
+            return;
+        }
+        if self.session_fact(observation, now, effects) {
+            return;
+        }
+        let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
+        let baseline = match &entry.baseline.state {
+            BaselineState::Ready(baseline) => baseline.clone(),
+            BaselineState::None(_) => return,
+            BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Failed(..) => {
+                let lost = entry.backlog.push(observation.clone());
+                self.not_judged(lost, "its baseline is not ready", now, effects);
+                return;
+            }
+        };
+        if let Fact::PackageManager { process } = &observation.fact {
+            self.package_manager(&observation.container, process, &baseline);
+            return;
+        }
+        let sensitive = Sensitive {
+            persistence: &self.policy.persistence,
+            entry_point: &entry.baseline.entry_point,
+            reached_as: observation.reached_as.as_ref(),
+        };
+        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
+            return;
+        };
+        let is_image = assessment.judgements.is_empty();
+        let verdict = if is_image { Verdict::Image } else { Verdict::Drift };
+        send_verdict(observation, verdict, effects);
+        self.emit_fact(observation, assessment, &baseline, now, effects);
+    }
+
+    /// Handles the facts that need no baseline. False for all others.
+    fn session_fact(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        match &observation.fact {
+            Fact::SessionOpened { opening } => {
+                self.session_opened(observation, opening, now, effects);
+            }
+            Fact::SessionRan { root, run } => self.session_ran(observation, *root, run, now),
+            Fact::SessionRanMore { root, times } => {
+                self.session_ran_more(&observation.container, *root, *times, now);
+            }
+            Fact::SessionInteractive { root, interactive, tty } => {
+                let terminal = (*interactive, tty.as_deref());
+                self.session_interactive(observation, *root, terminal, now, effects);
+            }
+            Fact::SessionProcessEnded { root, process, exit } => {
+                let ended = (*process, *exit);
+                self.session_process_ended(observation, *root, ended, now, effects);
+            }
+            Fact::ReverseShell { process, direct, evidence } => {
+                self.reverse_shell(observation, process, *direct, evidence, now, effects);
+            }
+            Fact::Executed { .. }
+            | Fact::Loaded { .. }
+            | Fact::Interpreted { .. }
+            | Fact::PackageManager { .. }
+            | Fact::Present { .. }
+            | Fact::Absent { .. } => return false,
+        }
+        true
+    }
+
+    fn reverse_shell(
+        &mut self,
+        observation: &Observation,
+        process: &Process,
+        direct: bool,
+        evidence: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        // The process may execute further programs: it stays one reverse shell.
+        if self.is_reverse_shell(&observation.container, process.identity) {
+            return;
+        }
+        let assessment = detect::reverse_shell(direct);
+        let evidence =
+            Evidence { process: Some(process), detail: Some(evidence), ..Evidence::default() };
+        let subject = evidence.subject();
+        let id = FindingId::new(Some(&observation.container), Kind::ShellReverse, &subject);
+        self.reverse_shell_opened(observation, process, direct, id, now, effects);
+        self.emit(observation, &assessment, &evidence, now, effects);
+    }
+
+    /// Collects the evidence of a fact about a file, and emits its judgements.
+    fn emit_fact(
+        &mut self,
+        observation: &Observation,
+        assessment: Assessment,
+        baseline: &ImageBaseline,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let container = &observation.container;
+        let evidence = match &observation.fact {
+            Fact::Executed {
+                path,
+                filesystem,
+                state,
+                lower,
+                process,
+                invoked_as,
+                layer_file,
+                writer,
+                ..
+            } => Evidence {
+                path: Some(path),
+                filesystem: *filesystem,
+                state: Some(state),
+                lower: lower.as_ref(),
+                process: Some(process),
+                writer: writer.as_deref(),
+                invoked_as: invoked_as.as_deref(),
+                detail: layer_file.is_some().then_some(IN_LAYER),
+            },
+            Fact::Loaded { .. } => {
+                return self.emit_loaded(observation, assessment, baseline, now, effects);
+            }
+            Fact::Interpreted { script, process } => {
+                return self.emit_script(observation, &assessment, script, process, now, effects);
+            }
+            Fact::Present { path, state, lower, writer } => {
+                self.mark_deleted(container, path, state.blake3(), false, effects);
+                Evidence {
+                    path: Some(path),
+                    state: Some(state),
+                    lower: lower.as_ref(),
+                    process: writer.as_deref(),
+                    detail: (state.file_type == FileType::Directory).then_some(BY_MOUNT),
+                    ..Evidence::default()
+                }
+            }
+            Fact::Absent { path, writer } => {
+                self.mark_deleted(container, path, None, true, effects);
+                self.mark_gone(observation, path, now);
+                Evidence { path: Some(path), process: writer.as_deref(), ..Evidence::default() }
+            }
+            Fact::ReverseShell { .. }
+            | Fact::PackageManager { .. }
+            | Fact::SessionOpened { .. }
+            | Fact::SessionRan { .. }
+            | Fact::SessionRanMore { .. }
+            | Fact::SessionInteractive { .. }
+            | Fact::SessionProcessEnded { .. } => unreachable!("no facts about files"),
+        };
+        self.emit(observation, &assessment, &evidence, now, effects);
+    }
+
+    fn emit_loaded(
+        &mut self,
+        observation: &Observation,
+        mut assessment: Assessment,
+        baseline: &ImageBaseline,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Fact::Loaded { path, filesystem, state, lower, process, by_linker, is_shared, writer } =
+            &observation.fact
+        else {
+            return;
+        };
+        let is_extracted =
+            self.is_extracted(observation, baseline, process, path, state.blake3(), writer);
+        if is_extracted {
+            for judgement in &mut assessment.judgements {
+                judgement.severity = judgement.severity.min(Severity::Info);
+            }
+        }
+        let is_generated = detect::is_generated(baseline, path, *filesystem, state, *is_shared);
+        let detail = match (is_extracted, by_linker) {
+            _ if is_generated => Some(GENERATED),
+            (true, _) => Some(EXTRACTED),
+            (false, true) => Some(BY_LINKER),
+            (false, false) => None,
+        };
+        let evidence = Evidence {
+            path: Some(path),
+            filesystem: *filesystem,
+            state: Some(state),
+            lower: lower.as_ref(),
+            process: Some(process),
+            writer: writer.as_deref(),
+            detail,
+            ..Evidence::default()
+        };
+        self.emit(observation, &assessment, &evidence, now, effects);
+    }
+
+    /// Whether a program of the image has written the library that it loads. Not in a
+    /// session, and not if the program itself is drift.
+    fn is_extracted(
+        &self,
+        observation: &Observation,
+        baseline: &ImageBaseline,
+        process: &Process,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+        writer: &Option<Arc<Process>>,
+    ) -> bool {
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get(container) else { return false };
+        let added = entry.findings.about_content(path, content);
+        let mut added = added.filter(|finding| finding.kind == Kind::FileAdded);
+        let writer =
+            writer.as_deref().or_else(|| added.find_map(|finding| finding.process.as_ref()));
+        writer.is_some_and(|writer| detect::is_extracted_by_itself(baseline, path, process, writer))
+            && self.sessions.of(container, observation.session, Some(process)).is_none()
+            && !runs_drift(entry, process)
+    }
+
+    fn emit_script(
+        &mut self,
+        observation: &Observation,
+        assessment: &Assessment,
+        script: &Script,
+        process: &Process,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let detail;
+        let evidence = Evidence { process: Some(process), ..Evidence::default() };
+        let evidence = match script {
+            Script::File { path, filesystem, state, lower } => {
+                if self.is_reported_as_script(observation, path, state.blake3()) {
+                    return;
+                }
+                Evidence {
+                    path: Some(path),
+                    filesystem: *filesystem,
+                    state: Some(state),
+                    lower: lower.as_ref(),
+                    ..evidence
+                }
+            }
+            Script::Pipe { from } => {
+                detail = match from {
+                    Some(from) => format!("{BY_PIPE} from {from}"),
+                    None => BY_PIPE.to_owned(),
+                };
+                Evidence { detail: Some(&detail), ..evidence }
+            }
+        };
+        self.emit(observation, assessment, &evidence, now, effects);
+    }
+
+    /// Whether a finding reports that this content was executed as a script. That finding
+    /// covers its interpreter.
+    fn is_reported_as_script(
+        &self,
+        observation: &Observation,
+        path: &RootfsPath,
+        content: Option<Blake3Hash>,
+    ) -> bool {
+        let Some(entry) = self.inventory.get(&observation.container) else { return false };
+        let mut about = entry.findings.about_content(path, content);
+        content.is_some()
+            && observation.file_of.is_none()
+            && about.any(|finding| finding.kind == Kind::ExecScript)
+    }
+
+    /// Observations that waited have no room.
+    fn not_judged(
+        &mut self,
+        lost: Vec<Observation>,
+        awaited: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        for observation in lost {
+            send_verdict(&observation, Verdict::Lost, effects);
+            let _ = self.health.record(Failure::BaselineBacklogFull);
+            let detail = format!("{awaited}, and more observations wait than may wait");
+            let container = Some(observation.container);
+            self.lost(Failure::BaselineBacklogFull, container, detail, now, effects);
+        }
+    }
+
+    /// Judges what was observed of a container before containerd announced it.
+    pub(super) fn announced(
+        &mut self,
+        container: &ContainerId,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        for observation in self.unannounced.take(container) {
+            self.judge(&observation, now, effects);
+        }
+    }
+}
+
+/// Whether a process runs a program that was reported as drift itself.
+fn runs_drift(entry: &Entry, process: &Process) -> bool {
+    let exe = process.exe.as_deref().map(bytes_of_printable);
+    let exe = exe.and_then(|exe| RootfsPath::new(exe).ok());
+    exe.is_none_or(|exe| entry.findings.about(&exe).any(|finding| finding.kind.is_exec()))
+}

@@ -1,0 +1,404 @@
+//! Responses: kills that the settings request, and responses that clients request.
+
+use super::*;
+
+#[test]
+fn a_kill_is_requested_once_for_a_run_and_names_it() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("write c1 /tmp/x evil");
+    assert!(node.requests.is_empty());
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    assert_eq!(node.requests.len(), 1);
+    let request = node.requests.remove(0);
+    assert_eq!(request.action, Action::Kill);
+    let run = node.findings.iter().find(|finding| finding.kind == Kind::ExecNew).unwrap().id;
+    assert_eq!(request.finding, Some(run));
+    let created_at = Some(Timestamp::UNIX_EPOCH);
+    let meant = Incarnation { pid: 7, start_time: Some(700), created_at };
+    assert_eq!(request.incarnation, Some(meant));
+    node.give(became(&request, true, false));
+    assert_eq!(node.findings.last().unwrap().outcome.as_ref().map(|o| o.succeeded), Some(true));
+    node.play("exec c1 /tmp/x evil").wait(1000);
+    assert!(node.requests.is_empty(), "it is killed already");
+    // It runs again, and the program too.
+    node.play("stop c1").init = init(8);
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(container("c1", Some(8))))));
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(
+        node.requests.iter().map(|one| one.incarnation.unwrap().pid).collect::<Vec<_>>(),
+        [8]
+    );
+}
+
+#[test]
+fn h10_a_failed_kill_is_requested_again_while_the_run_is_there_and_each_failure_is_recorded() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    let mut pauses = Vec::new();
+    for _ in 0..12 {
+        let request = node.requests.pop().expect("it is requested again");
+        assert!(node.requests.is_empty());
+        node.give(became(&request, false, false));
+        let from = node.clock;
+        while node.requests.is_empty() {
+            // Further sightings make it no faster.
+            node.play("exec c1 /tmp/x evil").wait(0);
+            assert!(node.clock - from < 1000, "{pauses:?}");
+        }
+        pauses.push(node.clock - from);
+    }
+    assert_eq!(node.responses.len(), 12);
+    assert!(node.responses.iter().all(|kept| !kept.outcome.succeeded));
+    assert!(pauses.is_sorted() && pauses[0] <= 3, "{pauses:?}");
+    assert!((300..=303).contains(pauses.last().unwrap()), "bounded in rate: {pauses:?}");
+    // The run is gone, and with it the reason.
+    let request = node.requests.pop().unwrap();
+    node.give(became(&request, false, false));
+    node.play("stop c1").wait(1000);
+    assert!(node.requests.is_empty() && node.state.kill_due().is_none());
+    assert_eq!(node.responses.len(), 13);
+}
+
+#[test]
+fn h10_a_run_that_is_gone_is_not_tried_again_and_a_clock_that_is_set_back_delays_nothing() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil").clock = 1_000_000;
+    let request = node.requests.pop().unwrap();
+    node.give(became(&request, false, false));
+    node.clock = 1;
+    node.give(Input::Due);
+    let request = node.requests.pop().expect("it is requested again at once");
+    node.give(became(&request, false, true));
+    assert!(node.findings.last().unwrap().outcome.as_ref().is_some_and(|outcome| outcome.gone));
+    node.play("exec c1 /tmp/x evil").wait(1000);
+    assert!(node.requests.is_empty());
+}
+
+/// The actions of the recorded responses, and the inits of their runs.
+fn recorded(node: &Node) -> Vec<(&str, u32)> {
+    let named = |one: &Response| one.incarnation.unwrap().pid;
+    node.responses.iter().map(|one| (&*one.outcome.action, named(one))).collect()
+}
+
+/// Carries out the one kill that is requested.
+fn kill(node: &mut Node, succeeded: bool) {
+    let request = node.requests.remove(0);
+    let Input::Response(mut response) = became(&request, succeeded, false) else { unreachable!() };
+    response.outcome.restarter = Some(Restarter::RestartMonitor);
+    response.outcome.at = Timestamp::from_second(node.clock).unwrap();
+    node.give(Input::Response(response));
+}
+
+fn runs_with(node: &mut Node, pid: u32) {
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(container("c1", Some(pid))))));
+}
+
+#[test]
+fn d01_a_killed_container_that_runs_again_is_recorded_once_with_what_was_to_start_it() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, true);
+    runs_with(&mut node, 7);
+    assert_eq!(recorded(&node), [("kill", 7)], "it is still that run");
+    node.play("stop c1");
+    assert_eq!(recorded(&node), [("kill", 7)]);
+    node.clock += 3;
+    runs_with(&mut node, 8);
+    runs_with(&mut node, 8);
+    node.play("stop c1");
+    runs_with(&mut node, 9);
+    assert_eq!(recorded(&node), [("kill", 7), ("restart", 8)]);
+    let [kill, restart] = &node.responses[..] else { unreachable!() };
+    assert_eq!(restart.finding, kill.finding);
+    assert_eq!(restart.requested_by, "containerd's restart monitor, as was expected");
+    assert_eq!(restart.outcome.restarter, Some(Restarter::RestartMonitor));
+    let message = &restart.outcome.message;
+    assert!(message.starts_with("started again (pid 8), seen 7.0 s after the kill"), "{message}");
+    let last = node.findings.last().unwrap().outcome.as_ref().unwrap();
+    assert_eq!(last.action, "kill", "the kill stays the outcome of the finding");
+}
+
+#[test]
+fn d01_a_restart_that_is_quicker_than_the_response_is_recorded_too() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil\nstop c1");
+    let change = RuntimeEvent::TaskCreated { container: id("c1"), pid: 8, rootfs: None };
+    node.give(Input::Runtime(change));
+    kill(&mut node, true);
+    assert_eq!(recorded(&node), [("kill", 7), ("restart", 8)]);
+}
+
+#[test]
+fn d01_what_was_not_killed_or_is_another_container_has_not_started_again() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, false);
+    node.play("stop c1");
+    runs_with(&mut node, 8);
+    assert_eq!(recorded(&node), [("kill", 7)], "it ended by itself");
+
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, true);
+    node.play("stop c1\nremove c1");
+    runs_with(&mut node, 8);
+    assert_eq!(recorded(&node), [("kill", 7)], "another one has its ID");
+
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("exec c1 /tmp/x evil");
+    kill(&mut node, true);
+    node.play("stop c1");
+    let created_at = Some(Timestamp::from_second(5).unwrap());
+    let other = Container { created_at, ..container("c1", Some(8)) };
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(other))));
+    assert_eq!(recorded(&node), [("kill", 7)], "another one has its ID");
+}
+
+#[test]
+fn d01_a_restart_while_driftd_is_stopped_is_recorded_by_the_next_one() {
+    let mut before = killing(&[Kind::ExecNew]);
+    before.play("exec c1 /tmp/x evil");
+    kill(&mut before, true);
+    let killed = before.responses.remove(0);
+    let mut after = Node::new(Respond::default(), Vec::new());
+    after.state.remember_kill(&killed);
+    runs_with(&mut after, 8);
+    assert_eq!(recorded(&after), [("restart", 8)]);
+    let restart = after.responses.remove(0);
+    let mut later = Node::new(Respond::default(), Vec::new());
+    later.state.remember_kill(&restart);
+    runs_with(&mut later, 9);
+    assert_eq!(recorded(&later), [], "it was recorded before");
+}
+
+#[test]
+fn u08_settings_that_were_read_again_decide_from_then_on_and_verdicts_name_them() {
+    let mut node = killing(&[]);
+    let before = node.state.policy.generation;
+    let set = |node: &mut Node, kinds: &[Kind]| {
+        let respond = Respond { kill_on: kinds.iter().copied().collect() };
+        let patience = jiff::SignedDuration::from_secs(7);
+        let policy = Policy { respond, probe_patience: patience, ..Policy::default() };
+        node.give(Input::Request(ApiRequest::SetPolicy(Box::new(policy))));
+        assert_eq!(node.state.policy.probe_patience, patience);
+    };
+    node.play("exec c1 /tmp/a evil");
+    set(&mut node, &[Kind::ExecNew]);
+    assert!(node.requests.is_empty(), "what was decided before is not decided again");
+    node.play("exec c1 /tmp/b other");
+    assert_eq!(node.requests.len(), 1);
+    let verdict = node.findings.last().unwrap().verdict.clone();
+    assert_eq!(
+        (verdict.rule.as_deref(), verdict.policy_generation),
+        (Some("respond.kill_on"), before + 1)
+    );
+
+    let mut node = killing(&[]);
+    set(&mut node, &[Kind::ExecNew]);
+    set(&mut node, &[]);
+    node.play("exec c1 /tmp/a evil");
+    assert!(node.requests.is_empty());
+    assert_eq!(node.findings.last().unwrap().verdict.policy_generation, before + 2);
+}
+
+#[test]
+fn x11_a_late_observation_of_an_ended_run_requests_no_kill_of_a_later_one() {
+    let mut node = killing(&[Kind::ExecNew, Kind::FileAdded, Kind::SessionInteractive]);
+    // It ends, and another container gets its ID.
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    node.play("stop c1\nremove c1");
+    node.give(Input::Runtime(RuntimeEvent::TaskCreated {
+        container: id("c1"),
+        pid: 8,
+        rootfs: None,
+    }));
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(next))));
+    node.play("baseline\nexec c1 /tmp/big evil\nwrite c1 /tmp/y evil\nsession c1 100 pts/0");
+    let kinds: Vec<Kind> = node.findings.iter().map(|finding| finding.kind).collect();
+    assert!(kinds.contains(&Kind::ExecNew) && kinds.contains(&Kind::FileAdded), "{kinds:?}");
+    assert!(node.requests.is_empty(), "{:?}", node.requests);
+    // The new container is killed for what it does itself.
+    node.init = init(8);
+    node.play("exec c1 /tmp/big evil");
+    let created_at = Some(Timestamp::from_second(60).unwrap());
+    let meant = Incarnation { pid: 8, start_time: Some(800), created_at };
+    assert_eq!(node.requests.iter().map(|one| one.incarnation).collect::<Vec<_>>(), [Some(meant)]);
+}
+
+#[test]
+fn x11_what_a_container_did_is_judged_by_its_own_image_after_its_id_was_given_away() {
+    let mut node = killing(&[Kind::ExecNew]);
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    next.labels = BTreeMap::from([("app".to_owned(), "clean".to_owned())]).into();
+    next.image.name = Some("other:1".into());
+    next.layers[0].chain_id = ChainId([9; 32]);
+    node.play("stop c1\nremove c1");
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(next))));
+    // `ls` belongs to the former image, and the new image is not known yet.
+    node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
+    let reported: Vec<_> =
+        node.findings.iter().map(|finding| (finding.kind, &finding.image.name)).collect();
+    assert_eq!(reported, [(Kind::ExecNew, &None)]);
+    assert!(node.findings[0].container.as_ref().unwrap().labels.is_empty());
+    // What the new one does waits for its baseline.
+    node.init = init(8);
+    node.play("exec c1 /tmp/z evil");
+    assert_eq!(node.findings.len(), 1);
+    assert!(node.requests.is_empty());
+}
+
+#[test]
+fn x11_a_container_is_remembered_after_its_last_scan_for_what_comes_later_still() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("stop c1\nremove c1");
+    node.give(Input::Sensor(SensorEvent::Scanned {
+        container: id("c1"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
+    assert!(node.state.inventory.get(&id("c1")).is_none());
+    let mut next = container("c1", Some(8));
+    next.created_at = Some(Timestamp::from_second(60).unwrap());
+    next.image.name = Some("other:1".into());
+    next.layers[0].chain_id = ChainId([9; 32]);
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(next))));
+    node.play("exec c1 /bin/ls ls\nexec c1 /tmp/x evil");
+    let reported: Vec<_> =
+        node.findings.iter().map(|finding| (finding.kind, &finding.image.name)).collect();
+    assert_eq!(reported, [(Kind::ExecNew, &None)]);
+    assert_eq!(node.findings[0].run.map(|run| run.pid), Some(7));
+    assert!(node.requests.is_empty(), "{:?}", node.requests);
+}
+
+#[test]
+fn x11_a_run_that_was_seen_before_containerd_reported_it_gets_a_response() {
+    let mut node = killing(&[Kind::ExecNew]);
+    node.play("stop c1").init = init(8);
+    node.play("exec c1 /tmp/x evil");
+    let request = node.requests.pop().expect("it runs, although it is not reported yet");
+    assert_eq!(request.incarnation.map(|run| (run.pid, run.start_time)), Some((8, Some(800))));
+    node.give(Input::Runtime(RuntimeEvent::TaskCreated {
+        container: id("c1"),
+        pid: 8,
+        rootfs: None,
+    }));
+    // containerd did not know it yet.
+    node.give(became(&request, false, false));
+    node.wait(2);
+    assert_eq!(node.requests.len(), 1);
+}
+
+#[test]
+fn a_response_needs_no_finding_that_is_kept() {
+    let mut node = killing(&[Kind::ExecFileless]);
+    let container = id("c1");
+    let (finding, kind) = (FindingId([9; 16]), Kind::ExecFileless);
+    let mut effects = Vec::new();
+    let cause = Cause { container: &container, init: Some(init(7)), kind, finding };
+    node.state.respond(&cause, Timestamp::UNIX_EPOCH, &mut effects);
+    let [Effect::Respond(request)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((request.finding, request.incarnation.unwrap().pid), (Some(finding), 7));
+}
+
+pub(super) type Reply = oneshot::Receiver<Result<Response, LookupError>>;
+
+impl Node {
+    pub(super) fn respond(&mut self, container: &str) -> Reply {
+        self.respond_to(container, None)
+    }
+
+    fn respond_to(&mut self, container: &str, cause: Option<(FindingId, Incarnation)>) -> Reply {
+        let (reply, replied) = oneshot::channel();
+        self.give(Input::Request(ApiRequest::Respond {
+            container: container.into(),
+            cause: cause.map(Box::new),
+            action: Action::Pause,
+            reason: "a test".into(),
+            requested_by: "uid 0".into(),
+            no_restart: false,
+            reply,
+        }));
+        replied
+    }
+}
+
+#[test]
+fn u19_a_response_takes_a_whole_name_and_refuses_what_is_gone() {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.play("start web\nstart web-canary");
+    let mut reply = node.respond("web");
+    let request = node.requests.pop().unwrap();
+    assert_eq!((&*request.container.id, request.incarnation.unwrap().pid), ("web", 7));
+    node.give(became(&request, true, false));
+    reply.try_recv().unwrap().unwrap();
+    // Its last scan is not over yet, and the name of the other container begins with its own.
+    node.play("attached web\nstop web\nremove web");
+    let refused = |node: &mut Node, text: &str| {
+        let refused = node.respond(text).try_recv().unwrap().unwrap_err();
+        assert!(node.requests.is_empty(), "{text}");
+        refused
+    };
+    assert!(matches!(refused(&mut node, "web"), LookupError::Gone(_)));
+    node.give(Input::Sensor(SensorEvent::Scanned {
+        container: id("web"),
+        ticket: None,
+        began: Timestamp::UNIX_EPOCH,
+        complete: true,
+    }));
+    let alike = LookupError::NotWhole("web".into(), "default/web-canary".into());
+    assert_eq!(refused(&mut node, "web"), alike);
+    assert_eq!(refused(&mut node, "db"), LookupError::Unknown("db".into()));
+    for text in ["diff", "lookup"] {
+        let (reply, mut diff) = oneshot::channel();
+        let (reply_to_lookup, mut lookup) = oneshot::channel();
+        let container = "web".to_owned();
+        if text == "diff" {
+            node.give(Input::Request(ApiRequest::Diff { container, reply }));
+            assert_eq!(diff.try_recv().unwrap().unwrap_err(), alike);
+        } else {
+            let reply = reply_to_lookup;
+            node.give(Input::Request(ApiRequest::Lookup { container, reply }));
+            assert_eq!(lookup.try_recv().unwrap().unwrap_err(), alike);
+        }
+    }
+}
+
+#[test]
+fn u19_a_response_to_a_finding_is_refused_when_its_run_is_over() {
+    let mut node = Node::running();
+    node.play("exec c1 /tmp/x evil");
+    let finding = node.findings.last().unwrap();
+    let (id, run) = (finding.id, finding.run.expect("a finding names the run it was seen in"));
+    assert_eq!((run.pid, run.start_time), (7, Some(700)));
+    let mut reply = node.respond_to("default/c1", Some((id, run)));
+    let request = node.requests.pop().unwrap();
+    assert_eq!((request.finding, request.incarnation), (Some(id), Some(run)));
+    node.give(became(&request, true, false));
+    reply.try_recv().unwrap().unwrap();
+    let finding = node.findings.last().unwrap();
+    assert_eq!((finding.id, finding.outcome.is_some()), (id, true));
+    // It ends, and the client may still name it.
+    node.play("stop c1");
+    let refused = |node: &mut Node| {
+        let refused = node.respond_to("default/c1", Some((id, run))).try_recv().unwrap();
+        assert!(node.requests.is_empty());
+        refused.unwrap_err()
+    };
+    assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
+    node.give(Input::Runtime(RuntimeEvent::Container(Box::new(container("c1", Some(8))))));
+    assert_eq!(refused(&mut node), LookupError::RunGone("default/c1".into()));
+    // Seen again, it belongs to the current run.
+    node.init = init(8);
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(node.findings.last().unwrap().run.map(|run| run.pid), Some(8));
+}
+
+#[test]
+fn out_of_the_box_no_kill_is_ever_requested() {
+    let mut node = Node::running();
+    node.play("exec c1 /tmp/x evil\nsession c1 100 pts/0");
+    assert!(node.requests.is_empty());
+}
