@@ -93,7 +93,7 @@ pub fn run(
     let findings = reader.told_of(None).context("cannot read the history")?;
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let now = Timestamp::now();
-    let mut state = State::new(node.clone(), policy_of(config), health.clone(), findings, now);
+    let mut state = State::new(node.clone(), Policy::of(config), health.clone(), findings, now);
     let gap = history.last_beat().map(|beat| state.was_not_running(beat, now));
     let mut sessions = Vec::new();
     for mut session in reader.open_sessions().context("cannot read the history")? {
@@ -445,7 +445,7 @@ async fn reload_when_asked(
 async fn apply(now: &mut Reloading, new: &Config) -> String {
     let config::Reloaded { config, applied, at_restart } = now.config.reloaded(new);
     // With what is in force and not with the new file: only some of that applies.
-    let mut policy = Some(Box::new(policy_of(&config)));
+    let mut policy = Some(Box::new(Policy::of(&config)));
     // The pipeline may be waiting for a disk; a worker of the runtime must not.
     while let Some(asked) = policy.take() {
         match now.questions.try_send(ApiRequest::SetPolicy(asked)) {
@@ -472,15 +472,6 @@ async fn apply(now: &mut Reloading, new: &Config) -> String {
         tracing::warn!("{status}");
     }
     status
-}
-
-fn policy_of(config: &Config) -> Policy {
-    Policy {
-        generation: 1,
-        respond: config.respond.clone(),
-        persistence: config.watch.persistence.clone(),
-        probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
-    }
 }
 
 fn keep_of(config: &Config) -> Keep {

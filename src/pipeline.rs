@@ -1757,7 +1757,7 @@ impl State {
         }
     }
 
-    fn status(&self) -> Status {
+    pub fn status(&self) -> Status {
         let mut problems = Vec::new();
         let mut endpoints = Vec::new();
         for (socket, lost) in &self.endpoints {

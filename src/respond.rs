@@ -5,6 +5,8 @@
 //! shim does not keep the others alive.
 
 use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
@@ -95,6 +97,60 @@ impl ResponseRequest {
     }
 }
 
+/// What a response needs of a container runtime. Each of these names one run: where that
+/// is over, nothing is done and the error is [`Error::Gone`].
+pub trait Runtime: Clone + Send + Sync + 'static {
+    /// Kills all processes of a run. `None` stands for a container of which no run is
+    /// known. With `no_restart` the runtime does not start it again, if it would.
+    fn kill(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        no_restart: bool,
+    ) -> impl Future<Output = Result<Killed, Error>> + Send;
+
+    /// Freezes a run; returns what happened, for people.
+    fn pause(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> impl Future<Output = Result<String, Error>> + Send;
+
+    /// Thaws a run; returns what happened, for people.
+    fn resume(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> impl Future<Output = Result<String, Error>> + Send;
+}
+
+impl Runtime for Containerd {
+    async fn kill(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        no_restart: bool,
+    ) -> Result<Killed, Error> {
+        Containerd::kill(self, container, meant, no_restart).await
+    }
+
+    async fn pause(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
+        Containerd::pause(self, container, meant).await
+    }
+
+    async fn resume(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
+        Containerd::resume(self, container, meant).await
+    }
+}
+
 /// What came of an order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
@@ -112,12 +168,12 @@ pub struct Response {
 /// Carries out orders until their sender is gone and the last one is done, or
 /// nobody wants the responses any more. Each order has one response, whatever happens.
 pub async fn run(
-    containerd: Containerd,
+    runtime: impl Runtime,
     orders: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) {
-    let by_containerd = move |order: ResponseRequest| carry_out(containerd.clone(), order);
-    run_with(by_containerd, orders, responses).await;
+    let by_runtime = move |order: ResponseRequest| carry_out(runtime.clone(), order);
+    run_with(by_runtime, orders, responses).await;
 }
 
 async fn run_with<Answering>(
@@ -191,27 +247,10 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
     }
 }
 
-async fn carry_out(containerd: Containerd, order: ResponseRequest) -> Response {
-    let asked = async {
-        let ResponseRequest { container, incarnation: meant, no_restart, .. } = &order;
-        let nobody = |message| Killed { message, restarter: None };
-        match order.action {
-            Action::Kill => containerd.kill(container, *meant, *no_restart).await,
-            Action::Pause => containerd.pause(container, *meant).await.map(nobody),
-            Action::Resume => containerd.resume(container, *meant).await.map(nobody),
-        }
-    };
+async fn carry_out(runtime: impl Runtime, order: ResponseRequest) -> Response {
     let deadline = if order.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
-    let response = match tokio::time::timeout(deadline, asked).await {
-        Ok(Ok(Killed { message, restarter })) => {
-            let mut response = order.answered(true, false, message);
-            response.outcome.restarter = restarter;
-            response
-        }
-        Ok(Err(err @ (Error::Gone(_) | Error::UnknownContainer(_)))) => {
-            order.answered(false, true, err.to_string())
-        }
-        Ok(Err(err)) => order.failed(err.to_string()),
+    let response = match tokio::time::timeout(deadline, ask(&runtime, &order)).await {
+        Ok(result) => response_to(&order, result),
         Err(_) => order.failed(format!(
             "containerd did not answer within {} s; the {} may still happen",
             deadline.as_secs(),
@@ -227,6 +266,39 @@ async fn carry_out(containerd: Containerd, order: ResponseRequest) -> Response {
         outcome.message
     );
     response
+}
+
+/// Carries out one request by a runtime that never waits, such as a replayed one.
+pub fn carry_out_now(runtime: &impl Runtime, order: &ResponseRequest) -> Response {
+    let asked = pin!(ask(runtime, order));
+    match asked.poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => response_to(order, result),
+        Poll::Pending => order.failed("the runtime did not answer at once".into()),
+    }
+}
+
+async fn ask(runtime: &impl Runtime, order: &ResponseRequest) -> Result<Killed, Error> {
+    let ResponseRequest { container, incarnation: meant, no_restart, .. } = order;
+    let done = |message| Killed { message, restarter: None };
+    match order.action {
+        Action::Kill => runtime.kill(container, *meant, *no_restart).await,
+        Action::Pause => runtime.pause(container, *meant).await.map(done),
+        Action::Resume => runtime.resume(container, *meant).await.map(done),
+    }
+}
+
+fn response_to(order: &ResponseRequest, result: Result<Killed, Error>) -> Response {
+    match result {
+        Ok(Killed { message, restarter }) => {
+            let mut response = order.answered(true, false, message);
+            response.outcome.restarter = restarter;
+            response
+        }
+        Err(err @ (Error::Gone(_) | Error::UnknownContainer(_))) => {
+            order.answered(false, true, err.to_string())
+        }
+        Err(err) => order.failed(err.to_string()),
+    }
 }
 
 #[cfg(test)]

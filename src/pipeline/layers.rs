@@ -196,7 +196,7 @@ impl State {
     }
 
     /// When something is to be done although nothing happens.
-    pub(super) fn next_due(&self) -> Option<Timestamp> {
+    pub fn next_due(&self) -> Option<Timestamp> {
         let without_baseline = self
             .unsettled
             .iter()
