@@ -29,6 +29,7 @@ use crate::journal;
 use crate::model::session::MAX_COMMANDS;
 use crate::model::{Command, Session, SessionState};
 use crate::pipeline::{self, Inputs, Outputs, State};
+use crate::policy::Policy;
 use crate::pulse::{Part, Pulse};
 use crate::respond::{Response, ResponseRequest};
 use crate::sys::capabilities::{self, Capabilities};
@@ -42,7 +43,7 @@ use crate::{api, respond};
 mod reload;
 mod stop;
 
-use reload::{Reloading, hangups, keep_of, policy_of, reload_at_hangups};
+use reload::{Reloading, hangups, keep_of, reload_at_hangups};
 use stop::{ApiTask, Followers, PIPELINE, Running};
 
 /// The daemon, in the foreground, until it is asked to stop. `reread` reads the settings
@@ -237,7 +238,7 @@ fn restore(
     // Only those about no container: a container's findings are read when it appears.
     let findings = reader.findings_of_container(None).context("cannot read the history")?;
     let now = Timestamp::now();
-    let mut state = State::new(node.to_owned(), policy_of(config), health.clone(), findings, now);
+    let mut state = State::new(node.to_owned(), Policy::of(config), health.clone(), findings, now);
     let gap = history.last_beat().map(|beat| state.was_not_running(beat, now));
     let sessions = open_sessions(&reader).context("cannot read the history")?;
     let probes = reader.probes(None).context("cannot read the history")?;

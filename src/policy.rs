@@ -4,7 +4,7 @@
 
 use jiff::SignedDuration;
 
-use crate::config::Respond;
+use crate::config::{Config, Respond};
 use crate::model::{Disposition, Kind, PathGlobs, Verdict};
 
 /// The rules in force, with the number of times that they were replaced: the verdict names
@@ -21,6 +21,16 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// The policy that the settings describe.
+    pub fn of(config: &Config) -> Policy {
+        Policy {
+            generation: 1,
+            respond: config.respond.clone(),
+            persistence: config.watch.persistence.clone(),
+            probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
+        }
+    }
+
     pub fn decide(&self, kind: Kind) -> Verdict {
         let kill = self.respond.kill_on.contains(&kind);
         Verdict {

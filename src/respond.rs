@@ -5,6 +5,8 @@
 //! not delay the others. This room decides on no response: the pipeline requests them.
 
 use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
@@ -94,6 +96,60 @@ impl ResponseRequest {
     }
 }
 
+/// What a response needs of a container runtime. Each of these names one run: where that
+/// is over, nothing is done and the error is [`Error::Gone`].
+pub trait Runtime: Clone + Send + Sync + 'static {
+    /// Kills all processes of a run. `None` stands for a container of which no run is
+    /// known. With `no_restart` the runtime does not start it again, if it would.
+    fn kill(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        no_restart: bool,
+    ) -> impl Future<Output = Result<Killed, Error>> + Send;
+
+    /// Freezes a run; returns what happened, for people.
+    fn pause(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> impl Future<Output = Result<String, Error>> + Send;
+
+    /// Thaws a run; returns what happened, for people.
+    fn resume(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> impl Future<Output = Result<String, Error>> + Send;
+}
+
+impl Runtime for Containerd {
+    async fn kill(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        no_restart: bool,
+    ) -> Result<Killed, Error> {
+        Containerd::kill(self, container, meant, no_restart).await
+    }
+
+    async fn pause(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
+        Containerd::pause(self, container, meant).await
+    }
+
+    async fn resume(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+    ) -> Result<String, Error> {
+        Containerd::resume(self, container, meant).await
+    }
+}
+
 /// The outcome of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
@@ -111,12 +167,12 @@ pub struct Response {
 /// Carries out requests until their sender is gone and the last one is done, or until the
 /// receiver of the responses is gone. Each request has one response, whatever happens.
 pub async fn run(
-    containerd: Containerd,
+    runtime: impl Runtime,
     requests: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) {
-    let by_containerd = move |request: ResponseRequest| carry_out(containerd.clone(), request);
-    run_with(by_containerd, requests, responses).await;
+    let by_runtime = move |request: ResponseRequest| carry_out(runtime.clone(), request);
+    run_with(by_runtime, requests, responses).await;
 }
 
 async fn run_with<Responding>(
@@ -190,27 +246,10 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
     }
 }
 
-async fn carry_out(containerd: Containerd, request: ResponseRequest) -> Response {
-    let carried_out = async {
-        let ResponseRequest { container, incarnation: meant, no_restart, .. } = &request;
-        let done = |message| Killed { message, restarter: None };
-        match request.action {
-            Action::Kill => containerd.kill(container, *meant, *no_restart).await,
-            Action::Pause => containerd.pause(container, *meant).await.map(done),
-            Action::Resume => containerd.resume(container, *meant).await.map(done),
-        }
-    };
+async fn carry_out(runtime: impl Runtime, request: ResponseRequest) -> Response {
     let deadline = if request.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
-    let response = match tokio::time::timeout(deadline, carried_out).await {
-        Ok(Ok(Killed { message, restarter })) => {
-            let mut response = request.ended(true, false, message);
-            response.outcome.restarter = restarter;
-            response
-        }
-        Ok(Err(err @ (Error::Gone(_) | Error::UnknownContainer(_)))) => {
-            request.ended(false, true, err.to_string())
-        }
-        Ok(Err(err)) => request.failed(err.to_string()),
+    let response = match tokio::time::timeout(deadline, send_to(&runtime, &request)).await {
+        Ok(result) => response_to(&request, result),
         Err(_) => request.failed(format!(
             "containerd did not answer within {} s; the {} may still happen",
             deadline.as_secs(),
@@ -226,6 +265,39 @@ async fn carry_out(containerd: Containerd, request: ResponseRequest) -> Response
         outcome.message
     );
     response
+}
+
+/// Carries out one request by a runtime that never waits, such as a replayed one.
+pub fn carry_out_now(runtime: &impl Runtime, request: &ResponseRequest) -> Response {
+    let sent = pin!(send_to(runtime, request));
+    match sent.poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => response_to(request, result),
+        Poll::Pending => request.failed("the runtime did not answer at once".into()),
+    }
+}
+
+async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Killed, Error> {
+    let ResponseRequest { container, incarnation: meant, no_restart, .. } = request;
+    let done = |message| Killed { message, restarter: None };
+    match request.action {
+        Action::Kill => runtime.kill(container, *meant, *no_restart).await,
+        Action::Pause => runtime.pause(container, *meant).await.map(done),
+        Action::Resume => runtime.resume(container, *meant).await.map(done),
+    }
+}
+
+fn response_to(request: &ResponseRequest, result: Result<Killed, Error>) -> Response {
+    match result {
+        Ok(Killed { message, restarter }) => {
+            let mut response = request.ended(true, false, message);
+            response.outcome.restarter = restarter;
+            response
+        }
+        Err(err @ (Error::Gone(_) | Error::UnknownContainer(_))) => {
+            request.ended(false, true, err.to_string())
+        }
+        Err(err) => request.failed(err.to_string()),
+    }
 }
 
 #[cfg(test)]

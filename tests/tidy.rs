@@ -25,6 +25,21 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("history", &["health", "model", "respond", "threads"]),
     ("respond", &["containerd", "model"]),
     (
+        "replay",
+        &[
+            "baseline",
+            "config",
+            "containerd",
+            "health",
+            "history",
+            "model",
+            "pipeline",
+            "policy",
+            "respond",
+            "watch",
+        ],
+    ),
+    (
         "pipeline",
         &[
             "baseline",
@@ -70,6 +85,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "history",
             "model",
             "pipeline",
+            "replay",
             "respond",
             "sys",
         ],

@@ -28,6 +28,8 @@ impl ImageBaseline {
     /// opaque /var/lib 755                   a directory that hides what is below it
     /// ```
     ///
+    /// The layers have the diff IDs 1, 2, …
+    ///
     /// # Panics
     ///
     /// When a line cannot be understood.
@@ -35,27 +37,47 @@ impl ImageBaseline {
     pub fn from_text(layers: &[&str]) -> ImageBaseline {
         let diff_ids: Vec<DiffId> =
             (1..).take(layers.len()).map(|number: u8| DiffId([number; 32])).collect();
-        let mut directories = BTreeMap::new();
-        let layers = layers.iter().zip(&diff_ids).map(|(text, diff_id)| {
-            let id = LayerId::Diff(*diff_id);
-            let bytes = layer::write(id, entries(text, &mut directories), Vec::new())
-                .unwrap_or_else(|err| panic!("layer {id}: {err}"));
-            let layer = LayerBaseline::from_bytes(bytes)
-                .unwrap_or_else(|err| panic!("layer {id} was not read back: {err}"));
-            (id, Arc::new(layer))
-        });
-        let layers: Vec<_> = layers.collect();
-        let chain_id = ChainId::of_layers(&diff_ids).last().copied().unwrap_or(ChainId([0; 32]));
-        ImageBaseline::new(chain_id, layers)
+        build(layers, &diff_ids).unwrap_or_else(|problem| panic!("{problem}"))
     }
+
+    /// The same, for a text that may be wrong. A layer's diff ID is made from its text, so
+    /// that different images have different chain IDs.
+    pub fn parse(layers: &[&str]) -> Result<ImageBaseline, String> {
+        let diff_ids: Vec<DiffId> = layers.iter().map(|text| DiffId(blake3_of(text).0)).collect();
+        build(layers, &diff_ids)
+    }
+}
+
+fn build(layers: &[&str], diff_ids: &[DiffId]) -> Result<ImageBaseline, String> {
+    let mut directories = BTreeMap::new();
+    let layers = layers.iter().zip(diff_ids).map(|(text, diff_id)| {
+        let id = LayerId::Diff(*diff_id);
+        let bytes = layer::write(id, try_entries(text, &mut directories)?, Vec::new())
+            .map_err(|err| format!("layer {id}: {err}"))?;
+        let layer = LayerBaseline::from_bytes(bytes)
+            .map_err(|err| format!("layer {id} was not read back: {err}"))?;
+        Ok((id, Arc::new(layer)))
+    });
+    let layers = layers.collect::<Result<Vec<_>, String>>()?;
+    let chain_id = ChainId::of_layers(diff_ids).last().copied().unwrap_or(ChainId([0; 32]));
+    Ok(ImageBaseline::new(chain_id, layers))
+}
+
+/// The same for tests: a wrong line is a panic.
+#[cfg(test)]
+pub(super) fn entries(text: &str, directories: &mut BTreeMap<RootfsPath, u32>) -> Vec<LayerEntry> {
+    try_entries(text, directories).unwrap_or_else(|problem| panic!("{problem}"))
 }
 
 /// The entries of one layer. `directories` are those of the layers below: a
 /// directory that a layer only passes through keeps its mode.
-pub(super) fn entries(text: &str, directories: &mut BTreeMap<RootfsPath, u32>) -> Vec<LayerEntry> {
+fn try_entries(
+    text: &str,
+    directories: &mut BTreeMap<RootfsPath, u32>,
+) -> Result<Vec<LayerEntry>, String> {
     let mut found: BTreeMap<RootfsPath, LayerEntry> = BTreeMap::new();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let entry = parse(line).unwrap_or_else(|| panic!("no entry of a layer: `{line}`"));
+        let entry = parse(line).ok_or_else(|| format!("no entry of a layer: `{line}`"))?;
         found.insert(entry.path().clone(), entry);
     }
     let mut missing: Vec<RootfsPath> = vec![RootfsPath::root()];
@@ -79,7 +101,7 @@ pub(super) fn entries(text: &str, directories: &mut BTreeMap<RootfsPath, u32>) -
             }
         }
     }
-    found.into_values().collect()
+    Ok(found.into_values().collect())
 }
 
 fn parse(line: &str) -> Option<LayerEntry> {

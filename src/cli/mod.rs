@@ -29,6 +29,7 @@ mod metrics;
 mod output;
 mod pages;
 mod probes;
+mod replay;
 mod respond;
 mod sessions;
 mod settings;
@@ -97,6 +98,8 @@ enum Command {
     /// Respond to drift: kill, pause or resume a container
     #[command(subcommand)]
     Respond(respond::Respond),
+    /// Play a text file as if it were a node, and show what driftd reports of it
+    Replay(replay::Replay),
     /// Print the completions of a shell
     Completions { shell: clap_complete::Shell },
     /// Print the manual page
@@ -195,6 +198,7 @@ impl Cli {
             Command::Members(members) => members.run(reader),
             Command::Probes(probes) => probes.run(reader),
             Command::Respond(respond) => respond.run(server),
+            Command::Replay(replay) => replay.run(),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),
             Command::Guardian => Ok(match crate::guardian::run()? {

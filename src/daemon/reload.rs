@@ -53,7 +53,7 @@ pub(super) async fn reload_at_hangups(
 async fn apply(now: &mut Reloading, new: &Config) -> String {
     let config::Reloaded { config, applied, at_restart } = now.config.reloaded(new);
     // Made of what is in force now, because only a part of the new file is.
-    let mut policy = Some(Box::new(policy_of(&config)));
+    let mut policy = Some(Box::new(Policy::of(&config)));
     // The pipeline may be waiting for a disk; a worker of the runtime must not.
     while let Some(changed) = policy.take() {
         match now.requests.try_send(ApiRequest::SetPolicy(changed)) {
@@ -80,15 +80,6 @@ async fn apply(now: &mut Reloading, new: &Config) -> String {
         tracing::warn!("{status}");
     }
     status
-}
-
-pub(super) fn policy_of(config: &Config) -> Policy {
-    Policy {
-        generation: 1,
-        respond: config.respond.clone(),
-        persistence: config.watch.persistence.clone(),
-        probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
-    }
 }
 
 pub(super) fn keep_of(config: &Config) -> Keep {

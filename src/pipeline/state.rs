@@ -150,7 +150,7 @@ impl State {
     }
 
     /// When something is due although nothing happens.
-    pub(super) fn next_due(&self) -> Option<Timestamp> {
+    pub fn next_due(&self) -> Option<Timestamp> {
         let others = [self.unpublished.due(), self.sessions.due(), self.gaps.next_due()];
         others.into_iter().chain([self.missing_baseline_due(), self.kill_due()]).flatten().min()
     }

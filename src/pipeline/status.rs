@@ -9,7 +9,7 @@ use crate::inventory::{BaselineState, Entry, WatchState};
 use crate::model::{ContainerId, Task};
 
 impl State {
-    pub(super) fn status(&self) -> Status {
+    pub fn status(&self) -> Status {
         let mut problems = Vec::new();
         let mut endpoints = Vec::new();
         for (socket, lost) in self.endpoints.iter() {
