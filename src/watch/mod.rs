@@ -18,189 +18,47 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`SensorEvent::Lost`]).
 
-mod acts;
-mod arguments;
-mod arm;
-mod attachments;
-mod calls;
-mod closings;
 mod code;
-mod content;
 mod control;
-mod copyup;
-mod crowd;
-mod deeds;
-mod fair;
-mod feed;
+mod core;
+mod exec;
 mod files;
-mod gate;
-mod given;
-mod interpreters;
-mod libraries;
-mod lower;
 mod mounts;
-mod names;
-mod namespaces;
-mod packages;
 mod process;
-mod processes;
-mod roots;
-mod scan;
-mod scripts;
 mod sessions;
-mod shared;
-mod shells;
-mod state;
-mod table;
-mod take;
-mod terminals;
-mod trace;
-mod trial;
-mod trust;
-mod unproven;
-mod unseen;
-mod ways;
-mod writable;
-mod writers;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use jiff::Timestamp;
 
-pub use self::arm::Scope;
-pub use self::trace::Executions;
-pub use self::trial::{Distrust, try_free_gate};
-pub use self::trust::{Trust, Verdict};
+pub use self::control::arm::Scope;
+pub use self::core::message::{Error, SensorCommand, SensorEvent};
+pub use self::core::trust::{Trust, Verdict};
+pub use self::exec::trace::Executions;
+pub use self::exec::trial::{Distrust, try_free_gate};
 
-use self::copyup::Free;
-use self::gate::{Arrivals, ExecMarks};
-use self::shared::{LAST_WORDS, Shared};
-use self::trace::{Recorder, Trace, TraceConsumer};
+use self::code::{interpreters, libraries};
+use self::control::{arm, commands};
+use self::core::copyup::Free;
+use self::core::fair;
+use self::core::shared::{LAST_WORDS, Shared};
+use self::exec::gate::{Arrivals, ExecMarks};
+use self::exec::trace::{Recorder, Trace, TraceConsumer};
+use self::exec::{content, gate, processes, take, unseen};
+use self::files::{feed, packages, scan};
+use self::mounts::marking;
+use self::sessions::acts;
 use crate::config;
 use crate::gate::{Gate, Stopper};
 use crate::health::{Backlogs, Failure, Health};
-use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
+use crate::model::ContainerId;
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
 use crate::threads::{self, Depth, Event, Left, Role};
-
-/// What the pipeline asks of the watchers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SensorCommand {
-    /// Mark the overlay of the container whose init is `pid`, then scan it.
-    /// Asking again for the same container and pid only fills in `rootfs`.
-    Attach { container: ContainerId, pid: u32, rootfs: Option<OverlayDirs> },
-    /// The init process has ended: scan the upperdir a last time, then forget
-    /// the container. With a pid, only if that was its init: the container may run
-    /// anew by the time that this is read.
-    Detach { container: ContainerId, pid: Option<u32> },
-    /// Walk the upperdir now. With a ticket, the batches and the end of this
-    /// scan carry it.
-    Scan { container: ContainerId, ticket: Option<u64> },
-    /// Walk the upperdir of a container that does not run, for whoever has asked with this
-    /// ticket. Nothing is marked, and nothing is reported but [`SensorEvent::Compared`].
-    Compare {
-        container: ContainerId,
-        ticket: u64,
-        rootfs: OverlayDirs,
-        entry_point: Vec<RootfsPath>,
-    },
-    /// From now on, this is how far the files of the image's layers are trusted.
-    /// What was judged before counts no more.
-    Trust { container: ContainerId, trust: Trust },
-    /// These files of the image start the container: what they hold matters, even
-    /// where it is no program.
-    EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
-    /// Its init may have a terminal. This FIFO leads there, where that is known; with
-    /// `is_handed_on`, its manager holds it open for whoever attaches.
-    Terminal { container: ContainerId, input: Option<PathBuf>, is_handed_on: bool },
-    /// How an executed file of the image's layers was judged.
-    Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
-}
-
-/// What the watchers tell the pipeline.
-#[derive(Debug, Clone)]
-#[expect(clippy::large_enum_variant, reason = "nearly every report is an observation")]
-pub enum SensorEvent {
-    Attached {
-        container: ContainerId,
-        /// The init of the run that was meant: a report may come when another one has begun.
-        pid: u32,
-        /// The gate was in place before the entry point ran.
-        before_start: bool,
-    },
-    /// The container began while driftd ran, and ran for a moment before its marks were in
-    /// place. May come before or after [`SensorEvent::Attached`], and is right where they differ.
-    Unarmed {
-        container: ContainerId,
-        pid: u32,
-        began: Timestamp,
-        marked: Timestamp,
-    },
-    /// The container cannot be watched, or not any more.
-    NotAttached {
-        container: ContainerId,
-        pid: u32,
-        reason: String,
-    },
-    Observed(Observation),
-    /// Some of what a scan found; a scan reports every entry of the upperdir
-    /// that is not a plain directory.
-    ScanBatch {
-        container: ContainerId,
-        ticket: Option<u64>,
-        observations: Vec<Observation>,
-    },
-    /// The scan is over.
-    Scanned {
-        container: ContainerId,
-        ticket: Option<u64>,
-        began: Timestamp,
-        /// Whether the whole upperdir was walked.
-        complete: bool,
-    },
-    /// What a walk of a container that does not run has found. It answers a question and is
-    /// not judged: nobody saw it happen.
-    Compared {
-        ticket: u64,
-        observations: Vec<Observation>,
-        /// The walk is over, and whether it was whole.
-        end: Option<bool>,
-    },
-    /// What was said to be seen no more, and what no walk makes up for, is seen again.
-    Over {
-        failure: Failure,
-        container: Option<ContainerId>,
-    },
-    /// Something was not seen. `container` is `None` when it may be any of them.
-    /// The watchers have already asked themselves for the rescan.
-    Lost {
-        failure: Failure,
-        container: Option<ContainerId>,
-        detail: String,
-        at: Timestamp,
-    },
-}
-
-/// Why the watchers cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Fanotify(#[from] fanotify::Error),
-    #[error("cannot prepare for being asked before a container's runtime runs: {0}")]
-    Arming(#[source] io::Error),
-    #[error("cannot make an event descriptor: {0}")]
-    Wake(#[source] io::Error),
-    #[error("cannot start the thread `{name}`: {source}")]
-    Thread { name: &'static str, source: io::Error },
-}
 
 /// What of [`Watch::left`] is not lost.
 pub const LEFT_TO_THE_START: &str = "changed files, which the next start looks at";
@@ -222,7 +80,7 @@ const OTHER_DESCRIPTORS: u64 = 2048;
 #[derive(Debug)]
 pub struct Watch {
     shared: Arc<Shared>,
-    marker: Arc<control::Marker>,
+    marker: Arc<commands::Marker>,
     commands: Sender<SensorCommand>,
     threads: Vec<&'static str>,
     executions: Executions,
@@ -233,7 +91,7 @@ pub struct Watch {
     gate_turns: Arc<AtomicU64>,
 }
 
-impl std::fmt::Debug for control::Marker {
+impl std::fmt::Debug for commands::Marker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Marker")
     }
@@ -295,8 +153,8 @@ impl Watch {
         let proven = described.clone();
         let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
 
-        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
-        let marker = Arc::new(control::Marker {
+        let mounts = Arc::new(marking::Mounts::new(shared.clone(), marks.clone(), notifier)?);
+        let marker = Arc::new(commands::Marker {
             shared: shared.clone(),
             marks,
             free,
@@ -429,7 +287,7 @@ impl Watch {
         let supervised = shared.clone();
         watch.spawn("supervisor", Role::Unsupervised, None, move || supervise(&supervised))?;
         let depth = threads::depth_of(&receive_commands);
-        let thread = control::Control {
+        let thread = commands::Control {
             shared,
             marker,
             orders,
