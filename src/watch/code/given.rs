@@ -5,18 +5,18 @@
 
 use std::os::fd::OwnedFd;
 
-use super::libraries::processes_of;
 use super::shells::Pipe;
 use crate::model::FileType;
 use crate::sys::door::{self, Base, Held, Way};
 use crate::sys::file;
 use crate::sys::overlay::strip_directory;
 use crate::sys::procfs::{self, Descriptor, Handle};
-use crate::watch::core::table::Watched;
+use crate::watch::core::watched::Watched;
+use crate::watch::process::reach;
 
 /// What was found.
 #[derive(Debug)]
-pub(in crate::watch) enum Given {
+pub(crate) enum Given {
     /// A regular file, held only to be looked at.
     File(OwnedFd),
     /// A pipe, or a FIFO.
@@ -33,7 +33,7 @@ pub(in crate::watch) enum Given {
 const MOST_DETOURS: u32 = 4;
 
 /// What a name leads to where a process is.
-pub(in crate::watch) fn by_name(watched: &Watched, handle: &Handle, name: &[u8]) -> Given {
+pub(crate) fn by_name(watched: &Watched, handle: &Handle, name: &[u8]) -> Given {
     let base = handle.open_working_directory().ok().map(|fd| Base {
         fd,
         path: handle.cwd().map(|cwd| below_root(watched, handle, cwd)).unwrap_or_default(),
@@ -43,7 +43,7 @@ pub(in crate::watch) fn by_name(watched: &Watched, handle: &Handle, name: &[u8])
 }
 
 /// What a process has open under a number.
-pub(in crate::watch) fn by_descriptor(handle: &Handle, number: u32) -> Given {
+pub(crate) fn by_descriptor(handle: &Handle, number: u32) -> Given {
     match handle.descriptor(number) {
         Ok(Descriptor::Pipe { device, inode }) => Given::Pipe((device, inode)),
         Ok(Descriptor::Other) => held(handle.open_descriptor(number)),
@@ -57,7 +57,7 @@ pub(in crate::watch) fn by_descriptor(handle: &Handle, number: u32) -> Given {
 /// The file that a shell reads its script from: under the number that bash uses, or else
 /// one of the first that other shells use for themselves. What its parent has under the
 /// same number was given to it.
-pub(in crate::watch) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
+pub(crate) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
     let parent = Handle::open(handle.first_stat().parent).ok();
     let identity = |fd: &OwnedFd| file::stat(fd).ok().map(|stat| (stat.device, stat.inode));
     [255, 10, 11].into_iter().find_map(|number| {
@@ -156,7 +156,7 @@ fn in_proc(watched: &Watched, handle: &Handle, names: &[&[u8]], detours: u32) ->
             if handle.own_number() == Some(wanted) {
                 handle
             } else {
-                let mut all = processes_of(watched).into_iter();
+                let mut all = reach::processes_of(watched).into_iter();
                 let own = all.find(|process| process.own_number() == Some(wanted));
                 other = own.or_else(|| in_pid_namespace_of(handle, wanted));
                 let Some(other) = &other else { return Given::Missing };

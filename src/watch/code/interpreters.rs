@@ -10,53 +10,23 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::given;
-use super::given::Given;
-use super::inspect;
-use super::inspect::Code;
-use super::libraries::processes_of;
-use super::scripts;
-use super::scripts::Language;
-use super::scripts::Runs;
-use super::shells;
-use super::shells::Neighbour;
-use super::shells::Pipe;
-use super::shells::Standard;
+use super::given::{self, Given};
+use super::inspect::{self, Code};
+use super::scripts::{self, Language, Runs};
+use super::shells::{self, Neighbour, Pipe, Standard};
+use super::started::Started;
 use crate::health::Failure;
 use crate::model::{ContainerId, Fact, Filesystem, Process, RootfsPath, Script, Source};
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
 use crate::sys::{errand, file, mounts, overlay};
 use crate::threads;
-use crate::watch::core::fair::Owned;
 use crate::watch::core::fair::Receiver;
 use crate::watch::core::shared::Next;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::exec::trace;
+use crate::watch::core::watched::Watched;
+use crate::watch::files::shared::Files;
+use crate::watch::process::activity::{Act, Event};
 use crate::watch::process::arguments::Recorded;
-use crate::watch::process::describe;
-use crate::watch::sessions::acts::Act;
-use crate::watch::sessions::acts::Event;
-
-/// A process of a container that has become something that may be an interpreter.
-#[derive(Clone, Debug)]
-pub(in crate::watch) struct Started {
-    pub(in crate::watch) watched: Arc<Watched>,
-    pub(in crate::watch) pid: u32,
-    /// The program's own file, if it was recorded.
-    pub(in crate::watch) file: Option<Arc<[u8]>>,
-    /// As it was given to execve.
-    pub(in crate::watch) exec_name: Box<[u8]>,
-    /// When, by the clock of the kernel's records.
-    pub(in crate::watch) executed: u64,
-    pub(in crate::watch) at: Timestamp,
-}
-
-impl Owned for Started {
-    fn owner(&self) -> &ContainerId {
-        &self.watched.container
-    }
-}
+use crate::watch::process::{describe, reach, records};
 
 /// When a shell is looked at again: what it has for input and output may come
 /// later than its start.
@@ -102,7 +72,7 @@ struct Named {
 /// Shells that are to be looked at again. Not the thread's own, so that another one can
 /// go on with them.
 #[derive(Default)]
-pub(in crate::watch) struct Waiting(Mutex<Queues>);
+pub(crate) struct Waiting(Mutex<Queues>);
 
 #[derive(Default)]
 struct Queues {
@@ -137,7 +107,7 @@ impl Queues {
     }
 }
 
-pub(in crate::watch) fn run(shared: &Shared, started: &Receiver<Box<Started>>, waiting: &Waiting) {
+pub(crate) fn run(shared: &Files, started: &Receiver<Box<Started>>, waiting: &Waiting) {
     let mut around = Around::default();
     let mut unreadable = Unreadable { told: errand::given_up(), last: None };
     loop {
@@ -174,7 +144,7 @@ pub(in crate::watch) fn run(shared: &Shared, started: &Receiver<Box<Started>>, w
 }
 
 /// What waits is told as far as it is known: nobody looks again after this.
-fn look_a_last_time(shared: &Shared, waiting: &Waiting, around: &mut Around) {
+fn look_a_last_time(shared: &Files, waiting: &Waiting, around: &mut Around) {
     let mut queues = std::mem::take(&mut *waiting.queues());
     while let Some(look) = queues.take_any() {
         if !shared.may_tell() {
@@ -197,7 +167,7 @@ struct Unreadable {
 const BETWEEN_UNREADABLE: Duration = Duration::from_secs(10);
 
 impl Unreadable {
-    fn tell(&mut self, shared: &Shared) {
+    fn tell(&mut self, shared: &Files) {
         let count = errand::given_up();
         if count == self.told || self.last.is_some_and(|last| last.elapsed() < BETWEEN_UNREADABLE) {
             return;
@@ -217,18 +187,18 @@ enum Seen {
     NotYet(Box<Look>),
 }
 
-fn wait_for(shared: &Shared, waiting: &mut [VecDeque<Look>; AGAIN.len()], mut look: Look) {
+fn wait_for(shared: &Files, waiting: &mut [VecDeque<Look>; AGAIN.len()], mut look: Look) {
     let Some(after) = AGAIN.get(look.again) else { return };
     look.due = Instant::now() + *after;
     push(shared, &mut waiting[look.again], look);
 }
 
-fn defer(shared: &Shared, deferred: &mut VecDeque<Look>, mut look: Look) {
+fn defer(shared: &Files, deferred: &mut VecDeque<Look>, mut look: Look) {
     look.due = Instant::now() + BETWEEN_NEIGHBOURS;
     push(shared, deferred, look);
 }
 
-fn push(shared: &Shared, queue: &mut VecDeque<Look>, look: Look) {
+fn push(shared: &Files, queue: &mut VecDeque<Look>, look: Look) {
     if queue.len() < MAX_WAITING {
         queue.push_back(look);
     } else {
@@ -238,7 +208,7 @@ fn push(shared: &Shared, queue: &mut VecDeque<Look>, look: Look) {
 }
 
 /// The first look, right behind the execve; `None` if there is nothing more to see.
-fn first(shared: &Shared, started: Started) -> Option<Look> {
+fn first(shared: &Files, started: Started) -> Option<Look> {
     let Started { watched, pid, file, exec_name, executed, at } = started;
     let handle = Handle::open(pid).ok()?;
     let exe = handle.exe().ok()?;
@@ -310,7 +280,7 @@ fn first(shared: &Shared, started: Started) -> Option<Look> {
 
 /// Finds the script that was given by name, and judges it. The name is looked up first:
 /// what the shell has not opened yet, it will find there.
-fn named(shared: &Shared, look: &mut Look) {
+fn named(shared: &Files, look: &mut Look) {
     let Some(script) = &look.script else { return };
     let by_name = given::by_name(&look.watched, &look.handle, &script.name);
     let held = script.is_shells.then(|| given::held_by_shell(&look.handle)).flatten();
@@ -321,7 +291,7 @@ fn named(shared: &Shared, look: &mut Look) {
 }
 
 /// Tells of a script, if it is not the image's own.
-fn take(shared: &Shared, look: &mut Look, given: Given) {
+fn take(shared: &Files, look: &mut Look, given: Given) {
     match given {
         Given::File(fd) => {
             match inspect::look_at(shared, &look.watched, Some(&look.handle), &fd) {
@@ -373,7 +343,7 @@ fn is_on_root(look: &Look, path: &[u8]) -> bool {
 
 /// A later look at a script: by now the shell has opened it, or the name has led nowhere
 /// for so long that it was no mistake.
-fn named_again(shared: &Shared, look: &mut Look) {
+fn named_again(shared: &Files, look: &mut Look) {
     let Some(script) = &mut look.script else { return };
     let is_missing = std::mem::take(&mut script.is_missing);
     let is_shells = script.is_shells && !std::mem::replace(&mut script.is_certain, true);
@@ -406,7 +376,7 @@ fn named_again(shared: &Shared, look: &mut Look) {
 
 /// A later look: it may have become a shell on a connection, or have been one all
 /// along, with pipes in between.
-fn again(shared: &Shared, mut look: Look, around: &mut Around) -> Seen {
+fn again(shared: &Files, mut look: Look, around: &mut Around) -> Seen {
     let is_alive = look.handle.stat().is_ok_and(|stat| !stat.has_ended());
     if is_alive {
         named_again(shared, &mut look);
@@ -459,14 +429,14 @@ fn standard(handle: &Handle) -> Standard {
 }
 
 /// Tells of a shell on a connection; whether it is one.
-fn direct(shared: &Shared, look: &Look, standard: &Standard) -> bool {
+fn direct(shared: &Files, look: &Look, standard: &Standard) -> bool {
     let Some(inode) = standard.socket().filter(|_| !look.is_service) else { return false };
     let Some(connection) = look.handle.connections().remove(&inode) else { return false };
     tell_shell(shared, look, true, shells::direct(&connection.remote));
     true
 }
 
-fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
+fn tell_shell(shared: &Files, look: &Look, direct: bool, evidence: String) {
     let root = look.process.identity;
     let process = Arc::new(look.process.clone());
     let fact = Fact::ReverseShell { process, direct, evidence };
@@ -481,13 +451,13 @@ fn tell_shell(shared: &Shared, look: &Look, direct: bool, evidence: String) {
     }
 }
 
-fn tell_script(shared: &Shared, look: &mut Look, code: Code, is_told_when_executed: bool) {
+fn tell_script(shared: &Files, look: &mut Look, code: Code, is_told_when_executed: bool) {
     let Code { path, filesystem, state, lower, file_of } = code;
     let process = Arc::new(look.process.clone());
     let executed = look.script.as_ref().filter(|script| script.is_executed);
     let fact = match executed {
         // A descriptor that was executed is the trace's affair.
-        Some(script) if is_told_when_executed || trace::descriptor(&script.name).is_some() => {
+        Some(script) if is_told_when_executed || records::descriptor(&script.name).is_some() => {
             return;
         }
         Some(_) => Fact::Executed {
@@ -549,7 +519,7 @@ fn is_shell_on(handle: &Handle, connection: u64) -> bool {
 /// The processes of a container, with what leads to and from them.
 fn neighbours(watched: &Watched) -> Vec<Neighbour> {
     let mut connections = None;
-    processes_of(watched)
+    reach::processes_of(watched)
         .into_iter()
         .map(|handle| {
             let mut neighbour = Neighbour {

@@ -19,11 +19,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
-use super::inspect;
-use super::inspect::Code;
-use super::inspect::Upper;
-use super::interpreters::Started;
+use super::inspect::{self, Code, Upper};
 use super::scripts;
+use super::started::Started;
 use crate::health::Failure;
 use crate::model::{
     ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
@@ -32,26 +30,23 @@ use crate::model::{
 use crate::sys::door::{Ground, View};
 use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
-use crate::watch::core::fair;
-use crate::watch::core::fair::Owned;
-use crate::watch::core::fair::Receiver;
-use crate::watch::core::fair::Sender;
+use crate::watch::core::fair::{self, Owned, Receiver, Sender};
 use crate::watch::core::shared::Next;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::exec::trace::TraceConsumer;
-use crate::watch::process::deeds;
-use crate::watch::process::describe;
+use crate::watch::core::watched::Watched;
+use crate::watch::files::shared::Files;
+use crate::watch::process::records::TraceConsumer;
+use crate::watch::process::shared::Processes;
+use crate::watch::process::{deeds, describe, reach};
 
 /// Code that a process of a container has mapped, and not by its execve.
 #[derive(Clone, Debug)]
-pub(in crate::watch) struct Loading {
-    pub(in crate::watch) watched: Arc<Watched>,
-    pub(in crate::watch) mapped: Mapped,
-    pub(in crate::watch) at: Timestamp,
-    pub(in crate::watch) program: Program,
+pub(crate) struct Loading {
+    pub(crate) watched: Arc<Watched>,
+    pub(crate) mapped: Mapped,
+    pub(crate) at: Timestamp,
+    pub(crate) program: Program,
     /// The first code since its execve.
-    pub(in crate::watch) is_first: bool,
+    pub(crate) is_first: bool,
 }
 
 impl Owned for Loading {
@@ -62,11 +57,11 @@ impl Owned for Loading {
 
 /// What a process runs, as its execve was recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::watch) struct Program {
+pub(crate) struct Program {
     /// When its execve was over; 0 for one that nobody has seen.
-    pub(in crate::watch) since: u64,
+    pub(crate) since: u64,
     /// The program's own file, links resolved, as the process sees it.
-    pub(in crate::watch) file: Option<Arc<[u8]>>,
+    pub(crate) file: Option<Arc<[u8]>>,
 }
 
 impl Program {
@@ -116,17 +111,14 @@ impl Programs {
 
 /// Hands on what the trace has seen, without ever waiting.
 #[derive(Debug)]
-pub(in crate::watch) struct Tracing {
+pub(crate) struct Tracing {
     programs: Programs,
     loadings: Sender<Box<Loading>>,
     started: Sender<Box<Started>>,
 }
 
 impl Tracing {
-    pub(in crate::watch) fn new(
-        loadings: Sender<Box<Loading>>,
-        started: Sender<Box<Started>>,
-    ) -> Tracing {
+    pub(crate) fn new(loadings: Sender<Box<Loading>>, started: Sender<Box<Started>>) -> Tracing {
         Tracing { programs: Programs::default(), loadings, started }
     }
 }
@@ -141,7 +133,7 @@ fn timestamp(time: u64) -> Timestamp {
 impl TraceConsumer for Tracing {
     fn executed(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: &Arc<Watched>,
         executed: &Executed,
         program: Option<&Mapped>,
@@ -173,7 +165,7 @@ impl TraceConsumer for Tracing {
         }
     }
 
-    fn mapped(&mut self, shared: &Shared, watched: &Arc<Watched>, mapped: &Mapped) {
+    fn mapped(&mut self, shared: &Processes, watched: &Arc<Watched>, mapped: &Mapped) {
         if mapped.inode == 0 {
             return;
         }
@@ -191,7 +183,7 @@ impl TraceConsumer for Tracing {
         }
     }
 
-    fn exited(&mut self, _: &Shared, pid: u32, _: u64) {
+    fn exited(&mut self, _: &Processes, pid: u32, _: u64) {
         self.programs.running.remove(&pid);
     }
 
@@ -231,7 +223,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How many mappings are taken at once; one look is enough for all of them.
 const BATCH: usize = 512;
 
-pub(in crate::watch) fn run(shared: &Shared, loadings: &Receiver<Box<Loading>>) {
+pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
     let mut last_look = Instant::now();
     let mut pass: Option<Pass> = None;
@@ -302,7 +294,7 @@ struct Pass {
 }
 
 impl Pass {
-    fn begin(shared: &Shared) -> Option<Pass> {
+    fn begin(shared: &Files) -> Option<Pass> {
         let mut wanted: HashMap<_, Vec<Arc<Watched>>> = HashMap::new();
         for watched in shared.table.all() {
             if watched.take_code_scan()
@@ -319,7 +311,7 @@ impl Pass {
     }
 
     /// Looks at some processes; true when all have been looked at.
-    fn step(&mut self, shared: &Shared, libraries: &mut Libraries) -> bool {
+    fn step(&mut self, shared: &Files, libraries: &mut Libraries) -> bool {
         let begun = Instant::now();
         while begun.elapsed() < fair::SLICE {
             let Some(pid) = self.pids.next() else { return true };
@@ -336,7 +328,7 @@ impl Pass {
 
 impl Libraries {
     /// Looks at one mapping; true if it is the image's own.
-    fn take(&mut self, shared: &Shared, loading: Loading) -> bool {
+    fn take(&mut self, shared: &Files, loading: Loading) -> bool {
         let Loading { watched, mapped, program, .. } = &loading;
         let told = (mapped.pid, program.since, mapped.device, mapped.inode);
         if self.told.contains(&told) {
@@ -441,7 +433,7 @@ impl Libraries {
 
     /// What a process of the container has loaded by now: before there was anybody
     /// to see it, or unseen.
-    fn scan(&mut self, shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+    fn scan(&mut self, shared: &Files, watched: &Arc<Watched>, handle: &Handle) {
         let Ok(mappings) = handle.mapped_code() else { return };
         let pid = handle.identity().pid;
         let program = handle.exe_identity().ok();
@@ -506,7 +498,7 @@ struct Looked {
 }
 
 impl Looked {
-    fn writer(&self, shared: &Shared, watched: &Watched) -> Option<Arc<Process>> {
+    fn writer(&self, shared: &Files, watched: &Watched) -> Option<Arc<Process>> {
         if self.code.filesystem != Filesystem::Overlay {
             return None;
         }
@@ -518,7 +510,7 @@ impl Looked {
 
 /// What a mapped file holds; `None` if it is the image's own after all.
 fn look(
-    shared: &Shared,
+    shared: &Files,
     watched: &Arc<Watched>,
     mapped: &Mapped,
     handle: Option<&Handle>,
@@ -548,7 +540,7 @@ fn look(
     let name = mapped.name.strip_suffix(b" (deleted)").unwrap_or(&mapped.name);
     let init = Handle::open_exactly(watched.init).ok();
     for viewer in [handle, init.as_ref()].into_iter().flatten() {
-        let Some(fd) = inspect::open_in(watched, viewer, name) else { continue };
+        let Some(fd) = reach::open_in(watched, viewer, name) else { continue };
         let is_same = crate::sys::file::stat(&fd)
             .is_ok_and(|stat| (stat.device, stat.inode) == (mapped.device, mapped.inode));
         if is_same {
@@ -583,7 +575,7 @@ fn is_library(code: Code) -> Option<Code> {
 }
 
 fn tell(
-    shared: &Shared,
+    shared: &Files,
     loading: &Loading,
     looked: Looked,
     process: Option<Process>,
@@ -624,27 +616,13 @@ fn multicall(watched: &Watched) -> Vec<u64> {
     inodes.collect()
 }
 
-/// The processes of a container, as far as its namespaces tell.
-pub(in crate::watch) fn processes_of(watched: &Watched) -> Vec<Handle> {
-    let namespace = watched.pid_namespace.filter(|_| watched.has_namespaces());
-    let Some(namespace) = namespace else { return Vec::new() };
-    let Ok(pids) = procfs::all() else { return Vec::new() };
-    pids.into_iter()
-        .filter_map(|pid| Handle::open(pid).ok())
-        .filter(|handle| {
-            handle.pid_namespace().ok() == Some(namespace)
-                && handle.mount_namespace().ok() == watched.mount_namespace
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::OverlayDirs;
     use crate::sys::overlay;
-    use crate::watch::core::held::some_container;
-    use crate::watch::core::table::Layers;
+    use crate::watch::core::layers::Layers;
+    use crate::watch::core::watched::some_container;
 
     #[test]
     fn a16_a_program_given_to_the_dynamic_linker_is_the_first_code_it_maps() {

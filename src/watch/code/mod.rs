@@ -2,9 +2,10 @@
 //!
 //! It knows `core`, `process` and `files`.
 
-pub(in crate::watch) mod given;
-pub(in crate::watch) mod inspect;
-pub(in crate::watch) mod interpreters;
-pub(in crate::watch) mod libraries;
-pub(in crate::watch) mod scripts;
-pub(in crate::watch) mod shells;
+pub(crate) mod given;
+pub(crate) mod inspect;
+pub(crate) mod interpreters;
+pub(crate) mod libraries;
+pub(crate) mod scripts;
+pub(crate) mod shells;
+pub(crate) mod started;

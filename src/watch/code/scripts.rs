@@ -7,7 +7,7 @@
 
 /// What an interpreter runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::watch) enum Runs {
+pub(crate) enum Runs {
     /// The file of this name, as the program was given it.
     File(Vec<u8>),
     /// What it reads from its standard input.
@@ -18,7 +18,7 @@ pub(in crate::watch) enum Runs {
 
 /// Which command line is understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) enum Language {
+pub(crate) enum Language {
     Shell,
     Python,
     Perl,
@@ -42,7 +42,7 @@ fn is_called_as_itself(called: &[u8]) -> bool {
 }
 
 /// A dynamic linker, which runs the program that it is given.
-pub(in crate::watch) fn is_linker(path: &[u8]) -> bool {
+pub(crate) fn is_linker(path: &[u8]) -> bool {
     let name = file_name(path);
     [b"ld-linux".as_slice(), b"ld-musl", b"ld.so", b"ld64.so", b"ld-2."]
         .iter()
@@ -101,7 +101,7 @@ fn language(name: &[u8]) -> Option<Language> {
 
 /// Whether a program of this name may be an interpreter, so that it is worth
 /// reading its arguments.
-pub(in crate::watch) fn may_interpret(program: &[u8]) -> bool {
+pub(crate) fn may_interpret(program: &[u8]) -> bool {
     let name = file_name(program);
     is_multicall(name) || language(name).is_some() || is_linker(name)
 }
@@ -109,7 +109,7 @@ pub(in crate::watch) fn may_interpret(program: &[u8]) -> bool {
 /// Which interpreter this is: by its file's own name, and by the name it was
 /// called if the file is many programs in one. With what is left of its arguments
 /// behind its name.
-pub(in crate::watch) fn interpreter<'a>(
+pub(crate) fn interpreter<'a>(
     program: &[u8],
     arguments: &'a [Vec<u8>],
 ) -> Option<(Language, &'a [Vec<u8>])> {
@@ -131,7 +131,7 @@ pub(in crate::watch) fn interpreter<'a>(
 }
 
 /// What it runs; `arguments` begin behind the interpreter's own name.
-pub(in crate::watch) fn runs(language: Language, arguments: &[Vec<u8>]) -> Runs {
+pub(crate) fn runs(language: Language, arguments: &[Vec<u8>]) -> Runs {
     match language {
         Language::Shell => shell(arguments),
         Language::Python => python(arguments),

@@ -17,11 +17,11 @@ const MAX_HOPS: usize = 8;
 
 /// The standard input, output and error of one process; `None` for what is closed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::watch) struct Standard(pub(in crate::watch) [Option<Descriptor>; 3]);
+pub(crate) struct Standard(pub(crate) [Option<Descriptor>; 3]);
 
 impl Standard {
     /// The one socket that is both input and output.
-    pub(in crate::watch) fn socket(&self) -> Option<u64> {
+    pub(crate) fn socket(&self) -> Option<u64> {
         match &self.0[..2] {
             [Some(Descriptor::Socket(input)), Some(Descriptor::Socket(output))] => {
                 (input == output).then_some(*input)
@@ -30,7 +30,7 @@ impl Standard {
         }
     }
 
-    pub(in crate::watch) fn input_pipe(&self) -> Option<Pipe> {
+    pub(crate) fn input_pipe(&self) -> Option<Pipe> {
         pipe(self.0[0].as_ref())
     }
 
@@ -54,7 +54,7 @@ impl Standard {
     }
 
     /// Whether somebody else can hold the connection.
-    pub(in crate::watch) fn may_be_relayed(&self) -> bool {
+    pub(crate) fn may_be_relayed(&self) -> bool {
         self.is_piped() || self.socket().is_some() || self.terminal().is_some()
     }
 }
@@ -67,30 +67,30 @@ fn pipe(descriptor: Option<&Descriptor>) -> Option<Pipe> {
 }
 
 /// A pipe or FIFO, by its inode.
-pub(in crate::watch) type Pipe = (u64, u64);
+pub(crate) type Pipe = (u64, u64);
 
 /// A process of the shell's container, as far as it may hold other ends.
 #[derive(Clone, Debug, Default)]
-pub(in crate::watch) struct Neighbour {
-    pub(in crate::watch) name: String,
+pub(crate) struct Neighbour {
+    pub(crate) name: String,
     /// The pipes that it has open for reading and for writing.
-    pub(in crate::watch) reads: Vec<Pipe>,
-    pub(in crate::watch) writes: Vec<Pipe>,
+    pub(crate) reads: Vec<Pipe>,
+    pub(crate) writes: Vec<Pipe>,
     /// The sockets that it has open and that are no connections.
-    pub(in crate::watch) sockets: Vec<u64>,
+    pub(crate) sockets: Vec<u64>,
     /// The terminals that it types into.
-    pub(in crate::watch) terminals: Vec<u32>,
+    pub(crate) terminals: Vec<u32>,
     /// The other end of a connection that it holds.
-    pub(in crate::watch) connection: Option<String>,
+    pub(crate) connection: Option<String>,
     /// It holds no other one, and has not accepted it. What serves people (sshd,
     /// terminals in a browser) accepts its connections, and a supervisor that has
     /// commands to give has several.
-    pub(in crate::watch) is_relay: bool,
+    pub(crate) is_relay: bool,
 }
 
 /// Recognises a shell by the pipes around it: what it writes reaches a process
 /// with a connection, and what it reads comes from one.
-pub(in crate::watch) fn piped(shell: &Standard, others: &[Neighbour]) -> Option<String> {
+pub(crate) fn piped(shell: &Standard, others: &[Neighbour]) -> Option<String> {
     let input = shell.input_pipe()?;
     let mut readers: HashMap<Pipe, Vec<&Neighbour>> = HashMap::new();
     let mut writers: HashMap<Pipe, Vec<&Neighbour>> = HashMap::new();
@@ -118,7 +118,7 @@ pub(in crate::watch) fn piped(shell: &Standard, others: &[Neighbour]) -> Option<
 
 /// Recognises a shell whose input and output are one end of something of which a relay
 /// holds the other one. The kernel numbers both sockets of a pair in one go.
-pub(in crate::watch) fn relayed(shell: &Standard, others: &[Neighbour]) -> Option<String> {
+pub(crate) fn relayed(shell: &Standard, others: &[Neighbour]) -> Option<String> {
     let (socket, terminal) = (shell.socket(), shell.terminal());
     let is_pair = |other: &u64| socket.is_some_and(|socket| socket.abs_diff(*other) == 1);
     let holds_other_end = |other: &Neighbour| {
@@ -153,12 +153,12 @@ fn reach<'a>(
 }
 
 /// What is told of a shell on a socket.
-pub(in crate::watch) fn direct(remote: &str) -> String {
+pub(crate) fn direct(remote: &str) -> String {
     format!("its input and output are one connection, to {remote}")
 }
 
 /// A program's name, for people.
-pub(in crate::watch) fn name_of(program: &[u8]) -> String {
+pub(crate) fn name_of(program: &[u8]) -> String {
     printable(program)
 }
 

@@ -25,16 +25,16 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::commands::Marked;
-use super::commands::Marker;
+use super::marker::{Marked, Marker};
 use crate::gate::Marks;
 use crate::model::ContainerId;
 use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
 use crate::threads;
 use crate::watch::core::message::SensorEvent;
-use crate::watch::core::shared::Shared;
-use crate::watch::sessions::opening;
+use crate::watch::core::shared::Core;
+use crate::watch::exec::gate::Call;
+use crate::watch::process::outside;
 
 /// Which containers are armed before they start.
 #[derive(Debug, Clone)]
@@ -49,17 +49,9 @@ pub struct Scope {
 
 const TURN: Duration = Duration::from_millis(250);
 /// How many calls may wait at a time.
-pub(in crate::watch) const QUEUE: usize = 256;
+pub(crate) const QUEUE: usize = 256;
 /// Bundles of one shim's namespace that are looked at in one call.
 const MAX_BUNDLES: usize = 8 * 1024;
-
-/// A call of a runtime that the gate holds.
-#[derive(Debug)]
-pub(in crate::watch) struct Call {
-    pub(in crate::watch) number: u64,
-    /// The process before it becomes the runtime.
-    pub(in crate::watch) caller: Stat,
-}
 
 /// A runtime's program.
 #[derive(Debug)]
@@ -70,8 +62,8 @@ struct Runtime {
 }
 
 /// The thread that looks into the calls and places the marks.
-pub(in crate::watch) struct Arming {
-    shared: Arc<Shared>,
+pub(crate) struct Arming {
+    shared: Arc<Core>,
     marker: Arc<Marker>,
     marks: Marks,
     scope: Scope,
@@ -81,8 +73,8 @@ pub(in crate::watch) struct Arming {
 }
 
 impl Arming {
-    pub(in crate::watch) fn new(
-        shared: Arc<Shared>,
+    pub(crate) fn new(
+        shared: Arc<Core>,
         marker: Arc<Marker>,
         marks: Marks,
         scope: &Scope,
@@ -101,7 +93,7 @@ impl Arming {
         Ok(arming)
     }
 
-    pub(in crate::watch) fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let _ = rustix::process::setpriority_process(None, -10);
         let mut marked = Instant::now();
         while !self.shared.is_stopping() {
@@ -262,7 +254,7 @@ fn waiting_init(bundles: &OwnedFd, id: &str, shim: u32) -> Option<u32> {
     let read = rustix::io::pread(file.as_fd(), &mut text[..], 0).ok()?;
     let pid = str::from_utf8(&text[..read]).ok()?.trim().parse().ok()?;
     let init = procfs::read_stat(pid).ok()?;
-    (init.parent == shim && opening::is_before_entry_point(&init.comm)).then_some(pid)
+    (init.parent == shim && outside::is_before_entry_point(&init.comm)).then_some(pid)
 }
 
 #[cfg(test)]

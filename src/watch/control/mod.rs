@@ -3,5 +3,6 @@
 //!
 //! It knows every wing but `code`; nothing but `watch` itself knows it.
 
-pub(in crate::watch) mod arm;
-pub(in crate::watch) mod commands;
+pub(crate) mod arm;
+pub(crate) mod commands;
+pub(crate) mod marker;

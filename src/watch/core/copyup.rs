@@ -11,9 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::gate::{Marks, Place};
-use crate::sys::file;
-use crate::sys::overlay;
 use crate::sys::procfs::{self, Handle};
+use crate::sys::{file, overlay};
 
 /// A copy-up that began before we listened is not seen to begin. In a container that
 /// runs already nothing is ignored until such a one must be over.
@@ -21,14 +20,14 @@ const SETTLES: Duration = Duration::from_secs(30);
 
 /// Every shard of the gate, with the number of its containers.
 #[derive(Debug)]
-pub(in crate::watch) struct Free {
+pub(crate) struct Free {
     marks: Marks,
     residents: Vec<AtomicUsize>,
 }
 
 /// Where a container's copy-ups are met.
 #[derive(Debug)]
-pub(in crate::watch) struct Residence {
+pub(crate) struct Residence {
     free: Arc<Free>,
     shard: u8,
     /// Its work directory's, on the host.
@@ -38,7 +37,7 @@ pub(in crate::watch) struct Residence {
 
 /// Why a container's programs are all asked about.
 #[derive(Debug, thiserror::Error)]
-pub(in crate::watch) enum Unfit {
+pub(crate) enum Unfit {
     #[error("its overlay does not say where its work directory is")]
     NoWorkdir,
     #[error("it was mounted in another mount namespace than the host's")]
@@ -56,14 +55,14 @@ pub(in crate::watch) enum Unfit {
 }
 
 impl Free {
-    pub(in crate::watch) fn new(marks: Marks, shards: u8) -> Free {
+    pub(crate) fn new(marks: Marks, shards: u8) -> Free {
         let residents = (0..shards).map(|_| AtomicUsize::new(0)).collect();
         Free { marks, residents }
     }
 
     /// Listens for a container's copy-ups, before its overlay is marked in the
     /// shard. It is settled later, see [`Residence::settle`].
-    pub(in crate::watch) fn admit(
+    pub(crate) fn admit(
         self: &Arc<Free>,
         mount: &overlay::Mount,
         init: &Handle,
@@ -119,28 +118,28 @@ impl Free {
 
 impl Residence {
     /// Where the container's overlay is to be marked.
-    pub(in crate::watch) fn place(&self) -> Place {
+    pub(crate) fn place(&self) -> Place {
         Place::Shard(self.shard)
     }
 
     /// Nobody in the container has run before its marks were there.
-    pub(in crate::watch) fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         self.free_from = Instant::now();
     }
 
     /// Whether a copy-up that was never seen to begin must be over.
-    pub(in crate::watch) fn has_settled(&self) -> bool {
+    pub(crate) fn has_settled(&self) -> bool {
         self.free_from <= Instant::now()
     }
 
     /// Everything is asked about again, when this returns.
-    pub(in crate::watch) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         // An error: the gate has ended, and nothing is ignored any more.
         let _ = self.free.marks.forget(self.shard);
     }
 
     /// The container has ended.
-    pub(in crate::watch) fn leave(&self) {
+    pub(crate) fn leave(&self) {
         // A directory may be gone, and the marks with it. A later mount of the same
         // layers makes it anew, and is marked later.
         let opened: Vec<OwnedFd> =

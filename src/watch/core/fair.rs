@@ -19,17 +19,17 @@ use crate::model::ContainerId;
 use crate::threads;
 
 /// How long one container's work goes on while others wait.
-pub(in crate::watch) const SLICE: Duration = Duration::from_millis(4);
+pub(crate) const SLICE: Duration = Duration::from_millis(4);
 
 /// The cost of a piece of work, in nanoseconds: what it took, and at least one for
 /// each byte that was read or computed.
-pub(in crate::watch) fn cost(took: Duration, bytes: u64) -> u64 {
+pub(crate) fn cost(took: Duration, bytes: u64) -> u64 {
     u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(bytes)
 }
 
 /// What each container has spent.
 #[derive(Debug)]
-pub(in crate::watch) struct Turns<K> {
+pub(crate) struct Turns<K> {
     /// Of those that have spent more than `floor`.
     spent: HashMap<K, u64>,
     /// What has been spent by whoever was served last. Nobody is behind it: a
@@ -52,7 +52,7 @@ impl<K: Clone + Eq + Hash> Turns<K> {
     }
 
     /// Whose turn it is among those that have something to do.
-    pub(in crate::watch) fn next<'a>(&mut self, ready: impl Iterator<Item = &'a K>) -> Option<&'a K>
+    pub(crate) fn next<'a>(&mut self, ready: impl Iterator<Item = &'a K>) -> Option<&'a K>
     where
         K: 'a,
     {
@@ -66,7 +66,7 @@ impl<K: Clone + Eq + Hash> Turns<K> {
     }
 
     /// A piece of work was done. It costs something, or it could be repeated for ever.
-    pub(in crate::watch) fn charge(&mut self, key: &K, cost: u64) {
+    pub(crate) fn charge(&mut self, key: &K, cost: u64) {
         let spent = self.spent(key).saturating_add(cost.max(1));
         match self.spent.get_mut(key) {
             Some(known) => *known = spent,
@@ -79,7 +79,7 @@ impl<K: Clone + Eq + Hash> Turns<K> {
 
 /// What waits, by whose it is.
 #[derive(Debug)]
-pub(in crate::watch) struct Queue<K, T> {
+pub(crate) struct Queue<K, T> {
     waiting: HashMap<K, VecDeque<(Instant, T)>>,
     turns: Turns<K>,
     len: usize,
@@ -87,13 +87,13 @@ pub(in crate::watch) struct Queue<K, T> {
 }
 
 impl<K: Clone + Eq + Hash, T> Queue<K, T> {
-    pub(in crate::watch) fn new(capacity: usize) -> Queue<K, T> {
+    pub(crate) fn new(capacity: usize) -> Queue<K, T> {
         Queue { waiting: HashMap::new(), turns: Turns::default(), len: 0, capacity }
     }
 
     /// Lets something wait. Without room, what came last of the container with the
     /// most waiting goes, and is handed back.
-    pub(in crate::watch) fn push(&mut self, key: &K, item: T, now: Instant) -> Option<T> {
+    pub(crate) fn push(&mut self, key: &K, item: T, now: Instant) -> Option<T> {
         let mut dropped = None;
         if self.len >= self.capacity {
             let own = self.len_of(key);
@@ -116,7 +116,7 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
     }
 
     /// The next one, whose it is, and since when it has waited.
-    pub(in crate::watch) fn pop(&mut self) -> Option<(K, Instant, T)> {
+    pub(crate) fn pop(&mut self) -> Option<(K, Instant, T)> {
         let key = self.turns.next(self.waiting.keys())?.clone();
         let queue = self.waiting.get_mut(&key).expect("it was found among these");
         let (since, item) = queue.pop_front().expect("empty queues are removed");
@@ -129,38 +129,38 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
 
     /// Something is not finished: it is the next of its container. It had its place,
     /// so there is one more than the bound at most.
-    pub(in crate::watch) fn put_back(&mut self, key: &K, item: T, since: Instant) {
+    pub(crate) fn put_back(&mut self, key: &K, item: T, since: Instant) {
         self.waiting.entry(key.clone()).or_default().push_front((since, item));
         self.len += 1;
     }
 
     /// Something comes back that had its place before, and is the next of its container.
-    pub(in crate::watch) fn come_back(&mut self, key: &K, item: T, now: Instant) {
+    pub(crate) fn come_back(&mut self, key: &K, item: T, now: Instant) {
         let oldest = self.waiting.get(key).and_then(VecDeque::front);
         let since = oldest.map_or(now, |(since, _)| *since);
         self.put_back(key, item, since);
     }
 
-    pub(in crate::watch) fn charge(&mut self, key: &K, cost: u64) {
+    pub(crate) fn charge(&mut self, key: &K, cost: u64) {
         self.turns.charge(key, cost);
     }
 
-    pub(in crate::watch) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(in crate::watch) fn len_of(&self, key: &K) -> usize {
+    pub(crate) fn len_of(&self, key: &K) -> usize {
         self.waiting.get(key).map_or(0, VecDeque::len)
     }
 
     /// How many wait of each container, and since when its oldest one does.
-    pub(in crate::watch) fn backlog(&self) -> impl Iterator<Item = (&K, usize, Instant)> {
+    pub(crate) fn backlog(&self) -> impl Iterator<Item = (&K, usize, Instant)> {
         self.waiting.iter().filter_map(|(key, queue)| Some((key, queue.len(), queue.front()?.0)))
     }
 }
 
 /// What belongs to a container.
-pub(in crate::watch) trait Owned {
+pub(crate) trait Owned {
     fn owner(&self) -> &ContainerId;
 }
 
@@ -171,16 +171,16 @@ impl<T: Owned + ?Sized> Owned for Box<T> {
 }
 
 /// How many wait of a container, and since when the oldest one does.
-pub(in crate::watch) type Waiting = (ContainerId, usize, Instant);
+pub(crate) type Waiting = (ContainerId, usize, Instant);
 
 /// A place where work waits.
-pub(in crate::watch) trait Waits: Send + Sync {
+pub(crate) trait Waits: Send + Sync {
     fn waiting(&self) -> Vec<Waiting>;
 }
 
 /// A bounded channel to one thread, which serves containers by turns and is charged
 /// for the time from one item to the next.
-pub(in crate::watch) fn channel<T: Owned>(capacity: usize) -> (Sender<T>, Receiver<T>) {
+pub(crate) fn channel<T: Owned>(capacity: usize) -> (Sender<T>, Receiver<T>) {
     let state =
         State { queue: Queue::new(capacity), senders: 1, receivers: 1, waiting: 0, served: None };
     let channel = Arc::new(Channel { state: Mutex::new(state), wake: Condvar::new() });
@@ -250,14 +250,14 @@ impl<T: Send> Waits for Channel<T> {
 }
 
 #[derive(Debug)]
-pub(in crate::watch) struct Sender<T> {
+pub(crate) struct Sender<T> {
     channel: Arc<Channel<T>>,
 }
 
 impl<T: Owned> Sender<T> {
     /// Never waits. `Full` hands back what was dropped, which may be another one of
     /// another container: of the one that has the most waiting.
-    pub(in crate::watch) fn try_send(&self, item: T) -> Result<(), TrySendError<T>> {
+    pub(crate) fn try_send(&self, item: T) -> Result<(), TrySendError<T>> {
         let mut state = self.channel.lock();
         if state.receivers == 0 {
             return Err(TrySendError::Disconnected(item));
@@ -270,19 +270,19 @@ impl<T: Owned> Sender<T> {
 
     /// Sends an item that was received before and has waited elsewhere. A full queue takes
     /// it too: the place where it waited has a bound of its own.
-    pub(in crate::watch) fn send_back(&self, item: T) {
+    pub(crate) fn send_back(&self, item: T) {
         let mut state = self.channel.lock();
         let owner = item.owner().clone();
         state.queue.come_back(&owner, item, Instant::now());
         self.channel.wake_one(state);
     }
 
-    pub(in crate::watch) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.channel.lock().queue.len()
     }
 
     /// How many wait of one container.
-    pub(in crate::watch) fn len_of(&self, owner: &ContainerId) -> usize {
+    pub(crate) fn len_of(&self, owner: &ContainerId) -> usize {
         self.channel.lock().queue.len_of(owner)
     }
 }
@@ -302,7 +302,7 @@ impl<T> Drop for Sender<T> {
 }
 
 #[derive(Debug)]
-pub(in crate::watch) struct Receiver<T> {
+pub(crate) struct Receiver<T> {
     channel: Arc<Channel<T>>,
 }
 
@@ -321,7 +321,7 @@ impl<T: Owned> Receiver<T> {
 
     /// Waits for the next one, for no longer than that. What was received before is
     /// finished. A thread that was replaced gets none.
-    pub(in crate::watch) fn recv_timeout(&self, at_most: Duration) -> Result<T, RecvTimeoutError> {
+    pub(crate) fn recv_timeout(&self, at_most: Duration) -> Result<T, RecvTimeoutError> {
         if threads::is_replaced() {
             return Err(RecvTimeoutError::Disconnected);
         }
@@ -355,37 +355,37 @@ impl<T: Owned> Receiver<T> {
     }
 
     /// What was received last is finished, and what comes next is not its cost.
-    pub(in crate::watch) fn finish(&self) {
+    pub(crate) fn finish(&self) {
         Self::settle(&mut self.channel.lock());
     }
 
     /// What was received last is not finished: others have their turn, then it goes
     /// on.
-    pub(in crate::watch) fn put_back(&self, item: T) {
+    pub(crate) fn put_back(&self, item: T) {
         let mut state = self.channel.lock();
         let since = Self::settle(&mut state).map_or_else(Instant::now, |served| served.since);
         let owner = item.owner().clone();
         state.queue.put_back(&owner, item, since);
     }
 
-    pub(in crate::watch) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.channel.lock().queue.len()
     }
 
-    pub(in crate::watch) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
 impl<T: Owned + Send + 'static> Receiver<T> {
     /// How many wait.
-    pub(in crate::watch) fn depth(&self) -> threads::Depth {
+    pub(crate) fn depth(&self) -> threads::Depth {
         let channel = self.channel.clone();
         Box::new(move || channel.lock().queue.len())
     }
 
     /// What waits here, for whoever asks.
-    pub(in crate::watch) fn waits(&self) -> Arc<dyn Waits> {
+    pub(crate) fn waits(&self) -> Arc<dyn Waits> {
         self.channel.clone()
     }
 }
@@ -417,7 +417,7 @@ impl<T> Drop for Receiver<T> {
 /// How much of a processor something may take, on the whole: a bucket that fills by
 /// the time and is emptied by what was used.
 #[derive(Debug)]
-pub(in crate::watch) struct Pace {
+pub(crate) struct Pace {
     /// One part in so many.
     part: u32,
     /// What can be saved up, in nanoseconds.
@@ -427,13 +427,13 @@ pub(in crate::watch) struct Pace {
 }
 
 impl Pace {
-    pub(in crate::watch) fn new(part: u32, burst: Duration, now: Instant) -> Pace {
+    pub(crate) fn new(part: u32, burst: Duration, now: Instant) -> Pace {
         let burst = i64::try_from(burst.as_nanos()).unwrap_or(i64::MAX);
         Pace { part, burst, left: burst, at: now }
     }
 
     /// How long to wait before something may be used again; zero if it may be now.
-    pub(in crate::watch) fn wait(&mut self, now: Instant) -> Duration {
+    pub(crate) fn wait(&mut self, now: Instant) -> Duration {
         let earned = now.saturating_duration_since(self.at) / self.part;
         // What is less than a nanosecond is not thrown away.
         if !earned.is_zero() {
@@ -448,14 +448,14 @@ impl Pace {
         }
     }
 
-    pub(in crate::watch) fn spend(&mut self, used: Duration) {
+    pub(crate) fn spend(&mut self, used: Duration) {
         let used = i64::try_from(used.as_nanos()).unwrap_or(i64::MAX);
         self.left = self.left.saturating_sub(used);
     }
 }
 
 /// What the calling thread has used of the processors since it began.
-pub(in crate::watch) fn processor_time() -> Duration {
+pub(crate) fn processor_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
 }

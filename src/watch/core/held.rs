@@ -9,13 +9,12 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::table::Watched;
+use super::copy::Copy;
 use crate::sys::file;
-use crate::watch::exec::take::Copy;
 
 /// Every file of one container that waits.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Files(Mutex<Waiting>);
+pub(crate) struct HeldFiles(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
@@ -39,11 +38,11 @@ enum File {
 
 /// One file that waits.
 #[derive(Debug)]
-pub(in crate::watch) struct Held(Arc<Mutex<File>>);
+pub(crate) struct Held(Arc<Mutex<File>>);
 
 /// What is left of a file that has waited.
 #[derive(Debug)]
-pub(in crate::watch) enum Left {
+pub(crate) enum Left {
     Open(OwnedFd),
     /// What the kernel called it, if that was known.
     Name(Option<Vec<u8>>),
@@ -61,9 +60,9 @@ fn close(file: &mut File) {
     }
 }
 
-impl Files {
+impl HeldFiles {
     /// Closes them all, and from now on each that comes.
-    pub(in crate::watch) fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut waiting = lock(&self.0);
         waiting.is_over = true;
         for file in waiting.files.drain(..).filter_map(|file| file.upgrade()) {
@@ -87,20 +86,20 @@ impl Files {
 }
 
 impl Held {
-    pub(in crate::watch) fn new(watched: &Watched, file: OwnedFd) -> Held {
+    pub(crate) fn new(files: &HeldFiles, file: OwnedFd) -> Held {
         let file = Arc::new(Mutex::new(File::Open(file)));
-        watched.files.list(&file);
+        files.list(&file);
         Held(file)
     }
 
     /// A file that was copied and closed before it had to wait.
-    pub(in crate::watch) fn of_copy(copy: Copy) -> Held {
+    pub(crate) fn of_copy(copy: Copy) -> Held {
         Held(Arc::new(Mutex::new(File::Copied(copy))))
     }
 
     /// Takes it to look into it. Whoever does so for long asks all the while
     /// whether the container has ended.
-    pub(in crate::watch) fn take(&self) -> Left {
+    pub(crate) fn take(&self) -> Left {
         let mut file = lock(&self.0);
         match std::mem::replace(&mut *file, File::Taken) {
             File::Open(fd) => Left::Open(fd),
@@ -110,21 +109,21 @@ impl Held {
         }
     }
 
-    pub(in crate::watch) fn is_copied(&self) -> bool {
+    pub(crate) fn is_copied(&self) -> bool {
         matches!(*lock(&self.0), File::Copied(_))
     }
 
     /// Lets a copy wait in place of the file.
-    pub(in crate::watch) fn keep(&self, copy: Copy) {
+    pub(crate) fn keep(&self, copy: Copy) {
         *lock(&self.0) = File::Copied(copy);
     }
 
     /// Lets it wait again.
-    pub(in crate::watch) fn give_back(&self, watched: &Watched, fd: OwnedFd) {
+    pub(crate) fn give_back(&self, fd: OwnedFd, is_over: impl FnOnce() -> bool) {
         let mut file = lock(&self.0);
         *file = File::Open(fd);
-        // In this order `Files::close` either finds it open or has been before.
-        if watched.is_detaching() {
+        // In this order `HeldFiles::close` either finds it open or has been before.
+        if is_over() {
             close(&mut file);
         }
     }
@@ -133,40 +132,9 @@ impl Held {
 /// A container that nothing is known of but its numbers; two of a pod share a pid
 /// namespace.
 #[cfg(test)]
-pub(in crate::watch) fn some_container(number: u64) -> Watched {
-    use super::table::ControlGroups;
-    use crate::model::{ContainerId, FileTime, FileType, ProcessIdentity};
-    let time = FileTime { seconds: 0, nanoseconds: 0 };
-    let root = file::Stat {
-        device: number,
-        inode: 1,
-        born: None,
-        changed: time,
-        modified: time,
-        file_type: FileType::Directory,
-        mode: 0o755,
-        uid: 0,
-        gid: 0,
-        size: 0,
-        links: 1,
-        node: (0, 0),
-        mount: Some(number),
-    };
-    let unified = Some(format!("/pods/{number}").into_bytes());
-    Watched::new(
-        ContainerId::new("n", &number.to_string()),
-        ProcessIdentity { pid: 1, start_time: 1 },
-        &root,
-        b"/".to_vec(),
-        Some(number / 2),
-        Some(1000 + number),
-        Some(ControlGroups { unified, perf: None }),
-    )
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watch::core::watched::some_container;
 
     fn some_file() -> OwnedFd {
         std::fs::File::open("/proc/self/exe").unwrap().into()
@@ -175,24 +143,24 @@ mod tests {
     #[test]
     fn a_containers_files_are_closed_when_it_ends_and_only_their_names_stay() {
         let watched = some_container(1);
-        let waiting = Held::new(&watched, some_file());
-        let taken = Held::new(&watched, some_file());
+        let waiting = watched.hold(some_file());
+        let taken = watched.hold(some_file());
         let Left::Open(fd) = taken.take() else { panic!("it was closed too soon") };
         watched.detach();
         watched.files.close();
         assert!(matches!(waiting.take(), Left::Name(Some(name)) if name.starts_with(b"/")));
-        taken.give_back(&watched, fd);
+        watched.give_back(&taken, fd);
         assert!(matches!(taken.take(), Left::Name(Some(_))));
-        let late = Held::new(&watched, some_file());
+        let late = watched.hold(some_file());
         assert!(matches!(late.take(), Left::Name(Some(_))));
     }
 
     #[test]
     fn those_that_wait_no_more_are_not_remembered() {
         let watched = some_container(1);
-        let kept = Held::new(&watched, some_file());
+        let kept = watched.hold(some_file());
         for _ in 0..1000 {
-            drop(Held::new(&watched, some_file()));
+            drop(watched.hold(some_file()));
         }
         assert!(lock(&watched.files.0).files.len() <= 128);
         assert!(matches!(kept.take(), Left::Open(_)));

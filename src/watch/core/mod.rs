@@ -3,10 +3,14 @@
 //!
 //! It knows no other wing.
 
-pub(in crate::watch) mod copyup;
-pub(in crate::watch) mod fair;
-pub(in crate::watch) mod held;
-pub(in crate::watch) mod message;
-pub(in crate::watch) mod shared;
-pub(in crate::watch) mod table;
-pub(in crate::watch) mod trust;
+pub(crate) mod copy;
+pub(crate) mod copyup;
+pub(crate) mod fair;
+pub(crate) mod held;
+pub(crate) mod layers;
+pub(crate) mod message;
+pub(crate) mod shared;
+pub(crate) mod table;
+pub(crate) mod trust;
+pub(crate) mod watched;
+pub(crate) mod ways;

@@ -3,559 +3,17 @@
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::os::fd::AsFd as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use super::copyup::Residence;
-use super::held::Files;
-use super::trust::LayerFiles;
-use crate::health::Failure;
-use crate::model::{
-    ContainerId, FileTime, Filesystem, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath,
-};
-use crate::sys::clock;
-use crate::sys::door::{Local, View};
-use crate::sys::file::{self, Stat};
-use crate::sys::overlay;
+use super::watched::{MarkedMount, Watched};
+use crate::model::{ContainerId, Filesystem};
+use crate::sys::file::Stat;
 use crate::sys::perf;
-use crate::sys::pidfd;
 use crate::sys::procfs::{self, Handle, Whereabouts};
-use crate::watch::files::ways::Ways;
-
-/// One container whose overlay carries our marks.
-///
-/// It holds no descriptor on the container's mount: an open one keeps the
-/// superblock alive when the container is removed.
-#[derive(Debug)]
-pub(in crate::watch) struct Watched {
-    pub(in crate::watch) container: ContainerId,
-    pub(in crate::watch) init: ProcessIdentity,
-    /// The overlay's own device number, which its files show too unless the
-    /// layers are on several filesystems.
-    pub(in crate::watch) device: u64,
-    pub(in crate::watch) mount: Option<u64>,
-    /// What the kernel calls the root directory when we ask: `/` for a pivoted
-    /// root, a directory of the host for a mere chroot.
-    pub(in crate::watch) root_name: Vec<u8>,
-    pub(in crate::watch) pid_namespace: Option<u64>,
-    has_own_pid_namespace: AtomicBool,
-    has_foreign_layers: AtomicBool,
-    /// Somebody has come into it from outside.
-    has_sessions: AtomicBool,
-    pub(in crate::watch) mount_namespace: Option<u64>,
-    /// Its control group in the unified hierarchy; `None` where there is none of
-    /// its own.
-    pub(in crate::watch) cgroup: Option<Vec<u8>>,
-    /// The same group as the kernel's records name it.
-    pub(in crate::watch) perf_cgroup: Option<u64>,
-    layers: OnceLock<Layers>,
-    /// Inodes of the image's programs that are many, such as busybox, whose hard links are
-    /// named like other programs.
-    multicall: OnceLock<Vec<u64>>,
-    /// Where its unchanged programs are asked about only once; `None` if nowhere.
-    residence: OnceLock<Residence>,
-    /// Its other mounts that carry our marks.
-    mounts: RwLock<Arc<[MarkedMount]>>,
-    /// How its files are reached beside their own paths.
-    pub(in crate::watch) ways: Ways,
-    /// Files that matter whatever they hold, beside those that the settings name.
-    entry_point: RwLock<Vec<RootfsPath>>,
-    /// Locked for a look-up or an insert at a time: the gate reads it.
-    layer_files: RwLock<LayerFiles>,
-    /// The upperdir is to be walked again because something was not seen. One
-    /// flag, so that a flood of losses asks for one walk.
-    rescan: AtomicBool,
-    /// Failures that were said since the last walk began, a bit for each.
-    losses: AtomicU64,
-    /// It is to be walked although nothing was lost.
-    walk: AtomicBool,
-    /// The same for the container's processes: those that were there at this time
-    /// after boot, in clock ticks. 0 if none are to be looked at.
-    process_scan: AtomicU64,
-    /// Since when the start of every process of it has been seen.
-    seen_since: AtomicU64,
-    /// What they have loaded is to be looked at.
-    code_scan: AtomicBool,
-    /// The container has ended: only the last walk is still to come.
-    detaching: AtomicBool,
-    /// The kernel has recorded the end of its first process, or of that one's first thread.
-    init_may_have_ended: AtomicBool,
-    /// The marks were there before its entry point ran.
-    armed_before_start: AtomicBool,
-    /// Until it has been looked whether that is so.
-    is_being_armed: AtomicBool,
-    /// The gate was asked about a program of init's.
-    init_was_asked_about: AtomicBool,
-    /// The kernel has recorded that init became its entry point.
-    entry_is_recorded: AtomicBool,
-    /// The event files that wait to be looked into.
-    pub(in crate::watch) files: Files,
-    /// Marked because its runtime was called; containerd has not told of it yet.
-    unannounced: AtomicBool,
-}
-
-/// The control groups of a container's init.
-#[derive(Debug, Default)]
-pub(in crate::watch) struct ControlGroups {
-    /// Its path in the unified hierarchy.
-    pub(in crate::watch) unified: Option<Vec<u8>>,
-    /// As the kernel's records name it.
-    pub(in crate::watch) perf: Option<u64>,
-}
-
-/// Where the overlay's layers lie on the host.
-#[derive(Debug)]
-pub(in crate::watch) struct Layers {
-    pub(in crate::watch) dirs: OverlayDirs,
-    pub(in crate::watch) userxattr: bool,
-    /// A directory of the image can be moved, and its files then have other paths
-    /// than the image's.
-    pub(in crate::watch) redirects: bool,
-    /// Since when the container has an upper layer. `None` where the filesystem
-    /// keeps no birth times: the upperdir's ctime would be no substitute, since
-    /// it moves with every entry made in it.
-    born: Option<FileTime>,
-    /// How often the clock had been set by then.
-    times_set: u64,
-    /// A file was found in the upper layer that looks older than the layer: the clock was
-    /// set while nobody could notice.
-    holds_older: AtomicBool,
-    /// The filesystems that its directories are on.
-    devices: Vec<u64>,
-    /// Which directories the lower layers were.
-    lower: Vec<Option<(u64, u64)>>,
-}
-
-/// A mount of a container, beside its root, that carries our mark: all of its
-/// filesystem, or only what is reached through the mount itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::watch) struct MarkedMount {
-    pub(in crate::watch) id: u64,
-    /// What the files on it show as theirs.
-    pub(in crate::watch) device: u64,
-    /// The directory (or file) of the filesystem that stands at `mount_point`.
-    pub(in crate::watch) root: Vec<u8>,
-    pub(in crate::watch) mount_point: Vec<u8>,
-    pub(in crate::watch) whole_filesystem: bool,
-}
-
-/// What the gate makes of an executed file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) enum Standing {
-    /// The container's own.
-    Own,
-    /// A file of the image's layers that may have been changed there.
-    Doubtful(LayerFile),
-    /// A file of the image's layers, whose directory may have been moved.
-    Movable(LayerFile),
-    Image,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    Own,
-    /// `is_young`: changed after the container was made.
-    Layers {
-        is_young: bool,
-    },
-}
-
-/// Whether any thread of a process is alive: its first one may have ended before.
-fn is_alive(process: ProcessIdentity) -> bool {
-    let Ok(handle) = pidfd::open(process.pid) else { return false };
-    procfs::read_stat(process.pid).is_ok_and(|stat| stat.identity == process)
-        && !pidfd::has_ended(handle.as_fd())
-}
-
-/// Whether a file lives in the container's own layer, which is there since `own`.
-/// Its ctime and birth cannot be set from inside, and a file of the image that is
-/// touched is copied up and born anew. What cannot be told is treated as the
-/// container's own: its content is then compared, which is right for any file.
-fn place(stat: &Stat, own: Option<FileTime>) -> Place {
-    let Some(own) = own else { return Place::Own };
-    let is_young = stat.changed >= own;
-    match stat.born {
-        Some(born) if born < own => Place::Layers { is_young },
-        None if !is_young => Place::Layers { is_young },
-        Some(_) | None => Place::Own,
-    }
-}
-
-/// Device and inode of a layer's directory.
-fn identity_of(directory: &std::path::PathBuf) -> Option<(u64, u64)> {
-    file::stat_path(directory).ok().map(|stat| (stat.device, stat.inode))
-}
-
-impl Layers {
-    /// `None` if there is no such upperdir.
-    pub(in crate::watch) fn new(mount: overlay::Mount) -> Option<Layers> {
-        let times_set = clock::times_set();
-        let upper = file::stat_path(&mount.dirs.upperdir).ok()?;
-        let born = upper.born;
-        let lower: Vec<Option<(u64, u64)>> = mount.dirs.lowerdirs.iter().map(identity_of).collect();
-        let devices = lower.iter().flatten().map(|(device, _)| *device);
-        let devices = devices.chain([upper.device]).collect();
-        // A birth that is yet to come: the clock was set back, and files that are
-        // made now would look older than their layer.
-        let now = jiff::Timestamp::now().as_second();
-        let born = born.filter(|born| born.seconds <= now);
-        Some(Layers {
-            dirs: mount.dirs,
-            userxattr: mount.userxattr,
-            redirects: mount.redirects,
-            born,
-            times_set,
-            holds_older: AtomicBool::new(false),
-            devices,
-            lower,
-        })
-    }
-
-    /// Whether a lower layer cannot be seen by its directory, or not any more. Where IDs
-    /// are mapped, the overlay is made of mounts that are gone right afterwards.
-    pub(in crate::watch) fn is_cut_off(&self) -> bool {
-        let mut all = self.dirs.lowerdirs.iter().zip(&self.lower);
-        all.any(|(directory, known)| known.is_none() || identity_of(directory) != *known)
-    }
-
-    /// Since when the container has an upper layer, as long as times tell anything: a
-    /// file that was made after the clock was set back looks older than it is. Then
-    /// nothing is known by its times, and all is compared by content.
-    fn born(&self) -> Option<FileTime> {
-        let is_trusted =
-            clock::times_set() == self.times_set && !self.holds_older.load(Ordering::Acquire);
-        self.born.filter(|_| is_trusted)
-    }
-
-    /// Notes the birth of a file of the upper layer. True if it is the first that cannot
-    /// be true.
-    pub(in crate::watch) fn note_birth(&self, stat: &Stat) -> bool {
-        let is_older = match (stat.born, self.born) {
-            (Some(file), Some(layer)) => file < layer,
-            _ => false,
-        };
-        is_older && !self.holds_older.swap(true, Ordering::AcqRel)
-    }
-
-    /// Whether some of it is on this filesystem.
-    pub(in crate::watch) fn is_on(&self, device: u64) -> bool {
-        self.devices.contains(&device)
-    }
-}
-
-impl Watched {
-    pub(in crate::watch) fn new(
-        container: ContainerId,
-        init: ProcessIdentity,
-        root: &Stat,
-        root_name: Vec<u8>,
-        pid_namespace: Option<u64>,
-        mount_namespace: Option<u64>,
-        groups: Option<ControlGroups>,
-    ) -> Watched {
-        let ControlGroups { unified, perf } = groups.unwrap_or_default();
-        Watched {
-            container,
-            init,
-            device: root.device,
-            mount: root.mount,
-            root_name,
-            pid_namespace,
-            has_own_pid_namespace: AtomicBool::new(false),
-            has_foreign_layers: AtomicBool::new(false),
-            has_sessions: AtomicBool::new(false),
-            mount_namespace,
-            cgroup: unified.filter(|cgroup| cgroup.len() > 1),
-            perf_cgroup: perf,
-            layers: OnceLock::new(),
-            multicall: OnceLock::new(),
-            residence: OnceLock::new(),
-            mounts: RwLock::default(),
-            ways: Ways::default(),
-            entry_point: RwLock::default(),
-            layer_files: RwLock::default(),
-            rescan: AtomicBool::new(false),
-            losses: AtomicU64::new(0),
-            walk: AtomicBool::new(false),
-            process_scan: AtomicU64::new(0),
-            seen_since: AtomicU64::new(0),
-            code_scan: AtomicBool::new(false),
-            detaching: AtomicBool::new(false),
-            init_may_have_ended: AtomicBool::new(false),
-            armed_before_start: AtomicBool::new(false),
-            is_being_armed: AtomicBool::new(true),
-            init_was_asked_about: AtomicBool::new(false),
-            entry_is_recorded: AtomicBool::new(false),
-            unannounced: AtomicBool::new(false),
-            files: Files::default(),
-        }
-    }
-
-    /// A container that does not run, for a walk of its layers alone; `None` if they are
-    /// gone. It belongs in no table: nothing that happens is its.
-    pub(in crate::watch) fn stopped(
-        container: ContainerId,
-        dirs: OverlayDirs,
-        entry_point: Vec<RootfsPath>,
-    ) -> Option<Watched> {
-        let nobody = ProcessIdentity { pid: 0, start_time: 0 };
-        let upper = file::stat_path(&dirs.upperdir).ok()?;
-        let watched = Watched::new(container, nobody, &upper, Vec::new(), None, None, None);
-        let redirects = overlay::redirects_by_default();
-        let (userxattr, workdir, is_exported) = (false, None, false);
-        let mount = overlay::Mount { dirs, userxattr, redirects, workdir, is_exported };
-        watched.set_layers(Layers::new(mount)?);
-        watched.set_entry_point(entry_point);
-        Some(watched)
-    }
-
-    /// Whether its init is the first process of a pid namespace, as its processes
-    /// number themselves: another container may be in that too, but was put there.
-    pub(in crate::watch) fn has_own_pid_namespace(&self) -> bool {
-        self.has_own_pid_namespace.load(Ordering::Acquire)
-    }
-
-    /// Whether a process in one of its namespaces is its. With the first process of a
-    /// pid namespace all others end, and the kernel gives the numbers out again.
-    pub(in crate::watch) fn has_namespaces(&self) -> bool {
-        let has_ended = || {
-            self.is_detaching()
-                || self.init_may_have_ended.load(Ordering::Acquire) && !is_alive(self.init)
-        };
-        !(self.has_own_pid_namespace() && has_ended())
-    }
-
-    /// Whether this control group is its own or within it; `None` if it has none.
-    pub(in crate::watch) fn holds_cgroup(&self, cgroup: &[u8]) -> Option<bool> {
-        let below = cgroup.strip_prefix(self.cgroup.as_deref()?);
-        Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
-    }
-
-    /// Whether somebody has come into it from outside since it is watched.
-    pub(in crate::watch) fn has_sessions(&self) -> bool {
-        self.has_sessions.load(Ordering::Acquire)
-    }
-
-    pub(in crate::watch) fn set_has_sessions(&self) {
-        self.has_sessions.store(true, Ordering::Release);
-    }
-
-    pub(in crate::watch) fn set_has_own_pid_namespace(&self) {
-        self.has_own_pid_namespace.store(true, Ordering::Release);
-    }
-
-    pub(in crate::watch) fn layers(&self) -> Option<&Layers> {
-        self.layers.get()
-    }
-
-    /// Whether opening a file of its root may mean to wait for a process or another
-    /// machine. Then the root carries no mark of the gate, and only files of the upper
-    /// layer are read, by their names there.
-    pub(in crate::watch) fn has_foreign_layers(&self) -> bool {
-        self.has_foreign_layers.load(Ordering::Acquire)
-    }
-
-    pub(in crate::watch) fn set_has_foreign_layers(&self) {
-        self.has_foreign_layers.store(true, Ordering::Release);
-    }
-
-    /// The proof that files of its root can be opened, if they can.
-    pub(in crate::watch) fn local(&self) -> Option<Local> {
-        (!self.has_foreign_layers()).then(Local::by_layers)
-    }
-
-    /// What is mounted, as some processes of it see it.
-    pub(in crate::watch) fn view<'a>(&self, viewers: impl IntoIterator<Item = &'a Handle>) -> View {
-        let view = View::of(viewers);
-        match self.has_foreign_layers() {
-            true => view.without_root(self.device),
-            false => view.and_root(self.device),
-        }
-    }
-
-    /// The first answer stays.
-    pub(in crate::watch) fn set_layers(&self, layers: Layers) {
-        let _ = self.layers.set(layers);
-    }
-
-    /// Asks once, when its layers are known, which inodes its programs have that are many.
-    pub(in crate::watch) fn learn_multicall(&self, inodes: impl FnOnce(&Watched) -> Vec<u64>) {
-        if self.layers().is_some() {
-            self.multicall.get_or_init(|| inodes(self));
-        }
-    }
-
-    /// Whether a program is one of those, whatever its file is called.
-    pub(in crate::watch) fn is_multicall(&self, device: u64, inode: u64) -> bool {
-        device == self.device && self.multicall.get().is_some_and(|inodes| inodes.contains(&inode))
-    }
-
-    pub(in crate::watch) fn residence(&self) -> Option<&Residence> {
-        self.residence.get()
-    }
-
-    pub(in crate::watch) fn set_residence(&self, residence: Residence) {
-        let _ = self.residence.set(residence);
-    }
-
-    /// Whether a file is the image's own as far as anybody can know, until it changes.
-    pub(in crate::watch) fn is_certain(&self, stat: &Stat) -> bool {
-        let born = self.layers().and_then(Layers::born);
-        match place(stat, born) {
-            Place::Own => false,
-            Place::Layers { is_young } => {
-                let Stat { device, inode, changed, .. } = *stat;
-                self.layer_files().is_certain(&LayerFile { device, inode, changed }, is_young)
-            }
-        }
-    }
-
-    /// Its other mounts that carry our marks, as they were when last looked at.
-    pub(in crate::watch) fn mounts(&self) -> Arc<[MarkedMount]> {
-        self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(in crate::watch) fn set_entry_point(&self, paths: Vec<RootfsPath>) {
-        *self.entry_point.write().unwrap_or_else(PoisonError::into_inner) = paths;
-    }
-
-    /// Whether a file at `path` takes part in starting the container.
-    pub(in crate::watch) fn is_entry_point(&self, path: &RootfsPath) -> bool {
-        self.entry_point.read().unwrap_or_else(PoisonError::into_inner).contains(path)
-    }
-
-    pub(in crate::watch) fn layer_files(&self) -> RwLockReadGuard<'_, LayerFiles> {
-        // A change is one insert or removal: a panic leaves nothing half done.
-        self.layer_files.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(in crate::watch) fn layer_files_mut(&self) -> RwLockWriteGuard<'_, LayerFiles> {
-        self.layer_files.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whose an executed file is.
-    pub(in crate::watch) fn standing(&self, stat: &Stat) -> Standing {
-        let born = self.layers().and_then(Layers::born);
-        match place(stat, born) {
-            Place::Own => Standing::Own,
-            Place::Layers { is_young } => {
-                let Stat { device, inode, changed, .. } = *stat;
-                let file = LayerFile { device, inode, changed };
-                if self.layer_files().is_doubtful(&file, is_young) {
-                    Standing::Doubtful(file)
-                } else if self.layers().is_some_and(|layers| layers.redirects) {
-                    Standing::Movable(file)
-                } else {
-                    Standing::Image
-                }
-            }
-        }
-    }
-
-    /// Asks for a walk of everything.
-    pub(in crate::watch) fn ask_for_rescan(&self) {
-        self.seen_since.store(procfs::ticks_since_boot(), Ordering::Release);
-        self.ask_for_processes();
-        self.code_scan.store(true, Ordering::Release);
-        self.rescan.store(true, Ordering::Release);
-    }
-
-    /// Notes a loss; says whether it is the first of its kind since a walk began.
-    pub(in crate::watch) fn loses(&self, failure: Failure) -> bool {
-        let bit = 1_u64 << failure as u32;
-        self.losses.fetch_or(bit, Ordering::AcqRel) & bit == 0
-    }
-
-    /// Asks for a walk of the upperdir alone.
-    pub(in crate::watch) fn ask_for_walk(&self) {
-        self.walk.store(true, Ordering::Release);
-    }
-
-    /// Says whether this is the first time.
-    pub(in crate::watch) fn detach(&self) -> bool {
-        !self.detaching.swap(true, Ordering::AcqRel)
-    }
-
-    pub(in crate::watch) fn is_detaching(&self) -> bool {
-        self.detaching.load(Ordering::Acquire)
-    }
-
-    pub(in crate::watch) fn is_armed_before_start(&self) -> bool {
-        self.armed_before_start.load(Ordering::Acquire)
-    }
-
-    /// Its marks are in place. That init had not become the entry point by then is what a
-    /// look can tell; an execve that had opened its file already is not seen by it.
-    pub(in crate::watch) fn set_armed(&self, before_start: bool) {
-        self.armed_before_start.store(before_start, Ordering::Release);
-        self.is_being_armed.store(false, Ordering::Release);
-    }
-
-    pub(in crate::watch) fn is_being_armed(&self) -> bool {
-        self.is_being_armed.load(Ordering::Acquire)
-    }
-
-    /// It turned out that its entry point had begun before its marks were in place. True
-    /// once, and only where the opposite was believed.
-    pub(in crate::watch) fn take_armed_before_start(&self) -> bool {
-        self.armed_before_start.swap(false, Ordering::AcqRel)
-    }
-
-    pub(in crate::watch) fn set_init_asked_about(&self) {
-        self.init_was_asked_about.store(true, Ordering::Release);
-    }
-
-    pub(in crate::watch) fn init_was_asked_about(&self) -> bool {
-        self.init_was_asked_about.load(Ordering::Acquire)
-    }
-
-    /// Says whether this is news.
-    pub(in crate::watch) fn record_entry(&self) -> bool {
-        !self.entry_is_recorded.swap(true, Ordering::AcqRel)
-    }
-
-    pub(in crate::watch) fn entry_is_recorded(&self) -> bool {
-        self.entry_is_recorded.load(Ordering::Acquire)
-    }
-
-    pub(in crate::watch) fn is_unannounced(&self) -> bool {
-        self.unannounced.load(Ordering::Acquire)
-    }
-
-    pub(in crate::watch) fn set_unannounced(&self, unannounced: bool) {
-        self.unannounced.store(unannounced, Ordering::Release);
-    }
-
-    pub(in crate::watch) fn wants_rescan(&self) -> bool {
-        self.rescan.load(Ordering::Acquire) || self.walk.load(Ordering::Acquire)
-    }
-
-    /// A walk begins. Says whether it is to make up for a loss.
-    pub(in crate::watch) fn take_rescan(&self) -> bool {
-        self.walk.store(false, Ordering::Release);
-        self.losses.store(0, Ordering::Release);
-        self.rescan.swap(false, Ordering::AcqRel)
-    }
-
-    /// Asks for a look at the processes whose start was not seen.
-    pub(in crate::watch) fn ask_for_processes(&self) {
-        self.process_scan.fetch_max(self.seen_since.load(Ordering::Acquire), Ordering::AcqRel);
-    }
-
-    pub(in crate::watch) fn take_code_scan(&self) -> bool {
-        self.code_scan.swap(false, Ordering::AcqRel)
-    }
-
-    /// Whether the container's processes are to be looked at, and since when the
-    /// start of every other one has been seen.
-    pub(in crate::watch) fn take_process_scan(&self) -> Option<u64> {
-        Some(self.process_scan.swap(0, Ordering::AcqRel)).filter(|&since| since > 0)
-    }
-}
 
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Table {
+pub(crate) struct Table {
     maps: RwLock<Maps>,
     /// How many containers were ever put in.
     generation: AtomicU64,
@@ -648,7 +106,7 @@ impl Maps {
 }
 
 /// The control group of a process's parent in the unified hierarchy.
-pub(in crate::watch) fn parents_cgroup(process: &Handle) -> Option<Vec<u8>> {
+pub(crate) fn parents_cgroup(process: &Handle) -> Option<Vec<u8>> {
     Handle::open(process.stat().ok()?.parent).ok()?.cgroup().ok()
 }
 
@@ -656,7 +114,7 @@ pub(in crate::watch) fn parents_cgroup(process: &Handle) -> Option<Vec<u8>> {
 /// first one of a container that is not known yet. Who only enters a namespace stays in
 /// the control group of who has called them. The root is where processes are that nobody
 /// has put anywhere.
-pub(in crate::watch) fn is_put_elsewhere(cgroup: Option<&[u8]>, parents: Option<&[u8]>) -> bool {
+pub(crate) fn is_put_elsewhere(cgroup: Option<&[u8]>, parents: Option<&[u8]>) -> bool {
     matches!((cgroup, parents), (Some(own), Some(parents)) if own != parents && own != b"/")
 }
 
@@ -672,11 +130,11 @@ impl Table {
     }
 
     /// Moves when a container is watched: what was no container's may be one's.
-    pub(in crate::watch) fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
 
-    pub(in crate::watch) fn insert(&self, watched: &Arc<Watched>) {
+    pub(crate) fn insert(&self, watched: &Arc<Watched>) {
         self.put_in(watched);
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
@@ -695,7 +153,7 @@ impl Table {
     }
 
     /// Forgets this attachment and no later one of the same container.
-    pub(in crate::watch) fn remove(&self, watched: &Arc<Watched>) {
+    pub(crate) fn remove(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
         let other = |entry: &Arc<Watched>| !Arc::ptr_eq(entry, watched);
         maps.unindex(watched);
@@ -706,7 +164,7 @@ impl Table {
     }
 
     /// These, and no others any more, are the container's other mounts.
-    pub(in crate::watch) fn set_mounts(&self, watched: &Arc<Watched>, mounts: Vec<MarkedMount>) {
+    pub(crate) fn set_mounts(&self, watched: &Arc<Watched>, mounts: Vec<MarkedMount>) {
         let mut maps = self.write();
         maps.forget_mounts(watched);
         // Not of a container that has been forgotten meanwhile.
@@ -724,11 +182,11 @@ impl Table {
         }
         let Maps { since, other_devices, .. } = &mut *maps;
         since.retain(|device, _| other_devices.contains_key(device));
-        *watched.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
+        watched.set_mounts(mounts);
     }
 
     /// Remembers what filesystems are. A mount may be gone when it is asked for.
-    pub(in crate::watch) fn note_kinds(&self, kinds: impl Iterator<Item = (u64, Filesystem)>) {
+    pub(crate) fn note_kinds(&self, kinds: impl Iterator<Item = (u64, Filesystem)>) {
         let kinds: Vec<_> = kinds.take(MAX_KINDS).collect();
         let mut maps = self.write();
         if maps.kinds.len() + kinds.len() > MAX_KINDS {
@@ -738,13 +196,13 @@ impl Table {
     }
 
     /// What a filesystem was that nothing is mounted from any more.
-    pub(in crate::watch) fn kind_of(&self, device: u64) -> Option<Filesystem> {
+    pub(crate) fn kind_of(&self, device: u64) -> Option<Filesystem> {
         self.read().kinds.get(&device).copied()
     }
 
     /// Whether the gate is asked before a file of this device, reached through this
     /// mount, is executed.
-    pub(in crate::watch) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
+    pub(crate) fn is_marked(&self, device: u64, mount: Option<u64>) -> bool {
         let maps = self.read();
         let is_gated = |watched: &Arc<Watched>| !watched.has_foreign_layers();
         maps.by_device.get(&device).is_some_and(is_gated)
@@ -757,7 +215,7 @@ impl Table {
 
     /// The same of a file that was executed at a time, by the clock of the kernel's
     /// records: the mark may be newer.
-    pub(in crate::watch) fn was_marked(&self, device: u64, mount: Option<u64>, time: u64) -> bool {
+    pub(crate) fn was_marked(&self, device: u64, mount: Option<u64>, time: u64) -> bool {
         let is_younger = self.read().since.get(&device).is_some_and(|since| time < *since);
         !is_younger && self.is_marked(device, mount)
     }
@@ -765,11 +223,7 @@ impl Table {
     /// Whose an executed file is that lies on no container's own overlay: by who
     /// executes it. A program of the host's is nobody's, even from a volume that a
     /// container shares.
-    pub(in crate::watch) fn user_of(
-        &self,
-        stat: &Stat,
-        process: &Whereabouts,
-    ) -> Option<Arc<Watched>> {
+    pub(crate) fn user_of(&self, stat: &Stat, process: &Whereabouts) -> Option<Arc<Watched>> {
         if let Some(watched) = self.of_whereabouts(process) {
             return Some(watched);
         }
@@ -789,22 +243,22 @@ impl Table {
     }
 
     /// The container whose own overlay has this device.
-    pub(in crate::watch) fn by_device(&self, device: u64) -> Option<Arc<Watched>> {
+    pub(crate) fn by_device(&self, device: u64) -> Option<Arc<Watched>> {
         self.read().by_device.get(&device).cloned()
     }
 
     /// The container of a control group, as the kernel's records name it.
-    pub(in crate::watch) fn by_perf_cgroup(&self, cgroup: u64) -> Option<Arc<Watched>> {
+    pub(crate) fn by_perf_cgroup(&self, cgroup: u64) -> Option<Arc<Watched>> {
         self.read().by_perf_cgroup.get(&cgroup).last().cloned()
     }
 
-    pub(in crate::watch) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
+    pub(crate) fn get(&self, container: &ContainerId) -> Option<Arc<Watched>> {
         self.read().by_container.get(container).cloned()
     }
 
     /// Whose file this is: by its device; or by its mount, for an overlay whose
     /// layers are on several filesystems.
-    pub(in crate::watch) fn owner(&self, stat: &Stat) -> Option<Arc<Watched>> {
+    pub(crate) fn owner(&self, stat: &Stat) -> Option<Arc<Watched>> {
         let maps = self.read();
         maps.by_device.get(&stat.device).or_else(|| maps.by_mount.get(&stat.mount?)).cloned()
     }
@@ -813,7 +267,7 @@ impl Table {
     /// which it keeps in namespaces of its own, and its pid namespace, into which other
     /// containers can be put. A container may share namespaces of the host; they say
     /// nothing then.
-    pub(in crate::watch) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
+    pub(crate) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
             && !procfs::is_host_mount_namespace(namespace)
             && let Some(watched) = self.by_mount_namespace(namespace)
@@ -834,7 +288,7 @@ impl Table {
     }
 
     /// The same of a process that may be gone by now.
-    pub(in crate::watch) fn of_whereabouts(&self, process: &Whereabouts) -> Option<Arc<Watched>> {
+    pub(crate) fn of_whereabouts(&self, process: &Whereabouts) -> Option<Arc<Watched>> {
         let Whereabouts { mount_namespace, pid_namespace, cgroup } = process;
         let by_mount_namespace = || {
             let namespace = mount_namespace.filter(|&it| !procfs::is_host_mount_namespace(it))?;
@@ -850,7 +304,7 @@ impl Table {
     }
 
     /// Whether a container is in this mount namespace.
-    pub(in crate::watch) fn is_mount_namespace(&self, namespace: u64) -> bool {
+    pub(crate) fn is_mount_namespace(&self, namespace: u64) -> bool {
         self.by_mount_namespace(namespace).is_some()
     }
 
@@ -869,7 +323,7 @@ impl Table {
     }
 
     /// The container in whose pid namespace a process is.
-    pub(in crate::watch) fn by_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
+    pub(crate) fn by_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
         let found = maps.by_pid_namespace.get(&namespace);
         let mut found = found.iter().filter(|watched| watched.has_namespaces());
@@ -879,7 +333,7 @@ impl Table {
     }
 
     /// The container that began a pid namespace, in which others may be too.
-    pub(in crate::watch) fn first_in_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
+    pub(crate) fn first_in_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
         let found = maps.by_pid_namespace.get(&namespace);
         let began = |watched: &&Arc<Watched>| watched.has_own_pid_namespace();
@@ -888,28 +342,31 @@ impl Table {
 
     /// The kernel has recorded the end of a process: if it is a container's first one, the
     /// numbers of the container's namespaces may be another's from here on.
-    pub(in crate::watch) fn ended(&self, pid: u32) {
+    pub(crate) fn ended(&self, pid: u32) {
         for watched in self.read().by_container.values() {
             if watched.init.pid == pid {
-                watched.init_may_have_ended.store(true, Ordering::Release);
+                watched.note_end_of_init();
             }
         }
     }
 
     /// All containers whose processes are in this pid namespace.
-    pub(in crate::watch) fn in_pid_namespace(&self, namespace: u64) -> Vec<Arc<Watched>> {
+    pub(crate) fn in_pid_namespace(&self, namespace: u64) -> Vec<Arc<Watched>> {
         self.read().by_pid_namespace.get(&namespace).to_vec()
     }
 
-    pub(in crate::watch) fn all(&self) -> Vec<Arc<Watched>> {
+    pub(crate) fn all(&self) -> Vec<Arc<Watched>> {
         self.read().by_container.values().cloned().collect()
     }
 }
 
 #[cfg(test)]
-pub(in crate::watch) mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::model::FileType;
+    use crate::model::{FileTime, FileType, OverlayDirs, ProcessIdentity};
+    use crate::sys::{clock, file, overlay};
+    use crate::watch::core::layers::{Layers, Place, place};
+    use crate::watch::core::watched::ControlGroups;
 
     fn root(device: u64) -> Stat {
         let time = FileTime { seconds: 0, nanoseconds: 0 };
@@ -931,7 +388,7 @@ pub(in crate::watch) mod tests {
     }
 
     /// A container whose overlay has this device.
-    pub(in crate::watch) fn watched(id: &str, device: u64) -> Watched {
+    pub(crate) fn watched(id: &str, device: u64) -> Watched {
         in_namespaces(id, device, None, None, None, None)
     }
 

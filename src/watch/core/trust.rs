@@ -41,7 +41,7 @@ const TICK: i64 = 1;
 
 /// What is known of the layers' files under one container.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct LayerFiles {
+pub(crate) struct LayerFiles {
     trust: Trust,
     told: HashMap<LayerFile, Told>,
 }
@@ -56,20 +56,20 @@ struct Told {
 
 impl LayerFiles {
     /// Whether it is known which of them are trusted.
-    pub(in crate::watch) fn is_known(&self) -> bool {
+    pub(crate) fn is_known(&self) -> bool {
         self.trust != Trust::Unknown
     }
 
     /// Judgements by another baseline, or of another time, are void. What still
     /// waits for its judgement goes on waiting.
-    pub(in crate::watch) fn set_trust(&mut self, trust: Trust) {
+    pub(crate) fn set_trust(&mut self, trust: Trust) {
         self.trust = trust;
         self.told.retain(|_, told| told.is_image.is_none());
     }
 
     /// Whether the execution of this file is to be told. `is_young`: it has
     /// changed since there is a container, and no other time can excuse that.
-    pub(in crate::watch) fn is_doubtful(&self, file: &LayerFile, is_young: bool) -> bool {
+    pub(crate) fn is_doubtful(&self, file: &LayerFile, is_young: bool) -> bool {
         match self.trust {
             Trust::NoBaseline => return false,
             Trust::UpTo(time) if file.changed <= time && !is_young => return false,
@@ -85,7 +85,7 @@ impl LayerFiles {
 
     /// Whether nothing more is to be said of this file until it changes: it need not be
     /// looked at, and no judgement of it is waited for.
-    pub(in crate::watch) fn is_certain(&self, file: &LayerFile, is_young: bool) -> bool {
+    pub(crate) fn is_certain(&self, file: &LayerFile, is_young: bool) -> bool {
         match self.trust {
             Trust::NoBaseline => true,
             Trust::UpTo(time) if file.changed <= time && !is_young => true,
@@ -97,12 +97,12 @@ impl LayerFiles {
     }
 
     /// What the file is, if it was read before.
-    pub(in crate::watch) fn known(&self, file: &LayerFile) -> Option<FileState> {
+    pub(crate) fn known(&self, file: &LayerFile) -> Option<FileState> {
         self.told.get(file).filter(|told| told.is_settled).map(|told| told.state.clone())
     }
 
     /// The file is told, as `state`; it was read after `at`.
-    pub(in crate::watch) fn tell(&mut self, file: LayerFile, state: FileState, at: Timestamp) {
+    pub(crate) fn tell(&mut self, file: LayerFile, state: FileState, at: Timestamp) {
         if self.told.get(&file).is_some_and(|told| told.is_settled) {
             return;
         }
@@ -113,7 +113,7 @@ impl LayerFiles {
         self.told.insert(file, Told { state, is_settled, is_image: None });
     }
 
-    pub(in crate::watch) fn judge(&mut self, file: &LayerFile, verdict: Verdict) {
+    pub(crate) fn judge(&mut self, file: &LayerFile, verdict: Verdict) {
         match (verdict, self.told.get_mut(file)) {
             (Verdict::Image, Some(told)) => told.is_image = Some(true),
             (Verdict::Drift, Some(told)) => told.is_image = Some(false),

@@ -10,7 +10,7 @@ use crate::model::FileTime;
 use crate::sys::file::Stat;
 
 /// So many are looked at one by one, each with its arguments.
-pub(in crate::watch) const FEW: usize = 64;
+pub(crate) const FEW: usize = 64;
 /// Files that are known to wait.
 const MOST: usize = 1024;
 
@@ -26,7 +26,7 @@ struct Alike {
 
 /// How many executions were like the one that waits.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct More(AtomicU64);
+pub(crate) struct More(AtomicU64);
 
 /// The one that waited is being looked at: what comes now waits by itself.
 const TAKEN: u64 = u64::MAX;
@@ -38,7 +38,7 @@ impl More {
     }
 
     /// Ends the counting.
-    pub(in crate::watch) fn take(&self) -> u64 {
+    pub(crate) fn take(&self) -> u64 {
         match self.0.swap(TAKEN, Ordering::AcqRel) {
             TAKEN => 0,
             count => count,
@@ -48,14 +48,14 @@ impl More {
 
 /// One thread's memory of what it has handed on.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Crowd {
+pub(crate) struct Crowd {
     waiting: HashMap<Alike, Arc<More>>,
 }
 
 impl Crowd {
     /// Counts an execution with one like it that waits: then `None`. Otherwise it is
     /// to wait itself, with this.
-    pub(in crate::watch) fn join(&mut self, stat: &Stat, parent: u32) -> Option<Arc<More>> {
+    pub(crate) fn join(&mut self, stat: &Stat, parent: u32) -> Option<Arc<More>> {
         let Stat { device, inode, changed, .. } = *stat;
         let alike = Alike { device, inode, changed, parent };
         if self.waiting.get(&alike).is_some_and(|more| more.count()) {

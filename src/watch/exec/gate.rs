@@ -16,7 +16,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,103 +26,32 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::crowd;
-use super::crowd::Crowd;
-use super::crowd::More;
+use super::crowd::{self, Crowd};
+use super::execution::Execution;
+use super::shared::Exec;
 use super::take;
-use crate::gate::{self, Calm, Events, Marks, Place};
+use crate::gate::{self, Calm, Events, Marks};
 use crate::health::Failure;
-use crate::model::{Filesystem, LayerFile};
+use crate::model::Filesystem;
 use crate::pulse::{Pulse, TURN};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
-use crate::sys::perf::Mapped;
-use crate::sys::procfs::{self, Handle, Whereabouts};
+use crate::sys::procfs::{self, Handle, Stat, Whereabouts};
 use crate::sys::{file, perf, pidfd};
 use crate::threads;
-use crate::watch::control::arm::Call;
+use crate::watch::core::copy::Copy;
 use crate::watch::core::copyup::Residence;
 use crate::watch::core::fair::Sender;
 use crate::watch::core::held::Held;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Standing;
-use crate::watch::core::table::Watched;
-use crate::watch::mounts::marking;
+use crate::watch::core::watched::{Standing, Watched};
+use crate::watch::mounts::find;
 use crate::watch::process::describe::Caller;
-
-/// A file that is being executed and is to be judged by its content.
-#[derive(Debug)]
-pub(in crate::watch) struct Execution {
-    pub(in crate::watch) watched: Arc<Watched>,
-    pub(in crate::watch) filesystem: Filesystem,
-    pub(in crate::watch) file: Held,
-    /// The kernel's name for it, if it was copied and closed already.
-    pub(in crate::watch) name: Option<Vec<u8>>,
-    pub(in crate::watch) stat: file::Stat,
-    /// `None` for a file of the container's own layer.
-    pub(in crate::watch) layer_file: Option<LayerFile>,
-    /// It is the image's own, unless its path has become another.
-    pub(in crate::watch) is_movable: bool,
-    pub(in crate::watch) caller: Caller,
-    pub(in crate::watch) at: Timestamp,
-    /// Others like it, if too many wait to look at each.
-    pub(in crate::watch) more: Option<Arc<More>>,
-}
-
-/// A process that executes a file of the image.
-#[derive(Debug)]
-pub(in crate::watch) struct Seen {
-    pub(in crate::watch) watched: Arc<Watched>,
-    /// Before it became the program, or, if nobody had to be asked, after that: then
-    /// its `stat` is `None`.
-    pub(in crate::watch) caller: Caller,
-    pub(in crate::watch) at: Timestamp,
-    /// What the kernel has recorded that it runs, where that may be a package manager.
-    pub(in crate::watch) program: Option<Mapped>,
-}
+use crate::watch::process::seen::Seen;
 
 /// How much one read may bring: about a hundred events, each with a descriptor.
 const READ_BYTES: usize = 4 * 1024;
 
 /// After a stop, the gate's process gets this long to end.
 const LAST_PACKETS: Duration = Duration::from_secs(4);
-
-/// Where the marks are placed by which executions are seen.
-#[derive(Clone, Debug)]
-pub(in crate::watch) enum ExecMarks {
-    /// In the gate's process, which the kernel asks.
-    Gate(Marks),
-    /// In a group of this process, which the kernel notifies.
-    Feed(Arc<Group>),
-}
-
-impl ExecMarks {
-    /// Marks a container's own overlay.
-    pub(in crate::watch) fn mark_root(&self, place: Place, root: BorrowedFd<'_>) -> io::Result<()> {
-        match self {
-            ExecMarks::Gate(marks) => marks.mark_root(place, root),
-            ExecMarks::Feed(group) => group.mark_filesystem_of(root, libc::FAN_OPEN_EXEC),
-        }
-    }
-
-    /// Marks what each descriptor points into: the whole filesystem where that is said,
-    /// or what is reached through its mount. The descriptors are closed as early as can be.
-    pub(in crate::watch) fn mark_others(
-        &self,
-        within: Vec<(OwnedFd, bool)>,
-    ) -> Vec<io::Result<()>> {
-        const MASK: u64 = libc::FAN_OPEN_EXEC;
-        match self {
-            ExecMarks::Gate(marks) => marks.mark_others(within),
-            ExecMarks::Feed(group) => within
-                .into_iter()
-                .map(|(within, is_whole)| match is_whole {
-                    true => group.mark_filesystem_of(within.as_fd(), MASK),
-                    false => group.mark_mount_of(within.as_fd(), MASK),
-                })
-                .collect(),
-        }
-    }
-}
 
 /// An execution that has been seen.
 struct Arrival {
@@ -137,28 +66,28 @@ struct Arrival {
 }
 
 /// What both ways of seeing executions have in common.
-pub(in crate::watch) struct Arrivals {
-    pub(in crate::watch) shared: Arc<Shared>,
-    pub(in crate::watch) marks: Marks,
-    pub(in crate::watch) pulse: Arc<Pulse>,
-    pub(in crate::watch) content: take::Entrance,
-    pub(in crate::watch) crowd: RefCell<Crowd>,
-    pub(in crate::watch) processes: Sender<Box<Seen>>,
+pub(crate) struct Arrivals {
+    pub(crate) shared: Arc<Exec>,
+    pub(crate) marks: Marks,
+    pub(crate) pulse: Arc<Pulse>,
+    pub(crate) content: take::Entrance,
+    pub(crate) crowd: RefCell<Crowd>,
+    pub(crate) processes: Sender<Box<Seen>>,
 }
 
 /// Takes what the gate's process hands on.
-pub(in crate::watch) struct Gate {
-    pub(in crate::watch) arrivals: Arrivals,
-    pub(in crate::watch) events: Events,
-    pub(in crate::watch) calls: crossbeam_channel::Sender<Call>,
+pub(crate) struct Gate {
+    pub(crate) arrivals: Arrivals,
+    pub(crate) events: Events,
+    pub(crate) calls: crossbeam_channel::Sender<Call>,
     /// Turns of this thread.
-    pub(in crate::watch) turns: Arc<AtomicU64>,
-    pub(in crate::watch) losses: Losses,
+    pub(crate) turns: Arc<AtomicU64>,
+    pub(crate) losses: Losses,
 }
 
 /// What the gate had lost when it was last looked at.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Losses {
+pub(crate) struct Losses {
     dropped: Cell<u64>,
     unreadable: Cell<u64>,
     late: Cell<u64>,
@@ -166,7 +95,7 @@ pub(in crate::watch) struct Losses {
 
 impl Gate {
     /// Ends when the gate's process has ended and what it handed on is taken.
-    pub(in crate::watch) fn run(self) {
+    pub(crate) fn run(self) {
         // Without CAP_SYS_NICE it runs like the others, only later under load.
         let _ = rustix::process::setpriority_process(None, -10);
         let shared = &self.arrivals.shared;
@@ -271,13 +200,13 @@ fn wait_for(events: &Events) {
 }
 
 /// Takes what the kernel reports where it does not ask.
-pub(in crate::watch) struct Feed {
-    pub(in crate::watch) arrivals: Arrivals,
-    pub(in crate::watch) group: Arc<Group>,
+pub(crate) struct Feed {
+    pub(crate) arrivals: Arrivals,
+    pub(crate) group: Arc<Group>,
 }
 
 impl Feed {
-    pub(in crate::watch) fn run(self) {
+    pub(crate) fn run(self) {
         let _ = rustix::process::setpriority_process(None, -10);
         let Feed { arrivals, group } = self;
         let shared = &arrivals.shared;
@@ -346,11 +275,40 @@ impl Arrivals {
             // Nobody has waited, or the file was on a container's own overlay.
             let now = || Some(Handle::open(caller.pid).ok()?.whereabouts());
             let whereabouts = whereabouts.clone().or_else(now)?;
-            let whose = marking::whose(&self.shared.table, file, stat, &whereabouts)?;
+            let whose = find::whose(&self.shared.table, file, stat, &whereabouts)?;
             let at = caller.asked.unwrap_or_else(perf::now);
             self.shared.note_asked(caller.pid, (stat.device, stat.inode), at);
             Some(whose)
         })
+    }
+
+    /// Copies a short file in memory and closes it, if it is one.
+    fn close_early(
+        &self,
+        filesystem: Filesystem,
+        file: OwnedFd,
+        stat: &file::Stat,
+    ) -> Result<OwnedFd, (Vec<u8>, Copy)> {
+        let is_short = stat.size <= self.shared.settings.max_hash_bytes;
+        let early = (filesystem == Filesystem::Tmpfs && is_short)
+            .then(|| self.content.copy_at_once(&file, stat))
+            .flatten();
+        early.map_or(Ok(file), Err)
+    }
+
+    /// Hands on who executes a file of the image, which is closed already.
+    fn hand_on_process(&self, watched: Arc<Watched>, mut caller: Caller, at: Timestamp) {
+        if caller.pidfd.is_none() && watched.has_sessions() {
+            caller.pidfd = pidfd::open(caller.pid).ok();
+        }
+        match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None })) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(seen)) => self.shared.lose(
+                Failure::ProcessQueueFull,
+                Some(&seen.watched),
+                "too many processes wait to be looked at",
+            ),
+        }
     }
 
     fn hand_on(&self, seen: Arrival) {
@@ -365,17 +323,7 @@ impl Arrivals {
             watched.set_init_asked_about();
         }
         // First of all: open, it keeps its mount busy.
-        let is_short = stat.size <= self.shared.settings.max_hash_bytes;
-        let early = (filesystem == Filesystem::Tmpfs && is_short)
-            .then(|| self.content.copy_at_once(&file, &stat))
-            .flatten();
-        let file = match early {
-            Some(copied) => {
-                drop(file);
-                Err(copied)
-            }
-            None => Ok(file),
-        };
+        let file = self.close_early(filesystem, file, &stat);
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
             // No image has a file there.
@@ -389,28 +337,16 @@ impl Arrivals {
             Standing::Own => None,
             Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
             Standing::Image => {
-                if let (Some(calm), Ok(file)) = (calm, &file)
-                    && watched.residence().is_some_and(Residence::has_settled)
-                    && !watched.is_detaching()
-                    && watched.is_certain(&stat)
-                {
+                let calm = calm.filter(|_| {
+                    watched.residence().is_some_and(Residence::has_settled)
+                        && !watched.is_detaching()
+                        && watched.is_certain(&stat)
+                });
+                if let (Some(calm), Ok(file)) = (calm, &file) {
                     self.marks.ignore(calm, file.as_fd());
                 }
                 drop(file);
-                let mut caller = caller;
-                if caller.pidfd.is_none() && watched.has_sessions() {
-                    caller.pidfd = pidfd::open(pid).ok();
-                }
-                match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None }))
-                {
-                    Ok(()) | Err(TrySendError::Disconnected(_)) => (),
-                    Err(TrySendError::Full(seen)) => self.shared.lose(
-                        Failure::ProcessQueueFull,
-                        Some(&seen.watched),
-                        "too many processes wait to be looked at",
-                    ),
-                }
-                return;
+                return self.hand_on_process(watched, caller, at);
             }
         };
         let more = match &caller.stat {
@@ -427,7 +363,7 @@ impl Arrivals {
         let pidfd = caller.pidfd.or_else(|| pidfd::open(pid).ok());
         let caller = Caller { pidfd, ..caller };
         let (name, file) = match file {
-            Ok(file) => (None, Held::new(&watched, file)),
+            Ok(file) => (None, watched.hold(file)),
             Err((name, copy)) => (Some(name), Held::of_copy(copy)),
         };
         let execution = Execution {
@@ -451,4 +387,12 @@ impl Arrivals {
             ),
         }
     }
+}
+
+/// A call of a runtime that the gate holds.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) number: u64,
+    /// The process before it becomes the runtime.
+    pub(crate) caller: Stat,
 }

@@ -2,13 +2,21 @@
 //!
 //! It knows every wing below: `core`, `process`, `files`, `mounts`, `sessions` and `code`.
 
-pub(in crate::watch) mod content;
-pub(in crate::watch) mod crowd;
-pub(in crate::watch) mod gate;
-pub(in crate::watch) mod processes;
-pub(in crate::watch) mod take;
-pub(in crate::watch) mod trace;
-pub(in crate::watch) mod trial;
-pub(in crate::watch) mod unproven;
-pub(in crate::watch) mod unseen;
-pub(in crate::watch) mod writable;
+pub(crate) mod content;
+pub(crate) mod crowd;
+pub(crate) mod described;
+pub(crate) mod evidence;
+pub(crate) mod examine;
+pub(crate) mod execution;
+pub(crate) mod gate;
+pub(crate) mod known;
+pub(crate) mod processes;
+pub(crate) mod recorder;
+pub(crate) mod running;
+pub(crate) mod shared;
+pub(crate) mod take;
+pub(crate) mod trace;
+pub(crate) mod trial;
+pub(crate) mod unproven;
+pub(crate) mod unseen;
+pub(crate) mod writable;

@@ -8,32 +8,25 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
-use super::gate::Seen;
-use super::trace::TraceConsumer;
-use super::unseen::Running;
-use super::unseen::Runtimes;
+use super::running::Running;
+use super::shared::Exec;
 use crate::health::Failure;
-use crate::model::{ContainerId, Process, Source};
+use crate::model::{Process, Source};
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
-use crate::watch::core::fair;
-use crate::watch::core::fair::Owned;
-use crate::watch::core::fair::Receiver;
-use crate::watch::core::fair::Sender;
+use crate::watch::core::fair::{self, Receiver, Sender};
 use crate::watch::core::shared::Next;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::process::deeds;
-use crate::watch::process::describe;
-use crate::watch::process::describe::Caller;
-use crate::watch::sessions::acts;
+use crate::watch::core::watched::Watched;
+use crate::watch::process::describe::{self, Caller};
+use crate::watch::process::records::TraceConsumer;
+use crate::watch::process::seen::Seen;
+use crate::watch::process::shared::Processes;
+use crate::watch::process::{deeds, membership, outside};
 use crate::watch::sessions::calls;
-use crate::watch::sessions::opening;
-use crate::watch::sessions::opening::ByRuntime;
-use crate::watch::sessions::opening::Home;
-use crate::watch::sessions::opening::Opened;
-use crate::watch::sessions::opening::is_on_its_way;
+use crate::watch::sessions::opening::{self, Home, Opened};
+use crate::watch::sessions::origin::ByRuntime;
+use crate::watch::sessions::runtimes::Runtimes;
 
 /// Of how many that wait each one that belongs to a session is looked at.
 const FEW: usize = 64;
@@ -41,13 +34,7 @@ const FEW: usize = 64;
 /// How often it is asked whether all processes are to be looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-impl Owned for Seen {
-    fn owner(&self) -> &ContainerId {
-        &self.watched.container
-    }
-}
-
-pub(in crate::watch) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
+pub(crate) fn run(shared: &Exec, seen: &Receiver<Box<Seen>>) {
     let mut last_look = Instant::now();
     let mut runtimes = Runtimes::default();
     let mut pass: Option<Pass> = None;
@@ -79,26 +66,26 @@ pub(in crate::watch) fn run(shared: &Shared, seen: &Receiver<Box<Seen>>) {
     }
 }
 
-fn judge(shared: &Shared, seen: &Seen, others: &Receiver<Box<Seen>>) {
+fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     if deeds::is_of_another(shared, &seen.watched, &seen.caller) {
         return;
     }
     // First: what runs in a session may be over when its record is read.
-    if others.len() < FEW && acts::is_in_session(shared, &seen.watched, stat) {
+    if others.len() < FEW && membership::is_in_session(shared, &seen.watched, stat) {
         let words = describe::words_after_exec(&seen.caller, &|| !others.is_empty());
-        acts::keep_words(shared, &seen.watched, &seen.caller, words);
+        membership::keep_words(shared, &seen.watched, &seen.caller, words);
     }
     shared.packages().executes(shared, &seen.watched, stat);
-    acts::keep_handle(shared, &seen.watched, &seen.caller);
+    membership::keep_handle(shared, &seen.watched, &seen.caller);
     // Held until the session is told, so that it is told before what it does.
-    let mut sessions = shared.sessions();
+    let mut sessions = shared.openings();
     sessions.open(shared, &seen.caller, &seen.watched, seen.at, &|| others.len());
 }
 
 /// Nobody was asked before it became what it is.
-fn judge_running(shared: &Shared, seen: &Seen) {
-    shared.sessions().open_gone(shared, seen.caller.pid);
+fn judge_running(shared: &Exec, seen: &Seen) {
+    shared.openings().open_gone(shared, seen.caller.pid);
     let handle = Handle::open(seen.caller.pid).ok();
     let Some(handle) = handle.filter(|handle| !handle.first_stat().has_ended()) else {
         if let Some(program) = &seen.program {
@@ -108,21 +95,21 @@ fn judge_running(shared: &Shared, seen: &Seen) {
     };
     let stat = handle.first_stat();
     // What the runtime is on its way in will be seen again when it is there.
-    if is_on_its_way(&handle) {
+    if outside::is_on_its_way(&handle) {
         return;
     }
     match opening::home(shared, &handle, &seen.watched) {
         Home::Own => (),
         Home::Anothers => return,
         Home::Unknown => {
-            if shared.sessions().put_aside(handle.identity(), &seen.watched) {
+            if shared.openings().put_aside(handle.identity(), &seen.watched) {
                 return;
             }
         }
     }
     let process = Arc::new(describe::as_it_is(&handle, &seen.watched));
     shared.packages().has_begun(shared, &seen.watched, &process);
-    let mut sessions = shared.sessions();
+    let mut sessions = shared.openings();
     if let Some(root) = sessions.opens(shared, stat, &seen.watched, &mut || false) {
         let mut process = Process::clone(&process);
         let asked_for = calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, false);
@@ -134,18 +121,18 @@ fn judge_running(shared: &Shared, seen: &Seen) {
 
 /// By the trace, which is not asked before: whoever comes into a container to execute
 /// what the gate does not ask about.
-pub(in crate::watch) struct Entries {
+pub(crate) struct Entries {
     processes: Sender<Box<Seen>>,
 }
 
 impl Entries {
-    pub(in crate::watch) fn new(processes: Sender<Box<Seen>>) -> Entries {
+    pub(crate) fn new(processes: Sender<Box<Seen>>) -> Entries {
         Entries { processes }
     }
 }
 
 impl TraceConsumer for Entries {
-    fn entered(&mut self, shared: &Shared, watched: &Arc<Watched>, executed: &Executed) {
+    fn entered(&mut self, shared: &Processes, watched: &Arc<Watched>, executed: &Executed) {
         let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
         let seen = Seen { watched: watched.clone(), caller, at, program: None };
@@ -159,7 +146,7 @@ impl TraceConsumer for Entries {
         }
     }
 
-    fn executed(&mut self, _: &Shared, _: &Arc<Watched>, _: &Executed, _: Option<&Mapped>) {}
+    fn executed(&mut self, _: &Processes, _: &Arc<Watched>, _: &Executed, _: Option<&Mapped>) {}
 }
 
 /// A container whose processes are to be looked at.
@@ -180,7 +167,7 @@ struct Pass {
 }
 
 impl Pass {
-    fn begin(shared: &Shared) -> Option<Pass> {
+    fn begin(shared: &Exec) -> Option<Pass> {
         let wanted: Vec<Wanted> = shared
             .table
             .all()
@@ -199,7 +186,7 @@ impl Pass {
     }
 
     /// Looks at some processes; true when all have been looked at.
-    fn step(&mut self, shared: &Shared, runtimes: &mut Runtimes) -> bool {
+    fn step(&mut self, shared: &Exec, runtimes: &mut Runtimes) -> bool {
         let begun = Instant::now();
         while begun.elapsed() < fair::SLICE {
             let Some(pid) = self.pids.next() else { return true };
@@ -280,7 +267,7 @@ impl Places {
 }
 
 /// Whose process this is: by its namespaces and control group, or by what it runs.
-fn owner(shared: &Shared, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watched>> {
+fn owner(shared: &Exec, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watched>> {
     let own = shared.table.of_process(handle).or_else(|| {
         let stat = file::stat(handle.open_exe().ok()?).ok()?;
         shared.table.owner(&stat)
@@ -292,7 +279,7 @@ fn owner(shared: &Shared, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watc
     (!is_late(wanted.since)).then_some(own)
 }
 
-fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
+fn find_open_session(shared: &Exec, watched: &Arc<Watched>, handle: &Handle) {
     match opening::home(shared, handle, watched) {
         Home::Own => open_session(shared, watched, handle),
         Home::Anothers => {
@@ -302,7 +289,7 @@ fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
             }
         }
         Home::Unknown => {
-            let is_put_aside = shared.sessions().put_aside(handle.identity(), watched);
+            let is_put_aside = shared.openings().put_aside(handle.identity(), watched);
             if !is_put_aside {
                 open_session(shared, watched, handle);
             }
@@ -311,15 +298,15 @@ fn find_open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
 }
 
 /// Those that were taken for a container's that is not known yet, and none has come.
-fn find_unclaimed(shared: &Shared) {
-    let unclaimed = shared.sessions().take_unclaimed(shared);
+fn find_unclaimed(shared: &Exec) {
+    let unclaimed = shared.openings().take_unclaimed(shared);
     for (handle, watched) in unclaimed {
         open_session(shared, &watched, &handle);
     }
 }
 
-fn open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
-    let mut sessions = shared.sessions();
+fn open_session(shared: &Exec, watched: &Arc<Watched>, handle: &Handle) {
+    let mut sessions = shared.openings();
     if sessions.is_open(shared, handle, watched) {
         let process = describe::as_it_is(handle, watched);
         let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
@@ -331,7 +318,7 @@ fn open_session(shared: &Shared, watched: &Arc<Watched>, handle: &Handle) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::watch::core::held::some_container;
+    use crate::watch::core::watched::some_container;
 
     #[test]
     fn h09_a_process_is_compared_only_with_containers_that_it_can_be_in() {

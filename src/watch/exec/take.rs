@@ -11,54 +11,40 @@
 //! gate ── Execution ──> take ── Taken ──> describe ──> content
 //! ```
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crossbeam_channel::TrySendError;
 
-use super::content::UnknownPath;
-use super::content::event_name;
-use super::content::event_path;
-use super::gate::Execution;
+use super::execution::Execution;
 use super::writable::Look;
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::threads;
-use crate::watch::core::fair;
-use crate::watch::core::fair::Owned;
-use crate::watch::core::fair::Receiver;
-use crate::watch::core::fair::Sender;
-use crate::watch::core::fair::Waits;
+use crate::watch::core::copy::{self, CHUNK, Copy};
+use crate::watch::core::fair::{self, Owned, Receiver, Sender, Waits};
 use crate::watch::core::held::Left;
-use crate::watch::core::shared::Shared;
-use crate::watch::mounts::marking;
-
-/// Longer files stay open and are read where they are hashed.
-const SMALL: u64 = 4 << 20;
-
-/// All copies together. What does not fit stays open.
-const MOST: usize = 32 << 20;
-
-/// How much is read before a file that has come meanwhile is asked about.
-const CHUNK: usize = 256 << 10;
+use crate::watch::files::paths::{self, UnknownPath};
+use crate::watch::files::shared::Files;
+use crate::watch::mounts::find;
 
 /// An execution whose file has been looked at.
 #[derive(Debug)]
-pub(in crate::watch) struct Taken {
-    pub(in crate::watch) execution: Execution,
+pub(crate) struct Taken {
+    pub(crate) execution: Execution,
     /// In its container, and whether that is certain.
-    pub(in crate::watch) path: Result<(RootfsPath, bool), UnknownPath>,
+    pub(crate) path: Result<(RootfsPath, bool), UnknownPath>,
     /// The kernel's name of a file on a mount of the container's own, whose path is found
     /// when the file has been copied and closed.
     name: Option<Result<Vec<u8>, UnknownPath>>,
-    pub(in crate::watch) look: Look,
+    pub(crate) look: Look,
     /// What it holds may not be what it held when it was executed; `None` until it was
     /// read.
-    pub(in crate::watch) could_change: Option<bool>,
+    pub(crate) could_change: Option<bool>,
 }
 
 impl Owned for Taken {
@@ -67,72 +53,9 @@ impl Owned for Taken {
     }
 }
 
-/// A small file's content.
-#[derive(Debug)]
-pub(in crate::watch) struct Copy {
-    bytes: Vec<u8>,
-    capability: Option<Box<[u8]>>,
-    /// What is left for all copies.
-    room: Arc<AtomicUsize>,
-    size: usize,
-}
-
-impl Copy {
-    /// A place for what a file holds, if it is small and there is room.
-    fn begin(room: &Arc<AtomicUsize>, stat: &Stat) -> Option<Copy> {
-        let size = usize::try_from(stat.size).ok()?;
-        if !stat.is_regular() || stat.size > SMALL {
-            return None;
-        }
-        let less = |room: usize| room.checked_sub(size);
-        room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok()?;
-        Some(Copy { bytes: Vec::new(), capability: None, room: room.clone(), size })
-    }
-
-    /// Reads a file as long as it was, and does something between two chunks of it;
-    /// whether that was possible.
-    fn read(&mut self, fd: &OwnedFd, mut between: impl FnMut()) -> bool {
-        self.capability = file::xattr(fd, "security.capability").unwrap_or(None);
-        self.bytes.reserve_exact(self.size);
-        while self.bytes.len() < self.size {
-            let most = CHUNK.min(self.size - self.bytes.len());
-            match file::read_on(fd.as_fd(), &mut self.bytes, most) {
-                Ok(0) | Err(_) => return false,
-                Ok(_) => between(),
-            }
-        }
-        true
-    }
-
-    /// Copies a small file that is open for reading.
-    pub(in crate::watch) fn of(room: &Arc<AtomicUsize>, fd: &OwnedFd, stat: &Stat) -> Option<Copy> {
-        let mut copy = Copy::begin(room, stat)?;
-        copy.read(fd, || ()).then_some(copy)
-    }
-
-    pub(in crate::watch) fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    pub(in crate::watch) fn capability(&self) -> Option<Box<[u8]>> {
-        self.capability.clone()
-    }
-}
-
-impl Drop for Copy {
-    fn drop(&mut self) {
-        self.room.fetch_add(self.size, Ordering::Relaxed);
-    }
-}
-
-/// Room for all copies of those who share it.
-pub(in crate::watch) fn room() -> Arc<AtomicUsize> {
-    Arc::new(AtomicUsize::new(MOST))
-}
-
 /// Where executions enter, and how many of them wait to be described.
 #[derive(Clone, Debug)]
-pub(in crate::watch) struct Entrance {
+pub(crate) struct Entrance {
     arrived: Sender<Execution>,
     asked: Sender<Taken>,
     taken: Sender<Taken>,
@@ -143,34 +66,27 @@ impl Entrance {
     /// Copies a short file in memory before anybody else looks at it: a container that
     /// has mounted a tmpfs may unmount it as soon as its program has ended. The kernel's
     /// name for it, and its content.
-    pub(in crate::watch) fn copy_at_once(
-        &self,
-        fd: &OwnedFd,
-        stat: &Stat,
-    ) -> Option<(Vec<u8>, Copy)> {
+    pub(crate) fn copy_at_once(&self, fd: &OwnedFd, stat: &Stat) -> Option<(Vec<u8>, Copy)> {
         if stat.size > CHUNK as u64 {
             return None;
         }
-        Some((event_name(fd).ok()?, Copy::of(&self.room, fd, stat)?))
+        Some((paths::event_name(fd).ok()?, Copy::of(&self.room, fd, stat)?))
     }
 
-    pub(in crate::watch) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.arrived.len() + self.asked.len() + self.taken.len()
     }
 
     /// Never waits. `Full` hands back what was dropped, as every fair channel does.
     #[expect(clippy::result_large_err, reason = "it is counted as a loss, and then dropped")]
-    pub(in crate::watch) fn try_send(
-        &self,
-        execution: Execution,
-    ) -> Result<(), TrySendError<Execution>> {
+    pub(crate) fn try_send(&self, execution: Execution) -> Result<(), TrySendError<Execution>> {
         self.arrived.try_send(execution)
     }
 }
 
 /// The thread's own part.
-pub(in crate::watch) struct Take {
-    shared: Arc<Shared>,
+pub(crate) struct Take {
+    shared: Arc<Files>,
     arrived: Receiver<Execution>,
     /// Asked about, and still to be copied.
     asked: Sender<Taken>,
@@ -181,14 +97,11 @@ pub(in crate::watch) struct Take {
 
 /// The thread, where executions enter it, and where they leave it. No more than `limit`
 /// of them wait in each place.
-pub(in crate::watch) fn new(
-    shared: Arc<Shared>,
-    limit: usize,
-) -> (Take, Entrance, Receiver<Taken>) {
+pub(crate) fn new(shared: Arc<Files>, limit: usize) -> (Take, Entrance, Receiver<Taken>) {
     let (arrived, receive_arrived) = fair::channel(limit);
     let (asked, waiting) = fair::channel(limit);
     let (taken, receive_taken) = fair::channel(limit);
-    let room = room();
+    let room = copy::room();
     let entrance =
         Entrance { arrived, asked: asked.clone(), taken: taken.clone(), room: room.clone() };
     let take = Take { shared, arrived: receive_arrived, asked, waiting, taken, room };
@@ -200,18 +113,17 @@ fn place(taken: &mut Taken) {
     let Some(name) = taken.name.take() else { return };
     let Execution { watched, stat, caller, .. } = &taken.execution;
     let parent = caller.stat.as_ref().map(|stat| stat.parent);
-    taken.path =
-        name.and_then(|name| marking::event_path(watched, &name, stat, caller.pid, parent));
+    taken.path = name.and_then(|name| find::event_path(watched, &name, stat, caller.pid, parent));
 }
 
 impl Take {
     /// Where executions wait for this thread.
-    pub(in crate::watch) fn arrived(&self) -> Receiver<Execution> {
+    pub(crate) fn arrived(&self) -> Receiver<Execution> {
         self.arrived.clone()
     }
 
     /// The same for another thread that takes this one's place.
-    pub(in crate::watch) fn again(&self) -> Take {
+    pub(crate) fn again(&self) -> Take {
         Take {
             shared: self.shared.clone(),
             arrived: self.arrived.clone(),
@@ -222,7 +134,7 @@ impl Take {
         }
     }
 
-    pub(in crate::watch) fn run(self) {
+    pub(crate) fn run(self) {
         // A file can be changed back within microseconds. Without CAP_SYS_NICE it runs
         // like the others, and is late more often.
         let _ = rustix::process::setpriority_process(None, -10);
@@ -240,7 +152,7 @@ impl Take {
     }
 
     /// What waits to be copied.
-    pub(in crate::watch) fn waits(&self) -> Arc<dyn Waits> {
+    pub(crate) fn waits(&self) -> Arc<dyn Waits> {
         self.waiting.waits()
     }
 
@@ -264,20 +176,21 @@ impl Take {
             Left::Open(fd) => {
                 let path = match filesystem {
                     Filesystem::Overlay => {
-                        event_path(watched, &fd, stat, caller.pid, parent).map(|path| (path, true))
+                        paths::event_path(watched, &fd, stat, caller.pid, parent)
+                            .map(|path| (path, true))
                     }
                     // First it is closed: whoever unmounts it would be refused.
                     Filesystem::Tmpfs
                     | Filesystem::Volume
                     | Filesystem::Anonymous
                     | Filesystem::Container => {
-                        name = Some(event_name(&fd));
+                        name = Some(paths::event_name(&fd));
                         Err(UnknownPath::NotAbsolute)
                     }
                 };
                 let known = path.as_ref().ok().map(|(path, _)| path);
                 look = Look::at(&self.shared, &execution, known);
-                file.give_back(watched, fd);
+                watched.give_back(file, fd);
                 path
             }
             // The container has ended, and with it the mounts that say more.
@@ -312,7 +225,7 @@ impl Take {
         let Some(mut copy) = Copy::begin(&self.room, stat) else { return };
         let Left::Open(fd) = file.take() else { return };
         if !copy.read(&fd, || self.ask_others()) {
-            file.give_back(watched, fd);
+            watched.give_back(file, fd);
             return;
         }
         if name.is_some() {
@@ -324,7 +237,7 @@ impl Take {
             file.keep(copy);
         } else {
             // It is read again where it is hashed, until it holds still.
-            file.give_back(watched, fd);
+            watched.give_back(file, fd);
         }
     }
 

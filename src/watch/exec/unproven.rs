@@ -24,9 +24,9 @@ const MOMENT: u64 = 250_000_000;
 
 /// What the gate was asked. Times are of the records' clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) struct Question {
-    pub(in crate::watch) process: ProcessIdentity,
-    pub(in crate::watch) asked: u64,
+pub(crate) struct Question {
+    pub(crate) process: ProcessIdentity,
+    pub(crate) asked: u64,
 }
 
 #[derive(Debug)]
@@ -38,7 +38,7 @@ struct Waiting<T> {
 }
 
 #[derive(Debug)]
-pub(in crate::watch) struct Unproven<T> {
+pub(crate) struct Unproven<T> {
     /// When each process last became a program.
     recorded: HashMap<u32, u64>,
     /// The same by time; one that has become another since is not the last.
@@ -61,13 +61,13 @@ impl<T: Owned> Unproven<T> {
     /// Whether the process has become a program since. What it maps says no more: with
     /// binfmt_misc, which a container can have for itself (Linux 6.7), that is an interpreter
     /// for a program of any kind.
-    pub(in crate::watch) fn is_proven(&self, question: &Question) -> bool {
+    pub(crate) fn is_proven(&self, question: &Question) -> bool {
         let last = self.recorded.get(&question.process.pid);
         question.asked <= self.forgotten || last.is_some_and(|&time| time >= question.asked)
     }
 
     /// Keeps an execution until it is proven; without room it is given back.
-    pub(in crate::watch) fn wait(&mut self, question: Question, execution: T) -> Result<(), T> {
+    pub(crate) fn wait(&mut self, question: Question, execution: T) -> Result<(), T> {
         let owner = execution.owner();
         let waiting = || self.waiting.values().flatten();
         let of_one = waiting().filter(|other| other.execution.owner() == owner).count();
@@ -80,7 +80,7 @@ impl<T: Owned> Unproven<T> {
     }
 
     /// A process has become a program: what of its own waited.
-    pub(in crate::watch) fn executed(&mut self, pid: u32, time: u64) -> Vec<T> {
+    pub(crate) fn executed(&mut self, pid: u32, time: u64) -> Vec<T> {
         self.recorded.insert(pid, time);
         self.order.push_back((time, pid));
         self.keep_bounds();
@@ -90,7 +90,7 @@ impl<T: Owned> Unproven<T> {
 
     /// A process may have ended without running what waits of it. Returns the executions
     /// whose file was not looked at, and whether a process with this pid goes on.
-    pub(in crate::watch) fn ended(
+    pub(crate) fn ended(
         &mut self,
         pid: u32,
         goes_on: impl Fn(ProcessIdentity) -> bool,
@@ -111,20 +111,20 @@ impl<T: Owned> Unproven<T> {
     }
 
     /// Records were lost, or there are none of before this, or none will be read any more.
-    pub(in crate::watch) fn forget_all(&mut self, now: u64) -> Vec<T> {
+    pub(crate) fn forget_all(&mut self, now: u64) -> Vec<T> {
         let waiting = std::mem::take(&mut self.waiting).into_values().flatten();
         let waiting = waiting.map(|waiting| waiting.execution).collect();
         *self = Unproven { forgotten: now, read_until: self.read_until, ..Unproven::default() };
         waiting
     }
 
-    pub(in crate::watch) fn has_read(&mut self, until: u64) {
+    pub(crate) fn has_read(&mut self, until: u64) {
         self.read_until = until;
     }
 
     /// What the records that are read show to be no execution yet, once: it may have
     /// taken no time, or be none.
-    pub(in crate::watch) fn not_executed(&mut self) -> impl Iterator<Item = &T> {
+    pub(crate) fn not_executed(&mut self) -> impl Iterator<Item = &T> {
         let read_until = self.read_until;
         self.waiting.values_mut().flatten().filter_map(move |waiting| {
             let is_over = waiting.question.asked.saturating_add(MOMENT) < read_until;
@@ -135,7 +135,7 @@ impl<T: Owned> Unproven<T> {
     }
 
     /// What has waited for too long for records that are not read.
-    pub(in crate::watch) fn overdue(&mut self, now: u64) -> Vec<T> {
+    pub(crate) fn overdue(&mut self, now: u64) -> Vec<T> {
         let read_until = self.read_until;
         let is_overdue = |waiting: &Waiting<T>| {
             let asked = waiting.question.asked;

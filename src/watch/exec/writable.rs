@@ -21,19 +21,19 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use super::gate::Execution;
+use super::execution::Execution;
 use crate::model::{Filesystem, RootfsPath};
-use crate::sys::file::{self, Stat};
+use crate::sys::file::Stat;
 use crate::sys::handle::FileHandle;
 use crate::sys::lease;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::files::closings::Executed;
-use crate::watch::files::closings::Writers;
+use crate::watch::core::watched::Watched;
+use crate::watch::files::closings::{Executed, Writers};
+use crate::watch::files::shared::Files;
+use crate::watch::files::upper;
 
 /// What was observed of the writers of an executed file.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Look {
+pub(crate) struct Look {
     /// Somebody could write to it while it was executed.
     had_writer: bool,
     /// The kernel tells of what happens to this file.
@@ -55,16 +55,12 @@ struct Upper {
 impl Look {
     /// Looks at a file that is executed now. Only those of the container's own layer
     /// can be taken for the image's.
-    pub(in crate::watch) fn at(
-        shared: &Shared,
-        execution: &Execution,
-        path: Option<&RootfsPath>,
-    ) -> Look {
+    pub(crate) fn at(shared: &Files, execution: &Execution, path: Option<&RootfsPath>) -> Look {
         let Execution { watched, filesystem, stat, layer_file, caller, .. } = execution;
         let is_own = *filesystem == Filesystem::Overlay && layer_file.is_none();
         let mut look = Look { is_own, pid: caller.pid, asked: caller.asked, ..Look::default() };
         let Some(path) = path.filter(|_| is_own) else { return look };
-        let Some(fd) = upper(watched, path, stat) else { return look };
+        let Some(fd) = upper::upper(watched, path, stat) else { return look };
         let has_writer = lease::has_writer(fd.as_fd());
         look.upper = Upper::of(shared, watched, path, fd);
         if let (Ok(has_writer), writers) = (has_writer, look.writers(shared)) {
@@ -74,7 +70,7 @@ impl Look {
         look
     }
 
-    fn writers(&self, shared: &Shared) -> Option<Writers> {
+    fn writers(&self, shared: &Files) -> Option<Writers> {
         let Upper { file, directory, .. } = self.upper.as_ref()?;
         let executed = Executed { file, directory, pid: self.pid, asked: self.asked? };
         Some(shared.closings.writers(&executed))
@@ -82,15 +78,15 @@ impl Look {
 
     /// Whether the file may have held something else when it was executed than what
     /// was read of it until now. `now` is what is open.
-    pub(in crate::watch) fn could_change(
+    pub(crate) fn could_change(
         &self,
-        shared: &Shared,
+        shared: &Files,
         watched: &Watched,
         path: &RootfsPath,
         before: &Stat,
         now: &Stat,
     ) -> bool {
-        if !self.is_own || self.had_writer || !has_changed(before, now) {
+        if !self.is_own || self.had_writer || !upper::has_changed(before, now) {
             return self.had_writer;
         }
         let had_none = || {
@@ -100,7 +96,7 @@ impl Look {
             }
             let has_writer = match &self.upper.as_ref()?.fd {
                 Some(fd) => lease::has_writer(fd.as_fd()),
-                None => lease::has_writer(upper(watched, path, now)?.as_fd()),
+                None => lease::has_writer(upper::upper(watched, path, now)?.as_fd()),
             };
             let writers = self.writers(shared)?;
             let is_told = self.was_told || writers.was_told;
@@ -110,65 +106,22 @@ impl Look {
     }
 
     /// Closes what would wait for a file that is not read at once.
-    pub(in crate::watch) fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         if let Some(upper) = &mut self.upper {
             upper.fd = None;
         }
     }
 
     /// The same of a file that was not read.
-    pub(in crate::watch) fn had_writer(&self) -> bool {
+    pub(crate) fn had_writer(&self) -> bool {
         self.had_writer
     }
 }
 
-/// Whether a file of the container's own layer that is read or mapped as code has a
-/// writer now. Nothing keeps such a file from being written to.
-pub(in crate::watch) fn has_writer(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
-    let fd = upper(watched, path, stat);
-    fd.is_some_and(|fd| lease::has_writer(fd.as_fd()).unwrap_or(false))
-}
-
-/// Opens a file of the container's own layer in that layer. `None` if it has another
-/// name by now.
-fn upper(watched: &Watched, path: &RootfsPath, stat: &Stat) -> Option<OwnedFd> {
-    let upper = file::open_directory(&watched.layers()?.dirs.upperdir).ok()?;
-    let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
-    (found.is_regular() && is_same(&found, stat)).then_some(fd)
-}
-
-/// Listens to the directory of the upper layer that holds a file, which no walk may
-/// have come to yet.
-pub(in crate::watch) fn listen_near(
-    shared: &Shared,
-    watched: &Watched,
-    path: &RootfsPath,
-) -> Option<FileHandle> {
-    let upper = file::open_directory(&watched.layers()?.dirs.upperdir).ok()?;
-    let directory = file::open_directory_beneath(&upper, path.parent()?.relative()).ok()?;
-    let handle = FileHandle::of(&directory).ok()?;
-    shared.closings.listen_to(handle.clone(), &directory);
-    Some(handle)
-}
-
 impl Upper {
-    fn of(shared: &Shared, watched: &Watched, path: &RootfsPath, fd: OwnedFd) -> Option<Upper> {
-        let directory = listen_near(shared, watched, path)?;
+    fn of(shared: &Files, watched: &Watched, path: &RootfsPath, fd: OwnedFd) -> Option<Upper> {
+        let directory = upper::listen_near(shared, watched, path)?;
         let file = FileHandle::of(&fd).ok()?;
         Some(Upper { fd: Some(fd), file, directory })
     }
-}
-
-/// Whether both are one file of the upper layer. An overlay shows the number of the
-/// image's inode for a copy of its file, and the times of the copy.
-fn is_same(upper: &Stat, overlay: &Stat) -> bool {
-    match (upper.born, overlay.born) {
-        (Some(upper), Some(overlay)) => upper == overlay,
-        _ => !has_changed(upper, overlay),
-    }
-}
-
-/// Whether a file may hold something else than when it was looked at before.
-pub(in crate::watch) fn has_changed(before: &Stat, now: &Stat) -> bool {
-    (before.changed, before.modified, before.size) != (now.changed, now.modified, now.size)
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use crate::sys::closings::{self, Happened, READ_BYTES};
 use crate::sys::handle::FileHandle;
 use crate::sys::perf;
-use crate::watch::core::shared::Shared;
+use crate::watch::core::shared::Core;
 
 /// Files and directories that are remembered. Beyond that all are forgotten, and what
 /// happened until then is not known.
@@ -35,7 +35,7 @@ const REST: Duration = Duration::from_millis(2);
 type Position = u64;
 
 #[derive(Debug)]
-pub(in crate::watch) struct Closings {
+pub(crate) struct Closings {
     /// `None` where the kernel cannot.
     group: Option<closings::Closings>,
     log: Mutex<Log>,
@@ -57,28 +57,28 @@ struct Log {
 
 /// An execution of a file of an upper layer.
 #[derive(Debug)]
-pub(in crate::watch) struct Executed<'a> {
-    pub(in crate::watch) file: &'a FileHandle,
+pub(crate) struct Executed<'a> {
+    pub(crate) file: &'a FileHandle,
     /// The directory by which it was executed.
-    pub(in crate::watch) directory: &'a FileHandle,
-    pub(in crate::watch) pid: u32,
+    pub(crate) directory: &'a FileHandle,
+    pub(crate) pid: u32,
     /// When the gate was asked, by the clock of the kernel's records.
-    pub(in crate::watch) asked: u64,
+    pub(crate) asked: u64,
 }
 
 /// What is known of the writers of an executed file that has none any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) struct Writers {
+pub(crate) struct Writers {
     /// One that was there when it was executed has gone since.
-    pub(in crate::watch) has_gone: bool,
+    pub(crate) has_gone: bool,
     /// None may have gone since; `false` also where that is not known.
-    pub(in crate::watch) none_since: bool,
+    pub(crate) none_since: bool,
     /// The execution itself was told: without it the kernel tells nothing.
-    pub(in crate::watch) was_told: bool,
+    pub(crate) was_told: bool,
 }
 
 impl Closings {
-    pub(in crate::watch) fn new() -> Closings {
+    pub(crate) fn new() -> Closings {
         let group = closings::Closings::new()
             .inspect_err(|err| {
                 tracing::warn!("a writer that is gone at once is not seen: {err}");
@@ -93,14 +93,14 @@ impl Closings {
     }
 
     /// Listens to an open directory of an upper layer from now on.
-    pub(in crate::watch) fn listen(&self, directory: &OwnedFd) {
+    pub(crate) fn listen(&self, directory: &OwnedFd) {
         if let Ok(handle) = FileHandle::of(directory) {
             self.listen_to(handle, directory);
         }
     }
 
     /// The same of a directory whose handle is known.
-    pub(in crate::watch) fn listen_to(&self, handle: FileHandle, directory: &OwnedFd) {
+    pub(crate) fn listen_to(&self, handle: FileHandle, directory: &OwnedFd) {
         let Some(group) = &self.group else { return };
         if self.log().directories.contains_key(&handle) || group.mark(directory.as_fd()).is_err() {
             return;
@@ -113,7 +113,7 @@ impl Closings {
         directories.insert(handle, now);
     }
 
-    pub(in crate::watch) fn unlisten(&self, directory: &OwnedFd) {
+    pub(crate) fn unlisten(&self, directory: &OwnedFd) {
         let Some(group) = &self.group else { return };
         if let Ok(handle) = FileHandle::of(directory) {
             self.log().directories.remove(&handle);
@@ -123,7 +123,7 @@ impl Closings {
     }
 
     /// Keeps the queue short until the watchers stop.
-    pub(in crate::watch) fn run(&self, shared: &Shared) {
+    pub(crate) fn run(&self, shared: &Core) {
         let Some(group) = &self.group else { return };
         // Without CAP_SYS_NICE it runs like the others, and is late more often.
         let _ = rustix::process::setpriority_process(None, -10);
@@ -161,7 +161,7 @@ impl Closings {
     }
 
     /// What is known of the writers of an executed file. Ask when it has none any more.
-    pub(in crate::watch) fn writers(&self, executed: &Executed<'_>) -> Writers {
+    pub(crate) fn writers(&self, executed: &Executed<'_>) -> Writers {
         let mut log = self.log();
         self.read_all(&mut log);
         log.writers(executed)

@@ -9,15 +9,15 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::lower;
+use super::paths;
+use super::shared::Files;
+use super::upper;
 use crate::health::Failure;
 use crate::model::{ContainerId, Format, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::file;
 use crate::threads;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::exec::content::event_path;
-use crate::watch::exec::writable;
+use crate::watch::core::watched::Watched;
 
 /// How much one read may bring: about seven hundred events with a descriptor
 /// each.
@@ -26,16 +26,16 @@ const READ_BYTES: usize = 16 * 1024;
 /// More paths than this are not remembered.
 const MAX_KNOWN_PATHS: usize = 16 * 1024;
 
-pub(in crate::watch) struct Feed {
-    pub(in crate::watch) group: Arc<Group>,
-    pub(in crate::watch) shared: Arc<Shared>,
+pub(crate) struct Feed {
+    pub(crate) group: Arc<Group>,
+    pub(crate) shared: Arc<Files>,
     /// Whether the image has a file at a path. It does not change, and log files
     /// are written again and again.
-    pub(in crate::watch) in_image: HashMap<(ContainerId, RootfsPath), bool>,
+    pub(crate) in_image: HashMap<(ContainerId, RootfsPath), bool>,
 }
 
 impl Feed {
-    pub(in crate::watch) fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let group = self.group.clone();
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
@@ -79,7 +79,7 @@ impl Feed {
             return;
         }
         threads::about(&watched.container);
-        let path = match event_path(&watched, &file, &stat, pid, None) {
+        let path = match paths::event_path(&watched, &file, &stat, pid, None) {
             Ok(path) => path,
             Err(why) => {
                 let detail = format!("the path of a written file cannot be told: {why}");
@@ -91,7 +91,7 @@ impl Feed {
         // An open event descriptor keeps the container's superblock alive.
         drop(file);
         if is_program {
-            writable::listen_near(&self.shared, &watched, &path);
+            upper::listen_near(&self.shared, &watched, &path);
         }
         if is_program || self.shared.is_sensitive(&watched, &path) {
             let writer = self.shared.writer_to(&watched, pid, &stat);

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use crate::model::file::is_program;
@@ -12,7 +12,7 @@ use crate::sys::file::{self, Stat};
 use crate::sys::hash::{Hashed, Hashing};
 use crate::sys::overlay::{self, Opacity};
 use crate::threads;
-use crate::watch::core::table::Layers;
+use crate::watch::core::layers::Layers;
 
 /// More twins than this are not remembered.
 const MAX_TWINS: usize = 16 * 1024;
@@ -20,7 +20,7 @@ const MAX_TWINS: usize = 16 * 1024;
 /// Hashes of lower files, by inode and ctime: layers do not change, and one file
 /// of an image is asked for by every container made from it.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct LowerTwins {
+pub(crate) struct LowerTwins {
     known: Mutex<HashMap<Key, Option<Twin>>>,
 }
 
@@ -35,7 +35,7 @@ struct Twin {
 impl LowerTwins {
     /// The regular file that the layers hold at `path`, if it or the upper file
     /// is a program.
-    pub(in crate::watch) fn find(
+    pub(crate) fn find(
         &self,
         layers: &Layers,
         path: &RootfsPath,
@@ -53,7 +53,7 @@ impl LowerTwins {
     }
 
     /// The same, where its content need not be read at once.
-    pub(in crate::watch) fn begin(
+    pub(crate) fn begin(
         &self,
         layers: &Layers,
         path: &RootfsPath,
@@ -97,14 +97,14 @@ impl LowerTwins {
 
 /// What is known of a lower file before its content is read.
 #[derive(Debug)]
-pub(in crate::watch) enum Finding {
+pub(crate) enum Finding {
     Known(Option<LowerTwin>),
     Reads(Box<TwinReading>),
 }
 
 /// A lower file that is being read. It can be put aside at any time.
 #[derive(Debug)]
-pub(in crate::watch) struct TwinReading {
+pub(crate) struct TwinReading {
     key: Key,
     file: OwnedFd,
     twin: Twin,
@@ -114,11 +114,7 @@ pub(in crate::watch) struct TwinReading {
 
 impl TwinReading {
     /// Reads on. `None`: there is more to read.
-    pub(in crate::watch) fn step(
-        &mut self,
-        twins: &LowerTwins,
-        slice: u64,
-    ) -> Option<Option<LowerTwin>> {
+    pub(crate) fn step(&mut self, twins: &LowerTwins, slice: u64) -> Option<Option<LowerTwin>> {
         threads::beat();
         let hashed = match self.hash.step(self.file.as_fd(), slice) {
             Ok(None) => return None,
@@ -132,11 +128,11 @@ impl TwinReading {
     }
 
     /// How many bytes were read or computed so far.
-    pub(in crate::watch) fn cost(&self) -> u64 {
+    pub(crate) fn cost(&self) -> u64 {
         self.hash.cost()
     }
 
-    pub(in crate::watch) fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.size
     }
 }
@@ -156,35 +152,35 @@ impl Lower {
 }
 
 /// Whether the layers hold anything at `path`.
-pub(in crate::watch) fn holds(layers: &Layers, path: &RootfsPath) -> bool {
+pub(crate) fn holds(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some()
 }
 
 /// Whether the layers hold a regular file at `path`.
-pub(in crate::watch) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
+pub(crate) fn holds_file(layers: &Layers, path: &RootfsPath) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular())
 }
 
 /// Whether the layers hold a regular file of this size at `path`.
-pub(in crate::watch) fn holds_file_of(layers: &Layers, path: &RootfsPath, size: u64) -> bool {
+pub(crate) fn holds_file_of(layers: &Layers, path: &RootfsPath, size: u64) -> bool {
     at(layers, path).is_some_and(|lower| lower.stat.is_regular() && lower.stat.size == size)
 }
 
 /// Whether the layers hold a program at `path`.
-pub(in crate::watch) fn holds_program(layers: &Layers, path: &RootfsPath) -> bool {
+pub(crate) fn holds_program(layers: &Layers, path: &RootfsPath) -> bool {
     let Some((file, stat)) = at(layers, path).and_then(|lower| lower.read()) else { return false };
     file::sniff(file.as_fd()).is_ok_and(|format| is_program(format, stat.mode))
 }
 
 /// The device and inode of the regular file that the layers hold at `path`.
-pub(in crate::watch) fn inode(layers: &Layers, path: &RootfsPath) -> Option<(u64, u64)> {
+pub(crate) fn inode(layers: &Layers, path: &RootfsPath) -> Option<(u64, u64)> {
     let lower = at(layers, path).filter(|lower| lower.stat.is_regular())?;
     Some((lower.stat.device, lower.stat.inode))
 }
 
 /// Whether the layers hold this very file at `path`; `stat` is the overlay's word
 /// for it. False may also mean that it cannot be told.
-pub(in crate::watch) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {
+pub(crate) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {
     at(layers, path).is_some_and(|lower| {
         let Lower { stat: own, .. } = lower;
         (own.inode, own.changed, own.size) == (stat.inode, stat.changed, stat.size)
@@ -192,12 +188,12 @@ pub(in crate::watch) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -
 }
 
 /// Opens the regular file that the layers hold at `path`.
-pub(in crate::watch) fn open(layers: &Layers, path: &RootfsPath) -> Option<OwnedFd> {
+pub(crate) fn open(layers: &Layers, path: &RootfsPath) -> Option<OwnedFd> {
     at(layers, path).filter(|lower| lower.stat.is_regular())?.read().map(|(fd, _)| fd)
 }
 
 /// Where a symlink that the layers hold at `path` leads; `None` if there is none.
-pub(in crate::watch) fn link_target(layers: &Layers, path: &RootfsPath) -> Option<Vec<u8>> {
+pub(crate) fn link_target(layers: &Layers, path: &RootfsPath) -> Option<Vec<u8>> {
     let lower = at(layers, path).filter(|lower| lower.stat.file_type == FileType::Symlink)?;
     let parent = path.parent()?;
     let directory = file::open_directory_beneath(&lower.layer, parent.relative()).ok()?;
@@ -206,7 +202,7 @@ pub(in crate::watch) fn link_target(layers: &Layers, path: &RootfsPath) -> Optio
 }
 
 /// The beginning of the regular file that the layers hold at `path`.
-pub(in crate::watch) fn read(layers: &Layers, path: &RootfsPath, limit: u64) -> Option<Vec<u8>> {
+pub(crate) fn read(layers: &Layers, path: &RootfsPath, limit: u64) -> Option<Vec<u8>> {
     let file = std::fs::File::from(open(layers, path)?);
     let mut bytes = Vec::new();
     file.take(limit).read_to_end(&mut bytes).ok()?;
@@ -254,12 +250,12 @@ fn hides_what_is_below(layer: &OwnedFd, path: &RootfsPath, err: &io::Error, user
 
 /// The names that the lower layers, merged, show directly in a directory. If
 /// they hold something else than a directory at `path`, that is the answer.
-pub(in crate::watch) enum LowerNames {
+pub(crate) enum LowerNames {
     NotADirectory,
     Names(Vec<Vec<u8>>),
 }
 
-pub(in crate::watch) fn names_in(layers: &Layers, path: &RootfsPath) -> LowerNames {
+pub(crate) fn names_in(layers: &Layers, path: &RootfsPath) -> LowerNames {
     // Whether a name is visible: the topmost layer that has it decides.
     let mut names: BTreeMap<Vec<u8>, bool> = BTreeMap::new();
     let mut found_directory = false;

@@ -3,12 +3,23 @@
 //!
 //! It knows `core` and `process`.
 
-pub(in crate::watch) mod closings;
-pub(in crate::watch) mod feed;
-pub(in crate::watch) mod lower;
-pub(in crate::watch) mod names;
-pub(in crate::watch) mod packages;
-pub(in crate::watch) mod scan;
-pub(in crate::watch) mod state;
-pub(in crate::watch) mod ways;
-pub(in crate::watch) mod writers;
+pub(crate) mod changes;
+pub(crate) mod closings;
+pub(crate) mod dirty;
+pub(crate) mod entry;
+pub(crate) mod feed;
+pub(crate) mod hashed;
+pub(crate) mod inputs;
+pub(crate) mod lower;
+pub(crate) mod names;
+pub(crate) mod packages;
+pub(crate) mod paths;
+pub(crate) mod scan;
+pub(crate) mod settle;
+pub(crate) mod shared;
+pub(crate) mod state;
+pub(crate) mod upper;
+pub(crate) mod walk;
+pub(crate) mod ways;
+pub(crate) mod work;
+pub(crate) mod writers;

@@ -23,19 +23,14 @@ use std::io;
 use std::ops::Bound;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::writers::Writer;
-use crate::health::Failure;
-use crate::model::{ContainerId, RootfsPath, Source};
-use crate::sys::fanotify::{self, Buffer, DecodedName, Group, Named, ReadError};
+use super::inputs::Inputs;
+use crate::model::{ContainerId, RootfsPath};
+use crate::sys::fanotify::{self, Group, Named};
 use crate::sys::handle::FileHandle;
-use crate::threads;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::sessions::attachments::Attachments;
+use crate::watch::core::watched::Watched;
 
 /// Directories of one container, and of all, that are listened to. Each pins an
 /// inode of about a kilobyte.
@@ -58,12 +53,8 @@ const MASK: u64 = libc::FAN_CREATE
 const RENAMING: u64 =
     libc::FAN_CREATE | libc::FAN_MOVED_TO | libc::FAN_MOVED_FROM | libc::FAN_DELETE;
 
-/// What comes within this time is read at once: the kernel merges what happens to
-/// one name until it is read.
-const REST: Duration = Duration::from_millis(20);
-
 /// The directories that are listened to.
-pub(in crate::watch) struct Names {
+pub(crate) struct Names {
     /// `None` where the kernel cannot, or makes no more groups.
     group: Option<Arc<Group>>,
     /// It could, with more groups.
@@ -97,7 +88,7 @@ struct Marked {
 
 /// Why a directory is not listened to.
 #[derive(Debug)]
-pub(in crate::watch) enum Deaf {
+pub(crate) enum Deaf {
     /// This kernel never listens; it was said at start.
     Missing,
     /// There are too many; true if that is news.
@@ -107,7 +98,7 @@ pub(in crate::watch) enum Deaf {
 }
 
 impl Names {
-    pub(in crate::watch) fn new() -> Names {
+    pub(crate) fn new() -> Names {
         let group = Group::names().inspect_err(|err| {
             tracing::warn!(
                 "renames, removals and changes of metadata are found by sweeps only: {err}"
@@ -117,8 +108,8 @@ impl Names {
         Names { group: group.ok().map(Arc::new), lacks_group, map: Mutex::default() }
     }
 
-    /// Where the marks are, those of `attachments` too.
-    pub(in crate::watch) fn group(&self) -> Option<Arc<Group>> {
+    /// Where the marks are, those of `inputs` too.
+    pub(crate) fn group(&self) -> Option<Arc<Group>> {
         self.group.clone()
     }
 
@@ -127,7 +118,7 @@ impl Names {
     }
 
     /// A walk of all of a container's upperdir begins.
-    pub(in crate::watch) fn begin_walk(&self, watched: &Arc<Watched>) {
+    pub(crate) fn begin_walk(&self, watched: &Arc<Watched>) {
         let mut map = self.map();
         let Map { containers, .. } = &mut *map;
         let is_other = |marked: &Marked| !Arc::ptr_eq(&marked.watched, watched);
@@ -139,7 +130,7 @@ impl Names {
 
     /// It has seen everything: what it has not seen is not there any more. Says whether
     /// all of it is listened to again, after it was not.
-    pub(in crate::watch) fn end_walk(&self, watched: &Arc<Watched>) -> bool {
+    pub(crate) fn end_walk(&self, watched: &Arc<Watched>) -> bool {
         let mut map = self.map();
         let walk = map.marked(watched).walk;
         map.remove_where(watched, |directory| directory.walk != walk);
@@ -148,7 +139,7 @@ impl Names {
     }
 
     /// Listens to an open directory of an upper layer from now on.
-    pub(in crate::watch) fn listen(
+    pub(crate) fn listen(
         &self,
         watched: &Arc<Watched>,
         path: &RootfsPath,
@@ -191,16 +182,16 @@ impl Names {
     }
 
     /// Listens no more to an open directory.
-    pub(in crate::watch) fn unlisten(&self, directory: &OwnedFd, attachments: &Attachments) {
+    pub(crate) fn unlisten(&self, directory: &OwnedFd, inputs: &Inputs) {
         let Some(group) = &self.group else { return };
         // Most errors say that there is no mark, and the others change nothing: it
         // goes with the directory.
         let unmark = |mask| group.unmark_directory(directory.as_fd(), mask);
-        let _ = attachments.unmark_the_rest(directory, MASK, unmark);
+        let _ = inputs.unmark_the_rest(directory, MASK, unmark);
     }
 
     /// Forgets this attachment and no later one of the same container.
-    pub(in crate::watch) fn forget(&self, watched: &Arc<Watched>) {
+    pub(crate) fn forget(&self, watched: &Arc<Watched>) {
         let mut map = self.map();
         let is_this = |marked: &Marked| Arc::ptr_eq(&marked.watched, watched);
         if map.containers.get(&watched.container).is_some_and(is_this) {
@@ -208,70 +199,9 @@ impl Names {
         }
     }
 
-    /// Takes events until the watchers stop.
-    pub(in crate::watch) fn run(&self, shared: &Shared) {
-        let Some(group) = &self.group else { return };
-        let mut buffer = Buffer::new();
-        while !shared.is_stopping() {
-            shared.wait_for(group, None);
-            loop {
-                match group.read_names(&mut buffer) {
-                    Ok(events) => self.take(shared, shared.attachments.take(shared, events)),
-                    Err(ReadError::Os(err)) if Errno::from_io_error(&err) == Some(Errno::AGAIN) => {
-                        break;
-                    }
-                    Err(err) => {
-                        let detail = format!("a changed name is lost: {err}");
-                        shared.lose(Failure::EventUnreadable, None, &detail);
-                        break;
-                    }
-                }
-                if shared.is_stopping() {
-                    return;
-                }
-            }
-            threads::idle(|| std::thread::sleep(REST));
-        }
-    }
-
-    fn take(&self, shared: &Shared, events: Vec<DecodedName>) {
-        // Whoever unpacks an archive changes thousands of names.
-        let mut writers: HashMap<u32, Writer> = HashMap::new();
-        for event in events {
-            match event {
-                DecodedName::Named(named) => {
-                    let Some((watched, path)) = self.changed(&named) else { continue };
-                    threads::about(&watched.container);
-                    let Some(path) = path else {
-                        shared.mark_for_sweep(&watched);
-                        continue;
-                    };
-                    // Whoever writes is told by the change feed.
-                    let is_telling = named.mask & (libc::FAN_ATTRIB | libc::FAN_MOVED_TO) != 0
-                        && named.mask & libc::FAN_ONDIR == 0;
-                    let writer = is_telling.then(|| {
-                        let found = || shared.writer(&watched, named.pid);
-                        writers.entry(named.pid).or_insert_with(found).clone()
-                    });
-                    shared.mark_dirty(&watched, path, Source::Change, writer);
-                }
-                DecodedName::Overflow => shared.lose(
-                    Failure::KernelQueueOverflow,
-                    None,
-                    "the kernel had no memory for a changed name",
-                ),
-                DecodedName::Nameless { .. } => shared.lose(
-                    Failure::EventUnreadable,
-                    None,
-                    "the kernel could not say which name has changed",
-                ),
-            }
-        }
-    }
-
     /// Whose name has changed and which; without a path if that is not known now.
     /// `None` if it concerns nobody.
-    fn changed(&self, named: &Named) -> Option<(Arc<Watched>, Option<RootfsPath>)> {
+    pub(crate) fn changed(&self, named: &Named) -> Option<(Arc<Watched>, Option<RootfsPath>)> {
         let mut map = self.map();
         let directory = map.directories.get(&named.directory)?;
         let watched = directory.watched.clone();

@@ -19,7 +19,6 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::TrySendError;
 use jiff::Timestamp;
 
-use super::writers::Named;
 use crate::health::Failure;
 use crate::model::{
     Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, may_be_package_manager,
@@ -29,35 +28,29 @@ use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle, Stat};
 use crate::watch::core::fair::Sender;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Standing;
-use crate::watch::core::table::Watched;
-use crate::watch::exec::gate::Seen;
-use crate::watch::exec::trace::TraceConsumer;
+use crate::watch::core::watched::{Standing, Watched};
+use crate::watch::process::births::{Births, LAG};
 use crate::watch::process::deeds;
-use crate::watch::process::describe;
-use crate::watch::process::describe::Caller;
+use crate::watch::process::describe::{self, Caller};
+use crate::watch::process::named::Named;
+use crate::watch::process::records::TraceConsumer;
+use crate::watch::process::seen::Seen;
+use crate::watch::process::shared::Processes;
 
 /// Processes that are remembered: of package managers, and others.
 const MAX_DESCENDANTS: usize = 16 * 1024;
 const MAX_OTHERS: usize = 64 * 1024;
 const MAX_TOLD: usize = 1024;
-/// How long an event may lag behind the end of the process that it names, in clock
-/// ticks, of which Linux tells a hundred a second. After that its pid may be
-/// another's.
-const LAG: u64 = 2 * 100;
 /// How long who has ended is remembered: a file that is written all the time is
 /// told ten times as late as another.
 const KEPT: u64 = 15 * 100;
-/// Births that are remembered, and how far they are followed.
-const MAX_BIRTHS: usize = 64 * 1024;
 const MAX_GENERATIONS: usize = 64;
 /// How often it is asked who has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Who descends from a package manager, in all containers.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Packages {
+pub(crate) struct Packages {
     descendants: HashMap<u32, Descendant>,
     /// Pids whose present program is none of a package manager.
     others: HashSet<u32>,
@@ -77,9 +70,9 @@ struct Descendant {
 impl Packages {
     /// A process that was looked at while it lived: it is remembered if it is, or
     /// descends from, a package manager.
-    pub(in crate::watch) fn looked_at(
+    pub(crate) fn looked_at(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: &Arc<Watched>,
         process: &Arc<Process>,
     ) {
@@ -122,7 +115,12 @@ impl Packages {
     }
 
     /// Tells the pipeline of a package manager; false if it is none of the image's.
-    fn tell(&mut self, shared: &Shared, watched: &Arc<Watched>, identity: ProcessIdentity) -> bool {
+    fn tell(
+        &mut self,
+        shared: &Processes,
+        watched: &Arc<Watched>,
+        identity: ProcessIdentity,
+    ) -> bool {
         let Ok(handle) = Handle::open_exactly(identity) else { return false };
         if !runs_from_the_image(&handle, watched) {
             return false;
@@ -132,7 +130,12 @@ impl Packages {
         self.tell_of(shared, watched, process)
     }
 
-    fn tell_of(&mut self, shared: &Shared, watched: &Arc<Watched>, process: Arc<Process>) -> bool {
+    fn tell_of(
+        &mut self,
+        shared: &Processes,
+        watched: &Arc<Watched>,
+        process: Arc<Process>,
+    ) -> bool {
         let identity = process.identity;
         if self.told.len() == MAX_TOLD {
             self.told.pop_front();
@@ -147,9 +150,9 @@ impl Packages {
     }
 
     /// A process has become another program, which has begun.
-    pub(in crate::watch) fn has_begun(
+    pub(crate) fn has_begun(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: &Arc<Watched>,
         process: &Arc<Process>,
     ) {
@@ -159,9 +162,9 @@ impl Packages {
 
     /// A process that may be a package manager had ended before it could be looked at: the
     /// kernel's records tell what it was, and by whom it was made.
-    pub(in crate::watch) fn has_run(
+    pub(crate) fn has_run(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: &Arc<Watched>,
         pid: u32,
         program: &Mapped,
@@ -189,12 +192,7 @@ impl Packages {
     }
 
     /// A process executes something: it is whatever its parent is.
-    pub(in crate::watch) fn executes(
-        &mut self,
-        shared: &Shared,
-        watched: &Arc<Watched>,
-        stat: &Stat,
-    ) {
+    pub(crate) fn executes(&mut self, shared: &Processes, watched: &Arc<Watched>, stat: &Stat) {
         let pid = stat.identity.pid;
         // Another program now.
         self.others.remove(&pid);
@@ -236,13 +234,13 @@ impl Packages {
     }
 
     /// The ancestors of a process that descends from a package manager.
-    pub(in crate::watch) fn ancestors_of(&self, identity: ProcessIdentity) -> Option<&[Ancestor]> {
+    pub(crate) fn ancestors_of(&self, identity: ProcessIdentity) -> Option<&[Ancestor]> {
         let known = self.descendants.get(&identity.pid)?;
         (known.process.identity == identity).then_some(&*known.process.ancestors)
     }
 
     /// Who a process was, if it descended from a package manager.
-    pub(in crate::watch) fn descended(
+    pub(crate) fn descended(
         &self,
         watched: &Watched,
         births: &Births,
@@ -283,100 +281,20 @@ impl Packages {
     }
 }
 
-/// Who made whom, of all containers' processes that were born lately. The thread that
-/// reads the kernel's records writes it, and waits for nobody who looks into /proc.
-#[derive(Debug, Default)]
-pub(in crate::watch) struct Births {
-    parents: HashMap<u32, Birth>,
-    pids: VecDeque<u32>,
-}
-
-#[derive(Clone, Debug)]
-struct Birth {
-    parent: u32,
-    /// When its record was read, in clock ticks since boot.
-    read_at: u64,
-    /// The container in which it was born, where that is certain.
-    home: Option<Arc<Watched>>,
-}
-
-impl Births {
-    fn insert(&mut self, pid: u32, birth: Birth) {
-        if self.parents.insert(pid, birth).is_none() {
-            self.pids.push_back(pid);
-        }
-        if self.pids.len() > MAX_BIRTHS
-            && let Some(oldest) = self.pids.pop_front()
-        {
-            self.parents.remove(&oldest);
-        }
-    }
-
-    pub(in crate::watch) fn born(&mut self, pid: u32, parent: u32, read_at: u64) {
-        self.insert(pid, Birth { parent, read_at, home: None });
-    }
-
-    /// The same of one whose parent is a container's without doubt.
-    pub(in crate::watch) fn born_in(
-        &mut self,
-        home: Arc<Watched>,
-        pid: u32,
-        parent: u32,
-        read_at: u64,
-    ) {
-        self.insert(pid, Birth { parent, read_at, home: Some(home) });
-    }
-
-    /// The container in which a process was born, whatever it has joined since. The
-    /// process lives or has just ended.
-    pub(in crate::watch) fn home_of(&self, identity: ProcessIdentity) -> Option<&Arc<Watched>> {
-        let birth = self.parents.get(&identity.pid)?;
-        // The record of a birth is read after it, and before another process has the
-        // number. An older one is of another process: where many are made, a number comes
-        // again within seconds, and the record of the new birth may be late or lost.
-        birth.home.as_ref().filter(|_| identity.start_time <= birth.read_at + 1)
-    }
-
-    /// Whether such a process was born in a container, wherever its parents are by now.
-    pub(in crate::watch) fn is_born_inside(&self, identity: ProcessIdentity) -> bool {
-        self.home_of(identity).is_some()
-    }
-
-    /// A process that no container has made has this number now.
-    pub(in crate::watch) fn forget(&mut self, pid: u32) {
-        self.parents.remove(&pid);
-    }
-
-    /// When the record of a birth was read, in clock ticks since boot.
-    pub(in crate::watch) fn read_at(&self, pid: u32) -> Option<u64> {
-        Some(self.parents.get(&pid)?.read_at)
-    }
-
-    /// The parent, its parent, and so on.
-    pub(in crate::watch) fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
-        let parent = move |pid: &u32| {
-            let birth = self.parents.get(pid)?;
-            // Not of another process that has the pid by now.
-            (birth.read_at <= named.read_at + LAG).then_some(birth.parent)
-        };
-        std::iter::successors(parent(&named.pid), parent)
-    }
-}
-
 /// By the kernel's records: who is born in a container, and who may have become a
 /// package manager.
-pub(in crate::watch) struct Descent {
+pub(crate) struct Descent {
     processes: Sender<Box<Seen>>,
 }
 
 impl Descent {
-    pub(in crate::watch) fn new(processes: Sender<Box<Seen>>) -> Descent {
+    pub(crate) fn new(processes: Sender<Box<Seen>>) -> Descent {
         Descent { processes }
     }
 }
 
 impl TraceConsumer for Descent {
-    fn forked(&mut self, shared: &Shared, home: Option<&Arc<Watched>>, pid: u32, parent: u32) {
+    fn forked(&mut self, shared: &Processes, home: Option<&Arc<Watched>>, pid: u32, parent: u32) {
         let now = procfs::ticks_since_boot();
         match home {
             Some(home) => shared.births().born_in(home.clone(), pid, parent, now),
@@ -387,7 +305,7 @@ impl TraceConsumer for Descent {
 
     fn executed(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: &Arc<Watched>,
         executed: &Executed,
         program: Option<&Mapped>,
@@ -434,46 +352,5 @@ fn child_of(parent: &Process, identity: ProcessIdentity, tty: Option<String>) ->
         tty,
         root: parent.root.clone(),
         ancestors: std::iter::once(own).chain(parent.ancestors.iter().cloned()).collect(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::watch::core::table::tests::watched;
-
-    #[test]
-    fn x13_a_process_has_no_home_by_the_birth_of_one_that_had_its_number() {
-        let home = Arc::new(watched("a", 1));
-        let mut births = Births::default();
-        births.born_in(home, 7, 1, 100);
-        let has_home =
-            |start_time| births.home_of(ProcessIdentity { pid: 7, start_time }).is_some();
-        // The record is read at once, or some time after the birth.
-        assert!(has_home(100) && has_home(101) && has_home(50));
-        // Another process has the number; its own birth is not known yet, or never will be.
-        assert!(!has_home(102) && !has_home(100 + LAG));
-    }
-
-    #[test]
-    fn births_are_followed_to_the_parents_and_no_further_than_they_are_remembered() {
-        let mut births = Births::default();
-        let mut born =
-            |pid, parent, read_at| births.insert(pid, Birth { parent, read_at, home: None });
-        born(2, 1, 10);
-        born(3, 2, 20);
-        born(4, 3, 30);
-        // Another process has this pid by now.
-        born(9, 3, 30 + LAG + 1);
-        let parents = |births: &Births, pid| -> Vec<u32> {
-            births.parents_of(Named { pid, read_at: 30 }).collect()
-        };
-        assert_eq!(parents(&births, 4), [3, 2, 1]);
-        assert!(parents(&births, 9).is_empty());
-        for pid in 0..u32::try_from(MAX_BIRTHS).unwrap() {
-            births.insert(100 + pid, Birth { parent: 4, read_at: 40, home: None });
-        }
-        assert!(parents(&births, 4).is_empty());
-        assert_eq!((births.parents.len(), births.pids.len()), (MAX_BIRTHS, MAX_BIRTHS));
     }
 }

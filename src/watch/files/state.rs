@@ -1,19 +1,20 @@
 //! An open file as the model's `FileState`.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use sha2::Digest as _;
 
 use crate::model::file::is_program;
 use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
+use crate::sys::door::{self, Local};
 use crate::sys::file::{self, Stat};
 use crate::sys::hash::{self, Hashed, Hashes, Hashing};
 use crate::threads;
-use crate::watch::exec::take::Copy;
+use crate::watch::core::copy::Copy;
 
 /// Which files' content is hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) enum Which {
+pub(crate) enum Which {
     /// It is being executed, its path is watched, or the image has a program there: so
     /// whatever it is.
     Always,
@@ -23,7 +24,7 @@ pub(in crate::watch) enum Which {
 }
 
 /// The state of something that is not a regular file, or cannot be opened.
-pub(in crate::watch) fn unopened(stat: &Stat) -> FileState {
+pub(crate) fn unopened(stat: &Stat) -> FileState {
     let why = match stat.file_type {
         FileType::Regular => Unhashed::Unreadable,
         _ => Unhashed::NotRegular,
@@ -43,7 +44,7 @@ pub(in crate::watch) fn unopened(stat: &Stat) -> FileState {
 }
 
 /// The state of a symlink whose target matters: the text of it is its content.
-pub(in crate::watch) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
+pub(crate) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
     let content = Content::Hashed {
         blake3: Blake3Hash(*blake3::hash(target).as_bytes()),
         sha256: Some(Sha256Hash(sha2::Sha256::digest(target).into())),
@@ -52,7 +53,7 @@ pub(in crate::watch) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
 }
 
 /// What is left to tell of a file that nobody can look at any more.
-pub(in crate::watch) fn gone(deleted: bool) -> FileState {
+pub(crate) fn gone(deleted: bool) -> FileState {
     FileState {
         file_type: FileType::Regular,
         format: Format::Unknown,
@@ -68,7 +69,7 @@ pub(in crate::watch) fn gone(deleted: bool) -> FileState {
 }
 
 /// The state of a file of which there is a copy.
-pub(in crate::watch) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
+pub(crate) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
     let bytes = copy.bytes();
     let Hashes { blake3, sha256 } = hash::hash_bytes(bytes);
     FileState {
@@ -80,7 +81,7 @@ pub(in crate::watch) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
 }
 
 /// The state of what was mounted somewhere and cannot be asked.
-pub(in crate::watch) fn of_mount() -> FileState {
+pub(crate) fn of_mount() -> FileState {
     FileState {
         file_type: FileType::Directory,
         content: Content::Unhashed(Unhashed::NotRegular),
@@ -89,11 +90,11 @@ pub(in crate::watch) fn of_mount() -> FileState {
 }
 
 /// How much of a file is read before somebody is asked whether to go on.
-pub(in crate::watch) const SLICE: u64 = 1 << 20;
+pub(crate) const SLICE: u64 = 1 << 20;
 
 /// A file that is being looked into. It can be put aside at any time.
 #[derive(Debug)]
-pub(in crate::watch) struct Reading {
+pub(crate) struct Reading {
     state: FileState,
     before: Stat,
     hash: Hashing,
@@ -106,7 +107,7 @@ pub(in crate::watch) struct Reading {
 /// What is known of a file before its content is read.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
-pub(in crate::watch) enum Begun {
+pub(crate) enum Begun {
     Known(FileState),
     Reads(Reading),
 }
@@ -117,7 +118,7 @@ const ATTEMPTS: u32 = 3;
 impl Reading {
     /// Begins to look into an open file. `stat` is what its metadata is taken from,
     /// `file` its content: of a metadata-only copy they are two inodes.
-    pub(in crate::watch) fn begin(
+    pub(crate) fn begin(
         file: BorrowedFd<'_>,
         stat: &Stat,
         which: Which,
@@ -145,7 +146,7 @@ impl Reading {
     }
 
     /// Reads on. `None`: there is more to read.
-    pub(in crate::watch) fn step(&mut self, file: BorrowedFd<'_>, slice: u64) -> Option<FileState> {
+    pub(crate) fn step(&mut self, file: BorrowedFd<'_>, slice: u64) -> Option<FileState> {
         threads::beat();
         let content = match self.hash.step(file, slice) {
             Ok(None) => return None,
@@ -174,13 +175,13 @@ impl Reading {
     }
 
     /// How many bytes were read or computed so far.
-    pub(in crate::watch) fn cost(&self) -> u64 {
+    pub(crate) fn cost(&self) -> u64 {
         self.wasted + self.hash.cost()
     }
 }
 
 /// The state of an open file, see [`Reading::begin`].
-pub(in crate::watch) fn of(
+pub(crate) fn of(
     file: BorrowedFd<'_>,
     stat: &Stat,
     which: Which,
@@ -190,7 +191,7 @@ pub(in crate::watch) fn of(
 }
 
 /// The same, given up as soon as nobody wants it any more: `None`.
-pub(in crate::watch) fn while_wanted(
+pub(crate) fn while_wanted(
     file: BorrowedFd<'_>,
     stat: &Stat,
     which: Which,
@@ -209,6 +210,26 @@ pub(in crate::watch) fn while_wanted(
             return None;
         }
     }
+}
+
+/// The state of a file that was opened only to ask what it is. Without the proof that
+/// nobody can make us wait for it, that is what the kernel knows of it.
+pub(crate) fn state_of(
+    file: BorrowedFd<'_>,
+    stat: &Stat,
+    local: Option<Local>,
+    max_hash_bytes: u64,
+) -> FileState {
+    match reopen(file, stat, local) {
+        Some(file) => of(file.as_fd(), stat, Which::Always, max_hash_bytes),
+        None => unopened(stat),
+    }
+}
+
+/// Opens it for reading, if it can be read without waiting.
+pub(crate) fn reopen(file: BorrowedFd<'_>, stat: &Stat, local: Option<Local>) -> Option<OwnedFd> {
+    let readable = local.filter(|_| stat.is_regular());
+    readable.and_then(|local| door::reopen(file, local).ok())
 }
 
 #[cfg(test)]

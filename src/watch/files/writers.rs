@@ -10,10 +10,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::model::{FileTime, Process};
-use crate::sys::procfs::{self, ArgumentArea, Handle};
-use crate::sys::{file, perf};
-use crate::watch::core::table::Watched;
+use crate::sys::file;
+use crate::sys::procfs::{ArgumentArea, Handle};
+use crate::watch::core::watched::Watched;
 use crate::watch::process::describe;
+use crate::watch::process::named::Named;
 
 /// Processes that have been described.
 const MOST_PROCESSES: usize = 64;
@@ -22,32 +23,10 @@ const GENERATION: usize = 8 * 1024;
 
 /// Who wrote a file, as far as that is known.
 #[derive(Clone, Debug)]
-pub(in crate::watch) struct Writer {
-    pub(in crate::watch) named: Named,
+pub(crate) struct Writer {
+    pub(crate) named: Named,
     /// `None` if it had ended before it could be looked at.
-    pub(in crate::watch) process: Option<Arc<Process>>,
-}
-
-/// A process as an event names it.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::watch) struct Named {
-    pub(in crate::watch) pid: u32,
-    /// When the event was read, in clock ticks since boot.
-    pub(in crate::watch) read_at: u64,
-}
-
-impl Named {
-    pub(in crate::watch) fn now(pid: u32) -> Named {
-        Named { pid, read_at: procfs::ticks_since_boot() }
-    }
-}
-
-/// The same by the clock of the kernel's records. What happened within the clock tick
-/// counts.
-pub(in crate::watch) fn record_time_of(read_at: u64) -> u64 {
-    let ticks = procfs::ticks_since_boot().saturating_sub(read_at).saturating_sub(1);
-    let age = procfs::time_of_ticks(ticks);
-    perf::now().saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX))
+    pub(crate) process: Option<Arc<Process>>,
 }
 
 /// A file of a container, whatever its name is. The number of its inode is used
@@ -66,7 +45,7 @@ impl Written {
 }
 
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Writers {
+pub(crate) struct Writers {
     /// One that unpacks an archive writes thousands of files, and need not be
     /// described for each.
     processes: HashMap<u32, (ArgumentArea, Arc<Process>)>,
@@ -76,11 +55,7 @@ pub(in crate::watch) struct Writers {
 
 impl Writers {
     /// The process with this pid, if it lives.
-    pub(in crate::watch) fn describe(
-        &mut self,
-        pid: u32,
-        watched: &Watched,
-    ) -> Option<Arc<Process>> {
+    pub(crate) fn describe(&mut self, pid: u32, watched: &Watched) -> Option<Arc<Process>> {
         let handle = Handle::open(pid).ok()?;
         let stat = handle.first_stat();
         if stat.has_ended() {
@@ -101,7 +76,7 @@ impl Writers {
     }
 
     /// The last one who wrote a file is remembered, known or not.
-    pub(in crate::watch) fn remember(&mut self, overlay: u64, stat: &file::Stat, writer: Writer) {
+    pub(crate) fn remember(&mut self, overlay: u64, stat: &file::Stat, writer: Writer) {
         let Some(written) = Written::new(overlay, stat) else { return };
         if self.young.len() >= GENERATION {
             self.old = std::mem::take(&mut self.young);
@@ -110,7 +85,7 @@ impl Writers {
     }
 
     /// Who wrote a file last. The file is one of an upper layer, looked at there.
-    pub(in crate::watch) fn of(&self, overlay: u64, stat: &file::Stat) -> Option<Writer> {
+    pub(crate) fn of(&self, overlay: u64, stat: &file::Stat) -> Option<Writer> {
         let written = Written::new(overlay, stat)?;
         self.young.get(&written).or_else(|| self.old.get(&written)).cloned()
     }

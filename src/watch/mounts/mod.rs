@@ -2,5 +2,8 @@
 //!
 //! It knows `core`, `process` and `files`.
 
-pub(in crate::watch) mod marking;
-pub(in crate::watch) mod namespaces;
+pub(crate) mod find;
+pub(crate) mod marking;
+pub(crate) mod marks;
+pub(crate) mod namespaces;
+pub(crate) mod pace;

@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::marking::Pace;
+use super::pace::Pace;
 use crate::sys::mounts::{self, Changes};
 
 /// Mounts that are known of one namespace, and of all: of all together some ten MiB.
@@ -30,7 +30,7 @@ const MAX_TIME: Duration = Duration::from_millis(10);
 
 /// Which mounts are in which namespace.
 #[derive(Default)]
-pub(in crate::watch) struct Namespaces(Mutex<State>);
+pub(crate) struct Namespaces(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -46,10 +46,10 @@ struct State {
 
 /// Namespaces whose mounts are to be listed again.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(in crate::watch) struct Changed {
-    pub(in crate::watch) certain: HashSet<u64>,
+pub(crate) struct Changed {
+    pub(crate) certain: HashSet<u64>,
     /// Nothing has come or gone there, but a mount may have moved.
-    pub(in crate::watch) possible: HashSet<u64>,
+    pub(crate) possible: HashSet<u64>,
 }
 
 impl Namespaces {
@@ -59,7 +59,7 @@ impl Namespaces {
 
     /// Knows a namespace from now on; to be called before its mounts are looked at. A
     /// list that is there stays: another container of the namespace may rely on it.
-    pub(in crate::watch) fn know(&self, namespace: u64) {
+    pub(crate) fn know(&self, namespace: u64) {
         self.know_by(namespace, list);
     }
 
@@ -71,7 +71,7 @@ impl Namespaces {
         self.state().set(namespace, members);
     }
 
-    pub(in crate::watch) fn forget(&self, namespace: u64) {
+    pub(crate) fn forget(&self, namespace: u64) {
         let mut state = self.state();
         state.clear(namespace);
         state.lists.remove(&namespace);
@@ -79,7 +79,7 @@ impl Namespaces {
 
     /// Takes in what has been reported, and returns the namespaces in which it happened
     /// as far as that is known at once.
-    pub(in crate::watch) fn take(&self, changes: Changes) -> HashSet<u64> {
+    pub(crate) fn take(&self, changes: Changes) -> HashSet<u64> {
         let mut state = self.state();
         state.is_incomplete |= changes.is_incomplete;
         let mut changed = HashSet::new();
@@ -96,7 +96,7 @@ impl Namespaces {
     }
 
     /// From when on [`Namespaces::explain`] does something; `None` while it need not.
-    pub(in crate::watch) fn next(&self) -> Option<Instant> {
+    pub(crate) fn next(&self) -> Option<Instant> {
         let state = self.state();
         (state.is_incomplete || !state.unexplained.is_empty()).then(|| state.pace.next())
     }
@@ -104,7 +104,7 @@ impl Namespaces {
     /// Finds where the rest has happened. All lists are taken again for that, so that a
     /// container which mounts without end must not have this at every mount: together it
     /// costs a twentieth of a processor.
-    pub(in crate::watch) fn explain(&self, now: Instant) -> Changed {
+    pub(crate) fn explain(&self, now: Instant) -> Changed {
         self.explain_by(now, list)
     }
 

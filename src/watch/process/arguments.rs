@@ -17,7 +17,7 @@ const MAX_EARLY: usize = 256;
 
 /// Times are of the records' clock.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Arguments {
+pub(crate) struct Arguments {
     executions: HashMap<u32, Vec<Execution>>,
     /// Each of them, by time and process.
     order: VecDeque<(u64, u32)>,
@@ -44,16 +44,16 @@ struct Execution {
 
 /// What a process ran, as far as it is recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::watch) struct Program {
-    pub(in crate::watch) exe: Option<String>,
-    pub(in crate::watch) argv: Option<Vec<String>>,
+pub(crate) struct Program {
+    pub(crate) exe: Option<String>,
+    pub(crate) argv: Option<Vec<String>>,
 }
 
 /// What a process was when it was looked at.
 #[derive(Debug)]
-pub(in crate::watch) struct Words {
-    pub(in crate::watch) exe: Option<String>,
-    pub(in crate::watch) argv: Vec<String>,
+pub(crate) struct Words {
+    pub(crate) exe: Option<String>,
+    pub(crate) argv: Vec<String>,
 }
 
 impl Words {
@@ -73,7 +73,7 @@ impl Execution {
 
 /// What is known of the first execve of a process after a time.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::watch) enum Recorded {
+pub(crate) enum Recorded {
     Arguments(Box<[u8]>),
     Unknown,
     /// There was none, or its record has not been read.
@@ -81,7 +81,7 @@ pub(in crate::watch) enum Recorded {
 }
 
 impl Arguments {
-    pub(in crate::watch) fn executed(&mut self, pid: u32, time: u64, arguments: Option<Box<[u8]>>) {
+    pub(crate) fn executed(&mut self, pid: u32, time: u64, arguments: Option<Box<[u8]>>) {
         let early = self.early.remove(&pid).filter(|(asked, _)| *asked <= time);
         let found = early.map(|(_, words)| words).filter(|_| arguments.is_none());
         let (name, program) = (Box::default(), Box::default());
@@ -93,7 +93,7 @@ impl Arguments {
     }
 
     /// By what path the last execve of a process was, and what it runs.
-    pub(in crate::watch) fn named(&mut self, pid: u32, name: &[u8], program: &[u8]) {
+    pub(crate) fn named(&mut self, pid: u32, name: &[u8], program: &[u8]) {
         let last = self.executions.get_mut(&pid).and_then(|executions| executions.last_mut());
         if let Some(execution) = last {
             self.bytes += name.len() + program.len();
@@ -104,7 +104,7 @@ impl Arguments {
     }
 
     /// The same of the first execve of a process from `since` on, and not after `until`.
-    pub(in crate::watch) fn name_of(&self, pid: u32, since: u64, until: u64) -> Option<Box<[u8]>> {
+    pub(crate) fn name_of(&self, pid: u32, since: u64, until: u64) -> Option<Box<[u8]>> {
         let mut executions = self.executions.get(&pid)?.iter();
         let first = executions.find(|execution| execution.time >= since)?;
         let is_it = since > self.forgotten && first.time <= until && !first.name.is_empty();
@@ -112,7 +112,7 @@ impl Arguments {
     }
 
     /// What a process ran at this time, and with which arguments.
-    pub(in crate::watch) fn running(&self, pid: u32, at: u64) -> Option<Program> {
+    pub(crate) fn running(&self, pid: u32, at: u64) -> Option<Program> {
         let mut executions = self.executions.get(&pid)?.iter().rev();
         let last = executions.find(|execution| execution.time <= at)?;
         let program = last.program.strip_suffix(file::DELETED).unwrap_or(&last.program);
@@ -127,7 +127,7 @@ impl Arguments {
     }
 
     /// The arguments of a process's last execve, if that came without.
-    pub(in crate::watch) fn add(&mut self, pid: u32, arguments: Box<[u8]>) {
+    pub(crate) fn add(&mut self, pid: u32, arguments: Box<[u8]>) {
         let last = self.executions.get_mut(&pid).and_then(|executions| executions.last_mut());
         if let Some(Execution { arguments: unknown @ None, .. }) = last {
             self.bytes += arguments.len();
@@ -137,7 +137,7 @@ impl Arguments {
     }
 
     /// What was read of a process after the gate was asked about it.
-    pub(in crate::watch) fn found(&mut self, pid: u32, asked: u64, words: Words) {
+    pub(crate) fn found(&mut self, pid: u32, asked: u64, words: Words) {
         let executions = self.executions.get_mut(&pid).into_iter().flatten();
         match executions.into_iter().find(|execution| execution.time >= asked) {
             Some(execution @ Execution { arguments: None, found: None, .. }) => {
@@ -156,18 +156,18 @@ impl Arguments {
     }
 
     /// What was read of a process that has become a program at this time.
-    pub(in crate::watch) fn found_of(&self, pid: u32, time: u64) -> Option<&Words> {
+    pub(crate) fn found_of(&self, pid: u32, time: u64) -> Option<&Words> {
         let execution = self.executions.get(&pid)?.iter().find(|one| one.time == time)?;
         execution.found.as_deref()
     }
 
     /// Records were lost: nobody knows whether what is kept is the first.
-    pub(in crate::watch) fn forget_all(&mut self, now: u64) {
+    pub(crate) fn forget_all(&mut self, now: u64) {
         *self = Arguments { forgotten: now, ..Arguments::default() };
     }
 
     /// Of the first execve of a process from `since` on, and not after `until`.
-    pub(in crate::watch) fn of(&self, pid: u32, since: u64, until: u64) -> Recorded {
+    pub(crate) fn of(&self, pid: u32, since: u64, until: u64) -> Recorded {
         if since <= self.forgotten {
             return Recorded::Unknown;
         }

@@ -11,27 +11,27 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::describe::Caller;
+use super::reach;
+use super::shared::Processes;
 use crate::model::ContainerId;
 use crate::sys::door::Held;
 use crate::sys::file::{self, Stat};
 use crate::sys::perf::Mapped;
 use crate::sys::procfs::{self, Handle};
-use crate::watch::code::inspect;
-use crate::watch::core::shared::Shared;
 use crate::watch::core::table::Table;
-use crate::watch::core::table::Watched;
+use crate::watch::core::watched::Watched;
 
 /// Which container an execution is reported for.
 #[derive(Clone, Debug)]
-pub(in crate::watch) struct Deed {
-    pub(in crate::watch) watched: Arc<Watched>,
+pub(crate) struct Deed {
+    pub(crate) watched: Arc<Watched>,
     /// The container in whose root the program lies, where that is another one.
-    pub(in crate::watch) file_of: Option<Arc<Watched>>,
+    pub(crate) file_of: Option<Arc<Watched>>,
 }
 
 impl Deed {
     /// `actor` is the container of the process, `owner` that of the file.
-    pub(in crate::watch) fn new(
+    pub(crate) fn new(
         actor: Option<Arc<Watched>>,
         owner: Option<Arc<Watched>>,
         is_within: impl FnOnce(&Watched, &Arc<Watched>) -> bool,
@@ -54,7 +54,7 @@ impl Deed {
 
 /// Whether a container was made by a process of another one: for it, that one is what
 /// the host is for others.
-pub(in crate::watch) fn is_within(table: &Table, inner: &Watched, outer: &Arc<Watched>) -> bool {
+pub(crate) fn is_within(table: &Table, inner: &Watched, outer: &Arc<Watched>) -> bool {
     let Ok(init) = procfs::read_stat(inner.init.pid) else { return false };
     init.identity == inner.init
         && procfs::chain(init.parent)
@@ -63,11 +63,7 @@ pub(in crate::watch) fn is_within(table: &Table, inner: &Watched, outer: &Arc<Wa
 }
 
 /// Whether a file in the root of `owner` is another container's for `actor`.
-pub(in crate::watch) fn is_apart(
-    shared: &Shared,
-    actor: &Arc<Watched>,
-    owner: &Arc<Watched>,
-) -> bool {
+pub(crate) fn is_apart(shared: &Processes, actor: &Arc<Watched>, owner: &Arc<Watched>) -> bool {
     !Arc::ptr_eq(actor, owner)
         && actor.container != owner.container
         && !is_within(&shared.table, owner, actor)
@@ -75,18 +71,14 @@ pub(in crate::watch) fn is_apart(
 
 /// Whether a process that the gate saw executing a file of `owner` is of another
 /// container. Then the trace reports the execution, for that one.
-pub(in crate::watch) fn is_of_another(
-    shared: &Shared,
-    owner: &Arc<Watched>,
-    caller: &Caller,
-) -> bool {
+pub(crate) fn is_of_another(shared: &Processes, owner: &Arc<Watched>, caller: &Caller) -> bool {
     caller.stat.as_ref().is_some_and(|stat| other_than(shared, owner, stat).is_some())
 }
 
 /// The container of a process that the gate saw, where that is another one than `owner`:
 /// a process can enter another container's mount namespace.
-pub(in crate::watch) fn other_than(
-    shared: &Shared,
+pub(crate) fn other_than(
+    shared: &Processes,
     owner: &Arc<Watched>,
     process: &procfs::Stat,
 ) -> Option<Arc<Watched>> {
@@ -106,14 +98,14 @@ pub(in crate::watch) fn other_than(
 }
 
 /// The container in whose root a process's program lies.
-pub(in crate::watch) fn runs_file_of(shared: &Shared, handle: &Handle) -> Option<ContainerId> {
+pub(crate) fn runs_file_of(shared: &Processes, handle: &Handle) -> Option<ContainerId> {
     let exe = file::stat(handle.open_exe().ok()?).ok()?;
     Some(shared.table.owner(&exe)?.container.clone())
 }
 
 /// A program in another container's root, by the process that runs it or by its name
 /// there: to ask what it is.
-pub(in crate::watch) fn open_program(
+pub(crate) fn open_program(
     owner: &Watched,
     handle: Option<&Handle>,
     mapped: Option<&Mapped>,
@@ -130,7 +122,7 @@ pub(in crate::watch) fn open_program(
     let by_name = || {
         let name = &*mapped?.name;
         let init = Handle::open_exactly(owner.init).ok()?;
-        looked_at(inspect::open_in(owner, &init, name)?)
+        looked_at(reach::open_in(owner, &init, name)?)
     };
     by_process().or_else(by_name)
 }

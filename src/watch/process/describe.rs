@@ -3,34 +3,31 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::arguments::Recorded;
 use super::arguments::Words;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, bytes_of_printable, printable};
 use crate::sys::overlay;
-use crate::sys::perf;
 use crate::sys::procfs::{self, Handle, Stat};
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
+use crate::watch::core::watched::Watched;
 
 /// How often a process is looked at while its execve is under way.
-const STEP: Duration = Duration::from_micros(100);
+pub(crate) const STEP: Duration = Duration::from_micros(100);
 
 /// What the gate saw of a process: the caller of execve, before it became the
 /// new program.
 #[derive(Debug)]
-pub(in crate::watch) struct Caller {
+pub(crate) struct Caller {
     /// `None` if the process is not visible in our pid namespace.
-    pub(in crate::watch) stat: Option<Stat>,
-    pub(in crate::watch) pid: u32,
+    pub(crate) stat: Option<Stat>,
+    pub(crate) pid: u32,
     /// When the gate was asked, by the clock of the kernel's records: its execve ends
     /// later. `None` if nobody had to be asked.
-    pub(in crate::watch) asked: Option<u64>,
-    pub(in crate::watch) pidfd: Option<OwnedFd>,
+    pub(crate) asked: Option<u64>,
+    pub(crate) pidfd: Option<OwnedFd>,
 }
 
 impl Caller {
     /// `None` if there is no descriptor left for the handle.
-    pub(in crate::watch) fn try_clone(&self) -> Option<Caller> {
+    pub(crate) fn try_clone(&self) -> Option<Caller> {
         let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose().ok()?;
         Some(Caller { stat: self.stat.clone(), pid: self.pid, asked: self.asked, pidfd })
     }
@@ -38,27 +35,27 @@ impl Caller {
 
 /// A process after its execve.
 #[derive(Debug)]
-pub(in crate::watch) struct Executing {
-    pub(in crate::watch) process: Process,
+pub(crate) struct Executing {
+    pub(crate) process: Process,
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     printable(bytes)
 }
 
-fn texts(arguments: &[Vec<u8>]) -> Vec<String> {
+pub(crate) fn texts(arguments: &[Vec<u8>]) -> Vec<String> {
     arguments.iter().map(|argument| printable(argument)).collect()
 }
 
 /// How long an execve may take before its arguments are not waited for while
 /// others wait, and at all: on a busy machine it may be long before it gets a turn.
-const PATIENCE: Duration = Duration::from_millis(2);
-const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(250);
+pub(crate) const PATIENCE: Duration = Duration::from_millis(2);
+pub(crate) const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(250);
 
 /// Waits until the caller has become the new program, but not for long if
 /// `others_wait`, and describes that. What is still the caller's own (the event comes before
 /// execve is over) is never told as the new program's: then it is `None`.
-pub(in crate::watch) fn after_exec(
+pub(crate) fn after_exec(
     caller: &Caller,
     watched: &Watched,
     others_wait: &dyn Fn() -> bool,
@@ -134,119 +131,13 @@ fn is_still(handle: &Handle, now: &Stat) -> bool {
 
 /// What the caller has become, in as few looks as will do: of what is over within a
 /// moment.
-pub(in crate::watch) fn words_after_exec(
-    caller: &Caller,
-    others_wait: &dyn Fn() -> bool,
-) -> Option<Words> {
+pub(crate) fn words_after_exec(caller: &Caller, others_wait: &dyn Fn() -> bool) -> Option<Words> {
     let stat = caller.stat.as_ref()?;
     let handle = Handle::open_exactly(stat.identity).ok()?;
     let now = wait_for_program(&handle, stat, caller, others_wait)?;
     let argv = handle.arguments().ok()??;
     let exe = handle.exe().ok();
     is_still(&handle, &now).then(|| Words { exe: exe.as_deref().map(text), argv: texts(&argv) })
-}
-
-/// For how long after the question the kernel's records of an execve are waited for.
-const PATIENCE_FOR_RECORDS: Duration = Duration::from_millis(20);
-
-/// With what arguments a process has become a program that the gate was asked about, by
-/// the kernel's records: of one that had ended before /proc was read. Waits until they
-/// have been read, but not for long if `others_wait`. Counted from the question on, so
-/// that of many who wait each one has been waited for with the others.
-pub(in crate::watch) fn recorded_arguments(
-    shared: &Shared,
-    (pid, asked): (u32, Option<u64>),
-    others_wait: &dyn Fn() -> bool,
-) -> Option<Vec<String>> {
-    // Of a process that is not visible in our pid namespace there are no records either.
-    let asked = asked.filter(|_| pid != 0 && shared.records_arguments())?;
-    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
-    loop {
-        let now = perf::now();
-        match shared.arguments().of(pid, asked, until) {
-            Recorded::Arguments(arguments) => return listed(&arguments),
-            Recorded::Unknown => return None,
-            Recorded::NotYet => (),
-        }
-        let waited = Duration::from_nanos(now.saturating_sub(asked));
-        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return None;
-        }
-        std::thread::sleep(STEP);
-    }
-}
-
-/// By what path a process has become a program that the gate was asked about, by the same
-/// records. Its own memory is not read for it: a container can put there what is read from
-/// a filesystem of its own.
-pub(in crate::watch) fn recorded_name(
-    shared: &Shared,
-    (pid, asked): (u32, Option<u64>),
-    others_wait: &dyn Fn() -> bool,
-) -> Option<Box<[u8]>> {
-    let asked = asked.filter(|_| pid != 0 && shared.records_executions())?;
-    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
-    loop {
-        let now = perf::now();
-        let name = shared.arguments().name_of(pid, asked, until);
-        let waited = Duration::from_nanos(now.saturating_sub(asked));
-        if name.is_some() || waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return name;
-        }
-        std::thread::sleep(STEP);
-    }
-}
-
-/// Waits until the kernel's records of an execve that the gate was asked about have been
-/// read, but not for long if `others_wait`.
-pub(in crate::watch) fn wait_for_records(
-    shared: &Shared,
-    (pid, asked): (u32, u64),
-    others_wait: &dyn Fn() -> bool,
-) {
-    let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
-    let is_read = || !matches!(shared.arguments().of(pid, asked, until), Recorded::NotYet);
-    while shared.records_executions() && !is_read() {
-        let waited = Duration::from_nanos(perf::now().saturating_sub(asked));
-        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return;
-        }
-        std::thread::sleep(STEP);
-    }
-}
-
-/// The same without waiting: of the first execve between two times.
-pub(in crate::watch) fn recorded(
-    shared: &Shared,
-    pid: u32,
-    since: u64,
-    until: u64,
-) -> Option<Vec<String>> {
-    match shared.arguments().of(pid, since, until) {
-        Recorded::Arguments(arguments) => listed(&arguments),
-        Recorded::Unknown | Recorded::NotYet => None,
-    }
-}
-
-/// What was read of the program that a process has become, at the gate's question.
-pub(in crate::watch) fn found(
-    shared: &Shared,
-    (pid, time): (u32, u64),
-    exe: Option<&[u8]>,
-) -> Option<Vec<String>> {
-    let arguments = shared.arguments();
-    let words = arguments.found_of(pid, time)?;
-    // A process may have gone on to another program before anything was read.
-    let is_it = words.exe.is_none() || exe.is_none_or(|exe| words.exe == Some(text(exe)));
-    is_it.then(|| words.argv.clone())
-}
-
-fn listed(arguments: &[u8]) -> Option<Vec<String>> {
-    procfs::split_arguments(arguments).as_deref().map(texts)
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Sleeps, but not longer than the process lives.
@@ -264,7 +155,7 @@ fn wait_or_end(caller: &Caller, step: Duration) {
 }
 
 /// Describes a process that is not in the middle of anything we know of.
-pub(in crate::watch) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
+pub(crate) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
     let stat = handle.first_stat();
     Process {
         identity: stat.identity,
@@ -286,14 +177,14 @@ fn own_root(handle: &Handle, watched: &Watched) -> Option<String> {
 
 /// The root directory by which the file at `path` is called `exe` there: that of a
 /// process that has a mount namespace of its own.
-pub(in crate::watch) fn root_by_name(path: &RootfsPath, exe: Option<&str>) -> Option<String> {
+pub(crate) fn root_by_name(path: &RootfsPath, exe: Option<&str>) -> Option<String> {
     let exe = exe?.strip_suffix(" (deleted)").or(exe)?;
     let root = path.as_bytes().strip_suffix(&*bytes_of_printable(exe))?;
     (exe.starts_with('/') && !root.is_empty()).then(|| printable(root))
 }
 
 /// The ancestors of a process that is gone, from its parent on.
-pub(in crate::watch) fn ancestors_from(parent: u32, watched: &Watched) -> Vec<Ancestor> {
+pub(crate) fn ancestors_from(parent: u32, watched: &Watched) -> Vec<Ancestor> {
     let gone = Stat {
         // Later than any parent can have started.
         identity: ProcessIdentity { pid: 0, start_time: u64::MAX },
@@ -311,7 +202,7 @@ fn ancestors(stat: &Stat, pid_namespace: Option<u64>) -> Vec<Ancestor> {
     procfs::ancestors(stat, pid_namespace).iter().map(ancestor).collect()
 }
 
-pub(in crate::watch) fn ancestor(handle: &Handle) -> Ancestor {
+pub(crate) fn ancestor(handle: &Handle) -> Ancestor {
     Ancestor {
         identity: handle.identity(),
         exe: handle.exe().ok().as_deref().map(text),
@@ -320,7 +211,7 @@ pub(in crate::watch) fn ancestor(handle: &Handle) -> Ancestor {
 }
 
 /// The name under which a program was called, where that says more than `path`.
-pub(in crate::watch) fn invoked_as(exec_name: &[u8], path: &RootfsPath) -> Option<String> {
+pub(crate) fn invoked_as(exec_name: &[u8], path: &RootfsPath) -> Option<String> {
     let is_the_same = if exec_name.starts_with(b"/") {
         RootfsPath::new(exec_name).as_ref() == Ok(path)
     } else {

@@ -3,7 +3,17 @@
 //!
 //! It knows `core` alone.
 
-pub(in crate::watch) mod arguments;
-pub(in crate::watch) mod deeds;
-pub(in crate::watch) mod describe;
-pub(in crate::watch) mod roots;
+pub(crate) mod activity;
+pub(crate) mod arguments;
+pub(crate) mod births;
+pub(crate) mod deeds;
+pub(crate) mod describe;
+pub(crate) mod membership;
+pub(crate) mod named;
+pub(crate) mod outside;
+pub(crate) mod reach;
+pub(crate) mod recorded;
+pub(crate) mod records;
+pub(crate) mod roots;
+pub(crate) mod seen;
+pub(crate) mod shared;

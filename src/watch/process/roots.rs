@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::births::Births;
+use super::named::Named;
 use crate::model::{ContainerId, ProcessIdentity};
-use crate::watch::files::packages::Births;
-use crate::watch::files::writers::Named;
 
 /// How many sessions are followed at once. Of more, what they do is known by their
 /// processes' living parents only.
@@ -23,7 +23,7 @@ const MAX_GENERATIONS: usize = 256;
 /// The first processes of sessions, also of those that are over while what they have
 /// left behind may run on.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Roots {
+pub(crate) struct Roots {
     roots: HashMap<ProcessIdentity, Root>,
     /// Which of them has a number now, or had it last.
     numbers: HashMap<u32, ProcessIdentity>,
@@ -46,29 +46,29 @@ pub(in crate::watch) struct Roots {
 
 /// A process that came from outside has become a program in a container.
 #[derive(Clone, Debug)]
-pub(in crate::watch) struct Arrived {
-    pub(in crate::watch) container: ContainerId,
-    pub(in crate::watch) pid: u32,
+pub(crate) struct Arrived {
+    pub(crate) container: ContainerId,
+    pub(crate) pid: u32,
     /// By the clock of the kernel's records.
-    pub(in crate::watch) executed: u64,
+    pub(crate) executed: u64,
     /// A runtime put the process into the container's control group. Otherwise the process
     /// sees the container's root.
-    pub(in crate::watch) is_in_control_group: bool,
+    pub(crate) is_in_control_group: bool,
     /// Its parents, the nearest first.
-    pub(in crate::watch) makers: Arc<[Maker]>,
+    pub(crate) makers: Arc<[Maker]>,
 }
 
 /// A process that has made another one, by the kernel's records.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::watch) struct Maker {
-    pub(in crate::watch) pid: u32,
+pub(crate) struct Maker {
+    pub(crate) pid: u32,
     /// The program that it ran, where that was recorded.
-    pub(in crate::watch) exe: Option<Box<[u8]>>,
+    pub(crate) exe: Option<Box<[u8]>>,
 }
 
 impl Arrived {
     /// Unknown if it is in another one: that may be below the container's.
-    pub(in crate::watch) fn in_control_group(&self) -> Option<bool> {
+    pub(crate) fn in_control_group(&self) -> Option<bool> {
         self.is_in_control_group.then_some(true)
     }
 }
@@ -93,11 +93,11 @@ struct Terminal {
 
 /// A session that began by coming to a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) struct Arrival {
-    pub(in crate::watch) session: ProcessIdentity,
-    pub(in crate::watch) at: Timestamp,
+pub(crate) struct Arrival {
+    pub(crate) session: ProcessIdentity,
+    pub(crate) at: Timestamp,
     /// The same in clock ticks since boot: whoever is born later may be its.
-    pub(in crate::watch) ticks: u64,
+    pub(crate) ticks: u64,
 }
 
 /// A process that was born in a session.
@@ -119,7 +119,7 @@ struct Root {
 }
 
 impl Roots {
-    pub(in crate::watch) fn arrived(&mut self, arrived: Arrived) {
+    pub(crate) fn arrived(&mut self, arrived: Arrived) {
         if self.arrivals.len() == MAX_ARRIVALS {
             self.arrivals.pop_front();
         }
@@ -128,7 +128,7 @@ impl Roots {
 
     /// How a process came from outside that executed something after `since`, by the
     /// records' clock.
-    pub(in crate::watch) fn arrival(
+    pub(crate) fn arrival(
         &self,
         container: &ContainerId,
         pid: u32,
@@ -140,11 +140,7 @@ impl Roots {
     }
 
     /// False if it is open already.
-    pub(in crate::watch) fn open(
-        &mut self,
-        container: &ContainerId,
-        identity: ProcessIdentity,
-    ) -> bool {
+    pub(crate) fn open(&mut self, container: &ContainerId, identity: ProcessIdentity) -> bool {
         if self.is_open(identity) {
             return false;
         }
@@ -174,7 +170,7 @@ impl Roots {
     /// A process was born at that time, in clock ticks since boot, of a container or not:
     /// another process that had its number before is over. Its session keeps what it has
     /// left behind, and takes nothing of the new one.
-    pub(in crate::watch) fn reborn(&mut self, pid: u32, born: u64) {
+    pub(crate) fn reborn(&mut self, pid: u32, born: u64) {
         let is_older = |identity: &ProcessIdentity| identity.start_time + TICK < born;
         if self.numbers.get(&pid).is_some_and(is_older) {
             self.numbers.remove(&pid);
@@ -185,25 +181,25 @@ impl Roots {
         self.exits.remove(&pid);
     }
 
-    pub(in crate::watch) fn is_open(&self, identity: ProcessIdentity) -> bool {
+    pub(crate) fn is_open(&self, identity: ProcessIdentity) -> bool {
         self.roots.contains_key(&identity)
     }
 
     /// The session that a process has opened of which no end is recorded. Who has this
     /// number now may be another one.
-    pub(in crate::watch) fn opened_by(&self, pid: u32) -> Option<(&ContainerId, ProcessIdentity)> {
+    pub(crate) fn opened_by(&self, pid: u32) -> Option<(&ContainerId, ProcessIdentity)> {
         let root = self.roots.get(self.numbers.get(&pid)?).filter(|root| !root.has_ended)?;
         Some((&root.container, root.identity))
     }
 
     /// How many have been opened so far.
-    pub(in crate::watch) fn opened(&self) -> u64 {
+    pub(crate) fn opened(&self) -> u64 {
         self.opened
     }
 
     /// The session of a process: the nearest of its parents, or itself, that is the
     /// first one of a session.
-    pub(in crate::watch) fn of(
+    pub(crate) fn of(
         &self,
         container: &ContainerId,
         births: &Births,
@@ -246,7 +242,7 @@ impl Roots {
     }
 
     /// Somebody has come to the terminal of a container's init.
-    pub(in crate::watch) fn came_to_terminal(
+    pub(crate) fn came_to_terminal(
         &mut self,
         container: &ContainerId,
         init: ProcessIdentity,
@@ -259,20 +255,20 @@ impl Roots {
     }
 
     /// Who is at the terminal of a container's init.
-    pub(in crate::watch) fn at_terminal(&self, init: ProcessIdentity) -> Option<Arrival> {
+    pub(crate) fn at_terminal(&self, init: ProcessIdentity) -> Option<Arrival> {
         let terminal = self.terminals.get(&init.pid)?;
         (terminal.init == init && !terminal.has_left).then_some(terminal.arrival)
     }
 
     /// Nobody is there any more. What was begun goes on.
-    pub(in crate::watch) fn left_terminal(&mut self, session: ProcessIdentity) {
+    pub(crate) fn left_terminal(&mut self, session: ProcessIdentity) {
         for terminal in self.terminals.values_mut() {
             terminal.has_left |= terminal.arrival.session == session;
         }
     }
 
     /// A process of a container has made another one.
-    pub(in crate::watch) fn born(&mut self, pid: u32, parent: u32, born: u64) {
+    pub(crate) fn born(&mut self, pid: u32, parent: u32, born: u64) {
         let root = self.numbers.get(&parent).copied();
         let at_terminal = || {
             let terminal = self.terminals.get(&parent).filter(|terminal| !terminal.has_left);
@@ -292,7 +288,7 @@ impl Roots {
     }
 
     /// A process has ended. What it has written is told later.
-    pub(in crate::watch) fn ended(&mut self, pid: u32, now: u64) {
+    pub(crate) fn ended(&mut self, pid: u32, now: u64) {
         if self.exits.insert(pid, now).is_none() {
             self.exits_in_order.push_back(pid);
         }
@@ -320,7 +316,7 @@ impl Roots {
         }
     }
 
-    pub(in crate::watch) fn forget(&mut self, container: &ContainerId) {
+    pub(crate) fn forget(&mut self, container: &ContainerId) {
         self.roots.retain(|_, root| root.container != *container);
         self.numbers.retain(|_, identity| self.roots.contains_key(identity));
         self.terminals.retain(|_, terminal| terminal.container != *container);

@@ -20,70 +20,19 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
 use super::calls;
+use super::shared::Sessions;
 use crate::model::session::MAX_COMMANDS;
 use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, Source, printable};
-use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
-use crate::sys::pidfd;
-use crate::sys::procfs::{self, Handle, Stat};
+use crate::sys::procfs::{self, Handle};
+use crate::sys::{file, pidfd};
 use crate::threads;
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::exec::trace::TraceConsumer;
-use crate::watch::exec::trace::time_of;
-use crate::watch::files::writers::Named;
-use crate::watch::process::arguments::Words;
-use crate::watch::process::describe;
-use crate::watch::process::describe::Caller;
-
-/// What the thread is told.
-#[derive(Debug)]
-pub(in crate::watch) enum Act {
-    Event(Event),
-    Ran(Ran),
-    /// The watchers are to stop.
-    End,
-    /// A container runtime was called on the host.
-    Runtime {
-        pid: u32,
-    },
-    /// A process of a container in which a session is open, with a handle of it that
-    /// was opened when it was about to become a program.
-    Alive {
-        identity: ProcessIdentity,
-        process: OwnedFd,
-    },
-}
-
-/// What has happened in a session, but for what was run.
-#[derive(Debug)]
-pub(in crate::watch) enum Event {
-    /// A session has opened; with a handle of its first process, if one was had.
-    Opened {
-        watched: Arc<Watched>,
-        root: ProcessIdentity,
-        is_interactive: bool,
-        process: Option<OwnedFd>,
-    },
-    /// Beyond those that are told one by one.
-    RanMore { watched: Arc<Watched>, root: ProcessIdentity, times: u64 },
-    /// A process of a session has ended.
-    Exited { watched: Arc<Watched>, root: ProcessIdentity, pid: u32, at: Timestamp },
-}
-
-/// A program that was run in a session.
-#[derive(Debug)]
-pub(in crate::watch) struct Ran {
-    watched: Arc<Watched>,
-    root: ProcessIdentity,
-    pid: u32,
-    at: Timestamp,
-    /// As the kernel recorded it: of a script, its interpreter.
-    exe: Option<Vec<u8>>,
-    /// The same execve, by the records' clock.
-    time: u64,
-    process: Option<OwnedFd>,
-}
+use crate::watch::core::watched::Watched;
+use crate::watch::process::activity::{Act, Event, Ran};
+use crate::watch::process::named::Named;
+use crate::watch::process::recorded;
+use crate::watch::process::records::{self, TraceConsumer};
+use crate::watch::process::shared::Processes;
 
 /// How long what was run waits for a session that it belongs to, and how much of it.
 const BEFORE_OPENING: Duration = Duration::from_secs(3);
@@ -97,7 +46,7 @@ const TELL_MORE_EVERY: Duration = Duration::from_secs(1);
 
 /// By the kernel's records: what sessions run.
 #[derive(Default)]
-pub(in crate::watch) struct Acts {
+pub(crate) struct Acts {
     /// Run by processes that are of no session, as far as is known yet.
     waiting: VecDeque<(Instant, Ran)>,
     /// When processes ended, while something waits.
@@ -119,7 +68,7 @@ struct Count {
 }
 
 impl Acts {
-    fn ran(&mut self, shared: &Shared, ran: Ran) {
+    fn ran(&mut self, shared: &Processes, ran: Ran) {
         let count = self.counts.entry(ran.root).or_insert_with(|| Count {
             watched: ran.watched.clone(),
             told: 0,
@@ -143,14 +92,14 @@ impl Acts {
 impl TraceConsumer for Acts {
     fn executed(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: &Arc<Watched>,
         executed: &Executed,
         program: Option<&Mapped>,
     ) {
         // In the order in which it was run.
         self.look_again(shared);
-        let at = time_of(executed.time);
+        let at = records::time_of(executed.time);
         let root = session_of(shared, watched, executed.pid, at);
         let mut ran = Ran {
             watched: watched.clone(),
@@ -172,11 +121,11 @@ impl TraceConsumer for Acts {
         self.waiting.push_back((Instant::now(), ran));
     }
 
-    fn runtime_called(&mut self, shared: &Shared, pid: u32) {
+    fn runtime_called(&mut self, shared: &Processes, pid: u32) {
         shared.note_runtime(pid);
     }
 
-    fn exited(&mut self, shared: &Shared, pid: u32, time: u64) {
+    fn exited(&mut self, shared: &Processes, pid: u32, time: u64) {
         shared.roots().ended(pid, procfs::ticks_since_boot());
         if !self.waiting.is_empty() && self.ends.len() < 2 * MAX_WAITING {
             self.ends.insert(pid, time);
@@ -184,7 +133,7 @@ impl TraceConsumer for Acts {
         self.end(shared, pid, time);
     }
 
-    fn turn(&mut self, shared: &Shared) {
+    fn turn(&mut self, shared: &Processes) {
         self.look_again(shared);
         self.forget(shared);
     }
@@ -196,14 +145,15 @@ impl TraceConsumer for Acts {
 
 impl Acts {
     /// A process has ended that was told.
-    fn end(&mut self, shared: &Shared, pid: u32, time: u64) {
+    fn end(&mut self, shared: &Processes, pid: u32, time: u64) {
         let Some((root, watched)) = self.running.remove(&pid) else { return };
-        let event = Event::Exited { watched: watched.clone(), root, pid, at: time_of(time) };
+        let event =
+            Event::Exited { watched: watched.clone(), root, pid, at: records::time_of(time) };
         shared.act(&watched, Act::Event(event));
     }
 
     /// What was run by processes of sessions that have opened meanwhile.
-    fn look_again(&mut self, shared: &Shared) {
+    fn look_again(&mut self, shared: &Processes) {
         let opened = shared.roots().opened();
         if opened != self.opened {
             self.opened = opened;
@@ -228,7 +178,7 @@ impl Acts {
         }
     }
 
-    fn forget(&mut self, shared: &Shared) {
+    fn forget(&mut self, shared: &Processes) {
         while self.waiting.front().is_some_and(|(since, _)| since.elapsed() > BEFORE_OPENING) {
             self.waiting.pop_front();
         }
@@ -252,7 +202,7 @@ impl Acts {
 
 /// In which session a process has become a program.
 fn session_of(
-    shared: &Shared,
+    shared: &Processes,
     watched: &Watched,
     pid: u32,
     at: Timestamp,
@@ -328,7 +278,7 @@ const STEP: Duration = Duration::from_millis(2);
 /// How long after a stop the last of them may come.
 const LAST_WITHIN: Duration = Duration::from_millis(50);
 
-pub(in crate::watch) fn run(shared: &Shared, acts: &Receiver<Box<Act>>) {
+pub(crate) fn run(shared: &Sessions, acts: &Receiver<Box<Act>>) {
     let mut eye = Eye::default();
     let mut last_look = Instant::now();
     while shared.may_tell() {
@@ -363,7 +313,7 @@ impl Eye {
             && self.untold.is_empty()
     }
 
-    fn take(&mut self, shared: &Shared, act: Act) {
+    fn take(&mut self, shared: &Sessions, act: Act) {
         match act {
             Act::End => (),
             Act::Runtime { pid } => {
@@ -392,14 +342,14 @@ impl Eye {
     }
 
     /// Tells what has happened, in its order.
-    fn tell(&mut self, shared: &Shared) {
+    fn tell(&mut self, shared: &Processes) {
         while let Some(first) = self.untold.pop_front() {
             match first {
                 Untold::Event(event) => self.tell_event(shared, event),
                 Untold::Looked(mut looked) => {
                     let Ran { pid, time, exe, .. } = &looked.ran;
                     if looked.run.argv.is_none() {
-                        looked.run.argv = describe::found(shared, (*pid, *time), exe.as_deref());
+                        looked.run.argv = recorded::found(shared, (*pid, *time), exe.as_deref());
                     }
                     let waits = looked.run.argv.is_none()
                         && looked.since.elapsed() < WORDS_WITHIN
@@ -414,7 +364,7 @@ impl Eye {
         }
     }
 
-    fn tell_event(&mut self, shared: &Shared, event: Event) {
+    fn tell_event(&mut self, shared: &Processes, event: Event) {
         match event {
             Event::Opened { watched, root, is_interactive, process } => {
                 if self.interactive.len() >= MAX_HANDLES {
@@ -453,7 +403,7 @@ impl Eye {
         }
     }
 
-    fn tell_ran(&mut self, shared: &Shared, looked: Looked) {
+    fn tell_ran(&mut self, shared: &Processes, looked: Looked) {
         let Looked { ran: Ran { watched, root, pid, at, process, .. }, mut run, .. } = looked;
         let alive = self.alive.remove(&pid);
         if let Some((identity, ..)) = &alive
@@ -486,7 +436,7 @@ impl Eye {
 
     fn wait_for(
         &mut self,
-        shared: &Shared,
+        shared: &Processes,
         watched: Arc<Watched>,
         root: ProcessIdentity,
         identity: ProcessIdentity,
@@ -506,7 +456,7 @@ impl Eye {
         self.try_to_end(shared, identity.pid, false);
     }
 
-    fn look_who_ended(&mut self, shared: &Shared) {
+    fn look_who_ended(&mut self, shared: &Processes) {
         self.alive.retain(|_, (.., since)| since.elapsed() < BEFORE_OPENING);
         let late = |_: &u32, unheld: &mut Unheld| unheld.since.elapsed() >= HANDLE_WITHIN;
         for (_, unheld) in self.unheld.extract_if(late) {
@@ -526,7 +476,7 @@ impl Eye {
 
     /// Tells the end of a process that has ended. With `is_last`, also if how it ended
     /// is not known.
-    fn try_to_end(&mut self, shared: &Shared, pid: u32, is_last: bool) {
+    fn try_to_end(&mut self, shared: &Processes, pid: u32, is_last: bool) {
         let Some(running) = self.running.get(&pid) else { return };
         let exit = pidfd::exit(running.process.as_fd()).or_else(|| exit_of(running.identity));
         let has_ended = exit.is_some() || pidfd::has_ended(running.process.as_fd());
@@ -544,14 +494,14 @@ impl Eye {
 }
 
 /// What is to be seen of a program that was run, while it lives.
-fn look_at(shared: &Shared, ran: Ran) -> Looked {
+fn look_at(shared: &Processes, ran: Ran) -> Looked {
     let Ran { pid, time, exe, .. } = &ran;
     let (pid, time) = (*pid, *time);
     let handle = Handle::open(pid).ok();
     let stat = handle.as_ref().map(Handle::first_stat);
     let identity = stat.map(|stat| stat.identity).unwrap_or(ProcessIdentity { pid, start_time: 0 });
     let tty = stat.and_then(procfs::Stat::tty);
-    let argv = describe::recorded(shared, pid, time, time);
+    let argv = recorded::recorded(shared, pid, time, time);
     // It may have gone on to another program meanwhile: then these are not its words.
     let is_still_it =
         |handle: &Handle| exe.as_ref().is_none_or(|exe| handle.exe().is_ok_and(|now| now == *exe));
@@ -564,42 +514,6 @@ fn look_at(shared: &Shared, ran: Ran) -> Looked {
     let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(exe)));
     let run = Run { process: identity, exe, argv, tty };
     Looked { ran, since: Instant::now(), run }
-}
-
-/// Keeps a handle of a process that may be a session's: how it ends may be asked for.
-pub(in crate::watch) fn keep_handle(shared: &Shared, watched: &Arc<Watched>, caller: &Caller) {
-    if !watched.has_sessions() {
-        return;
-    }
-    let (Some(stat), Some(pidfd)) = (&caller.stat, &caller.pidfd) else { return };
-    if let Ok(process) = pidfd.try_clone() {
-        shared.act(watched, Act::Alive { identity: stat.identity, process });
-    }
-}
-
-/// Whether a process is known to belong to a session. Its birth may not have been read
-/// yet, its parent's has.
-pub(in crate::watch) fn is_in_session(shared: &Shared, watched: &Watched, caller: &Stat) -> bool {
-    if !watched.has_sessions() {
-        return false;
-    }
-    let (roots, births) = (shared.roots(), shared.births());
-    let of = |pid| roots.of(&watched.container, &births, Named::now(pid));
-    of(caller.identity.pid).or_else(|| of(caller.parent)).is_some()
-}
-
-/// Keeps with what words a process has become a program that the gate was asked about.
-pub(in crate::watch) fn keep_words(
-    shared: &Shared,
-    watched: &Watched,
-    caller: &Caller,
-    words: Option<Words>,
-) {
-    if let (Some(asked), Some(words)) = (caller.asked, words)
-        && watched.has_sessions()
-    {
-        shared.arguments().found(caller.pid, asked, words);
-    }
 }
 
 fn handle_of(identity: ProcessIdentity) -> Option<OwnedFd> {

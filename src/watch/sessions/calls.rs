@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::model::{ProcessIdentity, printable};
 use crate::sys::file;
 use crate::sys::procfs::{self, Handle};
-use crate::watch::core::table::Watched;
+use crate::watch::core::watched::Watched;
 
 const MAX_DOCUMENT: u64 = 1 << 20;
 const MAX_ARGUMENTS: usize = 128;
@@ -24,7 +24,7 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(5);
 
 /// The calls of lately, by the runtimes' pids.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Calls {
+pub(crate) struct Calls {
     calls: HashMap<u32, (Instant, Call)>,
     /// Runtimes whose call was read when what they execute was seen: the record of their
     /// own start may be read after that, and must not be taken for another's.
@@ -33,7 +33,7 @@ pub(in crate::watch) struct Calls {
 
 /// One call of a runtime.
 #[derive(Clone, Debug)]
-pub(in crate::watch) struct Call {
+pub(crate) struct Call {
     runtime: ProcessIdentity,
     arguments: Vec<Vec<u8>>,
     /// The arguments in the document that they name.
@@ -42,14 +42,14 @@ pub(in crate::watch) struct Call {
 
 /// What a runtime was asked to execute.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::watch) struct Asked {
-    pub(in crate::watch) argv: Vec<String>,
+pub(crate) struct Asked {
+    pub(crate) argv: Vec<String>,
     /// The runtime had ended, and this is the only call that can be meant.
-    pub(in crate::watch) is_guess: bool,
+    pub(crate) is_guess: bool,
 }
 
 impl Calls {
-    pub(in crate::watch) fn keep(&mut self, call: Call) {
+    pub(crate) fn keep(&mut self, call: Call) {
         if self.answered.contains(&call.runtime) {
             return;
         }
@@ -98,7 +98,7 @@ impl Calls {
 
 /// What a runtime was asked to execute in a container. `is_by_runtime`: the process was
 /// a runtime's just now; then it need not be known any more which one's.
-pub(in crate::watch) fn asked_for(
+pub(crate) fn asked_for(
     calls: &mut Calls,
     pid: u32,
     watched: &Watched,
@@ -120,7 +120,7 @@ pub(in crate::watch) fn asked_for(
 
 /// Looks at a runtime that was called. Nobody else's word is taken: it must live in
 /// the host's mount namespace, and be root's, since it names a file to be read.
-pub(in crate::watch) fn read(pid: u32) -> Option<Call> {
+pub(crate) fn read(pid: u32) -> Option<Call> {
     let handle = Handle::open(pid).ok()?;
     let is_hosts = handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace);
     if !is_hosts || handle.uid().ok()? != 0 {

@@ -2,8 +2,12 @@
 //!
 //! It knows `core`, `process` and `files`.
 
-pub(in crate::watch) mod acts;
-pub(in crate::watch) mod attachments;
-pub(in crate::watch) mod calls;
-pub(in crate::watch) mod opening;
-pub(in crate::watch) mod terminals;
+pub(crate) mod acts;
+pub(crate) mod attachments;
+pub(crate) mod calls;
+pub(crate) mod inside;
+pub(crate) mod opening;
+pub(crate) mod origin;
+pub(crate) mod runtimes;
+pub(crate) mod shared;
+pub(crate) mod terminals;

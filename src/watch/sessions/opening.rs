@@ -9,28 +9,21 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::acts::Act;
-use super::acts::Event;
 use super::calls;
-use crate::model::process::may_be_runtime;
-use crate::model::{
-    Ancestor, ContainerId, Entry, Fact, Interactive, Opening, Process, ProcessIdentity, Source,
-    printable,
-};
+use super::inside;
+use super::origin::{self, ByRuntime};
+use super::runtimes::Runtimes;
+use super::shared::Sessions;
+use crate::model::{Fact, Process, ProcessIdentity, Source};
 use crate::sys::door::View;
+use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
-use crate::sys::{file, overlay};
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::core::table::is_put_elsewhere;
-use crate::watch::core::table::parents_cgroup;
-use crate::watch::exec::unseen;
-use crate::watch::exec::unseen::Runtimes;
-use crate::watch::process::describe;
-use crate::watch::process::describe::Caller;
-use crate::watch::process::describe::Executing;
-use crate::watch::process::roots::Arrived;
-use crate::watch::process::roots::Maker;
+use crate::watch::core::table::{is_put_elsewhere, parents_cgroup};
+use crate::watch::core::watched::Watched;
+use crate::watch::files::state;
+use crate::watch::process::activity::{Act, Event};
+use crate::watch::process::describe::{self, Caller, Executing};
+use crate::watch::process::{outside, recorded};
 
 /// Half of how many processes are remembered.
 const GENERATION: usize = 16 * 1024;
@@ -38,7 +31,7 @@ const GENERATION: usize = 16 * 1024;
 /// Processes that have been judged, so that each session is told once and most
 /// processes cost nothing the second time.
 #[derive(Debug, Default)]
-pub(in crate::watch) struct Sessions {
+pub(crate) struct Openings {
     judged: Recent,
     /// Those that were judged as the init of their container. Before that container was
     /// known, one of them may have been judged as any other process.
@@ -68,7 +61,7 @@ const MAX_ASIDE: usize = 256;
 
 /// Whose a process is that may be in a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::watch) enum Home {
+pub(crate) enum Home {
     Own,
     /// It shares the pid namespace, and is in another container by all else.
     Anothers,
@@ -103,10 +96,10 @@ impl Signs<'_> {
 
 /// Whose a process is that was found to be in a container by one of its namespaces. Others
 /// can have been put into the same pid namespace.
-pub(in crate::watch) fn home(shared: &Shared, handle: &Handle, watched: &Watched) -> Home {
+pub(crate) fn home(shared: &Sessions, handle: &Handle, watched: &Watched) -> Home {
     let identity = handle.identity();
     let is_certain = identity == watched.init || shared.births().is_born_inside(identity);
-    if is_certain || is_within(handle, watched) || !is_known(handle) {
+    if is_certain || inside::is_within(handle, watched) || !inside::is_known(handle) {
         return Home::Own;
     }
     let others = || {
@@ -114,7 +107,8 @@ pub(in crate::watch) fn home(shared: &Shared, handle: &Handle, watched: &Watched
         namespace.map(|namespace| shared.table.in_pid_namespace(namespace)).unwrap_or_default()
     };
     let is_in = |other: &Arc<Watched>| {
-        other.container != watched.container && (identity == other.init || is_within(handle, other))
+        other.container != watched.container
+            && (identity == other.init || inside::is_within(handle, other))
     };
     let (cgroup, parents) = (handle.cgroup().ok(), parents_cgroup(handle));
     let signs = Signs {
@@ -180,28 +174,10 @@ impl Recent {
     }
 }
 
-/// Whether a process is called as a runtime's init is until it becomes the container's
-/// program, or a session's command. A process chooses its name, so this is a reason to
-/// look at it and evidence of nothing.
-pub(in crate::watch) fn is_before_entry_point(comm: &[u8]) -> bool {
-    may_be_runtime(comm)
-}
-
-/// Whether a process runs a program of the host's.
-pub(in crate::watch) fn runs_program_of_host(handle: &Handle) -> bool {
-    handle.has_host_root() || runs_from_outside(handle)
-}
-
-/// Whether a process is a runtime on its way into the container, before it becomes what it
-/// was asked for. What a program of the host's calls itself may be believed.
-pub(in crate::watch) fn is_on_its_way(handle: &Handle) -> bool {
-    is_before_entry_point(&handle.first_stat().comm) && runs_program_of_host(handle)
-}
-
 /// Whether an init that was found is still its runtime's. It may wait for its start for
 /// as long as its runtime likes.
-pub(in crate::watch) fn has_not_begun(init: &Handle, max_hash_bytes: u64) -> bool {
-    runs_program_of_host(init) || runs_copy_of_runtime(init, max_hash_bytes)
+pub(crate) fn has_not_begun(init: &Handle, max_hash_bytes: u64) -> bool {
+    outside::runs_program_of_host(init) || runs_copy_of_runtime(init, max_hash_bytes)
 }
 
 /// Whether a process that has been there for a while runs a runtime's copy of itself in
@@ -212,22 +188,18 @@ fn runs_copy_of_runtime(handle: &Handle, max_hash_bytes: u64) -> bool {
     let local = View::of([handle]).ground(&stat).local();
     stat.links == 0
         && Runtimes::default().is_installed(
-            &unseen::state_of(exe.as_fd(), &stat, local, max_hash_bytes),
+            &state::state_of(exe.as_fd(), &stat, local, max_hash_bytes),
             max_hash_bytes,
         )
 }
 
-/// A runtime has no more time than this between its copy in memory and what it was asked
-/// for, unless the copy is recognised.
-const ON_ITS_WAY: Duration = Duration::from_secs(10);
-
-impl Sessions {
+impl Openings {
     /// Judges a process that the gate saw; something once for each session's first process.
     /// `has_arrived`: whether the kernel has recorded that it came from outside, asked
     /// of a process that is gone.
-    pub(in crate::watch) fn opens(
+    pub(crate) fn opens(
         &mut self,
-        shared: &Shared,
+        shared: &Sessions,
         caller: &Stat,
         watched: &Watched,
         has_arrived: &mut dyn FnMut() -> bool,
@@ -248,7 +220,7 @@ impl Sessions {
         let handle = Handle::open_exactly(identity).ok();
         // First: it may end at any moment, and nothing shows it afterwards.
         let is_in_control_group =
-            handle.as_ref().and_then(|handle| is_in_control_group(handle, watched));
+            handle.as_ref().and_then(|handle| inside::is_in_control_group(handle, watched));
         let judged = handle.and_then(|handle| {
             let is_root = is_root(&handle, Some(caller.parent), watched)?;
             Some((handle, is_root))
@@ -263,16 +235,16 @@ impl Sessions {
             return is_root.then_some(root);
         };
         self.judged.insert(identity);
-        if is_inside(&handle, watched) == Some(true) {
+        if inside::is_inside(&handle, watched) == Some(true) {
             self.inside.insert(identity);
         }
         is_root.then_some(Root { is_in_control_group })
     }
 
     /// Judges a process that a scan found.
-    pub(in crate::watch) fn is_open(
+    pub(crate) fn is_open(
         &mut self,
-        shared: &Shared,
+        shared: &Sessions,
         handle: &Handle,
         watched: &Watched,
     ) -> bool {
@@ -288,8 +260,8 @@ impl Sessions {
         let is_root = !self.judged.contains(stat.identity)
             && is_root(handle, None, watched) == Some(true)
             && !shared.births().is_born_inside(stat.identity)
-            && is_from_outside(handle) == Some(false)
-            && !is_on_its_way(handle);
+            && outside::is_from_outside(handle) == Some(false)
+            && !outside::is_on_its_way(handle);
         if !is_root {
             return false;
         }
@@ -302,11 +274,11 @@ impl Sessions {
     /// namespace of another one.
     fn opens_as_init(
         &mut self,
-        shared: &Shared,
+        shared: &Sessions,
         identity: ProcessIdentity,
         watched: &Watched,
     ) -> bool {
-        let beside = beside(shared, watched);
+        let beside = origin::beside(shared, watched);
         let namespace = watched.pid_namespace;
         let is_in_an_unknown_ones = beside.is_none()
             && !watched.has_own_pid_namespace()
@@ -331,11 +303,7 @@ impl Sessions {
 
     /// Judges a process later, which may be the first one of a container that is not known
     /// yet; false if too many wait for that.
-    pub(in crate::watch) fn put_aside(
-        &mut self,
-        identity: ProcessIdentity,
-        watched: &Arc<Watched>,
-    ) -> bool {
+    pub(crate) fn put_aside(&mut self, identity: ProcessIdentity, watched: &Arc<Watched>) -> bool {
         let is_known = self.judged.contains(identity)
             || self
                 .aside
@@ -354,10 +322,7 @@ impl Sessions {
 
     /// Processes that were put aside and that are a container's after all: none that holds
     /// them has become known in time.
-    pub(in crate::watch) fn take_unclaimed(
-        &mut self,
-        shared: &Shared,
-    ) -> Vec<(Handle, Arc<Watched>)> {
+    pub(crate) fn take_unclaimed(&mut self, shared: &Sessions) -> Vec<(Handle, Arc<Watched>)> {
         let mut unclaimed = Vec::new();
         self.aside.retain(|Aside { identity, watched, until }| {
             let Ok(handle) = Handle::open_exactly(*identity) else { return false };
@@ -376,9 +341,9 @@ impl Sessions {
     /// Opens a session if this is the first process of one, which is described then.
     /// It waits for that process to become what it is to be, and less long if
     /// `others` do.
-    pub(in crate::watch) fn open(
+    pub(crate) fn open(
         &mut self,
-        shared: &Shared,
+        shared: &Sessions,
         caller: &Caller,
         watched: &Arc<Watched>,
         at: Timestamp,
@@ -412,7 +377,7 @@ impl Sessions {
 
     /// The kernel has recorded that a process came from outside that was gone before
     /// anybody looked: the gate was asked about it.
-    pub(in crate::watch) fn open_gone(&mut self, shared: &Shared, pid: u32) {
+    pub(crate) fn open_gone(&mut self, shared: &Sessions, pid: u32) {
         let arrival = |one: &Unclear| {
             let of_it = one.caller.pid == pid;
             of_it.then(|| Arrival::recorded(shared, &one.caller, &one.watched)).flatten()
@@ -428,7 +393,7 @@ impl Sessions {
 
     fn tell_of_caller(
         &mut self,
-        shared: &Shared,
+        shared: &Sessions,
         (caller, stat): (&Caller, &Stat),
         watched: &Arc<Watched>,
         at: Timestamp,
@@ -438,7 +403,8 @@ impl Sessions {
         // First: it ends when what it has started does. That a runtime was called for it
         // is known of the runtime; by its name is only known that it may be worth asking.
         let Arrival { is_in_control_group, .. } = arrival;
-        let may_be_by_runtime = arrival.is_by_runtime() || is_before_entry_point(&stat.comm);
+        let may_be_by_runtime =
+            arrival.is_by_runtime() || outside::is_before_entry_point(&stat.comm);
         let asked_for = may_be_by_runtime
             .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
             .flatten();
@@ -446,7 +412,7 @@ impl Sessions {
             ByRuntime { was_called: asked_for.is_some(), is_in_control_group, asked: caller.asked };
         let mut executing = describe::after_exec(caller, watched, others_wait);
         let recorded =
-            || describe::recorded_arguments(shared, (caller.pid, caller.asked), others_wait);
+            || recorded::recorded_arguments(shared, (caller.pid, caller.asked), others_wait);
         if executing.process.argv.is_none() {
             executing.process.argv = recorded();
         }
@@ -474,9 +440,9 @@ impl Sessions {
 
     /// Tells that a session has opened. If that is lost, the next look at the
     /// container's processes tells it again.
-    pub(in crate::watch) fn tell(
+    pub(crate) fn tell(
         &mut self,
-        shared: &Shared,
+        shared: &Sessions,
         watched: &Arc<Watched>,
         at: Timestamp,
         source: Source,
@@ -485,7 +451,7 @@ impl Sessions {
         let root = opened.process.identity;
         shared.note_session(watched);
         let handle = opened.pidfd;
-        let opening = opening(shared, watched, opened.process, opened.by_runtime);
+        let opening = origin::opening(shared, watched, opened.process, opened.by_runtime);
         let is_interactive = opening.interactive.is_some();
         let fact = Fact::SessionOpened { opening: Arc::new(opening) };
         if shared.observe(watched, at, source, fact) {
@@ -510,34 +476,23 @@ impl Sessions {
 }
 
 /// A session that was found to be open.
-pub(in crate::watch) struct Opened {
-    pub(in crate::watch) process: Process,
+pub(crate) struct Opened {
+    pub(crate) process: Process,
     /// A handle of its first process that was opened before it could end.
-    pub(in crate::watch) pidfd: Option<OwnedFd>,
-    pub(in crate::watch) by_runtime: ByRuntime,
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) by_runtime: ByRuntime,
 }
 
 /// The first process of a session.
-pub(in crate::watch) struct Root {
+pub(crate) struct Root {
     /// As it was when it was judged.
     is_in_control_group: Option<bool>,
 }
 
 impl Root {
-    pub(in crate::watch) fn by_runtime(self) -> ByRuntime {
+    pub(crate) fn by_runtime(self) -> ByRuntime {
         ByRuntime { is_in_control_group: self.is_in_control_group, ..ByRuntime::default() }
     }
-}
-
-/// What is known of how a runtime has made a process, beside what the process shows.
-#[derive(Clone, Copy, Debug, Default)]
-pub(in crate::watch) struct ByRuntime {
-    /// A runtime on the host was called to execute something in this container.
-    was_called: bool,
-    /// When it was judged, or by the kernel's record of one that is gone.
-    is_in_control_group: Option<bool>,
-    /// When the gate was asked about it, by the records' clock.
-    asked: Option<u64>,
 }
 
 /// How a process came from outside.
@@ -550,12 +505,14 @@ struct Arrival {
 
 impl Arrival {
     /// By the kernel's record of what the gate was asked about.
-    fn recorded(shared: &Shared, caller: &Caller, watched: &Watched) -> Option<Arrival> {
+    fn recorded(shared: &Sessions, caller: &Caller, watched: &Watched) -> Option<Arrival> {
         let roots = shared.roots();
         let arrived = roots.arrival(&watched.container, caller.pid, caller.asked?)?;
         // What calls itself a runtime is judged by what a runtime does.
         let is_past_it = !arrived.is_in_control_group;
-        if is_past_it && caller.stat.as_ref().is_none_or(|it| is_before_entry_point(&it.comm)) {
+        if is_past_it
+            && caller.stat.as_ref().is_none_or(|it| outside::is_before_entry_point(&it.comm))
+        {
             return None;
         }
         let is_in_control_group = arrived.in_control_group();
@@ -572,23 +529,24 @@ impl Arrival {
 /// Where the kernel has recorded that a process came from, which is gone by now. Waits
 /// for its records only if it is worth asking, and not for long if `others_wait`.
 fn recorded_arrival(
-    shared: &Shared,
+    shared: &Sessions,
     caller: &Caller,
     watched: &Watched,
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Arrival> {
     let asked = caller.asked?;
     let recorded = || Arrival::recorded(shared, caller, watched);
-    let may_be_runtimes = caller.stat.as_ref().is_some_and(|it| is_before_entry_point(&it.comm));
+    let may_be_runtimes =
+        caller.stat.as_ref().is_some_and(|it| outside::is_before_entry_point(&it.comm));
     if may_be_runtimes && recorded().is_none() {
-        describe::wait_for_records(shared, (caller.pid, asked), others_wait);
+        recorded::wait_for_records(shared, (caller.pid, asked), others_wait);
     }
     recorded()
 }
 
 /// Waits until the kernel's record of who made a process has been read, but not for long.
 fn wait_for_makers(
-    shared: &Shared,
+    shared: &Sessions,
     caller: &Caller,
     watched: &Watched,
     others_wait: &dyn Fn() -> bool,
@@ -606,56 +564,10 @@ fn wait_for_makers(
     }
 }
 
-/// Whether a process is in the container: by its mount namespace, its pid namespace,
-/// its control group or its root directory. One of them is enough: who joins only one
-/// of them is in it all the same. `None` of who is ending: nothing is known of it.
-fn is_inside(handle: &Handle, watched: &Watched) -> Option<bool> {
-    let shares_pids = || {
-        handle.pid_namespace().is_ok_and(|namespace| {
-            watched.has_namespaces()
-                && watched.pid_namespace == Some(namespace)
-                && !procfs::is_host_pid_namespace(namespace)
-        })
-    };
-    let is_inside =
-        is_within(handle, watched) || (watched.has_own_pid_namespace() && shares_pids());
-    // Asked last: what can be read now could be read before.
-    (is_inside || is_known(handle)).then_some(is_inside)
-}
-
-/// A process loses its namespaces while it ends.
-fn is_known(handle: &Handle) -> bool {
-    handle.mount_namespace().is_ok()
-}
-
-/// The same without the pid namespace, into which other containers can be put.
-fn is_within(handle: &Handle, watched: &Watched) -> bool {
-    let is_in_mount_namespace = handle.mount_namespace().is_ok_and(|namespace| {
-        watched.has_namespaces()
-            && watched.mount_namespace == Some(namespace)
-            && !procfs::is_host_mount_namespace(namespace)
-    });
-    is_in_mount_namespace
-        || is_in_control_group(handle, watched) == Some(true)
-        || file::stat_path(handle.root_path())
-            .is_ok_and(|root| root.device == watched.device && root.mount == watched.mount)
-}
-
-/// `None` if the container has none of its own, or the process is gone.
-fn is_in_control_group(handle: &Handle, watched: &Watched) -> Option<bool> {
-    let unified = || watched.holds_cgroup(&handle.cgroup().ok()?);
-    // Where the unified hierarchy is not what runtimes use.
-    let of_records = || Some(handle.perf_cgroup() == Some(watched.perf_cgroup?));
-    let is_in = unified().or_else(of_records)?;
-    // A process that has ended may be shown in another one, and never in a container's that
-    // it was not in.
-    (is_in || !handle.stat().ok()?.has_ended()).then_some(is_in)
-}
-
 /// Whether a process is in the container and its parent is not; `None` if that
 /// cannot be told any more.
 fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> Option<bool> {
-    if !is_inside(handle, watched)? {
+    if !inside::is_inside(handle, watched)? {
         return Some(false);
     }
     let start_time = handle.identity().start_time;
@@ -670,187 +582,17 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
     // another one: `nsenter` does so.
     let first = chain.find(|parent| {
         parent.identity() == watched.init
-            || is_inside(parent, watched) != Some(true)
-            || !runs_from_outside(parent)
+            || inside::is_inside(parent, watched) != Some(true)
+            || !outside::runs_from_outside(parent)
     })?;
-    Some(!is_inside(&first, watched)?)
-}
-
-/// Whether a process runs a program that lies on no mount of its own namespace: it
-/// was started before the process came here.
-fn runs_from_outside(handle: &Handle) -> bool {
-    is_from_outside(handle) == Some(true)
-}
-
-/// The same; `None` of a process that has ended.
-fn is_from_outside(handle: &Handle) -> Option<bool> {
-    let exe = handle.open_exe().and_then(file::stat).ok()?;
-    let Some(mount) = exe.mount else { return Some(false) };
-    // A file in memory is on no mount, whoever runs it.
-    let may_be = exe.links > 0 || procfs::age(handle.identity()) < ON_ITS_WAY;
-    Some(may_be && overlay::find_place(&handle.mountinfo().ok()?, mount).is_none())
+    Some(!inside::is_inside(&first, watched)?)
 }
 
 /// The container of which a process is the init, by the pid namespace that it is in.
-pub(in crate::watch) fn of_init(shared: &Shared, handle: &Handle) -> Option<Arc<Watched>> {
+pub(crate) fn of_init(shared: &Sessions, handle: &Handle) -> Option<Arc<Watched>> {
     let namespace = handle.pid_namespace().ok()?;
     let found = shared.table.in_pid_namespace(namespace);
     found.into_iter().find(|watched| watched.init == handle.identity())
-}
-
-/// What is to be told of a session's beginning, gathered while it may be ending.
-fn opening(
-    shared: &Shared,
-    watched: &Watched,
-    mut process: Process,
-    by_runtime: ByRuntime,
-) -> Opening {
-    let identity = process.identity;
-    let handle = Handle::open_exactly(identity).ok();
-    let has_terminal = process.tty.is_some()
-        || handle.as_ref().is_some_and(|handle| handle.is_terminal(0) == Some(true));
-    let shim = procfs::read_stat(watched.init.pid).ok().map(|init| init.parent);
-    let parent = process.ancestors.last().map(|outermost| outermost.identity.pid);
-    let parent = parent.or_else(|| Some(handle.as_ref()?.first_stat().parent));
-    let mut chain = parent.map(procfs::chain).unwrap_or_default();
-    if !is_whole(&chain)
-        && let Some(reaper) = handle.as_ref().and_then(|handle| handle.stat().ok())
-    {
-        // Its parent has ended, and it was given to another one.
-        chain = procfs::chain(reaper.parent);
-    }
-    // Of parents that have ended, the kernel's records tell.
-    let recorded = if is_whole(&chain) {
-        None
-    } else {
-        let since = by_runtime.asked.unwrap_or_default();
-        shared.roots().arrival(&watched.container, identity.pid, since).cloned()
-    };
-    let makers = recorded.as_ref().map(|arrived| &*arrived.makers).unwrap_or_default();
-    let is_shim = |pid| Some(pid) == shim;
-    let evidence = Evidence {
-        is_by_runtime: by_runtime.was_called,
-        is_child_of_shim: chain.iter().any(|one| is_shim(one.identity().pid))
-            || makers.iter().any(|maker| is_shim(maker.pid)),
-        is_parent_gone: !is_whole(&chain) && (makers.is_empty() || shim.is_none()),
-        is_in_control_group: handle
-            .as_ref()
-            .and_then(|one| is_in_control_group(one, watched))
-            .or(by_runtime.is_in_control_group)
-            .or(recorded.as_ref().and_then(Arrived::in_control_group)),
-    };
-    let beside = if identity == watched.init { beside(shared, watched) } else { None };
-    let entry = if beside.is_some() { Entry::SharedPidNamespace } else { evidence.entry() };
-    let host = if makers.is_empty() {
-        chain.iter().map(describe::ancestor).collect()
-    } else {
-        made_by(makers)
-    };
-    let host = above(process.ancestors.last_mut(), host);
-    let variables = &shared.settings.requester_variables;
-    let requested_by = requester(variables, process.argv.as_deref().unwrap_or_default())
-        .or_else(|| Some(printable(&handle.as_ref()?.variable(variables)?)));
-    Opening {
-        root: identity,
-        entry,
-        interactive: has_terminal.then_some(Interactive::Terminal),
-        host,
-        login: handle.as_ref().and_then(Handle::login),
-        requested_by,
-        beside,
-        process,
-    }
-}
-
-/// The parents that stand above the last one that is known of a process. That one may be
-/// among them; if it had ended when it was looked at, they may know what it was.
-fn above(last: Option<&mut Ancestor>, mut parents: Vec<Ancestor>) -> Vec<Ancestor> {
-    let Some(last) = last else { return parents };
-    let is_last = |parent: &Ancestor| parent.identity.pid == last.identity.pid;
-    if let Some(place) = parents.iter().position(is_last) {
-        let known = parents.drain(..=place).next_back();
-        if last.exe.is_none()
-            && let Some(known) = known
-        {
-            (last.exe, last.argv) = (known.exe, known.argv);
-        }
-    }
-    parents
-}
-
-/// The parents of a process by the kernel's records, and those of the last of them by
-/// /proc: what is recorded ends with what was there before.
-fn made_by(makers: &[Maker]) -> Vec<Ancestor> {
-    let by_record = |maker: &Maker| {
-        let living = Handle::open(maker.pid).ok().map(|handle| describe::ancestor(&handle));
-        let exe = maker.exe.as_deref().map(printable);
-        // The number may be another process's by now.
-        living.filter(|living| living.exe == exe || exe.is_none()).unwrap_or(Ancestor {
-            identity: ProcessIdentity { pid: maker.pid, start_time: 0 },
-            exe,
-            argv: None,
-        })
-    };
-    let above = makers.last().and_then(|last| procfs::read_stat(last.pid).ok());
-    let above = above.map(|last| procfs::chain(last.parent)).unwrap_or_default();
-    makers.iter().map(by_record).chain(above.iter().map(describe::ancestor)).collect()
-}
-
-/// Who asked for a session whose command is `env NAME=VALUE COMMAND`: webhooks name him
-/// by putting that before what he asked for.
-fn requester(variables: &[String], argv: &[String]) -> Option<String> {
-    let (program, rest) = argv.split_first()?;
-    if program.rsplit('/').next() != Some("env") {
-        return None;
-    }
-    let mut assignments = rest.iter().map_while(|word| word.split_once('='));
-    assignments
-        .find_map(|(name, value)| variables.iter().any(|known| known == name).then_some(value))
-        .map(ToOwned::to_owned)
-}
-
-/// Whether a chain of parents leads to the host's first process. Of who is ending the
-/// kernel does not tell the parent any more.
-fn is_whole(chain: &[Handle]) -> bool {
-    chain.last().is_some_and(|last| last.identity().pid == 1)
-}
-
-/// The container in whose pid namespace this one was put, which is not its own.
-fn beside(shared: &Shared, watched: &Watched) -> Option<ContainerId> {
-    let namespace = watched.pid_namespace?;
-    if watched.has_own_pid_namespace() || procfs::is_host_pid_namespace(namespace) {
-        return None;
-    }
-    Some(shared.table.first_in_pid_namespace(namespace)?.container.clone())
-}
-
-/// By what it is told how a session came in. Names are no evidence: what a process
-/// descends from and where its runtime has put it are.
-#[derive(Clone, Copy, Debug)]
-struct Evidence {
-    is_by_runtime: bool,
-    /// It descends from whoever started the container's init.
-    is_child_of_shim: bool,
-    /// Nothing is known of its parent: who is executed by a shim, and ends at once.
-    is_parent_gone: bool,
-    is_in_control_group: Option<bool>,
-}
-
-impl Evidence {
-    fn entry(self) -> Entry {
-        match self {
-            Evidence { is_in_control_group: Some(false), .. } => Entry::Namespace,
-            Evidence { is_child_of_shim: true, .. } => Entry::RuntimeExec,
-            // A shim does not wait for what it has asked for; who calls a runtime by hand
-            // does.
-            Evidence { is_parent_gone: true, is_in_control_group: Some(true), .. }
-            | Evidence { is_parent_gone: true, is_by_runtime: true, .. } => Entry::RuntimeExec,
-            Evidence { is_by_runtime: true, .. } => Entry::RuntimeDirect,
-            // A runtime puts what it executes into the container's control group.
-            Evidence { is_in_control_group: Some(true), .. } => Entry::RuntimeDirect,
-            Evidence { is_in_control_group: None, .. } => Entry::Namespace,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -881,73 +623,10 @@ mod tests {
     #[test]
     fn a31_an_init_that_was_judged_as_another_process_is_judged_as_an_init() {
         let init = ProcessIdentity { pid: 7, start_time: 1 };
-        let mut sessions = Sessions::default();
+        let mut sessions = Openings::default();
         sessions.judged.insert(init);
         assert!(sessions.is_new_init(init));
         assert!(!sessions.is_new_init(init), "that is said once");
-    }
-
-    #[test]
-    fn how_a_session_came_in_is_told_by_evidence() {
-        let none = Evidence {
-            is_by_runtime: false,
-            is_child_of_shim: false,
-            is_parent_gone: false,
-            is_in_control_group: None,
-        };
-        let check = |evidence: Evidence, expected| assert_eq!(evidence.entry(), expected);
-        let inside = Some(true);
-        let shim = Evidence { is_child_of_shim: true, is_in_control_group: inside, ..none };
-        check(shim, Entry::RuntimeExec);
-        check(Evidence { is_by_runtime: true, ..shim }, Entry::RuntimeExec);
-        let by_hand = Evidence { is_by_runtime: true, is_in_control_group: inside, ..none };
-        check(by_hand, Entry::RuntimeDirect);
-        check(Evidence { is_by_runtime: false, ..by_hand }, Entry::RuntimeDirect);
-        // Over before anything but the gate's own facts could be read.
-        let short = Evidence { is_by_runtime: true, is_parent_gone: true, ..none };
-        check(short, Entry::RuntimeExec);
-        let recorded = Evidence { is_parent_gone: true, is_in_control_group: inside, ..none };
-        check(recorded, Entry::RuntimeExec);
-        // Whatever it calls itself, no runtime has put it there.
-        let outside = Some(false);
-        check(Evidence { is_in_control_group: outside, ..none }, Entry::Namespace);
-        check(Evidence { is_in_control_group: outside, ..by_hand }, Entry::Namespace);
-        check(none, Entry::Namespace);
-    }
-
-    #[test]
-    fn who_asked_for_a_session_is_told_by_the_command_that_a_webhook_has_changed() {
-        let variables = ["SPO_EXEC_REQUEST_UID".to_owned(), "ASKED_BY".to_owned()];
-        let of = |argv: &str| {
-            let argv: Vec<String> = argv.split(' ').map(str::to_owned).collect();
-            requester(&variables, &argv)
-        };
-        assert_eq!(of("env SPO_EXEC_REQUEST_UID=7f3 sh -i").as_deref(), Some("7f3"));
-        assert_eq!(of("/usr/bin/env A=1 ASKED_BY=a=b sh").as_deref(), Some("a=b"));
-        assert_eq!(of("env sh ASKED_BY=x"), None, "an argument of somebody else's");
-        assert_eq!(of("sh ASKED_BY=x"), None);
-        assert_eq!(requester(&variables, &[]), None);
-    }
-
-    #[test]
-    fn the_parents_above_are_all_but_what_is_known_already() {
-        let one = |pid: u32, exe: Option<&str>| Ancestor {
-            identity: ProcessIdentity { pid, start_time: 1 },
-            exe: exe.map(ToOwned::to_owned),
-            argv: None,
-        };
-        let (runc, shim) = (|| one(9, Some("runc")), || one(5, Some("shim")));
-        let check = |known: Option<Ancestor>, parents: &[Ancestor], expected: &[Ancestor]| {
-            let mut known = known;
-            assert_eq!(above(known.as_mut(), parents.to_vec()), expected);
-            known
-        };
-        check(None, &[shim()], &[shim()]);
-        check(Some(runc()), &[runc(), shim()], &[shim()]);
-        // It has ended, and what it made has another parent now.
-        check(Some(one(9, None)), &[shim()], &[shim()]);
-        let known = check(Some(one(9, None)), &[runc(), shim()], &[shim()]);
-        assert_eq!(known, Some(runc()));
     }
 
     #[test]

@@ -13,15 +13,14 @@ use jiff::{SignedDuration, Timestamp};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 
 use super::attachments;
-use super::opening;
 use crate::model::{Fact, ProcessIdentity, Source};
 use crate::sys::door::{Ground, View};
 use crate::sys::file;
 use crate::sys::procfs::{self, Descriptor, Handle};
-use crate::watch::core::shared::Shared;
-use crate::watch::core::table::Watched;
-use crate::watch::process::describe;
+use crate::watch::core::watched::Watched;
 use crate::watch::process::roots::Arrival;
+use crate::watch::process::shared::Processes;
+use crate::watch::process::{describe, outside};
 
 /// Terminals that are listened to at once.
 const MAX_TERMINALS: usize = 1024;
@@ -40,7 +39,7 @@ const LATE: SignedDuration = SignedDuration::from_millis(20);
 const LATE_TICKS: u64 = 10;
 
 /// Listens to terminals.
-pub(in crate::watch) struct Terminals {
+pub(crate) struct Terminals {
     /// `None` where the kernel gives none.
     inotify: Option<OwnedFd>,
     known: Mutex<Vec<Terminal>>,
@@ -64,7 +63,7 @@ struct Session {
 }
 
 impl Terminals {
-    pub(in crate::watch) fn new() -> Terminals {
+    pub(crate) fn new() -> Terminals {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
         if let Err(err) = &inotify {
             tracing::warn!(
@@ -80,7 +79,7 @@ impl Terminals {
     }
 
     /// From now on it is told when somebody types into the terminal of its init.
-    pub(in crate::watch) fn listen(&self, watched: &Arc<Watched>) -> io::Result<()> {
+    pub(crate) fn listen(&self, watched: &Arc<Watched>) -> io::Result<()> {
         let Some(inotify) = &self.inotify else { return Ok(()) };
         let mut known = self.known();
         known.retain(|terminal| !terminal.watched.is_detaching());
@@ -100,7 +99,7 @@ impl Terminals {
         armed.map(drop)
     }
 
-    pub(in crate::watch) fn run(&self, shared: &Shared) {
+    pub(crate) fn run(&self, shared: &Processes) {
         let Some(inotify) = &self.inotify else { return };
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut last_turn = Instant::now();
@@ -130,7 +129,7 @@ impl Terminals {
         }
     }
 
-    fn heard(&self, shared: &Shared, number: i32, events: ReadFlags) {
+    fn heard(&self, shared: &Processes, number: i32, events: ReadFlags) {
         let mut known = self.known();
         if events.contains(ReadFlags::QUEUE_OVERFLOW) {
             // Whatever was not told is not asked for any more.
@@ -147,7 +146,7 @@ impl Terminals {
     }
 
     /// Ends the sessions of those who have left, and listens anew.
-    fn look(&self, shared: &Shared, inotify: &OwnedFd) {
+    fn look(&self, shared: &Processes, inotify: &OwnedFd) {
         let mut known = self.known();
         known.retain_mut(|terminal| {
             if terminal.watched.is_detaching() {
@@ -184,7 +183,7 @@ impl Terminals {
 
 impl Terminal {
     /// Something that was typed has been read.
-    fn typed(&mut self, shared: &Shared) {
+    fn typed(&mut self, shared: &Processes) {
         let watched = &self.watched;
         let (typed, now) = ((Instant::now(), Timestamp::now()), procfs::ticks_since_boot());
         if let Some(session) = &mut self.session {
@@ -218,7 +217,7 @@ impl Terminal {
 /// container's init. False if that has none, and will have none.
 fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
     let Ok(init) = Handle::open_exactly(terminal.watched.init) else { return Ok(false) };
-    terminal.has_begun = !opening::runs_program_of_host(&init);
+    terminal.has_begun = !outside::runs_program_of_host(&init);
     let is_terminal = matches!(init.descriptor(0), Ok(Descriptor::Terminal(_)));
     let Some(input) = is_terminal.then(|| init.open_descriptor(0).ok()).flatten() else {
         return Ok(!terminal.has_begun);
