@@ -21,6 +21,7 @@ use crate::watch::process::describe::Executing;
 
 /// An execution whose process has been described, and whose file is still to be
 /// hashed.
+// Long: all that one report needs, gathered by several threads one after another.
 #[derive(Debug)]
 pub(crate) struct Described {
     pub(crate) watched: Arc<Watched>,
