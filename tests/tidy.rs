@@ -94,6 +94,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("journal", &["history", "model", "sys"]),
 ];
 
+/// The same between the wings of `watch`: from the bottom up, each knows only those below it.
+const WINGS: &[(&str, &[&str])] = &[
+    ("core", &[]),
+    ("process", &["core"]),
+    ("files", &["core", "process"]),
+    ("mounts", &["core", "files", "process"]),
+    ("sessions", &["core", "files", "process"]),
+    ("code", &["core", "files", "process"]),
+    ("exec", &["code", "core", "files", "mounts", "process", "sessions"]),
+    ("control", &["core", "exec", "files", "mounts", "process", "sessions"]),
+];
+
 /// These connect the rooms and may use all of them.
 const WIRING: &[&str] = &["daemon", "lib", "main"];
 
@@ -144,6 +156,11 @@ fn code_of(text: &str) -> String {
 
 /// The rooms that `code` names: `crate::room`, `crate::{room, other::Thing}`.
 fn rooms_named_in(code: &str) -> BTreeSet<String> {
+    named_behind("crate::", code)
+}
+
+/// What `code` names right behind `path`.
+fn named_behind(path: &str, code: &str) -> BTreeSet<String> {
     let word = |text: &str| -> String {
         text.trim_start()
             .chars()
@@ -151,7 +168,7 @@ fn rooms_named_in(code: &str) -> BTreeSet<String> {
             .collect()
     };
     let mut rooms = BTreeSet::new();
-    for rest in code.split("crate::").skip(1) {
+    for rest in code.split(path).skip(1) {
         let Some(group) = rest.strip_prefix('{') else {
             rooms.insert(word(rest));
             continue;
@@ -200,6 +217,36 @@ fn rooms_use_only_the_rooms_they_may() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn wings_of_watch_only_know_the_wings_below() {
+    let mut wrong = Vec::new();
+    for Source { room, file, code } in sources() {
+        let parts: Vec<&str> = file.iter().map(|part| part.to_str().unwrap()).collect();
+        let [_, wing, _, ..] = parts[..] else { continue };
+        if room != "watch" {
+            continue;
+        }
+        let Some((_, allowed)) = WINGS.iter().find(|(name, _)| *name == wing) else {
+            wrong.push(format!("src/watch/{wing} is not in the table of tests/tidy.rs"));
+            continue;
+        };
+        let mut used = named_behind("crate::watch::", &code);
+        used.extend(named_behind("super::super::", &code));
+        used.retain(|used| used != wing && !allowed.contains(&used.as_str()));
+        wrong.extend(used.iter().map(|used| format!("src/{} uses {used}", file.display())));
+        // Whatever `watch` itself holds is for the rest of the daemon.
+        if code.contains("crate::watch;") || code.contains("crate::watch,") {
+            wrong.push(format!("src/{} uses watch as a whole", file.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    for (index, (wing, allowed)) in WINGS.iter().enumerate() {
+        let below = &WINGS[..index];
+        let is_below = |used: &&str| below.iter().any(|(name, _)| name == used);
+        assert!(allowed.iter().all(is_below), "{wing} knows a wing that is not below it");
+    }
 }
 
 #[track_caller]
@@ -282,16 +329,15 @@ const ASKS: &[&str] = &[
 
 /// Files that may use such a call directly, and why.
 const MAY_ASK: &[(&str, &str, &str)] = &[
-    ("arm.rs", "read_dir", "bundles of the host's runtimes"),
     ("arm.rs", "canonicalize(", "sockets of the host's runtimes"),
+    ("arm.rs", "read_dir", "bundles of the host's runtimes"),
     ("copyup.rs", "OpenOptions", "driftd's own file in a work directory of containerd's"),
     ("copyup.rs", "is_remote(", "directories of containerd's"),
+    ("entry.rs", "readlinkat", "a link of an upper layer, in a directory that is held"),
+    ("find.rs", "is_in_memory(", "a file on a filesystem that carries driftd's marks"),
+    ("find.rs", "is_overlay(", "a file on a filesystem that carries driftd's marks"),
     ("lower.rs", "Dir::read_from", "a directory below an image's layer, held already"),
     ("lower.rs", "readlinkat", "a link of an image's layer, in a directory that is held"),
-    ("mounts.rs", "is_in_memory(", "a file on a filesystem that carries driftd's marks"),
-    ("mounts.rs", "is_overlay(", "a file on a filesystem that carries driftd's marks"),
-    ("scan.rs", "Dir::read_from", "a directory below an upper layer, held already"),
-    ("scan.rs", "readlinkat", "a link of an upper layer, in a directory that is held"),
     ("trial.rs", "OpenOptions", "driftd's own files"),
     ("trial.rs", "fs::", "driftd's own files"),
 ];

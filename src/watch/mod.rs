@@ -18,189 +18,63 @@
 //! Nobody here waits for the pipeline but the scan thread; the others count what
 //! does not fit and ask for a walk of the container ([`SensorEvent::Lost`]).
 
-mod acts;
-mod arguments;
-mod arm;
-mod attachments;
-mod calls;
-mod closings;
 mod code;
-mod content;
 mod control;
-mod copyup;
-mod crowd;
-mod deeds;
-mod fair;
-mod feed;
+mod core;
+mod exec;
 mod files;
-mod gate;
-mod given;
-mod interpreters;
-mod libraries;
-mod lower;
 mod mounts;
-mod names;
-mod namespaces;
-mod packages;
 mod process;
-mod processes;
-mod roots;
-mod scan;
-mod scripts;
 mod sessions;
-mod shared;
-mod shells;
-mod state;
-mod table;
-mod take;
-mod terminals;
-mod trace;
-mod trial;
-mod trust;
-mod unproven;
-mod unseen;
-mod ways;
-mod writable;
-mod writers;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use jiff::Timestamp;
 
-pub use self::arm::Scope;
-pub use self::trace::Executions;
-pub use self::trial::{Distrust, try_free_gate};
-pub use self::trust::{Trust, Verdict};
+pub use self::control::arm::Scope;
+pub use self::core::message::{Error, SensorCommand, SensorEvent};
+pub use self::core::trust::{Trust, Verdict};
+pub use self::exec::recorder::Executions;
+pub use self::exec::trial::{Distrust, try_free_gate};
 
-use self::copyup::Free;
-use self::gate::{Arrivals, ExecMarks};
-use self::shared::{LAST_WORDS, Shared};
-use self::trace::{Recorder, Trace, TraceConsumer};
+use self::code::libraries::Loading;
+use self::code::started::Started;
+use self::code::{interpreters, libraries};
+use self::control::marker::Marker;
+use self::control::{arm, commands};
+use self::core::copyup::Free;
+use self::core::fair;
+use self::core::shared::{Core, LAST_WORDS};
+use self::exec::described::Described;
+use self::exec::gate::Arrivals;
+use self::exec::recorder::Recorder;
+use self::exec::shared::Exec;
+use self::exec::take::{Entrance, Take, Taken};
+use self::exec::trace::Trace;
+use self::exec::unseen::Unseen;
+use self::exec::{content, gate, processes, take, unseen};
+use self::files::shared::Files;
+use self::files::{changes, feed, packages, scan};
+use self::mounts::marking;
+use self::mounts::marks::ExecMarks;
+use self::process::activity::Act;
+use self::process::records::TraceConsumer;
+use self::process::seen::Seen;
+use self::process::shared::Processes;
+use self::sessions::shared::Sessions;
+use self::sessions::{acts, attachments};
 use crate::config;
-use crate::gate::{Gate, Stopper};
+use crate::gate::{Events, Gate, Marks, Stopper};
 use crate::health::{Backlogs, Failure, Health};
-use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
+use crate::model::ContainerId;
+use crate::pulse::Pulse;
 use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
 use crate::threads::{self, Depth, Event, Left, Role};
-
-/// What the pipeline asks of the watchers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SensorCommand {
-    /// Mark the overlay of the container whose init is `pid`, then scan it.
-    /// Asking again for the same container and pid only fills in `rootfs`.
-    Attach { container: ContainerId, pid: u32, rootfs: Option<OverlayDirs> },
-    /// The init process has ended: scan the upperdir a last time, then forget
-    /// the container. With a pid, only if that was its init: the container may run
-    /// anew by the time that this is read.
-    Detach { container: ContainerId, pid: Option<u32> },
-    /// Walk the upperdir now. With a ticket, the batches and the end of this
-    /// scan carry it.
-    Scan { container: ContainerId, ticket: Option<u64> },
-    /// Walk the upperdir of a container that does not run, for whoever has asked with this
-    /// ticket. Nothing is marked, and nothing is reported but [`SensorEvent::Compared`].
-    Compare {
-        container: ContainerId,
-        ticket: u64,
-        rootfs: OverlayDirs,
-        entry_point: Vec<RootfsPath>,
-    },
-    /// From now on, this is how far the files of the image's layers are trusted.
-    /// What was judged before counts no more.
-    Trust { container: ContainerId, trust: Trust },
-    /// These files of the image start the container: what they hold matters, even
-    /// where it is no program.
-    EntryPoint { container: ContainerId, paths: Vec<RootfsPath> },
-    /// Its init may have a terminal. This FIFO leads there, where that is known; with
-    /// `is_handed_on`, its manager holds it open for whoever attaches.
-    Terminal { container: ContainerId, input: Option<PathBuf>, is_handed_on: bool },
-    /// How an executed file of the image's layers was judged.
-    Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
-}
-
-/// What the watchers tell the pipeline.
-#[derive(Debug, Clone)]
-#[expect(clippy::large_enum_variant, reason = "nearly every report is an observation")]
-pub enum SensorEvent {
-    Attached {
-        container: ContainerId,
-        /// The init of the run that was meant: a report may come when another one has begun.
-        pid: u32,
-        /// The gate was in place before the entry point ran.
-        before_start: bool,
-    },
-    /// The container began while driftd ran, and ran for a moment before its marks were in
-    /// place. May come before or after [`SensorEvent::Attached`], and is right where they differ.
-    Unarmed {
-        container: ContainerId,
-        pid: u32,
-        began: Timestamp,
-        marked: Timestamp,
-    },
-    /// The container cannot be watched, or not any more.
-    NotAttached {
-        container: ContainerId,
-        pid: u32,
-        reason: String,
-    },
-    Observed(Observation),
-    /// Some of what a scan found; a scan reports every entry of the upperdir
-    /// that is not a plain directory.
-    ScanBatch {
-        container: ContainerId,
-        ticket: Option<u64>,
-        observations: Vec<Observation>,
-    },
-    /// The scan is over.
-    Scanned {
-        container: ContainerId,
-        ticket: Option<u64>,
-        began: Timestamp,
-        /// Whether the whole upperdir was walked.
-        complete: bool,
-    },
-    /// What a walk of a container that does not run has found. It answers a question and is
-    /// not judged: nobody saw it happen.
-    Compared {
-        ticket: u64,
-        observations: Vec<Observation>,
-        /// The walk is over, and whether it was whole.
-        end: Option<bool>,
-    },
-    /// What was said to be seen no more, and what no walk makes up for, is seen again.
-    Over {
-        failure: Failure,
-        container: Option<ContainerId>,
-    },
-    /// Something was not seen. `container` is `None` when it may be any of them.
-    /// The watchers have already asked themselves for the rescan.
-    Lost {
-        failure: Failure,
-        container: Option<ContainerId>,
-        detail: String,
-        at: Timestamp,
-    },
-}
-
-/// Why the watchers cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Fanotify(#[from] fanotify::Error),
-    #[error("cannot prepare for being asked before a container's runtime runs: {0}")]
-    Arming(#[source] io::Error),
-    #[error("cannot make an event descriptor: {0}")]
-    Wake(#[source] io::Error),
-    #[error("cannot start the thread `{name}`: {source}")]
-    Thread { name: &'static str, source: io::Error },
-}
 
 /// What of [`Watch::left`] is not lost.
 pub const LEFT_TO_THE_START: &str = "changed files, which the next start looks at";
@@ -221,27 +95,27 @@ const OTHER_DESCRIPTORS: u64 = 2048;
 /// The watchers' threads.
 #[derive(Debug)]
 pub struct Watch {
-    shared: Arc<Shared>,
-    marker: Arc<control::Marker>,
+    shared: Arc<Exec>,
+    marker: Arc<Marker>,
     commands: Sender<SensorCommand>,
     threads: Vec<&'static str>,
     executions: Executions,
     gate: std::process::Child,
     stopper: Stopper,
     /// Until a thread takes the calls of runtimes, the gate holds none.
-    calls: Option<Receiver<arm::Call>>,
+    calls: Option<Receiver<gate::Call>>,
     gate_turns: Arc<AtomicU64>,
 }
 
-impl std::fmt::Debug for control::Marker {
+impl std::fmt::Debug for Marker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Marker")
     }
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for Exec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Shared")
+        f.write_str("Exec")
     }
 }
 
@@ -268,36 +142,25 @@ impl Watch {
         fanotify::probe()?;
         let Gate { child, marks: gate_marks, events, pulse } = gate;
         let _ = health.pulse.set(pulse.clone());
-        let (marks, exec_feed) = match settings.gate {
-            config::Gate::Ask | config::Gate::Free => (ExecMarks::Gate(gate_marks.clone()), None),
-            config::Gate::Notify => {
-                let group = Arc::new(Group::exec_feed()?);
-                (ExecMarks::Feed(group.clone()), Some(group))
-            }
-        };
-        let free = match settings.gate {
-            config::Gate::Free => {
-                Some(Arc::new(Free::new(gate_marks.clone(), shards(settings.gate))))
-            }
-            config::Gate::Ask | config::Gate::Notify => None,
-        };
+        let (marks, exec_feed) = exec_marks(settings.gate, &gate_marks)?;
+        let free = (settings.gate == config::Gate::Free)
+            .then(|| Arc::new(Free::new(gate_marks.clone(), shards(settings.gate))));
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
         let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
         let (acts, receive_acts) = bounded(COMMAND_QUEUE);
-        let shared = Shared::new(settings.clone(), reports, health, wake_scan, acts);
-        let shared = Arc::new(shared.map_err(Error::Wake)?);
+        let core = Core::new(settings.clone(), reports, health, wake_scan);
+        let processes = Processes::new(Arc::new(core.map_err(Error::Wake)?), acts);
+        let files = Arc::new(Files::new(Arc::new(processes)));
+        let shared = Arc::new(Exec::new(Arc::new(Sessions::new(files.clone()))));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
-        let content_queue = content_queue();
-        let (take, content, receive_taken) = take::new(shared.clone(), content_queue);
-        let (described, receive_described) = fair::channel(content_queue);
-        let proven = described.clone();
-        let (processes, receive_processes) = fair::channel(PROCESS_QUEUE);
+        let queues = Queues::new(files.clone());
 
-        let mounts = Arc::new(mounts::Mounts::new(shared.clone(), marks.clone(), notifier)?);
-        let marker = Arc::new(control::Marker {
-            shared: shared.clone(),
+        let mounts =
+            Arc::new(marking::Mounts::new(files.processes.clone(), marks.clone(), notifier)?);
+        let marker = Arc::new(Marker {
+            shared: files.clone(),
             marks,
             free,
             feed: feed.clone(),
@@ -305,18 +168,8 @@ impl Watch {
             orders: orders.clone(),
             turn: Mutex::default(),
         });
-        let (unseen, receive_unseen) = fair::channel(PROCESS_QUEUE);
         let (recorder, executions) = Recorder::open();
-        match &executions {
-            Executions::Recorded => shared.set_records_executions(),
-            Executions::Announced { why } => tracing::warn!(
-                why,
-                "executions outside of marked filesystems are seen only if they last"
-            ),
-            Executions::Unseen { why } => {
-                tracing::warn!(why, "executions outside of marked filesystems are not seen");
-            }
-        }
+        note_executions(&shared, &executions);
 
         let (calls, receive_calls) = bounded(arm::QUEUE);
         let mut watch = Watch {
@@ -330,107 +183,26 @@ impl Watch {
             calls: Some(receive_calls),
             gate_turns: Arc::default(),
         };
-        let (large, receive_large) = fair::channel(LARGE_QUEUE);
-        let (loadings, receive_loadings) = fair::channel(LIBRARY_QUEUE);
-        let (started, receive_started) = fair::channel(INTERPRETER_QUEUE);
-        shared.set_stages(vec![
-            ("take", take.waits()),
-            ("describe", receive_taken.waits()),
-            ("content", receive_described.waits()),
-            ("large", receive_large.waits()),
-            ("processes", receive_processes.waits()),
-            ("unseen", receive_unseen.waits()),
-            ("libraries", receive_loadings.waits()),
-            ("interpreters", receive_started.waits()),
-        ]);
-        let asked = Arc::downgrade(&shared);
-        let backlogs = move || asked.upgrade().map(|shared| shared.backlogs()).unwrap_or_default();
+        shared.set_stages(queues.stages());
+        let asked = Arc::downgrade(&files);
+        let backlogs = move || asked.upgrade().map(|files| files.backlogs()).unwrap_or_default();
         let _ = shared.health.backlogs.set(Backlogs(Box::new(backlogs)));
         let depth = threads::depth_of(&receive_orders);
-        let scan = scan::Scan::new(shared.clone(), receive_orders, wake);
+        let scan = scan::Scan::new(files.clone(), receive_orders, wake);
         watch.spawn("scan", Role::Owner, Some(depth), || scan.run())?;
-        let ours = shared.clone();
-        watch.consume("content", receive_described, move |queue| {
-            content::hash(&ours, queue, &large);
-        })?;
-        let ours = shared.clone();
-        watch.consume("large", receive_large, move |queue| content::hash_large(&ours, queue))?;
-        let ours = shared.clone();
-        watch.consume("describe", receive_taken, move |queue| {
-            content::describe(&ours, queue, &described);
-        })?;
-        watch.consume("take", take.arrived(), move |_| take.again().run())?;
-        let ours = shared.clone();
-        watch.consume("processes", receive_processes, move |queue| {
-            processes::run(&ours, queue);
-        })?;
-        let ours = shared.clone();
-        watch.consume("libraries", receive_loadings, move |queue| libraries::run(&ours, queue))?;
-        let (ours, waiting) = (shared.clone(), interpreters::Waiting::default());
-        watch.consume("interpreters", receive_started, move |queue| {
-            interpreters::run(&ours, queue, &waiting);
-        })?;
-        let ours = shared.clone();
-        watch.spawn("names", Role::Owner, None, move || ours.names.run(&ours))?;
-        let ours = shared.clone();
-        watch.spawn("attachments", Role::Owner, None, move || ours.attachments.run(&ours))?;
-        let ours = shared.clone();
-        watch.spawn("closings", Role::Owner, None, move || ours.closings.run(&ours))?;
-        let ours = shared.clone();
-        watch.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
-        let ours = shared.clone();
-        let depth = threads::depth_of(&receive_acts);
-        watch.spawn("sessions", Role::Owner, Some(depth), move || {
-            acts::run(&ours, &receive_acts);
-        })?;
-        let ours = shared.clone();
-        watch.consume("unseen", receive_unseen, move |queue| unseen::run(&ours, queue))?;
-        if let Some(Recorder::Rings(rings)) = &recorder
-            && rings.has_arguments()
-        {
-            shared.set_records_arguments();
-        }
-        if let Some(recorder) = recorder {
-            // What else is made of the records.
-            let consumers: Vec<Box<dyn TraceConsumer>> = vec![
-                Box::new(libraries::Tracing::new(loadings, started)),
-                Box::new(packages::Descent::new(processes.clone())),
-                Box::new(processes::Entries::new(processes.clone())),
-                Box::new(acts::Acts::default()),
-            ];
-            let trace = Trace::new(shared.clone(), unseen, proven, content_queue, consumers);
-            watch.spawn("trace", Role::Owner, None, || trace.run(recorder))?;
-        }
-        let arrivals = || Arrivals {
-            shared: shared.clone(),
-            marks: gate_marks.clone(),
-            pulse: pulse.clone(),
-            content: content.clone(),
-            crowd: RefCell::default(),
-            processes: processes.clone(),
-        };
-        let thread = gate::Gate {
-            arrivals: arrivals(),
-            events,
-            calls,
-            turns: watch.gate_turns.clone(),
-            losses: gate::Losses::default(),
-        };
-        watch.spawn("gate", Role::Owner, None, || thread.run())?;
-        if let Some(group) = exec_feed {
-            let thread = gate::Feed { arrivals: arrivals(), group };
-            watch.spawn("executions", Role::Owner, None, || thread.run())?;
-        }
-        drop((content, processes));
-        let thread =
-            feed::Feed { group: feed.clone(), shared: shared.clone(), in_image: HashMap::new() };
+        watch.start_consumers(&queues)?;
+        watch.start_listeners(receive_acts)?;
+        watch.start_trace(&queues, recorder)?;
+        watch.start_gate(&queues, &gate_marks, &pulse, (events, calls), exec_feed)?;
+        drop(queues);
+        let thread = feed::Feed { group: feed, shared: files, in_image: HashMap::new() };
         watch.spawn("feed", Role::Owner, None, || thread.run())?;
         watch.spawn("mounts", Role::Owner, None, move || mounts.run())?;
         let supervised = shared.clone();
         watch.spawn("supervisor", Role::Unsupervised, None, move || supervise(&supervised))?;
         let depth = threads::depth_of(&receive_commands);
-        let thread = control::Control {
-            shared,
+        let thread = commands::Control {
+            shared: shared.sessions.clone(),
             marker,
             orders,
             commands: receive_commands,
@@ -440,13 +212,114 @@ impl Watch {
         Ok(watch)
     }
 
+    /// The threads that do nothing but take items from queues.
+    fn start_consumers(&mut self, queues: &Queues) -> Result<(), Error> {
+        let (ours, large) = (self.shared.clone(), queues.large.0.clone());
+        self.consume("content", queues.described.1.clone(), move |queue| {
+            content::hash(&ours, queue, &large);
+        })?;
+        let ours = self.shared.clone();
+        self.consume("large", queues.large.1.clone(), move |queue| {
+            content::hash_large(&ours, queue);
+        })?;
+        let (ours, described) = (self.shared.clone(), queues.described.0.clone());
+        self.consume("describe", queues.taken.clone(), move |queue| {
+            content::describe(&ours, queue, &described);
+        })?;
+        let take = queues.take.again();
+        self.consume("take", take.arrived(), move |_| take.again().run())?;
+        let ours = self.shared.clone();
+        self.consume("processes", queues.processes.1.clone(), move |queue| {
+            processes::run(&ours, queue);
+        })?;
+        let ours = self.shared.clone();
+        self.consume("libraries", queues.loadings.1.clone(), move |queue| {
+            libraries::run(&ours, queue);
+        })?;
+        let (ours, waiting) = (self.shared.clone(), interpreters::Waiting::default());
+        self.consume("interpreters", queues.started.1.clone(), move |queue| {
+            interpreters::run(&ours, queue, &waiting);
+        })
+    }
+
+    /// The threads that listen to the kernel for files and sessions.
+    fn start_listeners(&mut self, acts: Receiver<Box<Act>>) -> Result<(), Error> {
+        let ours = self.shared.clone();
+        self.spawn("names", Role::Owner, None, move || changes::run(&ours))?;
+        let ours = self.shared.clone();
+        self.spawn("attachments", Role::Owner, None, move || attachments::run(&ours))?;
+        let ours = self.shared.clone();
+        self.spawn("closings", Role::Owner, None, move || ours.closings.run(&ours))?;
+        let ours = self.shared.clone();
+        self.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
+        let ours = self.shared.clone();
+        let depth = threads::depth_of(&acts);
+        self.spawn("sessions", Role::Owner, Some(depth), move || acts::run(&ours, &acts))
+    }
+
+    /// The threads of what only the kernel records.
+    fn start_trace(&mut self, queues: &Queues, recorder: Option<Recorder>) -> Result<(), Error> {
+        let ours = self.shared.clone();
+        self.consume("unseen", queues.unseen.1.clone(), move |queue| unseen::run(&ours, queue))?;
+        if let Some(Recorder::Rings(rings)) = &recorder
+            && rings.has_arguments()
+        {
+            self.shared.set_records_arguments();
+        }
+        let Some(recorder) = recorder else { return Ok(()) };
+        let processes = &queues.processes.0;
+        // What else is made of the records.
+        let consumers: Vec<Box<dyn TraceConsumer>> = vec![
+            Box::new(libraries::Tracing::new(queues.loadings.0.clone(), queues.started.0.clone())),
+            Box::new(packages::Descent::new(processes.clone())),
+            Box::new(processes::Entries::new(processes.clone())),
+            Box::new(acts::Acts::default()),
+        ];
+        let (unseen, proven) = (queues.unseen.0.clone(), queues.described.0.clone());
+        let trace = Trace::new(self.shared.clone(), unseen, proven, queues.limit, consumers);
+        self.spawn("trace", Role::Owner, None, || trace.run(recorder))
+    }
+
+    /// The threads of what the gate hands on.
+    fn start_gate(
+        &mut self,
+        queues: &Queues,
+        marks: &Marks,
+        pulse: &Arc<Pulse>,
+        (events, calls): (Events, Sender<gate::Call>),
+        exec_feed: Option<Arc<Group>>,
+    ) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        let arrivals = || Arrivals {
+            shared: shared.clone(),
+            marks: marks.clone(),
+            pulse: pulse.clone(),
+            content: queues.content.clone(),
+            crowd: RefCell::default(),
+            processes: queues.processes.0.clone(),
+        };
+        let thread = gate::Gate {
+            arrivals: arrivals(),
+            events,
+            calls,
+            turns: self.gate_turns.clone(),
+            losses: gate::Losses::default(),
+        };
+        self.spawn("gate", Role::Owner, None, || thread.run())?;
+        if let Some(group) = exec_feed {
+            let thread = gate::Feed { arrivals: arrivals(), group };
+            self.spawn("executions", Role::Owner, None, || thread.run())?;
+        }
+        Ok(())
+    }
+
     /// From now on, containers are armed before their runtime starts them: what
     /// `watch.arm = "strict"` means.
     pub fn arm_before_start(&mut self, scope: &Scope) -> Result<(), Error> {
         let Some(calls) = self.calls.take() else { return Ok(()) };
-        let (shared, marker) = (self.shared.clone(), self.marker.clone());
+        let (core, marker) = (self.shared.core.clone(), self.marker.clone());
         let depth = threads::depth_of(&calls);
-        let thread = arm::Arming::new(shared, marker, self.stopper.marks(), scope, calls)?;
+        let thread = arm::Arming::new(core, marker, self.stopper.marks(), scope, calls)?;
         self.spawn("arming", Role::Owner, Some(depth), || thread.run())
     }
 
@@ -535,7 +408,7 @@ impl Watch {
         let more = [
             ("items taken and not told", untold),
             ("executions answered and not taken from the gate", self.shared.untaken()),
-            (LEFT_TO_THE_START, self.shared.unsettled()),
+            (LEFT_TO_THE_START, self.shared.dirty.unsettled()),
         ];
         left.extend(
             more.into_iter()
@@ -565,7 +438,7 @@ pub fn shards(gate: config::Gate) -> u8 {
 }
 
 /// Looks after all of the daemon's threads, until the watchers stop.
-fn supervise(shared: &Shared) {
+fn supervise(shared: &Core) {
     let mut last = Instant::now();
     while !shared.is_stopping() {
         shared.wait_for_stop(threads::TURN);
@@ -612,6 +485,83 @@ impl Drop for Watch {
                 return;
             }
             std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// A queue, both ends of it.
+type Ends<T> = (fair::Sender<T>, fair::Receiver<T>);
+
+/// The queues by which executions and code pass from thread to thread. Each thread has its
+/// own ends of them: a receiver ends when all senders are gone, so that this is dropped when
+/// the threads have begun.
+struct Queues {
+    limit: usize,
+    take: Take,
+    content: Entrance,
+    taken: fair::Receiver<Taken>,
+    described: Ends<Described>,
+    large: Ends<Described>,
+    processes: Ends<Box<Seen>>,
+    unseen: Ends<Box<Unseen>>,
+    loadings: Ends<Box<Loading>>,
+    started: Ends<Box<Started>>,
+}
+
+impl Queues {
+    fn new(files: Arc<Files>) -> Queues {
+        let limit = content_queue();
+        let (take, content, taken) = take::new(files, limit);
+        Queues {
+            limit,
+            take,
+            content,
+            taken,
+            described: fair::channel(limit),
+            large: fair::channel(LARGE_QUEUE),
+            processes: fair::channel(PROCESS_QUEUE),
+            unseen: fair::channel(PROCESS_QUEUE),
+            loadings: fair::channel(LIBRARY_QUEUE),
+            started: fair::channel(INTERPRETER_QUEUE),
+        }
+    }
+
+    /// Where executions and code wait.
+    fn stages(&self) -> Vec<(&'static str, Arc<dyn fair::Waits>)> {
+        vec![
+            ("take", self.take.waits()),
+            ("describe", self.taken.waits()),
+            ("content", self.described.1.waits()),
+            ("large", self.large.1.waits()),
+            ("processes", self.processes.1.waits()),
+            ("unseen", self.unseen.1.waits()),
+            ("libraries", self.loadings.1.waits()),
+            ("interpreters", self.started.1.waits()),
+        ]
+    }
+}
+
+/// Where executions are seen, and the group that reports them if the gate is not asked.
+fn exec_marks(gate: config::Gate, marks: &Marks) -> Result<(ExecMarks, Option<Arc<Group>>), Error> {
+    match gate {
+        config::Gate::Ask | config::Gate::Free => Ok((ExecMarks::Gate(marks.clone()), None)),
+        config::Gate::Notify => {
+            let group = Arc::new(Group::exec_feed()?);
+            Ok((ExecMarks::Feed(group.clone()), Some(group)))
+        }
+    }
+}
+
+/// Notes what the kernel records here, and warns of what is missed.
+fn note_executions(shared: &Exec, executions: &Executions) {
+    match executions {
+        Executions::Recorded => shared.set_records_executions(),
+        Executions::Announced { why } => tracing::warn!(
+            why,
+            "executions outside of marked filesystems are seen only if they last"
+        ),
+        Executions::Unseen { why } => {
+            tracing::warn!(why, "executions outside of marked filesystems are not seen");
         }
     }
 }

@@ -1,0 +1,245 @@
+//! Code that is not executed itself, as a file: whose it is and what it holds.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+
+use crate::model::{ContainerId, Content, FileState, Filesystem, LowerTwin, RootfsPath, Unhashed};
+use crate::sys::door::{self, Ground, Listed, Local};
+use crate::sys::file::{self, Stat};
+use crate::sys::overlay;
+use crate::sys::procfs::Handle;
+use crate::watch::core::watched::{Standing, Watched};
+use crate::watch::files::shared::Files;
+use crate::watch::files::{lower, paths, state, upper};
+use crate::watch::process::deeds;
+
+/// A file of code that is not known to be the image's own.
+#[derive(Clone, Debug)]
+pub(crate) struct Code {
+    pub(crate) path: RootfsPath,
+    pub(crate) filesystem: Filesystem,
+    pub(crate) state: FileState,
+    pub(crate) lower: Option<LowerTwin>,
+    /// The container in whose root it lies, where that is another one.
+    pub(crate) file_of: Option<ContainerId>,
+}
+
+/// What the kernel calls a memfd, without what it adds to the name.
+pub(crate) fn memfd_name(device: u64, name: &[u8]) -> Option<&[u8]> {
+    let name = name.strip_suffix(b" (deleted)")?;
+    (name.starts_with(b"/memfd:") && door::memfd_device() == Some(device)).then_some(name)
+}
+
+/// What a file of code is.
+#[derive(Debug)]
+pub(crate) enum Look {
+    /// The image's own, as far as anybody knows.
+    Image,
+    Code(Code),
+    /// It lies on a filesystem of the host that the container does not see: a library of
+    /// its runtime, which is on its way in; or the container has detached the mount.
+    Hosts(Code),
+    /// No file with content, or the file of who is not in the container yet.
+    Nothing,
+}
+
+/// Looks at a file by a descriptor that was opened only for that.
+pub(crate) fn look_at(
+    shared: &Files,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+) -> Look {
+    try_to_look_at(shared, watched, handle, fd).unwrap_or(Look::Nothing)
+}
+
+fn try_to_look_at(
+    shared: &Files,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+) -> Option<Look> {
+    let stat = file::stat(fd).ok()?;
+    if !stat.is_regular() {
+        return None;
+    }
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let owner = shared.table.owner(&stat);
+    if let Some(owner) = owner.as_ref().filter(|owner| deeds::is_apart(shared, watched, owner)) {
+        let path = RootfsPath::new(&file::name_of(fd.as_fd()).ok()?).ok()?;
+        let state = match owner.local() {
+            Some(local) => shared.hashed.state(fd, &stat, local, max_hash_bytes),
+            None => state::unopened(&stat),
+        };
+        let (filesystem, file_of) = (Filesystem::Container, Some(owner.container.clone()));
+        return Some(Look::Code(Code { path, filesystem, state, lower: None, file_of }));
+    }
+    if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
+        if watched.has_foreign_layers() {
+            let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+            let path = paths::event_path(watched, fd, &stat, pid, None).ok()?;
+            return Some(match of_unread(shared, watched, path, Some(&stat)) {
+                Some(code) => Look::Code(code),
+                None => Look::Image,
+            });
+        }
+        match watched.standing(&stat) {
+            Standing::Own => (),
+            Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
+                return Some(Look::Image);
+            }
+        }
+        let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+        let path = paths::event_path(watched, fd, &stat, pid, None).ok()?;
+        let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
+        let could_change = upper::has_writer(watched, &path, &stat);
+        let state = FileState { could_change, ..state };
+        let lower = watched
+            .layers()
+            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+        let (filesystem, file_of) = (Filesystem::Overlay, None);
+        return Some(Look::Code(Code { path, filesystem, state, lower, file_of }));
+    }
+    let name = file::name_of(fd.as_fd()).ok()?;
+    let is_memfd = memfd_name(stat.device, &name);
+    if is_memfd.is_none() && handle.is_some_and(Handle::has_host_root) {
+        return None;
+    }
+    let init = Handle::open_exactly(watched.init).ok();
+    let view = watched.view(handle.into_iter().chain(&init));
+    let ground = view.ground(&stat);
+    let filesystem = match (is_memfd, ground) {
+        (Some(_), _) => Filesystem::Anonymous,
+        (None, Ground::Memory) => Filesystem::Tmpfs,
+        (None, Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) => {
+            Filesystem::Volume
+        }
+    };
+    if !shared.settings.looks_at(filesystem) {
+        return None;
+    }
+    let path = match is_memfd {
+        Some(name) => name,
+        None if stat.links == 0 => name.strip_suffix(file::DELETED).unwrap_or(&name),
+        None => &name,
+    };
+    let path = RootfsPath::new(path).ok()?;
+    let state = match ground.local() {
+        Some(local) => shared.hashed.state(fd, &stat, local, max_hash_bytes),
+        // Whoever answers for it might never.
+        None => state::unopened(&stat),
+    };
+    let code = Code { path, filesystem, state, lower: None, file_of: None };
+    let is_hosts = is_memfd.is_none() && view.listed(&stat) == Listed::ByHost;
+    Some(if is_hosts { Look::Hosts(code) } else { Look::Code(code) })
+}
+
+/// The file of a library. `None` if it is the image's own, its runtime's, or no file with
+/// content.
+pub(crate) fn of_descriptor(
+    shared: &Files,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+) -> Option<Code> {
+    match look_at(shared, watched, handle, fd) {
+        Look::Code(code) => Some(code),
+        Look::Image | Look::Hosts(_) | Look::Nothing => None,
+    }
+}
+
+/// A file that lies where nobody may ask for it.
+pub(crate) fn unasked(path: RootfsPath) -> Code {
+    let state =
+        FileState { content: Content::Unhashed(Unhashed::Unreadable), ..state::gone(false) };
+    Code { path, filesystem: Filesystem::Volume, state, lower: None, file_of: None }
+}
+
+/// What is left to tell of a file that nobody can look at any more.
+pub(crate) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
+    Code { path, filesystem, state: state::gone(true), lower: None, file_of: None }
+}
+
+/// A file of the container's own layer, by its name there.
+#[derive(Debug)]
+pub(crate) enum Upper {
+    /// It has this inode in its own filesystem.
+    File {
+        fd: OwnedFd,
+        stat: Stat,
+    },
+    /// Something that hides what the image has.
+    Hidden,
+    Absent,
+    /// There is no telling.
+    Unknown,
+}
+
+pub(crate) fn upper(watched: &Watched, path: &RootfsPath) -> Upper {
+    let Some(layers) = watched.layers() else { return Upper::Unknown };
+    let Ok(directory) = file::open_directory(&layers.dirs.upperdir) else { return Upper::Unknown };
+    match file::open_path_beneath(&directory, path.relative()) {
+        Ok(fd) => match file::stat(&fd) {
+            Ok(stat) if stat.is_regular() => {
+                // Only its metadata is the container's own. (A path descriptor has no
+                // attributes to read.)
+                let Ok(readable) = door::reopen(fd.as_fd(), Local::by_layers()) else {
+                    return Upper::Unknown;
+                };
+                match overlay::is_metacopy(&readable, layers.userxattr) {
+                    Ok(true) => Upper::Absent,
+                    Ok(false) | Err(_) => Upper::File { fd, stat },
+                }
+            }
+            Ok(_) => Upper::Hidden,
+            Err(_) => Upper::Unknown,
+        },
+        Err(err) => match err.raw_os_error() {
+            Some(libc::ENOENT) => Upper::Absent,
+            _ => Upper::Hidden,
+        },
+    }
+}
+
+/// The container's own file as it is in its layer.
+pub(crate) fn of_upper(
+    shared: &Files,
+    watched: &Watched,
+    path: RootfsPath,
+    fd: &OwnedFd,
+    stat: &Stat,
+) -> Code {
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
+    let could_change = upper::has_writer(watched, &path, stat);
+    let state = FileState { could_change, ..state };
+    let lower = watched
+        .layers()
+        .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+    Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None }
+}
+
+/// A file of a root whose layers are not read: by what the upper layer has at its path.
+/// `None` if that is nothing: then it is the image's, as far as anybody can know. `stat` is
+/// the overlay's own word for the file, where there is one.
+pub(crate) fn of_unread(
+    shared: &Files,
+    watched: &Watched,
+    path: RootfsPath,
+    stat: Option<&Stat>,
+) -> Option<Code> {
+    match upper(watched, &path) {
+        Upper::File { fd, stat } => Some(of_upper(shared, watched, path, &fd, &stat)),
+        Upper::Hidden | Upper::Absent | Upper::Unknown => {
+            // Its name is gone. What was made in the upper layer has its times.
+            let stat = stat.filter(|stat| stat.links == 0)?;
+            let is_own = watched.standing(stat) == Standing::Own;
+            is_own.then(|| Code { state: state::unopened(stat), ..gone(path, Filesystem::Overlay) })
+        }
+    }
+}
+
+/// The inode that the image's layers have at a path, and its device.
+pub(crate) fn image_inode(watched: &Watched, path: &RootfsPath) -> Option<(u64, u64)> {
+    lower::inode(watched.layers()?, path)
+}

@@ -1,0 +1,298 @@
+//! Arming for certain: the gate is asked before the host's container runtime runs, so
+//! that a container carries its marks before its entry point does.
+//!
+//! A shim calls the runtime twice: `create` leaves the container's init waiting in
+//! its namespaces, `start` lets it become the entry point. The gate holds the second
+//! call until the marks are there.
+//!
+//! ```text
+//! shim execs runc ──> gate ── is it called like a shim? ──> arming: is it one of the host's?
+//!                      ^                                       │ bundle/init.pid: init waits?
+//!                      └───────── marked, or nothing to do <───┘ then its marks
+//! ```
+//!
+//! Every container start of the node passes here, so nothing may hold it: after half a
+//! second the gate lets the runtime run by itself, and counts that. A call that is no
+//! shim's (a runtime within a container, at a terminal, or the runtime's own) goes on at
+//! once.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+
+use super::marker::{Marked, Marker};
+use crate::gate::Marks;
+use crate::model::ContainerId;
+use crate::sys::file;
+use crate::sys::procfs::{self, Handle, Stat};
+use crate::threads;
+use crate::watch::core::message::SensorEvent;
+use crate::watch::core::shared::Core;
+use crate::watch::exec::gate::Call;
+use crate::watch::process::outside;
+
+/// Which containers are armed before they start.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// The runtimes' programs. Those that are not there yet are waited for.
+    pub runtimes: Vec<PathBuf>,
+    /// The containerds whose shims are listened to, by their sockets.
+    pub sockets: Vec<PathBuf>,
+    /// containerd namespaces that are not watched.
+    pub exclude_namespaces: BTreeSet<String>,
+}
+
+const TURN: Duration = Duration::from_millis(250);
+/// How many calls may wait at a time.
+pub(crate) const QUEUE: usize = 256;
+/// Bundles of one shim's namespace that are looked at in one call.
+const MAX_BUNDLES: usize = 8 * 1024;
+
+/// A runtime's program.
+#[derive(Debug)]
+struct Runtime {
+    path: PathBuf,
+    /// Device and inode of what is marked.
+    marked: Option<(u64, u64)>,
+}
+
+/// The thread that looks into the calls and places the marks.
+pub(crate) struct Arming {
+    shared: Arc<Core>,
+    marker: Arc<Marker>,
+    marks: Marks,
+    scope: Scope,
+    runtimes: Vec<Runtime>,
+    calls: Receiver<Call>,
+    pid_namespace: u64,
+}
+
+impl Arming {
+    pub(crate) fn new(
+        shared: Arc<Core>,
+        marker: Arc<Marker>,
+        marks: Marks,
+        scope: &Scope,
+        calls: Receiver<Call>,
+    ) -> Result<Arming, crate::watch::core::message::Error> {
+        let own =
+            Handle::open(std::process::id()).map_err(crate::watch::core::message::Error::Arming)?;
+        let pid_namespace =
+            own.pid_namespace().map_err(crate::watch::core::message::Error::Arming)?;
+        let runtime = |path: &PathBuf| Runtime { path: path.clone(), marked: None };
+        let runtimes = scope.runtimes.iter().map(runtime).collect();
+        let scope = scope.clone();
+        let mut arming = Arming { shared, marker, marks, scope, runtimes, calls, pid_namespace };
+        arming.mark_runtimes();
+        let _ = arming.shared.arming.since.set(own.identity().start_time);
+        Ok(arming)
+    }
+
+    pub(crate) fn run(mut self) {
+        let _ = rustix::process::setpriority_process(None, -10);
+        let mut marked = Instant::now();
+        while !self.shared.is_stopping() {
+            match threads::recv_timeout(&self.calls, TURN) {
+                Ok(call) => {
+                    self.look_into(&call.caller);
+                    self.marks.release(call.number);
+                }
+                Err(RecvTimeoutError::Timeout) => (),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if marked.elapsed() >= TURN {
+                marked = Instant::now();
+                self.mark_runtimes();
+            }
+        }
+    }
+
+    /// Marks the runtimes that are new, or were replaced by an upgrade.
+    fn mark_runtimes(&mut self) {
+        for runtime in &mut self.runtimes {
+            let Ok(stat) = file::stat_path(&runtime.path) else {
+                runtime.marked = None;
+                continue;
+            };
+            let found = (stat.device, stat.inode);
+            if runtime.marked == Some(found) || !stat.is_regular() {
+                continue;
+            }
+            let shown = runtime.path.display();
+            let marked = file::open_host_file(&runtime.path)
+                .and_then(|program| self.marks.mark_runtime(program.as_fd()));
+            match marked {
+                Ok(()) => tracing::info!(runtime = %shown, "container starts are armed here"),
+                Err(err) => tracing::warn!(runtime = %shown, %err, "the runtime cannot be marked"),
+            }
+            // Also after an error, so that it is not reported four times a second.
+            runtime.marked = Some(found);
+        }
+    }
+
+    /// Whether a call is of a shim of the host's. A container's process may call itself
+    /// anything, but not be in our pid namespace; and one that shares it is in a mount
+    /// namespace that we know.
+    fn is_of_host(&self, shim: &Handle) -> bool {
+        shim.pid_namespace().is_ok_and(|namespace| namespace == self.pid_namespace)
+            && shim
+                .mount_namespace()
+                .is_ok_and(|namespace| !self.shared.table.is_mount_namespace(namespace))
+    }
+
+    /// Arms the containers of the calling shim that have not begun. Whatever
+    /// cannot be read belongs to a shim that has ended.
+    fn look_into(&self, caller: &Stat) -> Option<()> {
+        let shim = Handle::open_exactly(caller.identity).ok()?;
+        if !self.is_of_host(&shim) || shim.uid().ok()? != 0 {
+            return None;
+        }
+        let shim_of = Shim::parse(&shim.arguments().ok()??)?;
+        if !self.is_in_scope(&shim_of) {
+            return None;
+        }
+        // The shim of a pod has the bundle of its sandbox as its directory, and the
+        // bundles of the pod's containers lie beside it.
+        let bundle = shim.working_directory().ok()?;
+        let bundles = bundle.parent()?;
+        if bundles.file_name()?.as_bytes() != shim_of.namespace.as_bytes() {
+            return None;
+        }
+        let directory = file::open_directory(bundles).ok()?;
+        let entries = std::fs::read_dir(bundles).ok()?;
+        for entry in entries.flatten().take(MAX_BUNDLES) {
+            let name = entry.file_name();
+            let Some(id) = name.to_str().filter(|name| is_identifier(name)) else { continue };
+            let container = ContainerId::new(&shim_of.namespace, id);
+            let is_known = self.shared.table.get(&container).is_some_and(|it| !it.is_detaching());
+            if is_known && bundle.file_name() != Some(&name) {
+                continue;
+            }
+            if let Some(pid) = waiting_init(&directory, id, caller.parent) {
+                self.arm(container, pid);
+            }
+        }
+        Some(())
+    }
+
+    fn is_in_scope(&self, shim: &Shim) -> bool {
+        let same = |socket: &PathBuf| {
+            *socket == shim.address
+                || socket.canonicalize().is_ok_and(|socket| {
+                    shim.address.canonicalize().is_ok_and(|address| address == socket)
+                })
+        };
+        !self.scope.exclude_namespaces.contains(&shim.namespace)
+            && self.scope.sockets.iter().any(same)
+    }
+
+    fn arm(&self, container: ContainerId, pid: u32) {
+        match self.marker.mark(&container, pid, None) {
+            Ok(Marked { before_start, is_news: true }) => {
+                if let Some(watched) = self.shared.table.get(&container) {
+                    watched.set_unannounced(true);
+                }
+                // If it is not taken, the command to attach tells it once more.
+                let report = SensorEvent::Attached { container, pid, before_start };
+                let _ = self.shared.try_report(report);
+                self.shared.wake_scan();
+            }
+            Ok(Marked { is_news: false, .. }) => (),
+            // The command to attach meets it too, and tells.
+            Err(refusal) => {
+                tracing::debug!(%container, reason = %refusal, "not armed before its start");
+            }
+        }
+    }
+}
+
+/// A shim, as its arguments say.
+#[derive(Debug, PartialEq, Eq)]
+struct Shim {
+    namespace: String,
+    /// The socket of the containerd whose shim it is.
+    address: PathBuf,
+}
+
+impl Shim {
+    fn parse(arguments: &[Vec<u8>]) -> Option<Shim> {
+        let after = |flag: &str| {
+            let is_flag = |word: &&Vec<u8>| {
+                word.strip_prefix(b"-")
+                    .is_some_and(|word| word.strip_prefix(b"-").unwrap_or(word) == flag.as_bytes())
+            };
+            let mut words = arguments.iter().skip_while(|word| !is_flag(word));
+            words.nth(1)
+        };
+        let namespace = String::from_utf8(after("namespace")?.clone()).ok()?;
+        let address = Path::new(std::ffi::OsStr::from_bytes(after("address")?)).to_owned();
+        is_identifier(&namespace).then_some(Shim { namespace, address })
+    }
+}
+
+/// What containerd takes as the name of a namespace or a container.
+fn is_identifier(name: &str) -> bool {
+    name.len() <= 128
+        && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+}
+
+/// The init of a bundle, if it is the shim's child and waits for its start. The
+/// number in a file may be another process's by now.
+fn waiting_init(bundles: &OwnedFd, id: &str, shim: u32) -> Option<u32> {
+    let name = format!("{id}/init.pid");
+    let (file, stat) = file::open_file_beneath(bundles, name.as_bytes()).ok()?;
+    if !stat.is_regular() {
+        return None;
+    }
+    let mut text = [0; 16];
+    let read = rustix::io::pread(file.as_fd(), &mut text[..], 0).ok()?;
+    let pid = str::from_utf8(&text[..read]).ok()?.trim().parse().ok()?;
+    let init = procfs::read_stat(pid).ok()?;
+    (init.parent == shim && outside::is_before_entry_point(&init.comm)).then_some(pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(words: &str, expected: Option<(&str, &str)>) {
+        let words: Vec<Vec<u8>> =
+            words.split_whitespace().map(|word| word.as_bytes().to_vec()).collect();
+        let shim = Shim::parse(&words);
+        let shim = shim.as_ref().map(|it| (it.namespace.as_str(), it.address.to_str().unwrap()));
+        assert_eq!(shim, expected, "{words:?}");
+    }
+
+    #[test]
+    fn a_shim_is_known_by_its_arguments() {
+        let runc = "/usr/bin/containerd-shim-runc-v2";
+        check(
+            &format!("{runc} -namespace k8s.io -id c1 -address /run/containerd/containerd.sock"),
+            Some(("k8s.io", "/run/containerd/containerd.sock")),
+        );
+        check(
+            &format!("{runc} --address /a.sock --namespace moby --id c1 start"),
+            Some(("moby", "/a.sock")),
+        );
+        check(&format!("{runc} -namespace ../x -id c1 -address /a.sock"), None);
+        check(&format!("{runc} -namespace x -id c1 -address"), None);
+        check("runc init", None);
+    }
+
+    #[test]
+    fn an_identifier_is_no_path() {
+        for good in ["c001", "0f", "k8s.io", "a_b-c"] {
+            assert!(is_identifier(good), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "-a", "a\n", "é"] {
+            assert!(!is_identifier(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Places and removes the marks of containers.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use jiff::Timestamp;
+
+use crate::gate::Place;
+use crate::health::Failure;
+use crate::model::{ContainerId, OverlayDirs, printable};
+use crate::sys::door::{self, View};
+use crate::sys::fanotify::Group;
+use crate::sys::procfs::{self, Handle};
+use crate::sys::{file, overlay};
+use crate::watch::core::copyup::{Free, Residence};
+use crate::watch::core::layers::Layers;
+use crate::watch::core::message::SensorEvent;
+use crate::watch::core::watched::{ControlGroups, Watched};
+use crate::watch::files::shared::Files;
+use crate::watch::files::work::ScanRequest;
+use crate::watch::mounts::marking::Mounts;
+use crate::watch::mounts::marks::ExecMarks;
+use crate::watch::sessions::opening;
+
+/// Places a container's marks, for whoever comes first: the command to attach to
+/// it, or the runtime that is about to start it.
+pub(crate) struct Marker {
+    pub(crate) shared: Arc<Files>,
+    pub(crate) marks: ExecMarks,
+    /// If unchanged programs are asked about only once.
+    pub(crate) free: Option<Arc<Free>>,
+    pub(crate) feed: Arc<Group>,
+    pub(crate) mounts: Arc<Mounts>,
+    pub(crate) orders: Sender<ScanRequest>,
+    /// One container at a time.
+    pub(crate) turn: Mutex<()>,
+}
+
+/// How a container was found to be marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Marked {
+    /// The marks were there before its entry point ran.
+    pub(crate) before_start: bool,
+    /// They are there only now.
+    pub(crate) is_news: bool,
+}
+
+/// Why a container cannot be watched. Its text is told to people.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("its init process {pid} is gone")]
+    InitGone { pid: u32, source: std::io::Error },
+    #[error("its root filesystem cannot be opened: {0}")]
+    NoRoot(#[source] std::io::Error),
+    #[error("its root filesystem is not an overlay, and driftd watches only overlays")]
+    NotOverlay,
+    #[error("its root filesystem is the host's own")]
+    HostRoot,
+    #[error(
+        "its upper layer {0} lies on a filesystem that a process or another machine answers for"
+    )]
+    ForeignUpper(String),
+    #[error("the kernel refuses to mark its overlay: {0}")]
+    MarkRefused(#[source] std::io::Error),
+}
+
+impl Marker {
+    /// Marks a container's overlay, unless it is marked, and says whether that was
+    /// before its entry point ran.
+    pub(crate) fn mark(
+        &self,
+        container: &ContainerId,
+        pid: u32,
+        rootfs: Option<OverlayDirs>,
+    ) -> Result<Marked, Refusal> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let init = match Handle::open(pid) {
+            Ok(init) => init,
+            Err(source) => {
+                // Marked when its runtime was called, and over already.
+                return match self.shared.table.get(container) {
+                    Some(watched) if watched.init.pid == pid => {
+                        Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false })
+                    }
+                    Some(_) | None => Err(Refusal::InitGone { pid, source }),
+                };
+            }
+        };
+        if let Some(watched) = self.shared.table.get(container)
+            && watched.init == init.identity()
+        {
+            if watched.layers().is_none() {
+                find_layers(&watched, &init, rootfs);
+                watched.ask_for_rescan();
+                self.shared.wake_scan();
+            }
+            return Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false });
+        }
+        let (watched, root) = watch(container, &init)?;
+        let foreign = foreign_layer(&watched, &init, rootfs.as_ref())?;
+        // The container runs anew, and nobody has told us that it had ended.
+        self.detach(container);
+        // Known before it is marked, so that its first event finds it.
+        self.shared.table.insert(&watched);
+        let mut residence = if foreign.is_none() { self.admit(&watched, &init) } else { None };
+        let place = residence.as_ref().map_or(Place::Plain, Residence::place);
+        // To open an executed file, the gate would wait for whoever answers for its layer.
+        // What was written lies in the upper layer.
+        let marked = match foreign {
+            None => self.marks.mark_root(place, root.as_fd()),
+            Some(_) => Ok(()),
+        }
+        .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
+        // The marks do not keep the mount busy, but this would.
+        drop(root);
+        if let Err(err) = marked {
+            self.shared.table.remove(&watched);
+            if let Some(residence) = &residence {
+                residence.leave();
+            }
+            return Err(Refusal::MarkRefused(err));
+        }
+        if let Some(layer) = foreign {
+            self.degrade_foreign(&watched, &layer);
+        }
+        self.mounts.attach(&watched, &init);
+        // What init is now, after the marks: if it has not executed the entry
+        // point by now, the gate will see it do so.
+        let max_hash_bytes = self.shared.settings.max_hash_bytes;
+        let before_start = opening::has_not_begun(&init, max_hash_bytes);
+        watched.set_armed(before_start);
+        find_layers(&watched, &init, rootfs);
+        if let Some(mut residence) = residence.take() {
+            if before_start && is_from_outside(&init, &watched) {
+                residence.settle();
+            }
+            watched.set_residence(residence);
+        }
+        watched.ask_for_rescan();
+        if !before_start && self.shared.has_begun_before(init.identity()) {
+            self.shared.armed_late(&watched);
+        }
+        Ok(Marked { before_start, is_news: true })
+    }
+
+    fn degrade_foreign(&self, watched: &Arc<Watched>, layer: &str) {
+        let detail = format!(
+            "its layer {layer} lies on a filesystem that a process or another machine \
+             answers for: the gate is not asked about its programs, and what its layers \
+             hold is not read"
+        );
+        self.shared.degrade(Failure::ForeignLayers, Some(watched), &detail);
+    }
+
+    /// Finds a container a place where its unchanged programs are asked about once.
+    pub(crate) fn admit(&self, watched: &Watched, init: &Handle) -> Option<Residence> {
+        let free = self.free.as_ref()?;
+        let mountinfo = init.mountinfo().ok()?;
+        let mount = overlay::find_in_mountinfo(&mountinfo, watched.device)?;
+        match free.admit(&mount, init) {
+            Ok(residence) => Some(residence),
+            Err(unfit) => {
+                tracing::info!(
+                    container = tracing::field::display(&watched.container),
+                    "every program is asked about: {unfit}"
+                );
+                None
+            }
+        }
+    }
+
+    /// Forgets containers that were armed, that have ended, and of which containerd
+    /// has told nothing.
+    pub(crate) fn forget_unannounced(&self) {
+        for watched in self.shared.table.all() {
+            if watched.is_unannounced() && Handle::open_exactly(watched.init).is_err() {
+                self.detach(&watched.container);
+            }
+        }
+    }
+
+    pub(crate) fn detach(&self, container: &ContainerId) {
+        let Some(watched) = self.shared.table.get(container) else { return };
+        if !watched.detach() {
+            return;
+        }
+        if let Some(residence) = watched.residence() {
+            residence.leave();
+        }
+        watched.files.close();
+        self.mounts.detach(&watched);
+        if let Err(err) = self.orders.try_send(ScanRequest::Last { watched }) {
+            let ScanRequest::Last { watched } = err.into_inner() else { return };
+            self.shared.forget(&watched);
+            let _ = self.shared.health.record(Failure::ScanIncomplete);
+            let _ = self.shared.try_report(SensorEvent::Scanned {
+                container: container.clone(),
+                ticket: None,
+                began: Timestamp::now(),
+                complete: false,
+            });
+        }
+        self.shared.wake_scan();
+    }
+}
+
+/// What is known of a container by its init, and its root, open, if it can be watched.
+fn watch(container: &ContainerId, init: &Handle) -> Result<(Arc<Watched>, OwnedFd), Refusal> {
+    let root = init.open_root().map_err(Refusal::NoRoot)?;
+    let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
+    // By the kernel's list: to ask the filesystem could mean to wait for a process.
+    if View::of([init]).mount(&stat).is_none_or(|mount| mount.kind != b"overlay") {
+        return Err(Refusal::NotOverlay);
+    }
+    // A gate on the host's root would ask us before our own programs run.
+    if file::stat_path("/").is_ok_and(|host| host.device == stat.device) {
+        return Err(Refusal::HostRoot);
+    }
+    let watched = Arc::new(Watched::new(
+        container.clone(),
+        init.identity(),
+        &stat,
+        file::name_of(root.as_fd()).map_err(Refusal::NoRoot)?,
+        init.pid_namespace().ok(),
+        init.mount_namespace().ok(),
+        Some(ControlGroups { unified: init.cgroup().ok(), perf: init.perf_cgroup() }),
+    ));
+    if init.is_first_in_pid_namespace() {
+        watched.set_has_own_pid_namespace();
+    }
+    Ok((watched, root))
+}
+
+/// A process can give itself any name. But a runtime's is of the host, or, if it has
+/// made itself a copy in memory, was started a moment ago.
+pub(crate) fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
+    const MOMENT: Duration = Duration::from_secs(10);
+    init.open_exe().and_then(file::stat).is_ok_and(|exe| {
+        exe.device != watched.device && (exe.links > 0 || procfs::age(init.identity()) < MOMENT)
+    })
+}
+
+/// What was known of the image's files counts no more: all are asked about again.
+pub(crate) fn forget(watched: &Watched) {
+    if let Some(residence) = watched.residence() {
+        residence.forget();
+    }
+}
+
+/// Notes whether a container's layers lie where somebody else answers, and says which one.
+pub(crate) fn foreign_layer(
+    watched: &Watched,
+    init: &Handle,
+    rootfs: Option<&OverlayDirs>,
+) -> Result<Option<String>, Refusal> {
+    let mountinfo = init.mountinfo().unwrap_or_default();
+    let named = overlay::directories_of(&mountinfo, watched.device);
+    let upper = overlay::find_in_mountinfo(&mountinfo, watched.device);
+    let upper = upper.map(|mount| mount.dirs.upperdir);
+    let told = rootfs.map(|dirs| dirs.lowerdirs.iter().chain([&dirs.upperdir]).cloned());
+    let all: Vec<PathBuf> = named.into_iter().chain(told.into_iter().flatten()).collect();
+    let Some(foreign) = door::foreign_layer(&all) else { return Ok(None) };
+    let uppers: Vec<PathBuf> =
+        upper.into_iter().chain(rootfs.map(|dirs| dirs.upperdir.clone())).collect();
+    let name = |path: &Path| printable(path.as_os_str().as_bytes());
+    if let Some(upper) = door::foreign_layer(&uppers) {
+        return Err(Refusal::ForeignUpper(name(&upper)));
+    }
+    watched.set_has_foreign_layers();
+    Ok(Some(name(&foreign)))
+}
+
+/// Finds where the layers lie: as containerd says, or else as the kernel says.
+pub(crate) fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
+    let mount = init
+        .mountinfo()
+        .ok()
+        .and_then(|mountinfo| overlay::find_in_mountinfo(&mountinfo, watched.device));
+    let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
+    let redirects =
+        mount.as_ref().map_or_else(overlay::redirects_by_default, |mount| mount.redirects);
+    let told = rootfs.map(|dirs| overlay::Mount {
+        dirs,
+        userxattr,
+        redirects,
+        workdir: None,
+        is_exported: false,
+    });
+    let mut mounts: Vec<overlay::Mount> = [told, mount].into_iter().flatten().collect();
+    if watched.has_foreign_layers() {
+        // Nobody looks there.
+        mounts.iter_mut().for_each(|mount| mount.dirs.lowerdirs.clear());
+    }
+    if let Some(layers) = mounts.into_iter().find_map(Layers::new) {
+        watched.set_layers(layers);
+    }
+}

@@ -1,0 +1,398 @@
+//! What passes the gate: executions that its process has answered, taken from there.
+//!
+//! The gate answers before it hands anything on, so nothing waits for this thread. It
+//! only finds out whose file it is and hands it to others by channels that never make it
+//! wait; what does not fit in them is a named loss.
+//!
+//! ```text
+//! gate's process ── Executed ──> own layer, other ──> take thread (with the file)
+//!                                filesystem, or changed in a layer
+//!                            └─> image layer ───────> processes thread (file closed)
+//!                ── Runtime ───> arming
+//! ```
+//!
+//! With `watch.gate = "notify"` no process waits at all: the kernel reports executions to
+//! a group of this process, and the same is done with them.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::TrySendError;
+use jiff::Timestamp;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use super::crowd::{self, Crowd};
+use super::execution::Execution;
+use super::shared::Exec;
+use super::take;
+use crate::gate::{self, Calm, Events, Marks};
+use crate::health::Failure;
+use crate::model::Filesystem;
+use crate::pulse::{Pulse, TURN};
+use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
+use crate::sys::procfs::{self, Handle, Stat, Whereabouts};
+use crate::sys::{file, perf, pidfd};
+use crate::threads;
+use crate::watch::core::copy::Copy;
+use crate::watch::core::copyup::Residence;
+use crate::watch::core::fair::Sender;
+use crate::watch::core::held::Held;
+use crate::watch::core::watched::{Standing, Watched};
+use crate::watch::mounts::find;
+use crate::watch::process::describe::Caller;
+use crate::watch::process::seen::Seen;
+
+/// How much one read may bring: about a hundred events, each with a descriptor.
+const READ_BYTES: usize = 4 * 1024;
+
+/// After a stop, the gate's process gets this long to end.
+const LAST_PACKETS: Duration = Duration::from_secs(4);
+
+/// An execution that has been seen.
+struct Arrival {
+    file: OwnedFd,
+    stat: file::Stat,
+    caller: Caller,
+    /// Where the process was, if the gate has asked.
+    whereabouts: Option<Whereabouts>,
+    at: Timestamp,
+    /// If it may be ignored from now on.
+    calm: Option<Calm>,
+}
+
+/// What both ways of seeing executions have in common.
+pub(crate) struct Arrivals {
+    pub(crate) shared: Arc<Exec>,
+    pub(crate) marks: Marks,
+    pub(crate) pulse: Arc<Pulse>,
+    pub(crate) content: take::Entrance,
+    pub(crate) crowd: RefCell<Crowd>,
+    pub(crate) processes: Sender<Box<Seen>>,
+}
+
+/// Takes what the gate's process hands on.
+pub(crate) struct Gate {
+    pub(crate) arrivals: Arrivals,
+    pub(crate) events: Events,
+    pub(crate) calls: crossbeam_channel::Sender<Call>,
+    /// Turns of this thread.
+    pub(crate) turns: Arc<AtomicU64>,
+    pub(crate) losses: Losses,
+}
+
+/// What the gate had lost when it was last looked at.
+#[derive(Debug, Default)]
+pub(crate) struct Losses {
+    dropped: Cell<u64>,
+    unreadable: Cell<u64>,
+    late: Cell<u64>,
+}
+
+impl Gate {
+    /// Ends when the gate's process has ended and what it handed on is taken.
+    pub(crate) fn run(self) {
+        // Without CAP_SYS_NICE it runs like the others, only later under load.
+        let _ = rustix::process::setpriority_process(None, -10);
+        let shared = &self.arrivals.shared;
+        let mut last = Instant::now();
+        loop {
+            wait_for(&self.events);
+            self.turns.fetch_add(1, Ordering::Relaxed);
+            loop {
+                match self.events.receive() {
+                    Ok(event) => {
+                        last = Instant::now();
+                        threads::beat();
+                        self.take(event);
+                    }
+                    Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(err) if err.kind() == io::ErrorKind::InvalidData => {
+                        let detail = format!("what the gate handed on is not readable: {err}");
+                        shared.lose(Failure::EventUnreadable, None, &detail);
+                        shared.gate_taken.fetch_add(1, Ordering::Release);
+                    }
+                    Err(err) => {
+                        self.note_losses();
+                        if !shared.is_gate_closed.load(Ordering::Relaxed) {
+                            tracing::error!("the gate's process has ended: {err}");
+                        }
+                        return;
+                    }
+                }
+            }
+            self.note_losses();
+            if shared.is_stopping() && last.elapsed() > LAST_PACKETS {
+                tracing::warn!("the gate's process does not end; what it still holds is lost");
+                return;
+            }
+        }
+    }
+
+    /// Reports what the gate itself could not hand on.
+    fn note_losses(&self) {
+        let Arrivals { shared, pulse, .. } = &self.arrivals;
+        let is_news = |counter: &AtomicU64, seen: &Cell<u64>| {
+            let now = counter.load(Ordering::Relaxed);
+            seen.replace(now) != now
+        };
+        if is_news(pulse.dropped(), &self.losses.dropped) {
+            let detail = "more programs were executed than could be handed on";
+            shared.lose(Failure::GateQueueFull, None, detail);
+        }
+        if is_news(pulse.unreadable(), &self.losses.unreadable) {
+            let detail = "an event of the gate could not be opened";
+            shared.lose(Failure::EventUnreadable, None, detail);
+        }
+        if is_news(pulse.late(), &self.losses.late) {
+            let detail = "a runtime was let run before its container was marked";
+            shared.lose(Failure::ArmedLate, None, detail);
+        }
+    }
+
+    fn take(&self, event: gate::Event) {
+        match event {
+            gate::Event::Executed { asked, process, file, handle } => {
+                let caller =
+                    Caller { stat: process, pid: asked.pid, asked: Some(asked.at), pidfd: handle };
+                let at = Timestamp::from_nanosecond(asked.time.into()).unwrap_or_default();
+                match asked.stat {
+                    Ok(stat) => {
+                        let seen = Arrival {
+                            file,
+                            stat,
+                            caller,
+                            whereabouts: asked.whereabouts,
+                            at,
+                            calm: asked.calm,
+                        };
+                        self.arrivals.hand_on(seen);
+                    }
+                    Err(errno) => {
+                        self.arrivals.lose_sight(&io::Error::from_raw_os_error(errno));
+                    }
+                }
+                self.arrivals.shared.gate_taken.fetch_add(1, Ordering::Release);
+            }
+            gate::Event::Runtime { number, process } => {
+                let Arrivals { shared, marks, .. } = &self.arrivals;
+                let Some(process) = process else { return marks.release(number) };
+                if self.calls.try_send(Call { number, caller: process }).is_err() {
+                    marks.release(number);
+                    let detail = "too many runtimes run at once to look at each";
+                    shared.lose(Failure::ArmedLate, None, detail);
+                }
+            }
+        }
+    }
+}
+
+/// Waits until there is something to take, also during a stop.
+fn wait_for(events: &Events) {
+    let mut fds = [PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
+    let turn = Timespec::try_from(TURN).expect("a quarter of a second fits");
+    // An error here (a signal) only means that the turn comes early.
+    let _ = threads::idle(|| rustix::event::poll(&mut fds, Some(&turn)));
+}
+
+/// Takes what the kernel reports where it does not ask.
+pub(crate) struct Feed {
+    pub(crate) arrivals: Arrivals,
+    pub(crate) group: Arc<Group>,
+}
+
+impl Feed {
+    pub(crate) fn run(self) {
+        let _ = rustix::process::setpriority_process(None, -10);
+        let Feed { arrivals, group } = self;
+        let shared = &arrivals.shared;
+        let mut buffer = Buffer::new();
+        while !shared.is_stopping() {
+            shared.wait_for(&*group, Some(TURN));
+            match group.read(&mut buffer, READ_BYTES) {
+                Ok(incoming) => incoming.into_iter().for_each(|incoming| match incoming {
+                    Incoming::Notification(event) => arrivals.told(event),
+                    // This group is never asked.
+                    Incoming::Permission(_) => (),
+                    Incoming::Overflow => shared.lose(
+                        Failure::KernelQueueOverflow,
+                        None,
+                        "the kernel dropped events of executions",
+                    ),
+                }),
+                Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
+                    Some(Errno::AGAIN | Errno::INTR) => (),
+                    Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => {
+                        panic!("executions cannot be read any more: {err}")
+                    }
+                    // The event is used up. Nobody knows which container's it was.
+                    Some(_) => shared.lose(
+                        Failure::EventUnreadable,
+                        None,
+                        &format!("an event of an execution could not be opened: {err}"),
+                    ),
+                },
+                Err(ReadError::Malformed(err)) => panic!("executions cannot be read: {err}"),
+            }
+        }
+    }
+}
+
+impl Arrivals {
+    /// A program has been opened for execution, and nobody has waited for us.
+    fn told(&self, event: Event) {
+        let stat = procfs::read_stat(event.pid).ok();
+        let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
+        let at = Timestamp::now();
+        self.pulse.answers().fetch_add(1, Ordering::Relaxed);
+        match file::stat(&event.file) {
+            Ok(stat) => {
+                let Event { file, .. } = event;
+                let (whereabouts, calm) = (None, None);
+                self.hand_on(Arrival { file, stat, caller, whereabouts, at, calm });
+            }
+            Err(err) => self.lose_sight(&err),
+        }
+        self.shared.gate_taken.fetch_add(1, Ordering::Release);
+    }
+
+    fn lose_sight(&self, err: &io::Error) {
+        self.shared.lose(
+            Failure::EventUnreadable,
+            None,
+            &format!("an executed file could not be looked at: {err}"),
+        );
+    }
+
+    fn whose(&self, seen: &Arrival) -> Option<(Arc<Watched>, Filesystem)> {
+        let Arrival { file, stat, caller, whereabouts, .. } = seen;
+        let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
+        owner.or_else(|| {
+            // Nobody has waited, or the file was on a container's own overlay.
+            let now = || Some(Handle::open(caller.pid).ok()?.whereabouts());
+            let whereabouts = whereabouts.clone().or_else(now)?;
+            let whose = find::whose(&self.shared.table, file, stat, &whereabouts)?;
+            let at = caller.asked.unwrap_or_else(perf::now);
+            self.shared.note_asked(caller.pid, (stat.device, stat.inode), at);
+            Some(whose)
+        })
+    }
+
+    /// Copies a short file in memory and closes it, if it is one.
+    fn close_early(
+        &self,
+        filesystem: Filesystem,
+        file: OwnedFd,
+        stat: &file::Stat,
+    ) -> Result<OwnedFd, (Vec<u8>, Copy)> {
+        let is_short = stat.size <= self.shared.settings.max_hash_bytes;
+        let early = (filesystem == Filesystem::Tmpfs && is_short)
+            .then(|| self.content.copy_at_once(&file, stat))
+            .flatten();
+        early.map_or(Ok(file), Err)
+    }
+
+    /// Hands on who executes a file of the image, which is closed already.
+    fn hand_on_process(&self, watched: Arc<Watched>, mut caller: Caller, at: Timestamp) {
+        if caller.pidfd.is_none() && watched.has_sessions() {
+            caller.pidfd = pidfd::open(caller.pid).ok();
+        }
+        match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None })) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(seen)) => self.shared.lose(
+                Failure::ProcessQueueFull,
+                Some(&seen.watched),
+                "too many processes wait to be looked at",
+            ),
+        }
+    }
+
+    fn hand_on(&self, seen: Arrival) {
+        // Of a container that is not watched any more, or the host's.
+        let Some((watched, filesystem)) = self.whose(&seen) else { return };
+        let Arrival { file, stat, caller, at, calm, .. } = seen;
+        let pid = caller.pid;
+        if pid == watched.init.pid && !watched.entry_is_recorded() {
+            if let (Filesystem::Overlay, Some(at)) = (filesystem, caller.asked) {
+                self.shared.note_asked(pid, (stat.device, stat.inode), at);
+            }
+            watched.set_init_asked_about();
+        }
+        // First of all: open, it keeps its mount busy.
+        let file = self.close_early(filesystem, file, &stat);
+        let standing = match filesystem {
+            Filesystem::Overlay => watched.standing(&stat),
+            // No image has a file there.
+            Filesystem::Tmpfs
+            | Filesystem::Volume
+            | Filesystem::Anonymous
+            | Filesystem::Container => Standing::Own,
+        };
+        let is_movable = matches!(standing, Standing::Movable(_));
+        let layer_file = match standing {
+            Standing::Own => None,
+            Standing::Doubtful(layer_file) | Standing::Movable(layer_file) => Some(layer_file),
+            Standing::Image => {
+                let calm = calm.filter(|_| {
+                    watched.residence().is_some_and(Residence::has_settled)
+                        && !watched.is_detaching()
+                        && watched.is_certain(&stat)
+                });
+                if let (Some(calm), Ok(file)) = (calm, &file) {
+                    self.marks.ignore(calm, file.as_fd());
+                }
+                drop(file);
+                return self.hand_on_process(watched, caller, at);
+            }
+        };
+        let more = match &caller.stat {
+            Some(caller) if self.content.len() >= crowd::FEW => {
+                match self.crowd.borrow_mut().join(&stat, caller.parent) {
+                    None => return,
+                    more => more,
+                }
+            }
+            _ => None,
+        };
+        // Only to sleep no longer than the process lives: who it is, its start time
+        // says, and a handle with every event would cost more than all the rest.
+        let pidfd = caller.pidfd.or_else(|| pidfd::open(pid).ok());
+        let caller = Caller { pidfd, ..caller };
+        let (name, file) = match file {
+            Ok(file) => (None, watched.hold(file)),
+            Err((name, copy)) => (Some(name), Held::of_copy(copy)),
+        };
+        let execution = Execution {
+            watched,
+            filesystem,
+            file,
+            name,
+            stat,
+            layer_file,
+            is_movable,
+            caller,
+            at,
+            more,
+        };
+        match self.content.try_send(execution) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(execution)) => self.shared.lose(
+                Failure::ContentQueueFull,
+                Some(&execution.watched),
+                "too many executed files wait to be hashed",
+            ),
+        }
+    }
+}
+
+/// A call of a runtime that the gate holds.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) number: u64,
+    /// The process before it becomes the runtime.
+    pub(crate) caller: Stat,
+}

@@ -1,0 +1,22 @@
+//! Executions: those that the gate is asked about, and those that only the kernel records.
+//!
+//! It knows every wing below: `core`, `process`, `files`, `mounts`, `sessions` and `code`.
+
+pub(crate) mod content;
+pub(crate) mod crowd;
+pub(crate) mod described;
+pub(crate) mod evidence;
+pub(crate) mod examine;
+pub(crate) mod execution;
+pub(crate) mod gate;
+pub(crate) mod known;
+pub(crate) mod processes;
+pub(crate) mod recorder;
+pub(crate) mod running;
+pub(crate) mod shared;
+pub(crate) mod take;
+pub(crate) mod trace;
+pub(crate) mod trial;
+pub(crate) mod unproven;
+pub(crate) mod unseen;
+pub(crate) mod writable;

@@ -1,0 +1,291 @@
+//! When the files of upper layers were closed by the last one of those who could write
+//! to them, and whether that was after they were executed.
+//!
+//! ```text
+//! walk ── directory ──> marks ──> kernel ──> log <── asked ── writable
+//! ```
+//!
+//! The kernel queues an event of closing before it takes back the right to write. So
+//! whoever finds that a file has no writer, and then reads the queue to its end, knows
+//! of every writer that there was before.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::sys::closings::{self, Happened, READ_BYTES};
+use crate::sys::handle::FileHandle;
+use crate::sys::perf;
+use crate::watch::core::shared::Core;
+
+/// Files and directories that are remembered. Beyond that all are forgotten, and what
+/// happened until then is not known.
+const MOST: usize = 64 * 1024;
+
+/// How many readings of the queue are remembered with their time.
+const READINGS: usize = 256;
+
+/// So much at one time is many: then what comes within a while is read at once. What is
+/// read soon is told apart from what comes after it.
+const MANY: u64 = 16;
+const REST: Duration = Duration::from_millis(2);
+
+/// A place in the kernel's queue.
+type Position = u64;
+
+#[derive(Debug)]
+pub(crate) struct Closings {
+    /// `None` where the kernel cannot.
+    group: Option<closings::Closings>,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    last: Position,
+    /// Whoever closed a file last.
+    closed: HashMap<FileHandle, Position>,
+    executed: HashMap<(FileHandle, u32), Position>,
+    /// Since when a directory is marked, by the clock of the kernel's records.
+    directories: HashMap<FileHandle, u64>,
+    /// When the queue was read to its end, and how far that was.
+    readings: VecDeque<(u64, Position)>,
+    /// What happened up to this is not known.
+    forgotten: Position,
+}
+
+/// An execution of a file of an upper layer.
+#[derive(Debug)]
+pub(crate) struct Executed<'a> {
+    pub(crate) file: &'a FileHandle,
+    /// The directory by which it was executed.
+    pub(crate) directory: &'a FileHandle,
+    pub(crate) pid: u32,
+    /// When the gate was asked, by the clock of the kernel's records.
+    pub(crate) asked: u64,
+}
+
+/// What is known of the writers of an executed file that has none any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Writers {
+    /// One that was there when it was executed has gone since.
+    pub(crate) has_gone: bool,
+    /// None may have gone since; `false` also where that is not known.
+    pub(crate) none_since: bool,
+    /// The execution itself was told: without it the kernel tells nothing.
+    pub(crate) was_told: bool,
+}
+
+impl Closings {
+    pub(crate) fn new() -> Closings {
+        let group = closings::Closings::new()
+            .inspect_err(|err| {
+                tracing::warn!("a writer that is gone at once is not seen: {err}");
+            })
+            .ok();
+        Closings { group, log: Mutex::default() }
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        // What a panic leaves is a log that knows less.
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens to an open directory of an upper layer from now on.
+    pub(crate) fn listen(&self, directory: &OwnedFd) {
+        if let Ok(handle) = FileHandle::of(directory) {
+            self.listen_to(handle, directory);
+        }
+    }
+
+    /// The same of a directory whose handle is known.
+    pub(crate) fn listen_to(&self, handle: FileHandle, directory: &OwnedFd) {
+        let Some(group) = &self.group else { return };
+        if self.log().directories.contains_key(&handle) || group.mark(directory.as_fd()).is_err() {
+            return;
+        }
+        let now = perf::now();
+        let directories = &mut self.log().directories;
+        if directories.len() >= MOST {
+            directories.clear();
+        }
+        directories.insert(handle, now);
+    }
+
+    pub(crate) fn unlisten(&self, directory: &OwnedFd) {
+        let Some(group) = &self.group else { return };
+        if let Ok(handle) = FileHandle::of(directory) {
+            self.log().directories.remove(&handle);
+        }
+        // Most errors say that there is no mark; it goes with the directory.
+        let _ = group.unmark(directory.as_fd());
+    }
+
+    /// Keeps the queue short until the watchers stop.
+    pub(crate) fn run(&self, shared: &Core) {
+        let Some(group) = &self.group else { return };
+        // Without CAP_SYS_NICE it runs like the others, and is late more often.
+        let _ = rustix::process::setpriority_process(None, -10);
+        while !shared.is_stopping() {
+            shared.wait_for(group, None);
+            let read = {
+                let mut log = self.log();
+                let before = log.last;
+                self.read_all(&mut log);
+                log.last - before
+            };
+            if read >= MANY {
+                std::thread::sleep(REST);
+            }
+        }
+    }
+
+    fn read_all(&self, log: &mut Log) {
+        let Some(group) = &self.group else { return };
+        let mut buffer = vec![0; READ_BYTES];
+        // Whoever fills it as fast as it is read does not hold up the others.
+        for _ in 0..64 {
+            match group.read(&mut buffer) {
+                Ok(happened) => happened.into_iter().for_each(|happened| log.add(happened)),
+                Err(err) if err.kind() == std::io::ErrorKind::WouldBlock => {
+                    log.has_read_all(perf::now());
+                    return;
+                }
+                Err(_) => {
+                    log.forget();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// What is known of the writers of an executed file. Ask when it has none any more.
+    pub(crate) fn writers(&self, executed: &Executed<'_>) -> Writers {
+        let mut log = self.log();
+        self.read_all(&mut log);
+        log.writers(executed)
+    }
+}
+
+impl Log {
+    fn add(&mut self, happened: Happened) {
+        self.last += 1;
+        let Happened::To { file, pid, executed, closed } = happened else {
+            self.forget();
+            return;
+        };
+        if self.closed.len() >= MOST || self.executed.len() >= MOST {
+            self.forget();
+        }
+        if closed {
+            self.closed.insert(file.clone(), self.last);
+        }
+        if executed {
+            // Behind the closing: a process that executes a file lets go of its mappings.
+            self.last += 1;
+            self.executed.insert((file, pid), self.last);
+        }
+    }
+
+    fn forget(&mut self) {
+        self.closed.clear();
+        self.executed.clear();
+        self.forgotten = self.last;
+    }
+
+    /// The queue was empty at some time before this.
+    fn has_read_all(&mut self, now: u64) {
+        if self.readings.len() >= READINGS {
+            self.readings.pop_front();
+        }
+        self.readings.push_back((now, self.last));
+    }
+
+    fn writers(&mut self, executed: &Executed<'_>) -> Writers {
+        let Executed { file, directory, pid, asked } = *executed;
+        let closed = self.closed.get(file).copied().unwrap_or(0);
+        // Its process may execute it again.
+        let execution = self.executed.remove(&(file.clone(), pid));
+        // What had been read by then was before, and nothing was added to it later.
+        let before = self.readings.iter().rev().find(|(read, _)| *read <= asked);
+        let was_marked = self.directories.get(directory).is_some_and(|since| *since <= asked);
+        Writers {
+            was_told: execution.is_some(),
+            has_gone: execution.is_some_and(|execution| closed > execution),
+            none_since: was_marked
+                && before.is_some_and(|(_, before)| closed <= *before && self.forgotten <= *before),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handle(name: &str) -> FileHandle {
+        FileHandle::new(1, 1, name.as_bytes())
+    }
+
+    /// Events of the file `f` by process and letter, `x` for executed, `c` for closed,
+    /// `?` for one that is not known; `|` where the queue was read to its end, one tick
+    /// after the other. It was asked about process 7 at tick `asked`.
+    #[track_caller]
+    fn check(events: &str, asked: u64, expected: &str) {
+        let mut log = Log::default();
+        log.directories.insert(handle("d"), 1);
+        let mut tick = 1;
+        for event in events.split_whitespace() {
+            match event.split_at(1) {
+                ("|", _) => {
+                    log.has_read_all(tick);
+                    tick += 1;
+                }
+                ("?", _) => log.add(Happened::Unknown),
+                (pid, what) => log.add(Happened::To {
+                    file: handle("f"),
+                    pid: pid.parse().unwrap(),
+                    executed: what.contains('x'),
+                    closed: what.contains('c'),
+                }),
+            }
+        }
+        let (file, directory) = (&handle("f"), &handle("d"));
+        let writers = log.writers(&Executed { file, directory, pid: 7, asked });
+        let mut said = Vec::new();
+        said.extend(writers.has_gone.then_some("gone"));
+        said.extend(writers.none_since.then_some("none since"));
+        said.extend(writers.was_told.then_some("told"));
+        assert_eq!(said.join(", "), expected, "{events}");
+    }
+
+    #[test]
+    fn a_writer_that_goes_after_the_execution_was_there_before_it() {
+        check("| 7x 8c |", 1, "gone, told");
+        check("| 8c 7x |", 1, "told");
+        check("| 8c | 7x |", 2, "none since, told");
+        check("| 8c | 7x | 8c |", 2, "gone, told");
+        // Of another execution.
+        check("| 6x 8c 7x |", 1, "told");
+    }
+
+    #[test]
+    fn a_process_that_executes_what_it_has_mapped_lets_go_of_it() {
+        check("| 7xc |", 1, "told");
+    }
+
+    #[test]
+    fn without_the_execution_nothing_is_known() {
+        check("| 8c |", 1, "");
+        check("|", 1, "none since");
+        // The directory was not listened to yet, or the queue not read.
+        check("| | 7x |", 0, "told");
+        check("7x", 1, "told");
+    }
+
+    #[test]
+    fn what_is_lost_is_not_taken_for_nothing() {
+        check("| 7x ? |", 1, "");
+        check("| ? | 7x |", 2, "none since, told");
+    }
+}

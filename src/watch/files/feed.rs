@@ -1,0 +1,127 @@
+//! The change feed: told by the kernel when a file was closed after writing.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::lower;
+use super::paths;
+use super::shared::Files;
+use super::upper;
+use crate::health::Failure;
+use crate::model::{ContainerId, Format, RootfsPath, Source};
+use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
+use crate::sys::file;
+use crate::threads;
+use crate::watch::core::watched::Watched;
+
+/// How much one read may bring: about seven hundred events with a descriptor
+/// each.
+const READ_BYTES: usize = 16 * 1024;
+
+/// More paths than this are not remembered.
+const MAX_KNOWN_PATHS: usize = 16 * 1024;
+
+pub(crate) struct Feed {
+    pub(crate) group: Arc<Group>,
+    pub(crate) shared: Arc<Files>,
+    /// Whether the image has a file at a path. It does not change, and log files
+    /// are written again and again.
+    pub(crate) in_image: HashMap<(ContainerId, RootfsPath), bool>,
+}
+
+impl Feed {
+    pub(crate) fn run(mut self) {
+        let group = self.group.clone();
+        let mut buffer = Buffer::new();
+        while !self.shared.is_stopping() {
+            self.shared.wait_for(&*group, None);
+            match group.read(&mut buffer, READ_BYTES) {
+                Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
+                Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
+                    Some(Errno::AGAIN | Errno::INTR) => (),
+                    _ => {
+                        let detail = format!("an event of the change feed is lost: {err}");
+                        self.shared.lose(Failure::EventUnreadable, None, &detail);
+                        // Should every read fail from now on, it must not be a busy loop.
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                },
+                Err(ReadError::Malformed(err)) => {
+                    let detail = format!("the change feed cannot be understood: {err}");
+                    self.shared.lose(Failure::EventUnreadable, None, &detail);
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, incoming: Incoming<'_>) {
+        match incoming {
+            Incoming::Notification(Event { file, pid, .. }) => self.written(file, pid),
+            Incoming::Overflow => self.shared.lose(
+                Failure::KernelQueueOverflow,
+                None,
+                "the kernel dropped events of the change feed",
+            ),
+            // The feed is in the notification class; dropped, it is allowed.
+            Incoming::Permission(_) => (),
+        }
+    }
+
+    fn written(&mut self, file: OwnedFd, pid: u32) {
+        let Ok(stat) = file::stat(&file) else { return };
+        let Some(watched) = self.shared.table.owner(&stat) else { return };
+        if !stat.is_regular() {
+            return;
+        }
+        threads::about(&watched.container);
+        let path = match paths::event_path(&watched, &file, &stat, pid, None) {
+            Ok(path) => path,
+            Err(why) => {
+                let detail = format!("the path of a written file cannot be told: {why}");
+                self.shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
+                return;
+            }
+        };
+        let is_program = file::sniff(file.as_fd()).is_ok_and(may_be_program);
+        // An open event descriptor keeps the container's superblock alive.
+        drop(file);
+        if is_program {
+            upper::listen_near(&self.shared, &watched, &path);
+        }
+        if is_program || self.shared.is_sensitive(&watched, &path) {
+            let writer = self.shared.writer_to(&watched, pid, &stat);
+            self.shared.mark_dirty(&watched, path, Source::Change, Some(writer));
+            return;
+        }
+        self.shared.health.data_writes.fetch_add(1, Ordering::Relaxed);
+        // A program of the image that was overwritten with something else.
+        if self.is_in_image(&watched, &path) {
+            self.shared.mark_dirty(&watched, path, Source::Change, None);
+        }
+    }
+
+    fn is_in_image(&mut self, watched: &Arc<Watched>, path: &RootfsPath) -> bool {
+        let Some(layers) = watched.layers() else { return true };
+        let key = (watched.container.clone(), path.clone());
+        if let Some(known) = self.in_image.get(&key) {
+            return *known;
+        }
+        if self.in_image.len() >= MAX_KNOWN_PATHS {
+            self.in_image.clear();
+        }
+        let is_in_image = lower::holds_file(layers, path);
+        self.in_image.insert(key, is_in_image);
+        is_in_image
+    }
+}
+
+/// Whether a file is one by its first bytes, or becomes one by an executable bit alone. What
+/// mode it has when it has settled decides.
+fn may_be_program(format: Format) -> bool {
+    matches!(format, Format::Elf | Format::KernelModule | Format::Script)
+}

@@ -1,0 +1,132 @@
+//! Which process made which one, by the kernel's records, and in which container each
+//! was born.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use super::named::Named;
+use crate::model::ProcessIdentity;
+use crate::watch::core::watched::Watched;
+
+/// How long an event may lag behind the end of the process that it names, in clock
+/// ticks, of which Linux tells a hundred a second. After that its pid may be
+/// another's.
+pub(crate) const LAG: u64 = 2 * 100;
+
+/// Births that are remembered, and how far they are followed.
+pub(crate) const MAX_BIRTHS: usize = 64 * 1024;
+
+/// Who made whom, of all containers' processes that were born lately. The thread that
+/// reads the kernel's records writes it, and waits for nobody who looks into /proc.
+#[derive(Debug, Default)]
+pub(crate) struct Births {
+    pub(crate) parents: HashMap<u32, Birth>,
+    pub(crate) pids: VecDeque<u32>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Birth {
+    pub(crate) parent: u32,
+    /// When its record was read, in clock ticks since boot.
+    pub(crate) read_at: u64,
+    /// The container in which it was born, where that is certain.
+    pub(crate) home: Option<Arc<Watched>>,
+}
+
+impl Births {
+    pub(crate) fn insert(&mut self, pid: u32, birth: Birth) {
+        if self.parents.insert(pid, birth).is_none() {
+            self.pids.push_back(pid);
+        }
+        if self.pids.len() > MAX_BIRTHS
+            && let Some(oldest) = self.pids.pop_front()
+        {
+            self.parents.remove(&oldest);
+        }
+    }
+
+    pub(crate) fn born(&mut self, pid: u32, parent: u32, read_at: u64) {
+        self.insert(pid, Birth { parent, read_at, home: None });
+    }
+
+    /// The same of one whose parent is a container's without doubt.
+    pub(crate) fn born_in(&mut self, home: Arc<Watched>, pid: u32, parent: u32, read_at: u64) {
+        self.insert(pid, Birth { parent, read_at, home: Some(home) });
+    }
+
+    /// The container in which a process was born, whatever it has joined since. The
+    /// process lives or has just ended.
+    pub(crate) fn home_of(&self, identity: ProcessIdentity) -> Option<&Arc<Watched>> {
+        let birth = self.parents.get(&identity.pid)?;
+        // The record of a birth is read after it, and before another process has the
+        // number. An older one is of another process: where many are made, a number comes
+        // again within seconds, and the record of the new birth may be late or lost.
+        birth.home.as_ref().filter(|_| identity.start_time <= birth.read_at + 1)
+    }
+
+    /// Whether such a process was born in a container, wherever its parents are by now.
+    pub(crate) fn is_born_inside(&self, identity: ProcessIdentity) -> bool {
+        self.home_of(identity).is_some()
+    }
+
+    /// A process that no container has made has this number now.
+    pub(crate) fn forget(&mut self, pid: u32) {
+        self.parents.remove(&pid);
+    }
+
+    /// When the record of a birth was read, in clock ticks since boot.
+    pub(crate) fn read_at(&self, pid: u32) -> Option<u64> {
+        Some(self.parents.get(&pid)?.read_at)
+    }
+
+    /// The parent, its parent, and so on.
+    pub(crate) fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
+        let parent = move |pid: &u32| {
+            let birth = self.parents.get(pid)?;
+            // Not of another process that has the pid by now.
+            (birth.read_at <= named.read_at + LAG).then_some(birth.parent)
+        };
+        std::iter::successors(parent(&named.pid), parent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::core::table::tests::watched;
+
+    #[test]
+    fn x13_a_process_has_no_home_by_the_birth_of_one_that_had_its_number() {
+        let home = Arc::new(watched("a", 1));
+        let mut births = Births::default();
+        births.born_in(home, 7, 1, 100);
+        let has_home =
+            |start_time| births.home_of(ProcessIdentity { pid: 7, start_time }).is_some();
+        // The record is read at once, or some time after the birth.
+        assert!(has_home(100) && has_home(101) && has_home(50));
+        // Another process has the number; its own birth is not known yet, or never will be.
+        assert!(!has_home(102) && !has_home(100 + LAG));
+    }
+
+    #[test]
+    fn births_are_followed_to_the_parents_and_no_further_than_they_are_remembered() {
+        let mut births = Births::default();
+        let mut born =
+            |pid, parent, read_at| births.insert(pid, Birth { parent, read_at, home: None });
+        born(2, 1, 10);
+        born(3, 2, 20);
+        born(4, 3, 30);
+        // Another process has this pid by now.
+        born(9, 3, 30 + LAG + 1);
+        let parents = |births: &Births, pid| -> Vec<u32> {
+            births.parents_of(Named { pid, read_at: 30 }).collect()
+        };
+        assert_eq!(parents(&births, 4), [3, 2, 1]);
+        assert!(parents(&births, 9).is_empty());
+        for pid in 0..u32::try_from(MAX_BIRTHS).unwrap() {
+            births.insert(100 + pid, Birth { parent: 4, read_at: 40, home: None });
+        }
+        assert!(parents(&births, 4).is_empty());
+        assert_eq!((births.parents.len(), births.pids.len()), (MAX_BIRTHS, MAX_BIRTHS));
+    }
+}

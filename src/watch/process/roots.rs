@@ -1,0 +1,516 @@
+//! Open sessions by their first processes, and whose session a process belongs to.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::births::Births;
+use super::named::Named;
+use crate::model::{ContainerId, ProcessIdentity};
+
+/// How many sessions are followed at once. Of more, what they do is known by their
+/// processes' living parents only.
+const MAX_ROOTS: usize = 8 * 1024;
+/// How many of their processes.
+const MAX_MEMBERS: usize = 64 * 1024;
+/// How long one that has ended is remembered, in clock ticks, of which Linux tells a
+/// hundred a second.
+const KEPT: u64 = 15 * 100;
+/// How far births are followed.
+const MAX_GENERATIONS: usize = 256;
+
+/// The first processes of sessions, also of those that are over while what they have
+/// left behind may run on.
+#[derive(Debug, Default)]
+pub(crate) struct Roots {
+    roots: HashMap<ProcessIdentity, Root>,
+    /// Which of them has a number now, or had it last.
+    numbers: HashMap<u32, ProcessIdentity>,
+    /// Processes whose end is recorded, and when, in clock ticks since boot: a session
+    /// may be opened after the end of its first process has been read.
+    exits: HashMap<u32, u64>,
+    exits_in_order: VecDeque<u32>,
+    /// Moves with each session that opens.
+    opened: u64,
+    /// Who was born in one.
+    members: HashMap<u32, Member>,
+    /// Those of them that have ended, and when, in clock ticks since boot.
+    ended: VecDeque<(u64, u32)>,
+    /// Who is, or was last, at the terminals of containers' inits, by those.
+    terminals: HashMap<u32, Terminal>,
+    /// Processes that came from outside, by the kernel's records: as long as the gate's
+    /// question of one may wait to be looked at.
+    arrivals: VecDeque<Arrived>,
+}
+
+/// A process that came from outside has become a program in a container.
+#[derive(Clone, Debug)]
+pub(crate) struct Arrived {
+    pub(crate) container: ContainerId,
+    pub(crate) pid: u32,
+    /// By the clock of the kernel's records.
+    pub(crate) executed: u64,
+    /// A runtime put the process into the container's control group. Otherwise the process
+    /// sees the container's root.
+    pub(crate) is_in_control_group: bool,
+    /// Its parents, the nearest first.
+    pub(crate) makers: Arc<[Maker]>,
+}
+
+/// A process that has made another one, by the kernel's records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Maker {
+    pub(crate) pid: u32,
+    /// The program that it ran, where that was recorded.
+    pub(crate) exe: Option<Box<[u8]>>,
+}
+
+impl Arrived {
+    /// Unknown if it is in another one: that may be below the container's.
+    pub(crate) fn in_control_group(&self) -> Option<bool> {
+        self.is_in_control_group.then_some(true)
+    }
+}
+
+/// Ends of processes that are remembered.
+const MAX_EXITS: usize = 16 * 1024;
+/// A birth is recorded within the clock tick of its start time, or the next.
+const TICK: u64 = 1;
+
+/// How many arrivals are remembered.
+const MAX_ARRIVALS: usize = 1024;
+
+/// Somebody at the terminal of a container's init. What he has done is done by init,
+/// and by whom that makes meanwhile.
+#[derive(Debug)]
+struct Terminal {
+    container: ContainerId,
+    init: ProcessIdentity,
+    arrival: Arrival,
+    has_left: bool,
+}
+
+/// A session that began by coming to a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Arrival {
+    pub(crate) session: ProcessIdentity,
+    pub(crate) at: Timestamp,
+    /// The same in clock ticks since boot: whoever is born later may be its.
+    pub(crate) ticks: u64,
+}
+
+/// A process that was born in a session.
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    session: ProcessIdentity,
+    /// When the record of its birth was read, in clock ticks since boot.
+    born: u64,
+}
+
+#[derive(Debug)]
+struct Root {
+    container: ContainerId,
+    identity: ProcessIdentity,
+    /// In the order of their opening.
+    number: u64,
+    /// By the kernel's records.
+    has_ended: bool,
+}
+
+impl Roots {
+    pub(crate) fn arrived(&mut self, arrived: Arrived) {
+        if self.arrivals.len() == MAX_ARRIVALS {
+            self.arrivals.pop_front();
+        }
+        self.arrivals.push_back(arrived);
+    }
+
+    /// How a process came from outside that executed something after `since`, by the
+    /// records' clock.
+    pub(crate) fn arrival(
+        &self,
+        container: &ContainerId,
+        pid: u32,
+        since: u64,
+    ) -> Option<&Arrived> {
+        self.arrivals.iter().find(|arrived| {
+            arrived.pid == pid && arrived.executed >= since && arrived.container == *container
+        })
+    }
+
+    /// False if it is open already.
+    pub(crate) fn open(&mut self, container: &ContainerId, identity: ProcessIdentity) -> bool {
+        if self.is_open(identity) {
+            return false;
+        }
+        if self.roots.len() >= MAX_ROOTS
+            && let Some(oldest) = self.roots.values().min_by_key(|root| root.number)
+        {
+            let oldest = oldest.identity;
+            self.forget_root(oldest);
+        }
+        self.opened += 1;
+        let number = self.opened;
+        let ended = self.exits.get(&identity.pid).copied();
+        let has_ended = ended.is_some_and(|ended| ended >= identity.start_time);
+        let root = Root { container: container.clone(), identity, number, has_ended };
+        self.roots.insert(identity, root);
+        self.numbers.insert(identity.pid, identity);
+        true
+    }
+
+    fn forget_root(&mut self, identity: ProcessIdentity) {
+        self.roots.remove(&identity);
+        if self.numbers.get(&identity.pid) == Some(&identity) {
+            self.numbers.remove(&identity.pid);
+        }
+    }
+
+    /// A process was born at that time, in clock ticks since boot, of a container or not:
+    /// another process that had its number before is over. Its session keeps what it has
+    /// left behind, and takes nothing of the new one.
+    pub(crate) fn reborn(&mut self, pid: u32, born: u64) {
+        let is_older = |identity: &ProcessIdentity| identity.start_time + TICK < born;
+        if self.numbers.get(&pid).is_some_and(is_older) {
+            self.numbers.remove(&pid);
+        }
+        if self.members.get(&pid).is_some_and(|member| member.born + TICK < born) {
+            self.members.remove(&pid);
+        }
+        self.exits.remove(&pid);
+    }
+
+    pub(crate) fn is_open(&self, identity: ProcessIdentity) -> bool {
+        self.roots.contains_key(&identity)
+    }
+
+    /// The session that a process has opened of which no end is recorded. Who has this
+    /// number now may be another one.
+    pub(crate) fn opened_by(&self, pid: u32) -> Option<(&ContainerId, ProcessIdentity)> {
+        let root = self.roots.get(self.numbers.get(&pid)?).filter(|root| !root.has_ended)?;
+        Some((&root.container, root.identity))
+    }
+
+    /// How many have been opened so far.
+    pub(crate) fn opened(&self) -> u64 {
+        self.opened
+    }
+
+    /// The session of a process: the nearest of its parents, or itself, that is the
+    /// first one of a session.
+    pub(crate) fn of(
+        &self,
+        container: &ContainerId,
+        births: &Births,
+        named: Named,
+    ) -> Option<ProcessIdentity> {
+        if self.roots.is_empty() && self.terminals.is_empty() {
+            return None;
+        }
+        let by_identity = |identity: ProcessIdentity| {
+            let root = self.roots.get(&identity)?;
+            let is_it = root.container == *container
+                && root.identity.start_time <= named.read_at.saturating_add(1);
+            is_it.then_some(root.identity)
+        };
+        let root = |pid: u32| by_identity(*self.numbers.get(&pid)?);
+        let at_terminal =
+            |pid: u32| self.terminals.get(&pid).filter(|terminal| terminal.container == *container);
+        let member = |pid: u32| {
+            let session = self.members.get(&pid)?.session;
+            // Of a terminal also an earlier session: what that has left behind is its own.
+            let was_at_terminal = || at_terminal(session.pid).map(|_| session);
+            by_identity(session).or_else(was_at_terminal)
+        };
+        let mut child = None;
+        let parents = births.parents_of(named).take(MAX_GENERATIONS);
+        for pid in std::iter::once(named.pid).chain(parents) {
+            if let Some(session) = root(pid).or_else(|| member(pid)) {
+                return Some(session);
+            }
+            if let Some(Terminal { arrival, has_left, .. }) = at_terminal(pid) {
+                // Whom it had made before is nobody's.
+                let is_made_meanwhile = child.is_none_or(|child| {
+                    births.read_at(child).is_some_and(|read_at| read_at >= arrival.ticks)
+                });
+                return (is_made_meanwhile && !has_left).then_some(arrival.session);
+            }
+            child = Some(pid);
+        }
+        None
+    }
+
+    /// Somebody has come to the terminal of a container's init.
+    pub(crate) fn came_to_terminal(
+        &mut self,
+        container: &ContainerId,
+        init: ProcessIdentity,
+        arrival: Arrival,
+    ) {
+        let container = container.clone();
+        let terminal = Terminal { container, init, arrival, has_left: false };
+        self.terminals.insert(init.pid, terminal);
+        self.opened += 1;
+    }
+
+    /// Who is at the terminal of a container's init.
+    pub(crate) fn at_terminal(&self, init: ProcessIdentity) -> Option<Arrival> {
+        let terminal = self.terminals.get(&init.pid)?;
+        (terminal.init == init && !terminal.has_left).then_some(terminal.arrival)
+    }
+
+    /// Nobody is there any more. What was begun goes on.
+    pub(crate) fn left_terminal(&mut self, session: ProcessIdentity) {
+        for terminal in self.terminals.values_mut() {
+            terminal.has_left |= terminal.arrival.session == session;
+        }
+    }
+
+    /// A process of a container has made another one.
+    pub(crate) fn born(&mut self, pid: u32, parent: u32, born: u64) {
+        let root = self.numbers.get(&parent).copied();
+        let at_terminal = || {
+            let terminal = self.terminals.get(&parent).filter(|terminal| !terminal.has_left);
+            terminal.map(|terminal| terminal.arrival.session)
+        };
+        let member = || self.members.get(&parent).map(|member| member.session);
+        let session = root.or_else(at_terminal).or_else(member);
+        match session {
+            Some(session) if self.members.len() < MAX_MEMBERS => {
+                self.members.insert(pid, Member { session, born });
+            }
+            // Whoever had this number is gone.
+            Some(_) | None => {
+                self.members.remove(&pid);
+            }
+        }
+    }
+
+    /// A process has ended. What it has written is told later.
+    pub(crate) fn ended(&mut self, pid: u32, now: u64) {
+        if self.exits.insert(pid, now).is_none() {
+            self.exits_in_order.push_back(pid);
+        }
+        if self.exits_in_order.len() > MAX_EXITS
+            && let Some(oldest) = self.exits_in_order.pop_front()
+        {
+            self.exits.remove(&oldest);
+        }
+        if let Some(root) = self.numbers.get(&pid).and_then(|root| self.roots.get_mut(root)) {
+            root.has_ended = true;
+            let session = root.identity;
+            self.left_terminal(session);
+        }
+        if self.members.contains_key(&pid) {
+            self.ended.push_back((now, pid));
+        }
+        while let Some((ended, pid)) = self.ended.front().copied()
+            && ended + KEPT < now
+        {
+            self.ended.pop_front();
+            // Not of another process that has the number by now.
+            if self.members.get(&pid).is_some_and(|member| member.born <= ended) {
+                self.members.remove(&pid);
+            }
+        }
+    }
+
+    pub(crate) fn forget(&mut self, container: &ContainerId) {
+        self.roots.retain(|_, root| root.container != *container);
+        self.numbers.retain(|_, identity| self.roots.contains_key(identity));
+        self.terminals.retain(|_, terminal| terminal.container != *container);
+        self.arrivals.retain(|arrived| arrived.container != *container);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_first_process_names_the_session() {
+        let container = ContainerId::new("default", "c1");
+        let identity = |pid| ProcessIdentity { pid, start_time: 5 };
+        let mut births = Births::default();
+        let mut born = |pid, parent| births.born(pid, parent, 10);
+        born(3, 2);
+        born(4, 3);
+        born(5, 4);
+        born(9, 1);
+        let mut roots = Roots::default();
+        let of = |roots: &Roots, pid| roots.of(&container, &births, Named { pid, read_at: 12 });
+        assert_eq!(of(&roots, 5), None);
+        assert!(roots.open(&container, identity(2)));
+        assert!(!roots.open(&container, identity(2)), "it is the same one");
+        assert_eq!(of(&roots, 2), Some(identity(2)));
+        assert_eq!(of(&roots, 5), Some(identity(2)));
+        assert_eq!(of(&roots, 9), None);
+        roots.open(&container, identity(4));
+        assert_eq!(of(&roots, 5), Some(identity(4)), "one inside of the other");
+        assert_eq!(of(&roots, 3), Some(identity(2)));
+        let other = ContainerId::new("default", "c2");
+        assert_eq!(roots.of(&other, &births, Named { pid: 5, read_at: 12 }), None);
+        roots.forget(&container);
+        assert_eq!(of(&roots, 5), None);
+    }
+
+    #[test]
+    fn h03_who_came_from_outside_is_known_by_the_record_of_it() {
+        let container = |id| ContainerId::new("default", id);
+        let makers: Arc<[Maker]> = Arc::new([Maker { pid: 6, exe: None }]);
+        let arrived = |id, pid, executed| Arrived {
+            container: container(id),
+            pid,
+            executed,
+            is_in_control_group: true,
+            makers: makers.clone(),
+        };
+        let mut roots = Roots::default();
+        roots.arrived(arrived("c1", 7, 100));
+        let knows = |roots: &Roots, id, pid, since| {
+            let found = roots.arrival(&container(id), pid, since);
+            assert!(found.is_none_or(|found| found.makers == makers));
+            found.is_some()
+        };
+        assert!(knows(&roots, "c1", 7, 90));
+        assert!(!knows(&roots, "c1", 7, 110), "another one by then");
+        assert!(!knows(&roots, "c1", 8, 90));
+        assert!(!knows(&roots, "c2", 7, 90));
+        for pid in 0..2 * u32::try_from(MAX_ARRIVALS).unwrap() {
+            roots.arrived(arrived("c2", 1000 + pid, 200));
+        }
+        assert_eq!(roots.arrivals.len(), MAX_ARRIVALS);
+        assert!(!knows(&roots, "c1", 7, 90));
+        roots.forget(&container("c2"));
+        assert!(roots.arrivals.is_empty());
+    }
+
+    #[test]
+    fn w01_a_closed_session_takes_nothing_of_a_process_that_has_its_number() {
+        let container = ContainerId::new("default", "c1");
+        let first = ProcessIdentity { pid: 7, start_time: 10 };
+        let births = Births::default();
+        let mut roots = Roots::default();
+        roots.open(&container, first);
+        roots.born(8, 7, 12);
+        // The record of its own birth may be read after the session was opened.
+        roots.reborn(7, 11);
+        let of = |roots: &Roots, pid| roots.of(&container, &births, Named { pid, read_at: 5000 });
+        assert_eq!([7, 8].map(|pid| of(&roots, pid)), [Some(first); 2]);
+        roots.ended(7, 20);
+        assert_eq!(of(&roots, 7), Some(first), "what it has written is its own");
+        roots.reborn(7, 4000);
+        assert_eq!(of(&roots, 7), None);
+        assert_eq!(of(&roots, 8), Some(first), "it is still running");
+        roots.born(9, 7, 4001);
+        assert_eq!(of(&roots, 9), None);
+        // The new one opens a session, too.
+        let second = ProcessIdentity { pid: 7, start_time: 4000 };
+        roots.open(&container, second);
+        assert_eq!([7, 8].map(|pid| of(&roots, pid)), [Some(second), Some(first)]);
+        roots.reborn(8, 4500);
+        assert_eq!(of(&roots, 8), None);
+    }
+
+    #[test]
+    fn w01_a_session_whose_end_was_recorded_before_it_opened_is_over() {
+        let container = ContainerId::new("default", "c1");
+        let mut roots = Roots::default();
+        roots.ended(7, 20);
+        roots.open(&container, ProcessIdentity { pid: 7, start_time: 10 });
+        assert_eq!(roots.opened_by(7), None);
+        roots.open(&container, ProcessIdentity { pid: 7, start_time: 30 });
+        assert!(roots.opened_by(7).is_some(), "another one with its number");
+        for pid in 0..2 * u32::try_from(MAX_EXITS).unwrap() {
+            roots.ended(1000 + pid, 40);
+        }
+        assert!(roots.exits.len() <= MAX_EXITS && roots.exits_in_order.len() <= MAX_EXITS);
+    }
+
+    #[test]
+    fn who_has_ended_is_nobodys_opener() {
+        let (container, identity) =
+            (ContainerId::new("default", "c1"), ProcessIdentity { pid: 7, start_time: 1 });
+        let mut roots = Roots::default();
+        roots.open(&container, identity);
+        assert_eq!(roots.opened_by(7), Some((&container, identity)));
+        assert_eq!(roots.opened_by(8), None);
+        roots.ended(7, 20);
+        assert_eq!(roots.opened_by(7), None);
+    }
+
+    #[test]
+    fn what_init_does_while_somebody_is_at_its_terminal_is_his() {
+        let container = ContainerId::new("default", "c1");
+        let init = ProcessIdentity { pid: 2, start_time: 1 };
+        let arrival = |ticks| Arrival {
+            session: ProcessIdentity { pid: 2, start_time: ticks },
+            at: Timestamp::UNIX_EPOCH,
+            ticks,
+        };
+        let mut births = Births::default();
+        let mut roots = Roots::default();
+        let born = |births: &mut Births, roots: &mut Roots, pid, parent, read_at| {
+            births.born(pid, parent, read_at);
+            roots.born(pid, parent, read_at);
+        };
+        born(&mut births, &mut roots, 3, 2, 10);
+        // Its record was read before it was known that somebody had come.
+        born(&mut births, &mut roots, 4, 2, 20);
+        let first = arrival(20);
+        roots.came_to_terminal(&container, init, first);
+        let there = |pid| roots.of(&container, &births, Named { pid, read_at: 20 });
+        assert_eq!([2, 3, 4].map(there), [Some(first.session), None, Some(first.session)]);
+        born(&mut births, &mut roots, 5, 2, 25);
+        born(&mut births, &mut roots, 6, 5, 26);
+        born(&mut births, &mut roots, 7, 3, 27);
+        roots.left_terminal(first.session);
+        born(&mut births, &mut roots, 8, 2, 40);
+        born(&mut births, &mut roots, 9, 5, 41);
+        let of = |roots: &Roots, pid| {
+            roots.of(&container, &births, Named { pid, read_at: 50 }).map(|root| root.start_time)
+        };
+        assert_eq!(of(&roots, 2), None, "he has left");
+        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "and left them behind");
+        assert_eq!([3, 7, 8].map(|pid| of(&roots, pid)), [None; 3]);
+
+        let second = arrival(30);
+        roots.came_to_terminal(&container, init, second);
+        assert_eq!(roots.at_terminal(init), Some(second));
+        assert_eq!([2, 8].map(|pid| of(&roots, pid)), [Some(30); 2]);
+        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "still the first one's");
+        assert_eq!([3, 4, 7].map(|pid| of(&roots, pid)), [None; 3]);
+        let other = ContainerId::new("default", "c2");
+        assert_eq!(roots.of(&other, &births, Named { pid: 8, read_at: 50 }), None);
+        roots.forget(&container);
+        assert_eq!(of(&roots, 8), None);
+    }
+
+    #[test]
+    fn a_client_leaves_a_terminal_when_it_ends() {
+        let container = ContainerId::new("default", "c1");
+        let identity = |pid| ProcessIdentity { pid, start_time: 1 };
+        let mut roots = Roots::default();
+        roots.open(&container, identity(90));
+        let arrival = Arrival { session: identity(90), at: Timestamp::UNIX_EPOCH, ticks: 5 };
+        roots.came_to_terminal(&container, identity(2), arrival);
+        assert_eq!(roots.at_terminal(identity(2)), Some(arrival));
+        roots.ended(90, 20);
+        assert_eq!(roots.at_terminal(identity(2)), None);
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_when_there_are_too_many() {
+        let container = ContainerId::new("default", "c1");
+        let births = Births::default();
+        let mut roots = Roots::default();
+        let most = u32::try_from(MAX_ROOTS).unwrap();
+        for pid in 1..=most + 1 {
+            roots.open(&container, ProcessIdentity { pid, start_time: 1 });
+        }
+        let of = |pid| roots.of(&container, &births, Named { pid, read_at: 1 });
+        assert_eq!(of(1), None);
+        assert!(of(2).is_some() && of(most + 1).is_some());
+    }
+}

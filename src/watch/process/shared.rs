@@ -1,0 +1,281 @@
+//! What the threads share of processes, and observations: each one says in which session
+//! it was made.
+//!
+//! It carries the core, so that whoever has it has that too.
+
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crossbeam_channel::{Sender, TrySendError};
+use jiff::Timestamp;
+
+use super::activity::Act;
+use super::arguments::{Arguments, Program, Recorded};
+use super::births::Births;
+use super::describe;
+use super::named::{Named, record_time_of};
+use super::roots::Roots;
+use crate::health::Failure;
+use crate::model::{Ancestor, ContainerId, Fact, Observation, Process, ProcessIdentity, Source};
+use crate::sys::procfs::Handle;
+use crate::watch::core::message::SensorEvent;
+use crate::watch::core::shared::Core;
+use crate::watch::core::watched::Watched;
+
+/// How many parents of a process are described by the kernel's records.
+const MAX_RECORDED_PARENTS: usize = 16;
+
+/// What is known of processes, for all containers.
+pub(crate) struct Processes {
+    pub(crate) core: Arc<Core>,
+    roots: Mutex<Roots>,
+    acts: Sender<Box<Act>>,
+    arguments: Mutex<Arguments>,
+    births: Mutex<Births>,
+    records_executions: AtomicBool,
+    records_arguments: AtomicBool,
+}
+
+impl Deref for Processes {
+    type Target = Core;
+
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}
+
+impl Processes {
+    pub(crate) fn new(core: Arc<Core>, acts: Sender<Box<Act>>) -> Processes {
+        Processes {
+            core,
+            roots: Mutex::default(),
+            acts,
+            arguments: Mutex::default(),
+            births: Mutex::default(),
+            records_executions: AtomicBool::new(false),
+            records_arguments: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        self.core.begin_stop();
+        // Full, its reader is awake.
+        let _ = self.acts.try_send(Box::new(Act::End));
+    }
+
+    /// The kernel records every execution for us.
+    pub(crate) fn set_records(&self) {
+        self.records_executions.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn records_executions(&self) -> bool {
+        self.records_executions.load(Ordering::Acquire)
+    }
+
+    /// The kernel records arguments for us.
+    pub(crate) fn set_records_arguments(&self) {
+        self.records_arguments.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn records_arguments(&self) -> bool {
+        self.records_arguments.load(Ordering::Acquire)
+    }
+
+    /// Adds what the kernel's records say of a process that had ended, or was ending, when
+    /// it was looked at.
+    pub(crate) fn complete(&self, named: Named, mut known: Process) -> Process {
+        let Some(recorded) = self.recorded_process(named) else { return known };
+        // What was read while it was ending is of the same program, or of none.
+        if known.exe.is_none() || known.exe == recorded.exe {
+            known.exe = recorded.exe;
+            known.argv = known.argv.or(recorded.argv);
+        }
+        if known.ancestors.len() < recorded.ancestors.len() {
+            known.ancestors = recorded.ancestors;
+        }
+        known
+    }
+
+    pub(crate) fn completed(
+        &self,
+        named: Named,
+        process: Option<Arc<Process>>,
+    ) -> Option<Arc<Process>> {
+        match process {
+            Some(known) if known.exe.is_some() && known.argv.is_some() => Some(known),
+            Some(known) => Some(Arc::new(self.complete(named, Process::clone(&known)))),
+            None => self.recorded_process(named).map(Arc::new),
+        }
+    }
+
+    /// A process by the kernel's records alone. `None` if it has run nothing lately.
+    pub(crate) fn recorded_process(&self, named: Named) -> Option<Process> {
+        let mut pids = vec![named.pid];
+        pids.extend(self.births().parents_of(named).take(MAX_RECORDED_PARENTS));
+        let at = record_time_of(named.read_at);
+        let mut programs: Vec<Option<Program>> = {
+            let arguments = self.arguments();
+            pids.iter().map(|pid| arguments.running(*pid, at)).collect()
+        };
+        if programs.iter().all(Option::is_none) {
+            // What they run was executed before the container was watched.
+            let unrecorded = |pid: &u32| self.unrecorded_program(Named { pid: *pid, ..named }, at);
+            for (program, pid) in programs.iter_mut().zip(&pids) {
+                *program = unrecorded(pid);
+                if program.is_some() {
+                    break;
+                }
+            }
+        }
+        // One that has executed nothing runs what its parent does.
+        let of = |index: usize| programs[index..].iter().flatten().next().cloned();
+        let identity = |pid| ProcessIdentity { pid, start_time: 0 };
+        let Program { exe, argv } = of(0)?;
+        let ancestors = pids.iter().enumerate().skip(1).filter_map(|(index, pid)| {
+            let Program { exe, argv } = of(index)?;
+            Some(Ancestor { identity: identity(*pid), exe, argv })
+        });
+        Some(Process {
+            identity: identity(named.pid),
+            exe,
+            argv,
+            uid: None,
+            tty: None,
+            root: None,
+            ancestors: ancestors.collect(),
+        })
+    }
+
+    /// What a container's process runs that was there at a time, and has executed nothing
+    /// since.
+    fn unrecorded_program(&self, named: Named, at: u64) -> Option<Program> {
+        let handle = Handle::open(named.pid).ok()?;
+        let stat = handle.first_stat();
+        let is_it = stat.identity.start_time <= named.read_at && !stat.has_ended();
+        let is_containers = || self.table.of_process(&handle).is_some();
+        if !is_it || !is_containers() {
+            return None;
+        }
+        let Ancestor { exe, argv, .. } = describe::ancestor(&handle);
+        // Asked last: an execve meanwhile is recorded by then, or was read as no program.
+        let has_executed = self.arguments().of(named.pid, at, u64::MAX) != Recorded::NotYet;
+        (exe.is_some() && !has_executed).then_some(Program { exe, argv })
+    }
+
+    pub(crate) fn births(&self) -> MutexGuard<'_, Births> {
+        self.births.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was seen, and in which session it was done.
+    pub(crate) fn observation(
+        &self,
+        watched: &Watched,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> Observation {
+        self.observation_of(watched, None, at, source, fact)
+    }
+
+    fn observation_of(
+        &self,
+        watched: &Watched,
+        file_of: Option<ContainerId>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> Observation {
+        let session = fact.process().and_then(|process| {
+            let named = Named::now(process.identity.pid);
+            self.roots().of(&watched.container, &self.births(), named)
+        });
+        let reached_as = match &fact {
+            Fact::Present { path, .. } => {
+                watched.ways.leading_to(path).or_else(|| self.known_as(watched, path))
+            }
+            _ => None,
+        };
+        let (container, init) = (watched.container.clone(), watched.init);
+        Observation { container, init, at, source, session, file_of, reached_as, fact }
+    }
+
+    pub(crate) fn roots(&self) -> MutexGuard<'_, Roots> {
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the thread that keeps an eye on sessions, without ever waiting.
+    pub(crate) fn act(&self, watched: &Arc<Watched>, act: Act) {
+        match self.acts.try_send(Box::new(act)) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => (),
+            Err(TrySendError::Full(_)) => self.lose(
+                Failure::ProcessQueueFull,
+                Some(watched),
+                "too many acts of sessions wait to be looked at",
+            ),
+        }
+    }
+
+    /// With what arguments processes have become programs.
+    pub(crate) fn arguments(&self) -> MutexGuard<'_, Arguments> {
+        self.arguments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A runtime was called; without room it is asked when a session opens.
+    pub(crate) fn note_runtime(&self, pid: u32) {
+        let _ = self.acts.try_send(Box::new(Act::Runtime { pid }));
+    }
+
+    /// Hands an observation on without ever waiting; false if it was lost.
+    pub(crate) fn observe(
+        &self,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> bool {
+        self.observe_file_of(watched, None, at, source, fact)
+    }
+
+    /// The same of a file that lies in the root of another container, if `file_of` is
+    /// one.
+    pub(crate) fn observe_file_of(
+        &self,
+        watched: &Arc<Watched>,
+        file_of: Option<ContainerId>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) -> bool {
+        let observation = self.observation_of(watched, file_of, at, source, fact);
+        match self.try_report(SensorEvent::Observed(observation)) {
+            Ok(()) => true,
+            Err(_) => {
+                self.lose(
+                    Failure::PipelineFull,
+                    Some(watched),
+                    "the pipeline has no room for an observation",
+                );
+                false
+            }
+        }
+    }
+
+    /// Hands an observation on and waits for room, for the scan thread only.
+    pub(crate) fn observe_patiently(
+        &self,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        source: Source,
+        fact: Fact,
+    ) {
+        let observation = self.observation(watched, at, source, fact);
+        if !self.report_patiently(SensorEvent::Observed(observation)) && !self.is_stopping() {
+            self.lose(
+                Failure::PipelineFull,
+                Some(watched),
+                "the pipeline had no room for an observation for half a minute",
+            );
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Who is connected to the terminal of a container's init: whoever opens the FIFO
+//! that leads to it, after the runtime did.
+//!
+//! The FIFO is the host's, and so is its directory, which is listened to. Who attaches
+//! through a process that has it open already is seen by `terminals`.
+//!
+//! The marks are in the group of `names`, which reads it and hands on what is for here. A
+//! directory that both listen to has one mark, with what both listen for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::model::{
+    Ancestor, Entry, Fact, Interactive, Login, Opening, Process, ProcessIdentity, Source,
+};
+use crate::sys::fanotify::Named;
+use crate::sys::procfs::{self, Handle};
+use crate::watch::files::shared::Files;
+use crate::watch::process::activity::{Act, Event};
+use crate::watch::process::describe;
+use crate::watch::process::roots::Arrival;
+
+/// Without anything to do, the thread still checks whether it is to end.
+const TURN: Duration = Duration::from_millis(500);
+
+/// The process that starts a container opens the input within this time.
+const START: Duration = Duration::from_secs(10);
+
+/// Reports sessions that come to a terminal, until the watchers stop.
+pub(crate) fn run(shared: &Files) {
+    while !shared.is_stopping() {
+        if let Some(named) = shared.inputs.next(TURN) {
+            come(shared, &named);
+        }
+    }
+}
+
+fn come(shared: &Files, named: &Named) {
+    let Some((watched, is_handed_on)) = shared.inputs.of(named) else { return };
+    let shim = procfs::read_stat(watched.init.pid).ok().map(|init| init.parent);
+    if Some(named.pid) == shim {
+        return;
+    }
+    let Ok(client) = Handle::open(named.pid) else { return };
+    let root = client.identity();
+    if has_started(root, watched.init, procfs::age(watched.init)) {
+        return;
+    }
+    // A person has a terminal, and a manager that takes up its work again has none.
+    if is_handed_on && client.first_stat().tty().is_none() {
+        return;
+    }
+    if shared.roots().is_open(root) {
+        return;
+    }
+    let process = describe::as_it_is(&client, &watched);
+    let chain = procfs::chain(client.first_stat().parent);
+    let known = process.ancestors.len();
+    let host = chain.iter().skip(known).map(describe::ancestor).collect();
+    let fact = opened(root, process, host, client.login());
+    shared.note_session(&watched);
+    let at = Timestamp::now();
+    if shared.observe(&watched, at, Source::Change, fact)
+        && shared.roots().open(&watched.container, root)
+    {
+        let arrival = Arrival { session: root, at, ticks: procfs::ticks_since_boot() };
+        shared.roots().came_to_terminal(&watched.container, watched.init, arrival);
+        let owned = watched.clone();
+        let event = Event::Opened { watched: owned, root, is_interactive: true, process: None };
+        shared.act(&watched, Act::Event(event));
+    }
+}
+
+/// Whether a process may have started the container: it was there before the container's
+/// init, which has just begun. On a busy node it opens the input later than it is listened
+/// to.
+fn has_started(client: ProcessIdentity, init: ProcessIdentity, age: Duration) -> bool {
+    client.start_time <= init.start_time && age < START
+}
+
+/// Somebody is at the terminal of a container's init.
+pub(crate) fn opened(
+    root: ProcessIdentity,
+    process: Process,
+    host: Vec<Ancestor>,
+    login: Option<Login>,
+) -> Fact {
+    let opening = Opening {
+        root,
+        entry: Entry::Attach,
+        interactive: Some(Interactive::Terminal),
+        process,
+        host,
+        login,
+        requested_by: None,
+        beside: None,
+    };
+    Fact::SessionOpened { opening: Arc::new(opening) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_starts_a_container_does_not_attach_to_it() {
+        let process = |start_time| ProcessIdentity { pid: 1, start_time };
+        let (before, init, after) = (process(999_990), process(1_000_000), process(1_000_010));
+        let seconds = Duration::from_secs;
+        assert!(has_started(before, init, seconds(0)));
+        assert!(has_started(before, init, seconds(9)));
+        // A program that has been open for long attaches as well.
+        assert!(!has_started(before, init, seconds(11)));
+        assert!(!has_started(after, init, seconds(1)));
+    }
+}

@@ -1,0 +1,643 @@
+//! Who comes into a container from outside: a process in one of the container's
+//! namespaces, its control group or its root whose parent is in none of them, and that
+//! is not the container's init.
+
+use std::collections::{HashSet, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+use super::calls;
+use super::inside;
+use super::origin::{self, ByRuntime};
+use super::runtimes::Runtimes;
+use super::shared::Sessions;
+use crate::model::{Fact, Process, ProcessIdentity, Source};
+use crate::sys::door::View;
+use crate::sys::file;
+use crate::sys::procfs::{self, Handle, Stat};
+use crate::watch::core::table::{is_put_elsewhere, parents_cgroup};
+use crate::watch::core::watched::Watched;
+use crate::watch::files::state;
+use crate::watch::process::activity::{Act, Event};
+use crate::watch::process::describe::{self, Caller, Executing};
+use crate::watch::process::{outside, recorded};
+
+/// Half of how many processes are remembered.
+const GENERATION: usize = 16 * 1024;
+
+/// Processes that have been judged, so that each session is told once and most
+/// processes cost nothing the second time.
+#[derive(Debug, Default)]
+pub(crate) struct Openings {
+    judged: Recent,
+    /// Those that were judged as the init of their container. Before that container was
+    /// known, one of them may have been judged as any other process.
+    inits: Recent,
+    /// Those of them that are known to be in a container, as parents of others.
+    inside: Recent,
+    /// Gone before anybody looked, and the kernel's record of where they came from has
+    /// not been read: the gate's facts of them, oldest first.
+    unclear: VecDeque<Unclear>,
+    /// Of containers that are not known yet, by all that can be seen, oldest first.
+    aside: VecDeque<Aside>,
+}
+
+/// A process that shares a container's pid namespace, and that a runtime has put into a
+/// control group of its own.
+#[derive(Debug)]
+struct Aside {
+    identity: ProcessIdentity,
+    watched: Arc<Watched>,
+    until: Instant,
+}
+
+/// How long a container may take to be known after its first process runs. After that,
+/// the process is judged by what can be seen of it.
+const UNKNOWN: Duration = Duration::from_secs(10);
+const MAX_ASIDE: usize = 256;
+
+/// Whose a process is that may be in a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Home {
+    Own,
+    /// It shares the pid namespace, and is in another container by all else.
+    Anothers,
+    /// It shares the pid namespace, and looks like the first process of a container that
+    /// nobody has announced yet.
+    Unknown,
+}
+
+/// What tells whose a process is.
+#[derive(Clone, Copy, Debug)]
+struct Signs<'a> {
+    /// By its mount namespace, its control group or its root directory.
+    is_within: bool,
+    is_in_another: bool,
+    /// Its control group in the unified hierarchy, and that of its parent.
+    cgroup: Option<&'a [u8]>,
+    parents_cgroup: Option<&'a [u8]>,
+}
+
+impl Signs<'_> {
+    fn home(self) -> Home {
+        match self {
+            Signs { is_within: true, .. } => Home::Own,
+            Signs { is_in_another: true, .. } => Home::Anothers,
+            Signs { cgroup, parents_cgroup, .. } if is_put_elsewhere(cgroup, parents_cgroup) => {
+                Home::Unknown
+            }
+            Signs { .. } => Home::Own,
+        }
+    }
+}
+
+/// Whose a process is that was found to be in a container by one of its namespaces. Others
+/// can have been put into the same pid namespace.
+pub(crate) fn home(shared: &Sessions, handle: &Handle, watched: &Watched) -> Home {
+    let identity = handle.identity();
+    let is_certain = identity == watched.init || shared.births().is_born_inside(identity);
+    if is_certain || inside::is_within(handle, watched) || !inside::is_known(handle) {
+        return Home::Own;
+    }
+    let others = || {
+        let namespace = handle.pid_namespace().ok();
+        namespace.map(|namespace| shared.table.in_pid_namespace(namespace)).unwrap_or_default()
+    };
+    let is_in = |other: &Arc<Watched>| {
+        other.container != watched.container
+            && (identity == other.init || inside::is_within(handle, other))
+    };
+    let (cgroup, parents) = (handle.cgroup().ok(), parents_cgroup(handle));
+    let signs = Signs {
+        is_within: false,
+        is_in_another: others().iter().any(is_in),
+        cgroup: cgroup.as_deref(),
+        parents_cgroup: parents.as_deref(),
+    };
+    signs.home()
+}
+
+/// A process that may have opened a session.
+#[derive(Debug)]
+struct Unclear {
+    caller: Caller,
+    watched: Arc<Watched>,
+    at: Timestamp,
+}
+
+/// More of them are not kept: their records are late, or nobody came from outside.
+const MAX_UNCLEAR: usize = 1024;
+
+/// How long others wait for the arguments of who opens a session: on a busy machine an
+/// execve may take its time, and a session without its command says little. Not while
+/// many wait: anybody can call himself a runtime's init.
+const PATIENCE: Duration = Duration::from_millis(50);
+const FEW: usize = 64;
+
+/// Whether those who wait since `began` have waited long enough.
+fn others_wait(began: Instant, waiting: usize) -> bool {
+    waiting > FEW || waiting > 0 && began.elapsed() >= PATIENCE
+}
+
+/// A bounded set that forgets what was not asked for in a while.
+#[derive(Debug, Default)]
+struct Recent {
+    young: HashSet<ProcessIdentity>,
+    old: HashSet<ProcessIdentity>,
+}
+
+impl Recent {
+    fn insert(&mut self, identity: ProcessIdentity) {
+        if self.young.len() >= GENERATION {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(identity);
+    }
+
+    fn remove(&mut self, identity: ProcessIdentity) {
+        self.young.remove(&identity);
+        self.old.remove(&identity);
+    }
+
+    fn contains(&mut self, identity: ProcessIdentity) -> bool {
+        if self.young.contains(&identity) {
+            return true;
+        }
+        let is_old = self.old.contains(&identity);
+        if is_old {
+            self.insert(identity);
+        }
+        is_old
+    }
+}
+
+/// Whether an init that was found is still its runtime's. It may wait for its start for
+/// as long as its runtime likes.
+pub(crate) fn has_not_begun(init: &Handle, max_hash_bytes: u64) -> bool {
+    outside::runs_program_of_host(init) || runs_copy_of_runtime(init, max_hash_bytes)
+}
+
+/// Whether a process that has been there for a while runs a runtime's copy of itself in
+/// memory: known by its content, since anybody can run a file in memory.
+fn runs_copy_of_runtime(handle: &Handle, max_hash_bytes: u64) -> bool {
+    let Ok(exe) = handle.open_exe() else { return false };
+    let Ok(stat) = file::stat(&exe) else { return false };
+    let local = View::of([handle]).ground(&stat).local();
+    stat.links == 0
+        && Runtimes::default().is_installed(
+            &state::state_of(exe.as_fd(), &stat, local, max_hash_bytes),
+            max_hash_bytes,
+        )
+}
+
+impl Openings {
+    /// Judges a process that the gate saw; something once for each session's first process.
+    /// `has_arrived`: whether the kernel has recorded that it came from outside, asked
+    /// of a process that is gone.
+    pub(crate) fn opens(
+        &mut self,
+        shared: &Sessions,
+        caller: &Stat,
+        watched: &Watched,
+        has_arrived: &mut dyn FnMut() -> bool,
+    ) -> Option<Root> {
+        let identity = caller.identity;
+        let root = Root { is_in_control_group: None };
+        if identity == watched.init || identity.pid == watched.init.pid {
+            return self.opens_as_init(shared, identity, watched).then_some(root);
+        }
+        if self.judged.contains(identity) {
+            return None;
+        }
+        if self.has_parent_inside(caller) || shared.births().is_born_inside(identity) {
+            self.judged.insert(identity);
+            self.inside.insert(identity);
+            return None;
+        }
+        let handle = Handle::open_exactly(identity).ok();
+        // First: it may end at any moment, and nothing shows it afterwards.
+        let is_in_control_group =
+            handle.as_ref().and_then(|handle| inside::is_in_control_group(handle, watched));
+        let judged = handle.and_then(|handle| {
+            let is_root = is_root(&handle, Some(caller.parent), watched)?;
+            Some((handle, is_root))
+        });
+        let Some((handle, is_root)) = judged else {
+            // Gone. Without a record of where it came from, no session is invented.
+            let is_root = has_arrived();
+            if is_root {
+                self.judged.insert(identity);
+                self.inside.insert(identity);
+            }
+            return is_root.then_some(root);
+        };
+        self.judged.insert(identity);
+        if inside::is_inside(&handle, watched) == Some(true) {
+            self.inside.insert(identity);
+        }
+        is_root.then_some(Root { is_in_control_group })
+    }
+
+    /// Judges a process that a scan found.
+    pub(crate) fn is_open(
+        &mut self,
+        shared: &Sessions,
+        handle: &Handle,
+        watched: &Watched,
+    ) -> bool {
+        let stat = handle.first_stat();
+        if stat.has_ended() {
+            return false;
+        }
+        if stat.identity == watched.init {
+            return self.opens_as_init(shared, stat.identity, watched);
+        }
+        // One that still runs the host's program has not become its command yet, and
+        // may only start another one.
+        let is_root = !self.judged.contains(stat.identity)
+            && is_root(handle, None, watched) == Some(true)
+            && !shared.births().is_born_inside(stat.identity)
+            && outside::is_from_outside(handle) == Some(false)
+            && !outside::is_on_its_way(handle);
+        if !is_root {
+            return false;
+        }
+        self.judged.insert(stat.identity);
+        self.inside.insert(stat.identity);
+        true
+    }
+
+    /// The init of a container opens a session if the container was put into the pid
+    /// namespace of another one.
+    fn opens_as_init(
+        &mut self,
+        shared: &Sessions,
+        identity: ProcessIdentity,
+        watched: &Watched,
+    ) -> bool {
+        let beside = origin::beside(shared, watched);
+        let namespace = watched.pid_namespace;
+        let is_in_an_unknown_ones = beside.is_none()
+            && !watched.has_own_pid_namespace()
+            && namespace.is_some_and(|namespace| !procfs::is_host_pid_namespace(namespace));
+        if is_in_an_unknown_ones {
+            // It is judged when the container that began the namespace is known.
+            return false;
+        }
+        self.is_new_init(identity) && beside.is_some()
+    }
+
+    /// True once for each container's init, whatever it was taken for before.
+    fn is_new_init(&mut self, identity: ProcessIdentity) -> bool {
+        if self.inits.contains(identity) {
+            return false;
+        }
+        self.judged.insert(identity);
+        self.inside.insert(identity);
+        self.inits.insert(identity);
+        true
+    }
+
+    /// Judges a process later, which may be the first one of a container that is not known
+    /// yet; false if too many wait for that.
+    pub(crate) fn put_aside(&mut self, identity: ProcessIdentity, watched: &Arc<Watched>) -> bool {
+        let is_known = self.judged.contains(identity)
+            || self
+                .aside
+                .iter()
+                .any(|one| one.identity == identity && one.watched.container == watched.container);
+        if is_known {
+            return true;
+        }
+        if self.aside.len() == MAX_ASIDE {
+            return false;
+        }
+        let until = Instant::now() + UNKNOWN;
+        self.aside.push_back(Aside { identity, watched: watched.clone(), until });
+        true
+    }
+
+    /// Processes that were put aside and that are a container's after all: none that holds
+    /// them has become known in time.
+    pub(crate) fn take_unclaimed(&mut self, shared: &Sessions) -> Vec<(Handle, Arc<Watched>)> {
+        let mut unclaimed = Vec::new();
+        self.aside.retain(|Aside { identity, watched, until }| {
+            let Ok(handle) = Handle::open_exactly(*identity) else { return false };
+            match home(shared, &handle, watched) {
+                Home::Anothers => false,
+                Home::Unknown if Instant::now() < *until => true,
+                Home::Unknown | Home::Own => {
+                    unclaimed.push((handle, watched.clone()));
+                    false
+                }
+            }
+        });
+        unclaimed
+    }
+
+    /// Opens a session if this is the first process of one, which is described then.
+    /// It waits for that process to become what it is to be, and less long if
+    /// `others` do.
+    pub(crate) fn open(
+        &mut self,
+        shared: &Sessions,
+        caller: &Caller,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        others: &dyn Fn() -> usize,
+    ) -> Option<Executing> {
+        let stat = caller.stat.as_ref()?;
+        let began = Instant::now();
+        let others_wait = || others_wait(began, others());
+        let mut recorded = None;
+        let mut has_arrived = || {
+            recorded = recorded_arrival(shared, caller, watched, &others_wait);
+            recorded.is_some()
+        };
+        let Some(root) = self.opens(shared, stat, watched, &mut has_arrived) else {
+            let is_unclear = !self.judged.contains(stat.identity) && caller.asked.is_some();
+            if is_unclear && let Some(caller) = caller.try_clone() {
+                if self.unclear.len() == MAX_UNCLEAR {
+                    self.unclear.pop_front();
+                }
+                let watched = watched.clone();
+                self.unclear.push_back(Unclear { caller, watched, at });
+            }
+            return None;
+        };
+        let arrival = recorded.unwrap_or(Arrival {
+            is_in_control_group: root.is_in_control_group,
+            is_recorded: false,
+        });
+        Some(self.tell_of_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
+    }
+
+    /// The kernel has recorded that a process came from outside that was gone before
+    /// anybody looked: the gate was asked about it.
+    pub(crate) fn open_gone(&mut self, shared: &Sessions, pid: u32) {
+        let arrival = |one: &Unclear| {
+            let of_it = one.caller.pid == pid;
+            of_it.then(|| Arrival::recorded(shared, &one.caller, &one.watched)).flatten()
+        };
+        let found = self.unclear.iter().enumerate().find_map(|(at, one)| Some((at, arrival(one)?)));
+        let Some((at, arrival)) = found else { return };
+        let Some(Unclear { caller, watched, at }) = self.unclear.remove(at) else { return };
+        let Some(stat) = &caller.stat else { return };
+        self.judged.insert(stat.identity);
+        self.inside.insert(stat.identity);
+        self.tell_of_caller(shared, (&caller, stat), &watched, at, arrival, &|| true);
+    }
+
+    fn tell_of_caller(
+        &mut self,
+        shared: &Sessions,
+        (caller, stat): (&Caller, &Stat),
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        arrival: Arrival,
+        others_wait: &dyn Fn() -> bool,
+    ) -> Executing {
+        // First: it ends when what it has started does. That a runtime was called for it
+        // is known of the runtime; by its name is only known that it may be worth asking.
+        let Arrival { is_in_control_group, .. } = arrival;
+        let may_be_by_runtime =
+            arrival.is_by_runtime() || outside::is_before_entry_point(&stat.comm);
+        let asked_for = may_be_by_runtime
+            .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
+            .flatten();
+        let by_runtime =
+            ByRuntime { was_called: asked_for.is_some(), is_in_control_group, asked: caller.asked };
+        let mut executing = describe::after_exec(caller, watched, others_wait);
+        let recorded =
+            || recorded::recorded_arguments(shared, (caller.pid, caller.asked), others_wait);
+        if executing.process.argv.is_none() {
+            executing.process.argv = recorded();
+        }
+        let mut process = executing.process.clone();
+        if let Some(asked) = asked_for
+            && process.argv.as_ref() != Some(&asked.argv)
+        {
+            // It was over, or had become another program already; or the call was meant for
+            // another process, which only the kernel's record of this one can tell.
+            let recorded = if asked.is_guess { recorded() } else { None };
+            let argv = recorded.unwrap_or(asked.argv);
+            if process.argv.as_ref() != Some(&argv) {
+                (process.argv, process.exe) = (Some(argv), None);
+            }
+        }
+        let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
+        let opened = Opened { process, pidfd, by_runtime };
+        if may_be_by_runtime && Handle::open_exactly(stat.identity).is_err() {
+            // It has ended meanwhile: then only the records tell who made it.
+            wait_for_makers(shared, caller, watched, others_wait);
+        }
+        self.tell(shared, watched, at, Source::Gate, opened);
+        executing
+    }
+
+    /// Tells that a session has opened. If that is lost, the next look at the
+    /// container's processes tells it again.
+    pub(crate) fn tell(
+        &mut self,
+        shared: &Sessions,
+        watched: &Arc<Watched>,
+        at: Timestamp,
+        source: Source,
+        opened: Opened,
+    ) {
+        let root = opened.process.identity;
+        shared.note_session(watched);
+        let handle = opened.pidfd;
+        let opening = origin::opening(shared, watched, opened.process, opened.by_runtime);
+        let is_interactive = opening.interactive.is_some();
+        let fact = Fact::SessionOpened { opening: Arc::new(opening) };
+        if shared.observe(watched, at, source, fact) {
+            // Behind it, so that what is done in it is not told before.
+            shared.roots().open(&watched.container, root);
+            let watched_too = watched.clone();
+            let event =
+                Event::Opened { watched: watched_too, root, is_interactive, process: handle };
+            shared.act(watched, Act::Event(event));
+        } else {
+            self.judged.remove(root);
+            self.inits.remove(root);
+        }
+    }
+
+    fn has_parent_inside(&mut self, caller: &Stat) -> bool {
+        procfs::read_stat(caller.parent).is_ok_and(|parent| {
+            parent.identity.start_time <= caller.identity.start_time
+                && self.inside.contains(parent.identity)
+        })
+    }
+}
+
+/// A session that was found to be open.
+pub(crate) struct Opened {
+    pub(crate) process: Process,
+    /// A handle of its first process that was opened before it could end.
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) by_runtime: ByRuntime,
+}
+
+/// The first process of a session.
+pub(crate) struct Root {
+    /// As it was when it was judged.
+    is_in_control_group: Option<bool>,
+}
+
+impl Root {
+    pub(crate) fn by_runtime(self) -> ByRuntime {
+        ByRuntime { is_in_control_group: self.is_in_control_group, ..ByRuntime::default() }
+    }
+}
+
+/// How a process came from outside.
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    /// When it was judged, or by the kernel's record.
+    is_in_control_group: Option<bool>,
+    is_recorded: bool,
+}
+
+impl Arrival {
+    /// By the kernel's record of what the gate was asked about.
+    fn recorded(shared: &Sessions, caller: &Caller, watched: &Watched) -> Option<Arrival> {
+        let roots = shared.roots();
+        let arrived = roots.arrival(&watched.container, caller.pid, caller.asked?)?;
+        // What calls itself a runtime is judged by what a runtime does.
+        let is_past_it = !arrived.is_in_control_group;
+        if is_past_it
+            && caller.stat.as_ref().is_none_or(|it| outside::is_before_entry_point(&it.comm))
+        {
+            return None;
+        }
+        let is_in_control_group = arrived.in_control_group();
+        Some(Arrival { is_in_control_group, is_recorded: true })
+    }
+
+    /// Only a runtime puts a process into a container's control group that came from
+    /// outside.
+    fn is_by_runtime(self) -> bool {
+        self.is_recorded && self.is_in_control_group == Some(true)
+    }
+}
+
+/// Where the kernel has recorded that a process came from, which is gone by now. Waits
+/// for its records only if it is worth asking, and not for long if `others_wait`.
+fn recorded_arrival(
+    shared: &Sessions,
+    caller: &Caller,
+    watched: &Watched,
+    others_wait: &dyn Fn() -> bool,
+) -> Option<Arrival> {
+    let asked = caller.asked?;
+    let recorded = || Arrival::recorded(shared, caller, watched);
+    let may_be_runtimes =
+        caller.stat.as_ref().is_some_and(|it| outside::is_before_entry_point(&it.comm));
+    if may_be_runtimes && recorded().is_none() {
+        recorded::wait_for_records(shared, (caller.pid, asked), others_wait);
+    }
+    recorded()
+}
+
+/// Waits until the kernel's record of who made a process has been read, but not for long.
+fn wait_for_makers(
+    shared: &Sessions,
+    caller: &Caller,
+    watched: &Watched,
+    others_wait: &dyn Fn() -> bool,
+) {
+    const STEP: Duration = Duration::from_millis(1);
+    const PATIENCE: Duration = Duration::from_millis(20);
+    let began = Instant::now();
+    let is_read = || {
+        let asked = caller.asked.unwrap_or_default();
+        shared.roots().arrival(&watched.container, caller.pid, asked).is_some()
+    };
+    while shared.records_executions() && !is_read() && began.elapsed() < PATIENCE && !others_wait()
+    {
+        std::thread::sleep(STEP);
+    }
+}
+
+/// Whether a process is in the container and its parent is not; `None` if that
+/// cannot be told any more.
+fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> Option<bool> {
+    if !inside::is_inside(handle, watched)? {
+        return Some(false);
+    }
+    let start_time = handle.identity().start_time;
+    // The parent at the time of the exec may be gone; then the kernel has given
+    // the process to the next reaper: the shim outside, or init inside.
+    let parent = parent_at_exec
+        .and_then(|pid| Handle::open(pid).ok())
+        .filter(|parent| parent.identity().start_time <= start_time)
+        .or_else(|| Handle::open(handle.stat().ok()?.parent).ok())?;
+    let mut chain = procfs::chain(parent.identity().pid).into_iter();
+    // Who has joined and still runs a program of the host's has only come to start
+    // another one: `nsenter` does so.
+    let first = chain.find(|parent| {
+        parent.identity() == watched.init
+            || inside::is_inside(parent, watched) != Some(true)
+            || !outside::runs_from_outside(parent)
+    })?;
+    Some(!inside::is_inside(&first, watched)?)
+}
+
+/// The container of which a process is the init, by the pid namespace that it is in.
+pub(crate) fn of_init(shared: &Sessions, handle: &Handle) -> Option<Arc<Watched>> {
+    let namespace = handle.pid_namespace().ok()?;
+    let found = shared.table.in_pid_namespace(namespace);
+    found.into_iter().find(|watched| watched.init == handle.identity())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a31_who_shares_a_pid_namespace_alone_may_be_a_container_that_is_not_known_yet() {
+        let host = Some(&b"/system.slice/containerd.service"[..]);
+        let pod = Some(&b"/kubepods/pod/x"[..]);
+        let check = |is_within, is_in_another, cgroup, parents_cgroup, expected| {
+            let signs = Signs { is_within, is_in_another, cgroup, parents_cgroup };
+            assert_eq!(signs.home(), expected, "{signs:?}");
+        };
+        // A runtime has put it where its parent is not.
+        check(false, false, pod, host, Home::Unknown);
+        check(false, true, pod, host, Home::Anothers);
+        check(false, true, host, host, Home::Anothers);
+        check(true, true, pod, host, Home::Own);
+        // Somebody has entered the namespace and nothing else.
+        check(false, false, host, host, Home::Own);
+        // Where control groups tell nothing.
+        check(false, false, Some(b"/"), host, Home::Own);
+        check(false, false, pod, None, Home::Own);
+        check(false, false, None, None, Home::Own);
+    }
+
+    #[test]
+    fn a31_an_init_that_was_judged_as_another_process_is_judged_as_an_init() {
+        let init = ProcessIdentity { pid: 7, start_time: 1 };
+        let mut sessions = Openings::default();
+        sessions.judged.insert(init);
+        assert!(sessions.is_new_init(init));
+        assert!(!sessions.is_new_init(init), "that is said once");
+    }
+
+    #[test]
+    fn what_is_asked_for_is_not_forgotten_and_the_rest_is() {
+        let process = |pid| ProcessIdentity { pid, start_time: 1 };
+        let mut recent = Recent::default();
+        for pid in 0..u32::try_from(4 * GENERATION).unwrap() {
+            recent.insert(process(pid));
+            assert!(recent.contains(process(0)), "after {pid}");
+        }
+        assert!(!recent.contains(process(1)));
+        assert!(recent.young.len() + recent.old.len() <= 2 * GENERATION);
+    }
+}

@@ -1,0 +1,102 @@
+//! Container runtimes of the host, known by what their programs hold.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd as _;
+
+use crate::model::{Blake3Hash, FileState, programs};
+use crate::sys::door::{self, Held, View};
+use crate::sys::file;
+use crate::sys::perf::Mapped;
+use crate::sys::procfs::Handle;
+use crate::watch::files::state;
+
+/// Where runtimes are installed. Nothing is believed because of such a name: the
+/// content that is executed must be the content found there.
+pub(crate) const PLACES: [&str; 5] =
+    ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
+
+/// Container runtimes execute themselves from a sealed copy in memory, so that no
+/// container can overwrite them. Such a copy is known by its content.
+#[derive(Debug, Default)]
+pub(crate) struct Runtimes {
+    pub(crate) hashes: HashMap<(u64, u64, crate::model::FileTime), Option<Blake3Hash>>,
+}
+
+/// Whether a program has such a name: no more than a reason to look at it.
+pub(crate) fn is_called_like_a_runtime(file_name: &[u8]) -> bool {
+    let name = file_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+    programs::is_runtime(name)
+}
+
+impl Runtimes {
+    /// Whether a program in memory is the copy of a program of the host's: of what
+    /// its process or who made it ran before, or of an installed runtime.
+    pub(crate) fn is_runtimes_own(
+        &mut self,
+        previous: Option<&Mapped>,
+        parent: Option<u32>,
+        state: &FileState,
+        max: u64,
+    ) -> bool {
+        let previous = previous.and_then(on_host);
+        let Some(content) = state.blake3() else {
+            // It is gone, like the process, which came from outside and ran a program
+            // of the host's just before.
+            return previous.is_some();
+        };
+        let of_parent = parent.and_then(|parent| {
+            let fd = Handle::open(parent).ok()?.open_exe().ok()?;
+            let stat = file::stat(&fd).ok()?;
+            Some(Held { fd, stat })
+        });
+        previous
+            .into_iter()
+            .chain(of_parent)
+            .any(|held| self.hash(&held, state.size, max) == Some(content))
+            || self.is_installed(state, max)
+    }
+
+    /// Whether this is the content of a runtime that is installed on the host.
+    pub(crate) fn is_installed(&mut self, state: &FileState, max: u64) -> bool {
+        let Some(content) = state.blake3() else { return false };
+        PLACES.iter().any(|place| {
+            programs::runtimes().any(|name| {
+                let Ok(held) = door::on_host(format!("{place}/{name}").as_bytes()) else {
+                    return false;
+                };
+                self.hash(&held, state.size, max) == Some(content)
+            })
+        })
+    }
+
+    /// The hash of a program of the host's, if it is of this size at all.
+    pub(crate) fn hash(
+        &mut self,
+        Held { fd, stat }: &Held,
+        size: u64,
+        max: u64,
+    ) -> Option<Blake3Hash> {
+        if stat.size != size || !stat.is_regular() {
+            return None;
+        }
+        let key = (stat.device, stat.inode, stat.changed);
+        if let Some(hash) = self.hashes.get(&key) {
+            return *hash;
+        }
+        const MOST: usize = 64;
+        if self.hashes.len() >= MOST {
+            self.hashes.clear();
+        }
+        // Of a container's it would be no copy of the host's.
+        let local = View::of([]).ground(stat).local();
+        let hash = state::state_of(fd.as_fd(), stat, local, max).blake3();
+        self.hashes.insert(key, hash);
+        hash
+    }
+}
+
+/// A mapped file by its name, if the host has the same file there.
+pub(crate) fn on_host(mapped: &Mapped) -> Option<Held> {
+    let held = door::on_host(&mapped.name).ok()?;
+    ((held.stat.device, held.stat.inode) == (mapped.device, mapped.inode)).then_some(held)
+}
