@@ -375,7 +375,7 @@ fn classify(names: &[(String, (i64, i32))], id_map: Option<&IdMap>) -> Vec<Snaps
             below_name = name;
             match layer {
                 SnapshotLayer::Image(chain_id) | SnapshotLayer::Other(chain_id) => {
-                    below = Some(chain_id)
+                    below = Some(chain_id);
                 }
                 SnapshotLayer::Copy => (),
             }

@@ -162,10 +162,10 @@ pub(super) fn decode(
     let namespace = || envelope.namespace.clone();
 
     let event = match type_name {
-        "containerd.events.TaskCreate" => task_created(&TaskCreate::decode(value)?, &container),
+        "containerd.events.TaskCreate" => task_created(&TaskCreate::decode(value)?, container),
         "containerd.events.TaskExit" => {
             let event = TaskExit::decode(value)?;
-            return Ok(exited(event, envelope.timestamp, received, &container));
+            return Ok(exited(event, envelope.timestamp, received, container));
         }
         "containerd.events.TaskExecStarted" => {
             let TaskExecStarted { container_id, exec_id, pid } = TaskExecStarted::decode(value)?;
