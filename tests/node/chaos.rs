@@ -550,11 +550,13 @@ fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::
         .iter()
         .map(|(claim, began, ended)| (claim.clone(), sight(executions, *began, *ended)))
         .collect();
-    let sure_sessions = drifting
+    let sure: Vec<Instant> = drifting
         .sessions
         .iter()
         .filter(|(began, ended)| sight(sessions, *began, *ended) == Sight::Sure)
-        .count() as u64;
+        .map(|(began, _)| *began)
+        .collect();
+    let sure_sessions = sure.len() as u64;
     drop(blindness);
     let (mut files, mut sessions) = (Vec::new(), 0);
     for finding in drifting.container.findings()? {
@@ -572,7 +574,11 @@ fn compare(stage: &Stage<'_>, drifting: &Drifting<'_>) -> anyhow::Result<truth::
     }
     let mut verdict = truth::compare(&claims, &files);
     if sessions < sure_sessions {
-        verdict.missing.push(format!("{sure_sessions} sessions, not {sessions}"));
+        let now = jiff::Timestamp::now();
+        let began = sure.iter().filter_map(|began| now.checked_sub(began.elapsed()).ok());
+        let began: Vec<String> = began.map(|began| began.to_string()).collect();
+        let expected = format!("{sure_sessions} sessions, not {sessions}; they began at {began:?}");
+        verdict.missing.push(expected);
     }
     if sessions > drifting.sessions.len() as u64 {
         verdict.wrong.push(format!("{} sessions, not {sessions}", drifting.sessions.len()));

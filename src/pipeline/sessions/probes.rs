@@ -52,11 +52,8 @@ impl State {
         } else if let Some(source) = declared.filter(|_| !is_full) {
             known.probes.insert(id, new_probe(live, id, argv, source));
             live.probe = Some(id);
-        } else {
-            if let Some(hold) = hold {
-                self.wait_for_rhythm(container, live, argv, at, now, hold);
-            }
-            return;
+        } else if let Some(hold) = hold {
+            self.wait_for_rhythm(container, live, argv, at, now, hold);
         }
         if live.probe.is_some() {
             self.sessions.unpublished.probes.insert((container.clone(), id));

@@ -153,6 +153,17 @@ fn b15_a_command_at_a_steady_rhythm_is_counted_and_never_reported() {
 }
 
 #[test]
+fn b15_a_probe_is_recorded_as_soon_as_it_is_learned() {
+    let mut node = patient();
+    for pid in 200..205 {
+        node.play(&format!("session c1 {pid} - check\nended c1 {pid} {pid} 0"));
+    }
+    node.wait(1).expect(&[]);
+    let probe = node.probes.last().expect("no probe is recorded");
+    assert_eq!((probe.source, probe.count), (ProbeSource::Learned, 5));
+}
+
+#[test]
 fn a29_a_command_that_comes_once_is_reported_when_no_rhythm_has_come() {
     let mut node = patient();
     node.play("session c1 200 - cat /etc/passwd\nended c1 200 200 0").expect(&[]);
